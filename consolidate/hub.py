@@ -1,0 +1,79 @@
+"""Where a checkpoint is: a local path, or a repository that is fetched from the Hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import httpx, validate_repo_id
+
+from formats.errors import InputError, NetworkError
+
+OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "*.gguf", "onnx/*", "openvino/*"]
+PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt"]
+
+
+def locate(checkpoint: str | Path, revision: str | None = None) -> Path:
+    """Find a checkpoint on disk, or fetch it from the Hub into the client's cache.
+
+    Args:
+        checkpoint: A path, or a repository such as ``user/model``.
+        revision: Branch, tag or commit of the repository.
+
+    Returns:
+        The path; for a repository the folder of its snapshot.
+
+    Raises:
+        InputError: There is no such path, and no such repository or revision.
+        NetworkError: The Hub cannot be reached, and the cache does not hold the repository.
+    """
+    path = Path(checkpoint).expanduser()
+    if path.exists():
+        return path
+    name = str(checkpoint)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        name = ""
+    if not name or path.is_absolute() or name.startswith("."):
+        raise InputError(f"{checkpoint}: no such file or folder")
+    try:
+        files = _files(name, revision)
+        safe = any("/" not in file and file.endswith(".safetensors") for file in files)
+        ignored = OTHER_FRAMEWORKS + (PICKLES if safe else [])
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))
+    except RevisionNotFoundError:
+        raise InputError(f"{name} on the Hub has no revision {revision!r}") from None
+    except GatedRepoError:
+        raise InputError(
+            f"{name} is gated: ask for access on its page and log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"{checkpoint}: no such folder here, and no such repository on the Hub (or a private one: "
+            "log in with `hf auth login`)"
+        ) from None
+    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled):
+        return _cached(name, revision)
+
+
+def _files(name: str, revision: str | None) -> list[str]:
+    info = HfApi().model_info(name, revision=revision, timeout=10)
+    return [file.rfilename for file in info.siblings or []]
+
+
+def _cached(name: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise NetworkError(
+            f"{name}: no such file or folder here, and the Hub could not be reached to look for a "
+            "repository of that name; check the spelling, or try again"
+        ) from None
