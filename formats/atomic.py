@@ -1,0 +1,405 @@
+"""Files and folders that are put in place whole, or not at all.
+
+A folder is built as a hidden sibling of its target, ``.NAME.consolidate-new``, and is put in place
+by one system call. Where the file system cannot exchange two folders, the old one is first moved to
+``.NAME.consolidate-old``; which of the three names exist is the journal: it tells `recover` how far
+a killed run came. A mount point cannot be renamed: there the new content is built inside it, and
+the names `_COMMIT` and `_PUBLISH` say which half of the move is under way. A writer holds a lock
+file, so that nobody takes its work for the leavings of a killed run; the system drops the lock when
+the process ends, however it ends.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from enum import Enum
+from pathlib import Path
+
+from formats.errors import InputError
+
+# Inside a mount point: NEW is being built; COMMIT is complete, while the old content moves to OLD;
+# PUBLISH is complete, while the new content moves in.
+_NEW = ".consolidate-new"
+_OLD = ".consolidate-old"
+_COMMIT = ".consolidate-commit"
+_PUBLISH = ".consolidate-publish"
+_LOCK = ".consolidate-lock"
+_NOT_CONTENT = {_NEW, _OLD, _COMMIT, _PUBLISH, _LOCK, "lost+found"}
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FORBIDDEN = {
+    errno.EACCES,
+    errno.EBUSY,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EXDEV,
+}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
+
+
+@contextmanager
+def replace_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Build a folder aside and put it in place whole when the block ends well.
+
+    A link to a folder is followed: the folder it points to is replaced. Missing parents are made.
+    On any exception the new content is thrown away and the target stays as it was.
+
+    Args:
+        target: The folder to make or to replace; an empty one counts as new.
+        overwrite: Whether a target that holds something may be replaced, with all it holds.
+
+    Yields:
+        An empty folder to write into.
+
+    Raises:
+        InputError: If the target holds something and `overwrite` is false, is a file, cannot be
+            replaced without harm (it holds the home or the current folder), or is being written by
+            another process; if the disk is full or the place is not writable.
+    """
+    place = _Place(target)
+    with ExitStack() as cleanup:
+        with _explained(place.target, _FULL | _FORBIDDEN):
+            recover(target)
+            _make_parents(place.target, cleanup)
+            _lock_or_refuse(place, cleanup)
+            _refuse_content(place.target, overwrite)
+            _make_staging(place)
+        try:
+            with _explained(place.target, _FULL):
+                yield place.new
+            with _explained(place.target, _FULL | _FORBIDDEN):
+                _sync_tree(place.new)
+                _refuse_content(place.target, overwrite)
+                _put_in_place(place)
+        finally:
+            with _explained(place.target, _FULL | _FORBIDDEN):
+                _settle(place)
+
+
+def recover(target: Path) -> None:
+    """Complete or roll back what a killed `replace_folder` left of this target.
+
+    Leaves everything alone where another process is at work. Cheap where nothing was left.
+
+    Args:
+        target: The folder that was to be made or replaced; it need not exist.
+
+    Raises:
+        InputError: If the target is not whole and cannot be made so for want of permission.
+    """
+    place = _Place(target)
+    if not any(map(os.path.exists, place.leavings)):
+        return
+    try:
+        with ExitStack() as cleanup:
+            if _lock(place.lock, cleanup) is _Lock.TAKEN:
+                _settle(place)
+    except OSError as error:
+        halfway = [place.target / _COMMIT, place.target / _PUBLISH]
+        if os.path.isdir(place.target) and not any(map(os.path.exists, halfway)):
+            return
+        raise InputError(
+            f"{place.target} was being replaced when a run was killed, and cannot be restored: "
+            f"{error.strerror}. Make its parent folder writable and try again"
+        ) from error
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write a file whole: into a temporary sibling, synced, then renamed over the path.
+
+    Args:
+        path: The file to make or to replace; a link is followed.
+        data: The content; text is stored as UTF-8.
+
+    Raises:
+        InputError: If the disk is full or the place is not writable.
+    """
+    path = Path(os.path.realpath(path))
+    content = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.consolidate-tmp")
+    with _explained(path, _FORBIDDEN), explain_full_disk(path, len(content)):
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(path.parent)
+
+
+def final_path(path: Path) -> Path:
+    """Name the place where a path inside a staging folder will end up.
+
+    Args:
+        path: Any path.
+
+    Returns:
+        The path with the staging folder replaced by the target it stands for.
+    """
+    parts = []
+    for part in path.parts:
+        if part.startswith(".") and part.endswith(_NEW) and part != _NEW:
+            parts.append(part[1 : -len(_NEW)])
+        elif part != _NEW:
+            parts.append(part)
+    return Path(*parts)
+
+
+@contextmanager
+def explain_full_disk(place: Path, needed: int) -> Iterator[None]:
+    """Turn a full disk inside the block into an `InputError` that says how much was needed.
+
+    Args:
+        place: The file or folder that is written.
+        needed: Bytes the block writes in all.
+
+    Raises:
+        InputError: If the disk or the quota is full.
+    """
+    existing = next((path for path in (place, *place.parents) if os.path.exists(path)), place)
+    try:
+        free = shutil.disk_usage(existing).free
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            sizes = f" ({needed:,} bytes are needed, {free:,} were free)"
+            raise _full(place, sizes) from error
+        raise
+
+
+class _Place:
+    """The paths that replacing one target needs."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = Path(os.path.realpath(target))
+        if not self.target.name:
+            raise InputError(f"{target} is the root of the file system; choose another folder")
+        self.mounted = _is_mount(self.target)
+        self.new, self.old, self.lock = (
+            self.target / name
+            if self.mounted
+            else self.target.with_name(f".{self.target.name}{name}")
+            for name in (_NEW, _OLD, _LOCK)
+        )
+        self.leavings = [self.new, self.old, self.lock]
+        if self.mounted:
+            self.leavings += [self.target / _COMMIT, self.target / _PUBLISH]
+
+
+class _Lock(Enum):
+    TAKEN = "ours"
+    BUSY = "held by another process"
+    UNKNOWN = "not known to this file system"
+
+
+def _make_parents(target: Path, cleanup: ExitStack) -> None:
+    """Make the missing parents; those that stay empty are removed again."""
+    for folder in reversed(target.parents):
+        if not folder.exists():
+            folder.mkdir(exist_ok=True)
+            cleanup.callback(_remove_if_empty, folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _refuse_content(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target} is a file; name a folder to write into")
+    content = sorted({entry.name for entry in target.iterdir()} - _NOT_CONTENT)
+    if not content:
+        return
+    if not overwrite:
+        raise InputError(
+            f"{target} already holds {content[0]!r} ({len(content)} entries in all): "
+            "choose another folder, or replace the whole of it with --overwrite"
+        )
+    for what, keep in (("your home", os.path.expanduser("~")), ("the current", ".")):
+        if Path(os.path.realpath(keep)).is_relative_to(target):
+            raise InputError(
+                f"{target} holds {what} folder and will not be replaced; choose another folder"
+            )
+
+
+def _lock_or_refuse(place: _Place, cleanup: ExitStack) -> None:
+    # A reader in `recover` holds the lock for a moment.
+    for _ in range(20):
+        if _lock(place.lock, cleanup) is not _Lock.BUSY:
+            return
+        time.sleep(0.05)
+    raise InputError(
+        f"{place.target}: another process is writing this folder; wait until it has ended"
+    )
+
+
+def _lock(path: Path, cleanup: ExitStack) -> _Lock:
+    """Take the lock file until `cleanup` closes, if nobody holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno == errno.EWOULDBLOCK:
+                return _Lock.BUSY
+            if error.errno in _NO_LOCKS:
+                path.unlink(missing_ok=True)
+                return _Lock.UNKNOWN
+            raise
+        # The holder removes the file before it lets go: then this is the lock of nothing.
+        if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            cleanup.callback(os.close, descriptor)
+            cleanup.callback(path.unlink, missing_ok=True)
+            return _Lock.TAKEN
+        os.close(descriptor)
+
+
+def _make_staging(place: _Place) -> None:
+    for leaving in (place.new, place.old):
+        if leaving.exists():
+            keep = leaving == place.old and not place.target.exists()
+            remedy = f"rename it to {place.target.name}" if keep else "remove it"
+            raise InputError(
+                f"{leaving} was left by another run; {remedy} if no other run is at work"
+            )
+    place.new.mkdir()
+    if place.target.is_dir() and not place.mounted:
+        shutil.copymode(place.target, place.new)
+
+
+def _put_in_place(place: _Place) -> None:
+    """Commit the staging folder; `_settle` does what is left to do."""
+    target = place.target
+    if place.mounted:
+        os.rename(place.new, target / _COMMIT)
+        _sync(target)
+        return
+    if not target.is_dir() or not any(target.iterdir()):
+        os.rename(place.new, target)
+    elif not _exchange(place.new, target):
+        os.rename(target, place.old)
+        _sync(target.parent)
+        os.rename(place.new, target)
+    _sync(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; false where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    done = renameat2(
+        _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)
+    )
+    if done == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def _settle(place: _Place) -> None:
+    """Bring the target into its old or its new state, whole, and remove everything else."""
+    target, new, old = place.target, place.new, place.old
+    if place.mounted:
+        _move_in(target, old)
+    elif old.is_dir() and not target.exists():
+        # The old folder is moved away only once the new one is complete.
+        os.rename(new if new.is_dir() else old, target)
+        _sync(target.parent)
+    for leaving in (new, old):
+        # What cannot be removed harms nobody but the next writer, which says so.
+        shutil.rmtree(leaving, ignore_errors=True)
+
+
+def _move_in(target: Path, old: Path) -> None:
+    commit, publish = target / _COMMIT, target / _PUBLISH
+    if commit.is_dir():
+        old.mkdir(exist_ok=True)
+        for entry in sorted(target.iterdir()):
+            if entry.name not in _NOT_CONTENT:
+                os.rename(entry, old / entry.name)
+        _sync(target)
+        os.rename(commit, publish)
+        _sync(target)
+    if publish.is_dir():
+        for entry in sorted(publish.iterdir(), key=_publishing_order):
+            os.rename(entry, target / entry.name)
+        _sync(target)
+        publish.rmdir()
+
+
+def _publishing_order(entry: Path) -> tuple[bool, bool, str]:
+    """Put last what makes a reader take the folder for complete: the index, then the ledger."""
+    ledger = entry.name == "fisher" or entry.name == "fisher.json"
+    return ledger, entry.name.endswith(".index.json"), entry.name
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+
+
+def _is_mount(target: Path) -> bool:
+    """Whether a folder is a mount point; bind mounts show only in the kernel's table."""
+    if os.path.ismount(target):
+        return True
+    try:
+        table = Path("/proc/self/mountinfo").read_bytes()
+    except OSError:
+        return False
+    places = {line.split()[4] for line in table.splitlines()}
+    escaped = re.sub(rb"[\s\\]", lambda match: b"\\%03o" % ord(match[0]), os.fsencode(target))
+    return escaped in places
+
+
+@contextmanager
+def _explained(place: Path, numbers: set[int]) -> Iterator[None]:
+    """Turn system errors of these numbers inside the block into an `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in numbers:
+            raise
+        if error.errno in _FULL:
+            raise _full(place, "") from error
+        what = "cannot be written"
+        if error.errno in {errno.EBUSY, errno.EXDEV}:
+            what = "cannot be replaced as a whole on this file system"
+        raise InputError(f"{place} {what}: {error.strerror}; choose another folder") from error
+
+
+def _full(place: Path, sizes: str) -> InputError:
+    return InputError(
+        f"{final_path(place)}: the disk or the quota is full{sizes}; "
+        "nothing was changed. Make room or choose another folder"
+    )

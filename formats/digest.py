@@ -1,0 +1,179 @@
+"""SHA-256 digests of tensors and of sets of tensors, and what differs between two sets."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from formats.errors import InputError
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+"""The safetensors names of the dtypes that can be stored."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CHUNK = 1 << 26
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What identifies a stored tensor besides its name.
+
+    Attributes:
+        dtype: The safetensors name of the dtype, such as ``"F32"``.
+        shape: The sizes.
+        sha256: SHA-256 of the little-endian bytes in row-major order, 64 hexadecimal digits.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype as safetensors does.
+
+    Args:
+        dtype: A torch dtype.
+
+    Returns:
+        Its name, such as ``"BF16"``.
+
+    Raises:
+        InputError: If the format cannot store this dtype.
+    """
+    if dtype not in _NAMES:
+        raise InputError(
+            f"dtype {dtype} cannot be stored; convert the tensor to one of: {', '.join(DTYPES)}"
+        )
+    return _NAMES[dtype]
+
+
+def little_endian_chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """Give the bytes of a tensor as a file stores them, a chunk at a time.
+
+    Args:
+        tensor: Any shape, device, strides and dtype that can be stored.
+
+    Yields:
+        Little-endian bytes in row-major order, at most 64 MiB a time.
+    """
+    dtype_name(tensor.dtype)
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    array = plain.reshape(-1).view(torch.uint8).numpy()
+    if sys.byteorder == "big":
+        # A complex number is two floats, each in its own byte order.
+        width = plain.element_size() // (2 if plain.is_complex() else 1)
+        array = array.reshape(-1, width)[:, ::-1].copy().reshape(-1)
+    view = memoryview(array)  # type: ignore[arg-type]  # numpy's stubs hide the buffer
+    for start in range(0, len(view), _CHUNK):
+        yield view[start : start + _CHUNK]
+
+
+def tensor_record(t: Tensor) -> TensorRecord:
+    """Digest one tensor: SHA-256 over its little-endian bytes in row-major order.
+
+    Args:
+        t: Any shape, device, strides and dtype that can be stored.
+
+    Returns:
+        Dtype, shape and digest.
+
+    Raises:
+        InputError: If the format cannot store this dtype.
+    """
+    digest = hashlib.sha256()
+    for chunk in little_endian_chunks(t):
+        digest.update(chunk)
+    return TensorRecord(dtype_name(t.dtype), tuple(t.shape), digest.hexdigest())
+
+
+def set_digest(records: Mapping[str, TensorRecord]) -> str:
+    r"""Digest a set of tensors: SHA-256 over the lines ``["name","F32",[2,3],"hex"]\n``.
+
+    The lines are compact JSON in UTF-8 without escapes that JSON does not demand, sorted by name
+    (by code points); so one file and ten shards of the same tensors have the same digest.
+
+    Args:
+        records: Tensor name to record, in any order.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(records):
+        record = records[name]
+        line = [name, record.dtype, list(record.shape), record.sha256]
+        text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+        digest.update(text.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def differences(
+    expected: Mapping[str, TensorRecord], found: Mapping[str, TensorRecord]
+) -> list[str]:
+    """Say in plain lines how two sets of tensors differ.
+
+    Args:
+        expected: Tensor name to record, as written down.
+        found: Tensor name to record, as read.
+
+    Returns:
+        One line per tensor that differs, in the order of `expected`, extra tensors last; empty if
+        the sets are equal.
+    """
+    unclaimed: dict[TensorRecord, list[str]] = {}
+    for name in found:
+        if name not in expected:
+            unclaimed.setdefault(found[name], []).append(name)
+    lines = []
+    renamed = set()
+    for name, record in expected.items():
+        if name not in found:
+            namesakes = unclaimed.get(record)
+            if namesakes:
+                new_name = namesakes.pop(0)
+                renamed.add(new_name)
+                lines.append(f"{name!r} is named {new_name!r} here, with the same bytes")
+            else:
+                lines.append(f"{name!r} is missing")
+        else:
+            lines.extend(_difference(name, record, found[name]))
+    lines.extend(
+        f"{name!r} was not expected"
+        for name in found
+        if name not in expected and name not in renamed
+    )
+    return lines
+
+
+def _difference(name: str, expected: TensorRecord, found: TensorRecord) -> list[str]:
+    if expected.shape != found.shape:
+        return [f"{name!r} has shape {list(found.shape)}, expected {list(expected.shape)}"]
+    if expected.dtype != found.dtype:
+        return [f"{name!r} has dtype {found.dtype}, expected {expected.dtype}"]
+    if expected.sha256 != found.sha256:
+        return [f"{name!r} has the expected dtype and shape, but other values"]
+    return []

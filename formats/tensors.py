@@ -1,0 +1,362 @@
+"""Named tensors in safetensors files: one file, or shards with an index.
+
+Reading maps the files into memory and touches only the headers until a tensor is asked for.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from formats.atomic import explain_full_disk, final_path
+from formats.digest import DTYPES, dtype_name, little_endian_chunks
+from formats.errors import InputError
+
+MAX_SHARD_SIZE = 5 * 10**9
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of one or several safetensors files, read one at a time when asked for.
+
+    A tensor is a private view of the mapped file: writing to it does not change the file. The
+    iteration follows the files' order and, within a file, the order of the bytes.
+
+    Args:
+        path: The file or folder the user named.
+        files: The safetensors files, in order; all headers are read and checked here.
+
+    Raises:
+        InputError: If a file is missing, cut short or not safetensors, holds a dtype that torch
+            cannot read, or if two files hold a tensor of the same name.
+    """
+
+    def __init__(self, path: Path, files: list[Path]) -> None:
+        self.path = path
+        self.files = files
+        self.metadata: dict[str, str] = {}
+        self._file_of: dict[str, Path] = {}
+        self._headers: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._handles: dict[Path, Any] = {}
+        for file in reversed(files):
+            self._handles[file] = handle = _open(file)
+            self.metadata = dict(handle.metadata() or {})
+        for file in files:
+            handle = self._handles[file]
+            for name in handle.offset_keys():
+                header = handle.get_slice(name)
+                dtype = header.get_dtype()
+                if dtype not in DTYPES:
+                    raise InputError(
+                        f"{file}: tensor {name!r} has dtype {dtype}, which cannot be read; "
+                        f"readable are {', '.join(DTYPES)}"
+                    )
+                if name in self._file_of:
+                    raise InputError(
+                        f"{file}: tensor {name!r} is also in {self._file_of[name].name}; "
+                        "remove the file that does not belong to the checkpoint"
+                    )
+                self._file_of[name] = file
+                self._headers[name] = DTYPES[dtype], tuple(header.get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._file_of[name]
+        try:
+            return self._handles[file].get_tensor(name)
+        except (SafetensorError, RuntimeError) as error:
+            raise InputError(f"{file}: tensor {name!r} cannot be read ({error})") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Give the dtype of a tensor from the header."""
+        return self._headers[name][0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Give the shape of a tensor from the header."""
+        return self._headers[name][1]
+
+    def file_of(self, name: str) -> Path:
+        """Give the file that holds a tensor."""
+        return self._file_of[name]
+
+
+def open_tensors(path: Path, stem: str = "model") -> TensorFiles:
+    """Open a safetensors file, or the one or the shards that a folder holds.
+
+    Args:
+        path: A ``.safetensors`` file, or a folder with ``STEM.safetensors`` or
+            ``STEM.safetensors.index.json``.
+        stem: The first part of the file names in a folder.
+
+    Returns:
+        The tensors, of which only the headers have been read.
+
+    Raises:
+        InputError: If a file is missing, cut short or not safetensors; if the index is not one,
+            names a missing shard, a file outside the folder or a tensor that its shard lacks; if
+            a shard holds a tensor that the index does not name; if there are both a file and an
+            index that does not name it.
+    """
+    if not path.is_dir():
+        return TensorFiles(path, [path])
+    single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
+    if not index.exists():
+        if not single.exists():
+            raise InputError(f"{path} holds neither {single.name} nor {index.name}")
+        return TensorFiles(path, [inside(path, single.name)])
+    weight_map = read_index(index)
+    tensors = TensorFiles(path, [inside(path, name) for name in sorted(set(weight_map.values()))])
+    if single.exists() and single not in tensors.files:
+        raise InputError(
+            f"{path} holds both {single.name} and {index.name}, which does not name it; "
+            "remove the one that does not belong to the checkpoint"
+        )
+    check_index(index, weight_map, {name: tensors.file_of(name).name for name in tensors})
+    return tensors
+
+
+def write_tensors(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    stem: str = "model",
+    metadata: Mapping[str, str],
+    max_shard_size: int = MAX_SHARD_SIZE,
+    dtype: torch.dtype | None = None,
+) -> list[Path]:
+    """Write tensors as ``STEM.safetensors``, or as shards with an index named as the Hub does.
+
+    One tensor is in memory at a time. Within a file the wider dtypes come first, so that every
+    tensor is aligned, and otherwise the order is that of `tensors`; the bytes depend on nothing
+    else.
+
+    Args:
+        folder: An existing folder without these files.
+        tensors: Name to tensor, of any device and strides.
+        stem: The first part of the file names.
+        metadata: Stored in the header of every file.
+        max_shard_size: Bytes a file may have before another is begun.
+        dtype: What floating tensors are cast to; None keeps each as it is.
+
+    Returns:
+        The safetensors files, in order, then the index if there is one.
+
+    Raises:
+        InputError: If a dtype cannot be stored or the disk is full.
+        FileExistsError: If one of the files is already there.
+    """
+    headers = {name: _header(tensors, name, dtype) for name in tensors}
+    sizes = {name: kind.itemsize * _count(shape) for name, (kind, shape) in headers.items()}
+    split = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    shards = split.filename_to_tensors or {f"{stem}.safetensors": []}
+    written = []
+    with explain_full_disk(folder, sum(sizes.values())):
+        for file_name, names in shards.items():
+            written.append(folder / file_name)
+            _write_file(written[-1], {name: headers[name] for name in names}, tensors, metadata)
+        if split.is_sharded:
+            index = {
+                "metadata": {"total_size": sum(sizes.values())},
+                "weight_map": dict(sorted(split.tensor_to_filename.items())),
+            }
+            written.append(folder / f"{stem}.safetensors.index.json")
+            with open(written[-1], "x", encoding="utf-8") as file:
+                file.write(json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+    return written
+
+
+def dtype_of(tensors: Mapping[str, Tensor], name: str) -> torch.dtype:
+    """Give the dtype of a tensor, without reading its values where the mapping is lazy."""
+    return tensors.dtype(name) if isinstance(tensors, TensorFiles) else tensors[name].dtype
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """Give the shape of a tensor, without reading its values where the mapping is lazy."""
+    return tensors.shape(name) if isinstance(tensors, TensorFiles) else tuple(tensors[name].shape)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Give the path of a file that a folder names, if it lies in that folder.
+
+    A link may lead elsewhere within the folder or, in a snapshot of the Hub's cache, to its blobs.
+
+    Args:
+        folder: The folder.
+        name: The file's name, without a path.
+
+    Returns:
+        The path, not resolved.
+
+    Raises:
+        InputError: If the name is a path, or a link that leads out of the folder.
+    """
+    if Path(name).name != name:
+        raise InputError(f"{folder}: {name!r} is not the name of a file in this folder")
+    path = folder / name
+    check_link(folder, path)
+    return path
+
+
+def check_link(folder: Path, path: Path) -> None:
+    """Refuse a link that leads out of a checkpoint folder, whose author may be a stranger.
+
+    Args:
+        folder: The checkpoint folder.
+        path: A file or folder in it.
+
+    Raises:
+        InputError: If the path leads elsewhere than into the folder or the Hub cache's blobs.
+    """
+    root, real = folder.resolve(), path.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not real.is_relative_to(root) and not real.is_relative_to(blobs):
+        raise InputError(
+            f"{path} is a link to {real}, outside the checkpoint; "
+            "put a copy of the file in its place if you trust it"
+        )
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Read which file holds which tensor.
+
+    Args:
+        path: A file ``….index.json``.
+
+    Returns:
+        Tensor name to file name, in the file's order.
+
+    Raises:
+        InputError: If the file is not such an index.
+    """
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: 'weight_map' is missing or empty; it names each tensor's file")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str):
+            raise InputError(f"{path}: 'weight_map' gives {file_name!r} as the file of {name!r}")
+    return weight_map
+
+
+def check_index(index: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Hold an index against what its files contain.
+
+    Args:
+        index: The index file, for the message.
+        weight_map: Tensor name to file name, as the index says.
+        found: Tensor name to file name, as the files say.
+
+    Raises:
+        InputError: Naming the first tensor that is missing, elsewhere or not in the index.
+    """
+    for name, file_name in weight_map.items():
+        if name not in found:
+            raise InputError(f"{index}: tensor {name!r} is not in {file_name}, nor in another file")
+        if found[name] != file_name:
+            raise InputError(
+                f"{index}: tensor {name!r} should be in {file_name}, but is in {found[name]}"
+            )
+    for name, file_name in found.items():
+        if name not in weight_map:
+            raise InputError(f"{index}: tensor {name!r} of {file_name} is not in the index")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InputError: If it cannot be read, is not JSON in UTF-8 or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _open(file: Path) -> Any:
+    if not file.is_file():
+        what = "is not a file" if file.exists() else "does not exist"
+        raise InputError(f"{file} {what}")
+    try:
+        return safe_open(file, framework="pt")
+    except PermissionError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{file} is cut short or not a safetensors file ({error}); fetch or save it again"
+        ) from error
+
+
+def _header(
+    tensors: Mapping[str, Tensor], name: str, cast: torch.dtype | None
+) -> tuple[torch.dtype, tuple[int, ...]]:
+    dtype = dtype_of(tensors, name)
+    if cast is not None and dtype.is_floating_point:
+        dtype = cast
+    dtype_name(dtype)
+    return dtype, shape_of(tensors, name)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _write_file(
+    path: Path,
+    headers: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    order = sorted(headers, key=lambda name: -headers[name][0].itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in order:
+        dtype, shape = headers[name]
+        start, end = end, end + dtype.itemsize * _count(shape)
+        header[name] = {
+            "dtype": dtype_name(dtype),
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            dtype, shape = headers[name]
+            tensor = tensors[name].to(dtype)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{final_path(path)}: {name!r} changed while being written")
+            for chunk in little_endian_chunks(tensor):
+                file.write(chunk)
