@@ -1,0 +1,164 @@
+"""Task data by name: a file, a folder or a Hub data set becomes rows."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from formats.errors import InputError, UsageError
+from formats.hub_dataset import is_hub_id, is_saved_dataset, open_hub, open_saved
+from formats.image_folder import ImageFolderRows, is_image
+from formats.parquet_rows import ParquetRows
+from formats.rows import JoinedRows, Rows
+from formats.tensor_rows import TensorRows
+from formats.text_rows import CsvRows, JsonLinesRows, open_json
+
+__all__ = ["DATA_SUFFIXES", "Rows", "open_data"]
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".safetensors", ".npz")
+_SPLITS = ("train", "validation", "valid", "val", "dev", "test")
+_NOT_DATA = frozenset(
+    {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+)
+
+
+def open_data(
+    spec: str | Path,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    revision: str | None = None,
+) -> Rows:
+    """Open the data of a task.
+
+    Args:
+        spec: a file or folder, or, as a string that is no existing path, the id of a Hub data
+            set; a Path is always local.
+        split: which part of a folder or Hub data set, such as `train`.
+        subset: which subset of a Hub data set.
+        revision: branch, tag or commit of a Hub data set.
+
+    Returns:
+        The rows; files are read as rows are asked for.
+
+    Raises:
+        InputError: missing or unreadable, of an unknown kind, empty, or not what its kind demands.
+        UsageError: an option that this kind of data does not have, or a missing package.
+        NetworkError: the Hub cannot be reached.
+    """
+    path = Path(spec).expanduser()
+    if not path.exists():
+        if isinstance(spec, str) and path.suffix.lower() not in DATA_SUFFIXES and is_hub_id(spec):
+            return open_hub(spec, split=split, subset=subset, revision=revision)
+        raise InputError(f"{spec} does not exist.{_near(path)}")
+    for option, value in (("subset", subset), ("revision", revision)):
+        if value is not None:
+            raise UsageError(f"{spec} is local; {option} = {value!r} is for data sets on the Hub.")
+    try:
+        if path.is_dir():
+            return _open_folder(path, split)
+        if split is not None:
+            raise UsageError(f"{spec} is one file and has no splits; leave out split = {split!r}.")
+        return _open_file(path)
+    except OSError as error:
+        raise InputError(f"{error.filename or spec} cannot be read: {error.strerror}.") from error
+
+
+def _near(path: Path) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return f" There is no folder {parent}."
+    near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()])
+    return f" Near it: {', '.join(near)}." if near else ""
+
+
+def _open_file(path: Path) -> Rows:
+    match path.suffix.lower():
+        case ".jsonl":
+            return JsonLinesRows(path)
+        case ".json":
+            return open_json(path)
+        case ".csv":
+            return CsvRows(path, ",")
+        case ".tsv":
+            return CsvRows(path, "\t")
+        case ".parquet":
+            return ParquetRows(path)
+        case ".safetensors" | ".npz":
+            return TensorRows(path)
+    raise InputError(
+        f"{path}: the suffix tells the kind of data, and {path.suffix or 'none'!r} is not known. "
+        f"Known: {', '.join(DATA_SUFFIXES)}, or a folder of images by class."
+    )
+
+
+def _open_folder(folder: Path, split: str | None) -> Rows:
+    folder = folder.resolve()  # so that "." has a name
+    if is_saved_dataset(folder):
+        return open_saved(folder, split=split)
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    files = [
+        entry
+        for entry in entries
+        if entry.suffix.lower() in DATA_SUFFIXES and entry.name not in _NOT_DATA and entry.is_file()
+    ]
+    inner = [entry for entry in entries if entry.is_dir()]
+    if split is not None:
+        return _open_split(folder, split, files, inner)
+    if files:
+        splits = dict.fromkeys(name for file in files if (name := _split_of(file)))
+        if len(splits) > 1:
+            raise InputError(
+                f"{folder} holds several splits. Set split to one of: {', '.join(splits)}."
+            )
+        return _open_files(folder, files)
+    if inner and all(entry.name.lower() in _SPLITS for entry in inner):
+        if len(inner) == 1:
+            return _open_folder(inner[0], None)
+        names = ", ".join(entry.name for entry in inner)
+        raise InputError(f"{folder} holds several splits. Set split to one of: {names}.")
+    classes = [entry.name for entry in inner if any(is_image(file) for file in entry.rglob("*"))]
+    if classes:
+        return ImageFolderRows(folder, classes)
+    if any(is_image(entry) for entry in entries):
+        raise InputError(
+            f"{folder} holds images but no class folders. Put the images of each class into "
+            "a folder with the name of the class."
+        )
+    found = ", ".join(entry.name for entry in entries[:8]) or "nothing"
+    raise InputError(
+        f"{folder} holds no data; found: {found}. Expected files of one kind "
+        f"({', '.join(DATA_SUFFIXES)}) or one folder of images for each class."
+    )
+
+
+def _split_of(file: Path) -> str | None:
+    stem = file.stem.lower()
+    return next((name for name in _SPLITS if _belongs(stem, name)), None)
+
+
+def _belongs(stem: str, split: str) -> bool:
+    return stem == split or stem.startswith((f"{split}-", f"{split}_", f"{split}."))
+
+
+def _open_split(folder: Path, split: str, files: Sequence[Path], inner: Sequence[Path]) -> Rows:
+    for entry in inner:
+        if entry.name == split:
+            return _open_folder(entry, None)
+    chosen = [file for file in files if _belongs(file.stem, split)]
+    if chosen:
+        return _open_files(folder, chosen)
+    names = ", ".join([*(file.name for file in files), *(entry.name for entry in inner)])
+    raise InputError(
+        f"{folder} has no split {split!r}: no folder of that name, no files that begin with it. "
+        f"Found: {names or 'nothing'}."
+    )
+
+
+def _open_files(folder: Path, files: Sequence[Path]) -> Rows:
+    kinds = sorted({file.suffix.lower() for file in files})
+    if len(kinds) > 1:
+        raise InputError(
+            f"{folder} holds files of several kinds ({', '.join(kinds)}). Name one of them, or put "
+            "the files of one kind into a folder of their own."
+        )
+    return JoinedRows(folder, [_open_file(file) for file in files])

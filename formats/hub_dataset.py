@@ -1,0 +1,221 @@
+"""Rows of data sets from the Hugging Face Hub or saved on disk, through the `datasets` library."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from formats.errors import ConsolidateError, InputError, NetworkError, UsageError
+from formats.rows import Rows
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+def is_hub_id(spec: str) -> bool:
+    """Return whether `spec` has the form of a Hub data set's id: `user/name`, or a single name."""
+    return _ID.fullmatch(spec) is not None and ".." not in spec
+
+
+class HubRows(Rows):
+    """The rows of one split, memory-mapped by `datasets`; images come as PIL images."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        """Wrap a `datasets.Dataset`.
+
+        Raises:
+            InputError: it has no rows or no columns.
+        """
+        self.name = name
+        self.columns = list(dataset.column_names)
+        self._dataset = dataset.with_format(None)
+        if not len(dataset) or not self.columns:
+            raise InputError(f"{name} is empty: it has no rows.")
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read_row(self, i: int) -> dict[str, Any]:
+        """Return row `i`.
+
+        Raises:
+            InputError: the row cannot be decoded.
+            UsageError: decoding it needs a package that is missing.
+        """
+        try:
+            return dict(self._dataset[i])
+        except ImportError as error:
+            raise UsageError(f"{self.where(i)}: {_first_line(error)}") from None
+        except (OSError, ValueError, SyntaxError) as error:
+            raise InputError(f"{self.where(i)} cannot be read ({_first_line(error)}).") from None
+
+    def label_names(self, column: str) -> list[str] | None:
+        """Return the names of a ClassLabel column, or of a list of them."""
+        feature = self._dataset.features.get(column)
+        names = getattr(getattr(feature, "feature", feature), "names", None)
+        return None if names is None else list(names)
+
+    def digest(self) -> str:
+        """Return the SHA-256 over the rows as JSON lines with sorted keys.
+
+        Bytes (images, audio) enter as their own SHA-256, without the name of the file they came
+        from: the digest depends neither on the cache's place nor on how the data are cut up.
+        """
+        import datasets
+
+        dataset = self._dataset
+        for name, feature in dataset.features.items():
+            if hasattr(feature, "decode"):
+                undecoded = datasets.features.features.copy.copy(feature)
+                undecoded.decode = False
+                dataset = dataset.cast_column(name, undecoded)
+        total = hashlib.sha256()
+        for row in dataset:
+            line = json.dumps(_plain(row), sort_keys=True, ensure_ascii=False)
+            total.update(line.encode("utf-8", "surrogatepass") + b"\n")
+        return total.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if value.keys() == {"bytes", "path"}:
+            content = value["bytes"]
+            if content is None and value["path"] is not None:
+                content = Path(value["path"]).read_bytes()
+            return _plain(content)
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image inside a list
+        return [value.mode, list(value.size), hashlib.sha256(value.tobytes()).hexdigest()]
+    return str(value)
+
+
+def open_hub(
+    name: str, *, split: str | None = None, subset: str | None = None, revision: str | None = None
+) -> HubRows:
+    """Open a split of a Hub data set; what is in the cache is opened without the network.
+
+    Args:
+        name: the id on the Hub, or a local folder that `datasets.load_dataset` understands.
+        split: name of the split, or a slice of it such as `train[:1000]`; may be left out if
+            there is only one.
+        subset: name of the subset ("config"), where the data set has several.
+        revision: branch, tag or commit.
+
+    Raises:
+        InputError: not found, not allowed, no such split, subset or revision, or data that
+            `datasets` cannot read.
+        NetworkError: the Hub cannot be reached and the data are not in the cache.
+        UsageError: `datasets` is not installed.
+    """
+    datasets = _import_datasets(name)
+    try:
+        loaded = datasets.load_dataset(name, subset, split=split, revision=revision)
+    except Exception as error:
+        raise _explained(error, name, split, revision) from error
+    return HubRows(_one_split(loaded, name, None), name)
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Return whether `datasets` wrote the folder with `save_to_disk`."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def open_saved(folder: Path, *, split: str | None = None) -> HubRows:
+    """Open a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
+
+    Raises:
+        InputError: the folder is damaged, no such split, or no split named where there are several.
+        UsageError: `datasets` is not installed, or a split is named and the folder holds only one.
+    """
+    datasets = _import_datasets(str(folder))
+    try:
+        loaded = datasets.load_from_disk(folder)
+    except Exception as error:
+        raise InputError(
+            f"{folder} cannot be opened as a data set saved by datasets ({_first_line(error)})."
+        ) from error
+    if split is not None and not isinstance(loaded, dict):
+        raise UsageError(
+            f"{folder} holds one data set without splits; leave out split = {split!r}."
+        )
+    return HubRows(_one_split(loaded, str(folder), split), folder.name)
+
+
+def _import_datasets(what: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            f"Reading {what} needs datasets: pip install 'consolidate-ewc[datasets]'."
+        ) from None
+    return datasets
+
+
+def _one_split(loaded: Any, name: str, split: str | None) -> Any:
+    if not isinstance(loaded, dict):
+        return loaded
+    splits = list(loaded)
+    if split is None and len(splits) == 1:
+        return loaded[splits[0]]
+    if split in loaded:
+        return loaded[split]
+    asked = "it has several splits" if split is None else f"there is no split {split!r}"
+    raise InputError(f"{name}: {asked}. Set split to one of: {', '.join(splits)}.")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _explained(
+    error: Exception, name: str, split: str | None, revision: str | None
+) -> ConsolidateError:
+    """Return the error of ours that says what an error of `datasets` means."""
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
+
+    first = _first_line(error)
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return InputError(
+            f"{name} is neither a file here nor a data set that can be read on the Hub ({first}) "
+            "Check the name, or log in with: hf auth login"
+        )
+    for cause in _chain(error):
+        if isinstance(cause, OfflineModeIsEnabled):
+            return NetworkError(
+                f"{name} is neither a file here nor in the cache of datasets, and HF_HUB_OFFLINE "
+                "switches the Hub off. Fetch it once while online, or name a local file."
+            )
+        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+        if (status is not None and (status >= 500 or status == 429)) or isinstance(
+            cause, ConnectionError | TimeoutError | httpx.TransportError | LocalEntryNotFoundError
+        ):
+            return NetworkError(
+                f"{name} is not a file here, and the Hub cannot be reached ({_first_line(cause)}). "
+                "Try again later, or name a local file."
+            )
+    available = re.search(r"Should be one of (\[.*\])|Available splits: (\[.*\])", str(error))
+    if split is not None and available:
+        names = re.findall(r"'([^']+)'", available[0])
+        return InputError(
+            f"{name}: there is no split {split!r}. Set split to one of: {', '.join(names)}."
+        )
+    if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
+        names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])
+        return InputError(f"{name}: set subset in a task.toml to one of: {', '.join(names)}.")
+    at = "" if revision is None else f" at revision {revision}"
+    return InputError(f"{name}{at} cannot be read as a data set ({first}).")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

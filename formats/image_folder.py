@@ -1,0 +1,118 @@
+"""Rows of an image folder with one sub-folder a class, and the decoding of images."""
+
+from pathlib import Path
+from typing import IO, Any
+
+from formats.errors import InputError, UsageError
+from formats.rows import Rows, file_digest, listing_digest
+
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file's name is that of an image that is read here."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def require_pillow() -> None:
+    """Check that images can be decoded.
+
+    Raises:
+        UsageError: Pillow is not installed.
+    """
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise UsageError(
+            "Reading images needs Pillow: pip install 'consolidate-ewc[transformers]'."
+        ) from None
+
+
+def decode_image(source: Path | IO[bytes], where: str) -> Any:
+    """Return the image in `source` as a PIL image, turned upright as its EXIF data say.
+
+    Args:
+        source: a path or a binary file.
+        where: the place in words, for the message.
+
+    Raises:
+        InputError: not an image, or one that ends too early.
+    """
+    require_pillow()
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(source) as image:
+            image.load()
+            if image.getexif().get(Image.ExifTags.Base.Orientation, 1) != 1:
+                return ImageOps.exif_transpose(image)
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{where}: the image cannot be read ({error}).") from None
+
+
+class ImageFolderRows(Rows):
+    """One folder of images a class: `image` is a PIL image, `label` the name of the class folder.
+
+    Rows are ordered by class, then by path, both by Unicode code points; deeper folders belong to
+    the class at their top. Files without an image's suffix, and hidden ones, are no rows.
+    """
+
+    columns: list[str]
+
+    def __init__(self, folder: Path, classes: list[str]) -> None:
+        """List the images of the class folders.
+
+        Args:
+            folder: the folder that holds the class folders.
+            classes: names of the class folders.
+
+        Raises:
+            InputError: no images.
+            UsageError: Pillow is not installed.
+        """
+        require_pillow()
+        self.name = folder.name
+        self.columns = ["image", "label"]
+        self.classes = sorted(classes)
+        self._folder = folder
+        self._files = [
+            (name, path)
+            for name in self.classes
+            for path in sorted(filter(is_image, (folder / name).rglob("*")), key=Path.as_posix)
+        ]
+        if not self._files:
+            raise InputError(
+                f"{folder}: the class folders {', '.join(self.classes)} hold no images."
+            )
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read_row(self, i: int) -> dict[str, Any]:
+        """Return image and label `i`.
+
+        Raises:
+            InputError: the file is no image, or ends too early.
+        """
+        label, path = self._files[i]
+        return {"image": decode_image(path, str(path)), "label": label}
+
+    def where(self, i: int, column: str | None = None) -> str:
+        """Return file, row and column in words."""
+        path = self._files[i][1].relative_to(self._folder).as_posix()
+        place = f"{self.name}/{path}, row {i + 1}"
+        return place if column is None else f"{place}, column {column!r}"
+
+    def label_names(self, column: str) -> list[str] | None:
+        """Return the names of the class folders in order."""
+        return self.classes if column == "label" else None
+
+    def digest(self) -> str:
+        """Return the SHA-256 over JSON lines [path in the folder, file's digest], in row order."""
+        return listing_digest(
+            (path.relative_to(self._folder).as_posix(), file_digest(path))
+            for _, path in self._files
+        )

@@ -1,0 +1,123 @@
+"""Rows of a Parquet file, read by row group."""
+
+import bisect
+import io
+import itertools
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from formats.errors import InputError, UsageError
+from formats.image_folder import decode_image
+from formats.rows import Rows, file_digest
+
+_CACHE_BYTES = 256 * 2**20
+
+
+class ParquetRows(Rows):
+    """The rows of a Parquet file as Python values.
+
+    The row groups used last stay in memory, up to 256 MiB or a single larger one. Columns of
+    structs {bytes, path}, as `datasets` stores images, are decoded to PIL images.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the footer.
+
+        Raises:
+            InputError: not a Parquet file, two columns of one name, or no rows.
+            UsageError: pyarrow is not installed.
+        """
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise UsageError(
+                f"Reading {path} needs pyarrow: pip install 'consolidate-ewc[datasets]'."
+            ) from None
+
+        self.name = path.name
+        self._path = path
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                schema = file.schema_arrow
+                groups = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(
+                f"{path} cannot be read as Parquet ({_first_line(error)}). Was it copied in full?"
+            ) from None
+        self.columns = list(schema.names)
+        twice = [name for name in self.columns if self.columns.count(name) > 1]
+        if twice:
+            raise InputError(f"{path}: two columns are named {twice[0]!r}. Rename one of them.")
+        self._ends = list(itertools.accumulate(groups))
+        if not self._ends or not self._ends[-1]:
+            raise InputError(f"{path} is empty: it has no rows.")
+        self._images = [
+            field.name
+            for field in schema
+            if pyarrow.types.is_struct(field.type)
+            and {inner.name for inner in field.type.fields} == {"bytes", "path"}
+        ]
+        self._features = _features(schema.metadata)
+        self._cache: OrderedDict[int, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _group(self, g: int) -> Any:
+        import pyarrow
+        import pyarrow.parquet
+
+        # taken out and put back: a reader in another thread may have dropped it in between
+        table = self._cache.pop(g, None)
+        if table is None:
+            try:
+                with pyarrow.parquet.ParquetFile(self._path) as file:
+                    table = file.read_row_group(g)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise InputError(
+                    f"{self._path}: row group {g + 1} cannot be read ({_first_line(error)})."
+                ) from None
+        self._cache[g] = table
+        while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > _CACHE_BYTES:
+            self._cache.popitem(last=False)
+        return table
+
+    def read_row(self, i: int) -> dict[str, Any]:
+        """Return row `i`.
+
+        Raises:
+            InputError: its row group or an image in it cannot be read.
+        """
+        g = bisect.bisect_right(self._ends, i)
+        start = self._ends[g - 1] if g else 0
+        row: dict[str, Any] = self._group(g).slice(i - start, 1).to_pylist()[0]
+        for column in self._images:
+            stored = row[column]
+            if stored is not None and stored["bytes"] is not None:
+                row[column] = decode_image(io.BytesIO(stored["bytes"]), self.where(i, column))
+        return row
+
+    def label_names(self, column: str) -> list[str] | None:
+        """Return the class names that `datasets` wrote beside the column."""
+        feature = self._features.get(column)
+        return feature.get("names") if isinstance(feature, dict) else None
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the file's bytes."""
+        return file_digest(self._path)
+
+
+def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
+    """Return the feature descriptions `datasets` keeps in a schema's metadata, or nothing."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n", 1)[0]

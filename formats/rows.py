@@ -1,0 +1,174 @@
+"""What every kind of task data offers: rows by number, columns by name, places in words."""
+
+import bisect
+import hashlib
+import itertools
+import json
+import operator
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from torch import Tensor
+
+from formats.errors import InputError
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """The rows of one data set, read when they are asked for.
+
+    A row is a plain dict with an entry for every name in `columns`. Nothing is kept open between
+    two reads, so rows may be read from several threads and after a fork.
+
+    Attributes:
+        name: what messages call the data: the file's or folder's own name, or the Hub id.
+        columns: the names of the columns, in the order of the data.
+        tensors: column name to the whole column, (N, …) with one entry a row, for tensor files;
+            None for every other kind of data.
+    """
+
+    name: str
+    columns: list[str]
+    tensors: Mapping[str, Tensor] | None = None
+
+    @abstractmethod
+    def read_row(self, i: int) -> dict[str, Any]:
+        """Return row `i`, 0 <= i < len(self)."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Return the SHA-256 of the content as 64 hexadecimal digits; the same on every machine.
+
+        For a file it is the digest of its bytes, as `sha256sum` prints it.
+        """
+
+    @overload
+    def __getitem__(self, i: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, i: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        """Return row `i`, or the list of rows a slice names.
+
+        Raises:
+            IndexError: there is no such row.
+            InputError: the row cannot be read; the message names file and row or line.
+        """
+        if isinstance(i, slice):
+            return [self.read_row(j) for j in range(*i.indices(len(self)))]
+        index = operator.index(i)
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} has {len(self)} rows; there is no row {i}")
+        return self.read_row(index)
+
+    def where(self, i: int, column: str | None = None) -> str:
+        """Return the place of row `i` in words: "a.npz, row 17, column 'x'"; counted from 1."""
+        place = f"{self.name}, row {i + 1}"
+        return place if column is None else f"{place}, column {column!r}"
+
+    def label_names(self, column: str) -> list[str] | None:
+        """Return the class names of `column` in the order of their ids, where the data say so."""
+        return None
+
+
+class JoinedRows(Rows):
+    """The rows of several files with the same columns, one after the other."""
+
+    def __init__(self, folder: Path, parts: Sequence[Rows]) -> None:
+        first = parts[0]
+        for part in parts[1:]:
+            if set(part.columns) != set(first.columns):
+                raise InputError(
+                    f"{folder}: the files of one folder must have the same columns, but "
+                    f"{first.name} has {', '.join(first.columns)} and {part.name} has "
+                    f"{', '.join(part.columns)}. "
+                    "Name one file instead of the folder, or give the files the same columns."
+                )
+        self.name = folder.name
+        self.columns = list(first.columns)
+        self._parts = list(parts)
+        self._ends = list(itertools.accumulate(len(part) for part in parts))
+        if all(part.tensors is not None for part in parts):
+            self.tensors = JoinedColumns(folder, parts)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _place(self, i: int) -> tuple[Rows, int]:
+        part = bisect.bisect_right(self._ends, i)
+        return self._parts[part], i - (self._ends[part - 1] if part else 0)
+
+    def read_row(self, i: int) -> dict[str, Any]:
+        """Return row `i` of all the files together."""
+        part, j = self._place(i)
+        return part.read_row(j)
+
+    def where(self, i: int, column: str | None = None) -> str:
+        """Return the file and the row within that file."""
+        part, j = self._place(i)
+        return f"{self.name}/{part.where(j, column)}"
+
+    def label_names(self, column: str) -> list[str] | None:
+        """Return the class names where all files agree on them."""
+        names = [part.label_names(column) for part in self._parts]
+        return names[0] if all(other == names[0] for other in names) else None
+
+    def digest(self) -> str:
+        """Return the SHA-256 over JSON lines [file name, digest of the file], in order of name."""
+        return listing_digest((part.name, part.digest()) for part in self._parts)
+
+
+class JoinedColumns(Mapping[str, Tensor]):
+    """Whole columns of several tensor files, joined when a column is first asked for."""
+
+    def __init__(self, folder: Path, parts: Sequence[Rows]) -> None:
+        self._folder = folder
+        self._parts = parts
+        self._joined: dict[str, Tensor] = {}
+
+    def __getitem__(self, column: str) -> Tensor:
+        import torch
+
+        if column not in self._joined:
+            pieces = [part.tensors[column] for part in self._parts if part.tensors is not None]
+            for part, piece in zip(self._parts, pieces, strict=True):
+                if (piece.dtype, piece.shape[1:]) != (pieces[0].dtype, pieces[0].shape[1:]):
+                    raise InputError(
+                        f"{self._folder}: column {column!r} has rows of {describe(pieces[0])} in "
+                        f"{self._parts[0].name} and of {describe(piece)} in {part.name}; "
+                        "the files of one folder must agree."
+                    )
+            self._joined[column] = torch.cat(pieces)
+        return self._joined[column]
+
+    def __iter__(self) -> Any:
+        return iter(self._parts[0].columns)
+
+    def __len__(self) -> int:
+        return len(self._parts[0].columns)
+
+
+def describe(column: Tensor) -> str:
+    """Return dtype and shape of one row of `column`, (N, …), in words."""
+    shape = tuple(column.shape[1:])
+    return f"{str(column.dtype).removeprefix('torch.')} of shape {shape}"
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def listing_digest(entries: Any) -> str:
+    """Return the SHA-256 over JSON lines [name, hex], in the order given.
+
+    Args:
+        entries: pairs of a name and a digest in hexadecimal.
+    """
+    total = hashlib.sha256()
+    for name, digest in entries:
+        total.update(json.dumps([name, digest], ensure_ascii=False).encode() + b"\n")
+    return total.hexdigest()

@@ -1,0 +1,144 @@
+"""Rows of tensor files, `.safetensors` and `.npz`: one tensor a column, one entry a row."""
+
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from formats.errors import InputError
+from formats.rows import Rows, file_digest
+from formats.tensors import TensorFiles, open_tensors
+
+
+class NpzColumns(Mapping[str, Tensor]):
+    """The arrays of an `.npz` file as tensors; each is read when it is first asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the headers of the arrays.
+
+        Raises:
+            InputError: no zip file of arrays, or an array that holds no numbers (text, or Python
+                objects, which are never unpickled).
+        """
+        self._path = path
+        self._loaded: dict[str, Tensor] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.namelist():
+                    with archive.open(member) as file:
+                        shape, dtype = _npy_header(file)
+                    name = member.removesuffix(".npy")
+                    if dtype.hasobject or dtype.kind not in "biufc":
+                        raise InputError(
+                            f"{path}: array {name!r} holds {_kind(dtype)} ({dtype}), expected "
+                            "numbers. Save labels as integers, or the data as .jsonl or .csv."
+                        )
+                    self._shapes[name] = shape
+        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+            raise InputError(
+                f"{path} cannot be read as .npz ({error}). Was it copied in full, and written by "
+                "numpy.savez?"
+            ) from None
+
+    def __getitem__(self, column: str) -> Tensor:
+        if column not in self._shapes:
+            raise KeyError(column)
+        if column not in self._loaded:
+            try:
+                with np.load(self._path, allow_pickle=False) as archive:
+                    values = archive[column]
+                # torch knows the machine's own byte order only
+                values = values.astype(values.dtype.newbyteorder("="), copy=False)
+                self._loaded[column] = torch.from_numpy(values)
+            except (zipfile.BadZipFile, ValueError, EOFError, TypeError) as error:
+                raise InputError(
+                    f"{self._path}: array {column!r} cannot be read ({error})."
+                ) from None
+        return self._loaded[column]
+
+    def shape(self, column: str) -> tuple[int, ...]:
+        """Return the shape of an array, from its header."""
+        return self._shapes[column]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read is None:
+        raise ValueError(f"array format {version[0]}.{version[1]} is not known")
+    shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    if dtype.hasobject:
+        return "Python objects"
+    return "text" if dtype.kind in "SU" else "no numbers"
+
+
+class TensorRows(Rows):
+    """Row `i` is entry `i` along the first dimension of every tensor; a label is a 0-dim tensor.
+
+    `tensors` gives whole columns, (N, …), so that a batch is one indexing operation.
+    """
+
+    tensors: TensorFiles | NpzColumns
+
+    def __init__(self, path: Path) -> None:
+        """Read the headers and compare the lengths.
+
+        Raises:
+            InputError: unreadable, no tensors, no rows, a tensor without a first dimension, or
+                tensors of unequal lengths.
+        """
+        self.name = path.name
+        self._path = path
+        is_npz = path.suffix.lower() == ".npz"
+        self.tensors = NpzColumns(path) if is_npz else open_tensors(path)
+        self.columns = list(self.tensors)
+        shapes = {name: self.tensors.shape(name) for name in self.columns}
+        if not shapes:
+            raise InputError(
+                f"{path} is empty: expected tensors, one a column, such as inputs and labels."
+            )
+        for name, shape in shapes.items():
+            if not shape:
+                raise InputError(
+                    f"{path}: tensor {name!r} is a single number; expected one entry a row in its "
+                    "first dimension."
+                )
+        first = self.columns[0]
+        self._length = shapes[first][0]
+        for name, shape in shapes.items():
+            if shape[0] != self._length:
+                raise InputError(
+                    f"{path}: tensor {first!r} has {self._length} rows and {name!r} has "
+                    f"{shape[0]}; the first dimension of all must be the same."
+                )
+        if self._length == 0:
+            raise InputError(f"{path} is empty: its tensors have 0 rows.")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read_row(self, i: int) -> dict[str, Any]:
+        """Return entry `i` of every tensor; views, to be copied before they are changed."""
+        return {name: column[i] for name, column in self.tensors.items()}
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the file's bytes."""
+        return file_digest(self._path)

@@ -1,0 +1,97 @@
+import hashlib
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from formats.data import open_data
+from formats.errors import InputError, UsageError
+
+
+def picture(path, colour, size=(3, 2), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **options)
+
+
+def folder(tmp_path):
+    root = tmp_path / "pets"
+    picture(root / "dog" / "1.png", (255, 0, 0))
+    picture(root / "cat" / "b.PNG", (0, 255, 0))
+    picture(root / "cat" / "a" / "deep.png", (0, 0, 255))
+    picture(root / "Ant" / "x.bmp", 7, mode="L")
+    (root / "cat" / ".DS_Store").write_text("")
+    (root / "cat" / "notes.txt").write_text("")
+    (root / "README.md").write_text("about")
+    (root / "nothing").mkdir()
+    return root
+
+
+def test_rows_are_ordered_by_class_then_path(tmp_path):
+    root = folder(tmp_path)
+    rows = open_data(root)
+    assert rows.name == "pets"
+    assert rows.columns == ["image", "label"]
+    assert [row["label"] for row in rows] == ["Ant", "cat", "cat", "dog"]
+    assert rows.label_names("label") == ["Ant", "cat", "dog"]
+    assert rows.label_names("image") is None
+    assert rows[0]["image"].mode == "L"
+    assert rows[0]["image"].size == (3, 2)
+    assert [row["image"].getpixel((0, 0)) for row in rows[1:]] == [
+        (0, 0, 255),
+        (0, 255, 0),
+        (255, 0, 0),
+    ]
+    assert rows.where(1, "image") == "pets/cat/a/deep.png, row 2, column 'image'"
+
+
+def test_digest_is_of_paths_and_contents(tmp_path):
+    root = folder(tmp_path)
+    lines = b""
+    for name in ("Ant/x.bmp", "cat/a/deep.png", "cat/b.PNG", "dog/1.png"):
+        lines += json.dumps([name, hashlib.sha256((root / name).read_bytes()).hexdigest()]).encode()
+        lines += b"\n"
+    assert open_data(root).digest() == hashlib.sha256(lines).hexdigest()
+
+
+def test_images_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Orientation] = 6
+    picture(tmp_path / "p" / "c" / "turned.jpg", 0, exif=exif)
+    assert open_data(tmp_path / "p")[0]["image"].size == (2, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", "half"])
+def test_a_damaged_image_is_named(tmp_path, content):
+    root = folder(tmp_path)
+    path = root / "dog" / "1.png"
+    path.write_bytes(path.read_bytes()[:40] if content == "half" else content)
+    rows = open_data(root)
+    with pytest.raises(InputError, match=f"{path}: the image cannot be read"):
+        rows[3]
+
+
+def test_splits(tmp_path):
+    root = tmp_path / "pets"
+    picture(root / "train" / "cat" / "1.png", 0)
+    picture(root / "train" / "dog" / "1.png", 0)
+    picture(root / "test" / "dog" / "2.png", 0)
+    with pytest.raises(InputError, match="several splits.*test, train"):
+        open_data(root)
+    assert [row["label"] for row in open_data(root, split="train")] == ["cat", "dog"]
+    assert [row["label"] for row in open_data(root, split="test")] == ["dog"]
+    with pytest.raises(InputError, match="no split 'dev'"):
+        open_data(root, split="dev")
+
+
+def test_images_without_class_folders_are_refused(tmp_path):
+    picture(tmp_path / "p" / "1.png", 0)
+    with pytest.raises(InputError, match="no class folders"):
+        open_data(tmp_path / "p")
+
+
+def test_a_missing_pillow_is_named(tmp_path, monkeypatch):
+    root = folder(tmp_path)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(UsageError, match=r"consolidate-ewc\[transformers\]"):
+        open_data(root)
