@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from consolidate.cli import main as consolidate
+from consolidate.cli import cli
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 WIDTH = 96
@@ -29,7 +29,7 @@ def document() -> str:
         "# Command line\n",
         "What `--help` says of every command, written by `scripts/write_docs`.\n",
     ]
-    for name, text in help_texts(consolidate, "consolidate"):
+    for name, text in help_texts(cli, "consolidate"):
         lines = "\n".join(line.rstrip() for line in text.splitlines())
         parts.append(f"## {name}\n\n```text\n{lines}\n```\n")
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Fashion-MNIST from an image folder, then the same turned by a quarter: a small vision transformer.
+"""Fashion-MNIST from an image folder, then turned by a quarter: a small vision transformer.
 
 The raw data are the four IDX files of Fashion-MNIST, gzipped or not, as the Debian package
 `dataset-fashion-mnist` has them in /usr/share/datasets/fashion-mnist.
@@ -35,17 +35,17 @@ TEXT = """
 # Fashion-MNIST, then turned by a quarter
 
 A vision transformer of transformers, of {parameters:,} parameters, made here with random weights,
-learns the ten classes from a folder of PNG files by class (task A: {train:,} images) with `consolidate
-finetune --penalty none`, which also measures the exact Fisher on {measured:,} of them. Then it learns
-the same classes from images turned by 90° (task B: {train:,} others). Accuracy on {test:,} test images
-of each task:
+learns the ten classes from a folder of PNG files by class (task A: {train:,} images) with
+`consolidate finetune --penalty none`, which also measures the exact Fisher on {measured:,} of
+them. Then it learns the same classes from images turned by 90° (task B: {train:,} others).
+Accuracy on {test:,} test images of each task:
 
 {results}
 
 {picture}
 
-Strengths are chosen by the mean accuracy on {validation:,} images of each task that were held out of
-training. All that were tried:
+Strengths are chosen by the mean accuracy on {validation:,} images of each task that were held out
+of training. All that were tried:
 
 {grid}
 """

