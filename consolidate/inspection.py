@@ -1,0 +1,271 @@
+"""What a checkpoint's Fisher folder says, and whether every byte of it holds."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from formats.checkpoint import open_checkpoint
+from torch import Tensor
+
+from formats.digest import TensorRecord, differences, set_digest, tensor_record
+from formats.errors import ConsolidateError, InputError, NonFiniteError
+from formats.fisher_folder import (
+    check_values,
+    in_one_line,
+    read_fisher,
+    tensor_sets,
+)
+from formats.ledger import FORMAT, VERSION
+from formats.tensors import TensorFiles
+
+_WIDTH = 72
+
+
+def show(checkpoint: Path, *, top: int = 10) -> dict[str, Any]:
+    """Summarize the ledger and the Fisher of a checkpoint; nothing is compared with the weights.
+
+    Args:
+        checkpoint: The folder that holds `fisher/`; the weights themselves need not be there.
+        top: How many parameters to list, those with the largest trace first.
+
+    Returns:
+        JSON-ready: ``tasks`` as in the ledger without their layers, ``merge_rule``, ``gamma``,
+        ``penalty_offset``, totals under ``fisher``, ``parameters`` (trace Σ_i Λ_i, mean, largest
+        value, share of the whole trace), ``unprotected`` with reasons, ``anchor``, ``versions``.
+
+    Raises:
+        InputError: There is no Fisher folder, or `read_fisher` refuses it.
+    """
+    stored = read_fisher(Path(checkpoint) / "fisher")
+    ledger = stored.ledger
+    parameters: list[dict[str, Any]] = []
+    for name in stored.fisher:
+        values = stored.fisher[name].double()
+        count = values.numel()
+        trace = float(values.sum())
+        parameters.append(
+            {
+                "name": name,
+                "shape": list(values.shape),
+                "trace": trace,
+                "mean": trace / count if count else 0.0,
+                "max": float(values.max()) if count else 0.0,
+            }
+        )
+    total = sum(parameter["trace"] for parameter in parameters)
+    for parameter in parameters:
+        parameter["share"] = parameter["trace"] / total if total > 0 else 0.0
+    parameters.sort(key=lambda parameter: -parameter["trace"])
+    tasks = [asdict(task) for task in ledger.tasks]
+    for task in tasks:
+        del task["layers"]
+    return {
+        "checkpoint": str(checkpoint),
+        "format": FORMAT,
+        "version": VERSION,
+        "merge_rule": ledger.merge_rule,
+        "gamma": ledger.gamma,
+        "penalty_offset": ledger.penalty_offset,
+        "tasks": tasks,
+        "fisher": {
+            "tensors": len(ledger.fisher),
+            "values": sum(stored.fisher[name].numel() for name in stored.fisher),
+            "dtype": next(iter(ledger.fisher.values())).dtype,
+            "trace": total,
+            "digest": set_digest(ledger.fisher),
+        },
+        "weights": {"tensors": len(ledger.weights), "digest": set_digest(ledger.weights)},
+        "anchor": "the weights" if ledger.anchor is None else "fisher/anchor",
+        "heads": list(ledger.heads),
+        "parameters": parameters[:top],
+        "parameters_left_out": max(len(parameters) - top, 0),
+        "unprotected": dict(ledger.unprotected),
+        "versions": dict(ledger.versions),
+    }
+
+
+def show_text(summary: Mapping[str, Any]) -> str:
+    """Lay out what `show` returns as plain text, control characters in names escaped.
+
+    Args:
+        summary: What `show` returned.
+
+    Returns:
+        Lines of text without a newline at the end.
+    """
+    fisher = summary["fisher"]
+    rule = f"{summary['merge_rule']}, γ = {summary['gamma']:g}"
+    if summary["penalty_offset"]:
+        rule += f", penalty offset {summary['penalty_offset']:.6g}"
+    lines = [
+        _plain(summary["checkpoint"]),
+        f"Fisher: {fisher['values']:,} values in {fisher['tensors']} tensors of {fisher['dtype']}",
+        f"trace: {fisher['trace']:.6g}",
+        f"merged: {rule}; anchor: {summary['anchor']}",
+        "",
+        *_table(
+            ["task", "objective", "units", "estimator", "seed", "weight", "λ", "data"],
+            [
+                [
+                    task["name"],
+                    task["objective"],
+                    f"{task['units']:,} {task['unit']}s",
+                    _estimator(task),
+                    str(task["seed"]),
+                    f"{task['weight']:g}",
+                    "–" if task["ewc_lambda"] is None else f"{task['ewc_lambda']:g}",
+                    task["data"],
+                ]
+                for task in summary["tasks"]
+            ],
+        ),
+        "",
+        *_table(
+            ["parameter", "shape", "trace", "mean", "largest", "share"],
+            [
+                [
+                    parameter["name"],
+                    "×".join(map(str, parameter["shape"])),
+                    f"{parameter['trace']:.4g}",
+                    f"{parameter['mean']:.4g}",
+                    f"{parameter['max']:.4g}",
+                    f"{parameter['share']:.1%}",
+                ]
+                for parameter in summary["parameters"]
+            ],
+            right_from=2,
+        ),
+    ]
+    if summary["parameters_left_out"]:
+        lines.append(f"and {summary['parameters_left_out']} more")
+    if metrics := _metrics(summary["tasks"]):
+        lines += ["", *_table(["after training", "when", "on task", "metrics"], metrics)]
+    if summary["unprotected"]:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in summary["unprotected"].items():
+            reasons.setdefault(reason, []).append(name)
+        lines += ["", "not protected:"]
+        for reason, names in reasons.items():
+            few = ", ".join(_plain(name) for name in names[:4])
+            rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            lines.append(f"  {_plain(reason)}: {few}{rest}")
+    return "\n".join(lines)
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """Check every digest, name, shape and value of the weights and of the Fisher folder.
+
+    Args:
+        checkpoint: A folder with the weights and `fisher/`.
+
+    Returns:
+        JSON-ready: of each set of tensors how many there are, their bytes and the set's digest.
+
+    Raises:
+        InputError: Anything that is missing, extra, renamed, resized, of another dtype, with other
+            bytes, or negative in the Fisher; each finding names the file and the tensor.
+        NonFiniteError: Values that are NaN or infinite, and nothing else is wrong.
+    """
+    source = open_checkpoint(Path(checkpoint))
+    stored = read_fisher(Path(checkpoint) / "fisher")
+    findings: list[ConsolidateError] = []
+    summary: dict[str, Any] = {
+        "checkpoint": str(checkpoint),
+        "tasks": [task.name for task in stored.ledger.tasks],
+        "weights": _verify_set(
+            "weights", source.weights, stored.ledger.weights, findings, source.path
+        ),
+        "heads": {},
+    }
+    for kind, tensors, records in tensor_sets(stored):
+        found = _verify_set(kind, tensors, records, findings, tensors.path)
+        if kind == "head":
+            summary["heads"][tensors.files[0].stem] = found
+        else:
+            summary[kind] = found
+    if findings:
+        worst = (
+            NonFiniteError if all(isinstance(f, NonFiniteError) for f in findings) else InputError
+        )
+        raise worst(in_one_line([str(finding).rstrip(".") for finding in findings]) + ".")
+    return summary
+
+
+def _verify_set(
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    records: Mapping[str, TensorRecord],
+    findings: list[ConsolidateError],
+    path: Path,
+) -> dict[str, Any]:
+    """Read every tensor once; note wrong values, then what differs from the ledger."""
+    found: dict[str, TensorRecord] = {}
+    size = 0
+    for name in tensors:
+        tensor = tensors[name]
+        found[name] = tensor_record(tensor)
+        size += tensor.numel() * tensor.element_size()
+        try:
+            check_values(
+                tensor, f"{_file(tensors, name, path)}: {name!r}", not_negative=kind == "fisher"
+            )
+        except ConsolidateError as finding:
+            findings.append(finding)
+    for name in sorted(records.keys() & found.keys()):
+        for line in differences({name: records[name]}, {name: found[name]}):
+            findings.append(InputError(f"{_file(tensors, name, path)}: {line}"))
+    if isinstance(tensors, TensorFiles) and len(tensors.files) == 1:
+        path = tensors.files[0]
+    missing = {name: record for name, record in records.items() if name not in found}
+    extra = {name: record for name, record in found.items() if name not in records}
+    findings.extend(InputError(f"{path}: {line}") for line in differences(missing, extra))
+    return {"tensors": len(found), "bytes": size, "digest": set_digest(found)}
+
+
+def _file(tensors: Mapping[str, Tensor], name: str, path: Path) -> Path:
+    return tensors.file_of(name) if isinstance(tensors, TensorFiles) else path
+
+
+def _estimator(task: Mapping[str, Any]) -> str:
+    samples = task["mc_samples"]
+    sampled = task["estimator"] in ("mc", "batched") and samples is not None
+    return f"{task['estimator']} × {samples}" if sampled else task["estimator"]
+
+
+def _metrics(tasks: list[dict[str, Any]]) -> list[list[str]]:
+    return [
+        [
+            task["name"],
+            when,
+            evaluated,
+            ", ".join(f"{metric} {value:.4g}" for metric, value in values.items()),
+        ]
+        for task in tasks
+        for when, measured in task["metrics"].items()
+        for evaluated, values in measured.items()
+    ]
+
+
+def _table(header: list[str], rows: list[list[str]], *, right_from: int | None = None) -> list[str]:
+    """Align columns; those from `right_from` on are numbers and stand to the right."""
+    cells = [[_plain(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return [
+        "  ".join(
+            cell.rjust(width)
+            if right_from is not None and column >= right_from
+            else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _plain(text: str) -> str:
+    """Escape what is not printable, as it could steer a terminal, and cut what is very long."""
+    escaped = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
+    return escaped if len(escaped) <= _WIDTH else escaped[: _WIDTH - 1] + "…"

@@ -1,0 +1,312 @@
+"""The Fisher folder beside the weights: Λ, its anchor, heads of earlier tasks, the ledger."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from formats.atomic import final_path, recover, write_file
+from formats.checkpoint import weight_records
+from formats.digest import TensorRecord, differences, dtype_name, set_digest, tensor_record
+from formats.errors import InputError, NonFiniteError
+from formats.ledger import FORMAT, VERSION, Ledger, ledger_bytes, read_ledger
+from formats.tensors import MAX_SHARD_SIZE, TensorFiles, open_tensors, write_tensors
+
+LEDGER_NAME = "fisher.json"
+METADATA_KEY = FORMAT
+_MOST_LINES = 5
+
+
+@dataclass(frozen=True)
+class StoredFisher:
+    """A Fisher folder that was opened: its ledger, and its tensors, read one by one when asked for.
+
+    Attributes:
+        folder: The folder.
+        ledger: What `fisher.json` says.
+        fisher: Λ by the names of the weights file.
+        anchor: μ by the same names, float32; None where it is the weights themselves.
+        heads: Output layers of earlier tasks, by task and by tensor name.
+    """
+
+    folder: Path
+    ledger: Ledger
+    fisher: TensorFiles
+    anchor: TensorFiles | None
+    heads: dict[str, TensorFiles] = field(default_factory=dict)
+
+
+def write_fisher(
+    folder: Path,
+    fisher: Mapping[str, Tensor],
+    ledger: Ledger,
+    *,
+    anchor: Mapping[str, Tensor] | None = None,
+    heads: Mapping[str, Mapping[str, Tensor]] | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> Ledger:
+    """Write a Fisher folder; nothing is written before everything has been checked.
+
+    Args:
+        folder: Where to write, inside a staging folder of `replace_folder`; made if it is missing.
+        fisher: Λ, a name and a shape of the weights each, floating, cast to `dtype`.
+        ledger: All but the records of `fisher`, `anchor` and `heads`, which are measured here.
+        anchor: μ by the names of `fisher`, cast to float32; None where it is the weights.
+        heads: Output layers of earlier tasks, by task; those the ledger records must be among them.
+        dtype: float32 or bfloat16.
+        max_shard_size: Bytes a file of Λ or μ may have before another is begun.
+
+    Returns:
+        The ledger as written.
+
+    Raises:
+        InputError: A value of Λ is negative, or the ledger and the tensors do not fit the format.
+        NonFiniteError: A value is NaN or infinite, if only after the cast to `dtype`.
+    """
+    heads = heads or {}
+    if lost := ledger.heads.keys() - heads.keys():
+        raise InputError(
+            f"the ledger has an output layer of the task {min(lost)!r}, but none was given."
+        )
+    where = final_path(folder)
+    ledger = replace(
+        ledger,
+        fisher=_measured(fisher, dtype, f"{where}: the Fisher", not_negative=True),
+        anchor=None if anchor is None else _measured(anchor, torch.float32, f"{where}: the anchor"),
+        heads={task: _measured(head, None, f"{where}: {task}") for task, head in heads.items()},
+    )
+    data = ledger_bytes(ledger, str(where / LEDGER_NAME))
+    digest = set_digest(ledger.weights)
+
+    folder.mkdir(exist_ok=True)
+    for stem, tensors, cast in (("fisher", fisher, dtype), ("anchor", anchor, torch.float32)):
+        if tensors is not None:
+            write_tensors(
+                folder,
+                tensors,
+                stem=stem,
+                metadata=file_metadata(stem, digest),
+                max_shard_size=max_shard_size,
+                dtype=cast,
+            )
+    for task, head in heads.items():
+        (folder / "heads").mkdir(exist_ok=True)
+        write_tensors(
+            folder / "heads",
+            head,
+            stem=task,
+            metadata=file_metadata("head", digest),
+            max_shard_size=2**63 - 1,
+        )
+    write_file(folder / LEDGER_NAME, data)
+    return ledger
+
+
+def read_fisher(folder: Path) -> StoredFisher:
+    """Open a Fisher folder: the ledger, and the headers of every tensor file against it.
+
+    Values are neither read nor checked here: `verify` does that.
+
+    Args:
+        folder: ``CHECKPOINT/fisher``.
+
+    Raises:
+        InputError: The folder or a file is missing, a file does not belong, the version is unknown,
+            or names, shapes, dtypes or metadata are not what the ledger says.
+        NonFiniteError: A number of the ledger overflows to infinity.
+    """
+    recover(folder)
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is not there: the checkpoint has no Fisher; measure one with "
+            "`consolidate fisher`."
+        )
+    ledger = read_ledger(folder / LEDGER_NAME)
+    fisher = open_tensors(folder, "fisher")
+    anchor = None if ledger.anchor is None else open_tensors(folder, "anchor")
+    heads = {task: open_tensors(folder / "heads", task) for task in ledger.heads}
+    stored = StoredFisher(folder, ledger, fisher, anchor, heads)
+    _check_files(stored)
+    digest = set_digest(ledger.weights)
+    for kind, tensors, records in tensor_sets(stored):
+        for file in tensors.files:
+            _check_metadata(file, file_metadata(kind, digest)[METADATA_KEY])
+        _check_headers(tensors, records)
+    return stored
+
+
+def tensor_sets(
+    stored: StoredFisher,
+) -> Iterator[tuple[str, TensorFiles, dict[str, TensorRecord]]]:
+    """Give every set of tensors of the folder: its kind, the tensors and the ledger's records."""
+    yield "fisher", stored.fisher, stored.ledger.fisher
+    if stored.anchor is not None and stored.ledger.anchor is not None:
+        yield "anchor", stored.anchor, stored.ledger.anchor
+    for task, head in stored.heads.items():
+        yield "head", head, stored.ledger.heads[task]
+
+
+def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: str) -> None:
+    """Refuse a Fisher that was measured at other weights; every byte of the weights is read.
+
+    Args:
+        stored: The Fisher.
+        weights: The weights of the checkpoint, by the names of its file.
+        where: What a message calls the weights.
+
+    Raises:
+        InputError: The weights differ; the message says which tensors and how.
+    """
+    lines = differences(stored.ledger.weights, weight_records(weights))
+    if lines:
+        raise InputError(
+            f"{stored.folder / LEDGER_NAME} belongs to other weights than {where}: "
+            f"{in_one_line(lines)}. Measure the Fisher of these weights with `consolidate fisher`."
+        )
+
+
+def in_one_line(lines: list[str]) -> str:
+    """Join the first few of several findings, counting the rest."""
+    rest = len(lines) - _MOST_LINES
+    return "; ".join(lines[:_MOST_LINES]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def file_metadata(kind: str, weights_digest: str) -> dict[str, str]:
+    """Give the one metadata entry of a tensor file.
+
+    Args:
+        kind: ``fisher``, ``anchor`` or ``head``.
+        weights_digest: The set digest of the weights that the file belongs to.
+    """
+    content = {"kind": kind, "version": VERSION, "weights": weights_digest}
+    return {METADATA_KEY: json.dumps(content, separators=(",", ":"))}
+
+
+def check_values(tensor: Tensor, where: str, *, not_negative: bool) -> None:
+    """Refuse values that are not finite or, in a Fisher, negative.
+
+    Raises:
+        NonFiniteError: Naming how many values are NaN or infinite.
+        InputError: Naming how many values are negative.
+    """
+    if not tensor.is_floating_point():
+        return
+    # float8 has no isfinite of its own.
+    values = tensor if tensor.element_size() > 1 else tensor.float()
+    if not_finite := int((~torch.isfinite(values)).sum()):
+        raise NonFiniteError(
+            f"{where} has {not_finite} of {values.numel()} values NaN or infinite."
+        )
+    if not_negative and (negative := int((values < 0).sum())):
+        raise InputError(
+            f"{where} has {negative} of {values.numel()} values below 0, "
+            "which no sum of squares can be."
+        )
+
+
+def _measured(
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    what: str,
+    *,
+    not_negative: bool = False,
+) -> dict[str, TensorRecord]:
+    """Record each tensor as it will be stored, and refuse values that may not be."""
+    records = {}
+    for name, tensor in tensors.items():
+        stored = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        check_values(stored, f"{what} of {name!r}", not_negative=not_negative)
+        records[name] = tensor_record(stored)
+    return records
+
+
+def _check_files(stored: StoredFisher) -> None:
+    """Refuse files that the format does not know, but for hidden ones."""
+    folder = stored.folder
+    expected = {LEDGER_NAME}
+    for stem, tensors in (("fisher", stored.fisher), ("anchor", stored.anchor)):
+        if tensors is not None:
+            expected |= _file_names(stem, tensors)
+    for file in sorted(folder.iterdir()):
+        if file.name == "heads" and stored.heads:
+            heads = {f"{task}.safetensors" for task in stored.heads}
+            if strays := [f for f in sorted(file.iterdir()) if _is_stray(f, heads)]:
+                raise _stray(strays[0])
+        elif _is_stray(file, expected):
+            raise _stray(file)
+
+
+def _is_stray(file: Path, expected: set[str]) -> bool:
+    return file.name not in expected and not file.name.startswith(".")
+
+
+def _stray(file: Path) -> InputError:
+    return InputError(
+        f"{file} does not belong in a Fisher folder, or its ledger does not know of it: "
+        "move it elsewhere."
+    )
+
+
+def _file_names(stem: str, tensors: TensorFiles) -> set[str]:
+    names = {file.name for file in tensors.files}
+    if names == {f"{stem}.safetensors"}:
+        return names
+    shard = re.compile(rf"{stem}-([0-9]{{5}})-of-([0-9]{{5}})\.safetensors")
+    for name in sorted(names):
+        if not shard.fullmatch(name):
+            raise InputError(
+                f"{tensors.path / name}: a shard is named {stem}-0000i-of-0000n.safetensors, "
+                f"and {stem}.safetensors.index.json names another."
+            )
+    return names | {f"{stem}.safetensors.index.json"}
+
+
+def _check_metadata(file: Path, expected: str) -> None:
+    with safe_open(file, framework="pt") as handle:
+        metadata: dict[str, str] = handle.metadata() or {}
+    if list(metadata) != [METADATA_KEY]:
+        raise InputError(
+            f"{file}: expected exactly one metadata key, {METADATA_KEY!r}, "
+            f"found {sorted(metadata)}."
+        )
+    if metadata[METADATA_KEY] == expected:
+        return
+    try:
+        content: Any = json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError):
+        content = None
+    if isinstance(content, dict):
+        for name, value in json.loads(expected).items():
+            if content.get(name) != value:
+                raise InputError(
+                    f"{file}, metadata: {name} is {content.get(name)!r}, and {LEDGER_NAME} "
+                    f"asks for {value!r}: the files come from different runs."
+                )
+    raise InputError(
+        f"{file}, metadata: expected {expected}, found {metadata[METADATA_KEY][:200]!r}."
+    )
+
+
+def _check_headers(tensors: TensorFiles, records: Mapping[str, TensorRecord]) -> None:
+    """Compare names, dtypes and shapes, which the headers give without any value being read."""
+    headers = {
+        name: TensorRecord(
+            dtype_name(tensors.dtype(name)),
+            tensors.shape(name),
+            records[name].sha256 if name in records else "",
+        )
+        for name in tensors
+    }
+    if lines := differences(records, headers):
+        extra = next((name for name in headers if name not in records), None)
+        path = tensors.files[0] if len(tensors.files) == 1 else tensors.path
+        if extra is not None:
+            path = tensors.file_of(extra)
+        raise InputError(f"{path} does not hold what {LEDGER_NAME} lists: {in_one_line(lines)}.")
