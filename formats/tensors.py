@@ -301,6 +301,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def broken(file: Path, kind: str, reason: str) -> InputError:
+    """Say that a file is not what its name says, and what to do.
+
+    Args:
+        file: The file.
+        kind: What it should be.
+        reason: What its reader found.
+
+    Returns:
+        The error to raise.
+    """
+    with open(file, "rb") as content:
+        start = content.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        return InputError(f"{file} is a pointer of Git LFS; run `git lfs pull` to fetch the file")
+    if not start:
+        return InputError(f"{file} is empty; fetch or save it again")
+    return InputError(f"{file} is cut short or not {kind} ({reason}); fetch or save it again")
+
+
 def _open(file: Path) -> Any:
     if not file.is_file():
         what = "is not a file" if file.exists() else "does not exist"
@@ -310,9 +330,7 @@ def _open(file: Path) -> Any:
     except PermissionError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{file} is cut short or not a safetensors file ({error}); fetch or save it again"
-        ) from error
+        raise broken(file, "a safetensors file", str(error)) from error
 
 
 def _header(

@@ -1,0 +1,269 @@
+"""Checkpoints on disk: a folder or a bare file, its weights by name, and everything beside them."""
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from formats.atomic import explain_full_disk, recover
+from formats.digest import TensorRecord, tensor_record
+from formats.errors import InputError, NonFiniteError
+from formats.pickles import PICKLE_SUFFIXES, open_pickle
+from formats.tensors import (
+    MAX_SHARD_SIZE,
+    check_link,
+    dtype_of,
+    open_tensors,
+    read_index,
+    read_json,
+    write_tensors,
+)
+
+_KINDS = f"a file that ends in .safetensors, {', '.join(PICKLE_SUFFIXES)}"
+# What transformers' Trainer, accelerate and peft write beside the weights.
+_NOT_WEIGHTS = re.compile(
+    r"(optimizer|scheduler|scaler|training_args|rng_state|random_states|sampler|adapter_model).*"
+)
+_OF_THE_OLD_WEIGHTS = re.compile(
+    r".*\.safetensors(\.index\.json)?"
+    r"|pytorch_model.*\.bin(\.index\.json)?"
+    r"|tf_model.*\.h5(\.index\.json)?|flax_model.*\.msgpack(\.index\.json)?|rust_model\.ot"
+    r"|(optimizer|scheduler|scaler|rng_state|random_states).*\.(pt|pth|bin|pkl)"
+    r"|checkpoint-\d+|fisher|\.git|\.cache|\..*\.consolidate-.*"
+)
+_PACKED = re.compile(
+    r"(.*\.)?(qweight|qzeros|SCB|absmax|quant_map|weight_packed|weight_scale_inv)"
+    r"|.*quant_state\..*"
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was opened; the values of its weights are read when asked for.
+
+    Attributes:
+        path: The folder or the bare file.
+        weights: Tensor name to tensor, in the file's order.
+        config: The content of ``config.json``; empty where there is none.
+        format: How the weights are stored.
+        files: The weight files and their index.
+    """
+
+    path: Path
+    weights: Mapping[str, Tensor]
+    config: dict[str, Any]
+    format: Literal["safetensors", "pickle"]
+    files: tuple[Path, ...] = ()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint, reading only the headers of its weights where the format allows.
+
+    In a folder ``model.safetensors`` or its shards are taken, else ``pytorch_model.bin`` or its
+    shards, else the only safetensors model there is, else the only pickle. What a killed run left
+    of the folder is completed or rolled back first.
+
+    Args:
+        path: A folder, or a ``.safetensors``, ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file.
+
+    Returns:
+        The checkpoint; a bare file has no config.
+
+    Raises:
+        InputError: If the path does not exist, holds no model or several, if a file is damaged or
+            leads out of the folder, or if the weights are quantized.
+    """
+    try:
+        recover(path)
+        if not path.exists():
+            raise InputError(f"{path} does not exist")
+        is_folder = path.is_dir()
+        if not is_folder and path.suffix not in (".safetensors", *PICKLE_SUFFIXES):
+            raise InputError(f"{path} is no checkpoint: expected a folder or {_KINDS}")
+        files = _weight_files(path) if is_folder else (path,)
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    config: dict[str, Any] = {}
+    if is_folder and (path / "config.json").exists():
+        check_link(path, path / "config.json")
+        config = read_json(path / "config.json")
+    last = files[-1]
+    stem, is_safetensors, _ = last.name.partition(".safetensors")
+    weights: Mapping[str, Tensor]
+    if is_safetensors:
+        weights = open_tensors(path, stem)
+    else:
+        weights = open_pickle(last)
+    if not weights:
+        raise InputError(f"{last} holds no tensors")
+    _refuse_quantized(path, weights, config)
+    return Checkpoint(path, weights, config, "safetensors" if is_safetensors else "pickle", files)
+
+
+def weight_records(weights: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
+    """Digest every tensor, one at a time.
+
+    Args:
+        weights: Tensor name to tensor.
+
+    Returns:
+        Tensor name to dtype, shape and digest, in the same order.
+    """
+    return {name: tensor_record(weights[name]) for name in weights}
+
+
+def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights with a NaN or an infinity.
+
+    Args:
+        weights: Tensor name to tensor.
+        path: Where they are stored, for the message.
+
+    Raises:
+        NonFiniteError: Naming the first such tensor and how many of its values are not finite.
+    """
+    for name in weights:
+        dtype = dtype_of(weights, name)
+        if not dtype.is_floating_point and not dtype.is_complex:
+            continue
+        tensor = weights[name]
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if bad:
+            raise NonFiniteError(
+                f"{path}: tensor {name!r} has {bad} of {tensor.numel()} values NaN or infinite; "
+                "use a checkpoint from before the training diverged"
+            )
+
+
+def write_checkpoint(
+    staging: Path,
+    source: Checkpoint,
+    weights: Mapping[str, Tensor],
+    *,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write weights and, beside them, what else the source's folder holds.
+
+    Every other file and sub-folder is copied: tokenizer, config, licence. Left behind is what
+    belongs to the old weights: weight files of any framework and their indexes, ``fisher/``,
+    optimizer states and sub-folders ``checkpoint-N`` of a training run; also ``.git``, ``.cache``.
+
+    Args:
+        staging: An empty folder, of `formats.atomic.replace_folder`.
+        source: The checkpoint whose other files are kept.
+        weights: Tensor name to tensor, tied ones once, in the order they are to be stored.
+        max_shard_size: Bytes a file may have before another is begun.
+
+    Raises:
+        InputError: If a file of the source cannot be read or is a link that leads out of its
+            folder, a dtype cannot be stored, or the disk is full.
+    """
+    write_tensors(staging, weights, metadata={"format": "pt"}, max_shard_size=max_shard_size)
+    if not source.path.is_dir():
+        return
+    others = list(_other_files(source))
+    try:
+        sizes = sum(file.stat().st_size for file, _ in others)
+        with explain_full_disk(staging, sizes):
+            for file, name in others:
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, staging / name)
+    except PermissionError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    """Find the one model in a folder: its file, or its shards followed by the index."""
+    for standard in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{standard}.index.json"
+        if index.exists():
+            return _indexed(index, folder / standard)
+        if (folder / standard).exists():
+            return (_checked(folder, folder / standard),)
+    names = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_file() and not _NOT_WEIGHTS.fullmatch(entry.name)
+    )
+    for suffixes in ((".safetensors",), PICKLE_SUFFIXES):
+        indexes = [
+            name for name in names if name.endswith(tuple(f"{s}.index.json" for s in suffixes))
+        ]
+        if len(indexes) == 1:
+            return _indexed(folder / indexes[0], folder / indexes[0].removesuffix(".index.json"))
+        models = indexes or [name for name in names if name.endswith(suffixes)]
+        if len(models) > 1:
+            raise InputError(
+                f"{folder} holds several models ({', '.join(models[:5])}"
+                f"{', …' if len(models) > 5 else ''}); name one of the files instead of the folder"
+            )
+        if models:
+            return (_checked(folder, folder / models[0]),)
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"{folder} holds an adapter, not a whole model; merge it into its base model first"
+        )
+    there = sorted(entry.name for entry in folder.iterdir())
+    found = ", ".join(there[:8]) + (", …" if len(there) > 8 else "") if there else "nothing"
+    raise InputError(
+        f"{folder} holds no model: expected model.safetensors, its index or {_KINDS}; found {found}"
+    )
+
+
+def _indexed(index: Path, single: Path) -> tuple[Path, ...]:
+    folder = index.parent
+    check_link(folder, index)
+    names = sorted(set(read_index(index).values()))
+    if single.exists() and single.name not in names:
+        raise InputError(
+            f"{folder} holds both {single.name} and {index.name}, which does not name it; "
+            "remove the one that does not belong to the checkpoint"
+        )
+    return *(folder / name for name in names), index
+
+
+def _checked(folder: Path, file: Path) -> Path:
+    check_link(folder, file)
+    return file
+
+
+def _refuse_quantized(path: Path, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    remedy = "gradients of quantized weights do not exist; use the checkpoint from before that"
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            raise InputError(
+                f"{path}: config.json has a {key}, its weights are quantized; {remedy}"
+            )
+    for name in weights:
+        dtype = dtype_of(weights, name)
+        narrow = dtype.itemsize == 1 and dtype != torch.bool
+        is_weight = dtype.is_floating_point or name.rpartition(".")[2].startswith("weight")
+        if _PACKED.fullmatch(name) or (narrow and is_weight):
+            found = str(dtype).removeprefix("torch.")
+            raise InputError(f"{path}: tensor {name!r} ({found}) is of quantized weights; {remedy}")
+
+
+def _other_files(source: Checkpoint) -> Iterator[tuple[Path, Path]]:
+    """Give each file to copy with its name relative to the folder."""
+    root = source.path
+    used = {file.name for file in source.files}
+    for entry in sorted(root.iterdir()):
+        if entry.name not in used and not _OF_THE_OLD_WEIGHTS.fullmatch(entry.name):
+            yield from _files_below(root, entry, frozenset())
+
+
+def _files_below(root: Path, entry: Path, above: frozenset[Path]) -> Iterator[tuple[Path, Path]]:
+    check_link(root, entry)
+    real = entry.resolve()
+    if real in above or real == root.resolve():
+        raise InputError(f"{entry} is a link to a folder that holds it; remove it")
+    if entry.is_file():
+        yield entry, entry.relative_to(root)
+    elif entry.is_dir():
+        for child in sorted(entry.iterdir()):
+            yield from _files_below(root, child, above | {real})

@@ -1,0 +1,141 @@
+"""Tensors in files that `torch.save` wrote, read without running the code such files may hold."""
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from formats.errors import InputError
+from formats.tensors import broken, check_index, inside, read_index
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+def open_pickle(path: Path) -> dict[str, Tensor]:
+    """Read the state dict in a file of `torch.save`, with ``weights_only=True``.
+
+    The state dict is the content itself or what Lightning (``state_dict``) and plain torch
+    (``model_state_dict``, ``model``, ``module``) nest it under. The prefixes ``module.`` and
+    ``_orig_mod.``, which DistributedDataParallel and `torch.compile` add, are taken off where every
+    name has them; other prefixes stay. Files in the zip format are mapped into memory, so that
+    values are read when they are used; writing to a tensor does not change the file.
+
+    Args:
+        path: A ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file, or the index
+            ``….bin.index.json`` of several in its folder.
+
+    Returns:
+        Tensor name to tensor on the CPU, in the file's order.
+
+    Raises:
+        InputError: If the file is missing, damaged, wants to import anything but tensors, or holds
+            no state dict, several, or one with anything but dense tensors; if the index does not
+            fit its files.
+    """
+    if not path.name.endswith(".index.json"):
+        return _without_wrappers(_read(path))
+    weight_map = read_index(path)
+    tensors: dict[str, Tensor] = {}
+    found: dict[str, str] = {}
+    for file_name in sorted(set(weight_map.values())):
+        for name, tensor in _read(inside(path.parent, file_name)).items():
+            if name in found:
+                raise InputError(
+                    f"{path}: tensor {name!r} is in both {found[name]} and {file_name}; "
+                    "remove the file that does not belong to the checkpoint"
+                )
+            tensors[name], found[name] = tensor, file_name
+    check_index(path, weight_map, found)
+    return tensors
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    state_dict = _state_dict(_load(path), path)
+    for name, value in state_dict.items():
+        if not isinstance(name, str):
+            raise InputError(f"{path}: {name!r} is not the name of a tensor")
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{path}: {name!r} is of type {type(value).__name__}, not a tensor; "
+                "save the model's state_dict() alone"
+            )
+        if value.is_quantized:
+            raise InputError(f"{path}: tensor {name!r} is quantized; use the weights before that")
+        if value.layout != torch.strided or value.is_meta:
+            what = "has no values" if value.is_meta else "is sparse"
+            raise InputError(f"{path}: tensor {name!r} {what}; save it as a dense tensor")
+    return {name: value.detach() for name, value in state_dict.items()}
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}")
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if not wanted:
+            raise broken(path, "a file of torch.save", _first_line(error)) from error
+        raise InputError(
+            f"{path} is a pickle that wants to import {wanted[1]}, which is not done, because code "
+            "in it would run; where you trust it, load it in torch and save its state_dict() alone"
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle fails in whatever way its bytes happen to ask for
+        raise broken(path, "a file of torch.save", _first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Shorten torch's advice, which is not meant for our users, to what it found."""
+    reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    text = reason[1] if reason else (str(error).strip().splitlines() or [""])[0]
+    return text.split(". ")[0] or type(error).__name__
+
+
+def _state_dict(content: Any, path: Path) -> Mapping[Any, Any]:
+    if not isinstance(content, Mapping):
+        raise InputError(
+            f"{path} holds an object of type {type(content).__name__}, not a state dict; "
+            "save the model's state_dict() alone"
+        )
+    nested = [
+        key
+        for key in _STATE_DICT_KEYS
+        if isinstance(content.get(key), Mapping)
+        and any(isinstance(value, Tensor) for value in content[key].values())
+    ]
+    if len(nested) > 1:
+        raise InputError(
+            f"{path} holds several state dicts ({', '.join(nested)}); save the one to be used alone"
+        )
+    if nested:
+        return content[nested[0]]
+    if not any(isinstance(value, Tensor) for value in content.values()):
+        keys = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"
+        raise InputError(
+            f"{path} holds no state dict: expected tensors by name, or one of "
+            f"{', '.join(_STATE_DICT_KEYS)}; found {keys}"
+        )
+    return content
+
+
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _WRAPPER_PREFIXES * 2:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
