@@ -1,0 +1,379 @@
+"""The Fisher diagonal of any torch module: per example, squared per example.
+
+    F = (1/units) Σ_x E_y[(∇_θ log p(y|x, θ))²]
+
+The four estimators differ only in which vectors are sent back through the network and in whether an
+example or a batch is what gets squared.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from consolidate.likelihood import IGNORED, Likelihood, get_likelihood
+from consolidate.uniforms import uniforms
+from formats.errors import InputError, NonFiniteError, UsageError
+
+ESTIMATORS = ("exact", "mc", "empirical", "batched")
+
+Scores = Callable[[Tensor, Tensor, Tensor], Iterator[Tensor]]
+"""(outputs, labels, example indices) -> the vectors to send back, each like outputs."""
+
+
+class FisherDiagonal(dict[str, Tensor]):
+    """The Fisher diagonal by parameter name, in the parameters' shapes, with its counts beside it.
+
+    Attributes:
+        examples: How many examples were read.
+        units: How many units the sum was divided by: examples, or predicted tokens.
+        estimator: One of ESTIMATORS.
+        mc_samples: Sampled outcomes per example; None where nothing is sampled.
+        seed: The seed of the sampled outcomes.
+        unreached: Names of parameters that no output depended on; their Fisher is zero.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        examples: int,
+        units: int,
+        estimator: str,
+        mc_samples: int | None,
+        seed: int,
+        unreached: list[str],
+    ):
+        super().__init__(tensors)
+        self.examples = examples
+        self.units = units
+        self.estimator = estimator
+        self.mc_samples = mc_samples
+        self.seed = seed
+        self.unreached = unreached
+
+    def trace(self) -> dict[str, float]:
+        """Return the sum of each tensor, by parameter name."""
+        return {name: tensor.cpu().sum(dtype=torch.float64).item() for name, tensor in self.items()}
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    batches: Iterable[Any],
+    likelihood: str | Likelihood,
+    *,
+    estimator: str = "exact",
+    mc_samples: int = 1,
+    seed: int = 0,
+    max_outcomes: int = 4096,
+    accumulate_dtype: torch.dtype = torch.float32,
+    first_example: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> FisherDiagonal:
+    """Measure F = (1/units) Σ_x E_y[(∇_θ log p(y|x, θ))²] for every trainable parameter.
+
+    The model is used in eval mode and comes back bit for bit: modes, buffers and gradients. Only
+    `batched` depends on how the examples were cut into batches.
+
+    Args:
+        model: Any module; its output is a tensor or has `logits`. Names are those of
+            `named_parameters()`, so tied parameters appear once; those that do not require
+            gradients are skipped.
+        batches: Pairs (inputs, labels), or mappings with "labels". Inputs are a tensor, a tuple of
+            positional or a mapping of keyword arguments. Tensors hold one example per row; what
+            has a first size of 1 or is no tensor is shared by all examples of its batch.
+        likelihood: A name in LIKELIHOODS, or an object with those methods.
+        estimator: `exact` takes the expectation over y in closed form; `mc` samples y from the
+            model; `empirical` takes the data's labels; `batched` samples y and squares the sum over
+            each batch, Σ_batches (Σ_{x∈batch} ∇ log p)²: unbiased, one backward pass a batch.
+        mc_samples: Sampled outcomes per example, for `mc` and `batched`.
+        seed: Seed of the sampled outcomes, which depend on it, on the example's index and on the
+            position alone.
+        max_outcomes: `exact` is refused above this many outcomes per example.
+        accumulate_dtype: Type of the result and of the sums behind it.
+        first_example: Index of the first example in its data set.
+        progress: Called after each batch with the number of its examples.
+
+    Returns:
+        The Fisher diagonal and its counts.
+
+    Raises:
+        UsageError: If an option is unknown or out of range, or `exact` has too many outcomes.
+        InputError: If there is no example, nothing to differentiate, or a batch does not fit.
+        NonFiniteError: If outputs or gradients are not finite, naming parameter and batch.
+    """
+    likelihood = get_likelihood(likelihood)
+    if estimator not in ESTIMATORS:
+        raise UsageError(f"No estimator is named {estimator!r}; there are {', '.join(ESTIMATORS)}.")
+    if mc_samples < 1:
+        raise UsageError(f"mc_samples is {mc_samples}; at least 1 outcome must be sampled.")
+    _refuse_batch_statistics(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise InputError("The model has no parameter that requires gradients: nothing to measure.")
+
+    def scores(outputs: Tensor, labels: Tensor, examples: Tensor) -> Iterator[Tensor]:
+        if estimator == "exact":
+            outcomes = likelihood.outcomes(outputs, labels)
+            if outcomes > max_outcomes:
+                raise UsageError(
+                    f"The exact Fisher would take {outcomes} backward passes per example, more "
+                    f"than {max_outcomes}: use the estimator mc, or raise the limit."
+                )
+            yield from likelihood.exact_scores(outputs, labels)
+        elif estimator == "empirical":
+            yield likelihood.observed_scores(outputs, labels)
+        else:
+            for sample in range(mc_samples):
+                drawn = uniforms(seed, examples, likelihood.draws(outputs), sample)
+                yield likelihood.sampled_scores(outputs, labels, drawn)
+
+    totals = {
+        name: torch.zeros_like(p, dtype=accumulate_dtype, requires_grad=False)
+        for name, p in parameters.items()
+    }
+    sums = {name: torch.zeros_like(total) for name, total in totals.items()}
+    reached: set[str] = set()
+    examples = units = 0
+    with _measuring(model):
+        for number, batch in enumerate(batches, start=1):
+            inputs, labels = place_batch(model, batch)
+            size = len(labels)
+            indices = torch.arange(first_example + examples, first_example + examples + size)
+            together = size if estimator == "batched" else 1
+            for row in (slice(i, i + together) for i in range(0, size, together)):
+                row_inputs, row_labels = _take(inputs, row, size), labels[row]
+                outputs = model_outputs(model, row_inputs, row_labels)
+                _check_outputs(outputs, number)
+                likelihood.check_labels(outputs.detach(), row_labels)
+                for vector in scores(outputs.detach(), row_labels, indices[row]):
+                    reached |= _add_squares(sums, parameters, outputs, vector)
+            for name, total in totals.items():
+                _fold(total, sums[name])
+                if not total.isfinite().all():
+                    raise NonFiniteError(
+                        f"The gradient of {name!r} is not finite in batch {number} (examples "
+                        f"{indices[0].item()} to {indices[-1].item()}): look for infinite weights "
+                        "or inputs, or use a wider dtype."
+                    )
+            units += int(likelihood.units(labels).sum())
+            examples += size
+            if progress is not None:
+                progress(size)
+    if examples == 0:
+        raise InputError("There is no example to measure the Fisher on: the batches are empty.")
+    if units == 0:
+        raise InputError(f"None of the {examples} examples has a position that is predicted.")
+    sampled = estimator in ("mc", "batched")
+    divisor = units * mc_samples if sampled else units
+    return FisherDiagonal(
+        {name: total.div_(divisor) for name, total in totals.items()},
+        examples=examples,
+        units=units,
+        estimator=estimator,
+        mc_samples=mc_samples if sampled else None,
+        seed=seed,
+        unreached=[name for name in parameters if name not in reached],
+    )
+
+
+def place_batch(model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
+    """Return the inputs and labels of a batch where the model's parameters are.
+
+    Args:
+        model: Gives the device, and the type of floating-point inputs if its parameters share one.
+        batch: A pair (inputs, labels), or a mapping with "labels".
+
+    Returns:
+        The inputs, of their own structure, and the labels, on the device.
+
+    Raises:
+        InputError: If the batch is neither.
+    """
+    inputs: Any
+    if isinstance(batch, Mapping):
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        labels = batch.get("labels")
+        if labels is None:
+            raise InputError(f'A batch has no "labels"; it has {", ".join(map(str, inputs))}.')
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        inputs, labels = batch
+    else:
+        raise InputError(
+            'A batch is a pair (inputs, labels) or a mapping with "labels", '
+            f"found {type(batch).__name__}."
+        )
+    if not isinstance(labels, Tensor) or labels.ndim == 0:
+        raise InputError(
+            f"The labels of a batch are a tensor with one row per example, found {labels!r}."
+        )
+    device = next(model.parameters()).device
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+
+    def place(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and len(dtypes) == 1:
+            return tensor.to(device, next(iter(dtypes)))
+        return tensor.to(device)
+
+    return _map(place, inputs), labels.to(device)
+
+
+def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
+    """Return what the likelihood is computed from: the model's output tensor, or its `logits`.
+
+    The model never sees the labels, except that an encoder-decoder's inputs are made from them
+    where they are not given.
+
+    Args:
+        model: Any module.
+        inputs: A tensor, a tuple of positional arguments or a mapping of keyword arguments.
+        labels: The labels of the same examples.
+
+    Returns:
+        The outputs, (B, …) floating point, attached to the graph.
+
+    Raises:
+        InputError: If the model gives neither a tensor nor something with `logits`.
+    """
+    if isinstance(inputs, Mapping):
+        outputs = model(**_with_decoder_inputs(model, inputs, labels))
+    elif isinstance(inputs, tuple | list):
+        outputs = model(*inputs)
+    else:
+        outputs = model(inputs)
+    if isinstance(outputs, Mapping):
+        outputs = outputs.get("logits", outputs)
+    elif not isinstance(outputs, Tensor):
+        outputs = getattr(outputs, "logits", outputs)
+    if not isinstance(outputs, Tensor):
+        raise InputError(
+            f"The model returned {type(outputs).__name__}; expected a tensor, or `logits` in it."
+        )
+    return outputs
+
+
+def fisher_overlap(a: Tensor, b: Tensor) -> float:
+    """Return Σ √(â b̂), â and b̂ scaled to unit trace: 1 − ½‖√â − √b̂‖², Kirkpatrick et al. 2017.
+
+    Args:
+        a: The Fisher diagonal of one task, any shape.
+        b: That of another task, the same shape.
+
+    Returns:
+        Between 0 (disjoint) and 1 (equal up to scale); 0 where either is zero everywhere.
+    """
+    a, b = a.cpu(), b.cpu()
+    traces = a.sum(dtype=torch.float64).item() * b.sum(dtype=torch.float64).item()
+    shared = (a.sqrt() * b.sqrt()).sum(dtype=torch.float64).item()
+    return min(shared / traces**0.5, 1.0) if traces > 0 else 0.0
+
+
+def _add_squares(
+    sums: dict[str, Tensor], parameters: dict[str, nn.Parameter], outputs: Tensor, vector: Tensor
+) -> set[str]:
+    """Add (Jᵀ vector)² to sums and return the names of the parameters that outputs depend on."""
+    gradients = torch.autograd.grad(
+        outputs, list(parameters.values()), vector, retain_graph=True, allow_unused=True
+    )
+    reached = set()
+    for name, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            gradient = gradient.to_dense().to(sums[name].dtype)
+            sums[name].addcmul_(gradient, gradient)
+            reached.add(name)
+    return reached
+
+
+def _fold(total: Tensor, part: Tensor) -> None:
+    """Move part into total; what rounding takes stays in part, for the next time (Kahan)."""
+    new = total + part
+    part.sub_(new - total)
+    total.copy_(new)
+
+
+@contextmanager
+def _measuring(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode with gradients on; modes and buffers come back bit for bit."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    copies = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        model.eval()
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, tensors in buffers:
+            module._buffers.clear()
+            module._buffers.update(tensors)
+        for buffer, copy in copies:
+            if not torch.equal(buffer, copy):
+                with torch.no_grad():
+                    buffer.copy_(copy)
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise InputError(
+                f"{name!r} ({type(module).__name__}) keeps no running statistics and normalises by "
+                "those of the batch, so no example has a gradient of its own."
+            )
+
+
+def _check_outputs(outputs: Tensor, batch: int) -> None:
+    if not outputs.requires_grad:
+        raise InputError("The model's outputs do not depend on any parameter that is trained.")
+    if not outputs.isfinite().all():
+        raise NonFiniteError(
+            f"The model's outputs are not finite in batch {batch}: look for NaN or infinite "
+            "weights or inputs, or use a wider dtype."
+        )
+
+
+def _take(inputs: Any, rows: slice, size: int) -> Any:
+    """Return those rows of every tensor that has one row for each of the batch's examples."""
+
+    def take(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0 or (tensor.shape[0] == 1 and size != 1):
+            return tensor
+        if tensor.shape[0] != size:
+            raise InputError(
+                f"An input has shape {tuple(tensor.shape)} in a batch of {size} labels: its first "
+                "size must be the number of examples, or 1 where they share it."
+            )
+        return tensor[rows]
+
+    return _map(take, inputs)
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply function to every tensor inside mappings, tuples and lists."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: _map(function, item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        items = [_map(function, item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+def _with_decoder_inputs(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
+    """Give an encoder-decoder the labels, one to the right, as its decoder's inputs."""
+    given = any(
+        inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")
+    )
+    config = getattr(model, "config", None)
+    if given or labels.ndim != 2 or not getattr(config, "is_encoder_decoder", False):
+        return dict(inputs)
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        shifted = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    else:
+        start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+        shifted = torch.cat([start, labels[:, :-1]], 1)
+        shifted = shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)
+    return {**inputs, "decoder_input_ids": shifted}

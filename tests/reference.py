@@ -1,0 +1,143 @@
+"""The Fisher diagonal by slow and obvious loops in float64, sharing nothing with consolidate/."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+Log = Callable[[Tensor, Tensor], Tensor]
+
+
+def log_softmax(output: Tensor, label: Tensor) -> Tensor:
+    """log p(label) of one example; output (C,), label ()."""
+    return output[label] - output.exp().sum().log()
+
+
+def log_bernoulli(output: Tensor, label: Tensor) -> Tensor:
+    """Sum over K labels; output (K,), label (K,) of 0 and 1."""
+    p = 1 / (1 + (-output).exp())
+    return torch.where(label == 1, p, 1 - p).log().sum()
+
+
+def log_gaussian(output: Tensor, label: Tensor) -> Tensor:
+    """-½‖label - output‖²; both (D,)."""
+    return -0.5 * ((label.reshape(output.shape) - output) ** 2).sum()
+
+
+def log_tokens(output: Tensor, label: Tensor) -> Tensor:
+    """Sum over positions that are not -100; output (T, C), label (T,)."""
+    kept = [log_softmax(output[t], label[t]) for t in range(len(label)) if label[t] != -100]
+    return torch.stack(kept).sum() if kept else output.sum() * 0
+
+
+def log_next_tokens(output: Tensor, label: Tensor) -> Tensor:
+    """As log_tokens, output t against label t + 1."""
+    return log_tokens(output[:-1], label[1:])
+
+
+def outcomes_softmax(output: Tensor, label: Tensor) -> Iterable[Tensor]:
+    return [torch.tensor(c) for c in range(len(output))]
+
+
+def outcomes_bernoulli(output: Tensor, label: Tensor) -> Iterable[Tensor]:
+    return [torch.tensor(y) for y in itertools.product([0, 1], repeat=len(output))]
+
+
+def outcomes_tokens(output: Tensor, label: Tensor) -> Iterable[Tensor]:
+    """Every sequence of classes, -100 staying where it is."""
+    choices = [range(output.shape[1]) if y != -100 else [-100] for y in label.tolist()]
+    return [torch.tensor(y) for y in itertools.product(*choices)]
+
+
+def outcomes_next_tokens(output: Tensor, label: Tensor) -> Iterable[Tensor]:
+    rest = outcomes_tokens(output[:-1], label[1:])
+    return [torch.cat([torch.tensor([-100]), y]) for y in rest]
+
+
+REFERENCE: dict[str, tuple[Log, Callable[[Tensor, Tensor], Iterable[Tensor]] | None]] = {
+    "softmax": (log_softmax, outcomes_softmax),
+    "bernoulli": (log_bernoulli, outcomes_bernoulli),
+    "gaussian": (log_gaussian, None),
+    "token-softmax": (log_tokens, outcomes_tokens),
+    "next-token-softmax": (log_next_tokens, outcomes_next_tokens),
+}
+
+
+def _outputs(model: nn.Module, inputs: object) -> Tensor:
+    outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return outputs if isinstance(outputs, Tensor) else outputs.logits
+
+
+def _float64(inputs: object) -> object:
+    if isinstance(inputs, dict):
+        return {key: _float64(value) for key, value in inputs.items()}
+    return inputs.double() if inputs.is_floating_point() else inputs
+
+
+def _example(inputs: object, i: int) -> object:
+    if isinstance(inputs, dict):
+        return {key: value[i : i + 1] for key, value in inputs.items()}
+    return inputs[i : i + 1]
+
+
+def fisher(
+    model: nn.Module, examples: Iterable[tuple[object, Tensor]], likelihood: str, kind: str
+) -> dict[str, Tensor]:
+    """Sum over examples of E_y[(∇ log p)²] (kind "exact") or of the labels' own ("empirical").
+
+    `examples` are pairs (inputs, labels), as many examples in each as one likes. Not divided by
+    anything. The expectation goes over every outcome, its probability being exp(log p).
+    """
+    model = copy.deepcopy(model).double().eval()
+    log_p, outcomes = REFERENCE[likelihood]
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros_like(p) for name, p in named.items()}
+    for inputs, labels in examples:
+        for i in range(len(labels)):
+            x = _float64(_example(inputs, i))
+            label = labels[i]
+
+            def squares(y: Tensor, x: object = x) -> tuple[float, dict[str, Tensor]]:
+                model.zero_grad()
+                value = log_p(_outputs(model, x)[0], y)
+                value.backward()
+                return value.exp().item(), {
+                    n: torch.zeros_like(p) if p.grad is None else p.grad.clone() ** 2
+                    for n, p in named.items()
+                }
+
+            if kind == "empirical":
+                weighted = [(1.0, squares(label)[1])]
+            elif outcomes is None:
+                weighted = _gaussian(model, x, named)
+            else:
+                with torch.no_grad():
+                    output = _outputs(model, x)[0]
+                weighted = [squares(y) for y in outcomes(output, label)]
+                assert abs(sum(p for p, _ in weighted) - 1) < 1e-9
+            for probability, square in weighted:
+                for name, value in square.items():
+                    total[name] += probability * value
+    return total
+
+
+def _gaussian(
+    model: nn.Module, x: object, named: dict[str, nn.Parameter]
+) -> list[tuple[float, dict[str, Tensor]]]:
+    """E over y ~ N(f, 1) of (Σ_d (y_d - f_d) ∂f_d)² = Σ_d (∂f_d)²."""
+    weighted = []
+    for d in range(_outputs(model, x)[0].numel()):
+        model.zero_grad()
+        _outputs(model, x)[0].flatten()[d].backward()
+        weighted.append(
+            (
+                1.0,
+                {
+                    n: torch.zeros_like(p) if p.grad is None else p.grad.clone() ** 2
+                    for n, p in named.items()
+                },
+            )
+        )
+    return weighted
