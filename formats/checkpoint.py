@@ -95,10 +95,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     last = files[-1]
     stem, is_safetensors, _ = last.name.partition(".safetensors")
     weights: Mapping[str, Tensor]
-    if is_safetensors:
-        weights = open_tensors(path, stem)
-    else:
-        weights = open_pickle(last)
+    weights = open_tensors(path, stem) if is_safetensors else open_pickle(last)
     if not weights:
         raise InputError(f"{last} holds no tensors")
     _refuse_quantized(path, weights, config)

@@ -1,0 +1,459 @@
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from formats.atomic import explain_full_disk, final_path, recover, replace_folder, write_file
+from formats.errors import InputError
+
+
+def fill(folder: Path, tag: str) -> None:
+    """Write three files that all carry the same tag."""
+    (folder / "config.json").write_text(tag)
+    (folder / "model.safetensors").write_text(tag)
+    (folder / "fisher").mkdir()
+    (folder / "fisher" / "fisher.json").write_text(tag)
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def whole(tag: str) -> dict[str, str]:
+    return {"config.json": tag, "fisher/fisher.json": tag, "model.safetensors": tag}
+
+
+def build(target: Path, tag: str, then=lambda staging: None) -> None:
+    with replace_folder(target, overwrite=True) as staging:
+        fill(staging, tag)
+        then(staging)
+
+
+def write_much(staging: Path) -> None:
+    (staging / "big").write_bytes(bytes(2 << 20))
+
+
+def refused(target: Path, why: str, *, overwrite: bool = True) -> None:
+    with pytest.raises(InputError, match=why), replace_folder(target, overwrite=overwrite):
+        pytest.fail("the block must not run")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs of one mebibyte, where root can mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_new_folder_with_parents(tmp_path):
+    target = tmp_path / "a" / "b" / "out"
+    with replace_folder(target) as staging:
+        assert staging.is_dir()
+        assert not list(staging.iterdir())
+        assert staging.parent == target.parent
+        fill(staging, "new")
+        assert not target.exists()
+    assert content(target) == whole("new")
+    assert os.listdir(target.parent) == ["out"]
+
+
+def test_empty_folder_counts_as_new(tmp_path):
+    (tmp_path / "out").mkdir()
+    with replace_folder(tmp_path / "out") as staging:
+        fill(staging, "new")
+    assert content(tmp_path / "out") == whole("new")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_content_is_refused_without_overwrite(tmp_path):
+    fill(tmp_path, "old")
+    refused(tmp_path, r"already holds 'config.json'.*--overwrite", overwrite=False)
+    assert content(tmp_path) == whole("old")
+
+
+def test_content_that_appears_meanwhile_is_refused(tmp_path):
+    target = tmp_path / "out"
+
+    def write_meanwhile():
+        with replace_folder(target) as staging:
+            fill(staging, "new")
+            target.mkdir()
+            (target / "precious").write_text("kept")
+
+    with pytest.raises(InputError, match="already holds 'precious'"):
+        write_meanwhile()
+    assert content(target) == {"precious": "kept"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_overwrite_replaces_the_whole(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    fill(target, "old")
+    (target / "stray").write_text("old")
+    with replace_folder(target, overwrite=True) as staging:
+        fill(staging, "new")
+        assert content(target)["config.json"] == "old"
+    assert content(target) == whole("new")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_open_file_of_the_old_folder_stays_readable(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    fill(target, "old")
+    with open(target / "config.json") as file:
+        build(target, "new")
+        assert file.read() == "old"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, FileNotFoundError])
+def test_exception_leaves_the_old_state(tmp_path, error):
+    old, new = tmp_path / "old", tmp_path / "parent" / "new"
+    old.mkdir()
+    fill(old, "old")
+
+    def stop(staging):
+        raise error("stop")
+
+    for target in (old, new):
+        with pytest.raises(error, match="stop"):
+            build(target, "new", stop)
+    assert content(old) == whole("old")
+    assert os.listdir(tmp_path) == ["old"]
+
+
+def test_file_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for target in (tmp_path / "file", tmp_path / "file" / "out"):
+        refused(target, r"file is a file|file/out cannot be written")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_link_to_a_folder_is_followed(tmp_path):
+    real, link = tmp_path / "real" / "folder", tmp_path / "link"
+    real.mkdir(parents=True)
+    fill(real, "old")
+    link.symlink_to(real)
+    with replace_folder(link, overwrite=True) as staging:
+        assert staging.parent == real.parent
+        fill(staging, "new")
+    assert link.is_symlink()
+    assert content(real) == whole("new")
+
+
+def test_home_and_current_folder_are_not_replaced(tmp_path, monkeypatch):
+    work = tmp_path / "home" / "work"
+    work.mkdir(parents=True)
+    (work / "thesis.tex").write_text("kept")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(work)
+    for target, what in ((Path("."), "the current"), (tmp_path / "home", "your home")):
+        refused(target, what)
+    refused(Path("/"), "root of the file system")
+    assert content(work) == {"thesis.tex": "kept"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_modes_follow_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with replace_folder(tmp_path / "out") as staging:
+            fill(staging, "new")
+        write_file(tmp_path / "file", "text")
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert modes[tmp_path / "out"] == modes[tmp_path / "out" / "fisher"] == 0o777 & ~umask
+    assert modes[tmp_path / "out" / "config.json"] == modes[tmp_path / "file"] == 0o666 & ~umask
+
+
+def test_private_folder_stays_private(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir(mode=0o700)
+    fill(target, "old")
+    build(target, "new")
+    assert stat.S_IMODE(target.stat().st_mode) == 0o700
+
+
+def test_second_writer_is_refused(tmp_path):
+    with replace_folder(tmp_path / "out") as staging:
+        fill(staging, "first")
+        refused(tmp_path / "out", "another process is writing this folder", overwrite=False)
+        recover(tmp_path / "out")
+    assert content(tmp_path / "out") == whole("first")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+RACE = """
+import os, sys, time
+from pathlib import Path
+from formats.atomic import recover, replace_folder
+from formats.errors import InputError
+
+target, done = Path(sys.argv[1]), Path(sys.argv[2])
+children = []
+for tag in "abcd":
+    child = os.fork()
+    if child == 0:
+        written = 0
+        while written < 20:
+            try:
+                with replace_folder(target, overwrite=True) as staging:
+                    for name in ("1", "2", "3"):
+                        (staging / name).write_text(tag)
+                        time.sleep(0.0005)
+                written += 1
+            except InputError as error:
+                assert "another process is writing" in str(error), error
+        os._exit(0)
+    children.append(child)
+recovering = os.fork()
+if recovering == 0:
+    while not done.exists():
+        recover(target)
+    os._exit(0)
+codes = [os.waitpid(child, 0)[1] for child in children]
+done.touch()
+codes.append(os.waitpid(recovering, 0)[1])
+sys.exit(any(codes))
+"""
+
+
+def test_many_writers_never_mix(tmp_path):
+    target = tmp_path / "out"
+    run = [sys.executable, "-c", RACE, str(target), str(tmp_path / "done")]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(set(content(target).values())) == 1
+    assert sorted(content(target)) == ["1", "2", "3"]
+    assert sorted(os.listdir(tmp_path)) == ["done", "out"]
+
+
+STOPPED = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+import formats.atomic as atomic
+
+# Stop at the n-th system call that changes the disk, for every n until a run gets through.
+how, exchange, start, work = sys.argv[1], sys.argv[2] == "exchange", sys.argv[3], Path(sys.argv[4])
+target = work if sys.argv[2] == "mounted" else work / "out"
+
+def fill(folder, tag):
+    for name in ("config.json", "fisher/fisher.json", "model.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(tag)
+
+def clear():
+    for entry in work.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+def stopping(call):
+    def wrapped(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyboardInterrupt
+        return call(*args, **kwargs)
+    return wrapped
+
+if not exchange:
+    atomic._exchange = lambda one, other: False
+outcomes = []
+for n in range(1, 200):
+    clear()
+    if start == "old":
+        target.mkdir(exist_ok=True)
+        fill(target, "old")
+    child = os.fork()
+    if child == 0:
+        left = n
+        for name in ("rename", "fsync", "mkdir", "rmdir", "unlink", "open"):
+            setattr(os, name, stopping(getattr(os, name)))
+        atomic._exchange = stopping(atomic._exchange)
+        try:
+            with atomic.replace_folder(target, overwrite=True) as staging:
+                fill(staging, "new")
+        except KeyboardInterrupt:
+            os._exit(1)
+        os._exit(0)
+    ended = os.waitpid(child, 0)[1]
+    atomic.recover(target)
+    found = sorted({path.read_text() for path in target.rglob("*") if path.is_file()})
+    count = sum(path.is_file() for path in target.rglob("*"))
+    outcomes.append([ended == 0, found, count, sorted(os.listdir(work))])
+    if ended == 0:
+        break
+print(json.dumps(outcomes))
+"""
+
+
+def stop_everywhere(how: str, way: str, start: str, work: Path) -> list:
+    run = [sys.executable, "-c", STOPPED, how, way, start, str(work)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("how", ["kill", "interrupt"])
+@pytest.mark.parametrize("way", ["exchange", "two renames"])
+@pytest.mark.parametrize("start", ["old", "nothing"])
+def test_stopped_at_any_moment_is_wholly_old_or_new(tmp_path, how, way, start):
+    outcomes = stop_everywhere(how, way, start, tmp_path)
+    before = [[], 0, []] if start == "nothing" else [["old"], 3, ["out"]]
+    after = [["new"], 3, ["out"]]
+    assert all(rest in (before, after) for _, *rest in outcomes)
+    assert outcomes[0][1:] == before
+    assert outcomes[-1] == [True, *after]
+    assert len(outcomes) > 10
+    # Once it is in place it stays.
+    first_new = next(i for i, (_, *rest) in enumerate(outcomes) if rest == after)
+    assert all(rest == after for _, *rest in outcomes[first_new:])
+    assert first_new < len(outcomes) - 1
+
+
+@pytest.mark.parametrize("how", ["kill", "interrupt"])
+@pytest.mark.parametrize("start", ["old", "nothing"])
+def test_stopped_on_a_mount_point(small_disk, how, start):
+    outcomes = stop_everywhere(how, "mounted", start, small_disk)
+    names = ["config.json", "fisher", "model.safetensors"]
+    before = [[], 0, []] if start == "nothing" else [["old"], 3, names]
+    after = [["new"], 3, names]
+    assert all(rest in (before, after) for _, *rest in outcomes)
+    assert outcomes[0][1:] == before
+    assert outcomes[-1] == [True, *after]
+
+
+def test_mount_point(small_disk):
+    with replace_folder(small_disk) as staging:
+        assert staging.parent == small_disk
+        assert final_path(staging / "file") == small_disk / "file"
+        fill(staging, "old")
+    refused(small_disk, "already holds", overwrite=False)
+    with replace_folder(small_disk, overwrite=True) as staging:
+        fill(staging, "new")
+        assert content(small_disk)["config.json"] == "old"
+    assert content(small_disk) == whole("new")
+    assert sorted(os.listdir(small_disk)) == ["config.json", "fisher", "model.safetensors"]
+
+
+def test_bind_mount_of_the_same_file_system(small_disk, tmp_path):
+    real, place = small_disk / "real", small_disk / "a place"
+    real.mkdir()
+    place.mkdir()
+    subprocess.run(["mount", "--bind", str(real), str(place)], check=True)
+    try:
+        with replace_folder(place) as staging:
+            fill(staging, "new")
+        assert content(place) == content(real) == whole("new")
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_full_disk(small_disk):
+    target = small_disk / "out"
+    target.mkdir()
+    fill(target, "old")
+    with pytest.raises(InputError, match=r"out: the disk or the quota is full"):
+        build(target, "new", write_much)
+    assert content(target) == whole("old")
+    assert os.listdir(small_disk) == ["out"]
+
+
+def test_full_disk_says_how_much_was_needed(small_disk):
+    with pytest.raises(InputError, match=r"/file.*2,097,152 bytes are needed, 1,0\d\d,\d\d\d were"):
+        write_file(small_disk / "file", bytes(2 << 20))
+    assert os.listdir(small_disk) == []
+
+    def write_counted(staging):
+        with explain_full_disk(staging, 5):
+            write_much(staging)
+
+    with pytest.raises(InputError, match=r"disk/out: .*5 bytes are needed"):
+        build(small_disk / "out", "new", write_counted)
+    assert os.listdir(small_disk) == []
+
+
+def test_read_only_file_system(small_disk):
+    fill(small_disk, "old")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    refused(small_disk / "out", "cannot be written: Read-only", overwrite=False)
+    with pytest.raises(InputError, match="cannot be written: Read-only"):
+        write_file(small_disk / "file", "x")
+    recover(small_disk / "out")
+    assert content(small_disk) == whole("old")
+
+
+def test_recover_leaves_a_clean_place_alone(tmp_path):
+    fill(tmp_path, "old")
+    before = sorted(os.listdir(tmp_path))
+    recover(tmp_path)
+    recover(tmp_path / "nothing")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_recover_without_permission_leaves_leavings_alone(small_disk):
+    target = small_disk / "out"
+    target.mkdir()
+    fill(target, "old")
+    (small_disk / ".out.consolidate-new").mkdir()
+    (small_disk / ".gone.consolidate-old").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    recover(target)
+    assert content(target) == whole("old")
+    with pytest.raises(InputError, match="gone was being replaced when a run was killed"):
+        recover(small_disk / "gone")
+
+
+def test_leaving_that_cannot_be_removed_is_named(tmp_path):
+    (tmp_path / ".out.consolidate-new").write_text("someone's file")
+    refused(tmp_path / "out", r"\.out\.consolidate-new was left by another run", overwrite=False)
+
+
+def test_write_file(tmp_path):
+    path = tmp_path / "file"
+    write_file(path, "grüße\n")
+    assert path.read_bytes() == "grüße\n".encode()
+    write_file(path, b"\0\1")
+    assert path.read_bytes() == b"\0\1"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_write_file_follows_a_link(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_file(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+
+
+def test_write_file_that_fails_leaves_the_old_one(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_file(tmp_path / "folder", "x")
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_final_path(tmp_path):
+    with replace_folder(tmp_path / "my.out") as staging:
+        assert final_path(staging / "fisher" / "x") == tmp_path / "my.out" / "fisher" / "x"
+    assert final_path(Path("plain/.hidden")) == Path("plain/.hidden")
