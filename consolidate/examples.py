@@ -1,0 +1,388 @@
+"""A task's rows as the batches that a model takes."""
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consolidate.models import Model
+from formats.errors import InputError, UsageError
+from formats.rows import Rows
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names of the columns with each role; None takes the usual ones."""
+
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    tokens: str | None = None  # the words of a token classification
+    image: str | None = None
+    inputs: str | None = None  # tensors for a module of the user's own
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None  # chats
+    target: str | None = None  # what an encoder-decoder writes
+
+
+class Examples(ABC):
+    """Encoded examples; an example's index is its place in the data, in every epoch."""
+
+    def __init__(self) -> None:
+        self._notes: list[str] = []
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of examples."""
+
+    @abstractmethod
+    def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
+        """Return the inputs and labels of these examples as one batch.
+
+        Args:
+            indices: Of the examples.
+            epoch: Masks of a masked language model are drawn anew for each.
+
+        Returns:
+            A tensor or a mapping of tensors, each (B, …), and labels (B,), (B, K) or (B, T) with
+            −100 where nothing is predicted.
+        """
+
+    def units(self, i: int) -> int:
+        """Return how many units example `i` counts for: 1, or its predicted tokens."""
+        return 1
+
+    def notes(self) -> list[str]:
+        """Return what a user should be told: how many texts were truncated, and so on."""
+        return list(self._notes)
+
+    def batches(
+        self, batch_size: int, *, order: Sequence[int] | None = None, epoch: int = 0
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """Yield the examples in batches; the last may be smaller.
+
+        Args:
+            batch_size: Examples per batch, at least 1.
+            order: Indices in the order wanted, maybe a subset; all, as in the data, unless given.
+            epoch: See `collate`.
+
+        Yields:
+            Pairs (inputs, labels) as `collate` returns them.
+        """
+        if batch_size < 1:
+            raise UsageError(f"the batch size must be at least 1, not {batch_size}")
+        indices = range(len(self)) if order is None else order
+        for start in range(0, len(indices), batch_size):
+            yield self.collate(indices[start : start + batch_size], epoch)
+
+
+def encode(
+    rows: Rows,
+    model: Model,
+    *,
+    columns: Columns | None = None,
+    max_length: int | None = None,
+    pack: bool = False,
+    seed: int = 0,
+) -> Examples:
+    """Encode the rows of a task for a model and its objective, checking every label.
+
+    Texts are tokenized once, here; images are read batch by batch. Labels are numbers or names: a
+    name is looked up among the model's labels, and a number written as text is a number unless it
+    is a label's name.
+
+    Args:
+        rows: The data.
+        model: Whose tokenizer or image processor, labels and objective decide.
+        columns: Where things are; the usual names unless given.
+        max_length: Tokens after which texts are truncated; what the model takes unless given.
+        pack: For language models: join the texts and cut them into sequences of `max_length`.
+        seed: Of the masks of a masked language model.
+
+    Returns:
+        The examples.
+
+    Raises:
+        InputError: A column or the tokenizer is missing, there is nothing to predict, or a row does
+            not fit: the message names data, row and column.
+        UsageError: `pack` or `max_length` contradict the objective or the model.
+    """
+    columns = columns or Columns()
+    if pack and model.objective.name not in ("causal-lm", "masked-lm"):
+        raise UsageError(f"--pack is for language models, not for {model.objective.name}")
+    if max_length is not None and model.objective.modality != "text":
+        raise UsageError(f"--max-length is for texts, not for {model.objective.name}")
+    if len(rows) == 0:
+        raise InputError(f"{rows.name} is empty")
+    # Here, because these modules build on this one.
+    if model.objective.modality == "tensor":
+        from consolidate.tensor_examples import encode_tensors
+
+        return encode_tensors(rows, model, columns)
+    if model.objective.modality == "image":
+        from consolidate.image_examples import encode_images
+
+        return encode_images(rows, model, columns)
+    from consolidate.text_examples import encode_texts
+
+    return encode_texts(rows, model, columns, max_length=max_length, pack=pack, seed=seed)
+
+
+def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> list[str]:
+    """Collect the names of the labels in the data, for a new output layer.
+
+    Args:
+        rows: The data.
+        objective: A name of `OBJECTIVES` that has labels.
+        columns: Where the labels are.
+
+    Returns:
+        The data's own order where they state one; else numbers in order, or names sorted. Numbers
+        stand for the labels from 0 to the largest.
+
+    Raises:
+        InputError: No label column, or a row without a label.
+    """
+    column = label_column(rows, columns or Columns(), objective)
+    stated = rows.label_names(column)
+    if stated is not None:
+        return list(stated)
+    found: set[str] = set()
+    for i in range(len(rows)):
+        value = rows[i].get(column)
+        several = objective in ("multi-label", "token-classification")
+        for one in as_list(value, rows.where(i, column)) if several else [value]:
+            if one is None or one == "":
+                raise InputError(f"{rows.where(i, column)}: there is no label")
+            number = as_integer(one)
+            if number != -100 or objective != "token-classification":
+                found.add(str(one) if number is None else str(number))
+    if all(name.isdecimal() for name in found):
+        return [str(i) for i in range(max(map(int, found)) + 1)]
+    return sorted(found)
+
+
+LABEL_COLUMNS = {
+    "token-classification": ("labels", "ner_tags", "tags", "label"),
+    "multi-label": ("labels", "label"),
+    "regression": ("label", "labels", "score"),
+}
+
+
+def label_column(rows: Rows, columns: Columns, objective: str) -> str:
+    """Find the column of the labels."""
+    defaults = LABEL_COLUMNS.get(objective, ("label", "labels"))
+    return find_column(rows, columns.label, defaults, "label")
+
+
+def find_column(rows: Rows, given: str | None, defaults: Sequence[str], role: str) -> str:
+    """Find the column with a role.
+
+    Args:
+        rows: The data.
+        given: The name the user gave.
+        defaults: The usual names, the likeliest first.
+        role: Of the option ``--ROLE-column``.
+
+    Returns:
+        A name in `rows.columns`.
+
+    Raises:
+        InputError: There is none such.
+    """
+    for name in [given] if given is not None else defaults:
+        if name in rows.columns:
+            return name
+    option = f"--{role.replace('_', '-')}-column"
+    wanted = repr(given) if given is not None else " or ".join(map(repr, defaults))
+    raise InputError(
+        f"{rows.name} has no column {wanted}; it has {', '.join(map(repr, rows.columns))}. "
+        f"Name the right one with {option}"
+    )
+
+
+class Labels:
+    """The labels of one column as class numbers."""
+
+    def __init__(self, rows: Rows, column: str, model: Model, count: int | None) -> None:
+        """Prepare to read.
+
+        Args:
+            rows: The data.
+            column: Of the labels.
+            model: Whose label names count.
+            count: The number of classes, None where it is not known.
+        """
+        self._rows = rows
+        self._column = column
+        self._count = count
+        self._names = model.labels
+        self._by_name = {name: i for i, name in enumerate(model.labels or [])}
+        self.note: str | None = None
+        stated = rows.label_names(column)
+        self._from_data: dict[int, int] = {}  # the data's class numbers -> the model's
+        if stated is not None and self._by_name:
+            folded = self._folded()
+            ids = [self._by_name.get(name, folded.get(name.casefold())) for name in stated]
+            if None not in ids:
+                self._from_data = {i: int(j) for i, j in enumerate(ids) if j is not None}
+        elif stated is not None and len(stated) == count:
+            # Classes in the data's order, as every loader of image folders numbers them.
+            self._by_name = {name: i for i, name in enumerate(stated)}
+            self.note = (
+                "the checkpoint's labels have no names; the data's classes are taken in their "
+                f"order: {', '.join(stated)}"
+            )
+
+    def index(self, value: Any, i: int, *, ignorable: bool = False) -> int:
+        """Return the class number of a value in row `i`.
+
+        Args:
+            value: A number or a name.
+            i: The row, for the message.
+            ignorable: −100 is allowed.
+
+        Raises:
+            InputError: No such label.
+        """
+        if isinstance(value, str) and value in self._by_name:
+            return self._by_name[value]
+        number = as_integer(value)
+        if number is not None:
+            if ignorable and number == -100:
+                return number
+            number = self._from_data.get(number, number)
+            if number < 0 or (self._count is not None and number >= self._count):
+                self._refuse(value, i)
+            return number
+        if isinstance(value, str) and value.casefold() in self._folded():
+            return self._folded()[value.casefold()]
+        self._refuse(value, i)
+        raise AssertionError  # not reached
+
+    def vector(self, value: Any, i: int) -> list[float]:
+        """Return the yes-or-no labels of row `i`, K of them.
+
+        Args:
+            value: A list of K zeros and ones, or else a list of the numbers or names that apply.
+            i: The row, for the message.
+
+        Raises:
+            InputError: No such label.
+        """
+        assert self._count is not None
+        values = as_list(value, self._rows.where(i, self._column))
+        numbers = [as_integer(one) for one in values]
+        named = any(isinstance(one, str) and one in self._by_name for one in values)
+        if len(values) == self._count and not named and all(n in (0, 1) for n in numbers):
+            return [float(n) for n in numbers if n is not None]
+        vector = [0.0] * self._count
+        for one in values:
+            vector[self.index(one, i)] = 1.0
+        return vector
+
+    def _folded(self) -> dict[str, int]:
+        """Names in lower case, where that keeps them apart."""
+        folded: dict[str, int] = {}
+        for name, i in self._by_name.items():
+            folded[name.casefold()] = -1 if name.casefold() in folded else i
+        return {name: i for name, i in folded.items() if i >= 0}
+
+    def _refuse(self, value: Any, i: int) -> None:
+        where = self._rows.where(i, self._column)
+        if value is None or value == "":
+            raise InputError(f"{where}: there is no label")
+        if self._by_name:
+            names = list(self._by_name)
+            known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+            raise InputError(
+                f"{where}: {value!r} is none of the model's {len(names)} labels, which are {known} "
+                f"(or their numbers, 0 to {len(names) - 1})"
+            )
+        upto = f"numbers from 0 to {self._count - 1}" if self._count else "numbers from 0"
+        hint = "" if as_integer(value) is not None else "; names need id2label in config.json"
+        raise InputError(f"{where}: {value!r} is no label of the model, which has {upto}{hint}")
+
+
+def as_integer(value: Any) -> int | None:
+    """Return the integer that a value is or spells, None if it is none."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, str):
+        try:
+            return int(value.strip())
+        except ValueError:
+            return None
+    if isinstance(value, bool | int):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return None
+
+
+def as_list(value: Any, where: str) -> list[Any]:
+    """Return the list that a value is or spells: JSON, or a text with commas.
+
+    Raises:
+        InputError: Neither.
+    """
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, str):
+        if value.lstrip().startswith("["):
+            try:
+                return list(json.loads(value))
+            except ValueError:
+                raise InputError(f"{where}: {value!r} is not a list in JSON") from None
+        return [part.strip() for part in value.split(",") if part.strip()]
+    raise InputError(f"{where}: expected a list, found {describe(value)}")
+
+
+def as_numbers(value: Any, where: str) -> list[float]:
+    """Return the finite numbers that a value is, holds or spells.
+
+    Raises:
+        InputError: There is none, or one is not finite.
+    """
+    values = [value] if isinstance(value, bool | int | float) else as_list(value, where)
+    try:
+        numbers = [float(one) for one in values]
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: expected numbers, found {value!r}") from None
+    if not numbers:
+        raise InputError(f"{where}: expected a number, found nothing")
+    if not all(map(math.isfinite, numbers)):
+        raise InputError(f"{where}: {value!r} is not finite")
+    return numbers
+
+
+def as_targets(rows: Rows, column: str, model: Model) -> Tensor:
+    """Return the numbers that a regression predicts, (N,) or (N, D) float32.
+
+    Raises:
+        InputError: A row has none, or another count than the others or than the model's outputs.
+    """
+    targets: list[list[float]] = []
+    count = model.outputs
+    for i in range(len(rows)):
+        where = rows.where(i, column)
+        numbers = as_numbers(rows[i].get(column), where)
+        count = len(numbers) if count is None else count
+        if len(numbers) != count:
+            raise InputError(f"{where}: expected {count} numbers, found {len(numbers)}")
+        targets.append(numbers)
+    tensor = torch.tensor(targets, dtype=torch.float32)
+    return tensor[:, 0] if tensor.shape[1] == 1 else tensor
+
+
+def describe(value: Any) -> str:
+    """Say in a word or two what a value is."""
+    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

@@ -1,0 +1,382 @@
+"""Which tensors of a weights file are which parameters and buffers of a module, in both directions.
+
+transformers renames, stacks, splits and transposes some tensors while it loads them. Whatever it
+does to the weights θ has to be done to their Fisher Λ and their anchor μ as well, and undone on the
+way back. A conversion is accepted if it is a rearrangement, which is proved by sending the position
+of every element through it: the positions that come out are the way back.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from formats.errors import InputError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of the file that become, together, tensors of the module."""
+
+    file_names: tuple[str, ...]
+    module_names: tuple[str, ...]
+    # From the file's tensors to the module's; None where one tensor only has another name.
+    convert: Callable[[Sequence[Tensor]], list[Tensor]] | None
+
+
+class Layout:
+    """The correspondence between a module's names and those of its weights file.
+
+    Module names are those of `named_parameters` and of the persistent buffers; the other names of a
+    tied tensor are understood too. A module tensor that the file lacks keeps its module name if it
+    is a parameter (`fresh`: a new output layer) and is left out of files if it is a buffer.
+
+    Attributes:
+        groups: One per conversion, in the file's order.
+        unused: Tensors of the file for which the module has no place.
+        duplicates: Second names under which the file holds a tied tensor, with the first.
+        fresh: Parameters of the module which the file lacks.
+    """
+
+    def __init__(
+        self, module: nn.Module, groups: Sequence[Group], file_shapes: Shapes, unused: Iterable[str]
+    ) -> None:
+        """Build it from the groups that loading makes.
+
+        Args:
+            module: The module as loaded: its tied tensors are tied.
+            groups: Module names may be any of a tied tensor's.
+            file_shapes: By name, in the file's order.
+            unused: Names of the file that belong to no group.
+
+        Raises:
+            InputError: Shapes differ, or a conversion is not a rearrangement.
+        """
+        self._file_shapes = dict(file_shapes)
+        self._aliases = _aliases(module)
+        tensors = _named_tensors(module)
+        self._module_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.unused = tuple(unused)
+        self.duplicates: dict[str, str] = {}
+        self.groups = self._distinct(groups)
+        self._group_of_file = {n: group for group in self.groups for n in group.file_names}
+        self._group_of_module = {n: group for group in self.groups for n in group.module_names}
+        self.fresh = tuple(
+            name for name, _ in module.named_parameters() if name not in self._group_of_module
+        )
+        for group in self.groups:
+            self._check(group)
+
+    def canonical(self, name: str) -> str | None:
+        """Return the name in `named_parameters` of a module tensor, None if there is none such."""
+        return self._aliases.get(name)
+
+    def file_names(self, module_name: str) -> list[str]:
+        """Return the file's tensors from which a module tensor is made; empty for a lone buffer."""
+        name = self._aliases[module_name]
+        if name in self._group_of_module:
+            return list(self._group_of_module[name].file_names)
+        return [name] if name in self.fresh else []
+
+    def module_names(self, file_name: str) -> list[str]:
+        """Return the module tensors that are made from one of the file; empty for an unused one."""
+        file_name = self.duplicates.get(file_name, file_name)
+        if file_name in self._group_of_file:
+            return list(self._group_of_file[file_name].module_names)
+        return [file_name] if file_name in self.fresh else []
+
+    def to_file(
+        self, tensors: Mapping[str, Tensor], *, rest: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Give tensors of the module the file's names, shapes and order.
+
+        Args:
+            tensors: By module name, of the module's shapes, any dtype; parameters may be absent.
+            rest: By module name: what fills the remainder of a file tensor of which `tensors` has
+                only a part (a frozen third of a fused projection, say); zero unless given.
+
+        Returns:
+            By file name, in the file's order, then fresh parameters in the module's.
+
+        Raises:
+            InputError: A name is not the module's, or a shape differs.
+        """
+        given: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            canonical = self._aliases.get(name)
+            if canonical is None:
+                raise InputError(f"the model has no parameter {name}, so its file has none either")
+            _check_shape(name, tensor, self._module_shapes[canonical], "the model")
+            given.setdefault(canonical, tensor)
+        found: dict[str, Tensor] = {}
+        for group in self.groups:
+            if not any(name in given for name in group.module_names):
+                continue
+            if group.convert is None:
+                found[group.file_names[0]] = given[group.module_names[0]]
+            else:
+                found.update(self._to_file(group, given, rest or {}))
+        ordered = {name: found[name] for name in self._file_shapes if name in found}
+        return ordered | {name: given[name] for name in self.fresh if name in given}
+
+    def to_module(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give tensors of the file the module's names, shapes and order.
+
+        Args:
+            tensors: By file name, of the file's shapes, any dtype; some may be absent. May be lazy.
+
+        Returns:
+            By module name, in the module's order.
+
+        Raises:
+            InputError: A name is not the file's, a shape differs, or a conversion lacks a part.
+        """
+        found: dict[str, Tensor] = {}
+        fresh = frozenset(self.fresh)
+        for name in tensors:
+            if name not in self._file_shapes and name not in fresh:
+                raise InputError(f"{name} is no tensor of the model's weights file")
+        for group in self.groups:
+            absent = [name for name in group.file_names if name not in tensors]
+            if len(absent) == len(group.file_names):
+                continue
+            if absent:
+                raise InputError(
+                    f"{absent[0]} is missing: {group.module_names[0]} is made of "
+                    f"{len(group.file_names)} tensors of the file, and only "
+                    f"{len(group.file_names) - len(absent)} are there"
+                )
+            parts = []
+            for name in group.file_names:
+                parts.append(tensors[name])
+                _check_shape(name, parts[-1], self._file_shapes[name], "the weights file")
+            converted = parts if group.convert is None else group.convert(parts)
+            found.update(zip(group.module_names, converted, strict=True))
+        for name in fresh:
+            if name in tensors:
+                found[name] = tensors[name]
+                _check_shape(name, found[name], self._module_shapes[name], "the model")
+        return {name: found[name] for name in self._module_shapes if name in found}
+
+    def _distinct(self, groups: Sequence[Group]) -> list[Group]:
+        """Give modules' tensors their one name, and leave out what a tied tensor has twice."""
+        kept: dict[tuple[str, ...], Group] = {}
+        for group in groups:
+            names = tuple(self._aliases[name] for name in group.module_names)
+            renamed = Group(group.file_names, names, group.convert)
+            first = kept.get(names)
+            if first is None:
+                kept[names] = renamed
+                continue
+            # The name that torch itself gives a tied tensor wins over the file's order.
+            winner, loser = (renamed, first) if group.module_names == names else (first, renamed)
+            kept[names] = winner
+            for second in loser.file_names:
+                self.duplicates[second] = winner.file_names[0]
+        return list(kept.values())
+
+    def _check(self, group: Group) -> None:
+        if group.convert is None:
+            name, module_name = group.file_names[0], group.module_names[0]
+            found, expected = self._file_shapes[name], self._module_shapes[module_name]
+            if found != expected:
+                raise InputError(
+                    f"{name} has shape {list(found)} in the file and {list(expected)} in the "
+                    "model: config.json and the weights do not belong together"
+                )
+            return
+        elements = sum(_elements(self._file_shapes[name]) for name in group.file_names)
+        refusal = (
+            f"{group.file_names[0]} cannot be used: while loading, it and "
+            f"{len(group.file_names) - 1} other tensors become {', '.join(group.module_names)} in "
+            "a way that does not merely rearrange their elements, so no Fisher could be stored for "
+            "them"
+        )
+        try:
+            positions = self._positions(group)
+        except InputError:
+            raise
+        except Exception as error:  # an operation that refuses integers computes something
+            raise InputError(f"{refusal} ({error})") from error
+        seen = torch.zeros(elements, dtype=torch.bool)
+        count = 0
+        for name, position in zip(group.module_names, positions, strict=True):
+            if tuple(position.shape) != self._module_shapes[name]:
+                raise InputError(
+                    f"{group.file_names[0]} and what belongs to it become {name} of shape "
+                    f"{list(position.shape)}, where the model has {list(self._module_shapes[name])}"
+                )
+            if position.is_floating_point() or (count := count + position.numel()) > elements:
+                raise InputError(refusal)
+            if position.numel() and not 0 <= int(position.min()) <= int(position.max()) < elements:
+                raise InputError(refusal)
+            seen[position.flatten()] = True
+        if not bool(seen.all()):
+            raise InputError(refusal)
+
+    def _positions(self, group: Group) -> list[Tensor]:
+        """For each module tensor, which element of the group's tensors stands where."""
+        assert group.convert is not None
+        shapes = [self._file_shapes[name] for name in group.file_names]
+        total = sum(_elements(shape) for shape in shapes)
+        dtype = torch.int32 if total < 2**31 else torch.int64
+        numbered = []
+        start = 0
+        for shape in shapes:
+            stop = start + _elements(shape)
+            numbered.append(torch.arange(start, stop, dtype=dtype).reshape(shape))
+            start = stop
+        return group.convert(numbered)
+
+    def _to_file(
+        self, group: Group, given: Mapping[str, Tensor], rest: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        sample = next(given[name] for name in group.module_names if name in given)
+        total = sum(_elements(self._file_shapes[name]) for name in group.file_names)
+        flat = sample.new_zeros(total)
+        for name, position in zip(group.module_names, self._positions(group), strict=True):
+            tensor = given.get(name, rest.get(name))
+            if tensor is not None:
+                flat[position.flatten().to(flat.device)] = tensor.detach().flatten().to(flat)
+        parts = {}
+        start = 0
+        for name in group.file_names:
+            stop = start + _elements(self._file_shapes[name])
+            # A copy, because safetensors refuses tensors that share memory.
+            parts[name] = flat[start:stop].reshape(self._file_shapes[name]).clone()
+            start = stop
+        return parts
+
+
+def same_names_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
+    """Lay out a module whose file has the names of its state dict.
+
+    Args:
+        module: Any module.
+        file_shapes: By name, in the file's order.
+
+    Returns:
+        The layout; names that the module lacks are its `unused`.
+
+    Raises:
+        InputError: A shape differs.
+    """
+    state = module.state_dict()
+    groups = [Group((name,), (name,), None) for name in file_shapes if name in state]
+    return Layout(module, groups, file_shapes, [name for name in file_shapes if name not in state])
+
+
+def transformers_layout(module: Any, file_shapes: Shapes) -> tuple[Layout, dict[str, str]]:
+    """Lay out a transformers model by the conversions with which transformers loads it.
+
+    Args:
+        module: A `PreTrainedModel`, loaded, with its tied weights tied.
+        file_shapes: By name, in the file's order.
+
+    Returns:
+        The layout, and for each unused tensor the name under which transformers looked for it.
+
+    Raises:
+        InputError: A conversion is not a rearrangement, or a shape differs.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(module)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    prefix = module.base_model_prefix
+    state = module.state_dict()
+    single: dict[str, str] = {}
+    joint: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
+    unused: dict[str, str] = {}
+    # Some renamings depend on what was renamed before, so the order has to be transformers' own.
+    for name in sorted(file_shapes, key=dot_natural_key):
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if renamed not in state and name in state:
+            renamed, pattern = rename_source_key(name, [], [], prefix, state)
+        if renamed not in state:
+            unused[name] = renamed
+        elif pattern is None:
+            single[name] = renamed
+        else:
+            joint.setdefault(renamed, (by_pattern[pattern], []))[1].append((name, pattern))
+    groups = {name: Group((name,), (renamed,), None) for name, renamed in single.items()}
+    for renamed, (converter, sources) in joint.items():
+        group = _converted_group(module, renamed, converter, sources, file_shapes)
+        groups[group.file_names[0]] = group
+    ordered = [groups[name] for name in file_shapes if name in groups]
+    return Layout(module, ordered, file_shapes, [n for n in file_shapes if n in unused]), unused
+
+
+def _converted_group(
+    module: Any,
+    renamed: str,
+    converter: Any,
+    sources: Sequence[tuple[str, str]],
+    file_shapes: Shapes,
+) -> Group:
+    def run(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        one_use = deepcopy(converter)
+        for (name, pattern), tensor in zip(sources, tensors, strict=True):
+            one_use.add_tensor(renamed, name, pattern, tensor)
+        made = one_use.convert(renamed, model=module, config=module.config)
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }
+
+    names = tuple(name for name, _ in sources)
+    state = module.state_dict()
+    try:
+        made = run([torch.empty(file_shapes[name], device="meta") for name in names])
+    except Exception as error:
+        raise InputError(
+            f"{names[0]} and {len(names) - 1} tensors that belong to it cannot be converted to "
+            f"{renamed}: {error}"
+        ) from error
+    module_names = tuple(name for name in made if name in state)
+    if not module_names:
+        raise InputError(f"{names[0]} is converted to {', '.join(made)}, which the model lacks")
+
+    def convert(tensors: Sequence[Tensor]) -> list[Tensor]:
+        made = run(tensors)
+        return [made[name] for name in module_names]
+
+    return Group(names, module_names, convert)
+
+
+def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, tied ones once, in the module's order."""
+    aliases = _aliases(module)
+    state = module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if aliases.get(name) == name}
+
+
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """Each name in the state dict with the first name of the same tensor."""
+    first: dict[int, str] = {id(parameter): name for name, parameter in module.named_parameters()}
+    aliases = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            aliases[name] = first.setdefault(id(tensor), name)
+    return aliases
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], where: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{name} has shape {list(tensor.shape)}, where {where} has {list(shape)}")
