@@ -6,7 +6,7 @@ The four estimators differ only in which vectors are sent back through the netwo
 example or a batch is what gets squared.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,7 +69,7 @@ def fisher_diagonal(
     seed: int = 0,
     max_outcomes: int = 4096,
     accumulate_dtype: torch.dtype = torch.float32,
-    first_example: int = 0,
+    indices: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FisherDiagonal:
     """Measure F = (1/units) Σ_x E_y[(∇_θ log p(y|x, θ))²] for every trainable parameter.
@@ -93,7 +93,7 @@ def fisher_diagonal(
             position alone.
         max_outcomes: `exact` is refused above this many outcomes per example.
         accumulate_dtype: Type of the result and of the sums behind it.
-        first_example: Index of the first example in its data set.
+        indices: Index of each example in its data set, in reading order; by default 0, 1, 2 …
         progress: Called after each batch with the number of its examples.
 
     Returns:
@@ -139,24 +139,25 @@ def fisher_diagonal(
     examples = units = 0
     with _measuring(model):
         for number, batch in enumerate(batches, start=1):
-            inputs, labels = place_batch(model, batch)
+            inputs, labels = to_model(model, *split_batch(batch))
             size = len(labels)
-            indices = torch.arange(first_example + examples, first_example + examples + size)
+            read = range(examples, examples + size)
+            numbers = torch.tensor([indices[i] for i in read] if indices else read)
             together = size if estimator == "batched" else 1
             for row in (slice(i, i + together) for i in range(0, size, together)):
                 row_inputs, row_labels = _take(inputs, row, size), labels[row]
                 outputs = model_outputs(model, row_inputs, row_labels)
                 _check_outputs(outputs, number)
                 likelihood.check_labels(outputs.detach(), row_labels)
-                for vector in scores(outputs.detach(), row_labels, indices[row]):
+                for vector in scores(outputs.detach(), row_labels, numbers[row]):
                     reached |= _add_squares(sums, parameters, outputs, vector)
             for name, total in totals.items():
                 _fold(total, sums[name])
                 if not total.isfinite().all():
                     raise NonFiniteError(
                         f"The gradient of {name!r} is not finite in batch {number} (examples "
-                        f"{indices[0].item()} to {indices[-1].item()}): look for infinite weights "
-                        "or inputs, or use a wider dtype."
+                        f"{read[0]} to {read[-1]}): look for infinite weights or inputs, or use a "
+                        "wider dtype."
                     )
             units += int(likelihood.units(labels).sum())
             examples += size
@@ -179,25 +180,18 @@ def fisher_diagonal(
     )
 
 
-def place_batch(model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
-    """Return the inputs and labels of a batch where the model's parameters are.
-
-    Args:
-        model: Gives the device, and the type of floating-point inputs if its parameters share one.
-        batch: A pair (inputs, labels), or a mapping with "labels".
-
-    Returns:
-        The inputs, of their own structure, and the labels, on the device.
+def split_batch(batch: Any) -> tuple[Any, Tensor]:
+    """Return the inputs and labels of a batch: a pair, or a mapping with "labels".
 
     Raises:
-        InputError: If the batch is neither.
+        InputError: If it is neither, or its labels are not a tensor with a row per example.
     """
     inputs: Any
     if isinstance(batch, Mapping):
+        if "labels" not in batch:
+            raise InputError(f'A batch has no "labels"; it has {", ".join(map(str, batch))}.')
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        labels = batch.get("labels")
-        if labels is None:
-            raise InputError(f'A batch has no "labels"; it has {", ".join(map(str, inputs))}.')
+        labels = batch["labels"]
     elif isinstance(batch, tuple | list) and len(batch) == 2:
         inputs, labels = batch
     else:
@@ -207,8 +201,23 @@ def place_batch(model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
         )
     if not isinstance(labels, Tensor) or labels.ndim == 0:
         raise InputError(
-            f"The labels of a batch are a tensor with one row per example, found {labels!r}."
+            "The labels of a batch are a tensor with one row per example, "
+            f"found {type(labels).__name__}."
         )
+    return inputs, labels
+
+
+def to_model(model: nn.Module, inputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
+    """Move a batch to where the model's parameters are.
+
+    Args:
+        model: Gives the device, and the type of floating-point inputs if its parameters share one.
+        inputs: A tensor, or tensors inside tuples, lists and mappings.
+        labels: The labels of the same examples.
+
+    Returns:
+        The inputs, in the same structure, and the labels.
+    """
     device = next(model.parameters()).device
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
 

@@ -1,4 +1,4 @@
-"""Uniform numbers that are a pure function of where they are used, never of what was drawn before."""
+"""Uniform numbers that depend on where they are used, never on what was drawn before."""
 
 import torch
 from torch import Tensor

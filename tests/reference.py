@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,25 +66,25 @@ REFERENCE: dict[str, tuple[Log, Callable[[Tensor, Tensor], Iterable[Tensor]] | N
 }
 
 
-def _outputs(model: nn.Module, inputs: object) -> Tensor:
+def _outputs(model: nn.Module, inputs: Any) -> Tensor:
     outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     return outputs if isinstance(outputs, Tensor) else outputs.logits
 
 
-def _float64(inputs: object) -> object:
+def _float64(inputs: Any) -> Any:
     if isinstance(inputs, dict):
         return {key: _float64(value) for key, value in inputs.items()}
     return inputs.double() if inputs.is_floating_point() else inputs
 
 
-def _example(inputs: object, i: int) -> object:
+def _example(inputs: Any, i: int) -> Any:
     if isinstance(inputs, dict):
         return {key: value[i : i + 1] for key, value in inputs.items()}
     return inputs[i : i + 1]
 
 
 def fisher(
-    model: nn.Module, examples: Iterable[tuple[object, Tensor]], likelihood: str, kind: str
+    model: nn.Module, examples: Iterable[tuple[Any, Tensor]], likelihood: str, kind: str
 ) -> dict[str, Tensor]:
     """Sum over examples of E_y[(∇ log p)²] (kind "exact") or of the labels' own ("empirical").
 
@@ -99,7 +100,7 @@ def fisher(
             x = _float64(_example(inputs, i))
             label = labels[i]
 
-            def squares(y: Tensor, x: object = x) -> tuple[float, dict[str, Tensor]]:
+            def squares(y: Tensor, x: Any = x) -> tuple[float, dict[str, Tensor]]:
                 model.zero_grad()
                 value = log_p(_outputs(model, x)[0], y)
                 value.backward()
@@ -124,7 +125,7 @@ def fisher(
 
 
 def _gaussian(
-    model: nn.Module, x: object, named: dict[str, nn.Parameter]
+    model: nn.Module, x: Any, named: dict[str, nn.Parameter]
 ) -> list[tuple[float, dict[str, Tensor]]]:
     """E over y ~ N(f, 1) of (Σ_d (y_d - f_d) ∂f_d)² = Σ_d (∂f_d)²."""
     weighted = []
