@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from formats.errors import InputError, UsageError
+from formats.errors import InputError, NetworkError, UsageError
 from formats.hub_dataset import is_hub_id, is_saved_dataset, open_hub, open_saved
 from formats.image_folder import ImageFolderRows, is_image
 from formats.parquet_rows import ParquetRows
@@ -48,8 +48,12 @@ def open_data(
     path = Path(spec).expanduser()
     if not path.exists():
         if isinstance(spec, str) and path.suffix.lower() not in DATA_SUFFIXES and is_hub_id(spec):
-            return open_hub(spec, split=split, subset=subset, revision=revision)
-        raise InputError(f"{spec} does not exist.{_near(path)}")
+            try:
+                return open_hub(spec, split=split, subset=subset, revision=revision)
+            except (InputError, NetworkError) as error:
+                raise type(error)(f"{error}{_near(path)}") from error
+        lost = "" if path.parent.is_dir() else f" There is no folder {path.parent}."
+        raise InputError(f"{spec} does not exist.{lost}{_near(path)}")
     for option, value in (("subset", subset), ("revision", revision)):
         if value is not None:
             raise UsageError(f"{spec} is local; {option} = {value!r} is for data sets on the Hub.")
@@ -64,11 +68,9 @@ def open_data(
 
 
 def _near(path: Path) -> str:
-    parent = path.parent
-    if not parent.is_dir():
-        return f" There is no folder {parent}."
-    near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()])
-    return f" Near it: {', '.join(near)}." if near else ""
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names)
+    return f" In {path.parent} there is: {', '.join(near)}." if near else ""
 
 
 def _open_file(path: Path) -> Rows:

@@ -1,5 +1,6 @@
 """Rows of data sets from the Hugging Face Hub or saved on disk, through the `datasets` library."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -10,6 +11,7 @@ from typing import Any
 from formats.errors import ConsolidateError, InputError, NetworkError, UsageError
 from formats.rows import Rows
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -62,14 +64,11 @@ class HubRows(Rows):
         Bytes (images, audio) enter as their own SHA-256, without the name of the file they came
         from: the digest depends neither on the cache's place nor on how the data are cut up.
         """
-        import datasets
-
         dataset = self._dataset
         for name, feature in dataset.features.items():
-            if hasattr(feature, "decode"):
-                undecoded = datasets.features.features.copy.copy(feature)
-                undecoded.decode = False
-                dataset = dataset.cast_column(name, undecoded)
+            if isinstance(getattr(feature, "decode", None), bool):
+                stored = dataclasses.replace(feature, decode=False)
+                dataset = dataset.cast_column(name, stored)
         total = hashlib.sha256()
         for row in dataset:
             line = json.dumps(_plain(row), sort_keys=True, ensure_ascii=False)
@@ -116,10 +115,37 @@ def open_hub(
     """
     datasets = _import_datasets(name)
     try:
-        loaded = datasets.load_dataset(name, subset, split=split, revision=revision)
+        commit = None if revision is None else _commit(name, revision)
+        loaded = datasets.load_dataset(name, subset, split=split, revision=commit)
+    except ConsolidateError:
+        raise
     except Exception as error:
         raise _explained(error, name, split, revision) from error
-    return HubRows(_one_split(loaded, name, None), name)
+    dataset = _one_split(loaded, name, None)
+    # datasets falls back to whatever the cache holds; its folders are named by the commit
+    if commit is not None and not all(commit in file["filename"] for file in dataset.cache_files):
+        raise NetworkError(
+            f"{name}: revision {revision} is not in the cache of datasets, and the Hub did not "
+            "give it. Try again later, or leave out the revision to use what is in the cache."
+        )
+    return HubRows(dataset, name)
+
+
+def _commit(name: str, revision: str) -> str:
+    """Return the commit that a branch or tag stands for; a commit stands for itself."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    if _COMMIT.fullmatch(revision):
+        return revision
+    if datasets.config.HF_HUB_OFFLINE:
+        raise NetworkError(
+            f"{name}: what revision {revision!r} stands for cannot be looked up, because "
+            "HF_HUB_OFFLINE switches the Hub off. Name the commit, or leave out the revision."
+        )
+    return str(
+        HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, revision=revision).sha
+    )
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -181,29 +207,38 @@ def _explained(
 ) -> ConsolidateError:
     """Return the error of ours that says what an error of `datasets` means."""
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RevisionNotFoundError,
+    )
     from huggingface_hub.utils import httpx
 
-    first = _first_line(error)
-    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+    first = _first_line(error).rstrip(".")
+    causes = list(_chain(error))
+    statuses = {cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)}
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return InputError(f"{name} has no revision {revision!r} on the Hub.")
+    not_found = isinstance(error, datasets.exceptions.DatasetNotFoundError)
+    if not_found or (isinstance(error, HfHubHTTPError) and statuses & {401, 403, 404}):
         return InputError(
-            f"{name} is neither a file here nor a data set that can be read on the Hub ({first}) "
+            f"{name} is neither a file here nor a data set that can be read on the Hub ({first}). "
             "Check the name, or log in with: hf auth login"
         )
-    for cause in _chain(error):
-        if isinstance(cause, OfflineModeIsEnabled):
+    unreachable = ConnectionError | TimeoutError | httpx.TransportError | LocalEntryNotFoundError
+    if any(isinstance(cause, unreachable) for cause in causes) or any(
+        status == 429 or status >= 500 for status in statuses
+    ):
+        if datasets.config.HF_HUB_OFFLINE:
             return NetworkError(
                 f"{name} is neither a file here nor in the cache of datasets, and HF_HUB_OFFLINE "
                 "switches the Hub off. Fetch it once while online, or name a local file."
             )
-        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        if (status is not None and (status >= 500 or status == 429)) or isinstance(
-            cause, ConnectionError | TimeoutError | httpx.TransportError | LocalEntryNotFoundError
-        ):
-            return NetworkError(
-                f"{name} is not a file here, and the Hub cannot be reached ({_first_line(cause)}). "
-                "Try again later, or name a local file."
-            )
+        answer = f" (it answered {max(statuses)})" if statuses else ""
+        return NetworkError(
+            f"{name} is not a file here, and the Hub cannot be reached{answer}. "
+            "Try again later, or name a local file."
+        )
     available = re.search(r"Should be one of (\[.*\])|Available splits: (\[.*\])", str(error))
     if split is not None and available:
         names = re.findall(r"'([^']+)'", available[0])
@@ -213,8 +248,7 @@ def _explained(
     if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
         names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])
         return InputError(f"{name}: set subset in a task.toml to one of: {', '.join(names)}.")
-    at = "" if revision is None else f" at revision {revision}"
-    return InputError(f"{name}{at} cannot be read as a data set ({first}).")
+    return InputError(f"{name} cannot be read as a data set ({first}).")
 
 
 def _first_line(error: BaseException) -> str:

@@ -103,6 +103,8 @@ class ParquetRows(Rows):
     def label_names(self, column: str) -> list[str] | None:
         """Return the class names that `datasets` wrote beside the column."""
         feature = self._features.get(column)
+        while isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+            feature = feature["feature"]  # a list of class ids, as for the words of a sentence
         return feature.get("names") if isinstance(feature, dict) else None
 
     def digest(self) -> str:

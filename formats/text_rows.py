@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from formats.errors import InputError
 from formats.rows import Rows, file_digest
 
@@ -21,45 +19,49 @@ MAX_JSON_ARRAY_BYTES = 256 * 2**20
 
 
 class _Records:
-    """Byte ranges of a file's records; one record is read at a time.
+    """Byte ranges and line numbers of a file's records; one record is read at a time.
 
     The file is opened anew for each read: no handle to leak, to share after a fork or to move under
     another thread. A file that has changed since is noticed.
     """
 
-    def __init__(self, path: Path, starts: "array.array[int]", end: int, stamp: tuple[int, int]):
-        starts.append(end)
+    def __init__(self, path: Path, stamp: tuple[int, int]) -> None:
         self.path = path
-        self._bounds = np.frombuffer(starts, dtype=np.int64)  # (rows + 1,)
         self._stamp = stamp
+        self._starts = array.array("q")
+        self._lines = array.array("I")
+        self._end = 0
 
     def __len__(self) -> int:
-        return len(self._bounds) - 1
+        return len(self._starts)
 
-    def read(self, i: int) -> bytes:
-        start, end = int(self._bounds[i]), int(self._bounds[i + 1])
+    def add(self, start: int, line: int) -> None:
+        """Note that a record starts at byte `start`, on `line`, counted from 1."""
+        self._starts.append(start)
+        self._lines.append(line)
+
+    def close(self, end: int) -> None:
+        """Note that the last record ends at byte `end`."""
+        self._end = end
+
+    def line(self, i: int) -> int:
+        """Return the line on which record `i` begins."""
+        return self._lines[i]
+
+    def text(self, i: int) -> str:
+        """Return record `i`, with what separates it from the next."""
+        start = self._starts[i]
+        end = self._starts[i + 1] if i + 1 < len(self) else self._end
         with self.path.open("rb", buffering=0) as file:
             if _stamp(file) != self._stamp:
                 raise InputError(f"{self.path} was changed while it was being read. Start again.")
             file.seek(start)
-            return file.read(end - start)
-
-    def line(self, i: int, before: int = 0) -> int:
-        """Return the line, counted from 1, at byte `before` of record `i`."""
-        left = int(self._bounds[i]) + before
-        line = 1
-        with self.path.open("rb") as file:
-            while left > 0 and (piece := file.read(min(left, _BUFFER))):
-                line += piece.count(b"\n")
-                left -= len(piece)
-        return line
-
-    def text(self, i: int) -> str:
-        record = self.read(i)
+            record = file.read(end - start)
         try:
             return record.decode()
         except UnicodeDecodeError as error:
-            raise _not_utf8(self.path, self.line(i, error.start), error) from None
+            line = self.line(i) + record.count(b"\n", 0, error.start)
+            raise _not_utf8(self.path, line, error) from None
 
 
 def _stamp(file: Any) -> tuple[int, int]:
@@ -88,16 +90,15 @@ class JsonLinesRows(Rows):
             InputError: no rows, or one of the first 100 is not a JSON object.
         """
         self.name = path.name
-        starts = array.array("q")
         with path.open("rb", buffering=_BUFFER) as file:
-            stamp = _stamp(file)
+            self._records = _Records(path, _stamp(file))
             position = 0
-            for line in file:
+            for number, line in enumerate(file, start=1):
                 bom = len(_BOM) if position == 0 and line.startswith(_BOM) else 0
                 if line[bom:].strip():
-                    starts.append(position + bom)
+                    self._records.add(position + bom, number)
                 position += len(line)
-        self._records = _Records(path, starts, position, stamp)
+        self._records.close(position)
         if not len(self._records):
             raise InputError(f"{path} is empty: expected one JSON object a line.")
         self.columns = []
@@ -220,10 +221,9 @@ class CsvRows(Rows):
         self.name = path.name
         self._path = path
         self._delimiter = delimiter
-        starts = array.array("q")
         header: list[str] | None = None
         with path.open("rb", buffering=_BUFFER) as file:
-            stamp = _stamp(file)
+            self._records = _Records(path, _stamp(file))
             lines = _Lines(path, file)
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
             while True:
@@ -247,15 +247,15 @@ class CsvRows(Rows):
                         "Quote fields that hold the delimiter or a line end."
                     )
                 else:
-                    starts.append(start)
+                    self._records.add(start, line)
         if header is None:
             raise InputError(
                 f"{path} is empty: expected a header line with the names of the columns."
             )
-        if not starts:
+        if not len(self._records):
             raise InputError(f"{path} has a header ({', '.join(header)}) but no rows.")
         self.columns = header
-        self._records = _Records(path, starts, lines.position, stamp)
+        self._records.close(lines.position)
 
     def _check_header(self, header: list[str], line: int) -> list[str]:
         twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]

@@ -76,7 +76,7 @@ def test_splits(tmp_path):
     picture(root / "train" / "cat" / "1.png", 0)
     picture(root / "train" / "dog" / "1.png", 0)
     picture(root / "test" / "dog" / "2.png", 0)
-    with pytest.raises(InputError, match="several splits.*test, train"):
+    with pytest.raises(InputError, match=r"several splits.*test, train"):
         open_data(root)
     assert [row["label"] for row in open_data(root, split="train")] == ["cat", "dog"]
     assert [row["label"] for row in open_data(root, split="test")] == ["dog"]

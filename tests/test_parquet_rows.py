@@ -47,17 +47,22 @@ def test_row_groups_leave_memory(tmp_path, monkeypatch):
 def test_images_and_class_names_as_datasets_writes_them(tmp_path):
     path = tmp_path / "train.parquet"
     features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=["cat", "dog"]),
+            "tags": datasets.List(datasets.ClassLabel(names=["O", "B"])),
+        }
     )
     picture = Image.new("RGB", (3, 2), (1, 2, 3))
     datasets.Dataset.from_dict(
-        {"image": [picture, None], "label": [1, 0]}, features=features
+        {"image": [picture, None], "label": [1, 0], "tags": [[0, 1], []]}, features=features
     ).to_parquet(path)
     rows = open_data(path)
     assert rows[0]["image"].getpixel((0, 0)) == (1, 2, 3)
     assert rows[1]["image"] is None
     assert rows[0]["label"] == 1
     assert rows.label_names("label") == ["cat", "dog"]
+    assert rows.label_names("tags") == ["O", "B"]
     assert rows.label_names("image") is None
 
 

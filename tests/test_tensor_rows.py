@@ -155,7 +155,7 @@ def test_a_header_that_hides_objects_does_not_run_code(tmp_path):
     rows[0]  # the pickle's bytes read as a number, harmless
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "no array")
-    with pytest.raises(InputError, match="cannot be read as .npz"):
+    with pytest.raises(InputError, match=r"cannot be read as \.npz"):
         open_data(path)
 
 

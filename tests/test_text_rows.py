@@ -26,7 +26,8 @@ def write(path, content):
 def test_json_lines_rows_columns_and_places(tmp_path):
     path = write(
         tmp_path / "train.jsonl",
-        '{"text": "a", "label": 0}\n\n  \n{"text": "é\\n", "label": 1}\r\n{"text": "c", "extra": [1]}',
+        '{"text": "a", "label": 0}\n\n  \n'
+        '{"text": "é\\n", "label": 1}\r\n{"text": "c", "extra": [1]}',
     )
     rows = open_data(path)
     assert rows.name == "train.jsonl"
@@ -135,9 +136,9 @@ def test_json_lines_keep_offsets_only(tmp_path):
     tracemalloc.stop()
     assert len(rows) == count
     assert path.stat().st_size > 30e6
-    # 8 bytes a row, the array's room to grow, one read buffer of 1 MiB
-    assert kept < 10 * count + 100_000
-    assert peak < 20 * count + 2 * 2**20
+    # 12 bytes a row, the arrays' room to grow, one read buffer of 1 MiB
+    assert kept < 15 * count + 100_000
+    assert peak < 30 * count + 2 * 2**20
     assert rows.where(count - 1) == f"large.jsonl, row {count} (line {count})"
 
 
@@ -192,7 +193,7 @@ def test_a_large_json_array_is_refused(tmp_path):
     with path.open("wb") as file:
         file.write(b"[")
         file.truncate(300 * 2**20)  # sparse: takes no disk
-    with pytest.raises(InputError, match="300 MiB.*JSON Lines"):
+    with pytest.raises(InputError, match=r"300 MiB.*JSON Lines"):
         open_data(path)
 
 
@@ -267,8 +268,8 @@ def test_csv_keeps_offsets_only(tmp_path):
     tracemalloc.stop()
     assert path.stat().st_size > 9e6
     assert len(rows) == count
-    assert kept < 10 * count + 100_000
-    assert peak < 20 * count + 2 * 2**20
+    assert kept < 15 * count + 100_000
+    assert peak < 30 * count + 2 * 2**20
     assert rows[count - 1] == {"text": 'x", \n' * 300, "label": "1"}
 
 
@@ -283,7 +284,7 @@ def test_csv_agrees_with_reading_it_whole(tmp_path, records, line_end):
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator=line_end, quoting=csv.QUOTE_MINIMAL)
     writer.writerows([["p", "q"], *records])
-    # the writer leaves a lone carriage return unquoted in some versions; ask for quotes throughout then
+    # some versions of the writer leave a lone carriage return unquoted
     if any("\r" in field for record in records for field in record):
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator=line_end, quoting=csv.QUOTE_ALL).writerows(
