@@ -1,1 +1,55 @@
-"""Elastic Weight Consolidation for checkpoints: measure the Fisher diagonal, store it, train with it."""
+"""Elastic Weight Consolidation for checkpoints: measure the Fisher, store it, train with it.
+
+Names are imported when they are first used, so that `consolidate --help` does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from consolidate.commands import evaluate as evaluate
+    from consolidate.commands import finetune as finetune
+    from consolidate.commands import fisher as fisher
+    from consolidate.commands import load_penalty as load_penalty
+    from consolidate.estimators import FisherDiagonal as FisherDiagonal
+    from consolidate.estimators import fisher_diagonal as fisher_diagonal
+    from consolidate.estimators import fisher_overlap as fisher_overlap
+    from consolidate.examples import Columns as Columns
+    from consolidate.inspection import show as show
+    from consolidate.inspection import verify as verify
+    from consolidate.merging import merge_online as merge_online
+    from consolidate.penalty import Penalty as Penalty
+    from formats.fisher_folder import read_fisher as read_fisher
+    from formats.fisher_folder import write_fisher as write_fisher
+
+_HOMES = {
+    "Columns": "consolidate.examples",
+    "FisherDiagonal": "consolidate.estimators",
+    "Penalty": "consolidate.penalty",
+    "evaluate": "consolidate.commands",
+    "finetune": "consolidate.commands",
+    "fisher": "consolidate.commands",
+    "fisher_diagonal": "consolidate.estimators",
+    "fisher_overlap": "consolidate.estimators",
+    "load_penalty": "consolidate.commands",
+    "merge_online": "consolidate.merging",
+    "read_fisher": "formats.fisher_folder",
+    "show": "consolidate.inspection",
+    "verify": "consolidate.inspection",
+    "write_fisher": "formats.fisher_folder",
+}
+__all__ = sorted(_HOMES)
+
+try:
+    import formats.errors  # noqa: F401
+except ImportError:
+    raise ImportError(
+        "the package 'formats' that Python finds is not the one of consolidate-ewc: another "
+        "package or a file formats.py on sys.path hides it; rename that one, or start elsewhere"
+    ) from None
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'consolidate' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

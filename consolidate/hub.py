@@ -5,8 +5,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HFValidationError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -16,7 +16,16 @@ from huggingface_hub.utils import httpx, validate_repo_id
 
 from formats.errors import InputError, NetworkError
 
-OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "*.gguf", "onnx/*", "openvino/*"]
+OTHER_FRAMEWORKS = [
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.ot",
+    "*.tflite",
+    "*.gguf",
+    "onnx/*",
+    "openvino/*",
+]
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt"]
 
 
@@ -57,8 +66,8 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> Path:
         ) from None
     except RepositoryNotFoundError:
         raise InputError(
-            f"{checkpoint}: no such folder here, and no such repository on the Hub (or a private one: "
-            "log in with `hf auth login`)"
+            f"{checkpoint}: no such folder here, and no such repository on the Hub (or a private "
+            "one: log in with `hf auth login`)"
         ) from None
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled):
         return _cached(name, revision)

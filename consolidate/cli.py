@@ -1,0 +1,566 @@
+"""The command line: options, messages, exit codes. The work is done in `commands`."""
+
+import errno
+import json
+import logging
+import signal
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from formats.errors import ConsolidateError, InputError
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; unwinds like Ctrl-C, so that nothing half-written stays behind."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave with its exit code.
+
+    Args:
+        arguments: Those of the process unless given.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = cli(arguments, prog_name="consolidate", standalone_mode=False)
+        _leave(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        _leave(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        _leave(130)
+    except Terminated:
+        click.echo("terminated", err=True)
+        _leave(143)
+    except BrokenPipeError:
+        sys.stderr.close()
+        _leave(141)
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        message, code = _explain(error)
+        click.echo(f"error: {message}", err=True)
+        _leave(code)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    if isinstance(error, ConsolidateError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error.filename or error}); nothing was changed", 3
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}", InputError.exit_code
+    return f"{type(error).__name__}: {error} (a fault of consolidate; --debug shows where)", 1
+
+
+def _leave(code: int) -> NoReturn:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        code = code or 141
+    sys.exit(code)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _read_config(context: click.Context, option: click.Parameter, path: Path | None) -> None:
+    """Take defaults for the command's options from a TOML file; flags and variables win over it."""
+    if path is None:
+        return
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path} is not TOML: {error}") from None
+    names = {p.name: p for p in context.command.params if isinstance(p, click.Option)}
+    defaults = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in names:
+            near = get_close_matches(name, [str(n) for n in names], 3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise click.BadParameter(f"{path}: {context.command.name} has no option {key!r}{hint}")
+        defaults[name] = value
+    context.default_map = {**(context.default_map or {}), **defaults}
+
+
+def _tell_everything(context: click.Context, option: click.Parameter, value: bool) -> None:
+    """Let a traceback through; `main` looks for the flag itself."""
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+def _column_options() -> Callable[[Any], Any]:
+    return _options(
+        *(
+            click.option(
+                f"--{name.replace('_', '-')}-column",
+                metavar="COLUMN",
+                help=f"Where the {what} is in the data.",
+            )
+            for name, what in (
+                ("text", "text"),
+                ("text_pair", "second text of a pair"),
+                ("label", "label"),
+                ("tokens", "list of words (token classification)"),
+                ("prompt", "prompt"),
+                ("completion", "completion"),
+                ("messages", "chat"),
+                ("target", "target text (sequence to sequence)"),
+                ("image", "image"),
+                ("inputs", "input tensor"),
+            )
+        )
+    )
+
+
+COMMON = _options(
+    click.option(
+        "--config",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config,
+        help="TOML file with options of this command; flags and variables win over it.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Write the result as one JSON object."),
+    click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        callback=_tell_everything,
+        help="Show the traceback of an error.",
+    ),
+)
+
+MODEL = _options(
+    click.option(
+        "--objective",
+        metavar="NAME",
+        help="What is predicted; the architecture's own by default. One of "
+        "sequence-classification, multi-label, token-classification, regression, causal-lm, "
+        "masked-lm, seq2seq-lm, image-classification, classification.",
+    ),
+    click.option(
+        "--model",
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="Function that makes the torch module, called with the contents of config.json, for "
+        "models that transformers does not know.",
+    ),
+    click.option(
+        "--revision", metavar="REV", help="Branch, tag or commit of a CHECKPOINT on the Hub."
+    ),
+    click.option(
+        "--device", metavar="DEVICE", help="cpu, cuda, mps, …; the best there is by default."
+    ),
+)
+
+DATA = _options(
+    click.option("--split", metavar="NAME", help="Split of a data set that has several."),
+    click.option(
+        "--max-length",
+        type=click.IntRange(min=1),
+        help="Truncate texts after this many tokens; the model's own limit by default.",
+    ),
+    click.option(
+        "--pack", is_flag=True, help="Fill sequences with consecutive texts (language models)."
+    ),
+    _column_options(),
+)
+
+
+def _estimator_options(prefix: str) -> Callable[[Any], Any]:
+    def option(name: str, **settings: Any) -> Callable[[Any], Any]:
+        return click.option(f"--{prefix}{name}", **settings)
+
+    return _options(
+        option(
+            "estimator",
+            type=click.Choice(["exact", "mc", "empirical", "batched"]),
+            help="Labels the Fisher is an expectation over: all of them (exact), sampled from the "
+            "model (mc), the data's own (empirical), or sampled and squared per batch (batched). "
+            "By default exact up to 16 outcomes, else mc.",
+        ),
+        option(
+            "mc-samples",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            help="Labels sampled per example by mc.",
+        ),
+        option(
+            "max-outcomes",
+            type=click.IntRange(min=1),
+            default=4096,
+            show_default=True,
+            help="Refuse exact above this many backward passes per example.",
+        ),
+    )
+
+
+FREEZE = click.option(
+    "--freeze",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave out the parameters whose name matches, such as 'encoder.*'; may be repeated.",
+)
+SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+TASK = click.option("--task", metavar="NAME", help="Name of the task; that of the data by default.")
+DATA_DIGEST = click.option(
+    "--data-digest/--no-data-digest",
+    default=True,
+    help="Keep a digest of the data in the ledger (kept by default).",
+)
+BATCH_SIZE = click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Examples at a time.",
+)
+
+
+@click.group(
+    context_settings={"auto_envvar_prefix": "CONSOLIDATE", "help_option_names": ["-h", "--help"]}
+)
+@click.version_option(package_name="consolidate-ewc", prog_name="consolidate")
+def cli() -> None:
+    """Fine-tune checkpoints without forgetting.
+
+    Measure the Fisher diagonal of a checkpoint on its task's data, store it beside the weights, and
+    fine-tune on the next task with the Elastic Weight Consolidation penalty.
+    """
+    handler = _StderrHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("consolidate")
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes a line to stderr without tearing a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--data", required=True, metavar="DATA", help="The task's data.")
+@TASK
+@MODEL
+@DATA
+@_estimator_options("")
+@click.option(
+    "--max-examples",
+    type=click.IntRange(min=1),
+    help="Measure on a seeded random subset of this size.",
+)
+@BATCH_SIZE
+@SEED
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Of the weights during the pass; as stored by default. The Fisher is float32.",
+)
+@FREEZE
+@click.option("--add", is_flag=True, help="Add another task measured at the same weights.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace the Fisher (or output folder) that is there."
+)
+@click.option(
+    "--output-dir",
+    metavar="DIR",
+    help="Write a whole checkpoint here instead of DIR/fisher into CHECKPOINT.",
+)
+@DATA_DIGEST
+@COMMON
+def fisher(checkpoint: str, as_json: bool, **options: Any) -> None:
+    """Measure the Fisher diagonal of CHECKPOINT and store it beside the weights.
+
+    CHECKPOINT is a folder, a .safetensors, .bin, .pt or .ckpt file, or a repository on the
+    Hub. DATA is a .jsonl, .csv, .parquet, .safetensors or .npz file, a folder of images by
+    class, a data set on the Hub, or a task.toml that names these.
+
+    Example: consolidate fisher my-model --data old-task.jsonl --task old
+    """
+    from consolidate import commands
+
+    result = commands.fisher(checkpoint, **_with_objects(options))
+    _write(result, as_json, _fisher_text)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--data", required=True, metavar="DATA", help="The new task's data.")
+@click.option("--output-dir", required=True, metavar="DIR", help="Where the new checkpoint goes.")
+@click.option("--ewc-lambda", type=click.FloatRange(min=0), help="λ, the strength of the penalty.")
+@click.option(
+    "--penalty",
+    type=click.Choice(["ewc", "l2", "none"]),
+    default="ewc",
+    show_default=True,
+    help="ewc holds each weight by its Fisher, l2 all alike.",
+)
+@click.option(
+    "--fisher",
+    metavar="PATH|REPO",
+    help="Take the Fisher from here; from beside the weights by default.",
+)
+@TASK
+@MODEL
+@DATA
+@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the data; 1 by default.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Optimizer steps in all.")
+@click.option(
+    "--max-examples",
+    type=click.IntRange(min=1),
+    help="Train on a seeded random subset of this size.",
+)
+@BATCH_SIZE
+@click.option(
+    "--gradient-accumulation-steps",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Batches per optimizer step.",
+)
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5e-5,
+    show_default=True,
+    help="The peak of the schedule.",
+)
+@click.option(
+    "--optimizer", type=click.Choice(["adamw", "adam", "sgd"]), default="adamw", show_default=True
+)
+@click.option(
+    "--momentum",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Of sgd.",
+)
+@click.option(
+    "--weight-decay",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 by default: it would pull unprotected weights to zero, task after task.",
+)
+@click.option(
+    "--lr-scheduler",
+    type=click.Choice(["constant", "linear", "cosine"]),
+    default="constant",
+    show_default=True,
+    help="After the warm-up.",
+)
+@click.option("--warmup-steps", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--max-grad-norm",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Clip the norm of the whole gradient, penalty included.",
+)
+@click.option(
+    "--mixed-precision",
+    type=click.Choice(["no", "bf16", "fp16"]),
+    default="no",
+    show_default=True,
+    help="Autocast of the forward pass; the master weights are float32.",
+)
+@click.option(
+    "--norm-statistics",
+    type=click.Choice(["frozen", "update"]),
+    help="Running statistics of batch norms; frozen by default where there is a penalty.",
+)
+@click.option(
+    "--evaluate",
+    multiple=True,
+    metavar="NAME=DATA",
+    help="Measure before, after each epoch and at the end; may be repeated.",
+)
+@click.option(
+    "--log-every", type=click.IntRange(min=1), default=50, show_default=True, help="In steps."
+)
+@SEED
+@FREEZE
+@click.option("--overwrite", is_flag=True, help="Replace the output folder that is there.")
+@_estimator_options("fisher-")
+@click.option(
+    "--fisher-max-examples",
+    type=click.IntRange(min=1),
+    help="Measure the new task's Fisher on a seeded random subset of this size.",
+)
+@click.option("--fisher-batch-size", type=click.IntRange(min=1), help="As --batch-size by default.")
+@DATA_DIGEST
+@COMMON
+def finetune(checkpoint: str, as_json: bool, evaluate: tuple[str, ...], **options: Any) -> None:
+    """Fine-tune CHECKPOINT on a new task, held by the penalty where it matters for the old ones.
+
+    The output is a whole checkpoint whose Fisher holds the new task as well: the next
+    finetune starts from it.
+
+    Example: consolidate finetune my-model --data new.jsonl --output-dir my-model-2
+    --ewc-lambda 100
+    """
+    from consolidate import commands
+
+    result = commands.finetune(
+        checkpoint, evaluate=_named_data(evaluate, "--evaluate"), **_with_objects(options)
+    )
+    _write(result, as_json, _finetune_text)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option(
+    "--data", required=True, multiple=True, metavar="[NAME=]DATA", help="May be repeated."
+)
+@MODEL
+@DATA
+@BATCH_SIZE
+@SEED
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights; as stored by default.")
+@COMMON
+def evaluate(checkpoint: str, as_json: bool, data: tuple[str, ...], **options: Any) -> None:
+    """Measure CHECKPOINT on each task: loss, and accuracy or perplexity.
+
+    Example: consolidate evaluate my-model-2 --data old=old-test.jsonl --data new=new-test.jsonl
+    """
+    from consolidate import commands
+
+    result = commands.evaluate(checkpoint, _named_data(data, "--data"), **_with_objects(options))
+    _write(result, as_json, _metrics_text)
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="How many parameters to list.",
+)
+@COMMON
+def show(checkpoint: Path, as_json: bool, top: int) -> None:
+    """Show the ledger of CHECKPOINT and where its Fisher lies."""
+    from consolidate import inspection
+
+    _write(inspection.show(checkpoint, top=top), as_json, inspection.show_text)
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@COMMON
+def verify(checkpoint: Path, as_json: bool) -> None:
+    """Check every digest, name, shape and value of CHECKPOINT and its Fisher."""
+    from consolidate import inspection
+
+    _write(inspection.verify(checkpoint), as_json, _verify_text)
+
+
+def _with_objects(options: dict[str, Any]) -> dict[str, Any]:
+    """Turn what was typed into what the functions take: a Columns and a torch.dtype."""
+    import torch
+
+    from consolidate.examples import Columns
+
+    given = {
+        k.removesuffix("_column"): options.pop(k) for k in list(options) if k.endswith("_column")
+    }
+    options["columns"] = Columns(**given)
+    if options.get("dtype") is not None:
+        options["dtype"] = getattr(torch, options["dtype"])
+    return options
+
+
+def _named_data(values: Sequence[str], option: str) -> dict[str, str]:
+    named = {}
+    for value in values:
+        name, found, data = value.partition("=")
+        if not found or Path(value).exists():
+            name, data = Path(value).stem, value
+        if not name or not data:
+            raise click.UsageError(f"{option} {value}: expected NAME=DATA")
+        if name in named:
+            raise click.UsageError(f"{option}: two data sets are named {name!r}; write NAME=DATA")
+        named[name] = data
+    return named
+
+
+def _write(result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:
+    click.echo(json.dumps(result, ensure_ascii=False, indent=2) if as_json else text(result))
+
+
+def _fisher_text(result: dict[str, Any]) -> str:
+    return (
+        f"{result['fisher']}: {result['estimator']} Fisher of {result['task']!r} over "
+        f"{result['examples']:,} examples, {result['parameters']:,} parameters, "
+        f"trace {result['trace']:.4g}"
+    )
+
+
+def _finetune_text(result: dict[str, Any]) -> str:
+    lines = []
+    if result["metrics"]:
+        lines += [
+            _metrics_text(
+                {
+                    f"{task}, {when}": values
+                    for when in ("before", "after")
+                    for task, values in result["metrics"][when].items()
+                }
+            ),
+            "",
+        ]
+    lines.append(
+        f"{result['checkpoint']}: {result['steps']} steps, loss {result['loss']:.4f}, "
+        f"penalty {result['penalty_value']:.4g}; {result['share_moved']:.1%} of the weights moved"
+    )
+    lines.append(_fisher_text({**result["fisher"], "fisher": result["fisher"]["folder"]}))
+    return "\n".join(lines)
+
+
+def _verify_text(summary: dict[str, Any]) -> str:
+    sets = {kind: summary[kind] for kind in ("weights", "fisher", "anchor") if summary.get(kind)}
+    sets |= {f"head of {task}": head for task, head in summary["heads"].items()}
+    lines = [
+        f"{kind}: {found['tensors']:,} tensors, {found['bytes']:,} bytes, {found['digest']}"
+        for kind, found in sets.items()
+    ]
+    return "\n".join([*lines, f"{summary['checkpoint']} is intact"])
+
+
+def _metrics_text(metrics: dict[str, dict[str, float]]) -> str:
+    columns = [
+        c for c in ("loss", "accuracy", "perplexity") if any(c in m for m in metrics.values())
+    ]
+    width = max(len("task"), *map(len, metrics))
+    lines = [f"{'task':<{width}}" + "".join(f"{column:>12}" for column in columns)]
+    for task, values in metrics.items():
+        cells = "".join(f"{values[c]:>12.4f}" if c in values else f"{'–':>12}" for c in columns)
+        lines.append(f"{task:<{width}}{cells}")
+    return "\n".join(lines)

@@ -1,0 +1,875 @@
+"""What the commands do, without the command line: read, compute, write."""
+
+import json
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from consolidate.estimators import (
+    FisherDiagonal,
+    fisher_diagonal,
+    fisher_overlap,
+    model_outputs,
+    to_model,
+)
+from consolidate.evaluation import measure
+from consolidate.examples import Columns, Examples, encode, label_names
+from consolidate.hub import locate
+from consolidate.layout import same_names_layout, transformers_layout
+from consolidate.likelihood import Likelihood, get_likelihood
+from consolidate.merging import merge_online
+from consolidate.models import (
+    Model,
+    config_of,
+    file_weights,
+    lacks_head,
+    load_model,
+    unprotected,
+)
+from consolidate.penalty import Penalty
+from consolidate.progress import progress
+from consolidate.training import (
+    Step,
+    data_order,
+    make_optimizer,
+    make_scheduler,
+    seeded,
+    train_epoch,
+)
+from formats.atomic import replace_folder, write_file
+from formats.checkpoint import (
+    Checkpoint,
+    check_finite,
+    open_checkpoint,
+    weight_records,
+    write_checkpoint,
+)
+from formats.data import Rows
+from formats.errors import InputError, UsageError
+from formats.fisher_folder import StoredFisher, check_belongs, read_fisher, write_fisher
+from formats.ledger import LayerRecord, Ledger, TaskRecord, check_task_name
+from formats.task_file import TaskFile, open_task
+from formats.tensors import shape_of
+
+LOG = logging.getLogger("consolidate")
+MOST_EXACT_OUTCOMES = 16  # the default estimator is exact up to here, mc beyond
+
+
+def fisher(
+    checkpoint: str | Path,
+    data: str | Path,
+    *,
+    task: str | None = None,
+    objective: str | None = None,
+    model: str | None = None,
+    columns: Columns | None = None,
+    split: str | None = None,
+    max_length: int | None = None,
+    pack: bool = False,
+    estimator: str | None = None,
+    mc_samples: int = 1,
+    max_outcomes: int = 4096,
+    max_examples: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    freeze: Sequence[str] = (),
+    add: bool = False,
+    overwrite: bool = False,
+    output_dir: str | Path | None = None,
+    revision: str | None = None,
+    data_digest: bool = True,
+) -> dict[str, Any]:
+    """Measure the Fisher diagonal of a checkpoint on a task's data and store it beside the weights.
+
+    Args:
+        checkpoint: A folder, a weights file, or a repository on the Hub.
+        data: A file, a folder, a data set on the Hub, or a ``task.toml``.
+        task: The task's name in the ledger; the data's name unless given.
+        objective: What is predicted; the architecture's own unless given.
+        model: ``package.module:factory`` for a model that transformers does not know.
+        columns: Where the inputs and labels are in the data.
+        split: Of a data set that has several.
+        max_length: Tokens after which a text is truncated.
+        pack: Fill sequences of `max_length` with consecutive texts (language modelling).
+        estimator: ``exact``, ``mc``, ``empirical`` or ``batched``; ``exact`` up to 16 outcomes and
+            ``mc`` beyond unless given.
+        mc_samples: Labels drawn per example by ``mc``.
+        max_outcomes: ``exact`` is refused above this many backward passes per example.
+        max_examples: Measure on a seeded random subset of this size.
+        batch_size: Examples read and run at a time; the result does not depend on it.
+        seed: Of the subset, of the sampled labels and of masks.
+        device: Such as ``cpu`` or ``cuda``; the best there is unless given.
+        dtype: Of the weights during the pass; as stored unless given.
+        freeze: Glob patterns of parameters that are left out.
+        add: Another task measured at the same weights is added to the Fisher that is there.
+        overwrite: Replace the Fisher, or the output folder, that is there.
+        output_dir: Write a whole checkpoint here instead of a Fisher into the folder.
+        revision: Of a checkpoint on the Hub.
+        data_digest: Keep the data's digest in the ledger.
+
+    Returns:
+        What was done: the folder, the task, counts, and the Fisher's trace.
+
+    Raises:
+        InputError: Something in the checkpoint or the data does not fit.
+        UsageError: The options contradict each other or the checkpoint.
+        NonFiniteError: NaN or infinity in the weights or in the Fisher.
+    """
+    if add and overwrite:
+        raise UsageError("--add and --overwrite exclude each other: keep the Fisher or replace it")
+    folder = locate(checkpoint, revision)
+    in_place = output_dir is None
+    if in_place and (not folder.is_dir() or not Path(checkpoint).exists()):
+        raise UsageError(f"{checkpoint} is no local folder: say where to write with --output-dir")
+    source = open_checkpoint(folder)
+    target = folder / "fisher" if in_place else Path(str(output_dir))
+    _refuse_existing(target, overwrite or (add and in_place))
+    before = _stored_fisher(folder / "fisher", source) if add else None
+    check_finite(source.weights, folder)
+    task_file, rows = open_task(data, split=split)
+    loaded = load_model(
+        source,
+        objective=objective or task_file.objective,
+        factory=model,
+        dtype=dtype,
+        device=best_device(device),
+        freeze=freeze,
+    )
+    name = _task_name(task or task_file.name, rows, before)
+    examples = encode(
+        rows,
+        loaded,
+        columns=_columns(columns, task_file),
+        max_length=max_length,
+        pack=pack,
+        seed=seed,
+    )
+    diagonal = measure_fisher(
+        loaded,
+        examples,
+        label=f"Fisher of {name}",
+        estimator=estimator,
+        mc_samples=mc_samples,
+        max_outcomes=max_outcomes,
+        max_examples=max_examples,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    _log_notes(loaded, examples, diagonal)
+    record = _task_record(name, loaded, rows, diagonal, data_digest=data_digest)
+    merged, ledger = _merged(before, loaded.layout.to_file(diagonal), record)
+    ledger.unprotected = unprotected(loaded, merged)
+    ledger.weights = weight_records(source.weights)
+    with replace_folder(target, overwrite=overwrite or add) as staging:
+        if in_place:
+            write_fisher(staging, merged, ledger)
+        else:
+            write_checkpoint(staging, source, source.weights)
+            write_fisher(staging / "fisher", merged, ledger)
+    return {
+        "status": "done",
+        "checkpoint": str(folder if in_place else target),
+        "fisher": str(target if in_place else target / "fisher"),
+        **_fisher_summary(name, diagonal),
+    }
+
+
+def finetune(
+    checkpoint: str | Path,
+    data: str | Path,
+    *,
+    output_dir: str | Path,
+    ewc_lambda: float | None = None,
+    penalty: str = "ewc",
+    fisher: str | Path | None = None,
+    task: str | None = None,
+    objective: str | None = None,
+    model: str | None = None,
+    columns: Columns | None = None,
+    split: str | None = None,
+    max_length: int | None = None,
+    pack: bool = False,
+    epochs: int | None = None,
+    max_steps: int | None = None,
+    max_examples: int | None = None,
+    batch_size: int = 16,
+    gradient_accumulation_steps: int = 1,
+    learning_rate: float = 5e-5,
+    optimizer: str = "adamw",
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    lr_scheduler: str = "constant",
+    warmup_steps: int = 0,
+    max_grad_norm: float | None = None,
+    mixed_precision: str = "no",
+    norm_statistics: str | None = None,
+    evaluate: Mapping[str, str | Path] | None = None,
+    log_every: int = 50,
+    seed: int = 0,
+    device: str | None = None,
+    freeze: Sequence[str] = (),
+    overwrite: bool = False,
+    revision: str | None = None,
+    data_digest: bool = True,
+    fisher_estimator: str | None = None,
+    fisher_mc_samples: int = 1,
+    fisher_max_outcomes: int = 4096,
+    fisher_max_examples: int | None = None,
+    fisher_batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Fine-tune a checkpoint on a new task with a penalty that keeps what it knew.
+
+    L(θ) = L_new(θ) + (λ/2) Σ_i Λ_i (θ_i − μ_i)², Kirkpatrick et al. 2017, eq. 3. The output is a
+    whole checkpoint whose Fisher holds the new task as well, so that the next call starts from it.
+
+    Args:
+        checkpoint: A folder, a weights file, or a repository on the Hub.
+        data: The new task: a file, a folder, a data set on the Hub, or a ``task.toml``.
+        output_dir: Where the new checkpoint is written.
+        ewc_lambda: λ, the strength of the penalty; needed unless `penalty` is ``none``.
+        penalty: ``ewc``, ``l2`` (Λ = 1 around the start) or ``none``.
+        fisher: The Fisher to use where it is not beside the weights: a folder or a repository.
+        task: The new task's name in the ledger; the data's name unless given.
+        objective: What is predicted; the architecture's own unless given.
+        model: ``package.module:factory`` for a model that transformers does not know.
+        columns: Where the inputs and labels are in the data.
+        split: Of a data set that has several.
+        max_length: Tokens after which a text is truncated.
+        pack: Fill sequences of `max_length` with consecutive texts (language modelling).
+        epochs: Passes over the data; 1 unless given or `max_steps` is.
+        max_steps: Optimizer steps in all; ends the run before `epochs` do.
+        max_examples: Train on a seeded random subset of this size.
+        batch_size: Examples per micro-batch.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
+        learning_rate: The peak of the schedule.
+        optimizer: ``adamw``, ``adam`` or ``sgd``.
+        momentum: Of SGD.
+        weight_decay: 0 unless given: it would pull unprotected weights to zero, task after task.
+        lr_scheduler: ``constant``, ``linear`` or ``cosine``, after the warm-up.
+        warmup_steps: Steps from zero to the peak.
+        max_grad_norm: Clip the norm of the whole gradient, penalty included.
+        mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; the master weights are float32.
+        norm_statistics: ``frozen`` or ``update``: running statistics of normalisation layers;
+            frozen where there is a penalty unless given.
+        evaluate: Data to measure before, after each epoch and at the end, by task name.
+        log_every: Steps between two lines of progress.
+        seed: Of the data order, dropout, masks, subsets and sampled labels.
+        device: Such as ``cpu`` or ``cuda``; the best there is unless given.
+        freeze: Glob patterns of parameters that are neither trained nor measured.
+        overwrite: Replace the output folder that is there.
+        revision: Of a checkpoint on the Hub.
+        data_digest: Keep the data's digest in the ledger.
+        fisher_estimator: As `estimator` of `fisher`, for the new task.
+        fisher_mc_samples: As `mc_samples` of `fisher`.
+        fisher_max_outcomes: As `max_outcomes` of `fisher`.
+        fisher_max_examples: As `max_examples` of `fisher`.
+        fisher_batch_size: As `batch_size` of `fisher`; `batch_size` unless given.
+
+    Returns:
+        What was done: steps, loss, penalty, the share of weights that moved, metrics, history.
+
+    Raises:
+        InputError: Something in the checkpoint, its Fisher or the data does not fit.
+        UsageError: The options contradict each other or the checkpoint.
+        NonFiniteError: NaN or infinity in weights, loss or Fisher; nothing is written.
+    """
+    if penalty == "none" and ewc_lambda is not None:
+        raise UsageError("--ewc-lambda has no meaning with --penalty none: leave one of them out")
+    if penalty != "none" and ewc_lambda is None:
+        raise UsageError(f"--penalty {penalty} needs --ewc-lambda: the strength has no default")
+    target = Path(output_dir)
+    _refuse_existing(target, overwrite)
+    folder = locate(checkpoint, revision)
+    source = open_checkpoint(folder)
+    fisher_folder = _fisher_folder(folder, fisher)
+    before = None
+    if fisher_folder is not None:
+        before = _stored_fisher(fisher_folder, source)
+    elif penalty == "ewc":
+        raise InputError(
+            f"{folder} holds no Fisher: run `consolidate fisher {checkpoint} --data OLD_DATA` "
+            "first, or name one with --fisher"
+        )
+    check_finite(source.weights, folder)
+    task_file, rows = open_task(data, split=split)
+    name = _task_name(task or task_file.name, rows, before)
+    objective = objective or task_file.objective
+    columns = _columns(columns, task_file)
+    new_labels = None
+    if penalty == "none" and model is None and objective and lacks_head(source, objective):
+        new_labels = label_names(rows, objective, columns)
+    loaded = load_model(
+        source,
+        objective=objective,
+        factory=model,
+        new_labels=new_labels,
+        seed=seed,
+        dtype=torch.float32,  # master weights: small updates vanish in bf16
+        device=best_device(device),
+        freeze=freeze,
+    )
+    encoding: dict[str, Any] = {"max_length": max_length, "pack": pack, "seed": seed}
+    examples = encode(rows, loaded, columns=columns, **encoding)
+    evaluations = {}
+    for old_name, spec in (evaluate or {}).items():
+        old_file, old_rows = open_task(spec)
+        evaluations[old_name] = encode(
+            old_rows, loaded, columns=_columns(columns, old_file), **encoding
+        )
+    term = _penalty(penalty, ewc_lambda, loaded, before)
+    start = {key: value.clone() for key, value in file_weights(loaded).items()}
+    metrics: dict[str, dict[str, dict[str, float]]] = {}
+
+    def take_metrics(when: str) -> None:
+        if not evaluations:
+            return
+        metrics[when] = evaluate_all(loaded, evaluations, batch_size=batch_size)
+        for task_name, values in metrics[when].items():
+            LOG.info("%s: %s %s", when, task_name, _in_words(values))
+
+    take_metrics("before")
+    steps = _train(
+        loaded,
+        examples,
+        take_metrics,
+        penalty=term,
+        epochs=epochs,
+        max_steps=max_steps,
+        max_examples=max_examples,
+        batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        lr_scheduler=lr_scheduler,
+        warmup_steps=warmup_steps,
+        max_grad_norm=max_grad_norm,
+        mixed_precision=mixed_precision,
+        norm_statistics=norm_statistics or ("update" if term is None else "frozen"),
+        log_every=log_every,
+        seed=seed,
+    )
+    final = file_weights(loaded)
+    check_finite(final, target)
+    _take_stored_values(loaded, final)
+    take_metrics("after")
+    diagonal = measure_fisher(
+        loaded,
+        examples,
+        label=f"Fisher of {name}",
+        estimator=fisher_estimator,
+        mc_samples=fisher_mc_samples,
+        max_outcomes=fisher_max_outcomes,
+        max_examples=fisher_max_examples,
+        batch_size=fisher_batch_size or batch_size,
+        seed=seed,
+    )
+    _log_notes(loaded, examples, diagonal)
+    record = _task_record(name, loaded, rows, diagonal, data_digest=data_digest)
+    record = replace(record, ewc_lambda=ewc_lambda, penalty=penalty, metrics=metrics)
+    merged, ledger = _merged(before, loaded.layout.to_file(diagonal), record)
+    ledger.unprotected = unprotected(loaded, merged)
+    ledger.weights = weight_records(final)
+    with replace_folder(target, overwrite=overwrite) as staging:
+        write_checkpoint(staging, source, final)
+        if loaded.config_changes:
+            write_file(staging / "config.json", json.dumps(config_of(loaded), indent=2) + "\n")
+        write_fisher(staging / "fisher", merged, ledger)
+    return {
+        "status": "done",
+        "checkpoint": str(target),
+        "penalty": penalty,
+        "ewc_lambda": ewc_lambda,
+        "steps": steps[-1].step if steps else 0,
+        "loss": steps[-1].loss if steps else None,
+        "penalty_value": steps[-1].penalty if steps else None,
+        "share_moved": _share_moved(start, final),
+        "metrics": metrics,
+        "history": [asdict(step) for step in steps],
+        "fisher": {"folder": str(target / "fisher"), **_fisher_summary(name, diagonal)},
+    }
+
+
+def evaluate(
+    checkpoint: str | Path,
+    data: Mapping[str, str | Path],
+    *,
+    objective: str | None = None,
+    model: str | None = None,
+    columns: Columns | None = None,
+    split: str | None = None,
+    max_length: int | None = None,
+    pack: bool = False,
+    batch_size: int = 16,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Measure a checkpoint on each task: loss, and accuracy or perplexity.
+
+    Args:
+        checkpoint: A folder, a weights file, or a repository on the Hub.
+        data: A file, a folder, a data set on the Hub, or a ``task.toml``, by task name.
+        objective: What is predicted; the architecture's own unless given.
+        model: ``package.module:factory`` for a model that transformers does not know.
+        columns: Where the inputs and labels are in the data.
+        split: Of a data set that has several.
+        max_length: Tokens after which a text is truncated.
+        pack: Fill sequences of `max_length` with consecutive texts (language modelling).
+        batch_size: Examples run at a time.
+        seed: Of the masks of a masked language model.
+        device: Such as ``cpu`` or ``cuda``; the best there is unless given.
+        dtype: Of the weights; as stored unless given.
+        revision: Of a checkpoint on the Hub.
+
+    Returns:
+        The metrics of each task, by name.
+
+    Raises:
+        InputError: Something in the checkpoint or the data does not fit.
+        NonFiniteError: NaN or infinity in the weights.
+    """
+    folder = locate(checkpoint, revision)
+    source = open_checkpoint(folder)
+    check_finite(source.weights, folder)
+    opened = {name: open_task(spec, split=split) for name, spec in data.items()}
+    loaded = load_model(
+        source,
+        objective=objective or next((f.objective for f, _ in opened.values() if f.objective), None),
+        factory=model,
+        dtype=dtype,
+        device=best_device(device),
+    )
+    encoded = {
+        name: encode(
+            rows,
+            loaded,
+            columns=_columns(columns, task_file),
+            max_length=max_length,
+            pack=pack,
+            seed=seed,
+        )
+        for name, (task_file, rows) in opened.items()
+    }
+    metrics = evaluate_all(loaded, encoded, batch_size=batch_size)
+    for note in [
+        *loaded.notes,
+        *(note for examples in encoded.values() for note in examples.notes()),
+    ]:
+        LOG.info("%s", note)
+    return metrics
+
+
+def measure_fisher(
+    model: Model,
+    examples: Examples,
+    *,
+    label: str,
+    estimator: str | None,
+    mc_samples: int,
+    max_outcomes: int,
+    max_examples: int | None,
+    batch_size: int,
+    seed: int,
+) -> FisherDiagonal:
+    """Measure the Fisher of encoded examples, with progress on stderr.
+
+    Args:
+        model: A loaded model.
+        examples: Its task's data.
+        label: What the progress is headed with.
+        estimator: None takes ``exact`` up to 16 outcomes and ``mc`` beyond.
+        mc_samples: Labels drawn per example by ``mc``.
+        max_outcomes: ``exact`` is refused above this many backward passes per example.
+        max_examples: Size of a seeded random subset.
+        batch_size: Examples read and run at a time.
+        seed: Of the subset and of the sampled labels.
+
+    Returns:
+        The Fisher diagonal by the module's parameter names.
+    """
+    likelihood = get_likelihood(model.objective.likelihood)
+    order = _subset(len(examples), max_examples, seed)
+    if estimator is None:
+        first = next(iter(examples.batches(1, order=order[:1])))
+        few = _outcomes(model, first, likelihood) <= MOST_EXACT_OUTCOMES
+        estimator = "exact" if few else "mc"
+    with progress(label, len(order), "examples") as advance:
+        return fisher_diagonal(
+            model.module,
+            examples.batches(batch_size, order=order),
+            likelihood,
+            estimator=estimator,
+            mc_samples=mc_samples,
+            max_outcomes=max_outcomes,
+            seed=seed,
+            progress=advance,
+        )
+
+
+def evaluate_all(
+    model: Model, tasks: Mapping[str, Examples], *, batch_size: int
+) -> dict[str, dict[str, float]]:
+    """Measure a loaded model on the encoded examples of each task.
+
+    Args:
+        model: A loaded model.
+        tasks: Encoded examples by task name.
+        batch_size: Examples run at a time.
+
+    Returns:
+        The metrics of each task.
+    """
+    metrics = {}
+    for name, examples in tasks.items():
+        with progress(f"evaluating {name}", len(examples), "examples") as advance:
+            metrics[name] = measure(
+                model.module,
+                examples.batches(batch_size),
+                get_likelihood(model.objective.likelihood),
+                language=model.objective.language,
+                progress=advance,
+            )
+    return metrics
+
+
+def best_device(name: str | None = None) -> torch.device:
+    """Give the device of that name, or the best there is.
+
+    Args:
+        name: Such as ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Returns:
+        The device.
+
+    Raises:
+        UsageError: This machine or this build of torch has no such device.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name} cannot be used here: {reason}") from None
+    return device
+
+
+def _train(
+    model: Model,
+    examples: Examples,
+    take_metrics: Any,
+    *,
+    penalty: Penalty | None,
+    epochs: int | None,
+    max_steps: int | None,
+    max_examples: int | None,
+    batch_size: int,
+    gradient_accumulation_steps: int,
+    learning_rate: float,
+    optimizer: str,
+    momentum: float,
+    weight_decay: float,
+    lr_scheduler: str,
+    warmup_steps: int,
+    max_grad_norm: float | None,
+    mixed_precision: str,
+    norm_statistics: str,
+    log_every: int,
+    seed: int,
+) -> list[Step]:
+    chosen = _subset(len(examples), max_examples, seed)
+    per_step = batch_size * gradient_accumulation_steps
+    per_epoch = -(-len(chosen) // per_step)
+    if epochs is None:
+        epochs = 1 if max_steps is None else -(-max_steps // per_epoch)
+    total = min(epochs * per_epoch, max_steps if max_steps is not None else epochs * per_epoch)
+    descent = make_optimizer(
+        optimizer,
+        model.module.parameters(),
+        learning_rate=learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+    )
+    schedule = make_scheduler(lr_scheduler, descent, warmup_steps=warmup_steps, total_steps=total)
+    device = next(model.module.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
+    steps: list[Step] = []
+    orders = data_order(len(chosen), seed)
+    with progress("training", total, "steps") as advance, seeded(seed):
+
+        def on_step(step: Step) -> None:
+            steps.append(step)
+            advance(1)
+            if step.step % log_every == 0 or step.step == total:
+                LOG.info(
+                    "step %d of %d: loss %.4f, penalty %.4g, learning rate %.3g",
+                    step.step,
+                    total,
+                    step.loss,
+                    step.penalty,
+                    step.learning_rate,
+                )
+
+        for epoch in range(epochs):
+            if len(steps) >= total:
+                break
+            order = [chosen[i] for i in next(orders)]
+            train_epoch(
+                model.module,
+                examples.batches(batch_size, order=order, epoch=epoch),
+                get_likelihood(model.objective.likelihood),
+                descent,
+                schedule,
+                penalty=penalty,
+                gradient_accumulation_steps=gradient_accumulation_steps,
+                max_grad_norm=max_grad_norm,
+                mixed_precision=mixed_precision,
+                scaler=scaler,
+                first_step=len(steps),
+                max_steps=total,
+                norm_statistics=norm_statistics,
+                on_step=on_step,
+            )
+            take_metrics(f"epoch {epoch + 1}")
+    return steps
+
+
+def load_penalty(
+    module: nn.Module, checkpoint: str | Path, *, ewc_lambda: float, revision: str | None = None
+) -> Penalty:
+    """Make the penalty that holds a module to a checkpoint, for a training loop of one's own.
+
+    μ is read from the checkpoint, so it does not matter how far the module has moved from it.
+
+    Args:
+        module: With the parameters of the checkpoint: a model of transformers, or any module whose
+            ``state_dict()`` has the names of the weights file.
+        checkpoint: A folder with a Fisher, or a repository on the Hub.
+        ewc_lambda: λ, the strength.
+        revision: Of a checkpoint on the Hub.
+
+    Returns:
+        The penalty; call `add_gradient_` once per optimizer step.
+
+    Raises:
+        InputError: There is no Fisher, or it does not belong to the weights or to the module.
+    """
+    folder = locate(checkpoint, revision)
+    source = open_checkpoint(folder)
+    stored = _stored_fisher(folder / "fisher", source)
+    shapes = {name: shape_of(source.weights, name) for name in source.weights}
+    if hasattr(module, "save_pretrained"):
+        layout, _ = transformers_layout(module, shapes)
+    else:
+        layout = same_names_layout(module, shapes)
+    names = list(stored.fisher)
+    anchor = stored.anchor or {name: source.weights[name] for name in names}
+    return Penalty(
+        module, layout.to_module(stored.fisher), layout.to_module(anchor), ewc_lambda=ewc_lambda
+    )
+
+
+def _penalty(
+    kind: str, ewc_lambda: float | None, model: Model, stored: StoredFisher | None
+) -> Penalty | None:
+    if kind == "none" or ewc_lambda is None:
+        return None
+    if kind == "l2":
+        return Penalty.l2(model.module, ewc_lambda=ewc_lambda)
+    assert stored is not None  # finetune has refused by now
+    anchor = None
+    if stored.anchor is not None:
+        anchor = model.layout.to_module(stored.anchor)
+    penalty = Penalty(
+        model.module, model.layout.to_module(stored.fisher), anchor, ewc_lambda=ewc_lambda
+    )
+    if penalty.unprotected:
+        LOG.info(
+            "the penalty does not hold %d parameters, which have no Fisher: %s",
+            len(penalty.unprotected),
+            ", ".join(sorted(penalty.unprotected)[:5]),
+        )
+    return penalty
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    """Refuse before the work what `replace_folder` would refuse after it."""
+    if overwrite or not target.exists():
+        return
+    if target.name == "fisher" and target.is_dir():
+        raise InputError(
+            f"{target} exists already: --overwrite replaces it, --add adds another task measured "
+            "at the same weights"
+        )
+    if not target.is_dir() or any(target.iterdir()):
+        raise InputError(f"{target} holds something already: choose another, or pass --overwrite")
+
+
+def _fisher_folder(checkpoint: Path, elsewhere: str | Path | None) -> Path | None:
+    if elsewhere is None:
+        beside = checkpoint / "fisher"
+        return beside if beside.is_dir() else None
+    folder = locate(elsewhere, None)
+    for candidate in (folder / "fisher", folder):
+        if (candidate / "fisher.json").is_file():
+            return candidate
+    raise InputError(f"{elsewhere} holds no Fisher: neither fisher/fisher.json nor fisher.json")
+
+
+def _stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist: run `consolidate fisher` first")
+    stored = read_fisher(folder)
+    check_belongs(stored, source.weights, str(source.path))
+    return stored
+
+
+def _task_name(name: str | None, rows: Rows, before: StoredFisher | None) -> str:
+    if name is None:
+        name = "".join(c if c.isascii() and c.isalnum() else "-" for c in Path(rows.name).stem)
+        name = name.strip("-")[:64] or "task"
+    check_task_name(name)
+    if before is not None and name in [task.name for task in before.ledger.tasks]:
+        raise UsageError(f"the ledger has a task {name!r} already: choose another name with --task")
+    return name
+
+
+def _subset(count: int, most: int | None, seed: int) -> list[int]:
+    if most is None or most >= count:
+        return list(range(count))
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(count, generator=generator)[:most].tolist())
+
+
+@torch.no_grad()
+def _outcomes(model: Model, batch: tuple[Any, Tensor], likelihood: Likelihood) -> int:
+    training = model.module.training
+    model.module.eval()
+    inputs, labels = to_model(model.module, *batch)
+    outputs = model_outputs(model.module, inputs, labels)
+    model.module.train(training)
+    return likelihood.outcomes(outputs, labels)
+
+
+def _task_record(
+    name: str, model: Model, rows: Rows, diagonal: FisherDiagonal, *, data_digest: bool
+) -> TaskRecord:
+    return TaskRecord(
+        name=name,
+        objective=model.objective.name,
+        likelihood=model.objective.likelihood,
+        labels=model.labels,
+        unit=model.objective.unit,
+        examples=diagonal.examples,
+        units=diagonal.units,
+        estimator=diagonal.estimator,
+        mc_samples=diagonal.mc_samples,
+        seed=diagonal.seed,
+        weight=1.0,
+        data=rows.name,
+        data_digest=rows.digest() if data_digest else None,
+        ewc_lambda=None,
+        penalty=None,
+        metrics={},
+        layers={},
+    )
+
+
+def _merged(
+    before: StoredFisher | None, fisher: Mapping[str, Tensor], record: TaskRecord
+) -> tuple[dict[str, Tensor], Ledger]:
+    """Merge a task's Fisher, by file names, into the stored one, and grow the ledger."""
+    total = {} if before is None else before.fisher
+    record = replace(
+        record,
+        layers={
+            name: LayerRecord(
+                trace=float(values.double().sum()),
+                overlap=fisher_overlap(values, total[name]) if name in total else None,
+            )
+            for name, values in fisher.items()
+        },
+    )
+    ledger = Ledger(
+        tasks=[*(before.ledger.tasks if before is not None else []), record],
+        merge_rule="online",
+        gamma=1.0,
+        penalty_offset=0.0,
+        unprotected={},
+        weights={},
+        fisher={},
+        anchor=None,
+        versions=_versions(),
+    )
+    return merge_online(total, fisher), ledger
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("consolidate-ewc", "safetensors", "torch", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+@torch.no_grad()
+def _take_stored_values(model: Model, stored: Mapping[str, Tensor]) -> None:
+    """Give the module the values as they are stored: F is measured at exactly these."""
+    state = model.module.state_dict()
+    for name, values in model.layout.to_module(stored).items():
+        state[name].copy_(values)
+
+
+def _share_moved(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> float:
+    moved = sum(int((start[name] != end[name]).sum()) for name in end)
+    return moved / max(1, sum(values.numel() for values in end.values()))
+
+
+def _fisher_summary(name: str, diagonal: FisherDiagonal) -> dict[str, Any]:
+    return {
+        "task": name,
+        "estimator": diagonal.estimator,
+        "examples": diagonal.examples,
+        "units": diagonal.units,
+        "parameters": sum(values.numel() for values in diagonal.values()),
+        "trace": sum(float(values.double().sum()) for values in diagonal.values()),
+    }
+
+
+def _log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> None:
+    for note in [*model.notes, *examples.notes()]:
+        LOG.info("%s", note)
+    zero = [name for name, values in diagonal.items() if not values.any()]
+    if zero:
+        LOG.info(
+            "the Fisher of %d parameters is zero, since the loss does not depend on them: %s",
+            len(zero),
+            ", ".join(zero[:5]) + (", …" if len(zero) > 5 else ""),
+        )
+
+
+def _columns(given: Columns | None, task_file: TaskFile) -> Columns:
+    """Take the columns from the options, and from the task file where the options name none."""
+    options = {} if given is None else {k: v for k, v in asdict(given).items() if v is not None}
+    return Columns(**{**task_file.columns(), **options})
+
+
+def _in_words(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "score")

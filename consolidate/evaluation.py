@@ -1,0 +1,70 @@
+"""How well a model does on a task: loss, and accuracy or perplexity."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from consolidate.estimators import model_outputs, to_model
+from consolidate.likelihood import Likelihood
+from formats.errors import InputError
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Tensor]],
+    likelihood: Likelihood,
+    *,
+    language: bool = False,
+    progress: Callable[[int], None] = lambda count: None,
+) -> dict[str, float]:
+    """Measure a model on a task, in eval mode.
+
+    Args:
+        model: Comes back with the modes its modules had.
+        batches: Pairs (inputs, labels).
+        likelihood: The likelihood of the labels given the model's outputs.
+        language: Report perplexity, the exponential of the loss, instead of accuracy.
+        progress: Called after each batch with its number of examples.
+
+    Returns:
+        ``loss``, the mean negative log-likelihood per unit; ``accuracy`` or ``perplexity``; and
+        ``score``, which is the accuracy where there is one and minus the loss elsewhere.
+
+    Raises:
+        InputError: No unit was to be predicted.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    loss = correct = 0.0
+    units = 0
+    counts_correct = not language
+    try:
+        for batch in batches:
+            inputs, labels = to_model(model, *batch)
+            outputs = model_outputs(model, inputs, labels)
+            likelihood.check_labels(outputs, labels)
+            nll = likelihood.negative_log_likelihood(outputs, labels)  # (B,)
+            loss += float(nll.double().sum())
+            units += int(likelihood.units(labels).sum())
+            right = likelihood.correct(outputs, labels) if counts_correct else None
+            if right is None:
+                counts_correct = False
+            else:
+                correct += float(right.double().sum())
+            progress(len(labels))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if units == 0:
+        raise InputError("there is nothing to predict in this data: no example has a label")
+    result = {"loss": loss / units}
+    if language:
+        result["perplexity"] = math.exp(min(loss / units, 700.0))
+    if counts_correct:
+        result["accuracy"] = correct / units
+    result["score"] = result.get("accuracy", -result["loss"])
+    return result

@@ -1,0 +1,226 @@
+"""The training loop: mean negative log-likelihood per unit, and a penalty that is passed in."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from consolidate.estimators import model_outputs, to_model
+from consolidate.likelihood import Likelihood
+from consolidate.penalty import Penalty
+from formats.errors import NonFiniteError
+
+MIXED_PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step reports."""
+
+    step: int
+    loss: float  # mean negative log-likelihood per unit, over all micro-batches
+    penalty: float  # ½ λ Σ Λ (θ − μ)², before the step
+    learning_rate: float
+    gradient_norm: float | None  # before clipping; None where nothing is clipped
+
+
+def make_optimizer(
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    *,
+    learning_rate: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """Make torch's optimizer of that name over the parameters that train.
+
+    Args:
+        name: ``adamw``, ``adam`` or ``sgd``.
+        parameters: Frozen ones are left out.
+        learning_rate: The peak of the schedule.
+        momentum: Of SGD.
+        weight_decay: Decoupled for AdamW, added to the gradient for the other two.
+
+    Returns:
+        The optimizer.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if name == "sgd":
+        return torch.optim.SGD(
+            trained, lr=learning_rate, momentum=momentum, weight_decay=weight_decay
+        )
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name]
+    return kind(trained, lr=learning_rate, weight_decay=weight_decay)
+
+
+def make_scheduler(
+    name: str, optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Make a learning-rate schedule: a linear warm-up, then the named decay to zero.
+
+    Args:
+        name: ``constant``, ``linear`` or ``cosine``.
+        optimizer: Whose learning rate is the peak.
+        warmup_steps: Steps from zero to the peak.
+        total_steps: Steps of the whole run.
+
+    Returns:
+        The scheduler, to be stepped once per optimizer step.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        left = (total_steps - step) / max(1, total_steps - warmup_steps)
+        if name == "linear":
+            return left
+        return 0.5 * (1 + math.cos(math.pi * (1 - left))) if name == "cosine" else 1.0
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def data_order(count: int, seed: int) -> Iterator[list[int]]:
+    """Yield one permutation of `count` examples per epoch, without end.
+
+    Args:
+        count: The number of examples.
+        seed: The same seed gives the same permutations.
+
+    Yields:
+        The order of the examples in the next epoch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randperm(count, generator=generator).tolist()
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Keep running statistics as they are: put every normalisation that has them in eval mode.
+
+    They are no parameters, so no penalty holds them, and they forget even under an infinite λ.
+
+    Args:
+        model: Changed in place.
+    """
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            module.eval()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generators (dropout knows no other) and put them back afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def train_epoch(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Tensor]],
+    likelihood: Likelihood,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    *,
+    penalty: Penalty | None = None,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    mixed_precision: str = "no",
+    scaler: torch.amp.GradScaler | None = None,
+    first_step: int = 0,
+    max_steps: int | None = None,
+    norm_statistics: str = "frozen",
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> int:
+    """Train on every batch once.
+
+    Each optimizer step follows the gradient of
+
+        L(θ) = −(1/units) Σ_x log p(y|x, θ) + (λ/2) Σ_i Λ_i (θ_i − μ_i)²
+
+    where the mean is over the units of all micro-batches of the step. The penalty's gradient is
+    added once, after unscaling and before clipping (Kirkpatrick et al. 2017, eq. 3).
+
+    Args:
+        model: Trained in place, in train mode.
+        batches: Pairs (inputs, labels), each a micro-batch.
+        likelihood: The likelihood of the labels given the model's outputs.
+        optimizer: Any torch optimizer that needs no closure.
+        scheduler: Stepped once per optimizer step.
+        penalty: None trains on the task alone.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
+        max_grad_norm: Clips the norm of the whole gradient, penalty included.
+        mixed_precision: ``no``, ``bf16`` or ``fp16``: the autocast of the forward pass.
+        scaler: The loss scaler that fp16 needs.
+        first_step: Optimizer steps taken before.
+        max_steps: Ends the epoch when this many steps were taken in all.
+        norm_statistics: ``frozen`` keeps running statistics, ``update`` lets them follow the data.
+        on_step: Called after each optimizer step.
+
+    Returns:
+        The optimizer steps taken so far, `first_step` included.
+
+    Raises:
+        NonFiniteError: The loss is not finite; no step is taken on it.
+    """
+    model.train()
+    if norm_statistics == "frozen":
+        freeze_statistics(model)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    device = trained[0].device
+    autocast_dtype = MIXED_PRECISION[mixed_precision]
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    step = first_step
+    for micro_batches in _grouped(batches, gradient_accumulation_steps):
+        if max_steps is not None and step >= max_steps:
+            break
+        units = sum(int(likelihood.units(labels).sum()) for _, labels in micro_batches)
+        loss = 0.0
+        optimizer.zero_grad()
+        for batch in micro_batches:
+            inputs, labels = to_model(model, *batch)
+            with torch.autocast(
+                device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
+            ):
+                outputs = model_outputs(model, inputs, labels)
+            likelihood.check_labels(outputs, labels)
+            micro_loss = likelihood.negative_log_likelihood(outputs, labels).sum() / max(units, 1)
+            loss += float(micro_loss.detach())
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    f"step {step + 1}: the loss is {loss}; lower --learning-rate or --ewc-lambda, "
+                    "or use --max-grad-norm"
+                )
+            scaler.scale(micro_loss).backward()
+        scaler.unscale_(optimizer)
+        penalty_value = float(penalty.add_gradient_()) if penalty is not None else 0.0
+        gradient_norm = None
+        if max_grad_norm is not None:
+            gradient_norm = float(nn.utils.clip_grad_norm_(trained, max_grad_norm))
+        learning_rate = optimizer.param_groups[0]["lr"]
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() >= scale:  # a lowered scale means the scaler skipped this step
+            scheduler.step()
+        step += 1
+        on_step(Step(step, loss, penalty_value, learning_rate, gradient_norm))
+    return step
+
+
+def _grouped(
+    batches: Iterable[tuple[Any, Tensor]], size: int
+) -> Iterator[Sequence[tuple[Any, Tensor]]]:
+    group: list[tuple[Any, Tensor]] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
