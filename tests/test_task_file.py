@@ -1,4 +1,7 @@
 import json
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -142,3 +145,13 @@ def test_errors_in_the_data_name_the_file_that_asked(tmp_path):
     path = task(tmp_path, 'data = "x.jsonl"\nrevision = "main"\n')
     with pytest.raises(UsageError, match="revision = 'main'"):
         open_task(path)
+
+
+def test_the_documentation_shows_every_key(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    shown = set()
+    for block in blocks:
+        read_task_file(task(tmp_path, block))
+        shown |= tomllib.loads(block).keys()
+    assert shown == set(TaskFile.__annotations__)
