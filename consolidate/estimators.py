@@ -140,9 +140,12 @@ def fisher_diagonal(
     with _measuring(model):
         for number, batch in enumerate(batches, start=1):
             inputs, labels = to_model(model, *split_batch(batch))
-            size = len(labels)
+            if not (size := len(labels)):
+                continue
             read = range(examples, examples + size)
-            numbers = torch.tensor([indices[i] for i in read] if indices else read)
+            if indices is not None and len(indices) < read.stop:
+                raise InputError(f"{len(indices)} indices were given for {read.stop} examples.")
+            numbers = torch.tensor([i if indices is None else indices[i] for i in read])
             together = size if estimator == "batched" else 1
             for row in (slice(i, i + together) for i in range(0, size, together)):
                 row_inputs, row_labels = _take(inputs, row, size), labels[row]
