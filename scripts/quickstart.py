@@ -61,7 +61,7 @@ def write_data(folder: Path) -> None:
         np.savez(folder / f"b-{name}.npz", inputs=inputs[rows][:, permutation], labels=labels)
 
 
-def train_start(folder: Path) -> None:
+def train_start(folder: Path, epochs: int = 20) -> None:
     """Train on task A in plain torch and save it as the checkpoint `start`."""
     (folder / "network.py").write_text(NETWORK)
     sys.path.insert(0, str(folder))
@@ -72,7 +72,7 @@ def train_start(folder: Path) -> None:
     data = np.load(folder / "a-train.npz")
     inputs, labels = torch.from_numpy(data["inputs"]), torch.from_numpy(data["labels"])
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    for _ in range(20):
+    for _ in range(epochs):
         for rows in torch.randperm(len(labels)).split(32):
             optimizer.zero_grad()
             cross_entropy(network(inputs[rows]), labels[rows]).backward()

