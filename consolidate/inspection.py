@@ -5,9 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from formats.checkpoint import open_checkpoint
 from torch import Tensor
 
+from formats.checkpoint import open_checkpoint
 from formats.digest import TensorRecord, differences, set_digest, tensor_record
 from formats.errors import ConsolidateError, InputError, NonFiniteError
 from formats.fisher_folder import (
@@ -168,13 +168,14 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         NonFiniteError: Values that are NaN or infinite, and nothing else is wrong.
     """
     source = open_checkpoint(Path(checkpoint))
+    weights_path = source.files[0] if len(source.files) == 1 else source.path
     stored = read_fisher(Path(checkpoint) / "fisher")
     findings: list[ConsolidateError] = []
     summary: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "tasks": [task.name for task in stored.ledger.tasks],
         "weights": _verify_set(
-            "weights", source.weights, stored.ledger.weights, findings, source.path
+            "weights", source.weights, stored.ledger.weights, findings, weights_path
         ),
         "heads": {},
     }

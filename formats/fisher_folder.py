@@ -15,8 +15,8 @@ from formats.atomic import final_path, recover, write_file
 from formats.checkpoint import weight_records
 from formats.digest import TensorRecord, differences, dtype_name, set_digest, tensor_record
 from formats.errors import InputError, NonFiniteError
-from formats.ledger import FORMAT, VERSION, Ledger, ledger_bytes, read_ledger
-from formats.tensors import MAX_SHARD_SIZE, TensorFiles, open_tensors, write_tensors
+from formats.ledger import FISHER_DTYPES, FORMAT, VERSION, Ledger, ledger_bytes, read_ledger
+from formats.tensors import MAX_SHARD_SIZE, TensorFiles, check_link, open_tensors, write_tensors
 
 LEDGER_NAME = "fisher.json"
 METADATA_KEY = FORMAT
@@ -71,6 +71,10 @@ def write_fisher(
         NonFiniteError: A value is NaN or infinite, if only after the cast to `dtype`.
     """
     heads = heads or {}
+    if dtype_name(dtype) not in FISHER_DTYPES:
+        raise InputError(
+            f"a Fisher is stored as {' or '.join(FISHER_DTYPES)}, not as {dtype_name(dtype)}."
+        )
     if lost := ledger.heads.keys() - heads.keys():
         raise InputError(
             f"the ledger has an output layer of the task {min(lost)!r}, but none was given."
@@ -128,6 +132,7 @@ def read_fisher(folder: Path) -> StoredFisher:
             f"{folder} is not there: the checkpoint has no Fisher; measure one with "
             "`consolidate fisher`."
         )
+    check_link(folder, folder / LEDGER_NAME)
     ledger = read_ledger(folder / LEDGER_NAME)
     fisher = open_tensors(folder, "fisher")
     anchor = None if ledger.anchor is None else open_tensors(folder, "anchor")

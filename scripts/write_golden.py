@@ -20,7 +20,7 @@ CONFIG = {"model_type": "golden", "sizes": [4, 3, 2]}
 
 
 def ramp(shape: tuple[int, ...], start: float) -> Tensor:
-    """Give values that are exact in bfloat16, and all different: start, start + 1/8, …"""
+    """Give values that are exact in bfloat16, and all different: start, start + 1/8 and so on."""
     count = int(torch.tensor(shape).prod())
     return (torch.arange(count) / 8 + start).reshape(shape)
 
