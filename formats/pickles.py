@@ -87,7 +87,7 @@ def _load(path: Path) -> Any:
     except PermissionError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        wanted = re.search(r"GLOBAL (\w[\w.]*\.\w+)", str(error))
         if not wanted:
             raise broken(path, "a file of torch.save", _first_line(error)) from error
         raise InputError(

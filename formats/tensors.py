@@ -207,7 +207,7 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         InputError: If the name is a path, or a link that leads out of the folder.
     """
-    if Path(name).name != name:
+    if Path(name).name != name or name in ("", ".."):
         raise InputError(f"{folder}: {name!r} is not the name of a file in this folder")
     path = folder / name
     check_link(folder, path)

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from formats.atomic import explain_full_disk, final_path, recover, replace_folder, write_file
+from formats.atomic import (
+    _exchange,
+    explain_full_disk,
+    final_path,
+    recover,
+    replace_folder,
+    write_file,
+)
 from formats.errors import InputError
 
 
@@ -401,6 +408,17 @@ def test_read_only_file_system(small_disk):
         write_file(small_disk / "file", "x")
     recover(small_disk / "out")
     assert content(small_disk) == whole("old")
+
+
+def test_exchange_swaps_two_folders(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    if not _exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot exchange two folders")
+    assert content(tmp_path) == {"a/file": "b", "b/file": "a"}
+    with pytest.raises(FileNotFoundError):
+        _exchange(tmp_path / "a", tmp_path / "missing")
 
 
 def test_recover_leaves_a_clean_place_alone(tmp_path):
