@@ -130,14 +130,11 @@ def fisher_diagonal(
                 drawn = uniforms(seed, examples, likelihood.draws(outputs), sample)
                 yield likelihood.sampled_scores(outputs, labels, drawn)
 
-    totals = {
-        name: torch.zeros_like(p, dtype=accumulate_dtype, requires_grad=False)
-        for name, p in parameters.items()
-    }
-    sums = {name: torch.zeros_like(total) for name, total in totals.items()}
     reached: set[str] = set()
     examples = units = 0
     with _measuring(model):
+        totals = {name: _zeros(p, accumulate_dtype) for name, p in parameters.items()}
+        sums = {name: _zeros(p, accumulate_dtype) for name, p in parameters.items()}
         for number, batch in enumerate(batches, start=1):
             inputs, labels = to_model(model, *split_batch(batch))
             if not (size := len(labels)):
@@ -296,6 +293,10 @@ def _add_squares(
             sums[name].addcmul_(gradient, gradient)
             reached.add(name)
     return reached
+
+
+def _zeros(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
 
 
 def _fold(total: Tensor, part: Tensor) -> None:

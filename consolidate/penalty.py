@@ -70,14 +70,15 @@ class Penalty:
             )
         trained = {name: p for name, p in known.items() if p.requires_grad}
         self.ewc_lambda = ewc_lambda
-        self.unprotected = [name for name in trained if name not in fisher]
         self._terms = [
             _term(name, parameter, fisher[name], anchor)
             for name, parameter in trained.items()
             if name in fisher
         ]
-        if len({id(term.parameter) for term in self._terms}) < len(self._terms):
+        protected = {id(term.parameter) for term in self._terms}
+        if len(protected) < len(self._terms):
             raise InputError("A tied parameter is given under two names: it would count twice.")
+        self.unprotected = [name for name, p in trained.items() if id(p) not in protected]
 
     @classmethod
     def l2(

@@ -1,0 +1,762 @@
+import copy
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from consolidate.estimators import (
+    FisherDiagonal,
+    fisher_diagonal,
+    fisher_overlap,
+    model_outputs,
+    split_batch,
+    to_model,
+)
+from consolidate.likelihood import LIKELIHOODS
+from formats.errors import InputError, NonFiniteError, UsageError
+
+F64 = {"accumulate_dtype": torch.float64}
+
+
+def network(outputs: int = 3) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, outputs))
+
+
+def data(n: int, classes: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, 5, generator=generator)
+    return x, torch.randint(classes, (n,), generator=generator)
+
+
+def cut(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) -> None:
+    """Relative to each tensor's largest value, so that true zeros have a floor."""
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        error = (found[name].double() - value.double()).abs().max()
+        assert error <= rtol * value.double().abs().max() + 1e-30, (name, error.item())
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def check(model: nn.Module, batches: list, likelihood: str, units: int) -> FisherDiagonal:
+    """Hold `exact` and `empirical` of any model against the reference, in float64 and float32."""
+    for kind in ("empirical", "exact"):
+        total = reference.fisher(model, batches, likelihood, kind)
+        expected = {name: value / units for name, value in total.items()}
+        double = [(reference._float64(x), y) for x, y in batches]
+        fisher = fisher_diagonal(
+            copy.deepcopy(model).double(), double, likelihood, estimator=kind, **F64
+        )
+        assert fisher.units == units
+        assert_close(fisher, expected, 1e-10)
+        fisher = fisher_diagonal(model, batches, likelihood, estimator=kind)
+        assert all(value.dtype == torch.float32 for value in fisher.values())
+        assert_close(fisher, expected, 1e-4)
+    return fisher
+
+
+# Against the reference: every likelihood, every kind of model.
+
+
+def test_softmax():
+    x, y = data(7)
+    fisher = check(network(), cut(x, y, 3), "softmax", 7)
+    assert fisher.examples == 7
+    assert fisher.estimator == "exact"
+    assert fisher.mc_samples is None
+    assert fisher.unreached == []
+    assert fisher.trace()["0.bias"] == pytest.approx(fisher["0.bias"].sum().item())
+
+
+def test_bernoulli():
+    x, _ = data(5)
+    check(network(), cut(x, torch.randint(2, (5, 3)).float(), 2), "bernoulli", 5)
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (5, 1), (5,)])
+def test_gaussian(shape):
+    x, _ = data(5)
+    outputs = 2 if shape == (5, 2) else 1
+    check(network(outputs), cut(x, torch.randn(shape), 2), "gaussian", 5)
+
+
+class Tagger(nn.Module):
+    """An embedding tied to the head, learned positions shared by the batch, and a mask."""
+
+    def __init__(self, recurrent: bool = False):
+        super().__init__()
+        torch.manual_seed(2)
+        self.embedding = nn.Embedding(3, 4, padding_idx=0)
+        self.positions = nn.Embedding(6, 4)
+        self.block = (
+            nn.GRU(4, 4, batch_first=True)
+            if recurrent
+            else nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.5)
+        )
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.head = nn.Linear(4, 3)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor, keep: Tensor) -> SimpleNamespace:
+        x = self.embedding(ids) + self.positions(torch.arange(ids.shape[1])[None])
+        if isinstance(self.block, nn.GRU):
+            x = self.block(x)[0]
+        else:
+            mask = torch.zeros(keep.shape, dtype=x.dtype).masked_fill(~keep, -1e9)
+            causal = torch.full((ids.shape[1], ids.shape[1]), -1e9, dtype=x.dtype).triu(1)
+            x = self.block(x, src_mask=causal, src_key_padding_mask=mask)
+        return SimpleNamespace(logits=self.head(x * self.scale), loss="not ours")
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize("likelihood", ["token-softmax", "next-token-softmax"])
+def test_sequences_with_padding_tied_weights_and_bare_parameters(recurrent, likelihood):
+    ids = torch.tensor([[1, 2, 1, 2], [2, 1, 0, 0], [1, 1, 2, 0]])
+    labels = torch.tensor([[2, 1, 0, 1], [1, 2, -100, -100], [-100, 1, 0, -100]])
+    batches = [
+        ({"ids": ids[:2], "keep": ids[:2] > 0}, labels[:2]),
+        ({"ids": ids[2:], "keep": ids[2:] > 0}, labels[2:]),
+    ]
+    units = {"token-softmax": 8, "next-token-softmax": 6}[likelihood]
+    fisher = check(Tagger(recurrent), batches, likelihood, units)
+    assert "embedding.weight" in fisher
+    assert "head.weight" not in fisher
+    collated = [{**inputs, "labels": labels} for inputs, labels in batches]
+    model = Tagger(recurrent)
+    assert_equal(fisher_diagonal(model, collated, likelihood), fisher)
+
+
+class Images(nn.Module):
+    """Convolutions, every batch statistic, dropout, a layer called twice, a parametrization."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first = nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect")
+        self.norm = nn.BatchNorm2d(4)
+        self.twice = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.group = nn.GroupNorm(2, 4)
+        self.head = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+        self.unused = nn.Linear(2, 2)
+        with torch.no_grad():
+            self.norm.running_mean.normal_()
+            self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x)).tanh()
+        x = self.twice(self.twice(x).tanh())
+        x = nn.functional.dropout(self.group(x).mean((2, 3)), 0.5, self.training)
+        return self.head(x)
+
+
+def test_images():
+    x = torch.randn(5, 2, 5, 4)
+    batches = cut(x, torch.randint(3, (5,)), 2)
+    fisher = check(Images(), batches, "softmax", 5)
+    assert fisher.unreached == ["unused.weight", "unused.bias"]
+    assert not fisher["unused.weight"].any()
+
+
+class Experts(nn.Module):
+    """Each row goes to one expert: rows of the batch are regrouped on the way."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.experts = nn.ModuleList(nn.Linear(5, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(len(x), 3)
+        for k, expert in enumerate(self.experts):
+            rows = ((x[:, 0] > 0).long() == k).nonzero()[:, 0]
+            out = out.index_add(0, rows, expert(x[rows]).to(out.dtype))
+        return out
+
+
+def test_routed_experts():
+    x, y = data(6)
+    check(Experts(), cut(x, y, 4), "softmax", 6)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=False)
+
+
+def test_checkpointed_activations():
+    x, y = data(4)
+    check(Checkpointed(), cut(x, y, 3), "softmax", 4)
+
+
+def test_linear_softmax_regression_in_closed_form():
+    # E_y[(1_c - p_c)²] x_d² = p_c (1 - p_c) x_d²
+    model = nn.Linear(5, 3).double()
+    x, y = data(9)
+    x = x.double()
+    p = model(x).softmax(1).detach()
+    fisher = fisher_diagonal(model, cut(x, y, 4), "softmax", **F64)
+    expected = torch.einsum("bc,bd->cd", p * (1 - p), x**2) / 9
+    assert_close(fisher, {"weight": expected, "bias": (p * (1 - p)).mean(0)}, 1e-12)
+
+
+# The batch size, the order of things and the seed.
+
+
+@pytest.mark.parametrize("estimator", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize(("n", "size"), [(1, 256), (7, 3), (1000, 256)])
+def test_the_batch_size_does_not_matter(estimator, n, size):
+    model = network()
+    x, y = data(n)
+    options = {"estimator": estimator, "mc_samples": 2, "seed": 3}
+    one = fisher_diagonal(model, cut(x, y, 1), "softmax", **options)
+    many = fisher_diagonal(model, cut(x, y, size), "softmax", **options)
+    assert (one.examples, one.units) == (many.examples, many.units) == (n, n)
+    assert_close(many, one, 1e-6)
+    if estimator != "mc":
+        total = reference.fisher(model, [(x, y)], "softmax", estimator)
+        assert_close(many, {k: v / n for k, v in total.items()}, 1e-5)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_gives_others():
+    x, y = data(20)
+    for estimator in ("mc", "batched"):
+        first, again, other = (
+            fisher_diagonal(network(), cut(x, y, 6), "softmax", estimator=estimator, seed=seed)
+            for seed in (0, 0, 1)
+        )
+        assert_equal(first, again)
+        assert first.seed == 0
+        assert not torch.equal(first["0.weight"], other["0.weight"])
+
+
+def test_samples_belong_to_examples_not_to_the_order_they_are_read_in():
+    x, y = data(12)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    straight = fisher_diagonal(network(), cut(x, y, 5), "softmax", estimator="mc")
+    shuffled = fisher_diagonal(
+        network(), cut(x[order], y[order], 5), "softmax", estimator="mc", indices=order.tolist()
+    )
+    assert_close(shuffled, straight, 1e-6)
+    unaware = fisher_diagonal(network(), cut(x[order], y[order], 5), "softmax", estimator="mc")
+    assert (unaware["0.weight"] / straight["0.weight"] - 1).abs().max() > 1e-2
+    with pytest.raises(InputError, match="11 indices were given for 12 examples"):
+        fisher_diagonal(network(), cut(x, y, 6), "softmax", indices=range(11))
+
+
+def test_padding_does_not_change_what_is_sampled():
+    model = Tagger()
+    ids = torch.tensor([[1, 2, 1, 0, 0, 0]])
+    labels = torch.tensor([[2, 1, 0, -100, -100, -100]])
+    narrow, wide = (
+        fisher_diagonal(
+            model,
+            [({"ids": ids[:, :t], "keep": ids[:, :t] > 0}, labels[:, :t])],
+            "token-softmax",
+            estimator="mc",
+            mc_samples=5,
+        )
+        for t in (3, 6)
+    )
+    assert_close(wide, narrow, 1e-4)
+
+
+# Sampling converges to the closed form.
+
+
+def relative_error(found: FisherDiagonal, expected: FisherDiagonal) -> float:
+    difference = torch.cat([(found[k] - expected[k]).flatten() for k in expected])
+    return (difference.norm() / torch.cat([v.flatten() for v in expected.values()]).norm()).item()
+
+
+@pytest.mark.parametrize("likelihood", ["softmax", "bernoulli", "gaussian"])
+def test_mc_converges_to_exact_as_one_over_the_root_of_samples(likelihood):
+    model = network()
+    x, _ = data(4)
+    y = {"softmax": torch.zeros(4).long()}.get(likelihood, torch.zeros(4, 3))
+    exact = fisher_diagonal(model, [(x, y)], likelihood)
+    errors = {}
+    for samples in (10, 1000):
+        found = [
+            fisher_diagonal(
+                model, [(x, y)], likelihood, estimator="mc", mc_samples=samples, seed=seed
+            )
+            for seed in range(4 if samples == 10 else 1)
+        ]
+        assert found[0].mc_samples == samples
+        errors[samples] = sum(relative_error(f, exact) ** 2 / len(found) for f in found) ** 0.5
+    assert errors[1000] < 0.1
+    assert 3 < errors[10] / errors[1000] < 33  # 10 in expectation
+
+
+def test_batched_is_unbiased_and_squaring_the_batch_gradient_of_the_data_is_not():
+    model = network()
+    x, y = data(32)
+    exact = fisher_diagonal(model, [(x, y)], "softmax")
+    batched = fisher_diagonal(model, cut(x, y, 8), "softmax", estimator="batched", mc_samples=1500)
+    assert batched.mc_samples == 1500
+    assert relative_error(batched, exact) < 0.1
+    assert sum(batched.trace().values()) == pytest.approx(sum(exact.trace().values()), rel=0.05)
+
+
+def test_batched_runs_once_a_batch_and_squares_its_sum():
+    model = network()
+    x, y = data(7)
+    calls = []
+    model.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    fisher = fisher_diagonal(model, cut(x, y, 3), "softmax", estimator="batched")
+    assert calls == [3, 3, 1]
+    alone = [
+        fisher_diagonal(
+            model, [b], "softmax", estimator="batched", indices=range(3 * i, 3 * i + len(b[1]))
+        )
+        for i, b in enumerate(cut(x, y, 3))
+    ]
+    expected = {k: sum(f[k] * f.units for f in alone) / 7 for k in fisher}
+    assert_close(fisher, expected, 1e-6)
+
+
+# What other software gets wrong.
+
+
+def test_per_example_squares_are_not_squares_of_the_batch_gradient():
+    model = network()
+    x, y = data(64)
+    trace = {}
+    for size in (1, 32, 64):
+        fisher = fisher_diagonal(model, cut(x, y, size), "softmax", estimator="empirical")
+        trace[size] = sum(fisher.trace().values())
+    assert trace[32] == pytest.approx(trace[1], rel=1e-5)
+    assert trace[64] == pytest.approx(trace[1], rel=1e-5)
+    nn.functional.cross_entropy(model(x), y).backward()
+    wrong = sum((p.grad**2).sum().item() for p in model.parameters())
+    assert wrong < 0.2 * trace[1]
+
+
+def test_a_short_last_batch_counts_by_its_examples():
+    x, y = data(10)
+    whole = fisher_diagonal(network(), [(x, y)], "softmax", estimator="empirical")
+    cut_short = fisher_diagonal(network(), cut(x, y, 9), "softmax", estimator="empirical")
+    assert_close(cut_short, whole, 1e-6)
+
+
+def test_true_labels_are_not_weighted_by_their_probability():
+    x, y = data(3)
+    model = network()
+    fisher = fisher_diagonal(model, [(x, y)], "softmax", estimator="empirical")
+    total = reference.fisher(model, [(x, y)], "softmax", "empirical")
+    assert_close(fisher, {k: v / 3 for k, v in total.items()}, 1e-5)
+
+
+def test_exactly_the_given_batches_are_read():
+    x, y = data(6)
+    batches = iter([*cut(x, y, 3), "not to be touched by islice"])
+    fisher = fisher_diagonal(network(), itertools.islice(batches, 2), "softmax")
+    assert fisher.examples == 6
+    assert next(batches) == "not to be touched by islice"
+
+
+def test_one_example_in_one_batch_larger_than_the_data_is_finite():
+    x, y = data(1)
+    fisher = fisher_diagonal(network(), cut(x, y, 256), "softmax")
+    total = reference.fisher(network(), [(x, y)], "softmax", "exact")
+    assert_close(fisher, total, 1e-5)
+
+
+def test_every_parameter_is_covered_and_old_gradients_neither_count_nor_change():
+    model = network()
+    x, y = data(4)
+    clean = fisher_diagonal(model, [(x, y)], "softmax")
+    assert list(clean) == [name for name, _ in model.named_parameters()]
+    assert all(value.sum() > 0 for value in clean.values())
+    assert all(p.grad is None for p in model.parameters())
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 7.0)
+    grads = [p.grad for p in model.parameters()]
+    assert_equal(fisher_diagonal(model, [(x, y)], "softmax"), clean)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        assert p.grad is grad
+        assert (grad == 7).all()
+
+
+def test_bfloat16_weights_are_accumulated_in_float32():
+    # Gradients of 1e-3: 10⁴ squares of 1e-6 add up to 1e-2, where bfloat16 stalls at 5e-4.
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    x = torch.full((10_000, 1), 1e-3)
+    fisher = fisher_diagonal(model, cut(x, torch.zeros(10_000), 500), "gaussian")
+    assert model.weight.dtype == torch.bfloat16
+    assert fisher["weight"].dtype == torch.float32
+    expected = torch.tensor(1e-3).bfloat16().double().square().item()
+    assert fisher["weight"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_large_sums_stay_accurate():
+    # 20,000 additions of the same number in float32 drift by 1e-4 unless what is cut off is kept.
+    model = nn.Linear(1, 1, bias=False)
+    x = torch.full((20_000, 1), 0.1)
+    fisher = fisher_diagonal(model, cut(x, torch.zeros(20_000), 1), "gaussian")
+    expected = torch.tensor(0.1).double().square().item()
+    assert fisher["weight"].item() == pytest.approx(expected, rel=2e-7)
+
+
+def test_float64_sums_on_request():
+    x, y = data(3)
+    fisher = fisher_diagonal(network(), [(x, y)], "softmax", **F64)
+    assert all(value.dtype == torch.float64 for value in fisher.values())
+
+
+# The model comes back as it was.
+
+
+class Counting(nn.Module):
+    """Changes and replaces its own buffers in every forward pass, and makes new ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("last", torch.zeros(5))
+        self.register_buffer("empty", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = x.detach().mean(0)
+        self.empty = x.detach()
+        self.register_buffer("new", x.detach(), persistent=False)
+        return self.body(x)
+
+
+def state(model: nn.Module) -> list[tuple[str, bool, list[tuple[str, Tensor | None]]]]:
+    return [
+        (name, module.training, list(module._buffers.items()))
+        for name, module in model.named_modules()
+    ]
+
+
+def assert_untouched(model: nn.Module, before: list, values: dict[str, Tensor]) -> None:
+    after = state(model)
+    assert [(name, training) for name, training, _ in after] == [
+        (name, training) for name, training, _ in before
+    ]
+    for (_, _, found), (_, _, expected) in zip(after, before, strict=True):
+        assert [name for name, _ in found] == [name for name, _ in expected]
+        assert all(a is b for (_, a), (_, b) in zip(found, expected, strict=True))
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+def in_mixed_modes(model: nn.Module) -> nn.Module:
+    """Train mode everywhere but in one module, with one frozen parameter."""
+    model.train()
+    next(module for module in model.modules() if isinstance(module, nn.Linear)).eval()
+    next(model.parameters()).requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("make", [Images, Counting])
+@pytest.mark.parametrize("estimator", ["exact", "mc", "empirical", "batched"])
+def test_modes_buffers_and_weights_come_back_bit_for_bit(make, estimator):
+    model = in_mixed_modes(make())
+    before, values = state(model), copy.deepcopy(model.state_dict())
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    x = torch.randn(4, 2, 5, 4) if make is Images else torch.randn(4, 5)
+    batches = cut(x, torch.randint(3, (4,)), 3)
+    fisher = fisher_diagonal(model, batches, "softmax", estimator=estimator)
+    assert_untouched(model, before, values)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == frozen
+    assert len(frozen) == 1
+    assert frozen[0] not in fisher
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, InputError])
+@pytest.mark.parametrize("where", ["batches", "model", "progress"])
+def test_the_model_comes_back_when_a_pass_is_broken_off(error, where):
+    model = in_mixed_modes(Counting())
+    before, values = state(model), copy.deepcopy(model.state_dict())
+    x, y = data(8)
+    calls = itertools.count()
+
+    def stop(*_: object) -> None:
+        if next(calls) == 2:
+            raise error("stop")
+
+    def batches():
+        for batch in cut(x, y, 2):
+            if where == "batches":
+                stop()
+            yield batch
+
+    if where == "model":
+        model.body.register_forward_hook(stop)
+    with pytest.raises(error, match="stop"):
+        fisher_diagonal(model, batches(), "softmax", progress=stop if where == "progress" else None)
+    assert_untouched(model, before, values)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_dropout_and_batch_statistics_are_off():
+    model = nn.Sequential(nn.Dropout(0.9), nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    x, y = data(6)
+    training = fisher_diagonal(model.train(), [(x, y)], "softmax")
+    evaluating = fisher_diagonal(model.eval(), [(x, y)], "softmax")
+    assert_equal(training, evaluating)
+
+
+def test_it_works_where_gradients_are_switched_off():
+    x, y = data(4)
+    expected = fisher_diagonal(network(), [(x, y)], "softmax")
+    model = network()
+    with torch.no_grad():
+        assert_equal(fisher_diagonal(model, [(x, y)], "softmax"), expected)
+    with torch.inference_mode():
+        assert_equal(fisher_diagonal(model, [(x, y)], "softmax"), expected)
+
+
+def test_progress_is_told_of_every_example():
+    x, y = data(7)
+    told: list[int] = []
+    fisher_diagonal(network(), cut(x, y, 3), "softmax", progress=told.append)
+    assert told == [3, 3, 1]
+
+
+# What is refused.
+
+
+def test_options_that_make_no_sense():
+    x, y = data(2)
+    with pytest.raises(UsageError, match=r"'fast'.*exact, mc, empirical, batched"):
+        fisher_diagonal(network(), [(x, y)], "softmax", estimator="fast")
+    with pytest.raises(UsageError, match="mc_samples is 0"):
+        fisher_diagonal(network(), [(x, y)], "softmax", estimator="mc", mc_samples=0)
+    with pytest.raises(UsageError, match=r"3 backward passes.*more than 2.*mc"):
+        fisher_diagonal(network(), [(x, y)], "softmax", max_outcomes=2)
+
+
+def test_no_example_and_no_predicted_position():
+    with pytest.raises(InputError, match="no example"):
+        fisher_diagonal(network(), [], "softmax")
+    with pytest.raises(InputError, match="no example"):
+        fisher_diagonal(network(), [data(0)], "softmax", estimator="batched")
+    ids = torch.ones(2, 3).long()
+    inputs = {"ids": ids, "keep": ids > 0}
+    with pytest.raises(InputError, match="None of the 2 examples"):
+        fisher_diagonal(Tagger(), [(inputs, torch.full((2, 3), -100))], "token-softmax")
+
+
+def test_nothing_to_differentiate():
+    x, y = data(2)
+    with pytest.raises(InputError, match="no parameter that requires gradients"):
+        fisher_diagonal(network().requires_grad_(False), [(x, y)], "softmax")
+
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).detach()
+
+    with pytest.raises(InputError, match="do not depend on any parameter"):
+        fisher_diagonal(Detached(), [(x, y)], "softmax")
+
+
+def test_examples_that_interact_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    with pytest.raises(InputError, match=r"'1' \(BatchNorm1d\)"):
+        fisher_diagonal(model, [data(4)], "softmax")
+
+
+def test_numbers_that_are_not_finite():
+    x, y = data(6)
+    model = network()
+    broken = x.clone()
+    broken[4] = torch.nan
+    with pytest.raises(NonFiniteError, match="outputs are not finite in batch 2"):
+        fisher_diagonal(model, cut(broken, y, 3), "softmax")
+
+    class Root(nn.Module):
+        """Finite at zero, with an infinite slope there."""
+
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :3] + (self.w * (x[:, :1] > 0)).sqrt()
+
+    with pytest.raises(NonFiniteError, match=r"'w' is not finite in batch 1 \(examples 0 to 2\)"):
+        fisher_diagonal(Root(), cut(x.abs(), y, 3), "softmax")
+
+
+def test_a_label_out_of_range_is_named():
+    x, _ = data(2)
+    with pytest.raises(InputError, match=r"Label 3 .*0…2"):
+        fisher_diagonal(network(), [(x, torch.tensor([0, 3]))], "softmax")
+
+
+def test_batches_of_another_form():
+    x, y = data(3)
+    with pytest.raises(InputError, match="found Tensor"):
+        split_batch(x)
+    with pytest.raises(InputError, match=r'no "labels"; it has x, y'):
+        split_batch({"x": x, "y": y})
+    with pytest.raises(InputError, match="found list"):
+        split_batch((x, [0, 1, 2]))
+    with pytest.raises(InputError, match=r"shape \(4, 5\) in a batch of 3 labels"):
+        fisher_diagonal(network(), [(torch.randn(4, 5), y)], "softmax")
+    assert split_batch([x, y]) == (x, y)
+    inputs, labels = split_batch({"x": x, "labels": y})
+    assert list(inputs) == ["x"]
+    assert labels is y
+
+
+# What a model is given and gives.
+
+
+class Several(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor, shift: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        return {"logits": self.body(x + shift) * scale, "hidden": x}
+
+
+def test_inputs_are_a_tensor_a_tuple_or_a_mapping_and_may_be_shared():
+    x, y = data(3)
+    shift = torch.full((1, 5), 0.5)
+    body = network()
+    expected = fisher_diagonal(body, [(x + shift, y)], "softmax")
+    for inputs in ((x, shift), [x, shift], {"x": x, "shift": shift, "scale": 1.0}):
+        fisher = fisher_diagonal(Several(), [(inputs, y)], "softmax")
+        assert_close({k.removeprefix("body."): v for k, v in fisher.items()}, expected, 1e-6)
+    for outputs in (Several()(x, shift), SimpleNamespace(logits=torch.ones(1))):
+        found = model_outputs(lambda _, outputs=outputs: outputs, x, y)
+        assert found is (outputs["logits"] if isinstance(outputs, dict) else outputs.logits)
+    with pytest.raises(InputError, match="returned list"):
+        model_outputs(lambda _: [x], x, y)
+
+
+def test_floating_inputs_take_the_models_type_and_others_stay():
+    model = network().bfloat16()
+    inputs, labels = to_model(
+        model, {"x": torch.ones(2, 5), "ids": torch.ones(2).long()}, data(2)[1]
+    )
+    assert inputs["x"].dtype == torch.bfloat16
+    assert inputs["ids"].dtype == labels.dtype == torch.int64
+    model[0].float()
+    assert to_model(model, torch.ones(2, 5), labels)[0].dtype == torch.float32
+
+
+class Seq2Seq(nn.Module):
+    config = SimpleNamespace(is_encoder_decoder=True, decoder_start_token_id=7, pad_token_id=9)
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        assert "labels" not in self.__dict__
+        return decoder_input_ids
+
+
+def test_an_encoder_decoder_gets_its_inputs_from_the_labels():
+    ids, labels = torch.zeros(1, 4).long(), torch.tensor([[3, 4, -100, -100]])
+    model = Seq2Seq()
+    assert model_outputs(model, {"input_ids": ids}, labels).tolist() == [[7, 3, 4, 9]]
+    given = {"input_ids": ids, "decoder_input_ids": ids}
+    assert model_outputs(model, given, labels) is ids
+    model.prepare_decoder_input_ids_from_labels = lambda labels: labels + 1
+    assert model_outputs(model, {"input_ids": ids}, labels).tolist() == [[4, 5, -99, -99]]
+    with pytest.raises(TypeError, match="decoder_input_ids"):
+        model_outputs(model, {"input_ids": ids}, torch.tensor([3]))
+
+
+# Real architectures.
+
+
+def tiny(name: str) -> tuple[nn.Module, dict[str, Tensor], Tensor, str]:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 5}
+    ids = torch.tensor([[1, 2, 3], [4, 2, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    text = {"input_ids": ids, "attention_mask": mask}
+    tokens = ids.masked_fill(mask == 0, -100)
+    if name == "bert":
+        config = transformers.BertConfig(**sizes, intermediate_size=8, num_labels=3)
+        model = transformers.BertForSequenceClassification(config)
+        return model, text, torch.tensor([0, 2]), "softmax"
+    if name == "gpt2":
+        config = transformers.GPT2Config(vocab_size=5, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+        return transformers.GPT2LMHeadModel(config), text, tokens, "next-token-softmax"
+    if name == "llama":
+        config = transformers.LlamaConfig(
+            **sizes, intermediate_size=8, num_key_value_heads=1, tie_word_embeddings=True
+        )
+        return transformers.LlamaForCausalLM(config), text, tokens, "next-token-softmax"
+    if name == "mixtral":
+        config = transformers.MixtralConfig(
+            **sizes,
+            intermediate_size=8,
+            num_key_value_heads=1,
+            num_local_experts=3,
+            experts_implementation="eager",
+        )
+        return transformers.MixtralForCausalLM(config), text, tokens, "next-token-softmax"
+    if name == "t5":
+        config = transformers.T5Config(
+            vocab_size=5, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, dropout_rate=0.5,
+            decoder_start_token_id=0,
+        )  # fmt: skip
+        return transformers.T5ForConditionalGeneration(config), text, tokens, "token-softmax"
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        image_size=4, patch_size=2, num_channels=1, num_labels=3,
+    )  # fmt: skip
+    model = transformers.ViTForImageClassification(config)
+    return model, {"pixel_values": torch.randn(2, 1, 4, 4)}, torch.tensor([0, 2]), "softmax"
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "mixtral", "t5", "vit"])
+def test_transformers(name):
+    model, inputs, labels, likelihood = tiny(name)
+    model = model.double()
+    inputs = reference._float64(inputs)
+    fisher = fisher_diagonal(model, [{**inputs, "labels": labels}], likelihood, **F64)
+    units = int(LIKELIHOODS[likelihood].units(labels).sum())
+    assert fisher.units == units
+    reference_inputs = dict(inputs)
+    if name == "t5":
+        reference_inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    expected = reference.fisher(model, [(reference_inputs, labels)], likelihood, "exact")
+    # transformers normalises and takes softmaxes in float32 whatever the weights are.
+    assert_close(fisher, {k: v / units for k, v in expected.items()}, 1e-5)
+    if name in ("gpt2", "llama"):
+        assert "lm_head.weight" not in fisher
+
+
+# The overlap of two Fishers.
+
+
+def test_overlap_is_one_minus_half_the_squared_distance_of_normalised_roots():
+    a, b = torch.rand(3, 4), torch.rand(3, 4)
+    a_hat, b_hat = a.double() / a.double().sum(), b.double() / b.double().sum()
+    expected = 1 - 0.5 * ((a_hat.sqrt() - b_hat.sqrt()) ** 2).sum().item()
+    assert fisher_overlap(a, b) == pytest.approx(expected, abs=1e-6)
+    assert fisher_overlap(a, b) == fisher_overlap(b, a)
+    assert fisher_overlap(a, 1e-30 * a) == pytest.approx(1, abs=1e-6)
+    assert fisher_overlap(a, a) <= 1
+    assert fisher_overlap(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])) == 0
+    assert fisher_overlap(a, torch.zeros(3, 4)) == 0
