@@ -225,8 +225,9 @@ def check_link(folder: Path, path: Path) -> None:
         InputError: If the path leads elsewhere than into the folder or the Hub cache's blobs.
     """
     root, real = folder.resolve(), path.resolve()
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    if not real.is_relative_to(root) and not real.is_relative_to(blobs):
+    # MODEL/snapshots/COMMIT/… is how the Hub's cache shows what lies in MODEL/blobs.
+    blobs = [above.parent / "blobs" for above in root.parents if above.name == "snapshots"]
+    if not any(real.is_relative_to(allowed) for allowed in (root, *blobs[:1])):
         raise InputError(
             f"{path} is a link to {real}, outside the checkpoint; "
             "put a copy of the file in its place if you trust it"

@@ -364,6 +364,9 @@ def test_links_of_the_hub_cache_and_within_the_folder(tmp_path):
     write_tensors(blobs, {"x": torch.ones(2)}, metadata=PT)[0].rename(blobs / "abcdef")
     (snapshot / "model.safetensors").symlink_to("../../blobs/abcdef")
     assert list(open_tensors(snapshot)) == ["x"]
+    (snapshot / "fisher").mkdir()
+    (snapshot / "fisher" / "fisher.safetensors").symlink_to("../../../blobs/abcdef")
+    assert list(open_tensors(snapshot / "fisher", "fisher")) == ["x"]
     (tmp_path / "link").symlink_to(snapshot)
     assert list(open_tensors(tmp_path / "link")) == ["x"]
     (snapshot / "other.safetensors").symlink_to("model.safetensors")
