@@ -191,11 +191,11 @@ class Layout:
                 )
             return
         elements = sum(_elements(self._file_shapes[name]) for name in group.file_names)
+        others = len(group.file_names) - 1
         refusal = (
-            f"{group.file_names[0]} cannot be used: while loading, it and "
-            f"{len(group.file_names) - 1} other tensors become {', '.join(group.module_names)} in "
-            "a way that does not merely rearrange their elements, so no Fisher could be stored for "
-            "them"
+            f"{group.file_names[0]} {f'and {others} other tensors ' if others else ''}cannot be used: "
+            f"while loading, what becomes {', '.join(group.module_names)} is not merely rearranged, "
+            "so no Fisher could be stored for it"
         )
         try:
             positions = self._positions(group)

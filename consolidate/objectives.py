@@ -95,7 +95,7 @@ def get_objective(name: str, *, factory: bool = False) -> Objective:
     """
     if name not in OBJECTIVES:
         near = difflib.get_close_matches(name, OBJECTIVES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise UsageError(f"no objective {name!r}{hint} There are: {', '.join(OBJECTIVES)}")
     objective = OBJECTIVES[name]
     if factory:
