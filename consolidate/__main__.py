@@ -1,0 +1,5 @@
+"""`python -m consolidate` is the command `consolidate`."""
+
+from consolidate.cli import main
+
+main()

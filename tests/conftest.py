@@ -1,0 +1,52 @@
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+SIZES = [6, 8, 3]
+
+
+def make_network(config: dict[str, Any]) -> nn.Sequential:
+    """The factory `conftest:make_network` of a small classifier."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(config["sizes"]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+@pytest.fixture
+def network_checkpoint(tmp_path: Path) -> Path:
+    """A folder with the random weights of `make_network`."""
+    folder = tmp_path / "start"
+    folder.mkdir()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = make_network({"sizes": SIZES})
+    save_file(network.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"sizes": SIZES}))
+    (folder / "LICENSE").write_text("free\n")
+    return folder
+
+
+@pytest.fixture
+def write_task(tmp_path: Path) -> Callable[..., Path]:
+    """Write a learnable task for `make_network`: three noisy clusters, placed by the seed."""
+
+    def write(name: str, seed: int = 0, count: int = 60) -> Path:
+        random = np.random.default_rng(seed)
+        labels = random.integers(0, 3, count)
+        inputs = random.normal(size=(3, SIZES[0]))[labels] * 2 + random.normal(
+            size=(count, SIZES[0])
+        )
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, inputs=inputs.astype(np.float32), labels=labels)
+        return path
+
+    return write

@@ -1,0 +1,207 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from consolidate.cli import cli, main
+
+Write = Callable[..., Path]
+MODEL = ("--model", "conftest:make_network")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run the command line in this process; give exit code, stdout and stderr."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    out, err = capsys.readouterr()
+    return int(left.value.code or 0), out, err
+
+
+def test_fisher_finetune_evaluate_show_verify(
+    capsys: pytest.CaptureFixture[str], network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    old, new, out = write_task("old"), write_task("new", seed=1), tmp_path / "out"
+    code, text, err = run(capsys, "fisher", network_checkpoint, "--data", old, *MODEL)
+    assert (code, err) == (0, "")
+    assert "exact Fisher of 'old' over 60 examples, 83 parameters" in text
+    code, text, err = run(
+        capsys, "finetune", network_checkpoint, "--data", new, "--output-dir", out, *MODEL,
+        "--ewc-lambda", 10, "--max-steps", 5, "--log-every", 1, "--evaluate", f"old={old}",
+        "--optimizer", "sgd", "--momentum", 0.9, "--lr-scheduler", "cosine", "--json",
+    )  # fmt: skip
+    assert code == 0
+    result = json.loads(text)
+    assert result["steps"] == 5
+    assert "step 3 of 5: loss" in err
+    assert "penalty" in err
+    code, text, _ = run(capsys, "evaluate", out, "--data", f"old={old}", "--data", new, *MODEL)
+    assert code == 0
+    assert [line.split()[0] for line in text.splitlines()] == ["task", "old", "new"]
+    code, text, _ = run(capsys, "show", out, "--json")
+    assert code == 0
+    assert [task["name"] for task in json.loads(text)["tasks"]] == ["old", "new"]
+    code, text, _ = run(capsys, "show", out)
+    assert code == 0
+    code, text, _ = run(capsys, "verify", out)
+    assert code == 0
+    assert "is intact" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("fisher", "./nowhere", "--data", "x.npz"), 3, "nowhere"),
+        (("fisher", "start", "--data", "typo.npz", *MODEL), 3, "typo.npz"),
+        (("fisher", "start", "--data", "old.npz", "--model", "conftest:no_such"), 2, "no_such"),
+        (("fisher", "start", "--data", "old.npz"), 3, "config.json"),
+        (("fisher", "start", "--data", "empty.jsonl", *MODEL), 3, "empty.jsonl"),
+        (("fisher", "start", "--data", "old.npz", *MODEL, "--label-column", "lable"), 3, "lable"),
+        (("fisher", "start", "--data", "old.npz", *MODEL, "--max-length", "5"), 2, "--max-length"),
+        (("fisher", "start", "--data", "old.npz", *MODEL, "--freeze", "none.*"), 2, "none.*"),
+        (("fisher", "start", "--data", "old.npz", *MODEL, "--task", "a b"), 3, "a b"),
+        (("fisher", "start", "--data", "range.npz", *MODEL), 3, "label"),
+        (("fisher", "start", "--data", "wide.npz", *MODEL), 3, "inputs"),
+        (("fisher", "cut", "--data", "old.npz", *MODEL), 3, "model.safetensors"),
+        (("fisher", "quantized", "--data", "old.npz", *MODEL), 3, "quantized"),
+        (("fisher", "code.pt", "--data", "old.npz", "--output-dir", "o", *MODEL), 3, "code.pt"),
+        (("fisher", "data-only", "--data", "old.npz", *MODEL), 3, "data-only"),
+        (
+            ("finetune", "start", "--data", "old.npz", "--output-dir", "o", *MODEL),
+            2,
+            "--ewc-lambda",
+        ),
+        (("evaluate", "start", "--data", "=old.npz", *MODEL), 2, "NAME=DATA"),
+        (("finetune", "start", "--data", "old.npz"), 2, "--output-dir"),
+        (("show", "start"), 3, "fisher"),
+        (("verify", "start"), 3, "fisher"),
+        (("fisher", "start", "--dtaa", "old.npz"), 2, "--data"),
+    ],
+)
+def test_what_is_wrong_is_said_in_two_lines_and_nothing_is_harmed(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = load_file(network_checkpoint / "model.safetensors")
+    data = {key: torch.from_numpy(values) for key, values in _arrays(write_task("old")).items()}
+    _write_npz(tmp_path / "range.npz", data["inputs"], data["labels"] + 1)
+    _write_npz(tmp_path / "wide.npz", data["inputs"].repeat(1, 2), data["labels"])
+    (tmp_path / "empty.jsonl").write_text("")
+    for folder in ("cut", "quantized", "data-only"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text('{"sizes": [6, 8, 3]}')
+    whole = (network_checkpoint / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(whole[:-8])
+    save_file(weights, tmp_path / "quantized" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "quantized" / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+    torch.save({"state_dict": weights, "run": _Code()}, tmp_path / "code.pt")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    found, out, err = run(capsys, *arguments)
+    assert (found, out) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
+    if err.startswith("error: "):
+        assert len(err.strip().splitlines()) <= 2
+    after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert after == before
+
+
+class _Code:
+    """Would make a folder when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, ("harmed",)
+
+
+def _arrays(path: Path) -> dict[str, object]:
+    import numpy as np
+
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def _write_npz(path: Path, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+    import numpy as np
+
+    np.savez(path, inputs=inputs.numpy(), labels=labels.numpy())
+
+
+def test_flags_win_over_variables_and_variables_over_the_file(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "options.toml"
+    config.write_text('data = "old.npz"\nmax-examples = 5\nmodel = "conftest:make_network"\n')
+    write_task("old")
+    monkeypatch.chdir(tmp_path)
+
+    def examples(*arguments: str) -> int:
+        code, out, err = run(
+            capsys, "fisher", "start", "--config", config, "--overwrite", "--json", *arguments
+        )
+        assert code == 0, err
+        return int(json.loads(out)["examples"])
+
+    assert examples() == 5
+    monkeypatch.setenv("CONSOLIDATE_FISHER_MAX_EXAMPLES", "6")
+    assert examples() == 6
+    assert examples("--max-examples", "7") == 7
+    config.write_text("max-exampels = 5\n")
+    code, _, err = run(capsys, "fisher", "start", "--config", config, "--data", "old.npz")
+    assert code == 2
+    assert "max_examples" in err
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in cli.commands:
+        code, out, _ = run(capsys, name, "--help")
+        assert code == 0
+        assert out.startswith(f"Usage: consolidate {name}")
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_and_leaves_nothing(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
+    data = write_task("big", count=20_000)
+    before = sorted(tmp_path.rglob("*"))
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "consolidate", "finetune", "start", "--data", data, *MODEL),
+            *("--output-dir", "out", "--penalty", "none", "--log-every", "1", "--epochs", "100"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert "step 1 of" in process.stderr.readline()
+    time.sleep(0.2)
+    process.send_signal(sent)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,407 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_network
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+
+import consolidate
+from consolidate import commands
+from formats.data import open_data
+from formats.digest import set_digest
+from formats.errors import InputError, NonFiniteError, UsageError
+from formats.fisher_folder import read_fisher
+
+Write = Callable[..., Path]
+NETWORK = {"model": "conftest:make_network"}
+FAST = {**NETWORK, "optimizer": "adam", "learning_rate": 0.01, "batch_size": 16}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def fisher_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "fisher" / "fisher.safetensors")
+
+
+def measured_by_hand(weights: dict[str, torch.Tensor], data: Path) -> dict[str, torch.Tensor]:
+    """E_y[(∇ log p(y|x))²] of `make_network`, one example and one outcome at a time."""
+    network = make_network({"sizes": [6, 8, 3]}).double()
+    network.load_state_dict(weights)
+    inputs = open_data(data).tensors["inputs"].double()
+    total = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
+    for x in inputs:
+        probabilities = network(x).softmax(-1).detach()
+        for y, p in enumerate(probabilities):
+            network.zero_grad()
+            cross_entropy(network(x), torch.tensor(y)).backward()
+            for name, parameter in network.named_parameters():
+                assert parameter.grad is not None
+                total[name] += p * parameter.grad**2 / len(inputs)
+    return {name: values.float() for name, values in total.items()}
+
+
+def test_fisher_stands_beside_untouched_weights(
+    network_checkpoint: Path, write_task: Write
+) -> None:
+    before = contents(network_checkpoint)
+    data = write_task("old")
+    result = commands.fisher(network_checkpoint, data, **NETWORK)
+    after = contents(network_checkpoint)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"fisher/fisher.json", "fisher/fisher.safetensors"}
+    found = fisher_of(network_checkpoint)
+    for name, values in measured_by_hand(
+        load_file(network_checkpoint / "model.safetensors"), data
+    ).items():
+        torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-9)
+    assert result["estimator"] == "exact"
+    assert result["examples"] == 60
+    assert result["trace"] == pytest.approx(sum(v.sum().item() for v in found.values()))
+    (task,) = read_fisher(network_checkpoint / "fisher").ledger.tasks
+    assert (task.name, task.objective, task.data, task.units) == (
+        "old",
+        "classification",
+        "old.npz",
+        60,
+    )
+    assert task.layers["0.weight"].trace == pytest.approx(found["0.weight"].sum().item())
+
+
+def test_the_same_seed_gives_the_same_bytes_whatever_the_batch(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    data = write_task("old")
+    for name, size in (("a", 7), ("b", 7), ("c", 60)):
+        commands.fisher(
+            network_checkpoint,
+            data,
+            **NETWORK,
+            estimator="mc",
+            batch_size=size,
+            output_dir=tmp_path / name,
+        )
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    first, other = fisher_of(tmp_path / "a"), fisher_of(tmp_path / "c")
+    for name in first:
+        torch.testing.assert_close(first[name], other[name], rtol=1e-5, atol=1e-10)
+    assert (tmp_path / "a" / "LICENSE").read_text() == "free\n"
+
+
+def test_a_subset_is_seeded(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> None:
+    data = write_task("old")
+    traces = [
+        commands.fisher(
+            network_checkpoint,
+            data,
+            **NETWORK,
+            max_examples=10,
+            seed=seed,
+            output_dir=tmp_path / f"{i}",
+        )["trace"]
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert traces[0] == traces[1] != traces[2]
+    assert read_fisher(tmp_path / "0" / "fisher").ledger.tasks[0].examples == 10
+
+
+def test_a_fisher_that_is_there_is_kept(network_checkpoint: Path, write_task: Write) -> None:
+    first, second = write_task("first"), write_task("second", seed=5)
+    commands.fisher(network_checkpoint, first, **NETWORK)
+    before = contents(network_checkpoint)
+    with pytest.raises(InputError, match=r"--overwrite replaces it, --add adds"):
+        commands.fisher(network_checkpoint, second, **NETWORK)
+    with pytest.raises(UsageError, match=r"exclude each other"):
+        commands.fisher(network_checkpoint, second, **NETWORK, add=True, overwrite=True)
+    assert contents(network_checkpoint) == before
+    one = fisher_of(network_checkpoint)
+    commands.fisher(network_checkpoint, second, **NETWORK, add=True)
+    both = fisher_of(network_checkpoint)
+    commands.fisher(network_checkpoint, second, **NETWORK, overwrite=True)
+    other = fisher_of(network_checkpoint)
+    for name in one:
+        torch.testing.assert_close(both[name], one[name] + other[name])
+    with pytest.raises(UsageError, match="a task 'second' already"):
+        commands.fisher(network_checkpoint, second, **NETWORK, add=True)
+
+
+def test_finetune_keeps_the_old_task_and_can_go_on(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    a, b, c = (write_task(name, seed=seed) for seed, name in enumerate("abc"))
+    first = tmp_path / "first"
+    commands.finetune(network_checkpoint, a, output_dir=first, penalty="none", epochs=20, **FAST)
+    evaluate = {"a": a, "b": b}
+    common = {"epochs": 20, "evaluate": evaluate, **FAST}
+    free = commands.finetune(first, b, output_dir=tmp_path / "free", penalty="none", **common)
+    held = commands.finetune(first, b, output_dir=tmp_path / "held", ewc_lambda=100.0, **common)
+    before = held["metrics"]["before"]["a"]["accuracy"]
+    assert before > 0.9
+    assert held["metrics"]["after"]["a"]["accuracy"] > free["metrics"]["after"]["a"]["accuracy"]
+    assert held["metrics"]["after"]["b"]["accuracy"] > held["metrics"]["before"]["b"]["accuracy"]
+    assert held["metrics"]["after"] == commands.evaluate(tmp_path / "held", evaluate, **NETWORK)
+    assert held["penalty_value"] > 0
+    assert free["penalty_value"] == 0
+    assert 0.9 < held["share_moved"] <= 1
+    assert held["steps"] == len(held["history"]) == 20 * 4
+    assert set(held["metrics"]) == {"before", "after", *(f"epoch {i + 1}" for i in range(20))}
+
+    last = tmp_path / "last"
+    commands.finetune(tmp_path / "held", c, output_dir=last, ewc_lambda=100.0, epochs=1, **FAST)
+    ledger = read_fisher(last / "fisher").ledger
+    assert [task.name for task in ledger.tasks] == ["a", "b", "c"]
+    assert [task.penalty for task in ledger.tasks] == ["none", "ewc", "ewc"]
+    assert (
+        ledger.tasks[1].metrics["after"]["a"]["accuracy"]
+        == held["metrics"]["after"]["a"]["accuracy"]
+    )
+    assert consolidate.verify(last)["tasks"] == ["a", "b", "c"]
+
+
+def test_the_new_fisher_is_measured_at_the_stored_weights_and_added(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    weights = load_file(network_checkpoint / "model.safetensors")
+    narrow = {name: values.bfloat16() for name, values in weights.items()}
+    save_file(narrow, network_checkpoint / "model.safetensors", {"format": "pt"})
+    commands.fisher(network_checkpoint, write_task("old"), **NETWORK)
+    new = write_task("new", seed=7)
+    result = commands.finetune(
+        network_checkpoint, new, output_dir=tmp_path / "out", ewc_lambda=1.0, **FAST
+    )
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {values.dtype for values in stored.values()} == {torch.bfloat16}
+    assert result["share_moved"] > 0
+    old, merged = fisher_of(network_checkpoint), fisher_of(tmp_path / "out")
+    for name, values in measured_by_hand(stored, new).items():
+        torch.testing.assert_close(merged[name], old[name] + values, rtol=1e-4, atol=1e-8)
+    layer = read_fisher(tmp_path / "out" / "fisher").ledger.tasks[1].layers["0.weight"]
+    assert layer.overlap is not None
+    assert 0 < layer.overlap < 1
+
+
+def test_l2_holds_all_weights_alike(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    data = write_task("new")
+
+    def moved(strength: float) -> float:
+        out = tmp_path / str(strength)
+        commands.finetune(
+            network_checkpoint, data, output_dir=out, penalty="l2", ewc_lambda=strength, **FAST
+        )
+        start = load_file(network_checkpoint / "model.safetensors")
+        end = load_file(out / "model.safetensors")
+        return sum((end[name] - start[name]).abs().sum().item() for name in start)
+
+    assert moved(1000.0) < 0.4 * moved(0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs --ewc-lambda"),
+        ({"penalty": "none", "ewc_lambda": 1.0}, "no meaning with --penalty none"),
+    ],
+)
+def test_options_that_contradict(
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        commands.finetune(
+            network_checkpoint, write_task("new"), output_dir=tmp_path / "out", **options
+        )
+
+
+def test_without_a_fisher_ewc_says_how_to_get_one(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="holds no Fisher: run `consolidate fisher"):
+        commands.finetune(
+            network_checkpoint, write_task("new"), output_dir=tmp_path / "out", ewc_lambda=1.0
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fisher_from_elsewhere(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    commands.fisher(network_checkpoint, write_task("old"), **NETWORK)
+    shutil.move(network_checkpoint / "fisher", tmp_path / "published")
+    new = write_task("new", seed=3)
+    for name in ("published", "start"):
+        if name == "start":
+            shutil.move(tmp_path / "published", network_checkpoint / "fisher")
+        commands.finetune(
+            network_checkpoint,
+            new,
+            output_dir=tmp_path / f"by-{name}",
+            ewc_lambda=5.0,
+            fisher=tmp_path / "published" if name == "published" else None,
+            **FAST,
+        )
+    assert contents(tmp_path / "by-published") == contents(tmp_path / "by-start")
+    with pytest.raises(InputError, match="holds no Fisher"):
+        commands.finetune(
+            network_checkpoint,
+            new,
+            output_dir=tmp_path / "out",
+            ewc_lambda=5.0,
+            fisher=tmp_path,
+            **FAST,
+        )
+
+
+def test_the_fisher_of_another_model_is_refused(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    commands.fisher(network_checkpoint, write_task("old"), **NETWORK)
+    weights = load_file(network_checkpoint / "model.safetensors")
+    weights["2.bias"] = weights["2.bias"] + 1
+    save_file(weights, network_checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"belongs to other weights.*2\.bias"):
+        commands.finetune(
+            network_checkpoint,
+            write_task("new"),
+            output_dir=tmp_path / "out",
+            ewc_lambda=1.0,
+            **FAST,
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_holds_something_is_kept(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    options = {"output_dir": out, "penalty": "none", "max_steps": 1, **FAST}
+    with pytest.raises(InputError, match="holds something already"):
+        commands.finetune(network_checkpoint, write_task("new"), **options)
+    assert contents(out) == {"thesis.txt": b"years of work"}
+    (out / "thesis.txt").unlink()
+    commands.finetune(network_checkpoint, write_task("new"), **options)
+    assert (out / "model.safetensors").is_file()
+
+
+def test_nan_in_the_weights_is_named(network_checkpoint: Path, write_task: Write) -> None:
+    weights = load_file(network_checkpoint / "model.safetensors")
+    weights["0.bias"][2] = float("nan")
+    save_file(weights, network_checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"0\.bias"):
+        commands.fisher(network_checkpoint, write_task("old"), **NETWORK)
+    assert not (network_checkpoint / "fisher").exists()
+
+
+def test_a_run_that_diverges_leaves_nothing(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    commands.fisher(network_checkpoint, write_task("old"), **NETWORK)
+    with pytest.raises(NonFiniteError):
+        commands.finetune(
+            network_checkpoint,
+            write_task("new", seed=2),
+            output_dir=tmp_path / "out",
+            ewc_lambda=1e9,
+            optimizer="sgd",
+            learning_rate=1.0,
+            epochs=30,
+            **NETWORK,
+        )
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_frozen_parameter_is_neither_trained_nor_measured(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    options = {"freeze": ["0.*"], **FAST}
+    commands.finetune(
+        network_checkpoint,
+        write_task("new"),
+        output_dir=tmp_path / "out",
+        penalty="none",
+        **options,
+    )
+    start = load_file(network_checkpoint / "model.safetensors")
+    end = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(start["0.weight"], end["0.weight"])
+    assert not torch.equal(start["2.weight"], end["2.weight"])
+    assert set(fisher_of(tmp_path / "out")) == {"2.weight", "2.bias"}
+    ledger = read_fisher(tmp_path / "out" / "fisher").ledger
+    assert set(ledger.unprotected) == {"0.weight", "0.bias"}
+    assert "frozen" in ledger.unprotected["0.bias"]
+
+
+def test_a_bare_file_needs_an_output_folder(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    bare = tmp_path / "weights.pt"
+    torch.save({"state_dict": load_file(network_checkpoint / "model.safetensors")}, bare)
+    data = write_task("old")
+    factory = {"model": "test_commands:fixed_network"}
+    with pytest.raises(UsageError, match="--output-dir"):
+        commands.fisher(bare, data, **factory)
+    commands.fisher(bare, data, output_dir=tmp_path / "out", **factory)
+    commands.fisher(network_checkpoint, data, **NETWORK)
+    records = [
+        read_fisher(folder / "fisher").ledger.weights
+        for folder in (tmp_path / "out", network_checkpoint)
+    ]
+    assert set_digest(records[0]) == set_digest(records[1])
+    for name, values in fisher_of(network_checkpoint).items():
+        assert torch.equal(values, fisher_of(tmp_path / "out")[name])
+
+
+def fixed_network() -> torch.nn.Module:
+    return make_network({"sizes": [6, 8, 3]})
+
+
+def test_a_task_file_names_data_and_columns(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    write_task("old")
+    (tmp_path / "task.toml").write_text('name = "clusters"\ndata = "old.npz"\n')
+    result = commands.fisher(network_checkpoint, tmp_path / "task.toml", **NETWORK)
+    assert result["task"] == "clusters"
+    assert read_fisher(network_checkpoint / "fisher").ledger.tasks[0].data == "old.npz"
+
+
+def test_no_digest_of_the_data_on_request(network_checkpoint: Path, write_task: Write) -> None:
+    commands.fisher(network_checkpoint, write_task("old"), **NETWORK, data_digest=False)
+    ledger = json.loads((network_checkpoint / "fisher" / "fisher.json").read_text())
+    assert ledger["tasks"][0]["data_digest"] is None
+
+
+def test_the_penalty_in_a_loop_of_ones_own(network_checkpoint: Path, write_task: Write) -> None:
+    commands.fisher(network_checkpoint, write_task("old"), **NETWORK)
+    network = make_network({"sizes": [6, 8, 3]})
+    weights = load_file(network_checkpoint / "model.safetensors")
+    network.load_state_dict({name: values + 0.1 for name, values in weights.items()})
+    penalty = consolidate.load_penalty(network, network_checkpoint, ewc_lambda=2.0)
+    expected = sum(
+        0.1**2 * values.sum().item() for values in fisher_of(network_checkpoint).values()
+    )
+    assert penalty.value() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_device_that_is_not_here_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="--device"):
+        commands.best_device("quantum")
+    with pytest.raises(UsageError, match="--device"):
+        commands.best_device("cuda:99")
