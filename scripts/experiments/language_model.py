@@ -6,6 +6,7 @@ is a Hugging Face folder, made by convert_gguf.py from the Python package `llm-s
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 from common import (
@@ -86,12 +87,8 @@ def main() -> None:
     )
     prepare(session, options.data_dir)
     model = session.folder / "start"
-    if not model.exists():
-        # The Fisher is written beside the weights: into a folder of links, not into the original.
-        model.mkdir()
-        for file in options.model.iterdir():
-            if file.is_file():
-                (model / file.name).symlink_to(file.resolve())
+    if not model.exists():  # the Fisher is written beside the weights: not into the original
+        shutil.copytree(options.model, model)
     length, steps, batch, measured = 128, 40, 4, 64
     if session.quick:
         length, steps, batch, measured = 32, 2, 2, 4
