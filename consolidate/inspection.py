@@ -189,7 +189,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         worst = (
             NonFiniteError if all(isinstance(f, NonFiniteError) for f in findings) else InputError
         )
-        raise worst(in_one_line([str(finding).rstrip(".") for finding in findings]) + ".")
+        raise worst(in_one_line([str(finding) for finding in findings]))
     return summary
 
 

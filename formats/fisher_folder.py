@@ -73,11 +73,11 @@ def write_fisher(
     heads = heads or {}
     if dtype_name(dtype) not in FISHER_DTYPES:
         raise InputError(
-            f"a Fisher is stored as {' or '.join(FISHER_DTYPES)}, not as {dtype_name(dtype)}."
+            f"a Fisher is stored as {' or '.join(FISHER_DTYPES)}, not as {dtype_name(dtype)}"
         )
     if lost := ledger.heads.keys() - heads.keys():
         raise InputError(
-            f"the ledger has an output layer of the task {min(lost)!r}, but none was given."
+            f"the ledger has an output layer of the task {min(lost)!r}, but none was given"
         )
     where = final_path(folder)
     ledger = replace(
@@ -130,12 +130,13 @@ def read_fisher(folder: Path) -> StoredFisher:
     if not folder.is_dir():
         raise InputError(
             f"{folder} is not there: the checkpoint has no Fisher; measure one with "
-            "`consolidate fisher`."
+            "`consolidate fisher`"
         )
     check_link(folder, folder / LEDGER_NAME)
     ledger = read_ledger(folder / LEDGER_NAME)
     fisher = open_tensors(folder, "fisher")
     anchor = None if ledger.anchor is None else open_tensors(folder, "anchor")
+    check_link(folder, folder / "heads")
     heads = {task: open_tensors(folder / "heads", task) for task in ledger.heads}
     stored = StoredFisher(folder, ledger, fisher, anchor, heads)
     _check_files(stored)
@@ -173,7 +174,7 @@ def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: st
     if lines:
         raise InputError(
             f"{stored.folder / LEDGER_NAME} belongs to other weights than {where}: "
-            f"{in_one_line(lines)}. Measure the Fisher of these weights with `consolidate fisher`."
+            f"{in_one_line(lines)}; measure the Fisher of these weights with `consolidate fisher`"
         )
 
 
@@ -206,13 +207,11 @@ def check_values(tensor: Tensor, where: str, *, not_negative: bool) -> None:
     # float8 has no isfinite of its own.
     values = tensor if tensor.element_size() > 1 else tensor.float()
     if not_finite := int((~torch.isfinite(values)).sum()):
-        raise NonFiniteError(
-            f"{where} has {not_finite} of {values.numel()} values NaN or infinite."
-        )
+        raise NonFiniteError(f"{where} has {not_finite} of {values.numel()} values NaN or infinite")
     if not_negative and (negative := int((values < 0).sum())):
         raise InputError(
             f"{where} has {negative} of {values.numel()} values below 0, "
-            "which no sum of squares can be."
+            "which no sum of squares can be"
         )
 
 
@@ -255,7 +254,7 @@ def _is_stray(file: Path, expected: set[str]) -> bool:
 def _stray(file: Path) -> InputError:
     return InputError(
         f"{file} does not belong in a Fisher folder, or its ledger does not know of it: "
-        "move it elsewhere."
+        "move it elsewhere"
     )
 
 
@@ -268,7 +267,7 @@ def _file_names(stem: str, tensors: TensorFiles) -> set[str]:
         if not shard.fullmatch(name):
             raise InputError(
                 f"{tensors.path / name}: a shard is named {stem}-0000i-of-0000n.safetensors, "
-                f"and {stem}.safetensors.index.json names another."
+                f"and {stem}.safetensors.index.json names another"
             )
     return names | {f"{stem}.safetensors.index.json"}
 
@@ -278,8 +277,7 @@ def _check_metadata(file: Path, expected: str) -> None:
         metadata: dict[str, str] = handle.metadata() or {}
     if list(metadata) != [METADATA_KEY]:
         raise InputError(
-            f"{file}: expected exactly one metadata key, {METADATA_KEY!r}, "
-            f"found {sorted(metadata)}."
+            f"{file}: expected exactly one metadata key, {METADATA_KEY!r}, found {sorted(metadata)}"
         )
     if metadata[METADATA_KEY] == expected:
         return
@@ -292,10 +290,10 @@ def _check_metadata(file: Path, expected: str) -> None:
             if content.get(name) != value:
                 raise InputError(
                     f"{file}, metadata: {name} is {content.get(name)!r}, and {LEDGER_NAME} "
-                    f"asks for {value!r}: the files come from different runs."
+                    f"asks for {value!r}: the files come from different runs"
                 )
     raise InputError(
-        f"{file}, metadata: expected {expected}, found {metadata[METADATA_KEY][:200]!r}."
+        f"{file}, metadata: expected {expected}, found {metadata[METADATA_KEY][:200]!r}"
     )
 
 
@@ -314,4 +312,4 @@ def _check_headers(tensors: TensorFiles, records: Mapping[str, TensorRecord]) ->
         path = tensors.files[0] if len(tensors.files) == 1 else tensors.path
         if extra is not None:
             path = tensors.file_of(extra)
-        raise InputError(f"{path} does not hold what {LEDGER_NAME} lists: {in_one_line(lines)}.")
+        raise InputError(f"{path} does not hold what {LEDGER_NAME} lists: {in_one_line(lines)}")

@@ -85,7 +85,7 @@ def check_task_name(name: str) -> None:
     if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
         raise InputError(
             f"{_shown(name)} cannot name a task: a name is 1 to 64 of the letters A-Z a-z, digits, "
-            "'.', '_' and '-', and begins with a letter or a digit."
+            "'.', '_' and '-', and begins with a letter or a digit"
         )
 
 
@@ -139,9 +139,9 @@ def parse_ledger(data: bytes, source: str = "fisher.json") -> Ledger:
             data.decode("utf-8"), parse_constant=no_constant, object_pairs_hook=no_duplicates
         )
     except RecursionError:
-        raise InputError(f"{source} is not a ledger: its JSON is nested too deeply.") from None
+        raise InputError(f"{source} is not a ledger: its JSON is nested too deeply") from None
     except ValueError as error:
-        raise InputError(f"{source} is not a ledger: {error}.") from None
+        raise InputError(f"{source} is not a ledger: {error}") from None
     return _to_ledger(_Value(content, source))
 
 
@@ -154,16 +154,16 @@ def read_ledger(path: Path) -> Ledger:
     """
     try:
         if not path.is_file():
-            raise InputError(f"{path} is not there, or is no plain file: it should be the ledger.")
+            raise InputError(f"{path} is not there, or is no plain file: it should be the ledger")
         with path.open("rb") as file:
             data = file.read(MAX_LEDGER_BYTES + 1)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     return parse_ledger(data, str(path))
 
 
 def _too_large(source: str) -> str:
-    return f"{source} is larger than the {MAX_LEDGER_BYTES // 2**20} MiB a ledger may have."
+    return f"{source} is larger than the {MAX_LEDGER_BYTES // 2**20} MiB a ledger may have"
 
 
 def _shown(value: object, limit: int = 80) -> str:
@@ -190,7 +190,7 @@ class _Value:
     place: str = ""
 
     def refuse(self, expected: str) -> InputError:
-        return InputError(f"{self._at()}: expected {expected}, found {_shown(self.value)}.")
+        return InputError(f"{self._at()}: expected {expected}, found {_shown(self.value)}")
 
     def _at(self) -> str:
         return f"{self.source}, {self.place}" if self.place else self.source
@@ -201,10 +201,10 @@ class _Value:
             raise self.refuse("an object")
         prefix = f"{self.place}." if self.place else ""
         if missing := [name for name in names if name not in self.value]:
-            raise InputError(f"{self._at()}: the field {_shown(missing[0])} is missing.")
+            raise InputError(f"{self._at()}: the field {_shown(missing[0])} is missing")
         if unknown := [name for name in self.value if name not in names]:
             raise InputError(
-                f"{self._at()}: version {VERSION} of the format has no field {_shown(unknown[0])}."
+                f"{self._at()}: version {VERSION} of the format has no field {_shown(unknown[0])}"
             )
         return {name: _Value(self.value[name], self.source, prefix + name) for name in names}
 
@@ -265,7 +265,7 @@ class _Value:
             number = math.inf
         if not math.isfinite(number):
             raise NonFiniteError(
-                f"{self._at()}: expected a finite number, found {_shown(self.value)}."
+                f"{self._at()}: expected a finite number, found {_shown(self.value)}"
             )
         if not low <= number <= high:
             raise self.refuse(
@@ -355,7 +355,7 @@ def _to_ledger(root: _Value) -> Ledger:
     if type(version) is not int or version != VERSION:
         raise InputError(
             f"{root.source} has version {_shown(version)} of the format, and this program reads "
-            f"version {VERSION}: a newer release may read it."
+            f"version {VERSION}: a newer release may read it"
         )
     at = root.fields(
         (
@@ -427,7 +427,7 @@ def _to_metrics(metrics: _Value) -> dict[str, dict[str, dict[str, float]]]:
         if not _WHEN.fullmatch(when):
             raise InputError(
                 f"{metrics.source}, {metrics.place}: expected before, epoch N or after, "
-                f"found {_shown(when)}."
+                f"found {_shown(when)}"
             )
         read[when] = {
             task: {metric: value.number() for metric, value in values.items().items()}
@@ -449,7 +449,7 @@ def _to_set(tensors: _Value) -> dict[str, TensorRecord]:
     records = {}
     for name, member in members.items().items():
         if name == "__metadata__":
-            raise InputError(f"{members.source}, {members.place}: no tensor may be named {name!r}.")
+            raise InputError(f"{members.source}, {members.place}: no tensor may be named {name!r}")
         at = member.fields(("dtype", "shape", "sha256"))
         records[name] = TensorRecord(
             dtype=at["dtype"].matching(_DTYPE, "a safetensors dtype such as F32"),
@@ -459,7 +459,7 @@ def _to_set(tensors: _Value) -> dict[str, TensorRecord]:
     if digest.digest() != set_digest(records):
         raise InputError(
             f"{digest.source}, {digest.place}: {digest.value} is not the digest of the tensors "
-            "listed under it: the ledger was edited or damaged."
+            "listed under it: the ledger was edited or damaged"
         )
     return records
 
@@ -468,49 +468,49 @@ def _check_ledger(ledger: Ledger, source: str) -> None:
     """Refuse what is well-formed field by field and still contradicts itself."""
     names = [task.name for task in ledger.tasks]
     if not names:
-        raise InputError(f"{source}, tasks: expected at least one task, found none.")
+        raise InputError(f"{source}, tasks: expected at least one task, found none")
     seen: set[str] = set()
     for i, name in enumerate(names):
         if name in seen:
-            raise InputError(f"{source}, tasks[{i}].name: the task {name!r} is there twice.")
+            raise InputError(f"{source}, tasks[{i}].name: the task {name!r} is there twice")
         seen.add(name)
     for name in ledger.heads:
         if name not in seen:
-            raise InputError(f"{source}, heads: {_shown(name)} is no task of this ledger.")
+            raise InputError(f"{source}, heads: {_shown(name)} is no task of this ledger")
         for tensor, record in ledger.heads[name].items():
             if record.dtype not in PARAMETER_DTYPES:
                 raise InputError(
                     f"{source}, heads, {name}, the tensor {_shown(tensor)}: expected "
-                    f"{', '.join(PARAMETER_DTYPES)}, found {record.dtype}."
+                    f"{', '.join(PARAMETER_DTYPES)}, found {record.dtype}"
                 )
     if ledger.merge_rule == "separate" and ledger.gamma != 1.0:
         raise InputError(
-            f"{source}, gamma: expected 1.0 with the merge rule separate, found {ledger.gamma}."
+            f"{source}, gamma: expected 1.0 with the merge rule separate, found {ledger.gamma}"
         )
     if not ledger.fisher:
-        raise InputError(f"{source}, fisher: expected at least one tensor, found none.")
+        raise InputError(f"{source}, fisher: expected at least one tensor, found none")
     _check_set(ledger, ledger.fisher, "fisher", FISHER_DTYPES, source)
     if len({record.dtype for record in ledger.fisher.values()}) > 1:
         raise InputError(
-            f"{source}, fisher: expected one dtype for all tensors, found F32 and BF16."
+            f"{source}, fisher: expected one dtype for all tensors, found F32 and BF16"
         )
     if ledger.anchor is not None:
         _check_set(ledger, ledger.anchor, "anchor", ("F32",), source)
         for name in ledger.fisher.keys() ^ ledger.anchor.keys():
             raise InputError(
                 f"{source}: the tensor {_shown(name)} is in only one of fisher and anchor; "
-                "both must have the same names."
+                "both must have the same names"
             )
     for name in ledger.unprotected:
         if name not in ledger.weights:
-            raise InputError(f"{source}, unprotected: {_shown(name)} is not among the weights.")
+            raise InputError(f"{source}, unprotected: {_shown(name)} is not among the weights")
         if name in ledger.fisher:
-            raise InputError(f"{source}, unprotected: {_shown(name)} has a Fisher all the same.")
+            raise InputError(f"{source}, unprotected: {_shown(name)} has a Fisher all the same")
     for name in ledger.weights:
         if name not in ledger.fisher and name not in ledger.unprotected:
             raise InputError(
                 f"{source}: the weights hold {_shown(name)}, which has neither a Fisher nor a "
-                "reason under unprotected."
+                "reason under unprotected"
             )
 
 
@@ -525,13 +525,13 @@ def _check_set(
         weight = ledger.weights.get(name)
         where = f"{source}, {which}, the tensor {_shown(name)}"
         if record.dtype not in dtypes:
-            raise InputError(f"{where}: expected {' or '.join(dtypes)}, found {record.dtype}.")
+            raise InputError(f"{where}: expected {' or '.join(dtypes)}, found {record.dtype}")
         if weight is None:
-            raise InputError(f"{where} is not among the weights.")
+            raise InputError(f"{where} is not among the weights")
         if weight.dtype not in PARAMETER_DTYPES:
-            raise InputError(f"{where}: its weight is {weight.dtype}, which has no gradient.")
+            raise InputError(f"{where}: its weight is {weight.dtype}, which has no gradient")
         if record.shape != weight.shape:
             raise InputError(
                 f"{where}: expected the weight's shape {list(weight.shape)}, "
-                f"found {list(record.shape)}."
+                f"found {list(record.shape)}"
             )

@@ -299,6 +299,15 @@ def test_the_folder_may_be_of_links_as_in_the_cache_of_the_hub(golden: Any, tmp_
     assert read_fisher(snapshot).ledger.tasks
 
 
+@pytest.mark.parametrize("name", ["fisher.json", "fisher.safetensors", "heads"])
+def test_a_link_that_leads_out_is_refused(golden: Any, tmp_path: Path, name: str) -> None:
+    folder = golden("anchor")
+    shutil.move(folder / name, tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=f"{name} is a link to .*elsewhere, outside"):
+        read_fisher(folder)
+
+
 def test_other_weights_are_told_by_tensor(golden: Any) -> None:
     stored = read_fisher(golden("unsharded"))
     mine = load_file(GOLDEN / "unsharded" / "model.safetensors")
