@@ -192,10 +192,11 @@ class Layout:
             return
         elements = sum(_elements(self._file_shapes[name]) for name in group.file_names)
         others = len(group.file_names) - 1
+        subject = group.file_names[0] + (f" and {others} other tensors" if others else "")
         refusal = (
-            f"{group.file_names[0]} {f'and {others} other tensors ' if others else ''}cannot be used: "
-            f"while loading, what becomes {', '.join(group.module_names)} is not merely rearranged, "
-            "so no Fisher could be stored for it"
+            f"{subject} cannot be used: while loading, what becomes "
+            f"{', '.join(group.module_names)} is not merely rearranged, so no Fisher could be "
+            "stored for it"
         )
         try:
             positions = self._positions(group)

@@ -346,11 +346,11 @@ def _from_transformers(
         names = [cls.__name__ for cls in classes]
         declared = _declared(config)
         cls = classes[names.index(declared)] if declared in names else classes[0]
-        changes = {}
+        changes: dict[str, Any] = {}
         if new_labels is not None:
             changes = _new_head(config, cls, objective, list(new_labels), declared in names, where)
         elif objective.name == "multi-label":
-            config.problem_type = "multi_label_classification"
+            changes["problem_type"] = config.problem_type = "multi_label_classification"
         stored = _stored_dtypes(weights)
         wanted = dtype or _common_dtype(stored)
         if dtype is None and len(stored) > 1:
@@ -395,7 +395,7 @@ def _from_transformers(
     if objective.modality == "text" and getattr(module.config, "pad_token_id", None) is None:
         # Classifiers on decoders find the last token by it, and refuse batches without.
         module.config.pad_token_id = _pad_token(processor)
-    labels = _label_names(changes or checkpoint.config) if objective.has_labels else None
+    labels = _label_names(checkpoint.config | changes) if objective.has_labels else None
     return Model(module, checkpoint, objective, labels, processor, layout, notes, changes)
 
 
@@ -425,7 +425,7 @@ def _architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, l
         )
     try:
         config = transformers.CONFIG_MAPPING[kind].from_dict(
-            {key: value for key, value in deepcopy(contents).items() if key != "auto_map"}
+            {key: _plain(value) for key, value in contents.items() if key != "auto_map"}
         )
     except Exception as error:
         raise InputError(
@@ -440,6 +440,15 @@ def _architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, l
         )
     found = mapping[type(config)]
     return config, list(found) if isinstance(found, list | tuple) else [found]
+
+
+def _plain(value: Any) -> Any:
+    """Copy a value of config.json, in which transformers writes infinity as {"__float__": …}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
 def _declared(config: Any) -> str:

@@ -23,7 +23,7 @@ from tiny_models import (
 from torch import nn
 
 from consolidate.models import config_of, file_weights, lacks_head, load_model, unprotected
-from formats.checkpoint import open_checkpoint
+from formats.checkpoint import open_checkpoint, write_checkpoint
 from formats.errors import InputError, UsageError
 
 NAMES = {0: "comp", 1: "rec", 2: "sci"}
@@ -575,6 +575,50 @@ def test_a_factory_that_cannot_be_used(factory: str, message: str, networks: Pat
     torch.save(own_state(), networks / "net.pt")
     with pytest.raises(UsageError, match=message):
         load_model(open_checkpoint(networks / "net.pt"), factory=factory)
+
+
+def test_infinity_in_a_config_is_read_as_transformers_writes_it(tmp_path: Path) -> None:
+    config = bert_config(horizon=float("inf"))
+    folder = save(tmp_path, transformers.BertForMaskedLM, config)
+    assert "__float__" in (folder / "config.json").read_text()
+    assert load_model(open_checkpoint(folder)).module.config.horizon == float("inf")
+
+
+WRITTEN = {
+    "gpt2": ("GPT2LMHeadModel", "AutoModelForCausalLM", gpt2_config),
+    "mixtral": ("MixtralForCausalLM", "AutoModelForCausalLM", mixtral_config),
+    "resnet": (
+        "ResNetForImageClassification",
+        "AutoModelForImageClassification",
+        lambda: transformers.ResNetConfig(**RESNET),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_others_read_what_is_written(name: str, tmp_path: Path) -> None:
+    cls, auto, config = WRITTEN[name]
+    folder = save(tmp_path / "in", getattr(transformers, cls), config())
+    checkpoint = open_checkpoint(folder)
+    model = load_model(checkpoint)
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter += 1
+    out = tmp_path / "out"
+    out.mkdir()
+    write_checkpoint(out, checkpoint, file_weights(model))
+    expected = model.module.state_dict()
+    loaded = getattr(transformers, auto).from_pretrained(out)
+    assert type(loaded).__name__ == cls
+    assert loaded.state_dict().keys() == expected.keys()
+    for key, value in loaded.state_dict().items():
+        assert same_bits(value, expected[key]), key
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        assert set(file.keys()) == set(checkpoint.weights)
+        assert file.metadata() == {"format": "pt"}
+    again = load_model(open_checkpoint(out))
+    for key, value in again.module.state_dict().items():
+        assert same_bits(value, expected[key]), key
 
 
 def test_names_of_the_file_are_read_by_safe_open(tmp_path: Path) -> None:
