@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from consolidate.commands import finetune as finetune
     from consolidate.commands import fisher as fisher
     from consolidate.commands import load_penalty as load_penalty
+    from consolidate.commands import store_fisher as store_fisher
     from consolidate.estimators import FisherDiagonal as FisherDiagonal
     from consolidate.estimators import fisher_diagonal as fisher_diagonal
     from consolidate.estimators import fisher_overlap as fisher_overlap
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from consolidate.merging import merge_online as merge_online
     from consolidate.penalty import Penalty as Penalty
     from formats.fisher_folder import read_fisher as read_fisher
-    from formats.fisher_folder import write_fisher as write_fisher
 
 _HOMES = {
     "Columns": "consolidate.examples",
@@ -35,8 +35,8 @@ _HOMES = {
     "merge_online": "consolidate.merging",
     "read_fisher": "formats.fisher_folder",
     "show": "consolidate.inspection",
+    "store_fisher": "consolidate.commands",
     "verify": "consolidate.inspection",
-    "write_fisher": "formats.fisher_folder",
 }
 __all__ = sorted(_HOMES)
 

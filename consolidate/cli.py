@@ -223,7 +223,13 @@ FREEZE = click.option(
     metavar="PATTERN",
     help="Leave out the parameters whose name matches, such as 'encoder.*'; may be repeated.",
 )
-SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+SEED = click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of everything random.",
+)
 TASK = click.option("--task", metavar="NAME", help="Name of the task; that of the data by default.")
 DATA_DIGEST = click.option(
     "--data-digest/--no-data-digest",

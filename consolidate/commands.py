@@ -22,7 +22,7 @@ from consolidate.estimators import (
 from consolidate.evaluation import measure
 from consolidate.examples import Columns, Examples, encode, label_names
 from consolidate.hub import locate
-from consolidate.layout import same_names_layout, transformers_layout
+from consolidate.layout import Layout, same_names_layout, transformers_layout
 from consolidate.likelihood import Likelihood, get_likelihood
 from consolidate.merging import merge_online
 from consolidate.models import (
@@ -33,6 +33,7 @@ from consolidate.models import (
     load_model,
     unprotected,
 )
+from consolidate.objectives import get_objective
 from consolidate.penalty import Penalty
 from consolidate.progress import progress
 from consolidate.training import (
@@ -165,16 +166,23 @@ def fisher(
         seed=seed,
     )
     _log_notes(loaded, examples, diagonal)
-    record = _task_record(name, loaded, rows, diagonal, data_digest=data_digest)
+    record = _task_record(
+        name,
+        loaded,
+        diagonal,
+        data=rows.name,
+        data_digest=rows.digest() if data_digest else None,
+    )
     merged, ledger = _merged(before, loaded.layout.to_file(diagonal), record)
     ledger.unprotected = unprotected(loaded, merged)
     ledger.weights = weight_records(source.weights)
+    heads = None if before is None else before.heads
     with replace_folder(target, overwrite=overwrite or add) as staging:
         if in_place:
-            write_fisher(staging, merged, ledger)
+            write_fisher(staging, merged, ledger, heads=heads)
         else:
             write_checkpoint(staging, source, source.weights)
-            write_fisher(staging / "fisher", merged, ledger)
+            write_fisher(staging / "fisher", merged, ledger, heads=heads)
     return {
         "status": "done",
         "checkpoint": str(folder if in_place else target),
@@ -375,16 +383,23 @@ def finetune(
         seed=seed,
     )
     _log_notes(loaded, examples, diagonal)
-    record = _task_record(name, loaded, rows, diagonal, data_digest=data_digest)
+    record = _task_record(
+        name,
+        loaded,
+        diagonal,
+        data=rows.name,
+        data_digest=rows.digest() if data_digest else None,
+    )
     record = replace(record, ewc_lambda=ewc_lambda, penalty=penalty, metrics=metrics)
     merged, ledger = _merged(before, loaded.layout.to_file(diagonal), record)
     ledger.unprotected = unprotected(loaded, merged)
     ledger.weights = weight_records(final)
+    heads = None if before is None else before.heads
     with replace_folder(target, overwrite=overwrite) as staging:
         write_checkpoint(staging, source, final)
         if loaded.config_changes:
             write_file(staging / "config.json", json.dumps(config_of(loaded), indent=2) + "\n")
-        write_fisher(staging / "fisher", merged, ledger)
+        write_fisher(staging / "fisher", merged, ledger, heads=heads)
     return {
         "status": "done",
         "checkpoint": str(target),
@@ -672,16 +687,70 @@ def load_penalty(
     folder = locate(checkpoint, revision)
     source = open_checkpoint(folder)
     stored = _stored_fisher(folder / "fisher", source)
-    shapes = {name: shape_of(source.weights, name) for name in source.weights}
-    if hasattr(module, "save_pretrained"):
-        layout, _ = transformers_layout(module, shapes)
-    else:
-        layout = same_names_layout(module, shapes)
-    names = list(stored.fisher)
-    anchor = stored.anchor or {name: source.weights[name] for name in names}
+    layout = _layout(module, source)
+    anchor = stored.anchor or {name: source.weights[name] for name in stored.fisher}
     return Penalty(
         module, layout.to_module(stored.fisher), layout.to_module(anchor), ewc_lambda=ewc_lambda
     )
+
+
+def store_fisher(
+    module: nn.Module,
+    checkpoint: str | Path,
+    diagonal: FisherDiagonal,
+    *,
+    task: str,
+    objective: str,
+    labels: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> Ledger:
+    """Store what `fisher_diagonal` measured beside the weights it was measured at.
+
+    Args:
+        module: Which it was measured with; its weights are the checkpoint's.
+        checkpoint: A local folder.
+        diagonal: The Fisher by the module's parameter names.
+        task: The task's name in the ledger.
+        objective: What was predicted, such as ``classification``.
+        labels: Names of the classes.
+        overwrite: Replace the Fisher that is there.
+
+    Returns:
+        The ledger as written to ``fisher/fisher.json``.
+
+    Raises:
+        InputError: There is a Fisher already, or the module's weights are not the checkpoint's.
+    """
+    source = open_checkpoint(Path(checkpoint))
+    target = Path(checkpoint) / "fisher"
+    _refuse_existing(target, overwrite)
+    check_task_name(task)
+    model = Model(
+        module,
+        source,
+        get_objective(objective, factory=not hasattr(module, "save_pretrained")),
+        None if labels is None else list(labels),
+        None,
+        _layout(module, source),
+    )
+    for name, values in file_weights(model).items():
+        if not torch.equal(values.cpu(), source.weights[name]):
+            raise InputError(
+                f"{name!r} in the module is not what {source.path} holds: save the weights first"
+            )
+    record = _task_record(task, model, diagonal, data="", data_digest=None)
+    merged, ledger = _merged(None, model.layout.to_file(diagonal), record)
+    ledger.unprotected = unprotected(model, merged)
+    ledger.weights = weight_records(source.weights)
+    with replace_folder(target, overwrite=overwrite) as staging:
+        return write_fisher(staging, merged, ledger)
+
+
+def _layout(module: nn.Module, source: Checkpoint) -> Layout:
+    shapes = {name: shape_of(source.weights, name) for name in source.weights}
+    if hasattr(module, "save_pretrained"):
+        return transformers_layout(module, shapes)[0]
+    return same_names_layout(module, shapes)
 
 
 def _penalty(
@@ -735,6 +804,11 @@ def _stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist: run `consolidate fisher` first")
     stored = read_fisher(folder)
+    if stored.ledger.merge_rule != "online":
+        raise InputError(
+            f"{folder} was merged by the rule {stored.ledger.merge_rule!r}; this version goes on "
+            "from 'online' only"
+        )
     check_belongs(stored, source.weights, str(source.path))
     return stored
 
@@ -767,7 +841,7 @@ def _outcomes(model: Model, batch: tuple[Any, Tensor], likelihood: Likelihood) -
 
 
 def _task_record(
-    name: str, model: Model, rows: Rows, diagonal: FisherDiagonal, *, data_digest: bool
+    name: str, model: Model, diagonal: FisherDiagonal, *, data: str, data_digest: str | None
 ) -> TaskRecord:
     return TaskRecord(
         name=name,
@@ -781,8 +855,8 @@ def _task_record(
         mc_samples=diagonal.mc_samples,
         seed=diagonal.seed,
         weight=1.0,
-        data=rows.name,
-        data_digest=rows.digest() if data_digest else None,
+        data=data,
+        data_digest=data_digest,
         ewc_lambda=None,
         penalty=None,
         metrics={},
@@ -794,7 +868,8 @@ def _merged(
     before: StoredFisher | None, fisher: Mapping[str, Tensor], record: TaskRecord
 ) -> tuple[dict[str, Tensor], Ledger]:
     """Merge a task's Fisher, by file names, into the stored one, and grow the ledger."""
-    total = {} if before is None else before.fisher
+    total: Mapping[str, Tensor] = {} if before is None else before.fisher
+    gamma = 1.0 if before is None else before.ledger.gamma
     record = replace(
         record,
         layers={
@@ -808,15 +883,11 @@ def _merged(
     ledger = Ledger(
         tasks=[*(before.ledger.tasks if before is not None else []), record],
         merge_rule="online",
-        gamma=1.0,
-        penalty_offset=0.0,
-        unprotected={},
-        weights={},
-        fisher={},
-        anchor=None,
+        gamma=gamma,
         versions=_versions(),
+        heads={} if before is None else before.ledger.heads,
     )
-    return merge_online(total, fisher), ledger
+    return merge_online(total, fisher, gamma=gamma), ledger
 
 
 def _versions() -> dict[str, str]:

@@ -235,6 +235,7 @@ def _estimator(task: Mapping[str, Any]) -> str:
 
 
 def _metrics(tasks: list[dict[str, Any]]) -> list[list[str]]:
+    """List what was measured before and after each task; the epochs between are in the JSON."""
     return [
         [
             task["name"],
@@ -244,6 +245,7 @@ def _metrics(tasks: list[dict[str, Any]]) -> list[list[str]]:
         ]
         for task in tasks
         for when, measured in task["metrics"].items()
+        if when in ("before", "after")
         for evaluated, values in measured.items()
     ]
 

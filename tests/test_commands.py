@@ -405,3 +405,25 @@ def test_a_device_that_is_not_here_is_a_usage_error() -> None:
         commands.best_device("quantum")
     with pytest.raises(UsageError, match="--device"):
         commands.best_device("cuda:99")
+
+
+def test_a_fisher_of_ones_own_is_stored_like_the_command_does(
+    network_checkpoint: Path, write_task: Write
+) -> None:
+    data = write_task("old")
+    network = make_network({"sizes": [6, 8, 3]})
+    network.load_state_dict(load_file(network_checkpoint / "model.safetensors"))
+    tensors = open_data(data).tensors
+    batches = zip(tensors["inputs"].split(16), tensors["labels"].split(16), strict=True)
+    diagonal = consolidate.fisher_diagonal(network, batches, "softmax")
+    options = {"task": "old", "objective": "classification"}
+    consolidate.store_fisher(network, network_checkpoint, diagonal, **options)
+    own = (network_checkpoint / "fisher" / "fisher.safetensors").read_bytes()
+    commands.fisher(network_checkpoint, data, **NETWORK, overwrite=True)
+    assert (network_checkpoint / "fisher" / "fisher.safetensors").read_bytes() == own
+    with torch.no_grad():
+        network[0].bias += 1
+    with pytest.raises(InputError, match=r"0\.bias.*save the weights first"):
+        consolidate.store_fisher(network, network_checkpoint, diagonal, overwrite=True, **options)
+    with pytest.raises(InputError, match="exists already"):
+        consolidate.store_fisher(network, network_checkpoint, diagonal, **options)

@@ -278,7 +278,8 @@ def test_show_of_nothing_but_zeros_and_empty_tensors(tmp_path: Path) -> None:
 
 def test_show_tells_metrics_and_what_is_not_protected(golden: Callable[[str], Path]) -> None:
     text = show_text(show(golden("anchor")))
-    assert "zahlen-2.0_b    epoch 1  digits        loss 0.75, accuracy 0.75" in text
+    assert "zahlen-2.0_b" in text
+    assert "epoch 1" not in text
     assert "a buffer: it has no gradient: norm.num_batches_tracked, norm.running_mean" in text
     assert "penalty offset 0.03125" in text
 
