@@ -598,8 +598,8 @@ def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
         return getattr(transformers, kind).from_pretrained(str(folder), **options)
     except Exception as error:
         raise InputError(
-            f"{folder}: the {kind.removeprefix('Auto').lower()} cannot be loaded: "
-            f"{_first_line(error)}"
+            f"{folder}: the {'tokenizer' if kind == 'AutoTokenizer' else 'image processor'} cannot be "
+            f"loaded: {_first_line(error)}"
         ) from error
 
 

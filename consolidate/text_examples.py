@@ -448,6 +448,11 @@ def _chats(texts: _Texts, column: str) -> Iterator[_Document]:
         where = texts.rows.where(i, column)
         if isinstance(messages, str):
             messages = as_list(messages, where)
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise InputError(
+                f"{where}: expected a list of messages with role and content, found "
+                f"{describe(messages)}"
+            )
         try:
             written = texts.tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:

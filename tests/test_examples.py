@@ -311,8 +311,11 @@ def test_chats_are_written_by_the_template(tmp_path: Path) -> None:
     model.processor.chat_template = template
     _, labels = first_batch(encode(rows, model))
     assert model.processor.decode(labels[0]) == "user: rain\nassistant: again\n"
-    with pytest.raises(InputError, match=r"'messages'.*does not take"):
+    with pytest.raises(InputError, match=r"'messages': expected a list of messages with role"):
         encode(jsonl(tmp_path, {"messages": [1, 2]}), model)
+    model.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InputError, match=r"'messages'.*does not take.*roles must alternate"):
+        encode(rows, model)
 
 
 def test_masks_depend_on_example_and_epoch_alone(tmp_path: Path) -> None:
