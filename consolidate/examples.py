@@ -139,17 +139,21 @@ def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> l
 
     Args:
         rows: The data.
-        objective: A name of `OBJECTIVES` that has labels.
+        objective: A name of `OBJECTIVES`.
         columns: Where the labels are.
 
     Returns:
         The data's own order where they state one; else numbers in order, or names sorted. Numbers
-        stand for the labels from 0 to the largest.
+        stand for the labels from 0 to the largest. For a regression on D > 1 numbers D names, for
+        one number none.
 
     Raises:
         InputError: No label column, or a row without a label.
     """
     column = label_column(rows, columns or Columns(), objective)
+    if objective == "regression":
+        count = len(as_numbers(rows[0].get(column), rows.where(0, column)))
+        return [str(i) for i in range(count)] if count > 1 else []
     stated = rows.label_names(column)
     if stated is not None:
         return list(stated)

@@ -597,10 +597,8 @@ def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
     try:
         return getattr(transformers, kind).from_pretrained(str(folder), **options)
     except Exception as error:
-        raise InputError(
-            f"{folder}: the {'tokenizer' if kind == 'AutoTokenizer' else 'image processor'} cannot be "
-            f"loaded: {_first_line(error)}"
-        ) from error
+        what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
+        raise InputError(f"{folder}: the {what} cannot be loaded: {_first_line(error)}") from error
 
 
 def _pad_token(processor: Any) -> int | None:

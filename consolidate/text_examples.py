@@ -199,6 +199,7 @@ class _Texts:
                 f"--max-length {max_length} is more than the model takes, which is {limit}"
             )
         self.max_length = max_length or _default_length(self.tokenizer, limit, pack)
+        self.count = 0
         self.truncated = 0
         self.empty = 0
         accepted = inspect.signature(model.module.forward).parameters
@@ -226,8 +227,18 @@ class _Texts:
             )
         return value
 
-    def encode(self, texts: list[Any], pairs: list[Any] | None = None, **options: Any) -> Any:
+    def encode(
+        self,
+        texts: list[Any],
+        pairs: list[Any] | None = None,
+        *,
+        target: bool = False,
+        **options: Any,
+    ) -> Any:
         """Tokenize, truncate to `max_length` and count what was truncated."""
+        # Translators write another language than they read, with other special tokens.
+        given = {"text_target": texts} if target else {"text": texts, "text_pair": pairs}
+        self.count += len(texts)
         special = self.tokenizer.num_special_tokens_to_add(pair=pairs is not None)
         if self.max_length <= special:
             raise UsageError(
@@ -235,13 +246,13 @@ class _Texts:
                 "tokens"
             )
         options |= {"return_token_type_ids": self.has_types, "return_attention_mask": False}
-        full = self.tokenizer(texts, pairs, truncation=False, **options)
+        full = self.tokenizer(**given, truncation=False, **options)
         long = [n for n, ids in enumerate(full["input_ids"]) if len(ids) > self.max_length]
         if not long:
             return full
         self.truncated += len(long)
         return self.tokenizer(
-            texts, pairs, truncation="longest_first", max_length=self.max_length, **options
+            **given, truncation="longest_first", max_length=self.max_length, **options
         )
 
     def ids(self, text: str, *, special: bool) -> list[int]:
@@ -256,7 +267,7 @@ class _Texts:
         notes = []
         if self.truncated:
             notes.append(
-                f"{self.truncated} of {len(self.rows)} texts were longer than {self.max_length} "
+                f"{self.truncated} of {self.count} texts were longer than {self.max_length} "
                 "tokens and truncated"
             )
         if self.empty:
@@ -465,6 +476,7 @@ def _chats(texts: _Texts, column: str) -> Iterator[_Document]:
 
 def _cut(documents: Iterable[_Document], texts: _Texts) -> Iterator[_Document]:
     for ids, labels in documents:
+        texts.count += 1
         if len(ids) > texts.max_length:
             texts.truncated += 1
         yield ids[: texts.max_length], labels[: texts.max_length]
@@ -524,12 +536,12 @@ def _rewritten(texts: _Texts, columns: Columns) -> TextExamples:
     fields, labels = texts.fields(), Ragged()
     for chunk in texts.chunks():
         encoded = texts.encode([texts.text(row, i, source) for i, row in chunk])
-        written = texts.encode([texts.text(row, i, target) for i, row in chunk])["input_ids"]
+        written = texts.encode([texts.text(row, i, target) for i, row in chunk], target=True)
         for n in range(len(chunk)):
-            if not written[n]:
+            if not written["input_ids"][n]:
                 texts.empty += 1
                 continue
-            labels.append(written[n])
+            labels.append(written["input_ids"][n])
             for name, values in fields.items():
                 values.append(encoded[name][n])
     return texts.examples(fields, labels)

@@ -312,7 +312,7 @@ def test_chats_are_written_by_the_template(tmp_path: Path) -> None:
     _, labels = first_batch(encode(rows, model))
     assert model.processor.decode(labels[0]) == "user: rain\nassistant: again\n"
     with pytest.raises(InputError, match=r"'messages': expected a list of messages with role"):
-        encode(jsonl(tmp_path, {"messages": [1, 2]}), model)
+        encode(jsonl(tmp_path, {"messages": [1, 2]}, name="numbers.jsonl"), model)
     model.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InputError, match=r"'messages'.*does not take.*roles must alternate"):
         encode(rows, model)
@@ -377,6 +377,9 @@ def test_one_text_becomes_another(tmp_path: Path) -> None:
     inputs, labels = first_batch(examples)
     assert labels[0].tolist() == [*tokenizer("a dog")["input_ids"], *[-100] * 3]
     assert examples.units(1) == 7
+    assert encode(rows, model, max_length=5).notes() == [
+        "1 of 4 texts were longer than 5 tokens and truncated"
+    ]
     assert model_outputs(model.module, inputs, labels).shape == (2, 7, len(tokenizer))
 
 
@@ -567,6 +570,9 @@ def test_names_of_labels_in_the_data(tmp_path: Path) -> None:
     assert label_names(rows, "multi-label") == ["a", "b", "c"]
     rows = jsonl(tmp_path, {"tags": [0, -100, 2]})
     assert label_names(rows, "token-classification") == ["0", "1", "2"]
+    assert label_names(csv(tmp_path, "label\n0.5\n"), "regression") == []
+    rows = jsonl(tmp_path, {"label": [0.5, 1.5]})
+    assert label_names(rows, "regression") == ["0", "1"]
     assert label_names(image_folder(tmp_path / "images"), "image-classification") == ["comp", "rec"]
     with pytest.raises(InputError, match=r"2.*'label': there is no label"):
         label_names(jsonl(tmp_path, {"label": "a"}, {"label": None}), "sequence-classification")
