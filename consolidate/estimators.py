@@ -8,11 +8,12 @@ example or a batch is what gets squared.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from consolidate import layer_rules
 from consolidate.likelihood import IGNORED, Likelihood, get_likelihood
 from consolidate.uniforms import uniforms
 from formats.errors import InputError, NonFiniteError, UsageError
@@ -114,43 +115,56 @@ def fisher_diagonal(
     if not parameters:
         raise InputError("The model has no parameter that requires gradients: nothing to measure.")
 
-    def scores(outputs: Tensor, labels: Tensor, examples: Tensor) -> Iterator[Tensor]:
+    def scores(outputs: Tensor, batch: _Batch) -> Iterator[Tensor]:
         if estimator == "exact":
-            outcomes = likelihood.outcomes(outputs, labels)
+            outcomes = likelihood.outcomes(outputs, batch.labels)
             if outcomes > max_outcomes:
                 raise UsageError(
                     f"The exact Fisher would take {outcomes} backward passes per example, more "
                     f"than {max_outcomes}: use the estimator mc, or raise the limit."
                 )
-            yield from likelihood.exact_scores(outputs, labels)
+            yield from likelihood.exact_scores(outputs, batch.labels)
         elif estimator == "empirical":
-            yield likelihood.observed_scores(outputs, labels)
+            yield likelihood.observed_scores(outputs, batch.labels)
         else:
             for sample in range(mc_samples):
-                drawn = uniforms(seed, examples, likelihood.draws(outputs), sample)
-                yield likelihood.sampled_scores(outputs, labels, drawn)
+                drawn = uniforms(seed, batch.indices, likelihood.draws(outputs), sample)
+                yield likelihood.sampled_scores(outputs, batch.labels, drawn)
+
+    def run(batch: _Batch) -> tuple[Tensor, Iterator[Tensor]]:
+        outputs = model_outputs(model, batch.inputs, batch.labels)
+        _check_outputs(outputs, batch.number)
+        likelihood.check_labels(outputs.detach(), batch.labels)
+        return outputs, scores(outputs.detach(), batch)
 
     reached: set[str] = set()
+    trusted: dict[str, nn.Parameter] | None = None
     examples = units = 0
     with _measuring(model):
-        totals = {name: _zeros(p, accumulate_dtype) for name, p in parameters.items()}
-        sums = {name: _zeros(p, accumulate_dtype) for name, p in parameters.items()}
-        for number, batch in enumerate(batches, start=1):
-            inputs, labels = to_model(model, *split_batch(batch))
+        totals, sums = _zeros(parameters, accumulate_dtype), _zeros(parameters, accumulate_dtype)
+        for number, (inputs, labels) in enumerate(map(split_batch, batches), start=1):
             if not (size := len(labels)):
                 continue
             read = range(examples, examples + size)
             if indices is not None and len(indices) < read.stop:
                 raise InputError(f"{len(indices)} indices were given for {read.stop} examples.")
             numbers = torch.tensor([i if indices is None else indices[i] for i in read])
-            together = size if estimator == "batched" else 1
-            for row in (slice(i, i + together) for i in range(0, size, together)):
-                row_inputs, row_labels = _take(inputs, row, size), labels[row]
-                outputs = model_outputs(model, row_inputs, row_labels)
-                _check_outputs(outputs, number)
-                likelihood.check_labels(outputs.detach(), row_labels)
-                for vector in scores(outputs.detach(), row_labels, numbers[row]):
-                    reached |= _add_squares(sums, parameters, outputs, vector)
+            batch = _Batch(number, *to_model(model, inputs, labels), numbers)
+            if estimator == "batched":
+                reached |= _add_gradients(sums, parameters, *run(batch))
+            else:
+                if trusted is None and size > 1:
+                    trusted = _trusted(model, parameters, accumulate_dtype, batch, run)
+                rest = parameters
+                if trusted:
+                    with layer_rules.recorded(model, trusted, size) as calls:
+                        outputs, vectors = run(batch)
+                    done, found = layer_rules.add_squares(sums, calls, outputs, vectors)
+                    reached |= found
+                    rest = {name: p for name, p in parameters.items() if name not in done}
+                if rest:
+                    for example in range(size):
+                        reached |= _add_gradients(sums, rest, *run(batch.example(example)))
             for name, total in totals.items():
                 _fold(total, sums[name])
                 if not total.isfinite().all():
@@ -159,7 +173,7 @@ def fisher_diagonal(
                         f"{read[0]} to {read[-1]}): look for infinite weights or inputs, or use a "
                         "wider dtype."
                     )
-            units += int(likelihood.units(labels).sum())
+            units += int(likelihood.units(batch.labels).sum())
             examples += size
             if progress is not None:
                 progress(size)
@@ -279,24 +293,82 @@ def fisher_overlap(a: Tensor, b: Tensor) -> float:
     return min(shared / traces**0.5, 1.0) if traces > 0 else 0.0
 
 
-def _add_squares(
-    sums: dict[str, Tensor], parameters: dict[str, nn.Parameter], outputs: Tensor, vector: Tensor
+class _Batch(NamedTuple):
+    """Examples on the model's device, with their indices in the data set."""
+
+    number: int
+    inputs: Any
+    labels: Tensor
+    indices: Tensor
+
+    def example(self, i: int) -> "_Batch":
+        """Return a batch of example i alone."""
+        row, size = slice(i, i + 1), len(self.labels)
+        inputs = _take(self.inputs, row, size)
+        return _Batch(self.number, inputs, self.labels[row], self.indices[row])
+
+
+def _add_gradients(
+    sums: dict[str, Tensor],
+    parameters: dict[str, nn.Parameter],
+    outputs: Tensor,
+    vectors: Iterator[Tensor],
 ) -> set[str]:
-    """Add (Jᵀ vector)² to sums and return the names of the parameters that outputs depend on."""
-    gradients = torch.autograd.grad(
-        outputs, list(parameters.values()), vector, retain_graph=True, allow_unused=True
-    )
+    """Add Σ_vectors (Jᵀ vector)² to sums; return the names that outputs depend on."""
     reached = set()
-    for name, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
-            gradient = gradient.to_dense().to(sums[name].dtype)
-            sums[name].addcmul_(gradient, gradient)
-            reached.add(name)
+    for vector in vectors:
+        gradients = torch.autograd.grad(
+            outputs, list(parameters.values()), vector, retain_graph=True, allow_unused=True
+        )
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                gradient = gradient.to_dense().to(sums[name].dtype)
+                sums[name].addcmul_(gradient, gradient)
+                reached.add(name)
     return reached
 
 
-def _zeros(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+def _trusted(
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    dtype: torch.dtype,
+    batch: _Batch,
+    run: Callable[[_Batch], tuple[Tensor, Iterator[Tensor]]],
+) -> dict[str, nn.Parameter]:
+    """Return the parameters for which layer rules agree with single examples.
+
+    The whole batch goes through the rules with all scores but those of its first and last example
+    set to zero; what comes out is held against those two run alone. Squares tell what sums over
+    the batch do not: rows that were taken for another example's, as in time-first layouts.
+    """
+    if not (candidates := layer_rules.covered(model, parameters)):
+        return {}
+    by_rules, alone = _zeros(candidates, dtype), _zeros(candidates, dtype)
+    size = len(batch.labels)
+    try:
+        with layer_rules.recorded(model, candidates, size) as calls:
+            outputs, vectors = run(batch)
+        kept = torch.zeros(size, *[1] * (outputs.ndim - 1), dtype=torch.bool, device=outputs.device)
+        kept[[0, -1]] = True
+        masked = (vector * kept for vector in vectors)
+        done, _ = layer_rules.add_squares(by_rules, calls, outputs, masked)
+    except (RuntimeError, InputError):
+        return {}  # Not a model that takes several examples; one alone may still go through.
+    for example in (0, size - 1):
+        _add_gradients(alone, candidates, *run(batch.example(example)))
+    largest = max((alone[name].max().item() for name in done), default=0.0)
+
+    def agree(name: str) -> bool:
+        eps = torch.finfo(candidates[name].dtype).eps
+        # The floor is for gradients that are nothing but rounding, as of a key's bias.
+        tolerance = eps**0.5 * alone[name].max().item() + 100 * eps**2 * largest
+        return (by_rules[name] - alone[name]).abs().max().item() <= tolerance
+
+    return {name: candidates[name] for name in candidates if name in done and agree(name)}
+
+
+def _zeros(parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {n: torch.zeros(p.shape, dtype=dtype, device=p.device) for n, p in parameters.items()}
 
 
 def _fold(total: Tensor, part: Tensor) -> None:

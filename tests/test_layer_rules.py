@@ -1,0 +1,314 @@
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_estimators import Checkpointed, Experts, Images, Tagger, assert_close, cut, network, tiny
+from torch import Tensor, nn
+from torch.nn import functional
+
+from consolidate import layer_rules
+from consolidate.estimators import fisher_diagonal
+
+F64 = {"accumulate_dtype": torch.float64}
+
+
+def sizes_of(model: nn.Module) -> list[int]:
+    """List the batch size of every pass through the model from now on."""
+    sizes: list[int] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        first = args[0] if args else next(iter(kwargs.values()))
+        sizes.append(len(first))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return sizes
+
+
+def agrees_with_one_at_a_time(
+    model: nn.Module, batches: list, likelihood: str, rtol: float = 1e-10
+) -> list[int]:
+    """Hold batches against single examples; return the sizes of the passes for the batches."""
+    model = model.double()
+    alone = [
+        (_rows(inputs, i), labels[i : i + 1])
+        for inputs, labels in batches
+        for i in range(len(labels))
+    ]
+    for estimator in ("empirical", "mc", "exact"):
+        expected = fisher_diagonal(model, alone, likelihood, estimator=estimator, **F64)
+        other = copy.deepcopy(model)
+        sizes = sizes_of(other)
+        found = fisher_diagonal(other, batches, likelihood, estimator=estimator, **F64)
+        assert_close(found, expected, rtol)
+        assert found.unreached == expected.unreached
+        assert not any(m._forward_hooks for m in other.modules())
+        assert sum(len(m._forward_pre_hooks) for m in other.modules()) == 1
+    return sizes
+
+
+def _rows(inputs: Tensor | dict[str, Tensor], i: int) -> Tensor | dict[str, Tensor]:
+    if isinstance(inputs, dict):
+        return {name: value[i : i + 1] for name, value in inputs.items()}
+    return inputs[i : i + 1]
+
+
+def labelled(*shape: int, size: int = 4) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).double()
+    return cut(x, torch.randint(3, shape[:1], generator=generator), size)
+
+
+class Mean(nn.Module):
+    """A body over positions, then the mean, then a head."""
+
+    def __init__(self, body: nn.Module, width: int = 5):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = body
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).flatten(1, -2).mean(1))
+
+
+def test_an_mlp_goes_through_in_whole_batches():
+    sizes = agrees_with_one_at_a_time(network(), labelled(10, 5), "softmax")
+    assert sizes == [4, 1, 1, 4, 4, 2]  # the check: a batch, its first and its last; then batches
+
+
+@pytest.mark.parametrize("shape", [(10, 1, 5), (10, 6, 5), (10, 2, 3, 5)])
+def test_linear_with_positions(shape):
+    body = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 5, bias=False))
+    assert agrees_with_one_at_a_time(Mean(body), labelled(*shape), "softmax") == [4, 1, 1, 4, 4, 2]
+
+
+def test_layer_norm():
+    body = nn.Sequential(
+        nn.LayerNorm(5), nn.Linear(5, 5), nn.LayerNorm((6, 5), bias=False), nn.Tanh()
+    )
+    assert agrees_with_one_at_a_time(Mean(body), labelled(7, 6, 5), "softmax") == [4, 1, 1, 4, 3]
+
+
+class Words(nn.Module):
+    """Embeddings: a padding row, position ids shared by the batch, ids that occur several times."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(6, 5, padding_idx=0)
+        self.places = nn.Embedding(9, 5)
+        self.kinds = nn.Embedding(2, 5, sparse=True)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = torch.arange(ids.shape[1])[None]
+        x = self.words(ids) + self.places(places) + self.kinds(torch.zeros_like(ids))
+        return self.head(x.tanh().mean(1))
+
+
+def test_embeddings():
+    ids = torch.tensor([[1, 1, 2, 0], [5, 4, 1, 1], [2, 0, 0, 0], [3, 3, 3, 3], [4, 4, 0, 0]])
+    batches = cut(ids, torch.tensor([0, 1, 2, 0, 1]), 3)
+    assert agrees_with_one_at_a_time(Words(), batches, "softmax") == [3, 1, 1, 3, 2]
+
+
+def test_layers_called_several_times_and_tied_ones():
+    class Repeated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding = nn.Embedding(3, 4, padding_idx=0)
+            self.layer = nn.Linear(4, 4)
+            self.norm = nn.LayerNorm(4)
+            self.head = nn.Linear(4, 3, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embedding(ids)
+            for _ in range(3):
+                x = self.norm(x + self.layer(x).tanh())
+            return self.head(x)
+
+    ids = torch.tensor([[1, 2, 0], [2, 2, 1], [1, 0, 0], [2, 1, 2], [1, 1, 1]])
+    labels = torch.tensor([[1, 2, -100], [2, 2, 1], [-100, 0, 0], [2, 1, 2], [1, 1, 1]])
+    assert agrees_with_one_at_a_time(Repeated(), cut(ids, labels, 3), "token-softmax") == [
+        3,
+        1,
+        1,
+        3,
+        2,
+    ]
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (7, 6, 5)])
+def test_layers_that_the_next_one_writes_into(shape):
+    # With positions the output is a view, whose gradient is lost when it is written into.
+    body = nn.Sequential(
+        nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 3), nn.ELU(inplace=True)
+    )
+    model = body if len(shape) == 2 else Mean(body, 3)
+    sizes = agrees_with_one_at_a_time(model, labelled(*shape), "softmax")
+    assert sizes[:4] == [4, 1, 1, 4]
+    assert (sizes[4:] == [3]) == (len(shape) == 2)
+
+
+def test_frozen_layers_and_parameters():
+    model = network()
+    model[0].bias.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    assert agrees_with_one_at_a_time(model, labelled(7, 5), "softmax") == [4, 1, 1, 4, 3]
+
+
+def test_bfloat16_layers():
+    model = network().bfloat16()
+    batches = [(x.bfloat16(), y) for x, y in labelled(7, 5)]
+    alone = [(x[i : i + 1], y[i : i + 1]) for x, y in batches for i in range(len(y))]
+    expected = fisher_diagonal(model, alone, "softmax")
+    sizes = sizes_of(model)
+    found = fisher_diagonal(model, batches, "softmax")
+    assert sizes == [4, 1, 1, 4, 3]
+    assert_close(found, expected, 0.05)
+    exact = fisher_diagonal(copy.deepcopy(model).double(), alone, "softmax", **F64)
+    assert_close(found, exact, 0.05)
+
+
+# What the rules cannot do goes to the loop, and nothing is wrong.
+
+
+class TimeFirst(nn.Module):
+    """Rows are positions inside: with as many positions as examples only squares tell."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inside = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inside(x.transpose(0, 1)).tanh().transpose(0, 1).mean(1))
+
+
+def test_rows_that_are_not_examples():
+    sizes = agrees_with_one_at_a_time(TimeFirst(), labelled(12, 4, 5), "softmax")
+    assert sizes == [4, 1, 1] + 3 * [4, 1, 1, 1, 1]
+    # The sum over the batch would not have told: it is the same whoever the rows belong to.
+    model = TimeFirst().double()
+    x, y = labelled(4, 4, 5)[0]
+    with layer_rules.recorded(model, dict(model.named_parameters()), 4) as calls:
+        out = model(x)
+    (gradient,) = torch.autograd.grad(
+        functional.cross_entropy(out, y), calls[0].edge, retain_graph=True
+    )
+    use = layer_rules.linear(model.inside, calls[0].inputs, gradient)["weight"]
+    summed = sum(use.of(b) for b in range(4))
+    expected = torch.autograd.grad(functional.cross_entropy(out, y), model.inside.weight)[0]
+    torch.testing.assert_close(summed, expected)
+
+
+def test_rows_that_happen_to_be_as_many_as_examples_in_a_later_batch():
+    # 5 examples of 3 positions, then 3 of 3: the first batch did not show that rows are positions.
+    agrees_with_one_at_a_time(TimeFirst(), labelled(8, 3, 5, size=5), "softmax")
+
+
+class Outside(nn.Module):
+    """A layer that is called, and whose weight is used once more outside of its call."""
+
+    def __init__(self, size: float = 1.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 3)
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.first(x).tanh() + self.size * (x @ self.first.weight))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_weights_used_outside_their_layer(size):
+    sizes = agrees_with_one_at_a_time(Outside(size), labelled(7, 5), "softmax")
+    assert sizes == [4, 1, 1, 4, 1, 1, 1, 1, 3, 1, 1, 1]
+
+
+class Named(nn.Module):
+    """A layer called by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.first(input=x).tanh())
+
+
+class MyLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.weight
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Named,
+        lambda: Mean(nn.Sequential(MyLinear(5, 5), nn.Tanh())),
+        lambda: Mean(nn.utils.parametrizations.weight_norm(nn.Linear(5, 5))),
+        lambda: Mean(nn.TransformerEncoderLayer(5, 1, 8, batch_first=True)),
+    ],
+)
+@pytest.mark.parametrize("shape", [(9, 6, 5), (8, 4, 5)])
+def test_layers_that_are_not_what_they_seem(make: Callable[[], nn.Module], shape):
+    model = make()
+    if isinstance(model, Named):
+        batches = labelled(shape[0], 5)
+    elif (
+        isinstance(model.body, nn.TransformerEncoderLayer) and not model.body.self_attn.batch_first
+    ):
+        pytest.skip("examples interact along the first dimension")
+    else:
+        batches = labelled(*shape)
+    agrees_with_one_at_a_time(model, batches, "softmax")
+
+
+def test_other_models():
+    agrees_with_one_at_a_time(Experts(), labelled(9, 5), "softmax")
+    agrees_with_one_at_a_time(Checkpointed(), labelled(9, 5), "softmax")
+    agrees_with_one_at_a_time(Images(), labelled(7, 2, 5, 4), "softmax")
+    ids = torch.tensor([[1, 2, 1, 2], [2, 1, 0, 0], [1, 1, 2, 0]])
+    labels = torch.tensor([[2, 1, 0, 1], [1, 2, -100, -100], [-100, 1, 0, -100]])
+    for recurrent in (False, True):
+        batches = [({"ids": ids, "keep": ids > 0}, labels)]
+        agrees_with_one_at_a_time(Tagger(recurrent), batches, "next-token-softmax")
+
+
+class OneAtATime(nn.Module):
+    """Takes no more than one example."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.view(1, 5))
+
+
+def test_a_model_that_takes_one_example_only():
+    assert agrees_with_one_at_a_time(OneAtATime(), labelled(5, 5), "softmax") == [4] + 5 * [1]
+
+
+def test_batches_of_one_need_no_rules():
+    model = network().double()
+    sizes = sizes_of(model)
+    fisher_diagonal(model, labelled(3, 5, size=1), "softmax")
+    assert sizes == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "mixtral", "t5", "vit"])
+def test_transformers(name):
+    model, inputs, labels, likelihood = tiny(name)
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    sizes = agrees_with_one_at_a_time(model, [(inputs, labels)], likelihood, 1e-5)
+    whole = [2, 1, 1, 2]
+    assert sizes == (whole if name in ("bert", "gpt2") else [*whole, 1, 1])
