@@ -20,9 +20,6 @@ from formats.errors import InputError, NonFiniteError, UsageError
 
 ESTIMATORS = ("exact", "mc", "empirical", "batched")
 
-Scores = Callable[[Tensor, Tensor, Tensor], Iterator[Tensor]]
-"""(outputs, labels, example indices) -> the vectors to send back, each like outputs."""
-
 
 class FisherDiagonal(dict[str, Tensor]):
     """The Fisher diagonal by parameter name, in the parameters' shapes, with its counts beside it.
@@ -76,7 +73,9 @@ def fisher_diagonal(
     """Measure F = (1/units) Σ_x E_y[(∇_θ log p(y|x, θ))²] for every trainable parameter.
 
     The model is used in eval mode and comes back bit for bit: modes, buffers and gradients. Only
-    `batched` depends on how the examples were cut into batches.
+    `batched` depends on how the examples were cut into batches. Layers with a rule of their own
+    (`layer_rules`) take a batch at once, where that agrees with single examples; everything else
+    takes one example after the other.
 
     Args:
         model: Any module; its output is a tensor or has `logits`. Names are those of
@@ -155,16 +154,7 @@ def fisher_diagonal(
             else:
                 if trusted is None and size > 1:
                     trusted = _trusted(model, parameters, accumulate_dtype, batch, run)
-                rest = parameters
-                if trusted:
-                    with layer_rules.recorded(model, trusted, size) as calls:
-                        outputs, vectors = run(batch)
-                    done, found = layer_rules.add_squares(sums, calls, outputs, vectors)
-                    reached |= found
-                    rest = {name: p for name, p in parameters.items() if name not in done}
-                if rest:
-                    for example in range(size):
-                        reached |= _add_gradients(sums, rest, *run(batch.example(example)))
+                reached |= _add_examples(model, sums, parameters, trusted or {}, batch, run)
             for name, total in totals.items():
                 _fold(total, sums[name])
                 if not total.isfinite().all():
@@ -308,6 +298,35 @@ class _Batch(NamedTuple):
         return _Batch(self.number, inputs, self.labels[row], self.indices[row])
 
 
+_Run = Callable[[_Batch], tuple[Tensor, Iterator[Tensor]]]
+"""From a batch to the model's outputs and the vectors to send back, each like outputs."""
+
+
+def _add_examples(
+    model: nn.Module,
+    sums: dict[str, Tensor],
+    parameters: dict[str, nn.Parameter],
+    trusted: dict[str, nn.Parameter],
+    batch: _Batch,
+    run: _Run,
+) -> set[str]:
+    """Add Σ_examples Σ_vectors (Jᵀ vector)² to sums; return the names that outputs depend on.
+
+    The trusted parameters go by layer rules, all at once; the rest by one example after the other.
+    """
+    done: set[str] = set()
+    reached: set[str] = set()
+    if trusted:
+        with layer_rules.recorded(model, trusted, len(batch.labels)) as calls:
+            outputs, vectors = run(batch)
+        done, reached = layer_rules.add_squares(sums, calls, outputs, vectors)
+        del calls, outputs, vectors  # The graph of a whole batch, before others are made.
+    if rest := {name: p for name, p in parameters.items() if name not in done}:
+        for example in range(len(batch.labels)):
+            reached |= _add_gradients(sums, rest, *run(batch.example(example)))
+    return reached
+
+
 def _add_gradients(
     sums: dict[str, Tensor],
     parameters: dict[str, nn.Parameter],
@@ -333,7 +352,7 @@ def _trusted(
     parameters: dict[str, nn.Parameter],
     dtype: torch.dtype,
     batch: _Batch,
-    run: Callable[[_Batch], tuple[Tensor, Iterator[Tensor]]],
+    run: _Run,
 ) -> dict[str, nn.Parameter]:
     """Return the parameters for which layer rules agree with single examples.
 
