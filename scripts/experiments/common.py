@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,17 @@ class Run:
         if self.penalty == "none":
             return "no penalty"
         return f"{ {'l2': 'l2', 'ewc': 'EWC'}[self.penalty] }, λ = {self.strength:g}"
+
+    @property
+    def folder(self) -> str:
+        """The checkpoint it wrote, in the working folder."""
+        return self.penalty if self.strength is None else f"{self.penalty}-{self.strength:g}"
+
+    @property
+    def flags(self) -> list[str]:
+        """The options of the command line that say how it was held."""
+        strength = [] if self.strength is None else ["--ewc-lambda", f"{self.strength:g}"]
+        return ["--penalty", self.penalty, *strength]
 
     @property
     def validation(self) -> float:
@@ -208,21 +219,17 @@ def sweep(
     runs, commands = [], []
     for penalty, strengths in grids.items():
         for strength in strengths:
-            output = penalty if strength is None else f"{penalty}-{strength:g}"
+            run = Run(penalty, strength, {})
             words: list[object] = ["finetune", start, "--data", data, "--task", "B"]
-            words += ["--output-dir", output, "--overwrite", "--penalty", penalty]
-            if strength is not None:
-                words += ["--ewc-lambda", f"{strength:g}"]
+            words += ["--output-dir", run.folder, "--overwrite", *run.flags]
             words += [*options, "--seed", session.seed]
             for name, path in evaluations.items():
                 words += ["--evaluate", f"{name}={path}"]
             result = session.consolidate(*words, quote=False)
-            runs.append(Run(penalty, strength, result["metrics"]))
+            runs.append(replace(run, metrics=result["metrics"]))
             commands.append(shlex.join(["consolidate", *map(str, words)]))
     chosen = best_runs(runs)
-    session.commands += [
-        command for run, command in zip(runs, commands, strict=True) if run in chosen
-    ]
+    session.commands += [text for run, text in zip(runs, commands, strict=True) if run in chosen]
     return runs
 
 
