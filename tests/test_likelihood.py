@@ -131,12 +131,15 @@ def test_impossible_classes_are_never_drawn():
 
 
 def test_rare_classes_of_a_large_vocabulary_are_drawn():
+    # Each is less likely than the last bit of a float32 near 1.
     logits = torch.full((1, 100_000), -18.0)
     logits[0, 0] = 0
-    p = logits.double().softmax(-1)[0]
-    u = torch.tensor([[1 - p[1:].sum() / 2]])
-    score = LIKELIHOODS["softmax"].sampled_scores(logits, torch.tensor([0]), u)
-    assert abs(score.argmax().item() - 50_000) < 50
+    rare = logits.double().softmax(-1)[0, 1]
+    u = (1 - rare * (50_000.5 - torch.arange(10)))[:, None]
+    scores = LIKELIHOODS["softmax"].sampled_scores(logits.expand(10, -1), torch.zeros(10).long(), u)
+    drawn = scores.argmax(-1)
+    assert drawn.diff().tolist() == 9 * [1]
+    assert abs(drawn[0].item() - 50_000) < 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
