@@ -233,9 +233,14 @@ class Labels:
         self._from_data: dict[int, int] = {}  # the data's class numbers -> the model's
         if stated is not None and self._by_name:
             folded = self._folded()
-            ids = [self._by_name.get(name, folded.get(name.casefold())) for name in stated]
-            if None not in ids:
-                self._from_data = {i: int(j) for i, j in enumerate(ids) if j is not None}
+            ids = [self._by_name.get(name, folded.get(name.casefold(), -1)) for name in stated]
+            if any(i >= 0 for i in ids):
+                self._from_data = dict(enumerate(ids))
+            else:
+                self.note = (
+                    f"{rows.name} and the checkpoint name their classes differently "
+                    f"({stated[0]}, {next(iter(self._by_name))}, …): numbers are taken as they are"
+                )
         elif stated is not None and len(stated) == count:
             # Classes in the data's order, as every loader of image folders numbers them.
             self._by_name = {name: i for i, name in enumerate(stated)}

@@ -117,6 +117,33 @@ def test_a_label_that_the_model_lacks(label: Any, message: str, tmp_path: Path) 
         encode(rows, bert(tmp_path, **LABELS))
 
 
+@pytest.mark.parametrize(
+    ("names", "labels", "expected"),
+    [
+        (["sci", "rec", "comp"], [0, 1, 2], [2, 1, 0]),  # the model's numbers, not the data's
+        (["rec", "sci", "talk"], [0, 1], [1, 2]),
+        (["x", "y", "z"], [0, 1, 2], [0, 1, 2]),
+    ],
+)
+def test_numbers_with_names_in_the_data_are_those_names(
+    names: list[str], labels: list[int], expected: list[int], tmp_path: Path
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
+    data = datasets.Dataset.from_dict({"text": ["a"] * len(labels), "label": labels}, features)
+    data.save_to_disk(str(tmp_path / "data"))
+    examples = encode(open_data(tmp_path / "data"), bert(tmp_path, **LABELS))
+    assert first_batch(examples)[1].tolist() == expected
+    assert any("differently" in note for note in examples.notes()) == ("x" in names)
+    if "talk" in names:
+        data = datasets.Dataset.from_dict({"text": ["a"], "label": [2]}, features)
+        data.save_to_disk(str(tmp_path / "talk"))
+        with pytest.raises(InputError, match="2 is none of the model's 3 labels"):
+            encode(open_data(tmp_path / "talk"), bert(tmp_path, **LABELS))
+
+
 def test_labels_without_names(tmp_path: Path) -> None:
     model = bert(tmp_path, num_labels=3)
     with pytest.raises(InputError, match="3 is no label of the model, which has numbers from 0 to"):
@@ -349,6 +376,9 @@ def test_shares_of_masks(tmp_path: Path) -> None:
     masked = inputs["input_ids"][chosen] == model.processor.mask_token_id
     assert float(masked.float().mean()) == pytest.approx(0.8, abs=0.04)
     assert torch.equal(inputs["input_ids"][~chosen], original.expand_as(labels)[~chosen])
+    assert int(inputs["input_ids"].max()) < len(model.processor)
+    replaced = inputs["input_ids"][chosen][~masked]
+    assert len(replaced.unique()) > len(model.processor) // 2
     kept = inputs["input_ids"][chosen] == original.expand_as(labels)[chosen]
     assert float(kept.float().mean()) == pytest.approx(0.1, abs=0.03)
 

@@ -1,4 +1,5 @@
 import json
+import logging
 import random
 import socket
 import sys
@@ -123,17 +124,22 @@ def test_an_architecture_loads_as_itself_and_goes_back(name: str, tmp_path: Path
 
 
 def test_loading_says_nothing_and_leaves_the_random_numbers_alone(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = save(tmp_path, transformers.BertModel, bert_config(), word_tokenizer())
     checkpoint = open_checkpoint(folder)
+    caplog.clear()
     capfd.readouterr()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     load_model(checkpoint, objective="sequence-classification", new_labels=["a", "b"])
     after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
+    logger.removeHandler(caplog.handler)
     assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
 
 
 def test_training_does_not_write_into_the_file(tmp_path: Path) -> None:
@@ -384,6 +390,15 @@ def test_weights_and_config_that_do_not_belong_together(tmp_path: Path) -> None:
         load_model(open_checkpoint(folder))
     change_config(folder, num_hidden_layers=2, intermediate_size=32)
     with pytest.raises(InputError, match=r"other shapes.*\[24\] in the file, \[32\]"):
+        load_model(open_checkpoint(folder))
+
+
+def test_a_tensor_that_the_body_does_not_know(tmp_path: Path) -> None:
+    folder = save(tmp_path, transformers.BertForMaskedLM, bert_config())
+    weights = load_file(folder / "model.safetensors")
+    surplus = {"bert.surplus.weight": torch.ones(2)}
+    save_file(weights | surplus, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"bert\.surplus\.weight is in the file but not in Bert"):
         load_model(open_checkpoint(folder))
 
 
