@@ -135,7 +135,7 @@ def test_rare_classes_of_a_large_vocabulary_are_drawn():
     logits = torch.full((1, 100_000), -18.0)
     logits[0, 0] = 0
     rare = logits.double().softmax(-1)[0, 1]
-    u = (1 - rare * (50_000.5 - torch.arange(10)))[:, None]
+    u = (1 - rare * (50_000.5 - torch.arange(10, dtype=torch.float64)))[:, None]
     scores = LIKELIHOODS["softmax"].sampled_scores(logits.expand(10, -1), torch.zeros(10).long(), u)
     drawn = scores.argmax(-1)
     assert drawn.diff().tolist() == 9 * [1]
