@@ -529,6 +529,7 @@ def measure_fisher(
             mc_samples=mc_samples,
             max_outcomes=max_outcomes,
             seed=seed,
+            indices=order,
             progress=advance,
         )
 
@@ -927,12 +928,11 @@ def _fisher_summary(name: str, diagonal: FisherDiagonal) -> dict[str, Any]:
 def _log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> None:
     for note in [*model.notes, *examples.notes()]:
         LOG.info("%s", note)
-    zero = [name for name, values in diagonal.items() if not values.any()]
-    if zero:
+    if unreached := diagonal.unreached:
         LOG.info(
             "the Fisher of %d parameters is zero, since the loss does not depend on them: %s",
-            len(zero),
-            ", ".join(zero[:5]) + (", …" if len(zero) > 5 else ""),
+            len(unreached),
+            ", ".join(unreached[:5]) + (", …" if len(unreached) > 5 else ""),
         )
 
 

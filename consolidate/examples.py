@@ -158,8 +158,7 @@ def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> l
     if stated is not None:
         return list(stated)
     found: set[str] = set()
-    for i in range(len(rows)):
-        value = rows[i].get(column)
+    for i, value in enumerate(rows.values(column)):
         several = objective in ("multi-label", "token-classification")
         for one in as_list(value, rows.where(i, column)) if several else [value]:
             if one is None or one == "":

@@ -78,7 +78,7 @@ def encode_images(rows: Rows, model: Model, columns: Columns) -> Examples:
     image = find_column(rows, columns.image, ("image", "img"), "image")
     column = label_column(rows, columns, model.objective.name)
     reader = Labels(rows, column, model, model.outputs)
-    numbers = [reader.index(rows[i].get(column), i) for i in range(len(rows))]
+    numbers = [reader.index(value, i) for i, value in enumerate(rows.values(column))]
     labels = torch.tensor(numbers, dtype=torch.long)
     examples = ImageExamples(rows, image, labels, model)
     if reader.note:

@@ -1,1 +1,1 @@
-"""The nouns on disk: checkpoints and shards, the Fisher folder and its ledger, task data, atomic writes."""
+"""The nouns on disk: checkpoints, the Fisher folder and its ledger, task data, atomic writes."""

@@ -2,7 +2,7 @@
 
 
 class ConsolidateError(Exception):
-    """A fault that is told in one or two plain lines; exit code 1 unless a subclass says otherwise."""
+    """A fault told in one or two plain lines; exit code 1 unless a subclass says otherwise."""
 
     exit_code = 1
 

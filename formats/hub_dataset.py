@@ -52,6 +52,13 @@ class HubRows(Rows):
         except (OSError, ValueError, SyntaxError) as error:
             raise InputError(f"{self.where(i)} cannot be read ({_first_line(error)}).") from None
 
+    def values(self, column: str) -> Iterator[Any]:
+        """Yield one column; the others are not decoded."""
+        if column not in self.columns:
+            return super().values(column)
+        only = HubRows(self._dataset.select_columns([column]), self.name)
+        return (only.read_row(i)[column] for i in range(len(only)))
+
     def label_names(self, column: str) -> list[str] | None:
         """Return the names of a ClassLabel column, or of a list of them."""
         feature = self._dataset.features.get(column)

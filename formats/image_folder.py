@@ -1,5 +1,6 @@
 """Rows of an image folder with one sub-folder a class, and the decoding of images."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,6 +100,10 @@ class ImageFolderRows(Rows):
         """
         label, path = self._files[i]
         return {"image": decode_image(path, str(path)), "label": label}
+
+    def values(self, column: str) -> Iterator[Any]:
+        """Yield one column; labels come without reading an image."""
+        return (label for label, _ in self._files) if column == "label" else super().values(column)
 
     def where(self, i: int, column: str | None = None) -> str:
         """Return file, row and column in words."""

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,13 @@ class ParquetRows(Rows):
             if stored is not None and stored["bytes"] is not None:
                 row[column] = decode_image(io.BytesIO(stored["bytes"]), self.where(i, column))
         return row
+
+    def values(self, column: str) -> Iterator[Any]:
+        """Yield one column, without decoding images where it holds none."""
+        if column in self._images or column not in self.columns:
+            return super().values(column)
+        groups = (self._group(g).column(column) for g in range(len(self._ends)))
+        return (value.as_py() for group in groups for value in group)
 
     def label_names(self, column: str) -> list[str] | None:
         """Return the class names that `datasets` wrote beside the column."""

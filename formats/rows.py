@@ -6,7 +6,7 @@ import itertools
 import json
 import operator
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -68,6 +68,14 @@ class Rows(Sequence[dict[str, Any]]):
         place = f"{self.name}, row {i + 1}"
         return place if column is None else f"{place}, column {column!r}"
 
+    def values(self, column: str) -> Iterator[Any]:
+        """Yield one column, None where a row lacks it; other columns are not decoded.
+
+        Raises:
+            InputError: as for a row.
+        """
+        return (self.read_row(i).get(column) for i in range(len(self)))
+
     def label_names(self, column: str) -> list[str] | None:
         """Return the class names of `column` in the order of their ids, where the data say so."""
         return None
@@ -109,6 +117,10 @@ class JoinedRows(Rows):
         """Return the file and the row within that file."""
         part, j = self._place(i)
         return f"{self.name}/{part.where(j, column)}"
+
+    def values(self, column: str) -> Iterator[Any]:
+        """Yield one column, part after part."""
+        return itertools.chain.from_iterable(part.values(column) for part in self._parts)
 
     def label_names(self, column: str) -> list[str] | None:
         """Return the class names where all files agree on them."""

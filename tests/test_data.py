@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -162,3 +163,18 @@ def test_tensor_files_that_do_not_agree_are_refused(tmp_path):
     rows = open_data(tmp_path)
     with pytest.raises(InputError, match=r"float64 of shape \(2,\) in 1\.npz.*\(4,\) in 2\.npz"):
         rows.tensors["x"]
+
+
+def test_a_column_is_what_its_rows_hold(tmp_path: Path) -> None:
+    table = {"text": ["x", "y", "z"], "label": [2, 0, 1]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet", row_group_size=2)
+    (tmp_path / "t.csv").write_text("text,label\nx,2\ny,0\nz,1\n")
+    for name in ("t.parquet", "t.csv"):
+        rows = open_data(tmp_path / name)
+        for column in (*table, "absent"):
+            assert list(rows.values(column)) == [row.get(column) for row in rows]
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for i in range(2):
+        (folder / f"{i}.csv").write_bytes((tmp_path / "t.csv").read_bytes())
+    assert list(open_data(folder).values("label")) == ["2", "0", "1"] * 2

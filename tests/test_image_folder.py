@@ -1,6 +1,7 @@
 import hashlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -95,3 +96,13 @@ def test_a_missing_pillow_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(UsageError, match=r"consolidate-ewc\[transformers\]"):
         open_data(root)
+
+
+def test_labels_come_without_reading_an_image(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "broken.png").write_bytes(b"no image")
+    rows = open_data(tmp_path)
+    assert list(rows.values("label")) == ["a", "b"]
+    with pytest.raises(InputError, match=r"broken\.png"):
+        next(rows.values("image"))
