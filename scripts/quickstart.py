@@ -5,6 +5,7 @@ small network is trained on A in plain torch, as any checkpoint from elsewhere m
 rest is the command line. Everything stays in the output folder, where the commands can be repeated.
 """
 
+import argparse
 import json
 import shlex
 import subprocess
@@ -129,9 +130,9 @@ def plot(results: dict[str, Scores], path: Path) -> None:
 
 def main() -> None:
     """Do all of it in the folder named on the command line, quickstart-output/ by default."""
-    if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
-        sys.exit("Usage: scripts/quickstart [OUTPUT FOLDER]")
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "quickstart-output").resolve()
+    parser = argparse.ArgumentParser(prog="scripts/quickstart", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "quickstart-output")
+    folder = parser.parse_args().folder.resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_data(folder)
