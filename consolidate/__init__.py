@@ -7,11 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from consolidate.chain import load_penalty as load_penalty
+    from consolidate.chain import store_fisher as store_fisher
     from consolidate.commands import evaluate as evaluate
     from consolidate.commands import finetune as finetune
     from consolidate.commands import fisher as fisher
-    from consolidate.commands import load_penalty as load_penalty
-    from consolidate.commands import store_fisher as store_fisher
     from consolidate.estimators import FisherDiagonal as FisherDiagonal
     from consolidate.estimators import fisher_diagonal as fisher_diagonal
     from consolidate.estimators import fisher_overlap as fisher_overlap
@@ -31,11 +31,11 @@ _HOMES = {
     "fisher": "consolidate.commands",
     "fisher_diagonal": "consolidate.estimators",
     "fisher_overlap": "consolidate.estimators",
-    "load_penalty": "consolidate.commands",
+    "load_penalty": "consolidate.chain",
     "merge_online": "consolidate.merging",
     "read_fisher": "formats.fisher_folder",
     "show": "consolidate.inspection",
-    "store_fisher": "consolidate.commands",
+    "store_fisher": "consolidate.chain",
     "verify": "consolidate.inspection",
 }
 __all__ = sorted(_HOMES)

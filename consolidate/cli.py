@@ -462,7 +462,7 @@ def evaluate(checkpoint: str, as_json: bool, data: tuple[str, ...], **options: A
 
 
 @cli.command()
-@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
     "--top",
     type=click.IntRange(min=1),
@@ -479,7 +479,7 @@ def show(checkpoint: Path, as_json: bool, top: int) -> None:
 
 
 @cli.command()
-@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.argument("checkpoint", type=click.Path(path_type=Path))
 @COMMON
 def verify(checkpoint: Path, as_json: bool) -> None:
     """Check every digest, name, shape and value of CHECKPOINT and its Fisher."""

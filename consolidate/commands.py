@@ -2,29 +2,30 @@
 
 import json
 import logging
-import platform
+import math
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from consolidate.estimators import (
-    FisherDiagonal,
-    fisher_diagonal,
-    fisher_overlap,
-    model_outputs,
-    to_model,
+from consolidate.chain import (
+    add_task,
+    find_fisher,
+    refuse_existing,
+    stored_fisher,
+    task_name,
+    task_record,
 )
+from consolidate.estimators import FisherDiagonal, fisher_diagonal, model_outputs, to_model
 from consolidate.evaluation import measure
 from consolidate.examples import Columns, Examples, encode, label_names
 from consolidate.hub import locate
-from consolidate.layout import Layout, same_names_layout, transformers_layout
 from consolidate.likelihood import Likelihood, get_likelihood
-from consolidate.merging import merge_online
 from consolidate.models import (
     Model,
     config_of,
@@ -33,7 +34,6 @@ from consolidate.models import (
     load_model,
     unprotected,
 )
-from consolidate.objectives import get_objective
 from consolidate.penalty import Penalty
 from consolidate.progress import progress
 from consolidate.training import (
@@ -52,12 +52,10 @@ from formats.checkpoint import (
     weight_records,
     write_checkpoint,
 )
-from formats.data import Rows
 from formats.errors import InputError, UsageError
-from formats.fisher_folder import StoredFisher, check_belongs, read_fisher, write_fisher
-from formats.ledger import LayerRecord, Ledger, TaskRecord, check_task_name
+from formats.fisher_folder import StoredFisher, write_fisher
 from formats.task_file import TaskFile, open_task
-from formats.tensors import shape_of
+from formats.tensors import dtype_of, shape_of
 
 LOG = logging.getLogger("consolidate")
 MOST_EXACT_OUTCOMES = 16  # the default estimator is exact up to here, mc beyond
@@ -133,8 +131,8 @@ def fisher(
         raise UsageError(f"{checkpoint} is no local folder: say where to write with --output-dir")
     source = open_checkpoint(folder)
     target = folder / "fisher" if in_place else Path(str(output_dir))
-    _refuse_existing(target, overwrite or (add and in_place))
-    before = _stored_fisher(folder / "fisher", source) if add else None
+    _check_target(target, source, overwrite=overwrite or (add and in_place), whole=not in_place)
+    before = stored_fisher(folder / "fisher", source) if add else None
     check_finite(source.weights, folder)
     task_file, rows = open_task(data, split=split)
     loaded = load_model(
@@ -145,7 +143,7 @@ def fisher(
         device=best_device(device),
         freeze=freeze,
     )
-    name = _task_name(task or task_file.name, rows, before)
+    name = task_name(task or task_file.name, rows.name, before)
     examples = encode(
         rows,
         loaded,
@@ -166,14 +164,14 @@ def fisher(
         seed=seed,
     )
     _log_notes(loaded, examples, diagonal)
-    record = _task_record(
+    record = task_record(
         name,
         loaded,
         diagonal,
         data=rows.name,
         data_digest=rows.digest() if data_digest else None,
     )
-    merged, ledger = _merged(before, loaded.layout.to_file(diagonal), record)
+    merged, ledger = add_task(before, loaded.layout.to_file(diagonal), record)
     ledger.unprotected = unprotected(loaded, merged)
     ledger.weights = weight_records(source.weights)
     heads = None if before is None else before.heads
@@ -295,13 +293,13 @@ def finetune(
     if penalty != "none" and ewc_lambda is None:
         raise UsageError(f"--penalty {penalty} needs --ewc-lambda: the strength has no default")
     target = Path(output_dir)
-    _refuse_existing(target, overwrite)
     folder = locate(checkpoint, revision)
     source = open_checkpoint(folder)
-    fisher_folder = _fisher_folder(folder, fisher)
+    _check_target(target, source, overwrite=overwrite, whole=True)
+    stored_at = find_fisher(folder, fisher)
     before = None
-    if fisher_folder is not None:
-        before = _stored_fisher(fisher_folder, source)
+    if stored_at is not None:
+        before = stored_fisher(stored_at, source)
     elif penalty == "ewc":
         raise InputError(
             f"{folder} holds no Fisher: run `consolidate fisher {checkpoint} --data OLD_DATA` "
@@ -309,7 +307,7 @@ def finetune(
         )
     check_finite(source.weights, folder)
     task_file, rows = open_task(data, split=split)
-    name = _task_name(task or task_file.name, rows, before)
+    name = task_name(task or task_file.name, rows.name, before)
     objective = objective or task_file.objective
     columns = _columns(columns, task_file)
     new_labels = None
@@ -341,8 +339,8 @@ def finetune(
         if not evaluations:
             return
         metrics[when] = evaluate_all(loaded, evaluations, batch_size=batch_size)
-        for task_name, values in metrics[when].items():
-            LOG.info("%s: %s %s", when, task_name, _in_words(values))
+        for measured, values in metrics[when].items():
+            LOG.info("%s: %s %s", when, measured, _in_words(values))
 
     take_metrics("before")
     steps = _train(
@@ -383,7 +381,7 @@ def finetune(
         seed=seed,
     )
     _log_notes(loaded, examples, diagonal)
-    record = _task_record(
+    record = task_record(
         name,
         loaded,
         diagonal,
@@ -391,7 +389,7 @@ def finetune(
         data_digest=rows.digest() if data_digest else None,
     )
     record = replace(record, ewc_lambda=ewc_lambda, penalty=penalty, metrics=metrics)
-    merged, ledger = _merged(before, loaded.layout.to_file(diagonal), record)
+    merged, ledger = add_task(before, loaded.layout.to_file(diagonal), record)
     ledger.unprotected = unprotected(loaded, merged)
     ledger.weights = weight_records(final)
     heads = None if before is None else before.heads
@@ -665,95 +663,6 @@ def _train(
     return steps
 
 
-def load_penalty(
-    module: nn.Module, checkpoint: str | Path, *, ewc_lambda: float, revision: str | None = None
-) -> Penalty:
-    """Make the penalty that holds a module to a checkpoint, for a training loop of one's own.
-
-    μ is read from the checkpoint, so it does not matter how far the module has moved from it.
-
-    Args:
-        module: With the parameters of the checkpoint: a model of transformers, or any module whose
-            ``state_dict()`` has the names of the weights file.
-        checkpoint: A folder with a Fisher, or a repository on the Hub.
-        ewc_lambda: λ, the strength.
-        revision: Of a checkpoint on the Hub.
-
-    Returns:
-        The penalty; call `add_gradient_` once per optimizer step.
-
-    Raises:
-        InputError: There is no Fisher, or it does not belong to the weights or to the module.
-    """
-    folder = locate(checkpoint, revision)
-    source = open_checkpoint(folder)
-    stored = _stored_fisher(folder / "fisher", source)
-    layout = _layout(module, source)
-    anchor = stored.anchor or {name: source.weights[name] for name in stored.fisher}
-    return Penalty(
-        module, layout.to_module(stored.fisher), layout.to_module(anchor), ewc_lambda=ewc_lambda
-    )
-
-
-def store_fisher(
-    module: nn.Module,
-    checkpoint: str | Path,
-    diagonal: FisherDiagonal,
-    *,
-    task: str,
-    objective: str,
-    labels: Sequence[str] | None = None,
-    overwrite: bool = False,
-) -> Ledger:
-    """Store what `fisher_diagonal` measured beside the weights it was measured at.
-
-    Args:
-        module: Which it was measured with; its weights are the checkpoint's.
-        checkpoint: A local folder.
-        diagonal: The Fisher by the module's parameter names.
-        task: The task's name in the ledger.
-        objective: What was predicted, such as ``classification``.
-        labels: Names of the classes.
-        overwrite: Replace the Fisher that is there.
-
-    Returns:
-        The ledger as written to ``fisher/fisher.json``.
-
-    Raises:
-        InputError: There is a Fisher already, or the module's weights are not the checkpoint's.
-    """
-    source = open_checkpoint(Path(checkpoint))
-    target = Path(checkpoint) / "fisher"
-    _refuse_existing(target, overwrite)
-    check_task_name(task)
-    model = Model(
-        module,
-        source,
-        get_objective(objective, factory=not hasattr(module, "save_pretrained")),
-        None if labels is None else list(labels),
-        None,
-        _layout(module, source),
-    )
-    for name, values in file_weights(model).items():
-        if not torch.equal(values.cpu(), source.weights[name]):
-            raise InputError(
-                f"{name!r} in the module is not what {source.path} holds: save the weights first"
-            )
-    record = _task_record(task, model, diagonal, data="", data_digest=None)
-    merged, ledger = _merged(None, model.layout.to_file(diagonal), record)
-    ledger.unprotected = unprotected(model, merged)
-    ledger.weights = weight_records(source.weights)
-    with replace_folder(target, overwrite=overwrite) as staging:
-        return write_fisher(staging, merged, ledger)
-
-
-def _layout(module: nn.Module, source: Checkpoint) -> Layout:
-    shapes = {name: shape_of(source.weights, name) for name in source.weights}
-    if hasattr(module, "save_pretrained"):
-        return transformers_layout(module, shapes)[0]
-    return same_names_layout(module, shapes)
-
-
 def _penalty(
     kind: str, ewc_lambda: float | None, model: Model, stored: StoredFisher | None
 ) -> Penalty | None:
@@ -777,51 +686,24 @@ def _penalty(
     return penalty
 
 
-def _refuse_existing(target: Path, overwrite: bool) -> None:
-    """Refuse before the work what `replace_folder` would refuse after it."""
-    if overwrite or not target.exists():
-        return
-    if target.name == "fisher" and target.is_dir():
+def _check_target(target: Path, source: Checkpoint, *, overwrite: bool, whole: bool) -> None:
+    """Refuse before the work what would fail after it: something in the way, or no room."""
+    refuse_existing(target, overwrite=overwrite)
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(
-            f"{target} exists already: --overwrite replaces it, --add adds another task measured "
-            "at the same weights"
+            f"{target} cannot be made, since {parent} is no folder that can be written"
         )
-    if not target.is_dir() or any(target.iterdir()):
-        raise InputError(f"{target} holds something already: choose another, or pass --overwrite")
-
-
-def _fisher_folder(checkpoint: Path, elsewhere: str | Path | None) -> Path | None:
-    if elsewhere is None:
-        beside = checkpoint / "fisher"
-        return beside if beside.is_dir() else None
-    folder = locate(elsewhere, None)
-    for candidate in (folder / "fisher", folder):
-        if (candidate / "fisher.json").is_file():
-            return candidate
-    raise InputError(f"{elsewhere} holds no Fisher: neither fisher/fisher.json nor fisher.json")
-
-
-def _stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
-    if not folder.is_dir():
-        raise InputError(f"{folder} does not exist: run `consolidate fisher` first")
-    stored = read_fisher(folder)
-    if stored.ledger.merge_rule != "online":
+    counts = {name: math.prod(shape_of(source.weights, name)) for name in source.weights}
+    needed = 4 * sum(counts.values())
+    if whole:
+        needed += sum(n * dtype_of(source.weights, name).itemsize for name, n in counts.items())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
         raise InputError(
-            f"{folder} was merged by the rule {stored.ledger.merge_rule!r}; this version goes on "
-            "from 'online' only"
+            f"{parent} has room for {free:,} bytes, and {needed:,} are needed: make room, or "
+            "choose another folder"
         )
-    check_belongs(stored, source.weights, str(source.path))
-    return stored
-
-
-def _task_name(name: str | None, rows: Rows, before: StoredFisher | None) -> str:
-    if name is None:
-        name = "".join(c if c.isascii() and c.isalnum() else "-" for c in Path(rows.name).stem)
-        name = name.strip("-")[:64] or "task"
-    check_task_name(name)
-    if before is not None and name in [task.name for task in before.ledger.tasks]:
-        raise UsageError(f"the ledger has a task {name!r} already: choose another name with --task")
-    return name
 
 
 def _subset(count: int, most: int | None, seed: int) -> list[int]:
@@ -839,66 +721,6 @@ def _outcomes(model: Model, batch: tuple[Any, Tensor], likelihood: Likelihood) -
     outputs = model_outputs(model.module, inputs, labels)
     model.module.train(training)
     return likelihood.outcomes(outputs, labels)
-
-
-def _task_record(
-    name: str, model: Model, diagonal: FisherDiagonal, *, data: str, data_digest: str | None
-) -> TaskRecord:
-    return TaskRecord(
-        name=name,
-        objective=model.objective.name,
-        likelihood=model.objective.likelihood,
-        labels=model.labels,
-        unit=model.objective.unit,
-        examples=diagonal.examples,
-        units=diagonal.units,
-        estimator=diagonal.estimator,
-        mc_samples=diagonal.mc_samples,
-        seed=diagonal.seed,
-        weight=1.0,
-        data=data,
-        data_digest=data_digest,
-        ewc_lambda=None,
-        penalty=None,
-        metrics={},
-        layers={},
-    )
-
-
-def _merged(
-    before: StoredFisher | None, fisher: Mapping[str, Tensor], record: TaskRecord
-) -> tuple[dict[str, Tensor], Ledger]:
-    """Merge a task's Fisher, by file names, into the stored one, and grow the ledger."""
-    total: Mapping[str, Tensor] = {} if before is None else before.fisher
-    gamma = 1.0 if before is None else before.ledger.gamma
-    record = replace(
-        record,
-        layers={
-            name: LayerRecord(
-                trace=float(values.double().sum()),
-                overlap=fisher_overlap(values, total[name]) if name in total else None,
-            )
-            for name, values in fisher.items()
-        },
-    )
-    ledger = Ledger(
-        tasks=[*(before.ledger.tasks if before is not None else []), record],
-        merge_rule="online",
-        gamma=gamma,
-        versions=_versions(),
-        heads={} if before is None else before.ledger.heads,
-    )
-    return merge_online(total, fisher, gamma=gamma), ledger
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("consolidate-ewc", "safetensors", "torch", "transformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 @torch.no_grad()

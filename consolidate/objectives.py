@@ -145,7 +145,8 @@ def default_objective(config: Mapping[str, Any], factory: bool) -> Objective:
     what = f"the architecture {architecture}" if architecture else "config.json"
     raise InputError(
         f"{what} does not say what is predicted: choose with --objective, one of "
-        f"{', '.join(OBJECTIVES)}"
+        f"{', '.join(OBJECTIVES)}; a model that transformers does not know is named with "
+        "--model package.module:factory"
     )
 
 

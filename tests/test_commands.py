@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -427,3 +429,34 @@ def test_a_fisher_of_ones_own_is_stored_like_the_command_does(
         consolidate.store_fisher(network, network_checkpoint, diagonal, overwrite=True, **options)
     with pytest.raises(InputError, match="exists already"):
         consolidate.store_fisher(network, network_checkpoint, diagonal, **options)
+
+
+def test_where_nothing_can_be_written_is_known_before_the_work(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="no folder that can be written"):
+        commands.finetune(
+            network_checkpoint, write_task("new"), output_dir=tmp_path / "file" / "out",
+            penalty="none", epochs=10**9, **FAST,
+        )  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="needs a tmpfs")
+def test_a_disk_that_is_too_small_is_known_before_the_work(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk]).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        (disk / "full").write_bytes(bytes(4096))
+        with pytest.raises(InputError, match="has room for 0 bytes, and 664 are needed"):
+            commands.finetune(
+                network_checkpoint, write_task("new"), output_dir=disk / "out", penalty="none",
+                epochs=10**9, **FAST,
+            )  # fmt: skip
+        assert [file.name for file in disk.iterdir()] == ["full"]
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,283 @@
+"""The chain of tasks behind a checkpoint: its Fisher, its ledger, and adding a task to them."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from consolidate.estimators import FisherDiagonal, fisher_overlap
+from consolidate.hub import locate
+from consolidate.layout import Layout, same_names_layout, transformers_layout
+from consolidate.merging import merge_online
+from consolidate.models import Model, file_weights, unprotected
+from consolidate.objectives import get_objective
+from consolidate.penalty import Penalty
+from formats.atomic import replace_folder
+from formats.checkpoint import Checkpoint, open_checkpoint, weight_records
+from formats.errors import InputError, UsageError
+from formats.fisher_folder import StoredFisher, check_belongs, read_fisher, write_fisher
+from formats.ledger import LayerRecord, Ledger, TaskRecord, check_task_name
+from formats.tensors import shape_of
+
+
+def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
+    """Read a Fisher folder that belongs to a checkpoint and that a task can be added to.
+
+    Args:
+        folder: The Fisher folder.
+        source: The checkpoint.
+
+    Returns:
+        The Fisher, read tensor by tensor.
+
+    Raises:
+        InputError: There is none, it belongs to other weights, or it was merged by another rule.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist: run `consolidate fisher` first")
+    stored = read_fisher(folder)
+    if stored.ledger.merge_rule != "online":
+        raise InputError(
+            f"{folder} was merged by the rule {stored.ledger.merge_rule!r}; this version goes on "
+            "from 'online' only"
+        )
+    check_belongs(stored, source.weights, str(source.path))
+    return stored
+
+
+def find_fisher(checkpoint: Path, elsewhere: str | Path | None) -> Path | None:
+    """Find the Fisher folder: the one beside the weights, or the one that was named.
+
+    Args:
+        checkpoint: The folder or file of the weights.
+        elsewhere: A Fisher folder, a folder or a repository on the Hub that holds one.
+
+    Returns:
+        The folder; None where none was named and none lies beside the weights.
+
+    Raises:
+        InputError: What was named holds no Fisher.
+    """
+    if elsewhere is None:
+        beside = checkpoint / "fisher"
+        return beside if beside.is_dir() else None
+    folder = locate(elsewhere, None)
+    for candidate in (folder / "fisher", folder):
+        if (candidate / "fisher.json").is_file():
+            return candidate
+    raise InputError(f"{elsewhere} holds no Fisher: neither fisher/fisher.json nor fisher.json")
+
+
+def task_name(name: str | None, data: str, before: StoredFisher | None) -> str:
+    """Choose the name of a new task: the one given, else one made from the data's.
+
+    Args:
+        name: The name given.
+        data: The name of the data.
+        before: The chain so far, whose names are taken.
+
+    Returns:
+        A valid name that is free.
+
+    Raises:
+        InputError: The name given is not valid.
+        UsageError: The chain has a task of that name.
+    """
+    if name is None:
+        name = "".join(c if c.isascii() and c.isalnum() else "-" for c in Path(data).stem)
+        name = name.strip("-")[:64] or "task"
+    check_task_name(name)
+    if before is not None and name in [task.name for task in before.ledger.tasks]:
+        raise UsageError(f"the ledger has a task {name!r} already: choose another name with --task")
+    return name
+
+
+def task_record(
+    name: str, model: Model, diagonal: FisherDiagonal, *, data: str, data_digest: str | None
+) -> TaskRecord:
+    """Write down how a task's Fisher was measured; its layers come in with `add_task`.
+
+    Args:
+        name: The task's name.
+        model: The model it was measured with.
+        diagonal: The Fisher.
+        data: The name of the data.
+        data_digest: SHA-256 of the data, or None.
+
+    Returns:
+        The record for the ledger.
+    """
+    return TaskRecord(
+        name=name,
+        objective=model.objective.name,
+        likelihood=model.objective.likelihood,
+        labels=model.labels,
+        unit=model.objective.unit,
+        examples=diagonal.examples,
+        units=diagonal.units,
+        estimator=diagonal.estimator,
+        mc_samples=diagonal.mc_samples,
+        seed=diagonal.seed,
+        data=data,
+        data_digest=data_digest,
+    )
+
+
+def add_task(
+    before: StoredFisher | None, fisher: Mapping[str, Tensor], record: TaskRecord
+) -> tuple[dict[str, Tensor], Ledger]:
+    """Merge a task's Fisher into the chain so far, and grow its ledger by the task.
+
+    Args:
+        before: The chain so far; None for the first task.
+        fisher: The new task's Fisher by the names of the weights file.
+        record: Of the new task; its layers are filled in.
+
+    Returns:
+        Λ by the names of the weights file, and the ledger, whose `weights` and `unprotected` are
+        still to be filled in.
+    """
+    total: Mapping[str, Tensor] = {} if before is None else before.fisher
+    gamma = 1.0 if before is None else before.ledger.gamma
+    record = replace(
+        record,
+        layers={
+            name: LayerRecord(
+                trace=float(values.double().sum()),
+                overlap=fisher_overlap(values, total[name]) if name in total else None,
+            )
+            for name, values in fisher.items()
+        },
+    )
+    ledger = Ledger(
+        tasks=[*(before.ledger.tasks if before is not None else []), record],
+        merge_rule="online",
+        gamma=gamma,
+        versions=_versions(),
+        heads={} if before is None else before.ledger.heads,
+    )
+    return merge_online(total, fisher, gamma=gamma), ledger
+
+
+def load_penalty(
+    module: nn.Module, checkpoint: str | Path, *, ewc_lambda: float, revision: str | None = None
+) -> Penalty:
+    """Make the penalty that holds a module to a checkpoint, for a training loop of one's own.
+
+    μ is read from the checkpoint, so it does not matter how far the module has moved from it.
+
+    Args:
+        module: With the parameters of the checkpoint: a model of transformers, or any module whose
+            ``state_dict()`` has the names of the weights file.
+        checkpoint: A folder with a Fisher, or a repository on the Hub.
+        ewc_lambda: λ, the strength.
+        revision: Of a checkpoint on the Hub.
+
+    Returns:
+        The penalty; call `add_gradient_` once per optimizer step.
+
+    Raises:
+        InputError: There is no Fisher, or it does not belong to the weights or to the module.
+    """
+    folder = locate(checkpoint, revision)
+    source = open_checkpoint(folder)
+    stored = stored_fisher(folder / "fisher", source)
+    layout = _layout(module, source)
+    anchor = stored.anchor or {name: source.weights[name] for name in stored.fisher}
+    return Penalty(
+        module, layout.to_module(stored.fisher), layout.to_module(anchor), ewc_lambda=ewc_lambda
+    )
+
+
+def store_fisher(
+    module: nn.Module,
+    checkpoint: str | Path,
+    diagonal: FisherDiagonal,
+    *,
+    task: str,
+    objective: str,
+    labels: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> Ledger:
+    """Store what `fisher_diagonal` measured beside the weights it was measured at.
+
+    Args:
+        module: Which it was measured with; its weights are the checkpoint's.
+        checkpoint: A local folder.
+        diagonal: The Fisher by the module's parameter names.
+        task: The task's name in the ledger.
+        objective: What was predicted, such as ``classification``.
+        labels: Names of the classes.
+        overwrite: Replace the Fisher that is there.
+
+    Returns:
+        The ledger as written to ``fisher/fisher.json``.
+
+    Raises:
+        InputError: There is a Fisher already, or the module's weights are not the checkpoint's.
+    """
+    source = open_checkpoint(Path(checkpoint))
+    target = Path(checkpoint) / "fisher"
+    refuse_existing(target, overwrite=overwrite)
+    check_task_name(task)
+    model = Model(
+        module,
+        source,
+        get_objective(objective, factory=not hasattr(module, "save_pretrained")),
+        None if labels is None else list(labels),
+        None,
+        _layout(module, source),
+    )
+    for name, values in file_weights(model).items():
+        if not torch.equal(values.cpu(), source.weights[name]):
+            raise InputError(
+                f"{name!r} in the module is not what {source.path} holds: save the weights first"
+            )
+    record = task_record(task, model, diagonal, data="", data_digest=None)
+    merged, ledger = add_task(None, model.layout.to_file(diagonal), record)
+    ledger.unprotected = unprotected(model, merged)
+    ledger.weights = weight_records(source.weights)
+    with replace_folder(target, overwrite=overwrite) as staging:
+        return write_fisher(staging, merged, ledger)
+
+
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work is done, a target that holds something.
+
+    Args:
+        target: Where a checkpoint or a Fisher folder is to be put.
+        overwrite: It may hold something.
+
+    Raises:
+        InputError: It holds something and may not.
+    """
+    if overwrite or not target.exists():
+        return
+    if target.name == "fisher" and (target / "fisher.json").is_file():
+        raise InputError(
+            f"{target} exists already: --overwrite replaces it, --add adds another task measured "
+            "at the same weights"
+        )
+    if not target.is_dir() or any(target.iterdir()):
+        raise InputError(f"{target} holds something already: choose another, or pass --overwrite")
+
+
+def _layout(module: nn.Module, source: Checkpoint) -> Layout:
+    shapes = {name: shape_of(source.weights, name) for name in source.weights}
+    if hasattr(module, "save_pretrained"):
+        return transformers_layout(module, shapes)[0]
+    return same_names_layout(module, shapes)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("consolidate-ewc", "safetensors", "torch", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
