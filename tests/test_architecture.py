@@ -17,8 +17,9 @@ EXTRAS = {"transformers", "tokenizers", "datasets", "pyarrow", "pandas", "PIL", 
 EXTRAS |= {"peft", "mlflow", "torchvision", "sklearn"}
 CORE = {"torch", "numpy", "safetensors", "huggingface_hub"}
 
-# Modules that take and return tensors. One that does not exist yet is held to it once it does.
-NUMERICAL = {"uniforms", "likelihood", "estimators", "penalty", "merging", "gradients", "rules"}
+# Modules that take and return tensors.
+NUMERICAL = {"uniforms", "likelihood", "estimators", "layer_rules", "penalty", "merging"}
+NUMERICAL |= {"training", "evaluation"}
 INPUT_OUTPUT = {"os", "io", "pathlib", "json", "shutil", "tempfile", "subprocess", "socket"}
 INPUT_OUTPUT |= {"logging", "pickle", "safetensors", "huggingface_hub", "click", "tqdm", "urllib"}
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
+import transformers
 from conftest import make_network
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
@@ -460,3 +462,95 @@ def test_a_disk_that_is_too_small_is_known_before_the_work(
         assert [file.name for file in disk.iterdir()] == ["full"]
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_experts_keep_their_keys_through_a_chain(tmp_path: Path) -> None:
+    start = tiny_models.save(
+        tmp_path / "start",
+        transformers.MixtralForCausalLM,
+        tiny_models.mixtral_config(),
+        tiny_models.byte_tokenizer(),
+    )
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_models.CORPUS))
+    commands.fisher(start, data, task="old")
+    out = tmp_path / "out"
+    commands.finetune(start, data, task="new", output_dir=out, ewc_lambda=10.0, pack=True)
+    before, after = load_file(start / "model.safetensors"), load_file(out / "model.safetensors")
+    experts = [name for name in before if ".experts.0." in name]
+    assert experts
+    assert list(before) == list(after)
+    assert set(fisher_of(out)) == set(before)
+    assert all(fisher_of(out)[name].shape == values.shape for name, values in before.items())
+    # The router, the experts and everything else load as before, in transformers' own names.
+    model = transformers.MixtralForCausalLM.from_pretrained(out)
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[name], values) for name, values in after.items())
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        first = transformers.MixtralForCausalLM.from_pretrained(start)(tokens).logits
+        assert not torch.equal(first, model(tokens).logits)
+
+
+def test_running_statistics_stay_through_fisher_and_a_penalty(
+    write_task: Write, tmp_path: Path
+) -> None:
+    folder = tmp_path / "normed"
+    folder.mkdir()
+    network = normed_network()
+    network.train()
+    network(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)))
+    save_file(network.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    before = (folder / "model.safetensors").read_bytes()
+    options = {"model": "test_commands:normed_network"}
+    commands.fisher(folder, write_task("old"), **options)
+    assert (folder / "model.safetensors").read_bytes() == before
+    ledger = read_fisher(folder / "fisher").ledger
+    assert set(ledger.unprotected) == {
+        "1.running_mean", "1.running_var", "1.num_batches_tracked",
+    }  # fmt: skip
+    assert set(ledger.unprotected.values()) == {"a buffer, not a parameter"}
+    new = write_task("new", seed=3)
+    start = load_file(folder / "model.safetensors")
+    for name, penalty in (("held", {"ewc_lambda": 1.0}), ("free", {"penalty": "none"})):
+        commands.finetune(folder, new, output_dir=tmp_path / name, **options, **penalty)
+        end = load_file(tmp_path / name / "model.safetensors")
+        assert torch.equal(start["1.running_var"], end["1.running_var"]) == (name == "held")
+        assert not torch.equal(start["0.weight"], end["0.weight"])
+
+
+def normed_network() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3)
+    )
+
+
+def test_a_bare_encoder_learns_a_first_task(tmp_path: Path) -> None:
+    encoder = tiny_models.save(
+        tmp_path / "encoder",
+        transformers.BertModel,
+        tiny_models.bert_config(),
+        tiny_models.word_tokenizer(),
+    )
+    data = tmp_path / "animals.csv"
+    data.write_text("text,label\nthe cat sat,cat\na dog ate,dog\n")
+    for objective in (None, "sequence-classification"):
+        options = {"output_dir": tmp_path / "out", "penalty": "none", "objective": objective}
+        if objective is None:
+            with pytest.raises(InputError, match="--objective"):
+                commands.finetune(encoder, data, **options)
+        else:
+            commands.finetune(encoder, data, **options)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "cat", 1: "dog"}
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    named = dict(model.state_dict())
+    assert torch.equal(stored["classifier.weight"], named["classifier.weight"])
+    metrics = commands.evaluate(tmp_path / "out", {"animals": data})
+    assert metrics["animals"]["accuracy"] in (0.0, 0.5, 1.0)
+    with pytest.raises(InputError, match="holds no Fisher"):
+        commands.finetune(
+            encoder, data, output_dir=tmp_path / "held", ewc_lambda=1.0,
+            objective="sequence-classification",
+        )  # fmt: skip
