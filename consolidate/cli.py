@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import signal
 import sys
 import tomllib
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     signal.signal(signal.SIGTERM, _terminate)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = cli(arguments, prog_name="consolidate", standalone_mode=False)
         _leave(code if isinstance(code, int) else 0)

@@ -1,23 +1,19 @@
-import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
-import urllib.parse
-from pathlib import Path
 
 import datasets
+import loopback_hub
 import pytest
+from loopback_hub import COMMIT
 from PIL import Image
 
 from formats.data import open_data
 from formats.errors import InputError, UsageError
 from formats.hub_dataset import HubRows, is_hub_id, open_hub
 
-COMMIT = "a" * 40
 FEATURES = datasets.Features(
     {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
 )
@@ -42,63 +38,6 @@ def repository(folder):
     dataset(0, 10).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
     dataset(10, 13).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
     return folder
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The routes of the Hub that loading the data set user/name takes."""
-
-    protocol_version = "HTTP/1.1"
-    root: Path
-
-    def reply(self, code, body=b"", **headers):
-        self.send_response(code)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def reply_json(self, value):
-        self.reply(200, json.dumps(value).encode(), Content_Type="application/json")
-
-    def do_GET(self):
-        path = urllib.parse.urlparse(self.path).path
-        api, files = "/api/datasets/user/name", "/datasets/user/name/resolve/"
-        if path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
-            names = [p.relative_to(self.root).as_posix() for p in self.root.rglob("*.parquet")]
-            siblings = [{"rfilename": name} for name in names]
-            self.reply_json({"id": "user/name", "sha": COMMIT, "siblings": siblings})
-        elif path.startswith(f"{api}/revision/"):
-            self.reply(404, X_Error_Code="RevisionNotFound")
-        elif path.startswith(f"{api}/tree/{COMMIT}"):
-            folder = self.root / path.removeprefix(f"{api}/tree/{COMMIT}").strip("/")
-            self.reply_json(
-                [
-                    {
-                        "type": "directory" if p.is_dir() else "file",
-                        "path": p.relative_to(self.root).as_posix(),
-                        "oid": "0" * 40,
-                        "size": p.stat().st_size,
-                    }
-                    for p in folder.iterdir()
-                ]
-            )
-        elif path.startswith(files):
-            file = self.root / path.removeprefix(files).partition("/")[2]
-            if not file.is_file():
-                return self.reply(404, X_Error_Code="EntryNotFound")
-            content = file.read_bytes()
-            tag = f'"{hashlib.sha256(content).hexdigest()}"'
-            self.reply(200, content, X_Repo_Commit=COMMIT, ETag=tag)
-        else:
-            self.reply(404, X_Error_Code="RepoNotFound")
-        return None
-
-    do_HEAD = do_GET  # noqa: N815, the name http.server calls
-
-    def log_message(self, *args):
-        pass
 
 
 SCRIPT = """
@@ -165,12 +104,7 @@ def test_ids(spec, expected):
 
 
 def test_the_hub_and_its_cache(tmp_path):
-    Hub.root = repository(tmp_path / "repository")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with loopback_hub.serving("datasets", repository(tmp_path / "repository")) as address:
         train, first, several, missing, main, revision, lost, close = said(
             start(
                 tmp_path,
@@ -187,10 +121,6 @@ def test_the_hub_and_its_cache(tmp_path):
                 HF_ENDPOINT=address,
             )
         )
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
     row = {"text": "text 0", "label": 0}
     names = ["no", "yes"]
     assert train[:5] == [10, "user/name", ["text", "label"], row, names]

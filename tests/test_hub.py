@@ -1,0 +1,84 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import loopback_hub
+import pytest
+import torch
+from conftest import make_network
+from safetensors.torch import load_file
+
+from consolidate.hub import locate
+from formats.errors import InputError
+
+Write = Callable[..., Path]
+
+
+def run(folder: Path, *arguments: object, **variables: str) -> tuple[int, str, str]:
+    """Run the command line in a process: the client reads its variables once, at import."""
+    done = subprocess.run(
+        [sys.executable, "-m", "consolidate", *map(str, arguments)],
+        cwd=folder,
+        env={
+            **os.environ,
+            "HF_HOME": str(folder / "cache"),
+            "PYTHONPATH": str(Path(__file__).parent),
+            **variables,
+        },
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_path_is_found_as_it_is(tmp_path: Path) -> None:
+    assert locate(tmp_path) == tmp_path
+    (tmp_path / "weights.pt").touch()
+    assert locate(str(tmp_path / "weights.pt")) == tmp_path / "weights.pt"
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a/b/c", "what a name", "-x"])
+def test_what_can_be_no_repository_is_a_missing_path(name: str) -> None:
+    with pytest.raises(InputError, match="no such file or folder"):
+        locate(name)
+
+
+def test_a_repository_with_its_fisher_is_fine_tuned_without_the_old_data(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    old, new = write_task("old"), write_task("new", seed=4)
+    model = ("--model", "conftest:make_network")
+    assert run(tmp_path, "fisher", network_checkpoint, "--data", old, *model)[0] == 0
+    torch.save(make_network({"sizes": [6, 8, 3]}).state_dict(), network_checkpoint / "old.bin")
+    finetune = ("finetune", "user/name", "--data", new, *model, "--ewc-lambda", 10)
+    with loopback_hub.serving("models", network_checkpoint) as address:
+        hub = {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"}
+        code, out, err = run(tmp_path, *finetune, "--output-dir", "out", "--json", **hub)
+        assert code == 0, err
+        assert json.loads(out)["penalty"] == "ewc"
+        code, _, err = run(tmp_path, "evaluate", "user/other", "--data", new, *model, **hub)
+        assert code == 3
+        assert "no such repository" in err
+        revision = ("--revision", "v9")
+        code, _, err = run(tmp_path, "evaluate", "user/name", "--data", new, *revision, **hub)
+        assert code == 3
+        assert "has no revision 'v9'" in err
+        code, _, err = run(tmp_path, "fisher", "user/name", "--data", new, *model, **hub)
+        assert code == 2
+        assert "--output-dir" in err
+    assert not list((tmp_path / "cache").rglob("old.bin"))
+    ledger = json.loads((tmp_path / "out" / "fisher" / "fisher.json").read_text())
+    assert [task["name"] for task in ledger["tasks"]] == ["old", "new"]
+
+    code, _, err = run(tmp_path, *finetune, "--output-dir", "again", HF_HUB_OFFLINE="1")
+    assert code == 0, err
+    first, again = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    code, _, err = run(
+        tmp_path, "evaluate", "user/absent", "--data", new, *model, HF_HUB_OFFLINE="1"
+    )
+    assert code == 75
+    assert "check the spelling, or try again" in err
