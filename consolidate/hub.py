@@ -79,10 +79,17 @@ def _files(name: str, revision: str | None) -> list[str]:
 
 
 def _cached(name: str, revision: str | None) -> Path:
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        raise NetworkError(
-            f"{name}: no such file or folder here, and the Hub could not be reached to look for a "
-            "repository of that name; check the spelling, or try again"
-        ) from None
+    # Pickles that were left out do not make a snapshot incomplete.
+    for ignored in (OTHER_FRAMEWORKS, OTHER_FRAMEWORKS + PICKLES):
+        try:
+            return Path(
+                snapshot_download(
+                    name, revision=revision, ignore_patterns=ignored, local_files_only=True
+                )
+            )
+        except LocalEntryNotFoundError:
+            continue
+    raise NetworkError(
+        f"{name}: no such file or folder here, and the Hub could not be reached to look for a "
+        "repository of that name; check the spelling, or try again"
+    )
