@@ -332,7 +332,6 @@ def finetune(
             old_rows, loaded, columns=_columns(columns, old_file), **encoding
         )
     term = _penalty(penalty, ewc_lambda, loaded, before)
-    start = {key: value.clone() for key, value in file_weights(loaded).items()}
     metrics: dict[str, dict[str, dict[str, float]]] = {}
 
     def take_metrics(when: str) -> None:
@@ -392,6 +391,7 @@ def finetune(
     merged, ledger = add_task(before, loaded.layout.to_file(diagonal), record)
     ledger.unprotected = unprotected(loaded, merged)
     ledger.weights = weight_records(final)
+    share_moved = _share_moved(source.weights, final)  # before the output may replace the source
     heads = None if before is None else before.heads
     with replace_folder(target, overwrite=overwrite) as staging:
         write_checkpoint(staging, source, final)
@@ -406,7 +406,7 @@ def finetune(
         "steps": steps[-1].step if steps else 0,
         "loss": steps[-1].loss if steps else None,
         "penalty_value": steps[-1].penalty if steps else None,
-        "share_moved": _share_moved(start, final),
+        "share_moved": share_moved,
         "metrics": metrics,
         "history": [asdict(step) for step in steps],
         "fisher": {"folder": str(target / "fisher"), **_fisher_summary(name, diagonal)},
@@ -732,8 +732,9 @@ def _take_stored_values(model: Model, stored: Mapping[str, Tensor]) -> None:
 
 
 def _share_moved(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> float:
-    moved = sum(int((start[name] != end[name]).sum()) for name in end)
-    return moved / max(1, sum(values.numel() for values in end.values()))
+    there = [name for name in end if name in start]  # a fresh output layer was nowhere
+    moved = sum(int((start[name] != end[name].cpu()).sum()) for name in there)
+    return moved / max(1, sum(end[name].numel() for name in there))
 
 
 def _fisher_summary(name: str, diagonal: FisherDiagonal) -> dict[str, Any]:

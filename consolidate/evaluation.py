@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from consolidate.estimators import model_outputs, to_model
 from consolidate.likelihood import Likelihood
-from formats.errors import InputError
+from formats.errors import InputError, NonFiniteError
 
 
 @torch.no_grad()
@@ -36,6 +36,7 @@ def measure(
 
     Raises:
         InputError: No unit was to be predicted.
+        NonFiniteError: The loss is NaN or infinite.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -61,6 +62,8 @@ def measure(
             module.training = mode
     if units == 0:
         raise InputError("there is nothing to predict in this data: no example has a label")
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"the loss is {loss}: the outputs of the model overflow on this data")
     result = {"loss": loss / units}
     if language:
         result["perplexity"] = math.exp(min(loss / units, 700.0))

@@ -554,3 +554,15 @@ def test_a_bare_encoder_learns_a_first_task(tmp_path: Path) -> None:
             encoder, data, output_dir=tmp_path / "held", ewc_lambda=1.0,
             objective="sequence-classification",
         )  # fmt: skip
+
+
+def test_a_checkpoint_can_replace_itself(network_checkpoint: Path, write_task: Write) -> None:
+    start = load_file(network_checkpoint / "model.safetensors")
+    result = commands.finetune(
+        network_checkpoint, write_task("new"), output_dir=network_checkpoint, overwrite=True,
+        penalty="none", **FAST,
+    )  # fmt: skip
+    end = load_file(network_checkpoint / "model.safetensors")
+    moved = sum((start[name] != end[name]).sum().item() for name in start)
+    assert result["share_moved"] == moved / sum(values.numel() for values in start.values()) > 0.5
+    assert consolidate.verify(network_checkpoint)["tasks"] == ["new"]

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from consolidate.evaluation import measure
 from consolidate.likelihood import get_likelihood
-from formats.errors import InputError
+from formats.errors import InputError, NonFiniteError
 
 
 def test_unequal_batches_give_the_mean_over_examples() -> None:
@@ -50,4 +50,13 @@ def test_nothing_to_predict_is_said() -> None:
             nn.Embedding(4, 4),
             [(torch.ones(2, 3, dtype=torch.long), labels)],
             get_likelihood("token-softmax"),
+        )
+
+
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    with pytest.raises(NonFiniteError, match="the loss is inf"):
+        measure(
+            nn.Linear(1, 1),
+            [(torch.full((1, 1), 1e30), torch.zeros(1))],
+            get_likelihood("gaussian"),
         )
