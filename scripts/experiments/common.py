@@ -102,17 +102,17 @@ class Run:
         """How tables and plots call it."""
         if self.penalty == "none":
             return "no penalty"
-        return f"{ {'l2': 'l2', 'ewc': 'EWC'}[self.penalty] }, λ = {self.strength:g}"
+        return f"{ {'l2': 'l2', 'ewc': 'EWC'}[self.penalty] }, λ = {plain(self.strength)}"
 
     @property
     def folder(self) -> str:
         """The checkpoint it wrote, in the working folder."""
-        return self.penalty if self.strength is None else f"{self.penalty}-{self.strength:g}"
+        return self.penalty if self.strength is None else f"{self.penalty}-{plain(self.strength)}"
 
     @property
     def flags(self) -> list[str]:
         """The options of the command line that say how it was held."""
-        strength = [] if self.strength is None else ["--ewc-lambda", f"{self.strength:g}"]
+        strength = [] if self.strength is None else ["--ewc-lambda", plain(self.strength)]
         return ["--penalty", self.penalty, *strength]
 
     @property
@@ -120,6 +120,11 @@ class Run:
         """Mean validation score of the two tasks after fine-tuning."""
         after = self.metrics["after"]
         return (after["A-val"]["score"] + after["B-val"]["score"]) / 2
+
+
+def plain(number: float | None) -> str:
+    """Write a number without an exponent."""
+    return "" if number is None else f"{number:.10f}".rstrip("0").rstrip(".")
 
 
 def start_session(name: str, description: str, data_options: dict[str, str]) -> tuple[Session, Any]:

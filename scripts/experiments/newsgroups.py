@@ -16,6 +16,7 @@ from common import (
     Session,
     grid_table,
     in_words,
+    plain,
     results_table,
     start_session,
     sweep,
@@ -142,7 +143,7 @@ def main() -> None:
         [*training, "--epochs", 1, "--fisher-max-examples", 16],
     )
     swapped = session.consolidate(
-        *("evaluate", f"ewc-{EWC[1]:g}", "--max-length", length, "--batch-size", 16),
+        *("evaluate", f"ewc-{plain(EWC[1])}", "--max-length", length, "--batch-size", 16),
         *("--data", "A=a-test.csv", "--data", "B=b-test.jsonl"),
     )
     [middle] = [run for run in runs if (run.penalty, run.strength) == ("ewc", EWC[1])]
