@@ -16,10 +16,17 @@ from consolidate.merging import merge_online
 from consolidate.models import Model, file_weights, unprotected
 from consolidate.objectives import get_objective
 from consolidate.penalty import Penalty
-from formats.atomic import replace_folder
+from formats.atomic import check_target, replace_folder
 from formats.checkpoint import Checkpoint, open_checkpoint, weight_records
 from formats.errors import InputError, UsageError
-from formats.fisher_folder import StoredFisher, check_belongs, read_fisher, write_fisher
+from formats.fisher_folder import (
+    LEDGER_NAME,
+    StoredFisher,
+    check_belongs,
+    check_intact,
+    read_fisher,
+    write_fisher,
+)
 from formats.ledger import LayerRecord, Ledger, TaskRecord, check_task_name
 from formats.tensors import shape_of
 
@@ -35,7 +42,8 @@ def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
         The Fisher, read tensor by tensor.
 
     Raises:
-        InputError: There is none, it belongs to other weights, or it was merged by another rule.
+        InputError: There is none, it is damaged, it belongs to other weights, or it was merged by
+            another rule.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist: run `consolidate fisher` first")
@@ -46,6 +54,7 @@ def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
             "from 'online' only"
         )
     check_belongs(stored, source.weights, str(source.path))
+    check_intact(stored)
     return stored
 
 
@@ -246,24 +255,34 @@ def store_fisher(
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Refuse, before any work is done, a target that holds something.
+    """Refuse, before any work is done, a target that must not be replaced.
 
     Args:
         target: Where a checkpoint or a Fisher folder is to be put.
-        overwrite: It may hold something.
+        overwrite: It may be replaced if it is one already.
 
     Raises:
-        InputError: It holds something and may not.
+        InputError: It cannot be written; it holds something and `overwrite` is false; or what it
+            holds is neither a checkpoint nor a Fisher, or has a git history.
     """
-    if overwrite or not target.exists():
-        return
-    if target.name == "fisher" and (target / "fisher.json").is_file():
+    if target.name == "fisher" and (target / LEDGER_NAME).is_file() and not overwrite:
         raise InputError(
             f"{target} exists already: --overwrite replaces it, --add adds another task measured "
             "at the same weights"
         )
-    if not target.is_dir() or any(target.iterdir()):
-        raise InputError(f"{target} holds something already: choose another, or pass --overwrite")
+    check_target(target, overwrite=overwrite)
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not (target / LEDGER_NAME).is_file():
+        try:
+            open_checkpoint(target)
+        except InputError:
+            raise InputError(
+                f"{target} is not replaced, since it holds no checkpoint: remove it yourself, or "
+                "choose another folder"
+            ) from None
+    if (target / ".git").exists():
+        raise InputError(f"{target} is not replaced, since it is a git repository")
 
 
 def _layout(module: nn.Module, source: Checkpoint) -> Layout:

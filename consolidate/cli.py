@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -31,14 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         arguments: Those of the process unless given.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    for library in ("HF_HUB", "DATASETS"):  # read when they are imported
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = cli(arguments, prog_name="consolidate", standalone_mode=False)
         _leave(code if isinstance(code, int) else 0)
     except click.ClickException as error:
-        error.show()
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        click.echo(f"error: {error.format_message()}{hint}", err=True)
         _leave(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
@@ -51,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _leave(141)
     except Exception as error:
         if "--debug" in arguments:
-            raise
+            traceback.print_exc()
         message, code = _explain(error)
         click.echo(f"error: {message}", err=True)
         _leave(code)
@@ -61,7 +67,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, ConsolidateError):
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error.filename or error}); nothing was changed", 3
+        return f"{error.filename or 'output'}: no space left", InputError.exit_code
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", InputError.exit_code
     return f"{type(error).__name__}: {error} (a fault of consolidate; --debug shows where)", 1
@@ -75,8 +81,17 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+    """Unwind, so that nothing half-written stays; leave at once while something is imported.
+
+    Extension modules lose an exception that passes through their import, or make another of it.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"interrupted\n" if signum == signal.SIGINT else b"terminated\n")
+            os._exit(128 + signum)
+        frame = frame.f_back
+    raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
 
 
 def _read_config(context: click.Context, option: click.Parameter, path: Path | None) -> None:

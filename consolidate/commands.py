@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -37,6 +36,9 @@ from consolidate.models import (
 from consolidate.penalty import Penalty
 from consolidate.progress import progress
 from consolidate.training import (
+    MIXED_PRECISION,
+    OPTIMIZERS,
+    SCHEDULES,
     Step,
     data_order,
     make_optimizer,
@@ -52,8 +54,9 @@ from formats.checkpoint import (
     weight_records,
     write_checkpoint,
 )
-from formats.errors import InputError, UsageError
-from formats.fisher_folder import StoredFisher, write_fisher
+from formats.errors import ConsolidateError, InputError, NonFiniteError, UsageError
+from formats.fisher_folder import LEDGER_NAME, StoredFisher, write_fisher
+from formats.ledger import read_ledger
 from formats.task_file import TaskFile, open_task
 from formats.tensors import dtype_of, shape_of
 
@@ -133,6 +136,8 @@ def fisher(
     target = folder / "fisher" if in_place else Path(str(output_dir))
     _check_target(target, source, overwrite=overwrite or (add and in_place), whole=not in_place)
     before = stored_fisher(folder / "fisher", source) if add else None
+    if overwrite and (target / LEDGER_NAME).is_file():
+        LOG.info("replacing the Fisher of %s", _task_names(target))
     check_finite(source.weights, folder)
     task_file, rows = open_task(data, split=split)
     loaded = load_model(
@@ -288,6 +293,23 @@ def finetune(
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in weights, loss or Fisher; nothing is written.
     """
+    for option, value, known in (
+        ("penalty", penalty, ("ewc", "l2", "none")),
+        ("optimizer", optimizer, OPTIMIZERS),
+        ("lr-scheduler", lr_scheduler, SCHEDULES),
+        ("mixed-precision", mixed_precision, MIXED_PRECISION),
+    ):
+        if value not in known:
+            raise UsageError(f"--{option} {value}: expected one of {', '.join(known)}")
+    for option, number in (
+        ("epochs", epochs),
+        ("max-steps", max_steps),
+        ("batch-size", batch_size),
+        ("gradient-accumulation-steps", gradient_accumulation_steps),
+        ("log-every", log_every),
+    ):
+        if number is not None and number < 1:
+            raise UsageError(f"--{option} {number}: expected at least 1")
     if penalty == "none" and ewc_lambda is not None:
         raise UsageError("--ewc-lambda has no meaning with --penalty none: leave one of them out")
     if penalty != "none" and ewc_lambda is None:
@@ -301,6 +323,11 @@ def finetune(
     if stored_at is not None:
         before = stored_fisher(stored_at, source)
     elif penalty == "ewc":
+        if model is None and objective and lacks_head(source, objective):
+            raise InputError(
+                f"{folder} has no output layer for {objective} yet: let it learn a first task with "
+                "--penalty none"
+            )
         raise InputError(
             f"{folder} holds no Fisher: run `consolidate fisher {checkpoint} --data OLD_DATA` "
             "first, or name one with --fisher"
@@ -332,6 +359,12 @@ def finetune(
             old_rows, loaded, columns=_columns(columns, old_file), **encoding
         )
     term = _penalty(penalty, ewc_lambda, loaded, before)
+    if before is not None and penalty != "ewc":
+        LOG.info(
+            "the Fisher of %s does not hold the weights in this run; it is kept, around the "
+            "weights as they will be",
+            ", ".join(task.name for task in before.ledger.tasks),
+        )
     metrics: dict[str, dict[str, dict[str, float]]] = {}
 
     def take_metrics(when: str) -> None:
@@ -365,7 +398,12 @@ def finetune(
         seed=seed,
     )
     final = file_weights(loaded)
-    check_finite(final, target)
+    try:
+        check_finite(final, target)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"training diverged: {error}; lower --learning-rate or --ewc-lambda"
+        ) from None
     _take_stored_values(loaded, final)
     take_metrics("after")
     diagonal = measure_fisher(
@@ -415,7 +453,7 @@ def finetune(
 
 def evaluate(
     checkpoint: str | Path,
-    data: Mapping[str, str | Path],
+    data: str | Path | Mapping[str, str | Path],
     *,
     objective: str | None = None,
     model: str | None = None,
@@ -433,7 +471,7 @@ def evaluate(
 
     Args:
         checkpoint: A folder, a weights file, or a repository on the Hub.
-        data: A file, a folder, a data set on the Hub, or a ``task.toml``, by task name.
+        data: A file, a folder, a data set on the Hub, or a ``task.toml``; several by task name.
         objective: What is predicted; the architecture's own unless given.
         model: ``package.module:factory`` for a model that transformers does not know.
         columns: Where the inputs and labels are in the data.
@@ -456,6 +494,8 @@ def evaluate(
     folder = locate(checkpoint, revision)
     source = open_checkpoint(folder)
     check_finite(source.weights, folder)
+    if not isinstance(data, Mapping):
+        data = {Path(data).stem: data}
     opened = {name: open_task(spec, split=split) for name, spec in data.items()}
     loaded = load_model(
         source,
@@ -612,6 +652,8 @@ def _train(
     if epochs is None:
         epochs = 1 if max_steps is None else -(-max_steps // per_epoch)
     total = min(epochs * per_epoch, max_steps if max_steps is not None else epochs * per_epoch)
+    if not any(parameter.requires_grad for parameter in model.module.parameters()):
+        raise UsageError("--freeze leaves no parameter to train")
     descent = make_optimizer(
         optimizer,
         model.module.parameters(),
@@ -690,10 +732,6 @@ def _check_target(target: Path, source: Checkpoint, *, overwrite: bool, whole: b
     """Refuse before the work what would fail after it: something in the way, or no room."""
     refuse_existing(target, overwrite=overwrite)
     parent = next(folder for folder in target.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(
-            f"{target} cannot be made, since {parent} is no folder that can be written"
-        )
     counts = {name: math.prod(shape_of(source.weights, name)) for name in source.weights}
     needed = 4 * sum(counts.values())
     if whole:
@@ -704,6 +742,13 @@ def _check_target(target: Path, source: Checkpoint, *, overwrite: bool, whole: b
             f"{parent} has room for {free:,} bytes, and {needed:,} are needed: make room, or "
             "choose another folder"
         )
+
+
+def _task_names(folder: Path) -> str:
+    try:
+        return ", ".join(task.name for task in read_ledger(folder / LEDGER_NAME).tasks)
+    except ConsolidateError as error:
+        return f"tasks unknown ({error})"
 
 
 def _subset(count: int, most: int | None, seed: int) -> list[int]:

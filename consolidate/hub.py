@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx, validate_repo_id
 
-from formats.errors import InputError, NetworkError
+from formats.errors import InputError, NetworkError, UsageError
 
 OTHER_FRAMEWORKS = [
     "*.h5",
@@ -40,11 +40,14 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> Path:
         The path; for a repository the folder of its snapshot.
 
     Raises:
+        UsageError: A revision of a local path was asked for.
         InputError: There is no such path, and no such repository or revision.
         NetworkError: The Hub cannot be reached, and the cache does not hold the repository.
     """
     path = Path(checkpoint).expanduser()
     if path.exists():
+        if revision is not None:
+            raise UsageError(f"{checkpoint} is local; --revision is for repositories on the Hub")
         return path
     name = str(checkpoint)
     try:

@@ -241,7 +241,7 @@ def _metrics(tasks: list[dict[str, Any]]) -> list[list[str]]:
             task["name"],
             when,
             evaluated,
-            ", ".join(f"{metric} {value:.4g}" for metric, value in values.items()),
+            ", ".join(f"{k} {value:.4g}" for k, value in values.items() if k != "score"),
         ]
         for task in tasks
         for when, measured in task["metrics"].items()

@@ -236,6 +236,7 @@ def _from_factory(
         raise InputError(
             f"{where}: {_some(layout.unused)} in the file but not in the module of {factory}"
             f"{_near(layout.unused[0], state)}; the names must be those of its state_dict()"
+            f"{_prefix_hint(shapes, state)}"
         )
     loaded = {name for group in layout.groups for name in group.module_names}
     missing = [
@@ -258,6 +259,17 @@ def _from_factory(
         module.to(dtype)
     labels = None if objective.name == "regression" else _label_names(checkpoint.config)
     return Model(module, checkpoint, objective, labels, None, layout)
+
+
+def _prefix_hint(names: Iterable[str], state: Mapping[str, Any]) -> str:
+    """Say what fits names such as Lightning writes them: the attribute that holds the network."""
+    prefix = next(iter(names)).partition(".")[0]
+    if not all(name.removeprefix(f"{prefix}.") in state for name in names):
+        return ""
+    return (
+        f". All begin with {prefix!r}: a factory fits that returns a module with the network as "
+        f"its attribute {prefix}"
+    )
 
 
 def _call_factory(factory: str, config: dict[str, Any]) -> nn.Module:
@@ -292,7 +304,8 @@ def _call_factory(factory: str, config: dict[str, Any]) -> nn.Module:
         except Exception as error:
             raise UsageError(
                 f"--model {factory} failed with {type(error).__name__}: {error}; it is called with "
-                "the contents of config.json, or with nothing if it takes no argument"
+                f"the contents of config.json{'' if config else ' (here there are none)'}, or with "
+                "nothing if it takes no argument"
             ) from error
     finally:
         sys.path.remove(here)

@@ -15,7 +15,12 @@ from consolidate.likelihood import Likelihood
 from consolidate.penalty import Penalty
 from formats.errors import NonFiniteError
 
+OPTIMIZERS = ("adamw", "adam", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
 MIXED_PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+REMEDY = "lower --learning-rate or --ewc-lambda, or use --max-grad-norm"
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def make_optimizer(
         return torch.optim.SGD(
             trained, lr=learning_rate, momentum=momentum, weight_decay=weight_decay
         )
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name]
+    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
     return kind(trained, lr=learning_rate, weight_decay=weight_decay)
 
 
@@ -166,7 +171,7 @@ def train_epoch(
         The optimizer steps taken so far, `first_step` included.
 
     Raises:
-        NonFiniteError: The loss is not finite; no step is taken on it.
+        NonFiniteError: The loss or the penalty is not finite; no step is taken on it.
     """
     model.train()
     if norm_statistics == "frozen":
@@ -192,13 +197,12 @@ def train_epoch(
             micro_loss = likelihood.negative_log_likelihood(outputs, labels).sum() / max(units, 1)
             loss += float(micro_loss.detach())
             if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"step {step + 1}: the loss is {loss}; lower --learning-rate or --ewc-lambda, "
-                    "or use --max-grad-norm"
-                )
+                raise NonFiniteError(f"step {step + 1}: the loss is {loss}; {REMEDY}")
             scaler.scale(micro_loss).backward()
         scaler.unscale_(optimizer)
         penalty_value = float(penalty.add_gradient_()) if penalty is not None else 0.0
+        if not math.isfinite(penalty_value):
+            raise NonFiniteError(f"step {step + 1}: the penalty is {penalty_value}; {REMEDY}")
         gradient_norm = None
         if max_grad_norm is not None:
             gradient_norm = float(nn.utils.clip_grad_norm_(trained, max_grad_norm))

@@ -87,6 +87,23 @@ def replace_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 _settle(place)
 
 
+def check_target(target: Path, *, overwrite: bool = False) -> None:
+    """Refuse, before any work is done, a target that `replace_folder` would refuse after it.
+
+    Args:
+        target: The folder that is to be made or replaced.
+        overwrite: Whether it may be replaced where it holds something.
+
+    Raises:
+        InputError: As `replace_folder`, as far as it can be known beforehand.
+    """
+    place = _Place(target)
+    _refuse_content(place.target, overwrite)
+    parent = next(folder for folder in place.target.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{target} cannot be made: {parent} is no folder that can be written")
+
+
 def recover(target: Path) -> None:
     """Complete or roll back what a killed `replace_folder` left of this target.
 

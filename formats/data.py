@@ -47,7 +47,7 @@ def open_data(
     """
     path = Path(spec).expanduser()
     if not path.exists():
-        if isinstance(spec, str) and path.suffix.lower() not in DATA_SUFFIXES and is_hub_id(spec):
+        if isinstance(spec, str) and not _looks_like_file(path) and is_hub_id(spec):
             try:
                 return open_hub(spec, split=split, subset=subset, revision=revision)
             except (InputError, NetworkError) as error:
@@ -65,6 +65,11 @@ def open_data(
         return _open_file(path)
     except OSError as error:
         raise InputError(f"{error.filename or spec} cannot be read: {error.strerror}.") from error
+
+
+def _looks_like_file(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    return suffix in DATA_SUFFIXES or (len(path.parts) == 1 and suffix[1:].isalpha())
 
 
 def _near(path: Path) -> str:

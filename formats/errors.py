@@ -25,12 +25,6 @@ class NonFiniteError(ConsolidateError):
     exit_code = 4
 
 
-class QualityError(ConsolidateError):
-    """A quality gate that was asked for has failed."""
-
-    exit_code = 5
-
-
 class NetworkError(ConsolidateError):
     """The network or a remote server failed; trying again may help."""
 

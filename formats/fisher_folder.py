@@ -113,7 +113,7 @@ def write_fisher(
     return ledger
 
 
-def read_fisher(folder: Path) -> StoredFisher:
+def read_fisher(folder: str | Path) -> StoredFisher:
     """Open a Fisher folder: the ledger, and the headers of every tensor file against it.
 
     Values are neither read nor checked here: `verify` does that.
@@ -126,7 +126,10 @@ def read_fisher(folder: Path) -> StoredFisher:
             or names, shapes, dtypes or metadata are not what the ledger says.
         NonFiniteError: A number of the ledger overflows to infinity.
     """
+    folder = Path(folder)
     recover(folder)
+    if not folder.parent.is_dir():
+        raise InputError(f"{folder.parent}: no such folder")
     if not folder.is_dir():
         raise InputError(
             f"{folder} is not there: the checkpoint has no Fisher; measure one with "
@@ -176,6 +179,24 @@ def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: st
             f"{stored.folder / LEDGER_NAME} belongs to other weights than {where}: "
             f"{in_one_line(lines)}; measure the Fisher of these weights with `consolidate fisher`"
         )
+
+
+def check_intact(stored: StoredFisher) -> None:
+    """Refuse tensors of the folder whose bytes are not those of the ledger; all are read.
+
+    Args:
+        stored: The Fisher.
+
+    Raises:
+        InputError: Some differ; the message says which file, and which tensors.
+    """
+    for _, tensors, records in tensor_sets(stored):
+        found = {name: tensor_record(tensors[name]) for name in tensors}
+        if lines := differences(records, found):
+            raise InputError(
+                f"{tensors.path} is damaged: {in_one_line(lines)}; measure the Fisher again, or "
+                "fetch it again"
+            )
 
 
 def in_one_line(lines: list[str]) -> str:

@@ -19,12 +19,13 @@ MODEL = ("--model", "conftest:make_network")
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """Run the command line in this process; give exit code, stdout and stderr."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit) as left:
             main([str(argument) for argument in arguments])
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     out, err = capsys.readouterr()
     return int(left.value.code or 0), out, err
 
@@ -205,3 +206,43 @@ def test_a_signal_ends_the_run_and_leaves_nothing(
     assert process.returncode == code
     assert "Traceback" not in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_debug_shows_where_and_keeps_the_code(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, _, err = run(capsys, "show", tmp_path / "nowhere", "--debug")
+    assert code == 3
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_not_lost_while_torch_is_imported(
+    network_checkpoint: Path, sent: signal.Signals
+) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == 'torch': os.kill(os.getpid(), {sent.value})\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from consolidate.cli import main\n"
+        f"main(['verify', {str(network_checkpoint)!r}])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 128 + sent
+    assert done.stderr in ("interrupted\n", "terminated\n")
+
+
+def test_what_cannot_be_printed_is_said(network_checkpoint: Path, write_task: Write) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "consolidate", "fisher", network_checkpoint, "--data",
+             write_task("old"), *MODEL],
+            stdout=full, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        )  # fmt: skip
+    assert done.returncode in (3, 141)
+    assert "Traceback" not in done.stderr
+    assert "nothing was changed" not in done.stderr

@@ -295,8 +295,11 @@ def test_an_output_folder_that_holds_something_is_kept(
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     options = {"output_dir": out, "penalty": "none", "max_steps": 1, **FAST}
-    with pytest.raises(InputError, match="holds something already"):
+    with pytest.raises(InputError, match=r"already holds 'thesis\.txt'"):
         commands.finetune(network_checkpoint, write_task("new"), **options)
+    assert contents(out) == {"thesis.txt": b"years of work"}
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        commands.finetune(network_checkpoint, write_task("new"), **options, overwrite=True)
     assert contents(out) == {"thesis.txt": b"years of work"}
     (out / "thesis.txt").unlink()
     commands.finetune(network_checkpoint, write_task("new"), **options)
@@ -549,7 +552,7 @@ def test_a_bare_encoder_learns_a_first_task(tmp_path: Path) -> None:
     assert torch.equal(stored["classifier.weight"], named["classifier.weight"])
     metrics = commands.evaluate(tmp_path / "out", {"animals": data})
     assert metrics["animals"]["accuracy"] in (0.0, 0.5, 1.0)
-    with pytest.raises(InputError, match="holds no Fisher"):
+    with pytest.raises(InputError, match="first task with --penalty none"):
         commands.finetune(
             encoder, data, output_dir=tmp_path / "held", ewc_lambda=1.0,
             objective="sequence-classification",
@@ -566,3 +569,55 @@ def test_a_checkpoint_can_replace_itself(network_checkpoint: Path, write_task: W
     moved = sum((start[name] != end[name]).sum().item() for name in start)
     assert result["share_moved"] == moved / sum(values.numel() for values in start.values()) > 0.5
     assert consolidate.verify(network_checkpoint)["tasks"] == ["new"]
+
+
+def test_a_repository_is_not_replaced(network_checkpoint: Path, write_task: Write) -> None:
+    (network_checkpoint / ".git").mkdir()
+    with pytest.raises(InputError, match="git repository"):
+        commands.finetune(
+            network_checkpoint, write_task("new"), output_dir=network_checkpoint, overwrite=True,
+            penalty="none", **FAST,
+        )  # fmt: skip
+
+
+def test_a_damaged_fisher_is_refused(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    commands.fisher(network_checkpoint, write_task("old"), **NETWORK)
+    file = network_checkpoint / "fisher" / "fisher.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"is damaged: .*other values"):
+        commands.finetune(
+            network_checkpoint, write_task("new"), output_dir=tmp_path / "out", ewc_lambda=1.0,
+            **FAST,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adma"}, "--optimizer adma: expected one of adamw, adam, sgd"),
+        ({"lr_scheduler": "step"}, "--lr-scheduler step"),
+        ({"mixed_precision": "fp8"}, "--mixed-precision fp8"),
+        ({"epochs": 0}, "--epochs 0: expected at least 1"),
+        ({"freeze": ["*"]}, "--freeze leaves no parameter to train"),
+    ],
+)
+def test_options_out_of_range(
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        commands.finetune(
+            network_checkpoint, write_task("new"), output_dir=tmp_path / "out", penalty="none",
+            **NETWORK, **options,
+        )  # fmt: skip
+
+
+def test_one_data_set_needs_no_name(network_checkpoint: Path, write_task: Write) -> None:
+    assert set(commands.evaluate(network_checkpoint, write_task("new"), **NETWORK)) == {"new"}

@@ -178,3 +178,9 @@ def test_a_column_is_what_its_rows_hold(tmp_path: Path) -> None:
     for i in range(2):
         (folder / f"{i}.csv").write_bytes((tmp_path / "t.csv").read_bytes())
     assert list(open_data(folder).values("label")) == ["2", "0", "1"] * 2
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "READYOU.md"])
+def test_what_looks_like_a_file_is_not_sought_on_the_hub(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        open_data(name)

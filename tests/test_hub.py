@@ -12,7 +12,7 @@ from conftest import make_network
 from safetensors.torch import load_file
 
 from consolidate.hub import locate
-from formats.errors import InputError
+from formats.errors import InputError, UsageError
 
 Write = Callable[..., Path]
 
@@ -82,3 +82,8 @@ def test_a_repository_with_its_fisher_is_fine_tuned_without_the_old_data(
     )
     assert code == 75
     assert "check the spelling, or try again" in err
+
+
+def test_a_local_path_has_no_revision(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is local"):
+        locate(tmp_path, "main")
