@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -105,22 +104,40 @@ def task_name(name: str | None, data: str, before: StoredFisher | None) -> str:
     return name
 
 
-def task_record(
-    name: str, model: Model, diagonal: FisherDiagonal, *, data: str, data_digest: str | None
-) -> TaskRecord:
-    """Write down how a task's Fisher was measured; its layers come in with `add_task`.
+def add_task(
+    before: StoredFisher | None,
+    model: Model,
+    weights: Mapping[str, Tensor],
+    diagonal: FisherDiagonal,
+    *,
+    name: str,
+    data: str = "",
+    data_digest: str | None = None,
+    ewc_lambda: float | None = None,
+    penalty: str | None = None,
+    metrics: dict[str, dict[str, dict[str, float]]] | None = None,
+) -> tuple[dict[str, Tensor], Ledger]:
+    """Merge a task's Fisher into the chain so far, and grow its ledger by the task.
 
     Args:
-        name: The task's name.
-        model: The model it was measured with.
-        diagonal: The Fisher.
-        data: The name of the data.
+        before: The chain so far; None for the first task.
+        model: The model the Fisher was measured with.
+        weights: What is stored of it, by the names of the weights file.
+        diagonal: The new task's Fisher by the module's names.
+        name: The new task's name.
+        data: The name of its data.
         data_digest: SHA-256 of the data, or None.
+        ewc_lambda: λ that the task was learned with.
+        penalty: The penalty that it was learned with.
+        metrics: What was measured while it was learned.
 
     Returns:
-        The record for the ledger.
+        Λ by the names of the weights file, and the ledger.
     """
-    return TaskRecord(
+    total: Mapping[str, Tensor] = {} if before is None else before.fisher
+    gamma = 1.0 if before is None else before.ledger.gamma
+    fisher = model.layout.to_file(diagonal)
+    record = TaskRecord(
         name=name,
         objective=model.objective.name,
         likelihood=model.objective.likelihood,
@@ -133,43 +150,28 @@ def task_record(
         seed=diagonal.seed,
         data=data,
         data_digest=data_digest,
-    )
-
-
-def add_task(
-    before: StoredFisher | None, fisher: Mapping[str, Tensor], record: TaskRecord
-) -> tuple[dict[str, Tensor], Ledger]:
-    """Merge a task's Fisher into the chain so far, and grow its ledger by the task.
-
-    Args:
-        before: The chain so far; None for the first task.
-        fisher: The new task's Fisher by the names of the weights file.
-        record: Of the new task; its layers are filled in.
-
-    Returns:
-        Λ by the names of the weights file, and the ledger, whose `weights` and `unprotected` are
-        still to be filled in.
-    """
-    total: Mapping[str, Tensor] = {} if before is None else before.fisher
-    gamma = 1.0 if before is None else before.ledger.gamma
-    record = replace(
-        record,
+        ewc_lambda=ewc_lambda,
+        penalty=penalty,
+        metrics=metrics or {},
         layers={
-            name: LayerRecord(
+            parameter: LayerRecord(
                 trace=float(values.double().sum()),
-                overlap=fisher_overlap(values, total[name]) if name in total else None,
+                overlap=fisher_overlap(values, total[parameter]) if parameter in total else None,
             )
-            for name, values in fisher.items()
+            for parameter, values in fisher.items()
         },
     )
+    merged = merge_online(total, fisher, gamma=gamma)
     ledger = Ledger(
         tasks=[*(before.ledger.tasks if before is not None else []), record],
         merge_rule="online",
         gamma=gamma,
+        unprotected=unprotected(model, merged),
+        weights=weight_records(weights),
         versions=_versions(),
         heads={} if before is None else before.ledger.heads,
     )
-    return merge_online(total, fisher, gamma=gamma), ledger
+    return merged, ledger
 
 
 def load_penalty(
@@ -246,10 +248,7 @@ def store_fisher(
             raise InputError(
                 f"{name!r} in the module is not what {source.path} holds: save the weights first"
             )
-    record = task_record(task, model, diagonal, data="", data_digest=None)
-    merged, ledger = add_task(None, model.layout.to_file(diagonal), record)
-    ledger.unprotected = unprotected(model, merged)
-    ledger.weights = weight_records(source.weights)
+    merged, ledger = add_task(None, model, source.weights, diagonal, name=task)
     with replace_folder(target, overwrite=overwrite) as staging:
         return write_fisher(staging, merged, ledger)
 

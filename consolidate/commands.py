@@ -5,7 +5,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from consolidate.chain import (
     refuse_existing,
     stored_fisher,
     task_name,
-    task_record,
 )
 from consolidate.estimators import FisherDiagonal, fisher_diagonal, model_outputs, to_model
 from consolidate.evaluation import measure
@@ -31,7 +30,6 @@ from consolidate.models import (
     file_weights,
     lacks_head,
     load_model,
-    unprotected,
 )
 from consolidate.penalty import Penalty
 from consolidate.progress import progress
@@ -51,7 +49,6 @@ from formats.checkpoint import (
     Checkpoint,
     check_finite,
     open_checkpoint,
-    weight_records,
     write_checkpoint,
 )
 from formats.errors import ConsolidateError, InputError, NonFiniteError, UsageError
@@ -169,16 +166,15 @@ def fisher(
         seed=seed,
     )
     _log_notes(loaded, examples, diagonal)
-    record = task_record(
-        name,
+    merged, ledger = add_task(
+        before,
         loaded,
+        source.weights,
         diagonal,
+        name=name,
         data=rows.name,
         data_digest=rows.digest() if data_digest else None,
     )
-    merged, ledger = add_task(before, loaded.layout.to_file(diagonal), record)
-    ledger.unprotected = unprotected(loaded, merged)
-    ledger.weights = weight_records(source.weights)
     heads = None if before is None else before.heads
     with replace_folder(target, overwrite=overwrite or add) as staging:
         if in_place:
@@ -418,17 +414,18 @@ def finetune(
         seed=seed,
     )
     _log_notes(loaded, examples, diagonal)
-    record = task_record(
-        name,
+    merged, ledger = add_task(
+        before,
         loaded,
+        final,
         diagonal,
+        name=name,
         data=rows.name,
         data_digest=rows.digest() if data_digest else None,
+        ewc_lambda=ewc_lambda,
+        penalty=penalty,
+        metrics=metrics,
     )
-    record = replace(record, ewc_lambda=ewc_lambda, penalty=penalty, metrics=metrics)
-    merged, ledger = add_task(before, loaded.layout.to_file(diagonal), record)
-    ledger.unprotected = unprotected(loaded, merged)
-    ledger.weights = weight_records(final)
     share_moved = _share_moved(source.weights, final)  # before the output may replace the source
     heads = None if before is None else before.heads
     with replace_folder(target, overwrite=overwrite) as staging:
