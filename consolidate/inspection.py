@@ -105,7 +105,7 @@ def show_text(summary: Mapping[str, Any]) -> str:
         f"merged: {rule}; anchor: {summary['anchor']}",
         "",
         *_table(
-            ["task", "objective", "units", "estimator", "seed", "weight", "λ", "data"],
+            ["task", "objective", "units", "estimator", "seed", "weight", "learned with", "data"],
             [
                 [
                     task["name"],
@@ -114,7 +114,7 @@ def show_text(summary: Mapping[str, Any]) -> str:
                     _estimator(task),
                     str(task["seed"]),
                     f"{task['weight']:g}",
-                    "–" if task["ewc_lambda"] is None else f"{task['ewc_lambda']:g}",
+                    _penalty(task),
                     task["data"],
                 ]
                 for task in summary["tasks"]
@@ -232,6 +232,13 @@ def _estimator(task: Mapping[str, Any]) -> str:
     samples = task["mc_samples"]
     sampled = task["estimator"] in ("mc", "batched") and samples is not None
     return f"{task['estimator']} × {samples}" if sampled else task["estimator"]
+
+
+def _penalty(task: Mapping[str, Any]) -> str:
+    if task["penalty"] is None:
+        return "–"  # it was only measured
+    strength = task["ewc_lambda"]
+    return "no penalty" if strength is None else f"{task['penalty']}, λ = {strength:g}"
 
 
 def _metrics(tasks: list[dict[str, Any]]) -> list[list[str]]:
