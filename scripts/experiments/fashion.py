@@ -26,7 +26,7 @@ CLASSES = [
     *("sandal", "shirt", "sneaker", "bag", "ankle-boot"),
 ]
 L2 = (0.001, 0.01, 0.1)
-EWC = (30.0, 100.0, 300.0)
+EWC = (10.0, 100.0, 1000.0)
 PREPARATION = """\
 apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb fashion
 .venv/bin/python scripts/experiments/fashion.py \\
