@@ -5,30 +5,16 @@ import pytest
 import torch
 from test_estimators import Checkpointed, Experts, Images, Tagger, assert_close, cut, network, tiny
 from torch import Tensor, nn
-from torch.nn import functional
 
-from consolidate import layer_rules
 from consolidate.estimators import fisher_diagonal
 
 F64 = {"accumulate_dtype": torch.float64}
 
 
-def sizes_of(model: nn.Module) -> list[int]:
-    """List the batch size of every pass through the model from now on."""
-    sizes: list[int] = []
-
-    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        first = args[0] if args else next(iter(kwargs.values()))
-        sizes.append(len(first))
-
-    model.register_forward_pre_hook(note, with_kwargs=True)
-    return sizes
-
-
 def agrees_with_one_at_a_time(
-    model: nn.Module, batches: list, likelihood: str, rtol: float = 1e-10
-) -> list[int]:
-    """Hold batches against single examples; return the sizes of the passes for the batches."""
+    model: nn.Module, batches: list, likelihood: str, rtol: float = 1e-9
+) -> dict[str, str]:
+    """Hold batches against single examples; return the methods of the parameters."""
     model = model.double()
     alone = [
         (_rows(inputs, i), labels[i : i + 1])
@@ -37,14 +23,24 @@ def agrees_with_one_at_a_time(
     ]
     for estimator in ("empirical", "mc", "exact"):
         expected = fisher_diagonal(model, alone, likelihood, estimator=estimator, **F64)
-        other = copy.deepcopy(model)
-        sizes = sizes_of(other)
-        found = fisher_diagonal(other, batches, likelihood, estimator=estimator, **F64)
-        assert_close(found, expected, rtol)
-        assert found.unreached == expected.unreached
-        assert not any(m._forward_hooks for m in other.modules())
-        assert sum(len(m._forward_pre_hooks) for m in other.modules()) == 1
-    return sizes
+        assert set(expected.methods.values()) == {"loop"}
+        for check in (False, True):
+            other = copy.deepcopy(model)
+            found = fisher_diagonal(
+                other, batches, likelihood, estimator=estimator, check=check, **F64
+            )
+            assert_close(found, expected, rtol)
+            assert found.unreached == expected.unreached
+            assert not any(m._forward_hooks or m._forward_pre_hooks for m in other.modules())
+            assert all(
+                p.requires_grad == q.requires_grad
+                for p, q in zip(other.parameters(), model.parameters(), strict=True)
+            )
+    return found.methods
+
+
+def all_by(method: str, model: nn.Module) -> dict[str, str]:
+    return {name: method for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _rows(inputs: Tensor | dict[str, Tensor], i: int) -> Tensor | dict[str, Tensor]:
@@ -72,22 +68,36 @@ class Mean(nn.Module):
         return self.head(self.body(x).flatten(1, -2).mean(1))
 
 
-def test_an_mlp_goes_through_in_whole_batches():
-    sizes = agrees_with_one_at_a_time(network(), labelled(10, 5), "softmax")
-    assert sizes == [4, 1, 1, 4, 4, 2]  # the check: a batch, its first and its last; then batches
+def goes_by_rule(model: nn.Module, batches: list, likelihood: str = "softmax") -> None:
+    assert agrees_with_one_at_a_time(model, batches, likelihood) == all_by("rule", model)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_an_mlp(size):
+    methods = agrees_with_one_at_a_time(network(), labelled(10, 5, size=size), "softmax")
+    assert methods == all_by("loop" if size == 1 else "rule", network())
+
+
+def test_whole_batches_are_run():
+    model = network()
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    fisher_diagonal(model, labelled(10, 5), "softmax")
+    # The check: a batch, its first and its last alone, the batch by rules; then the batches.
+    assert sizes == [4, 1, 1, 4, 4, 4, 2]
 
 
 @pytest.mark.parametrize("shape", [(10, 1, 5), (10, 6, 5), (10, 2, 3, 5)])
 def test_linear_with_positions(shape):
     body = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 5, bias=False))
-    assert agrees_with_one_at_a_time(Mean(body), labelled(*shape), "softmax") == [4, 1, 1, 4, 4, 2]
+    goes_by_rule(Mean(body), labelled(*shape))
 
 
 def test_layer_norm():
     body = nn.Sequential(
         nn.LayerNorm(5), nn.Linear(5, 5), nn.LayerNorm((6, 5), bias=False), nn.Tanh()
     )
-    assert agrees_with_one_at_a_time(Mean(body), labelled(7, 6, 5), "softmax") == [4, 1, 1, 4, 3]
+    goes_by_rule(Mean(body), labelled(7, 6, 5))
 
 
 class Words(nn.Module):
@@ -110,7 +120,7 @@ class Words(nn.Module):
 def test_embeddings():
     ids = torch.tensor([[1, 1, 2, 0], [5, 4, 1, 1], [2, 0, 0, 0], [3, 3, 3, 3], [4, 4, 0, 0]])
     batches = cut(ids, torch.tensor([0, 1, 2, 0, 1]), 3)
-    assert agrees_with_one_at_a_time(Words(), batches, "softmax") == [3, 1, 1, 3, 2]
+    goes_by_rule(Words(), batches)
 
 
 def test_layers_called_several_times_and_tied_ones():
@@ -132,32 +142,23 @@ def test_layers_called_several_times_and_tied_ones():
 
     ids = torch.tensor([[1, 2, 0], [2, 2, 1], [1, 0, 0], [2, 1, 2], [1, 1, 1]])
     labels = torch.tensor([[1, 2, -100], [2, 2, 1], [-100, 0, 0], [2, 1, 2], [1, 1, 1]])
-    assert agrees_with_one_at_a_time(Repeated(), cut(ids, labels, 3), "token-softmax") == [
-        3,
-        1,
-        1,
-        3,
-        2,
-    ]
+    goes_by_rule(Repeated(), cut(ids, labels, 3), "token-softmax")
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (7, 6, 5)])
 def test_layers_that_the_next_one_writes_into(shape):
-    # With positions the output is a view, whose gradient is lost when it is written into.
     body = nn.Sequential(
         nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 3), nn.ELU(inplace=True)
     )
     model = body if len(shape) == 2 else Mean(body, 3)
-    sizes = agrees_with_one_at_a_time(model, labelled(*shape), "softmax")
-    assert sizes[:4] == [4, 1, 1, 4]
-    assert (sizes[4:] == [3]) == (len(shape) == 2)
+    goes_by_rule(model, labelled(*shape))
 
 
 def test_frozen_layers_and_parameters():
     model = network()
     model[0].bias.requires_grad_(False)
     model[2].weight.requires_grad_(False)
-    assert agrees_with_one_at_a_time(model, labelled(7, 5), "softmax") == [4, 1, 1, 4, 3]
+    goes_by_rule(model, labelled(7, 5))
 
 
 def test_bfloat16_layers():
@@ -165,9 +166,8 @@ def test_bfloat16_layers():
     batches = [(x.bfloat16(), y) for x, y in labelled(7, 5)]
     alone = [(x[i : i + 1], y[i : i + 1]) for x, y in batches for i in range(len(y))]
     expected = fisher_diagonal(model, alone, "softmax")
-    sizes = sizes_of(model)
     found = fisher_diagonal(model, batches, "softmax")
-    assert sizes == [4, 1, 1, 4, 3]
+    assert found.methods == all_by("rule", model)
     assert_close(found, expected, 0.05)
     exact = fisher_diagonal(copy.deepcopy(model).double(), alone, "softmax", **F64)
     assert_close(found, exact, 0.05)
@@ -190,20 +190,9 @@ class TimeFirst(nn.Module):
 
 
 def test_rows_that_are_not_examples():
-    sizes = agrees_with_one_at_a_time(TimeFirst(), labelled(12, 4, 5), "softmax")
-    assert sizes == [4, 1, 1] + 3 * [4, 1, 1, 1, 1]
-    # The sum over the batch would not have told: it is the same whoever the rows belong to.
-    model = TimeFirst().double()
-    x, y = labelled(4, 4, 5)[0]
-    with layer_rules.recorded(model, dict(model.named_parameters()), 4) as calls:
-        out = model(x)
-    (gradient,) = torch.autograd.grad(
-        functional.cross_entropy(out, y), calls[0].edge, retain_graph=True
-    )
-    use = layer_rules.linear(model.inside, calls[0].inputs, gradient)["weight"]
-    summed = sum(use.of(b) for b in range(4))
-    expected = torch.autograd.grad(functional.cross_entropy(out, y), model.inside.weight)[0]
-    torch.testing.assert_close(summed, expected)
+    methods = agrees_with_one_at_a_time(TimeFirst(), labelled(12, 4, 5), "softmax")
+    assert methods["inside.weight"] == methods["inside.bias"] == "loop"
+    assert methods["head.weight"] == "rule"
 
 
 def test_rows_that_happen_to_be_as_many_as_examples_in_a_later_batch():
@@ -227,8 +216,8 @@ class Outside(nn.Module):
 
 @pytest.mark.parametrize("size", [1.0, 1e-3])
 def test_weights_used_outside_their_layer(size):
-    sizes = agrees_with_one_at_a_time(Outside(size), labelled(7, 5), "softmax")
-    assert sizes == [4, 1, 1, 4, 1, 1, 1, 1, 3, 1, 1, 1]
+    methods = agrees_with_one_at_a_time(Outside(size), labelled(7, 5), "softmax")
+    assert methods == all_by("rule", Outside()) | {"first.weight": "loop"}
 
 
 class Named(nn.Module):
@@ -295,20 +284,19 @@ class OneAtATime(nn.Module):
 
 
 def test_a_model_that_takes_one_example_only():
-    assert agrees_with_one_at_a_time(OneAtATime(), labelled(5, 5), "softmax") == [4] + 5 * [1]
-
-
-def test_batches_of_one_need_no_rules():
-    model = network().double()
-    sizes = sizes_of(model)
-    fisher_diagonal(model, labelled(3, 5, size=1), "softmax")
-    assert sizes == [1, 1, 1]
+    methods = agrees_with_one_at_a_time(OneAtATime(), labelled(5, 5), "softmax")
+    assert set(methods.values()) == {"loop"}
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "mixtral", "t5", "vit"])
 def test_transformers(name):
     model, inputs, labels, likelihood = tiny(name)
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    sizes = agrees_with_one_at_a_time(model, [(inputs, labels)], likelihood, 1e-5)
-    whole = [2, 1, 1, 2]
-    assert sizes == (whole if name in ("bert", "gpt2") else [*whole, 1, 1])
+    methods = agrees_with_one_at_a_time(model, [(inputs, labels)], likelihood, 1e-5)
+    by_module = {
+        "mixtral": ["mlp.gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "t5": ["relative_attention_bias"],
+        "vit": ["cls_token", "position_embeddings"],
+    }.get(name, [])
+    for parameter, method in methods.items():
+        assert method == ("module" if any(n in parameter for n in by_module) else "rule"), parameter
