@@ -22,7 +22,7 @@ from formats.errors import InputError, NonFiniteError, UsageError
 
 ESTIMATORS = ("exact", "mc", "empirical", "batched")
 
-FOLDED_BATCHES, FOLDED_EXAMPLES = 16, 256
+FOLDED_BATCHES, FOLDED_EXAMPLES = 16, 512
 """After so many batches or examples what was added goes to the sums that keep rounding errors."""
 
 

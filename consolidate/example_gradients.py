@@ -50,13 +50,11 @@ class Outer(NamedTuple):
 
     def pairs(self) -> Tensor:
         """Return g_s g_t for each pair of positions, twice where s ≠ t, (B, pairs, m)."""
-        s, t = _pairs(self.g)
-        return self.g[:, s] * self.g[:, t] * (2 - (s == t).to(self.g))[:, None]
+        return _pairs(self.g, 2)
 
     def add_product(self, total: Tensor, pairs: Tensor) -> None:
         """Add Σ_b Σ_{s≤t} pairs_st (a_s a_t)ᵀ to total; pairs may be a sum over other g."""
-        s, t = _pairs(self.a)
-        left, right = pairs, self.a[:, s] * self.a[:, t]
+        left, right = pairs, _pairs(self.a)
         if self.transposed:
             left, right = right, left
         total.flatten(1).addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
@@ -179,7 +177,9 @@ def add_squares_of_sums(total: Tensor, uses: Sequence[Gradients], examples: int)
                 total.addcmul_(scratch, scratch)
 
 
-def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the positions s ≤ t of x (B, T, n)."""
+def _pairs(x: Tensor, weight: int = 1) -> Tensor:
+    """Return x_s x_t for the positions s ≤ t of x (B, T, n), times weight where s ≠ t."""
+    if x.shape[1] == 1:
+        return x.square()
     s, t = torch.triu_indices(x.shape[1], x.shape[1], device=x.device)
-    return s, t
+    return x[:, s] * x[:, t] * torch.where(s == t, 1, weight)[:, None]

@@ -289,13 +289,15 @@ def _disagreeing(
 
     def agrees(name: str) -> bool:
         eps = torch.finfo(parameters[name].dtype).eps
-        # The floors are for gradients that are nothing but rounding, as of a key's bias.
+        # The floor is for gradients that are nothing but rounding, as of a key's bias.
+        floor = min(100 * eps, eps**0.5)
+        # Normalisation is often in float32 whatever the weights.
+        tolerance = max(eps**0.5, 1e-6)
         missing = (sums[name] - truth.sums[name]).abs().max().item()
-        tolerance = max(eps**0.5, 1e-6)  # Normalisation is often in float32 whatever the weights.
-        complete = missing <= tolerance * truth.sums[name].abs().max().item() + 10 * eps * largest
+        complete = missing <= tolerance * truth.sums[name].abs().max().item() + floor * largest
         # Run alone, an example may fall to the other side of a ReLU here and there.
         apart = (squares[name] - truth.squares[name]).abs().mean().item()
-        alike = apart <= eps**0.25 * truth.squares[name].mean().item() + 100 * eps**2 * most
+        alike = apart <= eps**0.25 * truth.squares[name].mean().item() + floor**2 * most
         return complete and alike
 
     return {name for name in marked if name in recording.unfit or not agrees(name)}
