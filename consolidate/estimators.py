@@ -155,7 +155,8 @@ def fisher_diagonal(
     plan: Plan | None = None
     examples = units = pending = 0
     with _measuring(model):
-        totals, sums = _zeros(parameters, accumulate_dtype), _zeros(parameters, accumulate_dtype)
+        totals: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         for number, (inputs, labels) in enumerate(map(split_batch, batches), start=1):
             if not (size := len(labels)):
                 continue
@@ -164,15 +165,16 @@ def fisher_diagonal(
                 raise InputError(f"{len(indices)} indices were given for {read.stop} examples.")
             numbers = torch.tensor([i if indices is None else indices[i] for i in read])
             batch = Batch(number, *to_model(model, inputs, labels), numbers)
+            if estimator != "batched" and size > 1 and (plan is None or check):
+                levels = None if plan is None else plan.levels
+                plan = choose_methods(model, parameters, batch, forward, accumulate_dtype, levels)
+            if not sums:  # After the check, which takes as much memory.
+                totals = _zeros(parameters, accumulate_dtype)
+                sums = _zeros(parameters, accumulate_dtype)
             if estimator == "batched":
                 with requiring_gradients(parameters):
                     reached |= add_gradients(sums, parameters, *run(batch))
             else:
-                if size > 1 and (plan is None or check):
-                    levels = None if plan is None else plan.levels
-                    plan = choose_methods(
-                        model, parameters, batch, forward, accumulate_dtype, levels
-                    )
                 reached |= _add_examples(sums, parameters, plan, batch, run)
             for name, part in sums.items():
                 if not part.sum().isfinite() and not part.isfinite().all():

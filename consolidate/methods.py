@@ -263,41 +263,56 @@ def _disagreeing(
 ) -> set[str]:
     """Return the names of marked parameters whose gradients are not the true ones."""
     marked = {name for unit in units for name in unit.names.values()}
-    if not marked:
-        return set()
     size, probe = len(batch.labels), truth.probe
-    sums, squares = ({n: torch.zeros_like(truth.sums[n]) for n in marked} for _ in range(2))
-
-    def add(name: str, gradients: Gradients) -> None:
-        for example in range(size):
-            gradients.add_to(sums[name], example)
-
     kept = torch.zeros(size, *[1] * (probe.ndim - 1), dtype=torch.bool, device=probe.device)
     kept[list(truth.kept)] = True
-    try:
+
+    def differing(squared: bool) -> set[str]:
+        expected = truth.squares if squared else truth.sums
+        found = {name: torch.zeros_like(expected[name]) for name in marked}
+
+        def add(name: str, gradients: Gradients) -> None:
+            for example in range(size):
+                gradients.add_to(found[name], example)
+
         with recorded(units, size, probe.device, dtype) as recording:
             outputs = forward(batch)
-            recording.backward(outputs, probe, add, keep=True)
-            add_squares(squares, recording, outputs, [probe * kept])
+            if squared:
+                add_squares(found, recording, outputs, [probe * kept])
+            else:
+                recording.backward(outputs, probe, add, keep=False)
+        largest = max(value.abs().max().item() for value in expected.values())
+        agree = _alike if squared else _equal
+
+        def agrees(name: str) -> bool:
+            eps = torch.finfo(parameters[name].dtype).eps
+            return agree(found[name], expected[name], eps, largest)
+
+        return {name for name in marked if name in recording.unfit or not agrees(name)}
+
+    try:
+        return (differing(squared=False) or differing(squared=True)) if marked else set()
     except UnitError as error:
         return set(error.unit.names.values())
     except (RuntimeError, InputError):
         return marked
 
-    largest = max(value.abs().max().item() for value in truth.sums.values())
-    most = max(value.max().item() for value in truth.squares.values())
 
-    def agrees(name: str) -> bool:
-        eps = torch.finfo(parameters[name].dtype).eps
-        # The floor is for gradients that are nothing but rounding, as of a key's bias.
-        floor = min(100 * eps, eps**0.5)
-        # Normalisation is often in float32 whatever the weights.
-        tolerance = max(eps**0.5, 1e-6)
-        missing = (sums[name] - truth.sums[name]).abs().max().item()
-        complete = missing <= tolerance * truth.sums[name].abs().max().item() + floor * largest
-        # Run alone, an example may fall to the other side of a ReLU here and there.
-        apart = (squares[name] - truth.squares[name]).abs().mean().item()
-        alike = apart <= eps**0.25 * truth.squares[name].mean().item() + floor**2 * most
-        return complete and alike
+def _equal(found: Tensor, expected: Tensor, eps: float, largest: float) -> bool:
+    """Return whether sums of gradients are equal up to rounding, largest that of any parameter."""
+    # Normalisation is often in float32 whatever the weights.
+    tolerance = max(eps**0.5, 1e-6)
+    error = (found - expected).abs().max().item()
+    return error <= tolerance * expected.abs().max().item() + _floor(eps) * largest
 
-    return {name for name in marked if name in recording.unfit or not agrees(name)}
+
+def _alike(found: Tensor, expected: Tensor, eps: float, largest: float) -> bool:
+    """Return whether squares are those of the same gradients, run in another batch."""
+    # An example may fall to the other side of a ReLU here and there.
+    error = (found - expected).abs().mean().item()
+    return error <= eps**0.25 * expected.mean().item() + _floor(eps) ** 2 * largest
+
+
+def _floor(eps: float) -> float:
+    """Return the relative size of gradients that are nothing but rounding, as of a key's bias."""
+    return min(100 * eps, eps**0.5)
