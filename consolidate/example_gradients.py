@@ -52,6 +52,13 @@ class Outer(NamedTuple):
         """Return g_s g_t for each pair of positions, twice where s ≠ t, (B, pairs, m)."""
         return _pairs(self.g, 2)
 
+    def add_pairs(self, pairs: Tensor) -> None:
+        """Add what `pairs` returns, in place."""
+        if self.g.shape[1] == 1:
+            pairs.addcmul_(self.g, self.g)
+        else:
+            pairs += self.pairs()
+
     def add_product(self, total: Tensor, pairs: Tensor) -> None:
         """Add Σ_b Σ_{s≤t} pairs_st (a_s a_t)ᵀ to total; pairs may be a sum over other g."""
         left, right = pairs, _pairs(self.a)

@@ -196,10 +196,10 @@ class Squares:
         if self.recording.uses[name] > 1:
             self._waiting.setdefault(name, []).append(gradients)
         elif isinstance(gradients, Outer) and gradients.few:
-            pairs = gradients.pairs()
             if name in self._products:
-                pairs += self._products[name][1]
-            self._products[name] = gradients, pairs
+                gradients.add_pairs(self._products[name][1])
+            else:
+                self._products[name] = gradients, gradients.pairs()
         else:
             gradients.add_squares(self.sums[name])
 

@@ -20,13 +20,13 @@ Rule = Callable[[Any, Tensor, Tensor], dict[str, Gradients]]
 def linear(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     """The outputs are x Wᵀ + b."""
     a, g = _positions(a), _positions(g)  # (B, T, in), (B, T, out)
-    return {"weight": Outer(g, a), "bias": Whole(g.sum(1))}
+    return {"weight": Outer(g, a), "bias": Whole(_summed(g))}
 
 
 def conv1d(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     """The outputs are x W + b: transformers' transposed Linear."""
     a, g = _positions(a), _positions(g)
-    return {"weight": Outer(g, a, transposed=True), "bias": Whole(g.sum(1))}
+    return {"weight": Outer(g, a, transposed=True), "bias": Whole(_summed(g))}
 
 
 def convolution(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
@@ -54,6 +54,11 @@ def embedding(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     if module.padding_idx is not None:
         g = g * (ids != module.padding_idx)[..., None]
     return {"weight": Rows(ids, g)}
+
+
+def scaled_embedding(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
+    """The outputs are s W[ids], s a constant."""
+    return embedding(module, a, g * module.embed_scale)
 
 
 def layer_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
@@ -87,6 +92,7 @@ RULES: dict[str, Rule] = {
     "transformers.pytorch_utils.Conv1D": conv1d,
     "torch.nn.modules.conv.Conv[12]d": convolution,
     "torch.nn.modules.sparse.Embedding": embedding,
+    "transformers.models.*ScaledWordEmbedding": scaled_embedding,
     "torch.nn.modules.normalization.LayerNorm": layer_norm,
     "torch.nn.modules.normalization.RMSNorm": rms_norm,
     "transformers.models.*RMSNorm": rms_norm,
@@ -101,6 +107,11 @@ def rule_of(module: nn.Module) -> Rule | None:
     kind = type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
     return next((rule for pattern, rule in RULES.items() if fnmatchcase(name, pattern)), None)
+
+
+def _summed(g: Tensor) -> Tensor:
+    """Return the sum over positions of g (B, T, n)."""
+    return g[:, 0] if g.shape[1] == 1 else g.sum(1)
 
 
 def _positions(tensor: Tensor) -> Tensor:

@@ -23,6 +23,9 @@ from formats.errors import InputError
 
 METHODS = ("rule", "module", "loop")
 
+MOST_WAITING = 1 << 26
+"""Elements of per-example gradients that are kept for a parameter that several modules use."""
+
 _LEVELS = ("rule", "module", "module by itself", "loop")  # With vmap, and without.
 
 _Calls = dict[nn.Module, tuple[bool, ...] | None]
@@ -106,7 +109,9 @@ def choose_methods(
     owners = _owners(model, reached, calls)
     for name, paths in owners.items():
         if levels[name] == "rule" and not _has_rule(model, paths, calls):
-            levels[name] = "module"
+            # What several modules give would have to wait for the last of them.
+            waits = len(paths) > 1 and reached[name].numel() * len(batch.labels) > MOST_WAITING
+            levels[name] = "loop" if waits else "module"
     while True:
         units = _units(model, owners, levels, calls)
         marked = {name for unit in units for name in unit.names.values()}

@@ -223,6 +223,16 @@ def test_embeddings():
     goes_by_rule(Words(), batches)
 
 
+def test_scaled_embeddings():
+    from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    ids = torch.tensor([[1, 1, 2, 0], [5, 4, 1, 1], [2, 0, 0, 0], [3, 3, 3, 3], [4, 4, 0, 0]])
+    for kind in (BartScaledWordEmbedding, Gemma3TextScaledWordEmbedding):
+        model = Mean(nn.Sequential(kind(6, 5, 0, embed_scale=2.5), nn.Tanh()))
+        goes_by_rule(model, cut(ids, torch.tensor([0, 1, 2, 0, 1]), 3))
+
+
 def test_layers_called_several_times_and_tied_ones():
     class Repeated(nn.Module):
         def __init__(self):
