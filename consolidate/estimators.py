@@ -84,8 +84,8 @@ def fisher_diagonal(
 
     The model is used in eval mode and comes back bit for bit: modes, buffers and gradients. Only
     `batched` depends on how the examples were cut into batches. Layers with a rule of their own
-    (`layer_rules`) take a batch at once, where that agrees with single examples; everything else
-    takes one example after the other.
+    (`layer_rules`) take a batch at once; other modules are run again alone, and what is left takes
+    one example after the other. What the first batch does not prove right goes the slower way.
 
     Args:
         model: Any module; its output is a tensor or has `logits`. Names are those of
@@ -307,17 +307,23 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     fast_path = torch.backends.mha.get_fastpath_enabled()
+    config: Any = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", False)
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     copies = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         model.eval()
         model.requires_grad_(False)
+        if use_cache:
+            config.use_cache = False  # A cache that is kept is changed when a layer runs again.
         torch.backends.mha.set_fastpath_enabled(False)  # It would leave the layers out.
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        if use_cache:
+            config.use_cache = use_cache
         for parameter in trained:
             parameter.requires_grad_(True)
         for module, training in modes:

@@ -548,6 +548,7 @@ def test_transformers(name):
     model, inputs, labels, likelihood = tiny(name)
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     methods = agrees_with_one_at_a_time(model, [(inputs, labels)], likelihood, 1e-5)
+    assert getattr(model.config, "use_cache", True)
     by_module = {
         "mixtral": ["mlp.gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         "t5": ["relative_attention_bias"],
