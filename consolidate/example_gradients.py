@@ -12,7 +12,7 @@ FEW_POSITIONS = 4
 GROUPED_POSITIONS = 512
 """Up to here several examples go through a convolution as its groups."""
 
-BLOCK = 1 << 17
+BLOCK = 1 << 20
 """Elements of a gradient that are made, squared and added while they are in the cache."""
 
 
@@ -139,7 +139,7 @@ class Convolved(NamedTuple):
         """Add Σ_b gradient² to total, (m, n / groups, *kernel)."""
         # Small ones together; where there are many positions each is work enough.
         few = self.g[0, 0].numel() <= GROUPED_POSITIONS
-        chunk = max(1, 4 * BLOCK // total.numel()) if few else 1
+        chunk = max(1, BLOCK // (2 * total.numel())) if few else 1
         for start in range(0, len(self.g), chunk):
             for gradient in self.of(slice(start, start + chunk)):
                 total.addcmul_(gradient, gradient)
