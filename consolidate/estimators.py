@@ -8,17 +8,22 @@ example or a batch is what gets squared.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from consolidate import layer_rules
-from consolidate.likelihood import IGNORED, Likelihood, get_likelihood
+from consolidate.batches import Batch, model_outputs, split_batch, to_model
+from consolidate.layer_calls import add_squares, recorded
+from consolidate.likelihood import Likelihood, get_likelihood
+from consolidate.methods import Plan, add_gradients, choose_methods, requiring_gradients
 from consolidate.uniforms import uniforms
 from formats.errors import InputError, NonFiniteError, UsageError
 
 ESTIMATORS = ("exact", "mc", "empirical", "batched")
+
+FOLDED_BATCHES, FOLDED_EXAMPLES = 16, 512
+"""After so many batches or examples what was added goes to the sums that keep rounding errors."""
 
 
 class FisherDiagonal(dict[str, Tensor]):
@@ -31,6 +36,8 @@ class FisherDiagonal(dict[str, Tensor]):
         mc_samples: Sampled outcomes per example; None where nothing is sampled.
         seed: The seed of the sampled outcomes.
         unreached: Names of parameters that no output depended on; their Fisher is zero.
+        methods: How the per-example gradients of each of the others were had, one of METHODS;
+            empty for `batched`.
     """
 
     def __init__(
@@ -43,6 +50,7 @@ class FisherDiagonal(dict[str, Tensor]):
         mc_samples: int | None,
         seed: int,
         unreached: list[str],
+        methods: dict[str, str],
     ):
         super().__init__(tensors)
         self.examples = examples
@@ -51,6 +59,7 @@ class FisherDiagonal(dict[str, Tensor]):
         self.mc_samples = mc_samples
         self.seed = seed
         self.unreached = unreached
+        self.methods = methods
 
     def trace(self) -> dict[str, float]:
         """Return the sum of each tensor, by parameter name."""
@@ -69,13 +78,14 @@ def fisher_diagonal(
     accumulate_dtype: torch.dtype = torch.float32,
     indices: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
+    check: bool = False,
 ) -> FisherDiagonal:
     """Measure F = (1/units) Σ_x E_y[(∇_θ log p(y|x, θ))²] for every trainable parameter.
 
     The model is used in eval mode and comes back bit for bit: modes, buffers and gradients. Only
     `batched` depends on how the examples were cut into batches. Layers with a rule of their own
-    (`layer_rules`) take a batch at once, where that agrees with single examples; everything else
-    takes one example after the other.
+    (`layer_rules`) take a batch at once; other modules are run again alone, and what is left takes
+    one example after the other. What the first batch does not prove right goes the slower way.
 
     Args:
         model: Any module; its output is a tensor or has `logits`. Names are those of
@@ -95,6 +105,7 @@ def fisher_diagonal(
         accumulate_dtype: Type of the result and of the sums behind it.
         indices: Index of each example in its data set, in reading order; by default 0, 1, 2 …
         progress: Called after each batch with the number of its examples.
+        check: Whether every batch is held against single examples and autograd, not only the first.
 
     Returns:
         The Fisher diagonal and its counts.
@@ -114,7 +125,7 @@ def fisher_diagonal(
     if not parameters:
         raise InputError("The model has no parameter that requires gradients: nothing to measure.")
 
-    def scores(outputs: Tensor, batch: _Batch) -> Iterator[Tensor]:
+    def scores(outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
         if estimator == "exact":
             outcomes = likelihood.outcomes(outputs, batch.labels)
             if outcomes > max_outcomes:
@@ -130,17 +141,22 @@ def fisher_diagonal(
                 drawn = uniforms(seed, batch.indices, likelihood.draws(outputs), sample)
                 yield likelihood.sampled_scores(outputs, batch.labels, drawn)
 
-    def run(batch: _Batch) -> tuple[Tensor, Iterator[Tensor]]:
+    def forward(batch: Batch) -> Tensor:
         outputs = model_outputs(model, batch.inputs, batch.labels)
         _check_outputs(outputs, batch.number)
+        return outputs
+
+    def run(batch: Batch) -> tuple[Tensor, Iterator[Tensor]]:
+        outputs = forward(batch)
         likelihood.check_labels(outputs.detach(), batch.labels)
         return outputs, scores(outputs.detach(), batch)
 
     reached: set[str] = set()
-    trusted: dict[str, nn.Parameter] | None = None
-    examples = units = 0
+    plan: Plan | None = None
+    examples = units = pending = 0
     with _measuring(model):
-        totals, sums = _zeros(parameters, accumulate_dtype), _zeros(parameters, accumulate_dtype)
+        totals: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         for number, (inputs, labels) in enumerate(map(split_batch, batches), start=1):
             if not (size := len(labels)):
                 continue
@@ -148,29 +164,40 @@ def fisher_diagonal(
             if indices is not None and len(indices) < read.stop:
                 raise InputError(f"{len(indices)} indices were given for {read.stop} examples.")
             numbers = torch.tensor([i if indices is None else indices[i] for i in read])
-            batch = _Batch(number, *to_model(model, inputs, labels), numbers)
+            batch = Batch(number, *to_model(model, inputs, labels), numbers)
+            if estimator != "batched" and size > 1 and (plan is None or check):
+                levels = None if plan is None else plan.levels
+                plan = choose_methods(model, parameters, batch, forward, accumulate_dtype, levels)
+            if not sums:  # After the check, which takes as much memory.
+                totals = _zeros(parameters, accumulate_dtype)
+                sums = _zeros(parameters, accumulate_dtype)
             if estimator == "batched":
-                reached |= _add_gradients(sums, parameters, *run(batch))
+                with requiring_gradients(parameters):
+                    reached |= add_gradients(sums, parameters, *run(batch))
             else:
-                if trusted is None and size > 1:
-                    trusted = _trusted(model, parameters, accumulate_dtype, batch, run)
-                reached |= _add_examples(model, sums, parameters, trusted or {}, batch, run)
-            for name, total in totals.items():
-                _fold(total, sums[name])
-                if not total.isfinite().all():
+                reached |= _add_examples(sums, parameters, plan, batch, run)
+            for name, part in sums.items():
+                if not part.sum().isfinite() and not part.isfinite().all():
                     raise NonFiniteError(
                         f"The gradient of {name!r} is not finite in batch {number} (examples "
                         f"{read[0]} to {read[-1]}): look for infinite weights or inputs, or use a "
                         "wider dtype."
                     )
+            pending += 1
+            if pending == FOLDED_BATCHES or pending * size >= FOLDED_EXAMPLES:
+                _fold(totals, sums)
+                pending = 0
             units += int(likelihood.units(batch.labels).sum())
             examples += size
             if progress is not None:
                 progress(size)
+        _fold(totals, sums)
     if examples == 0:
         raise InputError("There is no example to measure the Fisher on: the batches are empty.")
     if units == 0:
         raise InputError(f"None of the {examples} examples has a position that is predicted.")
+    if not reached:
+        raise InputError("The model's outputs do not depend on any parameter that is trained.")
     sampled = estimator in ("mc", "batched")
     divisor = units * mc_samples if sampled else units
     return FisherDiagonal(
@@ -181,90 +208,14 @@ def fisher_diagonal(
         mc_samples=mc_samples if sampled else None,
         seed=seed,
         unreached=[name for name in parameters if name not in reached],
+        methods={}
+        if estimator == "batched"
+        else {
+            name: "loop" if plan is None else plan.methods.get(name, "loop")
+            for name in parameters
+            if name in reached
+        },
     )
-
-
-def split_batch(batch: Any) -> tuple[Any, Tensor]:
-    """Return the inputs and labels of a batch: a pair, or a mapping with "labels".
-
-    Raises:
-        InputError: If it is neither, or its labels are not a tensor with a row per example.
-    """
-    inputs: Any
-    if isinstance(batch, Mapping):
-        if "labels" not in batch:
-            raise InputError(f'A batch has no "labels"; it has {", ".join(map(str, batch))}.')
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        labels = batch["labels"]
-    elif isinstance(batch, tuple | list) and len(batch) == 2:
-        inputs, labels = batch
-    else:
-        raise InputError(
-            'A batch is a pair (inputs, labels) or a mapping with "labels", '
-            f"found {type(batch).__name__}."
-        )
-    if not isinstance(labels, Tensor) or labels.ndim == 0:
-        raise InputError(
-            "The labels of a batch are a tensor with one row per example, "
-            f"found {type(labels).__name__}."
-        )
-    return inputs, labels
-
-
-def to_model(model: nn.Module, inputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
-    """Move a batch to where the model's parameters are.
-
-    Args:
-        model: Gives the device, and the type of floating-point inputs if its parameters share one.
-        inputs: A tensor, or tensors inside tuples, lists and mappings.
-        labels: The labels of the same examples.
-
-    Returns:
-        The inputs, in the same structure, and the labels.
-    """
-    device = next(model.parameters()).device
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-
-    def place(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() and len(dtypes) == 1:
-            return tensor.to(device, next(iter(dtypes)))
-        return tensor.to(device)
-
-    return _map(place, inputs), labels.to(device)
-
-
-def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
-    """Return what the likelihood is computed from: the model's output tensor, or its `logits`.
-
-    The model never sees the labels, except that an encoder-decoder's inputs are made from them
-    where they are not given.
-
-    Args:
-        model: Any module.
-        inputs: A tensor, a tuple of positional arguments or a mapping of keyword arguments.
-        labels: The labels of the same examples.
-
-    Returns:
-        The outputs, (B, …) floating point, attached to the graph.
-
-    Raises:
-        InputError: If the model gives neither a tensor nor something with `logits`.
-    """
-    if isinstance(inputs, Mapping):
-        outputs = model(**_with_decoder_inputs(model, inputs, labels))
-    elif isinstance(inputs, tuple | list):
-        outputs = model(*inputs)
-    else:
-        outputs = model(inputs)
-    if isinstance(outputs, Mapping):
-        outputs = outputs.get("logits", outputs)
-    elif not isinstance(outputs, Tensor):
-        outputs = getattr(outputs, "logits", outputs)
-    if not isinstance(outputs, Tensor):
-        raise InputError(
-            f"The model returned {type(outputs).__name__}; expected a tensor, or `logits` in it."
-        )
-    return outputs
 
 
 def fisher_overlap(a: Tensor, b: Tensor) -> float:
@@ -283,131 +234,98 @@ def fisher_overlap(a: Tensor, b: Tensor) -> float:
     return min(shared / traces**0.5, 1.0) if traces > 0 else 0.0
 
 
-class _Batch(NamedTuple):
-    """Examples on the model's device, with their indices in the data set."""
-
-    number: int
-    inputs: Any
-    labels: Tensor
-    indices: Tensor
-
-    def example(self, i: int) -> "_Batch":
-        """Return a batch of example i alone."""
-        row, size = slice(i, i + 1), len(self.labels)
-        inputs = _take(self.inputs, row, size)
-        return _Batch(self.number, inputs, self.labels[row], self.indices[row])
-
-
-_Run = Callable[[_Batch], tuple[Tensor, Iterator[Tensor]]]
+_Run = Callable[[Batch], tuple[Tensor, Iterator[Tensor]]]
 """From a batch to the model's outputs and the vectors to send back, each like outputs."""
 
 
 def _add_examples(
-    model: nn.Module,
     sums: dict[str, Tensor],
     parameters: dict[str, nn.Parameter],
-    trusted: dict[str, nn.Parameter],
-    batch: _Batch,
+    plan: Plan | None,
+    batch: Batch,
     run: _Run,
 ) -> set[str]:
     """Add Σ_examples Σ_vectors (Jᵀ vector)² to sums; return the names that outputs depend on.
 
-    The trusted parameters go by layer rules, all at once; the rest by one example after the other.
+    What is marked in the plan goes all at once; the rest by one example after the other.
     """
-    done: set[str] = set()
-    reached: set[str] = set()
-    if trusted:
-        with layer_rules.recorded(model, trusted, len(batch.labels)) as calls:
-            outputs, vectors = run(batch)
-        done, reached = layer_rules.add_squares(sums, calls, outputs, vectors)
-        del calls, outputs, vectors  # The graph of a whole batch, before others are made.
-    if rest := {name: p for name, p in parameters.items() if name not in done}:
-        for example in range(len(batch.labels)):
-            reached |= _add_gradients(sums, rest, *run(batch.example(example)))
-    return reached
-
-
-def _add_gradients(
-    sums: dict[str, Tensor],
-    parameters: dict[str, nn.Parameter],
-    outputs: Tensor,
-    vectors: Iterator[Tensor],
-) -> set[str]:
-    """Add Σ_vectors (Jᵀ vector)² to sums; return the names that outputs depend on."""
-    reached = set()
-    for vector in vectors:
-        gradients = torch.autograd.grad(
-            outputs, list(parameters.values()), vector, retain_graph=True, allow_unused=True
-        )
-        for name, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                gradient = gradient.to_dense().to(sums[name].dtype)
-                sums[name].addcmul_(gradient, gradient)
-                reached.add(name)
-    return reached
-
-
-def _trusted(
-    model: nn.Module,
-    parameters: dict[str, nn.Parameter],
-    dtype: torch.dtype,
-    batch: _Batch,
-    run: _Run,
-) -> dict[str, nn.Parameter]:
-    """Return the parameters for which layer rules agree with single examples.
-
-    The whole batch goes through the rules with all scores but those of its first and last example
-    set to zero; what comes out is held against those two run alone. Squares tell what sums over
-    the batch do not: rows that were taken for another example's, as in time-first layouts.
-    """
-    if not (candidates := layer_rules.covered(model, parameters)):
-        return {}
-    by_rules, alone = _zeros(candidates, dtype), _zeros(candidates, dtype)
     size = len(batch.labels)
-    try:
-        with layer_rules.recorded(model, candidates, size) as calls:
+    rest = parameters
+    reached: set[str] = set()
+    if plan is not None and plan.units:
+        rest = {n: p for n, p in parameters.items() if plan.levels.get(n) == "loop"}
+        # Those that the first batch did not depend on are watched: this one might.
+        others = {n: p for n, p in parameters.items() if n not in plan.levels}
+        dtype = next(iter(sums.values())).dtype
+        with (
+            requiring_gradients(others),
+            recorded(plan.units, size, batch.labels.device, dtype) as recording,
+        ):
             outputs, vectors = run(batch)
-        kept = torch.zeros(size, *[1] * (outputs.ndim - 1), dtype=torch.bool, device=outputs.device)
-        kept[[0, -1]] = True
-        masked = (vector * kept for vector in vectors)
-        done, _ = layer_rules.add_squares(by_rules, calls, outputs, masked)
-    except (RuntimeError, InputError):
-        return {}  # Not a model that takes several examples; one alone may still go through.
-    for example in (0, size - 1):
-        _add_gradients(alone, candidates, *run(batch.example(example)))
-    largest = max((alone[name].max().item() for name in done), default=0.0)
+            rest |= {n: others[n] for n in _dependencies(outputs, others)}
+            rest |= {n: parameters[n] for n in recording.unfit}
+            if outputs.requires_grad:
+                reached |= add_squares(sums, recording, outputs, vectors)
+            del outputs, vectors  # The graph of a whole batch, before others are made.
+    with requiring_gradients(rest):
+        for example in range(size) if rest else ():
+            reached |= add_gradients(sums, rest, *run(batch.example(example)))
+    return reached
 
-    def agree(name: str) -> bool:
-        eps = torch.finfo(candidates[name].dtype).eps
-        # The floor is for gradients that are nothing but rounding, as of a key's bias.
-        tolerance = eps**0.5 * alone[name].max().item() + 100 * eps**2 * largest
-        return (by_rules[name] - alone[name]).abs().max().item() <= tolerance
 
-    return {name: candidates[name] for name in candidates if name in done and agree(name)}
+def _dependencies(outputs: Tensor, parameters: dict[str, nn.Parameter]) -> list[str]:
+    """Return the names of the parameters that outputs depend on."""
+    if not parameters or not outputs.requires_grad:
+        return []
+    gradients = torch.autograd.grad(
+        outputs,
+        list(parameters.values()),
+        torch.zeros_like(outputs),
+        retain_graph=True,
+        allow_unused=True,
+    )
+    return [name for name, g in zip(parameters, gradients, strict=True) if g is not None]
 
 
 def _zeros(parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str, Tensor]:
     return {n: torch.zeros(p.shape, dtype=dtype, device=p.device) for n, p in parameters.items()}
 
 
-def _fold(total: Tensor, part: Tensor) -> None:
-    """Move part into total; what rounding takes stays in part, for the next time (Kahan)."""
-    new = total + part
-    part.sub_(new - total)
-    total.copy_(new)
+def _fold(totals: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
+    """Move sums into totals; what rounding takes stays in sums, for the next time (Kahan)."""
+    for name, total in totals.items():
+        new = total + sums[name]
+        sums[name] -= new - total
+        total.copy_(new)
 
 
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode with gradients on; modes and buffers come back bit for bit."""
+    """Put the model into eval mode with its parameters' gradients off, others' on.
+
+    Modes, buffers and what requires gradients come back bit for bit.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    config: Any = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", False)
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     copies = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         model.eval()
+        model.requires_grad_(False)
+        if use_cache:
+            config.use_cache = False  # A cache that is kept is changed when a layer runs again.
+        torch.backends.mha.set_fastpath_enabled(False)  # It would leave the layers out.
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        if use_cache:
+            config.use_cache = use_cache
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for module, training in modes:
             module.training = training
         for module, tensors in buffers:
@@ -429,55 +347,8 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
 
 
 def _check_outputs(outputs: Tensor, batch: int) -> None:
-    if not outputs.requires_grad:
-        raise InputError("The model's outputs do not depend on any parameter that is trained.")
     if not outputs.isfinite().all():
         raise NonFiniteError(
             f"The model's outputs are not finite in batch {batch}: look for NaN or infinite "
             "weights or inputs, or use a wider dtype."
         )
-
-
-def _take(inputs: Any, rows: slice, size: int) -> Any:
-    """Return those rows of every tensor that has one row for each of the batch's examples."""
-
-    def take(tensor: Tensor) -> Tensor:
-        if tensor.ndim == 0 or (tensor.shape[0] == 1 and size != 1):
-            return tensor
-        if tensor.shape[0] != size:
-            raise InputError(
-                f"An input has shape {tuple(tensor.shape)} in a batch of {size} labels: its first "
-                "size must be the number of examples, or 1 where they share it."
-            )
-        return tensor[rows]
-
-    return _map(take, inputs)
-
-
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply function to every tensor inside mappings, tuples and lists."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: _map(function, item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        items = [_map(function, item) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    return value
-
-
-def _with_decoder_inputs(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
-    """Give an encoder-decoder the labels, one to the right, as its decoder's inputs."""
-    given = any(
-        inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")
-    )
-    config = getattr(model, "config", None)
-    if given or labels.ndim != 2 or not getattr(config, "is_encoder_decoder", False):
-        return dict(inputs)
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        shifted = model.prepare_decoder_input_ids_from_labels(labels=labels)
-    else:
-        start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
-        shifted = torch.cat([start, labels[:, :-1]], 1)
-        shifted = shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)
-    return {**inputs, "decoder_input_ids": shifted}

@@ -42,7 +42,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: fl
     assert list(found) == list(expected)
     for name, value in expected.items():
         error = (found[name].double() - value.double()).abs().max()
-        assert error <= rtol * value.double().abs().max() + 1e-30, (name, error.item())
+        assert error <= rtol * value.double().abs().max() + 1e-24, (name, error.item())
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -402,7 +402,7 @@ def test_bfloat16_weights_are_accumulated_in_float32():
     assert model.weight.dtype == torch.bfloat16
     assert fisher["weight"].dtype == torch.float32
     expected = torch.tensor(1e-3).bfloat16().double().square().item()
-    assert fisher["weight"].item() == pytest.approx(expected, rel=1e-6)
+    assert fisher["weight"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_large_sums_stay_accurate():

@@ -1,0 +1,153 @@
+"""Batches of examples, and what a model makes of them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from consolidate.likelihood import IGNORED
+from formats.errors import InputError
+
+
+class Batch(NamedTuple):
+    """Examples on the model's device, with their indices in the data set."""
+
+    number: int
+    inputs: Any
+    labels: Tensor
+    indices: Tensor
+
+    def example(self, i: int) -> "Batch":
+        """Return a batch of example i alone."""
+        row, size = slice(i, i + 1), len(self.labels)
+        inputs = _take(self.inputs, row, size)
+        return Batch(self.number, inputs, self.labels[row], self.indices[row])
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor]:
+    """Return the inputs and labels of a batch: a pair, or a mapping with "labels".
+
+    Raises:
+        InputError: If it is neither, or its labels are not a tensor with a row per example.
+    """
+    inputs: Any
+    if isinstance(batch, Mapping):
+        if "labels" not in batch:
+            raise InputError(f'A batch has no "labels"; it has {", ".join(map(str, batch))}.')
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        labels = batch["labels"]
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        inputs, labels = batch
+    else:
+        raise InputError(
+            'A batch is a pair (inputs, labels) or a mapping with "labels", '
+            f"found {type(batch).__name__}."
+        )
+    if not isinstance(labels, Tensor) or labels.ndim == 0:
+        raise InputError(
+            "The labels of a batch are a tensor with one row per example, "
+            f"found {type(labels).__name__}."
+        )
+    return inputs, labels
+
+
+def to_model(model: nn.Module, inputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
+    """Move a batch to where the model's parameters are.
+
+    Args:
+        model: Gives the device, and the type of floating-point inputs if its parameters share one.
+        inputs: A tensor, or tensors inside tuples, lists and mappings.
+        labels: The labels of the same examples.
+
+    Returns:
+        The inputs, in the same structure, and the labels.
+    """
+    device = next(model.parameters()).device
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+
+    def place(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and len(dtypes) == 1:
+            return tensor.to(device, next(iter(dtypes)))
+        return tensor.to(device)
+
+    return _map(place, inputs), labels.to(device)
+
+
+def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
+    """Return what the likelihood is computed from: the model's output tensor, or its `logits`.
+
+    The model never sees the labels, except that an encoder-decoder's inputs are made from them
+    where they are not given.
+
+    Args:
+        model: Any module.
+        inputs: A tensor, a tuple of positional arguments or a mapping of keyword arguments.
+        labels: The labels of the same examples.
+
+    Returns:
+        The outputs, (B, …) floating point, attached to the graph.
+
+    Raises:
+        InputError: If the model gives neither a tensor nor something with `logits`.
+    """
+    if isinstance(inputs, Mapping):
+        outputs = model(**_with_decoder_inputs(model, inputs, labels))
+    elif isinstance(inputs, tuple | list):
+        outputs = model(*inputs)
+    else:
+        outputs = model(inputs)
+    if isinstance(outputs, Mapping):
+        outputs = outputs.get("logits", outputs)
+    elif not isinstance(outputs, Tensor):
+        outputs = getattr(outputs, "logits", outputs)
+    if not isinstance(outputs, Tensor):
+        raise InputError(
+            f"The model returned {type(outputs).__name__}; expected a tensor, or `logits` in it."
+        )
+    return outputs
+
+
+def _take(inputs: Any, rows: slice, size: int) -> Any:
+    """Return those rows of every tensor that has one row for each of the batch's examples."""
+
+    def take(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0 or (tensor.shape[0] == 1 and size != 1):
+            return tensor
+        if tensor.shape[0] != size:
+            raise InputError(
+                f"An input has shape {tuple(tensor.shape)} in a batch of {size} labels: its first "
+                "size must be the number of examples, or 1 where they share it."
+            )
+        return tensor[rows]
+
+    return _map(take, inputs)
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply function to every tensor inside mappings, tuples and lists."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: _map(function, item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        items = [_map(function, item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+def _with_decoder_inputs(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
+    """Give an encoder-decoder the labels, one to the right, as its decoder's inputs."""
+    given = any(
+        inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")
+    )
+    config = getattr(model, "config", None)
+    if given or labels.ndim != 2 or not getattr(config, "is_encoder_decoder", False):
+        return dict(inputs)
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        shifted = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    else:
+        start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+        shifted = torch.cat([start, labels[:, :-1]], 1)
+        shifted = shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)
+    return {**inputs, "decoder_input_ids": shifted}

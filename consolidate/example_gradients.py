@@ -1,0 +1,192 @@
+"""Per-example gradients of a batch, in the forms they come in, and the sums of their squares."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FEW_POSITIONS = 4
+"""Up to here Σ_b (Σ_t g_t a_tᵀ)² is one product over pairs of positions."""
+
+GROUPED_POSITIONS = 512
+"""Up to here several examples go through a convolution as its groups."""
+
+BLOCK = 1 << 20
+"""Elements of a gradient that are made, squared and added while they are in the cache."""
+
+
+class Outer(NamedTuple):
+    """Gradients that are products, Σ_t g_t a_tᵀ, or the transposes of such."""
+
+    g: Tensor  # (B, T, m), the gradients at a layer's outputs
+    a: Tensor  # (B, T, n), its inputs
+    transposed: bool = False
+
+    def add_to(self, gradient: Tensor, example: int) -> None:
+        """Add one example's gradient to a tensor, (m, n) or (m, …)."""
+        left, right = self._factors()
+        gradient.flatten(1).addmm_(left[example].T, right[example])
+
+    def add_squares(self, total: Tensor) -> None:
+        """Add Σ_b (Σ_t g_t a_tᵀ)² to total, (m, n) or (m, …)."""
+        if self.few:
+            return self.add_product(total, self.pairs())
+        total = total.flatten(1)
+        left, right = self._factors()
+        height = max(1, BLOCK // right.shape[-1])
+        scratch = right.new_empty(min(height, len(total)), right.shape[-1])
+        for block, rows in zip(left.split(height, -1), total.split(height), strict=True):
+            product = scratch[: len(rows)]
+            for one, other in zip(block, right, strict=True):
+                torch.mm(one.T, other, out=product)
+                rows.addcmul_(product, product)
+        return None
+
+    @property
+    def few(self) -> bool:
+        """Whether there are so few positions that their pairs go into one product."""
+        return self.g.shape[1] <= FEW_POSITIONS
+
+    def pairs(self) -> Tensor:
+        """Return g_s g_t for each pair of positions, twice where s ≠ t, (B, pairs, m)."""
+        return _pairs(self.g, 2)
+
+    def add_pairs(self, pairs: Tensor) -> None:
+        """Add what `pairs` returns, in place."""
+        if self.g.shape[1] == 1:
+            pairs.addcmul_(self.g, self.g)
+        else:
+            pairs += self.pairs()
+
+    def add_product(self, total: Tensor, pairs: Tensor) -> None:
+        """Add Σ_b Σ_{s≤t} pairs_st (a_s a_t)ᵀ to total; pairs may be a sum over other g."""
+        left, right = pairs, _pairs(self.a)
+        if self.transposed:
+            left, right = right, left
+        total.flatten(1).addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
+
+    def take_rows(self, example: int, rows: Tensor) -> Tensor:
+        """Return those rows of one example's gradient, and set them to zero in it."""
+        left, right = self._factors()
+        columns = left[example][:, rows]
+        left[example][:, rows] = 0
+        return columns.T @ right[example]
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return (self.a, self.g) if self.transposed else (self.g, self.a)
+
+
+class Rows(NamedTuple):
+    """Gradients that touch a few rows of a table, Σ_t values_t at row ids_t."""
+
+    ids: Tensor  # (B, T)
+    values: Tensor  # (B, T, n)
+
+    def add_to(self, gradient: Tensor, example: int) -> None:
+        """Add one example's gradient to a tensor, (rows, n)."""
+        gradient.index_add_(0, self.ids[example], self.values[example])
+
+    def add_squares(self, total: Tensor) -> None:
+        """Add Σ_b (Σ_t values_t at ids_t)² to total, (rows, n)."""
+        offsets = torch.arange(len(self.ids), device=self.ids.device)[:, None] * len(total)
+        keys, places = (self.ids + offsets).unique(return_inverse=True)
+        sums = self.values.new_zeros(len(keys), self.values.shape[-1])
+        sums.index_add_(0, places.flatten(), self.values.flatten(0, 1))
+        total.index_add_(0, keys % len(total), sums.square_())
+
+    def of(self, example: int) -> tuple[Tensor, Tensor]:
+        """Return the rows one example touches and its gradient there."""
+        rows, places = self.ids[example].unique(return_inverse=True)
+        values = self.values[example]
+        return rows, values.new_zeros(len(rows), values.shape[-1]).index_add_(0, places, values)
+
+
+class Convolved(NamedTuple):
+    """Gradients of a convolution's kernel, (m, n / groups, *kernel)."""
+
+    g: Tensor  # (B, m, *out)
+    a: Tensor  # (B, n, *in), padded
+    kernel: torch.Size
+    stride: list[int]
+    dilation: list[int]
+    groups: int
+
+    def of(self, examples: slice) -> Tensor:
+        """Return the gradients of some examples, (B, *kernel): to a convolution they are groups."""
+        g, a = self.g[examples], self.a[examples]
+        size, rank = len(g), len(self.stride)
+        gradients = torch.ops.aten.convolution_backward(
+            g.reshape(1, -1, *g.shape[2:]),
+            a.reshape(1, -1, *a.shape[2:]),
+            g.new_empty(1).expand(size * self.kernel[0], *self.kernel[1:]),
+            None,
+            self.stride,
+            [0] * rank,
+            self.dilation,
+            False,
+            [0] * rank,
+            size * self.groups,
+            [False, True, False],
+        )[1]
+        return gradients.view(size, *self.kernel)
+
+    def add_to(self, gradient: Tensor, example: int) -> None:
+        """Add one example's gradient to a tensor."""
+        gradient += self.of(slice(example, example + 1))[0]
+
+    def add_squares(self, total: Tensor) -> None:
+        """Add Σ_b gradient² to total, (m, n / groups, *kernel)."""
+        # Small ones together; where there are many positions each is work enough.
+        few = self.g[0, 0].numel() <= GROUPED_POSITIONS
+        chunk = max(1, BLOCK // (2 * total.numel())) if few else 1
+        for start in range(0, len(self.g), chunk):
+            for gradient in self.of(slice(start, start + chunk)):
+                total.addcmul_(gradient, gradient)
+
+
+class Whole(NamedTuple):
+    """Gradients as they are, for parameters small enough."""
+
+    gradients: Tensor  # (B, …)
+
+    def add_to(self, gradient: Tensor, example: int) -> None:
+        """Add one example's gradient to a tensor."""
+        gradient += self.gradients[example]
+
+    def add_squares(self, total: Tensor) -> None:
+        """Add Σ_b gradients² to total."""
+        total += self.gradients.square().sum(0)
+
+
+Gradients = Outer | Convolved | Rows | Whole
+
+
+def add_squares_of_sums(total: Tensor, uses: Sequence[Gradients], examples: int) -> None:
+    """Add Σ_b (Σ_uses gradient)² to total, for a parameter that is used several times."""
+    match uses:
+        case [use]:
+            use.add_squares(total)
+        case [Outer(transposed=False) as head, Rows() as table] if not head.few:
+            # An embedding tied to the head: it adds to few of the rows.
+            head = head._replace(g=head.g.contiguous())
+            for example in range(examples):
+                rows, values = table.of(example)
+                values += head.take_rows(example, rows)
+                total.index_add_(0, rows, values.square_())
+            head.add_squares(total)
+        case _:
+            scratch = torch.empty_like(total)
+            for example in range(examples):
+                scratch.zero_()
+                for use in uses:
+                    use.add_to(scratch, example)
+                total.addcmul_(scratch, scratch)
+
+
+def _pairs(x: Tensor, weight: int = 1) -> Tensor:
+    """Return x_s x_t for the positions s ≤ t of x (B, T, n), times weight where s ≠ t."""
+    if x.shape[1] == 1:
+        return x.square()
+    s, t = torch.triu_indices(x.shape[1], x.shape[1], device=x.device)
+    return x[:, s] * x[:, t] * torch.where(s == t, 1, weight)[:, None]

@@ -1,0 +1,330 @@
+"""Per-example gradients of a whole batch, taken layer by layer while one backward pass goes by.
+
+Every call of a layer is marked in the graph. When the gradient at its outputs arrives there, the
+layer's rule, or the layer run again by itself, makes its parameters' gradients of each example, and
+they are squared and added at once: none of them outlives its layer.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from consolidate.example_gradients import Gradients, Outer, Whole, add_squares_of_sums
+from consolidate.layer_rules import Rule
+
+VMAP_ELEMENTS = 1 << 22
+"""Elements of per-example gradients that one module makes at a time."""
+
+Sink = Callable[[str, Gradients], None]
+"""Takes per-example gradients of the parameter of that name."""
+
+
+class Unit(NamedTuple):
+    """A module, and those of its parameters whose gradients are taken at its calls."""
+
+    module: nn.Module
+    names: dict[str, str]  # The model's names by the module's.
+    rule: Rule | None = None
+    rows: tuple[bool, ...] = ()  # Without a rule: which of its inputs have one row per example,
+    vmap: bool = False  # and whether it can be run for several examples by vmap.
+
+
+class UnitError(Exception):
+    """A unit could not be run again by itself."""
+
+    def __init__(self, unit: Unit):
+        self.unit = unit
+
+
+class Call(NamedTuple):
+    """One call of a unit, on the way to the model's outputs."""
+
+    unit: Unit
+    inputs: list[Any]
+    spec: TreeSpec
+    outputs: list[int]  # Which of its outputs the gradients are at.
+
+
+class Recording:
+    """The marked calls of one forward pass.
+
+    Attributes:
+        size: The number of examples in the batch.
+        anchor: What to differentiate by, so that gradients pass by every mark.
+        uses: How often each parameter is used, by name.
+        unfit: Names with a call that does not have one row per example.
+        sink: Where the gradients go while a backward pass runs.
+        dtype: The type they are computed in.
+    """
+
+    def __init__(self, size: int, device: torch.device, dtype: torch.dtype):
+        self.size = size
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.uses: Counter[str] = Counter()
+        self.unfit: set[str] = set()
+        self.sink: Sink | None = None
+        self.dtype = dtype
+        self.open = True
+        self.busy = False
+
+    def backward(self, outputs: Tensor, vector: Tensor, sink: Sink, *, keep: bool) -> None:
+        """Send vector back from outputs and every parameter's gradients to the sink.
+
+        Args:
+            outputs: The model's outputs in the forward pass that was recorded.
+            vector: Like outputs.
+            sink: What takes the gradients.
+            keep: Whether the graph is needed again.
+        """
+        self.sink = sink
+        torch.autograd.grad(outputs, self.anchor, vector, retain_graph=keep, allow_unused=True)
+
+    def mark(self, unit: Unit, args: Any, kwargs: Any, output: Any) -> Any:
+        """Return a call's output, marked."""
+        inputs, spec = tree_flatten((args, dict(kwargs)))
+        outputs, output_spec = tree_flatten(output)
+        marked = [
+            i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point()
+        ]
+        if not self._fits(unit, inputs, [outputs[i] for i in marked]):
+            if self.open:
+                self.unfit.update(unit.names.values())
+            return None
+        # Calls that a checkpoint runs again look the same in the graph, but nothing arrives there.
+        if self.open:
+            self.uses.update(unit.names.values())
+        inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
+        call = Call(unit, inputs, spec, marked)
+        marks = _Mark.apply(self, call, self.anchor, *(outputs[i] for i in marked))
+        for i, tensor in zip(marked, marks, strict=True):
+            outputs[i] = tensor
+        return tree_unflatten(outputs, output_spec)
+
+    def receive(self, call: Call, gradients: Sequence[Tensor | None]) -> None:
+        """Pass the gradients of a call's parameters on to the sink, given those at its outputs.
+
+        Raises:
+            UnitError: If the unit's rule does not fit it, or it could not be run again.
+        """
+        if self.sink is None or all(g is None for g in gradients):
+            return
+        try:
+            self.busy = True
+            for found in self._example_gradients(call, gradients):
+                for local, name in call.unit.names.items():
+                    self.sink(name, found[local])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise UnitError(call.unit) from error
+        finally:
+            self.busy = False
+
+    def _example_gradients(
+        self, call: Call, gradients: Sequence[Tensor | None]
+    ) -> Iterator[Mapping[str, Gradients]]:
+        """Yield per-example gradients by the module's names, some examples at a time."""
+        unit = call.unit
+        if unit.rule is not None:
+            (a,), (g,) = call.inputs, (g for g in gradients if g is not None)
+            a = a.to(self.dtype) if a.is_floating_point() else a
+            yield unit.rule(unit.module, a, g.to(self.dtype))
+            return
+        elements = sum(unit.module.get_parameter(local).numel() for local in unit.names)
+        several = any(self.uses[name] > 1 for name in unit.names.values())
+        chunk = self.size if several else max(1, VMAP_ELEMENTS // elements)
+        for start in range(0, self.size, chunk):
+            rows = slice(start, start + chunk)
+            inputs = [t[rows] if r else t for t, r in zip(call.inputs, unit.rows, strict=True)]
+            vectors = [None if g is None else g[rows] for g in gradients]
+            found = module_gradients(call, inputs, vectors)
+            yield {local: Whole(each.to(self.dtype)) for local, each in found.items()}
+
+    def _fits(self, unit: Unit, inputs: list[Any], outputs: list[Tensor]) -> bool:
+        if not outputs or any(t.shape[:1] != (self.size,) for t in outputs):
+            return False
+        if unit.rule is not None:
+            return len(inputs) == len(outputs) == 1 and has_rows(inputs[0], self.size)
+        return len(inputs) == len(unit.rows) and all(
+            has_rows(t, self.size) for t, rows in zip(inputs, unit.rows, strict=True) if rows
+        )
+
+
+class _Mark(torch.autograd.Function):
+    """Passes tensors on; in a backward pass the recording is given their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, recording: Recording, call: Call, anchor: Tensor, *tensors: Tensor
+    ) -> Any:
+        ctx.recording, ctx.call = recording, call
+        ctx.set_materialize_grads(False)
+        # Not views, so that the next layer may write into them.
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        ctx.recording.receive(ctx.call, gradients)
+        return None, None, None, *gradients
+
+
+class Squares:
+    """A sink that adds squares of per-example gradients, also of parameters used several times.
+
+    What few positions give is summed over vectors before the one product with the inputs, which
+    the vectors share. What a parameter's several uses give waits for the last of them.
+    """
+
+    def __init__(self, sums: Mapping[str, Tensor], recording: Recording):
+        self.sums = sums
+        self.recording = recording
+        self.reached: set[str] = set()
+        self._products: dict[str, tuple[Outer, Tensor]] = {}
+        self._waiting: dict[str, list[Gradients]] = {}
+
+    def __call__(self, name: str, gradients: Gradients) -> None:
+        """Take a parameter's per-example gradients, of one use of it, by one vector."""
+        if name in self.recording.unfit:
+            return
+        self.reached.add(name)
+        if self.recording.uses[name] > 1:
+            self._waiting.setdefault(name, []).append(gradients)
+        elif isinstance(gradients, Outer) and gradients.few:
+            if name in self._products:
+                gradients.add_pairs(self._products[name][1])
+            else:
+                self._products[name] = gradients, gradients.pairs()
+        else:
+            gradients.add_squares(self.sums[name])
+
+    def end_vector(self) -> None:
+        """Add what waited for a parameter's last use."""
+        for name, uses in self._waiting.items():
+            add_squares_of_sums(self.sums[name], uses, self.recording.size)
+        self._waiting.clear()
+
+    def end(self) -> None:
+        """Add what was summed over vectors."""
+        for name, (gradients, pairs) in self._products.items():
+            gradients.add_product(self.sums[name], pairs)
+        self._products.clear()
+
+
+def has_rows(value: Any, size: int) -> bool:
+    """Return whether this is a tensor with a row for each of that many examples."""
+    return isinstance(value, Tensor) and value.shape[:1] == (size,)
+
+
+@contextmanager
+def recorded(
+    units: Iterable[Unit], size: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Recording]:
+    """Mark the calls of the units while a batch of that size runs, and until it has run backward.
+
+    Args:
+        units: What to mark.
+        size: The number of examples in the batch.
+        device: Where the model is.
+        dtype: The type that per-example gradients are squared in.
+    """
+    recording = Recording(size, device, dtype)
+    handles = []
+
+    def hook(unit: Unit) -> Callable[..., Any]:
+        def mark(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            return None if recording.busy else recording.mark(unit, args, kwargs, output)
+
+        return mark
+
+    def spread(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # Ids of shape (1, T) are shared by the batch, and so would be the gradient at their rows.
+        shared = len(args) == 1 and args[0].ndim > 1 and args[0].shape[0] == 1
+        spreads = shared and not recording.busy
+        return (args[0].expand(size, *args[0].shape[1:]),) if spreads else args
+
+    try:
+        for unit in units:
+            handles.append(unit.module.register_forward_hook(hook(unit), with_kwargs=True))
+            if isinstance(unit.module, nn.Embedding):
+                handles.append(unit.module.register_forward_pre_hook(spread))
+        yield recording
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def add_squares(
+    sums: Mapping[str, Tensor], recording: Recording, outputs: Tensor, vectors: Iterable[Tensor]
+) -> set[str]:
+    """Add Σ_vectors Σ_examples (Jᵀ vector)² to sums; return the names that outputs depend on.
+
+    Parameters with a call that does not have one row per example are left out.
+
+    Args:
+        sums: Where to add, by name, in the parameters' shapes.
+        recording: The recorded forward pass.
+        outputs: Its outputs.
+        vectors: What to send back, each like outputs.
+    """
+    squares = Squares(sums, recording)
+    vectors = iter(vectors)
+    vector = next(vectors, None)
+    while vector is not None:
+        following = next(vectors, None)
+        recording.backward(outputs, vector, squares, keep=following is not None)
+        squares.end_vector()
+        vector = following
+    squares.end()
+    return squares.reached
+
+
+def module_gradients(
+    call: Call, inputs: list[Any], gradients: list[Tensor | None]
+) -> dict[str, Tensor]:
+    """Return one module's per-example gradients by its own names, from running it again.
+
+    Args:
+        call: The call to repeat.
+        inputs: Its inputs for some examples.
+        gradients: The gradients at its outputs for the same examples.
+    """
+    unit = call.unit
+    values = {name: unit.module.get_parameter(name).detach() for name in unit.names}
+    arrived = [i for i, g in zip(call.outputs, gradients, strict=True) if g is not None]
+    vectors = [g for g in gradients if g is not None]
+    own = [t for t, rows in zip(inputs, unit.rows, strict=True) if rows]
+
+    def outputs(parameters: dict[str, Tensor], example: Iterable[Tensor]) -> list[Tensor]:
+        rows = iter(example)
+        alone = [next(rows)[None] if r else t for t, r in zip(inputs, unit.rows, strict=True)]
+        args, kwargs = tree_unflatten(alone, call.spec)
+        output = torch.func.functional_call(unit.module, parameters, args, kwargs)
+        return [tree_flatten(output)[0][i] for i in arrived]
+
+    def of_example(example: list[Tensor], vector: list[Tensor]) -> dict[str, Tensor]:
+        vjp = torch.func.vjp(lambda parameters: outputs(parameters, example), values)[1]
+        return vjp([v[None] for v in vector])[0]
+
+    def run_alone(example: list[Tensor], vector: list[Tensor]) -> dict[str, Tensor]:
+        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        with torch.enable_grad():
+            found = torch.autograd.grad(
+                outputs(leaves, example),
+                list(leaves.values()),
+                [v[None] for v in vector],
+                materialize_grads=True,
+            )
+        return dict(zip(leaves, found, strict=True))
+
+    if unit.vmap:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # Where it would be a slow loop.
+            return torch.func.vmap(of_example)(own, vectors)
+    each = [run_alone([t[b] for t in own], [v[b] for v in vectors]) for b in range(len(vectors[0]))]
+    return {name: torch.stack([found[name] for found in each]) for name in values}
