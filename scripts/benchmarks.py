@@ -11,7 +11,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,6 +45,10 @@ Environment: {environment}. {minutes:.0f} minutes in all.
 
 Squares = dict[str, Tensor]
 """Σ over a batch's examples of squared gradients, by parameter name."""
+
+
+Panel = tuple[str, str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
+"""Names of the x-axis and of the y-axis, and lines by name as (x, y)."""
 
 
 def start(description: str) -> argparse.ArgumentParser:
@@ -194,29 +198,27 @@ def double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
     return copy.deepcopy(model).double(), converted
 
 
-def relative_error(found: Squares, expected: Squares) -> float:
-    """Return max over parameters of max |found − expected| / (max |expected| + floor).
+def relative_errors(found: Squares, expected: Squares) -> dict[str, float]:
+    """Return max |found − expected| / (max |expected| + floor) by parameter.
 
     The floor, machine precision times the largest value of all, is for what is truly zero, such as
     the bias of an attention key. Parameters that were not found are left out.
     """
     dtype = next(iter(found.values())).dtype
     floor = torch.finfo(dtype).eps * max(value.max().item() for value in expected.values())
-    return max(
-        (value.double() - expected[name]).abs().max().item() / (expected[name].max().item() + floor)
-        for name, value in found.items()
-    )
+    differences = {name: value.double() - expected[name] for name, value in found.items()}
+    return {
+        name: difference.abs().max().item() / (expected[name].max().item() + floor)
+        for name, difference in differences.items()
+    }
 
 
-def plot_powers(
-    picture: Path,
-    panels: Sequence[tuple[str, str, dict[str, tuple[Sequence[float], Sequence[float]]]]],
-) -> list[dict[str, float]]:
+def plot_powers(picture: Path, panels: Sequence[Panel]) -> list[dict[str, float]]:
     """Draw log-log panels with a fitted power law through every line.
 
     Args:
         picture: The PNG to write.
-        panels: Of each the name of the x-axis, that of the y-axis, and lines by name as (x, y).
+        panels: From left to right.
 
     Returns:
         The fitted exponents by line, for every panel.

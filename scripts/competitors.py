@@ -159,28 +159,25 @@ def backpack(case: Case) -> Timed:
     import backpack as library
     from backpack.extensions import DiagGGNExact, SumGradSquared
 
-    if case.likelihood != "softmax":
-        raise NotImplementedError("BackPACK takes the cross entropy of one label per example")
     exact = case.estimator == "exact"
+    names = {p: name for name, p in case.model.named_parameters()}
+    case = _for_cross_entropy(case)
     extension = DiagGGNExact() if exact else SumGradSquared()
     attribute = "diag_ggn_exact" if exact else "sum_grad_squared"
     loss = library.extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def run() -> Squares:
+        model.zero_grad(set_to_none=True)
+        with library.backpack(extension):
+            loss(model(case.inputs), case.labels).backward()
+        return {name: getattr(p, attribute).detach().clone() for p, name in names.items()}
+
+    model = library.extend(case.model)
     try:
-        model = library.extend(case.model)
-        _backpack_pass(library, model, loss, case, extension, attribute)
+        run()
     except NotImplementedError:
-        model = library.extend(case.model, use_converter=True)
-        model.eval()
-    return clocked(lambda: _backpack_pass(library, model, loss, case, extension, attribute))
-
-
-def _backpack_pass(
-    library: Any, model: nn.Module, loss: nn.Module, case: Case, extension: Any, attribute: str
-) -> Squares:
-    model.zero_grad(set_to_none=True)
-    with library.backpack(extension):
-        loss(model(case.inputs), case.labels).backward()
-    return {n: getattr(p, attribute).detach().clone() for n, p in model.named_parameters()}
+        model = library.extend(case.model, use_converter=True).eval()
+    return clocked(run)
 
 
 def nngeometry(case: Case) -> Timed:
@@ -225,8 +222,6 @@ def opacus(case: Case) -> Timed:
     """Square the per-example gradients of Opacus."""
     from opacus import GradSampleModule
 
-    if case.estimator == "exact":
-        raise NotImplementedError("Opacus gives gradients of one loss per example")
     names: dict[Any, str] = {p: name for name, p in case.model.named_parameters()}
     for module in case.model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -296,20 +291,26 @@ def laplace(case: Case) -> Timed:
 
     exact = case.estimator == "exact"
     kind = CurvlinopsGGN if exact else CurvlinopsEF
-    model = case.model if case.likelihood == "softmax" else _ClassesSecond(case.model)
-    labels = case.labels if case.likelihood == "softmax" else case.labels[:, 1:]
-    backend = kind(model, "classification")
     shapes = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
+    case = _for_cross_entropy(case)
+    backend = kind(case.model, "classification")
 
     def run() -> Squares:
-        pairs = zip(case.inputs.split(case.chunk), labels.split(case.chunk), strict=True)
-        flat = sum(backend.diag(x, y, N=len(labels))[1] for x, y in pairs)
+        pairs = zip(case.inputs.split(case.chunk), case.labels.split(case.chunk), strict=True)
+        flat = sum(backend.diag(x, y, N=len(case.labels))[1] for x, y in pairs)
         values = flat.split([p.numel() for p in shapes.values()])
         return {
             name: value.view_as(p) for (name, p), value in zip(shapes.items(), values, strict=True)
         }
 
     return clocked(run)
+
+
+def _for_cross_entropy(case: Case) -> Case:
+    """Make torch's own cross entropy of outputs and labels the loss of every likelihood."""
+    if case.likelihood == "softmax":
+        return case
+    return case._replace(model=_ClassesSecond(case.model), labels=case.labels[:, 1:])
 
 
 class _ClassesSecond(nn.Module):
@@ -330,6 +331,7 @@ class Tool(NamedTuple):
     title: str
     distribution: str = "torch"
     fisher: bool = True  # whether it gives squares at all
+    exact: bool = True  # whether it takes the expectation over the outcomes
 
 
 TOOLS = {
@@ -342,7 +344,7 @@ TOOLS = {
     "vmap": Tool(vmap, "vmap(grad), chunked"),
     "backpack": Tool(backpack, "BackPACK", "backpack-for-pytorch"),
     "nngeometry": Tool(nngeometry, "nngeometry PMatDiag", "nngeometry"),
-    "opacus": Tool(opacus, "Opacus, then square", "opacus"),
+    "opacus": Tool(opacus, "Opacus, then square", "opacus", exact=False),
     "asdl": Tool(asdl, "ASDL", "asdfghjkl"),
     "laplace": Tool(laplace, "laplace, curvlinops backend", "laplace-torch"),
 }
