@@ -2,10 +2,11 @@
 
 The other tools are optional; those that are missing or fail are listed with their message:
 
-    pip install backpack-for-pytorch nngeometry opacus asdfghjkl laplace-torch transformers
+    pip install backpack-for-pytorch nngeometry opacus asdfghjkl laplace-torch
 
-All tools of a workload take turns in one process, so that a slower spell of the machine meets them
-all. Memory is measured in a process of its own, in which freed memory goes back to the system.
+curvlinops comes with laplace-torch. All tools of a workload take turns in one process, so that a
+slower spell of the machine meets them all. Memory is measured in a process of its own, in which
+freed memory goes back to the system.
 """
 
 import argparse
@@ -27,7 +28,6 @@ from typing import Any
 
 import torch
 from benchmarks import (
-    STABLE,
     WORKLOADS,
     Workload,
     double,
@@ -45,6 +45,14 @@ PACKAGES = [
     *("transformers", "backpack-for-pytorch", "nngeometry", "opacus", "asdfghjkl"),
     *("laplace-torch", "curvlinops-for-pytorch"),
 ]
+RETURNED = {
+    "MALLOC_MMAP_MAX_": "65536",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "MALLOC_TOP_PAD_": "0",
+}
+"""Where memory is measured: every large tensor has pages of its own and returns them when freed."""
+
 FEW = 4  # examples that errors are measured on
 WRONG = 1e-6  # error in float64 above which it is another quantity
 ABSENT = {"is not installed": "missing", "has no exact Fisher": "none"}
@@ -80,8 +88,8 @@ examples, which costs once what *a pass of one batch* takes longer.
   float32 some inputs of a ReLU or a max-pool fall on the other side, so only the second column
   tells a wrong formula from rounding.
 - **Memory**: the growth of the process's peak resident memory over its state before the pass,
-  results included (Linux only), in a process where freed memory goes back to
-  the system (`MALLOC_MMAP_THRESHOLD_=65536`, without the MALLOC variables below).
+  results included (Linux only), in a process of its own where freed memory goes back to the system
+  ({returned} instead of what is stated below).
 - transformers' models are wrapped to take one tensor, since other tools expect that. All are in
   eval mode with random weights; the inputs are noise.
 - BackPACK's converter is used where its plain form refuses. laplace and vmap take 8 examples at
@@ -208,10 +216,7 @@ def memory_rows(name: str, rows: dict[str, Row], quick: bool) -> None:
     words = [sys.executable, sys.argv[0], "--memory", "--workload", name, *["--quick"] * quick]
     for key in works:
         words += ["--tool", key]
-    environment = {key: os.environ[key] for key in os.environ if not key.startswith("MALLOC")}
-    plain = {key: "" for key in STABLE if key.startswith("MALLOC")}
-    environment |= plain | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    done = subprocess.run(words, env={**os.environ, **RETURNED}, capture_output=True, text=True)
     if done.returncode:
         print(f"no memory measured for {name}: {done.stderr[-300:]}", file=sys.stderr)
         return
@@ -295,7 +300,7 @@ def failures(tables: dict[str, dict[str, Row]]) -> str:
         f"- {row.tool.title}, {WORKLOADS[name].title}: `{row.failure.replace('`', chr(39))}`"
         for key in next(iter(tables.values()))
         for name, table in tables.items()
-        if (row := table[key]).failure
+        if (row := table[key]).failure not in ("", "has no exact Fisher")
     ]
     return "\n".join(lines) or "Nothing."
 
@@ -329,7 +334,11 @@ def main() -> None:
     tables = {}
     for name in names:
         began = time.monotonic()
-        tables[name] = measure(name, tools, options.quick, rounds, seconds)
+        try:
+            tables[name] = measure(name, tools, options.quick, rounds, seconds)
+        except ModuleNotFoundError as error:
+            print(f"left out: {WORKLOADS[name].title}: {error}", file=sys.stderr)
+            continue
         print(f"{time.monotonic() - began:5.0f} s  {WORKLOADS[name].title}", file=sys.stderr)
     write_page(
         "fisher",
@@ -341,6 +350,7 @@ def main() -> None:
             details="\n\n".join(detail(name, rows) for name, rows in tables.items()),
             failures=failures(tables),
             few=FEW,
+            returned=" ".join(f"`{key}={value}`" for key, value in RETURNED.items()),
         ),
         quick=bool(options.quick or options.workload or options.tool),
         packages=PACKAGES,

@@ -41,8 +41,8 @@ forward and backward passes over the same batches.{quick}
 {table}
 
 Examples: an MLP 784-400-400-10 in batches of 128, and a BERT of 2 layers × 128 in batches of 4
-texts of 64 tokens. Parameters: the MLP's width at {mlp_examples} examples in batches of 128, and
-the width of a BERT of 4 layers at {bert_examples} texts of 64 tokens in batches of 16.
+texts of 64 tokens. Parameters: the MLP's width at {images} examples in batches of 512, and the
+width of a BERT of 4 layers at {texts} texts of 64 tokens in batches of 16.
 """
 
 
@@ -109,16 +109,16 @@ def main() -> None:
     quick = options.quick
     counts = (10, 20, 40) if quick else (10, 30, 100, 300, 1000)
     widths = (64, 128, 256) if quick else (256, 500, 1000, 2200, 4800)
-    bert_widths = (32, 64) if quick else (64, 96, 192, 384, 640)
-    rounds, mlp_batches, bert_batches = (2, 2, 1) if quick else (5, 4, 2)
+    bert_widths = (32, 64) if quick else (96, 192, 320, 576, 960)
+    rounds, batches = (2, 1) if quick else (5, 2)
     passes: list[Pass] = []
     for count in counts:
         passes += both(EXAMPLES, "MLP", mlp(), images(128), count)
         passes += both(EXAMPLES, "BERT", bert(128, 2), texts(4), count)
     for width in widths:
-        passes += both(PARAMETERS, "MLP", mlp(width=width), images(128), mlp_batches)
+        passes += both(PARAMETERS, "MLP", mlp(width=width), images(512), batches)
     for width in bert_widths:
-        passes += both(PARAMETERS, "BERT", bert(width, 4), texts(16), bert_batches)
+        passes += both(PARAMETERS, "BERT", bert(width, 4), texts(16), batches)
     seconds: dict[Pass, list[float]] = defaultdict(list)
     for turn in range(rounds + 1):
         for timed in passes:
@@ -142,8 +142,8 @@ def main() -> None:
         rounds=rounds,
         quick=" **A quick run at tiny sizes: its figures mean nothing.**" * quick,
         table=markdown(["exponent in", EXAMPLES, PARAMETERS], rows),
-        mlp_examples=128 * mlp_batches,
-        bert_examples=16 * bert_batches,
+        images=512 * batches,
+        texts=16 * batches,
     )
     write_page("fisher-scaling", text, quick=quick, packages=["transformers"])
 

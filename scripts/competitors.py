@@ -20,7 +20,7 @@ class Case(NamedTuple):
     """A model and a batch of a workload."""
 
     model: nn.Module
-    inputs: Tensor
+    inputs: Any  # a tensor for the other tools
     labels: Tensor
     likelihood: str
     estimator: str
