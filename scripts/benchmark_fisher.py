@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from benchmarks import (
     WORKLOADS,
+    Double,
     Workload,
     double,
     installed,
@@ -84,9 +86,10 @@ examples, which costs once what *a pass of one batch* takes longer.
 ## How it was measured
 
 - **Error**: the largest over parameters of max |F − F₀| / max |F₀| against a batch-of-one loop in
-  float64, on {few} examples; once in float32, as timed, and once with everything in float64. In
-  float32 some inputs of a ReLU or a max-pool fall on the other side, so only the second column
-  tells a wrong formula from rounding.
+  float64, on {few} examples; once in float32, as timed, and once with everything in float64, also
+  where the model's code asks for float32 by name (blank where a tool fails at that). In float32
+  some inputs of a ReLU or a max-pool fall on the other side, so only the second column tells a
+  wrong formula from rounding.
 - **Memory**: the growth of the process's peak resident memory over its state before the pass,
   results included (Linux only), in a process of its own where freed memory goes back to the system
   ({returned} instead of what is stated below).
@@ -189,15 +192,18 @@ def check(
     """Hold every tool's squares on a few examples against the float64 loop's."""
     exact_model, exact_inputs = double(model, inputs)
     kinds = (workload.likelihood, workload.estimator)
-    expected = squares_one_by_one(exact_model, exact_inputs, labels, *kinds)
+    with Double():
+        expected = squares_one_by_one(exact_model, exact_inputs, labels, *kinds)
     for row in rows.values():
         for wide in (False, True):
             if not row.tool.fisher:
                 continue
             pair = (exact_model, exact_inputs) if wide else (model, inputs)
             trial = Row(row.tool, failure=row.failure)
-            run = attempt(trial, prepare, row.tool, workload, *pair, labels)
-            if result := attempt(trial, run):
+            with Double() if wide else nullcontext():
+                run = attempt(trial, prepare, row.tool, workload, *pair, labels)
+                result = attempt(trial, run)
+            if result:
                 found = result[1]
                 errors = relative_errors(found, expected)
                 row.errors[torch.float64 if wide else torch.float32] = max(errors.values())

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 STABLE = {
@@ -196,6 +197,22 @@ def double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
     else:
         converted = inputs.double() if inputs.is_floating_point() else inputs
     return copy.deepcopy(model).double(), converted
+
+
+class Double(TorchDispatchMode):
+    """Make float64 where a model asks for float32 by name, as for its norms and softmaxes.
+
+    Nothing else would show whether a formula is right in a model that is float64 in part only.
+    """
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Call the operator, with float64 in place of float32."""
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return operator(*args, **kwargs)
 
 
 def relative_errors(found: Squares, expected: Squares) -> dict[str, float]:
