@@ -309,6 +309,9 @@ class _StderrHandler(logging.Handler):
     help="Of the weights during the pass; as stored by default. The Fisher is float32.",
 )
 @FREEZE
+@click.option(
+    "--check", is_flag=True, help="Hold every batch against single examples, not only the first."
+)
 @click.option("--add", is_flag=True, help="Add another task measured at the same weights.")
 @click.option(
     "--overwrite", is_flag=True, help="Replace the Fisher (or output folder) that is there."

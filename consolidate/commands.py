@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -86,6 +87,7 @@ def fisher(
     output_dir: str | Path | None = None,
     revision: str | None = None,
     data_digest: bool = True,
+    check: bool = False,
 ) -> dict[str, Any]:
     """Measure the Fisher diagonal of a checkpoint on a task's data and store it beside the weights.
 
@@ -114,6 +116,7 @@ def fisher(
         output_dir: Write a whole checkpoint here instead of a Fisher into the folder.
         revision: Of a checkpoint on the Hub.
         data_digest: Keep the data's digest in the ledger.
+        check: Hold every batch against single examples and autograd, not only the first.
 
     Returns:
         What was done: the folder, the task, counts, and the Fisher's trace.
@@ -164,6 +167,7 @@ def fisher(
         max_examples=max_examples,
         batch_size=batch_size,
         seed=seed,
+        check=check,
     )
     _log_notes(loaded, examples, diagonal)
     merged, ledger = add_task(
@@ -532,6 +536,7 @@ def measure_fisher(
     max_examples: int | None,
     batch_size: int,
     seed: int,
+    check: bool = False,
 ) -> FisherDiagonal:
     """Measure the Fisher of encoded examples, with progress on stderr.
 
@@ -545,6 +550,7 @@ def measure_fisher(
         max_examples: Size of a seeded random subset.
         batch_size: Examples read and run at a time.
         seed: Of the subset and of the sampled labels.
+        check: Hold every batch against single examples and autograd, not only the first.
 
     Returns:
         The Fisher diagonal by the module's parameter names.
@@ -565,6 +571,7 @@ def measure_fisher(
             max_outcomes=max_outcomes,
             seed=seed,
             indices=order,
+            check=check,
             progress=advance,
         )
 
@@ -787,12 +794,20 @@ def _fisher_summary(name: str, diagonal: FisherDiagonal) -> dict[str, Any]:
         "units": diagonal.units,
         "parameters": sum(values.numel() for values in diagonal.values()),
         "trace": sum(float(values.double().sum()) for values in diagonal.values()),
+        "methods": dict(Counter(diagonal.methods.values())),
     }
 
 
 def _log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> None:
     for note in [*model.notes, *examples.notes()]:
         LOG.info("%s", note)
+    slow = [name for name, method in diagonal.methods.items() if method == "loop"]
+    if slow and diagonal.examples > 1:
+        LOG.info(
+            "%d parameters went by one example at a time, which is slow: %s",
+            len(slow),
+            ", ".join(slow[:5]) + (", …" if len(slow) > 5 else ""),
+        )
     if unreached := diagonal.unreached:
         LOG.info(
             "the Fisher of %d parameters is zero, since the loss does not depend on them: %s",

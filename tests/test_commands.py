@@ -70,6 +70,7 @@ def test_fisher_stands_beside_untouched_weights(
     ).items():
         torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-9)
     assert result["estimator"] == "exact"
+    assert result["methods"] == {"rule": 4}
     assert result["examples"] == 60
     assert result["trace"] == pytest.approx(sum(v.sum().item() for v in found.values()))
     (task,) = read_fisher(network_checkpoint / "fisher").ledger.tasks
@@ -621,3 +622,14 @@ def test_options_out_of_range(
 
 def test_one_data_set_needs_no_name(network_checkpoint: Path, write_task: Write) -> None:
     assert set(commands.evaluate(network_checkpoint, write_task("new"), **NETWORK)) == {"new"}
+
+
+def test_every_batch_can_be_checked(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    data = write_task("old")
+    for name, check in (("once", False), ("always", True)):
+        commands.fisher(
+            network_checkpoint, data, **NETWORK, check=check, output_dir=tmp_path / name
+        )
+    assert contents(tmp_path / "once") == contents(tmp_path / "always")
