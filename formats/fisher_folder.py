@@ -20,7 +20,6 @@ from formats.tensors import MAX_SHARD_SIZE, TensorFiles, check_link, open_tensor
 
 LEDGER_NAME = "fisher.json"
 METADATA_KEY = FORMAT
-_MOST_LINES = 5
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: st
     if lines:
         raise InputError(
             f"{stored.folder / LEDGER_NAME} belongs to other weights than {where}: "
-            f"{in_one_line(lines)}; measure the Fisher of these weights with `consolidate fisher`"
+            f"{in_one_line(lines, 2)}; measure the Fisher of these weights with `consolidate fisher`"
         )
 
 
@@ -194,15 +193,15 @@ def check_intact(stored: StoredFisher) -> None:
         found = {name: tensor_record(tensors[name]) for name in tensors}
         if lines := differences(records, found):
             raise InputError(
-                f"{tensors.path} is damaged: {in_one_line(lines)}; measure the Fisher again, or "
+                f"{tensors.path} is damaged: {in_one_line(lines, 2)}; measure the Fisher again, or "
                 "fetch it again"
             )
 
 
-def in_one_line(lines: list[str]) -> str:
+def in_one_line(lines: list[str], most: int = 5) -> str:
     """Join the first few of several findings, counting the rest."""
-    rest = len(lines) - _MOST_LINES
-    return "; ".join(lines[:_MOST_LINES]) + (f"; and {rest} more" if rest > 0 else "")
+    rest = len(lines) - most
+    return "; ".join(lines[:most]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def file_metadata(kind: str, weights_digest: str) -> dict[str, str]:
