@@ -176,7 +176,8 @@ def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: st
     if lines:
         raise InputError(
             f"{stored.folder / LEDGER_NAME} belongs to other weights than {where}: "
-            f"{in_one_line(lines, 2)}; measure the Fisher of these weights with `consolidate fisher`"
+            f"{in_one_line(lines, 2)}; measure the Fisher of these weights with "
+            "`consolidate fisher`"
         )
 
 
