@@ -36,8 +36,8 @@ TEXT = """
 A vision transformer of transformers, of {parameters:,} parameters, made here with random weights,
 learns the ten classes from a folder of PNG files by class (task A: {train:,} images, white on
 black) with `consolidate finetune --penalty none`, which also measures the exact Fisher on
-{measured:,} of them. Then it learns the same classes from negatives (task B: {train:,} other images,
-black on white). Accuracy on {test:,} test images of each task:
+{measured:,} of them. Then it learns the same classes from negatives (task B: {train:,} other
+images, black on white). Accuracy on {test:,} test images of each task:
 
 {results}
 
