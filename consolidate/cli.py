@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import tomllib
 import traceback
 from collections.abc import Callable, Sequence
@@ -81,15 +82,19 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+def _stop(signum: int, frame: FrameType | None) -> None:
     """Unwind, so that nothing half-written stays; leave at once while something is imported.
 
-    Extension modules lose an exception that passes through their import, or make another of it.
+    Extension modules lose an exception that passes through their import, or make another of it; a
+    finalizer swallows it, so there the signal is sent again a moment later.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             os.write(2, b"interrupted\n" if signum == signal.SIGINT else b"terminated\n")
             os._exit(128 + signum)
+        if frame.f_code.co_name == "__del__":
+            threading.Timer(0.05, os.kill, (os.getpid(), signum)).start()
+            return
         frame = frame.f_back
     raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
 

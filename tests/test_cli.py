@@ -246,3 +246,19 @@ def test_what_cannot_be_printed_is_said(network_checkpoint: Path, write_task: Wr
     assert done.returncode in (3, 141)
     assert "Traceback" not in done.stderr
     assert "nothing was changed" not in done.stderr
+
+
+def test_a_signal_is_not_lost_in_a_finalizer(network_checkpoint: Path) -> None:
+    script = (
+        "import os, signal, time\n"
+        "from consolidate import cli, inspection\n"
+        "class Bar:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.01)\n"
+        "def verify(checkpoint):\n"
+        "    Bar()\n"
+        "    time.sleep(20)\n"
+        "inspection.verify = verify\n"
+        f"cli.main(['verify', {str(network_checkpoint)!r}])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "terminated\n")
