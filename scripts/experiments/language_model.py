@@ -128,7 +128,7 @@ def main() -> None:
         },
         [
             *(*packing, "--max-steps", steps, "--batch-size", batch),
-            *("--learning-rate", 1e-4, "--lr-scheduler", "linear", "--warmup-steps", steps // 10),
+            *("--learning-rate", 6e-4, "--lr-scheduler", "linear", "--warmup-steps", steps // 10),
             *("--fisher-estimator", "mc", "--fisher-max-examples", 4),
         ],
     )
