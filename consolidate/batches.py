@@ -1,7 +1,8 @@
 """Batches of examples, and what a model makes of them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,19 +11,36 @@ from consolidate.likelihood import IGNORED
 from formats.errors import InputError
 
 
-class Batch(NamedTuple):
-    """Examples on the model's device, with their indices in the data set."""
+@dataclass(frozen=True)
+class Batch:
+    """Examples, with their indices in the data set."""
 
     number: int
     inputs: Any
     labels: Tensor
     indices: Tensor
 
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.labels)
+
+    def rows(self, first: int, last: int) -> "Batch":
+        """Return a batch of the examples from first on, up to but without last."""
+        some = slice(first, last)
+        inputs = _take(self.inputs, some, len(self))
+        return Batch(self.number, inputs, self.labels[some], self.indices[some])
+
     def example(self, i: int) -> "Batch":
         """Return a batch of example i alone."""
-        row, size = slice(i, i + 1), len(self.labels)
-        inputs = _take(self.inputs, row, size)
-        return Batch(self.number, inputs, self.labels[row], self.indices[row])
+        return self.rows(i, i + 1)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether a device, or the system, had no memory left for a tensor."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in words)
+    )
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor]:

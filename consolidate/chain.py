@@ -15,7 +15,7 @@ from consolidate.merging import merge_online
 from consolidate.models import Model, file_weights, unprotected
 from consolidate.objectives import get_objective
 from consolidate.penalty import Penalty
-from formats.atomic import check_target, replace_folder
+from formats.atomic import check_target, has_content, replace_folder
 from formats.checkpoint import Checkpoint, open_checkpoint, weight_records
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import (
@@ -270,7 +270,7 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
             "at the same weights"
         )
     check_target(target, overwrite=overwrite)
-    if not target.is_dir() or not any(target.iterdir()):
+    if not has_content(target):
         return
     if not (target / LEDGER_NAME).is_file():
         try:

@@ -237,6 +237,24 @@ def _estimator_options(prefix: str) -> Callable[[Any], Any]:
             show_default=True,
             help="Refuse exact above this many backward passes per example.",
         ),
+        option(
+            "tolerance",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Read in random order, and stop once the relative standard error of every "
+            "parameter's trace is at most this, after 64 examples at the earliest.",
+        ),
+        option(
+            "accumulate-dtype",
+            type=click.Choice(["float32", "float64"]),
+            default="float32",
+            show_default=True,
+            help="Of the sums, and what gradients are squared in.",
+        ),
+        option(
+            "check",
+            is_flag=True,
+            help="Hold every batch against single examples, not only the first.",
+        ),
     )
 
 
@@ -315,8 +333,19 @@ class _StderrHandler(logging.Handler):
 )
 @FREEZE
 @click.option(
-    "--check", is_flag=True, help="Hold every batch against single examples, not only the first."
+    "--dry-run",
+    is_flag=True,
+    help="Only say what it would take: time, memory, sizes of files. Nothing is written.",
 )
+@click.option(
+    "--save-every",
+    type=click.FloatRange(min=0),
+    default=5.0,
+    show_default=True,
+    metavar="MINUTES",
+    help="Keep what a long pass has so far; the same command started again goes on from there.",
+)
+@click.option("--restart", is_flag=True, help="Throw away what was kept of an unfinished pass.")
 @click.option("--add", is_flag=True, help="Add another task measured at the same weights.")
 @click.option(
     "--overwrite", is_flag=True, help="Replace the Fisher (or output folder) that is there."
@@ -524,8 +553,9 @@ def _with_objects(options: dict[str, Any]) -> dict[str, Any]:
         k.removesuffix("_column"): options.pop(k) for k in list(options) if k.endswith("_column")
     }
     options["columns"] = Columns(**given)
-    if options.get("dtype") is not None:
-        options["dtype"] = getattr(torch, options["dtype"])
+    for name in ("dtype", "accumulate_dtype", "fisher_accumulate_dtype"):
+        if options.get(name) is not None:
+            options[name] = getattr(torch, options[name])
     return options
 
 
@@ -548,10 +578,37 @@ def _write(result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]
 
 
 def _fisher_text(result: dict[str, Any]) -> str:
+    if result.get("status") == "dry run":
+        return _cost_text(result)
+    errors = {
+        name: layer["relative_error"]
+        for name, layer in result["layers"].items()
+        if layer["relative_error"] is not None
+    }
+    worst = max(errors, key=lambda name: errors[name], default=None)
+    certainty = "" if worst is None else f" (at worst ± {errors[worst]:.1%}, of {worst})"
     return (
         f"{result['fisher']}: {result['estimator']} Fisher of {result['task']!r} over "
         f"{result['examples']:,} examples, {result['parameters']:,} parameters, "
-        f"trace {result['trace']:.4g}"
+        f"trace {result['trace']:.4g}{certainty}"
+    )
+
+
+def _cost_text(cost: dict[str, Any]) -> str:
+    memory = f"{cost['peak_memory'] / 1e9:.2f} GB"
+    if cost["peak_device_memory"] is not None:
+        memory += f", and {cost['peak_device_memory'] / 1e9:.2f} GB on the device"
+    each = cost["seconds_per_example"]
+    files = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in cost["files"].items())
+    return "\n".join(
+        [
+            f"parameters   {cost['parameters']:,}",
+            f"examples     {cost['examples']:,}, {cost['estimator']}",
+            f"time         {cost['seconds']:,.0f} s, {1000 * each:.3g} ms per example",
+            f"memory       {memory} at most",
+            f"files        {files}",
+            "Nothing was written: this was a dry run on a few batches.",
+        ]
     )
 
 

@@ -20,11 +20,13 @@ from consolidate.chain import (
     stored_fisher,
     task_name,
 )
-from consolidate.estimators import FisherDiagonal, fisher_diagonal, model_outputs, to_model
+from consolidate.estimators import FisherDiagonal
 from consolidate.evaluation import measure
-from consolidate.examples import Columns, Examples, encode, label_names
+from consolidate.examples import Columns, Examples, encode, label_names, subset
 from consolidate.hub import locate
-from consolidate.likelihood import Likelihood, get_likelihood
+from consolidate.kept_pass import KeptPass
+from consolidate.likelihood import get_likelihood
+from consolidate.measuring import measure_fisher, pass_cost
 from consolidate.models import (
     Model,
     config_of,
@@ -50,8 +52,10 @@ from formats.checkpoint import (
     Checkpoint,
     check_finite,
     open_checkpoint,
+    weight_records,
     write_checkpoint,
 )
+from formats.digest import set_digest
 from formats.errors import ConsolidateError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher, write_fisher
 from formats.ledger import read_ledger
@@ -59,7 +63,7 @@ from formats.task_file import TaskFile, open_task
 from formats.tensors import dtype_of, shape_of
 
 LOG = logging.getLogger("consolidate")
-MOST_EXACT_OUTCOMES = 16  # the default estimator is exact up to here, mc beyond
+SAVE_EVERY = 5.0  # minutes
 
 
 def fisher(
@@ -88,6 +92,11 @@ def fisher(
     revision: str | None = None,
     data_digest: bool = True,
     check: bool = False,
+    tolerance: float | None = None,
+    accumulate_dtype: torch.dtype = torch.float32,
+    dry_run: bool = False,
+    save_every: float = SAVE_EVERY,
+    restart: bool = False,
 ) -> dict[str, Any]:
     """Measure the Fisher diagonal of a checkpoint on a task's data and store it beside the weights.
 
@@ -117,9 +126,17 @@ def fisher(
         revision: Of a checkpoint on the Hub.
         data_digest: Keep the data's digest in the ledger.
         check: Hold every batch against single examples and autograd, not only the first.
+        tolerance: Read in seeded random order and stop once the relative standard error of every
+            parameter's trace is at most this, after 64 examples at the earliest.
+        accumulate_dtype: Of the sums, and what gradients are squared in: float32 or float64.
+        dry_run: Only say what the pass would take; nothing is written.
+        save_every: Minutes between two times that a long pass is kept beside the target; the same
+            call started again goes on from there.
+        restart: Throw away what was kept of a pass.
 
     Returns:
-        What was done: the folder, the task, counts, and the Fisher's trace.
+        What was done: the folder, the task, counts, the Fisher's trace and how certain it is by
+        parameter; with `dry_run`, what it would take.
 
     Raises:
         InputError: Something in the checkpoint or the data does not fit.
@@ -157,18 +174,46 @@ def fisher(
         pack=pack,
         seed=seed,
     )
-    diagonal = measure_fisher(
-        loaded,
-        examples,
-        label=f"Fisher of {name}",
-        estimator=estimator,
-        mc_samples=mc_samples,
-        max_outcomes=max_outcomes,
-        max_examples=max_examples,
-        batch_size=batch_size,
-        seed=seed,
-        check=check,
+    options: dict[str, Any] = {
+        "estimator": estimator,
+        "mc_samples": mc_samples,
+        "max_outcomes": max_outcomes,
+        "max_examples": max_examples,
+        "batch_size": batch_size,
+        "seed": seed,
+        "tolerance": tolerance,
+        "accumulate_dtype": accumulate_dtype,
+        "check": check,
+    }
+    if dry_run:
+        cost = pass_cost(loaded, examples, **options)
+        return {
+            "status": "dry run",
+            "task": name,
+            **cost,
+            "files": _file_sizes(cost["parameters"], {} if in_place else source.weights),
+        }
+    kept = KeptPass(
+        target,
+        {
+            "weights": lambda: set_digest(weight_records(source.weights)),
+            "data": rows.digest,
+        },
+        {
+            "objective": loaded.objective.name,
+            "model": model,
+            "columns": asdict(_columns(columns, task_file)),
+            "max_length": max_length,
+            "pack": pack,
+            "dtype": None if dtype is None else str(dtype),
+            "freeze": list(freeze),
+            **options,
+            "accumulate_dtype": str(accumulate_dtype),
+        },
+        every=60 * save_every,
+        restart=restart,
     )
+    diagonal = measure_fisher(loaded, examples, label=f"Fisher of {name}", kept=kept, **options)
     _log_notes(loaded, examples, diagonal)
     merged, ledger = add_task(
         before,
@@ -186,6 +231,7 @@ def fisher(
         else:
             write_checkpoint(staging, source, source.weights)
             write_fisher(staging / "fisher", merged, ledger, heads=heads)
+    kept.remove()
     return {
         "status": "done",
         "checkpoint": str(folder if in_place else target),
@@ -236,6 +282,9 @@ def finetune(
     fisher_max_outcomes: int = 4096,
     fisher_max_examples: int | None = None,
     fisher_batch_size: int | None = None,
+    fisher_tolerance: float | None = None,
+    fisher_accumulate_dtype: torch.dtype = torch.float32,
+    fisher_check: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune a checkpoint on a new task with a penalty that keeps what it knew.
 
@@ -284,6 +333,9 @@ def finetune(
         fisher_max_outcomes: As `max_outcomes` of `fisher`.
         fisher_max_examples: As `max_examples` of `fisher`.
         fisher_batch_size: As `batch_size` of `fisher`; `batch_size` unless given.
+        fisher_tolerance: As `tolerance` of `fisher`.
+        fisher_accumulate_dtype: As `accumulate_dtype` of `fisher`.
+        fisher_check: As `check` of `fisher`.
 
     Returns:
         What was done: steps, loss, penalty, the share of weights that moved, metrics, history.
@@ -416,6 +468,9 @@ def finetune(
         max_examples=fisher_max_examples,
         batch_size=fisher_batch_size or batch_size,
         seed=seed,
+        tolerance=fisher_tolerance,
+        accumulate_dtype=fisher_accumulate_dtype,
+        check=fisher_check,
     )
     _log_notes(loaded, examples, diagonal)
     merged, ledger = add_task(
@@ -525,57 +580,6 @@ def evaluate(
     return metrics
 
 
-def measure_fisher(
-    model: Model,
-    examples: Examples,
-    *,
-    label: str,
-    estimator: str | None,
-    mc_samples: int,
-    max_outcomes: int,
-    max_examples: int | None,
-    batch_size: int,
-    seed: int,
-    check: bool = False,
-) -> FisherDiagonal:
-    """Measure the Fisher of encoded examples, with progress on stderr.
-
-    Args:
-        model: A loaded model.
-        examples: Its task's data.
-        label: What the progress is headed with.
-        estimator: None takes ``exact`` up to 16 outcomes and ``mc`` beyond.
-        mc_samples: Labels drawn per example by ``mc``.
-        max_outcomes: ``exact`` is refused above this many backward passes per example.
-        max_examples: Size of a seeded random subset.
-        batch_size: Examples read and run at a time.
-        seed: Of the subset and of the sampled labels.
-        check: Hold every batch against single examples and autograd, not only the first.
-
-    Returns:
-        The Fisher diagonal by the module's parameter names.
-    """
-    likelihood = get_likelihood(model.objective.likelihood)
-    order = _subset(len(examples), max_examples, seed)
-    if estimator is None:
-        first = next(iter(examples.batches(1, order=order[:1])))
-        few = _outcomes(model, first, likelihood) <= MOST_EXACT_OUTCOMES
-        estimator = "exact" if few else "mc"
-    with progress(label, len(order), "examples") as advance:
-        return fisher_diagonal(
-            model.module,
-            examples.batches(batch_size, order=order),
-            likelihood,
-            estimator=estimator,
-            mc_samples=mc_samples,
-            max_outcomes=max_outcomes,
-            seed=seed,
-            indices=order,
-            check=check,
-            progress=advance,
-        )
-
-
 def evaluate_all(
     model: Model, tasks: Mapping[str, Examples], *, batch_size: int
 ) -> dict[str, dict[str, float]]:
@@ -650,7 +654,7 @@ def _train(
     log_every: int,
     seed: int,
 ) -> list[Step]:
-    chosen = _subset(len(examples), max_examples, seed)
+    chosen = subset(len(examples), max_examples, seed)
     per_step = batch_size * gradient_accumulation_steps
     per_epoch = -(-len(chosen) // per_step)
     if epochs is None:
@@ -736,10 +740,9 @@ def _check_target(target: Path, source: Checkpoint, *, overwrite: bool, whole: b
     """Refuse before the work what would fail after it: something in the way, or no room."""
     refuse_existing(target, overwrite=overwrite)
     parent = next(folder for folder in target.absolute().parents if folder.exists())
-    counts = {name: math.prod(shape_of(source.weights, name)) for name in source.weights}
-    needed = 4 * sum(counts.values())
+    needed = 4 * sum(math.prod(shape_of(source.weights, name)) for name in source.weights)
     if whole:
-        needed += sum(n * dtype_of(source.weights, name).itemsize for name, n in counts.items())
+        needed += _bytes(source.weights)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(
@@ -753,23 +756,6 @@ def _task_names(folder: Path) -> str:
         return ", ".join(task.name for task in read_ledger(folder / LEDGER_NAME).tasks)
     except ConsolidateError as error:
         return f"tasks unknown ({error})"
-
-
-def _subset(count: int, most: int | None, seed: int) -> list[int]:
-    if most is None or most >= count:
-        return list(range(count))
-    generator = torch.Generator().manual_seed(seed)
-    return sorted(torch.randperm(count, generator=generator)[:most].tolist())
-
-
-@torch.no_grad()
-def _outcomes(model: Model, batch: tuple[Any, Tensor], likelihood: Likelihood) -> int:
-    training = model.module.training
-    model.module.eval()
-    inputs, labels = to_model(model.module, *batch)
-    outputs = model_outputs(model.module, inputs, labels)
-    model.module.train(training)
-    return likelihood.outcomes(outputs, labels)
 
 
 @torch.no_grad()
@@ -786,14 +772,33 @@ def _share_moved(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> floa
     return moved / max(1, sum(end[name].numel() for name in there))
 
 
+def _file_sizes(parameters: int, weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Give the bytes of what a pass would write, without headers and the ledger."""
+    sizes = {"fisher.safetensors": 4 * parameters}
+    if weights:
+        sizes["model.safetensors"] = _bytes(weights)
+    return sizes
+
+
+def _bytes(weights: Mapping[str, Tensor]) -> int:
+    return sum(
+        math.prod(shape_of(weights, name)) * dtype_of(weights, name).itemsize for name in weights
+    )
+
+
 def _fisher_summary(name: str, diagonal: FisherDiagonal) -> dict[str, Any]:
+    errors = {name: e for name, e in diagonal.relative_errors.items() if math.isfinite(e)}
     return {
         "task": name,
         "estimator": diagonal.estimator,
         "examples": diagonal.examples,
         "units": diagonal.units,
         "parameters": sum(values.numel() for values in diagonal.values()),
-        "trace": sum(float(values.double().sum()) for values in diagonal.values()),
+        "trace": sum(diagonal.trace().values()),
+        "layers": {
+            layer: {"trace": trace, "relative_error": errors.get(layer)}
+            for layer, trace in diagonal.trace().items()
+        },
         "methods": dict(Counter(diagonal.methods.values())),
     }
 

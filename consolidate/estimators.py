@@ -6,6 +6,7 @@ The four estimators differ only in which vectors are sent back through the netwo
 example or a batch is what gets squared.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consolidate.batches import Batch, model_outputs, split_batch, to_model
-from consolidate.layer_calls import add_squares, recorded
+from consolidate.batches import Batch, model_outputs, split_batch
 from consolidate.likelihood import Likelihood, get_likelihood
-from consolidate.methods import Plan, add_gradients, choose_methods, requiring_gradients
+from consolidate.methods import method_of
+from consolidate.passes import PartialPass, Pass, Scores
 from consolidate.uniforms import uniforms
 from formats.errors import InputError, NonFiniteError, UsageError
 
 ESTIMATORS = ("exact", "mc", "empirical", "batched")
 
-FOLDED_BATCHES, FOLDED_EXAMPLES = 16, 512
-"""After so many batches or examples what was added goes to the sums that keep rounding errors."""
+LEAST_EXAMPLES = 64
+"""No pass is ended by a tolerance before so many examples: few show too little of their spread."""
 
 
 class FisherDiagonal(dict[str, Tensor]):
@@ -38,6 +39,9 @@ class FisherDiagonal(dict[str, Tensor]):
         unreached: Names of parameters that no output depended on; their Fisher is zero.
         methods: How the per-example gradients of each of the others were had, one of METHODS;
             empty for `batched`.
+        relative_errors: The standard error of each tensor's trace over that trace, from the spread
+            over the examples (`batched`: over the batches); infinite where there was only one,
+            missing where the trace is zero.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class FisherDiagonal(dict[str, Tensor]):
         seed: int,
         unreached: list[str],
         methods: dict[str, str],
+        relative_errors: dict[str, float],
     ):
         super().__init__(tensors)
         self.examples = examples
@@ -60,6 +65,7 @@ class FisherDiagonal(dict[str, Tensor]):
         self.seed = seed
         self.unreached = unreached
         self.methods = methods
+        self.relative_errors = relative_errors
 
     def trace(self) -> dict[str, float]:
         """Return the sum of each tensor, by parameter name."""
@@ -79,13 +85,18 @@ def fisher_diagonal(
     indices: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
     check: bool = False,
+    tolerance: float | None = None,
+    start: PartialPass | None = None,
+    keep: Callable[[PartialPass], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> FisherDiagonal:
     """Measure F = (1/units) Σ_x E_y[(∇_θ log p(y|x, θ))²] for every trainable parameter.
 
     The model is used in eval mode and comes back bit for bit: modes, buffers and gradients. Only
     `batched` depends on how the examples were cut into batches. Layers with a rule of their own
     (`layer_rules`) take a batch at once; other modules are run again alone, and what is left takes
-    one example after the other. What the first batch does not prove right goes the slower way.
+    one example after the other. What the first batch does not prove right goes the slower way. A
+    batch that the memory does not suffice for is taken in halves.
 
     Args:
         model: Any module; its output is a tensor or has `logits`. Names are those of
@@ -106,13 +117,19 @@ def fisher_diagonal(
         indices: Index of each example in its data set, in reading order; by default 0, 1, 2 …
         progress: Called after each batch with the number of its examples.
         check: Whether every batch is held against single examples and autograd, not only the first.
+        tolerance: End the pass once the relative standard error of every tensor's trace is at most
+            this, after LEAST_EXAMPLES at the earliest; the batches should come in random order.
+        start: Where to go on. The batches are the same again; those that it has are only read.
+        keep: Called now and then with what `start` takes, valid until it returns.
+        note: Takes what should be known at once, such as that the memory does not suffice.
 
     Returns:
         The Fisher diagonal and its counts.
 
     Raises:
         UsageError: If an option is unknown or out of range, or `exact` has too many outcomes.
-        InputError: If there is no example, nothing to differentiate, or a batch does not fit.
+        InputError: If there is no example, nothing to differentiate, a batch does not fit the
+            model, or the memory does not suffice for a single example.
         NonFiniteError: If outputs or gradients are not finite, naming parameter and batch.
     """
     likelihood = get_likelihood(likelihood)
@@ -120,12 +137,20 @@ def fisher_diagonal(
         raise UsageError(f"No estimator is named {estimator!r}; there are {', '.join(ESTIMATORS)}.")
     if mc_samples < 1:
         raise UsageError(f"mc_samples is {mc_samples}; at least 1 outcome must be sampled.")
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise UsageError(f"tolerance is {tolerance}; it must be finite and above 0.")
     _refuse_batch_statistics(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise InputError("The model has no parameter that requires gradients: nothing to measure.")
 
-    def scores(outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
+    def forward(batch: Batch) -> Tensor:
+        outputs = model_outputs(model, batch.inputs, batch.labels)
+        _check_outputs(outputs, batch.number)
+        return outputs
+
+    def vectors(outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
+        likelihood.check_labels(outputs, batch.labels)
         if estimator == "exact":
             outcomes = likelihood.outcomes(outputs, batch.labels)
             if outcomes > max_outcomes:
@@ -141,80 +166,50 @@ def fisher_diagonal(
                 drawn = uniforms(seed, batch.indices, likelihood.draws(outputs), sample)
                 yield likelihood.sampled_scores(outputs, batch.labels, drawn)
 
-    def forward(batch: Batch) -> Tensor:
-        outputs = model_outputs(model, batch.inputs, batch.labels)
-        _check_outputs(outputs, batch.number)
-        return outputs
-
-    def run(batch: Batch) -> tuple[Tensor, Iterator[Tensor]]:
-        outputs = forward(batch)
-        likelihood.check_labels(outputs.detach(), batch.labels)
-        return outputs, scores(outputs.detach(), batch)
-
-    reached: set[str] = set()
-    plan: Plan | None = None
-    examples = units = pending = 0
+    scores = Scores(forward, vectors, likelihood.units, whole=estimator == "batched")
     with _measuring(model):
-        totals: dict[str, Tensor] = {}
-        sums: dict[str, Tensor] = {}
-        for number, (inputs, labels) in enumerate(map(split_batch, batches), start=1):
-            if not (size := len(labels)):
+        measured = Pass(
+            model, parameters, scores, accumulate_dtype, check=check, note=note, start=start
+        )
+        examples = measured.examples
+        for batch, first in _numbered(batches, indices):
+            # Before a batch, not after it, so that a pass which goes on ends where it would have.
+            if tolerance is not None and first >= max(LEAST_EXAMPLES, examples):
+                errors = measured.relative_errors()
+                if errors and max(errors.values()) <= tolerance:
+                    break
+            if first + len(batch) <= examples:
+                measured.see(batch)
                 continue
-            read = range(examples, examples + size)
-            if indices is not None and len(indices) < read.stop:
-                raise InputError(f"{len(indices)} indices were given for {read.stop} examples.")
-            numbers = torch.tensor([i if indices is None else indices[i] for i in read])
-            batch = Batch(number, *to_model(model, inputs, labels), numbers)
-            if estimator != "batched" and size > 1 and (plan is None or check):
-                levels = None if plan is None else plan.levels
-                plan = choose_methods(model, parameters, batch, forward, accumulate_dtype, levels)
-            if not sums:  # After the check, which takes as much memory.
-                totals = _zeros(parameters, accumulate_dtype)
-                sums = _zeros(parameters, accumulate_dtype)
-            if estimator == "batched":
-                with requiring_gradients(parameters):
-                    reached |= add_gradients(sums, parameters, *run(batch))
-            else:
-                reached |= _add_examples(sums, parameters, plan, batch, run)
-            for name, part in sums.items():
-                if not part.sum().isfinite() and not part.isfinite().all():
-                    raise NonFiniteError(
-                        f"The gradient of {name!r} is not finite in batch {number} (examples "
-                        f"{read[0]} to {read[-1]}): look for infinite weights or inputs, or use a "
-                        "wider dtype."
-                    )
-            pending += 1
-            if pending == FOLDED_BATCHES or pending * size >= FOLDED_EXAMPLES:
-                _fold(totals, sums)
-                pending = 0
-            units += int(likelihood.units(batch.labels).sum())
-            examples += size
+            missing = batch.rows(max(examples - first, 0), len(batch))
+            measured.take(missing, keep)
             if progress is not None:
-                progress(size)
-        _fold(totals, sums)
-    if examples == 0:
+                progress(len(missing))
+    if measured.accumulators is None:
         raise InputError("There is no example to measure the Fisher on: the batches are empty.")
-    if units == 0:
-        raise InputError(f"None of the {examples} examples has a position that is predicted.")
-    if not reached:
+    counts = measured.accumulators.counts
+    if counts.units == 0:
+        raise InputError(
+            f"None of the {counts.examples} examples has a position that is predicted."
+        )
+    if not counts.reached:
         raise InputError("The model's outputs do not depend on any parameter that is trained.")
     sampled = estimator in ("mc", "batched")
-    divisor = units * mc_samples if sampled else units
+    levels = measured.levels or {}
     return FisherDiagonal(
-        {name: total.div_(divisor) for name, total in totals.items()},
-        examples=examples,
-        units=units,
+        measured.accumulators.means(counts.units * mc_samples if sampled else counts.units),
+        examples=counts.examples,
+        units=counts.units,
         estimator=estimator,
         mc_samples=mc_samples if sampled else None,
         seed=seed,
-        unreached=[name for name in parameters if name not in reached],
-        methods={}
-        if estimator == "batched"
-        else {
-            name: "loop" if plan is None else plan.methods.get(name, "loop")
+        unreached=[name for name in parameters if name not in counts.reached],
+        methods={
+            name: method_of(levels.get(name, "loop"))
             for name in parameters
-            if name in reached
+            if name in counts.reached and not scores.whole
         },
+        relative_errors=measured.relative_errors(),
     )
 
 
@@ -234,69 +229,22 @@ def fisher_overlap(a: Tensor, b: Tensor) -> float:
     return min(shared / traces**0.5, 1.0) if traces > 0 else 0.0
 
 
-_Run = Callable[[Batch], tuple[Tensor, Iterator[Tensor]]]
-"""From a batch to the model's outputs and the vectors to send back, each like outputs."""
+def _numbered(batches: Iterable[Any], indices: Sequence[int] | None) -> Iterator[tuple[Batch, int]]:
+    """Yield the batches that are not empty, each with how many examples came before it.
 
-
-def _add_examples(
-    sums: dict[str, Tensor],
-    parameters: dict[str, nn.Parameter],
-    plan: Plan | None,
-    batch: Batch,
-    run: _Run,
-) -> set[str]:
-    """Add Σ_examples Σ_vectors (Jᵀ vector)² to sums; return the names that outputs depend on.
-
-    What is marked in the plan goes all at once; the rest by one example after the other.
+    Raises:
+        InputError: If there are fewer indices than examples.
     """
-    size = len(batch.labels)
-    rest = parameters
-    reached: set[str] = set()
-    if plan is not None and plan.units:
-        rest = {n: p for n, p in parameters.items() if plan.levels.get(n) == "loop"}
-        # Those that the first batch did not depend on are watched: this one might.
-        others = {n: p for n, p in parameters.items() if n not in plan.levels}
-        dtype = next(iter(sums.values())).dtype
-        with (
-            requiring_gradients(others),
-            recorded(plan.units, size, batch.labels.device, dtype) as recording,
-        ):
-            outputs, vectors = run(batch)
-            rest |= {n: others[n] for n in _dependencies(outputs, others)}
-            rest |= {n: parameters[n] for n in recording.unfit}
-            if outputs.requires_grad:
-                reached |= add_squares(sums, recording, outputs, vectors)
-            del outputs, vectors  # The graph of a whole batch, before others are made.
-    with requiring_gradients(rest):
-        for example in range(size) if rest else ():
-            reached |= add_gradients(sums, rest, *run(batch.example(example)))
-    return reached
-
-
-def _dependencies(outputs: Tensor, parameters: dict[str, nn.Parameter]) -> list[str]:
-    """Return the names of the parameters that outputs depend on."""
-    if not parameters or not outputs.requires_grad:
-        return []
-    gradients = torch.autograd.grad(
-        outputs,
-        list(parameters.values()),
-        torch.zeros_like(outputs),
-        retain_graph=True,
-        allow_unused=True,
-    )
-    return [name for name, g in zip(parameters, gradients, strict=True) if g is not None]
-
-
-def _zeros(parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {n: torch.zeros(p.shape, dtype=dtype, device=p.device) for n, p in parameters.items()}
-
-
-def _fold(totals: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
-    """Move sums into totals; what rounding takes stays in sums, for the next time (Kahan)."""
-    for name, total in totals.items():
-        new = total + sums[name]
-        sums[name] -= new - total
-        total.copy_(new)
+    first = 0
+    for number, (inputs, labels) in enumerate(map(split_batch, batches), start=1):
+        if not (size := len(labels)):
+            continue
+        read = range(first, first + size)
+        if indices is not None and len(indices) < read.stop:
+            raise InputError(f"{len(indices)} indices were given for {read.stop} examples.")
+        numbers = torch.tensor([i if indices is None else indices[i] for i in read])
+        yield Batch(number, inputs, labels, numbers), first
+        first = read.stop
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consolidate.estimators import model_outputs, to_model
+from consolidate.batches import model_outputs, to_model
 from consolidate.likelihood import Likelihood
 from formats.errors import InputError, NonFiniteError
 

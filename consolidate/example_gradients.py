@@ -1,4 +1,8 @@
-"""Per-example gradients of a batch, in the forms they come in, and the sums of their squares."""
+"""Per-example gradients of a batch, in the forms they come in, and the sums of their squares.
+
+Whoever adds squares to a total returns their sum for each example as well, its share of the
+trace; a negative number stands where it was not measured.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,8 +16,17 @@ FEW_POSITIONS = 4
 GROUPED_POSITIONS = 512
 """Up to here several examples go through a convolution as its groups."""
 
+SMALL = 1 << 18
+"""Elements of a gradient up to which several are made at a time, so that less is called."""
+
+CHUNK = 16
+"""So many, then."""
+
 BLOCK = 1 << 20
-"""Elements of a gradient that are made, squared and added while they are in the cache."""
+"""Elements of a larger gradient that are made, squared and added while they are in the cache."""
+
+MEASURED = 4
+"""Of larger ones every fourth is summed for the spread: that takes a time through memory more."""
 
 
 class Outer(NamedTuple):
@@ -26,22 +39,28 @@ class Outer(NamedTuple):
     def add_to(self, gradient: Tensor, example: int) -> None:
         """Add one example's gradient to a tensor, (m, n) or (m, …)."""
         left, right = self._factors()
-        gradient.flatten(1).addmm_(left[example].T, right[example])
+        gradient.view(len(gradient), -1).addmm_(left[example].T, right[example])
 
-    def add_squares(self, total: Tensor) -> None:
-        """Add Σ_b (Σ_t g_t a_tᵀ)² to total, (m, n) or (m, …)."""
+    def add_squares(self, total: Tensor) -> Tensor:
+        """Add Σ_b (Σ_t g_t a_tᵀ)² to total, (m, n) or (m, …); return Σ_mn for each b, (B,)."""
         if self.few:
             return self.add_product(total, self.pairs())
         total = total.flatten(1)
         left, right = self._factors()
+        if total.numel() <= SMALL:
+            chunks = zip(left.split(CHUNK), right.split(CHUNK), strict=True)
+            return torch.cat([_add_squares(total, x.mT @ y) for x, y in chunks])
         height = max(1, BLOCK // right.shape[-1])
         scratch = right.new_empty(min(height, len(total)), right.shape[-1])
+        traces = _unmeasured(right)
         for block, rows in zip(left.split(height, -1), total.split(height), strict=True):
             product = scratch[: len(rows)]
-            for one, other in zip(block, right, strict=True):
+            for example, (one, other) in enumerate(zip(block, right, strict=True)):
                 torch.mm(one.T, other, out=product)
                 rows.addcmul_(product, product)
-        return None
+                if example % MEASURED == 0:
+                    traces[example] += square(product)
+        return traces
 
     @property
     def few(self) -> bool:
@@ -59,12 +78,18 @@ class Outer(NamedTuple):
         else:
             pairs += self.pairs()
 
-    def add_product(self, total: Tensor, pairs: Tensor) -> None:
-        """Add Σ_b Σ_{s≤t} pairs_st (a_s a_t)ᵀ to total; pairs may be a sum over other g."""
+    def add_product(self, total: Tensor, pairs: Tensor) -> Tensor:
+        """Add Σ_b Σ_{s≤t} pairs_st (a_s a_t)ᵀ to total; pairs may be a sum over other g.
+
+        Returns:
+            The sum of each example's term, (B,).
+        """
         left, right = pairs, _pairs(self.a)
+        traces = (left.sum(-1) * right.sum(-1)).sum(-1)
         if self.transposed:
             left, right = right, left
-        total.flatten(1).addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
+        total.view(len(total), -1).addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
+        return traces
 
     def take_rows(self, example: int, rows: Tensor) -> Tensor:
         """Return those rows of one example's gradient, and set them to zero in it."""
@@ -87,13 +112,14 @@ class Rows(NamedTuple):
         """Add one example's gradient to a tensor, (rows, n)."""
         gradient.index_add_(0, self.ids[example], self.values[example])
 
-    def add_squares(self, total: Tensor) -> None:
-        """Add Σ_b (Σ_t values_t at ids_t)² to total, (rows, n)."""
+    def add_squares(self, total: Tensor) -> Tensor:
+        """Add Σ_b (Σ_t values_t at ids_t)² to total, (rows, n); return each example's sum, (B,)."""
         offsets = torch.arange(len(self.ids), device=self.ids.device)[:, None] * len(total)
         keys, places = (self.ids + offsets).unique(return_inverse=True)
         sums = self.values.new_zeros(len(keys), self.values.shape[-1])
         sums.index_add_(0, places.flatten(), self.values.flatten(0, 1))
         total.index_add_(0, keys % len(total), sums.square_())
+        return sums.new_zeros(len(self.ids)).index_add_(0, keys // len(total), sums.sum(-1))
 
     def of(self, example: int) -> tuple[Tensor, Tensor]:
         """Return the rows one example touches and its gradient there."""
@@ -135,14 +161,18 @@ class Convolved(NamedTuple):
         """Add one example's gradient to a tensor."""
         gradient += self.of(slice(example, example + 1))[0]
 
-    def add_squares(self, total: Tensor) -> None:
-        """Add Σ_b gradient² to total, (m, n / groups, *kernel)."""
+    def add_squares(self, total: Tensor) -> Tensor:
+        """Add Σ_b gradient² to total, (m, n / groups, *kernel); return each example's sum, (B,)."""
         # Small ones together; where there are many positions each is work enough.
         few = self.g[0, 0].numel() <= GROUPED_POSITIONS
         chunk = max(1, BLOCK // (2 * total.numel())) if few else 1
+        traces = _unmeasured(self.g)
         for start in range(0, len(self.g), chunk):
-            for gradient in self.of(slice(start, start + chunk)):
+            for example, gradient in enumerate(self.of(slice(start, start + chunk)), start):
                 total.addcmul_(gradient, gradient)
+                if example % MEASURED == 0:
+                    traces[example] = square(gradient)
+        return traces
 
 
 class Whole(NamedTuple):
@@ -154,19 +184,45 @@ class Whole(NamedTuple):
         """Add one example's gradient to a tensor."""
         gradient += self.gradients[example]
 
-    def add_squares(self, total: Tensor) -> None:
-        """Add Σ_b gradients² to total."""
-        total += self.gradients.square().sum(0)
+    def add_squares(self, total: Tensor) -> Tensor:
+        """Add Σ_b gradients² to total; return each example's sum, (B,)."""
+        squares = self.gradients.square()
+        total += squares.sum(0)
+        return squares.view(len(squares), -1).sum(1)
 
 
 Gradients = Outer | Convolved | Rows | Whole
 
 
-def add_squares_of_sums(total: Tensor, uses: Sequence[Gradients], examples: int) -> None:
-    """Add Σ_b (Σ_uses gradient)² to total, for a parameter that is used several times."""
+def _add_squares(total: Tensor, gradients: Tensor) -> Tensor:
+    """Add Σ_b gradients² to total; return each one's sum, (B,). The gradients are spent."""
+    total += gradients.square_().sum(0)
+    return gradients.flatten(1).sum(1)
+
+
+def _unmeasured(batch: Tensor) -> Tensor:
+    """Return traces for each example of a batch, 0 where they are measured, else negative."""
+    traces = batch.new_full((len(batch),), -1)
+    traces[::MEASURED] = 0
+    return traces
+
+
+def square(gradient: Tensor) -> Tensor:
+    """Return Σ gradient², 0-dimensional, in one pass over it."""
+    values = gradient.flatten()
+    return torch.dot(values, values)
+
+
+def add_squares_of_sums(total: Tensor, uses: Sequence[Gradients], examples: int) -> Tensor:
+    """Add Σ_b (Σ_uses gradient)² to total, for a parameter that is used several times.
+
+    Returns:
+        Each example's sum, (B,).
+    """
+    traces = []
     match uses:
         case [use]:
-            use.add_squares(total)
+            return use.add_squares(total)
         case [Outer(transposed=False) as head, Rows() as table] if not head.few:
             # An embedding tied to the head: it adds to few of the rows.
             head = head._replace(g=head.g.contiguous())
@@ -174,7 +230,8 @@ def add_squares_of_sums(total: Tensor, uses: Sequence[Gradients], examples: int)
                 rows, values = table.of(example)
                 values += head.take_rows(example, rows)
                 total.index_add_(0, rows, values.square_())
-            head.add_squares(total)
+                traces.append(values.sum())
+            return head.add_squares(total) + torch.stack(traces)
         case _:
             scratch = torch.empty_like(total)
             for example in range(examples):
@@ -182,6 +239,8 @@ def add_squares_of_sums(total: Tensor, uses: Sequence[Gradients], examples: int)
                 for use in uses:
                     use.add_to(scratch, example)
                 total.addcmul_(scratch, scratch)
+                traces.append(square(scratch))
+            return torch.stack(traces)
 
 
 def _pairs(x: Tensor, weight: int = 1) -> Tensor:

@@ -58,6 +58,10 @@ class Examples(ABC):
         """Return how many units example `i` counts for: 1, or its predicted tokens."""
         return 1
 
+    def length(self, i: int) -> int:
+        """Return the size of example `i` beside others: 1, or its tokens."""
+        return 1
+
     def notes(self) -> list[str]:
         """Return what a user should be told: how many texts were truncated, and so on."""
         return list(self._notes)
@@ -80,6 +84,22 @@ class Examples(ABC):
         indices = range(len(self)) if order is None else order
         for start in range(0, len(indices), batch_size):
             yield self.collate(indices[start : start + batch_size], epoch)
+
+
+def subset(count: int, most: int | None, seed: int, *, shuffled: bool = False) -> list[int]:
+    """Return the indices of all examples, or of a seeded random subset of them.
+
+    Args:
+        count: How many examples there are.
+        most: The size of the subset; None takes all.
+        seed: Of the choice.
+        shuffled: Return them in random order instead of the data's.
+    """
+    if not shuffled and (most is None or most >= count):
+        return list(range(count))
+    generator = torch.Generator().manual_seed(seed)
+    chosen: list[int] = torch.randperm(count, generator=generator)[:most].tolist()
+    return chosen if shuffled else sorted(chosen)
 
 
 def encode(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from consolidate.batches import out_of_memory
 from consolidate.example_gradients import Gradients, Outer, Whole, add_squares_of_sums
 from consolidate.layer_rules import Rule
 
@@ -47,7 +48,7 @@ class Call(NamedTuple):
 
     unit: Unit
     inputs: list[Any]
-    spec: TreeSpec
+    spec: TreeSpec | None  # None with a rule.
     outputs: list[int]  # Which of its outputs the gradients are at.
 
 
@@ -87,8 +88,12 @@ class Recording:
 
     def mark(self, unit: Unit, args: Any, kwargs: Any, output: Any) -> Any:
         """Return a call's output, marked."""
-        inputs, spec = tree_flatten((args, dict(kwargs)))
-        outputs, output_spec = tree_flatten(output)
+        inputs, spec = [*args, *kwargs.values()], None
+        if unit.rule is None:
+            inputs, spec = tree_flatten((args, dict(kwargs)))
+        outputs, output_spec = [output], None
+        if not isinstance(output, Tensor):
+            outputs, output_spec = tree_flatten(output)
         marked = [
             i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point()
         ]
@@ -102,6 +107,8 @@ class Recording:
         inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
         call = Call(unit, inputs, spec, marked)
         marks = _Mark.apply(self, call, self.anchor, *(outputs[i] for i in marked))
+        if output_spec is None:
+            return marks[0]
         for i, tensor in zip(marked, marks, strict=True):
             outputs[i] = tensor
         return tree_unflatten(outputs, output_spec)
@@ -119,9 +126,9 @@ class Recording:
             for found in self._example_gradients(call, gradients):
                 for local, name in call.unit.names.items():
                     self.sink(name, found[local])
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             raise UnitError(call.unit) from error
         finally:
             self.busy = False
@@ -177,6 +184,7 @@ class _Mark(torch.autograd.Function):
 class Squares:
     """A sink that adds squares of per-example gradients, also of parameters used several times.
 
+    `traces` holds what each example added in all, (B,), by the names that outputs depend on.
     What few positions give is summed over vectors before the one product with the inputs, which
     the vectors share. What a parameter's several uses give waits for the last of them.
     """
@@ -184,7 +192,7 @@ class Squares:
     def __init__(self, sums: Mapping[str, Tensor], recording: Recording):
         self.sums = sums
         self.recording = recording
-        self.reached: set[str] = set()
+        self.traces: dict[str, Tensor] = {}
         self._products: dict[str, tuple[Outer, Tensor]] = {}
         self._waiting: dict[str, list[Gradients]] = {}
 
@@ -192,7 +200,6 @@ class Squares:
         """Take a parameter's per-example gradients, of one use of it, by one vector."""
         if name in self.recording.unfit:
             return
-        self.reached.add(name)
         if self.recording.uses[name] > 1:
             self._waiting.setdefault(name, []).append(gradients)
         elif isinstance(gradients, Outer) and gradients.few:
@@ -201,19 +208,23 @@ class Squares:
             else:
                 self._products[name] = gradients, gradients.pairs()
         else:
-            gradients.add_squares(self.sums[name])
+            self._add(name, gradients.add_squares(self.sums[name]))
 
     def end_vector(self) -> None:
         """Add what waited for a parameter's last use."""
         for name, uses in self._waiting.items():
-            add_squares_of_sums(self.sums[name], uses, self.recording.size)
+            traces = add_squares_of_sums(self.sums[name], uses, self.recording.size)
+            self._add(name, traces)
         self._waiting.clear()
 
     def end(self) -> None:
         """Add what was summed over vectors."""
         for name, (gradients, pairs) in self._products.items():
-            gradients.add_product(self.sums[name], pairs)
+            self._add(name, gradients.add_product(self.sums[name], pairs))
         self._products.clear()
+
+    def _add(self, name: str, traces: Tensor) -> None:
+        self.traces[name] = self.traces[name] + traces if name in self.traces else traces
 
 
 def has_rows(value: Any, size: int) -> bool:
@@ -261,8 +272,8 @@ def recorded(
 
 def add_squares(
     sums: Mapping[str, Tensor], recording: Recording, outputs: Tensor, vectors: Iterable[Tensor]
-) -> set[str]:
-    """Add Σ_vectors Σ_examples (Jᵀ vector)² to sums; return the names that outputs depend on.
+) -> dict[str, Tensor]:
+    """Add Σ_vectors Σ_examples (Jᵀ vector)² to sums.
 
     Parameters with a call that does not have one row per example are left out.
 
@@ -271,6 +282,9 @@ def add_squares(
         recording: The recorded forward pass.
         outputs: Its outputs.
         vectors: What to send back, each like outputs.
+
+    Returns:
+        What each example added in all, (B,), by the names that outputs depend on.
     """
     squares = Squares(sums, recording)
     vectors = iter(vectors)
@@ -281,7 +295,7 @@ def add_squares(
         squares.end_vector()
         vector = following
     squares.end()
-    return squares.reached
+    return squares.traces
 
 
 def module_gradients(
@@ -303,6 +317,7 @@ def module_gradients(
     def outputs(parameters: dict[str, Tensor], example: Iterable[Tensor]) -> list[Tensor]:
         rows = iter(example)
         alone = [next(rows)[None] if r else t for t, r in zip(inputs, unit.rows, strict=True)]
+        assert call.spec is not None
         args, kwargs = tree_unflatten(alone, call.spec)
         output = torch.func.functional_call(unit.module, parameters, args, kwargs)
         return [tree_flatten(output)[0][i] for i in arrived]

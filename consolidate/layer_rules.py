@@ -20,13 +20,13 @@ Rule = Callable[[Any, Tensor, Tensor], dict[str, Gradients]]
 def linear(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     """The outputs are x Wᵀ + b."""
     a, g = _positions(a), _positions(g)  # (B, T, in), (B, T, out)
-    return {"weight": Outer(g, a), "bias": Whole(_summed(g))}
+    return {"weight": Outer(g, a), "bias": _summed(g)}
 
 
 def conv1d(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     """The outputs are x W + b: transformers' transposed Linear."""
     a, g = _positions(a), _positions(g)
-    return {"weight": Outer(g, a, transposed=True), "bias": Whole(_summed(g))}
+    return {"weight": Outer(g, a, transposed=True), "bias": _summed(g)}
 
 
 def convolution(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
@@ -109,14 +109,18 @@ def rule_of(module: nn.Module) -> Rule | None:
     return next((rule for pattern, rule in RULES.items() if fnmatchcase(name, pattern)), None)
 
 
-def _summed(g: Tensor) -> Tensor:
-    """Return the sum over positions of g (B, T, n)."""
-    return g[:, 0] if g.shape[1] == 1 else g.sum(1)
+def _summed(g: Tensor) -> Gradients:
+    """Return the sum over positions of g (B, T, n), that of the constant input 1 if T is 1."""
+    return (
+        Outer(g, g.new_ones(1, 1, 1).expand(len(g), 1, 1)) if g.shape[1] == 1 else Whole(g.sum(1))
+    )
 
 
 def _positions(tensor: Tensor) -> Tensor:
     """Return (B, …, n) as (B, T, n)."""
-    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
+    if tensor.ndim == 2:
+        return tensor[:, None]
+    return tensor if tensor.ndim == 3 else tensor.flatten(1, -2)
 
 
 def _scaled(x: Tensor, g: Tensor, shape: Sequence[int]) -> dict[str, Gradients]:

@@ -134,16 +134,14 @@ class Softmax:
         logits, targets = self._by_position(outputs, labels)
         p = logits.softmax(-1)  # (B, T, C)
         tails = p.flip(-1).cumsum(-1).flip(-1).clamp_min(torch.finfo(p.dtype).tiny)
+        rests = tails[..., 1:]
+        scales = (p[..., :-1] * rests / tails[..., :-1]).sqrt() * (targets != IGNORED)[..., None]
+        shares = -scales / rests
         for t in self._predicted(labels):
-            kept = (targets[:, t] != IGNORED).to(p.dtype)
             for k in range(p.shape[-1] - 1):
-                rest = tails[:, t, k + 1]
-                column = -p[:, t] / rest[:, None]  # (B, C)
-                column[:, :k] = 0
-                column[:, k] = 1
-                scale = kept * (p[:, t, k] * rest / tails[:, t, k]).sqrt()
                 vector = torch.zeros_like(p)
-                vector[:, t] = scale[:, None] * column
+                vector[:, t, k] = scales[:, t, k]
+                vector[:, t, k + 1 :] = p[:, t, k + 1 :] * shares[:, t, k, None]
                 yield vector.view(outputs.shape).to(outputs.dtype)
 
     def sampled_scores(self, outputs: Tensor, labels: Tensor, uniforms: Tensor) -> Tensor:

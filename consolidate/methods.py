@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from consolidate.batches import Batch
-from consolidate.example_gradients import Gradients
+from consolidate.batches import Batch, out_of_memory
+from consolidate.example_gradients import Gradients, square
 from consolidate.layer_calls import Unit, UnitError, add_squares, has_rows, recorded
 from consolidate.layer_rules import rule_of
 from formats.errors import InputError
@@ -39,22 +39,13 @@ class Plan(NamedTuple):
     """How per-example gradients are had.
 
     Attributes:
-        levels: By the parameters' names; those that outputs do not depend on are missing.
+        levels: What `method_of` takes, by the parameters' names; those that outputs do not depend
+            on are missing.
         units: What is marked for those that do not go by the loop.
     """
 
     levels: dict[str, str]
     units: list[Unit]
-
-    @property
-    def methods(self) -> dict[str, str]:
-        """One of METHODS by parameter name."""
-        return {name: level.split()[0] for name, level in self.levels.items()}
-
-    @property
-    def marked(self) -> set[str]:
-        """The names of parameters whose gradients are taken at the units' calls."""
-        return {name for unit in self.units for name in unit.names.values()}
 
 
 class _Truth(NamedTuple):
@@ -92,7 +83,9 @@ def choose_methods(
     everything_by_loop = Plan(dict.fromkeys(parameters, "loop"), [])
     try:
         calls, probe, sums = _scout(model, parameters, batch, forward, dtype)
-    except (RuntimeError, InputError):
+    except (RuntimeError, InputError) as error:
+        if out_of_memory(error):
+            raise
         return everything_by_loop  # Not a model that takes several examples; one may go through.
     reached = {name: parameters[name] for name in sums}
     kept = (0, len(batch.labels) - 1)
@@ -119,7 +112,17 @@ def choose_methods(
         failed = _disagreeing(units, reached, batch, forward, dtype, truth)
         if not failed:
             return Plan(levels, units)
-        levels |= {name: _LEVELS[_LEVELS.index(levels[name]) + 1] for name in failed}
+        levels |= {name: slower(levels[name]) for name in failed}
+
+
+def method_of(level: str) -> str:
+    """Return the method, one of METHODS, behind one of a plan's levels."""
+    return level.split()[0]
+
+
+def slower(level: str) -> str:
+    """Return the next of a plan's levels, which needs less of a module."""
+    return _LEVELS[_LEVELS.index(level) + 1]
 
 
 @contextmanager
@@ -139,9 +142,13 @@ def add_gradients(
     parameters: Mapping[str, nn.Parameter],
     outputs: Tensor,
     vectors: Iterable[Tensor],
-) -> set[str]:
-    """Add Σ_vectors (Jᵀ vector)² to sums; return the names that outputs depend on."""
-    reached: set[str] = set()
+) -> dict[str, Tensor]:
+    """Add Σ_vectors (Jᵀ vector)² to sums.
+
+    Returns:
+        The sum of what was added, (1,), by the names that outputs depend on.
+    """
+    traces: dict[str, Tensor] = {}
     for vector in vectors if outputs.requires_grad else ():
         gradients = torch.autograd.grad(
             outputs, list(parameters.values()), vector, retain_graph=True, allow_unused=True
@@ -150,8 +157,9 @@ def add_gradients(
             if gradient is not None:
                 gradient = gradient.to_dense().to(sums[name].dtype)
                 sums[name].addcmul_(gradient, gradient)
-                reached.add(name)
-    return reached
+                trace = square(gradient)[None]
+                traces[name] = traces[name] + trace if name in traces else trace
+    return traces
 
 
 def _scout(
@@ -299,7 +307,9 @@ def _disagreeing(
         return (differing(squared=False) or differing(squared=True)) if marked else set()
     except UnitError as error:
         return set(error.unit.names.values())
-    except (RuntimeError, InputError):
+    except (RuntimeError, InputError) as error:
+        if out_of_memory(error):
+            raise
         return marked
 
 

@@ -137,6 +137,10 @@ class TextExamples(Examples):
             labels = self._labels[chosen]
         return inputs, labels
 
+    def length(self, i: int) -> int:
+        """Return the number of tokens."""
+        return len(self._fields["input_ids"][i])
+
     def units(self, i: int) -> int:
         """Return 1, or how many tokens are predicted (in epoch 0, where masks decide)."""
         if isinstance(self._labels, Tensor):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from consolidate.estimators import model_outputs, to_model
+from consolidate.batches import model_outputs, to_model
 from consolidate.likelihood import Likelihood
 from consolidate.penalty import Penalty
 from formats.errors import NonFiniteError

@@ -31,7 +31,8 @@ _OLD = ".consolidate-old"
 _COMMIT = ".consolidate-commit"
 _PUBLISH = ".consolidate-publish"
 _LOCK = ".consolidate-lock"
-_NOT_CONTENT = {_NEW, _OLD, _COMMIT, _PUBLISH, _LOCK, "lost+found"}
+_PARTIAL = ".consolidate-partial"
+_NOT_CONTENT = {_NEW, _OLD, _COMMIT, _PUBLISH, _LOCK, _PARTIAL, f"{_PARTIAL}-new", "lost+found"}
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -155,6 +156,27 @@ def write_file(path: Path, data: bytes | str) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         _sync(path.parent)
+
+
+def has_content(target: Path) -> bool:
+    """Return whether a folder is there and holds anything but what this module keeps in it.
+
+    Args:
+        target: The folder; it need not exist.
+    """
+    return target.is_dir() and any(entry.name not in _NOT_CONTENT for entry in target.iterdir())
+
+
+def partial_path(target: Path) -> Path:
+    """Name the file beside a target (in it, at a mount point) for what a long run keeps.
+
+    Args:
+        target: The folder that is to be made or replaced.
+    """
+    place = _Place(target)
+    if place.mounted:
+        return place.target / _PARTIAL
+    return place.target.with_name(f".{place.target.name}{_PARTIAL}")
 
 
 def final_path(path: Path) -> Path:

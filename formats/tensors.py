@@ -182,6 +182,25 @@ def write_tensors(
     return written
 
 
+def write_tensor_file(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors as one safetensors file of any name.
+
+    Args:
+        path: A file that is not there yet.
+        tensors: Name to tensor, of any device and strides.
+        metadata: Stored in the header.
+
+    Raises:
+        InputError: If a dtype cannot be stored or the disk is full.
+        FileExistsError: If the file is already there.
+    """
+    headers = {name: _header(tensors, name, None) for name in tensors}
+    with explain_full_disk(path, sum(t.numel() * t.element_size() for t in tensors.values())):
+        _write_file(path, headers, tensors, metadata)
+
+
 def dtype_of(tensors: Mapping[str, Tensor], name: str) -> torch.dtype:
     """Give the dtype of a tensor, without reading its values where the mapping is lazy."""
     return tensors.dtype(name) if isinstance(tensors, TensorFiles) else tensors[name].dtype

@@ -633,3 +633,163 @@ def test_every_batch_can_be_checked(
             network_checkpoint, data, **NETWORK, check=check, output_dir=tmp_path / name
         )
     assert contents(tmp_path / "once") == contents(tmp_path / "always")
+
+
+# Long passes.
+
+
+class Killed(BaseException):
+    """As a signal would end a pass."""
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
+    """Break the next pass off once so many examples have been read."""
+    whole = consolidate.measuring.fisher_diagonal
+
+    def broken(model: Any, batches: Any, *arguments: Any, **options: Any) -> Any:
+        def read() -> Any:
+            count = 0
+            for inputs, labels in batches:
+                if count >= examples:
+                    monkeypatch.setattr(consolidate.measuring, "fisher_diagonal", whole)
+                    raise Killed
+                count += len(labels)
+                yield inputs, labels
+
+        return whole(model, read(), *arguments, **options)
+
+    monkeypatch.setattr(consolidate.measuring, "fisher_diagonal", broken)
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a pass be kept after few examples."""
+    monkeypatch.setattr(consolidate.accumulators, "FOLDED_EXAMPLES", 1)
+
+
+LONG = {**NETWORK, "batch_size": 2, "save_every": 0, "estimator": "mc"}
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("options", [{}, {"tolerance": 0.2}, {"max_examples": 90, "check": True}])
+def test_the_same_command_goes_on_to_the_same_bytes(
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, Any],
+) -> None:
+    data = write_task("old", count=100)
+    whole = commands.fisher(
+        network_checkpoint, data, **LONG, **options, output_dir=tmp_path / "whole"
+    )
+    assert whole["examples"] > 60
+    for examples in (20, 41, 60):  # Killed three times.
+        kill_after(monkeypatch, examples)
+        with pytest.raises(Killed):
+            commands.fisher(
+                network_checkpoint, data, **LONG, **options, output_dir=tmp_path / "killed"
+            )
+        assert not (tmp_path / "killed").exists()
+        assert (tmp_path / ".killed.consolidate-partial").exists()
+    caplog.set_level("INFO", "consolidate")
+    resumed = commands.fisher(
+        network_checkpoint, data, **LONG, **options, output_dir=tmp_path / "killed"
+    )
+    assert "going on after 48 of" in caplog.text
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert {**resumed, **dict.fromkeys(("checkpoint", "fisher"))} == {
+        **whole,
+        **dict.fromkeys(("checkpoint", "fisher")),
+    }
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.usefixtures("often")
+def test_another_command_does_not_go_on(
+    network_checkpoint: Path, write_task: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_task("old", count=100)
+    kill_after(monkeypatch, 40)
+    with pytest.raises(Killed):
+        commands.fisher(network_checkpoint, data, **LONG)
+    with pytest.raises(InputError, match=r"not of this one .seed: 0 then, 1 now.*--restart"):
+        commands.fisher(network_checkpoint, data, **LONG, seed=1)
+    with pytest.raises(InputError, match=r"not of this one .data: "):
+        commands.fisher(network_checkpoint, write_task("old", seed=3, count=100), **LONG)
+    assert list(network_checkpoint.glob(".*"))
+    result = commands.fisher(network_checkpoint, data, **LONG, seed=1, restart=True)
+    assert result["examples"] == 100
+    assert not list(network_checkpoint.glob(".*"))
+
+
+@pytest.mark.usefixtures("often")
+def test_a_pass_goes_on_where_it_cannot_be_kept(
+    network_checkpoint: Path,
+    write_task: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(consolidate.kept_pass, "write_partial", full)
+    caplog.set_level("INFO", "consolidate")
+    result = commands.fisher(network_checkpoint, write_task("old"), **LONG)
+    assert result["examples"] == 60
+    assert "could not be kept: the disk is full" in caplog.text
+
+
+def test_a_tolerance_reads_in_random_order(network_checkpoint: Path, write_task: Write) -> None:
+    data = write_task("old", count=600)
+    result = commands.fisher(network_checkpoint, data, **NETWORK, tolerance=0.15)
+    assert 64 <= result["examples"] < 600
+    assert max(layer["relative_error"] for layer in result["layers"].values()) <= 0.15
+    ledger = read_fisher(network_checkpoint / "fisher").ledger
+    assert ledger.tasks[0].examples == result["examples"]
+    again = fisher_of(network_checkpoint)
+    commands.fisher(network_checkpoint, data, **NETWORK, tolerance=0.15, overwrite=True)
+    assert all(torch.equal(again[k], v) for k, v in fisher_of(network_checkpoint).items())
+    # The first examples of the data alone would give another Fisher.
+    first = write_task("old", count=600)
+    rows = open_data(first).tensors
+    count = result["examples"]
+    save_file(
+        {k: v[:count].contiguous() for k, v in rows.items()}, first.with_suffix(".safetensors")
+    )
+    commands.fisher(
+        network_checkpoint, first.with_suffix(".safetensors"), **NETWORK, overwrite=True
+    )
+    assert not torch.equal(again["0.weight"], fisher_of(network_checkpoint)["0.weight"])
+
+
+def test_sums_in_float64(network_checkpoint: Path, write_task: Write) -> None:
+    data = write_task("old")
+    commands.fisher(network_checkpoint, data, **NETWORK, accumulate_dtype=torch.float64)
+    weights = load_file(network_checkpoint / "model.safetensors")
+    for name, values in measured_by_hand(weights, data).items():
+        torch.testing.assert_close(fisher_of(network_checkpoint)[name], values, rtol=1e-5, atol=0)
+
+
+def test_a_dry_run_writes_nothing(network_checkpoint: Path, write_task: Write) -> None:
+    before = contents(network_checkpoint)
+    cost = commands.fisher(
+        network_checkpoint, write_task("old", count=300), **NETWORK, dry_run=True
+    )
+    assert contents(network_checkpoint) == before
+    assert cost["status"] == "dry run"
+    assert (cost["examples"], cost["parameters"], cost["estimator"]) == (300, 83, "exact")
+    assert 0 < cost["seconds_per_example"] * 300 < 10 * cost["seconds"] < 100
+    assert 50e6 < cost["peak_memory"] < 20e9
+    assert cost["files"] == {"fisher.safetensors": 4 * 83}
+
+
+def test_a_dry_run_of_a_single_short_batch(network_checkpoint: Path, write_task: Write) -> None:
+    data = write_task("old", count=3)
+    cost = commands.fisher(
+        network_checkpoint, data, **NETWORK, dry_run=True, output_dir=network_checkpoint / "new"
+    )
+    assert cost["seconds_per_example"] > 0
+    assert cost["files"] == {"fisher.safetensors": 332, "model.safetensors": 332}
+    assert not (network_checkpoint / "new").exists()

@@ -16,7 +16,8 @@ from tiny_models import (
     word_tokenizer,
 )
 
-from consolidate.estimators import fisher_diagonal, model_outputs
+from consolidate.batches import model_outputs
+from consolidate.estimators import fisher_diagonal
 from consolidate.examples import Columns, encode, label_names
 from consolidate.models import Model, load_model
 from formats.checkpoint import open_checkpoint

@@ -1,0 +1,187 @@
+"""Sums of squared gradients over many examples, and how far the examples spread."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from formats.errors import NonFiniteError
+
+FOLDED_BATCHES, FOLDED_EXAMPLES = 8, 128
+"""After so many batches, and so many examples, what was added goes into the totals."""
+
+
+class Counts(NamedTuple):
+    """What has been read, and the moments of traces s over draws: examples, or whole batches."""
+
+    moments: Tensor  # Σ 1, Σ s, Σ u, Σ s², Σ s u and Σ u² where s was measured, (6, parameters)
+    reached: frozenset[str] = frozenset()  # the parameters that any output depended on
+    batches: int = 0
+    examples: int = 0
+    draws: int = 0
+    units: int = 0  # Σ u, u the units of a draw: 1 each, or predicted tokens
+
+
+class _Batch(NamedTuple):
+    traces: Mapping[str, Tensor]
+    units: Tensor
+    examples: int
+    where: str
+
+
+class Accumulators:
+    """Σ squares of each parameter's gradients, in totals that lose nothing to rounding (Kahan).
+
+    Squares are added to `sums`. These are folded into the totals now and then; what rounding takes
+    stays in them for the next time. Where a batch fails half way, `rewind` goes back to the last
+    fold.
+
+    Attributes:
+        sums: Where to add, by parameter name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype):
+        self.sums = {
+            name: torch.zeros(p.shape, dtype=dtype, device=p.device)
+            for name, p in parameters.items()
+        }
+        self._totals = {name: values.clone() for name, values in self.sums.items()}
+        self._counts = Counts(torch.zeros(6, len(parameters), dtype=torch.float64))
+        self._folded = self._counts
+        self._waiting: list[_Batch] = []  # Not looked at yet: that would wait for the device.
+
+    @property
+    def counts(self) -> Counts:
+        """What the totals and the sums hold.
+
+        Raises:
+            NonFiniteError: If a trace is not finite; the message names parameter and batch.
+        """
+        for batch in self._waiting:
+            self._count(batch)
+        self._waiting.clear()
+        return self._counts
+
+    @property
+    def examples(self) -> int:
+        """The number of examples that the totals and the sums hold."""
+        return self._counts.examples + sum(batch.examples for batch in self._waiting)
+
+    def end_batch(
+        self, traces: Mapping[str, Tensor], units: Tensor, examples: int, where: str
+    ) -> None:
+        """Count a batch whose squares have been added to the sums.
+
+        Args:
+            traces: The sum of what each draw added, (draws,), by the names that outputs depend on;
+                negative where it was not measured.
+            units: The units of each draw, (draws,).
+            examples: The number of examples in the batch.
+            where: What the batch is called in a message.
+        """
+        self._waiting.append(_Batch(traces, units, examples, where))
+
+    def fold_if_due(self) -> bool:
+        """Move the sums into the totals if much was added since the last time; say whether.
+
+        Raises:
+            NonFiniteError: As `counts`.
+        """
+        batches = self._counts.batches + len(self._waiting) - self._folded.batches
+        examples = self.examples - self._folded.examples
+        due = batches >= FOLDED_BATCHES and examples >= FOLDED_EXAMPLES
+        if due:
+            self._fold()
+        return due
+
+    def rewind(self) -> None:
+        """Forget what was added since the last fold, and what rounding took there."""
+        for values in self.sums.values():
+            values.zero_()
+        self._waiting.clear()
+        self._counts = self._folded
+
+    def relative_errors(self) -> dict[str, float]:
+        """Return the standard error of each trace, over the trace, by the names of those not zero.
+
+        The trace is a ratio, R = Σ s / Σ u. Where n draws were measured, the residuals d = s − R u
+        have the variance σ² = Σ d² / (n − 1), and R has N σ² / (Σ u)² over all N (Cochran 1977,
+        eq. 6.13); infinite for n < 2.
+        """
+        counts = self.counts
+        n, s, u, ss, su, uu = counts.moments
+        ratio = s / u
+        variance = (ss - 2 * ratio * su + ratio.square() * uu).clamp(min=0) / (n - 1)
+        errors = (counts.draws * variance).sqrt() / counts.units / ratio
+        found = zip(self.sums, n.tolist(), errors.tolist(), s.tolist(), strict=True)
+        return {
+            name: error if measured > 1 else math.inf
+            for name, measured, error, trace in found
+            if trace > 0
+        }
+
+    def means(self, divisor: int) -> dict[str, Tensor]:
+        """Return the totals over the divisor; they are not to be added to any more."""
+        self._fold()
+        return {name: total.div_(divisor) for name, total in self._totals.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that `load` needs, of a moment when nothing was added since the last fold."""
+        moments, reached, *numbers = self._counts
+        return {
+            **{f"total/{name}": values for name, values in self._totals.items()},
+            **{f"rest/{name}": values for name, values in self.sums.items()},
+            "moments": moments,
+            "reached": torch.tensor([name in reached for name in self.sums]),
+            "counts": torch.tensor(numbers),
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` returned."""
+        for name in self.sums:
+            self._totals[name].copy_(tensors[f"total/{name}"])
+            self.sums[name].copy_(tensors[f"rest/{name}"])
+        found = zip(self.sums, tensors["reached"].tolist(), strict=True)
+        reached = frozenset(name for name, is_reached in found if is_reached)
+        self._counts = Counts(tensors["moments"], reached, *tensors["counts"].tolist())
+        self._folded = self._counts
+
+    def _fold(self) -> None:
+        first, counts = self._folded.batches + 1, self.counts
+        for name, total in self._totals.items():
+            new = total + self.sums[name]
+            self.sums[name] -= new - total
+            total.copy_(new)
+            if not total.sum().isfinite() and not total.isfinite().all():
+                raise _not_finite(name, f"one of the batches {first} to {counts.batches}")
+        self._folded = counts
+
+    def _count(self, batch: _Batch) -> None:
+        u = batch.units.cpu()
+        none = torch.zeros(len(u), dtype=torch.float64)
+        s = torch.stack(
+            [batch.traces[n].cpu().double() if n in batch.traces else none for n in self.sums]
+        )
+        if not (finite := s.isfinite().all(1)).all():
+            raise _not_finite(list(self.sums)[finite.tolist().index(False)], batch.where)
+        counts, measured = self._counts, s >= 0
+        s = s * measured
+        moments = [measured, s, measured * u, s * s, s * u, measured * u.square()]
+        self._counts = Counts(
+            counts.moments
+            + torch.stack([values.sum(1, dtype=torch.float64) for values in moments]),
+            counts.reached | batch.traces.keys(),
+            counts.batches + 1,
+            counts.examples + batch.examples,
+            counts.draws + len(u),
+            counts.units + int(u.sum()),
+        )
+
+
+def _not_finite(name: str, where: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"The gradient of {name!r} is not finite in {where}: look for infinite weights or inputs, "
+        "or use a wider dtype."
+    )

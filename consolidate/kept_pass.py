@@ -1,0 +1,78 @@
+"""What is kept of a long pass over the data, so that the same command can go on with it."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from consolidate.passes import PartialPass
+from formats.atomic import partial_path
+from formats.errors import InputError
+from formats.partial_pass import read_partial, remove_partial, write_partial
+
+LOG = logging.getLogger("consolidate")
+
+
+class KeptPass:
+    """What is kept of a long pass beside its target, so that the same command can go on with it."""
+
+    def __init__(
+        self,
+        target: Path,
+        digests: Mapping[str, Callable[[], str]],
+        options: Mapping[str, Any],
+        *,
+        every: float,
+        restart: bool = False,
+    ):
+        """Prepare to keep a pass.
+
+        Args:
+            target: The folder that the command will write.
+            digests: Functions that give the digests of what the result depends on; called when
+                something is kept, or was.
+            options: The options that the result depends on, as JSON.
+            every: Seconds between two times.
+            restart: Throw away what was kept.
+        """
+        self._target = target
+        self._digests = digests
+        self._options = options
+        self._every = every
+        self._command: dict[str, Any] = {}
+        self._last = time.monotonic()
+        if restart:
+            remove_partial(target)
+
+    def start(self) -> PartialPass | None:
+        """Return where a pass of the same command was broken off; None where none was.
+
+        Raises:
+            InputError: Something else was kept; the message says what differs.
+        """
+        if not partial_path(self._target).is_file():
+            return None
+        stored = read_partial(self._target, self._described())
+        return PartialPass(stored.tensors, stored.state["levels"], stored.state["most"])
+
+    def keep(self, partial: PartialPass) -> None:
+        """Keep this if it is time to; a pass goes on where that fails."""
+        if time.monotonic() - self._last < self._every:
+            return
+        state = {"levels": partial.levels, "most": partial.most}
+        try:
+            write_partial(self._target, partial.tensors, state, self._described())
+        except (InputError, OSError) as error:
+            LOG.info("what was measured so far could not be kept: %s", error)
+        self._last = time.monotonic()
+
+    def remove(self) -> None:
+        """Throw away what was kept, once the result is written."""
+        remove_partial(self._target)
+
+    def _described(self) -> dict[str, Any]:
+        if not self._command:
+            digests = {name: digest() for name, digest in self._digests.items()}
+            self._command = {**digests, **self._options}
+        return self._command

@@ -1,0 +1,172 @@
+"""Measuring the Fisher of a task's encoded examples: which of them, how, and what that takes."""
+
+import logging
+import resource
+import sys
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from consolidate.batches import model_outputs, to_model
+from consolidate.estimators import FisherDiagonal, fisher_diagonal
+from consolidate.examples import Examples, subset
+from consolidate.kept_pass import KeptPass
+from consolidate.likelihood import get_likelihood
+from consolidate.models import Model
+from consolidate.progress import progress
+
+LOG = logging.getLogger("consolidate")
+
+MOST_EXACT_OUTCOMES = 16
+"""Up to here the default estimator is exact, beyond it mc."""
+
+SAMPLED_BATCHES = 3
+"""Batches that the time of a whole pass is judged by."""
+
+
+def measure_fisher(
+    model: Model,
+    examples: Examples,
+    *,
+    label: str,
+    estimator: str | None,
+    mc_samples: int,
+    max_outcomes: int,
+    max_examples: int | None,
+    batch_size: int,
+    seed: int,
+    tolerance: float | None = None,
+    accumulate_dtype: torch.dtype = torch.float32,
+    check: bool = False,
+    kept: KeptPass | None = None,
+) -> FisherDiagonal:
+    """Measure the Fisher of encoded examples, with progress on stderr.
+
+    Args:
+        model: A loaded model.
+        examples: Its task's data.
+        label: What the progress is headed with.
+        estimator: None takes ``exact`` up to 16 outcomes and ``mc`` beyond.
+        mc_samples: Labels drawn per example by ``mc``.
+        max_outcomes: ``exact`` is refused above this many backward passes per example.
+        max_examples: Size of a seeded random subset.
+        batch_size: Examples read and run at a time.
+        seed: Of the subset, of the order where there is a tolerance, and of the sampled labels.
+        tolerance: Read in random order, and stop once every trace is this certain.
+        accumulate_dtype: Of the sums, and what gradients are squared in.
+        check: Hold every batch against single examples and autograd, not only the first.
+        kept: Where to go on, and what keeps the pass in case that it is broken off.
+
+    Returns:
+        The Fisher diagonal by the module's parameter names.
+    """
+    order = subset(len(examples), max_examples, seed, shuffled=tolerance is not None)
+    start = None if kept is None else kept.start()
+    done = 0 if start is None else start.examples
+    if done:
+        LOG.info("going on after %d of %d examples", done, len(order))
+    with progress(label, len(order) - done, "examples") as advance:
+        return fisher_diagonal(
+            model.module,
+            examples.batches(batch_size, order=order),
+            get_likelihood(model.objective.likelihood),
+            estimator=estimator or default_estimator(model, examples),
+            mc_samples=mc_samples,
+            max_outcomes=max_outcomes,
+            seed=seed,
+            accumulate_dtype=accumulate_dtype,
+            indices=order,
+            check=check,
+            tolerance=tolerance,
+            start=start,
+            keep=None if kept is None else kept.keep,
+            note=LOG.info,
+            progress=advance,
+        )
+
+
+def default_estimator(model: Model, examples: Examples) -> str:
+    """Return ``exact`` where an example has up to 16 outcomes, and ``mc`` beyond.
+
+    Args:
+        model: A loaded model.
+        examples: Its task's data.
+    """
+    training = model.module.training
+    model.module.eval()
+    with torch.no_grad():
+        inputs, labels = to_model(model.module, *next(iter(examples.batches(1, order=[0]))))
+        outputs = model_outputs(model.module, inputs, labels)
+    model.module.train(training)
+    outcomes = get_likelihood(model.objective.likelihood).outcomes(outputs, labels)
+    return "exact" if outcomes <= MOST_EXACT_OUTCOMES else "mc"
+
+
+def pass_cost(
+    model: Model,
+    examples: Examples,
+    *,
+    estimator: str | None,
+    max_examples: int | None,
+    batch_size: int,
+    seed: int,
+    **options: Any,
+) -> dict[str, Any]:
+    """Say what measuring the Fisher of encoded examples would take, from a few batches of them.
+
+    Args:
+        model: A loaded model.
+        examples: Its task's data.
+        estimator: As of `measure_fisher`, like all that follow.
+        max_examples: Size of the subset.
+        batch_size: Examples at a time.
+        seed: Of the subset.
+        options: Others that `fisher_diagonal` takes.
+
+    Returns:
+        Counts of parameters and examples, seconds per example and in all, the bytes of memory that
+        the process (and the device) had in use at most, with the longest examples in a batch.
+    """
+    order = subset(len(examples), max_examples, seed)
+    shuffled = subset(len(examples), max_examples, seed, shuffled=True)
+    sample = shuffled[: batch_size * SAMPLED_BATCHES]
+    # The last batch is the longest and not timed.
+    longest = sorted(order, key=examples.length, reverse=True)[:batch_size]
+    device = next(model.module.parameters()).device
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    times = [time.perf_counter()]
+
+    def clock(count: int) -> None:
+        if cuda:
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter())
+
+    batches = [*examples.batches(batch_size, order=sample)]
+    estimator = estimator or default_estimator(model, examples)
+    diagonal = fisher_diagonal(
+        model.module,
+        [*batches, examples.collate(longest)],
+        get_likelihood(model.objective.likelihood),
+        estimator=estimator,
+        seed=seed,
+        indices=[*sample, *longest],
+        progress=clock,
+        **options,
+    )
+    # The first batch is checked, which takes longer.
+    checked, *others = [after - before for before, after in pairwise(times)][: len(batches)]
+    each = sum(others) / (len(sample) - batch_size) if others else checked / len(sample)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "estimator": estimator,
+        "examples": len(order),
+        "parameters": sum(values.numel() for values in diagonal.values()),
+        "seconds_per_example": each,
+        "seconds": checked + each * max(0, len(order) - batch_size),
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_device_memory": torch.cuda.max_memory_allocated(device) if cuda else None,
+    }

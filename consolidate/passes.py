@@ -1,0 +1,276 @@
+"""One pass over a data set: squares of per-example gradients, added batch by batch."""
+
+import gc
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from consolidate.accumulators import Accumulators
+from consolidate.batches import Batch, out_of_memory, to_model
+from consolidate.layer_calls import UnitError, add_squares, recorded
+from consolidate.methods import Plan, add_gradients, choose_methods, requiring_gradients, slower
+from formats.errors import InputError
+
+
+class Scores(NamedTuple):
+    """What is sent back through the network.
+
+    Attributes:
+        forward: From a batch to the model's outputs.
+        vectors: From outputs, detached, and their batch to gradients of log p at the outputs.
+        units: From labels to the units of each example.
+        whole: Whether they are summed over the batch before they are squared.
+    """
+
+    forward: Callable[[Batch], Tensor]
+    vectors: Callable[[Tensor, Batch], Iterator[Tensor]]
+    units: Callable[[Tensor], Tensor]
+    whole: bool
+
+
+class PartialPass(NamedTuple):
+    """Where another pass over the same batches can go on.
+
+    Attributes:
+        tensors: The sums so far, and what was counted.
+        levels: How each parameter's gradients are had; None while that is not known.
+        most: How many examples the memory suffices for; None while it suffices for all.
+    """
+
+    tensors: dict[str, Tensor]
+    levels: dict[str, str] | None
+    most: int | None
+
+    @property
+    def examples(self) -> int:
+        """How many examples have been added."""
+        return int(self.tensors["counts"][1])
+
+
+class Pass:
+    """Σ over batches of the squares of per-example gradients.
+
+    A batch that the memory does not suffice for is taken in halves. What fails half way is taken
+    back, with all since the last fold, and done again.
+
+    Attributes:
+        accumulators: The sums so far; None before the first batch.
+        levels: How each parameter's gradients are had; None while that is not known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        scores: Scores,
+        dtype: torch.dtype,
+        *,
+        check: bool = False,
+        note: Callable[[str], None] | None = None,
+        start: PartialPass | None = None,
+    ):
+        """Prepare a pass, or go on with one that was broken off.
+
+        Args:
+            model: Any module, with gradients switched off for its parameters.
+            parameters: Those to measure, by name.
+            scores: What is sent back.
+            dtype: Of the sums, and what gradients are squared in.
+            check: Whether the methods are chosen anew on every batch.
+            note: Takes what should be known at once.
+            start: Where the other pass was.
+        """
+        self.accumulators: Accumulators | None = None
+        self.levels: dict[str, str] | None = None
+        self._model = model
+        self._parameters = dict(parameters)
+        self._scores = scores
+        self._dtype = dtype
+        self._check = check
+        self._note = note or (lambda text: None)
+        self._plan: Plan | None = None
+        self._first: Batch | None = None
+        self._most: int | None = None
+        self._since_fold: list[Batch] = []
+        if start is not None:
+            self.levels, self._most = start.levels, start.most
+            self.accumulators = Accumulators(parameters, dtype)
+            self.accumulators.load(start.tensors)
+
+    @property
+    def examples(self) -> int:
+        """How many examples have been added."""
+        return 0 if self.accumulators is None else self.accumulators.examples
+
+    def relative_errors(self) -> dict[str, float]:
+        """Return each trace's standard error over the trace, by the names of those above zero."""
+        return {} if self.accumulators is None else self.accumulators.relative_errors()
+
+    def see(self, batch: Batch) -> None:
+        """Look at a batch that the other pass has taken, and chose the methods on if it could."""
+        if self._first is None and self.levels is not None and len(batch) > 1:
+            self._first = batch.rows(0, max(self._most or len(batch), 2))
+
+    def take(self, batch: Batch, keep: Callable[[PartialPass], None] | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            batch: On any device.
+            keep: Called where another pass can go on; what it is given is valid until it returns.
+
+        Raises:
+            InputError: If the memory does not suffice for a single example.
+            NonFiniteError: If outputs or gradients are not finite, naming parameter and batch.
+        """
+        waiting = deque([batch])
+        while waiting:
+            batch = waiting.popleft()
+            if self._most is not None and len(batch) > self._most:
+                waiting.appendleft(batch.rows(self._most, len(batch)))
+                batch = batch.rows(0, self._most)
+            if self._added(batch):
+                self._since_fold.append(batch)
+            else:
+                waiting.extendleft(reversed([*self._since_fold, batch]))
+                self._since_fold.clear()
+                if self.accumulators is not None:
+                    self.accumulators.rewind()
+            if self.accumulators is not None and self.accumulators.fold_if_due():
+                self._since_fold.clear()
+                if keep is not None:
+                    keep(PartialPass(self.accumulators.tensors(), self.levels, self._most))
+
+    def _added(self, batch: Batch) -> bool:
+        """Add a batch; where it fails and another try may do, prepare that and return false."""
+        failed: set[str] = set()
+        try:
+            self._add(self._placed(batch))
+            return True
+        except UnitError as error:
+            failed = set(error.unit.names.values())
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        # By now the traceback is gone, which would hold on to the graph.
+        if failed:
+            self._plan = None
+            levels = self.levels or {}
+            self.levels = {n: slower(v) if n in failed else v for n, v in levels.items()}
+        elif len(batch) == 1:
+            raise InputError(
+                f"Batch {batch.number}: the memory does not suffice for a single example. Shorten "
+                "the examples, free memory, or use a smaller dtype or another device."
+            )
+        else:
+            self._most = (len(batch) + 1) // 2
+            self._first = None
+            self._note(f"no memory for {len(batch)} examples at a time: going on with {self._most}")
+            _free(next(iter(self._parameters.values())).device)
+        return False
+
+    def _add(self, batch: Batch) -> None:
+        if not self._scores.whole:
+            self._choose_methods(batch)
+        if self.accumulators is None:  # After the check, which takes as much memory.
+            self.accumulators = Accumulators(self._parameters, self._dtype)
+        units = self._scores.units(batch.labels)
+        if self._scores.whole:
+            units = units.sum()[None]
+            with requiring_gradients(self._parameters):
+                traces = self._add_gradients(self._parameters, batch)
+        else:
+            traces = self._add_examples(batch)
+        first = self.accumulators.examples
+        where = f"batch {batch.number} (examples {first} to {first + len(batch) - 1})"
+        self.accumulators.end_batch(traces, units, len(batch), where)
+
+    def _choose_methods(self, batch: Batch) -> None:
+        """Choose the methods on the pass's first batch; with `check` on each."""
+        if self._plan is not None and not self._check:
+            return
+        if self._first is not None:
+            batch = self._placed(self._first)
+        if len(batch) > 1:
+            self._plan = choose_methods(
+                self._model,
+                self._parameters,
+                batch,
+                self._scores.forward,
+                self._dtype,
+                self.levels,
+            )
+            self.levels = self._plan.levels
+            self._first = None
+
+    def _add_examples(self, batch: Batch) -> dict[str, Tensor]:
+        """Add Σ_examples Σ_vectors (Jᵀ vector)²; return what each example added in all, by name.
+
+        What is marked in the plan goes all at once; the rest by one example after the other.
+        """
+        plan, parameters = self._plan, self._parameters
+        rest = parameters
+        traces: dict[str, Tensor] = {}
+        if plan is not None and plan.units:
+            rest = {n: p for n, p in parameters.items() if plan.levels.get(n) == "loop"}
+            # Those that the first batch did not depend on are watched: this one might.
+            others = {n: p for n, p in parameters.items() if n not in plan.levels}
+            with (
+                requiring_gradients(others),
+                recorded(plan.units, len(batch), batch.labels.device, self._dtype) as recording,
+            ):
+                outputs, vectors = self._run(batch)
+                rest |= {n: others[n] for n in _dependencies(outputs, others)}
+                rest |= {n: parameters[n] for n in recording.unfit}
+                if outputs.requires_grad:
+                    traces = add_squares(self._sums, recording, outputs, vectors)
+                del outputs, vectors  # The graph of a whole batch, before others are made.
+        if rest:
+            with requiring_gradients(rest):
+                each = [self._add_gradients(rest, batch.example(i)) for i in range(len(batch))]
+            none = batch.labels.new_zeros(1, dtype=self._dtype)
+            for name in {name for one in each for name in one}:
+                traces[name] = torch.cat([one.get(name, none) for one in each])
+        return traces
+
+    def _add_gradients(
+        self, parameters: Mapping[str, nn.Parameter], batch: Batch
+    ) -> dict[str, Tensor]:
+        return add_gradients(self._sums, parameters, *self._run(batch))
+
+    def _run(self, batch: Batch) -> tuple[Tensor, Iterator[Tensor]]:
+        outputs = self._scores.forward(batch)
+        return outputs, self._scores.vectors(outputs.detach(), batch)
+
+    def _placed(self, batch: Batch) -> Batch:
+        placed = to_model(self._model, batch.inputs, batch.labels)
+        return Batch(batch.number, *placed, batch.indices)
+
+    @property
+    def _sums(self) -> dict[str, Tensor]:
+        assert self.accumulators is not None
+        return self.accumulators.sums
+
+
+def _dependencies(outputs: Tensor, parameters: dict[str, nn.Parameter]) -> list[str]:
+    """Return the names of the parameters that outputs depend on."""
+    if not parameters or not outputs.requires_grad:
+        return []
+    gradients = torch.autograd.grad(
+        outputs,
+        list(parameters.values()),
+        torch.zeros_like(outputs),
+        retain_graph=True,
+        allow_unused=True,
+    )
+    return [name for name, g in zip(parameters, gradients, strict=True) if g is not None]
+
+
+def _free(device: torch.device) -> None:
+    """Give back what is held for reuse, in pieces too small for what comes."""
+    gc.collect()
+    backend: Any = getattr(torch, device.type, None)
+    if hasattr(backend, "empty_cache"):
+        backend.empty_cache()

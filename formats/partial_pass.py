@@ -1,0 +1,108 @@
+"""What a long pass over the data keeps beside its target, to go on with when it is killed.
+
+One safetensors file with the sums so far. Its metadata is one JSON string: which command it is of,
+by everything that the result depends on, and where the pass was.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from formats.atomic import partial_path
+from formats.errors import InputError
+from formats.tensors import write_tensor_file
+
+_KEY = "consolidate-partial-pass"
+
+
+class StoredPass(NamedTuple):
+    """A pass that was broken off.
+
+    Attributes:
+        tensors: The sums so far.
+        state: Where the pass was.
+    """
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def write_partial(
+    target: Path,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    command: Mapping[str, Any],
+) -> None:
+    """Keep a pass, in place of what was kept of it before.
+
+    Args:
+        target: The folder that the command will write.
+        tensors: The sums so far.
+        state: Where the pass is, as JSON.
+        command: Everything that the result depends on, as JSON: digests and options.
+
+    Raises:
+        InputError: If the disk is full.
+        OSError: If the place cannot be written.
+    """
+    path = partial_path(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}-new")
+    new.unlink(missing_ok=True)
+    text = json.dumps({"version": 1, "command": command, "state": state})
+    try:
+        write_tensor_file(new, tensors, {_KEY: text})
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def read_partial(target: Path, command: Mapping[str, Any]) -> StoredPass:
+    """Read what was kept of a pass with this target.
+
+    Args:
+        target: The folder that the command will write.
+        command: What the result depends on now.
+
+    Returns:
+        The pass.
+
+    Raises:
+        InputError: If what was kept cannot be read, or is of another command; the message says what
+            differs.
+    """
+    path = partial_path(target)
+    remedy = "--restart throws it away"
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = json.loads((file.metadata() or {})[_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        version, was = stored["version"], dict(stored["command"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be gone on with ({error}): {remedy}") from None
+    if version != 1:
+        raise InputError(f"{path} was kept by another release of consolidate: {remedy}")
+    now = json.loads(json.dumps(command))
+    if different := [name for name in {**was, **now} if was.get(name) != now.get(name)]:
+        changes = "; ".join(f"{n}: {was.get(n)} then, {now.get(n)} now" for n in different)
+        raise InputError(
+            f"{path} is of a pass that was broken off, but not of this one ({changes}): start that "
+            f"command again, or {remedy}"
+        )
+    return StoredPass(tensors, stored["state"])
+
+
+def remove_partial(target: Path) -> None:
+    """Throw away what was kept of a pass with this target, if anything was.
+
+    Args:
+        target: The folder that the command writes.
+    """
+    partial_path(target).unlink(missing_ok=True)

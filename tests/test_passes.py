@@ -1,0 +1,256 @@
+import copy
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from consolidate import accumulators
+from consolidate.accumulators import FOLDED_BATCHES
+from consolidate.estimators import ESTIMATORS, fisher_diagonal
+from consolidate.passes import PartialPass
+from formats.errors import InputError
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def fold_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accumulators, "FOLDED_EXAMPLES", 1)
+
+
+class Layer(nn.Module):
+    """A module without a rule of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([0.5, -1.0, 2.0, 1.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain.exp()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), Layer(), nn.LayerNorm(4), nn.Linear(4, 3))
+
+
+def batches(sizes: list[int], seed: int = 0) -> Batches:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(n, 5, generator=generator), torch.randint(3, (n,), generator=generator))
+        for n in sizes
+    ]
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-9)
+
+
+def fail_when(condition: Callable[[Tensor], bool], error: Exception, *, backward: bool) -> Any:
+    """Make a hook for a module that fails in its forward or in its backward pass."""
+
+    def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        if not condition(args[0]):
+            return
+        if not backward:
+            raise error
+
+        def fail(gradient: Tensor) -> None:
+            raise error
+
+        if output.requires_grad:
+            output.register_hook(fail)
+
+    return hook
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried"),
+]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["device", "host"])
+@pytest.mark.parametrize("estimator", ["exact", "mc", "empirical"])
+def test_without_memory_batches_are_halved_and_nothing_is_lost(estimator, error, backward):
+    data = batches([8] * 11 + [5])
+    expected = fisher_diagonal(network(), data, "softmax", estimator=estimator)
+    model, notes, seen = network(), [], []
+    # The first layer's gradient comes last: all others have been added by then.
+    hook = fail_when(lambda x: len(x) > 3, error, backward=backward)
+    model[0].register_forward_hook(hook)
+    found = fisher_diagonal(
+        model, data, "softmax", estimator=estimator, note=notes.append, progress=seen.append
+    )
+    assert_close(found, expected)
+    assert (found.examples, found.units) == (93, 93)
+    assert found.methods == expected.methods
+    assert found.relative_errors == pytest.approx(expected.relative_errors, rel=1e-4)
+    assert notes == [
+        "no memory for 8 examples at a time: going on with 4",
+        "no memory for 4 examples at a time: going on with 2",
+    ]
+    assert sum(seen) == 93
+
+
+@pytest.mark.parametrize("estimator", ["exact", "mc"])
+def test_memory_may_run_out_in_the_middle(estimator):
+    data = batches([4] * (2 * FOLDED_BATCHES + 3))
+    expected = fisher_diagonal(network(), data, "softmax", estimator=estimator)
+    model = network()
+    calls = itertools.count()
+    hook = fail_when(lambda x: next(calls) == 20, OUT_OF_MEMORY[0], backward=True)
+    model[0].register_forward_hook(hook)
+    found = fisher_diagonal(model, data, "softmax", estimator=estimator)
+    assert next(calls) > 20
+    assert_close(found, expected)
+    assert found.examples == expected.examples
+
+
+def test_without_memory_for_one_example_nothing_helps():
+    model = network()
+    model[0].register_forward_hook(fail_when(lambda x: True, OUT_OF_MEMORY[0], backward=False))
+    with pytest.raises(InputError, match="Batch 1: the memory does not suffice for a single"):
+        fisher_diagonal(model, batches([3, 3]), "softmax")
+
+
+def test_a_batch_that_is_squared_whole_is_squared_in_its_halves():
+    model = network()
+    model[0].register_forward_hook(
+        fail_when(lambda x: len(x) > 2, OUT_OF_MEMORY[0], backward=False)
+    )
+    found = fisher_diagonal(model, batches([4, 4]), "softmax", estimator="batched")
+    (a, b), (c, d) = batches([4, 4])
+    halves = [(a[:2], b[:2]), (a[2:], b[2:]), (c[:2], d[:2]), (c[2:], d[2:])]
+    assert_close(found, fisher_diagonal(network(), halves, "softmax", estimator="batched"))
+    assert found.examples == 8
+
+
+def test_another_error_stays_what_it_is():
+    model = network()
+    model[0].register_forward_hook(
+        fail_when(lambda x: len(x) > 2, RuntimeError("a fault"), backward=False)
+    )
+    with pytest.raises(RuntimeError, match="a fault"):
+        fisher_diagonal(model, batches([2, 4]), "softmax")
+
+
+class Moody(nn.Module):
+    """Can be run for several examples by vmap, but not always."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch._C._functorch.is_batchedtensor(x) and Moody.refuses:
+            raise ValueError("not now")
+        return x * self.gain
+
+    refuses = False
+
+
+def test_a_module_that_fails_later_goes_the_slower_way(monkeypatch):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 4), Moody(), nn.Linear(4, 3))
+    data = batches([4] * 5)
+    expected = fisher_diagonal(copy.deepcopy(model), data, "softmax")
+    assert expected.methods["1.gain"] == "module"
+
+    def read():
+        yield from data[:3]
+        monkeypatch.setattr(Moody, "refuses", True)
+        yield from data[3:]
+
+    found = fisher_diagonal(model, read(), "softmax")
+    assert_close(found, expected)
+    assert found.examples == 20
+
+
+# Going on.
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("check", [False, True])
+def test_a_pass_that_goes_on_ends_with_the_same_bits(estimator, check):
+    sizes = [4] * (2 * FOLDED_BATCHES) + [1, 7, 3]
+    options = {"estimator": estimator, "check": check}
+    kept: list[PartialPass] = []
+
+    def keep(partial: PartialPass) -> None:
+        tensors = {name: values.clone() for name, values in partial.tensors.items()}
+        kept.append(partial._replace(tensors=tensors))
+
+    straight = fisher_diagonal(network(), batches(sizes), "softmax", keep=keep, **options)
+    assert [partial.examples for partial in kept] == [4 * FOLDED_BATCHES, 8 * FOLDED_BATCHES]
+    for partial in kept:
+        seen: list[int] = []
+        found = fisher_diagonal(
+            network(), batches(sizes), "softmax", start=partial, progress=seen.append, **options
+        )
+        assert all(torch.equal(found[name], straight[name]) for name in straight)
+        assert vars(found) == vars(straight)
+        assert sum(seen) == straight.examples - partial.examples
+
+
+def test_a_pass_goes_on_in_the_middle_of_a_batch():
+    """Where the memory did not suffice for a whole one."""
+    data = batches([8] * 9)
+    kept: list[PartialPass] = []
+
+    def keep(partial: PartialPass) -> None:
+        tensors = {name: values.clone() for name, values in partial.tensors.items()}
+        kept.append(partial._replace(tensors=tensors))
+
+    def model() -> nn.Module:
+        limited = network()
+        limited[0].register_forward_hook(
+            fail_when(lambda x: len(x) > 5, OUT_OF_MEMORY[0], backward=False)
+        )
+        return limited
+
+    straight = fisher_diagonal(model(), data, "softmax", keep=keep)
+    assert kept[0].most == 4
+    assert kept[0].examples == 4 * FOLDED_BATCHES
+    for partial in kept:
+        found = fisher_diagonal(model(), data, "softmax", start=partial)
+        assert all(torch.equal(found[name], straight[name]) for name in straight)
+        assert found.examples == 72
+
+
+REAL = """
+import resource, torch
+from torch import nn
+from consolidate.estimators import fisher_diagonal
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(4, 3000), nn.Tanh(), nn.Linear(3000, 2))
+x, y = torch.randn(6000, 4), torch.randint(2, (6000,))
+sizes = [500] * 2 + [5000]
+expected = fisher_diagonal(model, zip(x.split(500), y.split(500)), "softmax", estimator="mc")
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20,) * 2)
+notes = []
+found = fisher_diagonal(
+    model, zip(x.split(sizes), y.split(sizes)), "softmax", estimator="mc", note=notes.append
+)
+assert found.examples == 6000 and notes, notes
+for name in expected:
+    torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-9)
+print(notes[0])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+def test_memory_that_really_runs_out():
+    done = subprocess.run([sys.executable, "-c", REAL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("no memory for 5000 examples at a time: going on with 2500")
