@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from formats.errors import NonFiniteError
 
-FOLDED_BATCHES, FOLDED_EXAMPLES = 8, 128
+FOLDED_BATCHES, FOLDED_EXAMPLES = 16, 128
 """After so many batches, and so many examples, what was added goes into the totals."""
 
 
@@ -59,9 +59,9 @@ class Accumulators:
         Raises:
             NonFiniteError: If a trace is not finite; the message names parameter and batch.
         """
-        for batch in self._waiting:
-            self._count(batch)
-        self._waiting.clear()
+        if self._waiting:
+            self._count(self._waiting)
+            self._waiting = []
         return self._counts
 
     @property
@@ -158,26 +158,31 @@ class Accumulators:
                 raise _not_finite(name, f"one of the batches {first} to {counts.batches}")
         self._folded = counts
 
-    def _count(self, batch: _Batch) -> None:
-        u = batch.units.cpu()
-        none = torch.zeros(len(u), dtype=torch.float64)
-        s = torch.stack(
-            [batch.traces[n].cpu().double() if n in batch.traces else none for n in self.sums]
-        )
-        if not (finite := s.isfinite().all(1)).all():
-            raise _not_finite(list(self.sums)[finite.tolist().index(False)], batch.where)
+    def _count(self, batches: list[_Batch]) -> None:
+        u = torch.cat([batch.units for batch in batches]).cpu()
+        s = torch.stack([self._shares(name, batches) for name in self.sums])
+        if not (finite := s.isfinite()).all():
+            row, column = finite.logical_not().nonzero()[0].tolist()
+            wheres = [batch.where for batch in batches for _ in batch.units]
+            raise _not_finite(list(self.sums)[row], wheres[column])
         counts, measured = self._counts, s >= 0
         s = s * measured
-        moments = [measured, s, measured * u, s * s, s * u, measured * u.square()]
+        each = [measured, s, measured * u, s * s, s * u, measured * u.square()]
         self._counts = Counts(
-            counts.moments
-            + torch.stack([values.sum(1, dtype=torch.float64) for values in moments]),
-            counts.reached | batch.traces.keys(),
-            counts.batches + 1,
-            counts.examples + batch.examples,
+            counts.moments + torch.stack([values.sum(1, dtype=torch.float64) for values in each]),
+            counts.reached.union(*(batch.traces for batch in batches)),
+            counts.batches + len(batches),
+            counts.examples + sum(batch.examples for batch in batches),
             counts.draws + len(u),
             counts.units + int(u.sum()),
         )
+
+    def _shares(self, name: str, batches: list[_Batch]) -> Tensor:
+        """Return a parameter's traces of all draws in these batches, (draws,) in float64."""
+        parts = [
+            batch.traces.get(name, batch.units.new_zeros(len(batch.units))) for batch in batches
+        ]
+        return torch.cat(parts).cpu().double()
 
 
 def _not_finite(name: str, where: str) -> NonFiniteError:

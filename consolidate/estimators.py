@@ -181,10 +181,11 @@ def fisher_diagonal(
             if first + len(batch) <= examples:
                 measured.see(batch)
                 continue
-            missing = batch.rows(max(examples - first, 0), len(batch))
-            measured.take(missing, keep)
+            if first < examples:
+                batch = batch.rows(examples - first, len(batch))
+            measured.take(batch, keep)
             if progress is not None:
-                progress(len(missing))
+                progress(len(batch))
     if measured.accumulators is None:
         raise InputError("There is no example to measure the Fisher on: the batches are empty.")
     counts = measured.accumulators.counts
@@ -295,7 +296,7 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
 
 
 def _check_outputs(outputs: Tensor, batch: int) -> None:
-    if not outputs.isfinite().all():
+    if not outputs.sum().isfinite() and not outputs.isfinite().all():
         raise NonFiniteError(
             f"The model's outputs are not finite in batch {batch}: look for NaN or infinite "
             "weights or inputs, or use a wider dtype."

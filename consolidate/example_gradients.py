@@ -20,13 +20,13 @@ SMALL = 1 << 18
 """Elements of a gradient up to which several are made at a time, so that less is called."""
 
 CHUNK = 16
-"""So many, then."""
+"""So many, then; a multiple of MEASURED."""
 
 BLOCK = 1 << 20
 """Elements of a larger gradient that are made, squared and added while they are in the cache."""
 
 MEASURED = 4
-"""Of larger ones every fourth is summed for the spread: that takes a time through memory more."""
+"""Where there are many positions every fourth example's gradient is summed for the spread."""
 
 
 class Outer(NamedTuple):
@@ -47,12 +47,16 @@ class Outer(NamedTuple):
             return self.add_product(total, self.pairs())
         total = total.flatten(1)
         left, right = self._factors()
+        traces = _unmeasured(right)
         if total.numel() <= SMALL:
-            chunks = zip(left.split(CHUNK), right.split(CHUNK), strict=True)
-            return torch.cat([_add_squares(total, x.mT @ y) for x, y in chunks])
+            for start in range(0, len(right), CHUNK):
+                some = slice(start, start + CHUNK)
+                squares = (left[some].mT @ right[some]).square_()
+                total += squares.sum(0)
+                traces[some][::MEASURED] = squares[::MEASURED].flatten(1).sum(1)
+            return traces
         height = max(1, BLOCK // right.shape[-1])
         scratch = right.new_empty(min(height, len(total)), right.shape[-1])
-        traces = _unmeasured(right)
         for block, rows in zip(left.split(height, -1), total.split(height), strict=True):
             product = scratch[: len(rows)]
             for example, (one, other) in enumerate(zip(block, right, strict=True)):
@@ -70,13 +74,6 @@ class Outer(NamedTuple):
     def pairs(self) -> Tensor:
         """Return g_s g_t for each pair of positions, twice where s ≠ t, (B, pairs, m)."""
         return _pairs(self.g, 2)
-
-    def add_pairs(self, pairs: Tensor) -> None:
-        """Add what `pairs` returns, in place."""
-        if self.g.shape[1] == 1:
-            pairs.addcmul_(self.g, self.g)
-        else:
-            pairs += self.pairs()
 
     def add_product(self, total: Tensor, pairs: Tensor) -> Tensor:
         """Add Σ_b Σ_{s≤t} pairs_st (a_s a_t)ᵀ to total; pairs may be a sum over other g.
@@ -100,6 +97,34 @@ class Outer(NamedTuple):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return (self.a, self.g) if self.transposed else (self.g, self.a)
+
+
+class Summed(NamedTuple):
+    """Gradients that are sums over a few positions, Σ_t g_t: products with inputs that are 1."""
+
+    g: Tensor  # (B, T, m)
+
+    @property
+    def few(self) -> bool:
+        """Whether there are so few positions that their pairs are summed."""
+        return True
+
+    def add_to(self, gradient: Tensor, example: int) -> None:
+        """Add one example's gradient to a tensor, (m,)."""
+        gradient += self.g[example].sum(0)
+
+    def add_squares(self, total: Tensor) -> Tensor:
+        """Add Σ_b (Σ_t g_t)² to total, (m,); return Σ_m for each b, (B,)."""
+        return self.add_product(total, self.pairs())
+
+    def pairs(self) -> Tensor:
+        """Return g_s g_t for each pair of positions, twice where s ≠ t, (B, pairs, m)."""
+        return _pairs(self.g, 2)
+
+    def add_product(self, total: Tensor, pairs: Tensor) -> Tensor:
+        """Add Σ_b Σ_{s≤t} pairs_st to total; return each example's term summed, (B,)."""
+        total += pairs.sum((0, 1))
+        return pairs.sum((1, 2))
 
 
 class Rows(NamedTuple):
@@ -191,13 +216,7 @@ class Whole(NamedTuple):
         return squares.view(len(squares), -1).sum(1)
 
 
-Gradients = Outer | Convolved | Rows | Whole
-
-
-def _add_squares(total: Tensor, gradients: Tensor) -> Tensor:
-    """Add Σ_b gradients² to total; return each one's sum, (B,). The gradients are spent."""
-    total += gradients.square_().sum(0)
-    return gradients.flatten(1).sum(1)
+Gradients = Outer | Summed | Convolved | Rows | Whole
 
 
 def _unmeasured(batch: Tensor) -> Tensor:
@@ -241,6 +260,14 @@ def add_squares_of_sums(total: Tensor, uses: Sequence[Gradients], examples: int)
                 total.addcmul_(scratch, scratch)
                 traces.append(square(scratch))
             return torch.stack(traces)
+
+
+def add_pairs(total: Tensor, g: Tensor) -> None:
+    """Add g_s g_t for each pair of positions of g (B, T, m), twice where s ≠ t, to such a sum."""
+    if g.shape[1] == 1:
+        total.addcmul_(g, g)
+    else:
+        total += _pairs(g, 2)
 
 
 def _pairs(x: Tensor, weight: int = 1) -> Tensor:

@@ -16,14 +16,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from consolidate.batches import out_of_memory
-from consolidate.example_gradients import Gradients, Outer, Whole, add_squares_of_sums
+from consolidate.example_gradients import (
+    Gradients,
+    Outer,
+    Summed,
+    Whole,
+    add_pairs,
+    add_squares_of_sums,
+)
 from consolidate.layer_rules import Rule
 
 VMAP_ELEMENTS = 1 << 22
 """Elements of per-example gradients that one module makes at a time."""
 
-Sink = Callable[[str, Gradients], None]
-"""Takes per-example gradients of the parameter of that name."""
+Sink = Callable[[Mapping[str, Gradients]], None]
+"""Takes per-example gradients of a call's parameters, by name."""
 
 
 class Unit(NamedTuple):
@@ -124,8 +131,7 @@ class Recording:
         try:
             self.busy = True
             for found in self._example_gradients(call, gradients):
-                for local, name in call.unit.names.items():
-                    self.sink(name, found[local])
+                self.sink({name: found[local] for local, name in call.unit.names.items()})
         except Exception as error:
             if out_of_memory(error):
                 raise
@@ -193,22 +199,27 @@ class Squares:
         self.sums = sums
         self.recording = recording
         self.traces: dict[str, Tensor] = {}
-        self._products: dict[str, tuple[Outer, Tensor]] = {}
+        self._products: dict[str, tuple[Outer | Summed, Tensor]] = {}
         self._waiting: dict[str, list[Gradients]] = {}
 
-    def __call__(self, name: str, gradients: Gradients) -> None:
-        """Take a parameter's per-example gradients, of one use of it, by one vector."""
-        if name in self.recording.unfit:
-            return
-        if self.recording.uses[name] > 1:
-            self._waiting.setdefault(name, []).append(gradients)
-        elif isinstance(gradients, Outer) and gradients.few:
-            if name in self._products:
-                gradients.add_pairs(self._products[name][1])
+    def __call__(self, gradients: Mapping[str, Gradients]) -> None:
+        """Take the per-example gradients of one call's parameters, by one vector."""
+        pairs: dict[int, Tensor] = {}  # A layer's weight and bias share them.
+        for name, found in gradients.items():
+            if name in self.recording.unfit:
+                continue
+            if self.recording.uses[name] > 1:
+                self._waiting.setdefault(name, []).append(found)
+            elif isinstance(found, Outer | Summed) and found.few:
+                if name not in self._products:
+                    if id(found.g) not in pairs:
+                        pairs[id(found.g)] = found.pairs()
+                    self._products[name] = found, pairs[id(found.g)]
+                elif id(found.g) not in pairs:
+                    pairs[id(found.g)] = total = self._products[name][1]
+                    add_pairs(total, found.g)
             else:
-                self._products[name] = gradients, gradients.pairs()
-        else:
-            self._add(name, gradients.add_squares(self.sums[name]))
+                self._add(name, found.add_squares(self.sums[name]))
 
     def end_vector(self) -> None:
         """Add what waited for a parameter's last use."""

@@ -12,7 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from consolidate.example_gradients import FEW_POSITIONS, Convolved, Gradients, Outer, Rows, Whole
+from consolidate.example_gradients import (
+    FEW_POSITIONS,
+    Convolved,
+    Gradients,
+    Outer,
+    Rows,
+    Summed,
+    Whole,
+)
 
 Rule = Callable[[Any, Tensor, Tensor], dict[str, Gradients]]
 
@@ -110,10 +118,8 @@ def rule_of(module: nn.Module) -> Rule | None:
 
 
 def _summed(g: Tensor) -> Gradients:
-    """Return the sum over positions of g (B, T, n), that of the constant input 1 if T is 1."""
-    return (
-        Outer(g, g.new_ones(1, 1, 1).expand(len(g), 1, 1)) if g.shape[1] == 1 else Whole(g.sum(1))
-    )
+    """Return the sum over positions of g (B, T, n)."""
+    return Summed(g) if g.shape[1] <= FEW_POSITIONS else Whole(g.sum(1))
 
 
 def _positions(tensor: Tensor) -> Tensor:

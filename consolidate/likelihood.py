@@ -108,6 +108,8 @@ class Softmax:
 
     def units(self, labels: Tensor) -> Tensor:
         """Return the number of predicted positions, (B,); 1 without tokens."""
+        if not self.tokens:
+            return labels.new_ones(len(labels), dtype=torch.long)
         return (self._targets(labels) != IGNORED).sum(1)
 
     def correct(self, outputs: Tensor, labels: Tensor) -> Tensor:

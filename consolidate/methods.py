@@ -284,9 +284,10 @@ def _disagreeing(
         expected = truth.squares if squared else truth.sums
         found = {name: torch.zeros_like(expected[name]) for name in marked}
 
-        def add(name: str, gradients: Gradients) -> None:
-            for example in range(size):
-                gradients.add_to(found[name], example)
+        def add(gradients: Mapping[str, Gradients]) -> None:
+            for name, of_name in gradients.items():
+                for example in range(size):
+                    of_name.add_to(found[name], example)
 
         with recorded(units, size, probe.device, dtype) as recording:
             outputs = forward(batch)

@@ -24,13 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 STABLE = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "0",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "67108864",
 }
-"""Read when the process starts: threads sleep where they wait, freed memory is kept for reuse."""
+"""Read when the process starts: freed memory is kept for reuse."""
 
 PAGE = """{text}
 
@@ -415,6 +413,7 @@ def _mlp(quick: bool) -> nn.Module:
 CAUSAL = "next-token-softmax"
 WORKLOADS = {
     "mlp": Workload("MLP 784-400-400-10, batch 256", _mlp, (256, 784), chunk=32),
+    "mlp1024": Workload("MLP 784-400-400-10, batch 1024", _mlp, (1024, 784), chunk=32),
     "resnet64": Workload("ResNet-18, 64 px, batch 32", _resnet, (32, 3, 64, 64)),
     "resnet32": Workload("ResNet-18, 32 px, batch 32", _resnet, (32, 3, 32, 32)),
     "bert": Workload("BERT 6×384, T = 128, batch 16", _bert, (16, 128), tokens=30522),

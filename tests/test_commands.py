@@ -665,6 +665,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a pass be kept after few examples."""
     monkeypatch.setattr(consolidate.accumulators, "FOLDED_EXAMPLES", 1)
+    monkeypatch.setattr(consolidate.accumulators, "FOLDED_BATCHES", 8)
 
 
 LONG = {**NETWORK, "batch_size": 2, "save_every": 0, "estimator": "mc"}
