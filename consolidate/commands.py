@@ -16,6 +16,7 @@ from torch import Tensor
 from consolidate.chain import (
     add_task,
     find_fisher,
+    merging_options,
     refuse_existing,
     stored_fisher,
     task_name,
@@ -54,7 +55,7 @@ from formats.checkpoint import (
 )
 from formats.errors import ConsolidateError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher, write_fisher
-from formats.ledger import read_ledger
+from formats.ledger import Ledger, read_ledger
 from formats.task_file import TaskFile, open_task
 from formats.tensors import dtype_of, shape_of
 
@@ -88,6 +89,9 @@ def fisher(
     revision: str | None = None,
     data_digest: bool = True,
     check: bool = False,
+    merge_rule: str | None = None,
+    gamma: float | None = None,
+    task_weight: float | str = 1.0,
 ) -> dict[str, Any]:
     """Measure the Fisher diagonal of a checkpoint on a task's data and store it beside the weights.
 
@@ -117,6 +121,11 @@ def fisher(
         revision: Of a checkpoint on the Hub.
         data_digest: Keep the data's digest in the ledger.
         check: Hold every batch against single examples and autograd, not only the first.
+        merge_rule: ``online`` or ``separate``: how the task is merged with those before it, and
+            the next unless they say otherwise; as the one before, or ``online``, unless given.
+        gamma: γ of ``online``, from 0 to 1; as before, or 1, unless given.
+        task_weight: By which F is multiplied: a number, or relative to the first task ``units``
+            (n_t/n_1) or ``trace`` (tr F_1 / tr F_t over common parameters).
 
     Returns:
         What was done: the folder, the task, counts, and the Fisher's trace.
@@ -136,6 +145,7 @@ def fisher(
     target = folder / "fisher" if in_place else Path(str(output_dir))
     _check_target(target, source, overwrite=overwrite or (add and in_place), whole=not in_place)
     before = stored_fisher(folder / "fisher", source) if add else None
+    merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
     if overwrite and (target / LEDGER_NAME).is_file():
         LOG.info("replacing the Fisher of %s", _task_names(target))
     check_finite(source.weights, folder)
@@ -170,7 +180,7 @@ def fisher(
         check=check,
     )
     _log_notes(loaded, examples, diagonal)
-    merged, ledger = add_task(
+    merged, anchor, ledger = add_task(
         before,
         loaded,
         source.weights,
@@ -178,19 +188,22 @@ def fisher(
         name=name,
         data=rows.name,
         data_digest=rows.digest() if data_digest else None,
+        merge_rule=merge_rule,
+        gamma=gamma,
+        task_weight=task_weight,
     )
     heads = None if before is None else before.heads
     with replace_folder(target, overwrite=overwrite or add) as staging:
         if in_place:
-            write_fisher(staging, merged, ledger, heads=heads)
+            write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
         else:
             write_checkpoint(staging, source, source.weights)
-            write_fisher(staging / "fisher", merged, ledger, heads=heads)
+            write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
     return {
         "status": "done",
         "checkpoint": str(folder if in_place else target),
         "fisher": str(target if in_place else target / "fisher"),
-        **_fisher_summary(name, diagonal),
+        **_fisher_summary(ledger, diagonal),
     }
 
 
@@ -236,6 +249,9 @@ def finetune(
     fisher_max_outcomes: int = 4096,
     fisher_max_examples: int | None = None,
     fisher_batch_size: int | None = None,
+    merge_rule: str | None = None,
+    gamma: float | None = None,
+    task_weight: float | str = 1.0,
 ) -> dict[str, Any]:
     """Fine-tune a checkpoint on a new task with a penalty that keeps what it knew.
 
@@ -284,6 +300,9 @@ def finetune(
         fisher_max_outcomes: As `max_outcomes` of `fisher`.
         fisher_max_examples: As `max_examples` of `fisher`.
         fisher_batch_size: As `batch_size` of `fisher`; `batch_size` unless given.
+        merge_rule: As in `fisher`.
+        gamma: As in `fisher`.
+        task_weight: As in `fisher`.
 
     Returns:
         What was done: steps, loss, penalty, the share of weights that moved, metrics, history.
@@ -332,6 +351,7 @@ def finetune(
             f"{folder} holds no Fisher: run `consolidate fisher {checkpoint} --data OLD_DATA` "
             "first, or name one with --fisher"
         )
+    merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
     check_finite(source.weights, folder)
     task_file, rows = open_task(data, split=split)
     name = task_name(task or task_file.name, rows.name, before)
@@ -361,9 +381,9 @@ def finetune(
     term = _penalty(penalty, ewc_lambda, loaded, before)
     if before is not None and penalty != "ewc":
         LOG.info(
-            "the Fisher of %s does not hold the weights in this run; it is kept, around the "
-            "weights as they will be",
+            "the Fisher of %s does not hold the weights in this run; it is kept, around %s",
             ", ".join(task.name for task in before.ledger.tasks),
+            "the weights as they will be" if merge_rule == "online" else "its anchor",
         )
     metrics: dict[str, dict[str, dict[str, float]]] = {}
 
@@ -418,7 +438,7 @@ def finetune(
         seed=seed,
     )
     _log_notes(loaded, examples, diagonal)
-    merged, ledger = add_task(
+    merged, anchor, ledger = add_task(
         before,
         loaded,
         final,
@@ -429,6 +449,9 @@ def finetune(
         ewc_lambda=ewc_lambda,
         penalty=penalty,
         metrics=metrics,
+        merge_rule=merge_rule,
+        gamma=gamma,
+        task_weight=task_weight,
     )
     share_moved = _share_moved(source.weights, final)  # before the output may replace the source
     heads = None if before is None else before.heads
@@ -436,7 +459,7 @@ def finetune(
         write_checkpoint(staging, source, final)
         if loaded.config_changes:
             write_file(staging / "config.json", json.dumps(config_of(loaded), indent=2) + "\n")
-        write_fisher(staging / "fisher", merged, ledger, heads=heads)
+        write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
     return {
         "status": "done",
         "checkpoint": str(target),
@@ -448,7 +471,7 @@ def finetune(
         "share_moved": share_moved,
         "metrics": metrics,
         "history": [asdict(step) for step in steps],
-        "fisher": {"folder": str(target / "fisher"), **_fisher_summary(name, diagonal)},
+        "fisher": {"folder": str(target / "fisher"), **_fisher_summary(ledger, diagonal)},
     }
 
 
@@ -721,7 +744,11 @@ def _penalty(
     if stored.anchor is not None:
         anchor = model.layout.to_module(stored.anchor)
     penalty = Penalty(
-        model.module, model.layout.to_module(stored.fisher), anchor, ewc_lambda=ewc_lambda
+        model.module,
+        model.layout.to_module(stored.fisher),
+        anchor,
+        ewc_lambda=ewc_lambda,
+        offset=stored.ledger.penalty_offset,
     )
     if penalty.unprotected:
         LOG.info(
@@ -786,9 +813,12 @@ def _share_moved(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> floa
     return moved / max(1, sum(end[name].numel() for name in there))
 
 
-def _fisher_summary(name: str, diagonal: FisherDiagonal) -> dict[str, Any]:
+def _fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> dict[str, Any]:
     return {
-        "task": name,
+        "task": ledger.tasks[-1].name,
+        "weight": ledger.tasks[-1].weight,
+        "merge_rule": ledger.merge_rule,
+        "gamma": ledger.gamma,
         "estimator": diagonal.estimator,
         "examples": diagonal.examples,
         "units": diagonal.units,
