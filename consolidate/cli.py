@@ -649,8 +649,8 @@ def _finetune_text(result: dict[str, Any]) -> str:
 
 def _merge_text(result: dict[str, Any]) -> str:
     return (
-        f"{result['checkpoint']}: {len(result['models'])} models merged, tasks "
-        f"{', '.join(result['tasks'])}, {result['parameters']:,} parameters, "
+        f"{result['checkpoint']}: merged from {', '.join(result['models'])}; tasks "
+        f"{', '.join(result['tasks'])}; {result['parameters']:,} parameters, "
         f"trace {result['trace']:.4g}"
     )
 

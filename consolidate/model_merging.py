@@ -319,7 +319,8 @@ def _joined(
         for name, task in own.items():
             tasks[name] = replace(task, weight=task.weight * model.coefficient)
             holder[name] = model
-        heads |= {task: head for task, head in model.stored.heads.items() if task in own}
+        # Children may have put aside the head of a shared task that is still in the base's weights.
+        heads = model.stored.heads | heads
     return list(tasks.values()), heads
 
 

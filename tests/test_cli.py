@@ -73,7 +73,7 @@ def test_merge(
     together = ("merge", tmp_path / "a", tmp_path / "b")
     code, text, _ = run(capsys, *together, "--output-dir", tmp_path / "ab")
     assert code == 0
-    assert "2 models merged, tasks a, b, 83 parameters" in text
+    assert f"merged from {tmp_path / 'a'}, {tmp_path / 'b'}; tasks a, b; 83 parameters" in text
     out = tmp_path / "weighed"
     code, text, _ = run(capsys, *together, "--output-dir", out, "--weights", "2,0.5", "--json")
     assert code == 0

@@ -290,19 +290,35 @@ def test_a_parameter_that_one_model_does_not_hold_is_the_others(tmp_path: Path) 
     assert read_fisher(tmp_path / "out" / "fisher").ledger.unprotected == {}
 
 
+def add_head(folder: Path, task: str, value: float) -> None:
+    stored = read_fisher(folder / "fisher")
+    fisher = {name: stored.fisher[name].clone() for name in stored.fisher}
+    heads = {task: {"head.weight": torch.tensor([value])}}
+    shutil.rmtree(folder / "fisher")
+    write_fisher(folder / "fisher", fisher, stored.ledger, heads=heads)
+
+
+def heads_of(folder: Path) -> dict[str, float]:
+    heads = read_fisher(folder / "fisher").heads
+    return {task: head["head.weight"].item() for task, head in heads.items()}
+
+
 def test_heads_are_kept(strangers: list[Path], tmp_path: Path) -> None:
-    heads = {}
-    for folder in strangers[:2]:
-        stored = read_fisher(folder / "fisher")
-        (task,) = (task.name for task in stored.ledger.tasks)
-        heads[task] = {"head.weight": torch.tensor([float(len(heads))])}
-        loaded = {name: stored.fisher[name].clone() for name in stored.fisher}
-        shutil.rmtree(folder / "fisher")
-        write_fisher(folder / "fisher", loaded, stored.ledger, heads={task: heads[task]})
+    add_head(strangers[0], "task-0", 1.0)
+    add_head(strangers[2], "task-2", 2.0)
     model_merging.merge(strangers, output_dir=tmp_path / "out")
-    found = read_fisher(tmp_path / "out" / "fisher").heads
-    assert {task: dict(head) for task, head in found.items()} == heads
-    assert consolidate.verify(tmp_path / "out")["heads"].keys() == heads.keys()
+    assert heads_of(tmp_path / "out") == {"task-0": 1.0, "task-2": 2.0}
+    assert consolidate.verify(tmp_path / "out")["heads"].keys() == {"task-0", "task-2"}
+
+
+def test_the_head_that_children_put_aside_is_kept_once(
+    family: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in "ab":
+        add_head(family[name], "old", 1.0)
+    out = tmp_path / "out"
+    model_merging.merge([family["a"], family["b"]], output_dir=out, base=family["base"])
+    assert heads_of(out) == {"old": 1.0}
 
 
 @pytest.mark.parametrize(
