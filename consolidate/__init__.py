@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from consolidate.examples import Columns as Columns
     from consolidate.inspection import show as show
     from consolidate.inspection import verify as verify
+    from consolidate.merging import ModelTensor as ModelTensor
+    from consolidate.merging import merge_models as merge_models
     from consolidate.merging import merge_online as merge_online
+    from consolidate.merging import merge_separate as merge_separate
+    from consolidate.model_merging import merge as merge
     from consolidate.penalty import Penalty as Penalty
     from formats.fisher_folder import read_fisher as read_fisher
 
@@ -32,7 +36,11 @@ _HOMES = {
     "fisher_diagonal": "consolidate.estimators",
     "fisher_overlap": "consolidate.estimators",
     "load_penalty": "consolidate.chain",
+    "ModelTensor": "consolidate.merging",
+    "merge": "consolidate.model_merging",
+    "merge_models": "consolidate.merging",
     "merge_online": "consolidate.merging",
+    "merge_separate": "consolidate.merging",
     "read_fisher": "formats.fisher_folder",
     "show": "consolidate.inspection",
     "store_fisher": "consolidate.chain",

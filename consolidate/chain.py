@@ -1,5 +1,6 @@
 """The chain of tasks behind a checkpoint: its Fisher, its ledger, and adding a task to them."""
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from consolidate.estimators import FisherDiagonal, fisher_overlap
 from consolidate.hub import locate
 from consolidate.layout import Layout, same_names_layout, transformers_layout
-from consolidate.merging import merge_online
+from consolidate.merging import merge_online, merge_separate
 from consolidate.models import Model, file_weights, unprotected
 from consolidate.objectives import get_objective
 from consolidate.penalty import Penalty
@@ -26,12 +27,12 @@ from formats.fisher_folder import (
     read_fisher,
     write_fisher,
 )
-from formats.ledger import LayerRecord, Ledger, TaskRecord, check_task_name
+from formats.ledger import MERGE_RULES, LayerRecord, Ledger, TaskRecord, check_task_name
 from formats.tensors import shape_of
 
 
 def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
-    """Read a Fisher folder that belongs to a checkpoint and that a task can be added to.
+    """Read a Fisher folder, after every byte of it and of its weights was compared with its ledger.
 
     Args:
         folder: The Fisher folder.
@@ -41,17 +42,11 @@ def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
         The Fisher, read tensor by tensor.
 
     Raises:
-        InputError: There is none, it is damaged, it belongs to other weights, or it was merged by
-            another rule.
+        InputError: There is none, it is damaged, or it belongs to other weights.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist: run `consolidate fisher` first")
     stored = read_fisher(folder)
-    if stored.ledger.merge_rule != "online":
-        raise InputError(
-            f"{folder} was merged by the rule {stored.ledger.merge_rule!r}; this version goes on "
-            "from 'online' only"
-        )
     check_belongs(stored, source.weights, str(source.path))
     check_intact(stored)
     return stored
@@ -104,6 +99,49 @@ def task_name(name: str | None, data: str, before: StoredFisher | None) -> str:
     return name
 
 
+def merging_options(
+    before: StoredFisher | None,
+    merge_rule: str | None,
+    gamma: float | None,
+    task_weight: float | str,
+) -> tuple[str, float]:
+    """Choose how a new task will be merged: as asked for, else as the chain so far was.
+
+    Args:
+        before: The chain so far; None for the first task.
+        merge_rule: ``online`` or ``separate``; the chain's unless given, ``online`` for a first.
+        gamma: γ of ``online``; the chain's unless given, 1 for a first.
+        task_weight: A number, ``units`` or ``trace``.
+
+    Returns:
+        The merge rule and γ.
+
+    Raises:
+        UsageError: One of them is not what it may be.
+    """
+    rule = merge_rule or ("online" if before is None else before.ledger.merge_rule)
+    if rule not in MERGE_RULES:
+        raise UsageError(f"--merge-rule {rule}: expected one of {', '.join(MERGE_RULES)}")
+    if task_weight not in ("units", "trace"):
+        number = task_weight if isinstance(task_weight, int | float) else math.nan
+        if not (math.isfinite(number) and number >= 0):
+            raise UsageError(
+                f"--task-weight {task_weight}: expected a number from 0, units or trace"
+            )
+    if rule == "separate":
+        if gamma not in (None, 1.0):
+            raise UsageError(
+                f"--gamma {gamma} has no meaning with --merge-rule separate, which keeps every "
+                "task whole: leave it out, or use --merge-rule online"
+            )
+        return rule, 1.0
+    if gamma is None:
+        gamma = 1.0 if before is None else before.ledger.gamma
+    if not 0 <= gamma <= 1:
+        raise UsageError(f"--gamma {gamma}: expected a number from 0 to 1")
+    return rule, gamma
+
+
 def add_task(
     before: StoredFisher | None,
     model: Model,
@@ -116,8 +154,15 @@ def add_task(
     ewc_lambda: float | None = None,
     penalty: str | None = None,
     metrics: dict[str, dict[str, dict[str, float]]] | None = None,
-) -> tuple[dict[str, Tensor], Ledger]:
+    merge_rule: str | None = None,
+    gamma: float | None = None,
+    task_weight: float | str = 1.0,
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, Ledger]:
     """Merge a task's Fisher into the chain so far, and grow its ledger by the task.
+
+    Either rule goes on from either. A chain that was merged ``online`` has its anchor at its
+    weights, and there ``separate`` then holds it; ``online`` moves the anchor of a ``separate``
+    chain to the new weights, as it does with every anchor, and the offset is 0 again.
 
     Args:
         before: The chain so far; None for the first task.
@@ -130,12 +175,21 @@ def add_task(
         ewc_lambda: λ that the task was learned with.
         penalty: The penalty that it was learned with.
         metrics: What was measured while it was learned.
+        merge_rule: As in `merging_options`.
+        gamma: As in `merging_options`.
+        task_weight: w, or ``units`` for w_1 n_t/n_1, in the units the Fishers were measured on, or
+            ``trace`` for w_1 tr F_1 / tr F_t over the parameters that both have; w_1 is 1 unless
+            it was given or the first task came by a merge of models.
 
     Returns:
-        Λ by the names of the weights file, and the ledger.
+        Λ by the names of the weights file; μ by the same names, None where it is the weights; and
+        the ledger.
+
+    Raises:
+        UsageError: As `merging_options`.
     """
+    rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
     total: Mapping[str, Tensor] = {} if before is None else before.fisher
-    gamma = 1.0 if before is None else before.ledger.gamma
     fisher = model.layout.to_file(diagonal)
     record = TaskRecord(
         name=name,
@@ -161,17 +215,28 @@ def add_task(
             for parameter, values in fisher.items()
         },
     )
-    merged = merge_online(total, fisher, gamma=gamma)
+    tasks = [*(before.ledger.tasks if before is not None else []), record]
+    record.weight = _weight(task_weight, tasks)
+    anchor, offset = None, 0.0
+    if rule == "online":
+        merged = merge_online(total, fisher, gamma=gamma, weight=record.weight)
+    else:
+        where = model.checkpoint.weights if before is None or not before.anchor else before.anchor
+        merged, anchor, offset = merge_separate(total, where, fisher, weights, weight=record.weight)
+        if all(torch.equal(mu, weights[at].cpu().to(mu.dtype)) for at, mu in anchor.items()):
+            anchor = None
+        offset += 0.0 if before is None else before.ledger.penalty_offset
     ledger = Ledger(
-        tasks=[*(before.ledger.tasks if before is not None else []), record],
-        merge_rule="online",
+        tasks=tasks,
+        merge_rule=rule,
         gamma=gamma,
+        penalty_offset=offset,
         unprotected=unprotected(model, merged),
         weights=weight_records(weights),
-        versions=_versions(),
+        versions=program_versions(),
         heads={} if before is None else before.ledger.heads,
     )
-    return merged, ledger
+    return merged, anchor, ledger
 
 
 def load_penalty(
@@ -200,7 +265,11 @@ def load_penalty(
     layout = _layout(module, source)
     anchor = stored.anchor or {name: source.weights[name] for name in stored.fisher}
     return Penalty(
-        module, layout.to_module(stored.fisher), layout.to_module(anchor), ewc_lambda=ewc_lambda
+        module,
+        layout.to_module(stored.fisher),
+        layout.to_module(anchor),
+        ewc_lambda=ewc_lambda,
+        offset=stored.ledger.penalty_offset,
     )
 
 
@@ -248,7 +317,7 @@ def store_fisher(
             raise InputError(
                 f"{name!r} in the module is not what {source.path} holds: save the weights first"
             )
-    merged, ledger = add_task(None, model, source.weights, diagonal, name=task)
+    merged, _, ledger = add_task(None, model, source.weights, diagonal, name=task)
     with replace_folder(target, overwrite=overwrite) as staging:
         return write_fisher(staging, merged, ledger)
 
@@ -284,14 +353,8 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
         raise InputError(f"{target} is not replaced, since it is a git repository")
 
 
-def _layout(module: nn.Module, source: Checkpoint) -> Layout:
-    shapes = {name: shape_of(source.weights, name) for name in source.weights}
-    if hasattr(module, "save_pretrained"):
-        return transformers_layout(module, shapes)[0]
-    return same_names_layout(module, shapes)
-
-
-def _versions() -> dict[str, str]:
+def program_versions() -> dict[str, str]:
+    """Give the versions of the programs that write a ledger."""
     versions = {"python": platform.python_version()}
     for package in ("consolidate-ewc", "safetensors", "torch", "transformers"):
         try:
@@ -299,3 +362,26 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def _weight(asked: float | str, tasks: Sequence[TaskRecord]) -> float:
+    """Give the weight of the last task, relative to the first's where it was not a number."""
+    if not isinstance(asked, str):
+        return float(asked)
+    first, new = tasks[0], tasks[-1]
+    if first is new:
+        return 1.0
+    scale = first.weight or 1.0
+    if asked == "units":
+        return scale * new.units / first.units
+    common = first.layers.keys() & new.layers.keys()
+    past, present = (math.fsum(task.layers[at].trace for at in common) for task in (first, new))
+    # A Fisher of zero holds nothing at any weight, and no weight can match it.
+    return scale * (past / present if past > 0 and present > 0 else 1.0)
+
+
+def _layout(module: nn.Module, source: Checkpoint) -> Layout:
+    shapes = {name: shape_of(source.weights, name) for name in source.weights}
+    if hasattr(module, "save_pretrained"):
+        return transformers_layout(module, shapes)[0]
+    return same_names_layout(module, shapes)

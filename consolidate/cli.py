@@ -156,6 +156,24 @@ def _column_options() -> Callable[[Any], Any]:
     )
 
 
+def _task_weight(context: click.Context, option: click.Parameter, value: str) -> float | str:
+    if value in ("units", "trace"):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor units or trace") from None
+
+
+def _numbers(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> list[float] | None:
+    try:
+        return None if value is None else [float(number) for number in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected numbers with commas between them") from None
+
+
 COMMON = _options(
     click.option(
         "--config",
@@ -271,6 +289,29 @@ SEED = click.option(
     show_default=True,
     help="Of everything random.",
 )
+MERGING = _options(
+    click.option(
+        "--merge-rule",
+        type=click.Choice(["online", "separate"]),
+        help="How the task is merged with those before it: online holds them all at the new "
+        "weights, separate each where it was learned. As the task before by default, online at "
+        "first.",
+    ),
+    click.option(
+        "--gamma",
+        type=click.FloatRange(0, 1),
+        help="Of online: how much of the Fisher so far is kept. As before by default, 1 at first.",
+    ),
+    click.option(
+        "--task-weight",
+        metavar="X|units|trace",
+        default="1",
+        show_default=True,
+        callback=_task_weight,
+        help="What the task's Fisher is multiplied by: a number, or such that, relative to the "
+        "first task, it counts by the units it was measured on, or has as large a trace.",
+    ),
+)
 TASK = click.option("--task", metavar="NAME", help="Name of the task; that of the data by default.")
 DATA_DIGEST = click.option(
     "--data-digest/--no-data-digest",
@@ -347,6 +388,7 @@ class _StderrHandler(logging.Handler):
 )
 @click.option("--restart", is_flag=True, help="Throw away what was kept of an unfinished pass.")
 @click.option("--add", is_flag=True, help="Add another task measured at the same weights.")
+@MERGING
 @click.option(
     "--overwrite", is_flag=True, help="Replace the Fisher (or output folder) that is there."
 )
@@ -475,6 +517,7 @@ def fisher(checkpoint: str, as_json: bool, **options: Any) -> None:
     help="Measure the new task's Fisher on a seeded random subset of this size.",
 )
 @click.option("--fisher-batch-size", type=click.IntRange(min=1), help="As --batch-size by default.")
+@MERGING
 @DATA_DIGEST
 @COMMON
 def finetune(checkpoint: str, as_json: bool, evaluate: tuple[str, ...], **options: Any) -> None:
@@ -514,6 +557,34 @@ def evaluate(checkpoint: str, as_json: bool, data: tuple[str, ...], **options: A
 
     result = commands.evaluate(checkpoint, _named_data(data, "--data"), **_with_objects(options))
     _write(result, as_json, _metrics_text)
+
+
+@cli.command()
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT…")
+@click.option("--output-dir", required=True, metavar="DIR", help="Where the merged one goes.")
+@click.option(
+    "--weights",
+    metavar="X,Y,…",
+    callback=_numbers,
+    help="Coefficients of the checkpoints, in their order; 1 each by default.",
+)
+@click.option(
+    "--base",
+    metavar="CHECKPOINT",
+    help="Which they were all fine-tuned from: its tasks, which all hold, then count once.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the output folder that is there.")
+@COMMON
+def merge(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Merge checkpoints of one architecture into one, each weight by how much it matters to whom.
+
+    Every CHECKPOINT needs its Fisher. The output protects the tasks of all.
+
+    Example: consolidate merge my-model-a my-model-b --base my-model --output-dir my-model-ab
+    """
+    from consolidate import model_merging
+
+    _write(model_merging.merge(checkpoints, **options), as_json, _merge_text)
 
 
 @cli.command()
@@ -631,6 +702,14 @@ def _finetune_text(result: dict[str, Any]) -> str:
     )
     lines.append(_fisher_text({**result["fisher"], "fisher": result["fisher"]["folder"]}))
     return "\n".join(lines)
+
+
+def _merge_text(result: dict[str, Any]) -> str:
+    return (
+        f"{result['checkpoint']}: merged from {', '.join(result['models'])}; tasks "
+        f"{', '.join(result['tasks'])}; {result['parameters']:,} parameters, "
+        f"trace {result['trace']:.4g}"
+    )
 
 
 def _verify_text(summary: dict[str, Any]) -> str:

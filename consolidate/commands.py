@@ -16,6 +16,7 @@ from torch import Tensor
 from consolidate.chain import (
     add_task,
     find_fisher,
+    merging_options,
     refuse_existing,
     stored_fisher,
     task_name,
@@ -58,7 +59,7 @@ from formats.checkpoint import (
 from formats.digest import set_digest
 from formats.errors import ConsolidateError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher, write_fisher
-from formats.ledger import read_ledger
+from formats.ledger import Ledger, read_ledger
 from formats.task_file import TaskFile, open_task
 from formats.tensors import dtype_of, shape_of
 
@@ -97,6 +98,9 @@ def fisher(
     dry_run: bool = False,
     save_every: float = SAVE_EVERY,
     restart: bool = False,
+    merge_rule: str | None = None,
+    gamma: float | None = None,
+    task_weight: float | str = 1.0,
 ) -> dict[str, Any]:
     """Measure the Fisher diagonal of a checkpoint on a task's data and store it beside the weights.
 
@@ -133,6 +137,11 @@ def fisher(
         save_every: Minutes between two times that a long pass is kept beside the target; the same
             call started again goes on from there.
         restart: Throw away what was kept of a pass.
+        merge_rule: ``online`` or ``separate``: how the task is merged with those before it, and
+            the next unless they say otherwise; as the one before, or ``online``, unless given.
+        gamma: γ of ``online``, from 0 to 1; as before, or 1, unless given.
+        task_weight: By which F is multiplied: a number, or relative to the first task ``units``
+            (n_t/n_1) or ``trace`` (tr F_1 / tr F_t over common parameters).
 
     Returns:
         What was done: the folder, the task, counts, the Fisher's trace and how certain it is by
@@ -153,6 +162,7 @@ def fisher(
     target = folder / "fisher" if in_place else Path(str(output_dir))
     _check_target(target, source, overwrite=overwrite or (add and in_place), whole=not in_place)
     before = stored_fisher(folder / "fisher", source) if add else None
+    merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
     if overwrite and (target / LEDGER_NAME).is_file():
         LOG.info("replacing the Fisher of %s", _task_names(target))
     check_finite(source.weights, folder)
@@ -215,7 +225,7 @@ def fisher(
     )
     diagonal = measure_fisher(loaded, examples, label=f"Fisher of {name}", kept=kept, **options)
     _log_notes(loaded, examples, diagonal)
-    merged, ledger = add_task(
+    merged, anchor, ledger = add_task(
         before,
         loaded,
         source.weights,
@@ -223,20 +233,23 @@ def fisher(
         name=name,
         data=rows.name,
         data_digest=rows.digest() if data_digest else None,
+        merge_rule=merge_rule,
+        gamma=gamma,
+        task_weight=task_weight,
     )
     heads = None if before is None else before.heads
     with replace_folder(target, overwrite=overwrite or add) as staging:
         if in_place:
-            write_fisher(staging, merged, ledger, heads=heads)
+            write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
         else:
             write_checkpoint(staging, source, source.weights)
-            write_fisher(staging / "fisher", merged, ledger, heads=heads)
+            write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
     kept.remove()
     return {
         "status": "done",
         "checkpoint": str(folder if in_place else target),
         "fisher": str(target if in_place else target / "fisher"),
-        **_fisher_summary(name, diagonal),
+        **_fisher_summary(ledger, diagonal),
     }
 
 
@@ -285,6 +298,9 @@ def finetune(
     fisher_tolerance: float | None = None,
     fisher_accumulate_dtype: torch.dtype = torch.float32,
     fisher_check: bool = False,
+    merge_rule: str | None = None,
+    gamma: float | None = None,
+    task_weight: float | str = 1.0,
 ) -> dict[str, Any]:
     """Fine-tune a checkpoint on a new task with a penalty that keeps what it knew.
 
@@ -336,6 +352,9 @@ def finetune(
         fisher_tolerance: As `tolerance` of `fisher`.
         fisher_accumulate_dtype: As `accumulate_dtype` of `fisher`.
         fisher_check: As `check` of `fisher`.
+        merge_rule: As in `fisher`.
+        gamma: As in `fisher`.
+        task_weight: As in `fisher`.
 
     Returns:
         What was done: steps, loss, penalty, the share of weights that moved, metrics, history.
@@ -384,6 +403,7 @@ def finetune(
             f"{folder} holds no Fisher: run `consolidate fisher {checkpoint} --data OLD_DATA` "
             "first, or name one with --fisher"
         )
+    merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
     check_finite(source.weights, folder)
     task_file, rows = open_task(data, split=split)
     name = task_name(task or task_file.name, rows.name, before)
@@ -413,9 +433,9 @@ def finetune(
     term = _penalty(penalty, ewc_lambda, loaded, before)
     if before is not None and penalty != "ewc":
         LOG.info(
-            "the Fisher of %s does not hold the weights in this run; it is kept, around the "
-            "weights as they will be",
+            "the Fisher of %s does not hold the weights in this run; it is kept, around %s",
             ", ".join(task.name for task in before.ledger.tasks),
+            "the weights as they will be" if merge_rule == "online" else "its anchor",
         )
     metrics: dict[str, dict[str, dict[str, float]]] = {}
 
@@ -473,7 +493,7 @@ def finetune(
         check=fisher_check,
     )
     _log_notes(loaded, examples, diagonal)
-    merged, ledger = add_task(
+    merged, anchor, ledger = add_task(
         before,
         loaded,
         final,
@@ -484,6 +504,9 @@ def finetune(
         ewc_lambda=ewc_lambda,
         penalty=penalty,
         metrics=metrics,
+        merge_rule=merge_rule,
+        gamma=gamma,
+        task_weight=task_weight,
     )
     share_moved = _share_moved(source.weights, final)  # before the output may replace the source
     heads = None if before is None else before.heads
@@ -491,7 +514,7 @@ def finetune(
         write_checkpoint(staging, source, final)
         if loaded.config_changes:
             write_file(staging / "config.json", json.dumps(config_of(loaded), indent=2) + "\n")
-        write_fisher(staging / "fisher", merged, ledger, heads=heads)
+        write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
     return {
         "status": "done",
         "checkpoint": str(target),
@@ -503,7 +526,7 @@ def finetune(
         "share_moved": share_moved,
         "metrics": metrics,
         "history": [asdict(step) for step in steps],
-        "fisher": {"folder": str(target / "fisher"), **_fisher_summary(name, diagonal)},
+        "fisher": {"folder": str(target / "fisher"), **_fisher_summary(ledger, diagonal)},
     }
 
 
@@ -725,7 +748,11 @@ def _penalty(
     if stored.anchor is not None:
         anchor = model.layout.to_module(stored.anchor)
     penalty = Penalty(
-        model.module, model.layout.to_module(stored.fisher), anchor, ewc_lambda=ewc_lambda
+        model.module,
+        model.layout.to_module(stored.fisher),
+        anchor,
+        ewc_lambda=ewc_lambda,
+        offset=stored.ledger.penalty_offset,
     )
     if penalty.unprotected:
         LOG.info(
@@ -786,10 +813,13 @@ def _bytes(weights: Mapping[str, Tensor]) -> int:
     )
 
 
-def _fisher_summary(name: str, diagonal: FisherDiagonal) -> dict[str, Any]:
+def _fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> dict[str, Any]:
     errors = {name: e for name, e in diagonal.relative_errors.items() if math.isfinite(e)}
     return {
-        "task": name,
+        "task": ledger.tasks[-1].name,
+        "weight": ledger.tasks[-1].weight,
+        "merge_rule": ledger.merge_rule,
+        "gamma": ledger.gamma,
         "estimator": diagonal.estimator,
         "examples": diagonal.examples,
         "units": diagonal.units,

@@ -42,6 +42,7 @@ class Penalty:
         anchor: Mapping[str, Tensor] | None = None,
         *,
         ewc_lambda: float,
+        offset: float = 0.0,
     ):
         """Match Fisher and anchor with the parameters.
 
@@ -52,6 +53,7 @@ class Penalty:
             anchor: μ by parameter name, of the same shapes; by default the parameters' present
                 values, copied.
             ewc_lambda: λ, finite and not negative.
+            offset: A constant, times λ in every value: `penalty_offset` of a ledger.
 
         Raises:
             UsageError: If λ is negative or not finite.
@@ -70,6 +72,7 @@ class Penalty:
             )
         trained = {name: p for name, p in known.items() if p.requires_grad}
         self.ewc_lambda = ewc_lambda
+        self._constant = torch.tensor(ewc_lambda * offset)
         self._terms = [
             _term(name, parameter, fisher[name], anchor)
             for name, parameter in trained.items()
@@ -99,8 +102,8 @@ class Penalty:
 
     @torch.no_grad()
     def value(self) -> float:
-        """Return (λ/2) Σ Λ (θ − μ)² at the parameters' present values."""
-        return sum((self._value(*_pull(term)) for term in self._terms), torch.zeros(())).item()
+        """Return (λ/2) Σ Λ (θ − μ)² + λ · offset at the parameters' present values."""
+        return sum((self._value(*_pull(term)) for term in self._terms), self._constant).item()
 
     @torch.no_grad()
     def add_gradient_(self) -> Tensor:
@@ -119,7 +122,7 @@ class Penalty:
             else:
                 # Summed before it is rounded to a narrower type: the smaller of the two survives.
                 parameter.grad.copy_(parameter.grad.to(pull.dtype) + pull)
-        return sum(values, torch.zeros(()))
+        return sum(values, self._constant)
 
     def _value(self, difference: Tensor, pull: Tensor) -> Tensor:
         return self.ewc_lambda / 2 * (difference * pull).sum()

@@ -4,6 +4,7 @@ Reading maps the files into memory and touches only the headers until a tensor i
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,19 @@ from formats.errors import InputError
 MAX_SHARD_SIZE = 5 * 10**9
 
 
-class TensorFiles(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors that are read or computed when asked for, with dtypes and shapes known before."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """Give the dtype of a tensor."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Give the shape of a tensor."""
+
+
+class TensorFiles(LazyTensors):
     """The tensors of one or several safetensors files, read one at a time when asked for.
 
     A tensor is a private view of the mapped file: writing to it does not change the file. The
@@ -203,12 +216,12 @@ def write_tensor_file(
 
 def dtype_of(tensors: Mapping[str, Tensor], name: str) -> torch.dtype:
     """Give the dtype of a tensor, without reading its values where the mapping is lazy."""
-    return tensors.dtype(name) if isinstance(tensors, TensorFiles) else tensors[name].dtype
+    return tensors.dtype(name) if isinstance(tensors, LazyTensors) else tensors[name].dtype
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     """Give the shape of a tensor, without reading its values where the mapping is lazy."""
-    return tensors.shape(name) if isinstance(tensors, TensorFiles) else tuple(tensors[name].shape)
+    return tensors.shape(name) if isinstance(tensors, LazyTensors) else tuple(tensors[name].shape)
 
 
 def inside(folder: Path, name: str) -> Path:

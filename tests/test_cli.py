@@ -60,6 +60,27 @@ def test_fisher_finetune_evaluate_show_verify(
     assert "is intact" in text
 
 
+def test_merge(
+    capsys: pytest.CaptureFixture[str], network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    for seed, name in enumerate("ab"):
+        code, _, err = run(
+            capsys, "finetune", network_checkpoint, "--data", write_task(name, seed=seed),
+            "--output-dir", tmp_path / name, *MODEL, "--penalty", "none", "--max-steps", 2,
+            "--merge-rule", "separate", "--task-weight", "units",
+        )  # fmt: skip
+        assert code == 0, err
+    together = ("merge", tmp_path / "a", tmp_path / "b")
+    code, text, _ = run(capsys, *together, "--output-dir", tmp_path / "ab")
+    assert code == 0
+    assert f"merged from {tmp_path / 'a'}, {tmp_path / 'b'}; tasks a, b; 83 parameters" in text
+    out = tmp_path / "weighed"
+    code, text, _ = run(capsys, *together, "--output-dir", out, "--weights", "2,0.5", "--json")
+    assert code == 0
+    assert json.loads(text)["weights"] == [2, 0.5]
+    assert run(capsys, "verify", out)[0] == run(capsys, "show", out)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -87,6 +108,14 @@ def test_fisher_finetune_evaluate_show_verify(
         (("finetune", "start", "--data", "old.npz"), 2, "--output-dir"),
         (("show", "start"), 3, "fisher"),
         (("verify", "start"), 3, "fisher"),
+        (("merge", "start", "--output-dir", "o"), 3, "fisher"),
+        (("merge", "start", "--output-dir", "o", "--weights", "1;2"), 2, "--weights"),
+        (("merge", "--output-dir", "o"), 2, "CHECKPOINT"),
+        (
+            ("fisher", "start", "--data", "old.npz", *MODEL, "--task-weight", "heavy"),
+            2,
+            "--task-weight",
+        ),
         (("fisher", "start", "--dtaa", "old.npz"), 2, "--data"),
     ],
 )

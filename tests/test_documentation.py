@@ -42,10 +42,11 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
 
 
 def write_sentences(folder: Path) -> None:
-    """Two tasks with the same labels: opinions on food, then on films."""
+    """Tasks with the same labels: opinions on food, then on films, then on trains."""
     things = {
         "old": ("soup", "bread", "cheese", "salad"),
         "new": ("film", "plot", "actor", "scene"),
+        "third": ("train", "seat", "view", "ride"),
     }
     words = {"good": ("fine", "lovely", "superb"), "bad": ("awful", "dull", "poor")}
     for task, nouns in things.items():
