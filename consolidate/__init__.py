@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from consolidate.inspection import verify as verify
     from consolidate.merging import merge_online as merge_online
     from consolidate.penalty import Penalty as Penalty
+    from consolidate.trainer import penalty_callback as penalty_callback
     from formats.fisher_folder import read_fisher as read_fisher
 
 _HOMES = {
@@ -33,6 +34,7 @@ _HOMES = {
     "fisher_overlap": "consolidate.estimators",
     "load_penalty": "consolidate.chain",
     "merge_online": "consolidate.merging",
+    "penalty_callback": "consolidate.trainer",
     "read_fisher": "formats.fisher_folder",
     "show": "consolidate.inspection",
     "store_fisher": "consolidate.chain",

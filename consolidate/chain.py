@@ -175,11 +175,19 @@ def add_task(
 
 
 def load_penalty(
-    module: nn.Module, checkpoint: str | Path, *, ewc_lambda: float, revision: str | None = None
+    module: nn.Module,
+    checkpoint: str | Path,
+    *,
+    ewc_lambda: float,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> Penalty:
     """Make the penalty that holds a module to a checkpoint, for a training loop of one's own.
 
-    μ is read from the checkpoint, so it does not matter how far the module has moved from it.
+    μ is read from the checkpoint, so it does not matter how far the module has moved from it. Λ and
+    μ stay in the mapped files where these have the dtype and the device: do not write into them
+    while the penalty is used (replacing them, as safetensors does, is safe).
 
     Args:
         module: With the parameters of the checkpoint: a model of transformers, or any module whose
@@ -187,6 +195,8 @@ def load_penalty(
         checkpoint: A folder with a Fisher, or a repository on the Hub.
         ewc_lambda: λ, the strength.
         revision: Of a checkpoint on the Hub.
+        dtype: Of Λ and μ as they are kept, as for `Penalty`.
+        device: Where Λ and μ are kept, as for `Penalty`.
 
     Returns:
         The penalty; call `add_gradient_` once per optimizer step.
@@ -200,7 +210,12 @@ def load_penalty(
     layout = _layout(module, source)
     anchor = stored.anchor or {name: source.weights[name] for name in stored.fisher}
     return Penalty(
-        module, layout.to_module(stored.fisher), layout.to_module(anchor), ewc_lambda=ewc_lambda
+        module,
+        layout.to_module(stored.fisher),
+        layout.to_module(anchor),
+        ewc_lambda=ewc_lambda,
+        dtype=dtype,
+        device=device,
     )
 
 
