@@ -11,7 +11,7 @@ from formats.errors import InputError, NonFiniteError, UsageError
 
 NamedParameters = nn.Module | Iterable[tuple[str, nn.Parameter]]
 STEPS = ("gradient", "proximal")
-CPU_PIECE = 2**17  # elements for a thread: what is made of them stays in its cache until it is used
+CPU_PIECE = 2**18  # elements for a thread: what is made of them stays in its cache until it is used
 DEVICE_PIECE = 2**24
 SMALLEST, LARGEST = 1e-37, 1e38  # within float32
 
@@ -203,9 +203,8 @@ class Penalty:
     def _pull_back(self, term: _Term, group: dict[str, Any], state: dict[str, Any]) -> None:
         """Take one parameter's proximal step: the part w = Λ / (Λ + 1/(s λ)) of the way to μ."""
         rate, floor, squares = float(group["lr"]), 1.0, []
-        if (
-            "betas" in group
-        ):  # Adam: 1/s = (√v + ε √c) / (η √c) with the bias correction c = 1 − β₂ᵗ
+        if "betas" in group:
+            # Adam: 1/s = (√v + ε √c) / (η √c) with the bias correction c = 1 − β₂ᵗ.
             if "step" not in state:
                 return
             squares = [state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]]
@@ -216,7 +215,7 @@ class Penalty:
         if rate * self.ewc_lambda == 0:
             return
         inverse = min(1 / (rate * self.ewc_lambda), LARGEST)
-        floor = max(floor * inverse, SMALLEST)  # nothing is 0 / 0
+        floor = max(floor * inverse, SMALLEST)  # keeps 0 / 0 away
         for theta, fisher, anchor, *square in _pieces(term, *squares):
             weight = fisher + floor
             if square:

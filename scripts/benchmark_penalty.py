@@ -38,9 +38,9 @@ rounds.{quick}
 {details}
 
 *Gradient* is `penalty.add_gradient_()` after `backward`, *proximal* is `penalty.proximal_step_`
-after the optimizer's step. *Autograd* is the form that
-everyone writes, `loss + λ/2 · Σ (Λ * (θ − μ) ** 2).sum()` before `backward`. Λ and μ are float32
-unless another type is named; the Fisher is noise, and the weights lie off their anchor.
+after the optimizer's step. *Autograd* is the form that everyone writes,
+`loss + λ/2 · Σ (Λ * (θ − μ) ** 2).sum()` before `backward`. Λ and μ are float32 unless another type
+is named; the Fisher is noise, and the weights lie off their anchor.
 """
 
 Step = Callable[[], None]
