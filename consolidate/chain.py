@@ -240,11 +240,19 @@ def add_task(
 
 
 def load_penalty(
-    module: nn.Module, checkpoint: str | Path, *, ewc_lambda: float, revision: str | None = None
+    module: nn.Module,
+    checkpoint: str | Path,
+    *,
+    ewc_lambda: float,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> Penalty:
     """Make the penalty that holds a module to a checkpoint, for a training loop of one's own.
 
-    μ is read from the checkpoint, so it does not matter how far the module has moved from it.
+    μ is read from the checkpoint, so it does not matter how far the module has moved from it. Λ and
+    μ stay in the mapped files where these have the dtype and the device: do not write into them
+    while the penalty is used (replacing them, as safetensors does, is safe).
 
     Args:
         module: With the parameters of the checkpoint: a model of transformers, or any module whose
@@ -252,6 +260,8 @@ def load_penalty(
         checkpoint: A folder with a Fisher, or a repository on the Hub.
         ewc_lambda: λ, the strength.
         revision: Of a checkpoint on the Hub.
+        dtype: Of Λ and μ as they are kept, as for `Penalty`.
+        device: Where Λ and μ are kept, as for `Penalty`.
 
     Returns:
         The penalty; call `add_gradient_` once per optimizer step.
@@ -270,6 +280,8 @@ def load_penalty(
         layout.to_module(anchor),
         ewc_lambda=ewc_lambda,
         offset=stored.ledger.penalty_offset,
+        dtype=dtype,
+        device=device,
     )
 
 

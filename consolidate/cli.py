@@ -427,6 +427,23 @@ def fisher(checkpoint: str, as_json: bool, **options: Any) -> None:
     help="ewc holds each weight by its Fisher, l2 all alike.",
 )
 @click.option(
+    "--penalty-step",
+    type=click.Choice(["gradient", "proximal"]),
+    default="gradient",
+    show_default=True,
+    help="proximal: implicitly, after the optimizer's step; stable for every λ.",
+)
+@click.option(
+    "--penalty-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Of Λ and μ in memory; float32 by default.",
+)
+@click.option(
+    "--penalty-device",
+    metavar="DEVICE",
+    help="Where Λ and μ are; beside the weights by default.",
+)
+@click.option(
     "--fisher",
     metavar="PATH|REPO",
     help="Take the Fisher from here; from beside the weights by default.",
@@ -484,7 +501,7 @@ def fisher(checkpoint: str, as_json: bool, **options: Any) -> None:
 @click.option(
     "--max-grad-norm",
     type=click.FloatRange(min=0, min_open=True),
-    help="Clip the norm of the whole gradient, penalty included.",
+    help="Clip the norm of the whole gradient, an added penalty's included.",
 )
 @click.option(
     "--mixed-precision",
@@ -615,7 +632,7 @@ def verify(checkpoint: Path, as_json: bool) -> None:
 
 
 def _with_objects(options: dict[str, Any]) -> dict[str, Any]:
-    """Turn what was typed into what the functions take: a Columns and a torch.dtype."""
+    """Turn what was typed into what the functions take: a Columns and torch.dtypes."""
     import torch
 
     from consolidate.examples import Columns
@@ -624,7 +641,7 @@ def _with_objects(options: dict[str, Any]) -> dict[str, Any]:
         k.removesuffix("_column"): options.pop(k) for k in list(options) if k.endswith("_column")
     }
     options["columns"] = Columns(**given)
-    for name in ("dtype", "accumulate_dtype", "fisher_accumulate_dtype"):
+    for name in ("dtype", "penalty_dtype", "accumulate_dtype", "fisher_accumulate_dtype"):
         if options.get(name) is not None:
             options[name] = getattr(torch, options[name])
     return options

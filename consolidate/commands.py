@@ -35,7 +35,7 @@ from consolidate.models import (
     lacks_head,
     load_model,
 )
-from consolidate.penalty import Penalty
+from consolidate.penalty import STEPS, Penalty
 from consolidate.progress import progress
 from consolidate.training import (
     MIXED_PRECISION,
@@ -260,6 +260,9 @@ def finetune(
     output_dir: str | Path,
     ewc_lambda: float | None = None,
     penalty: str = "ewc",
+    penalty_step: str = "gradient",
+    penalty_dtype: torch.dtype | None = None,
+    penalty_device: str | None = None,
     fisher: str | Path | None = None,
     task: str | None = None,
     objective: str | None = None,
@@ -313,6 +316,10 @@ def finetune(
         output_dir: Where the new checkpoint is written.
         ewc_lambda: λ, the strength of the penalty; needed unless `penalty` is ``none``.
         penalty: ``ewc``, ``l2`` (Λ = 1 around the start) or ``none``.
+        penalty_step: ``gradient`` adds λ Λ (θ − μ) to the gradient; ``proximal`` takes the
+            penalty's step implicitly after the optimizer's, which is stable for every λ.
+        penalty_dtype: Of Λ and μ in memory: float32 unless given, or bfloat16.
+        penalty_device: Where Λ and μ are kept, such as ``cpu``; beside the weights unless given.
         fisher: The Fisher to use where it is not beside the weights: a folder or a repository.
         task: The new task's name in the ledger; the data's name unless given.
         objective: What is predicted; the architecture's own unless given.
@@ -332,7 +339,8 @@ def finetune(
         weight_decay: 0 unless given: it would pull unprotected weights to zero, task after task.
         lr_scheduler: ``constant``, ``linear`` or ``cosine``, after the warm-up.
         warmup_steps: Steps from zero to the peak.
-        max_grad_norm: Clip the norm of the whole gradient, penalty included.
+        max_grad_norm: Clip the norm of the gradient, that of the penalty included where it is
+            added.
         mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; the master weights are float32.
         norm_statistics: ``frozen`` or ``update``: running statistics of normalisation layers;
             frozen where there is a penalty unless given.
@@ -366,6 +374,7 @@ def finetune(
     """
     for option, value, known in (
         ("penalty", penalty, ("ewc", "l2", "none")),
+        ("penalty-step", penalty_step, STEPS),
         ("optimizer", optimizer, OPTIMIZERS),
         ("lr-scheduler", lr_scheduler, SCHEDULES),
         ("mixed-precision", mixed_precision, MIXED_PRECISION),
@@ -385,6 +394,8 @@ def finetune(
         raise UsageError("--ewc-lambda has no meaning with --penalty none: leave one of them out")
     if penalty != "none" and ewc_lambda is None:
         raise UsageError(f"--penalty {penalty} needs --ewc-lambda: the strength has no default")
+    if penalty == "none" and penalty_step != "gradient":
+        raise UsageError("--penalty-step has no meaning with --penalty none: leave one of them out")
     target = Path(output_dir)
     folder = locate(checkpoint, revision)
     source = open_checkpoint(folder)
@@ -430,7 +441,11 @@ def finetune(
         evaluations[old_name] = encode(
             old_rows, loaded, columns=_columns(columns, old_file), **encoding
         )
-    term = _penalty(penalty, ewc_lambda, loaded, before)
+    storage = {
+        "dtype": penalty_dtype,
+        "device": None if penalty_device is None else best_device(penalty_device),
+    }
+    term = _penalty(penalty, ewc_lambda, loaded, before, **storage)
     if before is not None and penalty != "ewc":
         LOG.info(
             "the Fisher of %s does not hold the weights in this run; it is kept, around %s",
@@ -452,6 +467,7 @@ def finetune(
         examples,
         take_metrics,
         penalty=term,
+        penalty_step=penalty_step,
         epochs=epochs,
         max_steps=max_steps,
         max_examples=max_examples,
@@ -660,6 +676,7 @@ def _train(
     take_metrics: Any,
     *,
     penalty: Penalty | None,
+    penalty_step: str,
     epochs: int | None,
     max_steps: int | None,
     max_examples: int | None,
@@ -723,6 +740,7 @@ def _train(
                 descent,
                 schedule,
                 penalty=penalty,
+                penalty_step=penalty_step,
                 gradient_accumulation_steps=gradient_accumulation_steps,
                 max_grad_norm=max_grad_norm,
                 mixed_precision=mixed_precision,
@@ -737,22 +755,27 @@ def _train(
 
 
 def _penalty(
-    kind: str, ewc_lambda: float | None, model: Model, stored: StoredFisher | None
+    kind: str,
+    ewc_lambda: float | None,
+    model: Model,
+    stored: StoredFisher | None,
+    **storage: Any,
 ) -> Penalty | None:
     if kind == "none" or ewc_lambda is None:
         return None
     if kind == "l2":
-        return Penalty.l2(model.module, ewc_lambda=ewc_lambda)
+        return Penalty.l2(model.module, ewc_lambda=ewc_lambda, **storage)
     assert stored is not None  # finetune has refused by now
-    anchor = None
-    if stored.anchor is not None:
-        anchor = model.layout.to_module(stored.anchor)
+    # What stays in the mapped files takes no memory of its own.
+    anchor = stored.anchor or {name: model.checkpoint.weights[name] for name in stored.fisher}
+    to_module = model.layout.to_module
     penalty = Penalty(
         model.module,
-        model.layout.to_module(stored.fisher),
-        anchor,
+        to_module(stored.fisher),
+        to_module(anchor),
         ewc_lambda=ewc_lambda,
         offset=stored.ledger.penalty_offset,
+        **storage,
     )
     if penalty.unprotected:
         LOG.info(

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from consolidate.batches import model_outputs, to_model
 from consolidate.likelihood import Likelihood
-from consolidate.penalty import Penalty
+from consolidate.penalty import Penalty, check_proximal
 from formats.errors import NonFiniteError
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
@@ -133,6 +133,7 @@ def train_epoch(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     *,
     penalty: Penalty | None = None,
+    penalty_step: str = "gradient",
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float | None = None,
     mixed_precision: str = "no",
@@ -149,7 +150,8 @@ def train_epoch(
         L(θ) = −(1/units) Σ_x log p(y|x, θ) + (λ/2) Σ_i Λ_i (θ_i − μ_i)²
 
     where the mean is over the units of all micro-batches of the step. The penalty's gradient is
-    added once, after unscaling and before clipping (Kirkpatrick et al. 2017, eq. 3).
+    added once, after unscaling and before clipping (Kirkpatrick et al. 2017, eq. 3), or its
+    proximal step is taken after the optimizer's.
 
     Args:
         model: Trained in place, in train mode.
@@ -158,8 +160,10 @@ def train_epoch(
         optimizer: Any torch optimizer that needs no closure.
         scheduler: Stepped once per optimizer step.
         penalty: None trains on the task alone.
+        penalty_step: ``gradient`` or ``proximal``, which needs SGD, Adam or AdamW.
         gradient_accumulation_steps: Micro-batches per optimizer step.
-        max_grad_norm: Clips the norm of the whole gradient, penalty included.
+        max_grad_norm: Clips the norm of the whole gradient, that of the penalty included where it
+            is added.
         mixed_precision: ``no``, ``bf16`` or ``fp16``: the autocast of the forward pass.
         scaler: The loss scaler that fp16 needs.
         first_step: Optimizer steps taken before.
@@ -181,6 +185,11 @@ def train_epoch(
     autocast_dtype = MIXED_PRECISION[mixed_precision]
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     step = first_step
+    penalty_value = 0.0
+    proximal = penalty if penalty_step == "proximal" else None
+    if proximal is not None:
+        check_proximal(optimizer)
+        penalty_value = proximal.value()
     for micro_batches in _grouped(batches, gradient_accumulation_steps):
         if max_steps is not None and step >= max_steps:
             break
@@ -200,7 +209,8 @@ def train_epoch(
                 raise NonFiniteError(f"step {step + 1}: the loss is {loss}; {REMEDY}")
             scaler.scale(micro_loss).backward()
         scaler.unscale_(optimizer)
-        penalty_value = float(penalty.add_gradient_()) if penalty is not None else 0.0
+        if penalty is not None and proximal is None:
+            penalty_value = penalty.add_gradient_(value=True).item()
         if not math.isfinite(penalty_value):
             raise NonFiniteError(f"step {step + 1}: the penalty is {penalty_value}; {REMEDY}")
         gradient_norm = None
@@ -210,10 +220,14 @@ def train_epoch(
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
+        before = penalty_value
         if scaler.get_scale() >= scale:  # a lowered scale means the scaler skipped this step
+            if proximal is not None:
+                proximal.proximal_step_(optimizer)
+                penalty_value = proximal.value()
             scheduler.step()
         step += 1
-        on_step(Step(step, loss, penalty_value, learning_rate, gradient_norm))
+        on_step(Step(step, loss, before, learning_rate, gradient_norm))
     return step
 
 

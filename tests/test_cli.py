@@ -41,6 +41,7 @@ def test_fisher_finetune_evaluate_show_verify(
         capsys, "finetune", network_checkpoint, "--data", new, "--output-dir", out, *MODEL,
         "--ewc-lambda", 10, "--max-steps", 5, "--log-every", 1, "--evaluate", f"old={old}",
         "--optimizer", "sgd", "--momentum", 0.9, "--lr-scheduler", "cosine", "--json",
+        "--penalty-step", "proximal", "--penalty-dtype", "bfloat16", "--penalty-device", "cpu",
     )  # fmt: skip
     assert code == 0
     result = json.loads(text)

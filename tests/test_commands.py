@@ -182,8 +182,14 @@ def test_the_new_fisher_is_measured_at_the_stored_weights_and_added(
     commands.fisher(network_checkpoint, write_task("old"), **NETWORK)
     new = write_task("new", seed=7)
     result = commands.finetune(
-        network_checkpoint, new, output_dir=tmp_path / "out", ewc_lambda=1.0, **FAST
+        network_checkpoint,
+        new,
+        output_dir=tmp_path / "out",
+        ewc_lambda=1.0,
+        penalty_dtype=torch.bfloat16,
+        **FAST,
     )
+    assert result["history"][0]["penalty"] == 0  # a bfloat16 anchor of such weights is exact
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {values.dtype for values in stored.values()} == {torch.bfloat16}
     assert result["share_moved"] > 0
@@ -212,11 +218,36 @@ def test_l2_holds_all_weights_alike(
     assert moved(1000.0) < 0.4 * moved(0.0)
 
 
+def test_proximal_steps_hold_where_the_gradient_diverges(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    commands.fisher(network_checkpoint, write_task("old"), **NETWORK)
+    new = write_task("new", seed=7)
+    options = {"ewc_lambda": 1e9, **FAST, "optimizer": "sgd", "learning_rate": 0.1}
+    with pytest.raises(NonFiniteError, match=r"the (penalty|loss) is"):
+        commands.finetune(
+            network_checkpoint, new, output_dir=tmp_path / "out", epochs=20, **options
+        )
+    result = commands.finetune(
+        network_checkpoint,
+        new,
+        output_dir=tmp_path / "out",
+        penalty_step="proximal",
+        penalty_device="cpu",
+        **options,
+    )
+    assert result["penalty_value"] < 1
+    assert result["history"][0]["penalty"] < result["history"][-1]["penalty"]
+    consolidate.verify(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({}, "needs --ewc-lambda"),
         ({"penalty": "none", "ewc_lambda": 1.0}, "no meaning with --penalty none"),
+        ({"penalty": "none", "penalty_step": "proximal"}, "no meaning with --penalty none"),
+        ({"ewc_lambda": 1.0, "penalty_step": "implicit"}, "expected one of gradient, proximal"),
     ],
 )
 def test_options_that_contradict(
@@ -406,6 +437,32 @@ def test_the_penalty_in_a_loop_of_ones_own(network_checkpoint: Path, write_task:
         0.1**2 * values.sum().item() for values in fisher_of(network_checkpoint).values()
     )
     assert penalty.value() == pytest.approx(expected, rel=1e-4)
+    narrow = consolidate.load_penalty(
+        network, network_checkpoint, ewc_lambda=2.0, dtype=torch.bfloat16, device="cpu"
+    )
+    assert narrow.value() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps are read from /proc")
+def test_fisher_and_anchor_stay_in_the_mapped_files(
+    network_checkpoint: Path, write_task: Write
+) -> None:
+    commands.fisher(network_checkpoint, write_task("old"), **NETWORK)
+    network = make_network({"sizes": [6, 8, 3]})
+    penalty = consolidate.load_penalty(network, network_checkpoint, ewc_lambda=2.0)
+    value = penalty.value()
+    mapped = {}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(".safetensors"):
+            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            mapped[range(start, end)] = Path(line.split()[-1])
+    for term in penalty._terms:
+        for tensor, file in ((term.fisher, "fisher/fisher"), (term.anchor, "model")):
+            (found,) = (path for place, path in mapped.items() if tensor.data_ptr() in place)
+            assert found == network_checkpoint / f"{file}.safetensors"
+    # A model that is saved over the one that is held to does not take the anchor along.
+    save_file(network.state_dict(), network_checkpoint / "model.safetensors", {"format": "pt"})
+    assert penalty.value() == value > 0
 
 
 def test_a_device_that_is_not_here_is_a_usage_error() -> None:

@@ -124,18 +124,51 @@ def test_scaled_losses_leave_the_penalty_unscaled() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_a_skipped_step_moves_neither_weights_nor_schedule() -> None:
+@pytest.mark.parametrize("penalty_step", ["gradient", "proximal"])
+def test_a_skipped_step_moves_neither_weights_nor_schedule(penalty_step: str) -> None:
     model = network().float()
     start = copy.deepcopy(model)
     optimizer = make_optimizer("sgd", model.parameters(), learning_rate=0.1)
     scheduler = make_scheduler("linear", optimizer, warmup_steps=0, total_steps=10)
     scaler = torch.amp.GradScaler("cpu", init_scale=3e38, growth_interval=1)
     data = [(1e3 * x.float(), y) for x, y in batches([6])]
-    train_epoch(model, data, SOFTMAX, optimizer, scheduler, penalty=ewc(model), scaler=scaler)
+    held = {"penalty": ewc(model), "penalty_step": penalty_step}
+    train_epoch(model, data, SOFTMAX, optimizer, scheduler, scaler=scaler, **held)
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)
     )
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_proximal_steps_follow_the_optimizers(name: str) -> None:
+    data = batches([6, 6, 6])
+    model = network()
+    twin = copy.deepcopy(model)
+    penalties = [ewc(model), ewc(twin)]
+    optimizers = [make_optimizer(name, m.parameters(), learning_rate=0.1) for m in (model, twin)]
+    scheduler = make_scheduler("linear", optimizers[0], warmup_steps=0, total_steps=3)
+    steps: list[Step] = []
+    train_epoch(
+        model,
+        data,
+        SOFTMAX,
+        optimizers[0],
+        scheduler,
+        penalty=penalties[0],
+        penalty_step="proximal",
+        on_step=steps.append,
+    )
+    for (x, y), step in zip(data, steps, strict=True):
+        optimizers[1].param_groups[0]["lr"] = step.learning_rate
+        assert step.penalty == pytest.approx(penalties[1].value())
+        optimizers[1].zero_grad()
+        cross_entropy(twin(x), y).backward()
+        optimizers[1].step()
+        penalties[1].proximal_step_(optimizers[1])
+    assert [step.learning_rate for step in steps] == pytest.approx([0.1, 0.2 / 3, 0.1 / 3])
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("mixed_precision", ["bf16", "fp16"])
