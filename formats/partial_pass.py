@@ -52,7 +52,7 @@ def write_partial(
     """
     path = partial_path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}-new")
+    new = _unfinished(path)
     new.unlink(missing_ok=True)
     text = json.dumps({"version": 1, "command": command, "state": state})
     try:
@@ -105,4 +105,10 @@ def remove_partial(target: Path) -> None:
     Args:
         target: The folder that the command writes.
     """
-    partial_path(target).unlink(missing_ok=True)
+    path = partial_path(target)
+    for file in (path, _unfinished(path)):
+        file.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}-new")

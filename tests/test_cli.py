@@ -61,6 +61,25 @@ def test_fisher_finetune_evaluate_show_verify(
     assert "is intact" in text
 
 
+def test_a_dry_run_and_a_tolerance(
+    capsys: pytest.CaptureFixture[str], network_checkpoint: Path, write_task: Write
+) -> None:
+    words = ("fisher", network_checkpoint, "--data", write_task("old", count=300), *MODEL)
+    code, text, _ = run(capsys, *words, "--dry-run")
+    assert code == 0
+    assert "parameters   83\nexamples     300, exact\n" in text
+    assert "files        fisher.safetensors 0.0 MB\nNothing was written" in text
+    assert not (network_checkpoint / "fisher").exists()
+    code, text, _ = run(capsys, *words, "--tolerance", "0.2", "--accumulate-dtype", "float64")
+    assert code == 0
+    assert "(at worst ± 1" in text
+    code, text, _ = run(capsys, *words, "--overwrite", "--tolerance", "1e-9", "--json")
+    assert code == 0
+    result = json.loads(text)
+    assert result["examples"] == 300
+    assert 0 < result["layers"]["0.weight"]["relative_error"] < 1
+
+
 def test_merge(
     capsys: pytest.CaptureFixture[str], network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
@@ -118,6 +137,7 @@ def test_merge(
             "--task-weight",
         ),
         (("fisher", "start", "--dtaa", "old.npz"), 2, "--data"),
+        (("fisher", "start", "--data", "old.npz", *MODEL, "--tolerance", "0"), 2, "--tolerance"),
     ],
 )
 def test_what_is_wrong_is_said_in_two_lines_and_nothing_is_harmed(
