@@ -108,7 +108,7 @@ class Accumulators:
 
         The trace is a ratio, R = Σ s / Σ u. Where n draws were measured, the residuals d = s − R u
         have the variance σ² = Σ d² / (n − 1), and R has N σ² / (Σ u)² over all N (Cochran 1977,
-        eq. 6.13); infinite for n < 2.
+        ch. 6); infinite for n < 2.
         """
         counts = self.counts
         n, s, u, ss, su, uu = counts.moments

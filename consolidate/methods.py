@@ -42,10 +42,12 @@ class Plan(NamedTuple):
         levels: What `method_of` takes, by the parameters' names; those that outputs do not depend
             on are missing.
         units: What is marked for those that do not go by the loop.
+        disagreed: By which method first, for those that did not agree with single examples.
     """
 
     levels: dict[str, str]
     units: list[Unit]
+    disagreed: dict[str, str]
 
 
 class _Truth(NamedTuple):
@@ -80,7 +82,7 @@ def choose_methods(
         dtype: The type that gradients are squared in.
         levels: A former plan's, to start from.
     """
-    everything_by_loop = Plan(dict.fromkeys(parameters, "loop"), [])
+    everything_by_loop = Plan(dict.fromkeys(parameters, "loop"), [], {})
     try:
         calls, probe, sums = _scout(model, parameters, batch, forward, dtype)
     except (RuntimeError, InputError) as error:
@@ -105,13 +107,15 @@ def choose_methods(
             # What several modules give would have to wait for the last of them.
             waits = len(paths) > 1 and reached[name].numel() * len(batch.labels) > MOST_WAITING
             levels[name] = "loop" if waits else "module"
+    disagreed: dict[str, str] = {}
     while True:
         units = _units(model, owners, levels, calls)
         marked = {name for unit in units for name in unit.names.values()}
         levels = {n: level if n in marked else "loop" for n, level in levels.items()}
         failed = _disagreeing(units, reached, batch, forward, dtype, truth)
         if not failed:
-            return Plan(levels, units)
+            return Plan(levels, units, disagreed)
+        disagreed = {name: method_of(levels[name]) for name in failed} | disagreed
         levels |= {name: slower(levels[name]) for name in failed}
 
 

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from consolidate.accumulators import Accumulators
 from consolidate.batches import Batch, out_of_memory, to_model
 from consolidate.layer_calls import UnitError, add_squares, recorded
-from consolidate.methods import Plan, add_gradients, choose_methods, requiring_gradients, slower
+from consolidate.methods import (
+    Plan,
+    add_gradients,
+    choose_methods,
+    method_of,
+    requiring_gradients,
+    slower,
+)
 from formats.errors import InputError
 
 
@@ -204,6 +211,20 @@ class Pass:
             )
             self.levels = self._plan.levels
             self._first = None
+            self._tell(self._plan)
+
+    def _tell(self, plan: Plan) -> None:
+        """Name the modules whose gradients were not those of single examples."""
+        modules: dict[tuple[str, str], dict[str, None]] = {}
+        for name, method in plan.disagreed.items():
+            if (now := method_of(plan.levels[name])) != method:
+                modules.setdefault((method, now), {})[name.rpartition(".")[0] or name] = None
+        for (method, now), names in modules.items():
+            first = ", ".join(list(names)[:5]) + (", …" if len(names) > 5 else "")
+            self._note(
+                f"by {method}, the gradients of {first} are not those of single examples: going on "
+                f"by {now}"
+            )
 
     def _add_examples(self, batch: Batch) -> dict[str, Tensor]:
         """Add Σ_examples Σ_vectors (Jᵀ vector)²; return what each example added in all, by name.

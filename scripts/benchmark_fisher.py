@@ -42,7 +42,7 @@ from benchmarks import (
     start,
     write_page,
 )
-from competitors import TOOLS, Case, Timed, Tool
+from competitors import REPEATS, SHORT, TOOLS, Case, Timed, Tool
 from torch import Tensor, nn
 
 import consolidate
@@ -121,6 +121,8 @@ What stands between these figures and the aims:
 
 ## How it was measured
 
+- **Time**: of a pass in the middle of others. What takes less than {short} s is run up to {repeats}
+  times in a row, the first of which is not counted.
 - **Error**: the largest over parameters of max |F − F₀| / max |F₀| against a batch-of-one loop in
   float64, on {few} examples; once in float32, as timed, and once with everything in float64, also
   where the model's code asks for float32 by name (blank where a tool fails at that). In float32
@@ -453,6 +455,8 @@ def main() -> None:
             details="\n\n".join(detail(name, rows) for name, rows in tables.items()),
             failures=failures(tables),
             few=FEW,
+            short=SHORT,
+            repeats=REPEATS,
             returned=" ".join(f"`{key}={value}`" for key, value in RETURNED.items()),
         ),
         quick=bool(options.quick or options.workload or options.tool),

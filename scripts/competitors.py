@@ -31,15 +31,33 @@ Timed = Callable[[], tuple[float, Squares]]
 """Make one pass; return its wall time in seconds and what it found."""
 
 
+SHORT, REPEATS = 0.25, 16
+"""A pass of fewer seconds is repeated so often, or for a second, and the first is not counted."""
+
+
 def clocked(run: Callable[[], Squares]) -> Timed:
     """Time the whole of run."""
 
     def timed() -> tuple[float, Squares]:
-        began = time.perf_counter()
-        found = run()
-        return time.perf_counter() - began, found
+        times = [time.perf_counter()]
+        while unsettled(times):
+            found = run()
+            times.append(time.perf_counter())
+        return settled(times), found
 
     return timed
+
+
+def unsettled(times: list[float]) -> bool:
+    """Return whether to time another pass after those that began and ended at these times."""
+    if len(times) < 3:
+        return len(times) < 2 or times[1] - times[0] < SHORT
+    return len(times) < REPEATS + 2 and times[-1] - times[1] < 1
+
+
+def settled(times: list[float]) -> float:
+    """Return the seconds of a pass, the mean over all but the first unless it is the only one."""
+    return (times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else times[1] - times[0]
 
 
 def training_pass(case: Case) -> Timed:
@@ -82,20 +100,20 @@ def input_gradients(case: Case) -> Timed:
 
 
 def ours(case: Case) -> Timed:
-    """Time a batch in the middle of a pass: the mean of 16, or of a second's, after the first."""
+    """Time batches in the middle of a pass: what each but the first one costs."""
     times: list[float] = []
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        times.clear()
-        while len(times) < 2 or (len(times) < 17 and times[-1] - times[1] < 1):
-            times.append(time.perf_counter())
+        yield case.inputs, case.labels
+        times[:] = [time.perf_counter()]
+        while unsettled(times):
             yield case.inputs, case.labels
-        times.append(time.perf_counter())
+            times.append(time.perf_counter())
 
     def timed() -> tuple[float, Squares]:
         # The mean over equal batches, times one.
         found = _ours(case, batches())
-        return (times[-1] - times[1]) / (len(times) - 2), found
+        return settled(times), found
 
     return timed
 

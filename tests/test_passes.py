@@ -174,6 +174,30 @@ def test_a_module_that_fails_later_goes_the_slower_way(monkeypatch):
     assert found.examples == 20
 
 
+class TimeFirst(nn.Module):
+    """Its inner layer sees positions where examples are expected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x.transpose(0, 1)).tanh().sum(0))
+
+
+def test_a_module_that_disagrees_is_named():
+    torch.manual_seed(1)
+    notes: list[str] = []
+    data = (torch.randn(6, 6, 2), torch.randint(3, (6,)))
+    found = fisher_diagonal(TimeFirst(), [data], "softmax", note=notes.append)
+    assert found.methods["inner.weight"] != "rule"
+    assert found.methods["head.weight"] == "rule"
+    assert len(notes) == 1
+    assert notes[0].startswith("by rule, the gradients of inner are not those of single examples")
+    assert notes[0].endswith(f"going on by {found.methods['inner.weight']}")
+
+
 # Going on.
 
 
