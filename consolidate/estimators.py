@@ -40,8 +40,9 @@ class FisherDiagonal(dict[str, Tensor]):
         methods: How the per-example gradients of each of the others were had, one of METHODS;
             empty for `batched`.
         relative_errors: The standard error of each tensor's trace over that trace, from the spread
-            over the examples (`batched`: over the batches); infinite where there was only one,
-            missing where the trace is zero.
+            over the examples, or every fourth of a batch where a layer has many positions
+            (`batched`: over the batches); infinite where there was only one, missing where the
+            trace is zero.
     """
 
     def __init__(
