@@ -163,7 +163,7 @@ def fisher(
     _check_target(target, source, overwrite=overwrite or (add and in_place), whole=not in_place)
     before = stored_fisher(folder / "fisher", source) if add else None
     merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
-    if overwrite and (target / LEDGER_NAME).is_file():
+    if overwrite and not dry_run and (target / LEDGER_NAME).is_file():
         LOG.info("replacing the Fisher of %s", _task_names(target))
     check_finite(source.weights, folder)
     task_file, rows = open_task(data, split=split)

@@ -68,7 +68,7 @@ def measure_fisher(
     if done:
         LOG.info("going on after %d of %d examples", done, len(order))
     with progress(label, len(order) - done, "examples") as advance:
-        return fisher_diagonal(
+        diagonal = fisher_diagonal(
             model.module,
             examples.batches(batch_size, order=order),
             get_likelihood(model.objective.likelihood),
@@ -85,6 +85,16 @@ def measure_fisher(
             note=LOG.info,
             progress=advance,
         )
+    uncertain = max(diagonal.relative_errors.values(), default=0.0)
+    if tolerance is not None and uncertain > tolerance:
+        LOG.info(
+            "all %d examples were read, and the least certain trace is known to ± %.2g only, "
+            "not to the tolerance of %g",
+            diagonal.examples,
+            uncertain,
+            tolerance,
+        )
+    return diagonal
 
 
 def default_estimator(model: Model, examples: Examples) -> str:

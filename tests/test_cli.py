@@ -74,8 +74,10 @@ def test_a_dry_run_and_a_tolerance(
     code, text, _ = run(capsys, *words, "--tolerance", "0.2", "--accumulate-dtype", "float64")
     assert code == 0
     assert re.search(r"trace [\d.]+ \(at worst ± [\d.]+%, of \d\.(weight|bias)\)", text)
-    code, text, _ = run(capsys, *words, "--overwrite", "--tolerance", "1e-9", "--json")
+    code, text, err = run(capsys, *words, "--overwrite", "--tolerance", "1e-9", "--json")
     assert code == 0
+    assert "all 300 examples were read" in err
+    assert "not to the tolerance of 1e-09" in err
     result = json.loads(text)
     assert result["examples"] == 300
     assert 0 < result["layers"]["0.weight"]["relative_error"] < 1
