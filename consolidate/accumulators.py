@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from formats.errors import NonFiniteError
 
-FOLDED_BATCHES, FOLDED_EXAMPLES = 16, 128
-"""After so many batches, and so many examples, what was added goes into the totals."""
+FOLDED_BATCHES = 16
+"""After so many batches what was added goes into the totals."""
 
 
 class Counts(NamedTuple):
@@ -90,8 +90,7 @@ class Accumulators:
             NonFiniteError: As `counts`.
         """
         batches = self._counts.batches + len(self._waiting) - self._folded.batches
-        examples = self.examples - self._folded.examples
-        due = batches >= FOLDED_BATCHES and examples >= FOLDED_EXAMPLES
+        due = batches >= FOLDED_BATCHES
         if due:
             self._fold()
         return due

@@ -4,14 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from consolidate import accumulators
 from consolidate.accumulators import FOLDED_BATCHES, Accumulators
 from formats.errors import NonFiniteError
-
-
-@pytest.fixture(autouse=True)
-def fold_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accumulators, "FOLDED_EXAMPLES", 1)
 
 
 def parameters() -> dict[str, nn.Parameter]:

@@ -721,7 +721,6 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a pass be kept after few examples."""
-    monkeypatch.setattr(consolidate.accumulators, "FOLDED_EXAMPLES", 1)
     monkeypatch.setattr(consolidate.accumulators, "FOLDED_BATCHES", 8)
 
 

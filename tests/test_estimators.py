@@ -405,7 +405,7 @@ def test_large_sums_stay_accurate():
     x = torch.full((20_000, 1), 0.1)
     fisher = fisher_diagonal(model, cut(x, torch.zeros(20_000), 1), "gaussian")
     expected = torch.tensor(0.1).double().square().item()
-    assert fisher["weight"].item() == pytest.approx(expected, rel=1e-6)
+    assert fisher["weight"].item() == pytest.approx(expected, rel=2e-7)
 
 
 def test_float64_sums_on_request():

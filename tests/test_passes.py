@@ -9,18 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from consolidate import accumulators
 from consolidate.accumulators import FOLDED_BATCHES
 from consolidate.estimators import ESTIMATORS, fisher_diagonal
 from consolidate.passes import PartialPass
 from formats.errors import InputError
 
 Batches = list[tuple[Tensor, Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def fold_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accumulators, "FOLDED_EXAMPLES", 1)
 
 
 class Layer(nn.Module):
