@@ -1,5 +1,6 @@
 """What the commands do, without the command line: read, compute, write."""
 
+import hashlib
 import json
 import logging
 import math
@@ -163,8 +164,6 @@ def fisher(
     _check_target(target, source, overwrite=overwrite or (add and in_place), whole=not in_place)
     before = stored_fisher(folder / "fisher", source) if add else None
     merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
-    if overwrite and not dry_run and (target / LEDGER_NAME).is_file():
-        LOG.info("replacing the Fisher of %s", _task_names(target))
     check_finite(source.weights, folder)
     task_file, rows = open_task(data, split=split)
     loaded = load_model(
@@ -212,6 +211,7 @@ def fisher(
         {
             "objective": loaded.objective.name,
             "model": model,
+            "module": _module_digest(loaded),
             "columns": asdict(_columns(columns, task_file)),
             "max_length": max_length,
             "pack": pack,
@@ -238,6 +238,8 @@ def fisher(
         task_weight=task_weight,
     )
     heads = None if before is None else before.heads
+    if overwrite and (target / LEDGER_NAME).is_file():
+        LOG.info("replacing the Fisher of %s", _task_names(target))
     with replace_folder(target, overwrite=overwrite or add) as staging:
         if in_place:
             write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
@@ -820,6 +822,12 @@ def _share_moved(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> floa
     there = [name for name in end if name in start]  # a fresh output layer was nowhere
     moved = sum(int((start[name] != end[name].cpu()).sum()) for name in there)
     return moved / max(1, sum(end[name].numel() for name in there))
+
+
+def _module_digest(model: Model) -> str:
+    """Give a digest of what the module is made of, which its weights do not tell."""
+    text = json.dumps(model.checkpoint.config, sort_keys=True) + repr(model.module)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _file_sizes(parameters: int, weights: Mapping[str, Tensor]) -> dict[str, int]:

@@ -140,10 +140,18 @@ def fisher_diagonal(
         raise UsageError(f"mc_samples is {mc_samples}; at least 1 outcome must be sampled.")
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise UsageError(f"tolerance is {tolerance}; it must be finite and above 0.")
+    if accumulate_dtype not in (torch.float32, torch.float64):
+        raise UsageError(f"accumulate_dtype is {accumulate_dtype}; it is float32 or float64.")
     _refuse_batch_statistics(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise InputError("The model has no parameter that requires gradients: nothing to measure.")
+
+    if complex_ones := [name for name, p in parameters.items() if p.is_complex()]:
+        raise InputError(
+            f"The parameter {complex_ones[0]!r} is complex, and its Fisher would be a matrix: hold "
+            "its real and imaginary part as two parameters, or leave it out."
+        )
 
     def forward(batch: Batch) -> Tensor:
         outputs = model_outputs(model, batch.inputs, batch.labels)
@@ -261,7 +269,11 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     use_cache = getattr(config, "use_cache", False)
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    copies = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    # An embedding with max_norm changes its weight when it is called.
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    changing: list[Tensor] = [m.weight for m in tables if m.max_norm is not None]
+    kept: list[Tensor] = [*model.buffers(), *changing]
+    copies = [(tensor, tensor.detach().clone()) for tensor in kept]
     try:
         model.eval()
         model.requires_grad_(False)

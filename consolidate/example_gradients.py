@@ -26,7 +26,10 @@ BLOCK = 1 << 20
 """Elements of a larger gradient that are made, squared and added while they are in the cache."""
 
 MEASURED = 4
-"""Where there are many positions every fourth example's gradient is summed for the spread."""
+"""Where there are many positions every fourth example's gradient is summed for the spread,"""
+
+ALL_MEASURED = 1 << 14
+"""unless it has no more elements than that."""
 
 
 class Outer(NamedTuple):
@@ -41,19 +44,20 @@ class Outer(NamedTuple):
         left, right = self._factors()
         gradient.view(len(gradient), -1).addmm_(left[example].T, right[example])
 
-    def add_squares(self, total: Tensor) -> Tensor:
+    def add_squares(self, total: Tensor, first: int = 0) -> Tensor:
         """Add Σ_b (Σ_t g_t a_tᵀ)² to total, (m, n) or (m, …); return Σ_mn for each b, (B,)."""
         if self.few:
             return self.add_product(total, self.pairs())
         total = total.flatten(1)
         left, right = self._factors()
-        traces = _unmeasured(right)
+        measured = _measured(total, first)
+        traces = _unmeasured(right, measured)
         if total.numel() <= SMALL:
             for start in range(0, len(right), CHUNK):
                 some = slice(start, start + CHUNK)
                 squares = (left[some].mT @ right[some]).square_()
                 total += squares.sum(0)
-                traces[some][::MEASURED] = squares[::MEASURED].flatten(1).sum(1)
+                traces[some][measured] = squares[measured].flatten(1).sum(1)
             return traces
         height = max(1, BLOCK // right.shape[-1])
         scratch = right.new_empty(min(height, len(total)), right.shape[-1])
@@ -62,7 +66,7 @@ class Outer(NamedTuple):
             for example, (one, other) in enumerate(zip(block, right, strict=True)):
                 torch.mm(one.T, other, out=product)
                 rows.addcmul_(product, product)
-                if example % MEASURED == 0:
+                if traces[example] >= 0:
                     traces[example] += square(product)
         return traces
 
@@ -113,7 +117,7 @@ class Summed(NamedTuple):
         """Add one example's gradient to a tensor, (m,)."""
         gradient += self.g[example].sum(0)
 
-    def add_squares(self, total: Tensor) -> Tensor:
+    def add_squares(self, total: Tensor, first: int = 0) -> Tensor:
         """Add Σ_b (Σ_t g_t)² to total, (m,); return Σ_m for each b, (B,)."""
         return self.add_product(total, self.pairs())
 
@@ -137,7 +141,7 @@ class Rows(NamedTuple):
         """Add one example's gradient to a tensor, (rows, n)."""
         gradient.index_add_(0, self.ids[example], self.values[example])
 
-    def add_squares(self, total: Tensor) -> Tensor:
+    def add_squares(self, total: Tensor, first: int = 0) -> Tensor:
         """Add Σ_b (Σ_t values_t at ids_t)² to total, (rows, n); return each example's sum, (B,)."""
         offsets = torch.arange(len(self.ids), device=self.ids.device)[:, None] * len(total)
         keys, places = (self.ids + offsets).unique(return_inverse=True)
@@ -186,16 +190,16 @@ class Convolved(NamedTuple):
         """Add one example's gradient to a tensor."""
         gradient += self.of(slice(example, example + 1))[0]
 
-    def add_squares(self, total: Tensor) -> Tensor:
+    def add_squares(self, total: Tensor, first: int = 0) -> Tensor:
         """Add Σ_b gradient² to total, (m, n / groups, *kernel); return each example's sum, (B,)."""
         # Small ones together; where there are many positions each is work enough.
         few = self.g[0, 0].numel() <= GROUPED_POSITIONS
         chunk = max(1, BLOCK // (2 * total.numel())) if few else 1
-        traces = _unmeasured(self.g)
+        traces = _unmeasured(self.g, _measured(total, first))
         for start in range(0, len(self.g), chunk):
             for example, gradient in enumerate(self.of(slice(start, start + chunk)), start):
                 total.addcmul_(gradient, gradient)
-                if example % MEASURED == 0:
+                if traces[example] >= 0:
                     traces[example] = square(gradient)
         return traces
 
@@ -209,7 +213,7 @@ class Whole(NamedTuple):
         """Add one example's gradient to a tensor."""
         gradient += self.gradients[example]
 
-    def add_squares(self, total: Tensor) -> Tensor:
+    def add_squares(self, total: Tensor, first: int = 0) -> Tensor:
         """Add Σ_b gradients² to total; return each example's sum, (B,)."""
         squares = self.gradients.square()
         total += squares.sum(0)
@@ -219,10 +223,15 @@ class Whole(NamedTuple):
 Gradients = Outer | Summed | Convolved | Rows | Whole
 
 
-def _unmeasured(batch: Tensor) -> Tensor:
+def _measured(total: Tensor, first: int) -> slice:
+    """Return which examples' gradients of that size are summed for the spread, from first on."""
+    return slice(None) if total.numel() <= ALL_MEASURED else slice(first, None, MEASURED)
+
+
+def _unmeasured(batch: Tensor, measured: slice) -> Tensor:
     """Return traces for each example of a batch, 0 where they are measured, else negative."""
     traces = batch.new_full((len(batch),), -1)
-    traces[::MEASURED] = 0
+    traces[measured] = 0
     return traces
 
 
@@ -232,7 +241,9 @@ def square(gradient: Tensor) -> Tensor:
     return torch.dot(values, values)
 
 
-def add_squares_of_sums(total: Tensor, uses: Sequence[Gradients], examples: int) -> Tensor:
+def add_squares_of_sums(
+    total: Tensor, uses: Sequence[Gradients], examples: int, first: int = 0
+) -> Tensor:
     """Add Σ_b (Σ_uses gradient)² to total, for a parameter that is used several times.
 
     Returns:
@@ -241,7 +252,7 @@ def add_squares_of_sums(total: Tensor, uses: Sequence[Gradients], examples: int)
     traces = []
     match uses:
         case [use]:
-            return use.add_squares(total)
+            return use.add_squares(total, first)
         case [Outer(transposed=False) as head, Rows() as table] if not head.few:
             # An embedding tied to the head: it adds to few of the rows.
             head = head._replace(g=head.g.contiguous())
@@ -250,7 +261,8 @@ def add_squares_of_sums(total: Tensor, uses: Sequence[Gradients], examples: int)
                 values += head.take_rows(example, rows)
                 total.index_add_(0, rows, values.square_())
                 traces.append(values.sum())
-            return head.add_squares(total) + torch.stack(traces)
+            others = head.add_squares(total, first)
+            return torch.where(others < 0, others, others + torch.stack(traces))
         case _:
             scratch = torch.empty_like(total)
             for example in range(examples):

@@ -1,6 +1,7 @@
 """What is kept of a long pass over the data, so that the same command can go on with it."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,7 +65,8 @@ class KeptPass:
         try:
             write_partial(self._target, partial.tensors, state, self._described())
         except (InputError, OSError) as error:
-            LOG.info("what was measured so far could not be kept: %s", error)
+            LOG.info("what was measured so far cannot be kept, and the pass goes on: %s", error)
+            self._every = math.inf
         self._last = time.monotonic()
 
     def remove(self) -> None:

@@ -195,8 +195,9 @@ class Squares:
     the vectors share. What a parameter's several uses give waits for the last of them.
     """
 
-    def __init__(self, sums: Mapping[str, Tensor], recording: Recording):
+    def __init__(self, sums: Mapping[str, Tensor], recording: Recording, first: int = 0):
         self.sums = sums
+        self.first = first
         self.recording = recording
         self.traces: dict[str, Tensor] = {}
         self._products: dict[str, tuple[Outer | Summed, Tensor]] = {}
@@ -219,12 +220,13 @@ class Squares:
                     pairs[id(found.g)] = total = self._products[name][1]
                     add_pairs(total, found.g)
             else:
-                self._add(name, found.add_squares(self.sums[name]))
+                self._add(name, found.add_squares(self.sums[name], self.first))
 
     def end_vector(self) -> None:
         """Add what waited for a parameter's last use."""
         for name, uses in self._waiting.items():
-            traces = add_squares_of_sums(self.sums[name], uses, self.recording.size)
+            size = self.recording.size
+            traces = add_squares_of_sums(self.sums[name], uses, size, self.first)
             self._add(name, traces)
         self._waiting.clear()
 
@@ -282,7 +284,11 @@ def recorded(
 
 
 def add_squares(
-    sums: Mapping[str, Tensor], recording: Recording, outputs: Tensor, vectors: Iterable[Tensor]
+    sums: Mapping[str, Tensor],
+    recording: Recording,
+    outputs: Tensor,
+    vectors: Iterable[Tensor],
+    first: int = 0,
 ) -> dict[str, Tensor]:
     """Add Σ_vectors Σ_examples (Jᵀ vector)² to sums.
 
@@ -293,11 +299,12 @@ def add_squares(
         recording: The recorded forward pass.
         outputs: Its outputs.
         vectors: What to send back, each like outputs.
+        first: The first example whose share is measured where not all are.
 
     Returns:
         What each example added in all, (B,), by the names that outputs depend on.
     """
-    squares = Squares(sums, recording)
+    squares = Squares(sums, recording, first)
     vectors = iter(vectors)
     vector = next(vectors, None)
     while vector is not None:

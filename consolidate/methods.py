@@ -84,7 +84,7 @@ def choose_methods(
     """
     everything_by_loop = Plan(dict.fromkeys(parameters, "loop"), [], {})
     try:
-        calls, probe, sums = _scout(model, parameters, batch, forward, dtype)
+        calls, together, probe, sums = _scout(model, parameters, batch, forward, dtype)
     except (RuntimeError, InputError) as error:
         if out_of_memory(error):
             raise
@@ -97,6 +97,9 @@ def choose_methods(
             outputs = forward(batch.example(example))
             if outputs.shape != probe[:1].shape:
                 return everything_by_loop
+            if not _near(outputs.detach(), together[example : example + 1]):
+                # Examples that change one another's outputs: each alone is what can be measured.
+                return everything_by_loop._replace(disagreed=dict.fromkeys(reached, "rule"))
             add_gradients(squares, reached, outputs, [probe[example : example + 1]])
     truth = _Truth(probe, kept, sums, squares)
     reached = {name: parameters[name] for name in sums}
@@ -172,8 +175,8 @@ def _scout(
     batch: Batch,
     forward: Forward,
     dtype: torch.dtype,
-) -> tuple[_Calls, Tensor, dict[str, Tensor]]:
-    """Run the batch; return what was called, a random vector, and autograd's gradients of it."""
+) -> tuple[_Calls, Tensor, Tensor, dict[str, Tensor]]:
+    """Run the batch; return what was called, outputs, a random vector, and its gradients."""
     size = len(batch.labels)
     calls: _Calls = {}
 
@@ -196,7 +199,8 @@ def _scout(
         for handle in handles:
             handle.remove()
     found = zip(parameters, gradients, strict=True)
-    return calls, probe, {name: g.to_dense().to(dtype) for name, g in found if g is not None}
+    sums = {name: g.to_dense().to(dtype) for name, g in found if g is not None}
+    return calls, outputs.detach(), probe, sums
 
 
 def _owners(
@@ -316,6 +320,12 @@ def _disagreeing(
         if out_of_memory(error):
             raise
         return marked
+
+
+def _near(alone: Tensor, together: Tensor) -> bool:
+    """Return whether outputs are the same up to rounding."""
+    tolerance = 10 * torch.finfo(alone.dtype).eps ** 0.5
+    return bool((alone - together).abs().max() <= tolerance * together.abs().max().clamp(min=1e-6))
 
 
 def _equal(found: Tensor, expected: Tensor, eps: float, largest: float) -> bool:

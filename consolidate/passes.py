@@ -3,6 +3,7 @@
 import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from consolidate.accumulators import Accumulators
 from consolidate.batches import Batch, out_of_memory, to_model
+from consolidate.example_gradients import MEASURED
 from consolidate.layer_calls import UnitError, add_squares, recorded
 from consolidate.methods import (
     Plan,
@@ -246,7 +248,9 @@ class Pass:
                 rest |= {n: others[n] for n in _dependencies(outputs, others)}
                 rest |= {n: parameters[n] for n in recording.unfit}
                 if outputs.requires_grad:
-                    traces = add_squares(self._sums, recording, outputs, vectors)
+                    # Drawn for each batch, so that no order of the data is always met.
+                    first = Random(batch.number).randrange(min(MEASURED, len(batch)))
+                    traces = add_squares(self._sums, recording, outputs, vectors, first)
                 del outputs, vectors  # The graph of a whole batch, before others are made.
         if rest:
             with requiring_gradients(rest):

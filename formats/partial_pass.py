@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from formats.atomic import partial_path
+from formats.digest import set_digest, tensor_record
 from formats.errors import InputError
 from formats.tensors import write_tensor_file
 
@@ -54,7 +55,8 @@ def write_partial(
     path.parent.mkdir(parents=True, exist_ok=True)
     new = _unfinished(path)
     new.unlink(missing_ok=True)
-    text = json.dumps({"version": 1, "command": command, "state": state})
+    content = {"version": 1, "command": command, "state": state, "digest": _digest(tensors)}
+    text = json.dumps(content)
     try:
         write_tensor_file(new, tensors, {_KEY: text})
         with open(new, "rb") as file:
@@ -85,6 +87,8 @@ def read_partial(target: Path, command: Mapping[str, Any]) -> StoredPass:
             stored = json.loads((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         version, was = stored["version"], dict(stored["command"])
+        if stored["digest"] != _digest(tensors):
+            raise ValueError("its digest is not that of its tensors")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be gone on with ({error}): {remedy}") from None
     if version != 1:
@@ -108,6 +112,10 @@ def remove_partial(target: Path) -> None:
     path = partial_path(target)
     for file in (path, _unfinished(path)):
         file.unlink(missing_ok=True)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    return set_digest({name: tensor_record(tensor) for name, tensor in tensors.items()})
 
 
 def _unfinished(path: Path) -> Path:

@@ -520,6 +520,65 @@ def test_it_works_where_gradients_are_switched_off():
         assert_equal(fisher_diagonal(model, [(x, y)], "softmax"), expected)
 
 
+def test_a_table_that_renormalises_itself_comes_back_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4, max_norm=0.5), nn.Flatten(), nn.Linear(12, 3))
+    before = copy.deepcopy(model.state_dict())
+    fisher_diagonal(model, [(torch.randint(7, (5, 3)), torch.randint(3, (5,)))], "softmax")
+    assert_equal(model.state_dict(), before)
+
+
+def test_complex_parameters_are_refused():
+    class Filter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, dtype=torch.cdouble))
+
+        def forward(self, x):
+            return torch.fft.irfft(torch.fft.rfft(x) * self.w, n=4)
+
+    with pytest.raises(InputError, match="'w' is complex"):
+        fisher_diagonal(Filter(), [(torch.randn(2, 4), torch.tensor([0, 1]))], "softmax")
+
+
+def test_sums_are_float32_or_float64():
+    with pytest.raises(UsageError, match=r"accumulate_dtype is torch.int32"):
+        fisher_diagonal(network(), [data(3)], "softmax", accumulate_dtype=torch.int32)
+
+
+class Centred(nn.Module):
+    """Its outputs depend on the other examples."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(x - 0.5 * x.mean(0))
+
+
+def test_examples_that_change_one_another_are_taken_alone_and_that_is_said():
+    x, y = data(12)
+    notes: list[str] = []
+    found = fisher_diagonal(Centred(), cut(x, y, 4), "softmax", note=notes.append)
+    assert_close(found, fisher_diagonal(Centred(), cut(x, y, 1), "softmax"), 1e-5)
+    assert len(notes) == 1
+    assert "head are not those of single examples: going on by loop" in notes[0]
+
+
+@pytest.mark.parametrize("size", [3, 4, 16])
+def test_the_spread_does_not_follow_the_order_of_the_data(size):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 160, 40), nn.Tanh(), nn.Flatten(), nn.Linear(160 * 10, 3))
+    x, y = torch.randn(256, 4, 49), torch.randint(3, (256,))
+    x[::4] *= 0.1
+    found = fisher_diagonal(model, cut(x, y, size), "softmax").relative_errors["0.weight"]
+    shuffled = torch.randperm(256)
+    other = fisher_diagonal(model, cut(x[shuffled], y[shuffled], 16), "softmax")
+    assert found == pytest.approx(other.relative_errors["0.weight"], rel=0.35)
+
+
 # How certain it is, and stopping early.
 
 

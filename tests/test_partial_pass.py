@@ -38,7 +38,7 @@ def test_another_command_is_refused_with_what_differs(tmp_path: Path) -> None:
         read_partial(tmp_path / "fisher", {**COMMAND, "freeze": []})
 
 
-@pytest.mark.parametrize("damage", ["cut", "no metadata", "other version", "no JSON"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no metadata", "other version", "no JSON"])
 def test_what_cannot_be_read_is_refused(tmp_path: Path, damage: str) -> None:
     target = tmp_path / "fisher"
     write_partial(target, TENSORS, STATE, COMMAND)
@@ -47,6 +47,10 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, damage: str) -> None:
     text = json.dumps({"version": 2, "command": COMMAND, "state": STATE})
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-5])
+    elif damage == "flipped":
+        content = bytearray(path.read_bytes())
+        content[-10] ^= 0x40
+        path.write_bytes(content)
     elif damage == "no metadata":
         save_file(TENSORS, path)
     else:
