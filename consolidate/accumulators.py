@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from formats.errors import NonFiniteError
 
-FOLDED_BATCHES = 16
-"""After so many batches what was added goes into the totals."""
+FOLDED_BATCHES, FOLDED_EXAMPLES = 16, 1000
+"""After so many batches or examples what was added goes into the totals."""
 
 
 class Counts(NamedTuple):
@@ -90,7 +90,8 @@ class Accumulators:
             NonFiniteError: As `counts`.
         """
         batches = self._counts.batches + len(self._waiting) - self._folded.batches
-        due = batches >= FOLDED_BATCHES
+        examples = self.examples - self._folded.examples
+        due = batches >= FOLDED_BATCHES or examples >= FOLDED_EXAMPLES
         if due:
             self._fold()
         return due
