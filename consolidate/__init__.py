@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from consolidate.chain import load_penalty as load_penalty
     from consolidate.chain import store_fisher as store_fisher
     from consolidate.commands import evaluate as evaluate
-    from consolidate.commands import finetune as finetune
     from consolidate.commands import fisher as fisher
     from consolidate.estimators import FisherDiagonal as FisherDiagonal
     from consolidate.estimators import fisher_diagonal as fisher_diagonal
     from consolidate.estimators import fisher_overlap as fisher_overlap
     from consolidate.examples import Columns as Columns
+    from consolidate.finetuning import finetune as finetune
     from consolidate.inspection import show as show
     from consolidate.inspection import verify as verify
     from consolidate.merging import ModelTensor as ModelTensor
@@ -32,7 +32,7 @@ _HOMES = {
     "FisherDiagonal": "consolidate.estimators",
     "Penalty": "consolidate.penalty",
     "evaluate": "consolidate.commands",
-    "finetune": "consolidate.commands",
+    "finetune": "consolidate.finetuning",
     "fisher": "consolidate.commands",
     "fisher_diagonal": "consolidate.estimators",
     "fisher_overlap": "consolidate.estimators",

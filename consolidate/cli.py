@@ -1,4 +1,4 @@
-"""The command line: options, messages, exit codes. The work is done in `commands`."""
+"""The command line: options, messages, exit codes; the work is done by what it imports."""
 
 import errno
 import json
@@ -546,9 +546,9 @@ def finetune(checkpoint: str, as_json: bool, evaluate: tuple[str, ...], **option
     Example: consolidate finetune my-model --data new.jsonl --output-dir my-model-2
     --ewc-lambda 100
     """
-    from consolidate import commands
+    from consolidate import finetuning
 
-    result = commands.finetune(
+    result = finetuning.finetune(
         checkpoint, evaluate=_named_data(evaluate, "--evaluate"), **_with_objects(options)
     )
     _write(result, as_json, _finetune_text)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from consolidate.chain import (
     add_task,
-    find_fisher,
     merging_options,
     refuse_existing,
     stored_fisher,
@@ -24,32 +23,17 @@ from consolidate.chain import (
 )
 from consolidate.estimators import FisherDiagonal
 from consolidate.evaluation import measure
-from consolidate.examples import Columns, Examples, encode, label_names, subset
+from consolidate.examples import Columns, Examples, encode
 from consolidate.hub import locate
 from consolidate.kept_pass import KeptPass
 from consolidate.likelihood import get_likelihood
 from consolidate.measuring import measure_fisher, pass_cost
 from consolidate.models import (
     Model,
-    config_of,
-    file_weights,
-    lacks_head,
     load_model,
 )
-from consolidate.penalty import STEPS, Penalty
 from consolidate.progress import progress
-from consolidate.training import (
-    MIXED_PRECISION,
-    OPTIMIZERS,
-    SCHEDULES,
-    Step,
-    data_order,
-    make_optimizer,
-    make_scheduler,
-    seeded,
-    train_epoch,
-)
-from formats.atomic import replace_folder, write_file
+from formats.atomic import replace_folder
 from formats.checkpoint import (
     Checkpoint,
     check_finite,
@@ -58,8 +42,8 @@ from formats.checkpoint import (
     write_checkpoint,
 )
 from formats.digest import set_digest
-from formats.errors import ConsolidateError, InputError, NonFiniteError, UsageError
-from formats.fisher_folder import LEDGER_NAME, StoredFisher, write_fisher
+from formats.errors import ConsolidateError, InputError, UsageError
+from formats.fisher_folder import LEDGER_NAME, write_fisher
 from formats.ledger import Ledger, read_ledger
 from formats.task_file import TaskFile, open_task
 from formats.tensors import dtype_of, shape_of
@@ -161,7 +145,7 @@ def fisher(
         raise UsageError(f"{checkpoint} is no local folder: say where to write with --output-dir")
     source = open_checkpoint(folder)
     target = folder / "fisher" if in_place else Path(str(output_dir))
-    _check_target(target, source, overwrite=overwrite or (add and in_place), whole=not in_place)
+    check_output(target, source, overwrite=overwrite or (add and in_place), whole=not in_place)
     before = stored_fisher(folder / "fisher", source) if add else None
     merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
     check_finite(source.weights, folder)
@@ -178,7 +162,7 @@ def fisher(
     examples = encode(
         rows,
         loaded,
-        columns=_columns(columns, task_file),
+        columns=columns_of(columns, task_file),
         max_length=max_length,
         pack=pack,
         seed=seed,
@@ -212,7 +196,7 @@ def fisher(
             "objective": loaded.objective.name,
             "model": model,
             "module": _module_digest(loaded),
-            "columns": asdict(_columns(columns, task_file)),
+            "columns": asdict(columns_of(columns, task_file)),
             "max_length": max_length,
             "pack": pack,
             "dtype": None if dtype is None else str(dtype),
@@ -224,7 +208,7 @@ def fisher(
         restart=restart,
     )
     diagonal = measure_fisher(loaded, examples, label=f"Fisher of {name}", kept=kept, **options)
-    _log_notes(loaded, examples, diagonal)
+    log_notes(loaded, examples, diagonal)
     merged, anchor, ledger = add_task(
         before,
         loaded,
@@ -251,300 +235,7 @@ def fisher(
         "status": "done",
         "checkpoint": str(folder if in_place else target),
         "fisher": str(target if in_place else target / "fisher"),
-        **_fisher_summary(ledger, diagonal),
-    }
-
-
-def finetune(
-    checkpoint: str | Path,
-    data: str | Path,
-    *,
-    output_dir: str | Path,
-    ewc_lambda: float | None = None,
-    penalty: str = "ewc",
-    penalty_step: str = "gradient",
-    penalty_dtype: torch.dtype | None = None,
-    penalty_device: str | None = None,
-    fisher: str | Path | None = None,
-    task: str | None = None,
-    objective: str | None = None,
-    model: str | None = None,
-    columns: Columns | None = None,
-    split: str | None = None,
-    max_length: int | None = None,
-    pack: bool = False,
-    epochs: int | None = None,
-    max_steps: int | None = None,
-    max_examples: int | None = None,
-    batch_size: int = 16,
-    gradient_accumulation_steps: int = 1,
-    learning_rate: float = 5e-5,
-    optimizer: str = "adamw",
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    lr_scheduler: str = "constant",
-    warmup_steps: int = 0,
-    max_grad_norm: float | None = None,
-    mixed_precision: str = "no",
-    norm_statistics: str | None = None,
-    evaluate: Mapping[str, str | Path] | None = None,
-    log_every: int = 50,
-    seed: int = 0,
-    device: str | None = None,
-    freeze: Sequence[str] = (),
-    overwrite: bool = False,
-    revision: str | None = None,
-    data_digest: bool = True,
-    fisher_estimator: str | None = None,
-    fisher_mc_samples: int = 1,
-    fisher_max_outcomes: int = 4096,
-    fisher_max_examples: int | None = None,
-    fisher_batch_size: int | None = None,
-    fisher_tolerance: float | None = None,
-    fisher_accumulate_dtype: torch.dtype = torch.float32,
-    fisher_check: bool = False,
-    merge_rule: str | None = None,
-    gamma: float | None = None,
-    task_weight: float | str = 1.0,
-) -> dict[str, Any]:
-    """Fine-tune a checkpoint on a new task with a penalty that keeps what it knew.
-
-    L(θ) = L_new(θ) + (λ/2) Σ_i Λ_i (θ_i − μ_i)², Kirkpatrick et al. 2017, eq. 3. The output is a
-    whole checkpoint whose Fisher holds the new task as well, so that the next call starts from it.
-
-    Args:
-        checkpoint: A folder, a weights file, or a repository on the Hub.
-        data: The new task: a file, a folder, a data set on the Hub, or a ``task.toml``.
-        output_dir: Where the new checkpoint is written.
-        ewc_lambda: λ, the strength of the penalty; needed unless `penalty` is ``none``.
-        penalty: ``ewc``, ``l2`` (Λ = 1 around the start) or ``none``.
-        penalty_step: ``gradient`` adds λ Λ (θ − μ) to the gradient; ``proximal`` takes the
-            penalty's step implicitly after the optimizer's, which is stable for every λ.
-        penalty_dtype: Of Λ and μ in memory: float32 unless given, or bfloat16.
-        penalty_device: Where Λ and μ are kept, such as ``cpu``; beside the weights unless given.
-        fisher: The Fisher to use where it is not beside the weights: a folder or a repository.
-        task: The new task's name in the ledger; the data's name unless given.
-        objective: What is predicted; the architecture's own unless given.
-        model: ``package.module:factory`` for a model that transformers does not know.
-        columns: Where the inputs and labels are in the data.
-        split: Of a data set that has several.
-        max_length: Tokens after which a text is truncated.
-        pack: Fill sequences of `max_length` with consecutive texts (language modelling).
-        epochs: Passes over the data; 1 unless given or `max_steps` is.
-        max_steps: Optimizer steps in all; ends the run before `epochs` do.
-        max_examples: Train on a seeded random subset of this size.
-        batch_size: Examples per micro-batch.
-        gradient_accumulation_steps: Micro-batches per optimizer step.
-        learning_rate: The peak of the schedule.
-        optimizer: ``adamw``, ``adam`` or ``sgd``.
-        momentum: Of SGD.
-        weight_decay: 0 unless given: it would pull unprotected weights to zero, task after task.
-        lr_scheduler: ``constant``, ``linear`` or ``cosine``, after the warm-up.
-        warmup_steps: Steps from zero to the peak.
-        max_grad_norm: Clip the norm of the gradient, that of the penalty included where it is
-            added.
-        mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; the master weights are float32.
-        norm_statistics: ``frozen`` or ``update``: running statistics of normalisation layers;
-            frozen where there is a penalty unless given.
-        evaluate: Data to measure before, after each epoch and at the end, by task name.
-        log_every: Steps between two lines of progress.
-        seed: Of the data order, dropout, masks, subsets and sampled labels.
-        device: Such as ``cpu`` or ``cuda``; the best there is unless given.
-        freeze: Glob patterns of parameters that are neither trained nor measured.
-        overwrite: Replace the output folder that is there.
-        revision: Of a checkpoint on the Hub.
-        data_digest: Keep the data's digest in the ledger.
-        fisher_estimator: As `estimator` of `fisher`, for the new task.
-        fisher_mc_samples: As `mc_samples` of `fisher`.
-        fisher_max_outcomes: As `max_outcomes` of `fisher`.
-        fisher_max_examples: As `max_examples` of `fisher`.
-        fisher_batch_size: As `batch_size` of `fisher`; `batch_size` unless given.
-        fisher_tolerance: As `tolerance` of `fisher`.
-        fisher_accumulate_dtype: As `accumulate_dtype` of `fisher`.
-        fisher_check: As `check` of `fisher`.
-        merge_rule: As in `fisher`.
-        gamma: As in `fisher`.
-        task_weight: As in `fisher`.
-
-    Returns:
-        What was done: steps, loss, penalty, the share of weights that moved, metrics, history.
-
-    Raises:
-        InputError: Something in the checkpoint, its Fisher or the data does not fit.
-        UsageError: The options contradict each other or the checkpoint.
-        NonFiniteError: NaN or infinity in weights, loss or Fisher; nothing is written.
-    """
-    for option, value, known in (
-        ("penalty", penalty, ("ewc", "l2", "none")),
-        ("penalty-step", penalty_step, STEPS),
-        ("optimizer", optimizer, OPTIMIZERS),
-        ("lr-scheduler", lr_scheduler, SCHEDULES),
-        ("mixed-precision", mixed_precision, MIXED_PRECISION),
-    ):
-        if value not in known:
-            raise UsageError(f"--{option} {value}: expected one of {', '.join(known)}")
-    for option, number in (
-        ("epochs", epochs),
-        ("max-steps", max_steps),
-        ("batch-size", batch_size),
-        ("gradient-accumulation-steps", gradient_accumulation_steps),
-        ("log-every", log_every),
-    ):
-        if number is not None and number < 1:
-            raise UsageError(f"--{option} {number}: expected at least 1")
-    if penalty == "none" and ewc_lambda is not None:
-        raise UsageError("--ewc-lambda has no meaning with --penalty none: leave one of them out")
-    if penalty != "none" and ewc_lambda is None:
-        raise UsageError(f"--penalty {penalty} needs --ewc-lambda: the strength has no default")
-    if penalty == "none" and penalty_step != "gradient":
-        raise UsageError("--penalty-step has no meaning with --penalty none: leave one of them out")
-    target = Path(output_dir)
-    folder = locate(checkpoint, revision)
-    source = open_checkpoint(folder)
-    _check_target(target, source, overwrite=overwrite, whole=True)
-    stored_at = find_fisher(folder, fisher)
-    before = None
-    if stored_at is not None:
-        before = stored_fisher(stored_at, source)
-    elif penalty == "ewc":
-        if model is None and objective and lacks_head(source, objective):
-            raise InputError(
-                f"{folder} has no output layer for {objective} yet: let it learn a first task with "
-                "--penalty none"
-            )
-        raise InputError(
-            f"{folder} holds no Fisher: run `consolidate fisher {checkpoint} --data OLD_DATA` "
-            "first, or name one with --fisher"
-        )
-    merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
-    check_finite(source.weights, folder)
-    task_file, rows = open_task(data, split=split)
-    name = task_name(task or task_file.name, rows.name, before)
-    objective = objective or task_file.objective
-    columns = _columns(columns, task_file)
-    new_labels = None
-    if penalty == "none" and model is None and objective and lacks_head(source, objective):
-        new_labels = label_names(rows, objective, columns)
-    loaded = load_model(
-        source,
-        objective=objective,
-        factory=model,
-        new_labels=new_labels,
-        seed=seed,
-        dtype=torch.float32,  # master weights: small updates vanish in bf16
-        device=best_device(device),
-        freeze=freeze,
-    )
-    encoding: dict[str, Any] = {"max_length": max_length, "pack": pack, "seed": seed}
-    examples = encode(rows, loaded, columns=columns, **encoding)
-    evaluations = {}
-    for old_name, spec in (evaluate or {}).items():
-        old_file, old_rows = open_task(spec)
-        evaluations[old_name] = encode(
-            old_rows, loaded, columns=_columns(columns, old_file), **encoding
-        )
-    storage = {
-        "dtype": penalty_dtype,
-        "device": None if penalty_device is None else best_device(penalty_device),
-    }
-    term = _penalty(penalty, ewc_lambda, loaded, before, **storage)
-    if before is not None and penalty != "ewc":
-        LOG.info(
-            "the Fisher of %s does not hold the weights in this run; it is kept, around %s",
-            ", ".join(task.name for task in before.ledger.tasks),
-            "the weights as they will be" if merge_rule == "online" else "its anchor",
-        )
-    metrics: dict[str, dict[str, dict[str, float]]] = {}
-
-    def take_metrics(when: str) -> None:
-        if not evaluations:
-            return
-        metrics[when] = evaluate_all(loaded, evaluations, batch_size=batch_size)
-        for measured, values in metrics[when].items():
-            LOG.info("%s: %s %s", when, measured, _in_words(values))
-
-    take_metrics("before")
-    steps = _train(
-        loaded,
-        examples,
-        take_metrics,
-        penalty=term,
-        penalty_step=penalty_step,
-        epochs=epochs,
-        max_steps=max_steps,
-        max_examples=max_examples,
-        batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        learning_rate=learning_rate,
-        optimizer=optimizer,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        lr_scheduler=lr_scheduler,
-        warmup_steps=warmup_steps,
-        max_grad_norm=max_grad_norm,
-        mixed_precision=mixed_precision,
-        norm_statistics=norm_statistics or ("update" if term is None else "frozen"),
-        log_every=log_every,
-        seed=seed,
-    )
-    final = file_weights(loaded)
-    try:
-        check_finite(final, target)
-    except NonFiniteError as error:
-        raise NonFiniteError(
-            f"training diverged: {error}; lower --learning-rate or --ewc-lambda"
-        ) from None
-    _take_stored_values(loaded, final)
-    take_metrics("after")
-    diagonal = measure_fisher(
-        loaded,
-        examples,
-        label=f"Fisher of {name}",
-        estimator=fisher_estimator,
-        mc_samples=fisher_mc_samples,
-        max_outcomes=fisher_max_outcomes,
-        max_examples=fisher_max_examples,
-        batch_size=fisher_batch_size or batch_size,
-        seed=seed,
-        tolerance=fisher_tolerance,
-        accumulate_dtype=fisher_accumulate_dtype,
-        check=fisher_check,
-    )
-    _log_notes(loaded, examples, diagonal)
-    merged, anchor, ledger = add_task(
-        before,
-        loaded,
-        final,
-        diagonal,
-        name=name,
-        data=rows.name,
-        data_digest=rows.digest() if data_digest else None,
-        ewc_lambda=ewc_lambda,
-        penalty=penalty,
-        metrics=metrics,
-        merge_rule=merge_rule,
-        gamma=gamma,
-        task_weight=task_weight,
-    )
-    share_moved = _share_moved(source.weights, final)  # before the output may replace the source
-    heads = None if before is None else before.heads
-    with replace_folder(target, overwrite=overwrite) as staging:
-        write_checkpoint(staging, source, final)
-        if loaded.config_changes:
-            write_file(staging / "config.json", json.dumps(config_of(loaded), indent=2) + "\n")
-        write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
-    return {
-        "status": "done",
-        "checkpoint": str(target),
-        "penalty": penalty,
-        "ewc_lambda": ewc_lambda,
-        "steps": steps[-1].step if steps else 0,
-        "loss": steps[-1].loss if steps else None,
-        "penalty_value": steps[-1].penalty if steps else None,
-        "share_moved": share_moved,
-        "metrics": metrics,
-        "history": [asdict(step) for step in steps],
-        "fisher": {"folder": str(target / "fisher"), **_fisher_summary(ledger, diagonal)},
+        **fisher_summary(ledger, diagonal),
     }
 
 
@@ -605,7 +296,7 @@ def evaluate(
         name: encode(
             rows,
             loaded,
-            columns=_columns(columns, task_file),
+            columns=columns_of(columns, task_file),
             max_length=max_length,
             pack=pack,
             seed=seed,
@@ -672,124 +363,18 @@ def best_device(name: str | None = None) -> torch.device:
     return device
 
 
-def _train(
-    model: Model,
-    examples: Examples,
-    take_metrics: Any,
-    *,
-    penalty: Penalty | None,
-    penalty_step: str,
-    epochs: int | None,
-    max_steps: int | None,
-    max_examples: int | None,
-    batch_size: int,
-    gradient_accumulation_steps: int,
-    learning_rate: float,
-    optimizer: str,
-    momentum: float,
-    weight_decay: float,
-    lr_scheduler: str,
-    warmup_steps: int,
-    max_grad_norm: float | None,
-    mixed_precision: str,
-    norm_statistics: str,
-    log_every: int,
-    seed: int,
-) -> list[Step]:
-    chosen = subset(len(examples), max_examples, seed)
-    per_step = batch_size * gradient_accumulation_steps
-    per_epoch = -(-len(chosen) // per_step)
-    if epochs is None:
-        epochs = 1 if max_steps is None else -(-max_steps // per_epoch)
-    total = min(epochs * per_epoch, max_steps if max_steps is not None else epochs * per_epoch)
-    if not any(parameter.requires_grad for parameter in model.module.parameters()):
-        raise UsageError("--freeze leaves no parameter to train")
-    descent = make_optimizer(
-        optimizer,
-        model.module.parameters(),
-        learning_rate=learning_rate,
-        momentum=momentum,
-        weight_decay=weight_decay,
-    )
-    schedule = make_scheduler(lr_scheduler, descent, warmup_steps=warmup_steps, total_steps=total)
-    device = next(model.module.parameters()).device
-    scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
-    steps: list[Step] = []
-    orders = data_order(len(chosen), seed)
-    with progress("training", total, "steps") as advance, seeded(seed):
+def check_output(target: Path, source: Checkpoint, *, overwrite: bool, whole: bool) -> None:
+    """Refuse before the work what would fail after it: something in the way, or no room.
 
-        def on_step(step: Step) -> None:
-            steps.append(step)
-            advance(1)
-            if step.step % log_every == 0 or step.step == total:
-                LOG.info(
-                    "step %d of %d: loss %.4f, penalty %.4g, learning rate %.3g",
-                    step.step,
-                    total,
-                    step.loss,
-                    step.penalty,
-                    step.learning_rate,
-                )
+    Args:
+        target: Where a checkpoint or a Fisher folder is to be put.
+        source: The checkpoint it is made from.
+        overwrite: Whether it may be replaced.
+        whole: Whether it is a checkpoint, with weights.
 
-        for epoch in range(epochs):
-            if len(steps) >= total:
-                break
-            order = [chosen[i] for i in next(orders)]
-            train_epoch(
-                model.module,
-                examples.batches(batch_size, order=order, epoch=epoch),
-                get_likelihood(model.objective.likelihood),
-                descent,
-                schedule,
-                penalty=penalty,
-                penalty_step=penalty_step,
-                gradient_accumulation_steps=gradient_accumulation_steps,
-                max_grad_norm=max_grad_norm,
-                mixed_precision=mixed_precision,
-                scaler=scaler,
-                first_step=len(steps),
-                max_steps=total,
-                norm_statistics=norm_statistics,
-                on_step=on_step,
-            )
-            take_metrics(f"epoch {epoch + 1}")
-    return steps
-
-
-def _penalty(
-    kind: str,
-    ewc_lambda: float | None,
-    model: Model,
-    stored: StoredFisher | None,
-    **storage: Any,
-) -> Penalty | None:
-    if kind == "none" or ewc_lambda is None:
-        return None
-    if kind == "l2":
-        return Penalty.l2(model.module, ewc_lambda=ewc_lambda, **storage)
-    assert stored is not None  # finetune has refused by now
-    # What stays in the mapped files takes no memory of its own.
-    anchor = stored.anchor or {name: model.checkpoint.weights[name] for name in stored.fisher}
-    to_module = model.layout.to_module
-    penalty = Penalty(
-        model.module,
-        to_module(stored.fisher),
-        to_module(anchor),
-        ewc_lambda=ewc_lambda,
-        offset=stored.ledger.penalty_offset,
-        **storage,
-    )
-    if penalty.unprotected:
-        LOG.info(
-            "the penalty does not hold %d parameters, which have no Fisher: %s",
-            len(penalty.unprotected),
-            ", ".join(sorted(penalty.unprotected)[:5]),
-        )
-    return penalty
-
-
-def _check_target(target: Path, source: Checkpoint, *, overwrite: bool, whole: bool) -> None:
-    """Refuse before the work what would fail after it: something in the way, or no room."""
+    Raises:
+        InputError: It cannot be written, may not be replaced, or the disk has no room for it.
+    """
     refuse_existing(target, overwrite=overwrite)
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     needed = 4 * sum(math.prod(shape_of(source.weights, name)) for name in source.weights)
@@ -808,20 +393,6 @@ def _task_names(folder: Path) -> str:
         return ", ".join(task.name for task in read_ledger(folder / LEDGER_NAME).tasks)
     except ConsolidateError as error:
         return f"tasks unknown ({error})"
-
-
-@torch.no_grad()
-def _take_stored_values(model: Model, stored: Mapping[str, Tensor]) -> None:
-    """Give the module the values as they are stored: F is measured at exactly these."""
-    state = model.module.state_dict()
-    for name, values in model.layout.to_module(stored).items():
-        state[name].copy_(values)
-
-
-def _share_moved(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> float:
-    there = [name for name in end if name in start]  # a fresh output layer was nowhere
-    moved = sum(int((start[name] != end[name].cpu()).sum()) for name in there)
-    return moved / max(1, sum(end[name].numel() for name in there))
 
 
 def _module_digest(model: Model) -> str:
@@ -844,7 +415,16 @@ def _bytes(weights: Mapping[str, Tensor]) -> int:
     )
 
 
-def _fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> dict[str, Any]:
+def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> dict[str, Any]:
+    """Give what a command reports of a Fisher that was measured.
+
+    Args:
+        ledger: With the task as its last.
+        diagonal: The task's Fisher.
+
+    Returns:
+        The task, how it was merged, counts, and by layer the trace and its relative error.
+    """
     errors = {name: e for name, e in diagonal.relative_errors.items() if math.isfinite(e)}
     return {
         "task": ledger.tasks[-1].name,
@@ -864,7 +444,14 @@ def _fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> dict[str, Any]:
     }
 
 
-def _log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> None:
+def log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> None:
+    """Tell what a user should know of a model, its examples and the Fisher measured on them.
+
+    Args:
+        model: The loaded model.
+        examples: What was read.
+        diagonal: What was measured.
+    """
     for note in [*model.notes, *examples.notes()]:
         LOG.info("%s", note)
     slow = [name for name, method in diagonal.methods.items() if method == "loop"]
@@ -882,11 +469,15 @@ def _log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> No
         )
 
 
-def _columns(given: Columns | None, task_file: TaskFile) -> Columns:
-    """Take the columns from the options, and from the task file where the options name none."""
+def columns_of(given: Columns | None, task_file: TaskFile) -> Columns:
+    """Take the columns from the options, and from the task file where the options name none.
+
+    Args:
+        given: The options.
+        task_file: The task file.
+
+    Returns:
+        Where the inputs and labels are.
+    """
     options = {} if given is None else {k: v for k, v in asdict(given).items() if v is not None}
     return Columns(**{**task_file.columns(), **options})
-
-
-def _in_words(metrics: Mapping[str, float]) -> str:
-    return ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "score")

@@ -9,7 +9,7 @@ from conftest import make_network
 from safetensors.torch import load_file
 
 import consolidate
-from consolidate import commands
+from consolidate import commands, finetuning
 from formats.errors import UsageError
 from formats.fisher_folder import read_fisher
 from formats.ledger import Ledger
@@ -45,7 +45,7 @@ class Tasks:
         data = self.write(name, seed=len(self.learned), count=options.pop("count", 60))
         how = {"ewc_lambda": 10.0} if self.learned else {"penalty": "none"}
         out = self.folder / name
-        result = commands.finetune(self.last, data, output_dir=out, **FAST, **how, **options)
+        result = finetuning.finetune(self.last, data, output_dir=out, **FAST, **how, **options)
         self.last = out
         self.learned.append(out)
         return result

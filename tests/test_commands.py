@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 import consolidate
-from consolidate import commands
+from consolidate import commands, finetuning
 from formats.data import open_data
 from formats.digest import set_digest
 from formats.errors import InputError, NonFiniteError, UsageError
@@ -145,11 +145,11 @@ def test_finetune_keeps_the_old_task_and_can_go_on(
 ) -> None:
     a, b, c = (write_task(name, seed=seed) for seed, name in enumerate("abc"))
     first = tmp_path / "first"
-    commands.finetune(network_checkpoint, a, output_dir=first, penalty="none", epochs=20, **FAST)
+    finetuning.finetune(network_checkpoint, a, output_dir=first, penalty="none", epochs=20, **FAST)
     evaluate = {"a": a, "b": b}
     common = {"epochs": 20, "evaluate": evaluate, **FAST}
-    free = commands.finetune(first, b, output_dir=tmp_path / "free", penalty="none", **common)
-    held = commands.finetune(first, b, output_dir=tmp_path / "held", ewc_lambda=100.0, **common)
+    free = finetuning.finetune(first, b, output_dir=tmp_path / "free", penalty="none", **common)
+    held = finetuning.finetune(first, b, output_dir=tmp_path / "held", ewc_lambda=100.0, **common)
     before = held["metrics"]["before"]["a"]["accuracy"]
     assert before > 0.9
     assert held["metrics"]["after"]["a"]["accuracy"] > free["metrics"]["after"]["a"]["accuracy"]
@@ -162,7 +162,7 @@ def test_finetune_keeps_the_old_task_and_can_go_on(
     assert set(held["metrics"]) == {"before", "after", *(f"epoch {i + 1}" for i in range(20))}
 
     last = tmp_path / "last"
-    commands.finetune(tmp_path / "held", c, output_dir=last, ewc_lambda=100.0, epochs=1, **FAST)
+    finetuning.finetune(tmp_path / "held", c, output_dir=last, ewc_lambda=100.0, epochs=1, **FAST)
     ledger = read_fisher(last / "fisher").ledger
     assert [task.name for task in ledger.tasks] == ["a", "b", "c"]
     assert [task.penalty for task in ledger.tasks] == ["none", "ewc", "ewc"]
@@ -181,7 +181,7 @@ def test_the_new_fisher_is_measured_at_the_stored_weights_and_added(
     save_file(narrow, network_checkpoint / "model.safetensors", {"format": "pt"})
     commands.fisher(network_checkpoint, write_task("old"), **NETWORK)
     new = write_task("new", seed=7)
-    result = commands.finetune(
+    result = finetuning.finetune(
         network_checkpoint,
         new,
         output_dir=tmp_path / "out",
@@ -208,7 +208,7 @@ def test_l2_holds_all_weights_alike(
 
     def moved(strength: float) -> float:
         out = tmp_path / str(strength)
-        commands.finetune(
+        finetuning.finetune(
             network_checkpoint, data, output_dir=out, penalty="l2", ewc_lambda=strength, **FAST
         )
         start = load_file(network_checkpoint / "model.safetensors")
@@ -225,10 +225,10 @@ def test_proximal_steps_hold_where_the_gradient_diverges(
     new = write_task("new", seed=7)
     options = {"ewc_lambda": 1e9, **FAST, "optimizer": "sgd", "learning_rate": 0.1}
     with pytest.raises(NonFiniteError, match=r"the (penalty|loss) is"):
-        commands.finetune(
+        finetuning.finetune(
             network_checkpoint, new, output_dir=tmp_path / "out", epochs=20, **options
         )
-    result = commands.finetune(
+    result = finetuning.finetune(
         network_checkpoint,
         new,
         output_dir=tmp_path / "out",
@@ -258,7 +258,7 @@ def test_options_that_contradict(
     message: str,
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        commands.finetune(
+        finetuning.finetune(
             network_checkpoint, write_task("new"), output_dir=tmp_path / "out", **options
         )
 
@@ -267,7 +267,7 @@ def test_without_a_fisher_ewc_says_how_to_get_one(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="holds no Fisher: run `consolidate fisher"):
-        commands.finetune(
+        finetuning.finetune(
             network_checkpoint, write_task("new"), output_dir=tmp_path / "out", ewc_lambda=1.0
         )
     assert not (tmp_path / "out").exists()
@@ -282,7 +282,7 @@ def test_a_fisher_from_elsewhere(
     for name in ("published", "start"):
         if name == "start":
             shutil.move(tmp_path / "published", network_checkpoint / "fisher")
-        commands.finetune(
+        finetuning.finetune(
             network_checkpoint,
             new,
             output_dir=tmp_path / f"by-{name}",
@@ -292,7 +292,7 @@ def test_a_fisher_from_elsewhere(
         )
     assert contents(tmp_path / "by-published") == contents(tmp_path / "by-start")
     with pytest.raises(InputError, match="holds no Fisher"):
-        commands.finetune(
+        finetuning.finetune(
             network_checkpoint,
             new,
             output_dir=tmp_path / "out",
@@ -310,7 +310,7 @@ def test_the_fisher_of_another_model_is_refused(
     weights["2.bias"] = weights["2.bias"] + 1
     save_file(weights, network_checkpoint / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"belongs to other weights.*2\.bias"):
-        commands.finetune(
+        finetuning.finetune(
             network_checkpoint,
             write_task("new"),
             output_dir=tmp_path / "out",
@@ -328,13 +328,13 @@ def test_an_output_folder_that_holds_something_is_kept(
     (out / "thesis.txt").write_text("years of work")
     options = {"output_dir": out, "penalty": "none", "max_steps": 1, **FAST}
     with pytest.raises(InputError, match=r"already holds 'thesis\.txt'"):
-        commands.finetune(network_checkpoint, write_task("new"), **options)
+        finetuning.finetune(network_checkpoint, write_task("new"), **options)
     assert contents(out) == {"thesis.txt": b"years of work"}
     with pytest.raises(InputError, match="holds no checkpoint"):
-        commands.finetune(network_checkpoint, write_task("new"), **options, overwrite=True)
+        finetuning.finetune(network_checkpoint, write_task("new"), **options, overwrite=True)
     assert contents(out) == {"thesis.txt": b"years of work"}
     (out / "thesis.txt").unlink()
-    commands.finetune(network_checkpoint, write_task("new"), **options)
+    finetuning.finetune(network_checkpoint, write_task("new"), **options)
     assert (out / "model.safetensors").is_file()
 
 
@@ -352,7 +352,7 @@ def test_a_run_that_diverges_leaves_nothing(
 ) -> None:
     commands.fisher(network_checkpoint, write_task("old"), **NETWORK)
     with pytest.raises(NonFiniteError):
-        commands.finetune(
+        finetuning.finetune(
             network_checkpoint,
             write_task("new", seed=2),
             output_dir=tmp_path / "out",
@@ -370,7 +370,7 @@ def test_a_frozen_parameter_is_neither_trained_nor_measured(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
     options = {"freeze": ["0.*"], **FAST}
-    commands.finetune(
+    finetuning.finetune(
         network_checkpoint,
         write_task("new"),
         output_dir=tmp_path / "out",
@@ -499,7 +499,7 @@ def test_where_nothing_can_be_written_is_known_before_the_work(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="no folder that can be written"):
-        commands.finetune(
+        finetuning.finetune(
             network_checkpoint, write_task("new"), output_dir=tmp_path / "file" / "out",
             penalty="none", epochs=10**9, **FAST,
         )  # fmt: skip
@@ -516,7 +516,7 @@ def test_a_disk_that_is_too_small_is_known_before_the_work(
     try:
         (disk / "full").write_bytes(bytes(4096))
         with pytest.raises(InputError, match="has room for 0 bytes, and 664 are needed"):
-            commands.finetune(
+            finetuning.finetune(
                 network_checkpoint, write_task("new"), output_dir=disk / "out", penalty="none",
                 epochs=10**9, **FAST,
             )  # fmt: skip
@@ -536,7 +536,7 @@ def test_experts_keep_their_keys_through_a_chain(tmp_path: Path) -> None:
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_models.CORPUS))
     commands.fisher(start, data, task="old")
     out = tmp_path / "out"
-    commands.finetune(start, data, task="new", output_dir=out, ewc_lambda=10.0, pack=True)
+    finetuning.finetune(start, data, task="new", output_dir=out, ewc_lambda=10.0, pack=True)
     before, after = load_file(start / "model.safetensors"), load_file(out / "model.safetensors")
     experts = [name for name in before if ".experts.0." in name]
     assert experts
@@ -575,7 +575,7 @@ def test_running_statistics_stay_through_fisher_and_a_penalty(
     new = write_task("new", seed=3)
     start = load_file(folder / "model.safetensors")
     for name, penalty in (("held", {"ewc_lambda": 1.0}), ("free", {"penalty": "none"})):
-        commands.finetune(folder, new, output_dir=tmp_path / name, **options, **penalty)
+        finetuning.finetune(folder, new, output_dir=tmp_path / name, **options, **penalty)
         end = load_file(tmp_path / name / "model.safetensors")
         assert torch.equal(start["1.running_var"], end["1.running_var"]) == (name == "held")
         assert not torch.equal(start["0.weight"], end["0.weight"])
@@ -600,9 +600,9 @@ def test_a_bare_encoder_learns_a_first_task(tmp_path: Path) -> None:
         options = {"output_dir": tmp_path / "out", "penalty": "none", "objective": objective}
         if objective is None:
             with pytest.raises(InputError, match="--objective"):
-                commands.finetune(encoder, data, **options)
+                finetuning.finetune(encoder, data, **options)
         else:
-            commands.finetune(encoder, data, **options)
+            finetuning.finetune(encoder, data, **options)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label == {0: "cat", 1: "dog"}
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -611,7 +611,7 @@ def test_a_bare_encoder_learns_a_first_task(tmp_path: Path) -> None:
     metrics = commands.evaluate(tmp_path / "out", {"animals": data})
     assert metrics["animals"]["accuracy"] in (0.0, 0.5, 1.0)
     with pytest.raises(InputError, match="first task with --penalty none"):
-        commands.finetune(
+        finetuning.finetune(
             encoder, data, output_dir=tmp_path / "held", ewc_lambda=1.0,
             objective="sequence-classification",
         )  # fmt: skip
@@ -619,7 +619,7 @@ def test_a_bare_encoder_learns_a_first_task(tmp_path: Path) -> None:
 
 def test_a_checkpoint_can_replace_itself(network_checkpoint: Path, write_task: Write) -> None:
     start = load_file(network_checkpoint / "model.safetensors")
-    result = commands.finetune(
+    result = finetuning.finetune(
         network_checkpoint, write_task("new"), output_dir=network_checkpoint, overwrite=True,
         penalty="none", **FAST,
     )  # fmt: skip
@@ -632,7 +632,7 @@ def test_a_checkpoint_can_replace_itself(network_checkpoint: Path, write_task: W
 def test_a_repository_is_not_replaced(network_checkpoint: Path, write_task: Write) -> None:
     (network_checkpoint / ".git").mkdir()
     with pytest.raises(InputError, match="git repository"):
-        commands.finetune(
+        finetuning.finetune(
             network_checkpoint, write_task("new"), output_dir=network_checkpoint, overwrite=True,
             penalty="none", **FAST,
         )  # fmt: skip
@@ -647,7 +647,7 @@ def test_a_damaged_fisher_is_refused(
     content[-3] ^= 1
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"is damaged: .*other values"):
-        commands.finetune(
+        finetuning.finetune(
             network_checkpoint, write_task("new"), output_dir=tmp_path / "out", ewc_lambda=1.0,
             **FAST,
         )  # fmt: skip
@@ -671,7 +671,7 @@ def test_options_out_of_range(
     message: str,
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        commands.finetune(
+        finetuning.finetune(
             network_checkpoint, write_task("new"), output_dir=tmp_path / "out", penalty="none",
             **NETWORK, **options,
         )  # fmt: skip

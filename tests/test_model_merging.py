@@ -11,7 +11,7 @@ from conftest import make_network
 from safetensors.torch import load_file, save_file
 
 import consolidate
-from consolidate import commands, model_merging
+from consolidate import commands, finetuning, model_merging
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher, write_fisher
 from formats.tensors import TensorFiles
@@ -63,10 +63,12 @@ def family(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> dict[
     """A base that learned the task `old`, and two children that learned a task each."""
     folders = {"base": tmp_path / "base", "a": tmp_path / "a", "b": tmp_path / "b"}
     old = write_task("old")
-    commands.finetune(network_checkpoint, old, output_dir=folders["base"], penalty="none", **FAST)
+    finetuning.finetune(network_checkpoint, old, output_dir=folders["base"], penalty="none", **FAST)
     for seed, name in enumerate("ab", start=1):
         data = write_task(f"task-{name}", seed=seed)
-        commands.finetune(folders["base"], data, output_dir=folders[name], ewc_lambda=10.0, **FAST)
+        finetuning.finetune(
+            folders["base"], data, output_dir=folders[name], ewc_lambda=10.0, **FAST
+        )
     return folders
 
 
@@ -77,7 +79,7 @@ def strangers(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> li
     for seed in range(3):
         folders.append(tmp_path / f"stranger-{seed}")
         data = write_task(f"task-{seed}", seed=seed)
-        commands.finetune(
+        finetuning.finetune(
             network_checkpoint, data, output_dir=folders[-1], penalty="none", seed=seed, **FAST
         )
     return folders
@@ -115,7 +117,7 @@ def test_what_was_merged_is_verified_shown_and_trained_on(
     model_merging.merge(strangers, output_dir=out)
     assert consolidate.verify(out)["tasks"] == ["task-0", "task-1", "task-2"]
     assert consolidate.show(out)["merge_rule"] == "separate"
-    commands.finetune(out, data, output_dir=last, ewc_lambda=10.0, **FAST)
+    finetuning.finetune(out, data, output_dir=last, ewc_lambda=10.0, **FAST)
     assert consolidate.verify(last)["tasks"] == ["task-0", "task-1", "task-2", "next"]
     # The chain is still the sum of all four penalties: the new one stands alone here.
     alone = tmp_path / "alone"
@@ -130,7 +132,7 @@ def test_what_was_merged_is_verified_shown_and_trained_on(
 def test_merging_one_is_the_identity(family: dict[str, Path], tmp_path: Path, rule: str) -> None:
     data = tmp_path / "task-b.npz"
     start = tmp_path / "start"
-    commands.finetune(
+    finetuning.finetune(
         family["a"], data, output_dir=tmp_path / "one", ewc_lambda=1.0, merge_rule=rule,
         freeze=["0.bias"], **FAST,
     )  # fmt: skip
@@ -161,7 +163,7 @@ def test_separate_children_and_their_base_are_the_sum_of_all_tasks(
     family: dict[str, Path], tmp_path: Path
 ) -> None:
     for name in "ab":
-        commands.finetune(
+        finetuning.finetune(
             family["base"], tmp_path / f"task-{name}.npz", output_dir=tmp_path / f"s{name}",
             ewc_lambda=10.0, merge_rule="separate", **FAST,
         )  # fmt: skip
@@ -181,7 +183,7 @@ def test_a_base_that_is_not_shared_is_refused(family: dict[str, Path], tmp_path:
     a, b, base, out = family["a"], family["b"], family["base"], tmp_path / "out"
     with pytest.raises(InputError, match=r"b/fisher holds no task 'task-a' of the base"):
         model_merging.merge([a, b], output_dir=out, base=a)
-    commands.finetune(
+    finetuning.finetune(
         base, tmp_path / "task-b.npz", output_dir=tmp_path / "faded", ewc_lambda=10.0, gamma=0.5,
         **FAST,
     )  # fmt: skip
