@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,73 @@ from consolidate.training import (
 )
 from formats.atomic import replace_folder, write_file
 from formats.checkpoint import (
+    Checkpoint,
     check_finite,
     open_checkpoint,
     write_checkpoint,
 )
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import StoredFisher, write_fisher
+from formats.rows import Rows
 from formats.task_file import open_task
 
 LOG = logging.getLogger("consolidate")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run descends: the options of `finetune` of these names."""
+
+    penalty_step: str
+    epochs: int | None
+    max_steps: int | None
+    max_examples: int | None
+    batch_size: int
+    gradient_accumulation_steps: int
+    learning_rate: float
+    optimizer: str
+    momentum: float
+    weight_decay: float
+    lr_scheduler: str
+    warmup_steps: int
+    max_grad_norm: float | None
+    mixed_precision: str
+    norm_statistics: str
+    log_every: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a run reads, checked before anything of it is loaded."""
+
+    source: Checkpoint
+    before: StoredFisher | None  # the chain so far
+    rows: Rows
+    task: str
+    objective: str | None
+    columns: Columns
+    merge_rule: str
+    gamma: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from; training changes the model in place."""
+
+    model: Model
+    examples: Examples
+    evaluations: dict[str, Examples]
+    penalty: Penalty | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where a run ended."""
+
+    weights: dict[str, Tensor]  # by the names of the weights file, as they will be stored
+    steps: list[Step]
+    metrics: dict[str, dict[str, dict[str, float]]]
 
 
 def finetune(
@@ -181,21 +239,97 @@ def finetune(
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in weights, loss or Fisher; nothing is written.
     """
+    recipe = Recipe(
+        penalty_step=penalty_step,
+        epochs=epochs,
+        max_steps=max_steps,
+        max_examples=max_examples,
+        batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        lr_scheduler=lr_scheduler,
+        warmup_steps=warmup_steps,
+        max_grad_norm=max_grad_norm,
+        mixed_precision=mixed_precision,
+        norm_statistics=norm_statistics or ("update" if penalty == "none" else "frozen"),
+        log_every=log_every,
+        seed=seed,
+    )
+    _check_options(penalty, ewc_lambda, recipe)
+    target = Path(output_dir)
+    opened = _open(
+        checkpoint,
+        data,
+        target,
+        penalty=penalty,
+        fisher=fisher,
+        task=task,
+        objective=objective,
+        model=model,
+        columns=columns,
+        split=split,
+        overwrite=overwrite,
+        revision=revision,
+        merge_rule=merge_rule,
+        gamma=gamma,
+        task_weight=task_weight,
+    )
+    start = _load(
+        opened,
+        penalty=penalty,
+        ewc_lambda=ewc_lambda,
+        penalty_dtype=penalty_dtype,
+        penalty_device=penalty_device,
+        model=model,
+        evaluate=evaluate or {},
+        device=device,
+        freeze=freeze,
+        encoding={"max_length": max_length, "pack": pack, "seed": seed},
+    )
+    trained = _train(start, recipe, target)
+    return _finish(
+        opened,
+        start,
+        trained,
+        target,
+        overwrite=overwrite,
+        data_digest=data_digest,
+        penalty=penalty,
+        ewc_lambda=ewc_lambda,
+        task_weight=task_weight,
+        estimation={
+            "estimator": fisher_estimator,
+            "mc_samples": fisher_mc_samples,
+            "max_outcomes": fisher_max_outcomes,
+            "max_examples": fisher_max_examples,
+            "batch_size": fisher_batch_size or batch_size,
+            "seed": seed,
+            "tolerance": fisher_tolerance,
+            "accumulate_dtype": fisher_accumulate_dtype,
+            "check": fisher_check,
+        },
+    )
+
+
+def _check_options(penalty: str, ewc_lambda: float | None, recipe: Recipe) -> None:
     for option, value, known in (
         ("penalty", penalty, ("ewc", "l2", "none")),
-        ("penalty-step", penalty_step, STEPS),
-        ("optimizer", optimizer, OPTIMIZERS),
-        ("lr-scheduler", lr_scheduler, SCHEDULES),
-        ("mixed-precision", mixed_precision, MIXED_PRECISION),
+        ("penalty-step", recipe.penalty_step, STEPS),
+        ("optimizer", recipe.optimizer, OPTIMIZERS),
+        ("lr-scheduler", recipe.lr_scheduler, SCHEDULES),
+        ("mixed-precision", recipe.mixed_precision, MIXED_PRECISION),
     ):
         if value not in known:
             raise UsageError(f"--{option} {value}: expected one of {', '.join(known)}")
     for option, number in (
-        ("epochs", epochs),
-        ("max-steps", max_steps),
-        ("batch-size", batch_size),
-        ("gradient-accumulation-steps", gradient_accumulation_steps),
-        ("log-every", log_every),
+        ("epochs", recipe.epochs),
+        ("max-steps", recipe.max_steps),
+        ("batch-size", recipe.batch_size),
+        ("gradient-accumulation-steps", recipe.gradient_accumulation_steps),
+        ("log-every", recipe.log_every),
     ):
         if number is not None and number < 1:
             raise UsageError(f"--{option} {number}: expected at least 1")
@@ -203,9 +337,29 @@ def finetune(
         raise UsageError("--ewc-lambda has no meaning with --penalty none: leave one of them out")
     if penalty != "none" and ewc_lambda is None:
         raise UsageError(f"--penalty {penalty} needs --ewc-lambda: the strength has no default")
-    if penalty == "none" and penalty_step != "gradient":
+    if penalty == "none" and recipe.penalty_step != "gradient":
         raise UsageError("--penalty-step has no meaning with --penalty none: leave one of them out")
-    target = Path(output_dir)
+
+
+def _open(
+    checkpoint: str | Path,
+    data: str | Path,
+    target: Path,
+    *,
+    penalty: str,
+    fisher: str | Path | None,
+    task: str | None,
+    objective: str | None,
+    model: str | None,
+    columns: Columns | None,
+    split: str | None,
+    overwrite: bool,
+    revision: str | None,
+    merge_rule: str | None,
+    gamma: float | None,
+    task_weight: float | str,
+) -> Opened:
+    """Open checkpoint, Fisher and data, and refuse what would fail later."""
     folder = locate(checkpoint, revision)
     source = open_checkpoint(folder)
     check_output(target, source, overwrite=overwrite, whole=True)
@@ -226,30 +380,48 @@ def finetune(
     merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
     check_finite(source.weights, folder)
     task_file, rows = open_task(data, split=split)
-    name = task_name(task or task_file.name, rows.name, before)
-    objective = objective or task_file.objective
-    columns = columns_of(columns, task_file)
+    return Opened(
+        source=source,
+        before=before,
+        rows=rows,
+        task=task_name(task or task_file.name, rows.name, before),
+        objective=objective or task_file.objective,
+        columns=columns_of(columns, task_file),
+        merge_rule=merge_rule,
+        gamma=gamma,
+    )
+
+
+def _load(
+    opened: Opened,
+    *,
+    penalty: str,
+    ewc_lambda: float | None,
+    penalty_dtype: torch.dtype | None,
+    penalty_device: str | None,
+    model: str | None,
+    evaluate: Mapping[str, str | Path],
+    device: str | None,
+    freeze: Sequence[str],
+    encoding: dict[str, Any],
+) -> Start:
+    """Load the model, encode the data for it, and make the penalty around its weights."""
+    source, before, objective = opened.source, opened.before, opened.objective
     new_labels = None
     if penalty == "none" and model is None and objective and lacks_head(source, objective):
-        new_labels = label_names(rows, objective, columns)
+        new_labels = label_names(opened.rows, objective, opened.columns)
     loaded = load_model(
         source,
         objective=objective,
         factory=model,
         new_labels=new_labels,
-        seed=seed,
+        seed=encoding["seed"],
         dtype=torch.float32,  # master weights: small updates vanish in bf16
         device=best_device(device),
         freeze=freeze,
     )
-    encoding: dict[str, Any] = {"max_length": max_length, "pack": pack, "seed": seed}
-    examples = encode(rows, loaded, columns=columns, **encoding)
-    evaluations = {}
-    for old_name, spec in (evaluate or {}).items():
-        old_file, old_rows = open_task(spec)
-        evaluations[old_name] = encode(
-            old_rows, loaded, columns=columns_of(columns, old_file), **encoding
-        )
+    examples = encode(opened.rows, loaded, columns=opened.columns, **encoding)
+    evaluations = _encode_named(evaluate, loaded, opened.columns, encoding)
     storage = {
         "dtype": penalty_dtype,
         "device": None if penalty_device is None else best_device(penalty_device),
@@ -259,87 +431,89 @@ def finetune(
         LOG.info(
             "the Fisher of %s does not hold the weights in this run; it is kept, around %s",
             ", ".join(task.name for task in before.ledger.tasks),
-            "the weights as they will be" if merge_rule == "online" else "its anchor",
+            "the weights as they will be" if opened.merge_rule == "online" else "its anchor",
         )
+    return Start(loaded, examples, evaluations, term)
+
+
+def _encode_named(
+    data: Mapping[str, str | Path], model: Model, columns: Columns, encoding: dict[str, Any]
+) -> dict[str, Examples]:
+    encoded = {}
+    for name, spec in data.items():
+        task_file, rows = open_task(spec)
+        encoded[name] = encode(rows, model, columns=columns_of(columns, task_file), **encoding)
+    return encoded
+
+
+def _train(start: Start, recipe: Recipe, target: Path) -> Trained:
+    """Train from the model's present weights, and give it the weights as they will be stored."""
     metrics: dict[str, dict[str, dict[str, float]]] = {}
 
     def take_metrics(when: str) -> None:
-        if not evaluations:
+        if not start.evaluations:
             return
-        metrics[when] = evaluate_all(loaded, evaluations, batch_size=batch_size)
+        metrics[when] = evaluate_all(start.model, start.evaluations, batch_size=recipe.batch_size)
         for measured, values in metrics[when].items():
             LOG.info("%s: %s %s", when, measured, _in_words(values))
 
     take_metrics("before")
-    steps = _train(
-        loaded,
-        examples,
-        take_metrics,
-        penalty=term,
-        penalty_step=penalty_step,
-        epochs=epochs,
-        max_steps=max_steps,
-        max_examples=max_examples,
-        batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        learning_rate=learning_rate,
-        optimizer=optimizer,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        lr_scheduler=lr_scheduler,
-        warmup_steps=warmup_steps,
-        max_grad_norm=max_grad_norm,
-        mixed_precision=mixed_precision,
-        norm_statistics=norm_statistics or ("update" if term is None else "frozen"),
-        log_every=log_every,
-        seed=seed,
-    )
-    final = file_weights(loaded)
+    steps = _descend(start, recipe, take_metrics)
+    weights = file_weights(start.model)
     try:
-        check_finite(final, target)
+        check_finite(weights, target)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"training diverged: {error}; lower --learning-rate or --ewc-lambda"
         ) from None
-    _take_stored_values(loaded, final)
+    _take_stored_values(start.model, weights)
     take_metrics("after")
+    return Trained(weights, steps, metrics)
+
+
+def _finish(
+    opened: Opened,
+    start: Start,
+    trained: Trained,
+    target: Path,
+    *,
+    overwrite: bool,
+    data_digest: bool,
+    penalty: str,
+    ewc_lambda: float | None,
+    task_weight: float | str,
+    estimation: dict[str, Any],
+) -> dict[str, Any]:
+    """Measure the new task's Fisher, merge it, and write the checkpoint."""
+    loaded, before = start.model, opened.before
     diagonal = measure_fisher(
-        loaded,
-        examples,
-        label=f"Fisher of {name}",
-        estimator=fisher_estimator,
-        mc_samples=fisher_mc_samples,
-        max_outcomes=fisher_max_outcomes,
-        max_examples=fisher_max_examples,
-        batch_size=fisher_batch_size or batch_size,
-        seed=seed,
-        tolerance=fisher_tolerance,
-        accumulate_dtype=fisher_accumulate_dtype,
-        check=fisher_check,
+        loaded, start.examples, label=f"Fisher of {opened.task}", **estimation
     )
-    log_notes(loaded, examples, diagonal)
+    log_notes(loaded, start.examples, diagonal)
     merged, anchor, ledger = add_task(
         before,
         loaded,
-        final,
+        trained.weights,
         diagonal,
-        name=name,
-        data=rows.name,
-        data_digest=rows.digest() if data_digest else None,
+        name=opened.task,
+        data=opened.rows.name,
+        data_digest=opened.rows.digest() if data_digest else None,
         ewc_lambda=ewc_lambda,
         penalty=penalty,
-        metrics=metrics,
-        merge_rule=merge_rule,
-        gamma=gamma,
+        metrics=trained.metrics,
+        merge_rule=opened.merge_rule,
+        gamma=opened.gamma,
         task_weight=task_weight,
     )
-    share_moved = _share_moved(source.weights, final)  # before the output may replace the source
+    # Before the output may replace the source.
+    share_moved = _share_moved(opened.source.weights, trained.weights)
     heads = None if before is None else before.heads
     with replace_folder(target, overwrite=overwrite) as staging:
-        write_checkpoint(staging, source, final)
+        write_checkpoint(staging, opened.source, trained.weights)
         if loaded.config_changes:
             write_file(staging / "config.json", json.dumps(config_of(loaded), indent=2) + "\n")
         write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
+    steps = trained.steps
     return {
         "status": "done",
         "checkpoint": str(target),
@@ -349,62 +523,39 @@ def finetune(
         "loss": steps[-1].loss if steps else None,
         "penalty_value": steps[-1].penalty if steps else None,
         "share_moved": share_moved,
-        "metrics": metrics,
+        "metrics": trained.metrics,
         "history": [asdict(step) for step in steps],
         "fisher": {"folder": str(target / "fisher"), **fisher_summary(ledger, diagonal)},
     }
 
 
-def _train(
-    model: Model,
-    examples: Examples,
-    take_metrics: Any,
-    *,
-    penalty: Penalty | None,
-    penalty_step: str,
-    epochs: int | None,
-    max_steps: int | None,
-    max_examples: int | None,
-    batch_size: int,
-    gradient_accumulation_steps: int,
-    learning_rate: float,
-    optimizer: str,
-    momentum: float,
-    weight_decay: float,
-    lr_scheduler: str,
-    warmup_steps: int,
-    max_grad_norm: float | None,
-    mixed_precision: str,
-    norm_statistics: str,
-    log_every: int,
-    seed: int,
-) -> list[Step]:
-    chosen = subset(len(examples), max_examples, seed)
-    per_step = batch_size * gradient_accumulation_steps
-    per_epoch = -(-len(chosen) // per_step)
-    if epochs is None:
-        epochs = 1 if max_steps is None else -(-max_steps // per_epoch)
-    total = min(epochs * per_epoch, max_steps if max_steps is not None else epochs * per_epoch)
+def _descend(start: Start, recipe: Recipe, take_metrics: Callable[[str], None]) -> list[Step]:
+    """Take the optimizer's steps, calling `take_metrics` after each epoch."""
+    model, examples = start.model, start.examples
+    chosen = subset(len(examples), recipe.max_examples, recipe.seed)
+    epochs, total = _length(len(chosen), recipe)
     if not any(parameter.requires_grad for parameter in model.module.parameters()):
         raise UsageError("--freeze leaves no parameter to train")
     descent = make_optimizer(
-        optimizer,
+        recipe.optimizer,
         model.module.parameters(),
-        learning_rate=learning_rate,
-        momentum=momentum,
-        weight_decay=weight_decay,
+        learning_rate=recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
     )
-    schedule = make_scheduler(lr_scheduler, descent, warmup_steps=warmup_steps, total_steps=total)
+    schedule = make_scheduler(
+        recipe.lr_scheduler, descent, warmup_steps=recipe.warmup_steps, total_steps=total
+    )
     device = next(model.module.parameters()).device
-    scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.mixed_precision == "fp16")
     steps: list[Step] = []
-    orders = data_order(len(chosen), seed)
-    with progress("training", total, "steps") as advance, seeded(seed):
+    orders = data_order(len(chosen), recipe.seed)
+    with progress("training", total, "steps") as advance, seeded(recipe.seed):
 
         def on_step(step: Step) -> None:
             steps.append(step)
             advance(1)
-            if step.step % log_every == 0 or step.step == total:
+            if step.step % recipe.log_every == 0 or step.step == total:
                 LOG.info(
                     "step %d of %d: loss %.4f, penalty %.4g, learning rate %.3g",
                     step.step,
@@ -420,23 +571,33 @@ def _train(
             order = [chosen[i] for i in next(orders)]
             train_epoch(
                 model.module,
-                examples.batches(batch_size, order=order, epoch=epoch),
+                examples.batches(recipe.batch_size, order=order, epoch=epoch),
                 get_likelihood(model.objective.likelihood),
                 descent,
                 schedule,
-                penalty=penalty,
-                penalty_step=penalty_step,
-                gradient_accumulation_steps=gradient_accumulation_steps,
-                max_grad_norm=max_grad_norm,
-                mixed_precision=mixed_precision,
+                penalty=start.penalty,
+                penalty_step=recipe.penalty_step,
+                gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+                max_grad_norm=recipe.max_grad_norm,
+                mixed_precision=recipe.mixed_precision,
                 scaler=scaler,
                 first_step=len(steps),
                 max_steps=total,
-                norm_statistics=norm_statistics,
+                norm_statistics=recipe.norm_statistics,
                 on_step=on_step,
             )
             take_metrics(f"epoch {epoch + 1}")
     return steps
+
+
+def _length(count: int, recipe: Recipe) -> tuple[int, int]:
+    """Give the epochs and the optimizer steps of a run over `count` examples."""
+    per_epoch = -(-count // (recipe.batch_size * recipe.gradient_accumulation_steps))
+    epochs, most = recipe.epochs, recipe.max_steps
+    if epochs is None:
+        epochs = 1 if most is None else -(-most // per_epoch)
+    total = epochs * per_epoch
+    return epochs, total if most is None else min(total, most)
 
 
 def _penalty(
