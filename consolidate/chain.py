@@ -18,6 +18,7 @@ from consolidate.objectives import get_objective
 from consolidate.penalty import Penalty
 from formats.atomic import check_target, has_content, replace_folder
 from formats.checkpoint import Checkpoint, open_checkpoint, weight_records
+from formats.digest import TensorRecord
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import (
     LEDGER_NAME,
@@ -148,6 +149,7 @@ def add_task(
     weights: Mapping[str, Tensor],
     diagonal: FisherDiagonal,
     *,
+    records: dict[str, TensorRecord] | None = None,
     name: str,
     data: str = "",
     data_digest: str | None = None,
@@ -169,6 +171,7 @@ def add_task(
         model: The model the Fisher was measured with.
         weights: What is stored of it, by the names of the weights file.
         diagonal: The new task's Fisher by the module's names.
+        records: What `weight_records` says of `weights`, where that is known already.
         name: The new task's name.
         data: The name of its data.
         data_digest: SHA-256 of the data, or None.
@@ -232,7 +235,7 @@ def add_task(
         gamma=gamma,
         penalty_offset=offset,
         unprotected=unprotected(model, merged),
-        weights=weight_records(weights),
+        weights=records or weight_records(weights),
         versions=program_versions(),
         heads={} if before is None else before.ledger.heads,
     )

@@ -687,7 +687,10 @@ def _cost_text(cost: dict[str, Any]) -> str:
     if cost["peak_device_memory"] is not None:
         memory += f", and {cost['peak_device_memory'] / 1e9:.2f} GB on the device"
     each = cost["seconds_per_example"]
-    files = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in cost["files"].items())
+    files, kept = (
+        ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in cost[which].items())
+        for which in ("files", "kept")
+    )
     return "\n".join(
         [
             f"parameters   {cost['parameters']:,}",
@@ -695,6 +698,7 @@ def _cost_text(cost: dict[str, Any]) -> str:
             f"time         {cost['seconds']:,.0f} s, {1000 * each:.3g} ms per example",
             f"memory       {memory} at most",
             f"files        {files}",
+            f"in between   {kept}, where there is room for it as well",
             "Nothing was written: this was a dry run on a few batches.",
         ]
     )

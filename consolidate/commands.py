@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from consolidate.models import (
     load_model,
 )
 from consolidate.progress import progress
-from formats.atomic import replace_folder
+from formats.atomic import partial_path, replace_folder
 from formats.checkpoint import (
     Checkpoint,
     check_finite,
@@ -41,7 +42,7 @@ from formats.checkpoint import (
     weight_records,
     write_checkpoint,
 )
-from formats.digest import set_digest
+from formats.digest import TensorRecord, set_digest
 from formats.errors import ConsolidateError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, write_fisher
 from formats.ledger import Ledger, read_ledger
@@ -185,11 +186,18 @@ def fisher(
             "task": name,
             **cost,
             "files": _file_sizes(cost["parameters"], {} if in_place else source.weights),
+            "kept": {partial_path(target).name: 2 * accumulate_dtype.itemsize * cost["parameters"]},
         }
+
+    @cache
+    def records() -> dict[str, TensorRecord]:
+        # Those of a ledger have been compared with the weights.
+        return weight_records(source.weights) if before is None else before.ledger.weights
+
     kept = KeptPass(
         target,
         {
-            "weights": lambda: set_digest(weight_records(source.weights)),
+            "weights": lambda: set_digest(records()),
             "data": rows.digest,
         },
         {
@@ -205,6 +213,7 @@ def fisher(
             "accumulate_dtype": str(accumulate_dtype),
         },
         every=60 * save_every,
+        result_bytes=_output_bytes(source, whole=not in_place),
         restart=restart,
     )
     diagonal = measure_fisher(loaded, examples, label=f"Fisher of {name}", kept=kept, **options)
@@ -214,6 +223,7 @@ def fisher(
         loaded,
         source.weights,
         diagonal,
+        records=records(),
         name=name,
         data=rows.name,
         data_digest=rows.digest() if data_digest else None,
@@ -377,15 +387,22 @@ def check_output(target: Path, source: Checkpoint, *, overwrite: bool, whole: bo
     """
     refuse_existing(target, overwrite=overwrite)
     parent = next(folder for folder in target.absolute().parents if folder.exists())
-    needed = 4 * sum(math.prod(shape_of(source.weights, name)) for name in source.weights)
-    if whole:
-        needed += _bytes(source.weights)
+    needed = _output_bytes(source, whole=whole)
     free = shutil.disk_usage(parent).free
     if free < needed:
+        partial = partial_path(target)
+        kept = f" ({partial} of an unfinished pass takes some)" if partial.is_file() else ""
         raise InputError(
-            f"{parent} has room for {free:,} bytes, and {needed:,} are needed: make room, or "
+            f"{parent} has room for {free:,} bytes, and {needed:,} are needed: make room{kept}, or "
             "choose another folder"
         )
+
+
+def _output_bytes(source: Checkpoint, *, whole: bool) -> int:
+    """Give the bytes of a Fisher with its ledger, and of the weights where they are written."""
+    fisher = 4 * sum(math.prod(shape_of(source.weights, name)) for name in source.weights)
+    records = 1024 * (1 + len(source.weights))  # more than headers and ledger say of a tensor
+    return fisher + records + (_bytes(source.weights) if whole else 0)
 
 
 def _task_names(folder: Path) -> str:
@@ -402,7 +419,7 @@ def _module_digest(model: Model) -> str:
 
 
 def _file_sizes(parameters: int, weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Give the bytes of what a pass would write, without headers and the ledger."""
+    """Give the bytes of what a pass would leave, without headers and the ledger."""
     sizes = {"fisher.safetensors": 4 * parameters}
     if weights:
         sizes["model.safetensors"] = _bytes(weights)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ class KeptPass:
         options: Mapping[str, Any],
         *,
         every: float,
+        result_bytes: int,
         restart: bool = False,
     ):
         """Prepare to keep a pass.
@@ -35,12 +37,14 @@ class KeptPass:
                 something is kept, or was.
             options: The options that the result depends on, as JSON.
             every: Seconds between two times.
+            result_bytes: What the command will write; nothing is kept that would leave less room.
             restart: Throw away what was kept.
         """
         self._target = target
         self._digests = digests
         self._options = options
         self._every = every
+        self._result_bytes = result_bytes
         self._command: dict[str, Any] = {}
         self._last = time.monotonic()
         if restart:
@@ -63,6 +67,7 @@ class KeptPass:
             return
         state = {"levels": partial.levels, "most": partial.most}
         try:
+            self._leave_room(sum(tensor.nbytes for tensor in partial.tensors.values()))
             write_partial(self._target, partial.tensors, state, self._described())
         except (InputError, OSError) as error:
             LOG.info("what was measured so far cannot be kept, and the pass goes on: %s", error)
@@ -72,6 +77,16 @@ class KeptPass:
     def remove(self) -> None:
         """Throw away what was kept, once the result is written."""
         remove_partial(self._target)
+
+    def _leave_room(self, size: int) -> None:
+        path = partial_path(self._target)
+        place = next(folder for folder in path.parents if folder.exists())
+        free = shutil.disk_usage(place).free + (path.stat().st_size if path.is_file() else 0)
+        if free < size + self._result_bytes:
+            raise InputError(
+                f"{place} has room for {free:,} bytes, and beside the {size:,} of the half-done "
+                f"pass the result needs {self._result_bytes:,}"
+            )
 
     def _described(self) -> dict[str, Any]:
         if not self._command:

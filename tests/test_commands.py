@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 import consolidate
+import formats.checkpoint
 from consolidate import commands, finetuning
 from formats.data import open_data
-from formats.digest import set_digest
+from formats.digest import set_digest, tensor_record
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
 
@@ -515,7 +516,7 @@ def test_a_disk_that_is_too_small_is_known_before_the_work(
         pytest.skip("a tmpfs cannot be mounted here")
     try:
         (disk / "full").write_bytes(bytes(4096))
-        with pytest.raises(InputError, match="has room for 0 bytes, and 664 are needed"):
+        with pytest.raises(InputError, match="has room for 0 bytes, and 5,784 are needed"):
             finetuning.finetune(
                 network_checkpoint, write_task("new"), output_dir=disk / "out", penalty="none",
                 epochs=10**9, **FAST,
@@ -781,6 +782,48 @@ def test_another_command_does_not_go_on(
     assert not list(network_checkpoint.glob(".*"))
 
 
+@pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="needs a tmpfs")
+@pytest.mark.usefixtures("often")
+def test_what_is_kept_of_a_pass_leaves_room_for_its_result(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = [6, 20_000, 3]
+    network = make_network({"sizes": sizes})
+    save_file(network.state_dict(), network_checkpoint / "model.safetensors", {"format": "pt"})
+    (network_checkpoint / "config.json").write_text(json.dumps({"sizes": sizes}))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # For the weights and their Fisher, 0.8 MB each, and half of the 1.6 MB that would be kept.
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2400k", "tmpfs", disk]).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        caplog.set_level("INFO", "consolidate")
+        commands.fisher(network_checkpoint, write_task("old"), **LONG, output_dir=disk / "out")
+        assert consolidate.verify(disk / "out")["tasks"] == ["old"]
+        assert "of the half-done pass the result needs" in caplog.text
+        assert [file.name for file in disk.iterdir()] == ["out"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("add", [False, True])
+def test_weights_are_hashed_once(
+    network_checkpoint: Path, write_task: Write, monkeypatch: pytest.MonkeyPatch, add: bool
+) -> None:
+    if add:
+        commands.fisher(network_checkpoint, write_task("first"), **NETWORK)
+    hashed = []
+
+    def counted(tensor: torch.Tensor) -> Any:
+        hashed.append(tensor.shape)
+        return tensor_record(tensor)
+
+    monkeypatch.setattr(formats.checkpoint, "tensor_record", counted)
+    commands.fisher(network_checkpoint, write_task("old"), **LONG, add=add)
+    assert len(hashed) == 4
+
+
 @pytest.mark.usefixtures("often")
 def test_a_pass_goes_on_where_it_cannot_be_kept(
     network_checkpoint: Path,
@@ -840,6 +883,7 @@ def test_a_dry_run_writes_nothing(network_checkpoint: Path, write_task: Write) -
     assert 0 < cost["seconds_per_example"] * 300 < 10 * cost["seconds"] < 100
     assert 50e6 < cost["peak_memory"] < 20e9
     assert cost["files"] == {"fisher.safetensors": 4 * 83}
+    assert cost["kept"] == {".fisher.consolidate-partial": 2 * 4 * 83}
 
 
 def test_a_dry_run_of_a_single_short_batch(network_checkpoint: Path, write_task: Write) -> None:
