@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
-from formats.errors import ConsolidateError, InputError
+from formats.errors import ConsolidateError, ForgettingError, InputError
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -522,6 +522,13 @@ def fisher(checkpoint: str, as_json: bool, **options: Any) -> None:
     help="Measure before, after each epoch and at the end; may be repeated.",
 )
 @click.option(
+    "--max-forgetting",
+    type=click.FloatRange(min=0),
+    metavar="X",
+    help="Leave with exit code 5, the output kept as DIR.failed-forgetting, where an old task "
+    "that --evaluate names loses more than this in score: accuracy, else minus the loss.",
+)
+@click.option(
     "--log-every", type=click.IntRange(min=1), default=50, show_default=True, help="In steps."
 )
 @SEED
@@ -548,9 +555,13 @@ def finetune(checkpoint: str, as_json: bool, evaluate: tuple[str, ...], **option
     """
     from consolidate import finetuning
 
-    result = finetuning.finetune(
-        checkpoint, evaluate=_named_data(evaluate, "--evaluate"), **_with_objects(options)
-    )
+    try:
+        result = finetuning.finetune(
+            checkpoint, evaluate=_named_data(evaluate, "--evaluate"), **_with_objects(options)
+        )
+    except ForgettingError as error:
+        _write(error.result, as_json, _finetune_text)
+        raise
     _write(result, as_json, _finetune_text)
 
 

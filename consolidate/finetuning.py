@@ -26,6 +26,7 @@ from consolidate.commands import (
     log_notes,
 )
 from consolidate.examples import Columns, Examples, encode, label_names, subset
+from consolidate.forgetting import beyond, check_gate, failed_folder, forgetting
 from consolidate.hub import locate
 from consolidate.likelihood import get_likelihood
 from consolidate.measuring import measure_fisher
@@ -56,7 +57,7 @@ from formats.checkpoint import (
     open_checkpoint,
     write_checkpoint,
 )
-from formats.errors import InputError, NonFiniteError, UsageError
+from formats.errors import ForgettingError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import StoredFisher, write_fisher
 from formats.rows import Rows
 from formats.task_file import open_task
@@ -153,6 +154,7 @@ def finetune(
     mixed_precision: str = "no",
     norm_statistics: str | None = None,
     evaluate: Mapping[str, str | Path] | None = None,
+    max_forgetting: float | None = None,
     log_every: int = 50,
     seed: int = 0,
     device: str | None = None,
@@ -212,6 +214,8 @@ def finetune(
         norm_statistics: ``frozen`` or ``update``: running statistics of normalisation layers;
             frozen where there is a penalty unless given.
         evaluate: Data to measure before, after each epoch and at the end, by task name.
+        max_forgetting: The score that an old task of the ledger, among those of `evaluate`, may
+            lose at most between the start and the end: accuracy, else minus the loss.
         log_every: Steps between two lines of progress.
         seed: Of the data order, dropout, masks, subsets and sampled labels.
         device: Such as ``cpu`` or ``cuda``; the best there is unless given.
@@ -238,6 +242,8 @@ def finetune(
         InputError: Something in the checkpoint, its Fisher or the data does not fit.
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in weights, loss or Fisher; nothing is written.
+        ForgettingError: An old task lost more than `max_forgetting`; the output is kept beside
+            `output_dir`, under its name with ``.failed-forgetting``.
     """
     recipe = Recipe(
         penalty_step=penalty_step,
@@ -277,6 +283,10 @@ def finetune(
         gamma=gamma,
         task_weight=task_weight,
     )
+    old = [] if opened.before is None else [known.name for known in opened.before.ledger.tasks]
+    if max_forgetting is not None:
+        check_gate(max_forgetting, old, evaluate or {})
+        check_output(failed_folder(target), opened.source, overwrite=overwrite, whole=True)
     start = _load(
         opened,
         penalty=penalty,
@@ -290,11 +300,15 @@ def finetune(
         encoding={"max_length": max_length, "pack": pack, "seed": seed},
     )
     trained = _train(start, recipe, target)
-    return _finish(
+    forgotten = {}
+    if max_forgetting is not None:
+        lost = forgetting(trained.metrics["before"], trained.metrics["after"], old)
+        forgotten = beyond(lost, max_forgetting)
+    result = _finish(
         opened,
         start,
         trained,
-        target,
+        failed_folder(target) if forgotten else target,
         overwrite=overwrite,
         data_digest=data_digest,
         penalty=penalty,
@@ -312,6 +326,14 @@ def finetune(
             "check": fisher_check,
         },
     )
+    if forgotten:
+        losses = ", ".join(f"{name} lost {by:.4f}" for name, by in forgotten.items())
+        raise ForgettingError(
+            f"forgot too much: {losses} in score, and --max-forgetting is {max_forgetting:g}\n"
+            f"The output is kept in {result['checkpoint']}; nothing was written to {target}",
+            result | {"status": "forgot too much"},
+        )
+    return result
 
 
 def _check_options(penalty: str, ewc_lambda: float | None, recipe: Recipe) -> None:

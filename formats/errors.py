@@ -1,5 +1,7 @@
 """The errors a user can meet, each with the exit code its command leaves with."""
 
+from typing import Any
+
 
 class ConsolidateError(Exception):
     """A fault told in one or two plain lines; exit code 1 unless a subclass says otherwise."""
@@ -23,6 +25,20 @@ class NonFiniteError(ConsolidateError):
     """A NaN or an infinity in weights, Fisher, loss or gradients."""
 
     exit_code = 4
+
+
+class ForgettingError(ConsolidateError):
+    """An old task lost more than `--max-forgetting` allows.
+
+    Attributes:
+        result: What the run returns otherwise, with the status ``forgot too much``.
+    """
+
+    exit_code = 5
+
+    def __init__(self, message: str, result: dict[str, Any]):
+        super().__init__(message)
+        self.result = result
 
 
 class NetworkError(ConsolidateError):

@@ -1,0 +1,75 @@
+"""How much of the old tasks a run has lost, and the gate that is set on it."""
+
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from formats.errors import UsageError
+
+ROUNDING = 1e-9  # 0.90 − 0.87 is no more than 0.03
+
+Scores = Mapping[str, Mapping[str, float]]
+"""What was measured, by task and metric."""
+
+
+def forgetting(before: Scores, after: Scores, tasks: Collection[str]) -> dict[str, float]:
+    """Give the score that each old task lost: before − after, negative where it gained.
+
+    Args:
+        before: Measured before training.
+        after: Measured after it.
+        tasks: Names of old tasks; those that were not measured are left out.
+
+    Returns:
+        The difference of scores by task: of accuracies, or of nats per unit.
+    """
+    return {
+        name: before[name]["score"] - values["score"]
+        for name, values in after.items()
+        if name in tasks
+    }
+
+
+def check_gate(max_forgetting: float, old: Collection[str], measured: Collection[str]) -> None:
+    """Refuse a gate that nothing can be held against.
+
+    Args:
+        max_forgetting: What an old task may lose.
+        old: Names of the tasks in the ledger.
+        measured: Names of the data that will be measured.
+
+    Raises:
+        UsageError: It is no number from 0, or no old task is among what is measured.
+    """
+    if not (math.isfinite(max_forgetting) and max_forgetting >= 0):
+        raise UsageError(f"--max-forgetting {max_forgetting}: expected a number from 0")
+    if not old:
+        raise UsageError("--max-forgetting needs old tasks, and the checkpoint has no ledger")
+    if not set(old) & set(measured):
+        raise UsageError(
+            "--max-forgetting needs data of an old task to measure: give --evaluate NAME=DATA, "
+            f"where NAME is one of {', '.join(old)}"
+        )
+
+
+def beyond(lost: Mapping[str, float], max_forgetting: float) -> dict[str, float]:
+    """Give the tasks that lost more than they may.
+
+    Args:
+        lost: As `forgetting` gives it.
+        max_forgetting: What each may lose.
+
+    Returns:
+        Those of `lost` that are greater.
+    """
+    return {name: loss for name, loss in lost.items() if loss > max_forgetting + ROUNDING}
+
+
+def failed_folder(target: Path) -> Path:
+    """Name the folder beside a target where the output goes that has forgotten too much.
+
+    Args:
+        target: Where it would have gone.
+    """
+    place = target if target.name not in ("", "..") else target.resolve()
+    return place.with_name(f"{place.name}.failed-forgetting")
