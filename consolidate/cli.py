@@ -529,6 +529,12 @@ def fisher(checkpoint: str, as_json: bool, **options: Any) -> None:
     "that --evaluate names loses more than this in score: accuracy, else minus the loss.",
 )
 @click.option(
+    "--evaluate-every",
+    type=click.IntRange(min=1),
+    metavar="STEPS",
+    help="Measure after so many optimizer steps too, and at the last.",
+)
+@click.option(
     "--log-every", type=click.IntRange(min=1), default=50, show_default=True, help="In steps."
 )
 @SEED
@@ -624,12 +630,23 @@ def merge(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
     show_default=True,
     help="How many parameters to list.",
 )
+@click.option(
+    "--csv",
+    metavar="FILE",
+    help="Write the accuracy matrix and the curves over training steps here.",
+)
+@click.option("--plot", metavar="FILE.png|svg", help="Draw them here; needs matplotlib.")
 @COMMON
-def show(checkpoint: Path, as_json: bool, top: int) -> None:
-    """Show the ledger of CHECKPOINT and where its Fisher lies."""
+def show(checkpoint: Path, as_json: bool, **options: Any) -> None:
+    """Show the ledger of CHECKPOINT, what was forgotten, and where its Fisher lies.
+
+    The accuracy matrix holds the score on each task after training each: the accuracy, or minus
+    the mean negative log-likelihood. ACC is the mean of its last row, BWT the mean gain on the
+    earlier tasks since each was learned, forgetting the mean loss since each was at its best.
+    """
     from consolidate import inspection
 
-    _write(inspection.show(checkpoint, top=top), as_json, inspection.show_text)
+    _write(inspection.show(checkpoint, **options), as_json, inspection.show_text)
 
 
 @cli.command()

@@ -85,6 +85,7 @@ class Recipe:
     mixed_precision: str
     norm_statistics: str
     log_every: int
+    evaluate_every: int | None
     seed: int
 
 
@@ -154,6 +155,7 @@ def finetune(
     mixed_precision: str = "no",
     norm_statistics: str | None = None,
     evaluate: Mapping[str, str | Path] | None = None,
+    evaluate_every: int | None = None,
     max_forgetting: float | None = None,
     log_every: int = 50,
     seed: int = 0,
@@ -214,6 +216,7 @@ def finetune(
         norm_statistics: ``frozen`` or ``update``: running statistics of normalisation layers;
             frozen where there is a penalty unless given.
         evaluate: Data to measure before, after each epoch and at the end, by task name.
+        evaluate_every: Measure them after so many optimizer steps too, and at the last.
         max_forgetting: The score that an old task of the ledger, among those of `evaluate`, may
             lose at most between the start and the end: accuracy, else minus the loss.
         log_every: Steps between two lines of progress.
@@ -262,9 +265,12 @@ def finetune(
         mixed_precision=mixed_precision,
         norm_statistics=norm_statistics or ("update" if penalty == "none" else "frozen"),
         log_every=log_every,
+        evaluate_every=evaluate_every,
         seed=seed,
     )
     _check_options(penalty, ewc_lambda, recipe)
+    if evaluate_every is not None and not evaluate:
+        raise UsageError("--evaluate-every needs data to measure: name them with --evaluate")
     target = Path(output_dir)
     opened = _open(
         checkpoint,
@@ -352,6 +358,7 @@ def _check_options(penalty: str, ewc_lambda: float | None, recipe: Recipe) -> No
         ("batch-size", recipe.batch_size),
         ("gradient-accumulation-steps", recipe.gradient_accumulation_steps),
         ("log-every", recipe.log_every),
+        ("evaluate-every", recipe.evaluate_every),
     ):
         if number is not None and number < 1:
             raise UsageError(f"--{option} {number}: expected at least 1")
@@ -472,10 +479,16 @@ def _train(start: Start, recipe: Recipe, target: Path) -> Trained:
     """Train from the model's present weights, and give it the weights as they will be stored."""
     metrics: dict[str, dict[str, dict[str, float]]] = {}
 
-    def take_metrics(when: str) -> None:
+    def take_metrics(when: str, same_as: str = "") -> None:
         if not start.evaluations:
             return
-        metrics[when] = evaluate_all(start.model, start.evaluations, batch_size=recipe.batch_size)
+        if same_as in metrics:
+            metrics[when] = metrics[same_as]
+            return
+        with torch.random.fork_rng():  # a module may draw in eval mode too; training must not see
+            metrics[when] = evaluate_all(
+                start.model, start.evaluations, batch_size=recipe.batch_size
+            )
         for measured, values in metrics[when].items():
             LOG.info("%s: %s %s", when, measured, _in_words(values))
 
@@ -551,8 +564,8 @@ def _finish(
     }
 
 
-def _descend(start: Start, recipe: Recipe, take_metrics: Callable[[str], None]) -> list[Step]:
-    """Take the optimizer's steps, calling `take_metrics` after each epoch."""
+def _descend(start: Start, recipe: Recipe, take_metrics: Callable[..., None]) -> list[Step]:
+    """Take the optimizer's steps, calling `take_metrics` at times and after each epoch."""
     model, examples = start.model, start.examples
     chosen = subset(len(examples), recipe.max_examples, recipe.seed)
     epochs, total = _length(len(chosen), recipe)
@@ -586,6 +599,9 @@ def _descend(start: Start, recipe: Recipe, take_metrics: Callable[[str], None]) 
                     step.penalty,
                     step.learning_rate,
                 )
+            every = recipe.evaluate_every
+            if every and (step.step % every == 0 or step.step == total):
+                take_metrics(f"step {step.step}")
 
         for epoch in range(epochs):
             if len(steps) >= total:
@@ -608,7 +624,7 @@ def _descend(start: Start, recipe: Recipe, take_metrics: Callable[[str], None]) 
                 norm_statistics=recipe.norm_statistics,
                 on_step=on_step,
             )
-            take_metrics(f"epoch {epoch + 1}")
+            take_metrics(f"epoch {epoch + 1}", f"step {len(steps)}")
     return steps
 
 

@@ -7,6 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
+from consolidate.accuracy_matrix import AccuracyMatrix, accuracy_matrix
+from consolidate.matrix_views import (
+    check_view,
+    matrix_rows,
+    matrix_summary,
+    means_text,
+    plot_matrix,
+    write_matrix_csv,
+)
 from formats.checkpoint import open_checkpoint
 from formats.digest import TensorRecord, differences, set_digest, tensor_record
 from formats.errors import ConsolidateError, InputError, NonFiniteError
@@ -16,29 +25,54 @@ from formats.fisher_folder import (
     read_fisher,
     tensor_sets,
 )
-from formats.ledger import FORMAT, VERSION
+from formats.ledger import FORMAT, VERSION, Ledger
 from formats.tensors import TensorFiles
 
 _WIDTH = 72
 
 
-def show(checkpoint: Path, *, top: int = 10) -> dict[str, Any]:
+def show(
+    checkpoint: str | Path,
+    *,
+    top: int = 10,
+    csv: str | Path | None = None,
+    plot: str | Path | None = None,
+) -> dict[str, Any]:
     """Summarize the ledger and the Fisher of a checkpoint; nothing is compared with the weights.
 
     Args:
         checkpoint: The folder that holds `fisher/`; the weights themselves need not be there.
         top: How many parameters to list, those with the largest trace first.
+        csv: Write the accuracy matrix and the curves over training steps to this file.
+        plot: Draw them in this ``.png`` or ``.svg`` file.
 
     Returns:
         JSON-ready: ``tasks`` as in the ledger without their layers, ``merge_rule``, ``gamma``,
         ``penalty_offset``, totals under ``fisher``, ``parameters`` (trace Σ_i Λ_i, mean, largest
-        value, share of the whole trace), ``unprotected`` with reasons, ``anchor``, ``versions``.
+        value, share of the whole trace), ``unprotected`` with reasons, ``anchor``, ``versions``;
+        ``accuracy_matrix`` as `matrix_summary` gives it, null where nothing was measured.
 
     Raises:
-        InputError: There is no Fisher folder, or `read_fisher` refuses it.
+        InputError: There is no Fisher folder, `read_fisher` refuses it, there is nothing to write
+            to `csv` or `plot`, or no place for it.
+        UsageError: `plot` is no kind of plot that is known, or matplotlib is missing.
     """
+    if csv is not None:
+        check_view(csv, plot=False)
+    if plot is not None:
+        check_view(plot, plot=True)
     stored = read_fisher(Path(checkpoint) / "fisher")
     ledger = stored.ledger
+    matrix = ledger_matrix(ledger)
+    if matrix is None and (csv is not None or plot is not None):
+        raise InputError(
+            f"{checkpoint}: its ledger has no scores on its tasks; name the test data after the "
+            "tasks when they are learned (`consolidate finetune --evaluate TASK=DATA`)"
+        )
+    if matrix is not None and csv is not None:
+        write_matrix_csv(csv, matrix)
+    if matrix is not None and plot is not None:
+        plot_matrix(plot, matrix)
     parameters: list[dict[str, Any]] = []
     for name in stored.fisher:
         values = stored.fisher[name].double()
@@ -82,7 +116,22 @@ def show(checkpoint: Path, *, top: int = 10) -> dict[str, Any]:
         "parameters_left_out": max(len(parameters) - top, 0),
         "unprotected": dict(ledger.unprotected),
         "versions": dict(ledger.versions),
+        "accuracy_matrix": None if matrix is None else matrix_summary(matrix),
     }
+
+
+def ledger_matrix(ledger: Ledger) -> AccuracyMatrix | None:
+    """Give the accuracy matrix of a ledger's tasks; None where no score on them was taken.
+
+    Args:
+        ledger: The ledger of a chain of tasks.
+
+    Returns:
+        The matrix.
+    """
+    matrix = accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
+    known = any(score is not None for row in [matrix.start, *matrix.scores] for score in row)
+    return matrix if known or any(point.scores for point in matrix.points) else None
 
 
 def show_text(summary: Mapping[str, Any]) -> str:
@@ -141,6 +190,8 @@ def show_text(summary: Mapping[str, Any]) -> str:
         lines.append(f"and {summary['parameters_left_out']} more")
     if metrics := _metrics(summary["tasks"]):
         lines += ["", *_table(["after training", "when", "on task", "metrics"], metrics)]
+    if summary["accuracy_matrix"] is not None:
+        lines += ["", matrix_text(summary["accuracy_matrix"])]
     if summary["unprotected"]:
         reasons: dict[str, list[str]] = {}
         for name, reason in summary["unprotected"].items():
@@ -151,6 +202,19 @@ def show_text(summary: Mapping[str, Any]) -> str:
             rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
             lines.append(f"  {_plain(reason)}: {few}{rest}")
     return "\n".join(lines)
+
+
+def matrix_text(summary: Mapping[str, Any]) -> str:
+    """Lay out an accuracy matrix as plain text, with ACC, BWT and forgetting under it.
+
+    Args:
+        summary: What `matrix_summary` returned.
+
+    Returns:
+        Lines of text without a newline at the end.
+    """
+    header, *rows = matrix_rows(summary)
+    return "\n".join([*_table(header, rows, right_from=1), means_text(summary)])
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ FISHER_DTYPES = ("F32", "BF16")
 PARAMETER_DTYPES = ("BF16", "F16", "F32", "F64")
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_WHEN = re.compile(r"before|after|epoch [1-9][0-9]{0,17}")
+_WHEN = re.compile(r"before|after|(epoch|step) [1-9][0-9]{0,17}")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")
 _LIMIT = 2**63 - 1
@@ -426,7 +426,7 @@ def _to_metrics(metrics: _Value) -> dict[str, dict[str, dict[str, float]]]:
     for when, tasks in metrics.items().items():
         if not _WHEN.fullmatch(when):
             raise InputError(
-                f"{metrics.source}, {metrics.place}: expected before, epoch N or after, "
+                f"{metrics.source}, {metrics.place}: expected before, step N, epoch N or after, "
                 f"found {_shown(when)}"
             )
         read[when] = {

@@ -654,6 +654,62 @@ def test_a_damaged_fisher_is_refused(
         )  # fmt: skip
 
 
+class Noise(torch.nn.Module):
+    """Draws in eval mode too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.1 * torch.randn(x.shape)
+
+
+def noisy_network(config: dict[str, Any]) -> torch.nn.Module:
+    network = make_network(config)
+    network.append(torch.nn.Dropout(0.3)).append(Noise())
+    return network
+
+
+def test_measuring_at_steps_does_not_disturb_training(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    old, new = write_task("old"), write_task("new", seed=1)
+    commands.fisher(network_checkpoint, old, **NETWORK)
+    options = {**FAST, "model": "test_commands:noisy_network", "ewc_lambda": 1.0, "epochs": 3}
+    options |= {"fisher_estimator": "empirical"}
+    evaluate = {"old": old, "new": new}
+    trained = {}
+    for name, every in (("none", {}), ("often", {"evaluate": evaluate, "evaluate_every": 3})):
+        out = tmp_path / name
+        trained[name] = finetuning.finetune(
+            network_checkpoint, new, output_dir=out, **options, **every
+        )
+        assert trained[name]["history"] == trained["none"]["history"]
+    none, often = contents(tmp_path / "none"), contents(tmp_path / "often")
+    assert none.pop("fisher/fisher.json") != often.pop("fisher/fisher.json")
+    assert none.pop("fisher/fisher.safetensors")  # Noise makes it another one each time
+    assert often.pop("fisher/fisher.safetensors")
+    assert none == often
+    metrics = read_fisher(tmp_path / "often" / "fisher").ledger.tasks[1].metrics
+    assert list(metrics) == [
+        *("before", "step 3", "epoch 1", "step 6", "epoch 2", "step 9", "step 12", "epoch 3"),
+        "after",
+    ]
+    assert metrics["step 12"] == metrics["epoch 3"]
+    assert metrics["step 6"]["new"].keys() == {"loss", "accuracy", "score"}
+
+
+def test_the_last_step_is_measured_too(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    data = write_task("only")
+    options: dict[str, Any] = {**FAST, "penalty": "none", "max_steps": 5, "evaluate_every": 3}
+    with pytest.raises(UsageError, match="--evaluate-every needs data to measure"):
+        finetuning.finetune(network_checkpoint, data, output_dir=tmp_path / "out", **options)
+    result = finetuning.finetune(
+        network_checkpoint, data, output_dir=tmp_path / "out", **options, evaluate={"only": data}
+    )
+    steps = [when for when in result["metrics"] if when.startswith("step")]
+    assert steps == ["step 3", "step 5"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -86,7 +86,11 @@ def test_everything_comes_back() -> None:
                 ewc_lambda=1e-30,
                 penalty="ewc",
                 seed=2**63 - 1,
-                metrics={"epoch 12": {"häuser": {"score": -1.5, "loss": 1.5}}, "before": {}},
+                metrics={
+                    "step 7": {},
+                    "epoch 12": {"häuser": {"score": -1.5, "loss": 1.5}},
+                    "before": {},
+                },
             ),
         ],
         merge_rule="separate",
@@ -198,6 +202,7 @@ DAMAGE = {
     "a negative lambda": (changed("tasks/0/ewc_lambda", -2), "ewc_lambda"),
     "an empty objective": (changed("tasks/0/objective", ""), "objective: .*not empty"),
     "metrics at no known time": (changed("tasks/0/metrics", {"later": {}}), "metrics: .*'later'"),
+    "step 0": (changed("tasks/0/metrics", {"step 0": {}}), "metrics: .*'step 0'"),
     "epoch 0": (changed("tasks/0/metrics", {"epoch 0": {}}), "metrics: .*'epoch 0'"),
     "a metric that is null": (
         changed("tasks/0/metrics", {"after": {"a": {"loss": None}}}),

@@ -1,0 +1,131 @@
+"""The matrix as data, table, CSV and plot."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from consolidate.accuracy_matrix import AccuracyMatrix, accuracy_matrix
+from consolidate.inspection import matrix_text, show, show_text
+from consolidate.matrix_views import check_view, matrix_summary, plot_matrix, write_matrix_csv
+from formats.errors import InputError, UsageError
+from formats.ledger import ledger_bytes, read_ledger
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+def on(**values: float) -> dict[str, dict[str, float]]:
+    return {name: {"accuracy": value} for name, value in values.items()}
+
+
+@pytest.fixture
+def matrix() -> AccuracyMatrix:
+    return accuracy_matrix(
+        {
+            "a": {"before": on(a=0.125), "step 3": on(a=0.5), "after": on(a=0.9)},
+            "b": {
+                "before": on(a=0.9, b=0.1),
+                "step 2": on(a=0.8, b=0.6),
+                "step 4": on(a=0.75, b=0.7),
+                "after": on(a=0.75, b=0.7),
+            },
+        }
+    )
+
+
+def test_the_summary_is_json_and_the_table_is_its_numbers(matrix: AccuracyMatrix) -> None:
+    summary = json.loads(json.dumps(matrix_summary(matrix), allow_nan=False))
+    assert summary["scores"] == [[0.9, None], [0.75, 0.7]]
+    assert summary["bwt"] == {"value": pytest.approx(-0.15), "terms": 1, "of": 1}
+    assert summary["points"][1] == {"task": "a", "step": 3, "scores": {"a": 0.5}}
+    assert matrix_text(summary).splitlines() == [
+        "after \\ on       a       b",
+        "(start)     0.1250       –",
+        "a           0.9000       –",
+        "b           0.7500  0.7000",
+        "ACC 0.7250, BWT -0.1500, forgetting 0.1500",
+    ]
+
+
+def test_a_mean_over_a_part_says_so() -> None:
+    matrix = accuracy_matrix({"a": {"after": on(a=1.0)}, "b": {}, "c": {"after": on(c=0.5)}})
+    text = matrix_text(matrix_summary(matrix))
+    assert text.endswith("ACC 0.5000 (over 1 of 3), BWT –, forgetting –")
+    assert "start" not in text
+
+
+def test_csv_is_in_the_order_of_time(matrix: AccuracyMatrix, tmp_path: Path) -> None:
+    write_matrix_csv(tmp_path / "r.csv", matrix)
+    with (tmp_path / "r.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["training", "when", "a", "b"],
+        ["a", "before", "0.125", ""],
+        ["a", "step 3", "0.5", ""],
+        ["a", "after", "0.9", ""],
+        ["b", "step 2", "0.8", "0.6"],
+        ["b", "step 4", "0.75", "0.7"],
+        ["b", "after", "0.75", "0.7"],
+    ]
+
+
+def test_plots_are_images_and_the_same_bytes_each_time(
+    matrix: AccuracyMatrix, tmp_path: Path
+) -> None:
+    for name in ("r.png", "again.png", "r.svg", "again.SVG"):
+        plot_matrix(tmp_path / name, matrix)
+    with Image.open(tmp_path / "r.png") as image:
+        assert image.width > image.height > 300
+        assert len(image.convert("RGB").getcolors(2**24)) > 50
+    assert (tmp_path / "r.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    assert (tmp_path / "r.svg").read_bytes() == (tmp_path / "again.SVG").read_bytes()
+    assert ElementTree.parse(tmp_path / "r.svg").getroot().tag.endswith("svg")
+
+
+def test_without_steps_there_is_the_heat_map_alone(matrix: AccuracyMatrix, tmp_path: Path) -> None:
+    plot_matrix(tmp_path / "both.png", matrix)
+    scores = {"loss": 2.5}, {"loss": 3.5}
+    plot_matrix(
+        tmp_path / "one.png",
+        accuracy_matrix({"a$": {"after": {"a$": scores[0]}}, "b": {"after": {"a$": scores[1]}}}),
+    )
+    with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "both.png") as both:
+        assert one.width < both.width
+
+
+def test_what_cannot_be_written_is_refused_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"r\.pdf: the name must end in \.png or \.svg"):
+        check_view(tmp_path / "r.pdf", plot=True)
+    with pytest.raises(InputError, match=r"none is no folder"):
+        check_view(tmp_path / "none" / "r.csv", plot=False)
+    with pytest.raises(InputError, match="is a folder: name a file"):
+        check_view(tmp_path, plot=False)
+    monkeypatch.setattr("consolidate.matrix_views.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'consolidate-ewc\[plot\]'"):
+        show(tmp_path / "nothing is there", plot=tmp_path / "r.png")
+
+
+def test_show_prints_and_writes_the_matrix(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "unsharded", tmp_path / "model"))
+    with pytest.raises(InputError, match="has no scores on its tasks") as caught:
+        empty: Any = show(folder, csv=tmp_path / "r.csv")
+    assert "--evaluate TASK=DATA" in str(caught.value)
+    assert not (tmp_path / "r.csv").exists()
+    empty = show(folder)
+    assert empty["accuracy_matrix"] is None
+    ledger = read_ledger(folder / "fisher" / "fisher.json")
+    name = ledger.tasks[0].name
+    ledger.tasks[0].metrics = {"before": on(**{name: 0.25}), "after": on(**{name: 0.75})}
+    (folder / "fisher" / "fisher.json").write_bytes(ledger_bytes(ledger))
+    found = show(folder, csv=tmp_path / "r.csv", plot=tmp_path / "r.png")
+    assert found["accuracy_matrix"]["scores"] == [[0.75]]
+    assert "ACC 0.7500, BWT –, forgetting –" in show_text(found)
+    assert f"{name},after,0.75" in (tmp_path / "r.csv").read_text()
+    assert (tmp_path / "r.png").stat().st_size > 1000
