@@ -7,6 +7,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,7 @@ from consolidate.models import (
     load_model,
 )
 from consolidate.progress import progress
-from formats.atomic import partial_path, replace_folder
+from formats.atomic import claimed, partial_path, replace_folder
 from formats.checkpoint import (
     Checkpoint,
     check_finite,
@@ -147,106 +148,109 @@ def fisher(
     source = open_checkpoint(folder)
     target = folder / "fisher" if in_place else Path(str(output_dir))
     check_output(target, source, overwrite=overwrite or (add and in_place), whole=not in_place)
-    before = stored_fisher(folder / "fisher", source) if add else None
-    merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
-    check_finite(source.weights, folder)
-    task_file, rows = open_task(data, split=split)
-    loaded = load_model(
-        source,
-        objective=objective or task_file.objective,
-        factory=model,
-        dtype=dtype,
-        device=best_device(device),
-        freeze=freeze,
-    )
-    name = task_name(task or task_file.name, rows.name, before)
-    examples = encode(
-        rows,
-        loaded,
-        columns=columns_of(columns, task_file),
-        max_length=max_length,
-        pack=pack,
-        seed=seed,
-    )
-    options: dict[str, Any] = {
-        "estimator": estimator,
-        "mc_samples": mc_samples,
-        "max_outcomes": max_outcomes,
-        "max_examples": max_examples,
-        "batch_size": batch_size,
-        "seed": seed,
-        "tolerance": tolerance,
-        "accumulate_dtype": accumulate_dtype,
-        "check": check,
-    }
-    if dry_run:
-        cost = pass_cost(loaded, examples, **options)
-        return {
-            "status": "dry run",
-            "task": name,
-            **cost,
-            "files": _file_sizes(cost["parameters"], {} if in_place else source.weights),
-            "kept": {partial_path(target).name: 2 * accumulate_dtype.itemsize * cost["parameters"]},
+    with nullcontext() if dry_run else claimed(target):
+        before = stored_fisher(folder / "fisher", source) if add else None
+        merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
+        check_finite(source.weights, folder)
+        task_file, rows = open_task(data, split=split)
+        loaded = load_model(
+            source,
+            objective=objective or task_file.objective,
+            factory=model,
+            dtype=dtype,
+            device=best_device(device),
+            freeze=freeze,
+        )
+        name = task_name(task or task_file.name, rows.name, before)
+        examples = encode(
+            rows,
+            loaded,
+            columns=columns_of(columns, task_file),
+            max_length=max_length,
+            pack=pack,
+            seed=seed,
+        )
+        options: dict[str, Any] = {
+            "estimator": estimator,
+            "mc_samples": mc_samples,
+            "max_outcomes": max_outcomes,
+            "max_examples": max_examples,
+            "batch_size": batch_size,
+            "seed": seed,
+            "tolerance": tolerance,
+            "accumulate_dtype": accumulate_dtype,
+            "check": check,
         }
+        if dry_run:
+            cost = pass_cost(loaded, examples, **options)
+            return {
+                "status": "dry run",
+                "task": name,
+                **cost,
+                "files": _file_sizes(cost["parameters"], {} if in_place else source.weights),
+                "kept": {
+                    partial_path(target).name: 2 * accumulate_dtype.itemsize * cost["parameters"]
+                },
+            }
 
-    @cache
-    def records() -> dict[str, TensorRecord]:
-        # Those of a ledger have been compared with the weights.
-        return weight_records(source.weights) if before is None else before.ledger.weights
+        @cache
+        def records() -> dict[str, TensorRecord]:
+            # Those of a ledger have been compared with the weights.
+            return weight_records(source.weights) if before is None else before.ledger.weights
 
-    kept = KeptPass(
-        target,
-        {
-            "weights": lambda: set_digest(records()),
-            "data": rows.digest,
-        },
-        {
-            "objective": loaded.objective.name,
-            "model": model,
-            "module": _module_digest(loaded),
-            "columns": asdict(columns_of(columns, task_file)),
-            "max_length": max_length,
-            "pack": pack,
-            "dtype": None if dtype is None else str(dtype),
-            "freeze": list(freeze),
-            **options,
-            "accumulate_dtype": str(accumulate_dtype),
-        },
-        every=60 * save_every,
-        result_bytes=_output_bytes(source, whole=not in_place),
-        restart=restart,
-    )
-    diagonal = measure_fisher(loaded, examples, label=f"Fisher of {name}", kept=kept, **options)
-    log_notes(loaded, examples, diagonal)
-    merged, anchor, ledger = add_task(
-        before,
-        loaded,
-        source.weights,
-        diagonal,
-        records=records(),
-        name=name,
-        data=rows.name,
-        data_digest=rows.digest() if data_digest else None,
-        merge_rule=merge_rule,
-        gamma=gamma,
-        task_weight=task_weight,
-    )
-    heads = None if before is None else before.heads
-    if overwrite and (target / LEDGER_NAME).is_file():
-        LOG.info("replacing the Fisher of %s", _task_names(target))
-    with replace_folder(target, overwrite=overwrite or add) as staging:
-        if in_place:
-            write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
-        else:
-            write_checkpoint(staging, source, source.weights)
-            write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
-    kept.remove()
-    return {
-        "status": "done",
-        "checkpoint": str(folder if in_place else target),
-        "fisher": str(target if in_place else target / "fisher"),
-        **fisher_summary(ledger, diagonal),
-    }
+        kept = KeptPass(
+            target,
+            {
+                "weights": lambda: set_digest(records()),
+                "data": rows.digest,
+            },
+            {
+                "objective": loaded.objective.name,
+                "model": model,
+                "module": _module_digest(loaded),
+                "columns": asdict(columns_of(columns, task_file)),
+                "max_length": max_length,
+                "pack": pack,
+                "dtype": None if dtype is None else str(dtype),
+                "freeze": list(freeze),
+                **options,
+                "accumulate_dtype": str(accumulate_dtype),
+            },
+            every=60 * save_every,
+            result_bytes=_output_bytes(source, whole=not in_place),
+            restart=restart,
+        )
+        diagonal = measure_fisher(loaded, examples, label=f"Fisher of {name}", kept=kept, **options)
+        log_notes(loaded, examples, diagonal)
+        merged, anchor, ledger = add_task(
+            before,
+            loaded,
+            source.weights,
+            diagonal,
+            records=records(),
+            name=name,
+            data=rows.name,
+            data_digest=rows.digest() if data_digest else None,
+            merge_rule=merge_rule,
+            gamma=gamma,
+            task_weight=task_weight,
+        )
+        heads = None if before is None else before.heads
+        if overwrite and (target / LEDGER_NAME).is_file():
+            LOG.info("replacing the Fisher of %s", _task_names(target))
+        with replace_folder(target, overwrite=overwrite or add) as staging:
+            if in_place:
+                write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
+            else:
+                write_checkpoint(staging, source, source.weights)
+                write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
+        kept.remove()
+        return {
+            "status": "done",
+            "checkpoint": str(folder if in_place else target),
+            "fisher": str(target if in_place else target / "fisher"),
+            **fisher_summary(ledger, diagonal),
+        }
 
 
 def evaluate(

@@ -4,8 +4,10 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,7 +52,7 @@ from consolidate.training import (
     seeded,
     train_epoch,
 )
-from formats.atomic import replace_folder, write_file
+from formats.atomic import claimed, replace_folder, write_file
 from formats.checkpoint import (
     Checkpoint,
     check_finite,
@@ -63,6 +65,8 @@ from formats.rows import Rows
 from formats.task_file import open_task
 
 LOG = logging.getLogger("consolidate")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,19 @@ class Trained:
     metrics: dict[str, dict[str, dict[str, float]]]
 
 
+def _claiming_output(command: Callable[P, R]) -> Callable[P, R]:
+    """Keep ``output_dir`` for the command from its start to its end."""
+
+    @wraps(command)
+    def claiming(*arguments: P.args, **options: P.kwargs) -> R:
+        target = signature(command).bind(*arguments, **options).arguments["output_dir"]
+        with claimed(Path(target)):
+            return command(*arguments, **options)
+
+    return claiming
+
+
+@_claiming_output
 def finetune(
     checkpoint: str | Path,
     data: str | Path,

@@ -32,7 +32,9 @@ _COMMIT = ".consolidate-commit"
 _PUBLISH = ".consolidate-publish"
 _LOCK = ".consolidate-lock"
 _PARTIAL = ".consolidate-partial"
-_NOT_CONTENT = {_NEW, _OLD, _COMMIT, _PUBLISH, _LOCK, _PARTIAL, f"{_PARTIAL}-new", "lost+found"}
+_CLAIM = ".consolidate-claim"
+_OURS = {_NEW, _OLD, _COMMIT, _PUBLISH, _LOCK, _PARTIAL, f"{_PARTIAL}-new", _CLAIM}
+_NOT_CONTENT = {*_OURS, "lost+found"}
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -86,6 +88,35 @@ def replace_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         finally:
             with _explained(place.target, _FULL | _FORBIDDEN):
                 _settle(place)
+
+
+@contextmanager
+def claimed(target: Path) -> Iterator[None]:
+    """Claim a target for the block, however long its work takes before `replace_folder`.
+
+    A process that dies gives its claim up; the file it leaves behind binds nobody.
+
+    Args:
+        target: The folder that is to be made or replaced.
+
+    Raises:
+        InputError: Another process has claimed it, or the place is not writable.
+    """
+    check_target(target, overwrite=True)
+    place = _Place(target)
+    with ExitStack() as cleanup:
+        with _explained(place.target, _FULL | _FORBIDDEN):
+            _make_parents(place.claim, cleanup)
+            if _lock(place.claim, cleanup) is _Lock.BUSY:
+                holder = place.claim.read_text() or "another one"
+                raise InputError(
+                    f"{place.target} is being worked on by process {holder}, which holds "
+                    f"{place.claim}: wait until it has ended, or choose another folder"
+                )
+            with suppress(OSError):  # where files cannot be locked, or the disk is full
+                if place.claim.exists():
+                    place.claim.write_text(str(os.getpid()))
+        yield
 
 
 def check_target(target: Path, *, overwrite: bool = False) -> None:
@@ -227,11 +258,11 @@ class _Place:
         if not self.target.name:
             raise InputError(f"{target} is the root of the file system; choose another folder")
         self.mounted = _is_mount(self.target)
-        self.new, self.old, self.lock = (
+        self.new, self.old, self.lock, self.claim = (
             self.target / name
             if self.mounted
             else self.target.with_name(f".{self.target.name}{name}")
-            for name in (_NEW, _OLD, _LOCK)
+            for name in (_NEW, _OLD, _LOCK, _CLAIM)
         )
         self.leavings = [self.new, self.old, self.lock]
         if self.mounted:

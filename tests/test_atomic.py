@@ -9,6 +9,7 @@ import pytest
 
 from formats.atomic import (
     _exchange,
+    claimed,
     explain_full_disk,
     final_path,
     recover,
@@ -50,6 +51,38 @@ def write_much(staging: Path) -> None:
 
 def refused(target: Path, why: str, *, overwrite: bool = True) -> None:
     with pytest.raises(InputError, match=why), replace_folder(target, overwrite=overwrite):
+        pytest.fail("the block must not run")
+
+
+HOLD = """
+import pathlib, sys, time
+from formats.atomic import claimed
+with claimed(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_claim_is_one_process_s_until_it_ends_or_dies(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, target], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        claim = target.with_name(".out.consolidate-claim")
+        why = rf"{target} is being worked on by process {holder.pid}, which holds {claim}"
+        with pytest.raises(InputError, match=why), claimed(target):
+            pytest.fail("the block must not run")
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert claim.exists()
+    with claimed(target), replace_folder(target) as staging:
+        fill(staging, "new")
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+    with pytest.raises(InputError, match="by process"), claimed(target), claimed(target):
         pytest.fail("the block must not run")
 
 

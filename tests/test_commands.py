@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 import consolidate
 import formats.checkpoint
 from consolidate import commands, finetuning
+from formats.atomic import claimed
 from formats.data import open_data
 from formats.digest import set_digest, tensor_record
 from formats.errors import InputError, NonFiniteError, UsageError
@@ -860,6 +861,20 @@ def test_what_is_kept_of_a_pass_leaves_room_for_its_result(
         assert [file.name for file in disk.iterdir()] == ["out"]
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_two_at_work_on_one_target_are_refused_at_the_start(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    absent = tmp_path / "absent.npz"  # which would be seen first by one that went on
+    with claimed(network_checkpoint / "fisher"):
+        with pytest.raises(InputError, match=f"worked on by process {os.getpid()}"):
+            commands.fisher(network_checkpoint, absent, **NETWORK)
+        commands.fisher(network_checkpoint, write_task("old"), **NETWORK, dry_run=True)
+    with claimed(tmp_path / "out"), pytest.raises(InputError, match="worked on by process"):
+        finetuning.finetune(
+            network_checkpoint, absent, output_dir=tmp_path / "out", penalty="none", **FAST
+        )
 
 
 @pytest.mark.usefixtures("often")
