@@ -244,16 +244,12 @@ def _estimator_options(prefix: str) -> Callable[[Any], Any]:
         option(
             "mc-samples",
             type=click.IntRange(min=1),
-            default=1,
-            show_default=True,
-            help="Labels sampled per example by mc.",
+            help="Labels sampled per example by mc and batched; 1 by default.",
         ),
         option(
             "max-outcomes",
             type=click.IntRange(min=1),
-            default=4096,
-            show_default=True,
-            help="Refuse exact above this many backward passes per example.",
+            help="Refuse exact above this many backward passes per example; 4096 by default.",
         ),
         option(
             "tolerance",
@@ -479,9 +475,7 @@ def fisher(checkpoint: str, as_json: bool, **options: Any) -> None:
 @click.option(
     "--momentum",
     type=click.FloatRange(0, 1, max_open=True),
-    default=0.0,
-    show_default=True,
-    help="Of sgd.",
+    help="Of sgd; 0 by default.",
 )
 @click.option(
     "--weight-decay",

@@ -29,7 +29,7 @@ from consolidate.examples import Columns, Examples, encode
 from consolidate.hub import locate
 from consolidate.kept_pass import KeptPass
 from consolidate.likelihood import get_likelihood
-from consolidate.measuring import measure_fisher, pass_cost
+from consolidate.measuring import estimator_options, measure_fisher, pass_cost
 from consolidate.models import (
     Model,
     load_model,
@@ -66,8 +66,8 @@ def fisher(
     max_length: int | None = None,
     pack: bool = False,
     estimator: str | None = None,
-    mc_samples: int = 1,
-    max_outcomes: int = 4096,
+    mc_samples: int | None = None,
+    max_outcomes: int | None = None,
     max_examples: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -103,8 +103,9 @@ def fisher(
         pack: Fill sequences of `max_length` with consecutive texts (language modelling).
         estimator: ``exact``, ``mc``, ``empirical`` or ``batched``; ``exact`` up to 16 outcomes and
             ``mc`` beyond unless given.
-        mc_samples: Labels drawn per example by ``mc``.
-        max_outcomes: ``exact`` is refused above this many backward passes per example.
+        mc_samples: Labels drawn per example by ``mc`` and ``batched``; 1 unless given.
+        max_outcomes: ``exact`` is refused above this many backward passes per example; 4096 unless
+            given.
         max_examples: Measure on a seeded random subset of this size.
         batch_size: Examples read and run at a time; the result does not depend on it.
         seed: Of the subset, of the sampled labels and of masks.
@@ -171,15 +172,19 @@ def fisher(
             seed=seed,
         )
         options: dict[str, Any] = {
-            "estimator": estimator,
-            "mc_samples": mc_samples,
-            "max_outcomes": max_outcomes,
+            **estimator_options(
+                loaded,
+                examples,
+                estimator=estimator,
+                mc_samples=mc_samples,
+                max_outcomes=max_outcomes,
+                check=check,
+            ),
             "max_examples": max_examples,
             "batch_size": batch_size,
             "seed": seed,
             "tolerance": tolerance,
             "accumulate_dtype": accumulate_dtype,
-            "check": check,
         }
         if dry_run:
             cost = pass_cost(loaded, examples, **options)

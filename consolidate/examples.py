@@ -3,14 +3,15 @@
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from consolidate.models import Model
+from consolidate.objectives import Objective
 from formats.errors import InputError, UsageError
 from formats.rows import Rows
 
@@ -144,14 +145,53 @@ def encode(
     if model.objective.modality == "tensor":
         from consolidate.tensor_examples import encode_tensors
 
-        return encode_tensors(rows, model, columns)
-    if model.objective.modality == "image":
+        examples = encode_tensors(rows, model, columns)
+    elif model.objective.modality == "image":
         from consolidate.image_examples import encode_images
 
-        return encode_images(rows, model, columns)
-    from consolidate.text_examples import encode_texts
+        examples = encode_images(rows, model, columns)
+    else:
+        from consolidate.text_examples import encode_texts
 
-    return encode_texts(rows, model, columns, max_length=max_length, pack=pack, seed=seed)
+        examples = encode_texts(rows, model, columns, max_length=max_length, pack=pack, seed=seed)
+    examples._notes += unread_columns(columns, model.objective)
+    return examples
+
+
+def unread_columns(columns: Columns, objective: Objective) -> list[str]:
+    """Say which of the columns that were named are not read.
+
+    Args:
+        columns: Those named.
+        objective: What is predicted.
+
+    Returns:
+        A note on each.
+    """
+    given = {role: name for role, name in asdict(columns).items() if name is not None}
+    return [
+        f"the {role.replace('_', ' ')} column {given[role]!r} is not read for {objective.name}"
+        for role in sorted(given.keys() - _read(objective, given))
+    ]
+
+
+def _read(objective: Objective, given: Collection[str]) -> set[str]:
+    """Return the roles of the columns that are read where these are given."""
+    if objective.modality != "text":
+        return {"inputs" if objective.modality == "tensor" else "image", "label"}
+    match objective.name:
+        case "causal-lm" if "messages" in given:
+            return {"messages"}
+        case "causal-lm" if "prompt" in given or "completion" in given:
+            return {"prompt", "completion"}
+        case "causal-lm" | "masked-lm":
+            return {"text"}
+        case "seq2seq-lm":
+            target = "target" if "target" in given else "completion"
+            return {"text" if "text" in given else "prompt", target}
+        case "token-classification":
+            return {"tokens", "label"}
+    return {"text", "text_pair", "label"}
 
 
 def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> list[str]:

@@ -31,7 +31,7 @@ from consolidate.examples import Columns, Examples, encode, label_names, subset
 from consolidate.forgetting import beyond, check_gate, failed_folder, forgetting
 from consolidate.hub import locate
 from consolidate.likelihood import get_likelihood
-from consolidate.measuring import measure_fisher
+from consolidate.measuring import estimator_options, measure_fisher
 from consolidate.models import (
     Model,
     config_of,
@@ -47,6 +47,7 @@ from consolidate.training import (
     SCHEDULES,
     Step,
     data_order,
+    has_statistics,
     make_optimizer,
     make_scheduler,
     seeded,
@@ -81,7 +82,7 @@ class Recipe:
     gradient_accumulation_steps: int
     learning_rate: float
     optimizer: str
-    momentum: float
+    momentum: float | None
     weight_decay: float
     lr_scheduler: str
     warmup_steps: int
@@ -164,7 +165,7 @@ def finetune(
     gradient_accumulation_steps: int = 1,
     learning_rate: float = 5e-5,
     optimizer: str = "adamw",
-    momentum: float = 0.0,
+    momentum: float | None = None,
     weight_decay: float = 0.0,
     lr_scheduler: str = "constant",
     warmup_steps: int = 0,
@@ -182,8 +183,8 @@ def finetune(
     revision: str | None = None,
     data_digest: bool = True,
     fisher_estimator: str | None = None,
-    fisher_mc_samples: int = 1,
-    fisher_max_outcomes: int = 4096,
+    fisher_mc_samples: int | None = None,
+    fisher_max_outcomes: int | None = None,
     fisher_max_examples: int | None = None,
     fisher_batch_size: int | None = None,
     fisher_tolerance: float | None = None,
@@ -223,7 +224,7 @@ def finetune(
         gradient_accumulation_steps: Micro-batches per optimizer step.
         learning_rate: The peak of the schedule.
         optimizer: ``adamw``, ``adam`` or ``sgd``.
-        momentum: Of SGD.
+        momentum: Of SGD; 0 unless given.
         weight_decay: 0 unless given: it would pull unprotected weights to zero, task after task.
         lr_scheduler: ``constant``, ``linear`` or ``cosine``, after the warm-up.
         warmup_steps: Steps from zero to the peak.
@@ -285,7 +286,7 @@ def finetune(
         evaluate_every=evaluate_every,
         seed=seed,
     )
-    _check_options(penalty, ewc_lambda, recipe)
+    _check_options(penalty, ewc_lambda, penalty_dtype, penalty_device, recipe)
     if evaluate_every is not None and not evaluate:
         raise UsageError("--evaluate-every needs data to measure: name them with --evaluate")
     target = Path(output_dir)
@@ -322,6 +323,17 @@ def finetune(
         freeze=freeze,
         encoding={"max_length": max_length, "pack": pack, "seed": seed},
     )
+    estimation = estimator_options(
+        start.model,
+        start.examples,
+        estimator=fisher_estimator,
+        mc_samples=fisher_mc_samples,
+        max_outcomes=fisher_max_outcomes,
+        check=fisher_check,
+        prefix="fisher-",
+    )
+    if norm_statistics is not None and not has_statistics(start.model.module):
+        LOG.info("--norm-statistics does nothing: the model keeps no running statistics")
     trained = _train(start, recipe, target)
     forgotten = {}
     if max_forgetting is not None:
@@ -338,15 +350,12 @@ def finetune(
         ewc_lambda=ewc_lambda,
         task_weight=task_weight,
         estimation={
-            "estimator": fisher_estimator,
-            "mc_samples": fisher_mc_samples,
-            "max_outcomes": fisher_max_outcomes,
+            **estimation,
             "max_examples": fisher_max_examples,
             "batch_size": fisher_batch_size or batch_size,
             "seed": seed,
             "tolerance": fisher_tolerance,
             "accumulate_dtype": fisher_accumulate_dtype,
-            "check": fisher_check,
         },
     )
     if forgotten:
@@ -359,7 +368,13 @@ def finetune(
     return result
 
 
-def _check_options(penalty: str, ewc_lambda: float | None, recipe: Recipe) -> None:
+def _check_options(
+    penalty: str,
+    ewc_lambda: float | None,
+    penalty_dtype: torch.dtype | None,
+    penalty_device: str | None,
+    recipe: Recipe,
+) -> None:
     for option, value, known in (
         ("penalty", penalty, ("ewc", "l2", "none")),
         ("penalty-step", recipe.penalty_step, STEPS),
@@ -379,12 +394,19 @@ def _check_options(penalty: str, ewc_lambda: float | None, recipe: Recipe) -> No
     ):
         if number is not None and number < 1:
             raise UsageError(f"--{option} {number}: expected at least 1")
-    if penalty == "none" and ewc_lambda is not None:
-        raise UsageError("--ewc-lambda has no meaning with --penalty none: leave one of them out")
+    free = penalty == "none" and "--penalty none"
+    plain = recipe.optimizer != "sgd" and f"--optimizer {recipe.optimizer}"
+    for option, given, without in (
+        ("ewc-lambda", ewc_lambda is not None, free),
+        ("penalty-step", recipe.penalty_step != "gradient", free),
+        ("penalty-dtype", penalty_dtype is not None, free),
+        ("penalty-device", penalty_device is not None, free),
+        ("momentum", recipe.momentum is not None, plain),
+    ):
+        if given and without:
+            raise UsageError(f"--{option} has no meaning with {without}: leave one of them out")
     if penalty != "none" and ewc_lambda is None:
         raise UsageError(f"--penalty {penalty} needs --ewc-lambda: the strength has no default")
-    if penalty == "none" and recipe.penalty_step != "gradient":
-        raise UsageError("--penalty-step has no meaning with --penalty none: leave one of them out")
 
 
 def _open(
@@ -592,7 +614,7 @@ def _descend(start: Start, recipe: Recipe, take_metrics: Callable[..., None]) ->
         recipe.optimizer,
         model.module.parameters(),
         learning_rate=recipe.learning_rate,
-        momentum=recipe.momentum,
+        momentum=recipe.momentum or 0.0,
         weight_decay=recipe.weight_decay,
     )
     schedule = make_scheduler(

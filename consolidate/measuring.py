@@ -10,17 +10,21 @@ from typing import Any
 import torch
 
 from consolidate.batches import model_outputs, to_model
-from consolidate.estimators import FisherDiagonal, fisher_diagonal
+from consolidate.estimators import ESTIMATORS, FisherDiagonal, fisher_diagonal
 from consolidate.examples import Examples, subset
 from consolidate.kept_pass import KeptPass
 from consolidate.likelihood import get_likelihood
 from consolidate.models import Model
 from consolidate.progress import progress
+from formats.errors import UsageError
 
 LOG = logging.getLogger("consolidate")
 
 MOST_EXACT_OUTCOMES = 16
 """Up to here the default estimator is exact, beyond it mc."""
+
+MAX_OUTCOMES = 4096
+"""``exact`` is refused above so many backward passes per example, unless told otherwise."""
 
 SAMPLED_BATCHES = 3
 """Batches that the time of a whole pass is judged by."""
@@ -31,7 +35,7 @@ def measure_fisher(
     examples: Examples,
     *,
     label: str,
-    estimator: str | None,
+    estimator: str,
     mc_samples: int,
     max_outcomes: int,
     max_examples: int | None,
@@ -48,7 +52,7 @@ def measure_fisher(
         model: A loaded model.
         examples: Its task's data.
         label: What the progress is headed with.
-        estimator: None takes ``exact`` up to 16 outcomes and ``mc`` beyond.
+        estimator: ``exact``, ``mc``, ``empirical`` or ``batched``.
         mc_samples: Labels drawn per example by ``mc``.
         max_outcomes: ``exact`` is refused above this many backward passes per example.
         max_examples: Size of a seeded random subset.
@@ -72,7 +76,7 @@ def measure_fisher(
             model.module,
             examples.batches(batch_size, order=order),
             get_likelihood(model.objective.likelihood),
-            estimator=estimator or default_estimator(model, examples),
+            estimator=estimator,
             mc_samples=mc_samples,
             max_outcomes=max_outcomes,
             seed=seed,
@@ -97,6 +101,53 @@ def measure_fisher(
     return diagonal
 
 
+def estimator_options(
+    model: Model,
+    examples: Examples,
+    *,
+    estimator: str | None,
+    mc_samples: int | None,
+    max_outcomes: int | None,
+    check: bool,
+    prefix: str = "",
+) -> dict[str, Any]:
+    """Choose the estimator, and refuse options that do nothing with it.
+
+    Args:
+        model: A loaded model.
+        examples: Its task's data.
+        estimator: None takes ``exact`` up to 16 outcomes and ``mc`` beyond.
+        mc_samples: Labels drawn per example; 1 unless given.
+        max_outcomes: The limit of ``exact``; MAX_OUTCOMES unless given.
+        check: Whether every batch is held against single examples.
+        prefix: Of the options' names, for the message.
+
+    Returns:
+        These options as `measure_fisher` takes them.
+
+    Raises:
+        UsageError: One that was given does nothing with the estimator.
+    """
+    chosen = estimator or default_estimator(model, examples)
+    for option, given, sensible in (
+        ("mc-samples", mc_samples is not None, ("mc", "batched")),
+        ("max-outcomes", max_outcomes is not None, ("exact",)),
+        ("check", check, ("exact", "mc", "empirical")),
+    ):
+        if given and chosen in ESTIMATORS and chosen not in sensible:
+            which = "" if estimator else ", the default for this model"
+            raise UsageError(
+                f"--{prefix}{option} has no meaning with --{prefix}estimator {chosen}{which}: "
+                f"leave it out, or use {' or '.join(sensible)}"
+            )
+    return {
+        "estimator": chosen,
+        "mc_samples": 1 if mc_samples is None else mc_samples,
+        "max_outcomes": MAX_OUTCOMES if max_outcomes is None else max_outcomes,
+        "check": check,
+    }
+
+
 def default_estimator(model: Model, examples: Examples) -> str:
     """Return ``exact`` where an example has up to 16 outcomes, and ``mc`` beyond.
 
@@ -118,7 +169,7 @@ def pass_cost(
     model: Model,
     examples: Examples,
     *,
-    estimator: str | None,
+    estimator: str,
     max_examples: int | None,
     batch_size: int,
     seed: int,
@@ -156,7 +207,6 @@ def pass_cost(
         times.append(time.perf_counter())
 
     batches = [*examples.batches(batch_size, order=sample)]
-    estimator = estimator or default_estimator(model, examples)
     diagonal = fisher_diagonal(
         model.module,
         [*batches, examples.collate(longest)],

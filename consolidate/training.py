@@ -112,9 +112,23 @@ def freeze_statistics(model: nn.Module) -> None:
     Args:
         model: Changed in place.
     """
+    for module in _with_statistics(model):
+        module.eval()
+
+
+def has_statistics(model: nn.Module) -> bool:
+    """Return whether a model keeps running statistics of what passes through it.
+
+    Args:
+        model: Any module.
+    """
+    return any(True for _ in _with_statistics(model))
+
+
+def _with_statistics(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if isinstance(module, _NormBase) and module.track_running_stats:
-            module.eval()
+            yield module
 
 
 @contextmanager

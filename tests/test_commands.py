@@ -249,6 +249,12 @@ def test_proximal_steps_hold_where_the_gradient_diverges(
         ({}, "needs --ewc-lambda"),
         ({"penalty": "none", "ewc_lambda": 1.0}, "no meaning with --penalty none"),
         ({"penalty": "none", "penalty_step": "proximal"}, "no meaning with --penalty none"),
+        ({"penalty": "none", "penalty_device": "cpu"}, "penalty-device has no meaning with --pena"),
+        (
+            {"penalty": "none", "penalty_dtype": torch.float32},
+            "penalty-dtype has no meaning with --penalty none",
+        ),
+        ({"penalty": "none", "momentum": 0.0}, "momentum has no meaning with --optimizer adamw"),
         ({"ewc_lambda": 1.0, "penalty_step": "implicit"}, "expected one of gradient, proximal"),
     ],
 )
@@ -733,6 +739,49 @@ def test_options_out_of_range(
             network_checkpoint, write_task("new"), output_dir=tmp_path / "out", penalty="none",
             **NETWORK, **options,
         )  # fmt: skip
+
+
+MC = "--{}mc-samples has no meaning with --{}estimator {}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mc_samples": 1}, MC + ", the default for this model: leave it out, or use mc or batch"),
+        ({"estimator": "exact", "mc_samples": 2}, MC + ": leave"),
+        ({"estimator": "empirical", "mc_samples": 2}, MC + ": leave"),
+        ({"estimator": "mc", "max_outcomes": 4096}, "max-outcomes has no meaning .*, or use exact"),
+        ({"estimator": "batched", "check": True}, "check has no meaning .*or use exact or mc or"),
+    ],
+)
+def test_options_that_do_nothing_with_the_estimator(
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    data, estimator = write_task("old"), options.get("estimator", "exact")
+    for dry_run in (False, True):
+        with pytest.raises(UsageError, match=message.format("", "", estimator)):
+            commands.fisher(network_checkpoint, data, **NETWORK, **options, dry_run=dry_run)
+    later = {f"fisher_{option}": value for option, value in options.items()}
+    with pytest.raises(UsageError, match=message.format("fisher-", "fisher-", estimator)):
+        finetuning.finetune(
+            network_checkpoint, data, output_dir=tmp_path / "out", penalty="none",
+            epochs=10**9, **FAST, **later,
+        )  # fmt: skip
+
+
+def test_statistics_that_are_not_there_are_told(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "consolidate")
+    finetuning.finetune(
+        network_checkpoint, write_task("new"), output_dir=tmp_path / "out", penalty="none",
+        norm_statistics="frozen", **FAST,
+    )  # fmt: skip
+    assert "--norm-statistics does nothing: the model keeps no running statistics" in caplog.text
 
 
 def test_one_data_set_needs_no_name(network_checkpoint: Path, write_task: Write) -> None:

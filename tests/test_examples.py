@@ -18,8 +18,9 @@ from tiny_models import (
 
 from consolidate.batches import model_outputs
 from consolidate.estimators import fisher_diagonal
-from consolidate.examples import Columns, encode, label_names
+from consolidate.examples import Columns, encode, label_names, unread_columns
 from consolidate.models import Model, load_model
+from consolidate.objectives import get_objective
 from formats.checkpoint import open_checkpoint
 from formats.data import Rows, open_data
 from formats.errors import InputError, UsageError
@@ -382,6 +383,31 @@ def test_shares_of_masks(tmp_path: Path) -> None:
     assert len(replaced.unique()) > len(model.processor) // 2
     kept = inputs["input_ids"][chosen] == original.expand_as(labels)[chosen]
     assert float(kept.float().mean()) == pytest.approx(0.1, abs=0.03)
+
+
+def test_columns_that_are_not_read_are_told(tmp_path: Path) -> None:
+    rows = jsonl(tmp_path, {"text": "the cat sat", "label": 1, "chat": [], "say": "x", "more": "y"})
+    rewriting = Columns(text="text", prompt="say", completion="more", target="text", label="label")
+    for objective, given, unread in (
+        ("masked-lm", Columns(label="label"), ["label"]),
+        ("masked-lm", Columns(text="text"), []),
+        ("causal-lm", Columns(messages="chat", text="text", prompt="say"), ["prompt", "text"]),
+        ("causal-lm", Columns(completion="more", text="text"), ["text"]),
+        ("causal-lm", Columns(image="say"), ["image"]),
+        ("seq2seq-lm", rewriting, ["completion", "label", "prompt"]),
+        ("token-classification", Columns(tokens="text", text="say"), ["text"]),
+        ("sequence-classification", Columns(inputs="text", text_pair="say"), ["inputs"]),
+        ("image-classification", Columns(image="text", text="text"), ["text"]),
+    ):
+        notes = [
+            f"the {role} column {getattr(given, role)!r} is not read for {objective}"
+            for role in unread
+        ]
+        assert unread_columns(given, get_objective(objective, factory=False)) == notes
+    examples = encode(
+        rows, bert(tmp_path / "bert", "MaskedLM"), columns=Columns(text="text", label="label")
+    )
+    assert "the label column 'label' is not read for masked-lm" in examples.notes()
 
 
 def test_one_text_becomes_another(tmp_path: Path) -> None:
