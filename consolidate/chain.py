@@ -2,9 +2,10 @@
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,26 @@ from formats.fisher_folder import (
 )
 from formats.ledger import MERGE_RULES, LayerRecord, Ledger, TaskRecord, check_task_name
 from formats.tensors import shape_of
+
+
+class Chain(Protocol):
+    """What the tasks so far left behind: a `StoredFisher`, or one fitted to another head."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """The tasks, and how they were merged."""
+
+    @property
+    def fisher(self) -> Mapping[str, Tensor]:
+        """Λ by the names of the weights file."""
+
+    @property
+    def anchor(self) -> Mapping[str, Tensor] | None:
+        """μ by the same names; None where it is the weights."""
+
+    @property
+    def heads(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Output layers that were put aside, by task."""
 
 
 def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
@@ -76,7 +97,7 @@ def find_fisher(checkpoint: Path, elsewhere: str | Path | None) -> Path | None:
     raise InputError(f"{elsewhere} holds no Fisher: neither fisher/fisher.json nor fisher.json")
 
 
-def task_name(name: str | None, data: str, before: StoredFisher | None) -> str:
+def task_name(name: str | None, data: str, before: Chain | None) -> str:
     """Choose the name of a new task: the one given, else one made from the data's.
 
     Args:
@@ -101,7 +122,7 @@ def task_name(name: str | None, data: str, before: StoredFisher | None) -> str:
 
 
 def merging_options(
-    before: StoredFisher | None,
+    before: Chain | None,
     merge_rule: str | None,
     gamma: float | None,
     task_weight: float | str,
@@ -144,7 +165,7 @@ def merging_options(
 
 
 def add_task(
-    before: StoredFisher | None,
+    before: Chain | None,
     model: Model,
     weights: Mapping[str, Tensor],
     diagonal: FisherDiagonal,
@@ -219,7 +240,8 @@ def add_task(
         },
     )
     tasks = [*(before.ledger.tasks if before is not None else []), record]
-    record.weight = _weight(task_weight, tasks)
+    apart = () if before is None else before.heads.get(tasks[0].name, ())
+    record.weight = _weight(task_weight, tasks, apart)
     anchor, offset = None, 0.0
     if rule == "online":
         merged = merge_online(total, fisher, gamma=gamma, weight=record.weight)
@@ -379,8 +401,11 @@ def program_versions() -> dict[str, str]:
     return versions
 
 
-def _weight(asked: float | str, tasks: Sequence[TaskRecord]) -> float:
-    """Give the weight of the last task, relative to the first's where it was not a number."""
+def _weight(asked: float | str, tasks: Sequence[TaskRecord], apart: Collection[str]) -> float:
+    """Give the weight of the last task, relative to the first's where it was not a number.
+
+    Parameters that are `apart`, in a head that the first has for itself, are not common to both.
+    """
     if not isinstance(asked, str):
         return float(asked)
     first, new = tasks[0], tasks[-1]
@@ -389,7 +414,7 @@ def _weight(asked: float | str, tasks: Sequence[TaskRecord]) -> float:
     scale = first.weight or 1.0
     if asked == "units":
         return scale * new.units / first.units
-    common = first.layers.keys() & new.layers.keys()
+    common = (first.layers.keys() & new.layers.keys()) - set(apart)
     past, present = (math.fsum(task.layers[at].trace for at in common) for task in (first, new))
     # A Fisher of zero holds nothing at any weight, and no weight can match it.
     return scale * (past / present if past > 0 and present > 0 else 1.0)

@@ -446,6 +446,21 @@ def fisher(checkpoint: str, as_json: bool, **options: Any) -> None:
 )
 @TASK
 @MODEL
+@click.option(
+    "--head",
+    type=click.Choice(["keep", "new", "extend"]),
+    default="keep",
+    show_default=True,
+    help="The output layer: keep it, for data with its labels; new puts it aside for the tasks "
+    "that use it and starts a fresh one; extend adds rows for new labels.",
+)
+@click.option(
+    "--head-parameters",
+    multiple=True,
+    metavar="PATTERN",
+    help="Names of the output layer's parameters; by default those outside the base model of "
+    "transformers, else those of the last module that has some. May be repeated.",
+)
 @DATA
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the data; 1 by default.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Optimizer steps in all.")
@@ -513,7 +528,8 @@ def fisher(checkpoint: str, as_json: bool, **options: Any) -> None:
     "--evaluate",
     multiple=True,
     metavar="NAME=DATA",
-    help="Measure before, after each epoch and at the end; may be repeated.",
+    help="Measure before, after each epoch and at the end; may be repeated. A task of that NAME "
+    "whose output layer was put aside is measured with that.",
 )
 @click.option(
     "--max-forgetting",
@@ -568,7 +584,17 @@ def finetune(checkpoint: str, as_json: bool, evaluate: tuple[str, ...], **option
 @cli.command()
 @click.argument("checkpoint")
 @click.option(
-    "--data", required=True, multiple=True, metavar="[NAME=]DATA", help="May be repeated."
+    "--data",
+    required=True,
+    multiple=True,
+    metavar="[NAME=]DATA",
+    help="May be repeated. A task of that NAME whose output layer was put aside is measured with "
+    "that.",
+)
+@click.option(
+    "--task",
+    metavar="NAME",
+    help="Measure with the output layer of this task, whatever the data is named.",
 )
 @MODEL
 @DATA

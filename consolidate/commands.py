@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from consolidate.chain import (
 from consolidate.estimators import FisherDiagonal
 from consolidate.evaluation import measure
 from consolidate.examples import Columns, Examples, encode
+from consolidate.heads import models_of_tasks
 from consolidate.hub import locate
 from consolidate.kept_pass import KeptPass
 from consolidate.likelihood import get_likelihood
@@ -45,7 +46,14 @@ from formats.checkpoint import (
 )
 from formats.digest import TensorRecord, set_digest
 from formats.errors import ConsolidateError, InputError, UsageError
-from formats.fisher_folder import LEDGER_NAME, write_fisher
+from formats.fisher_folder import (
+    LEDGER_NAME,
+    StoredFisher,
+    check_belongs,
+    check_intact,
+    read_fisher,
+    write_fisher,
+)
 from formats.ledger import Ledger, read_ledger
 from formats.task_file import TaskFile, open_task
 from formats.tensors import dtype_of, shape_of
@@ -262,6 +270,7 @@ def evaluate(
     checkpoint: str | Path,
     data: str | Path | Mapping[str, str | Path],
     *,
+    task: str | None = None,
     objective: str | None = None,
     model: str | None = None,
     columns: Columns | None = None,
@@ -279,6 +288,9 @@ def evaluate(
     Args:
         checkpoint: A folder, a weights file, or a repository on the Hub.
         data: A file, a folder, a data set on the Hub, or a ``task.toml``; several by task name.
+            Where the name is that of a task of the ledger whose output layer was put aside, that
+            layer is used.
+        task: The task of the ledger whose output layer is used for all data.
         objective: What is predicted; the architecture's own unless given.
         model: ``package.module:factory`` for a model that transformers does not know.
         columns: Where the inputs and labels are in the data.
@@ -303,18 +315,22 @@ def evaluate(
     check_finite(source.weights, folder)
     if not isinstance(data, Mapping):
         data = {Path(data).stem: data}
+    stored = _stored_heads(folder / "fisher", source, task)
+    tasks = {} if stored is None else {name: task or name for name in data}
     opened = {name: open_task(spec, split=split) for name, spec in data.items()}
-    loaded = load_model(
-        source,
+    load = partial(
+        load_model,
         objective=objective or next((f.objective for f, _ in opened.values() if f.objective), None),
         factory=model,
         dtype=dtype,
         device=best_device(device),
     )
+    loaded = load(source)
+    with_heads = {} if stored is None else models_of_tasks(load, loaded, stored, tasks)
     encoded = {
         name: encode(
             rows,
-            loaded,
+            with_heads.get(name, loaded),
             columns=columns_of(columns, task_file),
             max_length=max_length,
             pack=pack,
@@ -322,7 +338,7 @@ def evaluate(
         )
         for name, (task_file, rows) in opened.items()
     }
-    metrics = evaluate_all(loaded, encoded, batch_size=batch_size)
+    metrics = evaluate_all(loaded, encoded, batch_size=batch_size, with_heads=with_heads)
     for note in [
         *loaded.notes,
         *(note for examples in encoded.values() for note in examples.notes()),
@@ -331,14 +347,37 @@ def evaluate(
     return metrics
 
 
+def _stored_heads(folder: Path, source: Checkpoint, task: str | None) -> StoredFisher | None:
+    """Open the Fisher folder for the heads in it, and compare them and the weights with it."""
+    if not (folder / LEDGER_NAME).is_file():
+        if task is not None:
+            raise InputError(f"{folder} is not there, so nothing is known of the task {task!r}")
+        return None
+    stored = read_fisher(folder)
+    names = [record.name for record in stored.ledger.tasks]
+    if task is not None and task not in names:
+        raise InputError(
+            f"{folder / LEDGER_NAME} has no task {task!r}; its tasks are {', '.join(names)}"
+        )
+    if stored.heads:
+        check_belongs(stored, source.weights, str(source.path))
+        check_intact(stored, kinds=("head",))
+    return stored
+
+
 def evaluate_all(
-    model: Model, tasks: Mapping[str, Examples], *, batch_size: int
+    model: Model,
+    tasks: Mapping[str, Examples],
+    *,
+    batch_size: int,
+    with_heads: Mapping[str, Model] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Measure a loaded model on the encoded examples of each task.
 
     Args:
         model: A loaded model.
         tasks: Encoded examples by task name.
+        with_heads: By task name, the model with another head to measure it with.
         batch_size: Examples run at a time.
 
     Returns:
@@ -346,12 +385,13 @@ def evaluate_all(
     """
     metrics = {}
     for name, examples in tasks.items():
+        measured = (with_heads or {}).get(name, model)
         with progress(f"evaluating {name}", len(examples), "examples") as advance:
             metrics[name] = measure(
-                model.module,
+                measured.module,
                 examples.batches(batch_size),
-                get_likelihood(model.objective.likelihood),
-                language=model.objective.language,
+                get_likelihood(measured.objective.likelihood),
+                language=measured.objective.language,
                 progress=advance,
             )
     return metrics

@@ -3,7 +3,7 @@
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -210,15 +210,37 @@ def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> l
     Raises:
         InputError: No label column, or a row without a label.
     """
-    column = label_column(rows, columns or Columns(), objective)
     if objective == "regression":
+        column = label_column(rows, columns or Columns(), objective)
         count = len(as_numbers(rows[0].get(column), rows.where(0, column)))
         return [str(i) for i in range(count)] if count > 1 else []
+    found = label_values(rows, objective, columns)
+    if all(name.isdecimal() for name in found):
+        return [str(i) for i in range(max(map(int, found)) + 1)]
+    return found
+
+
+def label_values(rows: Rows, objective: str, columns: Columns | None = None) -> list[str]:
+    """Collect the labels that are in the data, as names.
+
+    Args:
+        rows: The data.
+        objective: A name of `OBJECTIVES` whose outcomes are labels.
+        columns: Where the labels are.
+
+    Returns:
+        The data's own order where they state one; else numbers in order, or names sorted.
+
+    Raises:
+        InputError: No label column, or a row without a label.
+    """
+    column = label_column(rows, columns or Columns(), objective)
     stated = rows.label_names(column)
     if stated is not None:
         return list(stated)
     found: set[str] = set()
-    for i, value in enumerate(rows.values(column)):
+    values = rows.values(column) if rows.tensors is None else _distinct(rows.tensors[column])
+    for i, value in enumerate(values):
         several = objective in ("multi-label", "token-classification")
         for one in as_list(value, rows.where(i, column)) if several else [value]:
             if one is None or one == "":
@@ -226,9 +248,36 @@ def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> l
             number = as_integer(one)
             if number != -100 or objective != "token-classification":
                 found.add(str(one) if number is None else str(number))
-    if all(name.isdecimal() for name in found):
-        return [str(i) for i in range(max(map(int, found)) + 1)]
-    return sorted(found)
+    return sorted(found, key=int) if all(n.isdecimal() for n in found) else sorted(found)
+
+
+def matched_label(name: str, known: Sequence[str]) -> int | None:
+    """Find a label of the data among those of a model.
+
+    Args:
+        name: A name, or a number as text. Where all of `known` are numbers, a number is a name.
+        known: The model's labels, in the order of their ids.
+
+    Returns:
+        Its id; None where it is none of them.
+    """
+    if name in known:
+        return known.index(name)
+    number = as_integer(name)
+    if number is not None:
+        return number if 0 <= number < len(known) and not _numbers(known) else None
+    alike = [i for i, other in enumerate(known) if other.casefold() == name.casefold()]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _numbers(names: Iterable[str]) -> bool:
+    return all(as_integer(name) is not None for name in names)
+
+
+def _distinct(labels: Tensor) -> list[Any]:
+    """Give the distinct values of a column of labels, (N,) or (N, 1), else its rows."""
+    flat = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    return flat.unique().tolist() if flat.ndim == 1 else list(flat)
 
 
 LABEL_COLUMNS = {
@@ -290,6 +339,7 @@ class Labels:
         self.note: str | None = None
         stated = rows.label_names(column)
         self._from_data: dict[int, int] = {}  # the data's class numbers -> the model's
+        self._all_named = False  # the model's labels are numbers, and numbers are their names
         if stated is not None and self._by_name:
             folded = self._folded()
             ids = [self._by_name.get(name, folded.get(name.casefold(), -1)) for name in stated]
@@ -300,6 +350,9 @@ class Labels:
                     f"{rows.name} and the checkpoint name their classes differently "
                     f"({stated[0]}, {next(iter(self._by_name))}, …): numbers are taken as they are"
                 )
+        elif self._by_name and _numbers(self._by_name):
+            self._from_data = {int(name): i for name, i in self._by_name.items()}
+            self._all_named = True
         elif stated is not None and len(stated) == count:
             # Classes in the data's order, as every loader of image folders numbers them.
             self._by_name = {name: i for i, name in enumerate(stated)}
@@ -325,7 +378,7 @@ class Labels:
         if number is not None:
             if ignorable and number == -100:
                 return number
-            number = self._from_data.get(number, number)
+            number = self._from_data.get(number, -1 if self._all_named else number)
             if number < 0 or (self._count is not None and number >= self._count):
                 self._refuse(value, i)
             return number
@@ -369,9 +422,10 @@ class Labels:
         if self._by_name:
             names = list(self._by_name)
             known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+            numbers = "" if self._all_named else f" (or their numbers, 0 to {len(names) - 1})"
             raise InputError(
-                f"{where}: {value!r} is none of the model's {len(names)} labels, which are {known} "
-                f"(or their numbers, 0 to {len(names) - 1})"
+                f"{where}: {value!r} is none of the model's {len(names)} labels, which are {known}"
+                f"{numbers}"
             )
         upto = f"numbers from 0 to {self._count - 1}" if self._count else "numbers from 0"
         hint = "" if as_integer(value) is not None else "; names need id2label in config.json"

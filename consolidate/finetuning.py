@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from consolidate.chain import (
+    Chain,
     add_task,
     find_fisher,
     merging_options,
@@ -29,6 +30,7 @@ from consolidate.commands import (
 )
 from consolidate.examples import Columns, Examples, encode, label_names, subset
 from consolidate.forgetting import beyond, check_gate, failed_folder, forgetting
+from consolidate.heads import HEADS, Fitted, fit_model, models_of_tasks
 from consolidate.hub import locate
 from consolidate.likelihood import get_likelihood
 from consolidate.measuring import estimator_options, measure_fisher
@@ -113,8 +115,10 @@ class Start:
     """What a run starts from; training changes the model in place."""
 
     model: Model
+    before: Chain | None  # as the model has a place for it
     examples: Examples
     evaluations: dict[str, Examples]
+    with_heads: dict[str, Model]  # by evaluation, of tasks with a head of their own
     penalty: Penalty | None
 
 
@@ -154,6 +158,8 @@ def finetune(
     task: str | None = None,
     objective: str | None = None,
     model: str | None = None,
+    head: str = "keep",
+    head_parameters: Sequence[str] = (),
     columns: Columns | None = None,
     split: str | None = None,
     max_length: int | None = None,
@@ -213,6 +219,11 @@ def finetune(
         task: The new task's name in the ledger; the data's name unless given.
         objective: What is predicted; the architecture's own unless given.
         model: ``package.module:factory`` for a model that transformers does not know.
+        head: The output layer: ``keep`` it, whose labels must be the data's by name; ``new`` puts
+            it aside for the tasks that use it and starts a fresh one; ``extend`` adds rows for
+            the labels it lacks.
+        head_parameters: Glob patterns of the output layer's parameters: those outside the base
+            model of transformers, else of the last module that has some, unless given.
         columns: Where the inputs and labels are in the data.
         split: Of a data set that has several.
         max_length: Tokens after which a text is truncated.
@@ -233,7 +244,8 @@ def finetune(
         mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; the master weights are float32.
         norm_statistics: ``frozen`` or ``update``: running statistics of normalisation layers;
             frozen where there is a penalty unless given.
-        evaluate: Data to measure before, after each epoch and at the end, by task name.
+        evaluate: Data to measure before, after each epoch and at the end, by task name; a task
+            whose output layer was put aside is measured with that.
         evaluate_every: Measure them after so many optimizer steps too, and at the last.
         max_forgetting: The score that an old task of the ledger, among those of `evaluate`, may
             lose at most between the start and the end: accuracy, else minus the loss.
@@ -289,6 +301,8 @@ def finetune(
     _check_options(penalty, ewc_lambda, penalty_dtype, penalty_device, recipe)
     if evaluate_every is not None and not evaluate:
         raise UsageError("--evaluate-every needs data to measure: name them with --evaluate")
+    if head not in HEADS:
+        raise UsageError(f"--head {head}: expected one of {', '.join(HEADS)}")
     target = Path(output_dir)
     opened = _open(
         checkpoint,
@@ -318,6 +332,8 @@ def finetune(
         penalty_dtype=penalty_dtype,
         penalty_device=penalty_device,
         model=model,
+        head=head,
+        head_parameters=head_parameters,
         evaluate=evaluate or {},
         device=device,
         freeze=freeze,
@@ -468,50 +484,60 @@ def _load(
     penalty_dtype: torch.dtype | None,
     penalty_device: str | None,
     model: str | None,
+    head: str,
+    head_parameters: Sequence[str],
     evaluate: Mapping[str, str | Path],
     device: str | None,
     freeze: Sequence[str],
     encoding: dict[str, Any],
 ) -> Start:
     """Load the model, encode the data for it, and make the penalty around its weights."""
-    source, before, objective = opened.source, opened.before, opened.objective
+    source, objective = opened.source, opened.objective
     new_labels = None
     if penalty == "none" and model is None and objective and lacks_head(source, objective):
         new_labels = label_names(opened.rows, objective, opened.columns)
-    loaded = load_model(
-        source,
+    load = partial(
+        load_model,
         objective=objective,
         factory=model,
-        new_labels=new_labels,
         seed=encoding["seed"],
         dtype=torch.float32,  # master weights: small updates vanish in bf16
         device=best_device(device),
         freeze=freeze,
     )
+    fitted = fit_model(
+        load,
+        source,
+        opened.before,
+        opened.rows,
+        opened.columns,
+        head=head,
+        patterns=head_parameters,
+        new_labels=new_labels,
+    )
+    loaded, before = fitted.model, fitted.before
+    with_heads: dict[str, Model] = {}
+    if before is not None:
+        tasks = {name: name for name in evaluate}
+        with_heads = models_of_tasks(load, loaded, before, tasks)
     examples = encode(opened.rows, loaded, columns=opened.columns, **encoding)
-    evaluations = _encode_named(evaluate, loaded, opened.columns, encoding)
+    evaluations = {}
+    for name, spec in evaluate.items():
+        task_file, rows = open_task(spec)
+        used = columns_of(opened.columns, task_file)
+        evaluations[name] = encode(rows, with_heads.get(name, loaded), columns=used, **encoding)
     storage = {
         "dtype": penalty_dtype,
         "device": None if penalty_device is None else best_device(penalty_device),
     }
-    term = _penalty(penalty, ewc_lambda, loaded, before, **storage)
+    term = _penalty(penalty, ewc_lambda, fitted, **storage)
     if before is not None and penalty != "ewc":
         LOG.info(
             "the Fisher of %s does not hold the weights in this run; it is kept, around %s",
             ", ".join(task.name for task in before.ledger.tasks),
             "the weights as they will be" if opened.merge_rule == "online" else "its anchor",
         )
-    return Start(loaded, examples, evaluations, term)
-
-
-def _encode_named(
-    data: Mapping[str, str | Path], model: Model, columns: Columns, encoding: dict[str, Any]
-) -> dict[str, Examples]:
-    encoded = {}
-    for name, spec in data.items():
-        task_file, rows = open_task(spec)
-        encoded[name] = encode(rows, model, columns=columns_of(columns, task_file), **encoding)
-    return encoded
+    return Start(loaded, before, examples, evaluations, with_heads, term)
 
 
 def _train(start: Start, recipe: Recipe, target: Path) -> Trained:
@@ -526,7 +552,10 @@ def _train(start: Start, recipe: Recipe, target: Path) -> Trained:
             return
         with torch.random.fork_rng():  # a module may draw in eval mode too; training must not see
             metrics[when] = evaluate_all(
-                start.model, start.evaluations, batch_size=recipe.batch_size
+                start.model,
+                start.evaluations,
+                batch_size=recipe.batch_size,
+                with_heads=start.with_heads,
             )
         for measured, values in metrics[when].items():
             LOG.info("%s: %s %s", when, measured, _in_words(values))
@@ -559,7 +588,7 @@ def _finish(
     estimation: dict[str, Any],
 ) -> dict[str, Any]:
     """Measure the new task's Fisher, merge it, and write the checkpoint."""
-    loaded, before = start.model, opened.before
+    loaded, before = start.model, start.before
     diagonal = measure_fisher(
         loaded, start.examples, label=f"Fisher of {opened.task}", **estimation
     )
@@ -580,11 +609,11 @@ def _finish(
         task_weight=task_weight,
     )
     # Before the output may replace the source.
-    share_moved = _share_moved(opened.source.weights, trained.weights)
+    share_moved = _share_moved(loaded.checkpoint.weights, trained.weights)
     heads = None if before is None else before.heads
     with replace_folder(target, overwrite=overwrite) as staging:
         write_checkpoint(staging, opened.source, trained.weights)
-        if loaded.config_changes:
+        if config_of(loaded) != opened.source.config:
             write_file(staging / "config.json", json.dumps(config_of(loaded), indent=2) + "\n")
         write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
     steps = trained.steps
@@ -680,18 +709,24 @@ def _length(count: int, recipe: Recipe) -> tuple[int, int]:
 def _penalty(
     kind: str,
     ewc_lambda: float | None,
-    model: Model,
-    stored: StoredFisher | None,
+    fitted: Fitted,
     **storage: Any,
 ) -> Penalty | None:
     if kind == "none" or ewc_lambda is None:
         return None
+    model, stored = fitted.model, fitted.before
+    to_module = model.layout.to_module
     if kind == "l2":
-        return Penalty.l2(model.module, ewc_lambda=ewc_lambda, **storage)
+        if not fitted.free:
+            return Penalty.l2(model.module, ewc_lambda=ewc_lambda, **storage)
+        held = {name: torch.ones_like(p) for name, p in model.module.named_parameters()}
+        for name, first in fitted.free.items():
+            for at in model.layout.module_names(name):
+                held[at][first:] = 0
+        return Penalty(model.module, held, ewc_lambda=ewc_lambda, **storage)
     assert stored is not None  # finetune has refused by now
     # What stays in the mapped files takes no memory of its own.
     anchor = stored.anchor or {name: model.checkpoint.weights[name] for name in stored.fisher}
-    to_module = model.layout.to_module
     penalty = Penalty(
         model.module,
         to_module(stored.fisher),

@@ -111,7 +111,7 @@ def show(
         },
         "weights": {"tensors": len(ledger.weights), "digest": set_digest(ledger.weights)},
         "anchor": "the weights" if ledger.anchor is None else "fisher/anchor",
-        "heads": list(ledger.heads),
+        "heads": sorted(ledger.heads),
         "parameters": parameters[:top],
         "parameters_left_out": max(len(parameters) - top, 0),
         "unprotected": dict(ledger.unprotected),
@@ -152,6 +152,7 @@ def show_text(summary: Mapping[str, Any]) -> str:
         f"Fisher: {fisher['values']:,} values in {fisher['tensors']} tensors of {fisher['dtype']}",
         f"trace: {fisher['trace']:.6g}",
         f"merged: {rule}; anchor: {summary['anchor']}",
+        *_heads(summary),
         "",
         *_table(
             ["task", "objective", "units", "estimator", "seed", "weight", "learned with", "data"],
@@ -290,6 +291,15 @@ def _verify_set(
 
 def _file(tensors: Mapping[str, Tensor], name: str, path: Path) -> Path:
     return tensors.file_of(name) if isinstance(tensors, TensorFiles) else path
+
+
+def _heads(summary: Mapping[str, Any]) -> list[str]:
+    """Say which tasks have an output layer of their own, where any has."""
+    if not summary["heads"]:
+        return []
+    own = ", ".join(summary["heads"])
+    rest = [task["name"] for task in summary["tasks"] if task["name"] not in summary["heads"]]
+    return [f"heads of their own: {own}; in the weights: {', '.join(rest) or 'of no task'}"]
 
 
 def _estimator(task: Mapping[str, Any]) -> str:

@@ -81,7 +81,7 @@ def merge(
     for model in models[1:]:
         _check_alike(models[0], model)
     if shared is not None:
-        _check_base(models[0], shared)
+        _check_base(models, shared)
     tasks, heads = _joined(models, shared)
     merged = _Merged(models, shared)
     offset, trace, anchored = _survey(merged)
@@ -258,6 +258,11 @@ def _check_alike(first: _Model, other: _Model) -> None:
                 f"{configs[1].get(key)} in {other.path}: only checkpoints of one architecture can "
                 "be merged"
             )
+    if "id2label" in changed:
+        raise InputError(
+            f"the output layers have the labels {_labels(configs[0])} in {first.path} and "
+            f"{_labels(configs[1])} in {other.path}: only those of the same labels can be merged"
+        )
     if changed:
         LOG.info(
             "config.json of %s differs in %s: that of %s is kept",
@@ -267,7 +272,22 @@ def _check_alike(first: _Model, other: _Model) -> None:
         )
 
 
-def _check_base(first: _Model, base: _Model) -> None:
+def _labels(config: Mapping[str, Any]) -> str:
+    names = config.get("id2label")
+    return ", ".join(map(str, names.values())) if isinstance(names, dict) and names else "no names"
+
+
+def _check_base(models: Sequence[_Model], base: _Model) -> None:
+    first = models[0]
+    for model in models:
+        for task, head in model.stored.heads.items():
+            moved = any(name in base.stored.fisher for name in head)
+            if moved and task in base.tasks and task not in base.stored.heads:
+                raise InputError(
+                    f"{model.path} has put the output layer of {task} aside, which is still in the "
+                    f"weights of the base {base.path}: merge checkpoints that were fine-tuned from "
+                    "one with the new output layer, with that as --base"
+                )
     for name in base.stored.fisher:
         if name not in first.source.weights:
             raise InputError(

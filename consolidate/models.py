@@ -88,7 +88,8 @@ def load_model(
         device: Where the module is put.
         freeze: Glob patterns of parameters that shall not train, by module or file name.
         new_labels: Names of the labels of an output layer that the checkpoint lacks; it is made
-            afresh. For regression the names of the outputs (empty: one output without a name).
+            afresh. For regression the names of the outputs (empty: one output without a name). A
+            factory has to find them in the config, as `relabelled` writes them.
         seed: Of the new output layer's weights.
 
     Returns:
@@ -107,12 +108,7 @@ def load_model(
         else get_objective(objective, factory=factory is not None)
     )
     if factory is not None:
-        if new_labels is not None:
-            raise UsageError(
-                "a new output layer can be made for models of transformers only; a module of your "
-                "own makes its own (--model)"
-            )
-        model = _from_factory(checkpoint, chosen, factory, dtype, seed)
+        model = _from_factory(checkpoint, chosen, factory, dtype, seed, new_labels is not None)
     else:
         model = _from_transformers(checkpoint, chosen, dtype, new_labels, seed)
     model.module.to(device)
@@ -157,6 +153,24 @@ def config_of(model: Model) -> dict[str, Any]:
         The checkpoint's config, with architecture and labels of a new output layer filled in.
     """
     return deepcopy(model.checkpoint.config) | deepcopy(model.config_changes)
+
+
+def relabelled(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Give a config the labels of another output layer.
+
+    Args:
+        config: The contents of a ``config.json``.
+        names: Of the labels; empty for one output without a name.
+
+    Returns:
+        The config with ``id2label`` and ``label2id``, and with ``num_labels`` where it has that.
+    """
+    names = names or ["LABEL_0"]
+    changed = dict(config) | {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    return changed | ({"num_labels": len(names)} if "num_labels" in config else {})
 
 
 def lacks_head(checkpoint: Checkpoint, objective: str) -> bool:
@@ -219,6 +233,7 @@ def _from_factory(
     factory: str,
     dtype: torch.dtype | None,
     seed: int,
+    head_is_new: bool,
 ) -> Model:
     with _untouched_randomness(seed):
         module = _call_factory(factory, checkpoint.config)
@@ -244,7 +259,7 @@ def _from_factory(
         for name in state
         if layout.canonical(name) not in loaded and not name.endswith("num_batches_tracked")
     ]
-    if missing:
+    if missing and not head_is_new:
         raise InputError(
             f"{where}: {_some(missing)} in the module of {factory} but not in the file"
             f"{_near(missing[0], shapes)}; the names must be those of its state_dict()"

@@ -78,14 +78,14 @@ def encode_tensors(rows: Rows, model: Model, columns: Columns) -> Examples:
         numbers = [reader.index(rows[i].get(column), i) for i in range(len(rows))]
         encoded = torch.tensor(numbers, dtype=torch.long)
     else:
-        encoded = _class_numbers(rows, column, labels, reader, outputs.shape[-1])
+        encoded = _class_numbers(rows, column, labels, reader)
     examples = TensorExamples(inputs, encoded, dtype)
     if reader.note:
         examples._notes.append(reader.note)
     return examples
 
 
-def _class_numbers(rows: Rows, column: str, labels: Tensor, reader: Labels, count: int) -> Tensor:
+def _class_numbers(rows: Rows, column: str, labels: Tensor, reader: Labels) -> Tensor:
     flat = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if flat.ndim != 1 or flat.is_complex():
         raise InputError(
@@ -93,10 +93,13 @@ def _class_numbers(rows: Rows, column: str, labels: Tensor, reader: Labels, coun
             f"{list(labels.shape[1:])}"
         )
     numbers = flat.long()
-    wrong = (numbers != flat) | (numbers < 0) | (numbers >= count)
-    for i in wrong.nonzero()[:1].flatten().tolist():
+    for i in (numbers != flat).nonzero()[:1].flatten().tolist():
         reader.index(flat[i].item(), i)  # tells what is wrong with it
-    return numbers
+    encoded = torch.empty_like(numbers)
+    for number in numbers.unique().tolist():
+        rows_of_it = numbers == number
+        encoded[rows_of_it] = reader.index(number, int(rows_of_it.nonzero()[0]))
+    return encoded
 
 
 def _finite(rows: Rows, column: str, labels: Tensor) -> Tensor:

@@ -47,6 +47,10 @@ class Ragged:
         self._values.extend(values)
         self._ends.append(len(self._values))
 
+    def largest(self) -> int:
+        """Return the largest integer of all; −1 where there is none."""
+        return max(self._values, default=-1)
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 
@@ -137,6 +141,10 @@ class TextExamples(Examples):
             labels = self._labels[chosen]
         return inputs, labels
 
+    def largest_token(self) -> int:
+        """Return the largest token id of all texts."""
+        return self._fields["input_ids"].largest()
+
     def length(self, i: int) -> int:
         """Return the number of tokens."""
         return len(self._fields["input_ids"][i])
@@ -187,7 +195,18 @@ def encode_texts(
     examples._notes[:0] = texts.notes()
     if len(examples) == 0:
         raise InputError(f"{rows.name}: no row holds anything to predict")
+    token, known = examples.largest_token(), _embedding_rows(model)
+    if token >= known:
+        raise InputError(
+            f"{rows.name} has the token {token}, and the model's embedding only {known} rows: the "
+            "tokenizer has grown, and `consolidate finetune` widens the embedding for it"
+        )
     return examples
+
+
+def _embedding_rows(model: Model) -> int:
+    module: Any = model.module
+    return len(module.get_input_embeddings().weight)
 
 
 class _Texts:

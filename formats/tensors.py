@@ -5,7 +5,7 @@ Reading maps the files into memory and touches only the headers until a tensor i
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,53 @@ class LazyTensors(Mapping[str, Tensor]):
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """Give the shape of a tensor."""
+
+
+class Overlaid(LazyTensors):
+    """Tensors of which some are replaced or left out; the order is that of the whole.
+
+    Args:
+        tensors: All of them.
+        replaced: What stands for those of these names.
+        without: Names to leave out.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        replaced: Mapping[str, Tensor] | None = None,
+        without: Collection[str] = (),
+    ) -> None:
+        self._tensors = tensors
+        self._replaced = replaced or {}
+        self._names = [name for name in tensors if name not in without]
+        self._known = frozenset(self._names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._of(name)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Give the dtype of a tensor."""
+        return dtype_of(self._of(name), name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Give the shape of a tensor."""
+        return shape_of(self._of(name), name)
+
+    def _of(self, name: str) -> Mapping[str, Tensor]:
+        if name not in self._known:
+            raise KeyError(name)
+        return self._replaced if name in self._replaced else self._tensors
 
 
 class TensorFiles(LazyTensors):

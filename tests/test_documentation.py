@@ -65,6 +65,18 @@ def write_sentences(folder: Path) -> None:
                 writer.writerows(chosen)
 
 
+def write_topics(folder: Path) -> None:
+    """A task with other labels."""
+    topics = {"food": ("soup", "bread"), "film": ("plot", "actor"), "rail": ("train", "seat")}
+    rows = [
+        {"text": f"the {noun} was fine", "label": label}
+        for label, nouns in topics.items()
+        for noun in nouns
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "topics.jsonl").write_text(lines, encoding="utf-8")
+
+
 def write_text_classifier(folder: Path) -> None:
     import torch
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
@@ -105,6 +117,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     quickstart.write_data(tmp_path)
     quickstart.train_start(tmp_path, epochs=1)
     write_sentences(tmp_path)
+    write_topics(tmp_path)
     write_text_classifier(tmp_path / "my-model")
     return tmp_path
 
