@@ -165,6 +165,22 @@ def _task_weight(context: click.Context, option: click.Parameter, value: str) ->
         raise click.BadParameter(f"{value!r} is neither a number nor units or trace") from None
 
 
+def _strengths(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> float | list[float] | str | None:
+    if value is None or value == "auto":
+        return value
+    try:
+        numbers = [float(number) for number in value.strip("[]").split(",")]
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r}: expected a number, several with commas between them, or auto"
+        ) from None
+    if not all(0 <= number < float("inf") for number in numbers):
+        raise click.BadParameter(f"{value!r}: expected finite numbers from 0")
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
 def _numbers(
     context: click.Context, option: click.Parameter, value: str | None
 ) -> list[float] | None:
@@ -414,7 +430,32 @@ def fisher(checkpoint: str, as_json: bool, **options: Any) -> None:
 @click.argument("checkpoint")
 @click.option("--data", required=True, metavar="DATA", help="The new task's data.")
 @click.option("--output-dir", required=True, metavar="DIR", help="Where the new checkpoint goes.")
-@click.option("--ewc-lambda", type=click.FloatRange(min=0), help="λ, the strength of the penalty.")
+@click.option(
+    "--ewc-lambda",
+    metavar="X|X,Y,…|auto",
+    callback=_strengths,
+    help="λ, the strength of the penalty. Several, or auto, are trained from the same start and "
+    "one of them is chosen: see --validation and --choose.",
+)
+@click.option(
+    "--validation",
+    multiple=True,
+    metavar="NAME=DATA",
+    help="Held-out data to choose λ by, of old tasks and of the new one; may be repeated. A tenth "
+    "of the new task's data is held out where none is given for it.",
+)
+@click.option(
+    "--choose",
+    type=click.Choice(["mean", "least", "most"]),
+    help="mean: the λ of the largest mean score. least: the least that stays under "
+    "--max-forgetting. most: the largest that keeps 95% of what the new task gains. By default "
+    "most without old data, least with --max-forgetting, else mean.",
+)
+@click.option(
+    "--search-plot",
+    metavar="FILE",
+    help="Draw the search as .png, .svg or .pdf (needs matplotlib).",
+)
 @click.option(
     "--penalty",
     type=click.Choice(["ewc", "l2", "none"]),
@@ -560,7 +601,13 @@ def fisher(checkpoint: str, as_json: bool, **options: Any) -> None:
 @MERGING
 @DATA_DIGEST
 @COMMON
-def finetune(checkpoint: str, as_json: bool, evaluate: tuple[str, ...], **options: Any) -> None:
+def finetune(
+    checkpoint: str,
+    as_json: bool,
+    evaluate: tuple[str, ...],
+    validation: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Fine-tune CHECKPOINT on a new task, held by the penalty where it matters for the old ones.
 
     The output is a whole checkpoint whose Fisher holds the new task as well: the next
@@ -573,7 +620,10 @@ def finetune(checkpoint: str, as_json: bool, evaluate: tuple[str, ...], **option
 
     try:
         result = finetuning.finetune(
-            checkpoint, evaluate=_named_data(evaluate, "--evaluate"), **_with_objects(options)
+            checkpoint,
+            evaluate=_named_data(evaluate, "--evaluate"),
+            validation=_named_data(validation, "--validation"),
+            **_with_objects(options),
         )
     except ForgettingError as error:
         _write(error.result, as_json, _finetune_text)
@@ -754,6 +804,8 @@ def _cost_text(cost: dict[str, Any]) -> str:
 
 def _finetune_text(result: dict[str, Any]) -> str:
     lines = []
+    if "lambda_search" in result:
+        lines += [_search_text(result["lambda_search"]), ""]
     if result["metrics"]:
         lines += [
             _metrics_text(
@@ -770,6 +822,41 @@ def _finetune_text(result: dict[str, Any]) -> str:
         f"penalty {result['penalty_value']:.4g}; {result['share_moved']:.1%} of the weights moved"
     )
     lines.append(_fisher_text({**result["fisher"], "fisher": result["fisher"]["folder"]}))
+    return "\n".join(lines)
+
+
+def _search_text(search: dict[str, Any]) -> str:
+    tasks = [*search["old_tasks"], search["new_task"]]
+    figures = ("mean", "forgetting") if search["old_tasks"] else ("divergence",)
+    figures = (*figures, "penalty_per_lambda")
+    names = {"penalty_per_lambda": "penalty / λ", "divergence": "KL(old‖new)"}
+    titles = [*tasks, *(names.get(figure, figure) for figure in figures)]
+    widths = [max(11, len(title) + 2) for title in titles]
+    lines = [
+        f"{'λ':>12}{'steps':>8}"
+        + "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))
+    ]
+    for trial in sorted(search["trials"], key=lambda t: (t["steps"], t["ewc_lambda"])):
+        start = f"{trial['ewc_lambda']:>12g}{trial['steps']:>8}"
+        if trial["metrics"] is None:
+            lines.append(f"{start}  diverged")
+            continue
+        scores = [f"{trial['metrics'][task]['score']:.4f}" for task in tasks]
+        cells = [*scores, *(f"{trial[name]:.4g}" for name in figures)]
+        row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append(start + row + ("  chosen" if trial["chosen"] else ""))
+    rule = {
+        "mean": "the largest mean score",
+        "least": f"the least whose forgetting stays under {search['max_forgetting']}",
+        "most": f"the largest that keeps 95% of what {search['new_task']} gains",
+    }[search["choose"]]
+    cost = search["cost"]
+    lines.append(f"λ = {search['ewc_lambda']:g}, by the rule {search['choose']}: {rule}")
+    lines.append(f"Measured: {search['measured']}")
+    lines.append(
+        f"The search took {cost['runs']} runs, {cost['steps']:,} steps, {cost['seconds']:.0f} s: "
+        f"{cost['full_runs']:.1f} times the run that follows, which is on all of the training data"
+    )
     return "\n".join(lines)
 
 

@@ -1,7 +1,8 @@
 """How well a model does on a task: loss, and accuracy or perplexity."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,12 +39,10 @@ def measure(
         InputError: No unit was to be predicted.
         NonFiniteError: The loss is NaN or infinite.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     loss = correct = 0.0
     units = 0
     counts_correct = not language
-    try:
+    with _evaluating(model):
         for batch in batches:
             inputs, labels = to_model(model, *batch)
             outputs = model_outputs(model, inputs, labels)
@@ -57,9 +56,6 @@ def measure(
             else:
                 correct += float(right.double().sum())
             progress(len(labels))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if units == 0:
         raise InputError("there is nothing to predict in this data: no example has a label")
     if not math.isfinite(loss):
@@ -71,3 +67,59 @@ def measure(
         result["accuracy"] = correct / units
     result["score"] = result.get("accuracy", -result["loss"])
     return result
+
+
+@torch.no_grad()
+def divergence(
+    model: nn.Module,
+    old: Mapping[str, Tensor],
+    batches: Iterable[tuple[Any, Tensor]],
+    likelihood: Likelihood,
+) -> float:
+    """Measure how far a model's outputs have moved: the mean of KL(p_old ‖ p_new) per unit.
+
+    Args:
+        model: With its new values; compared in eval mode, and it comes back as it was.
+        old: The values of its parameters and buffers before, by name.
+        batches: Pairs (inputs, labels). The labels only mark what is predicted.
+        likelihood: The likelihood whose distributions are compared.
+
+    Returns:
+        Nats per unit.
+    """
+    total, units = 0.0, 0
+    with _evaluating(model):
+        for batch in batches:
+            inputs, labels = to_model(model, *batch)
+            outputs = model_outputs(model, inputs, labels)
+            with _at(model, old):
+                past = model_outputs(model, inputs, labels)
+            total += float(likelihood.divergence(past, outputs, labels).double().sum())
+            units += int(likelihood.units(labels).sum())
+    return total / max(1, units)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode, and each of its modules back in its own afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _at(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module's parameters and buffers be others for a while, without copying."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    present = {name: tensor.data for name, tensor in tensors.items()}
+    try:
+        for name, tensor in tensors.items():
+            tensor.data = values[name]
+        yield
+    finally:
+        for name, tensor in tensors.items():
+            tensor.data = present[name]

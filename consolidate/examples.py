@@ -87,6 +87,62 @@ class Examples(ABC):
             yield self.collate(indices[start : start + batch_size], epoch)
 
 
+class Part(Examples):
+    """Some of the examples of another; each keeps what it has there, masks included."""
+
+    def __init__(self, whole: Examples, indices: Sequence[int]) -> None:
+        """Take some examples.
+
+        Args:
+            whole: All of them.
+            indices: Of those to take, in this order.
+        """
+        super().__init__()
+        self._whole = whole
+        self._indices = list(indices)
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self._indices)
+
+    def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
+        """Return these of the examples as one batch."""
+        return self._whole.collate([self._indices[i] for i in indices], epoch)
+
+    def units(self, i: int) -> int:
+        """Return how many units example `i` counts for."""
+        return self._whole.units(self._indices[i])
+
+    def length(self, i: int) -> int:
+        """Return the size of example `i` beside others."""
+        return self._whole.length(self._indices[i])
+
+
+HELD_OUT, LEAST_HELD_OUT, MOST_HELD_OUT = 0.1, 50, 5000
+
+
+def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:
+    """Split off a seeded tenth: at least 50 examples, but no more than half, and at most 5,000.
+
+    Args:
+        examples: At least two.
+        seed: Of the choice.
+
+    Returns:
+        Those to train on, and those held out.
+
+    Raises:
+        InputError: There are fewer than two.
+    """
+    count = len(examples)
+    if count < 2:
+        raise InputError("one example cannot be split: give --validation for the new task")
+    size = min(max(round(HELD_OUT * count), LEAST_HELD_OUT), MOST_HELD_OUT, count // 2)
+    held = set(subset(count, size, seed))
+    rest = [i for i in range(count) if i not in held]
+    return Part(examples, rest), Part(examples, sorted(held))
+
+
 def subset(count: int, most: int | None, seed: int, *, shuffled: bool = False) -> list[int]:
     """Return the indices of all examples, or of a seeded random subset of them.
 

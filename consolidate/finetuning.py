@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial, wraps
 from inspect import signature
 from pathlib import Path
@@ -43,6 +43,8 @@ from consolidate.models import (
 )
 from consolidate.penalty import STEPS, Penalty
 from consolidate.progress import progress
+from consolidate.search_plot import plot_search
+from consolidate.searching import Subject, plan_search, search_lambda
 from consolidate.training import (
     MIXED_PRECISION,
     OPTIMIZERS,
@@ -118,6 +120,7 @@ class Start:
     before: Chain | None  # as the model has a place for it
     examples: Examples
     evaluations: dict[str, Examples]
+    held_out: dict[str, Examples]  # to choose λ by
     with_heads: dict[str, Model]  # by evaluation, of tasks with a head of their own
     penalty: Penalty | None
 
@@ -149,7 +152,10 @@ def finetune(
     data: str | Path,
     *,
     output_dir: str | Path,
-    ewc_lambda: float | None = None,
+    ewc_lambda: float | Sequence[float] | str | None = None,
+    validation: Mapping[str, str | Path] | None = None,
+    choose: str | None = None,
+    search_plot: str | Path | None = None,
     penalty: str = "ewc",
     penalty_step: str = "gradient",
     penalty_dtype: torch.dtype | None = None,
@@ -209,7 +215,15 @@ def finetune(
         checkpoint: A folder, a weights file, or a repository on the Hub.
         data: The new task: a file, a folder, a data set on the Hub, or a ``task.toml``.
         output_dir: Where the new checkpoint is written.
-        ewc_lambda: λ, the strength of the penalty; needed unless `penalty` is ``none``.
+        ewc_lambda: λ, the strength of the penalty; needed unless `penalty` is ``none``. Several, or
+            ``auto``, are a search: see `choose`.
+        validation: Held-out data to choose λ by, by name: of old tasks, and of the new one, of
+            whose data a seeded tenth is held out where there is none here.
+        choose: ``mean`` takes the λ of the largest mean score; ``least`` the least with which no
+            old task loses more than `max_forgetting`; ``most`` the largest that keeps 95 % of what
+            the new task gains. ``most`` without old data, ``least`` with `max_forgetting`, else
+            ``mean``, unless given.
+        search_plot: A file for the plot of the search, such as ``lambda.png``.
         penalty: ``ewc``, ``l2`` (Λ = 1 around the start) or ``none``.
         penalty_step: ``gradient`` adds λ Λ (θ − μ) to the gradient; ``proximal`` takes the
             penalty's step implicitly after the optimizer's, which is stable for every λ.
@@ -248,7 +262,8 @@ def finetune(
             whose output layer was put aside is measured with that.
         evaluate_every: Measure them after so many optimizer steps too, and at the last.
         max_forgetting: The score that an old task of the ledger, among those of `evaluate`, may
-            lose at most between the start and the end: accuracy, else minus the loss.
+            lose at most between the start and the end: accuracy, else minus the loss. Of
+            `validation` where `evaluate` has no old task.
         log_every: Steps between two lines of progress.
         seed: Of the data order, dropout, masks, subsets and sampled labels.
         device: Such as ``cpu`` or ``cuda``; the best there is unless given.
@@ -269,7 +284,8 @@ def finetune(
         task_weight: As in `fisher`.
 
     Returns:
-        What was done: steps, loss, penalty, the share of weights that moved, metrics, history.
+        What was done: steps, loss, penalty, the share of weights that moved, metrics, history;
+        and the search, if there was one, under ``lambda_search``.
 
     Raises:
         InputError: Something in the checkpoint, its Fisher or the data does not fit.
@@ -322,8 +338,29 @@ def finetune(
         task_weight=task_weight,
     )
     old = [] if opened.before is None else [known.name for known in opened.before.ledger.tasks]
+    evaluate, validation = dict(evaluate or {}), dict(validation or {})
+    plan = None
+    if ewc_lambda is not None and not isinstance(ewc_lambda, int | float):
+        plan = plan_search(
+            ewc_lambda,
+            choose=choose,
+            max_forgetting=max_forgetting,
+            validation=validation,
+            other_data=[data, *evaluate.values()],
+            new=opened.task,
+            ledger=old,
+            plot=search_plot,
+        )
+        ewc_lambda = 1.0  # until one is chosen
+        if max_forgetting is not None and not set(old) & set(evaluate):
+            evaluate |= {name: validation[name] for name in plan.old}
+    elif validation or choose or search_plot:
+        raise UsageError(
+            "--validation, --choose and --search-plot are for a search: give several numbers with "
+            "commas, or auto, as --ewc-lambda"
+        )
     if max_forgetting is not None:
-        check_gate(max_forgetting, old, evaluate or {})
+        check_gate(max_forgetting, old, evaluate)
         check_output(failed_folder(target), opened.source, overwrite=overwrite, whole=True)
     start = _load(
         opened,
@@ -334,7 +371,8 @@ def finetune(
         model=model,
         head=head,
         head_parameters=head_parameters,
-        evaluate=evaluate or {},
+        evaluate=evaluate,
+        validation=validation,
         device=device,
         freeze=freeze,
         encoding={"max_length": max_length, "pack": pack, "seed": seed},
@@ -350,6 +388,14 @@ def finetune(
     )
     if norm_statistics is not None and not has_statistics(start.model.module):
         LOG.info("--norm-statistics does nothing: the model keeps no running statistics")
+    search = None
+    if plan is not None:
+        subject = _subject(start, recipe)
+        with torch.random.fork_rng():  # the run that follows must not see that there was a search
+            search = search_lambda(plan, subject, batch_size=batch_size, seed=seed)
+        ewc_lambda = float(search["ewc_lambda"])
+        if search_plot is not None:
+            plot_search(search, Path(search_plot))
     trained = _train(start, recipe, target)
     forgotten = {}
     if max_forgetting is not None:
@@ -374,6 +420,8 @@ def finetune(
             "accumulate_dtype": fisher_accumulate_dtype,
         },
     )
+    if search is not None:
+        result["lambda_search"] = search
     if forgotten:
         losses = ", ".join(f"{name} lost {by:.4f}" for name, by in forgotten.items())
         raise ForgettingError(
@@ -386,7 +434,7 @@ def finetune(
 
 def _check_options(
     penalty: str,
-    ewc_lambda: float | None,
+    ewc_lambda: object,
     penalty_dtype: torch.dtype | None,
     penalty_device: str | None,
     recipe: Recipe,
@@ -487,6 +535,7 @@ def _load(
     head: str,
     head_parameters: Sequence[str],
     evaluate: Mapping[str, str | Path],
+    validation: Mapping[str, str | Path],
     device: str | None,
     freeze: Sequence[str],
     encoding: dict[str, Any],
@@ -518,14 +567,19 @@ def _load(
     loaded, before = fitted.model, fitted.before
     with_heads: dict[str, Model] = {}
     if before is not None:
-        tasks = {name: name for name in evaluate}
+        tasks = {name: name for name in (*evaluate, *validation)}
         with_heads = models_of_tasks(load, loaded, before, tasks)
     examples = encode(opened.rows, loaded, columns=opened.columns, **encoding)
-    evaluations = {}
-    for name, spec in evaluate.items():
-        task_file, rows = open_task(spec)
-        used = columns_of(opened.columns, task_file)
-        evaluations[name] = encode(rows, with_heads.get(name, loaded), columns=used, **encoding)
+
+    def encode_named(data: Mapping[str, str | Path]) -> dict[str, Examples]:
+        encoded = {}
+        for name, spec in data.items():
+            task_file, rows = open_task(spec)
+            used = columns_of(opened.columns, task_file)
+            encoded[name] = encode(rows, with_heads.get(name, loaded), columns=used, **encoding)
+        return encoded
+
+    evaluations, held_out = encode_named(evaluate), encode_named(validation)
     storage = {
         "dtype": penalty_dtype,
         "device": None if penalty_device is None else best_device(penalty_device),
@@ -537,7 +591,31 @@ def _load(
             ", ".join(task.name for task in before.ledger.tasks),
             "the weights as they will be" if opened.merge_rule == "online" else "its anchor",
         )
-    return Start(loaded, before, examples, evaluations, with_heads, term)
+    return Start(loaded, before, examples, evaluations, held_out, with_heads, term)
+
+
+def _subject(start: Start, recipe: Recipe) -> Subject:
+    """Give a search what it trains: runs as that of `_train`, each with its own schedule."""
+    assert start.penalty is not None  # a search is refused without one
+
+    def length(examples: Examples) -> int:
+        return _length(len(subset(len(examples), recipe.max_examples, recipe.seed)), recipe)[1]
+
+    def train(examples: Examples, steps: int) -> None:
+        warmup = round(recipe.warmup_steps * steps / length(examples))
+        shortened = replace(recipe, max_steps=steps, warmup_steps=warmup, log_every=steps)
+        _descend(replace(start, examples=examples), shortened, lambda *when: None)
+        _take_stored_values(start.model, file_weights(start.model))
+
+    return Subject(
+        start.model,
+        start.penalty,
+        start.examples,
+        start.held_out,
+        start.with_heads,
+        train,
+        length,
+    )
 
 
 def _train(start: Start, recipe: Recipe, target: Path) -> Trained:

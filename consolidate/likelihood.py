@@ -36,6 +36,9 @@ class Likelihood(Protocol):
     def negative_log_likelihood(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return −log p(labels|x), (B,) float32 or wider, up to a constant of the data."""
 
+    def divergence(self, old: Tensor, new: Tensor, labels: Tensor) -> Tensor:
+        """Return KL(p_old ‖ p_new) of two outputs for the same examples, (B,) like the loss."""
+
     def units(self, labels: Tensor) -> Tensor:
         """Return how many units each example counts for, (B,) int64: 1, or its predicted tokens."""
 
@@ -105,6 +108,13 @@ class Softmax:
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
         )
         return losses.view(targets.shape).sum(1)
+
+    def divergence(self, old: Tensor, new: Tensor, labels: Tensor) -> Tensor:
+        """Return Σ_t Σ_c p_tc (log p_tc − log q_tc) over predicted positions, (B,)."""
+        logits, targets = self._by_position(old, labels)
+        past, present = logits.log_softmax(-1), self._by_position(new, labels)[0].log_softmax(-1)
+        each = (past.exp() * (past - present)).sum(-1)  # (B, T)
+        return (each * (targets != IGNORED)).sum(1)
 
     def units(self, labels: Tensor) -> Tensor:
         """Return the number of predicted positions, (B,); 1 without tokens."""
@@ -211,6 +221,16 @@ class Bernoulli:
         )
         return losses.sum(1)
 
+    def divergence(self, old: Tensor, new: Tensor, labels: Tensor) -> Tensor:
+        """Return Σ_k KL(p_k ‖ q_k), (B,)."""
+        past, present = _wide(old), _wide(new)
+        sides = (
+            (sign * past).sigmoid()
+            * (functional.logsigmoid(sign * past) - functional.logsigmoid(sign * present))
+            for sign in (1, -1)
+        )
+        return sum(sides, torch.zeros_like(past)).sum(1)
+
     def units(self, labels: Tensor) -> Tensor:
         """Return 1 for each example, (B,)."""
         return _one_each(labels)
@@ -261,6 +281,10 @@ class Gaussian:
     def negative_log_likelihood(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return ½‖labels − outputs‖², (B,)."""
         return self._residuals(outputs, labels).square().flatten(1).sum(1) / 2
+
+    def divergence(self, old: Tensor, new: Tensor, labels: Tensor) -> Tensor:
+        """Return ½‖old − new‖², (B,)."""
+        return (_wide(old) - _wide(new)).square().flatten(1).sum(1) / 2
 
     def units(self, labels: Tensor) -> Tensor:
         """Return 1 for each example, (B,)."""

@@ -21,7 +21,7 @@ CORE = {"torch", "numpy", "safetensors", "huggingface_hub"}
 NUMERICAL = {"uniforms", "likelihood", "estimators", "layer_rules", "penalty", "merging"}
 NUMERICAL |= {"batches", "example_gradients", "layer_calls", "methods", "training", "evaluation"}
 NUMERICAL |= {"accumulators", "passes"}
-NUMERICAL |= {"trainer", "accuracy_matrix"}
+NUMERICAL |= {"trainer", "accuracy_matrix", "lambda_search"}
 INPUT_OUTPUT = {"os", "io", "pathlib", "json", "shutil", "tempfile", "subprocess", "socket"}
 INPUT_OUTPUT |= {"logging", "pickle", "safetensors", "huggingface_hub", "click", "tqdm", "urllib"}
 

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from consolidate.evaluation import measure
+from consolidate.evaluation import divergence, measure
 from consolidate.likelihood import get_likelihood
 from formats.errors import InputError, NonFiniteError
 
@@ -41,6 +42,27 @@ def test_regression_scores_by_its_loss() -> None:
     found = measure(model, [(torch.ones(3, 2), torch.zeros(3))], get_likelihood("gaussian"))
     assert set(found) == {"loss", "score"}
     assert found["score"] == -found["loss"]
+
+
+def test_the_divergence_is_that_of_two_copies_and_leaves_the_model_alone() -> None:
+    torch.manual_seed(0)
+    old = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
+    new = copy.deepcopy(old).train()
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    x, y = torch.randn(7, 4), torch.randint(3, (7,))
+    before = copy.deepcopy(new.state_dict())
+    values = {name: t.clone() for name, t in old.state_dict().items()}
+    found = divergence(
+        new, values, zip(x.split(3), y.split(3), strict=True), get_likelihood("softmax")
+    )
+    assert all(module.training for module in new.modules())
+    assert all(torch.equal(new.state_dict()[name], t) for name, t in before.items())
+    assert all(torch.equal(old.state_dict()[name], t) for name, t in values.items())
+    p, q = (torch.distributions.Categorical(logits=m.eval()(x)) for m in (old, new))
+    expected = torch.distributions.kl_divergence(p, q).mean().item()
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_nothing_to_predict_is_said() -> None:

@@ -18,7 +18,15 @@ from tiny_models import (
 
 from consolidate.batches import model_outputs
 from consolidate.estimators import fisher_diagonal
-from consolidate.examples import Columns, encode, label_names, unread_columns
+from consolidate.examples import (
+    Columns,
+    Examples,
+    Part,
+    encode,
+    hold_out,
+    label_names,
+    unread_columns,
+)
 from consolidate.models import Model, load_model
 from consolidate.objectives import get_objective
 from formats.checkpoint import open_checkpoint
@@ -633,3 +641,43 @@ def test_names_of_labels_in_the_data(tmp_path: Path) -> None:
     assert label_names(image_folder(tmp_path / "images"), "image-classification") == ["comp", "rec"]
     with pytest.raises(InputError, match=r"2.*'label': there is no label"):
         label_names(jsonl(tmp_path, {"label": "a"}, {"label": None}), "sequence-classification")
+
+
+class Numbers(Examples):
+    """Example i is the number i, and counts for i units."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def collate(self, indices: Any, epoch: int = 0) -> tuple[Any, torch.Tensor]:
+        return torch.tensor([float(i) for i in indices]), torch.tensor(indices) + 1000 * epoch
+
+    def units(self, i: int) -> int:
+        return i
+
+
+@pytest.mark.parametrize(("count", "held"), [(2, 1), (3, 1), (80, 40), (200, 50), (1000, 100)])
+def test_what_is_held_out_is_a_seeded_part(count: int, held: int) -> None:
+    rest, out = hold_out(Numbers(count), 0)
+    assert (len(rest), len(out)) == (count - held, held)
+    numbers = [next(part.batches(count))[1].tolist() for part in (rest, out)]
+    assert sorted(numbers[0] + numbers[1]) == list(range(count))
+    assert [out.units(i) for i in range(held)] == numbers[1]
+    assert next(hold_out(Numbers(count), 0)[1].batches(count))[1].tolist() == numbers[1]
+
+
+def test_much_data_is_held_out_in_part_and_one_example_not_at_all() -> None:
+    assert len(hold_out(Numbers(100_000), 0)[1]) == 5000
+    assert next(hold_out(Numbers(100), 1)[1].batches(50))[1].tolist() != list(range(50))
+    with pytest.raises(InputError, match="--validation"):
+        hold_out(Numbers(1), 0)
+
+
+def test_a_part_keeps_order_and_epochs() -> None:
+    part = Part(Numbers(9), [7, 2, 5])
+    assert part.collate([2, 0], epoch=3)[1].tolist() == [3005, 3007]
+    assert [part.length(i) for i in range(3)] == [1, 1, 1]

@@ -54,6 +54,24 @@ def test_there_are_five():
 
 
 @EVERY
+def test_divergence_is_the_expected_difference_of_log_p(name):
+    outputs, labels = case(name)
+    others = outputs + torch.randn(outputs.shape, dtype=outputs.dtype)
+    log_p, outcomes = REFERENCE[name]
+    expected = []
+    for old, new, label in zip(outputs, others, labels, strict=True):
+        if outcomes is None:
+            expected.append(((old - new) ** 2).sum() / 2)
+            continue
+        terms = [
+            log_p(old, y).exp() * (log_p(old, y) - log_p(new, y)) for y in outcomes(old, label)
+        ]
+        expected.append(sum(terms, torch.zeros((), dtype=torch.float64)))
+    found = LIKELIHOODS[name].divergence(outputs, others, labels)
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+@EVERY
 def test_loss_is_minus_log_p(name):
     outputs, labels = case(name)
     expected = [-REFERENCE[name][0](o, y) for o, y in zip(outputs, labels, strict=True)]

@@ -1,0 +1,75 @@
+"""The plot of a search for λ: what the new task gains against what old tasks keep."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from formats.errors import InputError, UsageError
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Refuse, before the work, a plot that could not be written.
+
+    Args:
+        path: The file that was asked for.
+
+    Raises:
+        UsageError: It is of no known kind, or matplotlib is missing.
+        InputError: There is no such folder, or it cannot be written to.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--search-plot {path}: expected a name that ends with .png, .svg or .pdf")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise InputError(f"--search-plot {path}: {path.parent} is no folder to write it into")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError(
+            "--search-plot needs matplotlib: pip install 'consolidate-ewc[plot]'"
+        ) from None
+
+
+def plot_search(search: dict[str, Any], path: Path) -> None:
+    """Draw the whole runs of a search: scores over λ, and the new task's against the old tasks'.
+
+    Without old data the second panel has the penalty over λ in place of the old tasks' score.
+
+    Args:
+        search: As `search_lambda` returns it.
+        path: The file to write; its suffix says the kind.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    whole = max(trial["steps"] for trial in search["trials"])
+    trials = [t for t in search["trials"] if t["steps"] == whole and t["metrics"] is not None]
+    trials.sort(key=lambda trial: trial["ewc_lambda"])
+    strengths = [trial["ewc_lambda"] for trial in trials]
+    new, old = search["new_task"], search["old_tasks"]
+    gained = [trial["metrics"][new]["score"] for trial in trials]
+
+    figure = Figure(figsize=(9, 3.6), constrained_layout=True)
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for name in (*old, new):
+        left.plot(strengths, [t["metrics"][name]["score"] for t in trials], "o-", label=name)
+    left.set_xscale("symlog", linthresh=min((s for s in strengths if s > 0), default=1.0))
+    left.axvline(search["ewc_lambda"], color="grey", linestyle=":", label="chosen")
+    left.set_xlabel("λ")
+    left.set_ylabel("score on held-out data")
+    left.legend()
+
+    if old:
+        kept = [sum(t["metrics"][name]["score"] for name in old) / len(old) for t in trials]
+        right.set_ylabel("stability: mean score on old tasks")
+    else:
+        kept = [trial["penalty_per_lambda"] for trial in trials]
+        right.set_ylabel("½ Σ Λ (θ − μ)²")
+    right.plot(gained, kept, "o-", color="grey")
+    for strength, x, y in zip(strengths, gained, kept, strict=True):
+        weight = "bold" if strength == search["ewc_lambda"] else "normal"
+        right.annotate(f"{strength:g}", (x, y), (4, 4), textcoords="offset points", weight=weight)
+    right.set_xlabel(f"plasticity: score on {new}")
+    figure.savefig(path, dpi=130, metadata={"Software": None} if path.suffix == ".png" else None)
