@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from formats.errors import NonFiniteError
 
-FOLDED_BATCHES, FOLDED_EXAMPLES = 16, 1000
-"""After so many batches or examples what was added goes into the totals."""
+FOLDED_BATCHES, FOLDED_ADDITIONS = 16, 1000
+"""After so many batches or additions to one element what was added goes into the totals."""
 
 
 class Counts(NamedTuple):
@@ -51,6 +51,7 @@ class Accumulators:
         self._counts = Counts(torch.zeros(6, len(parameters), dtype=torch.float64))
         self._folded = self._counts
         self._waiting: list[_Batch] = []  # Not looked at yet: that would wait for the device.
+        self._additions = 0  # to an element, since the last fold
 
     @property
     def counts(self) -> Counts:
@@ -70,7 +71,12 @@ class Accumulators:
         return self._counts.examples + sum(batch.examples for batch in self._waiting)
 
     def end_batch(
-        self, traces: Mapping[str, Tensor], units: Tensor, examples: int, where: str
+        self,
+        traces: Mapping[str, Tensor],
+        units: Tensor,
+        examples: int,
+        where: str,
+        additions: int = 1,
     ) -> None:
         """Count a batch whose squares have been added to the sums.
 
@@ -80,7 +86,9 @@ class Accumulators:
             units: The units of each draw, (draws,).
             examples: The number of examples in the batch.
             where: What the batch is called in a message.
+            additions: How many numbers were added to an element, one after the other.
         """
+        self._additions += additions
         self._waiting.append(_Batch(traces, units, examples, where))
 
     def fold_if_due(self) -> bool:
@@ -90,8 +98,7 @@ class Accumulators:
             NonFiniteError: As `counts`.
         """
         batches = self._counts.batches + len(self._waiting) - self._folded.batches
-        examples = self.examples - self._folded.examples
-        due = batches >= FOLDED_BATCHES or examples >= FOLDED_EXAMPLES
+        due = batches >= FOLDED_BATCHES or self._additions >= FOLDED_ADDITIONS
         if due:
             self._fold()
         return due
@@ -101,6 +108,7 @@ class Accumulators:
         for values in self.sums.values():
             values.zero_()
         self._waiting.clear()
+        self._additions = 0
         self._counts = self._folded
 
     def relative_errors(self) -> dict[str, float]:
@@ -152,10 +160,11 @@ class Accumulators:
         first, counts = self._folded.batches + 1, self.counts
         for name, total in self._totals.items():
             new = total + self.sums[name]
-            self.sums[name] -= new - total
-            total.copy_(new)
-            if not total.sum().isfinite() and not total.isfinite().all():
+            self.sums[name] += total.sub_(new)  # What rounding took.
+            self._totals[name] = new
+            if not math.isfinite(new.sum()) and not new.isfinite().all():
                 raise _not_finite(name, f"one of the batches {first} to {counts.batches}")
+        self._additions = 0
         self._folded = counts
 
     def _count(self, batches: list[_Batch]) -> None:

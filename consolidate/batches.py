@@ -1,8 +1,8 @@
 """Batches of examples, and what a model makes of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,18 @@ from consolidate.likelihood import IGNORED
 from formats.errors import InputError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Examples, with their indices in the data set."""
 
     number: int
     inputs: Any
     labels: Tensor
-    indices: Tensor
+    indices: Sequence[int]
 
     def __len__(self) -> int:
         """Return the number of examples."""
-        return len(self.labels)
+        return self.labels.shape[0]
 
     def rows(self, first: int, last: int) -> "Batch":
         """Return a batch of the examples from first on, up to but without last."""
@@ -70,26 +70,37 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     return inputs, labels
 
 
-def to_model(model: nn.Module, inputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
-    """Move a batch to where the model's parameters are.
+class Place(NamedTuple):
+    """Where a model's parameters are."""
+
+    device: torch.device
+    dtype: torch.dtype | None  # None where they do not share one.
+
+
+def place_of(model: nn.Module) -> Place:
+    """Return where the model's parameters are, and the floating-point type if they share one."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return Place(next(model.parameters()).device, next(iter(dtypes)) if len(dtypes) == 1 else None)
+
+
+def placed(place: Place, inputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
+    """Move a batch to where a model is.
 
     Args:
-        model: Gives the device, and the type of floating-point inputs if its parameters share one.
+        place: The device, and the type of floating-point inputs.
         inputs: A tensor, or tensors inside tuples, lists and mappings.
         labels: The labels of the same examples.
 
     Returns:
         The inputs, in the same structure, and the labels.
     """
-    device = next(model.parameters()).device
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
 
-    def place(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() and len(dtypes) == 1:
-            return tensor.to(device, next(iter(dtypes)))
-        return tensor.to(device)
+    def put(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and place.dtype is not None:
+            return tensor.detach().to(place.device, place.dtype)
+        return tensor.to(place.device)
 
-    return _map(place, inputs), labels.to(device)
+    return _map(put, inputs), labels.to(place.device)
 
 
 def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:

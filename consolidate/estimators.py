@@ -8,7 +8,7 @@ example or a batch is what gets squared.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -172,14 +172,17 @@ def fisher_diagonal(
             yield likelihood.observed_scores(outputs, batch.labels)
         else:
             for sample in range(mc_samples):
-                drawn = uniforms(seed, batch.indices, likelihood.draws(outputs), sample)
+                examples = torch.as_tensor(batch.indices)
+                drawn = uniforms(seed, examples, likelihood.draws(outputs), sample)
                 yield likelihood.sampled_scores(outputs, batch.labels, drawn)
 
     scores = Scores(forward, vectors, likelihood.units, whole=estimator == "batched")
-    with _measuring(model):
-        measured = Pass(
-            model, parameters, scores, accumulate_dtype, check=check, note=note, start=start
-        )
+    with (
+        _measuring(model),
+        closing(
+            Pass(model, parameters, scores, accumulate_dtype, check=check, note=note, start=start)
+        ) as measured,
+    ):
         examples = measured.examples
         for batch, first in _numbered(batches, indices):
             # Before a batch, not after it, so that a pass which goes on ends where it would have.
@@ -247,14 +250,14 @@ def _numbered(batches: Iterable[Any], indices: Sequence[int] | None) -> Iterator
     """
     first = 0
     for number, (inputs, labels) in enumerate(map(split_batch, batches), start=1):
-        if not (size := len(labels)):
+        if not (size := labels.shape[0]):
             continue
-        read = range(first, first + size)
-        if indices is not None and len(indices) < read.stop:
-            raise InputError(f"{len(indices)} indices were given for {read.stop} examples.")
-        numbers = torch.tensor([i if indices is None else indices[i] for i in read])
+        last = first + size
+        if indices is not None and len(indices) < last:
+            raise InputError(f"{len(indices)} indices were given for {last} examples.")
+        numbers = range(first, last) if indices is None else indices[first:last]
         yield Batch(number, inputs, labels, numbers), first
-        first = read.stop
+        first = last
 
 
 @contextmanager
@@ -309,7 +312,7 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
 
 
 def _check_outputs(outputs: Tensor, batch: int) -> None:
-    if not outputs.sum().isfinite() and not outputs.isfinite().all():
+    if not math.isfinite(outputs.detach().sum()) and not outputs.isfinite().all():
         raise NonFiniteError(
             f"The model's outputs are not finite in batch {batch}: look for NaN or infinite "
             "weights or inputs, or use a wider dtype."

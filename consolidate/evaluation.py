@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consolidate.batches import model_outputs, to_model
+from consolidate.batches import model_outputs, place_of, placed
 from consolidate.likelihood import Likelihood
 from formats.errors import InputError, NonFiniteError
 
@@ -42,9 +42,10 @@ def measure(
     loss = correct = 0.0
     units = 0
     counts_correct = not language
+    place = place_of(model)
     with _evaluating(model):
         for batch in batches:
-            inputs, labels = to_model(model, *batch)
+            inputs, labels = placed(place, *batch)
             outputs = model_outputs(model, inputs, labels)
             likelihood.check_labels(outputs, labels)
             nll = likelihood.negative_log_likelihood(outputs, labels)  # (B,)

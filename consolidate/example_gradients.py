@@ -13,6 +13,9 @@ from torch import Tensor
 FEW_POSITIONS = 4
 """Up to here Σ_b (Σ_t g_t a_tᵀ)² is one product over pairs of positions."""
 
+THIN = 64
+"""Rows or columns below which a product may be added term by term, which loses digits to a sum."""
+
 GROUPED_POSITIONS = 512
 """Up to here several examples go through a convolution as its groups."""
 
@@ -47,7 +50,8 @@ class Outer(NamedTuple):
     def add_squares(self, total: Tensor, first: int = 0) -> Tensor:
         """Add Σ_b (Σ_t g_t a_tᵀ)² to total, (m, n) or (m, …); return Σ_mn for each b, (B,)."""
         if self.few:
-            return self.add_product(total, self.pairs())
+            pairs = self.pairs()
+            return self.add_product(total, pairs, pairs.sum(1))
         total = total.flatten(1)
         left, right = self._factors()
         measured = _measured(total, first)
@@ -76,20 +80,29 @@ class Outer(NamedTuple):
         return self.g.shape[1] <= FEW_POSITIONS
 
     def pairs(self) -> Tensor:
-        """Return g_s g_t for each pair of positions, twice where s ≠ t, (B, pairs, m)."""
+        """Return g_s g_t for each pair of positions, twice where s ≠ t, (B · pairs, m)."""
         return _pairs(self.g, 2)
 
-    def add_product(self, total: Tensor, pairs: Tensor) -> Tensor:
-        """Add Σ_b Σ_{s≤t} pairs_st (a_s a_t)ᵀ to total; pairs may be a sum over other g.
+    def add_product(self, total: Tensor, pairs: Tensor, sums: Tensor) -> Tensor:
+        """Add Σ_b Σ_{s≤t} pairs_st (a_s a_t)ᵀ to total.
+
+        Args:
+            total: (m, n) or (m, …).
+            pairs: What `pairs` returned, or a sum of such over other g.
+            sums: Σ_m pairs, (B · pairs,).
 
         Returns:
             The sum of each example's term, (B,).
         """
         left, right = pairs, _pairs(self.a)
-        traces = (left.sum(-1) * right.sum(-1)).sum(-1)
+        traces = _over_pairs(sums * right.sum(1), self.a.shape[0])
         if self.transposed:
             left, right = right, left
-        total.view(len(total), -1).addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
+        total = total.view(total.shape[0], -1)
+        if min(total.shape) < THIN:
+            total += left.T @ right
+        else:
+            total.addmm_(left.T, right)
         return traces
 
     def take_rows(self, example: int, rows: Tensor) -> Tensor:
@@ -119,16 +132,17 @@ class Summed(NamedTuple):
 
     def add_squares(self, total: Tensor, first: int = 0) -> Tensor:
         """Add Σ_b (Σ_t g_t)² to total, (m,); return Σ_m for each b, (B,)."""
-        return self.add_product(total, self.pairs())
+        pairs = self.pairs()
+        return self.add_product(total, pairs, pairs.sum(1))
 
     def pairs(self) -> Tensor:
-        """Return g_s g_t for each pair of positions, twice where s ≠ t, (B, pairs, m)."""
+        """Return g_s g_t for each pair of positions, twice where s ≠ t, (B · pairs, m)."""
         return _pairs(self.g, 2)
 
-    def add_product(self, total: Tensor, pairs: Tensor) -> Tensor:
-        """Add Σ_b Σ_{s≤t} pairs_st to total; return each example's term summed, (B,)."""
-        total += pairs.sum((0, 1))
-        return pairs.sum((1, 2))
+    def add_product(self, total: Tensor, pairs: Tensor, sums: Tensor) -> Tensor:
+        """Add Σ_b Σ_{s≤t} pairs_st to total, (m,); return Σ_m of each example's term, (B,)."""
+        total += pairs.sum(0)
+        return _over_pairs(sums, self.g.shape[0])
 
 
 class Rows(NamedTuple):
@@ -277,14 +291,24 @@ def add_squares_of_sums(
 def add_pairs(total: Tensor, g: Tensor) -> None:
     """Add g_s g_t for each pair of positions of g (B, T, m), twice where s ≠ t, to such a sum."""
     if g.shape[1] == 1:
+        g = g.squeeze(1)
         total.addcmul_(g, g)
     else:
         total += _pairs(g, 2)
 
 
 def _pairs(x: Tensor, weight: int = 1) -> Tensor:
-    """Return x_s x_t for the positions s ≤ t of x (B, T, n), times weight where s ≠ t."""
+    """Return x_s x_t for the positions s ≤ t of x (B, T, n), times weight where s ≠ t.
+
+    Returns:
+        (B · pairs, n), one example's pairs after the other's.
+    """
     if x.shape[1] == 1:
-        return x.square()
+        return x.squeeze(1).square()
     s, t = torch.triu_indices(x.shape[1], x.shape[1], device=x.device)
-    return x[:, s] * x[:, t] * torch.where(s == t, 1, weight)[:, None]
+    return (x[:, s] * x[:, t] * torch.where(s == t, 1, weight)[:, None]).flatten(0, 1)
+
+
+def _over_pairs(values: Tensor, examples: int) -> Tensor:
+    """Return the sums over each example's pairs, (B,), of values (B · pairs,)."""
+    return values if values.shape[0] == examples else values.view(examples, -1).sum(1)

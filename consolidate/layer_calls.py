@@ -6,9 +6,9 @@ they are squared and added at once: none of them outlives its layer.
 """
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,19 +65,23 @@ class Recording:
     Attributes:
         size: The number of examples in the batch.
         anchor: What to differentiate by, so that gradients pass by every mark.
+        dtype: The type they are computed in.
+        alone: Whether nothing else has gradients.
         uses: How often each parameter is used, by name.
         unfit: Names with a call that does not have one row per example.
         sink: Where the gradients go while a backward pass runs.
-        dtype: The type they are computed in.
+        open: Whether the forward pass runs.
+        busy: Whether a unit is being run again.
     """
 
-    def __init__(self, size: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, size: int, anchor: Tensor, dtype: torch.dtype, *, alone: bool):
         self.size = size
-        self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.uses: Counter[str] = Counter()
+        self.anchor = anchor
+        self.dtype = dtype
+        self.alone = alone
+        self.uses: dict[str, int] = {}
         self.unfit: set[str] = set()
         self.sink: Sink | None = None
-        self.dtype = dtype
         self.open = True
         self.busy = False
 
@@ -90,11 +94,15 @@ class Recording:
             sink: What takes the gradients.
             keep: Whether the graph is needed again.
         """
+        self.open = False
         self.sink = sink
-        torch.autograd.grad(outputs, self.anchor, vector, retain_graph=keep, allow_unused=True)
+        try:
+            torch.autograd.grad(outputs, self.anchor, vector, retain_graph=keep, allow_unused=True)
+        finally:
+            self.sink = None  # It holds on to this.
 
     def mark(self, unit: Unit, args: Any, kwargs: Any, output: Any) -> Any:
-        """Return a call's output, marked."""
+        """Return a call's output, marked; None where it need not be another tensor."""
         inputs, spec = [*args, *kwargs.values()], None
         if unit.rule is None:
             inputs, spec = tree_flatten((args, dict(kwargs)))
@@ -110,9 +118,15 @@ class Recording:
             return None
         # Calls that a checkpoint runs again look the same in the graph, but nothing arrives there.
         if self.open:
-            self.uses.update(unit.names.values())
+            for name in unit.names.values():
+                self.uses[name] = self.uses.get(name, 0) + 1
         inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
         call = Call(unit, inputs, spec, marked)
+        # A tensor that gradients reach on their way to an earlier mark needs none of its own.
+        if output_spec is None and self.alone and output.requires_grad and not output._is_view():
+            if self.open:
+                output.register_hook(lambda gradient: self.receive(call, (gradient,)))
+            return None
         marks = _Mark.apply(self, call, self.anchor, *(outputs[i] for i in marked))
         if output_spec is None:
             return marks[0]
@@ -160,7 +174,7 @@ class Recording:
             yield {local: Whole(each.to(self.dtype)) for local, each in found.items()}
 
     def _fits(self, unit: Unit, inputs: list[Any], outputs: list[Tensor]) -> bool:
-        if not outputs or any(t.shape[:1] != (self.size,) for t in outputs):
+        if not outputs or not all(has_rows(t, self.size) for t in outputs):
             return False
         if unit.rule is not None:
             return len(inputs) == len(outputs) == 1 and has_rows(inputs[0], self.size)
@@ -190,26 +204,34 @@ class _Mark(torch.autograd.Function):
 class Squares:
     """A sink that adds squares of per-example gradients, also of parameters used several times.
 
-    `traces` holds what each example added in all, (B,), by the names that outputs depend on.
     What few positions give is summed over vectors before the one product with the inputs, which
     the vectors share. What a parameter's several uses give waits for the last of them.
+
+    Attributes:
+        sums: Where to add, by name.
+        shared: Whether there are several vectors.
+        traces: What each example added in all, (B,), by the names that outputs depend on.
+        additions: How many numbers were added to an element, one after the other.
     """
 
     def __init__(self, sums: Mapping[str, Tensor], recording: Recording, first: int = 0):
         self.sums = sums
-        self.first = first
-        self.recording = recording
+        self.shared = False
         self.traces: dict[str, Tensor] = {}
+        self.additions = 1
+        self._recording = recording
+        self._first = first
         self._products: dict[str, tuple[Outer | Summed, Tensor]] = {}
         self._waiting: dict[str, list[Gradients]] = {}
+        self._one_by_one = False
 
     def __call__(self, gradients: Mapping[str, Gradients]) -> None:
         """Take the per-example gradients of one call's parameters, by one vector."""
         pairs: dict[int, Tensor] = {}  # A layer's weight and bias share them.
         for name, found in gradients.items():
-            if name in self.recording.unfit:
+            if name in self._recording.unfit:
                 continue
-            if self.recording.uses[name] > 1:
+            if self._recording.uses[name] > 1:
                 self._waiting.setdefault(name, []).append(found)
             elif isinstance(found, Outer | Summed) and found.few:
                 if name not in self._products:
@@ -220,20 +242,29 @@ class Squares:
                     pairs[id(found.g)] = total = self._products[name][1]
                     add_pairs(total, found.g)
             else:
-                self._add(name, found.add_squares(self.sums[name], self.first))
+                self._one_by_one = True
+                self._add(name, found.add_squares(self.sums[name], self._first))
+        if not self.shared:
+            self.end()
 
     def end_vector(self) -> None:
         """Add what waited for a parameter's last use."""
+        size = self._recording.size
         for name, uses in self._waiting.items():
-            size = self.recording.size
-            traces = add_squares_of_sums(self.sums[name], uses, size, self.first)
+            self._one_by_one = True
+            traces = add_squares_of_sums(self.sums[name], uses, size, self._first)
             self._add(name, traces)
         self._waiting.clear()
+        self.additions += size * self._one_by_one
+        self._one_by_one = False
 
     def end(self) -> None:
         """Add what was summed over vectors."""
+        sums: dict[int, Tensor] = {}  # A layer's weight and bias share them.
         for name, (gradients, pairs) in self._products.items():
-            self._add(name, gradients.add_product(self.sums[name], pairs))
+            if id(pairs) not in sums:
+                sums[id(pairs)] = pairs.sum(1)
+            self._add(name, gradients.add_product(self.sums[name], pairs, sums[id(pairs)]))
         self._products.clear()
 
     def _add(self, name: str, traces: Tensor) -> None:
@@ -242,45 +273,63 @@ class Squares:
 
 def has_rows(value: Any, size: int) -> bool:
     """Return whether this is a tensor with a row for each of that many examples."""
-    return isinstance(value, Tensor) and value.shape[:1] == (size,)
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
 
 
-@contextmanager
-def recorded(
-    units: Iterable[Unit], size: int, device: torch.device, dtype: torch.dtype
-) -> Iterator[Recording]:
-    """Mark the calls of the units while a batch of that size runs, and until it has run backward.
+class Recorder:
+    """Marks the calls of units in the forward passes that are recorded, until it is closed."""
 
-    Args:
-        units: What to mark.
-        size: The number of examples in the batch.
-        device: Where the model is.
-        dtype: The type that per-example gradients are squared in.
-    """
-    recording = Recording(size, device, dtype)
-    handles = []
+    def __init__(self, units: Iterable[Unit], device: torch.device, dtype: torch.dtype):
+        """Watch the units' modules.
 
-    def hook(unit: Unit) -> Callable[..., Any]:
-        def mark(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            return None if recording.busy else recording.mark(unit, args, kwargs, output)
-
-        return mark
-
-    def spread(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # Ids of shape (1, T) are shared by the batch, and so would be the gradient at their rows.
-        shared = len(args) == 1 and args[0].ndim > 1 and args[0].shape[0] == 1
-        spreads = shared and not recording.busy
-        return (args[0].expand(size, *args[0].shape[1:]),) if spreads else args
-
-    try:
+        Args:
+            units: What to mark.
+            device: Where the model is.
+            dtype: The type that per-example gradients are squared in.
+        """
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._dtype = dtype
+        self._recording: Recording | None = None
+        self._handles: list[Any] = []
         for unit in units:
-            handles.append(unit.module.register_forward_hook(hook(unit), with_kwargs=True))
+            mark = partial(self._mark, unit)
+            self._handles.append(unit.module.register_forward_hook(mark, with_kwargs=True))
             if isinstance(unit.module, nn.Embedding):
-                handles.append(unit.module.register_forward_pre_hook(spread))
-        yield recording
-    finally:
-        for handle in handles:
+                self._handles.append(unit.module.register_forward_pre_hook(self._spread))
+
+    def close(self) -> None:
+        """Leave the modules as they were."""
+        for handle in self._handles:
             handle.remove()
+
+    @contextmanager
+    def recording(self, size: int, *, alone: bool) -> Iterator[Recording]:
+        """Record a batch while it runs, and until it has run backward.
+
+        Args:
+            size: The number of examples in the batch.
+            alone: Whether no parameter of the model requires gradients.
+        """
+        try:
+            self._recording = Recording(size, self._anchor, self._dtype, alone=alone)
+            yield self._recording
+        finally:
+            self._recording = None
+
+    def _mark(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        recording = self._recording
+        if recording is None or recording.busy:
+            return None
+        return recording.mark(unit, args, kwargs, output)
+
+    def _spread(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # Ids of shape (1, T) are shared by the batch, and so would be the gradient at their rows.
+        recording = self._recording
+        if recording is None or recording.busy or len(args) != 1:
+            return args
+        (ids,) = args
+        shared = ids.ndim > 1 and ids.shape[0] == 1
+        return (ids.expand(recording.size, *ids.shape[1:]),) if shared else args
 
 
 def add_squares(
@@ -289,7 +338,7 @@ def add_squares(
     outputs: Tensor,
     vectors: Iterable[Tensor],
     first: int = 0,
-) -> dict[str, Tensor]:
+) -> Squares:
     """Add Σ_vectors Σ_examples (Jᵀ vector)² to sums.
 
     Parameters with a call that does not have one row per example are left out.
@@ -302,18 +351,19 @@ def add_squares(
         first: The first example whose share is measured where not all are.
 
     Returns:
-        What each example added in all, (B,), by the names that outputs depend on.
+        The sink that has added them.
     """
     squares = Squares(sums, recording, first)
     vectors = iter(vectors)
     vector = next(vectors, None)
     while vector is not None:
         following = next(vectors, None)
+        squares.shared |= following is not None
         recording.backward(outputs, vector, squares, keep=following is not None)
         squares.end_vector()
         vector = following
     squares.end()
-    return squares.traces
+    return squares
 
 
 def module_gradients(

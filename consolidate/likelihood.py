@@ -90,6 +90,10 @@ class Softmax:
                 f"The {self.name} likelihood needs integer labels, found {labels.dtype}."
             )
         classes = outputs.shape[-1]
+        if not self.tokens and labels.numel():
+            least, most = labels.aminmax()
+            if least >= 0 and most < classes:
+                return  # Most often: one pass over them tells.
         wrong = (labels < 0) | (labels >= classes)
         if self.tokens:
             wrong &= labels != IGNORED
@@ -166,18 +170,18 @@ class Softmax:
         sampled = torch.stack(
             [_draw(row.softmax(-1), u) for row, u in zip(logits, draws, strict=True)]
         )
-        return self._scores(logits, sampled, predicted).view(outputs.shape).to(outputs.dtype)
+        return self._scores(logits, sampled, ~predicted).view(outputs.shape).to(outputs.dtype)
 
     def observed_scores(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return 1_label − p, zero at ignored positions."""
         logits, targets = self._by_position(outputs, labels)
-        scores = self._scores(logits, targets.clamp_min(0), targets != IGNORED)
+        scores = self._scores(logits, targets.clamp_min(0), targets == IGNORED)
         return scores.view(outputs.shape).to(outputs.dtype)
 
-    def _scores(self, logits: Tensor, classes: Tensor, predicted: Tensor) -> Tensor:
+    def _scores(self, logits: Tensor, classes: Tensor, ignored: Tensor) -> Tensor:
         scores = logits.softmax(-1).neg_()  # (B, T, C)
-        scores.scatter_add_(-1, classes[..., None], torch.ones_like(scores[..., :1]))
-        return scores.mul_(predicted[..., None])
+        scores.scatter_add_(-1, classes[..., None], scores.new_ones(1).expand(*classes.shape, 1))
+        return scores.masked_fill_(ignored[..., None], 0) if self.tokens else scores
 
     def _targets(self, labels: Tensor) -> Tensor:
         targets = labels.long() if self.tokens else labels.long()[:, None]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from consolidate.batches import model_outputs, to_model
+from consolidate.batches import model_outputs, place_of, placed
 from consolidate.estimators import ESTIMATORS, FisherDiagonal, fisher_diagonal
 from consolidate.examples import Examples, subset
 from consolidate.kept_pass import KeptPass
@@ -158,7 +158,8 @@ def default_estimator(model: Model, examples: Examples) -> str:
     training = model.module.training
     model.module.eval()
     with torch.no_grad():
-        inputs, labels = to_model(model.module, *next(iter(examples.batches(1, order=[0]))))
+        batch = next(iter(examples.batches(1, order=[0])))
+        inputs, labels = placed(place_of(model.module), *batch)
         outputs = model_outputs(model.module, inputs, labels)
     model.module.train(training)
     outcomes = get_likelihood(model.objective.likelihood).outcomes(outputs, labels)

@@ -8,7 +8,7 @@ A parameter takes the first of them that agrees with single examples and with au
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from consolidate.batches import Batch, out_of_memory
 from consolidate.example_gradients import Gradients, square
-from consolidate.layer_calls import Unit, UnitError, add_squares, has_rows, recorded
+from consolidate.layer_calls import Recorder, Unit, UnitError, add_squares, has_rows
 from consolidate.layer_rules import rule_of
 from formats.errors import InputError
 
@@ -297,7 +297,10 @@ def _disagreeing(
                 for example in range(size):
                     of_name.add_to(found[name], example)
 
-        with recorded(units, size, probe.device, dtype) as recording:
+        with (
+            closing(Recorder(units, probe.device, dtype)) as recorder,
+            recorder.recording(size, alone=True) as recording,
+        ):
             outputs = forward(batch)
             if squared:
                 add_squares(found, recording, outputs, [probe * kept])

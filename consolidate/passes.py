@@ -3,16 +3,15 @@
 import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from random import Random
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from consolidate.accumulators import Accumulators
-from consolidate.batches import Batch, out_of_memory, to_model
+from consolidate.batches import Batch, out_of_memory, place_of, placed
 from consolidate.example_gradients import MEASURED
-from consolidate.layer_calls import UnitError, add_squares, recorded
+from consolidate.layer_calls import Recorder, UnitError, add_squares
 from consolidate.methods import (
     Plan,
     add_gradients,
@@ -100,7 +99,11 @@ class Pass:
         self._dtype = dtype
         self._check = check
         self._note = note or (lambda text: None)
+        self._place = place_of(model)
         self._plan: Plan | None = None
+        self._recorder: Recorder | None = None  # of what is marked in the plan
+        self._watched: dict[str, nn.Parameter] = {}  # those that it knows nothing of
+        self._by_loop = self._parameters
         self._first: Batch | None = None
         self._most: int | None = None
         self._since_fold: list[Batch] = []
@@ -117,6 +120,12 @@ class Pass:
     def relative_errors(self) -> dict[str, float]:
         """Return each trace's standard error over the trace, by the names of those above zero."""
         return {} if self.accumulators is None else self.accumulators.relative_errors()
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
 
     def see(self, batch: Batch) -> None:
         """Look at a batch that the other pass has taken, and chose the methods on if it could."""
@@ -187,14 +196,14 @@ class Pass:
             self.accumulators = Accumulators(self._parameters, self._dtype)
         units = self._scores.units(batch.labels)
         if self._scores.whole:
-            units = units.sum()[None]
+            units, additions = units.sum()[None], 1
             with requiring_gradients(self._parameters):
                 traces = self._add_gradients(self._parameters, batch)
         else:
-            traces = self._add_examples(batch)
+            traces, additions = self._add_examples(batch)
         first = self.accumulators.examples
         where = f"batch {batch.number} (examples {first} to {first + len(batch) - 1})"
-        self.accumulators.end_batch(traces, units, len(batch), where)
+        self.accumulators.end_batch(traces, units, len(batch), where, additions)
 
     def _choose_methods(self, batch: Batch) -> None:
         """Choose the methods on the pass's first batch; with `check` on each."""
@@ -213,7 +222,18 @@ class Pass:
             )
             self.levels = self._plan.levels
             self._first = None
+            self._follow(self._plan)
             self._tell(self._plan)
+
+    def _follow(self, plan: Plan) -> None:
+        """Mark what is marked in the plan, until there is another."""
+        self.close()
+        self._watched, self._by_loop = {}, self._parameters
+        if plan.units:
+            parameters = self._parameters.items()
+            self._recorder = Recorder(plan.units, self._place.device, self._dtype)
+            self._watched = {n: p for n, p in parameters if n not in plan.levels}
+            self._by_loop = {n: p for n, p in parameters if plan.levels.get(n) == "loop"}
 
     def _tell(self, plan: Plan) -> None:
         """Name the modules whose gradients were not those of single examples."""
@@ -228,37 +248,40 @@ class Pass:
                 f"by {now}"
             )
 
-    def _add_examples(self, batch: Batch) -> dict[str, Tensor]:
-        """Add Σ_examples Σ_vectors (Jᵀ vector)²; return what each example added in all, by name.
+    def _add_examples(self, batch: Batch) -> tuple[dict[str, Tensor], int]:
+        """Add Σ_examples Σ_vectors (Jᵀ vector)².
 
         What is marked in the plan goes all at once; the rest by one example after the other.
+
+        Returns:
+            What each example added in all, by name, and how often was added to an element.
         """
-        plan, parameters = self._plan, self._parameters
-        rest = parameters
+        rest = self._by_loop
         traces: dict[str, Tensor] = {}
-        if plan is not None and plan.units:
-            rest = {n: p for n, p in parameters.items() if plan.levels.get(n) == "loop"}
-            # Those that the first batch did not depend on are watched: this one might.
-            others = {n: p for n, p in parameters.items() if n not in plan.levels}
+        additions = 0
+        if self._recorder is not None:
+            watched = self._watched  # The first batch did not depend on them: this one might.
             with (
-                requiring_gradients(others),
-                recorded(plan.units, len(batch), batch.labels.device, self._dtype) as recording,
+                requiring_gradients(watched),
+                self._recorder.recording(len(batch), alone=not watched) as recording,
             ):
                 outputs, vectors = self._run(batch)
-                rest |= {n: others[n] for n in _dependencies(outputs, others)}
-                rest |= {n: parameters[n] for n in recording.unfit}
+                found = [*_dependencies(outputs, watched), *recording.unfit]
                 if outputs.requires_grad:
-                    # Drawn for each batch, so that no order of the data is always met.
-                    first = Random(batch.number).randrange(min(MEASURED, len(batch)))
-                    traces = add_squares(self._sums, recording, outputs, vectors, first)
+                    first = _nth_start(batch.number, min(MEASURED, len(batch)))
+                    squares = add_squares(self._sums, recording, outputs, vectors, first)
+                    traces, additions = squares.traces, squares.additions
                 del outputs, vectors  # The graph of a whole batch, before others are made.
+            if found:
+                rest = rest | {name: self._parameters[name] for name in found}
         if rest:
             with requiring_gradients(rest):
                 each = [self._add_gradients(rest, batch.example(i)) for i in range(len(batch))]
             none = batch.labels.new_zeros(1, dtype=self._dtype)
             for name in {name for one in each for name in one}:
                 traces[name] = torch.cat([one.get(name, none) for one in each])
-        return traces
+            additions = max(additions, len(batch))
+        return traces, additions
 
     def _add_gradients(
         self, parameters: Mapping[str, nn.Parameter], batch: Batch
@@ -270,13 +293,21 @@ class Pass:
         return outputs, self._scores.vectors(outputs.detach(), batch)
 
     def _placed(self, batch: Batch) -> Batch:
-        placed = to_model(self._model, batch.inputs, batch.labels)
-        return Batch(batch.number, *placed, batch.indices)
+        inputs, labels = placed(self._place, batch.inputs, batch.labels)
+        return Batch(batch.number, inputs, labels, batch.indices)
 
     @property
     def _sums(self) -> dict[str, Tensor]:
         assert self.accumulators is not None
         return self.accumulators.sums
+
+
+def _nth_start(number: int, count: int) -> int:
+    """Return a number below count, another for each batch, so that no order of data is always met.
+
+    Multiples of the golden ratio fill the unit interval evenly and without a period.
+    """
+    return int(number * 0.6180339887498949 % 1 * count)
 
 
 def _dependencies(outputs: Tensor, parameters: dict[str, nn.Parameter]) -> list[str]:

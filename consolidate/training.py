@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from consolidate.batches import model_outputs, to_model
+from consolidate.batches import model_outputs, place_of, placed
 from consolidate.likelihood import Likelihood
 from consolidate.penalty import Penalty, check_proximal
 from formats.errors import NonFiniteError
@@ -196,6 +196,7 @@ def train_epoch(
         freeze_statistics(model)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     device = trained[0].device
+    place = place_of(model)
     autocast_dtype = MIXED_PRECISION[mixed_precision]
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     step = first_step
@@ -211,7 +212,7 @@ def train_epoch(
         loss = 0.0
         optimizer.zero_grad()
         for batch in micro_batches:
-            inputs, labels = to_model(model, *batch)
+            inputs, labels = placed(place, *batch)
             with torch.autocast(
                 device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
             ):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from consolidate.batches import model_outputs, split_batch, to_model
+from consolidate.batches import model_outputs, place_of, placed, split_batch
 from consolidate.estimators import FisherDiagonal, fisher_diagonal, fisher_overlap
 from consolidate.likelihood import LIKELIHOODS
 from formats.errors import InputError, NonFiniteError, UsageError
@@ -795,13 +795,12 @@ def test_inputs_are_a_tensor_a_tuple_or_a_mapping_and_may_be_shared():
 
 def test_floating_inputs_take_the_models_type_and_others_stay():
     model = network().bfloat16()
-    inputs, labels = to_model(
-        model, {"x": torch.ones(2, 5), "ids": torch.ones(2).long()}, data(2)[1]
-    )
+    mapping = {"x": torch.ones(2, 5), "ids": torch.ones(2).long()}
+    inputs, labels = placed(place_of(model), mapping, data(2)[1])
     assert inputs["x"].dtype == torch.bfloat16
     assert inputs["ids"].dtype == labels.dtype == torch.int64
     model[0].float()
-    assert to_model(model, torch.ones(2, 5), labels)[0].dtype == torch.float32
+    assert placed(place_of(model), torch.ones(2, 5), labels)[0].dtype == torch.float32
 
 
 class Seq2Seq(nn.Module):
