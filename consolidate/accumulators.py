@@ -168,17 +168,19 @@ class Accumulators:
         self._folded = counts
 
     def _count(self, batches: list[_Batch]) -> None:
-        u = torch.cat([batch.units for batch in batches]).cpu()
+        u = torch.cat([batch.units for batch in batches]).cpu().double()
         s = torch.stack([self._shares(name, batches) for name in self.sums])
         if not (finite := s.isfinite()).all():
             row, column = finite.logical_not().nonzero()[0].tolist()
             wheres = [batch.where for batch in batches for _ in batch.units]
             raise _not_finite(list(self.sums)[row], wheres[column])
-        counts, measured = self._counts, s >= 0
+        counts, measured = self._counts, (s >= 0).double()
         s = s * measured
-        each = [measured, s, measured * u, s * s, s * u, measured * u.square()]
+        powers = torch.stack([torch.ones_like(u), u, u.square()], 1)  # (draws, 3)
+        n, su, suu = (measured @ powers).unbind(1)
+        first, mixed, _ = (s @ powers).unbind(1)
         self._counts = Counts(
-            counts.moments + torch.stack([values.sum(1, dtype=torch.float64) for values in each]),
+            counts.moments + torch.stack([n, first, su, s.square().sum(1), mixed, suu]),
             counts.reached.union(*(batch.traces for batch in batches)),
             counts.batches + len(batches),
             counts.examples + sum(batch.examples for batch in batches),
@@ -189,7 +191,10 @@ class Accumulators:
     def _shares(self, name: str, batches: list[_Batch]) -> Tensor:
         """Return a parameter's traces of all draws in these batches, (draws,) in float64."""
         parts = [
-            batch.traces.get(name, batch.units.new_zeros(len(batch.units))) for batch in batches
+            traces
+            if (traces := batch.traces.get(name)) is not None
+            else torch.zeros_like(batch.units)
+            for batch in batches
         ]
         return torch.cat(parts).cpu().double()
 

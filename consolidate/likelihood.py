@@ -91,9 +91,9 @@ class Softmax:
             )
         classes = outputs.shape[-1]
         if not self.tokens and labels.numel():
-            least, most = labels.aminmax()
+            least, most = map(int, labels.aminmax())
             if least >= 0 and most < classes:
-                return  # Most often: one pass over them tells.
+                return
         wrong = (labels < 0) | (labels >= classes)
         if self.tokens:
             wrong &= labels != IGNORED
