@@ -89,9 +89,10 @@ def divergence(
         Nats per unit.
     """
     total, units = 0.0, 0
+    place = place_of(model)
     with _evaluating(model):
         for batch in batches:
-            inputs, labels = to_model(model, *batch)
+            inputs, labels = placed(place, *batch)
             outputs = model_outputs(model, inputs, labels)
             with _at(model, old):
                 past = model_outputs(model, inputs, labels)
