@@ -1,5 +1,6 @@
 """Where a checkpoint is: a local path, or a repository that is fetched from the Hub."""
 
+from difflib import get_close_matches
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -14,6 +15,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx, validate_repo_id
 
+from formats.checkpoint import PICKLE_SUFFIXES
 from formats.errors import InputError, NetworkError, UsageError
 
 OTHER_FRAMEWORKS = [
@@ -54,8 +56,9 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> Path:
         validate_repo_id(name)
     except HFValidationError:
         name = ""
-    if not name or path.is_absolute() or name.startswith("."):
-        raise InputError(f"{checkpoint}: no such file or folder")
+    lost = f"{checkpoint}: no such file or folder{_near(path)}"
+    if not name or path.is_absolute() or name.startswith(".") or _in_a_folder(path):
+        raise InputError(lost)
     try:
         files = _files(name, revision)
         safe = any("/" not in file and file.endswith(".safetensors") for file in files)
@@ -69,11 +72,27 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> Path:
         ) from None
     except RepositoryNotFoundError:
         raise InputError(
-            f"{checkpoint}: no such folder here, and no such repository on the Hub (or a private "
-            "one: log in with `hf auth login`)"
+            f"{lost}, and no such repository on the Hub (or a private one: log in with "
+            "`hf auth login`)"
         ) from None
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled):
-        return _cached(name, revision)
+        if (cached := _cached(name, revision)) is not None:
+            return cached
+        raise NetworkError(
+            f"{lost}, and the Hub could not be reached to look for a repository of that name; "
+            "check the spelling, or try again"
+        ) from None
+
+
+def _in_a_folder(path: Path) -> bool:
+    """Whether a path that leads nowhere begins with a folder that is there, or names a file."""
+    return path.suffix in (".safetensors", *PICKLE_SUFFIXES) or Path(path.parts[0]).is_dir()
+
+
+def _near(path: Path) -> str:
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, names)
+    return f" (in {path.parent} there is {', '.join(near)})" if near else ""
 
 
 def _files(name: str, revision: str | None) -> list[str]:
@@ -81,7 +100,7 @@ def _files(name: str, revision: str | None) -> list[str]:
     return [file.rfilename for file in info.siblings or []]
 
 
-def _cached(name: str, revision: str | None) -> Path:
+def _cached(name: str, revision: str | None) -> Path | None:
     # Pickles that were left out do not make a snapshot incomplete.
     for ignored in (OTHER_FRAMEWORKS, OTHER_FRAMEWORKS + PICKLES):
         try:
@@ -92,7 +111,4 @@ def _cached(name: str, revision: str | None) -> Path:
             )
         except LocalEntryNotFoundError:
             continue
-    raise NetworkError(
-        f"{name}: no such file or folder here, and the Hub could not be reached to look for a "
-        "repository of that name; check the spelling, or try again"
-    )
+    return None

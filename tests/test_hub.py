@@ -46,6 +46,27 @@ def test_what_can_be_no_repository_is_a_missing_path(name: str) -> None:
         locate(name)
 
 
+def test_a_path_that_begins_with_a_folder_here_is_a_missing_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "x-1").mkdir(parents=True)
+    for name in ("runs/x", "weights.pt", "user/model.safetensors"):
+        with pytest.raises(InputError, match=f"^{name}: no such file or folder"):
+            locate(name)
+    with pytest.raises(InputError, match=r"folder \(in runs there is x-1\)"):
+        locate("runs/x_1")
+
+
+def test_a_misspelt_folder_is_told_before_the_network(tmp_path: Path) -> None:
+    (tmp_path / "my-model").mkdir()
+    for name in ("my-modle", "owner/name"):
+        code, _, err = run(tmp_path, "evaluate", name, "--data", "x.jsonl", HF_HUB_OFFLINE="1")
+        hint = " (in . there is my-model)" if name == "my-modle" else ""
+        first = f"error: {name}: no such file or folder{hint}, and the Hub could not be reached"
+        assert (code, err.startswith(first)) == (75, True), err
+
+
 def test_a_repository_with_its_fisher_is_fine_tuned_without_the_old_data(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
