@@ -354,6 +354,22 @@ def cli() -> None:
     log = logging.getLogger("consolidate")
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
+    _note_misspelt_variables()
+
+
+def _note_misspelt_variables() -> None:
+    """Tell of variables that begin like ours and set no option; their values are never shown."""
+    known = {
+        f"CONSOLIDATE_{command}_{option.name}".replace("-", "_").upper()
+        for command, below in cli.commands.items()
+        for option in below.params
+        if isinstance(option, click.Option)
+    }
+    for name in sorted(os.environ):
+        if name.startswith("CONSOLIDATE_") and name not in known:
+            near = get_close_matches(name, known, 1, 0.8)
+            hint = f"; the nearest is {near[0]}" if near else ""
+            logging.getLogger("consolidate").info(f"{name} sets no option{hint}")
 
 
 class _StderrHandler(logging.Handler):

@@ -229,6 +229,23 @@ def test_flags_win_over_variables_and_variables_over_the_file(
     assert "max_examples" in err
 
 
+def test_misspelt_variables_are_told_without_their_values(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, network_checkpoint: Path
+) -> None:
+    monkeypatch.setenv("CONSOLIDATE_FINETUNE_EWC_LAMDA", "secret")
+    monkeypatch.setenv("CONSOLIDATE_TOKEN", "secret")
+    monkeypatch.setenv("CONSOLIDATE_FISHER_MAX_EXAMPLES", "6")
+    code, _, err = run(capsys, "verify", network_checkpoint)
+    assert code == 3
+    assert err.splitlines()[:2] == [
+        "CONSOLIDATE_FINETUNE_EWC_LAMDA sets no option; the nearest is "
+        "CONSOLIDATE_FINETUNE_EWC_LAMBDA",
+        "CONSOLIDATE_TOKEN sets no option",
+    ]
+    assert "MAX_EXAMPLES" not in err
+    assert "secret" not in err
+
+
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     for name in cli.commands:
         code, out, _ = run(capsys, name, "--help")
