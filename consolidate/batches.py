@@ -118,14 +118,22 @@ def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
         The outputs, (B, …) floating point, attached to the graph.
 
     Raises:
-        InputError: If the model gives neither a tensor nor something with `logits`.
+        InputError: If the model cannot take the inputs, or gives neither a tensor nor something
+            with `logits`.
     """
-    if isinstance(inputs, Mapping):
-        outputs = model(**_with_decoder_inputs(model, inputs, labels))
-    elif isinstance(inputs, tuple | list):
-        outputs = model(*inputs)
-    else:
-        outputs = model(inputs)
+    try:
+        if isinstance(inputs, Mapping):
+            outputs = model(**_with_decoder_inputs(model, inputs, labels))
+        elif isinstance(inputs, tuple | list):
+            outputs = model(*inputs)
+        else:
+            outputs = model(inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if out_of_memory(error):
+            raise
+        raise InputError(
+            f"The model cannot take {_described(inputs)}: {type(error).__name__}: {error}"
+        ) from error
     if isinstance(outputs, Mapping):
         outputs = outputs.get("logits", outputs)
     elif not isinstance(outputs, Tensor):
@@ -163,6 +171,17 @@ def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         items = [_map(function, item) for item in value]
         return items if isinstance(value, list) else tuple(items)
     return value
+
+
+def _described(inputs: Any) -> str:
+    """Name the inputs with their shapes and dtypes."""
+    if isinstance(inputs, Tensor):
+        return f"{str(inputs.dtype).removeprefix('torch.')} {list(inputs.shape)}"
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{key}: {_described(item)}" for key, item in inputs.items())
+    if isinstance(inputs, tuple | list):
+        return ", ".join(map(_described, inputs))
+    return type(inputs).__name__
 
 
 def _with_decoder_inputs(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:

@@ -142,6 +142,7 @@ def fisher_diagonal(
         raise UsageError(f"tolerance is {tolerance}; it must be finite and above 0.")
     if accumulate_dtype not in (torch.float32, torch.float64):
         raise UsageError(f"accumulate_dtype is {accumulate_dtype}; it is float32 or float64.")
+    _refuse_compiled(model)
     _refuse_batch_statistics(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
@@ -300,6 +301,15 @@ def _measuring(model: nn.Module) -> Iterator[None]:
             if not torch.equal(buffer, copy):
                 with torch.no_grad():
                     buffer.copy_(copy)
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"{name or 'the model'!r} is a torch.jit.ScriptModule, whose layers cannot be "
+                "looked into: give the module that it was compiled from."
+            )
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:

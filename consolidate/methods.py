@@ -81,6 +81,9 @@ def choose_methods(
         forward: Runs the model.
         dtype: The type that gradients are squared in.
         levels: A former plan's, to start from.
+
+    Raises:
+        InputError: If the model draws random numbers.
     """
     everything_by_loop = Plan(dict.fromkeys(parameters, "loop"), [], {})
     try:
@@ -98,6 +101,12 @@ def choose_methods(
             if outputs.shape != probe[:1].shape:
                 return everything_by_loop
             if not _near(outputs.detach(), together[example : example + 1]):
+                if not _near(forward(batch).detach(), together):
+                    raise InputError(
+                        "The model gives other outputs each time that it is run on the same batch: "
+                        "it draws random numbers in eval mode too (a functional dropout without "
+                        "`training=self.training`, for one). Make it deterministic there."
+                    )
                 # Examples that change one another's outputs: each alone is what can be measured.
                 return everything_by_loop._replace(disagreed=dict.fromkeys(reached, "rule"))
             add_gradients(squares, reached, outputs, [probe[example : example + 1]])

@@ -496,10 +496,38 @@ def test_the_model_comes_back_when_a_pass_is_broken_off(error, where):
 
     if where == "model":
         model.body.register_forward_hook(stop)
-    with pytest.raises(error, match="stop"):
+    told = InputError if where == "model" and error is RuntimeError else error
+    with pytest.raises(told, match="stop"):
         fisher_diagonal(model, batches(), "softmax", progress=stop if where == "progress" else None)
     assert_untouched(model, before, values)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_inputs_of_another_width_are_an_input_error(size):
+    model = nn.Sequential(nn.Linear(784, 4), nn.ReLU(), nn.Linear(4, 3))
+    why = r"The model cannot take float32 \[1, 64\]: RuntimeError: mat1 and mat2 shapes"
+    with pytest.raises(InputError, match=why):
+        fisher_diagonal(model, cut(torch.zeros(8, 64), torch.zeros(8).long(), size), "softmax")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_compiled_modules_are_refused():
+    compiled = torch.jit.script(nn.Linear(5, 3))
+    for model, name in ((compiled, "the model"), (nn.Sequential(compiled), "0")):
+        with pytest.raises(InputError, match=f"'{name}' is a torch.jit.ScriptModule"):
+            fisher_diagonal(model, [data(4)], "softmax")
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5)
+
+
+def test_a_model_that_draws_random_numbers_is_refused():
+    model = nn.Sequential(nn.Linear(5, 4), Noisy(), nn.Linear(4, 3))
+    with pytest.raises(InputError, match="draws random numbers in eval mode"):
+        fisher_diagonal(model, [data(8)], "softmax")
 
 
 def test_dropout_and_batch_statistics_are_off():
@@ -819,7 +847,7 @@ def test_an_encoder_decoder_gets_its_inputs_from_the_labels():
     assert model_outputs(model, given, labels) is ids
     model.prepare_decoder_input_ids_from_labels = lambda labels: labels + 1
     assert model_outputs(model, {"input_ids": ids}, labels).tolist() == [[4, 5, -99, -99]]
-    with pytest.raises(TypeError, match="decoder_input_ids"):
+    with pytest.raises(InputError, match=r"take input_ids: int64 \[1, 4\]: TypeError.*decoder_inp"):
         model_outputs(model, {"input_ids": ids}, torch.tensor([3]))
 
 
