@@ -109,9 +109,10 @@ What stands between these figures and the aims:
   A kernel that squares a product while it is in registers would save that; plain torch has none.
 - **Convolutions.** The same, only more so: at 4 × 4 positions an example's gradient of a 512 × 512
   kernel has 16 terms for each of 2.4 million elements, and is bound by memory.
-- **Calls.** A batch of the MLP is {mlp} of work in a plain pass, made by some thirty calls. Marking
-  three layers and adding up their squares takes another hundred small ones, whose cost does not
-  grow with the batch: at 1,024 examples the ratio is lower.
+- **Calls.** A batch of the MLP is {mlp} of work in a plain pass, made by some fifty operations. The
+  squares of what goes in and out of three layers, and their sums, are forty more; they are little
+  arithmetic, and what calling them costs does not grow with the batch: at 1,024 examples the ratio
+  is lower.
 
 {details}
 
