@@ -456,7 +456,9 @@ def _output_bytes(source: Checkpoint, *, whole: bool) -> int:
 
 def _task_names(folder: Path) -> str:
     try:
-        return ", ".join(task.name for task in read_ledger(folder / LEDGER_NAME).tasks)
+        ledger = read_ledger(folder / LEDGER_NAME)
+        heads = f" and the output layers of {', '.join(ledger.heads)}" if ledger.heads else ""
+        return ", ".join(task.name for task in ledger.tasks) + heads
     except ConsolidateError as error:
         return f"tasks unknown ({error})"
 

@@ -276,34 +276,45 @@ def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> l
     return found
 
 
-def label_values(rows: Rows, objective: str, columns: Columns | None = None) -> list[str]:
+def label_values(
+    rows: Rows, objective: str, columns: Columns | None = None, *, used: bool = False
+) -> list[str]:
     """Collect the labels that are in the data, as names.
 
     Args:
         rows: The data.
         objective: A name of `OBJECTIVES` whose outcomes are labels.
         columns: Where the labels are.
+        used: Leave out names that the data state and no row has.
 
     Returns:
-        The data's own order where they state one; else numbers in order, or names sorted.
+        The data's own order where they state one; else numbers in order, or names sorted. Rows of
+        K zeros and ones, of a multi-label task, stand for the labels from 0 to K − 1.
 
     Raises:
         InputError: No label column, or a row without a label.
     """
     column = label_column(rows, columns or Columns(), objective)
     stated = rows.label_names(column)
-    if stated is not None:
+    if stated is not None and not used:
         return list(stated)
     found: set[str] = set()
+    lengths: set[int] = set()
     values = rows.values(column) if rows.tensors is None else _distinct(rows.tensors[column])
     for i, value in enumerate(values):
         several = objective in ("multi-label", "token-classification")
-        for one in as_list(value, rows.where(i, column)) if several else [value]:
+        row = as_list(value, rows.where(i, column)) if several else [value]
+        lengths.add(len(row))
+        for one in row:
             if one is None or one == "":
                 raise InputError(f"{rows.where(i, column)}: there is no label")
             number = as_integer(one)
             if number != -100 or objective != "token-classification":
                 found.add(str(one) if number is None else str(number))
+    if stated is not None:
+        return [name for i, name in enumerate(stated) if {str(i), name} & found]
+    if objective == "multi-label" and found <= {"0", "1"} and len(lengths) == 1:
+        return [str(i) for i in range(lengths.pop())]
     return sorted(found, key=int) if all(n.isdecimal() for n in found) else sorted(found)
 
 

@@ -319,6 +319,8 @@ def finetune(
         raise UsageError("--evaluate-every needs data to measure: name them with --evaluate")
     if head not in HEADS:
         raise UsageError(f"--head {head}: expected one of {', '.join(HEADS)}")
+    if head_parameters and head == "keep":
+        raise UsageError("--head-parameters has no meaning with --head keep: leave it out")
     target = Path(output_dir)
     opened = _open(
         checkpoint,

@@ -93,15 +93,16 @@ def fit_model(
     if new_labels is not None:
         return fitted
     if head == "keep":
-        _check_labels(rows, model, columns, patterns)
+        _check_labels(rows, model, columns)
         return fitted
     if model.objective.language or (head == "extend" and not model.objective.has_labels):
         raise UsageError(f"--head {head} has no meaning for {model.objective.name}: no labels")
     tensors = head_tensors(model, patterns)
     if head == "new":
-        return _with_new_head(load, fitted, tensors, _names_in(rows, model, columns))
+        return _with_new_head(load, fitted, tensors, _new_names(rows, model, columns))
     known = _known(model, tensors)
-    lacking = [n for n in _names_in(rows, model, columns) if matched_label(n, known) is None]
+    found = label_values(rows, model.objective.name, columns, used=True)
+    lacking = [name for name in found if matched_label(name, known) is None]
     if not lacking:
         LOG.info("the output layer has all labels of %s: nothing to extend", rows.name)
         return fitted
@@ -246,7 +247,7 @@ def _last_layer(module: nn.Module) -> set[str]:
     return set(parameters)
 
 
-def _names_in(rows: Rows, model: Model, columns: Columns) -> list[str]:
+def _new_names(rows: Rows, model: Model, columns: Columns) -> list[str]:
     if model.objective.name == "regression":
         return label_names(rows, "regression", columns)
     return label_values(rows, model.objective.name, columns)
@@ -258,15 +259,15 @@ def _known(model: Model, head: Sequence[str]) -> list[str]:
     return model.labels or [str(i) for i in range(count)]
 
 
-def _check_labels(rows: Rows, model: Model, columns: Columns, patterns: Sequence[str]) -> None:
+def _check_labels(rows: Rows, model: Model, columns: Columns) -> None:
     """Refuse data with labels that the model does not know by name."""
     if not model.objective.has_labels or model.objective.name == "multi-label":
         return  # a row of zeros and ones has no names
     try:
-        known = _known(model, head_tensors(model, patterns))
+        known = _known(model, head_tensors(model))
     except UsageError:
         return  # the numbers are held against the model's outputs while they are encoded
-    found = label_values(rows, model.objective.name, columns)
+    found = label_values(rows, model.objective.name, columns, used=True)
     stated = rows.label_names(label_column(rows, columns, model.objective.name))
     if stated is not None and model.labels is None and len(stated) == len(known):
         return  # classes in the data's order, as is said while they are encoded
@@ -288,7 +289,7 @@ def _with_new_head(load: Load, fitted: Fitted, head: list[str], names: list[str]
     fresh = _with_fresh_head(load, source, head, names)
     made = file_weights(fresh)
     values = {name: made[name].cpu().to(source.weights[name].dtype, copy=True) for name in head}
-    fresh = _starting_from(fresh, source, values)
+    fresh = _starting_from(fresh, fitted.model, values)
     if before is None:
         LOG.info("the output layer so far is not kept, since no task of a ledger uses it")
         return replace(fitted, model=fresh)
@@ -334,7 +335,7 @@ def _with_wider_head(load: Load, fitted: Fitted, head: list[str], names: list[st
             )
         new[: len(old)] = old
         values[name] = new
-    wide = _starting_from(wide, source, values)
+    wide = _starting_from(wide, fitted.model, values)
     state = wide.module.state_dict()
     with torch.no_grad():
         for name, tensor in wide.layout.to_module(values).items():
@@ -371,10 +372,11 @@ def _shapes(model: Model, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(made[name].shape) for name in names}
 
 
-def _starting_from(model: Model, source: Checkpoint, values: Mapping[str, Tensor]) -> Model:
+def _starting_from(model: Model, before: Model, values: Mapping[str, Tensor]) -> Model:
     """Give the model the checkpoint that it would have been loaded from, in the file's order."""
-    weights = Overlaid(source.weights, replaced=values)
-    return replace(model, checkpoint=replace(model.checkpoint, weights=weights))
+    weights = Overlaid(before.checkpoint.weights, replaced=values)
+    checkpoint = replace(model.checkpoint, weights=weights)
+    return replace(model, checkpoint=checkpoint, notes=before.notes)
 
 
 def _padded(

@@ -283,6 +283,22 @@ def test_which_layer_is_the_head_can_be_said(pairs: Callable[..., Path], tmp_pat
     assert weights_of(tmp_path / "b")["out.bias"].shape == (3,)
 
 
+def test_a_head_that_no_task_uses_is_not_kept(
+    start: Path, pairs: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"head": "new", "penalty": "none", **FAST}
+    with caplog.at_level("INFO", logger="consolidate"):
+        finetuning.finetune(start, pairs(2, 3), task="b", output_dir=tmp_path / "b", **options)
+    assert "the output layer so far is not kept" in caplog.text
+    assert not read_fisher(tmp_path / "b" / "fisher").heads
+    with pytest.raises(UsageError, match="no meaning with --head keep"):
+        finetuning.finetune(
+            start, pairs(0, 1), output_dir=tmp_path / "c", head_parameters=["2.*"], ewc_lambda=1.0,
+            **MODEL,
+        )  # fmt: skip
+    commands.fisher(tmp_path / "b", pairs(2, 3), overwrite=True, **MODEL)
+
+
 def test_a_factory_of_a_fixed_width_is_refused(
     network_checkpoint: Path, pairs: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -398,6 +414,46 @@ def test_a_classifier_of_transformers_gets_new_and_wider_heads(
     assert config["id2label"] == {"0": "art", "1": "news", "2": "sport", "3": "travel"}
     assert weights_of(tmp_path / "c")["classifier.weight"].shape == (4, 16)
     inspection.verify(tmp_path / "c")
+
+
+@pytest.mark.parametrize("objective", ["multi-label", "regression", "token-classification"])
+def test_other_objectives_get_heads(tmp_path: Path, objective: str) -> None:
+    cls = {
+        "token-classification": transformers.BertForTokenClassification,
+    }.get(objective, transformers.BertForSequenceClassification)
+    config = tiny_models.bert_config(num_labels=2)
+    folder = tiny_models.save(tmp_path / "start", cls, config, tiny_models.word_tokenizer())
+    rows: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+        "multi-label": (
+            [{"text": "the cat", "labels": [0, 1]}, {"text": "a dog", "labels": [1, 1]}],
+            [{"text": "the mat", "labels": [0, 1, 1]}, {"text": "a day", "labels": [0, 0, 0]}],
+        ),
+        "regression": (
+            [{"text": "the cat", "label": [0.5, 1.0]}, {"text": "a dog", "label": [1.0, 2.0]}],
+            [{"text": "the mat", "label": 0.3}, {"text": "a day", "label": 0.7}],
+        ),
+        "token-classification": (
+            [{"tokens": ["the", "cat"], "labels": [0, 1]}],
+            [{"tokens": ["a", "dog"], "labels": ["O", "X"]}],
+        ),
+    }
+    files = {}
+    for name, lines in zip(("old", "new"), rows[objective], strict=True):
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in lines))
+    commands.fisher(folder, files["old"], objective=objective)
+    out = tmp_path / "out"
+    result = finetuning.finetune(
+        folder, files["new"], output_dir=out, objective=objective, head="new", ewc_lambda=1.0,
+        evaluate=files,
+    )  # fmt: skip
+    kept = head_of(out, "old")
+    assert all(torch.equal(kept[name], weights_of(folder)[name]) for name in kept)
+    width = {"multi-label": 3, "regression": 1, "token-classification": 2}[objective]
+    assert weights_of(out)["classifier.weight"].shape == (width, 16)
+    found = commands.evaluate(out, files, objective=objective)
+    for name in files:
+        assert found[name] == pytest.approx(result["metrics"]["after"][name])
 
 
 def test_the_head_in_half_precision_stays_so(classifier: Path, tmp_path: Path) -> None:

@@ -203,6 +203,32 @@ def test_statistics_stay_frozen_unless_told() -> None:
     assert not torch.equal(frozen[1].weight, before["weight"])
 
 
+def test_statistics_that_follow_a_new_task_forget_the_old_one() -> None:
+    """Even where no weight moves: the penalty holds parameters, and statistics are none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).double()
+    inputs = torch.randn(64, 5, dtype=torch.float64)
+    old = [(inputs, inputs[:, :3].argmax(1))] * 200
+    run(model, old, norm_statistics="update")
+    new = [(4 * inputs + 5, torch.randint(3, (64,)))] * 50
+
+    def old_loss(model: nn.Module) -> float:
+        model.eval()
+        with torch.no_grad():
+            return float(cross_entropy(model(inputs), old[0][1]))
+
+    losses = {"start": old_loss(model)}
+    for statistics in ("frozen", "update"):
+        after = copy.deepcopy(model)
+        held = Penalty.l2(after, ewc_lambda=1e12)
+        run(after, new, penalty=held, penalty_step="proximal", norm_statistics=statistics)
+        for a, b in zip(after.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+        losses[statistics] = old_loss(after)
+    assert losses["frozen"] == pytest.approx(losses["start"], abs=1e-6)
+    assert losses["update"] > losses["start"] + 0.5
+
+
 def test_freezing_leaves_norms_without_statistics_alone() -> None:
     model = nn.Sequential(nn.InstanceNorm1d(3), nn.Dropout())
     model.train()
