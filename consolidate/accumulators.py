@@ -133,7 +133,8 @@ class Accumulators:
     def means(self, divisor: int) -> dict[str, Tensor]:
         """Return the totals over the divisor; they are not to be added to any more."""
         self._fold()
-        return {name: total.div_(divisor) for name, total in self._totals.items()}
+        # Sums over pairs of positions round to a little below 0 where a gradient is nothing.
+        return {name: total.div_(divisor).clamp_(min=0) for name, total in self._totals.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that `load` needs, of a moment when nothing was added since the last fold."""

@@ -125,3 +125,10 @@ def test_the_spread_is_that_of_what_was_measured():
     s = squares[::4].double().sum((1, 2))
     expected = s.std().item() / math.sqrt(40) / s.mean().item()
     assert sums.relative_errors()["w"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_rounding_below_nothing_is_nothing():
+    sums = Accumulators(parameters(), torch.float32)
+    sums.sums["w"] -= 1e-16  # g_s g_t over the pairs of positions, where Σ_t g_t is 0
+    add(sums, torch.zeros(1, 2, 3))
+    assert torch.equal(sums.means(1)["w"], torch.zeros(2, 3))
