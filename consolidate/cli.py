@@ -708,6 +708,29 @@ def merge(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("run_file", metavar="TASKS.TOML", type=click.Path(path_type=Path))
+@click.option(
+    "--output-dir",
+    metavar="DIR",
+    help="Where the checkpoints go; as the file says by default.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be done or skipped, and why.")
+@COMMON
+def run(run_file: Path, as_json: bool, **options: Any) -> None:
+    """Train a chain of tasks, one after the other, as TASKS.TOML says.
+
+    A step is skipped if its checkpoint is whole and was made from the same content: the
+    checkpoint before it, data, test data and options. So the same command goes on after it was
+    stopped, and after a change it does again only what the change concerns.
+
+    Example: consolidate run tasks.toml --dry-run
+    """
+    from consolidate import running
+
+    _write(running.run(run_file, **options), as_json, _run_text)
+
+
+@cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
     "--top",
@@ -882,6 +905,20 @@ def _merge_text(result: dict[str, Any]) -> str:
         f"{', '.join(result['tasks'])}; {result['parameters']:,} parameters, "
         f"trace {result['trace']:.4g}"
     )
+
+
+def _run_text(result: dict[str, Any]) -> str:
+    from consolidate.inspection import matrix_text
+
+    lines = []
+    for step in result["steps"]:
+        reason = "" if step["reason"] is None else f": {step['reason']}"
+        lines.append(f"{step['step']}  {step['status']}{reason}")
+    if result["status"] == "dry run":
+        return "\n".join([*lines, "Nothing was done: this was a dry run."])
+    if result["accuracy_matrix"] is not None:
+        lines += ["", matrix_text(result["accuracy_matrix"]), ""]
+    return "\n".join([*lines, f"the last checkpoint: {result['checkpoint']}"])
 
 
 def _verify_text(summary: dict[str, Any]) -> str:

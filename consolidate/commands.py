@@ -148,10 +148,10 @@ def fisher(
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in the weights or in the Fisher.
     """
-    if add and overwrite:
+    in_place = output_dir is None
+    if in_place and add and overwrite:
         raise UsageError("--add and --overwrite exclude each other: keep the Fisher or replace it")
     folder = locate(checkpoint, revision)
-    in_place = output_dir is None
     if in_place and (not folder.is_dir() or not Path(checkpoint).exists()):
         raise UsageError(f"{checkpoint} is no local folder: say where to write with --output-dir")
     source = open_checkpoint(folder)

@@ -314,7 +314,7 @@ def finetune(
         evaluate_every=evaluate_every,
         seed=seed,
     )
-    _check_options(penalty, ewc_lambda, penalty_dtype, penalty_device, recipe)
+    check_options(penalty, ewc_lambda, penalty_dtype, penalty_device, recipe)
     if evaluate_every is not None and not evaluate:
         raise UsageError("--evaluate-every needs data to measure: name them with --evaluate")
     if head not in HEADS:
@@ -434,13 +434,25 @@ def finetune(
     return result
 
 
-def _check_options(
+def check_options(
     penalty: str,
     ewc_lambda: object,
     penalty_dtype: torch.dtype | None,
     penalty_device: str | None,
     recipe: Recipe,
 ) -> None:
+    """Refuse options of `finetune` that no run could have, whatever the checkpoint and the data.
+
+    Args:
+        penalty: As in `finetune`.
+        ewc_lambda: As in `finetune`.
+        penalty_dtype: As in `finetune`.
+        penalty_device: As in `finetune`.
+        recipe: The others.
+
+    Raises:
+        UsageError: One is out of its range, or two contradict each other.
+    """
     for option, value, known in (
         ("penalty", penalty, ("ewc", "l2", "none")),
         ("penalty-step", recipe.penalty_step, STEPS),
@@ -577,7 +589,8 @@ def _load(
         encoded = {}
         for name, spec in data.items():
             task_file, rows = open_task(spec)
-            used = columns_of(opened.columns, task_file)
+            # A task file of its own knows better than the options, which are the new task's.
+            used = Columns(**{**asdict(opened.columns), **task_file.columns()})
             encoded[name] = encode(rows, with_heads.get(name, loaded), columns=used, **encoding)
         return encoded
 

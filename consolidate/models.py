@@ -227,6 +227,26 @@ def unprotected(model: Model, protected: Iterable[str], frozen: str = "frozen") 
 # --- a user's own module -----------------------------------------------------------------------
 
 
+def fresh_weights(factory: str, config: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    """Make a module of the user's own afresh and give its weights, as they are to be stored.
+
+    Args:
+        factory: As for `load_model`.
+        config: What the factory is called with.
+        seed: Of the weights.
+
+    Returns:
+        By the names of the state dict, tied ones once.
+
+    Raises:
+        UsageError: The factory cannot be called.
+    """
+    with _untouched_randomness(seed):
+        module = _call_factory(factory, config)
+    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    return {name: tensor for name, tensor in module.state_dict().items() if name in own}
+
+
 def _from_factory(
     checkpoint: Checkpoint,
     objective: Objective,

@@ -163,7 +163,7 @@ def write_checkpoint(
     write_tensors(staging, weights, metadata={"format": "pt"}, max_shard_size=max_shard_size)
     if not source.path.is_dir():
         return
-    others = list(_other_files(source))
+    others = list(other_files(source))
     try:
         sizes = sum(file.stat().st_size for file, _ in others)
         with explain_full_disk(staging, sizes):
@@ -172,6 +172,22 @@ def write_checkpoint(
                 shutil.copyfile(file, staging / name)
     except PermissionError as error:
         raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def other_files(source: Checkpoint) -> Iterator[tuple[Path, Path]]:
+    """Give what `write_checkpoint` keeps of a folder beside its weights.
+
+    Args:
+        source: A checkpoint in a folder.
+
+    Yields:
+        Each file, and its name relative to the folder.
+    """
+    root = source.path
+    used = {file.name for file in source.files}
+    for entry in sorted(root.iterdir()):
+        if entry.name not in used and not _OF_THE_OLD_WEIGHTS.fullmatch(entry.name):
+            yield from _files_below(root, entry, frozenset())
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
@@ -243,15 +259,6 @@ def _refuse_quantized(path: Path, weights: Mapping[str, Tensor], config: dict[st
         if _PACKED.fullmatch(name) or (narrow and is_weight):
             found = str(dtype).removeprefix("torch.")
             raise InputError(f"{path}: tensor {name!r} ({found}) is of quantized weights; {remedy}")
-
-
-def _other_files(source: Checkpoint) -> Iterator[tuple[Path, Path]]:
-    """Give each file to copy with its name relative to the folder."""
-    root = source.path
-    used = {file.name for file in source.files}
-    for entry in sorted(root.iterdir()):
-        if entry.name not in used and not _OF_THE_OLD_WEIGHTS.fullmatch(entry.name):
-            yield from _files_below(root, entry, frozenset())
 
 
 def _files_below(root: Path, entry: Path, above: frozenset[Path]) -> Iterator[tuple[Path, Path]]:

@@ -3,8 +3,10 @@
 import dataclasses
 import difflib
 import tomllib
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from formats.data import DATA_SUFFIXES, Rows, open_data
 from formats.errors import InputError, UsageError
@@ -62,20 +64,9 @@ def read_task_file(path: Path) -> TaskFile:
         InputError: missing, not TOML, an unknown key (near ones are offered), a value that is no
             string or is empty, no `data`, or a name that is not a task's.
     """
-    try:
-        content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8. Save it with the encoding UTF-8.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path} is not valid TOML: {error}.") from None
-    keys = [field.name for field in dataclasses.fields(TaskFile)]
+    content = read_toml(path)
+    refuse_unknown(str(path), content, [field.name for field in dataclasses.fields(TaskFile)])
     for key, value in content.items():
-        if key not in keys:
-            near = difflib.get_close_matches(key, keys)
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(keys)}."
-            raise InputError(f"{path}: unknown key {key!r}. {hint}")
         if not isinstance(value, str) or not value:
             raise InputError(f"{path}: {key} must be a string that is not empty, found {value!r}.")
     if "data" not in content:
@@ -85,10 +76,50 @@ def read_task_file(path: Path) -> TaskFile:
             check_task_name(content["name"])
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-    return TaskFile(**{**content, "data": _resolve(content["data"], path.parent)})
+    return TaskFile(**{**content, "data": resolve(content["data"], path.parent)})
 
 
-def _resolve(data: str, folder: Path) -> str:
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        InputError: missing, not UTF-8 or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8. Save it with the encoding UTF-8.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not valid TOML: {error}.") from None
+
+
+def refuse_unknown(where: str, found: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a key that is not known, and offer near ones.
+
+    Args:
+        where: what the message calls the place.
+        found: the keys that are there.
+        known: those that may be.
+
+    Raises:
+        InputError: one is not known.
+    """
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(key, known)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known)}."
+            raise InputError(f"{where}: unknown key {key!r}. {hint}")
+
+
+def resolve(data: str, folder: Path) -> str:
+    """Give what a file means by a path or Hub id: a path is relative to the file's folder.
+
+    Args:
+        data: as written.
+        folder: where the file is.
+    """
     local = folder / Path(data).expanduser()
     if not local.exists() and _looks_like_hub_id(data):
         return data

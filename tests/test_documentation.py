@@ -1,6 +1,7 @@
 """README and docs/: their commands and their Python run, their links resolve, cli.md is current.
 
-A page's blocks marked `sh` and `python` run in order, in one folder and one namespace. The folder
+A page's blocks marked `sh` and `python` run in order, in one folder and one namespace; those marked
+`toml` whose first line is `# NAME.toml` are written to that file on the way. The folder
 holds what the examples speak of (see `workspace`), and nothing is reset between blocks: a command
 may use what an earlier one wrote. `<!-- not run: REASON -->` in the line before leaves a block out.
 """
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 RUN = [page for page in PAGES if page.name != "cli.md" and page.parent.name != "results"]
 BLOCK = re.compile(
-    r"^(<!-- not run: .+ -->\n)?```(sh|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE
+    r"^(<!-- not run: .+ -->\n)?```(sh|python|toml)\n(.*?)^```$", re.DOTALL | re.MULTILINE
 )
 NOT_OURS = {"git", "pip", "cd", "npm", "python", "torchrun"}  # what a block may say beside us
 
@@ -144,6 +145,9 @@ def test_examples_run(page: Path, workspace: Path) -> None:
     for language, code in blocks(page):
         if language == "sh":
             run_shell(code, workspace)
+        elif language == "toml":
+            if name := re.match(r"# (\w+\.toml)\n", code):
+                (workspace / name[1]).write_text(code, encoding="utf-8")
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("default")

@@ -1,0 +1,107 @@
+"""`tasks.toml` is read strictly, and its paths are relative to it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from formats.errors import InputError
+from formats.run_file import read_run_file
+
+OPTIONS = ("ewc-lambda", "epochs", "learning-rate", "max-length")
+WHOLE = """
+start = "old-model"
+revision = "main"
+fisher = "elsewhere/fisher"
+output-dir = "out"
+evaluate-ahead = true
+
+[evaluate]
+old = "old.jsonl"
+
+[defaults]
+ewc-lambda = 100
+epochs = 2
+
+[[task]]
+name = "one"
+data = "one.jsonl"
+evaluate = "one-test.jsonl"
+train = false
+
+[[task]]
+name = "two"
+data = "owner/data"
+epochs = 3
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "tasks.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_everything_is_read_and_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "old-model").mkdir()
+    (tmp_path / "elsewhere" / "fisher").mkdir(parents=True)
+    run = read_run_file(write(tmp_path, WHOLE), OPTIONS)
+    assert run.start == str(tmp_path / "old-model")
+    assert run.fisher == str(tmp_path / "elsewhere" / "fisher")
+    assert run.output_dir == tmp_path / "out"
+    assert (run.revision, run.evaluate_ahead, run.config) == ("main", True, None)
+    assert run.evaluate == {"old": str(tmp_path / "old.jsonl")}
+    assert run.defaults == {"ewc-lambda": 100, "epochs": 2}
+    one, two = run.tasks
+    assert (one.name, one.train, one.options) == ("one", False, {})
+    assert one.evaluate == str(tmp_path / "one-test.jsonl")
+    assert (two.data, two.evaluate, two.train, two.options) == (
+        "owner/data",
+        None,
+        True,
+        {"epochs": 3},
+    )
+
+
+def test_what_is_left_out(tmp_path: Path) -> None:
+    run = read_run_file(write(tmp_path, '[[task]]\nname = "a"\ndata = "a.npz"\n'), OPTIONS)
+    assert (run.start, run.output_dir, run.config, run.defaults) == (None, None, None, {})
+    assert not run.evaluate_ahead
+
+
+TASK = '[[task]]\nname = "a"\ndata = "a.npz"\n'
+REFUSED = {
+    "no task": ("", "there is no task"),
+    "a task that is no table": ('task = "a"', "there is no task"),
+    "no name": ('[[task]]\ndata = "a"', "task 1: name is missing"),
+    "no data": (TASK + '[[task]]\nname = "b"', "task 2: data is missing"),
+    "a bad name": (TASK.replace('"a"', '"a/b"'), "task 1: 'a/b' cannot name a task"),
+    "two of a name": (TASK + TASK, "two things are named 'a'"),
+    "a name among evaluate": ('[evaluate]\na = "x"\n' + TASK, "two things are named 'a'"),
+    "a typo at the top": ('outputdir = "x"\n' + TASK, "'outputdir'. Did you mean output-dir?"),
+    "a typo in defaults": ("[defaults]\newc-lamda = 1\n" + TASK, "Did you mean ewc-lambda?"),
+    "a typo in a task": (TASK + "epoch = 1", "task 1: unknown key 'epoch'. Did you mean epochs?"),
+    "an underscore": (TASK + "learning_rate = 1", "Did you mean learning-rate?"),
+    "what the run says itself": (TASK + 'overwrite = "b"', "unknown key 'overwrite'"),
+    "a number for a text": ("start = 3\n" + TASK, "start must be a string, found 3"),
+    "an empty text": ('start = ""\n' + TASK, "start must not be empty"),
+    "a text for yes or no": ('evaluate-ahead = "x"\n' + TASK, "must be true or false"),
+    "a text for a table": ('defaults = "x"\n' + TASK, "defaults must be a table"),
+    "start and config": ('start = "x"\n[config]\na = 1\n' + TASK, "leave one out"),
+    "a config that is no JSON": ("[config]\na = 2020-01-01\n" + TASK, "cannot be kept as JSON"),
+    "no TOML": ("start =", "is not valid TOML"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(tmp_path: Path, case: str) -> None:
+    text, message = REFUSED[case]
+    path = write(tmp_path, text)
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        read_run_file(path, OPTIONS)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"tasks\.toml cannot be read: No such file"):
+        read_run_file(tmp_path / "tasks.toml", OPTIONS)
