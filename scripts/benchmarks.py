@@ -258,7 +258,7 @@ def plot_powers(picture: Path, panels: Sequence[Panel]) -> list[dict[str, float]
         axis.set_xlabel(x_name)
         axis.set_ylabel(y_name)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1))  # above the points
         exponents.append(fitted)
     figure.savefig(picture, dpi=130, metadata={"Software": None})
     pyplot.close(figure)

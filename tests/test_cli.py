@@ -237,11 +237,10 @@ def test_misspelt_variables_are_told_without_their_values(
     monkeypatch.setenv("CONSOLIDATE_FISHER_MAX_EXAMPLES", "6")
     code, _, err = run(capsys, "verify", network_checkpoint)
     assert code == 3
-    assert err.splitlines()[:2] == [
-        "CONSOLIDATE_FINETUNE_EWC_LAMDA sets no option; the nearest is "
-        "CONSOLIDATE_FINETUNE_EWC_LAMBDA",
-        "CONSOLIDATE_TOKEN sets no option",
-    ]
+    near, none = err.splitlines()[:2]
+    assert near.startswith("CONSOLIDATE_FINETUNE_EWC_LAMDA sets no option; the nearest is ")
+    assert near.endswith(" CONSOLIDATE_FINETUNE_EWC_LAMBDA")
+    assert none == "CONSOLIDATE_TOKEN sets no option"
     assert "MAX_EXAMPLES" not in err
     assert "secret" not in err
 
