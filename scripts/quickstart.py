@@ -47,6 +47,8 @@ FINETUNE = [
     *("--evaluate", "A=a-test.npz", "--evaluate", "B=b-test.npz", "--overwrite"),
 ]
 
+BEGIN, END = "<!-- quickstart: by scripts/quickstart --readme -->", "<!-- quickstart ends -->"
+
 Scores = dict[str, dict[str, dict[str, float]]]  # "before", "epoch 1", …, "after" -> task -> metric
 
 
@@ -111,6 +113,14 @@ def table(results: dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
+def write_readme(results: dict[str, Scores], readme: Path) -> None:
+    """Put the table between the page's markers."""
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    text = f"{before}{BEGIN}\n```text\n{table(results)}\n```\n{END}{after}"
+    readme.write_text(text, encoding="utf-8")
+
+
 def plot(results: dict[str, Scores], path: Path) -> None:
     """Draw the accuracy on both tasks over the epochs on task B."""
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True, constrained_layout=True)
@@ -132,7 +142,9 @@ def main() -> None:
     """Do all of it in the folder named on the command line, quickstart-output/ by default."""
     parser = argparse.ArgumentParser(prog="scripts/quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "quickstart-output")
-    folder = parser.parse_args().folder.resolve()
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    options = parser.parse_args()
+    folder = options.folder.resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_data(folder)
@@ -150,6 +162,8 @@ def main() -> None:
     ewc = consolidate(folder, *FINETUNE, "--ewc-lambda", str(EWC_LAMBDA), "--output-dir", "with")
     results = {"no penalty": none["metrics"], f"EWC, λ = {EWC_LAMBDA}": ewc["metrics"]}
     plot(results, folder / "accuracy.png")
+    if options.readme:
+        write_readme(results, ROOT / "README.md")
     print(f"\n{table(results)}\n\nplot: {folder / 'accuracy.png'}")
 
 
