@@ -317,6 +317,15 @@ def evaluate(
         data = {Path(data).stem: data}
     stored = _stored_heads(folder / "fisher", source, task)
     tasks = {} if stored is None else {name: task or name for name in data}
+    if stored is not None and stored.heads:
+        known = {record.name for record in stored.ledger.tasks}
+        for name in [name for name in tasks if task is None and name not in known]:
+            LOG.info(
+                "%s is no task of the ledger: it is measured with the output layer in the weights, "
+                "and with that of an earlier task where --task names one (%s)",
+                name,
+                ", ".join(stored.heads),
+            )
     opened = {name: open_task(spec, split=split) for name, spec in data.items()}
     load = partial(
         load_model,

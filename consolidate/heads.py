@@ -286,7 +286,7 @@ def _listed(names: Sequence[str]) -> str:
 def _with_new_head(load: Load, fitted: Fitted, head: list[str], names: list[str]) -> Fitted:
     model, before = fitted.model, fitted.before
     source = model.checkpoint
-    fresh = _with_fresh_head(load, source, head, names)
+    fresh = _with_fresh_head(load, model, head, names)
     made = file_weights(fresh)
     values = {name: made[name].cpu().to(source.weights[name].dtype, copy=True) for name in head}
     fresh = _starting_from(fresh, fitted.model, values)
@@ -322,7 +322,7 @@ def _with_new_head(load: Load, fitted: Fitted, head: list[str], names: list[str]
 
 def _with_wider_head(load: Load, fitted: Fitted, head: list[str], names: list[str]) -> Fitted:
     source = fitted.model.checkpoint
-    wide = _with_fresh_head(load, source, head, names)
+    wide = _with_fresh_head(load, fitted.model, head, names)
     made = file_weights(wide)
     values = {}
     for name in head:
@@ -346,14 +346,16 @@ def _with_wider_head(load: Load, fitted: Fitted, head: list[str], names: list[st
     return Fitted(wide, _padded(fitted.before, values, rows), {**fitted.free, **rows})
 
 
-def _with_fresh_head(load: Load, source: Checkpoint, head: list[str], names: list[str]) -> Model:
-    """Load a checkpoint without its head, so that one is made afresh."""
+def _with_fresh_head(load: Load, model: Model, head: list[str], names: list[str]) -> Model:
+    """Load a model's checkpoint without its head, so that one is made afresh."""
+    source = model.checkpoint
+    objective = model.objective.name  # the number of labels must not decide it anew
     bare = replace(
         source,
         weights=Overlaid(source.weights, without=head),
         config=relabelled(source.config, names),
     )
-    model = load(bare, new_labels=names)
+    model = load(bare, new_labels=names, objective=objective)
     if set(model.layout.fresh) != set(head):
         other = sorted(set(model.layout.fresh) ^ set(head))[0]
         raise InputError(f"{source.path}: with new labels the model differs in {other} as well")

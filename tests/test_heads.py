@@ -129,6 +129,8 @@ def test_a_chain_with_a_head_per_task(
         own = weights_of(last) | (head_of(last, task) if task != "c" else {})
         assert metrics[task]["loss"] == pytest.approx(loss_of(own, data[task], labels[task]))
         assert results["c"]["metrics"]["after"][task] == pytest.approx(metrics[task])
+    with pytest.raises(InputError, match="none of the model's 3 labels, which are 4, 5, 6"):
+        commands.evaluate(last, {"other": data["a"]}, **MODEL)
     forced = commands.evaluate(last, {"other": data["a"]}, task="a", **MODEL)
     assert forced["other"] == metrics["a"]
     start_of_b = loss_of(weights_of(folders[1]) | head_of(folders[1], "a"), data["a"], [0, 1])
@@ -454,6 +456,15 @@ def test_other_objectives_get_heads(tmp_path: Path, objective: str) -> None:
     found = commands.evaluate(out, files, objective=objective)
     for name in files:
         assert found[name] == pytest.approx(result["metrics"]["after"][name])
+
+
+def test_one_label_makes_no_classifier(classifier: Path, tmp_path: Path) -> None:
+    commands.fisher(classifier, texts(tmp_path / "old.jsonl", "good", "bad"), task="old")
+    with pytest.raises(UsageError, match="at least two labels, not 1"):
+        finetuning.finetune(
+            classifier, texts(tmp_path / "one.jsonl", "x"), output_dir=tmp_path / "b", head="new",
+            ewc_lambda=1.0,
+        )  # fmt: skip
 
 
 def test_the_head_in_half_precision_stays_so(classifier: Path, tmp_path: Path) -> None:
