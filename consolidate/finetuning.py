@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial, wraps
@@ -472,6 +473,18 @@ def check_options(
     ):
         if number is not None and number < 1:
             raise UsageError(f"--{option} {number}: expected at least 1")
+    strength = ewc_lambda if isinstance(ewc_lambda, int | float) else None
+    for option, amount, least in (
+        ("ewc-lambda", strength, "from 0"),
+        ("learning-rate", recipe.learning_rate, "above 0"),
+        ("momentum", recipe.momentum, "from 0"),
+        ("weight-decay", recipe.weight_decay, "from 0"),
+        ("warmup-steps", recipe.warmup_steps, "from 0"),
+        ("max-grad-norm", recipe.max_grad_norm, "above 0"),
+    ):
+        fits = amount is None or (amount >= 0 and math.isfinite(amount))
+        if not fits or (amount == 0 and least == "above 0"):
+            raise UsageError(f"--{option} {amount}: expected a finite number {least}")
     free = penalty == "none" and "--penalty none"
     plain = recipe.optimizer != "sgd" and f"--optimizer {recipe.optimizer}"
     for option, given, without in (

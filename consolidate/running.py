@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from consolidate.chain import find_fisher
+from consolidate.chain import find_fisher, merging_options
 from consolidate.commands import fisher
 from consolidate.finetuning import Recipe, check_options, finetune
 from consolidate.hub import locate
@@ -215,6 +215,7 @@ def _check_training(options: Mapping[str, Any], where: str) -> None:
             values["penalty_device"],
             recipe,
         )
+        merging_options(None, *(values[name] for name in ("merge_rule", "gamma", "task_weight")))
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
 

@@ -485,6 +485,9 @@ def test_the_last_step_is_measured_too(
         ({"lr_scheduler": "step"}, "--lr-scheduler step"),
         ({"mixed_precision": "fp8"}, "--mixed-precision fp8"),
         ({"epochs": 0}, "--epochs 0: expected at least 1"),
+        ({"ewc_lambda": -1.0}, "--ewc-lambda -1.0: expected a finite number from 0"),
+        ({"learning_rate": 0.0}, "--learning-rate 0.0: expected a finite number above 0"),
+        ({"weight_decay": float("nan")}, "--weight-decay nan: expected a finite number from 0"),
         ({"freeze": ["*"]}, "--freeze leaves no parameter to train"),
     ],
 )

@@ -370,6 +370,10 @@ REFUSED: dict[str, tuple[str, str, type[Exception], str]] = {
         '"c-test.npz"\n', '"c-test.npz"\npenalty = "none"\newc-lambda = 1\n', UsageError,
         r"task 3 \(c\): --ewc-lambda has no meaning with --penalty none",
     ),
+    "a third task's merge rule": (
+        '"c-test.npz"\n', '"c-test.npz"\nmerge-rule = "sum"\n', UsageError,
+        r"task 3 \(c\): --merge-rule sum",
+    ),
     "a third task without its data": (
         'data = "c.npz"', 'data = "d.npz"', InputError, r"d\.npz does not exist",
     ),
