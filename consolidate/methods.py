@@ -50,13 +50,11 @@ class Plan(NamedTuple):
     disagreed: dict[str, str]
 
 
-class _Truth(NamedTuple):
-    """What a batch's gradients must agree with."""
+class _Probe(NamedTuple):
+    """What is sent back through a batch to compare gradients."""
 
-    probe: Tensor  # What was sent back through the batch,
-    kept: tuple[int, int]  # and of these examples alone too.
-    sums: dict[str, Tensor]
-    squares: dict[str, Tensor]
+    vector: Tensor
+    kept: tuple[int, int]  # the examples that are run alone too
 
 
 def choose_methods(
@@ -87,31 +85,26 @@ def choose_methods(
     """
     everything_by_loop = Plan(dict.fromkeys(parameters, "loop"), [], {})
     try:
-        calls, together, probe, sums = _scout(model, parameters, batch, forward, dtype)
+        calls, together, vector, expected = _scout(model, parameters, batch, forward, dtype)
     except (RuntimeError, InputError) as error:
         if out_of_memory(error):
             raise
         return everything_by_loop  # Not a model that takes several examples; one may go through.
-    reached = {name: parameters[name] for name in sums}
-    kept = (0, len(batch.labels) - 1)
-    squares = {name: torch.zeros_like(value) for name, value in sums.items()}
-    for example in kept:
-        with requiring_gradients(reached):
-            outputs = forward(batch.example(example))
-            if outputs.shape != probe[:1].shape:
-                return everything_by_loop
-            if not _near(outputs.detach(), together[example : example + 1]):
-                if not _near(forward(batch).detach(), together):
-                    raise InputError(
-                        "The model gives other outputs each time that it is run on the same batch: "
-                        "it draws random numbers in eval mode too (a functional dropout without "
-                        "`training=self.training`, for one). Make it deterministic there."
-                    )
-                # Examples that change one another's outputs: each alone is what can be measured.
-                return everything_by_loop._replace(disagreed=dict.fromkeys(reached, "rule"))
-            add_gradients(squares, reached, outputs, [probe[example : example + 1]])
-    truth = _Truth(probe, kept, sums, squares)
-    reached = {name: parameters[name] for name in sums}
+    probe = _Probe(vector, (0, len(batch) - 1))
+    for example in probe.kept:
+        alone = forward(batch.example(example))
+        if alone.shape != vector[:1].shape:
+            return everything_by_loop
+        if not _near(alone, together[example : example + 1]):
+            if not _near(forward(batch), together):
+                raise InputError(
+                    "The model gives other outputs each time that it is run on the same batch: "
+                    "it draws random numbers in eval mode too (a functional dropout without "
+                    "`training=self.training`, for one). Make it deterministic there."
+                )
+            # Examples that change one another's outputs: each alone is what can be measured.
+            return everything_by_loop._replace(disagreed=dict.fromkeys(expected, "rule"))
+    reached = {name: parameters[name] for name in expected}
     levels = {name: (levels or {}).get(name, "rule") for name in reached}
     owners = _owners(model, reached, calls)
     for name, paths in owners.items():
@@ -120,15 +113,22 @@ def choose_methods(
             waits = len(paths) > 1 and reached[name].numel() * len(batch.labels) > MOST_WAITING
             levels[name] = "loop" if waits else "module"
     disagreed: dict[str, str] = {}
+    squared = False
     while True:
         units = _units(model, owners, levels, calls)
         marked = {name for unit in units for name in unit.names.values()}
         levels = {n: level if n in marked else "loop" for n, level in levels.items()}
-        failed = _disagreeing(units, reached, batch, forward, dtype, truth)
-        if not failed:
+        failed = _disagreeing(units, reached, batch, forward, dtype, probe, expected, squared)
+        if squared and not failed:
             return Plan(levels, units, disagreed)
         disagreed = {name: method_of(levels[name]) for name in failed} | disagreed
         levels |= {name: slower(levels[name]) for name in failed}
+        if squared or not failed:
+            # One of the two at a time: each is as large as the model.
+            squared = not failed
+            expected.clear()
+            true = _squares if squared else _sums
+            expected = true(reached, batch, forward, dtype, probe)
 
 
 def method_of(level: str) -> str:
@@ -200,16 +200,49 @@ def _scout(
         with requiring_gradients(parameters):
             outputs = forward(batch)
             generator = torch.Generator().manual_seed(0)
-            probe = torch.randn(outputs.shape, generator=generator).to(outputs)
-            gradients = torch.autograd.grad(
-                outputs, list(parameters.values()), probe, allow_unused=True
-            )
+            vector = torch.randn(outputs.shape, generator=generator).to(outputs)
+            sums = _gradients(outputs, vector, parameters, dtype)
     finally:
         for handle in handles:
             handle.remove()
-    found = zip(parameters, gradients, strict=True)
-    sums = {name: g.to_dense().to(dtype) for name, g in found if g is not None}
-    return calls, outputs.detach(), probe, sums
+    return calls, outputs.detach(), vector, sums
+
+
+def _sums(
+    parameters: Mapping[str, nn.Parameter],
+    batch: Batch,
+    forward: Forward,
+    dtype: torch.dtype,
+    probe: _Probe,
+) -> dict[str, Tensor]:
+    """Return autograd's own gradients of the batch."""
+    with requiring_gradients(parameters):
+        return _gradients(forward(batch), probe.vector, parameters, dtype)
+
+
+def _squares(
+    parameters: Mapping[str, nn.Parameter],
+    batch: Batch,
+    forward: Forward,
+    dtype: torch.dtype,
+    probe: _Probe,
+) -> dict[str, Tensor]:
+    """Return the squares of the gradients of those examples that are run alone, added up."""
+    squares = {name: torch.zeros_like(p, dtype=dtype) for name, p in parameters.items()}
+    for example in probe.kept:
+        with requiring_gradients(parameters):
+            outputs = forward(batch.example(example))
+            add_gradients(squares, parameters, outputs, [probe.vector[example : example + 1]])
+    return squares
+
+
+def _gradients(
+    outputs: Tensor, vector: Tensor, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the gradients of those parameters that the outputs depend on."""
+    found = torch.autograd.grad(outputs, list(parameters.values()), vector, allow_unused=True)
+    pairs = zip(parameters, found, strict=True)
+    return {name: g.to_dense().to(dtype) for name, g in pairs if g is not None}
 
 
 def _owners(
@@ -289,49 +322,59 @@ def _disagreeing(
     batch: Batch,
     forward: Forward,
     dtype: torch.dtype,
-    truth: _Truth,
+    probe: _Probe,
+    expected: Mapping[str, Tensor],
+    squared: bool,
 ) -> set[str]:
-    """Return the names of marked parameters whose gradients are not the true ones."""
+    """Return the names of marked parameters whose gradients are not the expected ones.
+
+    Args:
+        units: What is marked.
+        parameters: The model's, by name.
+        batch: What is run.
+        forward: Runs the model.
+        dtype: The type that gradients are squared in.
+        probe: What is sent back.
+        expected: What `_sums` or `_squares` returned.
+        squared: Which of the two.
+    """
     marked = {name for unit in units for name in unit.names.values()}
-    size, probe = len(batch.labels), truth.probe
-    kept = torch.zeros(size, *[1] * (probe.ndim - 1), dtype=torch.bool, device=probe.device)
-    kept[list(truth.kept)] = True
+    if not marked:
+        return set()
+    size, vector = len(batch), probe.vector
+    found = {name: torch.zeros_like(expected[name]) for name in marked}
 
-    def differing(squared: bool) -> set[str]:
-        expected = truth.squares if squared else truth.sums
-        found = {name: torch.zeros_like(expected[name]) for name in marked}
+    def add(gradients: Mapping[str, Gradients]) -> None:
+        for name, of_name in gradients.items():
+            for example in range(size):
+                of_name.add_to(found[name], example)
 
-        def add(gradients: Mapping[str, Gradients]) -> None:
-            for name, of_name in gradients.items():
-                for example in range(size):
-                    of_name.add_to(found[name], example)
-
+    try:
         with (
-            closing(Recorder(units, probe.device, dtype)) as recorder,
+            closing(Recorder(units, vector.device, dtype)) as recorder,
             recorder.recording(size, alone=True) as recording,
         ):
             outputs = forward(batch)
             if squared:
-                add_squares(found, recording, outputs, [probe * kept])
+                kept = torch.zeros_like(vector)
+                kept[list(probe.kept)] = vector[list(probe.kept)]
+                add_squares(found, recording, outputs, [kept])
             else:
-                recording.backward(outputs, probe, add, keep=False)
-        largest = max(value.abs().max().item() for value in expected.values())
-        agree = _alike if squared else _equal
-
-        def agrees(name: str) -> bool:
-            eps = torch.finfo(parameters[name].dtype).eps
-            return agree(found[name], expected[name], eps, largest)
-
-        return {name for name in marked if name in recording.unfit or not agrees(name)}
-
-    try:
-        return (differing(squared=False) or differing(squared=True)) if marked else set()
+                recording.backward(outputs, vector, add, keep=False)
     except UnitError as error:
         return set(error.unit.names.values())
     except (RuntimeError, InputError) as error:
         if out_of_memory(error):
             raise
         return marked
+    largest = max(_largest(value) for value in expected.values())
+    agree = _alike if squared else _equal
+
+    def agrees(name: str) -> bool:
+        eps = torch.finfo(parameters[name].dtype).eps
+        return agree(found[name], expected[name], eps, largest)
+
+    return {name for name in marked if name in recording.unfit or not agrees(name)}
 
 
 def _near(alone: Tensor, together: Tensor) -> bool:
@@ -341,18 +384,33 @@ def _near(alone: Tensor, together: Tensor) -> bool:
 
 
 def _equal(found: Tensor, expected: Tensor, eps: float, largest: float) -> bool:
-    """Return whether sums of gradients are equal up to rounding, largest that of any parameter."""
+    """Return whether sums of gradients are equal up to rounding, largest that of any parameter.
+
+    What is found is overwritten.
+    """
     # Normalisation is often in float32 whatever the weights.
     tolerance = max(eps**0.5, 1e-6)
-    error = (found - expected).abs().max().item()
-    return error <= tolerance * expected.abs().max().item() + _floor(eps) * largest
+    error = _largest(found.sub_(expected))
+    return error <= tolerance * _largest(expected) + _floor(eps) * largest
 
 
 def _alike(found: Tensor, expected: Tensor, eps: float, largest: float) -> bool:
-    """Return whether squares are those of the same gradients, run in another batch."""
+    """Return whether squares are those of the same gradients, run in another batch.
+
+    What is found is overwritten.
+    """
     # An example may fall to the other side of a ReLU here and there.
-    error = (found - expected).abs().mean().item()
-    return error <= eps**0.25 * expected.mean().item() + _floor(eps) ** 2 * largest
+    error = found.sub_(expected).abs_().sum().item()
+    floor = _floor(eps) ** 2 * largest * found.numel()
+    return error <= eps**0.25 * expected.sum().item() + floor
+
+
+def _largest(values: Tensor) -> float:
+    """Return max |values|, without a copy of them; 0 of none."""
+    if not values.numel():
+        return 0.0
+    least, most = values.aminmax()
+    return max(-least.item(), most.item())
 
 
 def _floor(eps: float) -> float:

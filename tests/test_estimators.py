@@ -399,6 +399,20 @@ def test_bfloat16_weights_are_accumulated_in_float32():
     assert fisher["weight"].item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_parameters_without_elements_are_in_nobodys_way():
+    class WithNothing(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(5, 3)
+            self.nothing = nn.Parameter(torch.zeros(0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.nothing.sum()
+
+    fisher = fisher_diagonal(nn.Sequential(WithNothing(), nn.Linear(3, 3)), [data(4)], "softmax")
+    assert fisher["0.nothing"].shape == (0,)
+    assert fisher.methods["1.weight"] == "rule"
+
+
 def test_large_sums_stay_accurate():
     # 20,000 additions of the same number in float32 drift by 1e-4 unless what is cut off is kept.
     model = nn.Linear(1, 1, bias=False)

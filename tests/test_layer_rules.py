@@ -86,8 +86,9 @@ def test_whole_batches_are_run():
     sizes: list[int] = []
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     fisher_diagonal(model, labelled(10, 5), "softmax")
-    # The check: a batch, its first and its last alone, twice the batch by rules; then all.
-    assert sizes == [4, 1, 1, 4, 4, 4, 4, 2]
+    # The check: a batch, and the outputs of its first and its last alone; the batch by rules for
+    # the sums; the two alone and the batch by rules for the squares; then all.
+    assert sizes == [4, 1, 1, 4, 1, 1, 4, 4, 4, 2]
 
 
 @pytest.mark.parametrize("shape", [(10, 1, 5), (10, 6, 5), (10, 2, 3, 5)])
