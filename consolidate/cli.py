@@ -844,7 +844,9 @@ def _cost_text(cost: dict[str, Any]) -> str:
 def _finetune_text(result: dict[str, Any]) -> str:
     lines = []
     if "lambda_search" in result:
-        lines += [_search_text(result["lambda_search"]), ""]
+        from consolidate.searching import search_text
+
+        lines += [search_text(result["lambda_search"]), ""]
     if result["metrics"]:
         lines += [
             _metrics_text(
@@ -861,41 +863,6 @@ def _finetune_text(result: dict[str, Any]) -> str:
         f"penalty {result['penalty_value']:.4g}; {result['share_moved']:.1%} of the weights moved"
     )
     lines.append(_fisher_text({**result["fisher"], "fisher": result["fisher"]["folder"]}))
-    return "\n".join(lines)
-
-
-def _search_text(search: dict[str, Any]) -> str:
-    tasks = [*search["old_tasks"], search["new_task"]]
-    figures = ("mean", "forgetting") if search["old_tasks"] else ("divergence",)
-    figures = (*figures, "penalty_per_lambda")
-    names = {"penalty_per_lambda": "penalty / λ", "divergence": "KL(old‖new)"}
-    titles = [*tasks, *(names.get(figure, figure) for figure in figures)]
-    widths = [max(11, len(title) + 2) for title in titles]
-    lines = [
-        f"{'λ':>12}{'steps':>8}"
-        + "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))
-    ]
-    for trial in sorted(search["trials"], key=lambda t: (t["steps"], t["ewc_lambda"])):
-        start = f"{trial['ewc_lambda']:>12g}{trial['steps']:>8}"
-        if trial["metrics"] is None:
-            lines.append(f"{start}  diverged")
-            continue
-        scores = [f"{trial['metrics'][task]['score']:.4f}" for task in tasks]
-        cells = [*scores, *(f"{trial[name]:.4g}" for name in figures)]
-        row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        lines.append(start + row + ("  chosen" if trial["chosen"] else ""))
-    rule = {
-        "mean": "the largest mean score",
-        "least": f"the least whose forgetting stays under {search['max_forgetting']}",
-        "most": f"the largest that keeps 95% of what {search['new_task']} gains",
-    }[search["choose"]]
-    cost = search["cost"]
-    lines.append(f"λ = {search['ewc_lambda']:g}, by the rule {search['choose']}: {rule}")
-    lines.append(f"Measured: {search['measured']}")
-    lines.append(
-        f"The search took {cost['runs']} runs, {cost['steps']:,} steps, {cost['seconds']:.0f} s: "
-        f"{cost['full_runs']:.1f} times the run that follows, which is on all of the training data"
-    )
     return "\n".join(lines)
 
 
