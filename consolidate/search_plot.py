@@ -1,12 +1,19 @@
 """The plot of a search for λ: what the new task gains against what old tasks keep."""
 
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from formats.atomic import write_file
 from formats.errors import InputError, UsageError
 
-SUFFIXES = (".png", ".svg", ".pdf")
+UNDATED: dict[str, dict[str, None]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None},
+    "pdf": {"CreationDate": None},
+}
+"""What is left out, by kind of file, so that the same search gives the same bytes."""
 
 
 def check_plot(path: Path) -> None:
@@ -19,7 +26,7 @@ def check_plot(path: Path) -> None:
         UsageError: It is of no known kind, or matplotlib is missing.
         InputError: There is no such folder, or it cannot be written to.
     """
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower().strip(".") not in UNDATED:
         raise UsageError(f"--search-plot {path}: expected a name that ends with .png, .svg or .pdf")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
         raise InputError(f"--search-plot {path}: {path.parent} is no folder to write it into")
@@ -72,4 +79,7 @@ def plot_search(search: dict[str, Any], path: Path) -> None:
         weight = "bold" if strength == search["ewc_lambda"] else "normal"
         right.annotate(f"{strength:g}", (x, y), (4, 4), textcoords="offset points", weight=weight)
     right.set_xlabel(f"plasticity: score on {new}")
-    figure.savefig(path, dpi=130, metadata={"Software": None} if path.suffix == ".png" else None)
+    kind = path.suffix.lower().strip(".")
+    drawn = BytesIO()
+    figure.savefig(drawn, format=kind, dpi=130, metadata=UNDATED[kind])
+    write_file(path, drawn.getvalue())

@@ -1,6 +1,7 @@
 """A search for λ around a fine-tuning: what is held out, trained, measured and reported."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from consolidate.commands import evaluate_all
 from consolidate.evaluation import divergence
 from consolidate.examples import Examples, hold_out
-from consolidate.forgetting import forgetting
+from consolidate.forgetting import beyond, forgetting
 from consolidate.lambda_search import (
     Trial,
     at_an_end,
@@ -142,15 +143,18 @@ def search_lambda(plan: Plan, subject: Subject, *, batch_size: int, seed: int) -
         metrics = lost = squares = moved = None
         try:
             subject.train(examples, length)
+            subject.penalty.ewc_lambda = 1.0
+            squares = subject.penalty.value()
+            if not math.isfinite(squares):
+                raise NonFiniteError(f"the penalty is {squares}")
             metrics = measure()
             if plan.old:
                 lost = max(forgetting(before, metrics, plan.old).values())
             else:
                 batches = held_out[new].batches(batch_size)
                 moved = divergence(model.module, values, batches, likelihood)
-            subject.penalty.ewc_lambda = 1.0
-            squares = subject.penalty.value()
         except NonFiniteError as error:
+            squares = None
             LOG.info("λ = %g diverged: %s", strength, error)
         _restore(model.module, values)
         done = Trial(strength, length, metrics, lost, squares, moved, time.monotonic() - began)
@@ -249,10 +253,9 @@ def _measured(plan: Plan, split: bool, count: int) -> str:
 
 
 def _tell(plan: Plan, chosen: Trial, whole: Sequence[Trial]) -> None:
-    if plan.rule == "least" and (chosen.forgetting or 0.0) > (plan.max_forgetting or 0.0):
-        LOG.info(
-            "no λ that was tried keeps forgetting to %g: the largest is taken", plan.max_forgetting
-        )
+    limit = plan.max_forgetting
+    if plan.rule == "least" and limit is not None and beyond({"": chosen.forgetting or 0.0}, limit):
+        LOG.info("no λ that was tried keeps forgetting to %g: the largest is taken", limit)
     elif at_an_end(chosen.ewc_lambda, whole):
         LOG.info("λ = %g is at an end of what was tried: look beyond it", chosen.ewc_lambda)
 

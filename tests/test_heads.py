@@ -552,3 +552,20 @@ def test_numbers_are_names_where_the_labels_are_numbers(
     with pytest.raises(InputError, match=r"0 is none of the model's 2 labels, which are 7, 3$"):
         commands.evaluate(start, {"x": pairs(0, 3)}, **MODEL)
     assert open_checkpoint(start).config["num_labels"] == 2
+
+
+def test_a_search_measures_old_tasks_with_their_own_heads(
+    start: Path, pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    a, b = pairs(0, 1), pairs(2, 3)
+    commands.fisher(start, a, task="a", **MODEL)
+    held = tmp_path / "held.npz"
+    held.write_bytes(a.read_bytes())
+    new = tmp_path / "new.npz"
+    new.write_bytes(b.read_bytes())
+    found = finetuning.finetune(
+        start, b, task="b", output_dir=tmp_path / "b", head="new", ewc_lambda=[1.0, 100.0],
+        validation={"a": held, "b": new}, **FAST,
+    )  # fmt: skip
+    trial = next(t for t in found["lambda_search"]["trials"] if t["chosen"])
+    assert trial["metrics"] == commands.evaluate(tmp_path / "b", {"a": a, "b": b}, **MODEL)
