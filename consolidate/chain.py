@@ -176,6 +176,7 @@ def add_task(
     data_digest: str | None = None,
     ewc_lambda: float | None = None,
     penalty: str | None = None,
+    parent: str | None = None,
     metrics: dict[str, dict[str, dict[str, float]]] | None = None,
     merge_rule: str | None = None,
     gamma: float | None = None,
@@ -198,6 +199,7 @@ def add_task(
         data_digest: SHA-256 of the data, or None.
         ewc_lambda: λ that the task was learned with.
         penalty: The penalty that it was learned with.
+        parent: Set digest of the weights that learning it began from; None where it was measured.
         metrics: What was measured while it was learned.
         merge_rule: As in `merging_options`.
         gamma: As in `merging_options`.
@@ -230,6 +232,7 @@ def add_task(
         data_digest=data_digest,
         ewc_lambda=ewc_lambda,
         penalty=penalty,
+        parent=parent,
         metrics=metrics or {},
         layers={
             parameter: LayerRecord(

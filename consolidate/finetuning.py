@@ -63,8 +63,10 @@ from formats.checkpoint import (
     Checkpoint,
     check_finite,
     open_checkpoint,
+    weight_records,
     write_checkpoint,
 )
+from formats.digest import set_digest
 from formats.errors import ForgettingError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import StoredFisher, write_fisher
 from formats.rows import Rows
@@ -695,6 +697,12 @@ def _finish(
 ) -> dict[str, Any]:
     """Measure the new task's Fisher, merge it, and write the checkpoint."""
     loaded, before = start.model, start.before
+    # The output may replace the source, so all that is read from there comes before it.
+    started_from = (
+        weight_records(opened.source.weights)
+        if opened.before is None
+        else opened.before.ledger.weights
+    )
     diagonal = measure_fisher(
         loaded, start.examples, label=f"Fisher of {opened.task}", **estimation
     )
@@ -709,12 +717,12 @@ def _finish(
         data_digest=opened.rows.digest() if data_digest else None,
         ewc_lambda=ewc_lambda,
         penalty=penalty,
+        parent=set_digest(started_from),
         metrics=trained.metrics,
         merge_rule=opened.merge_rule,
         gamma=opened.gamma,
         task_weight=task_weight,
     )
-    # Before the output may replace the source.
     share_moved = _share_moved(loaded.checkpoint.weights, trained.weights)
     heads = None if before is None else before.heads
     with replace_folder(target, overwrite=overwrite) as staging:

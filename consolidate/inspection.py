@@ -152,10 +152,14 @@ def show_text(summary: Mapping[str, Any]) -> str:
         f"Fisher: {fisher['values']:,} values in {fisher['tensors']} tensors of {fisher['dtype']}",
         f"trace: {fisher['trace']:.6g}",
         f"merged: {rule}; anchor: {summary['anchor']}",
+        f"of the weights {summary['weights']['digest'][:12]}…",
         *_heads(summary),
         "",
         *_table(
-            ["task", "objective", "units", "estimator", "seed", "weight", "learned with", "data"],
+            [
+                *("task", "objective", "units", "estimator", "seed", "weight"),
+                *("learned with", "trained from", "data"),
+            ],
             [
                 [
                     task["name"],
@@ -165,6 +169,7 @@ def show_text(summary: Mapping[str, Any]) -> str:
                     str(task["seed"]),
                     f"{task['weight']:g}",
                     _penalty(task),
+                    (task["parent"] or "–")[:12],
                     task["data"],
                 ]
                 for task in summary["tasks"]

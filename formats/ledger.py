@@ -56,6 +56,7 @@ class TaskRecord:
     data_digest: str | None = None
     ewc_lambda: float | None = None
     penalty: str | None = None
+    parent: str | None = None
     metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     layers: dict[str, LayerRecord] = field(default_factory=dict)
 
@@ -195,18 +196,18 @@ class _Value:
     def _at(self) -> str:
         return f"{self.source}, {self.place}" if self.place else self.source
 
-    def fields(self, names: Collection[str]) -> dict[str, "_Value"]:
-        """Give the members of an object that has exactly these."""
+    def fields(self, names: Collection[str], may_lack: Collection[str] = ()) -> dict[str, "_Value"]:
+        """Give the members of an object that has exactly these, null for those it may lack."""
         if not isinstance(self.value, dict):
             raise self.refuse("an object")
         prefix = f"{self.place}." if self.place else ""
-        if missing := [name for name in names if name not in self.value]:
+        if missing := [name for name in names if name not in self.value and name not in may_lack]:
             raise InputError(f"{self._at()}: the field {_shown(missing[0])} is missing")
         if unknown := [name for name in self.value if name not in names]:
             raise InputError(
                 f"{self._at()}: version {VERSION} of the format has no field {_shown(unknown[0])}"
             )
-        return {name: _Value(self.value[name], self.source, prefix + name) for name in names}
+        return {name: _Value(self.value.get(name), self.source, prefix + name) for name in names}
 
     def items(self) -> dict[str, "_Value"]:
         """Give the members of an object keyed by names."""
@@ -311,6 +312,7 @@ def _task_to_json(task: TaskRecord) -> dict[str, Any]:
         "data_digest": task.data_digest,
         "ewc_lambda": _float(task.ewc_lambda),
         "penalty": task.penalty,
+        **({} if task.parent is None else {"parent": task.parent}),
         "metrics": {
             when: {
                 evaluated: {metric: _float(value) for metric, value in values.items()}
@@ -390,7 +392,7 @@ def _to_ledger(root: _Value) -> Ledger:
 
 
 def _to_task(task: _Value) -> TaskRecord:
-    at = task.fields([field.name for field in fields(TaskRecord)])
+    at = task.fields([field.name for field in fields(TaskRecord)], may_lack=("parent",))
     return TaskRecord(
         name=at["name"].matching(_TASK_NAME, "a task name, [A-Za-z0-9][A-Za-z0-9._-]{0,63}"),
         objective=at["objective"].text(),
@@ -409,6 +411,7 @@ def _to_task(task: _Value) -> TaskRecord:
         data_digest=at["data_digest"].optional(_Value.digest),
         ewc_lambda=at["ewc_lambda"].optional(lambda ewc_lambda: ewc_lambda.number(0.0)),
         penalty=at["penalty"].optional(_Value.text),
+        parent=at["parent"].digest() if "parent" in task.value else None,
         metrics=_to_metrics(at["metrics"]),
         layers={name: _to_layer(layer) for name, layer in at["layers"].items().items()},
     )

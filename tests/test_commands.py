@@ -81,6 +81,7 @@ def test_fisher_stands_beside_untouched_weights(
         60,
     )
     assert task.layers["0.weight"].trace == pytest.approx(found["0.weight"].sum().item())
+    assert task.parent is None
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_the_batch(

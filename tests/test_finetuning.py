@@ -15,6 +15,8 @@ from test_commands import FAST, NETWORK, Write, contents, fisher_of, measured_by
 
 import consolidate
 from consolidate import commands, finetuning
+from formats.checkpoint import open_checkpoint, weight_records
+from formats.digest import set_digest
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
 
@@ -45,6 +47,10 @@ def test_finetune_keeps_the_old_task_and_can_go_on(
     ledger = read_fisher(last / "fisher").ledger
     assert [task.name for task in ledger.tasks] == ["a", "b", "c"]
     assert [task.penalty for task in ledger.tasks] == ["none", "ewc", "ewc"]
+    assert [task.parent for task in ledger.tasks] == [
+        set_digest(weight_records(open_checkpoint(folder).weights))
+        for folder in (network_checkpoint, first, tmp_path / "held")
+    ]
     assert (
         ledger.tasks[1].metrics["after"]["a"]["accuracy"]
         == held["metrics"]["after"]["a"]["accuracy"]

@@ -48,6 +48,7 @@ def task(name: str = "a", **changes: Any) -> TaskRecord:
         "mc_samples": 2,
         "seed": 0,
         "data": "train.jsonl",
+        "parent": "c" * 64,
         "metrics": {"after": {"a": {"loss": 0.5}}},
         "layers": {"w": LayerRecord(1.5), "v": LayerRecord(0.0, 1.0)},
     }
@@ -85,6 +86,7 @@ def test_everything_comes_back() -> None:
                 data_digest="f" * 64,
                 ewc_lambda=1e-30,
                 penalty="ewc",
+                parent=None,
                 seed=2**63 - 1,
                 metrics={
                     "step 7": {},
@@ -103,6 +105,7 @@ def test_everything_comes_back() -> None:
     assert ledger_bytes(parse_ledger(data)) == data
     assert data.endswith(b"}\n")
     assert "häuser".encode() in data
+    assert [("parent" in task) for task in json.loads(data)["tasks"]] == [True, False]
 
 
 def test_bytes_do_not_depend_on_how_the_ledger_was_built() -> None:
@@ -197,6 +200,8 @@ DAMAGE = {
     "a path upwards": (changed("tasks/0/data", "../train.csv"), "data: .*no path"),
     "a long path": (changed("tasks/0/data", "a/b/c"), "data: .*no path"),
     "a short digest": (changed("tasks/0/data_digest", "ab"), "data_digest: expected a SHA-256"),
+    "a parent that is null": (changed("tasks/0/parent", None), "parent: expected a SHA-256"),
+    "a parent that is no digest": (changed("tasks/0/parent", "C" * 64), "parent: expected a SHA"),
     "labels that are a string": (changed("tasks/0/labels", "yes"), "labels: expected a list"),
     "a label that is a number": (changed("tasks/0/labels", ["a", 1]), r"labels\[1\]"),
     "a negative lambda": (changed("tasks/0/ewc_lambda", -2), "ewc_lambda"),
