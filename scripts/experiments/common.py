@@ -37,7 +37,7 @@ All of this again, from the root of the repository:
 ```
 
 What it runs in its working folder (of each penalty the strength that was chosen; the others differ
-in `--ewc-lambda` and `--output-dir` alone):
+in the strength and the names of outputs alone):
 
 ```text
 {commands}
