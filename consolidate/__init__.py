@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from consolidate.merging import merge_separate as merge_separate
     from consolidate.model_merging import merge as merge
     from consolidate.penalty import Penalty as Penalty
+    from consolidate.reporting import report as report
     from consolidate.running import run as run
     from consolidate.trainer import penalty_callback as penalty_callback
     from formats.fisher_folder import read_fisher as read_fisher
@@ -45,6 +46,7 @@ _HOMES = {
     "merge_separate": "consolidate.merging",
     "penalty_callback": "consolidate.trainer",
     "read_fisher": "formats.fisher_folder",
+    "report": "consolidate.reporting",
     "run": "consolidate.running",
     "show": "consolidate.inspection",
     "store_fisher": "consolidate.chain",

@@ -759,6 +759,34 @@ def show(checkpoint: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("checkpoint")
+@click.option(
+    "--output", metavar="FILE.html", help="NAME-report.html in the current folder by default."
+)
+@click.option(
+    "--plots", metavar="DIR", help="Write the pictures here too, as SVG and PNG; needs matplotlib."
+)
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a CHECKPOINT on the Hub.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace files that are there; those of an earlier report are replaced anyway.",
+)
+@COMMON
+def report(checkpoint: str, as_json: bool, **options: Any) -> None:
+    """Write a page on CHECKPOINT: its tasks, what was kept of each, and where the protection sits.
+
+    The page is one HTML file that needs no network and runs no script.
+
+    Example: consolidate report my-model-2 --output report.html
+    """
+    from consolidate import reporting
+
+    result = reporting.report(checkpoint, **options)
+    _write(result, as_json, lambda result: "\n".join([result["report"], *result["plots"]]))
+
+
+@cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @COMMON
 def verify(checkpoint: Path, as_json: bool) -> None:

@@ -165,10 +165,10 @@ def show_text(summary: Mapping[str, Any]) -> str:
                     task["name"],
                     task["objective"],
                     f"{task['units']:,} {task['unit']}s",
-                    _estimator(task),
+                    estimator_text(task),
                     str(task["seed"]),
                     f"{task['weight']:g}",
-                    _penalty(task),
+                    penalty_text(task),
                     (task["parent"] or "–")[:12],
                     task["data"],
                 ]
@@ -307,15 +307,31 @@ def _heads(summary: Mapping[str, Any]) -> list[str]:
     return [f"heads of their own: {own}; in the weights: {', '.join(rest) or 'of no task'}"]
 
 
-def _estimator(task: Mapping[str, Any]) -> str:
+def estimator_text(task: Mapping[str, Any]) -> str:
+    """Say with what a task's Fisher was measured.
+
+    Args:
+        task: A task of `show`.
+
+    Returns:
+        The estimator, and the samples per example where it draws any.
+    """
     samples = task["mc_samples"]
     sampled = task["estimator"] in ("mc", "batched") and samples is not None
     return f"{task['estimator']} × {samples}" if sampled else task["estimator"]
 
 
-def _penalty(task: Mapping[str, Any]) -> str:
+def penalty_text(task: Mapping[str, Any]) -> str:
+    """Say what a task was learned with.
+
+    Args:
+        task: A task of `show`.
+
+    Returns:
+        The penalty and λ; a dash where the task was only measured.
+    """
     if task["penalty"] is None:
-        return "–"  # it was only measured
+        return "–"
     strength = task["ewc_lambda"]
     return "no penalty" if strength is None else f"{task['penalty']}, λ = {strength:g}"
 

@@ -80,6 +80,9 @@ def test_a_repository_with_its_fisher_is_fine_tuned_without_the_old_data(
         code, out, err = run(tmp_path, *finetune, "--output-dir", "out", "--json", **hub)
         assert code == 0, err
         assert json.loads(out)["penalty"] == "ewc"
+        code, out, err = run(tmp_path, "report", "user/name", "--revision", "main", **hub)
+        assert (code, out) == (0, "user-name-report.html\n"), err
+        assert "<h1>user/name</h1>" in (tmp_path / out.strip()).read_text()
         code, _, err = run(tmp_path, "evaluate", "user/other", "--data", new, *model, **hub)
         assert code == 3
         assert "no such repository" in err

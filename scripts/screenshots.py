@@ -1,0 +1,136 @@
+"""Make the pictures of README: three tasks are learned one after the other, and reported.
+
+The tasks are scikit-learn's handwritten digits, as they are and with their pixels permuted twice.
+The pictures are taken by headless Chromium; CHROMIUM names it where it is not on PATH.
+"""
+
+import argparse
+import html
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from quickstart import train_start, write_data
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
+FINETUNE = (
+    "consolidate finetune {start} --model network:mlp --data {task}-train.npz --task {task} "
+    "--output-dir {end} --ewc-lambda 100 --optimizer adam --learning-rate 1e-3 --batch-size 32 "
+    "--epochs 20 --evaluate-every 82"
+)
+TERMINAL = """<!doctype html><meta charset="utf-8"><style>
+body{margin:0;background:#14171a;color:#e9edf0;padding:18px 22px}
+pre{margin:0;font:14px/1.45 "DejaVu Sans Mono",monospace}</style><pre>"""
+
+
+def find_chromium() -> str | None:
+    """Give the path of a Chromium: the variable CHROMIUM, else what is on PATH."""
+    named = os.environ.get("CHROMIUM")
+    return named or next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+def screenshot(
+    page: Path, picture: Path, *, width: int, height: int, dark: bool = False, scale: float = 1
+) -> list[str]:
+    """Open a page in headless Chromium, without a network, and take a picture of it.
+
+    Args:
+        page: The HTML file.
+        picture: The PNG file to write.
+        width: Of the window, in CSS pixels.
+        height: Of the window.
+        dark: Whether the screen prefers dark pages.
+        scale: Pixels to a CSS pixel.
+
+    Returns:
+        The lines that the page wrote to the console, errors of loading among them.
+    """
+    chromium = find_chromium()
+    assert chromium is not None, "no Chromium is on PATH; the variable CHROMIUM can name one"
+    with tempfile.TemporaryDirectory() as profile:
+        done = subprocess.run(
+            [
+                chromium,
+                "--headless",
+                "--disable-gpu",
+                "--no-sandbox",  # root has none; the page is ours
+                "--hide-scrollbars",
+                "--proxy-server=127.0.0.1:9",
+                "--enable-logging=stderr",
+                f"--user-data-dir={profile}",
+                f"--window-size={width},{height}",
+                f"--force-device-scale-factor={scale}",
+                f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+                f"--screenshot={picture}",
+                page.resolve().as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    assert picture.exists(), done.stderr
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def learn(folder: Path) -> Path:
+    """Learn the digits, then two permutations of them; return the checkpoint."""
+    write_data(folder)
+    order = np.random.default_rng(1).permutation(64)
+    for part in ("train", "test"):
+        digits = np.load(folder / f"a-{part}.npz")
+        np.savez(
+            folder / f"c-{part}.npz", inputs=digits["inputs"][:, order], labels=digits["labels"]
+        )
+    train_start(folder)
+    tests = ""
+    run(folder, "consolidate fisher start --model network:mlp --data a-train.npz --task a")
+    start = "start"
+    for task in ("a", "b", "c"):
+        tests += f" --evaluate {task}={task}-test.npz"
+        if task != "a":
+            end = f"digits-{task}"
+            run(folder, FINETUNE.format(start=start, task=task, end=end) + tests)
+            start = end
+    return folder / start
+
+
+def run(folder: Path, command: str) -> str:
+    """Run a command of ours in the folder; return what it writes to stdout."""
+    print(command, flush=True)
+    words = [str(Path(sys.executable).with_name("consolidate")), *command.split()[1:]]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stderr}\nexit code {done.returncode}")
+    return done.stdout
+
+
+def main() -> None:
+    """Make the pictures, in docs/images/ or the folder named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("images", nargs="?", type=Path, default=ROOT / "docs" / "images")
+    images = parser.parse_args().images.resolve()
+    if find_chromium() is None:
+        sys.exit("no Chromium is on PATH; the variable CHROMIUM can name one")
+    images.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        checkpoint = learn(folder)
+        run(folder, f"consolidate report {checkpoint.name} --output report.html")
+        page = folder / "report.html"
+        screenshot(page, images / "report-light.png", width=1080, height=1500)
+        screenshot(page, images / "report-dark.png", width=1080, height=1500, dark=True)
+        screenshot(page, images / "report-phone.png", width=390, height=1500)
+        command = f"consolidate show {checkpoint.name}"
+        text = html.escape(f"$ {command}\n{run(folder, command)}")
+        terminal = folder / "terminal.html"
+        terminal.write_text(f"{TERMINAL}{text}</pre>", encoding="utf-8")
+        screenshot(terminal, images / "show.png", width=1000, height=60 + 21 * text.count("\n"))
+
+
+if __name__ == "__main__":
+    main()
