@@ -221,11 +221,12 @@ def _provenance(summary: Mapping[str, Any]) -> str:
     reasons: dict[str, list[str]] = {}
     for name, reason in summary["unprotected"].items():
         reasons.setdefault(reason, []).append(name)
-    data = [
-        [task["name"], task["data"] or "–", task["data_digest"] or "not kept"]
+    digests = [
+        [task["name"], task["data_digest"] or "not kept", task["parent"] or "–"]
         for task in summary["tasks"][-LISTED:]
     ]
-    parts = [_pairs(pairs, "pairs"), _table("Data", ["task", "data", "SHA-256"], data, 0)]
+    origins = _table("Digests of each task", ["task", "data", "weights it began from"], digests, 0)
+    parts = [_pairs(pairs, "pairs"), origins]
     if reasons:
         rows = [[reason, _some(names)] for reason, names in list(reasons.items())[:LISTED]]
         parts.append(_table("Not protected", ["reason", "tensors"], rows, len(reasons) - len(rows)))
