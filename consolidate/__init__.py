@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from consolidate.merging import merge_separate as merge_separate
     from consolidate.model_merging import merge as merge
     from consolidate.penalty import Penalty as Penalty
+    from consolidate.publishing import push as push
     from consolidate.reporting import report as report
     from consolidate.running import run as run
     from consolidate.trainer import penalty_callback as penalty_callback
@@ -45,6 +46,7 @@ _HOMES = {
     "merge_online": "consolidate.merging",
     "merge_separate": "consolidate.merging",
     "penalty_callback": "consolidate.trainer",
+    "push": "consolidate.publishing",
     "read_fisher": "formats.fisher_folder",
     "report": "consolidate.reporting",
     "run": "consolidate.running",

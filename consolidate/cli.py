@@ -796,6 +796,59 @@ def verify(checkpoint: Path, as_json: bool) -> None:
     _write(inspection.verify(checkpoint), as_json, _verify_text)
 
 
+@cli.command()
+@click.argument("checkpoint")
+@click.argument("repository", metavar="REPO")
+@click.option(
+    "--public",
+    is_flag=True,
+    help="A repository that is made can be seen by all, and one that can be may be pushed to. "
+    "Private otherwise.",
+)
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--revision", metavar="BRANCH", help="The branch; made where it is missing.")
+@click.option("--commit-message", metavar="TEXT")
+@click.option("--tag", metavar="NAME", help="Name the commit so afterwards.")
+@click.option(
+    "--token", metavar="TOKEN", help="Of the Hub; that of `hf auth login` or HF_TOKEN by default."
+)
+@click.option(
+    "--base-model",
+    multiple=True,
+    metavar="REPO",
+    help="For the card: what this model was made from. May be repeated, for a merge.",
+)
+@click.option(
+    "--fisher-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Of the Fisher, as it is by default; bfloat16 is half as large.",
+)
+@click.option(
+    "--fisher-only",
+    is_flag=True,
+    help="Publish the Fisher alone, for the weights in the repository --base-model.",
+)
+@click.option("--dry-run", is_flag=True, help="Only list what would be sent, with sizes.")
+@COMMON
+def push(checkpoint: str, repository: str, as_json: bool, **options: Any) -> None:
+    """Publish CHECKPOINT with its Fisher, ledger and model card on the Hub, in one commit.
+
+    Weights, Fisher, configuration, tokenizer and licence are sent; other files are not. A README.md
+    that is there keeps what a person wrote. The repository stays as it was until all has been sent;
+    started again, a push sends what is missing.
+
+    Example: consolidate push my-model-2 user/my-model --dry-run
+    """
+    import torch
+
+    from consolidate import publishing
+
+    if options["fisher_dtype"] is not None:
+        options["fisher_dtype"] = getattr(torch, options["fisher_dtype"])
+    result = publishing.push(checkpoint, repository, **options)
+    _write(result, as_json, publishing.push_text)
+
+
 def _with_objects(options: dict[str, Any]) -> dict[str, Any]:
     """Turn what was typed into what the functions take: a Columns and torch.dtypes."""
     import torch

@@ -84,6 +84,18 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> Path:
         ) from None
 
 
+def commit_of(path: Path) -> str | None:
+    """Give the commit that a snapshot in the client's cache is of.
+
+    Args:
+        path: What `locate` returned.
+
+    Returns:
+        The commit; None for a path that is no snapshot.
+    """
+    return path.name if path.parent.name == "snapshots" else None
+
+
 def _in_a_folder(path: Path) -> bool:
     """Whether a path that leads nowhere begins with a folder that is there, or names a file."""
     return path.suffix in (".safetensors", *PICKLE_SUFFIXES) or Path(path.parts[0]).is_dir()

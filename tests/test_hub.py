@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,29 +6,13 @@ import loopback_hub
 import pytest
 import torch
 from conftest import make_network
+from loopback_hub import run
 from safetensors.torch import load_file
 
 from consolidate.hub import locate
 from formats.errors import InputError, UsageError
 
 Write = Callable[..., Path]
-
-
-def run(folder: Path, *arguments: object, **variables: str) -> tuple[int, str, str]:
-    """Run the command line in a process: the client reads its variables once, at import."""
-    done = subprocess.run(
-        [sys.executable, "-m", "consolidate", *map(str, arguments)],
-        cwd=folder,
-        env={
-            **os.environ,
-            "HF_HOME": str(folder / "cache"),
-            "PYTHONPATH": str(Path(__file__).parent),
-            **variables,
-        },
-        capture_output=True,
-        text=True,
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 def test_a_path_is_found_as_it_is(tmp_path: Path) -> None:
@@ -76,7 +57,7 @@ def test_a_repository_with_its_fisher_is_fine_tuned_without_the_old_data(
     torch.save(make_network({"sizes": [6, 8, 3]}).state_dict(), network_checkpoint / "old.bin")
     finetune = ("finetune", "user/name", "--data", new, *model, "--ewc-lambda", 10)
     with loopback_hub.serving("models", network_checkpoint) as address:
-        hub = {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"}
+        hub = {"HF_ENDPOINT": address}
         code, out, err = run(tmp_path, *finetune, "--output-dir", "out", "--json", **hub)
         assert code == 0, err
         assert json.loads(out)["penalty"] == "ewc"

@@ -1,0 +1,388 @@
+"""The model card of a repository: what the ledger says, beside what a person wrote."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub.utils import yaml_dump
+
+from consolidate.accuracy_matrix import accuracy_matrix
+from consolidate.inspection import ledger_matrix
+from consolidate.matrix_views import matrix_rows, matrix_summary, means_text
+from formats.digest import set_digest
+from formats.errors import InputError
+from formats.ledger import Ledger, TaskRecord
+
+BEGIN = "<!-- consolidate:begin (from here to the end mark, each push writes anew) -->"
+END = "<!-- consolidate:end -->"
+SOURCE = "consolidate ledger"
+TAGS = ("consolidate", "ewc")
+_BLOCK = re.compile(r"<!-- consolidate:begin\b.*?<!-- consolidate:end -->", re.DOTALL)
+_MARK = re.compile(r"<!-- consolidate:(begin|end)\b")
+_SPECIAL = re.compile(r"([\\`*_\[\]#|<>~$:@])")
+_PIPELINES = {
+    "sequence-classification": "text-classification",
+    "multi-label": "text-classification",
+    "token-classification": "token-classification",
+    "causal-lm": "text-generation",
+    "masked-lm": "fill-mask",
+    "seq2seq-lm": "text2text-generation",
+    "image-classification": "image-classification",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about, besides its ledger.
+
+    Attributes:
+        repository: Where it will be, ``user/model``.
+        config: The contents of ``config.json``; empty where there is none.
+        base_model: Repositories of the models that this one was made from.
+        base_commit: The commit of the weights that a Fisher alone belongs to.
+        fisher_only: Whether the repository holds a Fisher without weights.
+        url: Its address.
+    """
+
+    repository: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    base_model: tuple[str, ...] = ()
+    base_commit: str | None = None
+    fisher_only: bool = False
+    url: str = ""
+
+
+def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
+    """Write a card from a ledger, and keep what else stands in the one that is there.
+
+    Ours is what stands between two marks, and of the metadata the tags, the results from the
+    ledger and what is not there yet.
+
+    Args:
+        existing: The text of the card that is there.
+        ledger: The ledger.
+        subject: What it is about.
+
+    Returns:
+        The text, metadata first.
+
+    Raises:
+        InputError: The metadata of the existing card are no YAML mapping, or it has one of the
+            marks without the other.
+    """
+    existing = existing or ""
+    found = REGEX_YAML_BLOCK.search(existing)
+    text = existing[found.end() :] if found else existing
+    data = _metadata(found.group(2) if found else "")
+    _merge_metadata(data, ledger, subject)
+    block = f"{BEGIN}\n{_body(ledger, subject)}\n{END}"
+    rest = _BLOCK.sub("", text)
+    if _MARK.search(rest) or len(_BLOCK.findall(text)) > 1:
+        raise InputError(
+            f"README.md of {subject.repository}: expected the marks <!-- consolidate:begin … --> "
+            "and <!-- consolidate:end --> once each or not at all: remove those that are too many"
+        )
+    if _BLOCK.search(text):
+        text = _BLOCK.sub(lambda _: block, text)
+    elif text.strip():
+        text = f"{text.rstrip()}\n\n{block}\n"
+    else:
+        text = f"\n# {escaped(subject.repository)}\n\n{block}\n"
+    return f"---\n{yaml_dump(data).rstrip()}\n---\n{text}"
+
+
+def escaped(text: str) -> str:
+    """Escape a name of the ledger, so that Markdown and HTML show it as it is.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        One line, of at most 200 of its characters.
+    """
+    line = "".join(c if c.isprintable() else "�" for c in text)[:200]
+    marked = _SPECIAL.sub(r"\\\1", line.strip().replace("&", "\0"))
+    return marked.replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\0", "&amp;")
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"README.md: its metadata are not YAML: {_first_line(error)}") from None
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise InputError("README.md: its metadata are not a mapping of names to values")
+    return data
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _merge_metadata(data: dict[str, Any], ledger: Ledger, subject: Subject) -> None:
+    tags = data.get("tags") or []
+    tags = list(tags) if isinstance(tags, list) else [tags]
+    data["tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
+    data.setdefault("library_name", _library(subject))
+    if subject.base_model:
+        names = [name.partition("@")[0] for name in subject.base_model]
+        data["base_model"] = names[0] if len(names) == 1 else names
+    if subject.base_model and not subject.fisher_only:
+        data["base_model_relation"] = "finetune" if len(subject.base_model) == 1 else "merge"
+    index = data.pop("model-index", None) or []
+    if not isinstance(index, list) or not all(isinstance(model, dict) for model in index):
+        raise InputError("README.md: model-index of its metadata is not a list of models")
+    index = [kept for model in index if (kept := _without_ours(model))]
+    if not subject.fisher_only and (results := evaluation_results(ledger, subject)):
+        name = subject.repository.rpartition("/")[2]
+        ours = eval_results_to_model_index(name, results)[0]
+        same = next((model for model in index if model.get("name") == name), None)
+        if same is None:
+            index.append(ours)
+        else:
+            same["results"] = [*(same.get("results") or []), *ours["results"]]
+    if index:
+        data["model-index"] = index
+
+
+def _without_ours(model: dict[str, Any]) -> dict[str, Any] | None:
+    results = model.get("results")
+    if not isinstance(results, list):
+        return model
+    kept = [
+        result
+        for result in results
+        if not (
+            isinstance(result, dict)
+            and isinstance(result.get("source"), dict)
+            and result["source"].get("name") == SOURCE
+        )
+    ]
+    return {**model, "results": kept} if kept or not results else None
+
+
+def _library(subject: Subject) -> str:
+    """Name the library that loads the repository, as the Hub calls it."""
+    if subject.fisher_only:
+        return "consolidate"
+    known = "model_type" in subject.config and "architectures" in subject.config
+    return "transformers" if known else "pytorch"
+
+
+def evaluation_results(ledger: Ledger, subject: Subject) -> list[EvalResult]:
+    """Give the accuracy matrix as the Hub's evaluation results.
+
+    Args:
+        ledger: The ledger.
+        subject: What the card is about.
+
+    Returns:
+        A result for each score that was measured; the last task's row, which is the model as it is,
+        first and without the argument ``after_training``.
+    """
+    matrix = accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
+    results = []
+    last = len(ledger.tasks) - 1
+    for row in [last, *range(last)]:
+        for task, score in zip(ledger.tasks, matrix.scores[row], strict=True):
+            if score is None:
+                continue
+            metric = "accuracy" if _is_accuracy(ledger, task.name) else "loss"
+            after = f", after training on {matrix.tasks[row]}" if row != last else ""
+            results.append(
+                EvalResult(
+                    task_type=_PIPELINES.get(task.objective, "other"),
+                    dataset_type=task.data if task.data.count("/") == 1 else task.name,
+                    dataset_name=task.name,
+                    metric_type=metric,
+                    metric_value=score if metric == "accuracy" else -score,
+                    metric_name=metric + after,
+                    metric_args={"after_training": matrix.tasks[row]} if row != last else None,
+                    source_name=SOURCE,
+                    source_url=subject.url,
+                )
+            )
+    return results
+
+
+def _is_accuracy(ledger: Ledger, name: str) -> bool:
+    return any(
+        "accuracy" in scores[name]
+        for task in ledger.tasks
+        for scores in task.metrics.values()
+        if name in scores
+    )
+
+
+def _body(ledger: Ledger, subject: Subject) -> str:
+    parts = [_what(ledger, subject), _use(ledger, subject), _tasks(ledger), _scores(ledger)]
+    return "\n\n".join(part for part in [*parts, _measured(ledger), _limits(ledger)] if part)
+
+
+def _what(ledger: Ledger, subject: Subject) -> str:
+    names = ", ".join(escaped(task.name) for task in ledger.tasks)
+    digest = set_digest(ledger.weights)
+    if subject.fisher_only:
+        base = subject.base_model[0].partition("@")[0]
+        at = f" at commit `{subject.base_commit}`" if subject.base_commit else ""
+        return (
+            "## A Fisher for fine-tuning without forgetting\n\n"
+            f"This repository holds no weights. It holds the Fisher diagonal of those of "
+            f"[{escaped(base)}](/{base}){at}, whose digest is `{digest}`, and belongs to no "
+            f"others. It tells how much each of them matters for: {names}."
+        )
+    architectures = subject.config.get("architectures")
+    kind = architectures[0] if isinstance(architectures, list) and architectures else "model"
+    bases = [name.partition("@")[0] for name in subject.base_model]
+    made = " made from " + " and ".join(f"[{escaped(b)}](/{b})" for b in bases) if bases else ""
+    return (
+        "## Fine-tuning without forgetting\n\n"
+        f"A {escaped(str(kind))}{made} for: {names}. Beside the weights, in `fisher/`, lies their "
+        "Fisher diagonal: how much each weight matters for these tasks. With it, the model can be "
+        "fine-tuned on something new and keep them, without their data (Elastic Weight "
+        "Consolidation, [Kirkpatrick et al. 2017](https://arxiv.org/abs/1612.00796)). The digest "
+        f"of the weights is `{digest}`."
+    )
+
+
+def _use(ledger: Ledger, subject: Subject) -> str:
+    where, fisher, keyword = subject.repository, "", ""
+    if subject.fisher_only:
+        where = subject.base_model[0].partition("@")[0]
+        fisher, keyword = f" --fisher {subject.repository}", f'\n    fisher="{subject.repository}",'
+    elif _library(subject) != "transformers":
+        fisher, keyword = " --model PACKAGE.MODULE:FACTORY", '\n    model="PACKAGE.MODULE:FACTORY",'
+    strength = next((t.ewc_lambda for t in reversed(ledger.tasks) if t.ewc_lambda), None)
+    shell = "auto" if strength is None else f"{strength:g}"
+    python = '"auto"' if strength is None else f"{strength:g}"
+    note = (
+        "`auto` looks for λ, the strength of the penalty; a number saves the search."
+        if strength is None
+        else "λ is that of the last task here; another task may want another (`auto` looks for it)."
+    )
+    return (
+        "```sh\n"
+        f"consolidate finetune {where}{fisher} --data mine.jsonl \\\n"
+        f"    --ewc-lambda {shell} --output-dir my-model\n"
+        "```\n\n"
+        "```python\n"
+        "import consolidate  # of the distribution consolidate-ewc\n\n"
+        f'consolidate.finetune(\n    "{where}", "mine.jsonl",{keyword} ewc_lambda={python},'
+        ' output_dir="my-model"\n)\n'
+        f"```\n\n{note}"
+    )
+
+
+def _tasks(ledger: Ledger) -> str:
+    rows = [["", "task", "objective", "labels", "data", "learned with"]]
+    for number, task in enumerate(ledger.tasks, 1):
+        rows.append(
+            [
+                str(number),
+                escaped(task.name),
+                escaped(task.objective),
+                _labels(task),
+                escaped(task.data) or "–",
+                _learned(task),
+            ]
+        )
+    return "### Tasks, in the order they were learned\n\n" + _table(rows)
+
+
+def _labels(task: TaskRecord) -> str:
+    labels = task.labels or []
+    rest = f" and {len(labels) - 8} more" if len(labels) > 8 else ""
+    return ", ".join(escaped(label) for label in labels[:8]) + rest or "–"
+
+
+def _learned(task: TaskRecord) -> str:
+    if task.penalty is None:
+        return "(measured only)"
+    if task.ewc_lambda is None:
+        return "no penalty"
+    return f"{escaped(task.penalty)}, λ = {task.ewc_lambda:g}"
+
+
+def _scores(ledger: Ledger) -> str:
+    matrix = ledger_matrix(ledger)
+    if matrix is None:
+        return ""
+    summary = matrix_summary(matrix)
+    header, *rows = matrix_rows(summary)
+    rows = [[escaped(cell) if i == 0 else cell for i, cell in enumerate(row)] for row in rows]
+    table = _table([["after ↓ on →", *map(escaped, header[1:])], *rows])
+    return (
+        "### Scores\n\nOn each task after training on each: accuracy, or minus the mean negative "
+        f"log-likelihood; – was not measured.\n\n{table}\n\n{means_text(summary)}. ACC is the mean "
+        "of the last row, BWT the mean gain on the earlier tasks since each was learned, "
+        "forgetting their mean loss since each was at its best."
+    )
+
+
+def _measured(ledger: Ledger) -> str:
+    rows = [["task", "expectation over the labels", "measured on", "seed", "weight"]]
+    for task in ledger.tasks:
+        rows.append(
+            [
+                escaped(task.name),
+                task.estimator + _samples(task),
+                f"{task.examples:,} examples"
+                + (f", {task.units:,} tokens" if task.unit == "token" else ""),
+                str(task.seed),
+                f"{task.weight:g}",
+            ]
+        )
+    count = sum(_count(record.shape) for record in ledger.fisher.values())
+    dtype = next(iter(ledger.fisher.values())).dtype
+    rule = ledger.merge_rule + (f", γ = {ledger.gamma:g}" if ledger.merge_rule == "online" else "")
+    lines = [
+        "### How the Fisher was measured",
+        "F = (1/units) Σ_x E_y[(∇ log p(y|x))²], squared per example.",
+        _table(rows),
+        f"{count:,} values in {dtype}, digest `{set_digest(ledger.fisher)}`; merged {rule}.",
+    ]
+    if ledger.unprotected:
+        reasons = sorted(set(ledger.unprotected.values()))
+        why = "; ".join(escaped(reason) for reason in reasons[:5])
+        lines.append(f"{len(ledger.unprotected)} tensors are not protected: {why}.")
+    return "\n\n".join(lines)
+
+
+def _samples(task: TaskRecord) -> str:
+    sampled = task.estimator in ("mc", "batched") and task.mc_samples is not None
+    return f" × {task.mc_samples}" if sampled else ""
+
+
+def _limits(ledger: Ledger) -> str:
+    named = [escaped(task.name) for task in ledger.tasks if task.data_digest is not None]
+    digests = (
+        f"It holds a digest of the data of {', '.join(named)}, which confirms a guess of them."
+        if named
+        else "It holds no digest of any data."
+    )
+    return (
+        "### Limits\n\n"
+        "The penalty is a quadratic around these weights with a diagonal Fisher: it knows nothing "
+        "of how weights act together, holds less well the further the weights move, and holds only "
+        "the tasks above, on data like theirs. How much is kept depends on λ: measure it.\n\n"
+        "No row of data is in this repository. A Fisher is an average of squared gradients over "
+        "them all the same: with the labels, counts and scores it tells something of the data, and "
+        "may help to tell whether an example was among them. " + digests
+    )
+
+
+def _table(rows: list[list[str]]) -> str:
+    header, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([header, f"|{' --- |' * len(rows[0])}", *body])
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,612 @@
+"""What `consolidate push` does, without the command line: verify, write the card, one commit."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import httpx, validate_repo_id
+
+from consolidate.card import Subject, model_card
+from consolidate.hub import commit_of, locate
+from consolidate.inspection import verify
+from formats.checkpoint import Checkpoint, open_checkpoint
+from formats.digest import set_digest
+from formats.errors import ConsolidateError, InputError, NetworkError, UsageError
+from formats.fisher_folder import (
+    StoredFisher,
+    check_belongs,
+    check_intact,
+    in_one_line,
+    read_fisher,
+    write_fisher,
+)
+from formats.tensors import TensorFiles, check_link, write_tensors
+
+LOG = logging.getLogger("consolidate")
+CARD = "README.md"
+INDEX = "model.safetensors.index.json"
+MAX_CARD_BYTES = 2**20
+
+# What a model is used with; anything else in a folder may be data or a secret, and stays there.
+PUBLISHED = (
+    "config.json",
+    "generation_config.json",
+    "*processor_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.spm",
+    "*.tiktoken",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "[0-9]_*/config.json",
+    "[0-9]_*/model.safetensors",
+    "LICENSE*",
+    "NOTICE*",
+)
+_OURS_TO_REPLACE = re.compile(
+    r"fisher/.*|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"|tf_model.*\.h5(\.index\.json)?|flax_model.*\.msgpack(\.index\.json)?|rust_model\.ot"
+)
+_WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repository as it is before a push.
+
+    Attributes:
+        exists: Whether it is there.
+        private: Whether only some can see it; None where it is not there.
+        head: The commit that is built upon; None where there is none.
+        has_branch: Whether the branch is there; the head is that of the default branch otherwise.
+        files: What the head holds, by path.
+        tags: The commits of its tags, by name.
+    """
+
+    exists: bool
+    private: bool | None
+    head: str | None
+    has_branch: bool
+    files: dict[str, RepoFile]
+    tags: dict[str, str]
+
+
+def push(
+    checkpoint: str | Path,
+    repository: str,
+    *,
+    public: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    tag: str | None = None,
+    token: str | None = None,
+    base_model: Sequence[str] = (),
+    fisher_dtype: torch.dtype | None = None,
+    fisher_only: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Publish a checkpoint with its Fisher, ledger and card on the Hub, in one commit.
+
+    The checkpoint is verified before anything is sent, and what the repository holds after. A
+    commit is made only upon the one that was looked at; until it is made the repository is as it
+    was, and a push that is started again sends what is missing.
+
+    Args:
+        checkpoint: A folder with weights and a Fisher, or a repository on the Hub.
+        repository: Where to, such as ``user/model``; made where it is missing.
+        public: Whether a new repository can be seen by all, and one that can be may be pushed to.
+        create_pr: Open a pull request instead of committing to the branch.
+        revision: The branch; made where it is missing.
+        commit_message: Of the commit.
+        tag: Name the commit so afterwards.
+        token: Of the Hub; that of the client's login unless given.
+        base_model: The repositories of the models that this one was made from, for the card.
+        fisher_dtype: Store Λ so: float32 or bfloat16; as it is unless given.
+        fisher_only: Publish the Fisher alone, of the weights in the repository `base_model`.
+        dry_run: Only say what would be sent.
+
+    Returns:
+        What was done: the commit, every file with its size and what became of it, and digests.
+
+    Raises:
+        UsageError: The options contradict each other or the repository.
+        InputError: The checkpoint is not intact, or the Hub refuses.
+        NonFiniteError: NaN or infinity in the weights or in the Fisher.
+        NetworkError: The Hub cannot be reached or fails, or does not hold what was sent.
+    """
+    _check_options(create_pr, revision, tag, token, base_model, fisher_only)
+    folder = locate(checkpoint)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: a checkpoint with its Fisher is needed")
+    stored = read_fisher(folder / "fisher")
+    api = HfApi(token=token, library_name="consolidate")
+    with _explained(repository):
+        name = _full_name(api, repository)
+        remote = _look(api, name, revision, tagged=tag is not None)
+    _check_remote(name, remote, public, create_pr, fisher_only)
+    base_commit = None
+    if fisher_only:
+        base = locate(base_model[0])
+        base_commit = commit_of(base)
+        LOG.info("checking that %s has the weights that the Fisher is of", base_model[0])
+        check_intact(stored)
+        check_belongs(stored, open_checkpoint(base).weights, base_model[0])
+    else:
+        LOG.info("verifying %s", folder)
+        verify(folder)
+    with TemporaryDirectory(prefix="consolidate-push-") as scratch:
+        contents = _contents(folder, stored, fisher_dtype, fisher_only, Path(scratch))
+        if fisher_dtype is not None:
+            stored = read_fisher(contents["fisher/fisher.json"].parent)
+        with _explained(name):
+            existing = _existing_card(api, name, remote, folder, fisher_only)
+        config = {} if fisher_only else open_checkpoint(folder).config
+        card = model_card(
+            existing,
+            stored.ledger,
+            Subject(
+                repository=name,
+                config=config,
+                base_model=tuple(base_model),
+                base_commit=base_commit,
+                fisher_only=fisher_only,
+                url=f"{api.endpoint}/{name}",
+            ),
+        )
+        contents = {CARD: card.encode(), **contents}
+        operations = {path: CommitOperationAdd(path, _source(c)) for path, c in contents.items()}
+        changes = {path: _change(remote.files.get(path), op) for path, op in operations.items()}
+        stale = sorted(p for p in remote.files if _is_stale(p, operations, fisher_only))
+        _check_tag(name, tag, remote, changed=bool(stale) or set(changes.values()) != {"unchanged"})
+        result: dict[str, Any] = {
+            "status": "dry run",
+            "repository": name,
+            "url": f"{api.endpoint}/{name}",
+            "private": (not public) if remote.private is None else remote.private,
+            "commit": None,
+            "pull_request": None,
+            "tag": tag,
+            "weights": set_digest(stored.ledger.weights),
+            "fisher": set_digest(stored.ledger.fisher),
+            "files": [
+                {"path": path, "size": op.upload_info.size, "change": changes[path]}
+                for path, op in operations.items()
+            ],
+            "deleted": stale,
+        }
+        if dry_run:
+            return result
+        message = commit_message or "Push " + ", ".join(t.name for t in stored.ledger.tasks[-5:])
+        with _explained(name):
+            commit, pull_request = _commit(
+                api,
+                name,
+                remote,
+                [op for path, op in operations.items() if changes[path] != "unchanged"],
+                stale,
+                message=message,
+                revision=revision,
+                create_pr=create_pr,
+                public=public,
+            )
+            _check_arrived(api, name, commit, operations, stale)
+            if tag is not None and remote.tags.get(tag) != commit:
+                api.create_tag(name, tag=tag, revision=commit)
+        return {
+            **result,
+            "status": "unchanged" if commit == remote.head else "done",
+            "commit": commit,
+            "pull_request": pull_request,
+        }
+
+
+def push_text(result: Mapping[str, Any]) -> str:
+    """Lay out what `push` returns as plain text.
+
+    Args:
+        result: What `push` returned.
+
+    Returns:
+        Lines of text without a newline at the end.
+    """
+    lines = [
+        f"{file['size']:>15,}  {file['change']:<9}  {file['path']}" for file in result["files"]
+    ]
+    lines += [f"{'':>15}  {'deleted':<9}  {path}" for path in result["deleted"]]
+    total = sum(file["size"] for file in result["files"])
+    missing = sum(file["size"] for file in result["files"] if file["change"] != "unchanged")
+    lines.append(f"{total:>15,}  bytes in all, {missing:,} of them new")
+    seen = "private" if result["private"] else "public"
+    if result["status"] == "dry run":
+        lines.append(f"Nothing was sent to {result['repository']} ({seen}): this was a dry run.")
+    elif result["pull_request"] is not None:
+        lines.append(f"{result['pull_request']}: commit {result['commit']}")
+    else:
+        same = ", which holds all of it already" if result["status"] == "unchanged" else ""
+        named = f", tag {result['tag']}" if result["tag"] else ""
+        lines.append(f"{result['url']} ({seen}): commit {result['commit']}{named}{same}")
+    return "\n".join(lines)
+
+
+def _check_options(
+    create_pr: bool,
+    revision: str | None,
+    tag: str | None,
+    token: str | None,
+    base_model: Sequence[str],
+    fisher_only: bool,
+) -> None:
+    """Refuse what contradicts itself, before anything is read; the token is never shown."""
+    if create_pr and revision not in (None, "main"):
+        raise UsageError("--create-pr opens a pull request to main: leave --revision out")
+    if create_pr and tag is not None:
+        raise UsageError("--tag names a commit of a branch: leave it or --create-pr out")
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise UsageError("--token is no token: it is empty, or holds blanks or other characters")
+    if fisher_only and len(base_model) != 1:
+        raise UsageError(
+            "--fisher-only needs one --base-model REPO: the repository with the weights that the "
+            "Fisher belongs to"
+        )
+    for name in base_model:
+        _check_name(name.partition("@")[0], "--base-model ")
+
+
+def _check_name(name: str, what: str = "") -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UsageError(
+            f"{what}{name!r} cannot be a repository: expected one such as user/model"
+        ) from None
+
+
+def _full_name(api: HfApi, name: str) -> str:
+    _check_name(name)
+    return name if "/" in name else f"{api.whoami()['name']}/{name}"
+
+
+def _look(api: HfApi, name: str, revision: str | None, *, tagged: bool) -> Remote:
+    try:
+        info = api.model_info(name, timeout=30)
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        return Remote(False, None, None, True, {}, {})
+    has_branch = True
+    if revision is not None:
+        try:
+            head = api.model_info(name, revision=revision, timeout=30).sha
+        except RevisionNotFoundError:
+            has_branch, head = False, info.sha
+    else:
+        head = info.sha
+    listing = api.list_repo_tree(name, recursive=True, revision=head)
+    files = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
+    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(name).tags} if tagged else {}
+    return Remote(True, bool(info.private), head, has_branch, files, tags)
+
+
+def _check_remote(
+    name: str, remote: Remote, public: bool, create_pr: bool, fisher_only: bool
+) -> None:
+    if not remote.exists and create_pr:
+        raise InputError(f"{name}: no such repository on the Hub to open a pull request in")
+    if remote.exists and not remote.private and not public:
+        raise UsageError(f"{name} can be seen by all: say with --public that this may be, too")
+    if remote.private and public:
+        LOG.info("%s is private and stays so: its settings on the Hub change that", name)
+    if fisher_only and any(_WEIGHTS.fullmatch(path) for path in remote.files):
+        raise UsageError(
+            f"{name} holds weights, and --fisher-only is for a repository without: push the whole "
+            "checkpoint (weights that are there already are not sent again)"
+        )
+
+
+def _check_tag(name: str, tag: str | None, remote: Remote, *, changed: bool) -> None:
+    if tag in remote.tags and (changed or remote.tags[tag] != remote.head):
+        raise UsageError(f"{name} has a tag {tag!r} already, of another commit: choose another")
+
+
+def _contents(
+    folder: Path,
+    stored: StoredFisher,
+    fisher_dtype: torch.dtype | None,
+    fisher_only: bool,
+    scratch: Path,
+) -> dict[str, Any]:
+    """Give the file or the bytes of every path in the repository, but for the card."""
+    contents: dict[str, Path | bytes] = {}
+    if not fisher_only:
+        source = open_checkpoint(folder)
+        contents |= _weights(source, scratch)
+        contents |= _others(folder, source)
+    fisher = folder / "fisher"
+    if fisher_dtype is not None:
+        fisher = scratch / "fisher"
+        write_fisher(
+            fisher,
+            stored.fisher,
+            stored.ledger,
+            anchor=stored.anchor,
+            heads=stored.heads,
+            dtype=fisher_dtype,
+        )
+    for file in sorted(fisher.rglob("*")):
+        name = file.relative_to(fisher).as_posix()
+        if file.is_file() and not file.name.startswith("."):
+            check_link(fisher.parent, file)
+            contents[f"fisher/{name}"] = file
+    return contents
+
+
+def _weights(source: Checkpoint, scratch: Path) -> dict[str, Path | bytes]:
+    """Give the weights under the names that loaders look for, always with an index.
+
+    With an index, loaders that glob ``*.safetensors`` in sub-folders too leave the Fisher alone.
+    """
+    weights = source.weights
+    files = list(source.files)
+    standard = all(re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", file.name)
+                   for file in files)  # fmt: skip
+    marked = isinstance(weights, TensorFiles) and weights.metadata.get("format") == "pt"
+    if not (standard and marked):
+        (scratch / "weights").mkdir()
+        files = write_tensors(scratch / "weights", weights, metadata={"format": "pt"})
+    contents: dict[str, Path | bytes] = {file.name: file for file in files}
+    if INDEX not in contents:
+        tensors = TensorFiles(source.path, files)
+        size = sum(_bytes(tensors, name) for name in tensors)
+        index = {
+            "metadata": {"total_size": size},
+            "weight_map": {name: tensors.file_of(name).name for name in sorted(tensors)},
+        }
+        contents[INDEX] = (json.dumps(index, ensure_ascii=False, indent=2) + "\n").encode()
+    return contents
+
+
+def _bytes(tensors: TensorFiles, name: str) -> int:
+    count = tensors.dtype(name).itemsize
+    for size in tensors.shape(name):
+        count *= size
+    return count
+
+
+def _others(folder: Path, source: Checkpoint) -> dict[str, Path]:
+    """Give configuration, tokenizer and licence; tell of what is left out."""
+    published = (*PUBLISHED, "*.py") if "auto_map" in source.config else PUBLISHED
+    used = {file.name for file in source.files} | {CARD, "fisher"}
+    contents, left_out = {}, []
+    for entry in sorted(folder.iterdir()):
+        if entry.name in used or entry.name.startswith("."):
+            continue
+        below = [p for p in sorted(entry.rglob("*")) if p.is_file()] if entry.is_dir() else [entry]
+        names = {file.relative_to(folder).as_posix(): file for file in below}
+        chosen = [name for name in names if any(_fits(name, pattern) for pattern in published)]
+        for name in chosen:
+            check_link(folder, names[name])
+            contents[name] = names[name]
+        if not chosen:
+            left_out.append(entry.name)
+    if left_out:
+        LOG.info(
+            "left out, as neither weights, configuration, tokenizer nor licence: %s",
+            in_one_line([repr(name) for name in left_out]).replace(";", ","),
+        )
+    return contents
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a path matches, its folders one by one."""
+    parts, patterns = name.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+
+
+def _existing_card(
+    api: HfApi, name: str, remote: Remote, folder: Path, fisher_only: bool
+) -> str | None:
+    """Read the card that is there: the repository's, else the checkpoint's own."""
+    own = folder / CARD
+    where = f"{name}, {CARD}"
+    if CARD in remote.files:
+        if remote.files[CARD].size > MAX_CARD_BYTES:
+            raise InputError(f"{where} is larger than {MAX_CARD_BYTES // 2**20} MiB")
+        data = Path(api.hf_hub_download(name, CARD, revision=remote.head)).read_bytes()
+        if own.is_file() and not fisher_only and own.read_bytes() != data:
+            LOG.info("the text of %s is that in the repository, not that of %s", where, own)
+    elif own.is_file() and not fisher_only:  # else it is the card of somebody else's weights
+        where = str(own)
+        check_link(folder, own)
+        if own.stat().st_size > MAX_CARD_BYTES:
+            raise InputError(f"{where} is larger than {MAX_CARD_BYTES // 2**20} MiB")
+        data = own.read_bytes()
+    else:
+        return None
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise InputError(f"{where} is not text in UTF-8: mend it or take it away") from None
+
+
+def _source(content: Path | bytes) -> str | bytes:
+    return content if isinstance(content, bytes) else str(content)
+
+
+def _change(there: RepoFile | None, operation: CommitOperationAdd) -> str:
+    if there is None:
+        return "new"
+    return "unchanged" if _is_same(there, operation) else "changed"
+
+
+def _is_same(there: RepoFile, operation: CommitOperationAdd) -> bool:
+    """Compare by size and digest: SHA-256 of a file in LFS, else git's own."""
+    info = operation.upload_info
+    if there.size != info.size:
+        return False
+    if there.lfs is not None:
+        return there.lfs.sha256 == info.sha256.hex()
+    digest = hashlib.sha1(b"blob %d\0" % info.size)
+    with operation.as_file() as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return there.blob_id == digest.hexdigest()
+
+
+def _is_stale(path: str, kept: Mapping[str, Any], fisher_only: bool) -> bool:
+    """Whether a file is of earlier weights or of an earlier Fisher, which loaders might take."""
+    if path in kept or not _OURS_TO_REPLACE.fullmatch(path):
+        return False
+    return path.startswith("fisher/") or not fisher_only
+
+
+def _commit(
+    api: HfApi,
+    name: str,
+    remote: Remote,
+    additions: list[CommitOperationAdd],
+    stale: list[str],
+    *,
+    message: str,
+    revision: str | None,
+    create_pr: bool,
+    public: bool,
+) -> tuple[str, str | None]:
+    """Send the files one by one, then commit them; give the commit, and its pull request."""
+    head = remote.head
+    if not remote.exists:
+        api.create_repo(name, private=not public, exist_ok=True)
+        head = api.model_info(name, timeout=30).sha
+        if revision is not None:
+            remote = _look(api, name, revision, tagged=False)
+    if not additions and not stale and head is not None:
+        return head, None
+    large = [op for op in additions if op.path_in_repo.endswith(".safetensors")]
+    for number, addition in enumerate(large, 1):
+        size = f"{addition.upload_info.size / 1e6:,.1f} MB"
+        LOG.info("sending %s, %s (%d of %d)", addition.path_in_repo, size, number, len(large))
+        api.preupload_lfs_files(
+            name,
+            [addition],
+            revision=revision if remote.has_branch else None,
+            create_pr=create_pr,
+            free_memory=False,
+        )
+    if not remote.has_branch and revision is not None:
+        api.create_branch(name, branch=revision, revision=head)
+    done = api.create_commit(
+        name,
+        [*additions, *(CommitOperationDelete(path) for path in stale)],
+        commit_message=message,
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=head,
+    )
+    return done.oid, done.pr_url
+
+
+def _check_arrived(
+    api: HfApi,
+    name: str,
+    commit: str,
+    operations: Mapping[str, CommitOperationAdd],
+    stale: list[str],
+) -> None:
+    listing = api.list_repo_tree(name, recursive=True, revision=commit)
+    there = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
+    wrong = [
+        f"{path} {'has another digest' if path in there else 'is missing'}"
+        for path, operation in operations.items()
+        if path not in there or not _is_same(there[path], operation)
+    ]
+    wrong += [f"{path} is still there" for path in stale if path in there]
+    if wrong:
+        raise NetworkError(
+            f"{name} at {commit} does not hold what was sent: {in_one_line(wrong)}; push again"
+        )
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Tell what the Hub refused, or how it failed, in plain words and without the token."""
+    try:
+        yield
+    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled) as error:
+        raise _plain(name, error) from None
+    except LocalTokenNotFoundError:
+        raise _plain(name, None, 401) from None
+    except RuntimeError as error:  # the client's, around what went wrong with one file
+        raise _plain(name, error.__cause__ or error) from None
+    except ValueError as error:  # what the Hub says of a card, or of a file
+        raise InputError(f"{name}: the Hub refuses this: {_line(str(error))}") from None
+
+
+def _plain(name: str, error: BaseException | None, status: int = 0) -> ConsolidateError:
+    if isinstance(error, OfflineModeIsEnabled):
+        return NetworkError("HF_HUB_OFFLINE is set, and a push needs the Hub: unset it")
+    said = ""
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        said = f" ({_line(error.server_message)})" if error.server_message else ""
+        if isinstance(error, GatedRepoError):
+            status = 403
+    if status == 401:
+        return InputError(
+            f"{name}: the Hub does not know you{said}: log in with `hf auth login`, or give a "
+            "valid --token"
+        )
+    if status == 403:
+        return InputError(f"{name}: you may not do this{said}: a token that may write is needed")
+    if status == 404:
+        return InputError(f"{name}: the Hub has no such repository, branch or commit{said}")
+    if status in (409, 412):
+        return InputError(
+            f"{name} has changed since it was looked at{said}, and nothing was committed: look at "
+            "what changed, and push again"
+        )
+    if status == 429:
+        wait = error.response.headers.get("Retry-After") if error is not None else None  # type: ignore[attr-defined]
+        after = f" after {wait} s" if wait and wait.isdigit() else " later"
+        return NetworkError(f"{name}: the Hub asks for patience{said}: push again{after}")
+    if 400 <= status < 500:
+        return InputError(f"{name}: the Hub refuses this, with status {status}{said}")
+    what = (
+        f"answers with status {status}" if status else f"cannot be reached ({type(error).__name__})"
+    )
+    return NetworkError(f"{name}: the Hub {what}{said}; what was sent is kept, so push again")
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else "?" for c in line)[:300]
