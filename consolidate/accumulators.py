@@ -170,8 +170,16 @@ class Accumulators:
 
     def _count(self, batches: list[_Batch]) -> None:
         u = torch.cat([batch.units for batch in batches]).cpu().double()
-        s = torch.stack([self._shares(name, batches) for name in self.sums])
-        if not (finite := s.isfinite()).all():
+        # Of parameters that nothing depends on there are no traces.
+        parts = [
+            traces
+            if (traces := batch.traces.get(name)) is not None
+            else torch.zeros_like(batch.units)
+            for name in self.sums
+            for batch in batches
+        ]
+        s = torch.cat(parts).cpu().double().view(len(self.sums), -1)  # (parameters, draws)
+        if not math.isfinite(s.sum()) and not (finite := s.isfinite()).all():
             row, column = finite.logical_not().nonzero()[0].tolist()
             wheres = [batch.where for batch in batches for _ in batch.units]
             raise _not_finite(list(self.sums)[row], wheres[column])
@@ -188,16 +196,6 @@ class Accumulators:
             counts.draws + len(u),
             counts.units + int(u.sum()),
         )
-
-    def _shares(self, name: str, batches: list[_Batch]) -> Tensor:
-        """Return a parameter's traces of all draws in these batches, (draws,) in float64."""
-        parts = [
-            traces
-            if (traces := batch.traces.get(name)) is not None
-            else torch.zeros_like(batch.units)
-            for batch in batches
-        ]
-        return torch.cat(parts).cpu().double()
 
 
 def _not_finite(name: str, where: str) -> NonFiniteError:

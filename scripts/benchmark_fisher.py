@@ -70,6 +70,7 @@ KINDS = {
 }
 """What is timed together, by the names of operations."""
 
+BRIEF = 1.0  # seconds of a turn, below which a tool has more of them
 FEW = 4  # examples that errors are measured on
 WRONG = 1e-6  # error in float64 above which it is another quantity
 ABSENT = {"is not installed": "missing", "has no exact Fisher": "none"}
@@ -123,7 +124,8 @@ What stands between these figures and the aims:
 ## How it was measured
 
 - **Time**: of a pass in the middle of others. What takes less than {short} s is run up to {repeats}
-  times in a row, the first of which is not counted.
+  times in a row, the first of which is not counted. Tools that need less than {brief:g} s for a
+  turn of that take turns for another {seconds:g} s.
 - **Error**: the largest over parameters of max |F − F₀| / max |F₀| against a batch-of-one loop in
   float64, on {few} examples; once in float32, as timed, and once with everything in float64, also
   where the model's code asks for float32 by name (blank where a tool fails at that). In float32
@@ -150,6 +152,7 @@ class Row:
     tool: Tool
     run: Timed = lambda: (0.0, {})
     seconds: list[float] = field(default_factory=list)
+    turn: float = 0.0  # how long the last turn took in all
     errors: dict[torch.dtype, float] = field(default_factory=dict)
     parameters: int = 0
     wrong: int = 0  # of them
@@ -197,8 +200,8 @@ def measure(
         name: Of the workload.
         tools: By name, the unit of the ratios first.
         quick: At tiny sizes.
-        rounds: How often each tool is timed, at least.
-        seconds: How long the rounds go on, at least.
+        rounds: How often each tool is timed.
+        seconds: How long those go on that take little.
 
     Returns:
         What was found, by the tools' names.
@@ -217,15 +220,24 @@ def measure(
     for row in rows.values():
         row.run = attempt(row, prepare, row.tool, workload, model, inputs, labels)
         attempt(row, row.run)  # Once for what is made at the first call.
+    for _ in range(rounds):
+        take_turns(rows.values())
+    brief = [row for row in rows.values() if not row.failure and row.turn < BRIEF]
     began = time.monotonic()
-    while rounds > 0 or time.monotonic() - began < seconds:
-        rounds -= 1
-        for row in rows.values():
-            gc.collect()
-            if (result := attempt(row, row.run)) is not None:
-                row.seconds.append(result[0])
+    while brief and time.monotonic() - began < seconds:
+        take_turns(brief)
     memory_rows(name, rows, quick)
     return rows
+
+
+def take_turns(rows: Iterable[Row]) -> None:
+    """Time each of the tools once."""
+    for row in rows:
+        gc.collect()
+        began = time.perf_counter()
+        if (result := attempt(row, row.run)) is not None:
+            row.seconds.append(result[0])
+        row.turn = time.perf_counter() - began
 
 
 def check(
@@ -388,7 +400,8 @@ def detail(name: str, rows: dict[str, Row]) -> str:
         )
     header = ["", "median, ms", "least, ms", "ratio", "memory, MB", "error"]
     table = markdown([*header, "error, float64", "wrong", "left out"], lines)
-    return f"### {WORKLOADS[name].title}\n\n{len(rows['training'].seconds)} rounds.\n\n{table}"
+    turns = len(rows["training"].seconds)
+    return f"### {WORKLOADS[name].title}\n\n{turns} turns of a plain pass.\n\n{table}"
 
 
 def failures(tables: dict[str, dict[str, Row]]) -> str:
@@ -422,8 +435,8 @@ def main() -> None:
     some = "may be repeated; a choice writes into experiments-output/"
     parser.add_argument("--workload", action="append", choices=WORKLOADS, help=some)
     parser.add_argument("--tool", action="append", choices=TOOLS, help=some)
-    parser.add_argument("--seconds", type=float, help="least time for each workload's rounds")
-    parser.add_argument("--rounds", type=int, help="least number of rounds")
+    parser.add_argument("--seconds", type=float, help="time for more turns of what takes little")
+    parser.add_argument("--rounds", type=int, help="turns of each tool")
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     quiet()
@@ -458,6 +471,8 @@ def main() -> None:
             few=FEW,
             short=SHORT,
             repeats=REPEATS,
+            brief=BRIEF,
+            seconds=seconds,
             returned=" ".join(f"`{key}={value}`" for key, value in RETURNED.items()),
         ),
         quick=bool(options.quick or options.workload or options.tool),
