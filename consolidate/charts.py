@@ -22,6 +22,7 @@ from consolidate.drawing import (
 WIDTH = 400.0  # of a chart that a phone shows without shrinking much
 
 _ROW = 20.0
+_LOW_ROW = 15.0  # of many
 _NAME = 26  # letters of a name beside a row
 _HEAD = 18  # letters of a name above a column
 _SMALL = 11.0
@@ -73,7 +74,7 @@ def heat_map(
     flat = all(text_width(head) + 4 <= cell for head in heads)
     slope = max(text_width(head) for head in heads) * math.sqrt(0.5)
     top = 40 + (_ROW if flat else slope + 12)
-    height = _ROW if len(rows) > 12 else 28.0
+    height = _row_height(len(rows), 28.0)
     width = max(left + cell * len(columns) + (0 if flat else slope), left + 180)
     drawing = Drawing(title, description, width + 4, top + height * len(rows) + 4)
     drawing.shapes += _color_bar(left, limits, write)
@@ -130,7 +131,8 @@ def log_bars(
     right, top = 62.0, 26.0
     width = max(WIDTH, left + right + 140)
     low, high = decades(values)
-    drawing = Drawing(title, description, width, top + _ROW * len(rows) + 6)
+    height = _row_height(len(rows), _ROW)
+    drawing = Drawing(title, description, width, top + height * len(rows) + 6)
 
     def place(value: float) -> float:
         return left + (width - left - right) * _share(value, low, high, log=True)
@@ -143,7 +145,7 @@ def log_bars(
             Text(x, 10, f"1e{exponent}", "muted", "middle", _SMALL),
         ]
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
-        y = top + _ROW * (i + 0.5)
+        y = top + height * (i + 0.5)
         drawing.shapes.append(Text(left - 8, y, name, anchor="end", tip=rows[i]))
         end = left
         if value > 0:
@@ -178,7 +180,8 @@ def curves(
     """
     per_row = 2
     low, high = limits
-    left = max(text_width(write(value), _SMALL) for value in limits) + 12
+    marks = [low * (1 - step / 4) + high * (step / 4) for step in range(5)]
+    left = max(text_width(write(mark), _SMALL) for mark in marks) + 12
     top, right, bottom = 14.0, 12.0, 190.0
     legend = 22.0 * -(-len(lines) // per_row)
     drawing = Drawing(title, description, WIDTH, bottom + 42 + legend)
@@ -187,12 +190,11 @@ def curves(
         across = left + (WIDTH - left - right) * x / len(stages)
         return across, bottom - (bottom - top) * _share(value, low, high)
 
-    for step in range(5):
-        value = low * (1 - step / 4) + high * (step / 4)
-        y = place(0, value)[1]
+    for mark in marks:
+        y = place(0, mark)[1]
         drawing.shapes += [
             Line([(left, y), (WIDTH - right, y)], "grid"),
-            Text(left - 6, y, write(value), "muted", "end", _SMALL),
+            Text(left - 6, y, write(mark), "muted", "end", _SMALL),
         ]
     room = (WIDTH - left - right) / len(stages)
     letters = int(room / (_SMALL * 0.6))
@@ -256,7 +258,13 @@ def shortened(names: Sequence[str]) -> list[str]:
         len(own) > common + 1 and own[common] == parts[0][common] for own in parts
     ):
         common += 1
+    if common and any(own[common].isdigit() for own in parts):
+        common -= 1  # a number alone says little
     return [plain(".".join(own[common:]), _NAME) for own in parts]
+
+
+def _row_height(rows: int, most: float) -> float:
+    return most if rows <= 12 else _ROW if rows <= 48 else _LOW_ROW
 
 
 def _color_bar(
@@ -264,7 +272,7 @@ def _color_bar(
 ) -> list[Rectangle | Text]:
     """Draw which colour stands for what, above the cells."""
     low, high = (write(limit) for limit in limits)
-    start = left + text_width(low, _SMALL) + 4
+    start = left + text_width(low, _SMALL) + 8
     pieces = 24
     shapes: list[Rectangle | Text] = [
         Rectangle(start + 3 * i, 6, 3.5, 10, heat_color(i / (pieces - 1))) for i in range(pieces)

@@ -89,23 +89,27 @@ def layers(names: Sequence[str], most: int) -> dict[str, list[str]]:
 
     Args:
         names: Of the parameters, with dots between the modules.
-        most: How many groups there may be.
+        most: How many groups there should be; four times as many where there would be less than a
+            quarter of it else, as for a stack of a hundred layers.
 
     Returns:
         The parameters of each group, in their order; where even the outermost modules are too
         many, the last group holds the rest.
     """
-    if len(names) <= most:
-        return {name: [name] for name in names}
+    groups = {name: [name] for name in names}
     deepest = min(max(name.count(".") for name in names), 64)
-    groups: dict[str, list[str]] = {}
     for depth in range(deepest, 0, -1):
-        groups = {}
-        for name in names:
-            groups.setdefault(".".join(name.split(".")[:depth]), []).append(name)
         if len(groups) <= most:
-            return groups
-    own = list((groups or {name: [name] for name in names}).items())
+            break
+        outer: dict[str, list[str]] = {}
+        for name in names:
+            outer.setdefault(".".join(name.split(".")[:depth]), []).append(name)
+        if len(outer) < most / 4 and len(groups) <= 4 * most:
+            break
+        groups = outer
+    if len(groups) <= 4 * most:
+        return groups
+    own = list(groups.items())
     rest = [name for _, members in own[most - 1 :] for name in members]
     return dict([*own[: most - 1], (f"({len(own) - most + 1} more)", rest)])
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from consolidate.drawing import MARK, escaped, style_sheet, svg
+from consolidate.drawing import MARK, escaped, plain, style_sheet, svg
 from consolidate.inspection import estimator_text, penalty_text
 from consolidate.matrix_views import MEANS
 from consolidate.report_figures import LISTED, TASKS, Figure
@@ -45,6 +45,7 @@ margin:.8rem 0;list-style:none;counter-reset:task}
 .chain h3::before{content:counter(task) ". "}
 .chain dl,.pairs{display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem;margin:0;
 font-size:.9rem}
+.pairs{grid-template-columns:fit-content(40%) 1fr}
 .chain dd,.pairs dd{margin:0;min-width:0}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(25rem,100%),1fr));
 gap:0 2rem}
@@ -63,6 +64,7 @@ th{font-weight:600}
 tbody th{font-weight:400}
 .numbers td,.numbers thead th+th{text-align:right}
 code{font-size:.85rem}
+@page{margin:16mm}
 @media print{
 body{max-width:none;padding:0;font-size:10pt}
 nav,.skip,details{display:none}
@@ -120,9 +122,9 @@ def report_page(name: str, summary: Mapping[str, Any], drawn: Sequence[Figure]) 
 def _lead(summary: Mapping[str, Any]) -> str:
     fisher, count = summary["fisher"], len(summary["tasks"])
     return (
-        f"{count:,} task{'s' if count != 1 else ''}; {fisher['values']:,} weights in "
-        f"{fisher['tensors']:,} tensors are protected by a Fisher of trace {fisher['trace']:.4g}. "
-        f"Merged {escaped(_rule(summary))}."
+        f"{_count(count, 'task')}; {_count(fisher['values'], 'weight')} in "
+        f"{_count(fisher['tensors'], 'tensor')} protected by a Fisher of trace "
+        f"{fisher['trace']:.4g}. Merged {escaped(_rule(summary))}."
     )
 
 
@@ -194,7 +196,7 @@ def _settings(summary: Mapping[str, Any]) -> str:
             task["objective"],
             task["likelihood"],
             f"{task['examples']:,}",
-            f"{task['units']:,} {task['unit']}s",
+            _count(task["units"], task["unit"]),
             estimator_text(task),
             str(task["seed"]),
             f"{task['weight']:g}",
@@ -213,8 +215,14 @@ def _provenance(summary: Mapping[str, Any]) -> str:
         ("merge rule", f"{_rule(summary)}; penalty offset {offset}"),
         ("anchor", summary["anchor"]),
         ("output layers kept", ", ".join(sorted(summary["heads"])[:TASKS]) or "none"),
-        ("weights", f"{summary['weights']['tensors']:,} tensors, {summary['weights']['digest']}"),
-        ("Fisher", f"{fisher['tensors']:,} tensors of {fisher['dtype']}, {fisher['digest']}"),
+        (
+            "weights",
+            f"{_count(summary['weights']['tensors'], 'tensor')}, {summary['weights']['digest']}",
+        ),
+        (
+            "Fisher",
+            f"{_count(fisher['tensors'], 'tensor')} of {fisher['dtype']}, {fisher['digest']}",
+        ),
         ("format", f"{summary['format']}, version {summary['version']}"),
         *(list(summary["versions"].items())[:LISTED]),
     ]
@@ -263,11 +271,15 @@ def _pairs(pairs: Sequence[tuple[str, str]], kind: str = "") -> str:
     return f'<dl class="{kind}">{lines}</dl>\n' if kind else f"<dl>{lines}</dl>"
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _some(names: Sequence[str] | None, most: int = 12) -> str:
     if names is None:
         return "–"
     rest = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(name[:60] for name in names[:most]) + rest
+    return ", ".join(plain(name, 60) for name in names[:most]) + rest
 
 
 def _short(value: float | None) -> str:

@@ -14,14 +14,26 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from quickstart import train_start, write_data
+from quickstart import NETWORK, SIZES, write_data
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
-FINETUNE = (
-    "consolidate finetune {start} --model network:mlp --data {task}-train.npz --task {task} "
-    "--output-dir {end} --ewc-lambda 100 --optimizer adam --learning-rate 1e-3 --batch-size 32 "
-    "--epochs 20 --evaluate-every 82"
+TASKS = f"""
+output-dir = "digits"
+[config]
+sizes = {SIZES}
+[defaults]
+model = "network:mlp"
+ewc-lambda = 100
+optimizer = "adam"
+learning-rate = 1e-3
+batch-size = 32
+epochs = 20
+evaluate-every = 82
+"""
+TASKS += "".join(
+    f'[[task]]\nname = "{name}"\ndata = "{name}-train.npz"\nevaluate = "{name}-test.npz"\n'
+    for name in ("a", "b", "c")
 )
 TERMINAL = """<!doctype html><meta charset="utf-8"><style>
 body{margin:0;background:#14171a;color:#e9edf0;padding:18px 22px}
@@ -77,26 +89,16 @@ def screenshot(
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-def learn(folder: Path) -> Path:
-    """Learn the digits, then two permutations of them; return the checkpoint."""
+def write_tasks(folder: Path) -> None:
+    """Write the digits, two permutations of them, the network and tasks.toml."""
     write_data(folder)
     order = np.random.default_rng(1).permutation(64)
     for part in ("train", "test"):
         digits = np.load(folder / f"a-{part}.npz")
-        np.savez(
-            folder / f"c-{part}.npz", inputs=digits["inputs"][:, order], labels=digits["labels"]
-        )
-    train_start(folder)
-    tests = ""
-    run(folder, "consolidate fisher start --model network:mlp --data a-train.npz --task a")
-    start = "start"
-    for task in ("a", "b", "c"):
-        tests += f" --evaluate {task}={task}-test.npz"
-        if task != "a":
-            end = f"digits-{task}"
-            run(folder, FINETUNE.format(start=start, task=task, end=end) + tests)
-            start = end
-    return folder / start
+        inputs = digits["inputs"][:, order]
+        np.savez(folder / f"c-{part}.npz", inputs=inputs, labels=digits["labels"])
+    (folder / "network.py").write_text(NETWORK)
+    (folder / "tasks.toml").write_text(TASKS)
 
 
 def run(folder: Path, command: str) -> str:
@@ -119,17 +121,18 @@ def main() -> None:
     images.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        checkpoint = learn(folder)
-        run(folder, f"consolidate report {checkpoint.name} --output report.html")
+        write_tasks(folder)
+        commands = "consolidate run tasks.toml", "consolidate verify digits/03-c"
+        lines = [f"$ {command}\n{run(folder, command)}" for command in commands]
+        run(folder, "consolidate report digits/03-c --output report.html")
         page = folder / "report.html"
-        screenshot(page, images / "report-light.png", width=1080, height=1500)
-        screenshot(page, images / "report-dark.png", width=1080, height=1500, dark=True)
-        screenshot(page, images / "report-phone.png", width=390, height=1500)
-        command = f"consolidate show {checkpoint.name}"
-        text = html.escape(f"$ {command}\n{run(folder, command)}")
-        terminal = folder / "terminal.html"
+        screenshot(page, images / "report-light.png", width=1080, height=1440)
+        screenshot(page, images / "report-dark.png", width=1080, height=1440, dark=True)
+        screenshot(page, images / "report-phone.png", width=390, height=1440)
+        terminal, text = folder / "terminal.html", html.escape("\n".join(lines).rstrip())
         terminal.write_text(f"{TERMINAL}{text}</pre>", encoding="utf-8")
-        screenshot(terminal, images / "show.png", width=1000, height=60 + 21 * text.count("\n"))
+        height = 40 + 20 * (text.count("\n") + 1)
+        screenshot(terminal, images / "terminal.png", width=960, height=height)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,7 @@ def test_scores_that_do_not_differ_and_that_overflow() -> None:
 
 def test_names_lose_what_all_begin_with() -> None:
     assert shortened(["bert.a.weight", "bert.a.bias", "bert.b"]) == ["a.weight", "a.bias", "b"]
+    assert shortened(["model.layers.0", "model.layers.1"]) == ["layers.0", "layers.1"]
     assert shortened(["a.weight"]) == ["a.weight"]
     assert shortened(["a", "a.b"]) == ["a", "a.b"]
     (name,) = shortened(["x" * 60 + ".weight"])

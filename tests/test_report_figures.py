@@ -97,8 +97,16 @@ def test_groups_of_parameters() -> None:
     names = ["a.0.w", "a.0.b", "a.1.w", "b.w"]
     assert layers(names, 3) == {"a.0": names[:2], "a.1": names[2:3], "b.w": names[3:]}
     assert layers(names, 2) == {"a": names[:3], "b": names[3:]}
-    flat = [f"w{i}" for i in range(5)]
-    assert layers(flat, 3) == {"w0": ["w0"], "w1": ["w1"], "(3 more)": flat[2:]}
+    flat = [f"w{i}" for i in range(13)]
+    assert layers(flat, 3) == {"w0": ["w0"], "w1": ["w1"], "(11 more)": flat[2:]}
+
+
+@pytest.mark.parametrize(("count", "rows"), [(12, 12), (48, 48), (126, 126)])
+def test_a_stack_of_layers_stays_a_stack(count: int, rows: int) -> None:
+    names = [f"model.layers.{i}.{part}.weight" for i in range(count) for part in "abcdefgh"]
+    found = layers(["model.embed.weight", *names, "head.weight"], 50)
+    assert len(found) == rows + 2
+    assert found["model.layers.0"] == names[:8]
 
 
 @pytest.mark.parametrize("count", [3, 60])
