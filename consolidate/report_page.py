@@ -96,8 +96,7 @@ def report_page(name: str, summary: Mapping[str, Any], drawn: Sequence[Figure]) 
     contents = "".join(f'<li><a href="#{key}">{heading}</a></li>' for key, heading, _ in sections)
     wide = {figure.name: ' class="wide"' for figure in drawn if _is_wide(figure)}
     body = [
-        f'<section id="{key}" aria-labelledby="{key}-heading"'
-        f"{wide.get(key, '')}>"
+        f'<section id="{key}" aria-labelledby="{key}-heading"{wide.get(key, "")}>'
         f'<h2 id="{key}-heading">{heading}</h2>\n{content}</section>\n'
         for key, heading, content in sections
     ]
@@ -205,7 +204,8 @@ def _settings(summary: Mapping[str, Any]) -> str:
         ]
         for task in summary["tasks"][-LISTED:]
     ]
-    return _table("How each task was measured and learned", header, rows, 0)
+    left_out = len(summary["tasks"]) - len(rows)
+    return _table("How each task was measured and learned", header, rows, left_out)
 
 
 def _provenance(summary: Mapping[str, Any]) -> str:
@@ -233,7 +233,12 @@ def _provenance(summary: Mapping[str, Any]) -> str:
         [task["name"], task["data_digest"] or "not kept", task["parent"] or "–"]
         for task in summary["tasks"][-LISTED:]
     ]
-    origins = _table("Digests of each task", ["task", "data", "weights it began from"], digests, 0)
+    origins = _table(
+        "Digests of each task",
+        ["task", "data", "weights it began from"],
+        digests,
+        len(summary["tasks"]) - len(digests),
+    )
     parts = [_pairs(pairs, "pairs"), origins]
     if reasons:
         rows = [[reason, _some(names)] for reason, names in list(reasons.items())[:LISTED]]
