@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -228,3 +229,26 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     callback = penalty_callback(penalty, step="proximal")
     with pytest.raises(UsageError, match="not of RMSprop"):
         trainer(model, tmp_path, optimizer, callback).train()
+
+
+def test_adapters_of_peft_are_held_like_any_parameter(tmp_path: Path):
+    config = peft.LoraConfig(r=2, target_modules=["layers.0", "layers.2"], init_lora_weights=False)
+    model = peft.get_peft_model(Network(), config).double()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 4
+    before = trained[0][1].detach().clone()
+    reference = copy.deepcopy(model)
+    by_hand(reference, torch.optim.SGD(reference.parameters(), lr=0.1), max_grad_norm=0.5)
+    fisher, anchor = fisher_and_anchor(model)
+    held = [name for name, _ in trained]
+    penalty = Penalty(
+        trained,
+        {name: fisher[name] for name in held},
+        {name: anchor[name] for name in held},
+        ewc_lambda=LAMBDA,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    callback = penalty_callback(penalty)
+    trainer(model, tmp_path, optimizer, callback, max_grad_norm=0.5).train()
+    assert_alike(model, reference, **EXACT)
+    assert not torch.equal(trained[0][1], before)
