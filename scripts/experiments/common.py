@@ -8,6 +8,7 @@ grid, by the mean of the scores on tasks A and B; the tables are of test rows.
 import argparse
 import gzip
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -43,7 +44,8 @@ in the strength and the names of outputs alone):
 {commands}
 ```
 
-Seed {seed}. Python {python}, {versions}. {minutes:.1f} minutes in all on {threads} CPU threads.
+Seed {seed}. Python {python}, {versions}. {minutes:.1f} minutes in all on {threads} CPU threads,
+{processor:.1f} minutes of processor time.
 """
 
 
@@ -343,6 +345,7 @@ def write_report(session: Session, text: str, *, preparation: str, packages: Seq
         python=platform.python_version(),
         versions=", ".join(f"{name} {version(name)}" for name in packages),
         minutes=(time.monotonic() - session.started) / 60,
+        processor=sum(os.times()[:4]) / 60,
         threads=torch.get_num_threads(),
     )
     path = session.report / f"{session.name}.md"
