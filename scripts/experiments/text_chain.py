@@ -192,7 +192,7 @@ def main() -> None:
     sizes = {"train": 1500, "val": 200, "test": 400}
     length, measured = 48, 400
     if session.quick:
-        sizes, length, measured = dict.fromkeys(sizes, 80), 32, 20
+        sizes, length, measured = {"train": 400, "val": 80, "test": 80}, 32, 20
     prepare(session, options.data_dir, options.spam_dir, sizes)
     encoder = session.folder / "encoder"
     if not encoder.exists():
