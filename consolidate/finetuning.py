@@ -574,11 +574,12 @@ def _load(
     new_labels = None
     if penalty == "none" and model is None and objective and lacks_head(source, objective):
         new_labels = label_names(opened.rows, objective, opened.columns)
+    learned = 0 if opened.before is None else len(opened.before.ledger.tasks)
     load = partial(
         load_model,
         objective=objective,
         factory=model,
-        seed=encoding["seed"],
+        seed=encoding["seed"] + learned,  # heads that begin alike compete for the same features
         dtype=torch.float32,  # master weights: small updates vanish in bf16
         device=best_device(device),
         freeze=freeze,

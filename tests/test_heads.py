@@ -204,6 +204,23 @@ def test_a_fresh_head_is_free_and_the_trunk_is_held(
     assert again["history"] == result["history"]
 
 
+def test_heads_of_one_seed_begin_apart(
+    start: Path, pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    commands.fisher(start, pairs(0, 1), task="a", **MODEL)
+    heads = [weights_of(start)["2.weight"]]
+    before = start
+    for task, labels in (("b", (2, 3)), ("c", (4, 5))):
+        finetuning.finetune(
+            before, pairs(*labels), task=task, output_dir=tmp_path / task, head="new",
+            ewc_lambda=1.0, learning_rate=1e-9, max_steps=1, **MODEL,
+        )  # fmt: skip
+        before = tmp_path / task
+        heads.append(weights_of(before)["2.weight"])
+    for i, head in enumerate(heads):
+        assert all((head - other).abs().max() > 0.01 for other in heads[:i])
+
+
 def test_the_trace_of_another_head_is_not_common(
     start: Path, pairs: Callable[..., Path], tmp_path: Path
 ) -> None:
