@@ -233,14 +233,14 @@ def test_misspelt_variables_are_told_without_their_values(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, network_checkpoint: Path
 ) -> None:
     monkeypatch.setenv("CONSOLIDATE_FINETUNE_EWC_LAMDA", "secret")
-    monkeypatch.setenv("CONSOLIDATE_TOKEN", "secret")
+    monkeypatch.setenv("CONSOLIDATE_QUXQUUX", "secret")
     monkeypatch.setenv("CONSOLIDATE_FISHER_MAX_EXAMPLES", "6")
     code, _, err = run(capsys, "verify", network_checkpoint)
     assert code == 3
     near, none = err.splitlines()[:2]
     assert near.startswith("CONSOLIDATE_FINETUNE_EWC_LAMDA sets no option; the nearest is ")
     assert near.endswith(" CONSOLIDATE_FINETUNE_EWC_LAMBDA")
-    assert none == "CONSOLIDATE_TOKEN sets no option"
+    assert none == "CONSOLIDATE_QUXQUUX sets no option"
     assert "MAX_EXAMPLES" not in err
     assert "secret" not in err
 
