@@ -1,5 +1,6 @@
 """What a checkpoint's Fisher folder says, and whether every byte of it holds."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +17,12 @@ from consolidate.matrix_views import (
     plot_matrix,
     write_matrix_csv,
 )
-from formats.checkpoint import open_checkpoint
+from consolidate.provenance import contradictions, descent
+from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.digest import TensorRecord, differences, set_digest, tensor_record
 from formats.errors import ConsolidateError, InputError, NonFiniteError
 from formats.fisher_folder import (
+    LEDGER_NAME,
     check_values,
     in_one_line,
     read_fisher,
@@ -223,23 +226,47 @@ def matrix_text(summary: Mapping[str, Any]) -> str:
     return "\n".join([*_table(header, rows, right_from=1), means_text(summary)])
 
 
-def verify(checkpoint: Path) -> dict[str, Any]:
-    """Check every digest, name, shape and value of the weights and of the Fisher folder.
+def verify(checkpoint: str | Path, *later: str | Path) -> dict[str, Any]:
+    """Check every digest, name, shape and value, and that what the ledger tells fits together.
 
     Args:
         checkpoint: A folder with the weights and `fisher/`.
+        later: Checkpoints that were made from it, each from the one before, as a run leaves them;
+            each is checked alike, and that it descends from the one before.
 
     Returns:
-        JSON-ready: of each set of tensors how many there are, their bytes and the set's digest.
+        JSON-ready: of each set of tensors how many there are, their bytes and the set's digest;
+        ``other_files`` that no digest covers; and under ``later`` the same of the others, with
+        ``descends_by``: ``weights``, or ``tasks`` where the ledger has no digest of the parent.
 
     Raises:
         InputError: Anything that is missing, extra, renamed, resized, of another dtype, with other
-            bytes, or negative in the Fisher; each finding names the file and the tensor.
+            bytes, or negative in the Fisher; each finding names the file and the tensor. Or the
+            ledger contradicts itself, the Fisher's traces, or the checkpoint before.
         NonFiniteError: Values that are NaN or infinite, and nothing else is wrong.
     """
-    source = open_checkpoint(Path(checkpoint))
+    summary, ledger = _verify_one(Path(checkpoint))
+    if not later:
+        return summary
+    summary["later"] = []
+    before = checkpoint
+    for path in later:
+        found, next_ledger = _verify_one(Path(path))
+        how, lines = descent(ledger, next_ledger)
+        if lines:
+            raise InputError(
+                f"{Path(path) / 'fisher' / LEDGER_NAME} does not descend from {before}: "
+                f"{in_one_line(lines)}"
+            )
+        summary["later"].append(found | {"descends_by": how})
+        before, ledger = path, next_ledger
+    return summary
+
+
+def _verify_one(checkpoint: Path) -> tuple[dict[str, Any], Ledger]:
+    source = open_checkpoint(checkpoint)
     weights_path = source.files[0] if len(source.files) == 1 else source.path
-    stored = read_fisher(Path(checkpoint) / "fisher")
+    stored = read_fisher(checkpoint / "fisher")
     findings: list[ConsolidateError] = []
     summary: dict[str, Any] = {
         "checkpoint": str(checkpoint),
@@ -255,12 +282,33 @@ def verify(checkpoint: Path) -> dict[str, Any]:
             summary["heads"][tensors.files[0].stem] = found
         else:
             summary[kind] = found
+    if not findings:  # else the traces are of damaged values
+        traces = {name: float(stored.fisher[name].double().sum()) for name in stored.fisher}
+        where = stored.folder / LEDGER_NAME
+        lines = contradictions(stored.ledger, traces)
+        findings.extend(InputError(f"{where}: {line}") for line in lines)
     if findings:
         worst = (
             NonFiniteError if all(isinstance(f, NonFiniteError) for f in findings) else InputError
         )
         raise worst(in_one_line([str(finding) for finding in findings]))
-    return summary
+    summary["other_files"] = _other_files(source)
+    return summary, stored.ledger
+
+
+def _other_files(source: Checkpoint) -> list[str]:
+    """Name the files beside weights and Fisher, links to folders not followed, hidden ones not."""
+    others = []
+    for at, folders, names in os.walk(source.path):
+        folder = Path(at)
+        top = folder == source.path
+        folders[:] = [n for n in folders if not n.startswith(".") and not (top and n == "fisher")]
+        others += [
+            str((folder / name).relative_to(source.path))
+            for name in names
+            if not name.startswith(".") and folder / name not in source.files
+        ]
+    return sorted(others)
 
 
 def _verify_set(

@@ -235,6 +235,48 @@ def test_a_checkpoint_without_a_fisher(tmp_path: Path) -> None:
         verify(tmp_path / "none")
 
 
+def test_files_that_no_digest_covers_are_told(golden: Callable[[str], Path]) -> None:
+    folder = golden("anchor")
+    assert verify(folder)["other_files"] == ["config.json"]
+    (folder / "sub" / "fisher").mkdir(parents=True)
+    for name in ("model-00009-of-00009.safetensors", "sub/fisher/x.json", ".hidden"):
+        (folder / name).write_bytes(b"")
+    (folder / "up").symlink_to(folder)
+    assert verify(folder)["other_files"] == [
+        "config.json",
+        "model-00009-of-00009.safetensors",
+        "sub/fisher/x.json",
+    ]
+
+
+def test_a_ledger_whose_traces_are_not_those_of_the_fisher(golden: Callable[[str], Path]) -> None:
+    folder = golden("unsharded")
+    path = folder / "fisher" / "fisher.json"
+    ledger = read_ledger(path)
+    ledger.tasks[0].layers["hidden.bias"].trace = 5.0
+    path.write_bytes(ledger_bytes(ledger))
+    with pytest.raises(InputError, match=r"fisher\.json: .*'hidden\.bias' has the trace 4\.25"):
+        verify(folder)
+
+
+def test_checkpoints_that_descend_from_each_other(tmp_path: Path) -> None:
+    theta = {"w": torch.ones(2)}
+    for name, value in (("one", 1.0), ("two", 1.0), ("three", 2.0)):
+        (tmp_path / name).mkdir()
+        values = {"w": torch.full((2,), value)}
+        save_file(values, tmp_path / name / "model.safetensors", {"format": "pt"})
+        write(tmp_path / name, values)
+    found = verify(tmp_path / "one", tmp_path / "two")
+    assert found["later"] == [
+        verify(tmp_path / "two") | {"descends_by": "weights"},
+    ]
+    with pytest.raises(InputError, match=r"three/fisher/fisher\.json does not descend from .*two"):
+        verify(tmp_path / "one", tmp_path / "two", tmp_path / "three")
+    save_file(theta, tmp_path / "three" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"three/model\.safetensors: 'w' has"):
+        verify(tmp_path / "one", tmp_path / "three")
+
+
 def test_a_pickle_of_weights_is_verified_too(tmp_path: Path) -> None:
     theta = {"w": torch.arange(4.0), "v": torch.ones(2)}
     torch.save(theta, tmp_path / "pytorch_model.bin")

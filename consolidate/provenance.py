@@ -1,0 +1,102 @@
+"""Whether what ledgers tell fits together: tasks, traces of Λ, and who descends from whom."""
+
+import math
+from collections.abc import Mapping
+
+from formats.digest import set_digest
+from formats.ledger import Ledger, TaskRecord
+
+_ROUNDING = {"F32": 2.0**-20, "BF16": 2.0**-8}  # of a merge, relative, with room to spare
+_TINY = 1e-30
+
+
+def contradictions(ledger: Ledger, traces: Mapping[str, float]) -> list[str]:
+    """Say in plain lines where a ledger contradicts itself or the Fisher beside it.
+
+    Λ is a sum with weights from 0 to 1 of all w F, in which the last counts whole:
+    w_T tr F_T ≤ tr Λ ≤ Σ_t w_t tr F_t; and online with γ = 1 the last but one counts whole too,
+    unless the output layer is another one since. For two tasks that is an equality.
+
+    Args:
+        ledger: The ledger.
+        traces: Σ_i Λ_i as stored, by the names of the weights file.
+
+    Returns:
+        One line per contradiction; empty if there is none.
+    """
+    lines = [line for task in ledger.tasks for line in _of_task(task)]
+    last = ledger.tasks[-1]
+    lines += [
+        f"the task {last.name!r} has a trace for {name!r}, which has no Fisher"
+        for name in last.layers
+        if name not in ledger.fisher
+    ]
+    fresh = {name for head in ledger.heads.values() for name in head}
+    told = all(task.layers for task in ledger.tasks)
+    for name, trace in traces.items():
+        parts = [
+            task.weight * task.layers[name].trace if name in task.layers else 0.0
+            for task in ledger.tasks
+        ]
+        whole = 2 if (ledger.merge_rule, ledger.gamma) == ("online", 1.0) else 1
+        least = math.fsum(parts[-1:] if name in fresh else parts[-whole:])
+        most = math.fsum(parts) if told else math.inf
+        slack = len(parts) * _ROUNDING[ledger.fisher[name].dtype] * max(trace, least) + _TINY
+        if not least - slack <= trace <= most + slack:
+            expected = f"{least:.6g}" if least == most else f"{least:.6g} to {most:.6g}"
+            lines.append(
+                f"the Fisher of {name!r} has the trace {trace:.6g}, where the traces of its tasks "
+                f"give {expected}"
+            )
+    return lines
+
+
+def descent(earlier: Ledger, later: Ledger) -> tuple[str, list[str]]:
+    """Tell whether one checkpoint's tasks go on from another's.
+
+    Args:
+        earlier: The ledger of the checkpoint that came before.
+        later: The ledger of the one that should descend from it.
+
+    Returns:
+        How it is told, ``weights`` where a digest says from which weights the next task began, else
+        ``tasks``; and one line per contradiction.
+    """
+    for i, task in enumerate(earlier.tasks):
+        if i >= len(later.tasks):
+            return "tasks", [f"the task {task.name!r} is missing"]
+        if later.tasks[i] != task:
+            other = later.tasks[i].name
+            what = "has another record" if other == task.name else f"is {other!r} here"
+            return "tasks", [f"the task {task.name!r} {what}"]
+    before, after = set_digest(earlier.weights), set_digest(later.weights)
+    for task in later.tasks[len(earlier.tasks) :]:
+        if task.parent is not None:
+            found = f"the task {task.name!r} was trained from the weights {task.parent[:12]}…"
+            return "weights", [] if task.parent == before else [f"{found}, not from {before[:12]}…"]
+        if task.penalty is not None:
+            return "tasks", []  # by a program that does not write the parent
+    if after != before:
+        return "weights", ["the weights are others, although no task was trained"]
+    return "weights", []
+
+
+def _of_task(task: TaskRecord) -> list[str]:
+    sampled = task.estimator in ("mc", "batched")
+    checks = {
+        f"counts {task.units} units in {task.examples} examples, and an example is its unit": (
+            task.unit != "example" or task.units == task.examples
+        ),
+        f"gives mc_samples with the estimator {task.estimator}": sampled or task.mc_samples is None,
+        f"gives no mc_samples with the estimator {task.estimator}": (
+            not sampled or task.mc_samples is not None
+        ),
+        "gives ewc_lambda, but was trained without a penalty": (
+            task.penalty not in (None, "none") or task.ewc_lambda is None
+        ),
+        f"gives no ewc_lambda with the penalty {task.penalty}": (
+            task.penalty not in ("ewc", "l2") or task.ewc_lambda is not None
+        ),
+        "gives a parent, but was only measured": task.penalty is not None or task.parent is None,
+    }
+    return [f"the task {task.name!r} {what}" for what, holds in checks.items() if not holds]
