@@ -60,8 +60,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if "--debug" in arguments:
             traceback.print_exc()
         message, code = _explain(error)
-        click.echo(f"error: {message}", err=True)
+        if len(message) > 2000:  # a name in a file can be as long as the file
+            message = f"{message[:1500]} … {message[-400:]}"
+        click.echo(f"error: {plain(message)}", err=True)
         _leave(code)
+
+
+def plain(text: str) -> str:
+    """Escape what is not printable in a message: names from files could steer the terminal.
+
+    Args:
+        text: A message; its line breaks stay.
+    """
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -378,7 +391,7 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(plain(self.format(record)), file=sys.stderr)
 
 
 @cli.command()
@@ -787,13 +800,23 @@ def report(checkpoint: str, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument(
+    "checkpoints",
+    nargs=-1,
+    required=True,
+    metavar="CHECKPOINT…",
+    type=click.Path(path_type=Path),
+)
 @COMMON
-def verify(checkpoint: Path, as_json: bool) -> None:
-    """Check every digest, name, shape and value of CHECKPOINT and its Fisher."""
+def verify(checkpoints: tuple[Path, ...], as_json: bool) -> None:
+    """Check every digest, name, shape and value of CHECKPOINT and its Fisher.
+
+    Also that the ledger fits together: its tasks, and the Fisher's traces with theirs. Of several
+    checkpoints, as a run leaves them, each has to descend from the one before.
+    """
     from consolidate import inspection
 
-    _write(inspection.verify(checkpoint), as_json, _verify_text)
+    _write(inspection.verify(*checkpoints), as_json, _verify_text)
 
 
 @cli.command()
@@ -880,7 +903,11 @@ def _named_data(values: Sequence[str], option: str) -> dict[str, str]:
 
 
 def _write(result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:
-    click.echo(json.dumps(result, ensure_ascii=False, indent=2) if as_json else text(result))
+    if not as_json:
+        click.echo(plain(text(result)))
+        return
+    printed = json.dumps(result, ensure_ascii=False, indent=2)
+    click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in printed))
 
 
 def _fisher_text(result: dict[str, Any]) -> str:
@@ -976,7 +1003,15 @@ def _verify_text(summary: dict[str, Any]) -> str:
         f"{kind}: {found['tensors']:,} tensors, {found['bytes']:,} bytes, {found['digest']}"
         for kind, found in sets.items()
     ]
-    return "\n".join([*lines, f"{summary['checkpoint']} is intact"])
+    if others := summary["other_files"]:
+        rest = f" and {len(others) - 6} more" if len(others) > 6 else ""
+        lines.append(f"no digest covers {', '.join(others[:6])}{rest}")
+    lines.append(f"{summary['checkpoint']} is intact")
+    told = {"weights": "the digest of its weights", "tasks": "its tasks alone"}
+    for found in summary.get("later", ()):
+        lines += ["", _verify_text(found)]
+        lines.append(f"and descends from the one before, by {told[found['descends_by']]}")
+    return "\n".join(lines)
 
 
 def _metrics_text(metrics: dict[str, dict[str, float]]) -> str:

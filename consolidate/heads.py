@@ -461,4 +461,7 @@ def _outcomes(head: Mapping[str, Tensor], source: Checkpoint) -> int | None:
         if shape_of(head, name) != shape_of(source.weights, name):
             return shape_of(head, name)[0]
     labels = source.config.get("id2label")
-    return len(labels) if labels else source.config.get("num_labels")
+    count = source.config.get("num_labels")
+    if isinstance(labels, dict | list) and labels:
+        return len(labels)
+    return count if isinstance(count, int) else None

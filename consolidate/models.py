@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.layout import Layout, same_names_layout, transformers_layout
-from consolidate.objectives import Objective, default_objective, get_objective
+from consolidate.objectives import Objective, check_declared, default_objective, get_objective
 from formats.checkpoint import Checkpoint
 from formats.errors import ConsolidateError, InputError, UsageError
 from formats.tensors import dtype_of, shape_of
@@ -457,6 +457,7 @@ def _architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, l
             "name a module of your own with --model package.module:factory"
         ) from error
     contents = checkpoint.config
+    check_declared(contents)
     where = checkpoint.path
     kind = contents.get("model_type")
     if not contents or kind is None:

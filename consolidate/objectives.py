@@ -113,6 +113,32 @@ def get_objective(name: str, *, factory: bool = False) -> Objective:
     return objective
 
 
+def check_declared(config: Mapping[str, Any]) -> None:
+    """Refuse a ``config.json`` of transformers whose fields of the task are of another type.
+
+    Args:
+        config: Its contents.
+
+    Raises:
+        InputError: Naming the field.
+    """
+    names = config.get("architectures")
+    expected = {
+        "architectures": names is None
+        or (isinstance(names, list) and all(isinstance(name, str) for name in names)),
+        "model_type": isinstance(config.get("model_type"), str | None),
+        "problem_type": isinstance(config.get("problem_type"), str | None),
+        "id2label": isinstance(config.get("id2label"), dict | None),
+        "num_labels": isinstance(config.get("num_labels"), int | None),
+    }
+    for name, holds in expected.items():
+        if not holds:
+            raise InputError(
+                f"config.json: {name} is of type {type(config[name]).__name__}, which says nothing "
+                "to transformers"
+            )
+
+
 def default_objective(config: Mapping[str, Any], factory: bool) -> Objective:
     """Choose the objective that a checkpoint was made for.
 
@@ -131,7 +157,8 @@ def default_objective(config: Mapping[str, Any], factory: bool) -> Objective:
     by_problem = {"regression": "regression", "multi_label_classification": "multi-label"}
     if factory:
         return get_objective(by_problem.get(str(problem), "classification"), factory=True)
-    architecture = str((config.get("architectures") or [""])[0])
+    check_declared(config)
+    architecture = (config.get("architectures") or [""])[0]
     if architecture.endswith("ForSequenceClassification"):
         if problem in by_problem:
             return OBJECTIVES[by_problem[problem]]

@@ -134,6 +134,8 @@ def read_fisher(folder: str | Path) -> StoredFisher:
             f"{folder} is not there: the checkpoint has no Fisher; measure one with "
             "`consolidate fisher`"
         )
+    if folder.name == "fisher":  # one of another name is what the user typed
+        check_link(folder.parent, folder)
     check_link(folder, folder / LEDGER_NAME)
     ledger = read_ledger(folder / LEDGER_NAME)
     fisher = open_tensors(folder, "fisher")

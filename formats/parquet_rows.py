@@ -44,7 +44,7 @@ class ParquetRows(Rows):
             with pyarrow.parquet.ParquetFile(path) as file:
                 schema = file.schema_arrow
                 groups = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise InputError(
                 f"{path} cannot be read as Parquet ({_first_line(error)}). Was it copied in full?"
             ) from None
@@ -77,7 +77,8 @@ class ParquetRows(Rows):
             try:
                 with pyarrow.parquet.ParquetFile(self._path) as file:
                     table = file.read_row_group(g)
-            except (pyarrow.ArrowException, OSError) as error:
+                table.validate(full=True)
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise InputError(
                     f"{self._path}: row group {g + 1} cannot be read ({_first_line(error)})."
                 ) from None

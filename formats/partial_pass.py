@@ -86,10 +86,10 @@ def read_partial(target: Path, command: Mapping[str, Any]) -> StoredPass:
         with safe_open(path, framework="pt") as file:
             stored = json.loads((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        version, was = stored["version"], dict(stored["command"])
+        version, was, state = stored["version"], dict(stored["command"]), stored["state"]
         if stored["digest"] != _digest(tensors):
             raise ValueError("its digest is not that of its tensors")
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"{path} cannot be gone on with ({error}): {remedy}") from None
     if version != 1:
         raise InputError(f"{path} was kept by another release of consolidate: {remedy}")
@@ -100,7 +100,7 @@ def read_partial(target: Path, command: Mapping[str, Any]) -> StoredPass:
             f"{path} is of a pass that was broken off, but not of this one ({changes}): start that "
             f"command again, or {remedy}"
         )
-    return StoredPass(tensors, stored["state"])
+    return StoredPass(tensors, state)
 
 
 def remove_partial(target: Path) -> None:

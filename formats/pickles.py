@@ -2,6 +2,7 @@
 
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -81,9 +82,13 @@ def _load(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
+        if zipped:
+            _refuse_compressed(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except InputError:
+        raise
     except PermissionError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except UnpicklingError as error:
@@ -98,6 +103,23 @@ def _load(path: Path) -> Any:
         raise
     except Exception as error:  # a damaged pickle fails in whatever way its bytes happen to ask for
         raise broken(path, "a file of torch.save", _first_line(error)) from error
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse members whose bytes are not the values, which torch maps into memory as if they were.
+
+    Unpacked they could also be of any size.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if (
+                member.compress_type != zipfile.ZIP_STORED
+                or member.file_size > member.compress_size
+            ):
+                raise InputError(
+                    f"{path}: its values are compressed ({member.filename!r}), which torch.save "
+                    "does not do; load it where you trust it, and save its state_dict() again"
+                )
 
 
 def _first_line(error: Exception) -> str:

@@ -52,7 +52,7 @@ def read_step_record(path: Path) -> StepRecord | None:
         return StepRecord(dict(content["made_from"]), content["made"])
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             f"{path} is no record of a run that this program wrote: move it away, or choose "
             "another output folder"

@@ -91,7 +91,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8. Save it with the encoding UTF-8.") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid TOML: {error}.") from None
 
 
@@ -119,10 +119,18 @@ def resolve(data: str, folder: Path) -> str:
     Args:
         data: as written.
         folder: where the file is.
+
+    Raises:
+        InputError: it cannot be the path of anything.
     """
-    local = folder / Path(data).expanduser()
-    if not local.exists() and _looks_like_hub_id(data):
-        return data
+    try:
+        local = folder / Path(data).expanduser()
+        if not local.exists() and _looks_like_hub_id(data):
+            return data
+    except (OSError, RuntimeError) as error:  # too long, or the home of somebody unknown
+        raise InputError(f"{data[:80]!r} is not the path of a file: {error}") from None
+    if "\0" in data:
+        raise InputError(f"{data[:80]!r} is not the path of a file: it holds a NUL")
     return str(local)
 
 

@@ -1,5 +1,6 @@
 """Rows of tensor files, `.safetensors` and `.npz`: one tensor a column, one entry a row."""
 
+import math
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,14 +33,21 @@ class NpzColumns(Mapping[str, Tensor]):
                 for member in archive.namelist():
                     with archive.open(member) as file:
                         shape, dtype = _npy_header(file)
+                        start = file.tell()
                     name = member.removesuffix(".npy")
                     if dtype.hasobject or dtype.kind not in "biufc":
                         raise InputError(
                             f"{path}: array {name!r} holds {_kind(dtype)} ({dtype}), expected "
                             "numbers. Save labels as integers, or the data as .jsonl or .csv."
                         )
+                    # A shape is a claim: it is held against the bytes before room is made for it.
+                    held = archive.getinfo(member).file_size - start
+                    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != held:
+                        raise ValueError(f"array {name!r} of shape {shape} has {held} bytes")
                     self._shapes[name] = shape
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # damaged bytes fail in whatever way they happen to ask for
             raise InputError(
                 f"{path} cannot be read as .npz ({error}). Was it copied in full, and written by "
                 "numpy.savez?"
@@ -55,7 +63,9 @@ class NpzColumns(Mapping[str, Tensor]):
                 # torch knows the machine's own byte order only
                 values = values.astype(values.dtype.newbyteorder("="), copy=False)
                 self._loaded[column] = torch.from_numpy(values)
-            except (zipfile.BadZipFile, ValueError, EOFError, TypeError) as error:
+            except MemoryError:
+                raise
+            except Exception as error:
                 raise InputError(
                     f"{self._path}: array {column!r} cannot be read ({error})."
                 ) from None

@@ -19,6 +19,7 @@ from formats.digest import DTYPES, dtype_name, little_endian_chunks
 from formats.errors import InputError
 
 MAX_SHARD_SIZE = 5 * 10**9
+MAX_JSON_BYTES = 128 * 2**20
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -286,7 +287,9 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         InputError: If the name is a path, or a link that leads out of the folder.
     """
-    if Path(name).name != name or name in ("", ".."):
+    # What is not printable, such as NUL or half a surrogate pair, can fail in any way.
+    plain = name.isprintable() and len(name.encode()) <= 255
+    if not plain or Path(name).name != name or name in ("", ".."):
         raise InputError(f"{folder}: {name!r} is not the name of a file in this folder")
     path = folder / name
     check_link(folder, path)
@@ -368,10 +371,16 @@ def read_json(path: Path) -> dict[str, Any]:
         Its content.
 
     Raises:
-        InputError: If it cannot be read, is not JSON in UTF-8 or not an object.
+        InputError: If it cannot be read, is too large, not JSON in UTF-8 or not an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise InputError(f"{path} is no plain file")
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise InputError(f"{path} is larger than the {MAX_JSON_BYTES // 2**20} MiB it may have")
+        content = json.loads(data.decode("utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
