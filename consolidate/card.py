@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -18,11 +18,11 @@ from formats.digest import set_digest
 from formats.errors import InputError
 from formats.ledger import Ledger, TaskRecord
 
-BEGIN = "<!-- consolidate:begin (from here to the end mark, each push writes anew) -->"
+BEGIN = "<!-- consolidate:begin {} (from here to the end mark, each push writes anew) -->"
 END = "<!-- consolidate:end -->"
 SOURCE = "consolidate ledger"
 TAGS = ("consolidate", "ewc")
-_BLOCK = re.compile(r"<!-- consolidate:begin\b.*?<!-- consolidate:end -->", re.DOTALL)
+_BLOCK = re.compile(r"<!-- consolidate:begin\b ?([\w./-]*).*?<!-- consolidate:end -->", re.DOTALL)
 _MARK = re.compile(r"<!-- consolidate:(begin|end)\b")
 _SPECIAL = re.compile(r"([\\`*_\[\]#|<>~$:@])")
 _PIPELINES = {
@@ -46,7 +46,7 @@ class Subject:
         base_model: Repositories of the models that this one was made from.
         base_commit: The commit of the weights that a Fisher alone belongs to.
         fisher_only: Whether the repository holds a Fisher without weights.
-        url: Its address.
+        endpoint: The address of the Hub.
     """
 
     repository: str
@@ -54,14 +54,15 @@ class Subject:
     base_model: tuple[str, ...] = ()
     base_commit: str | None = None
     fisher_only: bool = False
-    url: str = ""
+    endpoint: str = ""
 
 
 def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
     """Write a card from a ledger, and keep what else stands in the one that is there.
 
     Ours is what stands between two marks, and of the metadata the tags, the results from the
-    ledger and what is not there yet.
+    ledger and what is not there yet. A card of ours of another repository came with its model: that
+    one is the base model, unless another is named.
 
     Args:
         existing: The text of the card that is there.
@@ -79,15 +80,18 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
     found = REGEX_YAML_BLOCK.search(existing)
     text = existing[found.end() :] if found else existing
     data = _metadata(found.group(2) if found else "")
+    ours = _BLOCK.search(text)
+    if ours and ours[1] not in ("", subject.repository) and not subject.base_model:
+        subject = replace(subject, base_model=(ours[1],))
     _merge_metadata(data, ledger, subject)
-    block = f"{BEGIN}\n{_body(ledger, subject)}\n{END}"
+    block = f"{BEGIN.format(subject.repository)}\n{_body(ledger, subject)}\n{END}"
     rest = _BLOCK.sub("", text)
     if _MARK.search(rest) or len(_BLOCK.findall(text)) > 1:
         raise InputError(
             f"README.md of {subject.repository}: expected the marks <!-- consolidate:begin … --> "
             "and <!-- consolidate:end --> once each or not at all: remove those that are too many"
         )
-    if _BLOCK.search(text):
+    if ours:
         text = _BLOCK.sub(lambda _: block, text)
     elif text.strip():
         text = f"{text.rstrip()}\n\n{block}\n"
@@ -204,7 +208,7 @@ def evaluation_results(ledger: Ledger, subject: Subject) -> list[EvalResult]:
                     metric_name=metric + after,
                     metric_args={"after_training": matrix.tasks[row]} if row != last else None,
                     source_name=SOURCE,
-                    source_url=subject.url,
+                    source_url=f"{subject.endpoint}/{subject.repository}",
                 )
             )
     return results
@@ -233,13 +237,14 @@ def _what(ledger: Ledger, subject: Subject) -> str:
         return (
             "## A Fisher for fine-tuning without forgetting\n\n"
             f"This repository holds no weights. It holds the Fisher diagonal of those of "
-            f"[{escaped(base)}](/{base}){at}, whose digest is `{digest}`, and belongs to no "
-            f"others. It tells how much each of them matters for: {names}."
+            f"[{escaped(base)}]({subject.endpoint}/{base}){at}, whose digest is `{digest}`, and "
+            f"belongs to no others. It tells how much each of them matters for: {names}."
         )
     architectures = subject.config.get("architectures")
     kind = architectures[0] if isinstance(architectures, list) and architectures else "model"
     bases = [name.partition("@")[0] for name in subject.base_model]
-    made = " made from " + " and ".join(f"[{escaped(b)}](/{b})" for b in bases) if bases else ""
+    links = " and ".join(f"[{escaped(base)}]({subject.endpoint}/{base})" for base in bases)
+    made = f" made from {links}" if bases else ""
     return (
         "## Fine-tuning without forgetting\n\n"
         f"A {escaped(str(kind))}{made} for: {names}. Beside the weights, in `fisher/`, lies their "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.estimators import FisherDiagonal, fisher_overlap
-from consolidate.hub import locate
+from consolidate.hub import FISHER, locate
 from consolidate.layout import Layout, same_names_layout, transformers_layout
 from consolidate.merging import merge_online, merge_separate
 from consolidate.models import Model, file_weights, unprotected
@@ -90,7 +90,7 @@ def find_fisher(checkpoint: Path, elsewhere: str | Path | None) -> Path | None:
     if elsewhere is None:
         beside = checkpoint / "fisher"
         return beside if beside.is_dir() else None
-    folder = locate(elsewhere, None)
+    folder = locate(elsewhere, only=FISHER)
     for candidate in (folder / "fisher", folder):
         if (candidate / "fisher.json").is_file():
             return candidate

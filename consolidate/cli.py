@@ -222,6 +222,10 @@ COMMON = _options(
     ),
 )
 
+REVISION = click.option(
+    "--revision", metavar="REV", help="Branch, tag or commit of a CHECKPOINT on the Hub."
+)
+
 MODEL = _options(
     click.option(
         "--objective",
@@ -236,9 +240,7 @@ MODEL = _options(
         help="Function that makes the torch module, called with the contents of config.json, for "
         "models that transformers does not know.",
     ),
-    click.option(
-        "--revision", metavar="REV", help="Branch, tag or commit of a CHECKPOINT on the Hub."
-    ),
+    REVISION,
     click.option(
         "--device", metavar="DEVICE", help="cpu, cuda, mps, …; the best there is by default."
     ),
@@ -744,7 +746,8 @@ def run(run_file: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
+@REVISION
 @click.option(
     "--top",
     type=click.IntRange(min=1),
@@ -759,12 +762,15 @@ def run(run_file: Path, as_json: bool, **options: Any) -> None:
 )
 @click.option("--plot", metavar="FILE.png|svg", help="Draw them here; needs matplotlib.")
 @COMMON
-def show(checkpoint: Path, as_json: bool, **options: Any) -> None:
+def show(checkpoint: str, as_json: bool, **options: Any) -> None:
     """Show the ledger of CHECKPOINT, what was forgotten, and where its Fisher lies.
 
     The accuracy matrix holds the score on each task after training each: the accuracy, or minus
     the mean negative log-likelihood. ACC is the mean of its last row, BWT the mean gain on the
     earlier tasks since each was learned, forgetting the mean loss since each was at its best.
+
+    Of a repository on the Hub only the ledger and the headers of the Fisher are fetched; the traces
+    are then those that the ledger recorded.
     """
     from consolidate import inspection
 
@@ -779,7 +785,7 @@ def show(checkpoint: Path, as_json: bool, **options: Any) -> None:
 @click.option(
     "--plots", metavar="DIR", help="Write the pictures here too, as SVG and PNG; needs matplotlib."
 )
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a CHECKPOINT on the Hub.")
+@REVISION
 @click.option(
     "--overwrite",
     is_flag=True,
@@ -805,10 +811,10 @@ def report(checkpoint: str, as_json: bool, **options: Any) -> None:
     nargs=-1,
     required=True,
     metavar="CHECKPOINT…",
-    type=click.Path(path_type=Path),
 )
+@REVISION
 @COMMON
-def verify(checkpoints: tuple[Path, ...], as_json: bool) -> None:
+def verify(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Check every digest, name, shape and value of CHECKPOINT and its Fisher.
 
     Also that the ledger fits together: its tasks, and the Fisher's traces with theirs. Of several
@@ -816,7 +822,7 @@ def verify(checkpoints: tuple[Path, ...], as_json: bool) -> None:
     """
     from consolidate import inspection
 
-    _write(inspection.verify(*checkpoints), as_json, _verify_text)
+    _write(inspection.verify(*checkpoints, **options), as_json, _verify_text)
 
 
 @cli.command()

@@ -27,7 +27,7 @@ from consolidate.estimators import FisherDiagonal
 from consolidate.evaluation import measure
 from consolidate.examples import Columns, Examples, encode
 from consolidate.heads import models_of_tasks
-from consolidate.hub import locate
+from consolidate.hub import FISHER, VALUES, commits_of, locate
 from consolidate.kept_pass import KeptPass
 from consolidate.likelihood import get_likelihood
 from consolidate.measuring import estimator_options, measure_fisher, pass_cost
@@ -56,7 +56,7 @@ from formats.fisher_folder import (
 )
 from formats.ledger import Ledger, read_ledger
 from formats.task_file import TaskFile, open_task
-from formats.tensors import dtype_of, shape_of
+from formats.tensors import check_link, dtype_of, shape_of
 
 LOG = logging.getLogger("consolidate")
 SAVE_EVERY = 5.0  # minutes
@@ -151,7 +151,7 @@ def fisher(
     in_place = output_dir is None
     if in_place and add and overwrite:
         raise UsageError("--add and --overwrite exclude each other: keep the Fisher or replace it")
-    folder = locate(checkpoint, revision)
+    folder = locate(checkpoint, revision, without=() if add else FISHER)
     if in_place and (not folder.is_dir() or not Path(checkpoint).exists()):
         raise UsageError(f"{checkpoint} is no local folder: say where to write with --output-dir")
     source = open_checkpoint(folder)
@@ -262,6 +262,7 @@ def fisher(
             "status": "done",
             "checkpoint": str(folder if in_place else target),
             "fisher": str(target if in_place else target / "fisher"),
+            "commits": commits_of(folder),
             **fisher_summary(ledger, diagonal),
         }
 
@@ -310,14 +311,16 @@ def evaluate(
         InputError: Something in the checkpoint or the data does not fit.
         NonFiniteError: NaN or infinity in the weights.
     """
-    folder = locate(checkpoint, revision)
+    folder = locate(checkpoint, revision, without=VALUES)
+    if (ledger := _ledger(folder / "fisher")) is not None and ledger.heads:
+        folder = locate(checkpoint, revision)  # heads are opened with the rest of the folder
     source = open_checkpoint(folder)
     check_finite(source.weights, folder)
     if not isinstance(data, Mapping):
         data = {Path(data).stem: data}
-    stored = _stored_heads(folder / "fisher", source, task)
+    stored = _stored_heads(folder / "fisher", ledger, source, task)
     tasks = {} if stored is None else {name: task or name for name in data}
-    if stored is not None and stored.heads:
+    if stored is not None:
         known = {record.name for record in stored.ledger.tasks}
         for name in [name for name in tasks if task is None and name not in known]:
             LOG.info(
@@ -356,21 +359,30 @@ def evaluate(
     return metrics
 
 
-def _stored_heads(folder: Path, source: Checkpoint, task: str | None) -> StoredFisher | None:
-    """Open the Fisher folder for the heads in it, and compare them and the weights with it."""
-    if not (folder / LEDGER_NAME).is_file():
+def _ledger(folder: Path) -> Ledger | None:
+    path = folder / LEDGER_NAME
+    check_link(folder, path)
+    return read_ledger(path) if path.is_file() else None
+
+
+def _stored_heads(
+    folder: Path, ledger: Ledger | None, source: Checkpoint, task: str | None
+) -> StoredFisher | None:
+    """Open the Fisher folder if there are heads in it, and compare them and the weights with it."""
+    if ledger is None:
         if task is not None:
             raise InputError(f"{folder} is not there, so nothing is known of the task {task!r}")
         return None
-    stored = read_fisher(folder)
-    names = [record.name for record in stored.ledger.tasks]
+    names = [record.name for record in ledger.tasks]
     if task is not None and task not in names:
         raise InputError(
             f"{folder / LEDGER_NAME} has no task {task!r}; its tasks are {', '.join(names)}"
         )
-    if stored.heads:
-        check_belongs(stored, source.weights, str(source.path))
-        check_intact(stored, kinds=("head",))
+    if not ledger.heads:
+        return None
+    stored = read_fisher(folder)
+    check_belongs(stored, source.weights, str(source.path))
+    check_intact(stored, kinds=("head",))
     return stored
 
 

@@ -32,7 +32,7 @@ from consolidate.commands import (
 from consolidate.examples import Columns, Examples, encode, label_names, subset
 from consolidate.forgetting import beyond, check_gate, failed_folder, forgetting
 from consolidate.heads import HEADS, Fitted, fit_model, models_of_tasks
-from consolidate.hub import locate
+from consolidate.hub import FISHER, commits_of, locate
 from consolidate.likelihood import get_likelihood
 from consolidate.measuring import estimator_options, measure_fisher
 from consolidate.models import (
@@ -521,7 +521,7 @@ def _open(
     task_weight: float | str,
 ) -> Opened:
     """Open checkpoint, Fisher and data, and refuse what would fail later."""
-    folder = locate(checkpoint, revision)
+    folder = locate(checkpoint, revision, without=() if fisher is None else FISHER)
     source = open_checkpoint(folder)
     check_output(target, source, overwrite=overwrite, whole=True)
     stored_at = find_fisher(folder, fisher)
@@ -735,6 +735,9 @@ def _finish(
     return {
         "status": "done",
         "checkpoint": str(target),
+        "commits": commits_of(
+            opened.source.path, None if opened.before is None else opened.before.folder
+        ),
         "penalty": penalty,
         "ewc_lambda": ewc_lambda,
         "steps": steps[-1].step if steps else 0,

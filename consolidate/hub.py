@@ -1,5 +1,7 @@
 """Where a checkpoint is: a local path, or a repository that is fetched from the Hub."""
 
+import logging
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -12,11 +14,19 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from formats.checkpoint import PICKLE_SUFFIXES
 from formats.errors import InputError, NetworkError, UsageError
+
+LOG = logging.getLogger("consolidate")
+
+FISHER = ("fisher/*", "fisher*.json", "fisher*.safetensors", "anchor*", "heads/*")
+"""What a Fisher is read from; at the root in a repository that holds nothing else."""
+VALUES = ("fisher/fisher*.safetensors*", "fisher/anchor*")
+"""What is as large as the weights in it."""
 
 OTHER_FRAMEWORKS = [
     "*.h5",
@@ -31,12 +41,20 @@ OTHER_FRAMEWORKS = [
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt"]
 
 
-def locate(checkpoint: str | Path, revision: str | None = None) -> Path:
+def locate(
+    checkpoint: str | Path,
+    revision: str | None = None,
+    *,
+    only: Sequence[str] | None = None,
+    without: Sequence[str] = (),
+) -> Path:
     """Find a checkpoint on disk, or fetch it from the Hub into the client's cache.
 
     Args:
-        checkpoint: A path, or a repository such as ``user/model``.
+        checkpoint: A path, or a repository such as ``user/model`` or ``user/model@revision``.
         revision: Branch, tag or commit of the repository.
+        only: Patterns of the files to fetch; all unless given.
+        without: Patterns of files to leave.
 
     Returns:
         The path; for a repository the folder of its snapshot.
@@ -52,6 +70,9 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> Path:
             raise UsageError(f"{checkpoint} is local; --revision is for repositories on the Hub")
         return path
     name = str(checkpoint)
+    if revision is None:
+        name, _, named = name.partition("@")
+        revision = named or None
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -62,8 +83,14 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> Path:
     try:
         files = _files(name, revision)
         safe = any("/" not in file and file.endswith(".safetensors") for file in files)
-        ignored = OTHER_FRAMEWORKS + (PICKLES if safe else [])
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))
+        ignored = [*OTHER_FRAMEWORKS, *(PICKLES if safe else []), *without]
+        wanted = None if only is None else list(only)
+        return _told(
+            name,
+            snapshot_download(
+                name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored
+            ),
+        )
     except RevisionNotFoundError:
         raise InputError(f"{name} on the Hub has no revision {revision!r}") from None
     except GatedRepoError:
@@ -76,24 +103,68 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> Path:
             "`hf auth login`)"
         ) from None
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled):
-        if (cached := _cached(name, revision)) is not None:
-            return cached
+        if (cached := _cached(name, revision, only, without)) is not None:
+            return _told(name, cached)
         raise NetworkError(
             f"{lost}, and the Hub could not be reached to look for a repository of that name; "
             "check the spelling, or try again"
         ) from None
 
 
-def commit_of(path: Path) -> str | None:
-    """Give the commit that a snapshot in the client's cache is of.
+def commits_of(*paths: Path | None) -> dict[str, str]:
+    """Give the commits that were read of repositories.
 
     Args:
-        path: What `locate` returned.
+        paths: What `locate` returned, or what lies in it; None is left out.
 
     Returns:
-        The commit; None for a path that is no snapshot.
+        Repository to commit, of those paths that are snapshots in the client's cache.
     """
-    return path.name if path.parent.name == "snapshots" else None
+    commits = {}
+    for path in paths:
+        for snapshot in () if path is None else (path, *path.parents):
+            kind, *name = snapshot.parent.parent.name.split("--")
+            if snapshot.parent.name == "snapshots" and kind == "models":
+                commits["/".join(name)] = snapshot.name
+    return commits
+
+
+def remote_headers(name: str, commit: str, stem: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Read the headers of safetensors files on the Hub, and no values, by requests of ranges.
+
+    Args:
+        name: The repository.
+        commit: Its commit.
+        stem: Such as ``fisher/fisher``, for that file or its shards.
+
+    Returns:
+        Dtype and shape of every tensor.
+
+    Raises:
+        InputError: One of them is no safetensors file.
+        NetworkError: The Hub cannot be reached.
+    """
+    api = HfApi()
+    headers: dict[str, tuple[str, tuple[int, ...]]] = {}
+    try:
+        for file in api.list_repo_files(name, revision=commit):
+            if file.startswith(stem) and file.endswith(".safetensors"):
+                found = api.parse_safetensors_file_metadata(name, file, revision=commit)
+                headers |= {
+                    tensor: (info.dtype, tuple(info.shape))
+                    for tensor, info in found.tensors.items()
+                }
+    except SafetensorsParsingError:
+        raise InputError(f"{name}: the headers of {stem}*.safetensors cannot be read") from None
+    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled):
+        raise NetworkError(f"{name}: the Hub cannot be reached; try again") from None
+    return headers
+
+
+def _told(name: str, snapshot: str) -> Path:
+    path = Path(snapshot)
+    LOG.info("%s is at commit %s", name, path.name)
+    return path
 
 
 def _in_a_folder(path: Path) -> bool:
@@ -112,14 +183,18 @@ def _files(name: str, revision: str | None) -> list[str]:
     return [file.rfilename for file in info.siblings or []]
 
 
-def _cached(name: str, revision: str | None) -> Path | None:
+def _cached(
+    name: str, revision: str | None, only: Sequence[str] | None, without: Sequence[str]
+) -> str | None:
     # Pickles that were left out do not make a snapshot incomplete.
     for ignored in (OTHER_FRAMEWORKS, OTHER_FRAMEWORKS + PICKLES):
         try:
-            return Path(
-                snapshot_download(
-                    name, revision=revision, ignore_patterns=ignored, local_files_only=True
-                )
+            return snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=None if only is None else list(only),
+                ignore_patterns=[*ignored, *without],
+                local_files_only=True,
             )
         except LocalEntryNotFoundError:
             continue

@@ -1,5 +1,7 @@
 """What a checkpoint's Fisher folder says, and whether every byte of it holds."""
 
+import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from consolidate.accuracy_matrix import AccuracyMatrix, accuracy_matrix
+from consolidate.hub import commits_of, locate, remote_headers
 from consolidate.matrix_views import (
     check_view,
     matrix_rows,
@@ -20,31 +23,39 @@ from consolidate.matrix_views import (
 from consolidate.provenance import contradictions, descent
 from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.digest import TensorRecord, differences, set_digest, tensor_record
-from formats.errors import ConsolidateError, InputError, NonFiniteError
+from formats.errors import ConsolidateError, InputError, NetworkError, NonFiniteError
 from formats.fisher_folder import (
     LEDGER_NAME,
+    StoredFisher,
     check_values,
     in_one_line,
     read_fisher,
     tensor_sets,
 )
-from formats.ledger import FORMAT, VERSION, Ledger
+from formats.ledger import FORMAT, VERSION, Ledger, read_ledger
 from formats.tensors import TensorFiles
 
+LOG = logging.getLogger("consolidate")
 _WIDTH = 72
 
 
 def show(
     checkpoint: str | Path,
     *,
+    revision: str | None = None,
     top: int = 10,
     csv: str | Path | None = None,
     plot: str | Path | None = None,
 ) -> dict[str, Any]:
     """Summarize the ledger and the Fisher of a checkpoint; nothing is compared with the weights.
 
+    Of a repository on the Hub only the ledger and the headers of the Fisher are read. The traces
+    are then those of the ledger, Σ_t γ^(T − t) w_t tr F_t, and the largest values are not known.
+
     Args:
-        checkpoint: The folder that holds `fisher/`; the weights themselves need not be there.
+        checkpoint: The folder that holds `fisher/`; the weights themselves need not be there. Or a
+            repository on the Hub.
+        revision: Branch, tag or commit of a repository on the Hub.
         top: How many parameters to list, those with the largest trace first.
         csv: Write the accuracy matrix and the curves over training steps to this file.
         plot: Draw them in this ``.png`` or ``.svg`` file.
@@ -64,8 +75,13 @@ def show(
         check_view(csv, plot=False)
     if plot is not None:
         check_view(plot, plot=True)
-    stored = read_fisher(Path(checkpoint) / "fisher")
-    ledger = stored.ledger
+    if Path(checkpoint).expanduser().exists():
+        folder = locate(checkpoint, revision)
+        stored = read_fisher(folder / "fisher")
+        ledger, parameters = stored.ledger, _measured_parameters(stored)
+    else:
+        folder, ledger = _remote_ledger(checkpoint, revision)
+        parameters = _recorded_parameters(ledger)
     matrix = ledger_matrix(ledger)
     if matrix is None and (csv is not None or plot is not None):
         raise InputError(
@@ -76,20 +92,6 @@ def show(
         write_matrix_csv(csv, matrix)
     if matrix is not None and plot is not None:
         plot_matrix(plot, matrix)
-    parameters: list[dict[str, Any]] = []
-    for name in stored.fisher:
-        values = stored.fisher[name].double()
-        count = values.numel()
-        trace = float(values.sum())
-        parameters.append(
-            {
-                "name": name,
-                "shape": list(values.shape),
-                "trace": trace,
-                "mean": trace / count if count else 0.0,
-                "max": float(values.max()) if count else 0.0,
-            }
-        )
     total = sum(parameter["trace"] for parameter in parameters)
     for parameter in parameters:
         parameter["share"] = parameter["trace"] / total if total > 0 else 0.0
@@ -99,6 +101,7 @@ def show(
         del task["layers"]
     return {
         "checkpoint": str(checkpoint),
+        "commits": commits_of(folder),
         "format": FORMAT,
         "version": VERSION,
         "merge_rule": ledger.merge_rule,
@@ -107,7 +110,7 @@ def show(
         "tasks": tasks,
         "fisher": {
             "tensors": len(ledger.fisher),
-            "values": sum(stored.fisher[name].numel() for name in stored.fisher),
+            "values": sum(math.prod(record.shape) for record in ledger.fisher.values()),
             "dtype": next(iter(ledger.fisher.values())).dtype,
             "trace": total,
             "digest": set_digest(ledger.fisher),
@@ -121,6 +124,63 @@ def show(
         "versions": dict(ledger.versions),
         "accuracy_matrix": None if matrix is None else matrix_summary(matrix),
     }
+
+
+def _measured_parameters(stored: StoredFisher) -> list[dict[str, Any]]:
+    parameters = []
+    for name in stored.fisher:
+        values = stored.fisher[name].double()
+        largest = float(values.max()) if values.numel() else 0.0
+        parameters.append(_parameter(name, tuple(values.shape), float(values.sum()), largest))
+    return parameters
+
+
+def _recorded_parameters(ledger: Ledger) -> list[dict[str, Any]]:
+    """Sum the traces of the tasks, but for those of output layers that were put aside."""
+    parameters = []
+    for name, record in ledger.fisher.items():
+        trace = 0.0
+        for task in ledger.tasks:
+            trace *= ledger.gamma
+            if name in task.layers and name not in ledger.heads.get(task.name, ()):
+                trace += task.weight * task.layers[name].trace
+        parameters.append(_parameter(name, record.shape, trace, None))
+    return parameters
+
+
+def _parameter(
+    name: str, shape: tuple[int, ...], trace: float, largest: float | None
+) -> dict[str, Any]:
+    count = math.prod(shape)
+    mean = trace / count if count else 0.0
+    return {"name": name, "shape": list(shape), "trace": trace, "mean": mean, "max": largest}
+
+
+def _remote_ledger(checkpoint: str | Path, revision: str | None) -> tuple[Path, Ledger]:
+    """Fetch the ledger of a repository, and hold the headers of its Fisher against it."""
+    folder = locate(checkpoint, revision, only=[f"fisher/{LEDGER_NAME}"])
+    path = folder / "fisher" / LEDGER_NAME
+    if not path.is_file():
+        raise InputError(f"{checkpoint} on the Hub holds no Fisher: it has no fisher/{LEDGER_NAME}")
+    ledger = read_ledger(path)
+    ((name, commit),) = commits_of(folder).items()
+    try:
+        headers = remote_headers(name, commit, "fisher/fisher")
+    except NetworkError:
+        LOG.info("%s: shown from the cache; the headers of its Fisher were not read", name)
+        return folder, ledger
+    found = {
+        tensor: TensorRecord(
+            dtype, shape, ledger.fisher[tensor].sha256 if tensor in ledger.fisher else ""
+        )
+        for tensor, (dtype, shape) in headers.items()
+    }
+    if lines := differences(ledger.fisher, found):
+        raise InputError(
+            f"{name}: fisher/fisher*.safetensors does not hold what {LEDGER_NAME} lists: "
+            f"{in_one_line(lines)}"
+        )
+    return folder, ledger
 
 
 def ledger_matrix(ledger: Ledger) -> AccuracyMatrix | None:
@@ -187,7 +247,7 @@ def show_text(summary: Mapping[str, Any]) -> str:
                     "×".join(map(str, parameter["shape"])),
                     f"{parameter['trace']:.4g}",
                     f"{parameter['mean']:.4g}",
-                    f"{parameter['max']:.4g}",
+                    "–" if parameter["max"] is None else f"{parameter['max']:.4g}",
                     f"{parameter['share']:.1%}",
                 ]
                 for parameter in summary["parameters"]
@@ -226,13 +286,16 @@ def matrix_text(summary: Mapping[str, Any]) -> str:
     return "\n".join([*_table(header, rows, right_from=1), means_text(summary)])
 
 
-def verify(checkpoint: str | Path, *later: str | Path) -> dict[str, Any]:
+def verify(
+    checkpoint: str | Path, *later: str | Path, revision: str | None = None
+) -> dict[str, Any]:
     """Check every digest, name, shape and value, and that what the ledger tells fits together.
 
     Args:
-        checkpoint: A folder with the weights and `fisher/`.
+        checkpoint: A folder with the weights and `fisher/`, or a repository on the Hub.
         later: Checkpoints that were made from it, each from the one before, as a run leaves them;
             each is checked alike, and that it descends from the one before.
+        revision: Branch, tag or commit of `checkpoint` on the Hub.
 
     Returns:
         JSON-ready: of each set of tensors how many there are, their bytes and the set's digest;
@@ -245,13 +308,13 @@ def verify(checkpoint: str | Path, *later: str | Path) -> dict[str, Any]:
             ledger contradicts itself, the Fisher's traces, or the checkpoint before.
         NonFiniteError: Values that are NaN or infinite, and nothing else is wrong.
     """
-    summary, ledger = _verify_one(Path(checkpoint))
+    summary, ledger = _verify_one(checkpoint, revision)
     if not later:
         return summary
     summary["later"] = []
     before = checkpoint
     for path in later:
-        found, next_ledger = _verify_one(Path(path))
+        found, next_ledger = _verify_one(path)
         how, lines = descent(ledger, next_ledger)
         if lines:
             raise InputError(
@@ -263,13 +326,17 @@ def verify(checkpoint: str | Path, *later: str | Path) -> dict[str, Any]:
     return summary
 
 
-def _verify_one(checkpoint: Path) -> tuple[dict[str, Any], Ledger]:
-    source = open_checkpoint(checkpoint)
+def _verify_one(
+    checkpoint: str | Path, revision: str | None = None
+) -> tuple[dict[str, Any], Ledger]:
+    folder = locate(checkpoint, revision)
+    source = open_checkpoint(folder)
     weights_path = source.files[0] if len(source.files) == 1 else source.path
-    stored = read_fisher(checkpoint / "fisher")
+    stored = read_fisher(folder / "fisher")
     findings: list[ConsolidateError] = []
     summary: dict[str, Any] = {
         "checkpoint": str(checkpoint),
+        "commits": commits_of(folder),
         "tasks": [task.name for task in stored.ledger.tasks],
         "weights": _verify_set(
             "weights", source.weights, stored.ledger.weights, findings, weights_path

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from consolidate.chain import program_versions, refuse_existing, stored_fisher
-from consolidate.hub import locate
+from consolidate.hub import commits_of, locate
 from consolidate.merging import MergedTensor, ModelTensor, merge_models
 from consolidate.progress import progress
 from formats.atomic import replace_folder
@@ -111,6 +111,7 @@ def merge(
         "models": [str(checkpoint) for checkpoint in checkpoints],
         "weights": coefficients,
         "base": None if base is None else str(base),
+        "commits": commits_of(*(m.path for m in models), None if shared is None else shared.path),
         "tasks": [task.name for task in tasks],
         "parameters": sum(math.prod(merged.fisher.shape(name)) for name in merged.fisher),
         "trace": trace,

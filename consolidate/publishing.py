@@ -27,7 +27,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from consolidate.card import Subject, model_card
-from consolidate.hub import commit_of, locate
+from consolidate.hub import FISHER, commits_of, locate
 from consolidate.inspection import verify
 from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.digest import set_digest
@@ -36,8 +36,10 @@ from formats.fisher_folder import (
     StoredFisher,
     check_belongs,
     check_intact,
+    check_values,
     in_one_line,
     read_fisher,
+    tensor_sets,
     write_fisher,
 )
 from formats.tensors import TensorFiles, check_link, write_tensors
@@ -158,33 +160,25 @@ def push(
     _check_remote(name, remote, public, create_pr, fisher_only)
     base_commit = None
     if fisher_only:
-        base = locate(base_model[0])
-        base_commit = commit_of(base)
-        LOG.info("checking that %s has the weights that the Fisher is of", base_model[0])
-        check_intact(stored)
-        check_belongs(stored, open_checkpoint(base).weights, base_model[0])
+        base_commit = _check_fisher(stored, base_model[0])
     else:
         LOG.info("verifying %s", folder)
         verify(folder)
     with TemporaryDirectory(prefix="consolidate-push-") as scratch:
         contents = _contents(folder, stored, fisher_dtype, fisher_only, Path(scratch))
         if fisher_dtype is not None:
-            stored = read_fisher(contents["fisher/fisher.json"].parent)
+            stored = read_fisher(Path(scratch) / "fisher")
         with _explained(name):
             existing = _existing_card(api, name, remote, folder, fisher_only)
-        config = {} if fisher_only else open_checkpoint(folder).config
-        card = model_card(
-            existing,
-            stored.ledger,
-            Subject(
-                repository=name,
-                config=config,
-                base_model=tuple(base_model),
-                base_commit=base_commit,
-                fisher_only=fisher_only,
-                url=f"{api.endpoint}/{name}",
-            ),
+        subject = Subject(
+            repository=name,
+            config={} if fisher_only else open_checkpoint(folder).config,
+            base_model=tuple(base_model),
+            base_commit=base_commit,
+            fisher_only=fisher_only,
+            endpoint=api.endpoint,
         )
+        card = model_card(existing, stored.ledger, subject)
         contents = {CARD: card.encode(), **contents}
         operations = {path: CommitOperationAdd(path, _source(c)) for path, c in contents.items()}
         changes = {path: _change(remote.files.get(path), op) for path, op in operations.items()}
@@ -340,13 +334,30 @@ def _check_tag(name: str, tag: str | None, remote: Remote, *, changed: bool) -> 
         raise UsageError(f"{name} has a tag {tag!r} already, of another commit: choose another")
 
 
+def _check_fisher(stored: StoredFisher, base: str) -> str | None:
+    """Check every value of a Fisher, and of the weights of a repository that it is to be of.
+
+    Returns:
+        The repository's commit.
+    """
+    weights = locate(base, without=FISHER)
+    LOG.info("checking that %s has the weights that the Fisher is of", base)
+    check_intact(stored)
+    for kind, tensors, _ in tensor_sets(stored):
+        for name in tensors:
+            where = f"{tensors.path}: {kind} of {name!r}"
+            check_values(tensors[name], where, not_negative=kind == "fisher")
+    check_belongs(stored, open_checkpoint(weights).weights, base)
+    return next(iter(commits_of(weights).values()), None)
+
+
 def _contents(
     folder: Path,
     stored: StoredFisher,
     fisher_dtype: torch.dtype | None,
     fisher_only: bool,
     scratch: Path,
-) -> dict[str, Any]:
+) -> dict[str, Path | bytes]:
     """Give the file or the bytes of every path in the repository, but for the card."""
     contents: dict[str, Path | bytes] = {}
     if not fisher_only:
@@ -452,6 +463,7 @@ def _existing_card(
         if own.stat().st_size > MAX_CARD_BYTES:
             raise InputError(f"{where} is larger than {MAX_CARD_BYTES // 2**20} MiB")
         data = own.read_bytes()
+        LOG.info("the card keeps the text of %s", own)
     else:
         return None
     try:

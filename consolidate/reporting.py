@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from consolidate.drawing import MARK, plain, png, svg_file
-from consolidate.hub import locate
+from consolidate.hub import FISHER, commits_of, locate
 from consolidate.inspection import show
 from consolidate.report_figures import figures
 from consolidate.report_page import report_page
@@ -50,7 +50,7 @@ def report(
     """
     if plots is not None and find_spec("matplotlib") is None:
         raise UsageError("--plots needs matplotlib: pip install 'consolidate-ewc[plot]'")
-    folder = locate(checkpoint, revision)
+    folder = locate(checkpoint, revision, only=FISHER)
     name = folder.resolve().name if Path(checkpoint).expanduser().exists() else str(checkpoint)
     page = Path(output or re.sub(r"[^\w.-]", "-", plain(name)) + "-report.html").expanduser()
     pictures = _pictures(plots)
@@ -74,6 +74,7 @@ def report(
             path.unlink(missing_ok=True)
     return {
         "checkpoint": str(checkpoint),
+        "commits": commits_of(folder),
         "report": str(page),
         "plots": [str(path) for path in content if path != page],
         "tasks": [task.name for task in ledger.tasks],

@@ -1,9 +1,10 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import loopback_hub
 import numpy as np
 import pytest
 import torch
@@ -50,3 +51,10 @@ def write_task(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def hub() -> Iterator[loopback_hub.Hub]:
+    """An empty Hub on loopback."""
+    with loopback_hub.running() as hub:
+        yield hub

@@ -12,7 +12,9 @@ from formats.digest import TensorRecord
 from formats.errors import InputError
 from formats.ledger import Ledger, TaskRecord
 
-SUBJECT = Subject("user/model", {"model_type": "bert", "architectures": ["BertModel"]}, url="x:/y")
+SUBJECT = Subject(
+    "user/model", {"model_type": "bert", "architectures": ["BertModel"]}, endpoint="hub:"
+)
 
 
 def task(name: str, **fields: Any) -> TaskRecord:
@@ -109,6 +111,15 @@ def test_what_a_person_wrote_is_kept(ledger: Ledger) -> None:
     ]
     assert sources == [None, SOURCE]
     assert model_card(second, shorter, SUBJECT) == second
+
+
+def test_the_card_of_another_repository_names_the_base(ledger: Ledger) -> None:
+    theirs = model_card("---\nlicense: mit\nbase_model: far/away\n---\n", ledger, SUBJECT)
+    mine = model_card(theirs, ledger, replace(SUBJECT, repository="me/mine"))
+    assert metadata(mine)["base_model"] == "user/model"
+    assert metadata(mine)["license"] == "mit"
+    assert "made from [user/model](hub:/user/model) for" in mine
+    assert "consolidate finetune me/mine --data" in mine
 
 
 def test_a_merge_has_several_bases(ledger: Ledger) -> None:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import loopback_hub
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +124,10 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_shell(code: str, folder: Path) -> None:
+def run_shell(code: str, folder: Path, hub: loopback_hub.Hub) -> None:
+    variables = loopback_hub.environment(
+        folder, HF_ENDPOINT=hub.address, HF_TOKEN=loopback_hub.TOKEN
+    )
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if not words:
@@ -131,20 +135,20 @@ def run_shell(code: str, folder: Path) -> None:
         if words[0].startswith("scripts/"):
             assert os.access(ROOT / words[0], os.X_OK), f"{words[0]} is no script of ours"
             continue
-        if words[0] in NOT_OURS or words[0].startswith(".venv/"):
+        if words[0] in NOT_OURS or words[:2] == ["hf", "auth"] or words[0].startswith(".venv/"):
             continue
         assert words[0] == "consolidate", f"nobody knows how to check: {line}"
         command = [Path(sys.executable).with_name("consolidate"), *words[1:]]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("page", [p for p in RUN if list(blocks(p))], ids=relative)
-def test_examples_run(page: Path, workspace: Path) -> None:
+def test_examples_run(page: Path, workspace: Path, hub: loopback_hub.Hub) -> None:
     namespace: dict[str, object] = {"__name__": "__main__"}
     for language, code in blocks(page):
         if language == "sh":
-            run_shell(code, workspace)
+            run_shell(code, workspace, hub)
         elif language == "toml":
             if name := re.match(r"# (\w+\.toml)\n", code):
                 (workspace / name[1]).write_text(code, encoding="utf-8")

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,13 +7,17 @@ import loopback_hub
 import pytest
 import torch
 from conftest import make_network
-from loopback_hub import run
-from safetensors.torch import load_file
+from loopback_hub import Hub, run
+from safetensors.torch import load_file, save_file
 
-from consolidate.hub import locate
+from consolidate.commands import evaluate, fisher
+from consolidate.finetuning import finetune
+from consolidate.hub import commits_of, locate
+from consolidate.inspection import show
 from formats.errors import InputError, UsageError
 
 Write = Callable[..., Path]
+MAKE = "conftest:make_network"
 
 
 def test_a_path_is_found_as_it_is(tmp_path: Path) -> None:
@@ -60,7 +65,7 @@ def test_a_repository_with_its_fisher_is_fine_tuned_without_the_old_data(
         hub = {"HF_ENDPOINT": address}
         code, out, err = run(tmp_path, *finetune, "--output-dir", "out", "--json", **hub)
         assert code == 0, err
-        assert json.loads(out)["penalty"] == "ewc"
+        assert json.loads(out)["commits"] == {"user/name": loopback_hub.COMMIT}
         code, out, err = run(tmp_path, "report", "user/name", "--revision", "main", **hub)
         assert (code, out) == (0, "user-name-report.html\n"), err
         assert "<h1>user/name</h1>" in (tmp_path / out.strip()).read_text()
@@ -92,3 +97,110 @@ def test_a_repository_with_its_fisher_is_fine_tuned_without_the_old_data(
 def test_a_local_path_has_no_revision(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is local"):
         locate(tmp_path, "main")
+
+
+def test_paths_in_the_cache_tell_their_commit(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--user--a-b" / "snapshots" / "abc"
+    assert commits_of(snapshot / "fisher", None, tmp_path / "local") == {"user/a-b": "abc"}
+
+
+@pytest.fixture
+def wide(tmp_path: Path, write_task: Write) -> Path:
+    """A checkpoint with a Fisher that is larger than what is read to find its header."""
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    sizes = [6, 12_000, 3]
+    save_file(
+        make_network({"sizes": sizes}).state_dict(), folder / "model.safetensors", {"format": "pt"}
+    )
+    (folder / "config.json").write_text(json.dumps({"sizes": sizes}))
+    fisher(folder, write_task("old", count=8), model="conftest:make_network")
+    return folder
+
+
+def test_only_what_is_needed_is_fetched(wide: Path, tmp_path: Path, hub: Hub) -> None:
+    hub.put("user/name", wide)
+    variables = {"HF_ENDPOINT": hub.address}
+    code, out, err = run(tmp_path, "show", "user/name", "--revision", "main", "--json", **variables)
+    assert code == 0, err
+    assert hub.sent["model.safetensors"] == 0
+    assert 0 < hub.sent["fisher/fisher.safetensors"] <= 100_001
+    remote, local = json.loads(out), show(wide)
+    assert remote["commits"] == {"user/name": loopback_hub.COMMIT}
+    assert f"user/name is at commit {loopback_hub.COMMIT}" in err
+    for mine, theirs in zip(remote["parameters"], local["parameters"], strict=True):
+        assert mine["trace"] == pytest.approx(theirs["trace"], rel=1e-5)
+        assert (mine["name"], mine["shape"]) == (theirs["name"], theirs["shape"])
+        assert mine["max"] is None
+    assert remote["fisher"]["values"] == local["fisher"]["values"]
+
+    read = ("evaluate", "user/name", "--data", tmp_path / "old.npz", "--model", MAKE)
+    hub.sent.clear()
+    code, _, err = run(tmp_path, *read, **variables)
+    assert code == 0, err
+    assert hub.sent["model.safetensors"] > 0
+    assert hub.sent["fisher/fisher.safetensors"] == 0
+
+    for words in (("show", "user/name"), read):
+        code, _, err = run(tmp_path, *words, HF_HUB_OFFLINE="1")
+        assert code == 0, err
+    code, _, err = run(tmp_path, "verify", "user/name", HF_HUB_OFFLINE="1")
+    assert code == 75, err  # the Fisher itself was never fetched
+    code, out, err = run(tmp_path, "verify", "user/name@main", "--json", **variables)
+    assert code == 0, err
+    assert json.loads(out)["commits"] == remote["commits"]
+    assert run(tmp_path, "verify", "user/name", HF_HUB_OFFLINE="1")[0] == 0
+
+
+def test_a_header_on_the_hub_that_the_ledger_does_not_list(
+    wide: Path, tmp_path: Path, hub: Hub
+) -> None:
+    save_file({"0.weight": torch.zeros(2)}, wide / "fisher" / "fisher.safetensors")
+    hub.put("user/name", wide)
+    code, _, err = run(tmp_path, "show", "user/name", HF_ENDPOINT=hub.address)
+    assert code == 3, err
+    assert "does not hold what fisher.json lists" in err
+    assert "'0.weight' has shape [2]" in err
+    for file in (wide / "fisher").iterdir():
+        file.unlink()
+    hub.put("user/bare", wide)
+    code, _, err = run(tmp_path, "show", "user/bare", HF_ENDPOINT=hub.address)
+    assert (code, "holds no Fisher" in err) == (3, True), err
+
+
+def test_a_stranger_keeps_the_old_task_without_its_data(
+    tmp_path: Path, write_task: Write, hub: Hub
+) -> None:
+    home, author = tmp_path / "home", tmp_path / "author"
+    for folder in (home, author):
+        folder.mkdir()
+    sizes = {"sizes": [6, 48, 3]}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = make_network(sizes).state_dict()
+    save_file(weights, author / "model.safetensors", {"format": "pt"})
+    (author / "config.json").write_text(json.dumps(sizes))
+    old, new = write_task("old", count=300), write_task("new", seed=4, count=300)
+    training = {"model": MAKE, "optimizer": "adam", "learning_rate": 1e-2, "epochs": 12}
+    finetune(author, old, output_dir=tmp_path / "learned", penalty="none", **training)
+    variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": loopback_hub.TOKEN}
+    code, _, err = run(
+        tmp_path, "push", tmp_path / "learned", "user/model", "--public", **variables
+    )
+    assert code == 0, err
+    test = old.rename(tmp_path / "author-only.npz")
+    shutil.rmtree(tmp_path / "learned")
+    shutil.rmtree(author)
+
+    words = ("finetune", "user/model", "--data", new, "--model", MAKE, "--optimizer", "adam")
+    words = (*words, "--learning-rate", "1e-2", "--epochs", "12")
+    accuracy = {}
+    for name, penalty in (("held", ("--ewc-lambda", 300)), ("free", ("--penalty", "none"))):
+        target = ("--output-dir", name, *penalty)
+        code, _, err = run(home, *words, *target, HF_ENDPOINT=hub.address)
+        assert code == 0, err
+        scores = evaluate(home / name, {"old": test, "new": new}, model=MAKE)
+        accuracy[name] = {task: scores[task]["accuracy"] for task in scores}
+    assert accuracy["held"]["old"] > 0.85
+    assert accuracy["held"]["old"] > accuracy["free"]["old"] + 0.1
+    assert accuracy["held"]["new"] > 0.85

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,6 @@ def checkpoint(network_checkpoint: Path, write_task: Write) -> Path:
     (network_checkpoint / "train.jsonl").write_text('{"text": "a secret row"}\n')
     (network_checkpoint / ".env").write_text("PASSWORD=secret\n")
     return network_checkpoint
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with loopback_hub.running() as hub:
-        yield hub
 
 
 def pushed(folder: Path, hub: Hub, *arguments: object) -> dict[str, Any]:
