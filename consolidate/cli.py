@@ -857,7 +857,11 @@ def verify(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
     is_flag=True,
     help="Publish the Fisher alone, for the weights in the repository --base-model.",
 )
-@click.option("--dry-run", is_flag=True, help="Only list what would be sent, with sizes.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Only list what would be sent, with sizes, and what is there already.",
+)
 @COMMON
 def push(checkpoint: str, repository: str, as_json: bool, **options: Any) -> None:
     """Publish CHECKPOINT with its Fisher, ledger and model card on the Hub, in one commit.

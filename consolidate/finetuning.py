@@ -366,7 +366,10 @@ def finetune(
         )
     if max_forgetting is not None:
         check_gate(max_forgetting, old, evaluate)
-        check_output(failed_folder(target), opened.source, overwrite=overwrite, whole=True)
+        try:
+            check_output(failed_folder(target), opened.source, overwrite=overwrite, whole=True)
+        except InputError as error:
+            raise InputError(f"a run that --max-forgetting fails is kept, and {error}") from None
     start = _load(
         opened,
         penalty=penalty,

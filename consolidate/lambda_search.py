@@ -153,6 +153,7 @@ def choose_rule(
         UsageError: It is none of these, or needs old data or a limit that were not given.
     """
     measured = set(old) & set(validation)
+    given = choose is not None
     if choose is None:
         choose = "mean" if measured else "most"
         choose = choose if max_forgetting is None else "least"
@@ -162,9 +163,10 @@ def choose_rule(
         raise UsageError("--choose least needs --max-forgetting: what an old task may lose")
     if choose != "most" and not measured:
         names = f", where NAME is one of {', '.join(old)}" if old else ""
+        implied = "" if given else " (which --max-forgetting implies)"
         raise UsageError(
-            f"--choose {choose} needs held-out data of an old task: give --validation NAME=DATA"
-            f"{names}, or --choose most, which needs none"
+            f"--choose {choose}{implied} needs held-out data of an old task: give --validation "
+            f"NAME=DATA{names}, or --choose most, which needs none"
         )
     return choose
 

@@ -616,7 +616,7 @@ def _plain(name: str, error: BaseException | None, status: int = 0) -> Consolida
     what = (
         f"answers with status {status}" if status else f"cannot be reached ({type(error).__name__})"
     )
-    return NetworkError(f"{name}: the Hub {what}{said}; what was sent is kept, so push again")
+    return NetworkError(f"{name}: the Hub {what}{said}; push again, which sends what is missing")
 
 
 def _line(text: str) -> str:

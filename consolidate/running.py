@@ -34,7 +34,7 @@ from consolidate.task_options import (
 from formats.atomic import has_content, replace_folder, write_file
 from formats.checkpoint import open_checkpoint, other_files, weight_records
 from formats.digest import set_digest
-from formats.errors import ConsolidateError, InputError, UsageError
+from formats.errors import ConsolidateError, ForgettingError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME
 from formats.ledger import read_ledger
 from formats.rows import file_digest, listing_digest
@@ -404,6 +404,8 @@ def _matrix(checkpoint: Path) -> dict[str, Any] | None:
 def _saying_how_to_go_on(step: str) -> Iterator[None]:
     try:
         yield
+    except ForgettingError:
+        raise  # the same command would only forget again
     except BaseException:  # Ctrl-C and SIGTERM too
         LOG.info(
             "stopped in %s: what was done before it is kept, and the same command goes on with it",

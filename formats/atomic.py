@@ -105,7 +105,7 @@ def claimed(target: Path) -> Iterator[None]:
     check_target(target, overwrite=True)
     place = _Place(target)
     with ExitStack() as cleanup:
-        with _explained(place.target, _FULL | _FORBIDDEN):
+        with _explained(place.target, _FULL | _FORBIDDEN | {errno.ENOENT}):  # as in /proc
             _make_parents(place.claim, cleanup)
             if _lock(place.claim, cleanup) is _Lock.BUSY:
                 holder = place.claim.read_text() or "another one"
