@@ -459,6 +459,7 @@ def _architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, l
     contents = checkpoint.config
     check_declared(contents)
     where = checkpoint.path
+    _check_depth(contents, len(checkpoint.weights), where)
     kind = contents.get("model_type")
     if not contents or kind is None:
         what = "there is no config.json beside the weights" if not contents else "no model_type"
@@ -489,6 +490,20 @@ def _architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, l
         )
     found = mapping[type(config)]
     return config, list(found) if isinstance(found, list | tuple) else [found]
+
+
+def _check_depth(contents: Mapping[str, Any], tensors: int, where: Path) -> None:
+    """Refuse a number of layers that the weights cannot fill, before each of them is built."""
+    for name, value in contents.items():
+        if isinstance(value, Mapping):
+            _check_depth(value, tensors, where)
+        elif "layer" in name or "depth" in name:
+            for count in value if isinstance(value, list) else [value]:
+                if isinstance(count, int | float) and count > max(tensors, 1000):
+                    raise InputError(
+                        f"{where}/config.json: {name} is {value}, where the weights are {tensors} "
+                        "tensors"
+                    )
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from formats.errors import InputError, NonFiniteError
 FORMAT = "consolidate-fisher"
 VERSION = 1
 MAX_LEDGER_BYTES = 128 * 2**20
+MAX_TASKS = 4096  # what is drawn of them grows with their square
 ESTIMATORS = ("exact", "mc", "empirical", "batched")
 MERGE_RULES = ("online", "separate")
 UNITS = ("example", "token")
@@ -375,8 +376,11 @@ def _to_ledger(root: _Value) -> Ledger:
             "versions",
         )
     )
+    tasks = at["tasks"].elements()
+    if len(tasks) > MAX_TASKS:
+        raise at["tasks"].refuse(f"at most {MAX_TASKS:,} tasks")
     ledger = Ledger(
-        tasks=[_to_task(task) for task in at["tasks"].elements()],
+        tasks=[_to_task(task) for task in tasks],
         merge_rule=at["merge_rule"].one_of(MERGE_RULES),
         gamma=at["gamma"].number(0.0, 1.0),
         penalty_offset=at["penalty_offset"].number(0.0),

@@ -91,7 +91,8 @@ def write_page(name: str, text: str, *, quick: bool, packages: Sequence[str] = (
         system=platform.system(),
         python=platform.python_version(),
         versions=", ".join(versions),
-        environment=" ".join(f"`{key}={os.environ[key]}`" for key in STABLE),
+        environment=" ".join(f"`{key}={os.environ[key]}`" for key in STABLE if key in os.environ)
+        or "nothing set",
         minutes=time.monotonic() / 60 - STARTED / 60,
     )
     path = results_folder(quick) / f"{name}.md"
