@@ -434,7 +434,7 @@ def limited() -> Iterator[None]:
 
 def check_message(error: ConsolidateError) -> None:
     """Refuse a message that is no plain one, after what the command line escapes in it."""
-    from consolidate.cli import plain
+    from consolidate.result_texts import plain
 
     shown = plain(str(error)).split("\n")
     if not shown[0] or not all(line.isprintable() for line in shown):
