@@ -16,7 +16,8 @@ import torch
 
 from consolidate.chain import find_fisher, merging_options
 from consolidate.commands import fisher
-from consolidate.finetuning import Recipe, check_options, finetune
+from consolidate.descent import Recipe, check_options
+from consolidate.finetuning import finetune
 from consolidate.hub import locate
 from consolidate.inspection import ledger_matrix, verify
 from consolidate.matrix_views import matrix_summary

@@ -1,0 +1,287 @@
+"""How a fine-tuning descends: its recipe, its steps, and what is measured on the way."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from consolidate.commands import evaluate_all
+from consolidate.examples import subset
+from consolidate.likelihood import get_likelihood
+from consolidate.models import Model, file_weights
+from consolidate.penalty import STEPS
+from consolidate.progress import progress
+from consolidate.start import Start
+from consolidate.training import (
+    MIXED_PRECISION,
+    OPTIMIZERS,
+    SCHEDULES,
+    Step,
+    data_order,
+    make_optimizer,
+    make_scheduler,
+    seeded,
+    train_epoch,
+)
+from formats.checkpoint import check_finite
+from formats.errors import NonFiniteError, UsageError
+
+LOG = logging.getLogger("consolidate")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run descends: the options of `finetune` of these names."""
+
+    penalty_step: str
+    epochs: int | None
+    max_steps: int | None
+    max_examples: int | None
+    batch_size: int
+    gradient_accumulation_steps: int
+    learning_rate: float
+    optimizer: str
+    momentum: float | None
+    weight_decay: float
+    lr_scheduler: str
+    warmup_steps: int
+    max_grad_norm: float | None
+    mixed_precision: str
+    norm_statistics: str
+    log_every: int
+    evaluate_every: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where a run ended."""
+
+    weights: dict[str, Tensor]  # by the names of the weights file, as they will be stored
+    steps: list[Step]
+    metrics: dict[str, dict[str, dict[str, float]]]
+
+
+def check_options(
+    penalty: str,
+    ewc_lambda: object,
+    penalty_dtype: torch.dtype | None,
+    penalty_device: str | None,
+    recipe: Recipe,
+) -> None:
+    """Refuse options of `finetune` that no run could have, whatever the checkpoint and the data.
+
+    Args:
+        penalty: As in `finetune`.
+        ewc_lambda: As in `finetune`.
+        penalty_dtype: As in `finetune`.
+        penalty_device: As in `finetune`.
+        recipe: The others.
+
+    Raises:
+        UsageError: One is out of its range, or two contradict each other.
+    """
+    for option, value, known in (
+        ("penalty", penalty, ("ewc", "l2", "none")),
+        ("penalty-step", recipe.penalty_step, STEPS),
+        ("optimizer", recipe.optimizer, OPTIMIZERS),
+        ("lr-scheduler", recipe.lr_scheduler, SCHEDULES),
+        ("mixed-precision", recipe.mixed_precision, MIXED_PRECISION),
+    ):
+        if value not in known:
+            raise UsageError(f"--{option} {value}: expected one of {', '.join(known)}")
+    for option, number in (
+        ("epochs", recipe.epochs),
+        ("max-steps", recipe.max_steps),
+        ("batch-size", recipe.batch_size),
+        ("gradient-accumulation-steps", recipe.gradient_accumulation_steps),
+        ("log-every", recipe.log_every),
+        ("evaluate-every", recipe.evaluate_every),
+    ):
+        if number is not None and number < 1:
+            raise UsageError(f"--{option} {number}: expected at least 1")
+    strength = ewc_lambda if isinstance(ewc_lambda, int | float) else None
+    for option, amount, least in (
+        ("ewc-lambda", strength, "from 0"),
+        ("learning-rate", recipe.learning_rate, "above 0"),
+        ("momentum", recipe.momentum, "from 0"),
+        ("weight-decay", recipe.weight_decay, "from 0"),
+        ("warmup-steps", recipe.warmup_steps, "from 0"),
+        ("max-grad-norm", recipe.max_grad_norm, "above 0"),
+    ):
+        fits = amount is None or (amount >= 0 and math.isfinite(amount))
+        if not fits or (amount == 0 and least == "above 0"):
+            raise UsageError(f"--{option} {amount}: expected a finite number {least}")
+    free = penalty == "none" and "--penalty none"
+    plain = recipe.optimizer != "sgd" and f"--optimizer {recipe.optimizer}"
+    for option, given, without in (
+        ("ewc-lambda", ewc_lambda is not None, free),
+        ("penalty-step", recipe.penalty_step != "gradient", free),
+        ("penalty-dtype", penalty_dtype is not None, free),
+        ("penalty-device", penalty_device is not None, free),
+        ("momentum", recipe.momentum is not None, plain),
+    ):
+        if given and without:
+            raise UsageError(f"--{option} has no meaning with {without}: leave one of them out")
+    if penalty != "none" and ewc_lambda is None:
+        raise UsageError(f"--penalty {penalty} needs --ewc-lambda: the strength has no default")
+
+
+def train(start: Start, recipe: Recipe, target: Path) -> Trained:
+    """Train from the model's present weights, and give it the weights as they will be stored.
+
+    Args:
+        start: What is trained, in place.
+        recipe: How.
+        target: What a message calls the weights.
+
+    Returns:
+        The weights, the steps and the metrics.
+
+    Raises:
+        NonFiniteError: Training diverged.
+        UsageError: There is nothing to train.
+    """
+    metrics: dict[str, dict[str, dict[str, float]]] = {}
+
+    def take_metrics(when: str, same_as: str = "") -> None:
+        if not start.evaluations:
+            return
+        if same_as in metrics:
+            metrics[when] = metrics[same_as]
+            return
+        with torch.random.fork_rng():  # a module may draw in eval mode too; training must not see
+            metrics[when] = evaluate_all(
+                start.model,
+                start.evaluations,
+                batch_size=recipe.batch_size,
+                with_heads=start.with_heads,
+            )
+        for measured, values in metrics[when].items():
+            LOG.info("%s: %s %s", when, measured, _in_words(values))
+
+    take_metrics("before")
+    steps = descend(start, recipe, take_metrics)
+    weights = file_weights(start.model)
+    try:
+        check_finite(weights, target)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"training diverged: {error}; lower --learning-rate or --ewc-lambda"
+        ) from None
+    take_stored_values(start.model, weights)
+    take_metrics("after")
+    return Trained(weights, steps, metrics)
+
+
+def descend(start: Start, recipe: Recipe, take_metrics: Callable[..., None]) -> list[Step]:
+    """Take the optimizer's steps, measuring at times and after each epoch.
+
+    Args:
+        start: What is trained, in place.
+        recipe: How.
+        take_metrics: Called with the name of the moment, and of one that may be the same.
+
+    Returns:
+        What each step reported.
+
+    Raises:
+        NonFiniteError: The loss or the penalty is not finite.
+        UsageError: There is nothing to train.
+    """
+    model, examples = start.model, start.examples
+    chosen = subset(len(examples), recipe.max_examples, recipe.seed)
+    epochs, total = run_length(len(chosen), recipe)
+    if not any(parameter.requires_grad for parameter in model.module.parameters()):
+        raise UsageError("--freeze leaves no parameter to train")
+    descent = make_optimizer(
+        recipe.optimizer,
+        model.module.parameters(),
+        learning_rate=recipe.learning_rate,
+        momentum=recipe.momentum or 0.0,
+        weight_decay=recipe.weight_decay,
+    )
+    schedule = make_scheduler(
+        recipe.lr_scheduler, descent, warmup_steps=recipe.warmup_steps, total_steps=total
+    )
+    device = next(model.module.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.mixed_precision == "fp16")
+    steps: list[Step] = []
+    orders = data_order(len(chosen), recipe.seed)
+    with progress("training", total, "steps") as advance, seeded(recipe.seed):
+
+        def on_step(step: Step) -> None:
+            steps.append(step)
+            advance(1)
+            if step.step % recipe.log_every == 0 or step.step == total:
+                LOG.info(
+                    "step %d of %d: loss %.4f, penalty %.4g, learning rate %.3g",
+                    step.step,
+                    total,
+                    step.loss,
+                    step.penalty,
+                    step.learning_rate,
+                )
+            every = recipe.evaluate_every
+            if every and (step.step % every == 0 or step.step == total):
+                take_metrics(f"step {step.step}")
+
+        for epoch in range(epochs):
+            if len(steps) >= total:
+                break
+            order = [chosen[i] for i in next(orders)]
+            train_epoch(
+                model.module,
+                examples.batches(recipe.batch_size, order=order, epoch=epoch),
+                get_likelihood(model.objective.likelihood),
+                descent,
+                schedule,
+                penalty=start.penalty,
+                penalty_step=recipe.penalty_step,
+                gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+                max_grad_norm=recipe.max_grad_norm,
+                mixed_precision=recipe.mixed_precision,
+                scaler=scaler,
+                first_step=len(steps),
+                max_steps=total,
+                norm_statistics=recipe.norm_statistics,
+                on_step=on_step,
+            )
+            take_metrics(f"epoch {epoch + 1}", f"step {len(steps)}")
+    return steps
+
+
+def run_length(count: int, recipe: Recipe) -> tuple[int, int]:
+    """Give the epochs and the optimizer steps of a run.
+
+    Args:
+        count: The examples that it trains on.
+        recipe: How it descends.
+    """
+    per_epoch = -(-count // (recipe.batch_size * recipe.gradient_accumulation_steps))
+    epochs, most = recipe.epochs, recipe.max_steps
+    if epochs is None:
+        epochs = 1 if most is None else -(-most // per_epoch)
+    total = epochs * per_epoch
+    return epochs, total if most is None else min(total, most)
+
+
+@torch.no_grad()
+def take_stored_values(model: Model, stored: Mapping[str, Tensor]) -> None:
+    """Give the module the values as they are stored: F is measured at exactly these.
+
+    Args:
+        model: Changed in place.
+        stored: Values by the names of the weights file.
+    """
+    state = model.module.state_dict()
+    for name, values in model.layout.to_module(stored).items():
+        state[name].copy_(values)
+
+
+def _in_words(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "score")
