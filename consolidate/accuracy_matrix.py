@@ -67,12 +67,16 @@ class AccuracyMatrix:
         F = (1/(T − 1)) Σ_{j<T} (max_{i<T} R[i, j] − R[T, j]), Chaudhry et al. 2018, the largest
         taken of the rows where task j was measured.
         """
-        terms = []
-        for j in range(len(self.tasks) - 1):
+        return _mean(self.forgotten().values())
+
+    def forgotten(self) -> dict[str, float | None]:
+        """Return the terms of `forgetting` by task, the last task left out."""
+        terms = {}
+        for j, task in enumerate(self.tasks[:-1]):
             past = [row[j] for row in self.scores[:-1]]
             best = max((score for score in past if score is not None), default=None)
-            terms.append(_difference(best, self.scores[-1][j]))
-        return _mean(terms)
+            terms[task] = _difference(best, self.scores[-1][j])
+        return terms
 
 
 def accuracy_matrix(metrics: Mapping[str, Metrics]) -> AccuracyMatrix:

@@ -24,6 +24,7 @@ from consolidate.options import (
     DTYPES,
     FREEZE,
     MERGING,
+    METRICS,
     MODEL,
     REVISION,
     SEED,
@@ -202,8 +203,9 @@ class _StderrHandler(logging.Handler):
     help="Write a whole checkpoint here instead of DIR/fisher into CHECKPOINT.",
 )
 @DATA_DIGEST
+@METRICS
 @COMMON
-def fisher(checkpoint: str, as_json: bool, **options: Any) -> None:
+def fisher(checkpoint: str, as_json: bool, metrics: Path | None, **options: Any) -> None:
     """Measure the Fisher diagonal of CHECKPOINT and store it beside the weights.
 
     CHECKPOINT is a folder, a .safetensors, .bin, .pt or .ckpt file, or a repository on the
@@ -212,9 +214,10 @@ def fisher(checkpoint: str, as_json: bool, **options: Any) -> None:
 
     Example: consolidate fisher my-model --data old-task.jsonl --task old
     """
-    from consolidate import commands
+    from consolidate import commands, metrics_file
 
     result = commands.fisher(checkpoint, **_with_objects(options))
+    _write_metrics(metrics, result, metrics_file.fisher_metrics)
     _write(result, as_json, result_texts.fisher_text)
 
 
@@ -242,10 +245,12 @@ def fisher(checkpoint: str, as_json: bool, **options: Any) -> None:
 @click.option("--fisher-batch-size", type=click.IntRange(min=1), help="As --batch-size by default.")
 @MERGING
 @DATA_DIGEST
+@METRICS
 @COMMON
 def finetune(
     checkpoint: str,
     as_json: bool,
+    metrics: Path | None,
     evaluate: tuple[str, ...],
     validation: tuple[str, ...],
     **options: Any,
@@ -258,7 +263,7 @@ def finetune(
     Example: consolidate finetune my-model --data new.jsonl --output-dir my-model-2
     --ewc-lambda 100
     """
-    from consolidate import finetuning
+    from consolidate import finetuning, metrics_file
 
     try:
         result = finetuning.finetune(
@@ -268,8 +273,10 @@ def finetune(
             **_with_objects(options),
         )
     except ForgettingError as error:
+        _write_metrics(metrics, error.result, metrics_file.finetune_metrics)
         _write(error.result, as_json, result_texts.finetune_text)
         raise
+    _write_metrics(metrics, result, metrics_file.finetune_metrics)
     _write(result, as_json, result_texts.finetune_text)
 
 
@@ -293,15 +300,23 @@ def finetune(
 @BATCH_SIZE
 @SEED
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights; as stored by default.")
+@METRICS
 @COMMON
-def evaluate(checkpoint: str, as_json: bool, data: tuple[str, ...], **options: Any) -> None:
+def evaluate(
+    checkpoint: str,
+    as_json: bool,
+    metrics: Path | None,
+    data: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Measure CHECKPOINT on each task: loss, and accuracy or perplexity.
 
     Example: consolidate evaluate my-model-2 --data old=old-test.jsonl --data new=new-test.jsonl
     """
-    from consolidate import commands
+    from consolidate import commands, metrics_file
 
     result = commands.evaluate(checkpoint, _named_data(data, "--data"), **_with_objects(options))
+    _write_metrics(metrics, result, metrics_file.evaluate_metrics)
     _write(result, as_json, result_texts.metrics_text)
 
 
@@ -341,8 +356,9 @@ def merge(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
     help="Where the checkpoints go; as the file says by default.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be done or skipped, and why.")
+@METRICS
 @COMMON
-def run(run_file: Path, as_json: bool, **options: Any) -> None:
+def run(run_file: Path, as_json: bool, metrics: Path | None, **options: Any) -> None:
     """Train a chain of tasks, one after the other, as TASKS.TOML says.
 
     A step is skipped if its checkpoint is whole and was made from the same content: the
@@ -351,9 +367,15 @@ def run(run_file: Path, as_json: bool, **options: Any) -> None:
 
     Example: consolidate run tasks.toml --dry-run
     """
-    from consolidate import running
+    from consolidate import metrics_file, running
 
-    _write(running.run(run_file, **options), as_json, result_texts.run_text)
+    try:
+        result = running.run(run_file, **options)
+    except ForgettingError as error:
+        _write_metrics(metrics, error.result, metrics_file.finetune_metrics)
+        raise
+    _write_metrics(metrics, result, metrics_file.run_metrics)
+    _write(result, as_json, result_texts.run_text)
 
 
 @cli.command()
@@ -511,6 +533,22 @@ def _with_objects(options: dict[str, Any]) -> dict[str, Any]:
 
 def _write(result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:
     click.echo(json_text(result) if as_json else plain(text(result)))
+
+
+def _write_metrics(
+    path: Path | None,
+    result: dict[str, Any],
+    numbers: Callable[[dict[str, Any]], dict[str, float]],
+) -> None:
+    """Write the numbers of a result, before anything that prints it can fail."""
+    from consolidate.metrics_file import write_metrics
+
+    if path is None:
+        return
+    if result.get("status") == "dry run":
+        logging.getLogger("consolidate").info(f"a dry run measures nothing: no {path} was written")
+        return
+    write_metrics(path, numbers(result))
 
 
 def _named_data(values: Sequence[str], option: str) -> dict[str, str]:

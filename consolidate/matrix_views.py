@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from consolidate.accuracy_matrix import AccuracyMatrix, Point
-from formats.atomic import write_file
-from formats.errors import InputError, UsageError
+from formats.atomic import check_file, write_file
+from formats.errors import UsageError
 
 PLOTS = (".png", ".svg")
 MEANS = ("ACC", "BWT", "forgetting")
@@ -27,17 +26,14 @@ def check_view(path: str | Path, *, plot: bool) -> None:
 
     Raises:
         UsageError: It is no kind of plot that is known, or matplotlib is missing.
-        InputError: Its folder cannot be written to, or it is a folder itself.
+        InputError: It cannot be written there, or is a folder.
     """
     path = Path(path)
     if plot and path.suffix.lower() not in PLOTS:
         raise UsageError(f"--plot {path}: the name must end in {' or '.join(PLOTS)}")
     if plot and find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install 'consolidate-ewc[plot]'")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path} cannot be made: {path.parent} is no folder that can be written")
+    check_file(path)
 
 
 def matrix_summary(matrix: AccuracyMatrix) -> dict[str, Any]:

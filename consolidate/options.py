@@ -50,6 +50,17 @@ def _tell_everything(context: click.Context, option: click.Parameter, value: boo
     """Let a traceback through; `main` looks for the flag itself."""
 
 
+def _place_of_metrics(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> Path | None:
+    from formats.atomic import check_file
+
+    if value is None:
+        return None
+    check_file(Path(value))  # before the work
+    return Path(value)
+
+
 def column_options() -> Callable[[Any], Any]:
     """Give the options that say where the inputs and labels are."""
     return options(
@@ -111,6 +122,13 @@ COMMON = options(
         callback=_tell_everything,
         help="Show the traceback of an error.",
     ),
+)
+
+METRICS = click.option(
+    "--metrics",
+    metavar="FILE",
+    callback=_place_of_metrics,
+    help="Write the numbers here too, as one flat JSON object, which DVC and CI jobs read.",
 )
 
 REVISION = click.option(

@@ -1,6 +1,5 @@
 """The report of a checkpoint: one HTML page, and its pictures as files."""
 
-import os
 import re
 import sys
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from consolidate.hub import FISHER, commits_of, locate
 from consolidate.inspection import show
 from consolidate.report_figures import figures
 from consolidate.report_page import report_page
-from formats.atomic import write_file
+from formats.atomic import check_file, write_file
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME
 from formats.ledger import read_ledger
@@ -67,7 +66,6 @@ def report(
             write = svg_file if path.suffix == ".svg" else png
             content[path] = write(drawings[path.stem])
     for path, data in content.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, data)
     for path in pictures:
         if path not in content:  # an earlier report had it, and it is no picture of this one
@@ -91,11 +89,7 @@ def _pictures(plots: str | Path | None) -> list[Path]:
 
 def _check_free(path: Path, *, overwrite: bool) -> None:
     """Refuse, before any work is done, a file that could not be written or should not be."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{path} cannot be made: {parent} is no folder that can be written")
+    check_file(path)
     if path.exists() and not overwrite:
         with path.open("rb") as file:
             start = file.read(1024)

@@ -1,12 +1,11 @@
 """The plot of a search for λ: what the new task gains against what old tasks keep."""
 
-import os
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from formats.atomic import write_file
-from formats.errors import InputError, UsageError
+from formats.atomic import check_file, write_file
+from formats.errors import UsageError
 
 UNDATED: dict[str, dict[str, None]] = {
     "png": {"Software": None},
@@ -24,12 +23,11 @@ def check_plot(path: Path) -> None:
 
     Raises:
         UsageError: It is of no known kind, or matplotlib is missing.
-        InputError: There is no such folder, or it cannot be written to.
+        InputError: It cannot be written there, or is a folder.
     """
     if path.suffix.lower().strip(".") not in UNDATED:
         raise UsageError(f"--search-plot {path}: expected a name that ends with .png, .svg or .pdf")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise InputError(f"--search-plot {path}: {path.parent} is no folder to write it into")
+    check_file(path)
     try:
         import matplotlib  # noqa: F401
     except ImportError:

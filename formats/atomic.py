@@ -131,9 +131,7 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
     """
     place = _Place(target)
     _refuse_content(place.target, overwrite)
-    parent = next(folder for folder in place.target.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{target} cannot be made: {parent} is no folder that can be written")
+    _check_parent(target, place.target)
 
 
 def recover(target: Path) -> None:
@@ -168,7 +166,7 @@ def write_file(path: Path, data: bytes | str) -> None:
     """Write a file whole: into a temporary sibling, synced, then renamed over the path.
 
     Args:
-        path: The file to make or to replace; a link is followed.
+        path: The file to make or to replace; a link is followed. Folders above it are made.
         data: The content; text is stored as UTF-8.
 
     Raises:
@@ -179,6 +177,7 @@ def write_file(path: Path, data: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.consolidate-tmp")
     with _explained(path, _FORBIDDEN), explain_full_disk(path, len(content)):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "xb") as file:
                 file.write(content)
                 file.flush()
@@ -187,6 +186,20 @@ def write_file(path: Path, data: bytes | str) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         _sync(path.parent)
+
+
+def check_file(path: Path) -> None:
+    """Refuse, before the work, a file that could not be written after it.
+
+    Args:
+        path: The file that is to be made or replaced, and the folders above it.
+
+    Raises:
+        InputError: It is a folder, or there is no place for it that can be written.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file")
+    _check_parent(path, Path(os.path.realpath(path)))
 
 
 def has_content(target: Path) -> bool:
@@ -306,6 +319,13 @@ def _refuse_content(target: Path, overwrite: bool) -> None:
             raise InputError(
                 f"{target} holds {what} folder and will not be replaced; choose another folder"
             )
+
+
+def _check_parent(given: Path, place: Path) -> None:
+    """Refuse a place under the nearest folder that is there, if that cannot be written."""
+    parent = next(folder for folder in place.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{given} cannot be made: {parent} is no folder that can be written")
 
 
 def _lock_or_refuse(place: _Place, cleanup: ExitStack) -> None:

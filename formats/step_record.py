@@ -33,7 +33,6 @@ def write_step_record(path: Path, record: StepRecord) -> None:
     """
     content = {"format": FORMAT, "version": VERSION}
     content |= {"made_from": record.made_from, "made": record.made}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
 
 

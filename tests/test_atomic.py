@@ -9,6 +9,7 @@ import pytest
 
 from formats.atomic import (
     _exchange,
+    check_file,
     claimed,
     explain_full_disk,
     final_path,
@@ -486,6 +487,22 @@ def test_write_file(tmp_path):
     assert path.read_bytes() == "grüße\n".encode()
     write_file(path, b"\0\1")
     assert path.read_bytes() == b"\0\1"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_write_file_makes_the_folders_above(tmp_path):
+    write_file(tmp_path / "a" / "b" / "file", "x")
+    assert (tmp_path / "a" / "b" / "file").read_text() == "x"
+
+
+def test_a_file_that_could_not_be_written_is_refused_before(tmp_path):
+    (tmp_path / "file").touch()
+    check_file(tmp_path / "a" / "b" / "new")
+    check_file(tmp_path / "file")
+    with pytest.raises(InputError, match="is a folder: name a file"):
+        check_file(tmp_path)
+    with pytest.raises(InputError, match="file is no folder that can be written"):
+        check_file(tmp_path / "file" / "a" / "b")
     assert os.listdir(tmp_path) == ["file"]
 
 

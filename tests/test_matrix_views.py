@@ -103,8 +103,10 @@ def test_what_cannot_be_written_is_refused_before(
 ) -> None:
     with pytest.raises(UsageError, match=r"r\.pdf: the name must end in \.png or \.svg"):
         check_view(tmp_path / "r.pdf", plot=True)
-    with pytest.raises(InputError, match=r"none is no folder"):
-        check_view(tmp_path / "none" / "r.csv", plot=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file is no folder"):
+        check_view(tmp_path / "file" / "r.csv", plot=False)
+    check_view(tmp_path / "none" / "r.csv", plot=False)  # it will be made
     with pytest.raises(InputError, match="is a folder: name a file"):
         check_view(tmp_path, plot=False)
     monkeypatch.setattr("consolidate.matrix_views.find_spec", lambda name: None)

@@ -34,7 +34,7 @@ def search(*, old: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])
 def test_it_is_drawn(tmp_path: Path, old: bool, suffix: str, start: bytes) -> None:
-    path = tmp_path / f"curve{suffix}"
+    path = tmp_path / "to be made" / f"curve{suffix}"
     check_plot(path)
     plot_search(search(old=old), path)
     assert path.read_bytes().startswith(start)
@@ -45,8 +45,9 @@ def test_what_cannot_be_drawn_is_refused_before_the_work(
 ) -> None:
     with pytest.raises(UsageError, match=r"\.png, \.svg or \.pdf"):
         check_plot(tmp_path / "curve.txt")
-    with pytest.raises(InputError, match="nowhere is no folder"):
-        check_plot(tmp_path / "nowhere" / "curve.png")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file is no folder"):
+        check_plot(tmp_path / "file" / "curve.png")
     real = builtins.__import__
 
     def without(name: str, *rest: Any, **named: Any) -> Any:
