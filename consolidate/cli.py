@@ -8,6 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
@@ -54,20 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    said: dict[str, bool] = {}
     try:
-        code = cli(arguments, prog_name="consolidate", standalone_mode=False)
+        code = cli(arguments, prog_name="consolidate", standalone_mode=False, obj=said)
         _leave(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
-        click.echo(f"error: {error.format_message()}{hint}", err=True)
-        _leave(error.exit_code)
+        if "--json" in arguments:  # what stands behind a wrong option is not read
+            said["json"] = True
+        _fail(f"{error.format_message()}{hint}", error.exit_code, said)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        _leave(130)
+        _fail("interrupted", 130, said)
     except Terminated:
-        click.echo("terminated", err=True)
-        _leave(143)
+        _fail("terminated", 143, said)
     except BrokenPipeError:
         sys.stderr.close()
         _leave(141)
@@ -77,8 +78,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         message, code = _explain(error)
         if len(message) > 2000:  # a name in a file can be as long as the file
             message = f"{message[:1500]} … {message[-400:]}"
-        click.echo(f"error: {plain(message)}", err=True)
-        _leave(code)
+        _fail(message, code, said)
+
+
+def _fail(message: str, code: int, said: dict[str, bool]) -> NoReturn:
+    """Say what went wrong, on stdout too where JSON is wanted and nothing stands there yet."""
+    kind = "" if code > 128 else "error: "
+    click.echo(plain(f"{kind}{message}"), err=True)
+    if said.get("json") and not said.get("written"):
+        with suppress(OSError):  # stderr has it
+            click.echo(json_text({"status": "failed", "exit_code": code, "error": message}))
+    _leave(code)
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -93,7 +103,8 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _leave(code: int) -> NoReturn:
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed before we began
+            sys.stdout.flush()
     except OSError:
         code = code or 141
     sys.exit(code)
@@ -205,7 +216,7 @@ class _StderrHandler(logging.Handler):
 @DATA_DIGEST
 @METRICS
 @COMMON
-def fisher(checkpoint: str, as_json: bool, metrics: Path | None, **options: Any) -> None:
+def fisher(checkpoint: str, json: bool, metrics: Path | None, **options: Any) -> None:
     """Measure the Fisher diagonal of CHECKPOINT and store it beside the weights.
 
     CHECKPOINT is a folder, a .safetensors, .bin, .pt or .ckpt file, or a repository on the
@@ -218,7 +229,7 @@ def fisher(checkpoint: str, as_json: bool, metrics: Path | None, **options: Any)
 
     result = commands.fisher(checkpoint, **_with_objects(options))
     _write_metrics(metrics, result, metrics_file.fisher_metrics)
-    _write(result, as_json, result_texts.fisher_text)
+    _write(result, json, result_texts.fisher_text)
 
 
 @cli.command()
@@ -249,7 +260,7 @@ def fisher(checkpoint: str, as_json: bool, metrics: Path | None, **options: Any)
 @COMMON
 def finetune(
     checkpoint: str,
-    as_json: bool,
+    json: bool,
     metrics: Path | None,
     evaluate: tuple[str, ...],
     validation: tuple[str, ...],
@@ -274,10 +285,11 @@ def finetune(
         )
     except ForgettingError as error:
         _write_metrics(metrics, error.result, metrics_file.finetune_metrics)
-        _write(error.result, as_json, result_texts.finetune_text)
+        told = {"exit_code": error.exit_code, "error": str(error)}
+        _write(error.result | told, json, result_texts.finetune_text)
         raise
     _write_metrics(metrics, result, metrics_file.finetune_metrics)
-    _write(result, as_json, result_texts.finetune_text)
+    _write(result, json, result_texts.finetune_text)
 
 
 @cli.command()
@@ -304,7 +316,7 @@ def finetune(
 @COMMON
 def evaluate(
     checkpoint: str,
-    as_json: bool,
+    json: bool,
     metrics: Path | None,
     data: tuple[str, ...],
     **options: Any,
@@ -317,7 +329,7 @@ def evaluate(
 
     result = commands.evaluate(checkpoint, _named_data(data, "--data"), **_with_objects(options))
     _write_metrics(metrics, result, metrics_file.evaluate_metrics)
-    _write(result, as_json, result_texts.metrics_text)
+    _write(result, json, result_texts.metrics_text)
 
 
 @cli.command()
@@ -336,7 +348,7 @@ def evaluate(
 )
 @click.option("--overwrite", is_flag=True, help="Replace the output folder that is there.")
 @COMMON
-def merge(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def merge(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
     """Merge checkpoints of one architecture into one, each weight by how much it matters to whom.
 
     Every CHECKPOINT needs its Fisher. The output protects the tasks of all.
@@ -345,7 +357,7 @@ def merge(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """
     from consolidate import model_merging
 
-    _write(model_merging.merge(checkpoints, **options), as_json, result_texts.merge_text)
+    _write(model_merging.merge(checkpoints, **options), json, result_texts.merge_text)
 
 
 @cli.command()
@@ -358,7 +370,7 @@ def merge(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would be done or skipped, and why.")
 @METRICS
 @COMMON
-def run(run_file: Path, as_json: bool, metrics: Path | None, **options: Any) -> None:
+def run(run_file: Path, json: bool, metrics: Path | None, **options: Any) -> None:
     """Train a chain of tasks, one after the other, as TASKS.TOML says.
 
     A step is skipped if its checkpoint is whole and was made from the same content: the
@@ -375,7 +387,7 @@ def run(run_file: Path, as_json: bool, metrics: Path | None, **options: Any) -> 
         _write_metrics(metrics, error.result, metrics_file.finetune_metrics)
         raise
     _write_metrics(metrics, result, metrics_file.run_metrics)
-    _write(result, as_json, result_texts.run_text)
+    _write(result, json, result_texts.run_text)
 
 
 @cli.command()
@@ -395,7 +407,7 @@ def run(run_file: Path, as_json: bool, metrics: Path | None, **options: Any) -> 
 )
 @click.option("--plot", metavar="FILE.png|svg", help="Draw them here; needs matplotlib.")
 @COMMON
-def show(checkpoint: str, as_json: bool, **options: Any) -> None:
+def show(checkpoint: str, json: bool, **options: Any) -> None:
     """Show the ledger of CHECKPOINT, what was forgotten, and where its Fisher lies.
 
     The accuracy matrix holds the score on each task after training each: the accuracy, or minus
@@ -407,7 +419,7 @@ def show(checkpoint: str, as_json: bool, **options: Any) -> None:
     """
     from consolidate import inspection
 
-    _write(inspection.show(checkpoint, **options), as_json, inspection.show_text)
+    _write(inspection.show(checkpoint, **options), json, inspection.show_text)
 
 
 @cli.command()
@@ -425,7 +437,7 @@ def show(checkpoint: str, as_json: bool, **options: Any) -> None:
     help="Replace files that are there; those of an earlier report are replaced anyway.",
 )
 @COMMON
-def report(checkpoint: str, as_json: bool, **options: Any) -> None:
+def report(checkpoint: str, json: bool, **options: Any) -> None:
     """Write a page on CHECKPOINT: its tasks, what was kept of each, and where the protection sits.
 
     The page is one HTML file that needs no network and runs no script.
@@ -435,7 +447,7 @@ def report(checkpoint: str, as_json: bool, **options: Any) -> None:
     from consolidate import reporting
 
     result = reporting.report(checkpoint, **options)
-    _write(result, as_json, lambda result: "\n".join([result["report"], *result["plots"]]))
+    _write(result, json, lambda result: "\n".join([result["report"], *result["plots"]]))
 
 
 @cli.command()
@@ -447,7 +459,7 @@ def report(checkpoint: str, as_json: bool, **options: Any) -> None:
 )
 @REVISION
 @COMMON
-def verify(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def verify(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
     """Check every digest, name, shape and value of CHECKPOINT and its Fisher.
 
     Also that the ledger fits together: its tasks, and the Fisher's traces with theirs. Of several
@@ -455,7 +467,7 @@ def verify(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """
     from consolidate import inspection
 
-    _write(inspection.verify(*checkpoints, **options), as_json, result_texts.verify_text)
+    _write(inspection.verify(*checkpoints, **options), json, result_texts.verify_text)
 
 
 @cli.command()
@@ -496,7 +508,7 @@ def verify(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
     help="Only list what would be sent, with sizes, and what is there already.",
 )
 @COMMON
-def push(checkpoint: str, repository: str, as_json: bool, **options: Any) -> None:
+def push(checkpoint: str, repository: str, json: bool, **options: Any) -> None:
     """Publish CHECKPOINT with its Fisher, ledger and model card on the Hub, in one commit.
 
     Weights, Fisher, configuration, tokenizer and licence are sent; other files are not. A README.md
@@ -512,7 +524,7 @@ def push(checkpoint: str, repository: str, as_json: bool, **options: Any) -> Non
     if options["fisher_dtype"] is not None:
         options["fisher_dtype"] = getattr(torch, options["fisher_dtype"])
     result = publishing.push(checkpoint, repository, **options)
-    _write(result, as_json, publishing.push_text)
+    _write(result, json, publishing.push_text)
 
 
 def _with_objects(options: dict[str, Any]) -> dict[str, Any]:
@@ -531,8 +543,9 @@ def _with_objects(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _write(result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:
-    click.echo(json_text(result) if as_json else plain(text(result)))
+def _write(result: dict[str, Any], json: bool, text: Callable[[dict[str, Any]], str]) -> None:
+    click.echo(json_text(result) if json else plain(text(result)))
+    click.get_current_context().ensure_object(dict)["written"] = True
 
 
 def _write_metrics(

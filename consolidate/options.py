@@ -46,6 +46,12 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
     context.default_map = {**(context.default_map or {}), **defaults}
 
 
+def _remember_json(context: click.Context, option: click.Parameter, value: bool) -> bool:
+    """Let `main` know, which has to say in JSON what fails."""
+    context.ensure_object(dict)["json"] = value
+    return value
+
+
 def _tell_everything(context: click.Context, option: click.Parameter, value: bool) -> None:
     """Let a traceback through; `main` looks for the flag itself."""
 
@@ -114,7 +120,13 @@ COMMON = options(
         callback=_read_config,
         help="TOML file with options of this command; flags and variables win over it.",
     ),
-    click.option("--json", "as_json", is_flag=True, help="Write the result as one JSON object."),
+    click.option(
+        "--json",
+        is_flag=True,
+        is_eager=True,  # known before anything else is found wrong
+        callback=_remember_json,
+        help="Write the result as one JSON object.",
+    ),
     click.option(
         "--debug",
         is_flag=True,

@@ -1,6 +1,7 @@
 """What a command's result looks like on stdout: as JSON, or as text."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,13 +18,21 @@ def plain(text: str) -> str:
 
 
 def json_text(result: Mapping[str, Any]) -> str:
-    """Give a result as JSON, what is not printable escaped.
+    """Give a result as JSON, as docs/json-schema.json tells; what is not printable is escaped.
 
     Args:
-        result: What a command returned.
+        result: What a command returned; numbers that are not finite, which JSON lacks, become null.
     """
-    printed = json.dumps(result, ensure_ascii=False, indent=2)
+    printed = json.dumps(_finite(result), ensure_ascii=False, indent=2, allow_nan=False)
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in printed)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fisher_text(result: dict[str, Any]) -> str:

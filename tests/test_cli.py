@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import loopback_hub
 import pytest
 import torch
+from json_schema import SCHEMA, check_json
 from safetensors.torch import load_file, save_file
 
 from consolidate.cli import cli, main
@@ -19,7 +21,10 @@ MODEL = ("--model", "conftest:make_network")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Run the command line in this process; give exit code, stdout and stderr."""
+    """Run the command line in this process; give exit code, stdout and stderr.
+
+    What `--json` writes is held against its schema.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit) as left:
@@ -28,6 +33,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
         for number, handler in handlers.items():
             signal.signal(number, handler)
     out, err = capsys.readouterr()
+    if "--json" in arguments and out:
+        check_json(str(arguments[0]), json.loads(out))
     return int(left.value.code or 0), out, err
 
 
@@ -82,6 +89,78 @@ def test_a_dry_run_and_a_tolerance(
     result = json.loads(text)
     assert result["examples"] == 300
     assert 0 < result["layers"]["0.weight"]["relative_error"] < 1
+
+
+def test_what_every_command_writes_as_json_is_as_its_schema_tells(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+    hub: loopback_hub.Hub,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate("ab"):
+        write_task(name, seed=seed)
+    (tmp_path / "tasks.toml").write_text(
+        'start = "start"\noutput-dir = "chain"\n[evaluate]\na = "a.npz"\n'
+        '[[task]]\nname = "b"\ndata = "b.npz"\newc-lambda = 1\nmax-steps = 2\n'
+        'model = "conftest:make_network"\n'
+    )
+    finetune = ("--data", "b.npz", "--evaluate", "a=a.npz", *MODEL, "--max-steps", 2)
+    for arguments in (
+        ("fisher", "start", "--data", "a.npz", *MODEL, "--dry-run"),
+        ("fisher", "start", "--data", "a.npz", *MODEL),
+        ("finetune", "start", *finetune, "--ewc-lambda", 1, "--output-dir", "2"),
+        ("finetune", "start", *finetune, "--ewc-lambda", "1,2", "--output-dir", "3"),
+        ("evaluate", "2", "--data", "a.npz", *MODEL),
+        ("merge", "2", "--output-dir", "m"),
+        ("run", "tasks.toml", "--dry-run"),
+        ("run", "tasks.toml"),
+        ("show", "2"),
+        ("verify", "start", "2"),
+        ("report", "2"),
+    ):
+        code, out, err = run(capsys, *arguments, "--json")
+        assert code == 0, err
+        assert out
+    assert SCHEMA["$defs"].keys() >= cli.commands.keys()
+    done = subprocess.run(
+        [sys.executable, "-m", "consolidate", "push", "2", "user/model", "--json"],
+        env=loopback_hub.environment(
+            tmp_path, HF_ENDPOINT=hub.address, HF_TOKEN=loopback_hub.TOKEN
+        ),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    check_json("push", json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("show", "./nowhere", "--json"), 3),
+        (("fisher", "./nowhere", "--json"), 2),
+        (("fisher", "./nowhere", "--no-such-option", "--json"), 2),
+        (("show", "./nowhere", "--top", "none", "--json"), 2),
+    ],
+)
+def test_a_failing_command_says_so_in_json_too(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], code: int
+) -> None:
+    found, out, err = run(capsys, *arguments)
+    told = json.loads(out)
+    assert (found, told["status"], told["exit_code"]) == (code, "failed", code)
+    assert err == f"error: {told['error']}\n"
+
+
+def test_what_is_closed_is_not_written_to(network_checkpoint: Path) -> None:
+    for words in (["show", network_checkpoint, "--json"], ["--version"]):
+        command = ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-m", "consolidate", *words]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == (3 if "show" in words else 0), done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_merge(

@@ -102,6 +102,8 @@ def test_the_command_leaves_with_5_and_prints_what_it_did(
         "--penalty", "none", "--evaluate", f"a={a}", "--max-forgetting", 0.03, "--json",
     )  # fmt: skip
     assert code == 5
-    assert json.loads(out)["status"] == "forgot too much"
-    assert "error: forgot too much: a lost" in err
+    told = json.loads(out)  # one object
+    assert (told["status"], told["exit_code"]) == ("forgot too much", 5)
+    assert f"error: {told['error']}" in err
+    assert told["error"].startswith("forgot too much: a lost")
     assert "Traceback" not in err
