@@ -61,7 +61,7 @@ class Recipe:
 class Trained:
     """Where a run ended."""
 
-    weights: dict[str, Tensor]  # by the names of the weights file, as they will be stored
+    weights: Mapping[str, Tensor]  # by the names of the weights file, as they will be stored
     steps: list[Step]
     metrics: dict[str, dict[str, dict[str, float]]]
 
@@ -252,6 +252,9 @@ def descend(start: Start, recipe: Recipe, take_metrics: Callable[..., None]) -> 
                 on_step=on_step,
             )
             take_metrics(f"epoch {epoch + 1}", f"step {len(steps)}")
+    # What comes next needs the memory; the optimizer and its schedule hold each other.
+    descent.zero_grad()
+    descent.state.clear()
     return steps
 
 
@@ -279,8 +282,10 @@ def take_stored_values(model: Model, stored: Mapping[str, Tensor]) -> None:
         stored: Values by the names of the weights file.
     """
     state = model.module.state_dict()
-    for name, values in model.layout.to_module(stored).items():
-        state[name].copy_(values)
+    for group in model.layout.groups:  # one at a time, as each may have to be made
+        parts = {name: stored[name] for name in group.file_names}
+        for name, values in model.layout.to_module(parts).items():
+            state[name].copy_(values)
 
 
 def _in_words(metrics: Mapping[str, float]) -> str:

@@ -137,7 +137,7 @@ def finetune(
         penalty: ``ewc``, ``l2`` (Λ = 1 around the start) or ``none``.
         penalty_step: ``gradient`` adds λ Λ (θ − μ) to the gradient; ``proximal`` takes the
             penalty's step implicitly after the optimizer's, which is stable for every λ.
-        penalty_dtype: Of Λ and μ in memory: float32 unless given, or bfloat16.
+        penalty_dtype: Of Λ and μ in memory, float32 or bfloat16; as stored unless given.
         penalty_device: Where Λ and μ are kept, such as ``cpu``; beside the weights unless given.
         fisher: The Fisher to use where it is not beside the weights: a folder or a repository.
         task: The new task's name in the ledger; the data's name unless given.
@@ -440,5 +440,5 @@ def _finish(
 
 def _share_moved(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> float:
     there = [name for name in end if name in start]  # a fresh output layer was nowhere
-    moved = sum(int((start[name] != end[name].cpu()).sum()) for name in there)
-    return moved / max(1, sum(end[name].numel() for name in there))
+    moved = sum(int((start[name] != end[name].cpu()).count_nonzero()) for name in there)
+    return moved / max(1, sum(start[name].numel() for name in there))

@@ -69,6 +69,9 @@ class Layout:
         self.fresh = tuple(
             name for name, _ in module.named_parameters() if name not in self._group_of_module
         )
+        file_order, module_order = [*self._file_shapes, *self.fresh], self._module_shapes
+        self._place_in_file = {name: place for place, name in enumerate(file_order)}
+        self._place_in_module = {name: place for place, name in enumerate(module_order)}
         for group in self.groups:
             self._check(group)
 
@@ -114,15 +117,14 @@ class Layout:
             _check_shape(name, tensor, self._module_shapes[canonical], "the model")
             given.setdefault(canonical, tensor)
         found: dict[str, Tensor] = {}
-        for group in self.groups:
-            if not any(name in given for name in group.module_names):
-                continue
+        by_name = self._group_of_module
+        for group in dict.fromkeys(by_name[name] for name in given if name in by_name):
             if group.convert is None:
                 found[group.file_names[0]] = given[group.module_names[0]]
             else:
                 found.update(self._to_file(group, given, rest or {}))
-        ordered = {name: found[name] for name in self._file_shapes if name in found}
-        return ordered | {name: given[name] for name in self.fresh if name in given}
+        found.update({name: given[name] for name in self.fresh if name in given})
+        return {name: found[name] for name in sorted(found, key=self._place_in_file.__getitem__)}
 
     def to_module(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give tensors of the file the module's names, shapes and order.
@@ -141,10 +143,9 @@ class Layout:
         for name in tensors:
             if name not in self._file_shapes and name not in fresh:
                 raise InputError(f"{name} is no tensor of the model's weights file")
-        for group in self.groups:
+        by_name = self._group_of_file
+        for group in dict.fromkeys(by_name[name] for name in tensors if name in by_name):
             absent = [name for name in group.file_names if name not in tensors]
-            if len(absent) == len(group.file_names):
-                continue
             if absent:
                 raise InputError(
                     f"{absent[0]} is missing: {group.module_names[0]} is made of "
@@ -161,7 +162,7 @@ class Layout:
             if name in tensors:
                 found[name] = tensors[name]
                 _check_shape(name, found[name], self._module_shapes[name], "the model")
-        return {name: found[name] for name in self._module_shapes if name in found}
+        return {name: found[name] for name in sorted(found, key=self._place_in_module.__getitem__)}
 
     def _distinct(self, groups: Sequence[Group]) -> list[Group]:
         """Give modules' tensors their one name, and leave out what a tied tensor has twice."""

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from consolidate.file_weights import FileWeights
 from consolidate.layout import Layout, same_names_layout, transformers_layout
 from consolidate.objectives import Objective, check_declared, default_objective, get_objective
 from formats.checkpoint import Checkpoint
 from formats.errors import ConsolidateError, InputError, UsageError
-from formats.tensors import dtype_of, shape_of
+from formats.tensors import apart, dtype_of, shape_of
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -117,7 +118,7 @@ def load_model(
     return model
 
 
-def file_weights(model: Model) -> dict[str, Tensor]:
+def file_weights(model: Model) -> FileWeights:
     """Give the module's present values as the weights file's tensors.
 
     Args:
@@ -125,22 +126,13 @@ def file_weights(model: Model) -> dict[str, Tensor]:
 
     Returns:
         By file name, in the file's order and dtypes, then fresh parameters; tied weights once,
-        tensors the module has no use for as they are in the file. Where no dtype changes a tensor
-        is the module's own memory: clone it to keep it.
+        tensors the module has no use for as they are in the file. Each is made when asked for,
+        of the values at that time; where no dtype changes it is the module's own memory.
 
     Raises:
-        InputError: The module's shapes are not those it was loaded with.
+        InputError: A tensor is asked for that has another shape than it was loaded with.
     """
-    stored = model.checkpoint.weights
-    layout = model.layout
-    state = {name: t for name, t in model.module.state_dict().items() if isinstance(t, Tensor)}
-    made = layout.to_file(state)
-    weights = {}
-    for name in stored:
-        if name in layout.duplicates:
-            continue
-        weights[name] = made.pop(name).to(dtype_of(stored, name)) if name in made else stored[name]
-    return weights | made
+    return FileWeights(model.module, model.layout, model.checkpoint.weights)
 
 
 def config_of(model: Model) -> dict[str, Any]:
@@ -287,9 +279,9 @@ def _from_factory(
     _check_duplicates(layout, weights, where)
     own = dict(module.named_parameters()) | dict(module.named_buffers())
     with torch.no_grad():
-        for name, tensor in layout.to_module(weights).items():
-            # A new memory of the stored type: what is tied stays tied, as it is one object.
-            own[name].data = tensor.clone()
+        for name, tensor in layout.to_module(apart(weights)).items():
+            # A memory of the stored type: what is tied stays tied, as it is one object.
+            own[name].data = tensor
     if dtype is not None:
         module.to(dtype)
     labels = None if objective.name == "regression" else _label_names(checkpoint.config)
@@ -375,8 +367,7 @@ class _Lazy:
         self._name = name
 
     def __getitem__(self, index: Any) -> Tensor:
-        # A copy: training must never write into the mapped file.
-        return self._weights[self._name][index].clone()
+        return self._weights[self._name][index]
 
 
 def _from_transformers(
@@ -387,6 +378,7 @@ def _from_transformers(
     seed: int,
 ) -> Model:
     weights = checkpoint.weights
+    own = apart(weights)  # training writes into it, and the checkpoint stays as it was
     where = checkpoint.path
     notes: list[str] = []
     with _untouched_randomness(seed), quiet():
@@ -410,7 +402,7 @@ def _from_transformers(
             module, info = cls.from_pretrained(
                 None,
                 config=config,
-                state_dict={name: _Lazy(weights, name) for name in weights},
+                state_dict={name: _Lazy(own, name) for name in weights},
                 dtype=wanted,
                 ignore_mismatched_sizes=True,  # told below, by the file's names
                 output_loading_info=True,

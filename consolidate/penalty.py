@@ -65,9 +65,9 @@ class Penalty:
                 values. What shares memory with the parameters is copied.
             ewc_lambda: λ, finite and not negative.
             offset: A constant, times λ in every value: `penalty_offset` of a ledger.
-            dtype: Of Λ and μ as they are kept: float32, or wider where the parameter is, unless
-                given. torch.bfloat16 rounds μ too, which is exact where the weights came in
-                bfloat16. The penalty is computed in float32 or wider all the same.
+            dtype: Of Λ and μ as they are kept; unless given their own, at most float32, or wider
+                where the parameter is. torch.bfloat16 rounds μ too, which is exact where the
+                weights came in bfloat16. The penalty is computed in float32 or wider all the same.
             device: Where Λ and μ are kept, ``cpu`` for one; each beside its parameter unless given.
 
         Raises:
@@ -290,12 +290,14 @@ def _kept(
     term: _Term, dtype: torch.dtype | None, device: torch.device | None, live: set[int]
 ) -> _Term:
     """Convert Λ and μ; copy what would change with the parameters."""
-    dtype = dtype or _wide(term.parameter.dtype)
+    wide = _wide(term.parameter.dtype)
     device = device or term.parameter.device
     kept = []
     for tensor in (term.fisher, term.anchor):
+        # What is narrower takes less memory, and is widened exactly where it is used.
+        own = tensor.dtype if torch.promote_types(tensor.dtype, wide) == wide else wide
         shared = tensor.untyped_storage().data_ptr() in live
-        kept.append(_converted(tensor, device, dtype, copy=shared))
+        kept.append(_converted(tensor, device, dtype or own, copy=shared))
     return _Term(term.parameter, *kept)
 
 

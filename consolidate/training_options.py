@@ -68,7 +68,7 @@ PENALTY = options(
     click.option(
         "--penalty-dtype",
         type=click.Choice(["float32", "bfloat16"]),
-        help="Of Λ and μ in memory; float32 by default.",
+        help="Of Λ and μ in memory; as they are stored by default.",
     ),
     click.option(
         "--penalty-device",

@@ -129,7 +129,7 @@ def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
         if not dtype.is_floating_point and not dtype.is_complex:
             continue
         tensor = weights[name]
-        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        bad = tensor.numel() - int(torch.isfinite(tensor).count_nonzero())
         if bad:
             raise NonFiniteError(
                 f"{path}: tensor {name!r} has {bad} of {tensor.numel()} values NaN or infinite; "

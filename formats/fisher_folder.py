@@ -234,9 +234,9 @@ def check_values(tensor: Tensor, where: str, *, not_negative: bool) -> None:
         return
     # float8 has no isfinite of its own.
     values = tensor if tensor.element_size() > 1 else tensor.float()
-    if not_finite := int((~torch.isfinite(values)).sum()):
+    if not_finite := values.numel() - int(torch.isfinite(values).count_nonzero()):
         raise NonFiniteError(f"{where} has {not_finite} of {values.numel()} values NaN or infinite")
-    if not_negative and (negative := int((values < 0).sum())):
+    if not_negative and (negative := int((values < 0).count_nonzero())):
         raise InputError(
             f"{where} has {negative} of {values.numel()} values below 0, "
             "which no sum of squares can be"

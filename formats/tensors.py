@@ -75,6 +75,12 @@ class Overlaid(LazyTensors):
         """Give the shape of a tensor."""
         return shape_of(self._of(name), name)
 
+    def apart(self) -> "Overlaid":
+        """Give the same values in memory of their own, as `apart` does."""
+        mine = Overlaid(apart(self._tensors), replaced=apart(self._replaced))
+        mine._names, mine._known = self._names, self._known
+        return mine
+
     def _of(self, name: str) -> Mapping[str, Tensor]:
         if name not in self._known:
             raise KeyError(name)
@@ -151,6 +157,46 @@ class TensorFiles(LazyTensors):
     def file_of(self, name: str) -> Path:
         """Give the file that holds a tensor."""
         return self._file_of[name]
+
+
+class _Copies(LazyTensors):
+    """Copies of tensors, made anew each time that one is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Give the dtype of a tensor."""
+        return dtype_of(self._tensors, name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Give the shape of a tensor."""
+        return shape_of(self._tensors, name)
+
+
+def apart(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Give the same values in memory of their own, so that a model can be trained in them.
+
+    Of files it is another private map: a page takes memory once it is written to.
+
+    Args:
+        tensors: Name to tensor.
+
+    Returns:
+        The tensors by the same names, each made when asked for; none shares memory with `tensors`.
+    """
+    if isinstance(tensors, TensorFiles):
+        return TensorFiles(tensors.path, tensors.files)
+    return tensors.apart() if isinstance(tensors, Overlaid) else _Copies(tensors)
 
 
 def open_tensors(path: Path, stem: str = "model") -> TensorFiles:

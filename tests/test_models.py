@@ -284,7 +284,7 @@ def test_a_bare_encoder_gets_a_new_output_layer(tmp_path: Path) -> None:
     # And transformers reads what comes out.
     out = tmp_path / "out"
     out.mkdir()
-    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    save_file(dict(weights), out / "model.safetensors", {"format": "pt"})
     (out / "config.json").write_text(json.dumps(config_of(model)))
     loaded, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         out, output_loading_info=True
@@ -650,3 +650,35 @@ def test_names_of_the_file_are_read_by_safe_open(tmp_path: Path) -> None:
         assert set(file.keys()) == set(weights)
         for name in file.keys():  # noqa: SIM118
             assert same_bits(file.get_tensor(name), weights[name])
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps are read from /proc")
+def test_weights_stay_in_a_private_map_of_the_file_until_they_are_written_to(
+    tmp_path: Path,
+) -> None:
+    folder = save(tmp_path / "m", transformers.GPT2LMHeadModel, gpt2_config(), byte_tokenizer())
+    file = folder / "model.safetensors"
+    written = file.read_bytes()
+    checkpoint = open_checkpoint(folder)
+    before = {name: checkpoint.weights[name].clone() for name in checkpoint.weights}
+    model = load_model(checkpoint)
+    places = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(file)):
+            assert line.split()[1] == "rw-p"
+            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            places.append(range(start, end))
+    (held,) = (
+        place
+        for place in places
+        if any(checkpoint.weights[name].data_ptr() in place for name in before)
+    )
+    for name, parameter in model.module.named_parameters():
+        (found,) = (place for place in places if parameter.data_ptr() in place)
+        assert found != held, name
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.add_(1.0)
+    assert file.read_bytes() == written
+    for name, tensor in before.items():
+        assert same_bits(checkpoint.weights[name], tensor), name

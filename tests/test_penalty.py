@@ -570,3 +570,24 @@ def test_other_optimizers_are_refused_by_name() -> None:
             optimizer = getattr(torch.optim, name)(model.parameters())
             with pytest.raises(UsageError, match=rf"not of {name}: take"):
                 penalty.proximal_step_(optimizer)
+
+
+def test_a_narrow_anchor_is_kept_as_it_is_and_pulls_as_if_it_were_wide():
+    model = Tied()
+    fisher = positive(model)
+    narrow = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
+    wide = {name: p.float() for name, p in narrow.items()}
+    found = []
+    for anchor in (narrow, wide):
+        penalty = Penalty(model, fisher, anchor, ewc_lambda=3.0)
+        model.zero_grad()
+        value = penalty.add_gradient_(value=True).item()
+        found.append([value, *(p.grad.clone() for p in model.parameters())])
+        for term, name in zip(penalty._terms, anchor, strict=True):
+            assert term.anchor.data_ptr() == anchor[name].data_ptr()
+    assert found[0][0] == found[1][0] > 0
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:], strict=True))
+    # What is wider than the penalty is computed in is rounded once, and for all.
+    doubles = {name: p.double() for name, p in wide.items()}
+    penalty = Penalty(model, fisher, doubles, ewc_lambda=3.0)
+    assert all(term.anchor.dtype == torch.float32 for term in penalty._terms)
