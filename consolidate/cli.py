@@ -30,8 +30,8 @@ from consolidate.options import (
     REVISION,
     SEED,
     TASK,
+    WEIGHTS,
     estimator_options,
-    numbers,
 )
 from consolidate.result_texts import json_text, plain
 from consolidate.training_options import EVALUATION, HEAD, PENALTY, STRENGTH, TRAINING
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stderr.close()
         _leave(141)
     except Exception as error:
-        if "--debug" in arguments:
+        if said.get("debug"):
             traceback.print_exc()
         message, code = _explain(error)
         if len(message) > 2000:  # a name in a file can be as long as the file
@@ -335,12 +335,7 @@ def evaluate(
 @cli.command()
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT…")
 @click.option("--output-dir", required=True, metavar="DIR", help="Where the merged one goes.")
-@click.option(
-    "--weights",
-    metavar="X,Y,…",
-    callback=numbers,
-    help="Coefficients of the checkpoints, in their order; 1 each by default.",
-)
+@WEIGHTS
 @click.option(
     "--base",
     metavar="CHECKPOINT",

@@ -46,14 +46,10 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
     context.default_map = {**(context.default_map or {}), **defaults}
 
 
-def _remember_json(context: click.Context, option: click.Parameter, value: bool) -> bool:
-    """Let `main` know, which has to say in JSON what fails."""
-    context.ensure_object(dict)["json"] = value
+def _remember(context: click.Context, option: click.Parameter, value: bool) -> bool:
+    """Let `main` know how what fails is to be told."""
+    context.ensure_object(dict)[option.name] = value
     return value
-
-
-def _tell_everything(context: click.Context, option: click.Parameter, value: bool) -> None:
-    """Let a traceback through; `main` looks for the flag itself."""
 
 
 def _place_of_metrics(
@@ -101,12 +97,23 @@ def _task_weight(context: click.Context, option: click.Parameter, value: str) ->
         raise click.BadParameter(f"{value!r} is neither a number nor units or trace") from None
 
 
-def numbers(
+def numbers_of(text: str) -> list[float]:
+    """Read numbers with commas between them, as they were typed, or a list as a TOML file has it.
+
+    Args:
+        text: Such as ``1,10`` or ``[1, 10]``.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    return [float(number) for number in text.strip("[]").split(",")]
+
+
+def _numbers(
     context: click.Context, option: click.Parameter, value: str | None
 ) -> list[float] | None:
-    """Read numbers with commas between them: the callback of an option."""
     try:
-        return None if value is None else [float(number) for number in value.split(",")]
+        return None if value is None else numbers_of(value)
     except ValueError:
         raise click.BadParameter(f"{value!r}: expected numbers with commas between them") from None
 
@@ -124,14 +131,15 @@ COMMON = options(
         "--json",
         is_flag=True,
         is_eager=True,  # known before anything else is found wrong
-        callback=_remember_json,
+        callback=_remember,
         help="Write the result as one JSON object.",
     ),
     click.option(
         "--debug",
         is_flag=True,
+        is_eager=True,
         expose_value=False,
-        callback=_tell_everything,
+        callback=_remember,
         help="Show the traceback of an error.",
     ),
 )
@@ -141,6 +149,13 @@ METRICS = click.option(
     metavar="FILE",
     callback=_place_of_metrics,
     help="Write the numbers here too, as one flat JSON object, which DVC and CI jobs read.",
+)
+
+WEIGHTS = click.option(
+    "--weights",
+    metavar="X,Y,…",
+    callback=_numbers,
+    help="Coefficients of the checkpoints, in their order; 1 each by default.",
 )
 
 REVISION = click.option(

@@ -2,7 +2,7 @@
 
 import click
 
-from consolidate.options import BATCH_SIZE, options
+from consolidate.options import BATCH_SIZE, numbers_of, options
 
 
 def _strengths(
@@ -11,7 +11,7 @@ def _strengths(
     if value is None or value == "auto":
         return value
     try:
-        numbers = [float(number) for number in value.strip("[]").split(",")]
+        numbers = numbers_of(value)
     except ValueError:
         raise click.BadParameter(
             f"{value!r}: expected a number, several with commas between them, or auto"
