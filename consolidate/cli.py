@@ -400,7 +400,7 @@ def run(run_file: Path, json: bool, metrics: Path | None, **options: Any) -> Non
     metavar="FILE",
     help="Write the accuracy matrix and the curves over training steps here.",
 )
-@click.option("--plot", metavar="FILE.png|svg", help="Draw them here; needs matplotlib.")
+@click.option("--plot", metavar="FILE.png|svg", help="Draw them here; .png needs matplotlib.")
 @COMMON
 def show(checkpoint: str, json: bool, **options: Any) -> None:
     """Show the ledger of CHECKPOINT, what was forgotten, and where its Fisher lies.

@@ -4,7 +4,7 @@ import html
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 MARK = "consolidate report"  # in every file that is made here: such a file may be replaced
@@ -114,6 +114,33 @@ def text_width(text: str, size: float = _FONT) -> float:
         Pixels.
     """
     return len(text) * size * _LETTER
+
+
+def beside(heading: str, drawings: Sequence[Drawing]) -> Drawing:
+    """Put drawings beside each other, under a line of text.
+
+    Args:
+        heading: The line, and the name of the whole.
+        drawings: At least one, from left to right.
+
+    Returns:
+        One drawing, as high as the highest of them and the line.
+    """
+    top, gap, x = 30.0, 24.0, 0.0
+    whole = Drawing(heading, " ".join(drawing.description for drawing in drawings), 0, 0)
+    whole.shapes.append(Text(6, top / 2, heading))
+    for drawing in drawings:
+        whole.shapes += [_moved(shape, x, top) for shape in drawing.shapes]
+        whole.width, x = x + drawing.width, x + drawing.width + gap
+        whole.height = max(whole.height, top + drawing.height)
+    whole.width = max(whole.width, 12 + text_width(heading))
+    return whole
+
+
+def _moved(shape: Shape, x: float, y: float) -> Shape:
+    if isinstance(shape, Line):
+        return replace(shape, points=[(at + x, height + y) for at, height in shape.points])
+    return replace(shape, x=shape.x + x, y=shape.y + y)
 
 
 def style_sheet() -> str:

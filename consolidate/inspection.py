@@ -91,7 +91,7 @@ def show(
     if matrix is not None and csv is not None:
         write_matrix_csv(csv, matrix)
     if matrix is not None and plot is not None:
-        plot_matrix(plot, matrix)
+        plot_matrix(plot, ledger, matrix_summary(matrix))
     total = sum(parameter["trace"] for parameter in parameters)
     for parameter in parameters:
         parameter["share"] = parameter["trace"] / total if total > 0 else 0.0

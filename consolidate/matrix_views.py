@@ -2,17 +2,21 @@
 
 import csv
 import io
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from consolidate.accuracy_matrix import AccuracyMatrix, Point
+from consolidate.accuracy_matrix import AccuracyMatrix
+from consolidate.drawing import beside, png, svg_file
+from consolidate.report_figures import TASKS, score_figures
 from formats.atomic import check_file, write_file
 from formats.errors import UsageError
+from formats.ledger import Ledger
 
+LOG = logging.getLogger("consolidate")
 PLOTS = (".png", ".svg")
 MEANS = ("ACC", "BWT", "forgetting")
 
@@ -25,14 +29,16 @@ def check_view(path: str | Path, *, plot: bool) -> None:
         plot: Whether it is a plot; CSV otherwise.
 
     Raises:
-        UsageError: It is no kind of plot that is known, or matplotlib is missing.
+        UsageError: It is no kind of plot that is known, or matplotlib is missing for a ``.png``.
         InputError: It cannot be written there, or is a folder.
     """
     path = Path(path)
     if plot and path.suffix.lower() not in PLOTS:
         raise UsageError(f"--plot {path}: the name must end in {' or '.join(PLOTS)}")
-    if plot and find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib: pip install 'consolidate-ewc[plot]'")
+    if plot and path.suffix.lower() == ".png" and find_spec("matplotlib") is None:
+        raise UsageError(
+            f"--plot {path} needs matplotlib: pip install 'consolidate-ewc[plot]', or name a .svg"
+        )
     check_file(path)
 
 
@@ -111,76 +117,23 @@ def write_matrix_csv(path: str | Path, matrix: AccuracyMatrix) -> None:
     write_file(Path(path), text.getvalue())
 
 
-def plot_matrix(path: str | Path, matrix: AccuracyMatrix) -> None:
-    """Draw the matrix as a heat map, and beside it the curves over training steps, if any.
+def plot_matrix(path: str | Path, ledger: Ledger, summary: Mapping[str, Any]) -> None:
+    """Draw the matrix as a heat map, and beside it the scores while learning, as a report does.
 
     Args:
         path: A ``.png`` or ``.svg`` file to make or to replace.
-        matrix: The matrix.
+        ledger: The ledger.
+        summary: What `matrix_summary` returned of its matrix.
 
     Raises:
         InputError: It cannot be written.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    size = max(3.5, 1.2 + 0.7 * len(matrix.tasks))
-    panels = 2 if matrix.points else 1
-    figure = Figure(figsize=(size * 1.2 + (6 if matrix.points else 0), size), layout="constrained")
-    ratios = [size * 1.2, 6][:panels]
-    axes = figure.subplots(1, panels, squeeze=False, width_ratios=ratios)[0]
-    _draw_matrix(axes[0], matrix)
-    if matrix.points:
-        _draw_curves(axes[1], matrix.points)
-    image = io.BytesIO()
-    kind = Path(path).suffix.lower().removeprefix(".")
-    # No time of day and no random ids: the same matrix gives the same bytes.
-    metadata = {"Date": None} if kind == "svg" else None
-    with matplotlib.rc_context({"svg.hashsalt": "consolidate"}):
-        figure.savefig(image, format=kind, dpi=130, metadata=metadata)
-    write_file(Path(path), image.getvalue())
-
-
-def _draw_matrix(axes: Any, matrix: AccuracyMatrix) -> None:
-    nan = float("nan")
-    values = [[nan if score is None else score for score in row] for row in matrix.scores]
-    known = [score for row in matrix.scores for score in row if score is not None]
-    accuracies = all(0 <= score <= 1 for score in known)
-    low, high = (0.0, 1.0) if accuracies else (min(known), max(known))
-    image = axes.imshow(values, vmin=low, vmax=high, cmap="viridis")
-    for i, row in enumerate(matrix.scores):
-        for j, score in enumerate(row):
-            bright = score is not None and score > (low + high) / 2
-            color = "black" if bright or score is None else "white"
-            axes.text(j, i, _cell(score), ha="center", va="center", color=color)
-    places = range(len(matrix.tasks))
-    names = [name.replace("$", r"\$") for name in matrix.tasks]
-    axes.set_xticks(places, names, rotation=45, ha="right")
-    axes.set_yticks(places, names)
-    axes.set_xlabel("score on task")
-    axes.set_ylabel("after training task")
-    axes.set_title(means_text(matrix_summary(matrix)), fontsize=9)
-    axes.figure.colorbar(image, ax=axes, shrink=0.8)
-
-
-def _draw_curves(axes: Any, points: list[Point]) -> None:
-    """Draw the score on each task over the steps of all tasks, one after the other."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    done = 0
-    for task, group in groupby(points, key=lambda point: point.task):
-        own = list(group)
-        axes.axvline(done, color="lightgrey", zorder=0)
-        axes.annotate(f" {task}", (done, 1.01), xycoords=("data", "axes fraction"), fontsize=8)
-        for point in own:
-            for name, score in point.scores.items():
-                curves.setdefault(name, []).append((done + point.step, score))
-        done += own[-1].step
-    for name, curve in curves.items():
-        axes.plot(*zip(*curve, strict=True), label=name, marker=".", markersize=3)
-    axes.set_xlabel("optimizer steps; the lines are where a task begins")
-    axes.set_ylabel("score")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figures = score_figures(ledger, summary)
+    picture = beside(means_text(summary), [figure.drawing for figure in figures])
+    if len(summary["tasks"]) > TASKS:
+        LOG.info("the plot has the last %d of %d tasks", TASKS, len(summary["tasks"]))
+    svg = Path(path).suffix.lower() == ".svg"
+    write_file(Path(path), svg_file(picture) if svg else png(picture))
 
 
 def _mean(mean: Mapping[str, Any]) -> str:

@@ -60,13 +60,24 @@ def figures(
     known = {parameter["name"]: parameter for parameter in parameters}
     groups = layers([name for name in in_order(ledger) if name in known], ROWS)
     tasks = ledger.tasks[-TASKS:]
-    found = [
-        None if matrix is None else _matrix(matrix),
-        _curves(ledger),
-        _protection(known, groups),
-        _added(tasks, groups),
-        _overlap(tasks, groups),
+    others = [_protection(known, groups), _added(tasks, groups), _overlap(tasks, groups)]
+    return [
+        *score_figures(ledger, matrix),
+        *(figure for figure in others if figure is not None),
     ]
+
+
+def score_figures(ledger: Ledger, matrix: Mapping[str, Any] | None) -> list[Figure]:
+    """Make the figures of what was measured on the tasks.
+
+    Args:
+        ledger: The ledger.
+        matrix: The accuracy matrix as `matrix_summary` gives it; None where nothing was measured.
+
+    Returns:
+        Those of them that can be drawn: matrix, curves.
+    """
+    found = [None if matrix is None else _matrix(matrix), _curves(ledger)]
     return [figure for figure in found if figure is not None]
 
 

@@ -13,7 +13,9 @@ from consolidate.drawing import (
     Drawing,
     Line,
     Rectangle,
+    Shape,
     Text,
+    beside,
     contrast,
     escaped,
     heat_color,
@@ -111,3 +113,23 @@ def test_names_are_shown_on_one_line_and_escaped() -> None:
     assert cut.startswith("begin")
     assert cut.endswith("xxx") or "…" in cut
     assert plain("é漢", 5) == "é漢"
+
+
+def test_drawings_beside_each_other_keep_their_shapes(drawing: Drawing) -> None:
+    whole = beside("a heading", [drawing, drawing])
+    assert whole.description == f"{drawing.description} {drawing.description}"
+    heading, *shapes = whole.shapes
+    assert isinstance(heading, Text)
+    assert len(shapes) == 2 * len(drawing.shapes)
+    assert whole.height == drawing.height + 30
+    assert whole.width == 2 * drawing.width + 24
+    for own, left, right in zip(
+        drawing.shapes, shapes, shapes[len(drawing.shapes) :], strict=False
+    ):
+        (x, y), (x1, y1), (x2, y2) = map(corner, (own, left, right))
+        assert (x1, y1, y2) == (x, y + 30, y + 30)
+        assert x2 == x + drawing.width + 24
+
+
+def corner(shape: Shape) -> tuple[float, float]:
+    return shape.points[0] if isinstance(shape, Line) else (shape.x, shape.y)

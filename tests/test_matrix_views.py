@@ -3,16 +3,26 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import report_checkpoints as checkpoints
 from PIL import Image
 
 from consolidate.accuracy_matrix import AccuracyMatrix, accuracy_matrix
-from consolidate.inspection import matrix_text, show, show_text
-from consolidate.matrix_views import check_view, matrix_summary, plot_matrix, write_matrix_csv
+from consolidate.inspection import ledger_matrix, matrix_text, show, show_text
+from consolidate.matrix_views import (
+    check_view,
+    matrix_summary,
+    means_text,
+    plot_matrix,
+    write_matrix_csv,
+)
+from consolidate.report_figures import score_figures
 from formats.errors import InputError, UsageError
 from formats.ledger import ledger_bytes, read_ledger
 
@@ -74,28 +84,45 @@ def test_csv_is_in_the_order_of_time(matrix: AccuracyMatrix, tmp_path: Path) -> 
     ]
 
 
-def test_plots_are_images_and_the_same_bytes_each_time(
-    matrix: AccuracyMatrix, tmp_path: Path
-) -> None:
+def test_plots_are_images_and_the_same_bytes_each_time(tmp_path: Path) -> None:
+    ledger = read_ledger(checkpoints.chain(tmp_path / "model") / "fisher" / "fisher.json")
+    known = ledger_matrix(ledger)
+    assert known is not None
     for name in ("r.png", "again.png", "r.svg", "again.SVG"):
-        plot_matrix(tmp_path / name, matrix)
+        plot_matrix(tmp_path / name, ledger, matrix_summary(known))
     with Image.open(tmp_path / "r.png") as image:
         assert image.width > image.height > 300
         assert len(image.convert("RGB").getcolors(2**24)) > 50
     assert (tmp_path / "r.png").read_bytes() == (tmp_path / "again.png").read_bytes()
     assert (tmp_path / "r.svg").read_bytes() == (tmp_path / "again.SVG").read_bytes()
     assert ElementTree.parse(tmp_path / "r.svg").getroot().tag.endswith("svg")
+    text = (tmp_path / "r.svg").read_text()
+    assert means_text(matrix_summary(known)) in text
+    for figure in score_figures(ledger, matrix_summary(known)):  # what a report draws
+        tips = {shape.tip for shape in figure.drawing.shapes if shape.tip}
+        assert tips
+        assert all(f"<title>{tip}</title>" in text for tip in tips)
 
 
-def test_without_steps_there_is_the_heat_map_alone(matrix: AccuracyMatrix, tmp_path: Path) -> None:
-    plot_matrix(tmp_path / "both.png", matrix)
-    scores = {"loss": 2.5}, {"loss": 3.5}
-    plot_matrix(
-        tmp_path / "one.png",
-        accuracy_matrix({"a$": {"after": {"a$": scores[0]}}, "b": {"after": {"a$": scores[1]}}}),
+def test_an_svg_needs_no_matplotlib(tmp_path: Path) -> None:
+    folder = checkpoints.chain(tmp_path / "model")
+    script = (
+        "import sys\n"
+        "sys.modules['matplotlib'] = None\n"
+        "from consolidate.inspection import show\n"
+        f"show({str(folder)!r}, plot={str(tmp_path / 'r.svg')!r})\n"
     )
-    with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "both.png") as both:
-        assert one.width < both.width
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert (tmp_path / "r.svg").read_text().startswith("<!-- consolidate report -->")
+
+
+def test_a_plot_of_many_tasks_says_which(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    names = [f"t{i}" for i in range(41)]
+    tasks = [checkpoints.task(name, metrics={"after": checkpoints.on(t0=0.5)}) for name in names]
+    folder = checkpoints.write(tmp_path / "model", tasks, ["w"])
+    with caplog.at_level("INFO", "consolidate"):
+        show(folder, plot=tmp_path / "r.svg")
+    assert "the plot has the last 40 of 41 tasks" in caplog.text
 
 
 def test_what_cannot_be_written_is_refused_before(
