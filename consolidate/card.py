@@ -13,7 +13,8 @@ from huggingface_hub.utils import yaml_dump
 
 from consolidate.accuracy_matrix import accuracy_matrix
 from consolidate.inspection import ledger_matrix
-from consolidate.matrix_views import matrix_rows, matrix_summary, means_text
+from consolidate.markdown import escaped, matrix_table, table
+from consolidate.matrix_views import matrix_summary
 from formats.digest import set_digest
 from formats.errors import InputError
 from formats.ledger import Ledger, TaskRecord
@@ -24,7 +25,6 @@ SOURCE = "consolidate ledger"
 TAGS = ("consolidate", "ewc")
 _BLOCK = re.compile(r"<!-- consolidate:begin\b ?([\w./-]*).*?<!-- consolidate:end -->", re.DOTALL)
 _MARK = re.compile(r"<!-- consolidate:(begin|end)\b")
-_SPECIAL = re.compile(r"([\\`*_\[\]#|<>~$:@])")
 _PIPELINES = {
     "sequence-classification": "text-classification",
     "multi-label": "text-classification",
@@ -98,20 +98,6 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
     else:
         text = f"\n# {escaped(subject.repository)}\n\n{block}\n"
     return f"---\n{yaml_dump(data).rstrip()}\n---\n{text}"
-
-
-def escaped(text: str) -> str:
-    """Escape a name of the ledger, so that Markdown and HTML show it as it is.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        One line, of at most 200 of its characters.
-    """
-    line = "".join(c if c.isprintable() else "�" for c in text)[:200]
-    marked = _SPECIAL.sub(r"\\\1", line.strip().replace("&", "\0"))
-    return marked.replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\0", "&amp;")
 
 
 def _metadata(text: str) -> dict[str, Any]:
@@ -296,7 +282,7 @@ def _tasks(ledger: Ledger) -> str:
                 _learned(task),
             ]
         )
-    return "### Tasks, in the order they were learned\n\n" + _table(rows)
+    return "### Tasks, in the order they were learned\n\n" + table(rows)
 
 
 def _labels(task: TaskRecord) -> str:
@@ -317,14 +303,10 @@ def _scores(ledger: Ledger) -> str:
     matrix = ledger_matrix(ledger)
     if matrix is None:
         return ""
-    summary = matrix_summary(matrix)
-    header, *rows = matrix_rows(summary)
-    rows = [[escaped(cell) if i == 0 else cell for i, cell in enumerate(row)] for row in rows]
-    table = _table([["after ↓ on →", *map(escaped, header[1:])], *rows])
     return (
         "### Scores\n\nOn each task after training on each: accuracy, or minus the mean negative "
-        f"log-likelihood; – was not measured.\n\n{table}\n\n{means_text(summary)}. ACC is the mean "
-        "of the last row, BWT the mean gain on the earlier tasks since each was learned, "
+        f"log-likelihood; – was not measured.\n\n{matrix_table(matrix_summary(matrix))} ACC is the "
+        "mean of the last row, BWT the mean gain on the earlier tasks since each was learned, "
         "forgetting their mean loss since each was at its best."
     )
 
@@ -348,7 +330,7 @@ def _measured(ledger: Ledger) -> str:
     lines = [
         "### How the Fisher was measured",
         "F = (1/units) Σ_x E_y[(∇ log p(y|x))²], squared per example.",
-        _table(rows),
+        table(rows),
         f"{count:,} values in {dtype}, digest `{set_digest(ledger.fisher)}`; merged {rule}.",
     ]
     if ledger.unprotected:
@@ -379,11 +361,6 @@ def _limits(ledger: Ledger) -> str:
         "them all the same: with the labels, counts and scores it tells something of the data, and "
         "may help to tell whether an example was among them. " + digests
     )
-
-
-def _table(rows: list[list[str]]) -> str:
-    header, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([header, f"|{' --- |' * len(rows[0])}", *body])
 
 
 def _count(shape: tuple[int, ...]) -> int:

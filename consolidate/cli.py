@@ -401,8 +401,13 @@ def run(run_file: Path, json: bool, metrics: Path | None, **options: Any) -> Non
     help="Write the accuracy matrix and the curves over training steps here.",
 )
 @click.option("--plot", metavar="FILE.png|svg", help="Draw them here; .png needs matplotlib.")
+@click.option(
+    "--markdown",
+    is_flag=True,
+    help="Print the matrix alone, as Markdown, for the summary of a CI job.",
+)
 @COMMON
-def show(checkpoint: str, json: bool, **options: Any) -> None:
+def show(checkpoint: str, json: bool, markdown: bool, **options: Any) -> None:
     """Show the ledger of CHECKPOINT, what was forgotten, and where its Fisher lies.
 
     The accuracy matrix holds the score on each task after training each: the accuracy, or minus
@@ -412,9 +417,12 @@ def show(checkpoint: str, json: bool, **options: Any) -> None:
     Of a repository on the Hub only the ledger and the headers of the Fisher are fetched; the traces
     are then those that the ledger recorded.
     """
-    from consolidate import inspection
+    from consolidate.inspection import show, show_text
+    from consolidate.markdown import show_markdown
 
-    _write(inspection.show(checkpoint, **options), json, inspection.show_text)
+    if markdown and json:
+        raise click.UsageError("--json and --markdown exclude each other")
+    _write(show(checkpoint, **options), json, show_markdown if markdown else show_text)
 
 
 @cli.command()

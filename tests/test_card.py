@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from consolidate.card import SOURCE, Subject, escaped, model_card
+from consolidate.card import SOURCE, Subject, model_card
 from formats.digest import TensorRecord
 from formats.errors import InputError
 from formats.ledger import Ledger, TaskRecord
@@ -156,11 +156,6 @@ def test_names_cannot_write_into_the_card(ledger: Ledger) -> None:
     assert model_card(card, ledger, subject) == card
     rows = [line for line in card.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {7, 4, 6}
-
-
-def test_escaping_leaves_plain_names_alone() -> None:
-    assert escaped("zahlen-2.0") == "zahlen-2.0"
-    assert escaped("a_b|c") == r"a\_b\|c"
 
 
 @pytest.mark.parametrize(
