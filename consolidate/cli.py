@@ -8,11 +8,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -26,6 +26,7 @@ from consolidate.options import (
     FREEZE,
     MERGING,
     METRICS,
+    MLFLOW,
     MODEL,
     REVISION,
     SEED,
@@ -36,6 +37,11 @@ from consolidate.options import (
 from consolidate.result_texts import json_text, plain
 from consolidate.training_options import EVALUATION, HEAD, PENALTY, STRENGTH, TRAINING
 from formats.errors import ConsolidateError, ForgettingError, InputError
+
+if TYPE_CHECKING:
+    from consolidate.tracking import Tracker
+
+LOG = logging.getLogger("consolidate")
 
 
 class Terminated(BaseException):
@@ -139,9 +145,8 @@ def cli() -> None:
     """
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    log = logging.getLogger("consolidate")
-    log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
+    LOG.handlers[:] = [handler]
+    LOG.setLevel(logging.INFO)
     _note_misspelt_variables()
 
 
@@ -157,7 +162,7 @@ def _note_misspelt_variables() -> None:
         if name.startswith("CONSOLIDATE_") and name not in known:
             near = get_close_matches(name, known, 1, 0.8)
             hint = f"; the nearest is {near[0]}" if near else ""
-            logging.getLogger("consolidate").info(f"{name} sets no option{hint}")
+            LOG.info(f"{name} sets no option{hint}")
 
 
 class _StderrHandler(logging.Handler):
@@ -215,8 +220,9 @@ class _StderrHandler(logging.Handler):
 )
 @DATA_DIGEST
 @METRICS
+@MLFLOW
 @COMMON
-def fisher(checkpoint: str, json: bool, metrics: Path | None, **options: Any) -> None:
+def fisher(checkpoint: str, json: bool, metrics: Path | None, mlflow: bool, **options: Any) -> None:
     """Measure the Fisher diagonal of CHECKPOINT and store it beside the weights.
 
     CHECKPOINT is a folder, a .safetensors, .bin, .pt or .ckpt file, or a repository on the
@@ -227,8 +233,9 @@ def fisher(checkpoint: str, json: bool, metrics: Path | None, **options: Any) ->
     """
     from consolidate import commands, metrics_file
 
-    result = commands.fisher(checkpoint, **_with_objects(options))
-    _write_metrics(metrics, result, metrics_file.fisher_metrics)
+    with _tracked(mlflow) as tracker:
+        result = commands.fisher(checkpoint, **_with_objects(options))
+        _report(result, metrics_file.fisher_metrics, metrics, tracker)
     _write(result, json, result_texts.fisher_text)
 
 
@@ -257,11 +264,13 @@ def fisher(checkpoint: str, json: bool, metrics: Path | None, **options: Any) ->
 @MERGING
 @DATA_DIGEST
 @METRICS
+@MLFLOW
 @COMMON
 def finetune(
     checkpoint: str,
     json: bool,
     metrics: Path | None,
+    mlflow: bool,
     evaluate: tuple[str, ...],
     validation: tuple[str, ...],
     **options: Any,
@@ -276,19 +285,20 @@ def finetune(
     """
     from consolidate import finetuning, metrics_file
 
-    try:
-        result = finetuning.finetune(
-            checkpoint,
-            evaluate=_named_data(evaluate, "--evaluate"),
-            validation=_named_data(validation, "--validation"),
-            **_with_objects(options),
-        )
-    except ForgettingError as error:
-        _write_metrics(metrics, error.result, metrics_file.finetune_metrics)
-        told = {"exit_code": error.exit_code, "error": str(error)}
-        _write(error.result | told, json, result_texts.finetune_text)
-        raise
-    _write_metrics(metrics, result, metrics_file.finetune_metrics)
+    with _tracked(mlflow) as tracker:
+        try:
+            result = finetuning.finetune(
+                checkpoint,
+                evaluate=_named_data(evaluate, "--evaluate"),
+                validation=_named_data(validation, "--validation"),
+                **_with_objects(options),
+            )
+        except ForgettingError as error:
+            _report(error.result, metrics_file.finetune_metrics, metrics, tracker)
+            told = {"exit_code": error.exit_code, "error": str(error)}
+            _write(error.result | told, json, result_texts.finetune_text)
+            raise
+        _report(result, metrics_file.finetune_metrics, metrics, tracker)
     _write(result, json, result_texts.finetune_text)
 
 
@@ -313,11 +323,13 @@ def finetune(
 @SEED
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights; as stored by default.")
 @METRICS
+@MLFLOW
 @COMMON
 def evaluate(
     checkpoint: str,
     json: bool,
     metrics: Path | None,
+    mlflow: bool,
     data: tuple[str, ...],
     **options: Any,
 ) -> None:
@@ -327,8 +339,10 @@ def evaluate(
     """
     from consolidate import commands, metrics_file
 
-    result = commands.evaluate(checkpoint, _named_data(data, "--data"), **_with_objects(options))
-    _write_metrics(metrics, result, metrics_file.evaluate_metrics)
+    named = _named_data(data, "--data")
+    with _tracked(mlflow) as tracker:
+        result = commands.evaluate(checkpoint, named, **_with_objects(options))
+        _report(result, metrics_file.evaluate_metrics, metrics, tracker)
     _write(result, json, result_texts.metrics_text)
 
 
@@ -364,8 +378,9 @@ def merge(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be done or skipped, and why.")
 @METRICS
+@MLFLOW
 @COMMON
-def run(run_file: Path, json: bool, metrics: Path | None, **options: Any) -> None:
+def run(run_file: Path, json: bool, metrics: Path | None, mlflow: bool, **options: Any) -> None:
     """Train a chain of tasks, one after the other, as TASKS.TOML says.
 
     A step is skipped if its checkpoint is whole and was made from the same content: the
@@ -376,12 +391,13 @@ def run(run_file: Path, json: bool, metrics: Path | None, **options: Any) -> Non
     """
     from consolidate import metrics_file, running
 
-    try:
-        result = running.run(run_file, **options)
-    except ForgettingError as error:
-        _write_metrics(metrics, error.result, metrics_file.finetune_metrics)
-        raise
-    _write_metrics(metrics, result, metrics_file.run_metrics)
+    with _tracked(mlflow) as tracker:
+        try:
+            result = running.run(run_file, **options)
+        except ForgettingError as error:
+            _report(error.result, metrics_file.finetune_metrics, metrics, tracker)
+            raise
+        _report(result, metrics_file.run_metrics, metrics, tracker)
     _write(result, json, result_texts.run_text)
 
 
@@ -551,20 +567,33 @@ def _write(result: dict[str, Any], json: bool, text: Callable[[dict[str, Any]], 
     click.get_current_context().ensure_object(dict)["written"] = True
 
 
-def _write_metrics(
-    path: Path | None,
+def _tracked(mlflow: bool) -> AbstractContextManager["Tracker"]:
+    """Track the present command, with what was typed or is so by default."""
+    from consolidate.tracking import tracked
+
+    context = click.get_current_context()
+    typed = {k: v for k, v in context.params.items() if k not in ("json", "metrics", "mlflow")}
+    return tracked(str(context.info_name), typed, enabled=mlflow)
+
+
+def _report(
     result: dict[str, Any],
     numbers: Callable[[dict[str, Any]], dict[str, float]],
+    metrics: Path | None,
+    tracker: "Tracker",
 ) -> None:
-    """Write the numbers of a result, before anything that prints it can fail."""
+    """Write the numbers of a result, and track them, before anything that prints it can fail."""
     from consolidate.metrics_file import write_metrics
+    from consolidate.tracking import report
 
-    if path is None:
-        return
     if result.get("status") == "dry run":
-        logging.getLogger("consolidate").info(f"a dry run measures nothing: no {path} was written")
+        if metrics is not None:
+            LOG.info("a dry run measures nothing: no %s was written", metrics)
         return
-    write_metrics(path, numbers(result))
+    if metrics is not None:
+        write_metrics(metrics, numbers(result))
+    if tracker.enabled:
+        report(tracker, result, numbers(result))
 
 
 def _named_data(values: Sequence[str], option: str) -> dict[str, str]:

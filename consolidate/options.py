@@ -158,6 +158,13 @@ WEIGHTS = click.option(
     help="Coefficients of the checkpoints, in their order; 1 each by default.",
 )
 
+MLFLOW = click.option(
+    "--mlflow",
+    is_flag=True,
+    help="Log options, metrics and digests as a run of MLflow, in the store MLFLOW_TRACKING_URI; "
+    "where MLFLOW_RUN_ID names a run, in that.",
+)
+
 REVISION = click.option(
     "--revision", metavar="REV", help="Branch, tag or commit of a CHECKPOINT on the Hub."
 )
