@@ -15,6 +15,7 @@ from consolidate.accuracy_matrix import accuracy_matrix
 from consolidate.inspection import ledger_matrix
 from consolidate.markdown import escaped, matrix_table, table
 from consolidate.matrix_views import matrix_summary
+from consolidate.provenance import side_by_side, side_by_side_text
 from formats.digest import set_digest
 from formats.errors import InputError
 from formats.ledger import Ledger, TaskRecord
@@ -303,12 +304,13 @@ def _scores(ledger: Ledger) -> str:
     matrix = ledger_matrix(ledger)
     if matrix is None:
         return ""
+    merged = side_by_side_text(side_by_side(ledger))
     return (
         "### Scores\n\nOn each task after training on each: accuracy, or minus the mean negative "
         f"log-likelihood; – was not measured.\n\n{matrix_table(matrix_summary(matrix))} ACC is the "
         "mean of the last row, BWT the mean gain on the earlier tasks since each was learned, "
-        "forgetting their mean loss since each was at its best."
-    )
+        f"forgetting their mean loss since each was at its best. {merged}"
+    ).rstrip()
 
 
 def _measured(ledger: Ledger) -> str:

@@ -360,7 +360,7 @@ def evaluate(
 def merge(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
     """Merge checkpoints of one architecture into one, each weight by how much it matters to whom.
 
-    Every CHECKPOINT needs its Fisher. The output protects the tasks of all.
+    Every CHECKPOINT needs its Fisher. The output protects the tasks of all; of one it is a copy.
 
     Example: consolidate merge my-model-a my-model-b --base my-model --output-dir my-model-ab
     """
@@ -524,7 +524,8 @@ def verify(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Only list what would be sent, with sizes, and what is there already.",
+    help="Only list what would be sent, with sizes, and what is there already; without a network "
+    "all of it.",
 )
 @COMMON
 def push(checkpoint: str, repository: str, json: bool, **options: Any) -> None:

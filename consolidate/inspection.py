@@ -20,7 +20,7 @@ from consolidate.matrix_views import (
     plot_matrix,
     write_matrix_csv,
 )
-from consolidate.provenance import contradictions, descent
+from consolidate.provenance import contradictions, descent, side_by_side, side_by_side_text
 from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.digest import TensorRecord, differences, set_digest, tensor_record
 from formats.errors import ConsolidateError, InputError, NetworkError, NonFiniteError
@@ -64,7 +64,8 @@ def show(
         JSON-ready: ``tasks`` as in the ledger without their layers, ``merge_rule``, ``gamma``,
         ``penalty_offset``, totals under ``fisher``, ``parameters`` (trace Σ_i Λ_i, mean, largest
         value, share of the whole trace), ``unprotected`` with reasons, ``anchor``, ``versions``;
-        ``accuracy_matrix`` as `matrix_summary` gives it, null where nothing was measured.
+        ``accuracy_matrix`` as `matrix_summary` gives it, null where nothing was measured, and
+        ``side_by_side``, the tasks whose rows are not of one chain, as they were merged.
 
     Raises:
         InputError: There is no Fisher folder, `read_fisher` refuses it, there is nothing to write
@@ -123,6 +124,7 @@ def show(
         "unprotected": dict(ledger.unprotected),
         "versions": dict(ledger.versions),
         "accuracy_matrix": None if matrix is None else matrix_summary(matrix),
+        "side_by_side": side_by_side(ledger),
     }
 
 
@@ -261,6 +263,8 @@ def show_text(summary: Mapping[str, Any]) -> str:
         lines += ["", *_table(["after training", "when", "on task", "metrics"], metrics)]
     if summary["accuracy_matrix"] is not None:
         lines += ["", matrix_text(summary["accuracy_matrix"])]
+        if note := side_by_side_text(summary["side_by_side"]):
+            lines.append(note)
     if summary["unprotected"]:
         reasons: dict[str, list[str]] = {}
         for name, reason in summary["unprotected"].items():

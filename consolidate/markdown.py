@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from consolidate.matrix_views import matrix_rows, means_text
+from consolidate.provenance import side_by_side_text
 
 _SPECIAL = re.compile(r"([\\`*_\[\]#|<>~$:@])")
 
@@ -63,4 +64,7 @@ def show_markdown(summary: Mapping[str, Any]) -> str:
     tasks = ", ".join(escaped(task["name"]) for task in summary["tasks"])
     matrix = summary["accuracy_matrix"]
     scores = "No scores on its tasks are known." if matrix is None else matrix_table(matrix)
-    return f"### {escaped(summary['checkpoint'])}\n\nIt has learned {tasks}.\n\n{scores}"
+    merged = side_by_side_text(summary["side_by_side"])
+    return (
+        f"### {escaped(summary['checkpoint'])}\n\nIt has learned {tasks}.\n\n{scores} {merged}"
+    ).rstrip()

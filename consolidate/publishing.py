@@ -104,6 +104,10 @@ class Remote:
     tags: dict[str, str]
 
 
+NOTHING = Remote(False, None, None, True, {}, {})
+"""A repository that is not there."""
+
+
 def push(
     checkpoint: str | Path,
     repository: str,
@@ -137,7 +141,7 @@ def push(
         base_model: The repositories of the models that this one was made from, for the card.
         fisher_dtype: Store Λ so: float32 or bfloat16; as it is unless given.
         fisher_only: Publish the Fisher alone, of the weights in the repository `base_model`.
-        dry_run: Only say what would be sent.
+        dry_run: Only say what would be sent; without a network, all of it.
 
     Returns:
         What was done: the commit, every file with its size and what became of it, and digests.
@@ -154,9 +158,16 @@ def push(
         raise InputError(f"{folder} is no folder: a checkpoint with its Fisher is needed")
     stored = read_fisher(folder / "fisher")
     api = HfApi(token=token, library_name="consolidate")
-    with _explained(repository):
-        name = _full_name(api, repository)
-        remote = _look(api, name, revision, tagged=tag is not None)
+    asked = True
+    try:
+        with _explained(repository):
+            name = _full_name(api, repository)
+            remote = _look(api, name, revision, tagged=tag is not None)
+    except NetworkError:
+        if not dry_run:
+            raise
+        LOG.info("the Hub could not be asked what %s holds: all files are listed", repository)
+        asked, name, remote = False, repository, NOTHING
     _check_remote(name, remote, public, create_pr, fisher_only)
     base_commit = None
     if fisher_only:
@@ -181,7 +192,10 @@ def push(
         card = model_card(existing, stored.ledger, subject)
         contents = {CARD: card.encode(), **contents}
         operations = {path: CommitOperationAdd(path, _source(c)) for path, c in contents.items()}
-        changes = {path: _change(remote.files.get(path), op) for path, op in operations.items()}
+        changes = {
+            path: _change(remote.files.get(path), op) if asked else "not compared"
+            for path, op in operations.items()
+        }
         stale = sorted(p for p in remote.files if _is_stale(p, operations, fisher_only))
         _check_tag(name, tag, remote, changed=bool(stale) or set(changes.values()) != {"unchanged"})
         result: dict[str, Any] = {
@@ -236,12 +250,15 @@ def push_text(result: Mapping[str, Any]) -> str:
         Lines of text without a newline at the end.
     """
     lines = [
-        f"{file['size']:>15,}  {file['change']:<9}  {file['path']}" for file in result["files"]
+        f"{file['size']:>15,}  {file['change']:<12}  {file['path']}" for file in result["files"]
     ]
-    lines += [f"{'':>15}  {'deleted':<9}  {path}" for path in result["deleted"]]
+    lines += [f"{'':>15}  {'deleted':<12}  {path}" for path in result["deleted"]]
     total = sum(file["size"] for file in result["files"])
     missing = sum(file["size"] for file in result["files"] if file["change"] != "unchanged")
-    lines.append(f"{total:>15,}  bytes in all, {missing:,} of them new")
+    if any(file["change"] == "not compared" for file in result["files"]):
+        lines.append(f"{total:>15,}  bytes in all; what of them is there already is not known")
+    else:
+        lines.append(f"{total:>15,}  bytes in all, {missing:,} of them new")
     seen = "private" if result["private"] else "public"
     if result["status"] == "dry run":
         lines.append(f"Nothing was sent to {result['repository']} ({seen}): this was a dry run.")
@@ -298,7 +315,7 @@ def _look(api: HfApi, name: str, revision: str | None, *, tagged: bool) -> Remot
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:
-        return Remote(False, None, None, True, {}, {})
+        return NOTHING
     has_branch = True
     if revision is not None:
         try:

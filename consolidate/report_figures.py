@@ -9,6 +9,7 @@ from typing import Any
 from consolidate.accuracy_matrix import Scores, score
 from consolidate.charts import Curve, curves, decades, heat_map, log_bars
 from consolidate.drawing import Drawing, plain
+from consolidate.provenance import side_by_side, side_by_side_text
 from formats.ledger import Ledger, TaskRecord
 
 TASKS = 40  # the latest so many are drawn and listed
@@ -77,7 +78,8 @@ def score_figures(ledger: Ledger, matrix: Mapping[str, Any] | None) -> list[Figu
     Returns:
         Those of them that can be drawn: matrix, curves.
     """
-    found = [None if matrix is None else _matrix(matrix), _curves(ledger)]
+    merged = side_by_side_text(side_by_side(ledger))
+    found = [None if matrix is None else _matrix(matrix, merged), _curves(ledger)]
     return [figure for figure in found if figure is not None]
 
 
@@ -125,7 +127,7 @@ def layers(names: Sequence[str], most: int) -> dict[str, list[str]]:
     return dict([*own[: most - 1], (f"({len(own) - most + 1} more)", rest)])
 
 
-def _matrix(matrix: Mapping[str, Any]) -> Figure | None:
+def _matrix(matrix: Mapping[str, Any], merged: str) -> Figure | None:
     tasks = matrix["tasks"][-TASKS:]
     scores = [row[-TASKS:] for row in matrix["scores"][-TASKS:]]
     start = matrix["start"][-TASKS:]
@@ -144,7 +146,7 @@ def _matrix(matrix: Mapping[str, Any]) -> Figure | None:
         "matrix",
         "What was kept of each task",
         "A row is what was measured after a task was learned, a column the task it was measured "
-        f"on. Going down a column shows what was forgotten. {_SCORES}",
+        f"on. Going down a column shows what was forgotten. {_SCORES} {merged}".rstrip(),
         heat_map(
             "Accuracy matrix",
             f"Scores after each of {len(tasks)} tasks. After the last one: {latest or 'none'}.",

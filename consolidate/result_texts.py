@@ -115,8 +115,11 @@ def merge_text(result: dict[str, Any]) -> str:
     Args:
         result: What `merge` returned.
     """
+    models = ", ".join(result["models"])
+    alone = len(result["models"]) == 1 and result["base"] is None
+    done = f"a copy of {models}, as nothing was to be merged" if alone else f"merged from {models}"
     return (
-        f"{result['checkpoint']}: merged from {', '.join(result['models'])}; tasks "
+        f"{result['checkpoint']}: {done}; tasks "
         f"{', '.join(result['tasks'])}; {result['parameters']:,} parameters, "
         f"trace {result['trace']:.4g}"
     )

@@ -181,6 +181,11 @@ def test_merge(
     code, text, _ = run(capsys, *together, "--output-dir", out, "--weights", "2,0.5", "--json")
     assert code == 0
     assert json.loads(text)["weights"] == [2, 0.5]
+    out = tmp_path / "copy"
+    code, text, _ = run(capsys, "merge", tmp_path / "a", "--output-dir", out)
+    assert code == 0
+    assert f"copy: a copy of {tmp_path / 'a'}, as nothing was to be merged; tasks a;" in text
+    out = tmp_path / "weighed"
     assert run(capsys, "verify", out)[0] == run(capsys, "show", out)[0] == 0
 
 

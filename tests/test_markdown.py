@@ -34,7 +34,12 @@ def test_the_matrix_is_a_table() -> None:
 
 
 def test_a_checkpoint_without_scores_says_so() -> None:
-    summary = {"checkpoint": "a <b>", "tasks": [{"name": "c"}], "accuracy_matrix": None}
+    summary = {
+        "checkpoint": "a <b>",
+        "tasks": [{"name": "c"}],
+        "accuracy_matrix": None,
+        "side_by_side": [],
+    }
     assert show_markdown(summary) == (
         "### a &lt;b&gt;\n\nIt has learned c.\n\nNo scores on its tasks are known."
     )

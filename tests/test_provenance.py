@@ -1,13 +1,19 @@
 """What ledgers tell has to fit together: each task, the traces of Λ, and the descent."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from report_checkpoints import write
 
-from consolidate.provenance import contradictions, descent
+from consolidate.card import Subject, model_card
+from consolidate.inspection import ledger_matrix, show, show_text
+from consolidate.matrix_views import matrix_summary
+from consolidate.provenance import contradictions, descent, side_by_side, side_by_side_text
+from consolidate.report_figures import score_figures
 from formats.digest import TensorRecord, set_digest
-from formats.ledger import LayerRecord, Ledger, TaskRecord
+from formats.ledger import LayerRecord, Ledger, TaskRecord, read_ledger
 
 
 def record(digit: str = "0", dtype: str = "F32") -> dict[str, TensorRecord]:
@@ -128,3 +134,29 @@ def test_descent_without_a_parent() -> None:
         )
     trained = replace(unknown, parent=set_digest(record()))
     assert descent(first, ledger(task("a"), task("m"), trained, digit="1")) == ("weights", [])
+
+
+def test_tasks_of_the_same_weights_were_learned_side_by_side(tmp_path: Path) -> None:
+    start, other = "a" * 64, "b" * 64
+    chain = ledger(task("old"), task("a", penalty="none", parent=start), task("new"))
+    assert side_by_side(chain) == []
+    assert side_by_side_text([]) == ""
+    merged = [
+        task("old"),
+        *(task(name, penalty="none", parent=start, metrics=on(name)) for name in ("a", "b")),
+        task("a2", penalty="none", parent=other),
+    ]
+    assert side_by_side(ledger(*merged)) == [["a", "b"]]
+    folder = write(tmp_path / "model", merged, ["w"])
+    note = "Learned side by side, from the same weights, and merged: a, b. Their rows are of"
+    assert note in show_text(show(folder))
+    found = read_ledger(folder / "fisher" / "fisher.json")
+    matrix = ledger_matrix(found)
+    assert matrix is not None
+    (figure, *_) = score_figures(found, matrix_summary(matrix))
+    assert note in figure.caption
+    assert note in model_card(None, found, Subject("user/model", {}))
+
+
+def on(name: str) -> dict[str, dict[str, dict[str, float]]]:
+    return {"after": {name: {"accuracy": 0.5}}}

@@ -14,12 +14,13 @@ import loopback_hub
 import pytest
 import torch
 from conftest import SIZES, make_network
+from json_schema import check_json
 from loopback_hub import TOKEN, Hub, environment, run, run_python
 from safetensors.torch import load_file, save_file
 
 from consolidate.commands import fisher
 from consolidate.inspection import verify
-from consolidate.publishing import push
+from consolidate.publishing import push, push_text
 from formats.errors import UsageError
 
 Write = Callable[..., Path]
@@ -41,7 +42,9 @@ def pushed(folder: Path, hub: Hub, *arguments: object) -> dict[str, Any]:
         folder, "push", *arguments, "--json", HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN
     )
     assert code == 0, err
-    return dict(json.loads(out))
+    told = json.loads(out)
+    check_json("push", told)
+    return dict(told)
 
 
 def downloaded(folder: Path, hub: Hub, repository: str, into: str) -> Path:
@@ -84,6 +87,23 @@ def test_one_commit_holds_all_of_it(checkpoint: Path, tmp_path: Path, hub: Hub) 
     assert not any(b"secret" in content for content in files.values())
     index = json.loads(files["model.safetensors.index.json"])
     assert set(index["weight_map"].values()) == {"model.safetensors"}
+
+    # What is there already is compared, and without a network all is listed.
+    dry = pushed(tmp_path, hub, checkpoint, "user/model", "--dry-run")
+    assert {file["change"] for file in dry["files"]} == {"unchanged"}
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN}
+    offline = {**nowhere, "HF_HUB_OFFLINE": "1"}
+    for target, variables in (("user/model", offline), ("model", nowhere)):
+        words = ("push", checkpoint, target, "--dry-run", "--json")
+        code, out, err = run(tmp_path, *words, **variables)
+        assert code == 0, err
+        alone = json.loads(out)
+        check_json("push", alone)
+        assert {file["change"] for file in alone["files"]} == {"not compared"}
+        sizes = {file["path"]: file["size"] for file in dry["files"] if file["path"] != "README.md"}
+        assert sizes.items() < {file["path"]: file["size"] for file in alone["files"]}.items()
+        assert f"the Hub could not be asked what {target} holds" in err
+    assert "what of them is there already is not known" in push_text(alone)
 
     # A person edits the card; again, nothing else is to be sent.
     edited = files["README.md"].replace(b"# user/model\n", b"# Mine\n\nI say so.\n")
