@@ -58,7 +58,7 @@ def convolution(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
 
 def embedding(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     """The outputs are W[ids]; the padding row learns nothing."""
-    ids, g = a.long().flatten(1), _positions(g)  # (B, T), (B, T, n)
+    ids, g = a.long().reshape(len(a), -1), _positions(g)  # (B, T), (B, T, n)
     if module.padding_idx is not None:
         g = g * (ids != module.padding_idx)[..., None]
     return {"weight": Rows(ids, g)}

@@ -224,6 +224,13 @@ def test_embeddings():
     goes_by_rule(Words(), batches)
 
 
+def test_an_embedding_of_one_id_an_example():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 5, padding_idx=0), nn.Tanh(), nn.Linear(5, 3))
+    batches = cut(torch.tensor([1, 4, 1, 0, 5]), torch.tensor([0, 1, 2, 0, 1]), 3)
+    goes_by_rule(model, batches)
+
+
 def test_scaled_embeddings():
     from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
     from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
