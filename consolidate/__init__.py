@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from consolidate.commands import fisher as fisher
     from consolidate.estimators import FisherDiagonal as FisherDiagonal
     from consolidate.estimators import fisher_diagonal as fisher_diagonal
-    from consolidate.estimators import fisher_overlap as fisher_overlap
     from consolidate.examples import Columns as Columns
     from consolidate.finetuning import finetune as finetune
     from consolidate.inspection import show as show
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from consolidate.merging import merge_online as merge_online
     from consolidate.merging import merge_separate as merge_separate
     from consolidate.model_merging import merge as merge
+    from consolidate.overlap import fisher_overlap as fisher_overlap
     from consolidate.penalty import Penalty as Penalty
     from consolidate.publishing import push as push
     from consolidate.reporting import report as report
@@ -38,7 +38,7 @@ _HOMES = {
     "finetune": "consolidate.finetuning",
     "fisher": "consolidate.commands",
     "fisher_diagonal": "consolidate.estimators",
-    "fisher_overlap": "consolidate.estimators",
+    "fisher_overlap": "consolidate.overlap",
     "load_penalty": "consolidate.chain",
     "ModelTensor": "consolidate.merging",
     "merge": "consolidate.model_merging",

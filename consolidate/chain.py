@@ -10,12 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from consolidate.estimators import FisherDiagonal, fisher_overlap
+from consolidate.estimators import FisherDiagonal
 from consolidate.hub import FISHER, locate
 from consolidate.layout import Layout, same_names_layout, transformers_layout
 from consolidate.merging import merge_online, merge_separate
 from consolidate.models import Model, file_weights, unprotected
 from consolidate.objectives import get_objective
+from consolidate.overlap import fisher_overlap
 from consolidate.penalty import Penalty
 from formats.atomic import check_target, has_content, replace_folder
 from formats.checkpoint import Checkpoint, open_checkpoint, weight_records

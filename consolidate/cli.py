@@ -422,6 +422,11 @@ def run(run_file: Path, json: bool, metrics: Path | None, mlflow: bool, **option
     is_flag=True,
     help="Print the matrix alone, as Markdown, for the summary of a CI job.",
 )
+@click.option(
+    "--overlap",
+    metavar="OTHER",
+    help="Another checkpoint: how far its Fisher lies on the same weights, 0 to 1 for each layer.",
+)
 @COMMON
 def show(checkpoint: str, json: bool, markdown: bool, **options: Any) -> None:
     """Show the ledger of CHECKPOINT, what was forgotten, and where its Fisher lies.

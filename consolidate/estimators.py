@@ -227,22 +227,6 @@ def fisher_diagonal(
     )
 
 
-def fisher_overlap(a: Tensor, b: Tensor) -> float:
-    """Return Σ √(â b̂), â and b̂ scaled to unit trace: 1 − ½‖√â − √b̂‖², Kirkpatrick et al. 2017.
-
-    Args:
-        a: The Fisher diagonal of one task, any shape.
-        b: That of another task, the same shape.
-
-    Returns:
-        Between 0 (disjoint) and 1 (equal up to scale); 0 where either is zero everywhere.
-    """
-    a, b = a.cpu(), b.cpu()
-    traces = a.sum(dtype=torch.float64).item() * b.sum(dtype=torch.float64).item()
-    shared = (a.sqrt() * b.sqrt()).sum(dtype=torch.float64).item()
-    return min(shared / traces**0.5, 1.0) if traces > 0 else 0.0
-
-
 def _numbered(batches: Iterable[Any], indices: Sequence[int] | None) -> Iterator[tuple[Batch, int]]:
     """Yield the batches that are not empty, each with how many examples came before it.
 

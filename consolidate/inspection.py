@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from consolidate.accuracy_matrix import AccuracyMatrix, accuracy_matrix
-from consolidate.hub import commits_of, locate, remote_headers
+from consolidate.hub import FISHER, commits_of, locate, remote_headers
 from consolidate.matrix_views import (
     check_view,
     matrix_rows,
@@ -20,6 +20,7 @@ from consolidate.matrix_views import (
     plot_matrix,
     write_matrix_csv,
 )
+from consolidate.overlap import layer_overlaps
 from consolidate.provenance import contradictions, descent, side_by_side, side_by_side_text
 from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.digest import TensorRecord, differences, set_digest, tensor_record
@@ -46,6 +47,7 @@ def show(
     top: int = 10,
     csv: str | Path | None = None,
     plot: str | Path | None = None,
+    overlap: str | Path | None = None,
 ) -> dict[str, Any]:
     """Summarize the ledger and the Fisher of a checkpoint; nothing is compared with the weights.
 
@@ -59,17 +61,22 @@ def show(
         top: How many parameters to list, those with the largest trace first.
         csv: Write the accuracy matrix and the curves over training steps to this file.
         plot: Draw them in this ``.png`` or ``.svg`` file.
+        overlap: Another checkpoint, a folder or on the Hub: how far its Fisher lies on the same
+            weights, layer by layer. Both are read whole.
 
     Returns:
         JSON-ready: ``tasks`` as in the ledger without their layers, ``merge_rule``, ``gamma``,
         ``penalty_offset``, totals under ``fisher``, ``parameters`` (trace Σ_i Λ_i, mean, largest
         value, share of the whole trace), ``unprotected`` with reasons, ``anchor``, ``versions``;
-        ``accuracy_matrix`` as `matrix_summary` gives it, null where nothing was measured, and
-        ``side_by_side``, the tasks whose rows are not of one chain, as they were merged.
+        ``accuracy_matrix`` as `matrix_summary` gives it, null where nothing was measured;
+        ``side_by_side``, the tasks whose rows are not of one chain, as they were merged;
+        ``overlap``, null unless asked for: ``with``, ``layers`` (name, overlap between 0 and 1, as
+        `fisher_overlap` over all parameters of a module), ``left_out``: what one of them lacks.
 
     Raises:
         InputError: There is no Fisher folder, `read_fisher` refuses it, there is nothing to write
-            to `csv` or `plot`, or no place for it.
+            to `csv` or `plot`, or no place for it; or the two Fishers share no parameter, or one
+            that has another shape.
         UsageError: `plot` is no kind of plot that is known, or matplotlib is missing.
     """
     if csv is not None:
@@ -125,6 +132,31 @@ def show(
         "versions": dict(ledger.versions),
         "accuracy_matrix": None if matrix is None else matrix_summary(matrix),
         "side_by_side": side_by_side(ledger),
+        "overlap": None if overlap is None else _overlap(checkpoint, revision, overlap),
+    }
+
+
+def _overlap(checkpoint: str | Path, revision: str | None, other: str | Path) -> dict[str, Any]:
+    one = read_fisher(locate(checkpoint, revision, only=FISHER) / "fisher").fisher
+    two = read_fisher(locate(other, only=FISHER) / "fisher").fisher
+    shared = [name for name in one if name in two]
+    if not shared:
+        raise InputError(
+            f"{checkpoint} and {other}: their Fishers share no parameter ({next(iter(one))!r}, "
+            f"{next(iter(two))!r}): an overlap needs two of one architecture"
+        )
+    for name in shared:
+        shapes = [tuple(fisher[name].shape) for fisher in (one, two)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"the Fisher of {name!r} has shape {shapes[0]} in {checkpoint} and {shapes[1]} in "
+                f"{other}: an overlap needs two of one architecture"
+            )
+    layers = layer_overlaps(one, two).items()
+    return {
+        "with": str(other),
+        "layers": [{"name": name, "overlap": value} for name, value in layers],
+        "left_out": [name for name in [*one, *two] if not (name in one and name in two)],
     }
 
 
@@ -265,6 +297,8 @@ def show_text(summary: Mapping[str, Any]) -> str:
         lines += ["", matrix_text(summary["accuracy_matrix"])]
         if note := side_by_side_text(summary["side_by_side"]):
             lines.append(note)
+    if summary["overlap"] is not None:
+        lines += ["", *_overlap_lines(summary["overlap"])]
     if summary["unprotected"]:
         reasons: dict[str, list[str]] = {}
         for name, reason in summary["unprotected"].items():
@@ -275,6 +309,17 @@ def show_text(summary: Mapping[str, Any]) -> str:
             rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
             lines.append(f"  {_plain(reason)}: {few}{rest}")
     return "\n".join(lines)
+
+
+def _overlap_lines(overlap: Mapping[str, Any]) -> list[str]:
+    rows = [[layer["name"], f"{layer['overlap']:.3f}"] for layer in overlap["layers"]]
+    header = ["layer", f"overlap with the Fisher of {_plain(overlap['with'])}"]
+    lines = _table(header, rows, right_from=1)
+    if left := overlap["left_out"]:
+        few = ", ".join(_plain(name) for name in left[:4])
+        rest = f" and {len(left) - 4} more" if len(left) > 4 else ""
+        lines.append(f"in one of them only: {few}{rest}")
+    return lines
 
 
 def matrix_text(summary: Mapping[str, Any]) -> str:

@@ -59,9 +59,11 @@ def test_fisher_finetune_evaluate_show_verify(
     code, text, _ = run(capsys, "evaluate", out, "--data", f"old={old}", "--data", new, *MODEL)
     assert code == 0
     assert [line.split()[0] for line in text.splitlines()] == ["task", "old", "new"]
-    code, text, _ = run(capsys, "show", out, "--json")
+    code, text, _ = run(capsys, "show", out, "--overlap", out, "--json")
     assert code == 0
     assert [task["name"] for task in json.loads(text)["tasks"]] == ["old", "new"]
+    layers = json.loads(text)["overlap"]["layers"]
+    assert [layer["overlap"] for layer in layers] == pytest.approx([1.0] * len(layers))
     code, text, _ = run(capsys, "show", out)
     assert code == 0
     code, text, _ = run(capsys, "verify", out)

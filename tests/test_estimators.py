@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from consolidate.batches import model_outputs, place_of, placed, split_batch
-from consolidate.estimators import FisherDiagonal, fisher_diagonal, fisher_overlap
+from consolidate.estimators import FisherDiagonal, fisher_diagonal
 from consolidate.likelihood import LIKELIHOODS
 from formats.errors import InputError, NonFiniteError, UsageError
 
@@ -928,18 +928,3 @@ def test_transformers(name):
     assert_close(fisher, {k: v / units for k, v in expected.items()}, 1e-5)
     if name in ("gpt2", "llama"):
         assert "lm_head.weight" not in fisher
-
-
-# The overlap of two Fishers.
-
-
-def test_overlap_is_one_minus_half_the_squared_distance_of_normalised_roots():
-    a, b = torch.rand(3, 4), torch.rand(3, 4)
-    a_hat, b_hat = a.double() / a.double().sum(), b.double() / b.double().sum()
-    expected = 1 - 0.5 * ((a_hat.sqrt() - b_hat.sqrt()) ** 2).sum().item()
-    assert fisher_overlap(a, b) == pytest.approx(expected, abs=1e-6)
-    assert fisher_overlap(a, b) == fisher_overlap(b, a)
-    assert fisher_overlap(a, 1e-30 * a) == pytest.approx(1, abs=1e-6)
-    assert fisher_overlap(a, a) <= 1
-    assert fisher_overlap(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])) == 0
-    assert fisher_overlap(a, torch.zeros(3, 4)) == 0

@@ -341,3 +341,43 @@ def test_names_cannot_steer_the_terminal(tmp_path: Path) -> None:
         assert len(line) < 250
     assert r"w\x1b[2J\r\n\u202e\u2028\x9byyy" in text
     assert r"d\nd" in text
+
+
+def test_show_tells_the_overlap_of_two_fishers_by_layer(tmp_path: Path) -> None:
+    one = {
+        "first.weight": torch.tensor([[1.0, 3.0]]),
+        "first.bias": torch.tensor([4.0]),
+        "last.weight": torch.tensor([[2.0]]),
+        "bare": torch.tensor([1.0, 0.0]),
+    }
+    other = {
+        "first.weight": torch.tensor([[5.0, 0.0]]),
+        "first.bias": torch.tensor([1.0]),
+        "last.weight": torch.tensor([[9.0]]),
+        "bare": torch.tensor([0.0, 1.0]),
+        "head.weight": torch.tensor([1.0]),
+    }
+    for name, theta in (("one", one), ("other", other)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, theta)
+    found = show(tmp_path / "one", overlap=tmp_path / "other")
+    # weight and bias of a layer are scaled to unit trace together
+    first = (5**0.5 + 4**0.5) / (8 * 6) ** 0.5
+    overlaps = {layer["name"]: layer["overlap"] for layer in found["overlap"]["layers"]}
+    assert overlaps == pytest.approx({"first": first, "last": 1.0, "bare": 0.0}, abs=1e-7)
+    assert found["overlap"]["left_out"] == ["head.weight"]
+    text = show_text(found)
+    assert f"{first:.3f}" in text
+    assert "in one of them only: head.weight" in text
+    assert show(tmp_path / "one")["overlap"] is None
+
+
+def test_an_overlap_needs_two_of_one_architecture(tmp_path: Path) -> None:
+    thetas = {"one": {"w": 2}, "other": {"v": 2}, "wider": {"w": 3}}
+    for folder, sizes in thetas.items():
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, {name: torch.ones(size) for name, size in sizes.items()})
+    with pytest.raises(InputError, match=r"share no parameter \('w', 'v'\)"):
+        show(tmp_path / "one", overlap=tmp_path / "other")
+    with pytest.raises(InputError, match=r"'w' has shape \(2,\) in .* and \(3,\) in"):
+        show(tmp_path / "one", overlap=tmp_path / "wider")

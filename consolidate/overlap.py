@@ -1,0 +1,64 @@
+"""How far two Fishers lie on the same weights (Kirkpatrick et al. 2017, figure 2C)."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def fisher_overlap(a: Tensor, b: Tensor) -> float:
+    """Return Σ √(â b̂), â and b̂ scaled to unit trace: 1 − ½‖√â − √b̂‖², Kirkpatrick et al. 2017.
+
+    Args:
+        a: The Fisher diagonal of one task, any shape.
+        b: That of another task, the same shape.
+
+    Returns:
+        Between 0 (disjoint) and 1 (equal up to scale); 0 where either is zero everywhere.
+    """
+    return layer_overlap([(a, b)])
+
+
+def layer_overlap(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the overlap of two Fishers over all tensors of a layer, read one after the other.
+
+    Args:
+        pairs: Both Fishers' diagonals of each tensor, of one shape; scaled to unit trace together.
+
+    Returns:
+        As `fisher_overlap`.
+    """
+    shared = first = second = 0.0
+    for a, b in pairs:
+        a, b = (
+            values.to("cpu", torch.promote_types(values.dtype, torch.float32)) for values in (a, b)
+        )
+        first += a.sum(dtype=torch.float64).item()
+        second += b.sum(dtype=torch.float64).item()
+        shared += (a.sqrt() * b.sqrt()).sum(dtype=torch.float64).item()
+    traces = first * second
+    return min(shared / traces**0.5, 1.0) if traces > 0 else 0.0
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to("cpu", torch.promote_types(values.dtype, torch.float32))
+
+
+def layer_overlaps(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the overlap of two Fishers in each layer: the module that holds the parameters.
+
+    Args:
+        one: The Fisher diagonal of one task by parameter name.
+        other: That of another; names that one of them lacks are left out.
+
+    Returns:
+        The overlap by layer, in the order of `one`.
+    """
+    layers: dict[str, list[str]] = {}
+    for name in one:
+        if name in other:
+            layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    return {
+        layer: layer_overlap((one[name], other[name]) for name in names)
+        for layer, names in layers.items()
+    }
