@@ -6,7 +6,6 @@ grid, by the mean of the scores on tasks A and B; the tables are of test rows.
 """
 
 import argparse
-import gzip
 import json
 import os
 import platform
@@ -20,8 +19,6 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NETWORKS = Path(__file__).resolve().with_name("networks.py")
@@ -160,32 +157,6 @@ def start_session(name: str, description: str, data_options: dict[str, str]) -> 
     report = folder if options.quick else ROOT / "docs" / "results"
     report.mkdir(parents=True, exist_ok=True)
     return Session(name, folder.resolve(), report.resolve(), options.seed, options.quick), options
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """Read an array of bytes in the IDX format, from a plain or a gzipped file.
-
-    Args:
-        path: With or without a `.gz` that the file has.
-
-    Returns:
-        uint8, in the file's own shape.
-
-    Raises:
-        ValueError: The file is not IDX, or not as long as its header says.
-    """
-    if not path.exists():
-        path = path.with_name(path.name + ".gz")
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        data = gzip.decompress(data)
-    if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is not an IDX file of bytes")
-    start = 4 + 4 * data[3]
-    shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4))
-    if len(data) - start != np.prod(shape):
-        raise ValueError(f"{path} holds {len(data) - start} bytes, its header says {shape}")
-    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
 
 
 def fresh_folder(path: Path) -> Path:

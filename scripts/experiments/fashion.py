@@ -12,12 +12,12 @@ from common import (
     fresh_folder,
     grid_table,
     plot_epochs,
-    read_idx,
     results_table,
     start_session,
     sweep,
     write_report,
 )
+from mnist_files import read_idx
 from PIL import Image
 
 CLASSES = [

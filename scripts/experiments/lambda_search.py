@@ -18,10 +18,10 @@ from common import (
     in_words,
     markdown,
     plain,
-    read_idx,
     start_session,
     write_report,
 )
+from mnist_files import write_permuted
 from networks import mlp
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
@@ -29,7 +29,6 @@ from torch.nn.functional import cross_entropy
 from consolidate.searching import search_text
 
 SIZES = [784, 100, 100, 10]
-MEAN, DEVIATION = 0.1307, 0.3081  # of the pixels of the training images, in [0, 1]
 TRAINED, HELD_OUT = 6000, 2000
 FINE = (1, 3.16, 10, 17.8, 31.6, 56.2, 100, 178, 316, 562, 1000, 3160, 10000)
 PREPARATION = """\
@@ -73,17 +72,9 @@ def prepare(session: Session, raw: Path) -> None:
     few = 600 if session.quick else None
     permuted = np.random.default_rng(session.seed).permutation(784)
     orders = {"a": np.arange(784), "b": permuted}
-    for part, stem in (("train", "train"), ("test", "t10k")):
-        images = read_idx(raw / f"{stem}-images-idx3-ubyte").reshape(-1, 784)
-        labels = read_idx(raw / f"{stem}-labels-idx1-ubyte").astype(np.int64)
-        inputs = (images.astype(np.float32) / 255 - MEAN) / DEVIATION
-        cuts = {part: slice(0, few)}
-        if part == "train":
-            cuts = {"train": slice(0, few or TRAINED), "val": slice(TRAINED, TRAINED + HELD_OUT)}
-        for name, rows in cuts.items():
-            for task, order in orders.items():
-                file = session.folder / f"{task}-{name}.npz"
-                np.savez(file, inputs=inputs[rows][:, order], labels=labels[rows])
+    held_out = slice(TRAINED, TRAINED + HELD_OUT)
+    trained = slice(0, TRAINED)
+    write_permuted(session.folder, raw, orders, train=trained, validation=held_out, few=few)
 
 
 def train(session: Session) -> None:

@@ -19,15 +19,14 @@ from common import (
     fresh_folder,
     markdown,
     plain,
-    read_idx,
     start_session,
     write_report,
 )
+from mnist_files import DEVIATION, HELD_OUT, MEAN, images_and_labels
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-MEAN, DEVIATION = 0.1307, 0.3081  # of the pixels of the training images, in [0, 1]
 ANGLES = {"upright": 0.0, "left": 40.0, "right": -40.0}  # degrees, by task
 STRENGTHS = (None, 30.0, 100.0, 300.0)
 START = "start/01-upright"
@@ -89,9 +88,9 @@ def prepare(session: Session, raw: Path) -> None:
     """Write TASK-train.npz, -val and -test, and both-train: standardised pixels in float16."""
     few = 2000 if session.quick else None
     for part, stem in (("train", "train"), ("test", "t10k")):
-        images = torch.from_numpy(read_idx(raw / f"{stem}-images-idx3-ubyte").copy()).float() / 255
-        labels = read_idx(raw / f"{stem}-labels-idx1-ubyte").astype(np.int64)
-        cuts = {"train": slice(0, few or 55000), "val": slice(55000, None)}
+        grey, labels = images_and_labels(raw, stem)
+        images = torch.from_numpy(grey.copy()).view(-1, 28, 28).float() / 255
+        cuts = {"train": slice(0, few or -HELD_OUT), "val": slice(-HELD_OUT, None)}
         for name, rows in cuts.items() if part == "train" else [("test", slice(0, few))]:
             inputs = {}
             for task, degrees in ANGLES.items():

@@ -19,18 +19,17 @@ from common import (
     in_words,
     markdown,
     plot_epochs,
-    read_idx,
     results_table,
     start_session,
     sweep,
     write_report,
 )
+from mnist_files import write_permuted
 from networks import mlp
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 SIZES = [784, 400, 400, 10]
-MEAN, DEVIATION = 0.1307, 0.3081  # of the pixels of the training images, in [0, 1]
 L2 = (0.001, 0.003, 0.01, 0.03, 0.1)
 EWC = (10.0, 30.0, 100.0, 300.0)
 PREPARATION = """\
@@ -65,17 +64,7 @@ def prepare(session: Session, raw: Path) -> None:
     few = 2000 if session.quick else None
     chance = np.random.default_rng(session.seed)
     orders = {"a": np.arange(784), "b": chance.permutation(784), "c": chance.permutation(784)}
-    for part, stem in (("train", "train"), ("test", "t10k")):
-        images = read_idx(raw / f"{stem}-images-idx3-ubyte").reshape(-1, 784)
-        labels = read_idx(raw / f"{stem}-labels-idx1-ubyte").astype(np.int64)
-        inputs = (images.astype(np.float32) / 255 - MEAN) / DEVIATION
-        cuts = {part: slice(0, few)}
-        if part == "train":
-            cuts = {"train": slice(0, few or 55000), "val": slice(55000, None)}
-        for name, rows in cuts.items():
-            for task, order in orders.items():
-                file = session.folder / f"{task}-{name}.npz"
-                np.savez(file, inputs=inputs[rows][:, order], labels=labels[rows])
+    write_permuted(session.folder, raw, orders, few=few)
 
 
 def train(session: Session, epochs: int) -> None:

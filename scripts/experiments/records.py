@@ -1,0 +1,213 @@
+"""Units of work of the paper's experiments, and the records of those that are done.
+
+A record is one JSON line: what was measured (experiment, method, seed, settings and the digest of
+these four), what came of it, how long it took and with which versions. Files of records can be put
+together line by line, so that the hours may be spread over many sittings and machines.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Settings = dict[str, Any]
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One method of one experiment with one seed: what is done or not done as a whole."""
+
+    experiment: str
+    method: str
+    seed: int
+    settings: Settings
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON of all four, the first 16 digits."""
+        text = json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A unit that is done."""
+
+    unit: Unit
+    figures: Figures
+    seconds: float
+    versions: dict[str, str]
+
+
+class Row(NamedTuple):
+    """A line of the table that sets figures beside the paper's."""
+
+    figure: str
+    published: str
+    here: str = "not run yet"
+    difference: str = "–"
+    reason: str = "–"
+
+
+class Findings(NamedTuple):
+    """What the records of one experiment say."""
+
+    text: str  # Markdown, without the heading
+    rows: list[Row]
+
+
+class Experiment(NamedTuple):
+    """One script's part: what to do, how one unit is done, and what the records say.
+
+    Attributes:
+        name: Of its records and its page.
+        title: The heading of its page.
+        seconds: About how long a unit takes on one core.
+        plan: From the records so far, and whether it is a quick run, to the units known by now:
+            those of the seeds are known once the search for a strength is done.
+        measure: Does one unit.
+        report: From the records to the findings; writes NAME.csv, .png and .svg into the folder.
+    """
+
+    name: str
+    title: str
+    seconds: Callable[[Unit], float]
+    plan: Callable[[Sequence[Record], bool], list[Unit]]
+    measure: Callable[[Unit], Figures]
+    report: Callable[[Sequence[Record], Path], Findings]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a file of records, a line that was not written to its end left out.
+
+    Args:
+        path: A `.jsonl` file; none is as good as an empty one.
+
+    Returns:
+        One record for each digest, the first in the file.
+
+    Raises:
+        ValueError: A line is no record, or its digest is not that of its unit.
+    """
+    records: dict[str, Record] = {}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            found = json.loads(line)
+            unit = Unit(*(found[key] for key in ("experiment", "method", "seed", "settings")))
+            record = Record(unit, found["figures"], found["seconds"], found["versions"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: not a record ({error}); take it out"
+            ) from None
+        if unit.digest != found.get("digest"):
+            raise ValueError(
+                f"{path}, line {number}: the digest is {found.get('digest')}, that of the settings "
+                f"is {unit.digest}: they were changed by hand; take the line out"
+            )
+        records.setdefault(unit.digest, record)
+    return list(records.values())
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Add a line to a file of records, in place of one that was not written to its end.
+
+    Args:
+        path: Created with its folder where it is missing.
+        record: What is added.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = {
+        "digest": record.unit.digest,
+        **asdict(record.unit),
+        "figures": rounded(record.figures),
+        "seconds": round(record.seconds, 1),
+        "versions": record.versions,
+    }
+    with open(path, "a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rounded(value: Any) -> Any:
+    """Round every float inside to six digits, which keeps the lines short."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def chosen(records: Iterable[Record], **settings: Any) -> list[Record]:
+    """Return the records whose settings, or method, have these values, ordered by seed."""
+    found = [
+        record
+        for record in records
+        if all(
+            (record.unit.method if key == "method" else record.unit.settings.get(key)) == value
+            for key, value in settings.items()
+        )
+    ]
+    return sorted(found, key=lambda record: record.unit.seed)
+
+
+def best(records: Sequence[Record]) -> Record:
+    """Return the record with the best score on validation data, the first where several have it."""
+    return max(records, key=lambda record: record.figures["validation"])
+
+
+class Mean(NamedTuple):
+    """A mean over seeds, with the standard error of it; NaN of a single one."""
+
+    value: float
+    error: float
+    seeds: int
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """Return the mean of one value a seed, and s/√n, s the deviation with n − 1."""
+    count = len(values)
+    middle = math.fsum(values) / count
+    if count < 2:
+        return Mean(middle, math.nan, count)
+    spread = math.fsum((value - middle) ** 2 for value in values) / (count - 1)
+    return Mean(middle, math.sqrt(spread / count), count)
+
+
+def in_percent(found: Mean, seeds: int) -> str:
+    """Write a mean of shares as per cent, with its error and how many seeds of those are done."""
+    error = "" if math.isnan(found.error) else f" ± {100 * found.error:.2f}"
+    done = f"{found.seeds} seed{'s' * (found.seeds > 1)}"
+    if found.seeds < seeds:
+        done = f"{found.seeds} of {seeds} seeds"
+    return f"{100 * found.value:.2f}{error} % ({done})"
+
+
+def accuracy_row(
+    figure: str, published: float | None, values: Sequence[float], seeds: int, reason: str = "–"
+) -> Row:
+    """Set accuracies beside a published one.
+
+    Args:
+        figure: What it is.
+        published: In [0, 1]; None where nothing was published.
+        values: Ours, one a seed.
+        seeds: How many there are to be.
+        reason: Of the difference.
+    """
+    theirs = "–" if published is None else f"{100 * published:.2f} %"
+    if not values:
+        return Row(figure, theirs)
+    found = mean(values)
+    difference = "–" if published is None else f"{100 * (found.value - published):+.2f}"
+    return Row(figure, theirs, in_percent(found, seeds), difference, reason)

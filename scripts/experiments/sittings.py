@@ -1,0 +1,285 @@
+"""Running the paper's experiments, one seed and method at a time, in as many sittings as it takes.
+
+What is done stands in docs/results/paper/NAME.jsonl, a line for each unit; started again, the rest
+is done. Pages, CSV and pictures are made of the records alone.
+"""
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from importlib.metadata import version
+from pathlib import Path
+
+import mnist_files
+import torch
+from records import (
+    Experiment,
+    Figures,
+    Findings,
+    Record,
+    Row,
+    Unit,
+    append_record,
+    read_records,
+)
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "docs" / "results" / "paper"
+QUICK = ROOT / "experiments-output" / "paper-quick" / "paper"
+QUICK_NOTE = "**A quick run at tiny sizes: its figures mean nothing.**\n\n"
+PAGE = """# {title}
+
+{quick}{text}
+
+## Records
+
+[Every figure]({name}.csv) and [what was run]({name}.jsonl): {done} of {units} units,
+{minutes:.0f} minutes on one core, {versions}.
+The picture is also there [as SVG]({name}.svg). All of it again, or what is missing of it:
+
+```sh
+scripts/experiments/all --only {name}
+scripts/experiments/all --only {name} --report    # the page alone, from the records
+```
+"""
+
+
+Table = Callable[[Sequence[tuple[Experiment, list[Row]]], Path, bool], None]
+"""Writes what stands beside all pages, from their rows, into a folder; from whether it is quick."""
+
+
+def main(*experiments: Experiment, table: Table | None = None) -> None:
+    """Read the command line of one experiment, or of all, and run what is not done yet.
+
+    Args:
+        *experiments: Whose units.
+        table: Writes the table of all of them.
+    """
+    parser = argparse.ArgumentParser(
+        description="Run the paper's experiments that are not done yet, and write their pages."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, in seconds, to experiments-output/"
+    )
+    parser.add_argument("--report", action="store_true", help="only write the pages")
+    parser.add_argument("--plan", action="store_true", help="only list what is not done yet")
+    parser.add_argument("--data-dir", type=Path, help="a folder with the four IDX files of MNIST")
+    parser.add_argument("--jobs", type=int, default=2, help="units at a time, each on one thread")
+    parser.add_argument("--minutes", type=float, help="begin no unit after so many minutes")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        choices=[one.name for one in experiments],
+        help="of: " + ", ".join(one.name for one in experiments),
+    )
+    options = parser.parse_args()
+    some = [one for one in experiments if options.only is None or one.name in options.only]
+    folder = QUICK if options.quick else RESULTS
+    if options.plan:
+        print(outlook(some, folder, quick=options.quick, jobs=options.jobs))
+        return
+    if not options.report:
+        until = time.monotonic() + 60 * options.minutes if options.minutes else None
+        run(
+            some,
+            folder,
+            quick=options.quick,
+            jobs=options.jobs,
+            until=until,
+            fetch=lambda: mnist_files.fetch(options.data_dir),
+        )
+    write_pages(experiments if table else some, folder, quick=options.quick, table=table)
+
+
+def run(
+    experiments: Sequence[Experiment],
+    folder: Path,
+    *,
+    quick: bool = False,
+    jobs: int = 1,
+    until: float | None = None,
+    fetch: Callable[[], object] = mnist_files.fetch,
+) -> None:
+    """Do every unit that has no record, and record it.
+
+    Args:
+        experiments: Whose units.
+        folder: Of the records.
+        quick: Whether the tiny units are meant.
+        jobs: Units at a time, each in a process of its own with one thread; one is done in this
+            process, with the threads it has.
+        until: No unit is begun after this time of `time.monotonic`.
+        fetch: Sees that MNIST is there; called before the first unit that needs it.
+    """
+    if jobs > 1:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+            _run(experiments, folder, quick, jobs, until, fetch, pool)
+    else:
+        _run(experiments, folder, quick, 1, until, fetch, None)
+
+
+def _run(
+    experiments: Sequence[Experiment],
+    folder: Path,
+    quick: bool,
+    jobs: int,
+    until: float | None,
+    fetch: Callable[[], object],
+    pool: Executor | None,
+) -> None:
+    running: dict[Future[Record], Unit] = {}
+    fetched = False
+    while True:
+        waiting = [
+            (experiment, unit)
+            for experiment in experiments
+            for unit in undone(experiment, folder, quick)
+            if unit not in running.values()
+        ]
+        over = until is not None and time.monotonic() > until
+        for experiment, unit in waiting[: 0 if over else jobs - len(running)]:
+            if unit.settings.get("data") == mnist_files.MNIST and not fetched:
+                fetch()
+                fetched = True
+            if pool is None:
+                future: Future[Record] = Future()
+                future.set_result(timed(experiment.measure, unit))
+            else:
+                future = pool.submit(timed, experiment.measure, unit)
+            running[future] = unit
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            unit, record = running.pop(future), future.result()
+            append_record(folder / f"{unit.experiment}.jsonl", record)
+            print(
+                f"{record.seconds:6.0f} s  {unit.experiment}: {unit.method}, seed {unit.seed}"
+                f"  {_few(unit)}",
+                file=sys.stderr,
+            )
+
+
+def undone(experiment: Experiment, folder: Path, quick: bool) -> list[Unit]:
+    """List the units that are known by now and have no record."""
+    records = read_records(folder / f"{experiment.name}.jsonl")
+    done = {record.unit.digest for record in records}
+    return [unit for unit in experiment.plan(records, quick) if unit.digest not in done]
+
+
+def timed(measure: Callable[[Unit], Figures], unit: Unit) -> Record:
+    """Do one unit, with its time and versions."""
+    began = time.perf_counter()
+    figures = measure(unit)
+    versions = {name: version(name) for name in ("consolidate-ewc", "torch")}
+    versions["threads"] = str(torch.get_num_threads())
+    return Record(unit, figures, time.perf_counter() - began, versions)
+
+
+def all_units(experiment: Experiment, records: Sequence[Record], quick: bool) -> list[Unit]:
+    """List all units, those that wait for the outcome of a search with any outcome of it."""
+    known = list(records)
+    done = {record.unit.digest for record in known}
+    while new := [unit for unit in experiment.plan(known, quick) if unit.digest not in done]:
+        known += [Record(unit, {"validation": 0.0}, 0.0, {}) for unit in new]
+        done.update(unit.digest for unit in new)
+    return experiment.plan(known, quick)
+
+
+def outlook(experiments: Sequence[Experiment], folder: Path, *, quick: bool, jobs: int) -> str:
+    """List what is not done yet, with about how long it takes.
+
+    Args:
+        experiments: Whose units.
+        folder: Of the records.
+        quick: Whether the tiny units are meant.
+        jobs: Units at a time.
+
+    Returns:
+        Lines of text.
+    """
+    lines, whole = [], 0.0
+    for experiment in experiments:
+        records = read_records(folder / f"{experiment.name}.jsonl")
+        done = {record.unit.digest for record in records}
+        units = all_units(experiment, records, quick)
+        left = [unit for unit in units if unit.digest not in done]
+        seconds = sum(experiment.seconds(unit) for unit in left)
+        whole += seconds
+        lines.append(
+            f"{experiment.name}: {len(left)} of {len(units)} units to do, about "
+            f"{seconds / 60:.0f} minutes on one core"
+        )
+    lines.append(f"about {whole / jobs / 3600:.1f} hours, {jobs} at a time")
+    return "\n".join(lines)
+
+
+def write_pages(
+    experiments: Sequence[Experiment], folder: Path, *, quick: bool, table: Table | None
+) -> None:
+    """Write the pages of experiments, and the table of all of them.
+
+    Args:
+        experiments: Whose.
+        folder: Of the records.
+        quick: Whether the pages say that their figures mean nothing.
+        table: As of `main`.
+    """
+    rows = [(one, write_page(one, folder, quick=quick)) for one in experiments]
+    if table is not None:
+        table(rows, folder, quick)
+
+
+def write_page(experiment: Experiment, folder: Path, *, quick: bool = False) -> list[Row]:
+    """Write an experiment's page, CSV and pictures from its records.
+
+    Args:
+        experiment: Whose.
+        folder: Of the records and of what is written.
+        quick: Whether the page says that its figures mean nothing.
+
+    Returns:
+        The experiment's part of the table.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    records = read_records(folder / f"{experiment.name}.jsonl")
+    units = all_units(experiment, records, quick)
+    planned = {unit.digest for unit in units}
+    # Records of settings that are not planned any more are kept, and left out.
+    known = [record for record in records if record.unit.digest in planned]
+    findings = experiment.report(known, folder)
+    if known:
+        page = folder / f"{experiment.name}.md"
+        page.write_text(_page(experiment, known, len(units), findings, quick), encoding="utf-8")
+        print(page)
+    return findings.rows
+
+
+def _page(
+    experiment: Experiment, records: Sequence[Record], units: int, findings: Findings, quick: bool
+) -> str:
+    versions = {
+        f"{name} {number}"
+        for record in records
+        for name, number in record.versions.items()
+        if name != "threads"
+    }
+    return PAGE.format(
+        title=experiment.title,
+        name=experiment.name,
+        quick=QUICK_NOTE * quick,
+        text=findings.text,
+        done=len(records),
+        units=units,
+        minutes=sum(record.seconds for record in records) / 60,
+        versions=", ".join(sorted(versions)),
+    )
+
+
+def _few(unit: Unit) -> str:
+    keys = ("merge_rule", "task_weight", "estimator", "fisher_batch", "ewc_lambda")
+    return ", ".join(str(unit.settings[key]) for key in keys if key in unit.settings)

