@@ -24,6 +24,7 @@ from consolidate.options import (
     DATA_DIGEST,
     DTYPES,
     FREEZE,
+    GRADIENT_CHECKPOINTING,
     MERGING,
     METRICS,
     MLFLOW,
@@ -194,6 +195,7 @@ class _StderrHandler(logging.Handler):
     help="Of the weights during the pass; as stored by default. The Fisher is float32.",
 )
 @FREEZE
+@GRADIENT_CHECKPOINTING
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -253,6 +255,7 @@ def fisher(checkpoint: str, json: bool, metrics: Path | None, mlflow: bool, **op
 @EVALUATION
 @SEED
 @FREEZE
+@GRADIENT_CHECKPOINTING
 @click.option("--overwrite", is_flag=True, help="Replace the output folder that is there.")
 @estimator_options("fisher-")
 @click.option(

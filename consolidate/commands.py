@@ -82,6 +82,7 @@ def fisher(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     freeze: Sequence[str] = (),
+    gradient_checkpointing: bool = False,
     add: bool = False,
     overwrite: bool = False,
     output_dir: str | Path | None = None,
@@ -120,6 +121,7 @@ def fisher(
         device: Such as ``cpu`` or ``cuda``; the best there is unless given.
         dtype: Of the weights during the pass; as stored unless given.
         freeze: Glob patterns of parameters that are left out.
+        gradient_checkpointing: Layers keep only their inputs, and run again in the backward pass.
         add: Another task measured at the same weights is added to the Fisher that is there.
         overwrite: Replace the Fisher, or the output folder, that is there.
         output_dir: Write a whole checkpoint here instead of a Fisher into the folder.
@@ -169,6 +171,7 @@ def fisher(
             dtype=dtype,
             device=best_device(device),
             freeze=freeze,
+            gradient_checkpointing=gradient_checkpointing,
         )
         name = task_name(task or task_file.name, rows.name, before)
         examples = encode(

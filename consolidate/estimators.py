@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.batches import Batch, model_outputs, split_batch
+from consolidate.gradient_checkpointing import checkpointing_in_eval_mode
 from consolidate.likelihood import Likelihood, get_likelihood
 from consolidate.methods import method_of
 from consolidate.passes import PartialPass, Pass, Scores
@@ -268,7 +269,11 @@ def _measuring(model: nn.Module) -> Iterator[None]:
         if use_cache:
             config.use_cache = False  # A cache that is kept is changed when a layer runs again.
         torch.backends.mha.set_fastpath_enabled(False)  # It would leave the layers out.
-        with torch.inference_mode(False), torch.enable_grad():
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            checkpointing_in_eval_mode(model),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

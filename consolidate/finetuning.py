@@ -101,6 +101,7 @@ def finetune(
     seed: int = 0,
     device: str | None = None,
     freeze: Sequence[str] = (),
+    gradient_checkpointing: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
     data_digest: bool = True,
@@ -178,6 +179,7 @@ def finetune(
         seed: Of the data order, dropout, masks, subsets and sampled labels.
         device: Such as ``cpu`` or ``cuda``; the best there is unless given.
         freeze: Glob patterns of parameters that are neither trained nor measured.
+        gradient_checkpointing: As in `fisher`; while training and while measuring.
         overwrite: Replace the output folder that is there.
         revision: Of a checkpoint on the Hub.
         data_digest: Keep the data's digest in the ledger.
@@ -290,6 +292,7 @@ def finetune(
         validation=validation,
         device=device,
         freeze=freeze,
+        gradient_checkpointing=gradient_checkpointing,
         encoding={"max_length": max_length, "pack": pack, "seed": seed},
     )
     estimation = estimator_options(
@@ -303,6 +306,15 @@ def finetune(
     )
     if norm_statistics is not None and not has_statistics(start.model.module):
         LOG.info("--norm-statistics does nothing: the model keeps no running statistics")
+    if (
+        gradient_checkpointing
+        and recipe.norm_statistics == "update"
+        and has_statistics(start.model.module)
+    ):
+        raise UsageError(
+            "--gradient-checkpointing runs layers twice, which would update running statistics "
+            "twice: leave it out, or use --norm-statistics frozen"
+        )
     search = None
     if plan is not None:
         subject = _subject(start, recipe)

@@ -67,6 +67,7 @@ class Recording:
         anchor: What to differentiate by, so that gradients pass by every mark.
         dtype: The type they are computed in.
         alone: Whether nothing else has gradients.
+        again: Whether layers run again in the backward pass, to give back what they need there.
         uses: How often each parameter is used, by name.
         unfit: Names with a call that does not have one row per example.
         sink: Where the gradients go while a backward pass runs.
@@ -74,11 +75,12 @@ class Recording:
         busy: Whether a unit is being run again.
     """
 
-    def __init__(self, size: int, anchor: Tensor, dtype: torch.dtype, *, alone: bool):
+    def __init__(self, size: int, anchor: Tensor, dtype: torch.dtype, *, alone: bool, again: bool):
         self.size = size
         self.anchor = anchor
         self.dtype = dtype
         self.alone = alone
+        self.again = again
         self.uses: dict[str, int] = {}
         self.unfit: set[str] = set()
         self.sink: Sink | None = None
@@ -123,7 +125,8 @@ class Recording:
         inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
         call = Call(unit, inputs, spec, marked)
         # A tensor that gradients reach on their way to an earlier mark needs none of its own.
-        if output_spec is None and self.alone and output.requires_grad and not output._is_view():
+        reached = self.alone and output_spec is None and output.requires_grad
+        if reached and not self.again and not output._is_view():
             if self.open:
                 output.register_hook(lambda gradient: self.receive(call, (gradient,)))
             return None
@@ -183,6 +186,10 @@ class Recording:
         )
 
 
+_SAVED = object()
+"""Stands for a tensor that autograd keeps."""
+
+
 class _Mark(torch.autograd.Function):
     """Passes tensors on; in a backward pass the recording is given their gradients."""
 
@@ -190,6 +197,11 @@ class _Mark(torch.autograd.Function):
     def forward(
         ctx: Any, recording: Recording, call: Call, anchor: Tensor, *tensors: Tensor
     ) -> Any:
+        if recording.again:
+            # A checkpoint forgets what is saved this way, and has it made again.
+            ctx.save_for_backward(*(t for t in call.inputs if isinstance(t, Tensor)))
+            left = [_SAVED if isinstance(t, Tensor) else t for t in call.inputs]
+            call = call._replace(inputs=left)
         ctx.recording, ctx.call = recording, call
         ctx.set_materialize_grads(False)
         # Not views, so that the next layer may write into them.
@@ -197,7 +209,9 @@ class _Mark(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        ctx.recording.receive(ctx.call, gradients)
+        call, saved = ctx.call, iter(ctx.saved_tensors)
+        inputs = [next(saved) if value is _SAVED else value for value in call.inputs]
+        ctx.recording.receive(call._replace(inputs=inputs), gradients)
         return None, None, None, *gradients
 
 
@@ -303,15 +317,16 @@ class Recorder:
             handle.remove()
 
     @contextmanager
-    def recording(self, size: int, *, alone: bool) -> Iterator[Recording]:
+    def recording(self, size: int, *, alone: bool, again: bool) -> Iterator[Recording]:
         """Record a batch while it runs, and until it has run backward.
 
         Args:
             size: The number of examples in the batch.
             alone: Whether no parameter of the model requires gradients.
+            again: Whether layers run again in the backward pass.
         """
         try:
-            self._recording = Recording(size, self._anchor, self._dtype, alone=alone)
+            self._recording = Recording(size, self._anchor, self._dtype, alone=alone, again=again)
             yield self._recording
         finally:
             self._recording = None

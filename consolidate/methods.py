@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from consolidate.batches import Batch, out_of_memory
 from consolidate.example_gradients import Gradients, square
+from consolidate.gradient_checkpointing import checkpointed_layers
 from consolidate.layer_calls import Recorder, Unit, UnitError, add_squares, has_rows
 from consolidate.layer_rules import rule_of
 from formats.errors import InputError
@@ -113,12 +114,15 @@ def choose_methods(
             waits = len(paths) > 1 and reached[name].numel() * len(batch.labels) > MOST_WAITING
             levels[name] = "loop" if waits else "module"
     disagreed: dict[str, str] = {}
+    again = bool(checkpointed_layers(model))
     squared = False
     while True:
         units = _units(model, owners, levels, calls)
         marked = {name for unit in units for name in unit.names.values()}
         levels = {n: level if n in marked else "loop" for n, level in levels.items()}
-        failed = _disagreeing(units, reached, batch, forward, dtype, probe, expected, squared)
+        failed = _disagreeing(
+            units, reached, batch, forward, dtype, probe, expected, squared, again
+        )
         if squared and not failed:
             return Plan(levels, units, disagreed)
         disagreed = {name: method_of(levels[name]) for name in failed} | disagreed
@@ -325,6 +329,7 @@ def _disagreeing(
     probe: _Probe,
     expected: Mapping[str, Tensor],
     squared: bool,
+    again: bool,
 ) -> set[str]:
     """Return the names of marked parameters whose gradients are not the expected ones.
 
@@ -337,6 +342,7 @@ def _disagreeing(
         probe: What is sent back.
         expected: What `_sums` or `_squares` returned.
         squared: Which of the two.
+        again: Whether layers run again in the backward pass.
     """
     marked = {name for unit in units for name in unit.names.values()}
     if not marked:
@@ -352,7 +358,7 @@ def _disagreeing(
     try:
         with (
             closing(Recorder(units, vector.device, dtype)) as recorder,
-            recorder.recording(size, alone=True) as recording,
+            recorder.recording(size, alone=True, again=again) as recording,
         ):
             outputs = forward(batch)
             if squared:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.file_weights import FileWeights
+from consolidate.gradient_checkpointing import enable
 from consolidate.layout import Layout, same_names_layout, transformers_layout
 from consolidate.objectives import Objective, check_declared, default_objective, get_objective
 from formats.checkpoint import Checkpoint
@@ -69,6 +70,7 @@ def load_model(
     device: str | torch.device = "cpu",
     freeze: Sequence[str] = (),
     new_labels: Sequence[str] | None = None,
+    gradient_checkpointing: bool = False,
     seed: int = 0,
 ) -> Model:
     """Load a checkpoint into the module that it was made for.
@@ -91,6 +93,7 @@ def load_model(
         new_labels: Names of the labels of an output layer that the checkpoint lacks; it is made
             afresh. For regression the names of the outputs (empty: one output without a name). A
             factory has to find them in the config, as `relabelled` writes them.
+        gradient_checkpointing: Whether its layers keep only their inputs for the backward pass.
         seed: Of the new output layer's weights.
 
     Returns:
@@ -100,7 +103,8 @@ def load_model(
         InputError: Weights and architecture do not fit each other: missing, unexpected or resized
             tensors, an unknown architecture, a conversion that is not a rearrangement.
         UsageError: The factory cannot be called, an objective that does not fit, a pattern that
-            matches nothing, or transformers is not installed.
+            matches nothing, a model without gradient checkpointing of its own, or transformers is
+            not installed.
     """
     config = checkpoint.config
     chosen = (
@@ -114,6 +118,8 @@ def load_model(
         model = _from_transformers(checkpoint, chosen, dtype, new_labels, seed)
     model.module.to(device)
     model.module.eval()
+    if gradient_checkpointing:
+        enable(model.module)
     _freeze(model, freeze)
     return model
 

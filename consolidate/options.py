@@ -258,6 +258,12 @@ FREEZE = click.option(
     metavar="PATTERN",
     help="Leave out the parameters whose name matches, such as 'encoder.*'; may be repeated.",
 )
+GRADIENT_CHECKPOINTING = click.option(
+    "--gradient-checkpointing",
+    is_flag=True,
+    help="Layers keep only their inputs, and run again in the backward pass: less memory for long "
+    "examples, more time, the same result. Of transformers' models.",
+)
 SEED = click.option(
     "--seed",
     type=click.IntRange(0, 2**63 - 1),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from consolidate.accumulators import Accumulators
 from consolidate.batches import Batch, out_of_memory, place_of, placed
 from consolidate.example_gradients import MEASURED
+from consolidate.gradient_checkpointing import checkpointed_layers
 from consolidate.layer_calls import Recorder, UnitError, add_squares
 from consolidate.methods import (
     Plan,
@@ -100,6 +101,7 @@ class Pass:
         self._check = check
         self._note = note or (lambda text: None)
         self._place = place_of(model)
+        self._again = bool(checkpointed_layers(model))
         self._plan: Plan | None = None
         self._recorder: Recorder | None = None  # of what is marked in the plan
         self._watched: dict[str, nn.Parameter] = {}  # those that it knows nothing of
@@ -263,7 +265,9 @@ class Pass:
             watched = self._watched  # The first batch did not depend on them: this one might.
             with (
                 requiring_gradients(watched),
-                self._recorder.recording(len(batch), alone=not watched) as recording,
+                self._recorder.recording(
+                    len(batch), alone=not watched, again=self._again
+                ) as recording,
             ):
                 outputs, vectors = self._run(batch)
                 found = [*_dependencies(outputs, watched), *recording.unfit]

@@ -142,6 +142,7 @@ def load_start(
     validation: Mapping[str, str | Path],
     device: str | None,
     freeze: Sequence[str],
+    gradient_checkpointing: bool,
     encoding: dict[str, Any],
 ) -> Start:
     """Load the model, encode the data for it, and make the penalty around its weights.
@@ -159,6 +160,7 @@ def load_start(
         validation: Held-out data to choose λ by, by name.
         device: Where the model is put.
         freeze: Patterns of parameters that do not train.
+        gradient_checkpointing: Whether layers keep only their inputs.
         encoding: Options of `encode`, the seed among them.
 
     Returns:
@@ -181,6 +183,7 @@ def load_start(
         dtype=torch.float32,  # master weights: small updates vanish in bf16
         device=best_device(device),
         freeze=freeze,
+        gradient_checkpointing=gradient_checkpointing,
     )
     fitted = fit_model(
         load,

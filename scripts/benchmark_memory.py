@@ -22,15 +22,15 @@ from benchmarks import markdown, write_page
 TEXT = """
 # Peak memory
 
-Models like Llama with random bfloat16 weights: {sizes}; a vocabulary of 32,000, embedding and output
-layer apart. Each command runs as a process of its own on {sequences} sequences of {tokens} tokens. Its
-memory is read from `/proc/PID/status` every {interval:.0f} ms: *peak* is the most that anonymous and
-shared memory (`RssAnon` + `RssShmem`) come to. Pages of mapped files (`RssFile`: weights, Λ and μ, which
-the system takes back when it needs room) are listed apart.{quick}
+Models like Llama with random bfloat16 weights: {sizes}; a vocabulary of 32,000, embedding and
+output layer apart. Each command runs as a process of its own on {sequences} sequences of {tokens}
+tokens. Its memory is read from `/proc/PID/status` every {interval:.0f} ms: *peak* is the most that
+anonymous and shared memory (`RssAnon` + `RssShmem`) come to. Pages of mapped files (`RssFile`:
+weights, Λ and μ, which the system takes back when it needs room) are listed apart.{quick}
 
-*Theory* is the bytes that the algorithm has to hold times the parameters. *Above it* are the interpreter
-with torch and transformers ({base:.2f} GB, of a model with nothing in it), what is made of the largest
-tensor for a moment, activations, and freed memory that the allocator keeps.
+*Theory* is the bytes that the algorithm has to hold, times the parameters. *Above it* are the
+interpreter with torch and transformers ({base:.2f} GB, of a model with nothing in it), what is made
+of the largest tensor for a moment, activations, and freed memory that the allocator keeps.
 
 {table}
 
@@ -130,14 +130,18 @@ model.save_pretrained({str(folder)!r})
 tokenizer.save_pretrained({str(folder)!r})
 print(sum(p.numel() for p in model.parameters()))
 """
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
     return int(done.stdout)
 
 
 def write_data(path: Path, seed: int) -> None:
     """Write texts of TOKENS random tokens each, the end of text included."""
     draw = random.Random(seed)
-    texts = [" ".join(f"w{draw.randrange(2, 100)}" for _ in range(TOKENS - 1)) for _ in range(SEQUENCES)]
+    texts = [
+        " ".join(f"w{draw.randrange(2, 100)}" for _ in range(TOKENS - 1)) for _ in range(SEQUENCES)
+    ]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
@@ -260,7 +264,9 @@ def main() -> None:
     """Measure all sizes that were asked for and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", action="append", choices=SIZES, help="all of them unless given")
-    parser.add_argument("--folder", type=Path, help="for the checkpoints; a temporary one by default")
+    parser.add_argument(
+        "--folder", type=Path, help="for the checkpoints; a temporary one by default"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="an empty model alone; writes into experiments-output/"
     )
@@ -293,7 +299,9 @@ def main() -> None:
             fisher, finetune = runs["fisher"].peaks, runs["finetune"].peaks
             found = [*fisher.values(), *finetune.values()]
             measured = [f"{(peak.own - base) / counts[name]:.1f}" for peak in found]
-            each.append(f"{name} {measured[0]} for `fisher`, {measured[1]} to train, {measured[2]} after")
+            each.append(
+                f"{name} {measured[0]} for `fisher`, {measured[1]} to train, {measured[2]} after"
+            )
             moved.append(f"{100 * runs['finetune'].result['share_moved']:.1f} % ({name})")
     write_page(
         "memory",
@@ -305,15 +313,25 @@ def main() -> None:
             quick=" **A quick run of an empty model: its figures mean nothing.**" * options.quick,
             base=base / 1e9,
             table=markdown(
-                ["", "peak, GB", "theory, GB", "above it, GB", "bytes a parameter", "theory",
-                 "mapped, GB", "seconds"],
+                [
+                    "",
+                    "peak, GB",
+                    "theory, GB",
+                    "above it, GB",
+                    "bytes a parameter",
+                    "theory",
+                    "mapped, GB",
+                    "seconds",
+                ],
                 table,
             ),
             each="; ".join(each),
             theory="What theory counts:\n\n"
-            + "\n".join(f"- {part}: {count} bytes. {why}." for part, (count, why) in THEORY.items()),
-            moved=f"Of the weights, as stored in bfloat16, {STEPS} steps of SGD with a learning rate "
-            f"of 0.1 moved {', '.join(moved)}.",
+            + "\n".join(
+                f"- {part}: {count} bytes. {why}." for part, (count, why) in THEORY.items()
+            ),
+            moved=f"Of the weights, as stored in bfloat16, {STEPS} steps of SGD with a learning "
+            f"rate of 0.1 moved {', '.join(moved)}.",
             commands=f"The commands:\n\n```text\n{shown}\n```",
         ),
         quick=options.quick,

@@ -22,7 +22,7 @@ COMMAND_LINE = {"cli", "options", "training_options"}
 # Modules that take and return tensors.
 NUMERICAL = {"uniforms", "likelihood", "estimators", "layer_rules", "penalty", "merging"}
 NUMERICAL |= {"batches", "example_gradients", "layer_calls", "methods", "training", "evaluation"}
-NUMERICAL |= {"accumulators", "passes"}
+NUMERICAL |= {"accumulators", "passes", "gradient_checkpointing"}
 NUMERICAL |= {"trainer", "accuracy_matrix", "lambda_search"}
 INPUT_OUTPUT = {"os", "io", "pathlib", "json", "shutil", "tempfile", "subprocess", "socket"}
 INPUT_OUTPUT |= {"logging", "pickle", "safetensors", "huggingface_hub", "click", "tqdm", "urllib"}
