@@ -6,7 +6,7 @@ way back. A conversion is accepted if it is a rearrangement, which is proved by 
 of every element through it: the positions that come out are the way back.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +44,12 @@ class Layout:
     """
 
     def __init__(
-        self, module: nn.Module, groups: Sequence[Group], file_shapes: Shapes, unused: Iterable[str]
+        self,
+        module: nn.Module,
+        groups: Sequence[Group],
+        file_shapes: Shapes,
+        unused: Iterable[str],
+        outside: Collection[str] = (),
     ) -> None:
         """Build it from the groups that loading makes.
 
@@ -53,6 +58,7 @@ class Layout:
             groups: Module names may be any of a tied tensor's.
             file_shapes: By name, in the file's order.
             unused: Names of the file that belong to no group.
+            outside: Module names that belong to another file: an adapter's base model.
 
         Raises:
             InputError: Shapes differ, or a conversion is not a rearrangement.
@@ -67,7 +73,9 @@ class Layout:
         self._group_of_file = {n: group for group in self.groups for n in group.file_names}
         self._group_of_module = {n: group for group in self.groups for n in group.module_names}
         self.fresh = tuple(
-            name for name, _ in module.named_parameters() if name not in self._group_of_module
+            name
+            for name, _ in module.named_parameters()
+            if name not in self._group_of_module and name not in outside
         )
         file_order, module_order = [*self._file_shapes, *self.fresh], self._module_shapes
         self._place_in_file = {name: place for place, name in enumerate(file_order)}

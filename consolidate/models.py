@@ -49,6 +49,7 @@ class Model:
     layout: Layout
     notes: list[str] = field(default_factory=list)  # what a user should be told about the loading
     config_changes: dict[str, Any] = field(default_factory=dict)  # see `config_of`
+    base_layout: Layout | None = None  # of an adapter: that of its base model
 
     @property
     def outputs(self) -> int | None:
@@ -120,7 +121,7 @@ def load_model(
     model.module.eval()
     if gradient_checkpointing:
         enable(model.module)
-    _freeze(model, freeze)
+    freeze_parameters(model, freeze)
     return model
 
 
@@ -239,7 +240,7 @@ def fresh_weights(factory: str, config: dict[str, Any], seed: int) -> dict[str, 
     Raises:
         UsageError: The factory cannot be called.
     """
-    with _untouched_randomness(seed):
+    with untouched_randomness(seed):
         module = _call_factory(factory, config)
     own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     return {name: tensor for name, tensor in module.state_dict().items() if name in own}
@@ -253,7 +254,7 @@ def _from_factory(
     seed: int,
     head_is_new: bool,
 ) -> Model:
-    with _untouched_randomness(seed):
+    with untouched_randomness(seed):
         module = _call_factory(factory, checkpoint.config)
     weights = checkpoint.weights
     where = checkpoint.path
@@ -387,7 +388,7 @@ def _from_transformers(
     own = apart(weights)  # training writes into it, and the checkpoint stays as it was
     where = checkpoint.path
     notes: list[str] = []
-    with _untouched_randomness(seed), quiet():
+    with untouched_randomness(seed), quiet():
         config, classes = _architectures(checkpoint, objective)
         names = [cls.__name__ for cls in classes]
         declared = _declared(config)
@@ -689,7 +690,16 @@ def _label_names(config: Mapping[str, Any]) -> list[str] | None:
     return None if labels == [f"LABEL_{i}" for i in range(len(labels))] else labels
 
 
-def _freeze(model: Model, patterns: Sequence[str]) -> None:
+def freeze_parameters(model: Model, patterns: Sequence[str]) -> None:
+    """Let the parameters that match not train.
+
+    Args:
+        model: Changed in place.
+        patterns: Glob patterns of names, the module's or the file's.
+
+    Raises:
+        UsageError: A pattern matches nothing, or a part of what is one parameter.
+    """
     parameters = dict(model.module.named_parameters())
     names: dict[str, set[str]] = {}  # file and module names -> parameters
     for name in model.module.state_dict():
@@ -753,8 +763,12 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _untouched_randomness(seed: int) -> Iterator[None]:
-    """Seed the CPU's generators, and put them back as they were."""
+def untouched_randomness(seed: int) -> Iterator[None]:
+    """Seed the CPU's generators, and put them back as they were.
+
+    Args:
+        seed: Of what is drawn meanwhile.
+    """
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

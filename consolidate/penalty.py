@@ -95,8 +95,8 @@ class Penalty:
         self._terms = []
         for name, parameter in trained.items():
             if name in fisher:
-                term = _checked(name, parameter, fisher[name], anchor)
-                self._terms.append(_kept(term, dtype, self._device, live))
+                tensors = checked_tensors(name, parameter, fisher[name], anchor)
+                self._terms.append(_kept(_Term(parameter, *tensors), dtype, self._device, live))
         protected = {id(term.parameter) for term in self._terms}
         if len(protected) < len(self._terms):
             raise InputError("A tied parameter is given under two names: it would count twice.")
@@ -236,7 +236,7 @@ class Penalty:
                 continue
             if self._device is None and fisher.device != parameter.device:
                 # The model was moved after the penalty was made.
-                moved = (_converted(t, parameter.device, t.dtype) for t in (fisher, anchor))
+                moved = (converted(t, parameter.device, t.dtype) for t in (fisher, anchor))
                 self._terms[i] = _Term(parameter, *moved)
             yield self._terms[i]
 
@@ -267,9 +267,24 @@ def check_proximal(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _checked(
+def checked_tensors(
     name: str, parameter: nn.Parameter, fisher: Tensor, anchors: Mapping[str, Tensor] | None
-) -> _Term:
+) -> tuple[Tensor, Tensor]:
+    """Give Λ and μ of a parameter, its present values where there are no anchors.
+
+    Args:
+        name: The parameter's name.
+        parameter: θ.
+        fisher: Λ.
+        anchors: μ by name; None where it is θ.
+
+    Returns:
+        Λ and μ, without gradients.
+
+    Raises:
+        InputError: A shape is not the parameter's, μ is missing, or Λ is negative somewhere.
+        NonFiniteError: One of them is not finite.
+    """
     if anchors is not None and name not in anchors:
         raise InputError(f"The anchor holds no {name!r}, which the Fisher protects.")
     anchor = parameter if anchors is None else anchors[name]
@@ -283,33 +298,57 @@ def _checked(
             raise NonFiniteError(f"The {kind} of {name!r} holds values that are not finite.")
     if (fisher < 0).any():
         raise InputError(f"The Fisher of {name!r} holds negative values.")
-    return _Term(parameter, fisher.detach(), anchor.detach())
+    return fisher.detach(), anchor.detach()
 
 
 def _kept(
     term: _Term, dtype: torch.dtype | None, device: torch.device | None, live: set[int]
 ) -> _Term:
     """Convert Λ and μ; copy what would change with the parameters."""
-    wide = _wide(term.parameter.dtype)
     device = device or term.parameter.device
     kept = []
     for tensor in (term.fisher, term.anchor):
-        # What is narrower takes less memory, and is widened exactly where it is used.
-        own = tensor.dtype if torch.promote_types(tensor.dtype, wide) == wide else wide
         shared = tensor.untyped_storage().data_ptr() in live
-        kept.append(_converted(tensor, device, dtype or own, copy=shared))
+        stored = dtype or narrow(tensor.dtype, term.parameter.dtype)
+        kept.append(converted(tensor, device, stored, copy=shared))
     return _Term(term.parameter, *kept)
 
 
-def _converted(
+def narrow(dtype: torch.dtype, of_parameter: torch.dtype) -> torch.dtype:
+    """Give the type that Λ or μ is kept in: its own, but no wider than the penalty is computed in.
+
+    What is narrower takes less memory, and is widened exactly where it is used.
+
+    Args:
+        dtype: Its own.
+        of_parameter: That of the parameter.
+    """
+    widest = wide(of_parameter)
+    return dtype if torch.promote_types(dtype, widest) == widest else widest
+
+
+def converted(
     tensor: Tensor, device: torch.device, dtype: torch.dtype, *, copy: bool = False
 ) -> Tensor:
+    """Move a tensor as `Tensor.to` does; one number that stands for all elements stays one.
+
+    Args:
+        tensor: Any.
+        device: Where to.
+        dtype: As what.
+        copy: Whether it must not share memory.
+    """
     if tensor.dim() and not any(tensor.stride()):  # one number for all, as in l2
         return tensor.as_strided((), ()).to(device, dtype, copy=copy).expand(tensor.shape)
     return tensor.to(device, dtype, copy=copy)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Give the type that a parameter's penalty is computed in: float32, or its own if wider.
+
+    Args:
+        dtype: Of the parameter.
+    """
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -320,7 +359,7 @@ def _pieces(term: _Term, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         θ; Λ and μ, on its device in float32 or wider; and the others.
     """
     parameter = term.parameter.detach()
-    device, dtype = parameter.device, _wide(parameter.dtype)
+    device, dtype = parameter.device, wide(parameter.dtype)
     tensors = (parameter, term.fisher, term.anchor, *others)
     cut: Iterable[tuple[Tensor, ...]] = [tensors]
     size = CPU_PIECE * torch.get_num_threads() if parameter.is_cpu else DEVICE_PIECE

@@ -24,11 +24,13 @@ from formats.tensors import (
     write_tensors,
 )
 
+ADAPTER_CONFIG = "adapter_config.json"
 _KINDS = f"a file that ends in .safetensors, {', '.join(PICKLE_SUFFIXES)}"
 # What transformers' Trainer, accelerate and peft write beside the weights.
 _NOT_WEIGHTS = re.compile(
     r"(optimizer|scheduler|scaler|training_args|rng_state|random_states|sampler|adapter_model).*"
 )
+_ADAPTER_WEIGHTS = re.compile(r"adapter_model\.(safetensors|bin)")
 _OF_THE_OLD_WEIGHTS = re.compile(
     r".*\.safetensors(\.index\.json)?"
     r"|pytorch_model.*\.bin(\.index\.json)?"
@@ -52,6 +54,9 @@ class Checkpoint:
         config: The content of ``config.json``; empty where there is none.
         format: How the weights are stored.
         files: The weight files and their index.
+        adapter: The content of ``adapter_config.json`` where the weights are those of an adapter of
+            peft; None where they are a whole model.
+        base: The adapter's base model, once it is known.
     """
 
     path: Path
@@ -59,14 +64,16 @@ class Checkpoint:
     config: dict[str, Any]
     format: Literal["safetensors", "pickle"]
     files: tuple[Path, ...] = ()
+    adapter: dict[str, Any] | None = None
+    base: "Checkpoint | None" = None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint, reading only the headers of its weights where the format allows.
 
     In a folder ``model.safetensors`` or its shards are taken, else ``pytorch_model.bin`` or its
-    shards, else the only safetensors model there is, else the only pickle. What a killed run left
-    of the folder is completed or rolled back first.
+    shards, else the only safetensors model there is, else the only pickle, else an adapter of peft.
+    What a killed run left of the folder is completed or rolled back first.
 
     Args:
         path: A folder, or a ``.safetensors``, ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file.
@@ -88,18 +95,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
         files = _weight_files(path) if is_folder else (path,)
     except PermissionError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    config: dict[str, Any] = {}
-    if is_folder and (path / "config.json").exists():
-        check_link(path, path / "config.json")
-        config = read_json(path / "config.json")
+    config = _read_beside(path, "config.json") if is_folder else {}
     last = files[-1]
+    adapter = None
+    if is_folder and _ADAPTER_WEIGHTS.fullmatch(last.name):
+        adapter = _read_beside(path, ADAPTER_CONFIG)
     stem, is_safetensors, _ = last.name.partition(".safetensors")
     weights: Mapping[str, Tensor]
     weights = open_tensors(path, stem) if is_safetensors else open_pickle(last)
     if not weights:
         raise InputError(f"{last} holds no tensors")
     _refuse_quantized(path, weights, config)
-    return Checkpoint(path, weights, config, "safetensors" if is_safetensors else "pickle", files)
+    kind: Literal["safetensors", "pickle"] = "safetensors" if is_safetensors else "pickle"
+    return Checkpoint(path, weights, config, kind, files, adapter)
 
 
 def weight_records(weights: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
@@ -160,7 +168,16 @@ def write_checkpoint(
         InputError: If a file of the source cannot be read or is a link that leads out of its
             folder, a dtype cannot be stored, or the disk is full.
     """
-    write_tensors(staging, weights, metadata={"format": "pt"}, max_shard_size=max_shard_size)
+    if source.adapter is None:
+        write_tensors(staging, weights, metadata={"format": "pt"}, max_shard_size=max_shard_size)
+    else:  # which peft reads from one file
+        write_tensors(
+            staging,
+            weights,
+            stem="adapter_model",
+            metadata={"format": "pt"},
+            max_shard_size=2**63 - 1,
+        )
     if not source.path.is_dir():
         return
     others = list(other_files(source))
@@ -217,15 +234,24 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             )
         if models:
             return (_checked(folder, folder / models[0]),)
-    if (folder / "adapter_config.json").exists():
-        raise InputError(
-            f"{folder} holds an adapter, not a whole model; merge it into its base model first"
-        )
+    if (folder / ADAPTER_CONFIG).exists():
+        adapters = ("adapter_model.safetensors", "adapter_model.bin")
+        for name in adapters:
+            if (folder / name).exists():
+                return (_checked(folder, folder / name),)
+        raise InputError(f"{folder} has an {ADAPTER_CONFIG}, but no {' or '.join(adapters)}")
     there = sorted(entry.name for entry in folder.iterdir())
     found = ", ".join(there[:8]) + (", …" if len(there) > 8 else "") if there else "nothing"
     raise InputError(
         f"{folder} holds no model: expected model.safetensors, its index or {_KINDS}; found {found}"
     )
+
+
+def _read_beside(folder: Path, name: str) -> dict[str, Any]:
+    if not (folder / name).exists():
+        return {}
+    check_link(folder, folder / name)
+    return read_json(folder / name)
 
 
 def _indexed(index: Path, single: Path) -> tuple[Path, ...]:

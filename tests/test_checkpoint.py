@@ -144,7 +144,7 @@ def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(InputError, match=r"notes\.txt is no checkpoint: expected a folder or"):
         open_checkpoint(tmp_path / "notes.txt")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="holds an adapter"):
+    with pytest.raises(InputError, match=r"no adapter_model\.safetensors"):
         open_checkpoint(tmp_path)
 
 
