@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from consolidate.adapters import adapter_layout, with_base
 from consolidate.estimators import FisherDiagonal
 from consolidate.hub import FISHER, locate
 from consolidate.layout import Layout, same_names_layout, transformers_layout
@@ -20,7 +21,7 @@ from consolidate.overlap import fisher_overlap
 from consolidate.penalty import Penalty
 from formats.atomic import check_target, has_content, replace_folder
 from formats.checkpoint import Checkpoint, open_checkpoint, weight_records
-from formats.digest import TensorRecord
+from formats.digest import TensorRecord, set_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import (
     LEDGER_NAME,
@@ -65,12 +66,14 @@ def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
         The Fisher, read tensor by tensor.
 
     Raises:
-        InputError: There is none, it is damaged, or it belongs to other weights.
+        InputError: There is none, it is damaged, or it belongs to other weights, or to an adapter
+            of another base model.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist: run `consolidate fisher` first")
     stored = read_fisher(folder)
     check_belongs(stored, source.weights, str(source.path))
+    _check_base(stored, source)
     check_intact(stored)
     return stored
 
@@ -177,6 +180,7 @@ def add_task(
     data_digest: str | None = None,
     ewc_lambda: float | None = None,
     penalty: str | None = None,
+    penalty_on: str | None = None,
     parent: str | None = None,
     metrics: dict[str, dict[str, dict[str, float]]] | None = None,
     merge_rule: str | None = None,
@@ -200,6 +204,7 @@ def add_task(
         data_digest: SHA-256 of the data, or None.
         ewc_lambda: λ that the task was learned with.
         penalty: The penalty that it was learned with.
+        penalty_on: Where an adapter learned it: ``adapter`` or ``merged``, what the penalty held.
         parent: Set digest of the weights that learning it began from; None where it was measured.
         metrics: What was measured while it was learned.
         merge_rule: As in `merging_options`.
@@ -233,6 +238,7 @@ def add_task(
         data_digest=data_digest,
         ewc_lambda=ewc_lambda,
         penalty=penalty,
+        penalty_on=penalty_on,
         parent=parent,
         metrics=metrics or {},
         layers={
@@ -264,6 +270,7 @@ def add_task(
         weights=records or weight_records(weights),
         versions=program_versions(),
         heads={} if before is None else before.ledger.heads,
+        base=_base_digest(before, model.checkpoint),
     )
     return merged, anchor, ledger
 
@@ -341,7 +348,7 @@ def store_fisher(
     Raises:
         InputError: There is a Fisher already, or the module's weights are not the checkpoint's.
     """
-    source = open_checkpoint(Path(checkpoint))
+    source = with_base(open_checkpoint(Path(checkpoint)), None)
     target = Path(checkpoint) / "fisher"
     refuse_existing(target, overwrite=overwrite)
     check_task_name(task)
@@ -405,6 +412,32 @@ def program_versions() -> dict[str, str]:
     return versions
 
 
+def _base_digest(before: Chain | None, source: Checkpoint) -> str | None:
+    """Give the digest of an adapter's base model; a chain so far has been compared with it."""
+    if before is not None or source.base is None:
+        return None if before is None else before.ledger.base
+    return set_digest(weight_records(source.base.weights))
+
+
+def _check_base(stored: StoredFisher, source: Checkpoint) -> None:
+    """Refuse the Fisher of an adapter at another base model than the one it was measured with."""
+    if (stored.ledger.base is None) != (source.adapter is None):
+        kinds = ("a whole model", "an adapter")
+        raise InputError(
+            f"{stored.folder / LEDGER_NAME} is of {kinds[stored.ledger.base is not None]}, and "
+            f"{source.path} is {kinds[source.adapter is not None]}"
+        )
+    if source.base is None:
+        return
+    found = set_digest(weight_records(source.base.weights))
+    if found != stored.ledger.base:
+        raise InputError(
+            f"{stored.folder / LEDGER_NAME} was measured on a base model with the digest "
+            f"{str(stored.ledger.base)[:12]}…, and {source.base.path} has {found[:12]}…: name the "
+            "right one with --base-model"
+        )
+
+
 def _weight(asked: float | str, tasks: Sequence[TaskRecord], apart: Collection[str]) -> float:
     """Give the weight of the last task, relative to the first's where it was not a number.
 
@@ -426,6 +459,8 @@ def _weight(asked: float | str, tasks: Sequence[TaskRecord], apart: Collection[s
 
 def _layout(module: nn.Module, source: Checkpoint) -> Layout:
     shapes = {name: shape_of(source.weights, name) for name in source.weights}
+    if source.adapter is not None:
+        return adapter_layout(module, shapes)
     if hasattr(module, "save_pretrained"):
         return transformers_layout(module, shapes)[0]
     return same_names_layout(module, shapes)

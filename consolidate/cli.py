@@ -36,7 +36,7 @@ from consolidate.options import (
     estimator_options,
 )
 from consolidate.result_texts import json_text, plain
-from consolidate.training_options import EVALUATION, HEAD, PENALTY, STRENGTH, TRAINING
+from consolidate.training_options import ADAPTER, EVALUATION, HEAD, PENALTY, STRENGTH, TRAINING
 from formats.errors import ConsolidateError, ForgettingError, InputError
 
 if TYPE_CHECKING:
@@ -247,6 +247,7 @@ def fisher(checkpoint: str, json: bool, metrics: Path | None, mlflow: bool, **op
 @click.option("--output-dir", required=True, metavar="DIR", help="Where the new checkpoint goes.")
 @STRENGTH
 @PENALTY
+@ADAPTER
 @TASK
 @MODEL
 @HEAD

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consolidate.adapters import load, with_base, without_fisher
 from consolidate.chain import (
     add_task,
     merging_options,
@@ -31,10 +32,7 @@ from consolidate.hub import FISHER, VALUES, commits_of, locate
 from consolidate.kept_pass import KeptPass
 from consolidate.likelihood import get_likelihood
 from consolidate.measuring import estimator_options, measure_fisher, pass_cost
-from consolidate.models import (
-    Model,
-    load_model,
-)
+from consolidate.models import Model
 from consolidate.progress import progress
 from formats.atomic import claimed, partial_path, replace_folder
 from formats.checkpoint import (
@@ -87,6 +85,7 @@ def fisher(
     overwrite: bool = False,
     output_dir: str | Path | None = None,
     revision: str | None = None,
+    base_model: str | Path | None = None,
     data_digest: bool = True,
     check: bool = False,
     tolerance: float | None = None,
@@ -126,6 +125,8 @@ def fisher(
         overwrite: Replace the Fisher, or the output folder, that is there.
         output_dir: Write a whole checkpoint here instead of a Fisher into the folder.
         revision: Of a checkpoint on the Hub.
+        base_model: Of a checkpoint that is an adapter of peft: a folder or a repository. The one
+            that its config names unless given, if that is a folder here.
         data_digest: Keep the data's digest in the ledger.
         check: Hold every batch against single examples and autograd, not only the first.
         tolerance: Read in seeded random order and stop once the relative standard error of every
@@ -156,7 +157,7 @@ def fisher(
     folder = locate(checkpoint, revision, without=() if add else FISHER)
     if in_place and (not folder.is_dir() or not Path(checkpoint).exists()):
         raise UsageError(f"{checkpoint} is no local folder: say where to write with --output-dir")
-    source = open_checkpoint(folder)
+    source = with_base(open_checkpoint(folder), base_model)
     target = folder / "fisher" if in_place else Path(str(output_dir))
     check_output(target, source, overwrite=overwrite or (add and in_place), whole=not in_place)
     with nullcontext() if dry_run else claimed(target):
@@ -164,7 +165,7 @@ def fisher(
         merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
         check_finite(source.weights, folder)
         task_file, rows = open_task(data, split=split)
-        loaded = load_model(
+        loaded = load(
             source,
             objective=objective or task_file.objective,
             factory=model,
@@ -224,6 +225,9 @@ def fisher(
                 "objective": loaded.objective.name,
                 "model": model,
                 "module": _module_digest(loaded),
+                "base_model": None
+                if source.base is None
+                else set_digest(weight_records(source.base.weights)),
                 "columns": asdict(columns_of(columns, task_file)),
                 "max_length": max_length,
                 "pack": pack,
@@ -286,6 +290,7 @@ def evaluate(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    base_model: str | Path | None = None,
 ) -> dict[str, dict[str, float]]:
     """Measure a checkpoint on each task: loss, and accuracy or perplexity.
 
@@ -306,6 +311,8 @@ def evaluate(
         device: Such as ``cpu`` or ``cuda``; the best there is unless given.
         dtype: Of the weights; as stored unless given.
         revision: Of a checkpoint on the Hub.
+        base_model: Of a checkpoint that is an adapter of peft: a folder or a repository. The one
+            that its config names unless given, if that is a folder here.
 
     Returns:
         The metrics of each task, by name.
@@ -317,7 +324,7 @@ def evaluate(
     folder = locate(checkpoint, revision, without=VALUES)
     if (ledger := _ledger(folder / "fisher")) is not None and ledger.heads:
         folder = locate(checkpoint, revision)  # heads are opened with the rest of the folder
-    source = open_checkpoint(folder)
+    source = with_base(open_checkpoint(folder), base_model)
     check_finite(source.weights, folder)
     if not isinstance(data, Mapping):
         data = {Path(data).stem: data}
@@ -333,15 +340,15 @@ def evaluate(
                 ", ".join(stored.heads),
             )
     opened = {name: open_task(spec, split=split) for name, spec in data.items()}
-    load = partial(
-        load_model,
+    load_as = partial(
+        load,
         objective=objective or next((f.objective for f, _ in opened.values() if f.objective), None),
         factory=model,
         dtype=dtype,
         device=best_device(device),
     )
-    loaded = load(source)
-    with_heads = {} if stored is None else models_of_tasks(load, loaded, stored, tasks)
+    loaded = load_as(source)
+    with_heads = {} if stored is None else models_of_tasks(load_as, loaded, stored, tasks)
     encoded = {
         name: encode(
             rows,
@@ -489,7 +496,8 @@ def _task_names(folder: Path) -> str:
 
 def _module_digest(model: Model) -> str:
     """Give a digest of what the module is made of, which its weights do not tell."""
-    text = json.dumps(model.checkpoint.config, sort_keys=True) + repr(model.module)
+    configs = [model.checkpoint.config, model.checkpoint.adapter]
+    text = json.dumps(configs, sort_keys=True) + repr(model.module)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -544,7 +552,8 @@ def log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> Non
         examples: What was read.
         diagonal: What was measured.
     """
-    for note in [*model.notes, *examples.notes()]:
+    factors = [] if model.checkpoint.base is None else without_fisher(model, diagonal)
+    for note in [*model.notes, *examples.notes(), *factors]:
         LOG.info("%s", note)
     slow = [name for name, method in diagonal.methods.items() if method == "loop"]
     if slow and diagonal.examples > 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from consolidate.adapters import end_adapting
 from consolidate.commands import evaluate_all
 from consolidate.examples import subset
 from consolidate.likelihood import get_likelihood
@@ -166,6 +167,8 @@ def train(start: Start, recipe: Recipe, target: Path) -> Trained:
 
     take_metrics("before")
     steps = descend(start, recipe, take_metrics)
+    if start.frozen is not None:
+        end_adapting(start.model, start.frozen, start.with_heads.values())
     weights = file_weights(start.model)
     try:
         check_finite(weights, target)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import wraps
@@ -12,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from consolidate.adapters import Lora
 from consolidate.chain import add_task
 from consolidate.commands import check_output, fisher_summary, log_notes
 from consolidate.descent import (
@@ -74,6 +76,12 @@ def finetune(
     task: str | None = None,
     objective: str | None = None,
     model: str | None = None,
+    base_model: str | Path | None = None,
+    lora_rank: int | None = None,
+    lora_targets: Sequence[str] = (),
+    lora_alpha: float | None = None,
+    rslora: bool = False,
+    penalty_on: str | None = None,
     head: str = "keep",
     head_parameters: Sequence[str] = (),
     columns: Columns | None = None,
@@ -144,6 +152,16 @@ def finetune(
         task: The new task's name in the ledger; the data's name unless given.
         objective: What is predicted; the architecture's own unless given.
         model: ``package.module:factory`` for a model that transformers does not know.
+        base_model: Of a checkpoint that is an adapter of peft, as in `fisher`.
+        lora_rank: Train a fresh low-rank adapter W + s B A of this rank in place of the weights W
+            (Hu et al. 2021). The output is a whole checkpoint, with the adapter merged.
+        lora_targets: Glob patterns of the names of the layers that get one, or of their last parts;
+            those that peft has for the architecture unless given.
+        lora_alpha: α of s = α/r; the rank unless given.
+        rslora: s = α/√r instead.
+        penalty_on: Where an adapter is trained: ``adapter`` holds its own parameters by their
+            Fisher, ``merged`` holds W + s B A by that of the whole weights. ``adapter`` for a
+            checkpoint that is an adapter with its own Fisher, else ``merged``, unless given.
         head: The output layer: ``keep`` it, whose labels must be the data's by name; ``new`` puts
             it aside for the tasks that use it and starts a fresh one; ``extend`` adds rows for
             the labels it lacks.
@@ -233,6 +251,7 @@ def finetune(
         raise UsageError(f"--head {head}: expected one of {', '.join(HEADS)}")
     if head_parameters and head == "keep":
         raise UsageError("--head-parameters has no meaning with --head keep: leave it out")
+    lora = _lora(lora_rank, lora_targets, lora_alpha, rslora)
     target = Path(output_dir)
     opened = open_start(
         checkpoint,
@@ -247,10 +266,18 @@ def finetune(
         split=split,
         overwrite=overwrite,
         revision=revision,
+        base_model=base_model,
+        lora=lora,
+        penalty_on=penalty_on,
         merge_rule=merge_rule,
         gamma=gamma,
         task_weight=task_weight,
     )
+    if opened.penalty_on == "merged" and penalty_step == "proximal":
+        raise UsageError(
+            "--penalty-step proximal has no meaning with the penalty on merged weights, whose "
+            "minimum in A and B cannot be told element by element: use gradient"
+        )
     old = [] if opened.before is None else [known.name for known in opened.before.ledger.tasks]
     evaluate, validation = dict(evaluate or {}), dict(validation or {})
     plan = None
@@ -293,6 +320,7 @@ def finetune(
         device=device,
         freeze=freeze,
         gradient_checkpointing=gradient_checkpointing,
+        lora=lora,
         encoding={"max_length": max_length, "pack": pack, "seed": seed},
     )
     estimation = estimator_options(
@@ -359,6 +387,26 @@ def finetune(
     return result
 
 
+def _lora(
+    rank: int | None, targets: Sequence[str], alpha: float | None, rslora: bool
+) -> Lora | None:
+    """Gather the options of a fresh adapter; none has a meaning without its rank."""
+    if rank is not None:
+        if rank < 1:
+            raise UsageError(f"--lora-rank {rank}: expected at least 1")
+        if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
+            raise UsageError(f"--lora-alpha {alpha}: expected a finite number above 0")
+        return Lora(rank, tuple(targets), alpha, rslora)
+    for option, given in (
+        ("lora-targets", bool(targets)),
+        ("lora-alpha", alpha is not None),
+        ("rslora", rslora),
+    ):
+        if given:
+            raise UsageError(f"--{option} has no meaning without --lora-rank")
+    return None
+
+
 def _subject(start: Start, recipe: Recipe) -> Subject:
     """Give a search what it trains: runs as `train` makes them, each with its own schedule."""
     assert start.penalty is not None  # a search is refused without one
@@ -370,7 +418,8 @@ def _subject(start: Start, recipe: Recipe) -> Subject:
         warmup = round(recipe.warmup_steps * steps / length(examples))
         shortened = replace(recipe, max_steps=steps, warmup_steps=warmup, log_every=steps)
         descend(replace(start, examples=examples), shortened, lambda *when: None)
-        take_stored_values(start.model, file_weights(start.model))
+        if start.frozen is None:  # else the weights are what they were, and the adapter is float32
+            take_stored_values(start.model, file_weights(start.model))
 
     return Subject(
         start.model,
@@ -418,6 +467,7 @@ def _finish(
         data_digest=opened.rows.digest() if data_digest else None,
         ewc_lambda=ewc_lambda,
         penalty=penalty,
+        penalty_on=opened.penalty_on,
         parent=set_digest(started_from),
         metrics=trained.metrics,
         merge_rule=opened.merge_rule,
@@ -428,7 +478,7 @@ def _finish(
     heads = None if before is None else before.heads
     with replace_folder(target, overwrite=overwrite) as staging:
         write_checkpoint(staging, opened.source, trained.weights)
-        if config_of(loaded) != opened.source.config:
+        if opened.source.adapter is None and config_of(loaded) != opened.source.config:
             write_file(staging / "config.json", json.dumps(config_of(loaded), indent=2) + "\n")
         write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
     steps = trained.steps
@@ -439,6 +489,7 @@ def _finish(
             opened.source.path, None if opened.before is None else opened.before.folder
         ),
         "penalty": penalty,
+        "penalty_on": opened.penalty_on,
         "ewc_lambda": ewc_lambda,
         "steps": steps[-1].step if steps else 0,
         "loss": steps[-1].loss if steps else None,

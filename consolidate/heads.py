@@ -87,6 +87,8 @@ def fit_model(
         InputError: The data has labels that the model lacks, or no such head can be made.
         UsageError: The objective has no labels, or the head cannot be told from the trunk.
     """
+    if source.adapter is not None and head != "keep":
+        raise UsageError(f"--head {head} needs a whole model, and {source.path} is an adapter")
     model = load(source, new_labels=new_labels)
     fitted = _with_wider_vocabulary(load, Fitted(model, before, {}), new_labels)
     model = fitted.model
@@ -421,6 +423,11 @@ def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str]
     output = module.get_output_embeddings()
     parts = {id(embedding), *(id(p) for p in ([] if output is None else output.parameters()))}
     layout, source = model.layout, model.checkpoint
+    if source.adapter is not None:
+        raise InputError(
+            f"{source.path}: the tokenizer has {wanted} tokens and the base model {count}, and an "
+            "adapter has no rows for them: use the tokenizer of the base model"
+        )
     files = {
         file
         for name, p in module.named_parameters()

@@ -124,6 +124,7 @@ def show(
             "digest": set_digest(ledger.fisher),
         },
         "weights": {"tensors": len(ledger.weights), "digest": set_digest(ledger.weights)},
+        "base": ledger.base,
         "anchor": "the weights" if ledger.anchor is None else "fisher/anchor",
         "heads": sorted(ledger.heads),
         "parameters": parameters[:top],
@@ -249,7 +250,7 @@ def show_text(summary: Mapping[str, Any]) -> str:
         f"Fisher: {fisher['values']:,} values in {fisher['tensors']} tensors of {fisher['dtype']}",
         f"trace: {fisher['trace']:.6g}",
         f"merged: {rule}; anchor: {summary['anchor']}",
-        f"of the weights {summary['weights']['digest'][:12]}…",
+        _weights_text(summary),
         *_heads(summary),
         "",
         *_table(
@@ -462,6 +463,14 @@ def _file(tensors: Mapping[str, Tensor], name: str, path: Path) -> Path:
     return tensors.file_of(name) if isinstance(tensors, TensorFiles) else path
 
 
+def _weights_text(summary: Mapping[str, Any]) -> str:
+    """Say which weights the Fisher is of, and whether they are an adapter's."""
+    text = f"of the weights {summary['weights']['digest'][:12]}…"
+    if summary["base"] is None:
+        return text
+    return f"{text}, an adapter's, on the base model {summary['base'][:12]}…"
+
+
 def _heads(summary: Mapping[str, Any]) -> list[str]:
     """Say which tasks have an output layer of their own, where any has."""
     if not summary["heads"]:
@@ -497,7 +506,10 @@ def penalty_text(task: Mapping[str, Any]) -> str:
     if task["penalty"] is None:
         return "–"
     strength = task["ewc_lambda"]
-    return "no penalty" if strength is None else f"{task['penalty']}, λ = {strength:g}"
+    if strength is None:
+        return "no penalty"
+    held = {None: "", "adapter": " on the adapter", "merged": " on merged weights"}
+    return f"{task['penalty']}{held[task['penalty_on']]}, λ = {strength:g}"
 
 
 def _metrics(tasks: list[dict[str, Any]]) -> list[list[str]]:

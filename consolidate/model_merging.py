@@ -213,6 +213,11 @@ def _open(checkpoint: str | Path, coefficient: float) -> _Model:
     """Open a checkpoint and its Fisher, and check their digests and values."""
     path = locate(checkpoint)
     source = open_checkpoint(path)
+    if source.adapter is not None:
+        raise InputError(
+            f"{path} is an adapter, and means of factors are no means of weights: merge whole "
+            "models"
+        )
     stored = stored_fisher(path / "fisher", source)
     check_finite(source.weights, path)
     for kind, tensors, _ in tensor_sets(stored):

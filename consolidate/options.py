@@ -185,6 +185,11 @@ MODEL = options(
     ),
     REVISION,
     click.option(
+        "--base-model",
+        metavar="PATH|REPO",
+        help="Of a CHECKPOINT that is an adapter of peft; the folder that it names by default.",
+    ),
+    click.option(
         "--device", metavar="DEVICE", help="cpu, cuda, mps, …; the best there is by default."
     ),
 )

@@ -132,6 +132,9 @@ def _of_task(task: TaskRecord) -> list[str]:
         f"gives no ewc_lambda with the penalty {task.penalty}": (
             task.penalty not in ("ewc", "l2") or task.ewc_lambda is not None
         ),
+        f"gives penalty_on {task.penalty_on}, but was trained without a penalty": (
+            task.penalty_on is None or task.penalty in ("ewc", "l2")
+        ),
         "gives a parent, but was only measured": task.penalty is not None or task.parent is None,
     }
     return [f"the task {task.name!r} {what}" for what, holds in checks.items() if not holds]

@@ -156,6 +156,8 @@ def push(
     folder = locate(checkpoint)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: a checkpoint with its Fisher is needed")
+    if not fisher_only and open_checkpoint(folder).adapter is not None:
+        raise InputError(f"{folder} is an adapter, and only whole models can be published")
     stored = read_fisher(folder / "fisher")
     api = HfApi(token=token, library_name="consolidate")
     asked = True

@@ -28,6 +28,7 @@ from consolidate.lambda_search import (
     grid,
 )
 from consolidate.likelihood import get_likelihood
+from consolidate.merged_penalty import MergedPenalty
 from consolidate.models import Model
 from consolidate.penalty import Penalty
 from consolidate.search_plot import check_plot
@@ -52,7 +53,7 @@ class Subject:
     """What is trained again and again; a search leaves it as it was."""
 
     model: Model
-    penalty: Penalty
+    penalty: Penalty | MergedPenalty
     examples: Examples  # of the new task
     held_out: Mapping[str, Examples]
     with_heads: Mapping[str, Model]  # what old tasks with a head of their own are measured with

@@ -8,16 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from consolidate.adapters import (
+    Lora,
+    adapt,
+    load,
+    low_rank_layers,
+    other_parameters,
+    with_base,
+)
 from consolidate.chain import Chain, find_fisher, merging_options, stored_fisher, task_name
 from consolidate.commands import best_device, check_output, columns_of
 from consolidate.examples import Columns, Examples, encode, label_names
 from consolidate.heads import Fitted, fit_model, models_of_tasks
 from consolidate.hub import FISHER, locate
-from consolidate.models import Model, lacks_head, load_model
+from consolidate.merged_penalty import MergedPenalty
+from consolidate.models import Model, lacks_head
 from consolidate.penalty import Penalty
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
-from formats.errors import InputError
+from formats.errors import InputError, UsageError
 from formats.fisher_folder import StoredFisher
 from formats.rows import Rows
 from formats.task_file import open_task
@@ -31,6 +41,8 @@ class Opened:
 
     source: Checkpoint
     before: StoredFisher | None  # the chain so far
+    holding: StoredFisher | None  # what the penalty is made of: that, or the base model's
+    penalty_on: str | None  # "adapter" or "merged" where an adapter is trained with a penalty
     rows: Rows
     task: str
     objective: str | None
@@ -49,7 +61,8 @@ class Start:
     evaluations: dict[str, Examples]
     held_out: dict[str, Examples]  # to choose λ by
     with_heads: dict[str, Model]  # by evaluation, of tasks with a head of their own
-    penalty: Penalty | None
+    penalty: Penalty | MergedPenalty | None
+    frozen: list[nn.Parameter] | None = None  # for a fresh adapter; None where there is none
 
 
 def open_start(
@@ -66,6 +79,9 @@ def open_start(
     split: str | None,
     overwrite: bool,
     revision: str | None,
+    base_model: str | Path | None,
+    lora: Lora | None,
+    penalty_on: str | None,
     merge_rule: str | None,
     gamma: float | None,
     task_weight: float | str,
@@ -85,6 +101,9 @@ def open_start(
         split: Of the data.
         overwrite: Whether the target may be replaced.
         revision: Of a checkpoint on the Hub.
+        base_model: Of a checkpoint that is an adapter.
+        lora: A fresh adapter to train in place of the weights.
+        penalty_on: What the penalty is on where an adapter is trained.
         merge_rule: How the task will be merged.
         gamma: γ of ``online``.
         task_weight: The weight of the new Fisher.
@@ -97,13 +116,19 @@ def open_start(
         UsageError: The options contradict each other or the checkpoint.
     """
     folder = locate(checkpoint, revision, without=() if fisher is None else FISHER)
-    source = open_checkpoint(folder)
+    source = with_base(open_checkpoint(folder), base_model)
     check_output(target, source, overwrite=overwrite, whole=True)
-    stored_at = find_fisher(folder, fisher)
-    before = None
-    if stored_at is not None:
-        before = stored_fisher(stored_at, source)
-    elif penalty == "ewc":
+    penalty_on = _penalty_on(penalty_on, penalty, source, lora, fisher)
+    of_base = source.base is not None and penalty_on == "merged"
+    stored_at = find_fisher(folder, None if of_base else fisher)
+    before = None if stored_at is None else stored_fisher(stored_at, source)
+    holding = before
+    if of_base and penalty == "ewc":
+        assert source.base is not None
+        place = find_fisher(source.base.path, fisher)
+        holding = None if place is None else stored_fisher(place, source.base)
+        checkpoint, folder = source.base.path, source.base.path
+    if holding is None and penalty == "ewc":
         if model is None and objective and lacks_head(source, objective):
             raise InputError(
                 f"{folder} has no output layer for {objective} yet: let it learn a first task with "
@@ -119,6 +144,8 @@ def open_start(
     return Opened(
         source=source,
         before=before,
+        holding=holding,
+        penalty_on=penalty_on,
         rows=rows,
         task=task_name(task or task_file.name, rows.name, before),
         objective=objective or task_file.objective,
@@ -143,6 +170,7 @@ def load_start(
     device: str | None,
     freeze: Sequence[str],
     gradient_checkpointing: bool,
+    lora: Lora | None,
     encoding: dict[str, Any],
 ) -> Start:
     """Load the model, encode the data for it, and make the penalty around its weights.
@@ -161,6 +189,7 @@ def load_start(
         device: Where the model is put.
         freeze: Patterns of parameters that do not train.
         gradient_checkpointing: Whether layers keep only their inputs.
+        lora: A fresh adapter to train in place of the weights.
         encoding: Options of `encode`, the seed among them.
 
     Returns:
@@ -175,8 +204,8 @@ def load_start(
     if penalty == "none" and model is None and objective and lacks_head(source, objective):
         new_labels = label_names(opened.rows, objective, opened.columns)
     learned = 0 if opened.before is None else len(opened.before.ledger.tasks)
-    load = partial(
-        load_model,
+    load_as = partial(
+        load,
         objective=objective,
         factory=model,
         seed=encoding["seed"] + learned,  # heads that begin alike compete for the same features
@@ -186,7 +215,7 @@ def load_start(
         gradient_checkpointing=gradient_checkpointing,
     )
     fitted = fit_model(
-        load,
+        load_as,
         source,
         opened.before,
         opened.rows,
@@ -199,7 +228,7 @@ def load_start(
     with_heads: dict[str, Model] = {}
     if before is not None:
         tasks = {name: name for name in (*evaluate, *validation)}
-        with_heads = models_of_tasks(load, loaded, before, tasks)
+        with_heads = models_of_tasks(load_as, loaded, before, tasks)
     examples = encode(opened.rows, loaded, columns=opened.columns, **encoding)
 
     def encode_named(data: Mapping[str, str | Path]) -> dict[str, Examples]:
@@ -216,45 +245,82 @@ def load_start(
         "dtype": penalty_dtype,
         "device": None if penalty_device is None else best_device(penalty_device),
     }
-    term = _penalty(penalty, ewc_lambda, fitted, **storage)
+    frozen = None
+    if lora is not None:
+        whole = {*fitted.free, *loaded.layout.fresh}
+        frozen = adapt(loaded, lora, whole, with_heads.values(), seed=encoding["seed"])
+    term = _penalty(penalty, ewc_lambda, fitted, opened, **storage)
     if before is not None and penalty != "ewc":
         LOG.info(
             "the Fisher of %s does not hold the weights in this run; it is kept, around %s",
             ", ".join(task.name for task in before.ledger.tasks),
             "the weights as they will be" if opened.merge_rule == "online" else "its anchor",
         )
-    return Start(loaded, before, examples, evaluations, held_out, with_heads, term)
+    return Start(loaded, before, examples, evaluations, held_out, with_heads, term, frozen)
+
+
+def _penalty_on(
+    asked: str | None, penalty: str, source: Checkpoint, lora: Lora | None, fisher: object
+) -> str | None:
+    """Choose what the penalty is on where an adapter is trained."""
+    if lora is not None and source.adapter is not None:
+        raise UsageError(f"{source.path} is an adapter already: leave --lora-rank out")
+    if lora is None and source.adapter is None:
+        if asked is not None:
+            raise UsageError(
+                f"--penalty-on {asked} is for adapters: use it with --lora-rank, or a checkpoint "
+                "that is one"
+            )
+        return None
+    if penalty == "none":
+        if asked is not None:
+            raise UsageError("--penalty-on has no meaning with --penalty none: leave it out")
+        return None
+    if asked == "adapter" and lora is not None and penalty == "ewc":
+        raise UsageError(
+            "--penalty-on adapter needs the Fisher of an adapter, and a fresh one has none: start "
+            "from an adapter that `consolidate fisher` has measured, or use --penalty-on merged"
+        )
+    if asked is None:
+        own = source.adapter is not None and find_fisher(source.path, None) is not None
+        asked = "adapter" if own else "merged"
+    return asked
 
 
 def _penalty(
     kind: str,
     ewc_lambda: float | None,
     fitted: Fitted,
+    opened: Opened,
     **storage: Any,
-) -> Penalty | None:
+) -> Penalty | MergedPenalty | None:
     if kind == "none" or ewc_lambda is None:
         return None
     model, stored = fitted.model, fitted.before
-    to_module = model.layout.to_module
-    if kind == "l2":
+    penalty: Penalty | MergedPenalty
+    if opened.penalty_on == "merged":
+        of_base = model.base_layout is not None
+        penalty = _merged_penalty(
+            kind, ewc_lambda, fitted, opened.holding if of_base else stored, **storage
+        )
+    elif kind == "l2":
         if not fitted.free:
             return Penalty.l2(model.module, ewc_lambda=ewc_lambda, **storage)
-        held = {name: torch.ones_like(p) for name, p in model.module.named_parameters()}
-        for name, first in fitted.free.items():
-            for at in model.layout.module_names(name):
-                held[at][first:] = 0
+        held = _alike(fitted, dict(model.module.named_parameters()))
         return Penalty(model.module, held, ewc_lambda=ewc_lambda, **storage)
-    assert stored is not None  # finetune has refused by now
-    # What stays in the mapped files takes no memory of its own.
-    anchor = stored.anchor or {name: model.checkpoint.weights[name] for name in stored.fisher}
-    penalty = Penalty(
-        model.module,
-        to_module(stored.fisher),
-        to_module(anchor),
-        ewc_lambda=ewc_lambda,
-        offset=stored.ledger.penalty_offset,
-        **storage,
-    )
+    else:
+        assert stored is not None  # finetune has refused by now
+        # What stays in the mapped files takes no memory of its own.
+        anchor = stored.anchor or {name: model.checkpoint.weights[name] for name in stored.fisher}
+        to_module = model.layout.to_module
+        penalty = Penalty(
+            model.module,
+            to_module(stored.fisher),
+            to_module(anchor),
+            ewc_lambda=ewc_lambda,
+            offset=stored.ledger.penalty_offset,
+            **storage,
+        )
     if penalty.unprotected:
         LOG.info(
             "the penalty does not hold %d parameters, which have no Fisher: %s",
@@ -262,3 +328,47 @@ def _penalty(
             ", ".join(sorted(penalty.unprotected)[:5]),
         )
     return penalty
+
+
+def _merged_penalty(
+    kind: str, ewc_lambda: float, fitted: Fitted, stored: Chain | None, **storage: Any
+) -> MergedPenalty:
+    """Hold the weights that an adapter changes, and what trains beside it, by a whole Fisher."""
+    model = fitted.model
+    layers, others = low_rank_layers(model.module), other_parameters(model.module)
+    held = {**{name: layer.weight for name, layer in layers.items()}, **others}
+    anchor = None
+    if kind == "l2":
+        fisher, offset = _alike(fitted, held), 0.0
+    else:
+        assert stored is not None  # finetune has refused by now
+        layout = model.base_layout or model.layout
+        files = {file for name in held for file in layout.file_names(name)}
+
+        def of_held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return layout.to_module({name: tensors[name] for name in tensors if name in files})
+
+        fisher, offset = of_held(stored.fisher), stored.ledger.penalty_offset
+        if stored.anchor is not None:
+            anchor = of_held(stored.anchor)
+    beside = Penalty(
+        others.items(),
+        {name: values for name, values in fisher.items() if name in others},
+        anchor,
+        ewc_lambda=ewc_lambda,
+        **storage,
+    )
+    return MergedPenalty(
+        layers, fisher, anchor, ewc_lambda=ewc_lambda, offset=offset, beside=beside, **storage
+    )
+
+
+def _alike(fitted: Fitted, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give Λ = 1, but 0 in rows that are new."""
+    held = {name: p.new_ones(()).expand(p.shape) for name, p in parameters.items()}
+    for name, first in fitted.free.items():
+        for at in fitted.model.layout.module_names(name):
+            if at in held:
+                held[at] = held[at].clone()
+                held[at][first:] = 0
+    return held

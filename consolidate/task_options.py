@@ -17,7 +17,7 @@ from formats.task_file import resolve
 
 # What the run itself says of a task, and what concerns the start alone.
 _NOT_OPTIONS = {"checkpoint", "data", "output_dir", "task", "evaluate", "overwrite", "columns"}
-_NOT_OPTIONS |= {"revision", "fisher"}
+_NOT_OPTIONS |= {"revision", "fisher", "base_model"}
 WITHOUT_EFFECT = {"log_every", "search_plot"}  # on the checkpoint
 _OF_THE_PENALTY = {"ewc_lambda", "max_forgetting", "validation", "choose", "search_plot"}
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from consolidate.batches import model_outputs, place_of, placed
 from consolidate.likelihood import Likelihood
+from consolidate.merged_penalty import MergedPenalty
 from consolidate.penalty import Penalty, check_proximal
 from formats.errors import NonFiniteError
 
@@ -146,7 +147,7 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     *,
-    penalty: Penalty | None = None,
+    penalty: Penalty | MergedPenalty | None = None,
     penalty_step: str = "gradient",
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float | None = None,

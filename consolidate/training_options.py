@@ -82,6 +82,37 @@ PENALTY = options(
     ),
 )
 
+ADAPTER = options(
+    click.option(
+        "--lora-rank",
+        type=click.IntRange(min=1),
+        metavar="R",
+        help="Train a fresh low-rank adapter W + s·B·A in place of the weights W. The output is a "
+        "whole checkpoint, with the adapter merged (needs peft).",
+    ),
+    click.option(
+        "--lora-targets",
+        multiple=True,
+        metavar="PATTERN",
+        help="Layers that get one, such as '*.q_proj' or q_proj; may be repeated. By default those "
+        "that peft has for the architecture.",
+    ),
+    click.option(
+        "--lora-alpha",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="X",
+        help="α of s = α/R; R by default, so that s = 1.",
+    ),
+    click.option("--rslora", is_flag=True, help="s = α/√R instead."),
+    click.option(
+        "--penalty-on",
+        type=click.Choice(["adapter", "merged"]),
+        help="Where an adapter is trained: adapter holds its own parameters by their Fisher, "
+        "merged holds W + s·B·A by the Fisher of the whole weights. By default adapter for a "
+        "CHECKPOINT that is an adapter with a Fisher, else merged.",
+    ),
+)
+
 HEAD = options(
     click.option(
         "--head",

@@ -17,6 +17,7 @@ MAX_LEDGER_BYTES = 128 * 2**20
 MAX_TASKS = 4096  # what is drawn of them grows with their square
 ESTIMATORS = ("exact", "mc", "empirical", "batched")
 MERGE_RULES = ("online", "separate")
+PENALTY_ON = ("adapter", "merged")
 UNITS = ("example", "token")
 FISHER_DTYPES = ("F32", "BF16")
 PARAMETER_DTYPES = ("BF16", "F16", "F32", "F64")
@@ -57,6 +58,7 @@ class TaskRecord:
     data_digest: str | None = None
     ewc_lambda: float | None = None
     penalty: str | None = None
+    penalty_on: str | None = None
     parent: str | None = None
     metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     layers: dict[str, LayerRecord] = field(default_factory=dict)
@@ -76,6 +78,7 @@ class Ledger:
     anchor: dict[str, TensorRecord] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     heads: dict[str, dict[str, TensorRecord]] = field(default_factory=dict)
+    base: str | None = None
 
 
 def check_task_name(name: str) -> None:
@@ -293,6 +296,7 @@ def _to_json(ledger: Ledger) -> dict[str, Any]:
         "anchor": None if ledger.anchor is None else _set_to_json(ledger.anchor),
         "heads": {task: _set_to_json(head) for task, head in _sorted(ledger.heads).items()},
         "versions": _sorted(ledger.versions),
+        **({} if ledger.base is None else {"base": ledger.base}),
     }
 
 
@@ -313,6 +317,7 @@ def _task_to_json(task: TaskRecord) -> dict[str, Any]:
         "data_digest": task.data_digest,
         "ewc_lambda": _float(task.ewc_lambda),
         "penalty": task.penalty,
+        **({} if task.penalty_on is None else {"penalty_on": task.penalty_on}),
         **({} if task.parent is None else {"parent": task.parent}),
         "metrics": {
             when: {
@@ -374,7 +379,9 @@ def _to_ledger(root: _Value) -> Ledger:
             "anchor",
             "heads",
             "versions",
-        )
+            "base",
+        ),
+        may_lack=("base",),
     )
     tasks = at["tasks"].elements()
     if len(tasks) > MAX_TASKS:
@@ -390,13 +397,16 @@ def _to_ledger(root: _Value) -> Ledger:
         anchor=at["anchor"].optional(_to_set),
         versions={name: version.text() for name, version in at["versions"].items().items()},
         heads={task: _to_set(head) for task, head in at["heads"].items().items()},
+        base=at["base"].digest() if "base" in root.value else None,
     )
     _check_ledger(ledger, root.source)
     return ledger
 
 
 def _to_task(task: _Value) -> TaskRecord:
-    at = task.fields([field.name for field in fields(TaskRecord)], may_lack=("parent",))
+    at = task.fields(
+        [field.name for field in fields(TaskRecord)], may_lack=("penalty_on", "parent")
+    )
     return TaskRecord(
         name=at["name"].matching(_TASK_NAME, "a task name, [A-Za-z0-9][A-Za-z0-9._-]{0,63}"),
         objective=at["objective"].text(),
@@ -415,6 +425,7 @@ def _to_task(task: _Value) -> TaskRecord:
         data_digest=at["data_digest"].optional(_Value.digest),
         ewc_lambda=at["ewc_lambda"].optional(lambda ewc_lambda: ewc_lambda.number(0.0)),
         penalty=at["penalty"].optional(_Value.text),
+        penalty_on=at["penalty_on"].one_of(PENALTY_ON) if "penalty_on" in task.value else None,
         parent=at["parent"].digest() if "parent" in task.value else None,
         metrics=_to_metrics(at["metrics"]),
         layers={name: _to_layer(layer) for name, layer in at["layers"].items().items()},
@@ -490,6 +501,13 @@ def _check_ledger(ledger: Ledger, source: str) -> None:
                     f"{source}, heads, {name}, the tensor {_shown(tensor)}: expected "
                     f"{', '.join(PARAMETER_DTYPES)}, found {record.dtype}"
                 )
+    if ledger.base is None and (
+        of_adapter := [task.name for task in ledger.tasks if task.penalty_on == "adapter"]
+    ):
+        raise InputError(
+            f"{source}: the task {of_adapter[0]!r} was held by an adapter's Fisher, but the "
+            "weights are no adapter's: there is no base"
+        )
     if ledger.merge_rule == "separate" and ledger.gamma != 1.0:
         raise InputError(
             f"{source}, gamma: expected 1.0 with the merge rule separate, found {ledger.gamma}"

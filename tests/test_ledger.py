@@ -86,6 +86,7 @@ def test_everything_comes_back() -> None:
                 data_digest="f" * 64,
                 ewc_lambda=1e-30,
                 penalty="ewc",
+                penalty_on="adapter",
                 parent=None,
                 seed=2**63 - 1,
                 metrics={
@@ -99,6 +100,7 @@ def test_everything_comes_back() -> None:
         penalty_offset=0.1,
         anchor={"w": record(digit="a"), "v": record((4,), digit="b")},
         heads={"a": {"w": record((7, 3), "BF16")}},
+        base="d" * 64,
     )
     data = ledger_bytes(full)
     assert parse_ledger(data) == full
@@ -175,6 +177,15 @@ DAMAGE = {
     "a version that is 1.0": (changed("version", 1.0), r"version 1\.0"),
     "no version": (changed("version", KeyError), "version null"),
     "an unknown field": (changed("extra", 1), "no field 'extra'"),
+    "a base that is no digest": (changed("base", "d" * 63), "base: expected a SHA-256"),
+    "a penalty on something else": (
+        changed("tasks/0/penalty_on", "weights"),
+        r"tasks\[0\]\.penalty_on: expected adapter or merged",
+    ),
+    "an adapter's penalty without a base": (
+        changed("tasks/0/penalty_on", "adapter"),
+        "'a' was held by an adapter's Fisher",
+    ),
     "an unknown task field": (changed("tasks/0/extra", 1), r"tasks\[0\]: .*no field 'extra'"),
     "a missing field": (changed("gamma", KeyError), "'gamma' is missing"),
     "a missing task field": (changed("tasks/0/seed", KeyError), r"tasks\[0\]: .*'seed' is missing"),
@@ -444,7 +455,9 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
         re.findall(r"^\| `(\w+)` \|", table, re.M)
         for table in page[page.index("## The ledger") :].split("| field | type | meaning |")[1:]
     ]
-    written = content()
+    written = json.loads(
+        ledger_bytes(ledger(base="d" * 64, tasks=[task(penalty="ewc", penalty_on="adapter")]))
+    )
     first = written["tasks"][0]
     expected = [
         written,

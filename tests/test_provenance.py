@@ -49,6 +49,7 @@ def ledger(*tasks: TaskRecord, digit: str = "0", dtype: str = "F32", **changes: 
         ({"ewc_lambda": 1.0}, "gives ewc_lambda, but was trained without a penalty"),
         ({"penalty": "none", "ewc_lambda": 1.0}, "gives ewc_lambda, but"),
         ({"penalty": "ewc"}, "gives no ewc_lambda with the penalty ewc"),
+        ({"penalty_on": "merged"}, "gives penalty_on merged, but was trained without a penalty"),
         ({"parent": "a" * 64}, "gives a parent, but was only measured"),
         ({"layers": {"w": LayerRecord(1.0), "v": LayerRecord(1.0)}}, "trace for 'v', which has no"),
     ],
