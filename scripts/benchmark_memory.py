@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import markdown, write_page
+from benchmarks import markdown, results_folder, write_page
 
 TEXT = """
 # Peak memory
@@ -58,7 +58,8 @@ THEORY = {
 }
 """Bytes a parameter that each part has to hold, and of what."""
 
-SEQUENCES, TOKENS, STEPS = 4, 24, 2
+COMMANDS = list(dict.fromkeys(part.partition(":")[0] for part in THEORY))
+SEQUENCES, TOKENS, STEPS = 3, 16, 2
 INTERVAL = 0.005  # seconds
 LAST_STEP = f"step {STEPS} of {STEPS}: "
 
@@ -93,8 +94,15 @@ class Run(NamedTuple):
 
     peaks: dict[str, Peak]  # by part
     seconds: float
-    result: dict[str, Any]  # what it wrote as JSON
-    command: list[str]
+    moved: float | None  # the share of weights that are others now, where some were trained
+    command: str
+
+
+class Measured(NamedTuple):
+    """What was seen of one model."""
+
+    parameters: int
+    runs: dict[str, Run]  # by name
 
 
 def make_checkpoint(folder: Path, size: Size, seed: int, vocabulary: int = 32000) -> int:
@@ -186,7 +194,8 @@ def run(arguments: Sequence[str], parts: Sequence[str]) -> Run:
         reader.join()
     if process.returncode:
         raise RuntimeError(f"{shlex.join(command)} failed:\n{''.join(said)}")
-    return Run(peaks, time.monotonic() - began, json.loads(written[0]), list(arguments))
+    moved = json.loads(written[0]).get("share_moved")
+    return Run(peaks, time.monotonic() - began, moved, shlex.join(["consolidate", *arguments]))
 
 
 def memory_of(process: int) -> Peak:
@@ -205,138 +214,189 @@ def memory_of(process: int) -> Peak:
     return Peak(sizes["RssAnon"] + sizes["RssShmem"], sizes["RssFile"])
 
 
-def runs_on(folder: Path, *, with_adam: bool) -> Iterator[tuple[str, Run]]:
-    """Run every command on the checkpoint ``old`` of a folder; yield what each is called.
+def measure(name: str, folder: Path, chosen: Sequence[str]) -> Iterator[Measured]:
+    """Run commands on a model; yield all that was seen after each of them.
 
     Args:
-        folder: With ``old``, ``old.jsonl`` and ``new.jsonl``.
-        with_adam: Whether AdamW is tried too, which needs more memory than the rest.
+        name: A key of SIZES, or any other for an empty model.
+        folder: For the checkpoints.
+        chosen: The names of the commands; all unless given.
     """
+    vocabulary = 32000 if name in SIZES else 100
+    parameters = make_checkpoint(folder / "old", SIZES.get(name, EMPTY), 0, vocabulary)
+    for seed, data in enumerate(("old", "new")):
+        write_data(folder / f"{data}.jsonl", seed)
     old, new = str(folder / "old"), str(folder / "new")
     old_data, new_data = str(folder / "old.jsonl"), str(folder / "new.jsonl")
     measuring = ["fisher", old, "--data", old_data, "--task", "old", "--overwrite"]
     training = ["finetune", old, "--data", new_data, "--task", "new", "--output-dir", new]
     training += ["--ewc-lambda", "10", "--max-steps", str(STEPS), "--overwrite"]
     sgd = ["--optimizer", "sgd", "--learning-rate", "0.1"]
-    two = ("training", "the rest")
-    for name, arguments, parts in (
-        ("fisher, checkpointed", [*measuring, "--gradient-checkpointing"], None),
-        ("fisher", measuring, None),
-        ("evaluate", ["evaluate", old, "--data", f"old={old_data}"], None),
-        ("verify", ["verify", old], None),
-        ("finetune, checkpointed", [*training, *sgd, "--gradient-checkpointing"], two),
-        ("finetune", [*training, *sgd], two),
-        *([("finetune, AdamW", training, two)] if with_adam else []),
-        ("merge", ["merge", old, new, "--base", old, "--output-dir", str(folder / "merged")], None),
+    merging = ["merge", old, new, "--base", old, "--output-dir", str(folder / "merged")]
+    runs: dict[str, Run] = {}
+    for called, arguments in (
+        ("fisher, checkpointed", [*measuring, "--gradient-checkpointing"]),
+        ("fisher", measuring),
+        ("evaluate", ["evaluate", old, "--data", f"old={old_data}"]),
+        ("verify", ["verify", old]),
+        ("finetune, AdamW", training),
+        ("finetune, checkpointed", [*training, *sgd, "--gradient-checkpointing"]),
+        ("finetune", [*training, *sgd]),
+        ("merge", merging),
     ):
-        yield name, run(arguments, [name] if parts is None else [f"{name}: {p}" for p in parts])
+        if called in (chosen or COMMANDS):
+            parts = [called]
+            if called.startswith("finetune"):
+                parts = [f"{called}: training", f"{called}: the rest"]
+            done = run(arguments, parts)
+            runs[called] = done._replace(command=done.command.replace(f"{folder}/", ""))
+            print(f"{name}, {called}: {done.peaks}, {done.seconds:.0f} s", file=sys.stderr)
+            yield Measured(parameters, runs)
 
 
-def rows_of(size: str, parameters: int, runs: Mapping[str, Run], base: int) -> list[list[str]]:
+def rows_of(name: str, measured: Measured, base: int) -> list[list[str]]:
     """Write the table's rows of one model.
 
     Args:
-        size: What it is called.
-        parameters: How many it has.
-        runs: By name.
+        name: What it is called.
+        measured: What was seen of it.
         base: Bytes of a process whose model is empty.
     """
     rows = []
-    for done in runs.values():
+    for done in measured.runs.values():
         for part, peak in done.peaks.items():
-            theory = THEORY[part][0] * parameters
-            rows.append(
-                [
-                    f"{size}, {part}",
-                    f"{peak.own / 1e9:.2f}",
-                    f"{theory / 1e9:.2f}",
-                    f"{(peak.own - theory) / 1e9:.2f}",
-                    f"{(peak.own - base) / parameters:.1f}",
-                    f"{THEORY[part][0]}",
-                    f"{peak.mapped / 1e9:.2f}",
-                    f"{done.seconds:.0f}",
-                ]
-            )
+            count = THEORY[part][0]
+            theory = count * measured.parameters
+            gigabytes = (peak.own, theory, peak.own - theory, peak.mapped)
+            own, asked, above, mapped = (f"{size / 1e9:.2f}" for size in gigabytes)
+            each = f"{(peak.own - base) / measured.parameters:.1f}"
+            seconds = f"{done.seconds:.0f}"
+            rows.append([f"{name}, {part}", own, asked, above, each, str(count), mapped, seconds])
     return rows
 
 
-def main() -> None:
-    """Measure all sizes that were asked for and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", action="append", choices=SIZES, help="all of them unless given")
-    parser.add_argument(
-        "--folder", type=Path, help="for the checkpoints; a temporary one by default"
+def page(found: Mapping[str, Measured], quick: bool) -> str:
+    """Write the page's text.
+
+    Args:
+        found: By name of the model, the empty one first.
+        quick: Whether there is no other.
+    """
+    base = max(peak.own for done in found["empty"].runs.values() for peak in done.peaks.values())
+    table: list[list[str]] = []
+    each: list[str] = []
+    moved: list[str] = []
+    for name, measured in found.items():
+        if name == "empty" and not quick:
+            continue
+        table += rows_of(name, measured, base)
+        parts = {part: peak for r in measured.runs.values() for part, peak in r.peaks.items()}
+        each.append(
+            f"{name}: "
+            + ", ".join(
+                f"{(parts[part].own - base) / measured.parameters:.1f} {what}"
+                for part, what in (
+                    ("fisher", "for `fisher`"),
+                    ("finetune: training", "to train with SGD"),
+                    ("finetune: the rest", "for what comes after"),
+                    ("finetune, AdamW: training", "to train with AdamW"),
+                )
+                if part in parts
+            )
+        )
+        if (done := measured.runs.get("finetune")) is not None and done.moved is not None:
+            moved.append(f"{100 * done.moved:.1f} % ({name})")
+    longest = max(found.values(), key=lambda measured: len(measured.runs))
+    return TEXT.format(
+        sizes=", ".join(
+            f"{name} with {m.parameters:,} parameters"
+            for name, m in found.items()
+            if quick or name != "empty"
+        ),
+        sequences=SEQUENCES,
+        tokens=TOKENS,
+        interval=1000 * INTERVAL,
+        quick=" **A quick run of an empty model: its figures mean nothing.**" * quick,
+        base=base / 1e9,
+        table=markdown(
+            [
+                "",
+                "peak, GB",
+                "theory, GB",
+                "above it, GB",
+                "bytes a parameter",
+                "theory",
+                "mapped, GB",
+                "seconds",
+            ],
+            table,
+        ),
+        each="; ".join(each),
+        theory="What theory counts, in bytes a parameter:\n\n"
+        + "\n".join(f"- {part}: {count}. {why}." for part, (count, why) in THEORY.items()),
+        moved=f"Of the weights, as stored in bfloat16, {STEPS} steps of SGD with a learning rate "
+        f"of 0.1 moved {', '.join(moved)}.",
+        commands="The commands:\n\n```text\n"
+        + "\n".join(done.command for done in longest.runs.values())
+        + "\n```",
     )
+
+
+def main() -> None:
+    """Measure the sizes that were asked for and write the page of all that were ever measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--size",
+        action="append",
+        choices=SIZES,
+        help="measure this one; of the others the page shows what was measured last",
+    )
+    parser.add_argument("--command", action="append", choices=COMMANDS, help="run only these")
+    parser.add_argument("--folder", type=Path, help="for checkpoints; a temporary one by default")
     parser.add_argument(
         "--quick", action="store_true", help="an empty model alone; writes into experiments-output/"
     )
     options = parser.parse_args()
-    names = [] if options.quick else options.size or list(SIZES)
-    table: list[list[str]] = []
-    each: list[str] = []
-    moved: list[str] = []
-    counts: dict[str, int] = {}
-    runs: dict[str, Run] = {}
-    base = 0
-    for name in ["empty", *names]:
+    kept = results_folder(quick=True) / "memory.json"
+    found: dict[str, Measured] = {}
+    if kept.is_file() and not options.quick:
+        found = {
+            name: measured_of(content) for name, content in json.loads(kept.read_text()).items()
+        }
+    for name in ["empty", *([] if options.quick else options.size or SIZES)]:
+        if name in found and name not in SIZES:
+            continue
         with tempfile.TemporaryDirectory(dir=options.folder) as place:
-            folder = Path(place)
-            size = SIZES.get(name, EMPTY)
-            vocabulary = 32000 if name in SIZES else 100
-            counts[name] = make_checkpoint(folder / "old", size, 0, vocabulary)
-            for seed, data in enumerate(("old", "new")):
-                write_data(folder / f"{data}.jsonl", seed)
-            runs = {}
-            for called, done in runs_on(folder, with_adam=counts[name] < 10**9):
-                runs[called] = done
-                print(f"{name}, {called}: {done.peaks}, {done.seconds:.0f} s", file=sys.stderr)
-            commands = [shlex.join(["consolidate", *done.command]) for done in runs.values()]
-            shown = "\n".join(commands).replace(f"{folder}/", "")
-        if name == "empty":
-            base = max(peak.own for done in runs.values() for peak in done.peaks.values())
-        if name in names or options.quick:
-            table += rows_of(name, counts[name], runs, base)
-            fisher, finetune = runs["fisher"].peaks, runs["finetune"].peaks
-            found = [*fisher.values(), *finetune.values()]
-            measured = [f"{(peak.own - base) / counts[name]:.1f}" for peak in found]
-            each.append(
-                f"{name} {measured[0]} for `fisher`, {measured[1]} to train, {measured[2]} after"
-            )
-            moved.append(f"{100 * runs['finetune'].result['share_moved']:.1f} % ({name})")
+            for measured in measure(name, Path(place), options.command):
+                found[name] = measured
+                if not options.quick:
+                    kept.write_text(json.dumps({n: as_json(m) for n, m in found.items()}))
+    order = ["empty", *SIZES]
+    found = {name: found[name] for name in order if name in found}
     write_page(
         "memory",
-        TEXT.format(
-            sizes=", ".join(f"{name} with {counts[name]:,} parameters" for name in counts),
-            sequences=SEQUENCES,
-            tokens=TOKENS,
-            interval=1000 * INTERVAL,
-            quick=" **A quick run of an empty model: its figures mean nothing.**" * options.quick,
-            base=base / 1e9,
-            table=markdown(
-                [
-                    "",
-                    "peak, GB",
-                    "theory, GB",
-                    "above it, GB",
-                    "bytes a parameter",
-                    "theory",
-                    "mapped, GB",
-                    "seconds",
-                ],
-                table,
-            ),
-            each="; ".join(each),
-            theory="What theory counts:\n\n"
-            + "\n".join(
-                f"- {part}: {count} bytes. {why}." for part, (count, why) in THEORY.items()
-            ),
-            moved=f"Of the weights, as stored in bfloat16, {STEPS} steps of SGD with a learning "
-            f"rate of 0.1 moved {', '.join(moved)}.",
-            commands=f"The commands:\n\n```text\n{shown}\n```",
-        ),
+        page(found, options.quick),
         quick=options.quick,
         packages=["transformers", "safetensors"],
     )
+
+
+def as_json(measured: Measured) -> Any:
+    """Write what was seen of a model as JSON has it."""
+    runs = {
+        name: done._replace(peaks={part: [*peak] for part, peak in done.peaks.items()})._asdict()
+        for name, done in measured.runs.items()
+    }
+    return {"parameters": measured.parameters, "runs": runs}
+
+
+def measured_of(content: Any) -> Measured:
+    """Read what `as_json` wrote."""
+    runs = {
+        name: Run(**{**done, "peaks": {part: Peak(*peak) for part, peak in done["peaks"].items()}})
+        for name, done in content["runs"].items()
+    }
+    return Measured(content["parameters"], runs)
 
 
 if __name__ == "__main__":
