@@ -20,6 +20,9 @@ from formats.errors import InputError
 
 MAX_SHARD_SIZE = 5 * 10**9
 MAX_JSON_BYTES = 128 * 2**20
+MAX_HEADER_BYTES = 25 * 10**6
+"""Of all files of a checkpoint together, twice what models of 70,000 tensors need; each tensor of a
+header takes time even if it is empty, and a file of the Hub may not have a larger one either."""
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -109,8 +112,11 @@ class TensorFiles(LazyTensors):
         self._file_of: dict[str, Path] = {}
         self._headers: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._handles: dict[Path, Any] = {}
+        room = MAX_HEADER_BYTES
         for file in reversed(files):
-            self._handles[file] = handle = _open(file)
+            handle, size = _open(file, room)
+            self._handles[file] = handle
+            room -= size
             self.metadata = dict(handle.metadata() or {})
         for file in files:
             handle = self._handles[file]
@@ -456,12 +462,19 @@ def broken(file: Path, kind: str, reason: str) -> InputError:
     return InputError(f"{file} is cut short or not {kind} ({reason}); fetch or save it again")
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path, room: int) -> tuple[Any, int]:
+    """Open a file whose header has at most so many bytes; return it, and how many they are."""
     if not file.is_file():
         what = "is not a file" if file.exists() else "does not exist"
         raise InputError(f"{file} {what}")
     try:
-        return safe_open(file, framework="pt")
+        with open(file, "rb") as content:
+            size = int.from_bytes(content.read(8), "little")
+        if size > room:
+            reason = f"header too large: {size:,} bytes, where {room:,} are left of "
+            reason += f"{MAX_HEADER_BYTES:,} for all headers of a checkpoint"
+            raise broken(file, "a safetensors file", reason)
+        return safe_open(file, framework="pt"), size
     except PermissionError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:

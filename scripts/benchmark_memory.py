@@ -383,10 +383,10 @@ def main() -> None:
 
 def as_json(measured: Measured) -> Any:
     """Write what was seen of a model as JSON has it."""
-    runs = {
-        name: done._replace(peaks={part: [*peak] for part, peak in done.peaks.items()})._asdict()
-        for name, done in measured.runs.items()
-    }
+    runs = {}
+    for name, done in measured.runs.items():
+        peaks = {part: [*peak] for part, peak in done.peaks.items()}
+        runs[name] = {**done._asdict(), "peaks": peaks}
     return {"parameters": measured.parameters, "runs": runs}
 
 

@@ -142,6 +142,13 @@ def header_of_100_mb(folder: Path) -> None:
         file.truncate(2 * 10**8)
 
 
+def header_of_many_tensors(folder: Path) -> None:
+    """Lay out 300,000 empty tensors, as their header allows; none takes a byte of values."""
+    entry = '"tensor number %06d of a great many":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    tensors = ",".join(entry % i for i in range(300_000))
+    with_header(folder / "model.safetensors", f"{{{tensors}}}".encode())
+
+
 def claimed_header(folder: Path) -> None:
     with_header(folder / "model.safetensors", b"{}", claim=2**63)
 
@@ -267,6 +274,7 @@ CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
     "a pipe for a config": (lambda f: pipe(f, "config.json"), READ_WEIGHTS, "no plain file"),
     "a pipe for a ledger": (lambda f: pipe(f, "fisher/fisher.json"), READ_FISHER, "no plain file"),
     "a header of 100 MB": (header_of_100_mb, READ_WEIGHTS, "header too large"),
+    "a header of many tensors": (header_of_many_tensors, READ_WEIGHTS, "header too large"),
     "a header of 2^63": (claimed_header, READ_WEIGHTS, "header too large"),
     "a shape of 2^60": (lambda f: claimed_shape(f, "model.safetensors"), READ_WEIGHTS, "cut short"),
     "a shape of 2^124 times 0": (claimed_nothing, READ_WEIGHTS, ""),

@@ -413,3 +413,20 @@ def test_full_disk(tmp_path):
             write_tensors(tmp_path, {"x": torch.ones(1_000_000)}, metadata=PT)
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_headers_of_all_shards_together_are_bounded(sharded, monkeypatch):
+    files = sorted(sharded.glob("*.safetensors"))
+    sizes = [int.from_bytes(file.read_bytes()[:8], "little") for file in files]
+    monkeypatch.setattr("formats.tensors.MAX_HEADER_BYTES", sum(sizes))
+    assert len(open_tensors(sharded)) == len(some_tensors())
+    monkeypatch.setattr("formats.tensors.MAX_HEADER_BYTES", sum(sizes) - 1)
+    with pytest.raises(InputError, match=rf"{sizes[0]:,} bytes, where {sizes[0] - 1:,} are left"):
+        open_tensors(sharded)
+
+
+def test_a_header_that_is_too_large_is_not_read(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((84_000_000).to_bytes(8, "little") + b"{")
+    with pytest.raises(InputError, match="header too large: 84,000,000 bytes, where 25,000,000"):
+        open_tensors(file)
