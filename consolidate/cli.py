@@ -60,9 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _stop)
     for library in ("HF_HUB", "DATASETS"):  # read when they are imported
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if sys.stderr is None:  # it was closed before we began
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     said: dict[str, bool] = {}
+    stdout = sys.stdout
     try:
         code = cli(arguments, prog_name="consolidate", standalone_mode=False, obj=said)
         _leave(code if isinstance(code, int) else 0)
@@ -76,9 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail("interrupted", 130, said)
     except Terminated:
         _fail("terminated", 143, said)
-    except BrokenPipeError:
-        sys.stderr.close()
-        _leave(141)
+    except SystemExit:
+        if sys.stdout is stdout:
+            raise
+        _leave(141)  # click has wrapped a pipe that was closed, and would leave with 1
     except Exception as error:
         if said.get("debug"):
             traceback.print_exc()

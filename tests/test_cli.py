@@ -14,6 +14,7 @@ import torch
 from json_schema import SCHEMA, check_json
 from safetensors.torch import load_file, save_file
 
+from consolidate import inspection
 from consolidate.cli import cli, main
 
 Write = Callable[..., Path]
@@ -157,12 +158,70 @@ def test_a_failing_command_says_so_in_json_too(
     assert err == f"error: {told['error']}\n"
 
 
-def test_what_is_closed_is_not_written_to(network_checkpoint: Path) -> None:
-    for words in (["show", network_checkpoint, "--json"], ["--version"]):
-        command = ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-m", "consolidate", *words]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        assert done.returncode == (3 if "show" in words else 0), done.stderr
-        assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("shell", "words", "code", "err"),
+    [
+        ('"$@" >&-', ["show", "no such", "--json"], 3, "error: no such: no such file or folder\n"),
+        ('"$@" >&-', ["--version"], 0, ""),
+        ('"$@" 2>&-', ["show", "no such"], 3, ""),
+        ('"$@" >/dev/full', ["--version"], 3, "error: output: no space left\n"),
+        ('trap "" PIPE; { "$@"; echo $? >&2; } | true', ["fisher", "--help"], 0, "141\n"),
+    ],
+)
+def test_what_is_closed_is_not_written_to(
+    tmp_path: Path, shell: str, words: list[str], code: int, err: str
+) -> None:
+    command = ["sh", "-c", shell, "sh", sys.executable, "-m", "consolidate", *words]
+    done = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (code, err)
+
+
+def test_numbers_that_are_not_finite_leave_with_4(
+    capsys: pytest.CaptureFixture[str], network_checkpoint: Path, write_task: Write
+) -> None:
+    file = network_checkpoint / "model.safetensors"
+    weights = load_file(file)
+    weights["0.bias"][3] = torch.nan
+    save_file(weights, file, {"format": "pt"})
+    words = ("evaluate", network_checkpoint, "--data", write_task("a"), *MODEL, "--json")
+    code, out, err = run(capsys, *words)
+    assert (code, json.loads(out)["exit_code"]) == (4, 4)
+    assert "0.bias" in err
+
+
+def test_a_fault_of_ours_leaves_with_1_and_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def show(*arguments: object, **options: object) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(inspection, "show", show)
+    code, out, err = run(capsys, "show", "a", "--json")
+    assert (code, json.loads(out)["exit_code"]) == (1, 1)
+    assert err.startswith("error: IndexError: list index out of range (a fault of consolidate;")
+
+
+def test_a_process_of_a_pipeline_sees_plain_lines_and_is_asked_nothing(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    words = ["finetune", "start", "--data", write_task("a"), *MODEL, "--penalty", "none"]
+    words += ["--log-every", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "consolidate", *words, "--output-dir", "deep/out"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "FORCE_COLOR": "1"},
+        stdin=subprocess.PIPE,  # open, and nothing comes
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    out, err = process.stdout.read(), process.stderr.read()
+    process.communicate()
+    assert process.returncode == 0, err
+    assert out.startswith(b"deep/out: 4 steps, ")  # the path as it was given
+    assert err.startswith(b"step 1 of 4: ")
+    assert not re.search(rb"[\x1b\r\b]", out + err)
 
 
 def test_merge(
