@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from benchmarks import markdown, results_folder, write_page
 
@@ -57,6 +57,10 @@ THEORY = {
     "merge": (0, "one tensor of each model at a time"),
 }
 """Bytes a parameter that each part has to hold, and of what."""
+
+GRADIENTS = """\
+Where autograd's own gradients are taken, by the estimator `batched` or for examples that are run
+one at a time, these come on top of a Fisher pass, in the type of the weights."""
 
 COMMANDS = list(dict.fromkeys(part.partition(":")[0] for part in THEORY))
 SEQUENCES, TOKENS, STEPS = 3, 16, 2
@@ -165,36 +169,37 @@ def run(arguments: Sequence[str], parts: Sequence[str]) -> Run:
     """
     command = [sys.executable, "-m", "consolidate", *arguments, "--json"]
     began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
     said: list[str] = []
+    written: list[str] = []
     trained = threading.Event()
+    peaks = dict.fromkeys(parts, Peak(0, 0))
 
-    def listen() -> None:
-        for line in process.stderr or ():
+    def listen(lines: IO[str]) -> None:
+        for line in lines:
             said.append(line)
             if line.startswith(LAST_STEP):
                 trained.set()
 
-    written: list[str] = []
-    readers = [
-        threading.Thread(target=listen),
-        threading.Thread(target=lambda: written.append((process.stdout or sys.stdin).read())),
-    ]
-    for reader in readers:
-        reader.start()
-    peaks = dict.fromkeys(parts, Peak(0, 0))
-    while process.poll() is None:
-        part = parts[-1] if trained.is_set() else parts[0]
-        now = memory_of(process.pid)
-        peaks[part] = Peak(max(peaks[part].own, now.own), max(peaks[part].mapped, now.mapped))
-        time.sleep(INTERVAL)
-    for reader in readers:
-        reader.join()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        readers = [
+            threading.Thread(target=listen, args=[process.stderr]),
+            threading.Thread(target=lambda lines: written.extend(lines), args=[process.stdout]),
+        ]
+        for reader in readers:
+            reader.start()
+        while process.poll() is None:
+            part = parts[-1] if trained.is_set() else parts[0]
+            now = memory_of(process.pid)
+            peaks[part] = Peak(max(peaks[part].own, now.own), max(peaks[part].mapped, now.mapped))
+            time.sleep(INTERVAL)
+        for reader in readers:
+            reader.join()
     if process.returncode:
         raise RuntimeError(f"{shlex.join(command)} failed:\n{''.join(said)}")
-    moved = json.loads(written[0]).get("share_moved")
+    moved = json.loads("".join(written)).get("share_moved")
     return Run(peaks, time.monotonic() - began, moved, shlex.join(["consolidate", *arguments]))
 
 
@@ -333,7 +338,8 @@ def page(found: Mapping[str, Measured], quick: bool) -> str:
         ),
         each="; ".join(each),
         theory="What theory counts, in bytes a parameter:\n\n"
-        + "\n".join(f"- {part}: {count}. {why}." for part, (count, why) in THEORY.items()),
+        + "\n".join(f"- {part}: {count}. {why}." for part, (count, why) in THEORY.items())
+        + f"\n\n{GRADIENTS}",
         moved=f"Of the weights, as stored in bfloat16, {STEPS} steps of SGD with a learning rate "
         f"of 0.1 moved {', '.join(moved)}.",
         commands="The commands:\n\n```text\n"

@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -23,3 +24,31 @@ def test_the_benchmark_of_the_penalty_writes_its_page(
     for form in ("gradient", "gradient and value", "gradient, bfloat16", "proximal", "autograd"):
         assert page.count(f"\n| {form} | ") == len(benchmark_penalty.OPTIMIZERS)
     assert "A quick run" in page
+
+
+def test_the_benchmark_of_memory_writes_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import benchmark_memory
+    import benchmarks
+
+    for module in (benchmarks, benchmark_memory):
+        monkeypatch.setattr(module, "results_folder", lambda quick: tmp_path)
+    words = ["--quick", "--command", "evaluate", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "benchmark_memory.py"), *words])
+    benchmark_memory.main()
+    page = (tmp_path / "memory.md").read_text(encoding="utf-8")
+    (row,) = [line.split(" | ") for line in page.splitlines() if "| empty, evaluate |" in line]
+    own, mapped = float(row[1]), float(row[6])
+    assert 0.05 < own < 2 > mapped > 0.05  # GB: torch and transformers, and their libraries
+    assert "consolidate evaluate old --data old=old.jsonl" in page
+
+
+def test_what_was_measured_is_kept_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import benchmark_memory as memory
+
+    runs = {"finetune": memory.Run({"finetune: training": memory.Peak(3, 4)}, 1.5, 0.5, "x")}
+    measured = memory.Measured(7, runs)
+    assert memory.measured_of(json.loads(json.dumps(memory.as_json(measured)))) == measured

@@ -520,3 +520,31 @@ def test_statistics_that_are_not_there_are_told(
         norm_statistics="frozen", **FAST,
     )  # fmt: skip
     assert "--norm-statistics does nothing: the model keeps no running statistics" in caplog.text
+
+
+def test_gradients_and_optimizer_are_gone_before_the_fisher_is_measured(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    init = torch.optim.Adam.__init__
+
+    def remember(self: torch.optim.Adam, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        made.append(self)
+
+    measure = finetuning.measure_fisher
+    seen = []
+
+    def look(model: Any, *args: Any, **options: Any) -> Any:
+        seen.extend(parameter.grad for parameter in model.module.parameters())
+        assert not any(optimizer.state for optimizer in made)
+        return measure(model, *args, **options)
+
+    monkeypatch.setattr(torch.optim.Adam, "__init__", remember)
+    monkeypatch.setattr(finetuning, "measure_fisher", look)
+    result = finetuning.finetune(
+        network_checkpoint, write_task("a"), output_dir=tmp_path / "out", penalty="none", **FAST
+    )
+    assert result["share_moved"] > 0.9
+    assert len(made) == 1
+    assert seen == [None] * 4
