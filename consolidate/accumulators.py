@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from consolidate.distributed import sum_, summed
 from formats.errors import NonFiniteError
 
 FOLDED_BATCHES, FOLDED_ADDITIONS = 16, 1000
@@ -111,14 +113,23 @@ class Accumulators:
         self._additions = 0
         self._counts = self._folded
 
-    def relative_errors(self) -> dict[str, float]:
+    def sum_over(self, group: ProcessGroup | None) -> None:
+        """Add what other processes have added to theirs; nothing is to be added after that."""
+        self._fold()
+        sum_(self._totals.values(), group)
+        sum_(self.sums.values(), group)
+        self._counts = self._summed(group)
+
+    def relative_errors(self, group: ProcessGroup | None = None) -> dict[str, float]:
         """Return the standard error of each trace, over the trace, by the names of those not zero.
+
+        Of what all processes of a group hold, where there is one.
 
         The trace is a ratio, R = Σ s / Σ u. Where n draws were measured, the residuals d = s − R u
         have the variance σ² = Σ d² / (n − 1), and R has N σ² / (Σ u)² over all N (Cochran 1977,
         ch. 6); infinite for n < 2.
         """
-        counts = self.counts
+        counts = self._summed(group)
         n, s, u, ss, su, uu = counts.moments
         ratio = s / u
         variance = (ss - 2 * ratio * su + ratio.square() * uu).clamp(min=0) / (n - 1)
@@ -156,6 +167,20 @@ class Accumulators:
         reached = frozenset(name for name, is_reached in found if is_reached)
         self._counts = Counts(tensors["moments"], reached, *tensors["counts"].tolist())
         self._folded = self._counts
+
+    def _summed(self, group: ProcessGroup | None) -> Counts:
+        counts = self.counts
+        if group is None:
+            return counts
+        reached = [name in counts.reached for name in self.sums]
+        numbers = summed(group, *counts.moments.flatten().tolist(), *counts[2:], *reached)
+        size = counts.moments.numel()
+        found = zip(self.sums, numbers[size + 4 :], strict=True)
+        return Counts(
+            torch.tensor(numbers[:size], dtype=torch.float64).view_as(counts.moments),
+            frozenset(name for name, is_reached in found if is_reached),
+            *(int(number) for number in numbers[size : size + 4]),
+        )
 
     def _fold(self) -> None:
         first, counts = self._folded.batches + 1, self.counts

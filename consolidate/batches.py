@@ -15,7 +15,8 @@ from formats.errors import InputError
 class Batch:
     """Examples, with their indices in the data set."""
 
-    number: int
+    number: int  # of the batch, and of its first example, in the order of reading
+    first: int
     inputs: Any
     labels: Tensor
     indices: Sequence[int]
@@ -28,7 +29,8 @@ class Batch:
         """Return a batch of the examples from first on, up to but without last."""
         some = slice(first, last)
         inputs = _take(self.inputs, some, len(self))
-        return Batch(self.number, inputs, self.labels[some], self.indices[some])
+        labels, indices = self.labels[some], self.indices[some]
+        return Batch(self.number, self.first + first, inputs, labels, indices)
 
     def example(self, i: int) -> "Batch":
         """Return a batch of example i alone."""

@@ -36,8 +36,9 @@ from consolidate.options import (
     estimator_options,
 )
 from consolidate.result_texts import json_text, plain
+from consolidate.torchrun import rank, world_size
 from consolidate.training_options import ADAPTER, EVALUATION, HEAD, PENALTY, STRENGTH, TRAINING
-from formats.errors import ConsolidateError, ForgettingError, InputError
+from formats.errors import ConsolidateError, ForgettingError, InputError, PeerError
 
 if TYPE_CHECKING:
     from consolidate.tracking import Tracker
@@ -47,6 +48,8 @@ LOG = logging.getLogger("consolidate")
 
 class Terminated(BaseException):
     """SIGTERM arrived; unwinds like Ctrl-C, so that nothing half-written stays behind."""
+
+    exit_code = 143
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -71,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = cli(arguments, prog_name="consolidate", standalone_mode=False, obj=said)
         _leave(code if isinstance(code, int) else 0)
     except click.ClickException as error:
+        if rank() > 0:  # The first process says the same.
+            _leave(error.exit_code)
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
         if "--json" in arguments:  # what stands behind a wrong option is not read
@@ -79,7 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130, said)
     except Terminated:
-        _fail("terminated", 143, said)
+        _fail("terminated", Terminated.exit_code, said)
+    except PeerError as error:
+        if not str(error):
+            _leave(error.exit_code)
+        _fail(str(error), error.exit_code, said)
     except SystemExit:
         if sys.stdout is stdout:
             raise
@@ -143,7 +152,8 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     context_settings={"auto_envvar_prefix": "CONSOLIDATE", "help_option_names": ["-h", "--help"]}
 )
 @click.version_option(package_name="consolidate-ewc", prog_name="consolidate")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Fine-tune checkpoints without forgetting.
 
     Measure the Fisher diagonal of a checkpoint on its task's data, store it beside the weights, and
@@ -152,7 +162,11 @@ def cli() -> None:
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     LOG.handlers[:] = [handler]
-    LOG.setLevel(logging.INFO)
+    LOG.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    if world_size() > 1 and context.invoked_subcommand not in ("fisher", "finetune"):
+        raise click.UsageError(
+            f"{context.invoked_subcommand} runs in one process: start it without torchrun"
+        )
     _note_misspelt_variables()
 
 
@@ -578,7 +592,8 @@ def _with_objects(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(result: dict[str, Any], json: bool, text: Callable[[dict[str, Any]], str]) -> None:
-    click.echo(json_text(result) if json else plain(text(result)))
+    if rank() == 0:
+        click.echo(json_text(result) if json else plain(text(result)))
     click.get_current_context().ensure_object(dict)["written"] = True
 
 
@@ -588,7 +603,7 @@ def _tracked(mlflow: bool) -> AbstractContextManager["Tracker"]:
 
     context = click.get_current_context()
     typed = {k: v for k, v in context.params.items() if k not in ("json", "metrics", "mlflow")}
-    return tracked(str(context.info_name), typed, enabled=mlflow)
+    return tracked(str(context.info_name), typed, enabled=mlflow and rank() == 0)
 
 
 def _report(
@@ -601,6 +616,8 @@ def _report(
     from consolidate.metrics_file import write_metrics
     from consolidate.tracking import report
 
+    if rank() > 0:
+        return
     if result.get("status") == "dry run":
         if metrics is not None:
             LOG.info("a dry run measures nothing: no %s was written", metrics)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from consolidate.adapters import load, with_base, without_fisher
 from consolidate.chain import (
@@ -24,6 +25,7 @@ from consolidate.chain import (
     stored_fisher,
     task_name,
 )
+from consolidate.distributed import all_processes, as_one, dealt, from_first, is_first
 from consolidate.estimators import FisherDiagonal
 from consolidate.evaluation import measure
 from consolidate.examples import Columns, Examples, encode
@@ -34,6 +36,7 @@ from consolidate.likelihood import get_likelihood
 from consolidate.measuring import estimator_options, measure_fisher, pass_cost
 from consolidate.models import Model
 from consolidate.progress import progress
+from consolidate.torchrun import world_size
 from formats.atomic import claimed, partial_path, replace_folder
 from formats.checkpoint import (
     Checkpoint,
@@ -60,6 +63,7 @@ LOG = logging.getLogger("consolidate")
 SAVE_EVERY = 5.0  # minutes
 
 
+@as_one
 def fisher(
     checkpoint: str | Path,
     data: str | Path,
@@ -151,6 +155,7 @@ def fisher(
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in the weights or in the Fisher.
     """
+    group = all_processes()
     in_place = output_dir is None
     if in_place and add and overwrite:
         raise UsageError("--add and --overwrite exclude each other: keep the Fisher or replace it")
@@ -160,7 +165,7 @@ def fisher(
     source = with_base(open_checkpoint(folder), base_model)
     target = folder / "fisher" if in_place else Path(str(output_dir))
     check_output(target, source, overwrite=overwrite or (add and in_place), whole=not in_place)
-    with nullcontext() if dry_run else claimed(target):
+    with nullcontext() if dry_run or not is_first(group) else claimed(target):
         before = stored_fisher(folder / "fisher", source) if add else None
         merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
         check_finite(source.weights, folder)
@@ -199,7 +204,7 @@ def fisher(
             "accumulate_dtype": accumulate_dtype,
         }
         if dry_run:
-            cost = pass_cost(loaded, examples, **options)
+            cost = pass_cost(loaded, examples, group=group, **options)
             return {
                 "status": "dry run",
                 "task": name,
@@ -239,8 +244,15 @@ def fisher(
             every=60 * save_every,
             result_bytes=_output_bytes(source, whole=not in_place),
             restart=restart,
+            group=group,
         )
-        diagonal = measure_fisher(loaded, examples, label=f"Fisher of {name}", kept=kept, **options)
+        diagonal = measure_fisher(
+            loaded, examples, label=f"Fisher of {name}", kept=kept, group=group, **options
+        )
+        if not is_first(group):
+            result = from_first(None, group)
+            kept.remove()
+            return result
         log_notes(loaded, examples, diagonal)
         merged, anchor, ledger = add_task(
             before,
@@ -265,13 +277,14 @@ def fisher(
                 write_checkpoint(staging, source, source.weights)
                 write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
         kept.remove()
-        return {
+        result = {
             "status": "done",
             "checkpoint": str(folder if in_place else target),
             "fisher": str(target if in_place else target / "fisher"),
             "commits": commits_of(folder),
             **fisher_summary(ledger, diagonal),
         }
+        return from_first(result, group)
 
 
 def evaluate(
@@ -402,6 +415,7 @@ def evaluate_all(
     *,
     batch_size: int,
     with_heads: Mapping[str, Model] | None = None,
+    group: ProcessGroup | None = None,
 ) -> dict[str, dict[str, float]]:
     """Measure a loaded model on the encoded examples of each task.
 
@@ -410,6 +424,7 @@ def evaluate_all(
         tasks: Encoded examples by task name.
         with_heads: By task name, the model with another head to measure it with.
         batch_size: Examples run at a time.
+        group: The processes that the batches are dealt to.
 
     Returns:
         The metrics of each task.
@@ -417,19 +432,23 @@ def evaluate_all(
     metrics = {}
     for name, examples in tasks.items():
         measured = (with_heads or {}).get(name, model)
-        with progress(f"evaluating {name}", len(examples), "examples") as advance:
+        order = dealt(range(len(examples)), batch_size, group)
+        with progress(f"evaluating {name}", len(order), "examples") as advance:
             metrics[name] = measure(
                 measured.module,
-                examples.batches(batch_size),
+                examples.batches(batch_size, order=order),
                 get_likelihood(measured.objective.likelihood),
                 language=measured.objective.language,
                 progress=advance,
+                group=group,
             )
     return metrics
 
 
 def best_device(name: str | None = None) -> torch.device:
     """Give the device of that name, or the best there is.
+
+    Each of several processes has a CUDA device of its own.
 
     Args:
         name: Such as ``cpu``, ``cuda`` or ``cuda:1``.
@@ -442,8 +461,13 @@ def best_device(name: str | None = None) -> torch.device:
     """
     if name is None:
         if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+            name = "cuda"
+        elif torch.backends.mps.is_available() and world_size() == 1:
+            name = "mps"
+        else:
+            name = "cpu"
+    if name.startswith("cuda:") and world_size() > 1:
+        raise UsageError(f"--device {name} is one device: each process needs its own, as by cuda")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

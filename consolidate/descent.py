@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from consolidate.adapters import end_adapting
 from consolidate.commands import evaluate_all
+from consolidate.distributed import place_in, shares
 from consolidate.examples import subset
 from consolidate.likelihood import get_likelihood
 from consolidate.models import Model, file_weights
@@ -132,13 +134,14 @@ def check_options(
         raise UsageError(f"--penalty {penalty} needs --ewc-lambda: the strength has no default")
 
 
-def train(start: Start, recipe: Recipe, target: Path) -> Trained:
+def train(start: Start, recipe: Recipe, target: Path, group: ProcessGroup | None = None) -> Trained:
     """Train from the model's present weights, and give it the weights as they will be stored.
 
     Args:
         start: What is trained, in place.
         recipe: How.
         target: What a message calls the weights.
+        group: The processes that share the batches; each has the model.
 
     Returns:
         The weights, the steps and the metrics.
@@ -161,12 +164,13 @@ def train(start: Start, recipe: Recipe, target: Path) -> Trained:
                 start.evaluations,
                 batch_size=recipe.batch_size,
                 with_heads=start.with_heads,
+                group=group,
             )
         for measured, values in metrics[when].items():
             LOG.info("%s: %s %s", when, measured, _in_words(values))
 
     take_metrics("before")
-    steps = descend(start, recipe, take_metrics)
+    steps = descend(start, recipe, take_metrics, group)
     if start.frozen is not None:
         end_adapting(start.model, start.frozen, start.with_heads.values())
     weights = file_weights(start.model)
@@ -181,13 +185,19 @@ def train(start: Start, recipe: Recipe, target: Path) -> Trained:
     return Trained(weights, steps, metrics)
 
 
-def descend(start: Start, recipe: Recipe, take_metrics: Callable[..., None]) -> list[Step]:
+def descend(
+    start: Start,
+    recipe: Recipe,
+    take_metrics: Callable[..., None],
+    group: ProcessGroup | None = None,
+) -> list[Step]:
     """Take the optimizer's steps, measuring at times and after each epoch.
 
     Args:
         start: What is trained, in place.
         recipe: How.
         take_metrics: Called with the name of the moment, and of one that may be the same.
+        group: The processes that share the batches.
 
     Returns:
         What each step reported.
@@ -198,7 +208,7 @@ def descend(start: Start, recipe: Recipe, take_metrics: Callable[..., None]) -> 
     """
     model, examples = start.model, start.examples
     chosen = subset(len(examples), recipe.max_examples, recipe.seed)
-    epochs, total = run_length(len(chosen), recipe)
+    epochs, total = run_length(len(chosen), recipe, group)
     if not any(parameter.requires_grad for parameter in model.module.parameters()):
         raise UsageError("--freeze leaves no parameter to train")
     descent = make_optimizer(
@@ -215,7 +225,7 @@ def descend(start: Start, recipe: Recipe, take_metrics: Callable[..., None]) -> 
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.mixed_precision == "fp16")
     steps: list[Step] = []
     orders = data_order(len(chosen), recipe.seed)
-    with progress("training", total, "steps") as advance, seeded(recipe.seed):
+    with progress("training", total, "steps") as advance, seeded(recipe.seed, group):
 
         def on_step(step: Step) -> None:
             steps.append(step)
@@ -239,7 +249,10 @@ def descend(start: Start, recipe: Recipe, take_metrics: Callable[..., None]) -> 
             order = [chosen[i] for i in next(orders)]
             train_epoch(
                 model.module,
-                examples.batches(recipe.batch_size, order=order, epoch=epoch),
+                (
+                    examples.collate(share, epoch) if share else None
+                    for share in shares(order, recipe.batch_size, group)
+                ),
                 get_likelihood(model.objective.likelihood),
                 descent,
                 schedule,
@@ -253,6 +266,7 @@ def descend(start: Start, recipe: Recipe, take_metrics: Callable[..., None]) -> 
                 max_steps=total,
                 norm_statistics=recipe.norm_statistics,
                 on_step=on_step,
+                group=group,
             )
             take_metrics(f"epoch {epoch + 1}", f"step {len(steps)}")
     # What comes next needs the memory; the optimizer and its schedule hold each other.
@@ -261,14 +275,16 @@ def descend(start: Start, recipe: Recipe, take_metrics: Callable[..., None]) -> 
     return steps
 
 
-def run_length(count: int, recipe: Recipe) -> tuple[int, int]:
+def run_length(count: int, recipe: Recipe, group: ProcessGroup | None = None) -> tuple[int, int]:
     """Give the epochs and the optimizer steps of a run.
 
     Args:
         count: The examples that it trains on.
         recipe: How it descends.
+        group: The processes that share the batches.
     """
-    per_epoch = -(-count // (recipe.batch_size * recipe.gradient_accumulation_steps))
+    each_step = recipe.batch_size * recipe.gradient_accumulation_steps * place_in(group)[1]
+    per_epoch = -(-count // each_step)
     epochs, most = recipe.epochs, recipe.max_steps
     if epochs is None:
         epochs = 1 if most is None else -(-most // per_epoch)

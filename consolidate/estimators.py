@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from consolidate.batches import Batch, model_outputs, split_batch
+from consolidate.distributed import in_step, place_in, summed
 from consolidate.gradient_checkpointing import checkpointing_in_eval_mode
 from consolidate.likelihood import Likelihood, get_likelihood
 from consolidate.methods import method_of
@@ -91,6 +93,7 @@ def fisher_diagonal(
     start: PartialPass | None = None,
     keep: Callable[[PartialPass], None] | None = None,
     note: Callable[[str], None] | None = None,
+    group: ProcessGroup | None = None,
 ) -> FisherDiagonal:
     """Measure F = (1/units) Σ_x E_y[(∇_θ log p(y|x, θ))²] for every trainable parameter.
 
@@ -124,6 +127,9 @@ def fisher_diagonal(
         start: Where to go on. The batches are the same again; those that it has are only read.
         keep: Called now and then with what `start` takes, valid until it returns.
         note: Takes what should be known at once, such as that the memory does not suffice.
+        group: Processes that the batches were dealt to, one by one in turn (`dealt`). Each is given
+            its own, with their indices, and gets the Fisher of all. With a tolerance they are asked
+            before each round of batches, not before each batch.
 
     Returns:
         The Fisher diagonal and its counts.
@@ -185,22 +191,26 @@ def fisher_diagonal(
             Pass(model, parameters, scores, accumulate_dtype, check=check, note=note, start=start)
         ) as measured,
     ):
-        examples = measured.examples
-        for batch, first in _numbered(batches, indices):
+        done, seen = measured.examples, 0
+        for batch in in_step(
+            _numbered(batches, indices, group), None if tolerance is None else group
+        ):
             # Before a batch, not after it, so that a pass which goes on ends where it would have.
-            if tolerance is not None and first >= max(LEAST_EXAMPLES, examples):
-                errors = measured.relative_errors()
-                if errors and max(errors.values()) <= tolerance:
-                    break
-            if first + len(batch) <= examples:
+            if tolerance is not None and _is_settled(measured, tolerance, seen < done, group):
+                break
+            if batch is None:
+                continue
+            first, seen = seen, seen + len(batch)
+            if seen <= done:
                 measured.see(batch)
                 continue
-            if first < examples:
-                batch = batch.rows(examples - first, len(batch))
+            if first < done:
+                batch = batch.rows(done - first, len(batch))
             measured.take(batch, keep)
             if progress is not None:
                 progress(len(batch))
-    if measured.accumulators is None:
+        measured.sum_over(group)
+    if measured.accumulators is None or measured.examples == 0:
         raise InputError("There is no example to measure the Fisher on: the batches are empty.")
     counts = measured.accumulators.counts
     if counts.units == 0:
@@ -228,21 +238,45 @@ def fisher_diagonal(
     )
 
 
-def _numbered(batches: Iterable[Any], indices: Sequence[int] | None) -> Iterator[tuple[Batch, int]]:
-    """Yield the batches that are not empty, each with how many examples came before it.
+def _is_settled(measured: Pass, tolerance: float, behind: bool, group: ProcessGroup | None) -> bool:
+    """Say whether every trace is certain enough, alike in every process.
+
+    Args:
+        measured: The pass so far.
+        tolerance: The largest relative standard error.
+        behind: Whether batches are read that a pass which goes on has had already: it would have
+            ended there.
+        group: The processes.
+    """
+    measured.count()
+    any_behind, examples = summed(group, behind, measured.examples)
+    if any_behind or examples < LEAST_EXAMPLES:
+        return False
+    errors = measured.relative_errors(group)
+    return bool(errors) and max(errors.values()) <= tolerance
+
+
+def _numbered(
+    batches: Iterable[Any], indices: Sequence[int] | None, group: ProcessGroup | None
+) -> Iterator[Batch]:
+    """Yield the batches that are not empty.
 
     Raises:
         InputError: If there are fewer indices than examples.
     """
-    first = 0
-    for number, (inputs, labels) in enumerate(map(split_batch, batches), start=1):
+    process, processes = place_in(group)
+    first = width = 0
+    for round_, (inputs, labels) in enumerate(map(split_batch, batches)):
         if not (size := labels.shape[0]):
             continue
         last = first + size
         if indices is not None and len(indices) < last:
             raise InputError(f"{len(indices)} indices were given for {last} examples.")
         numbers = range(first, last) if indices is None else indices[first:last]
-        yield Batch(number, inputs, labels, numbers), first
+        width = width or size
+        others = round_ * (processes - 1) + process  # batches that they have read before this one
+        number = 1 + round_ + others
+        yield Batch(number, first + others * width, inputs, labels, numbers)
         first = last
 
 

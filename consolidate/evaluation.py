@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from consolidate.batches import model_outputs, place_of, placed
+from consolidate.distributed import summed
 from consolidate.likelihood import Likelihood
 from formats.errors import InputError, NonFiniteError
 
@@ -21,6 +23,7 @@ def measure(
     *,
     language: bool = False,
     progress: Callable[[int], None] = lambda count: None,
+    group: ProcessGroup | None = None,
 ) -> dict[str, float]:
     """Measure a model on a task, in eval mode.
 
@@ -30,6 +33,7 @@ def measure(
         likelihood: The likelihood of the labels given the model's outputs.
         language: Report perplexity, the exponential of the loss, instead of accuracy.
         progress: Called after each batch with its number of examples.
+        group: Processes that the batches were dealt to; each gets the metrics of all.
 
     Returns:
         ``loss``, the mean negative log-likelihood per unit; ``accuracy`` or ``perplexity``; and
@@ -39,9 +43,7 @@ def measure(
         InputError: No unit was to be predicted.
         NonFiniteError: The loss is NaN or infinite.
     """
-    loss = correct = 0.0
-    units = 0
-    counts_correct = not language
+    loss = units = correct = uncounted = 0.0
     place = place_of(model)
     with _evaluating(model):
         for batch in batches:
@@ -51,12 +53,13 @@ def measure(
             nll = likelihood.negative_log_likelihood(outputs, labels)  # (B,)
             loss += float(nll.double().sum())
             units += int(likelihood.units(labels).sum())
-            right = likelihood.correct(outputs, labels) if counts_correct else None
+            right = None if language else likelihood.correct(outputs, labels)
             if right is None:
-                counts_correct = False
+                uncounted += 1
             else:
                 correct += float(right.double().sum())
             progress(len(labels))
+    loss, units, correct, uncounted = summed(group, loss, units, correct, uncounted)
     if units == 0:
         raise InputError("there is nothing to predict in this data: no example has a label")
     if not math.isfinite(loss):
@@ -64,7 +67,7 @@ def measure(
     result = {"loss": loss / units}
     if language:
         result["perplexity"] = math.exp(min(loss / units, 700.0))
-    if counts_correct:
+    if not uncounted:
         result["accuracy"] = correct / units
     result["score"] = result.get("accuracy", -result["loss"])
     return result
@@ -76,6 +79,7 @@ def divergence(
     old: Mapping[str, Tensor],
     batches: Iterable[tuple[Any, Tensor]],
     likelihood: Likelihood,
+    group: ProcessGroup | None = None,
 ) -> float:
     """Measure how far a model's outputs have moved: the mean of KL(p_old ‖ p_new) per unit.
 
@@ -84,11 +88,12 @@ def divergence(
         old: The values of its parameters and buffers before, by name.
         batches: Pairs (inputs, labels). The labels only mark what is predicted.
         likelihood: The likelihood whose distributions are compared.
+        group: Processes that the batches were dealt to; each gets the mean of all.
 
     Returns:
         Nats per unit.
     """
-    total, units = 0.0, 0
+    total = units = 0.0
     place = place_of(model)
     with _evaluating(model):
         for batch in batches:
@@ -98,6 +103,7 @@ def divergence(
                 past = model_outputs(model, inputs, labels)
             total += float(likelihood.divergence(past, outputs, labels).double().sum())
             units += int(likelihood.units(labels).sum())
+    total, units = summed(group, total, units)
     return total / max(1, units)
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import wraps
 from inspect import signature
@@ -12,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from consolidate.adapters import Lora
 from consolidate.chain import add_task
@@ -25,6 +27,7 @@ from consolidate.descent import (
     take_stored_values,
     train,
 )
+from consolidate.distributed import all_processes, as_one, from_first, is_first
 from consolidate.examples import Columns, Examples, subset
 from consolidate.forgetting import beyond, check_gate, failed_folder, forgetting
 from consolidate.heads import HEADS
@@ -47,17 +50,18 @@ R = TypeVar("R")
 
 
 def _claiming_output(command: Callable[P, R]) -> Callable[P, R]:
-    """Keep ``output_dir`` for the command from its start to its end."""
+    """Keep ``output_dir`` for the command from its start to its end, in the first process."""
 
     @wraps(command)
     def claiming(*arguments: P.args, **options: P.kwargs) -> R:
         target = signature(command).bind(*arguments, **options).arguments["output_dir"]
-        with claimed(Path(target)):
+        with claimed(Path(target)) if is_first(all_processes()) else nullcontext():
             return command(*arguments, **options)
 
     return claiming
 
 
+@as_one
 @_claiming_output
 def finetune(
     checkpoint: str | Path,
@@ -174,7 +178,7 @@ def finetune(
         epochs: Passes over the data; 1 unless given or `max_steps` is.
         max_steps: Optimizer steps in all; ends the run before `epochs` do.
         max_examples: Train on a seeded random subset of this size.
-        batch_size: Examples per micro-batch.
+        batch_size: Examples per micro-batch and process.
         gradient_accumulation_steps: Micro-batches per optimizer step.
         learning_rate: The peak of the schedule.
         optimizer: ``adamw``, ``adam`` or ``sgd``.
@@ -252,6 +256,7 @@ def finetune(
     if head_parameters and head == "keep":
         raise UsageError("--head-parameters has no meaning with --head keep: leave it out")
     lora = _lora(lora_rank, lora_targets, lora_alpha, rslora)
+    group = all_processes()
     target = Path(output_dir)
     opened = open_start(
         checkpoint,
@@ -345,13 +350,13 @@ def finetune(
         )
     search = None
     if plan is not None:
-        subject = _subject(start, recipe)
+        subject = _subject(start, recipe, group)
         with torch.random.fork_rng():  # the run that follows must not see that there was a search
-            search = search_lambda(plan, subject, batch_size=batch_size, seed=seed)
+            search = search_lambda(plan, subject, batch_size=batch_size, seed=seed, group=group)
         ewc_lambda = float(search["ewc_lambda"])
-        if search_plot is not None:
+        if search_plot is not None and is_first(group):
             plot_search(search, Path(search_plot))
-    trained = train(start, recipe, target)
+    trained = train(start, recipe, target, group)
     forgotten = {}
     if max_forgetting is not None:
         lost = forgetting(trained.metrics["before"], trained.metrics["after"], old)
@@ -373,11 +378,12 @@ def finetune(
             "seed": seed,
             "tolerance": fisher_tolerance,
             "accumulate_dtype": fisher_accumulate_dtype,
+            "group": group,
         },
     )
     if search is not None:
         result["lambda_search"] = search
-    if forgotten:
+    if forgotten and is_first(group):
         losses = ", ".join(f"{name} lost {by:.4f}" for name, by in forgotten.items())
         raise ForgettingError(
             f"forgot too much: {losses} in score, and --max-forgetting is {max_forgetting:g}\n"
@@ -407,17 +413,18 @@ def _lora(
     return None
 
 
-def _subject(start: Start, recipe: Recipe) -> Subject:
+def _subject(start: Start, recipe: Recipe, group: ProcessGroup | None) -> Subject:
     """Give a search what it trains: runs as `train` makes them, each with its own schedule."""
     assert start.penalty is not None  # a search is refused without one
 
     def length(examples: Examples) -> int:
-        return run_length(len(subset(len(examples), recipe.max_examples, recipe.seed)), recipe)[1]
+        chosen = subset(len(examples), recipe.max_examples, recipe.seed)
+        return run_length(len(chosen), recipe, group)[1]
 
     def train_shortly(examples: Examples, steps: int) -> None:
         warmup = round(recipe.warmup_steps * steps / length(examples))
         shortened = replace(recipe, max_steps=steps, warmup_steps=warmup, log_every=steps)
-        descend(replace(start, examples=examples), shortened, lambda *when: None)
+        descend(replace(start, examples=examples), shortened, lambda *when: None, group)
         if start.frozen is None:  # else the weights are what they were, and the adapter is float32
             take_stored_values(start.model, file_weights(start.model))
 
@@ -456,6 +463,9 @@ def _finish(
     diagonal = measure_fisher(
         loaded, start.examples, label=f"Fisher of {opened.task}", **estimation
     )
+    group = estimation["group"]
+    if not is_first(group):
+        return from_first(None, group)
     log_notes(loaded, start.examples, diagonal)
     merged, anchor, ledger = add_task(
         before,
@@ -482,7 +492,7 @@ def _finish(
             write_file(staging / "config.json", json.dumps(config_of(loaded), indent=2) + "\n")
         write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
     steps = trained.steps
-    return {
+    result = {
         "status": "done",
         "checkpoint": str(target),
         "commits": commits_of(
@@ -499,6 +509,7 @@ def _finish(
         "history": [asdict(step) for step in steps],
         "fisher": {"folder": str(target / "fisher"), **fisher_summary(ledger, diagonal)},
     }
+    return from_first(result, group)
 
 
 def _share_moved(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> float:

@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import ProcessGroup
+
+from consolidate.distributed import place_in
 from consolidate.passes import PartialPass
 from formats.atomic import partial_path
 from formats.errors import InputError
@@ -28,6 +31,7 @@ class KeptPass:
         every: float,
         result_bytes: int,
         restart: bool = False,
+        group: ProcessGroup | None = None,
     ):
         """Prepare to keep a pass.
 
@@ -39,16 +43,18 @@ class KeptPass:
             every: Seconds between two times.
             result_bytes: What the command will write; nothing is kept that would leave less room.
             restart: Throw away what was kept.
+            group: The processes that share the pass; each keeps its own part.
         """
         self._target = target
         self._digests = digests
-        self._options = options
+        self._process, processes = place_in(group)
+        self._options = {**options, "processes": processes}
         self._every = every
         self._result_bytes = result_bytes
         self._command: dict[str, Any] = {}
         self._last = time.monotonic()
         if restart:
-            remove_partial(target)
+            remove_partial(target, self._process)
 
     def start(self) -> PartialPass | None:
         """Return where a pass of the same command was broken off; None where none was.
@@ -56,9 +62,9 @@ class KeptPass:
         Raises:
             InputError: Something else was kept; the message says what differs.
         """
-        if not partial_path(self._target).is_file():
+        if not partial_path(self._target, self._process).is_file():
             return None
-        stored = read_partial(self._target, self._described())
+        stored = read_partial(self._target, self._described(), self._process)
         return PartialPass(stored.tensors, stored.state["levels"], stored.state["most"])
 
     def keep(self, partial: PartialPass) -> None:
@@ -68,7 +74,7 @@ class KeptPass:
         state = {"levels": partial.levels, "most": partial.most}
         try:
             self._leave_room(sum(tensor.nbytes for tensor in partial.tensors.values()))
-            write_partial(self._target, partial.tensors, state, self._described())
+            write_partial(self._target, partial.tensors, state, self._described(), self._process)
         except (InputError, OSError) as error:
             LOG.info("what was measured so far cannot be kept, and the pass goes on: %s", error)
             self._every = math.inf
@@ -76,10 +82,10 @@ class KeptPass:
 
     def remove(self) -> None:
         """Throw away what was kept, once the result is written."""
-        remove_partial(self._target)
+        remove_partial(self._target, self._process)
 
     def _leave_room(self, size: int) -> None:
-        path = partial_path(self._target)
+        path = partial_path(self._target, self._process)
         place = next(folder for folder in path.parents if folder.exists())
         free = shutil.disk_usage(place).free + (path.stat().st_size if path.is_file() else 0)
         if free < size + self._result_bytes:

@@ -8,8 +8,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from consolidate.batches import model_outputs, place_of, placed
+from consolidate.distributed import dealt, place_in
 from consolidate.estimators import ESTIMATORS, FisherDiagonal, fisher_diagonal
 from consolidate.examples import Examples, subset
 from consolidate.kept_pass import KeptPass
@@ -45,6 +47,7 @@ def measure_fisher(
     accumulate_dtype: torch.dtype = torch.float32,
     check: bool = False,
     kept: KeptPass | None = None,
+    group: ProcessGroup | None = None,
 ) -> FisherDiagonal:
     """Measure the Fisher of encoded examples, with progress on stderr.
 
@@ -62,11 +65,15 @@ def measure_fisher(
         accumulate_dtype: Of the sums, and what gradients are squared in.
         check: Hold every batch against single examples and autograd, not only the first.
         kept: Where to go on, and what keeps the pass in case that it is broken off.
+        group: The processes that the batches are dealt to.
 
     Returns:
         The Fisher diagonal by the module's parameter names.
     """
-    order = subset(len(examples), max_examples, seed, shuffled=tolerance is not None)
+    everything = subset(len(examples), max_examples, seed, shuffled=tolerance is not None)
+    order = dealt(everything, batch_size, group)
+    if group is not None:
+        label = f"{label}, process 1 of {group.size()}"
     start = None if kept is None else kept.start()
     done = 0 if start is None else start.examples
     if done:
@@ -88,6 +95,7 @@ def measure_fisher(
             keep=None if kept is None else kept.keep,
             note=LOG.info,
             progress=advance,
+            group=group,
         )
     uncertain = max(diagonal.relative_errors.values(), default=0.0)
     if tolerance is not None and uncertain > tolerance:
@@ -174,6 +182,7 @@ def pass_cost(
     max_examples: int | None,
     batch_size: int,
     seed: int,
+    group: ProcessGroup | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Say what measuring the Fisher of encoded examples would take, from a few batches of them.
@@ -185,6 +194,7 @@ def pass_cost(
         max_examples: Size of the subset.
         batch_size: Examples at a time.
         seed: Of the subset.
+        group: The processes that the batches would be dealt to; each looks for itself.
         options: Others that `fisher_diagonal` takes.
 
     Returns:
@@ -192,6 +202,7 @@ def pass_cost(
         the process (and the device) had in use at most, with the longest examples in a batch.
     """
     order = subset(len(examples), max_examples, seed)
+    processes = place_in(group)[1]
     shuffled = subset(len(examples), max_examples, seed, shuffled=True)
     sample = shuffled[: batch_size * SAMPLED_BATCHES]
     # The last batch is the longest and not timed.
@@ -227,7 +238,7 @@ def pass_cost(
         "examples": len(order),
         "parameters": sum(values.numel() for values in diagonal.values()),
         "seconds_per_example": each,
-        "seconds": checked + each * max(0, len(order) - batch_size),
+        "seconds": checked + each * max(0, len(order) / processes - batch_size),
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "peak_device_memory": torch.cuda.max_memory_allocated(device) if cuda else None,
     }

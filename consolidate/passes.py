@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from consolidate.accumulators import Accumulators
 from consolidate.batches import Batch, out_of_memory, place_of, placed
@@ -119,9 +120,24 @@ class Pass:
         """How many examples have been added."""
         return 0 if self.accumulators is None else self.accumulators.examples
 
-    def relative_errors(self) -> dict[str, float]:
-        """Return each trace's standard error over the trace, by the names of those above zero."""
-        return {} if self.accumulators is None else self.accumulators.relative_errors()
+    def relative_errors(self, group: ProcessGroup | None = None) -> dict[str, float]:
+        """Return each trace's standard error over the trace, by the names of those above zero.
+
+        Of what all processes of a group have added, where there is one.
+        """
+        if self.accumulators is None and group is None:
+            return {}
+        return self._accumulators().relative_errors(group)
+
+    def count(self) -> None:
+        """Count what was added: sums round alike only where that is done at the same batches."""
+        if self.accumulators is not None:
+            _ = self.accumulators.counts
+
+    def sum_over(self, group: ProcessGroup | None) -> None:
+        """Add what the passes of other processes have added; no batch is taken after that."""
+        if group is not None:
+            self._accumulators().sum_over(group)
 
     def close(self) -> None:
         """Leave the model as it was."""
@@ -194,8 +210,7 @@ class Pass:
     def _add(self, batch: Batch) -> None:
         if not self._scores.whole:
             self._choose_methods(batch)
-        if self.accumulators is None:  # After the check, which takes as much memory.
-            self.accumulators = Accumulators(self._parameters, self._dtype)
+        accumulators = self._accumulators()  # After the check, which takes as much memory.
         units = self._scores.units(batch.labels)
         if self._scores.whole:
             units, additions = units.sum()[None], 1
@@ -203,9 +218,8 @@ class Pass:
                 traces = self._add_gradients(self._parameters, batch)
         else:
             traces, additions = self._add_examples(batch)
-        first = self.accumulators.examples
-        where = f"batch {batch.number} (examples {first} to {first + len(batch) - 1})"
-        self.accumulators.end_batch(traces, units, len(batch), where, additions)
+        where = f"batch {batch.number} (examples {batch.first} to {batch.first + len(batch) - 1})"
+        accumulators.end_batch(traces, units, len(batch), where, additions)
 
     def _choose_methods(self, batch: Batch) -> None:
         """Choose the methods on the pass's first batch; with `check` on each."""
@@ -298,12 +312,16 @@ class Pass:
 
     def _placed(self, batch: Batch) -> Batch:
         inputs, labels = placed(self._place, batch.inputs, batch.labels)
-        return Batch(batch.number, inputs, labels, batch.indices)
+        return Batch(batch.number, batch.first, inputs, labels, batch.indices)
+
+    def _accumulators(self) -> Accumulators:
+        if self.accumulators is None:
+            self.accumulators = Accumulators(self._parameters, self._dtype)
+        return self.accumulators
 
     @property
     def _sums(self) -> dict[str, Tensor]:
-        assert self.accumulators is not None
-        return self.accumulators.sums
+        return self._accumulators().sums
 
 
 def _nth_start(number: int, count: int) -> int:

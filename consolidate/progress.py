@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from consolidate.torchrun import rank
+
 LOG = logging.getLogger("consolidate")
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -31,7 +33,7 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
         desc=label,
         unit=f" {unit}",
         file=sys.stderr,
-        disable=None,
+        disable=None if rank() == 0 else True,
         leave=False,
         dynamic_ncols=True,
     ) as bar:

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from consolidate.commands import evaluate_all
+from consolidate.distributed import dealt
 from consolidate.evaluation import divergence
 from consolidate.examples import Examples, hold_out
 from consolidate.forgetting import beyond, forgetting
@@ -109,7 +111,14 @@ def plan_search(
     return Plan(strengths, rule, max_forgetting, new, [n for n in ledger if n in validation])
 
 
-def search_lambda(plan: Plan, subject: Subject, *, batch_size: int, seed: int) -> dict[str, Any]:
+def search_lambda(
+    plan: Plan,
+    subject: Subject,
+    *,
+    batch_size: int,
+    seed: int,
+    group: ProcessGroup | None = None,
+) -> dict[str, Any]:
     """Train the candidates from the same start, measure them, and choose one.
 
     Args:
@@ -118,6 +127,7 @@ def search_lambda(plan: Plan, subject: Subject, *, batch_size: int, seed: int) -
             was chosen.
         batch_size: Of the evaluations.
         seed: Of what is held out.
+        group: The processes that share the batches; all choose alike.
 
     Returns:
         ``ewc_lambda``, the rule and what it looked at, ``before``, the trials and the cost.
@@ -132,7 +142,12 @@ def search_lambda(plan: Plan, subject: Subject, *, batch_size: int, seed: int) -
         examples, held_out[new] = hold_out(examples, seed)
     values = _values(model.module)
     measure = partial(
-        evaluate_all, model, held_out, batch_size=batch_size, with_heads=subject.with_heads
+        evaluate_all,
+        model,
+        held_out,
+        batch_size=batch_size,
+        with_heads=subject.with_heads,
+        group=group,
     )
     before = measure()
     steps = subject.length(examples)
@@ -152,8 +167,9 @@ def search_lambda(plan: Plan, subject: Subject, *, batch_size: int, seed: int) -
             if plan.old:
                 lost = max(forgetting(before, metrics, plan.old).values())
             else:
-                batches = held_out[new].batches(batch_size)
-                moved = divergence(model.module, values, batches, likelihood)
+                order = dealt(range(len(held_out[new])), batch_size, group)
+                batches = held_out[new].batches(batch_size, order=order)
+                moved = divergence(model.module, values, batches, likelihood, group)
         except NonFiniteError as error:
             squares = None
             LOG.info("λ = %g diverged: %s", strength, error)

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _NormBase
 
 from consolidate.batches import model_outputs, place_of, placed
+from consolidate.distributed import place_in, sum_, summed
 from consolidate.likelihood import Likelihood
 from consolidate.merged_penalty import MergedPenalty
 from consolidate.penalty import Penalty, check_proximal
@@ -20,6 +22,9 @@ OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 MIXED_PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+
+APART = 0x9E3779B97F4A7C15
+"""Between the seeds of two processes: the golden ratio's, far from any that a user would choose."""
 
 REMEDY = "lower --learning-rate or --ewc-lambda, or use --max-grad-norm"
 
@@ -133,16 +138,19 @@ def _with_statistics(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generators (dropout knows no other) and put them back afterwards."""
+def seeded(seed: int, group: ProcessGroup | None = None) -> Iterator[None]:
+    """Seed torch's global generators (dropout knows no other) and put them back afterwards.
+
+    Each process of a group draws other numbers.
+    """
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed((seed + place_in(group)[0] * APART) % 2**63)
         yield
 
 
 def train_epoch(
     model: nn.Module,
-    batches: Iterable[tuple[Any, Tensor]],
+    batches: Iterable[tuple[Any, Tensor] | None],
     likelihood: Likelihood,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
@@ -157,6 +165,7 @@ def train_epoch(
     max_steps: int | None = None,
     norm_statistics: str = "frozen",
     on_step: Callable[[Step], None] = lambda step: None,
+    group: ProcessGroup | None = None,
 ) -> int:
     """Train on every batch once.
 
@@ -164,13 +173,14 @@ def train_epoch(
 
         L(θ) = −(1/units) Σ_x log p(y|x, θ) + (λ/2) Σ_i Λ_i (θ_i − μ_i)²
 
-    where the mean is over the units of all micro-batches of the step. The penalty's gradient is
-    added once, after unscaling and before clipping (Kirkpatrick et al. 2017, eq. 3), or its
-    proximal step is taken after the optimizer's.
+    where the mean is over the units of all micro-batches of the step, in all processes. The
+    penalty's gradient is added once, after unscaling and before clipping (Kirkpatrick et al. 2017,
+    eq. 3), or its proximal step is taken after the optimizer's.
 
     Args:
         model: Trained in place, in train mode.
-        batches: Pairs (inputs, labels), each a micro-batch.
+        batches: Pairs (inputs, labels), each a micro-batch, or this process's share of one; None
+            where it has no part in one.
         likelihood: The likelihood of the labels given the model's outputs.
         optimizer: Any torch optimizer that needs no closure.
         scheduler: Stepped once per optimizer step.
@@ -185,6 +195,7 @@ def train_epoch(
         max_steps: Ends the epoch when this many steps were taken in all.
         norm_statistics: ``frozen`` keeps running statistics, ``update`` lets them follow the data.
         on_step: Called after each optimizer step.
+        group: Processes that share the micro-batches: as many of them in each.
 
     Returns:
         The optimizer steps taken so far, `first_step` included.
@@ -209,10 +220,11 @@ def train_epoch(
     for micro_batches in _grouped(batches, gradient_accumulation_steps):
         if max_steps is not None and step >= max_steps:
             break
-        units = sum(int(likelihood.units(labels).sum()) for _, labels in micro_batches)
+        parts = [batch for batch in micro_batches if batch is not None]
+        (units,) = summed(group, sum(int(likelihood.units(labels).sum()) for _, labels in parts))
         loss = 0.0
         optimizer.zero_grad()
-        for batch in micro_batches:
+        for batch in parts:
             inputs, labels = placed(place, *batch)
             with torch.autocast(
                 device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
@@ -221,9 +233,12 @@ def train_epoch(
             likelihood.check_labels(outputs, labels)
             micro_loss = likelihood.negative_log_likelihood(outputs, labels).sum() / max(units, 1)
             loss += float(micro_loss.detach())
-            if not math.isfinite(loss):
-                raise NonFiniteError(f"step {step + 1}: the loss is {loss}; {REMEDY}")
+            if group is None:  # Elsewhere all leave together.
+                _check_loss(loss, step)
             scaler.scale(micro_loss).backward()
+        (loss,) = summed(group, loss)
+        _check_loss(loss, step)
+        _sum_gradients(trained, group)
         scaler.unscale_(optimizer)
         if penalty is not None and proximal is None:
             penalty_value = penalty.add_gradient_(value=True).item()
@@ -237,6 +252,8 @@ def train_epoch(
         scaler.step(optimizer)
         scaler.update()
         before = penalty_value
+        if norm_statistics == "update":
+            _average_statistics(model, group)
         if scaler.get_scale() >= scale:  # a lowered scale means the scaler skipped this step
             if proximal is not None:
                 proximal.proximal_step_(optimizer)
@@ -247,10 +264,41 @@ def train_epoch(
     return step
 
 
+def _check_loss(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"step {step + 1}: the loss is {loss}; {REMEDY}")
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup | None) -> None:
+    """Sum gradients over processes: each has divided its own by the units of all."""
+    if group is None:
+        return
+    having = summed(group, *(parameter.grad is not None for parameter in parameters))
+    reached = [p for p, count in zip(parameters, having, strict=True) if count]
+    for parameter in reached:  # perhaps by no example of this process
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        elif parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
+    sum_([p.grad for p in reached if p.grad is not None], group)
+
+
+@torch.no_grad()
+def _average_statistics(model: nn.Module, group: ProcessGroup | None) -> None:
+    """Give every process the mean of the running statistics that each took of its own share."""
+    if group is None:
+        return
+    for module in _with_statistics(model):
+        statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        sum_(statistics, group)
+        for buffer in statistics:
+            buffer /= group.size()
+
+
 def _grouped(
-    batches: Iterable[tuple[Any, Tensor]], size: int
-) -> Iterator[Sequence[tuple[Any, Tensor]]]:
-    group: list[tuple[Any, Tensor]] = []
+    batches: Iterable[tuple[Any, Tensor] | None], size: int
+) -> Iterator[Sequence[tuple[Any, Tensor] | None]]:
+    group: list[tuple[Any, Tensor] | None] = []
     for batch in batches:
         group.append(batch)
         if len(group) == size:

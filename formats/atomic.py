@@ -33,8 +33,7 @@ _PUBLISH = ".consolidate-publish"
 _LOCK = ".consolidate-lock"
 _PARTIAL = ".consolidate-partial"
 _CLAIM = ".consolidate-claim"
-_OURS = {_NEW, _OLD, _COMMIT, _PUBLISH, _LOCK, _PARTIAL, f"{_PARTIAL}-new", _CLAIM}
-_NOT_CONTENT = {*_OURS, "lost+found"}
+_NOT_CONTENT = {_NEW, _OLD, _COMMIT, _PUBLISH, _LOCK, _CLAIM, "lost+found"}
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -208,19 +207,21 @@ def has_content(target: Path) -> bool:
     Args:
         target: The folder; it need not exist.
     """
-    return target.is_dir() and any(entry.name not in _NOT_CONTENT for entry in target.iterdir())
+    return target.is_dir() and any(_is_content(entry.name) for entry in target.iterdir())
 
 
-def partial_path(target: Path) -> Path:
+def partial_path(target: Path, process: int = 0) -> Path:
     """Name the file beside a target (in it, at a mount point) for what a long run keeps.
 
     Args:
         target: The folder that is to be made or replaced.
+        process: Which of several that work together; each keeps its own.
     """
     place = _Place(target)
+    ending = _PARTIAL if process == 0 else f"{_PARTIAL}-{process}"
     if place.mounted:
-        return place.target / _PARTIAL
-    return place.target.with_name(f".{place.target.name}{_PARTIAL}")
+        return place.target / ending
+    return place.target.with_name(f".{place.target.name}{ending}")
 
 
 def final_path(path: Path) -> Path:
@@ -301,12 +302,16 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def _is_content(name: str) -> bool:
+    return name not in _NOT_CONTENT and not name.startswith(_PARTIAL)
+
+
 def _refuse_content(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
         raise InputError(f"{target} is a file; name a folder to write into")
-    content = sorted({entry.name for entry in target.iterdir()} - _NOT_CONTENT)
+    content = sorted(entry.name for entry in target.iterdir() if _is_content(entry.name))
     if not content:
         return
     if not overwrite:
@@ -426,7 +431,7 @@ def _move_in(target: Path, old: Path) -> None:
     if commit.is_dir():
         old.mkdir(exist_ok=True)
         for entry in sorted(target.iterdir()):
-            if entry.name not in _NOT_CONTENT:
+            if _is_content(entry.name):
                 os.rename(entry, old / entry.name)
         _sync(target)
         os.rename(commit, publish)

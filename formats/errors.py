@@ -45,3 +45,15 @@ class NetworkError(ConsolidateError):
     """The network or a remote server failed; trying again may help."""
 
     exit_code = 75
+
+
+class PeerError(ConsolidateError):
+    """Another process of the same run failed, which tells what went wrong itself.
+
+    Attributes:
+        exit_code: That of the other process.
+    """
+
+    def __init__(self, exit_code: int, message: str = ""):
+        super().__init__(message)
+        self.exit_code = exit_code

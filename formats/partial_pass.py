@@ -4,6 +4,7 @@ One safetensors file with the sums so far. Its metadata is one JSON string: whic
 by everything that the result depends on, and where the pass was.
 """
 
+import glob
 import json
 import os
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ def write_partial(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
     command: Mapping[str, Any],
+    process: int = 0,
 ) -> None:
     """Keep a pass, in place of what was kept of it before.
 
@@ -46,12 +48,13 @@ def write_partial(
         tensors: The sums so far.
         state: Where the pass is, as JSON.
         command: Everything that the result depends on, as JSON: digests and options.
+        process: Which of several that work together; each keeps its own.
 
     Raises:
         InputError: If the disk is full.
         OSError: If the place cannot be written.
     """
-    path = partial_path(target)
+    path = partial_path(target, process)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = _unfinished(path)
     new.unlink(missing_ok=True)
@@ -66,12 +69,13 @@ def write_partial(
         new.unlink(missing_ok=True)
 
 
-def read_partial(target: Path, command: Mapping[str, Any]) -> StoredPass:
+def read_partial(target: Path, command: Mapping[str, Any], process: int = 0) -> StoredPass:
     """Read what was kept of a pass with this target.
 
     Args:
         target: The folder that the command will write.
         command: What the result depends on now.
+        process: Which of several that work together.
 
     Returns:
         The pass.
@@ -80,7 +84,7 @@ def read_partial(target: Path, command: Mapping[str, Any]) -> StoredPass:
         InputError: If what was kept cannot be read, or is of another command; the message says what
             differs.
     """
-    path = partial_path(target)
+    path = partial_path(target, process)
     remedy = "--restart throws it away"
     try:
         with safe_open(path, framework="pt") as file:
@@ -103,13 +107,16 @@ def read_partial(target: Path, command: Mapping[str, Any]) -> StoredPass:
     return StoredPass(tensors, state)
 
 
-def remove_partial(target: Path) -> None:
+def remove_partial(target: Path, process: int = 0) -> None:
     """Throw away what was kept of a pass with this target, if anything was.
 
     Args:
         target: The folder that the command writes.
+        process: Which of several that work together; the first throws away what any has kept.
     """
-    path = partial_path(target)
+    path = partial_path(target, process)
+    for kept in path.parent.glob(f"{glob.escape(path.name)}-*") if process == 0 else ():
+        kept.unlink(missing_ok=True)
     for file in (path, _unfinished(path)):
         file.unlink(missing_ok=True)
 
