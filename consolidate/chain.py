@@ -182,6 +182,7 @@ def add_task(
     penalty: str | None = None,
     penalty_on: str | None = None,
     parent: str | None = None,
+    made_from: str | None = None,
     metrics: dict[str, dict[str, dict[str, float]]] | None = None,
     merge_rule: str | None = None,
     gamma: float | None = None,
@@ -206,6 +207,7 @@ def add_task(
         penalty: The penalty that it was learned with.
         penalty_on: Where an adapter learned it: ``adapter`` or ``merged``, what the penalty held.
         parent: Set digest of the weights that learning it began from; None where it was measured.
+        made_from: Digest of all that the result depends on, or None.
         metrics: What was measured while it was learned.
         merge_rule: As in `merging_options`.
         gamma: As in `merging_options`.
@@ -240,6 +242,7 @@ def add_task(
         penalty=penalty,
         penalty_on=penalty_on,
         parent=parent,
+        made_from=made_from,
         metrics=metrics or {},
         layers={
             parameter: LayerRecord(

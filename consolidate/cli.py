@@ -23,12 +23,15 @@ from consolidate.options import (
     DATA,
     DATA_DIGEST,
     DTYPES,
+    FORCE,
     FREEZE,
     GRADIENT_CHECKPOINTING,
+    KEEPING,
     MERGING,
     METRICS,
     MLFLOW,
     MODEL,
+    RESTART,
     REVISION,
     SEED,
     TASK,
@@ -36,6 +39,7 @@ from consolidate.options import (
     estimator_options,
 )
 from consolidate.result_texts import json_text, plain
+from consolidate.stopping import Terminated, ask
 from consolidate.torchrun import rank, world_size
 from consolidate.training_options import ADAPTER, EVALUATION, HEAD, PENALTY, STRENGTH, TRAINING
 from formats.errors import ConsolidateError, ForgettingError, InputError, PeerError
@@ -44,12 +48,6 @@ if TYPE_CHECKING:
     from consolidate.tracking import Tracker
 
 LOG = logging.getLogger("consolidate")
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived; unwinds like Ctrl-C, so that nothing half-written stays behind."""
-
-    exit_code = 143
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -134,9 +132,15 @@ def _leave(code: int) -> NoReturn:
 def _stop(signum: int, frame: FrameType | None) -> None:
     """Unwind, so that nothing half-written stays; leave at once while something is imported.
 
+    Where work under way can be kept, it is first brought to a point from which it can go on.
+
     Extension modules lose an exception that passes through their import, or make another of it; a
     finalizer swallows it, so there the signal is sent again a moment later.
     """
+    reason = KeyboardInterrupt if signum == signal.SIGINT else Terminated
+    if ask(reason):
+        os.write(2, b"stopping at the next point to go on from; Ctrl-C leaves at once\n")
+        return
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             os.write(2, b"interrupted\n" if signum == signal.SIGINT else b"terminated\n")
@@ -145,7 +149,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:
             threading.Timer(0.05, os.kill, (os.getpid(), signum)).start()
             return
         frame = frame.f_back
-    raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
+    raise reason
 
 
 @click.group(
@@ -220,20 +224,13 @@ class _StderrHandler(logging.Handler):
     is_flag=True,
     help="Only say what it would take: time, memory, sizes of files. Nothing is written.",
 )
-@click.option(
-    "--save-every",
-    type=click.FloatRange(min=0),
-    default=5.0,
-    show_default=True,
-    metavar="MINUTES",
-    help="Keep what a long pass has so far; the same command started again goes on from there.",
-)
-@click.option("--restart", is_flag=True, help="Throw away what was kept of an unfinished pass.")
+@KEEPING
 @click.option("--add", is_flag=True, help="Add another task measured at the same weights.")
 @MERGING
 @click.option(
     "--overwrite", is_flag=True, help="Replace the Fisher (or output folder) that is there."
 )
+@FORCE
 @click.option(
     "--output-dir",
     metavar="DIR",
@@ -276,7 +273,9 @@ def fisher(checkpoint: str, json: bool, metrics: Path | None, mlflow: bool, **op
 @SEED
 @FREEZE
 @GRADIENT_CHECKPOINTING
+@KEEPING
 @click.option("--overwrite", is_flag=True, help="Replace the output folder that is there.")
+@FORCE
 @estimator_options("fisher-")
 @click.option(
     "--fisher-max-examples",
@@ -379,6 +378,7 @@ def evaluate(
     help="Which they were all fine-tuned from: its tasks, which all hold, then count once.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the output folder that is there.")
+@FORCE
 @COMMON
 def merge(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
     """Merge checkpoints of one architecture into one, each weight by how much it matters to whom.
@@ -400,6 +400,7 @@ def merge(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
     help="Where the checkpoints go; as the file says by default.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be done or skipped, and why.")
+@RESTART
 @METRICS
 @MLFLOW
 @COMMON

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate.adapters import load, with_base, without_fisher
+from consolidate.cached import cached, find_output, recorded_fisher
 from consolidate.chain import (
     add_task,
     merging_options,
@@ -25,14 +26,23 @@ from consolidate.chain import (
     stored_fisher,
     task_name,
 )
-from consolidate.distributed import all_processes, as_one, dealt, from_first, is_first
+from consolidate.distributed import all_processes, as_one, dealt, from_first, is_first, place_in
 from consolidate.estimators import FisherDiagonal
 from consolidate.evaluation import measure
 from consolidate.examples import Columns, Examples, encode
 from consolidate.heads import models_of_tasks
 from consolidate.hub import FISHER, VALUES, commits_of, locate
-from consolidate.kept_pass import KeptPass
+from consolidate.kept_work import KeptPass, KeptWork
 from consolidate.likelihood import get_likelihood
+from consolidate.made_from import (
+    checkpoint_content,
+    digest,
+    module_content,
+    options_content,
+    plain,
+    rows_content,
+    versions,
+)
 from consolidate.measuring import estimator_options, measure_fisher, pass_cost
 from consolidate.models import Model
 from consolidate.progress import progress
@@ -55,7 +65,7 @@ from formats.fisher_folder import (
     read_fisher,
     write_fisher,
 )
-from formats.ledger import Ledger, read_ledger
+from formats.ledger import Ledger, TaskRecord, read_ledger
 from formats.task_file import TaskFile, open_task
 from formats.tensors import check_link, dtype_of, shape_of
 
@@ -97,6 +107,7 @@ def fisher(
     dry_run: bool = False,
     save_every: float = SAVE_EVERY,
     restart: bool = False,
+    force: bool = False,
     merge_rule: str | None = None,
     gamma: float | None = None,
     task_weight: float | str = 1.0,
@@ -140,6 +151,8 @@ def fisher(
         save_every: Minutes between two times that a long pass is kept beside the target; the same
             call started again goes on from there.
         restart: Throw away what was kept of a pass.
+        force: Measure anew, and replace the Fisher, even where that is there and was made from the
+            same.
         merge_rule: ``online`` or ``separate``: how the task is merged with those before it, and
             the next unless they say otherwise; as the one before, or ``online``, unless given.
         gamma: γ of ``online``, from 0 to 1; as before, or 1, unless given.
@@ -148,28 +161,81 @@ def fisher(
 
     Returns:
         What was done: the folder, the task, counts, the Fisher's trace and how certain it is by
-        parameter; with `dry_run`, what it would take.
+        parameter; with `dry_run`, what it would take. Where the Fisher is there, whole and made
+        from the same, nothing is done, and the ``status`` is ``cached``.
 
     Raises:
         InputError: Something in the checkpoint or the data does not fit.
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in the weights or in the Fisher.
     """
+    given = dict(locals())
     group = all_processes()
     in_place = output_dir is None
-    if in_place and add and overwrite:
-        raise UsageError("--add and --overwrite exclude each other: keep the Fisher or replace it")
+    for option, replaces in (("overwrite", overwrite), ("force", force)):
+        if in_place and add and replaces:
+            raise UsageError(
+                f"--add and --{option} exclude each other: keep the Fisher or replace it"
+            )
+    overwrite = overwrite or force
     folder = locate(checkpoint, revision, without=() if add else FISHER)
     if in_place and (not folder.is_dir() or not Path(checkpoint).exists()):
         raise UsageError(f"{checkpoint} is no local folder: say where to write with --output-dir")
     source = with_base(open_checkpoint(folder), base_model)
     target = folder / "fisher" if in_place else Path(str(output_dir))
-    check_output(target, source, overwrite=overwrite or (add and in_place), whole=not in_place)
+    there = None if force or dry_run else find_output(folder if in_place else target)
+    refuse = partial(
+        check_output, target, source, overwrite=overwrite or (add and in_place), whole=not in_place
+    )
+    if there is None:
+        refuse()
     with nullcontext() if dry_run or not is_first(group) else claimed(target):
         before = stored_fisher(folder / "fisher", source) if add else None
         merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
-        check_finite(source.weights, folder)
         task_file, rows = open_task(data, split=split)
+        data_content = cache(lambda: rows_content(task_file, rows))
+
+        @cache
+        def records() -> dict[str, TensorRecord]:
+            # Those of a ledger have been compared with the weights.
+            return weight_records(source.weights) if before is None else before.ledger.weights
+
+        def made_from(tasks: Sequence[TaskRecord]) -> str:
+            content = checkpoint_content(source, None, records())
+            if source.base is not None:
+                of_base = weight_records(source.base.weights)
+                content["base"] = checkpoint_content(source.base, None, of_base)
+            return digest(
+                {
+                    "command": "fisher",
+                    "versions": versions(),
+                    "checkpoint": content | {"fisher": [asdict(task) for task in tasks]},
+                    "data": data_content(),
+                    "module": module_content(model),
+                    "options": options_content(given)
+                    | {
+                        "task": task_name(task or task_file.name, rows.name, None),
+                        "device": best_device(device).type,
+                        "merge_rule": merge_rule,
+                        "gamma": gamma,
+                        "processes": place_in(group)[1],
+                    },
+                }
+            )
+
+        tasks = [] if before is None else before.ledger.tasks
+        if there is not None:
+            earlier = tasks[:-1] if in_place else tasks
+            if (done := cached(there, lambda: made_from(earlier))) is not None:
+                return {
+                    "status": "cached",
+                    "checkpoint": str(there.checkpoint),
+                    "fisher": str(there.folder),
+                    "commits": commits_of(folder),
+                    **recorded_fisher(done.ledger),
+                }
+            refuse()
+        check_finite(source.weights, folder)
         loaded = load(
             source,
             objective=objective or task_file.objective,
@@ -215,18 +281,11 @@ def fisher(
                 },
             }
 
-        @cache
-        def records() -> dict[str, TensorRecord]:
-            # Those of a ledger have been compared with the weights.
-            return weight_records(source.weights) if before is None else before.ledger.weights
-
-        kept = KeptPass(
+        work = KeptWork(
             target,
-            {
-                "weights": lambda: set_digest(records()),
-                "data": rows.digest,
-            },
-            {
+            lambda: {
+                "weights": set_digest(records()),
+                "data": data_content()["digest"],
                 "objective": loaded.objective.name,
                 "model": model,
                 "module": _module_digest(loaded),
@@ -236,22 +295,24 @@ def fisher(
                 "columns": asdict(columns_of(columns, task_file)),
                 "max_length": max_length,
                 "pack": pack,
-                "dtype": None if dtype is None else str(dtype),
+                "dtype": plain(dtype),
                 "freeze": list(freeze),
                 **options,
-                "accumulate_dtype": str(accumulate_dtype),
+                "accumulate_dtype": plain(accumulate_dtype),
+                "processes": place_in(group)[1],
             },
             every=60 * save_every,
-            result_bytes=_output_bytes(source, whole=not in_place),
+            result_bytes=output_bytes(source, whole=not in_place),
             restart=restart,
             group=group,
         )
+        kept = KeptPass(work, work.start())
         diagonal = measure_fisher(
             loaded, examples, label=f"Fisher of {name}", kept=kept, group=group, **options
         )
         if not is_first(group):
             result = from_first(None, group)
-            kept.remove()
+            work.remove()
             return result
         log_notes(loaded, examples, diagonal)
         merged, anchor, ledger = add_task(
@@ -262,7 +323,8 @@ def fisher(
             records=records(),
             name=name,
             data=rows.name,
-            data_digest=rows.digest() if data_digest else None,
+            data_digest=data_content()["digest"] if data_digest else None,
+            made_from=made_from(tasks) if data_digest else None,
             merge_rule=merge_rule,
             gamma=gamma,
             task_weight=task_weight,
@@ -276,7 +338,7 @@ def fisher(
             else:
                 write_checkpoint(staging, source, source.weights)
                 write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
-        kept.remove()
+        work.remove()
         result = {
             "status": "done",
             "checkpoint": str(folder if in_place else target),
@@ -491,7 +553,7 @@ def check_output(target: Path, source: Checkpoint, *, overwrite: bool, whole: bo
     """
     refuse_existing(target, overwrite=overwrite)
     parent = next(folder for folder in target.absolute().parents if folder.exists())
-    needed = _output_bytes(source, whole=whole)
+    needed = output_bytes(source, whole=whole)
     free = shutil.disk_usage(parent).free
     if free < needed:
         partial = partial_path(target)
@@ -502,8 +564,13 @@ def check_output(target: Path, source: Checkpoint, *, overwrite: bool, whole: bo
         )
 
 
-def _output_bytes(source: Checkpoint, *, whole: bool) -> int:
-    """Give the bytes of a Fisher with its ledger, and of the weights where they are written."""
+def output_bytes(source: Checkpoint, *, whole: bool) -> int:
+    """Give the bytes of a Fisher with its ledger, and of the weights where they are written.
+
+    Args:
+        source: The checkpoint it is made from.
+        whole: Whether the weights are written.
+    """
     fisher = 4 * sum(math.prod(shape_of(source.weights, name)) for name in source.weights)
     records = 1024 * (1 + len(source.weights))  # more than headers and ledger say of a tensor
     return fisher + records + (_bytes(source.weights) if whole else 0)

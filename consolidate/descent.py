@@ -5,15 +5,18 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from consolidate import stopping
 from consolidate.adapters import end_adapting
 from consolidate.commands import evaluate_all
 from consolidate.distributed import place_in, shares
 from consolidate.examples import subset
+from consolidate.kept_work import KeptTraining, KeptWork
 from consolidate.likelihood import get_likelihood
 from consolidate.models import Model, file_weights
 from consolidate.penalty import STEPS
@@ -30,8 +33,17 @@ from consolidate.training import (
     seeded,
     train_epoch,
 )
+from consolidate.training_state import (
+    Descent,
+    load_trained,
+    load_training,
+    trained_tensors,
+    training_numbers,
+    training_tensors,
+)
 from formats.checkpoint import check_finite
 from formats.errors import NonFiniteError, UsageError
+from formats.partial_work import StoredWork
 
 LOG = logging.getLogger("consolidate")
 
@@ -134,14 +146,26 @@ def check_options(
         raise UsageError(f"--penalty {penalty} needs --ewc-lambda: the strength has no default")
 
 
-def train(start: Start, recipe: Recipe, target: Path, group: ProcessGroup | None = None) -> Trained:
+def train(
+    start: Start,
+    recipe: Recipe,
+    target: Path,
+    *,
+    work: KeptWork,
+    found: StoredWork | None,
+    beside: Mapping[str, Any],
+    group: ProcessGroup | None = None,
+) -> Trained:
     """Train from the model's present weights, and give it the weights as they will be stored.
 
     Args:
         start: What is trained, in place.
         recipe: How.
         target: What a message calls the weights.
-        group: The processes that share the batches; each has the model.
+        work: Where the training is kept.
+        found: What was kept of it.
+        beside: What is kept beside it, JSON-ready.
+        group: The processes that share the batches; each has the model. Of several nothing is kept.
 
     Returns:
         The weights, the steps and the metrics.
@@ -150,17 +174,20 @@ def train(start: Start, recipe: Recipe, target: Path, group: ProcessGroup | None
         NonFiniteError: Training diverged.
         UsageError: There is nothing to train.
     """
-    metrics: dict[str, dict[str, dict[str, float]]] = {}
+    model = start.model
+    metrics = {} if found is None else dict(found.state.get("metrics", {}))
+    beside = {**beside, "metrics": metrics}
 
     def take_metrics(when: str, same_as: str = "") -> None:
-        if not start.evaluations:
+        if not start.evaluations or when in metrics:
             return
         if same_as in metrics:
             metrics[when] = metrics[same_as]
             return
-        with torch.random.fork_rng():  # a module may draw in eval mode too; training must not see
+        # A module may draw in eval mode too; training must not see.
+        with stopping.waiting(False), torch.random.fork_rng():
             metrics[when] = evaluate_all(
-                start.model,
+                model,
                 start.evaluations,
                 batch_size=recipe.batch_size,
                 with_heads=start.with_heads,
@@ -169,20 +196,49 @@ def train(start: Start, recipe: Recipe, target: Path, group: ProcessGroup | None
         for measured, values in metrics[when].items():
             LOG.info("%s: %s %s", when, measured, _in_words(values))
 
-    take_metrics("before")
-    steps = descend(start, recipe, take_metrics, group)
-    if start.frozen is not None:
-        end_adapting(start.model, start.frozen, start.with_heads.values())
-    weights = file_weights(start.model)
+    def end_adapter() -> None:
+        if start.frozen is not None:
+            end_adapting(model, start.frozen, start.with_heads.values())
+
+    if found is not None and "trained" in found.state:
+        end_adapter()
+        steps = load_trained(model.module, found.tensors)
+        LOG.info("going on after the last of %d steps", len(steps))
+        weights = file_weights(model)
+    else:
+        take_metrics("before")
+        kept = KeptTraining(work, found, beside) if group is None else None
+        steps = descend(start, recipe, take_metrics, group, kept)
+        end_adapter()
+        weights = file_weights(model)
+        try:
+            check_finite(weights, target)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"training diverged: {error}; lower --learning-rate or --ewc-lambda"
+            ) from None
+        take_stored_values(model, weights)
+    trained = Trained(weights, steps, metrics)
     try:
-        check_finite(weights, target)
-    except NonFiniteError as error:
-        raise NonFiniteError(
-            f"training diverged: {error}; lower --learning-rate or --ewc-lambda"
-        ) from None
-    take_stored_values(start.model, weights)
-    take_metrics("after")
-    return Trained(weights, steps, metrics)
+        take_metrics("after")
+    except stopping.STOPS:
+        work.keep(*kept_of(model, trained, beside), "training")
+        raise
+    return trained
+
+
+def kept_of(
+    model: Model, trained: Trained, beside: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Give what is kept of a training that has ended, tensors and JSON.
+
+    Args:
+        model: With the weights as they will be stored.
+        trained: Where the training ended.
+        beside: What else is kept.
+    """
+    tensors = trained_tensors(model.module, trained.steps)
+    return tensors, {**beside, "metrics": trained.metrics, "trained": True}
 
 
 def descend(
@@ -190,14 +246,17 @@ def descend(
     recipe: Recipe,
     take_metrics: Callable[..., None],
     group: ProcessGroup | None = None,
+    kept: KeptTraining | None = None,
 ) -> list[Step]:
     """Take the optimizer's steps, measuring at times and after each epoch.
 
     Args:
         start: What is trained, in place.
         recipe: How.
-        take_metrics: Called with the name of the moment, and of one that may be the same.
+        take_metrics: Called with the name of the moment, and of one that may be the same; does
+            nothing where that moment was measured.
         group: The processes that share the batches.
+        kept: Where to go on, and what keeps the training in case that it is broken off.
 
     Returns:
         What each step reported.
@@ -211,7 +270,7 @@ def descend(
     epochs, total = run_length(len(chosen), recipe, group)
     if not any(parameter.requires_grad for parameter in model.module.parameters()):
         raise UsageError("--freeze leaves no parameter to train")
-    descent = make_optimizer(
+    optimizer = make_optimizer(
         recipe.optimizer,
         model.module.parameters(),
         learning_rate=recipe.learning_rate,
@@ -219,59 +278,90 @@ def descend(
         weight_decay=recipe.weight_decay,
     )
     schedule = make_scheduler(
-        recipe.lr_scheduler, descent, warmup_steps=recipe.warmup_steps, total_steps=total
+        recipe.lr_scheduler, optimizer, warmup_steps=recipe.warmup_steps, total_steps=total
     )
     device = next(model.module.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.mixed_precision == "fp16")
     steps: list[Step] = []
+    descent = Descent(model.module, optimizer, schedule, scaler, steps)
+    found = None if kept is None else kept.start()
     orders = data_order(len(chosen), recipe.seed)
-    with progress("training", total, "steps") as advance, seeded(recipe.seed, group):
+    step_size = recipe.batch_size * recipe.gradient_accumulation_steps * place_in(group)[1]
+    per_epoch = -(-len(chosen) // step_size)
 
-        def on_step(step: Step) -> None:
-            steps.append(step)
-            advance(1)
-            if step.step % recipe.log_every == 0 or step.step == total:
-                LOG.info(
-                    "step %d of %d: loss %.4f, penalty %.4g, learning rate %.3g",
-                    step.step,
-                    total,
-                    step.loss,
-                    step.penalty,
-                    step.learning_rate,
-                )
-            every = recipe.evaluate_every
-            if every and (step.step % every == 0 or step.step == total):
-                take_metrics(f"step {step.step}")
+    def keep() -> None:
+        if kept is not None and steps:
+            kept.keep(training_tensors(descent), training_numbers(descent))
 
-        for epoch in range(epochs):
-            if len(steps) >= total:
-                break
-            order = [chosen[i] for i in next(orders)]
-            train_epoch(
-                model.module,
-                (
-                    examples.collate(share, epoch) if share else None
-                    for share in shares(order, recipe.batch_size, group)
-                ),
-                get_likelihood(model.objective.likelihood),
-                descent,
-                schedule,
-                penalty=start.penalty,
-                penalty_step=recipe.penalty_step,
-                gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-                max_grad_norm=recipe.max_grad_norm,
-                mixed_precision=recipe.mixed_precision,
-                scaler=scaler,
-                first_step=len(steps),
-                max_steps=total,
-                norm_statistics=recipe.norm_statistics,
-                on_step=on_step,
-                group=group,
+    def measure(when: str, same_as: str = "") -> None:
+        try:
+            take_metrics(when, same_as)
+        except stopping.STOPS:
+            keep()
+            raise
+
+    def measure_step() -> None:
+        every = recipe.evaluate_every
+        if every and steps and (len(steps) % every == 0 or len(steps) == total):
+            measure(f"step {len(steps)}")
+
+    def on_step(step: Step) -> None:
+        steps.append(step)
+        advance(1)
+        if step.step % recipe.log_every == 0 or step.step == total:
+            LOG.info(
+                "step %d of %d: loss %.4f, penalty %.4g, learning rate %.3g",
+                step.step,
+                total,
+                step.loss,
+                step.penalty,
+                step.learning_rate,
             )
-            take_metrics(f"epoch {epoch + 1}", f"step {len(steps)}")
+        if kept is not None and kept.due():
+            keep()
+            kept.stop_if_asked(f"after step {step.step} of {total}")
+        measure_step()
+
+    with seeded(recipe.seed, group), stopping.waiting(kept is not None):
+        if found is not None:
+            load_training(descent, found.tensors, found.state["training"])
+            found.tensors.clear()  # they take as much memory as what they were copied to
+            LOG.info("going on from step %d of %d", len(steps), total)
+        with progress("training", total - len(steps), "steps") as advance:
+            measure_step()
+            for epoch in range(epochs):
+                if epoch * per_epoch >= total:
+                    break
+                order = next(orders)
+                done = len(steps) - epoch * per_epoch
+                if done > per_epoch:
+                    continue
+                left = [chosen[i] for i in order[done * step_size :]]
+                train_epoch(
+                    model.module,
+                    (
+                        examples.collate(share, epoch) if share else None
+                        for share in shares(left, recipe.batch_size, group)
+                    ),
+                    get_likelihood(model.objective.likelihood),
+                    optimizer,
+                    schedule,
+                    penalty=start.penalty,
+                    penalty_step=recipe.penalty_step,
+                    gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+                    max_grad_norm=recipe.max_grad_norm,
+                    mixed_precision=recipe.mixed_precision,
+                    scaler=scaler,
+                    first_step=len(steps),
+                    max_steps=total,
+                    norm_statistics=recipe.norm_statistics,
+                    on_step=on_step,
+                    group=group,
+                )
+                measure(f"epoch {epoch + 1}", f"step {len(steps)}")
     # What comes next needs the memory; the optimizer and its schedule hold each other.
-    descent.zero_grad()
-    descent.state.clear()
+    optimizer.zero_grad()
+    optimizer.state.clear()
     return steps
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import wraps
+from functools import cache, wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -16,33 +16,46 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate.adapters import Lora
+from consolidate.cached import cached, find_output, recorded_fisher
 from consolidate.chain import add_task
-from consolidate.commands import check_output, fisher_summary, log_notes
+from consolidate.commands import (
+    SAVE_EVERY,
+    best_device,
+    check_output,
+    fisher_summary,
+    log_notes,
+    output_bytes,
+)
 from consolidate.descent import (
     Recipe,
     Trained,
     check_options,
     descend,
+    kept_of,
     run_length,
     take_stored_values,
     train,
 )
-from consolidate.distributed import all_processes, as_one, from_first, is_first
+from consolidate.distributed import all_processes, as_one, from_first, is_first, place_in
 from consolidate.examples import Columns, Examples, subset
 from consolidate.forgetting import beyond, check_gate, failed_folder, forgetting
 from consolidate.heads import HEADS
-from consolidate.hub import commits_of
+from consolidate.kept_work import KeptPass, KeptWork
+from consolidate.lambda_search import Trial
+from consolidate.made_from import data_content, digest, module_content, options_content, versions
 from consolidate.measuring import estimator_options, measure_fisher
 from consolidate.models import config_of, file_weights
 from consolidate.search_plot import plot_search
-from consolidate.searching import Subject, plan_search, search_lambda
+from consolidate.searching import Plan, Subject, plan_search, search_lambda
 from consolidate.start import Opened, Start, load_start, open_start
 from consolidate.training import has_statistics
 from formats.atomic import claimed, replace_folder, write_file
-from formats.checkpoint import weight_records, write_checkpoint
+from formats.checkpoint import write_checkpoint
 from formats.digest import set_digest
-from formats.errors import ForgettingError, InputError, UsageError
+from formats.errors import ForgettingError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import write_fisher
+from formats.ledger import Ledger
+from formats.partial_work import StoredWork
 
 LOG = logging.getLogger("consolidate")
 P = ParamSpec("P")
@@ -114,6 +127,9 @@ def finetune(
     device: str | None = None,
     freeze: Sequence[str] = (),
     gradient_checkpointing: bool = False,
+    save_every: float = SAVE_EVERY,
+    restart: bool = False,
+    force: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
     data_digest: bool = True,
@@ -202,6 +218,11 @@ def finetune(
         device: Such as ``cpu`` or ``cuda``; the best there is unless given.
         freeze: Glob patterns of parameters that are neither trained nor measured.
         gradient_checkpointing: As in `fisher`; while training and while measuring.
+        save_every: Minutes between two times that what was done is kept beside the output folder;
+            the same call started again goes on from there, to the same bytes. 0: after every step.
+        restart: Throw away what was kept of an unfinished run.
+        force: Do it anew, and replace the output, even where that is there and was made from the
+            same.
         overwrite: Replace the output folder that is there.
         revision: Of a checkpoint on the Hub.
         data_digest: Keep the data's digest in the ledger.
@@ -219,7 +240,9 @@ def finetune(
 
     Returns:
         What was done: steps, loss, penalty, the share of weights that moved, metrics, history;
-        and the search, if there was one, under ``lambda_search``.
+        and the search, if there was one, under ``lambda_search``. Where the output is there, whole
+        and made from the same, nothing is done, and the ``status`` is ``cached``: what the ledger
+        knows.
 
     Raises:
         InputError: Something in the checkpoint, its Fisher or the data does not fit.
@@ -228,6 +251,7 @@ def finetune(
         ForgettingError: An old task lost more than `max_forgetting`; the output is kept beside
             `output_dir`, under its name with ``.failed-forgetting``.
     """
+    given = dict(locals())
     recipe = Recipe(
         penalty_step=penalty_step,
         epochs=epochs,
@@ -258,10 +282,12 @@ def finetune(
     lora = _lora(lora_rank, lora_targets, lora_alpha, rslora)
     group = all_processes()
     target = Path(output_dir)
+    overwrite = overwrite or force
+    there = None if force else find_output(target)
     opened = open_start(
         checkpoint,
         data,
-        target,
+        target if there is None else None,
         penalty=penalty,
         fisher=fisher,
         task=task,
@@ -307,6 +333,39 @@ def finetune(
         )
     if max_forgetting is not None:
         check_gate(max_forgetting, old, evaluate)
+
+    @cache
+    def description() -> dict[str, Any]:
+        return {
+            "command": "finetune",
+            "versions": versions(),
+            **opened.content(),
+            "evaluate": {name: data_content(spec) for name, spec in evaluate.items()},
+            "validation": {name: data_content(spec) for name, spec in validation.items()},
+            "module": module_content(model),
+            "options": options_content(given)
+            | {
+                "task": opened.task,
+                "device": best_device(device).type,
+                "processes": place_in(group)[1],
+            },
+        }
+
+    work = KeptWork(
+        target,
+        description,
+        every=60 * save_every if group is None else math.inf,
+        result_bytes=output_bytes(opened.source, whole=True),
+        restart=restart,
+        group=group,
+    )
+    if (done := cached(there, lambda: digest(description()))) is not None:
+        work.remove_own()
+        return _cached(opened, target, done.ledger)
+    if there is not None:
+        check_output(target, opened.source, overwrite=overwrite, whole=True)
+    found = None if group is not None else work.start()
+    if max_forgetting is not None:
         try:
             check_output(failed_folder(target), opened.source, overwrite=overwrite, whole=True)
         except InputError as error:
@@ -348,19 +407,28 @@ def finetune(
             "--gradient-checkpointing runs layers twice, which would update running statistics "
             "twice: leave it out, or use --norm-statistics frozen"
         )
-    search = None
-    if plan is not None:
-        subject = _subject(start, recipe, group)
-        with torch.random.fork_rng():  # the run that follows must not see that there was a search
-            search = search_lambda(plan, subject, batch_size=batch_size, seed=seed, group=group)
+    search = None if found is None else found.state.get("search")
+    if search is not None and start.penalty is not None:
+        start.penalty.ewc_lambda = search["ewc_lambda"]
+    elif plan is not None:
+        search = _search(plan, start, recipe, work, found, group)
+    if search is not None:
         ewc_lambda = float(search["ewc_lambda"])
         if search_plot is not None and is_first(group):
             plot_search(search, Path(search_plot))
-    trained = train(start, recipe, target, group)
+    beside = {"search": search}
+    try:
+        trained = train(start, recipe, target, work=work, found=found, beside=beside, group=group)
+    except NonFiniteError:
+        work.remove()  # it would only diverge again
+        raise
     forgotten = {}
     if max_forgetting is not None:
         lost = forgetting(trained.metrics["before"], trained.metrics["after"], old)
         forgotten = beyond(lost, max_forgetting)
+    kept = None
+    if group is None:
+        kept = KeptPass(work, found, *kept_of(start.model, trained, beside))
     result = _finish(
         opened,
         start,
@@ -368,6 +436,7 @@ def finetune(
         failed_folder(target) if forgotten else target,
         overwrite=overwrite,
         data_digest=data_digest,
+        made_from=digest(description()) if data_digest else None,
         penalty=penalty,
         ewc_lambda=ewc_lambda,
         task_weight=task_weight,
@@ -379,8 +448,12 @@ def finetune(
             "tolerance": fisher_tolerance,
             "accumulate_dtype": fisher_accumulate_dtype,
             "group": group,
+            "kept": None
+            if group is not None
+            else KeptPass(work, found, *kept_of(start.model, trained, beside)),
         },
     )
+    work.remove()
     if search is not None:
         result["lambda_search"] = search
     if forgotten and is_first(group):
@@ -411,6 +484,47 @@ def _lora(
         if given:
             raise UsageError(f"--{option} has no meaning without --lora-rank")
     return None
+
+
+def _cached(opened: Opened, target: Path, ledger: Ledger) -> dict[str, Any]:
+    task = ledger.tasks[-1]
+    return {
+        "status": "cached",
+        "checkpoint": str(target),
+        "commits": opened.commits(),
+        "penalty": task.penalty,
+        "penalty_on": task.penalty_on,
+        "ewc_lambda": task.ewc_lambda,
+        "metrics": task.metrics,
+        "fisher": {"folder": str(target / "fisher"), **recorded_fisher(ledger)},
+    }
+
+
+def _search(
+    plan: Plan,
+    start: Start,
+    recipe: Recipe,
+    work: KeptWork,
+    found: StoredWork | None,
+    group: ProcessGroup | None,
+) -> dict[str, Any]:
+    """Choose λ; candidates that were trained before the work was broken off are not again."""
+    trials = [] if found is None else list(found.state.get("trials", []))
+
+    def keep(trial: Trial) -> None:
+        trials.append(asdict(trial))
+        work.keep({}, {"trials": trials}, "search")
+
+    with torch.random.fork_rng():  # the run that follows must not see that there was a search
+        return search_lambda(
+            plan,
+            _subject(start, recipe, group),
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            done=[Trial(**trial) for trial in trials],
+            keep=keep,
+            group=group,
+        )
 
 
 def _subject(start: Start, recipe: Recipe, group: ProcessGroup | None) -> Subject:
@@ -447,6 +561,7 @@ def _finish(
     *,
     overwrite: bool,
     data_digest: bool,
+    made_from: str | None,
     penalty: str,
     ewc_lambda: float | None,
     task_weight: float | str,
@@ -455,11 +570,7 @@ def _finish(
     """Measure the new task's Fisher, merge it, and write the checkpoint."""
     loaded, before = start.model, start.before
     # The output may replace the source, so all that is read from there comes before it.
-    started_from = (
-        weight_records(opened.source.weights)
-        if opened.before is None
-        else opened.before.ledger.weights
-    )
+    started_from = opened.records()
     diagonal = measure_fisher(
         loaded, start.examples, label=f"Fisher of {opened.task}", **estimation
     )
@@ -479,6 +590,7 @@ def _finish(
         penalty=penalty,
         penalty_on=opened.penalty_on,
         parent=set_digest(started_from),
+        made_from=made_from,
         metrics=trained.metrics,
         merge_rule=opened.merge_rule,
         gamma=opened.gamma,
@@ -495,9 +607,7 @@ def _finish(
     result = {
         "status": "done",
         "checkpoint": str(target),
-        "commits": commits_of(
-            opened.source.path, None if opened.before is None else opened.before.folder
-        ),
+        "commits": opened.commits(),
         "penalty": penalty,
         "penalty_on": opened.penalty_on,
         "ewc_lambda": ewc_lambda,

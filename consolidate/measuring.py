@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
+from consolidate import stopping
 from consolidate.batches import model_outputs, place_of, placed
 from consolidate.distributed import dealt, place_in
 from consolidate.estimators import ESTIMATORS, FisherDiagonal, fisher_diagonal
 from consolidate.examples import Examples, subset
-from consolidate.kept_pass import KeptPass
+from consolidate.kept_work import KeptPass
 from consolidate.likelihood import get_likelihood
 from consolidate.models import Model
 from consolidate.progress import progress
@@ -78,7 +79,10 @@ def measure_fisher(
     done = 0 if start is None else start.examples
     if done:
         LOG.info("going on after %d of %d examples", done, len(order))
-    with progress(label, len(order) - done, "examples") as advance:
+    with (
+        stopping.waiting(kept is not None and group is None),
+        progress(label, len(order) - done, "examples") as advance,
+    ):
         diagonal = fisher_diagonal(
             model.module,
             examples.batches(batch_size, order=order),

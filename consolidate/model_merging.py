@@ -10,8 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from consolidate.cached import cached, find_output
 from consolidate.chain import program_versions, refuse_existing, stored_fisher
 from consolidate.hub import commits_of, locate
+from consolidate.made_from import checkpoint_content, digest, plain, versions
 from consolidate.merging import MergedTensor, ModelTensor, merge_models
 from consolidate.progress import progress
 from formats.atomic import replace_folder
@@ -23,7 +25,7 @@ from formats.checkpoint import (
     write_checkpoint,
 )
 from formats.errors import InputError, UsageError
-from formats.fisher_folder import StoredFisher, check_values, tensor_sets, write_fisher
+from formats.fisher_folder import LEDGER_NAME, StoredFisher, check_values, tensor_sets, write_fisher
 from formats.ledger import Ledger, TaskRecord
 from formats.tensors import LazyTensors, TensorFiles, dtype_of, shape_of
 
@@ -38,6 +40,7 @@ def merge(
     weights: Sequence[float] | None = None,
     base: str | Path | None = None,
     overwrite: bool = False,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Merge checkpoints of one architecture, and their Fishers, into one checkpoint.
 
@@ -52,9 +55,13 @@ def merge(
         base: The checkpoint, with its Fisher, that all of them were fine-tuned from; its tasks are
             those that more than one of them may hold.
         overwrite: Replace the output folder that is there.
+        force: Merge anew, and replace the output, even where that is there and was made from the
+            same.
 
     Returns:
-        What was done: the folder, the models, the tasks, the Fisher's trace and the offset.
+        What was done: the folder, the models, the tasks, the Fisher's trace and the offset. Where
+        the output is there, whole and made from the same, nothing is done, and the ``status`` is
+        ``cached``.
 
     Raises:
         InputError: A checkpoint has no Fisher, is damaged, is of another architecture, or holds a
@@ -74,7 +81,9 @@ def merge(
         if not (math.isfinite(coefficient) and coefficient > 0):
             raise UsageError(f"--weights: {coefficient} is not above 0; leave that checkpoint out")
     target = Path(output_dir)
-    refuse_existing(target, overwrite=overwrite)
+    there = None if force else find_output(target, merged=True)
+    if there is None:
+        refuse_existing(target, overwrite=overwrite or force)
     pairs = zip(checkpoints, coefficients, strict=True)
     models = [_open(checkpoint, coefficient) for checkpoint, coefficient in pairs]
     shared = None if base is None else _open(base, 1.0 - sum(coefficients))
@@ -83,11 +92,37 @@ def merge(
     if shared is not None:
         _check_base(models, shared)
     tasks, heads = _joined(models, shared)
+    made_from = digest(
+        {
+            "command": "merge",
+            "versions": versions(),
+            "models": [model.content() for model in models],
+            "coefficients": plain(coefficients),
+            "base": None if shared is None else shared.content(),
+        }
+    )
+    result = {
+        "status": "done",
+        "checkpoint": str(target),
+        "fisher": str(target / "fisher"),
+        "models": [str(checkpoint) for checkpoint in checkpoints],
+        "weights": coefficients,
+        "base": None if base is None else str(base),
+        "commits": commits_of(*(m.path for m in models), None if shared is None else shared.path),
+        "tasks": [task.name for task in tasks],
+    }
+    if (done := cached(there, lambda: made_from)) is not None:
+        trace = math.fsum(float(done.fisher[name].sum(dtype=torch.float64)) for name in done.fisher)
+        offset = done.ledger.penalty_offset
+        result["status"] = "cached"
+        return result | _figures(done.ledger, trace, offset, anchored=done.anchor is not None)
+    if there is not None:
+        refuse_existing(target, overwrite=overwrite)
     merged = _Merged(models, shared)
     offset, trace, anchored = _survey(merged)
     first = models[0].stored.ledger
     alone = len(models) == 1 and shared is None
-    with replace_folder(target, overwrite=overwrite) as staging:
+    with replace_folder(target, overwrite=overwrite or force) as staging:
         write_checkpoint(staging, models[0].source, merged.weights)
         ledger = Ledger(
             tasks=tasks,
@@ -101,19 +136,16 @@ def merge(
             },
             weights=weight_records(open_checkpoint(staging).weights),
             versions=program_versions(),
+            made_from=None if alone else made_from,  # of one it is a copy
         )
         anchor = merged.anchor if anchored else None
-        write_fisher(staging / "fisher", merged.fisher, ledger, anchor=anchor, heads=heads)
+        ledger = write_fisher(staging / "fisher", merged.fisher, ledger, anchor=anchor, heads=heads)
+    return result | _figures(ledger, trace, offset, anchored=anchored)
+
+
+def _figures(ledger: Ledger, trace: float, offset: float, *, anchored: bool) -> dict[str, Any]:
     return {
-        "status": "done",
-        "checkpoint": str(target),
-        "fisher": str(target / "fisher"),
-        "models": [str(checkpoint) for checkpoint in checkpoints],
-        "weights": coefficients,
-        "base": None if base is None else str(base),
-        "commits": commits_of(*(m.path for m in models), None if shared is None else shared.path),
-        "tasks": [task.name for task in tasks],
-        "parameters": sum(math.prod(merged.fisher.shape(name)) for name in merged.fisher),
+        "parameters": sum(math.prod(record.shape) for record in ledger.fisher.values()),
         "trace": trace,
         "penalty_offset": offset,
         "anchor": "fisher/anchor" if anchored else "the weights",
@@ -132,6 +164,11 @@ class _Model:
     @property
     def tasks(self) -> dict[str, TaskRecord]:
         return {task.name: task for task in self.stored.ledger.tasks}
+
+    def content(self) -> dict[str, Any]:
+        """Describe it by content, JSON-ready."""
+        ledger = self.stored.ledger
+        return checkpoint_content(self.source, self.stored.folder / LEDGER_NAME, ledger.weights)
 
 
 class _Tensors(LazyTensors):

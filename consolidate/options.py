@@ -312,3 +312,23 @@ BATCH_SIZE = click.option(
     show_default=True,
     help="Examples at a time.",
 )
+RESTART = click.option(
+    "--restart", is_flag=True, help="Throw away what was kept of work that was broken off."
+)
+KEEPING = options(
+    click.option(
+        "--save-every",
+        type=click.FloatRange(min=0),
+        default=5.0,
+        show_default=True,
+        metavar="MINUTES",
+        help="Keep what was done so far beside the output; the same command started again goes on "
+        "from there, to the same bytes. 0: as often as can be. SIGTERM and Ctrl-C keep it too.",
+    ),
+    RESTART,
+)
+FORCE = click.option(
+    "--force",
+    is_flag=True,
+    help="Do it anew, and replace the output, even where that is there and was made from the same.",
+)

@@ -101,10 +101,14 @@ def finetune_text(result: dict[str, Any]) -> str:
             ),
             "",
         ]
-    lines.append(
-        f"{result['checkpoint']}: {result['steps']} steps, loss {result['loss']:.4f}, "
-        f"penalty {result['penalty_value']:.4g}; {result['share_moved']:.1%} of the weights moved"
-    )
+    if result["status"] == "cached":
+        lines.append(f"{result['checkpoint']}: it was there already, made from the same")
+    else:
+        lines.append(
+            f"{result['checkpoint']}: {result['steps']} steps, loss {result['loss']:.4f}, "
+            f"penalty {result['penalty_value']:.4g}; {result['share_moved']:.1%} of the weights "
+            "moved"
+        )
     lines.append(fisher_text({**result["fisher"], "fisher": result["fisher"]["folder"]}))
     return "\n".join(lines)
 

@@ -5,14 +5,11 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from consolidate.chain import find_fisher, merging_options
 from consolidate.commands import fisher
@@ -20,6 +17,13 @@ from consolidate.descent import Recipe, check_options
 from consolidate.finetuning import finetune
 from consolidate.hub import locate
 from consolidate.inspection import ledger_matrix, verify
+from consolidate.made_from import (
+    checkpoint_content,
+    data_content,
+    differences,
+    module_content,
+    plain,
+)
 from consolidate.matrix_views import matrix_summary
 from consolidate.models import fresh_weights
 from consolidate.task_options import (
@@ -33,15 +37,12 @@ from consolidate.task_options import (
     without_penalty,
 )
 from formats.atomic import has_content, replace_folder, write_file
-from formats.checkpoint import open_checkpoint, other_files, weight_records
-from formats.digest import set_digest
+from formats.checkpoint import open_checkpoint, weight_records
 from formats.errors import ConsolidateError, ForgettingError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME
 from formats.ledger import read_ledger
-from formats.rows import file_digest, listing_digest
 from formats.run_file import RunFile, RunTask, read_run_file
 from formats.step_record import StepRecord, read_step_record, write_step_record
-from formats.task_file import open_task
 from formats.tensors import write_tensors
 
 LOG = logging.getLogger("consolidate")
@@ -73,17 +74,24 @@ class Step:
 
 
 def run(
-    path: str | Path, *, output_dir: str | Path | None = None, dry_run: bool = False
+    path: str | Path,
+    *,
+    output_dir: str | Path | None = None,
+    dry_run: bool = False,
+    restart: bool = False,
 ) -> dict[str, Any]:
     """Train a chain of tasks, one after the other, skipping what is done already.
 
     A step is done if its checkpoint is whole and was made from the same content: the checkpoint
     before it, data, test data, options and version of this program. Times of files mean nothing.
+    A step that was broken off goes on from what was kept of it, unless it is to be made from
+    something else now.
 
     Args:
         path: The run file; docs/run.md tells what it may say.
         output_dir: The folder of all checkpoints; as the file says unless given.
         dry_run: Only say what would be done or skipped, and why.
+        restart: Throw away what was kept of a step that was broken off.
 
     Returns:
         The steps with what was done and why, the last checkpoint, and the accuracy matrix.
@@ -99,17 +107,17 @@ def run(
     if given is None:
         raise UsageError(f"{path}: say where the checkpoints go: output-dir = … or --output-dir")
     with _importable(run_file.path.absolute().parent):
-        return _run(run_file, given, dry_run=dry_run)
+        return _run(run_file, given, dry_run=dry_run, restart=restart)
 
 
-def _run(run_file: RunFile, output: Path, *, dry_run: bool) -> dict[str, Any]:
+def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> dict[str, Any]:
     start = None if run_file.start is None else locate(run_file.start, run_file.revision)
     steps = _plan(run_file, start)
     for step in steps:
         _refuse_strangers(output / step.name)
-    data_content = cache(_data_content)
+    of_data = cache(data_content)
     # All data are opened before the work.
-    contents = {step.name: _content(step, data_content) for step in steps}
+    contents = {step.name: _content(step, of_data) for step in steps}
     before = None if start is None else _identity(start, run_file.fisher)
     place, done = start, []
     anew = False
@@ -127,7 +135,7 @@ def _run(run_file: RunFile, output: Path, *, dry_run: bool) -> dict[str, Any]:
         else:
             LOG.info("%s, step %d of %d: %s", step.name, number, len(steps), reason)
             with _saying_how_to_go_on(step.name):
-                _make(step, place, target, made_from)
+                _make(step, place, target, made_from, restart=restart)
             done[-1]["status"] = "done"
         if not anew:
             before = _identity(target)
@@ -221,52 +229,23 @@ def _check_training(options: Mapping[str, Any], where: str) -> None:
         raise UsageError(f"{where}: {error}") from error
 
 
-def _content(step: Step, data_content: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+def _content(step: Step, of_data: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """Give what a step is made from beside the checkpoint before it, told by content."""
     options = {}
     for name, value in effective(step.options).items():
         if is_data(name):
             named = value if isinstance(value, Mapping) else {"": value}
-            value = {key: data_content(spec) for key, spec in named.items()}
-        options[name] = json.loads(json.dumps(value, default=_plain))
+            value = {key: of_data(spec) for key, spec in named.items()}
+        options[name] = plain(value)
     return {
         "consolidate": version("consolidate-ewc"),
         "command": step.command,
         "config": step.config,
-        "module": _module_content(step.options.get("model")),
-        "data": step.task and data_content(step.task.data, step.options.get("split")),
-        "evaluate": {name: data_content(spec) for name, spec in (step.evaluate or {}).items()},
+        "module": module_content(step.options.get("model")),
+        "data": step.task and of_data(step.task.data, step.options.get("split")),
+        "evaluate": {name: of_data(spec) for name, spec in (step.evaluate or {}).items()},
         "options": options,
     }
-
-
-def _data_content(spec: str, split: str | None = None) -> dict[str, Any]:
-    task_file, rows = open_task(spec, split=split)
-    said = {key: value for key, value in asdict(task_file).items() if key != "data" and value}
-    return {"name": rows.name, "digest": rows.digest(), **said}
-
-
-def _module_content(factory: str | None) -> str | None:
-    """Give the digest of the source that a factory is in; the weights do not tell it."""
-    if factory is None:
-        return None
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        spec = find_spec(factory.partition(":")[0])
-    except (ImportError, ValueError):
-        spec = None
-    finally:
-        sys.path.pop(0)
-    source = Path(spec.origin) if spec is not None and spec.origin else None
-    return file_digest(source) if source is not None and source.is_file() else None
-
-
-def _plain(value: object) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {key: entry for key, entry in asdict(value).items() if entry is not None}
-    if isinstance(value, torch.dtype):
-        return str(value)
-    raise TypeError(f"an option cannot be a {type(value).__name__}")
 
 
 def _identity(checkpoint: Path, elsewhere: str | None = None) -> dict[str, Any]:
@@ -281,12 +260,7 @@ def _identity(checkpoint: Path, elsewhere: str | None = None) -> dict[str, Any]:
         records = weight_records(source.weights)
     else:
         records = read_ledger(ledger).weights
-    files = other_files(source) if source.path.is_dir() else iter(())
-    return {
-        "weights": set_digest(records),
-        "fisher": None if ledger is None else file_digest(ledger),
-        "files": listing_digest((name.as_posix(), file_digest(file)) for file, name in files),
-    }
+    return checkpoint_content(source, ledger, records)
 
 
 def _reason(target: Path, made_from: Mapping[str, Any]) -> str | None:
@@ -322,21 +296,15 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     for key, what in words.items():
         if old.get(key) != new.get(key):
             yield what
-    for name, then, now in _differences(old.get("evaluate", {}), new["evaluate"]):
+    for name, then, now in differences(old.get("evaluate", {}), new["evaluate"]):
         how = "is new" if then is None else "is left out" if now is None else "differs"
         yield f"the test data of {name} {how}"
-    for name, then, now in _differences(old.get("options", {}), new["options"]):
+    for name, then, now in differences(old.get("options", {}), new["options"]):
         option = name.replace("_", "-")
         if is_data(name):
             yield option
         else:
             yield f"{option} ({_shown(then)} → {_shown(now)})"
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for name in {**old, **new}:
-        if old.get(name) != new.get(name):
-            yield name, old.get(name), new.get(name)
 
 
 def _shown(value: Any) -> str:
@@ -354,11 +322,16 @@ def _refuse_strangers(target: Path) -> None:
         )
 
 
-def _make(step: Step, place: Path | None, target: Path, made_from: dict[str, Any]) -> None:
+def _make(
+    step: Step, place: Path | None, target: Path, made_from: dict[str, Any], *, restart: bool
+) -> None:
     """Make a step's checkpoint, then its record."""
     record = _record_path(target)
-    if not record.exists():  # so that a checkpoint that stands without its record is known as ours
-        write_step_record(record, StepRecord(made_from, None))
+    begun = StepRecord(made_from, None)
+    if read_step_record(record) != begun:
+        # What was kept is of something else. And a checkpoint without its record is known as ours.
+        restart = True
+        write_step_record(record, begun)
     if step.task is None:
         weights = fresh_weights(
             step.options["model"], step.config or {}, int(step.options.get("seed", 0))
@@ -375,6 +348,7 @@ def _make(step: Step, place: Path | None, target: Path, made_from: dict[str, Any
             output_dir=target,
             overwrite=True,
             add=step.add,
+            restart=restart,
             **fisher_options(step.options),
         )
     else:
@@ -387,6 +361,7 @@ def _make(step: Step, place: Path | None, target: Path, made_from: dict[str, Any
             overwrite=True,
             evaluate=step.evaluate,
             fisher=step.fisher,
+            restart=restart,
             **step.options,
         )
     write_step_record(record, StepRecord(made_from, _identity(target)))

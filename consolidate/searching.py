@@ -118,6 +118,8 @@ def search_lambda(
     batch_size: int,
     seed: int,
     group: ProcessGroup | None = None,
+    done: Collection[Trial] = (),
+    keep: Callable[[Trial], None] = lambda trial: None,
 ) -> dict[str, Any]:
     """Train the candidates from the same start, measure them, and choose one.
 
@@ -128,6 +130,8 @@ def search_lambda(
         batch_size: Of the evaluations.
         seed: Of what is held out.
         group: The processes that share the batches; all choose alike.
+        done: What was trained in a search of the same that was broken off.
+        keep: Called with each trial after it.
 
     Returns:
         ``ewc_lambda``, the rule and what it looked at, ``before``, the trials and the cost.
@@ -153,7 +157,11 @@ def search_lambda(
     steps = subject.length(examples)
     likelihood = get_likelihood(model.objective.likelihood)
 
+    known = {(trial.ewc_lambda, trial.steps): trial for trial in done}
+
     def trial(strength: float, length: int) -> Trial:
+        if (found := known.get((strength, length))) is not None:
+            return found
         began = time.monotonic()
         subject.penalty.ewc_lambda = strength
         metrics = lost = squares = moved = None
@@ -174,11 +182,12 @@ def search_lambda(
             squares = None
             LOG.info("λ = %g diverged: %s", strength, error)
         _restore(model.module, values)
-        done = Trial(strength, length, metrics, lost, squares, moved, time.monotonic() - began)
+        made = Trial(strength, length, metrics, lost, squares, moved, time.monotonic() - began)
         if metrics is not None:
             scores = ", ".join(f"{name} {found['score']:.4f}" for name, found in metrics.items())
             LOG.info("λ = %g, %d steps: %s", strength, length, scores)
-        return done
+        keep(made)
+        return made
 
     if plan.rule == "mean":
         rule: Callable[[Sequence[Trial]], Trial] = by_mean

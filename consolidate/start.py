@@ -22,15 +22,17 @@ from consolidate.chain import Chain, find_fisher, merging_options, stored_fisher
 from consolidate.commands import best_device, check_output, columns_of
 from consolidate.examples import Columns, Examples, encode, label_names
 from consolidate.heads import Fitted, fit_model, models_of_tasks
-from consolidate.hub import FISHER, locate
+from consolidate.hub import FISHER, commits_of, locate
+from consolidate.made_from import checkpoint_content, rows_content
 from consolidate.merged_penalty import MergedPenalty
 from consolidate.models import Model, lacks_head
 from consolidate.penalty import Penalty
-from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
+from formats.checkpoint import Checkpoint, check_finite, open_checkpoint, weight_records
+from formats.digest import TensorRecord
 from formats.errors import InputError, UsageError
-from formats.fisher_folder import StoredFisher
+from formats.fisher_folder import LEDGER_NAME, StoredFisher
 from formats.rows import Rows
-from formats.task_file import open_task
+from formats.task_file import TaskFile, open_task
 
 LOG = logging.getLogger("consolidate")
 
@@ -43,12 +45,40 @@ class Opened:
     before: StoredFisher | None  # the chain so far
     holding: StoredFisher | None  # what the penalty is made of: that, or the base model's
     penalty_on: str | None  # "adapter" or "merged" where an adapter is trained with a penalty
+    task_file: TaskFile
     rows: Rows
     task: str
     objective: str | None
     columns: Columns
     merge_rule: str
     gamma: float
+
+    def records(self) -> dict[str, TensorRecord]:
+        """Give the digests of the weights; those of a ledger have been compared with them."""
+        if self.before is None:
+            return weight_records(self.source.weights)
+        return self.before.ledger.weights
+
+    def content(self) -> dict[str, Any]:
+        """Describe what is opened by content, JSON-ready."""
+        base, holding = self.source.base, self.holding
+        own = None if self.before is None else self.before.folder / LEDGER_NAME
+        content = checkpoint_content(self.source, own, self.records())
+        if base is not None:
+            of_base = None if holding is None or holding is self.before else holding
+            content["base"] = checkpoint_content(
+                base,
+                None if of_base is None else of_base.folder / LEDGER_NAME,
+                weight_records(base.weights) if of_base is None else of_base.ledger.weights,
+            )
+        return {
+            "checkpoint": content,
+            "data": rows_content(self.task_file, self.rows),
+        }
+
+    def commits(self) -> dict[str, str]:
+        """Give the commits of what came from the Hub."""
+        return commits_of(self.source.path, None if self.before is None else self.before.folder)
 
 
 @dataclass(frozen=True)
@@ -68,7 +98,7 @@ class Start:
 def open_start(
     checkpoint: str | Path,
     data: str | Path,
-    target: Path,
+    target: Path | None,
     *,
     penalty: str,
     fisher: str | Path | None,
@@ -91,7 +121,7 @@ def open_start(
     Args:
         checkpoint: As in `finetune`, like all others.
         data: The new task.
-        target: The output folder.
+        target: The output folder; None if it is checked elsewhere.
         penalty: The kind of penalty.
         fisher: Where the Fisher is, if not beside the weights.
         task: The new task's name.
@@ -117,7 +147,8 @@ def open_start(
     """
     folder = locate(checkpoint, revision, without=() if fisher is None else FISHER)
     source = with_base(open_checkpoint(folder), base_model)
-    check_output(target, source, overwrite=overwrite, whole=True)
+    if target is not None:
+        check_output(target, source, overwrite=overwrite, whole=True)
     penalty_on = _penalty_on(penalty_on, penalty, source, lora, fisher)
     of_base = source.base is not None and penalty_on == "merged"
     stored_at = find_fisher(folder, None if of_base else fisher)
@@ -146,6 +177,7 @@ def open_start(
         before=before,
         holding=holding,
         penalty_on=penalty_on,
+        task_file=task_file,
         rows=rows,
         task=task_name(task or task_file.name, rows.name, before),
         objective=objective or task_file.objective,

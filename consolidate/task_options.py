@@ -12,13 +12,13 @@ import torch
 from consolidate.commands import fisher
 from consolidate.examples import Columns
 from consolidate.finetuning import finetune
+from consolidate.made_from import WITHOUT_EFFECT
 from formats.errors import InputError
 from formats.task_file import resolve
 
 # What the run itself says of a task, and what concerns the start alone.
 _NOT_OPTIONS = {"checkpoint", "data", "output_dir", "task", "evaluate", "overwrite", "columns"}
-_NOT_OPTIONS |= {"revision", "fisher", "base_model"}
-WITHOUT_EFFECT = {"log_every", "search_plot"}  # on the checkpoint
+_NOT_OPTIONS |= {"revision", "fisher", "base_model", "restart", "force"}
 _OF_THE_PENALTY = {"ewc_lambda", "max_forgetting", "validation", "choose", "search_plot"}
 
 DEFAULTS = {
@@ -156,7 +156,7 @@ def _value(value: Any, hint: Any, folder: Path, where: str, name: str) -> Any:
         if kind is str and isinstance(value, str) and value:
             if Path not in kinds:
                 return value
-            return str(folder / value) if name in WITHOUT_EFFECT else resolve(value, folder)
+            return str(folder / value) if name == "search_plot" else resolve(value, folder)
     raise InputError(f"{where}: expected {_words(kinds)}, found {value!r}")
 
 

@@ -60,6 +60,7 @@ class TaskRecord:
     penalty: str | None = None
     penalty_on: str | None = None
     parent: str | None = None
+    made_from: str | None = None
     metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     layers: dict[str, LayerRecord] = field(default_factory=dict)
 
@@ -79,6 +80,7 @@ class Ledger:
     versions: dict[str, str] = field(default_factory=dict)
     heads: dict[str, dict[str, TensorRecord]] = field(default_factory=dict)
     base: str | None = None
+    made_from: str | None = None
 
 
 def check_task_name(name: str) -> None:
@@ -297,6 +299,7 @@ def _to_json(ledger: Ledger) -> dict[str, Any]:
         "heads": {task: _set_to_json(head) for task, head in _sorted(ledger.heads).items()},
         "versions": _sorted(ledger.versions),
         **({} if ledger.base is None else {"base": ledger.base}),
+        **({} if ledger.made_from is None else {"made_from": ledger.made_from}),
     }
 
 
@@ -319,6 +322,7 @@ def _task_to_json(task: TaskRecord) -> dict[str, Any]:
         "penalty": task.penalty,
         **({} if task.penalty_on is None else {"penalty_on": task.penalty_on}),
         **({} if task.parent is None else {"parent": task.parent}),
+        **({} if task.made_from is None else {"made_from": task.made_from}),
         "metrics": {
             when: {
                 evaluated: {metric: _float(value) for metric, value in values.items()}
@@ -380,8 +384,9 @@ def _to_ledger(root: _Value) -> Ledger:
             "heads",
             "versions",
             "base",
+            "made_from",
         ),
-        may_lack=("base",),
+        may_lack=("base", "made_from"),
     )
     tasks = at["tasks"].elements()
     if len(tasks) > MAX_TASKS:
@@ -398,6 +403,7 @@ def _to_ledger(root: _Value) -> Ledger:
         versions={name: version.text() for name, version in at["versions"].items().items()},
         heads={task: _to_set(head) for task, head in at["heads"].items().items()},
         base=at["base"].digest() if "base" in root.value else None,
+        made_from=at["made_from"].digest() if "made_from" in root.value else None,
     )
     _check_ledger(ledger, root.source)
     return ledger
@@ -405,7 +411,7 @@ def _to_ledger(root: _Value) -> Ledger:
 
 def _to_task(task: _Value) -> TaskRecord:
     at = task.fields(
-        [field.name for field in fields(TaskRecord)], may_lack=("penalty_on", "parent")
+        [field.name for field in fields(TaskRecord)], may_lack=("penalty_on", "parent", "made_from")
     )
     return TaskRecord(
         name=at["name"].matching(_TASK_NAME, "a task name, [A-Za-z0-9][A-Za-z0-9._-]{0,63}"),
@@ -427,6 +433,7 @@ def _to_task(task: _Value) -> TaskRecord:
         penalty=at["penalty"].optional(_Value.text),
         penalty_on=at["penalty_on"].one_of(PENALTY_ON) if "penalty_on" in task.value else None,
         parent=at["parent"].digest() if "parent" in task.value else None,
+        made_from=at["made_from"].digest() if "made_from" in task.value else None,
         metrics=_to_metrics(at["metrics"]),
         layers={name: _to_layer(layer) for name, layer in at["layers"].items().items()},
     )

@@ -46,7 +46,7 @@ from formats.digest import TensorRecord, set_digest
 from formats.errors import ConsolidateError
 from formats.fisher_folder import read_fisher
 from formats.hub_dataset import is_hub_id
-from formats.partial_pass import read_partial, write_partial
+from formats.partial_work import read_partial, write_partial
 from formats.run_file import read_run_file
 from formats.step_record import StepRecord, read_step_record, write_step_record
 from formats.task_file import read_task_file
@@ -372,7 +372,7 @@ def kinds() -> dict[str, Kind]:
         "broken-off pass": Kind(
             write_pass,
             mutated_safetensors,
-            (lambda folder: read_partial(folder / "fisher", {"seed": 0}),),
+            (lambda folder: read_partial(folder / "fisher"),),
         ),
     }
     texts = {"jsonl": mutated_text, "json": mutated_json, "csv": mutated_text, "tsv": mutated_text}

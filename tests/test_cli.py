@@ -398,7 +398,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_and_leaves_nothing(
+def test_a_signal_ends_the_run_and_leaves_what_it_goes_on_from(
     network_checkpoint: Path, write_task: Write, tmp_path: Path, sent: signal.Signals, code: int
 ) -> None:
     data = write_task("big", count=20_000)
@@ -420,7 +420,75 @@ def test_a_signal_ends_the_run_and_leaves_nothing(
     err = process.communicate(timeout=60)[1]
     assert process.returncode == code
     assert "Traceback" not in err
+    assert "the same command goes on from there" in err
+    assert sorted({*tmp_path.rglob("*")} - {*before}) == [tmp_path / ".out.consolidate-partial"]
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_anything_was_done_leaves_nothing(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import os, time\n"
+        "from conftest import make_network\n"
+        "def network(config):\n"
+        f"    os.kill(os.getpid(), {sent.value})\n"
+        "    time.sleep(20)\n"
+    )
+    write_task("new")
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "consolidate", "finetune", "start", "--data", "new.npz"),
+            *("--model", "slow:network", "--output-dir", "out", "--penalty", "none"),
+        ],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parent),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_second_ctrl_c_leaves_at_once(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, time\n"
+        "from conftest import make_network\n"
+        "def twice(module, inputs):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('waits', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(20)\n"
+        "def network(config):\n"
+        "    module = make_network(config)\n"
+        "    module.register_forward_pre_hook(twice)\n"
+        "    return module\n"
+    )
+    write_task("new")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "consolidate", "finetune", "start", "--data", "new.npz"),
+            *("--model", "slow:network", "--output-dir", "out", "--penalty", "none"),
+            *("--fisher-estimator", "mc"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (130, "waits\n")
+    assert done.stderr.endswith("interrupted\n")
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_debug_shows_where_and_keeps_the_code(

@@ -459,7 +459,7 @@ def test_a_pass_goes_on_where_it_cannot_be_kept(
     def full(*arguments: Any) -> None:
         raise InputError("the disk is full")
 
-    monkeypatch.setattr(consolidate.kept_pass, "write_partial", full)
+    monkeypatch.setattr(consolidate.kept_work, "write_partial", full)
     caplog.set_level("INFO", "consolidate")
     result = commands.fisher(network_checkpoint, write_task("old"), **LONG)
     assert result["examples"] == 60

@@ -456,7 +456,13 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
         for table in page[page.index("## The ledger") :].split("| field | type | meaning |")[1:]
     ]
     written = json.loads(
-        ledger_bytes(ledger(base="d" * 64, tasks=[task(penalty="ewc", penalty_on="adapter")]))
+        ledger_bytes(
+            ledger(
+                base="d" * 64,
+                made_from="e" * 64,
+                tasks=[task(penalty="ewc", penalty_on="adapter", made_from="f" * 64)],
+            )
+        )
     )
     first = written["tasks"][0]
     expected = [

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from test_cli import run as run_cli
 
 import consolidate
-from consolidate import running
 from consolidate.inspection import verify
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
@@ -425,13 +424,3 @@ def test_the_command_line(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFix
     code, _, err = run_cli(capsys, "run", tasks)
     assert code == 3
     assert "[defaults]: unknown key 'epoch'. Did you mean epochs?" in err
-
-
-def test_the_source_of_a_factory_counts(tasks: Path, tmp_path: Path) -> None:
-    (tmp_path / "ours.py").write_text("from conftest import make_network\n")
-    with running._importable(tmp_path):
-        digest = running._module_content("ours:make_network")
-        assert digest is not None
-        (tmp_path / "ours.py").write_text("from conftest import make_network  # changed\n")
-        assert running._module_content("ours:make_network") != digest
-        assert running._module_content("no_such_module:f") is None

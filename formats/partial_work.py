@@ -1,10 +1,11 @@
-"""What a long pass over the data keeps beside its target, to go on with when it is killed.
+"""What a long command keeps beside its target, to go on with when it is killed.
 
-One safetensors file with the sums so far. Its metadata is one JSON string: which command it is of,
-by everything that the result depends on, and where the pass was.
+One safetensors file. Its metadata is one JSON string: which command it is of, by everything that
+the result depends on, and how far the work was.
 """
 
 import glob
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -19,19 +20,22 @@ from formats.digest import set_digest, tensor_record
 from formats.errors import InputError
 from formats.tensors import write_tensor_file
 
-_KEY = "consolidate-partial-pass"
+_KEY = "consolidate-partial-work"
+_VERSION = 2
 
 
-class StoredPass(NamedTuple):
-    """A pass that was broken off.
+class StoredWork(NamedTuple):
+    """Work that was broken off.
 
     Attributes:
-        tensors: The sums so far.
-        state: Where the pass was.
+        tensors: What was computed so far.
+        state: How far the work was.
+        command: What its result depends on.
     """
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+    command: dict[str, Any]
 
 
 def write_partial(
@@ -41,12 +45,12 @@ def write_partial(
     command: Mapping[str, Any],
     process: int = 0,
 ) -> None:
-    """Keep a pass, in place of what was kept of it before.
+    """Keep work, in place of what was kept of it before.
 
     Args:
         target: The folder that the command will write.
-        tensors: The sums so far.
-        state: Where the pass is, as JSON.
+        tensors: What was computed so far.
+        state: How far the work is, as JSON.
         command: Everything that the result depends on, as JSON: digests and options.
         process: Which of several that work together; each keeps its own.
 
@@ -58,8 +62,8 @@ def write_partial(
     path.parent.mkdir(parents=True, exist_ok=True)
     new = _unfinished(path)
     new.unlink(missing_ok=True)
-    content = {"version": 1, "command": command, "state": state, "digest": _digest(tensors)}
-    text = json.dumps(content)
+    content = {"version": _VERSION, "command": command, "state": state}
+    text = json.dumps(content | {"digest": _digest(tensors, content)})
     try:
         write_tensor_file(new, tensors, {_KEY: text})
         with open(new, "rb") as file:
@@ -69,46 +73,39 @@ def write_partial(
         new.unlink(missing_ok=True)
 
 
-def read_partial(target: Path, command: Mapping[str, Any], process: int = 0) -> StoredPass:
-    """Read what was kept of a pass with this target.
+def read_partial(target: Path, process: int = 0) -> StoredWork | None:
+    """Read what was kept of work with this target.
 
     Args:
         target: The folder that the command will write.
-        command: What the result depends on now.
         process: Which of several that work together.
 
     Returns:
-        The pass.
+        The work; None where nothing was kept.
 
     Raises:
-        InputError: If what was kept cannot be read, or is of another command; the message says what
-            differs.
+        InputError: If what was kept cannot be read.
     """
     path = partial_path(target, process)
+    if not path.is_file():
+        return None
     remedy = "--restart throws it away"
     try:
         with safe_open(path, framework="pt") as file:
             stored = json.loads((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        version, was, state = stored["version"], dict(stored["command"]), stored["state"]
-        if stored["digest"] != _digest(tensors):
-            raise ValueError("its digest is not that of its tensors")
+        if stored["version"] != _VERSION:
+            raise ValueError("another release of consolidate kept it")
+        if stored.pop("digest") != _digest(tensors, stored):
+            raise ValueError("its digest is not that of its content")
+        command, state = dict(stored["command"]), dict(stored["state"])
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"{path} cannot be gone on with ({error}): {remedy}") from None
-    if version != 1:
-        raise InputError(f"{path} was kept by another release of consolidate: {remedy}")
-    now = json.loads(json.dumps(command))
-    if different := [name for name in {**was, **now} if was.get(name) != now.get(name)]:
-        changes = "; ".join(f"{n}: {was.get(n)} then, {now.get(n)} now" for n in different)
-        raise InputError(
-            f"{path} is of a pass that was broken off, but not of this one ({changes}): start that "
-            f"command again, or {remedy}"
-        )
-    return StoredPass(tensors, state)
+    return StoredWork(tensors, state, command)
 
 
 def remove_partial(target: Path, process: int = 0) -> None:
-    """Throw away what was kept of a pass with this target, if anything was.
+    """Throw away what was kept of work with this target, if anything was.
 
     Args:
         target: The folder that the command writes.
@@ -121,8 +118,9 @@ def remove_partial(target: Path, process: int = 0) -> None:
         file.unlink(missing_ok=True)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    return set_digest({name: tensor_record(tensor) for name, tensor in tensors.items()})
+def _digest(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> str:
+    of_tensors = set_digest({name: tensor_record(tensor) for name, tensor in tensors.items()})
+    return hashlib.sha256(f"{of_tensors}\n{json.dumps(content)}".encode()).hexdigest()
 
 
 def _unfinished(path: Path) -> Path:
