@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from json_schema import check_json
+
 COMMIT = "a" * 40
 LARGE = re.compile(r".*\.(safetensors|bin|pt|npz)")
 TOKEN = "hf_loopback"
@@ -450,8 +452,14 @@ ROUTES = [
 
 
 def run(folder: Path, *arguments: object, **variables: str) -> tuple[int, str, str]:
-    """Run the command line in a process: the client reads its variables once, at import."""
-    return run_python(folder, "-m", "consolidate", *arguments, **variables)
+    """Run the command line in a process: the client reads its variables once, at import.
+
+    What `--json` writes is held against its schema.
+    """
+    code, out, err = run_python(folder, "-m", "consolidate", *arguments, **variables)
+    if "--json" in arguments and out:
+        check_json(str(arguments[0]), json.loads(out))
+    return code, out, err
 
 
 def run_python(folder: Path, *arguments: object, **variables: str) -> tuple[int, str, str]:

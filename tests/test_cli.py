@@ -128,16 +128,10 @@ def test_what_every_command_writes_as_json_is_as_its_schema_tells(
         assert code == 0, err
         assert out
     assert SCHEMA["$defs"].keys() >= cli.commands.keys()
-    done = subprocess.run(
-        [sys.executable, "-m", "consolidate", "push", "2", "user/model", "--json"],
-        env=loopback_hub.environment(
-            tmp_path, HF_ENDPOINT=hub.address, HF_TOKEN=loopback_hub.TOKEN
-        ),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    check_json("push", json.loads(done.stdout))
+    variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": loopback_hub.TOKEN}
+    code, out, err = loopback_hub.run(tmp_path, "push", "2", "user/model", "--json", **variables)
+    assert code == 0, err
+    assert json.loads(out)["status"] == "done"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import loopback_hub
 import pytest
 import torch
 from conftest import SIZES, make_network
-from json_schema import check_json
 from loopback_hub import TOKEN, Hub, environment, run, run_python
 from safetensors.torch import load_file, save_file
 
@@ -42,9 +41,7 @@ def pushed(folder: Path, hub: Hub, *arguments: object) -> dict[str, Any]:
         folder, "push", *arguments, "--json", HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN
     )
     assert code == 0, err
-    told = json.loads(out)
-    check_json("push", told)
-    return dict(told)
+    return dict(json.loads(out))
 
 
 def downloaded(folder: Path, hub: Hub, repository: str, into: str) -> Path:
@@ -98,7 +95,6 @@ def test_one_commit_holds_all_of_it(checkpoint: Path, tmp_path: Path, hub: Hub) 
         code, out, err = run(tmp_path, *words, **variables)
         assert code == 0, err
         alone = json.loads(out)
-        check_json("push", alone)
         assert {file["change"] for file in alone["files"]} == {"not compared"}
         sizes = {file["path"]: file["size"] for file in dry["files"] if file["path"] != "README.md"}
         assert sizes.items() < {file["path"]: file["size"] for file in alone["files"]}.items()
