@@ -153,8 +153,9 @@ def test_show_prints_and_writes_the_matrix(tmp_path: Path) -> None:
     name = ledger.tasks[0].name
     ledger.tasks[0].metrics = {"before": on(**{name: 0.25}), "after": on(**{name: 0.75})}
     (folder / "fisher" / "fisher.json").write_bytes(ledger_bytes(ledger))
-    found = show(folder, csv=tmp_path / "r.csv", plot=tmp_path / "r.png")
+    made = tmp_path / "made" / "for it"
+    found = show(folder, csv=made / "r.csv", plot=made / "r.png")
     assert found["accuracy_matrix"]["scores"] == [[0.75]]
     assert "ACC 0.7500, BWT –, forgetting –" in show_text(found)
-    assert f"{name},after,0.75" in (tmp_path / "r.csv").read_text()
-    assert (tmp_path / "r.png").stat().st_size > 1000
+    assert f"{name},after,0.75" in (made / "r.csv").read_text()
+    assert (made / "r.png").stat().st_size > 1000
