@@ -90,6 +90,32 @@ def test_what_is_missing_is_done_and_nothing_else(quick: Path, tmp_path: Path) -
     assert figures == [json.loads(line)["figures"] for line in lines]
 
 
+def test_a_unit_that_fails_does_not_keep_the_others_from_being_done(tmp_path: Path) -> None:
+    import random_patterns
+    import sittings
+
+    def measure(unit: Any) -> dict[str, Any]:
+        if unit.method == "EWC":
+            raise ValueError("broken")
+        return random_patterns.measure(unit)
+
+    experiment = random_patterns.EXPERIMENT._replace(measure=measure)
+    with pytest.raises(SystemExit, match=r"random-patterns: EWC, seed 0 .*ValueError: broken"):
+        sittings.run([experiment], tmp_path, quick=True)
+    assert len((tmp_path / "random-patterns.jsonl").read_text("utf-8").splitlines()) == 2
+
+
+def test_units_are_done_side_by_side(tmp_path: Path) -> None:
+    import random_patterns
+    import sittings
+    from records import read_records
+
+    sittings.run([random_patterns.EXPERIMENT], tmp_path, quick=True, jobs=2)
+    records = read_records(tmp_path / "random-patterns.jsonl")
+    assert {record.unit.method for record in records} == set(random_patterns.METHODS)
+    assert {record.versions["threads"] for record in records} == {"1"}
+
+
 def test_a_run_that_is_over_begins_nothing(tmp_path: Path) -> None:
     import random_patterns
     import sittings

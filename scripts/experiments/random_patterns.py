@@ -49,7 +49,7 @@ patterns so far whose SNR is above 1. Lines are theory, points the simulation:
 
 ![Signal, noise, SNR and fraction retained against time](random-patterns.png)
 
-Theory is the recursion of the notes' formulas, step by step: the signal α₁ Π (1 − α_s/n), and
+Theory is a recursion, step by step: the signal α₁ Π (1 − α_s/n), and
 ‖w_t‖² = ‖w‖² + α² + (α² − 2α) ‖w‖²/n in expectation. Nothing in them is approximate, at any t.
 {agreement}
 

@@ -40,8 +40,9 @@ class Record:
 
     unit: Unit
     figures: Figures
-    seconds: float
+    seconds: float  # by the clock
     versions: dict[str, str]
+    processor_seconds: float | None = None
 
 
 class Row(NamedTuple):
@@ -102,7 +103,13 @@ def read_records(path: Path) -> list[Record]:
         try:
             found = json.loads(line)
             unit = Unit(*(found[key] for key in ("experiment", "method", "seed", "settings")))
-            record = Record(unit, found["figures"], found["seconds"], found["versions"])
+            record = Record(
+                unit,
+                found["figures"],
+                found["seconds"],
+                found["versions"],
+                found.get("processor_seconds"),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number}: not a record ({error}); take it out"
@@ -129,6 +136,7 @@ def append_record(path: Path, record: Record) -> None:
         **asdict(record.unit),
         "figures": rounded(record.figures),
         "seconds": round(record.seconds, 1),
+        "processor_seconds": rounded(record.processor_seconds),
         "versions": record.versions,
     }
     with open(path, "a+b") as file:

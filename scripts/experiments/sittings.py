@@ -7,6 +7,7 @@ is done. Pages, CSV and pictures are made of the records alone.
 import argparse
 import multiprocessing
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -37,7 +38,8 @@ PAGE = """# {title}
 ## Records
 
 [Every figure]({name}.csv) and [what was run]({name}.jsonl): {done} of {units} units,
-{minutes:.0f} minutes on one core, {versions}.
+{minutes:.0f} minutes by the clock, one thread each{busy}; {versions}.
+
 The picture is also there [as SVG]({name}.svg). All of it again, or what is missing of it:
 
 ```sh
@@ -114,6 +116,9 @@ def run(
             process, with the threads it has.
         until: No unit is begun after this time of `time.monotonic`.
         fetch: Sees that MNIST is there; called before the first unit that needs it.
+
+    Raises:
+        SystemExit: A unit failed; all others that could be done are, and recorded.
     """
     if jobs > 1:
         context = multiprocessing.get_context("spawn")
@@ -133,13 +138,14 @@ def _run(
     pool: Executor | None,
 ) -> None:
     running: dict[Future[Record], Unit] = {}
+    failed: dict[str, str] = {}
     fetched = False
     while True:
         waiting = [
             (experiment, unit)
             for experiment in experiments
             for unit in undone(experiment, folder, quick)
-            if unit not in running.values()
+            if unit not in running.values() and unit.digest not in failed
         ]
         over = until is not None and time.monotonic() > until
         for experiment, unit in waiting[: 0 if over else jobs - len(running)]:
@@ -148,20 +154,27 @@ def _run(
                 fetched = True
             if pool is None:
                 future: Future[Record] = Future()
-                future.set_result(timed(experiment.measure, unit))
+                try:
+                    future.set_result(timed(experiment.measure, unit))
+                except Exception as error:
+                    future.set_exception(error)
             else:
                 future = pool.submit(timed, experiment.measure, unit)
             running[future] = unit
         if not running:
-            return
+            break
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            unit, record = running.pop(future), future.result()
+            unit = running.pop(future)
+            name = f"{unit.experiment}: {unit.method}, seed {unit.seed}  {_few(unit)}"
+            if (cause := future.exception()) is not None:
+                failed[unit.digest] = f"{name}: {type(cause).__name__}: {cause}"
+                print("failed: " + failed[unit.digest], file=sys.stderr)
+                continue
+            record = future.result()
             append_record(folder / f"{unit.experiment}.jsonl", record)
-            print(
-                f"{record.seconds:6.0f} s  {unit.experiment}: {unit.method}, seed {unit.seed}"
-                f"  {_few(unit)}",
-                file=sys.stderr,
-            )
+            print(f"{record.seconds:6.0f} s  {name}", file=sys.stderr)
+    if failed:
+        raise SystemExit("not done:\n" + "\n".join(failed.values()))
 
 
 def undone(experiment: Experiment, folder: Path, quick: bool) -> list[Unit]:
@@ -172,12 +185,13 @@ def undone(experiment: Experiment, folder: Path, quick: bool) -> list[Unit]:
 
 
 def timed(measure: Callable[[Unit], Figures], unit: Unit) -> Record:
-    """Do one unit, with its time and versions."""
-    began = time.perf_counter()
+    """Do one unit, with its times and versions."""
+    began, busy = time.perf_counter(), time.process_time()
     figures = measure(unit)
     versions = {name: version(name) for name in ("consolidate-ewc", "torch")}
     versions["threads"] = str(torch.get_num_threads())
-    return Record(unit, figures, time.perf_counter() - began, versions)
+    seconds = time.perf_counter() - began
+    return Record(unit, figures, seconds, versions, time.process_time() - busy)
 
 
 def all_units(experiment: Experiment, records: Sequence[Record], quick: bool) -> list[Unit]:
@@ -272,12 +286,31 @@ def _page(
         title=experiment.title,
         name=experiment.name,
         quick=QUICK_NOTE * quick,
-        text=findings.text,
+        text=_wrapped(findings.text),
         done=len(records),
         units=units,
         minutes=sum(record.seconds for record in records) / 60,
+        busy=_busy(records),
         versions=", ".join(sorted(versions)),
     )
+
+
+def _wrapped(text: str) -> str:
+    """Fill the paragraphs anew, once there are figures in them."""
+    blocks = [
+        block
+        if block.startswith(("|", "- ", "#", "![", "```"))
+        else textwrap.fill(" ".join(block.split()), 99, break_on_hyphens=False)
+        for block in text.split("\n\n")
+    ]
+    return "\n\n".join(blocks)
+
+
+def _busy(records: Sequence[Record]) -> str:
+    known = [record.processor_seconds for record in records if record.processor_seconds is not None]
+    if len(known) < len(records):
+        return ", of a machine that was shared"
+    return f", {sum(known) / 60:.0f} minutes of processor time"
 
 
 def _few(unit: Unit) -> str:

@@ -28,23 +28,26 @@ SEEDS = 5
 DRAWS = 3
 SIZES = tuple(round(10 ** (-2.5 + i / 4), 6) for i in range(9))  # deviation of a weight, uniform
 UNIFORM, SHAPED, NULL = "uniform", "shaped by (F + εI)⁻¹", "in the Fisher's null space"
+CLAIMS = {
+    True: "Noise that the Fisher calls harmless does less harm than noise that knows nothing.",
+    False: "Noise that the Fisher calls harmless does no less harm than noise that knows nothing.",
+}
 EPSILON, NOTHING = 1e-3, 1e-6  # of the largest value of the Fisher
 TEXT = """
 A network 784–400–400–10 learns MNIST ({steps:,} steps of Adam), and its exact Fisher is measured on
 {fisher_examples:,} images. Then noise is added to all weights and biases, of the same total size
 ‖δ‖ in three ways: uniform; with a variance in proportion to 1/(F + ε), ε = {epsilon:g} of the
 largest value; and only where F is below {nothing:g} of the largest value, {share:.0%} of all
-weights. Test accuracy, mean over {seeds} seeds of {draws} draws each and the standard error over
-seeds:
+weights. Test accuracy, mean over {seeds} of {planned} seeds of {draws} draws each and the
+standard error over seeds:
 
 ![Accuracy against the size of the noise](weight-noise.png)
 
 {table}
 
-The size is ‖δ‖/√N, the root mean square over all N weights. Noise that the Fisher says is
-harmless does less harm, by the diagonal alone, than noise of the same size that knows nothing:
-half of what was learned is lost at {half}. In the null space a diagonal Fisher that knew
-everything would lose nothing at any size; what is lost there is what the diagonal does not know.
+The size is ‖δ‖/√N, the root mean square over all N weights. Half of what was learned is lost at
+{half}. {claim} In the null space a diagonal that knew everything would lose nothing at any
+size; what is lost there is what it does not know.
 """
 
 
@@ -144,7 +147,8 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
     rows = [
         rows[0]._replace(
             here=f"half is lost at {halves[SHAPED]} (uniform: {halves[UNIFORM]})",
-            difference="holds" if less else "does not hold", reason="MNIST here, Atari there",
+            difference="holds" if less else "does not hold",
+            reason=f"MNIST here, Atari there; {len(records)} of {SEEDS} seeds",
         ),
         rows[1]._replace(
             here=f"half is lost at {halves[NULL]}", difference="see the page",
@@ -185,6 +189,8 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
         nothing=NOTHING,
         share=float(np.mean([record.figures["null share"] for record in records])),
         seeds=len(records),
+        planned=SEEDS,
+        claim=CLAIMS[less],
         table="\n".join(table),
         half=f"{halves[UNIFORM]} (uniform), {halves[SHAPED]} (shaped), {halves[NULL]} (null space)",
     )
