@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import benchmarks
 from benchmarks import markdown, results_folder, write_page
 
 TEXT = """
@@ -349,16 +350,12 @@ def page(found: Mapping[str, Measured], quick: bool) -> str:
 
 
 def main() -> None:
-    """Measure the sizes that were asked for and write the page of all that were ever measured."""
+    """Measure what was not measured yet, or what is asked for, and write the page of all of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--size",
-        action="append",
-        choices=SIZES,
-        help="measure this one; of the others the page shows what was measured last",
+        "--size", action="append", choices=SIZES, help="measure this one, again if need be"
     )
     parser.add_argument("--command", action="append", choices=COMMANDS, help="run only these")
-    parser.add_argument("--folder", type=Path, help="for checkpoints; a temporary one by default")
     parser.add_argument(
         "--quick", action="store_true", help="an empty model alone; writes into experiments-output/"
     )
@@ -369,10 +366,12 @@ def main() -> None:
         found = {
             name: measured_of(content) for name, content in json.loads(kept.read_text()).items()
         }
+    before = sum(done.seconds for measured in found.values() for done in measured.runs.values())
+    benchmarks.STARTED -= before  # what went on in earlier runs of this script
     for name in ["empty", *([] if options.quick else options.size or SIZES)]:
-        if name in found and name not in SIZES:
+        if name in found and name not in (options.size or ()):
             continue
-        with tempfile.TemporaryDirectory(dir=options.folder) as place:
+        with tempfile.TemporaryDirectory() as place:
             for measured in measure(name, Path(place), options.command):
                 found[name] = measured
                 if not options.quick:

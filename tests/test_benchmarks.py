@@ -35,7 +35,7 @@ def test_the_benchmark_of_memory_writes_its_page(
 
     for module in (benchmarks, benchmark_memory):
         monkeypatch.setattr(module, "results_folder", lambda quick: tmp_path)
-    words = ["--quick", "--command", "evaluate", "--folder", str(tmp_path)]
+    words = ["--quick", "--command", "evaluate"]
     monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "benchmark_memory.py"), *words])
     benchmark_memory.main()
     page = (tmp_path / "memory.md").read_text(encoding="utf-8")
