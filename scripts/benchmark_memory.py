@@ -27,7 +27,8 @@ Models like Llama with random bfloat16 weights: {sizes}; a vocabulary of 32,000,
 output layer apart. Each command runs as a process of its own on {sequences} sequences of {tokens}
 tokens. Its memory is read from `/proc/PID/status` every {interval:.0f} ms: *peak* is the most that
 anonymous and shared memory (`RssAnon` + `RssShmem`) come to. Pages of mapped files (`RssFile`:
-weights, Λ and μ, which the system takes back when it needs room) are listed apart.{quick}
+weights, Λ and μ, which the system takes back when it needs room) are listed apart; a page that two
+maps show counts twice there.{quick}
 
 *Theory* is the bytes that the algorithm has to hold, times the parameters. *Above it* are the
 interpreter with torch and transformers ({base:.2f} GB, of a model with nothing in it), what is made
@@ -81,7 +82,6 @@ class Size(NamedTuple):
 
 SIZES = {
     "60M": Size(512, 1408, 10, 8, 2),
-    "150M": Size(768, 2048, 16, 12, 4),
     "1B": Size(2048, 5632, 22, 32, 4),
 }
 EMPTY = Size(8, 8, 1, 1, 1)
