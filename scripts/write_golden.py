@@ -6,6 +6,7 @@ Usage: python scripts/write_golden.py FOLDER
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from formats.ledger import LayerRecord, Ledger, TaskRecord
 from formats.tensors import write_tensors
 
 CONFIG = {"model_type": "golden", "sizes": [4, 3, 2]}
+ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "owner/golden", "r": 3}
 
 
 def ramp(shape: tuple[int, ...], start: float) -> Tensor:
@@ -105,12 +107,17 @@ def write(
     anchor: dict[str, Tensor] | None = None,
     heads: dict[str, dict[str, Tensor]] | None = None,
     max_shard_size: int = 10**9,
+    stem: str = "model",
 ) -> None:
-    """Write one checkpoint: config.json, the weights, and the Fisher folder."""
+    """Write one checkpoint: its configuration, the weights, and the Fisher folder."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
+    config = CONFIG if stem == "model" else ADAPTER
+    name = "config.json" if stem == "model" else "adapter_config.json"
+    (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     theta = weights(dtype)
-    write_tensors(folder, theta, metadata={"format": "pt"}, max_shard_size=max_shard_size)
+    write_tensors(
+        folder, theta, stem=stem, metadata={"format": "pt"}, max_shard_size=max_shard_size
+    )
     ledger.weights = {name: tensor_record(values) for name, values in theta.items()}
     ledger.unprotected = {
         name: "a buffer: it has no gradient" for name in theta if name not in fisher()
@@ -142,6 +149,12 @@ def write_all(folder: Path) -> None:
         Ledger([first_task(), second_task()], merge_rule="separate", penalty_offset=0.03125),
         anchor=mu,
         max_shard_size=48,
+    )
+    learned = replace(second_task(), penalty_on="adapter", parent="0123456789abcdef" * 4)
+    write(
+        folder / "adapter",
+        Ledger([first_task(), learned], gamma=0.9, base="fedcba9876543210" * 4),
+        stem="adapter_model",
     )
     write(
         folder / "bfloat16",

@@ -12,7 +12,7 @@ from formats.fisher_folder import check_belongs, read_fisher
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-NAMES = ["anchor", "bfloat16", "sharded", "unsharded"]
+NAMES = ["adapter", "anchor", "bfloat16", "sharded", "unsharded"]
 WRITE = runpy.run_path(str(ROOT / "scripts" / "write_golden.py"))
 
 
@@ -41,6 +41,7 @@ def test_it_loads_and_verifies(name: str) -> None:
     if stored.anchor is not None:
         for key in stored.fisher:
             assert torch.equal(stored.anchor[key], checkpoint.weights[key] / 2)
+    assert (stored.ledger.base is None) == (checkpoint.adapter is None) == (name != "adapter")
     assert list(stored.heads) == (["digits"] if name == "anchor" else [])
     assert verify(GOLDEN / name)["weights"]["tensors"] == 5
     assert "zahlen" in show_text(show(GOLDEN / name)) or name == "unsharded"
