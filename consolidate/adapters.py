@@ -457,6 +457,8 @@ def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
             f"{where}: this peft ({peft.__version__}) does not know {strange[0]!r}: a newer one may"
         )
     module = model.module
+    shapes = {name: shape_of(checkpoint.weights, name) for name in checkpoint.weights}
+    _check_ranks(given, shapes, where)
     try:
         config = peft.LoraConfig(
             **{name: value for name, value in given.items() if name in known}
@@ -468,7 +470,6 @@ def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
         raise InputError(
             f"{where} does not fit the base model {checkpoint.base.path}: {error}"
         ) from error
-    shapes = {name: shape_of(checkpoint.weights, name) for name in checkpoint.weights}
     try:
         layout = adapter_layout(module, shapes)
     except InputError as error:
@@ -481,6 +482,25 @@ def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
     module.eval()
     model.base_layout = model.layout
     model.checkpoint, model.layout = checkpoint, layout
+
+
+def _check_ranks(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path
+) -> None:
+    """Refuse ranks that the file's factors do not have, before layers of them are made."""
+    found = [
+        shape[0]
+        for name, shape in shapes.items()
+        if shape and re.search(r"\.lora_(embedding_)?A(\.|$)", name)
+    ]
+    of_layers = config.get("rank_pattern")
+    several = list(of_layers.values()) if isinstance(of_layers, dict) else []
+    for rank in [config.get("r"), *several]:
+        if not isinstance(rank, int) or not 1 <= rank <= max(found, default=0):
+            raise InputError(
+                f"{where}: the rank is {rank!r}, and the factors in the file have "
+                f"{max(found, default='none')}"
+            )
 
 
 def _is_adapter(name: str) -> bool:

@@ -297,7 +297,8 @@ def _learned(task: TaskRecord) -> str:
         return "(measured only)"
     if task.ewc_lambda is None:
         return "no penalty"
-    return f"{escaped(task.penalty)}, λ = {task.ewc_lambda:g}"
+    held = {None: "", "adapter": " on the adapter", "merged": " on merged weights"}
+    return f"{escaped(task.penalty)}{held[task.penalty_on]}, λ = {task.ewc_lambda:g}"
 
 
 def _scores(ledger: Ledger) -> str:

@@ -2,7 +2,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tiny_models import bert_config, byte_tokenizer, gpt2_config, save, word_tok
 from torch import nn
 
 from consolidate.adapters import add_lora, load, low_rank_layers, merge_lora, with_base
+from consolidate.chain import load_penalty
 from consolidate.commands import evaluate, fisher
 from consolidate.examples import Columns, encode
 from consolidate.finetuning import finetune
@@ -193,7 +194,11 @@ def test_the_base_model_is_found_or_named(gpt2: Path, tmp_path: Path):
         ({"init_lora_weights": "pissa"}, "'pissa', which changes the base model's weights too"),
         ({"target_parameters": ["w"]}, "target_parameters is set"),
         ({"use_newest": True}, "does not know 'use_newest'"),
-        ({"r": 3}, r"has shape \[2, 16\] in the file and \[3, 16\]"),
+        ({"r": 1}, r"has shape \[2, 16\] in the file and \[1, 16\]"),
+        ({"r": 10**12}, "the rank is 1000000000000, and the factors in the file have 2"),
+        ({"rank_pattern": {"c_attn": 10**12}}, "the rank is 1000000000000"),
+        ({"lora_alpha": "much"}, "does not fit the base model"),
+        ({"target_modules": 7}, "does not fit the base model"),
         ({"target_modules": ["c_fc"]}, "does not fit its base model.*is not in the model"),
         ({"target_modules": ["c_attn", "c_fc"]}, "is missing in the file"),
         ({"target_modules": ["q_proj"]}, "does not fit the base model"),
@@ -559,3 +564,36 @@ def test_a_search_tries_each_strength_from_the_same_adapter(
     chosen = result["ewc_lambda"]
     alone = finetune(protected, new_task, output_dir=tmp_path / "one", ewc_lambda=chosen, **options)
     assert alone["history"] == result["history"]
+
+
+def test_the_penalty_of_an_adapter_is_loaded_for_a_model_of_peft(
+    gpt2: Path, tmp_path: Path, task: Path
+):
+    folder = peft_adapter(tmp_path / "adapter", gpt2, target_modules=["c_attn"])
+    fisher(folder, task, task="old", estimator="empirical")
+    model = read_by_peft(folder, gpt2)
+    trained = {n: p.requires_grad_() for n, p in model.named_parameters() if "lora_" in n}
+    penalty = load_penalty(model, folder, ewc_lambda=2.0)
+    assert penalty.value() == 0
+    expected = 0.0
+    for name, values in read_fisher(folder / "fisher").fisher.items():
+        first, _, last = name.rpartition(".")
+        trained[f"{first}.default.{last}"].data += 0.5
+        expected += 0.25 * values.sum().item()
+    assert penalty.value() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_module_of_the_users_own_takes_an_adapter(
+    network_checkpoint: Path, write_task: Callable[..., Path], tmp_path: Path
+):
+    options: dict[str, Any] = {"model": "conftest:make_network"}
+    fisher(network_checkpoint, write_task("old"), task="old", **options)
+    options |= {"lora_rank": 2, "lora_targets": ["0"], "ewc_lambda": 1.0, "task": "new"}
+    finetune(
+        network_checkpoint, write_task("new", 1), output_dir=tmp_path / "next", epochs=2, **options
+    )
+    old, new = (open_checkpoint(p).weights for p in (network_checkpoint, tmp_path / "next"))
+    assert [name for name in old if not torch.equal(old[name], new[name])] == ["0.weight"]
+    options |= {"lora_targets": ()}
+    with pytest.raises(UsageError, match="name them with --lora-targets, such as 0, 2"):
+        finetune(network_checkpoint, write_task("new", 1), output_dir=tmp_path / "no", **options)

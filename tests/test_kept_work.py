@@ -97,6 +97,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "frozen": {"freeze": ["first.*"], "max_examples": 50, "mixed_precision": "bf16"},
     "scaled": {"mixed_precision": "fp16", "lr_scheduler": "linear"},
     "sgd": {"optimizer": "sgd", "lr_scheduler": "linear"},
+    "adapter": {"lora_rank": 2, "lora_targets": ["last"], "max_grad_norm": 0.5},
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from formats.checkpoint import open_checkpoint
 from formats.fisher_folder import read_fisher
 
 VOCABULARY = 2048
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
@@ -134,7 +134,7 @@ def write_adapter(session: Session) -> None:
         ),
     )
     model.peft_config["default"].base_model_name_or_path = "start"
-    model.save_pretrained(session.folder / "adapter", save_embedding_layers=False)
+    model.save_pretrained(str(session.folder / "adapter"), save_embedding_layers=False)
 
 
 def best_seconds(work: Callable[[], object]) -> float:
