@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,34 @@ def test_dvc_runs_each_stage_once(folder: Path) -> None:
     planned = shell("dvc repro --dry", folder, **dvc).stdout
     assert "Stage 'fisher' didn't change" in planned
     assert "Running stage 'finetune'" in planned
+
+
+def test_the_image_copies_all_that_the_command_needs(folder: Path) -> None:
+    lines = (EXAMPLES / "Containerfile").read_text("utf-8").splitlines()
+    source = folder / "src"
+    for line in lines:
+        if line.startswith("COPY "):
+            *names, target = line.split()[1:]
+            assert target.startswith("/src/")
+            for name in names:
+                place = folder / target.removeprefix("/")
+                if (ROOT / name).is_dir():
+                    shutil.copytree(ROOT / name, place)
+                else:
+                    place.mkdir(exist_ok=True)
+                    shutil.copy(ROOT / name, place)
+    project = tomllib.loads((source / "pyproject.toml").read_text("utf-8"))
+    for name in (project["project"]["readme"], *project["project"]["license-files"]):
+        assert (source / name).is_file()
+    for package in project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
+        assert (source / package / "__init__.py").is_file()
+    (entry,) = (json.loads(line.split(" ", 1)[1]) for line in lines if "ENTRYPOINT" in line)
+    module, function = project["project"]["scripts"][entry[0]].split(":")
+    script = f"import sys; from {module} import {function}; sys.argv[0] = ''; {function}()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "evaluate", "start", "--model", "network:mlp", "--data",
+         "A=a-test.npz"],
+        cwd=folder, env={**ENVIRONMENT, "PYTHONPATH": str(source)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("task ")
