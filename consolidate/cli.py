@@ -313,6 +313,7 @@ def finetune(
                 checkpoint,
                 evaluate=_named_data(evaluate, "--evaluate"),
                 validation=_named_data(validation, "--validation"),
+                on_step=tracker.on_step if tracker.enabled else None,
                 **_with_objects(options),
             )
         except ForgettingError as error:

@@ -155,6 +155,7 @@ def train(
     found: StoredWork | None,
     beside: Mapping[str, Any],
     group: ProcessGroup | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Trained:
     """Train from the model's present weights, and give it the weights as they will be stored.
 
@@ -166,6 +167,7 @@ def train(
         found: What was kept of it.
         beside: What is kept beside it, JSON-ready.
         group: The processes that share the batches; each has the model. Of several nothing is kept.
+        on_step: Called after each optimizer step.
 
     Returns:
         The weights, the steps and the metrics.
@@ -208,7 +210,7 @@ def train(
     else:
         take_metrics("before")
         kept = KeptTraining(work, found, beside) if group is None else None
-        steps = descend(start, recipe, take_metrics, group, kept)
+        steps = descend(start, recipe, take_metrics, group, kept, on_step)
         end_adapter()
         weights = file_weights(model)
         try:
@@ -247,6 +249,7 @@ def descend(
     take_metrics: Callable[..., None],
     group: ProcessGroup | None = None,
     kept: KeptTraining | None = None,
+    report: Callable[[Step], None] | None = None,
 ) -> list[Step]:
     """Take the optimizer's steps, measuring at times and after each epoch.
 
@@ -257,6 +260,7 @@ def descend(
             nothing where that moment was measured.
         group: The processes that share the batches.
         kept: Where to go on, and what keeps the training in case that it is broken off.
+        report: Called after each step.
 
     Returns:
         What each step reported.
@@ -308,6 +312,8 @@ def descend(
     def on_step(step: Step) -> None:
         steps.append(step)
         advance(1)
+        if report is not None:
+            report(step)
         if step.step % recipe.log_every == 0 or step.step == total:
             LOG.info(
                 "step %d of %d: loss %.4f, penalty %.4g, learning rate %.3g",

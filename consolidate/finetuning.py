@@ -48,7 +48,7 @@ from consolidate.models import config_of, file_weights
 from consolidate.search_plot import plot_search
 from consolidate.searching import Plan, Subject, plan_search, search_lambda
 from consolidate.start import Opened, Start, load_start, open_start
-from consolidate.training import has_statistics
+from consolidate.training import Step, has_statistics
 from formats.atomic import claimed, replace_folder, write_file
 from formats.checkpoint import write_checkpoint
 from formats.digest import set_digest
@@ -144,6 +144,7 @@ def finetune(
     merge_rule: str | None = None,
     gamma: float | None = None,
     task_weight: float | str = 1.0,
+    on_step: Callable[[Step], None] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune a checkpoint on a new task with a penalty that keeps what it knew.
 
@@ -237,6 +238,8 @@ def finetune(
         merge_rule: As in `fisher`.
         gamma: As in `fisher`.
         task_weight: As in `fisher`.
+        on_step: Called after each optimizer step with its loss, its penalty and its learning rate;
+            not for the candidates of a search.
 
     Returns:
         What was done: steps, loss, penalty, the share of weights that moved, metrics, history;
@@ -418,7 +421,16 @@ def finetune(
             plot_search(search, Path(search_plot))
     beside = {"search": search}
     try:
-        trained = train(start, recipe, target, work=work, found=found, beside=beside, group=group)
+        trained = train(
+            start,
+            recipe,
+            target,
+            work=work,
+            found=found,
+            beside=beside,
+            group=group,
+            on_step=on_step,
+        )
     except NonFiniteError:
         work.remove()  # it would only diverge again
         raise

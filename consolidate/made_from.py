@@ -18,7 +18,7 @@ from formats.rows import Rows, file_digest, listing_digest
 from formats.task_file import TaskFile, open_task
 
 WITHOUT_EFFECT = {"log_every", "search_plot", "save_every", "restart", "force", "overwrite"}
-WITHOUT_EFFECT |= {"check", "fisher_check"}
+WITHOUT_EFFECT |= {"check", "fisher_check", "on_step"}
 """Options that cannot be seen in the result."""
 
 # Where the result goes, and what is told by its content.

@@ -7,13 +7,14 @@ import os
 import re
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from consolidate.metrics_file import evaluate_metrics
+from consolidate.training import Step
 from formats.digest import set_digest
 from formats.errors import InputError, NetworkError, UsageError
 from formats.fisher_folder import LEDGER_NAME
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LOG = logging.getLogger("consolidate")
+SECONDS_BETWEEN_SENDS = 10.0
 LONGEST_VALUE = 500  # characters, which every server takes
 METRICS_AT_ONCE, VALUES_AT_ONCE = 1000, 100  # a server takes no more
 SETTINGS = {
@@ -60,6 +62,9 @@ class Tracker:
         self._client = client
         self._run_id = run_id
         self._waiting: dict[str, list[tuple[Any, ...]]] = {"params": [], "tags": [], "metrics": []}
+        self._reported = range(0)  # optimizer steps
+        self._sent_at = time.monotonic()
+        self._failed = False
 
     def parameter(self, name: str, value: object) -> None:
         """Take an option, unless it is None or empty.
@@ -94,6 +99,33 @@ class Tracker:
             key = re.sub(r"[^\w./ -]", "_", name)[:250]  # as MLflow takes it
             self._waiting[kind].append((key, value, *rest))
 
+    def on_step(self, step: Step) -> None:
+        """Take what an optimizer step reports, and send it now and then.
+
+        Args:
+            step: The loss, and apart from it the penalty.
+        """
+        if self._failed:  # `history` has it at the end
+            return
+        self._reported = range(self._reported.start or step.step, step.step + 1)
+        self._take_step(vars(step))
+        if time.monotonic() - self._sent_at >= SECONDS_BETWEEN_SENDS:
+            self.send()
+
+    def history(self, steps: Iterable[Mapping[str, Any]]) -> None:
+        """Take the steps that were not reported when they were taken.
+
+        Args:
+            steps: All steps of a training.
+        """
+        for step in steps:
+            if step["step"] not in self._reported:
+                self._take_step(step)
+
+    def _take_step(self, step: Mapping[str, Any]) -> None:
+        for name in ("loss", "penalty", "learning_rate", "gradient_norm"):
+            self.metric(name, step[name], step["step"])
+
     def send(self) -> None:
         """Send what was taken so far; where that fails, say so and keep it for the next time."""
         if self._client is None:
@@ -110,7 +142,9 @@ class Tracker:
                     self._send(kind, [entity(*values) for values in batch])
                     del self._waiting[kind][:most]
         except Exception as error:  # whatever a store raises, the command goes on
+            self._failed = True
             LOG.info("MLflow did not take what was reported: %s; the work goes on", _reason(error))
+        self._sent_at = time.monotonic()
 
     def _send(self, kind: str, batch: list[Any]) -> None:
         """Send one batch; leave it out where the server refuses it, as parameters that changed."""
@@ -193,9 +227,7 @@ def report(tracker: Tracker, result: Mapping[str, Any], numbers: Mapping[str, fl
         result = {}
     steps = result.get("steps", 0)
     last = steps if isinstance(steps, int) else 0  # those of a run are its checkpoints
-    for step in result.get("history", ()):
-        for name in ("loss", "penalty", "learning_rate", "gradient_norm"):
-            tracker.metric(name, step[name], step["step"])
+    tracker.history(result.get("history", ()))
     for when, scores in result.get("metrics", {}).items():
         number = {"before": "0"}.get(when) or when.removeprefix("step ")
         if number.isdigit():  # of an epoch it is not told after how many steps it ended

@@ -11,6 +11,7 @@ import pytest
 from test_cli import MODEL, run
 
 from consolidate.tracking import tracked
+from consolidate.training import Step
 from formats.digest import set_digest
 from formats.ledger import read_ledger
 
@@ -168,6 +169,20 @@ def test_a_chain_is_one_run(
     assert found.data.params["run.task.2.name"] == "b"
     assert found.data.params["run.defaults.ewc-lambda"] == "10"
     assert found.data.tags["run.checkpoint"] == (tmp_path / "chain" / "02-b").as_uri()
+
+
+def test_steps_are_sent_while_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("consolidate.tracking.SECONDS_BETWEEN_SENDS", 0.0)
+    taken = [Step(number, 1 / number, 0.5, 0.1, None) for number in range(1, 6)]
+    with tracked("finetune", {}, enabled=True) as tracker:
+        (begun,) = runs()
+        for step in taken[2:4]:  # as after a stop: the first two were taken by an earlier command
+            tracker.on_step(step)
+            assert points(begun.info.run_id, "loss")[-1] == (step.step, step.loss)
+        tracker.history([vars(step) for step in taken])
+    assert sorted(points(begun.info.run_id, "loss")) == [(s.step, s.loss) for s in taken]
+    assert len(points(begun.info.run_id, "penalty")) == 5
+    assert not points(begun.info.run_id, "gradient_norm")
 
 
 def test_long_values_are_cut_and_odd_names_replaced() -> None:
