@@ -177,8 +177,7 @@ def tracked(command: str, options: Mapping[str, Any], *, enabled: bool) -> Itera
         InputError: The store or the run that is named cannot be used.
         NetworkError: The server cannot be reached at the start; later on that is a note.
     """
-    # Of the processes of one training the first speaks.
-    if not enabled or os.environ.get("RANK", "0") != "0":
+    if not enabled:
         yield Tracker(command)
         return
     for name, value in SETTINGS.items():  # read when it is imported
