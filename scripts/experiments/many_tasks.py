@@ -255,7 +255,7 @@ def _search(records: Sequence[Record]) -> str:
 
 
 def _draw(lines: dict[str, dict[int, list[float]]], folder: Path) -> None:
-    figure, (axis,) = panels(1, width=6.5, height=4)
+    figure, (axis,) = panels(1, width=8.5, height=4)
     for (title, points), colour in zip(lines.items(), COLOURS, strict=True):
         if points:
             numbers = sorted(points)
@@ -270,7 +270,7 @@ def _draw(lines: dict[str, dict[int, list[float]]], folder: Path) -> None:
     axis.set_xlabel("tasks seen")
     axis.set_ylabel("mean test accuracy over all of them")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(fontsize="small", loc="lower left")
+    figure.legend(fontsize="small", loc="outside right upper")
     save_picture(figure, folder, NAME)
 
 

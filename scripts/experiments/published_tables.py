@@ -260,19 +260,26 @@ def _search(records: Sequence[Record]) -> str:
 
 def _draw(found: dict[tuple[str, str], list[Record]], folder: Path) -> None:
     figure, axes = panels(len(SETTINGS), width=3.6, sharey=True)
+    titles = dict.fromkeys(title for setting in SETTINGS for title in setting.methods)
+    colours = dict(zip(titles, COLOURS, strict=False))
     for setting, axis in zip(SETTINGS, axes, strict=True):
-        for title, colour in zip(setting.methods, COLOURS, strict=False):
+        for title in setting.methods:
             if done := found[setting.name, title]:
                 last = np.array([record.figures["matrix"][-1] for record in done])
                 values = [mean(list(column)) for column in last.T]
                 errors = [0.0 if v.seeds < 2 else v.error for v in values]
                 axis.errorbar(
-                    range(1, last.shape[1] + 1), [v.value for v in values], errors, color=colour,
-                    marker=".", label=title,
-                )  # fmt: skip
+                    range(1, last.shape[1] + 1),
+                    [value.value for value in values],
+                    errors,
+                    color=colours[title],
+                    marker=".",
+                    label=title,
+                )
         axis.set_title(setting.name, fontsize="small")
         axis.set_xlabel("task")
         axis.set_ylim(0, 1.02)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("test accuracy after the last task")
     axes[0].legend(fontsize="small", loc="lower right")
     save_picture(figure, folder, NAME)
