@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from consolidate import stopping
 from consolidate.adapters import Lora
 from consolidate.cached import cached, find_output, recorded_fisher
 from consolidate.chain import add_task
@@ -441,30 +442,35 @@ def finetune(
     kept = None
     if group is None:
         kept = KeptPass(work, found, *kept_of(start.model, trained, beside))
-    result = _finish(
-        opened,
-        start,
-        trained,
-        failed_folder(target) if forgotten else target,
-        overwrite=overwrite,
-        data_digest=data_digest,
-        made_from=digest(description()) if data_digest else None,
-        penalty=penalty,
-        ewc_lambda=ewc_lambda,
-        task_weight=task_weight,
-        estimation={
-            **estimation,
-            "max_examples": fisher_max_examples,
-            "batch_size": fisher_batch_size or batch_size,
-            "seed": seed,
-            "tolerance": fisher_tolerance,
-            "accumulate_dtype": fisher_accumulate_dtype,
-            "group": group,
-            "kept": None
-            if group is not None
-            else KeptPass(work, found, *kept_of(start.model, trained, beside)),
-        },
-    )
+    try:
+        result = _finish(
+            opened,
+            start,
+            trained,
+            failed_folder(target) if forgotten else target,
+            overwrite=overwrite,
+            data_digest=data_digest,
+            made_from=digest(description()) if data_digest else None,
+            penalty=penalty,
+            ewc_lambda=ewc_lambda,
+            task_weight=task_weight,
+            estimation={
+                **estimation,
+                "max_examples": fisher_max_examples,
+                "batch_size": fisher_batch_size or batch_size,
+                "seed": seed,
+                "tolerance": fisher_tolerance,
+                "accumulate_dtype": fisher_accumulate_dtype,
+                "group": group,
+                "kept": None
+                if group is not None
+                else KeptPass(work, found, *kept_of(start.model, trained, beside)),
+            },
+        )
+    except stopping.STOPS:
+        if kept is not None:
+            kept.keep_what_was_before()
+        raise
     work.remove()
     if search is not None:
         result["lambda_search"] = search

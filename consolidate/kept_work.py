@@ -175,6 +175,7 @@ class KeptPass:
         self._found = found
         self._tensors = dict(tensors or {})
         self._state = dict(state or {})
+        self._has_kept = found is not None and "levels" in found.state
 
     def start(self) -> PartialPass | None:
         """Return where the pass was broken off; None where it was not begun."""
@@ -194,4 +195,10 @@ class KeptPass:
             tensors = {f"pass/{name}": tensor for name, tensor in partial.tensors.items()}
             state = {"levels": partial.levels, "most": partial.most}
             self._work.keep(self._tensors | tensors, self._state | state, "pass")
+            self._has_kept = True
         self._work.stop_if_asked(f"after {partial.examples} examples")
+
+    def keep_what_was_before(self) -> None:
+        """Keep what was done before the pass, if that is not kept with a part of the pass."""
+        if not self._has_kept:
+            self._work.keep(self._tensors, self._state, "training")

@@ -161,6 +161,13 @@ def write_all(folder: Path) -> None:
         Ledger([first_task(), second_task()], gamma=0.9),
         dtype=torch.bfloat16,
     )
+    learned = replace(
+        second_task(), parent="fedcba9876543210" * 4, made_from="02468ace13579bdf" * 4
+    )
+    write(
+        folder / "made-from",
+        Ledger([first_task(), learned], gamma=0.9, made_from="13579bdf02468ace" * 4),
+    )
 
 
 if __name__ == "__main__":

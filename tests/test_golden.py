@@ -12,7 +12,7 @@ from formats.fisher_folder import check_belongs, read_fisher
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-NAMES = ["adapter", "anchor", "bfloat16", "sharded", "unsharded"]
+NAMES = ["adapter", "anchor", "bfloat16", "made-from", "sharded", "unsharded"]
 WRITE = runpy.run_path(str(ROOT / "scripts" / "write_golden.py"))
 
 

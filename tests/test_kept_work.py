@@ -182,6 +182,25 @@ def test_a_pass_for_the_fisher_goes_on_without_training_again(
     assert alike(resumed, whole)
 
 
+@pytest.mark.parametrize("during", ["measure_fisher", "write_checkpoint"])
+def test_what_was_learned_is_kept_when_the_rest_is_interrupted(
+    learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise stopping.Terminated
+
+    new = write_task("new", seed=1)
+    options = {**COMMON, "save_every": 10**6}
+    finetuning.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, during, interrupted)
+        with pytest.raises(stopping.Terminated):
+            finetuning.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    monkeypatch.delattr(descent, "train_epoch")
+    finetuning.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("strengths", [[1.0, 10.0, 100.0], "auto"])
 def test_a_search_keeps_its_candidates(
     learned: Path,

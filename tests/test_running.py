@@ -15,6 +15,8 @@ import tiny_models
 import transformers
 from safetensors.torch import load_file
 from test_cli import run as run_cli
+from test_commands import Killed
+from test_kept_work import break_off
 
 import consolidate
 from consolidate.inspection import verify
@@ -268,6 +270,28 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(
         "02-b": "done",
         "03-c": "done",
     }
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_step_that_was_broken_off_goes_on_unless_it_is_another(
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    changed: bool,
+) -> None:
+    edit(tasks, "epochs = 3", "epochs = 3\nsave-every = 0")
+    break_off(monkeypatch, 5)
+    with pytest.raises(Killed):
+        consolidate.run(tasks)
+    if changed:
+        edit(tasks, "epochs = 3", "epochs = 2")
+    caplog.set_level("INFO", "consolidate")
+    result = consolidate.run(tasks)
+    assert ("going on from step 5 of 12" in caplog.text) != changed
+    assert reasons(result)["01-a"] == "it was begun and not finished"
+    consolidate.run(tasks, output_dir=tmp_path / "whole")
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
