@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from consolidate.distributed import sum_, summed
+from consolidate.sharding import is_cut, local
 from formats.errors import NonFiniteError
 
 FOLDED_BATCHES, FOLDED_ADDITIONS = 16, 1000
@@ -38,7 +39,7 @@ class Accumulators:
 
     Squares are added to `sums`. These are folded into the totals now and then; what rounding takes
     stays in them for the next time. Where a batch fails half way, `rewind` goes back to the last
-    fold.
+    fold. Of a parameter in shards only this process's part is held, summed over all processes.
 
     Attributes:
         sums: Where to add, by parameter name.
@@ -46,9 +47,10 @@ class Accumulators:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype):
         self.sums = {
-            name: torch.zeros(p.shape, dtype=dtype, device=p.device)
+            name: torch.zeros(local(p).shape, dtype=dtype, device=p.device)
             for name, p in parameters.items()
         }
+        self._cut = any(is_cut(p) for p in parameters.values())
         self._totals = {name: values.clone() for name, values in self.sums.items()}
         self._counts = Counts(torch.zeros(6, len(parameters), dtype=torch.float64))
         self._folded = self._counts
@@ -116,8 +118,9 @@ class Accumulators:
     def sum_over(self, group: ProcessGroup | None) -> None:
         """Add what other processes have added to theirs; nothing is to be added after that."""
         self._fold()
-        sum_(self._totals.values(), group)
-        sum_(self.sums.values(), group)
+        if not self._cut:  # Shards hold the sums of all.
+            sum_(self._totals.values(), group)
+            sum_(self.sums.values(), group)
         self._counts = self._summed(group)
 
     def relative_errors(self, group: ProcessGroup | None = None) -> dict[str, float]:

@@ -34,6 +34,7 @@ from consolidate.options import (
     RESTART,
     REVISION,
     SEED,
+    SHARD,
     TASK,
     WEIGHTS,
     estimator_options,
@@ -219,6 +220,7 @@ class _StderrHandler(logging.Handler):
 )
 @FREEZE
 @GRADIENT_CHECKPOINTING
+@SHARD
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -274,6 +276,7 @@ def fisher(checkpoint: str, json: bool, metrics: Path | None, mlflow: bool, **op
 @FREEZE
 @GRADIENT_CHECKPOINTING
 @KEEPING
+@SHARD
 @click.option("--overwrite", is_flag=True, help="Replace the output folder that is there.")
 @FORCE
 @estimator_options("fisher-")

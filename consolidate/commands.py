@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from consolidate import sharding
 from consolidate.adapters import load, with_base, without_fisher
 from consolidate.cached import cached, find_output, recorded_fisher
 from consolidate.chain import (
@@ -26,7 +27,15 @@ from consolidate.chain import (
     stored_fisher,
     task_name,
 )
-from consolidate.distributed import all_processes, as_one, dealt, from_first, is_first, place_in
+from consolidate.distributed import (
+    all_processes,
+    as_one,
+    from_first,
+    is_first,
+    place_in,
+    shards_among,
+    shares,
+)
 from consolidate.estimators import FisherDiagonal
 from consolidate.evaluation import measure
 from consolidate.examples import Columns, Examples, encode
@@ -108,6 +117,7 @@ def fisher(
     save_every: float = SAVE_EVERY,
     restart: bool = False,
     force: bool = False,
+    shard: bool = False,
     merge_rule: str | None = None,
     gamma: float | None = None,
     task_weight: float | str = 1.0,
@@ -153,6 +163,8 @@ def fisher(
         restart: Throw away what was kept of a pass.
         force: Measure anew, and replace the Fisher, even where that is there and was made from the
             same.
+        shard: Each of several processes holds a shard of the weights and of the Fisher (FSDP2). The
+            pass takes one example after the other, and is not kept.
         merge_rule: ``online`` or ``separate``: how the task is merged with those before it, and
             the next unless they say otherwise; as the one before, or ``online``, unless given.
         gamma: γ of ``online``, from 0 to 1; as before, or 1, unless given.
@@ -170,7 +182,7 @@ def fisher(
         NonFiniteError: NaN or infinity in the weights or in the Fisher.
     """
     given = dict(locals())
-    group = all_processes()
+    group, cut = all_processes(), shards_among(shard=shard, check=check)
     in_place = output_dir is None
     for option, replaces in (("overwrite", overwrite), ("force", force)):
         if in_place and add and replaces:
@@ -241,7 +253,7 @@ def fisher(
             objective=objective or task_file.objective,
             factory=model,
             dtype=dtype,
-            device=best_device(device),
+            device="cpu" if cut else best_device(device),
             freeze=freeze,
             gradient_checkpointing=gradient_checkpointing,
         )
@@ -254,6 +266,10 @@ def fisher(
             pack=pack,
             seed=seed,
         )
+        if cut is not None and source.adapter is not None:
+            raise UsageError("--shard cuts whole models, not adapters: leave it out")
+        if cut is not None:
+            sharding.shard(loaded.module, cut, best_device(device))
         options: dict[str, Any] = {
             **estimator_options(
                 loaded,
@@ -486,7 +502,7 @@ def evaluate_all(
         tasks: Encoded examples by task name.
         with_heads: By task name, the model with another head to measure it with.
         batch_size: Examples run at a time.
-        group: The processes that the batches are dealt to.
+        group: The processes that share the batches.
 
     Returns:
         The metrics of each task.
@@ -494,11 +510,11 @@ def evaluate_all(
     metrics = {}
     for name, examples in tasks.items():
         measured = (with_heads or {}).get(name, model)
-        order = dealt(range(len(examples)), batch_size, group)
-        with progress(f"evaluating {name}", len(order), "examples") as advance:
+        own = [part for part in shares(range(len(examples)), batch_size, group) if part]
+        with progress(f"evaluating {name}", sum(map(len, own)), "examples") as advance:
             metrics[name] = measure(
                 measured.module,
-                examples.batches(batch_size, order=order),
+                (examples.collate(part) for part in own),
                 get_likelihood(measured.objective.likelihood),
                 language=measured.objective.language,
                 progress=advance,

@@ -14,13 +14,14 @@ from torch.distributed import ProcessGroup
 from consolidate import stopping
 from consolidate.adapters import end_adapting
 from consolidate.commands import evaluate_all
-from consolidate.distributed import place_in, shares
+from consolidate.distributed import is_first, place_in, shares
 from consolidate.examples import subset
 from consolidate.kept_work import KeptTraining, KeptWork
 from consolidate.likelihood import get_likelihood
 from consolidate.models import Model, file_weights
 from consolidate.penalty import STEPS
 from consolidate.progress import progress
+from consolidate.sharding import is_sharded, local
 from consolidate.start import Start
 from consolidate.training import (
     MIXED_PRECISION,
@@ -42,8 +43,9 @@ from consolidate.training_state import (
     training_tensors,
 )
 from formats.checkpoint import check_finite
-from formats.errors import NonFiniteError, UsageError
+from formats.errors import InputError, NonFiniteError, UsageError
 from formats.partial_work import StoredWork
+from formats.tensors import dtype_of
 
 LOG = logging.getLogger("consolidate")
 
@@ -202,6 +204,7 @@ def train(
         if start.frozen is not None:
             end_adapting(model, start.frozen, start.with_heads.values())
 
+    weights: Mapping[str, Tensor]
     if found is not None and "trained" in found.state:
         end_adapter()
         steps = load_trained(model.module, found.tensors)
@@ -212,7 +215,7 @@ def train(
         kept = KeptTraining(work, found, beside) if group is None else None
         steps = descend(start, recipe, take_metrics, group, kept, on_step)
         end_adapter()
-        weights = file_weights(model)
+        weights = stored_weights(model, group)
         try:
             check_finite(weights, target)
         except NonFiniteError as error:
@@ -388,19 +391,61 @@ def run_length(count: int, recipe: Recipe, group: ProcessGroup | None = None) ->
     return epochs, total if most is None else min(total, most)
 
 
+def stored_weights(model: Model, group: ProcessGroup | None) -> Mapping[str, Tensor]:
+    """Give the module's present values as the weights file's tensors; see `file_weights`.
+
+    Args:
+        model: In shards or not.
+        group: The processes that hold shards.
+
+    Returns:
+        By file name. Of a model in shards the first process has them all on the CPU, gathered one
+        after the other; the others have none.
+    """
+    weights = file_weights(model)
+    if not is_sharded(model.module):
+        return weights
+    gathered = {}
+    for name in weights:
+        values = weights[name]
+        if is_first(group):
+            gathered[name] = values.cpu()
+    return gathered
+
+
 @torch.no_grad()
 def take_stored_values(model: Model, stored: Mapping[str, Tensor]) -> None:
     """Give the module the values as they are stored: F is measured at exactly these.
 
     Args:
         model: Changed in place.
-        stored: Values by the names of the weights file.
+        stored: Values by the names of the weights file; not looked at where the model is in shards,
+            which are rounded where they are.
     """
+    if is_sharded(model.module):
+        _round_shards(model)
+        return
     state = model.module.state_dict()
     for group in model.layout.groups:  # one at a time, as each may have to be made
         parts = {name: stored[name] for name in group.file_names}
         for name, values in model.layout.to_module(parts).items():
             state[name].copy_(values)
+
+
+def _round_shards(model: Model) -> None:
+    """Round the module's values to what the file can hold, in place."""
+    state, weights = model.module.state_dict(), model.checkpoint.weights
+    for group in model.layout.groups:
+        dtypes = {dtype_of(weights, name) for name in group.file_names}
+        if len(dtypes) > 1:
+            raise InputError(
+                f"{group.file_names[0]} and others of other dtypes are one tensor in the model, "
+                "which --shard cannot round alike: store them in one dtype"
+            )
+        (dtype,) = dtypes
+        for name in group.module_names:
+            values = local(state[name])
+            values.copy_(values.to(dtype))
 
 
 def _in_words(metrics: Mapping[str, float]) -> str:

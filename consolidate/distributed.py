@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from consolidate.torchrun import local_rank, rank, world_size
-from formats.errors import PeerError
+from formats.errors import PeerError, UsageError
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -85,6 +85,25 @@ def all_processes() -> dist.ProcessGroup | None:
     """Return the group of all processes; None in one that was started alone."""
     several = dist.is_initialized() and dist.get_world_size() > 1
     return dist.group.WORLD if several else None
+
+
+def shards_among(*, shard: bool, check: bool) -> dist.ProcessGroup | None:
+    """Return the processes that hold shards of a model; None where each holds all of it.
+
+    Args:
+        shard: Whether shards are wanted.
+        check: Whether every batch of a pass is to be held against single examples.
+
+    Raises:
+        UsageError: They are wanted of one process, or together with what cannot be had.
+    """
+    if not shard:
+        return None
+    if all_processes() is None:
+        raise UsageError("--shard needs several processes: start them with torchrun")
+    if check:
+        raise UsageError("--check has no meaning with --shard, where each example goes alone")
+    return all_processes()
 
 
 def is_first(group: dist.ProcessGroup | None) -> bool:

@@ -21,6 +21,8 @@ from consolidate.gradient_checkpointing import checkpointing_in_eval_mode
 from consolidate.likelihood import Likelihood, get_likelihood
 from consolidate.methods import method_of
 from consolidate.passes import PartialPass, Pass, Scores
+from consolidate.sharded_pass import ShardedPass
+from consolidate.sharding import is_sharded
 from consolidate.uniforms import uniforms
 from formats.errors import InputError, NonFiniteError, UsageError
 
@@ -129,7 +131,9 @@ def fisher_diagonal(
         note: Takes what should be known at once, such as that the memory does not suffice.
         group: Processes that the batches were dealt to, one by one in turn (`dealt`). Each is given
             its own, with their indices, and gets the Fisher of all. With a tolerance they are asked
-            before each round of batches, not before each batch.
+            before each round of batches, not before each batch. A model in shards goes one example
+            after the other, `start`, `keep` and `check` do nothing, and the first process alone is
+            given the tensors.
 
     Returns:
         The Fisher diagonal and its counts.
@@ -185,20 +189,26 @@ def fisher_diagonal(
                 yield likelihood.sampled_scores(outputs, batch.labels, drawn)
 
     scores = Scores(forward, vectors, likelihood.units, whole=estimator == "batched")
+    sharded = is_sharded(model)
     with (
         _measuring(model),
         closing(
-            Pass(model, parameters, scores, accumulate_dtype, check=check, note=note, start=start)
+            ShardedPass(model, parameters, scores, accumulate_dtype, group)
+            if sharded
+            else Pass(
+                model, parameters, scores, accumulate_dtype, check=check, note=note, start=start
+            )
         ) as measured,
     ):
         done, seen = measured.examples, 0
         for batch in in_step(
-            _numbered(batches, indices, group), None if tolerance is None else group
+            _numbered(batches, indices, group), group if sharded or tolerance is not None else None
         ):
             # Before a batch, not after it, so that a pass which goes on ends where it would have.
             if tolerance is not None and _is_settled(measured, tolerance, seen < done, group):
                 break
             if batch is None:
+                measured.wait()
                 continue
             first, seen = seen, seen + len(batch)
             if seen <= done:
@@ -222,7 +232,7 @@ def fisher_diagonal(
     sampled = estimator in ("mc", "batched")
     levels = measured.levels or {}
     return FisherDiagonal(
-        measured.accumulators.means(counts.units * mc_samples if sampled else counts.units),
+        measured.means(counts.units * mc_samples if sampled else counts.units),
         examples=counts.examples,
         units=counts.units,
         estimator=estimator,

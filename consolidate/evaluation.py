@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from consolidate.batches import model_outputs, place_of, placed
-from consolidate.distributed import summed
+from consolidate.distributed import in_step, summed
 from consolidate.likelihood import Likelihood
+from consolidate.sharding import is_sharded
 from formats.errors import InputError, NonFiniteError
 
 
@@ -33,7 +34,8 @@ def measure(
         likelihood: The likelihood of the labels given the model's outputs.
         language: Report perplexity, the exponential of the loss, instead of accuracy.
         progress: Called after each batch with its number of examples.
-        group: Processes that the batches were dealt to; each gets the metrics of all.
+        group: Processes that share the batches; each gets the metrics of all. A model in shards
+            runs as often in each.
 
     Returns:
         ``loss``, the mean negative log-likelihood per unit; ``accuracy`` or ``perplexity``; and
@@ -46,9 +48,15 @@ def measure(
     loss = units = correct = uncounted = 0.0
     place = place_of(model)
     with _evaluating(model):
-        for batch in batches:
-            inputs, labels = placed(place, *batch)
+        last: tuple[Any, Tensor] | None = None
+        for batch in in_step(batches, group if is_sharded(model) else None):
+            last = batch or last
+            if last is None:
+                raise InputError("there are fewer examples than processes: start fewer of them")
+            inputs, labels = placed(place, *last)
             outputs = model_outputs(model, inputs, labels)
+            if batch is None:  # it ran along
+                continue
             likelihood.check_labels(outputs, labels)
             nll = likelihood.negative_log_likelihood(outputs, labels)  # (B,)
             loss += float(nll.double().sum())

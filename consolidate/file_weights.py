@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.layout import Layout
+from consolidate.sharding import whole
 from formats.tensors import LazyTensors, dtype_of, shape_of
 
 MOST_KEPT = 4
@@ -17,6 +18,7 @@ class FileWeights(LazyTensors):
 
     Nothing is copied that has the file's dtype and shape. What the module holds as one and the file
     as many, as the experts of a layer, is kept for a while, since the others will be asked for too.
+    Of a module in shards each tensor is gathered: every process has to ask for the same ones.
     """
 
     def __init__(self, module: nn.Module, layout: Layout, stored: Mapping[str, Tensor]) -> None:
@@ -66,7 +68,7 @@ class FileWeights(LazyTensors):
     def _made(self, name: str) -> dict[str, Tensor]:
         """Make what the file has of the module's tensors behind one name; of none, nothing."""
         names = tuple(n for n in self._layout.module_names(name) if n in self._state)
-        parts = {n: self._state[n] for n in names}
+        parts = {n: whole(self._state[n]) for n in names}
         now = [part._version for part in parts.values()]  # counts the changes of its values
         versions, made = self._kept.get(names, ([], {}))
         if versions != now:

@@ -37,7 +37,14 @@ from consolidate.descent import (
     take_stored_values,
     train,
 )
-from consolidate.distributed import all_processes, as_one, from_first, is_first, place_in
+from consolidate.distributed import (
+    all_processes,
+    as_one,
+    from_first,
+    is_first,
+    place_in,
+    shards_among,
+)
 from consolidate.examples import Columns, Examples, subset
 from consolidate.forgetting import beyond, check_gate, failed_folder, forgetting
 from consolidate.heads import HEADS
@@ -131,6 +138,7 @@ def finetune(
     save_every: float = SAVE_EVERY,
     restart: bool = False,
     force: bool = False,
+    shard: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
     data_digest: bool = True,
@@ -225,6 +233,8 @@ def finetune(
         restart: Throw away what was kept of an unfinished run.
         force: Do it anew, and replace the output, even where that is there and was made from the
             same.
+        shard: Each of several processes holds a shard of weights, Λ, μ and of the optimizer's state
+            (FSDP2).
         overwrite: Replace the output folder that is there.
         revision: Of a checkpoint on the Hub.
         data_digest: Keep the data's digest in the ledger.
@@ -284,7 +294,7 @@ def finetune(
     if head_parameters and head == "keep":
         raise UsageError("--head-parameters has no meaning with --head keep: leave it out")
     lora = _lora(lora_rank, lora_targets, lora_alpha, rslora)
-    group = all_processes()
+    group, cut = all_processes(), shards_among(shard=shard, check=fisher_check)
     target = Path(output_dir)
     overwrite = overwrite or force
     there = None if force else find_output(target)
@@ -327,6 +337,8 @@ def finetune(
             ledger=old,
             plot=search_plot,
         )
+        if shard:
+            raise UsageError("--shard takes one --ewc-lambda: look for it without")
         ewc_lambda = 1.0  # until one is chosen
         if max_forgetting is not None and not set(old) & set(evaluate):
             evaluate |= {name: validation[name] for name in plan.old}
@@ -390,6 +402,7 @@ def finetune(
         gradient_checkpointing=gradient_checkpointing,
         lora=lora,
         encoding={"max_length": max_length, "pack": pack, "seed": seed},
+        shards_among=cut,
     )
     estimation = estimator_options(
         start.model,

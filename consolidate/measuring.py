@@ -19,6 +19,7 @@ from consolidate.kept_work import KeptPass
 from consolidate.likelihood import get_likelihood
 from consolidate.models import Model
 from consolidate.progress import progress
+from consolidate.sharding import is_sharded
 from formats.errors import UsageError
 
 LOG = logging.getLogger("consolidate")
@@ -72,6 +73,8 @@ def measure_fisher(
         The Fisher diagonal by the module's parameter names.
     """
     everything = subset(len(examples), max_examples, seed, shuffled=tolerance is not None)
+    if is_sharded(model.module) and estimator != "batched":
+        batch_size = 1  # They go alone, and so come out as evenly as they can.
     order = dealt(everything, batch_size, group)
     if group is not None:
         label = f"{label}, process 1 of {group.size()}"

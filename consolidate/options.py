@@ -269,6 +269,12 @@ GRADIENT_CHECKPOINTING = click.option(
     help="Layers keep only their inputs, and run again in the backward pass: less memory for long "
     "examples, more time, the same result. Of transformers' models.",
 )
+SHARD = click.option(
+    "--shard",
+    is_flag=True,
+    help="Each of several processes (torchrun) holds a shard of weights, Fisher and optimizer's "
+    "state (FSDP2): for models that no device holds whole.",
+)
 SEED = click.option(
     "--seed",
     type=click.IntRange(0, 2**63 - 1),

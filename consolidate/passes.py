@@ -139,6 +139,13 @@ class Pass:
         if group is not None:
             self._accumulators().sum_over(group)
 
+    def wait(self) -> None:
+        """Let other processes take a batch, where this one has none left."""
+
+    def means(self, divisor: int) -> dict[str, Tensor]:
+        """Return the sums over the divisor, by name; nothing is added after that."""
+        return self._accumulators().means(divisor)
+
     def close(self) -> None:
         """Leave the model as it was."""
         if self._recorder is not None:

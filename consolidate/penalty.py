@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from consolidate.sharding import cut_like, local, sum_of_parts
 from formats.errors import InputError, NonFiniteError, UsageError
 
 NamedParameters = nn.Module | Iterable[tuple[str, nn.Parameter]]
@@ -91,7 +92,7 @@ class Penalty:
         self.ewc_lambda = ewc_lambda
         self._offset = offset
         self._device = None if device is None else torch.device(device)
-        live = {parameter.untyped_storage().data_ptr() for parameter in known.values()}
+        live = {local(parameter).untyped_storage().data_ptr() for parameter in known.values()}
         self._terms = []
         for name, parameter in trained.items():
             if name in fisher:
@@ -159,7 +160,7 @@ class Penalty:
             # nothing to it.
             sparse = parameter.grad if parameter.grad.is_sparse else None
             dense = parameter.grad if sparse is None else torch.zeros_like(parameter)
-            for theta, fisher, anchor, gradient in _pieces(term, dense):
+            for theta, fisher, anchor, gradient in _pieces(term, local(dense)):
                 difference = theta - anchor
                 if gradient.dtype == difference.dtype:
                     gradient.addcmul_(fisher, difference, value=self.ewc_lambda)
@@ -210,7 +211,7 @@ class Penalty:
             # Adam: 1/s = (√v + ε √c) / (η √c) with the bias correction c = 1 − β₂ᵗ.
             if "step" not in state:
                 return
-            squares = [state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]]
+            squares = [local(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"])]
             correction = (1 - float(group["betas"][1]) ** float(state["step"])) ** 0.5
             rate, floor = rate * correction, group["eps"] * correction
         elif group["momentum"]:
@@ -248,6 +249,7 @@ class Penalty:
                 max((v.dtype for v in values), key=lambda d: d.itemsize),
             )
             total = torch.stack([v.to(device, dtype) for v in values]).sum()
+            total = sum_of_parts(total, self._terms[0].parameter)
         return self.ewc_lambda * (total / 2 + self._offset)
 
 
@@ -298,7 +300,7 @@ def checked_tensors(
             raise NonFiniteError(f"The {kind} of {name!r} holds values that are not finite.")
     if (fisher < 0).any():
         raise InputError(f"The Fisher of {name!r} holds negative values.")
-    return fisher.detach(), anchor.detach()
+    return cut_like(fisher.detach(), parameter), cut_like(anchor.detach(), parameter)
 
 
 def _kept(
@@ -358,7 +360,7 @@ def _pieces(term: _Term, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     Yields:
         θ; Λ and μ, on its device in float32 or wider; and the others.
     """
-    parameter = term.parameter.detach()
+    parameter = local(term.parameter.detach())
     device, dtype = parameter.device, wide(parameter.dtype)
     tensors = (parameter, term.fisher, term.anchor, *others)
     cut: Iterable[tuple[Tensor, ...]] = [tensors]

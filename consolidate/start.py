@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from consolidate.adapters import (
     Lora,
@@ -27,6 +28,7 @@ from consolidate.made_from import checkpoint_content, rows_content
 from consolidate.merged_penalty import MergedPenalty
 from consolidate.models import Model, lacks_head
 from consolidate.penalty import Penalty
+from consolidate.sharding import shard
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint, weight_records
 from formats.digest import TensorRecord
 from formats.errors import InputError, UsageError
@@ -204,6 +206,7 @@ def load_start(
     gradient_checkpointing: bool,
     lora: Lora | None,
     encoding: dict[str, Any],
+    shards_among: ProcessGroup | None = None,
 ) -> Start:
     """Load the model, encode the data for it, and make the penalty around its weights.
 
@@ -223,6 +226,7 @@ def load_start(
         gradient_checkpointing: Whether layers keep only their inputs.
         lora: A fresh adapter to train in place of the weights.
         encoding: Options of `encode`, the seed among them.
+        shards_among: Processes that each hold a shard of the model; None where each holds all.
 
     Returns:
         What training starts from.
@@ -241,8 +245,9 @@ def load_start(
         objective=objective,
         factory=model,
         seed=encoding["seed"] + learned,  # heads that begin alike compete for the same features
-        dtype=torch.float32,  # master weights: small updates vanish in bf16
-        device=best_device(device),
+        # Master weights: small updates vanish in bf16. Shards are widened one block at a time.
+        dtype=torch.float32 if shards_among is None else None,
+        device=best_device(device) if shards_among is None else "cpu",
         freeze=freeze,
         gradient_checkpointing=gradient_checkpointing,
     )
@@ -261,6 +266,15 @@ def load_start(
     if before is not None:
         tasks = {name: name for name in (*evaluate, *validation)}
         with_heads = models_of_tasks(load_as, loaded, before, tasks)
+    if shards_among is not None:
+        if lora is not None or source.adapter is not None:
+            raise UsageError("--shard cuts whole models, not adapters: leave it out")
+        if with_heads:
+            raise UsageError(
+                f"--shard cannot measure {next(iter(with_heads))}, which has an output layer of "
+                "its own: evaluate it afterwards"
+            )
+        shard(loaded.module, shards_among, best_device(device), torch.float32)
     examples = encode(opened.rows, loaded, columns=opened.columns, **encoding)
 
     def encode_named(data: Mapping[str, str | Path]) -> dict[str, Examples]:
@@ -397,7 +411,10 @@ def _merged_penalty(
 
 def _alike(fitted: Fitted, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give Λ = 1, but 0 in rows that are new."""
-    held = {name: p.new_ones(()).expand(p.shape) for name, p in parameters.items()}
+    held = {
+        name: torch.ones((), dtype=p.dtype, device=p.device).expand(p.shape)
+        for name, p in parameters.items()
+    }
     for name, first in fitted.free.items():
         for at in fitted.model.layout.module_names(name):
             if at in held:

@@ -16,6 +16,7 @@ from consolidate.distributed import place_in, sum_, summed
 from consolidate.likelihood import Likelihood
 from consolidate.merged_penalty import MergedPenalty
 from consolidate.penalty import Penalty, check_proximal
+from consolidate.sharding import is_sharded, whole
 from formats.errors import NonFiniteError
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
@@ -195,7 +196,8 @@ def train_epoch(
         max_steps: Ends the epoch when this many steps were taken in all.
         norm_statistics: ``frozen`` keeps running statistics, ``update`` lets them follow the data.
         on_step: Called after each optimizer step.
-        group: Processes that share the micro-batches: as many of them in each.
+        group: Processes that share the micro-batches: as many of them in each. A model in shards
+            runs as often in each of them, on the first batch again where there is no other.
 
     Returns:
         The optimizer steps taken so far, `first_step` included.
@@ -212,6 +214,8 @@ def train_epoch(
     autocast_dtype = MIXED_PRECISION[mixed_precision]
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     step = first_step
+    sharded = is_sharded(model)
+    stand_in: tuple[Any, Tensor] | None = None
     penalty_value = 0.0
     proximal = penalty if penalty_step == "proximal" else None
     if proximal is not None:
@@ -222,23 +226,32 @@ def train_epoch(
             break
         parts = [batch for batch in micro_batches if batch is not None]
         (units,) = summed(group, sum(int(likelihood.units(labels).sum()) for _, labels in parts))
+        if sharded:
+            stand_in = stand_in or parts[0]
         loss = 0.0
         optimizer.zero_grad()
-        for batch in parts:
-            inputs, labels = placed(place, *batch)
+        for batch in micro_batches if sharded else parts:
+            running = batch or stand_in
+            assert running is not None
+            inputs, labels = placed(place, *running)
             with torch.autocast(
                 device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
             ):
                 outputs = model_outputs(model, inputs, labels)
             likelihood.check_labels(outputs, labels)
             micro_loss = likelihood.negative_log_likelihood(outputs, labels).sum() / max(units, 1)
+            if batch is None:
+                micro_loss = micro_loss * 0
             loss += float(micro_loss.detach())
             if group is None:  # Elsewhere all leave together.
                 _check_loss(loss, step)
+            if sharded:  # FSDP takes the mean of the gradients over the processes.
+                micro_loss = micro_loss * place_in(group)[1]
             scaler.scale(micro_loss).backward()
         (loss,) = summed(group, loss)
         _check_loss(loss, step)
-        _sum_gradients(trained, group)
+        if not sharded:
+            _sum_gradients(trained, group)
         scaler.unscale_(optimizer)
         if penalty is not None and proximal is None:
             penalty_value = penalty.add_gradient_(value=True).item()
@@ -246,7 +259,7 @@ def train_epoch(
             raise NonFiniteError(f"step {step + 1}: the penalty is {penalty_value}; {REMEDY}")
         gradient_norm = None
         if max_grad_norm is not None:
-            gradient_norm = float(nn.utils.clip_grad_norm_(trained, max_grad_norm))
+            gradient_norm = float(whole(nn.utils.clip_grad_norm_(trained, max_grad_norm)))
         learning_rate = optimizer.param_groups[0]["lr"]
         scale = scaler.get_scale()
         scaler.step(optimizer)

@@ -18,9 +18,21 @@ from consolidate.evaluation import measure
 from consolidate.likelihood import get_likelihood
 from consolidate.passes import PartialPass
 from consolidate.penalty import Penalty
+from consolidate.sharding import shard, whole
 from consolidate.training import Step, data_order, make_optimizer, make_scheduler, train_epoch
 
 Cases = dict[str, Callable[..., Any]]
+
+
+class Block(nn.Module):
+    """A residual layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + torch.tanh(self.layer(hidden))
 
 
 class Tied(nn.Module):
@@ -29,15 +41,15 @@ class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(11, 6)
-        self.body = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.body = nn.ModuleList(Block() for _ in range(3))
         self.norm = nn.LayerNorm(6)
         self.head = nn.Linear(6, 11, bias=False)
         self.head.weight = self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         hidden = self.table(ids)
-        for layer in self.body:
-            hidden = hidden + torch.tanh(layer(hidden))
+        for block in self.body:
+            hidden = block(hidden)
         return self.head(self.norm(hidden))
 
 
@@ -80,14 +92,19 @@ def measured(
     make: Callable[[], nn.Module],
     data: tuple[Tensor, Tensor],
     likelihood: str,
+    *,
+    cut: bool = False,
     **options: Any,
 ) -> FisherDiagonal:
     """Measure a Fisher on batches of four that were dealt to the processes."""
     inputs, labels = data
     order = dealt(range(len(labels)), 4, group)
     chunks = [list(order[start : start + 4]) for start in range(0, len(order), 4)]
+    model = make()
+    if cut and group is not None:
+        shard(model, group, torch.device("cpu"))
     return fisher_diagonal(
-        make(),
+        model,
         [(inputs[chunk], labels[chunk]) for chunk in chunks],
         likelihood,
         indices=order,
@@ -97,6 +114,22 @@ def measured(
     )
 
 
+SHARDED: Cases = {
+    "sharded exact": lambda group: measured(group, network, vectors(30), "softmax", cut=True),
+    "sharded tokens": lambda group: measured(
+        group,
+        tied,
+        sentences(21),
+        "token-softmax",
+        cut=True,
+        estimator="mc",
+        mc_samples=2,
+        seed=6,
+    ),
+    "sharded batched": lambda group: measured(
+        group, tied, sentences(22), "token-softmax", cut=True, estimator="batched", seed=7
+    ),
+}
 FISHERS: Cases = {
     "exact": lambda group: measured(group, network, vectors(30), "softmax"),
     "mc": lambda group: measured(
@@ -160,6 +193,7 @@ def trained(
     max_grad_norm: float | None = None,
     penalty_step: str = "gradient",
     norm_statistics: str = "frozen",
+    cut: bool = False,
 ) -> dict[str, Any]:
     """Train two epochs with a penalty; the batch is that of all processes together."""
     inputs, labels = data
@@ -170,6 +204,8 @@ def trained(
         for name, p in model.named_parameters()
         if p.requires_grad
     }
+    if cut and group is not None:
+        shard(model, group, torch.device("cpu"))
     penalty = Penalty(model, fisher, ewc_lambda=0.3)
     descent = make_optimizer(
         optimizer, model.parameters(), learning_rate=rate, momentum=0.9 * (optimizer == "sgd")
@@ -204,7 +240,7 @@ def trained(
         group=group,
     )
     return {
-        "tensors": dict(model.state_dict()),
+        "tensors": {name: whole(tensor) for name, tensor in model.state_dict().items()},
         "steps": [vars(step) for step in steps],
         "penalty": penalty.value(),
         "metrics": metrics,
@@ -220,6 +256,15 @@ TRAININGS: Cases = {
     "tokens, tied": lambda group: trained(
         group, tied, sentences(23), "token-softmax", batch=12, optimizer="sgd", rate=0.1
     ),
+    "sharded": lambda group: trained(
+        group, network, vectors(25), "softmax", batch=6, max_grad_norm=0.05, cut=True
+    ),
+    "sharded, tied, accumulated": lambda group: trained(
+        group, tied, sentences(23), "token-softmax", batch=6, accumulate=2, cut=True
+    ),
+    "sharded, proximal": lambda group: trained(
+        group, tied, sentences(23), "token-softmax", batch=6, penalty_step="proximal", cut=True
+    ),
     "proximal": lambda group: trained(
         group, network, vectors(31), "softmax", batch=6, penalty_step="proximal"
     ),
@@ -231,7 +276,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     with process_group() as group:
-        for name, case in FISHERS.items():
+        for name, case in {**FISHERS, **SHARDED}.items():
             found[name] = told(case(group))
         for name, case in TRAININGS.items():
             found[name] = case(group)

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import socket
@@ -8,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_cases import FISHERS, TRAININGS, told
-from safetensors.torch import load_file
-from test_commands import Write
+from distributed_cases import FISHERS, SHARDED, TRAININGS, told
+from safetensors.torch import load_file, save_file
+from test_commands import NETWORK, Write
 
+import consolidate
+from consolidate import commands, finetuning
 from consolidate.distributed import dealt, from_first, in_step, place_in, process_group, sum_
+from formats.errors import UsageError
 
 TESTS = Path(__file__).parent
 Found = dict[str, Any]
@@ -92,6 +96,18 @@ def test_what_several_processes_train_is_what_one_does(found: Found, name: str) 
     assert together["metrics"] == pytest.approx(alone["metrics"], rel=1e-9)
 
 
+@pytest.mark.parametrize("name", SHARDED)
+def test_the_fisher_of_a_model_in_shards_is_that_of_one_process(found: Found, name: str) -> None:
+    alone, together = told(SHARDED[name](None)), found[name]
+    for key, values in alone["tensors"].items():
+        torch.testing.assert_close(together["tensors"][key], values, rtol=1e-12, atol=1e-17)
+    for of in (alone, together):
+        del of["tensors"], of["methods"]
+    errors = together.pop("relative_errors")
+    assert errors == pytest.approx(alone.pop("relative_errors"), rel=1e-9)
+    assert together == alone
+
+
 def test_a_tolerance_ends_all_processes_at_once(found: Found) -> None:
     counts = found["settled"]
     assert len(set(counts)) == 1
@@ -126,13 +142,7 @@ def test_torchrun_measures_and_only_the_first_speaks(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
     write_task("a", count=59)
-    code = subprocess.run(
-        [sys.executable, *FISHER, "--data", "a.npz", "--output-dir", "one"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])},
-        check=False,
-    ).returncode
-    assert code == 0
+    commands.fisher(network_checkpoint, tmp_path / "a.npz", output_dir=tmp_path / "one", **NETWORK)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = subprocess.run(
         [sys.executable, *torchrun, *FISHER, "--data", "a.npz", "--output-dir", "two"],
@@ -154,6 +164,55 @@ def test_torchrun_measures_and_only_the_first_speaks(
     for name, values in alone.items():
         torch.testing.assert_close(together[name], values, rtol=2e-6, atol=1e-10)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".two")]
+
+
+def test_shards_are_trained_measured_and_written_as_one_process_does(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    weights = load_file(network_checkpoint / "model.safetensors")
+    narrow = {name: values.bfloat16() for name, values in weights.items()}
+    save_file(narrow, network_checkpoint / "model.safetensors", {"format": "pt"})
+    commands.fisher(network_checkpoint, write_task("a"), **NETWORK)
+    new = write_task("b", seed=7, count=50)
+    result = finetuning.finetune(
+        network_checkpoint,
+        new,
+        output_dir=tmp_path / "one",
+        ewc_lambda=10.0,
+        batch_size=6,
+        optimizer="sgd",
+        learning_rate=0.1,
+        merge_rule="separate",
+        evaluate={"a": tmp_path / "a.npz"},
+        **NETWORK,
+    )
+    words = "-m consolidate finetune start --data b.npz --output-dir three --ewc-lambda 10 --shard"
+    more = "--optimizer sgd --learning-rate 0.1 --batch-size 2 --merge-rule separate --json"
+    model = ("--model", NETWORK["model"], "--device", "cpu", "--evaluate", "a=a.npz")
+    codes, printed, errors = ended(started(3, *words.split(), *more.split(), *model, cwd=tmp_path))
+    assert codes == [0, 0, 0], errors
+    together = json.loads(printed)
+    for name in ("loss", "penalty_value", "share_moved", "steps"):
+        assert together[name] == pytest.approx(result[name], rel=1e-5)
+    assert together["metrics"]["after"]["a"] == pytest.approx(result["metrics"]["after"]["a"])
+    for name in ("model", "fisher/fisher", "fisher/anchor"):
+        one, three = (load_file(tmp_path / at / f"{name}.safetensors") for at in ("one", "three"))
+        assert one.keys() == three.keys()
+        assert [v.dtype for v in one.values()] == [v.dtype for v in three.values()]
+        torch.testing.assert_close(three, one, rtol=1e-2, atol=1e-3)  # of bfloat16
+    assert consolidate.verify(tmp_path / "three")["tasks"] == ["a", "b"]
+
+
+def test_shards_need_several_processes_and_whole_models(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    data, common = write_task("a"), {"shard": True, **NETWORK}
+    with pytest.raises(UsageError, match="start them with torchrun"):
+        commands.fisher(network_checkpoint, data, **common)
+    with pytest.raises(UsageError, match="start them with torchrun"):
+        finetuning.finetune(
+            network_checkpoint, data, output_dir=tmp_path / "out", penalty="none", **common
+        )
 
 
 def test_what_fails_in_one_process_ends_all_with_one_message(

@@ -23,7 +23,7 @@ from formats.errors import InputError
 
 # What is the run's own, or the command line's.
 OURS = {"data", "output-dir", "task", "evaluate", "overwrite", "revision", "fisher"}
-OURS |= {"base-model", "config", "json", "metrics", "mlflow", "restart", "force", "debug"}
+OURS |= {"base-model", "config", "json", "metrics", "mlflow", "restart", "force", "debug", "shard"}
 
 
 def read(**written: Any) -> dict[str, Any]:

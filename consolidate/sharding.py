@@ -1,0 +1,198 @@
+"""Models whose parameters lie in shards, one in each process (FSDP2, torch's `fully_shard`).
+
+A block's parameters are gathered while it runs and let go afterwards. A tensor that belongs to a
+parameter, such as its gradient, its Λ or its μ, is cut as the parameter is.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+
+
+def shard(
+    module: nn.Module,
+    group: ProcessGroup,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Cut a module's parameters along their first size, a shard for each process.
+
+    Args:
+        module: The same in every process. It is moved to the device block by block.
+        group: The processes.
+        device: This process's.
+        dtype: Of the floating-point parameters and buffers, in shards; as they are unless given.
+    """
+    mesh = DeviceMesh.from_group(group, device.type)
+    for block in _blocks(module):
+        fully_shard(block.to(dtype=dtype), mesh=mesh)
+    if dtype is not None:
+        module.to(dtype=dtype)
+    # Also the rest is let go after the forward pass, so that what is outside is always a shard.
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether a module's parameters lie in shards.
+
+    Args:
+        module: Any module.
+    """
+    return isinstance(module, FSDPModule)
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Return whether this process holds a part of a tensor only.
+
+    Args:
+        tensor: Any.
+    """
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor, which shares its memory; all of one that is whole.
+
+    Args:
+        tensor: A parameter, its gradient, or any other tensor.
+    """
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return the part of a tensor that lies beside this process's part of a parameter.
+
+    Args:
+        tensor: Whole, of the parameter's shape, the same in every process; or cut already.
+        parameter: Sharded or not.
+    """
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
+        return local(tensor)
+    if tensor.dim() and not any(tensor.stride()):  # one number for all
+        return tensor.as_strided((), ()).expand(local(parameter).shape)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    tensor = tensor.to(parameter.device)
+    return local(distribute_tensor(tensor, mesh, placements, src_data_rank=None))
+
+
+def whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Gather a tensor; every process has to ask for it, and gets it.
+
+    Args:
+        tensor: Sharded or not, or this process's part of one that is cut like another.
+        like: The other, such as a parameter.
+    """
+    if isinstance(like, DTensor):
+        tensor = DTensor.from_local(
+            tensor,
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sum_of_parts(value: Tensor, parameter: Tensor) -> Tensor:
+    """Sum what every process has made of its parts.
+
+    Args:
+        value: Of this process, 0-dimensional.
+        parameter: One of those that it was made of, sharded or not.
+    """
+    if not isinstance(parameter, DTensor):
+        return value
+    return DTensor.from_local(
+        value, parameter.device_mesh, [Partial()], run_check=False
+    ).full_tensor()
+
+
+def add_shard_(total: Tensor, values: Tensor, parameter: Tensor) -> None:
+    """Add this process's part of Σ values over the processes to a total.
+
+    Args:
+        total: This process's part, cut like the parameter.
+        values: Of this process, of the parameter's shape.
+        parameter: Sharded.
+    """
+    assert isinstance(parameter, DTensor)
+    partial = DTensor.from_local(values, parameter.device_mesh, [Partial()], run_check=False)
+    total += local(partial.redistribute(placements=parameter.placements)).to(total.dtype)
+
+
+@contextmanager
+def gradients_of(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Hand over each whole gradient of this process's examples as it comes, and forget it.
+
+    FSDP would sum them over the processes.
+
+    Args:
+        model: Sharded.
+        parameters: Those wanted, by name; they require gradients.
+        take: Called in a backward pass, with a name and a gradient, in the same order everywhere.
+    """
+    seen: set[int] = set()
+    handles: list[Any] = []
+
+    def prepare(prefix: str, block: nn.Module, args: object) -> None:
+        for inside, parameter in block.named_parameters():
+            if isinstance(parameter, DTensor):
+                continue  # of a block inside this one
+            name = prefix + inside
+            if name in parameters and id(parameter) not in seen:
+                seen.add(id(parameter))
+                hand_over = partial(_hand_over, name, take)
+                handles.append(parameter.register_post_accumulate_grad_hook(hand_over))
+
+    for path, block in model.named_modules():
+        if is_sharded(block):
+            prefix = f"{path}." if path else ""
+            handles.append(block.register_forward_pre_hook(partial(prepare, prefix)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hand_over(name: str, take: Callable[[str, Tensor], None], parameter: Tensor) -> None:
+    gradient, parameter.grad = parameter.grad, None
+    assert gradient is not None
+    take(name, gradient.detach())
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """List what is gathered by itself: the members of the outermost lists of modules.
+
+    Left out is what shares a parameter with what is outside of it, and what is a single layer.
+    """
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    inside = {id(below) for one in lists for below in one.modules() if below is not one}
+    uses: dict[int, int] = {}
+    for owner in module.modules():
+        for parameter in owner._parameters.values():
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    found = []
+    for one in lists:
+        if id(one) in inside:
+            continue
+        for block in one.children():
+            own: dict[int, int] = {}
+            for owner in block.modules():
+                for parameter in owner._parameters.values():
+                    own[id(parameter)] = own.get(id(parameter), 0) + 1
+            alone = all(uses[at] == count for at, count in own.items())
+            if own and alone and any(True for _ in block.children()):
+                found.append(block)
+    return found
