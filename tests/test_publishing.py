@@ -265,7 +265,7 @@ def test_an_interrupted_upload_goes_on(checkpoint: Path, tmp_path: Path, hub: Hu
     second: list[str] = []
 
     def slow_down() -> None:
-        hub.meanwhile["PUT"] = lambda: (setattr(hub, "slow", 1.0), second.append("begun"))
+        hub.meanwhile["PUT"] = lambda: (setattr(hub, "slow", 60.0), second.append("begun"))
 
     hub.meanwhile["PUT"] = slow_down
     command = [sys.executable, "-m", "consolidate", "push", checkpoint, "user/model"]
