@@ -164,7 +164,7 @@ def settled(group: ProcessGroup | None) -> list[int]:
     return counts.tolist()
 
 
-def going_on(group: ProcessGroup | None, tolerance: float | None) -> bool:
+def going_on(group: ProcessGroup | None, tolerance: float) -> bool:
     """Go on with a pass of which only the first process has kept a part; say if it is the same."""
     kept: list[PartialPass] = []
 
@@ -281,7 +281,7 @@ def main(folder: Path) -> None:
         for name, case in TRAININGS.items():
             found[name] = case(group)
         found["settled"] = settled(group)
-        found["going on"] = [going_on(group, None), going_on(group, 0.05)]
+        found["going on"] = going_on(group, 0.05)
         if is_first(group):
             torch.save(found, folder / "found.pt")
 
