@@ -424,12 +424,7 @@ def _base_digest(before: Chain | None, source: Checkpoint) -> str | None:
 
 def _check_base(stored: StoredFisher, source: Checkpoint) -> None:
     """Refuse the Fisher of an adapter at another base model than the one it was measured with."""
-    if (stored.ledger.base is None) != (source.adapter is None):
-        kinds = ("a whole model", "an adapter")
-        raise InputError(
-            f"{stored.folder / LEDGER_NAME} is of {kinds[stored.ledger.base is not None]}, and "
-            f"{source.path} is {kinds[source.adapter is not None]}"
-        )
+    check_kind(stored, source)
     if source.base is None:
         return
     found = set_digest(weight_records(source.base.weights))
@@ -438,6 +433,24 @@ def _check_base(stored: StoredFisher, source: Checkpoint) -> None:
             f"{stored.folder / LEDGER_NAME} was measured on a base model with the digest "
             f"{str(stored.ledger.base)[:12]}…, and {source.base.path} has {found[:12]}…: name the "
             "right one with --base-model"
+        )
+
+
+def check_kind(stored: StoredFisher, source: Checkpoint) -> None:
+    """Refuse the Fisher of an adapter for a whole model, and of a whole model for an adapter.
+
+    Args:
+        stored: The Fisher.
+        source: The checkpoint.
+
+    Raises:
+        InputError: They are of two kinds.
+    """
+    if (stored.ledger.base is None) != (source.adapter is None):
+        kinds = ("a whole model", "an adapter")
+        raise InputError(
+            f"{stored.folder / LEDGER_NAME} is of {kinds[stored.ledger.base is not None]}, and "
+            f"{source.path} is {kinds[source.adapter is not None]}"
         )
 
 

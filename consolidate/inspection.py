@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from consolidate.accuracy_matrix import AccuracyMatrix, accuracy_matrix
+from consolidate.chain import check_kind
 from consolidate.hub import FISHER, commits_of, locate, remote_headers
 from consolidate.matrix_views import (
     check_view,
@@ -383,11 +384,13 @@ def _verify_one(
     source = open_checkpoint(folder)
     weights_path = source.files[0] if len(source.files) == 1 else source.path
     stored = read_fisher(folder / "fisher")
+    check_kind(stored, source)
     findings: list[ConsolidateError] = []
     summary: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "commits": commits_of(folder),
         "tasks": [task.name for task in stored.ledger.tasks],
+        "base": stored.ledger.base,
         "weights": _verify_set(
             "weights", source.weights, stored.ledger.weights, findings, weights_path
         ),

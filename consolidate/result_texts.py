@@ -163,6 +163,8 @@ def verify_text(summary: dict[str, Any]) -> str:
     if others := summary["other_files"]:
         rest = f" and {len(others) - 6} more" if len(others) > 6 else ""
         lines.append(f"no digest covers {', '.join(others[:6])}{rest}")
+    if summary["base"] is not None:
+        lines.append(f"it is an adapter; its base model {summary['base']} was not looked at")
     lines.append(f"{summary['checkpoint']} is intact")
     told = {"weights": "the digest of its weights", "tasks": "its tasks alone"}
     for found in summary.get("later", ()):

@@ -25,6 +25,7 @@ from consolidate.likelihood import get_likelihood
 from consolidate.merged_penalty import MergedPenalty
 from consolidate.model_merging import merge
 from consolidate.models import file_weights
+from consolidate.result_texts import verify_text
 from formats.checkpoint import open_checkpoint, weight_records
 from formats.digest import set_digest
 from formats.errors import InputError, UsageError
@@ -264,6 +265,7 @@ def test_the_fisher_of_an_adapter_is_that_of_its_parameters(gpt2: Path, tmp_path
     assert stored.ledger.base == set_digest(weight_records(open_checkpoint(gpt2).weights))
     assert "an adapter's, on the base model" in show_text(show(folder))
     assert verify(folder)["weights"]["tensors"] == len(names)
+    assert f"base model {stored.ledger.base} was not looked at" in verify_text(verify(folder))
     metrics = evaluate(folder, {"texts": task}, dtype=torch.float64)["texts"]
     with torch.no_grad():
         total = sum(
@@ -298,6 +300,12 @@ def test_a_fisher_on_another_base_model_is_refused(gpt2: Path, tmp_path: Path, t
     save_file(tensors, gpt2 / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"was measured on a base model with the digest"):
         fisher(folder, task, task="more", add=True)
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"is of an adapter, and .* is a whole model"):
+        verify(folder)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="means of factors are no means of weights"):
         merge([folder, folder], output_dir=tmp_path / "merged")
 
