@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate import stopping
-from consolidate.adapters import end_adapting
 from consolidate.commands import evaluate_all
 from consolidate.distributed import is_first, place_in, shares
 from consolidate.examples import subset
 from consolidate.kept_work import KeptTraining, KeptWork
 from consolidate.likelihood import get_likelihood
+from consolidate.lora import end_adapting
 from consolidate.models import Model, file_weights
 from consolidate.penalty import STEPS
 from consolidate.progress import progress

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate import stopping
-from consolidate.adapters import Lora
 from consolidate.cached import cached, find_output, recorded_fisher
 from consolidate.chain import add_task
 from consolidate.commands import (
@@ -50,6 +49,7 @@ from consolidate.forgetting import beyond, check_gate, failed_folder, forgetting
 from consolidate.heads import HEADS
 from consolidate.kept_work import KeptPass, KeptWork
 from consolidate.lambda_search import Trial
+from consolidate.lora import Lora
 from consolidate.made_from import data_content, digest, module_content, options_content, versions
 from consolidate.measuring import estimator_options, measure_fisher
 from consolidate.models import config_of, file_weights

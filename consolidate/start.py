@@ -11,19 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from consolidate.adapters import (
-    Lora,
-    adapt,
-    load,
-    low_rank_layers,
-    other_parameters,
-    with_base,
-)
+from consolidate.adapters import load, with_base
 from consolidate.chain import Chain, find_fisher, merging_options, stored_fisher, task_name
 from consolidate.commands import best_device, check_output, columns_of
 from consolidate.examples import Columns, Examples, encode, label_names
 from consolidate.heads import Fitted, fit_model, models_of_tasks
 from consolidate.hub import FISHER, commits_of, locate
+from consolidate.lora import Lora, adapt, low_rank_layers, other_parameters
 from consolidate.made_from import checkpoint_content, rows_content
 from consolidate.merged_penalty import MergedPenalty
 from consolidate.models import Model, lacks_head

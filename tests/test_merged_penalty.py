@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from consolidate.adapters import add_lora, low_rank_layers
+from consolidate.lora import add_lora, low_rank_layers
 from consolidate.merged_penalty import LowRank, MergedPenalty
 from consolidate.penalty import Penalty
 from formats.errors import InputError, NonFiniteError, UsageError

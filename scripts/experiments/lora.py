@@ -19,8 +19,9 @@ import torch
 from common import Session, in_words, markdown, plain, start_session, write_report
 from language_model import prepare
 
-from consolidate.adapters import load, low_rank_layers, with_base
+from consolidate.adapters import load, with_base
 from consolidate.cli import cli
+from consolidate.lora import low_rank_layers
 from consolidate.merged_penalty import MergedPenalty
 from consolidate.penalty import Penalty
 from formats.checkpoint import open_checkpoint
