@@ -73,7 +73,8 @@ def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
         raise InputError(f"{folder} does not exist: run `consolidate fisher` first")
     stored = read_fisher(folder)
     check_belongs(stored, source.weights, str(source.path))
-    _check_base(stored, source)
+    check_kind(stored, source)
+    check_base(stored.ledger, folder, source)
     check_intact(stored)
     return stored
 
@@ -422,16 +423,24 @@ def _base_digest(before: Chain | None, source: Checkpoint) -> str | None:
     return set_digest(weight_records(source.base.weights))
 
 
-def _check_base(stored: StoredFisher, source: Checkpoint) -> None:
-    """Refuse the Fisher of an adapter at another base model than the one it was measured with."""
-    check_kind(stored, source)
+def check_base(ledger: Ledger, folder: Path, source: Checkpoint) -> None:
+    """Refuse an adapter's base model that is not the one its Fisher was measured with.
+
+    Args:
+        ledger: Of the adapter.
+        folder: That of the ledger, for the message.
+        source: The checkpoint; one that is no adapter is left alone.
+
+    Raises:
+        InputError: The base model is another one.
+    """
     if source.base is None:
         return
     found = set_digest(weight_records(source.base.weights))
-    if found != stored.ledger.base:
+    if found != ledger.base:
         raise InputError(
-            f"{stored.folder / LEDGER_NAME} was measured on a base model with the digest "
-            f"{str(stored.ledger.base)[:12]}…, and {source.base.path} has {found[:12]}…: name the "
+            f"{folder / LEDGER_NAME} was measured on a base model with the digest "
+            f"{str(ledger.base)[:12]}…, and {source.base.path} has {found[:12]}…: name the "
             "right one with --base-model"
         )
 

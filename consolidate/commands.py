@@ -22,6 +22,7 @@ from consolidate.adapters import load, with_base, without_fisher
 from consolidate.cached import cached, find_output, recorded_fisher
 from consolidate.chain import (
     add_task,
+    check_base,
     merging_options,
     refuse_existing,
     stored_fisher,
@@ -416,6 +417,8 @@ def evaluate(
     if (ledger := _ledger(folder / "fisher")) is not None and ledger.heads:
         folder = locate(checkpoint, revision)  # heads are opened with the rest of the folder
     source = with_base(open_checkpoint(folder), base_model)
+    if ledger is not None:
+        check_base(ledger, folder / "fisher", source)
     check_finite(source.weights, folder)
     if not isinstance(data, Mapping):
         data = {Path(data).stem: data}

@@ -475,9 +475,7 @@ def finetune(
                 "tolerance": fisher_tolerance,
                 "accumulate_dtype": fisher_accumulate_dtype,
                 "group": group,
-                "kept": None
-                if group is not None
-                else KeptPass(work, found, *kept_of(start.model, trained, beside)),
+                "kept": kept,
             },
         )
     except stopping.STOPS:

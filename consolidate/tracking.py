@@ -149,8 +149,9 @@ class Tracker:
     def _send(self, kind: str, batch: list[Any]) -> None:
         """Send one batch; leave it out where the server refuses it, as parameters that changed."""
         assert self._client is not None
+        arguments: dict[str, Any] = {kind: batch}
         try:
-            self._client.log_batch(self._run_id, **{kind: batch})
+            self._client.log_batch(self._run_id, **arguments)
         except Exception as error:
             if getattr(error, "error_code", None) not in REFUSALS:
                 raise

@@ -238,6 +238,8 @@ def test_a_fisher_on_another_base_model_is_refused(gpt2: Path, tmp_path: Path, t
     save_file(tensors, gpt2 / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"was measured on a base model with the digest"):
         fisher(folder, task, task="more", add=True)
+    with pytest.raises(InputError, match=r"name the right one with --base-model"):
+        evaluate(folder, {"texts": task})
     (folder / "adapter_config.json").unlink()
     (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
     with pytest.raises(InputError, match=r"is of an adapter, and .* is a whole model"):

@@ -147,7 +147,7 @@ def test_what_was_kept_of_it_is_thrown_away(
     new, out = write_task("new"), tmp_path / "out"
     options: dict[str, Any] = {**FAST, "output_dir": out, "penalty": "none", "save_every": 0}
     with monkeypatch.context() as patch:
-        patch.setattr(consolidate.kept_work, "remove_partial", lambda target: None)
+        patch.setattr(consolidate.kept_work, "remove_partial", lambda *where: None)
         finetuning.finetune(network_checkpoint, new, **options)
     assert list(tmp_path.glob(".out*"))
     assert finetuning.finetune(network_checkpoint, new, **options)["status"] == "cached"

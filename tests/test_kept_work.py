@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from test_commands import FAST, NETWORK, Killed, contents, kill_after
 
 import consolidate
-from consolidate import commands, descent, finetuning, stopping
+from consolidate import commands, descent, finetuning, kept_work, stopping
+from consolidate.passes import PartialPass
 from formats.errors import InputError, NonFiniteError
 
 Write = Callable[..., Path]
@@ -198,6 +199,35 @@ def test_what_was_learned_is_kept_when_the_rest_is_interrupted(
             finetuning.finetune(learned, new, output_dir=tmp_path / "out", **options)
     monkeypatch.delattr(descent, "train_epoch")
     finetuning.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_pass_that_is_stopped_is_kept_as_far_as_it_came(
+    learned: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(consolidate.accumulators, "FOLDED_BATCHES", 8)
+    keep = kept_work.KeptPass.keep
+
+    def keep_and_stop(kept: kept_work.KeptPass, partial: PartialPass) -> None:
+        if partial.examples == 32:
+            assert stopping.ask(stopping.Terminated)
+        keep(kept, partial)
+
+    new = write_task("new", seed=1, count=100)
+    options = {**COMMON, "fisher_batch_size": 2, "save_every": 10**6}
+    finetuning.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(kept_work.KeptPass, "keep", keep_and_stop)
+        with pytest.raises(stopping.Terminated):
+            finetuning.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    caplog.set_level("INFO", "consolidate")
+    caplog.clear()
+    finetuning.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    assert "going on after 32 of 100 examples" in caplog.messages
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
