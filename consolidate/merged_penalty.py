@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -169,7 +169,9 @@ class MergedPenalty:
         total = self._total(values)
         return total if beside is None else total + beside.add_gradient_(value=True).to(total)
 
-    def proximal_step_(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def proximal_step_(
+        self, optimizer: torch.optim.Optimizer, *_: Any, value: bool = False
+    ) -> NoReturn:
         """Refuse: the penalty has no step of its own in A and B.
 
         Raises:

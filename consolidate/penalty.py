@@ -12,7 +12,7 @@ from formats.errors import InputError, NonFiniteError, UsageError
 
 NamedParameters = nn.Module | Iterable[tuple[str, nn.Parameter]]
 STEPS = ("gradient", "proximal")
-CPU_PIECE = 2**18  # elements for a thread: what is made of them stays in its cache until it is used
+CPU_PIECE = 2**16  # elements for a thread: what is made of them stays in its cache until it is used
 DEVICE_PIECE = 2**24
 SMALLEST, LARGEST = 1e-37, 1e38  # within float32
 
@@ -21,6 +21,14 @@ class _Term(NamedTuple):
     parameter: nn.Parameter
     fisher: Tensor
     anchor: Tensor
+
+
+class _Pull(NamedTuple):
+    """1/(s λ) of a proximal step: `floor`, and with Adam `inverse` · √`square` on top of it."""
+
+    inverse: float
+    floor: float
+    square: Tensor | None
 
 
 class Penalty:
@@ -174,8 +182,16 @@ class Penalty:
                 sparse.add_(dense.to_sparse(sparse.sparse_dim()))
         return self._total(values) if value else None
 
+    @overload
+    def proximal_step_(
+        self, optimizer: torch.optim.Optimizer, *_: Any, value: Literal[True]
+    ) -> Tensor: ...
+    @overload
+    def proximal_step_(self, optimizer: torch.optim.Optimizer, *_: Any) -> None: ...
     @torch.no_grad()
-    def proximal_step_(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def proximal_step_(
+        self, optimizer: torch.optim.Optimizer, *_: Any, value: bool = False
+    ) -> Tensor | None:
         """Take the penalty's own step, implicitly, after the optimizer took the loss's.
 
             θ ← argmin_z (λ/2) Σ Λ (z − μ)² + Σ (z − θ)² / (2 s) = (θ + s λ Λ μ) / (1 + s λ Λ)
@@ -191,44 +207,47 @@ class Penalty:
 
         Args:
             optimizer: torch's SGD, Adam or AdamW.
+            value: Return the penalty's value after the step as well.
+
+        Returns:
+            The value, 0-dimensional, on the parameters' device; None unless asked for.
 
         Raises:
             UsageError: The optimizer is another one, whose rate is not known.
         """
         check_proximal(optimizer)
-        if getattr(optimizer, "found_inf", False):
-            return  # A GradScaler calls a fused optimizer even where that is to skip its step.
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        if getattr(optimizer, "found_inf", False):
+            groups = {}  # A GradScaler calls a fused optimizer even where that is to skip its step.
+        values: list[Tensor] = []
         for term in self._present():
             group = groups.get(id(term.parameter))
-            if group is not None:
-                self._pull_back(term, group, optimizer.state.get(term.parameter, {}))
+            state = optimizer.state.get(term.parameter, {})
+            pull = None if group is None else self._pull(group, state)
+            squares = [] if pull is None or pull.square is None else [local(pull.square)]
+            for theta, fisher, anchor, *square in _pieces(term, *squares):
+                if pull is not None:
+                    _pull_back(theta, fisher, anchor, pull, *square)
+                if value:
+                    values.append(_weighed(theta - anchor, fisher))
+        return self._total(values) if value else None
 
-    def _pull_back(self, term: _Term, group: dict[str, Any], state: dict[str, Any]) -> None:
-        """Take one parameter's proximal step: the part w = Λ / (Λ + 1/(s λ)) of the way to μ."""
-        rate, floor, squares = float(group["lr"]), 1.0, []
+    def _pull(self, group: dict[str, Any], state: dict[str, Any]) -> _Pull | None:
+        """Give what a parameter is pulled back by; None where it is not pulled."""
+        rate, floor, square = float(group["lr"]), 1.0, None
         if "betas" in group:
             # Adam: 1/s = (√v + ε √c) / (η √c) with the bias correction c = 1 − β₂ᵗ.
             if "step" not in state:
-                return
-            squares = [local(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"])]
+                return None
+            square = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
             correction = (1 - float(group["betas"][1]) ** float(state["step"])) ** 0.5
             rate, floor = rate * correction, group["eps"] * correction
         elif group["momentum"]:
             rate *= (1 - group["dampening"]) / (1 - group["momentum"])
         if rate * self.ewc_lambda == 0:
-            return
+            return None
         inverse = min(1 / (rate * self.ewc_lambda), LARGEST)
-        floor = max(floor * inverse, SMALLEST)  # keeps 0 / 0 away
-        for theta, fisher, anchor, *square in _pieces(term, *squares):
-            weight = fisher + floor
-            if square:
-                weight.add_(square[0].to(weight).sqrt(), alpha=inverse)
-            torch.div(fisher, weight, out=weight)
-            if theta.dtype == weight.dtype:
-                theta.lerp_(anchor, weight)
-            else:
-                theta.copy_(theta.to(weight).lerp_(anchor, weight))
+        return _Pull(inverse, max(floor * inverse, SMALLEST), square)  # keeps 0 / 0 away
 
     def _present(self) -> Iterator[_Term]:
         """The terms of what is trained now, each beside its parameter unless told otherwise."""
@@ -371,6 +390,20 @@ def _pieces(term: _Term, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         cut = zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
     for theta, fisher, anchor, *rest in cut:
         yield theta, fisher.to(device, dtype), anchor.to(device, dtype), *rest
+
+
+def _pull_back(
+    theta: Tensor, fisher: Tensor, anchor: Tensor, pull: _Pull, square: Tensor | None = None
+) -> None:
+    """Take a piece's proximal step: the part w = Λ / (Λ + 1/(s λ)) of the way to μ."""
+    weight = fisher + pull.floor
+    if square is not None:
+        weight.add_(square.to(weight).sqrt(), alpha=pull.inverse)
+    torch.div(fisher, weight, out=weight)
+    if theta.dtype == weight.dtype:
+        theta.lerp_(anchor, weight)
+    else:
+        theta.copy_(theta.to(weight).lerp_(anchor, weight))
 
 
 def _weighed(difference: Tensor, fisher: Tensor) -> Tensor:

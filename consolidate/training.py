@@ -21,6 +21,8 @@ from formats.errors import NonFiniteError
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
+FUSED = ("cpu", "cuda", "mps", "xpu")
+"""Devices on which torch has Adam as one kernel."""
 MIXED_PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,7 +69,9 @@ def make_optimizer(
             trained, lr=learning_rate, momentum=momentum, weight_decay=weight_decay
         )
     kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
-    return kind(trained, lr=learning_rate, weight_decay=weight_decay)
+    # One pass over the memory in place of ten, and no copies.
+    fused = all(parameter.device.type in FUSED for parameter in trained)
+    return kind(trained, lr=learning_rate, weight_decay=weight_decay, fused=fused)
 
 
 def make_scheduler(
@@ -269,8 +273,7 @@ def train_epoch(
             _average_statistics(model, group)
         if scaler.get_scale() >= scale:  # a lowered scale means the scaler skipped this step
             if proximal is not None:
-                proximal.proximal_step_(optimizer)
-                penalty_value = proximal.value()
+                penalty_value = proximal.proximal_step_(optimizer, value=True).item()
             scheduler.step()
         step += 1
         on_step(Step(step, loss, before, learning_rate, gradient_norm))

@@ -562,6 +562,23 @@ def test_a_proximal_step_leaves_alone_what_the_optimizer_does_not_step() -> None
         assert torch.equal(model[layer].weight, start[layer].weight)
 
 
+@pytest.mark.parametrize("found_inf", [False, True])
+def test_a_proximal_step_gives_the_value_after_it_of_what_it_leaves_alone_too(
+    found_inf: bool,
+) -> None:
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(2, 2), nn.Linear(2, 2))
+    penalty = Penalty(model, positive(model), ewc_lambda=3.0, offset=0.5)
+    move(model)
+    optimizer = torch.optim.Adam([*model[0].parameters(), *model[1].parameters()], lr=0.01)
+    model[0](torch.ones(1, 300)).sum().backward()
+    optimizer.step()
+    before = penalty.value()
+    optimizer.found_inf = torch.tensor(float(found_inf))  # type: ignore[attr-defined]
+    value = penalty.proximal_step_(optimizer, value=True).item()
+    assert value == pytest.approx(penalty.value(), rel=1e-6)
+    assert (value == pytest.approx(before, rel=1e-6)) == found_inf
+
+
 def test_other_optimizers_are_refused_by_name() -> None:
     model = nn.Linear(2, 2)
     penalty = Penalty(model, positive(model), ewc_lambda=3.0)

@@ -21,7 +21,7 @@ from records import Experiment, Figures, Findings, Record, Row, Unit, chosen, me
 from sittings import main
 
 NAME = "which-fisher"
-SEEDS = 2
+SEEDS = 5
 ESTIMATORS = ("exact", "mc", "empirical", "batched", SQUARED_BATCH)
 BATCHES = (16, 256)
 STRENGTHS = tuple(10.0**power for power in range(9))
