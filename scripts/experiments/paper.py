@@ -1,6 +1,5 @@
 """The paper's experiments, and the table that sets all of them beside what was published."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,11 +7,12 @@ import fisher_overlap
 import many_tasks
 import published_tables
 import random_patterns
+import run_time
 import three_tasks
 import weight_noise
 import which_fisher
 from records import Experiment, Row
-from sittings import ROOT, main
+from sittings import main
 
 EXPERIMENTS = (
     random_patterns.EXPERIMENT,
@@ -22,8 +22,8 @@ EXPERIMENTS = (
     which_fisher.EXPERIMENT,
     many_tasks.EXPERIMENT,
     published_tables.EXPERIMENT,
+    run_time.EXPERIMENT,
 )
-SCALING = ROOT / "docs" / "results" / "fisher-scaling.md"
 TEXT = """# The paper, reproduced by command
 
 The experiments of Kirkpatrick et al. 2017 and the tables that others have published, by one command
@@ -53,7 +53,7 @@ def write_table(rows: Sequence[tuple[Experiment, list[Row]]], folder: Path, quic
         folder: Of the pages; the table goes beside it.
         quick: Whether the page says that its figures mean nothing.
     """
-    lines = [row for _, found in rows for row in found] + run_time()
+    lines = [row for _, found in rows for row in found]
     pages = [
         f"- [{one.title}](paper/{one.name}.md)"
         if (folder / f"{one.name}.md").exists()
@@ -66,25 +66,6 @@ def write_table(rows: Sequence[tuple[Experiment, list[Row]]], folder: Path, quic
         pages="\n".join(pages),
     )
     (folder.parent / "paper.md").write_text(text, encoding="utf-8")
-
-
-def run_time(page: Path = SCALING) -> list[Row]:
-    """Read the exponents of time against examples and parameters from the page that has them."""
-    exponents = {
-        name: numbers
-        for name, *numbers in re.findall(
-            r"^\| consolidate, (\w+) \| ([0-9.]+) \| ([0-9.]+) \|$", page.read_text("utf-8"), re.M
-        )
-    }
-    return [
-        Row(
-            f"run time: exponent of time against {against}, {name}",
-            "1 (linear)", numbers[i], f"{float(numbers[i]) - 1:+.2f}",
-            "fixed costs at the small end; [measured](fisher-scaling.md) over two decades"
-        )
-        for i, against in enumerate(("examples", "parameters"))
-        for name, numbers in exponents.items()
-    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -314,5 +314,5 @@ def _busy(records: Sequence[Record]) -> str:
 
 
 def _few(unit: Unit) -> str:
-    keys = ("merge_rule", "task_weight", "estimator", "fisher_batch", "ewc_lambda")
+    keys = ("merge_rule", "task_weight", "estimator", "fisher_batch", "ewc_lambda", "against")
     return ", ".join(str(unit.settings[key]) for key in keys if key in unit.settings)
