@@ -294,8 +294,11 @@ def _numbered(
 def _measuring(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode with its parameters' gradients off, others' on.
 
-    Modes, buffers and what requires gradients come back bit for bit.
+    Products of float32 are float32's: rounded to TF32 or bfloat16 a batch would not agree with its
+    single examples. Modes, buffers, precisions and what requires gradients come back bit for bit.
     """
+    products = _products()
+    precisions = [product.fp32_precision for product in products]
     trained = [p for p in model.parameters() if p.requires_grad]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     config: Any = getattr(model, "config", None)
@@ -313,6 +316,8 @@ def _measuring(model: nn.Module) -> Iterator[None]:
         if use_cache:
             config.use_cache = False  # A cache that is kept is changed when a layer runs again.
         torch.backends.mha.set_fastpath_enabled(False)  # It would leave the layers out.
+        for product in products:
+            product.fp32_precision = "ieee"
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -321,6 +326,8 @@ def _measuring(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        for product, precision in zip(products, precisions, strict=True):
+            product.fp32_precision = precision
         if use_cache:
             config.use_cache = use_cache
         for parameter in trained:
@@ -334,6 +341,15 @@ def _measuring(model: nn.Module) -> Iterator[None]:
             if not torch.equal(buffer, copy):
                 with torch.no_grad():
                     buffer.copy_(copy)
+
+
+def _products() -> list[Any]:
+    """Return torch's settings of how products of float32 are taken; none are known before 2.9."""
+    backends = torch.backends
+    kinds = [(backends.cuda, "matmul"), (backends.mkldnn, "matmul")]
+    kinds += [(of, kind) for of in (backends.cudnn, backends.mkldnn) for kind in ("conv", "rnn")]
+    found = [getattr(of, kind, None) for of, kind in kinds]
+    return [one for one in found if hasattr(one, "fp32_precision")]
 
 
 def _refuse_compiled(model: nn.Module) -> None:

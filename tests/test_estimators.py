@@ -490,6 +490,24 @@ def test_modes_buffers_and_weights_come_back_bit_for_bit(make, estimator):
     assert frozen[0] not in fisher
 
 
+def test_products_are_those_of_float32_whatever_the_program_has_set():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(70, 60), nn.ReLU(), nn.Linear(60, 5))
+    batch = (torch.randn(40, 70), torch.randint(5, (40,)))
+    expected = fisher_diagonal(model, [batch], "softmax")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = fisher_diagonal(model, [batch], "softmax")
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found.methods == expected.methods
+    for name, values in expected.items():
+        assert torch.equal(found[name], values)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, InputError])
 @pytest.mark.parametrize("where", ["batches", "model", "progress"])
 def test_the_model_comes_back_when_a_pass_is_broken_off(error, where):
