@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from consolidate.architectures import quiet
 from consolidate.hub import FISHER, locate
 from consolidate.layout import Group, Layout
 from consolidate.lora import NAME, PREFIX, import_peft, is_adapter, low_rank_layers
-from consolidate.models import Model, freeze_parameters, load_model, quiet, untouched_randomness
+from consolidate.models import Model, freeze_parameters, load_model
+from consolidate.randomness import untouched_randomness
 from formats.checkpoint import ADAPTER_CONFIG, Checkpoint, open_checkpoint
 from formats.errors import InputError, UsageError
 from formats.tensors import shape_of

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from consolidate.architectures import relabelled
 from consolidate.chain import Chain
 from consolidate.examples import Columns, label_column, label_names, label_values, matched_label
-from consolidate.models import Model, file_weights, relabelled
+from consolidate.models import Model, file_weights
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
 from formats.ledger import Ledger

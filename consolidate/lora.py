@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from consolidate.architectures import quiet
 from consolidate.merged_penalty import LowRank
-from consolidate.models import Model, quiet, untouched_randomness
+from consolidate.models import Model
+from consolidate.randomness import untouched_randomness
 from formats.errors import InputError, UsageError
 
 NAME = "default"

@@ -1,27 +1,29 @@
 """Models: a checkpoint's module with its weights in it, and what is needed to run and save it."""
 
 import difflib
-import importlib
-import inspect
-import random
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from consolidate.architectures import (
+    architectures,
+    declared_class,
+    first_line,
+    new_head,
+    quiet,
+)
+from consolidate.factories import make_module
 from consolidate.file_weights import FileWeights
 from consolidate.gradient_checkpointing import enable
 from consolidate.layout import Layout, same_names_layout, transformers_layout
-from consolidate.objectives import Objective, check_declared, default_objective, get_objective
+from consolidate.objectives import Objective, default_objective, get_objective
+from consolidate.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint
 from formats.errors import ConsolidateError, InputError, UsageError
 from formats.tensors import apart, dtype_of, shape_of
@@ -154,46 +156,6 @@ def config_of(model: Model) -> dict[str, Any]:
     return deepcopy(model.checkpoint.config) | deepcopy(model.config_changes)
 
 
-def relabelled(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Give a config the labels of another output layer.
-
-    Args:
-        config: The contents of a ``config.json``.
-        names: Of the labels; empty for one output without a name.
-
-    Returns:
-        The config with ``id2label`` and ``label2id``, and with ``num_labels`` where it has that.
-    """
-    names = names or ["LABEL_0"]
-    changed = dict(config) | {
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
-    return changed | ({"num_labels": len(names)} if "num_labels" in config else {})
-
-
-def lacks_head(checkpoint: Checkpoint, objective: str) -> bool:
-    """Say whether a transformers checkpoint has no output layer for an objective with labels.
-
-    Args:
-        checkpoint: Of transformers.
-        objective: A name of `OBJECTIVES`.
-
-    Returns:
-        True where `load_model` would need `new_labels`: by the architecture's name in the config.
-
-    Raises:
-        InputError: The architecture is unknown, or there is none for the objective.
-        UsageError: No such objective, or transformers is not installed.
-    """
-    chosen = get_objective(objective)
-    if chosen.language:
-        return False
-    with quiet():
-        config, classes = _architectures(checkpoint, chosen)
-    return _declared(config) not in [cls.__name__ for cls in classes]
-
-
 def unprotected(model: Model, protected: Iterable[str], frozen: str = "frozen") -> dict[str, str]:
     """Say of each tensor of the weights file that has no Fisher why it has none.
 
@@ -226,26 +188,6 @@ def unprotected(model: Model, protected: Iterable[str], frozen: str = "frozen") 
 # --- a user's own module -----------------------------------------------------------------------
 
 
-def fresh_weights(factory: str, config: dict[str, Any], seed: int) -> dict[str, Tensor]:
-    """Make a module of the user's own afresh and give its weights, as they are to be stored.
-
-    Args:
-        factory: As for `load_model`.
-        config: What the factory is called with.
-        seed: Of the weights.
-
-    Returns:
-        By the names of the state dict, tied ones once.
-
-    Raises:
-        UsageError: The factory cannot be called.
-    """
-    with untouched_randomness(seed):
-        module = _call_factory(factory, config)
-    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    return {name: tensor for name, tensor in module.state_dict().items() if name in own}
-
-
 def _from_factory(
     checkpoint: Checkpoint,
     objective: Objective,
@@ -255,7 +197,7 @@ def _from_factory(
     head_is_new: bool,
 ) -> Model:
     with untouched_randomness(seed):
-        module = _call_factory(factory, checkpoint.config)
+        module = make_module(factory, checkpoint.config)
     weights = checkpoint.weights
     where = checkpoint.path
     shapes = {name: shape_of(weights, name) for name in weights}
@@ -306,63 +248,6 @@ def _prefix_hint(names: Iterable[str], state: Mapping[str, Any]) -> str:
     )
 
 
-def _call_factory(factory: str, config: dict[str, Any]) -> nn.Module:
-    module_name, colon, attribute = factory.partition(":")
-    if not (module_name and colon and attribute):
-        raise UsageError(f"--model {factory}: write package.module:factory")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        try:
-            target: Any = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise UsageError(
-                f"--model {factory}: no module named {error.name} in {here} or on sys.path"
-            ) from error
-        except Exception as error:
-            raise UsageError(
-                f"--model {factory}: importing {module_name} failed: {error}"
-            ) from error
-        for part in attribute.split("."):
-            if not hasattr(target, part):
-                near = difflib.get_close_matches(part, dir(target), n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise UsageError(f"--model {factory}: {module_name} has no {part}{hint}")
-            target = getattr(target, part)
-        if not callable(target):
-            raise UsageError(f"--model {factory}: {attribute} cannot be called")
-        try:
-            made = target(deepcopy(config)) if _takes_config(target) else target()
-        except ConsolidateError:
-            raise
-        except Exception as error:
-            raise UsageError(
-                f"--model {factory} failed with {type(error).__name__}: {error}; it is called with "
-                f"the contents of config.json{'' if config else ' (here there are none)'}, or with "
-                "nothing if it takes no argument"
-            ) from error
-    finally:
-        sys.path.remove(here)
-    if not isinstance(made, nn.Module):
-        raise UsageError(
-            f"--model {factory} returned a {type(made).__name__}, not a torch.nn.Module"
-        )
-    return made
-
-
-def _takes_config(target: Callable[..., Any]) -> bool:
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):  # a callable written in C has no signature to read
-        return True
-    positional = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.VAR_POSITIONAL,
-    )
-    return any(parameter.kind in positional for parameter in parameters)
-
-
 # --- transformers ------------------------------------------------------------------------------
 
 
@@ -389,13 +274,13 @@ def _from_transformers(
     where = checkpoint.path
     notes: list[str] = []
     with untouched_randomness(seed), quiet():
-        config, classes = _architectures(checkpoint, objective)
+        config, classes = architectures(checkpoint, objective)
         names = [cls.__name__ for cls in classes]
-        declared = _declared(config)
+        declared = declared_class(config)
         cls = classes[names.index(declared)] if declared in names else classes[0]
         changes: dict[str, Any] = {}
         if new_labels is not None:
-            changes = _new_head(config, cls, objective, list(new_labels), declared in names, where)
+            changes = new_head(config, cls, objective, list(new_labels), declared in names, where)
         elif objective.name == "multi-label":
             changes["problem_type"] = config.problem_type = "multi_label_classification"
         stored = _stored_dtypes(weights)
@@ -418,7 +303,7 @@ def _from_transformers(
             raise
         except Exception as error:
             raise InputError(
-                f"{where}: transformers cannot load it as {cls.__name__}: {_first_line(error)}"
+                f"{where}: transformers cannot load it as {cls.__name__}: {first_line(error)}"
             ) from error
         _check_shapes(info, where)
         try:
@@ -444,113 +329,6 @@ def _from_transformers(
         module.config.pad_token_id = _pad_token(processor)
     labels = _label_names(checkpoint.config | changes) if objective.has_labels else None
     return Model(module, checkpoint, objective, labels, processor, layout, notes, changes)
-
-
-def _architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, list[Any]]:
-    """Return the config object and the classes that transformers has for it and the objective."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise UsageError(
-            "this checkpoint needs transformers: pip install 'consolidate-ewc[transformers]', or "
-            "name a module of your own with --model package.module:factory"
-        ) from error
-    contents = checkpoint.config
-    check_declared(contents)
-    where = checkpoint.path
-    _check_depth(contents, len(checkpoint.weights), where)
-    kind = contents.get("model_type")
-    if not contents or kind is None:
-        what = "there is no config.json beside the weights" if not contents else "no model_type"
-        raise InputError(
-            f"{where}: {what}, so transformers cannot tell the architecture; name the module with "
-            "--model package.module:factory"
-        )
-    if kind not in transformers.CONFIG_MAPPING:
-        code = "; the code that its auto_map names is not run" if "auto_map" in contents else ""
-        raise InputError(
-            f"{where}: transformers {transformers.__version__} knows no model_type {kind!r}{code}. "
-            "Name the module with --model package.module:factory, or install a newer transformers"
-        )
-    try:
-        config = transformers.CONFIG_MAPPING[kind].from_dict(
-            {key: _plain(value) for key, value in contents.items() if key != "auto_map"}
-        )
-    except Exception as error:
-        raise InputError(
-            f"{where}/config.json does not make a {kind} config: {_first_line(error)}"
-        ) from error
-    assert objective.auto_class is not None
-    mapping = getattr(transformers, objective.auto_class)._model_mapping
-    if type(config) not in mapping:
-        raise InputError(
-            f"{where}: transformers has no {kind} model for {objective.name}; choose another "
-            "--objective"
-        )
-    found = mapping[type(config)]
-    return config, list(found) if isinstance(found, list | tuple) else [found]
-
-
-def _check_depth(contents: Mapping[str, Any], tensors: int, where: Path) -> None:
-    """Refuse a number of layers that the weights cannot fill, before each of them is built."""
-    for name, value in contents.items():
-        if isinstance(value, Mapping):
-            _check_depth(value, tensors, where)
-        elif "layer" in name or "depth" in name:
-            for count in value if isinstance(value, list) else [value]:
-                if isinstance(count, int | float) and count > max(tensors, 1000):
-                    raise InputError(
-                        f"{where}/config.json: {name} is {value}, where the weights are {tensors} "
-                        "tensors"
-                    )
-
-
-def _plain(value: Any) -> Any:
-    """Copy a value of config.json, in which transformers writes infinity as {"__float__": …}."""
-    if isinstance(value, dict):
-        if value.keys() == {"__float__"}:
-            return float(value["__float__"])
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list) else value
-
-
-def _declared(config: Any) -> str:
-    return str((getattr(config, "architectures", None) or [""])[0])
-
-
-def _new_head(
-    config: Any, cls: Any, objective: Objective, labels: list[str], has_head: bool, where: Path
-) -> dict[str, Any]:
-    """Give the config new labels; returns what changes in config.json."""
-    if objective.language:
-        raise UsageError(f"new labels have no meaning for {objective.name}")
-    if len(set(labels)) != len(labels):
-        raise UsageError(f"the new labels are not distinct: {', '.join(labels)}")
-    count = len(labels) if labels or objective.name != "regression" else 1
-    if count < 1 or (count < 2 and objective.name not in ("regression", "multi-label")):
-        raise UsageError(f"{objective.name} needs at least two labels, not {count}")
-    if has_head and config.num_labels != count:
-        raise InputError(
-            f"{where} has an output layer for {config.num_labels} labels already, and {count} new "
-            "ones were given: start from a checkpoint without one, or use its labels"
-        )
-    names = labels or ["LABEL_0"]
-    problem = {
-        "regression": "regression",
-        "multi-label": "multi_label_classification",
-        "sequence-classification": "single_label_classification",
-    }.get(objective.name)
-    changes: dict[str, Any] = {
-        "architectures": [cls.__name__],
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
-    if problem is not None:
-        changes["problem_type"] = config.problem_type = problem
-    config.num_labels = count
-    config.id2label = dict(enumerate(names))
-    config.label2id = dict(changes["label2id"])
-    return changes
 
 
 def _check_shapes(info: Mapping[str, Any], where: Path) -> None:
@@ -661,7 +439,7 @@ def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
         return getattr(transformers, kind).from_pretrained(str(folder), **options)
     except Exception as error:
         what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
-        raise InputError(f"{folder}: the {what} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"{folder}: the {what} cannot be loaded: {first_line(error)}") from error
 
 
 def _pad_token(processor: Any) -> int | None:
@@ -756,47 +534,3 @@ def _some(names: Sequence[str]) -> str:
 def _near(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=1)
     return f" (which has {near[0]})" if near else ""
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
-
-
-@contextmanager
-def untouched_randomness(seed: int) -> Iterator[None]:
-    """Seed the CPU's generators, and put them back as they were.
-
-    Args:
-        seed: Of what is drawn meanwhile.
-    """
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' reports and bars off the terminal: what matters is in errors and notes."""
-    try:
-        from transformers.utils import logging
-    except ImportError:
-        yield
-        return
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -14,6 +14,7 @@ from typing import Any
 from consolidate.chain import find_fisher, merging_options
 from consolidate.commands import fisher
 from consolidate.descent import Recipe, check_options
+from consolidate.factories import fresh_weights
 from consolidate.finetuning import finetune
 from consolidate.hub import locate
 from consolidate.inspection import ledger_matrix, verify
@@ -25,7 +26,6 @@ from consolidate.made_from import (
     plain,
 )
 from consolidate.matrix_views import matrix_summary
-from consolidate.models import fresh_weights
 from consolidate.task_options import (
     DEFAULTS,
     OPTION_NAMES,

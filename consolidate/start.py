@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from consolidate.adapters import load, with_base
+from consolidate.architectures import lacks_head
 from consolidate.chain import Chain, find_fisher, merging_options, stored_fisher, task_name
 from consolidate.commands import best_device, check_output, columns_of
 from consolidate.examples import Columns, Examples, encode, label_names
@@ -20,7 +21,7 @@ from consolidate.hub import FISHER, commits_of, locate
 from consolidate.lora import Lora, adapt, low_rank_layers, other_parameters
 from consolidate.made_from import checkpoint_content, rows_content
 from consolidate.merged_penalty import MergedPenalty
-from consolidate.models import Model, lacks_head
+from consolidate.models import Model
 from consolidate.penalty import Penalty
 from consolidate.sharding import shard
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint, weight_records

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consolidate.architectures import quiet
 from consolidate.examples import (
     Columns,
     Examples,
@@ -20,7 +21,7 @@ from consolidate.examples import (
     find_column,
     label_column,
 )
-from consolidate.models import Model, quiet
+from consolidate.models import Model
 from consolidate.uniforms import uniforms
 from formats.errors import InputError, UsageError
 from formats.rows import Rows

@@ -23,7 +23,8 @@ from tiny_models import (
 )
 from torch import nn
 
-from consolidate.models import config_of, file_weights, lacks_head, load_model, unprotected
+from consolidate.architectures import lacks_head
+from consolidate.models import config_of, file_weights, load_model, unprotected
 from formats.checkpoint import open_checkpoint, write_checkpoint
 from formats.errors import InputError, UsageError
 
