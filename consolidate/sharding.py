@@ -4,6 +4,7 @@ A block's parameters are gathered while it runs and let go afterwards. A tensor 
 parameter, such as its gradient, its Λ or its μ, is cut as the parameter is.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -179,20 +180,20 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     """
     lists = [m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     inside = {id(below) for one in lists for below in one.modules() if below is not one}
-    uses: dict[int, int] = {}
-    for owner in module.modules():
-        for parameter in owner._parameters.values():
-            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    uses = Counter(_uses(module))
     found = []
     for one in lists:
         if id(one) in inside:
             continue
         for block in one.children():
-            own: dict[int, int] = {}
-            for owner in block.modules():
-                for parameter in owner._parameters.values():
-                    own[id(parameter)] = own.get(id(parameter), 0) + 1
+            own = Counter(_uses(block))
             alone = all(uses[at] == count for at, count in own.items())
             if own and alone and any(True for _ in block.children()):
                 found.append(block)
     return found
+
+
+def _uses(module: nn.Module) -> Iterator[int]:
+    """Yield which parameter it is as often as a module inside has it; what is left out is None."""
+    for owner in module.modules():
+        yield from (id(p) for p in owner._parameters.values() if p is not None)
