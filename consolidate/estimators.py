@@ -47,7 +47,7 @@ class FisherDiagonal(dict[str, Tensor]):
         relative_errors: The standard error of each tensor's trace over that trace, from the spread
             over the examples, or every fourth of a batch where a layer has many positions
             (`batched`: over the batches); infinite where there was only one, missing where the
-            trace is zero.
+            trace is zero or below 10⁻⁷ of the whole: rounding noise, as of BERT's key biases.
     """
 
     def __init__(
@@ -124,8 +124,8 @@ def fisher_diagonal(
         indices: Index of each example in its data set, in reading order; by default 0, 1, 2 …
         progress: Called after each batch with the number of its examples.
         check: Whether every batch is held against single examples and autograd, not only the first.
-        tolerance: End the pass once the relative standard error of every tensor's trace is at most
-            this, after LEAST_EXAMPLES at the earliest; the batches should come in random order.
+        tolerance: End the pass once each of the `relative_errors` is at most this, after
+            LEAST_EXAMPLES at the earliest; the batches should come in random order.
         start: Where to go on. The batches are the same again; those that it has are only read.
         keep: Called now and then with what `start` takes, valid until it returns.
         note: Takes what should be known at once, such as that the memory does not suffice.

@@ -121,7 +121,7 @@ class Pass:
         return 0 if self.accumulators is None else self.accumulators.examples
 
     def relative_errors(self, group: ProcessGroup | None = None) -> dict[str, float]:
-        """Return each trace's standard error over the trace, by the names of those above zero.
+        """Return each trace's standard error over the trace, by the names of those that count.
 
         Of what all processes of a group have added, where there is one.
         """

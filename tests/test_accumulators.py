@@ -50,6 +50,15 @@ def test_one_example_tells_nothing_of_the_spread():
     assert sums.relative_errors() == {"w": math.inf}
 
 
+@pytest.mark.parametrize(("size", "counts"), [(2e-7, True), (0.5e-7, False)])
+def test_a_trace_that_is_rounding_noise_has_no_standard_error(size: float, counts: bool):
+    torch.manual_seed(0)
+    sums = Accumulators(parameters(), torch.float32)
+    traces = torch.rand(20)
+    sums.end_batch({"w": traces, "b": traces.flip(0) * size}, torch.ones(20), 20, "batch 1")
+    assert list(sums.relative_errors()) == (["w", "b"] if counts else ["w"])
+
+
 def test_rewinding_goes_back_to_the_last_fold():
     sums = Accumulators(parameters(), torch.float32)
     for _ in range(FOLDED_BATCHES):

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import reference
 import torch
+from tiny_models import bert_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForSequenceClassification
 
 from consolidate.batches import model_outputs, place_of, placed, split_batch
 from consolidate.estimators import FisherDiagonal, fisher_diagonal
@@ -682,6 +684,24 @@ def test_the_standard_error_of_tokens_is_that_of_a_ratio():
         ratio = s.sum() / u.sum()
         error = (6 / 5 * ((s - ratio * u) ** 2).sum()).sqrt() / u.sum() / ratio
         assert found.relative_errors[name] == pytest.approx(error.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_softmax_does_not_see_has_no_standard_error(dtype: torch.dtype):
+    torch.manual_seed(0)
+    config = bert_config(num_labels=3)
+    model = AutoModelForSequenceClassification.from_config(config).to(dtype)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data *= 10  # else attention hardly matters to a fresh model
+    ids = torch.randint(5, (2, 4, 9))
+    batches = [{"input_ids": part, "labels": torch.arange(4) % 3} for part in ids]
+    found = fisher_diagonal(model, batches, "softmax")
+    without = found.keys() - found.relative_errors.keys()
+    unseen = {name for name in found if name.endswith("key.bias")}
+    assert len(unseen) == 2
+    assert all(found.trace()[name] > 0 for name in unseen)
+    assert without == unseen
 
 
 def test_the_standard_error_covers_the_truth():
