@@ -61,7 +61,8 @@ def locate(
 
     Raises:
         UsageError: A revision of a local path was asked for.
-        InputError: There is no such path, and no such repository or revision.
+        InputError: There is no such path, and no such repository or revision; or the Hub cannot be
+            reached, and a path here has nearly that name.
         NetworkError: The Hub cannot be reached, and the cache does not hold the repository.
     """
     path = Path(checkpoint).expanduser()
@@ -105,6 +106,8 @@ def locate(
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled):
         if (cached := _cached(name, revision, only, without)) is not None:
             return _told(name, cached)
+        if "/" not in name and _near(path):
+            raise InputError(lost) from None  # misspelt, which no other try cures
         raise NetworkError(
             f"{lost}, and the Hub could not be reached to look for a repository of that name; "
             "check the spelling, or try again"

@@ -46,11 +46,14 @@ def test_a_path_that_begins_with_a_folder_here_is_a_missing_path(
 
 def test_a_misspelt_folder_is_told_before_the_network(tmp_path: Path) -> None:
     (tmp_path / "my-model").mkdir()
-    for name in ("my-modle", "owner/name"):
+    for name, status, told in (
+        ("my-modle", 3, " (in . there is my-model)\n"),
+        ("gpt2", 75, ", and the Hub could not be reached"),
+        ("owner/name", 75, ", and the Hub could not be reached"),
+    ):
         code, _, err = run(tmp_path, "evaluate", name, "--data", "x.jsonl", HF_HUB_OFFLINE="1")
-        hint = " (in . there is my-model)" if name == "my-modle" else ""
-        first = f"error: {name}: no such file or folder{hint}, and the Hub could not be reached"
-        assert (code, err.startswith(first)) == (75, True), err
+        first = f"error: {name}: no such file or folder{told}"
+        assert (code, err.startswith(first)) == (status, True), err
 
 
 def test_a_repository_with_its_fisher_is_fine_tuned_without_the_old_data(
