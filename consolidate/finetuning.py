@@ -380,6 +380,8 @@ def finetune(
         return _cached(opened, target, done.ledger)
     if there is not None:
         check_output(target, opened.source, overwrite=overwrite, whole=True)
+    if target.exists() and target.samefile(opened.source.path):
+        LOG.info("%s is what this starts from: it will be replaced by what comes of it", target)
     found = None if group is not None else work.start()
     if max_forgetting is not None:
         try:

@@ -392,12 +392,16 @@ def test_a_bare_encoder_learns_a_first_task(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
-def test_a_checkpoint_can_replace_itself(network_checkpoint: Path, write_task: Write) -> None:
+def test_a_checkpoint_can_replace_itself(
+    network_checkpoint: Path, write_task: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="consolidate")
     start = load_file(network_checkpoint / "model.safetensors")
     result = finetuning.finetune(
         network_checkpoint, write_task("new"), output_dir=network_checkpoint, overwrite=True,
         penalty="none", **FAST,
     )  # fmt: skip
+    assert f"{network_checkpoint} is what this starts from: it will be replaced" in caplog.text
     end = load_file(network_checkpoint / "model.safetensors")
     moved = sum((start[name] != end[name]).sum().item() for name in start)
     assert result["share_moved"] == moved / sum(values.numel() for values in start.values()) > 0.5
