@@ -200,7 +200,12 @@ def fisher(
     refuse = partial(
         check_output, target, source, overwrite=overwrite or (add and in_place), whole=not in_place
     )
-    if there is None:
+    if dry_run:
+        try:
+            refuse()
+        except InputError as error:
+            LOG.info("the pass itself would be refused: %s", error)
+    elif there is None:
         refuse()
     with nullcontext() if dry_run or not is_first(group) else claimed(target):
         before = stored_fisher(folder / "fisher", source) if add else None
@@ -670,14 +675,19 @@ def log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> Non
         LOG.info(
             "%d parameters went by one example at a time, which is slow: %s",
             len(slow),
-            ", ".join(slow[:5]) + (", …" if len(slow) > 5 else ""),
+            _first_three(slow),
         )
     if unreached := diagonal.unreached:
         LOG.info(
             "the Fisher of %d parameters is zero, since the loss does not depend on them: %s",
             len(unreached),
-            ", ".join(unreached[:5]) + (", …" if len(unreached) > 5 else ""),
+            _first_three(unreached),
         )
+
+
+def _first_three(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def columns_of(given: Columns | None, task_file: TaskFile) -> Columns:

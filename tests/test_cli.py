@@ -94,6 +94,22 @@ def test_a_dry_run_and_a_tolerance(
     assert 0 < result["layers"]["0.weight"]["relative_error"] < 1
 
 
+def test_a_dry_run_beside_a_fisher_says_so_and_goes_on(
+    capsys: pytest.CaptureFixture[str], network_checkpoint: Path, write_task: Write
+) -> None:
+    words = ("fisher", network_checkpoint, "--data", write_task("old"), *MODEL)
+    assert run(capsys, *words)[0] == 0
+    before = (network_checkpoint / "fisher" / "fisher.json").read_bytes()
+    code, text, err = run(capsys, *words, "--dry-run")
+    assert code == 0
+    assert "parameters   83\n" in text
+    told = f"the pass itself would be refused: {network_checkpoint / 'fisher'} exists already"
+    assert told in err
+    code, _, err = run(capsys, *words, "--dry-run", "--overwrite")
+    assert (code, "refused" in err) == (0, False)
+    assert (network_checkpoint / "fisher" / "fisher.json").read_bytes() == before
+
+
 def test_what_every_command_writes_as_json_is_as_its_schema_tells(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy
 import consolidate
 import formats.checkpoint
 from consolidate import commands, finetuning
+from consolidate.estimators import FisherDiagonal
 from formats.atomic import claimed
 from formats.data import open_data
 from formats.digest import set_digest, tensor_record
@@ -53,6 +55,30 @@ def measured_by_hand(weights: dict[str, torch.Tensor], data: Path) -> dict[str, 
                 assert parameter.grad is not None
                 total[name] += p * parameter.grad**2 / len(inputs)
     return {name: values.float() for name, values in total.items()}
+
+
+def test_a_note_names_three_parameters_and_counts_the_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="consolidate")
+    names = [f"layer.{i}" for i in range(60)]
+    diagonal = FisherDiagonal(
+        {name: torch.zeros(1) for name in names},
+        examples=2,
+        units=2,
+        estimator="mc",
+        mc_samples=1,
+        seed=0,
+        unreached=names[-3:],
+        methods=dict.fromkeys(names[:57], "loop"),
+        relative_errors={},
+    )
+    model: Any = SimpleNamespace(notes=[], checkpoint=SimpleNamespace(base=None))
+    examples: Any = SimpleNamespace(notes=list)
+    commands.log_notes(model, examples, diagonal)
+    slow, zero = caplog.messages
+    assert slow.endswith("which is slow: layer.0, layer.1, layer.2 and 54 more")
+    assert zero.endswith("on them: layer.57, layer.58, layer.59")
 
 
 def test_fisher_stands_beside_untouched_weights(
