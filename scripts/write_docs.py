@@ -14,7 +14,9 @@ WIDTH = 96
 
 def help_texts(command: click.Command, name: str) -> Iterator[tuple[str, str]]:
     """Yield the full name and the help text of a command, then of the commands below it."""
-    context = click.Context(command, info_name=name, terminal_width=WIDTH, color=False)
+    context = click.Context(
+        command, info_name=name, terminal_width=WIDTH, color=False, **cli.context_settings
+    )
     yield name, command.get_help(context)
     if isinstance(command, click.Group):
         for below in command.list_commands(context):
