@@ -173,7 +173,10 @@ def _plan(run_file: RunFile, start: Path | None) -> list[Step]:
         known = [t.name for t in read_ledger(stored_at / LEDGER_NAME).tasks] if stored_at else []
         for task in run_file.tasks:
             if task.name in known:
-                raise InputError(f"{where}: {run_file.start} has learned a task {task.name!r}")
+                raise InputError(
+                    f"{where}: {run_file.start} has learned a task {task.name!r} already: give "
+                    "the new one another name"
+                )
     tests = {task.name: task.evaluate for task in run_file.tasks if task.evaluate is not None}
     seen: list[str] = []
     for number, task in enumerate(run_file.tasks, 1):

@@ -111,10 +111,15 @@ def read_run_file(path: Path, options: Collection[str]) -> RunFile:
         config=config,
         defaults=defaults,
     )
-    names = [task.name for task in run.tasks]
-    for name in names:
-        if names.count(name) > 1 or name in evaluate:
-            raise InputError(f"{path}: two things are named {name!r}; every task needs its own.")
+    numbers: dict[str, int] = {}
+    for number, name in enumerate((task.name for task in run.tasks), 1):
+        other = "a line of [evaluate]" if name in evaluate else f"task {numbers.get(name)}"
+        if name in evaluate or name in numbers:
+            raise InputError(
+                f"{path}: task {number} and {other} are both named {name!r}: give one of them "
+                "another name."
+            )
+        numbers[name] = number
     return run
 
 

@@ -76,8 +76,11 @@ REFUSED = {
     "no name": ('[[task]]\ndata = "a"', "task 1: name is missing"),
     "no data": (TASK + '[[task]]\nname = "b"', "task 2: data is missing"),
     "a bad name": (TASK.replace('"a"', '"a/b"'), "task 1: 'a/b' cannot name a task"),
-    "two of a name": (TASK + TASK, "two things are named 'a'"),
-    "a name among evaluate": ('[evaluate]\na = "x"\n' + TASK, "two things are named 'a'"),
+    "two of a name": (TASK + TASK, "task 2 and task 1 are both named 'a': give one"),
+    "a name among evaluate": (
+        '[evaluate]\na = "x"\n' + TASK,
+        "task 1 and a line of [evaluate] are both named 'a': give one",
+    ),
     "a typo at the top": ('outputdir = "x"\n' + TASK, "'outputdir'. Did you mean output-dir?"),
     "a typo in defaults": ("[defaults]\newc-lamda = 1\n" + TASK, "Did you mean ewc-lambda?"),
     "a typo in a task": (TASK + "epoch = 1", "task 1: unknown key 'epoch'. Did you mean epochs?"),

@@ -378,7 +378,7 @@ def test_a_start_with_a_fisher_and_test_data_of_its_own_task(
     assert result["accuracy_matrix"]["scores"][1][0] is not None
     edit(tasks, '[evaluate]\nold = "old.npz"\n', "")
     edit(tasks, 'name = "a"', 'name = "old"')
-    with pytest.raises(InputError, match="has learned a task 'old'"):
+    with pytest.raises(InputError, match="has learned a task 'old' already: give"):
         consolidate.run(tasks)
 
 
