@@ -139,8 +139,12 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     finalizer swallows it, so there the signal is sent again a moment later.
     """
     reason = KeyboardInterrupt if signum == signal.SIGINT else Terminated
+    if several := world_size() > 1:  # torchrun sends on what a terminal has sent to all
+        signal.signal(signum, signal.SIG_IGN)
     if ask(reason):
-        os.write(2, b"stopping at the next point to go on from; Ctrl-C leaves at once\n")
+        leave = b"" if several else b"; Ctrl-C leaves at once"
+        if rank() == 0:
+            os.write(2, b"stopping at the next point to go on from%s\n" % leave)
         return
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):

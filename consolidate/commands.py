@@ -165,7 +165,7 @@ def fisher(
         force: Measure anew, and replace the Fisher, even where that is there and was made from the
             same.
         shard: Each of several processes holds a shard of the weights and of the Fisher (FSDP2). The
-            pass takes one example after the other, and is not kept.
+            pass takes one example after the other.
         merge_rule: ``online`` or ``separate``: how the task is merged with those before it, and
             the next unless they say otherwise; as the one before, or ``online``, unless given.
         gamma: γ of ``online``, from 0 to 1; as before, or 1, unless given.
@@ -322,11 +322,13 @@ def fisher(
                 **options,
                 "accumulate_dtype": plain(accumulate_dtype),
                 "processes": place_in(group)[1],
+                "shard": shard,
             },
             every=60 * save_every,
             result_bytes=output_bytes(source, whole=not in_place),
             restart=restart,
             group=group,
+            shard=shard,
         )
         kept = KeptPass(work, work.start())
         diagonal = measure_fisher(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from consolidate import stopping
 from consolidate.commands import evaluate_all
-from consolidate.distributed import is_first, place_in, shares
+from consolidate.distributed import from_first, is_first, place_in, shares
 from consolidate.examples import subset
 from consolidate.kept_work import KeptTraining, KeptWork
 from consolidate.likelihood import get_likelihood
@@ -78,6 +79,7 @@ class Recipe:
 class Trained:
     """Where a run ended."""
 
+    mark: str  # of this end; what several processes keep after it belongs together by it
     weights: Mapping[str, Tensor]  # by the names of the weights file, as they will be stored
     steps: list[Step]
     metrics: dict[str, dict[str, dict[str, float]]]
@@ -168,7 +170,7 @@ def train(
         work: Where the training is kept.
         found: What was kept of it.
         beside: What is kept beside it, JSON-ready.
-        group: The processes that share the batches; each has the model. Of several nothing is kept.
+        group: The processes that share the batches.
         on_step: Called after each optimizer step.
 
     Returns:
@@ -189,7 +191,9 @@ def train(
             metrics[when] = metrics[same_as]
             return
         # A module may draw in eval mode too; training must not see.
-        with stopping.waiting(False), torch.random.fork_rng():
+        # Several processes stop together, after a measurement; before the first step at once.
+        waits = group is not None and when != "before"
+        with stopping.waiting(waits), torch.random.fork_rng():
             metrics[when] = evaluate_all(
                 model,
                 start.evaluations,
@@ -209,10 +213,10 @@ def train(
         end_adapter()
         steps = load_trained(model.module, found.tensors)
         LOG.info("going on after the last of %d steps", len(steps))
-        weights = file_weights(model)
+        weights, mark = stored_weights(model, group), str(found.state["trained"])
     else:
         take_metrics("before")
-        kept = KeptTraining(work, found, beside) if group is None else None
+        kept = KeptTraining(work, found, beside)
         steps = descend(start, recipe, take_metrics, group, kept, on_step)
         end_adapter()
         weights = stored_weights(model, group)
@@ -223,11 +227,13 @@ def train(
                 f"training diverged: {error}; lower --learning-rate or --ewc-lambda"
             ) from None
         take_stored_values(model, weights)
-    trained = Trained(weights, steps, metrics)
+        mark = from_first(secrets.token_hex(8), group)
+    trained = Trained(mark, weights, steps, metrics)
     try:
         take_metrics("after")
-    except stopping.STOPS:
-        work.keep(*kept_of(model, trained, beside), "training")
+    except stopping.STOPS as stop:
+        if work.can_keep(stop):
+            work.keep(*kept_of(model, trained, beside), "training")
         raise
     return trained
 
@@ -243,7 +249,7 @@ def kept_of(
         beside: What else is kept.
     """
     tensors = trained_tensors(model.module, trained.steps)
-    return tensors, {**beside, "metrics": trained.metrics, "trained": True}
+    return tensors, {**beside, "metrics": trained.metrics, "trained": trained.mark}
 
 
 def descend(
@@ -303,8 +309,9 @@ def descend(
     def measure(when: str, same_as: str = "") -> None:
         try:
             take_metrics(when, same_as)
-        except stopping.STOPS:
-            keep()
+        except stopping.STOPS as stop:
+            if kept is not None and kept.can_keep(stop):
+                keep()
             raise
 
     def measure_step() -> None:
@@ -346,6 +353,9 @@ def descend(
                 if done > per_epoch:
                     continue
                 left = [chosen[i] for i in order[done * step_size :]]
+                stand_in = None
+                if is_sharded(model.module):  # the same wherever the epoch is gone on with
+                    stand_in = examples.collate(chosen[: recipe.batch_size], epoch)
                 train_epoch(
                     model.module,
                     (
@@ -366,8 +376,15 @@ def descend(
                     norm_statistics=recipe.norm_statistics,
                     on_step=on_step,
                     group=group,
+                    stand_in=stand_in,
+                    settle=None if kept is None else kept.settle,
                 )
                 measure(f"epoch {epoch + 1}", f"step {len(steps)}")
+            if kept is not None:
+                kept.settle()
+                if kept.asked():
+                    keep()
+                    kept.stop_if_asked(f"after the last of {total} steps")
     # What comes next needs the memory; the optimizer and its schedule hold each other.
     optimizer.zero_grad()
     optimizer.state.clear()

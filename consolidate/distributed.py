@@ -62,7 +62,7 @@ def process_group() -> Iterator[dist.ProcessGroup | None]:
             failed = [str(own)]
         if int(failed[0]) != own:
             raise PeerError(int(failed[1])) from error
-        if _lost(error):
+        if is_lost(error):
             raise PeerError(1, _GONE) from error
         raise
     finally:
@@ -162,22 +162,29 @@ def shares(
         yield batch[first:last]
 
 
-def in_step(items: Iterable[T], group: dist.ProcessGroup | None) -> Iterator[T | None]:
+def rounds(items: Iterable[T], group: dist.ProcessGroup | None) -> Iterator[tuple[T | None, bool]]:
     """Yield this process's items, and None after the last until no process has one left.
 
     Args:
         items: Those of this process, read one at a time.
         group: The processes; None for one alone.
+
+    Yields:
+        An item, and whether every process has one in this round.
     """
-    if group is None:
-        yield from items
-        return
+    size = place_in(group)[1]
     iterator = iter(items)
     while True:
         item = next(iterator, None)
-        if not summed(group, int(item is not None))[0]:
+        (having,) = summed(group, int(item is not None))
+        if not having:
             return
-        yield item
+        yield item, having == size
+
+
+def in_step(items: Iterable[T], group: dist.ProcessGroup | None) -> Iterator[T | None]:
+    """Yield the items of `rounds` alone."""
+    return (item for item, _ in rounds(items, group))
 
 
 def summed(group: dist.ProcessGroup | None, *numbers: float) -> list[float]:
@@ -240,6 +247,36 @@ def from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
     return json.loads(bytes(text.tolist()))
 
 
+def from_all(numbers: Sequence[int], group: dist.ProcessGroup | None) -> list[list[int]]:
+    """Give every process the numbers of all.
+
+    Args:
+        numbers: Of this process, as many in each; below 2⁶³.
+        group: The processes; None for one alone.
+
+    Returns:
+        A list for each process, in their order.
+    """
+    if group is None:
+        return [list(numbers)]
+    own = torch.tensor(numbers, dtype=torch.int64)
+    found = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(found, own, group=group)
+    return [one.tolist() for one in found]
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return whether an error says no more than that another process does not answer.
+
+    Args:
+        error: Any.
+    """
+    words = ("connection closed by peer", "connection reset by peer", "gloo", "nccl")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
+
+
 def _sum_together(bucket: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     if not bucket:
         return
@@ -247,11 +284,3 @@ def _sum_together(bucket: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     dist.all_reduce(flat, group=group)
     for tensor, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
         tensor.copy_(summed.view(tensor.shape))
-
-
-def _lost(error: BaseException) -> bool:
-    """Return whether an error says no more than that another process does not answer."""
-    words = ("connection closed by peer", "connection reset by peer", "gloo", "nccl")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-    )

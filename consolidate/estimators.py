@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from consolidate.batches import Batch, model_outputs, split_batch
-from consolidate.distributed import in_step, place_in, summed
+from consolidate.distributed import place_in, rounds, summed
 from consolidate.gradient_checkpointing import checkpointing_in_eval_mode
 from consolidate.likelihood import Likelihood, get_likelihood
 from consolidate.methods import method_of
@@ -132,8 +132,8 @@ def fisher_diagonal(
         group: Processes that the batches were dealt to, one by one in turn (`dealt`). Each is given
             its own, with their indices, and gets the Fisher of all. With a tolerance they are asked
             before each round of batches, not before each batch. A model in shards goes one example
-            after the other, `start`, `keep` and `check` do nothing, and the first process alone is
-            given the tensors.
+            after the other, each process is given its part by `keep`, all at the same time, `check`
+            does nothing, and the first process alone is given the tensors.
 
     Returns:
         The Fisher diagonal and its counts.
@@ -193,7 +193,7 @@ def fisher_diagonal(
     with (
         _measuring(model),
         closing(
-            ShardedPass(model, parameters, scores, accumulate_dtype, group)
+            ShardedPass(model, parameters, scores, accumulate_dtype, group, start)
             if sharded
             else Pass(
                 model, parameters, scores, accumulate_dtype, check=check, note=note, start=start
@@ -201,7 +201,7 @@ def fisher_diagonal(
         ) as measured,
     ):
         done, seen = measured.examples, 0
-        for batch in in_step(
+        for batch, all_have_one in rounds(
             _numbered(batches, indices, group), group if sharded or tolerance is not None else None
         ):
             # Before a batch, not after it, so that a pass which goes on ends where it would have.
@@ -216,7 +216,7 @@ def fisher_diagonal(
                 continue
             if first < done:
                 batch = batch.rows(done - first, len(batch))
-            measured.take(batch, keep)
+            measured.take(batch, keep if all_have_one or not sharded else None)
             if progress is not None:
                 progress(len(batch))
         measured.sum_over(group)

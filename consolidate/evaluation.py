@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from consolidate import stopping
 from consolidate.batches import model_outputs, place_of, placed
 from consolidate.distributed import in_step, summed
 from consolidate.likelihood import Likelihood
@@ -35,7 +36,7 @@ def measure(
         language: Report perplexity, the exponential of the loss, instead of accuracy.
         progress: Called after each batch with its number of examples.
         group: Processes that share the batches; each gets the metrics of all. A model in shards
-            runs as often in each.
+            runs as often in each. Where a stop waits in one, all stop after the measurement.
 
     Returns:
         ``loss``, the mean negative log-likelihood per unit; ``accuracy`` or ``perplexity``; and
@@ -49,7 +50,7 @@ def measure(
     place = place_of(model)
     with _evaluating(model):
         last: tuple[Any, Tensor] | None = None
-        for batch in in_step(batches, group if is_sharded(model) else None):
+        for batch in in_step(stopping.until_asked(batches), group if is_sharded(model) else None):
             last = batch or last
             if last is None:
                 raise InputError("there are fewer examples than processes: start fewer of them")
@@ -67,7 +68,10 @@ def measure(
             else:
                 correct += float(right.double().sum())
             progress(len(labels))
-    loss, units, correct, uncounted = summed(group, loss, units, correct, uncounted)
+    loss, units, correct, uncounted, *wishes = summed(
+        group, loss, units, correct, uncounted, *stopping.wishes()
+    )
+    stopping.stop_together(*wishes)
     if units == 0:
         raise InputError("there is nothing to predict in this data: no example has a label")
     if not math.isfinite(loss):

@@ -41,6 +41,7 @@ from consolidate.distributed import (
     as_one,
     from_first,
     is_first,
+    is_lost,
     place_in,
     shards_among,
 )
@@ -370,10 +371,11 @@ def finetune(
     work = KeptWork(
         target,
         description,
-        every=60 * save_every if group is None else math.inf,
+        every=60 * save_every,
         result_bytes=output_bytes(opened.source, whole=True),
         restart=restart,
         group=group,
+        shard=shard,
     )
     if (done := cached(there, lambda: digest(description()))) is not None:
         work.remove_own()
@@ -382,7 +384,7 @@ def finetune(
         check_output(target, opened.source, overwrite=overwrite, whole=True)
     if target.exists() and target.samefile(opened.source.path):
         LOG.info("%s is what this starts from: it will be replaced by what comes of it", target)
-    found = None if group is not None else work.start()
+    found = work.start()
     if max_forgetting is not None:
         try:
             check_output(failed_folder(target), opened.source, overwrite=overwrite, whole=True)
@@ -454,9 +456,7 @@ def finetune(
     if max_forgetting is not None:
         lost = forgetting(trained.metrics["before"], trained.metrics["after"], old)
         forgotten = beyond(lost, max_forgetting)
-    kept = None
-    if group is None:
-        kept = KeptPass(work, found, *kept_of(start.model, trained, beside))
+    kept = KeptPass(work, found, *kept_of(start.model, trained, beside))
     try:
         result = _finish(
             opened,
@@ -480,8 +480,8 @@ def finetune(
                 "kept": kept,
             },
         )
-    except stopping.STOPS:
-        if kept is not None:
+    except BaseException as error:
+        if (isinstance(error, stopping.STOPS) or is_lost(error)) and work.can_keep(error):
             kept.keep_what_was_before()
         raise
     work.remove()

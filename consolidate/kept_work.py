@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,20 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate import stopping
-from consolidate.distributed import place_in
+from consolidate.distributed import place_in, summed
 from consolidate.made_from import changes, plain
+from consolidate.parts import gather_own, start_with_first, start_with_set, write_set
 from consolidate.passes import PartialPass
+from consolidate.training_state import OWN
 from formats.atomic import partial_path
 from formats.errors import InputError
-from formats.partial_work import StoredWork, read_partial, remove_partial, write_partial
+from formats.partial_work import (
+    StoredWork,
+    read_partial,
+    read_published,
+    remove_partial,
+    write_partial,
+)
 
 LOG = logging.getLogger("consolidate")
 
@@ -36,6 +44,7 @@ class KeptWork:
         result_bytes: int,
         restart: bool = False,
         group: ProcessGroup | None = None,
+        shard: bool = False,
     ):
         """Prepare to keep work.
 
@@ -46,7 +55,8 @@ class KeptWork:
             every: Seconds between two times.
             result_bytes: What the command will write; nothing is kept that would leave less room.
             restart: Throw away what was kept.
-            group: The processes that work together; each keeps its own part.
+            group: The processes that work together.
+            shard: Whether each of them holds a shard, so that all keep theirs at one moment.
         """
         self._target = target
         self._command = cache(lambda: plain(description()))
@@ -54,6 +64,10 @@ class KeptWork:
         self._result_bytes = result_bytes
         self._last = time.monotonic()
         self._process = place_in(group)[0]
+        self.group = group
+        self.shard = shard
+        self._now = False
+        self._stop: tuple[float, float] = (0, 0)
         if restart:
             remove_partial(target, self._process)
 
@@ -63,47 +77,91 @@ class KeptWork:
         Raises:
             InputError: Something else was kept; the message says what differs.
         """
+        if self.shard:
+            return start_with_set(self._target, self._refuse_others, self.group)
         stored = read_partial(self._target, self._process)
-        if stored is not None and (changed := changes(stored.command, self._command())):
-            path = partial_path(self._target, self._process)
-            raise InputError(
-                f"{path} is of a run that was broken off, but not of this one ({changed}): start "
-                "that command again, or --restart throws it away"
-            )
-        return stored
+        self._refuse_others(stored)
+        return start_with_first(stored, self.group)
+
+    def settle(self, *numbers: float) -> list[float]:
+        """Settle whether to keep what was done, and whether to stop: alike in all processes.
+
+        Args:
+            numbers: Others that are summed over the processes on this occasion.
+
+        Returns:
+            Their sums.
+        """
+        *sums, late, interrupted, terminated = summed(
+            self.group, *numbers, self._process == 0 and self._late(), *stopping.wishes()
+        )
+        self._take(bool(late), (interrupted, terminated))
+        return sums
+
+    def settle_alone(self) -> None:
+        """Settle the same for this process, whatever the others do."""
+        self._take(self._late(), stopping.wishes())
 
     def due(self) -> bool:
-        """Say whether it is time to keep what was done, by the clock or because a stop waits."""
-        return stopping.asked() or time.monotonic() - self._last >= self._every
+        """Say whether it was settled to keep what was done, by the clock or because of a stop."""
+        return self._now
 
-    def keep(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], what: str) -> None:
+    def asked(self) -> bool:
+        """Say whether it was settled to stop."""
+        return any(self._stop)
+
+    def keep(
+        self,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        what: str,
+        *,
+        own: bool = False,
+    ) -> None:
         """Keep this; where that fails the work goes on, and nothing more is kept.
 
         Args:
             tensors: What was computed so far.
             state: How far the work is, JSON-ready.
             what: The word for the work in a note.
+            own: Whether each process keeps its own, and not the first one for all.
         """
-        if self._every == math.inf:
+        if self._every == math.inf or not (own or self.shard or self._process == 0):
             return
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        command = self._command()
         try:
-            self._leave_room(sum(tensor.nbytes for tensor in tensors.values()), what)
-            write_partial(self._target, tensors, state, self._command(), self._process)
+            if self.shard:
+                room = partial(self._leave_room, size, what)
+                write_set(self._target, tensors, state, command, room, self.group)
+            else:
+                self._leave_room(size, what)
+                write_partial(self._target, tensors, state, command, self._process)
         except (InputError, OSError) as error:
             LOG.info("what was done so far cannot be kept, and the %s goes on: %s", what, error)
             self._every = math.inf
         self._last = time.monotonic()
 
+    def can_keep(self, stop: BaseException, *, gathers: bool = False) -> bool:
+        """Say whether what was done can be kept where a stop has come.
+
+        Args:
+            stop: What was raised; where not all processes stop, only what the first has can be.
+            gathers: Whether the others have to send it theirs.
+        """
+        together = self.group is None or stopping.stopped_together(stop)
+        return together or not (gathers or self.shard)
+
     def stop_if_asked(self, where: str) -> None:
-        """Stop where work can go on, if that was asked for, and say so.
+        """Stop where work can go on, if that was settled, and say so.
 
         Args:
             where: How far the work is, such as ``after step 3 of 10``.
         """
-        if stopping.asked():
+        if self.asked():
             how = "the same command goes on from there" if self._every < math.inf else "not kept"
             LOG.info("stopped %s: %s", where, how)
-        stopping.stop_if_asked()
+        stopping.stop_together(*self._stop)
 
     def remove(self) -> None:
         """Throw away what was kept, once the result is written."""
@@ -112,13 +170,33 @@ class KeptWork:
     def remove_own(self) -> None:
         """Throw away what was kept if it is of this command, whose result is there."""
         with suppress(InputError):
-            if self.start() is not None:
+            stored = read_published(self._target, self._process)
+            self._refuse_others(stored)
+            if stored is not None:
                 self.remove()
+
+    def _refuse_others(self, stored: StoredWork | None) -> None:
+        if stored is not None and (changed := changes(stored.command, self._command())):
+            path = partial_path(self._target, self._process)
+            raise InputError(
+                f"{path} is of a run that was broken off, but not of this one ({changed}): start "
+                "that command again, or --restart throws it away"
+            )
+
+    def _late(self) -> bool:
+        return time.monotonic() - self._last >= self._every
+
+    def _take(self, late: bool, stop: tuple[float, float]) -> None:
+        self._now = late or any(stop)
+        self._stop = stop
 
     def _leave_room(self, size: int, what: str) -> None:
         path = partial_path(self._target, self._process)
         place = next(folder for folder in path.parents if folder.exists())
-        free = shutil.disk_usage(place).free + (path.stat().st_size if path.is_file() else 0)
+        replaced = path.stat().st_size if path.is_file() else 0
+        among = self.group if self.shard else None
+        size, replaced = (int(bytes_) for bytes_ in summed(among, size, replaced))
+        free = shutil.disk_usage(place).free + replaced
         if free < size + self._result_bytes:
             raise InputError(
                 f"{place} has room for {free:,} bytes, and beside the {size:,} of the half-done "
@@ -140,7 +218,10 @@ class KeptTraining:
         self._work = work
         self._found = found
         self._state = state
+        self.settle = work.settle
         self.due = work.due
+        self.asked = work.asked
+        self.can_keep = partial(work.can_keep, gathers=True)
         self.stop_if_asked = work.stop_if_asked
 
     def start(self) -> StoredWork | None:
@@ -150,6 +231,8 @@ class KeptTraining:
 
     def keep(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Keep the state of the training."""
+        if not self._work.shard:
+            tensors = gather_own(tensors, OWN, self._work.group)
         self._work.keep(tensors, {**self._state, "training": numbers}, "training")
 
 
@@ -175,6 +258,9 @@ class KeptPass:
         self._found = found
         self._tensors = dict(tensors or {})
         self._state = dict(state or {})
+        if not work.shard and place_in(work.group)[0] > 0:  # the first keeps what is before it
+            self._tensors = {}
+            self._state = {name: v for name, v in self._state.items() if name == "trained"}
         self._has_kept = found is not None and "levels" in found.state
 
     def start(self) -> PartialPass | None:
@@ -191,12 +277,22 @@ class KeptPass:
 
     def keep(self, partial: PartialPass) -> None:
         """Keep this if it is time to, and stop there if that was asked for."""
+        if self._work.shard:
+            self._work.settle()
+        else:
+            self._work.settle_alone()
         if self._work.due():
             tensors = {f"pass/{name}": tensor for name, tensor in partial.tensors.items()}
             state = {"levels": partial.levels, "most": partial.most}
-            self._work.keep(self._tensors | tensors, self._state | state, "pass")
+            self._work.keep(self._tensors | tensors, self._state | state, "pass", own=True)
             self._has_kept = True
         self._work.stop_if_asked(f"after {partial.examples} examples")
+
+    def end(self) -> None:
+        """Stop after the pass if that was asked for, where all processes do so together."""
+        if self._work.shard:
+            self._work.settle()
+            self._work.stop_if_asked("after the pass")
 
     def keep_what_was_before(self) -> None:
         """Keep what was done before the pass, if that is not kept with a part of the pass."""

@@ -83,7 +83,7 @@ def measure_fisher(
     if done:
         LOG.info("going on after %d of %d examples", done, len(order))
     with (
-        stopping.waiting(kept is not None and group is None),
+        stopping.waiting(kept is not None),
         progress(label, len(order) - done, "examples") as advance,
     ):
         diagonal = fisher_diagonal(
@@ -104,6 +104,8 @@ def measure_fisher(
             progress=advance,
             group=group,
         )
+        if kept is not None:
+            kept.end()
     uncertain = max(diagonal.relative_errors.values(), default=0.0)
     if tolerance is not None and uncertain > tolerance:
         LOG.info(

@@ -30,8 +30,9 @@ class ShardedPass(Pass):
         scores: Scores,
         dtype: torch.dtype,
         group: ProcessGroup | None,
+        start: PartialPass | None = None,
     ):
-        """Prepare a pass.
+        """Prepare a pass, or go on with one that was broken off.
 
         Args:
             model: In shards, with gradients switched off for its parameters.
@@ -39,17 +40,23 @@ class ShardedPass(Pass):
             scores: What is sent back.
             dtype: Of the sums, and what gradients are squared in.
             group: The processes that hold the shards.
+            start: Where the other pass was, this process's part.
         """
-        super().__init__(model, parameters, scores, dtype)
+        super().__init__(model, parameters, scores, dtype, start=start)
         self._group = group
         self._stand_in: Batch | None = None
+
+    def see(self, batch: Batch) -> None:
+        """Look at a batch that the other pass has taken."""
+        self._stand_in = self._stand_in or batch
 
     def take(self, batch: Batch, keep: Callable[[PartialPass], None] | None = None) -> None:
         """Add a batch, while the other processes add theirs.
 
         Args:
             batch: On any device.
-            keep: Not called: shards that were kept at different times do not belong together.
+            keep: Called where another pass can go on, if every process has taken a batch: then all
+                are there at once.
 
         Raises:
             InputError: The memory does not suffice.
@@ -73,7 +80,8 @@ class ShardedPass(Pass):
             ) from error
         where = f"batch {batch.number} (examples {batch.first} to {batch.first + len(batch) - 1})"
         self._accumulators().end_batch(traces, units, len(batch), where, len(parts))
-        self._accumulators().fold_if_due()
+        if self._accumulators().fold_if_due() and keep is not None:
+            keep(PartialPass(self._accumulators().tensors(), None, None))
 
     def wait(self) -> None:
         """Run along while other processes take a batch, without adding anything."""

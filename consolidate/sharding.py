@@ -84,6 +84,25 @@ def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return local(distribute_tensor(tensor, mesh, placements, src_data_rank=None))
 
 
+def cut_as(part: Tensor, parameter: Tensor) -> Tensor:
+    """Return what this process's part of a tensor that lies beside a parameter is a part of.
+
+    Args:
+        part: This process's, or a number that all have.
+        parameter: Sharded or not.
+    """
+    if not isinstance(parameter, DTensor) or not part.dim():
+        return part
+    return DTensor.from_local(
+        part.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
 def whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     """Gather a tensor; every process has to ask for it, and gets it.
 
@@ -91,15 +110,8 @@ def whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
         tensor: Sharded or not, or this process's part of one that is cut like another.
         like: The other, such as a parameter.
     """
-    if isinstance(like, DTensor):
-        tensor = DTensor.from_local(
-            tensor,
-            like.device_mesh,
-            like.placements,
-            run_check=False,
-            shape=like.shape,
-            stride=like.stride(),
-        )
+    if like is not None:
+        tensor = cut_as(tensor, like)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

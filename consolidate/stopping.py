@@ -1,7 +1,15 @@
-"""Stopping where it costs least: a signal can wait for the next point that work can go on from."""
+"""Stopping where it costs least: a signal can wait for the next point that work can go on from.
 
-from collections.abc import Iterator
+Of several processes all stop at one such point, or none: each says what it was asked for, and what
+they say is summed.
+"""
+
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+_TOGETHER = "all processes stop here"
 
 
 class Terminated(BaseException):
@@ -36,6 +44,43 @@ def ask(reason: type[BaseException]) -> bool:
 def asked() -> bool:
     """Say whether this is the time to keep what was done, because a stop is waiting."""
     return _asked is not None
+
+
+def wishes() -> tuple[bool, bool]:
+    """Say whether a Ctrl-C and whether a SIGTERM waits, to be summed over processes."""
+    return _asked is KeyboardInterrupt, _asked is Terminated
+
+
+def stop_together(interrupted: float, terminated: float) -> None:
+    """Raise what any process was asked for: in all of them, which `stopped_together` tells.
+
+    Args:
+        interrupted: How many were asked by Ctrl-C.
+        terminated: How many by SIGTERM.
+    """
+    if interrupted or terminated:
+        raise (Terminated if terminated else KeyboardInterrupt)(_TOGETHER)
+
+
+def stopped_together(stop: BaseException) -> bool:
+    """Say whether all processes stop here: then they can keep what belongs together.
+
+    Args:
+        stop: What was raised.
+    """
+    return stop.args == (_TOGETHER,)
+
+
+def until_asked(items: Iterable[T]) -> Iterator[T]:
+    """Yield the first, and the others while no stop waits, of what is in vain once one does.
+
+    Args:
+        items: Such as the batches of an evaluation.
+    """
+    for number, item in enumerate(items):
+        if number and asked():
+            return
+        yield item
 
 
 def stop_if_asked() -> None:

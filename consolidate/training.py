@@ -171,6 +171,8 @@ def train_epoch(
     norm_statistics: str = "frozen",
     on_step: Callable[[Step], None] = lambda step: None,
     group: ProcessGroup | None = None,
+    stand_in: tuple[Any, Tensor] | None = None,
+    settle: Callable[[float], Sequence[float]] | None = None,
 ) -> int:
     """Train on every batch once.
 
@@ -201,7 +203,9 @@ def train_epoch(
         norm_statistics: ``frozen`` keeps running statistics, ``update`` lets them follow the data.
         on_step: Called after each optimizer step.
         group: Processes that share the micro-batches: as many of them in each. A model in shards
-            runs as often in each of them, on the first batch again where there is no other.
+            runs as often in each of them, on `stand_in` where there is no other batch.
+        stand_in: A batch, which adds nothing; the first one unless given.
+        settle: Sums the loss of a step over the processes, and with it what else they have to say.
 
     Returns:
         The optimizer steps taken so far, `first_step` included.
@@ -219,7 +223,6 @@ def train_epoch(
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     step = first_step
     sharded = is_sharded(model)
-    stand_in: tuple[Any, Tensor] | None = None
     penalty_value = 0.0
     proximal = penalty if penalty_step == "proximal" else None
     if proximal is not None:
@@ -252,7 +255,7 @@ def train_epoch(
             if sharded:  # FSDP takes the mean of the gradients over the processes.
                 micro_loss = micro_loss * place_in(group)[1]
             scaler.scale(micro_loss).backward()
-        (loss,) = summed(group, loss)
+        (loss,) = summed(group, loss) if settle is None else settle(loss)
         _check_loss(loss, step)
         if not sharded:
             _sum_gradients(trained, group)

@@ -1,4 +1,7 @@
-"""The state of a training as plain tensors and numbers, from which it goes on to the same bits."""
+"""The state of a training as plain tensors and numbers, from which it goes on to the same bits.
+
+Of a model in shards it is this process's part.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from consolidate.sharding import cut_as, local
 from consolidate.training import Step
+
+OWN = ("buffer/", "random/")
+"""What the names of tensors begin with that may differ between processes with the whole model."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ def training_tensors(descent: Descent) -> dict[str, Tensor]:
         for key, value in entries.items():
             if value is not None:
                 name = names[id(parameter)]
-                tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
+                tensors[f"optimizer/{key}/{name}"] = local(torch.as_tensor(value))
     for kind, backend in _generators(descent.module):
         tensors[f"random/{kind}"] = backend.get_rng_state()
     return tensors
@@ -82,7 +89,7 @@ def load_training(
             kind, _, rest = at.partition("/")
             key, _, name = rest.partition("/")
             if kind == "optimizer" and name == names[id(parameter)]:
-                state.setdefault(number, {})[key] = tensor
+                state.setdefault(number, {})[key] = cut_as(tensor, parameter)
     rates = numbers["schedule"]["_last_lr"]
     groups = [
         {**group, "lr": rate} for group, rate in zip(fresh["param_groups"], rates, strict=True)
@@ -118,8 +125,9 @@ def trained_tensors(
         ]
         for s in steps
     ]
-    values = {f"value/{name}": tensor for name, tensor in _values(module, frozen)}
-    return values | {"history": torch.tensor(history, dtype=torch.float64).reshape(-1, 4)}
+    return _values(module, frozen) | {
+        "history": torch.tensor(history, dtype=torch.float64).reshape(-1, 4)
+    }
 
 
 @torch.no_grad()
@@ -133,20 +141,22 @@ def load_trained(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Step]
     Returns:
         What each step reported.
     """
-    for name, tensor in _values(module, frozen=True):
-        if f"value/{name}" in tensors:
-            tensor.copy_(tensors[f"value/{name}"])
+    for name, tensor in _values(module, frozen=True).items():
+        if name in tensors:
+            tensor.copy_(tensors[name])
     return [
         Step(number, loss, penalty, rate, None if math.isnan(norm) else norm)
         for number, (loss, penalty, rate, norm) in enumerate(tensors["history"].tolist(), 1)
     ]
 
 
-def _values(module: nn.Module, frozen: bool) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in module.named_parameters():
-        if frozen or parameter.requires_grad:
-            yield name, parameter.detach()
-    yield from module.named_buffers()
+def _values(module: nn.Module, frozen: bool) -> dict[str, Tensor]:
+    parameters = {
+        f"value/{name}": local(parameter.detach())
+        for name, parameter in module.named_parameters()
+        if frozen or parameter.requires_grad
+    }
+    return parameters | {f"buffer/{name}": buffer for name, buffer in module.named_buffers()}
 
 
 def _generators(module: nn.Module) -> Iterator[tuple[str, Any]]:

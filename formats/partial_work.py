@@ -2,13 +2,18 @@
 
 One safetensors file. Its metadata is one JSON string: which command it is of, by everything that
 the result depends on, and how far the work was.
+
+Of several processes each can keep its own part. Parts that belong together are all prepared under
+another name, ``-new``, before the first of them is published, so that one of the two names has a
+part of the same moment for every process, whenever they are killed.
 """
 
 import glob
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +26,7 @@ from formats.errors import InputError
 from formats.tensors import write_tensor_file
 
 _KEY = "consolidate-partial-work"
-_VERSION = 2
+_VERSION = 3
 
 
 class StoredWork(NamedTuple):
@@ -58,19 +63,51 @@ def write_partial(
         InputError: If the disk is full.
         OSError: If the place cannot be written.
     """
+    try:
+        prepare_partial(target, tensors, state, command, process)
+        publish_partial(target, process)
+    finally:
+        discard_prepared(target, process)
+
+
+def prepare_partial(
+    target: Path,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    command: Mapping[str, Any],
+    process: int = 0,
+) -> None:
+    """Keep work beside what was kept of it before, until it is published; see `write_partial`."""
     path = partial_path(target, process)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = _unfinished(path)
-    new.unlink(missing_ok=True)
+    discard_prepared(target, process)
     content = {"version": _VERSION, "command": command, "state": state}
     text = json.dumps(content | {"digest": _digest(tensors, content)})
-    try:
-        write_tensor_file(new, tensors, {_KEY: text})
-        with open(new, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    new = _unfinished(path)
+    write_tensor_file(new, tensors, {_KEY: text})
+    with open(new, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def publish_partial(target: Path, process: int = 0) -> None:
+    """Put what was prepared in place of what was kept before.
+
+    Args:
+        target: The folder that the command will write.
+        process: Which of several that work together.
+    """
+    path = partial_path(target, process)
+    os.replace(_unfinished(path), path)
+
+
+def discard_prepared(target: Path, process: int = 0) -> None:
+    """Throw away what was prepared and not published, if anything was.
+
+    Args:
+        target: The folder that the command will write.
+        process: Which of several that work together.
+    """
+    _unfinished(partial_path(target, process)).unlink(missing_ok=True)
 
 
 def read_partial(target: Path, process: int = 0) -> StoredWork | None:
@@ -89,19 +126,27 @@ def read_partial(target: Path, process: int = 0) -> StoredWork | None:
     path = partial_path(target, process)
     if not path.is_file():
         return None
-    remedy = "--restart throws it away"
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored = json.loads((file.metadata() or {})[_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if stored["version"] != _VERSION:
-            raise ValueError("another release of consolidate kept it")
+    with _explained(path), safe_open(path, framework="pt") as file:
+        stored = _content(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if stored.pop("digest") != _digest(tensors, stored):
             raise ValueError("its digest is not that of its content")
-        command, state = dict(stored["command"]), dict(stored["state"])
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} cannot be gone on with ({error}): {remedy}") from None
-    return StoredWork(tensors, state, command)
+        return StoredWork(tensors, stored["state"], stored["command"])
+
+
+def read_published(target: Path, process: int = 0) -> StoredWork | None:
+    """Read what `read_partial` would, but for the tensors, whose digest is not looked at."""
+    path = partial_path(target, process)
+    return _read_header(path) if path.is_file() else None
+
+
+def read_prepared(target: Path, process: int = 0) -> StoredWork | None:
+    """Read what was prepared and not published, without its tensors; None where it is not whole."""
+    path = _unfinished(partial_path(target, process))
+    try:
+        return _read_header(path) if path.is_file() else None
+    except InputError:
+        return None  # broken off while it was written
 
 
 def remove_partial(target: Path, process: int = 0) -> None:
@@ -116,6 +161,29 @@ def remove_partial(target: Path, process: int = 0) -> None:
         kept.unlink(missing_ok=True)
     for file in (path, _unfinished(path)):
         file.unlink(missing_ok=True)
+
+
+def _read_header(path: Path) -> StoredWork:
+    with _explained(path), safe_open(path, framework="pt") as file:
+        stored = _content(file.metadata())
+        return StoredWork({}, stored["state"], stored["command"])
+
+
+def _content(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    stored = json.loads((metadata or {})[_KEY])
+    if stored["version"] != _VERSION:
+        raise ValueError("another release of consolidate kept it")
+    return {**stored, "command": dict(stored["command"]), "state": dict(stored["state"])}
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{path} cannot be gone on with ({error}): --restart throws it away"
+        ) from None
 
 
 def _digest(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> str:
