@@ -15,6 +15,7 @@ STEPS = ("gradient", "proximal")
 CPU_PIECE = 2**16  # elements for a thread: what is made of them stays in its cache until it is used
 DEVICE_PIECE = 2**24
 SMALLEST, LARGEST = 1e-37, 1e38  # within float32
+TINY = torch.finfo(torch.float32).tiny
 
 
 class _Term(NamedTuple):
@@ -398,7 +399,8 @@ def _pull_back(
     """Take a piece's proximal step: the part w = Λ / (Λ + 1/(s λ)) of the way to μ."""
     weight = fisher + pull.floor
     if square is not None:
-        weight.add_(square.to(weight).sqrt(), alpha=pull.inverse)
+        # Roots of 0, which rows have that no example touched, take 20 times as long on a CPU.
+        weight.add_(square.to(weight).clamp(min=TINY).sqrt_(), alpha=pull.inverse)
     torch.div(fisher, weight, out=weight)
     if theta.dtype == weight.dtype:
         theta.lerp_(anchor, weight)
