@@ -58,18 +58,26 @@ def with_base(source: Checkpoint, base_model: str | Path | None) -> Checkpoint:
             raise UsageError(f"{source.path} is no adapter, so it has no --base-model")
         return source
     check_plain(source.adapter, source.path)
-    if base_model is None:
+    if base_model is None and (base_model := named_base(source)) is None:
         named = source.adapter.get("base_model_name_or_path")
-        if not isinstance(named, str) or not named or not Path(named).exists():
-            raise InputError(
-                f"{source.path / ADAPTER_CONFIG} names {named!r} as its base model, which is no "
-                "folder here: name the base model with --base-model"
-            )
-        base_model = named
+        raise InputError(
+            f"{source.path / ADAPTER_CONFIG} names {named!r} as its base model, which is no "
+            "folder here: name the base model with --base-model"
+        )
     base = open_checkpoint(locate(base_model, without=FISHER))
     if base.adapter is not None:
         raise InputError(f"{base.path}, the base model of {source.path}, is an adapter itself")
     return replace(source, base=base, config=base.config)
+
+
+def named_base(source: Checkpoint) -> str | None:
+    """Give the base model that an adapter's config names, if that is there.
+
+    Args:
+        source: What was opened; of a whole model, nothing.
+    """
+    named = (source.adapter or {}).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named and Path(named).exists() else None
 
 
 def check_plain(config: Mapping[str, Any], path: Path) -> None:

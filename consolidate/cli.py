@@ -514,6 +514,12 @@ def report(checkpoint: str, json: bool, **options: Any) -> None:
     metavar="CHECKPOINT…",
 )
 @REVISION
+@click.option(
+    "--base-model",
+    metavar="PATH|REPO",
+    help="Of a CHECKPOINT that is an adapter of peft; the folder that it names by default, if that "
+    "is there. Of one that holds a Fisher alone: the weights it is of.",
+)
 @COMMON
 def verify(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
     """Check every digest, name, shape and value of CHECKPOINT and its Fisher.

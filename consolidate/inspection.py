@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from consolidate.accuracy_matrix import AccuracyMatrix, accuracy_matrix
-from consolidate.chain import check_kind
+from consolidate.adapters import named_base, with_base
+from consolidate.chain import check_base, check_kind
 from consolidate.hub import FISHER, commits_of, locate, remote_headers
 from consolidate.matrix_views import (
     check_view,
@@ -23,7 +24,7 @@ from consolidate.matrix_views import (
 )
 from consolidate.overlap import layer_overlaps
 from consolidate.provenance import contradictions, descent, side_by_side, side_by_side_text
-from formats.checkpoint import Checkpoint, open_checkpoint
+from formats.checkpoint import Checkpoint, is_fisher_alone, open_checkpoint
 from formats.digest import TensorRecord, differences, set_digest, tensor_record
 from formats.errors import ConsolidateError, InputError, NetworkError, NonFiniteError
 from formats.fisher_folder import (
@@ -338,7 +339,10 @@ def matrix_text(summary: Mapping[str, Any]) -> str:
 
 
 def verify(
-    checkpoint: str | Path, *later: str | Path, revision: str | None = None
+    checkpoint: str | Path,
+    *later: str | Path,
+    revision: str | None = None,
+    base_model: str | Path | None = None,
 ) -> dict[str, Any]:
     """Check every digest, name, shape and value, and that what the ledger tells fits together.
 
@@ -347,11 +351,14 @@ def verify(
         later: Checkpoints that were made from it, each from the one before, as a run leaves them;
             each is checked alike, and that it descends from the one before.
         revision: Branch, tag or commit of `checkpoint` on the Hub.
+        base_model: A folder or a repository: of adapters their base model, the one that the config
+            names unless given, if that is a folder here; of a Fisher alone the weights it is of.
 
     Returns:
         JSON-ready: of each set of tensors how many there are, their bytes and the set's digest;
-        ``other_files`` that no digest covers; and under ``later`` the same of the others, with
-        ``descends_by``: ``weights``, or ``tasks`` where the ledger has no digest of the parent.
+        ``base_model``, what was compared besides; ``other_files`` that no digest covers; and under
+        ``later`` the same of the others, with ``descends_by``: ``weights``, or ``tasks`` where the
+        ledger has no digest of the parent.
 
     Raises:
         InputError: Anything that is missing, extra, renamed, resized, of another dtype, with other
@@ -359,13 +366,13 @@ def verify(
             ledger contradicts itself, the Fisher's traces, or the checkpoint before.
         NonFiniteError: Values that are NaN or infinite, and nothing else is wrong.
     """
-    summary, ledger = _verify_one(checkpoint, revision)
+    summary, ledger = _verify_one(checkpoint, revision, base_model)
     if not later:
         return summary
     summary["later"] = []
     before = checkpoint
     for path in later:
-        found, next_ledger = _verify_one(path)
+        found, next_ledger = _verify_one(path, None, base_model)
         how, lines = descent(ledger, next_ledger)
         if lines:
             raise InputError(
@@ -378,19 +385,30 @@ def verify(
 
 
 def _verify_one(
-    checkpoint: str | Path, revision: str | None = None
+    checkpoint: str | Path, revision: str | None, base_model: str | Path | None
 ) -> tuple[dict[str, Any], Ledger]:
     folder = locate(checkpoint, revision)
-    source = open_checkpoint(folder)
+    alone = is_fisher_alone(folder)
+    if alone and base_model is None:
+        raise InputError(
+            f"{folder} holds a Fisher and no weights: name those that it is of with --base-model"
+        )
+    source = open_checkpoint(locate(str(base_model), without=FISHER) if alone else folder)
+    of_adapter = None if alone else base_model
+    if of_adapter is not None or named_base(source) is not None:
+        source = with_base(source, of_adapter)
+    other = source if alone and source.adapter is None else source.base
     weights_path = source.files[0] if len(source.files) == 1 else source.path
     stored = read_fisher(folder / "fisher")
     check_kind(stored, source)
+    check_base(stored.ledger, stored.folder, source)
     findings: list[ConsolidateError] = []
     summary: dict[str, Any] = {
         "checkpoint": str(checkpoint),
-        "commits": commits_of(folder),
+        "commits": commits_of(folder, None if other is None else other.path),
         "tasks": [task.name for task in stored.ledger.tasks],
         "base": stored.ledger.base,
+        "base_model": None if other is None else str(other.path),
         "weights": _verify_set(
             "weights", source.weights, stored.ledger.weights, findings, weights_path
         ),
@@ -412,19 +430,19 @@ def _verify_one(
             NonFiniteError if all(isinstance(f, NonFiniteError) for f in findings) else InputError
         )
         raise worst(in_one_line([str(finding) for finding in findings]))
-    summary["other_files"] = _other_files(source)
+    summary["other_files"] = _other_files(folder, source)
     return summary, stored.ledger
 
 
-def _other_files(source: Checkpoint) -> list[str]:
+def _other_files(root: Path, source: Checkpoint) -> list[str]:
     """Name the files beside weights and Fisher, links to folders not followed, hidden ones not."""
     others = []
-    for at, folders, names in os.walk(source.path):
+    for at, folders, names in os.walk(root):
         folder = Path(at)
-        top = folder == source.path
+        top = folder == root
         folders[:] = [n for n in folders if not n.startswith(".") and not (top and n == "fisher")]
         others += [
-            str((folder / name).relative_to(source.path))
+            str((folder / name).relative_to(root))
             for name in names
             if not name.startswith(".") and folder / name not in source.files
         ]

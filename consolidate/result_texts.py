@@ -163,8 +163,12 @@ def verify_text(summary: dict[str, Any]) -> str:
     if others := summary["other_files"]:
         rest = f" and {len(others) - 6} more" if len(others) > 6 else ""
         lines.append(f"no digest covers {', '.join(others[:6])}{rest}")
-    if summary["base"] is not None:
+    other = summary["base_model"]
+    if summary["base"] is not None and other is None:
         lines.append(f"it is an adapter; its base model {summary['base']} was not looked at")
+    elif other is not None:
+        what = "the weights are" if summary["base"] is None else "its base model is"
+        lines.append(f"{what} in {other}: {summary['base'] or summary['weights']['digest']}")
     lines.append(f"{summary['checkpoint']} is intact")
     told = {"weights": "the digest of its weights", "tasks": "its tasks alone"}
     for found in summary.get("later", ()):

@@ -110,6 +110,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, weights, config, kind, files, adapter)
 
 
+def is_fisher_alone(folder: Path) -> bool:
+    """Return whether a folder holds ``fisher/``, as a repository may, and no weights beside it.
+
+    Args:
+        folder: Any path.
+    """
+    if not (folder / "fisher" / "fisher.json").is_file():
+        return False
+    weights = (".safetensors", *PICKLE_SUFFIXES)
+    names = [entry.name.removesuffix(".index.json") for entry in folder.iterdir()]
+    return not any(name.endswith(weights) for name in names)
+
+
 def weight_records(weights: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
     """Digest every tensor, one at a time.
 

@@ -203,7 +203,7 @@ def test_the_fisher_of_an_adapter_is_that_of_its_parameters(gpt2: Path, tmp_path
     assert stored.ledger.base == set_digest(weight_records(open_checkpoint(gpt2).weights))
     assert "an adapter's, on the base model" in show_text(show(folder))
     assert verify(folder)["weights"]["tensors"] == len(names)
-    assert f"base model {stored.ledger.base} was not looked at" in verify_text(verify(folder))
+    assert f"its base model is in {gpt2}: {stored.ledger.base}" in verify_text(verify(folder))
     metrics = evaluate(folder, {"texts": task}, dtype=torch.float64)["texts"]
     with torch.no_grad():
         total = sum(
@@ -233,6 +233,7 @@ def test_a_fisher_where_b_is_zero_is_warned_of(
 def test_a_fisher_on_another_base_model_is_refused(gpt2: Path, tmp_path: Path, task: Path):
     folder = peft_adapter(tmp_path / "adapter", gpt2, target_modules=["c_attn"])
     fisher(folder, task, task="texts", max_examples=2)
+    base = verify(folder, base_model=gpt2)["base"]
     tensors = load_file(gpt2 / "model.safetensors")
     tensors["transformer.wpe.weight"][0, 0] += 1
     save_file(tensors, gpt2 / "model.safetensors", {"format": "pt"})
@@ -240,6 +241,10 @@ def test_a_fisher_on_another_base_model_is_refused(gpt2: Path, tmp_path: Path, t
         fisher(folder, task, task="more", add=True)
     with pytest.raises(InputError, match=r"name the right one with --base-model"):
         evaluate(folder, {"texts": task})
+    moved = gpt2.rename(tmp_path / "elsewhere")
+    assert f"base model {base} was not looked at" in verify_text(verify(folder))
+    with pytest.raises(InputError, match=r"was measured on a base model with the digest"):
+        verify(folder, base_model=moved)
     (folder / "adapter_config.json").unlink()
     (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
     with pytest.raises(InputError, match=r"is of an adapter, and .* is a whole model"):

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from consolidate.inspection import show, show_text, verify
+from consolidate.result_texts import verify_text
 from formats.digest import tensor_record
-from formats.errors import InputError, NonFiniteError
+from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import write_fisher
 from formats.ledger import Ledger, TaskRecord, ledger_bytes, read_ledger
 
@@ -53,6 +54,28 @@ FILES = {
     "fisher/anchor.safetensors": "hidden.bias",
     "fisher/heads/digits.safetensors": "output.weight",
 }
+
+
+def test_a_fisher_alone_is_compared_with_the_weights_that_are_named(
+    golden: Callable[[str], Path], tmp_path: Path
+) -> None:
+    whole = golden("anchor")
+    alone, weights = tmp_path / "alone", tmp_path / "weights"
+    shutil.copytree(whole / "fisher", alone / "fisher")
+    weights.mkdir()
+    shutil.copy(whole / "model.safetensors", weights)
+    (alone / "README.md").touch()
+    with pytest.raises(InputError, match=r"a Fisher and no weights.*with --base-model"):
+        verify(alone)
+    found = verify(alone, base_model=weights)
+    expected = verify(whole) | {"checkpoint": str(alone), "base_model": str(weights)}
+    assert found == expected | {"other_files": ["README.md"]}
+    assert f"the weights are in {weights}: {found['weights']['digest']}" in verify_text(found)
+    flip(weights / "model.safetensors", "hidden.weight")
+    with pytest.raises(InputError, match=r"weights/model\.safetensors: 'hidden\.weight'"):
+        verify(alone, base_model=weights)
+    with pytest.raises(UsageError, match="is no adapter, so it has no --base-model"):
+        verify(whole, base_model=weights)
 
 
 def test_what_is_whole_passes(golden: Callable[[str], Path]) -> None:
