@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import loopback_hub
 import pytest
@@ -14,8 +15,9 @@ import torch
 from json_schema import SCHEMA, check_json
 from safetensors.torch import load_file, save_file
 
-from consolidate import inspection
+from consolidate import finetuning, inspection, running
 from consolidate.cli import cli, main
+from formats.errors import InputError
 
 Write = Callable[..., Path]
 MODEL = ("--model", "conftest:make_network")
@@ -33,6 +35,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        torch.set_flush_denormal(False)
     out, err = capsys.readouterr()
     if "--json" in arguments and out:
         check_json(str(arguments[0]), json.loads(out))
@@ -70,6 +73,23 @@ def test_fisher_finetune_evaluate_show_verify(
     code, text, _ = run(capsys, "verify", out)
     assert code == 0
     assert "is intact" in text
+
+
+@pytest.mark.parametrize("command", ["finetune", "run"])
+def test_numbers_below_the_normal_ones_are_taken_for_0_in_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    taken = []
+
+    def train(*_: object, **__: object) -> NoReturn:
+        taken.append(float(torch.tensor(1e-39) * 1))
+        raise InputError("no more was wanted")
+
+    monkeypatch.setattr(running, "run", train)
+    monkeypatch.setattr(finetuning, "finetune", train)
+    words = {"finetune": ("model", "--data", "x", "--output-dir", "y"), "run": ("tasks.toml",)}
+    assert run(capsys, command, *words[command])[0] == InputError.exit_code
+    assert taken == [0.0]
 
 
 def test_a_dry_run_and_a_tolerance(
