@@ -6,19 +6,26 @@ process of its own, whose memory is read from /proc while it runs.
 
 import argparse
 import json
-import random
 import shlex
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import benchmarks
-from benchmarks import markdown, results_folder, write_page
+from benchmarks import (
+    EMPTY,
+    INTERVAL,
+    Peak,
+    Size,
+    make_checkpoint,
+    markdown,
+    results_folder,
+    watch,
+    write_page,
+    write_texts,
+)
 
 TEXT = """
 # Peak memory
@@ -66,32 +73,13 @@ one at a time, these come on top of a Fisher pass, in the type of the weights.""
 
 COMMANDS = list(dict.fromkeys(part.partition(":")[0] for part in THEORY))
 SEQUENCES, TOKENS, STEPS = 3, 16, 2
-INTERVAL = 0.005  # seconds
 LAST_STEP = f"step {STEPS} of {STEPS}: "
-
-
-class Size(NamedTuple):
-    """The shape of a model."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    groups: int  # of keys and values
 
 
 SIZES = {
     "60M": Size(512, 1408, 10, 8, 2),
     "1B": Size(2048, 5632, 22, 32, 4),
 }
-EMPTY = Size(8, 8, 1, 1, 1)
-
-
-class Peak(NamedTuple):
-    """The most memory that a part of a run had, in bytes."""
-
-    own: int  # anonymous and shared
-    mapped: int
 
 
 class Run(NamedTuple):
@@ -110,54 +98,6 @@ class Measured(NamedTuple):
     runs: dict[str, Run]  # by name
 
 
-def make_checkpoint(folder: Path, size: Size, seed: int, vocabulary: int = 32000) -> int:
-    """Write a checkpoint with random weights, in a process of its own; return its parameters.
-
-    Args:
-        folder: Where to.
-        size: The model's.
-        seed: Of the weights.
-        vocabulary: The tokens that it tells apart.
-    """
-    script = f"""
-import torch, transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-
-words = Tokenizer(models.WordLevel({{f"w{{i}}": i for i in range(100)}}, unk_token="w0"))
-words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1")
-config = transformers.LlamaConfig(
-    vocab_size={vocabulary},
-    hidden_size={size.hidden},
-    intermediate_size={size.intermediate},
-    num_hidden_layers={size.layers},
-    num_attention_heads={size.heads},
-    num_key_value_heads={size.groups},
-    max_position_embeddings=2048,
-    tie_word_embeddings=False,
-)
-torch.manual_seed({seed})
-torch.set_default_dtype(torch.bfloat16)
-model = transformers.LlamaForCausalLM(config)
-model.save_pretrained({str(folder)!r})
-tokenizer.save_pretrained({str(folder)!r})
-print(sum(p.numel() for p in model.parameters()))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True
-    )
-    return int(done.stdout)
-
-
-def write_data(path: Path, seed: int) -> None:
-    """Write texts of TOKENS random tokens each, the end of text included."""
-    draw = random.Random(seed)
-    texts = [
-        " ".join(f"w{draw.randrange(2, 100)}" for _ in range(TOKENS - 1)) for _ in range(SEQUENCES)
-    ]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
 def run(arguments: Sequence[str], parts: Sequence[str]) -> Run:
     """Run a command and watch its memory.
 
@@ -168,56 +108,10 @@ def run(arguments: Sequence[str], parts: Sequence[str]) -> Run:
     Raises:
         RuntimeError: The command fails.
     """
-    command = [sys.executable, "-m", "consolidate", *arguments, "--json"]
-    began = time.monotonic()
-    said: list[str] = []
-    written: list[str] = []
-    trained = threading.Event()
-    peaks = dict.fromkeys(parts, Peak(0, 0))
-
-    def listen(lines: IO[str]) -> None:
-        for line in lines:
-            said.append(line)
-            if line.startswith(LAST_STEP):
-                trained.set()
-
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        readers = [
-            threading.Thread(target=listen, args=[process.stderr]),
-            threading.Thread(target=lambda lines: written.extend(lines), args=[process.stdout]),
-        ]
-        for reader in readers:
-            reader.start()
-        while process.poll() is None:
-            part = parts[-1] if trained.is_set() else parts[0]
-            now = memory_of(process.pid)
-            peaks[part] = Peak(max(peaks[part].own, now.own), max(peaks[part].mapped, now.mapped))
-            time.sleep(INTERVAL)
-        for reader in readers:
-            reader.join()
-    if process.returncode:
-        raise RuntimeError(f"{shlex.join(command)} failed:\n{''.join(said)}")
-    moved = json.loads("".join(written)).get("share_moved")
-    return Run(peaks, time.monotonic() - began, moved, shlex.join(["consolidate", *arguments]))
-
-
-def memory_of(process: int) -> Peak:
-    """Return what a process has in memory now; nothing once it has ended."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return Peak(0, 0)
-    sizes = {
-        key: 1024 * int(value.split()[0])
-        for key, _, value in (line.partition(":") for line in lines)
-        if key.startswith("Rss")
-    }
-    if not sizes:
-        return Peak(0, 0)
-    return Peak(sizes["RssAnon"] + sizes["RssShmem"], sizes["RssFile"])
+    done = watch([sys.executable, "-m", "consolidate", *arguments, "--json"], parts, LAST_STEP)
+    peaks = {part: of[0] for part, of in done.peaks.items()}
+    moved = done.result.get("share_moved")
+    return Run(peaks, done.seconds, moved, shlex.join(["consolidate", *arguments]))
 
 
 def measure(name: str, folder: Path, chosen: Sequence[str]) -> Iterator[Measured]:
@@ -231,7 +125,7 @@ def measure(name: str, folder: Path, chosen: Sequence[str]) -> Iterator[Measured
     vocabulary = 32000 if name in SIZES else 100
     parameters = make_checkpoint(folder / "old", SIZES.get(name, EMPTY), 0, vocabulary)
     for seed, data in enumerate(("old", "new")):
-        write_data(folder / f"{data}.jsonl", seed)
+        write_texts(folder / f"{data}.jsonl", seed, SEQUENCES, TOKENS)
     old, new = str(folder / "old"), str(folder / "new")
     old_data, new_data = str(folder / "old.jsonl"), str(folder / "new.jsonl")
     measuring = ["fisher", old, "--data", old_data, "--task", "old", "--overwrite"]

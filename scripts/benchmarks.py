@@ -1,4 +1,4 @@
-"""What the benchmarks share: workloads, the slow reference, clocks, conditions, pages.
+"""What the benchmarks share: workloads, the slow reference, clocks, memory, conditions, pages.
 
 Every figure can be had again by one command, which stands on its page. Full runs write into
 docs/results/, quick ones into experiments-output/.
@@ -6,16 +6,20 @@ docs/results/, quick ones into experiments-output/.
 
 import argparse
 import copy
+import json
 import os
 import platform
+import random
 import shlex
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -264,6 +268,166 @@ def plot_powers(picture: Path, panels: Sequence[Panel]) -> list[dict[str, float]
     figure.savefig(picture, dpi=130, metadata={"Software": None})
     pyplot.close(figure)
     return exponents
+
+
+class Size(NamedTuple):
+    """The shape of a model like Llama."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    groups: int  # of keys and values
+
+
+EMPTY = Size(8, 8, 1, 1, 1)
+INTERVAL = 0.005  # seconds between two looks at a process
+
+
+class Peak(NamedTuple):
+    """The most memory that a part of a run had, in bytes."""
+
+    own: int  # anonymous and shared
+    mapped: int
+
+
+class Watched(NamedTuple):
+    """What was seen of a command."""
+
+    peaks: dict[str, dict[int, Peak]]  # by part, and by the process's number
+    seconds: float
+    result: Any  # what it wrote as JSON
+
+
+def make_checkpoint(folder: Path, size: Size, seed: int, vocabulary: int = 32000) -> int:
+    """Write a checkpoint with random weights, in a process of its own; return its parameters.
+
+    Args:
+        folder: Where to.
+        size: The model's.
+        seed: Of the weights.
+        vocabulary: The tokens that it tells apart.
+    """
+    script = f"""
+import torch, transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+words = Tokenizer(models.WordLevel({{f"w{{i}}": i for i in range(100)}}, unk_token="w0"))
+words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1")
+config = transformers.LlamaConfig(
+    vocab_size={vocabulary},
+    hidden_size={size.hidden},
+    intermediate_size={size.intermediate},
+    num_hidden_layers={size.layers},
+    num_attention_heads={size.heads},
+    num_key_value_heads={size.groups},
+    max_position_embeddings=2048,
+    tie_word_embeddings=False,
+)
+torch.manual_seed({seed})
+torch.set_default_dtype(torch.bfloat16)
+model = transformers.LlamaForCausalLM(config)
+model.save_pretrained({str(folder)!r})
+tokenizer.save_pretrained({str(folder)!r})
+print(sum(p.numel() for p in model.parameters()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    return int(done.stdout)
+
+
+def write_texts(path: Path, seed: int, sequences: int, tokens: int) -> None:
+    """Write texts of so many random tokens each, the end of text included."""
+    draw = random.Random(seed)
+    texts = [
+        " ".join(f"w{draw.randrange(2, 100)}" for _ in range(tokens - 1)) for _ in range(sequences)
+    ]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def watch(
+    command: Sequence[str], parts: Sequence[str], turn: str = "", processes: int = 1
+) -> Watched:
+    """Run a command that writes JSON, and watch its memory.
+
+    Args:
+        command: The program and its arguments.
+        parts: What the run is called; if two, the second begins after the line that says `turn`.
+        turn: The beginning of a line on stderr.
+        processes: Where there are several, the command is a launcher, whose children know their
+            numbers by the variable RANK.
+
+    Raises:
+        RuntimeError: The command fails.
+    """
+    began = time.monotonic()
+    said: list[str] = []
+    written: list[str] = []
+    turned = threading.Event()
+    peaks: dict[str, dict[int, Peak]] = {part: {} for part in parts}
+
+    def listen(lines: IO[str]) -> None:
+        for line in lines:
+            said.append(line)
+            if turn and line.startswith(turn):
+                turned.set()
+
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        readers = [
+            threading.Thread(target=listen, args=[process.stderr]),
+            threading.Thread(target=lambda lines: written.extend(lines), args=[process.stdout]),
+        ]
+        for reader in readers:
+            reader.start()
+        numbers = {0: process.pid} if processes == 1 else {}
+        while process.poll() is None:
+            if len(numbers) < processes:
+                numbers |= children_of(process.pid)
+            seen = peaks[parts[-1] if turned.is_set() else parts[0]]
+            for number, worker in numbers.items():
+                now, most = memory_of(worker), seen.get(number, Peak(0, 0))
+                seen[number] = Peak(max(most.own, now.own), max(most.mapped, now.mapped))
+            time.sleep(INTERVAL)
+        for reader in readers:
+            reader.join()
+    if process.returncode:
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{''.join(said)}")
+    return Watched(peaks, time.monotonic() - began, json.loads("".join(written)))
+
+
+def children_of(launcher: int) -> dict[int, int]:
+    """Return the processes that a launcher has started, by their RANK."""
+    found: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            variables = (folder / "environ").read_bytes().split(b"\0") if parent == launcher else []
+        except OSError:  # which has ended, or is not ours
+            continue
+        ranks = [value.partition(b"=")[2] for value in variables if value.startswith(b"RANK=")]
+        found |= {int(rank): int(folder.name) for rank in ranks}
+    return found
+
+
+def memory_of(process: int) -> Peak:
+    """Return what a process has in memory now; nothing once it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return Peak(0, 0)
+    sizes = {
+        key: 1024 * int(value.split()[0])
+        for key, _, value in (line.partition(":") for line in lines)
+        if key.startswith("Rss")
+    }
+    if not sizes:
+        return Peak(0, 0)
+    return Peak(sizes["RssAnon"] + sizes["RssShmem"], sizes["RssFile"])
 
 
 class Logits(nn.Module):
