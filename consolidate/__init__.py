@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from consolidate.chain import load_penalty as load_penalty
     from consolidate.chain import store_fisher as store_fisher
-    from consolidate.commands import evaluate as evaluate
     from consolidate.commands import fisher as fisher
     from consolidate.estimators import FisherDiagonal as FisherDiagonal
     from consolidate.estimators import fisher_diagonal as fisher_diagonal
+    from consolidate.evaluating import evaluate as evaluate
     from consolidate.examples import Columns as Columns
     from consolidate.finetuning import finetune as finetune
     from consolidate.inspection import show as show
-    from consolidate.inspection import verify as verify
     from consolidate.merging import ModelTensor as ModelTensor
     from consolidate.merging import merge_models as merge_models
     from consolidate.merging import merge_online as merge_online
@@ -28,13 +27,14 @@ if TYPE_CHECKING:
     from consolidate.reporting import report as report
     from consolidate.running import run as run
     from consolidate.trainer import penalty_callback as penalty_callback
+    from consolidate.verification import verify as verify
     from formats.fisher_folder import read_fisher as read_fisher
 
 _HOMES = {
     "Columns": "consolidate.examples",
     "FisherDiagonal": "consolidate.estimators",
     "Penalty": "consolidate.penalty",
-    "evaluate": "consolidate.commands",
+    "evaluate": "consolidate.evaluating",
     "finetune": "consolidate.finetuning",
     "fisher": "consolidate.commands",
     "fisher_diagonal": "consolidate.estimators",
@@ -52,7 +52,7 @@ _HOMES = {
     "run": "consolidate.running",
     "show": "consolidate.inspection",
     "store_fisher": "consolidate.chain",
-    "verify": "consolidate.inspection",
+    "verify": "consolidate.verification",
 }
 __all__ = sorted(_HOMES)
 

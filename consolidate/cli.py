@@ -367,11 +367,11 @@ def evaluate(
 
     Example: consolidate evaluate my-model-2 --data old=old-test.jsonl --data new=new-test.jsonl
     """
-    from consolidate import commands, metrics_file
+    from consolidate import evaluating, metrics_file
 
     named = _named_data(data, "--data")
     with _tracked(mlflow) as tracker:
-        result = commands.evaluate(checkpoint, named, **_with_objects(options))
+        result = evaluating.evaluate(checkpoint, named, **_with_objects(options))
         _report(result, metrics_file.evaluate_metrics, metrics, tracker)
     _write(result, json, result_texts.metrics_text)
 
@@ -528,9 +528,9 @@ def verify(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
     Also that the ledger fits together: its tasks, and the Fisher's traces with theirs. Of several
     checkpoints, as a run leaves them, each has to descend from the one before.
     """
-    from consolidate import inspection
+    from consolidate import verification
 
-    _write(inspection.verify(*checkpoints, **options), json, result_texts.verify_text)
+    _write(verification.verify(*checkpoints, **options), json, result_texts.verify_text)
 
 
 @cli.command()

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate import stopping
-from consolidate.commands import evaluate_all
 from consolidate.distributed import from_first, is_first, place_in, shares
+from consolidate.evaluating import evaluate_all
 from consolidate.examples import subset
 from consolidate.kept_work import KeptTraining, KeptWork
 from consolidate.likelihood import get_likelihood

@@ -28,7 +28,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 
 from consolidate.card import Subject, model_card
 from consolidate.hub import FISHER, commits_of, locate
-from consolidate.inspection import verify
+from consolidate.verification import verify
 from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.digest import set_digest
 from formats.errors import ConsolidateError, InputError, NetworkError, UsageError

@@ -17,7 +17,7 @@ from consolidate.descent import Recipe, check_options
 from consolidate.factories import fresh_weights
 from consolidate.finetuning import finetune
 from consolidate.hub import locate
-from consolidate.inspection import ledger_matrix, verify
+from consolidate.inspection import ledger_matrix
 from consolidate.made_from import (
     checkpoint_content,
     data_content,
@@ -36,6 +36,7 @@ from consolidate.task_options import (
     read_options,
     without_penalty,
 )
+from consolidate.verification import verify
 from formats.atomic import has_content, replace_folder, write_file
 from formats.checkpoint import open_checkpoint, weight_records
 from formats.errors import ConsolidateError, ForgettingError, InputError, UsageError

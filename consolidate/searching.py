@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from consolidate.commands import evaluate_all
 from consolidate.distributed import dealt
+from consolidate.evaluating import evaluate_all
 from consolidate.evaluation import divergence
 from consolidate.examples import Examples, hold_out
 from consolidate.forgetting import beyond, forgetting

@@ -36,10 +36,11 @@ from torch import nn
 
 from consolidate.card import Subject, model_card
 from consolidate.examples import encode
-from consolidate.inspection import show, show_text, verify
+from consolidate.inspection import show, show_text
 from consolidate.models import Model, load_model
 from consolidate.reporting import report
 from consolidate.task_options import OPTION_NAMES, read_options
+from consolidate.verification import verify
 from formats.checkpoint import check_finite, open_checkpoint, weight_records
 from formats.data import open_data
 from formats.digest import TensorRecord, set_digest

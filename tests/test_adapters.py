@@ -15,16 +15,18 @@ from tiny_models import bert_config, byte_tokenizer, gpt2_config, save, word_tok
 
 from consolidate.adapters import load, with_base
 from consolidate.chain import load_penalty
-from consolidate.commands import evaluate, fisher
+from consolidate.commands import fisher
+from consolidate.evaluating import evaluate
 from consolidate.examples import Columns, encode
 from consolidate.finetuning import finetune
-from consolidate.inspection import show, show_text, verify
+from consolidate.inspection import show, show_text
 from consolidate.likelihood import get_likelihood
 from consolidate.lora import add_lora, low_rank_layers, merge_lora
 from consolidate.merged_penalty import MergedPenalty
 from consolidate.model_merging import merge
 from consolidate.models import file_weights
 from consolidate.result_texts import verify_text
+from consolidate.verification import verify
 from formats.checkpoint import open_checkpoint, weight_records
 from formats.digest import set_digest
 from formats.errors import InputError, UsageError

@@ -565,13 +565,13 @@ def test_what_cannot_be_printed_is_said(network_checkpoint: Path, write_task: Wr
 def test_a_signal_is_not_lost_in_a_finalizer(network_checkpoint: Path) -> None:
     script = (
         "import os, signal, time\n"
-        "from consolidate import cli, inspection\n"
+        "from consolidate import cli, verification\n"
         "class Bar:\n"
         "    def __del__(self): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.01)\n"
         "def verify(checkpoint, revision, base_model):\n"
         "    Bar()\n"
         "    time.sleep(20)\n"
-        "inspection.verify = verify\n"
+        "verification.verify = verify\n"
         f"cli.main(['verify', {str(network_checkpoint)!r}])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

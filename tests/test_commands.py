@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import consolidate
 import formats.checkpoint
-from consolidate import commands, finetuning
+from consolidate import commands, evaluating, finetuning
 from consolidate.estimators import FisherDiagonal
 from formats.atomic import claimed
 from formats.data import open_data
@@ -316,7 +316,7 @@ def test_options_that_do_nothing_with_the_estimator(
 
 
 def test_one_data_set_needs_no_name(network_checkpoint: Path, write_task: Write) -> None:
-    assert set(commands.evaluate(network_checkpoint, write_task("new"), **NETWORK)) == {"new"}
+    assert set(evaluating.evaluate(network_checkpoint, write_task("new"), **NETWORK)) == {"new"}
 
 
 def test_every_batch_can_be_checked(

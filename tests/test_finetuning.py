@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_commands import FAST, NETWORK, Write, contents, fisher_of, measured_by_hand
 
 import consolidate
-from consolidate import commands, finetuning
+from consolidate import commands, evaluating, finetuning
 from formats.checkpoint import open_checkpoint, weight_records
 from formats.digest import set_digest
 from formats.errors import InputError, NonFiniteError, UsageError
@@ -35,7 +35,7 @@ def test_finetune_keeps_the_old_task_and_can_go_on(
     assert before > 0.9
     assert held["metrics"]["after"]["a"]["accuracy"] > free["metrics"]["after"]["a"]["accuracy"]
     assert held["metrics"]["after"]["b"]["accuracy"] > held["metrics"]["before"]["b"]["accuracy"]
-    assert held["metrics"]["after"] == commands.evaluate(tmp_path / "held", evaluate, **NETWORK)
+    assert held["metrics"]["after"] == evaluating.evaluate(tmp_path / "held", evaluate, **NETWORK)
     assert held["penalty_value"] > 0
     assert free["penalty_value"] == 0
     assert 0.9 < held["share_moved"] <= 1
@@ -383,7 +383,7 @@ def test_a_bare_encoder_learns_a_first_task(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "out" / "model.safetensors")
     named = dict(model.state_dict())
     assert torch.equal(stored["classifier.weight"], named["classifier.weight"])
-    metrics = commands.evaluate(tmp_path / "out", {"animals": data})
+    metrics = evaluating.evaluate(tmp_path / "out", {"animals": data})
     assert metrics["animals"]["accuracy"] in (0.0, 0.5, 1.0)
     with pytest.raises(InputError, match="first task with --penalty none"):
         finetuning.finetune(

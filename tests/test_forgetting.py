@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from test_cli import run
 
-from consolidate import finetuning, inspection
+from consolidate import finetuning, verification
 from consolidate.forgetting import beyond, failed_folder, forgetting
 from formats.errors import ForgettingError, InputError, UsageError
 
@@ -58,7 +58,7 @@ def test_what_forgot_too_much_is_kept_aside(
         finetuning.finetune(learned, b, output_dir=out, max_forgetting=0.03, **common)
     assert str(failed) in str(caught.value)
     assert not out.exists()
-    assert inspection.verify(failed)["tasks"] == ["a", "b"]
+    assert verification.verify(failed)["tasks"] == ["a", "b"]
     result = caught.value.result
     assert result["status"] == "forgot too much"
     assert result["checkpoint"] == str(failed)
@@ -75,7 +75,7 @@ def test_what_forgot_too_much_is_kept_aside(
         finetuning.finetune(
             learned, b, output_dir=out, max_forgetting=0.03, overwrite=True, **common
         )
-    assert inspection.verify(out)["tasks"] == ["a", "b"]  # the good one was not replaced
+    assert verification.verify(out)["tasks"] == ["a", "b"]  # the good one was not replaced
 
 
 def test_a_gate_needs_an_old_task_to_measure(

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from consolidate.inspection import show, show_text, verify
+from consolidate.inspection import show, show_text
+from consolidate.verification import verify
 from formats.checkpoint import open_checkpoint
 from formats.fisher_folder import check_belongs, read_fisher
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from consolidate import commands, finetuning, inspection, model_merging
+from consolidate import commands, evaluating, finetuning, inspection, model_merging, verification
 from formats.checkpoint import open_checkpoint
 from formats.data import open_data
 from formats.errors import InputError, UsageError
@@ -109,7 +109,7 @@ def test_a_chain_with_a_head_per_task(
             before, data[task], task=task, output_dir=out, ewc_lambda=10.0, head="new",
             evaluate=data if task == "c" else {"a": data["a"]}, **FAST,
         )  # fmt: skip
-        inspection.verify(out)
+        verification.verify(out)
         before = out
         folders.append(out)
     for task, folder, later in zip("ab", folders, folders[1:], strict=False):
@@ -124,14 +124,14 @@ def test_a_chain_with_a_head_per_task(
         "label2id": {"4": 0, "5": 1, "6": 2},
     }
     # Every task with its own head on the trunk as it is now.
-    metrics = commands.evaluate(last, data, **MODEL)
+    metrics = evaluating.evaluate(last, data, **MODEL)
     for task in "abc":
         own = weights_of(last) | (head_of(last, task) if task != "c" else {})
         assert metrics[task]["loss"] == pytest.approx(loss_of(own, data[task], labels[task]))
         assert results["c"]["metrics"]["after"][task] == pytest.approx(metrics[task])
     with pytest.raises(InputError, match="none of the model's 3 labels, which are 4, 5, 6"):
-        commands.evaluate(last, {"other": data["a"]}, **MODEL)
-    forced = commands.evaluate(last, {"other": data["a"]}, task="a", **MODEL)
+        evaluating.evaluate(last, {"other": data["a"]}, **MODEL)
+    forced = evaluating.evaluate(last, {"other": data["a"]}, task="a", **MODEL)
     assert forced["other"] == metrics["a"]
     start_of_b = loss_of(weights_of(folders[1]) | head_of(folders[1], "a"), data["a"], [0, 1])
     assert results["c"]["metrics"]["before"]["a"]["loss"] == pytest.approx(start_of_b)
@@ -259,7 +259,7 @@ def test_extending_holds_old_rows_and_frees_new_ones(
         grown[:2] -= first[name]
         assert grown.sum().item() == pytest.approx(trace, rel=1e-3)
     assert not (tmp_path / "b" / "fisher" / "heads").exists()
-    metrics = commands.evaluate(tmp_path / "b", {"a": old_data}, **MODEL)
+    metrics = evaluating.evaluate(tmp_path / "b", {"a": old_data}, **MODEL)
     assert metrics["a"]["loss"] == pytest.approx(loss_of(new, old_data, [0, 1, 2]))
 
 
@@ -276,7 +276,7 @@ def test_an_extended_head_that_is_put_aside_knows_all_its_labels(
         )  # fmt: skip
         before = tmp_path / task
     own = weights_of(before) | head_of(before, "a")
-    metrics = commands.evaluate(before, {"a": old_data}, **MODEL)
+    metrics = evaluating.evaluate(before, {"a": old_data}, **MODEL)
     assert metrics["a"]["loss"] == pytest.approx(loss_of(own, old_data, [0, 1, 2]))
 
 
@@ -336,10 +336,10 @@ def test_an_evaluation_of_an_unknown_task_is_refused(
 ) -> None:
     data = pairs(0, 1)
     with pytest.raises(InputError, match="nothing is known of the task 'a'"):
-        commands.evaluate(start, data, task="a", **MODEL)
+        evaluating.evaluate(start, data, task="a", **MODEL)
     commands.fisher(start, data, task="a", **MODEL)
     with pytest.raises(InputError, match="no task 'b'; its tasks are a"):
-        commands.evaluate(start, data, task="b", **MODEL)
+        evaluating.evaluate(start, data, task="b", **MODEL)
 
 
 def test_a_damaged_head_is_refused(start: Path, pairs: Callable[..., Path], tmp_path: Path) -> None:
@@ -349,8 +349,8 @@ def test_a_damaged_head_is_refused(start: Path, pairs: Callable[..., Path], tmp_
     file = out / "fisher" / "heads" / "a.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     for command in (
-        lambda: commands.evaluate(out, {"a": pairs(0, 1)}, **MODEL),
-        lambda: inspection.verify(out),
+        lambda: evaluating.evaluate(out, {"a": pairs(0, 1)}, **MODEL),
+        lambda: verification.verify(out),
         lambda: finetuning.finetune(
             out, pairs(4, 5), output_dir=tmp_path / "c", head="new", ewc_lambda=1.0, **FAST
         ),
@@ -404,7 +404,7 @@ def test_a_classifier_of_transformers_gets_new_and_wider_heads(
     topics = texts(tmp_path / "topics.jsonl", "sport", "news", "art")
     more = texts(tmp_path / "more.jsonl", "art", "travel")
     commands.fisher(classifier, old, task="old")
-    first = commands.evaluate(classifier, {"old": old})["old"]
+    first = evaluating.evaluate(classifier, {"old": old})["old"]
     with pytest.raises(
         InputError, match=r"art, news, sport\). Labels of the data: art, news, sport; of the model:"
     ):
@@ -419,7 +419,7 @@ def test_a_classifier_of_transformers_gets_new_and_wider_heads(
     assert set(kept) == {"classifier.weight", "classifier.bias"}
     assert all(torch.equal(kept[name], weights_of(classifier)[name]) for name in kept)
     assert list(weights_of(tmp_path / "b")) == list(weights_of(classifier))
-    again = commands.evaluate(tmp_path / "b", {"old": old})["old"]
+    again = evaluating.evaluate(tmp_path / "b", {"old": old})["old"]
     assert again["loss"] == pytest.approx(first["loss"], abs=0.05)
     finetuning.finetune(
         tmp_path / "b", more, task="more", output_dir=tmp_path / "c", head="extend",
@@ -428,7 +428,7 @@ def test_a_classifier_of_transformers_gets_new_and_wider_heads(
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     assert config["id2label"] == {"0": "art", "1": "news", "2": "sport", "3": "travel"}
     assert weights_of(tmp_path / "c")["classifier.weight"].shape == (4, 16)
-    inspection.verify(tmp_path / "c")
+    verification.verify(tmp_path / "c")
 
 
 @pytest.mark.parametrize("objective", ["multi-label", "regression", "token-classification"])
@@ -466,7 +466,7 @@ def test_other_objectives_get_heads(tmp_path: Path, objective: str) -> None:
     assert all(torch.equal(kept[name], weights_of(folder)[name]) for name in kept)
     width = {"multi-label": 3, "regression": 1, "token-classification": 2}[objective]
     assert weights_of(out)["classifier.weight"].shape == (width, 16)
-    found = commands.evaluate(out, files, objective=objective)
+    found = evaluating.evaluate(out, files, objective=objective)
     for name in files:
         assert found[name] == pytest.approx(result["metrics"]["after"][name])
 
@@ -514,7 +514,7 @@ def test_new_tokens_widen_the_vocabulary(tmp_path: Path, caplog: pytest.LogCaptu
     new = tmp_path / "new.jsonl"
     new.write_text(json.dumps({"text": "<new> cat <more>"}) + "\n")
     with pytest.raises(InputError, match=f"the token {rows + 1}, .* only {rows} rows"):
-        commands.evaluate(folder, {"new": new})
+        evaluating.evaluate(folder, {"new": new})
     out = tmp_path / "out"
     with caplog.at_level("INFO", logger="consolidate"):
         finetuning.finetune(folder, new, output_dir=out, ewc_lambda=1.0, learning_rate=1e-3)
@@ -527,8 +527,8 @@ def test_new_tokens_widen_the_vocabulary(tmp_path: Path, caplog: pytest.LogCaptu
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert loaded.config.vocab_size == rows + 2
     assert torch.equal(loaded.lm_head.weight, embedding)
-    inspection.verify(out)
-    assert "loss" in commands.evaluate(out, {"new": new})["new"]
+    verification.verify(out)
+    assert "loss" in evaluating.evaluate(out, {"new": new})["new"]
 
 
 def test_models_with_heads_are_joined_or_refused(
@@ -564,10 +564,10 @@ def test_numbers_are_names_where_the_labels_are_numbers(
         json.dumps({"num_labels": 2, "id2label": {"0": "7", "1": "3"}})
     )
     data = pairs(3, 7)
-    found = commands.evaluate(start, {"x": data}, **MODEL)["x"]["loss"]
+    found = evaluating.evaluate(start, {"x": data}, **MODEL)["x"]["loss"]
     assert found == pytest.approx(loss_of(weights_of(start), data, [7, 3]))
     with pytest.raises(InputError, match=r"0 is none of the model's 2 labels, which are 7, 3$"):
-        commands.evaluate(start, {"x": pairs(0, 3)}, **MODEL)
+        evaluating.evaluate(start, {"x": pairs(0, 3)}, **MODEL)
     assert open_checkpoint(start).config["num_labels"] == 2
 
 
@@ -585,4 +585,4 @@ def test_a_search_measures_old_tasks_with_their_own_heads(
         validation={"a": held, "b": new}, **FAST,
     )  # fmt: skip
     trial = next(t for t in found["lambda_search"]["trials"] if t["chosen"])
-    assert trial["metrics"] == commands.evaluate(tmp_path / "b", {"a": a, "b": b}, **MODEL)
+    assert trial["metrics"] == evaluating.evaluate(tmp_path / "b", {"a": a, "b": b}, **MODEL)

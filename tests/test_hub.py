@@ -10,7 +10,8 @@ from conftest import make_network
 from loopback_hub import Hub, run
 from safetensors.torch import load_file, save_file
 
-from consolidate.commands import evaluate, fisher
+from consolidate.commands import fisher
+from consolidate.evaluating import evaluate
 from consolidate.finetuning import finetune
 from consolidate.hub import commits_of, locate
 from consolidate.inspection import show

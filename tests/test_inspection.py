@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from consolidate.inspection import show, show_text, verify
+from consolidate.inspection import show, show_text
 from consolidate.result_texts import verify_text
+from consolidate.verification import verify
 from formats.digest import tensor_record
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import write_fisher

@@ -18,8 +18,8 @@ from loopback_hub import TOKEN, Hub, environment, run, run_python
 from safetensors.torch import load_file, save_file
 
 from consolidate.commands import fisher
-from consolidate.inspection import verify
 from consolidate.publishing import push, push_text
+from consolidate.verification import verify
 from formats.errors import UsageError
 
 Write = Callable[..., Path]

@@ -19,7 +19,7 @@ from test_commands import Killed
 from test_kept_work import break_off
 
 import consolidate
-from consolidate.inspection import verify
+from consolidate.verification import verify
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_cli import run
 from torch import nn
 
-from consolidate import commands, finetuning
+from consolidate import evaluating, finetuning
 from formats.errors import ForgettingError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
 
@@ -118,7 +118,7 @@ def test_every_candidate_starts_from_the_same_state(
     assert weights(tmp_path / "3") == weights(tmp_path / "outright")
     assert outright["history"] == together["history"]
     # With held-out data of the new task nothing is split off: its trial is the run itself.
-    last = commands.evaluate(tmp_path / "outright", {"b": held}, model=factory["model"])
+    last = evaluating.evaluate(tmp_path / "outright", {"b": held}, model=factory["model"])
     assert trials[together["ewc_lambda"]]["metrics"] == last
 
 
@@ -286,6 +286,6 @@ def test_held_out_examples_are_not_trained_on(
         learned, path, output_dir=tmp_path / "out", ewc_lambda=[0.0], **FAST | {"epochs": 200}
     )
     (trial,) = found["lambda_search"]["trials"]
-    trained = commands.evaluate(tmp_path / "out", {"b": path}, **NETWORK)["b"]["accuracy"]
+    trained = evaluating.evaluate(tmp_path / "out", {"b": path}, **NETWORK)["b"]["accuracy"]
     assert trained > 0.6
     assert trial["metrics"]["b"]["accuracy"] < 0.5
