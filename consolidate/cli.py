@@ -41,7 +41,7 @@ from consolidate.options import (
 )
 from consolidate.result_texts import json_text, plain
 from consolidate.stopping import Terminated, ask
-from consolidate.torchrun import rank, world_size
+from consolidate.torchrun import rank, stop_with_torchrun, world_size
 from consolidate.training_options import ADAPTER, EVALUATION, HEAD, PENALTY, STRENGTH, TRAINING
 from formats.errors import ConsolidateError, ForgettingError, InputError, PeerError
 
@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
+    stop_with_torchrun()
     for library in ("HF_HUB", "DATASETS"):  # read when they are imported
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     if sys.stderr is None:  # it was closed before we began
