@@ -263,6 +263,7 @@ def fisher(
         )
         if cut is not None and source.adapter is not None:
             raise UsageError("--shard cuts whole models, not adapters: leave it out")
+        module = _module_digest(loaded)  # the same in shards, whose layers have other names
         if cut is not None:
             sharding.shard(loaded.module, cut, best_device(device))
         options: dict[str, Any] = {
@@ -299,7 +300,7 @@ def fisher(
                 "data": data_content()["digest"],
                 "objective": loaded.objective.name,
                 "model": model,
-                "module": _module_digest(loaded),
+                "module": module,
                 "base_model": None
                 if source.base is None
                 else set_digest(weight_records(source.base.weights)),
