@@ -101,9 +101,9 @@ def without_room() -> None:
     parts.prepare_partial = full
 
 
-def by_torchrun(line: str) -> dict[str, Any]:
-    """Run a command by torchrun, which is asked to stop."""
-    Path("stop-SIGTERM_torchrun-0-training-5").touch()
+def by_torchrun(line: str, name: str) -> dict[str, Any]:
+    """Run a command by torchrun, which is sent a signal of this name; waits for all of them."""
+    Path(f"stop-{name}_torchrun-0-training-5").touch()
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m consolidate"
     done = subprocess.run(
         [sys.executable, *torchrun.split(), *line.format(out="out", every=60).split()],
@@ -126,11 +126,15 @@ def whole_models() -> dict[str, Any]:
     found["killed measuring"] = run(FINETUNE, stop="SIGKILL-1-measuring-14")
     found["resumed"] = run(FINETUNE)
     found["same"] = same("out", "whole")
-    found["torchrun"] = by_torchrun(FINETUNE.replace("{out}", "{out}-2"))
-    found["resumed from torchrun"] = run(FINETUNE, out="out-2")
-    found["same from torchrun"] = same("out-2", "whole")
+    for name in ("SIGTERM", "SIGKILL"):
+        found[f"torchrun {name}"] = by_torchrun(FINETUNE.replace("{out}", "{out}-2"), name)
+        found[f"resumed from {name}"] = run(FINETUNE, out="out-2")
+        found[f"same from {name}"] = same("out-2", "whole")
+        Path("out-2").rename(f"out-2-{name}")
     found["alone"] = run(FINETUNE, count=1, out="out-3", stop="SIGKILL-alone-training-5")
     found["two"] = run(FINETUNE, out="out-3")
+    found["restarted"] = run(FINETUNE + " --restart", out="out-3")
+    found["same restarted"] = same("out-3", "whole")
     return found
 
 
@@ -148,16 +152,30 @@ def shards() -> dict[str, Any]:
     found["killed measuring"] = run(line, stop="SIGKILL-1-measuring-14")
     found["resumed"] = run(line)
     found["same"] = same("out", "whole-s")
+    found["killed again"] = run(line, out="out-2", stop="SIGKILL-0-training-7")
+    found["restarted alone"] = run(FINETUNE + " --restart", count=1, out="out-2")
     return found
 
 
 def fisher() -> dict[str, Any]:
-    """Kill a measurement in shards."""
-    line = FISHER + " --shard --max-examples 41"
-    found: dict[str, Any] = {"undisturbed": run(line, out="fisher-s")}
-    found["killed"] = run(line, stop="SIGKILL-0-measuring-16")
-    found["resumed"] = run(line)
-    found["same"] = same("out", "fisher-s")
+    """Kill measurements, of shards and of whole models."""
+    found: dict[str, Any] = {}
+    for kind, line in (
+        ("shards", FISHER + " --shard --max-examples 41"),
+        ("whole models", FISHER),
+    ):
+        undisturbed, out = f"fisher-{kind[0]}", f"out-{kind[0]}"
+        killed = "SIGKILL-0-measuring-16" if kind == "shards" else "SIGKILL-1-measuring-12"
+        found[kind] = {
+            "undisturbed": run(line, out=undisturbed),
+            "killed": run(line, out=out, stop=killed),
+            "three": run(line, count=3, out=out),
+            "other": run(
+                line.replace(" --shard", "") if "--shard" in line else f"{line} --shard", out=out
+            ),
+            "resumed": run(line, out=out),
+            "same": same(out, undisturbed),
+        }
     return found
 
 

@@ -254,9 +254,11 @@ def test_an_option_that_is_refused_is_told_once(
         assert codes == [2, 2], errors
         assert errors.count("error:") == 1
         assert message in errors
-    codes, _, errors = ended(started(2, "-m", "consolidate", "show", "start", cwd=tmp_path))
-    assert codes == [2, 2]
-    assert errors.count("without torchrun") == 1
+    for command in (("show", "start"), ("run", "chain.toml")):
+        codes, _, errors = ended(started(2, "-m", "consolidate", *command, cwd=tmp_path))
+        assert codes == [2, 2]
+        message = f"{command[0]} runs in one process: start it without torchrun"
+        assert errors.count(message) == 1
 
 
 def test_a_process_that_is_killed_ends_the_others(

@@ -70,17 +70,35 @@ def test_other_processes_are_refused(found: Found) -> None:
     assert whole["alone"]["codes"] == [-signal.SIGKILL]
     assert refused(whole["two"], "(processes: 1 then, 2 now)")
     assert refused(found["shards"]["whole models"], "(shard: True then, False now")
+    for kind, then in (("shards", True), ("whole models", False)):
+        measured = found["fisher"][kind]
+        assert refused(measured["three"], "(processes: 2 then, 3 now): start that command again")
+        assert refused(measured["other"], f"(shard: {then} then, {not then} now)")
+
+
+def test_a_restart_throws_away_what_others_have_kept(found: Found) -> None:
+    whole, shards = found["whole_models"], found["shards"]
+    assert whole["two"]["left"] == [".out-3.consolidate-partial"]
+    assert whole["restarted"]["codes"] == [0, 0]
+    assert "going on" not in whole["restarted"]["said"]
+    assert whole["same restarted"]
+    assert ".out-2.consolidate-partial-1" in shards["killed again"]["left"]
+    alone = shards["restarted alone"]
+    assert alone["codes"] == [0]
+    assert alone["left"] == []
+    assert "going on" not in alone["said"]
 
 
 def test_torchrun_is_stopped_and_goes_on(found: Found) -> None:
-    stopped = found["whole_models"]["torchrun"]
-    assert stopped["codes"] == [1]
-    lines = stopped["said"].splitlines()
-    assert lines.count("stopped after step 3 of 6: the same command goes on from there") == 1
-    assert lines.count("stopping at the next point to go on from") == 1
-    assert lines.count("terminated") == 1
-    assert "going on from step 3 of 6" in found["whole_models"]["resumed from torchrun"]["said"]
-    assert found["whole_models"]["same from torchrun"]
+    for name, code in (("SIGTERM", 1), ("SIGKILL", -signal.SIGKILL)):
+        stopped = found["whole_models"][f"torchrun {name}"]
+        assert stopped["codes"] == [code]
+        lines = stopped["said"].splitlines()
+        assert lines.count("stopped after step 3 of 6: the same command goes on from there") == 1
+        assert lines.count("stopping at the next point to go on from") == 1
+        assert lines.count("terminated") == 1
+        assert "going on from step 3 of 6" in found["whole_models"][f"resumed from {name}"]["said"]
+        assert found["whole_models"][f"same from {name}"]
 
 
 def test_shards_go_on_to_the_same_bytes(found: Found) -> None:
@@ -108,9 +126,13 @@ def test_where_one_part_cannot_be_kept_none_is(found: Found) -> None:
     assert undisturbed["said"].count(note) == 1
 
 
-def test_a_measurement_in_shards_goes_on_to_the_same_bytes(found: Found) -> None:
-    found = found["fisher"]
-    assert found["undisturbed"]["codes"] == [0, 0]
-    assert found["killed"]["codes"] == [-signal.SIGKILL, 1]
-    assert "going on after 12 of 21 examples" in found["resumed"]["said"]
-    assert found["same"]
+def test_a_measurement_goes_on_to_the_same_bytes(found: Found) -> None:
+    for kind, codes, done in (
+        ("shards", [-signal.SIGKILL, 1], "12 of 21"),
+        ("whole models", [1, -signal.SIGKILL], "24 of 26"),
+    ):
+        measured = found["fisher"][kind]
+        assert measured["undisturbed"]["codes"] == [0, 0]
+        assert measured["killed"]["codes"] == codes
+        assert f"going on after {done} examples" in measured["resumed"]["said"]
+        assert measured["same"]
