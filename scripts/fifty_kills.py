@@ -6,6 +6,7 @@ Needs the packages of the tests (scikit-learn, transformers). Usage: see --help.
 import argparse
 import json
 import os
+import select
 import shutil
 import signal
 import sys
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -30,15 +32,17 @@ TEXT = """
 
 Each command was run once undisturbed. Then it was started again and again, each time killed at a
 random moment (SIGKILL, and SIGTERM in every fifth), and started with the same words until it was
-done. What it leaves is compared byte for byte with what the undisturbed one left: weights, Fisher,
-ledger and all other files. *Differences* counts files that differ, are missing or are left over,
-and processes that left as they should not.
+done. Of two processes that `torchrun` started SIGKILL takes both and `torchrun`, or as often one of
+the two alone; SIGTERM is sent to `torchrun`. What a command leaves is compared byte for byte with
+what the undisturbed one left: weights, Fisher, ledger and all other files. *Differences* counts
+files that differ, are missing or are left over, and processes that left as they should not.
 
 The networks are a perceptron on the handwritten digits of scikit-learn, with dropout, and a tiny
 BERT. Everything is kept as often as can be (`--save-every 0`), and the totals of a Fisher are
 folded every {folded} batches instead of 16, so that there is something to go on from in a short
 pass. The processes are forks of one that has imported torch, so that the moments fall into the
-work.
+work. `torchrun` starts its two anew, with 16 batches, and there the moments are counted from when
+the model is made.
 
 {table}
 
@@ -49,14 +53,19 @@ Where the kills fell, by what was kept on the disk:
 Seed {seed}. {done} times a command was done before its moment had come; these are not counted.
 """
 MODULE = """
+from pathlib import Path
+
 from torch import nn
 
 def perceptron(config):
+    Path("begun").touch()
     return nn.Sequential(
         nn.Linear(64, 48), nn.ReLU(), nn.Dropout(0.2), nn.Linear(48, 10)
     )
 """
 FOLDED_BATCHES = 4
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+SIGNALS = ("SIGKILL", "SIGKILL of one", "SIGTERM")
 MLP = "--model perceptron_of_digits:perceptron --device cpu --save-every 0"
 CHAIN = """
 output-dir = "{output}"
@@ -84,12 +93,14 @@ class Command:
     Attributes:
         name: What the table calls it.
         line: What is typed; OUT stands for the output folder.
-        share: Of all kills, in fiftieths.
+        share: How many kills of it, where there are as many in all as these make.
+        processes: How many `torchrun` starts; one is started without it.
     """
 
     name: str
     line: str
     share: int
+    processes: int = 1
 
     def words(self, output: str) -> list[str]:
         """Give the words with another output folder."""
@@ -100,8 +111,7 @@ class Command:
 class Log:
     """What happened to one command."""
 
-    kills: int = 0
-    terminations: int = 0
+    kills: Counter[str] = field(default_factory=Counter)
     rounds: int = 0
     early: int = 0
     differences: list[str] = field(default_factory=list)
@@ -112,36 +122,63 @@ COMMANDS = [
     Command(
         "`fisher`, perceptron",
         f"fisher learned --data b.npz {MLP} --estimator mc --batch-size 8 --output-dir OUT",
-        9,
+        8,
     ),
     Command(
         "`fisher --tolerance`, BERT",
         "fisher bert --data texts.jsonl --save-every 0 --batch-size 2 --tolerance 0.02 --check "
         "--output-dir OUT",
-        5,
+        4,
     ),
     Command(
         "`finetune`, perceptron",
         f"finetune learned --data b.npz {MLP} --ewc-lambda 30 --epochs 3 --batch-size 64 "
         "--learning-rate 3e-3 --lr-scheduler cosine --evaluate a=a.npz --evaluate-every 20 "
         "--output-dir OUT",
-        12,
+        10,
+    ),
+    Command(
+        "`finetune` with a long pass, perceptron",
+        f"finetune learned --data b.npz {MLP} --ewc-lambda 30 --max-steps 5 --batch-size 64 "
+        "--fisher-estimator mc --fisher-batch-size 2 --output-dir OUT",
+        8,
     ),
     Command(
         "`finetune --penalty-step proximal`, BERT",
         "finetune bert-learned --data more.jsonl --save-every 0 --ewc-lambda 10 --epochs 3 "
         "--batch-size 4 --gradient-accumulation-steps 2 --penalty-step proximal --optimizer sgd "
         "--momentum 0.9 --output-dir OUT",
-        6,
+        5,
     ),
     Command(
         "`finetune --ewc-lambda 1,30,1000`, perceptron",
         f"finetune learned --data b.npz {MLP} --ewc-lambda 1,30,1000 --max-steps 40 "
         "--batch-size 64 --optimizer adam --output-dir OUT",
-        6,
+        5,
     ),
-    Command("`run`, perceptron", "run chain.toml --output-dir OUT", 12),
+    Command("`run`, perceptron", "run chain.toml --output-dir OUT", 10),
+    Command(
+        "`fisher`, two processes",
+        f"fisher learned --data b.npz {MLP} --estimator mc --batch-size 2 --output-dir OUT",
+        5,
+        processes=2,
+    ),
+    Command(
+        "`finetune`, two processes",
+        f"finetune learned --data b.npz {MLP} --ewc-lambda 30 --max-steps 30 --batch-size 8 "
+        "--optimizer adam --fisher-estimator mc --fisher-batch-size 2 --output-dir OUT",
+        5,
+        processes=2,
+    ),
+    Command(
+        "`finetune --shard`, two processes",
+        f"finetune learned --data b.npz {MLP} --ewc-lambda 30 --max-steps 20 --batch-size 8 "
+        "--optimizer adam --fisher-estimator mc --fisher-max-examples 130 --shard --output-dir OUT",
+        5,
+        processes=2,
+    ),
 ]
+KILLS = sum(command.share for command in COMMANDS)
 
 
 def prepare(folder: Path) -> None:
@@ -181,27 +218,38 @@ def prepare(folder: Path) -> None:
     undisturbed(["fisher", "bert", "--data", "texts.jsonl", "--output-dir", "bert-learned"])
 
 
-def undisturbed(words: Sequence[str]) -> float:
+def undisturbed(words: Sequence[str], processes: int = 1) -> float:
     """Run a command to its end; returns the seconds that it took."""
+    child = start(words, Path("log.txt"), processes)
     began = time.monotonic()
-    if ended(start(words, Path("log.txt")), 3600):
+    if ended(child, 3600):
         raise SystemExit(f"{' '.join(words)}: {Path('log.txt').read_text()}")
     return time.monotonic() - began
 
 
-def start(words: Sequence[str], log: Path) -> int:
-    """Start a command in a fork of this process; returns its number."""
+def start(words: Sequence[str], log: Path, processes: int = 1) -> int:
+    """Start a command in a fork of this process, or under torchrun; returns its number."""
+    Path("begun").unlink(missing_ok=True)
     if (child := os.fork()) == 0:
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-            accumulators.FOLDED_BATCHES = FOLDED_BATCHES
             try:
+                if processes > 1:
+                    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+                    torchrun = [*TORCHRUN, str(processes), "-m", "consolidate", *words]
+                    os.execv(sys.executable, [sys.executable, *torchrun])
+                accumulators.FOLDED_BATCHES = FOLDED_BATCHES
                 cli.main(words)
             except SystemExit as left:
                 os._exit(int(left.code or 0))
             finally:
                 os._exit(1)
+    without_reaping = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while processes > 1 and not Path("begun").exists():
+        if os.waitid(os.P_PID, child, without_reaping):
+            break
+        time.sleep(0.002)
     return child
 
 
@@ -247,6 +295,44 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(file.relative_to(out.parent)): file.read_bytes() for file in files}
 
 
+def send(number: signal.Signals, *processes: int) -> None:
+    """Send a signal to those processes that are still there."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def strike(child: int, processes: int, random: Random) -> tuple[str, int | None, int]:
+    """Send a command a signal, and wait until all its processes have ended.
+
+    Args:
+        child: The command, or the torchrun that has started it.
+        processes: How many torchrun has started; 1 without it.
+        random: Of the signal, and of who gets it.
+
+    Returns:
+        Which of SIGNALS, how it left, and how it should.
+    """
+    workers: list[int] = []
+    if processes > 1:
+        listed = Path(f"/proc/{child}/task/{child}/children").read_text()
+        workers = [int(number) for number in listed.split()]
+    if random.random() < 0.2:
+        send(signal.SIGTERM, child)
+        name, expected = SIGNALS[2], 1 if workers else 128 + signal.SIGTERM
+    elif workers and random.random() < 0.5:
+        send(signal.SIGKILL, random.choice(workers))
+        name, expected = SIGNALS[1], 1
+    else:
+        send(signal.SIGKILL, child, *workers)
+        name, expected = SIGNALS[0], -signal.SIGKILL
+    left = ended(child, 60)
+    for worker in workers:
+        with suppress(ProcessLookupError):  # it has ended, and so it is no more
+            select.select([os.pidfd_open(worker)], [], [], 60)
+    return name, left, expected
+
+
 def kill(command: Command, kills: int, random: Random, seconds: float, expected: Path) -> Log:
     """Kill a command so many times, in rounds that each end with a comparison.
 
@@ -262,31 +348,26 @@ def kill(command: Command, kills: int, random: Random, seconds: float, expected:
     """
     log, out = Log(), Path("out")
     words = command.words("out")
-    while log.kills + log.terminations < kills:
+    while log.kills.total() < kills:
         log.rounds += 1
         code = None
         while code is None:
-            child = start(words, Path("log.txt"))
-            if log.kills + log.terminations >= kills:
+            child = start(words, Path("log.txt"), command.processes)
+            if log.kills.total() >= kills:
                 code = ended(child, 600)
                 break
             code = ended(child, random.uniform(0, 0.8) * seconds)
             if code is not None:
                 log.early += 1
-            elif random.random() < 0.2:
-                os.kill(child, signal.SIGTERM)
-                left = ended(child, 60)
-                if left == 0:  # it was done before the next point to stop at
-                    code = 0
-                elif left != 143:
-                    log.differences.append(f"left with {left} after SIGTERM")
-                log.terminations += left == 143
-                log.phases[phase(out)] += left == 143
-            else:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                log.kills += 1
-                log.phases[phase(out)] += 1
+                break
+            name, left, usual = strike(child, command.processes, random)
+            if left == 0:  # it was done before the signal had an effect
+                code = 0
+                continue
+            if left != usual:
+                log.differences.append(f"left with {left} after {name}")
+            log.kills[name] += 1
+            log.phases[phase(out)] += 1
         if code != 0:
             log.differences.append(f"left with {code}: {Path('log.txt').read_text()[-300:]}")
         found, wanted = contents(out), contents(expected)
@@ -303,7 +384,7 @@ def kill(command: Command, kills: int, random: Random, seconds: float, expected:
 def main() -> int:
     """Kill, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=KILLS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="few; writes into experiments-output/")
     options = parser.parse_args()
@@ -314,8 +395,8 @@ def main() -> int:
             prepare(Path(folder).resolve())
             logs = {}
             for number, command in enumerate(COMMANDS):
-                kills = 2 if options.quick else round(command.share * options.kills / 50)
-                seconds = undisturbed(command.words("expected"))
+                kills = 2 if options.quick else round(command.share * options.kills / KILLS)
+                seconds = undisturbed(command.words("expected"), command.processes)
                 random = Random(f"{options.seed} {number}")
                 logs[command.name] = kill(command, kills, random, seconds, Path("expected"))
                 print(
@@ -327,15 +408,20 @@ def main() -> int:
         finally:
             os.chdir(before)
     rows = [
-        [name, *map(str, (log.kills, log.terminations, log.rounds, len(log.differences)))]
+        [
+            name,
+            *(str(log.kills[one]) for one in SIGNALS),
+            str(log.rounds),
+            str(len(log.differences)),
+        ]
         for name, log in logs.items()
     ]
-    totals = [sum(int(row[i]) for row in rows) for i in range(1, 5)]
+    totals = [sum(int(row[i]) for row in rows) for i in range(1, 6)]
     rows.append(["**all**", *map(str, totals)])
     phases = sorted({name for log in logs.values() for name in log.phases})
     text = TEXT.format(
         folded=FOLDED_BATCHES,
-        table=markdown(["", "SIGKILL", "SIGTERM", "rounds", "differences"], rows),
+        table=markdown(["", *SIGNALS, "rounds", "differences"], rows),
         phases=markdown(
             ["", *phases],
             [[name, *(str(log.phases[one]) for one in phases)] for name, log in logs.items()],
@@ -347,7 +433,7 @@ def main() -> int:
     for name, log in logs.items():
         for difference in log.differences:
             print(f"{name}: {difference}", file=sys.stderr)
-    return 1 if totals[3] else 0
+    return 1 if totals[-1] else 0
 
 
 if __name__ == "__main__":
