@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from consolidate.stopping import stopped_together
 from consolidate.torchrun import local_rank, rank, world_size
 from formats.errors import PeerError, UsageError
 
@@ -59,7 +60,7 @@ def process_group() -> Iterator[dist.ProcessGroup | None]:
         try:
             failed = store.compare_set(_FAILURE, "", f"{own} {code}").decode().split()
         except RuntimeError:  # It was kept by a process that is gone.
-            failed = [str(own)]
+            failed = [str(0 if stopped_together(error) else own), str(code)]
         if int(failed[0]) != own:
             raise PeerError(int(failed[1])) from error
         if is_lost(error):

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from test_commands import contents
 from test_kept_work import Network, normed
 from together import ended, started
 
-from consolidate import accumulators, parts
+from consolidate import accumulators, parts, stopping
 from formats.errors import InputError
 
 COMMON = "--model parts_cases:network --device cpu --save-every {every} --output-dir {out}"
@@ -46,6 +47,9 @@ def network(config: dict[str, Any]) -> torch.nn.Module:
             if rank == os.environ.get("RANK", "alone") and when == [kind, str(runs.count(kind))]:
                 file.unlink()
                 os.kill(receiver, getattr(signal, name.removesuffix("_torchrun")))
+                until = time.monotonic() + 60  # torchrun takes its time to pass it on
+                while receiver != os.getpid() and not stopping.asked() and time.monotonic() < until:
+                    time.sleep(0.01)
 
     module.register_forward_pre_hook(count)
     return module
