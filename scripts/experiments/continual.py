@@ -180,6 +180,7 @@ def learn_chain(
     method: Method,
     seed: int,
     *,
+    optimizer_kept: bool = False,
     look: Callable[[Network, int, int], None] = lambda network, task, step: None,
     learned: Callable[[Network, int], None] = lambda network, task: None,
 ) -> tuple[Network, Memory]:
@@ -189,6 +190,7 @@ def learn_chain(
         tasks: In this order.
         method: How.
         seed: Of the weights, of the order of the examples and of labels that are sampled.
+        optimizer_kept: Whether its moments go from task to task, or each starts anew.
         look: Called after every `method.every` steps with the network, the task's number and the
             steps taken on it.
         learned: Called after each task with the network and the task's number.
@@ -198,6 +200,7 @@ def learn_chain(
     """
     network = new_network(method, seed)
     memory = Memory()
+    optimizer = new_optimizer(method, network)
     for number, task in enumerate(tasks):
         network.outputs = task.outputs
         penalty = None
@@ -210,6 +213,7 @@ def learn_chain(
             [task],
             method,
             seed + 1000 * number,
+            optimizer=optimizer if optimizer_kept else None,
             penalty=penalty,
             seen=tasks[: number + 1],
             look=lambda step, number=number: look(network, number, step),  # type: ignore[misc]
@@ -226,12 +230,23 @@ def new_network(method: Method, seed: int) -> Network:
         return Network(method.sizes, dropout=method.dropout)
 
 
+def new_optimizer(method: Method, network: Network) -> torch.optim.Optimizer:
+    """Make the method's optimizer of all weights."""
+    return make_optimizer(
+        method.optimizer,
+        network.parameters(),
+        learning_rate=method.learning_rate,
+        momentum=method.momentum,
+    )
+
+
 def learn(
     network: Network,
     tasks: Sequence[Task],
     method: Method,
     seed: int,
     *,
+    optimizer: torch.optim.Optimizer | None = None,
     penalty: Penalty | None = None,
     seen: Sequence[Task] = (),
     look: Callable[[int], None] = lambda step: None,
@@ -243,6 +258,7 @@ def learn(
         tasks: Of which the batches are made.
         method: How, and how long; early stopping goes back to the best weights.
         seed: Of the order of the examples, and of dropout.
+        optimizer: A new one unless given.
         penalty: What holds the tasks before.
         seen: The tasks whose mean validation error ends training early.
         look: Called after every `method.every` steps, and at the end.
@@ -250,12 +266,7 @@ def learn(
     Returns:
         The steps taken.
     """
-    optimizer = make_optimizer(
-        method.optimizer,
-        network.parameters(),
-        learning_rate=method.learning_rate,
-        momentum=method.momentum,
-    )
+    optimizer = optimizer or new_optimizer(method, network)
     scheduler = make_scheduler("constant", optimizer, warmup_steps=0, total_steps=method.steps)
     batches = _endless(tasks, method.batch_size, seed)
     step, rises, lowest, before = 0, 0, float("inf"), float("inf")
