@@ -41,8 +41,8 @@ The networks are a perceptron on the handwritten digits of scikit-learn, with dr
 BERT. Everything is kept as often as can be (`--save-every 0`), and the totals of a Fisher are
 folded every {folded} batches instead of 16, so that there is something to go on from in a short
 pass. The processes are forks of one that has imported torch, so that the moments fall into the
-work. `torchrun` starts its two anew, with 16 batches, and there the moments are counted from when
-the model is made.
+work. `torchrun` starts its two anew, with 16 batches, and there the moments are counted from the
+first forward pass.
 
 {table}
 
@@ -58,10 +58,11 @@ from pathlib import Path
 from torch import nn
 
 def perceptron(config):
-    Path("begun").touch()
-    return nn.Sequential(
+    module = nn.Sequential(
         nn.Linear(64, 48), nn.ReLU(), nn.Dropout(0.2), nn.Linear(48, 10)
     )
+    module.register_forward_pre_hook(lambda *_: Path("begun").touch())
+    return module
 """
 FOLDED_BATCHES = 4
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
