@@ -303,6 +303,12 @@ def send(number: signal.Signals, *processes: int) -> None:
             os.kill(process, number)
 
 
+def workers_of(torchrun: int) -> list[int]:
+    """List the processes that torchrun has started and that have not ended."""
+    listed = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text()
+    return [int(number) for number in listed.split()]
+
+
 def strike(child: int, processes: int, random: Random) -> tuple[str, int | None, int]:
     """Send a command a signal, and wait until all its processes have ended.
 
@@ -314,10 +320,7 @@ def strike(child: int, processes: int, random: Random) -> tuple[str, int | None,
     Returns:
         Which of SIGNALS, how it left, and how it should.
     """
-    workers: list[int] = []
-    if processes > 1:
-        listed = Path(f"/proc/{child}/task/{child}/children").read_text()
-        workers = [int(number) for number in listed.split()]
+    workers = workers_of(child) if processes > 1 else []
     if random.random() < 0.2:
         send(signal.SIGTERM, child)
         name, expected = SIGNALS[2], 1 if workers else 128 + signal.SIGTERM
@@ -358,6 +361,8 @@ def kill(command: Command, kills: int, random: Random, seconds: float, expected:
                 code = ended(child, 600)
                 break
             code = ended(child, random.uniform(0, 0.8) * seconds)
+            if code is None and command.processes > 1 and not workers_of(child):
+                code = ended(child, 60)  # torchrun alone is left, and is leaving
             if code is not None:
                 log.early += 1
                 break
