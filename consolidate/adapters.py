@@ -180,9 +180,10 @@ def without_fisher(model: Model, diagonal: Mapping[str, Tensor]) -> list[str]:
     ]
     if not lost:
         return []
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
     note = (
         f"warning: {len(lost)} of the adapter's factors have no Fisher, since what they are "
-        f"multiplied by is zero, as before any training: {', '.join(lost[:3])}. The penalty "
+        f"multiplied by is zero, as before any training: {', '.join(lost[:3])}{more}. The penalty "
         "will not hold them; train the adapter on the task first"
     )
     return [note]

@@ -117,6 +117,9 @@ def _explain(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.filename or 'output'}: no space left", InputError.exit_code
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        where = error.filename or "output"
+        return f"{where}: a file is larger than may be written (ulimit -f)", InputError.exit_code
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", InputError.exit_code
     return f"{type(error).__name__}: {error} (a fault of consolidate; --debug shows where)", 1

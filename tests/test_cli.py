@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -576,3 +577,21 @@ def test_a_signal_is_not_lost_in_a_finalizer(network_checkpoint: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (143, "terminated\n")
+
+
+def test_a_file_beyond_the_limit_of_the_system_is_told_as_a_full_disk_is(
+    network_checkpoint: Path, write_task: Write
+) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "consolidate", "fisher", str(network_checkpoint)),
+            *("--data", str(write_task("a")), *MODEL),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400)),
+    )
+    assert done.returncode == InputError.exit_code, done.stderr
+    assert "a file is larger than may be written (ulimit -f)" in done.stderr
+    assert not (network_checkpoint / "fisher").exists()
