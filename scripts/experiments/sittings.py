@@ -268,7 +268,7 @@ def write_page(experiment: Experiment, folder: Path, *, quick: bool = False) -> 
     # Records of settings that are not planned any more are kept, and left out.
     known = [record for record in records if record.unit.digest in planned]
     findings = experiment.report(known, folder)
-    if known:
+    if findings.text:  # else there are searches only, and no figures to link
         page = folder / f"{experiment.name}.md"
         page.write_text(_page(experiment, known, len(units), findings, quick), encoding="utf-8")
         print(page)
