@@ -101,6 +101,9 @@ def _verify_one(
         ),
         "heads": {},
     }
+    if alone and findings:
+        hint = f"{weights_path} does not hold the weights that the Fisher in {folder} is of"
+        findings.insert(0, InputError(f"{hint}: name the right ones with --base-model"))
     for kind, tensors, records in tensor_sets(stored):
         found = _verify_set(kind, tensors, records, findings, tensors.path)
         if kind == "head":

@@ -73,8 +73,9 @@ def test_a_fisher_alone_is_compared_with_the_weights_that_are_named(
     assert found == expected | {"other_files": ["README.md"]}
     assert f"the weights are in {weights}: {found['weights']['digest']}" in verify_text(found)
     flip(weights / "model.safetensors", "hidden.weight")
-    with pytest.raises(InputError, match=r"weights/model\.safetensors: 'hidden\.weight'"):
+    with pytest.raises(InputError, match=r"weights/model\.safetensors: 'hidden\.weight'") as wrong:
         verify(alone, base_model=weights)
+    assert "does not hold the weights that the Fisher in" in str(wrong.value)
     with pytest.raises(UsageError, match="is no adapter, so it has no --base-model"):
         verify(whole, base_model=weights)
 
