@@ -261,6 +261,7 @@ def fisher(checkpoint: str, json: bool, metrics: Path | None, mlflow: bool, **op
     """
     from consolidate import commands, metrics_file
 
+    _flush_denormals()
     with _tracked(mlflow) as tracker:
         result = commands.fisher(checkpoint, **_with_objects(options))
         _report(result, metrics_file.fisher_metrics, metrics, tracker)
@@ -318,6 +319,7 @@ def finetune(
     """
     from consolidate import finetuning, metrics_file
 
+    _flush_denormals()
     with _tracked(mlflow) as tracker:
         try:
             result = finetuning.finetune(
@@ -427,9 +429,9 @@ def run(run_file: Path, json: bool, metrics: Path | None, mlflow: bool, **option
     """
     from consolidate import metrics_file, running
 
+    _flush_denormals()
     with _tracked(mlflow) as tracker:
         try:
-            _flush_denormals()
             result = running.run(run_file, **options)
         except ForgettingError as error:
             _report(error.result, metrics_file.finetune_metrics, metrics, tracker)
@@ -610,7 +612,6 @@ def _with_objects(options: dict[str, Any]) -> dict[str, Any]:
     """Turn what was typed into what the functions take: a Columns and torch.dtypes."""
     import torch
 
-    _flush_denormals()
     from consolidate.examples import Columns
 
     given = {
