@@ -150,7 +150,7 @@ def measure(unit: Unit) -> Figures:
         learn(network, tasks, together, unit.seed)
         return {"accuracy": score(network, tasks, "test")}
     means: list[float] = []
-    searching = unit.method.startswith("search")
+    searching = _searches(unit)
 
     def learned(network: Network, number: int) -> None:
         seen = tasks[: number + 1]
@@ -209,13 +209,13 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
             for value in values
         ],
     )
-    steps = next(record.unit.settings["steps"] for record in records if not _searches(record))
+    steps = next(record.unit.settings["steps"] for record in records if not _searches(record.unit))
     text = TEXT.format(
         steps=steps,
         widths=", ".join(map(str, WIDTHS)),
         trials=TRIALS,
         tasks=tasks,
-        minutes=sum(r.processor_seconds or 0 for r in records if _searches(r)) / 60,
+        minutes=sum(r.processor_seconds or 0 for r in records if _searches(r.unit)) / 60,
         table=_table(lines, tasks),
         search=_search(records),
     )
@@ -236,8 +236,8 @@ def _table(lines: dict[str, dict[int, list[float]]], tasks: int) -> str:
     return "\n".join(text)
 
 
-def _searches(record: Record) -> bool:
-    return record.unit.method.startswith("search")
+def _searches(unit: Unit) -> bool:
+    return unit.method.startswith("search")
 
 
 def _search(records: Sequence[Record]) -> str:
