@@ -5,6 +5,7 @@ The loop is `train_epoch`, the Fisher `fisher_diagonal`, the merge `merge_online
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -76,6 +77,10 @@ class Part(NamedTuple):
         """Return some of the examples."""
         inputs = self.inputs[rows]
         return inputs if self.order is None else inputs[:, self.order], self.labels[rows]
+
+    def ordered(self) -> "Part":
+        """Return the examples with their pixels put in order, all at once."""
+        return self if self.order is None else Part(self.inputs[:, self.order], self.labels)
 
     def batches(self, size: int, most: int | None = None) -> Batches:
         """Yield the first examples, in order, so many at a time."""
@@ -180,6 +185,7 @@ def learn_chain(
     method: Method,
     seed: int,
     *,
+    first: Network | None = None,
     optimizer_kept: bool = False,
     look: Callable[[Network, int, int], None] = lambda network, task, step: None,
     learned: Callable[[Network, int], None] = lambda network, task: None,
@@ -190,6 +196,7 @@ def learn_chain(
         tasks: In this order.
         method: How.
         seed: Of the weights, of the order of the examples and of labels that are sampled.
+        first: What has learned the first task already, by `learn_first`; left as it is.
         optimizer_kept: Whether its moments go from task to task, or each starts anew.
         look: Called after every `method.every` steps with the network, the task's number and the
             steps taken on it.
@@ -198,7 +205,7 @@ def learn_chain(
     Returns:
         The network, and what is remembered of all of them.
     """
-    network = new_network(method, seed)
+    network = new_network(method, seed) if first is None else deepcopy(first)
     memory = Memory()
     optimizer = new_optimizer(method, network)
     for number, task in enumerate(tasks):
@@ -208,20 +215,29 @@ def learn_chain(
             penalty = Penalty.l2(network, ewc_lambda=method.ewc_lambda)
         elif number and method.penalty == "ewc":
             penalty = Penalty(network, memory.total, memory.anchor, ewc_lambda=method.ewc_lambda)
-        learn(
-            network,
-            [task],
-            method,
-            seed + 1000 * number,
-            optimizer=optimizer if optimizer_kept else None,
-            penalty=penalty,
-            seen=tasks[: number + 1],
-            look=lambda step, number=number: look(network, number, step),  # type: ignore[misc]
-        )
+        if number or first is None:
+            learn(
+                network,
+                [task],
+                method,
+                seed + 1000 * number,
+                optimizer=optimizer if optimizer_kept else None,
+                penalty=penalty,
+                seen=tasks[: number + 1],
+                look=lambda step, number=number: look(network, number, step),  # type: ignore[misc]
+            )
         learned(network, number)
         if method.penalty == "ewc":
             remember(memory, network, task.train, method, seed)
     return network, memory
+
+
+def learn_first(task: Task, method: Method, seed: int) -> Network:
+    """Learn the first task of a chain, on which neither Fisher nor penalty has a bearing."""
+    network = new_network(method, seed)
+    network.outputs = task.outputs
+    learn(network, [task], method, seed)
+    return network
 
 
 def new_network(method: Method, seed: int) -> Network:
@@ -267,6 +283,11 @@ def learn(
         The steps taken.
     """
     optimizer = optimizer or new_optimizer(method, network)
+    hook = None
+    if penalty is not None and method.penalty_step == "proximal":
+        # As `train_epoch` takes it, without the penalty's value in every step.
+        hook = optimizer.register_step_post_hook(penalty.proximal_step_)
+        penalty = None
     scheduler = make_scheduler("constant", optimizer, warmup_steps=0, total_steps=method.steps)
     batches = _endless(tasks, method.batch_size, seed)
     step, rises, lowest, before = 0, 0, float("inf"), float("inf")
@@ -281,7 +302,6 @@ def learn(
                 optimizer,
                 scheduler,
                 penalty=penalty,
-                penalty_step=method.penalty_step,
                 mixed_precision=method.mixed_precision,
                 first_step=step,
             )
@@ -295,6 +315,8 @@ def learn(
                 before = error
                 if rises > method.patience:
                     break
+    if hook is not None:
+        hook.remove()
     if kept:
         network.load_state_dict(kept)
     return step
@@ -375,9 +397,10 @@ def seconds(method: Method, tasks: int) -> float:
 def _endless(tasks: Sequence[Task], size: int, seed: int) -> Batches:
     """Yield batches without end; of several tasks each batch has some of each."""
     share = -(-size // len(tasks))
-    cut = [_rows(len(task.train.labels), share, seed + i) for i, task in enumerate(tasks)]
+    trained = [task.train.ordered() for task in tasks]  # once, not row by row in every step
+    cut = [_rows(len(part.labels), share, seed + i) for i, part in enumerate(trained)]
     while True:
-        parts = [task.train.rows(next(rows)) for task, rows in zip(tasks, cut, strict=True)]
+        parts = [part.rows(next(rows)) for part, rows in zip(trained, cut, strict=True)]
         yield torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
