@@ -343,7 +343,7 @@ def descend(
             load_training(descent, found.tensors, found.state["training"])
             found.tensors.clear()  # they take as much memory as what they were copied to
             LOG.info("going on from step %d of %d", len(steps), total)
-        with progress("training", total - len(steps), "steps") as advance:
+        with progress("training", total, "steps", before=len(steps)) as advance:
             measure_step()
             for epoch in range(epochs):
                 if epoch * per_epoch >= total:

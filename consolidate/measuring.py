@@ -84,7 +84,7 @@ def measure_fisher(
         LOG.info("going on after %d of %d examples", done, len(order))
     with (
         stopping.waiting(kept is not None),
-        progress(label, len(order) - done, "examples") as advance,
+        progress(label, len(order), "examples", before=done) as advance,
     ):
         diagonal = fisher_diagonal(
             model.module,

@@ -15,13 +15,14 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def progress(label: str, total: int, unit: str, before: int = 0) -> Iterator[Callable[[int], None]]:
     """Show how far a pass over `total` units has come.
 
     Args:
         label: What is being done, such as ``"Fisher of digits"``.
         total: The number of units in the whole pass.
         unit: What is counted, in the plural.
+        before: The units of a pass gone on with that were done earlier.
 
     Yields:
         A function to call with the number of units just done.
@@ -30,6 +31,7 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
     done = 0
     with tqdm(
         total=total,
+        initial=before,
         desc=label,
         unit=f" {unit}",
         file=sys.stderr,
@@ -43,17 +45,17 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
             done += count
             bar.update(count)
             now = time.monotonic()
-            if bar.disable and now - last >= SECONDS_BETWEEN_LINES and done < total:
+            if bar.disable and now - last >= SECONDS_BETWEEN_LINES and before + done < total:
                 last = now
                 rate = done / (now - start)
                 LOG.info(
                     "%s: %d of %d %s, %.3g/s, %.0f s left",
                     label,
-                    done,
+                    before + done,
                     total,
                     unit,
                     rate,
-                    (total - done) / rate,
+                    (total - before - done) / rate,
                 )
 
         yield advance

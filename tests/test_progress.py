@@ -56,3 +56,20 @@ def test_elsewhere_there_is_a_line_now_and_then(
         "passing: 1 of 3 rows",
         "passing: 2 of 3 rows",
     ]
+
+
+def test_what_was_done_before_counts_but_not_for_the_rate(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0.0)
+    clock = iter([0.0, 2.0, 4.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    with (
+        caplog.at_level("INFO", "consolidate"),
+        progress("passing", 100, "rows", before=90) as advance,
+    ):
+        advance(4)
+        advance(6)
+    assert [record.getMessage() for record in caplog.records] == [
+        "passing: 94 of 100 rows, 2/s, 3 s left"
+    ]
