@@ -52,7 +52,9 @@ Examples: an MLP 784–400–400–10 in batches of {images}, and a BERT of 2 la
 {texts} texts of {tokens} tokens. Parameters: the MLP's width at {batches} batches of {wide_images},
 and the width of a BERT of 4 layers at {batches} batches of {wide_texts} texts. Both are random. A
 pass of the Fisher compares its first batch with single examples, which is a fixed cost that lowers
-its exponents; small matrices are multiplied at a lower rate than large ones, which lowers both.
+its exponents and raises its ratio, above all where there are {batches} batches only (of longer
+passes there [is a page](../fisher.md)); small matrices are multiplied at a lower rate than large
+ones, which lowers both.
 """
 
 
