@@ -65,7 +65,7 @@ class Setting(NamedTuple):
     without: str
 
 
-MOMENTS = "Adam starts anew with each task; the published program keeps its moments (next row)"
+MOMENTS = "Adam starts anew with each task; the published program keeps its moments"
 LEFT = "moments are kept as in the published program; what is left has not been explained"
 TEN, SPLIT, INCREMENTAL, AVALANCHE = (
     "ten permutations, 2 × 1000 units",
@@ -86,13 +86,12 @@ SETTINGS = (
         ),
         {
             "no penalty": NONE,
-            KEPT: NONE,
             "EWC, online": dict(TRACE),
             "EWC, separate": {"merge_rule": "separate", **TRACE},
         },
-        {"EWC, online": (100.0, 300.0, 1000.0)},
+        {"EWC, online": (30.0, 100.0, 300.0)},
         0.2,
-        {"no penalty": 0.7851, KEPT: 0.7851, "EWC, separate": 0.9431, "EWC, online": 0.9442},
+        {"no penalty": 0.7851, "EWC, separate": 0.9431, "EWC, online": 0.9442},
         "equal-trace weights, exact Fisher, bfloat16 products, λ from a short search",
         MOMENTS,
     ),
@@ -141,13 +140,12 @@ set. Mean test accuracy over all tasks after the last, mean over seeds and its s
 ![Accuracy on each task after the last](published-tables.png)
 
 - *{ten}* (van de Ven & Tolias 2019, domain-incremental): 2 × 1000 units, Adam at 1e-4, 5,000
-  steps of 256, images in [0, 1] padded to 32 × 32; penalty by proximal steps, equal-trace weights;
-  products in bfloat16, weights, Fisher and penalty in float32. λ is searched with the rule online
-  and taken for both. Its program keeps Adam's moments
-  from task to task; here, as in `consolidate finetune`, each task starts anew, but for the row that
-  says so.
+  steps of 256, images in [0, 1] padded to 32 × 32, all ten tasks permuted, as in its program with
+  all seeds but 0; penalty by proximal steps, equal-trace weights; products in bfloat16, weights,
+  Fisher and penalty in float32. λ is searched with the rule online and taken for both. Its program
+  keeps Adam's moments from task to task; here, as in `consolidate finetune`, each task starts anew.
 - *{split}* (van de Ven 2025, task-incremental): 2 × 400 units, Adam at 1e-3, 2,000 steps of 128;
-  Adam's moments as above.
+  Adam's moments as above, but for the row that says so.
 - *{incremental}*: the same, where the task is not known when an image is tested.
   **This is a limit of the method:** nothing in it makes the outputs of old and new digits
   comparable.
@@ -169,7 +167,13 @@ def plan(records: Sequence[Record], quick: bool) -> list[Unit]:
             base, data = replace(base, sizes=sizes, steps=20, fisher_examples=50), SMALL
         count = {TEN: 10, AVALANCHE: 10}.get(setting.name, 5)
         found: float | None = None
-        shared = {"data": data, "setting": setting.name, "tasks": 2 if quick else count}
+        shared: dict[str, object] = {
+            "data": data,
+            "setting": setting.name,
+            "tasks": 2 if quick else count,
+        }
+        if setting.name == TEN:
+            shared["all_permuted"] = True
         for title, options in setting.methods.items():
             method = replace(base, **options)  # type: ignore[arg-type]
             others = shared | ({"optimizer_kept": True} if title == KEPT else {})
@@ -222,7 +226,8 @@ def _tasks(unit: Unit) -> list[Task]:
     if name in (SPLIT, INCREMENTAL):
         return split_tasks(data, own_outputs=name == SPLIT)[:count]
     side = 32 if name == TEN else 28
-    orders = random_orders(count, side * side, unit.seed)
+    orders = random_orders(count + 1, side * side, unit.seed)
+    orders = orders[1:] if unit.settings.get("all_permuted") else orders[:-1]
     return permuted_tasks(data, orders, side=side, standardised=name != TEN)
 
 
