@@ -311,7 +311,14 @@ def _draw(found: dict[tuple[str, str], list[Record]], folder: Path) -> None:
         axis.set_ylim(0, 1.02)
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("test accuracy after the last task")
-    axes[0].legend(fontsize="small", loc="lower right")
+    lines = {
+        label: line
+        for axis in axes
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        lines.values(), lines, fontsize="small", loc="outside lower center", ncols=len(lines)
+    )
     save_picture(figure, folder, NAME)
 
 
