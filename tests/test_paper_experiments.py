@@ -342,3 +342,34 @@ def test_the_hub_s_tables_become_the_same_files(tmp_path: Path) -> None:
         paths[stem] = tmp_path / f"{stem}.parquet"
         parquet.write_table(pyarrow.Table.from_pylist(rows), paths[stem])
     assert idx_of_parquet(paths) == files
+
+
+# Shortcuts of the experiments
+
+
+def test_the_least_lambda_that_is_enough_is_interpolated_in_its_logarithm(scripts: None) -> None:
+    from which_fisher import _enough
+
+    assert _enough([10.0, 1000.0], [0.985, 0.995]) == pytest.approx(100.0)
+    assert _enough([10.0, 1000.0], [0.995, 0.99]) == 10.0
+
+
+@pytest.mark.parametrize("merge_rule", ["online", "separate"])
+def test_a_chain_from_its_first_task_on_is_the_whole_chain(scripts: None, merge_rule: str) -> None:
+    from dataclasses import replace
+
+    from continual import Method, learn_chain, learn_first, split_tasks
+    from mnist_files import SMALL
+
+    tasks = split_tasks(SMALL, own_outputs=True)[:3]
+    method = Method(
+        sizes=(784, 10, 10), batch_size=16, steps=6, fisher_examples=20, ewc_lambda=100.0,
+        penalty_step="proximal", merge_rule=merge_rule,
+    )  # fmt: skip
+    whole, _ = learn_chain(tasks, method, 1)
+    first = learn_first(tasks[0], method, 1)
+    later, _ = learn_chain(tasks, method, 1, first=first)
+    free, _ = learn_chain(tasks, replace(method, ewc_lambda=0.0), 1)
+    for name, values in whole.state_dict().items():
+        assert values.equal(later.state_dict()[name]), name
+    assert not whole.layers[0].weight.equal(free.layers[0].weight)  # the penalty was taken
