@@ -373,3 +373,49 @@ def test_a_chain_from_its_first_task_on_is_the_whole_chain(scripts: None, merge_
     for name, values in whole.state_dict().items():
         assert values.equal(later.state_dict()[name]), name
     assert not whole.layers[0].weight.equal(free.layers[0].weight)  # the penalty was taken
+
+
+def test_the_penalty_as_a_hook_steps_as_training_does(scripts: None) -> None:
+    from continual import (
+        Method,
+        _endless,
+        fisher_of,
+        learn,
+        learn_first,
+        new_optimizer,
+        split_tasks,
+    )
+    from mnist_files import SMALL
+
+    from consolidate.likelihood import get_likelihood
+    from consolidate.penalty import Penalty
+    from consolidate.training import make_scheduler, train_epoch
+
+    first, second = split_tasks(SMALL, own_outputs=True)[:2]
+    method = Method(
+        sizes=(784, 10, 10), batch_size=16, steps=6, fisher_examples=20, penalty_step="proximal"
+    )
+    learned = []
+    for by_training in (False, True):
+        network = learn_first(first, method, 1)
+        weights = {name: p.detach().clone() for name, p in network.named_parameters()}
+        fisher = fisher_of(network, first.train, method, 1)
+        penalty = Penalty(network, fisher, weights, ewc_lambda=100.0)
+        network.outputs = second.outputs
+        if by_training:
+            optimizer = new_optimizer(method, network)
+            train_epoch(
+                network,
+                _endless([second], method.batch_size, 7),
+                get_likelihood("softmax"),
+                optimizer,
+                make_scheduler("constant", optimizer, warmup_steps=0, total_steps=method.steps),
+                penalty=penalty,
+                penalty_step="proximal",
+                max_steps=method.steps,
+            )
+        else:
+            learn(network, [second], method, 7, penalty=penalty)
+        learned.append(network.state_dict())
+    for name, values in learned[0].items():
+        assert values.equal(learned[1][name]), name
