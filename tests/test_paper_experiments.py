@@ -3,7 +3,10 @@
 import hashlib
 import io
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +128,53 @@ def test_a_run_that_is_over_begins_nothing(tmp_path: Path) -> None:
     assert "3 of 3 units" in sittings.outlook(
         [random_patterns.EXPERIMENT], tmp_path, quick=True, jobs=2
     )
+
+
+def test_a_run_that_is_interrupted_keeps_what_is_done_and_goes_on(tmp_path: Path) -> None:
+    import random_patterns
+    import sittings
+
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
+        "import random_patterns, sittings\n"
+        "def measure(unit):\n"
+        "    if unit.method == 'EWC':\n"
+        "        time.sleep(60)\n"
+        "    return random_patterns.measure(unit)\n"
+        "if __name__ == '__main__':\n"
+        "    sittings.QUICK = Path(sys.argv.pop())\n"
+        "    sittings.main(random_patterns.EXPERIMENT._replace(measure=measure))\n",
+        "utf-8",
+    )
+    with subprocess.Popen(
+        [sys.executable, script, "--quick", tmp_path],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        begun = [process.stderr.readline() for _ in range(2)]
+        assert all("random-patterns: " in line for line in begun)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stderr.read() == "stopped; what is done is kept: start again to go on\n"
+    assert process.returncode == 130
+    assert len(sittings.undone(random_patterns.EXPERIMENT, tmp_path, True)) == 1
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "two"])
+def test_fewer_than_one_job_is_refused(
+    jobs: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import random_patterns
+    import sittings
+
+    monkeypatch.setattr(sys, "argv", ["paper.py", f"--jobs={jobs}"])
+    with pytest.raises(SystemExit):
+        sittings.main(random_patterns.EXPERIMENT)
+    assert f"{jobs} is no whole number above 0" in capsys.readouterr().err
 
 
 def test_records_that_were_changed_by_hand_are_refused(quick: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ is done. Pages, CSV and pictures are made of the records alone.
 
 import argparse
 import multiprocessing
+import signal
 import sys
 import textwrap
 import time
@@ -69,7 +70,9 @@ def main(*experiments: Experiment, table: Table | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="only write the pages")
     parser.add_argument("--plan", action="store_true", help="only list what is not done yet")
     parser.add_argument("--data-dir", type=Path, help="a folder with the four IDX files of MNIST")
-    parser.add_argument("--jobs", type=int, default=2, help="units at a time, each on one thread")
+    parser.add_argument(
+        "--jobs", type=_positive, default=2, help="units at a time, each on one thread"
+    )
     parser.add_argument("--minutes", type=float, help="begin no unit after so many minutes")
     parser.add_argument(
         "--only",
@@ -85,15 +88,19 @@ def main(*experiments: Experiment, table: Table | None = None) -> None:
         print(outlook(some, folder, quick=options.quick, jobs=options.jobs))
         return
     if not options.report:
-        until = time.monotonic() + 60 * options.minutes if options.minutes else None
-        run(
-            some,
-            folder,
-            quick=options.quick,
-            jobs=options.jobs,
-            until=until,
-            fetch=lambda: mnist_files.fetch(options.data_dir),
-        )
+        until = time.monotonic() + 60 * options.minutes if options.minutes is not None else None
+        try:
+            run(
+                some,
+                folder,
+                quick=options.quick,
+                jobs=options.jobs,
+                until=until,
+                fetch=lambda: mnist_files.fetch(options.data_dir),
+            )
+        except KeyboardInterrupt:
+            print("stopped; what is done is kept: start again to go on", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
     write_pages(experiments if table else some, folder, quick=options.quick, table=table)
 
 
@@ -122,10 +129,26 @@ def run(
     """
     if jobs > 1:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
-            _run(experiments, folder, quick, jobs, until, fetch, pool)
+        with ProcessPoolExecutor(jobs, context, _begin_worker) as pool:
+            try:
+                _run(experiments, folder, quick, jobs, until, fetch, pool)
+            except KeyboardInterrupt:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+                raise
     else:
         _run(experiments, folder, quick, 1, until, fetch, None)
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer.
+    torch.set_num_threads(1)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
 
 
 def _run(
