@@ -242,7 +242,8 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
                 f"{setting.name}: {title}", setting.published[title], values, SEEDS, reason
             )
             rows.append(row)
-            strength = f"{done[0].unit.settings['ewc_lambda']:g}" if done else "–"
+            penalised = done and title in setting.strengths
+            strength = f"{done[0].unit.settings['ewc_lambda']:g}" if penalised else "–"
             table.append(f"| {row.figure} | {strength} | {row.here} | {row.published} |")
     if not any(found.values()):
         return Findings("", rows)
@@ -279,7 +280,7 @@ def _search(records: Sequence[Record]) -> str:
             if tried:
                 cells = [
                     f"{one.unit.settings['ewc_lambda']:g}: {one.figures['validation']:.2%}"
-                    for one in tried
+                    for one in sorted(tried, key=lambda one: one.unit.settings["ewc_lambda"])
                 ]
                 lines.append(f"| {setting.name}: {title} | {', '.join(cells)} |")
     return "\n".join(lines)

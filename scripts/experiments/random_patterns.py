@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pictures import COLOURS, panels, save_picture, write_csv
-from records import Experiment, Figures, Findings, Record, Row, Unit
+from records import Experiment, Figures, Findings, Record, Row, Unit, signed
 from sittings import main
 from torch import Tensor, nn
 
@@ -305,7 +305,7 @@ def _slope_row(
     ideal = slope(x, np.log(expected))
     return row._replace(
         here=f"{found:.2f}".replace("-", "−"),
-        difference=f"{found - published:+.2f}".replace("-", "−"),
+        difference=signed(found - published),
         reason=f"the theory itself gives {ideal:.2f} at these times, ".replace("-", "−")
         + f"where the signal's Monte Carlo error is up to {np.abs(error[some]).max():.0%}",
     )

@@ -201,6 +201,11 @@ def in_percent(found: Mean, seeds: int) -> str:
     return f"{100 * found.value:.2f}{error} % ({done})"
 
 
+def signed(difference: float) -> str:
+    """Write a difference with its sign; one that rounds to 0 has a plus."""
+    return f"{difference:+z.2f}".replace("-", "−")
+
+
 def accuracy_row(
     figure: str, published: float | None, values: Sequence[float], seeds: int, reason: str = "–"
 ) -> Row:
@@ -217,5 +222,5 @@ def accuracy_row(
     if not values:
         return Row(figure, theirs)
     found = mean(values)
-    difference = "–" if published is None else f"{100 * (found.value - published):+.2f}"
+    difference = "–" if published is None else signed(100 * (found.value - published))
     return Row(figure, theirs, in_percent(found, seeds), difference, reason)

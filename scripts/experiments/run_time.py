@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from networks import mlp
 from pictures import COLOURS, panels, save_picture, write_csv
-from records import Experiment, Figures, Findings, Record, Row, Unit, chosen, mean
+from records import Experiment, Figures, Findings, Record, Row, Unit, chosen, mean, signed
 from sittings import main
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -187,7 +187,7 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
             value = fitted[FISHER].value
             row = row._replace(
                 here=f"{value:.2f}",
-                difference=f"{value - 1:+.2f}",
+                difference=signed(value - 1),
                 reason=f"training itself has {fitted[TRAINING].value:.2f} on this machine, from "
                 f"{found['n'][0]:,} to {found['n'][-1]:,}",
             )

@@ -21,7 +21,7 @@ from continual import (
 )
 from mnist_files import MNIST, SMALL
 from pictures import COLOURS, panels, save_picture, write_csv
-from records import Experiment, Figures, Findings, Record, Row, Unit, chosen, mean
+from records import Experiment, Figures, Findings, Record, Row, Unit, chosen, mean, signed
 from sittings import main
 
 NAME = "which-fisher"
@@ -157,7 +157,7 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
             small, large = (_two_digits(enough) for enough, _ in (bests[0], bests[-1]))
             row = row._replace(
                 here=f"{100 * top:.2f} %; {small} and {large}",
-                difference="–" if published is None else f"{100 * (top - published):+.2f}",
+                difference="–" if published is None else signed(100 * (top - published)),
                 reason=f"with the large batch the trace is divided by {smaller:.3g}, λ times "
                 f"{moved:.2g}; an eighth of the published steps",
             )
