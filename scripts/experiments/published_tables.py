@@ -87,8 +87,8 @@ SETTINGS = (
             "EWC, online": {"task_weight": "trace"},
         },
         {
-            "EWC, online" + KEPT: (200.0, 500.0, 1000.0),
-            "EWC, separate" + KEPT: (100.0, 300.0, 1000.0),
+            "EWC, online" + KEPT: (100.0, 200.0, 500.0),
+            "EWC, separate" + KEPT: (30.0, 100.0, 300.0),
             "EWC, online": (100.0, 300.0, 1000.0),
         },
         0.5,
