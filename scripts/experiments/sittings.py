@@ -41,7 +41,8 @@ PAGE = """# {title}
 [Every figure]({name}.csv) and [what was run]({name}.jsonl): {done} of {units} units,
 {minutes:.0f} minutes by the clock, one thread each{busy}; {versions}.
 
-The picture is also there [as SVG]({name}.svg). All of it again, or what is missing of it:
+The picture is also there [as SVG]({name}.svg). What is missing in {name}.jsonl is run by the first
+command: nothing once all is done, everything once that file is moved away.
 
 ```sh
 scripts/experiments/all --only {name}

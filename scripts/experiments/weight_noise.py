@@ -144,6 +144,7 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
     clean = float(np.mean([record.figures["accuracy"] for record in records]))
     halves = {kind: _half(sizes, values.mean(0), clean) for kind, values in found.items()}
     less = bool((found[SHAPED].mean(0) >= found[UNIFORM].mean(0) - 0.005).all())
+    as_little = bool((found[NULL].mean(0) >= found[SHAPED].mean(0) - 0.005).all())
     rows = [
         rows[0]._replace(
             here=f"half is lost at {halves[SHAPED]} (uniform: {halves[UNIFORM]})",
@@ -151,7 +152,8 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
             reason=f"MNIST here, Atari there; {len(records)} of {SEEDS} seeds",
         ),
         rows[1]._replace(
-            here=f"half is lost at {halves[NULL]}", difference="see the page",
+            here=f"half is lost at {halves[NULL]}",
+            difference="holds" if as_little else "does not hold",
             reason="here where F is below a millionth of its largest value",
         ),
     ]  # fmt: skip
