@@ -26,8 +26,9 @@ EXPERIMENTS = (
 )
 TEXT = """# The paper, reproduced by command
 
-The experiments of Kirkpatrick et al. 2017, but those on Atari's games, and the tables that others
-have published, by one command that goes on where it was broken off:
+The experiments of [Kirkpatrick et al. 2017](https://arxiv.org/abs/1612.00796), but those on Atari's
+games, and the tables that others have published, by one command that goes on where it was broken
+off:
 
 ```sh
 scripts/experiments/all
