@@ -159,13 +159,14 @@ standard error:
 
 ![Accuracy on each task after the last](published-tables.png)
 
-- *{ten}* ([van de Ven & Tolias 2019](https://arxiv.org/abs/1904.07734), domain-incremental): 2 × 1000 units, Adam at 1e-4, 5,000
-  steps of 256, images in [0, 1] padded to 32 × 32, all ten tasks permuted, as in its program with
-  all seeds but 0; Fisher on 10,000 images of a task; products in bfloat16, weights, Fisher and
-  penalty in float32; the rule online has equal-trace weights. Its program keeps Adam's moments from
-  task to task. In the row that does not say so, each task starts anew, as in
-  `consolidate finetune`, with proximal steps of the penalty.
-- *{split}* ([van de Ven 2025](https://arxiv.org/abs/2502.11756), task-incremental): 2 × 400 units, Adam at 1e-3, 2,000 steps of 128;
+- *{ten}* ([van de Ven & Tolias 2019](https://arxiv.org/abs/1904.07734), domain-incremental):
+  2 × 1000 units, Adam at 1e-4, 5,000 steps of 256, images in [0, 1] padded to 32 × 32, all ten
+  tasks permuted, as in its program with all seeds but 0; Fisher on 10,000 images of a task;
+  products in bfloat16, weights, Fisher and penalty in float32; the rule online has equal-trace
+  weights. Its program keeps Adam's moments from task to task. In the row that does not say so,
+  each task starts anew, as in `consolidate finetune`, with proximal steps of the penalty.
+- *{split}* ([van de Ven 2025](https://arxiv.org/abs/2502.11756), task-incremental): 2 × 400
+  units, Adam at 1e-3, 2,000 steps of 128;
   Adam starts anew with each task, but for the row that says otherwise.
 - *{incremental}*: the same, where the task is not known when an image is tested.
   **This is a limit of the method:** nothing in it makes the outputs of old and new digits

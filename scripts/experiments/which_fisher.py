@@ -43,8 +43,8 @@ Fisher of each task's first {fisher_examples:,} images is taken in batches of {s
 {large}: exact, mc (one sample), empirical (the data's labels), batched (sampled labels, the square
 of a batch's sum over the number of examples), and the square of the batch's mean gradient of the
 data's labels, which is no Fisher, and what most software ships. The published figures are the best
-of a grid after 2,000 steps a task ([van de Ven 2025](https://arxiv.org/abs/2502.11756)). Mean test accuracy after the fifth
-task against λ:
+of a grid after 2,000 steps a task ([van de Ven 2025](https://arxiv.org/abs/2502.11756)).
+Mean test accuracy after the fifth task against λ:
 
 ![Accuracy against λ for each estimator](which-fisher.png)
 
