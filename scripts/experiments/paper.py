@@ -69,7 +69,9 @@ def write_table(rows: Sequence[tuple[Experiment, list[Row]]], folder: Path, quic
         table="\n".join("| " + " | ".join(row) + " |" for row in lines),
         pages="\n".join(pages),
     )
-    (folder.parent / "paper.md").write_text(text, encoding="utf-8")
+    page = folder.parent / "paper.md"
+    page.write_text(text, encoding="utf-8")
+    print(page)
 
 
 if __name__ == "__main__":

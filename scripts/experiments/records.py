@@ -45,6 +45,10 @@ class Record:
     processor_seconds: float | None = None
 
 
+class RecordsError(Exception):
+    """A file of records is not what it should be; the message says where and what to do."""
+
+
 class Row(NamedTuple):
     """A line of the table that sets figures beside the paper's."""
 
@@ -93,12 +97,12 @@ def read_records(path: Path) -> list[Record]:
         One record for each digest, the first in the file.
 
     Raises:
-        ValueError: A line is no record, or its digest is not that of its unit.
+        RecordsError: A line is no record, or its digest is not that of its unit.
     """
     records: dict[str, Record] = {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, 1):
-        if not line.endswith("\n"):
+        if not line.endswith(b"\n"):
             break
         try:
             found = json.loads(line)
@@ -111,11 +115,11 @@ def read_records(path: Path) -> list[Record]:
                 found.get("processor_seconds"),
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise RecordsError(
                 f"{path}, line {number}: not a record ({error}); take it out"
             ) from None
         if unit.digest != found.get("digest"):
-            raise ValueError(
+            raise RecordsError(
                 f"{path}, line {number}: the digest is {found.get('digest')}, that of the settings "
                 f"is {unit.digest}: they were changed by hand; take the line out"
             )

@@ -5,13 +5,17 @@ is done. Pages, CSV and pictures are made of the records alone.
 """
 
 import argparse
+import math
 import multiprocessing
+import os
 import signal
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +26,7 @@ from records import (
     Figures,
     Findings,
     Record,
+    RecordsError,
     Row,
     Unit,
     append_record,
@@ -46,7 +51,7 @@ command: nothing once all is done, everything once that file is moved away.
 
 ```sh
 scripts/experiments/all --only {name}
-scripts/experiments/all --only {name} --report    # the page alone, from the records
+scripts/experiments/all --report    # the pages alone, from the records
 ```
 """
 
@@ -74,7 +79,7 @@ def main(*experiments: Experiment, table: Table | None = None) -> None:
     parser.add_argument(
         "--jobs", type=_positive, default=2, help="units at a time, each on one thread"
     )
-    parser.add_argument("--minutes", type=float, help="begin no unit after so many minutes")
+    parser.add_argument("--minutes", type=_minutes, help="begin no unit after so many minutes")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -84,24 +89,39 @@ def main(*experiments: Experiment, table: Table | None = None) -> None:
     )
     options = parser.parse_args()
     some = [one for one in experiments if options.only is None or one.name in options.only]
+    try:
+        _obey(options, some, experiments, table)
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept: start again to go on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # what read the plan had enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except (OSError, RecordsError) as error:
+        sys.exit(f"{error}; what is done is kept")
+
+
+def _obey(
+    options: argparse.Namespace,
+    some: Sequence[Experiment],
+    experiments: Sequence[Experiment],
+    table: Table | None,
+) -> None:
     folder = QUICK if options.quick else RESULTS
     if options.plan:
-        print(outlook(some, folder, quick=options.quick, jobs=options.jobs))
+        print(outlook(some, folder, quick=options.quick, jobs=options.jobs), flush=True)
         return
     if not options.report:
         until = time.monotonic() + 60 * options.minutes if options.minutes is not None else None
-        try:
-            run(
-                some,
-                folder,
-                quick=options.quick,
-                jobs=options.jobs,
-                until=until,
-                fetch=lambda: mnist_files.fetch(options.data_dir),
-            )
-        except KeyboardInterrupt:
-            print("stopped; what is done is kept: start again to go on", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+        run(
+            some,
+            folder,
+            quick=options.quick,
+            jobs=options.jobs,
+            until=until,
+            fetch=lambda: mnist_files.fetch(options.data_dir),
+        )
+        print(outlook(some, folder, quick=options.quick, jobs=options.jobs), file=sys.stderr)
     write_pages(experiments if table else some, folder, quick=options.quick, table=table)
 
 
@@ -126,14 +146,24 @@ def run(
         fetch: Sees that MNIST is there; called before the first unit that needs it.
 
     Raises:
-        SystemExit: A unit failed; all others that could be done are, and recorded.
+        PermissionError: The folder cannot be written; nothing is begun.
+        SystemExit: A unit failed; all others that could be done are, and recorded. Or a unit's
+            process was killed.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written")
     if jobs > 1:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, context, _begin_worker) as pool:
             try:
                 _run(experiments, folder, quick, jobs, until, fetch, pool)
-            except KeyboardInterrupt:
+            except BrokenProcessPool:
+                raise SystemExit(
+                    "a unit's process was ended from outside, perhaps for want of memory; what is "
+                    "done is kept: start again to go on, with --jobs 1 where memory is short"
+                ) from None
+            except BaseException:  # else what the others do would be waited for
                 for worker in multiprocessing.active_children():
                     worker.terminate()
                 raise
@@ -143,13 +173,32 @@ def run(
 
 def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """End this process once its parent has, were it killed: what it does would go nowhere."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
     return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not minutes > 0:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return minutes
 
 
 def _run(
@@ -190,7 +239,9 @@ def _run(
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             unit = running.pop(future)
             name = f"{unit.experiment}: {unit.method}, seed {unit.seed}  {_few(unit)}"
-            if (cause := future.exception()) is not None:
+            if isinstance(cause := future.exception(), BrokenProcessPool):
+                raise cause
+            if cause is not None:
                 failed[unit.digest] = f"{name}: {type(cause).__name__}: {cause}"
                 print("failed: " + failed[unit.digest], file=sys.stderr)
                 continue
@@ -250,10 +301,13 @@ def outlook(experiments: Sequence[Experiment], folder: Path, *, quick: bool, job
         left = [unit for unit in units if unit.digest not in done]
         seconds = sum(experiment.seconds(unit) for unit in left)
         whole += seconds
-        lines.append(
-            f"{experiment.name}: {len(left)} of {len(units)} units to do, about "
-            f"{seconds / 60:.0f} minutes on one core"
-        )
+        if left:
+            lines.append(
+                f"{experiment.name}: {len(left)} of {len(units)} units to do, about "
+                f"{seconds / 60:.0f} minutes on one core"
+            )
+    if not lines:
+        return "nothing is left to do"
     lines.append(f"about {whole / jobs / 3600:.1f} hours, {jobs} at a time")
     return "\n".join(lines)
 
@@ -341,4 +395,4 @@ def _busy(records: Sequence[Record]) -> str:
 
 def _few(unit: Unit) -> str:
     keys = ("merge_rule", "task_weight", "estimator", "fisher_batch", "ewc_lambda", "against")
-    return ", ".join(str(unit.settings[key]) for key in keys if key in unit.settings)
+    return ", ".join(str(unit.settings[k]) for k in ("setting", *keys) if k in unit.settings)
