@@ -112,7 +112,10 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
     done = {side: chosen(records, side=side) for side in SQUARES}
     rows = [
         Row("Fisher overlap: 26 × 26 below 8 × 8 in the first layer", "smaller"),
-        Row("Fisher overlap: 26 × 26 grows from the first hidden layer to the output", "shared"),
+        Row(
+            "Fisher overlap: 26 × 26 is higher at the output than in the first hidden layer",
+            "shared",
+        ),
     ]
     if not all(done.values()):
         return Findings("", rows)
@@ -129,7 +132,7 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
             difference="holds" if large[0] < small[0] else "does not hold", reason=reason,
         ),
         rows[1]._replace(
-            here=f"{large[0]:.3f} to {large[-1]:.3f}",
+            here=f"{large[0]:.3f} to {large[-1]:.3f}" + _dips(large),
             difference="holds" if large[-1] > large[0] else "does not hold", reason=reason,
         ),
     ]  # fmt: skip
@@ -173,6 +176,12 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
     settings = done[SQUARES[0]][0].unit.settings
     text = TEXT.format(**settings, epochs=f"{settings['steps'] / 215:g}", table="\n".join(table))
     return Findings(text.strip(), rows)
+
+
+def _dips(overlaps: np.ndarray) -> str:
+    """Name the layers whose overlap is below that of the layer before."""
+    lower = [str(layer) for layer in np.flatnonzero(np.diff(overlaps) < 0) + 2]
+    return f", lower than in the layer before at {' and '.join(lower)}" if lower else ""
 
 
 EXPERIMENT = Experiment(NAME, "Fisher overlap", cost, plan, measure, report)

@@ -266,8 +266,11 @@ def _search(records: Sequence[Record]) -> str:
             one = best(found)
             settings = one.unit.settings
             strength = f"{settings['ewc_lambda']:g}" if settings["ewc_lambda"] else "–"
+            rate = settings["learning_rate"]
+            lowest = min(record.unit.settings["learning_rate"] for record in found)
+            at_end = ", the lowest drawn" * (rate == lowest)
             text.append(
-                f"| {title} | {len(found)} | {settings['learning_rate']:g} | "
+                f"| {title} | {len(found)} | {rate:g}{at_end} | "
                 f"{settings['sizes'][1]} | {strength} | {one.figures['validation']:.2%} |"
             )
     return "\n".join(text)

@@ -233,7 +233,8 @@ def _draw(records: Sequence[Record], folder: Path) -> None:
                 times = np.array(record.figures[kind])  # (rounds, sizes)
                 middle, colour = np.median(times, 0), next(colours)
                 slope, offset = np.polyfit(np.log(n), np.log(middle), 1)
-                label = f"{record.unit.method}, {kind}: exponent {slope:.2f}"
+                exponent = mean(exponents(record.figures["n"], record.figures[kind])).value
+                label = f"{record.unit.method}, {kind}: exponent {exponent:.2f}"
                 axis.loglog(n, middle, "o", ms=4, color=colour, label=label)
                 axis.loglog(n, np.exp(offset) * n**slope, color=colour, lw=1)
         axis.set_xlabel(against)

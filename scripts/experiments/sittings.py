@@ -44,7 +44,7 @@ PAGE = """# {title}
 ## Records
 
 [Every figure]({name}.csv) and [what was run]({name}.jsonl): {done} of {units} units,
-{minutes:.0f} minutes by the clock, one thread each{busy}; {versions}.
+{minutes:.1f} minutes by the clock, one thread each{busy}; {versions}.
 
 The picture is also there [as SVG]({name}.svg). What is missing in {name}.jsonl is run by the first
 command: nothing once all is done, everything once that file is moved away.
@@ -390,7 +390,7 @@ def _busy(records: Sequence[Record]) -> str:
     known = [record.processor_seconds for record in records if record.processor_seconds is not None]
     if len(known) < len(records):
         return ", of a machine that was shared"
-    return f", {sum(known) / 60:.0f} minutes of processor time"
+    return f", {sum(known) / 60:.1f} minutes of processor time"
 
 
 def _few(unit: Unit) -> str:
