@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,71 @@ def test_the_pages_are_those_of_the_records(tmp_path: Path) -> None:
                 assert kept.with_suffix(suffix).exists()
 
 
+# Verdicts
+
+
+@pytest.mark.parametrize(
+    ("method", "last", "verdict"),
+    [
+        ("SGD", [0.70, 0.80, 0.98], "holds"),
+        ("SGD", [0.70, 0.96, 0.98], "does not hold"),
+        ("L2", [0.98, 0.97, 0.80], "holds"),
+        ("L2", [0.96, 0.96, 0.97], "does not hold"),
+        ("EWC", [0.96, 0.96, 0.97], "holds"),
+        ("EWC", [0.90, 0.96, 0.97], "does not hold"),
+    ],
+)
+def test_what_is_kept_is_near_the_best(
+    method: str, last: list[float], verdict: str, scripts: None
+) -> None:
+    from three_tasks import _holds
+
+    assert _holds(method, np.array(last)) == verdict
+
+
+@pytest.mark.parametrize("shaped", [0.5, 0.9])
+@pytest.mark.parametrize("null", [0.5, 0.9])
+def test_noise_is_harmless_where_accuracy_says_so(
+    quick: Path, tmp_path: Path, shaped: float, null: float
+) -> None:
+    from weight_noise import NAME, NULL, SHAPED, UNIFORM, report
+
+    [record, *_] = read_quick(quick, NAME)
+    count = len(record.unit.settings["noise"])
+    of_kind = {UNIFORM: 0.7, SHAPED: shaped, NULL: null}
+    noisy = {kind: [value] * count for kind, value in of_kind.items()}
+    found = report([replace(record, figures={**record.figures, "noisy": noisy})], tmp_path)
+    expected = ["holds" if good else "does not hold" for good in (shaped > 0.7, null >= shaped)]
+    assert [row.difference for row in found.rows] == expected
+    assert ("**no** less harm" in found.text) == (shaped < 0.7)
+    assert ("**more** harm" in found.text) == (null < shaped)
+
+
+@pytest.mark.parametrize(("separate", "online"), [(0.7, 0.8), (0.8, 0.9), (0.9, 0.7)])
+def test_ewc_is_far_above_dropout_by_five_points(
+    quick: Path, tmp_path: Path, separate: float, online: float
+) -> None:
+    from many_tasks import JOINT, NAME, SPARSE, report
+
+    records = []
+    for record in read_quick(quick, NAME):
+        if (title := record.unit.method) != JOINT and "accuracies" in record.figures:
+            end = separate if title.startswith("EWC, separate") else online
+            accuracies = [1.0, 1.0, 0.8 if title == SPARSE else end]
+            record = replace(record, figures={**record.figures, "accuracies": accuracies})
+        records.append(record)
+    rows = [row for row in report(records, tmp_path).rows if "above SGD" in row.figure]
+    for row, end in zip(rows, (max(separate, online), separate), strict=True):
+        assert row.here == f"{100 * (end - 0.8):+.2f} points".replace("-", "−")
+        assert row.difference == ("holds" if end > 0.85 else "does not hold")
+
+
+def read_quick(quick: Path, name: str) -> list[Any]:
+    from records import read_records
+
+    return read_records(quick / f"{name}.jsonl")
+
+
 # Random patterns
 
 
@@ -488,8 +554,6 @@ def test_the_least_lambda_that_is_enough_is_interpolated_in_its_logarithm(script
 
 @pytest.mark.parametrize("merge_rule", ["online", "separate"])
 def test_a_chain_from_its_first_task_on_is_the_whole_chain(scripts: None, merge_rule: str) -> None:
-    from dataclasses import replace
-
     from continual import Method, learn_chain, learn_first, split_tasks
     from mnist_files import SMALL
 
