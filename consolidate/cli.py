@@ -482,6 +482,8 @@ def show(checkpoint: str, json: bool, markdown: bool, **options: Any) -> None:
 
     if markdown and json:
         raise click.UsageError("--json and --markdown exclude each other")
+    if markdown and options["overlap"]:
+        raise click.UsageError("--markdown prints the matrix alone; leave --overlap or it out")
     _write(show(checkpoint, **options), json, show_markdown if markdown else show_text)
 
 

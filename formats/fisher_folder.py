@@ -128,7 +128,8 @@ def read_fisher(folder: str | Path) -> StoredFisher:
     folder = Path(folder)
     recover(folder)
     if not folder.parent.is_dir():
-        raise InputError(f"{folder.parent}: no such folder")
+        found = "a file, not a checkpoint's folder" if folder.parent.exists() else "no such folder"
+        raise InputError(f"{folder.parent}: {found}")
     if not folder.is_dir():
         raise InputError(
             f"{folder} is not there: the checkpoint has no Fisher; measure one with "

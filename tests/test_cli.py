@@ -69,6 +69,9 @@ def test_fisher_finetune_evaluate_show_verify(
     assert [task["name"] for task in json.loads(text)["tasks"]] == ["old", "new"]
     layers = json.loads(text)["overlap"]["layers"]
     assert [layer["overlap"] for layer in layers] == pytest.approx([1.0] * len(layers))
+    code, _, err = run(capsys, "show", out, "--overlap", out, "--markdown")
+    assert code == 2
+    assert "--markdown prints the matrix alone" in err
     code, text, _ = run(capsys, "show", out)
     assert code == 0
     code, text, _ = run(capsys, "verify", out)

@@ -406,3 +406,6 @@ def test_an_overlap_needs_two_of_one_architecture(tmp_path: Path) -> None:
         show(tmp_path / "one", overlap=tmp_path / "other")
     with pytest.raises(InputError, match=r"'w' has shape \(2,\) in .* and \(3,\) in"):
         show(tmp_path / "one", overlap=tmp_path / "wider")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file: a file, not a checkpoint's folder"):
+        show(tmp_path / "one", overlap=tmp_path / "file")
