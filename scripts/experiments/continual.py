@@ -204,7 +204,12 @@ def learn_chain(
 
     Returns:
         The network, and what is remembered of all of them.
+
+    Raises:
+        ValueError: The optimizer is to be kept, but the first task was learned with another.
     """
+    if first is not None and optimizer_kept:
+        raise ValueError("the moments of the first task are not known: leave first out")
     network = new_network(method, seed) if first is None else deepcopy(first)
     memory = Memory()
     optimizer = new_optimizer(method, network)
