@@ -113,7 +113,7 @@ class Network(nn.Module):
 
 @dataclass
 class Memory:
-    """What is kept of the tasks before: Λ and μ, and the first task's trace."""
+    """What is kept of the tasks before: Λ, μ, and the trace of each task's Fisher."""
 
     total: dict[str, Tensor] = field(default_factory=dict)
     anchor: dict[str, Tensor] = field(default_factory=dict)
@@ -158,23 +158,33 @@ def random_orders(count: int, pixels: int, seed: int) -> list[Tensor | None]:
     return [None, *(torch.randperm(pixels, generator=generator) for _ in range(count - 1))]
 
 
-def split_tasks(name: str, *, own_outputs: bool) -> list[Task]:
+def split_tasks(
+    name: str,
+    *,
+    own_outputs: bool,
+    digits: Sequence[int] = tuple(range(10)),
+    standardised: bool = True,
+) -> list[Task]:
     """Make five tasks of two digits each.
 
     Args:
         name: Of the data, as `load` knows it.
         own_outputs: Whether each task uses its own two of the ten outputs, or all use all ten.
+        digits: All ten; the first two are those of the first task.
+        standardised: Whether pixels have mean 0 and deviation 1, or are in [0, 1].
 
     Returns:
-        The tasks, pixels standardised.
+        The tasks.
     """
     tasks = []
     for first in range(0, 10, 2):
+        one, other = digits[first : first + 2]
         parts = {}
         for part, (pixels, labels) in load(name).items():
-            some = (labels // 2 == first // 2).nonzero().flatten()
-            inputs = (pixels[some] - MEAN) / DEVIATION
-            parts[part] = Part(inputs, labels[some] - first if own_outputs else labels[some])
+            some = ((labels == one) | (labels == other)).nonzero().flatten()
+            inputs = (pixels[some] - MEAN) / DEVIATION if standardised else pixels[some]
+            own = (labels[some] == other).long() if own_outputs else labels[some]
+            parts[part] = Part(inputs, own)
         outputs = slice(first, first + 2) if own_outputs else slice(None)
         tasks.append(Task(parts["train"], parts["validation"], parts["test"], outputs))
     return tasks

@@ -205,26 +205,29 @@ def in_percent(found: Mean, seeds: int) -> str:
     return f"{100 * found.value:.2f}{error} % ({done})"
 
 
-def signed(difference: float) -> str:
+def signed(difference: float, digits: int = 2) -> str:
     """Write a difference with its sign; one that rounds to 0 has a plus."""
-    return f"{difference:+z.2f}".replace("-", "−")
+    return f"{difference:+z.{digits}f}".replace("-", "−")
 
 
 def accuracy_row(
-    figure: str, published: float | None, values: Sequence[float], seeds: int, reason: str = "–"
+    figure: str, published: str | None, values: Sequence[float], seeds: int, reason: str = "–"
 ) -> Row:
     """Set accuracies beside a published one.
 
     Args:
         figure: What it is.
-        published: In [0, 1]; None where nothing was published.
+        published: In per cent, with the digits that were printed; None where nothing was.
         values: Ours, one a seed.
         seeds: How many there are to be.
         reason: Of the difference.
     """
-    theirs = "–" if published is None else f"{100 * published:.2f} %"
+    theirs = "–" if published is None else f"{published} %"
     if not values:
         return Row(figure, theirs)
     found = mean(values)
-    difference = "–" if published is None else signed(100 * (found.value - published))
+    difference = "–"
+    if published is not None:
+        digits = len(published.partition(".")[2])
+        difference = signed(100 * found.value - float(published), digits)
     return Row(figure, theirs, in_percent(found, seeds), difference, reason)
