@@ -1,4 +1,4 @@
-"""How far two Fishers lie on the same weights (Kirkpatrick et al. 2017, figure 2C)."""
+"""How far two Fishers lie on the same weights (Kirkpatrick et al. 2017, figure 3C)."""
 
 from collections.abc import Iterable, Mapping
 

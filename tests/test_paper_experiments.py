@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,52 @@ def test_a_unit_that_fails_does_not_keep_the_others_from_being_done(tmp_path: Pa
     with pytest.raises(SystemExit, match=r"random-patterns: EWC, seed 0 .*ValueError: broken"):
         sittings.run([experiment], tmp_path, quick=True)
     assert len((tmp_path / "random-patterns.jsonl").read_text("utf-8").splitlines()) == 2
+
+
+def test_without_mnist_what_does_not_need_it_is_done(tmp_path: Path) -> None:
+    import random_patterns
+    import sittings
+    import three_tasks
+
+    def fetch() -> None:
+        raise SystemExit("MNIST could not be had")
+
+    def plan(*_: Any) -> list[Any]:
+        return three_tasks.plan([], False)
+
+    experiments = [three_tasks.EXPERIMENT._replace(plan=plan), random_patterns.EXPERIMENT]
+    with pytest.raises(SystemExit, match=r"not done:\nMNIST could not be had\Z"):
+        sittings.run(experiments, tmp_path, quick=True, fetch=fetch)
+    assert len((tmp_path / "random-patterns.jsonl").read_text("utf-8").splitlines()) == 3
+
+
+def test_what_is_timed_is_done_alone(tmp_path: Path) -> None:
+    import sittings
+    from records import Experiment, Findings, Unit
+
+    present: list[str] = []
+    seen: dict[str, set[int]] = {}
+
+    def measure(unit: Any) -> dict[str, Any]:
+        present.append(unit.experiment)
+        time.sleep(0.05)
+        seen.setdefault(unit.experiment, set()).add(len(present))
+        time.sleep(0.05)
+        present.remove(unit.experiment)
+        return {}
+
+    def experiment(name: str) -> Any:
+        units = [Unit(name, method, 0, {}) for method in "abcd"]
+        return Experiment(
+            name, name, lambda unit: 0.0, lambda records, quick: units, measure,
+            lambda records, folder: Findings("", []), alone=name == "timed",
+        )  # fmt: skip
+
+    experiments = [experiment(name) for name in ("before", "timed", "after")]
+    with ThreadPoolExecutor(2) as pool:
+        sittings._run(experiments, tmp_path, False, 2, None, lambda: None, pool)
+    assert seen["timed"] == {1}
+    assert max(seen["before"]) == max(seen["after"]) == 2
 
 
 def test_units_are_done_side_by_side(tmp_path: Path) -> None:
@@ -266,6 +314,18 @@ def test_records_that_were_changed_by_hand_are_refused(quick: Path, tmp_path: Pa
     assert len(read_records(file)) == 1
 
 
+def test_a_last_line_that_lacks_its_newline_alone_is_kept(quick: Path, tmp_path: Path) -> None:
+    from records import append_record, read_records
+
+    text = (quick / "random-patterns.jsonl").read_text("utf-8")
+    file = tmp_path / "records.jsonl"
+    file.write_text(text.rstrip("\n"), encoding="utf-8")
+    records = read_records(file)
+    assert len(records) == len(text.splitlines())
+    append_record(file, records[0])
+    assert file.read_text("utf-8") == text + text.splitlines(keepends=True)[0]
+
+
 def test_the_pages_are_those_of_the_records(tmp_path: Path) -> None:
     import paper
     import sittings
@@ -296,6 +356,7 @@ def test_the_pages_are_those_of_the_records(tmp_path: Path) -> None:
         ("SGD", [0.70, 0.96, 0.98], "does not hold"),
         ("L2", [0.98, 0.97, 0.80], "holds"),
         ("L2", [0.96, 0.96, 0.97], "does not hold"),
+        ("L2", [0.70, 0.90, 0.98], "does not hold"),
         ("EWC", [0.96, 0.96, 0.97], "holds"),
         ("EWC", [0.90, 0.96, 0.97], "does not hold"),
     ],

@@ -1,4 +1,4 @@
-"""Fisher overlap by layer (Kirkpatrick et al. 2017, figure 2C): similar and dissimilar tasks."""
+"""Fisher overlap by layer (Kirkpatrick et al. 2017, figure 3C): similar and dissimilar tasks."""
 
 from collections.abc import Sequence
 from functools import partial

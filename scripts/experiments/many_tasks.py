@@ -1,4 +1,4 @@
-"""Ten permutations of MNIST (Kirkpatrick et al. 2017, figure 2B): accuracy as tasks are added."""
+"""Ten permutations of MNIST (Kirkpatrick et al. 2017, figure 3B): accuracy as tasks are added."""
 
 from collections.abc import Sequence
 from dataclasses import replace

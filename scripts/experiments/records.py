@@ -5,6 +5,7 @@ these four), what came of it, how long it took and with which versions. Files of
 together line by line, so that the hours may be spread over many sittings and machines.
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -77,6 +78,7 @@ class Experiment(NamedTuple):
             those of the seeds are known once the search for a strength is done.
         measure: Does one unit.
         report: From the records to the findings; writes NAME.csv, .png and .svg into the folder.
+        alone: Whether nothing else may be done at the same time, which its times would tell.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Experiment(NamedTuple):
     plan: Callable[[Sequence[Record], bool], list[Unit]]
     measure: Callable[[Unit], Figures]
     report: Callable[[Sequence[Record], Path], Findings]
+    alone: bool = False
 
 
 def read_records(path: Path) -> list[Record]:
@@ -102,7 +105,7 @@ def read_records(path: Path) -> list[Record]:
     records: dict[str, Record] = {}
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
+        if not line.endswith(b"\n") and not _is_json(line):
             break
         try:
             found = json.loads(line)
@@ -143,12 +146,26 @@ def append_record(path: Path, record: Record) -> None:
         "processor_seconds": rounded(record.processor_seconds),
         "versions": record.versions,
     }
+    text = json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     with open(path, "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        before, newline, last = file.read().rpartition(b"\n")
+        if _is_json(last):  # the newline alone is missing
+            text = b"\n" + text
+        else:
+            file.truncate(len(before) + len(newline))
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def rounded(value: Any) -> Any:

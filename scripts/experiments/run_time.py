@@ -243,7 +243,7 @@ def _draw(records: Sequence[Record], folder: Path) -> None:
     save_picture(figure, folder, NAME)
 
 
-EXPERIMENT = Experiment(NAME, "Run time", cost, plan, measure, report)
+EXPERIMENT = Experiment(NAME, "Run time", cost, plan, measure, report, alone=True)
 
 if __name__ == "__main__":
     main(EXPERIMENT)

@@ -80,15 +80,18 @@ def main(*experiments: Experiment, table: Table | None = None) -> None:
         "--jobs", type=_positive, default=2, help="units at a time, each on one thread"
     )
     parser.add_argument("--minutes", type=_minutes, help="begin no unit after so many minutes")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        metavar="NAME",
-        choices=[one.name for one in experiments],
-        help="of: " + ", ".join(one.name for one in experiments),
-    )
+    names = [one.name for one in experiments]
+    if table is not None:
+        parser.add_argument(
+            "--only",
+            nargs="+",
+            metavar="NAME",
+            choices=names,
+            default=names,
+            help="run some alone, of: " + ", ".join(names) + "; all pages are written",
+        )
     options = parser.parse_args()
-    some = [one for one in experiments if options.only is None or one.name in options.only]
+    some = [one for one in experiments if table is None or one.name in options.only]
     try:
         _obey(options, some, experiments, table)
     except KeyboardInterrupt:
@@ -140,10 +143,9 @@ def run(
         experiments: Whose units.
         folder: Of the records.
         quick: Whether the tiny units are meant.
-        jobs: Units at a time, each in a process of its own with one thread; one is done in this
-            process, with the threads it has.
+        jobs: Units at a time, each in a process of its own; one is done in this process.
         until: No unit is begun after this time of `time.monotonic`.
-        fetch: Sees that MNIST is there; called before the first unit that needs it.
+        fetch: Sees that MNIST is there, or exits; called before the first unit that needs it.
 
     Raises:
         PermissionError: The folder cannot be written; nothing is begun.
@@ -174,7 +176,6 @@ def run(
 def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
 
 
 def _end_with_parent() -> None:
@@ -210,20 +211,30 @@ def _run(
     fetch: Callable[[], object],
     pool: Executor | None,
 ) -> None:
-    running: dict[Future[Record], Unit] = {}
+    running: dict[Future[Record], tuple[Experiment, Unit]] = {}
     failed: dict[str, str] = {}
     fetched = False
     while True:
+        begun = [unit for _, unit in running.values()]
         waiting = [
             (experiment, unit)
             for experiment in experiments
             for unit in undone(experiment, folder, quick)
-            if unit not in running.values() and unit.digest not in failed
+            if unit not in begun and unit.digest not in failed
         ]
         over = until is not None and time.monotonic() > until
-        for experiment, unit in waiting[: 0 if over else jobs - len(running)]:
+        for experiment, unit in [] if over else waiting:
+            busy = [one for one, _ in running.values()]
+            if len(busy) == jobs or (busy and any(one.alone for one in (experiment, *busy))):
+                break
             if unit.settings.get("data") == mnist_files.MNIST and not fetched:
-                fetch()
+                if mnist_files.MNIST in failed:
+                    continue
+                try:
+                    fetch()
+                except SystemExit as error:
+                    failed[mnist_files.MNIST] = str(error)
+                    continue
                 fetched = True
             if pool is None:
                 future: Future[Record] = Future()
@@ -233,21 +244,24 @@ def _run(
                     future.set_exception(error)
             else:
                 future = pool.submit(timed, experiment.measure, unit)
-            running[future] = unit
+            running[future] = experiment, unit
         if not running:
             break
+        broken = None
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            unit = running.pop(future)
+            _, unit = running.pop(future)
             name = f"{unit.experiment}: {unit.method}, seed {unit.seed}  {_few(unit)}"
             if isinstance(cause := future.exception(), BrokenProcessPool):
-                raise cause
-            if cause is not None:
+                broken = cause
+            elif cause is not None:
                 failed[unit.digest] = f"{name}: {type(cause).__name__}: {cause}"
                 print("failed: " + failed[unit.digest], file=sys.stderr)
-                continue
-            record = future.result()
-            append_record(folder / f"{unit.experiment}.jsonl", record)
-            print(f"{record.seconds:6.0f} s  {name}", file=sys.stderr)
+            else:
+                record = future.result()
+                append_record(folder / f"{unit.experiment}.jsonl", record)
+                print(f"{record.seconds:6.0f} s  {name}", file=sys.stderr)
+        if broken is not None:
+            raise broken
     if failed:
         raise SystemExit("not done:\n" + "\n".join(failed.values()))
 
@@ -260,15 +274,21 @@ def undone(experiment: Experiment, folder: Path, quick: bool) -> list[Unit]:
 
 
 def timed(measure: Callable[[Unit], Figures], unit: Unit) -> Record:
-    """Do one unit, with its times and versions."""
+    """Do one unit on one thread, with its times and versions."""
+    versions = {name: version(name) for name in ("consolidate-ewc", "torch")}
+    versions["threads"] = "1"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     # Moments of rarely used weights decay to denormal numbers, at up to 80 times the time a step.
     torch.set_flush_denormal(True)
-    began, busy = time.perf_counter(), time.process_time()
-    figures = measure(unit)
-    versions = {name: version(name) for name in ("consolidate-ewc", "torch")}
-    versions["threads"] = str(torch.get_num_threads())
-    seconds = time.perf_counter() - began
-    return Record(unit, figures, seconds, versions, time.process_time() - busy)
+    try:
+        began, busy = time.perf_counter(), time.process_time()
+        figures = measure(unit)
+        seconds, busy = time.perf_counter() - began, time.process_time() - busy
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+    return Record(unit, figures, seconds, versions, busy)
 
 
 def all_units(experiment: Experiment, records: Sequence[Record], quick: bool) -> list[Unit]:
