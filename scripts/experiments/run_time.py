@@ -51,10 +51,10 @@ the median of the ratio of both times at the largest size:
 Examples: an MLP 784–400–400–10 in batches of {images}, and a BERT of 2 layers × 128 in batches of
 {texts} texts of {tokens} tokens. Parameters: the MLP's width at {batches} batches of {wide_images},
 and the width of a BERT of 4 layers at {batches} batches of {wide_texts} texts. Both are random. A
-pass of the Fisher compares its first batch with single examples, which is a fixed cost that lowers
-its exponents and raises its ratio, above all where there are {batches} batches only (of longer
-passes there [is a page](../fisher.md)); small matrices are multiplied at a lower rate than large
-ones, which lowers both.
+pass of the Fisher compares its first batch with single examples. Against examples that is a fixed
+cost, which lowers the exponent; where there are {batches} batches only it raises the ratio above
+all (of longer passes there [is a page](../fisher.md)). Small matrices are multiplied at a lower
+rate than large ones, which lowers both exponents against parameters.
 """
 
 
@@ -232,11 +232,11 @@ def _draw(records: Sequence[Record], folder: Path) -> None:
             for kind in (FISHER, TRAINING):
                 times = np.array(record.figures[kind])  # (rounds, sizes)
                 middle, colour = np.median(times, 0), next(colours)
-                slope, offset = np.polyfit(np.log(n), np.log(middle), 1)
                 exponent = mean(exponents(record.figures["n"], record.figures[kind])).value
+                offset = np.mean(np.log(middle) - exponent * np.log(n))
                 label = f"{record.unit.method}, {kind}: exponent {exponent:.2f}"
                 axis.loglog(n, middle, "o", ms=4, color=colour, label=label)
-                axis.loglog(n, np.exp(offset) * n**slope, color=colour, lw=1)
+                axis.loglog(n, np.exp(offset) * n**exponent, color=colour, lw=1)
         axis.set_xlabel(against)
         axis.legend(fontsize="x-small", loc="lower left", bbox_to_anchor=(0, 1))
     axes[0].set_ylabel("seconds")

@@ -44,7 +44,7 @@ PAGE = """# {title}
 ## Records
 
 [Every figure]({name}.csv) and [what was run]({name}.jsonl): {done} of {units} units,
-{minutes:.1f} minutes by the clock, one thread each{busy}; {versions}.
+{minutes:.1f} minutes by the clock over all units, one thread each{busy}; {versions}.
 
 The picture is also there [as SVG]({name}.svg). What is missing in {name}.jsonl is run by the first
 command: nothing once all is done, everything once that file is moved away.

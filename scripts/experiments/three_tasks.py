@@ -19,7 +19,7 @@ from continual import (
     settings_of,
 )
 from mnist_files import MNIST, SMALL
-from pictures import COLOURS, panels, save_picture, write_csv
+from pictures import COLOURS, error_bars, panels, save_picture, write_csv
 from records import (
     Experiment,
     Figures,
@@ -228,7 +228,7 @@ def _draw(done: dict[str, list[Record]], folder: Path) -> None:
         looks = curves.shape[1] // 3
         x = (np.arange(curves.shape[1]) + 1) / looks
         middle = curves.mean(0)
-        error = curves.std(0, ddof=1) / len(found) ** 0.5 if len(found) > 1 else 0 * middle
+        error = error_bars(curves)
         for task, axis in enumerate(axes):
             since = slice(task * looks, None)
             y, e = middle[since, 2 + task], error[since, 2 + task]
