@@ -44,7 +44,7 @@ PAGE = """# {title}
 ## Records
 
 [Every figure]({name}.csv) and [what was run]({name}.jsonl): {done} of {units} units,
-{minutes:.1f} minutes by the clock over all units, one thread each{busy}; {versions}.
+{minutes:.1f} minutes by the clock over all units, one thread each{busy}; {versions}.{others}
 
 The picture is also there [as SVG]({name}.svg). What is missing in {name}.jsonl is run by the first
 command: nothing once all is done, everything once that file is moved away.
@@ -368,13 +368,20 @@ def write_page(experiment: Experiment, folder: Path, *, quick: bool = False) -> 
     findings = experiment.report(known, folder)
     if findings.text:  # else there are searches only, and no figures to link
         page = folder / f"{experiment.name}.md"
-        page.write_text(_page(experiment, known, len(units), findings, quick), encoding="utf-8")
+        others = len(records) - len(known)
+        text = _page(experiment, known, others, len(units), findings, quick)
+        page.write_text(text, encoding="utf-8")
         print(page)
     return findings.rows
 
 
 def _page(
-    experiment: Experiment, records: Sequence[Record], units: int, findings: Findings, quick: bool
+    experiment: Experiment,
+    records: Sequence[Record],
+    others: int,
+    units: int,
+    findings: Findings,
+    quick: bool,
 ) -> str:
     versions = {
         f"{name} {number}"
@@ -391,6 +398,7 @@ def _page(
         units=units,
         minutes=sum(record.seconds for record in records) / 60,
         busy=_busy(records),
+        others=f" {others} more, of settings tried before, are not shown." if others else "",
         versions=", ".join(sorted(versions)),
     )
 
