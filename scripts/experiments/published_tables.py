@@ -131,7 +131,7 @@ SETTINGS = (
         },
         {
             "no penalty" + KEPT: FEW,
-            "EWC, online" + KEPT: f"three seeds, one of which loses the first task; {SHORT}",
+            "EWC, online" + KEPT: f"three seeds, published are 30; {SHORT}",
             "no penalty": MOMENTS,
             "EWC, online": f"{MOMENTS}; {SHORT}",
         },
