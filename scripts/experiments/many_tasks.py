@@ -73,10 +73,10 @@ for each number of tasks, is the ceiling:
 
 {table}
 
-{kept}Separate anchors' penalties have a sum that is centred at a mean of the weights after each task,
-weighted by the Fishers, where no task was ever learned; online it is centred at the last weights,
-which all tasks before have held already (Huszár 2017). Whether that is why they fall behind was not
-settled. [With a smaller learning rate and more steps](published-tables.md) they do so by less.
+{kept}Separate anchors' penalties have a sum that is centred at a mean of the weights after each
+task, weighted by the Fishers, where no task was ever learned; online it is centred at the last
+weights, which all tasks before have held already (Huszár 2017). Whether that is why they fall
+behind was not settled. [With a smaller learning rate and more steps](published-tables.md) they do so by less.
 
 {steps:,} steps of 256 a task with Adam, inputs standardised, the exact Fisher of 2,000 images, the
 penalty by proximal steps; products in bfloat16, weights, Fisher and penalty in float32. SGD in the
@@ -232,7 +232,9 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
         ],
     )
     steps = next(record.unit.settings["steps"] for record in records if not _searches(record.unit))
-    ends = {title: np.mean(points[tasks]) for title, points in lines.items() if tasks in points}
+    ends = {
+        title: float(np.mean(points[tasks])) for title, points in lines.items() if tasks in points
+    }
     kept = ""
     if {SEPARATE, SEPARATE + KEPT} <= ends.keys():
         gain = signed(100 * (ends[SEPARATE + KEPT] - ends[SEPARATE]))
