@@ -76,7 +76,8 @@ for each number of tasks, is the ceiling:
 {kept}Separate anchors' penalties have a sum that is centred at a mean of the weights after each
 task, weighted by the Fishers, where no task was ever learned; online it is centred at the last
 weights, which all tasks before have held already (Huszár 2017). Whether that is why they fall
-behind was not settled. [With a smaller learning rate and more steps](published-tables.md) they do so by less.
+behind was not settled. [With a smaller learning rate and more steps](published-tables.md) they do
+so by less.
 
 {steps:,} steps of 256 a task with Adam, inputs standardised, the exact Fisher of 2,000 images, the
 penalty by proximal steps; products in bfloat16, weights, Fisher and penalty in float32. SGD in the
