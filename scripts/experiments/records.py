@@ -50,12 +50,15 @@ class RecordsError(Exception):
     """A file of records is not what it should be; the message says where and what to do."""
 
 
+NOT_RUN = "not run yet"
+
+
 class Row(NamedTuple):
     """A line of the table that sets figures beside the paper's."""
 
     figure: str
     published: str
-    here: str = "not run yet"
+    here: str = NOT_RUN
     difference: str = "–"
     reason: str = "–"
 

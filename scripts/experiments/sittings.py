@@ -46,8 +46,8 @@ PAGE = """# {title}
 [Every figure]({name}.csv) and [what was run]({name}.jsonl): {done} of {units} units,
 {minutes:.1f} minutes by the clock over all units, one thread each{busy}; {versions}.{others}
 
-The picture is also there [as SVG]({name}.svg). What is missing in {name}.jsonl is run by the first
-command: nothing once all is done, everything once that file is moved away.
+The picture is also there [as SVG]({name}.svg). The first command runs what {name}.jsonl lacks:
+nothing, once all is done; everything, once that file is moved away.
 
 ```sh
 scripts/experiments/all --only {name}
@@ -327,8 +327,8 @@ def outlook(experiments: Sequence[Experiment], folder: Path, *, quick: bool, job
                 f"{seconds / 60:.0f} minutes on one core"
             )
     if not lines:
-        return "nothing is left to do"
-    lines.append(f"about {whole / jobs / 3600:.1f} hours, {jobs} at a time")
+        return "nothing is left to do of " + ", ".join(one.name for one in experiments)
+    lines.append(f"at least about {whole / jobs / 3600:.1f} hours, {jobs} at a time")
     return "\n".join(lines)
 
 

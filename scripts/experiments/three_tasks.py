@@ -74,7 +74,7 @@ C are learned, mean over {done} and its standard error:
 {table}
 
 What the paper's plot shows, and whether it holds here; a task is kept where its accuracy is within
-{near:g} points of the best of A to C:
+{near:g} points of the best of the three beside it:
 
 {claims}
 
@@ -136,7 +136,7 @@ def measure(unit: Unit) -> Figures:
 def report(records: Sequence[Record], folder: Path) -> Findings:
     """Draw the curves, and write the accuracies after the last task."""
     done = {title: chosen(records, method=title) for title in PENALTIES.values()}
-    reason = f"kept: within {100 * NEAR:g} points of the best of A to C"
+    reason = f"kept: within {100 * NEAR:g} points of the best of the three"
     reasons = {"L2": f"{reason}; here λ is the best for the mean of all three, theirs is not told"}
     rows, claims = [], []
     for title, found in done.items():

@@ -42,8 +42,9 @@ standard error over seeds:
 
 {table}
 
-The size is ‖δ‖/√N, the root mean square over all N weights. Half of what was learned is lost at
-{half}. Sizes at which the accuracies of two kinds differ by more than {tolerance:g} points:
+The size is ‖δ‖/√N, the root mean square over all N weights. Half of the accuracy above chance is
+lost at {half}, interpolated. Sizes at which the accuracies of two kinds differ by more than
+{tolerance:g} points:
 
 - shaped noise does less harm than uniform noise at {less}, more at {more}
 - noise in the null space does less harm than shaped noise at {null_less}, more at {null_more}

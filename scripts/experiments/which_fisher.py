@@ -46,7 +46,8 @@ of a batch's sum over the number of examples), and the square of the batch's mea
 data's labels, which is no Fisher, and what most software ships. The published figures
 ([van de Ven 2025](https://arxiv.org/abs/2502.11756)) are the best of a grid on the test set, as
 those here are, after 2,000 steps a task, with inputs in [0, 1], the Fisher of all images of a task,
-and Adam's moments kept from task to task. Mean test accuracy after the fifth task against λ:
+and Adam's moments kept from task to task. Mean test accuracy over {seeds} seeds after the fifth
+task against λ:
 
 ![Accuracy against λ for each estimator](which-fisher.png)
 
@@ -151,7 +152,7 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
             bests.append((enough, values[best].value))
             table.append(
                 f"| {estimator} | {size} | {traces[-1]:.3g} | {strengths[best]:g} | "
-                f"{values[best].value:.2%} | {_two_digits(enough)} |"
+                f"{values[best].value:.2%} ± {100 * errors[best]:.2f} | {_two_digits(enough)} |"
             )
         axis.set_title(estimator, fontsize="small")
         axis.set_xscale("log")
@@ -191,6 +192,7 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
         small=sizes[0],
         large=sizes[-1],
         table="\n".join(table),
+        seeds=len({record.unit.seed for record in records}),
         low=100 * min(falls),
         high=100 * max(falls),
     )
