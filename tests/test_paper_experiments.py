@@ -246,30 +246,25 @@ def test_nothing_goes_on_once_the_run_is_killed(
     process.communicate(timeout=30)  # until the workers, who have its pipes too, have ended
 
 
-@pytest.mark.parametrize("jobs", ["0", "-1", "two"])
-def test_fewer_than_one_job_is_refused(
-    jobs: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("option", "wrong", "kind"),
+    [("jobs", wrong, "whole number") for wrong in ("0", "-1", "two")]
+    + [("minutes", wrong, "number") for wrong in ("0", "-1", "nan", "two")],
+)
+def test_no_jobs_and_no_minutes_are_refused(
+    option: str,
+    wrong: str,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import random_patterns
     import sittings
 
-    monkeypatch.setattr(sys, "argv", ["paper.py", f"--jobs={jobs}"])
+    monkeypatch.setattr(sys, "argv", ["paper.py", f"--{option}={wrong}"])
     with pytest.raises(SystemExit):
         sittings.main(random_patterns.EXPERIMENT)
-    assert f"{jobs} is no whole number above 0" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "two"])
-def test_no_minutes_are_refused(
-    minutes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import random_patterns
-    import sittings
-
-    monkeypatch.setattr(sys, "argv", ["paper.py", f"--minutes={minutes}"])
-    with pytest.raises(SystemExit):
-        sittings.main(random_patterns.EXPERIMENT)
-    assert f"{minutes} is no number above 0" in capsys.readouterr().err
+    assert f"{wrong} is no {kind} above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["--plan", "--report", "--jobs=1"])
