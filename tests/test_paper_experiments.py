@@ -634,6 +634,8 @@ def test_a_chain_from_its_first_task_on_is_the_whole_chain(scripts: None, merge_
     for name, values in whole.state_dict().items():
         assert values.equal(later.state_dict()[name]), name
     assert not whole.layers[0].weight.equal(free.layers[0].weight)  # the penalty was taken
+    with pytest.raises(ValueError, match="moments of the first task"):
+        learn_chain(tasks, method, 1, first=first, optimizer_kept=True)
 
 
 def test_the_penalty_as_a_hook_steps_as_training_does(scripts: None) -> None:
