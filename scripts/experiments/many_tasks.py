@@ -240,7 +240,8 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
     if {SEPARATE, SEPARATE + KEPT} <= ends.keys():
         gain = signed(100 * (ends[SEPARATE + KEPT] - ends[SEPARATE]))
         kept = (
-            f"Keeping Adam's moments from task to task changes separate anchors by {gain} points. "
+            "Keeping Adam's moments from task to task, with gradient steps and a search of its own, "
+            f"changes separate anchors by {gain} points. "
         )
     text = TEXT.format(
         kept=kept,
