@@ -240,7 +240,7 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
     if {SEPARATE, SEPARATE + KEPT} <= ends.keys():
         gain = signed(100 * (ends[SEPARATE + KEPT] - ends[SEPARATE]))
         kept = (
-            "Keeping Adam's moments from task to task, with gradient steps and a search of its own, "
+            "Keeping Adam's moments from task to task, with gradient steps and its own search, "
             f"changes separate anchors by {gain} points. "
         )
     text = TEXT.format(
