@@ -51,7 +51,7 @@ def test_every_quick_experiment_writes_its_page_pictures_and_figures(quick: Path
     import paper
 
     for experiment in paper.EXPERIMENTS:
-        for suffix in ("md", "png", "svg", "csv", "jsonl"):
+        for suffix in ("md", "png", "csv", "jsonl"):
             assert (quick / f"{experiment.name}.{suffix}").stat().st_size > 100
         page = (quick / f"{experiment.name}.md").read_text("utf-8")
         assert "A quick run" in page
@@ -336,8 +336,7 @@ def test_the_pages_are_those_of_the_records(tmp_path: Path) -> None:
             f"{kept} is not what its records say: scripts/experiments/all --report"
         )
         if path.suffix == ".csv":
-            for suffix in (".png", ".svg"):
-                assert kept.with_suffix(suffix).exists()
+            assert kept.with_suffix(".png").exists()
 
 
 # Verdicts

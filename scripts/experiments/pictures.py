@@ -36,9 +36,7 @@ def error_bars(values: Sequence[Any] | np.ndarray) -> np.ndarray:
 
 
 def save_picture(figure: Figure, folder: Path, name: str) -> None:
-    """Write NAME.png and NAME.svg, without dates and random ids, and close the figure."""
-    with pyplot.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+    """Write NAME.png, without a date, and close the figure."""
     figure.savefig(folder / f"{name}.png", dpi=130, metadata={"Software": None})
     pyplot.close(figure)
 

@@ -80,7 +80,7 @@ class Experiment(NamedTuple):
         plan: From the records so far, and whether it is a quick run, to the units known by now:
             those of the seeds are known once the search for a strength is done.
         measure: Does one unit.
-        report: From the records to the findings; writes NAME.csv, .png and .svg into the folder.
+        report: From the records to the findings; writes NAME.csv and .png into the folder.
         alone: Whether nothing else may be done at the same time, which its times would tell.
     """
 

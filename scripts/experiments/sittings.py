@@ -46,8 +46,8 @@ PAGE = """# {title}
 [Every figure]({name}.csv) and [what was run]({name}.jsonl): {done} of {units} units,
 {minutes:.1f} minutes by the clock over all units, one thread each{busy}; {versions}.{others}
 
-The picture is also there [as SVG]({name}.svg). The first command runs what {name}.jsonl lacks:
-nothing, once all is done; everything, once that file is moved away.
+The first command runs what {name}.jsonl lacks: nothing, once all is done;
+everything, once that file is moved away.
 
 ```sh
 scripts/experiments/all --only {name}
