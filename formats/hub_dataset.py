@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import ConsolidateError, InputError, NetworkError, UsageError
+from formats.image_folder import decode_image
 from formats.rows import Rows
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -21,7 +23,11 @@ def is_hub_id(spec: str) -> bool:
 
 
 class HubRows(Rows):
-    """The rows of one split, memory-mapped by `datasets`; images come as PIL images."""
+    """The rows of one split, memory-mapped by `datasets`.
+
+    Images are decoded here, not by `datasets`, which would read any format that Pillow knows.
+    Audio, video and other files come as they are stored.
+    """
 
     def __init__(self, dataset: Any, name: str) -> None:
         """Wrap a `datasets.Dataset`.
@@ -31,7 +37,7 @@ class HubRows(Rows):
         """
         self.name = name
         self.columns = list(dataset.column_names)
-        self._dataset = dataset.with_format(None)
+        self._dataset = dataset.with_format("arrow")
         if not len(dataset) or not self.columns:
             raise InputError(f"{name} is empty: it has no rows.")
 
@@ -42,14 +48,16 @@ class HubRows(Rows):
         """Return row `i`.
 
         Raises:
-            InputError: the row cannot be decoded.
-            UsageError: decoding it needs a package that is missing.
+            InputError: the row or an image in it cannot be read.
+            UsageError: it holds an image, and Pillow is not installed.
         """
         try:
-            return dict(self._dataset[i])
-        except ImportError as error:
-            raise UsageError(f"{self.where(i)}: {_first_line(error)}") from None
-        except (OSError, ValueError, SyntaxError) as error:
+            row = self._dataset[i].to_pylist()[0]
+            return {
+                name: _decoded(row[name], feature, self.where(i, name))
+                for name, feature in self._dataset.features.items()
+            }
+        except (OSError, ValueError) as error:
             raise InputError(f"{self.where(i)} cannot be read ({_first_line(error)}).") from None
 
     def values(self, column: str) -> Iterator[Any]:
@@ -77,7 +85,8 @@ class HubRows(Rows):
                 stored = dataclasses.replace(feature, decode=False)
                 dataset = dataset.cast_column(name, stored)
         total = hashlib.sha256()
-        for row in dataset:
+        for table in dataset:
+            (row,) = table.to_pylist()
             line = json.dumps(_plain(row), sort_keys=True, ensure_ascii=False)
             total.update(line.encode("utf-8", "surrogatepass") + b"\n")
         return total.hexdigest()
@@ -97,9 +106,40 @@ def _plain(value: Any) -> Any:
         return hashlib.sha256(value).hexdigest()
     if value is None or isinstance(value, str | int | float):
         return value
-    if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image inside a list
-        return [value.mode, list(value.size), hashlib.sha256(value.tobytes()).hexdigest()]
     return str(value)
+
+
+def _decoded(value: Any, feature: Any, where: str) -> Any:
+    """Return what a value stands for, images and JSON inside lists and structs included."""
+    if value is None:
+        return None
+    if isinstance(feature, Mapping):
+        return {name: _decoded(value[name], inner, where) for name, inner in feature.items()}
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if inner is not None:
+        return [_decoded(one, inner, where) for one in value]
+    kind = type(feature).__name__ if getattr(feature, "decode", False) else ""
+    if kind == "Json":
+        return feature.decode_example(value)
+    if kind == "Image":
+        image = decode_image(_stored(value), where)
+        return image if feature.mode in (None, image.mode) else image.convert(feature.mode)
+    return value
+
+
+def _stored(image: Mapping[str, Any]) -> Path | io.BytesIO:
+    """Return the file or the bytes of an image as `datasets` stores it."""
+    from datasets.utils.file_utils import is_local_path, xopen
+
+    content, path = image["bytes"], image["path"]
+    if content is None and path is None:
+        raise ValueError("an image has neither bytes nor a path")
+    if content is None and is_local_path(path):
+        return Path(path)
+    if content is None:
+        with xopen(path, "rb") as file:
+            content = file.read()
+    return io.BytesIO(content)
 
 
 def open_hub(

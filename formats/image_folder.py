@@ -11,6 +11,9 @@ IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 
+# Named to Pillow, which would else go by the content alone: PostScript starts a program.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
 
 def is_image(path: Path) -> bool:
     """Return whether a file's name is that of an image that is read here."""
@@ -39,18 +42,25 @@ def decode_image(source: Path | IO[bytes], where: str) -> Any:
         where: the place in words, for the message.
 
     Raises:
-        InputError: not an image, or one that ends too early.
+        InputError: not an image of one of `IMAGE_FORMATS`, or one that ends too early.
     """
     require_pillow()
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=IMAGE_FORMATS) as image:
             image.load()
             if image.getexif().get(Image.ExifTags.Base.Orientation, 1) != 1:
                 return ImageOps.exif_transpose(image)
             return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        raise InputError(
+            f"{where}: the image cannot be read: it is damaged, or none of "
+            f"{', '.join(IMAGE_FORMATS)}. Save it as PNG or JPEG."
+        ) from None
+    except Exception as error:  # a damaged image fails in whatever way its bytes lead to
         raise InputError(f"{where}: the image cannot be read ({error}).") from None
 
 

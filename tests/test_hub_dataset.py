@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -225,8 +226,31 @@ def test_a_damaged_image_is_named(tmp_path):
     features = datasets.Features({"image": datasets.Image()})
     data = datasets.Dataset.from_dict({"image": [str(tmp_path / "a.png")]}, features=features)
     data.save_to_disk(tmp_path / "saved")
-    with pytest.raises(InputError, match="saved, row 1 cannot be read"):
+    with pytest.raises(InputError, match="saved, row 1, column 'image'"):
         open_data(tmp_path / "saved")[0]
+
+
+def test_images_and_json_are_decoded_in_lists_too(tmp_path):
+    stored = io.BytesIO()
+    Image.new("RGB", (2, 2), (9, 9, 9)).save(stored, "PNG")
+    picture = {"bytes": stored.getvalue(), "path": None}
+    features = datasets.Features(
+        {
+            "grey": datasets.Image(mode="L"),
+            "views": datasets.List(datasets.Image()),
+            "talk": datasets.List(datasets.Json()),
+            "none": datasets.Image(),
+        }
+    )
+    talk = [{"role": "user", "tools": [1, "two"]}, {"role": "assistant"}]
+    values = {"grey": [picture], "views": [[picture, picture]], "talk": [talk], "none": [None]}
+    datasets.Dataset.from_dict(values, features=features).save_to_disk(tmp_path / "saved")
+    row = open_data(tmp_path / "saved")[0]
+    assert row["grey"].mode == "L"
+    assert row["grey"].getpixel((0, 0)) == 9
+    assert [view.getpixel((1, 1)) for view in row["views"]] == [(9, 9, 9)] * 2
+    assert row["talk"] == talk
+    assert row["none"] is None
 
 
 def test_empty_datasets_are_refused():

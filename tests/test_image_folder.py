@@ -1,13 +1,16 @@
 import hashlib
+import io
 import json
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from PIL import Image
 
 from formats.data import open_data
 from formats.errors import InputError, UsageError
+from formats.image_folder import IMAGE_SUFFIXES
 
 
 def picture(path, colour, size=(3, 2), mode="RGB", **options):
@@ -106,3 +109,71 @@ def test_labels_come_without_reading_an_image(tmp_path: Path) -> None:
     assert list(rows.values("label")) == ["a", "b"]
     with pytest.raises(InputError, match=r"broken\.png"):
         next(rows.values("image"))
+
+
+def test_every_documented_format_is_read(tmp_path: Path) -> None:
+    for suffix in sorted(IMAGE_SUFFIXES):
+        picture(tmp_path / "p" / "c" / f"x{suffix}", (255, 0, 0))
+    rows = open_data(tmp_path / "p")
+    assert len(rows) == len(IMAGE_SUFFIXES)
+    for row in rows:
+        assert row["image"].size == (3, 2)
+    picture(tmp_path / "two" / "c" / "x.jpg", 0, format="MPO", save_all=True)  # as telephones do
+    assert open_data(tmp_path / "two")[0]["image"].size == (3, 2)
+
+
+def image_folder(root: Path, content: bytes) -> Path:
+    (root / "data" / "c").mkdir(parents=True)
+    (root / "data" / "c" / "x.png").write_bytes(content)
+    return root / "data"
+
+
+def parquet_file(root: Path, content: bytes) -> Path:
+    features = datasets.Features({"image": datasets.Image()})
+    data = datasets.Dataset.from_dict({"image": [{"bytes": content, "path": None}]}, features)
+    data.to_parquet(root / "x.parquet")
+    return root / "x.parquet"
+
+
+def saved_dataset(root: Path, content: bytes) -> Path:
+    features = datasets.Features({"image": datasets.Image()})
+    data = datasets.Dataset.from_dict({"image": [{"bytes": content, "path": None}]}, features)
+    data.save_to_disk(root / "saved")
+    return root / "saved"
+
+
+def saved_paths(root: Path, content: bytes) -> Path:
+    (root / "x.png").write_bytes(content)
+    features = datasets.Features({"image": datasets.Image()})
+    data = datasets.Dataset.from_dict({"image": [str(root / "x.png")]}, features)
+    data.save_to_disk(root / "saved")
+    return root / "saved"
+
+
+def saved_lists(root: Path, content: bytes) -> Path:
+    features = datasets.Features({"image": datasets.List({"one": datasets.Image()})})
+    value = [{"one": {"bytes": content, "path": None}}]
+    datasets.Dataset.from_dict({"image": [value]}, features).save_to_disk(root / "saved")
+    return root / "saved"
+
+
+@pytest.mark.parametrize(
+    "write", [image_folder, parquet_file, saved_dataset, saved_paths, saved_lists]
+)
+@pytest.mark.parametrize("kind", ["EPS", "AVIF"])
+def test_no_format_but_those_documented_is_decoded(kind, write, tmp_path, monkeypatch):
+    mark = tmp_path / "gs-was-run"
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {mark}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    content = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(content, kind)
+    path = write(tmp_path, content.getvalue())
+    rows = open_data(path)
+    rows.digest()
+    with pytest.raises(InputError, match=r"row 1|x\.png") as refused:
+        rows[0]
+    assert "none of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP" in str(refused.value)
+    assert not mark.exists()

@@ -223,7 +223,8 @@ def idx_of_parquet(paths: Mapping[str, str | Path]) -> dict[str, bytes]:
     files = {}
     for stem, path in paths.items():
         rows = parquet.read_table(path).to_pylist()
-        images = np.stack([np.asarray(Image.open(io.BytesIO(r["image"]["bytes"]))) for r in rows])
+        stored = [io.BytesIO(row["image"]["bytes"]) for row in rows]
+        images = np.stack([np.asarray(Image.open(one, formats=["PNG"])) for one in stored])
         labels = np.array([row["label"] for row in rows], np.uint8)
         for name, array in (("images-idx3", images), ("labels-idx1", labels)):
             sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
