@@ -60,11 +60,11 @@ def encode_tensors(rows: Rows, model: Model, columns: Columns) -> Examples:
         InputError: A column is missing, shapes differ, or a label is none of the model's.
     """
     name = find_column(rows, columns.inputs, ("inputs", "input", "x"), "inputs")
-    inputs = rows.tensors[name] if rows.tensors is not None else _stacked(rows, name)
+    inputs = _stacked(rows, name) if rows.tensors is None else _within_int64(rows, name)
     dtype = next((p.dtype for p in model.module.parameters()), torch.float32)
     outputs = _outputs_of_first(model, inputs, dtype, rows.where(0, name))
     column = label_column(rows, columns, model.objective.name)
-    labels = rows.tensors[column] if rows.tensors is not None else None
+    labels = None if rows.tensors is None else _signed(_within_int64(rows, column))
     if model.objective.name == "regression":
         targets = (
             as_targets(rows, column, model) if labels is None else _finite(rows, column, labels)
@@ -102,6 +102,27 @@ def _class_numbers(rows: Rows, column: str, labels: Tensor, reader: Labels) -> T
     return encoded
 
 
+def _within_int64(rows: Rows, column: str) -> Tensor:
+    """Give a column of a tensor file, of which every number fits into int64."""
+    assert rows.tensors is not None
+    values = rows.tensors[column]
+    if values.dtype == torch.uint64:
+        beyond = (values.long() < 0).flatten(1).any(1) if values.ndim > 1 else values.long() < 0
+        for i in beyond.nonzero()[:1].flatten().tolist():
+            largest = max(values[i].flatten().tolist())
+            raise InputError(
+                f"{rows.where(i, column)}: {largest} is beyond the largest int64, {2**63 - 1}: "
+                "save smaller numbers"
+            )
+    return values
+
+
+def _signed(values: Tensor) -> Tensor:
+    """Give unsigned numbers as int64: few operations know uint16, uint32 and uint64."""
+    wide = values.dtype in (torch.uint16, torch.uint32, torch.uint64)
+    return values.long() if wide else values
+
+
 def _finite(rows: Rows, column: str, labels: Tensor) -> Tensor:
     wrong = ~labels.float().isfinite().flatten(1).all(1) if labels.ndim > 1 else ~labels.isfinite()
     for i in wrong.nonzero()[:1].flatten().tolist():
@@ -118,7 +139,7 @@ def _stacked(rows: Rows, name: str) -> Tensor:
             tensor = value if isinstance(value, Tensor) else torch.tensor(as_list(value, where))
             if isinstance(value, str):
                 tensor = torch.tensor([float(one) for one in as_list(value, where)])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError(f"{where}: expected numbers, found {value!r:.60}") from None
         values.append(tensor)
         if tensor.shape != values[0].shape:
@@ -152,4 +173,4 @@ def _outputs_of_first(model: Model, inputs: Tensor, dtype: torch.dtype, where: s
 
 
 def _cast(inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    return inputs.to(dtype) if inputs.is_floating_point() else inputs
+    return inputs.to(dtype) if inputs.is_floating_point() else _signed(inputs)

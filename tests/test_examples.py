@@ -1,7 +1,9 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -588,6 +590,43 @@ def test_lists_of_numbers_are_tensors_too(own: Any, tmp_path: Path) -> None:
 def test_class_numbers_are_checked(labels: Any, message: str, own: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         encode(tensors(tmp_path, inputs=torch.rand(3, 6), labels=labels), own())
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64"])
+def test_unsigned_numbers(dtype: str, suffix: str, own: Any, tmp_path: Path) -> None:
+    inputs = np.random.default_rng(0).random((4, 6), np.float32)
+
+    def rows(labels: Any, inputs: Any = inputs) -> Rows:
+        columns = {"inputs": inputs, "labels": np.array(labels, dtype)}
+        path = tmp_path / f"unsigned.{suffix}"
+        if suffix == "npz":
+            np.savez(path, **columns)
+        else:
+            save_file({name: torch.from_numpy(values) for name, values in columns.items()}, path)
+        return open_data(path)
+
+    def labels(rows: Rows, *model: Any, **options: Any) -> Any:
+        return first_batch(encode(rows, own(*model, **options)))[1].tolist()
+
+    assert labels(rows([2, 0, 1, 1])) == [2, 0, 1, 1]
+    assert labels(rows([[2], [0], [1], [1]])) == [2, 0, 1, 1]
+    assert label_names(rows([2, 0, 1, 1]), "classification") == ["0", "1", "2"]
+    several = [[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]]
+    assert labels(rows(several), objective="multi-label") == several
+    assert labels(rows([7, 0, 65535, 1]), "one", objective="regression") == [7, 0, 65535, 1]
+    with pytest.raises(InputError, match="row 3, column 'labels': 3 is no label"):
+        labels(rows([2, 0, 3, 1]))
+    if dtype == "uint64":
+        for objective in ("classification", "multi-label", "regression"):
+            with pytest.raises(InputError, match=f"row 2, column 'labels': {2**63 + 1} is beyond"):
+                labels(rows([0, 2**63 + 1, 0, 0]), objective=objective)
+
+    ids = np.array([[1, 2], [3, 4], [0, 5], [5, 5]], dtype)
+    module = torch.nn.Sequential(torch.nn.Embedding(6, 2), torch.nn.Flatten())
+    given = encode(rows([2, 0, 1, 1], ids), replace(own(), module=module))
+    assert first_batch(given)[0].dtype == torch.int64
+    assert first_batch(given)[0].tolist() == ids.tolist()
 
 
 def test_inputs_that_the_module_cannot_take(own: Any, tmp_path: Path) -> None:
