@@ -583,8 +583,9 @@ def verify(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
 def push(checkpoint: str, repository: str, json: bool, **options: Any) -> None:
     """Publish CHECKPOINT with its Fisher, ledger and model card on the Hub, in one commit.
 
-    Weights, Fisher, configuration, tokenizer and licence are sent; other files are not. A README.md
-    that is there keeps what a person wrote. The repository stays as it was until all has been sent;
+    Weights, Fisher, configuration without local paths, tokenizer, licence and the code that an
+    auto_map names are sent; other files are not. A README.md that is there keeps what a person
+    wrote. The repository stays as it was until all has been sent;
     started again, a push sends what is missing.
 
     Example: consolidate push my-model-2 user/my-model --dry-run

@@ -28,6 +28,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 
 from consolidate.card import Subject, model_card
 from consolidate.hub import FISHER, commits_of, locate
+from consolidate.upload_rules import named_code, without_local_paths
 from consolidate.verification import verify
 from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.digest import set_digest
@@ -215,6 +216,7 @@ def push(
                 for path, op in operations.items()
             ],
             "deleted": stale,
+            "code": [path for path in operations if path.endswith(".py")],
         }
         if dry_run:
             return result
@@ -261,6 +263,8 @@ def push_text(result: Mapping[str, Any]) -> str:
         lines.append(f"{total:>15,}  bytes in all; what of them is there already is not known")
     else:
         lines.append(f"{total:>15,}  bytes in all, {missing:,} of them new")
+    if result["code"]:
+        lines.append(f"Code that an auto_map names: {', '.join(result['code'])}")
     seen = "private" if result["private"] else "public"
     if result["status"] == "dry run":
         lines.append(f"Nothing was sent to {result['repository']} ({seen}): this was a dry run.")
@@ -434,20 +438,22 @@ def _bytes(tensors: TensorFiles, name: str) -> int:
     return count
 
 
-def _others(folder: Path, source: Checkpoint) -> dict[str, Path]:
-    """Give configuration, tokenizer and licence; tell of what is left out."""
-    published = (*PUBLISHED, "*.py") if "auto_map" in source.config else PUBLISHED
+def _others(folder: Path, source: Checkpoint) -> dict[str, Path | bytes]:
+    """Give configuration, tokenizer, licence and named code; tell of what is left out."""
+    code = named_code(folder)
     used = {file.name for file in source.files} | {CARD, "fisher"}
-    contents, left_out = {}, []
+    contents: dict[str, Path | bytes] = {}
+    left_out = []
     for entry in sorted(folder.iterdir()):
         if entry.name in used or entry.name.startswith("."):
             continue
         below = [p for p in sorted(entry.rglob("*")) if p.is_file()] if entry.is_dir() else [entry]
         names = {file.relative_to(folder).as_posix(): file for file in below}
-        chosen = [name for name in names if any(_fits(name, pattern) for pattern in published)]
+        chosen = [name for name in names if name in code or any(_fits(name, p) for p in PUBLISHED)]
         for name in chosen:
             check_link(folder, names[name])
-            contents[name] = names[name]
+            is_config = name.endswith("config.json")
+            contents[name] = without_local_paths(names[name]) if is_config else names[name]
         if not chosen:
             left_out.append(entry.name)
     if left_out:

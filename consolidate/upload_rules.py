@@ -1,0 +1,156 @@
+"""What `push` leaves out of a checkpoint's files: local paths, and code that nothing names."""
+
+import ast
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from formats.errors import InputError
+from formats.fisher_folder import in_one_line
+from formats.tensors import check_link, read_json
+
+LOG = logging.getLogger("consolidate")
+_WITH_AUTO_MAP = ("config.json", "tokenizer_config.json", "*processor_config.json")
+_SOURCE = re.compile(r".*name_or_path")
+_FILE = re.compile(r"(.*_)?(file|path|dir|folder|directory)")
+_ABSOLUTE = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|file:")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+def without_local_paths(path: Path) -> Path | bytes:
+    """Empty the local paths in a configuration file; the file itself stays as it is.
+
+    transformers writes where a model, a tokenizer or their parts were loaded from: the name of a
+    repository, which stays, or a path on the author's machine.
+
+    Args:
+        path: A JSON file.
+
+    Returns:
+        The path where there is nothing to empty, else the bytes to send in its place.
+
+    Raises:
+        InputError: It is not a JSON object, and so cannot be checked.
+    """
+    content = read_json(path)
+    emptied = list(dict.fromkeys(_empty(content)))
+    if not emptied:
+        return path
+    LOG.info("%s is sent without the local paths in: %s", path, ", ".join(emptied))
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _empty(value: Any) -> Iterator[str]:
+    """Empty the local paths in place, and yield the keys they stood under."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _empty(one)
+    if not isinstance(value, dict):
+        return
+    for key, inner in list(value.items()):
+        if not isinstance(inner, str):
+            yield from _empty(inner)
+        elif _SOURCE.fullmatch(key) and inner and not _is_repository(inner):
+            value[key] = ""
+            yield key
+        elif _FILE.fullmatch(key) and _ABSOLUTE.match(inner):
+            del value[key]  # loaders then take the file beside it; an empty name would fail
+            yield key
+
+
+def _is_repository(name: str) -> bool:
+    """Whether a name is that of a repository, and not of a folder here or of a training's step."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not _CHECKPOINT.fullmatch(name.rpartition("/")[2]) and not Path(name).exists()
+
+
+def named_code(folder: Path) -> set[str]:
+    """Find the code that a checkpoint's configuration names as its own.
+
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        Paths in the folder: the files that an `auto_map` names, and what they import relatively,
+        and so on. The code is parsed and never run.
+
+    Raises:
+        InputError: A configuration file is not JSON, code cannot be parsed, or leads elsewhere.
+    """
+    configs = [path for pattern in _WITH_AUTO_MAP for path in folder.glob(pattern)]
+    named = {f"{name}.py" for path in configs for name in _named(read_json(path))}
+    waiting = sorted(name for name in named if "/" not in name and "\\" not in name)
+    found, missing = set[str](), []
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        if not (folder / name).is_file():
+            missing.append(name)
+            continue
+        found.add(name)
+        check_link(folder, folder / name)
+        waiting += _imported(folder, name)
+    if missing:
+        LOG.info(
+            "auto_map names code that is not in %s: %s",
+            folder,
+            in_one_line(sorted({repr(name) for name in missing})).replace(";", ","),
+        )
+    return found
+
+
+def _named(value: Any) -> Iterator[str]:
+    """Yield the modules in every `auto_map`; `REPO--MODULE.CLASS` is code in another repository."""
+    for inner in value if isinstance(value, list) else ():
+        yield from _named(inner)
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        if key != "auto_map":
+            yield from _named(inner)
+            continue
+        for entry in inner.values() if isinstance(inner, dict) else [inner]:
+            for name in entry if isinstance(entry, list) else [entry]:
+                if isinstance(name, str) and "--" not in name and "." in name:
+                    yield name.partition(".")[0]
+
+
+def _imported(folder: Path, name: str) -> Iterator[str]:
+    """Yield the paths of what a file in the folder imports relatively."""
+    path = folder / name
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise InputError(
+            f"{path}: an auto_map names this code, and what it imports cannot be told ({error}): "
+            "mend it, or take it out of auto_map"
+        ) from None
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        for base in Path(name).parents[node.level - 1 : node.level]:  # none above the folder
+            module = base.joinpath(*(node.module or "").split("."))
+            known = list(_files_of(folder, module))
+            if node.module and not known:
+                yield f"{module.as_posix()}.py"  # told of as missing
+            yield from known
+            for alias in node.names:  # maybe modules too
+                yield from _files_of(folder, module / alias.name)
+
+
+def _files_of(folder: Path, module: Path) -> Iterator[str]:
+    """Yield those of a module's files that are there: its own, and those of packages above it."""
+    packages = [above / "__init__.py" for above in (module, *module.parents) if above.name]
+    for file in (*packages, module.with_name(f"{module.name}.py") if module.name else module):
+        if (folder / file).is_file():
+            yield file.as_posix()
