@@ -191,6 +191,7 @@ def _note_misspelt_variables() -> None:
         for option in below.params
         if isinstance(option, click.Option)
     }
+    known.add("CONSOLIDATE_HUB_TIMEOUT")  # read where the Hub is asked
     for name in sorted(os.environ):
         if name.startswith("CONSOLIDATE_") and name not in known:
             near = get_close_matches(name, known, 1, 0.8)

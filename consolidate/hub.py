@@ -1,25 +1,23 @@
 """Where a checkpoint is: a local path, or a repository that is fetched from the Hub."""
 
 import logging
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, ModelInfo, snapshot_download
+from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
     SafetensorsParsingError,
 )
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from formats.checkpoint import PICKLE_SUFFIXES
 from formats.errors import InputError, NetworkError, UsageError
+from formats.hub_errors import AccessError, hub_call
 
 LOG = logging.getLogger("consolidate")
 
@@ -39,6 +37,8 @@ OTHER_FRAMEWORKS = [
     "openvino/*",
 ]
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt"]
+UNREADABLE = (SafetensorsParsingError, AttributeError, TypeError, LookupError, RecursionError)
+"""What the client raises of a header that is damaged, or JSON of another form."""
 
 
 def locate(
@@ -81,37 +81,51 @@ def locate(
     lost = f"{checkpoint}: no such file or folder{_near(path)}"
     if not name or path.is_absolute() or name.startswith(".") or _in_a_folder(path):
         raise InputError(lost)
+    reached = False
     try:
-        files = _files(name, revision)
+        with hub_call("", again="", revision=revision):
+            info = HfApi().model_info(name, revision=revision, timeout=10)
+        reached = True
+        commit_in("", info)
+        files = _names(info)
         safe = any("/" not in file and file.endswith(".safetensors") for file in files)
         ignored = [*OTHER_FRAMEWORKS, *(PICKLES if safe else []), *without]
         wanted = None if only is None else list(only)
-        return _told(
-            name,
-            snapshot_download(
+        with hub_call("", again="", revision=revision):
+            snapshot = snapshot_download(
                 name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored
-            ),
-        )
-    except RevisionNotFoundError:
-        raise InputError(f"{name} on the Hub has no revision {revision!r}") from None
-    except GatedRepoError:
-        raise InputError(
-            f"{name} is gated: ask for access on its page and log in with `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise InputError(
-            f"{lost}, and no such repository on the Hub (or a private one: log in with "
-            "`hf auth login`)"
-        ) from None
-    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled):
-        if (cached := _cached(name, revision, only, without)) is not None:
-            return _told(name, cached)
-        if "/" not in name and _near(path):
-            raise InputError(lost) from None  # misspelt, which no other try cures
-        raise NetworkError(
-            f"{lost}, and the Hub could not be reached to look for a repository of that name; "
-            "check the spelling, or try again"
-        ) from None
+            )
+    except (InputError, NetworkError) as error:
+        failed = isinstance(error, NetworkError)
+        if failed or isinstance(error, AccessError):
+            if (cached := _cached(name, revision, only, without)) is not None:
+                if not is_offline_mode():
+                    LOG.warning("%s: %s; the copy in the cache is read", name, error)
+                return _told(name, cached)
+            if "/" not in name and _near(path):
+                raise InputError(lost) from None  # misspelt, which no other try cures
+        start = f"{name}: " if reached else f"{lost}, and "
+        advice = "try again" if reached else "check the spelling, or try again"
+        raise type(error)(f"{start}{error}{f'; {advice}' if failed else ''}") from None
+    return _told(name, snapshot)
+
+
+def commit_in(start: str, info: ModelInfo) -> str:
+    """Give the commit that the Hub named in an answer.
+
+    Args:
+        start: What a message begins with, such as ``user/model: ``.
+        info: The answer.
+
+    Returns:
+        Its digest.
+
+    Raises:
+        InputError: There is none.
+    """
+    if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9A-Fa-f]+", info.sha):
+        raise InputError(f"{start}an answer of the Hub names no commit: check HF_ENDPOINT")
+    return info.sha
 
 
 def commits_of(*paths: Path | None) -> dict[str, str]:
@@ -144,23 +158,24 @@ def remote_headers(name: str, commit: str, stem: str) -> dict[str, tuple[str, tu
         Dtype and shape of every tensor.
 
     Raises:
-        InputError: One of them is no safetensors file.
+        InputError: One of them is no safetensors file, or the Hub refuses.
         NetworkError: The Hub cannot be reached.
     """
     api = HfApi()
     headers: dict[str, tuple[str, tuple[int, ...]]] = {}
-    try:
-        for file in api.list_repo_files(name, revision=commit):
-            if file.startswith(stem) and file.endswith(".safetensors"):
+    with hub_call(f"{name}: "):
+        files = list(api.list_repo_files(name, revision=commit))
+    for file in files:
+        if not (file.startswith(stem) and file.endswith(".safetensors")):
+            continue
+        with hub_call(f"{name}: "):
+            try:
                 found = api.parse_safetensors_file_metadata(name, file, revision=commit)
-                headers |= {
-                    tensor: (info.dtype, tuple(info.shape))
-                    for tensor, info in found.tensors.items()
-                }
-    except SafetensorsParsingError:
-        raise InputError(f"{name}: the headers of {stem}*.safetensors cannot be read") from None
-    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled):
-        raise NetworkError(f"{name}: the Hub cannot be reached; try again") from None
+            except UNREADABLE:
+                raise InputError(f"{name}: the header of {file} cannot be read") from None
+        headers |= {
+            tensor: (info.dtype, tuple(info.shape)) for tensor, info in found.tensors.items()
+        }
     return headers
 
 
@@ -181,9 +196,13 @@ def _near(path: Path) -> str:
     return f" (in {path.parent} there is {', '.join(near)})" if near else ""
 
 
-def _files(name: str, revision: str | None) -> list[str]:
-    info = HfApi().model_info(name, revision=revision, timeout=10)
-    return [file.rfilename for file in info.siblings or []]
+def _names(info: ModelInfo) -> list[str]:
+    names: list[str] = [file.rfilename for file in info.siblings or []]
+    for name in names:
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ("/",)
+        if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+            raise InputError(f"the Hub lists a file named {name!r}, and none of it was fetched")
+    return names
 
 
 def _cached(

@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,23 +16,20 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from consolidate.card import Subject, model_card
-from consolidate.hub import FISHER, commits_of, locate
+from consolidate.hub import FISHER, commit_in, commits_of, locate
 from consolidate.upload_rules import named_code, without_local_paths
 from consolidate.verification import verify
 from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.digest import set_digest
-from formats.errors import ConsolidateError, InputError, NetworkError, UsageError
+from formats.errors import InputError, NetworkError, UsageError
 from formats.fisher_folder import (
     StoredFisher,
     check_belongs,
@@ -43,12 +40,14 @@ from formats.fisher_folder import (
     tensor_sets,
     write_fisher,
 )
+from formats.hub_errors import ODD_ANSWER, hub_call
 from formats.tensors import TensorFiles, check_link, write_tensors
 
 LOG = logging.getLogger("consolidate")
 CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 MAX_CARD_BYTES = 2**20
+AGAIN = "push again, which sends what is missing"
 
 # What a model is used with; anything else in a folder may be data or a secret, and stays there.
 PUBLISHED = (
@@ -163,9 +162,8 @@ def push(
     api = HfApi(token=token, library_name="consolidate")
     asked = True
     try:
-        with _explained(repository):
-            name = _full_name(api, repository)
-            remote = _look(api, name, revision, tagged=tag is not None)
+        name = _full_name(api, repository)
+        remote = _look(api, name, revision, tagged=tag is not None)
     except NetworkError:
         if not dry_run:
             raise
@@ -182,8 +180,7 @@ def push(
         contents = _contents(folder, stored, fisher_dtype, fisher_only, Path(scratch))
         if fisher_dtype is not None:
             stored = read_fisher(Path(scratch) / "fisher")
-        with _explained(name):
-            existing = _existing_card(api, name, remote, folder, fisher_only)
+        existing = _existing_card(api, name, remote, folder, fisher_only)
         subject = Subject(
             repository=name,
             config={} if fisher_only else open_checkpoint(folder).config,
@@ -221,20 +218,23 @@ def push(
         if dry_run:
             return result
         message = commit_message or "Push " + ", ".join(t.name for t in stored.ledger.tasks[-5:])
-        with _explained(name):
-            commit, pull_request = _commit(
-                api,
-                name,
-                remote,
-                [op for path, op in operations.items() if changes[path] != "unchanged"],
-                stale,
-                message=message,
-                revision=revision,
-                create_pr=create_pr,
-                public=public,
-            )
-            _check_arrived(api, name, commit, operations, stale)
-            if tag is not None and remote.tags.get(tag) != commit:
+        commit, pull_request = _commit(
+            api,
+            name,
+            remote,
+            [op for path, op in operations.items() if changes[path] != "unchanged"],
+            stale,
+            message=message,
+            revision=revision,
+            create_pr=create_pr,
+            public=public,
+        )
+        _check_arrived(api, name, commit, operations, stale)
+        if tag is not None and remote.tags.get(tag) != commit:
+            with hub_call(
+                f"{name}: the commit {commit} is there, but the tag {tag!r} is not: ",
+                "push again, which sets the tag alone",
+            ):
                 api.create_tag(name, tag=tag, revision=commit)
         return {
             **result,
@@ -310,30 +310,57 @@ def _check_name(name: str, what: str = "") -> None:
         ) from None
 
 
+def _call(name: str) -> AbstractContextManager[None]:
+    return hub_call(f"{name}: ", AGAIN)
+
+
 def _full_name(api: HfApi, name: str) -> str:
     _check_name(name)
-    return name if "/" in name else f"{api.whoami()['name']}/{name}"
+    if "/" in name:
+        return name
+    with _call(name):
+        user = api.whoami()
+    if not isinstance(user, dict) or not isinstance(user.get("name"), str):
+        raise InputError(f"{name}: {ODD_ANSWER.format('the user has no name')}")
+    return f"{user['name']}/{name}"
 
 
 def _look(api: HfApi, name: str, revision: str | None, *, tagged: bool) -> Remote:
-    try:
-        info = api.model_info(name, timeout=30)
-    except GatedRepoError:
-        raise
-    except RepositoryNotFoundError:
-        return NOTHING
+    with _call(name):
+        try:
+            info = api.model_info(name, timeout=30)
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            return NOTHING
+    head = commit_in(f"{name}: ", info)
     has_branch = True
     if revision is not None:
-        try:
-            head = api.model_info(name, revision=revision, timeout=30).sha
-        except RevisionNotFoundError:
-            has_branch, head = False, info.sha
-    else:
-        head = info.sha
-    listing = api.list_repo_tree(name, recursive=True, revision=head)
-    files = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
-    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(name).tags} if tagged else {}
+        with _call(name):
+            try:
+                info_of_branch = api.model_info(name, revision=revision, timeout=30)
+            except RevisionNotFoundError:
+                has_branch = False
+        head = commit_in(f"{name}: ", info_of_branch) if has_branch else head
+    tags = {}
+    if tagged:
+        with _call(name):
+            refs = api.list_repo_refs(name).tags
+        if not all(isinstance(ref.name, str) for ref in refs):
+            raise InputError(f"{name}: {ODD_ANSWER.format('tags without names')}")
+        tags = {ref.name: ref.target_commit for ref in refs}
+    files = _files_at(api, name, head, f"{name}: ")
     return Remote(True, bool(info.private), head, has_branch, files, tags)
+
+
+def _files_at(api: HfApi, name: str, commit: str, start: str) -> dict[str, RepoFile]:
+    with hub_call(start, AGAIN):
+        entries = list(api.list_repo_tree(name, recursive=True, revision=commit))
+    files = [entry for entry in entries if isinstance(entry, RepoFile)]
+    for file in files:
+        if not isinstance(file.path, str) or not isinstance(file.size, int):
+            raise InputError(start + ODD_ANSWER.format(f"a file {file.path!r}, {file.size!r}"))
+    return {file.path: file for file in files}
 
 
 def _check_remote(
@@ -479,7 +506,9 @@ def _existing_card(
     if CARD in remote.files:
         if remote.files[CARD].size > MAX_CARD_BYTES:
             raise InputError(f"{where} is larger than {MAX_CARD_BYTES // 2**20} MiB")
-        data = Path(api.hf_hub_download(name, CARD, revision=remote.head)).read_bytes()
+        with _call(name):
+            card = api.hf_hub_download(name, CARD, revision=remote.head)
+        data = Path(card).read_bytes()
         if own.is_file() and not fisher_only and own.read_bytes() != data:
             LOG.info("the text of %s is that in the repository, not that of %s", where, own)
     elif own.is_file() and not fisher_only:  # else it is the card of somebody else's weights
@@ -543,8 +572,10 @@ def _commit(
     """Send the files one by one, then commit them; give the commit, and its pull request."""
     head = remote.head
     if not remote.exists:
-        api.create_repo(name, private=not public, exist_ok=True)
-        head = api.model_info(name, timeout=30).sha
+        with _call(name):
+            api.create_repo(name, private=not public, exist_ok=True)
+            info = api.model_info(name, timeout=30)
+        head = commit_in(f"{name}: ", info)
         if revision is not None:
             remote = _look(api, name, revision, tagged=False)
     if not additions and not stale and head is not None:
@@ -553,23 +584,27 @@ def _commit(
     for number, addition in enumerate(large, 1):
         size = f"{addition.upload_info.size / 1e6:,.1f} MB"
         LOG.info("sending %s, %s (%d of %d)", addition.path_in_repo, size, number, len(large))
-        api.preupload_lfs_files(
-            name,
-            [addition],
-            revision=revision if remote.has_branch else None,
-            create_pr=create_pr,
-            free_memory=False,
-        )
+        with _call(name):
+            api.preupload_lfs_files(
+                name,
+                [addition],
+                revision=revision if remote.has_branch else None,
+                create_pr=create_pr,
+                free_memory=False,
+            )
     if not remote.has_branch and revision is not None:
-        api.create_branch(name, branch=revision, revision=head)
-    done = api.create_commit(
-        name,
-        [*additions, *(CommitOperationDelete(path) for path in stale)],
-        commit_message=message,
-        revision=revision,
-        create_pr=create_pr,
-        parent_commit=head,
-    )
+        with _call(name):
+            api.create_branch(name, branch=revision, revision=head)
+    deletions = [CommitOperationDelete(path) for path in stale]
+    with _call(name):
+        done = api.create_commit(
+            name,
+            [*additions, *deletions],
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=head,
+        )
     return done.oid, done.pr_url
 
 
@@ -580,8 +615,9 @@ def _check_arrived(
     operations: Mapping[str, CommitOperationAdd],
     stale: list[str],
 ) -> None:
-    listing = api.list_repo_tree(name, recursive=True, revision=commit)
-    there = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
+    there = _files_at(
+        api, name, commit, f"{name}: the commit {commit} is made, and could not be checked: "
+    )
     wrong = [
         f"{path} {'has another digest' if path in there else 'is missing'}"
         for path, operation in operations.items()
@@ -592,58 +628,3 @@ def _check_arrived(
         raise NetworkError(
             f"{name} at {commit} does not hold what was sent: {in_one_line(wrong)}; push again"
         )
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Tell what the Hub refused, or how it failed, in plain words and without the token."""
-    try:
-        yield
-    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled) as error:
-        raise _plain(name, error) from None
-    except LocalTokenNotFoundError:
-        raise _plain(name, None, 401) from None
-    except RuntimeError as error:  # the client's, around what went wrong with one file
-        raise _plain(name, error.__cause__ or error) from None
-    except ValueError as error:  # what the Hub says of a card, or of a file
-        raise InputError(f"{name}: the Hub refuses this: {_line(str(error))}") from None
-
-
-def _plain(name: str, error: BaseException | None, status: int = 0) -> ConsolidateError:
-    if isinstance(error, OfflineModeIsEnabled):
-        return NetworkError("HF_HUB_OFFLINE is set, and a push needs the Hub: unset it")
-    said = ""
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        said = f" ({_line(error.server_message)})" if error.server_message else ""
-        if isinstance(error, GatedRepoError):
-            status = 403
-    if status == 401:
-        return InputError(
-            f"{name}: the Hub does not know you{said}: log in with `hf auth login`, or give a "
-            "valid --token"
-        )
-    if status == 403:
-        return InputError(f"{name}: you may not do this{said}: a token that may write is needed")
-    if status == 404:
-        return InputError(f"{name}: the Hub has no such repository, branch or commit{said}")
-    if status in (409, 412):
-        return InputError(
-            f"{name} has changed since it was looked at{said}, and nothing was committed: look at "
-            "what changed, and push again"
-        )
-    if status == 429:
-        wait = error.response.headers.get("Retry-After") if error is not None else None  # type: ignore[attr-defined]
-        after = f" after {wait} s" if wait and wait.isdigit() else " later"
-        return NetworkError(f"{name}: the Hub asks for patience{said}: push again{after}")
-    if 400 <= status < 500:
-        return InputError(f"{name}: the Hub refuses this, with status {status}{said}")
-    what = (
-        f"answers with status {status}" if status else f"cannot be reached ({type(error).__name__})"
-    )
-    return NetworkError(f"{name}: the Hub {what}{said}; push again, which sends what is missing")
-
-
-def _line(text: str) -> str:
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else "?" for c in line)[:300]

@@ -158,9 +158,12 @@ def open_hub(
         InputError: not found, not allowed, no such split, subset or revision, or data that
             `datasets` cannot read.
         NetworkError: the Hub cannot be reached and the data are not in the cache.
-        UsageError: `datasets` is not installed.
+        UsageError: `datasets` is not installed, or the limit on waiting is no number.
     """
     datasets = _import_datasets(name)
+    from formats.hub_errors import limit_waiting
+
+    limit_waiting()
     try:
         commit = None if revision is None else _commit(name, revision)
         loaded = datasets.load_dataset(name, subset, split=split, revision=commit)
@@ -254,38 +257,33 @@ def _explained(
 ) -> ConsolidateError:
     """Return the error of ours that says what an error of `datasets` means."""
     import datasets
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RevisionNotFoundError,
-    )
-    from huggingface_hub.utils import httpx
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    from formats.hub_errors import AccessError, explain
 
     first = _first_line(error).rstrip(".")
-    causes = list(_chain(error))
-    statuses = {cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)}
-    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
-        return InputError(f"{name} has no revision {revision!r} on the Hub.")
-    not_found = isinstance(error, datasets.exceptions.DatasetNotFoundError)
-    if not_found or (isinstance(error, HfHubHTTPError) and statuses & {401, 403, 404}):
+    meanings = [meaning for cause in _chain(error) if (meaning := explain(cause, revision))]
+    reasons = dict(reversed(meanings))  # the first of its kind
+    if AccessError in reasons:
+        return AccessError(f"{name}: {reasons[AccessError]}.")
+    not_found = datasets.exceptions.DatasetNotFoundError | RepositoryNotFoundError
+    if isinstance(error, not_found):
         return InputError(
             f"{name} is neither a file here nor a data set that can be read on the Hub ({first}). "
             "Check the name, or log in with: hf auth login"
         )
-    unreachable = ConnectionError | TimeoutError | httpx.TransportError | LocalEntryNotFoundError
-    if any(isinstance(cause, unreachable) for cause in causes) or any(
-        status == 429 or status >= 500 for status in statuses
-    ):
+    if NetworkError in reasons:
         if datasets.config.HF_HUB_OFFLINE:
             return NetworkError(
                 f"{name} is neither a file here nor in the cache of datasets, and HF_HUB_OFFLINE "
                 "switches the Hub off. Fetch it once while online, or name a local file."
             )
-        answer = f" (it answered {max(statuses)})" if statuses else ""
         return NetworkError(
-            f"{name} is not a file here, and the Hub cannot be reached{answer}. "
+            f"{name} is not a file here, and {reasons[NetworkError]}. "
             "Try again later, or name a local file."
         )
+    if (meaning := explain(error, revision)) is not None:
+        return meaning[0](f"{name}: {meaning[1]}.")
     available = re.search(r"Should be one of (\[.*\])|Available splits: (\[.*\])", str(error))
     if split is not None and available:
         names = re.findall(r"'([^']+)'", available[0])

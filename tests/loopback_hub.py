@@ -1,7 +1,7 @@
 """A small Hub on the loopback address: the routes that reading and pushing repositories take.
 
 Files are whole in memory, commits are listings, and what was uploaded is kept by its digest whether
-or not it was ever committed, as on the Hub. `Hub.fail` makes the next requests of a kind go wrong.
+or not it was ever committed, as on the Hub. `Hub.fail` makes requests of a kind fail, lie or hang.
 """
 
 import base64
@@ -27,6 +27,10 @@ from json_schema import check_json
 COMMIT = "a" * 40
 LARGE = re.compile(r".*\.(safetensors|bin|pt|npz)")
 TOKEN = "hf_loopback"
+CUT, HANG = 0, -1
+"""In place of a status: the connection is cut, or no answer comes as long as the Hub runs."""
+ALWAYS = 0
+"""As often as is asked."""
 
 
 @dataclass
@@ -53,10 +57,11 @@ class Failure:
     """What happens to the next requests whose method and path match."""
 
     where: str
-    status: int = 0  # 0 cuts the connection
+    status: int = CUT
     headers: dict[str, str] = field(default_factory=dict)
     times: int = 1
     message: str = ""
+    body: bytes = b""
 
 
 @dataclass
@@ -71,6 +76,7 @@ class Hub:
         sent: Bytes of the files that were answered or received, by path or digest.
         slow: Seconds between two pieces of a body.
         meanwhile: What happens, once, just before a request that matches is answered.
+        ended: Set when the Hub stops, which ends what hangs.
     """
 
     address: str = ""
@@ -82,13 +88,22 @@ class Hub:
     slow: float = 0.0
     meanwhile: dict[str, Callable[[], object]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    ended: threading.Event = field(default_factory=threading.Event)
 
     def fail(
-        self, where: str, status: int = 0, times: int = 1, message: str = "", **headers: str
+        self,
+        where: str,
+        status: int = CUT,
+        times: int = 1,
+        message: str = "",
+        body: bytes = b"",
+        **headers: str,
     ) -> None:
-        """Let requests whose ``METHOD /path`` matches fail; status 0 cuts the connection."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.failures.append(Failure(where, status, named, times, message))
+        """Let requests whose ``METHOD /path`` matches fail, or be answered by `body`.
+
+        With a ``Content_Length`` in `headers` larger than `body` the answer ends early.
+        """
+        self.failures.append(Failure(where, status, headers, times, message, body))
 
     def asked(self, pattern: str) -> int:
         return sum(bool(re.search(pattern, request)) for request in self.requests)
@@ -114,9 +129,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def reply(self, code: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(code)
-        for name, value in headers.items():
+        for name, value in {"Content_Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -150,7 +164,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 failure.times -= 1
                 if failure.times == 0:
                     self.hub.failures.remove(failure)
-        if failure is not None and failure.status == 0:
+        if failure is not None and failure.status == HANG:
+            self.body()
+            self.hub.ended.wait()
+            self.close_connection = True
+            return
+        if failure is not None and failure.status == CUT:
             self.rfile.read(min(1000, int(self.headers.get("Content-Length") or 0)))
             self.connection.close()
             self.close_connection = True
@@ -158,7 +177,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if failure is not None:
             self.body()
             said = {"X_Error_Message": failure.message} if failure.message else {}
-            self.reply(failure.status, **said, **failure.headers)
+            self.reply(failure.status, failure.body, **said, **failure.headers)
+            self.close_connection |= "Content_Length" in failure.headers
             return
         for method, pattern, answer in ROUTES:
             found = re.fullmatch(pattern, parsed.path)
@@ -503,6 +523,7 @@ def running() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.ended.set()
         server.shutdown()
         thread.join()
         server.server_close()

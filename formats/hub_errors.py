@@ -1,0 +1,232 @@
+"""What the Hub's client raises, in errors of ours: one place for models, data sets and pushing."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from traceback import walk_tb
+
+import huggingface_hub
+from huggingface_hub import get_token
+from huggingface_hub.errors import (
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import _http, httpx, set_client_factory
+
+from formats.errors import ConsolidateError, InputError, NetworkError, UsageError
+
+TIMEOUT = "CONSOLIDATE_HUB_TIMEOUT"
+"""The variable with the seconds that a request may wait without a byte sent or received."""
+DEFAULT_TIMEOUT = 60.0
+
+ODD_ANSWER = (
+    "an answer of the Hub has another form than expected ({}): check HF_ENDPOINT, or update "
+    "huggingface_hub"
+)
+
+
+class AccessError(InputError):
+    """The Hub does not let this token, or a stranger, do this."""
+
+
+@contextmanager
+def hub_call(start: str, again: str = "try again", revision: str | None = None) -> Iterator[None]:
+    """Raise what a call of the Hub's client raises as an error of ours.
+
+    Only calls of the client belong into the block. What our own frames raise in it passes, and so
+    does what the disk refuses.
+
+    Args:
+        start: What the message begins with, such as ``user/model: ``.
+        again: What to do where another try may help; empty leaves that out.
+        revision: What is asked for, to be named where the Hub does not have it.
+
+    Raises:
+        InputError: No other try will help; an AccessError where another token may.
+        NetworkError: Another try may help.
+    """
+    limit_waiting()
+    try:
+        yield
+    except Exception as error:
+        meaning = explain(error, revision)
+        if meaning is None:
+            raise
+        kind, reason = meaning
+        advice = f"; {again}" if again and issubclass(kind, NetworkError) else ""
+        raise kind(f"{start}{reason}{advice}") from None
+
+
+def explain(
+    error: BaseException, revision: str | None = None
+) -> tuple[type[ConsolidateError], str] | None:
+    """Say what an error that went through the Hub's client means.
+
+    Args:
+        error: What was raised.
+        revision: What was asked for, to be named where the Hub does not have it.
+
+    Returns:
+        The error of ours, and what happened; None where it is not the client's.
+    """
+    if isinstance(error, ConsolidateError):
+        return None
+    cause: BaseException | None = error
+    while cause is not None:  # the client wraps what went wrong with one file
+        if (meaning := _meaning(cause, revision)) is not None:
+            return meaning
+        if isinstance(cause, OSError) and cause.errno is not None:  # the disk's, not the Hub's
+            return None if cause is error else (InputError, str(cause))
+        cause = cause.__cause__
+    if isinstance(error, LocalEntryNotFoundError):
+        return NetworkError, f"the Hub cannot be reached ({_line(str(error))})"
+    if isinstance(error, OSError | MemoryError) or not _in_client(error):
+        return None
+    if isinstance(error, ValueError):  # the client's own words
+        return InputError, f"the Hub's client refuses this: {_line(str(error))}"
+    return InputError, ODD_ANSWER.format(_line(f"{type(error).__name__}: {error}"))
+
+
+def _meaning(
+    error: BaseException, revision: str | None
+) -> tuple[type[ConsolidateError], str] | None:
+    if isinstance(error, RevisionNotFoundError) and revision is not None:
+        return InputError, f"the Hub has no revision {revision!r} of it"
+    if isinstance(error, HfHubHTTPError):
+        return _of_status(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return NetworkError, "the Hub cannot be reached (HF_HUB_OFFLINE switches it off)"
+    if isinstance(error, LocalTokenNotFoundError):
+        return AccessError, "the Hub asks for a login: use `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, httpx.LocalProtocolError | UnicodeEncodeError) and _is_odd(get_token()):
+        return AccessError, _refused_token(get_token(), " (it holds characters that no token has)")
+    if isinstance(error, httpx.HTTPError | ConnectionError | TimeoutError):
+        return NetworkError, f"the Hub cannot be reached ({type(error).__name__})"
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) and _in_client(error):
+        return NetworkError, (
+            "what answers in place of the Hub is not JSON, as with a proxy or the login page of a "
+            "network"
+        )
+    if isinstance(error, FileMetadataError):
+        return NetworkError, (
+            "the Hub answers without the digest or size of a file, as a proxy or the login page of "
+            "a network does"
+        )
+    if isinstance(error, LocalEntryNotFoundError):
+        return None  # what it was raised from tells more
+    if isinstance(error, OSError) and error.errno is None and _in_client(error):
+        return NetworkError, f"a download ended early ({_line(str(error))})"
+    return None
+
+
+def _of_status(error: HfHubHTTPError) -> tuple[type[ConsolidateError], str]:
+    status = error.response.status_code
+    said = f" ({_line(error.server_message)})" if error.server_message else ""
+    sent = error.response.request.headers.get("Authorization", "").removeprefix("Bearer ")
+    if isinstance(error, GatedRepoError):
+        return AccessError, (
+            "it is gated: ask for access on its page and log in with `hf auth login`"
+        )
+    if status == 401 and sent:
+        return AccessError, _refused_token(sent, said)
+    if isinstance(error, RepositoryNotFoundError):
+        return InputError, (
+            "the Hub has no such repository (or a private one: log in with `hf auth login`)"
+        )
+    if status == 401:
+        return AccessError, (
+            f"the Hub asks for a login{said}: use `hf auth login`, or set HF_TOKEN"
+        )
+    if status == 403:
+        return AccessError, f"you may not do this{said}: a token with the right to is needed"
+    if status == 404:
+        return InputError, f"the Hub has no such repository, branch, commit or file{said}"
+    if status in (409, 412):
+        return InputError, (
+            f"the repository has changed since it was looked at{said}, and this was refused: look "
+            "at what changed, and try again"
+        )
+    if status == 429:
+        wait = error.response.headers.get("Retry-After", "")
+        return NetworkError, (
+            f"the Hub asks for patience{f' of {wait} s' if wait.isdigit() else ''}{said}"
+        )
+    if 400 <= status < 500 and status != 408:
+        return InputError, f"the Hub refuses this, with status {status}{said}"
+    return NetworkError, f"the Hub answers with status {status}{said}"
+
+
+def _refused_token(token: str | None, said: str) -> str:
+    if token != get_token():
+        where, mend = "--token", "give a valid one, or leave it out after `hf auth login`"
+    elif os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
+        where, mend = "HF_TOKEN", "set a valid one, or unset it and log in with `hf auth login`"
+    else:
+        where, mend = "`hf auth login`", "log in again, or set HF_TOKEN"
+    return f"the Hub does not accept the token of {where}{said}: {mend}"
+
+
+def _is_odd(token: str | None) -> bool:
+    return token is not None and not (token.isascii() and token.isprintable() and " " not in token)
+
+
+def _in_client(error: BaseException) -> bool:
+    """Whether an error was raised in the client's calls, and not by code of ours."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    return any(name.split(".")[0] == huggingface_hub.__name__ for name in modules)
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else "?" for c in line)[:300]
+
+
+def limit_waiting() -> None:
+    """Give requests of the client that have no limit on silence one; on the whole there is none.
+
+    Raises:
+        UsageError: The variable that sets it is no number of seconds.
+    """
+    # The client opens a new session after a failed connection: hence the factory, not the session.
+    # Some of its calls say themselves that they have no limit: hence each request, not the default.
+    # A factory that the program has set is kept inside.
+    make = _http._GLOBAL_CLIENT_FACTORY
+    if hasattr(make, "limits_waiting"):
+        return
+    seconds = _seconds()
+
+    def limit(request: httpx.Request) -> None:
+        given = request.extensions.get("timeout", {})
+        limits = {
+            kind: seconds if given.get(kind) is None else given[kind]
+            for kind in ("connect", "read", "write", "pool")
+        }
+        request.extensions = {**request.extensions, "timeout": limits}
+
+    def make_limited() -> httpx.Client:
+        client = make()
+        hooks = client.event_hooks
+        client.event_hooks = {**hooks, "request": [*hooks.get("request", []), limit]}
+        return client
+
+    make_limited.limits_waiting = True  # type: ignore[attr-defined]
+    set_client_factory(make_limited)
+
+
+def _seconds() -> float:
+    given = os.environ.get(TIMEOUT, "")
+    try:
+        seconds = float(given or DEFAULT_TIMEOUT)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"{TIMEOUT} is {given!r}: expected a number of seconds above 0")
+    return seconds
