@@ -180,6 +180,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply(failure.status, failure.body, **said, **failure.headers)
             self.close_connection |= "Content_Length" in failure.headers
             return
+        if "Authorization" in self.headers and not self.is_known():  # even for what is public
+            self.body()
+            self.reply(401, X_Error_Message="Invalid credentials in Authorization header")
+            return
         for method, pattern, answer in ROUTES:
             found = re.fullmatch(pattern, parsed.path)
             if method in (self.command, "GET" if self.command == "HEAD" else None) and found:

@@ -9,10 +9,12 @@ import loopback_hub
 import numpy as np
 import pytest
 from conftest import SIZES, make_network
+from huggingface_hub import HfApi
 from loopback_hub import ALWAYS, CUT, HANG, TOKEN, Hub, run, run_python
 from safetensors.torch import save_file
 
 from consolidate.commands import fisher
+from formats.hub_errors import hub_call
 
 Failure = dict[str, Any]
 LIMIT = "CONSOLIDATE_HUB_TIMEOUT"
@@ -118,7 +120,7 @@ from consolidate.cli import _explain
 from formats.data import open_data
 
 def run(number, what, name, checkpoint):
-    told[number] = "nothing was said in 90 s", None
+    told[number] = "nothing was said in 40 s", None
     try:
         if what.startswith("push"):
             push(checkpoint, name, tag="v1" if "--tag" in what else None)
@@ -130,10 +132,12 @@ def run(number, what, name, checkpoint):
 
 told = {}
 cases = json.loads(open(sys.argv[1]).read())
+sleep = time.sleep  # the client's pauses between tries
+time.sleep = lambda seconds: sleep(min(seconds, 0.05))
 threads = [threading.Thread(target=run, args=(n, *case)) for n, case in enumerate(cases)]
 for thread in threads:
     thread.start()
-end = time.monotonic() + 90
+end = time.monotonic() + 40
 for thread in threads:
     thread.join(max(0, end - time.monotonic()))
 print(json.dumps([told[number] for number in range(len(cases))]), flush=True)
@@ -194,3 +198,94 @@ def test_a_hub_that_fails_lies_or_hangs(number: int, told: list[tuple[str, int]]
     message, code = told[number]
     assert (code, words in message) == (expected, True), (CASES[number][:2], code, message)
     assert f"user/case-{number}" in message
+
+
+@pytest.mark.parametrize("message", ["", "Invalid credentials in Authorization header"])
+def test_a_wrong_token_is_told_as_such(
+    message: str, checkpoint: Path, tmp_path: Path, hub: Hub
+) -> None:
+    hub.put("user/model", checkpoint)
+    if message == "":  # a Hub that answers so to everything
+        hub.fail("", 401, times=ALWAYS)
+    wrong = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_expired"}
+    code, _, err = run(tmp_path, "verify", "user/model", **wrong)
+    assert (code, "does not accept the token of HF_TOKEN" in err) == (3, True), err
+    assert ("(Invalid credentials in Authorization header)" in err) == bool(message)
+    assert "`hf auth login`" in err
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    (tmp_path / "cache" / "token").write_text("hf_expired")
+    words = ("evaluate", checkpoint, "--model", "conftest:make_network", "--data", "user/rows")
+    code, _, err = run(tmp_path, *words, HF_ENDPOINT=hub.address)
+    told = "user/rows: the Hub does not accept the token of `hf auth login`"
+    assert (code, told in err) == (3, True), err
+    assert "hf_expired" not in err
+    words = ("push", checkpoint, "user/model", "--public", "--token", "hf_other")
+    code, _, err = run(tmp_path, *words, HF_ENDPOINT=hub.address)
+    assert (code, "does not accept the token of --token" in err) == (3, True), err
+
+
+def test_without_a_token_a_login_is_asked_for(tmp_path: Path, hub: Hub) -> None:
+    hub.fail("", 401, times=ALWAYS)
+    code, _, err = run(tmp_path, "verify", "user/model", HF_ENDPOINT=hub.address)
+    assert (code, "asks for a login: use `hf auth login`, or set HF_TOKEN" in err) == (3, True), err
+    odd = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_\u00e9"}
+    code, _, err = run(tmp_path, "verify", "user/model", **odd)
+    assert (code, "it holds characters that no token has" in err) == (3, True), err
+
+
+def test_what_the_cache_holds_is_read_when_the_hub_fails(
+    checkpoint: Path, tmp_path: Path, hub: Hub
+) -> None:
+    hub.put("user/model", checkpoint)
+    assert run(tmp_path, "verify", "user/model", HF_ENDPOINT=hub.address)[0] == 0
+    for failure, token, why in (
+        (status(503), TOKEN, "the Hub answers with status 503"),
+        (answer(PORTAL), TOKEN, "is not JSON"),
+        (None, "hf_expired", "does not accept the token of HF_TOKEN"),
+    ):
+        hub.failures.clear()
+        if failure is not None:
+            hub.fail("^GET /api/", times=ALWAYS, **failure)
+        variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": token}
+        code, _, err = run(tmp_path, "verify", "user/model", **variables)
+        assert code == 0, err
+        assert "user/model: " in err
+        assert why in err
+        assert "; the copy in the cache is read" in err
+
+
+def test_a_repository_that_cannot_be_made(checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
+    variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+    for failure, expected, words in ((answer({}), 3, ODD), ({"status": HANG}, 75, "ReadTimeout")):
+        hub.fail("^POST /api/repos/create", **failure)
+        code, _, err = run(
+            tmp_path, "push", checkpoint, "user/model", **variables, **{LIMIT: "0.5"}
+        )
+        assert (code, words in err) == (expected, True), err
+        assert "sets no option" not in err
+    code, _, err = run(tmp_path, "push", checkpoint, "user/model", **variables, **{LIMIT: "soon"})
+    assert (code, "CONSOLIDATE_HUB_TIMEOUT is 'soon'" in err) == (2, True), err
+
+
+def test_a_tag_that_fails_is_set_by_the_next_push(
+    checkpoint: Path, tmp_path: Path, hub: Hub
+) -> None:
+    variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+    hub.fail("^POST .*/tag/", 403, message="tags are for owners")
+    words = ("push", checkpoint, "user/model", "--tag", "v1")
+    code, _, err = run(tmp_path, *words, **variables)
+    commit = hub.repositories["user/model"].branches["main"]
+    told = f"user/model: the commit {commit} is there, but the tag 'v1' is not: "
+    assert (code, told in err, "tags are for owners" in err) == (3, True, True), err
+    code, _, err = run(tmp_path, *words, **variables)
+    assert (code, hub.repositories["user/model"].tags) == (0, {"v1": commit}), err
+
+
+def test_what_is_not_the_hubs_passes(checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
+    with pytest.raises(KeyError), hub_call("user/model: "):
+        {}["ours"]
+    hub.put("user/model", checkpoint)
+    (tmp_path / "file").touch()
+    api = HfApi(endpoint=hub.address, token=False)
+    with pytest.raises(NotADirectoryError), hub_call("user/model: "):
+        api.hf_hub_download("user/model", "config.json", cache_dir=tmp_path / "file" / "cache")
