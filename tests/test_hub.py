@@ -49,8 +49,8 @@ def test_a_misspelt_folder_is_told_before_the_network(tmp_path: Path) -> None:
     (tmp_path / "my-model").mkdir()
     for name, status, told in (
         ("my-modle", 3, " (in . there is my-model)\n"),
-        ("gpt2", 75, ", and the Hub could not be reached"),
-        ("owner/name", 75, ", and the Hub could not be reached"),
+        ("gpt2", 75, ", and the Hub cannot be reached"),
+        ("owner/name", 75, ", and the Hub cannot be reached"),
     ):
         code, _, err = run(tmp_path, "evaluate", name, "--data", "x.jsonl", HF_HUB_OFFLINE="1")
         first = f"error: {name}: no such file or folder{told}"

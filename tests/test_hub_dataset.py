@@ -135,7 +135,7 @@ def test_the_hub_and_its_cache(tmp_path):
         "InputError",
         "user/name: there is no split 'dev'. Set split to one of: train, test.",
     ]
-    assert revision == ["InputError", "user/name has no revision 'v9' on the Hub."]
+    assert revision == ["InputError", "user/name: the Hub has no revision 'v9' of it."]
     assert lost[0] == "InputError"
     assert "user/other is neither a file here nor a data set that can be read" in lost[1]
     assert close[0] == "InputError"
@@ -270,5 +270,5 @@ def test_a_hub_that_does_not_answer_is_a_network_error(unreachable):
     process, started = unreachable
     ((kind, message),) = said(process)
     assert kind == "NetworkError"
-    assert message.startswith("user/name is not a file here, and the Hub cannot be reached.")
+    assert message.startswith("user/name is not a file here, and the Hub cannot be reached (")
     assert time.monotonic() - started < 120
