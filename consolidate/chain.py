@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.adapters import adapter_layout, with_base
+from consolidate.claims import refuse_changed
 from consolidate.estimators import FisherDiagonal
 from consolidate.hub import FISHER, locate
 from consolidate.layout import Layout, same_names_layout, transformers_layout
@@ -19,7 +20,7 @@ from consolidate.models import Model, file_weights, unprotected
 from consolidate.objectives import get_objective
 from consolidate.overlap import fisher_overlap
 from consolidate.penalty import Penalty
-from formats.atomic import check_target, has_content, replace_folder
+from formats.atomic import check_target, claimed_in_place, has_content, replace_folder
 from formats.checkpoint import Checkpoint, open_checkpoint, weight_records
 from formats.digest import TensorRecord, set_digest
 from formats.errors import InputError, UsageError
@@ -356,22 +357,26 @@ def store_fisher(
     target = Path(checkpoint) / "fisher"
     refuse_existing(target, overwrite=overwrite)
     check_task_name(task)
-    model = Model(
-        module,
-        source,
-        get_objective(objective, factory=not hasattr(module, "save_pretrained")),
-        None if labels is None else list(labels),
-        None,
-        _layout(module, source),
-    )
-    for name, values in file_weights(model).items():
-        if not torch.equal(values.cpu(), source.weights[name]):
-            raise InputError(
-                f"{name!r} in the module is not what {source.path} holds: save the weights first"
-            )
-    merged, _, ledger = add_task(None, model, source.weights, diagonal, name=task)
-    with replace_folder(target, overwrite=overwrite) as staging:
-        return write_fisher(staging, merged, ledger)
+    with claimed_in_place(Path(checkpoint), "fisher"):
+        model = Model(
+            module,
+            source,
+            get_objective(objective, factory=not hasattr(module, "save_pretrained")),
+            None if labels is None else list(labels),
+            None,
+            _layout(module, source),
+        )
+        for name, values in file_weights(model).items():
+            if not torch.equal(values.cpu(), source.weights[name]):
+                raise InputError(
+                    f"{name!r} in the module is not what {source.path} holds: save the weights "
+                    "first"
+                )
+        merged, _, ledger = add_task(None, model, source.weights, diagonal, name=task)
+        with replace_folder(target, overwrite=overwrite) as staging:
+            ledger = write_fisher(staging, merged, ledger)
+            refuse_changed(source.path, ledger.weights, source.path)
+        return ledger
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:

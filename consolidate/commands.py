@@ -26,6 +26,7 @@ from consolidate.chain import (
     stored_fisher,
     task_name,
 )
+from consolidate.claims import claiming, refuse_changed
 from consolidate.distributed import (
     all_processes,
     as_one,
@@ -50,7 +51,7 @@ from consolidate.made_from import (
 from consolidate.measuring import estimator_options, measure_fisher, pass_cost
 from consolidate.models import Model
 from consolidate.torchrun import world_size
-from formats.atomic import claimed, partial_path, replace_folder
+from formats.atomic import partial_path, replace_folder
 from formats.checkpoint import (
     Checkpoint,
     check_finite,
@@ -183,20 +184,25 @@ def fisher(
     folder = locate(checkpoint, revision, without=() if add else FISHER)
     if in_place and (not folder.is_dir() or not Path(checkpoint).exists()):
         raise UsageError(f"{checkpoint} is no local folder: say where to write with --output-dir")
-    source = with_base(open_checkpoint(folder), base_model)
     target = folder / "fisher" if in_place else Path(str(output_dir))
-    there = None if force or dry_run else find_output(folder if in_place else target)
-    refuse = partial(
-        check_output, target, source, overwrite=overwrite or (add and in_place), whole=not in_place
-    )
-    if dry_run:
-        try:
+    claim = claiming(folder, part="fisher") if in_place else claiming(target)
+    with nullcontext() if dry_run else claim:
+        source = with_base(open_checkpoint(folder), base_model)
+        there = None if force or dry_run else find_output(folder if in_place else target)
+        refuse = partial(
+            check_output,
+            target,
+            source,
+            overwrite=overwrite or (add and in_place),
+            whole=not in_place,
+        )
+        if dry_run:
+            try:
+                refuse()
+            except InputError as error:
+                LOG.info("the pass itself would be refused: %s", error)
+        elif there is None:
             refuse()
-        except InputError as error:
-            LOG.info("the pass itself would be refused: %s", error)
-    elif there is None:
-        refuse()
-    with nullcontext() if dry_run or not is_first(group) else claimed(target):
         before = stored_fisher(folder / "fisher", source) if add else None
         merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
         task_file, rows = open_task(data, split=split)
@@ -242,6 +248,8 @@ def fisher(
                     **recorded_fisher(done.ledger),
                 }
             refuse()
+        if not dry_run and is_first(group):
+            records()  # of what is measured, whatever becomes of the files meanwhile
         check_finite(source.weights, folder)
         loaded = load(
             source,
@@ -352,6 +360,7 @@ def fisher(
             else:
                 write_checkpoint(staging, source, source.weights)
                 write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
+            refuse_changed(folder if in_place else staging, records(), folder)
         work.remove()
         result = {
             "status": "done",

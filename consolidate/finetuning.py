@@ -4,12 +4,10 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import cache, wraps
-from inspect import signature
+from functools import cache
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from torch.distributed import ProcessGroup
 from consolidate import stopping
 from consolidate.cached import cached, find_output, recorded_fisher
 from consolidate.chain import add_task
+from consolidate.claims import claiming_output
 from consolidate.commands import (
     SAVE_EVERY,
     best_device,
@@ -58,7 +57,7 @@ from consolidate.search_plot import plot_search
 from consolidate.searching import Plan, Subject, plan_search, search_lambda
 from consolidate.start import Opened, Start, load_start, open_start
 from consolidate.training import Step, has_statistics
-from formats.atomic import claimed, replace_folder, write_file
+from formats.atomic import replace_folder, write_file
 from formats.checkpoint import write_checkpoint
 from formats.digest import set_digest
 from formats.errors import ForgettingError, InputError, NonFiniteError, UsageError
@@ -67,24 +66,10 @@ from formats.ledger import Ledger
 from formats.partial_work import StoredWork
 
 LOG = logging.getLogger("consolidate")
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _claiming_output(command: Callable[P, R]) -> Callable[P, R]:
-    """Keep ``output_dir`` for the command from its start to its end, in the first process."""
-
-    @wraps(command)
-    def claiming(*arguments: P.args, **options: P.kwargs) -> R:
-        target = signature(command).bind(*arguments, **options).arguments["output_dir"]
-        with claimed(Path(target)) if is_first(all_processes()) else nullcontext():
-            return command(*arguments, **options)
-
-    return claiming
 
 
 @as_one
-@_claiming_output
+@claiming_output
 def finetune(
     checkpoint: str | Path,
     data: str | Path,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from consolidate.cached import cached, find_output
 from consolidate.chain import program_versions, refuse_existing, stored_fisher
+from consolidate.claims import claiming_output
 from consolidate.hub import commits_of, locate
 from consolidate.made_from import checkpoint_content, digest, plain, versions
 from consolidate.merging import MergedTensor, ModelTensor, merge_models
@@ -33,6 +34,7 @@ LOG = logging.getLogger("consolidate")
 _CHUNK = 1 << 16  # elements in float64 at a time: they stay in the cache, however large the tensor
 
 
+@claiming_output
 def merge(
     checkpoints: Sequence[str | Path],
     *,

@@ -158,6 +158,7 @@ def push(
         raise InputError(f"{folder} is no folder: a checkpoint with its Fisher is needed")
     if not fisher_only and open_checkpoint(folder).adapter is not None:
         raise InputError(f"{folder} is an adapter, and only whole models can be published")
+    seen = _stamps(folder, fisher_only)
     stored = read_fisher(folder / "fisher")
     api = HfApi(token=token, library_name="consolidate")
     asked = True
@@ -192,6 +193,11 @@ def push(
         card = model_card(existing, stored.ledger, subject)
         contents = {CARD: card.encode(), **contents}
         operations = {path: CommitOperationAdd(path, _source(c)) for path, c in contents.items()}
+        if _stamps(folder, fisher_only) != seen:
+            raise InputError(
+                f"{folder} was written to while it was read, and nothing was sent: push again "
+                "once nothing writes there"
+            )
         changes = {
             path: _change(remote.files.get(path), op) if asked else "not compared"
             for path, op in operations.items()
@@ -527,7 +533,20 @@ def _existing_card(
 
 
 def _source(content: Path | bytes) -> str | bytes:
-    return content if isinstance(content, bytes) else str(content)
+    """Give what the client hashes now and sends later: small files as they are now."""
+    if isinstance(content, bytes):
+        return content
+    return str(content) if content.suffix == ".safetensors" else content.read_bytes()
+
+
+def _stamps(folder: Path, fisher_only: bool) -> dict[Path, tuple[int, ...]]:
+    """Tell which files hold the Fisher and its weights, and when they were written last."""
+    weights = () if fisher_only else open_checkpoint(folder).files
+    stamps: dict[Path, tuple[int, ...]] = {}
+    for file in (*weights, *sorted((folder / "fisher").rglob("*"))):
+        status = file.stat()
+        stamps[file] = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return stamps
 
 
 def _change(there: RepoFile | None, operation: CommitOperationAdd) -> str:

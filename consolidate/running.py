@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import version
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from consolidate.chain import find_fisher, merging_options
+from consolidate.claims import claiming
 from consolidate.commands import fisher
 from consolidate.descent import Recipe, check_options
 from consolidate.factories import fresh_weights
@@ -107,7 +108,9 @@ def run(
     given = run_file.output_dir if output_dir is None else Path(output_dir)
     if given is None:
         raise UsageError(f"{path}: say where the checkpoints go: output-dir = … or --output-dir")
-    with _importable(run_file.path.absolute().parent):
+    # Before any step's record is written. The claim of a step is its command's.
+    claim = nullcontext() if dry_run else claiming(given, part="steps")
+    with claim, _importable(run_file.path.absolute().parent):
         return _run(run_file, given, dry_run=dry_run, restart=restart)
 
 
@@ -340,7 +343,7 @@ def _make(
         weights = fresh_weights(
             step.options["model"], step.config or {}, int(step.options.get("seed", 0))
         )
-        with replace_folder(target, overwrite=True) as staging:
+        with claiming(target), replace_folder(target, overwrite=True) as staging:
             write_tensors(staging, weights, metadata={"format": "pt"})
             write_file(staging / "config.json", json.dumps(step.config, indent=2) + "\n")
     elif step.command == "fisher":

@@ -102,19 +102,29 @@ def claimed(target: Path) -> Iterator[None]:
         InputError: Another process has claimed it, or the place is not writable.
     """
     check_target(target, overwrite=True)
-    place = _Place(target)
     with ExitStack() as cleanup:
-        with _explained(place.target, _FULL | _FORBIDDEN | {errno.ENOENT}):  # as in /proc
-            _make_parents(place.claim, cleanup)
-            if _lock(place.claim, cleanup) is _Lock.BUSY:
-                holder = place.claim.read_text() or "another one"
-                raise InputError(
-                    f"{place.target} is being worked on by process {holder}, which holds "
-                    f"{place.claim}: wait until it has ended, or choose another folder"
-                )
-            with suppress(OSError):  # where files cannot be locked, or the disk is full
-                if place.claim.exists():
-                    place.claim.write_text(str(os.getpid()))
+        _claim(_Place(target), cleanup)
+        yield
+
+
+@contextmanager
+def claimed_in_place(folder: Path, part: str) -> Iterator[None]:
+    """Claim a folder of which one part is to be replaced, so that nobody replaces either.
+
+    Args:
+        folder: The folder, which is there.
+        part: The name of the folder in it that is to be made or replaced.
+
+    Raises:
+        InputError: As `claimed`.
+    """
+    check_target(folder / part, overwrite=True)
+    place = _Place(folder)
+    with ExitStack() as cleanup:
+        # Who may not write beside a folder may not replace it either, but may write into it.
+        if os.access(place.claim.parent, os.W_OK):
+            _claim(place, cleanup)
+        _claim(_Place(folder / part), cleanup)
         yield
 
 
@@ -342,6 +352,21 @@ def _lock_or_refuse(place: _Place, cleanup: ExitStack) -> None:
     raise InputError(
         f"{place.target}: another process is writing this folder; wait until it has ended"
     )
+
+
+def _claim(place: _Place, cleanup: ExitStack) -> None:
+    """Hold the claim on a place until `cleanup` closes, or refuse."""
+    with _explained(place.target, _FULL | _FORBIDDEN | {errno.ENOENT}):  # as in /proc
+        _make_parents(place.claim, cleanup)
+        if _lock(place.claim, cleanup) is _Lock.BUSY:
+            holder = place.claim.read_text() or "another one"
+            raise InputError(
+                f"{place.target} is being worked on by process {holder}, which holds "
+                f"{place.claim}: wait until it has ended, or choose another folder"
+            )
+        with suppress(OSError):  # where files cannot be locked, or the disk is full
+            if place.claim.exists():
+                place.claim.write_text(str(os.getpid()))
 
 
 def _lock(path: Path, cleanup: ExitStack) -> _Lock:

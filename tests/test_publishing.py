@@ -14,7 +14,7 @@ import loopback_hub
 import pytest
 import torch
 from conftest import SIZES, make_network
-from loopback_hub import TOKEN, Hub, environment, run, run_python
+from loopback_hub import COMMIT, TOKEN, Hub, environment, run, run_python
 from safetensors.torch import load_file, save_file
 
 from consolidate.commands import fisher
@@ -364,3 +364,20 @@ def test_what_was_pushed_loads_as_before(tmp_path: Path, hub: Hub) -> None:
     )
     assert code == 0, err
     assert out.splitlines()[-1] == done["weights"]
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_is_not_sent(
+    checkpoint: Path, write_task: Write, hub: Hub
+) -> None:
+    hub.repositories["user/model"] = loopback_hub.Repository({COMMIT: {"README.md": b"# Mine\n"}})
+
+    def replace() -> None:
+        fisher(checkpoint, write_task("new", seed=1), model="conftest:make_network", overwrite=True)
+
+    hub.meanwhile["GET /user/model/resolve/.*README.md"] = replace
+    words = ("push", checkpoint, "user/model", "--public")
+    code, _, err = run(checkpoint, *words, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)
+    assert code == 3
+    assert "was written to while it was read, and nothing was sent" in err
+    assert hub.repositories["user/model"].files == {"README.md": b"# Mine\n"}
+    assert run(checkpoint, *words, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)[0] == 0

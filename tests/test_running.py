@@ -20,6 +20,7 @@ from test_kept_work import break_off
 
 import consolidate
 from consolidate.verification import verify
+from formats.atomic import claimed, claimed_in_place
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
 
@@ -448,3 +449,15 @@ def test_the_command_line(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFix
     code, _, err = run_cli(capsys, "run", tasks)
     assert code == 3
     assert "[defaults]: unknown key 'epoch'. Did you mean epochs?" in err
+
+
+def test_a_second_run_of_the_same_chain_is_refused(tasks: Path, tmp_path: Path) -> None:
+    with (
+        claimed_in_place(tmp_path / "out", "steps"),
+        pytest.raises(InputError, match="is being worked on by process"),
+    ):
+        consolidate.run(tasks, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with claimed(tmp_path / "out" / "01-a"), pytest.raises(InputError, match="being worked on"):
+        consolidate.run(tasks, output_dir=tmp_path / "out")
+    assert consolidate.run(tasks, output_dir=tmp_path / "out")["status"] == "done"
