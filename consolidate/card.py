@@ -1,4 +1,4 @@
-"""The model card of a repository: what the ledger says, beside what a person wrote."""
+"""The model card of a checkpoint: what the ledger says, beside what a person wrote."""
 
 import re
 from collections.abc import Mapping
@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from consolidate.accuracy_matrix import accuracy_matrix
 from consolidate.inspection import ledger_matrix
@@ -20,10 +21,12 @@ from formats.digest import set_digest
 from formats.errors import InputError
 from formats.ledger import Ledger, TaskRecord
 
-BEGIN = "<!-- consolidate:begin {} (from here to the end mark, each push writes anew) -->"
+MAX_CARD_BYTES = 2**20
+BEGIN = "<!-- consolidate:begin {}(from here to the end mark, each push writes anew) -->"
 END = "<!-- consolidate:end -->"
 SOURCE = "consolidate ledger"
 TAGS = ("consolidate", "ewc")
+_LICENCE = ("license", "license_name", "license_link")
 _BLOCK = re.compile(r"<!-- consolidate:begin\b ?([\w./-]*).*?<!-- consolidate:end -->", re.DOTALL)
 _MARK = re.compile(r"<!-- consolidate:(begin|end)\b")
 _PIPELINES = {
@@ -42,20 +45,25 @@ class Subject:
     """What a card is about, besides its ledger.
 
     Attributes:
-        repository: Where it will be, ``user/model``.
+        repository: Where it will be, ``user/model``; empty of a folder that was not pushed.
         config: The contents of ``config.json``; empty where there is none.
         base_model: Repositories of the models that this one was made from.
         base_commit: The commit of the weights that a Fisher alone belongs to.
         fisher_only: Whether the repository holds a Fisher without weights.
-        endpoint: The address of the Hub.
+        endpoint: The address of the Hub; empty where nothing is to be linked.
+        relation: How it was made from its base models: ``finetune``, ``merge`` or ``adapter``; told
+            by their number unless given.
+        licence: What is said of the licence where the card does not say it.
     """
 
-    repository: str
+    repository: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     base_model: tuple[str, ...] = ()
     base_commit: str | None = None
     fisher_only: bool = False
     endpoint: str = ""
+    relation: str | None = None
+    licence: Mapping[str, Any] = field(default_factory=dict)
 
 
 def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
@@ -63,7 +71,8 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
 
     Ours is what stands between two marks, and of the metadata the tags, the results from the
     ledger and what is not there yet. A card of ours of another repository came with its model: that
-    one is the base model, unless another is named.
+    one is the base model, unless another is named. In a card of a folder that was not pushed, the
+    metadata name it.
 
     Args:
         existing: The text of the card that is there.
@@ -78,27 +87,98 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
             marks without the other.
     """
     existing = existing or ""
-    found = REGEX_YAML_BLOCK.search(existing)
-    text = existing[found.end() :] if found else existing
-    data = _metadata(found.group(2) if found else "")
+    data, text = _parts(existing)
     ours = _BLOCK.search(text)
-    if ours and ours[1] not in ("", subject.repository) and not subject.base_model:
-        subject = replace(subject, base_model=(ours[1],))
+    if ours and not subject.base_model:
+        subject = replace(subject, base_model=_named(ours, data, subject.repository))
     _merge_metadata(data, ledger, subject)
-    block = f"{BEGIN.format(subject.repository)}\n{_body(ledger, subject)}\n{END}"
+    where = f"{subject.repository} " if subject.repository else ""
+    block = f"{BEGIN.format(where)}\n{_body(ledger, subject)}\n{END}"
     rest = _BLOCK.sub("", text)
+    of = f" of {subject.repository}" if subject.repository else ""
     if _MARK.search(rest) or len(_BLOCK.findall(text)) > 1:
         raise InputError(
-            f"README.md of {subject.repository}: expected the marks <!-- consolidate:begin … --> "
+            f"README.md{of}: expected the marks <!-- consolidate:begin … --> "
             "and <!-- consolidate:end --> once each or not at all: remove those that are too many"
         )
-    if ours:
+    if ours and (rest.strip() or ours[1]):
         text = _BLOCK.sub(lambda _: block, text)
-    elif text.strip():
+    elif rest.strip():
         text = f"{text.rstrip()}\n\n{block}\n"
-    else:
+    elif subject.repository:
         text = f"\n# {escaped(subject.repository)}\n\n{block}\n"
+    else:
+        text = f"\n{block}\n"
     return f"---\n{yaml_dump(data).rstrip()}\n---\n{text}"
+
+
+def named_models(existing: str) -> tuple[str, ...]:
+    """Tell whose card this is, if we wrote it.
+
+    Args:
+        existing: The text of a card.
+
+    Returns:
+        The repository that it was written for; of a folder that was not pushed those of the models
+        it was made from. Nothing where it is no card of ours, or none is known.
+
+    Raises:
+        InputError: Its metadata are no YAML mapping.
+    """
+    data, text = _parts(existing)
+    ours = _BLOCK.search(text)
+    return _named(ours, data, "") if ours else ()
+
+
+def of_a_folder(existing: str) -> bool:
+    """Return whether we wrote a card, of a folder that was not pushed since.
+
+    Args:
+        existing: Its text.
+    """
+    ours = _BLOCK.search(existing)
+    return ours is not None and not ours[1]
+
+
+def licence(existing: str) -> dict[str, Any]:
+    """Give what the metadata of a card say of the licence.
+
+    Args:
+        existing: Its text.
+
+    Raises:
+        InputError: They are no YAML mapping.
+    """
+    data, _ = _parts(existing)
+    return {key: data[key] for key in _LICENCE if isinstance(data.get(key), str | list)}
+
+
+def is_repository(name: Any) -> bool:
+    """Return whether something can be the name of a repository on the Hub.
+
+    Args:
+        name: Of anything that YAML or JSON can hold.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return isinstance(name, str)
+
+
+def _parts(existing: str) -> tuple[dict[str, Any], str]:
+    found = REGEX_YAML_BLOCK.search(existing)
+    text = existing[found.end() :] if found else existing
+    return _metadata(found.group(2) if found else ""), text
+
+
+def _named(ours: re.Match[str], data: Mapping[str, Any], repository: str) -> tuple[str, ...]:
+    """Give the models that the model of a card of ours was made from."""
+    if ours[1] not in ("", repository):
+        return (ours[1],) if is_repository(ours[1]) else ()
+    bases = data.get("base_model")
+    bases = bases if isinstance(bases, list) else [bases]
+    return tuple(bases) if all(map(is_repository, bases)) else ()
 
 
 def _metadata(text: str) -> dict[str, Any]:
@@ -120,18 +200,26 @@ def _merge_metadata(data: dict[str, Any], ledger: Ledger, subject: Subject) -> N
     tags = list(tags) if isinstance(tags, list) else [tags]
     data["tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
     data.setdefault("library_name", _library(subject))
+    for key, value in subject.licence.items():
+        data.setdefault(key, value)
     if subject.base_model:
         names = [name.partition("@")[0] for name in subject.base_model]
-        data["base_model"] = names[0] if len(names) == 1 else names
+        bases = names[0] if len(names) == 1 else names
+        if bases != data.get("base_model"):
+            data.pop("base_model_relation", None)
+        data["base_model"] = bases
     if subject.base_model and not subject.fisher_only:
-        data["base_model_relation"] = "finetune" if len(subject.base_model) == 1 else "merge"
+        relation = "finetune" if len(subject.base_model) == 1 else "merge"
+        data.setdefault("base_model_relation", subject.relation or relation)
     index = data.pop("model-index", None) or []
     if not isinstance(index, list) or not all(isinstance(model, dict) for model in index):
         raise InputError("README.md: model-index of its metadata is not a list of models")
     index = [kept for model in index if (kept := _without_ours(model))]
     if not subject.fisher_only and (results := evaluation_results(ledger, subject)):
-        name = subject.repository.rpartition("/")[2]
+        name = subject.repository.rpartition("/")[2] or "model"
         ours = eval_results_to_model_index(name, results)[0]
+        for result in ours["results"] if not subject.repository else ():
+            del result["source"]["url"]
         same = next((model for model in index if model.get("name") == name), None)
         if same is None:
             index.append(ours)
@@ -161,6 +249,8 @@ def _library(subject: Subject) -> str:
     """Name the library that loads the repository, as the Hub calls it."""
     if subject.fisher_only:
         return "consolidate"
+    if subject.relation == "adapter":
+        return "peft"
     known = "model_type" in subject.config and "architectures" in subject.config
     return "transformers" if known else "pytorch"
 
@@ -212,7 +302,9 @@ def _is_accuracy(ledger: Ledger, name: str) -> bool:
 
 def _body(ledger: Ledger, subject: Subject) -> str:
     parts = [_what(ledger, subject), _use(ledger, subject), _tasks(ledger), _scores(ledger)]
-    return "\n\n".join(part for part in [*parts, _measured(ledger), _limits(ledger)] if part)
+    return "\n\n".join(
+        part for part in [*parts, _measured(ledger), _limits(ledger, subject)] if part
+    )
 
 
 def _what(ledger: Ledger, subject: Subject) -> str:
@@ -229,8 +321,13 @@ def _what(ledger: Ledger, subject: Subject) -> str:
         )
     architectures = subject.config.get("architectures")
     kind = architectures[0] if isinstance(architectures, list) and architectures else "model"
+    if subject.relation == "adapter":
+        kind = "LoRA adapter"
     bases = [name.partition("@")[0] for name in subject.base_model]
-    links = " and ".join(f"[{escaped(base)}]({subject.endpoint}/{base})" for base in bases)
+    links = " and ".join(
+        f"[{escaped(base)}]({subject.endpoint}/{base})" if subject.endpoint else escaped(base)
+        for base in bases
+    )
     made = f" made from {links}" if bases else ""
     return (
         "## Fine-tuning without forgetting\n\n"
@@ -243,10 +340,13 @@ def _what(ledger: Ledger, subject: Subject) -> str:
 
 
 def _use(ledger: Ledger, subject: Subject) -> str:
-    where, fisher, keyword = subject.repository, "", ""
+    where, fisher, keyword = subject.repository or "path/to/this/folder", "", ""
     if subject.fisher_only:
         where = subject.base_model[0].partition("@")[0]
         fisher, keyword = f" --fisher {subject.repository}", f'\n    fisher="{subject.repository}",'
+    elif subject.relation == "adapter":
+        base = subject.base_model[0] if subject.base_model else "BASE-MODEL"
+        fisher, keyword = f" --base-model {base}", f'\n    base_model="{base}",'
     elif _library(subject) != "transformers":
         fisher, keyword = " --model PACKAGE.MODULE:FACTORY", '\n    model="PACKAGE.MODULE:FACTORY",'
     strength = next((t.ewc_lambda for t in reversed(ledger.tasks) if t.ewc_lambda), None)
@@ -348,19 +448,20 @@ def _samples(task: TaskRecord) -> str:
     return f" × {task.mc_samples}" if sampled else ""
 
 
-def _limits(ledger: Ledger) -> str:
+def _limits(ledger: Ledger, subject: Subject) -> str:
     named = [escaped(task.name) for task in ledger.tasks if task.data_digest is not None]
     digests = (
         f"It holds a digest of the data of {', '.join(named)}, which confirms a guess of them."
         if named
         else "It holds no digest of any data."
     )
+    place = "this repository" if subject.repository else "`fisher/`"  # the rest is not ours
     return (
         "### Limits\n\n"
         "The penalty is a quadratic around these weights with a diagonal Fisher: it knows nothing "
         "of how weights act together, holds less well the further the weights move, and holds only "
         "the tasks above, on data like theirs. How much is kept depends on λ: measure it.\n\n"
-        "No row of data is in this repository. A Fisher is an average of squared gradients over "
+        f"No row of data is in {place}. A Fisher is an average of squared gradients over "
         "them all the same: with the labels, counts and scores it tells something of the data, and "
         "may help to tell whether an example was among them. " + digests
     )

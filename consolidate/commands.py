@@ -50,6 +50,7 @@ from consolidate.made_from import (
 )
 from consolidate.measuring import estimator_options, measure_fisher, pass_cost
 from consolidate.models import Model
+from consolidate.output_card import renew_card
 from consolidate.torchrun import world_size
 from formats.atomic import partial_path, replace_folder
 from formats.checkpoint import (
@@ -359,7 +360,10 @@ def fisher(
                 write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
             else:
                 write_checkpoint(staging, source, source.weights)
-                write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
+                # The card too, but for what we wrote in it: the model is the same.
+                fisher_at = staging / "fisher"
+                ledger = write_fisher(fisher_at, merged, ledger, anchor=anchor, heads=heads)
+                renew_card(staging, ledger)
             refuse_changed(folder if in_place else staging, records(), folder)
         work.remove()
         result = {

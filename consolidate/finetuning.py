@@ -53,6 +53,7 @@ from consolidate.lora import Lora
 from consolidate.made_from import data_content, digest, module_content, options_content, versions
 from consolidate.measuring import estimator_options, measure_fisher
 from consolidate.models import config_of, file_weights
+from consolidate.output_card import write_card
 from consolidate.search_plot import plot_search
 from consolidate.searching import Plan, Subject, plan_search, search_lambda
 from consolidate.start import Opened, Start, load_start, open_start
@@ -615,10 +616,11 @@ def _finish(
     share_moved = _share_moved(loaded.checkpoint.weights, trained.weights)
     heads = None if before is None else before.heads
     with replace_folder(target, overwrite=overwrite) as staging:
-        write_checkpoint(staging, opened.source, trained.weights)
+        write_checkpoint(staging, opened.source, trained.weights, card=False)
         if opened.source.adapter is None and config_of(loaded) != opened.source.config:
             write_file(staging / "config.json", json.dumps(config_of(loaded), indent=2) + "\n")
-        write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
+        ledger = write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
+        write_card(staging, target, ledger, [opened.source], "finetune")
     steps = trained.steps
     result = {
         "status": "done",

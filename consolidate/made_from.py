@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from consolidate.chain import program_versions
-from formats.checkpoint import Checkpoint, other_files
+from formats.checkpoint import CARD, Checkpoint, other_files
 from formats.digest import TensorRecord, set_digest
 from formats.rows import Rows, file_digest, listing_digest
 from formats.task_file import TaskFile, open_task
@@ -29,7 +29,9 @@ _NOT_OPTIONS |= {"dry_run", "base_model"}
 def checkpoint_content(
     source: Checkpoint, ledger: Path | None, records: Mapping[str, TensorRecord]
 ) -> dict[str, Any]:
-    """Describe a checkpoint: its tensors, its Fisher, and the files beside them.
+    """Describe a checkpoint: its tensors, its Fisher, and the files beside them but for the card.
+
+    Whoever writes into a model card has changed nothing that a result depends on.
 
     Args:
         source: The checkpoint.
@@ -39,7 +41,8 @@ def checkpoint_content(
     Returns:
         Digests, JSON-ready.
     """
-    files = other_files(source) if source.path.is_dir() else iter(())
+    others = other_files(source) if source.path.is_dir() else iter(())
+    files = ((file, name) for file, name in others if name != Path(CARD))
     return {
         "weights": set_digest(records),
         "fisher": None if ledger is None else file_digest(ledger),

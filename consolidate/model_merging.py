@@ -16,6 +16,7 @@ from consolidate.claims import claiming_output
 from consolidate.hub import commits_of, locate
 from consolidate.made_from import checkpoint_content, digest, plain, versions
 from consolidate.merging import MergedTensor, ModelTensor, merge_models
+from consolidate.output_card import write_card
 from consolidate.progress import progress
 from formats.atomic import replace_folder
 from formats.checkpoint import (
@@ -125,7 +126,7 @@ def merge(
     first = models[0].stored.ledger
     alone = len(models) == 1 and shared is None
     with replace_folder(target, overwrite=overwrite or force) as staging:
-        write_checkpoint(staging, models[0].source, merged.weights)
+        write_checkpoint(staging, models[0].source, merged.weights, card=alone)
         ledger = Ledger(
             tasks=tasks,
             merge_rule=first.merge_rule if alone else "separate",
@@ -142,6 +143,8 @@ def merge(
         )
         anchor = merged.anchor if anchored else None
         ledger = write_fisher(staging / "fisher", merged.fisher, ledger, anchor=anchor, heads=heads)
+        if not alone:
+            write_card(staging, target, ledger, [model.source for model in models], "merge")
     return result | _figures(ledger, trace, offset, anchored=anchored)
 
 

@@ -23,11 +23,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from consolidate.card import Subject, model_card
+from consolidate.card import MAX_CARD_BYTES, Subject, model_card
 from consolidate.hub import FISHER, commit_in, commits_of, locate
 from consolidate.upload_rules import named_code, without_local_paths
 from consolidate.verification import verify
-from formats.checkpoint import Checkpoint, open_checkpoint
+from formats.checkpoint import CARD, Checkpoint, open_checkpoint
 from formats.digest import set_digest
 from formats.errors import InputError, NetworkError, UsageError
 from formats.fisher_folder import (
@@ -44,9 +44,7 @@ from formats.hub_errors import ODD_ANSWER, hub_call
 from formats.tensors import TensorFiles, check_link, write_tensors
 
 LOG = logging.getLogger("consolidate")
-CARD = "README.md"
 INDEX = "model.safetensors.index.json"
-MAX_CARD_BYTES = 2**20
 AGAIN = "push again, which sends what is missing"
 
 # What a model is used with; anything else in a folder may be data or a secret, and stays there.

@@ -25,6 +25,8 @@ from formats.tensors import (
 )
 
 ADAPTER_CONFIG = "adapter_config.json"
+CARD = "README.md"
+"""A model card, as the Hub shows it."""
 _KINDS = f"a file that ends in .safetensors, {', '.join(PICKLE_SUFFIXES)}"
 # What transformers' Trainer, accelerate and peft write beside the weights.
 _NOT_WEIGHTS = re.compile(
@@ -163,6 +165,7 @@ def write_checkpoint(
     source: Checkpoint,
     weights: Mapping[str, Tensor],
     *,
+    card: bool = True,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Write weights and, beside them, what else the source's folder holds.
@@ -175,6 +178,7 @@ def write_checkpoint(
         staging: An empty folder, of `formats.atomic.replace_folder`.
         source: The checkpoint whose other files are kept.
         weights: Tensor name to tensor, tied ones once, in the order they are to be stored.
+        card: Whether the model card is kept too; it tells of the source's weights.
         max_shard_size: Bytes a file may have before another is begun.
 
     Raises:
@@ -193,7 +197,7 @@ def write_checkpoint(
         )
     if not source.path.is_dir():
         return
-    others = list(other_files(source))
+    others = [(file, name) for file, name in other_files(source) if card or name != Path(CARD)]
     try:
         sizes = sum(file.stat().st_size for file, _ in others)
         with explain_full_disk(staging, sizes):
