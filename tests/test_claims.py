@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -64,6 +65,7 @@ class Held:
         )
         while not Path("begun").exists():
             assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.02)
 
     def release(self) -> tuple[int, str]:
         Path("begun").unlink()
@@ -72,6 +74,23 @@ class Held:
         return self.process.returncode, err
 
 
+@pytest.fixture
+def hold(place: Path) -> Iterator["Hold"]:
+    """Start commands that wait; those that a test leaves waiting are killed."""
+    started: list[Held] = []
+
+    def start(*words: str) -> Held:
+        started.append(Held(*words))
+        return started[-1]
+
+    yield start
+    for held in started:
+        if held.process.poll() is None:
+            held.process.kill()
+            held.process.communicate()
+
+
+Hold = Callable[..., Held]
 FISHER = ("fisher", "it", "--data", "c.npz", "--overwrite")
 ADD = ("fisher", "it", "--data", "c.npz", "--add")
 FINETUNE = ("finetune", "it", "--data", "c.npz", "--ewc-lambda", "1", "--max-steps", "3")
@@ -79,14 +98,13 @@ FINETUNE += ("--output-dir", "it", "--overwrite")
 MERGE = ("merge", "it", "other", "--output-dir", "it", "--overwrite")
 
 
-@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize(
     ("first", "tasks"), [(FISHER, ["c"]), (ADD, ["a", "c"]), (FINETUNE, ["a", "c"])]
 )
 def test_the_second_of_two_is_refused(
-    first: tuple[str, ...], tasks: list[str], capsys: pytest.CaptureFixture[str]
+    hold: Hold, first: tuple[str, ...], tasks: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = Held(*first)
+    held = hold(*first)
     model = ("--model", MODEL)
     for second in ((*FISHER, *model), (*ADD, *model), (*FINETUNE, *model), MERGE):
         code, _, err = run_cli(capsys, *second)
@@ -118,14 +136,13 @@ def rewrite(weights: Path) -> None:
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("change", [replace, rewrite])
 @pytest.mark.parametrize("words", [FISHER, (*FISHER, "--no-data-digest"), ADD])
 def test_weights_that_another_tool_changes(
-    words: tuple[str, ...], change: Callable[[Path], None]
+    hold: Hold, words: tuple[str, ...], change: Callable[[Path], None]
 ) -> None:
     ledger = Path("it/fisher/fisher.json").read_bytes()
-    held = Held(*words)
+    held = hold(*words)
     change(Path("it/model.safetensors"))
     code, err = held.release()
     assert code == 3
@@ -133,9 +150,8 @@ def test_weights_that_another_tool_changes(
     assert Path("it/fisher/fisher.json").read_bytes() == ledger
 
 
-@pytest.mark.usefixtures("place")
-def test_a_whole_checkpoint_of_weights_that_change_is_not_written() -> None:
-    held = Held("fisher", "it", "--data", "c.npz", "--output-dir", "out")
+def test_a_whole_checkpoint_of_weights_that_change_is_not_written(hold: Hold) -> None:
+    held = hold("fisher", "it", "--data", "c.npz", "--output-dir", "out")
     rewrite(Path("it/model.safetensors"))
     code, err = held.release()
     assert code == 3
