@@ -2,7 +2,7 @@
 
 import math
 import platform
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,7 @@ from consolidate.overlap import fisher_overlap
 from consolidate.penalty import Penalty
 from formats.atomic import check_target, claimed_in_place, has_content, replace_folder
 from formats.checkpoint import Checkpoint, open_checkpoint, weight_records
-from formats.digest import TensorRecord, set_digest
+from formats.digest import TensorRecord, dtype_name, set_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import (
     LEDGER_NAME,
@@ -32,7 +32,14 @@ from formats.fisher_folder import (
     read_fisher,
     write_fisher,
 )
-from formats.ledger import MERGE_RULES, LayerRecord, Ledger, TaskRecord, check_task_name
+from formats.ledger import (
+    MERGE_RULES,
+    LayerRecord,
+    Ledger,
+    TaskRecord,
+    check_names,
+    check_task_name,
+)
 from formats.tensors import shape_of
 
 
@@ -280,6 +287,39 @@ def add_task(
     return merged, anchor, ledger
 
 
+def check_names_to_be(before: Chain | None, model: Model) -> None:
+    """Refuse, before a pass, what the ledger after it could not say of each tensor's protection.
+
+    Args:
+        before: The chain so far, as the model has a place for it; None for the first task.
+        model: As it will be measured.
+
+    Raises:
+        InputError: A tensor of the weights file would have neither a Fisher nor a reason why it has
+            none; a Fisher would fit no tensor of the file; or one would be held under two names.
+    """
+    where = str(model.checkpoint.path)
+    trained = [name for name, p in model.module.named_parameters() if p.requires_grad]
+    weights, past = file_weights(model), {} if before is None else before.fisher
+    shapes = {name: shape_of(past, name) for name in past}
+    for name in trained:
+        for at in model.layout.file_names(name):
+            shapes.setdefault(at, weights.shape(at))
+    _check_held_once(shapes, model.layout, where)
+    check_names(
+        Ledger(
+            [],
+            unprotected=unprotected(model, shapes),
+            weights={
+                at: TensorRecord(dtype_name(weights.dtype(at)), weights.shape(at), "")
+                for at in weights
+            },
+            fisher={at: TensorRecord("F32", shape, "") for at, shape in shapes.items()},
+        ),
+        where,
+    )
+
+
 def load_penalty(
     module: nn.Module,
     checkpoint: str | Path,
@@ -314,6 +354,7 @@ def load_penalty(
     source = open_checkpoint(folder)
     stored = stored_fisher(folder / "fisher", source)
     layout = _layout(module, source)
+    _check_held_once(stored.fisher, layout, str(stored.folder))
     anchor = stored.anchor or {name: source.weights[name] for name in stored.fisher}
     return Penalty(
         module,
@@ -485,6 +526,17 @@ def _weight(asked: float | str, tasks: Sequence[TaskRecord], apart: Collection[s
     past, present = (math.fsum(task.layers[at].trace for at in common) for task in (first, new))
     # A Fisher of zero holds nothing at any weight, and no weight can match it.
     return scale * (past / present if past > 0 and present > 0 else 1.0)
+
+
+def _check_held_once(fisher: Iterable[str], layout: Layout, where: str) -> None:
+    held: dict[str, str] = {}
+    for name in fisher:
+        other = held.setdefault(layout.duplicates.get(name, name), name)
+        if other != name:
+            raise InputError(
+                f"{where}: {other} and {name} are one tensor in the model, and have two Fishers: "
+                "use a model in which they are two, or measure the Fisher anew"
+            )
 
 
 def _layout(module: nn.Module, source: Checkpoint) -> Layout:

@@ -21,6 +21,7 @@ from consolidate.adapters import load, with_base, without_fisher
 from consolidate.cached import cached, find_output, recorded_fisher
 from consolidate.chain import (
     add_task,
+    check_names_to_be,
     merging_options,
     refuse_existing,
     stored_fisher,
@@ -261,6 +262,7 @@ def fisher(
             freeze=freeze,
             gradient_checkpointing=gradient_checkpointing,
         )
+        check_names_to_be(before, loaded)
         name = task_name(task or task_file.name, rows.name, before)
         examples = encode(
             rows,

@@ -35,18 +35,18 @@ class FileWeights(LazyTensors):
         for name, tensor in module.state_dict().items():
             if isinstance(tensor, Tensor) and (own := layout.canonical(name)) is not None:
                 self._state.setdefault(own, tensor)
-        self._names = [name for name in stored if name not in layout.duplicates]
-        self._names += [name for name in layout.fresh if name not in stored]
+        self._names = [*stored, *(name for name in layout.fresh if name not in stored)]
         self._known = frozenset(self._names)
         self._kept: dict[tuple[str, ...], tuple[list[int], dict[str, Tensor]]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._known:
             raise KeyError(name)
-        made = self._made(name)
+        first = self._layout.duplicates.get(name, name)
+        made = self._made(first)
         if name not in self._stored:
             return made[name]
-        return made[name].to(dtype_of(self._stored, name)) if name in made else self._stored[name]
+        return made[first].to(dtype_of(self._stored, name)) if first in made else self._stored[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -65,6 +65,7 @@ from formats.errors import ForgettingError, InputError, NonFiniteError, UsageErr
 from formats.fisher_folder import write_fisher
 from formats.ledger import Ledger
 from formats.partial_work import StoredWork
+from formats.tensors import Overlaid
 
 LOG = logging.getLogger("consolidate")
 
@@ -613,7 +614,8 @@ def _finish(
         gamma=opened.gamma,
         task_weight=task_weight,
     )
-    share_moved = _share_moved(loaded.checkpoint.weights, trained.weights)
+    once = Overlaid(trained.weights, without=loaded.layout.duplicates)
+    share_moved = _share_moved(loaded.checkpoint.weights, once)
     heads = None if before is None else before.heads
     with replace_folder(target, overwrite=overwrite) as staging:
         write_checkpoint(staging, opened.source, trained.weights, card=False)

@@ -152,8 +152,11 @@ class Layout:
             if name not in self._file_shapes and name not in fresh:
                 raise InputError(f"{name} is no tensor of the model's weights file")
         by_name = self._group_of_file
-        for group in dict.fromkeys(by_name[name] for name in tensors if name in by_name):
-            absent = [name for name in group.file_names if name not in tensors]
+        # What is given under a second name alone is the tensor all the same.
+        given = {self.duplicates[name]: name for name in tensors if name in self.duplicates}
+        given |= {name: name for name in tensors if name not in self.duplicates}
+        for group in dict.fromkeys(by_name[name] for name in given if name in by_name):
+            absent = [name for name in group.file_names if name not in given]
             if absent:
                 raise InputError(
                     f"{absent[0]} is missing: {group.module_names[0]} is made of "
@@ -162,7 +165,7 @@ class Layout:
                 )
             parts = []
             for name in group.file_names:
-                parts.append(tensors[name])
+                parts.append(tensors[given[name]])
                 _check_shape(name, parts[-1], self._file_shapes[name], "the weights file")
             converted = parts if group.convert is None else group.convert(parts)
             found.update(zip(group.module_names, converted, strict=True))
@@ -174,20 +177,26 @@ class Layout:
 
     def _distinct(self, groups: Sequence[Group]) -> list[Group]:
         """Give modules' tensors their one name, and leave out what a tied tensor has twice."""
-        kept: dict[tuple[str, ...], Group] = {}
+        stored: dict[tuple[str, ...], list[Group]] = {}
         for group in groups:
             names = tuple(self._aliases[name] for name in group.module_names)
-            renamed = Group(group.file_names, names, group.convert)
-            first = kept.get(names)
-            if first is None:
-                kept[names] = renamed
-                continue
+            stored.setdefault(names, []).append(group)
+        kept = []
+        for names, of_one in stored.items():
             # The name that torch itself gives a tied tensor wins over the file's order.
-            winner, loser = (renamed, first) if group.module_names == names else (first, renamed)
-            kept[names] = winner
-            for second in loser.file_names:
-                self.duplicates[second] = winner.file_names[0]
-        return list(kept.values())
+            winner = next((group for group in of_one if group.module_names == names), of_one[0])
+            kept.append(Group(winner.file_names, names, winner.convert))
+            for other in of_one:
+                if other is winner:
+                    continue
+                if len(other.file_names) != len(winner.file_names):
+                    raise InputError(
+                        f"{winner.file_names[0]} and {other.file_names[0]} are one tensor in the "
+                        f"model, and in the file {len(winner.file_names)} and "
+                        f"{len(other.file_names)}: store it once"
+                    )
+                self.duplicates |= dict(zip(other.file_names, winner.file_names, strict=True))
+        return kept
 
     def _check(self, group: Group) -> None:
         if group.convert is None:

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +29,8 @@ from formats.checkpoint import (
 )
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher, check_values, tensor_sets, write_fisher
-from formats.ledger import Ledger, TaskRecord
-from formats.tensors import LazyTensors, TensorFiles, dtype_of, shape_of
+from formats.ledger import SAME_AS, Ledger, TaskRecord, copies
+from formats.tensors import LazyTensors, Renamed, TensorFiles, dtype_of, shape_of
 
 LOG = logging.getLogger("consolidate")
 _CHUNK = 1 << 16  # elements in float64 at a time: they stay in the cache, however large the tensor
@@ -90,6 +91,9 @@ def merge(
     pairs = zip(checkpoints, coefficients, strict=True)
     models = [_open(checkpoint, coefficient) for checkpoint, coefficient in pairs]
     shared = None if base is None else _open(base, 1.0 - sum(coefficients))
+    same = _same_tensors([*models, *([] if shared is None else [shared])])
+    models = [_once(model, same) for model in models]
+    shared = None if shared is None else _once(shared, same)
     for model in models[1:]:
         _check_alike(models[0], model)
     if shared is not None:
@@ -121,7 +125,7 @@ def merge(
         return result | _figures(done.ledger, trace, offset, anchored=done.anchor is not None)
     if there is not None:
         refuse_existing(target, overwrite=overwrite)
-    merged = _Merged(models, shared)
+    merged = _Merged(models, shared, same)
     offset, trace, anchored = _survey(merged)
     first = models[0].stored.ledger
     alone = len(models) == 1 and shared is None
@@ -133,8 +137,8 @@ def merge(
             gamma=first.gamma if alone else 1.0,
             penalty_offset=offset,
             unprotected={
-                name: first.unprotected[name]
-                for name in merged.weights
+                name: first.unprotected[name] if at == name else SAME_AS + at
+                for name, at in merged.file_names.items()
                 if name not in merged.fisher
             },
             weights=weight_records(open_checkpoint(staging).weights),
@@ -159,12 +163,33 @@ def _figures(ledger: Ledger, trace: float, offset: float, *, anchored: bool) -> 
 
 @dataclass(frozen=True)
 class _Model:
-    """A checkpoint that takes part, with its Fisher and its coefficient."""
+    """A checkpoint that takes part, with its Fisher and its coefficient.
+
+    `weights`, `fisher` and `anchor` hold a tensor that the file has under several names once, under
+    the name that all models have for it here.
+    """
 
     path: Path
     source: Checkpoint
     stored: StoredFisher
     coefficient: float
+    names: Mapping[str, str]  # in the file, by name here
+
+    @cached_property
+    def weights(self) -> Mapping[str, Tensor]:
+        return Renamed(self.source.weights, self.names)
+
+    @cached_property
+    def fisher(self) -> Mapping[str, Tensor]:
+        held = {at: name for at, name in self.names.items() if name in self.stored.fisher}
+        return Renamed(self.stored.fisher, held)
+
+    @cached_property
+    def anchor(self) -> Mapping[str, Tensor] | None:
+        anchor = self.stored.anchor
+        if anchor is None:
+            return None
+        return Renamed(anchor, {at: name for at, name in self.names.items() if name in anchor})
 
     @property
     def tasks(self) -> dict[str, TaskRecord]:
@@ -218,36 +243,51 @@ class _Tensors(LazyTensors):
 
 
 class _Merged:
-    """The merged tensors of models, of which a chunk at a time is in memory."""
+    """The merged tensors of models by the names of the first, a chunk of one at a time in memory.
 
-    def __init__(self, models: Sequence[_Model], base: _Model | None) -> None:
+    Attributes:
+        same: Each name of a tensor that is there several times, with the one used for it here.
+        file_names: Each name in the first model's file, with the one there that stands for it.
+    """
+
+    def __init__(
+        self, models: Sequence[_Model], base: _Model | None, same: Mapping[str, str]
+    ) -> None:
         self.models = models
         self.base = base
-        first = models[0].source.weights
-        held = [name for name in first if any(name in model.stored.fisher for model in models)]
-        dtypes = {name: dtype_of(first, name) for name in first}
-        self.weights = _Tensors(self, "weights", list(first), dtypes)
+        self.same = same
+        first = models[0]
+        weights = first.source.weights
+        self.file_names = {name: first.names[same.get(name, name)] for name in weights}
+        held = [
+            name
+            for name, stands in self.file_names.items()
+            if name == stands and any(same.get(name, name) in model.fisher for model in models)
+        ]
+        dtypes = {name: dtype_of(weights, name) for name in weights}
+        self.weights = _Tensors(self, "weights", list(weights), dtypes)
         self.fisher = _Tensors(self, "fisher", held, {})
         self.anchor = _Tensors(self, "anchor", held, {})
 
     def parts(self, name: str) -> Iterator[tuple[int, MergedTensor]]:
         """Merge a tensor chunk by chunk, each with where in the tensor it starts."""
         count = math.prod(self.weights.shape(name))
+        at = self.same.get(name, name)
         for start in range(0, count, _CHUNK):
             chunk = slice(start, start + _CHUNK)
             base = None
-            if self.base is not None and name in self.base.stored.fisher:
-                base = _chunk(self.base, name, chunk)
-            yield start, merge_models((_chunk(m, name, chunk) for m in self.models), base)
+            if self.base is not None and at in self.base.fisher:
+                base = _chunk(self.base, at, chunk)
+            yield start, merge_models((_chunk(m, at, chunk) for m in self.models), base)
 
 
 def _chunk(model: _Model, name: str, chunk: slice) -> ModelTensor:
     fisher = anchor = None
-    if name in model.stored.fisher:
-        fisher = model.stored.fisher[name].reshape(-1)[chunk]
-        if model.stored.anchor is not None:
-            anchor = model.stored.anchor[name].reshape(-1)[chunk]
-    values = model.source.weights[name].reshape(-1)[chunk]
+    if name in model.fisher:
+        fisher = model.fisher[name].reshape(-1)[chunk]
+        if model.anchor is not None:
+            anchor = model.anchor[name].reshape(-1)[chunk]
+    values = model.weights[name].reshape(-1)[chunk]
     return ModelTensor(model.coefficient, values, fisher, anchor)
 
 
@@ -266,12 +306,42 @@ def _open(checkpoint: str | Path, coefficient: float) -> _Model:
         for name in tensors:
             where = f"{tensors.path}: {kind} of {name!r}"
             check_values(tensors[name], where, not_negative=kind == "fisher")
-    return _Model(path, source, stored, coefficient)
+    return _Model(path, source, stored, coefficient, {name: name for name in source.weights})
+
+
+def _same_tensors(models: Sequence[_Model]) -> dict[str, str]:
+    """Give each name of what some file has under several names the one used for it here."""
+    same: dict[str, str] = {}
+    for model in models:
+        for name, first in copies(model.stored.ledger).items():
+            one, other = same.get(name, name), same.get(first, first)
+            same |= {at: other for at, to in same.items() if to == one} | {name: other}
+    return same
+
+
+def _once(model: _Model, same: Mapping[str, str]) -> _Model:
+    """Hold what the file has under several names by one, that of its Fisher if it has one."""
+    ledger = model.stored.ledger
+    again = copies(ledger)
+    names: dict[str, str] = {}
+    for name in model.source.weights:
+        other = names.setdefault(same.get(name, name), name)
+        if other == name:
+            continue
+        differ = ledger.weights[name] != ledger.weights[other]
+        if differ or (name in ledger.fisher and other in ledger.fisher):
+            raise InputError(
+                f"{other} and {name} are one tensor in another model, and two in {model.path}: "
+                "only checkpoints of one architecture can be merged"
+            )
+        if name in ledger.fisher or (other in again and other not in ledger.fisher):
+            names[same[name]] = name
+    return replace(model, names=names)
 
 
 def _check_alike(first: _Model, other: _Model) -> None:
     """Refuse another architecture: other names, shapes or dtypes, or buffers that disagree."""
-    ours, theirs = first.source.weights, other.source.weights
+    ours, theirs = first.weights, other.weights
     for name in dict.fromkeys([*ours, *theirs]):
         for model, weights in ((first, ours), (other, theirs)):
             if name not in weights:
@@ -336,8 +406,8 @@ def _check_base(models: Sequence[_Model], base: _Model) -> None:
                     f"weights of the base {base.path}: merge checkpoints that were fine-tuned from "
                     "one with the new output layer, with that as --base"
                 )
-    for name in base.stored.fisher:
-        if name not in first.source.weights:
+    for name in base.fisher:
+        if name not in first.weights:
             raise InputError(
                 f"{first.path} has no tensor {name!r}, which the base {base.path} has: it was not "
                 "fine-tuned from there"
@@ -346,7 +416,7 @@ def _check_base(models: Sequence[_Model], base: _Model) -> None:
 
 
 def _check_shape(name: str, first: _Model, other: _Model) -> None:
-    ours, theirs = (list(shape_of(model.source.weights, name)) for model in (first, other))
+    ours, theirs = (list(shape_of(model.weights, name)) for model in (first, other))
     if ours != theirs:
         raise InputError(
             f"the tensor {name!r} has shape {ours} in {first.path} and {theirs} in {other.path}: "
@@ -400,9 +470,10 @@ def _survey(merged: _Merged) -> tuple[float, float, bool]:
     anchored = False
     with progress("merging", len(merged.fisher), "tensors") as advance:
         for name in merged.fisher:
-            if merged.base is not None and name in merged.base.stored.fisher:
+            at = merged.same.get(name, name)
+            if merged.base is not None and at in merged.base.fisher:
                 for model in merged.models:
-                    _check_contained(model, merged.base, name)
+                    _check_contained(model, merged.base, at)
             for _, part in merged.parts(name):
                 offset += part.offset
                 trace += float(part.fisher.sum())
@@ -414,9 +485,8 @@ def _survey(merged: _Merged) -> tuple[float, float, bool]:
 
 
 def _check_contained(model: _Model, base: _Model, name: str) -> None:
-    shared = base.stored.fisher[name]
-    fisher = model.stored.fisher
-    whole = fisher[name] if name in fisher else torch.zeros(())
+    shared = base.fisher[name]
+    whole = model.fisher[name] if name in model.fisher else torch.zeros(())
     if below := int((whole < shared).sum()):
         raise InputError(
             f"{model.stored.folder}: the Fisher of {name!r} is below that of the base {base.path} "

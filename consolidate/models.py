@@ -26,6 +26,7 @@ from consolidate.objectives import Objective, default_objective, get_objective
 from consolidate.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint
 from formats.errors import ConsolidateError, InputError, UsageError
+from formats.ledger import SAME_AS
 from formats.tensors import apart, dtype_of, shape_of
 
 _TOKENIZER_FILES = (
@@ -134,9 +135,10 @@ def file_weights(model: Model) -> FileWeights:
         model: As `load_model` made it, trained or not.
 
     Returns:
-        By file name, in the file's order and dtypes, then fresh parameters; tied weights once,
-        tensors the module has no use for as they are in the file. Each is made when asked for,
-        of the values at that time; where no dtype changes it is the module's own memory.
+        By file name, in the file's order and dtypes, then fresh parameters; tied weights under each
+        name that the file has for them, tensors the module has no use for as they are in the file.
+        Each is made when asked for, of the values at that time; where no dtype changes it is the
+        module's own memory.
 
     Raises:
         InputError: A tensor is asked for that has another shape than it was loaded with.
@@ -171,7 +173,10 @@ def unprotected(model: Model, protected: Iterable[str], frozen: str = "frozen") 
     parameters = dict(model.module.named_parameters())
     reasons = {}
     for name in [*model.checkpoint.weights, *model.layout.fresh]:
-        if name in have or name in model.layout.duplicates:
+        if name in have:
+            continue
+        if name in model.layout.duplicates:
+            reasons[name] = SAME_AS + model.layout.duplicates[name]
             continue
         names = model.layout.module_names(name)
         if not names:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from formats.digest import set_digest
-from formats.ledger import Ledger, TaskRecord
+from formats.ledger import Ledger, TaskRecord, copies
 
 _ROUNDING = {"F32": 2.0**-20, "BF16": 2.0**-8}  # of a merge, relative, with room to spare
 _TINY = 1e-30
@@ -30,6 +30,11 @@ def contradictions(ledger: Ledger, traces: Mapping[str, float]) -> list[str]:
         f"the task {last.name!r} has a trace for {name!r}, which has no Fisher"
         for name in last.layers
         if name not in ledger.fisher
+    ]
+    lines += [
+        f"{name!r} is said to be the same tensor as {first!r}, and they differ in the weights"
+        for name, first in copies(ledger).items()
+        if ledger.weights[name] != ledger.weights[first]
     ]
     fresh = {name for head in ledger.heads.values() for name in head}
     told = all(task.layers for task in ledger.tasks)

@@ -13,7 +13,14 @@ from torch.distributed import ProcessGroup
 
 from consolidate.adapters import load, with_base
 from consolidate.architectures import lacks_head
-from consolidate.chain import Chain, find_fisher, merging_options, stored_fisher, task_name
+from consolidate.chain import (
+    Chain,
+    check_names_to_be,
+    find_fisher,
+    merging_options,
+    stored_fisher,
+    task_name,
+)
 from consolidate.commands import best_device, check_output, columns_of
 from consolidate.examples import Columns, Examples, encode, label_names
 from consolidate.heads import Fitted, fit_model, models_of_tasks
@@ -257,6 +264,7 @@ def load_start(
         new_labels=new_labels,
     )
     loaded, before = fitted.model, fitted.before
+    check_names_to_be(before, loaded)
     with_heads: dict[str, Model] = {}
     if before is not None:
         tasks = {name: name for name in (*evaluate, *validation)}

@@ -21,6 +21,8 @@ PENALTY_ON = ("adapter", "merged")
 UNITS = ("example", "token")
 FISHER_DTYPES = ("F32", "BF16")
 PARAMETER_DTYPES = ("BF16", "F16", "F32", "F64")
+SAME_AS = "the same tensor as "
+"""How the reason begins of a tensor that the weights file stores again under a second name."""
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _WHEN = re.compile(r"before|after|(epoch|step) [1-9][0-9]{0,17}")
@@ -94,6 +96,23 @@ def check_task_name(name: str) -> None:
             f"{_shown(name)} cannot name a task: a name is 1 to 64 of the letters A-Z a-z, digits, "
             "'.', '_' and '-', and begins with a letter or a digit"
         )
+
+
+def copies(ledger: Ledger) -> dict[str, str]:
+    """Name the tensors that the weights file stores again, as it may tied parameters.
+
+    Args:
+        ledger: The ledger.
+
+    Returns:
+        From each second name to the name that stands for both.
+    """
+    named = {name: why.removeprefix(SAME_AS) for name, why in ledger.unprotected.items()}
+    return {
+        name: first
+        for name, first in named.items()
+        if first != ledger.unprotected[name] and first in ledger.weights
+    }
 
 
 def ledger_bytes(ledger: Ledger, source: str = "fisher.json") -> bytes:
@@ -521,7 +540,7 @@ def _check_ledger(ledger: Ledger, source: str) -> None:
         )
     if not ledger.fisher:
         raise InputError(f"{source}, fisher: expected at least one tensor, found none")
-    _check_set(ledger, ledger.fisher, "fisher", FISHER_DTYPES, source)
+    check_names(ledger, source)
     if len({record.dtype for record in ledger.fisher.values()}) > 1:
         raise InputError(
             f"{source}, fisher: expected one dtype for all tensors, found F32 and BF16"
@@ -533,6 +552,19 @@ def _check_ledger(ledger: Ledger, source: str) -> None:
                 f"{source}: the tensor {_shown(name)} is in only one of fisher and anchor; "
                 "both must have the same names"
             )
+
+
+def check_names(ledger: Ledger, source: str) -> None:
+    """Refuse a ledger in which a tensor of the weights has neither a Fisher nor a reason, or both.
+
+    Args:
+        ledger: Its `weights`, `fisher` and `unprotected`; the digests are not looked at.
+        source: What a message calls the file.
+
+    Raises:
+        InputError: That, or a Fisher that fits no tensor of the weights.
+    """
+    _check_set(ledger, ledger.fisher, "fisher", FISHER_DTYPES, source)
     for name in ledger.unprotected:
         if name not in ledger.weights:
             raise InputError(f"{source}, unprotected: {_shown(name)} is not among the weights")

@@ -90,6 +90,39 @@ class Overlaid(LazyTensors):
         return self._replaced if name in self._replaced else self._tensors
 
 
+class Renamed(LazyTensors):
+    """Some of the tensors of a mapping, under other names.
+
+    Args:
+        tensors: All of them.
+        names: From the new name to the one in `tensors`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._tensors = tensors
+        self._names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Give the dtype of a tensor."""
+        return dtype_of(self._tensors, self._names[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Give the shape of a tensor."""
+        return shape_of(self._tensors, self._names[name])
+
+
 class TensorFiles(LazyTensors):
     """The tensors of one or several safetensors files, read one at a time when asked for.
 

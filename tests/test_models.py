@@ -49,7 +49,7 @@ def assert_round_trip(folder: Path, **options: object) -> None:
     checkpoint = open_checkpoint(folder)
     model = load_model(checkpoint, **options)
     back = file_weights(model)
-    assert list(back) == [n for n in checkpoint.weights if n not in model.layout.duplicates]
+    assert list(back) == list(checkpoint.weights)
     for name in back:
         assert same_bits(back[name], checkpoint.weights[name]), name
 
@@ -178,7 +178,7 @@ def test_a_tied_head_is_one_tensor_whatever_name_the_file_has(tmp_path: Path) ->
     assert same_bits(again.transformer.wte.weight.detach(), head)
 
 
-def test_a_pickle_that_holds_tied_weights_twice_gives_them_once(tmp_path: Path) -> None:
+def test_a_pickle_that_holds_tied_weights_twice_keeps_its_form(tmp_path: Path) -> None:
     folder = save(tmp_path, transformers.GPT2LMHeadModel, gpt2_config(), byte_tokenizer())
     module = transformers.GPT2LMHeadModel.from_pretrained(folder)
     torch.save(module.state_dict(), folder / "pytorch_model.bin")
@@ -187,8 +187,16 @@ def test_a_pickle_that_holds_tied_weights_twice_gives_them_once(tmp_path: Path) 
     assert "lm_head.weight" in checkpoint.weights
     model = load_model(checkpoint)
     assert model.layout.duplicates == {"lm_head.weight": "transformer.wte.weight"}
-    assert "lm_head.weight" not in file_weights(model)
+    with torch.no_grad():
+        module = model.module
+        module.lm_head.weight += 1
+    stored = file_weights(model)
+    assert same_bits(stored["lm_head.weight"], stored["transformer.wte.weight"])
+    assert same_bits(stored["lm_head.weight"], module.lm_head.weight.detach())
     assert_round_trip(folder)
+    protected = [name for name in checkpoint.weights if name != "lm_head.weight"]
+    reasons = unprotected(model, protected)
+    assert reasons == {"lm_head.weight": "the same tensor as transformer.wte.weight"}
 
 
 def test_a_head_that_config_ties_but_the_file_does_not_stays_untied(tmp_path: Path) -> None:
