@@ -325,7 +325,8 @@ def _once(model: _Model, same: Mapping[str, str]) -> _Model:
     again = copies(ledger)
     names: dict[str, str] = {}
     for name in model.source.weights:
-        other = names.setdefault(same.get(name, name), name)
+        at = same.get(name, name)
+        other = names.setdefault(at, name)
         if other == name:
             continue
         differ = ledger.weights[name] != ledger.weights[other]
@@ -335,7 +336,7 @@ def _once(model: _Model, same: Mapping[str, str]) -> _Model:
                 "only checkpoints of one architecture can be merged"
             )
         if name in ledger.fisher or (other in again and other not in ledger.fisher):
-            names[same[name]] = name
+            names[at] = name
     return replace(model, names=names)
 
 

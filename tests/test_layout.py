@@ -155,3 +155,14 @@ def test_all_names_of_a_tied_tensor_are_understood() -> None:
     assert both.duplicates == {"b.weight": "a.weight"}
     assert list(both.to_file({"b.weight": value})) == ["a.weight"]
     assert list(both.to_module({"a.weight": value})) == ["a.weight"]
+    # What is given by a second name alone is the tensor too.
+    assert torch.equal(both.to_module({"b.weight": value})["a.weight"], value)
+
+
+def test_every_other_name_of_a_tied_tensor_leads_to_the_one_that_counts() -> None:
+    module = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "abc"})
+    module["b"].weight = module["c"].weight = module["a"].weight
+    layout = same_names_layout(module, dict.fromkeys(("c.weight", "b.weight", "a.weight"), (2, 2)))
+    assert layout.duplicates == {"c.weight": "a.weight", "b.weight": "a.weight"}
+    for name in ("a.weight", "b.weight", "c.weight"):
+        assert layout.module_names(name) == ["a.weight"]
