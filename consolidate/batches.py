@@ -1,6 +1,7 @@
 """Batches of examples, and what a model makes of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,6 +44,22 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in words)
     )
+
+
+class HookError(Exception):
+    """A hook of ours raised while a model ran: no error of the model's, nor of its inputs."""
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Tell errors of our code inside a model's run from the model's.
+
+    Torch's RuntimeErrors about its tensors, which may be of any kind, count as the model's.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, IndexError) as error:
+        raise HookError(f"{type(error).__name__}: {error}") from error
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor]:
@@ -123,19 +140,11 @@ def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
         InputError: If the model cannot take the inputs, or gives neither a tensor nor something
             with `logits`.
     """
-    try:
-        if isinstance(inputs, Mapping):
-            outputs = model(**_with_decoder_inputs(model, inputs, labels))
-        elif isinstance(inputs, tuple | list):
-            outputs = model(*inputs)
-        else:
-            outputs = model(inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        if out_of_memory(error):
-            raise
-        raise InputError(
-            f"The model cannot take {_described(inputs)}: {type(error).__name__}: {error}"
-        ) from error
+    args, kwargs = inputs if isinstance(inputs, tuple | list) else (inputs,), {}
+    if isinstance(inputs, Mapping):
+        args, kwargs = (), _with_decoder_inputs(model, inputs, labels)
+    with _taking(inputs):
+        outputs = model(*args, **kwargs)
     if isinstance(outputs, Mapping):
         outputs = outputs.get("logits", outputs)
     elif not isinstance(outputs, Tensor):
@@ -145,6 +154,19 @@ def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
             f"The model returned {type(outputs).__name__}; expected a tensor, or `logits` in it."
         )
     return outputs
+
+
+@contextmanager
+def _taking(inputs: Any) -> Iterator[None]:
+    """Name the inputs where a model's own code raises."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if out_of_memory(error):
+            raise
+        raise InputError(
+            f"The model cannot take {_described(inputs)}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _take(inputs: Any, rows: slice, size: int) -> Any:
@@ -191,13 +213,20 @@ def _with_decoder_inputs(model: Any, inputs: Mapping[str, Any], labels: Tensor) 
     given = any(
         inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")
     )
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if given or labels.ndim != 2 or not getattr(config, "is_encoder_decoder", False):
         return dict(inputs)
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        shifted = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        with _taking(inputs):
+            shifted = model.prepare_decoder_input_ids_from_labels(labels=labels)
     else:
-        start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+        first, pad = config.decoder_start_token_id, config.pad_token_id
+        if first is None or pad is None:
+            raise InputError(
+                "The decoder's inputs are made from the labels, for which config.json must have "
+                f"`decoder_start_token_id` and `pad_token_id`; they are {first} and {pad}."
+            )
+        start = torch.full_like(labels[:, :1], first)
         shifted = torch.cat([start, labels[:, :-1]], 1)
-        shifted = shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)
+        shifted = shifted.masked_fill(shifted == IGNORED, pad)
     return {**inputs, "decoder_input_ids": shifted}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from consolidate.batches import out_of_memory
+from consolidate.batches import out_of_memory, own_errors
 from consolidate.example_gradients import (
     Gradients,
     Outer,
@@ -29,8 +29,8 @@ from consolidate.layer_rules import Rule
 VMAP_ELEMENTS = 1 << 22
 """Elements of per-example gradients that one module makes at a time."""
 
-Sink = Callable[[Mapping[str, Gradients]], None]
-"""Takes per-example gradients of a call's parameters, by name."""
+Sink = Callable[[Mapping[str, Gradients], range], None]
+"""Takes per-example gradients of a call's parameters, by name, and which examples they are of."""
 
 
 class Unit(NamedTuple):
@@ -44,10 +44,31 @@ class Unit(NamedTuple):
 
 
 class UnitError(Exception):
-    """A unit could not be run again by itself."""
+    """A unit's rule does not fit its module, or its module raised when it was run again.
 
-    def __init__(self, unit: Unit):
-        self.unit = unit
+    Attributes:
+        names: The unit's parameters.
+    """
+
+    def __init__(self, names: Iterable[str], error: Exception):
+        super().__init__(in_words(error))
+        self.names = set(names)
+
+
+def in_words(error: Exception) -> str:
+    """Return the type of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@contextmanager
+def falling_back(names: Iterable[str], *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds into a UnitError, except that the memory does not suffice."""
+    try:
+        yield
+    except kinds as error:
+        if out_of_memory(error):
+            raise
+        raise UnitError(names, error) from error
 
 
 class Call(NamedTuple):
@@ -147,40 +168,44 @@ class Recording:
             return
         try:
             self.busy = True
-            for found in self._example_gradients(call, gradients):
-                self.sink({name: found[local] for local, name in call.unit.names.items()})
-        except Exception as error:
-            if out_of_memory(error):
-                raise
-            raise UnitError(call.unit) from error
+            for found, examples in self._example_gradients(call, gradients):
+                self.sink({name: found[local] for local, name in call.unit.names.items()}, examples)
         finally:
             self.busy = False
 
     def _example_gradients(
         self, call: Call, gradients: Sequence[Tensor | None]
-    ) -> Iterator[Mapping[str, Gradients]]:
-        """Yield per-example gradients by the module's names, some examples at a time."""
+    ) -> Iterator[tuple[Mapping[str, Gradients], range]]:
+        """Yield per-example gradients by the module's names, some examples at a time, and which."""
         unit = call.unit
         if unit.rule is not None:
             (a,), (g,) = call.inputs, (g for g in gradients if g is not None)
             a = a.to(self.dtype) if a.is_floating_point() else a
-            yield unit.rule(unit.module, a, g.to(self.dtype))
+            # It was found by the class's name, and the module may be built otherwise.
+            with falling_back(unit.names.values(), RuntimeError, AttributeError):
+                found = unit.rule(unit.module, a, g.to(self.dtype))
+            yield found, range(self.size)
             return
         elements = sum(unit.module.get_parameter(local).numel() for local in unit.names)
         several = any(self.uses[name] > 1 for name in unit.names.values())
-        chunk = self.size if several else max(1, VMAP_ELEMENTS // elements)
+        chunk = self.size if several else max(1, VMAP_ELEMENTS // max(1, elements))
         for start in range(0, self.size, chunk):
-            rows = slice(start, start + chunk)
+            examples = range(start, min(start + chunk, self.size))
+            rows = slice(examples.start, examples.stop)
             inputs = [t[rows] if r else t for t, r in zip(call.inputs, unit.rows, strict=True)]
             vectors = [None if g is None else g[rows] for g in gradients]
-            found = module_gradients(call, inputs, vectors)
-            yield {local: Whole(each.to(self.dtype)) for local, each in found.items()}
+            made = module_gradients(call, inputs, vectors)
+            yield {local: Whole(each.to(self.dtype)) for local, each in made.items()}, examples
 
     def _fits(self, unit: Unit, inputs: list[Any], outputs: list[Tensor]) -> bool:
         if not outputs or not all(has_rows(t, self.size) for t in outputs):
             return False
         if unit.rule is not None:
-            return len(inputs) == len(outputs) == 1 and has_rows(inputs[0], self.size)
+            if len(inputs) != 1 or len(outputs) != 1 or not has_rows(inputs[0], self.size):
+                return False
+            # A single example without a row of its own may have as many channels as there are rows.
+            weight: Any = unit.module.weight
+            return outputs[0].ndim >= max(2, weight.ndim)
         return len(inputs) == len(unit.rows) and all(
             has_rows(t, self.size) for t, rows in zip(inputs, unit.rows, strict=True) if rows
         )
@@ -239,8 +264,12 @@ class Squares:
         self._waiting: dict[str, list[Gradients]] = {}
         self._one_by_one = False
 
-    def __call__(self, gradients: Mapping[str, Gradients]) -> None:
-        """Take the per-example gradients of one call's parameters, by one vector."""
+    def __call__(self, gradients: Mapping[str, Gradients], examples: range) -> None:
+        """Take per-example gradients of one call's parameters, by one vector.
+
+        Those of `few` positions, and those that wait for a parameter's last use, are of all
+        examples.
+        """
         pairs: dict[int, Tensor] = {}  # A layer's weight and bias share them.
         for name, found in gradients.items():
             if name in self._recording.unfit:
@@ -257,7 +286,7 @@ class Squares:
                     add_pairs(total, found.g)
             else:
                 self._one_by_one = True
-                self._add(name, found.add_squares(self.sums[name], self._first))
+                self._add(name, found.add_squares(self.sums[name], self._first), examples)
         if not self.shared:
             self.end()
 
@@ -267,7 +296,7 @@ class Squares:
         for name, uses in self._waiting.items():
             self._one_by_one = True
             traces = add_squares_of_sums(self.sums[name], uses, size, self._first)
-            self._add(name, traces)
+            self._add(name, traces, range(size))
         self._waiting.clear()
         self.additions += size * self._one_by_one
         self._one_by_one = False
@@ -275,14 +304,18 @@ class Squares:
     def end(self) -> None:
         """Add what was summed over vectors."""
         sums: dict[int, Tensor] = {}  # A layer's weight and bias share them.
+        examples = range(self._recording.size)
         for name, (gradients, pairs) in self._products.items():
             if id(pairs) not in sums:
                 sums[id(pairs)] = pairs.sum(1)
-            self._add(name, gradients.add_product(self.sums[name], pairs, sums[id(pairs)]))
+            traces = gradients.add_product(self.sums[name], pairs, sums[id(pairs)])
+            self._add(name, traces, examples)
         self._products.clear()
 
-    def _add(self, name: str, traces: Tensor) -> None:
-        self.traces[name] = self.traces[name] + traces if name in self.traces else traces
+    def _add(self, name: str, traces: Tensor, examples: range) -> None:
+        if name not in self.traces:
+            self.traces[name] = traces.new_zeros(self._recording.size)
+        self.traces[name][examples.start : examples.stop] += traces
 
 
 def has_rows(value: Any, size: int) -> bool:
@@ -335,7 +368,8 @@ class Recorder:
         recording = self._recording
         if recording is None or recording.busy:
             return None
-        return recording.mark(unit, args, kwargs, output)
+        with own_errors():
+            return recording.mark(unit, args, kwargs, output)
 
     def _spread(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         # Ids of shape (1, T) are shared by the batch, and so would be the gradient at their rows.
@@ -343,8 +377,9 @@ class Recorder:
         if recording is None or recording.busy or len(args) != 1:
             return args
         (ids,) = args
-        shared = ids.ndim > 1 and ids.shape[0] == 1
-        return (ids.expand(recording.size, *ids.shape[1:]),) if shared else args
+        with own_errors():
+            shared = ids.ndim > 1 and ids.shape[0] == 1
+            return (ids.expand(recording.size, *ids.shape[1:]),) if shared else args
 
 
 def add_squares(
@@ -390,6 +425,9 @@ def module_gradients(
         call: The call to repeat.
         inputs: Its inputs for some examples.
         gradients: The gradients at its outputs for the same examples.
+
+    Raises:
+        UnitError: If the module raises.
     """
     unit = call.unit
     values = {name: unit.module.get_parameter(name).detach() for name in unit.names}
@@ -397,32 +435,36 @@ def module_gradients(
     vectors = [g for g in gradients if g is not None]
     own = [t for t, rows in zip(inputs, unit.rows, strict=True) if rows]
 
-    def outputs(parameters: dict[str, Tensor], example: Iterable[Tensor]) -> list[Tensor]:
+    def arguments(example: Iterable[Tensor]) -> tuple[Any, Any]:
         rows = iter(example)
         alone = [next(rows)[None] if r else t for t, r in zip(inputs, unit.rows, strict=True)]
         assert call.spec is not None
-        args, kwargs = tree_unflatten(alone, call.spec)
+        return tree_unflatten(alone, call.spec)
+
+    def outputs(parameters: dict[str, Tensor], args: Any, kwargs: Any) -> list[Tensor]:
         output = torch.func.functional_call(unit.module, parameters, args, kwargs)
         return [tree_flatten(output)[0][i] for i in arrived]
 
     def of_example(example: list[Tensor], vector: list[Tensor]) -> dict[str, Tensor]:
-        vjp = torch.func.vjp(lambda parameters: outputs(parameters, example), values)[1]
-        return vjp([v[None] for v in vector])[0]
+        args, kwargs = arguments(example)
+        at_outputs = [v[None] for v in vector]
+        with falling_back(unit.names.values(), Exception), warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # Where it would be a slow loop.
+            vjp = torch.func.vjp(lambda parameters: outputs(parameters, args, kwargs), values)[1]
+            return vjp(at_outputs)[0]
 
     def run_alone(example: list[Tensor], vector: list[Tensor]) -> dict[str, Tensor]:
+        args, kwargs = arguments(example)
+        at_outputs = [v[None] for v in vector]
         leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
-        with torch.enable_grad():
+        with falling_back(unit.names.values(), Exception), torch.enable_grad():
+            made = outputs(leaves, args, kwargs)
             found = torch.autograd.grad(
-                outputs(leaves, example),
-                list(leaves.values()),
-                [v[None] for v in vector],
-                materialize_grads=True,
+                made, list(leaves.values()), at_outputs, materialize_grads=True
             )
         return dict(zip(leaves, found, strict=True))
 
     if unit.vmap:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # Where it would be a slow loop.
-            return torch.func.vmap(of_example)(own, vectors)
+        return torch.func.vmap(of_example)(own, vectors)
     each = [run_alone([t[b] for t in own], [v[b] for v in vectors]) for b in range(len(vectors[0]))]
     return {name: torch.stack([found[name] for found in each]) for name in values}

@@ -15,10 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from consolidate.batches import Batch, out_of_memory
+from consolidate.batches import Batch, out_of_memory, own_errors
 from consolidate.example_gradients import Gradients, square
 from consolidate.gradient_checkpointing import checkpointed_layers
-from consolidate.layer_calls import Recorder, Unit, UnitError, add_squares, has_rows
+from consolidate.layer_calls import (
+    Recorder,
+    Unit,
+    UnitError,
+    add_squares,
+    falling_back,
+    has_rows,
+    in_words,
+)
 from consolidate.layer_rules import rule_of
 from formats.errors import InputError
 
@@ -36,6 +44,18 @@ Forward = Callable[[Batch], Tensor]
 """From a batch to the model's outputs."""
 
 
+class Failure(NamedTuple):
+    """Why a parameter does not go by a method.
+
+    Attributes:
+        method: Which.
+        error: What it raised; None where its gradients were not those of single examples.
+    """
+
+    method: str
+    error: str | None
+
+
 class Plan(NamedTuple):
     """How per-example gradients are had.
 
@@ -43,12 +63,14 @@ class Plan(NamedTuple):
         levels: What `method_of` takes, by the parameters' names; those that outputs do not depend
             on are missing.
         units: What is marked for those that do not go by the loop.
-        disagreed: By which method first, for those that did not agree with single examples.
+        failures: The first method that failed, for those with one.
+        alone: Why the model cannot be run for several examples at a time; None where it can.
     """
 
     levels: dict[str, str]
     units: list[Unit]
-    disagreed: dict[str, str]
+    failures: dict[str, Failure]
+    alone: str | None = None
 
 
 class _Probe(NamedTuple):
@@ -90,12 +112,14 @@ def choose_methods(
     except (RuntimeError, InputError) as error:
         if out_of_memory(error):
             raise
-        return everything_by_loop  # Not a model that takes several examples; one may go through.
+        return everything_by_loop._replace(alone=in_words(error))  # One at a time may go through.
     probe = _Probe(vector, (0, len(batch) - 1))
     for example in probe.kept:
         alone = forward(batch.example(example))
         if alone.shape != vector[:1].shape:
-            return everything_by_loop
+            return everything_by_loop._replace(
+                alone=f"outputs of shape {list(alone.shape)} for one, {list(vector.shape)} for all"
+            )
         if not _near(alone, together[example : example + 1]):
             if not _near(forward(batch), together):
                 raise InputError(
@@ -104,7 +128,9 @@ def choose_methods(
                     "`training=self.training`, for one). Make it deterministic there."
                 )
             # Examples that change one another's outputs: each alone is what can be measured.
-            return everything_by_loop._replace(disagreed=dict.fromkeys(expected, "rule"))
+            return everything_by_loop._replace(
+                failures=dict.fromkeys(expected, Failure("rule", None))
+            )
     reached = {name: parameters[name] for name in expected}
     levels = {name: (levels or {}).get(name, "rule") for name in reached}
     owners = _owners(model, reached, calls)
@@ -113,19 +139,20 @@ def choose_methods(
             # What several modules give would have to wait for the last of them.
             waits = len(paths) > 1 and reached[name].numel() * len(batch.labels) > MOST_WAITING
             levels[name] = "loop" if waits else "module"
-    disagreed: dict[str, str] = {}
+    failures: dict[str, Failure] = {}
     again = bool(checkpointed_layers(model))
     squared = False
     while True:
         units = _units(model, owners, levels, calls)
         marked = {name for unit in units for name in unit.names.values()}
         levels = {n: level if n in marked else "loop" for n, level in levels.items()}
-        failed = _disagreeing(
-            units, reached, batch, forward, dtype, probe, expected, squared, again
-        )
+        failed = _failed(units, reached, batch, forward, dtype, probe, expected, squared, again)
         if squared and not failed:
-            return Plan(levels, units, disagreed)
-        disagreed = {name: method_of(levels[name]) for name in failed} | disagreed
+            return Plan(levels, units, failures)
+        for name, raised in failed.items():
+            failure = Failure(method_of(levels[name]), raised)
+            if failures.get(name, failure).method == failure.method:
+                failures[name] = failure
         levels |= {name: slower(levels[name]) for name in failed}
         if squared or not failed:
             # One of the two at a time: each is as large as the model.
@@ -194,10 +221,11 @@ def _scout(
     calls: _Calls = {}
 
     def note(module: nn.Module, args: object, kwargs: object, output: object) -> None:
-        rows = tuple(has_rows(value, size) for value in tree_leaves((args, kwargs)))
-        outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-        fits = any(rows) and outputs and all(has_rows(t, size) for t in outputs)
-        calls[module] = rows if fits and calls.get(module, rows) == rows else None
+        with own_errors():
+            rows = tuple(has_rows(value, size) for value in tree_leaves((args, kwargs)))
+            outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+            fits = any(rows) and outputs and all(has_rows(t, size) for t in outputs)
+            calls[module] = rows if fits and calls.get(module, rows) == rows else None
 
     handles = [m.register_forward_hook(note, with_kwargs=True) for m in model.modules()]
     try:
@@ -320,7 +348,7 @@ def _inside(path: str, other: str) -> bool:
     return not other or path.startswith(f"{other}.")
 
 
-def _disagreeing(
+def _failed(
     units: list[Unit],
     parameters: Mapping[str, nn.Parameter],
     batch: Batch,
@@ -330,8 +358,10 @@ def _disagreeing(
     expected: Mapping[str, Tensor],
     squared: bool,
     again: bool,
-) -> set[str]:
-    """Return the names of marked parameters whose gradients are not the expected ones.
+) -> dict[str, str | None]:
+    """Return the marked parameters whose gradients are not the expected ones, and what was raised.
+
+    RuntimeErrors of torch mean that the model or its layers are not what a method takes them for.
 
     Args:
         units: What is marked.
@@ -346,14 +376,15 @@ def _disagreeing(
     """
     marked = {name for unit in units for name in unit.names.values()}
     if not marked:
-        return set()
+        return {}
     size, vector = len(batch), probe.vector
     found = {name: torch.zeros_like(expected[name]) for name in marked}
 
-    def add(gradients: Mapping[str, Gradients]) -> None:
-        for name, of_name in gradients.items():
-            for example in range(size):
-                of_name.add_to(found[name], example)
+    def add(gradients: Mapping[str, Gradients], examples: range) -> None:
+        with falling_back(gradients, RuntimeError):
+            for name, of_name in gradients.items():
+                for example in range(len(examples)):
+                    of_name.add_to(found[name], example)
 
     try:
         with (
@@ -368,11 +399,11 @@ def _disagreeing(
             else:
                 recording.backward(outputs, vector, add, keep=False)
     except UnitError as error:
-        return set(error.unit.names.values())
+        return dict.fromkeys(error.names, str(error))
     except (RuntimeError, InputError) as error:
         if out_of_memory(error):
             raise
-        return marked
+        return dict.fromkeys(marked, in_words(error))
     largest = max(_largest(value) for value in expected.values())
     agree = _alike if squared else _equal
 
@@ -380,7 +411,7 @@ def _disagreeing(
         eps = torch.finfo(parameters[name].dtype).eps
         return agree(found[name], expected[name], eps, largest)
 
-    return {name for name in marked if name in recording.unfit or not agrees(name)}
+    return {name: None for name in marked if name in recording.unfit or not agrees(name)}
 
 
 def _near(alone: Tensor, together: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 import gc
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -110,6 +110,7 @@ class Pass:
         self._first: Batch | None = None
         self._most: int | None = None
         self._since_fold: list[Batch] = []
+        self._told: set[str] = set()
         if start is not None:
             self.levels, self._most = start.levels, start.most
             self.accumulators = Accumulators(parameters, dtype)
@@ -189,19 +190,23 @@ class Pass:
     def _added(self, batch: Batch) -> bool:
         """Add a batch; where it fails and another try may do, prepare that and return false."""
         failed: set[str] = set()
+        raised = ""
         try:
             self._add(self._placed(batch))
             return True
         except UnitError as error:
-            failed = set(error.unit.names.values())
+            failed, raised = error.names, str(error)
         except Exception as error:
             if not out_of_memory(error):
                 raise
         # By now the traceback is gone, which would hold on to the graph.
         if failed:
             self._plan = None
-            levels = self.levels or {}
-            self.levels = {n: slower(v) if n in failed else v for n, v in levels.items()}
+            before = self.levels or {}
+            self.levels = {n: slower(v) if n in failed else v for n, v in before.items()}
+            level = before[min(failed)]  # They share one.
+            fallen = _fallen(method_of(level), raised, slower(level), failed)
+            self._note(f"batch {batch.number}: {fallen}")
         elif len(batch) == 1:
             raise InputError(
                 f"Batch {batch.number}: the memory does not suffice for a single example. Shorten "
@@ -259,17 +264,19 @@ class Pass:
             self._by_loop = {n: p for n, p in parameters if plan.levels.get(n) == "loop"}
 
     def _tell(self, plan: Plan) -> None:
-        """Name the modules whose gradients were not those of single examples."""
-        modules: dict[tuple[str, str], dict[str, None]] = {}
-        for name, method in plan.disagreed.items():
+        """Name the modules that do not go by the method that was tried first, and why."""
+        notes = []
+        if plan.alone is not None:
+            notes = [f"the model takes one example at a time only ({plan.alone}): going on by loop"]
+        names: dict[tuple[str, str | None, str], list[str]] = {}
+        for name, (method, error) in plan.failures.items():
             if (now := method_of(plan.levels[name])) != method:
-                modules.setdefault((method, now), {})[name.rpartition(".")[0] or name] = None
-        for (method, now), names in modules.items():
-            first = ", ".join(list(names)[:5]) + (", …" if len(names) > 5 else "")
-            self._note(
-                f"by {method}, the gradients of {first} are not those of single examples: going on "
-                f"by {now}"
-            )
+                names.setdefault((method, error, now), []).append(name)
+        notes += [_fallen(*reason, of_reason) for reason, of_reason in names.items()]
+        for note in notes:
+            if note not in self._told:  # With `check` there is a plan for every batch.
+                self._told.add(note)
+                self._note(note)
 
     def _add_examples(self, batch: Batch) -> tuple[dict[str, Tensor], int]:
         """Add Σ_examples Σ_vectors (Jᵀ vector)².
@@ -329,6 +336,14 @@ class Pass:
     @property
     def _sums(self) -> dict[str, Tensor]:
         return self._accumulators().sums
+
+
+def _fallen(method: str, error: str | None, now: str, names: Iterable[str]) -> str:
+    """Tell of parameters that they go by another method now, and why."""
+    modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    first = ", ".join(modules[:5]) + (", …" if len(modules) > 5 else "")
+    why = "are not those of single examples" if error is None else f"cannot be taken ({error})"
+    return f"by {method}, the gradients of {first} {why}: going on by {now}"
 
 
 def _nth_start(number: int, count: int) -> int:
