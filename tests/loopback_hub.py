@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import in_process
 from json_schema import check_json
 
 COMMIT = "a" * 40
@@ -482,11 +483,13 @@ ROUTES = [
 
 
 def run(folder: Path, *arguments: object, **variables: str) -> tuple[int, str, str]:
-    """Run the command line in a process: the client reads its variables once, at import.
+    """Run the command line against this Hub, or another that the variables name.
 
     What `--json` writes is held against its schema.
     """
-    code, out, err = run_python(folder, "-m", "consolidate", *arguments, **variables)
+    code, out, err = in_process.consolidate(
+        folder, *arguments, variables=environment(folder, **variables)
+    )
     if "--json" in arguments and out:
         check_json(str(arguments[0]), json.loads(out))
     return code, out, err

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import in_process
 import loopback_hub
 import pytest
 
@@ -125,11 +126,11 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_shell(code: str, folder: Path, hub: loopback_hub.Hub) -> None:
+def run_shell(block: str, folder: Path, hub: loopback_hub.Hub) -> None:
     variables = loopback_hub.environment(
         folder, HF_ENDPOINT=hub.address, HF_TOKEN=loopback_hub.TOKEN
     )
-    for line in code.replace("\\\n", " ").splitlines():
+    for line in block.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if not words:
             continue
@@ -139,9 +140,14 @@ def run_shell(code: str, folder: Path, hub: loopback_hub.Hub) -> None:
         if words[0] in NOT_OURS or words[:2] == ["hf", "auth"] or words[0].startswith(".venv/"):
             continue
         assert words[0] == "consolidate", f"nobody knows how to check: {line}"
-        command = [Path(sys.executable).with_name("consolidate"), *words[1:]]
-        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        code, _, err = in_process.consolidate(folder, *words[1:], variables=variables)
+        assert code == 0, f"{line}\n{err}"
+
+
+def test_the_command_is_installed() -> None:
+    command = [Path(sys.executable).with_name("consolidate"), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("consolidate, version ")
 
 
 @pytest.mark.parametrize("page", [p for p in RUN if list(blocks(p))], ids=relative)
