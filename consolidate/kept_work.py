@@ -45,6 +45,7 @@ class KeptWork:
         restart: bool = False,
         group: ProcessGroup | None = None,
         shard: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ):
         """Prepare to keep work.
 
@@ -57,12 +58,14 @@ class KeptWork:
             restart: Throw away what was kept.
             group: The processes that work together.
             shard: Whether each of them holds a shard, so that all keep theirs at one moment.
+            clock: Gives the time in seconds.
         """
         self._target = target
         self._command = cache(lambda: plain(description()))
         self._every = every
         self._result_bytes = result_bytes
-        self._last = time.monotonic()
+        self._clock = clock
+        self._last = clock()
         self._process = place_in(group)[0]
         self.group = group
         self.shard = shard
@@ -140,7 +143,7 @@ class KeptWork:
         except (InputError, OSError) as error:
             LOG.info("what was done so far cannot be kept, and the %s goes on: %s", what, error)
             self._every = math.inf
-        self._last = time.monotonic()
+        self._last = self._clock()
 
     def can_keep(self, stop: BaseException, *, gathers: bool = False) -> bool:
         """Say whether what was done can be kept where a stop has come.
@@ -184,7 +187,7 @@ class KeptWork:
             )
 
     def _late(self) -> bool:
-        return time.monotonic() - self._last >= self._every
+        return self._clock() - self._last >= self._every
 
     def _take(self, late: bool, stop: tuple[float, float]) -> None:
         self._now = late or any(stop)

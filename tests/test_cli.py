@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import loopback_hub
 import pytest
@@ -16,7 +16,7 @@ import torch
 from json_schema import SCHEMA, check_json
 from safetensors.torch import load_file, save_file
 
-from consolidate import finetuning, inspection, running
+from consolidate import inspection
 from consolidate.cli import cli, main
 from formats.errors import InputError
 
@@ -81,19 +81,29 @@ def test_fisher_finetune_evaluate_show_verify(
 
 @pytest.mark.parametrize("command", ["finetune", "run"])
 def test_numbers_below_the_normal_ones_are_taken_for_0_in_training(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+    command: str,
 ) -> None:
-    taken = []
+    monkeypatch.chdir(tmp_path)
+    write_task("a")
+    (tmp_path / "tasks.toml").write_text(
+        'start = "start"\noutput-dir = "chain"\n[[task]]\nname = "a"\ndata = "a.npz"\n'
+        'model = "test_cli:small_number"\npenalty = "none"\n'
+    )
+    finetune = ("start", "--data", "a.npz", "--output-dir", "out", "--penalty", "none")
+    words = {"finetune": (*finetune, "--model", "test_cli:small_number"), "run": ("tasks.toml",)}
+    code, _, err = run(capsys, command, *words[command])
+    assert (code, "error: 0.0 is enough" in err) == (InputError.exit_code, True), err
+    assert torch.tensor(1e-39) * 1 > 0
 
-    def train(*_: object, **__: object) -> NoReturn:
-        taken.append(float(torch.tensor(1e-39) * 1))
-        raise InputError("no more was wanted")
 
-    monkeypatch.setattr(running, "run", train)
-    monkeypatch.setattr(finetuning, "finetune", train)
-    words = {"finetune": ("model", "--data", "x", "--output-dir", "y"), "run": ("tasks.toml",)}
-    assert run(capsys, command, *words[command])[0] == InputError.exit_code
-    assert taken == [0.0]
+def small_number(config: dict[str, Any]) -> NoReturn:
+    """A factory that tells what becomes of a number below the normal ones."""
+    raise InputError(f"{float(torch.tensor(1e-39) * 1)} is enough")
 
 
 def test_a_dry_run_and_a_tolerance(

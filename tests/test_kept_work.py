@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +138,15 @@ def test_it_goes_on_from_where_it_was_kept_last(
     learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new = write_task("new", seed=1)
-    options = {**COMMON, "epochs": 3}
+    options = {**COMMON, "epochs": 3, "save_every": 1}
     finetuning.finetune(learned, new, output_dir=tmp_path / "whole", **options)
-    clock = iter([False, True, False, False])
-    monkeypatch.setattr(consolidate.kept_work.KeptWork, "due", lambda self: next(clock, False))
+    times = iter([0.0, 1.0, 60.0])  # seconds: at the start and after two steps
+    timed = partial(kept_work.KeptWork, clock=lambda: next(times, 62.0))
     break_off(monkeypatch, 4)
-    with pytest.raises(Killed):
-        finetuning.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "KeptWork", timed)
+        with pytest.raises(Killed):
+            finetuning.finetune(learned, new, output_dir=tmp_path / "out", **options)
     steps: list[int] = []
     train = descent.train_epoch
 
