@@ -19,14 +19,17 @@ from consolidate.cli import main
 
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Have these variables and no others, in the Hub's client too.
+    """Have these variables and no others, in the Hub's client too, and the usual warnings.
 
     The client reads its own once, when it is imported; here it reads them again.
     """
     before = dict(os.environ)
-    _set(variables)
+    _set(dict(variables))
     try:
-        yield
+        with warnings.catch_warnings():
+            for unseen in (DeprecationWarning, ResourceWarning):  # but for pytest
+                warnings.simplefilter("ignore", unseen)
+            yield
     finally:
         _set(before)
 
@@ -55,15 +58,7 @@ def consolidate(
     out, err = io.StringIO(), io.StringIO()
     disable_progress_bars()  # the command line does, for a client that is not imported yet
     try:
-        with (
-            environment(variables),
-            chdir(folder),
-            redirect_stdout(out),
-            redirect_stderr(err),
-            warnings.catch_warnings(),
-        ):
-            for unseen in (DeprecationWarning, ResourceWarning):  # in an interpreter without pytest
-                warnings.simplefilter("ignore", unseen)
+        with environment(variables), chdir(folder), redirect_stdout(out), redirect_stderr(err):
             main([str(argument) for argument in arguments])
     except SystemExit as left:
         code = int(left.code or 0)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("processes")
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
@@ -26,6 +27,7 @@ def test_the_benchmark_of_the_penalty_writes_its_page(
     assert "A quick run" in page
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_memory_writes_its_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -441,7 +441,10 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert out.startswith(f"Usage: consolidate {name}")
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+)
 def test_a_signal_ends_the_run_and_leaves_what_it_goes_on_from(
     network_checkpoint: Path, write_task: Write, tmp_path: Path, sent: signal.Signals, code: int
 ) -> None:
@@ -468,7 +471,10 @@ def test_a_signal_ends_the_run_and_leaves_what_it_goes_on_from(
     assert sorted({*tmp_path.rglob("*")} - {*before}) == [tmp_path / ".out.consolidate-partial"]
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_a_signal_before_anything_was_done_leaves_nothing(
     network_checkpoint: Path, write_task: Write, tmp_path: Path, sent: signal.Signals, code: int
 ) -> None:
@@ -592,6 +598,7 @@ def test_a_signal_is_not_lost_in_a_finalizer(network_checkpoint: Path) -> None:
     assert (done.returncode, done.stderr) == (143, "terminated\n")
 
 
+@pytest.mark.slow
 def test_a_file_beyond_the_limit_of_the_system_is_told_as_a_full_disk_is(
     network_checkpoint: Path, write_task: Write
 ) -> None:

@@ -18,8 +18,10 @@ from consolidate import commands, finetuning
 from consolidate.distributed import dealt, from_first, in_step, place_in, process_group, sum_
 from formats.errors import UsageError
 
+pytestmark = pytest.mark.xdist_group("processes")
 TESTS = Path(__file__).parent
 Found = dict[str, Any]
+THREE = pytest.param(3, id="three", marks=pytest.mark.slow)
 
 
 def started(count: int, *words: str | Path, cwd: Path = TESTS) -> list[subprocess.Popen[str]]:
@@ -63,7 +65,7 @@ def ended(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str, str]:
     )
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["two", "three"])
+@pytest.fixture(scope="module", params=[pytest.param(2, id="two"), THREE])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What so many processes found in the cases."""
     folder = tmp_path_factory.mktemp("found")
@@ -138,6 +140,7 @@ def test_one_process_alone_has_no_group(monkeypatch: pytest.MonkeyPatch) -> None
 FISHER = ("-m", "consolidate", "fisher", "start", "--model", "conftest:make_network")
 
 
+@pytest.mark.slow
 def test_torchrun_measures_and_only_the_first_speaks(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
@@ -166,6 +169,7 @@ def test_torchrun_measures_and_only_the_first_speaks(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".two")]
 
 
+@pytest.mark.slow
 def test_shards_are_trained_measured_and_written_as_one_process_does(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
@@ -215,6 +219,7 @@ def test_shards_need_several_processes_and_whole_models(
         )
 
 
+@pytest.mark.slow
 def test_what_fails_in_one_process_ends_all_with_one_message(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
@@ -241,6 +246,7 @@ def test_what_fails_in_one_process_ends_all_with_one_message(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_option_that_is_refused_is_told_once(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import in_process
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -401,7 +402,11 @@ def network(config):
 
 @pytest.mark.parametrize(
     ("sent", "code", "kept"),
-    [("SIGKILL", -signal.SIGKILL, 5), ("SIGINT", 130, 6), ("SIGTERM", 143, 6)],
+    [
+        ("SIGKILL", -signal.SIGKILL, 5),
+        ("SIGINT", 130, 6),
+        pytest.param("SIGTERM", 143, 6, marks=pytest.mark.slow),
+    ],
 )
 def test_a_process_that_is_stopped_goes_on(
     learned: Path, write_task: Write, tmp_path: Path, sent: str, code: int, kept: int
@@ -414,20 +419,21 @@ def test_a_process_that_is_stopped_goes_on(
     # A signal that can be handled keeps what was done; against SIGKILL it has to be kept before.
     words += ["--save-every", "0" if sent == "SIGKILL" else "60"]
 
-    def run(out: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "consolidate", *words, "--output-dir", out],
-            cwd=tmp_path,
-            env=os.environ
-            | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def run_here(out: str) -> tuple[int, str, str]:
+        here = (tmp_path, *words, "--output-dir", out)
+        return in_process.consolidate(*here, variables=os.environ)
 
-    assert run("whole").returncode == 0
+    assert run_here("whole")[0] == 0
     (tmp_path / "stop").touch()
-    stopped = run("out")
+    stopped = subprocess.run(
+        [sys.executable, "-m", "consolidate", *words, "--output-dir", "out"],
+        cwd=tmp_path,
+        env=os.environ
+        | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert stopped.returncode == code
     assert not (tmp_path / "out").exists()
     if code > 0:
@@ -435,8 +441,8 @@ def test_a_process_that_is_stopped_goes_on(
             "stopped after step 6 of 12: the same command goes on from there",
             {"SIGINT": "interrupted", "SIGTERM": "terminated"}[sent],
         ]
-    resumed = run("out")
-    assert resumed.returncode == 0
-    assert f"going on from step {kept} of 12\n" in resumed.stderr
+    resumed, _, err = run_here("out")
+    assert resumed == 0
+    assert f"going on from step {kept} of 12\n" in err
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not list(tmp_path.glob(".out*"))

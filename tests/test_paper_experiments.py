@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.xdist_group("experiments")  # which run once
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts" / "experiments"
 RESULTS = ROOT / "docs" / "results"

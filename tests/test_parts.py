@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 TESTS = Path(__file__).parent
 Found = dict[str, Any]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import in_process
 import loopback_hub
 import pytest
 import torch
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from consolidate.commands import fisher
 from consolidate.publishing import push, push_text
 from consolidate.verification import verify
-from formats.errors import UsageError
+from formats.errors import ConsolidateError, UsageError
 
 Write = Callable[..., Path]
 MODEL = ("--model", "conftest:make_network")
@@ -184,21 +185,10 @@ FAILURES: list[tuple[str, dict[str, Any], int, str]] = [
     ("POST .*/commit/", {"status": 0}, 75, "cannot be reached"),
     ("PUT", {"status": 403}, 3, "may not"),
 ]  # fmt: skip
-SEVERAL = """
-import json, sys
-from consolidate import push
-from formats.errors import ConsolidateError
-for _ in range(int(sys.argv[2])):
-    try:
-        push(sys.argv[1], "user/model")
-        print(json.dumps([0, ""]))
-    except ConsolidateError as error:
-        print(json.dumps([error.exit_code, str(error)]))
-"""
 
 
 def test_a_failure_leaves_the_repository_as_it_was(
-    checkpoint: Path, tmp_path: Path, hub: Hub
+    checkpoint: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repository = hub.put("user/model", tmp_path / "nothing", private=True)
     before = dict(repository.branches)
@@ -213,17 +203,21 @@ def test_a_failure_leaves_the_repository_as_it_was(
         hub.meanwhile["GET /api/models/user/model$"] = next_failure
 
     hub.meanwhile["GET /api/models/user/model$"] = next_failure
-    code, out, err = run_python(
-        tmp_path, "-c", SEVERAL, checkpoint, len(FAILURES) + 1,
-        HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN,
-    )  # fmt: skip
-    assert code == 0, err
-    told = [json.loads(line) for line in out.splitlines()]
+    told: list[tuple[int, str]] = []
+    variables = environment(tmp_path, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)
+    with in_process.environment(variables):
+        for _ in range(len(FAILURES) + 1):
+            try:
+                push(checkpoint, "user/model")
+                told.append((0, ""))
+            except ConsolidateError as error:
+                told.append((error.exit_code, str(error)))
+    out, err = capsys.readouterr()
     for (where, failure, expected, message), (exit_code, said) in zip(FAILURES, told, strict=False):
         assert (exit_code, message in said) == (expected, True), (where, failure, said)
         assert "\x1b" not in said
         assert TOKEN not in said
-    assert told[-1] == [0, ""]
+    assert told[-1] == (0, "")
     assert repository.branches != before
     assert TOKEN not in out + err
 

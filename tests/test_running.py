@@ -240,7 +240,12 @@ def network(config):
 
 
 @pytest.mark.parametrize(
-    ("sent", "code"), [("SIGKILL", -signal.SIGKILL), ("SIGINT", 130), ("SIGTERM", 143)]
+    ("sent", "code"),
+    [
+        ("SIGKILL", -signal.SIGKILL),
+        pytest.param("SIGINT", 130, marks=pytest.mark.slow),
+        ("SIGTERM", 143),
+    ],
 )
 def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(
     tasks: Path, tmp_path: Path, sent: str, code: int
