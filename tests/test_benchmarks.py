@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("processes")
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 

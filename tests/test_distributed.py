@@ -18,7 +18,6 @@ from consolidate import commands, finetuning
 from consolidate.distributed import dealt, from_first, in_step, place_in, process_group, sum_
 from formats.errors import UsageError
 
-pytestmark = pytest.mark.xdist_group("processes")
 TESTS = Path(__file__).parent
 Found = dict[str, Any]
 THREE = pytest.param(3, id="three", marks=pytest.mark.slow)

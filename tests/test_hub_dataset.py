@@ -15,7 +15,6 @@ from formats.data import open_data
 from formats.errors import InputError, UsageError
 from formats.hub_dataset import HubRows, is_hub_id, open_hub
 
-pytestmark = pytest.mark.xdist_group("data sets")  # which wait for one call
 FEATURES = datasets.Features(
     {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
 )

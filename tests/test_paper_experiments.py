@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 
-pytestmark = pytest.mark.xdist_group("experiments")  # which run once
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts" / "experiments"
 RESULTS = ROOT / "docs" / "results"
@@ -48,6 +47,7 @@ def quick(scripts: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_quick_experiment_writes_its_page_pictures_and_figures(quick: Path) -> None:
     import paper
 
@@ -62,6 +62,7 @@ def test_every_quick_experiment_writes_its_page_pictures_and_figures(quick: Path
     assert "A quick run" in table
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(quick: Path, tmp_path: Path) -> None:
     import paper
     import sittings
@@ -78,6 +79,7 @@ def test_what_is_done_is_not_done_again(quick: Path, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_done_and_nothing_else(quick: Path, tmp_path: Path) -> None:
     import random_patterns
     import sittings
@@ -159,6 +161,7 @@ def test_what_is_timed_is_done_alone(tmp_path: Path) -> None:
     assert max(seen["before"]) == max(seen["after"]) == 2
 
 
+@pytest.mark.slow
 def test_units_are_done_side_by_side(tmp_path: Path) -> None:
     import random_patterns
     import sittings
@@ -291,6 +294,7 @@ def test_a_plan_that_is_not_read_to_its_end_is_no_error() -> None:
         assert process.stderr.read() == b""
 
 
+@pytest.mark.slow
 def test_records_that_were_changed_by_hand_are_refused(quick: Path, tmp_path: Path) -> None:
     from records import RecordsError, read_records
 
@@ -309,6 +313,7 @@ def test_records_that_were_changed_by_hand_are_refused(quick: Path, tmp_path: Pa
     assert len(read_records(file)) == 1
 
 
+@pytest.mark.slow
 def test_a_last_line_that_lacks_its_newline_alone_is_kept(quick: Path, tmp_path: Path) -> None:
     from records import append_record, read_records
 
@@ -363,6 +368,7 @@ def test_what_is_kept_is_near_the_best(
     assert _holds(method, np.array(last)) == verdict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shaped", [0.5, 0.704, 0.9])
 @pytest.mark.parametrize("null", [0.5, 0.9])
 def test_noise_is_harmless_where_accuracy_says_so(
@@ -384,6 +390,7 @@ def test_noise_is_harmless_where_accuracy_says_so(
     assert f"than shaped noise at {less}, more at {more}\n" in found.text
 
 
+@pytest.mark.slow
 def test_ewc_is_above_dropout_by_more_than_two_standard_errors(quick: Path, tmp_path: Path) -> None:
     from many_tasks import JOINT, KEPT, NAME, ONLINE, SEPARATE, SPARSE, report
 
@@ -419,6 +426,7 @@ def read_quick(quick: Path, name: str) -> list[Any]:
 # Random patterns
 
 
+@pytest.mark.slow
 def test_the_simulation_agrees_with_theory(quick: Path) -> None:
     from random_patterns import deviations
     from records import read_records

@@ -20,7 +20,6 @@ pytest.importorskip("alembic", reason="MLflow keeps no SQLite store without alem
 
 # MLflow's own use of SQLAlchemy, and the connections that it keeps open.
 pytestmark = [
-    pytest.mark.xdist_group("tracking"),  # which makes the tables once
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
     pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"),
 ]
