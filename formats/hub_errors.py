@@ -108,6 +108,8 @@ def _meaning(
         return AccessError, "the Hub asks for a login: use `hf auth login`, or set HF_TOKEN"
     if isinstance(error, httpx.LocalProtocolError | UnicodeEncodeError) and _is_odd(get_token()):
         return AccessError, _refused_token(get_token(), " (it holds characters that no token has)")
+    if isinstance(error, httpx.TimeoutException):
+        return NetworkError, f"the Hub does not answer in time ({type(error).__name__})"
     if isinstance(error, httpx.HTTPError | ConnectionError | TimeoutError):
         return NetworkError, f"the Hub cannot be reached ({type(error).__name__})"
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) and _in_client(error):
@@ -130,6 +132,8 @@ def _meaning(
 def _of_status(error: HfHubHTTPError) -> tuple[type[ConsolidateError], str]:
     status = error.response.status_code
     said = f" ({_line(error.server_message)})" if error.server_message else ""
+    path = error.response.request.url.path.partition("/resolve/")[2]
+    file = f" for {_line(path.partition('/')[2])}" if path else ""
     sent = error.response.request.headers.get("Authorization", "").removeprefix("Bearer ")
     if isinstance(error, GatedRepoError):
         return AccessError, (
@@ -146,9 +150,9 @@ def _of_status(error: HfHubHTTPError) -> tuple[type[ConsolidateError], str]:
             f"the Hub asks for a login{said}: use `hf auth login`, or set HF_TOKEN"
         )
     if status == 403:
-        return AccessError, f"you may not do this{said}: a token with the right to is needed"
+        return AccessError, f"you may not do this{file}{said}: a token with the right to is needed"
     if status == 404:
-        return InputError, f"the Hub has no such repository, branch, commit or file{said}"
+        return InputError, f"the Hub has no such repository, branch, commit or file{file}{said}"
     if status in (409, 412):
         return InputError, (
             f"the repository has changed since it was looked at{said}, and this was refused: look "
@@ -160,8 +164,8 @@ def _of_status(error: HfHubHTTPError) -> tuple[type[ConsolidateError], str]:
             f"the Hub asks for patience{f' of {wait} s' if wait.isdigit() else ''}{said}"
         )
     if 400 <= status < 500 and status != 408:
-        return InputError, f"the Hub refuses this, with status {status}{said}"
-    return NetworkError, f"the Hub answers with status {status}{said}"
+        return InputError, f"the Hub refuses this, with status {status}{file}{said}"
+    return NetworkError, f"the Hub answers with status {status}{file}{said}"
 
 
 def _refused_token(token: str | None, said: str) -> str:
