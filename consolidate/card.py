@@ -19,7 +19,7 @@ from consolidate.matrix_views import matrix_summary
 from consolidate.provenance import side_by_side, side_by_side_text
 from formats.digest import set_digest
 from formats.errors import InputError
-from formats.ledger import Ledger, TaskRecord
+from formats.ledger import Ledger, TaskRecord, copies
 
 MAX_CARD_BYTES = 2**20
 BEGIN = "<!-- consolidate:begin {}(from here to the end mark, each push writes anew) -->"
@@ -436,10 +436,10 @@ def _measured(ledger: Ledger) -> str:
         table(rows),
         f"{count:,} values in {dtype}, digest `{set_digest(ledger.fisher)}`; merged {rule}.",
     ]
-    if ledger.unprotected:
-        reasons = sorted(set(ledger.unprotected.values()))
-        why = "; ".join(escaped(reason) for reason in reasons[:5])
-        lines.append(f"{len(ledger.unprotected)} tensors are not protected: {why}.")
+    again = copies(ledger)
+    if unheld := [why for name, why in ledger.unprotected.items() if name not in again]:
+        why = "; ".join(escaped(reason) for reason in sorted(set(unheld))[:5])
+        lines.append(f"{len(unheld)} tensors are not protected: {why}.")
     return "\n\n".join(lines)
 
 

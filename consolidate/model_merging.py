@@ -99,6 +99,7 @@ def merge(
     if shared is not None:
         _check_base(models, shared)
     tasks, heads = _joined(models, shared)
+    tasks = [_renamed(task, models[0].names) for task in tasks]
     made_from = digest(
         {
             "command": "merge",
@@ -125,7 +126,7 @@ def merge(
         return result | _figures(done.ledger, trace, offset, anchored=done.anchor is not None)
     if there is not None:
         refuse_existing(target, overwrite=overwrite)
-    merged = _Merged(models, shared, same)
+    merged = _Merged(models, shared)
     offset, trace, anchored = _survey(merged)
     first = models[0].stored.ledger
     alone = len(models) == 1 and shared is None
@@ -174,6 +175,7 @@ class _Model:
     stored: StoredFisher
     coefficient: float
     names: Mapping[str, str]  # in the file, by name here
+    same: Mapping[str, str]  # each name of a tensor that is there several times, with that here
 
     @cached_property
     def weights(self) -> Mapping[str, Tensor]:
@@ -193,7 +195,7 @@ class _Model:
 
     @property
     def tasks(self) -> dict[str, TaskRecord]:
-        return {task.name: task for task in self.stored.ledger.tasks}
+        return {task.name: _renamed(task, self.same) for task in self.stored.ledger.tasks}
 
     def content(self) -> dict[str, Any]:
         """Describe it by content, JSON-ready."""
@@ -246,18 +248,14 @@ class _Merged:
     """The merged tensors of models by the names of the first, a chunk of one at a time in memory.
 
     Attributes:
-        same: Each name of a tensor that is there several times, with the one used for it here.
         file_names: Each name in the first model's file, with the one there that stands for it.
     """
 
-    def __init__(
-        self, models: Sequence[_Model], base: _Model | None, same: Mapping[str, str]
-    ) -> None:
+    def __init__(self, models: Sequence[_Model], base: _Model | None) -> None:
         self.models = models
         self.base = base
-        self.same = same
         first = models[0]
-        weights = first.source.weights
+        weights, same = first.source.weights, first.same
         self.file_names = {name: first.names[same.get(name, name)] for name in weights}
         held = [
             name
@@ -272,7 +270,7 @@ class _Merged:
     def parts(self, name: str) -> Iterator[tuple[int, MergedTensor]]:
         """Merge a tensor chunk by chunk, each with where in the tensor it starts."""
         count = math.prod(self.weights.shape(name))
-        at = self.same.get(name, name)
+        at = self.models[0].same.get(name, name)
         for start in range(0, count, _CHUNK):
             chunk = slice(start, start + _CHUNK)
             base = None
@@ -306,7 +304,12 @@ def _open(checkpoint: str | Path, coefficient: float) -> _Model:
         for name in tensors:
             where = f"{tensors.path}: {kind} of {name!r}"
             check_values(tensors[name], where, not_negative=kind == "fisher")
-    return _Model(path, source, stored, coefficient, {name: name for name in source.weights})
+    return _Model(path, source, stored, coefficient, {name: name for name in source.weights}, {})
+
+
+def _renamed(task: TaskRecord, names: Mapping[str, str]) -> TaskRecord:
+    """Give a task's layers other names."""
+    return replace(task, layers={names.get(at, at): layer for at, layer in task.layers.items()})
 
 
 def _same_tensors(models: Sequence[_Model]) -> dict[str, str]:
@@ -315,7 +318,8 @@ def _same_tensors(models: Sequence[_Model]) -> dict[str, str]:
     for model in models:
         for name, first in copies(model.stored.ledger).items():
             one, other = same.get(name, name), same.get(first, first)
-            same |= {at: other for at, to in same.items() if to == one} | {name: other}
+            same |= {at: other for at, to in same.items() if to == one}
+            same |= {name: other, one: other}
     return same
 
 
@@ -337,7 +341,7 @@ def _once(model: _Model, same: Mapping[str, str]) -> _Model:
             )
         if name in ledger.fisher or (other in again and other not in ledger.fisher):
             names[at] = name
-    return replace(model, names=names)
+    return replace(model, names=names, same=same)
 
 
 def _check_alike(first: _Model, other: _Model) -> None:
@@ -471,7 +475,7 @@ def _survey(merged: _Merged) -> tuple[float, float, bool]:
     anchored = False
     with progress("merging", len(merged.fisher), "tensors") as advance:
         for name in merged.fisher:
-            at = merged.same.get(name, name)
+            at = merged.models[0].same.get(name, name)
             if merged.base is not None and at in merged.base.fisher:
                 for model in merged.models:
                     _check_contained(model, merged.base, at)

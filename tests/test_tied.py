@@ -285,7 +285,8 @@ def test_a_penalty_for_a_training_loop_of_ones_own(tmp_path: Path) -> None:
         assert module.transformer.wte.weight.grad is not None
         values.append((penalty.value(), float(module.transformer.wte.weight.grad.sum())))
     assert values[0][0] > 0
-    assert len(set(values)) == 1
+    for value in values[1:]:  # their sums are taken in the files' orders
+        assert value == pytest.approx(values[0], rel=1e-5)
 
 
 def test_a_run_with_tied_weights_resumes_to_the_same_bytes(
