@@ -231,6 +231,7 @@ def test_a_run_that_is_interrupted_keeps_what_is_done_and_goes_on(
     assert len(sittings.undone(random_patterns.EXPERIMENT, tmp_path, True)) == 1
 
 
+@pytest.mark.slow
 def test_a_run_whose_worker_is_killed_says_so(
     stuck: tuple["subprocess.Popen[str]", int],
 ) -> None:
@@ -242,6 +243,7 @@ def test_a_run_whose_worker_is_killed_says_so(
     assert process.returncode == 1
 
 
+@pytest.mark.slow
 def test_nothing_goes_on_once_the_run_is_killed(
     stuck: tuple["subprocess.Popen[str]", int],
 ) -> None:
