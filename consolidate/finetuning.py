@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from consolidate import stopping
 from consolidate.cached import cached, find_output, recorded_fisher
-from consolidate.chain import add_task
+from consolidate.chain import add_task, find_fisher
 from consolidate.claims import claiming_output
 from consolidate.commands import (
     SAVE_EVERY,
@@ -57,7 +57,7 @@ from consolidate.output_card import write_card
 from consolidate.search_plot import plot_search
 from consolidate.searching import Plan, Subject, plan_search, search_lambda
 from consolidate.start import Opened, Start, load_start, open_start
-from consolidate.training import Step, has_statistics
+from consolidate.training import Step, default_statistics, has_statistics
 from formats.atomic import replace_folder, write_file
 from formats.checkpoint import write_checkpoint
 from formats.digest import set_digest
@@ -116,6 +116,7 @@ def finetune(
     mixed_precision: str = "no",
     norm_statistics: str | None = None,
     evaluate: Mapping[str, str | Path] | None = None,
+    evaluate_ahead: Collection[str] = (),
     evaluate_every: int | None = None,
     max_forgetting: float | None = None,
     log_every: int = 50,
@@ -203,10 +204,12 @@ def finetune(
         max_grad_norm: Clip the norm of the gradient, that of the penalty included where it is
             added.
         mixed_precision: ``no``, ``bf16`` or ``fp16`` autocast; the master weights are float32.
-        norm_statistics: ``frozen`` or ``update``: running statistics of normalisation layers;
-            frozen where there is a penalty unless given.
+        norm_statistics: ``frozen`` or ``update``: running statistics of normalisation layers.
+            Unless given they are frozen, whatever the penalty, and follow the data only where
+            nothing old is there: no penalty, no Fisher, and no other task in `evaluate`.
         evaluate: Data to measure before, after each epoch and at the end, by task name; a task
             whose output layer was put aside is measured with that.
+        evaluate_ahead: Names among them of tasks that are not learned yet, and so not old.
         evaluate_every: Measure them after so many optimizer steps too, and at the last.
         max_forgetting: The score that an old task of the ledger, among those of `evaluate`, may
             lose at most between the start and the end: accuracy, else minus the loss. Of
@@ -269,7 +272,7 @@ def finetune(
         warmup_steps=warmup_steps,
         max_grad_norm=max_grad_norm,
         mixed_precision=mixed_precision,
-        norm_statistics=norm_statistics or ("update" if penalty == "none" else "frozen"),
+        norm_statistics=norm_statistics or "frozen",
         log_every=log_every,
         evaluate_every=evaluate_every,
         seed=seed,
@@ -312,6 +315,14 @@ def finetune(
             "minimum in A and B cannot be told element by element: use gradient"
         )
     old = [] if opened.before is None else [known.name for known in opened.before.ledger.tasks]
+    if norm_statistics is None:
+        others = set(evaluate or ()) - {opened.task, *evaluate_ahead}
+        recipe = replace(
+            recipe,
+            norm_statistics=default_statistics(
+                penalty, old=bool(old or others or _base_has_fisher(opened))
+            ),
+        )
     evaluate, validation = dict(evaluate or {}), dict(validation or {})
     plan = None
     if ewc_lambda is not None and not isinstance(ewc_lambda, int | float):
@@ -350,6 +361,7 @@ def finetune(
             "options": options_content(given)
             | {
                 "task": opened.task,
+                "norm_statistics": recipe.norm_statistics,
                 "device": best_device(device).type,
                 "processes": place_in(group)[1],
             },
@@ -366,7 +378,7 @@ def finetune(
     )
     if (done := cached(there, lambda: digest(description()))) is not None:
         work.remove_own()
-        return _cached(opened, target, done.ledger)
+        return _cached(opened, target, done.ledger, recipe)
     if there is not None:
         check_output(target, opened.source, overwrite=overwrite, whole=True)
     if target.exists() and target.samefile(opened.source.path):
@@ -404,13 +416,12 @@ def finetune(
         check=fisher_check,
         prefix="fisher-",
     )
-    if norm_statistics is not None and not has_statistics(start.model.module):
+    statistics = recipe.norm_statistics if has_statistics(start.model.module) else None
+    if statistics is not None:
+        LOG.info("%s", _of_statistics(statistics, given=norm_statistics is not None))
+    elif norm_statistics is not None:
         LOG.info("--norm-statistics does nothing: the model keeps no running statistics")
-    if (
-        gradient_checkpointing
-        and recipe.norm_statistics == "update"
-        and has_statistics(start.model.module)
-    ):
+    if gradient_checkpointing and statistics == "update":
         raise UsageError(
             "--gradient-checkpointing runs layers twice, which would update running statistics "
             "twice: leave it out, or use --norm-statistics frozen"
@@ -455,6 +466,7 @@ def finetune(
             made_from=digest(description()) if data_digest else None,
             penalty=penalty,
             ewc_lambda=ewc_lambda,
+            norm_statistics=statistics,
             task_weight=task_weight,
             estimation={
                 **estimation,
@@ -504,8 +516,29 @@ def _lora(
     return None
 
 
-def _cached(opened: Opened, target: Path, ledger: Ledger) -> dict[str, Any]:
+def _base_has_fisher(opened: Opened) -> bool:
+    """Return whether a checkpoint is an adapter of weights that have a Fisher."""
+    base = opened.source.base
+    return base is not None and find_fisher(base.path, None) is not None
+
+
+def _of_statistics(value: str, *, given: bool) -> str:
+    """Say what becomes of running statistics, and who decided it."""
+    does = "stay as they are" if value == "frozen" else "follow the new data"
+    if given:
+        return f"running statistics of normalisation layers {does}: --norm-statistics {value}"
+    why, other = "with a penalty, a Fisher or an old task", "update"
+    if value == "update":
+        why, other = "without a penalty, a Fisher or an old task", "frozen"
+    return (
+        f"running statistics of normalisation layers {does}, the default {why}: "
+        f"--norm-statistics {other} changes that"
+    )
+
+
+def _cached(opened: Opened, target: Path, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     task = ledger.tasks[-1]
+    kept = any(name.rpartition(".")[2] == "running_mean" for name in opened.source.weights)
     return {
         "status": "cached",
         "checkpoint": str(target),
@@ -513,6 +546,7 @@ def _cached(opened: Opened, target: Path, ledger: Ledger) -> dict[str, Any]:
         "penalty": task.penalty,
         "penalty_on": task.penalty_on,
         "ewc_lambda": task.ewc_lambda,
+        "norm_statistics": recipe.norm_statistics if kept else None,
         "metrics": task.metrics,
         "fisher": {"folder": str(target / "fisher"), **recorded_fisher(ledger)},
     }
@@ -582,6 +616,7 @@ def _finish(
     made_from: str | None,
     penalty: str,
     ewc_lambda: float | None,
+    norm_statistics: str | None,
     task_weight: float | str,
     estimation: dict[str, Any],
 ) -> dict[str, Any]:
@@ -631,6 +666,7 @@ def _finish(
         "penalty": penalty,
         "penalty_on": opened.penalty_on,
         "ewc_lambda": ewc_lambda,
+        "norm_statistics": norm_statistics,
         "steps": steps[-1].step if steps else 0,
         "loss": steps[-1].loss if steps else None,
         "penalty_value": steps[-1].penalty if steps else None,

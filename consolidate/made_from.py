@@ -23,7 +23,7 @@ WITHOUT_EFFECT |= {"check", "fisher_check", "on_step"}
 
 # Where the result goes, and what is told by its content.
 _NOT_OPTIONS = {"checkpoint", "data", "output_dir", "evaluate", "validation", "fisher", "revision"}
-_NOT_OPTIONS |= {"dry_run", "base_model"}
+_NOT_OPTIONS |= {"dry_run", "base_model", "evaluate_ahead"}
 
 
 def checkpoint_content(

@@ -205,7 +205,8 @@ class Pass:
             before = self.levels or {}
             self.levels = {n: slower(v) if n in failed else v for n, v in before.items()}
             level = before[min(failed)]  # They share one.
-            fallen = _fallen(method_of(level), raised, slower(level), failed)
+            now = slower(level).replace(" by itself", ", one example at a time")
+            fallen = _fallen(method_of(level), raised, now, failed)
             self._note(f"batch {batch.number}: {fallen}")
         elif len(batch) == 1:
             raise InputError(

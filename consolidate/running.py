@@ -37,6 +37,7 @@ from consolidate.task_options import (
     read_options,
     without_penalty,
 )
+from consolidate.training import default_statistics
 from consolidate.verification import verify
 from formats.atomic import has_content, replace_folder, write_file
 from formats.checkpoint import open_checkpoint, weight_records
@@ -60,6 +61,7 @@ class Step:
         options: Of `finetune`, by parameter name.
         task: None for the start.
         evaluate: Data to measure, by name.
+        ahead: Names among them of tasks that are not learned yet.
         config: Of the start: the contents of its config.json.
         fisher: Where the Fisher is that the step starts with, if not beside the weights.
         add: Whether there is a Fisher to which a task that is only measured is added.
@@ -70,6 +72,7 @@ class Step:
     options: dict[str, Any]
     task: RunTask | None = None
     evaluate: dict[str, str] | None = None
+    ahead: tuple[str, ...] = ()
     config: dict[str, Any] | None = None
     fisher: str | None = None
     add: bool = False
@@ -211,6 +214,10 @@ def _plan(run_file: RunFile, start: Path | None) -> list[Step]:
                 options=options,
                 task=task,
                 evaluate=evaluate if task.train else None,
+                # Fresh weights have learned nothing that other data could be of.
+                ahead=tuple(
+                    evaluate if start is None and not has_fisher else sorted(tests.keys() - seen)
+                ),
                 fisher=first_fisher,
                 add=has_fisher,
             )
@@ -244,6 +251,11 @@ def _content(step: Step, of_data: Callable[..., dict[str, Any]]) -> dict[str, An
             named = value if isinstance(value, Mapping) else {"": value}
             value = {key: of_data(spec) for key, spec in named.items()}
         options[name] = plain(value)
+    if step.task is not None and step.command == "finetune":
+        others = set(step.evaluate or ()) - {step.task.name, *step.ahead}
+        options["norm_statistics"] = step.options.get("norm_statistics") or default_statistics(
+            step.options.get("penalty", "ewc"), old=step.add or bool(others)
+        )
     return {
         "consolidate": version("consolidate-ewc"),
         "command": step.command,
@@ -367,6 +379,7 @@ def _make(
             output_dir=target,
             overwrite=True,
             evaluate=step.evaluate,
+            evaluate_ahead=step.ahead,
             fisher=step.fisher,
             restart=restart,
             **step.options,

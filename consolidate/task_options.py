@@ -19,6 +19,7 @@ from formats.task_file import resolve
 # What the run itself says of a task, and what concerns the start alone.
 _NOT_OPTIONS = {"checkpoint", "data", "output_dir", "task", "evaluate", "overwrite", "columns"}
 _NOT_OPTIONS |= {"revision", "fisher", "base_model", "restart", "force", "on_step", "shard"}
+_NOT_OPTIONS |= {"evaluate_ahead"}
 _OF_THE_PENALTY = {"ewc_lambda", "max_forgetting", "validation", "choose", "search_plot"}
 
 DEFAULTS = {

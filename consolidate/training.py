@@ -136,6 +136,19 @@ def has_statistics(model: nn.Module) -> bool:
     return any(True for _ in _with_statistics(model))
 
 
+def default_statistics(penalty: str, *, old: bool) -> str:
+    """Say what becomes of running statistics unless somebody says so: the same for all penalties.
+
+    Args:
+        penalty: Its kind; ``none`` where there is none.
+        old: Whether there is something that can be forgotten: a Fisher, or an old task's data.
+
+    Returns:
+        ``frozen`` or ``update``.
+    """
+    return "frozen" if old or penalty != "none" else "update"
+
+
 def _with_statistics(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if isinstance(module, _NormBase) and module.track_running_stats:

@@ -197,7 +197,8 @@ TRAINING = options(
     click.option(
         "--norm-statistics",
         type=click.Choice(["frozen", "update"]),
-        help="Running statistics of batch norms; frozen by default where there is a penalty.",
+        help="Running statistics of batch norms. By default frozen, whatever the penalty; update "
+        "only without a penalty, a Fisher and another task to evaluate.",
     ),
 )
 

@@ -10,6 +10,7 @@ import tiny_models
 import torch
 import transformers
 from conftest import make_network
+from json_schema import check_json
 from safetensors.torch import load_file, save_file
 from test_commands import FAST, NETWORK, Write, contents, fisher_of, measured_by_hand
 
@@ -355,11 +356,67 @@ def test_running_statistics_stay_through_fisher_and_a_penalty(
     assert set(ledger.unprotected.values()) == {"a buffer, not a parameter"}
     new = write_task("new", seed=3)
     start = load_file(folder / "model.safetensors")
-    for name, penalty in (("held", {"ewc_lambda": 1.0}), ("free", {"penalty": "none"})):
-        finetuning.finetune(folder, new, output_dir=tmp_path / name, **options, **penalty)
+    ways = {
+        "held": {"ewc_lambda": 1.0},
+        "alike": {"penalty": "l2", "ewc_lambda": 1.0},
+        "free": {"penalty": "none"},
+        "asked": {"penalty": "none", "norm_statistics": "update"},
+        "asked-held": {"ewc_lambda": 1.0, "norm_statistics": "update"},
+    }
+    for name, penalty in ways.items():
+        done = finetuning.finetune(folder, new, output_dir=tmp_path / name, **options, **penalty)
         end = load_file(tmp_path / name / "model.safetensors")
-        assert torch.equal(start["1.running_var"], end["1.running_var"]) == (name == "held")
+        frozen = not name.startswith("asked")
+        assert torch.equal(start["1.running_var"], end["1.running_var"]) == frozen
         assert not torch.equal(start["0.weight"], end["0.weight"])
+        assert done["norm_statistics"] == ("frozen" if frozen else "update")
+        check_json("finetune", done)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "options", "expected", "told"),
+    [
+        ((), {}, "update", "follow the new data, the default without a penalty, a Fisher or an"),
+        (("new",), {}, "update", "--norm-statistics frozen changes that"),
+        (("new", "old"), {}, "frozen", "stay as they are, the default with a penalty, a Fisher or"),
+        (("old",), {"norm_statistics": "update"}, "update", "data: --norm-statistics update"),
+        (("old",), {"evaluate_ahead": ["old"]}, "update", "follow the new data"),
+        ((), {"penalty": "l2", "ewc_lambda": 1.0}, "frozen", "stay as they are, the default with"),
+    ],
+)
+def test_running_statistics_follow_the_data_only_where_nothing_is_old(
+    write_task: Write,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    evaluate: tuple[str, ...],
+    options: dict[str, Any],
+    expected: str,
+    told: str,
+) -> None:
+    caplog.set_level("INFO", "consolidate")
+    start = tmp_path / "bare.safetensors"
+    network = normed_network()
+    save_file(network.state_dict(), start, {"format": "pt"})
+    data = {"new": write_task("new"), "old": write_task("old", seed=1)}
+    given = {"penalty": "none", "model": "test_finetuning:normed_network", **options}
+    given |= {"output_dir": tmp_path / "out", "evaluate": {name: data[name] for name in evaluate}}
+    done = finetuning.finetune(start, data["new"], **given)
+    assert done["norm_statistics"] == expected
+    lines = [m for m in caplog.messages if m.startswith("running statistics")]
+    assert len(lines) == 1
+    assert told in lines[0]
+    end = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(network.state_dict()["1.running_var"], end["1.running_var"]) == (
+        expected == "frozen"
+    )
+    # What comes of a default and of the same value by name is the same, and done once.
+    again = finetuning.finetune(start, data["new"], **given | {"norm_statistics": expected})
+    assert again["status"] == "cached"
+    assert again["norm_statistics"] == expected
+    check_json("finetune", again)
+    other = "update" if expected == "frozen" else "frozen"
+    with pytest.raises(InputError, match="already holds"):
+        finetuning.finetune(start, data["new"], **given | {"norm_statistics": other})
 
 
 def test_a_bare_encoder_learns_a_first_task(tmp_path: Path) -> None:

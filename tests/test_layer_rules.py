@@ -318,6 +318,38 @@ def test_rows_that_happen_to_be_as_many_as_examples_in_a_later_batch():
     agrees_with_one_at_a_time(TimeFirst(), labelled(8, 3, 5, size=5), "softmax")
 
 
+class Unbatched(nn.Module):
+    """A layer that is given one vector, as long as there are examples."""
+
+    def __init__(self, inside: nn.Module, *shape: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inside = inside
+        self.shape = shape
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) * self.inside(x.new_ones(self.shape)).mean()
+
+
+@pytest.mark.parametrize(
+    ("inside", "shape"),
+    [
+        (nn.Linear(4, 4), (4,)),
+        (nn.Conv1d(4, 4, 2), (4, 3)),
+        (nn.Conv2d(4, 4, 2), (4, 3, 3)),
+        (nn.LayerNorm((4, 3)), (4, 3)),
+        (nn.RMSNorm(4), (4,)),
+    ],
+)
+def test_as_many_channels_as_examples(inside: nn.Module, shape: tuple[int, ...]):
+    methods = agrees_with_one_at_a_time(
+        Unbatched(copy.deepcopy(inside), *shape), labelled(8, 5), "softmax"
+    )
+    assert methods["head.weight"] == "rule"
+    assert methods["inside.weight"] == "loop"
+
+
 class Outside(nn.Module):
     """A layer that is called, and whose weight is used once more outside of its call."""
 

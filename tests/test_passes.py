@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from consolidate import layer_calls, layer_rules
 from consolidate.accumulators import FOLDED_BATCHES
+from consolidate.batches import HookError
 from consolidate.estimators import ESTIMATORS, fisher_diagonal
+from consolidate.example_gradients import Whole
 from consolidate.passes import PartialPass
 from formats.errors import InputError
 
@@ -163,9 +166,15 @@ def test_a_module_that_fails_later_goes_the_slower_way(monkeypatch):
         monkeypatch.setattr(Moody, "refuses", True)
         yield from data[3:]
 
-    found = fisher_diagonal(model, read(), "softmax")
+    notes: list[str] = []
+    found = fisher_diagonal(model, read(), "softmax", note=notes.append)
     assert_close(found, expected)
     assert found.examples == 20
+    (note,) = notes
+    assert note == (
+        "batch 4: by module, the gradients of 1 cannot be taken (ValueError: not now): going on by "
+        "module, one example at a time"
+    )
 
 
 class TimeFirst(nn.Module):
@@ -190,6 +199,140 @@ def test_a_module_that_disagrees_is_named():
     assert len(notes) == 1
     assert notes[0].startswith("by rule, the gradients of inner are not those of single examples")
     assert notes[0].endswith(f"going on by {found.methods['inner.weight']}")
+
+
+class Asking(nn.Module):
+    """Cannot be run again with tensors in the place of its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(5) + 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.weight, nn.Parameter):
+            raise TypeError("the weight must be a Parameter")
+        return x @ self.weight
+
+
+def test_a_module_that_raises_when_it_is_run_again_is_named_with_the_exception():
+    torch.manual_seed(1)
+    notes: list[str] = []
+    model, data = nn.Sequential(Asking(), nn.Linear(5, 3)), batches([6])
+    found = fisher_diagonal(model, data, "softmax", note=notes.append)
+    assert found.methods["0.weight"] == "loop"
+    (note,) = notes
+    assert note == (
+        "by module, the gradients of 0 cannot be taken (TypeError: the weight must be a "
+        "Parameter): going on by loop"
+    )
+
+
+class OneAtATime(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.view(1, 5))
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_model_that_takes_one_example_only_is_told_once(check):
+    notes: list[str] = []
+    fisher_diagonal(OneAtATime(), batches([4] * 3), "softmax", note=notes.append, check=check)
+    assert len(notes) == 1
+    assert notes[0].startswith("the model takes one example at a time only (InputError: The model")
+    assert "shape '[1, 5]' is invalid" in notes[0]
+
+
+class WeightStandardised(nn.Conv2d):
+    """A convolution of one's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+def test_a_large_module_goes_in_chunks(monkeypatch):
+    # 221,184 weights: 18 examples at a time.
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        WeightStandardised(96, 256, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(256, 3),
+    )  # fmt: skip
+    x, y = torch.randn(25, 96, 4, 4), torch.arange(25) % 3
+    alone = list(zip(x.double().split(1), y.split(1), strict=True))
+    expected = fisher_diagonal(
+        copy.deepcopy(model).double(), alone, "softmax", accumulate_dtype=torch.float64
+    )
+    notes: list[str] = []
+    found = fisher_diagonal(model, [(x, y)], "softmax", note=notes.append)
+    assert notes == []
+    assert found.methods == {
+        "0.weight": "module", "0.bias": "module", "4.weight": "rule", "4.bias": "rule"
+    }  # fmt: skip
+    for name, value in expected.items():
+        scale = value.max().item()
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 5])
+def test_the_spread_is_that_of_all_chunks(monkeypatch, chunk):
+    data = batches([8, 8, 5])
+    expected = fisher_diagonal(network(), data, "softmax")
+    assert expected.methods["2.gain"] == "module"
+    monkeypatch.setattr(layer_calls, "VMAP_ELEMENTS", 4 * chunk)
+    found = fisher_diagonal(network(), data, "softmax")
+    assert found.methods == expected.methods
+    assert found.relative_errors == pytest.approx(expected.relative_errors, rel=1e-5)
+    assert_close(found, expected)
+
+
+# Errors of our own code are nobody else's.
+
+
+@pytest.mark.parametrize("error", [IndexError("ours"), TypeError("ours")])
+def test_an_error_in_a_rule_surfaces(monkeypatch, error):
+    def broken(module: nn.Module, a: Tensor, g: Tensor) -> Any:
+        raise error
+
+    monkeypatch.setitem(layer_rules.RULES, "torch.nn.modules.linear.Linear", broken)
+    with pytest.raises(type(error), match="ours"):
+        fisher_diagonal(network(), batches([4]), "softmax")
+
+
+@pytest.mark.parametrize("where", ["add_to", "add_squares"])
+def test_an_error_in_what_takes_the_gradients_surfaces(monkeypatch, where):
+    def broken(*_: object) -> Any:
+        raise IndexError("ours")
+
+    monkeypatch.setattr(Whole, where, broken)
+    with pytest.raises(IndexError, match="ours"):
+        fisher_diagonal(network(), batches([4]), "softmax")
+
+
+def test_an_error_in_a_mark_is_not_the_models(monkeypatch):
+    def broken(*_: object) -> Any:
+        raise IndexError("ours")
+
+    monkeypatch.setattr(layer_calls.Recording, "mark", broken)
+    with pytest.raises(HookError, match="IndexError: ours"):
+        fisher_diagonal(network(), batches([4]), "softmax")
+
+
+def test_a_rule_that_does_not_fit_the_module_is_named(monkeypatch):
+    def misfit(module: nn.Module, a: Tensor, g: Tensor) -> Any:
+        return {"weight": Whole(g * module.no_such_scale)}
+
+    monkeypatch.setitem(layer_rules.RULES, "torch.nn.modules.linear.Linear", misfit)
+    notes: list[str] = []
+    found = fisher_diagonal(network(), batches([4]), "softmax", note=notes.append)
+    assert found.methods["0.weight"] == "module"
+    (note,) = notes
+    assert note == (
+        "by rule, the gradients of 4, 0 cannot be taken (AttributeError: 'Linear' object has no "
+        "attribute 'no_such_scale'): going on by module"
+    )
 
 
 # Going on.

@@ -148,6 +148,18 @@ def test_a_changed_lambda_does_again_what_comes_after_it(tasks: Path, tmp_path: 
     assert tree(tmp_path / "out") != before
 
 
+def test_running_statistics_follow_the_first_task_alone(tasks: Path, tmp_path: Path) -> None:
+    text = tasks.read_text().replace("conftest:make_network", "test_finetuning:normed_network")
+    text = text.replace('"b.npz"', '"b.npz"\npenalty = "none"').replace("[6, 8, 3]", "[]")
+    text = text.replace('output-dir = "out"', 'output-dir = "out"\nevaluate-ahead = true')
+    tasks.write_text(text + '[evaluate]\nmore = "c.npz"\n')
+    consolidate.run(tasks)
+    steps = ("00-start", "01-a", "02-b", "03-c")
+    found = [load_file(tmp_path / "out" / step / "model.safetensors") for step in steps]
+    means = [weights["1.running_mean"].tolist() for weights in found]
+    assert means[0] == [0.0] * 8 != means[1] == means[2] == means[3]
+
+
 RECORD = Path("out", "03-c.json")
 CHANGES: dict[str, tuple[Callable[[Path, Write], object], dict[str, str]]] = {
     "data": (
@@ -169,6 +181,18 @@ CHANGES: dict[str, tuple[Callable[[Path, Write], object], dict[str, str]]] = {
     "a default that is written out": (
         lambda folder, write: edit(folder / "tasks.toml", "epochs", "seed = 0\nepochs"),
         {},
+    ),
+    "what running statistics do unless it is said": (
+        lambda folder, write: edit(
+            folder / "tasks.toml", '"c.npz"', '"c.npz"\nnorm-statistics = "frozen"'
+        ),
+        {},
+    ),
+    "running statistics": (
+        lambda folder, write: edit(
+            folder / "tasks.toml", '"c.npz"', '"c.npz"\nnorm-statistics = "update"'
+        ),
+        {"03-c": "changed: norm-statistics (frozen → update)"},
     ),
     "the config": (
         lambda folder, write: edit(folder / "tasks.toml", "[6, 8, 3]", "[6, 9, 3]"),
