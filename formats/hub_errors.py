@@ -110,7 +110,7 @@ def _meaning(
         return AccessError, _refused_token(get_token(), " (it holds characters that no token has)")
     if isinstance(error, httpx.TimeoutException):
         return NetworkError, f"the Hub does not answer in time ({type(error).__name__})"
-    if isinstance(error, httpx.HTTPError | ConnectionError | TimeoutError):
+    if isinstance(error, httpx.RequestError | ConnectionError | TimeoutError):
         return NetworkError, f"the Hub cannot be reached ({type(error).__name__})"
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) and _in_client(error):
         return NetworkError, (

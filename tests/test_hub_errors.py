@@ -207,6 +207,7 @@ def test_a_wrong_token_is_told_as_such(checkpoint: Path, tmp_path: Path, hub: Hu
     told = "the Hub does not accept the token of {} (Invalid credentials in Authorization header)"
     assert (code, told.format("HF_TOKEN") in err) == (3, True), err
     assert "`hf auth login`" in err
+    (tmp_path / "cache").mkdir(exist_ok=True)
     (tmp_path / "cache" / "token").write_text("hf_expired")
     words = ("evaluate", checkpoint, "--model", "conftest:make_network", "--data", "user/rows")
     code, _, err = run(tmp_path, *words, HF_ENDPOINT=hub.address)
