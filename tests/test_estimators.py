@@ -903,6 +903,12 @@ def test_an_encoder_decoder_gets_its_inputs_from_the_labels():
     assert model_outputs(model, {"input_ids": ids}, labels).tolist() == [[4, 5, -99, -99]]
     with pytest.raises(InputError, match=r"take input_ids: int64 \[1, 4\]: TypeError.*decoder_inp"):
         model_outputs(model, {"input_ids": ids}, torch.tensor([3]))
+    bare = Seq2Seq()
+    bare.config = SimpleNamespace(
+        is_encoder_decoder=True, decoder_start_token_id=None, pad_token_id=9
+    )
+    with pytest.raises(InputError, match=r"`pad_token_id`; they are None and 9\."):
+        model_outputs(bare, {"input_ids": ids}, labels)
 
 
 # Real architectures.
