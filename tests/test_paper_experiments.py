@@ -218,6 +218,7 @@ def stuck(scripts: None, tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_keeps_what_is_done_and_goes_on(
     stuck: tuple["subprocess.Popen[str]", int], tmp_path: Path
 ) -> None:
@@ -243,7 +244,6 @@ def test_a_run_whose_worker_is_killed_says_so(
     assert process.returncode == 1
 
 
-@pytest.mark.slow
 def test_nothing_goes_on_once_the_run_is_killed(
     stuck: tuple["subprocess.Popen[str]", int],
 ) -> None:
@@ -328,6 +328,7 @@ def test_a_last_line_that_lacks_its_newline_alone_is_kept(quick: Path, tmp_path:
     assert file.read_text("utf-8") == text + text.splitlines(keepends=True)[0]
 
 
+@pytest.mark.slow
 def test_the_pages_are_those_of_the_records(tmp_path: Path) -> None:
     import paper
     import sittings

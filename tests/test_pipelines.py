@@ -63,6 +63,7 @@ def run_job(job: Mapping[str, Any], folder: Path, **variables: str) -> tuple[int
     return code, said
 
 
+@pytest.mark.slow
 def test_the_workflow_passes_and_fails_by_the_gate(folder: Path) -> None:
     workflow = yaml.safe_load((EXAMPLES / "consolidate.yml").read_text("utf-8"))
     (job,) = workflow["jobs"].values()
@@ -85,6 +86,7 @@ def test_the_workflow_passes_and_fails_by_the_gate(folder: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("dvc", path=str(BIN)) is None, reason="DVC is not installed")
+@pytest.mark.slow
 def test_dvc_runs_each_stage_once(folder: Path) -> None:
     dvc = {"DVC_NO_ANALYTICS": "true", "DVC_SITE_CACHE_DIR": str(folder / ".site")}
     shutil.copy(EXAMPLES / "dvc.yaml", folder)

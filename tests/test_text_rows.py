@@ -257,6 +257,7 @@ def test_bad_csv_is_refused(tmp_path, content, said):
     assert str(path) in str(error.value)
 
 
+@pytest.mark.slow
 def test_csv_keeps_offsets_only(tmp_path):
     path = tmp_path / "large.csv"
     count = 5_000
