@@ -196,7 +196,7 @@ def stuck(scripts: None, tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str
         "def measure(unit):\n"
         "    if unit.method == 'EWC':\n"
         "        print(os.getpid(), flush=True)\n"
-        "        time.sleep(60)\n"
+        "        time.sleep(600)\n"
         "    return random_patterns.measure(unit)\n"
         "if __name__ == '__main__':\n"
         "    sittings.QUICK = Path(sys.argv.pop())\n"
