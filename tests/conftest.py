@@ -1,25 +1,13 @@
 import json
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import loopback_hub
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
-
-SIZES = [6, 8, 3]
-
-
-def make_network(config: dict[str, Any]) -> nn.Sequential:
-    """The factory `conftest:make_network` of a small classifier."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(config["sizes"]):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+from support.networks import SIZES, make_network
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from test_commands import contents
-from test_kept_work import Network, normed
+from support.checkpoints import normed
+from support.folders import contents
+from support.networks import Network
 from together import ended, started
 
 from consolidate import accumulators, parts, stopping

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import bert_config, byte_tokenizer, gpt2_config, save, word_tokenizer
+from tiny_models import bert_config, byte_tokenizer, gpt2_config, outputs, save, word_tokenizer
 
 from consolidate.adapters import load, with_base
 from consolidate.chain import load_penalty
@@ -68,12 +68,6 @@ def peft_adapter(
         model = peft.get_peft_model(cls.from_pretrained(base), peft.LoraConfig(**(start | options)))
         model.save_pretrained(folder)
     return folder
-
-
-def outputs(module: Any) -> torch.Tensor:
-    ids = torch.tensor([[1, 5, 9, 2, 7]])
-    with torch.no_grad():
-        return module.eval()(ids).logits
 
 
 def opened(adapter: Path, base: Path | None = None) -> Any:
@@ -541,7 +535,7 @@ def test_the_penalty_of_an_adapter_is_loaded_for_a_model_of_peft(
 def test_a_module_of_the_users_own_takes_an_adapter(
     network_checkpoint: Path, write_task: Callable[..., Path], tmp_path: Path
 ):
-    options: dict[str, Any] = {"model": "conftest:make_network"}
+    options: dict[str, Any] = {"model": "support.networks:make_network"}
     fisher(network_checkpoint, write_task("old"), task="old", **options)
     options |= {"lora_rank": 2, "lora_targets": ["0"], "ewc_lambda": 1.0, "task": "new"}
     finetune(

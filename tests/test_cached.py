@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from json_schema import check_json
-from test_cli import run
-from test_commands import FAST, NETWORK, contents
+from support.command_line import run
+from support.folders import contents
+from support.networks import FAST, NETWORK
 
 import consolidate
 from consolidate import commands, finetuning, model_merging

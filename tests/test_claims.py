@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZES, make_network
 from safetensors.torch import load_file, save_file
-from test_cli import run as run_cli
+from support.command_line import run as run_cli
+from support.networks import SIZES, make_network
 from together import ended, started
 
 import consolidate
@@ -22,11 +22,11 @@ from formats.atomic import claimed, claimed_in_place
 from formats.errors import InputError
 
 Write = Callable[..., Path]
-MODEL = "conftest:make_network"
+MODEL = "support.networks:make_network"
 # A factory that waits, in the middle of its command, until somebody writes into a pipe.
 HELD = """
 from pathlib import Path
-from conftest import make_network
+from support.networks import make_network
 
 def held(config):
     Path("begun").touch()

@@ -13,34 +13,15 @@ from typing import Any, NoReturn
 import loopback_hub
 import pytest
 import torch
-from json_schema import SCHEMA, check_json
+from json_schema import SCHEMA
 from safetensors.torch import load_file, save_file
+from support.command_line import MODEL, run
 
 from consolidate import inspection
-from consolidate.cli import cli, main
+from consolidate.cli import cli
 from formats.errors import InputError
 
 Write = Callable[..., Path]
-MODEL = ("--model", "conftest:make_network")
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Run the command line in this process; give exit code, stdout and stderr.
-
-    What `--json` writes is held against its schema.
-    """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        torch.set_flush_denormal(False)
-    out, err = capsys.readouterr()
-    if "--json" in arguments and out:
-        check_json(str(arguments[0]), json.loads(out))
-    return int(left.value.code or 0), out, err
 
 
 def test_fisher_finetune_evaluate_show_verify(
@@ -92,10 +73,10 @@ def test_numbers_below_the_normal_ones_are_taken_for_0_in_training(
     write_task("a")
     (tmp_path / "tasks.toml").write_text(
         'start = "start"\noutput-dir = "chain"\n[[task]]\nname = "a"\ndata = "a.npz"\n'
-        'model = "test_cli:small_number"\npenalty = "none"\n'
+        'model = f"{__name__}:small_number"\npenalty = "none"\n'
     )
     finetune = ("start", "--data", "a.npz", "--output-dir", "out", "--penalty", "none")
-    words = {"finetune": (*finetune, "--model", "test_cli:small_number"), "run": ("tasks.toml",)}
+    words = {"finetune": (*finetune, "--model", f"{__name__}:small_number"), "run": ("tasks.toml",)}
     code, _, err = run(capsys, command, *words[command])
     assert (code, "error: 0.0 is enough" in err) == (InputError.exit_code, True), err
     assert torch.tensor(1e-39) * 1 > 0
@@ -158,7 +139,7 @@ def test_what_every_command_writes_as_json_is_as_its_schema_tells(
     (tmp_path / "tasks.toml").write_text(
         'start = "start"\noutput-dir = "chain"\n[evaluate]\na = "a.npz"\n'
         '[[task]]\nname = "b"\ndata = "b.npz"\newc-lambda = 1\nmax-steps = 2\n'
-        'model = "conftest:make_network"\n'
+        'model = "support.networks:make_network"\n'
     )
     finetune = ("--data", "b.npz", "--evaluate", "a=a.npz", *MODEL, "--max-steps", 2)
     for arguments in (
@@ -299,7 +280,11 @@ def test_merge(
     [
         (("fisher", "./nowhere", "--data", "x.npz"), 3, "nowhere"),
         (("fisher", "start", "--data", "typo.npz", *MODEL), 3, "typo.npz"),
-        (("fisher", "start", "--data", "old.npz", "--model", "conftest:no_such"), 2, "no_such"),
+        (
+            ("fisher", "start", "--data", "old.npz", "--model", "support.networks:no_such"),
+            2,
+            "no_such",
+        ),
         (("fisher", "start", "--data", "old.npz"), 3, "config.json"),
         (("fisher", "start", "--data", "empty.jsonl", *MODEL), 3, "empty.jsonl"),
         (("fisher", "start", "--data", "old.npz", *MODEL, "--label-column", "lable"), 3, "lable"),
@@ -397,7 +382,9 @@ def test_flags_win_over_variables_and_variables_over_the_file(
     tmp_path: Path,
 ) -> None:
     config = tmp_path / "options.toml"
-    config.write_text('data = "old.npz"\nmax-examples = 5\nmodel = "conftest:make_network"\n')
+    config.write_text(
+        'data = "old.npz"\nmax-examples = 5\nmodel = "support.networks:make_network"\n'
+    )
     write_task("old")
     monkeypatch.chdir(tmp_path)
 
@@ -480,7 +467,7 @@ def test_a_signal_before_anything_was_done_leaves_nothing(
 ) -> None:
     (tmp_path / "slow.py").write_text(
         "import os, time\n"
-        "from conftest import make_network\n"
+        "from support.networks import make_network\n"
         "def network(config):\n"
         f"    os.kill(os.getpid(), {sent.value})\n"
         "    time.sleep(20)\n"
@@ -511,7 +498,7 @@ def test_a_second_ctrl_c_leaves_at_once(
 ) -> None:
     (tmp_path / "slow.py").write_text(
         "import os, signal, time\n"
-        "from conftest import make_network\n"
+        "from support.networks import make_network\n"
         "def twice(module, inputs):\n"
         "    if not module.training: return\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"

@@ -2,16 +2,17 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_network
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
+from support.checkpoints import Write, measured_by_hand
+from support.faults import Killed, kill_after
+from support.folders import contents, fisher_of
+from support.networks import FAST, NETWORK, make_network
 
 import consolidate
 import formats.checkpoint
@@ -22,39 +23,6 @@ from formats.data import open_data
 from formats.digest import set_digest, tensor_record
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
-
-Write = Callable[..., Path]
-NETWORK = {"model": "conftest:make_network"}
-FAST = {**NETWORK, "optimizer": "adam", "learning_rate": 0.01, "batch_size": 16}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
-
-
-def fisher_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "fisher" / "fisher.safetensors")
-
-
-def measured_by_hand(weights: dict[str, torch.Tensor], data: Path) -> dict[str, torch.Tensor]:
-    """E_y[(∇ log p(y|x))²] of `make_network`, one example and one outcome at a time."""
-    network = make_network({"sizes": [6, 8, 3]}).double()
-    network.load_state_dict(weights)
-    inputs = open_data(data).tensors["inputs"].double()
-    total = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
-    for x in inputs:
-        probabilities = network(x).softmax(-1).detach()
-        for y, p in enumerate(probabilities):
-            network.zero_grad()
-            cross_entropy(network(x), torch.tensor(y)).backward()
-            for name, parameter in network.named_parameters():
-                assert parameter.grad is not None
-                total[name] += p * parameter.grad**2 / len(inputs)
-    return {name: values.float() for name, values in total.items()}
 
 
 def test_a_note_names_three_parameters_and_counts_the_others(
@@ -182,7 +150,7 @@ def test_a_bare_file_needs_an_output_folder(
     bare = tmp_path / "weights.pt"
     torch.save({"state_dict": load_file(network_checkpoint / "model.safetensors")}, bare)
     data = write_task("old")
-    factory = {"model": "test_commands:fixed_network"}
+    factory = {"model": f"{__name__}:fixed_network"}
     with pytest.raises(UsageError, match="--output-dir"):
         commands.fisher(bare, data, **factory)
     commands.fisher(bare, data, output_dir=tmp_path / "out", **factory)
@@ -331,29 +299,6 @@ def test_every_batch_can_be_checked(
 
 
 # Long passes.
-
-
-class Killed(BaseException):
-    """As a signal would end a pass."""
-
-
-def kill_after(monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
-    """Break the next pass off once so many examples have been read."""
-    whole = consolidate.measuring.fisher_diagonal
-
-    def broken(model: Any, batches: Any, *arguments: Any, **options: Any) -> Any:
-        def read() -> Any:
-            count = 0
-            for inputs, labels in batches:
-                if count >= examples:
-                    monkeypatch.setattr(consolidate.measuring, "fisher_diagonal", whole)
-                    raise Killed
-                count += len(labels)
-                yield inputs, labels
-
-        return whole(model, read(), *arguments, **options)
-
-    monkeypatch.setattr(consolidate.measuring, "fisher_diagonal", broken)
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import pytest
 import torch
 from distributed_cases import FISHERS, SHARDED, TRAININGS, told
 from safetensors.torch import load_file, save_file
-from test_commands import NETWORK, Write
+from support.checkpoints import Write
+from support.networks import NETWORK
 
 import consolidate
 from consolidate import commands, finetuning
@@ -136,7 +137,7 @@ def test_one_process_alone_has_no_group(monkeypatch: pytest.MonkeyPatch) -> None
             assert tensor.tolist() == [1, 1]
 
 
-FISHER = ("-m", "consolidate", "fisher", "start", "--model", "conftest:make_network")
+FISHER = ("-m", "consolidate", "fisher", "start", "--model", "support.networks:make_network")
 
 
 @pytest.mark.slow
@@ -225,7 +226,7 @@ def test_what_fails_in_one_process_ends_all_with_one_message(
     write_task("a")
     (tmp_path / "failing.py").write_text(
         "import os\n"
-        "from conftest import make_network\n"
+        "from support.networks import make_network\n"
         "def make(config):\n"
         "    calls = []\n"
         "    def fail(module, args):\n"
@@ -272,7 +273,7 @@ def test_a_process_that_is_killed_ends_the_others(
     write_task("a")
     (tmp_path / "dying.py").write_text(
         "import os, signal\n"
-        "from conftest import make_network\n"
+        "from support.networks import make_network\n"
         "def make(config):\n"
         "    def die(module, args):\n"
         "        if os.environ['RANK'] == '1' and len(args[0]) > 1:\n"

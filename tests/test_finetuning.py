@@ -9,10 +9,11 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from conftest import make_network
 from json_schema import check_json
 from safetensors.torch import load_file, save_file
-from test_commands import FAST, NETWORK, Write, contents, fisher_of, measured_by_hand
+from support.checkpoints import Write, measured_by_hand
+from support.folders import contents, fisher_of
+from support.networks import FAST, NETWORK, make_network, normed_network
 
 import consolidate
 from consolidate import commands, evaluating, finetuning
@@ -330,12 +331,6 @@ def test_experts_keep_their_keys_through_a_chain(tmp_path: Path) -> None:
         assert not torch.equal(first, model(tokens).logits)
 
 
-def normed_network() -> torch.nn.Module:
-    return torch.nn.Sequential(
-        torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3)
-    )
-
-
 def test_running_statistics_stay_through_fisher_and_a_penalty(
     write_task: Write, tmp_path: Path
 ) -> None:
@@ -346,7 +341,7 @@ def test_running_statistics_stay_through_fisher_and_a_penalty(
     network(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)))
     save_file(network.state_dict(), folder / "model.safetensors", {"format": "pt"})
     before = (folder / "model.safetensors").read_bytes()
-    options = {"model": "test_finetuning:normed_network"}
+    options = {"model": "support.networks:normed_network"}
     commands.fisher(folder, write_task("old"), **options)
     assert (folder / "model.safetensors").read_bytes() == before
     ledger = read_fisher(folder / "fisher").ledger
@@ -398,7 +393,7 @@ def test_running_statistics_follow_the_data_only_where_nothing_is_old(
     network = normed_network()
     save_file(network.state_dict(), start, {"format": "pt"})
     data = {"new": write_task("new"), "old": write_task("old", seed=1)}
-    given = {"penalty": "none", "model": "test_finetuning:normed_network", **options}
+    given = {"penalty": "none", "model": "support.networks:normed_network", **options}
     given |= {"output_dir": tmp_path / "out", "evaluate": {name: data[name] for name in evaluate}}
     done = finetuning.finetune(start, data["new"], **given)
     assert done["norm_statistics"] == expected
@@ -507,7 +502,7 @@ def test_measuring_at_steps_does_not_disturb_training(
 ) -> None:
     old, new = write_task("old"), write_task("new", seed=1)
     commands.fisher(network_checkpoint, old, **NETWORK)
-    options = {**FAST, "model": "test_finetuning:noisy_network", "ewc_lambda": 1.0, "epochs": 3}
+    options = {**FAST, "model": f"{__name__}:noisy_network", "ewc_lambda": 1.0, "epochs": 3}
     options |= {"fisher_estimator": "batched"}  # the others refuse such a model
     evaluate = {"old": old, "new": new}
     trained = {}

@@ -3,7 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_cli import run
+from support.command_line import run
 
 from consolidate import finetuning, verification
 from consolidate.forgetting import beyond, failed_folder, forgetting
@@ -11,7 +11,7 @@ from formats.errors import ForgettingError, InputError, UsageError
 
 Write = Callable[..., Path]
 FAST = {
-    "model": "conftest:make_network",
+    "model": "support.networks:make_network",
     "optimizer": "adam",
     "learning_rate": 0.01,
     "epochs": 20,

@@ -18,7 +18,7 @@ from formats.data import open_data
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
 
-MODEL = {"model": "test_heads:headed_network"}
+MODEL = {"model": f"{__name__}:headed_network"}
 FAST = {**MODEL, "optimizer": "adam", "learning_rate": 0.01, "epochs": 3}
 HEAD = ("2.bias", "2.weight")
 TRUNK = ("0.bias", "0.weight")
@@ -287,7 +287,7 @@ def test_which_layer_is_the_head_can_be_said(pairs: Callable[..., Path], tmp_pat
     network = head_first(config)
     save_file(network.state_dict(), folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
-    options: dict[str, Any] = {"model": "test_heads:head_first", "head": "new", "ewc_lambda": 1.0}
+    options: dict[str, Any] = {"model": f"{__name__}:head_first", "head": "new", "ewc_lambda": 1.0}
     commands.fisher(folder, pairs(0, 1), task="a", model=options["model"])
     with pytest.raises(UsageError, match=r"is last \(last.weight, last.bias\).*--head-parameters"):
         finetuning.finetune(folder, pairs(2, 3), output_dir=tmp_path / "b", **options)
@@ -321,7 +321,7 @@ def test_a_head_that_no_task_uses_is_not_kept(
 def test_a_factory_of_a_fixed_width_is_refused(
     network_checkpoint: Path, pairs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"model": "conftest:make_network"}
+    options: dict[str, Any] = {"model": "support.networks:make_network"}
     commands.fisher(network_checkpoint, pairs(0, 1, 2), task="a", **options)
     with pytest.raises(InputError, match=r"2 outputs are needed, for 4, 7, .* num_labels"):
         finetuning.finetune(

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_cli import run
+from support.command_line import run
 
 from consolidate import commands
 from formats.ledger import ledger_bytes, read_ledger
 
-MODEL = ("--objective", "classification", "--model", "conftest:make_network")
+MODEL = ("--objective", "classification", "--model", "support.networks:make_network")
 READ_WEIGHTS = ("verify", "evaluate", "fisher", "finetune", "merge")
 READ_FISHER = ("show", "verify", "finetune", "merge")
 ALL = ("show", *READ_WEIGHTS)
@@ -35,7 +35,7 @@ def checkpoint(network_checkpoint: Path, write_task: Callable[..., Path]) -> Pat
         network_checkpoint,
         write_task("old"),
         objective="classification",
-        model="conftest:make_network",
+        model="support.networks:make_network",
     )
     return network_checkpoint
 

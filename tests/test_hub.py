@@ -6,9 +6,9 @@ from pathlib import Path
 import loopback_hub
 import pytest
 import torch
-from conftest import make_network
 from loopback_hub import Hub, run
 from safetensors.torch import load_file, save_file
+from support.networks import make_network
 
 from consolidate.commands import fisher
 from consolidate.evaluating import evaluate
@@ -18,7 +18,7 @@ from consolidate.inspection import show
 from formats.errors import InputError, UsageError
 
 Write = Callable[..., Path]
-MAKE = "conftest:make_network"
+MAKE = "support.networks:make_network"
 
 
 def test_a_path_is_found_as_it_is(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_repository_with_its_fisher_is_fine_tuned_without_the_old_data(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
     old, new = write_task("old"), write_task("new", seed=4)
-    model = ("--model", "conftest:make_network")
+    model = ("--model", "support.networks:make_network")
     assert run(tmp_path, "fisher", network_checkpoint, "--data", old, *model)[0] == 0
     torch.save(make_network({"sizes": [6, 8, 3]}).state_dict(), network_checkpoint / "old.bin")
     finetune = ("finetune", "user/name", "--data", new, *model, "--ewc-lambda", 10)
@@ -118,7 +118,7 @@ def wide(tmp_path: Path, write_task: Write) -> Path:
         make_network({"sizes": sizes}).state_dict(), folder / "model.safetensors", {"format": "pt"}
     )
     (folder / "config.json").write_text(json.dumps({"sizes": sizes}))
-    fisher(folder, write_task("old", count=8), model="conftest:make_network")
+    fisher(folder, write_task("old", count=8), model="support.networks:make_network")
     return folder
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import loopback_hub
 import numpy as np
 import pytest
-from conftest import SIZES, make_network
 from huggingface_hub import HfApi
 from loopback_hub import ALWAYS, CUT, HANG, TOKEN, Hub, run, run_python
 from safetensors.torch import save_file
+from support.networks import SIZES, make_network
 
 from consolidate.commands import fisher
 from formats.hub_errors import hub_call
@@ -152,7 +152,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.json").write_text(json.dumps({"sizes": SIZES}))
     inputs = np.random.default_rng(0).normal(size=(9, SIZES[0])).astype(np.float32)
     np.savez(folder.parent / "old.npz", inputs=inputs, labels=np.arange(9) % 3)
-    fisher(folder, folder.parent / "old.npz", model="conftest:make_network")
+    fisher(folder, folder.parent / "old.npz", model="support.networks:make_network")
     return folder
 
 
@@ -209,7 +209,14 @@ def test_a_wrong_token_is_told_as_such(checkpoint: Path, tmp_path: Path, hub: Hu
     assert "`hf auth login`" in err
     (tmp_path / "cache").mkdir(exist_ok=True)
     (tmp_path / "cache" / "token").write_text("hf_expired")
-    words = ("evaluate", checkpoint, "--model", "conftest:make_network", "--data", "user/rows")
+    words = (
+        "evaluate",
+        checkpoint,
+        "--model",
+        "support.networks:make_network",
+        "--data",
+        "user/rows",
+    )
     code, _, err = run(tmp_path, *words, HF_ENDPOINT=hub.address)
     assert (code, f"user/rows: {told.format('`hf auth login`')}" in err) == (3, True), err
     words = ("push", checkpoint, "user/model", "--public", "--token", "hf_other")

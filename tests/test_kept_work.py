@@ -11,9 +11,10 @@ from typing import Any
 
 import in_process
 import pytest
-import torch
-from safetensors.torch import save_file
-from test_commands import FAST, NETWORK, Killed, contents, kill_after
+from support.checkpoints import normed
+from support.faults import Killed, break_off, kill_after
+from support.folders import contents
+from support.networks import FAST, NETWORK
 
 import consolidate
 from consolidate import commands, descent, finetuning, kept_work, stopping
@@ -25,59 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMON: dict[str, Any] = {**FAST, "save_every": 0, "log_every": 1, "ewc_lambda": 10.0}
 
 
-class Network(torch.nn.Module):
-    """With dropout, running statistics, a tied weight and a parameter that nothing uses."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        inputs, hidden, outputs = config["sizes"]
-        self.first = torch.nn.Linear(inputs, hidden)
-        self.again = torch.nn.Linear(inputs, hidden, bias=False)
-        self.again.weight = self.first.weight
-        self.norm = torch.nn.BatchNorm1d(hidden)
-        self.dropout = torch.nn.Dropout(0.3)
-        self.last = torch.nn.Linear(hidden, outputs)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.dropout(self.norm(self.first(x).relu() + self.again(x).tanh())))
-
-
 @pytest.fixture
 def learned(network_checkpoint: Path, write_task: Write) -> Path:
     """A checkpoint that holds the Fisher of its task."""
     commands.fisher(network_checkpoint, write_task("old"), **NETWORK)
     return network_checkpoint
-
-
-def normed(folder: Path, data: Path) -> Path:
-    """A checkpoint of `Network` with its Fisher."""
-    folder.mkdir()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = Network({"sizes": [6, 8, 3]})
-    network(torch.randn(30, 6, generator=torch.Generator().manual_seed(1)))
-    state = network.state_dict()
-    del state["again.weight"]
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text('{"sizes": [6, 8, 3]}')
-    commands.fisher(folder, data, model="test_kept_work:Network")
-    return folder
-
-
-def break_off(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Break the next training off after this step, when it has been kept if it was to be."""
-    whole = descent.train_epoch
-
-    def broken(*arguments: Any, on_step: Callable[[Any], None], **options: Any) -> int:
-        def then_killed(done: Any) -> None:
-            on_step(done)
-            if done.step == step:
-                monkeypatch.setattr(descent, "train_epoch", whole)
-                raise Killed
-
-        return whole(*arguments, on_step=then_killed, **options)
-
-    monkeypatch.setattr(descent, "train_epoch", broken)
 
 
 def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -114,7 +67,7 @@ def test_a_training_goes_on_to_the_same_bytes(
 ) -> None:
     old, new = write_task("old"), write_task("new", seed=1, count=70)
     start = normed(tmp_path / "normed", old)
-    options = {**COMMON, "model": "test_kept_work:Network", "epochs": 3, **WAYS[way]}
+    options = {**COMMON, "model": "support.networks:Network", "epochs": 3, **WAYS[way]}
     options |= {"evaluate": {"old": old}, "evaluate_every": 4}
     whole = finetuning.finetune(start, new, output_dir=tmp_path / "whole", **options)
     caplog.set_level("INFO", "consolidate")
@@ -383,7 +336,7 @@ def test_a_training_that_diverges_is_not_kept(
 STOPPED = """
 import os, signal
 from pathlib import Path
-from conftest import make_network
+from support.networks import make_network
 
 def network(config):
     module = make_network(config)

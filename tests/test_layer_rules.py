@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_estimators import Checkpointed, Experts, Images, Tagger, assert_close, cut, network, tiny
+from support.modules import Checkpointed, Experts, Images, Tagger, assert_close, cut, network, tiny
 from torch import Tensor, nn
 
 from consolidate.estimators import fisher_diagonal

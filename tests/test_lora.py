@@ -4,8 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_adapters import outputs
-from tiny_models import byte_tokenizer, gpt2_config, save
+from tiny_models import byte_tokenizer, gpt2_config, outputs, save
 from torch import nn
 
 from consolidate.adapters import load

@@ -8,10 +8,10 @@ from consolidate import made_from
 
 
 def test_the_source_of_a_factory_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "ours.py").write_text("from conftest import make_network\n")
+    (tmp_path / "ours.py").write_text("from support.networks import make_network\n")
     monkeypatch.syspath_prepend(tmp_path)
     digest = made_from.module_content("ours:make_network")
     assert digest is not None
-    (tmp_path / "ours.py").write_text("from conftest import make_network  # changed\n")
+    (tmp_path / "ours.py").write_text("from support.networks import make_network  # changed\n")
     assert made_from.module_content("ours:make_network") != digest
     assert made_from.module_content("no_such_module:f") is None

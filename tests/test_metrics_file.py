@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import MODEL, run
+from support.command_line import MODEL, run
 
 from consolidate.metrics_file import (
     evaluate_metrics,
@@ -85,7 +85,8 @@ def test_the_numbers_of_fisher_evaluate_and_run(
 
     (tmp_path / "tasks.toml").write_text(
         'start = "start"\noutput-dir = "chain"\n[evaluate]\na = "a.npz"\n'
-        '[defaults]\nmodel = "conftest:make_network"\newc-lambda = 1\nmax-forgetting = 2.0\n'
+        '[defaults]\nmodel = "support.networks:make_network"\newc-lambda = 1\n'
+        "max-forgetting = 2.0\n"
         '[[task]]\nname = "b"\ndata = "b.npz"\nevaluate = "b.npz"\nlearning-rate = 0.01\n'
     )
     words = ("run", "tasks.toml", "--metrics", file, "--json")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_network
 from safetensors.torch import load_file, save_file
+from support.networks import make_network
 
 import consolidate
 from consolidate import commands, finetuning, model_merging
@@ -17,7 +17,7 @@ from formats.fisher_folder import read_fisher, write_fisher
 from formats.tensors import TensorFiles
 
 Write = Callable[..., Path]
-NETWORK = {"model": "conftest:make_network"}
+NETWORK = {"model": "support.networks:make_network"}
 FAST = {**NETWORK, "optimizer": "adam", "learning_rate": 0.01, "batch_size": 16, "epochs": 2}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 import pytest
-from test_cli import run
+from support.command_line import run
 
 from consolidate.cli import cli
 

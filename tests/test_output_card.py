@@ -15,7 +15,7 @@ import consolidate
 from consolidate.verification import verify
 
 Write = Callable[..., Path]
-MODEL = {"model": "conftest:make_network"}
+MODEL = {"model": "support.networks:make_network"}
 TRAIN = MODEL | {"max_steps": 2, "overwrite": True}
 THEIRS = "---\nlicense: mit\ntags: [theirs]\n---\n# The base\n\nTheir own words.\n"
 

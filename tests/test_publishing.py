@@ -14,9 +14,9 @@ import in_process
 import loopback_hub
 import pytest
 import torch
-from conftest import SIZES, make_network
 from loopback_hub import COMMIT, TOKEN, Hub, environment, run, run_python
 from safetensors.torch import load_file, save_file
+from support.networks import SIZES, make_network
 
 from consolidate.commands import fisher
 from consolidate.publishing import push, push_text
@@ -24,13 +24,13 @@ from consolidate.verification import verify
 from formats.errors import ConsolidateError, UsageError
 
 Write = Callable[..., Path]
-MODEL = ("--model", "conftest:make_network")
+MODEL = ("--model", "support.networks:make_network")
 
 
 @pytest.fixture
 def checkpoint(network_checkpoint: Path, write_task: Write) -> Path:
     """A folder with weights, a Fisher, and what is nobody else's business."""
-    fisher(network_checkpoint, write_task("old"), model="conftest:make_network")
+    fisher(network_checkpoint, write_task("old"), model="support.networks:make_network")
     (network_checkpoint / "train.jsonl").write_text('{"text": "a secret row"}\n')
     (network_checkpoint / ".env").write_text("PASSWORD=secret\n")
     return network_checkpoint
@@ -366,7 +366,12 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_not_sent(
     hub.repositories["user/model"] = loopback_hub.Repository({COMMIT: {"README.md": b"# Mine\n"}})
 
     def replace() -> None:
-        fisher(checkpoint, write_task("new", seed=1), model="conftest:make_network", overwrite=True)
+        fisher(
+            checkpoint,
+            write_task("new", seed=1),
+            model="support.networks:make_network",
+            overwrite=True,
+        )
 
     hub.meanwhile["GET /user/model/resolve/.*README.md"] = replace
     words = ("push", checkpoint, "user/model", "--public")

@@ -14,9 +14,8 @@ import pytest
 import tiny_models
 import transformers
 from safetensors.torch import load_file
-from test_cli import run as run_cli
-from test_commands import Killed
-from test_kept_work import break_off
+from support.command_line import run as run_cli
+from support.faults import Killed, break_off
 
 import consolidate
 from consolidate.verification import verify
@@ -34,7 +33,7 @@ output-dir = "out"
 sizes = [6, 8, 3]
 
 [defaults]
-model = "conftest:make_network"
+model = "support.networks:make_network"
 optimizer = "adam"
 learning-rate = 0.01
 epochs = 3
@@ -100,9 +99,9 @@ def test_three_tasks_from_nothing(tasks: Path, tmp_path: Path) -> None:
     measured = [[score is not None for score in row] for row in matrix["scores"]]
     assert measured == [[True, False, False], [True, True, False], [True, True, True]]
     assert matrix["scores"][2] == [
-        consolidate.evaluate(last, tmp_path / f"{n}-test.npz", model="conftest:make_network")[
-            f"{n}-test"
-        ]["score"]
+        consolidate.evaluate(
+            last, tmp_path / f"{n}-test.npz", model="support.networks:make_network"
+        )[f"{n}-test"]["score"]
         for n in "abc"
     ]
     assert json.loads((last / "config.json").read_text()) == {"sizes": [6, 8, 3]}
@@ -149,7 +148,9 @@ def test_a_changed_lambda_does_again_what_comes_after_it(tasks: Path, tmp_path: 
 
 
 def test_running_statistics_follow_the_first_task_alone(tasks: Path, tmp_path: Path) -> None:
-    text = tasks.read_text().replace("conftest:make_network", "test_finetuning:normed_network")
+    text = tasks.read_text().replace(
+        "support.networks:make_network", "support.networks:normed_network"
+    )
     text = text.replace('"b.npz"', '"b.npz"\npenalty = "none"').replace("[6, 8, 3]", "[]")
     text = text.replace('output-dir = "out"', 'output-dir = "out"\nevaluate-ahead = true')
     tasks.write_text(text + '[evaluate]\nmore = "c.npz"\n')
@@ -246,7 +247,7 @@ def test_a_flipped_bit_is_found_and_made_good(tasks: Path, tmp_path: Path) -> No
 KILLED = """
 import os, signal
 from pathlib import Path
-from conftest import make_network
+from support.networks import make_network
 
 def network(config):
     module = make_network(config)
@@ -276,7 +277,7 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(
 ) -> None:
     module = f"killed_by_{sent.lower()}"
     (tmp_path / f"{module}.py").write_text(KILLED.format(signal=sent))
-    edit(tasks, "conftest:make_network", f"{module}:network")
+    edit(tasks, "support.networks:make_network", f"{module}:network")
     consolidate.run(tasks)
     edit(tasks, '"b-test.npz"\n', '"b-test.npz"\nepochs = 4\n')
     consolidate.run(tasks, output_dir=tmp_path / "whole")
@@ -391,7 +392,9 @@ def test_tiny_bert_from_a_measured_start(tmp_path: Path) -> None:
 def test_a_start_with_a_fisher_and_test_data_of_its_own_task(
     tasks: Path, tmp_path: Path, network_checkpoint: Path, write_task: Write
 ) -> None:
-    consolidate.fisher(network_checkpoint, write_task("old", seed=7), model="conftest:make_network")
+    consolidate.fisher(
+        network_checkpoint, write_task("old", seed=7), model="support.networks:make_network"
+    )
     edit(tasks, "[config]\nsizes = [6, 8, 3]\n", '[evaluate]\nold = "old.npz"\n')
     edit(tasks, "\noutput-dir", '\nstart = "start"\noutput-dir')
     edit(tasks, '"c-test.npz"\n', '"c-test.npz"\ntrain = false\n')
@@ -414,7 +417,9 @@ def test_a_start_with_a_fisher_and_test_data_of_its_own_task(
 
 REFUSED: dict[str, tuple[str, str, type[Exception], str]] = {
     "no output folder": ('output-dir = "out"', "", UsageError, "say where the checkpoints go"),
-    "nothing to begin with": ('model = "conftest:make_network"', "", UsageError, "as start, or"),
+    "nothing to begin with": (
+        'model = "support.networks:make_network"', "", UsageError, "as start, or",
+    ),
     "a third task's typo in a value": (
         '"c-test.npz"\n', '"c-test.npz"\noptimizer = "adamm"\n', UsageError,
         r"task 3 \(c\): --optimizer adamm",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import run
+from support.command_line import run
 from torch import nn
 
 from consolidate import evaluating, finetuning
@@ -16,7 +16,7 @@ from formats.errors import ForgettingError, InputError, NonFiniteError, UsageErr
 from formats.fisher_folder import read_fisher
 
 Write = Callable[..., Path]
-NETWORK = {"model": "conftest:make_network"}
+NETWORK = {"model": "support.networks:make_network"}
 FAST: dict[str, Any] = {
     **NETWORK,
     "optimizer": "adam",
@@ -90,7 +90,7 @@ def test_every_candidate_starts_from_the_same_state(
     from safetensors.torch import save_file
 
     save_file(module.state_dict(), network_checkpoint / "model.safetensors", {"format": "pt"})
-    factory = {**FAST, "model": "test_searching:noisy", "norm_statistics": "update"}
+    factory = {**FAST, "model": f"{__name__}:noisy", "norm_statistics": "update"}
     a, b = write_task("a"), write_task("b", seed=1)
     held = write_task("held", seed=1)
     first = tmp_path / "first"

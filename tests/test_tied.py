@@ -12,7 +12,7 @@ import torch
 import transformers
 from loopback_hub import TOKEN, Hub, run
 from safetensors.torch import load_file, save_file
-from test_kept_work import Killed, break_off
+from support.faults import Killed, break_off
 from tiny_models import (
     CORPUS,
     bert_config,
@@ -334,7 +334,7 @@ def own(folder: Path, *, without: str = "", suffix: str = "pt", **changed: Tenso
     return folder
 
 
-OWN = {"model": "test_tied:Own"}
+OWN = {"model": f"{__name__}:Own"}
 
 
 def test_a_module_of_ones_own_with_tied_weights(tmp_path: Path, write_task: Write) -> None:
@@ -395,7 +395,9 @@ def test_what_no_ledger_can_hold_is_refused_before_the_pass(
     torch.save(WithPhase().state_dict(), tmp_path / "phase" / "net.pt")
     monkeypatch.setattr("consolidate.measuring.fisher_diagonal", None)  # no pass may begin
     with pytest.raises(InputError, match=r"'phase': its weight is C64, which has no gradient"):
-        fisher(tmp_path / "phase", write_task("old"), model="test_tied:WithPhase", dry_run=dry_run)
+        fisher(
+            tmp_path / "phase", write_task("old"), model=f"{__name__}:WithPhase", dry_run=dry_run
+        )
 
 
 def test_a_tensor_with_two_fishers_is_refused_before_the_pass(tmp_path: Path) -> None:

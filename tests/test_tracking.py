@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import MODEL, run
+from support.command_line import MODEL, run
 
 from consolidate.tracking import tracked
 from consolidate.training import Step
@@ -153,7 +153,8 @@ def test_a_chain_is_one_run(
     run_file = tmp_path / "tasks.toml"
     write_task("a"), write_task("b", seed=1)
     run_file.write_text(
-        'start = "start"\noutput-dir = "chain"\n[defaults]\nmodel = "conftest:make_network"\n'
+        'start = "start"\noutput-dir = "chain"\n[defaults]\n'
+        'model = "support.networks:make_network"\n'
         'ewc-lambda = 10\n[[task]]\nname = "a"\ndata = "a.npz"\nevaluate = "a.npz"\n'
         '[[task]]\nname = "b"\ndata = "b.npz"\nevaluate = "b.npz"\n'
     )

@@ -160,7 +160,7 @@ def test_what_arrives(network_checkpoint: Path, write_task: Any, hub: Hub, tmp_p
     )
     (network_checkpoint / "tokenizer_config.json").write_text(json.dumps({"name_or_path": secret}))
     write_code(network_checkpoint)
-    fisher(network_checkpoint, write_task("old"), model="conftest:make_network")
+    fisher(network_checkpoint, write_task("old"), model="support.networks:make_network")
     before = {path: path.read_bytes() for path in network_checkpoint.rglob("*") if path.is_file()}
 
     def pushed(*options: str) -> tuple[str, str]:
