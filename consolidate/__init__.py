@@ -7,52 +7,52 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from consolidate.chain import load_penalty as load_penalty
-    from consolidate.chain import store_fisher as store_fisher
-    from consolidate.commands import fisher as fisher
-    from consolidate.estimators import FisherDiagonal as FisherDiagonal
-    from consolidate.estimators import fisher_diagonal as fisher_diagonal
-    from consolidate.evaluating import evaluate as evaluate
-    from consolidate.examples import Columns as Columns
-    from consolidate.finetuning import finetune as finetune
-    from consolidate.inspection import show as show
-    from consolidate.merging import ModelTensor as ModelTensor
-    from consolidate.merging import merge_models as merge_models
-    from consolidate.merging import merge_online as merge_online
-    from consolidate.merging import merge_separate as merge_separate
-    from consolidate.model_merging import merge as merge
-    from consolidate.overlap import fisher_overlap as fisher_overlap
-    from consolidate.penalty import Penalty as Penalty
-    from consolidate.publishing import push as push
-    from consolidate.reporting import report as report
-    from consolidate.running import run as run
-    from consolidate.trainer import penalty_callback as penalty_callback
-    from consolidate.verification import verify as verify
+    from consolidate.chain.tasks import load_penalty as load_penalty
+    from consolidate.chain.tasks import store_fisher as store_fisher
+    from consolidate.commands.evaluate import evaluate as evaluate
+    from consolidate.commands.finetune import finetune as finetune
+    from consolidate.commands.fisher import fisher as fisher
+    from consolidate.commands.merge import merge as merge
+    from consolidate.commands.push import push as push
+    from consolidate.commands.report import report as report
+    from consolidate.commands.run import run as run
+    from consolidate.commands.show import show as show
+    from consolidate.commands.verify import verify as verify
+    from consolidate.data.examples import Columns as Columns
+    from consolidate.estimation.estimators import FisherDiagonal as FisherDiagonal
+    from consolidate.estimation.estimators import fisher_diagonal as fisher_diagonal
+    from consolidate.ewc.merging import ModelTensor as ModelTensor
+    from consolidate.ewc.merging import merge_models as merge_models
+    from consolidate.ewc.merging import merge_online as merge_online
+    from consolidate.ewc.merging import merge_separate as merge_separate
+    from consolidate.ewc.overlap import fisher_overlap as fisher_overlap
+    from consolidate.ewc.penalty import Penalty as Penalty
+    from consolidate.training.trainer_callback import penalty_callback as penalty_callback
     from formats.fisher_folder import read_fisher as read_fisher
 
 _HOMES = {
-    "Columns": "consolidate.examples",
-    "FisherDiagonal": "consolidate.estimators",
-    "Penalty": "consolidate.penalty",
-    "evaluate": "consolidate.evaluating",
-    "finetune": "consolidate.finetuning",
-    "fisher": "consolidate.commands",
-    "fisher_diagonal": "consolidate.estimators",
-    "fisher_overlap": "consolidate.overlap",
-    "load_penalty": "consolidate.chain",
-    "ModelTensor": "consolidate.merging",
-    "merge": "consolidate.model_merging",
-    "merge_models": "consolidate.merging",
-    "merge_online": "consolidate.merging",
-    "merge_separate": "consolidate.merging",
-    "penalty_callback": "consolidate.trainer",
-    "push": "consolidate.publishing",
+    "Columns": "consolidate.data.examples",
+    "FisherDiagonal": "consolidate.estimation.estimators",
+    "Penalty": "consolidate.ewc.penalty",
+    "evaluate": "consolidate.commands.evaluate",
+    "finetune": "consolidate.commands.finetune",
+    "fisher": "consolidate.commands.fisher",
+    "fisher_diagonal": "consolidate.estimation.estimators",
+    "fisher_overlap": "consolidate.ewc.overlap",
+    "load_penalty": "consolidate.chain.tasks",
+    "ModelTensor": "consolidate.ewc.merging",
+    "merge": "consolidate.commands.merge",
+    "merge_models": "consolidate.ewc.merging",
+    "merge_online": "consolidate.ewc.merging",
+    "merge_separate": "consolidate.ewc.merging",
+    "penalty_callback": "consolidate.training.trainer_callback",
+    "push": "consolidate.commands.push",
     "read_fisher": "formats.fisher_folder",
-    "report": "consolidate.reporting",
-    "run": "consolidate.running",
-    "show": "consolidate.inspection",
-    "store_fisher": "consolidate.chain",
-    "verify": "consolidate.verification",
+    "report": "consolidate.commands.report",
+    "run": "consolidate.commands.run",
+    "show": "consolidate.commands.show",
+    "store_fisher": "consolidate.chain.tasks",
+    "verify": "consolidate.commands.verify",
 }
 __all__ = sorted(_HOMES)
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from consolidate import result_texts
 from consolidate.options import (
     BATCH_SIZE,
     COMMON,
@@ -39,14 +38,15 @@ from consolidate.options import (
     WEIGHTS,
     estimator_options,
 )
-from consolidate.result_texts import json_text, plain
-from consolidate.stopping import Terminated, ask
-from consolidate.torchrun import rank, stop_with_torchrun, world_size
+from consolidate.runtime.signals import Terminated, ask
+from consolidate.runtime.torchrun import rank, stop_with_torchrun, world_size
 from consolidate.training_options import ADAPTER, EVALUATION, HEAD, PENALTY, STRENGTH, TRAINING
+from consolidate.views import text as text_view
+from consolidate.views.text import json_text, plain
 from formats.errors import ConsolidateError, ForgettingError, InputError, PeerError
 
 if TYPE_CHECKING:
-    from consolidate.tracking import Tracker
+    from consolidate.views.mlflow import Tracker
 
 LOG = logging.getLogger("consolidate")
 
@@ -260,13 +260,14 @@ def fisher(checkpoint: str, json: bool, metrics: Path | None, mlflow: bool, **op
 
     Example: consolidate fisher my-model --data old-task.jsonl --task old
     """
-    from consolidate import commands, metrics_file
+    from consolidate.commands import fisher as fisher_command
+    from consolidate.views import metrics as metrics_view
 
     _flush_denormals()
     with _tracked(mlflow) as tracker:
-        result = commands.fisher(checkpoint, **_with_objects(options))
-        _report(result, metrics_file.fisher_metrics, metrics, tracker)
-    _write(result, json, result_texts.fisher_text)
+        result = fisher_command.fisher(checkpoint, **_with_objects(options))
+        _report(result, metrics_view.fisher_metrics, metrics, tracker)
+    _write(result, json, text_view.fisher_text)
 
 
 @cli.command()
@@ -318,12 +319,13 @@ def finetune(
     Example: consolidate finetune my-model --data new.jsonl --output-dir my-model-2
     --ewc-lambda 100
     """
-    from consolidate import finetuning, metrics_file
+    from consolidate.commands import finetune as finetune_command
+    from consolidate.views import metrics as metrics_view
 
     _flush_denormals()
     with _tracked(mlflow) as tracker:
         try:
-            result = finetuning.finetune(
+            result = finetune_command.finetune(
                 checkpoint,
                 evaluate=_named_data(evaluate, "--evaluate"),
                 validation=_named_data(validation, "--validation"),
@@ -331,12 +333,12 @@ def finetune(
                 **_with_objects(options),
             )
         except ForgettingError as error:
-            _report(error.result, metrics_file.finetune_metrics, metrics, tracker)
+            _report(error.result, metrics_view.finetune_metrics, metrics, tracker)
             told = {"exit_code": error.exit_code, "error": str(error)}
-            _write(error.result | told, json, result_texts.finetune_text)
+            _write(error.result | told, json, text_view.finetune_text)
             raise
-        _report(result, metrics_file.finetune_metrics, metrics, tracker)
-    _write(result, json, result_texts.finetune_text)
+        _report(result, metrics_view.finetune_metrics, metrics, tracker)
+    _write(result, json, text_view.finetune_text)
 
 
 @cli.command()
@@ -374,13 +376,14 @@ def evaluate(
 
     Example: consolidate evaluate my-model-2 --data old=old-test.jsonl --data new=new-test.jsonl
     """
-    from consolidate import evaluating, metrics_file
+    from consolidate.commands import evaluate as evaluate_command
+    from consolidate.views import metrics as metrics_view
 
     named = _named_data(data, "--data")
     with _tracked(mlflow) as tracker:
-        result = evaluating.evaluate(checkpoint, named, **_with_objects(options))
-        _report(result, metrics_file.evaluate_metrics, metrics, tracker)
-    _write(result, json, result_texts.metrics_text)
+        result = evaluate_command.evaluate(checkpoint, named, **_with_objects(options))
+        _report(result, metrics_view.evaluate_metrics, metrics, tracker)
+    _write(result, json, text_view.metrics_text)
 
 
 @cli.command()
@@ -402,9 +405,9 @@ def merge(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
 
     Example: consolidate merge my-model-a my-model-b --base my-model --output-dir my-model-ab
     """
-    from consolidate import model_merging
+    from consolidate.commands import merge as merge_command
 
-    _write(model_merging.merge(checkpoints, **options), json, result_texts.merge_text)
+    _write(merge_command.merge(checkpoints, **options), json, text_view.merge_text)
 
 
 @cli.command()
@@ -428,17 +431,18 @@ def run(run_file: Path, json: bool, metrics: Path | None, mlflow: bool, **option
 
     Example: consolidate run tasks.toml --dry-run
     """
-    from consolidate import metrics_file, running
+    from consolidate.commands import run as run_command
+    from consolidate.views import metrics as metrics_view
 
     _flush_denormals()
     with _tracked(mlflow) as tracker:
         try:
-            result = running.run(run_file, **options)
+            result = run_command.run(run_file, **options)
         except ForgettingError as error:
-            _report(error.result, metrics_file.finetune_metrics, metrics, tracker)
+            _report(error.result, metrics_view.finetune_metrics, metrics, tracker)
             raise
-        _report(result, metrics_file.run_metrics, metrics, tracker)
-    _write(result, json, result_texts.run_text)
+        _report(result, metrics_view.run_metrics, metrics, tracker)
+    _write(result, json, text_view.run_text)
 
 
 @cli.command()
@@ -478,8 +482,8 @@ def show(checkpoint: str, json: bool, markdown: bool, **options: Any) -> None:
     Of a repository on the Hub only the ledger and the headers of the Fisher are fetched; the traces
     are then those that the ledger recorded.
     """
-    from consolidate.inspection import show, show_text
-    from consolidate.markdown import show_markdown
+    from consolidate.commands.show import show, show_text
+    from consolidate.views.markdown import show_markdown
 
     if markdown and json:
         raise click.UsageError("--json and --markdown exclude each other")
@@ -510,9 +514,9 @@ def report(checkpoint: str, json: bool, **options: Any) -> None:
 
     Example: consolidate report my-model-2 --output report.html
     """
-    from consolidate import reporting
+    from consolidate.commands import report as report_command
 
-    result = reporting.report(checkpoint, **options)
+    result = report_command.report(checkpoint, **options)
     _write(result, json, lambda result: "\n".join([result["report"], *result["plots"]]))
 
 
@@ -537,9 +541,9 @@ def verify(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
     Also that the ledger fits together: its tasks, and the Fisher's traces with theirs. Of several
     checkpoints, as a run leaves them, each has to descend from the one before.
     """
-    from consolidate import verification
+    from consolidate.commands import verify as verify_command
 
-    _write(verification.verify(*checkpoints, **options), json, result_texts.verify_text)
+    _write(verify_command.verify(*checkpoints, **options), json, text_view.verify_text)
 
 
 @cli.command()
@@ -593,12 +597,12 @@ def push(checkpoint: str, repository: str, json: bool, **options: Any) -> None:
     """
     import torch
 
-    from consolidate import publishing
+    from consolidate.commands import push as push_command
 
     if options["fisher_dtype"] is not None:
         options["fisher_dtype"] = getattr(torch, options["fisher_dtype"])
-    result = publishing.push(checkpoint, repository, **options)
-    _write(result, json, publishing.push_text)
+    result = push_command.push(checkpoint, repository, **options)
+    _write(result, json, push_command.push_text)
 
 
 def _flush_denormals() -> None:
@@ -616,7 +620,7 @@ def _with_objects(options: dict[str, Any]) -> dict[str, Any]:
     """Turn what was typed into what the functions take: a Columns and torch.dtypes."""
     import torch
 
-    from consolidate.examples import Columns
+    from consolidate.data.examples import Columns
 
     given = {
         k.removesuffix("_column"): options.pop(k) for k in list(options) if k.endswith("_column")
@@ -636,7 +640,7 @@ def _write(result: dict[str, Any], json: bool, text: Callable[[dict[str, Any]], 
 
 def _tracked(mlflow: bool) -> AbstractContextManager["Tracker"]:
     """Track the present command, with what was typed or is so by default."""
-    from consolidate.tracking import tracked
+    from consolidate.views.mlflow import tracked
 
     context = click.get_current_context()
     typed = {k: v for k, v in context.params.items() if k not in ("json", "metrics", "mlflow")}
@@ -650,8 +654,8 @@ def _report(
     tracker: "Tracker",
 ) -> None:
     """Write the numbers of a result, and track them, before anything that prints it can fail."""
-    from consolidate.metrics_file import write_metrics
-    from consolidate.tracking import report
+    from consolidate.views.metrics import write_metrics
+    from consolidate.views.mlflow import report
 
     if rank() > 0:
         return

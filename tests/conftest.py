@@ -2,11 +2,12 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import loopback_hub
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from support import loopback_hub
 from support.networks import SIZES, make_network
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
-from consolidate import commands
+from consolidate.commands.fisher import fisher
 from formats.data import open_data
 from support.networks import Network, make_network
 
@@ -42,5 +42,5 @@ def normed(folder: Path, data: Path) -> Path:
     del state["again.weight"]
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text('{"sizes": [6, 8, 3]}')
-    commands.fisher(folder, data, model="support.networks:Network")
+    fisher(folder, data, model="support.networks:Network")
     return folder

@@ -5,9 +5,9 @@ import signal
 
 import pytest
 import torch
-from json_schema import check_json
 
 from consolidate.cli import main
+from support.json_schema import check_json
 
 MODEL = ("--model", "support.networks:make_network")
 

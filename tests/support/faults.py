@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import consolidate
-from consolidate import descent
+from consolidate.commands import finetune_run
 
 
 class Killed(BaseException):
@@ -15,34 +15,34 @@ class Killed(BaseException):
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
     """Break the next pass off once so many examples have been read."""
-    whole = consolidate.measuring.fisher_diagonal
+    whole = consolidate.commands.measurement.fisher_diagonal
 
     def broken(model: Any, batches: Any, *arguments: Any, **options: Any) -> Any:
         def read() -> Any:
             count = 0
             for inputs, labels in batches:
                 if count >= examples:
-                    monkeypatch.setattr(consolidate.measuring, "fisher_diagonal", whole)
+                    monkeypatch.setattr(consolidate.commands.measurement, "fisher_diagonal", whole)
                     raise Killed
                 count += len(labels)
                 yield inputs, labels
 
         return whole(model, read(), *arguments, **options)
 
-    monkeypatch.setattr(consolidate.measuring, "fisher_diagonal", broken)
+    monkeypatch.setattr(consolidate.commands.measurement, "fisher_diagonal", broken)
 
 
 def break_off(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Break the next training off after this step, when it has been kept if it was to be."""
-    whole = descent.train_epoch
+    whole = finetune_run.train_epoch
 
     def broken(*arguments: Any, on_step: Callable[[Any], None], **options: Any) -> int:
         def then_killed(done: Any) -> None:
             on_step(done)
             if done.step == step:
-                monkeypatch.setattr(descent, "train_epoch", whole)
+                monkeypatch.setattr(finetune_run, "train_epoch", whole)
                 raise Killed
 
         return whole(*arguments, on_step=then_killed, **options)
 
-    monkeypatch.setattr(descent, "train_epoch", broken)
+    monkeypatch.setattr(finetune_run, "train_epoch", broken)

@@ -1,0 +1,103 @@
+"""Outputs that are there already, whole, and made from the same: nothing is to be done."""
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from consolidate.chain.tasks import stored_fisher
+from formats.atomic import recover
+from formats.checkpoint import open_checkpoint
+from formats.errors import ConsolidateError
+from formats.fisher_folder import LEDGER_NAME, StoredFisher
+from formats.ledger import Ledger, read_ledger
+
+LOG = logging.getLogger("consolidate")
+
+
+class Output(NamedTuple):
+    """An output that says what it was made from.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        folder: Its Fisher folder.
+        made_from: Digest of all that the result depended on.
+    """
+
+    checkpoint: Path
+    folder: Path
+    made_from: str
+
+
+def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
+    """Find what a command has left, as far as its ledger says what it was made from.
+
+    Args:
+        checkpoint: The folder; it need not exist.
+        merged: Whether models were merged, and not a task learned or measured.
+    """
+    for target in (checkpoint, checkpoint / "fisher"):
+        recover(target)
+    folder = checkpoint / "fisher"
+    try:
+        ledger = read_ledger(folder / LEDGER_NAME)
+    except ConsolidateError:
+        return None
+    if merged:
+        told = ledger.made_from
+    else:
+        told = None if ledger.made_from is not None else ledger.tasks[-1].made_from
+    return None if told is None else Output(checkpoint, folder, told)
+
+
+def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher | None:
+    """Tell whether an output is what a command would make again.
+
+    Args:
+        output: What is there.
+        made_from: Gives the digest of all that the result would depend on.
+
+    Returns:
+        Its Fisher, after every byte of it and of the weights was compared with the ledger; None
+        where it was made from something else, or is damaged.
+    """
+    if output is None or output.made_from != made_from():
+        return None
+    try:
+        stored = stored_fisher(output.folder, open_checkpoint(output.checkpoint))
+    except ConsolidateError as error:
+        LOG.info("%s was made from the same, but is not whole: %s", output.checkpoint, error)
+        return None
+    LOG.info(
+        "%s is there already, made from the same, and nothing is done: --force does it anew",
+        output.checkpoint,
+    )
+    return stored
+
+
+def recorded_fisher(ledger: Ledger) -> dict[str, Any]:
+    """Give what a ledger knows of its last task's Fisher, as `fisher_summary` does.
+
+    Args:
+        ledger: The ledger.
+
+    Returns:
+        By layer the trace; how certain it is was not recorded.
+    """
+    task = ledger.tasks[-1]
+    return {
+        "task": task.name,
+        "weight": task.weight,
+        "merge_rule": ledger.merge_rule,
+        "gamma": ledger.gamma,
+        "estimator": task.estimator,
+        "examples": task.examples,
+        "units": task.units,
+        "parameters": sum(math.prod(ledger.fisher[name].shape) for name in task.layers),
+        "trace": math.fsum(layer.trace for layer in task.layers.values()),
+        "layers": {
+            name: {"trace": layer.trace, "relative_error": None}
+            for name, layer in task.layers.items()
+        },
+    }

@@ -1,0 +1,481 @@
+"""Output layers of tasks ("heads") and vocabularies: fresh ones, wider ones, earlier ones put back.
+
+With a head per task the trunk is shared and protected, and the heads of earlier tasks lie in
+``fisher/heads/``, one file for each task whose head is no longer in the weights.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from consolidate.chain.tasks import Chain
+from consolidate.data.examples import (
+    Columns,
+    label_column,
+    label_names,
+    label_values,
+    matched_label,
+)
+from consolidate.models.architectures import relabelled
+from consolidate.models.loading import Model, file_weights
+from formats.checkpoint import Checkpoint
+from formats.errors import InputError, UsageError
+from formats.ledger import Ledger
+from formats.rows import Rows
+from formats.tensors import Overlaid, shape_of
+
+LOG = logging.getLogger("consolidate")
+HEADS = ("keep", "new", "extend")
+
+Load = Callable[..., Model]
+"""`load_model` with its options: takes a checkpoint and maybe ``new_labels`` or ``objective``."""
+
+
+@dataclass(frozen=True)
+class FittedChain:
+    """A chain as the model to be trained has a place for it; see `Chain`."""
+
+    ledger: Ledger
+    fisher: Mapping[str, Tensor]
+    anchor: Mapping[str, Tensor] | None
+    heads: Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A model that has an output for every label and a row for every token of the new task.
+
+    Attributes:
+        model: Its checkpoint's weights are what training starts from, fresh rows included.
+        before: The chain so far, of the model's shapes.
+        free: By name in the weights file, the first row that no earlier task has a part in.
+    """
+
+    model: Model
+    before: Chain | None
+    free: dict[str, int]
+
+
+def fit_model(
+    load: Load,
+    source: Checkpoint,
+    before: Chain | None,
+    rows: Rows,
+    columns: Columns,
+    *,
+    head: str = "keep",
+    patterns: Sequence[str] = (),
+    new_labels: Sequence[str] | None = None,
+) -> Fitted:
+    """Load a model for a new task, with the output layer and the vocabulary that the task needs.
+
+    Args:
+        load: Loads a checkpoint.
+        source: The checkpoint.
+        before: The chain so far.
+        rows: The new task's data.
+        columns: Where its labels are.
+        head: ``keep`` demands that the model knows the labels; ``new`` puts the head aside for
+            the tasks that use it and makes a fresh one; ``extend`` adds rows for new labels.
+        patterns: Of the head's parameters; see `head_tensors`.
+        new_labels: Of a checkpoint that has no head yet.
+
+    Returns:
+        The model, and the chain without Λ and μ of what is fresh: a new head is in neither, new
+        rows have Λ = 0.
+
+    Raises:
+        InputError: The data has labels that the model lacks, or no such head can be made.
+        UsageError: The objective has no labels, or the head cannot be told from the trunk.
+    """
+    if source.adapter is not None and head != "keep":
+        raise UsageError(f"--head {head} needs a whole model, and {source.path} is an adapter")
+    model = load(source, new_labels=new_labels)
+    fitted = _with_wider_vocabulary(load, Fitted(model, before, {}), new_labels)
+    model = fitted.model
+    if new_labels is not None:
+        return fitted
+    if head == "keep":
+        _check_labels(rows, model, columns)
+        return fitted
+    if model.objective.language or (head == "extend" and not model.objective.has_labels):
+        raise UsageError(f"--head {head} has no meaning for {model.objective.name}: no labels")
+    tensors = head_tensors(model, patterns)
+    if head == "new":
+        return _with_new_head(load, fitted, tensors, _new_names(rows, model, columns))
+    known = _known(model, tensors)
+    found = label_values(rows, model.objective.name, columns, used=True)
+    lacking = [name for name in found if matched_label(name, known) is None]
+    if not lacking:
+        LOG.info("the output layer has all labels of %s: nothing to extend", rows.name)
+        return fitted
+    return _with_wider_head(load, fitted, tensors, [*known, *lacking])
+
+
+def head_tensors(model: Model, patterns: Sequence[str] = ()) -> list[str]:
+    """Name the tensors of the output layer.
+
+    Of a transformers model they are all parameters outside its base model. Of another module they
+    are those of its last module, in the order of its definition, that has parameters of its own.
+
+    Args:
+        model: A loaded model.
+        patterns: Glob patterns of parameters, by module or file name, to be taken instead.
+
+    Returns:
+        Names in the weights file, in its order.
+
+    Raises:
+        UsageError: A pattern matches nothing, or the last module is no layer of one row an outcome.
+        InputError: A tensor of the file holds a part of the head and a part of the trunk.
+    """
+    module, layout = model.module, model.layout
+    names = {name for name, _ in module.named_parameters()}
+    if patterns:
+        chosen = set()
+        for pattern in patterns:
+            matched = {
+                name
+                for name in names
+                if any(fnmatchcase(n, pattern) for n in (name, *layout.file_names(name)))
+            }
+            if not matched:
+                raise UsageError(f"--head-parameters {pattern} matches no parameter")
+            chosen |= matched
+    elif isinstance(base := getattr(module, "base_model", None), nn.Module):
+        body = {id(parameter) for parameter in base.parameters()}
+        chosen = {name for name, p in module.named_parameters() if id(p) not in body}
+    else:
+        chosen = _last_layer(module)
+    files = {file for name in chosen for file in layout.file_names(name)}
+    for file in files:
+        if rest := [name for name in layout.module_names(file) if name not in chosen]:
+            raise InputError(
+                f"{model.checkpoint.path}: {file} holds a part of the output layer and {rest[0]}: "
+                "they cannot be kept apart"
+            )
+    return [name for name in [*model.checkpoint.weights, *layout.fresh] if name in files]
+
+
+def with_head_of(load: Load, source: Checkpoint, chain: Chain, task: str) -> Model:
+    """Load a checkpoint with the head that an earlier task had, which was put aside.
+
+    Args:
+        load: Loads a checkpoint.
+        source: The checkpoint: its trunk is taken as it is.
+        chain: Whose ``heads`` has the task.
+        task: The task's name.
+
+    Returns:
+        The model, with the task's objective and the head's labels; every tensor of the head is
+        the stored one, bit for bit.
+
+    Raises:
+        InputError: The head is not of this architecture.
+    """
+    head = chain.heads[task]
+    for name in head:
+        if name not in source.weights:
+            raise InputError(
+                f"{source.path} has no tensor {name!r}, which the output layer of {task!r} has"
+            )
+    records = {record.name: record for record in chain.ledger.tasks}
+    # Tasks that shared the head up to when it was put aside: the last one knew all of its labels.
+    names = next(
+        (
+            records[other].labels
+            for other in reversed(list(records))
+            if other in chain.heads and _equal(chain.heads[other], head)
+        ),
+        records[task].labels,
+    )
+    if names is None and (count := _outcomes(head, source)) is not None:
+        names = [f"LABEL_{i}" for i in range(count)]
+    return load(
+        replace(
+            source,
+            weights=Overlaid(source.weights, replaced=head),
+            config=source.config if names is None else relabelled(source.config, names),
+        ),
+        objective=records[task].objective,
+    )
+
+
+def models_of_tasks(
+    load: Load, model: Model, chain: Chain, tasks: Mapping[str, str]
+) -> dict[str, Model]:
+    """Load a model again with each head that was put aside, on the trunk that is there.
+
+    Args:
+        load: Loads a checkpoint.
+        model: With the trunk, whose memory they share: they follow it where it is trained.
+        chain: With the heads.
+        tasks: By the name of what is measured, the name of a task, maybe of none in the chain.
+
+    Returns:
+        By the name of what is measured; none where the head in the weights is the one to use.
+    """
+    used = [task for task in dict.fromkeys(tasks.values()) if task in chain.heads]
+    models = {}
+    for task in used:
+        models[task] = with_head_of(load, model.checkpoint, chain, task)
+        _share_trunk(model, models[task], chain.heads[task])
+    return {name: models[task] for name, task in tasks.items() if task in models}
+
+
+def _share_trunk(model: Model, other: Model, head: Mapping[str, Tensor]) -> None:
+    own = {name for file in head for name in other.layout.module_names(file)}
+    trunk = model.module.state_dict(keep_vars=True)
+    for name, tensor in other.module.state_dict(keep_vars=True).items():
+        # Two dtypes only where nothing is trained and the files mix them: the values are the same.
+        if other.layout.canonical(name) not in own and tensor.dtype == trunk[name].dtype:
+            tensor.data = trunk[name].data
+
+
+def _last_layer(module: nn.Module) -> set[str]:
+    owners = [
+        (prefix, dict(layer.named_parameters(prefix, recurse=False)))
+        for prefix, layer in module.named_modules()
+    ]
+    prefix, parameters = next(
+        (owner for owner in reversed(owners) if owner[1]), ("", dict[str, nn.Parameter]())
+    )
+    shapes = [tuple(parameter.shape) for parameter in parameters.values()]
+    if len({shape[:1] for shape in shapes}) != 1 or all(len(shape) < 2 for shape in shapes):
+        raise UsageError(
+            f"the last module with parameters of its own is {prefix or 'the model itself'} "
+            f"({', '.join(parameters)}), which is no layer with a row for each outcome: name the "
+            "output layer's with --head-parameters PATTERN"
+        )
+    return set(parameters)
+
+
+def _new_names(rows: Rows, model: Model, columns: Columns) -> list[str]:
+    if model.objective.name == "regression":
+        return label_names(rows, "regression", columns)
+    return label_values(rows, model.objective.name, columns)
+
+
+def _known(model: Model, head: Sequence[str]) -> list[str]:
+    """Give the model's labels: their names, or numbers where they have none."""
+    count = model.outputs or shape_of(model.checkpoint.weights, head[-1])[0]
+    return model.labels or [str(i) for i in range(count)]
+
+
+def _check_labels(rows: Rows, model: Model, columns: Columns) -> None:
+    """Refuse data with labels that the model does not know by name."""
+    if not model.objective.has_labels or model.objective.name == "multi-label":
+        return  # a row of zeros and ones has no names
+    try:
+        known = _known(model, head_tensors(model))
+    except UsageError:
+        return  # the numbers are held against the model's outputs while they are encoded
+    found = label_values(rows, model.objective.name, columns, used=True)
+    stated = rows.label_names(label_column(rows, columns, model.objective.name))
+    if stated is not None and model.labels is None and len(stated) == len(known):
+        return  # classes in the data's order, as is said while they are encoded
+    if lacking := [name for name in found if matched_label(name, known) is None]:
+        raise InputError(
+            f"{rows.name} has labels that the model lacks ({_listed(lacking)}). Labels of the "
+            f"data: {_listed(found)}; of the model: {_listed(known)}. With --head new the task "
+            "gets an output layer of its own, with --head extend the model's is widened"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+
+
+def _with_new_head(load: Load, fitted: Fitted, head: list[str], names: list[str]) -> Fitted:
+    model, before = fitted.model, fitted.before
+    source = model.checkpoint
+    fresh = _with_fresh_head(load, model, head, names)
+    made = file_weights(fresh)
+    values = {name: made[name].cpu().to(source.weights[name].dtype, copy=True) for name in head}
+    fresh = _starting_from(fresh, fitted.model, values)
+    if before is None:
+        LOG.info("the output layer so far is not kept, since no task of a ledger uses it")
+        return replace(fitted, model=fresh)
+    put_aside = {name: source.weights[name] for name in head}
+    users = [task.name for task in before.ledger.tasks if task.name not in before.heads]
+    LOG.info(
+        "new output layer (%s) for %s; that of %s is kept in fisher/heads",
+        ", ".join(head),
+        ", ".join(names) or "one number",
+        ", ".join(users),
+    )
+    offset = before.ledger.penalty_offset
+    anchor = before.anchor
+    if anchor is not None:
+        # The head no longer moves, and with it this part of the tasks' penalties.
+        offset += 0.5 * math.fsum(
+            float((before.fisher[n].double() * (put_aside[n].double() - anchor[n]) ** 2).sum())
+            for n in head
+            if n in before.fisher
+        )
+        anchor = Overlaid(anchor, without=head)
+    chain = FittedChain(
+        replace(before.ledger, penalty_offset=offset),
+        Overlaid(before.fisher, without=head),
+        anchor,
+        {**before.heads, **dict.fromkeys(users, put_aside)},
+    )
+    return Fitted(fresh, chain, {**fitted.free, **dict.fromkeys(head, 0)})
+
+
+def _with_wider_head(load: Load, fitted: Fitted, head: list[str], names: list[str]) -> Fitted:
+    source = fitted.model.checkpoint
+    wide = _with_fresh_head(load, fitted.model, head, names)
+    made = file_weights(wide)
+    values = {}
+    for name in head:
+        old = source.weights[name]
+        new = made[name].cpu().to(old.dtype, copy=True)
+        if new.shape[1:] != old.shape[1:] or len(new) < len(old):
+            raise InputError(
+                f"{source.path}: {name} of shape {list(old.shape)} cannot be widened to "
+                f"{list(new.shape)}: use --head new"
+            )
+        new[: len(old)] = old
+        values[name] = new
+    wide = _starting_from(wide, fitted.model, values)
+    state = wide.module.state_dict()
+    with torch.no_grad():
+        for name, tensor in wide.layout.to_module(values).items():
+            state[name].copy_(tensor)
+    rows = {n: len(source.weights[n]) for n in head if len(values[n]) > len(source.weights[n])}
+    count = len(fitted.model.labels or []) or min(rows.values())
+    LOG.info("output layer widened (%s) by %s", ", ".join(rows), ", ".join(names[count:]))
+    return Fitted(wide, _padded(fitted.before, values, rows), {**fitted.free, **rows})
+
+
+def _with_fresh_head(load: Load, model: Model, head: list[str], names: list[str]) -> Model:
+    """Load a model's checkpoint without its head, so that one is made afresh."""
+    source = model.checkpoint
+    objective = model.objective.name  # the number of labels must not decide it anew
+    bare = replace(
+        source,
+        weights=Overlaid(source.weights, without=head),
+        config=relabelled(source.config, names),
+    )
+    model = load(bare, new_labels=names, objective=objective)
+    if set(model.layout.fresh) != set(head):
+        other = sorted(set(model.layout.fresh) ^ set(head))[0]
+        raise InputError(f"{source.path}: with new labels the model differs in {other} as well")
+    found = {shape[0] for name, shape in _shapes(model, head).items() if shape}
+    if (wanted := len(names) or 1) not in found:
+        raise InputError(
+            f"{source.path}: {wanted} outputs are needed, for {_listed(names)}, and the model is "
+            f"made with {max(found)}: its factory has to read num_labels from config.json, which "
+            "is set where it is there"
+        )
+    return model
+
+
+def _shapes(model: Model, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    made = file_weights(model)
+    return {name: tuple(made[name].shape) for name in names}
+
+
+def _starting_from(model: Model, before: Model, values: Mapping[str, Tensor]) -> Model:
+    """Give the model the checkpoint that it would have been loaded from, in the file's order."""
+    weights = Overlaid(before.checkpoint.weights, replaced=values)
+    checkpoint = replace(model.checkpoint, weights=weights)
+    return replace(model, checkpoint=checkpoint, notes=before.notes)
+
+
+def _padded(
+    chain: Chain | None, weights: Mapping[str, Tensor], rows: Mapping[str, int]
+) -> Chain | None:
+    """Give Λ zeros and μ the weights' values in rows that are new, from `rows` on."""
+    if chain is None:
+        return None
+    wider = {}
+    anchors = {}
+    for name, count in rows.items():
+        if name in chain.fisher:
+            old = chain.fisher[name]
+            wider[name] = old.new_zeros(weights[name].shape)
+            wider[name][:count] = old
+            if chain.anchor is not None:
+                anchors[name] = weights[name].to(torch.float32, copy=True)
+                anchors[name][:count] = chain.anchor[name]
+    return FittedChain(
+        chain.ledger,
+        Overlaid(chain.fisher, replaced=wider),
+        None if chain.anchor is None else Overlaid(chain.anchor, replaced=anchors),
+        chain.heads,
+    )
+
+
+def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str] | None) -> Fitted:
+    """Add rows for tokens that the tokenizer has and the embedding lacks, as the mean of the old.
+
+    As transformers' `resize_token_embeddings` does, in the output layer over the vocabulary too.
+    """
+    model = fitted.model
+    if model.objective.modality != "text" or model.processor is None:
+        return fitted
+    module: Any = model.module
+    embedding = module.get_input_embeddings().weight
+    count, wanted = len(embedding), len(model.processor)
+    if wanted <= count:
+        return fitted
+    output = module.get_output_embeddings()
+    parts = {id(embedding), *(id(p) for p in ([] if output is None else output.parameters()))}
+    layout, source = model.layout, model.checkpoint
+    if source.adapter is not None:
+        raise InputError(
+            f"{source.path}: the tokenizer has {wanted} tokens and the base model {count}, and an "
+            "adapter has no rows for them: use the tokenizer of the base model"
+        )
+    files = {
+        file
+        for name, p in module.named_parameters()
+        if id(p) in parts and len(p) == count
+        for file in layout.file_names(name)
+    }
+    files |= {second for second, first in layout.duplicates.items() if first in files}
+    values = {}
+    for name in files:
+        old = source.weights[name]
+        mean = old.float().mean(0, keepdim=True).to(old.dtype)
+        values[name] = torch.cat([old, mean.expand(wanted - count, *old.shape[1:])])
+    LOG.info(
+        "the tokenizer has %d tokens and the embedding %d rows: %s widened by the mean of the rows",
+        wanted,
+        count,
+        ", ".join(sorted(files)),
+    )
+    config = dict(source.config)
+    inner = config.get("text_config")
+    if "vocab_size" not in config and isinstance(inner, dict):
+        config["text_config"] = inner | {"vocab_size": wanted}
+    else:
+        config["vocab_size"] = wanted
+    wide = replace(source, weights=Overlaid(source.weights, replaced=values), config=config)
+    rows = dict.fromkeys(files, count)
+    before = _padded(fitted.before, values, rows)
+    return Fitted(load(wide, new_labels=new_labels), before, {**fitted.free, **rows})
+
+
+def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _outcomes(head: Mapping[str, Tensor], source: Checkpoint) -> int | None:
+    """Tell how many outcomes a head without label names has; None where nothing says so."""
+    for name in head:
+        if shape_of(head, name) != shape_of(source.weights, name):
+            return shape_of(head, name)[0]
+    labels = source.config.get("id2label")
+    count = source.config.get("num_labels")
+    if isinstance(labels, dict | list) and labels:
+        return len(labels)
+    return count if isinstance(count, int) else None

@@ -1,0 +1,192 @@
+"""What several processes keep of their work: by the first for all, or each its own part.
+
+Where each process has the whole model, the first one keeps what all have, and what only one has,
+such as its random numbers, is sent to it. Parts of a pass for the Fisher are kept by each process
+when it is time for it. Where each has a shard, all keep theirs at the same moment: a set, whose
+parts bear the same mark. One that was begun and not ended counts for nothing; the one before it is
+there until all parts of it are.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from consolidate.runtime.distributed import from_all, from_first, is_first, place_in, summed
+from formats.atomic import partial_path
+from formats.errors import InputError
+from formats.partial_work import (
+    StoredWork,
+    discard_prepared,
+    prepare_partial,
+    publish_partial,
+    read_partial,
+    read_prepared,
+    read_published,
+)
+
+_OF_PROCESS = "process-"
+_MARK = "set"
+_PASS, _OF_A_PASS = "pass/", ("levels", "most")
+
+
+def gather_own(
+    tensors: Mapping[str, Tensor], own: tuple[str, ...], group: ProcessGroup | None
+) -> dict[str, Tensor]:
+    """Give the first process what the others alone have, beside what all have.
+
+    Args:
+        tensors: Of this process, under the same names in each.
+        own: What the names of those begin with that may differ between processes.
+        group: The processes, all of which ask; None for one alone.
+
+    Returns:
+        In the first process its tensors, and the others' under ``process-1/NAME`` and so on.
+    """
+    found = dict(tensors)
+    number, size = place_in(group)
+    if size == 1:
+        return found
+    for name, tensor in tensors.items():
+        if not name.startswith(own) or not tensor.numel():
+            continue
+        sent = _bytes(tensor)
+        parts = [torch.empty_like(sent) for _ in range(size)] if number == 0 else None
+        dist.gather(sent, parts, 0, group=group)
+        for other, part in enumerate(parts or ()):
+            if other:
+                values = part.view(tensor.dtype).view(tensor.shape)
+                found[f"{_OF_PROCESS}{other}/{name}"] = values
+    return found
+
+
+def start_with_first(own: StoredWork | None, group: ProcessGroup | None) -> StoredWork | None:
+    """Begin with what the first process kept for all, and with this one's part of a pass.
+
+    Args:
+        own: What this process kept.
+        group: The processes, all of which ask; None for one alone.
+
+    Returns:
+        Where this process goes on; None where nothing was kept for it.
+    """
+    if group is None:
+        return own
+    common = _from_first(own, group)
+    if own is None or is_first(group):
+        return own if is_first(group) else common
+    mark = None if common is None else common.state.get("trained")
+    if own.state.get("trained") != mark:  # it is of other weights
+        return common
+    if common is None:
+        return own
+    return StoredWork({**common.tensors, **own.tensors}, {**common.state, **own.state}, own.command)
+
+
+def start_with_set(
+    target: Path, check: Callable[[StoredWork | None], object], group: ProcessGroup | None
+) -> StoredWork | None:
+    """Begin with this process's part of the newest set of which every process has its part.
+
+    Args:
+        target: The folder that the command will write.
+        check: Refuses what is not of this command.
+        group: The processes, all of which ask.
+
+    Returns:
+        The part; None where no set was ever kept.
+
+    Raises:
+        InputError: Parts of sets are there, and no set is whole.
+    """
+    process = place_in(group)[0]
+    marks = []
+    for part in (read_published(target, process), read_prepared(target, process)):
+        check(part)
+        marks.append(0 if part is None else int(part.state.get(_MARK, 0)))
+    everywhere = from_all(marks, group)
+    whole = set.intersection(*map(set, everywhere)) - {0}
+    if not whole:
+        if any(published for published, _ in everywhere):
+            raise InputError(
+                f"{partial_path(target)} and its like do not belong together, as not every process "
+                "has its part of one moment: put them back, or --restart throws them away"
+            )
+        return None
+    if max(whole) != marks[0]:
+        publish_partial(target, process)
+    return read_partial(target, process)
+
+
+def write_set(
+    target: Path,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    command: Mapping[str, Any],
+    check: Callable[[], None],
+    group: ProcessGroup | None,
+) -> None:
+    """Keep a set of parts: this process's, while the others keep theirs.
+
+    Args:
+        target: The folder that the command will write.
+        tensors: Of this process.
+        state: How far the work is, as JSON.
+        command: Everything that the result depends on, as JSON.
+        check: Raises an InputError where there is no room.
+        group: The processes.
+
+    Raises:
+        InputError: A part cannot be kept, and so none is.
+        OSError: This process's place cannot be written.
+    """
+    process = place_in(group)[0]
+    mark = from_first(time.time_ns(), group)
+    failure: InputError | OSError | None = None
+    try:
+        check()
+        prepare_partial(target, tensors, {**state, _MARK: mark}, command, process)
+    except (InputError, OSError) as error:
+        failure = error
+    if summed(group, failure is not None)[0]:
+        discard_prepared(target, process)
+        raise failure or InputError("another process cannot keep its part")
+    publish_partial(target, process)
+
+
+def _from_first(stored: StoredWork | None, group: ProcessGroup) -> StoredWork | None:
+    """Give every process what the first one kept, but for its part of a pass."""
+    number = place_in(group)[0]
+    own: dict[str, Tensor] = {}
+    said = None
+    if stored is not None and number == 0:
+        own = {n: t for n, t in stored.tensors.items() if not n.startswith(_PASS)}
+        listed = [[n, list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in own.items()]
+        state = {n: v for n, v in stored.state.items() if n not in _OF_A_PASS}
+        said = [listed, state, stored.command]
+    said = from_first(said, group)
+    if said is None:
+        return None
+    listed, state, command = said
+    received: dict[str, Tensor] = {}
+    for name, shape, dtype in listed:
+        values = own[name] if number == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
+        if values.numel():
+            dist.broadcast(_bytes(values), 0, group=group)
+        received[name] = values
+    for name in [name for name in received if name.startswith(_OF_PROCESS)]:
+        values = received.pop(name)
+        process, _, inside = name.removeprefix(_OF_PROCESS).partition("/")
+        if int(process) == number:
+            received[inside] = values
+    return StoredWork(received, state, command)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Give the bytes of a tensor on the CPU, in its own memory if it lies there in one piece."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)

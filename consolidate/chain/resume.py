@@ -1,0 +1,303 @@
+"""What is kept of long work beside its target, so that the same command can go on with it."""
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from consolidate.chain.fingerprint import changes, plain
+from consolidate.chain.rank_progress import gather_own, start_with_first, start_with_set, write_set
+from consolidate.estimation.passes import PartialPass
+from consolidate.runtime import signals
+from consolidate.runtime.distributed import place_in, summed
+from consolidate.training.state import OWN
+from formats.atomic import partial_path
+from formats.errors import InputError
+from formats.partial_work import (
+    StoredWork,
+    read_partial,
+    read_published,
+    remove_partial,
+    write_partial,
+)
+
+LOG = logging.getLogger("consolidate")
+
+
+class KeptWork:
+    """What is kept of a command's work beside its target."""
+
+    def __init__(
+        self,
+        target: Path,
+        description: Callable[[], Mapping[str, Any]],
+        *,
+        every: float,
+        result_bytes: int,
+        restart: bool = False,
+        group: ProcessGroup | None = None,
+        shard: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Prepare to keep work.
+
+        Args:
+            target: The folder that the command will write.
+            description: Gives what the result depends on, JSON-ready; called when something is
+                kept, or was.
+            every: Seconds between two times.
+            result_bytes: What the command will write; nothing is kept that would leave less room.
+            restart: Throw away what was kept.
+            group: The processes that work together.
+            shard: Whether each of them holds a shard, so that all keep theirs at one moment.
+            clock: Gives the time in seconds.
+        """
+        self._target = target
+        self._command = cache(lambda: plain(description()))
+        self._every = every
+        self._result_bytes = result_bytes
+        self._clock = clock
+        self._last = clock()
+        self._process = place_in(group)[0]
+        self.group = group
+        self.shard = shard
+        self._now = False
+        self._stop: tuple[float, float] = (0, 0)
+        if restart:
+            remove_partial(target, self._process)
+
+    def start(self) -> StoredWork | None:
+        """Return where work of the same command was broken off; None where none was.
+
+        Raises:
+            InputError: Something else was kept; the message says what differs.
+        """
+        if self.shard:
+            return start_with_set(self._target, self._refuse_others, self.group)
+        stored = read_partial(self._target, self._process)
+        self._refuse_others(stored)
+        return start_with_first(stored, self.group)
+
+    def settle(self, *numbers: float) -> list[float]:
+        """Settle whether to keep what was done, and whether to stop: alike in all processes.
+
+        Args:
+            numbers: Others that are summed over the processes on this occasion.
+
+        Returns:
+            Their sums.
+        """
+        *sums, late, interrupted, terminated = summed(
+            self.group, *numbers, self._process == 0 and self._late(), *signals.wishes()
+        )
+        self._take(bool(late), (interrupted, terminated))
+        return sums
+
+    def settle_alone(self) -> None:
+        """Settle the same for this process, whatever the others do."""
+        self._take(self._late(), signals.wishes())
+
+    def due(self) -> bool:
+        """Say whether it was settled to keep what was done, by the clock or because of a stop."""
+        return self._now
+
+    def asked(self) -> bool:
+        """Say whether it was settled to stop."""
+        return any(self._stop)
+
+    def keep(
+        self,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        what: str,
+        *,
+        own: bool = False,
+    ) -> None:
+        """Keep this; where that fails the work goes on, and nothing more is kept.
+
+        Args:
+            tensors: What was computed so far.
+            state: How far the work is, JSON-ready.
+            what: The word for the work in a note.
+            own: Whether each process keeps its own, and not the first one for all.
+        """
+        if self._every == math.inf or not (own or self.shard or self._process == 0):
+            return
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        command = self._command()
+        try:
+            if self.shard:
+                room = partial(self._leave_room, size, what)
+                write_set(self._target, tensors, state, command, room, self.group)
+            else:
+                self._leave_room(size, what)
+                write_partial(self._target, tensors, state, command, self._process)
+        except (InputError, OSError) as error:
+            LOG.info("what was done so far cannot be kept, and the %s goes on: %s", what, error)
+            self._every = math.inf
+        self._last = self._clock()
+
+    def can_keep(self, stop: BaseException, *, gathers: bool = False) -> bool:
+        """Say whether what was done can be kept where a stop has come.
+
+        Args:
+            stop: What was raised; where not all processes stop, only what the first has can be.
+            gathers: Whether the others have to send it theirs.
+        """
+        together = self.group is None or signals.stopped_together(stop)
+        return together or not (gathers or self.shard)
+
+    def stop_if_asked(self, where: str) -> None:
+        """Stop where work can go on, if that was settled, and say so.
+
+        Args:
+            where: How far the work is, such as ``after step 3 of 10``.
+        """
+        if self.asked():
+            how = "the same command goes on from there" if self._every < math.inf else "not kept"
+            LOG.info("stopped %s: %s", where, how)
+        signals.stop_together(*self._stop)
+
+    def remove(self) -> None:
+        """Throw away what was kept, once the result is written."""
+        remove_partial(self._target, self._process)
+
+    def remove_own(self) -> None:
+        """Throw away what was kept if it is of this command, whose result is there."""
+        with suppress(InputError):
+            stored = read_published(self._target, self._process)
+            self._refuse_others(stored)
+            if stored is not None:
+                self.remove()
+
+    def _refuse_others(self, stored: StoredWork | None) -> None:
+        if stored is not None and (changed := changes(stored.command, self._command())):
+            path = partial_path(self._target, self._process)
+            raise InputError(
+                f"{path} is of a run that was broken off, but not of this one ({changed}): start "
+                "that command again, or --restart throws it away"
+            )
+
+    def _late(self) -> bool:
+        return self._clock() - self._last >= self._every
+
+    def _take(self, late: bool, stop: tuple[float, float]) -> None:
+        self._now = late or any(stop)
+        self._stop = stop
+
+    def _leave_room(self, size: int, what: str) -> None:
+        path = partial_path(self._target, self._process)
+        place = next(folder for folder in path.parents if folder.exists())
+        replaced = path.stat().st_size if path.is_file() else 0
+        among = self.group if self.shard else None
+        size, replaced = (int(bytes_) for bytes_ in summed(among, size, replaced))
+        free = shutil.disk_usage(place).free + replaced
+        if free < size + self._result_bytes:
+            raise InputError(
+                f"{place} has room for {free:,} bytes, and beside the {size:,} of the half-done "
+                f"{what} the result needs {self._result_bytes:,}"
+            )
+
+
+class KeptTraining:
+    """A training, as part of a command's work."""
+
+    def __init__(self, work: KeptWork, found: StoredWork | None, state: Mapping[str, Any]):
+        """Prepare to keep a training.
+
+        Args:
+            work: Where it is kept.
+            found: What was kept of it.
+            state: What is kept beside it, JSON-ready; looked at whenever something is kept.
+        """
+        self._work = work
+        self._found = found
+        self._state = state
+        self.settle = work.settle
+        self.due = work.due
+        self.asked = work.asked
+        self.can_keep = partial(work.can_keep, gathers=True)
+        self.stop_if_asked = work.stop_if_asked
+
+    def start(self) -> StoredWork | None:
+        """Return where the training was broken off; None where it was not begun."""
+        found, self._found = self._found, None
+        return found if found is not None and "training" in found.state else None
+
+    def keep(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Keep the state of the training."""
+        if not self._work.shard:
+            tensors = gather_own(tensors, OWN, self._work.group)
+        self._work.keep(tensors, {**self._state, "training": numbers}, "training")
+
+
+class KeptPass:
+    """A pass over data for the Fisher, as part of a command's work."""
+
+    def __init__(
+        self,
+        work: KeptWork,
+        found: StoredWork | None,
+        tensors: Mapping[str, Tensor] | None = None,
+        state: Mapping[str, Any] | None = None,
+    ):
+        """Prepare to keep a pass.
+
+        Args:
+            work: Where it is kept.
+            found: What was kept of it.
+            tensors: What is kept beside it: what was done before the pass.
+            state: Likewise.
+        """
+        self._work = work
+        self._found = found
+        self._tensors = dict(tensors or {})
+        self._state = dict(state or {})
+        if not work.shard and place_in(work.group)[0] > 0:  # the first keeps what is before it
+            self._tensors = {}
+            self._state = {name: v for name, v in self._state.items() if name == "trained"}
+        self._has_kept = found is not None and "levels" in found.state
+
+    def start(self) -> PartialPass | None:
+        """Return where the pass was broken off; None where it was not begun."""
+        found, self._found = self._found, None
+        if found is None or "levels" not in found.state:
+            return None
+        tensors = {
+            name.removeprefix("pass/"): tensor
+            for name, tensor in found.tensors.items()
+            if name.startswith("pass/")
+        }
+        return PartialPass(tensors, found.state["levels"], found.state["most"])
+
+    def keep(self, partial: PartialPass) -> None:
+        """Keep this if it is time to, and stop there if that was asked for."""
+        if self._work.shard:
+            self._work.settle()
+        else:
+            self._work.settle_alone()
+        if self._work.due():
+            tensors = {f"pass/{name}": tensor for name, tensor in partial.tensors.items()}
+            state = {"levels": partial.levels, "most": partial.most}
+            self._work.keep(self._tensors | tensors, self._state | state, "pass", own=True)
+            self._has_kept = True
+        self._work.stop_if_asked(f"after {partial.examples} examples")
+
+    def end(self) -> None:
+        """Stop after the pass if that was asked for, where all processes do so together."""
+        if self._work.shard:
+            self._work.settle()
+            self._work.stop_if_asked("after the pass")
+
+    def keep_what_was_before(self) -> None:
+        """Keep what was done before the pass, if that is not kept with a part of the pass."""
+        if not self._has_kept:
+            self._work.keep(self._tensors, self._state, "training")

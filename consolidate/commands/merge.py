@@ -1,0 +1,500 @@
+"""Merging whole checkpoints, tensor by tensor: weights, Fishers, anchors and ledgers."""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from consolidate.chain.cache import cached, find_output
+from consolidate.chain.claims import claiming_output
+from consolidate.chain.fingerprint import checkpoint_content, digest, plain, versions
+from consolidate.chain.tasks import program_versions, refuse_existing, stored_fisher
+from consolidate.ewc.merging import MergedTensor, ModelTensor, merge_models
+from consolidate.runtime.progress import progress
+from consolidate.views.output_card import write_card
+from formats.atomic import replace_folder
+from formats.checkpoint import (
+    Checkpoint,
+    check_finite,
+    open_checkpoint,
+    weight_records,
+    write_checkpoint,
+)
+from formats.errors import InputError, UsageError
+from formats.fisher_folder import LEDGER_NAME, StoredFisher, check_values, tensor_sets, write_fisher
+from formats.hub import commits_of, locate
+from formats.ledger import SAME_AS, Ledger, TaskRecord, copies
+from formats.tensors import LazyTensors, Renamed, TensorFiles, dtype_of, shape_of
+
+LOG = logging.getLogger("consolidate")
+_CHUNK = 1 << 16  # elements in float64 at a time: they stay in the cache, however large the tensor
+
+
+@claiming_output
+def merge(
+    checkpoints: Sequence[str | Path],
+    *,
+    output_dir: str | Path,
+    weights: Sequence[float] | None = None,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Merge checkpoints of one architecture, and their Fishers, into one checkpoint.
+
+    Λ = Σ c_k Λ_k, θ = Σ c_k Λ_k θ_k / Λ, μ = Σ c_k Λ_k μ_k / Λ (Matena & Raffel 2022), and where
+    Λ = 0 the mean weighed by c_k. With a base, Σ c_k − 1 times its own is taken from each of the
+    sums, so that what all hold of it is held once. Other files are the first checkpoint's.
+
+    Args:
+        checkpoints: Folders or repositories on the Hub, each with its Fisher.
+        output_dir: Where the merged checkpoint is written.
+        weights: Their coefficients c_k > 0; 1 each unless given.
+        base: The checkpoint, with its Fisher, that all of them were fine-tuned from; its tasks are
+            those that more than one of them may hold.
+        overwrite: Replace the output folder that is there.
+        force: Merge anew, and replace the output, even where that is there and was made from the
+            same.
+
+    Returns:
+        What was done: the folder, the models, the tasks, the Fisher's trace and the offset. Where
+        the output is there, whole and made from the same, nothing is done, and the ``status`` is
+        ``cached``.
+
+    Raises:
+        InputError: A checkpoint has no Fisher, is damaged, is of another architecture, or holds a
+            task that another one holds; or the base is not what they share.
+        UsageError: The coefficients are not positive numbers, one a checkpoint.
+        NonFiniteError: NaN or infinity in weights or Fisher.
+    """
+    if not checkpoints:
+        raise UsageError("merge needs at least one checkpoint")
+    coefficients = [1.0] * len(checkpoints) if weights is None else [float(c) for c in weights]
+    if len(coefficients) != len(checkpoints):
+        raise UsageError(
+            f"--weights gives {len(coefficients)} numbers for {len(checkpoints)} checkpoints: "
+            "expected one each"
+        )
+    for coefficient in coefficients:
+        if not (math.isfinite(coefficient) and coefficient > 0):
+            raise UsageError(f"--weights: {coefficient} is not above 0; leave that checkpoint out")
+    target = Path(output_dir)
+    there = None if force else find_output(target, merged=True)
+    if there is None:
+        refuse_existing(target, overwrite=overwrite or force)
+    pairs = zip(checkpoints, coefficients, strict=True)
+    models = [_open(checkpoint, coefficient) for checkpoint, coefficient in pairs]
+    shared = None if base is None else _open(base, 1.0 - sum(coefficients))
+    same = _same_tensors([*models, *([] if shared is None else [shared])])
+    models = [_once(model, same) for model in models]
+    shared = None if shared is None else _once(shared, same)
+    for model in models[1:]:
+        _check_alike(models[0], model)
+    if shared is not None:
+        _check_base(models, shared)
+    tasks, heads = _joined(models, shared)
+    tasks = [_renamed(task, models[0].names) for task in tasks]
+    made_from = digest(
+        {
+            "command": "merge",
+            "versions": versions(),
+            "models": [model.content() for model in models],
+            "coefficients": plain(coefficients),
+            "base": None if shared is None else shared.content(),
+        }
+    )
+    result = {
+        "status": "done",
+        "checkpoint": str(target),
+        "fisher": str(target / "fisher"),
+        "models": [str(checkpoint) for checkpoint in checkpoints],
+        "weights": coefficients,
+        "base": None if base is None else str(base),
+        "commits": commits_of(*(m.path for m in models), None if shared is None else shared.path),
+        "tasks": [task.name for task in tasks],
+    }
+    if (done := cached(there, lambda: made_from)) is not None:
+        trace = math.fsum(float(done.fisher[name].sum(dtype=torch.float64)) for name in done.fisher)
+        offset = done.ledger.penalty_offset
+        result["status"] = "cached"
+        return result | _figures(done.ledger, trace, offset, anchored=done.anchor is not None)
+    if there is not None:
+        refuse_existing(target, overwrite=overwrite)
+    merged = _Merged(models, shared)
+    offset, trace, anchored = _survey(merged)
+    first = models[0].stored.ledger
+    alone = len(models) == 1 and shared is None
+    with replace_folder(target, overwrite=overwrite or force) as staging:
+        write_checkpoint(staging, models[0].source, merged.weights, card=alone)
+        ledger = Ledger(
+            tasks=tasks,
+            merge_rule=first.merge_rule if alone else "separate",
+            gamma=first.gamma if alone else 1.0,
+            penalty_offset=offset,
+            unprotected={
+                name: first.unprotected[name] if at == name else SAME_AS + at
+                for name, at in merged.file_names.items()
+                if name not in merged.fisher
+            },
+            weights=weight_records(open_checkpoint(staging).weights),
+            versions=program_versions(),
+            made_from=None if alone else made_from,  # of one it is a copy
+        )
+        anchor = merged.anchor if anchored else None
+        ledger = write_fisher(staging / "fisher", merged.fisher, ledger, anchor=anchor, heads=heads)
+        if not alone:
+            write_card(staging, target, ledger, [model.source for model in models], "merge")
+    return result | _figures(ledger, trace, offset, anchored=anchored)
+
+
+def _figures(ledger: Ledger, trace: float, offset: float, *, anchored: bool) -> dict[str, Any]:
+    return {
+        "parameters": sum(math.prod(record.shape) for record in ledger.fisher.values()),
+        "trace": trace,
+        "penalty_offset": offset,
+        "anchor": "fisher/anchor" if anchored else "the weights",
+    }
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A checkpoint that takes part, with its Fisher and its coefficient.
+
+    `weights`, `fisher` and `anchor` hold a tensor that the file has under several names once, under
+    the name that all models have for it here.
+    """
+
+    path: Path
+    source: Checkpoint
+    stored: StoredFisher
+    coefficient: float
+    names: Mapping[str, str]  # in the file, by name here
+    same: Mapping[str, str]  # each name of a tensor that is there several times, with that here
+
+    @cached_property
+    def weights(self) -> Mapping[str, Tensor]:
+        return Renamed(self.source.weights, self.names)
+
+    @cached_property
+    def fisher(self) -> Mapping[str, Tensor]:
+        held = {at: name for at, name in self.names.items() if name in self.stored.fisher}
+        return Renamed(self.stored.fisher, held)
+
+    @cached_property
+    def anchor(self) -> Mapping[str, Tensor] | None:
+        anchor = self.stored.anchor
+        if anchor is None:
+            return None
+        return Renamed(anchor, {at: name for at, name in self.names.items() if name in anchor})
+
+    @property
+    def tasks(self) -> dict[str, TaskRecord]:
+        return {task.name: _renamed(task, self.same) for task in self.stored.ledger.tasks}
+
+    def content(self) -> dict[str, Any]:
+        """Describe it by content, JSON-ready."""
+        ledger = self.stored.ledger
+        return checkpoint_content(self.source, self.stored.folder / LEDGER_NAME, ledger.weights)
+
+
+class _Tensors(LazyTensors):
+    """The merged weights, Fisher or anchor, computed when asked for."""
+
+    def __init__(
+        self,
+        merged: "_Merged",
+        field: Literal["weights", "fisher", "anchor"],
+        names: Sequence[str],
+        dtypes: Mapping[str, torch.dtype],
+    ) -> None:
+        self._merged = merged
+        self._field = field
+        self._dtypes = dtypes
+        self._names = dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if not self.dtype(name).is_floating_point:
+            return self._merged.models[0].source.weights[name]
+        made = torch.empty(self.shape(name), dtype=self.dtype(name))
+        flat = made.view(-1)
+        for start, part in self._merged.parts(name):
+            values: Tensor = getattr(part, self._field)
+            flat[start : start + values.numel()] = values
+        return made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtypes.get(name, torch.float32)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return shape_of(self._merged.models[0].source.weights, name)
+
+
+class _Merged:
+    """The merged tensors of models by the names of the first, a chunk of one at a time in memory.
+
+    Attributes:
+        file_names: Each name in the first model's file, with the one there that stands for it.
+    """
+
+    def __init__(self, models: Sequence[_Model], base: _Model | None) -> None:
+        self.models = models
+        self.base = base
+        first = models[0]
+        weights, same = first.source.weights, first.same
+        self.file_names = {name: first.names[same.get(name, name)] for name in weights}
+        held = [
+            name
+            for name, stands in self.file_names.items()
+            if name == stands and any(same.get(name, name) in model.fisher for model in models)
+        ]
+        dtypes = {name: dtype_of(weights, name) for name in weights}
+        self.weights = _Tensors(self, "weights", list(weights), dtypes)
+        self.fisher = _Tensors(self, "fisher", held, {})
+        self.anchor = _Tensors(self, "anchor", held, {})
+
+    def parts(self, name: str) -> Iterator[tuple[int, MergedTensor]]:
+        """Merge a tensor chunk by chunk, each with where in the tensor it starts."""
+        count = math.prod(self.weights.shape(name))
+        at = self.models[0].same.get(name, name)
+        for start in range(0, count, _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            base = None
+            if self.base is not None and at in self.base.fisher:
+                base = _chunk(self.base, at, chunk)
+            yield start, merge_models((_chunk(m, at, chunk) for m in self.models), base)
+
+
+def _chunk(model: _Model, name: str, chunk: slice) -> ModelTensor:
+    fisher = anchor = None
+    if name in model.fisher:
+        fisher = model.fisher[name].reshape(-1)[chunk]
+        if model.anchor is not None:
+            anchor = model.anchor[name].reshape(-1)[chunk]
+    values = model.weights[name].reshape(-1)[chunk]
+    return ModelTensor(model.coefficient, values, fisher, anchor)
+
+
+def _open(checkpoint: str | Path, coefficient: float) -> _Model:
+    """Open a checkpoint and its Fisher, and check their digests and values."""
+    path = locate(checkpoint)
+    source = open_checkpoint(path)
+    if source.adapter is not None:
+        raise InputError(
+            f"{path} is an adapter, and means of factors are no means of weights: merge whole "
+            "models"
+        )
+    stored = stored_fisher(path / "fisher", source)
+    check_finite(source.weights, path)
+    for kind, tensors, _ in tensor_sets(stored):
+        for name in tensors:
+            where = f"{tensors.path}: {kind} of {name!r}"
+            check_values(tensors[name], where, not_negative=kind == "fisher")
+    return _Model(path, source, stored, coefficient, {name: name for name in source.weights}, {})
+
+
+def _renamed(task: TaskRecord, names: Mapping[str, str]) -> TaskRecord:
+    """Give a task's layers other names."""
+    return replace(task, layers={names.get(at, at): layer for at, layer in task.layers.items()})
+
+
+def _same_tensors(models: Sequence[_Model]) -> dict[str, str]:
+    """Give each name of what some file has under several names the one used for it here."""
+    same: dict[str, str] = {}
+    for model in models:
+        for name, first in copies(model.stored.ledger).items():
+            one, other = same.get(name, name), same.get(first, first)
+            same |= {at: other for at, to in same.items() if to == one}
+            same |= {name: other, one: other}
+    return same
+
+
+def _once(model: _Model, same: Mapping[str, str]) -> _Model:
+    """Hold what the file has under several names by one, that of its Fisher if it has one."""
+    ledger = model.stored.ledger
+    again = copies(ledger)
+    names: dict[str, str] = {}
+    for name in model.source.weights:
+        at = same.get(name, name)
+        other = names.setdefault(at, name)
+        if other == name:
+            continue
+        differ = ledger.weights[name] != ledger.weights[other]
+        if differ or (name in ledger.fisher and other in ledger.fisher):
+            raise InputError(
+                f"{other} and {name} are one tensor in another model, and two in {model.path}: "
+                "only checkpoints of one architecture can be merged"
+            )
+        if name in ledger.fisher or (other in again and other not in ledger.fisher):
+            names[at] = name
+    return replace(model, names=names, same=same)
+
+
+def _check_alike(first: _Model, other: _Model) -> None:
+    """Refuse another architecture: other names, shapes or dtypes, or buffers that disagree."""
+    ours, theirs = first.weights, other.weights
+    for name in dict.fromkeys([*ours, *theirs]):
+        for model, weights in ((first, ours), (other, theirs)):
+            if name not in weights:
+                there = other if model is first else first
+                raise InputError(
+                    f"{model.path} has no tensor {name!r}, which {there.path} has: only "
+                    "checkpoints of one architecture can be merged"
+                )
+        _check_shape(name, first, other)
+        dtypes = dtype_of(ours, name), dtype_of(theirs, name)
+        if dtypes[0] != dtypes[1]:
+            found = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise InputError(
+                f"the tensor {name!r} of {first.path} and {other.path} is {found}: save them in "
+                "one dtype"
+            )
+        if not dtypes[0].is_floating_point and not torch.equal(ours[name], theirs[name]):
+            raise InputError(
+                f"the tensor {name!r} of whole numbers differs in {first.path} and {other.path}: "
+                "it has no mean, so make it the same in both"
+            )
+    configs = first.source.config, other.source.config
+    changed = [
+        key
+        for key in dict.fromkeys([*configs[0], *configs[1]])
+        if configs[0].get(key) != configs[1].get(key)
+    ]
+    for key in ("model_type", "architectures"):
+        if key in changed:
+            raise InputError(
+                f"config.json gives {configs[0].get(key)} as {key} in {first.path}, and "
+                f"{configs[1].get(key)} in {other.path}: only checkpoints of one architecture can "
+                "be merged"
+            )
+    if "id2label" in changed:
+        raise InputError(
+            f"the output layers have the labels {_labels(configs[0])} in {first.path} and "
+            f"{_labels(configs[1])} in {other.path}: only those of the same labels can be merged"
+        )
+    if changed:
+        LOG.info(
+            "config.json of %s differs in %s: that of %s is kept",
+            other.path,
+            ", ".join(changed),
+            first.path,
+        )
+
+
+def _labels(config: Mapping[str, Any]) -> str:
+    names = config.get("id2label")
+    return ", ".join(map(str, names.values())) if isinstance(names, dict) and names else "no names"
+
+
+def _check_base(models: Sequence[_Model], base: _Model) -> None:
+    first = models[0]
+    for model in models:
+        for task, head in model.stored.heads.items():
+            moved = any(name in base.stored.fisher for name in head)
+            if moved and task in base.tasks and task not in base.stored.heads:
+                raise InputError(
+                    f"{model.path} has put the output layer of {task} aside, which is still in the "
+                    f"weights of the base {base.path}: merge checkpoints that were fine-tuned from "
+                    "one with the new output layer, with that as --base"
+                )
+    for name in base.fisher:
+        if name not in first.weights:
+            raise InputError(
+                f"{first.path} has no tensor {name!r}, which the base {base.path} has: it was not "
+                "fine-tuned from there"
+            )
+        _check_shape(name, first, base)
+
+
+def _check_shape(name: str, first: _Model, other: _Model) -> None:
+    ours, theirs = (list(shape_of(model.weights, name)) for model in (first, other))
+    if ours != theirs:
+        raise InputError(
+            f"the tensor {name!r} has shape {ours} in {first.path} and {theirs} in {other.path}: "
+            "only checkpoints of one architecture can be merged"
+        )
+
+
+def _joined(
+    models: Sequence[_Model], base: _Model | None
+) -> tuple[list[TaskRecord], dict[str, TensorFiles]]:
+    """Join the ledgers' tasks, each weighed by its model, and give their heads; the base's once."""
+    tasks: dict[str, TaskRecord] = {}
+    heads: dict[str, TensorFiles] = {}
+    holder: dict[str, _Model] = {}
+    shared = {} if base is None else base.tasks
+    if base is not None:
+        tasks |= shared
+        heads |= base.stored.heads
+    for model in models:
+        for name, task in shared.items():
+            if model.tasks.get(name) != task:
+                what = "other facts about the" if name in model.tasks else "no"
+                raise InputError(
+                    f"{model.stored.folder} holds {what} task {name!r} of the base: --base must be "
+                    "a checkpoint that it was fine-tuned from"
+                )
+        own = {name: task for name, task in model.tasks.items() if name not in shared}
+        if twice := [name for name in own if name in tasks]:
+            other = holder[twice[0]]
+            if all(own[name] == other.tasks[name] for name in twice):
+                advice = "the last checkpoint that both come from, with --base"
+            else:
+                advice = "another --task where they are not the same, and measure it again"
+            raise InputError(
+                f"{other.path} and {model.path} both hold the tasks {', '.join(twice)}, which "
+                f"would count twice: name {advice}"
+            )
+        for name, task in own.items():
+            tasks[name] = replace(task, weight=task.weight * model.coefficient)
+            holder[name] = model
+        # Children may have put aside the head of a shared task that is still in the base's weights.
+        heads = model.stored.heads | heads
+    return list(tasks.values()), heads
+
+
+def _survey(merged: _Merged) -> tuple[float, float, bool]:
+    """Give the offset, the trace, and whether μ is not the weights; refuse a base not contained."""
+    parts = [*merged.models, *([] if merged.base is None else [merged.base])]
+    offset = math.fsum(part.coefficient * part.stored.ledger.penalty_offset for part in parts)
+    trace = 0.0
+    anchored = False
+    with progress("merging", len(merged.fisher), "tensors") as advance:
+        for name in merged.fisher:
+            at = merged.models[0].same.get(name, name)
+            if merged.base is not None and at in merged.base.fisher:
+                for model in merged.models:
+                    _check_contained(model, merged.base, at)
+            for _, part in merged.parts(name):
+                offset += part.offset
+                trace += float(part.fisher.sum())
+                weights = part.weights.to(merged.weights.dtype(name)).float()
+                anchored = anchored or not torch.equal(part.anchor.float(), weights)
+            advance(1)
+    # Only `online` children of a base fall below 0: they moved its anchor, each elsewhere.
+    return max(offset, 0.0), trace, anchored
+
+
+def _check_contained(model: _Model, base: _Model, name: str) -> None:
+    shared = base.fisher[name]
+    whole = model.fisher[name] if name in model.fisher else torch.zeros(())
+    if below := int((whole < shared).sum()):
+        raise InputError(
+            f"{model.stored.folder}: the Fisher of {name!r} is below that of the base {base.path} "
+            f"in {below} of {shared.numel()} values, so it was merged with γ below 1, and how much "
+            "of the base is in it cannot be told: fine-tune with --gamma 1"
+        )

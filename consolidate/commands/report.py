@@ -1,0 +1,100 @@
+"""The report of a checkpoint: one HTML page, and its pictures as files."""
+
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from consolidate.commands.show import show
+from consolidate.views.drawing import MARK, plain, png, svg_file
+from consolidate.views.figures import figures
+from consolidate.views.page import report_page
+from formats.atomic import check_file, write_file
+from formats.errors import InputError, UsageError
+from formats.fisher_folder import LEDGER_NAME
+from formats.hub import FISHER, commits_of, locate
+from formats.ledger import read_ledger
+
+PICTURES = ("matrix", "curves", "protection", "added", "overlap")
+
+
+def report(
+    checkpoint: str | Path,
+    *,
+    output: str | Path | None = None,
+    plots: str | Path | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write what a checkpoint's ledger and Fisher say as one HTML page that needs no network.
+
+    Files that an earlier report made are replaced, others only with `overwrite`.
+
+    Args:
+        checkpoint: A folder with `fisher/`, or a repository on the Hub.
+        output: The page; ``NAME-report.html`` in the current folder by default.
+        plots: A folder for the same pictures, each as SVG and as PNG.
+        revision: Branch, tag or commit of a repository on the Hub.
+        overwrite: Whether files that are no report of ours may be replaced.
+
+    Returns:
+        JSON-ready: ``checkpoint``, ``report`` (the page), ``plots`` (the pictures), ``tasks``.
+
+    Raises:
+        UsageError: `plots` without matplotlib, or a revision of a local path.
+        InputError: There is no such checkpoint or no Fisher in it, `read_fisher` refuses it, or a
+            file is in the way or cannot be written.
+        NetworkError: The Hub cannot be reached.
+    """
+    if plots is not None and find_spec("matplotlib") is None:
+        raise UsageError("--plots needs matplotlib: pip install 'consolidate-ewc[plot]'")
+    folder = locate(checkpoint, revision, only=FISHER)
+    name = folder.resolve().name if Path(checkpoint).expanduser().exists() else str(checkpoint)
+    page = Path(output or re.sub(r"[^\w.-]", "-", plain(name)) + "-report.html").expanduser()
+    pictures = _pictures(plots)
+    for path in (page, *pictures):
+        _check_free(path, overwrite=overwrite)
+
+    summary = show(folder, top=sys.maxsize)
+    ledger = read_ledger(folder / "fisher" / LEDGER_NAME)
+    drawn = figures(ledger, summary["parameters"], summary["accuracy_matrix"])
+    content: dict[Path, str | bytes] = {page: report_page(name, summary, drawn)}
+    drawings = {figure.name: figure.drawing for figure in drawn}
+    for path in pictures:
+        if path.stem in drawings:
+            write = svg_file if path.suffix == ".svg" else png
+            content[path] = write(drawings[path.stem])
+    for path, data in content.items():
+        write_file(path, data)
+    for path in pictures:
+        if path not in content:  # an earlier report had it, and it is no picture of this one
+            path.unlink(missing_ok=True)
+    return {
+        "checkpoint": str(checkpoint),
+        "commits": commits_of(folder),
+        "report": str(page),
+        "plots": [str(path) for path in content if path != page],
+        "tasks": [task.name for task in ledger.tasks],
+    }
+
+
+def _pictures(plots: str | Path | None) -> list[Path]:
+    """Name the files that `plots` may come to hold."""
+    if plots is None:
+        return []
+    folder = Path(plots).expanduser()
+    return [folder / f"{name}{suffix}" for name in PICTURES for suffix in (".svg", ".png")]
+
+
+def _check_free(path: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work is done, a file that could not be written or should not be."""
+    check_file(path)
+    if path.exists() and not overwrite:
+        with path.open("rb") as file:
+            start = file.read(1024)
+        if MARK.encode() not in start:
+            raise InputError(
+                f"{path} is there already and is no report of ours: choose another name, or "
+                "replace it with --overwrite"
+            )

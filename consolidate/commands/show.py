@@ -1,0 +1,418 @@
+"""What a checkpoint's Fisher folder says."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from consolidate.chain.consistency import side_by_side, side_by_side_text
+from consolidate.ewc.overlap import layer_overlaps
+from consolidate.training.accuracy_matrix import AccuracyMatrix, accuracy_matrix
+from consolidate.views.matrix import (
+    check_view,
+    matrix_rows,
+    matrix_summary,
+    means_text,
+    plot_matrix,
+    write_matrix_csv,
+)
+from formats.digest import TensorRecord, differences, set_digest
+from formats.errors import InputError, NetworkError
+from formats.fisher_folder import (
+    LEDGER_NAME,
+    StoredFisher,
+    in_one_line,
+    read_fisher,
+)
+from formats.hub import FISHER, commits_of, locate, remote_headers
+from formats.ledger import FORMAT, VERSION, Ledger, read_ledger
+
+LOG = logging.getLogger("consolidate")
+_WIDTH = 72
+
+
+def show(
+    checkpoint: str | Path,
+    *,
+    revision: str | None = None,
+    top: int = 10,
+    csv: str | Path | None = None,
+    plot: str | Path | None = None,
+    overlap: str | Path | None = None,
+) -> dict[str, Any]:
+    """Summarize the ledger and the Fisher of a checkpoint; nothing is compared with the weights.
+
+    Of a repository on the Hub only the ledger and the headers of the Fisher are read. The traces
+    are then those of the ledger, Σ_t γ^(T − t) w_t tr F_t, and the largest values are not known.
+
+    Args:
+        checkpoint: The folder that holds `fisher/`; the weights themselves need not be there. Or a
+            repository on the Hub.
+        revision: Branch, tag or commit of a repository on the Hub.
+        top: How many parameters to list, those with the largest trace first.
+        csv: Write the accuracy matrix and the curves over training steps to this file.
+        plot: Draw them in this ``.png`` or ``.svg`` file.
+        overlap: Another checkpoint, a folder or on the Hub: how far its Fisher lies on the same
+            weights, layer by layer. Both are read whole.
+
+    Returns:
+        JSON-ready: ``tasks`` as in the ledger without their layers, ``merge_rule``, ``gamma``,
+        ``penalty_offset``, totals under ``fisher``, ``parameters`` (trace Σ_i Λ_i, mean, largest
+        value, share of the whole trace), ``unprotected`` with reasons, ``anchor``, ``versions``;
+        ``accuracy_matrix`` as `matrix_summary` gives it, null where nothing was measured;
+        ``side_by_side``, the tasks whose rows are not of one chain, as they were merged;
+        ``overlap``, null unless asked for: ``with``, ``layers`` (name, overlap between 0 and 1, as
+        `fisher_overlap` over all parameters of a module), ``left_out``: what one of them lacks.
+
+    Raises:
+        InputError: There is no Fisher folder, `read_fisher` refuses it, there is nothing to write
+            to `csv` or `plot`, or no place for it; or the two Fishers share no parameter, or one
+            that has another shape.
+        UsageError: `plot` is no kind of plot that is known, or matplotlib is missing.
+    """
+    if csv is not None:
+        check_view(csv, plot=False)
+    if plot is not None:
+        check_view(plot, plot=True)
+    if Path(checkpoint).expanduser().exists():
+        folder = locate(checkpoint, revision)
+        stored = read_fisher(folder / "fisher")
+        ledger, parameters = stored.ledger, _measured_parameters(stored)
+    else:
+        folder, ledger = _remote_ledger(checkpoint, revision)
+        parameters = _recorded_parameters(ledger)
+    matrix = ledger_matrix(ledger)
+    if matrix is None and (csv is not None or plot is not None):
+        raise InputError(
+            f"{checkpoint}: its ledger has no scores on its tasks; name the test data after the "
+            "tasks when they are learned (`consolidate finetune --evaluate TASK=DATA`)"
+        )
+    if matrix is not None and csv is not None:
+        write_matrix_csv(csv, matrix)
+    if matrix is not None and plot is not None:
+        plot_matrix(plot, ledger, matrix_summary(matrix))
+    total = sum(parameter["trace"] for parameter in parameters)
+    for parameter in parameters:
+        parameter["share"] = parameter["trace"] / total if total > 0 else 0.0
+    parameters.sort(key=lambda parameter: -parameter["trace"])
+    tasks = [asdict(task) for task in ledger.tasks]
+    for task in tasks:
+        del task["layers"]
+    return {
+        "checkpoint": str(checkpoint),
+        "commits": commits_of(folder),
+        "format": FORMAT,
+        "version": VERSION,
+        "merge_rule": ledger.merge_rule,
+        "gamma": ledger.gamma,
+        "penalty_offset": ledger.penalty_offset,
+        "tasks": tasks,
+        "fisher": {
+            "tensors": len(ledger.fisher),
+            "values": sum(math.prod(record.shape) for record in ledger.fisher.values()),
+            "dtype": next(iter(ledger.fisher.values())).dtype,
+            "trace": total,
+            "digest": set_digest(ledger.fisher),
+        },
+        "weights": {"tensors": len(ledger.weights), "digest": set_digest(ledger.weights)},
+        "base": ledger.base,
+        "anchor": "the weights" if ledger.anchor is None else "fisher/anchor",
+        "heads": sorted(ledger.heads),
+        "parameters": parameters[:top],
+        "parameters_left_out": max(len(parameters) - top, 0),
+        "unprotected": dict(ledger.unprotected),
+        "versions": dict(ledger.versions),
+        "accuracy_matrix": None if matrix is None else matrix_summary(matrix),
+        "side_by_side": side_by_side(ledger),
+        "overlap": None if overlap is None else _overlap(checkpoint, revision, overlap),
+    }
+
+
+def _overlap(checkpoint: str | Path, revision: str | None, other: str | Path) -> dict[str, Any]:
+    one = read_fisher(locate(checkpoint, revision, only=FISHER) / "fisher").fisher
+    two = read_fisher(locate(other, only=FISHER) / "fisher").fisher
+    shared = [name for name in one if name in two]
+    if not shared:
+        raise InputError(
+            f"{checkpoint} and {other}: their Fishers share no parameter ({next(iter(one))!r}, "
+            f"{next(iter(two))!r}): an overlap needs two of one architecture"
+        )
+    for name in shared:
+        shapes = [tuple(fisher[name].shape) for fisher in (one, two)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"the Fisher of {name!r} has shape {shapes[0]} in {checkpoint} and {shapes[1]} in "
+                f"{other}: an overlap needs two of one architecture"
+            )
+    layers = layer_overlaps(one, two).items()
+    return {
+        "with": str(other),
+        "layers": [{"name": name, "overlap": value} for name, value in layers],
+        "left_out": [name for name in [*one, *two] if not (name in one and name in two)],
+    }
+
+
+def _measured_parameters(stored: StoredFisher) -> list[dict[str, Any]]:
+    parameters = []
+    for name in stored.fisher:
+        values = stored.fisher[name].double()
+        largest = float(values.max()) if values.numel() else 0.0
+        parameters.append(_parameter(name, tuple(values.shape), float(values.sum()), largest))
+    return parameters
+
+
+def _recorded_parameters(ledger: Ledger) -> list[dict[str, Any]]:
+    """Sum the traces of the tasks, but for those of output layers that were put aside."""
+    parameters = []
+    for name, record in ledger.fisher.items():
+        trace = 0.0
+        for task in ledger.tasks:
+            trace *= ledger.gamma
+            if name in task.layers and name not in ledger.heads.get(task.name, ()):
+                trace += task.weight * task.layers[name].trace
+        parameters.append(_parameter(name, record.shape, trace, None))
+    return parameters
+
+
+def _parameter(
+    name: str, shape: tuple[int, ...], trace: float, largest: float | None
+) -> dict[str, Any]:
+    count = math.prod(shape)
+    mean = trace / count if count else 0.0
+    return {"name": name, "shape": list(shape), "trace": trace, "mean": mean, "max": largest}
+
+
+def _remote_ledger(checkpoint: str | Path, revision: str | None) -> tuple[Path, Ledger]:
+    """Fetch the ledger of a repository, and hold the headers of its Fisher against it."""
+    folder = locate(checkpoint, revision, only=[f"fisher/{LEDGER_NAME}"])
+    path = folder / "fisher" / LEDGER_NAME
+    if not path.is_file():
+        raise InputError(f"{checkpoint} on the Hub holds no Fisher: it has no fisher/{LEDGER_NAME}")
+    ledger = read_ledger(path)
+    ((name, commit),) = commits_of(folder).items()
+    try:
+        headers = remote_headers(name, commit, "fisher/fisher")
+    except NetworkError:
+        LOG.info("%s: shown from the cache; the headers of its Fisher were not read", name)
+        return folder, ledger
+    found = {
+        tensor: TensorRecord(
+            dtype, shape, ledger.fisher[tensor].sha256 if tensor in ledger.fisher else ""
+        )
+        for tensor, (dtype, shape) in headers.items()
+    }
+    if lines := differences(ledger.fisher, found):
+        raise InputError(
+            f"{name}: fisher/fisher*.safetensors does not hold what {LEDGER_NAME} lists: "
+            f"{in_one_line(lines)}"
+        )
+    return folder, ledger
+
+
+def ledger_matrix(ledger: Ledger) -> AccuracyMatrix | None:
+    """Give the accuracy matrix of a ledger's tasks; None where no score on them was taken.
+
+    Args:
+        ledger: The ledger of a chain of tasks.
+
+    Returns:
+        The matrix.
+    """
+    matrix = accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
+    known = any(score is not None for row in [matrix.start, *matrix.scores] for score in row)
+    return matrix if known or any(point.scores for point in matrix.points) else None
+
+
+def show_text(summary: Mapping[str, Any]) -> str:
+    """Lay out what `show` returns as plain text, control characters in names escaped.
+
+    Args:
+        summary: What `show` returned.
+
+    Returns:
+        Lines of text without a newline at the end.
+    """
+    fisher = summary["fisher"]
+    rule = f"{summary['merge_rule']}, γ = {summary['gamma']:g}"
+    if summary["penalty_offset"]:
+        rule += f", penalty offset {summary['penalty_offset']:.6g}"
+    lines = [
+        _plain(summary["checkpoint"]),
+        f"Fisher: {fisher['values']:,} values in {fisher['tensors']} tensors of {fisher['dtype']}",
+        f"trace: {fisher['trace']:.6g}",
+        f"merged: {rule}; anchor: {summary['anchor']}",
+        _weights_text(summary),
+        *_heads(summary),
+        "",
+        *_table(
+            [
+                *("task", "objective", "units", "estimator", "seed", "weight"),
+                *("learned with", "trained from", "data"),
+            ],
+            [
+                [
+                    task["name"],
+                    task["objective"],
+                    f"{task['units']:,} {task['unit']}s",
+                    estimator_text(task),
+                    str(task["seed"]),
+                    f"{task['weight']:g}",
+                    penalty_text(task),
+                    (task["parent"] or "–")[:12],
+                    task["data"],
+                ]
+                for task in summary["tasks"]
+            ],
+        ),
+        "",
+        *_table(
+            ["parameter", "shape", "trace", "mean", "largest", "share"],
+            [
+                [
+                    parameter["name"],
+                    "×".join(map(str, parameter["shape"])),
+                    f"{parameter['trace']:.4g}",
+                    f"{parameter['mean']:.4g}",
+                    "–" if parameter["max"] is None else f"{parameter['max']:.4g}",
+                    f"{parameter['share']:.1%}",
+                ]
+                for parameter in summary["parameters"]
+            ],
+            right_from=2,
+        ),
+    ]
+    if summary["parameters_left_out"]:
+        lines.append(f"and {summary['parameters_left_out']} more")
+    if metrics := _metrics(summary["tasks"]):
+        lines += ["", *_table(["after training", "when", "on task", "metrics"], metrics)]
+    if summary["accuracy_matrix"] is not None:
+        lines += ["", matrix_text(summary["accuracy_matrix"])]
+        if note := side_by_side_text(summary["side_by_side"]):
+            lines.append(note)
+    if summary["overlap"] is not None:
+        lines += ["", *_overlap_lines(summary["overlap"])]
+    if summary["unprotected"]:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in summary["unprotected"].items():
+            reasons.setdefault(reason, []).append(name)
+        lines += ["", "not protected:"]
+        for reason, names in reasons.items():
+            few = ", ".join(_plain(name) for name in names[:4])
+            rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            lines.append(f"  {_plain(reason)}: {few}{rest}")
+    return "\n".join(lines)
+
+
+def _overlap_lines(overlap: Mapping[str, Any]) -> list[str]:
+    rows = [[layer["name"], f"{layer['overlap']:.3f}"] for layer in overlap["layers"]]
+    header = ["layer", f"overlap with the Fisher of {_plain(overlap['with'])}"]
+    lines = _table(header, rows, right_from=1)
+    if left := overlap["left_out"]:
+        few = ", ".join(_plain(name) for name in left[:4])
+        rest = f" and {len(left) - 4} more" if len(left) > 4 else ""
+        lines.append(f"in one of them only: {few}{rest}")
+    return lines
+
+
+def matrix_text(summary: Mapping[str, Any]) -> str:
+    """Lay out an accuracy matrix as plain text, with ACC, BWT and forgetting under it.
+
+    Args:
+        summary: What `matrix_summary` returned.
+
+    Returns:
+        Lines of text without a newline at the end.
+    """
+    header, *rows = matrix_rows(summary)
+    return "\n".join([*_table(header, rows, right_from=1), means_text(summary)])
+
+
+def _weights_text(summary: Mapping[str, Any]) -> str:
+    """Say which weights the Fisher is of, and whether they are an adapter's."""
+    text = f"of the weights {summary['weights']['digest'][:12]}…"
+    if summary["base"] is None:
+        return text
+    return f"{text}, an adapter's, on the base model {summary['base'][:12]}…"
+
+
+def _heads(summary: Mapping[str, Any]) -> list[str]:
+    """Say which tasks have an output layer of their own, where any has."""
+    if not summary["heads"]:
+        return []
+    own = ", ".join(summary["heads"])
+    rest = [task["name"] for task in summary["tasks"] if task["name"] not in summary["heads"]]
+    return [f"heads of their own: {own}; in the weights: {', '.join(rest) or 'of no task'}"]
+
+
+def estimator_text(task: Mapping[str, Any]) -> str:
+    """Say with what a task's Fisher was measured.
+
+    Args:
+        task: A task of `show`.
+
+    Returns:
+        The estimator, and the samples per example where it draws any.
+    """
+    samples = task["mc_samples"]
+    sampled = task["estimator"] in ("mc", "batched") and samples is not None
+    return f"{task['estimator']} × {samples}" if sampled else task["estimator"]
+
+
+def penalty_text(task: Mapping[str, Any]) -> str:
+    """Say what a task was learned with.
+
+    Args:
+        task: A task of `show`.
+
+    Returns:
+        The penalty and λ; a dash where the task was only measured.
+    """
+    if task["penalty"] is None:
+        return "–"
+    strength = task["ewc_lambda"]
+    if strength is None:
+        return "no penalty"
+    held = {None: "", "adapter": " on the adapter", "merged": " on merged weights"}
+    return f"{task['penalty']}{held[task['penalty_on']]}, λ = {strength:g}"
+
+
+def _metrics(tasks: list[dict[str, Any]]) -> list[list[str]]:
+    """List what was measured before and after each task; the epochs between are in the JSON."""
+    return [
+        [
+            task["name"],
+            when,
+            evaluated,
+            ", ".join(f"{k} {value:.4g}" for k, value in values.items() if k != "score"),
+        ]
+        for task in tasks
+        for when, measured in task["metrics"].items()
+        if when in ("before", "after")
+        for evaluated, values in measured.items()
+    ]
+
+
+def _table(header: list[str], rows: list[list[str]], *, right_from: int | None = None) -> list[str]:
+    """Align columns; those from `right_from` on are numbers and stand to the right."""
+    cells = [[_plain(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return [
+        "  ".join(
+            cell.rjust(width)
+            if right_from is not None and column >= right_from
+            else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _plain(text: str) -> str:
+    """Escape what is not printable, as it could steer a terminal, and cut what is very long."""
+    escaped = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
+    return escaped if len(escaped) <= _WIDTH else escaped[: _WIDTH - 1] + "…"

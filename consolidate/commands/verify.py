@@ -1,0 +1,174 @@
+"""Whether every byte of a checkpoint and its Fisher holds, and what their ledger tells."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from consolidate.chain.consistency import contradictions, descent
+from consolidate.chain.tasks import check_base, check_kind
+from consolidate.models.adapters import named_base, with_base
+from formats.checkpoint import Checkpoint, is_fisher_alone, open_checkpoint
+from formats.digest import TensorRecord, differences, set_digest, tensor_record
+from formats.errors import ConsolidateError, InputError, NonFiniteError
+from formats.fisher_folder import (
+    LEDGER_NAME,
+    check_values,
+    in_one_line,
+    read_fisher,
+    tensor_sets,
+)
+from formats.hub import FISHER, commits_of, locate
+from formats.ledger import Ledger
+from formats.tensors import TensorFiles
+
+
+def verify(
+    checkpoint: str | Path,
+    *later: str | Path,
+    revision: str | None = None,
+    base_model: str | Path | None = None,
+) -> dict[str, Any]:
+    """Check every digest, name, shape and value, and that what the ledger tells fits together.
+
+    Args:
+        checkpoint: A folder with the weights and `fisher/`, or a repository on the Hub.
+        later: Checkpoints that were made from it, each from the one before, as a run leaves them;
+            each is checked alike, and that it descends from the one before.
+        revision: Branch, tag or commit of `checkpoint` on the Hub.
+        base_model: A folder or a repository: of adapters their base model, the one that the config
+            names unless given, if that is a folder here; of a Fisher alone the weights it is of.
+
+    Returns:
+        JSON-ready: of each set of tensors how many there are, their bytes and the set's digest;
+        ``base_model``, what was compared besides; ``other_files`` that no digest covers; and under
+        ``later`` the same of the others, with ``descends_by``: ``weights``, or ``tasks`` where the
+        ledger has no digest of the parent.
+
+    Raises:
+        InputError: Anything that is missing, extra, renamed, resized, of another dtype, with other
+            bytes, or negative in the Fisher; each finding names the file and the tensor. Or the
+            ledger contradicts itself, the Fisher's traces, or the checkpoint before.
+        NonFiniteError: Values that are NaN or infinite, and nothing else is wrong.
+    """
+    summary, ledger = _verify_one(checkpoint, revision, base_model)
+    if not later:
+        return summary
+    summary["later"] = []
+    before = checkpoint
+    for path in later:
+        found, next_ledger = _verify_one(path, None, base_model)
+        how, lines = descent(ledger, next_ledger)
+        if lines:
+            raise InputError(
+                f"{Path(path) / 'fisher' / LEDGER_NAME} does not descend from {before}: "
+                f"{in_one_line(lines)}"
+            )
+        summary["later"].append(found | {"descends_by": how})
+        before, ledger = path, next_ledger
+    return summary
+
+
+def _verify_one(
+    checkpoint: str | Path, revision: str | None, base_model: str | Path | None
+) -> tuple[dict[str, Any], Ledger]:
+    folder = locate(checkpoint, revision)
+    alone = is_fisher_alone(folder)
+    if alone and base_model is None:
+        raise InputError(
+            f"{folder} holds a Fisher and no weights: name those that it is of with --base-model"
+        )
+    source = open_checkpoint(locate(str(base_model), without=FISHER) if alone else folder)
+    of_adapter = None if alone else base_model
+    if of_adapter is not None or named_base(source) is not None:
+        source = with_base(source, of_adapter)
+    other = source if alone and source.adapter is None else source.base
+    weights_path = source.files[0] if len(source.files) == 1 else source.path
+    stored = read_fisher(folder / "fisher")
+    check_kind(stored, source)
+    check_base(stored.ledger, stored.folder, source)
+    findings: list[ConsolidateError] = []
+    summary: dict[str, Any] = {
+        "checkpoint": str(checkpoint),
+        "commits": commits_of(folder, None if other is None else other.path),
+        "tasks": [task.name for task in stored.ledger.tasks],
+        "base": stored.ledger.base,
+        "base_model": None if other is None else str(other.path),
+        "weights": _verify_set(
+            "weights", source.weights, stored.ledger.weights, findings, weights_path
+        ),
+        "heads": {},
+    }
+    if alone and findings:
+        hint = f"{weights_path} does not hold the weights that the Fisher in {folder} is of"
+        findings.insert(0, InputError(f"{hint}: name the right ones with --base-model"))
+    for kind, tensors, records in tensor_sets(stored):
+        found = _verify_set(kind, tensors, records, findings, tensors.path)
+        if kind == "head":
+            summary["heads"][tensors.files[0].stem] = found
+        else:
+            summary[kind] = found
+    if not findings:  # else the traces are of damaged values
+        traces = {name: float(stored.fisher[name].double().sum()) for name in stored.fisher}
+        where = stored.folder / LEDGER_NAME
+        lines = contradictions(stored.ledger, traces)
+        findings.extend(InputError(f"{where}: {line}") for line in lines)
+    if findings:
+        worst = (
+            NonFiniteError if all(isinstance(f, NonFiniteError) for f in findings) else InputError
+        )
+        raise worst(in_one_line([str(finding) for finding in findings]))
+    summary["other_files"] = _other_files(folder, source)
+    return summary, stored.ledger
+
+
+def _other_files(root: Path, source: Checkpoint) -> list[str]:
+    """Name the files beside weights and Fisher, links to folders not followed, hidden ones not."""
+    others = []
+    for at, folders, names in os.walk(root):
+        folder = Path(at)
+        top = folder == root
+        folders[:] = [n for n in folders if not n.startswith(".") and not (top and n == "fisher")]
+        others += [
+            str((folder / name).relative_to(root))
+            for name in names
+            if not name.startswith(".") and folder / name not in source.files
+        ]
+    return sorted(others)
+
+
+def _verify_set(
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    records: Mapping[str, TensorRecord],
+    findings: list[ConsolidateError],
+    path: Path,
+) -> dict[str, Any]:
+    """Read every tensor once; note wrong values, then what differs from the ledger."""
+    found: dict[str, TensorRecord] = {}
+    size = 0
+    for name in tensors:
+        tensor = tensors[name]
+        found[name] = tensor_record(tensor)
+        size += tensor.numel() * tensor.element_size()
+        try:
+            check_values(
+                tensor, f"{_file(tensors, name, path)}: {name!r}", not_negative=kind == "fisher"
+            )
+        except ConsolidateError as finding:
+            findings.append(finding)
+    for name in sorted(records.keys() & found.keys()):
+        for line in differences({name: records[name]}, {name: found[name]}):
+            findings.append(InputError(f"{_file(tensors, name, path)}: {line}"))
+    if isinstance(tensors, TensorFiles) and len(tensors.files) == 1:
+        path = tensors.files[0]
+    missing = {name: record for name, record in records.items() if name not in found}
+    extra = {name: record for name, record in found.items() if name not in records}
+    findings.extend(InputError(f"{path}: {line}") for line in differences(missing, extra))
+    return {"tensors": len(found), "bytes": size, "digest": set_digest(found)}
+
+
+def _file(tensors: Mapping[str, Tensor], name: str, path: Path) -> Path:
+    return tensors.file_of(name) if isinstance(tensors, TensorFiles) else path

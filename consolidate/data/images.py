@@ -1,0 +1,86 @@
+"""Examples of images, through the image processor that belongs to the checkpoint."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consolidate.data.examples import Columns, Examples, Labels, describe, find_column, label_column
+from consolidate.models.loading import Model
+from formats.errors import InputError
+from formats.rows import Rows
+
+
+class ImageExamples(Examples):
+    """Images that are read and resized batch by batch; nothing is augmented."""
+
+    def __init__(self, rows: Rows, column: str, labels: Tensor, model: Model) -> None:
+        """Hold the rows.
+
+        Args:
+            rows: The data.
+            column: Of the images.
+            labels: (N,) class numbers.
+            model: Whose processor and number of channels count.
+        """
+        super().__init__()
+        self._rows = rows
+        self._column = column
+        self._labels = labels
+        self._processor = model.processor
+        self._mode = "L" if getattr(model.module.config, "num_channels", 3) == 1 else "RGB"
+        self._dtype = next(model.module.parameters()).dtype
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
+        """Return pixel values, (B, C, H, W), and class numbers, (B,)."""
+        images = [self._image(i) for i in indices]
+        try:
+            pixels = self._processor(images=images, return_tensors="pt")["pixel_values"]
+        except Exception as error:
+            raise InputError(
+                f"{self._rows.where(indices[0], self._column)}: the image processor refuses the "
+                f"batch that begins here: {error}"
+            ) from error
+        chosen = torch.as_tensor(list(indices), dtype=torch.long)
+        return {"pixel_values": pixels.to(self._dtype)}, self._labels[chosen]
+
+    def _image(self, i: int) -> Any:
+        value: Any = self._rows[i].get(self._column)
+        where = self._rows.where(i, self._column)
+        if not hasattr(value, "convert"):
+            raise InputError(f"{where}: expected an image, found {describe(value)}")
+        return value.convert(self._mode)
+
+
+def encode_images(rows: Rows, model: Model, columns: Columns) -> Examples:
+    """Encode rows of images; the labels are checked now, the images when they are read.
+
+    Args:
+        rows: The data.
+        model: With an image processor.
+        columns: Where the images and labels are.
+
+    Returns:
+        The examples.
+
+    Raises:
+        InputError: A column or the processor is missing, or a label is none of the model's.
+    """
+    if model.processor is None:
+        raise InputError(
+            f"{model.checkpoint.path} holds no preprocessor_config.json, so how images are resized "
+            "and scaled is not known: save the image processor beside the weights"
+        )
+    image = find_column(rows, columns.image, ("image", "img"), "image")
+    column = label_column(rows, columns, model.objective.name)
+    reader = Labels(rows, column, model, model.outputs)
+    numbers = [reader.index(value, i) for i, value in enumerate(rows.values(column))]
+    labels = torch.tensor(numbers, dtype=torch.long)
+    examples = ImageExamples(rows, image, labels, model)
+    if reader.note:
+        examples._notes.append(reader.note)
+    return examples

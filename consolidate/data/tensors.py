@@ -1,0 +1,176 @@
+"""Examples of tensors, for modules of the user's own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consolidate.data.examples import (
+    Columns,
+    Examples,
+    Labels,
+    as_list,
+    as_targets,
+    find_column,
+    label_column,
+)
+from consolidate.models.loading import Model
+from formats.errors import InputError
+from formats.rows import Rows
+
+
+class TensorExamples(Examples):
+    """Rows of two tensors."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
+        """Hold the data's tensors.
+
+        Args:
+            inputs: (N, …), maybe mapped from a file; cast batch by batch.
+            labels: (N,) or (N, K).
+            dtype: Of the module's parameters, for floating-point inputs.
+        """
+        super().__init__()
+        self._inputs = inputs
+        self._labels = labels
+        self._dtype = dtype
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
+        """Return those rows of both tensors."""
+        chosen = torch.as_tensor(list(indices), dtype=torch.long)
+        return _cast(self._inputs[chosen], self._dtype), self._labels[chosen]
+
+
+def encode_tensors(rows: Rows, model: Model, columns: Columns) -> Examples:
+    """Encode rows of tensors, or of lists of numbers.
+
+    Args:
+        rows: The data.
+        model: Run once, on the first row, to learn how many outputs it has.
+        columns: Where the inputs and labels are.
+
+    Returns:
+        The examples.
+
+    Raises:
+        InputError: A column is missing, shapes differ, or a label is none of the model's.
+    """
+    name = find_column(rows, columns.inputs, ("inputs", "input", "x"), "inputs")
+    inputs = _stacked(rows, name) if rows.tensors is None else _within_int64(rows, name)
+    dtype = next((p.dtype for p in model.module.parameters()), torch.float32)
+    outputs = _outputs_of_first(model, inputs, dtype, rows.where(0, name))
+    column = label_column(rows, columns, model.objective.name)
+    labels = None if rows.tensors is None else _signed(_within_int64(rows, column))
+    if model.objective.name == "regression":
+        targets = (
+            as_targets(rows, column, model) if labels is None else _finite(rows, column, labels)
+        )
+        return TensorExamples(inputs, targets, dtype)
+    reader = Labels(rows, column, model, outputs.shape[-1])
+    if model.objective.name == "multi-label":
+        vectors = [reader.vector(rows[i].get(column), i) for i in range(len(rows))]
+        return TensorExamples(inputs, torch.tensor(vectors), dtype)
+    if labels is None:
+        numbers = [reader.index(rows[i].get(column), i) for i in range(len(rows))]
+        encoded = torch.tensor(numbers, dtype=torch.long)
+    else:
+        encoded = _class_numbers(rows, column, labels, reader)
+    examples = TensorExamples(inputs, encoded, dtype)
+    if reader.note:
+        examples._notes.append(reader.note)
+    return examples
+
+
+def _class_numbers(rows: Rows, column: str, labels: Tensor, reader: Labels) -> Tensor:
+    flat = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if flat.ndim != 1 or flat.is_complex():
+        raise InputError(
+            f"{rows.where(0, column)}: expected one class number a row, found rows of shape "
+            f"{list(labels.shape[1:])}"
+        )
+    numbers = flat.long()
+    for i in (numbers != flat).nonzero()[:1].flatten().tolist():
+        reader.index(flat[i].item(), i)  # tells what is wrong with it
+    encoded = torch.empty_like(numbers)
+    for number in numbers.unique().tolist():
+        rows_of_it = numbers == number
+        encoded[rows_of_it] = reader.index(number, int(rows_of_it.nonzero()[0]))
+    return encoded
+
+
+def _within_int64(rows: Rows, column: str) -> Tensor:
+    """Give a column of a tensor file, of which every number fits into int64."""
+    assert rows.tensors is not None
+    values = rows.tensors[column]
+    if values.dtype == torch.uint64:
+        beyond = (values.long() < 0).flatten(1).any(1) if values.ndim > 1 else values.long() < 0
+        for i in beyond.nonzero()[:1].flatten().tolist():
+            largest = max(values[i].flatten().tolist())
+            raise InputError(
+                f"{rows.where(i, column)}: {largest} is beyond the largest int64, {2**63 - 1}: "
+                "save smaller numbers"
+            )
+    return values
+
+
+def _signed(values: Tensor) -> Tensor:
+    """Give unsigned numbers as int64: few operations know uint16, uint32 and uint64."""
+    wide = values.dtype in (torch.uint16, torch.uint32, torch.uint64)
+    return values.long() if wide else values
+
+
+def _finite(rows: Rows, column: str, labels: Tensor) -> Tensor:
+    wrong = ~labels.float().isfinite().flatten(1).all(1) if labels.ndim > 1 else ~labels.isfinite()
+    for i in wrong.nonzero()[:1].flatten().tolist():
+        raise InputError(f"{rows.where(i, column)}: {labels[i].tolist()} is not finite")
+    return labels.float()
+
+
+def _stacked(rows: Rows, name: str) -> Tensor:
+    values = []
+    for i in range(len(rows)):
+        where = rows.where(i, name)
+        value = rows[i].get(name)
+        try:
+            tensor = value if isinstance(value, Tensor) else torch.tensor(as_list(value, where))
+            if isinstance(value, str):
+                tensor = torch.tensor([float(one) for one in as_list(value, where)])
+        except (TypeError, ValueError, OverflowError):
+            raise InputError(f"{where}: expected numbers, found {value!r:.60}") from None
+        values.append(tensor)
+        if tensor.shape != values[0].shape:
+            raise InputError(
+                f"{where}: shape {list(tensor.shape)}, where the first row has "
+                f"{list(values[0].shape)}; all rows must have the same"
+            )
+    return torch.stack(values)
+
+
+@torch.no_grad()
+def _outputs_of_first(model: Model, inputs: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    module = model.module
+    first = _cast(inputs[:1], dtype)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    modes = {part: part.training for part in module.modules()}
+    module.eval()  # a batch of one must not touch running statistics
+    try:
+        outputs = module(first.to(device))
+    except Exception as error:
+        raise InputError(
+            f"{where}: the model cannot take inputs of shape {list(first.shape)} and dtype "
+            f"{str(first.dtype).removeprefix('torch.')}: {error}"
+        ) from error
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    if not isinstance(outputs, Tensor):
+        outputs = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+    return outputs
+
+
+def _cast(inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    return inputs.to(dtype) if inputs.is_floating_point() else _signed(inputs)

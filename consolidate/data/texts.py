@@ -1,0 +1,571 @@
+"""Examples of texts: classified, labelled word by word, continued, filled in or rewritten."""
+
+import inspect
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consolidate.data.examples import (
+    Columns,
+    Examples,
+    Labels,
+    as_list,
+    as_targets,
+    describe,
+    find_column,
+    label_column,
+)
+from consolidate.models.architectures import quiet
+from consolidate.models.loading import Model
+from consolidate.runtime.uniforms import uniforms
+from formats.errors import InputError, UsageError
+from formats.rows import Rows
+
+IGNORED = -100
+_PAIRS = (("text", "text_pair"), ("premise", "hypothesis"), ("sentence1", "sentence2"))
+_ROWS_AT_ONCE = 1000
+_LONGEST_PACK = 1024  # tokens, unless --max-length says otherwise: models take up to 10⁵
+_LONGEST = 512  # for models that have no limit of their own
+# Positions of these begin behind the padding token's number.
+_OFFSET_POSITIONS = ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "mpnet", "longformer")
+_MASKED, _KEPT_OR_RANDOM, _WHICH_TOKEN = 1, 2, 3  # streams of uniforms; 0 samples labels
+
+
+class Ragged:
+    """Sequences of integers of different lengths, in one piece of memory."""
+
+    def __init__(self) -> None:
+        self._values = array("i")
+        self._ends = array("q", [0])
+
+    def append(self, values: Iterable[int]) -> None:
+        """Add a sequence at the end."""
+        self._values.extend(values)
+        self._ends.append(len(self._values))
+
+    def largest(self) -> int:
+        """Return the largest integer of all; −1 where there is none."""
+        return max(self._values, default=-1)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> Tensor:
+        values = np.frombuffer(self._values, dtype=np.intc)[self._ends[i] : self._ends[i + 1]]
+        return torch.from_numpy(values.astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Which tokens a masked language model predicts: 15%, of them 80% masked and 10% replaced.
+
+    Devlin et al. 2019, section 3.1. At least one token of each text is predicted.
+    """
+
+    mask_token: int
+    special_tokens: Tensor
+    vocabulary: int
+    seed: int
+    share: float = 0.15
+
+    def apply(self, ids: Tensor, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return masked ids and labels, (B, T), for ids in which padding is special too."""
+        draws = [
+            uniforms(self.seed, indices, ids.shape[1], epoch, stream=stream)
+            for stream in (_MASKED, _KEPT_OR_RANDOM, _WHICH_TOKEN)
+        ]
+        special = torch.isin(ids, self.special_tokens)
+        draw = draws[0].masked_fill(special, 2.0)
+        least = draw == draw.amin(1, keepdim=True)
+        chosen = ((draw < self.share) | least) & ~special
+        labels = ids.masked_fill(~chosen, IGNORED)
+        masked = ids.masked_fill(chosen & (draws[1] < 0.8), self.mask_token)
+        replaced = chosen & (draws[1] >= 0.9)
+        return torch.where(replaced, (draws[2] * self.vocabulary).long(), masked), labels
+
+
+class TextExamples(Examples):
+    """Token ids, padded on the right batch by batch."""
+
+    def __init__(
+        self,
+        fields: dict[str, Ragged],
+        labels: Ragged | Tensor | None,
+        padding: dict[str, int],
+        *,
+        masking: Masking | None = None,
+        first_label: int = 0,
+    ) -> None:
+        """Hold the encoded texts.
+
+        Args:
+            fields: ``input_ids`` and maybe ``token_type_ids``.
+            labels: One sequence or one number, or vector, per text; None where masks make them.
+            padding: What fills up each field.
+            masking: Of a masked language model.
+            first_label: The first position of the labels that is predicted.
+        """
+        super().__init__()
+        self._fields = fields
+        self._labels = labels
+        self._padding = padding
+        self._masking = masking
+        self._first_label = first_label
+
+    def __len__(self) -> int:
+        return len(self._fields["input_ids"])
+
+    def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
+        """Return token ids, attention mask and what else the model takes, (B, T), and labels."""
+        inputs = {
+            name: _padded([values[i] for i in indices], self._padding[name])
+            for name, values in self._fields.items()
+        }
+        lengths = torch.tensor([len(self._fields["input_ids"][i]) for i in indices])
+        present = torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]
+        inputs["attention_mask"] = present.long()
+        chosen = torch.as_tensor(list(indices), dtype=torch.long)
+        if self._masking is not None:
+            # Padding may be a token that also stands in texts, so it is marked apart.
+            ids = inputs["input_ids"].masked_fill(~present, int(self._masking.special_tokens[0]))
+            masked, labels = self._masking.apply(ids, chosen, epoch)
+            inputs["input_ids"] = torch.where(present, masked, inputs["input_ids"])
+        elif isinstance(self._labels, Ragged):
+            labels = _padded([self._labels[i] for i in indices], IGNORED)
+        else:
+            assert self._labels is not None
+            labels = self._labels[chosen]
+        return inputs, labels
+
+    def largest_token(self) -> int:
+        """Return the largest token id of all texts."""
+        return self._fields["input_ids"].largest()
+
+    def length(self, i: int) -> int:
+        """Return the number of tokens."""
+        return len(self._fields["input_ids"][i])
+
+    def units(self, i: int) -> int:
+        """Return 1, or how many tokens are predicted (in epoch 0, where masks decide)."""
+        if isinstance(self._labels, Tensor):
+            return 1
+        labels = self._labels[i] if self._labels is not None else self.collate([i])[1][0]
+        return int((labels[self._first_label :] != IGNORED).sum())
+
+
+def encode_texts(
+    rows: Rows, model: Model, columns: Columns, *, max_length: int | None, pack: bool, seed: int
+) -> Examples:
+    """Encode rows of texts as the objective asks.
+
+    Args:
+        rows: The data.
+        model: With a tokenizer.
+        columns: Where things are.
+        max_length: Of a text, in tokens.
+        pack: Join texts and cut them into sequences of `max_length`.
+        seed: Of masks.
+
+    Returns:
+        The examples.
+
+    Raises:
+        InputError: A column or the tokenizer is missing, or a row does not fit.
+        UsageError: `max_length` is more than the model takes, or too little for any text.
+    """
+    if model.processor is None:
+        raise InputError(f"{model.checkpoint.path} holds no tokenizer: save it beside the weights")
+    texts = _Texts(rows, model, max_length, pack)
+    with quiet():
+        match model.objective.name:
+            case "token-classification":
+                examples = _words(texts, columns)
+            case "causal-lm":
+                examples = _continued(texts, columns, pack)
+            case "masked-lm":
+                examples = _filled_in(texts, columns, pack, seed)
+            case "seq2seq-lm":
+                examples = _rewritten(texts, columns)
+            case _:
+                examples = _classified(texts, columns)
+    examples._notes[:0] = texts.notes()
+    if len(examples) == 0:
+        raise InputError(f"{rows.name}: no row holds anything to predict")
+    token, known = examples.largest_token(), _embedding_rows(model)
+    if token >= known:
+        raise InputError(
+            f"{rows.name} has the token {token}, and the model's embedding only {known} rows: the "
+            "tokenizer has grown, and `consolidate finetune` widens the embedding for it"
+        )
+    return examples
+
+
+def _embedding_rows(model: Model) -> int:
+    module: Any = model.module
+    return len(module.get_input_embeddings().weight)
+
+
+class _Texts:
+    """The tokenizer with what has to be known about the model, and the counts for the notes."""
+
+    def __init__(self, rows: Rows, model: Model, max_length: int | None, pack: bool) -> None:
+        self.rows = rows
+        self.model = model
+        self.tokenizer = model.processor
+        limit = _most_tokens(model)
+        if max_length is not None and limit is not None and max_length > limit:
+            raise UsageError(
+                f"--max-length {max_length} is more than the model takes, which is {limit}"
+            )
+        self.max_length = max_length or _default_length(self.tokenizer, limit, pack)
+        self.count = 0
+        self.truncated = 0
+        self.empty = 0
+        accepted = inspect.signature(model.module.forward).parameters
+        config = model.module.config
+        # Decoders such as GPT-2 would add an embedding for types they were never trained with.
+        self.has_types = "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1
+        pad = self.tokenizer.pad_token_id
+        pad = getattr(config, "pad_token_id", None) if pad is None else pad
+        self.padding = {
+            "input_ids": int(pad or 0),
+            "token_type_ids": int(getattr(self.tokenizer, "pad_token_type_id", 0)),
+        }
+
+    def fields(self) -> dict[str, Ragged]:
+        return {name: Ragged() for name in ("input_ids", "token_type_ids")[: 1 + self.has_types]}
+
+    def examples(self, fields: dict[str, Ragged], labels: Ragged | Tensor | None) -> TextExamples:
+        return TextExamples(fields, labels, self.padding)
+
+    def text(self, row: dict[str, Any], i: int, column: str) -> str:
+        value = row.get(column)
+        if not isinstance(value, str):
+            raise InputError(
+                f"{self.rows.where(i, column)}: expected a text, found {describe(value)}"
+            )
+        return value
+
+    def encode(
+        self,
+        texts: list[Any],
+        pairs: list[Any] | None = None,
+        *,
+        target: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Tokenize, truncate to `max_length` and count what was truncated."""
+        # Translators write another language than they read, with other special tokens.
+        given = {"text_target": texts} if target else {"text": texts, "text_pair": pairs}
+        self.count += len(texts)
+        special = self.tokenizer.num_special_tokens_to_add(pair=pairs is not None)
+        if self.max_length <= special:
+            raise UsageError(
+                f"--max-length {self.max_length} leaves no room for words beside {special} special "
+                "tokens"
+            )
+        options |= {"return_token_type_ids": self.has_types, "return_attention_mask": False}
+        full = self.tokenizer(**given, truncation=False, **options)
+        long = [n for n, ids in enumerate(full["input_ids"]) if len(ids) > self.max_length]
+        if not long:
+            return full
+        self.truncated += len(long)
+        return self.tokenizer(
+            **given, truncation="longest_first", max_length=self.max_length, **options
+        )
+
+    def ids(self, text: str, *, special: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def chunks(self) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+        for start in range(0, len(self.rows), _ROWS_AT_ONCE):
+            stop = min(start + _ROWS_AT_ONCE, len(self.rows))
+            yield [(i, self.rows[i]) for i in range(start, stop)]
+
+    def notes(self) -> list[str]:
+        notes = []
+        if self.truncated:
+            notes.append(
+                f"{self.truncated} of {self.count} texts were longer than {self.max_length} "
+                "tokens and truncated"
+            )
+        if self.empty:
+            notes.append(
+                f"{self.empty} of {len(self.rows)} rows hold nothing to predict and were left out"
+            )
+        return notes
+
+
+def _padded(sequences: Sequence[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(
+        list(sequences), batch_first=True, padding_value=value
+    )  # (B, T)
+
+
+def _most_tokens(model: Model) -> int | None:
+    config: Any = model.module.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    if config.model_type in _OFFSET_POSITIONS:
+        limit -= (config.pad_token_id or 0) + 1
+    return limit
+
+
+def _default_length(tokenizer: Any, limit: int | None, pack: bool) -> int:
+    stated = [n for n in (limit, tokenizer.model_max_length) if n is not None and n < 10**9]
+    length = min(stated, default=_LONGEST)
+    return min(length, _LONGEST_PACK) if pack else length
+
+
+def _classified(texts: _Texts, columns: Columns) -> TextExamples:
+    rows, model = texts.rows, texts.model
+    first, second = _text_columns(rows, columns)
+    column = label_column(rows, columns, model.objective.name)
+    fields = texts.fields()
+    labels: list[Any] = []
+    reader = None
+    if model.objective.name != "regression":
+        reader = Labels(rows, column, model, model.outputs)
+    for chunk in texts.chunks():
+        encoded = texts.encode(
+            [texts.text(row, i, first) for i, row in chunk],
+            None if second is None else [texts.text(row, i, second) for i, row in chunk],
+        )
+        for n, (i, row) in enumerate(chunk):
+            if not encoded["input_ids"][n]:
+                raise InputError(f"{rows.where(i, first)}: the text is empty")
+            for name, values in fields.items():
+                values.append(encoded[name][n])
+            if reader is not None:
+                read = reader.vector if model.objective.name == "multi-label" else reader.index
+                labels.append(read(row.get(column), i))
+    encoded_labels = as_targets(rows, column, model) if reader is None else torch.tensor(labels)
+    examples = texts.examples(fields, encoded_labels)
+    if reader is not None and reader.note:
+        examples._notes.append(reader.note)
+    return examples
+
+
+def _text_columns(rows: Rows, columns: Columns) -> tuple[str, str | None]:
+    if columns.text is None and columns.text_pair is None:
+        for first, second in _PAIRS:
+            if first in rows.columns and second in rows.columns:
+                return first, second
+    first = find_column(rows, columns.text, ("text", "sentence"), "text")
+    if columns.text_pair is None:
+        return first, None
+    return first, find_column(rows, columns.text_pair, (), "text_pair")
+
+
+def _words(texts: _Texts, columns: Columns) -> TextExamples:
+    rows = texts.rows
+    if not texts.tokenizer.is_fast:
+        raise InputError(
+            f"{texts.model.checkpoint.path}: token classification needs a tokenizer.json, which "
+            "tells the tokens of each word"
+        )
+    column = find_column(rows, columns.tokens, ("tokens", "words"), "tokens")
+    labelled = label_column(rows, columns, texts.model.objective.name)
+    reader = Labels(rows, labelled, texts.model, texts.model.outputs)
+    fields, labels = texts.fields(), Ragged()
+    for chunk in texts.chunks():
+        sentences, numbers = [], []
+        for i, row in chunk:
+            words = as_list(row.get(column), rows.where(i, column))
+            marks = as_list(row.get(labelled), rows.where(i, labelled))
+            if len(words) != len(marks):
+                raise InputError(
+                    f"{rows.where(i, labelled)}: {len(marks)} labels for {len(words)} words"
+                )
+            if not all(isinstance(word, str) for word in words):
+                raise InputError(f"{rows.where(i, column)}: expected words, found {words!r:.60}")
+            sentences.append(words)
+            numbers.append([reader.index(mark, i, ignorable=True) for mark in marks])
+        encoded = texts.encode(sentences, is_split_into_words=True)
+        for n in range(len(chunk)):
+            # The first token of a word has its label, the others have none.
+            marked, before = [], None
+            for word in encoded.word_ids(n):
+                is_first = word is not None and word != before
+                marked.append(numbers[n][word] if is_first else IGNORED)
+                before = word
+            if all(mark == IGNORED for mark in marked):
+                texts.empty += 1
+                continue
+            labels.append(marked)
+            for name, values in fields.items():
+                values.append(encoded[name][n])
+    examples = texts.examples(fields, labels)
+    if reader.note:
+        examples._notes.append(reader.note)
+    return examples
+
+
+def _continued(texts: _Texts, columns: Columns, pack: bool) -> TextExamples:
+    rows = texts.rows
+    has = frozenset(rows.columns)
+    named = columns.text is not None
+    chats = columns.messages is not None or (not named and "messages" in has)
+    prompted = columns.prompt is not None or columns.completion is not None
+    prompted |= not named and {"prompt", "completion"} <= has
+    if chats:
+        column = find_column(rows, columns.messages, ("messages",), "messages")
+        documents = _chats(texts, column)
+    elif prompted:
+        documents = _prompted(
+            texts,
+            find_column(rows, columns.prompt, ("prompt",), "prompt"),
+            find_column(rows, columns.completion, ("completion",), "completion"),
+            pack,
+        )
+    else:
+        documents = _plain(texts, find_column(rows, columns.text, ("text",), "text"))
+    fields, labels = {"input_ids": Ragged()}, Ragged()
+    blocks = _packed(documents, texts.max_length) if pack else _cut(documents, texts)
+    for ids, marks in blocks:
+        if all(mark == IGNORED for mark in marks[1:]):
+            texts.empty += not pack
+            continue
+        fields["input_ids"].append(ids)
+        labels.append(marks)
+    examples = TextExamples(fields, labels, texts.padding, first_label=1)
+    if pack:
+        examples._notes.append(_packing_note(texts, len(examples)))
+    return examples
+
+
+_Document = tuple[list[int], list[int]]  # token ids and labels, of the same length
+
+
+def _plain(texts: _Texts, column: str) -> Iterator[_Document]:
+    end = texts.tokenizer.eos_token_id
+    for chunk in texts.chunks():
+        written = [texts.text(row, i, column) for i, row in chunk]
+        for ids in texts.tokenizer(written)["input_ids"]:
+            # A text ends, and what follows in a packed sequence is another.
+            ended = [*ids, end] if ids and end is not None and ids[-1] != end else list(ids)
+            yield ended, list(ended)
+
+
+def _prompted(texts: _Texts, prompt: str, completion: str, pack: bool) -> Iterator[_Document]:
+    """Prompt and completion, of which the completion alone is predicted."""
+    end = texts.tokenizer.eos_token_id
+    for i in range(len(texts.rows)):
+        row = texts.rows[i]
+        before = texts.ids(texts.text(row, i, prompt), special=True)
+        if before and before[-1] == end and len(before) > 1:
+            before.pop()
+        after = texts.ids(texts.text(row, i, completion), special=False)
+        if after and end is not None and after[-1] != end:
+            after.append(end)
+        if not pack and len(before) + len(after) > texts.max_length:
+            # The prompt's beginning goes first: without a completion there is nothing to learn.
+            texts.truncated += 1
+            after = after[: max(1, texts.max_length - 1)]
+            before = before[max(0, len(before) + len(after) - texts.max_length) :]
+        yield before + after, [IGNORED] * len(before) + after
+
+
+def _chats(texts: _Texts, column: str) -> Iterator[_Document]:
+    if not getattr(texts.tokenizer, "chat_template", None):
+        raise InputError(
+            f"{texts.model.checkpoint.path}: the tokenizer has no chat template, which messages "
+            "need"
+        )
+    for i in range(len(texts.rows)):
+        messages = texts.rows[i].get(column)
+        where = texts.rows.where(i, column)
+        if isinstance(messages, str):
+            messages = as_list(messages, where)
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise InputError(
+                f"{where}: expected a list of messages with role and content, found "
+                f"{describe(messages)}"
+            )
+        try:
+            written = texts.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:
+            raise InputError(
+                f"{where}: the chat template does not take these messages: {error}"
+            ) from error
+        ids = texts.ids(written, special=False)
+        yield ids, list(ids)
+
+
+def _cut(documents: Iterable[_Document], texts: _Texts) -> Iterator[_Document]:
+    for ids, labels in documents:
+        texts.count += 1
+        if len(ids) > texts.max_length:
+            texts.truncated += 1
+        yield ids[: texts.max_length], labels[: texts.max_length]
+
+
+def _packed(documents: Iterable[_Document], length: int) -> Iterator[_Document]:
+    ids: list[int] = []
+    labels: list[int] = []
+    for more_ids, more_labels in documents:
+        ids += more_ids
+        labels += more_labels
+        while len(ids) >= length:
+            yield ids[:length], labels[:length]
+            del ids[:length], labels[:length]
+    if ids:
+        yield ids, labels
+
+
+def _packing_note(texts: _Texts, sequences: int) -> str:
+    return f"{len(texts.rows)} texts fill {sequences} sequences of {texts.max_length} tokens"
+
+
+def _filled_in(texts: _Texts, columns: Columns, pack: bool, seed: int) -> TextExamples:
+    tokenizer = texts.tokenizer
+    if tokenizer.mask_token_id is None:
+        raise InputError(f"{texts.model.checkpoint.path}: the tokenizer has no mask token")
+    column = find_column(texts.rows, columns.text, ("text",), "text")
+    fields = texts.fields()
+    special = frozenset(tokenizer.all_special_ids)
+    if pack:
+        fields = {"input_ids": Ragged()}
+        for ids, _ in _packed(_plain(texts, column), texts.max_length):
+            if not special.issuperset(ids):
+                fields["input_ids"].append(ids)
+    else:
+        for chunk in texts.chunks():
+            encoded = texts.encode([texts.text(row, i, column) for i, row in chunk])
+            for n, ids in enumerate(encoded["input_ids"]):
+                if special.issuperset(ids):
+                    texts.empty += 1
+                    continue
+                for name, values in fields.items():
+                    values.append(encoded[name][n])
+    masking = Masking(tokenizer.mask_token_id, torch.tensor(sorted(special)), len(tokenizer), seed)
+    examples = TextExamples(fields, None, texts.padding, masking=masking)
+    if pack:
+        examples._notes.append(_packing_note(texts, len(examples)))
+    return examples
+
+
+def _rewritten(texts: _Texts, columns: Columns) -> TextExamples:
+    rows = texts.rows
+    source = find_column(rows, columns.text or columns.prompt, ("text", "prompt"), "text")
+    target = find_column(
+        rows, columns.target or columns.completion, ("target", "completion", "summary"), "target"
+    )
+    fields, labels = texts.fields(), Ragged()
+    for chunk in texts.chunks():
+        encoded = texts.encode([texts.text(row, i, source) for i, row in chunk])
+        written = texts.encode([texts.text(row, i, target) for i, row in chunk], target=True)
+        for n in range(len(chunk)):
+            if not written["input_ids"][n]:
+                texts.empty += 1
+                continue
+            labels.append(written["input_ids"][n])
+            for name, values in fields.items():
+                values.append(encoded[name][n])
+    return texts.examples(fields, labels)

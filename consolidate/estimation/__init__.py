@@ -1,0 +1,1 @@
+"""The Fisher diagonal of a module, estimated from batches of examples."""

@@ -1,0 +1,455 @@
+"""By which method each parameter's per-example gradients are had, found out on a first batch.
+
+    rule      from the inputs and outputs of its layers, for the whole batch at once
+    module    by running its module again, alone, for each example
+    loop      by running the model for each example
+
+A parameter takes the first of them that agrees with single examples and with autograd.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from consolidate.estimation.batches import Batch, out_of_memory, own_errors
+from consolidate.estimation.example_gradients import Gradients, square
+from consolidate.estimation.gradient_checkpointing import checkpointed_layers
+from consolidate.estimation.layer_hooks import (
+    Recorder,
+    Unit,
+    UnitError,
+    add_squares,
+    falling_back,
+    has_rows,
+    in_words,
+)
+from consolidate.estimation.layer_rules import rule_of
+from formats.errors import InputError
+
+METHODS = ("rule", "module", "loop")
+
+MOST_WAITING = 1 << 26
+"""Elements of per-example gradients that are kept for a parameter that several modules use."""
+
+_LEVELS = ("rule", "module", "module by itself", "loop")  # With vmap, and without.
+
+_Calls = dict[nn.Module, tuple[bool, ...] | None]
+"""The modules called, with which of their inputs have a row per example; None where no such."""
+
+Forward = Callable[[Batch], Tensor]
+"""From a batch to the model's outputs."""
+
+
+class Failure(NamedTuple):
+    """Why a parameter does not go by a method.
+
+    Attributes:
+        method: Which.
+        error: What it raised; None where its gradients were not those of single examples.
+    """
+
+    method: str
+    error: str | None
+
+
+class Plan(NamedTuple):
+    """How per-example gradients are had.
+
+    Attributes:
+        levels: What `method_of` takes, by the parameters' names; those that outputs do not depend
+            on are missing.
+        units: What is marked for those that do not go by the loop.
+        failures: The first method that failed, for those with one.
+        alone: Why the model cannot be run for several examples at a time; None where it can.
+    """
+
+    levels: dict[str, str]
+    units: list[Unit]
+    failures: dict[str, Failure]
+    alone: str | None = None
+
+
+class _Probe(NamedTuple):
+    """What is sent back through a batch to compare gradients."""
+
+    vector: Tensor
+    kept: tuple[int, int]  # the examples that are run alone too
+
+
+def choose_methods(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batch: Batch,
+    forward: Forward,
+    dtype: torch.dtype,
+    levels: Mapping[str, str] | None = None,
+) -> Plan:
+    """Choose how each parameter's per-example gradients are had.
+
+    A random vector is sent back through the whole batch. Each parameter's sum over the examples
+    must be autograd's own gradient, so that nothing is missing. Of the first and the last example
+    the squares must be those of the two run alone: squares tell what sums do not, rows that were
+    taken for another example's, as in time-first layouts.
+
+    Args:
+        model: Any module, with gradients switched off for its parameters.
+        parameters: Those to measure.
+        batch: Two examples or more.
+        forward: Runs the model.
+        dtype: The type that gradients are squared in.
+        levels: A former plan's, to start from.
+
+    Raises:
+        InputError: If the model draws random numbers.
+    """
+    everything_by_loop = Plan(dict.fromkeys(parameters, "loop"), [], {})
+    try:
+        calls, together, vector, expected = _scout(model, parameters, batch, forward, dtype)
+    except (RuntimeError, InputError) as error:
+        if out_of_memory(error):
+            raise
+        return everything_by_loop._replace(alone=in_words(error))  # One at a time may go through.
+    probe = _Probe(vector, (0, len(batch) - 1))
+    for example in probe.kept:
+        alone = forward(batch.example(example))
+        if alone.shape != vector[:1].shape:
+            return everything_by_loop._replace(
+                alone=f"outputs of shape {list(alone.shape)} for one, {list(vector.shape)} for all"
+            )
+        if not _near(alone, together[example : example + 1]):
+            if not _near(forward(batch), together):
+                raise InputError(
+                    "The model gives other outputs each time that it is run on the same batch: "
+                    "it draws random numbers in eval mode too (a functional dropout without "
+                    "`training=self.training`, for one). Make it deterministic there."
+                )
+            # Examples that change one another's outputs: each alone is what can be measured.
+            return everything_by_loop._replace(
+                failures=dict.fromkeys(expected, Failure("rule", None))
+            )
+    reached = {name: parameters[name] for name in expected}
+    levels = {name: (levels or {}).get(name, "rule") for name in reached}
+    owners = _owners(model, reached, calls)
+    for name, paths in owners.items():
+        if levels[name] == "rule" and not _has_rule(model, paths, calls):
+            # What several modules give would have to wait for the last of them.
+            waits = len(paths) > 1 and reached[name].numel() * len(batch.labels) > MOST_WAITING
+            levels[name] = "loop" if waits else "module"
+    failures: dict[str, Failure] = {}
+    again = bool(checkpointed_layers(model))
+    squared = False
+    while True:
+        units = _units(model, owners, levels, calls)
+        marked = {name for unit in units for name in unit.names.values()}
+        levels = {n: level if n in marked else "loop" for n, level in levels.items()}
+        failed = _failed(units, reached, batch, forward, dtype, probe, expected, squared, again)
+        if squared and not failed:
+            return Plan(levels, units, failures)
+        for name, raised in failed.items():
+            failure = Failure(method_of(levels[name]), raised)
+            if failures.get(name, failure).method == failure.method:
+                failures[name] = failure
+        levels |= {name: slower(levels[name]) for name in failed}
+        if squared or not failed:
+            # One of the two at a time: each is as large as the model.
+            squared = not failed
+            expected.clear()
+            true = _squares if squared else _sums
+            expected = true(reached, batch, forward, dtype, probe)
+
+
+def method_of(level: str) -> str:
+    """Return the method, one of METHODS, behind one of a plan's levels."""
+    return level.split()[0]
+
+
+def slower(level: str) -> str:
+    """Return the next of a plan's levels, which needs less of a module."""
+    return _LEVELS[_LEVELS.index(level) + 1]
+
+
+@contextmanager
+def requiring_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Switch gradients on for these parameters, and off again."""
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+
+
+def add_gradients(
+    sums: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    outputs: Tensor,
+    vectors: Iterable[Tensor],
+) -> dict[str, Tensor]:
+    """Add Σ_vectors (Jᵀ vector)² to sums.
+
+    Returns:
+        The sum of what was added, (1,), by the names that outputs depend on.
+    """
+    traces: dict[str, Tensor] = {}
+    for vector in vectors if outputs.requires_grad else ():
+        gradients = torch.autograd.grad(
+            outputs, list(parameters.values()), vector, retain_graph=True, allow_unused=True
+        )
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                gradient = gradient.to_dense().to(sums[name].dtype)
+                sums[name].addcmul_(gradient, gradient)
+                trace = square(gradient)[None]
+                traces[name] = traces[name] + trace if name in traces else trace
+    return traces
+
+
+def _scout(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batch: Batch,
+    forward: Forward,
+    dtype: torch.dtype,
+) -> tuple[_Calls, Tensor, Tensor, dict[str, Tensor]]:
+    """Run the batch; return what was called, outputs, a random vector, and its gradients."""
+    size = len(batch.labels)
+    calls: _Calls = {}
+
+    def note(module: nn.Module, args: object, kwargs: object, output: object) -> None:
+        with own_errors():
+            rows = tuple(has_rows(value, size) for value in tree_leaves((args, kwargs)))
+            outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+            fits = any(rows) and outputs and all(has_rows(t, size) for t in outputs)
+            calls[module] = rows if fits and calls.get(module, rows) == rows else None
+
+    handles = [m.register_forward_hook(note, with_kwargs=True) for m in model.modules()]
+    try:
+        with requiring_gradients(parameters):
+            outputs = forward(batch)
+            generator = torch.Generator().manual_seed(0)
+            vector = torch.randn(outputs.shape, generator=generator).to(outputs)
+            sums = _gradients(outputs, vector, parameters, dtype)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, outputs.detach(), vector, sums
+
+
+def _sums(
+    parameters: Mapping[str, nn.Parameter],
+    batch: Batch,
+    forward: Forward,
+    dtype: torch.dtype,
+    probe: _Probe,
+) -> dict[str, Tensor]:
+    """Return autograd's own gradients of the batch."""
+    with requiring_gradients(parameters):
+        return _gradients(forward(batch), probe.vector, parameters, dtype)
+
+
+def _squares(
+    parameters: Mapping[str, nn.Parameter],
+    batch: Batch,
+    forward: Forward,
+    dtype: torch.dtype,
+    probe: _Probe,
+) -> dict[str, Tensor]:
+    """Return the squares of the gradients of those examples that are run alone, added up."""
+    squares = {name: torch.zeros_like(p, dtype=dtype) for name, p in parameters.items()}
+    for example in probe.kept:
+        with requiring_gradients(parameters):
+            outputs = forward(batch.example(example))
+            add_gradients(squares, parameters, outputs, [probe.vector[example : example + 1]])
+    return squares
+
+
+def _gradients(
+    outputs: Tensor, vector: Tensor, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the gradients of those parameters that the outputs depend on."""
+    found = torch.autograd.grad(outputs, list(parameters.values()), vector, allow_unused=True)
+    pairs = zip(parameters, found, strict=True)
+    return {name: g.to_dense().to(dtype) for name, g in pairs if g is not None}
+
+
+def _owners(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], calls: _Calls
+) -> dict[str, dict[str, str]]:
+    """Return the modules that use each parameter: their paths, with the parameter's name there.
+
+    Modules that own a parameter are never called where others use it: those count if none is.
+    """
+    names = {id(p): name for name, p in parameters.items()}
+    owners: dict[str, dict[str, str]] = {name: {} for name in parameters}
+    for path, module in model.named_modules():
+        for local, p in module._parameters.items():
+            if id(p) in names:
+                owners[names[id(p)]][path] = local
+    called = {
+        name: {path: k for path, k in paths.items() if model.get_submodule(path) in calls}
+        for name, paths in owners.items()
+    }
+    return {name: called[name] or paths for name, paths in owners.items()}
+
+
+def _has_rule(model: nn.Module, owners: dict[str, str], calls: _Calls) -> bool:
+    """Return whether all modules that use a parameter have a rule for it, and are called."""
+    modules = {model.get_submodule(path): local for path, local in owners.items()}
+    return all(
+        rule_of(module) is not None and module in calls and local in ("weight", "bias")
+        for module, local in modules.items()
+    )
+
+
+def _units(
+    model: nn.Module,
+    owners: Mapping[str, dict[str, str]],
+    levels: Mapping[str, str],
+    calls: _Calls,
+) -> list[Unit]:
+    """List what to mark: layers with a rule, and the modules that are run again by themselves."""
+    by_rule: dict[str, dict[str, str]] = {}
+    by_module: dict[tuple[str, bool], list[str]] = {}
+    for name, paths in owners.items():
+        if levels[name] == "rule":
+            for path, local in paths.items():
+                by_rule.setdefault(path, {})[local] = name
+        elif levels[name] != "loop":
+            hosts = {_host(model, path, calls) for path in paths}
+            for host in hosts:
+                if not any(host != other and _inside(host, other) for other in hosts):
+                    by_module.setdefault((host, levels[name] == "module"), []).append(name)
+    units = []
+    for path, names in by_rule.items():
+        module = model.get_submodule(path)
+        units.append(Unit(module, names, rule_of(module)))
+    for (path, vmap), inside in by_module.items():
+        module = model.get_submodule(path)
+        if rows := calls.get(module):
+            locals_ = {id(p): k for k, p in module.named_parameters()}
+            names = {locals_[id(model.get_parameter(name))]: name for name in inside}
+            units.append(Unit(module, names, rows=rows, vmap=vmap))
+    return units
+
+
+def _host(model: nn.Module, path: str, calls: _Calls) -> str:
+    """Return the path of the nearest module around this one that was called with whole rows."""
+    while path and not calls.get(model.get_submodule(path)):
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _inside(path: str, other: str) -> bool:
+    return not other or path.startswith(f"{other}.")
+
+
+def _failed(
+    units: list[Unit],
+    parameters: Mapping[str, nn.Parameter],
+    batch: Batch,
+    forward: Forward,
+    dtype: torch.dtype,
+    probe: _Probe,
+    expected: Mapping[str, Tensor],
+    squared: bool,
+    again: bool,
+) -> dict[str, str | None]:
+    """Return the marked parameters whose gradients are not the expected ones, and what was raised.
+
+    RuntimeErrors of torch mean that the model or its layers are not what a method takes them for.
+
+    Args:
+        units: What is marked.
+        parameters: The model's, by name.
+        batch: What is run.
+        forward: Runs the model.
+        dtype: The type that gradients are squared in.
+        probe: What is sent back.
+        expected: What `_sums` or `_squares` returned.
+        squared: Which of the two.
+        again: Whether layers run again in the backward pass.
+    """
+    marked = {name for unit in units for name in unit.names.values()}
+    if not marked:
+        return {}
+    size, vector = len(batch), probe.vector
+    found = {name: torch.zeros_like(expected[name]) for name in marked}
+
+    def add(gradients: Mapping[str, Gradients], examples: range) -> None:
+        with falling_back(gradients, RuntimeError):
+            for name, of_name in gradients.items():
+                for example in range(len(examples)):
+                    of_name.add_to(found[name], example)
+
+    try:
+        with (
+            closing(Recorder(units, vector.device, dtype)) as recorder,
+            recorder.recording(size, alone=True, again=again) as recording,
+        ):
+            outputs = forward(batch)
+            if squared:
+                kept = torch.zeros_like(vector)
+                kept[list(probe.kept)] = vector[list(probe.kept)]
+                add_squares(found, recording, outputs, [kept])
+            else:
+                recording.backward(outputs, vector, add, keep=False)
+    except UnitError as error:
+        return dict.fromkeys(error.names, str(error))
+    except (RuntimeError, InputError) as error:
+        if out_of_memory(error):
+            raise
+        return dict.fromkeys(marked, in_words(error))
+    largest = max(_largest(value) for value in expected.values())
+    agree = _alike if squared else _equal
+
+    def agrees(name: str) -> bool:
+        eps = torch.finfo(parameters[name].dtype).eps
+        return agree(found[name], expected[name], eps, largest)
+
+    return {name: None for name in marked if name in recording.unfit or not agrees(name)}
+
+
+def _near(alone: Tensor, together: Tensor) -> bool:
+    """Return whether outputs are the same up to rounding."""
+    tolerance = 10 * torch.finfo(alone.dtype).eps ** 0.5
+    return bool((alone - together).abs().max() <= tolerance * together.abs().max().clamp(min=1e-6))
+
+
+def _equal(found: Tensor, expected: Tensor, eps: float, largest: float) -> bool:
+    """Return whether sums of gradients are equal up to rounding, largest that of any parameter.
+
+    What is found is overwritten.
+    """
+    # Normalisation is often in float32 whatever the weights.
+    tolerance = max(eps**0.5, 1e-6)
+    error = _largest(found.sub_(expected))
+    return error <= tolerance * _largest(expected) + _floor(eps) * largest
+
+
+def _alike(found: Tensor, expected: Tensor, eps: float, largest: float) -> bool:
+    """Return whether squares are those of the same gradients, run in another batch.
+
+    What is found is overwritten.
+    """
+    # An example may fall to the other side of a ReLU here and there.
+    error = found.sub_(expected).abs_().sum().item()
+    floor = _floor(eps) ** 2 * largest * found.numel()
+    return error <= eps**0.25 * expected.sum().item() + floor
+
+
+def _largest(values: Tensor) -> float:
+    """Return max |values|, without a copy of them; 0 of none."""
+    if not values.numel():
+        return 0.0
+    least, most = values.aminmax()
+    return max(-least.item(), most.item())
+
+
+def _floor(eps: float) -> float:
+    """Return the relative size of gradients that are nothing but rounding, as of a key's bias."""
+    return min(100 * eps, eps**0.5)

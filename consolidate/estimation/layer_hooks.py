@@ -1,0 +1,470 @@
+"""Per-example gradients of a whole batch, taken layer by layer while one backward pass goes by.
+
+Every call of a layer is marked in the graph. When the gradient at its outputs arrives there, the
+layer's rule, or the layer run again by itself, makes its parameters' gradients of each example, and
+they are squared and added at once: none of them outlives its layer.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from consolidate.estimation.batches import out_of_memory, own_errors
+from consolidate.estimation.example_gradients import (
+    Gradients,
+    Outer,
+    Summed,
+    Whole,
+    add_pairs,
+    add_squares_of_sums,
+)
+from consolidate.estimation.layer_rules import Rule
+
+VMAP_ELEMENTS = 1 << 22
+"""Elements of per-example gradients that one module makes at a time."""
+
+Sink = Callable[[Mapping[str, Gradients], range], None]
+"""Takes per-example gradients of a call's parameters, by name, and which examples they are of."""
+
+
+class Unit(NamedTuple):
+    """A module, and those of its parameters whose gradients are taken at its calls."""
+
+    module: nn.Module
+    names: dict[str, str]  # The model's names by the module's.
+    rule: Rule | None = None
+    rows: tuple[bool, ...] = ()  # Without a rule: which of its inputs have one row per example,
+    vmap: bool = False  # and whether it can be run for several examples by vmap.
+
+
+class UnitError(Exception):
+    """A unit's rule does not fit its module, or its module raised when it was run again.
+
+    Attributes:
+        names: The unit's parameters.
+    """
+
+    def __init__(self, names: Iterable[str], error: Exception):
+        super().__init__(in_words(error))
+        self.names = set(names)
+
+
+def in_words(error: Exception) -> str:
+    """Return the type of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@contextmanager
+def falling_back(names: Iterable[str], *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds into a UnitError, except that the memory does not suffice."""
+    try:
+        yield
+    except kinds as error:
+        if out_of_memory(error):
+            raise
+        raise UnitError(names, error) from error
+
+
+class Call(NamedTuple):
+    """One call of a unit, on the way to the model's outputs."""
+
+    unit: Unit
+    inputs: list[Any]
+    spec: TreeSpec | None  # None with a rule.
+    outputs: list[int]  # Which of its outputs the gradients are at.
+
+
+class Recording:
+    """The marked calls of one forward pass.
+
+    Attributes:
+        size: The number of examples in the batch.
+        anchor: What to differentiate by, so that gradients pass by every mark.
+        dtype: The type they are computed in.
+        alone: Whether nothing else has gradients.
+        again: Whether layers run again in the backward pass, to give back what they need there.
+        uses: How often each parameter is used, by name.
+        unfit: Names with a call that does not have one row per example.
+        sink: Where the gradients go while a backward pass runs.
+        open: Whether the forward pass runs.
+        busy: Whether a unit is being run again.
+    """
+
+    def __init__(self, size: int, anchor: Tensor, dtype: torch.dtype, *, alone: bool, again: bool):
+        self.size = size
+        self.anchor = anchor
+        self.dtype = dtype
+        self.alone = alone
+        self.again = again
+        self.uses: dict[str, int] = {}
+        self.unfit: set[str] = set()
+        self.sink: Sink | None = None
+        self.open = True
+        self.busy = False
+
+    def backward(self, outputs: Tensor, vector: Tensor, sink: Sink, *, keep: bool) -> None:
+        """Send vector back from outputs and every parameter's gradients to the sink.
+
+        Args:
+            outputs: The model's outputs in the forward pass that was recorded.
+            vector: Like outputs.
+            sink: What takes the gradients.
+            keep: Whether the graph is needed again.
+        """
+        self.open = False
+        self.sink = sink
+        try:
+            torch.autograd.grad(outputs, self.anchor, vector, retain_graph=keep, allow_unused=True)
+        finally:
+            self.sink = None  # It holds on to this.
+
+    def mark(self, unit: Unit, args: Any, kwargs: Any, output: Any) -> Any:
+        """Return a call's output, marked; None where it need not be another tensor."""
+        inputs, spec = [*args, *kwargs.values()], None
+        if unit.rule is None:
+            inputs, spec = tree_flatten((args, dict(kwargs)))
+        outputs, output_spec = [output], None
+        if not isinstance(output, Tensor):
+            outputs, output_spec = tree_flatten(output)
+        marked = [
+            i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point()
+        ]
+        if not self._fits(unit, inputs, [outputs[i] for i in marked]):
+            if self.open:
+                self.unfit.update(unit.names.values())
+            return None
+        # Calls that a checkpoint runs again look the same in the graph, but nothing arrives there.
+        if self.open:
+            for name in unit.names.values():
+                self.uses[name] = self.uses.get(name, 0) + 1
+        inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
+        call = Call(unit, inputs, spec, marked)
+        # A tensor that gradients reach on their way to an earlier mark needs none of its own.
+        reached = self.alone and output_spec is None and output.requires_grad
+        if reached and not self.again and not output._is_view():
+            if self.open:
+                output.register_hook(lambda gradient: self.receive(call, (gradient,)))
+            return None
+        marks = _Mark.apply(self, call, self.anchor, *(outputs[i] for i in marked))
+        if output_spec is None:
+            return marks[0]
+        for i, tensor in zip(marked, marks, strict=True):
+            outputs[i] = tensor
+        return tree_unflatten(outputs, output_spec)
+
+    def receive(self, call: Call, gradients: Sequence[Tensor | None]) -> None:
+        """Pass the gradients of a call's parameters on to the sink, given those at its outputs.
+
+        Raises:
+            UnitError: If the unit's rule does not fit it, or it could not be run again.
+        """
+        if self.sink is None or all(g is None for g in gradients):
+            return
+        try:
+            self.busy = True
+            for found, examples in self._example_gradients(call, gradients):
+                self.sink({name: found[local] for local, name in call.unit.names.items()}, examples)
+        finally:
+            self.busy = False
+
+    def _example_gradients(
+        self, call: Call, gradients: Sequence[Tensor | None]
+    ) -> Iterator[tuple[Mapping[str, Gradients], range]]:
+        """Yield per-example gradients by the module's names, some examples at a time, and which."""
+        unit = call.unit
+        if unit.rule is not None:
+            (a,), (g,) = call.inputs, (g for g in gradients if g is not None)
+            a = a.to(self.dtype) if a.is_floating_point() else a
+            # It was found by the class's name, and the module may be built otherwise.
+            with falling_back(unit.names.values(), RuntimeError, AttributeError):
+                found = unit.rule(unit.module, a, g.to(self.dtype))
+            yield found, range(self.size)
+            return
+        elements = sum(unit.module.get_parameter(local).numel() for local in unit.names)
+        several = any(self.uses[name] > 1 for name in unit.names.values())
+        chunk = self.size if several else max(1, VMAP_ELEMENTS // max(1, elements))
+        for start in range(0, self.size, chunk):
+            examples = range(start, min(start + chunk, self.size))
+            rows = slice(examples.start, examples.stop)
+            inputs = [t[rows] if r else t for t, r in zip(call.inputs, unit.rows, strict=True)]
+            vectors = [None if g is None else g[rows] for g in gradients]
+            made = module_gradients(call, inputs, vectors)
+            yield {local: Whole(each.to(self.dtype)) for local, each in made.items()}, examples
+
+    def _fits(self, unit: Unit, inputs: list[Any], outputs: list[Tensor]) -> bool:
+        if not outputs or not all(has_rows(t, self.size) for t in outputs):
+            return False
+        if unit.rule is not None:
+            if len(inputs) != 1 or len(outputs) != 1 or not has_rows(inputs[0], self.size):
+                return False
+            # A single example without a row of its own may have as many channels as there are rows.
+            weight: Any = unit.module.weight
+            return outputs[0].ndim >= max(2, weight.ndim)
+        return len(inputs) == len(unit.rows) and all(
+            has_rows(t, self.size) for t, rows in zip(inputs, unit.rows, strict=True) if rows
+        )
+
+
+_SAVED = object()
+"""Stands for a tensor that autograd keeps."""
+
+
+class _Mark(torch.autograd.Function):
+    """Passes tensors on; in a backward pass the recording is given their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, recording: Recording, call: Call, anchor: Tensor, *tensors: Tensor
+    ) -> Any:
+        if recording.again:
+            # A checkpoint forgets what is saved this way, and has it made again.
+            ctx.save_for_backward(*(t for t in call.inputs if isinstance(t, Tensor)))
+            left = [_SAVED if isinstance(t, Tensor) else t for t in call.inputs]
+            call = call._replace(inputs=left)
+        ctx.recording, ctx.call = recording, call
+        ctx.set_materialize_grads(False)
+        # Not views, so that the next layer may write into them.
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        call, saved = ctx.call, iter(ctx.saved_tensors)
+        inputs = [next(saved) if value is _SAVED else value for value in call.inputs]
+        ctx.recording.receive(call._replace(inputs=inputs), gradients)
+        return None, None, None, *gradients
+
+
+class Squares:
+    """A sink that adds squares of per-example gradients, also of parameters used several times.
+
+    What few positions give is summed over vectors before the one product with the inputs, which
+    the vectors share. What a parameter's several uses give waits for the last of them.
+
+    Attributes:
+        sums: Where to add, by name.
+        shared: Whether there are several vectors.
+        traces: What each example added in all, (B,), by the names that outputs depend on.
+        additions: How many numbers were added to an element, one after the other.
+    """
+
+    def __init__(self, sums: Mapping[str, Tensor], recording: Recording, first: int = 0):
+        self.sums = sums
+        self.shared = False
+        self.traces: dict[str, Tensor] = {}
+        self.additions = 1
+        self._recording = recording
+        self._first = first
+        self._products: dict[str, tuple[Outer | Summed, Tensor]] = {}
+        self._waiting: dict[str, list[Gradients]] = {}
+        self._one_by_one = False
+
+    def __call__(self, gradients: Mapping[str, Gradients], examples: range) -> None:
+        """Take per-example gradients of one call's parameters, by one vector.
+
+        Those of `few` positions, and those that wait for a parameter's last use, are of all
+        examples.
+        """
+        pairs: dict[int, Tensor] = {}  # A layer's weight and bias share them.
+        for name, found in gradients.items():
+            if name in self._recording.unfit:
+                continue
+            if self._recording.uses[name] > 1:
+                self._waiting.setdefault(name, []).append(found)
+            elif isinstance(found, Outer | Summed) and found.few:
+                if name not in self._products:
+                    if id(found.g) not in pairs:
+                        pairs[id(found.g)] = found.pairs()
+                    self._products[name] = found, pairs[id(found.g)]
+                elif id(found.g) not in pairs:
+                    pairs[id(found.g)] = total = self._products[name][1]
+                    add_pairs(total, found.g)
+            else:
+                self._one_by_one = True
+                self._add(name, found.add_squares(self.sums[name], self._first), examples)
+        if not self.shared:
+            self.end()
+
+    def end_vector(self) -> None:
+        """Add what waited for a parameter's last use."""
+        size = self._recording.size
+        for name, uses in self._waiting.items():
+            self._one_by_one = True
+            traces = add_squares_of_sums(self.sums[name], uses, size, self._first)
+            self._add(name, traces, range(size))
+        self._waiting.clear()
+        self.additions += size * self._one_by_one
+        self._one_by_one = False
+
+    def end(self) -> None:
+        """Add what was summed over vectors."""
+        sums: dict[int, Tensor] = {}  # A layer's weight and bias share them.
+        examples = range(self._recording.size)
+        for name, (gradients, pairs) in self._products.items():
+            if id(pairs) not in sums:
+                sums[id(pairs)] = pairs.sum(1)
+            traces = gradients.add_product(self.sums[name], pairs, sums[id(pairs)])
+            self._add(name, traces, examples)
+        self._products.clear()
+
+    def _add(self, name: str, traces: Tensor, examples: range) -> None:
+        if name not in self.traces:
+            self.traces[name] = traces.new_zeros(self._recording.size)
+        self.traces[name][examples.start : examples.stop] += traces
+
+
+def has_rows(value: Any, size: int) -> bool:
+    """Return whether this is a tensor with a row for each of that many examples."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
+
+
+class Recorder:
+    """Marks the calls of units in the forward passes that are recorded, until it is closed."""
+
+    def __init__(self, units: Iterable[Unit], device: torch.device, dtype: torch.dtype):
+        """Watch the units' modules.
+
+        Args:
+            units: What to mark.
+            device: Where the model is.
+            dtype: The type that per-example gradients are squared in.
+        """
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._dtype = dtype
+        self._recording: Recording | None = None
+        self._handles: list[Any] = []
+        for unit in units:
+            mark = partial(self._mark, unit)
+            self._handles.append(unit.module.register_forward_hook(mark, with_kwargs=True))
+            if isinstance(unit.module, nn.Embedding):
+                self._handles.append(unit.module.register_forward_pre_hook(self._spread))
+
+    def close(self) -> None:
+        """Leave the modules as they were."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def recording(self, size: int, *, alone: bool, again: bool) -> Iterator[Recording]:
+        """Record a batch while it runs, and until it has run backward.
+
+        Args:
+            size: The number of examples in the batch.
+            alone: Whether no parameter of the model requires gradients.
+            again: Whether layers run again in the backward pass.
+        """
+        try:
+            self._recording = Recording(size, self._anchor, self._dtype, alone=alone, again=again)
+            yield self._recording
+        finally:
+            self._recording = None
+
+    def _mark(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        recording = self._recording
+        if recording is None or recording.busy:
+            return None
+        with own_errors():
+            return recording.mark(unit, args, kwargs, output)
+
+    def _spread(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # Ids of shape (1, T) are shared by the batch, and so would be the gradient at their rows.
+        recording = self._recording
+        if recording is None or recording.busy or len(args) != 1:
+            return args
+        (ids,) = args
+        with own_errors():
+            shared = ids.ndim > 1 and ids.shape[0] == 1
+            return (ids.expand(recording.size, *ids.shape[1:]),) if shared else args
+
+
+def add_squares(
+    sums: Mapping[str, Tensor],
+    recording: Recording,
+    outputs: Tensor,
+    vectors: Iterable[Tensor],
+    first: int = 0,
+) -> Squares:
+    """Add Σ_vectors Σ_examples (Jᵀ vector)² to sums.
+
+    Parameters with a call that does not have one row per example are left out.
+
+    Args:
+        sums: Where to add, by name, in the parameters' shapes.
+        recording: The recorded forward pass.
+        outputs: Its outputs.
+        vectors: What to send back, each like outputs.
+        first: The first example whose share is measured where not all are.
+
+    Returns:
+        The sink that has added them.
+    """
+    squares = Squares(sums, recording, first)
+    vectors = iter(vectors)
+    vector = next(vectors, None)
+    while vector is not None:
+        following = next(vectors, None)
+        squares.shared |= following is not None
+        recording.backward(outputs, vector, squares, keep=following is not None)
+        squares.end_vector()
+        vector = following
+    squares.end()
+    return squares
+
+
+def module_gradients(
+    call: Call, inputs: list[Any], gradients: list[Tensor | None]
+) -> dict[str, Tensor]:
+    """Return one module's per-example gradients by its own names, from running it again.
+
+    Args:
+        call: The call to repeat.
+        inputs: Its inputs for some examples.
+        gradients: The gradients at its outputs for the same examples.
+
+    Raises:
+        UnitError: If the module raises.
+    """
+    unit = call.unit
+    values = {name: unit.module.get_parameter(name).detach() for name in unit.names}
+    arrived = [i for i, g in zip(call.outputs, gradients, strict=True) if g is not None]
+    vectors = [g for g in gradients if g is not None]
+    own = [t for t, rows in zip(inputs, unit.rows, strict=True) if rows]
+
+    def arguments(example: Iterable[Tensor]) -> tuple[Any, Any]:
+        rows = iter(example)
+        alone = [next(rows)[None] if r else t for t, r in zip(inputs, unit.rows, strict=True)]
+        assert call.spec is not None
+        return tree_unflatten(alone, call.spec)
+
+    def outputs(parameters: dict[str, Tensor], args: Any, kwargs: Any) -> list[Tensor]:
+        output = torch.func.functional_call(unit.module, parameters, args, kwargs)
+        return [tree_flatten(output)[0][i] for i in arrived]
+
+    def of_example(example: list[Tensor], vector: list[Tensor]) -> dict[str, Tensor]:
+        args, kwargs = arguments(example)
+        at_outputs = [v[None] for v in vector]
+        with falling_back(unit.names.values(), Exception), warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # Where it would be a slow loop.
+            vjp = torch.func.vjp(lambda parameters: outputs(parameters, args, kwargs), values)[1]
+            return vjp(at_outputs)[0]
+
+    def run_alone(example: list[Tensor], vector: list[Tensor]) -> dict[str, Tensor]:
+        args, kwargs = arguments(example)
+        at_outputs = [v[None] for v in vector]
+        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        with falling_back(unit.names.values(), Exception), torch.enable_grad():
+            made = outputs(leaves, args, kwargs)
+            found = torch.autograd.grad(
+                made, list(leaves.values()), at_outputs, materialize_grads=True
+            )
+        return dict(zip(leaves, found, strict=True))
+
+    if unit.vmap:
+        return torch.func.vmap(of_example)(own, vectors)
+    each = [run_alone([t[b] for t in own], [v[b] for v in vectors]) for b in range(len(vectors[0]))]
+    return {name: torch.stack([found[name] for found in each]) for name in values}

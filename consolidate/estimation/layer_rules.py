@@ -1,0 +1,146 @@
+"""Per-example gradients of a whole batch at once, from what goes in and out of its layers.
+
+A layer's inputs A and the gradients G at its outputs give each example's weight gradient without a
+backward pass of its own. One small rule per layer type says how; RULES lists them. What the rules
+give is trusted by fisher_diagonal only after it has agreed with single examples.
+"""
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from consolidate.estimation.example_gradients import (
+    FEW_POSITIONS,
+    Convolved,
+    Gradients,
+    Outer,
+    Rows,
+    Summed,
+    Whole,
+)
+
+Rule = Callable[[Any, Tensor, Tensor], dict[str, Gradients]]
+
+
+def linear(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
+    """The outputs are x Wᵀ + b."""
+    a, g = _positions(a), _positions(g)  # (B, T, in), (B, T, out)
+    return {"weight": Outer(g, a), "bias": _summed(g)}
+
+
+def conv1d(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
+    """The outputs are x W + b: transformers' transposed Linear."""
+    a, g = _positions(a), _positions(g)
+    return {"weight": Outer(g, a, transposed=True), "bias": _summed(g)}
+
+
+def convolution(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
+    """The outputs are w ∗ x + b, channels first, x padded in whatever way."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    a = functional.pad(a, module._reversed_padding_repeated_twice, mode)
+    if module.groups == 1 and g[0, 0].numel() <= FEW_POSITIONS:
+        patches, rank = a, len(module.kernel_size)
+        for axis in range(rank):
+            reach = (module.kernel_size[axis] - 1) * module.dilation[axis] + 1
+            patches = patches.unfold(2 + axis, reach, module.stride[axis])
+            patches = patches[..., :: module.dilation[axis]]
+        patches = patches.movedim(1, rank + 1)  # (B, *out, in, *kernel)
+        patches = patches.reshape(len(g), g[0, 0].numel(), -1)
+        weight: Gradients = Outer(g.flatten(2).mT, patches)
+    else:
+        kernel = module.weight.shape
+        weight = Convolved(g, a, kernel, module.stride, module.dilation, module.groups)
+    return {"weight": weight, "bias": Whole(g.flatten(2).sum(2))}
+
+
+def embedding(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
+    """The outputs are W[ids]; the padding row learns nothing."""
+    ids, g = a.long().reshape(len(a), -1), _positions(g)  # (B, T), (B, T, n)
+    if module.padding_idx is not None:
+        g = g * (ids != module.padding_idx)[..., None]
+    return {"weight": Rows(ids, g)}
+
+
+def scaled_embedding(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
+    """The outputs are s W[ids], s a constant."""
+    return embedding(module, a, g * module.embed_scale)
+
+
+def layer_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
+    """The outputs are x̂ w + b, with x̂ the normalised x."""
+    shape = module.normalized_shape
+    return _scaled(functional.layer_norm(a, shape, eps=module.eps), g, shape)
+
+
+def rms_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
+    """The outputs are x̂ w or x̂ (1 + w), with x̂ = x / √(mean x² + ε)."""
+    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    shape = module.weight.shape
+    return _scaled(functional.rms_norm(a, shape, eps=eps), g, shape)
+
+
+def group_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
+    """The outputs are x̂ w + b, channel by channel."""
+    return _scaled_channels(functional.group_norm(a, module.num_groups, eps=module.eps), g)
+
+
+def batch_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
+    """The outputs are x̂ w + b, channel by channel; in eval mode x̂ is x, scaled and shifted."""
+    mean, variance = module.running_mean, module.running_var
+    x = functional.batch_norm(a, mean.to(a), variance.to(a), eps=module.eps)
+    return _scaled_channels(x, g)
+
+
+# By name, so that nothing is imported for it. A subclass may compute something else.
+RULES: dict[str, Rule] = {
+    "torch.nn.modules.linear.Linear": linear,
+    "transformers.pytorch_utils.Conv1D": conv1d,
+    "torch.nn.modules.conv.Conv[12]d": convolution,
+    "torch.nn.modules.sparse.Embedding": embedding,
+    "transformers.models.*ScaledWordEmbedding": scaled_embedding,
+    "torch.nn.modules.normalization.LayerNorm": layer_norm,
+    "torch.nn.modules.normalization.RMSNorm": rms_norm,
+    "transformers.models.*RMSNorm": rms_norm,
+    "transformers.models.*T5LayerNorm": rms_norm,
+    "torch.nn.modules.normalization.GroupNorm": group_norm,
+    "torch.nn.modules.batchnorm.BatchNorm[12]d": batch_norm,
+}
+
+
+def rule_of(module: nn.Module) -> Rule | None:
+    """Return the rule for a module of exactly this type."""
+    kind = type(module)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return next((rule for pattern, rule in RULES.items() if fnmatchcase(name, pattern)), None)
+
+
+def _summed(g: Tensor) -> Gradients:
+    """Return the sum over positions of g (B, T, n)."""
+    return Summed(g) if g.shape[1] <= FEW_POSITIONS else Whole(g.sum(1))
+
+
+def _positions(tensor: Tensor) -> Tensor:
+    """Return (B, …, n) as (B, T, n)."""
+    if tensor.ndim == 2:
+        return tensor[:, None]
+    return tensor if tensor.ndim == 3 else tensor.flatten(1, -2)
+
+
+def _scaled(x: Tensor, g: Tensor, shape: Sequence[int]) -> dict[str, Gradients]:
+    """Return the gradients of w and b of that shape in x w + b, where x is (B, …, *shape)."""
+    by_position = (len(g), -1, *shape)
+    return {
+        "weight": Whole((g * x).reshape(by_position).sum(1)),
+        "bias": Whole(g.reshape(by_position).sum(1)),
+    }
+
+
+def _scaled_channels(x: Tensor, g: Tensor) -> dict[str, Gradients]:
+    """Return the gradients of w and b (C,) in x w + b, where x is (B, C, …)."""
+    return {
+        "weight": Whole((g * x).reshape(*x.shape[:2], -1).sum(2)),
+        "bias": Whole(g.reshape(*x.shape[:2], -1).sum(2)),
+    }

@@ -1,0 +1,377 @@
+"""One pass over a data set: squares of per-example gradients, added batch by batch."""
+
+import gc
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from consolidate.estimation.batches import Batch, out_of_memory, place_of, placed
+from consolidate.estimation.example_gradients import MEASURED
+from consolidate.estimation.gradient_checkpointing import checkpointed_layers
+from consolidate.estimation.gradient_methods import (
+    Plan,
+    add_gradients,
+    choose_methods,
+    method_of,
+    requiring_gradients,
+    slower,
+)
+from consolidate.estimation.layer_hooks import Recorder, UnitError, add_squares
+from consolidate.estimation.sums import Accumulators
+from formats.errors import InputError
+
+
+class Scores(NamedTuple):
+    """What is sent back through the network.
+
+    Attributes:
+        forward: From a batch to the model's outputs.
+        vectors: From outputs, detached, and their batch to gradients of log p at the outputs.
+        units: From labels to the units of each example.
+        whole: Whether they are summed over the batch before they are squared.
+    """
+
+    forward: Callable[[Batch], Tensor]
+    vectors: Callable[[Tensor, Batch], Iterator[Tensor]]
+    units: Callable[[Tensor], Tensor]
+    whole: bool
+
+
+class PartialPass(NamedTuple):
+    """Where another pass over the same batches can go on.
+
+    Attributes:
+        tensors: The sums so far, and what was counted.
+        levels: How each parameter's gradients are had; None while that is not known.
+        most: How many examples the memory suffices for; None while it suffices for all.
+    """
+
+    tensors: dict[str, Tensor]
+    levels: dict[str, str] | None
+    most: int | None
+
+    @property
+    def examples(self) -> int:
+        """How many examples have been added."""
+        return int(self.tensors["counts"][1])
+
+
+class Pass:
+    """Σ over batches of the squares of per-example gradients.
+
+    A batch that the memory does not suffice for is taken in halves. What fails half way is taken
+    back, with all since the last fold, and done again.
+
+    Attributes:
+        accumulators: The sums so far; None before the first batch.
+        levels: How each parameter's gradients are had; None while that is not known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        scores: Scores,
+        dtype: torch.dtype,
+        *,
+        check: bool = False,
+        note: Callable[[str], None] | None = None,
+        start: PartialPass | None = None,
+    ):
+        """Prepare a pass, or go on with one that was broken off.
+
+        Args:
+            model: Any module, with gradients switched off for its parameters.
+            parameters: Those to measure, by name.
+            scores: What is sent back.
+            dtype: Of the sums, and what gradients are squared in.
+            check: Whether the methods are chosen anew on every batch.
+            note: Takes what should be known at once.
+            start: Where the other pass was.
+        """
+        self.accumulators: Accumulators | None = None
+        self.levels: dict[str, str] | None = None
+        self._model = model
+        self._parameters = dict(parameters)
+        self._scores = scores
+        self._dtype = dtype
+        self._check = check
+        self._note = note or (lambda text: None)
+        self._place = place_of(model)
+        self._again = bool(checkpointed_layers(model))
+        self._plan: Plan | None = None
+        self._recorder: Recorder | None = None  # of what is marked in the plan
+        self._watched: dict[str, nn.Parameter] = {}  # those that it knows nothing of
+        self._by_loop = self._parameters
+        self._first: Batch | None = None
+        self._most: int | None = None
+        self._since_fold: list[Batch] = []
+        self._told: set[str] = set()
+        if start is not None:
+            self.levels, self._most = start.levels, start.most
+            self.accumulators = Accumulators(parameters, dtype)
+            self.accumulators.load(start.tensors)
+
+    @property
+    def examples(self) -> int:
+        """How many examples have been added."""
+        return 0 if self.accumulators is None else self.accumulators.examples
+
+    def relative_errors(self, group: ProcessGroup | None = None) -> dict[str, float]:
+        """Return each trace's standard error over the trace, by the names of those that count.
+
+        Of what all processes of a group have added, where there is one.
+        """
+        if self.accumulators is None and group is None:
+            return {}
+        return self._accumulators().relative_errors(group)
+
+    def count(self) -> None:
+        """Count what was added: sums round alike only where that is done at the same batches."""
+        if self.accumulators is not None:
+            _ = self.accumulators.counts
+
+    def sum_over(self, group: ProcessGroup | None) -> None:
+        """Add what the passes of other processes have added; no batch is taken after that."""
+        if group is not None:
+            self._accumulators().sum_over(group)
+
+    def wait(self) -> None:
+        """Let other processes take a batch, where this one has none left."""
+
+    def means(self, divisor: int) -> dict[str, Tensor]:
+        """Return the sums over the divisor, by name; nothing is added after that."""
+        return self._accumulators().means(divisor)
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+
+    def see(self, batch: Batch) -> None:
+        """Look at a batch that the other pass has taken, and chose the methods on if it could."""
+        if self._first is None and self.levels is not None and len(batch) > 1:
+            self._first = batch.rows(0, max(self._most or len(batch), 2))
+
+    def take(self, batch: Batch, keep: Callable[[PartialPass], None] | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            batch: On any device.
+            keep: Called where another pass can go on; what it is given is valid until it returns.
+
+        Raises:
+            InputError: If the memory does not suffice for a single example.
+            NonFiniteError: If outputs or gradients are not finite, naming parameter and batch.
+        """
+        waiting = deque([batch])
+        while waiting:
+            batch = waiting.popleft()
+            if self._most is not None and len(batch) > self._most:
+                waiting.appendleft(batch.rows(self._most, len(batch)))
+                batch = batch.rows(0, self._most)
+            if self._added(batch):
+                self._since_fold.append(batch)
+            else:
+                waiting.extendleft(reversed([*self._since_fold, batch]))
+                self._since_fold.clear()
+                if self.accumulators is not None:
+                    self.accumulators.rewind()
+            if self.accumulators is not None and self.accumulators.fold_if_due():
+                self._since_fold.clear()
+                if keep is not None:
+                    keep(PartialPass(self.accumulators.tensors(), self.levels, self._most))
+
+    def _added(self, batch: Batch) -> bool:
+        """Add a batch; where it fails and another try may do, prepare that and return false."""
+        failed: set[str] = set()
+        raised = ""
+        try:
+            self._add(self._placed(batch))
+            return True
+        except UnitError as error:
+            failed, raised = error.names, str(error)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        # By now the traceback is gone, which would hold on to the graph.
+        if failed:
+            self._plan = None
+            before = self.levels or {}
+            self.levels = {n: slower(v) if n in failed else v for n, v in before.items()}
+            level = before[min(failed)]  # They share one.
+            now = slower(level).replace(" by itself", ", one example at a time")
+            fallen = _fallen(method_of(level), raised, now, failed)
+            self._note(f"batch {batch.number}: {fallen}")
+        elif len(batch) == 1:
+            raise InputError(
+                f"Batch {batch.number}: the memory does not suffice for a single example. Shorten "
+                "the examples, free memory, or use a smaller dtype or another device."
+            )
+        else:
+            self._most = (len(batch) + 1) // 2
+            self._first = None
+            self._note(f"no memory for {len(batch)} examples at a time: going on with {self._most}")
+            _free(next(iter(self._parameters.values())).device)
+        return False
+
+    def _add(self, batch: Batch) -> None:
+        if not self._scores.whole:
+            self._choose_methods(batch)
+        accumulators = self._accumulators()  # After the check, which takes as much memory.
+        units = self._scores.units(batch.labels)
+        if self._scores.whole:
+            units, additions = units.sum()[None], 1
+            with requiring_gradients(self._parameters):
+                traces = self._add_gradients(self._parameters, batch)
+        else:
+            traces, additions = self._add_examples(batch)
+        where = f"batch {batch.number} (examples {batch.first} to {batch.first + len(batch) - 1})"
+        accumulators.end_batch(traces, units, len(batch), where, additions)
+
+    def _choose_methods(self, batch: Batch) -> None:
+        """Choose the methods on the pass's first batch; with `check` on each."""
+        if self._plan is not None and not self._check:
+            return
+        if self._first is not None:
+            batch = self._placed(self._first)
+        if len(batch) > 1:
+            self._plan = choose_methods(
+                self._model,
+                self._parameters,
+                batch,
+                self._scores.forward,
+                self._dtype,
+                self.levels,
+            )
+            self.levels = self._plan.levels
+            self._first = None
+            self._follow(self._plan)
+            self._tell(self._plan)
+
+    def _follow(self, plan: Plan) -> None:
+        """Mark what is marked in the plan, until there is another."""
+        self.close()
+        self._watched, self._by_loop = {}, self._parameters
+        if plan.units:
+            parameters = self._parameters.items()
+            self._recorder = Recorder(plan.units, self._place.device, self._dtype)
+            self._watched = {n: p for n, p in parameters if n not in plan.levels}
+            self._by_loop = {n: p for n, p in parameters if plan.levels.get(n) == "loop"}
+
+    def _tell(self, plan: Plan) -> None:
+        """Name the modules that do not go by the method that was tried first, and why."""
+        notes = []
+        if plan.alone is not None:
+            notes = [f"the model takes one example at a time only ({plan.alone}): going on by loop"]
+        names: dict[tuple[str, str | None, str], list[str]] = {}
+        for name, (method, error) in plan.failures.items():
+            if (now := method_of(plan.levels[name])) != method:
+                names.setdefault((method, error, now), []).append(name)
+        notes += [_fallen(*reason, of_reason) for reason, of_reason in names.items()]
+        for note in notes:
+            if note not in self._told:  # With `check` there is a plan for every batch.
+                self._told.add(note)
+                self._note(note)
+
+    def _add_examples(self, batch: Batch) -> tuple[dict[str, Tensor], int]:
+        """Add Σ_examples Σ_vectors (Jᵀ vector)².
+
+        What is marked in the plan goes all at once; the rest by one example after the other.
+
+        Returns:
+            What each example added in all, by name, and how often was added to an element.
+        """
+        rest = self._by_loop
+        traces: dict[str, Tensor] = {}
+        additions = 0
+        if self._recorder is not None:
+            watched = self._watched  # The first batch did not depend on them: this one might.
+            with (
+                requiring_gradients(watched),
+                self._recorder.recording(
+                    len(batch), alone=not watched, again=self._again
+                ) as recording,
+            ):
+                outputs, vectors = self._run(batch)
+                found = [*_dependencies(outputs, watched), *recording.unfit]
+                if outputs.requires_grad:
+                    first = _nth_start(batch.number, min(MEASURED, len(batch)))
+                    squares = add_squares(self._sums, recording, outputs, vectors, first)
+                    traces, additions = squares.traces, squares.additions
+                del outputs, vectors  # The graph of a whole batch, before others are made.
+            if found:
+                rest = rest | {name: self._parameters[name] for name in found}
+        if rest:
+            with requiring_gradients(rest):
+                each = [self._add_gradients(rest, batch.example(i)) for i in range(len(batch))]
+            none = batch.labels.new_zeros(1, dtype=self._dtype)
+            for name in {name for one in each for name in one}:
+                traces[name] = torch.cat([one.get(name, none) for one in each])
+            additions = max(additions, len(batch))
+        return traces, additions
+
+    def _add_gradients(
+        self, parameters: Mapping[str, nn.Parameter], batch: Batch
+    ) -> dict[str, Tensor]:
+        return add_gradients(self._sums, parameters, *self._run(batch))
+
+    def _run(self, batch: Batch) -> tuple[Tensor, Iterator[Tensor]]:
+        outputs = self._scores.forward(batch)
+        return outputs, self._scores.vectors(outputs.detach(), batch)
+
+    def _placed(self, batch: Batch) -> Batch:
+        inputs, labels = placed(self._place, batch.inputs, batch.labels)
+        return Batch(batch.number, batch.first, inputs, labels, batch.indices)
+
+    def _accumulators(self) -> Accumulators:
+        if self.accumulators is None:
+            self.accumulators = Accumulators(self._parameters, self._dtype)
+        return self.accumulators
+
+    @property
+    def _sums(self) -> dict[str, Tensor]:
+        return self._accumulators().sums
+
+
+def _fallen(method: str, error: str | None, now: str, names: Iterable[str]) -> str:
+    """Tell of parameters that they go by another method now, and why."""
+    modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    first = ", ".join(modules[:5]) + (", …" if len(modules) > 5 else "")
+    why = "are not those of single examples" if error is None else f"cannot be taken ({error})"
+    return f"by {method}, the gradients of {first} {why}: going on by {now}"
+
+
+def _nth_start(number: int, count: int) -> int:
+    """Return a number below count, another for each batch, so that no order of data is always met.
+
+    Multiples of the golden ratio fill the unit interval evenly and without a period.
+    """
+    return int(number * 0.6180339887498949 % 1 * count)
+
+
+def _dependencies(outputs: Tensor, parameters: dict[str, nn.Parameter]) -> list[str]:
+    """Return the names of the parameters that outputs depend on."""
+    if not parameters or not outputs.requires_grad:
+        return []
+    gradients = torch.autograd.grad(
+        outputs,
+        list(parameters.values()),
+        torch.zeros_like(outputs),
+        retain_graph=True,
+        allow_unused=True,
+    )
+    return [name for name, g in zip(parameters, gradients, strict=True) if g is not None]
+
+
+def _free(device: torch.device) -> None:
+    """Give back what is held for reuse, in pieces too small for what comes."""
+    gc.collect()
+    backend: Any = getattr(torch, device.type, None)
+    if hasattr(backend, "empty_cache"):
+        backend.empty_cache()

@@ -1,0 +1,137 @@
+"""One pass over a data set with a model in shards: each process its own examples, in step.
+
+Every process runs every block as often as the others, since its parameters are gathered from all.
+An example's gradients arrive one parameter after the other, are squared, summed over the processes,
+and each keeps its shard.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from consolidate.estimation.batches import Batch, out_of_memory
+from consolidate.estimation.example_gradients import square
+from consolidate.estimation.gradient_methods import requiring_gradients
+from consolidate.estimation.passes import PartialPass, Pass, Scores
+from consolidate.runtime.distributed import in_step, is_first
+from consolidate.runtime.shards import add_shard_, gradients_of, whole
+from formats.errors import InputError
+
+
+class ShardedPass(Pass):
+    """Σ over batches of the squares of per-example gradients, one example after the other."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        scores: Scores,
+        dtype: torch.dtype,
+        group: ProcessGroup | None,
+        start: PartialPass | None = None,
+    ):
+        """Prepare a pass, or go on with one that was broken off.
+
+        Args:
+            model: In shards, with gradients switched off for its parameters.
+            parameters: Those to measure, by name.
+            scores: What is sent back.
+            dtype: Of the sums, and what gradients are squared in.
+            group: The processes that hold the shards.
+            start: Where the other pass was, this process's part.
+        """
+        super().__init__(model, parameters, scores, dtype, start=start)
+        self._group = group
+        self._stand_in: Batch | None = None
+
+    def see(self, batch: Batch) -> None:
+        """Look at a batch that the other pass has taken."""
+        self._stand_in = self._stand_in or batch
+
+    def take(self, batch: Batch, keep: Callable[[PartialPass], None] | None = None) -> None:
+        """Add a batch, while the other processes add theirs.
+
+        Args:
+            batch: On any device.
+            keep: Called where another pass can go on, if every process has taken a batch: then all
+                are there at once.
+
+        Raises:
+            InputError: The memory does not suffice.
+            NonFiniteError: If outputs or gradients are not finite, naming parameter and batch.
+        """
+        self._stand_in = self._stand_in or batch
+        batch = self._placed(batch)
+        units = self._scores.units(batch.labels)
+        if self._scores.whole:
+            parts, units = [batch], units.sum()[None]
+        else:
+            parts = [batch.example(i) for i in range(len(batch))]
+        try:
+            traces = self._add_parts(parts)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise InputError(
+                f"Batch {batch.number}: the memory does not suffice. Shorten the examples, use a "
+                "smaller dtype, or more processes."
+            ) from error
+        where = f"batch {batch.number} (examples {batch.first} to {batch.first + len(batch) - 1})"
+        self._accumulators().end_batch(traces, units, len(batch), where, len(parts))
+        if self._accumulators().fold_if_due() and keep is not None:
+            keep(PartialPass(self._accumulators().tensors(), None, None))
+
+    def wait(self) -> None:
+        """Run along while other processes take a batch, without adding anything."""
+        self._add_parts([])
+
+    def means(self, divisor: int) -> dict[str, Tensor]:
+        """Return the sums over the divisor, whole, by name, in the first process; else nothing."""
+        found = {}
+        for name, values in super().means(divisor).items():
+            gathered = whole(values, self._parameters[name])
+            if is_first(self._group):
+                found[name] = gathered.cpu()
+        return found
+
+    def _add_parts(self, parts: list[Batch]) -> dict[str, Tensor]:
+        """Add the squares of what each part gives in all; return their traces, (parts,)."""
+        each: list[dict[str, Tensor]] = []
+        sums = self._sums
+        reached: dict[str, Tensor] = {}
+
+        def take(name: str, gradient: Tensor) -> None:
+            gradient = gradient.to_dense().to(self._dtype)
+            trace = square(gradient)[None]
+            reached[name] = reached[name] + trace if name in reached else trace
+            add_shard_(sums[name], gradient.square_(), self._parameters[name])
+
+        with (
+            requiring_gradients(self._parameters),
+            gradients_of(self._model, self._parameters, take),
+        ):
+            for part in in_step(parts, self._group):
+                reached = {}
+                self._send_back(part)
+                if part is not None:
+                    each.append(reached)
+        none = torch.zeros(1, dtype=self._dtype, device=self._place.device)
+        names = {name for one in each for name in one}
+        return {name: torch.cat([one.get(name, none) for one in each]) for name in names}
+
+    def _send_back(self, part: Batch | None) -> None:
+        """Run a part forward and as often backward as the others do; of none, nothing comes."""
+        batch = self._placed(self._some()) if part is None else part
+        outputs = self._scores.forward(batch)
+        own = () if part is None else self._scores.vectors(outputs.detach(), batch)
+        for vector in in_step(own, self._group):
+            if outputs.requires_grad:
+                sent = torch.zeros_like(outputs) if vector is None else vector
+                outputs.backward(sent, retain_graph=True)
+
+    def _some(self) -> Batch:
+        if self._stand_in is None:
+            raise InputError("There are fewer batches than processes: start fewer of them.")
+        return self._stand_in.example(0)

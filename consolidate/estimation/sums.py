@@ -1,0 +1,241 @@
+"""Sums of squared gradients over many examples, and how far the examples spread."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from consolidate.runtime.distributed import sum_, summed
+from consolidate.runtime.shards import is_cut, local
+from formats.errors import NonFiniteError
+
+FOLDED_BATCHES, FOLDED_ADDITIONS = 16, 1000
+"""After so many batches or additions to one element what was added goes into the totals."""
+
+NEGLIGIBLE = 1e-7
+"""The share of the whole trace below which a parameter's own is taken for rounding noise.
+
+That of a bias which a softmax does not see, as of BERT's keys, comes to 10⁻⁸ of the whole or less
+in bfloat16, to 10⁻¹⁷ in float32, and how it spreads means nothing."""
+
+
+class Counts(NamedTuple):
+    """What has been read, and the moments of traces s over draws: examples, or whole batches."""
+
+    moments: Tensor  # Σ 1, Σ s, Σ u, Σ s², Σ s u and Σ u² where s was measured, (6, parameters)
+    reached: frozenset[str] = frozenset()  # the parameters that any output depended on
+    batches: int = 0
+    examples: int = 0
+    draws: int = 0
+    units: int = 0  # Σ u, u the units of a draw: 1 each, or predicted tokens
+
+
+class _Batch(NamedTuple):
+    traces: Mapping[str, Tensor]
+    units: Tensor
+    examples: int
+    where: str
+
+
+class Accumulators:
+    """Σ squares of each parameter's gradients, in totals that lose nothing to rounding (Kahan).
+
+    Squares are added to `sums`. These are folded into the totals now and then; what rounding takes
+    stays in them for the next time. Where a batch fails half way, `rewind` goes back to the last
+    fold. Of a parameter in shards only this process's part is held, summed over all processes.
+
+    Attributes:
+        sums: Where to add, by parameter name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype):
+        self.sums = {
+            name: torch.zeros(local(p).shape, dtype=dtype, device=p.device)
+            for name, p in parameters.items()
+        }
+        self._cut = any(is_cut(p) for p in parameters.values())
+        self._totals = {name: values.clone() for name, values in self.sums.items()}
+        self._counts = Counts(torch.zeros(6, len(parameters), dtype=torch.float64))
+        self._folded = self._counts
+        self._waiting: list[_Batch] = []  # Not looked at yet: that would wait for the device.
+        self._additions = 0  # to an element, since the last fold
+
+    @property
+    def counts(self) -> Counts:
+        """What the totals and the sums hold.
+
+        Raises:
+            NonFiniteError: If a trace is not finite; the message names parameter and batch.
+        """
+        if self._waiting:
+            self._count(self._waiting)
+            self._waiting = []
+        return self._counts
+
+    @property
+    def examples(self) -> int:
+        """The number of examples that the totals and the sums hold."""
+        return self._counts.examples + sum(batch.examples for batch in self._waiting)
+
+    def end_batch(
+        self,
+        traces: Mapping[str, Tensor],
+        units: Tensor,
+        examples: int,
+        where: str,
+        additions: int = 1,
+    ) -> None:
+        """Count a batch whose squares have been added to the sums.
+
+        Args:
+            traces: The sum of what each draw added, (draws,), by the names that outputs depend on;
+                negative where it was not measured.
+            units: The units of each draw, (draws,).
+            examples: The number of examples in the batch.
+            where: What the batch is called in a message.
+            additions: How many numbers were added to an element, one after the other.
+        """
+        self._additions += additions
+        self._waiting.append(_Batch(traces, units, examples, where))
+
+    def fold_if_due(self) -> bool:
+        """Move the sums into the totals if much was added since the last time; say whether.
+
+        Raises:
+            NonFiniteError: As `counts`.
+        """
+        batches = self._counts.batches + len(self._waiting) - self._folded.batches
+        due = batches >= FOLDED_BATCHES or self._additions >= FOLDED_ADDITIONS
+        if due:
+            self._fold()
+        return due
+
+    def rewind(self) -> None:
+        """Forget what was added since the last fold, and what rounding took there."""
+        for values in self.sums.values():
+            values.zero_()
+        self._waiting.clear()
+        self._additions = 0
+        self._counts = self._folded
+
+    def sum_over(self, group: ProcessGroup | None) -> None:
+        """Add what other processes have added to theirs; nothing is to be added after that."""
+        self._fold()
+        if not self._cut:  # Shards hold the sums of all.
+            sum_(self._totals.values(), group)
+            sum_(self.sums.values(), group)
+        self._counts = self._summed(group)
+
+    def relative_errors(self, group: ProcessGroup | None = None) -> dict[str, float]:
+        """Return the standard error of each trace, over the trace, by name.
+
+        Left out are traces of zero, and those below NEGLIGIBLE of the whole, which are noise. Of
+        what all processes of a group hold, where there is one.
+
+        The trace is a ratio, R = Σ s / Σ u. Where n draws were measured, the residuals d = s − R u
+        have the variance σ² = Σ d² / (n − 1), and R has N σ² / (Σ u)² over all N (Cochran 1977,
+        ch. 6); infinite for n < 2.
+        """
+        counts = self._summed(group)
+        n, s, u, ss, su, uu = counts.moments
+        ratio = s / u
+        variance = (ss - 2 * ratio * su + ratio.square() * uu).clamp(min=0) / (n - 1)
+        errors = (counts.draws * variance).sqrt() / counts.units / ratio
+        matters = ratio > NEGLIGIBLE * ratio.nansum()  # Where none was measured it is NaN.
+        found = zip(self.sums, n.tolist(), errors.tolist(), matters.tolist(), strict=True)
+        return {
+            name: error if measured > 1 else math.inf
+            for name, measured, error, counted in found
+            if counted
+        }
+
+    def means(self, divisor: int) -> dict[str, Tensor]:
+        """Return the totals over the divisor; they are not to be added to any more."""
+        self._fold()
+        # Sums over pairs of positions round to a little below 0 where a gradient is nothing.
+        return {name: total.div_(divisor).clamp_(min=0) for name, total in self._totals.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that `load` needs, of a moment when nothing was added since the last fold."""
+        moments, reached, *numbers = self._counts
+        return {
+            **{f"total/{name}": values for name, values in self._totals.items()},
+            **{f"rest/{name}": values for name, values in self.sums.items()},
+            "moments": moments,
+            "reached": torch.tensor([name in reached for name in self.sums]),
+            "counts": torch.tensor(numbers),
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` returned."""
+        for name in self.sums:
+            self._totals[name].copy_(tensors[f"total/{name}"])
+            self.sums[name].copy_(tensors[f"rest/{name}"])
+        found = zip(self.sums, tensors["reached"].tolist(), strict=True)
+        reached = frozenset(name for name, is_reached in found if is_reached)
+        self._counts = Counts(tensors["moments"], reached, *tensors["counts"].tolist())
+        self._folded = self._counts
+
+    def _summed(self, group: ProcessGroup | None) -> Counts:
+        counts = self.counts
+        if group is None:
+            return counts
+        reached = [name in counts.reached for name in self.sums]
+        numbers = summed(group, *counts.moments.flatten().tolist(), *counts[2:], *reached)
+        size = counts.moments.numel()
+        found = zip(self.sums, numbers[size + 4 :], strict=True)
+        return Counts(
+            torch.tensor(numbers[:size], dtype=torch.float64).view_as(counts.moments),
+            frozenset(name for name, is_reached in found if is_reached),
+            *(int(number) for number in numbers[size : size + 4]),
+        )
+
+    def _fold(self) -> None:
+        first, counts = self._folded.batches + 1, self.counts
+        for name, total in self._totals.items():
+            new = total + self.sums[name]
+            self.sums[name] += total.sub_(new)  # What rounding took.
+            self._totals[name] = new
+            if not math.isfinite(new.sum()) and not new.isfinite().all():
+                raise _not_finite(name, f"one of the batches {first} to {counts.batches}")
+        self._additions = 0
+        self._folded = counts
+
+    def _count(self, batches: list[_Batch]) -> None:
+        u = torch.cat([batch.units for batch in batches]).cpu().double()
+        # Of parameters that nothing depends on there are no traces.
+        parts = [
+            traces
+            if (traces := batch.traces.get(name)) is not None
+            else torch.zeros_like(batch.units)
+            for name in self.sums
+            for batch in batches
+        ]
+        s = torch.cat(parts).cpu().double().view(len(self.sums), -1)  # (parameters, draws)
+        if not math.isfinite(s.sum()) and not (finite := s.isfinite()).all():
+            row, column = finite.logical_not().nonzero()[0].tolist()
+            wheres = [batch.where for batch in batches for _ in batch.units]
+            raise _not_finite(list(self.sums)[row], wheres[column])
+        counts, measured = self._counts, (s >= 0).double()
+        s = s * measured
+        powers = torch.stack([torch.ones_like(u), u, u.square()], 1)  # (draws, 3)
+        n, su, suu = (measured @ powers).unbind(1)
+        first, mixed, _ = (s @ powers).unbind(1)
+        self._counts = Counts(
+            counts.moments + torch.stack([n, first, su, s.square().sum(1), mixed, suu]),
+            counts.reached.union(*(batch.traces for batch in batches)),
+            counts.batches + len(batches),
+            counts.examples + sum(batch.examples for batch in batches),
+            counts.draws + len(u),
+            counts.units + int(u.sum()),
+        )
+
+
+def _not_finite(name: str, where: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"The gradient of {name!r} is not finite in {where}: look for infinite weights or inputs, "
+        "or use a wider dtype."
+    )

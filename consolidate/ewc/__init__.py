@@ -1,0 +1,1 @@
+"""The EWC penalty, the merging of Fishers and weights, and the overlap of Fishers."""

@@ -1,0 +1,226 @@
+"""The penalty on weights that low-rank adapters change, passed on to the adapters' factors."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, NoReturn, overload
+
+import torch
+from torch import Tensor, nn
+
+from consolidate.ewc.penalty import (
+    CPU_PIECE,
+    DEVICE_PIECE,
+    Penalty,
+    checked_tensors,
+    converted,
+    wide,
+)
+from formats.errors import InputError, UsageError
+
+
+class LowRank(NamedTuple):
+    """A layer's weight W with a low-rank change: W + s B A, or W + s (B A)ᵀ where transposed.
+
+    Attributes:
+        weight: W, (out, in, …), or (in, out) where transposed, as of GPT-2's Conv1D and embeddings.
+        a: A, (r, in, …).
+        b: B, (out, r, …).
+        scale: s, α/r or α/√r.
+        transposed: Whether W holds its inputs first.
+    """
+
+    weight: nn.Parameter
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+    transposed: bool = False
+
+
+class _Term(NamedTuple):
+    layer: LowRank
+    fisher: Tensor
+    anchor: Tensor | None  # None where it is W
+
+
+class MergedPenalty:
+    """(λ/2) Σ Λ (W + s B A − μ)² over the layers whose weights low-rank adapters change.
+
+    The weights W are frozen, and what trains is A and B. With G = λ Λ (W + s B A − μ), elementwise,
+    the gradients are s Bᵀ G of A and s G Aᵀ of B (Kirkpatrick et al. 2017, eq. 3, and the chain
+    rule). They are taken layer by layer, some rows at a time: W + s B A is never there as a whole.
+
+    It stands in for a `Penalty` wherever gradients and values are asked for. There is no proximal
+    step: the penalty is no sum over the elements of A and B.
+
+    Attributes:
+        ewc_lambda: λ.
+        unprotected: Names of the layers' weights that have no Fisher.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LowRank],
+        fisher: Mapping[str, Tensor],
+        anchor: Mapping[str, Tensor] | None = None,
+        *,
+        ewc_lambda: float,
+        offset: float = 0.0,
+        beside: Penalty | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        """Match Fisher and anchor with the layers.
+
+        Tensors that have the dtype and the device already are kept as they are, not copied, and
+        must not be written to afterwards.
+
+        Args:
+            layers: By the name of their weight.
+            fisher: Λ by the weights' names and of their shapes, finite and not negative. Of weights
+                that no layer here changes it is not looked at.
+            anchor: μ by the same names; None where it is W, which then takes no memory.
+            ewc_lambda: λ, finite and not negative.
+            offset: A constant, times λ in every value: `penalty_offset` of a ledger.
+            beside: The penalty on parameters that train as they are, beside the adapter; its own λ
+                is not looked at.
+            dtype: Of Λ and μ as they are kept: float32, or wider where W is, unless given.
+            device: Where Λ and μ are kept; each beside its weight unless given.
+
+        Raises:
+            UsageError: If λ is negative or not finite, or `dtype` is not floating.
+            InputError: If a shape does not match, a Fisher is negative, or no layer has one.
+            NonFiniteError: If a Fisher or an anchor is not finite.
+        """
+        if not (math.isfinite(ewc_lambda) and ewc_lambda >= 0):
+            raise UsageError(f"ewc_lambda is {ewc_lambda}; it must be finite and not negative.")
+        if dtype is not None and not dtype.is_floating_point:
+            raise UsageError(f"Λ and μ cannot be kept in {dtype}: use float32 or bfloat16.")
+        self.ewc_lambda = ewc_lambda
+        self.unprotected = [name for name in layers if name not in fisher]
+        self.unprotected += [] if beside is None else beside.unprotected
+        self._beside = beside
+        self._offset = offset
+        self._terms = []
+        for name, layer in layers.items():
+            if name not in fisher:
+                continue
+            tensors = checked_tensors(name, layer.weight, fisher[name], anchor)
+            place = layer.weight.device if device is None else torch.device(device)
+            kept = [converted(t, place, dtype or wide(layer.weight.dtype)) for t in tensors]
+            self._terms.append(_Term(layer, kept[0], None if anchor is None else kept[1]))
+        if not self._terms:
+            raise InputError(
+                "The Fisher holds none of the weights that the adapter changes: "
+                f"{', '.join(list(layers)[:3])}"
+            )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the penalty holds: A and B of each layer, and those beside."""
+        factors = [factor for term in self._terms for factor in (term.layer.a, term.layer.b)]
+        return factors + ([] if self._beside is None else self._beside.parameters())
+
+    @torch.no_grad()
+    def value(self) -> float:
+        """Return (λ/2) Σ Λ (W + s B A − μ)² + λ · offset at the present values."""
+        values = [
+            torch.sum(difference * difference * fisher)
+            for term in self._terms
+            for _, difference, fisher in _pieces(term)
+        ]
+        beside = self._at_lambda()
+        return self._total(values).item() + (0.0 if beside is None else beside.value())
+
+    @overload
+    def add_gradient_(self, *, value: Literal[True]) -> Tensor: ...
+    @overload
+    def add_gradient_(self) -> None: ...
+    @torch.no_grad()
+    def add_gradient_(self, *, value: bool = False) -> Tensor | None:
+        """Add s Bᵀ G and s G Aᵀ to the gradients of A and B, creating them where there are none.
+
+        Args:
+            value: Return the penalty's value at the present values as well.
+
+        Returns:
+            The value, 0-dimensional, on the weights' device; None unless asked for.
+        """
+        values: list[Tensor] = []
+        for term in self._terms:
+            left, right = _factors(term.layer)
+            of_left, of_right = torch.empty_like(left), torch.zeros_like(right)
+            for rows, difference, fisher in _pieces(term):
+                pull = fisher * difference
+                if value:
+                    values.append(torch.dot(pull.flatten(), difference.flatten()))
+                of_left[rows] = pull @ right.T
+                of_right.addmm_(left[rows].T, pull)
+            factor = self.ewc_lambda * term.layer.scale
+            for parameter, gradient in zip(
+                (term.layer.a, term.layer.b),
+                (of_left.T, of_right.T) if term.layer.transposed else (of_right, of_left),
+                strict=True,
+            ):
+                _add(parameter, gradient.mul_(factor))
+        beside = self._at_lambda()
+        if not value:
+            if beside is not None:
+                beside.add_gradient_()
+            return None
+        total = self._total(values)
+        return total if beside is None else total + beside.add_gradient_(value=True).to(total)
+
+    def proximal_step_(
+        self, optimizer: torch.optim.Optimizer, *_: Any, value: bool = False
+    ) -> NoReturn:
+        """Refuse: the penalty has no step of its own in A and B.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(
+            "The penalty on merged weights has no proximal step: its minimum in A and B cannot be "
+            "told element by element. Take its gradient instead."
+        )
+
+    def _at_lambda(self) -> Penalty | None:
+        if self._beside is not None:
+            self._beside.ewc_lambda = self.ewc_lambda
+        return self._beside
+
+    def _total(self, values: list[Tensor]) -> Tensor:
+        total = torch.zeros(())
+        if values:
+            total = torch.stack([value.to(values[0]) for value in values]).sum()
+        return self.ewc_lambda * (total / 2 + self._offset)
+
+
+def _factors(layer: LowRank) -> tuple[Tensor, Tensor]:
+    """Give L (rows, r) and R (r, columns) with W + s L R, in float32 or wider."""
+    dtype = wide(torch.promote_types(layer.weight.dtype, layer.a.dtype))
+    a, b = (factor.detach().flatten(1).to(dtype) for factor in (layer.a, layer.b))
+    return (a.T, b.T) if layer.transposed else (b, a)
+
+
+def _pieces(term: _Term) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Cut a layer by rows: which they are, W + s L R − μ, and Λ beside it."""
+    left, right = _factors(term.layer)
+    weight, fisher = term.layer.weight.detach().flatten(1), term.fisher.flatten(1)
+    anchor = None if term.anchor is None else term.anchor.flatten(1)
+    size = CPU_PIECE * torch.get_num_threads() if left.is_cpu else DEVICE_PIECE
+    step = max(1, size // right.shape[1])
+    for first in range(0, len(left), step):
+        rows = slice(first, min(first + step, len(left)))
+        difference = (left[rows] @ right).mul_(term.layer.scale)
+        if anchor is not None:
+            difference.add_(weight[rows].to(difference) - anchor[rows].to(difference))
+        yield rows, difference, fisher[rows].to(difference)
+
+
+def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
+    if not parameter.requires_grad:
+        return
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    gradient = gradient.reshape(parameter.shape)
+    # Summed before it is rounded to a narrower type: the smaller one survives.
+    parameter.grad.copy_(gradient + parameter.grad)

@@ -1,0 +1,413 @@
+"""The penalty (λ/2) Σ Λ (θ − μ)², taken in place and in pieces, with no autograd graph."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from consolidate.runtime.shards import cut_like, local, sum_of_parts
+from formats.errors import InputError, NonFiniteError, UsageError
+
+NamedParameters = nn.Module | Iterable[tuple[str, nn.Parameter]]
+STEPS = ("gradient", "proximal")
+CPU_PIECE = 2**16  # elements for a thread: what is made of them stays in its cache until it is used
+DEVICE_PIECE = 2**24
+SMALLEST, LARGEST = 1e-37, 1e38  # within float32
+TINY = torch.finfo(torch.float32).tiny
+
+
+class _Term(NamedTuple):
+    parameter: nn.Parameter
+    fisher: Tensor
+    anchor: Tensor
+
+
+class _Pull(NamedTuple):
+    """1/(s λ) of a proximal step: `floor`, and with Adam `inverse` · √`square` on top of it."""
+
+    inverse: float
+    floor: float
+    square: Tensor | None
+
+
+class Penalty:
+    """(λ/2) Σ_i Λ_i (θ_i − μ_i)² over the parameters that have a Fisher (Kirkpatrick et al. 2017).
+
+    Once per optimizer step, after the loss's gradients are accumulated and unscaled and before they
+    are clipped::
+
+        penalty = Penalty(model, fisher, ewc_lambda=100.0)
+        …
+        loss.backward()
+        penalty.add_gradient_()
+        optimizer.step()
+
+    Or implicitly, by `proximal_step_` after the optimizer's step.
+
+    Attributes:
+        ewc_lambda: λ.
+        unprotected: Names of trainable parameters that have no Fisher.
+    """
+
+    def __init__(
+        self,
+        parameters: NamedParameters,
+        fisher: Mapping[str, Tensor],
+        anchor: Mapping[str, Tensor] | None = None,
+        *,
+        ewc_lambda: float,
+        offset: float = 0.0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        """Match Fisher and anchor with the parameters.
+
+        Tensors that have the dtype and the device already are kept as they are, not copied: those
+        of a safetensors file stay in the mapped file. They must not be written to afterwards.
+
+        Args:
+            parameters: A module, or pairs of name and parameter. What does not require gradients is
+                left alone.
+            fisher: Λ by parameter name, of the parameters' shapes, finite and not negative.
+            anchor: μ by parameter name, of the same shapes; by default the parameters' present
+                values. What shares memory with the parameters is copied.
+            ewc_lambda: λ, finite and not negative.
+            offset: A constant, times λ in every value: `penalty_offset` of a ledger.
+            dtype: Of Λ and μ as they are kept; unless given their own, at most float32, or wider
+                where the parameter is. torch.bfloat16 rounds μ too, which is exact where the
+                weights came in bfloat16. The penalty is computed in float32 or wider all the same.
+            device: Where Λ and μ are kept, ``cpu`` for one; each beside its parameter unless given.
+
+        Raises:
+            UsageError: If λ is negative or not finite, or `dtype` is not floating.
+            InputError: If a name or shape does not match, or a Fisher is negative.
+            NonFiniteError: If a Fisher or an anchor is not finite.
+        """
+        if not (math.isfinite(ewc_lambda) and ewc_lambda >= 0):
+            raise UsageError(f"ewc_lambda is {ewc_lambda}; it must be finite and not negative.")
+        if dtype is not None and not dtype.is_floating_point:
+            raise UsageError(f"Λ and μ cannot be kept in {dtype}: use float32 or bfloat16.")
+        if isinstance(parameters, nn.Module):
+            parameters = parameters.named_parameters()
+        known = dict(parameters)
+        if unknown := [name for name in fisher if name not in known]:
+            raise InputError(
+                f"The Fisher holds {unknown[0]!r} ({len(unknown)} such names), which is no "
+                "parameter of this model: it belongs to another model or to other names."
+            )
+        trained = {name: p for name, p in known.items() if p.requires_grad}
+        self.ewc_lambda = ewc_lambda
+        self._offset = offset
+        self._device = None if device is None else torch.device(device)
+        live = {local(parameter).untyped_storage().data_ptr() for parameter in known.values()}
+        self._terms = []
+        for name, parameter in trained.items():
+            if name in fisher:
+                tensors = checked_tensors(name, parameter, fisher[name], anchor)
+                self._terms.append(_kept(_Term(parameter, *tensors), dtype, self._device, live))
+        protected = {id(term.parameter) for term in self._terms}
+        if len(protected) < len(self._terms):
+            raise InputError("A tied parameter is given under two names: it would count twice.")
+        self.unprotected = [name for name, p in trained.items() if id(p) not in protected]
+
+    @classmethod
+    def l2(
+        cls,
+        parameters: NamedParameters,
+        anchor: Mapping[str, Tensor] | None = None,
+        *,
+        ewc_lambda: float,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Penalty":
+        """Return (λ/2) Σ (θ − μ)², that is Λ = 1 for every trainable parameter."""
+        if isinstance(parameters, nn.Module):
+            parameters = parameters.named_parameters()
+        trained = {name: p for name, p in parameters if p.requires_grad}
+        ones = {
+            name: torch.ones((), device=p.device).expand(p.shape) for name, p in trained.items()
+        }
+        return cls(trained.items(), ones, anchor, ewc_lambda=ewc_lambda, dtype=dtype, device=device)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the penalty holds."""
+        return [term.parameter for term in self._terms]
+
+    @torch.no_grad()
+    def value(self) -> float:
+        """Return (λ/2) Σ Λ (θ − μ)² + λ · offset at the parameters' present values."""
+        values = [
+            _weighed(theta - anchor, fisher)
+            for term in self._present()
+            for theta, fisher, anchor in _pieces(term)
+        ]
+        return self._total(values).item()
+
+    @overload
+    def add_gradient_(self, *, value: Literal[True]) -> Tensor: ...
+    @overload
+    def add_gradient_(self) -> None: ...
+    @torch.no_grad()
+    def add_gradient_(self, *, value: bool = False) -> Tensor | None:
+        """Add λ Λ (θ − μ) to each parameter's gradient, creating it where there is none.
+
+        Args:
+            value: Return the penalty's value at the present values as well, which costs a quarter
+                more.
+
+        Returns:
+            The value, 0-dimensional, on the parameters' device; None unless asked for.
+        """
+        values: list[Tensor] = []
+        for term in self._present():
+            parameter = term.parameter
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            # A sparse gradient stays sparse, as SparseAdam needs it: rows that have not moved add
+            # nothing to it.
+            sparse = parameter.grad if parameter.grad.is_sparse else None
+            dense = parameter.grad if sparse is None else torch.zeros_like(parameter)
+            for theta, fisher, anchor, gradient in _pieces(term, local(dense)):
+                difference = theta - anchor
+                if gradient.dtype == difference.dtype:
+                    gradient.addcmul_(fisher, difference, value=self.ewc_lambda)
+                else:
+                    # Summed before it is rounded to a narrower type: the smaller one survives.
+                    pull = difference * fisher
+                    gradient.copy_(pull.mul_(self.ewc_lambda).add_(gradient))
+                if value:
+                    values.append(_weighed(difference, fisher))
+            if sparse is not None:
+                sparse.add_(dense.to_sparse(sparse.sparse_dim()))
+        return self._total(values) if value else None
+
+    @overload
+    def proximal_step_(
+        self, optimizer: torch.optim.Optimizer, *_: Any, value: Literal[True]
+    ) -> Tensor: ...
+    @overload
+    def proximal_step_(self, optimizer: torch.optim.Optimizer, *_: Any) -> None: ...
+    @torch.no_grad()
+    def proximal_step_(
+        self, optimizer: torch.optim.Optimizer, *_: Any, value: bool = False
+    ) -> Tensor | None:
+        """Take the penalty's own step, implicitly, after the optimizer took the loss's.
+
+            θ ← argmin_z (λ/2) Σ Λ (z − μ)² + Σ (z − θ)² / (2 s) = (θ + s λ Λ μ) / (1 + s λ Λ)
+
+        with the optimizer's own rate s of each parameter: η (1 − dampening)/(1 − momentum) for SGD
+        and η / (√v̂ + ε), bias-corrected, for Adam and AdamW. Where the loss's step comes to rest,
+        the sum of loss and penalty does; and it is stable for every λ, whereas the gradient form
+        diverges where s λ Λ > 2. What is not the optimizer's, or was not stepped yet by Adam, is
+        left alone.
+
+        It may be called, or registered once, which is needed under a GradScaler that may skip the
+        optimizer's step: ``optimizer.register_step_post_hook(penalty.proximal_step_)``.
+
+        Args:
+            optimizer: torch's SGD, Adam or AdamW.
+            value: Return the penalty's value after the step as well.
+
+        Returns:
+            The value, 0-dimensional, on the parameters' device; None unless asked for.
+
+        Raises:
+            UsageError: The optimizer is another one, whose rate is not known.
+        """
+        check_proximal(optimizer)
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        if getattr(optimizer, "found_inf", False):
+            groups = {}  # A GradScaler calls a fused optimizer even where that is to skip its step.
+        values: list[Tensor] = []
+        for term in self._present():
+            group = groups.get(id(term.parameter))
+            state = optimizer.state.get(term.parameter, {})
+            pull = None if group is None else self._pull(group, state)
+            squares = [] if pull is None or pull.square is None else [local(pull.square)]
+            for theta, fisher, anchor, *square in _pieces(term, *squares):
+                if pull is not None:
+                    _pull_back(theta, fisher, anchor, pull, *square)
+                if value:
+                    values.append(_weighed(theta - anchor, fisher))
+        return self._total(values) if value else None
+
+    def _pull(self, group: dict[str, Any], state: dict[str, Any]) -> _Pull | None:
+        """Give what a parameter is pulled back by; None where it is not pulled."""
+        rate, floor, square = float(group["lr"]), 1.0, None
+        if "betas" in group:
+            # Adam: 1/s = (√v + ε √c) / (η √c) with the bias correction c = 1 − β₂ᵗ.
+            if "step" not in state:
+                return None
+            square = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+            correction = (1 - float(group["betas"][1]) ** float(state["step"])) ** 0.5
+            rate, floor = rate * correction, group["eps"] * correction
+        elif group["momentum"]:
+            rate *= (1 - group["dampening"]) / (1 - group["momentum"])
+        if rate * self.ewc_lambda == 0:
+            return None
+        inverse = min(1 / (rate * self.ewc_lambda), LARGEST)
+        return _Pull(inverse, max(floor * inverse, SMALLEST), square)  # keeps 0 / 0 away
+
+    def _present(self) -> Iterator[_Term]:
+        """The terms of what is trained now, each beside its parameter unless told otherwise."""
+        for i, (parameter, fisher, anchor) in enumerate(self._terms):
+            if not parameter.requires_grad:
+                continue
+            if self._device is None and fisher.device != parameter.device:
+                # The model was moved after the penalty was made.
+                moved = (converted(t, parameter.device, t.dtype) for t in (fisher, anchor))
+                self._terms[i] = _Term(parameter, *moved)
+            yield self._terms[i]
+
+    def _total(self, values: list[Tensor]) -> Tensor:
+        total = torch.zeros(())
+        if values:
+            device, dtype = (
+                values[0].device,
+                max((v.dtype for v in values), key=lambda d: d.itemsize),
+            )
+            total = torch.stack([v.to(device, dtype) for v in values]).sum()
+            total = sum_of_parts(total, self._terms[0].parameter)
+        return self.ewc_lambda * (total / 2 + self._offset)
+
+
+def check_proximal(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose per-parameter rate is not known.
+
+    Args:
+        optimizer: Any of torch's.
+
+    Raises:
+        UsageError: It is not SGD, Adam or AdamW.
+    """
+    if not isinstance(optimizer, torch.optim.SGD | torch.optim.Adam):  # AdamW is an Adam
+        raise UsageError(
+            f"The proximal step knows the rate of SGD, Adam and AdamW, not of "
+            f"{type(optimizer).__name__}: take the penalty's gradient instead."
+        )
+
+
+def checked_tensors(
+    name: str, parameter: nn.Parameter, fisher: Tensor, anchors: Mapping[str, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Give Λ and μ of a parameter, its present values where there are no anchors.
+
+    Args:
+        name: The parameter's name.
+        parameter: θ.
+        fisher: Λ.
+        anchors: μ by name; None where it is θ.
+
+    Returns:
+        Λ and μ, without gradients.
+
+    Raises:
+        InputError: A shape is not the parameter's, μ is missing, or Λ is negative somewhere.
+        NonFiniteError: One of them is not finite.
+    """
+    if anchors is not None and name not in anchors:
+        raise InputError(f"The anchor holds no {name!r}, which the Fisher protects.")
+    anchor = parameter if anchors is None else anchors[name]
+    for kind, tensor in (("Fisher", fisher), ("anchor", anchor)):
+        if tensor.shape != parameter.shape:
+            raise InputError(
+                f"The {kind} of {name!r} has shape {tuple(tensor.shape)}, the parameter "
+                f"{tuple(parameter.shape)}: they belong to different models."
+            )
+        if not tensor.isfinite().all():
+            raise NonFiniteError(f"The {kind} of {name!r} holds values that are not finite.")
+    if (fisher < 0).any():
+        raise InputError(f"The Fisher of {name!r} holds negative values.")
+    return cut_like(fisher.detach(), parameter), cut_like(anchor.detach(), parameter)
+
+
+def _kept(
+    term: _Term, dtype: torch.dtype | None, device: torch.device | None, live: set[int]
+) -> _Term:
+    """Convert Λ and μ; copy what would change with the parameters."""
+    device = device or term.parameter.device
+    kept = []
+    for tensor in (term.fisher, term.anchor):
+        shared = tensor.untyped_storage().data_ptr() in live
+        stored = dtype or narrow(tensor.dtype, term.parameter.dtype)
+        kept.append(converted(tensor, device, stored, copy=shared))
+    return _Term(term.parameter, *kept)
+
+
+def narrow(dtype: torch.dtype, of_parameter: torch.dtype) -> torch.dtype:
+    """Give the type that Λ or μ is kept in: its own, but no wider than the penalty is computed in.
+
+    What is narrower takes less memory, and is widened exactly where it is used.
+
+    Args:
+        dtype: Its own.
+        of_parameter: That of the parameter.
+    """
+    widest = wide(of_parameter)
+    return dtype if torch.promote_types(dtype, widest) == widest else widest
+
+
+def converted(
+    tensor: Tensor, device: torch.device, dtype: torch.dtype, *, copy: bool = False
+) -> Tensor:
+    """Move a tensor as `Tensor.to` does; one number that stands for all elements stays one.
+
+    Args:
+        tensor: Any.
+        device: Where to.
+        dtype: As what.
+        copy: Whether it must not share memory.
+    """
+    if tensor.dim() and not any(tensor.stride()):  # one number for all, as in l2
+        return tensor.as_strided((), ()).to(device, dtype, copy=copy).expand(tensor.shape)
+    return tensor.to(device, dtype, copy=copy)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Give the type that a parameter's penalty is computed in: float32, or its own if wider.
+
+    Args:
+        dtype: Of the parameter.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _pieces(term: _Term, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut a term's tensors and others of their shape alike, if their elements lie in one order.
+
+    Yields:
+        θ; Λ and μ, on its device in float32 or wider; and the others.
+    """
+    parameter = local(term.parameter.detach())
+    device, dtype = parameter.device, wide(parameter.dtype)
+    tensors = (parameter, term.fisher, term.anchor, *others)
+    cut: Iterable[tuple[Tensor, ...]] = [tensors]
+    size = CPU_PIECE * torch.get_num_threads() if parameter.is_cpu else DEVICE_PIECE
+    if parameter.numel() > size and all(
+        tensor.is_contiguous() or not any(tensor.stride()) for tensor in tensors
+    ):
+        cut = zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
+    for theta, fisher, anchor, *rest in cut:
+        yield theta, fisher.to(device, dtype), anchor.to(device, dtype), *rest
+
+
+def _pull_back(
+    theta: Tensor, fisher: Tensor, anchor: Tensor, pull: _Pull, square: Tensor | None = None
+) -> None:
+    """Take a piece's proximal step: the part w = Λ / (Λ + 1/(s λ)) of the way to μ."""
+    weight = fisher + pull.floor
+    if square is not None:
+        # Roots of 0, which rows have that no example touched, take 20 times as long on a CPU.
+        weight.add_(square.to(weight).clamp(min=TINY).sqrt_(), alpha=pull.inverse)
+    torch.div(fisher, weight, out=weight)
+    if theta.dtype == weight.dtype:
+        theta.lerp_(anchor, weight)
+    else:
+        theta.copy_(theta.to(weight).lerp_(anchor, weight))
+
+
+def _weighed(difference: Tensor, fisher: Tensor) -> Tensor:
+    """Σ Λ (θ − μ)², overwriting the difference."""
+    return torch.dot(difference.mul_(difference).flatten(), fisher.flatten())

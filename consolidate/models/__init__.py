@@ -1,0 +1,1 @@
+"""Torch modules from checkpoints, and back."""

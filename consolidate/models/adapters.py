@@ -1,0 +1,255 @@
+"""Checkpoints that are low-rank adapters of peft: read, laid out, put into their base model."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from consolidate.models.architectures import quiet
+from consolidate.models.layout import Group, Layout
+from consolidate.models.loading import Model, freeze_parameters, load_model
+from consolidate.models.lora import NAME, PREFIX, import_peft, is_adapter, low_rank_layers
+from consolidate.runtime.randomness import untouched_randomness
+from formats.checkpoint import ADAPTER_CONFIG, Checkpoint, open_checkpoint
+from formats.errors import InputError, UsageError
+from formats.hub import FISHER, locate
+from formats.tensors import shape_of
+
+# By what an adapter is more than W + s B A, or not of the base model's own W.
+_OTHER = {
+    "use_dora": "DoRA scales W + s B A by columns",
+    "use_bdlora": "BD-LoRA has block-diagonal factors",
+    "use_qalora": "QA-LoRA pools its inputs",
+    "arrow_config": "Arrow routes between adapters",
+    "alora_invocation_tokens": "aLoRA acts on a part of the text",
+    "velora_config": "VeLoRA compresses what goes into A",
+    "monteclora_config": "MonteCLoRA samples its weights",
+    "kasa_config": "KaSA has singular values of its own and cuts those of W",
+    "lora_bias": "lora_bias adds a bias",
+    "target_parameters": "target_parameters changes tensors that are no layer's weight",
+    "layer_replication": "layer_replication repeats layers of the base model",
+    "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
+    "megatron_config": "Megatron's layers are parallel ones",
+}
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change W at the start
+
+
+def with_base(source: Checkpoint, base_model: str | Path | None) -> Checkpoint:
+    """Give an adapter the checkpoint of its base model; other checkpoints stay as they are.
+
+    Args:
+        source: What was opened.
+        base_model: The base model, a path or a repository on the Hub; what the adapter's config
+            names unless given, if that is there.
+
+    Returns:
+        The checkpoint, with its base model where it is an adapter.
+
+    Raises:
+        InputError: The base model is not there, or is no whole model.
+        UsageError: A base model was given for what is no adapter.
+    """
+    if source.adapter is None:
+        if base_model is not None:
+            raise UsageError(f"{source.path} is no adapter, so it has no --base-model")
+        return source
+    check_plain(source.adapter, source.path)
+    if base_model is None and (base_model := named_base(source)) is None:
+        named = source.adapter.get("base_model_name_or_path")
+        raise InputError(
+            f"{source.path / ADAPTER_CONFIG} names {named!r} as its base model, which is no "
+            "folder here: name the base model with --base-model"
+        )
+    base = open_checkpoint(locate(base_model, without=FISHER))
+    if base.adapter is not None:
+        raise InputError(f"{base.path}, the base model of {source.path}, is an adapter itself")
+    return replace(source, base=base, config=base.config)
+
+
+def named_base(source: Checkpoint) -> str | None:
+    """Give the base model that an adapter's config names, if that is there.
+
+    Args:
+        source: What was opened; of a whole model, nothing.
+    """
+    named = (source.adapter or {}).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named and Path(named).exists() else None
+
+
+def check_plain(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse an adapter that is not W + s B A.
+
+    Args:
+        config: Of ``adapter_config.json``.
+        path: Where it was read, for the message.
+
+    Raises:
+        InputError: It is another one.
+    """
+    where = path / ADAPTER_CONFIG
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise InputError(f"{where}: peft_type is {kind!r}, and only adapters of LORA are supported")
+    for option, why in _OTHER.items():
+        if config.get(option):
+            raise InputError(f"{where}: {option} is set, so it is not plain LoRA ({why})")
+    if config.get("bias", "none") != "none":
+        raise InputError(f"{where}: bias is {config['bias']!r}, and only 'none' is supported")
+    if (start := config.get("init_lora_weights")) not in _PLAIN_STARTS:
+        raise InputError(
+            f"{where}: init_lora_weights is {start!r}, which changes the base model's weights too; "
+            "convert the adapter to plain LoRA with peft first"
+        )
+
+
+def load(checkpoint: Checkpoint, **options: Any) -> Model:
+    """Load a whole model, or a base model with its adapter in it.
+
+    Args:
+        checkpoint: A whole model, or an adapter that has its base (`with_base`).
+        options: As of `load_model`.
+
+    Returns:
+        The model. Of an adapter its layout is that of the adapter's file: what is measured, trained
+        and stored are the adapter's parameters, and the base model is frozen.
+
+    Raises:
+        InputError: As `load_model`; or the adapter does not fit its base model.
+        UsageError: As `load_model`; or peft is missing.
+    """
+    if checkpoint.base is None:
+        return load_model(checkpoint, **options)
+    freeze = options.pop("freeze", ())
+    if options.get("new_labels") is not None:
+        raise UsageError(f"{checkpoint.path} is an adapter: a new output layer needs a whole model")
+    model = load_model(checkpoint.base, **options)
+    _attach(model, checkpoint, options.get("dtype"))
+    freeze_parameters(model, freeze)
+    return model
+
+
+def adapter_layout(module: nn.Module, file_shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    """Lay out the adapter's part of a module as peft names it in a file.
+
+    Args:
+        module: With an adapter in it, by `add_lora` or by peft.
+        file_shapes: Of the adapter's file, by name.
+
+    Returns:
+        The layout; the base model's parameters are no part of it.
+
+    Raises:
+        InputError: Names or shapes are not those of the file.
+    """
+    own = {_file_name(name): name for name, _ in module.named_parameters() if is_adapter(name)}
+    unused = [name for name in file_shapes if name not in own]
+    missing = [name for name in own if name not in file_shapes]
+    for which, names in (("not in the model", unused), ("missing in the file", missing)):
+        if names:
+            raise InputError(
+                f"the adapter does not fit its base model: {names[0]} is {which}, one of "
+                f"{len(names)}"
+            )
+    groups = [Group((name,), (own[name],), None) for name in file_shapes]
+    outside = [name for name, _ in module.named_parameters() if name not in own.values()]
+    return Layout(module, groups, file_shapes, (), outside=outside)
+
+
+def without_fisher(model: Model, diagonal: Mapping[str, Tensor]) -> list[str]:
+    """Tell of factors whose Fisher is zero because the other factor is.
+
+    At B = 0, where every adapter begins, the outputs do not depend on A.
+
+    Args:
+        model: With an adapter in it.
+        diagonal: The Fisher by the module's names.
+
+    Returns:
+        A note, if there is something to tell.
+    """
+    names = {id(parameter): name for name, parameter in model.module.named_parameters()}
+    lost = [
+        names[id(factor)]
+        for layer in low_rank_layers(model.module).values()
+        for factor, other in ((layer.a, layer.b), (layer.b, layer.a))
+        if names[id(factor)] in diagonal and not other.any()
+    ]
+    if not lost:
+        return []
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    note = (
+        f"warning: {len(lost)} of the adapter's factors have no Fisher, since what they are "
+        f"multiplied by is zero, as before any training: {', '.join(lost[:3])}{more}. The penalty "
+        "will not hold them; train the adapter on the task first"
+    )
+    return [note]
+
+
+def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
+    """Put an adapter that was read into its base model."""
+    peft = import_peft()
+    assert checkpoint.adapter is not None
+    assert checkpoint.base is not None
+    known = {field.name for field in fields(peft.LoraConfig)}
+    where = checkpoint.path / ADAPTER_CONFIG
+    given = checkpoint.adapter
+    if strange := [name for name, value in given.items() if name not in known and value]:
+        raise InputError(
+            f"{where}: this peft ({peft.__version__}) does not know {strange[0]!r}: a newer one may"
+        )
+    module = model.module
+    shapes = {name: shape_of(checkpoint.weights, name) for name in checkpoint.weights}
+    _check_ranks(given, shapes, where)
+    try:
+        config = peft.LoraConfig(
+            **{name: value for name, value in given.items() if name in known}
+            | {"init_lora_weights": True, "inference_mode": False}
+        )
+        with untouched_randomness(0), quiet():
+            peft.inject_adapter_in_model(config, module, adapter_name=NAME)
+    except Exception as error:
+        raise InputError(
+            f"{where} does not fit the base model {checkpoint.base.path}: {error}"
+        ) from error
+    try:
+        layout = adapter_layout(module, shapes)
+    except InputError as error:
+        raise InputError(f"{checkpoint.path}: {error}") from error
+    low_rank_layers(module)
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, tensor in layout.to_module(checkpoint.weights).items():
+            parameters[name].data = tensor.clone().to(parameters[name].device, dtype)
+    module.eval()
+    model.base_layout = model.layout
+    model.checkpoint, model.layout = checkpoint, layout
+
+
+def _check_ranks(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path
+) -> None:
+    """Refuse ranks that the file's factors do not have, before layers of them are made."""
+    found = [
+        shape[0]
+        for name, shape in shapes.items()
+        if shape and re.search(r"\.lora_(embedding_)?A(\.|$)", name)
+    ]
+    of_layers = config.get("rank_pattern")
+    several = list(of_layers.values()) if isinstance(of_layers, dict) else []
+    for rank in [config.get("r"), *several]:
+        if not isinstance(rank, int) or not 1 <= rank <= max(found, default=0):
+            raise InputError(
+                f"{where}: the rank is {rank!r}, and the factors in the file have "
+                f"{max(found, default='none')}"
+            )
+
+
+def _file_name(name: str) -> str:
+    """Name a parameter of the adapter as peft does in a file."""
+    name = name.replace(f".modules_to_save.{NAME}.", ".")
+    name = re.sub(rf"(\.lora_\w+)\.{NAME}(?=\.|$)", r"\1", name)
+    return name if name.startswith(PREFIX) else PREFIX + name

@@ -1,0 +1,104 @@
+"""Factories: a user's own function that makes the module of a checkpoint."""
+
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from consolidate.runtime.randomness import untouched_randomness
+from formats.errors import ConsolidateError, UsageError
+
+
+def make_module(factory: str, config: dict[str, Any]) -> nn.Module:
+    """Make a module of the user's own.
+
+    Args:
+        factory: ``package.module:function``, looked for in the working folder and on ``sys.path``.
+        config: What it is called with, if it takes an argument.
+
+    Returns:
+        The module.
+
+    Raises:
+        UsageError: The factory cannot be found or called, or what it returns is no module.
+    """
+    module_name, colon, attribute = factory.partition(":")
+    if not (module_name and colon and attribute):
+        raise UsageError(f"--model {factory}: write package.module:factory")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        try:
+            target: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f"--model {factory}: no module named {error.name} in {here} or on sys.path"
+            ) from error
+        except Exception as error:
+            raise UsageError(
+                f"--model {factory}: importing {module_name} failed: {error}"
+            ) from error
+        for part in attribute.split("."):
+            if not hasattr(target, part):
+                near = difflib.get_close_matches(part, dir(target), n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UsageError(f"--model {factory}: {module_name} has no {part}{hint}")
+            target = getattr(target, part)
+        if not callable(target):
+            raise UsageError(f"--model {factory}: {attribute} cannot be called")
+        try:
+            made = target(deepcopy(config)) if _takes_config(target) else target()
+        except ConsolidateError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"--model {factory} failed with {type(error).__name__}: {error}; it is called with "
+                f"the contents of config.json{'' if config else ' (here there are none)'}, or with "
+                "nothing if it takes no argument"
+            ) from error
+    finally:
+        sys.path.remove(here)
+    if not isinstance(made, nn.Module):
+        raise UsageError(
+            f"--model {factory} returned a {type(made).__name__}, not a torch.nn.Module"
+        )
+    return made
+
+
+def fresh_weights(factory: str, config: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    """Make a module of the user's own afresh and give its weights, as they are to be stored.
+
+    Args:
+        factory: As for `load_model`.
+        config: What the factory is called with.
+        seed: Of the weights.
+
+    Returns:
+        By the names of the state dict, tied ones once.
+
+    Raises:
+        UsageError: The factory cannot be called.
+    """
+    with untouched_randomness(seed):
+        module = make_module(factory, config)
+    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    return {name: tensor for name, tensor in module.state_dict().items() if name in own}
+
+
+def _takes_config(target: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # a callable written in C has no signature to read
+        return True
+    positional = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.VAR_POSITIONAL,
+    )
+    return any(parameter.kind in positional for parameter in parameters)

@@ -1,0 +1,80 @@
+"""A module's present values as the tensors of its weights file, each made when it is asked for."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from consolidate.models.layout import Layout
+from consolidate.runtime.shards import whole
+from formats.tensors import LazyTensors, dtype_of, shape_of
+
+MOST_KEPT = 4
+"""Conversions whose results are kept: a layer's experts come out of two or three."""
+
+
+class FileWeights(LazyTensors):
+    """A module's values by the names, in the order, shapes and dtypes of its weights file.
+
+    Nothing is copied that has the file's dtype and shape. What the module holds as one and the file
+    as many, as the experts of a layer, is kept for a while, since the others will be asked for too.
+    Of a module in shards each tensor is gathered: every process has to ask for the same ones.
+    """
+
+    def __init__(self, module: nn.Module, layout: Layout, stored: Mapping[str, Tensor]) -> None:
+        """Look at a module's tensors as they are now; what they hold may change.
+
+        Args:
+            module: As it was loaded, trained or not.
+            layout: Which tensors of the file are which of the module.
+            stored: The weights it was loaded from.
+        """
+        self._layout = layout
+        self._stored = stored
+        self._state: dict[str, Tensor] = {}
+        for name, tensor in module.state_dict().items():
+            if isinstance(tensor, Tensor) and (own := layout.canonical(name)) is not None:
+                self._state.setdefault(own, tensor)
+        self._names = [*stored, *(name for name in layout.fresh if name not in stored)]
+        self._known = frozenset(self._names)
+        self._kept: dict[tuple[str, ...], tuple[list[int], dict[str, Tensor]]] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._known:
+            raise KeyError(name)
+        first = self._layout.duplicates.get(name, name)
+        made = self._made(first)
+        if name not in self._stored:
+            return made[name]
+        return made[first].to(dtype_of(self._stored, name)) if first in made else self._stored[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Give the dtype of a tensor in the file."""
+        return dtype_of(self._stored if name in self._stored else self._state, name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Give the shape of a tensor in the file."""
+        return shape_of(self._stored if name in self._stored else self._state, name)
+
+    def _made(self, name: str) -> dict[str, Tensor]:
+        """Make what the file has of the module's tensors behind one name; of none, nothing."""
+        names = tuple(n for n in self._layout.module_names(name) if n in self._state)
+        parts = {n: whole(self._state[n]) for n in names}
+        now = [part._version for part in parts.values()]  # counts the changes of its values
+        versions, made = self._kept.get(names, ([], {}))
+        if versions != now:
+            made = self._layout.to_file(parts)
+        if len(made) > 1:
+            self._kept[names] = now, made
+            if len(self._kept) > MOST_KEPT:
+                del self._kept[next(iter(self._kept))]
+        return made

@@ -1,0 +1,541 @@
+"""Models: a checkpoint's module with its weights in it, and what is needed to run and save it."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from consolidate.estimation.gradient_checkpointing import enable
+from consolidate.models.architectures import (
+    architectures,
+    declared_class,
+    first_line,
+    new_head,
+    quiet,
+)
+from consolidate.models.factories import make_module
+from consolidate.models.file_weights import FileWeights
+from consolidate.models.layout import Layout, same_names_layout, transformers_layout
+from consolidate.models.objectives import Objective, default_objective, get_objective
+from consolidate.runtime.randomness import untouched_randomness
+from formats.checkpoint import Checkpoint
+from formats.errors import ConsolidateError, InputError, UsageError
+from formats.ledger import SAME_AS
+from formats.tensors import apart, dtype_of, shape_of
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+)
+
+
+@dataclass
+class Model:
+    """A module that holds a checkpoint's weights."""
+
+    module: nn.Module
+    checkpoint: Checkpoint
+    objective: Objective
+    labels: list[str] | None  # in the order of their ids; None where they have no names
+    processor: Any  # tokenizer or image processor of transformers; None where there is none
+    layout: Layout
+    notes: list[str] = field(default_factory=list)  # what a user should be told about the loading
+    config_changes: dict[str, Any] = field(default_factory=dict)  # see `config_of`
+    base_layout: Layout | None = None  # of an adapter: that of its base model
+
+    @property
+    def outputs(self) -> int | None:
+        """How many classes or values are predicted, where the config says so."""
+        if self.objective.language:
+            return None
+        if self.labels is not None:
+            return len(self.labels)
+        config = getattr(self.module, "config", None)
+        return getattr(config, "num_labels", None)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    objective: str | None = None,
+    factory: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    freeze: Sequence[str] = (),
+    new_labels: Sequence[str] | None = None,
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+) -> Model:
+    """Load a checkpoint into the module that it was made for.
+
+    Every weight is the file's, bit for bit; nothing is skipped, nothing is random but the new
+    output layer that `new_labels` asks for. No code that a checkpoint names is run, nothing is
+    fetched, and the global random number generators come back as they were.
+
+    Args:
+        checkpoint: Weights and configuration.
+        objective: A name of `OBJECTIVES`; by the architecture unless given.
+        factory: ``package.module:function`` that makes the module, looked for in the working
+            folder and on ``sys.path``. It is called with the config's contents (a dict), or with
+            nothing if it takes no argument. None: transformers makes it, by ``config.json``.
+        dtype: Of the floating-point weights. None: as stored; where the file mixes types, models
+            of transformers take the narrowest type that holds them all exactly, a module of the
+            user's own takes each as it is.
+        device: Where the module is put.
+        freeze: Glob patterns of parameters that shall not train, by module or file name.
+        new_labels: Names of the labels of an output layer that the checkpoint lacks; it is made
+            afresh. For regression the names of the outputs (empty: one output without a name). A
+            factory has to find them in the config, as `relabelled` writes them.
+        gradient_checkpointing: Whether its layers keep only their inputs for the backward pass.
+        seed: Of the new output layer's weights.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        InputError: Weights and architecture do not fit each other: missing, unexpected or resized
+            tensors, an unknown architecture, a conversion that is not a rearrangement.
+        UsageError: The factory cannot be called, an objective that does not fit, a pattern that
+            matches nothing, a model without gradient checkpointing of its own, or transformers is
+            not installed.
+    """
+    config = checkpoint.config
+    chosen = (
+        default_objective(config, factory is not None)
+        if objective is None
+        else get_objective(objective, factory=factory is not None)
+    )
+    if factory is not None:
+        model = _from_factory(checkpoint, chosen, factory, dtype, seed, new_labels is not None)
+    else:
+        model = _from_transformers(checkpoint, chosen, dtype, new_labels, seed)
+    model.module.to(device)
+    model.module.eval()
+    if gradient_checkpointing:
+        enable(model.module)
+    freeze_parameters(model, freeze)
+    return model
+
+
+def file_weights(model: Model) -> FileWeights:
+    """Give the module's present values as the weights file's tensors.
+
+    Args:
+        model: As `load_model` made it, trained or not.
+
+    Returns:
+        By file name, in the file's order and dtypes, then fresh parameters; tied weights under each
+        name that the file has for them, tensors the module has no use for as they are in the file.
+        Each is made when asked for, of the values at that time; where no dtype changes it is the
+        module's own memory.
+
+    Raises:
+        InputError: A tensor is asked for that has another shape than it was loaded with.
+    """
+    return FileWeights(model.module, model.layout, model.checkpoint.weights)
+
+
+def config_of(model: Model) -> dict[str, Any]:
+    """Give the contents of the ``config.json`` that belongs beside `file_weights`.
+
+    Args:
+        model: As `load_model` made it.
+
+    Returns:
+        The checkpoint's config, with architecture and labels of a new output layer filled in.
+    """
+    return deepcopy(model.checkpoint.config) | deepcopy(model.config_changes)
+
+
+def unprotected(model: Model, protected: Iterable[str], frozen: str = "frozen") -> dict[str, str]:
+    """Say of each tensor of the weights file that has no Fisher why it has none.
+
+    Args:
+        model: As `load_model` made it.
+        protected: File names that have a Fisher.
+        frozen: The words for a parameter that does not train.
+
+    Returns:
+        From file name to reason, in the order of `file_weights`.
+    """
+    have = frozenset(protected)
+    parameters = dict(model.module.named_parameters())
+    reasons = {}
+    for name in [*model.checkpoint.weights, *model.layout.fresh]:
+        if name in have:
+            continue
+        if name in model.layout.duplicates:
+            reasons[name] = SAME_AS + model.layout.duplicates[name]
+            continue
+        names = model.layout.module_names(name)
+        if not names:
+            reasons[name] = "not used by the model"
+        elif not any(module_name in parameters for module_name in names):
+            reasons[name] = "a buffer, not a parameter"
+        elif not any(parameters[n].requires_grad for n in names if n in parameters):
+            reasons[name] = frozen
+        else:
+            reasons[name] = "not measured"
+    return reasons
+
+
+# --- a user's own module -----------------------------------------------------------------------
+
+
+def _from_factory(
+    checkpoint: Checkpoint,
+    objective: Objective,
+    factory: str,
+    dtype: torch.dtype | None,
+    seed: int,
+    head_is_new: bool,
+) -> Model:
+    with untouched_randomness(seed):
+        module = make_module(factory, checkpoint.config)
+    weights = checkpoint.weights
+    where = checkpoint.path
+    shapes = {name: shape_of(weights, name) for name in weights}
+    if not shapes:
+        raise InputError(f"{where} holds no tensors")
+    try:
+        layout = same_names_layout(module, shapes)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    state = module.state_dict()
+    if layout.unused:
+        raise InputError(
+            f"{where}: {_some(layout.unused)} in the file but not in the module of {factory}"
+            f"{_near(layout.unused[0], state)}; the names must be those of its state_dict()"
+            f"{_prefix_hint(shapes, state)}"
+        )
+    loaded = {name for group in layout.groups for name in group.module_names}
+    missing = [
+        name
+        for name in state
+        if layout.canonical(name) not in loaded and not name.endswith("num_batches_tracked")
+    ]
+    if missing and not head_is_new:
+        raise InputError(
+            f"{where}: {_some(missing)} in the module of {factory} but not in the file"
+            f"{_near(missing[0], shapes)}; the names must be those of its state_dict()"
+        )
+    _check_duplicates(layout, weights, where)
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    with torch.no_grad():
+        for name, tensor in layout.to_module(apart(weights)).items():
+            # A memory of the stored type: what is tied stays tied, as it is one object.
+            own[name].data = tensor
+    if dtype is not None:
+        module.to(dtype)
+    labels = None if objective.name == "regression" else _label_names(checkpoint.config)
+    return Model(module, checkpoint, objective, labels, None, layout)
+
+
+def _prefix_hint(names: Iterable[str], state: Mapping[str, Any]) -> str:
+    """Say what fits names such as Lightning writes them: the attribute that holds the network."""
+    prefix = next(iter(names)).partition(".")[0]
+    if not all(name.removeprefix(f"{prefix}.") in state for name in names):
+        return ""
+    return (
+        f". All begin with {prefix!r}: a factory fits that returns a module with the network as "
+        f"its attribute {prefix}"
+    )
+
+
+# --- transformers ------------------------------------------------------------------------------
+
+
+class _Lazy:
+    """A tensor of the file that is read when transformers takes its slice."""
+
+    def __init__(self, weights: Mapping[str, Tensor], name: str) -> None:
+        self._weights = weights
+        self._name = name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._weights[self._name][index]
+
+
+def _from_transformers(
+    checkpoint: Checkpoint,
+    objective: Objective,
+    dtype: torch.dtype | None,
+    new_labels: Sequence[str] | None,
+    seed: int,
+) -> Model:
+    weights = checkpoint.weights
+    own = apart(weights)  # training writes into it, and the checkpoint stays as it was
+    where = checkpoint.path
+    notes: list[str] = []
+    with untouched_randomness(seed), quiet():
+        config, classes = architectures(checkpoint, objective)
+        names = [cls.__name__ for cls in classes]
+        declared = declared_class(config)
+        cls = classes[names.index(declared)] if declared in names else classes[0]
+        changes: dict[str, Any] = {}
+        if new_labels is not None:
+            changes = new_head(config, cls, objective, list(new_labels), declared in names, where)
+        elif objective.name == "multi-label":
+            changes["problem_type"] = config.problem_type = "multi_label_classification"
+        stored = _stored_dtypes(weights)
+        wanted = dtype or _common_dtype(stored)
+        if dtype is None and len(stored) > 1:
+            notes.append(
+                f"the file mixes {', '.join(_dtype_name(d) for d in stored)}; the model runs in "
+                f"{_dtype_name(wanted)}, which holds them all"
+            )
+        try:
+            module, info = cls.from_pretrained(
+                None,
+                config=config,
+                state_dict={name: _Lazy(own, name) for name in weights},
+                dtype=wanted,
+                ignore_mismatched_sizes=True,  # told below, by the file's names
+                output_loading_info=True,
+            )
+        except ConsolidateError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{where}: transformers cannot load it as {cls.__name__}: {first_line(error)}"
+            ) from error
+        _check_shapes(info, where)
+        try:
+            shapes = {name: shape_of(weights, name) for name in weights}
+            layout, sought = transformers_layout(module, shapes)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        _check_missing(module, info, objective, declared, new_labels is not None, where)
+        dropped = _check_unexpected(module, info, layout, sought, where)
+        if dropped:
+            notes.append(
+                f"{_some(dropped)} in the file but not used by {cls.__name__}; kept as they are"
+            )
+        _check_duplicates(layout, weights, where)
+        _check_values(module, layout, weights, where)
+        if new_labels is not None and layout.fresh:
+            notes.append(f"new output layer, seed {seed}: {', '.join(layout.fresh)}")
+        processor = _processor(checkpoint, objective)
+    if hasattr(module.config, "use_cache"):
+        module.config.use_cache = False  # keys and values for generation are only memory here
+    if objective.modality == "text" and getattr(module.config, "pad_token_id", None) is None:
+        # Classifiers on decoders find the last token by it, and refuse batches without.
+        module.config.pad_token_id = _pad_token(processor)
+    labels = _label_names(checkpoint.config | changes) if objective.has_labels else None
+    return Model(module, checkpoint, objective, labels, processor, layout, notes, changes)
+
+
+def _check_shapes(info: Mapping[str, Any], where: Path) -> None:
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise InputError(
+            f"{where}: {len(info['mismatched_keys'])} tensors have other shapes than config.json "
+            f"says, {name} for one: {list(found)} in the file, {list(expected)} in the model"
+        )
+
+
+def _check_missing(
+    module: Any,
+    info: Mapping[str, Any],
+    objective: Objective,
+    declared: str,
+    head_is_new: bool,
+    where: Path,
+) -> None:
+    missing = sorted(info["missing_keys"])
+    in_body = f"{module.base_model_prefix}."
+    head = [n for n in missing if not n.startswith(in_body) or ".pooler." in f".{n}"]
+    if head_is_new:
+        missing = [name for name in missing if name not in head]
+    if not missing:
+        return
+    name = type(module).__name__
+    if len(head) == len(missing) and declared != name:
+        raise InputError(
+            f"{where} is a {declared or 'model'} without the output layer of a {name}, which "
+            f"{objective.name} needs: {_some(missing)} missing"
+        )
+    raise InputError(f"{where}: {_some(missing)} missing in the file, which {name} needs")
+
+
+def _check_unexpected(
+    module: Any, info: Mapping[str, Any], layout: Layout, sought: Mapping[str, str], where: Path
+) -> list[str]:
+    """Refuse tensors that belong into the model's body; return those of other output layers."""
+    body = {name for name, _ in module.base_model.named_children()}
+    prefix = f"{module.base_model_prefix}."
+    unexpected = [name for name in layout.unused if sought[name] in info["unexpected_keys"]]
+    if module.base_model is not module:
+        inside = [
+            name
+            for name in unexpected
+            if sought[name].removeprefix(prefix).split(".")[0] in body
+            or sought[name].startswith(prefix)
+        ]
+    else:
+        inside = unexpected
+    # A body's pooler feeds other output layers; a model without it has no place for it.
+    inside = [name for name in inside if "pooler" not in sought[name].split(".")]
+    if inside:
+        raise InputError(
+            f"{where}: {_some(inside)} in the file but not in {type(module).__name__} as "
+            "config.json describes it"
+        )
+    return unexpected
+
+
+def _check_duplicates(layout: Layout, weights: Mapping[str, Tensor], where: Path) -> None:
+    for second, first in layout.duplicates.items():
+        if not _same_bits(weights[second], weights[first]):
+            raise InputError(
+                f"{where}: {first} and {second} are one tensor in the model, and differ in the file"
+            )
+
+
+def _check_values(
+    module: nn.Module, layout: Layout, weights: Mapping[str, Tensor], where: Path
+) -> None:
+    """Hold what transformers loaded against the layout's own reading of the file."""
+    state = module.state_dict()
+    for group in layout.groups:
+        parts = layout.to_module({name: weights[name] for name in group.file_names})
+        for name, expected in parts.items():
+            if not _same_bits(state[name], expected.to(state[name].dtype)):
+                raise InputError(
+                    f"{where}: transformers changed the values of {name} while loading, so they "
+                    f"are not those of {group.file_names[0]} in the file"
+                )
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    # NaN is compared as bits too.
+    return torch.equal(
+        a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
+    )
+
+
+def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if objective.modality == "image":
+        files: tuple[str, ...] = ("preprocessor_config.json", "processor_config.json")
+        kind = "AutoImageProcessor"
+        options["backend"] = "pil"  # the same pixels whether torchvision is installed or not
+    else:
+        files, kind = _TOKENIZER_FILES, "AutoTokenizer"
+    if not any((folder / name).is_file() for name in files):
+        return None
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(str(folder), **options)
+    except Exception as error:
+        what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
+        raise InputError(f"{folder}: the {what} cannot be loaded: {first_line(error)}") from error
+
+
+def _pad_token(processor: Any) -> int | None:
+    for name in ("pad_token_id", "eos_token_id"):
+        token = getattr(processor, name, None)
+        if token is not None:
+            return int(token)
+    return None
+
+
+# --- shared ------------------------------------------------------------------------------------
+
+
+def _label_names(config: Mapping[str, Any]) -> list[str] | None:
+    names = config.get("id2label")
+    if not isinstance(names, Mapping) or not names:
+        return None
+    try:
+        by_id = {int(key): str(value) for key, value in names.items()}
+    except ValueError:
+        return None
+    if sorted(by_id) != list(range(len(by_id))):
+        return None
+    labels = [by_id[i] for i in range(len(by_id))]
+    # What transformers fills in where nobody gave names says nothing.
+    return None if labels == [f"LABEL_{i}" for i in range(len(labels))] else labels
+
+
+def freeze_parameters(model: Model, patterns: Sequence[str]) -> None:
+    """Let the parameters that match not train.
+
+    Args:
+        model: Changed in place.
+        patterns: Glob patterns of names, the module's or the file's.
+
+    Raises:
+        UsageError: A pattern matches nothing, or a part of what is one parameter.
+    """
+    parameters = dict(model.module.named_parameters())
+    names: dict[str, set[str]] = {}  # file and module names -> parameters
+    for name in model.module.state_dict():
+        canonical = model.layout.canonical(name)
+        if canonical in parameters:
+            names.setdefault(name, set()).add(str(canonical))
+    for name in [*model.checkpoint.weights, *model.layout.fresh]:
+        found = [n for n in model.layout.module_names(name) if n in parameters]
+        names.setdefault(name, set()).update(found)
+    for pattern in patterns:
+        matched = {p for name, ps in names.items() if fnmatchcase(name, pattern) for p in ps}
+        if not matched:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+            hint = f"; there are {', '.join(near)}, …" if near else ""
+            raise UsageError(f"--freeze {pattern} matches no parameter{hint}")
+        for name in matched:
+            file_names = model.layout.file_names(name)
+            left = [n for n in file_names if not fnmatchcase(n, pattern)]
+            if left and len(left) < len(file_names) and not fnmatchcase(name, pattern):
+                raise UsageError(
+                    f"--freeze {pattern} matches a part of {name}, which is one parameter of the "
+                    f"model and also holds {left[0]}: match all of it or none"
+                )
+            parameters[name].requires_grad_(False)
+
+
+def _stored_dtypes(weights: Mapping[str, Tensor]) -> list[torch.dtype]:
+    """The floating-point types in the file, in order of appearance."""
+    dtypes = dict.fromkeys(dtype_of(weights, name) for name in weights)
+    return [dtype for dtype in dtypes if dtype.is_floating_point]
+
+
+def _common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    common = dtypes[0] if dtypes else torch.float32
+    for dtype in dtypes[1:]:
+        common = torch.promote_types(common, dtype)
+    return common
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _some(names: Sequence[str]) -> str:
+    """Name up to four, and say how many more there are."""
+    listed = ", ".join(list(names)[:4])
+    return (
+        f"{listed} and {len(names) - 4} more are"
+        if len(names) > 4
+        else (f"{listed} {'are' if len(names) > 1 else 'is'}")
+    )
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f" (which has {near[0]})" if near else ""

@@ -1,0 +1,296 @@
+"""Low-rank adapters in a model that is trained: put in by peft, looked at, merged again."""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from consolidate.ewc.low_rank_penalty import LowRank
+from consolidate.models.architectures import quiet
+from consolidate.models.loading import Model
+from consolidate.runtime.randomness import untouched_randomness
+from formats.errors import InputError, UsageError
+
+NAME = "default"
+"""Of the one adapter in a model, as peft has it."""
+
+KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
+"""Layers whose weights an adapter can change by a product."""
+
+PREFIX = "base_model.model."
+"""What peft puts before the module's names."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A fresh adapter: the options of `add_lora` of these names."""
+
+    rank: int
+    targets: Sequence[str] = ()
+    alpha: float | None = None
+    rslora: bool = False
+
+
+def add_lora(
+    module: nn.Module,
+    *,
+    rank: int,
+    targets: Sequence[str] = (),
+    alpha: float | None = None,
+    rslora: bool = False,
+    seed: int = 0,
+) -> list[str]:
+    """Put a fresh LoRA adapter into a module, in place: W + s B A with B = 0 (Hu et al. 2021).
+
+    Everything else is frozen. The module computes what it did, until B is trained.
+
+    Args:
+        module: Any module.
+        rank: r, the rank of B A.
+        targets: Glob patterns of the layers' names, or of their last parts; those that peft has for
+            the architecture unless given.
+        alpha: α of s = α/r; `rank` unless given, so that s = 1.
+        rslora: s = α/√r instead (Kalajdzievski 2023).
+        seed: Of A.
+
+    Returns:
+        The names of the layers that have an adapter now.
+
+    Raises:
+        UsageError: peft is missing, or a pattern matches no layer or none that can have one.
+        InputError: A layer's weight is used in another place too.
+    """
+    peft = import_peft()
+    names = _targets(module, targets)
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        use_rslora=rslora,
+        target_modules="|".join(map(re.escape, names)),
+        fan_in_fan_out=False,
+    )
+    with untouched_randomness(seed), quiet():
+        peft.inject_adapter_in_model(config, module, adapter_name=NAME)
+    return names
+
+
+def low_rank_layers(module: nn.Module) -> dict[str, LowRank]:
+    """Give the layers that an adapter changes.
+
+    Args:
+        module: With an adapter in it.
+
+    Returns:
+        By the name that their weight has in the module without the adapter.
+
+    Raises:
+        InputError: A layer is not W + s B A.
+    """
+    found = {}
+    for name, layer in _adapted(module).items():
+        base = layer.get_base_layer()
+        kind = type(base).__name__
+        if kind not in KINDS or getattr(base, "groups", 1) != 1 or NAME in layer.lora_variant:
+            raise InputError(
+                f"the adapter's layer {name} ({type(layer).__name__} on {kind}) is not W + s B A, "
+                f"as it is on {', '.join(KINDS)} without groups"
+            )
+        if kind == "Embedding":
+            a, b = layer.lora_embedding_A[NAME], layer.lora_embedding_B[NAME]
+        else:
+            a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+        transposed = kind in ("Conv1D", "Embedding")
+        found[f"{name}.weight"] = LowRank(base.weight, a, b, layer.scaling[NAME], transposed)
+    return found
+
+
+def other_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Give what trains in a module beside the low-rank factors of its adapter.
+
+    Args:
+        module: With an adapter in it.
+
+    Returns:
+        By the names in the module without the adapter.
+    """
+    return {
+        name.replace(f".modules_to_save.{NAME}.", "."): parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and not any(p.startswith("lora_") for p in name.split("."))
+    }
+
+
+@torch.no_grad()
+def merge_lora(module: nn.Module) -> None:
+    """Put W + s B A in place of W and take the adapter out of a module, in place.
+
+    Args:
+        module: With an adapter in it, all of whose layers `low_rank_layers` knows.
+    """
+    for layer in low_rank_layers(module).values():
+        a, b = (factor.flatten(1).to(layer.weight.dtype) for factor in (layer.a, layer.b))
+        change = (b @ a).T if layer.transposed else b @ a
+        layer.weight.add_(change.reshape(layer.weight.shape), alpha=layer.scale)
+    remove_lora(module)
+
+
+def remove_lora(module: nn.Module) -> None:
+    """Take the adapter out of a module, in place: W is what it was.
+
+    Args:
+        module: With an adapter in it.
+    """
+    for name, layer in _adapted(module).items():
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, layer.get_base_layer())
+    if hasattr(module, "peft_config"):
+        del module.peft_config
+
+
+def adapt(
+    model: Model, lora: Lora, whole: Collection[str], others: Iterable[Model] = (), seed: int = 0
+) -> list[nn.Parameter]:
+    """Put a fresh adapter into a model that is to be trained, and freeze what it changes.
+
+    Args:
+        model: A whole model.
+        lora: The adapter.
+        whole: Names in the weights file of what trains as it is, beside the adapter: what is new.
+        others: Models that share the weights' memory; they get the same adapter.
+        seed: Of A.
+
+    Returns:
+        The parameters that were trainable before and are no longer; for `end_adapting`.
+
+    Raises:
+        UsageError: As `add_lora`; or a target is frozen, or is new.
+        InputError: As `add_lora`.
+    """
+    module = model.module
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    new = {at for name in whole for at in model.layout.module_names(name)}
+    kept = [parameter for name, parameter in module.named_parameters() if name in new]
+    options: dict[str, Any] = {
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "rslora": lora.rslora,
+        "seed": seed,
+    }
+    names = add_lora(module, targets=lora.targets, **options)
+    held = {id(parameter) for parameter in trainable}
+    for name, layer in low_rank_layers(module).items():
+        if id(layer.weight) not in held:
+            raise UsageError(f"{name} is frozen by --freeze, and a target of the adapter")
+        if name in new:
+            raise UsageError(f"{name} is new and trains as it is: leave it out of --lora-targets")
+    for parameter in kept:
+        parameter.requires_grad_(id(parameter) in held)
+    own = dict(module.named_parameters())
+    for other in _distinct(others):
+        add_lora(other.module, targets=names, **options)
+        for name, parameter in other.module.named_parameters():
+            if is_adapter(name):
+                parameter.data = own[name].data
+    return [parameter for parameter in trainable if not parameter.requires_grad]
+
+
+def end_adapting(
+    model: Model, frozen: Iterable[nn.Parameter], others: Iterable[Model] = ()
+) -> None:
+    """Merge the adapter into a model's weights, and let train again what was frozen for it.
+
+    Args:
+        model: As `adapt` left it.
+        frozen: What `adapt` returned.
+        others: As for `adapt`.
+    """
+    merge_lora(model.module)
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    for other in _distinct(others):
+        remove_lora(other.module)
+
+
+def _distinct(models: Iterable[Model]) -> list[Model]:
+    return list({id(model): model for model in models}.values())
+
+
+def import_peft() -> Any:
+    """Import peft, or say what to install.
+
+    Raises:
+        UsageError: It is missing.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UsageError("adapters need peft: pip install 'consolidate-ewc[peft]'") from error
+    return peft
+
+
+def _adapted(module: nn.Module) -> dict[str, Any]:
+    """Give peft's layers by name."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        name.removeprefix(PREFIX): layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def _targets(module: nn.Module, patterns: Sequence[str]) -> list[str]:
+    fitting = [
+        name
+        for name, layer in module.named_modules()
+        if name and type(layer).__name__ in KINDS and getattr(layer, "groups", 1) == 1
+    ]
+    if not patterns:
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+        kind = getattr(getattr(module, "config", None), "model_type", None)
+        if kind not in KNOWN:
+            raise UsageError(
+                f"peft names no layers for {'this module' if kind is None else kind}: name them "
+                f"with --lora-targets, such as {', '.join(_last_parts(fitting)[:6])}"
+            )
+        patterns = KNOWN[kind]
+    chosen = set()
+    for pattern in patterns:
+        matched = {n for n in fitting if fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}")}
+        if not matched:
+            raise UsageError(
+                f"--lora-targets {pattern} matches no layer that can have an adapter; there are "
+                f"{', '.join(_last_parts(fitting)[:12])}"
+            )
+        chosen |= matched
+    uses: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        uses.setdefault(id(parameter), []).append(name)
+    names = [name for name in fitting if name in chosen]
+    for name in names:
+        weight = module.get_submodule(name).weight
+        if others := [other for other in uses[id(weight)] if other != f"{name}.weight"]:
+            raise InputError(
+                f"{name} cannot have an adapter: its weight is {others[0]} too, and would change "
+                "there when the adapter is merged; leave it out of --lora-targets"
+            )
+    return names
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def is_adapter(name: str) -> bool:
+    """Tell whether a parameter of a module is one of its adapter's.
+
+    Args:
+        name: Its name in the module.
+    """
+    parts = name.split(".")
+    return "modules_to_save" in parts or any(part.startswith("lora_") for part in parts)

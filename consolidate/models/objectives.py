@@ -1,0 +1,182 @@
+"""What a task predicts: its likelihood, its unit, and the transformers class whose outputs fit."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from formats.errors import InputError, UsageError
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One kind of prediction."""
+
+    name: str
+    likelihood: str  # a name that consolidate.estimation.likelihoods knows
+    unit: Literal["example", "token"]
+    auto_class: str | None  # of transformers; None where the model is the user's own
+    modality: Literal["text", "image", "tensor"]
+
+    @property
+    def language(self) -> bool:
+        """Whether it predicts words of the vocabulary, so that perplexity is its measure."""
+        return self.name in ("causal-lm", "masked-lm", "seq2seq-lm")
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether its outcomes are labels with names of their own."""
+        return not self.language and self.name != "regression"
+
+
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective(
+            "sequence-classification",
+            "softmax",
+            "example",
+            "AutoModelForSequenceClassification",
+            "text",
+        ),
+        Objective(
+            "multi-label", "bernoulli", "example", "AutoModelForSequenceClassification", "text"
+        ),
+        Objective(
+            "regression", "gaussian", "example", "AutoModelForSequenceClassification", "text"
+        ),
+        Objective(
+            "token-classification",
+            "token-softmax",
+            "token",
+            "AutoModelForTokenClassification",
+            "text",
+        ),
+        Objective("causal-lm", "next-token-softmax", "token", "AutoModelForCausalLM", "text"),
+        Objective("masked-lm", "token-softmax", "token", "AutoModelForMaskedLM", "text"),
+        Objective("seq2seq-lm", "token-softmax", "token", "AutoModelForSeq2SeqLM", "text"),
+        Objective(
+            "image-classification",
+            "softmax",
+            "example",
+            "AutoModelForImageClassification",
+            "image",
+        ),
+        Objective("classification", "softmax", "example", None, "tensor"),
+    )
+}
+
+# Objectives of a user's own module, whose inputs are tensors.
+_OF_TENSORS = ("classification", "regression", "multi-label")
+
+_BY_ARCHITECTURE = {
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
+    "ForImageClassificationWithTeacher": "image-classification",
+    "ForMaskedLM": "masked-lm",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+}
+
+
+def get_objective(name: str, *, factory: bool = False) -> Objective:
+    """Look an objective up.
+
+    Args:
+        name: A key of `OBJECTIVES`.
+        factory: The model is a user's own module, which takes tensors.
+
+    Returns:
+        The objective; on tensors where `factory`.
+
+    Raises:
+        UsageError: No such objective, or none that fits the kind of model.
+    """
+    if name not in OBJECTIVES:
+        near = difflib.get_close_matches(name, OBJECTIVES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise UsageError(f"no objective {name!r}{hint} There are: {', '.join(OBJECTIVES)}")
+    objective = OBJECTIVES[name]
+    if factory:
+        if name not in _OF_TENSORS:
+            raise UsageError(
+                f"objective {name} needs a model of transformers; with --model there are: "
+                f"{', '.join(_OF_TENSORS)}"
+            )
+        return replace(objective, auto_class=None, modality="tensor")
+    if objective.auto_class is None:
+        raise UsageError(
+            f"objective {name} is for a module of your own: name it with --model "
+            "package.module:factory, or choose another objective"
+        )
+    return objective
+
+
+def check_declared(config: Mapping[str, Any]) -> None:
+    """Refuse a ``config.json`` of transformers whose fields of the task are of another type.
+
+    Args:
+        config: Its contents.
+
+    Raises:
+        InputError: Naming the field.
+    """
+    names = config.get("architectures")
+    expected = {
+        "architectures": names is None
+        or (isinstance(names, list) and all(isinstance(name, str) for name in names)),
+        "model_type": isinstance(config.get("model_type"), str | None),
+        "problem_type": isinstance(config.get("problem_type"), str | None),
+        "id2label": isinstance(config.get("id2label"), dict | None),
+        "num_labels": isinstance(config.get("num_labels"), int | None),
+    }
+    for name, holds in expected.items():
+        if not holds:
+            raise InputError(
+                f"config.json: {name} is of type {type(config[name]).__name__}, which says nothing "
+                "to transformers"
+            )
+
+
+def default_objective(config: Mapping[str, Any], factory: bool) -> Objective:
+    """Choose the objective that a checkpoint was made for.
+
+    Args:
+        config: The contents of its ``config.json``.
+        factory: The model is a user's own module, which takes tensors.
+
+    Returns:
+        For a user's own module classification, unless ``problem_type`` says otherwise; else by the
+        architecture's name, ``problem_type`` and the number of labels.
+
+    Raises:
+        InputError: The architecture does not say what it predicts.
+    """
+    problem = config.get("problem_type")
+    by_problem = {"regression": "regression", "multi_label_classification": "multi-label"}
+    if factory:
+        return get_objective(by_problem.get(str(problem), "classification"), factory=True)
+    check_declared(config)
+    architecture = (config.get("architectures") or [""])[0]
+    if architecture.endswith("ForSequenceClassification"):
+        if problem in by_problem:
+            return OBJECTIVES[by_problem[problem]]
+        if problem is None and _number_of_labels(config) == 1:
+            return OBJECTIVES["regression"]
+    for ending, name in _BY_ARCHITECTURE.items():
+        if architecture.endswith(ending):
+            return OBJECTIVES[name]
+    if architecture.endswith("ForConditionalGeneration"):
+        return OBJECTIVES["seq2seq-lm"]
+    what = f"the architecture {architecture}" if architecture else "config.json"
+    raise InputError(
+        f"{what} does not say what is predicted: choose with --objective, one of "
+        f"{', '.join(OBJECTIVES)}; a model that transformers does not know is named with "
+        "--model package.module:factory"
+    )
+
+
+def _number_of_labels(config: Mapping[str, Any]) -> int:
+    labels = config.get("id2label")
+    return len(labels) if labels else int(config.get("num_labels") or 2)

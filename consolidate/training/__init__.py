@@ -1,0 +1,1 @@
+"""Training with a penalty, and the measures taken of it."""

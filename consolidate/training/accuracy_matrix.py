@@ -1,0 +1,145 @@
+"""The accuracy matrix of a chain of tasks: what was kept of each, and what was forgotten."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+Scores = Mapping[str, Mapping[str, float]]  # name of what was evaluated -> metric -> value
+Metrics = Mapping[str, Scores]  # before, step N, epoch N, after -> scores
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over those of its terms that were measured.
+
+    Attributes:
+        value: The mean; None where no term was measured.
+        terms: How many were measured.
+        of: How many there are.
+    """
+
+    value: float | None
+    terms: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured after so many optimizer steps of a task; step 0 is before the first."""
+
+    task: str
+    step: int
+    scores: dict[str, float]  # by the name of the task they are on
+
+
+@dataclass(frozen=True)
+class AccuracyMatrix:
+    """R[i, j], the score on task j after training task i, T × T; None where not measured.
+
+    Attributes:
+        tasks: Their names, in the order in which they were learned.
+        scores: R, row by row.
+        start: The scores before the first task was learned, (T,).
+        points: The curves over training steps, in the order of time; empty where none were taken.
+    """
+
+    tasks: list[str]
+    scores: list[list[float | None]]
+    start: list[float | None]
+    points: list[Point]
+
+    def acc(self) -> Mean:
+        """Return the average accuracy, ACC = (1/T) Σ_j R[T, j] (Lopez-Paz & Ranzato 2017)."""
+        return _mean(self.scores[-1])
+
+    def bwt(self) -> Mean:
+        """Return the backward transfer; below 0 where earlier tasks were forgotten.
+
+        BWT = (1/(T − 1)) Σ_{j<T} (R[T, j] − R[j, j]), Lopez-Paz & Ranzato 2017.
+        """
+        return _mean(
+            _difference(self.scores[-1][j], self.scores[j][j]) for j in range(len(self.tasks) - 1)
+        )
+
+    def forgetting(self) -> Mean:
+        """Return the average forgetting; below 0 where earlier tasks were improved.
+
+        F = (1/(T − 1)) Σ_{j<T} (max_{i<T} R[i, j] − R[T, j]), Chaudhry et al. 2018, the largest
+        taken of the rows where task j was measured.
+        """
+        return _mean(self.forgotten().values())
+
+    def forgotten(self) -> dict[str, float | None]:
+        """Return the terms of `forgetting` by task, the last task left out."""
+        terms = {}
+        for j, task in enumerate(self.tasks[:-1]):
+            past = [row[j] for row in self.scores[:-1]]
+            best = max((score for score in past if score is not None), default=None)
+            terms[task] = _difference(best, self.scores[-1][j])
+        return terms
+
+
+def accuracy_matrix(metrics: Mapping[str, Metrics]) -> AccuracyMatrix:
+    """Arrange what a ledger says was measured: a task's row is what stands under its `after`.
+
+    A task that was only measured has no `after` of its own: its row is what the next one found
+    `before`, at the same weights.
+
+    Args:
+        metrics: Of each task, by name, in the order in which they were learned; at least one.
+
+    Returns:
+        The matrix, over data that were evaluated under the name of a task.
+    """
+    tasks, measured = list(metrics), list(metrics.values())
+
+    def row(scores: Scores) -> list[float | None]:
+        return [score(scores[task]) if task in scores else None for task in tasks]
+
+    rows = []
+    for own, following in zip(measured, [*measured[1:], {}], strict=True):
+        rows.append(row(own.get("after") or following.get("before", {})))
+    return AccuracyMatrix(tasks, rows, row(measured[0].get("before", {})), _points(metrics))
+
+
+def score(values: Mapping[str, float]) -> float | None:
+    """Give the score among the metrics of one evaluation: larger is better.
+
+    Args:
+        values: As `consolidate.training.evaluation.measure` returns them.
+
+    Returns:
+        The accuracy where there is one, else minus the mean negative log-likelihood; None where
+        there is neither.
+    """
+    if "accuracy" in values:
+        return values["accuracy"]
+    return -values["loss"] if "loss" in values else values.get("score")
+
+
+def _points(metrics: Mapping[str, Metrics]) -> list[Point]:
+    points = []
+    for task, times in metrics.items():
+        if not any(when.startswith("step ") for when in times):
+            continue
+        for when, scores in times.items():
+            if when == "before" or when.startswith("step "):
+                step = 0 if when == "before" else int(when.removeprefix("step "))
+                found = {
+                    name: value
+                    for name, values in scores.items()
+                    if name in metrics and (value := score(values)) is not None
+                }
+                points.append(Point(task, step, found))
+    return points
+
+
+def _difference(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
+
+
+def _mean(terms: Iterable[float | None]) -> Mean:
+    every = list(terms)
+    measured = [term for term in every if term is not None]
+    value = math.fsum(measured) / len(measured) if measured else None
+    return Mean(value, len(measured), len(every))

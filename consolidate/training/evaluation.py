@@ -1,0 +1,145 @@
+"""How well a model does on a task: loss, and accuracy or perplexity."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from consolidate.estimation.batches import model_outputs, place_of, placed
+from consolidate.estimation.likelihoods import Likelihood
+from consolidate.runtime import signals
+from consolidate.runtime.distributed import in_step, summed
+from consolidate.runtime.shards import is_sharded
+from formats.errors import InputError, NonFiniteError
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Tensor]],
+    likelihood: Likelihood,
+    *,
+    language: bool = False,
+    progress: Callable[[int], None] = lambda count: None,
+    group: ProcessGroup | None = None,
+) -> dict[str, float]:
+    """Measure a model on a task, in eval mode.
+
+    Args:
+        model: Comes back with the modes its modules had.
+        batches: Pairs (inputs, labels).
+        likelihood: The likelihood of the labels given the model's outputs.
+        language: Report perplexity, the exponential of the loss, instead of accuracy.
+        progress: Called after each batch with its number of examples.
+        group: Processes that share the batches; each gets the metrics of all. A model in shards
+            runs as often in each. Where a stop waits in one, all stop after the measurement.
+
+    Returns:
+        ``loss``, the mean negative log-likelihood per unit; ``accuracy`` or ``perplexity``; and
+        ``score``, which is the accuracy where there is one and minus the loss elsewhere.
+
+    Raises:
+        InputError: No unit was to be predicted.
+        NonFiniteError: The loss is NaN or infinite.
+    """
+    loss = units = correct = uncounted = 0.0
+    place = place_of(model)
+    with _evaluating(model):
+        last: tuple[Any, Tensor] | None = None
+        for batch in in_step(signals.until_asked(batches), group if is_sharded(model) else None):
+            last = batch or last
+            if last is None:
+                raise InputError("there are fewer examples than processes: start fewer of them")
+            inputs, labels = placed(place, *last)
+            outputs = model_outputs(model, inputs, labels)
+            if batch is None:  # it ran along
+                continue
+            likelihood.check_labels(outputs, labels)
+            nll = likelihood.negative_log_likelihood(outputs, labels)  # (B,)
+            loss += float(nll.double().sum())
+            units += int(likelihood.units(labels).sum())
+            right = None if language else likelihood.correct(outputs, labels)
+            if right is None:
+                uncounted += 1
+            else:
+                correct += float(right.double().sum())
+            progress(len(labels))
+    loss, units, correct, uncounted, *wishes = summed(
+        group, loss, units, correct, uncounted, *signals.wishes()
+    )
+    signals.stop_together(*wishes)
+    if units == 0:
+        raise InputError("there is nothing to predict in this data: no example has a label")
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"the loss is {loss}: the outputs of the model overflow on this data")
+    result = {"loss": loss / units}
+    if language:
+        result["perplexity"] = math.exp(min(loss / units, 700.0))
+    if not uncounted:
+        result["accuracy"] = correct / units
+    result["score"] = result.get("accuracy", -result["loss"])
+    return result
+
+
+@torch.no_grad()
+def divergence(
+    model: nn.Module,
+    old: Mapping[str, Tensor],
+    batches: Iterable[tuple[Any, Tensor]],
+    likelihood: Likelihood,
+    group: ProcessGroup | None = None,
+) -> float:
+    """Measure how far a model's outputs have moved: the mean of KL(p_old ‖ p_new) per unit.
+
+    Args:
+        model: With its new values; compared in eval mode, and it comes back as it was.
+        old: The values of its parameters and buffers before, by name.
+        batches: Pairs (inputs, labels). The labels only mark what is predicted.
+        likelihood: The likelihood whose distributions are compared.
+        group: Processes that the batches were dealt to; each gets the mean of all.
+
+    Returns:
+        Nats per unit.
+    """
+    total = units = 0.0
+    place = place_of(model)
+    with _evaluating(model):
+        for batch in batches:
+            inputs, labels = placed(place, *batch)
+            outputs = model_outputs(model, inputs, labels)
+            with _at(model, old):
+                past = model_outputs(model, inputs, labels)
+            total += float(likelihood.divergence(past, outputs, labels).double().sum())
+            units += int(likelihood.units(labels).sum())
+    total, units = summed(group, total, units)
+    return total / max(1, units)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode, and each of its modules back in its own afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _at(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module's parameters and buffers be others for a while, without copying."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    present = {name: tensor.data for name, tensor in tensors.items()}
+    try:
+        for name, tensor in tensors.items():
+            tensor.data = values[name]
+        yield
+    finally:
+        for name, tensor in tensors.items():
+            tensor.data = present[name]

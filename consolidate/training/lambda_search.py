@@ -1,0 +1,265 @@
+"""The search for λ: which strengths are tried for how many steps, and which one is chosen.
+
+Short runs forget less than long ones, so a λ is only chosen among those that were trained for all
+of the steps. The shorter runs of `coarse_to_fine` say where to look.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from consolidate.training.forgetting import ROUNDING
+from formats.errors import NonFiniteError, UsageError
+
+RULES = ("mean", "least", "most")
+RUNGS = ((1 / 8, 4), (1 / 4, 2), (1, 2))
+"""Shares of the steps, and between the candidates of each quarters of a factor of 10."""
+
+FIRST = tuple(range(0, 25, 4))  # 1, 10, …, 10⁶, in quarters of a factor of 10
+MOST_EXTENSIONS = 6  # candidates in all beyond the range that a rung began with
+LEAST_STEPS = 20  # of a shortened run
+KEPT_GAIN = 0.95
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate, trained from the same start as all others."""
+
+    ewc_lambda: float
+    steps: int
+    metrics: dict[str, dict[str, float]] | None  # of held-out data by task; None: it diverged
+    forgetting: float | None  # the most that an old task lost in score; None: not measured
+    penalty_per_lambda: float | None  # ½ Σ Λ (θ − μ)²
+    divergence: float | None  # KL(old ‖ new) of the outputs on new inputs, per unit
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        """The mean score over the tasks; −∞ where training diverged."""
+        if self.metrics is None:
+            return -math.inf
+        return sum(values["score"] for values in self.metrics.values()) / len(self.metrics)
+
+
+Rule = Callable[[Sequence[Trial]], Trial]
+"""Chooses among trials of as many steps."""
+
+Train = Callable[[float, int], Trial]
+"""Trains with a λ for a number of steps, from the start, and measures."""
+
+
+def by_mean(trials: Sequence[Trial]) -> Trial:
+    """Choose the largest mean score; the larger λ where two are equal.
+
+    Args:
+        trials: Of as many steps.
+
+    Returns:
+        One of them.
+
+    Raises:
+        NonFiniteError: All of them diverged.
+    """
+    return max(_trained(trials), key=lambda trial: (trial.mean, trial.ewc_lambda))
+
+
+def by_least(trials: Sequence[Trial], *, max_forgetting: float) -> Trial:
+    """Choose the least λ with which no old task loses more than it may, else the largest λ.
+
+    Args:
+        trials: Of as many steps, whose forgetting was measured.
+        max_forgetting: A difference of scores.
+
+    Returns:
+        One of them.
+
+    Raises:
+        NonFiniteError: All of them diverged.
+    """
+    trained = _trained(trials)
+    most = max_forgetting + ROUNDING
+    kept = [t for t in trained if t.forgetting is not None and t.forgetting <= most]
+    return min(kept, key=_strength) if kept else max(trained, key=_strength)
+
+
+def by_most(trials: Sequence[Trial], *, task: str, before: float) -> Trial:
+    """Choose the largest λ that keeps 95 % of what the new task gains in score, else the least.
+
+    Where nothing is gained the largest is chosen.
+
+    The gain is that of the best trial over the start. It needs no old data: a larger λ holds old
+    tasks better whatever they are.
+
+    Args:
+        trials: Of as many steps. One with λ = 0 only shows the gain without a penalty.
+        task: The new task.
+        before: Its score at the start.
+
+    Returns:
+        One of them.
+
+    Raises:
+        NonFiniteError: All of them diverged.
+    """
+    trained = _trained(trials)
+    scores = {t.ewc_lambda: t.metrics[task]["score"] for t in trained if t.metrics is not None}
+    held = [t for t in trained if t.ewc_lambda > 0] or trained
+    gain = max(scores.values()) - before
+    if gain <= 0:
+        return max(held, key=_strength)
+    enough = before + KEPT_GAIN * gain
+    kept = [t for t in held if scores[t.ewc_lambda] >= enough]
+    return max(kept, key=_strength) if kept else min(held, key=_strength)
+
+
+def check_strengths(strengths: object) -> None:
+    """Refuse what is neither a list of strengths nor ``auto``.
+
+    Args:
+        strengths: What was given as λ, not a single number.
+
+    Raises:
+        UsageError: It is something else, or one of them is negative or not finite.
+    """
+    if strengths == "auto":
+        return
+    if isinstance(strengths, str) or not isinstance(strengths, Sequence) or not strengths:
+        raise UsageError(f"--ewc-lambda {strengths}: expected a number, several, or auto")
+    for one in strengths:
+        if not (isinstance(one, int | float) and math.isfinite(one) and one >= 0):
+            raise UsageError(f"--ewc-lambda {one}: expected a finite number from 0")
+
+
+def choose_rule(
+    choose: str | None,
+    *,
+    old: Collection[str],
+    validation: Collection[str],
+    max_forgetting: float | None,
+) -> str:
+    """Decide the name of the rule, and refuse one for which nothing will be measured.
+
+    Args:
+        choose: The one asked for; None takes ``most`` without old data, ``least`` with a limit on
+            forgetting, else ``mean``.
+        old: Names of the tasks in the ledger.
+        validation: Names of the held-out data.
+        max_forgetting: What an old task may lose.
+
+    Returns:
+        ``mean``, ``least`` or ``most``.
+
+    Raises:
+        UsageError: It is none of these, or needs old data or a limit that were not given.
+    """
+    measured = set(old) & set(validation)
+    given = choose is not None
+    if choose is None:
+        choose = "mean" if measured else "most"
+        choose = choose if max_forgetting is None else "least"
+    if choose not in RULES:
+        raise UsageError(f"--choose {choose}: expected one of {', '.join(RULES)}")
+    if choose == "least" and max_forgetting is None:
+        raise UsageError("--choose least needs --max-forgetting: what an old task may lose")
+    if choose != "most" and not measured:
+        names = f", where NAME is one of {', '.join(old)}" if old else ""
+        implied = "" if given else " (which --max-forgetting implies)"
+        raise UsageError(
+            f"--choose {choose}{implied} needs held-out data of an old task: give --validation "
+            f"NAME=DATA{names}, or --choose most, which needs none"
+        )
+    return choose
+
+
+def grid(train: Train, strengths: Sequence[float], steps: int) -> list[Trial]:
+    """Train every strength for all of the steps.
+
+    Args:
+        train: Trains one.
+        strengths: λs.
+        steps: Optimizer steps of a whole run.
+
+    Returns:
+        The trials, from the least λ to the largest.
+    """
+    return [train(strength, steps) for strength in sorted(set(strengths))]
+
+
+def coarse_to_fine(
+    train: Train, choose: Rule, steps: int, *, reference: bool = False
+) -> list[Trial]:
+    """Look for λ from 1 to 10⁶ with an eighth of the steps, then nearer by with more.
+
+    Seven powers of 10 for an eighth of the steps; the one chosen and its neighbours by √10 for a
+    quarter; the one chosen of these and its neighbours for all. Where the chosen one is the least
+    or the largest of its rung, the rung grows in that direction, by at most 6 candidates in all.
+
+    Args:
+        train: Trains one.
+        choose: The rule.
+        steps: Optimizer steps of a whole run.
+        reference: Also train λ = 0 in each rung, as `by_most` needs it.
+
+    Returns:
+        All trials in the order they were trained in.
+
+    Raises:
+        NonFiniteError: All candidates of a rung diverged.
+    """
+    trials: dict[tuple[float, int], Trial] = {}
+
+    def trained(strengths: Mapping[int, float], length: int) -> Iterator[Trial]:
+        for strength in [0.0] * reference + [strengths[k] for k in sorted(strengths)]:
+            if (strength, length) not in trials:
+                trials[strength, length] = train(strength, length)
+            yield trials[strength, length]
+
+    exponents, extensions = set(FIRST), MOST_EXTENSIONS
+    for rung, (share, spacing) in enumerate(RUNGS):
+        length = min(steps, max(LEAST_STEPS, math.ceil(share * steps)))
+        while True:
+            strengths = {k: strength_at(k) for k in exponents}
+            best = choose(list(trained(strengths, length))).ewc_lambda
+            centre = next(k for k in exponents if strengths[k] == best)
+            if min(exponents) < centre < max(exponents) or extensions == 0:
+                break
+            exponents.add(centre + (spacing if centre == max(exponents) else -spacing))
+            extensions -= 1
+        if rung + 1 < len(RUNGS):
+            nearer = RUNGS[rung + 1][1]
+            exponents = {centre - nearer, centre, centre + nearer}
+    return list(trials.values())
+
+
+def strength_at(quarters: int) -> float:
+    """Give λ = 10^(quarters/4) in three digits, so that it can be typed again.
+
+    Args:
+        quarters: Of a factor of 10.
+    """
+    return float(f"{10 ** (quarters / 4):.3g}")
+
+
+def at_an_end(chosen: float, trials: Sequence[Trial]) -> bool:
+    """Say whether a better λ may lie beyond those that were tried.
+
+    Args:
+        chosen: One of them.
+        trials: Of as many steps.
+    """
+    strengths = [trial.ewc_lambda for trial in trials if trial.ewc_lambda > 0]
+    return chosen > 0 and chosen in (min(strengths), max(strengths))
+
+
+def _trained(trials: Sequence[Trial]) -> list[Trial]:
+    trained = [trial for trial in trials if trial.metrics is not None]
+    if not trained:
+        raise NonFiniteError(
+            "training diverged with every λ that was tried: lower --learning-rate, or use "
+            "--max-grad-norm or --penalty-step proximal"
+        )
+    return trained
+
+
+def _strength(trial: Trial) -> float:
+    return trial.ewc_lambda

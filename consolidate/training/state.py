@@ -1,0 +1,167 @@
+"""The state of a training as plain tensors and numbers, from which it goes on to the same bits.
+
+Of a model in shards it is this process's part.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from consolidate.runtime.shards import cut_as, local
+from consolidate.training.loop import Step
+
+OWN = ("buffer/", "random/")
+"""What the names of tensors begin with that may differ between processes with the whole model."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What changes from step to step."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    scaler: torch.amp.GradScaler
+    steps: list[Step]
+
+
+def training_tensors(descent: Descent) -> dict[str, Tensor]:
+    """Give the tensors of a training between two steps, without copying.
+
+    Args:
+        descent: The training.
+
+    Returns:
+        Values, the optimizer's state by parameter name, the random number generators of the CPU and
+        of the module's device, and the history.
+    """
+    tensors = trained_tensors(descent.module, descent.steps, frozen=False)
+    names = {id(parameter): name for name, parameter in descent.module.named_parameters()}
+    for parameter, entries in descent.optimizer.state.items():
+        for key, value in entries.items():
+            if value is not None:
+                name = names[id(parameter)]
+                tensors[f"optimizer/{key}/{name}"] = local(torch.as_tensor(value))
+    for kind, backend in _generators(descent.module):
+        tensors[f"random/{kind}"] = backend.get_rng_state()
+    return tensors
+
+
+def training_numbers(descent: Descent) -> dict[str, Any]:
+    """Give what is no tensor of a training between two steps.
+
+    Args:
+        descent: The training.
+
+    Returns:
+        JSON-ready: of the schedule and of the loss scaler.
+    """
+    schedule = descent.scheduler.state_dict()
+    return {
+        "schedule": {key: schedule[key] for key in ("last_epoch", "_step_count", "_last_lr")},
+        "scaler": descent.scaler.state_dict(),
+    }
+
+
+def load_training(
+    descent: Descent, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> None:
+    """Go on from what `training_tensors` and `training_numbers` gave.
+
+    Args:
+        descent: A training of the same kind that has taken no step; changed in place, and the
+            generators of random numbers with it.
+        tensors: The tensors.
+        numbers: The numbers.
+    """
+    descent.steps[:] = load_trained(descent.module, tensors)
+    names = {id(parameter): name for name, parameter in descent.module.named_parameters()}
+    optimizer = descent.optimizer
+    fresh = optimizer.state_dict()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for number, parameter in enumerate(trained):
+        for at, tensor in tensors.items():
+            kind, _, rest = at.partition("/")
+            key, _, name = rest.partition("/")
+            if kind == "optimizer" and name == names[id(parameter)]:
+                state.setdefault(number, {})[key] = cut_as(tensor, parameter)
+    rates = numbers["schedule"]["_last_lr"]
+    groups = [
+        {**group, "lr": rate} for group, rate in zip(fresh["param_groups"], rates, strict=True)
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    descent.scheduler.load_state_dict({**descent.scheduler.state_dict(), **numbers["schedule"]})
+    if descent.scaler.is_enabled():
+        descent.scaler.load_state_dict(dict(numbers["scaler"]))
+    for kind, backend in _generators(descent.module):
+        backend.set_rng_state(tensors[f"random/{kind}"])
+
+
+def trained_tensors(
+    module: nn.Module, steps: Sequence[Step], *, frozen: bool = True
+) -> dict[str, Tensor]:
+    """Give what is left of a training at its end, without copying.
+
+    Args:
+        module: The trained module.
+        steps: What each step reported.
+        frozen: Whether parameters that do not train are among them: an adapter that was merged has
+            changed them.
+
+    Returns:
+        The values of parameters and buffers, and the history, (steps, 4).
+    """
+    history = [
+        [
+            s.loss,
+            s.penalty,
+            s.learning_rate,
+            math.nan if s.gradient_norm is None else s.gradient_norm,
+        ]
+        for s in steps
+    ]
+    return _values(module, frozen) | {
+        "history": torch.tensor(history, dtype=torch.float64).reshape(-1, 4)
+    }
+
+
+@torch.no_grad()
+def load_trained(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Step]:
+    """Give a module the values of `trained_tensors`.
+
+    Args:
+        module: Changed in place.
+        tensors: The tensors.
+
+    Returns:
+        What each step reported.
+    """
+    for name, tensor in _values(module, frozen=True).items():
+        if name in tensors:
+            tensor.copy_(tensors[name])
+    return [
+        Step(number, loss, penalty, rate, None if math.isnan(norm) else norm)
+        for number, (loss, penalty, rate, norm) in enumerate(tensors["history"].tolist(), 1)
+    ]
+
+
+def _values(module: nn.Module, frozen: bool) -> dict[str, Tensor]:
+    parameters = {
+        f"value/{name}": local(parameter.detach())
+        for name, parameter in module.named_parameters()
+        if frozen or parameter.requires_grad
+    }
+    return parameters | {f"buffer/{name}": buffer for name, buffer in module.named_buffers()}
+
+
+def _generators(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the kinds of devices whose generators dropout draws from, each with its functions."""
+    yield "cpu", torch
+    kind = next(module.parameters()).device.type
+    if kind != "cpu":
+        yield kind, getattr(torch, kind)

@@ -1,0 +1,104 @@
+"""The penalty in the Trainer of transformers, and so of trl and others that build on it."""
+
+from typing import Any
+
+from torch import nn
+
+from consolidate.ewc.penalty import STEPS, Penalty, check_proximal
+from formats.errors import UsageError
+
+
+def penalty_callback(penalty: Penalty, *, step: str = "gradient") -> Any:
+    """Make the callback that holds a `transformers.Trainer` to a penalty.
+
+    Once per optimizer step, when all micro-batches have been accumulated, it unscales the gradients
+    if the Trainer has not, adds the penalty's, and clips the sum to the ``max_grad_norm`` of the
+    TrainingArguments; the Trainer itself, which would clip the loss's gradient alone, is kept from
+    clipping. The penalty's value is logged as ``penalty`` beside ``loss`` and ``grad_norm``, which
+    remain the task's own.
+
+    Args:
+        penalty: Made for the model that is trained.
+        step: ``gradient``, or ``proximal``, which needs SGD, Adam or AdamW; then the Trainer clips.
+
+    Returns:
+        A ``transformers.TrainerCallback``, for ``Trainer(…, callbacks=[…])``.
+
+    Raises:
+        UsageError: `step` is neither, or transformers is not installed; or, when training begins,
+            the penalty holds parameters that the model does not have, or the optimizer's rate is
+            not known.
+    """
+    if step not in STEPS:
+        raise UsageError(f"step {step!r}: expected one of {', '.join(STEPS)}")
+    try:
+        from transformers import TrainerCallback
+    except ImportError as error:
+        raise UsageError(
+            "the callback needs transformers: pip install 'consolidate-ewc[transformers]'"
+        ) from error
+
+    class PenaltyCallback(TrainerCallback):
+        def __init__(self) -> None:
+            self.max_grad_norm: float | None = None  # while it is kept from the Trainer
+            self.hook: Any = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            there = {id(parameter) for parameter in kwargs["model"].parameters()}
+            if any(id(parameter) not in there for parameter in penalty.parameters()):
+                raise UsageError(
+                    "the penalty holds parameters that are not the trained model's: make it for "
+                    "the model that the Trainer is given, after any change of its modules"
+                )
+            if self.hook is not None:  # of a run that was interrupted
+                self.hook.remove()
+                self.hook = None
+            if step == "proximal":
+                inner = _inner(kwargs["optimizer"])
+                check_proximal(inner)
+                self.hook = inner.register_step_post_hook(penalty.proximal_step_)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # A run that was interrupted within a step has not put it back.
+            if step == "gradient" and (args.max_grad_norm or self.max_grad_norm is None):
+                self.max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if step == "proximal":
+                return
+            _unscale(kwargs["optimizer"])
+            penalty.add_gradient_()
+            if self.max_grad_norm:
+                nn.utils.clip_grad_norm_(kwargs["model"].parameters(), self.max_grad_norm)
+            args.max_grad_norm, self.max_grad_norm = self.max_grad_norm, None
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            logs = kwargs["logs"]
+            if "loss" in logs:
+                # The Trainer has put a copy into its history already.
+                logs["penalty"] = state.log_history[-1]["penalty"] = penalty.value()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if self.hook is not None:
+                self.hook.remove()
+                self.hook = None
+
+    return PenaltyCallback()
+
+
+def _inner(optimizer: Any) -> Any:
+    """Unwrap what accelerate wraps around torch's optimizer."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _unscale(optimizer: Any) -> None:
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None:
+        return
+    try:
+        scaler.unscale_(_inner(optimizer))
+    except RuntimeError as error:
+        if "already been called" not in str(error):  # by the Trainer, to measure the norm
+            raise

@@ -1,0 +1,1 @@
+"""Results for people and programs: texts, matrices, cards, figures, pages."""

@@ -1,0 +1,366 @@
+"""What a report draws of a ledger and the traces of Λ: charts, and tables of the same numbers."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from consolidate.chain.consistency import side_by_side, side_by_side_text
+from consolidate.training.accuracy_matrix import Scores, score
+from consolidate.views.charts import Curve, curves, decades, heat_map, log_bars
+from consolidate.views.drawing import Drawing, plain
+from formats.ledger import Ledger, TaskRecord
+
+TASKS = 40  # the latest so many are drawn and listed
+ROWS = 48  # of a chart over layers: where there are more parameters, they are taken by module
+LISTED = 1000  # rows of a table
+LINES = 16  # curves
+
+Cells = list[str]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with what it means, and its numbers as a table.
+
+    Attributes:
+        name: Of the file of a picture.
+        heading: Of the section.
+        caption: How to read it.
+        drawing: The chart.
+        header: Of the table.
+        rows: Of the table; the first cell of each names the row.
+        left_out: How many more rows there would be.
+    """
+
+    name: str
+    heading: str
+    caption: str
+    drawing: Drawing
+    header: Cells
+    rows: list[Cells]
+    left_out: int = 0
+
+
+def figures(
+    ledger: Ledger,
+    parameters: Sequence[Mapping[str, Any]],
+    matrix: Mapping[str, Any] | None,
+) -> list[Figure]:
+    """Make the figures that a ledger has the numbers for.
+
+    Args:
+        ledger: The ledger.
+        parameters: Name, trace and mean of Λ for every protected parameter, as `show` gives them.
+        matrix: The accuracy matrix as `matrix_summary` gives it; None where nothing was measured.
+
+    Returns:
+        Those of them that can be drawn: matrix, curves, protection, added, overlap.
+    """
+    known = {parameter["name"]: parameter for parameter in parameters}
+    groups = layers([name for name in in_order(ledger) if name in known], ROWS)
+    tasks = ledger.tasks[-TASKS:]
+    others = [_protection(known, groups), _added(tasks, groups), _overlap(tasks, groups)]
+    return [
+        *score_figures(ledger, matrix),
+        *(figure for figure in others if figure is not None),
+    ]
+
+
+def score_figures(ledger: Ledger, matrix: Mapping[str, Any] | None) -> list[Figure]:
+    """Make the figures of what was measured on the tasks.
+
+    Args:
+        ledger: The ledger.
+        matrix: The accuracy matrix as `matrix_summary` gives it; None where nothing was measured.
+
+    Returns:
+        Those of them that can be drawn: matrix, curves.
+    """
+    merged = side_by_side_text(side_by_side(ledger))
+    found = [None if matrix is None else _matrix(matrix, merged), _curves(ledger)]
+    return [figure for figure in found if figure is not None]
+
+
+def in_order(ledger: Ledger) -> list[str]:
+    """List the protected parameters in the order of the weights file, as the tasks' layers give it.
+
+    Args:
+        ledger: The ledger.
+
+    Returns:
+        Their names; those that no task's layers hold come last.
+    """
+    order = dict.fromkeys(name for task in ledger.tasks for name in task.layers)
+    order |= dict.fromkeys(ledger.fisher)
+    return [name for name in order if name in ledger.fisher]
+
+
+def layers(names: Sequence[str], most: int) -> dict[str, list[str]]:
+    """Take parameters together by the module they are in, as far up as is needed.
+
+    Args:
+        names: Of the parameters, with dots between the modules.
+        most: How many groups there should be; four times as many where there would be less than a
+            quarter of it else, as for a stack of a hundred layers.
+
+    Returns:
+        The parameters of each group, in their order; where even the outermost modules are too
+        many, the last group holds the rest.
+    """
+    groups = {name: [name] for name in names}
+    deepest = min(max(name.count(".") for name in names), 64)
+    for depth in range(deepest, 0, -1):
+        if len(groups) <= most:
+            break
+        outer: dict[str, list[str]] = {}
+        for name in names:
+            outer.setdefault(".".join(name.split(".")[:depth]), []).append(name)
+        if len(outer) < most / 4 and len(groups) <= 4 * most:
+            break
+        groups = outer
+    if len(groups) <= 4 * most:
+        return groups
+    own = list(groups.items())
+    rest = [name for _, members in own[most - 1 :] for name in members]
+    return dict([*own[: most - 1], (f"({len(own) - most + 1} more)", rest)])
+
+
+def _matrix(matrix: Mapping[str, Any], merged: str) -> Figure | None:
+    tasks = matrix["tasks"][-TASKS:]
+    scores = [row[-TASKS:] for row in matrix["scores"][-TASKS:]]
+    start = matrix["start"][-TASKS:]
+    named = list(zip(tasks, scores, strict=True))
+    if len(matrix["tasks"]) <= TASKS and any(value is not None for value in start):
+        named = [("(start)", start), *named]
+    known = [value for _, row in named for value in row if value is not None]
+    if not known:
+        return None
+    latest = ", ".join(
+        f"{task} {_score(value)}"
+        for task, value in zip(tasks, scores[-1], strict=True)
+        if value is not None
+    )
+    return Figure(
+        "matrix",
+        "What was kept of each task",
+        "A row is what was measured after a task was learned, a column the task it was measured "
+        f"on. Going down a column shows what was forgotten. {_SCORES} {merged}".rstrip(),
+        heat_map(
+            "Accuracy matrix",
+            f"Scores after each of {len(tasks)} tasks. After the last one: {latest or 'none'}.",
+            [name for name, _ in named],
+            tasks,
+            [row for _, row in named],
+            limits=_limits(known),
+            write=_score,
+        ),
+        ["after learning", *(f"on {task}" for task in tasks)],
+        [[name, *(_score(value) for value in row)] for name, row in named],
+    )
+
+
+def _curves(ledger: Ledger) -> Figure | None:
+    measured = [task for task in ledger.tasks if task.metrics][-TASKS:]
+    order = [task.name for task in ledger.tasks]
+    order += sorted({name for task in measured for on in task.metrics.values() for name in on})
+    points: dict[str, dict[float, float]] = {}
+    table: list[Cells] = []
+    for stage, task in enumerate(measured):
+        progress = _progress(task)
+        for when, scores in task.metrics.items():
+            found = _scores(scores)
+            for name, value in found.items():
+                points.setdefault(name, {})[stage + progress[when]] = value
+    names = [name for name in dict.fromkeys(order) if name in points][:LINES]
+    if not any(len(points[name]) > 1 for name in names):
+        return None
+    for task in measured:
+        for when, scores in task.metrics.items():
+            found = _scores(scores)
+            if found.keys() & set(names):
+                table.append([task.name, when, *(_score(found.get(name)) for name in names)])
+    known = [value for name in names for value in points[name].values()]
+    lines = [Curve(name, sorted(points[name].items())) for name in names]
+    falls = ", ".join(
+        f"{plain(line.name)} from {_score(line.points[0][1])} to {_score(line.points[-1][1])}"
+        for line in lines
+    )
+    return Figure(
+        "curves",
+        "While learning",
+        "The score on each task from before a task to after it; every task is drawn as wide, "
+        f"whatever its steps. {_SCORES}",
+        curves(
+            "Scores while learning",
+            f"Scores over {len(measured)} tasks: {falls}.",
+            [task.name for task in measured],
+            lines,
+            limits=_limits(known),
+            write=_score,
+        ),
+        ["learning", "when", *(f"on {name}" for name in names)],
+        table[:LISTED],
+        max(len(table) - LISTED, 0),
+    )
+
+
+def _protection(
+    known: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]]
+) -> Figure:
+    traces = {group: _sum(known[name]["trace"] for name in own) for group, own in groups.items()}
+    top = sorted(traces, key=lambda group: -traces[group])[:3]
+    total = _sum(traces.values())
+    held = [name for own in groups.values() for name in own]
+    return Figure(
+        "protection",
+        "Where the protection sits",
+        "The trace of Λ, its sum over a layer's weights, on a log scale: how firmly the penalty "
+        "holds the layer as a whole. The mean, in the table, says how firmly it holds a weight.",
+        log_bars(
+            "Trace of the Fisher per layer",
+            f"{len(groups)} layers, log scale. The largest: "
+            + ", ".join(f"{plain(group)} {traces[group]:.3g}" for group in top)
+            + ".",
+            list(groups),
+            list(traces.values()),
+            write=_number,
+        ),
+        ["parameter", "trace of Λ", "share", "mean per weight", "largest"],
+        [
+            [
+                name,
+                _number(known[name]["trace"]),
+                f"{known[name]['trace'] / total:.1%}" if total > 0 else "–",
+                _number(known[name]["mean"]),
+                _number(known[name]["max"]),
+            ]
+            for name in held[:LISTED]
+        ],
+        max(len(held) - LISTED, 0),
+    )
+
+
+def _added(tasks: Sequence[TaskRecord], groups: Mapping[str, Sequence[str]]) -> Figure | None:
+    values = [[_trace(task, own) for task in tasks] for own in groups.values()]
+    known = [value for row in values for value in row if value is not None]
+    if not known:
+        return None
+    sums = ", ".join(
+        f"{task.name} {_sum(row[j] or 0.0 for row in values):.3g}" for j, task in enumerate(tasks)
+    )
+    held = [name for own in groups.values() for name in own]
+    return Figure(
+        "added",
+        "What each task added",
+        "The trace of each task's own Fisher, times the task's weight, on a log scale. A task that "
+        "is dark all the way down was held little from the start.",
+        heat_map(
+            "Trace that each task added, per layer",
+            f"{len(groups)} layers by {len(tasks)} tasks, log scale. In all: {sums}.",
+            list(groups),
+            [task.name for task in tasks],
+            values,
+            limits=decades(known),
+            write=_short,
+            log=True,
+        ),
+        ["parameter", *(task.name for task in tasks)],
+        [[name, *(_number(_trace(task, [name])) for task in tasks)] for name in held[:LISTED]],
+        max(len(held) - LISTED, 0),
+    )
+
+
+def _overlap(tasks: Sequence[TaskRecord], groups: Mapping[str, Sequence[str]]) -> Figure | None:
+    later = [task for task in tasks if any(_known_overlap(task, own) for own in groups.values())]
+    if not later:
+        return None
+    values = [[_mean_overlap(task, own) for task in later] for own in groups.values()]
+    held = [name for own in groups.values() for name in own]
+    return Figure(
+        "overlap",
+        "Where tasks want the same weights",
+        "How alike a task's Fisher and the Λ before it are distributed over a layer's weights: 1 "
+        "where they weigh the same ones, 0 where they weigh others. Where it is high, a new task "
+        "has to move what an old one holds. For several parameters together it is their mean, "
+        "weighed by the task's trace.",
+        heat_map(
+            "Overlap of each task's Fisher with the one before it, per layer",
+            f"{len(groups)} layers by {len(later)} tasks, from 0 to 1.",
+            list(groups),
+            [task.name for task in later],
+            values,
+            limits=(0.0, 1.0),
+            write=lambda value: f"{value:.2f}",
+        ),
+        ["parameter", *(task.name for task in later)],
+        [
+            [name, *(_number(_mean_overlap(task, [name])) for task in later)]
+            for name in held[:LISTED]
+        ],
+        max(len(held) - LISTED, 0),
+    )
+
+
+_SCORES = "Scores are accuracies, else minus the mean negative log-likelihood: more is better."
+
+
+def _scores(measured: Scores) -> dict[str, float]:
+    found = {name: score(values) for name, values in measured.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _progress(task: TaskRecord) -> dict[str, float]:
+    """Say how far into a task each thing was measured, from 0 to 1."""
+    last = {"epoch": 1, "step": 1}
+    numbered = [(when, *when.split(" ")) for when in task.metrics if " " in when]
+    for _, kind, number in numbered:
+        last[kind] = max(last[kind], int(number))
+    ends = {when: float(when == "after") for when in task.metrics if " " not in when}
+    return ends | {when: int(number) / last[kind] for when, kind, number in numbered}
+
+
+def _trace(task: TaskRecord, names: Sequence[str]) -> float | None:
+    """Give w Σ F over parameters, as far as the ledger knows it."""
+    known = [task.layers[name].trace for name in names if name in task.layers]
+    return min(task.weight * _sum(known), sys.float_info.max) if known else None
+
+
+def _known_overlap(task: TaskRecord, names: Sequence[str]) -> list[tuple[float, float]]:
+    known = [task.layers[name] for name in names if name in task.layers]
+    return [(layer.trace, layer.overlap) for layer in known if layer.overlap is not None]
+
+
+def _mean_overlap(task: TaskRecord, names: Sequence[str]) -> float | None:
+    known = _known_overlap(task, names)
+    largest = max((trace for trace, _ in known), default=0.0)
+    if not known:
+        return None
+    weights = [trace / largest if largest > 0 else 1.0 for trace, _ in known]
+    pairs = zip(weights, known, strict=True)
+    return math.fsum(weight * overlap for weight, (_, overlap) in pairs) / math.fsum(weights)
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+
+
+def _sum(values: Any) -> float:
+    """Add numbers from 0; a sum that no float can hold is the largest of them."""
+    return min(sum(values), sys.float_info.max)
+
+
+def _score(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if value == 0 or 0.01 <= value < 1000 else f"{value:.0e}"

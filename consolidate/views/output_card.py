@@ -1,0 +1,139 @@
+"""The model card of a checkpoint that a command makes, which is not that of what it is made of."""
+
+import logging
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from consolidate.views.card import (
+    MAX_CARD_BYTES,
+    Subject,
+    is_repository,
+    licence,
+    model_card,
+    named_models,
+    of_a_folder,
+)
+from formats.atomic import write_file
+from formats.checkpoint import CARD, Checkpoint, open_checkpoint
+from formats.errors import InputError
+from formats.hub import commits_of
+from formats.ledger import Ledger
+
+LOG = logging.getLogger("consolidate")
+_OF_A_TRAINING = re.compile(r"checkpoint-\d+")
+
+
+def write_card(
+    staging: Path, target: Path, ledger: Ledger, sources: Sequence[Checkpoint], relation: str
+) -> None:
+    """Write the card that `push` would write, as far as it is known where that will be.
+
+    Of the sources' cards only what they say of the licence is taken, and the names of repositories.
+    Where the output replaces its source, what a person wrote there stays.
+
+    Args:
+        staging: Where the checkpoint is built, all but its card.
+        target: Where it will be.
+        ledger: Its ledger.
+        sources: What it is made from.
+        relation: How: ``finetune`` or ``merge``.
+    """
+    made = open_checkpoint(staging)
+    named: dict[str, None] = {}
+    for source in sources:
+        named |= dict.fromkeys(_names(source))
+    subject = Subject(
+        config=made.config,
+        base_model=tuple(named),
+        relation=relation if made.adapter is None else "adapter",
+        licence=_licence(sources),
+    )
+    existing = None
+    for source in sources:
+        if target.exists() and source.path.exists() and target.samefile(source.path):
+            existing = _card(source)
+            if existing is None and (source.path / CARD).is_file():
+                shutil.copyfile(source.path / CARD, staging / CARD)
+                return
+    _write(staging, existing, ledger, subject)
+
+
+def renew_card(staging: Path, ledger: Ledger) -> None:
+    """Write anew what is ours in the card of a checkpoint that was copied with another Fisher.
+
+    Args:
+        staging: The copy. A card that we did not write, or that was pushed, stays as it is.
+        ledger: Its ledger.
+    """
+    made = open_checkpoint(staging)
+    card = _card(made)
+    if card is not None and of_a_folder(card):
+        relation = None if made.adapter is None else "adapter"
+        _write(staging, card, ledger, Subject(config=made.config, relation=relation))
+
+
+def _write(staging: Path, existing: str | None, ledger: Ledger, subject: Subject) -> None:
+    try:
+        card = model_card(existing, ledger, subject)
+    except InputError as error:  # which is no reason to lose what was computed
+        LOG.info("the card stays as it is: %s", error)
+        card = existing or ""
+    write_file(staging / CARD, card)
+
+
+def _card(source: Checkpoint) -> str | None:
+    """Read the card beside weights, if there is one that can be read."""
+    path = source.path / CARD
+    try:
+        if path.is_file() and path.stat().st_size <= MAX_CARD_BYTES:
+            return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        LOG.info("%s cannot be read: %s", path, error)
+    return None
+
+
+def _licence(sources: Sequence[Checkpoint]) -> dict[str, Any]:
+    """Give the licence that all sources say they have."""
+    said = []
+    for source in sources:
+        try:
+            said.append(licence(_card(source) or ""))
+        except InputError as error:
+            LOG.info("the licence of %s is not known: %s", source.path, error)
+            said.append({})
+    if all(one == said[0] for one in said):
+        return said[0]
+    LOG.info(
+        "the cards of %s do not say the same licence: the new one says none",
+        ", ".join(str(source.path) for source in sources),
+    )
+    return {}
+
+
+def _names(source: Checkpoint) -> tuple[str, ...]:
+    """Give the repositories that a checkpoint is, or was made from; never a path."""
+    if source.adapter is not None:
+        here = () if source.base is None else tuple(commits_of(source.base.path))
+        told = source.adapter.get("base_model_name_or_path")
+    else:
+        here = tuple(commits_of(source.path))
+        told = source.config.get("_name_or_path")
+        if not here:
+            try:
+                here = named_models(_card(source) or "")
+            except InputError:
+                here = ()
+    if here:
+        return tuple(name for name in here if is_repository(name))
+    return (told,) if isinstance(told, str) and _is_elsewhere(told, source.path) else ()
+
+
+def _is_elsewhere(name: str, checkpoint: Path) -> bool:
+    """Whether a name can only be a repository's; a relative path may look like one."""
+    first, _, rest = name.partition("/")
+    if not rest or not is_repository(name) or _OF_A_TRAINING.fullmatch(rest):
+        return False
+    return not Path(first).exists() and first not in checkpoint.resolve().parts

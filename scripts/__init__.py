@@ -1,0 +1,1 @@
+"""What is run from a clone: the quickstart, the tests, benchmarks and experiments."""

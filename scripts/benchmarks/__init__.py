@@ -1,0 +1,1 @@
+"""Time, memory and accuracy of the Fisher and of the penalty."""

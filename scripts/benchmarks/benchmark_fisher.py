@@ -1,0 +1,484 @@
+"""Time, memory and error of the Fisher diagonal beside other tools: writes docs/results/fisher.md.
+
+The other tools are optional; those that are missing or fail are listed with their message:
+
+    pip install backpack-for-pytorch nngeometry opacus asdfghjkl laplace-torch
+
+curvlinops comes with laplace-torch. All tools of a workload take turns in one process, so that a
+slower spell of the machine meets them all. Memory is measured in a process of its own, in which
+freed memory goes back to the system.
+"""
+
+import argparse
+import copy
+import ctypes
+import gc
+import json
+import logging
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import consolidate
+from scripts.benchmarks.competitors import REPEATS, SHORT, TOOLS, Case, Timed, Tool
+from scripts.benchmarks.harness import (
+    WORKLOADS,
+    Double,
+    Workload,
+    double,
+    forward_backward,
+    installed,
+    markdown,
+    relative_errors,
+    squares_one_by_one,
+    start,
+    write_page,
+)
+
+PACKAGES = [
+    *("transformers", "backpack-for-pytorch", "nngeometry", "opacus", "asdfghjkl"),
+    *("laplace-torch", "curvlinops-for-pytorch"),
+]
+RETURNED = {
+    "MALLOC_MMAP_MAX_": "65536",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "MALLOC_TOP_PAD_": "0",
+}
+"""Where memory is measured: every large tensor has pages of its own and returns them when freed."""
+
+AT_MOST = {"mlp": 1.15, "resnet64": 1.9, "resnet32": 2.0, "bert": 1.12, "gpt2": 1.10, "exact": 3.2}
+AIMS = {"mlp": 1.05, "resnet64": 1.3, "resnet32": 1.3, "bert": 0.95, "gpt2": 0.95, "exact": 2.5}
+
+KINDS = {
+    "products": r"aten::(mm|bmm|addmm_?|baddbmm)",
+    "convolutions": r"aten::.*conv.*",
+    "attention": r"aten::.*scaled_dot_product.*",
+    "squaring and adding": r"aten::(addcmul_|pow_?|dot|add_|sum)",
+}
+"""What is timed together, by the names of operations."""
+
+BRIEF = 1.0  # seconds of a turn, below which a tool has more of them
+FEW = 4  # examples that errors are measured on
+WRONG = 1e-6  # error in float64 above which it is another quantity
+ABSENT = {"is not installed": "missing", "has no exact Fisher": "none"}
+
+TEXT = """
+# The Fisher diagonal beside a training pass
+
+Exact per-example Fisher diagonals of one batch: of the data's labels (`empirical`), and in the last
+workload of all ten classes (`exact`). Every ratio is wall time over a plain forward and backward
+pass of the same model and batch in the same process; the tools take turns, medians of at least
+{rounds} rounds. *Forward + input gradients* is the floor: what is left of a training pass when no
+weight is given a gradient.{quick}
+
+{summary}
+
+*At most* and *aim* are the goals of this project, for two cores. *Wrong*: parameters whose result
+is off by more than {wrong:g} from the batch-of-one loop's in float64, and so another quantity. *In
+part*: some parameters are left out. *Fails*: see [below](#what-fails). *None*: the tool has no such
+function.
+
+consolidate is timed in the middle of a pass. The first batch of every pass is compared with single
+examples, which costs once what *a pass of one batch* takes longer.
+
+## Where the time goes
+
+One batch of each under torch's profiler, which itself slows down what calls much; milliseconds by
+kind of operation, *plain* for the forward and backward pass. *Between* is wall time outside of all
+operations: Python.
+
+{profiles}
+
+What stands between these figures and the aims:
+
+- **Products.** A plain pass makes a layer's weight gradient in one product over all rows of the
+  batch. Here each example has its own, T rows deep, so that it runs at a lower rate, and it must be
+  squared and added, which is one more time through a matrix of the layer's size for each example.
+  A kernel that squares a product while it is in registers would save that; plain torch has none.
+- **Convolutions.** The same, only more so: at 4 × 4 positions an example's gradient of a 512 × 512
+  kernel has 16 terms for each of 2.4 million elements, and is bound by memory.
+- **Calls.** A batch of the MLP is {mlp} of work in a plain pass, made by some fifty operations. The
+  squares of what goes in and out of three layers, and their sums, are forty more; they are little
+  arithmetic, and what calling them costs does not grow with the batch: at 1,024 examples the ratio
+  is lower.
+
+{details}
+
+## What fails
+
+{failures}
+
+## How it was measured
+
+- **Time**: of a pass in the middle of others. What takes less than {short} s is run up to {repeats}
+  times in a row, the first of which is not counted. Tools that need less than {brief:g} s for a
+  turn of that take turns for another {seconds:g} s.
+- **Error**: the largest over parameters of max |F − F₀| / max |F₀| against a batch-of-one loop in
+  float64, on {few} examples; once in float32, as timed, and once with everything in float64, also
+  where the model's code asks for float32 by name (blank where a tool fails at that). In float32
+  some inputs of a ReLU or a max-pool fall on the other side, so only the second column tells a
+  wrong formula from rounding.
+- **Memory**: the growth of the process's peak resident memory over its state before the pass,
+  results included (Linux only), in a process of its own where freed memory goes back to the system
+  ({returned} instead of what is stated below).
+- Threads wait for one another as they do by default, which is to spin a while. Where they are told
+  to sleep (`OMP_WAIT_POLICY=PASSIVE`) each parallel operation costs tens of microseconds more, and
+  whatever calls many of them becomes slower, consolidate too.
+- transformers' models are wrapped to take one tensor, since other tools expect that. All are in
+  eval mode with random weights; the inputs are noise.
+- BackPACK's converter is used where its plain form refuses. laplace and vmap take 8 examples at
+  once, on the MLP's empirical Fisher 32. curvlinops itself has no exact diagonal, only random
+  estimates of one.
+"""
+
+
+@dataclass
+class Row:
+    """What was found of one tool on one workload."""
+
+    tool: Tool
+    run: Timed = lambda: (0.0, {})
+    seconds: list[float] = field(default_factory=list)
+    turn: float = 0.0  # how long the last turn took in all
+    errors: dict[torch.dtype, float] = field(default_factory=dict)
+    parameters: int = 0
+    wrong: int = 0  # of them
+    missing: int = 0  # of them
+    memory: float | None = None
+    failure: str = ""
+
+    def ratio(self, unit: float) -> str:
+        """Write the ratio of its median time, or what is wrong with it."""
+        if self.failure:
+            return ABSENT.get(self.failure, "fails")
+        number = f"{statistics.median(self.seconds) / unit:.2f}"
+        if self.wrong:
+            return f"{number}, {self.wrong} of {self.parameters} wrong"
+        return f"{number}, in part" if self.missing else number
+
+
+def prepare(
+    tool: Tool, workload: Workload, model: nn.Module, inputs: Tensor, labels: Tensor
+) -> Timed:
+    """Give a tool a model of its own and the batch."""
+    model = copy.deepcopy(model).eval()
+    kinds = (workload.likelihood, workload.estimator)
+    return tool.prepare(Case(model, inputs, labels, *kinds, workload.chunk))
+
+
+def attempt(row: Row, action: Callable[..., Any], *arguments: Any) -> Any:
+    """Do it unless the row has failed; an exception becomes the row's failure."""
+    if row.failure:
+        return None
+    try:
+        return action(*arguments)
+    except Exception as error:  # Whatever another library raises is the result.
+        message = " ".join(str(error).split())
+        row.failure = f"{type(error).__name__}: {message[:300]}"
+        return None
+
+
+def measure(
+    name: str, tools: dict[str, Tool], quick: bool, rounds: int, seconds: float
+) -> dict[str, Row]:
+    """Measure the tools on one workload.
+
+    Args:
+        name: Of the workload.
+        tools: By name, the unit of the ratios first.
+        quick: At tiny sizes.
+        rounds: How often each tool is timed.
+        seconds: How long those go on that take little.
+
+    Returns:
+        What was found, by the tools' names.
+    """
+    workload = WORKLOADS[name]
+    torch.manual_seed(0)
+    model = workload.make(quick).eval()
+    inputs, labels = workload.batch(quick)
+    rows = {key: Row(tool) for key, tool in tools.items()}
+    for row in rows.values():
+        if not installed(row.tool.distribution):
+            row.failure = "is not installed"
+        elif workload.estimator == "exact" and not row.tool.exact:
+            row.failure = "has no exact Fisher"
+    check(rows, workload, model, inputs[:FEW], labels[:FEW])
+    for row in rows.values():
+        row.run = attempt(row, prepare, row.tool, workload, model, inputs, labels)
+        attempt(row, row.run)  # Once for what is made at the first call.
+    for _ in range(rounds):
+        take_turns(rows.values())
+    brief = [row for row in rows.values() if not row.failure and row.turn < BRIEF]
+    began = time.monotonic()
+    while brief and time.monotonic() - began < seconds:
+        take_turns(brief)
+    memory_rows(name, rows, quick)
+    return rows
+
+
+def take_turns(rows: Iterable[Row]) -> None:
+    """Time each of the tools once."""
+    for row in rows:
+        gc.collect()
+        began = time.perf_counter()
+        if (result := attempt(row, row.run)) is not None:
+            row.seconds.append(result[0])
+        row.turn = time.perf_counter() - began
+
+
+def check(
+    rows: dict[str, Row], workload: Workload, model: nn.Module, inputs: Tensor, labels: Tensor
+) -> None:
+    """Hold every tool's squares on a few examples against the float64 loop's."""
+    exact_model, exact_inputs = double(model, inputs)
+    kinds = (workload.likelihood, workload.estimator)
+    with Double():
+        expected = squares_one_by_one(exact_model, exact_inputs, labels, *kinds)
+    for row in rows.values():
+        for wide in (False, True):
+            if not row.tool.fisher:
+                continue
+            pair = (exact_model, exact_inputs) if wide else (model, inputs)
+            trial = Row(row.tool, failure=row.failure)
+            with Double() if wide else nullcontext():
+                run = attempt(trial, prepare, row.tool, workload, *pair, labels)
+                result = attempt(trial, run)
+            if result:
+                found = result[1]
+                errors = relative_errors(found, expected)
+                row.errors[torch.float64 if wide else torch.float32] = max(errors.values())
+                row.parameters, row.missing = len(expected), len(expected) - len(found)
+                # Once more for float64, which overrides; some tools know float32 only.
+                row.wrong = sum(e > (WRONG if wide else 1e-2) for e in errors.values())
+            elif not wide:
+                row.failure = trial.failure
+
+
+def memory_rows(name: str, rows: dict[str, Row], quick: bool) -> None:
+    """Fill in the growth of memory, measured by this script in another process."""
+    if not Path("/proc/self/clear_refs").exists():
+        return
+    works = [key for key, row in rows.items() if not row.failure]
+    words = [sys.executable, sys.argv[0], "--memory", "--workload", name, *["--quick"] * quick]
+    for key in works:
+        words += ["--tool", key]
+    done = subprocess.run(words, env={**os.environ, **RETURNED}, capture_output=True, text=True)
+    if done.returncode:
+        print(f"no memory measured for {name}: {done.stderr[-300:]}", file=sys.stderr)
+        return
+    for key, growth in json.loads(done.stdout.splitlines()[-1]).items():
+        rows[key].memory = growth
+
+
+def memory_of(workload: Workload, tools: dict[str, Tool], quick: bool) -> dict[str, float | None]:
+    """Return by how many bytes resident memory grows in a pass of each tool."""
+    torch.manual_seed(0)
+    model = workload.make(quick).eval()
+    batch = workload.batch(quick)
+    growths: dict[str, float | None] = {}
+    for key, tool in tools.items():
+        row = Row(tool)
+        attempt(row, attempt(row, prepare, tool, workload, model, *batch))
+        run = attempt(row, prepare, tool, workload, model, *batch)  # Nothing is left of the first.
+        before = resident("VmRSS")
+        attempt(row, run)
+        growths[key] = None if row.failure else resident("VmHWM") - before
+        del run
+    return growths
+
+
+def resident(field_name: str) -> float:
+    """Return the process's VmRSS, the peak being reset, or its peak VmHWM, in bytes."""
+    status = Path("/proc/self/status")
+    if field_name == "VmRSS":
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field_name))
+    return float(line.split()[1]) * 1024
+
+
+def summary(tables: dict[str, dict[str, Row]]) -> str:
+    """Write the ratios of all workloads side by side."""
+    short = [WORKLOADS[name].title for name in tables]
+    rows = []
+    for key in next(iter(tables.values())):
+        tool = TOOLS[key]
+        cells = [
+            table[key].ratio(statistics.median(table["training"].seconds))
+            for table in tables.values()
+        ]
+        rows.append([tool.title, *cells])
+    for title, goals in (("at most", AT_MOST), ("aim", AIMS)):
+        rows.append([f"*{title}*", *(f"*{goals[n]:.2f}*" if n in goals else "" for n in tables)])
+    return markdown(["", *short], rows)
+
+
+def profile_table(names: Iterable[str], quick: bool) -> str:
+    """Write where the time of one batch goes, in a plain pass and in consolidate's."""
+    rows = []
+    for name in names:
+        for title, times in profiles(WORKLOADS[name], quick).items():
+            cells = [f"{1000 * times[kind]:.1f}" for kind in [*KINDS, "others", "between"]]
+            rows.append([f"{WORKLOADS[name].title}, {title}", *cells])
+    return markdown(["", *KINDS, "others", "between"], rows)
+
+
+def profiles(workload: Workload, quick: bool) -> dict[str, dict[str, float]]:
+    """Return the seconds of one batch by kind of operation, of both passes."""
+    torch.manual_seed(0)
+    model = workload.make(quick).eval()
+    inputs, labels = workload.batch(quick)
+    found = {}
+
+    def batches(title: str) -> Iterator[tuple[Tensor, Tensor]]:
+        yield inputs, labels
+        yield inputs, labels
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        with profiler:
+            began = time.perf_counter()
+            yield inputs, labels
+            seconds = time.perf_counter() - began
+        found[title] = by_kind(profiler, seconds)
+
+    for x, y in batches("plain"):
+        forward_backward(model, x, y, workload.likelihood)
+    model.zero_grad()
+    consolidate.fisher_diagonal(
+        model, batches("consolidate"), workload.likelihood, estimator=workload.estimator
+    )
+    return found
+
+
+def by_kind(profiler: torch.profiler.profile, seconds: float) -> dict[str, float]:
+    """Add up the seconds of a profile's operations by kind, and what is left between them."""
+    times = dict.fromkeys([*KINDS, "others"], 0.0)
+    for event in profiler.key_averages():
+        if not event.key.startswith("aten::"):
+            continue
+        kind = next((k for k, words in KINDS.items() if re.fullmatch(words, event.key)), "others")
+        times[kind] += event.self_cpu_time_total / 1e6
+    return {**times, "between": max(0.0, seconds - sum(times.values()))}
+
+
+def detail(name: str, rows: dict[str, Row]) -> str:
+    """Write everything about one workload."""
+    unit = statistics.median(rows["training"].seconds)
+    lines = []
+    for row in rows.values():
+        if row.failure:
+            continue
+        middle, low = statistics.median(row.seconds), min(row.seconds)
+        lines.append(
+            [
+                row.tool.title,
+                f"{1000 * middle:.1f}",
+                f"{1000 * low:.1f}",
+                row.ratio(unit),
+                "" if row.memory is None else f"{row.memory / 1e6:.0f}",
+                *(
+                    f"{row.errors[dtype]:.0e}" if dtype in row.errors else ""
+                    for dtype in (torch.float32, torch.float64)
+                ),
+                str(row.wrong or ""),
+                str(row.missing or ""),
+            ]
+        )
+    header = ["", "median, ms", "least, ms", "ratio", "memory, MB", "error"]
+    table = markdown([*header, "error, float64", "wrong", "left out"], lines)
+    turns = len(rows["training"].seconds)
+    return f"### {WORKLOADS[name].title}\n\n{turns} turns of a plain pass.\n\n{table}"
+
+
+def failures(tables: dict[str, dict[str, Row]]) -> str:
+    """List who fails on what, with the message."""
+    lines = [
+        f"- {row.tool.title}, {WORKLOADS[name].title}: `{row.failure.replace('`', chr(39))}`"
+        for key in next(iter(tables.values()))
+        for name, table in tables.items()
+        if (row := table[key]).failure not in ("", "has no exact Fisher")
+    ]
+    return "\n".join(lines) or "Nothing."
+
+
+def duration(rows: dict[str, Row] | None) -> str:
+    """Write how long a plain pass takes."""
+    if rows is None:
+        return "little"
+    return f"{1000 * statistics.median(rows['training'].seconds):.1f} ms"
+
+
+def quiet() -> None:
+    """Keep other libraries' warnings out of the way."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def main() -> None:
+    """Measure all workloads and write the page."""
+    parser = start(__doc__.splitlines()[0])
+    some = "may be repeated; a choice writes into experiments-output/"
+    parser.add_argument("--workload", action="append", choices=WORKLOADS, help=some)
+    parser.add_argument("--tool", action="append", choices=TOOLS, help=some)
+    parser.add_argument("--seconds", type=float, help="time for more turns of what takes little")
+    parser.add_argument("--rounds", type=int, help="turns of each tool")
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    quiet()
+    rounds = options.rounds or (2 if options.quick else 5)
+    seconds = options.seconds if options.seconds is not None else (0 if options.quick else 20)
+    names = options.workload or list(WORKLOADS)
+    chosen = dict.fromkeys(["training", *(options.tool or TOOLS)])
+    tools = {name: TOOLS[name] for name in chosen}
+    if options.memory:
+        print(json.dumps(memory_of(WORKLOADS[names[0]], tools, options.quick)))
+        return
+    tables = {}
+    for name in names:
+        began = time.monotonic()
+        try:
+            tables[name] = measure(name, tools, options.quick, rounds, seconds)
+        except ModuleNotFoundError as error:
+            print(f"left out: {WORKLOADS[name].title}: {error}", file=sys.stderr)
+            continue
+        print(f"{time.monotonic() - began:5.0f} s  {WORKLOADS[name].title}", file=sys.stderr)
+    write_page(
+        "fisher",
+        TEXT.format(
+            rounds=rounds,
+            quick=" **A quick run at tiny sizes: its figures mean nothing.**" * options.quick,
+            summary=summary(tables),
+            profiles=profile_table(tables, options.quick),
+            mlp=duration(tables.get("mlp")),
+            wrong=WRONG,
+            details="\n\n".join(detail(name, rows) for name, rows in tables.items()),
+            failures=failures(tables),
+            few=FEW,
+            short=SHORT,
+            repeats=REPEATS,
+            brief=BRIEF,
+            seconds=seconds,
+            returned=" ".join(f"`{key}={value}`" for key, value in RETURNED.items()),
+        ),
+        quick=bool(options.quick or options.workload or options.tool),
+        packages=PACKAGES,
+    )
+
+
+if __name__ == "__main__":
+    main()

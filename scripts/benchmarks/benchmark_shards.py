@@ -1,0 +1,240 @@
+"""Peak memory of each process where a model lies in shards: writes docs/results/shards.md.
+
+A model like Llama with random bfloat16 weights is made, and `torchrun` starts the commands in one,
+two and four processes, whose memory is read from /proc while they run.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from scripts.benchmarks import harness
+from scripts.benchmarks.harness import (
+    EMPTY,
+    INTERVAL,
+    Size,
+    make_checkpoint,
+    markdown,
+    results_folder,
+    watch,
+    write_page,
+    write_texts,
+)
+
+TEXT = """
+# Memory of shards
+
+A model like Llama with random bfloat16 weights: {parameters:,} parameters, {layers} layers of
+{block:,} parameters and {outside:,} outside of them (a vocabulary of {vocabulary:,}). Each command
+runs in {processes} processes on the CPU, joined by gloo, on {sequences} sequences of {tokens}
+tokens. Every {interval:.0f} ms anonymous and shared memory (`RssAnon` + `RssShmem`) are read, pages
+of mapped files left out. One process alone holds the whole model, without `--shard`: its weights, Λ
+and μ stay in the mapped files.{quick}
+
+{table}
+
+- *Largest*: of the process that came to the most. *Above*: less what a process has where the model
+  has nothing in it ({base} GB). *Bytes × processes*: that, times the processes, over the
+  parameters. *Of the others*: the same of the largest but the first, which also gathers what is
+  stored.
+- *Theory*: the bytes a parameter that all processes hold together, and after the + what each has
+  whole at a time: one layer and its gradients, which count as often as there are processes.
+
+{theory}
+
+Here the memory of the device and that of the host are one. So a process has beside its shards what
+on a GPU stays in the host's memory: the first one the weights as stored, F and the merged Λ, all
+of them whole, and each of them what gloo sends and receives. On a GPU torch's allocator keeps what
+was freed, and NCCL has buffers of its own: neither was measured.
+
+{commands}
+"""
+
+
+class Theory(NamedTuple):
+    """Bytes a parameter that a part has to hold, and of what."""
+
+    whole: int  # in one process, where files are mapped
+    shards: int
+    gathered: int  # of each parameter of a layer
+    why: str
+
+
+THEORY = {
+    "fisher": Theory(
+        8, 10, 4, "weights in bfloat16 (2, whole: mapped), Σ of squares (4), what rounding took (4)"
+    ),
+    "finetune, SGD: training": Theory(
+        8, 14, 8, "float32 weights (4), gradients (4), Λ (4) and μ (2; both mapped where whole)"
+    ),
+    "finetune, SGD: then its Fisher": Theory(
+        12, 18, 8, "float32 weights (4), sums (8), Λ (4) and μ (2; both mapped where whole)"
+    ),
+    "finetune, AdamW: training": Theory(16, 22, 8, "as SGD, and two moments (8)"),
+    "finetune, AdamW: then its Fisher": Theory(12, 18, 8, "as after SGD"),
+}
+COMMANDS = list(dict.fromkeys(part.partition(":")[0] for part in THEORY))
+PROCESSES = (1, 2, 4)
+MODEL = Size(768, 2048, 12, 12, 4)
+VOCABULARY, SEQUENCES, TOKENS, STEPS = 1000, 4, 16, 2
+LAST_STEP = f"step {STEPS} of {STEPS}: "
+
+
+class Run(NamedTuple):
+    """What was seen of one command."""
+
+    empty: bool  # whether the model has nothing in it
+    name: str
+    processes: int
+    peaks: dict[str, list[int]]  # bytes of each process, by part
+    seconds: float
+    line: str
+
+
+def measure(
+    folder: Path, empty: bool, processes: Sequence[int], done: Sequence[Run]
+) -> Iterator[Run]:
+    """Run commands on a model; yield what was seen of each of them.
+
+    Args:
+        folder: For the checkpoints.
+        empty: Whether the model has nothing in it. Then only what a process has of its own is of
+            interest, by the command that does most.
+        processes: How many are started.
+        done: What was measured before. Only the Fisher that the others need is measured anew.
+    """
+    size, vocabulary = (EMPTY, 100) if empty else (MODEL, VOCABULARY)
+    counted = make_checkpoint(folder / "old", size, 0, vocabulary)
+    assert counted == parameters_of(size, vocabulary)[0]
+    for seed, data in enumerate(("old", "new")):
+        write_texts(folder / f"{data}.jsonl", seed, SEQUENCES, TOKENS)
+    old, new = str(folder / "old"), str(folder / "new")
+    training = ["finetune", old, "--data", f"{new}.jsonl", "--task", "new", "--output-dir", new]
+    training += ["--ewc-lambda", "10", "--max-steps", str(STEPS)]
+    arguments = {
+        "fisher": ["fisher", old, "--data", f"{old}.jsonl", "--task", "old"],
+        "finetune, SGD": [*training, "--optimizer", "sgd", "--learning-rate", "0.1"],
+        "finetune, AdamW": training,
+    }
+    known = {run[:3] for run in done if (run.name, run.processes) != ("fisher", 1)}
+    chosen = [(name, count) for count in processes for name in COMMANDS]
+    if empty:
+        chosen = [("finetune, SGD", count) for count in processes]
+    for name, count in dict.fromkeys([("fisher", 1), *chosen]):
+        if (empty, name, count) in known:
+            continue
+        parts = [part for part in THEORY if part.partition(":")[0] == name]
+        words = ["-m", "consolidate", *arguments[name], "--batch-size", "1", "--force"]
+        program, shown = [sys.executable], "python"
+        if count > 1:
+            words = [f"--nproc-per-node={count}", *words, "--shard"]
+            program, shown = [*program, "-m", "torch.distributed.run", "--standalone"], "torchrun"
+        seen = watch([*program, *words, "--json"], parts, LAST_STEP, count)
+        peaks = {part: [of[i].own for i in range(count)] for part, of in seen.peaks.items()}
+        line = shlex.join([shown, *words]).replace(f"{folder}/", "")
+        print(f"{name}, {count}: {peaks}, {seen.seconds:.0f} s", file=sys.stderr)
+        yield Run(empty, name, count, peaks, seen.seconds, line)
+
+
+def parameters_of(size: Size, vocabulary: int) -> tuple[int, int, int]:
+    """Return the parameters of a model, of one of its layers, and of what is outside of them."""
+    keys = size.hidden * size.groups // size.heads
+    layer = 2 * size.hidden * (size.hidden + keys)
+    layer += 3 * size.hidden * size.intermediate + 2 * size.hidden
+    outside = 2 * vocabulary * size.hidden + size.hidden
+    return size.layers * layer + outside, layer, outside
+
+
+def base_of(runs: Sequence[Run], processes: int) -> int:
+    """Return the most that one of so many processes has where the model has nothing in it."""
+    empty = [run for run in runs if run.empty and run.processes == processes]
+    return max(own for run in empty for peaks in run.peaks.values() for own in peaks)
+
+
+def page(runs: Sequence[Run], quick: bool) -> str:
+    """Write the page's text.
+
+    Args:
+        runs: All that was measured, the empty model too.
+        quick: Whether that is the only one.
+    """
+    size, vocabulary = (EMPTY, 100) if quick else (MODEL, VOCABULARY)
+    parameters, layer, outside = parameters_of(size, vocabulary)
+    shown = [run for run in runs if run.empty == quick]
+    rows = []
+    for part, theory in THEORY.items():
+        for run in shown:
+            if part not in run.peaks:
+                continue
+            base, each = base_of(runs, run.processes), run.processes / parameters
+            largest, others = max(run.peaks[part]), run.peaks[part][1:]
+            gathered = theory.gathered * layer * each
+            rows.append(
+                [
+                    part,
+                    str(run.processes),
+                    f"{largest / 1e9:.2f}",
+                    f"{(largest - base) / 1e9:.2f}",
+                    f"{(largest - base) * each:.1f}",
+                    f"{(max(others) - base) * each:.1f}" if others else "–",
+                    f"{theory.shards} + {gathered:.1f}" if others else str(theory.whole),
+                ]
+            )
+    counts = sorted({run.processes for run in shown})
+    header = ["", "processes", "largest, GB", "above, GB", "bytes × processes", "of the others"]
+    lines = [run.line for run in shown if run.processes == counts[-1]]
+    bases = [base_of(runs, count) / 1e9 for count in counts]
+    return TEXT.format(
+        parameters=parameters,
+        layers=size.layers,
+        block=layer,
+        outside=outside,
+        vocabulary=vocabulary,
+        processes=", ".join(map(str, counts)),
+        sequences=SEQUENCES,
+        tokens=TOKENS,
+        interval=1000 * INTERVAL,
+        quick=" **A quick run of an empty model: its figures mean nothing.**" * quick,
+        table=markdown([*header, "theory"], rows),
+        base=f"{min(bases):.2f} to {max(bases):.2f}",
+        theory="What theory counts, of one process and of shards:\n\n"
+        + "\n".join(f"- {part}: {t.whole}, {t.shards}. {t.why}." for part, t in THEORY.items()),
+        commands=f"The commands, in {counts[-1]} processes:\n\n```text\n"
+        + "\n".join(lines)
+        + "\n```",
+    )
+
+
+def main() -> None:
+    """Measure what was not measured yet, and write the page of all of it."""
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__.splitlines()[0]} What is done is kept in experiments-output/ while "
+        "the rest is not, and the same command goes on from there."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="an empty model alone; writes into experiments-output/"
+    )
+    quick = parser.parse_args().quick
+    kept = results_folder(quick=True) / "shards.json"
+    runs: list[Run] = []
+    if kept.is_file() and not quick:
+        runs = [Run(**run) for run in json.loads(kept.read_text())]
+    harness.STARTED -= sum(run.seconds for run in runs)
+    for empty in (True,) if quick else (True, False):
+        with tempfile.TemporaryDirectory() as place:
+            for run in measure(Path(place), empty, PROCESSES, runs):
+                runs = [other for other in runs if other[:3] != run[:3]] + [run]
+                if not quick:
+                    kept.write_text(json.dumps([one._asdict() for one in runs]))
+    write_page("shards", page(runs, quick), quick=quick, packages=["transformers", "safetensors"])
+    if not quick:
+        kept.unlink()
+
+
+if __name__ == "__main__":
+    main()

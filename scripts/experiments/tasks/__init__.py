@@ -1,0 +1,1 @@
+"""Chains of tasks on real data, each by the command line."""

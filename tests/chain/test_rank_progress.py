@@ -1,0 +1,139 @@
+"""What several processes keep belongs together, whatever becomes of each of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+TESTS = Path(__file__).parent.parent
+Found = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What became of the commands of parts_cases."""
+    folder = tmp_path_factory.mktemp("parts")
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    subprocess.run(
+        [sys.executable, str(TESTS / "support" / "parts_cases.py"), str(folder)],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    return json.loads((folder / "found.json").read_text())
+
+
+def refused(found: Found, message: str) -> bool:
+    """Whether every process left for wrong input, and one said why."""
+    said = found["said"]
+    return set(found["codes"]) == {3} and said.count("error:") == 1 and message in said
+
+
+def test_whole_models_go_on_to_the_same_bytes(found: Found) -> None:
+    found = found["whole_models"]
+    assert found["undisturbed"]["codes"] == [0, 0]
+    assert found["killed"]["codes"] == [1, -signal.SIGKILL]
+    assert found["killed"]["left"] == [".out.consolidate-partial"]
+    assert "going on from step 2 of 6" in found["terminated"]["said"]
+    assert "going on from step 4 of 6" in found["interrupted"]["said"]
+    assert "going on from step 6 of 6" in found["killed measuring"]["said"]
+    assert found["killed measuring"]["codes"] == [1, -signal.SIGKILL]
+    assert "going on after the last of 6 steps" in found["resumed"]["said"]
+    assert "going on after 24 of 26 examples" in found["resumed"]["said"]
+    assert found["resumed"]["codes"] == [0, 0]
+    assert found["same"]
+
+
+def test_a_signal_to_one_stops_all_at_one_step(found: Found) -> None:
+    for case, code, last in (
+        ("terminated", 143, "terminated"),
+        ("interrupted", 130, "interrupted"),
+    ):
+        stopped = found["whole_models"][case]
+        assert stopped["codes"] == [code, code], stopped["said"]
+        assert stopped["said"].split("\n").count(last) == 1
+    said = found["whole_models"]["terminated"]["said"]
+    assert said.count("stopped after step 4 of 6: the same command goes on from there") == 1
+
+
+def test_other_processes_are_refused(found: Found) -> None:
+    whole = found["whole_models"]
+    assert refused(
+        whole["one"], "(processes: 2 then, 1 now): start that command again, or --restart"
+    )
+    assert refused(whole["three"], "(processes: 2 then, 3 now)")
+    assert refused(whole["shards"], "(shard: False then, True now)")
+    assert whole["alone"]["codes"] == [-signal.SIGKILL]
+    assert refused(whole["two"], "(processes: 1 then, 2 now)")
+    assert refused(found["shards"]["whole models"], "(shard: True then, False now")
+    for kind, then in (("shards", True), ("whole models", False)):
+        measured = found["fisher"][kind]
+        assert refused(measured["three"], "(processes: 2 then, 3 now): start that command again")
+        assert refused(measured["other"], f"(shard: {then} then, {not then} now)")
+
+
+def test_a_restart_throws_away_what_others_have_kept(found: Found) -> None:
+    whole, shards = found["whole_models"], found["shards"]
+    assert whole["two"]["left"] == [".out-3.consolidate-partial"]
+    assert whole["restarted"]["codes"] == [0, 0]
+    assert "going on" not in whole["restarted"]["said"]
+    assert whole["same restarted"]
+    assert ".out-2.consolidate-partial-1" in shards["killed again"]["left"]
+    alone = shards["restarted alone"]
+    assert alone["codes"] == [0]
+    assert alone["left"] == []
+    assert "going on" not in alone["said"]
+
+
+def test_torchrun_is_stopped_and_goes_on(found: Found) -> None:
+    for name, code in (("SIGTERM", 1), ("SIGKILL", -signal.SIGKILL)):
+        stopped = found["whole_models"][f"torchrun {name}"]
+        assert stopped["codes"] == [code]
+        lines = stopped["said"].splitlines()
+        assert lines.count("stopped after step 3 of 6: the same command goes on from there") == 1
+        assert lines.count("stopping at the next point to go on from") == 1
+        assert lines.count("terminated") == 1
+        assert "going on from step 3 of 6" in found["whole_models"][f"resumed from {name}"]["said"]
+        assert found["whole_models"][f"same from {name}"]
+
+
+def test_shards_go_on_to_the_same_bytes(found: Found) -> None:
+    found = found["shards"]
+    # Of the third moment one part was published and the other prepared only.
+    assert found["killed"]["codes"] == [1, -signal.SIGKILL]
+    assert ".out.consolidate-partial-1-new" in found["killed"]["left"]
+    assert "going on from step 3 of 6" in found["terminated"]["said"]
+    assert found["terminated"]["codes"] == [143, 143]
+    assert "going on from step 6 of 6" in found["killed measuring"]["said"]
+    assert "going on after the last of 6 steps" in found["resumed"]["said"]
+    assert "going on after 12 of 15 examples" in found["resumed"]["said"]
+    assert found["resumed"]["codes"] == [0, 0]
+    assert found["same"]
+
+
+def test_parts_without_the_others_are_refused(found: Found) -> None:
+    assert refused(found["shards"]["incomplete"], "do not belong together")
+
+
+def test_where_one_part_cannot_be_kept_none_is(found: Found) -> None:
+    undisturbed = found["shards"]["undisturbed"]
+    assert undisturbed["codes"] == [0, 0]
+    note = "cannot be kept, and the training goes on: another process cannot keep its part"
+    assert undisturbed["said"].count(note) == 1
+
+
+def test_a_measurement_goes_on_to_the_same_bytes(found: Found) -> None:
+    for kind, codes, done in (
+        ("shards", [-signal.SIGKILL, 1], "12 of 21"),
+        ("whole models", [1, -signal.SIGKILL], "24 of 26"),
+    ):
+        measured = found["fisher"][kind]
+        assert measured["undisturbed"]["codes"] == [0, 0]
+        assert measured["killed"]["codes"] == codes
+        assert f"going on after {done} examples" in measured["resumed"]["said"]
+        assert measured["same"]

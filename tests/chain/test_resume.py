@@ -1,0 +1,405 @@
+"""A fine-tuning that was broken off goes on to the same bytes, or is refused with what differs."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import consolidate
+from consolidate.chain import resume
+from consolidate.commands import finetune as finetune_command
+from consolidate.commands import finetune_run
+from consolidate.commands import fisher as fisher_command
+from consolidate.estimation.passes import PartialPass
+from consolidate.runtime import signals
+from formats.errors import InputError, NonFiniteError
+from support import in_process
+from support.checkpoints import normed
+from support.faults import Killed, break_off, kill_after
+from support.folders import contents
+from support.networks import FAST, NETWORK
+
+Write = Callable[..., Path]
+ROOT = Path(__file__).resolve().parents[2]
+COMMON: dict[str, Any] = {**FAST, "save_every": 0, "log_every": 1, "ewc_lambda": 10.0}
+
+
+@pytest.fixture
+def learned(network_checkpoint: Path, write_task: Write) -> Path:
+    """A checkpoint that holds the Fisher of its task."""
+    fisher_command.fisher(network_checkpoint, write_task("old"), **NETWORK)
+    return network_checkpoint
+
+
+def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two results are the same but for the place."""
+
+    def bare(result: dict[str, Any]) -> dict[str, Any]:
+        fisher = {**result["fisher"], "folder": None}
+        return {**result, "checkpoint": None, "fisher": fisher}
+
+    return bare(one) == bare(other)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "adamw": {
+        "optimizer": "adamw", "lr_scheduler": "cosine", "warmup_steps": 3, "max_grad_norm": 0.5,
+        "weight_decay": 0.01, "max_steps": 7,
+    },
+    "proximal": {"optimizer": "sgd", "momentum": 0.9, "penalty_step": "proximal"},
+    "accumulated": {"gradient_accumulation_steps": 3, "norm_statistics": "update"},
+    "frozen": {"freeze": ["first.*"], "max_examples": 50, "mixed_precision": "bf16"},
+    "scaled": {"mixed_precision": "fp16", "lr_scheduler": "linear"},
+    "sgd": {"optimizer": "sgd", "lr_scheduler": "linear"},
+    "adapter": {"lora_rank": 2, "lora_targets": ["last"], "max_grad_norm": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_training_goes_on_to_the_same_bytes(
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    way: str,
+) -> None:
+    old, new = write_task("old"), write_task("new", seed=1, count=70)
+    start = normed(tmp_path / "normed", old)
+    options = {**COMMON, "model": "support.networks:Network", "epochs": 3, **WAYS[way]}
+    options |= {"evaluate": {"old": old}, "evaluate_every": 4}
+    whole = finetune_command.finetune(start, new, output_dir=tmp_path / "whole", **options)
+    caplog.set_level("INFO", "consolidate")
+    caplog.clear()
+    steps = [step for step in (1, 4, 5, whole["steps"]) if step <= whole["steps"]]
+    for step in steps:
+        break_off(monkeypatch, step)
+        with pytest.raises(Killed):
+            finetune_command.finetune(start, new, output_dir=tmp_path / "killed", **options)
+        assert not (tmp_path / "killed").exists()
+        assert (tmp_path / ".killed.consolidate-partial").exists()
+    resumed = finetune_command.finetune(start, new, output_dir=tmp_path / "killed", **options)
+    assert [f"going on from step {step} of {whole['steps']}" in caplog.text for step in steps] == [
+        True
+    ] * len(steps)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert alike(resumed, whole)
+    assert not list(tmp_path.glob(".killed*"))
+
+
+def test_it_goes_on_from_where_it_was_kept_last(
+    learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = write_task("new", seed=1)
+    options = {**COMMON, "epochs": 3, "save_every": 1}
+    finetune_command.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    times = iter([0.0, 1.0, 60.0])  # seconds: at the start and after two steps
+    timed = partial(resume.KeptWork, clock=lambda: next(times, 62.0))
+    break_off(monkeypatch, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_command, "KeptWork", timed)
+        with pytest.raises(Killed):
+            finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    steps: list[int] = []
+    train = finetune_run.train_epoch
+
+    def counted(*arguments: Any, **settings: Any) -> int:
+        steps.append(settings["first_step"])
+        return train(*arguments, **settings)
+
+    monkeypatch.setattr(finetune_run, "train_epoch", counted)
+    finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    assert steps == [2, 4, 8]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_pass_for_the_fisher_goes_on_without_training_again(
+    learned: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(consolidate.estimation.sums, "FOLDED_BATCHES", 8)
+    new = write_task("new", seed=1, count=100)
+    options = {**COMMON, "epochs": 2, "fisher_batch_size": 2, "evaluate": {"new": new}}
+    whole = finetune_command.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    for examples in (40, 70):
+        kill_after(monkeypatch, examples)
+        with pytest.raises(Killed):
+            finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    caplog.set_level("INFO", "consolidate")
+    caplog.clear()
+    resumed = finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    assert caplog.messages == [
+        "going on after the last of 14 steps",
+        "going on after 64 of 100 examples",
+    ]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert alike(resumed, whole)
+
+
+@pytest.mark.parametrize("during", ["measure_fisher", "write_checkpoint"])
+def test_what_was_learned_is_kept_when_the_rest_is_interrupted(
+    learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise signals.Terminated
+
+    new = write_task("new", seed=1)
+    options = {**COMMON, "save_every": 10**6}
+    finetune_command.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_command, during, interrupted)
+        with pytest.raises(signals.Terminated):
+            finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    monkeypatch.delattr(finetune_run, "train_epoch")
+    finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_pass_that_is_stopped_is_kept_as_far_as_it_came(
+    learned: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(consolidate.estimation.sums, "FOLDED_BATCHES", 8)
+    keep = resume.KeptPass.keep
+
+    def keep_and_stop(kept: resume.KeptPass, partial: PartialPass) -> None:
+        if partial.examples == 32:
+            assert signals.ask(signals.Terminated)
+        keep(kept, partial)
+
+    new = write_task("new", seed=1, count=100)
+    options = {**COMMON, "fisher_batch_size": 2, "save_every": 10**6}
+    finetune_command.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.KeptPass, "keep", keep_and_stop)
+        with pytest.raises(signals.Terminated):
+            finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    caplog.set_level("INFO", "consolidate")
+    caplog.clear()
+    finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    assert "going on after 32 of 100 examples" in caplog.messages
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("strengths", [[1.0, 10.0, 100.0], "auto"])
+def test_a_search_keeps_its_candidates(
+    learned: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    strengths: Any,
+) -> None:
+    new = write_task("new", seed=1)
+    options = {**COMMON, "max_steps": 4, "ewc_lambda": strengths}
+    whole = finetune_command.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    descend, runs = finetune_command.descend, []
+
+    def broken(*arguments: Any) -> Any:
+        runs.append(1)
+        if len(runs) == 3:
+            raise Killed
+        return descend(*arguments)
+
+    monkeypatch.setattr(finetune_command, "descend", broken)
+    with pytest.raises(Killed):
+        finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    break_off(monkeypatch, 3)
+    monkeypatch.setattr(finetune_run, "descend", finetune_run.descend)
+    with pytest.raises(Killed):  # in the next candidate
+        finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    resumed = finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    assert len(runs) == whole["lambda_search"]["cost"]["runs"] + 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    for result in (whole, resumed):
+        result["lambda_search"]["cost"].pop("seconds")
+        for trial in result["lambda_search"]["trials"]:
+            trial.pop("seconds")
+    assert alike(resumed, whole)
+    assert resumed["lambda_search"] == whole["lambda_search"]
+
+
+def test_the_choice_of_a_search_is_kept_with_the_training(
+    learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = write_task("new", seed=1)
+    options = {**COMMON, "epochs": 2, "ewc_lambda": [1.0, 1000.0]}
+    finetune_command.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    train = finetune_command.train
+
+    def broken(*arguments: Any, **settings: Any) -> Any:
+        break_off(monkeypatch, 3)
+        return train(*arguments, **settings)
+
+    monkeypatch.setattr(finetune_command, "train", broken)
+    with pytest.raises(Killed):
+        finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    monkeypatch.setattr(finetune_command, "train", train)
+    monkeypatch.delattr(finetune_command, "search_lambda")
+    finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_has_changed_is_said(
+    learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "old.npz", write_task("new", seed=1)
+    options = {**COMMON, "output_dir": tmp_path / "out", "evaluate": {"old": old}}
+    break_off(monkeypatch, 2)
+    with pytest.raises(Killed):
+        finetune_command.finetune(learned, new, **options)
+    kept = (tmp_path / ".out.consolidate-partial").read_bytes()
+    for changed, message in (
+        ({"learning_rate": 0.1}, r"not of this one \(learning_rate: 0.01 then, 0.1 now\): start "),
+        ({"epochs": 7, "seed": 1}, r"\(epochs: None then, 7 now; seed: 0 then, 1 now\)"),
+        ({"evaluate": {}}, r"\(evaluate.old.name: old.npz then, None now; evaluate.old.digest: "),
+    ):
+        with pytest.raises(InputError, match=message + ".*--restart"):
+            finetune_command.finetune(learned, new, **{**options, **changed})
+    write_task("new", seed=2)
+    with pytest.raises(InputError, match=r"\(data.digest: [0-9a-f]{12}… then, [0-9a-f]{12}… now\)"):
+        finetune_command.finetune(learned, new, **options)
+    write_task("new", seed=1)
+    fisher_command.fisher(learned, old, **NETWORK, estimator="mc", force=True)
+    with pytest.raises(InputError, match=r"\(checkpoint.fisher: [0-9a-f]{12}… then"):
+        finetune_command.finetune(learned, new, **options)
+    assert (tmp_path / ".out.consolidate-partial").read_bytes() == kept
+    result = finetune_command.finetune(learned, new, **options, restart=True)
+    assert result["status"] == "done"
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("moment", ["before", "step 2", "epoch 1", "after"])
+def test_a_measurement_that_is_interrupted_is_made_again(
+    learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    new = write_task("new", seed=1)
+    options = {**COMMON, "save_every": 10**6, "epochs": 2, "evaluate": {"new": new}}
+    options |= {"evaluate_every": 2}
+    whole = finetune_command.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    measure, count = finetune_run.evaluate_all, list(whole["metrics"]).index(moment)
+    count -= moment == "epoch 1" or 2 * (moment == "after")  # taken from a step's
+
+    def interrupted(*arguments: Any, **settings: Any) -> Any:
+        nonlocal count
+        count -= 1
+        if count < 0:
+            raise signals.Terminated
+        return measure(*arguments, **settings)
+
+    options["output_dir"] = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_run, "evaluate_all", interrupted)
+        with pytest.raises(signals.Terminated):
+            finetune_command.finetune(learned, new, **options)
+    assert (tmp_path / ".out.consolidate-partial").exists() == (moment != "before")
+    finetune_command.finetune(learned, new, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_training_goes_on_where_it_cannot_be_kept(
+    learned: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(consolidate.chain.resume, "write_partial", full)
+    caplog.set_level("INFO", "consolidate")
+    result = finetune_command.finetune(
+        learned, write_task("new", seed=1), output_dir=tmp_path / "out", **COMMON
+    )
+    assert result["steps"] == 4
+    assert caplog.text.count("cannot be kept, and the training goes on: the disk is full") == 1
+
+
+def test_a_training_that_diverges_is_not_kept(
+    learned: Path, write_task: Write, tmp_path: Path
+) -> None:
+    options = {**COMMON, "ewc_lambda": 1e9, "optimizer": "sgd", "learning_rate": 1.0, "epochs": 30}
+    with pytest.raises(NonFiniteError):
+        finetune_command.finetune(
+            learned, write_task("new", seed=1), output_dir=tmp_path / "out", **options
+        )
+    assert not list(tmp_path.glob(".out*"))
+
+
+STOPPED = """
+import os, signal
+from pathlib import Path
+from support.networks import make_network
+
+def network(config):
+    module = make_network(config)
+    steps = []
+
+    def count(module, inputs):
+        steps.append(module.training)
+        if sum(steps) == 6 and Path("stop").exists():
+            Path("stop").unlink()
+            os.kill(os.getpid(), signal.{signal})
+
+    module.register_forward_pre_hook(count)
+    return module
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "kept"),
+    [
+        ("SIGKILL", -signal.SIGKILL, 5),
+        ("SIGINT", 130, 6),
+        pytest.param("SIGTERM", 143, 6, marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_is_stopped_goes_on(
+    learned: Path, write_task: Write, tmp_path: Path, sent: str, code: int, kept: int
+) -> None:
+    write_task("new", seed=1)
+    module = f"stopped_by_{sent.lower()}"
+    (tmp_path / f"{module}.py").write_text(STOPPED.format(signal=sent))
+    words = ["finetune", "start", "--data", "new.npz", "--model", f"{module}:network"]
+    words += ["--ewc-lambda", "10", "--epochs", "3", "--optimizer", "adam"]
+    # A signal that can be handled keeps what was done; against SIGKILL it has to be kept before.
+    words += ["--save-every", "0" if sent == "SIGKILL" else "60"]
+
+    def run_here(out: str) -> tuple[int, str, str]:
+        here = (tmp_path, *words, "--output-dir", out)
+        return in_process.consolidate(*here, variables=os.environ)
+
+    assert run_here("whole")[0] == 0
+    (tmp_path / "stop").touch()
+    stopped = subprocess.run(
+        [sys.executable, "-m", "consolidate", *words, "--output-dir", "out"],
+        cwd=tmp_path,
+        env=os.environ
+        | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert stopped.returncode == code
+    assert not (tmp_path / "out").exists()
+    if code > 0:
+        assert [line for line in stopped.stderr.splitlines() if line][-2:] == [
+            "stopped after step 6 of 12: the same command goes on from there",
+            {"SIGINT": "interrupted", "SIGTERM": "terminated"}[sent],
+        ]
+    resumed, _, err = run_here("out")
+    assert resumed == 0
+    assert f"going on from step {kept} of 12\n" in err
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not list(tmp_path.glob(".out*"))

@@ -1,0 +1,621 @@
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import consolidate
+from consolidate.commands import evaluate as evaluate_command
+from consolidate.commands import finetune as finetune_command
+from consolidate.commands.fisher import fisher
+from formats.checkpoint import open_checkpoint, weight_records
+from formats.digest import set_digest
+from formats.errors import InputError, NonFiniteError, UsageError
+from formats.fisher_folder import read_fisher
+from support import tiny_models
+from support.checkpoints import Write, measured_by_hand
+from support.folders import contents, fisher_of
+from support.json_schema import check_json
+from support.networks import FAST, NETWORK, make_network, normed_network
+
+
+def test_finetune_keeps_the_old_task_and_can_go_on(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    a, b, c = (write_task(name, seed=seed) for seed, name in enumerate("abc"))
+    first = tmp_path / "first"
+    finetune_command.finetune(
+        network_checkpoint, a, output_dir=first, penalty="none", epochs=20, **FAST
+    )
+    evaluate = {"a": a, "b": b}
+    common = {"epochs": 20, "evaluate": evaluate, **FAST}
+    free = finetune_command.finetune(
+        first, b, output_dir=tmp_path / "free", penalty="none", **common
+    )
+    held = finetune_command.finetune(
+        first, b, output_dir=tmp_path / "held", ewc_lambda=100.0, **common
+    )
+    before = held["metrics"]["before"]["a"]["accuracy"]
+    assert before > 0.9
+    assert held["metrics"]["after"]["a"]["accuracy"] > free["metrics"]["after"]["a"]["accuracy"]
+    assert held["metrics"]["after"]["b"]["accuracy"] > held["metrics"]["before"]["b"]["accuracy"]
+    assert held["metrics"]["after"] == evaluate_command.evaluate(
+        tmp_path / "held", evaluate, **NETWORK
+    )
+    assert held["penalty_value"] > 0
+    assert free["penalty_value"] == 0
+    assert 0.9 < held["share_moved"] <= 1
+    assert held["steps"] == len(held["history"]) == 20 * 4
+    assert set(held["metrics"]) == {"before", "after", *(f"epoch {i + 1}" for i in range(20))}
+
+    last = tmp_path / "last"
+    finetune_command.finetune(
+        tmp_path / "held", c, output_dir=last, ewc_lambda=100.0, epochs=1, **FAST
+    )
+    ledger = read_fisher(last / "fisher").ledger
+    assert [task.name for task in ledger.tasks] == ["a", "b", "c"]
+    assert [task.penalty for task in ledger.tasks] == ["none", "ewc", "ewc"]
+    assert [task.parent for task in ledger.tasks] == [
+        set_digest(weight_records(open_checkpoint(folder).weights))
+        for folder in (network_checkpoint, first, tmp_path / "held")
+    ]
+    assert (
+        ledger.tasks[1].metrics["after"]["a"]["accuracy"]
+        == held["metrics"]["after"]["a"]["accuracy"]
+    )
+    assert consolidate.verify(last)["tasks"] == ["a", "b", "c"]
+
+
+def test_the_new_fisher_is_measured_at_the_stored_weights_and_added(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    weights = load_file(network_checkpoint / "model.safetensors")
+    narrow = {name: values.bfloat16() for name, values in weights.items()}
+    save_file(narrow, network_checkpoint / "model.safetensors", {"format": "pt"})
+    fisher(network_checkpoint, write_task("old"), **NETWORK)
+    new = write_task("new", seed=7)
+    result = finetune_command.finetune(
+        network_checkpoint,
+        new,
+        output_dir=tmp_path / "out",
+        ewc_lambda=1.0,
+        penalty_dtype=torch.bfloat16,
+        **FAST,
+    )
+    assert result["history"][0]["penalty"] == 0  # a bfloat16 anchor of such weights is exact
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {values.dtype for values in stored.values()} == {torch.bfloat16}
+    assert result["share_moved"] > 0
+    old, merged = fisher_of(network_checkpoint), fisher_of(tmp_path / "out")
+    for name, values in measured_by_hand(stored, new).items():
+        torch.testing.assert_close(merged[name], old[name] + values, rtol=1e-4, atol=1e-8)
+    layer = read_fisher(tmp_path / "out" / "fisher").ledger.tasks[1].layers["0.weight"]
+    assert layer.overlap is not None
+    assert 0 < layer.overlap < 1
+
+
+def test_l2_holds_all_weights_alike(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    data = write_task("new")
+
+    def moved(strength: float) -> float:
+        out = tmp_path / str(strength)
+        finetune_command.finetune(
+            network_checkpoint, data, output_dir=out, penalty="l2", ewc_lambda=strength, **FAST
+        )
+        start = load_file(network_checkpoint / "model.safetensors")
+        end = load_file(out / "model.safetensors")
+        return sum((end[name] - start[name]).abs().sum().item() for name in start)
+
+    assert moved(1000.0) < 0.4 * moved(0.0)
+
+
+def test_proximal_steps_hold_where_the_gradient_diverges(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    fisher(network_checkpoint, write_task("old"), **NETWORK)
+    new = write_task("new", seed=7)
+    options = {"ewc_lambda": 1e9, **FAST, "optimizer": "sgd", "learning_rate": 0.1}
+    with pytest.raises(NonFiniteError, match=r"the (penalty|loss) is"):
+        finetune_command.finetune(
+            network_checkpoint, new, output_dir=tmp_path / "out", epochs=20, **options
+        )
+    result = finetune_command.finetune(
+        network_checkpoint,
+        new,
+        output_dir=tmp_path / "out",
+        penalty_step="proximal",
+        penalty_device="cpu",
+        **options,
+    )
+    assert result["penalty_value"] < 1
+    assert result["history"][0]["penalty"] < result["history"][-1]["penalty"]
+    consolidate.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs --ewc-lambda"),
+        ({"penalty": "none", "ewc_lambda": 1.0}, "no meaning with --penalty none"),
+        ({"penalty": "none", "penalty_step": "proximal"}, "no meaning with --penalty none"),
+        ({"penalty": "none", "penalty_device": "cpu"}, "penalty-device has no meaning with --pena"),
+        (
+            {"penalty": "none", "penalty_dtype": torch.float32},
+            "penalty-dtype has no meaning with --penalty none",
+        ),
+        ({"penalty": "none", "momentum": 0.0}, "momentum has no meaning with --optimizer adamw"),
+        ({"ewc_lambda": 1.0, "penalty_step": "implicit"}, "expected one of gradient, proximal"),
+    ],
+)
+def test_options_that_contradict(
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        finetune_command.finetune(
+            network_checkpoint, write_task("new"), output_dir=tmp_path / "out", **options
+        )
+
+
+def test_without_a_fisher_ewc_says_how_to_get_one(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="holds no Fisher: run `consolidate fisher"):
+        finetune_command.finetune(
+            network_checkpoint, write_task("new"), output_dir=tmp_path / "out", ewc_lambda=1.0
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fisher_from_elsewhere(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    fisher(network_checkpoint, write_task("old"), **NETWORK)
+    shutil.move(network_checkpoint / "fisher", tmp_path / "published")
+    new = write_task("new", seed=3)
+    for name in ("published", "start"):
+        if name == "start":
+            shutil.move(tmp_path / "published", network_checkpoint / "fisher")
+        finetune_command.finetune(
+            network_checkpoint,
+            new,
+            output_dir=tmp_path / f"by-{name}",
+            ewc_lambda=5.0,
+            fisher=tmp_path / "published" if name == "published" else None,
+            **FAST,
+        )
+    assert contents(tmp_path / "by-published") == contents(tmp_path / "by-start")
+    with pytest.raises(InputError, match="holds no Fisher"):
+        finetune_command.finetune(
+            network_checkpoint,
+            new,
+            output_dir=tmp_path / "out",
+            ewc_lambda=5.0,
+            fisher=tmp_path,
+            **FAST,
+        )
+
+
+def test_the_fisher_of_another_model_is_refused(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    fisher(network_checkpoint, write_task("old"), **NETWORK)
+    weights = load_file(network_checkpoint / "model.safetensors")
+    weights["2.bias"] = weights["2.bias"] + 1
+    save_file(weights, network_checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"belongs to other weights.*2\.bias"):
+        finetune_command.finetune(
+            network_checkpoint,
+            write_task("new"),
+            output_dir=tmp_path / "out",
+            ewc_lambda=1.0,
+            **FAST,
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_holds_something_is_kept(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    options = {"output_dir": out, "penalty": "none", "max_steps": 1, **FAST}
+    with pytest.raises(InputError, match=r"already holds 'thesis\.txt'"):
+        finetune_command.finetune(network_checkpoint, write_task("new"), **options)
+    assert contents(out) == {"thesis.txt": b"years of work"}
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        finetune_command.finetune(network_checkpoint, write_task("new"), **options, overwrite=True)
+    assert contents(out) == {"thesis.txt": b"years of work"}
+    (out / "thesis.txt").unlink()
+    finetune_command.finetune(network_checkpoint, write_task("new"), **options)
+    assert (out / "model.safetensors").is_file()
+
+
+def test_a_run_that_diverges_leaves_nothing(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    fisher(network_checkpoint, write_task("old"), **NETWORK)
+    with pytest.raises(NonFiniteError):
+        finetune_command.finetune(
+            network_checkpoint,
+            write_task("new", seed=2),
+            output_dir=tmp_path / "out",
+            ewc_lambda=1e9,
+            optimizer="sgd",
+            learning_rate=1.0,
+            epochs=30,
+            **NETWORK,
+        )
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_frozen_parameter_is_neither_trained_nor_measured(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    options = {"freeze": ["0.*"], **FAST}
+    finetune_command.finetune(
+        network_checkpoint,
+        write_task("new"),
+        output_dir=tmp_path / "out",
+        penalty="none",
+        **options,
+    )
+    start = load_file(network_checkpoint / "model.safetensors")
+    end = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(start["0.weight"], end["0.weight"])
+    assert not torch.equal(start["2.weight"], end["2.weight"])
+    assert set(fisher_of(tmp_path / "out")) == {"2.weight", "2.bias"}
+    ledger = read_fisher(tmp_path / "out" / "fisher").ledger
+    assert set(ledger.unprotected) == {"0.weight", "0.bias"}
+    assert "frozen" in ledger.unprotected["0.bias"]
+
+
+def test_where_nothing_can_be_written_is_known_before_the_work(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="no folder that can be written"):
+        finetune_command.finetune(
+            network_checkpoint, write_task("new"), output_dir=tmp_path / "file" / "out",
+            penalty="none", epochs=10**9, **FAST,
+        )  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="needs a tmpfs")
+def test_a_disk_that_is_too_small_is_known_before_the_work(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk]).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        (disk / "full").write_bytes(bytes(4096))
+        with pytest.raises(InputError, match="has room for 0 bytes, and 5,784 are needed"):
+            finetune_command.finetune(
+                network_checkpoint, write_task("new"), output_dir=disk / "out", penalty="none",
+                epochs=10**9, **FAST,
+            )  # fmt: skip
+        assert [file.name for file in disk.iterdir()] == ["full"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_experts_keep_their_keys_through_a_chain(tmp_path: Path) -> None:
+    start = tiny_models.save(
+        tmp_path / "start",
+        transformers.MixtralForCausalLM,
+        tiny_models.mixtral_config(),
+        tiny_models.byte_tokenizer(),
+    )
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_models.CORPUS))
+    fisher(start, data, task="old")
+    out = tmp_path / "out"
+    finetune_command.finetune(start, data, task="new", output_dir=out, ewc_lambda=10.0, pack=True)
+    before, after = load_file(start / "model.safetensors"), load_file(out / "model.safetensors")
+    experts = [name for name in before if ".experts.0." in name]
+    assert experts
+    assert list(before) == list(after)
+    assert set(fisher_of(out)) == set(before)
+    assert all(fisher_of(out)[name].shape == values.shape for name, values in before.items())
+    # The router, the experts and everything else load as before, in transformers' own names.
+    model = transformers.MixtralForCausalLM.from_pretrained(out)
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[name], values) for name, values in after.items())
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        first = transformers.MixtralForCausalLM.from_pretrained(start)(tokens).logits
+        assert not torch.equal(first, model(tokens).logits)
+
+
+def test_running_statistics_stay_through_fisher_and_a_penalty(
+    write_task: Write, tmp_path: Path
+) -> None:
+    folder = tmp_path / "normed"
+    folder.mkdir()
+    network = normed_network()
+    network.train()
+    network(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)))
+    save_file(network.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    before = (folder / "model.safetensors").read_bytes()
+    options = {"model": "support.networks:normed_network"}
+    fisher(folder, write_task("old"), **options)
+    assert (folder / "model.safetensors").read_bytes() == before
+    ledger = read_fisher(folder / "fisher").ledger
+    assert set(ledger.unprotected) == {
+        "1.running_mean", "1.running_var", "1.num_batches_tracked",
+    }  # fmt: skip
+    assert set(ledger.unprotected.values()) == {"a buffer, not a parameter"}
+    new = write_task("new", seed=3)
+    start = load_file(folder / "model.safetensors")
+    ways = {
+        "held": {"ewc_lambda": 1.0},
+        "alike": {"penalty": "l2", "ewc_lambda": 1.0},
+        "free": {"penalty": "none"},
+        "asked": {"penalty": "none", "norm_statistics": "update"},
+        "asked-held": {"ewc_lambda": 1.0, "norm_statistics": "update"},
+    }
+    for name, penalty in ways.items():
+        done = finetune_command.finetune(
+            folder, new, output_dir=tmp_path / name, **options, **penalty
+        )
+        end = load_file(tmp_path / name / "model.safetensors")
+        frozen = not name.startswith("asked")
+        assert torch.equal(start["1.running_var"], end["1.running_var"]) == frozen
+        assert not torch.equal(start["0.weight"], end["0.weight"])
+        assert done["norm_statistics"] == ("frozen" if frozen else "update")
+        check_json("finetune", done)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "options", "expected", "told"),
+    [
+        ((), {}, "update", "follow the new data, the default without a penalty, a Fisher or an"),
+        (("new",), {}, "update", "--norm-statistics frozen changes that"),
+        (("new", "old"), {}, "frozen", "stay as they are, the default with a penalty, a Fisher or"),
+        (("old",), {"norm_statistics": "update"}, "update", "data: --norm-statistics update"),
+        (("old",), {"evaluate_ahead": ["old"]}, "update", "follow the new data"),
+        ((), {"penalty": "l2", "ewc_lambda": 1.0}, "frozen", "stay as they are, the default with"),
+    ],
+)
+def test_running_statistics_follow_the_data_only_where_nothing_is_old(
+    write_task: Write,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    evaluate: tuple[str, ...],
+    options: dict[str, Any],
+    expected: str,
+    told: str,
+) -> None:
+    caplog.set_level("INFO", "consolidate")
+    start = tmp_path / "bare.safetensors"
+    network = normed_network()
+    save_file(network.state_dict(), start, {"format": "pt"})
+    data = {"new": write_task("new"), "old": write_task("old", seed=1)}
+    given = {"penalty": "none", "model": "support.networks:normed_network", **options}
+    given |= {"output_dir": tmp_path / "out", "evaluate": {name: data[name] for name in evaluate}}
+    done = finetune_command.finetune(start, data["new"], **given)
+    assert done["norm_statistics"] == expected
+    lines = [m for m in caplog.messages if m.startswith("running statistics")]
+    assert len(lines) == 1
+    assert told in lines[0]
+    end = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(network.state_dict()["1.running_var"], end["1.running_var"]) == (
+        expected == "frozen"
+    )
+    # What comes of a default and of the same value by name is the same, and done once.
+    again = finetune_command.finetune(start, data["new"], **given | {"norm_statistics": expected})
+    assert again["status"] == "cached"
+    assert again["norm_statistics"] == expected
+    check_json("finetune", again)
+    other = "update" if expected == "frozen" else "frozen"
+    with pytest.raises(InputError, match="already holds"):
+        finetune_command.finetune(start, data["new"], **given | {"norm_statistics": other})
+
+
+def test_a_bare_encoder_learns_a_first_task(tmp_path: Path) -> None:
+    encoder = tiny_models.save(
+        tmp_path / "encoder",
+        transformers.BertModel,
+        tiny_models.bert_config(),
+        tiny_models.word_tokenizer(),
+    )
+    data = tmp_path / "animals.csv"
+    data.write_text("text,label\nthe cat sat,cat\na dog ate,dog\n")
+    for objective in (None, "sequence-classification"):
+        options = {"output_dir": tmp_path / "out", "penalty": "none", "objective": objective}
+        if objective is None:
+            with pytest.raises(InputError, match="--objective"):
+                finetune_command.finetune(encoder, data, **options)
+        else:
+            finetune_command.finetune(encoder, data, **options)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "cat", 1: "dog"}
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    named = dict(model.state_dict())
+    assert torch.equal(stored["classifier.weight"], named["classifier.weight"])
+    metrics = evaluate_command.evaluate(tmp_path / "out", {"animals": data})
+    assert metrics["animals"]["accuracy"] in (0.0, 0.5, 1.0)
+    with pytest.raises(InputError, match="first task with --penalty none"):
+        finetune_command.finetune(
+            encoder, data, output_dir=tmp_path / "held", ewc_lambda=1.0,
+            objective="sequence-classification",
+        )  # fmt: skip
+
+
+def test_a_checkpoint_can_replace_itself(
+    network_checkpoint: Path, write_task: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="consolidate")
+    start = load_file(network_checkpoint / "model.safetensors")
+    result = finetune_command.finetune(
+        network_checkpoint, write_task("new"), output_dir=network_checkpoint, overwrite=True,
+        penalty="none", **FAST,
+    )  # fmt: skip
+    assert f"{network_checkpoint} is what this starts from: it will be replaced" in caplog.text
+    end = load_file(network_checkpoint / "model.safetensors")
+    moved = sum((start[name] != end[name]).sum().item() for name in start)
+    assert result["share_moved"] == moved / sum(values.numel() for values in start.values()) > 0.5
+    assert consolidate.verify(network_checkpoint)["tasks"] == ["new"]
+
+
+def test_a_repository_is_not_replaced(network_checkpoint: Path, write_task: Write) -> None:
+    (network_checkpoint / ".git").mkdir()
+    with pytest.raises(InputError, match="git repository"):
+        finetune_command.finetune(
+            network_checkpoint, write_task("new"), output_dir=network_checkpoint, overwrite=True,
+            penalty="none", **FAST,
+        )  # fmt: skip
+
+
+def test_a_damaged_fisher_is_refused(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    fisher(network_checkpoint, write_task("old"), **NETWORK)
+    file = network_checkpoint / "fisher" / "fisher.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"is damaged: .*other values"):
+        finetune_command.finetune(
+            network_checkpoint, write_task("new"), output_dir=tmp_path / "out", ewc_lambda=1.0,
+            **FAST,
+        )  # fmt: skip
+
+
+class Noise(torch.nn.Module):
+    """Draws in eval mode too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.1 * torch.randn(x.shape)
+
+
+def noisy_network(config: dict[str, Any]) -> torch.nn.Module:
+    network = make_network(config)
+    network.append(torch.nn.Dropout(0.3)).append(Noise())
+    return network
+
+
+def test_measuring_at_steps_does_not_disturb_training(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    old, new = write_task("old"), write_task("new", seed=1)
+    fisher(network_checkpoint, old, **NETWORK)
+    options = {**FAST, "model": f"{__name__}:noisy_network", "ewc_lambda": 1.0, "epochs": 3}
+    options |= {"fisher_estimator": "batched"}  # the others refuse such a model
+    evaluate = {"old": old, "new": new}
+    trained = {}
+    for name, every in (("none", {}), ("often", {"evaluate": evaluate, "evaluate_every": 3})):
+        out = tmp_path / name
+        trained[name] = finetune_command.finetune(
+            network_checkpoint, new, output_dir=out, **options, **every
+        )
+        assert trained[name]["history"] == trained["none"]["history"]
+    none, often = contents(tmp_path / "none"), contents(tmp_path / "often")
+    for file in ("fisher/fisher.json", "README.md"):  # which tell the scores
+        assert none.pop(file) != often.pop(file)
+    assert none.pop("fisher/fisher.safetensors")  # Noise makes it another one each time
+    assert often.pop("fisher/fisher.safetensors")
+    assert none == often
+    metrics = read_fisher(tmp_path / "often" / "fisher").ledger.tasks[1].metrics
+    assert list(metrics) == [
+        *("before", "step 3", "epoch 1", "step 6", "epoch 2", "step 9", "step 12", "epoch 3"),
+        "after",
+    ]
+    assert metrics["step 12"] == metrics["epoch 3"]
+    assert metrics["step 6"]["new"].keys() == {"loss", "accuracy", "score"}
+
+
+def test_the_last_step_is_measured_too(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    data = write_task("only")
+    options: dict[str, Any] = {**FAST, "penalty": "none", "max_steps": 5, "evaluate_every": 3}
+    with pytest.raises(UsageError, match="--evaluate-every needs data to measure"):
+        finetune_command.finetune(network_checkpoint, data, output_dir=tmp_path / "out", **options)
+    result = finetune_command.finetune(
+        network_checkpoint, data, output_dir=tmp_path / "out", **options, evaluate={"only": data}
+    )
+    steps = [when for when in result["metrics"] if when.startswith("step")]
+    assert steps == ["step 3", "step 5"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adma"}, "--optimizer adma: expected one of adamw, adam, sgd"),
+        ({"lr_scheduler": "step"}, "--lr-scheduler step"),
+        ({"mixed_precision": "fp8"}, "--mixed-precision fp8"),
+        ({"epochs": 0}, "--epochs 0: expected at least 1"),
+        ({"ewc_lambda": -1.0}, "--ewc-lambda -1.0: expected a finite number from 0"),
+        ({"learning_rate": 0.0}, "--learning-rate 0.0: expected a finite number above 0"),
+        ({"weight_decay": float("nan")}, "--weight-decay nan: expected a finite number from 0"),
+        ({"freeze": ["*"]}, "--freeze leaves no parameter to train"),
+    ],
+)
+def test_options_out_of_range(
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        finetune_command.finetune(
+            network_checkpoint, write_task("new"), output_dir=tmp_path / "out", penalty="none",
+            **NETWORK, **options,
+        )  # fmt: skip
+
+
+def test_statistics_that_are_not_there_are_told(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "consolidate")
+    finetune_command.finetune(
+        network_checkpoint, write_task("new"), output_dir=tmp_path / "out", penalty="none",
+        norm_statistics="frozen", **FAST,
+    )  # fmt: skip
+    assert "--norm-statistics does nothing: the model keeps no running statistics" in caplog.text
+
+
+def test_gradients_and_optimizer_are_gone_before_the_fisher_is_measured(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    init = torch.optim.Adam.__init__
+
+    def remember(self: torch.optim.Adam, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        made.append(self)
+
+    measure = finetune_command.measure_fisher
+    seen = []
+
+    def look(model: Any, *args: Any, **options: Any) -> Any:
+        seen.extend(parameter.grad for parameter in model.module.parameters())
+        assert not any(optimizer.state for optimizer in made)
+        return measure(model, *args, **options)
+
+    monkeypatch.setattr(torch.optim.Adam, "__init__", remember)
+    monkeypatch.setattr(finetune_command, "measure_fisher", look)
+    result = finetune_command.finetune(
+        network_checkpoint, write_task("a"), output_dir=tmp_path / "out", penalty="none", **FAST
+    )
+    assert result["share_moved"] > 0.9
+    assert len(made) == 1
+    assert seen == [None] * 4

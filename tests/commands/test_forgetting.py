@@ -1,0 +1,106 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from consolidate.commands.finetune import finetune
+from consolidate.commands.verify import verify
+from consolidate.training.forgetting import beyond, failed_folder, forgetting
+from formats.errors import ForgettingError, InputError, UsageError
+from support.command_line import run
+
+Write = Callable[..., Path]
+FAST = {
+    "model": "support.networks:make_network",
+    "optimizer": "adam",
+    "learning_rate": 0.01,
+    "epochs": 20,
+}
+
+
+@pytest.fixture
+def learned(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> Path:
+    """A checkpoint that knows task a."""
+    out = tmp_path / "first"
+    finetune(network_checkpoint, write_task("a"), output_dir=out, penalty="none", **FAST)
+    return out
+
+
+def test_forgetting_is_the_score_that_old_tasks_lost() -> None:
+    before = {"a": {"score": 0.9}, "b": {"score": -2.0}, "new": {"score": 0.5}}
+    after = {"a": {"score": 0.87}, "b": {"score": -1.5}, "new": {"score": 0.1}}
+    lost = forgetting(before, after, ["a", "b", "not measured"])
+    assert lost == pytest.approx({"a": 0.03, "b": -0.5})
+    assert beyond(lost, 0.03) == {}  # although 0.9 − 0.87 > 0.03 in floating point
+    assert set(beyond(lost, 0.029)) == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [("x/out", "x/out.failed-forgetting"), ("out/", "out.failed-forgetting")],
+)
+def test_the_name_says_what_failed(target: str, expected: str) -> None:
+    assert failed_folder(Path(target)) == Path(expected)
+
+
+def test_the_folder_in_use_has_a_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert failed_folder(Path()) == tmp_path.with_name(f"{tmp_path.name}.failed-forgetting")
+
+
+def test_what_forgot_too_much_is_kept_aside(
+    learned: Path, write_task: Write, tmp_path: Path
+) -> None:
+    out, failed = tmp_path / "out", tmp_path / "out.failed-forgetting"
+    a, b = write_task("a"), write_task("b", seed=1)
+    common = {"penalty": "none", "evaluate": {"a": a, "b": b}, **FAST}
+    with pytest.raises(ForgettingError, match=r"a lost 0\.\d+ in score.* 0\.03") as caught:
+        finetune(learned, b, output_dir=out, max_forgetting=0.03, **common)
+    assert str(failed) in str(caught.value)
+    assert not out.exists()
+    assert verify(failed)["tasks"] == ["a", "b"]
+    result = caught.value.result
+    assert result["status"] == "forgot too much"
+    assert result["checkpoint"] == str(failed)
+    lost = result["metrics"]["before"]["a"]["score"] - result["metrics"]["after"]["a"]["score"]
+    assert lost > 0.03
+
+    with pytest.raises(InputError, match=r"out\.failed-forgetting"):  # before the work
+        finetune(learned, b, output_dir=out, max_forgetting=0.03, **common)
+    kept = finetune(learned, b, output_dir=out, max_forgetting=lost, overwrite=True, **common)
+    assert (kept["status"], kept["checkpoint"]) == ("done", str(out))
+    with pytest.raises(ForgettingError):
+        finetune(learned, b, output_dir=out, max_forgetting=0.03, overwrite=True, **common)
+    assert verify(out)["tasks"] == ["a", "b"]  # the good one was not replaced
+
+
+def test_a_gate_needs_an_old_task_to_measure(
+    network_checkpoint: Path, learned: Path, write_task: Write, tmp_path: Path
+) -> None:
+    b, out = write_task("b", seed=1), tmp_path / "out"
+    common = {"output_dir": out, "penalty": "none", **FAST}
+    with pytest.raises(UsageError, match=r"NAME is one of a$"):
+        finetune(learned, b, max_forgetting=0.1, evaluate={"b": b}, **common)
+    with pytest.raises(UsageError, match="no ledger"):
+        finetune(network_checkpoint, b, max_forgetting=0.1, **common)
+    with pytest.raises(UsageError, match="expected a number from 0"):
+        finetune(learned, b, max_forgetting=-1.0, evaluate={"a": b}, **common)
+    assert not out.exists()
+
+
+def test_the_command_leaves_with_5_and_prints_what_it_did(
+    capsys: pytest.CaptureFixture[str], learned: Path, write_task: Write, tmp_path: Path
+) -> None:
+    a, b = write_task("a"), write_task("b", seed=1)
+    code, out, err = run(
+        capsys, "finetune", learned, "--data", b, "--output-dir", tmp_path / "out",
+        "--model", FAST["model"], "--optimizer", "adam", "--learning-rate", 0.01, "--epochs", 20,
+        "--penalty", "none", "--evaluate", f"a={a}", "--max-forgetting", 0.03, "--json",
+    )  # fmt: skip
+    assert code == 5
+    told = json.loads(out)  # one object
+    assert (told["status"], told["exit_code"]) == ("forgot too much", 5)
+    assert f"error: {told['error']}" in err
+    assert told["error"].startswith("forgot too much: a lost")
+    assert "Traceback" not in err

@@ -1,0 +1,396 @@
+import json
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import consolidate
+from consolidate.commands import fisher as fisher_command
+from consolidate.commands import merge as merge_command
+from consolidate.commands.finetune import finetune
+from formats.errors import InputError, UsageError
+from formats.fisher_folder import read_fisher, write_fisher
+from formats.tensors import TensorFiles
+from support.networks import make_network
+
+Write = Callable[..., Path]
+NETWORK = {"model": "support.networks:make_network"}
+FAST = {**NETWORK, "optimizer": "adam", "learning_rate": 0.01, "batch_size": 16, "epochs": 2}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def tensors(folder: Path, which: str) -> dict[str, torch.Tensor]:
+    files = {"weights": "model", "fisher": "fisher/fisher", "anchor": "fisher/anchor"}
+    loaded = load_file(folder / f"{files[which]}.safetensors")
+    return {name: values.double() for name, values in loaded.items()}
+
+
+def penalty_at(folder: Path, theta: dict[str, torch.Tensor]) -> float:
+    """The stored penalty as `docs/format.md` has it, without λ."""
+    stored = read_fisher(folder / "fisher")
+    anchor = tensors(folder, "weights" if stored.anchor is None else "anchor")
+    fisher = tensors(folder, "fisher")
+    return stored.ledger.penalty_offset + sum(
+        float((fisher[name] * (theta[name] - anchor[name]) ** 2).sum()) / 2 for name in fisher
+    )
+
+
+def thetas(folder: Path) -> list[dict[str, torch.Tensor]]:
+    found = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        found.append(
+            {
+                name: values + torch.randn(values.shape, generator=generator)
+                for name, values in tensors(folder, "weights").items()
+            }
+        )
+    return found
+
+
+@pytest.fixture
+def family(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> dict[str, Path]:
+    """A base that learned the task `old`, and two children that learned a task each."""
+    folders = {"base": tmp_path / "base", "a": tmp_path / "a", "b": tmp_path / "b"}
+    old = write_task("old")
+    finetune(network_checkpoint, old, output_dir=folders["base"], penalty="none", **FAST)
+    for seed, name in enumerate("ab", start=1):
+        data = write_task(f"task-{name}", seed=seed)
+        finetune(folders["base"], data, output_dir=folders[name], ewc_lambda=10.0, **FAST)
+    return folders
+
+
+@pytest.fixture
+def strangers(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> list[Path]:
+    """Three checkpoints of one architecture, without a common task."""
+    folders = []
+    for seed in range(3):
+        folders.append(tmp_path / f"stranger-{seed}")
+        data = write_task(f"task-{seed}", seed=seed)
+        finetune(
+            network_checkpoint, data, output_dir=folders[-1], penalty="none", seed=seed, **FAST
+        )
+    return folders
+
+
+def test_two_models_become_one_by_the_formulas(strangers: list[Path], tmp_path: Path) -> None:
+    a, b, _ = strangers
+    out = tmp_path / "out"
+    result = merge_command.merge([a, b], output_dir=out, weights=[2, 0.5])
+    assert result["tasks"] == ["task-0", "task-1"]
+    assert result["anchor"] == "the weights"
+    fishers, values = ([tensors(x, which) for x in (a, b)] for which in ("fisher", "weights"))
+    found, fisher = tensors(out, "weights"), tensors(out, "fisher")
+    assert result["trace"] == pytest.approx(sum(float(f.sum()) for f in fisher.values()), rel=1e-6)
+    for name in found:
+        total = 2 * fishers[0][name] + 0.5 * fishers[1][name]
+        torch.testing.assert_close(fisher[name], total, rtol=1e-6, atol=0)
+        weighed = 2 * fishers[0][name] * values[0][name] + 0.5 * fishers[1][name] * values[1][name]
+        mean = (2 * values[0][name] + 0.5 * values[1][name]) / 2.5
+        expected = torch.where(total > 0, weighed / total, mean)
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+    for theta in thetas(out):
+        explicit = 2 * penalty_at(a, theta) + 0.5 * penalty_at(b, theta)
+        assert penalty_at(out, theta) == pytest.approx(explicit, rel=1e-5)
+    ledger = read_fisher(out / "fisher").ledger
+    assert [task.weight for task in ledger.tasks] == [2.0, 0.5]
+    assert (ledger.merge_rule, ledger.gamma) == ("separate", 1.0)
+    assert (out / "LICENSE").read_text() == "free\n"
+
+
+def test_what_was_merged_is_verified_shown_and_trained_on(
+    strangers: list[Path], write_task: Write, tmp_path: Path
+) -> None:
+    out, last, data = tmp_path / "out", tmp_path / "last", write_task("next", seed=9)
+    merge_command.merge(strangers, output_dir=out)
+    assert consolidate.verify(out)["tasks"] == ["task-0", "task-1", "task-2"]
+    assert consolidate.show(out)["merge_rule"] == "separate"
+    finetune(out, data, output_dir=last, ewc_lambda=10.0, **FAST)
+    assert consolidate.verify(last)["tasks"] == ["task-0", "task-1", "task-2", "next"]
+    # The chain is still the sum of all four penalties: the new one stands alone here.
+    alone = tmp_path / "alone"
+    shutil.copytree(last, alone, ignore=shutil.ignore_patterns("fisher"))
+    fisher_command.fisher(alone, data, **NETWORK)
+    for theta in thetas(last):
+        explicit = sum(penalty_at(folder, theta) for folder in (*strangers, alone))
+        assert penalty_at(last, theta) == pytest.approx(explicit, rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["online", "separate"])
+def test_merging_one_is_the_identity(family: dict[str, Path], tmp_path: Path, rule: str) -> None:
+    data = tmp_path / "task-b.npz"
+    start = tmp_path / "start"
+    finetune(
+        family["a"], data, output_dir=tmp_path / "one", ewc_lambda=1.0, merge_rule=rule,
+        freeze=["0.bias"], **FAST,
+    )  # fmt: skip
+    merge_command.merge([tmp_path / "one"], output_dir=tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+    assert ("fisher/anchor.safetensors" in contents(tmp_path / "out")) == (rule == "separate")
+    assert contents(tmp_path / "out")["LICENSE"] == contents(start)["LICENSE"]
+
+
+def test_children_of_one_base_are_merged_with_it_and_refused_without(
+    family: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    children = [family["a"], family["b"]]
+    with pytest.raises(InputError, match=r"both hold the tasks old, which would count twice"):
+        merge_command.merge(children, output_dir=out)
+    assert not out.exists()
+    result = merge_command.merge(children, output_dir=out, base=family["base"])
+    assert result["tasks"] == ["old", "task-a", "task-b"]
+    a, b, base, merged = (tensors(x, "fisher") for x in (*children, family["base"], out))
+    for name in merged:
+        expected = a[name] + b[name] - base[name]
+        torch.testing.assert_close(merged[name], expected, rtol=1e-5, atol=1e-9)
+    assert consolidate.verify(out)["tasks"] == result["tasks"]
+
+
+def test_separate_children_and_their_base_are_the_sum_of_all_tasks(
+    family: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in "ab":
+        finetune(
+            family["base"], tmp_path / f"task-{name}.npz", output_dir=tmp_path / f"s{name}",
+            ewc_lambda=10.0, merge_rule="separate", **FAST,
+        )  # fmt: skip
+    children, out = [tmp_path / "sa", tmp_path / "sb"], tmp_path / "out"
+    merge_command.merge(children, output_dir=out, base=family["base"])
+    alone = []
+    for child in children:
+        alone.append(tmp_path / f"{child.name}-alone")
+        shutil.copytree(child, alone[-1], ignore=shutil.ignore_patterns("fisher"))
+        fisher_command.fisher(alone[-1], tmp_path / f"task-{child.name[1]}.npz", **NETWORK)
+    for theta in thetas(out):
+        explicit = sum(penalty_at(folder, theta) for folder in (family["base"], *alone))
+        assert penalty_at(out, theta) == pytest.approx(explicit, rel=1e-5)
+
+
+def test_a_base_that_is_not_shared_is_refused(family: dict[str, Path], tmp_path: Path) -> None:
+    a, b, base, out = family["a"], family["b"], family["base"], tmp_path / "out"
+    with pytest.raises(InputError, match=r"b/fisher holds no task 'task-a' of the base"):
+        merge_command.merge([a, b], output_dir=out, base=a)
+    finetune(
+        base, tmp_path / "task-b.npz", output_dir=tmp_path / "faded", ewc_lambda=10.0, gamma=0.5,
+        **FAST,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"faded/fisher: .* is below that of the base.*γ below 1"):
+        merge_command.merge([a, tmp_path / "faded"], output_dir=out, base=base)
+    fisher_command.fisher(base, tmp_path / "old.npz", **NETWORK, overwrite=True, task="old", seed=1)
+    with pytest.raises(InputError, match=r"holds other facts about the task 'old'"):
+        merge_command.merge([a, b], output_dir=out, base=base)
+    assert not out.exists()
+
+
+def test_different_tasks_of_one_name_are_told_apart(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("one", "two")):
+        fisher_command.fisher(
+            network_checkpoint, write_task("data", seed=seed), **NETWORK, output_dir=tmp_path / name
+        )
+    with pytest.raises(InputError, match=r"both hold the tasks data.*another --task"):
+        merge_command.merge([tmp_path / "one", tmp_path / "two"], output_dir=tmp_path / "out")
+
+
+def resized(weights: dict[str, Any]) -> None:
+    weights["2.bias"] = torch.zeros(4)
+
+
+def renamed(weights: dict[str, Any]) -> None:
+    weights["other.bias"] = weights.pop("2.bias")
+
+
+def narrowed(weights: dict[str, Any]) -> None:
+    weights["2.bias"] = weights["2.bias"].half()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (resized, r"'2\.bias' has shape \[3\] in .*a and \[4\] in .*b"),
+        (renamed, r"b has no tensor '2\.bias', which .*a has"),
+        (narrowed, r"'2\.bias' of .*a and .*b is float32 and float16"),
+    ],
+)
+def test_another_architecture_is_refused(
+    strangers: list[Path], tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    shutil.copytree(strangers[0], a)
+    weights = load_file(strangers[1] / "model.safetensors")
+    change(weights)
+    store(b, weights, {name: torch.ones(values.shape) for name, values in weights.items()}, "other")
+    with pytest.raises(InputError, match=message):
+        merge_command.merge([a, b], output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def store(
+    folder: Path, weights: dict[str, Any], fisher: dict[str, Any], task: str, **config: Any
+) -> Path:
+    """Write a checkpoint whose Fisher is given; what has none is a buffer."""
+    from formats.checkpoint import weight_records
+    from formats.ledger import Ledger, TaskRecord
+
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model_type": "mine", **config}))
+    record = TaskRecord(task, "classification", "softmax", None, "example", 1, 1, "exact", None, 0)
+    unprotected = {name: "a buffer, not a parameter" for name in weights if name not in fisher}
+    ledger = Ledger([record], weights=weight_records(weights), unprotected=unprotected)
+    write_fisher(folder / "fisher", fisher, ledger)
+    return folder
+
+
+def test_buffers_are_averaged_or_must_agree(tmp_path: Path) -> None:
+    def weights(mean: float, steps: int) -> dict[str, Any]:
+        return {
+            "weight": torch.tensor([mean]),
+            "running_mean": torch.tensor([mean], dtype=torch.bfloat16),
+            "steps": torch.tensor(steps),
+        }
+
+    fisher = {"weight": torch.ones(1)}
+    a, b, c = (
+        store(tmp_path / name, weights(mean, steps), fisher, name)
+        for name, mean, steps in (("a", 1.0, 5), ("b", 4.0, 5), ("c", 4.0, 6))
+    )
+    merge_command.merge([a, b], output_dir=tmp_path / "out", weights=[1, 2])
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged["running_mean"].item() == 3
+    assert merged["running_mean"].dtype == torch.bfloat16
+    assert merged["steps"].item() == 5
+    with pytest.raises(InputError, match=r"'steps' of whole numbers differs"):
+        merge_command.merge([a, c], output_dir=tmp_path / "out-2")
+    d = store(tmp_path / "d", weights(1.0, 5), fisher, "d", model_type="theirs")
+    with pytest.raises(InputError, match=r"gives mine as model_type in .*a, and theirs in .*d"):
+        merge_command.merge([a, d], output_dir=tmp_path / "out-2")
+
+
+def test_a_parameter_that_one_model_does_not_hold_is_the_others(tmp_path: Path) -> None:
+    first, second = {"w": torch.tensor([1.0]), "v": torch.tensor([1.0])}, {
+        "w": torch.tensor([2.0]), "v": torch.tensor([2.0]),
+    }  # fmt: skip
+    a = store(tmp_path / "a", first, {"w": torch.ones(1)}, "a")
+    b = store(tmp_path / "b", second, {"v": torch.ones(1)}, "b")
+    merge_command.merge([a, b], output_dir=tmp_path / "out")
+    assert tensors(tmp_path / "out", "weights") == {"w": 1.0, "v": 2.0}
+    assert read_fisher(tmp_path / "out" / "fisher").ledger.unprotected == {}
+
+
+def add_head(folder: Path, task: str, value: float) -> None:
+    stored = read_fisher(folder / "fisher")
+    fisher = {name: stored.fisher[name].clone() for name in stored.fisher}
+    heads = {task: {"head.weight": torch.tensor([value])}}
+    shutil.rmtree(folder / "fisher")
+    write_fisher(folder / "fisher", fisher, stored.ledger, heads=heads)
+
+
+def heads_of(folder: Path) -> dict[str, float]:
+    heads = read_fisher(folder / "fisher").heads
+    return {task: head["head.weight"].item() for task, head in heads.items()}
+
+
+def test_heads_are_kept(strangers: list[Path], tmp_path: Path) -> None:
+    add_head(strangers[0], "task-0", 1.0)
+    add_head(strangers[2], "task-2", 2.0)
+    merge_command.merge(strangers, output_dir=tmp_path / "out")
+    assert heads_of(tmp_path / "out") == {"task-0": 1.0, "task-2": 2.0}
+    assert consolidate.verify(tmp_path / "out")["heads"].keys() == {"task-0", "task-2"}
+
+
+def test_the_head_that_children_put_aside_is_kept_once(
+    family: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in "ab":
+        add_head(family[name], "old", 1.0)
+    out = tmp_path / "out"
+    merge_command.merge([family["a"], family["b"]], output_dir=out, base=family["base"])
+    assert heads_of(out) == {"old": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], "1 numbers for 2 checkpoints"),
+        ([1.0, 0.0], "0.0 is not above 0"),
+        ([1.0, float("nan")], "nan is not above 0"),
+    ],
+)
+def test_coefficients_that_make_no_sense(
+    strangers: list[Path], tmp_path: Path, weights: list[float], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        merge_command.merge(strangers[:2], output_dir=tmp_path / "out", weights=weights)
+
+
+def test_an_output_that_is_an_input_is_replaced_whole(
+    strangers: list[Path], tmp_path: Path
+) -> None:
+    merge_command.merge(strangers, output_dir=tmp_path / "out")
+    merge_command.merge(strangers, output_dir=strangers[0], overwrite=True)
+    assert contents(strangers[0]) == contents(tmp_path / "out")
+
+
+def test_the_number_of_models_does_not_change_how_many_tensors_are_open(
+    network_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that were read are counted while they live."""
+    network = make_network({"sizes": [6, 8, 3]})
+    folders = []
+    for number in range(9):
+        weights = {name: values + number for name, values in network.state_dict().items()}
+        fisher = {name: torch.full(values.shape, 1.0 + number) for name, values in weights.items()}
+        folders.append(store(tmp_path / str(number), weights, fisher, f"task-{number}"))
+    live = most = 0
+    read = TensorFiles.__getitem__
+
+    def closed() -> None:
+        nonlocal live
+        live -= 1
+
+    def watched(files: TensorFiles, name: str) -> torch.Tensor:
+        nonlocal live, most
+        tensor = read(files, name)
+        live += 1
+        most = max(most, live)
+        # The storage lives as long as any view of it does.
+        weakref.finalize(tensor.untyped_storage(), closed)
+        return tensor
+
+    monkeypatch.setattr(TensorFiles, "__getitem__", watched)
+    peaks = []
+    for count in (3, 9):
+        most = 0
+        merge_command.merge(folders[:count], output_dir=tmp_path / f"out-{count}")
+        assert live == 0
+        peaks.append(most)
+    assert peaks[0] == peaks[1] <= 6
+
+
+def test_chunks_are_put_together(
+    strangers: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge_command.merge(strangers, output_dir=tmp_path / "whole")
+    monkeypatch.setattr(merge_command, "_CHUNK", 5)
+    merge_command.merge(strangers, output_dir=tmp_path / "chunks")
+    whole, chunks = (contents(tmp_path / name) for name in ("whole", "chunks"))
+    ledgers = [json.loads(found.pop("fisher/fisher.json")) for found in (whole, chunks)]
+    offsets = [ledger.pop("penalty_offset") for ledger in ledgers]
+    assert whole == chunks
+    assert ledgers[0] == ledgers[1]
+    assert offsets[0] == pytest.approx(offsets[1], rel=1e-12)

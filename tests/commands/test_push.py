@@ -1,0 +1,382 @@
+"""Pushing to a Hub on loopback with the real client: what arrives, and what failures leave."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from consolidate.commands.fisher import fisher
+from consolidate.commands.push import push, push_text
+from consolidate.commands.verify import verify
+from formats.errors import ConsolidateError, UsageError
+from support import in_process, loopback_hub
+from support.loopback_hub import COMMIT, TOKEN, Hub, environment, run, run_python
+from support.networks import SIZES, make_network
+
+Write = Callable[..., Path]
+MODEL = ("--model", "support.networks:make_network")
+
+
+@pytest.fixture
+def checkpoint(network_checkpoint: Path, write_task: Write) -> Path:
+    """A folder with weights, a Fisher, and what is nobody else's business."""
+    fisher(network_checkpoint, write_task("old"), model="support.networks:make_network")
+    (network_checkpoint / "train.jsonl").write_text('{"text": "a secret row"}\n')
+    (network_checkpoint / ".env").write_text("PASSWORD=secret\n")
+    return network_checkpoint
+
+
+def pushed(folder: Path, hub: Hub, *arguments: object) -> dict[str, Any]:
+    """Push and give the result as JSON."""
+    code, out, err = run(
+        folder, "push", *arguments, "--json", HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN
+    )
+    assert code == 0, err
+    return dict(json.loads(out))
+
+
+def downloaded(folder: Path, hub: Hub, repository: str, into: str) -> Path:
+    """Fetch a repository as people do."""
+    script = "from huggingface_hub.cli.hf import main; main()"
+    code, _, err = run_python(
+        folder, "-c", script, "download", repository, "--local-dir", into,
+        HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN,
+    )  # fmt: skip
+    assert code == 0, err
+    return folder / into
+
+
+def test_one_commit_holds_all_of_it(checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
+    code, out, err = run(
+        tmp_path, "push", checkpoint, "model", "--dry-run",
+        HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN,
+    )  # fmt: skip
+    assert code == 0, err
+    assert f"{(checkpoint / 'fisher' / 'fisher.safetensors').stat().st_size}  new" in out
+    assert "'train.jsonl'" in err
+    assert not hub.repositories
+
+    done = pushed(tmp_path, hub, checkpoint, "model", "--tag", "v1")
+    repository = hub.repositories["user/model"]
+    assert done["commit"] == repository.branches["main"] == repository.tags["v1"]
+    assert repository.private
+    assert len(repository.commits) == 2
+    files = repository.files
+    assert set(files) == {
+        ".gitattributes",
+        "LICENSE",
+        "README.md",
+        "config.json",
+        "fisher/fisher.json",
+        "fisher/fisher.safetensors",
+        "model.safetensors",
+        "model.safetensors.index.json",
+    }
+    assert not any(b"secret" in content for content in files.values())
+    index = json.loads(files["model.safetensors.index.json"])
+    assert set(index["weight_map"].values()) == {"model.safetensors"}
+
+    # What is there already is compared, and without a network all is listed.
+    dry = pushed(tmp_path, hub, checkpoint, "user/model", "--dry-run")
+    assert {file["change"] for file in dry["files"]} == {"unchanged"}
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN}
+    offline = {**nowhere, "HF_HUB_OFFLINE": "1"}
+    for target, variables in (("user/model", offline), ("model", nowhere)):
+        words = ("push", checkpoint, target, "--dry-run", "--json")
+        code, out, err = run(tmp_path, *words, **variables)
+        assert code == 0, err
+        alone = json.loads(out)
+        assert {file["change"] for file in alone["files"]} == {"not compared"}
+        sizes = {file["path"]: file["size"] for file in dry["files"] if file["path"] != "README.md"}
+        assert sizes.items() < {file["path"]: file["size"] for file in alone["files"]}.items()
+        assert f"the Hub could not be asked what {target} holds" in err
+    assert "what of them is there already is not known" in push_text(alone)
+
+    # A person edits the card; again, nothing else is to be sent.
+    edited = files["README.md"].replace(b"# user/model\n", b"# Mine\n\nI say so.\n")
+    repository.commits["b" * 40] = {**files, "README.md": edited, "notes.txt": b"kept"}
+    repository.branches["main"] = "b" * 40
+    hub.requests.clear()
+    again = pushed(tmp_path, hub, checkpoint, "user/model")
+    assert again["status"] == "unchanged"
+    assert again["commit"] == "b" * 40
+    assert not hub.asked("^(PUT|POST)")
+
+    # Half the Fisher, over what is there; what was of an earlier one goes.
+    repository.commits["b" * 40]["fisher/anchor.safetensors"] = b"earlier"
+    repository.commits["b" * 40]["model-00001-of-00002.safetensors"] = b"earlier"
+    half = pushed(tmp_path, hub, checkpoint, "user/model", "--fisher-dtype", "bfloat16")
+    assert half["deleted"] == ["fisher/anchor.safetensors", "model-00001-of-00002.safetensors"]
+    changed = {file["path"] for file in half["files"] if file["change"] != "unchanged"}
+    assert changed == {"README.md", "fisher/fisher.json", "fisher/fisher.safetensors"}
+    assert b"# Mine\n\nI say so.\n" in repository.files["README.md"]
+    assert repository.files["notes.txt"] == b"kept"
+    fetched = downloaded(tmp_path, hub, "user/model", "fetched")
+    assert verify(fetched)["fisher"]["bytes"] == verify(checkpoint)["fisher"]["bytes"] // 2
+    exact = load_file(checkpoint / "fisher" / "fisher.safetensors")
+    for name, values in load_file(fetched / "fisher" / "fisher.safetensors").items():
+        assert torch.equal(values, exact[name].bfloat16())
+
+
+def test_what_is_refused_before_anything_is_sent(
+    checkpoint: Path, tmp_path: Path, hub: Hub
+) -> None:
+    for options, message in (
+        ({"create_pr": True, "revision": "x"}, "--revision"),
+        ({"create_pr": True, "tag": "x"}, "--tag"),
+        ({"token": "two words"}, "--token is no token"),
+        ({"fisher_only": True}, "needs one --base-model"),
+        ({"base_model": ["a/b/c"]}, "cannot be a repository"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            push(checkpoint, "user/model", **options)  # type: ignore[arg-type]
+    public = hub.put("user/public", checkpoint)
+    variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+    code, _, err = run(tmp_path, "push", checkpoint, "user/public", **variables)
+    assert (code, "--public" in err) == (2, True)
+    public.tags["v1"] = "d" * 40
+    code, _, err = run(
+        tmp_path, "push", checkpoint, "user/public", "--public", "--tag", "v1", **variables
+    )
+    assert (code, "has a tag 'v1' already" in err) == (2, True)
+    data = bytearray((checkpoint / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (checkpoint / "model.safetensors").write_bytes(data)
+    code, _, err = run(tmp_path, "push", checkpoint, "user/model", **variables)
+    assert (code, "has the expected dtype and shape, but other values" in err) == (3, True)
+    assert not hub.asked("^(PUT|POST)")
+
+
+def test_a_branch_and_a_pull_request(checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
+    pushed(tmp_path, hub, checkpoint, "user/model", "--revision", "next", "--public")
+    repository = hub.repositories["user/model"]
+    assert not repository.private
+    assert set(repository.files) == {".gitattributes"}
+    assert "fisher/fisher.json" in repository.commits[repository.branches["next"]]
+    done = pushed(tmp_path, hub, checkpoint, "user/model", "--create-pr", "--public")
+    assert done["pull_request"].endswith("/user/model/discussions/1")
+    assert set(repository.files) == {".gitattributes"}
+    assert repository.branches["refs/pr/1"] == done["commit"]
+
+
+FAILURES: list[tuple[str, dict[str, Any], int, str]] = [
+    ("GET /api/models/user/model$", {"status": 503}, 75, "status 503"),
+    ("GET /api/models/user/model$", {"status": 0}, 75, "cannot be reached"),
+    ("GET .*/tree/", {"status": 401, "message": "Invalid credentials in Authorization header"}, 3,
+     "hf auth login"),
+    ("POST .*/commit/", {"status": 401}, 3, "hf auth login"),
+    ("POST .*/commit/", {"status": 403, "message": "read-only"}, 3, "read-only"),
+    ("POST .*/commit/", {"status": 404}, 3, "no such repository"),
+    ("POST .*/commit/", {"status": 409}, 3, "has changed since"),
+    ("POST .*/commit/", {"status": 412}, 3, "has changed since"),
+    ("POST .*/commit/", {"status": 413, "message": "too \x1b large"}, 3, "status 413"),
+    ("POST .*/commit/", {"status": 429, "Retry_After": "7"}, 75, "patience of 7 s"),
+    ("POST .*/commit/", {"status": 500}, 75, "status 500"),
+    ("POST .*/commit/", {"status": 0}, 75, "cannot be reached"),
+    ("PUT", {"status": 403}, 3, "may not"),
+]  # fmt: skip
+
+
+def test_a_failure_leaves_the_repository_as_it_was(
+    checkpoint: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = hub.put("user/model", tmp_path / "nothing", private=True)
+    before = dict(repository.branches)
+    pending = iter(FAILURES)
+
+    def next_failure() -> None:
+        where, failure, *_ = next(pending, ("never", {}))
+        hub.failures.clear()
+        hub.fail(where, **failure)
+        assert repository.branches == before
+        hub.objects.clear()
+        hub.meanwhile["GET /api/models/user/model$"] = next_failure
+
+    hub.meanwhile["GET /api/models/user/model$"] = next_failure
+    told: list[tuple[int, str]] = []
+    variables = environment(tmp_path, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)
+    with in_process.environment(variables):
+        for _ in range(len(FAILURES) + 1):
+            try:
+                push(checkpoint, "user/model")
+                told.append((0, ""))
+            except ConsolidateError as error:
+                told.append((error.exit_code, str(error)))
+    out, err = capsys.readouterr()
+    for (where, failure, expected, message), (exit_code, said) in zip(FAILURES, told, strict=False):
+        assert (exit_code, message in said) == (expected, True), (where, failure, said)
+        assert "\x1b" not in said
+        assert TOKEN not in said
+    assert told[-1] == (0, "")
+    assert repository.branches != before
+    assert TOKEN not in out + err
+
+
+def test_somebody_else_was_quicker(checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
+    repository = hub.put("user/model", tmp_path / "nothing", private=True)
+    theirs = {"README.md": b"theirs"}
+
+    def commit() -> None:
+        repository.commits["e" * 40] = theirs
+        repository.branches["main"] = "e" * 40
+
+    hub.meanwhile["POST .*/commit/"] = commit
+    variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+    code, _, err = run(tmp_path, "push", checkpoint, "user/model", **variables)
+    assert (code, "has changed since it was looked at" in err) == (3, True)
+    assert repository.files == theirs
+
+
+def test_what_arrived_otherwise_is_told(checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
+    repository = hub.put("user/model", tmp_path / "nothing", private=True)
+
+    def damage() -> None:
+        def spoil() -> None:
+            repository.files["fisher/fisher.json"] = b"{}"
+
+        hub.meanwhile["GET .*/tree/"] = spoil
+
+    hub.meanwhile["POST .*/commit/"] = damage
+    variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+    code, _, err = run(tmp_path, "push", checkpoint, "user/model", **variables)
+    assert (code, "fisher/fisher.json has another digest" in err) == (75, True), err
+
+
+def test_an_interrupted_upload_goes_on(checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
+    hub.put("user/model", tmp_path / "nothing", private=True)
+    before = dict(hub.repositories["user/model"].branches)
+    variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+    second: list[str] = []
+
+    def slow_down() -> None:
+        hub.meanwhile["PUT"] = lambda: (setattr(hub, "slow", 60.0), second.append("begun"))
+
+    hub.meanwhile["PUT"] = slow_down
+    command = [sys.executable, "-m", "consolidate", "push", checkpoint, "user/model"]
+    process = subprocess.Popen(
+        command, env=environment(tmp_path, **variables), stderr=subprocess.PIPE, text=True
+    )
+    while not second and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert (process.returncode, err.splitlines()[-1]) == (143, "terminated")
+    assert hub.repositories["user/model"].branches == before
+    sent = dict(hub.sent)
+    assert len(sent) == 1
+
+    hub.slow = 0.0
+    hub.fail("^PUT")  # and the connection is cut once in the middle of what is left
+    pushed(tmp_path, hub, checkpoint, "user/model")
+    assert all(hub.sent[digest] == count for digest, count in sent.items())
+    assert len(hub.sent) == 2
+    assert "fisher/fisher.json" in hub.repositories["user/model"].files
+
+
+def test_the_fisher_of_somebody_elses_weights(
+    checkpoint: Path, write_task: Write, tmp_path: Path, hub: Hub
+) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(checkpoint / name, theirs)
+    (theirs / "README.md").write_text("---\nlicense: mit\n---\n# Theirs\n")
+    hub.put("them/model", theirs)
+    only = (checkpoint, "user/fisher", "--fisher-only", "--base-model", "them/model")
+    done = pushed(tmp_path, hub, *only)
+    files = hub.repositories["user/fisher"].files
+    assert {path.partition("/")[0] for path in files} == {".gitattributes", "README.md", "fisher"}
+    card = files["README.md"].decode()
+    assert "base_model: them/model" in card
+    assert "# Theirs" not in card
+    assert f"at commit `{loopback_hub.COMMIT}`, whose digest is `{done['weights']}`" in card
+
+    code, _, err = run(
+        tmp_path, "finetune", "them/model", "--fisher", "user/fisher", "--data",
+        write_task("new", seed=4), *MODEL, "--ewc-lambda", 10, "--output-dir", "out",
+        HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN,
+    )  # fmt: skip
+    assert code == 0, err
+    assert verify(tmp_path / "out")["tasks"] == ["old", "new"]
+
+    other = make_network({"sizes": SIZES}).state_dict()
+    save_file(other, theirs / "model.safetensors", {"format": "pt"})
+    hub.put("them/other", theirs)
+    variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+    code, _, err = run(tmp_path, "push", *only[:-1], "them/other", **variables)
+    assert (code, "belongs to other weights than them/other" in err) == (3, True), err
+    pushed(tmp_path, hub, checkpoint, "user/whole")
+    code, _, err = run(tmp_path, "push", checkpoint, "user/whole", *only[2:], **variables)
+    assert (code, "holds weights" in err) == (2, True), err
+
+
+LOADERS = """
+import sys
+import torch, transformers
+from huggingface_hub import load_torch_model, snapshot_download
+from consolidate import verify
+name = sys.argv[1]
+path = snapshot_download(name)
+first = transformers.AutoModelForSequenceClassification.from_pretrained(name)
+second = transformers.AutoModelForSequenceClassification.from_config(first.config)
+result = load_torch_model(second, path, strict=True)
+assert not result.missing_keys and not result.unexpected_keys, result
+for key, value in first.state_dict().items():
+    assert torch.equal(value, second.state_dict()[key]), key
+print(verify(path)["weights"]["digest"])
+"""
+
+
+def test_what_was_pushed_loads_as_before(tmp_path: Path, hub: Hub) -> None:
+    import transformers
+
+    from support import tiny_models
+
+    folder = tiny_models.save(
+        tmp_path / "bert",
+        transformers.BertForSequenceClassification,
+        tiny_models.bert_config(),
+        tiny_models.word_tokenizer(),
+    )
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(tiny_models.CORPUS)]
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fisher(folder, tmp_path / "old.jsonl")
+    done = pushed(tmp_path, hub, folder, "user/bert")
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(hub.repositories["user/bert"].files)
+    assert b"library_name: transformers" in hub.repositories["user/bert"].files["README.md"]
+    code, out, err = run_python(
+        tmp_path, "-c", LOADERS, "user/bert", HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN
+    )
+    assert code == 0, err
+    assert out.splitlines()[-1] == done["weights"]
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_is_not_sent(
+    checkpoint: Path, write_task: Write, hub: Hub
+) -> None:
+    hub.repositories["user/model"] = loopback_hub.Repository({COMMIT: {"README.md": b"# Mine\n"}})
+
+    def replace() -> None:
+        fisher(
+            checkpoint,
+            write_task("new", seed=1),
+            model="support.networks:make_network",
+            overwrite=True,
+        )
+
+    hub.meanwhile["GET /user/model/resolve/.*README.md"] = replace
+    words = ("push", checkpoint, "user/model", "--public")
+    code, _, err = run(checkpoint, *words, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)
+    assert code == 3
+    assert "was written to while it was read, and nothing was sent" in err
+    assert hub.repositories["user/model"].files == {"README.md": b"# Mine\n"}
+    assert run(checkpoint, *words, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)[0] == 0

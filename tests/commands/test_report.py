@@ -1,0 +1,268 @@
+"""The report: a page that browsers and screen readers take, whatever the ledger says."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+import consolidate
+from consolidate.cli import main
+from consolidate.commands.report import PICTURES, report
+from consolidate.views.drawing import MARK
+from formats.errors import InputError, UsageError
+from scripts.screenshots import find_chromium, screenshot
+from support import report_checkpoints as checkpoints
+
+needs_chromium = pytest.mark.skipif(
+    find_chromium() is None, reason="no Chromium on PATH or in the variable CHROMIUM"
+)
+VOID = {"meta", "link", "br"}
+
+
+class Page(HTMLParser):
+    """Holds what a test asks of a page; refuses tags that are not closed in their order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.parents: list[tuple[str, ...]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        self.parents.append(tuple(self.open))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, self.getpos()
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+    def all(self, *names: str) -> list[dict[str, str]]:
+        return [attributes for tag, attributes in self.tags if tag in names]
+
+
+def many_layers(folder: Path) -> Path:
+    names = [
+        f"model.layers.{i}.self_attn.{part}_proj.weight" for i in range(100) for part in "qkvo"
+    ]
+    tasks = [
+        checkpoints.task(
+            f"task-{i}", layers=checkpoints.layers(names, 10.0**-i, 0.5 if i else None)
+        )
+        for i in range(20)
+    ]
+    return checkpoints.write(folder, tasks, names)
+
+
+def one_task(folder: Path) -> Path:
+    only = checkpoints.task("only", layers=checkpoints.layers(["w"], 1.0))
+    return checkpoints.write(folder, [only], ["w"])
+
+
+CHECKPOINTS: dict[str, Any] = {
+    "chain": checkpoints.chain,
+    "hostile": checkpoints.hostile,
+    "many layers": many_layers,
+    "one task": one_task,
+}
+
+
+@pytest.fixture(params=CHECKPOINTS)
+def page(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    folder = CHECKPOINTS[request.param](tmp_path / "model")
+    return Path(report(folder, output=tmp_path / "r.html")["report"])
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    found = Page(text)
+    assert text.startswith("<!doctype html>")
+    assert found.all("html") == [{"lang": "en"}]
+    assert not found.all("script", "iframe", "object", "embed", "form", "base", "img")
+    for _, attributes in found.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        assert re.match(r"#|data:,$", attributes.get("href", "#"))
+        assert not attributes.keys() & {"src", "srcset", "action", "xlink:href"}
+    assert "url(" not in text
+    assert "@import" not in text
+    policy = [meta for meta in found.all("meta") if "http-equiv" in meta]
+    assert policy[0]["content"].startswith("default-src 'none'")
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", text)
+
+
+def test_the_page_can_be_heard_and_used_by_keyboard(page: Path) -> None:
+    found = Page(page.read_text(encoding="utf-8"))
+    names = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
+    assert len(names) == len(set(names))
+    for link in found.all("a"):
+        assert link["href"].removeprefix("#") in names
+    for picture in found.all("svg"):
+        assert picture["role"] == "img"
+        assert set(picture["aria-labelledby"].split()) <= set(names)
+    assert len(found.all("desc")) == len(found.all("svg")) > 0
+    assert len(found.all("caption")) == len(found.all("table")) >= len(found.all("svg"))
+    assert {cell["scope"] for cell in found.all("th")} == {"col", "row"}
+    assert len(found.all("main")) == len(found.all("h1")) == len(found.all("nav")) == 1
+    for attributes in found.all("div"):
+        if attributes.get("class") == "scroll":
+            assert attributes["tabindex"] == "0"
+            assert attributes["aria-label"]
+    for (tag, _), parents in zip(found.tags, found.parents, strict=True):
+        if tag == "table":
+            assert "div" in parents  # it scrolls by itself, and the page does not
+
+
+def test_what_a_ledger_says_is_only_shown(tmp_path: Path) -> None:
+    folder = checkpoints.hostile(tmp_path / "m")
+    page = Path(report(folder, output=tmp_path / "r.html", plots=tmp_path / "p")["report"])
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "<img" not in text
+    assert r"<script>alert('\"1&\")</script>\x1b[31m\u202e".replace('\\"', '"') in Page(text).text
+    for picture in (tmp_path / "p").glob("*.svg"):
+        root = ElementTree.fromstring(picture.read_text(encoding="utf-8"))
+        assert not [element for element in root.iter() if "script" in element.tag]
+
+
+def test_the_page_tells_the_chain(tmp_path: Path) -> None:
+    folder = checkpoints.chain(tmp_path / "model")
+    text = Page(Path(report(folder, output=tmp_path / "r.html")["report"]).read_text()).text
+    for words in ("model", "3 tasks", "18 weights", "ewc, λ = 10", "no penalty", "0.950"):
+        assert words in text
+    for words in ("1.running_mean", "no gradient", "consolidate0.1.0", "online, γ = 1"):
+        assert words in text
+
+
+def test_without_scores_it_says_how_to_take_them(tmp_path: Path) -> None:
+    page = report(one_task(tmp_path / "m"), output=tmp_path / "r.html")["report"]
+    assert "--evaluate TASK=DATA" in Path(page).read_text()
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
+    folder = checkpoints.chain(tmp_path / "model")
+    first = report(folder, output=tmp_path / "1" / "r.html", plots=tmp_path / "1")
+    second = consolidate.report(folder, output=tmp_path / "2" / "r.html", plots=tmp_path / "2")
+    assert first["tasks"] == ["a", "b", "c"]
+    assert len(first["plots"]) == 2 * len(PICTURES)
+    for one, other in zip(
+        [first["report"], *first["plots"]], [second["report"], *second["plots"]], strict=True
+    ):
+        assert Path(one).read_bytes() == Path(other).read_bytes()
+
+
+def test_pictures_are_those_of_the_page(tmp_path: Path) -> None:
+    folder = checkpoints.chain(tmp_path / "model")
+    report(folder, output=tmp_path / "r.html", plots=tmp_path / "p")
+    sizes = [
+        svg["viewbox"].split()[2:] for svg in Page((tmp_path / "r.html").read_text()).all("svg")
+    ]
+    assert len(sizes) == len(PICTURES)
+    for name, (width, height) in zip(PICTURES, sizes, strict=True):
+        root = ElementTree.parse(tmp_path / "p" / f"{name}.svg").getroot()
+        assert (root.attrib["width"], root.attrib["height"]) == (width, height)
+        with Image.open(tmp_path / "p" / f"{name}.png") as image:
+            assert image.width == pytest.approx(2 * float(width), abs=1)
+            assert image.height == pytest.approx(2 * float(height), abs=1)
+
+
+def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    chain, one = checkpoints.chain(tmp_path / "chain"), one_task(tmp_path / "one")
+    output, plots = tmp_path / "new" / "r.html", tmp_path / "plots"
+    report(chain, output=output, plots=plots)
+    report(one, output=output, plots=plots)
+    assert "only" in output.read_text()
+    left = {path.name for path in plots.iterdir()}
+    assert left == {"added.png", "added.svg", "protection.png", "protection.svg"}
+    (plots / "matrix.png").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"matrix\.png is there already .* --overwrite"):
+        report(chain, output=tmp_path / "no.html", plots=plots)
+    assert not (tmp_path / "no.html").exists()
+    output.write_text("notes")
+    with pytest.raises(InputError, match=r"r\.html is there already"):
+        report(chain, output=output)
+    assert output.read_text() == "notes"
+    report(chain, output=output, overwrite=True)
+    assert MARK in output.read_text()
+
+
+def test_what_cannot_be_done_is_refused_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoints.chain(tmp_path / "model")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(InputError, match="the checkpoint has no Fisher"):
+        report(tmp_path / "bare", output=tmp_path / "r.html")
+    with pytest.raises(InputError, match="is a folder: name a file"):
+        report(folder, output=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file is no folder that can be written"):
+        report(folder, output=tmp_path / "file" / "r.html")
+    with pytest.raises(UsageError, match="--revision is for repositories"):
+        report(folder, revision="main")
+    monkeypatch.setattr("consolidate.commands.report.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'consolidate-ewc\[plot\]'"):
+        report(folder, output=tmp_path / "r.html", plots=tmp_path / "p")
+    assert not (tmp_path / "r.html").exists()
+    assert not (tmp_path / "p").exists()
+
+
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints.chain(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main(["report", "model/"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == "model-report.html\n"
+    with pytest.raises(SystemExit):
+        main(["report", "model", "--json", "--plots", "p", "--output", "r.html"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["checkpoint"] == "model"
+    assert result["report"] == "r.html"
+    assert result["plots"][:2] == ["p/matrix.svg", "p/matrix.png"]
+
+
+@needs_chromium
+def test_a_browser_shows_it_without_complaint(page: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "p.png"
+    assert screenshot(page, picture, width=390, height=1200, dark=True) == []
+    with Image.open(picture) as image:
+        assert image.size == (390, 1200)
+        assert image.convert("RGB").getpixel((2, 2)) == (0x14, 0x17, 0x1A)
+
+
+@needs_chromium
+def test_a_browser_loads_and_runs_nothing_that_a_page_might_hold(tmp_path: Path) -> None:
+    page = tmp_path / "r.html"
+    report(one_task(tmp_path / "m"), output=page)
+    strange = "<img src='http://127.0.0.1:9/x.png'><script>document.body.textContent = ''</script>"
+    page.write_text(page.read_text().replace("</main>", f"{strange}</main>"))
+    complaints = screenshot(page, tmp_path / "p.png", width=390, height=200)
+    assert ["img-src" in line for line in complaints] == [True, False]
+    assert "script-src" in complaints[1]
+
+
+@needs_chromium
+def test_the_page_does_not_scroll_sideways_on_a_phone(page: Path, tmp_path: Path) -> None:
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+    probe = "<script>console.log('width', document.documentElement.scrollWidth)</script>"
+    page.write_text(text.replace("</body>", f"{probe}</body>"))
+    # Windows have a least width; frames have not.
+    framed = tmp_path / "framed.html"
+    framed.write_text(f'<iframe src="{page.name}" style="width:360px;height:700px"></iframe>')
+    (line,) = screenshot(framed, tmp_path / "p.png", width=800, height=800)
+    assert '"width 360"' in line

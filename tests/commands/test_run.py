@@ -1,0 +1,497 @@
+"""A chain of tasks by one command: what is done, what is skipped, and the same bytes each way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from safetensors.torch import load_file
+
+import consolidate
+from consolidate.commands.verify import verify
+from formats.atomic import claimed, claimed_in_place
+from formats.errors import InputError, UsageError
+from formats.fisher_folder import read_fisher
+from support import tiny_models
+from support.command_line import run as run_cli
+from support.faults import Killed, break_off
+
+Write = Callable[..., Path]
+ROOT = Path(__file__).resolve().parents[2]
+
+TASKS = """
+output-dir = "out"
+
+[config]
+sizes = [6, 8, 3]
+
+[defaults]
+model = "support.networks:make_network"
+optimizer = "adam"
+learning-rate = 0.01
+epochs = 3
+ewc-lambda = 10
+"""
+TASK = """
+[[task]]
+name = "{name}"
+data = "{name}.npz"
+evaluate = "{name}-test.npz"
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, write_task: Write) -> Path:
+    """A run file of three tasks for `make_network`, made afresh."""
+    path = tmp_path / "tasks.toml"
+    text = TASKS
+    for seed, name in enumerate("abc"):
+        write_task(name, seed=seed)
+        write_task(f"{name}-test", seed=seed, count=20)
+        text += TASK.format(name=name)
+    path.write_text(text)
+    return path
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def statuses(result: dict[str, Any]) -> dict[str, str]:
+    return {step["step"]: step["status"] for step in result["steps"]}
+
+
+def reasons(result: dict[str, Any]) -> dict[str, str]:
+    return {step["step"]: step["reason"] for step in result["steps"] if step["reason"]}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_three_tasks_from_nothing(tasks: Path, tmp_path: Path) -> None:
+    result = consolidate.run(tasks)
+    assert statuses(result) == dict.fromkeys(["00-start", "01-a", "02-b", "03-c"], "done")
+    last = tmp_path / "out" / "03-c"
+    assert result["checkpoint"] == str(last)
+    assert verify(last)["tasks"] == ["a", "b", "c"]
+    ledger = read_fisher(last / "fisher").ledger
+    assert [(t.penalty, t.ewc_lambda) for t in ledger.tasks] == [
+        ("none", None),
+        ("ewc", 10.0),
+        ("ewc", 10.0),
+    ]
+    matrix = result["accuracy_matrix"]
+    assert matrix == consolidate.show(last)["accuracy_matrix"]
+    measured = [[score is not None for score in row] for row in matrix["scores"]]
+    assert measured == [[True, False, False], [True, True, False], [True, True, True]]
+    assert matrix["scores"][2] == [
+        consolidate.evaluate(
+            last, tmp_path / f"{n}-test.npz", model="support.networks:make_network"
+        )[f"{n}-test"]["score"]
+        for n in "abc"
+    ]
+    assert json.loads((last / "config.json").read_text()) == {"sizes": [6, 8, 3]}
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        name for step in statuses(result) for name in (step, f"{step}.json")
+    )
+
+
+def test_the_second_run_does_nothing_and_times_mean_nothing(tasks: Path, tmp_path: Path) -> None:
+    consolidate.run(tasks)
+    before = tree(tmp_path / "out")
+    written = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*.safetensors")}
+    for file in [tasks, *tmp_path.glob("*.npz")]:
+        os.utime(file, (1, 1))
+    result = consolidate.run(tasks)
+    assert set(statuses(result).values()) == {"skipped"}
+    assert result["accuracy_matrix"]["tasks"] == ["a", "b", "c"]
+    assert tree(tmp_path / "out") == before
+    assert {f: f.stat().st_mtime_ns for f in written} == written
+
+
+def test_a_changed_lambda_does_again_what_comes_after_it(tasks: Path, tmp_path: Path) -> None:
+    consolidate.run(tasks)
+    edit(tasks, '"b-test.npz"\n', '"b-test.npz"\newc-lambda = 30\n')
+    before = tree(tmp_path / "out")
+    dry = consolidate.run(tasks, dry_run=True)
+    assert tree(tmp_path / "out") == before
+    assert (dry["status"], dry["accuracy_matrix"]) == ("dry run", None)
+    assert reasons(dry) == {
+        "02-b": "changed: ewc-lambda (10 → 30)",
+        "03-c": "changed: the checkpoint before it",
+    }
+    done = consolidate.run(tasks)
+    assert reasons(done) == reasons(dry)
+    assert statuses(done) == {
+        "00-start": "skipped",
+        "01-a": "skipped",
+        "02-b": "done",
+        "03-c": "done",
+    }
+    consolidate.run(tasks, output_dir=tmp_path / "fresh")
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+    assert tree(tmp_path / "out") != before
+
+
+def test_running_statistics_follow_the_first_task_alone(tasks: Path, tmp_path: Path) -> None:
+    text = tasks.read_text().replace(
+        "support.networks:make_network", "support.networks:normed_network"
+    )
+    text = text.replace('"b.npz"', '"b.npz"\npenalty = "none"').replace("[6, 8, 3]", "[]")
+    text = text.replace('output-dir = "out"', 'output-dir = "out"\nevaluate-ahead = true')
+    tasks.write_text(text + '[evaluate]\nmore = "c.npz"\n')
+    consolidate.run(tasks)
+    steps = ("00-start", "01-a", "02-b", "03-c")
+    found = [load_file(tmp_path / "out" / step / "model.safetensors") for step in steps]
+    means = [weights["1.running_mean"].tolist() for weights in found]
+    assert means[0] == [0.0] * 8 != means[1] == means[2] == means[3]
+
+
+RECORD = Path("out", "03-c.json")
+CHANGES: dict[str, tuple[Callable[[Path, Write], object], dict[str, str]]] = {
+    "data": (
+        lambda folder, write: write("b", seed=9),
+        {"02-b": "changed: its data", "03-c": "changed: the checkpoint before it"},
+    ),
+    "test data": (
+        lambda folder, write: write("c-test", seed=9),
+        {"03-c": "changed: the test data of c differs"},
+    ),
+    "an option back to its default": (
+        lambda folder, write: edit(folder / "tasks.toml", '"c.npz"', '"c.npz"\nepochs = 1'),
+        {"03-c": "changed: epochs (3 → 1)"},
+    ),
+    "an option that is not seen in the checkpoint": (
+        lambda folder, write: edit(folder / "tasks.toml", "epochs", "log-every = 1\nepochs"),
+        {},
+    ),
+    "a default that is written out": (
+        lambda folder, write: edit(folder / "tasks.toml", "epochs", "seed = 0\nepochs"),
+        {},
+    ),
+    "what running statistics do unless it is said": (
+        lambda folder, write: edit(
+            folder / "tasks.toml", '"c.npz"', '"c.npz"\nnorm-statistics = "frozen"'
+        ),
+        {},
+    ),
+    "running statistics": (
+        lambda folder, write: edit(
+            folder / "tasks.toml", '"c.npz"', '"c.npz"\nnorm-statistics = "update"'
+        ),
+        {"03-c": "changed: norm-statistics (frozen → update)"},
+    ),
+    "the config": (
+        lambda folder, write: edit(folder / "tasks.toml", "[6, 8, 3]", "[6, 9, 3]"),
+        {
+            "00-start": "changed: the config",
+            **dict.fromkeys(["01-a", "02-b", "03-c"], "changed: the checkpoint before it"),
+        },
+    ),
+    "a checkpoint that is gone": (
+        lambda folder, write: shutil.rmtree(folder / "out" / "03-c"),
+        {"03-c": "its checkpoint is gone"},
+    ),
+    "a Fisher that is gone": (
+        lambda folder, write: shutil.rmtree(folder / "out" / "03-c" / "fisher"),
+        {"03-c": "its checkpoint is not what was made"},
+    ),
+    "a record that is not finished": (
+        lambda folder, write: edit(folder / RECORD, '"made": {', '"made": null, "x": {'),
+        {"03-c": "it was begun and not finished"},
+    ),
+    "another version": (
+        lambda folder, write: edit(folder / RECORD, '"consolidate": "', '"consolidate": "9'),
+        {"03-c": "changed: the version of consolidate"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_a_change_concerns(tasks: Path, tmp_path: Path, write_task: Write, case: str) -> None:
+    consolidate.run(tasks)
+    change, expected = CHANGES[case]
+    change(tmp_path, write_task)
+    assert reasons(consolidate.run(tasks, dry_run=True)) == expected
+    assert reasons(consolidate.run(tasks)) == expected
+    assert reasons(consolidate.run(tasks)) == {}
+
+
+def test_a_flipped_bit_is_found_and_made_good(tasks: Path, tmp_path: Path) -> None:
+    consolidate.run(tasks)
+    before = tree(tmp_path / "out")
+    file = tmp_path / "out" / "02-b" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    result = consolidate.run(tasks)
+    assert list(reasons(result)) == ["02-b"]  # what follows starts from the same content again
+    assert "its checkpoint is damaged" in reasons(result)["02-b"]
+    assert tree(tmp_path / "out") == before
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from support.networks import make_network
+
+def network(config):
+    module = make_network(config)
+    steps = []
+
+    def count(module, inputs):
+        steps.append(module.training)
+        if sum(steps) == 6 and config["sizes"] and Path("kill").exists():
+            Path("kill").unlink()
+            os.kill(os.getpid(), signal.{signal})
+
+    module.register_forward_pre_hook(count)
+    return module
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        ("SIGKILL", -signal.SIGKILL),
+        pytest.param("SIGINT", 130, marks=pytest.mark.slow),
+        ("SIGTERM", 143),
+    ],
+)
+def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(
+    tasks: Path, tmp_path: Path, sent: str, code: int
+) -> None:
+    module = f"killed_by_{sent.lower()}"
+    (tmp_path / f"{module}.py").write_text(KILLED.format(signal=sent))
+    edit(tasks, "support.networks:make_network", f"{module}:network")
+    consolidate.run(tasks)
+    edit(tasks, '"b-test.npz"\n', '"b-test.npz"\nepochs = 4\n')
+    consolidate.run(tasks, output_dir=tmp_path / "whole")
+    (tmp_path / "kill").touch()
+    stopped = subprocess.run(
+        [sys.executable, "-m", "consolidate", "run", "tasks.toml"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert stopped.returncode == code
+    assert not (tmp_path / "kill").exists()
+    if code > 0:
+        assert "stopped in 02-b: what was done before it is kept" in stopped.stderr
+        assert "Traceback" not in stopped.stderr
+    assert statuses(consolidate.run(tasks)) == {
+        "00-start": "skipped",
+        "01-a": "skipped",
+        "02-b": "done",
+        "03-c": "done",
+    }
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_step_that_was_broken_off_goes_on_unless_it_is_another(
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    changed: bool,
+) -> None:
+    edit(tasks, "epochs = 3", "epochs = 3\nsave-every = 0")
+    break_off(monkeypatch, 5)
+    with pytest.raises(Killed):
+        consolidate.run(tasks)
+    if changed:
+        edit(tasks, "epochs = 3", "epochs = 2")
+    caplog.set_level("INFO", "consolidate")
+    result = consolidate.run(tasks)
+    assert ("going on from step 5 of 12" in caplog.text) != changed
+    assert reasons(result)["01-a"] == "it was begun and not finished"
+    consolidate.run(tasks, output_dir=tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_tiny_bert_from_a_measured_start(tmp_path: Path) -> None:
+    config = tiny_models.bert_config(id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
+    start = tiny_models.save(
+        tmp_path / "start",
+        transformers.BertForSequenceClassification,
+        config,
+        tiny_models.word_tokenizer(),
+    )
+    for task, column in (("cats", "body"), ("dogs", "text"), ("rain", "text")):
+        rows = [
+            {column: t, "label": ("no", "yes")[i % 2]} for i, t in enumerate(tiny_models.CORPUS)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{task}.jsonl").write_text(text)
+    (tmp_path / "cats.toml").write_text(
+        'data = "cats.jsonl"\ntext-column = "body"\n'.replace("-", "_")
+    )
+    (tmp_path / "tasks.toml").write_text(
+        """
+        start = "start"
+        output-dir = "out"
+        evaluate-ahead = true
+
+        [defaults]
+        ewc-lambda = 10
+        learning-rate = 1e-3
+        max-steps = 3
+        batch-size = 2
+        max-forgetting = 5.0
+        evaluate-every = 2
+
+        [[task]]
+        name = "cats"
+        data = "cats.toml"
+        evaluate = "cats.toml"
+        train = false
+
+        [[task]]
+        name = "dogs"
+        data = "dogs.jsonl"
+        evaluate = "dogs.jsonl"
+        text-column = "text"
+
+        [[task]]
+        name = "rain"
+        data = "rain.jsonl"
+        """
+    )
+    first = consolidate.run(tmp_path / "tasks.toml")
+    assert list(statuses(first)) == ["01-cats", "02-dogs", "03-rain"]
+    matrix = first["accuracy_matrix"]
+    measured = [[score is not None for score in row] for row in matrix["scores"]]
+    assert measured == [[True, True, False]] * 3  # the first row is what dogs found before
+    assert [p["step"] for p in matrix["points"]] == [0, 2, 3, 0, 2, 3]
+    assert not (start / "fisher").exists()
+    weights = [load_file(tmp_path / f / "model.safetensors") for f in ("start", "out/01-cats")]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    assert reasons(consolidate.run(tmp_path / "tasks.toml")) == {}
+    edit(tmp_path / "start" / "tokenizer_config.json", "{", '{"a": 1, ')
+    again = consolidate.run(tmp_path / "tasks.toml", dry_run=True)
+    assert reasons(again)["01-cats"] == "changed: the checkpoint before it"
+
+
+def test_a_start_with_a_fisher_and_test_data_of_its_own_task(
+    tasks: Path, tmp_path: Path, network_checkpoint: Path, write_task: Write
+) -> None:
+    consolidate.fisher(
+        network_checkpoint, write_task("old", seed=7), model="support.networks:make_network"
+    )
+    edit(tasks, "[config]\nsizes = [6, 8, 3]\n", '[evaluate]\nold = "old.npz"\n')
+    edit(tasks, "\noutput-dir", '\nstart = "start"\noutput-dir')
+    edit(tasks, '"c-test.npz"\n', '"c-test.npz"\ntrain = false\n')
+    result = consolidate.run(tasks)
+    assert list(statuses(result)) == ["01-a", "02-b", "03-c"]
+    ledger = read_fisher(tmp_path / "out" / "03-c" / "fisher").ledger
+    assert [(t.name, t.penalty) for t in ledger.tasks] == [
+        ("old", None),
+        ("a", "ewc"),
+        ("b", "ewc"),
+        ("c", None),
+    ]
+    assert result["accuracy_matrix"]["tasks"] == ["old", "a", "b", "c"]
+    assert result["accuracy_matrix"]["scores"][1][0] is not None
+    edit(tasks, '[evaluate]\nold = "old.npz"\n', "")
+    edit(tasks, 'name = "a"', 'name = "old"')
+    with pytest.raises(InputError, match="has learned a task 'old' already: give"):
+        consolidate.run(tasks)
+
+
+REFUSED: dict[str, tuple[str, str, type[Exception], str]] = {
+    "no output folder": ('output-dir = "out"', "", UsageError, "say where the checkpoints go"),
+    "nothing to begin with": (
+        'model = "support.networks:make_network"', "", UsageError, "as start, or",
+    ),
+    "a third task's typo in a value": (
+        '"c-test.npz"\n', '"c-test.npz"\noptimizer = "adamm"\n', UsageError,
+        r"task 3 \(c\): --optimizer adamm",
+    ),
+    "a third task with a strength and no penalty": (
+        '"c-test.npz"\n', '"c-test.npz"\npenalty = "none"\newc-lambda = 1\n', UsageError,
+        r"task 3 \(c\): --ewc-lambda has no meaning with --penalty none",
+    ),
+    "a third task's merge rule": (
+        '"c-test.npz"\n', '"c-test.npz"\nmerge-rule = "sum"\n', UsageError,
+        r"task 3 \(c\): --merge-rule sum",
+    ),
+    "a third task without its data": (
+        'data = "c.npz"', 'data = "d.npz"', InputError, r"d\.npz does not exist",
+    ),
+    "test data that are missing": (
+        '"c-test.npz"', '"d-test.npz"', InputError, r"d-test\.npz does not exist",
+    ),
+    "epochs where nothing is trained": (
+        '"c-test.npz"\n', '"c-test.npz"\ntrain = false\nepochs = 2\n', UsageError,
+        "epochs has no meaning with train = false",
+    ),
+    "a revision of nothing": (
+        "[config]", 'revision = "x"\n[config]', UsageError, "are those of a start",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_the_first_step(tasks: Path, tmp_path: Path, case: str) -> None:
+    old, new, kind, message = REFUSED[case]
+    edit(tasks, old, new)
+    with pytest.raises(kind, match=message):
+        consolidate.run(tasks)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_no_run_has_made_is_kept(tasks: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "out" / "02-b" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    for dry_run in (True, False):
+        with pytest.raises(InputError, match="02-b is there, and no run has made it"):
+            consolidate.run(tasks, dry_run=dry_run)
+    assert tree(tmp_path / "out") == {"02-b/mine.txt": b"mine"}
+
+
+def test_the_command_line(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, err = run_cli(capsys, "run", tasks, "--dry-run")
+    assert (code, err) == (0, "")
+    assert "01-a  to be done: it is new\n" in text
+    assert text.endswith("Nothing was done: this was a dry run.\n")
+    code, text, err = run_cli(capsys, "run", tasks, "--output-dir", tmp_path / "other")
+    assert code == 0
+    assert "02-b, step 3 of 4: it is new" in err
+    assert "after \\ on       a       b       c" in text
+    assert text.endswith(f"the last checkpoint: {tmp_path / 'other' / '03-c'}\n")
+    code, text, _ = run_cli(capsys, "run", tasks, "--output-dir", tmp_path / "other", "--json")
+    assert statuses(json.loads(text))["03-c"] == "skipped"
+    edit(tasks, "epochs", "epoch")
+    code, _, err = run_cli(capsys, "run", tasks)
+    assert code == 3
+    assert "[defaults]: unknown key 'epoch'. Did you mean epochs?" in err
+
+
+def test_a_second_run_of_the_same_chain_is_refused(tasks: Path, tmp_path: Path) -> None:
+    with (
+        claimed_in_place(tmp_path / "out", "steps"),
+        pytest.raises(InputError, match="is being worked on by process"),
+    ):
+        consolidate.run(tasks, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with claimed(tmp_path / "out" / "01-a"), pytest.raises(InputError, match="being worked on"):
+        consolidate.run(tasks, output_dir=tmp_path / "out")
+    assert consolidate.run(tasks, output_dir=tmp_path / "out")["status"] == "done"

@@ -1,0 +1,722 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+
+from consolidate.data.examples import (
+    Columns,
+    Examples,
+    Part,
+    encode,
+    hold_out,
+    label_names,
+    unread_columns,
+)
+from consolidate.estimation.batches import model_outputs
+from consolidate.estimation.estimators import fisher_diagonal
+from consolidate.models.loading import Model, load_model
+from consolidate.models.objectives import get_objective
+from formats.checkpoint import open_checkpoint
+from formats.data import Rows, open_data
+from formats.errors import InputError, UsageError
+from support.tiny_models import (
+    SIZES,
+    bert_config,
+    byte_tokenizer,
+    gpt2_config,
+    save,
+    word_tokenizer,
+)
+
+TOPICS = {0: "comp", 1: "rec", 2: "sci"}
+LABELS = {"id2label": TOPICS, "label2id": {name: i for i, name in TOPICS.items()}}
+
+
+def jsonl(folder: Path, *rows: dict[str, Any], name: str = "train.jsonl") -> Rows:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return open_data(path)
+
+
+def csv(folder: Path, text: str) -> Rows:
+    (folder / "train.csv").write_text(text)
+    return open_data(folder / "train.csv")
+
+
+def bert(folder: Path, head: str = "SequenceClassification", **options: Any) -> Model:
+    cls = getattr(transformers, f"BertFor{head}")
+    save(folder / "model", cls, bert_config(**options), word_tokenizer())
+    return load_model(open_checkpoint(folder / "model"))
+
+
+def gpt2(folder: Path, cls: Any = transformers.GPT2LMHeadModel, **options: Any) -> Model:
+    save(folder / "model", cls, gpt2_config(**options), byte_tokenizer())
+    return load_model(open_checkpoint(folder / "model"))
+
+
+def first_batch(examples: Any, size: int = 100, **options: Any) -> tuple[Any, torch.Tensor]:
+    return next(iter(examples.batches(size, **options)))
+
+
+# --- classification ----------------------------------------------------------------------------
+
+
+def test_texts_are_padded_and_labels_found_by_name(tmp_path: Path) -> None:
+    model = bert(tmp_path, **LABELS)
+    rows = jsonl(
+        tmp_path,
+        {"text": "the cat sat", "label": "sci"},
+        {"text": "rain", "label": 0},
+        {"text": "what a lovely day it is", "label": "REC"},
+    )
+    examples = encode(rows, model)
+    assert len(examples) == 3
+    assert examples.notes() == []
+    inputs, labels = first_batch(examples)
+    assert labels.tolist() == [2, 0, 1]
+    expected = model.processor([row["text"] for row in rows], padding=True, return_tensors="pt")
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+    assert torch.equal(inputs["attention_mask"], expected["attention_mask"])
+    assert inputs["token_type_ids"].shape == inputs["input_ids"].shape
+    assert [examples.units(i) for i in range(3)] == [1, 1, 1]
+
+
+def test_batches_follow_the_order(tmp_path: Path) -> None:
+    rows = jsonl(tmp_path, *({"text": "cat " * i, "label": i % 3} for i in range(1, 8)))
+    examples = encode(rows, bert(tmp_path, **LABELS))
+    batches = list(examples.batches(3, order=[6, 0, 2, 4, 5]))
+    assert [len(labels) for _, labels in batches] == [3, 2]
+    assert batches[0][1].tolist() == [1, 1, 0]
+    # Padded to the longest of the batch, not of the data.
+    assert [inputs["input_ids"].shape[1] for inputs, _ in batches] == [9, 8]
+    assert [len(labels) for _, labels in examples.batches(3)] == [3, 3, 1]
+    with pytest.raises(UsageError, match="at least 1"):
+        next(examples.batches(0))
+
+
+def test_a_name_wins_over_a_number_written_as_text(tmp_path: Path) -> None:
+    model = bert(tmp_path, id2label={0: "2", 1: "0", 2: "1"}, label2id={"2": 0, "0": 1, "1": 2})
+    examples = encode(csv(tmp_path, "text,label\na cat,2\na dog,0\n"), model)
+    assert first_batch(examples)[1].tolist() == [0, 1]
+    plain = bert(tmp_path / "plain", num_labels=3)
+    assert plain.labels is None
+    examples = encode(csv(tmp_path, "text,label\na cat,2\na dog,0\n"), plain)
+    assert first_batch(examples)[1].tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (3, "3 is none of the model's 3 labels, which are comp, rec, sci"),
+        (-1, "-1 is none of"),
+        ("talk", "'talk' is none of"),
+        (1.5, "1.5 is none of"),
+        (None, "there is no label"),
+        ("", "there is no label"),
+        ([1], r"\[1\] is none of"),
+    ],
+)
+def test_a_label_that_the_model_lacks(label: Any, message: str, tmp_path: Path) -> None:
+    rows = jsonl(tmp_path, {"text": "a", "label": 0}, {"text": "b", "label": label})
+    with pytest.raises(InputError, match=rf"train\.jsonl.*2.*'label'.*{message}"):
+        encode(rows, bert(tmp_path, **LABELS))
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected"),
+    [
+        (["sci", "rec", "comp"], [0, 1, 2], [2, 1, 0]),  # the model's numbers, not the data's
+        (["rec", "sci", "talk"], [0, 1], [1, 2]),
+        (["x", "y", "z"], [0, 1, 2], [0, 1, 2]),
+    ],
+)
+def test_numbers_with_names_in_the_data_are_those_names(
+    names: list[str], labels: list[int], expected: list[int], tmp_path: Path
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
+    data = datasets.Dataset.from_dict({"text": ["a"] * len(labels), "label": labels}, features)
+    data.save_to_disk(str(tmp_path / "data"))
+    examples = encode(open_data(tmp_path / "data"), bert(tmp_path, **LABELS))
+    assert first_batch(examples)[1].tolist() == expected
+    assert any("differently" in note for note in examples.notes()) == ("x" in names)
+    if "talk" in names:
+        data = datasets.Dataset.from_dict({"text": ["a"], "label": [2]}, features)
+        data.save_to_disk(str(tmp_path / "talk"))
+        with pytest.raises(InputError, match="2 is none of the model's 3 labels"):
+            encode(open_data(tmp_path / "talk"), bert(tmp_path, **LABELS))
+
+
+def test_labels_without_names(tmp_path: Path) -> None:
+    model = bert(tmp_path, num_labels=3)
+    with pytest.raises(InputError, match="3 is no label of the model, which has numbers from 0 to"):
+        encode(jsonl(tmp_path, {"text": "a", "label": 3}), model)
+    with pytest.raises(InputError, match=r"'sci' is no label.*id2label"):
+        encode(jsonl(tmp_path, {"text": "a", "label": "sci"}), model)
+
+
+def test_columns_by_name(tmp_path: Path) -> None:
+    model = bert(tmp_path, **LABELS)
+    rows = csv(tmp_path, "body,topic\na cat,sci\n")
+    with pytest.raises(InputError, match=r"no column 'text' or 'sentence'; it has 'body', 'topic'"):
+        encode(rows, model)
+    with pytest.raises(InputError, match=r"no column 'topik'.*--label-column"):
+        encode(rows, model, columns=Columns(text="body", label="topik"))
+    examples = encode(rows, model, columns=Columns(text="body", label="topic"))
+    assert first_batch(examples)[1].tolist() == [2]
+
+
+def test_a_row_without_a_text(tmp_path: Path) -> None:
+    rows = jsonl(tmp_path, {"text": "a", "label": 0}, {"text": 7, "label": 0})
+    with pytest.raises(InputError, match=r"2.*'text': expected a text, found int '7'"):
+        encode(rows, bert(tmp_path, **LABELS))
+
+
+def test_pairs_of_texts(tmp_path: Path) -> None:
+    model = bert(tmp_path, **LABELS)
+    rows = jsonl(tmp_path, {"premise": "the cat", "hypothesis": "a dog", "label": 1})
+    inputs, _ = first_batch(encode(rows, model))
+    assert inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1]]
+    named = encode(rows, model, columns=Columns(text="hypothesis", text_pair="premise"))
+    expected = model.processor("a dog", "the cat")["input_ids"]
+    assert first_batch(named)[0]["input_ids"].tolist() == [expected]
+
+
+def test_long_texts_are_truncated_and_counted(tmp_path: Path) -> None:
+    model = bert(tmp_path, **LABELS)
+    texts = ["the cat sat on the mat", "rain", "a dog ate my homework"]
+    rows = jsonl(tmp_path, *({"text": text, "label": 0} for text in texts))
+    examples = encode(rows, model, max_length=5)
+    assert examples.notes() == ["2 of 3 texts were longer than 5 tokens and truncated"]
+    inputs, _ = first_batch(examples)
+    assert inputs["input_ids"].shape == (3, 5)
+    assert (inputs["input_ids"][[0, 2], -1] == model.processor.sep_token_id).all()
+    rows = jsonl(tmp_path, {"text": "cat " * 50, "label": 0})
+    examples = encode(rows, model)  # what the model takes
+    assert first_batch(examples)[0]["input_ids"].shape == (1, 40)
+    assert examples.notes() == ["1 of 1 texts were longer than 40 tokens and truncated"]
+    with pytest.raises(UsageError, match="41 is more than the model takes, which is 40"):
+        encode(rows, model, max_length=41)
+    with pytest.raises(UsageError, match="leaves no room"):
+        encode(rows, model, max_length=2)
+
+
+def test_positions_that_begin_behind_the_padding_token(tmp_path: Path) -> None:
+    config = transformers.RobertaConfig(vocab_size=60, pad_token_id=1, type_vocab_size=1, **SIZES)
+    cls = transformers.RobertaForSequenceClassification
+    save(tmp_path / "model", cls, config, word_tokenizer())
+    model = load_model(open_checkpoint(tmp_path / "model"))
+    rows = jsonl(tmp_path, {"text": "cat " * 50, "label": 0})
+    inputs, labels = first_batch(encode(rows, model))
+    assert inputs["input_ids"].shape == (1, 38)
+    assert "token_type_ids" not in inputs
+    assert model_outputs(model.module, inputs, labels).shape == (1, 2)
+
+
+def test_a_classifier_on_a_decoder_pads_without_a_padding_token(tmp_path: Path) -> None:
+    model = gpt2(tmp_path, transformers.GPT2ForSequenceClassification, num_labels=2)
+    rows = jsonl(tmp_path, {"text": "the cat sat", "label": 0}, {"text": "rain", "label": 1})
+    examples = encode(rows, model)
+    inputs, labels = first_batch(examples)
+    together = model_outputs(model.module, inputs, labels)
+    alone = [model_outputs(model.module, *batch) for batch in examples.batches(1)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-6)
+    with pytest.raises(InputError, match="the text is empty"):
+        encode(jsonl(tmp_path, {"text": "", "label": 0}), model)
+
+
+def test_several_labels(tmp_path: Path) -> None:
+    model = bert(tmp_path, problem_type="multi_label_classification", **LABELS)
+    rows = jsonl(
+        tmp_path,
+        {"text": "a", "labels": ["sci", "comp"]},
+        {"text": "b", "labels": [0, 1, 1]},
+        {"text": "c", "labels": []},
+        {"text": "d", "labels": [2]},
+    )
+    labels = first_batch(encode(rows, model))[1]
+    assert labels.dtype == torch.float32
+    assert labels.tolist() == [[1, 0, 1], [0, 1, 1], [0, 0, 0], [0, 0, 1]]
+    written = csv(tmp_path, 'text,labels\na,"rec, sci"\nb,"[1, 0, 0]"\n')
+    assert first_batch(encode(written, model))[1].tolist() == [[0, 1, 1], [1, 0, 0]]
+    with pytest.raises(InputError, match=r"1.*'labels'.*'talk'"):
+        encode(jsonl(tmp_path, {"text": "a", "labels": ["talk"]}), model)
+
+
+def test_regression(tmp_path: Path) -> None:
+    model = bert(tmp_path, num_labels=1)
+    assert model.objective.name == "regression"
+    labels = first_batch(encode(csv(tmp_path, "text,label\na,1.5\nb,-2\n"), model))[1]
+    assert labels.tolist() == [1.5, -2.0]
+    for wrong, message in [("many", "expected numbers"), ("nan", "not finite"), ("", "a number")]:
+        with pytest.raises(InputError, match=rf"train\.csv.*'label'.*{message}"):
+            encode(csv(tmp_path, f"text,label\na,{wrong}\n"), model)
+
+
+# --- words -------------------------------------------------------------------------------------
+
+
+def test_words_label_their_first_token(tmp_path: Path) -> None:
+    model = bert(tmp_path, "TokenClassification", **LABELS)
+    rows = jsonl(
+        tmp_path,
+        {"tokens": ["the", "cat,sat", "on"], "ner_tags": ["comp", "sci", 1]},
+        {"tokens": ["rain"], "ner_tags": [-100]},
+        {"tokens": ["rain"], "ner_tags": [2]},
+    )
+    examples = encode(rows, model)
+    assert examples.notes() == ["1 of 3 rows hold nothing to predict and were left out"]
+    inputs, labels = first_batch(examples)
+    # [CLS] the cat , sat on [SEP]
+    assert labels.tolist() == [
+        [-100, 0, 2, -100, -100, 1, -100],
+        [-100, 2, -100, -100, -100, -100, -100],
+    ]
+    assert inputs["attention_mask"].sum(1).tolist() == [7, 3]
+    assert [examples.units(i) for i in (0, 1)] == [3, 1]
+    with pytest.raises(InputError, match="1 labels for 2 words"):
+        encode(jsonl(tmp_path, {"tokens": ["a", "b"], "labels": [0]}), model)
+
+
+# --- language models ---------------------------------------------------------------------------
+
+
+def test_texts_continue_to_their_end(tmp_path: Path) -> None:
+    model = gpt2(tmp_path)
+    rows = jsonl(tmp_path, {"text": "the cat"}, {"text": "a dog ate my homework"}, {"text": ""})
+    examples = encode(rows, model)
+    assert len(examples) == 2
+    assert examples.notes() == ["1 of 3 rows hold nothing to predict and were left out"]
+    inputs, labels = first_batch(examples)
+    ids = model.processor("the cat")["input_ids"]
+    end = model.processor.eos_token_id
+    assert labels[0].tolist()[: len(ids) + 2] == [*ids, end, -100]
+    assert "token_type_ids" not in inputs
+    present = inputs["attention_mask"].bool()
+    assert torch.equal(labels[present], inputs["input_ids"][present])
+    assert (labels[~present] == -100).all()
+    assert examples.units(0) == len(ids)
+    outputs = model_outputs(model.module, inputs, labels)
+    alone = model_outputs(model.module, *next(iter(examples.batches(1))))
+    assert torch.allclose(outputs[:1, : alone.shape[1]], alone, atol=1e-5)
+
+
+def test_packing_fills_sequences(tmp_path: Path) -> None:
+    model = gpt2(tmp_path)
+    rows = jsonl(tmp_path, *({"text": "the cat sat on the mat"} for _ in range(5)))
+    ids = [*model.processor("the cat sat on the mat")["input_ids"], model.processor.eos_token_id]
+    examples = encode(rows, model, max_length=9, pack=True)
+    blocks = [block for inputs, _ in examples.batches(1) for block in inputs["input_ids"].tolist()]
+    # A single token left over at the end would predict nothing.
+    assert [token for block in blocks for token in block] == (ids * 5)[:-1]
+    assert len(ids * 5) % 9 == 1
+    assert {len(block) for block in blocks} == {9}
+    assert examples.notes() == [f"5 texts fill {len(blocks)} sequences of 9 tokens"]
+    with pytest.raises(UsageError, match="--pack is for language models"):
+        encode(rows, bert(tmp_path / "bert"), pack=True)
+
+
+def test_the_completion_alone_is_predicted(tmp_path: Path) -> None:
+    model = gpt2(tmp_path)
+    rows = jsonl(tmp_path, {"prompt": "the cat", "completion": " sat on the mat"})
+    inputs, labels = first_batch(encode(rows, model))
+    before = model.processor("the cat")["input_ids"]
+    after = [*model.processor(" sat on the mat")["input_ids"], model.processor.eos_token_id]
+    assert inputs["input_ids"].tolist() == [before + after]
+    assert labels.tolist() == [[-100] * len(before) + after]
+    short = encode(rows, model, max_length=len(after) + 1)
+    inputs, labels = first_batch(short)
+    assert inputs["input_ids"].tolist() == [before[-1:] + after]
+    assert labels.tolist() == [[-100, *after]]
+    assert short.notes() == [f"1 of 1 texts were longer than {len(after) + 1} tokens and truncated"]
+
+
+def test_chats_are_written_by_the_template(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    model = gpt2(tmp_path)
+    messages = [{"role": "user", "content": "rain"}, {"role": "assistant", "content": "again"}]
+    rows = jsonl(tmp_path, {"messages": messages})
+    with pytest.raises(InputError, match="no chat template"):
+        encode(rows, model)
+    model.processor.chat_template = template
+    _, labels = first_batch(encode(rows, model))
+    assert model.processor.decode(labels[0]) == "user: rain\nassistant: again\n"
+    with pytest.raises(InputError, match=r"'messages': expected a list of messages with role"):
+        encode(jsonl(tmp_path, {"messages": [1, 2]}, name="numbers.jsonl"), model)
+    model.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InputError, match=r"'messages'.*does not take.*roles must alternate"):
+        encode(rows, model)
+
+
+def test_masks_depend_on_example_and_epoch_alone(tmp_path: Path) -> None:
+    model = bert(tmp_path, "MaskedLM")
+    rows = jsonl(tmp_path, *({"text": f"{'the cat sat on the mat ' * (i + 1)}"} for i in range(5)))
+    examples = encode(rows, model, seed=3)
+    together, labels = first_batch(examples)
+    for i, (inputs, alone) in enumerate(examples.batches(1)):
+        length = inputs["input_ids"].shape[1]
+        assert torch.equal(inputs["input_ids"][0], together["input_ids"][i, :length])
+        assert torch.equal(alone[0], labels[i, :length])
+        assert int((alone != -100).sum()) == examples.units(i) >= 1
+    shuffled, _ = first_batch(examples, order=[3])
+    length = shuffled["input_ids"].shape[1]
+    assert torch.equal(shuffled["input_ids"][0], together["input_ids"][3, :length])
+    assert not torch.equal(first_batch(examples, epoch=1)[1], labels)
+    assert not torch.equal(first_batch(encode(rows, model, seed=4))[1], labels)
+    special = torch.tensor(model.processor.all_special_ids)
+    assert not torch.isin(labels, special[special >= 0]).any()
+
+
+def test_shares_of_masks(tmp_path: Path) -> None:
+    model = bert(tmp_path, "MaskedLM")
+    rows = jsonl(tmp_path, *({"text": "the cat sat on the mat " * 6} for _ in range(300)))
+    examples = encode(rows, model)
+    inputs, labels = first_batch(examples, 300)
+    original = torch.tensor(model.processor("the cat sat on the mat " * 6)["input_ids"])
+    chosen = labels != -100
+    assert torch.equal(labels[chosen], original.expand_as(labels)[chosen])
+    assert float(chosen[:, 1:-1].float().mean()) == pytest.approx(0.15, abs=0.015)
+    masked = inputs["input_ids"][chosen] == model.processor.mask_token_id
+    assert float(masked.float().mean()) == pytest.approx(0.8, abs=0.04)
+    assert torch.equal(inputs["input_ids"][~chosen], original.expand_as(labels)[~chosen])
+    assert int(inputs["input_ids"].max()) < len(model.processor)
+    replaced = inputs["input_ids"][chosen][~masked]
+    assert len(replaced.unique()) > len(model.processor) // 2
+    kept = inputs["input_ids"][chosen] == original.expand_as(labels)[chosen]
+    assert float(kept.float().mean()) == pytest.approx(0.1, abs=0.03)
+
+
+def test_columns_that_are_not_read_are_told(tmp_path: Path) -> None:
+    rows = jsonl(tmp_path, {"text": "the cat sat", "label": 1, "chat": [], "say": "x", "more": "y"})
+    rewriting = Columns(text="text", prompt="say", completion="more", target="text", label="label")
+    for objective, given, unread in (
+        ("masked-lm", Columns(label="label"), ["label"]),
+        ("masked-lm", Columns(text="text"), []),
+        ("causal-lm", Columns(messages="chat", text="text", prompt="say"), ["prompt", "text"]),
+        ("causal-lm", Columns(completion="more", text="text"), ["text"]),
+        ("causal-lm", Columns(image="say"), ["image"]),
+        ("seq2seq-lm", rewriting, ["completion", "label", "prompt"]),
+        ("token-classification", Columns(tokens="text", text="say"), ["text"]),
+        ("sequence-classification", Columns(inputs="text", text_pair="say"), ["inputs"]),
+        ("image-classification", Columns(image="text", text="text"), ["text"]),
+    ):
+        notes = [
+            f"the {role} column {getattr(given, role)!r} is not read for {objective}"
+            for role in unread
+        ]
+        assert unread_columns(given, get_objective(objective, factory=False)) == notes
+    examples = encode(
+        rows, bert(tmp_path / "bert", "MaskedLM"), columns=Columns(text="text", label="label")
+    )
+    assert "the label column 'label' is not read for masked-lm" in examples.notes()
+
+
+def test_one_text_becomes_another(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer()
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    )
+    cls = transformers.T5ForConditionalGeneration
+    save(tmp_path / "model", cls, config, tokenizer)
+    model = load_model(open_checkpoint(tmp_path / "model"))
+    rows = jsonl(
+        tmp_path,
+        {"text": "the cat sat", "target": "a dog"},
+        {"text": "rain", "target": "rain, and again rain"},
+    )
+    examples = encode(rows, model)
+    inputs, labels = first_batch(examples)
+    assert labels[0].tolist() == [*tokenizer("a dog")["input_ids"], *[-100] * 3]
+    assert examples.units(1) == 7
+    assert encode(rows, model, max_length=5).notes() == [
+        "1 of 4 texts were longer than 5 tokens and truncated"
+    ]
+    assert model_outputs(model.module, inputs, labels).shape == (2, 7, len(tokenizer))
+
+
+def test_a_model_without_tokenizer(tmp_path: Path) -> None:
+    save(tmp_path / "model", transformers.GPT2LMHeadModel, gpt2_config())
+    model = load_model(open_checkpoint(tmp_path / "model"))
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        encode(jsonl(tmp_path, {"text": "a"}), model)
+
+
+# --- images ------------------------------------------------------------------------------------
+
+
+def image_folder(folder: Path, mode: str = "L") -> Rows:
+    for label in ("rec", "comp"):
+        (folder / label).mkdir(parents=True)
+        for i in range(2):
+            shade = 40 * i + (100 if label == "rec" else 0)
+            colour = shade if mode == "L" else (shade, 0, 0)
+            Image.new(mode, (10, 12), colour).save(folder / label / f"{i}.png")
+    return open_data(folder)
+
+
+def vit(folder: Path, channels: int = 3, **options: Any) -> Model:
+    sizes = {key: value for key, value in SIZES.items() if key != "max_position_embeddings"}
+    config = transformers.ViTConfig(
+        image_size=8, patch_size=4, num_channels=channels, **sizes, **options
+    )
+    processor = transformers.ViTImageProcessorPil(
+        size={"height": 8, "width": 8}, image_mean=[0.5] * channels, image_std=[0.25] * channels
+    )
+    save(folder / "model", transformers.ViTForImageClassification, config, processor)
+    return load_model(open_checkpoint(folder / "model"))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_images_by_folder(mode: str, channels: int, tmp_path: Path) -> None:
+    model = vit(tmp_path, channels, **LABELS)
+    examples = encode(image_folder(tmp_path / "images", mode), model)
+    inputs, labels = first_batch(examples)
+    assert labels.tolist() == [0, 0, 1, 1]
+    assert inputs["pixel_values"].shape == (4, channels, 8, 8)
+    if mode == "L":
+        shades = torch.tensor([0, 40, 100, 140]) / 255
+        expected = ((shades - 0.5) / 0.25)[:, None, None, None].expand(4, channels, 8, 8)
+        assert torch.allclose(inputs["pixel_values"], expected, atol=1e-5)
+    assert model_outputs(model.module, inputs, labels).shape == (4, 3)
+
+
+def test_classes_without_names_take_the_folders_order(tmp_path: Path) -> None:
+    rows = image_folder(tmp_path / "images")
+    examples = encode(rows, vit(tmp_path, num_labels=2))
+    assert first_batch(examples)[1].tolist() == [0, 0, 1, 1]
+    assert any("comp, rec" in note for note in examples.notes())
+    with pytest.raises(InputError, match="'comp' is no label of the model"):
+        encode(rows, vit(tmp_path / "three", num_labels=3))
+
+
+def test_images_need_a_processor(tmp_path: Path) -> None:
+    model = vit(tmp_path, num_labels=2)
+    (tmp_path / "model" / "preprocessor_config.json").unlink()
+    model = load_model(open_checkpoint(tmp_path / "model"))
+    with pytest.raises(InputError, match=r"preprocessor_config\.json"):
+        encode(image_folder(tmp_path / "images"), model)
+
+
+# --- tensors -----------------------------------------------------------------------------------
+
+OWN = """
+from torch import nn
+
+def make(config):
+    return nn.Sequential(nn.Flatten(), nn.Linear(6, config.get("outputs", 3)), nn.BatchNorm1d(3))
+
+def one():
+    return nn.Linear(6, 1)
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_of_examples.py").write_text(OWN)
+    monkeypatch.delitem(__import__("sys").modules, "own_of_examples", raising=False)
+    import own_of_examples
+
+    def load(function: str = "make", dtype: torch.dtype | None = None, **options: Any) -> Model:
+        module = own_of_examples.make({}) if function == "make" else own_of_examples.one()
+        torch.save(module.state_dict(), tmp_path / "own.pt")
+        factory = f"own_of_examples:{function}"
+        checkpoint = open_checkpoint(tmp_path / "own.pt")
+        return load_model(checkpoint, factory=factory, dtype=dtype, **options)
+
+    return load
+
+
+def tensors(folder: Path, **columns: torch.Tensor) -> Rows:
+    save_file(columns, folder / "data.safetensors")
+    return open_data(folder / "data.safetensors")
+
+
+def test_tensors_are_batched_as_they_are(own: Any, tmp_path: Path) -> None:
+    inputs = torch.rand(7, 2, 3, dtype=torch.float64)
+    rows = tensors(tmp_path, inputs=inputs, labels=torch.arange(7) % 3)
+    model = own()
+    state = {name: value.clone() for name, value in model.module.state_dict().items()}
+    examples = encode(rows, model)
+    batches = list(examples.batches(3, order=[6, 5, 4, 3, 2, 1, 0]))
+    assert [len(labels) for _, labels in batches] == [3, 3, 1]
+    assert torch.equal(torch.cat([x for x, _ in batches]), inputs.flip(0).float())
+    assert torch.cat([y for _, y in batches]).tolist() == [0, 2, 1, 0, 2, 1, 0]
+    for name, value in model.module.state_dict().items():  # looking at the outputs moves nothing
+        assert torch.equal(value, state[name]), name
+    wide = encode(rows, own(dtype=torch.float64))
+    assert next(iter(wide.batches(7)))[0].dtype == torch.float64
+
+
+def test_lists_of_numbers_are_tensors_too(own: Any, tmp_path: Path) -> None:
+    rows = jsonl(tmp_path, *({"inputs": [i, 1, 2, 3, 4, 5], "label": i} for i in range(3)))
+    with pytest.raises(InputError, match="cannot take inputs"):
+        encode(rows, own())  # integers are not for a linear layer
+    rows = jsonl(tmp_path, *({"inputs": [i + 0.5] * 6, "label": i} for i in range(3)))
+    inputs, labels = first_batch(encode(rows, own()))
+    assert inputs[:, 0].tolist() == [0.5, 1.5, 2.5]
+    assert labels.tolist() == [0, 1, 2]
+    ragged = jsonl(tmp_path, {"inputs": [1.0] * 6, "label": 0}, {"inputs": [1.0], "label": 0})
+    with pytest.raises(InputError, match=r"2.*shape \[1\], where the first row has \[6\]"):
+        encode(ragged, own())
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 1, 3]), "row 3, column 'labels': 3 is no label"),
+        (torch.tensor([0, -1, 1]), "row 2, column 'labels': -1 is no label"),
+        (torch.tensor([0.0, 1.0, 0.5]), "row 3, column 'labels': 0.5 is no label"),
+        (torch.zeros(3, 3), r"row 1.*expected one class number a row, found rows of shape \[3\]"),
+    ],
+)
+def test_class_numbers_are_checked(labels: Any, message: str, own: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        encode(tensors(tmp_path, inputs=torch.rand(3, 6), labels=labels), own())
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64"])
+def test_unsigned_numbers(dtype: str, suffix: str, own: Any, tmp_path: Path) -> None:
+    inputs = np.random.default_rng(0).random((4, 6), np.float32)
+
+    def rows(labels: Any, inputs: Any = inputs) -> Rows:
+        columns = {"inputs": inputs, "labels": np.array(labels, dtype)}
+        path = tmp_path / f"unsigned.{suffix}"
+        if suffix == "npz":
+            np.savez(path, **columns)
+        else:
+            save_file({name: torch.from_numpy(values) for name, values in columns.items()}, path)
+        return open_data(path)
+
+    def labels(rows: Rows, *model: Any, **options: Any) -> Any:
+        return first_batch(encode(rows, own(*model, **options)))[1].tolist()
+
+    assert labels(rows([2, 0, 1, 1])) == [2, 0, 1, 1]
+    assert labels(rows([[2], [0], [1], [1]])) == [2, 0, 1, 1]
+    assert label_names(rows([2, 0, 1, 1]), "classification") == ["0", "1", "2"]
+    several = [[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]]
+    assert labels(rows(several), objective="multi-label") == several
+    assert labels(rows([7, 0, 65535, 1]), "one", objective="regression") == [7, 0, 65535, 1]
+    with pytest.raises(InputError, match="row 3, column 'labels': 3 is no label"):
+        labels(rows([2, 0, 3, 1]))
+    if dtype == "uint64":
+        for objective in ("classification", "multi-label", "regression"):
+            with pytest.raises(InputError, match=f"row 2, column 'labels': {2**63 + 1} is beyond"):
+                labels(rows([0, 2**63 + 1, 0, 0]), objective=objective)
+
+    ids = np.array([[1, 2], [3, 4], [0, 5], [5, 5]], dtype)
+    module = torch.nn.Sequential(torch.nn.Embedding(6, 2), torch.nn.Flatten())
+    given = encode(rows([2, 0, 1, 1], ids), replace(own(), module=module))
+    assert first_batch(given)[0].dtype == torch.int64
+    assert first_batch(given)[0].tolist() == ids.tolist()
+
+
+def test_inputs_that_the_module_cannot_take(own: Any, tmp_path: Path) -> None:
+    rows = tensors(tmp_path, inputs=torch.rand(3, 5), labels=torch.zeros(3, dtype=torch.long))
+    with pytest.raises(InputError, match=r"row 1, column 'inputs'.*shape \[1, 5\]"):
+        encode(rows, own())
+    with pytest.raises(InputError, match="no column 'inputs' or"):
+        encode(tensors(tmp_path, pixels=torch.rand(3, 5)), own())
+
+
+def test_regression_on_tensors(own: Any, tmp_path: Path) -> None:
+    rows = tensors(tmp_path, inputs=torch.rand(3, 6), label=torch.tensor([0.5, 1.0, 2.0]))
+    model = own("one", objective="regression")
+    assert first_batch(encode(rows, model))[1].tolist() == [0.5, 1.0, 2.0]
+    bad = tensors(tmp_path, inputs=torch.rand(3, 6), label=torch.tensor([0.5, torch.nan, 2.0]))
+    with pytest.raises(InputError, match="row 2, column 'label': nan is not finite"):
+        encode(bad, model)
+
+
+# --- with the rest -----------------------------------------------------------------------------
+
+
+def test_the_fisher_takes_what_is_encoded(tmp_path: Path) -> None:
+    model = bert(tmp_path, **LABELS)
+    rows = jsonl(tmp_path, *({"text": "the cat " * (i + 1), "label": i % 3} for i in range(5)))
+    examples = encode(rows, model)
+    one, three = (
+        fisher_diagonal(model.module, examples.batches(size), model.objective.likelihood)
+        for size in (1, 3)
+    )
+    assert one.examples == three.examples == 5
+    for name in one:
+        assert torch.allclose(one[name], three[name], rtol=1e-3, atol=1e-8), name
+    stored = model.layout.to_file(one)
+    assert list(stored) == list(model.checkpoint.weights)
+
+
+def test_names_of_labels_in_the_data(tmp_path: Path) -> None:
+    rows = jsonl(tmp_path, {"label": "sci"}, {"label": "comp"}, {"label": "sci"})
+    assert label_names(rows, "sequence-classification") == ["comp", "sci"]
+    assert label_names(csv(tmp_path, "label\n10\n2\n"), "sequence-classification") == [
+        str(i) for i in range(11)
+    ]
+    rows = jsonl(tmp_path, {"labels": ["b", "a"]}, {"labels": ["c"]})
+    assert label_names(rows, "multi-label") == ["a", "b", "c"]
+    rows = jsonl(tmp_path, {"tags": [0, -100, 2]})
+    assert label_names(rows, "token-classification") == ["0", "1", "2"]
+    assert label_names(csv(tmp_path, "label\n0.5\n"), "regression") == []
+    rows = jsonl(tmp_path, {"label": [0.5, 1.5]})
+    assert label_names(rows, "regression") == ["0", "1"]
+    assert label_names(image_folder(tmp_path / "images"), "image-classification") == ["comp", "rec"]
+    with pytest.raises(InputError, match=r"2.*'label': there is no label"):
+        label_names(jsonl(tmp_path, {"label": "a"}, {"label": None}), "sequence-classification")
+
+
+class Numbers(Examples):
+    """Example i is the number i, and counts for i units."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def collate(self, indices: Any, epoch: int = 0) -> tuple[Any, torch.Tensor]:
+        return torch.tensor([float(i) for i in indices]), torch.tensor(indices) + 1000 * epoch
+
+    def units(self, i: int) -> int:
+        return i
+
+
+@pytest.mark.parametrize(("count", "held"), [(2, 1), (3, 1), (80, 40), (200, 50), (1000, 100)])
+def test_what_is_held_out_is_a_seeded_part(count: int, held: int) -> None:
+    rest, out = hold_out(Numbers(count), 0)
+    assert (len(rest), len(out)) == (count - held, held)
+    numbers = [next(part.batches(count))[1].tolist() for part in (rest, out)]
+    assert sorted(numbers[0] + numbers[1]) == list(range(count))
+    assert [out.units(i) for i in range(held)] == numbers[1]
+    assert next(hold_out(Numbers(count), 0)[1].batches(count))[1].tolist() == numbers[1]
+
+
+def test_much_data_is_held_out_in_part_and_one_example_not_at_all() -> None:
+    assert len(hold_out(Numbers(100_000), 0)[1]) == 5000
+    assert next(hold_out(Numbers(100), 1)[1].batches(50))[1].tolist() != list(range(50))
+    with pytest.raises(InputError, match="--validation"):
+        hold_out(Numbers(1), 0)
+
+
+def test_a_part_keeps_order_and_epochs() -> None:
+    part = Part(Numbers(9), [7, 2, 5])
+    assert part.collate([2, 0], epoch=3)[1].tolist() == [3005, 3007]
+    assert [part.length(i) for i in range(3)] == [1, 1, 1]

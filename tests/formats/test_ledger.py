@@ -1,0 +1,476 @@
+"""The ledger: what it holds comes back, and what breaks a rule is refused in plain words."""
+
+import copy
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from formats.digest import TensorRecord, set_digest, tensor_record
+from formats.errors import ConsolidateError, InputError, NonFiniteError
+from formats.ledger import (
+    MAX_LEDGER_BYTES,
+    LayerRecord,
+    Ledger,
+    TaskRecord,
+    check_task_name,
+    ledger_bytes,
+    parse_ledger,
+    read_ledger,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def record(shape: tuple[int, ...] = (2, 3), dtype: str = "F32", digit: str = "0") -> TensorRecord:
+    return TensorRecord(dtype, shape, digit * 64)
+
+
+def task(name: str = "a", **changes: Any) -> TaskRecord:
+    fields: dict[str, Any] = {
+        "name": name,
+        "objective": "classification",
+        "likelihood": "softmax",
+        "labels": ["yes", "no"],
+        "unit": "example",
+        "examples": 3,
+        "units": 3,
+        "estimator": "mc",
+        "mc_samples": 2,
+        "seed": 0,
+        "data": "train.jsonl",
+        "parent": "c" * 64,
+        "metrics": {"after": {"a": {"loss": 0.5}}},
+        "layers": {"w": LayerRecord(1.5), "v": LayerRecord(0.0, 1.0)},
+    }
+    return TaskRecord(**(fields | changes))
+
+
+def ledger(**changes: Any) -> Ledger:
+    fields: dict[str, Any] = {
+        "tasks": [task()],
+        "unprotected": {"count": "a buffer"},
+        "weights": {"w": record(), "v": record((4,)), "count": record((), "I64")},
+        "fisher": {"w": record(), "v": record((4,))},
+        "versions": {"torch": "2"},
+    }
+    return Ledger(**(fields | changes))
+
+
+def content() -> dict[str, Any]:
+    return json.loads(ledger_bytes(ledger()))
+
+
+def parse(content: Any) -> Ledger:
+    return parse_ledger(json.dumps(content).encode(), "a/fisher.json")
+
+
+def test_everything_comes_back() -> None:
+    full = ledger(
+        tasks=[
+            task(),
+            task(
+                "b-2_.x",
+                labels=None,
+                weight=1 / 3,
+                data="owner/data",
+                data_digest="f" * 64,
+                ewc_lambda=1e-30,
+                penalty="ewc",
+                penalty_on="adapter",
+                parent=None,
+                seed=2**63 - 1,
+                metrics={
+                    "step 7": {},
+                    "epoch 12": {"häuser": {"score": -1.5, "loss": 1.5}},
+                    "before": {},
+                },
+            ),
+        ],
+        merge_rule="separate",
+        penalty_offset=0.1,
+        anchor={"w": record(digit="a"), "v": record((4,), digit="b")},
+        heads={"a": {"w": record((7, 3), "BF16")}},
+        base="d" * 64,
+    )
+    data = ledger_bytes(full)
+    assert parse_ledger(data) == full
+    assert ledger_bytes(parse_ledger(data)) == data
+    assert data.endswith(b"}\n")
+    assert "häuser".encode() in data
+    assert [("parent" in task) for task in json.loads(data)["tasks"]] == [True, False]
+
+
+def test_bytes_do_not_depend_on_how_the_ledger_was_built() -> None:
+    one = ledger(gamma=1, tasks=[task(weight=2, ewc_lambda=3)])
+    other = ledger(
+        weights=dict(reversed(one.weights.items())),
+        fisher=dict(reversed(one.fisher.items())),
+        tasks=[task(weight=np.float64(2.0), ewc_lambda=3.0)],
+    )
+    assert ledger_bytes(one) == ledger_bytes(other)
+    assert b'"weight": 2.0' in ledger_bytes(one)
+
+
+@pytest.mark.parametrize("name", ["a", "0", "A.b_c-d", "x" * 64, "sst2.en"])
+def test_good_task_names(name: str) -> None:
+    check_task_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "a/b",
+        "../a",
+        "-a",
+        "_a",
+        "x" * 65,
+        "a\n",
+        "ä",
+        "a b",
+        "a\x00",
+        "\x1b[0m",
+        None,
+    ],
+)
+def test_bad_task_names(name: Any) -> None:
+    with pytest.raises(InputError, match="cannot name a task") as caught:
+        check_task_name(name)
+    assert str(caught.value).isprintable()
+    bad = content()
+    bad["tasks"][0]["name"] = name
+    with pytest.raises(InputError, match=r"a/fisher\.json, tasks\[0\]\.name"):
+        parse(bad)
+
+
+def changed(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(content: Any) -> None:
+        *parents, last = path.split("/")
+        for key in parents:
+            content = content[int(key) if isinstance(content, list) else key]
+        if value is KeyError:
+            del content[last]
+        else:
+            content[last] = value
+
+    return change
+
+
+DAMAGE = {
+    "no object": (lambda content: content.clear(), "format"),
+    "another format": (changed("format", "fisher"), "format"),
+    "a later version": (changed("version", 2), "version 2 .* reads version 1"),
+    "a version that is a string": (changed("version", "1"), "version '1'"),
+    "a version that is true": (changed("version", True), "version true"),
+    "a version that is 1.0": (changed("version", 1.0), r"version 1\.0"),
+    "no version": (changed("version", KeyError), "version null"),
+    "an unknown field": (changed("extra", 1), "no field 'extra'"),
+    "a base that is no digest": (changed("base", "d" * 63), "base: expected a SHA-256"),
+    "a penalty on something else": (
+        changed("tasks/0/penalty_on", "weights"),
+        r"tasks\[0\]\.penalty_on: expected adapter or merged",
+    ),
+    "an adapter's penalty without a base": (
+        changed("tasks/0/penalty_on", "adapter"),
+        "'a' was held by an adapter's Fisher",
+    ),
+    "an unknown task field": (changed("tasks/0/extra", 1), r"tasks\[0\]: .*no field 'extra'"),
+    "a missing field": (changed("gamma", KeyError), "'gamma' is missing"),
+    "a missing task field": (changed("tasks/0/seed", KeyError), r"tasks\[0\]: .*'seed' is missing"),
+    "tasks that are an object": (changed("tasks", {}), "tasks: expected a list"),
+    "no tasks": (changed("tasks", []), "tasks: expected at least one"),
+    "a task that is a string": (changed("tasks", ["a"]), r"tasks\[0\]: expected an object"),
+    "another rule": (changed("merge_rule", "sum"), "merge_rule: expected online or separate"),
+    "a rule that is a list": (changed("merge_rule", ["online"]), "merge_rule"),
+    "gamma above 1": (changed("gamma", 1.5), "gamma: expected a number from 0 to 1, found 1.5"),
+    "gamma true": (changed("gamma", True), "gamma: expected a number, found true"),
+    "gamma a string": (changed("gamma", "1"), "gamma: expected a number"),
+    "negative offset": (changed("penalty_offset", -1e-9), "penalty_offset: expected at least 0"),
+    "another unit": (changed("tasks/0/unit", "batch"), "unit: expected example or token"),
+    "no examples": (changed("tasks/0/examples", 0), "examples: expected an integer from 1"),
+    "examples 3.0": (changed("tasks/0/examples", 3.0), "examples"),
+    "examples true": (changed("tasks/0/units", True), "units"),
+    "a seed beyond 63 bits": (changed("tasks/0/seed", 2**63), "seed"),
+    "a negative seed": (changed("tasks/0/seed", -1), "seed"),
+    "another estimator": (changed("tasks/0/estimator", "ema"), "estimator: expected exact or mc"),
+    "no samples": (changed("tasks/0/mc_samples", 0), "mc_samples"),
+    "a negative weight": (changed("tasks/0/weight", -1.0), "weight: expected at least 0"),
+    "an absolute path": (changed("tasks/0/data", "/home/me/train.csv"), "data: .*no path"),
+    "a path upwards": (changed("tasks/0/data", "../train.csv"), "data: .*no path"),
+    "a long path": (changed("tasks/0/data", "a/b/c"), "data: .*no path"),
+    "a short digest": (changed("tasks/0/data_digest", "ab"), "data_digest: expected a SHA-256"),
+    "a parent that is null": (changed("tasks/0/parent", None), "parent: expected a SHA-256"),
+    "a parent that is no digest": (changed("tasks/0/parent", "C" * 64), "parent: expected a SHA"),
+    "labels that are a string": (changed("tasks/0/labels", "yes"), "labels: expected a list"),
+    "a label that is a number": (changed("tasks/0/labels", ["a", 1]), r"labels\[1\]"),
+    "a negative lambda": (changed("tasks/0/ewc_lambda", -2), "ewc_lambda"),
+    "an empty objective": (changed("tasks/0/objective", ""), "objective: .*not empty"),
+    "metrics at no known time": (changed("tasks/0/metrics", {"later": {}}), "metrics: .*'later'"),
+    "step 0": (changed("tasks/0/metrics", {"step 0": {}}), "metrics: .*'step 0'"),
+    "epoch 0": (changed("tasks/0/metrics", {"epoch 0": {}}), "metrics: .*'epoch 0'"),
+    "a metric that is null": (
+        changed("tasks/0/metrics", {"after": {"a": {"loss": None}}}),
+        r"metrics\['after'\]\['a'\]\['loss'\]: expected a number, found null",
+    ),
+    "a negative trace": (changed("tasks/0/layers/w/trace", -1), r"layers\['w'\].trace"),
+    "an overlap above 1": (changed("tasks/0/layers/w/overlap", 1.1), r"layers\['w'\].overlap"),
+    "an empty reason": (changed("unprotected/count", ""), r"unprotected\['count'\]"),
+    "an unprotected stranger": (changed("unprotected/x", "why"), "'x' is not among the weights"),
+    "unprotected and protected": (changed("unprotected/w", "why"), "'w' has a Fisher all the same"),
+    "neither": (changed("unprotected", {}), "'count', which has neither"),
+    "a shape that is a number": (changed("fisher/tensors/w/shape", 6), "shape: expected a list"),
+    "a negative size": (changed("fisher/tensors/w/shape", [-2, -3]), r"shape\[0\]"),
+    "an upper-case digest": (changed("fisher/tensors/w/sha256", "A" * 64), "sha256"),
+    "an odd dtype": (changed("fisher/tensors/w/dtype", "f32"), "dtype"),
+    "an edited record": (changed("weights/tensors/w/sha256", "1" * 64), "weights.digest: .*edited"),
+    "an edited digest": (changed("fisher/digest", "1" * 64), "fisher.digest: .*edited"),
+    "an anchor that is a list": (changed("anchor", []), "anchor: expected an object"),
+    "a version that is a number": (changed("versions/torch", 2), r"versions\['torch'\]"),
+    "a nameless tensor": (changed("versions/", "2"), "the name: .*not empty"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_refused_by_file_and_field(what: str) -> None:
+    damage, message = DAMAGE[what]
+    bad = content()
+    damage(bad)
+    with pytest.raises(InputError, match=message) as caught:
+        parse(bad)
+    assert str(caught.value).startswith("a/fisher.json")
+    assert len(str(caught.value)) < 300
+
+
+BUILT = {
+    "the same task twice": ({"tasks": [task(), task("b"), task()]}, r"tasks\[2\].*'a' .*twice"),
+    "gamma with separate": ({"merge_rule": "separate", "gamma": 0.5}, "gamma: expected 1.0"),
+    "no Fisher": ({"fisher": {}}, "fisher: expected at least one tensor"),
+    "a Fisher of a buffer": (
+        {"fisher": {"w": record(), "v": record((4,)), "count": record(())}, "unprotected": {}},
+        "'count': its weight is I64",
+    ),
+    "a Fisher of another shape": (
+        {"fisher": {"w": record((3, 2)), "v": record((4,))}},
+        r"'w': expected the weight's shape \[2, 3\], found \[3, 2\]",
+    ),
+    "a Fisher in float16": (
+        {"fisher": {"w": record(dtype="F16"), "v": record((4,))}},
+        "'w': expected F32 or BF16, found F16",
+    ),
+    "two dtypes": (
+        {"fisher": {"w": record(dtype="BF16"), "v": record((4,))}},
+        "one dtype",
+    ),
+    "a Fisher of a stranger": (
+        {"fisher": {"w": record(), "v": record((4,)), "x": record()}},
+        "'x' is not among the weights",
+    ),
+    "half an anchor": ({"anchor": {"w": record()}}, "'v' is in only one of fisher and anchor"),
+    "an anchor in bfloat16": (
+        {"anchor": {"w": record(dtype="BF16"), "v": record((4,))}},
+        "anchor, the tensor 'w': expected F32",
+    ),
+    "a head of no task": ({"heads": {"../x": {"w": record()}}}, "'../x' is no task"),
+    "a head of integers": ({"heads": {"a": {"w": record(dtype="I64")}}}, "heads, a, .*found I64"),
+    "a tensor named __metadata__": (
+        {"weights": {"__metadata__": record(), "w": record(), "v": record((4,))}},
+        "__metadata__",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BUILT)
+def test_what_could_not_be_read_back_is_not_written(what: str) -> None:
+    changes, message = BUILT[what]
+    with pytest.raises(InputError, match=message):
+        ledger_bytes(ledger(**changes))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_not_written(value: float) -> None:
+    bad = ledger(tasks=[task(metrics={"after": {"a": {"loss": value}}})])
+    with pytest.raises(NonFiniteError, match=r"\['after'\]\['a'\]\['loss'\]: expected a finite"):
+        ledger_bytes(bad)
+    with pytest.raises(NonFiniteError, match="gamma"):
+        ledger_bytes(ledger(gamma=value))
+
+
+@pytest.mark.parametrize("token", ["NaN", "Infinity", "-Infinity"])
+def test_tokens_that_are_not_json_are_refused(token: str) -> None:
+    text = ledger_bytes(ledger()).decode().replace('"gamma": 1.0', f'"gamma": {token}')
+    with pytest.raises(InputError, match=f"x is not a ledger: {token} is not a JSON number"):
+        parse_ledger(text.encode(), "x")
+
+
+@pytest.mark.parametrize("token", ["1e999", "9" * 400, "9" * 5000])
+def test_numbers_that_overflow_are_refused(token: str) -> None:
+    text = ledger_bytes(ledger()).decode().replace('"gamma": 1.0', f'"gamma": {token}')
+    with pytest.raises(ConsolidateError, match="x") as caught:
+        parse_ledger(text.encode(), "x")
+    assert caught.value.exit_code in (3, 4)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not a ledger"),
+        (b"\xff\xfe", "not a ledger"),
+        (b"\xef\xbb\xbf{}", "not a ledger"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'"consolidate-fisher"', "not a ledger"),
+        (b"[]", "not a ledger"),
+        (b'{"format": "consolidate-fisher", "version": 1}', "'merge_rule' is missing"),
+        (b'{"version": 1, "version": 2}', "'version' stands twice"),
+    ],
+)
+def test_what_is_no_ledger_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_ledger(data, "x")
+
+
+def test_lone_surrogates_are_refused() -> None:
+    text = ledger_bytes(ledger()).decode()
+    for found, put in (('"yes"', '"\\ud800"'), ('"count"', '"\\udc00"')):
+        with pytest.raises(InputError, match="lone surrogate"):
+            parse_ledger(text.replace(found, put).encode())
+    with pytest.raises(InputError, match="lone surrogate"):
+        ledger_bytes(ledger(tasks=[task(data="\udcff.csv")]))
+
+
+def test_control_characters_do_not_reach_the_message() -> None:
+    bad = content()
+    bad["weights"]["tensors"]["\x1b[2J\n" + "x" * 10_000] = {}
+    with pytest.raises(InputError) as caught:
+        parse(bad)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+def test_a_ledger_larger_than_the_limit_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "fisher.json"
+    with path.open("wb") as file:
+        file.truncate(MAX_LEDGER_BYTES + 2**33)
+    start = time.process_time()
+    with pytest.raises(InputError, match=r"fisher\.json is larger than the 128 MiB"):
+        read_ledger(path)
+    assert time.process_time() - start < 5
+
+
+def test_many_tasks_are_read_in_linear_time() -> None:
+    many = content()
+    many["tasks"] = [many["tasks"][0] | {"name": f"t{i}", "layers": {}} for i in range(4_095)]
+    many["tasks"].append(many["tasks"][0])
+    with pytest.raises(InputError, match=r"tasks\[4095\].*'t0' is there twice"):
+        parse(many)
+    many["tasks"].append(many["tasks"][0])
+    with pytest.raises(InputError, match=r"tasks: expected at most 4,096 tasks, found a list of"):
+        parse(many)
+
+
+def test_missing_files_and_folders_are_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.json is not there"):
+        read_ledger(tmp_path / "none.json")
+    with pytest.raises(InputError, match="is no plain file"):
+        read_ledger(tmp_path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+def places(content: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) of a JSON value."""
+    members = content.items() if isinstance(content, dict) else enumerate(content)
+    found = []
+    for key, value in list(members):
+        found.append((content, key))
+        if isinstance(value, dict | list):
+            found.extend(places(value))
+    return found
+
+
+@given(st.data())
+def test_any_value_anywhere_is_read_or_refused_in_words(data: st.DataObject) -> None:
+    bad = copy.deepcopy(CONTENT)
+    container, key = data.draw(
+        st.sampled_from(range(len(places(bad)))).map(places(bad).__getitem__)
+    )
+    container[key] = data.draw(JSON)
+    try:
+        read = parse(bad)
+    except ConsolidateError as error:
+        message = str(error)
+    else:
+        assert parse_ledger(ledger_bytes(read)) == read
+        return
+    assert message.startswith("a/fisher.json")
+
+
+CONTENT = content()
+
+
+def test_the_worked_example_of_the_specification() -> None:
+    page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `(\w+)` \| `(\w+)` \| (\[.*?\]) \| (.*?) \| `([0-9a-f]+)` \|$", page, re.M
+    )
+    dtypes = {"F32": torch.float32, "I64": torch.int64, "BF16": torch.bfloat16}
+    records = {}
+    for name, dtype, shape, values, stored in rows:
+        numbers = [float(value.replace("−", "-")) for value in values.split(", ")]
+        tensor = torch.tensor(numbers).to(dtypes[dtype]).reshape(json.loads(shape))
+        assert bytes(tensor.reshape(-1).view(torch.uint8).tolist()).hex() == stored
+        records[name] = tensor_record(tensor)
+    assert len(records) == 3
+    (block,) = re.findall(r"```jsonl\n(.*?)```", page, re.S)
+    assert [json.loads(line) for line in block.splitlines()] == [
+        [name, records[name].dtype, list(records[name].shape), records[name].sha256]
+        for name in sorted(records)
+    ]
+    assert set_digest(records) in page
+
+
+def test_the_specification_lists_the_fields_in_the_order_written() -> None:
+    page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    tables = [
+        re.findall(r"^\| `(\w+)` \|", table, re.M)
+        for table in page[page.index("## The ledger") :].split("| field | type | meaning |")[1:]
+    ]
+    written = json.loads(
+        ledger_bytes(
+            ledger(
+                base="d" * 64,
+                made_from="e" * 64,
+                tasks=[task(penalty="ewc", penalty_on="adapter", made_from="f" * 64)],
+            )
+        )
+    )
+    first = written["tasks"][0]
+    expected = [
+        written,
+        written["weights"],
+        written["weights"]["tensors"]["w"],
+        first,
+        first["layers"]["w"],
+    ]
+    assert tables == [list(fields) for fields in expected]
+    assert f"{MAX_LEDGER_BYTES:,} bytes" in page

@@ -1,0 +1,555 @@
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from consolidate.chain.tasks import load_penalty
+from consolidate.commands.evaluate import evaluate
+from consolidate.commands.finetune import finetune
+from consolidate.commands.fisher import fisher
+from consolidate.commands.merge import merge
+from consolidate.commands.show import show, show_text
+from consolidate.commands.verify import verify
+from consolidate.data.examples import Columns, encode
+from consolidate.estimation.likelihoods import get_likelihood
+from consolidate.ewc.low_rank_penalty import MergedPenalty
+from consolidate.models.adapters import load, with_base
+from consolidate.models.loading import file_weights
+from consolidate.models.lora import add_lora, low_rank_layers, merge_lora
+from consolidate.views.text import verify_text
+from formats.checkpoint import open_checkpoint, weight_records
+from formats.digest import set_digest
+from formats.errors import InputError, UsageError
+from formats.fisher_folder import read_fisher
+from formats.task_file import open_task
+from support.tiny_models import (
+    bert_config,
+    byte_tokenizer,
+    gpt2_config,
+    outputs,
+    save,
+    word_tokenizer,
+)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    config = gpt2_config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return save(tmp_path / "gpt2", transformers.GPT2LMHeadModel, config, byte_tokenizer())
+
+
+@contextmanager
+def by_peft() -> Iterator[None]:
+    """Let peft use what this transformers calls deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def read_by_peft(folder: Path, base: Path, cls: Any = transformers.GPT2LMHeadModel) -> Any:
+    with by_peft():
+        return peft.PeftModel.from_pretrained(cls.from_pretrained(base), folder)
+
+
+def peft_adapter(
+    folder: Path, base: Path, cls: Any = transformers.GPT2LMHeadModel, **options: Any
+) -> Path:
+    """Save an adapter as peft itself does, away from zero unless told otherwise."""
+    start = {"r": 2, "lora_alpha": 6, "init_lora_weights": False, "fan_in_fan_out": True}
+    with torch.random.fork_rng(), by_peft():
+        torch.manual_seed(3)
+        model = peft.get_peft_model(cls.from_pretrained(base), peft.LoraConfig(**(start | options)))
+        model.save_pretrained(folder)
+    return folder
+
+
+def opened(adapter: Path, base: Path | None = None) -> Any:
+    return with_base(open_checkpoint(adapter), base)
+
+
+def test_an_adapter_of_peft_is_read_and_stored_bit_for_bit(gpt2: Path, tmp_path: Path):
+    folder = peft_adapter(tmp_path / "adapter", gpt2, target_modules=["c_attn", "c_fc"])
+    model = load(opened(folder))
+    reference = read_by_peft(folder, gpt2)
+    assert torch.equal(outputs(model.module), outputs(reference))
+    stored, made = load_file(folder / "adapter_model.safetensors"), file_weights(model)
+    assert stored.keys() == made.keys()
+    assert all(torch.equal(made[name], stored[name]) for name in stored)
+    assert {layer.scale for layer in low_rank_layers(model.module).values()} == {3.0}
+    trained = [name for name, p in model.module.named_parameters() if p.requires_grad]
+    assert len(trained) == len(stored)
+    assert model.processor is not None
+
+
+def test_embeddings_and_a_trained_output_layer_are_part_of_an_adapter(tmp_path: Path):
+    base = save(
+        tmp_path / "bert",
+        transformers.BertForSequenceClassification,
+        bert_config(num_labels=3),
+        word_tokenizer(),
+    )
+    folder = peft_adapter(
+        tmp_path / "adapter",
+        base,
+        transformers.BertForSequenceClassification,
+        target_modules=["query", "position_embeddings"],
+        modules_to_save=["classifier"],
+        fan_in_fan_out=False,
+    )
+    model = load(opened(folder))
+    reference = read_by_peft(folder, base, transformers.BertForSequenceClassification)
+    assert torch.equal(outputs(model.module), outputs(reference))
+    stored, made = load_file(folder / "adapter_model.safetensors"), file_weights(model)
+    assert stored.keys() == made.keys()
+    assert "base_model.model.classifier.weight" in stored
+    trained = [name for name, p in model.module.named_parameters() if p.requires_grad]
+    assert len(trained) == len(stored)
+
+
+def test_the_base_model_is_found_or_named(gpt2: Path, tmp_path: Path):
+    folder = peft_adapter(tmp_path / "adapter", gpt2, target_modules=["c_attn"])
+    assert opened(folder).base.path == gpt2
+    moved = gpt2.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"gpt2'.*name the base model with --base-model"):
+        opened(folder)
+    assert opened(folder, moved).base.path == moved
+    with pytest.raises(UsageError, match="is no adapter"):
+        opened(moved, moved)
+    with pytest.raises(InputError, match="is an adapter itself"):
+        opened(folder, folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "use_dora is set.*DoRA scales"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"lora_bias": True}, "lora_bias is set"),
+        ({"init_lora_weights": "pissa"}, "'pissa', which changes the base model's weights too"),
+        ({"target_parameters": ["w"]}, "target_parameters is set"),
+        ({"use_newest": True}, "does not know 'use_newest'"),
+        ({"r": 1}, r"has shape \[2, 16\] in the file and \[1, 16\]"),
+        ({"r": 10**12}, "the rank is 1000000000000, and the factors in the file have 2"),
+        ({"rank_pattern": {"c_attn": 10**12}}, "the rank is 1000000000000"),
+        ({"lora_alpha": "much"}, "does not fit the base model"),
+        ({"target_modules": 7}, "does not fit the base model"),
+        ({"target_modules": ["c_fc"]}, "does not fit its base model.*is not in the model"),
+        ({"target_modules": ["c_attn", "c_fc"]}, "is missing in the file"),
+        ({"target_modules": ["q_proj"]}, "does not fit the base model"),
+    ],
+)
+def test_other_adapters_are_refused_by_name(
+    gpt2: Path, tmp_path: Path, changes: dict[str, Any], message: str
+):
+    folder = peft_adapter(tmp_path / "adapter", gpt2, target_modules=["c_attn"])
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(InputError, match=message):
+        load(opened(folder))
+
+
+TEXTS = ["the cat sat", "a dog ate my homework", "what a lovely day", "rain again", "nobody"]
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def test_the_fisher_of_an_adapter_is_that_of_its_parameters(gpt2: Path, tmp_path: Path, task: Path):
+    folder = peft_adapter(tmp_path / "adapter", gpt2, target_modules=["c_attn", "c_fc"])
+    result = fisher(
+        folder, task, task="texts", estimator="empirical", batch_size=2, dtype=torch.float64
+    )
+    stored = read_fisher(folder / "fisher")
+    names = load_file(folder / "adapter_model.safetensors").keys()
+    assert stored.fisher.keys() == names
+    assert result["methods"] == {"rule": len(names)}
+    reference = read_by_peft(folder, gpt2).double()
+    trained = {
+        name.replace(".default", ""): parameter.requires_grad_()
+        for name, parameter in reference.named_parameters()
+        if "lora_" in name
+    }
+    processor = byte_tokenizer()
+    expected = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
+    units = 0
+    for text in TEXTS:
+        ids = torch.tensor([processor(text)["input_ids"] + [processor.eos_token_id]])
+        logs = reference(ids).logits.log_softmax(-1)[0, :-1]
+        score = logs.gather(1, ids[0, 1:, None]).sum()
+        units += ids.shape[1] - 1
+        for name, g in zip(
+            trained, torch.autograd.grad(score, list(trained.values())), strict=True
+        ):
+            expected[name] += g**2
+    assert result["units"] == units
+    for name, values in expected.items():
+        torch.testing.assert_close(stored.fisher[name], (values / units).float())
+    assert stored.ledger.base == set_digest(weight_records(open_checkpoint(gpt2).weights))
+    assert "an adapter's, on the base model" in show_text(show(folder))
+    assert verify(folder)["weights"]["tensors"] == len(names)
+    assert f"its base model is in {gpt2}: {stored.ledger.base}" in verify_text(verify(folder))
+    metrics = evaluate(folder, {"texts": task}, dtype=torch.float64)["texts"]
+    with torch.no_grad():
+        total = sum(
+            reference(ids, labels=ids).loss * (ids.shape[1] - 1)
+            for ids in (
+                torch.tensor([processor(text)["input_ids"] + [processor.eos_token_id]])
+                for text in TEXTS
+            )
+        )
+    assert metrics["loss"] == pytest.approx(float(total) / units)
+
+
+def test_a_fisher_where_b_is_zero_is_warned_of(
+    gpt2: Path, tmp_path: Path, task: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    folder = peft_adapter(
+        tmp_path / "adapter", gpt2, target_modules=["c_attn"], init_lora_weights=True
+    )
+    fisher(folder, task, max_examples=2)
+    (line,) = [line for line in caplog.messages if line.startswith("warning: ")]
+    assert "2 of the adapter's factors have no Fisher" in line
+    assert "lora_A" in line
+    assert "lora_B" not in line
+
+
+def test_a_fisher_on_another_base_model_is_refused(gpt2: Path, tmp_path: Path, task: Path):
+    folder = peft_adapter(tmp_path / "adapter", gpt2, target_modules=["c_attn"])
+    fisher(folder, task, task="texts", max_examples=2)
+    base = verify(folder, base_model=gpt2)["base"]
+    tensors = load_file(gpt2 / "model.safetensors")
+    tensors["transformer.wpe.weight"][0, 0] += 1
+    save_file(tensors, gpt2 / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"was measured on a base model with the digest"):
+        fisher(folder, task, task="more", add=True)
+    with pytest.raises(InputError, match=r"name the right one with --base-model"):
+        evaluate(folder, {"texts": task})
+    moved = gpt2.rename(tmp_path / "elsewhere")
+    assert f"base model {base} was not looked at" in verify_text(verify(folder))
+    with pytest.raises(InputError, match=r"was measured on a base model with the digest"):
+        verify(folder, base_model=moved)
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"is of an adapter, and .* is a whole model"):
+        verify(folder)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="means of factors are no means of weights"):
+        merge([folder, folder], output_dir=tmp_path / "merged")
+
+
+@pytest.fixture
+def protected(gpt2: Path, task: Path) -> Path:
+    """A model with the Fisher of all its weights."""
+    fisher(gpt2, task, task="old", estimator="empirical", batch_size=5)
+    return gpt2
+
+
+@pytest.fixture
+def new_task(tmp_path: Path) -> Path:
+    path = tmp_path / "new.jsonl"
+    texts = ["spanish rain", "my mat is lovely", "the dog and the cat", "nobody ate it", "my my"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+TRAINING: dict[str, Any] = {
+    "task": "new",
+    "max_steps": 6,
+    "batch_size": 3,
+    "optimizer": "sgd",
+    "learning_rate": 0.5,
+    "fisher_estimator": "empirical",
+}
+LORA: dict[str, Any] = {"lora_rank": 2, "lora_targets": ["c_attn", "mlp.c_fc"], "lora_alpha": 4}
+
+
+def test_a_whole_model_learns_by_an_adapter_and_stays_whole(
+    protected: Path, new_task: Path, tmp_path: Path
+):
+    options = TRAINING | LORA | {"ewc_lambda": 20.0}
+    result = finetune(protected, new_task, output_dir=tmp_path / "next", **options)
+    assert result["penalty_on"] == "merged"
+    old, new = open_checkpoint(protected).weights, open_checkpoint(tmp_path / "next").weights
+    assert list(old) == list(new)
+    moved = [name for name in old if not torch.equal(old[name], new[name])]
+    assert {name.split(".", 3)[-1] for name in moved} == {"attn.c_attn.weight", "mlp.c_fc.weight"}
+    for name in moved:
+        assert torch.linalg.matrix_rank(new[name] - old[name], rtol=1e-4) == 2
+    stored, before = read_fisher(tmp_path / "next/fisher"), read_fisher(protected / "fisher")
+    assert [task.name for task in stored.ledger.tasks] == ["old", "new"]
+    assert stored.ledger.base is None
+    assert stored.ledger.tasks[1].penalty_on == "merged"
+    # all weights are measured, not only those that the adapter has changed
+    assert stored.fisher.keys() == before.fisher.keys() == dict(old).keys()
+    assert all((stored.fisher[name] >= before.fisher[name]).all() for name in stored.fisher)
+    assert "ewc on merged weights, λ = 20" in show_text(show(tmp_path / "next"))
+    assert verify(protected, tmp_path / "next")["later"][0]["descends_by"] == "weights"
+    # and the chain goes on, by whichever way
+    again = finetune(
+        tmp_path / "next", new_task, output_dir=tmp_path / "more", **options | {"task": "more"}
+    )
+    assert again["fisher"]["task"] == "more"
+
+
+def test_the_merged_penalty_trains_as_the_explicit_one(
+    protected: Path, new_task: Path, tmp_path: Path
+):
+    """Steps by hand: the loss and the penalty of W' = W + s B A, by autograd alone."""
+    strength, options = 50.0, TRAINING | LORA | {"ewc_lambda": 50.0, "batch_size": 5}
+    result = finetune(protected, new_task, output_dir=tmp_path / "next", **options)
+    model = load(open_checkpoint(protected), dtype=torch.float32)
+    stored = read_fisher(protected / "fisher").fisher
+    add_lora(model.module, rank=2, targets=LORA["lora_targets"], alpha=4)
+    examples = encode(open_task(new_task)[1], model, columns=Columns())
+    (batch,) = examples.batches(5)
+    likelihood = get_likelihood("next-token-softmax")
+    trained = [p for p in model.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    for step in range(6):
+        optimizer.zero_grad()
+        outputs = model.module(**batch[0]).logits
+        loss = likelihood.negative_log_likelihood(outputs, batch[1]).sum()
+        loss = loss / likelihood.units(batch[1]).sum()
+        penalty = torch.zeros(())
+        for name, layer in low_rank_layers(model.module).items():
+            change = layer.scale * (layer.b @ layer.a)
+            penalty = (
+                penalty + (stored[name] * (change.T if layer.transposed else change) ** 2).sum()
+            )
+        penalty = strength / 2 * penalty
+        record = result["history"][step]
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert record["penalty"] == pytest.approx(penalty.item(), rel=1e-3, abs=1e-9)
+        (loss + penalty).backward()
+        optimizer.step()
+    assert record["penalty"] > 0
+    merge_lora(model.module)
+    made = open_checkpoint(tmp_path / "next").weights
+    for name, values in file_weights(model).items():
+        torch.testing.assert_close(made[name], values.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_merged_penalty_holds_the_weights_that_matter(
+    protected: Path, new_task: Path, tmp_path: Path
+):
+    stored = read_fisher(protected / "fisher").fisher
+    old = open_checkpoint(protected).weights
+    distances = []
+    for strength in (0.0, 1e3):
+        out = tmp_path / f"at-{strength:g}"
+        options = TRAINING | LORA | {"learning_rate": 0.1, "max_steps": 12}
+        finetune(protected, new_task, output_dir=out, ewc_lambda=strength, **options)
+        new = open_checkpoint(out).weights
+        distances.append(sum(float((stored[n] * (new[n] - old[n]) ** 2).sum()) for n in stored))
+    assert distances[1] < 0.2 * distances[0]
+
+
+def test_an_adapter_learns_and_stays_an_adapter(
+    gpt2: Path, task: Path, new_task: Path, tmp_path: Path
+):
+    folder = peft_adapter(tmp_path / "adapter", gpt2, target_modules=["c_attn", "c_fc"])
+    fisher(folder, task, task="old", estimator="empirical")
+    out = tmp_path / "next"
+    options = TRAINING | {"evaluate": {"old": task}}
+    result = finetune(folder, new_task, output_dir=out, ewc_lambda=10.0, **options)
+    assert result["penalty_on"] == "adapter"
+    assert result["penalty_value"] > 0
+    stored = read_fisher(out / "fisher")
+    assert [task.penalty_on for task in stored.ledger.tasks] == [None, "adapter"]
+    assert stored.ledger.base == read_fisher(folder / "fisher").ledger.base
+    assert not (out / "config.json").exists()
+    assert "ewc on the adapter, λ = 10" in show_text(show(out))
+    verify(folder, out)
+    # peft reads it, and computes what we did
+    reference = read_by_peft(out, gpt2)
+    assert torch.equal(outputs(reference), outputs(load(opened(out)).module))
+    assert not torch.equal(outputs(reference), outputs(read_by_peft(folder, gpt2)))
+    metrics = evaluate(out, {"old": task})["old"]
+    assert metrics["loss"] == pytest.approx(result["metrics"]["after"]["old"]["loss"])
+    # the chain goes on, with proximal steps too
+    options = TRAINING | {"task": "third", "penalty_step": "proximal"}
+    finetune(out, new_task, output_dir=tmp_path / "third", ewc_lambda=10.0, **options)
+
+
+def test_an_adapter_is_held_by_the_fisher_of_its_base_model(
+    protected: Path, new_task: Path, tmp_path: Path
+):
+    folder = peft_adapter(
+        tmp_path / "adapter", protected, target_modules=["c_attn"], init_lora_weights=True
+    )
+    out = tmp_path / "next"
+    result = finetune(folder, new_task, output_dir=out, ewc_lambda=10.0, **TRAINING)
+    assert result["penalty_on"] == "merged"
+    stored = read_fisher(out / "fisher")
+    assert [(task.name, task.penalty_on) for task in stored.ledger.tasks] == [("new", "merged")]
+    base = read_fisher(protected / "fisher").fisher
+    layers = low_rank_layers(load(opened(out)).module)
+    expected = sum(
+        5.0 * (base[n] * (layer.scale * (layer.b @ layer.a).detach().T) ** 2).sum().item()
+        for n, layer in layers.items()
+    )
+    made = MergedPenalty(layers, {n: base[n] for n in layers}, ewc_lambda=10.0).value()
+    assert made == pytest.approx(expected, rel=1e-5)
+    assert result["penalty_value"] == pytest.approx(made, rel=0.5)  # before the last step
+    # now that it has a Fisher of its own, that is what holds it, unless the other is asked for
+    options = TRAINING | {"task": "third", "ewc_lambda": 10.0}
+    assert finetune(out, new_task, output_dir=tmp_path / "a", **options)["penalty_on"] == "adapter"
+    options |= {"penalty_on": "merged"}
+    again = finetune(out, new_task, output_dir=tmp_path / "b", **options)
+    assert again["history"][0]["penalty"] == pytest.approx(made, rel=1e-5)
+
+
+def test_a_new_output_layer_trains_whole_beside_the_adapter(tmp_path: Path):
+    base = save(
+        tmp_path / "bert",
+        transformers.BertForSequenceClassification,
+        bert_config(num_labels=2, id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1}),
+        word_tokenizer(),
+    )
+    rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(TEXTS)]
+    more = [{"text": text, "label": "xyz"[i % 3]} for i, text in enumerate(TEXTS)]
+    paths = [tmp_path / "old.jsonl", tmp_path / "new.jsonl"]
+    for path, content in zip(paths, (rows, more), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    fisher(base, paths[0], task="old")
+    options = TRAINING | {"lora_rank": 2, "ewc_lambda": 1.0, "fisher_estimator": "exact"}
+    options |= {"evaluate": {"old": paths[0]}, "evaluate_every": 3}
+    result = finetune(base, paths[1], output_dir=tmp_path / "next", head="new", **options)
+    scores = [found["old"]["loss"] for found in result["metrics"].values()]
+    assert len(set(scores)) > 2  # the old head is measured on the trunk with its adapter
+    old, new = open_checkpoint(base).weights, open_checkpoint(tmp_path / "next").weights
+    moved = {name for name in old if old[name].shape != new[name].shape}
+    assert moved == {"classifier.weight", "classifier.bias"}
+    changed = [n for n in old if n not in moved and not torch.equal(old[n], new[n])]
+    assert {name.rpartition("self.")[2] for name in changed} == {"query.weight", "value.weight"}
+    # wider: the rows that are new are free, those that were there are held
+    third = tmp_path / "third.jsonl"
+    third.write_text(json.dumps({"text": "rain", "label": "w"}) + "\n")
+    options |= {"task": "third", "evaluate": None, "evaluate_every": None, "max_steps": 20}
+    options |= {"learning_rate": 0.05}
+    moved = []
+    for strength in (0.0, 100.0):
+        out = tmp_path / f"wide-{strength:g}"
+        options["ewc_lambda"] = strength
+        finetune(tmp_path / "next", third, output_dir=out, head="extend", **options)
+        wide = open_checkpoint(out).weights["classifier.bias"]
+        assert len(wide) == 4
+        moved.append((wide[:3] - new["classifier.bias"]).abs().max())
+    assert moved[1] < 0.2 * moved[0]
+    options |= {"lora_targets": ["classifier"], "task": "more"}
+    with pytest.raises(
+        UsageError, match=r"classifier\.weight is new.*leave it out of --lora-targets"
+    ):
+        finetune(base, paths[1], output_dir=tmp_path / "no", head="new", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"penalty_on": "adapter"}, "a fresh one has none"),
+        ({"penalty": "none", "ewc_lambda": None, "penalty_on": "merged"}, "no meaning with --pen"),
+        ({"penalty_step": "proximal"}, "--penalty-step proximal has no meaning"),
+        ({"lora_rank": None}, "--lora-targets has no meaning without --lora-rank"),
+        (
+            {"lora_rank": None, "lora_targets": (), "lora_alpha": None, "penalty_on": "merged"},
+            "is for adapters",
+        ),
+        ({"base_model": "x"}, "is no adapter"),
+        ({"freeze": ["*c_attn*"]}, "frozen by --freeze, and a target"),
+        ({"lora_rank": 0}, "--lora-rank 0"),
+        ({"lora_alpha": -1.0}, "--lora-alpha"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    protected: Path, new_task: Path, tmp_path: Path, options: dict[str, Any], message: str
+):
+    options = TRAINING | LORA | {"ewc_lambda": 1.0} | options
+    with pytest.raises(UsageError, match=message):
+        finetune(protected, new_task, output_dir=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_takes_no_second_adapter_and_no_new_output_layer(
+    gpt2: Path, new_task: Path, tmp_path: Path
+):
+    folder = peft_adapter(tmp_path / "adapter", gpt2, target_modules=["c_attn"])
+    options: dict[str, Any] = TRAINING | {"output_dir": tmp_path / "out"}
+    with pytest.raises(UsageError, match="is an adapter already"):
+        finetune(folder, new_task, penalty="none", lora_rank=2, **options)
+    with pytest.raises(UsageError, match="needs a whole model"):
+        finetune(folder, new_task, penalty="none", head="new", **options)
+    with pytest.raises(InputError, match=r"gpt2 holds no Fisher.*consolidate fisher"):
+        finetune(folder, new_task, ewc_lambda=1.0, **options)
+
+
+def test_a_search_tries_each_strength_from_the_same_adapter(
+    protected: Path, task: Path, new_task: Path, tmp_path: Path
+):
+    options = TRAINING | LORA | {"max_steps": 3, "learning_rate": 0.1}
+    result = finetune(
+        protected,
+        new_task,
+        output_dir=tmp_path / "next",
+        ewc_lambda=[1.0, 3e3],
+        validation={"old": task},
+        **options,
+    )
+    trials = {trial["ewc_lambda"]: trial for trial in result["lambda_search"]["trials"]}
+    assert trials[3e3]["penalty_per_lambda"] < trials[1.0]["penalty_per_lambda"]
+    chosen = result["ewc_lambda"]
+    alone = finetune(protected, new_task, output_dir=tmp_path / "one", ewc_lambda=chosen, **options)
+    assert alone["history"] == result["history"]
+
+
+def test_the_penalty_of_an_adapter_is_loaded_for_a_model_of_peft(
+    gpt2: Path, tmp_path: Path, task: Path
+):
+    folder = peft_adapter(tmp_path / "adapter", gpt2, target_modules=["c_attn"])
+    fisher(folder, task, task="old", estimator="empirical")
+    model = read_by_peft(folder, gpt2)
+    trained = {n: p.requires_grad_() for n, p in model.named_parameters() if "lora_" in n}
+    penalty = load_penalty(model, folder, ewc_lambda=2.0)
+    assert penalty.value() == 0
+    expected = 0.0
+    for name, values in read_fisher(folder / "fisher").fisher.items():
+        first, _, last = name.rpartition(".")
+        trained[f"{first}.default.{last}"].data += 0.5
+        expected += 0.25 * values.sum().item()
+    assert penalty.value() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_module_of_the_users_own_takes_an_adapter(
+    network_checkpoint: Path, write_task: Callable[..., Path], tmp_path: Path
+):
+    options: dict[str, Any] = {"model": "support.networks:make_network"}
+    fisher(network_checkpoint, write_task("old"), task="old", **options)
+    options |= {"lora_rank": 2, "lora_targets": ["0"], "ewc_lambda": 1.0, "task": "new"}
+    finetune(
+        network_checkpoint, write_task("new", 1), output_dir=tmp_path / "next", epochs=2, **options
+    )
+    old, new = (open_checkpoint(p).weights for p in (network_checkpoint, tmp_path / "next"))
+    assert [name for name in old if not torch.equal(old[name], new[name])] == ["0.weight"]
+    options |= {"lora_targets": ()}
+    with pytest.raises(UsageError, match="name them with --lora-targets, such as 0, 2"):
+        finetune(network_checkpoint, write_task("new", 1), output_dir=tmp_path / "no", **options)

@@ -1,0 +1,77 @@
+import pytest
+
+from consolidate.estimation.likelihoods import get_likelihood
+from consolidate.models.objectives import OBJECTIVES, default_objective, get_objective
+from formats.errors import InputError, UsageError
+
+
+def test_every_objective_has_a_likelihood() -> None:
+    for objective in OBJECTIVES.values():
+        assert get_likelihood(objective.likelihood).name == objective.likelihood
+
+
+def test_language_models_have_no_labels() -> None:
+    language = {o.name for o in OBJECTIVES.values() if o.language}
+    assert language == {"causal-lm", "masked-lm", "seq2seq-lm"}
+    assert not any(o.has_labels for o in OBJECTIVES.values() if o.language)
+    assert not OBJECTIVES["regression"].has_labels
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"architectures": ["BertForSequenceClassification"]}, "sequence-classification"),
+        (
+            {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "score"}},
+            "regression",
+        ),
+        (
+            {
+                "architectures": ["RobertaForSequenceClassification"],
+                "problem_type": "multi_label_classification",
+            },
+            "multi-label",
+        ),
+        (
+            {
+                "architectures": ["XForSequenceClassification"],
+                "problem_type": "single_label_classification",
+                "num_labels": 1,
+            },
+            "sequence-classification",
+        ),
+        ({"architectures": ["BertForTokenClassification"]}, "token-classification"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "causal-lm"),
+        ({"architectures": ["LlamaForCausalLM"]}, "causal-lm"),
+        ({"architectures": ["BertForMaskedLM"]}, "masked-lm"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, "seq2seq-lm"),
+        ({"architectures": ["ResNetForImageClassification"]}, "image-classification"),
+    ],
+)
+def test_the_architecture_names_the_objective(config: dict, name: str) -> None:
+    assert default_objective(config, factory=False).name == name
+
+
+@pytest.mark.parametrize("config", [{}, {"architectures": ["BertModel"]}, {"architectures": []}])
+def test_an_architecture_that_names_none(config: dict) -> None:
+    with pytest.raises(InputError, match="--objective"):
+        default_objective(config, factory=False)
+
+
+def test_own_modules_take_tensors() -> None:
+    objective = default_objective({}, factory=True)
+    assert (objective.name, objective.modality, objective.auto_class) == (
+        "classification",
+        "tensor",
+        None,
+    )
+    assert default_objective({"problem_type": "regression"}, factory=True).name == "regression"
+    regression = get_objective("regression", factory=True)
+    assert (regression.modality, regression.auto_class) == ("tensor", None)
+    assert get_objective("regression").modality == "text"
+    with pytest.raises(UsageError, match="needs a model of transformers"):
+        get_objective("causal-lm", factory=True)
+    with pytest.raises(UsageError, match="--model"):
+        get_objective("classification")
+    with pytest.raises(UsageError, match="did you mean causal-lm"):
+        get_objective("causal_lm")

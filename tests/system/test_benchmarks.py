@@ -1,0 +1,108 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"
+
+
+def test_the_benchmark_of_the_penalty_writes_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts.benchmarks import benchmark_penalty, harness
+
+    for key, value in harness.STABLE.items():
+        monkeypatch.setenv(key, value)  # else the process would start anew
+    monkeypatch.setattr(harness, "results_folder", lambda quick: tmp_path)
+    monkeypatch.setattr(benchmark_penalty, "NAMES", ("mlp",))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "benchmark_penalty.py"), "--quick"])
+    benchmark_penalty.main()
+    page = (tmp_path / "penalty.md").read_text(encoding="utf-8")
+    for form in ("gradient", "gradient and value", "gradient, bfloat16", "proximal", "autograd"):
+        assert page.count(f"\n| {form} | ") == len(benchmark_penalty.OPTIMIZERS)
+    assert "A quick run" in page
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_memory_writes_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts.benchmarks import benchmark_memory, harness
+
+    for module in (harness, benchmark_memory):
+        monkeypatch.setattr(module, "results_folder", lambda quick: tmp_path)
+    words = ["--quick", "--command", "evaluate"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "benchmark_memory.py"), *words])
+    benchmark_memory.main()
+    page = (tmp_path / "memory.md").read_text(encoding="utf-8")
+    (row,) = [line.split(" | ") for line in page.splitlines() if "| empty, evaluate |" in line]
+    own, mapped = float(row[1]), float(row[6])
+    assert 0.05 < own < 2 > mapped > 0.05  # GB: torch and transformers, and their libraries
+    assert "consolidate evaluate old --data old=old.jsonl" in page
+
+
+def test_what_was_measured_is_kept_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts.benchmarks import benchmark_memory as memory
+
+    runs = {"finetune": memory.Run({"finetune: training": memory.Peak(3, 4)}, 1.5, 0.5, "x")}
+    measured = memory.Measured(7, runs)
+    assert memory.measured_of(json.loads(json.dumps(memory.as_json(measured)))) == measured
+
+
+LAUNCHER = """
+import os, subprocess, sys
+worker = "import sys, time; held = b'x' * int(1e7); time.sleep(1); print('step 1', file=sys.stderr)"
+worker += "; more = b'x' * int(RANK) * int(4e7); time.sleep(1)"
+started = [
+    subprocess.Popen(
+        [sys.executable, "-c", worker.replace("RANK", str(rank))],
+        env={**os.environ, "RANK": str(rank)},
+    )
+    for rank in (1, 2)
+]
+assert not any(process.wait() for process in started)
+print('{"done": true}')
+"""
+
+
+def test_the_processes_of_a_launcher_are_watched_part_by_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from scripts.benchmarks import harness
+
+    seen = harness.watch([sys.executable, "-c", LAUNCHER], ["one", "two"], "step 1", 2)
+    assert seen.result == {"done": True}
+    one, two = ({rank: peak.own for rank, peak in seen.peaks[part].items()} for part in seen.peaks)
+    assert sorted(one) == sorted(two) == [1, 2]
+    assert 1e7 < one[1] < 5e7 > one[2]
+    assert 4e7 < two[1] < 8e7 < two[2] < 12e7
+
+
+def test_the_page_of_shards_sets_what_was_measured_beside_theory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from scripts.benchmarks import benchmark_shards as shards
+
+    parameters, layer, outside = shards.parameters_of(shards.MODEL, shards.VOCABULARY)
+    assert parameters == shards.MODEL.layers * layer + outside
+    own = 10**8  # of the interpreter
+    runs = [
+        shards.Run(True, "fisher", 1, {"fisher": [own]}, 1.0, "x"),
+        shards.Run(True, "fisher", 2, {"fisher": [own - 1, own]}, 1.0, "x"),
+        shards.Run(False, "fisher", 1, {"fisher": [own + 8 * parameters]}, 1.0, "x"),
+        shards.Run(
+            False,
+            "fisher",
+            2,
+            {"fisher": [own + 7 * parameters, own + 5 * parameters]},
+            1.0,
+            "torchrun it",
+        ),
+    ]
+    text = shards.page(runs, quick=False)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| fisher | ")]
+    assert [row[1] for row in rows] == ["1", "2"]
+    assert [row[4:6] for row in rows] == [["8.0", "–"], ["14.0", "10.0"]]
+    assert [row[6] for row in rows] == ["8 |", f"10 + {4 * layer * 2 / parameters:.1f} |"]
+    assert "torchrun it" in text

@@ -1,0 +1,62 @@
+"""Golden checkpoints: they load, they verify, and today's writer makes the same bytes."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from consolidate.commands.show import show, show_text
+from consolidate.commands.verify import verify
+from formats.checkpoint import open_checkpoint
+from formats.fisher_folder import check_belongs, read_fisher
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+NAMES = ["adapter", "anchor", "bfloat16", "made-from", "sharded", "unsharded"]
+WRITE = runpy.run_path(str(ROOT / "scripts" / "write_golden.py"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_none_is_forgotten() -> None:
+    assert sorted(path.name for path in GOLDEN.iterdir()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_loads_and_verifies(name: str) -> None:
+    checkpoint = open_checkpoint(GOLDEN / name)
+    stored = read_fisher(GOLDEN / name / "fisher")
+    check_belongs(stored, checkpoint.weights, name)
+    for key, values in WRITE["fisher"]().items():
+        torch.testing.assert_close(stored.fisher[key].float(), values, rtol=2**-8, atol=0)
+        if name != "bfloat16":
+            assert torch.equal(stored.fisher[key], values)
+    assert (stored.anchor is not None) == (name in ("anchor", "sharded"))
+    if stored.anchor is not None:
+        for key in stored.fisher:
+            assert torch.equal(stored.anchor[key], checkpoint.weights[key] / 2)
+    assert (stored.ledger.base is None) == (checkpoint.adapter is None) == (name != "adapter")
+    assert list(stored.heads) == (["digits"] if name == "anchor" else [])
+    assert verify(GOLDEN / name)["weights"]["tensors"] == 5
+    assert "zahlen" in show_text(show(GOLDEN / name)) or name == "unsharded"
+
+
+def test_one_file_and_shards_have_the_same_digests() -> None:
+    one, shards = (read_fisher(GOLDEN / name / "fisher").ledger for name in ("anchor", "sharded"))
+    assert (one.weights, one.fisher, one.anchor) == (shards.weights, shards.fisher, shards.anchor)
+
+
+def test_the_present_writer_gives_the_same_bytes(tmp_path: Path) -> None:
+    WRITE["write_all"](tmp_path)
+    assert files(tmp_path) == files(GOLDEN)
+
+
+def test_they_stay_small() -> None:
+    assert sum(len(data) for data in files(GOLDEN).values()) < 40_000

@@ -1,0 +1,204 @@
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from consolidate.training.lambda_search import (
+    MOST_EXTENSIONS,
+    Trial,
+    at_an_end,
+    by_least,
+    by_mean,
+    by_most,
+    check_strengths,
+    choose_rule,
+    coarse_to_fine,
+    grid,
+    strength_at,
+)
+from formats.errors import NonFiniteError, UsageError
+
+STEPS = 800
+
+
+def trial(
+    strength: float, old: float = 0.0, new: float = 0.0, *, steps: int = STEPS, lost: float = 0.0
+) -> Trial:
+    metrics = {"old": {"score": old}, "new": {"score": new}}
+    return Trial(strength, steps, metrics, lost, 0.0, None, 0.0)
+
+
+def diverged(strength: float) -> Trial:
+    return Trial(strength, STEPS, None, None, None, None, 0.0)
+
+
+class World:
+    """A smooth stability–plasticity curve with its best mean at λ = `best` for whole runs.
+
+    Shorter runs forget less and learn less, so that their best λ lies elsewhere.
+    """
+
+    def __init__(self, best: float, *, drift: float = 0.5, breaks: float = math.inf) -> None:
+        self.best, self.drift, self.breaks = math.log10(best), drift, breaks
+        self.trained: list[tuple[float, int]] = []
+
+    def train(self, strength: float, steps: int) -> Trial:
+        self.trained.append((strength, steps))
+        if strength >= self.breaks:
+            return Trial(strength, steps, None, None, None, None, 0.0)
+        at = math.log10(max(strength, 1e-30)) - self.best
+        at += self.drift * math.log2(STEPS / steps) / 3
+        lost = 0.5 / (1 + 10 ** (at + 1))
+        learned = 0.8 * steps / STEPS / (1 + 10 ** (at - 1))
+        return trial(strength, 0.9 - lost, 0.1 + learned, steps=steps, lost=lost)
+
+
+@pytest.mark.parametrize("best", [1e-2, 1, 20, 316, 1e4, 3e6, 1e8])
+@pytest.mark.parametrize("drift", [-1.0, 0.0, 0.5])
+def test_auto_comes_near_the_best_wherever_it_lies(best: float, drift: float) -> None:
+    world = World(best, drift=drift)
+    trials = coarse_to_fine(world.train, by_mean, STEPS)
+    chosen = by_mean([t for t in trials if t.steps == STEPS])
+    fine = max(World(best).train(10 ** (k / 20), STEPS).mean for k in range(-80, 200))
+    assert fine - chosen.mean < 0.005
+    assert len(world.trained) == len(set(world.trained)) == len(trials)
+    cost = sum(steps for _, steps in world.trained) / STEPS
+    assert cost <= 7 / 8 + 3 / 4 + 3 + MOST_EXTENSIONS
+
+
+def test_auto_shortens_the_steps_and_says_where_it_looked() -> None:
+    world = World(316, drift=0.0)
+    coarse_to_fine(world.train, by_mean, STEPS)
+    assert [s for s, steps in world.trained if steps == 100] == [10.0**k for k in range(7)]
+    assert {steps for _, steps in world.trained} == {100, 200, 800}
+    assert {s for s, steps in world.trained if steps == 800} >= {100, 316, 1000}
+
+
+def test_the_least_lambda_under_a_limit_is_found_between_a_failing_and_a_passing_one() -> None:
+    rule = partial(by_least, max_forgetting=0.02)
+    world = World(100)
+    trials = [t for t in coarse_to_fine(world.train, rule, STEPS) if t.steps == STEPS]
+    chosen = rule(trials)
+    assert chosen.forgetting is not None
+    assert chosen.forgetting <= 0.02
+    below = [t for t in trials if t.ewc_lambda < chosen.ewc_lambda]
+    assert below
+    assert all(t.forgetting is not None and t.forgetting > 0.02 for t in below)
+
+
+def test_the_most_lambda_is_measured_against_a_run_without_penalty() -> None:
+    rule = partial(by_most, task="new", before=0.1)
+    world = World(100)
+    trials = [
+        t for t in coarse_to_fine(world.train, rule, STEPS, reference=True) if t.steps == STEPS
+    ]
+    chosen = rule(trials)
+    assert (0.0, STEPS) in world.trained
+    assert chosen.metrics is not None
+    assert chosen.metrics["new"]["score"] >= 0.1 + 0.95 * 0.8
+    above = [t for t in trials if t.ewc_lambda > chosen.ewc_lambda]
+    assert above
+    assert all(t.metrics is not None and t.metrics["new"]["score"] < 0.86 for t in above)
+
+
+def test_a_search_that_finds_no_end_is_bounded() -> None:
+    def flat(strength: float, steps: int) -> Trial:
+        return trial(strength, 0.5, 0.5, steps=steps)
+
+    trials = coarse_to_fine(flat, by_mean, STEPS)
+    assert len(trials) == 7 + 3 + 3 + MOST_EXTENSIONS
+    whole = [t for t in trials if t.steps == STEPS]
+    assert at_an_end(by_mean(whole).ewc_lambda, whole)
+
+
+def test_large_lambdas_that_diverge_are_passed_over() -> None:
+    world = World(100, drift=0.0, breaks=1000)
+    trials = coarse_to_fine(world.train, by_mean, STEPS)
+    assert by_mean([t for t in trials if t.steps == STEPS]).ewc_lambda == 100
+    with pytest.raises(NonFiniteError, match="every λ"):
+        coarse_to_fine(World(100, breaks=0.0).train, by_mean, STEPS)
+
+
+def test_a_short_run_is_not_shortened_further() -> None:
+    world = World(100)
+    coarse_to_fine(world.train, by_mean, 10)
+    assert {steps for _, steps in world.trained} == {10}
+    assert len(world.trained) == len(set(world.trained))
+
+
+def test_a_list_is_trained_in_order_and_once() -> None:
+    world = World(100)
+    trials = grid(world.train, [1000, 1, 10, 1], STEPS)
+    assert [t.ewc_lambda for t in trials] == [1, 10, 1000]
+    assert {t.steps for t in trials} == {STEPS}
+
+
+def test_the_mean_is_over_tasks_and_ties_go_to_the_larger_lambda() -> None:
+    trials = [trial(1, 0.5, 0.9), trial(10, 0.8, 0.6), trial(100, 0.1, 0.1), diverged(1000)]
+    assert by_mean(trials).ewc_lambda == 10
+    assert trials[0].mean == pytest.approx(0.7)
+    assert diverged(1).mean == -math.inf
+
+
+def test_where_nothing_stays_under_the_limit_the_largest_is_taken() -> None:
+    trials = [trial(1, lost=0.5), trial(10, lost=0.2), trial(100, lost=0.1), diverged(1000)]
+    assert by_least(trials, max_forgetting=0.2).ewc_lambda == 10
+    assert by_least(trials, max_forgetting=0.05).ewc_lambda == 100
+    assert by_least([trial(1, lost=0.9 - 0.87)], max_forgetting=0.03).ewc_lambda == 1
+
+
+def test_where_nothing_is_gained_the_largest_is_taken() -> None:
+    rule = partial(by_most, task="new", before=0.6)
+    assert rule([trial(0, new=0.5), trial(1, new=0.5), trial(10, new=0.6)]).ewc_lambda == 10
+    assert rule([trial(0, new=0.5), trial(1, new=0.4), trial(10, new=0.3)]).ewc_lambda == 10
+    assert rule([trial(0, new=1.0), trial(1, new=0.7), trial(10, new=0.8)]).ewc_lambda == 1
+
+
+@pytest.mark.parametrize(
+    ("choose", "validation", "limit", "expected"),
+    [
+        (None, ["a"], None, "mean"),
+        (None, ["a", "new"], 0.1, "least"),
+        (None, ["new"], None, "most"),
+        (None, [], None, "most"),
+        ("most", ["a"], 0.1, "most"),
+        ("mean", ["a"], 0.1, "mean"),
+    ],
+)
+def test_the_rule_follows_from_what_can_be_measured(
+    choose: str | None, validation: list[str], limit: float | None, expected: str
+) -> None:
+    found = choose_rule(choose, old=["a"], validation=validation, max_forgetting=limit)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("choose", "limit", "message"),
+    [
+        (None, 0.1, "NAME is one of a, or --choose most"),
+        ("mean", None, "needs held-out data of an old task"),
+        ("least", None, "needs --max-forgetting"),
+        ("best", None, "expected one of mean, least, most"),
+    ],
+)
+def test_rules_that_have_nothing_to_go_by_are_refused(
+    choose: str | None, limit: float | None, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose_rule(choose, old=["a"], validation=["new"], max_forgetting=limit)
+
+
+@pytest.mark.parametrize("wrong", ["many", [], [1, -1], [math.nan], ["1"], {1.0}])
+def test_strengths_are_numbers_or_auto(wrong: object) -> None:
+    check_strengths("auto")
+    check_strengths([1, 10.0])
+    with pytest.raises(UsageError, match="--ewc-lambda"):
+        check_strengths(wrong)
+
+
+def test_strengths_can_be_typed_again() -> None:
+    show: Callable[[float], str] = "{:g}".format
+    assert [show(strength_at(k)) for k in (-4, 0, 1, 2, 3, 8)] == [
+        *("0.1", "1", "1.78", "3.16", "5.62", "100")
+    ]

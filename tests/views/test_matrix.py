@@ -1,0 +1,161 @@
+"""The matrix as data, table, CSV and plot."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from consolidate.commands.show import ledger_matrix, matrix_text, show, show_text
+from consolidate.training.accuracy_matrix import AccuracyMatrix, accuracy_matrix
+from consolidate.views.figures import score_figures
+from consolidate.views.matrix import (
+    check_view,
+    matrix_summary,
+    means_text,
+    plot_matrix,
+    write_matrix_csv,
+)
+from formats.errors import InputError, UsageError
+from formats.ledger import ledger_bytes, read_ledger
+from support import report_checkpoints as checkpoints
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+
+
+def on(**values: float) -> dict[str, dict[str, float]]:
+    return {name: {"accuracy": value} for name, value in values.items()}
+
+
+@pytest.fixture
+def matrix() -> AccuracyMatrix:
+    return accuracy_matrix(
+        {
+            "a": {"before": on(a=0.125), "step 3": on(a=0.5), "after": on(a=0.9)},
+            "b": {
+                "before": on(a=0.9, b=0.1),
+                "step 2": on(a=0.8, b=0.6),
+                "step 4": on(a=0.75, b=0.7),
+                "after": on(a=0.75, b=0.7),
+            },
+        }
+    )
+
+
+def test_the_summary_is_json_and_the_table_is_its_numbers(matrix: AccuracyMatrix) -> None:
+    summary = json.loads(json.dumps(matrix_summary(matrix), allow_nan=False))
+    assert summary["scores"] == [[0.9, None], [0.75, 0.7]]
+    assert summary["bwt"] == {"value": pytest.approx(-0.15), "terms": 1, "of": 1}
+    assert summary["points"][1] == {"task": "a", "step": 3, "scores": {"a": 0.5}}
+    assert matrix_text(summary).splitlines() == [
+        "after \\ on       a       b",
+        "(start)     0.1250       –",
+        "a           0.9000       –",
+        "b           0.7500  0.7000",
+        "ACC 0.7250, BWT -0.1500, forgetting 0.1500",
+    ]
+
+
+def test_a_mean_over_a_part_says_so() -> None:
+    matrix = accuracy_matrix({"a": {"after": on(a=1.0)}, "b": {}, "c": {"after": on(c=0.5)}})
+    text = matrix_text(matrix_summary(matrix))
+    assert text.endswith("ACC 0.5000 (over 1 of 3), BWT –, forgetting –")
+    assert "start" not in text
+
+
+def test_csv_is_in_the_order_of_time(matrix: AccuracyMatrix, tmp_path: Path) -> None:
+    write_matrix_csv(tmp_path / "r.csv", matrix)
+    with (tmp_path / "r.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["training", "when", "a", "b"],
+        ["a", "before", "0.125", ""],
+        ["a", "step 3", "0.5", ""],
+        ["a", "after", "0.9", ""],
+        ["b", "step 2", "0.8", "0.6"],
+        ["b", "step 4", "0.75", "0.7"],
+        ["b", "after", "0.75", "0.7"],
+    ]
+
+
+def test_plots_are_images_and_the_same_bytes_each_time(tmp_path: Path) -> None:
+    ledger = read_ledger(checkpoints.chain(tmp_path / "model") / "fisher" / "fisher.json")
+    known = ledger_matrix(ledger)
+    assert known is not None
+    for name in ("r.png", "again.png", "r.svg", "again.SVG"):
+        plot_matrix(tmp_path / name, ledger, matrix_summary(known))
+    with Image.open(tmp_path / "r.png") as image:
+        assert image.width > image.height > 300
+        assert len(image.convert("RGB").getcolors(2**24)) > 50
+    assert (tmp_path / "r.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    assert (tmp_path / "r.svg").read_bytes() == (tmp_path / "again.SVG").read_bytes()
+    assert ElementTree.parse(tmp_path / "r.svg").getroot().tag.endswith("svg")
+    text = (tmp_path / "r.svg").read_text()
+    assert means_text(matrix_summary(known)) in text
+    for figure in score_figures(ledger, matrix_summary(known)):  # what a report draws
+        tips = {shape.tip for shape in figure.drawing.shapes if shape.tip}
+        assert tips
+        assert all(f"<title>{tip}</title>" in text for tip in tips)
+
+
+def test_an_svg_needs_no_matplotlib(tmp_path: Path) -> None:
+    folder = checkpoints.chain(tmp_path / "model")
+    script = (
+        "import sys\n"
+        "sys.modules['matplotlib'] = None\n"
+        "from consolidate.commands.show import show\n"
+        f"show({str(folder)!r}, plot={str(tmp_path / 'r.svg')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert (tmp_path / "r.svg").read_text().startswith("<!-- consolidate report -->")
+
+
+def test_a_plot_of_many_tasks_says_which(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    names = [f"t{i}" for i in range(41)]
+    tasks = [checkpoints.task(name, metrics={"after": checkpoints.on(t0=0.5)}) for name in names]
+    folder = checkpoints.write(tmp_path / "model", tasks, ["w"])
+    with caplog.at_level("INFO", "consolidate"):
+        show(folder, plot=tmp_path / "r.svg")
+    assert "the plot has the last 40 of 41 tasks" in caplog.text
+
+
+def test_what_cannot_be_written_is_refused_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"r\.pdf: the name must end in \.png or \.svg"):
+        check_view(tmp_path / "r.pdf", plot=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file is no folder"):
+        check_view(tmp_path / "file" / "r.csv", plot=False)
+    check_view(tmp_path / "none" / "r.csv", plot=False)  # it will be made
+    with pytest.raises(InputError, match="is a folder: name a file"):
+        check_view(tmp_path, plot=False)
+    monkeypatch.setattr("consolidate.views.matrix.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'consolidate-ewc\[plot\]'"):
+        show(tmp_path / "nothing is there", plot=tmp_path / "r.png")
+
+
+def test_show_prints_and_writes_the_matrix(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "unsharded", tmp_path / "model"))
+    with pytest.raises(InputError, match="has no scores on its tasks") as caught:
+        empty: Any = show(folder, csv=tmp_path / "r.csv")
+    assert "--evaluate TASK=DATA" in str(caught.value)
+    assert not (tmp_path / "r.csv").exists()
+    empty = show(folder)
+    assert empty["accuracy_matrix"] is None
+    ledger = read_ledger(folder / "fisher" / "fisher.json")
+    name = ledger.tasks[0].name
+    ledger.tasks[0].metrics = {"before": on(**{name: 0.25}), "after": on(**{name: 0.75})}
+    (folder / "fisher" / "fisher.json").write_bytes(ledger_bytes(ledger))
+    made = tmp_path / "made" / "for it"
+    found = show(folder, csv=made / "r.csv", plot=made / "r.png")
+    assert found["accuracy_matrix"]["scores"] == [[0.75]]
+    assert "ACC 0.7500, BWT –, forgetting –" in show_text(found)
+    assert f"{name},after,0.75" in (made / "r.csv").read_text()
+    assert (made / "r.png").stat().st_size > 1000
