@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from consolidate.chain.tasks import load_penalty as load_penalty
-    from consolidate.chain.tasks import store_fisher as store_fisher
+    from consolidate.chain.modules import load_penalty as load_penalty
+    from consolidate.chain.modules import store_fisher as store_fisher
     from consolidate.commands.evaluate import evaluate as evaluate
     from consolidate.commands.finetune import finetune as finetune
     from consolidate.commands.fisher import fisher as fisher
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from consolidate.commands.show import show as show
     from consolidate.commands.verify import verify as verify
     from consolidate.data.examples import Columns as Columns
-    from consolidate.estimation.estimators import FisherDiagonal as FisherDiagonal
+    from consolidate.estimation.diagonal import FisherDiagonal as FisherDiagonal
     from consolidate.estimation.estimators import fisher_diagonal as fisher_diagonal
     from consolidate.ewc.merging import ModelTensor as ModelTensor
     from consolidate.ewc.merging import merge_models as merge_models
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Columns": "consolidate.data.examples",
-    "FisherDiagonal": "consolidate.estimation.estimators",
+    "FisherDiagonal": "consolidate.estimation.diagonal",
     "Penalty": "consolidate.ewc.penalty",
     "evaluate": "consolidate.commands.evaluate",
     "finetune": "consolidate.commands.finetune",
     "fisher": "consolidate.commands.fisher",
     "fisher_diagonal": "consolidate.estimation.estimators",
     "fisher_overlap": "consolidate.ewc.overlap",
-    "load_penalty": "consolidate.chain.tasks",
+    "load_penalty": "consolidate.chain.modules",
     "ModelTensor": "consolidate.ewc.merging",
     "merge": "consolidate.commands.merge",
     "merge_models": "consolidate.ewc.merging",
@@ -51,7 +51,7 @@ _HOMES = {
     "report": "consolidate.commands.report",
     "run": "consolidate.commands.run",
     "show": "consolidate.commands.show",
-    "store_fisher": "consolidate.chain.tasks",
+    "store_fisher": "consolidate.chain.modules",
     "verify": "consolidate.commands.verify",
 }
 __all__ = sorted(_HOMES)

@@ -17,30 +17,35 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from consolidate.options import (
+    ADAPTER,
     BATCH_SIZE,
     COMMON,
     DATA,
     DATA_DIGEST,
     DTYPES,
+    EVALUATION,
     FORCE,
     FREEZE,
     GRADIENT_CHECKPOINTING,
+    HEAD,
     KEEPING,
     MERGING,
     METRICS,
     MLFLOW,
     MODEL,
+    PENALTY,
     RESTART,
     REVISION,
     SEED,
     SHARD,
+    STRENGTH,
     TASK,
+    TRAINING,
     WEIGHTS,
     estimator_options,
 )
 from consolidate.runtime.signals import Terminated, ask
 from consolidate.runtime.torchrun import rank, stop_with_torchrun, world_size
-from consolidate.training_options import ADAPTER, EVALUATION, HEAD, PENALTY, STRENGTH, TRAINING
 from consolidate.views import text as text_view
 from consolidate.views.text import json_text, plain
 from formats.errors import ConsolidateError, ForgettingError, InputError, PeerError
@@ -482,8 +487,9 @@ def show(checkpoint: str, json: bool, markdown: bool, **options: Any) -> None:
     Of a repository on the Hub only the ledger and the headers of the Fisher are fetched; the traces
     are then those that the ledger recorded.
     """
-    from consolidate.commands.show import show, show_text
+    from consolidate.commands.show import show
     from consolidate.views.markdown import show_markdown
+    from consolidate.views.summary import show_text
 
     if markdown and json:
         raise click.UsageError("--json and --markdown exclude each other")
@@ -602,7 +608,7 @@ def push(checkpoint: str, repository: str, json: bool, **options: Any) -> None:
     if options["fisher_dtype"] is not None:
         options["fisher_dtype"] = getattr(torch, options["fisher_dtype"])
     result = push_command.push(checkpoint, repository, **options)
-    _write(result, json, push_command.push_text)
+    _write(result, json, text_view.push_text)
 
 
 def _flush_denormals() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from consolidate.chain.tasks import stored_fisher
+from consolidate.chain.opening import stored_fisher
 from formats.atomic import recover
 from formats.checkpoint import open_checkpoint
 from formats.errors import ConsolidateError

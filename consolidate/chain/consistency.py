@@ -1,7 +1,7 @@
 """Whether what ledgers tell fits together: tasks, traces of Λ, and who descends from whom."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from formats.digest import set_digest
 from formats.ledger import Ledger, TaskRecord, copies
@@ -101,24 +101,6 @@ def side_by_side(ledger: Ledger) -> list[list[str]]:
         if task.parent is not None:
             groups.setdefault(task.parent, []).append(task.name)
     return [names for names in groups.values() if len(names) > 1]
-
-
-def side_by_side_text(groups: Sequence[Sequence[str]]) -> str:
-    """Say what the rows of an accuracy matrix are of such tasks.
-
-    Args:
-        groups: What `side_by_side` returned.
-
-    Returns:
-        A sentence or two; nothing where there is no group.
-    """
-    if not groups:
-        return ""
-    named = "; ".join(", ".join(names) for names in groups)
-    return (
-        f"Learned side by side, from the same weights, and merged: {named}. Their rows are of the "
-        "checkpoints before the merge; `consolidate evaluate` measures the merged one."
-    )
 
 
 def _of_task(task: TaskRecord) -> list[str]:

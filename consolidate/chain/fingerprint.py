@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from consolidate.chain.tasks import program_versions
 from formats.checkpoint import CARD, Checkpoint, other_files
 from formats.digest import TensorRecord, set_digest
 from formats.rows import Rows, file_digest, listing_digest
 from formats.task_file import TaskFile, open_task
+from formats.versions import program_versions
 
 WITHOUT_EFFECT = {"log_every", "search_plot", "save_every", "restart", "force", "overwrite"}
 WITHOUT_EFFECT |= {"check", "fisher_check", "on_step"}

@@ -15,15 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.chain.tasks import Chain
-from consolidate.data.examples import (
-    Columns,
-    label_column,
-    label_names,
-    label_values,
-    matched_label,
-)
+from consolidate.data.examples import Columns
+from consolidate.data.labels import label_column, label_names, label_values, matched_label
 from consolidate.models.architectures import relabelled
-from consolidate.models.loading import Model, file_weights
+from consolidate.models.model import Model, file_weights
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
 from formats.ledger import Ledger

@@ -301,3 +301,6 @@ class KeptPass:
         """Keep what was done before the pass, if that is not kept with a part of the pass."""
         if not self._has_kept:
             self._work.keep(self._tensors, self._state, "training")
+
+
+SAVE_EVERY = 5.0  # minutes

@@ -1,37 +1,21 @@
-"""The chain of tasks behind a checkpoint: its Fisher, its ledger, and adding a task to them."""
+"""Add a task to a chain: its name, how Fishers merge, the new ledger."""
 
 import math
-import platform
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from consolidate.chain.claims import refuse_changed
-from consolidate.estimation.estimators import FisherDiagonal
+from consolidate.estimation.diagonal import FisherDiagonal
 from consolidate.ewc.merging import merge_online, merge_separate
 from consolidate.ewc.overlap import fisher_overlap
-from consolidate.ewc.penalty import Penalty
-from consolidate.models.adapters import adapter_layout, with_base
-from consolidate.models.layout import Layout, same_names_layout, transformers_layout
-from consolidate.models.loading import Model, file_weights, unprotected
-from consolidate.models.objectives import get_objective
-from formats.atomic import check_target, claimed_in_place, has_content, replace_folder
-from formats.checkpoint import Checkpoint, open_checkpoint, weight_records
+from consolidate.models.layout import Layout
+from consolidate.models.model import Model, file_weights, unprotected
+from formats.checkpoint import Checkpoint, weight_records
 from formats.digest import TensorRecord, dtype_name, set_digest
 from formats.errors import InputError, UsageError
-from formats.fisher_folder import (
-    LEDGER_NAME,
-    StoredFisher,
-    check_belongs,
-    check_intact,
-    read_fisher,
-    write_fisher,
-)
-from formats.hub import FISHER, locate
 from formats.ledger import (
     MERGE_RULES,
     LayerRecord,
@@ -41,6 +25,7 @@ from formats.ledger import (
     check_task_name,
 )
 from formats.tensors import shape_of
+from formats.versions import program_versions
 
 
 class Chain(Protocol):
@@ -61,53 +46,6 @@ class Chain(Protocol):
     @property
     def heads(self) -> Mapping[str, Mapping[str, Tensor]]:
         """Output layers that were put aside, by task."""
-
-
-def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
-    """Read a Fisher folder, after every byte of it and of its weights was compared with its ledger.
-
-    Args:
-        folder: The Fisher folder.
-        source: The checkpoint.
-
-    Returns:
-        The Fisher, read tensor by tensor.
-
-    Raises:
-        InputError: There is none, it is damaged, or it belongs to other weights, or to an adapter
-            of another base model.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder} does not exist: run `consolidate fisher` first")
-    stored = read_fisher(folder)
-    check_belongs(stored, source.weights, str(source.path))
-    check_kind(stored, source)
-    check_base(stored.ledger, folder, source)
-    check_intact(stored)
-    return stored
-
-
-def find_fisher(checkpoint: Path, elsewhere: str | Path | None) -> Path | None:
-    """Find the Fisher folder: the one beside the weights, or the one that was named.
-
-    Args:
-        checkpoint: The folder or file of the weights.
-        elsewhere: A Fisher folder, a folder or a repository on the Hub that holds one.
-
-    Returns:
-        The folder; None where none was named and none lies beside the weights.
-
-    Raises:
-        InputError: What was named holds no Fisher.
-    """
-    if elsewhere is None:
-        beside = checkpoint / "fisher"
-        return beside if beside.is_dir() else None
-    folder = locate(elsewhere, only=FISHER)
-    for candidate in (folder / "fisher", folder):
-        if (candidate / "fisher.json").is_file():
-            return candidate
-    raise InputError(f"{elsewhere} holds no Fisher: neither fisher/fisher.json nor fisher.json")
 
 
 def task_name(name: str | None, data: str, before: Chain | None) -> str:
@@ -305,7 +243,7 @@ def check_names_to_be(before: Chain | None, model: Model) -> None:
     for name in trained:
         for at in model.layout.file_names(name):
             shapes.setdefault(at, weights.shape(at))
-    _check_held_once(shapes, model.layout, where)
+    check_held_once(shapes, model.layout, where)
     check_names(
         Ledger(
             [],
@@ -320,193 +258,11 @@ def check_names_to_be(before: Chain | None, model: Model) -> None:
     )
 
 
-def load_penalty(
-    module: nn.Module,
-    checkpoint: str | Path,
-    *,
-    ewc_lambda: float,
-    revision: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> Penalty:
-    """Make the penalty that holds a module to a checkpoint, for a training loop of one's own.
-
-    μ is read from the checkpoint, so it does not matter how far the module has moved from it. Λ and
-    μ stay in the mapped files where these have the dtype and the device: do not write into them
-    while the penalty is used (replacing them, as safetensors does, is safe).
-
-    Args:
-        module: With the parameters of the checkpoint: a model of transformers, or any module whose
-            ``state_dict()`` has the names of the weights file.
-        checkpoint: A folder with a Fisher, or a repository on the Hub.
-        ewc_lambda: λ, the strength.
-        revision: Of a checkpoint on the Hub.
-        dtype: Of Λ and μ as they are kept, as for `Penalty`.
-        device: Where Λ and μ are kept, as for `Penalty`.
-
-    Returns:
-        The penalty; call `add_gradient_` once per optimizer step.
-
-    Raises:
-        InputError: There is no Fisher, or it does not belong to the weights or to the module.
-    """
-    folder = locate(checkpoint, revision)
-    source = open_checkpoint(folder)
-    stored = stored_fisher(folder / "fisher", source)
-    layout = _layout(module, source)
-    _check_held_once(stored.fisher, layout, str(stored.folder))
-    anchor = stored.anchor or {name: source.weights[name] for name in stored.fisher}
-    return Penalty(
-        module,
-        layout.to_module(stored.fisher),
-        layout.to_module(anchor),
-        ewc_lambda=ewc_lambda,
-        offset=stored.ledger.penalty_offset,
-        dtype=dtype,
-        device=device,
-    )
-
-
-def store_fisher(
-    module: nn.Module,
-    checkpoint: str | Path,
-    diagonal: FisherDiagonal,
-    *,
-    task: str,
-    objective: str,
-    labels: Sequence[str] | None = None,
-    overwrite: bool = False,
-) -> Ledger:
-    """Store what `fisher_diagonal` measured beside the weights it was measured at.
-
-    Args:
-        module: Which it was measured with; its weights are the checkpoint's.
-        checkpoint: A local folder.
-        diagonal: The Fisher by the module's parameter names.
-        task: The task's name in the ledger.
-        objective: What was predicted, such as ``classification``.
-        labels: Names of the classes.
-        overwrite: Replace the Fisher that is there.
-
-    Returns:
-        The ledger as written to ``fisher/fisher.json``.
-
-    Raises:
-        InputError: There is a Fisher already, or the module's weights are not the checkpoint's.
-    """
-    source = with_base(open_checkpoint(Path(checkpoint)), None)
-    target = Path(checkpoint) / "fisher"
-    refuse_existing(target, overwrite=overwrite)
-    check_task_name(task)
-    with claimed_in_place(Path(checkpoint), "fisher"):
-        model = Model(
-            module,
-            source,
-            get_objective(objective, factory=not hasattr(module, "save_pretrained")),
-            None if labels is None else list(labels),
-            None,
-            _layout(module, source),
-        )
-        for name, values in file_weights(model).items():
-            if not torch.equal(values.cpu(), source.weights[name]):
-                raise InputError(
-                    f"{name!r} in the module is not what {source.path} holds: save the weights "
-                    "first"
-                )
-        merged, _, ledger = add_task(None, model, source.weights, diagonal, name=task)
-        with replace_folder(target, overwrite=overwrite) as staging:
-            ledger = write_fisher(staging, merged, ledger)
-            refuse_changed(source.path, ledger.weights, source.path)
-        return ledger
-
-
-def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Refuse, before any work is done, a target that must not be replaced.
-
-    Args:
-        target: Where a checkpoint or a Fisher folder is to be put.
-        overwrite: It may be replaced if it is one already.
-
-    Raises:
-        InputError: It cannot be written; it holds something and `overwrite` is false; or what it
-            holds is neither a checkpoint nor a Fisher, or has a git history.
-    """
-    if target.name == "fisher" and (target / LEDGER_NAME).is_file() and not overwrite:
-        raise InputError(
-            f"{target} exists already: --overwrite replaces it, --add adds another task measured "
-            "at the same weights"
-        )
-    check_target(target, overwrite=overwrite)
-    if not has_content(target):
-        return
-    if not (target / LEDGER_NAME).is_file():
-        try:
-            open_checkpoint(target)
-        except InputError:
-            raise InputError(
-                f"{target} is not replaced, since it holds no checkpoint: remove it yourself, or "
-                "choose another folder"
-            ) from None
-    if (target / ".git").exists():
-        raise InputError(f"{target} is not replaced, since it is a git repository")
-
-
-def program_versions() -> dict[str, str]:
-    """Give the versions of the programs that write a ledger."""
-    versions = {"python": platform.python_version()}
-    for package in ("consolidate-ewc", "safetensors", "torch", "transformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
 def _base_digest(before: Chain | None, source: Checkpoint) -> str | None:
     """Give the digest of an adapter's base model; a chain so far has been compared with it."""
     if before is not None or source.base is None:
         return None if before is None else before.ledger.base
     return set_digest(weight_records(source.base.weights))
-
-
-def check_base(ledger: Ledger, folder: Path, source: Checkpoint) -> None:
-    """Refuse an adapter's base model that is not the one its Fisher was measured with.
-
-    Args:
-        ledger: Of the adapter.
-        folder: That of the ledger, for the message.
-        source: The checkpoint; one that is no adapter is left alone.
-
-    Raises:
-        InputError: The base model is another one.
-    """
-    if source.base is None:
-        return
-    found = set_digest(weight_records(source.base.weights))
-    if found != ledger.base:
-        raise InputError(
-            f"{folder / LEDGER_NAME} was measured on a base model with the digest "
-            f"{str(ledger.base)[:12]}…, and {source.base.path} has {found[:12]}…: name the "
-            "right one with --base-model"
-        )
-
-
-def check_kind(stored: StoredFisher, source: Checkpoint) -> None:
-    """Refuse the Fisher of an adapter for a whole model, and of a whole model for an adapter.
-
-    Args:
-        stored: The Fisher.
-        source: The checkpoint.
-
-    Raises:
-        InputError: They are of two kinds.
-    """
-    if (stored.ledger.base is None) != (source.adapter is None):
-        kinds = ("a whole model", "an adapter")
-        raise InputError(
-            f"{stored.folder / LEDGER_NAME} is of {kinds[stored.ledger.base is not None]}, and "
-            f"{source.path} is {kinds[source.adapter is not None]}"
-        )
 
 
 def _weight(asked: float | str, tasks: Sequence[TaskRecord], apart: Collection[str]) -> float:
@@ -528,7 +284,8 @@ def _weight(asked: float | str, tasks: Sequence[TaskRecord], apart: Collection[s
     return scale * (past / present if past > 0 and present > 0 else 1.0)
 
 
-def _check_held_once(fisher: Iterable[str], layout: Layout, where: str) -> None:
+def check_held_once(fisher: Iterable[str], layout: Layout, where: str) -> None:
+    """Refuse two Fishers of names that are one tensor in the model."""
     held: dict[str, str] = {}
     for name in fisher:
         other = held.setdefault(layout.duplicates.get(name, name), name)
@@ -537,12 +294,3 @@ def _check_held_once(fisher: Iterable[str], layout: Layout, where: str) -> None:
                 f"{where}: {other} and {name} are one tensor in the model, and have two Fishers: "
                 "use a model in which they are two, or measure the Fisher anew"
             )
-
-
-def _layout(module: nn.Module, source: Checkpoint) -> Layout:
-    shapes = {name: shape_of(source.weights, name) for name in source.weights}
-    if source.adapter is not None:
-        return adapter_layout(module, shapes)
-    if hasattr(module, "save_pretrained"):
-        return transformers_layout(module, shapes)[0]
-    return same_names_layout(module, shapes)

@@ -6,18 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.distributed import ProcessGroup
 
 from consolidate.chain.heads import models_of_tasks
-from consolidate.chain.tasks import check_base
-from consolidate.commands.fisher import best_device, columns_of
-from consolidate.data.examples import Columns, Examples, encode
-from consolidate.estimation.likelihoods import get_likelihood
-from consolidate.models.adapters import load, with_base
-from consolidate.models.loading import Model
-from consolidate.runtime.distributed import shares
-from consolidate.runtime.progress import progress
-from consolidate.training.evaluation import measure
+from consolidate.chain.opening import check_base, with_base
+from consolidate.commands.task_metrics import evaluate_all
+from consolidate.data.encoding import encode
+from consolidate.data.examples import Columns, columns_of
+from consolidate.models.adapters import load
+from consolidate.runtime.devices import best_device
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from formats.errors import InputError
 from formats.fisher_folder import (
@@ -157,39 +153,3 @@ def _stored_heads(
     check_belongs(stored, source.weights, str(source.path))
     check_intact(stored, kinds=("head",))
     return stored
-
-
-def evaluate_all(
-    model: Model,
-    tasks: Mapping[str, Examples],
-    *,
-    batch_size: int,
-    with_heads: Mapping[str, Model] | None = None,
-    group: ProcessGroup | None = None,
-) -> dict[str, dict[str, float]]:
-    """Measure a loaded model on the encoded examples of each task.
-
-    Args:
-        model: A loaded model.
-        tasks: Encoded examples by task name.
-        with_heads: By task name, the model with another head to measure it with.
-        batch_size: Examples run at a time.
-        group: The processes that share the batches.
-
-    Returns:
-        The metrics of each task.
-    """
-    metrics = {}
-    for name, examples in tasks.items():
-        measured = (with_heads or {}).get(name, model)
-        own = [part for part in shares(range(len(examples)), batch_size, group) if part]
-        with progress(f"evaluating {name}", sum(map(len, own)), "examples") as advance:
-            metrics[name] = measure(
-                measured.module,
-                (examples.collate(part) for part in own),
-                get_likelihood(measured.objective.likelihood),
-                language=measured.objective.language,
-                progress=advance,
-                group=group,
-            )
-    return metrics

@@ -23,8 +23,10 @@ from consolidate.chain.fingerprint import (
     versions,
 )
 from consolidate.chain.heads import HEADS
-from consolidate.chain.resume import KeptPass, KeptWork
-from consolidate.chain.tasks import add_task, find_fisher
+from consolidate.chain.opening import find_fisher
+from consolidate.chain.output import check_output, failed_folder, output_bytes
+from consolidate.chain.resume import SAVE_EVERY, KeptPass, KeptWork
+from consolidate.chain.tasks import add_task
 from consolidate.commands.finetune_run import (
     Recipe,
     Trained,
@@ -37,19 +39,17 @@ from consolidate.commands.finetune_run import (
 )
 from consolidate.commands.finetune_search import Plan, Subject, plan_search, search_lambda
 from consolidate.commands.finetune_start import Opened, Start, load_start, open_start
-from consolidate.commands.fisher import (
-    SAVE_EVERY,
-    best_device,
-    check_output,
+from consolidate.commands.measurement import (
+    estimator_options,
     fisher_summary,
     log_notes,
-    output_bytes,
+    measure_fisher,
 )
-from consolidate.commands.measurement import estimator_options, measure_fisher
 from consolidate.data.examples import Columns, Examples, subset
-from consolidate.models.loading import config_of, file_weights
 from consolidate.models.lora import Lora
+from consolidate.models.model import config_of, file_weights
 from consolidate.runtime import signals
+from consolidate.runtime.devices import best_device
 from consolidate.runtime.distributed import (
     all_processes,
     as_one,
@@ -59,7 +59,7 @@ from consolidate.runtime.distributed import (
     place_in,
     shards_among,
 )
-from consolidate.training.forgetting import beyond, check_gate, failed_folder, forgetting
+from consolidate.training.forgetting import beyond, check_gate, forgetting
 from consolidate.training.lambda_search import Trial
 from consolidate.training.loop import Step, default_statistics, has_statistics
 from consolidate.views.output_card import write_card

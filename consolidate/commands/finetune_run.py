@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.resume import KeptTraining, KeptWork
-from consolidate.commands.evaluate import evaluate_all
 from consolidate.commands.finetune_start import Start
+from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.examples import subset
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.ewc.penalty import STEPS
-from consolidate.models.loading import Model, file_weights
 from consolidate.models.lora import end_adapting
+from consolidate.models.model import Model, file_weights
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import from_first, is_first, place_in, shares
 from consolidate.runtime.progress import progress

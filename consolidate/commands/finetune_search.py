@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from consolidate.commands.evaluate import evaluate_all
+from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.examples import Examples, hold_out
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty
-from consolidate.models.loading import Model
+from consolidate.models.model import Model
 from consolidate.runtime.distributed import dealt
 from consolidate.training.evaluation import divergence
 from consolidate.training.forgetting import beyond, forgetting
@@ -224,49 +224,6 @@ def search_lambda(
             "seconds": sum(trial.seconds for trial in trials),
         },
     }
-
-
-def search_text(search: dict[str, Any]) -> str:
-    """Write a search as a table, with what was chosen, by what, and what it cost.
-
-    Args:
-        search: As `search_lambda` returns it.
-
-    Returns:
-        Lines of text.
-    """
-    tasks = [*search["old_tasks"], search["new_task"]]
-    figures = ("mean", "forgetting") if search["old_tasks"] else ("divergence",)
-    figures = (*figures, "penalty_per_lambda")
-    names = {"penalty_per_lambda": "penalty / λ", "divergence": "KL(old‖new)"}
-    titles = [*tasks, *(names.get(figure, figure) for figure in figures)]
-    widths = [max(11, len(title) + 2) for title in titles]
-    lines = [
-        f"{'λ':>12}{'steps':>8}"
-        + "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))
-    ]
-    for trial in sorted(search["trials"], key=lambda t: (t["steps"], t["ewc_lambda"])):
-        start = f"{trial['ewc_lambda']:>12g}{trial['steps']:>8}"
-        if trial["metrics"] is None:
-            lines.append(f"{start}  diverged")
-            continue
-        scores = [f"{trial['metrics'][task]['score']:.4f}" for task in tasks]
-        cells = [*scores, *(f"{trial[name]:.4g}" for name in figures)]
-        row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        lines.append(start + row + ("  chosen" if trial["chosen"] else ""))
-    rule = {
-        "mean": "the largest mean score",
-        "least": f"the least whose forgetting stays under {search['max_forgetting']}",
-        "most": f"the largest that keeps 95% of what {search['new_task']} gains",
-    }[search["choose"]]
-    cost = search["cost"]
-    lines.append(f"λ = {search['ewc_lambda']:g}, by the rule {search['choose']}: {rule}")
-    lines.append(f"Measured: {search['measured']}")
-    lines.append(
-        f"The search took {cost['runs']} runs, {cost['steps']:,} steps, {cost['seconds']:.0f} s: "
-        f"{cost['full_runs']:.1f} times the run that follows, which is on all of the training data"
-    )
-    return "\n".join(lines)
 
 
 def _measured(plan: Plan, split: bool, count: int) -> str:

@@ -13,22 +13,19 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.fingerprint import checkpoint_content, rows_content
 from consolidate.chain.heads import Fitted, fit_model, models_of_tasks
-from consolidate.chain.tasks import (
-    Chain,
-    check_names_to_be,
-    find_fisher,
-    merging_options,
-    stored_fisher,
-    task_name,
-)
-from consolidate.commands.fisher import best_device, check_output, columns_of
-from consolidate.data.examples import Columns, Examples, encode, label_names
+from consolidate.chain.opening import find_fisher, stored_fisher, with_base
+from consolidate.chain.output import check_output
+from consolidate.chain.tasks import Chain, check_names_to_be, merging_options, task_name
+from consolidate.data.encoding import encode
+from consolidate.data.examples import Columns, Examples, columns_of
+from consolidate.data.labels import label_names
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty
-from consolidate.models.adapters import load, with_base
+from consolidate.models.adapters import load
 from consolidate.models.architectures import lacks_head
-from consolidate.models.loading import Model
 from consolidate.models.lora import Lora, adapt, low_rank_layers, other_parameters
+from consolidate.models.model import Model
+from consolidate.runtime.devices import best_device
 from consolidate.runtime.shards import shard
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint, weight_records
 from formats.digest import TensorRecord

@@ -3,9 +3,6 @@
 import hashlib
 import json
 import logging
-import math
-import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -27,21 +24,23 @@ from consolidate.chain.fingerprint import (
     rows_content,
     versions,
 )
-from consolidate.chain.resume import KeptPass, KeptWork
-from consolidate.chain.tasks import (
-    add_task,
-    check_names_to_be,
-    merging_options,
-    refuse_existing,
-    stored_fisher,
-    task_name,
+from consolidate.chain.opening import stored_fisher, with_base
+from consolidate.chain.output import bytes_of, check_output, output_bytes
+from consolidate.chain.resume import SAVE_EVERY, KeptPass, KeptWork
+from consolidate.chain.tasks import add_task, check_names_to_be, merging_options, task_name
+from consolidate.commands.measurement import (
+    estimator_options,
+    fisher_summary,
+    log_notes,
+    measure_fisher,
+    pass_cost,
 )
-from consolidate.commands.measurement import estimator_options, measure_fisher, pass_cost
-from consolidate.data.examples import Columns, Examples, encode
-from consolidate.estimation.estimators import FisherDiagonal
-from consolidate.models.adapters import load, with_base, without_fisher
-from consolidate.models.loading import Model
+from consolidate.data.encoding import encode
+from consolidate.data.examples import Columns, columns_of
+from consolidate.models.adapters import load
+from consolidate.models.model import Model
 from consolidate.runtime import shards
+from consolidate.runtime.devices import best_device
 from consolidate.runtime.distributed import (
     all_processes,
     as_one,
@@ -50,11 +49,9 @@ from consolidate.runtime.distributed import (
     place_in,
     shards_among,
 )
-from consolidate.runtime.torchrun import world_size
 from consolidate.views.output_card import renew_card
 from formats.atomic import partial_path, replace_folder
 from formats.checkpoint import (
-    Checkpoint,
     check_finite,
     open_checkpoint,
     weight_records,
@@ -67,12 +64,10 @@ from formats.fisher_folder import (
     write_fisher,
 )
 from formats.hub import FISHER, commits_of, locate
-from formats.ledger import Ledger, TaskRecord, read_ledger
-from formats.task_file import TaskFile, open_task
-from formats.tensors import dtype_of, shape_of
+from formats.ledger import TaskRecord, read_ledger
+from formats.task_file import open_task
 
 LOG = logging.getLogger("consolidate")
-SAVE_EVERY = 5.0  # minutes
 
 
 @as_one
@@ -378,75 +373,6 @@ def fisher(
         return from_first(result, group)
 
 
-def best_device(name: str | None = None) -> torch.device:
-    """Give the device of that name, or the best there is.
-
-    Each of several processes has a CUDA device of its own.
-
-    Args:
-        name: Such as ``cpu``, ``cuda`` or ``cuda:1``.
-
-    Returns:
-        The device.
-
-    Raises:
-        UsageError: This machine or this build of torch has no such device.
-    """
-    if name is None:
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available() and world_size() == 1:
-            name = "mps"
-        else:
-            name = "cpu"
-    if name.startswith("cuda:") and world_size() > 1:
-        raise UsageError(f"--device {name} is one device: each process needs its own, as by cuda")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name} cannot be used here: {reason}") from None
-    return device
-
-
-def check_output(target: Path, source: Checkpoint, *, overwrite: bool, whole: bool) -> None:
-    """Refuse before the work what would fail after it: something in the way, or no room.
-
-    Args:
-        target: Where a checkpoint or a Fisher folder is to be put.
-        source: The checkpoint it is made from.
-        overwrite: Whether it may be replaced.
-        whole: Whether it is a checkpoint, with weights.
-
-    Raises:
-        InputError: It cannot be written, may not be replaced, or the disk has no room for it.
-    """
-    refuse_existing(target, overwrite=overwrite)
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    needed = output_bytes(source, whole=whole)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        partial = partial_path(target)
-        kept = f" ({partial} of an unfinished pass takes some)" if partial.is_file() else ""
-        raise InputError(
-            f"{parent} has room for {free:,} bytes, and {needed:,} are needed: make room{kept}, or "
-            "choose another folder"
-        )
-
-
-def output_bytes(source: Checkpoint, *, whole: bool) -> int:
-    """Give the bytes of a Fisher with its ledger, and of the weights where they are written.
-
-    Args:
-        source: The checkpoint it is made from.
-        whole: Whether the weights are written.
-    """
-    fisher = 4 * sum(math.prod(shape_of(source.weights, name)) for name in source.weights)
-    records = 1024 * (1 + len(source.weights))  # more than headers and ledger say of a tensor
-    return fisher + records + (_bytes(source.weights) if whole else 0)
-
-
 def _task_names(folder: Path) -> str:
     try:
         ledger = read_ledger(folder / LEDGER_NAME)
@@ -467,85 +393,5 @@ def _file_sizes(parameters: int, weights: Mapping[str, Tensor]) -> dict[str, int
     """Give the bytes of what a pass would leave, without headers and the ledger."""
     sizes = {"fisher.safetensors": 4 * parameters}
     if weights:
-        sizes["model.safetensors"] = _bytes(weights)
+        sizes["model.safetensors"] = bytes_of(weights)
     return sizes
-
-
-def _bytes(weights: Mapping[str, Tensor]) -> int:
-    return sum(
-        math.prod(shape_of(weights, name)) * dtype_of(weights, name).itemsize for name in weights
-    )
-
-
-def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> dict[str, Any]:
-    """Give what a command reports of a Fisher that was measured.
-
-    Args:
-        ledger: With the task as its last.
-        diagonal: The task's Fisher.
-
-    Returns:
-        The task, how it was merged, counts, and by layer the trace and its relative error.
-    """
-    errors = {name: e for name, e in diagonal.relative_errors.items() if math.isfinite(e)}
-    return {
-        "task": ledger.tasks[-1].name,
-        "weight": ledger.tasks[-1].weight,
-        "merge_rule": ledger.merge_rule,
-        "gamma": ledger.gamma,
-        "estimator": diagonal.estimator,
-        "examples": diagonal.examples,
-        "units": diagonal.units,
-        "parameters": sum(values.numel() for values in diagonal.values()),
-        "trace": sum(diagonal.trace().values()),
-        "layers": {
-            layer: {"trace": trace, "relative_error": errors.get(layer)}
-            for layer, trace in diagonal.trace().items()
-        },
-        "methods": dict(Counter(diagonal.methods.values())),
-    }
-
-
-def log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> None:
-    """Tell what a user should know of a model, its examples and the Fisher measured on them.
-
-    Args:
-        model: The loaded model.
-        examples: What was read.
-        diagonal: What was measured.
-    """
-    factors = [] if model.checkpoint.base is None else without_fisher(model, diagonal)
-    for note in [*model.notes, *examples.notes(), *factors]:
-        LOG.info("%s", note)
-    slow = [name for name, method in diagonal.methods.items() if method == "loop"]
-    if slow and diagonal.examples > 1:
-        LOG.info(
-            "%d parameters went by one example at a time, which is slow: %s",
-            len(slow),
-            _first_three(slow),
-        )
-    if unreached := diagonal.unreached:
-        LOG.info(
-            "the Fisher of %d parameters is zero, since the loss does not depend on them: %s",
-            len(unreached),
-            _first_three(unreached),
-        )
-
-
-def _first_three(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def columns_of(given: Columns | None, task_file: TaskFile) -> Columns:
-    """Take the columns from the options, and from the task file where the options name none.
-
-    Args:
-        given: The options.
-        task_file: The task file.
-
-    Returns:
-        Where the inputs and labels are.
-    """
-    options = {} if given is None else {k: v for k, v in asdict(given).items() if v is not None}
-    return Columns(**{**task_file.columns(), **options})

@@ -1,9 +1,12 @@
 """Measuring the Fisher of a task's encoded examples: which of them, how, and what that takes."""
 
 import logging
+import math
 import resource
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,14 +16,17 @@ from torch.distributed import ProcessGroup
 from consolidate.chain.resume import KeptPass
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.batches import model_outputs, place_of, placed
-from consolidate.estimation.estimators import ESTIMATORS, FisherDiagonal, fisher_diagonal
+from consolidate.estimation.diagonal import FisherDiagonal
+from consolidate.estimation.estimators import ESTIMATORS, fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
-from consolidate.models.loading import Model
+from consolidate.models.adapters import without_fisher
+from consolidate.models.model import Model
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import dealt, place_in
 from consolidate.runtime.progress import progress
 from consolidate.runtime.shards import is_sharded
 from formats.errors import UsageError
+from formats.ledger import Ledger
 
 LOG = logging.getLogger("consolidate")
 
@@ -251,3 +257,63 @@ def pass_cost(
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "peak_device_memory": torch.cuda.max_memory_allocated(device) if cuda else None,
     }
+
+
+def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> dict[str, Any]:
+    """Give what a command reports of a Fisher that was measured.
+
+    Args:
+        ledger: With the task as its last.
+        diagonal: The task's Fisher.
+
+    Returns:
+        The task, how it was merged, counts, and by layer the trace and its relative error.
+    """
+    errors = {name: e for name, e in diagonal.relative_errors.items() if math.isfinite(e)}
+    return {
+        "task": ledger.tasks[-1].name,
+        "weight": ledger.tasks[-1].weight,
+        "merge_rule": ledger.merge_rule,
+        "gamma": ledger.gamma,
+        "estimator": diagonal.estimator,
+        "examples": diagonal.examples,
+        "units": diagonal.units,
+        "parameters": sum(values.numel() for values in diagonal.values()),
+        "trace": sum(diagonal.trace().values()),
+        "layers": {
+            layer: {"trace": trace, "relative_error": errors.get(layer)}
+            for layer, trace in diagonal.trace().items()
+        },
+        "methods": dict(Counter(diagonal.methods.values())),
+    }
+
+
+def log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> None:
+    """Tell what a user should know of a model, its examples and the Fisher measured on them.
+
+    Args:
+        model: The loaded model.
+        examples: What was read.
+        diagonal: What was measured.
+    """
+    factors = [] if model.checkpoint.base is None else without_fisher(model, diagonal)
+    for note in [*model.notes, *examples.notes(), *factors]:
+        LOG.info("%s", note)
+    slow = [name for name, method in diagonal.methods.items() if method == "loop"]
+    if slow and diagonal.examples > 1:
+        LOG.info(
+            "%d parameters went by one example at a time, which is slow: %s",
+            len(slow),
+            _first_three(slow),
+        )
+    if unreached := diagonal.unreached:
+        LOG.info(
+            "the Fisher of %d parameters is zero, since the loss does not depend on them: %s",
+            len(unreached),
+            _first_three(unreached),
+        )
+
+
+def _first_three(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

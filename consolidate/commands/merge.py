@@ -14,7 +14,8 @@ from torch import Tensor
 from consolidate.chain.cache import cached, find_output
 from consolidate.chain.claims import claiming_output
 from consolidate.chain.fingerprint import checkpoint_content, digest, plain, versions
-from consolidate.chain.tasks import program_versions, refuse_existing, stored_fisher
+from consolidate.chain.opening import stored_fisher
+from consolidate.chain.output import refuse_existing
 from consolidate.ewc.merging import MergedTensor, ModelTensor, merge_models
 from consolidate.runtime.progress import progress
 from consolidate.views.output_card import write_card
@@ -31,6 +32,7 @@ from formats.fisher_folder import LEDGER_NAME, StoredFisher, check_values, tenso
 from formats.hub import commits_of, locate
 from formats.ledger import SAME_AS, Ledger, TaskRecord, copies
 from formats.tensors import LazyTensors, Renamed, TensorFiles, dtype_of, shape_of
+from formats.versions import program_versions
 
 LOG = logging.getLogger("consolidate")
 _CHUNK = 1 << 16  # elements in float64 at a time: they stay in the cache, however large the tensor

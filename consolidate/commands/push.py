@@ -248,39 +248,6 @@ def push(
         }
 
 
-def push_text(result: Mapping[str, Any]) -> str:
-    """Lay out what `push` returns as plain text.
-
-    Args:
-        result: What `push` returned.
-
-    Returns:
-        Lines of text without a newline at the end.
-    """
-    lines = [
-        f"{file['size']:>15,}  {file['change']:<12}  {file['path']}" for file in result["files"]
-    ]
-    lines += [f"{'':>15}  {'deleted':<12}  {path}" for path in result["deleted"]]
-    total = sum(file["size"] for file in result["files"])
-    missing = sum(file["size"] for file in result["files"] if file["change"] != "unchanged")
-    if any(file["change"] == "not compared" for file in result["files"]):
-        lines.append(f"{total:>15,}  bytes in all; what of them is there already is not known")
-    else:
-        lines.append(f"{total:>15,}  bytes in all, {missing:,} of them new")
-    if result["code"]:
-        lines.append(f"Code that an auto_map names: {', '.join(result['code'])}")
-    seen = "private" if result["private"] else "public"
-    if result["status"] == "dry run":
-        lines.append(f"Nothing was sent to {result['repository']} ({seen}): this was a dry run.")
-    elif result["pull_request"] is not None:
-        lines.append(f"{result['pull_request']}: commit {result['commit']}")
-    else:
-        same = ", which holds all of it already" if result["status"] == "unchanged" else ""
-        named = f", tag {result['tag']}" if result["tag"] else ""
-        lines.append(f"{result['url']} ({seen}): commit {result['commit']}{named}{same}")
-    return "\n".join(lines)
-
-
 def _check_options(
     create_pr: bool,
     revision: str | None,

@@ -19,7 +19,8 @@ from consolidate.chain.fingerprint import (
     module_content,
     plain,
 )
-from consolidate.chain.tasks import find_fisher, merging_options
+from consolidate.chain.opening import find_fisher
+from consolidate.chain.tasks import merging_options
 from consolidate.commands.finetune import finetune
 from consolidate.commands.finetune_run import Recipe, check_options
 from consolidate.commands.fisher import fisher
@@ -33,11 +34,10 @@ from consolidate.commands.run_options import (
     read_options,
     without_penalty,
 )
-from consolidate.commands.show import ledger_matrix
 from consolidate.commands.verify import verify
 from consolidate.models.factories import fresh_weights
 from consolidate.training.loop import default_statistics
-from consolidate.views.matrix import matrix_summary
+from consolidate.views.matrix import ledger_matrix, matrix_summary
 from formats.atomic import has_content, replace_folder, write_file
 from formats.checkpoint import open_checkpoint, weight_records
 from formats.errors import ConsolidateError, ForgettingError, InputError, UsageError

@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from consolidate.chain.consistency import contradictions, descent
-from consolidate.chain.tasks import check_base, check_kind
-from consolidate.models.adapters import named_base, with_base
+from consolidate.chain.opening import check_base, check_kind, named_base, with_base
 from formats.checkpoint import Checkpoint, is_fisher_alone, open_checkpoint
 from formats.digest import TensorRecord, differences, set_digest, tensor_record
 from formats.errors import ConsolidateError, InputError, NonFiniteError

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consolidate.data.examples import Columns, Examples, Labels, describe, find_column, label_column
-from consolidate.models.loading import Model
+from consolidate.data.examples import Columns, Examples
+from consolidate.data.labels import Labels, describe, find_column, label_column
+from consolidate.models.model import Model
 from formats.errors import InputError
 from formats.rows import Rows
 

@@ -10,19 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consolidate.data.examples import (
-    Columns,
-    Examples,
-    Labels,
-    as_list,
-    as_targets,
-    describe,
-    find_column,
-    label_column,
-)
+from consolidate.data.examples import Columns, Examples
+from consolidate.data.labels import Labels, as_list, as_targets, describe, find_column, label_column
 from consolidate.models.architectures import quiet
-from consolidate.models.loading import Model
-from consolidate.runtime.uniforms import uniforms
+from consolidate.models.model import Model
+from consolidate.runtime.randomness import uniforms
 from formats.errors import InputError, UsageError
 from formats.rows import Rows
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from consolidate.models.architectures import quiet
 from consolidate.models.layout import Group, Layout
-from consolidate.models.loading import Model, freeze_parameters, load_model
+from consolidate.models.loading import load_model
 from consolidate.models.lora import NAME, PREFIX, import_peft, is_adapter, low_rank_layers
+from consolidate.models.model import Model, freeze_parameters
 from consolidate.runtime.randomness import untouched_randomness
-from formats.checkpoint import ADAPTER_CONFIG, Checkpoint, open_checkpoint
+from formats.checkpoint import ADAPTER_CONFIG, Checkpoint
 from formats.errors import InputError, UsageError
-from formats.hub import FISHER, locate
 from formats.tensors import shape_of
 
 # By what an adapter is more than W + s B A, or not of the base model's own W.
@@ -36,48 +36,6 @@ _OTHER = {
     "megatron_config": "Megatron's layers are parallel ones",
 }
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change W at the start
-
-
-def with_base(source: Checkpoint, base_model: str | Path | None) -> Checkpoint:
-    """Give an adapter the checkpoint of its base model; other checkpoints stay as they are.
-
-    Args:
-        source: What was opened.
-        base_model: The base model, a path or a repository on the Hub; what the adapter's config
-            names unless given, if that is there.
-
-    Returns:
-        The checkpoint, with its base model where it is an adapter.
-
-    Raises:
-        InputError: The base model is not there, or is no whole model.
-        UsageError: A base model was given for what is no adapter.
-    """
-    if source.adapter is None:
-        if base_model is not None:
-            raise UsageError(f"{source.path} is no adapter, so it has no --base-model")
-        return source
-    check_plain(source.adapter, source.path)
-    if base_model is None and (base_model := named_base(source)) is None:
-        named = source.adapter.get("base_model_name_or_path")
-        raise InputError(
-            f"{source.path / ADAPTER_CONFIG} names {named!r} as its base model, which is no "
-            "folder here: name the base model with --base-model"
-        )
-    base = open_checkpoint(locate(base_model, without=FISHER))
-    if base.adapter is not None:
-        raise InputError(f"{base.path}, the base model of {source.path}, is an adapter itself")
-    return replace(source, base=base, config=base.config)
-
-
-def named_base(source: Checkpoint) -> str | None:
-    """Give the base model that an adapter's config names, if that is there.
-
-    Args:
-        source: What was opened; of a whole model, nothing.
-    """
-    named = (source.adapter or {}).get("base_model_name_or_path")
-    return named if isinstance(named, str) and named and Path(named).exists() else None
 
 
 def check_plain(config: Mapping[str, Any], path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from consolidate.ewc.low_rank_penalty import LowRank
 from consolidate.models.architectures import quiet
-from consolidate.models.loading import Model
+from consolidate.models.model import Model
 from consolidate.runtime.randomness import untouched_randomness
 from formats.errors import InputError, UsageError
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
 from formats.errors import UsageError
 
@@ -63,13 +62,3 @@ def beyond(lost: Mapping[str, float], max_forgetting: float) -> dict[str, float]
         Those of `lost` that are greater.
     """
     return {name: loss for name, loss in lost.items() if loss > max_forgetting + ROUNDING}
-
-
-def failed_folder(target: Path) -> Path:
-    """Name the folder beside a target where the output goes that has forgotten too much.
-
-    Args:
-        target: Where it would have gone.
-    """
-    place = target if target.name not in ("", "..") else target.resolve()
-    return place.with_name(f"{place.name}.failed-forgetting")

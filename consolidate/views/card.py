@@ -12,11 +12,11 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
-from consolidate.chain.consistency import side_by_side, side_by_side_text
-from consolidate.commands.show import ledger_matrix
+from consolidate.chain.consistency import side_by_side
 from consolidate.training.accuracy_matrix import accuracy_matrix
 from consolidate.views.markdown import escaped, matrix_table, table
-from consolidate.views.matrix import matrix_summary
+from consolidate.views.matrix import ledger_matrix, matrix_summary
+from consolidate.views.summary import side_by_side_text
 from formats.digest import set_digest
 from formats.errors import InputError
 from formats.ledger import Ledger, TaskRecord, copies

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from consolidate.chain.consistency import side_by_side, side_by_side_text
+from consolidate.chain.consistency import side_by_side
 from consolidate.training.accuracy_matrix import Scores, score
 from consolidate.views.charts import Curve, curves, decades, heat_map, log_bars
 from consolidate.views.drawing import Drawing, plain
+from consolidate.views.summary import side_by_side_text
 from formats.ledger import Ledger, TaskRecord
 
 TASKS = 40  # the latest so many are drawn and listed

@@ -4,8 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from consolidate.chain.consistency import side_by_side_text
-from consolidate.views.matrix import matrix_rows, means_text
+from consolidate.views.summary import matrix_rows, means_text, side_by_side_text
 
 _SPECIAL = re.compile(r"([\\`*_\[\]#|<>~$:@])")
 

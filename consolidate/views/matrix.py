@@ -9,16 +9,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from consolidate.training.accuracy_matrix import AccuracyMatrix
+from consolidate.training.accuracy_matrix import AccuracyMatrix, accuracy_matrix
 from consolidate.views.drawing import beside, png, svg_file
 from consolidate.views.figures import TASKS, score_figures
+from consolidate.views.summary import means_text
 from formats.atomic import check_file, write_file
 from formats.errors import UsageError
 from formats.ledger import Ledger
 
 LOG = logging.getLogger("consolidate")
 PLOTS = (".png", ".svg")
-MEANS = ("ACC", "BWT", "forgetting")
 
 
 def check_view(path: str | Path, *, plot: bool) -> None:
@@ -61,33 +61,6 @@ def matrix_summary(matrix: AccuracyMatrix) -> dict[str, Any]:
         "forgetting": asdict(matrix.forgetting()),
         "points": [asdict(point) for point in matrix.points],
     }
-
-
-def matrix_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Lay the matrix out as a table, its header first; what was not measured is a dash.
-
-    Args:
-        summary: What `matrix_summary` returned.
-
-    Returns:
-        Rows of cells; that of the start is left out where nothing was measured there.
-    """
-    named = [("(start)", summary["start"])] if any(s is not None for s in summary["start"]) else []
-    named += zip(summary["tasks"], summary["scores"], strict=True)
-    rows = [[name, *(_cell(score) for score in scores)] for name, scores in named]
-    return [["after \\ on", *summary["tasks"]], *rows]
-
-
-def means_text(summary: Mapping[str, Any]) -> str:
-    """Give ACC, BWT and forgetting on one line, and say where they are over a part only.
-
-    Args:
-        summary: What `matrix_summary` returned.
-
-    Returns:
-        A line without a newline.
-    """
-    return ", ".join(f"{title} {_mean(summary[title.lower()])}" for title in MEANS)
 
 
 def write_matrix_csv(path: str | Path, matrix: AccuracyMatrix) -> None:
@@ -136,16 +109,19 @@ def plot_matrix(path: str | Path, ledger: Ledger, summary: Mapping[str, Any]) ->
     write_file(Path(path), svg_file(picture) if svg else png(picture))
 
 
-def _mean(mean: Mapping[str, Any]) -> str:
-    if mean["value"] is None:
-        return "–"
-    partly = f" (over {mean['terms']} of {mean['of']})" if mean["terms"] < mean["of"] else ""
-    return f"{mean['value']:.4f}{partly}"
-
-
-def _cell(score: float | None) -> str:
-    return "–" if score is None else f"{score:.4f}"
-
-
 def _exact(score: float | None) -> str:
     return "" if score is None else repr(score)
+
+
+def ledger_matrix(ledger: Ledger) -> AccuracyMatrix | None:
+    """Give the accuracy matrix of a ledger's tasks; None where no score on them was taken.
+
+    Args:
+        ledger: The ledger of a chain of tasks.
+
+    Returns:
+        The matrix.
+    """
+    matrix = accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
+    known = any(score is not None for row in [matrix.start, *matrix.scores] for score in row)
+    return matrix if known or any(point.scores for point in matrix.points) else None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from consolidate.commands.show import ledger_matrix
+from consolidate.views.matrix import ledger_matrix
 from formats.atomic import write_file
 from formats.fisher_folder import LEDGER_NAME
 from formats.ledger import Ledger, read_ledger

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from consolidate.commands.show import estimator_text, penalty_text
 from consolidate.views.drawing import MARK, escaped, plain, style_sheet, svg
 from consolidate.views.figures import LISTED, TASKS, Figure
-from consolidate.views.matrix import MEANS
+from consolidate.views.summary import MEANS, estimator_text, penalty_text
 
 _MEANINGS = {
     "ACC": "mean score on all tasks, now",

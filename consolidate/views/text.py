@@ -87,8 +87,6 @@ def finetune_text(result: dict[str, Any]) -> str:
     """
     lines = []
     if "lambda_search" in result:
-        from consolidate.commands.finetune_search import search_text
-
         lines += [search_text(result["lambda_search"]), ""]
     if result["metrics"]:
         lines += [
@@ -135,7 +133,7 @@ def run_text(result: dict[str, Any]) -> str:
     Args:
         result: What `run` returned.
     """
-    from consolidate.commands.show import matrix_text
+    from consolidate.views.summary import matrix_text
 
     lines = []
     for step in result["steps"]:
@@ -191,4 +189,80 @@ def metrics_text(metrics: dict[str, dict[str, float]]) -> str:
     for task, values in metrics.items():
         cells = "".join(f"{values[c]:>12.4f}" if c in values else f"{'–':>12}" for c in columns)
         lines.append(f"{task:<{width}}{cells}")
+    return "\n".join(lines)
+
+
+def search_text(search: dict[str, Any]) -> str:
+    """Write a search as a table, with what was chosen, by what, and what it cost.
+
+    Args:
+        search: As `search_lambda` returns it.
+
+    Returns:
+        Lines of text.
+    """
+    tasks = [*search["old_tasks"], search["new_task"]]
+    figures = ("mean", "forgetting") if search["old_tasks"] else ("divergence",)
+    figures = (*figures, "penalty_per_lambda")
+    names = {"penalty_per_lambda": "penalty / λ", "divergence": "KL(old‖new)"}
+    titles = [*tasks, *(names.get(figure, figure) for figure in figures)]
+    widths = [max(11, len(title) + 2) for title in titles]
+    lines = [
+        f"{'λ':>12}{'steps':>8}"
+        + "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))
+    ]
+    for trial in sorted(search["trials"], key=lambda t: (t["steps"], t["ewc_lambda"])):
+        start = f"{trial['ewc_lambda']:>12g}{trial['steps']:>8}"
+        if trial["metrics"] is None:
+            lines.append(f"{start}  diverged")
+            continue
+        scores = [f"{trial['metrics'][task]['score']:.4f}" for task in tasks]
+        cells = [*scores, *(f"{trial[name]:.4g}" for name in figures)]
+        row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append(start + row + ("  chosen" if trial["chosen"] else ""))
+    rule = {
+        "mean": "the largest mean score",
+        "least": f"the least whose forgetting stays under {search['max_forgetting']}",
+        "most": f"the largest that keeps 95% of what {search['new_task']} gains",
+    }[search["choose"]]
+    cost = search["cost"]
+    lines.append(f"λ = {search['ewc_lambda']:g}, by the rule {search['choose']}: {rule}")
+    lines.append(f"Measured: {search['measured']}")
+    lines.append(
+        f"The search took {cost['runs']} runs, {cost['steps']:,} steps, {cost['seconds']:.0f} s: "
+        f"{cost['full_runs']:.1f} times the run that follows, which is on all of the training data"
+    )
+    return "\n".join(lines)
+
+
+def push_text(result: Mapping[str, Any]) -> str:
+    """Lay out what `push` returns as plain text.
+
+    Args:
+        result: What `push` returned.
+
+    Returns:
+        Lines of text without a newline at the end.
+    """
+    lines = [
+        f"{file['size']:>15,}  {file['change']:<12}  {file['path']}" for file in result["files"]
+    ]
+    lines += [f"{'':>15}  {'deleted':<12}  {path}" for path in result["deleted"]]
+    total = sum(file["size"] for file in result["files"])
+    missing = sum(file["size"] for file in result["files"] if file["change"] != "unchanged")
+    if any(file["change"] == "not compared" for file in result["files"]):
+        lines.append(f"{total:>15,}  bytes in all; what of them is there already is not known")
+    else:
+        lines.append(f"{total:>15,}  bytes in all, {missing:,} of them new")
+    if result["code"]:
+        lines.append(f"Code that an auto_map names: {', '.join(result['code'])}")
+    seen = "private" if result["private"] else "public"
+    if result["status"] == "dry run":
+        lines.append(f"Nothing was sent to {result['repository']} ({seen}): this was a dry run.")
+    elif result["pull_request"] is not None:
+        lines.append(f"{result['pull_request']}: commit {result['commit']}")
+    else:
+        same = ", which holds all of it already" if result["status"] == "unchanged" else ""
+        named = f", tag {result['tag']}" if result["tag"] else ""
+        lines.append(f"{result['url']} ({seen}): commit {result['commit']}{named}{same}")
     return "\n".join(lines)

@@ -34,11 +34,13 @@ from torch import nn
 
 from consolidate.commands.report import report
 from consolidate.commands.run_options import OPTION_NAMES, read_options
-from consolidate.commands.show import show, show_text
+from consolidate.commands.show import show
 from consolidate.commands.verify import verify
-from consolidate.data.examples import encode
-from consolidate.models.loading import Model, load_model
+from consolidate.data.encoding import encode
+from consolidate.models.loading import load_model
+from consolidate.models.model import Model
 from consolidate.views.card import Subject, model_card
+from consolidate.views.summary import show_text
 from formats.checkpoint import check_finite, open_checkpoint, weight_records
 from formats.data import open_data
 from formats.digest import TensorRecord, set_digest

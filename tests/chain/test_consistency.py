@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from consolidate.chain.consistency import contradictions, descent, side_by_side, side_by_side_text
-from consolidate.commands.show import ledger_matrix, show, show_text
+from consolidate.chain.consistency import contradictions, descent, side_by_side
+from consolidate.commands.show import show
 from consolidate.views.card import Subject, model_card
 from consolidate.views.figures import score_figures
-from consolidate.views.matrix import matrix_summary
+from consolidate.views.matrix import ledger_matrix, matrix_summary
+from consolidate.views.summary import show_text, side_by_side_text
 from formats.digest import TensorRecord, set_digest
 from formats.ledger import LayerRecord, Ledger, TaskRecord, read_ledger
 from support.report_checkpoints import write

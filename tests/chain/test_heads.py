@@ -17,6 +17,7 @@ from consolidate.commands.evaluate import evaluate
 from consolidate.commands.finetune import finetune
 from consolidate.commands.merge import merge
 from consolidate.commands.verify import verify
+from consolidate.views import summary
 from formats.checkpoint import open_checkpoint
 from formats.data import open_data
 from formats.errors import InputError, UsageError
@@ -151,7 +152,7 @@ def test_a_chain_with_a_head_per_task(
     if rule == "separate":
         anchor = load_file(last / "fisher" / "anchor.safetensors")
         assert all(torch.equal(anchor[n], weights_of(last)[n]) for n in HEAD)
-    text = show_command.show_text(show_command.show(last))
+    text = summary.show_text(show_command.show(last))
     assert "heads of their own: a, b; in the weights: c" in text
 
 

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 import consolidate
 import formats.checkpoint
 from consolidate.commands import fisher as fisher_command
+from consolidate.commands import measurement as measurement_command
 from consolidate.commands.evaluate import evaluate
 from consolidate.commands.finetune import finetune
-from consolidate.estimation.estimators import FisherDiagonal
+from consolidate.estimation.diagonal import FisherDiagonal
+from consolidate.runtime import devices
 from formats.atomic import claimed
 from formats.data import open_data
 from formats.digest import set_digest, tensor_record
@@ -45,7 +47,7 @@ def test_a_note_names_three_parameters_and_counts_the_others(
     )
     model: Any = SimpleNamespace(notes=[], checkpoint=SimpleNamespace(base=None))
     examples: Any = SimpleNamespace(notes=list)
-    fisher_command.log_notes(model, examples, diagonal)
+    measurement_command.log_notes(model, examples, diagonal)
     slow, zero = caplog.messages
     assert slow.endswith("which is slow: layer.0, layer.1, layer.2 and 54 more")
     assert zero.endswith("on them: layer.57, layer.58, layer.59")
@@ -226,9 +228,9 @@ def test_fisher_and_anchor_stay_in_the_mapped_files(
 
 def test_a_device_that_is_not_here_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="--device"):
-        fisher_command.best_device("quantum")
+        devices.best_device("quantum")
     with pytest.raises(UsageError, match="--device"):
-        fisher_command.best_device("cuda:99")
+        devices.best_device("cuda:99")
 
 
 def test_a_fisher_of_ones_own_is_stored_like_the_command_does(

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from consolidate.chain.output import failed_folder
 from consolidate.commands.finetune import finetune
 from consolidate.commands.verify import verify
-from consolidate.training.forgetting import beyond, failed_folder, forgetting
+from consolidate.training.forgetting import beyond, forgetting
 from formats.errors import ForgettingError, InputError, UsageError
 from support.command_line import run
 

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from consolidate.commands.fisher import fisher
-from consolidate.commands.push import push, push_text
+from consolidate.commands.push import push
 from consolidate.commands.verify import verify
+from consolidate.views.text import push_text
 from formats.errors import ConsolidateError, UsageError
 from support import in_process, loopback_hub
 from support.loopback_hub import COMMIT, TOKEN, Hub, environment, run, run_python

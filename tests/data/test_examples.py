@@ -10,18 +10,13 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
-from consolidate.data.examples import (
-    Columns,
-    Examples,
-    Part,
-    encode,
-    hold_out,
-    label_names,
-    unread_columns,
-)
+from consolidate.data.encoding import encode, unread_columns
+from consolidate.data.examples import Columns, Examples, Part, hold_out
+from consolidate.data.labels import label_names
 from consolidate.estimation.batches import model_outputs
 from consolidate.estimation.estimators import fisher_diagonal
-from consolidate.models.loading import Model, load_model
+from consolidate.models.loading import load_model
+from consolidate.models.model import Model
 from consolidate.models.objectives import get_objective
 from formats.checkpoint import open_checkpoint
 from formats.data import Rows, open_data

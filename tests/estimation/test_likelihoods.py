@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from consolidate.estimation.likelihoods import LIKELIHOODS, Softmax, get_likelihood
-from consolidate.runtime.uniforms import uniforms
+from consolidate.runtime.randomness import uniforms
 from formats.errors import InputError, UsageError
 from support.reference import REFERENCE
 

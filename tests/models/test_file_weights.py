@@ -5,7 +5,8 @@ import torch
 import transformers
 
 from consolidate.models.file_weights import FileWeights
-from consolidate.models.loading import Model, load_model
+from consolidate.models.loading import load_model
+from consolidate.models.model import Model
 from formats.checkpoint import open_checkpoint
 from formats.tensors import dtype_of, shape_of
 from support.tiny_models import bert_config, byte_tokenizer, mixtral_config, save

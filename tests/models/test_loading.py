@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from consolidate.models.architectures import lacks_head
-from consolidate.models.loading import config_of, file_weights, load_model, unprotected
+from consolidate.models.loading import load_model
+from consolidate.models.model import config_of, file_weights, unprotected
 from formats.checkpoint import open_checkpoint, write_checkpoint
 from formats.errors import InputError, UsageError
 from support.tiny_models import (

@@ -7,8 +7,8 @@ import transformers
 from torch import nn
 
 from consolidate.models.adapters import load
-from consolidate.models.loading import file_weights
 from consolidate.models.lora import add_lora, low_rank_layers, merge_lora
+from consolidate.models.model import file_weights
 from formats.checkpoint import open_checkpoint
 from formats.errors import InputError, UsageError
 from support.tiny_models import byte_tokenizer, gpt2_config, outputs, save

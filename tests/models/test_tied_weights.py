@@ -12,12 +12,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from consolidate.chain.tasks import load_penalty, store_fisher
+from consolidate.chain.modules import load_penalty, store_fisher
 from consolidate.commands.finetune import finetune
 from consolidate.commands.fisher import fisher
 from consolidate.commands.merge import merge
 from consolidate.commands.verify import verify
-from consolidate.data.examples import encode
+from consolidate.data.encoding import encode
 from consolidate.models.loading import load_model
 from consolidate.training.trainer_callback import penalty_callback
 from formats.checkpoint import open_checkpoint

@@ -1,6 +1,6 @@
 import torch
 
-from consolidate.runtime.uniforms import uniforms
+from consolidate.runtime.randomness import uniforms
 
 MASK = 2**64 - 1
 

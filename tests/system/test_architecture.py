@@ -4,23 +4,28 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+import consolidate
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = sorted((ROOT / "formats").rglob("*.py"))
 CONSOLIDATE = sorted((ROOT / "consolidate").rglob("*.py"))
 MODULES = FORMATS + CONSOLIDATE
 
+ORDER = "formats < runtime < estimation, ewc < training < models < data < chain < views < commands"
+RANKS = {folder: rank for rank, one in enumerate(ORDER.split(" < ")) for folder in one.split(", ")}
+NUMERICAL = {"estimation", "ewc", "training"}  # they take and return tensors
+COMMAND_LINE = {"__init__", "__main__", "cli", "options"}  # beside the folders, above all of them
+KNOW_CLICK = {"cli", "options"}
+LONGEST_PATH = 12  # modules of consolidate, each of which imports the next
+
 EXTRAS = {"transformers", "tokenizers", "datasets", "pyarrow", "pandas", "PIL", "matplotlib"}
 EXTRAS |= {"peft", "mlflow", "torchvision", "sklearn"}
 CORE = {"torch", "numpy", "safetensors", "huggingface_hub"}
-
-COMMAND_LINE = {"cli", "options", "training_options"}
-
-# Modules that take and return tensors.
-NUMERICAL = {"estimation", "ewc", "training"}
 INPUT_OUTPUT = {"os", "io", "pathlib", "json", "shutil", "tempfile", "subprocess", "socket"}
 INPUT_OUTPUT |= {"logging", "pickle", "safetensors", "huggingface_hub", "click", "tqdm", "urllib"}
 
@@ -28,6 +33,12 @@ INPUT_OUTPUT |= {"logging", "pickle", "safetensors", "huggingface_hub", "click",
 def name_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def folder_of(path: Path) -> str:
+    """The folder in the order above; none for the modules of the command line."""
+    parts = path.relative_to(ROOT).parts
+    return "formats" if parts[0] == "formats" else parts[1] if len(parts) > 2 else ""
 
 
 def imports(path: Path, *, inside_functions: bool = True) -> Iterator[str]:
@@ -50,9 +61,55 @@ def imports(path: Path, *, inside_functions: bool = True) -> Iterator[str]:
     return visit(ast.parse(path.read_text(encoding="utf-8"), filename=str(path)))
 
 
+@cache
+def graph() -> dict[str, set[str]]:
+    """The modules of ours that each module imports, inside functions too."""
+    known = {name_of(path) for path in MODULES if path.stem != "__init__"}
+    return {name_of(path): set(imports(path)) & known - {name_of(path)} for path in MODULES}
+
+
 def packages(path: Path, *, inside_functions: bool = True) -> set[str]:
     found = imports(path, inside_functions=inside_functions)
     return {name.split(".")[0] for name in found}
+
+
+def test_every_folder_has_its_place_in_the_order() -> None:
+    assert {folder_of(path) for path in MODULES} - {""} == set(RANKS)
+    assert {path.stem for path in CONSOLIDATE if not folder_of(path)} == COMMAND_LINE
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_folder_imports_only_what_stands_before_it(path: Path) -> None:
+    own = folder_of(path)
+    if not own:
+        return
+    places = {name_of(other): folder_of(other) for other in MODULES}
+    for name in graph()[name_of(path)]:
+        folder = places[name]
+        assert folder, f"{name_of(path)} imports {name} of the command line"
+        assert folder == own or RANKS[folder] < RANKS[own], f"{name_of(path)} imports {name}"
+
+
+def test_no_folder_bears_the_name_of_a_public_function() -> None:
+    # once imported, the folder would stand in the function's place
+    assert not set(RANKS) & set(consolidate.__all__)
+    assert not {path.stem for path in CONSOLIDATE if not folder_of(path)} & set(consolidate.__all__)
+
+
+def test_modules_do_not_import_each_other_in_circles_or_in_long_chains() -> None:
+    depths: dict[str, int] = {}
+
+    def depth(name: str, trail: tuple[str, ...]) -> int:
+        assert name not in trail, " -> ".join((*trail, name))
+        if name not in depths:
+            below = [depth(other, (*trail, name)) for other in sorted(graph()[name])]
+            ours = name.startswith("consolidate.") and name != "consolidate.__main__"
+            depths[name] = max(below, default=0) + ours
+        return depths[name]
+
+    for name in graph():
+        depth(name, ())
+    assert max(depths.values()) <= LONGEST_PATH
 
 
 @pytest.mark.parametrize("path", FORMATS, ids=name_of)
@@ -62,8 +119,13 @@ def test_formats_knows_nothing_of_consolidate(path: Path) -> None:
     assert packages(path) <= allowed | {"pyarrow", "PIL", "datasets"}
 
 
-def test_the_init_of_formats_is_its_docstring() -> None:
-    body = ast.parse((ROOT / "formats" / "__init__.py").read_text(encoding="utf-8")).body
+@pytest.mark.parametrize(
+    "path",
+    [path for path in MODULES if path.name == "__init__.py" and folder_of(path)],
+    ids=name_of,
+)
+def test_the_init_of_a_folder_is_its_docstring(path: Path) -> None:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
     assert len(body) == 1
     assert isinstance(body[0], ast.Expr)
     assert isinstance(body[0].value, ast.Constant)
@@ -76,14 +138,12 @@ def test_extras_are_imported_only_where_they_are_used(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONSOLIDATE, ids=name_of)
 def test_only_the_command_line_knows_click(path: Path) -> None:
-    if path.stem not in COMMAND_LINE:
+    if folder_of(path) or path.stem not in KNOW_CLICK:
         assert "click" not in packages(path)
 
 
 @pytest.mark.parametrize(
-    "path",
-    [path for path in CONSOLIDATE if path.parent.name in NUMERICAL and path.stem != "forgetting"],
-    ids=name_of,
+    "path", [path for path in CONSOLIDATE if folder_of(path) in NUMERICAL], ids=name_of
 )
 def test_numerical_modules_do_no_input_or_output(path: Path) -> None:
     assert not packages(path) & INPUT_OUTPUT
@@ -97,24 +157,13 @@ def test_numerical_modules_do_no_input_or_output(path: Path) -> None:
     assert not calls & {"open", "print", "input"}
 
 
-def test_modules_do_not_import_each_other_in_circles() -> None:
-    known = {name_of(path): path for path in MODULES}
-    graph = {
-        name: {other for other in imports(path, inside_functions=False) if other in known} - {name}
-        for name, path in known.items()
-    }
-    done: set[str] = set()
-
-    def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, " -> ".join((*trail, name))
-        if name in done:
-            return
-        for other in sorted(graph[name]):
-            visit(other, (*trail, name))
-        done.add(name)
-
-    for name in graph:
-        visit(name, ())
+def test_no_test_module_is_imported_by_another() -> None:
+    tests = ROOT / "tests"
+    for path in sorted(tests.rglob("*.py")):
+        for name in imports(path):
+            words = name.split(".")
+            assert not any(word.startswith("test_") for word in words[:-1]), f"{path}: {name}"
+            assert words[0] != "conftest", f"{path}: {name}"
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -12,16 +12,17 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from consolidate.commands.show import ledger_matrix, matrix_text, show, show_text
+from consolidate.commands.show import show
 from consolidate.training.accuracy_matrix import AccuracyMatrix, accuracy_matrix
 from consolidate.views.figures import score_figures
 from consolidate.views.matrix import (
     check_view,
+    ledger_matrix,
     matrix_summary,
-    means_text,
     plot_matrix,
     write_matrix_csv,
 )
+from consolidate.views.summary import matrix_text, means_text, show_text
 from formats.errors import InputError, UsageError
 from formats.ledger import ledger_bytes, read_ledger
 from support import report_checkpoints as checkpoints

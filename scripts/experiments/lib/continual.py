@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from consolidate.estimation.estimators import FisherDiagonal, fisher_diagonal
+from consolidate.estimation.diagonal import FisherDiagonal
+from consolidate.estimation.estimators import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.ewc.merging import merge_online, merge_separate
 from consolidate.ewc.penalty import Penalty

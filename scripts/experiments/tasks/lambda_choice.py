@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
-from consolidate.commands.finetune_search import search_text
+from consolidate.views.text import search_text
 from scripts.experiments.lib.common import (
     NETWORKS,
     Session,

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from consolidate.chain.opening import with_base
 from consolidate.cli import cli
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty
-from consolidate.models.adapters import load, with_base
+from consolidate.models.adapters import load
 from consolidate.models.lora import low_rank_layers
 from formats.checkpoint import open_checkpoint
 from formats.fisher_folder import read_fisher

@@ -1,0 +1,147 @@
+"""Open a checkpoint with what belongs to it: its base, its Fisher, its tasks."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from consolidate.models.adapters import check_plain
+from formats.checkpoint import ADAPTER_CONFIG, Checkpoint, open_checkpoint, weight_records
+from formats.digest import set_digest
+from formats.errors import InputError, UsageError
+from formats.fisher_folder import (
+    LEDGER_NAME,
+    StoredFisher,
+    check_belongs,
+    check_intact,
+    read_fisher,
+)
+from formats.hub import FISHER, locate
+from formats.ledger import Ledger
+
+
+def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
+    """Read a Fisher folder, after every byte of it and of its weights was compared with its ledger.
+
+    Args:
+        folder: The Fisher folder.
+        source: The checkpoint.
+
+    Returns:
+        The Fisher, read tensor by tensor.
+
+    Raises:
+        InputError: There is none, it is damaged, or it belongs to other weights, or to an adapter
+            of another base model.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist: run `consolidate fisher` first")
+    stored = read_fisher(folder)
+    check_belongs(stored, source.weights, str(source.path))
+    check_kind(stored, source)
+    check_base(stored.ledger, folder, source)
+    check_intact(stored)
+    return stored
+
+
+def find_fisher(checkpoint: Path, elsewhere: str | Path | None) -> Path | None:
+    """Find the Fisher folder: the one beside the weights, or the one that was named.
+
+    Args:
+        checkpoint: The folder or file of the weights.
+        elsewhere: A Fisher folder, a folder or a repository on the Hub that holds one.
+
+    Returns:
+        The folder; None where none was named and none lies beside the weights.
+
+    Raises:
+        InputError: What was named holds no Fisher.
+    """
+    if elsewhere is None:
+        beside = checkpoint / "fisher"
+        return beside if beside.is_dir() else None
+    folder = locate(elsewhere, only=FISHER)
+    for candidate in (folder / "fisher", folder):
+        if (candidate / "fisher.json").is_file():
+            return candidate
+    raise InputError(f"{elsewhere} holds no Fisher: neither fisher/fisher.json nor fisher.json")
+
+
+def check_base(ledger: Ledger, folder: Path, source: Checkpoint) -> None:
+    """Refuse an adapter's base model that is not the one its Fisher was measured with.
+
+    Args:
+        ledger: Of the adapter.
+        folder: That of the ledger, for the message.
+        source: The checkpoint; one that is no adapter is left alone.
+
+    Raises:
+        InputError: The base model is another one.
+    """
+    if source.base is None:
+        return
+    found = set_digest(weight_records(source.base.weights))
+    if found != ledger.base:
+        raise InputError(
+            f"{folder / LEDGER_NAME} was measured on a base model with the digest "
+            f"{str(ledger.base)[:12]}…, and {source.base.path} has {found[:12]}…: name the "
+            "right one with --base-model"
+        )
+
+
+def check_kind(stored: StoredFisher, source: Checkpoint) -> None:
+    """Refuse the Fisher of an adapter for a whole model, and of a whole model for an adapter.
+
+    Args:
+        stored: The Fisher.
+        source: The checkpoint.
+
+    Raises:
+        InputError: They are of two kinds.
+    """
+    if (stored.ledger.base is None) != (source.adapter is None):
+        kinds = ("a whole model", "an adapter")
+        raise InputError(
+            f"{stored.folder / LEDGER_NAME} is of {kinds[stored.ledger.base is not None]}, and "
+            f"{source.path} is {kinds[source.adapter is not None]}"
+        )
+
+
+def with_base(source: Checkpoint, base_model: str | Path | None) -> Checkpoint:
+    """Give an adapter the checkpoint of its base model; other checkpoints stay as they are.
+
+    Args:
+        source: What was opened.
+        base_model: The base model, a path or a repository on the Hub; what the adapter's config
+            names unless given, if that is there.
+
+    Returns:
+        The checkpoint, with its base model where it is an adapter.
+
+    Raises:
+        InputError: The base model is not there, or is no whole model.
+        UsageError: A base model was given for what is no adapter.
+    """
+    if source.adapter is None:
+        if base_model is not None:
+            raise UsageError(f"{source.path} is no adapter, so it has no --base-model")
+        return source
+    check_plain(source.adapter, source.path)
+    if base_model is None and (base_model := named_base(source)) is None:
+        named = source.adapter.get("base_model_name_or_path")
+        raise InputError(
+            f"{source.path / ADAPTER_CONFIG} names {named!r} as its base model, which is no "
+            "folder here: name the base model with --base-model"
+        )
+    base = open_checkpoint(locate(base_model, without=FISHER))
+    if base.adapter is not None:
+        raise InputError(f"{base.path}, the base model of {source.path}, is an adapter itself")
+    return replace(source, base=base, config=base.config)
+
+
+def named_base(source: Checkpoint) -> str | None:
+    """Give the base model that an adapter's config names, if that is there.
+
+    Args:
+        source: What was opened; of a whole model, nothing.
+    """
+    named = (source.adapter or {}).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named and Path(named).exists() else None

@@ -1,0 +1,99 @@
+"""Where an output goes: what may be replaced, and the room that it takes."""
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from formats.atomic import check_target, has_content, partial_path
+from formats.checkpoint import Checkpoint, open_checkpoint
+from formats.errors import InputError
+from formats.fisher_folder import LEDGER_NAME
+from formats.tensors import dtype_of, shape_of
+
+
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work is done, a target that must not be replaced.
+
+    Args:
+        target: Where a checkpoint or a Fisher folder is to be put.
+        overwrite: It may be replaced if it is one already.
+
+    Raises:
+        InputError: It cannot be written; it holds something and `overwrite` is false; or what it
+            holds is neither a checkpoint nor a Fisher, or has a git history.
+    """
+    if target.name == "fisher" and (target / LEDGER_NAME).is_file() and not overwrite:
+        raise InputError(
+            f"{target} exists already: --overwrite replaces it, --add adds another task measured "
+            "at the same weights"
+        )
+    check_target(target, overwrite=overwrite)
+    if not has_content(target):
+        return
+    if not (target / LEDGER_NAME).is_file():
+        try:
+            open_checkpoint(target)
+        except InputError:
+            raise InputError(
+                f"{target} is not replaced, since it holds no checkpoint: remove it yourself, or "
+                "choose another folder"
+            ) from None
+    if (target / ".git").exists():
+        raise InputError(f"{target} is not replaced, since it is a git repository")
+
+
+def check_output(target: Path, source: Checkpoint, *, overwrite: bool, whole: bool) -> None:
+    """Refuse before the work what would fail after it: something in the way, or no room.
+
+    Args:
+        target: Where a checkpoint or a Fisher folder is to be put.
+        source: The checkpoint it is made from.
+        overwrite: Whether it may be replaced.
+        whole: Whether it is a checkpoint, with weights.
+
+    Raises:
+        InputError: It cannot be written, may not be replaced, or the disk has no room for it.
+    """
+    refuse_existing(target, overwrite=overwrite)
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    needed = output_bytes(source, whole=whole)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        partial = partial_path(target)
+        kept = f" ({partial} of an unfinished pass takes some)" if partial.is_file() else ""
+        raise InputError(
+            f"{parent} has room for {free:,} bytes, and {needed:,} are needed: make room{kept}, or "
+            "choose another folder"
+        )
+
+
+def output_bytes(source: Checkpoint, *, whole: bool) -> int:
+    """Give the bytes of a Fisher with its ledger, and of the weights where they are written.
+
+    Args:
+        source: The checkpoint it is made from.
+        whole: Whether the weights are written.
+    """
+    fisher = 4 * sum(math.prod(shape_of(source.weights, name)) for name in source.weights)
+    records = 1024 * (1 + len(source.weights))  # more than headers and ledger say of a tensor
+    return fisher + records + (bytes_of(source.weights) if whole else 0)
+
+
+def bytes_of(weights: Mapping[str, Tensor]) -> int:
+    """Give the bytes of these tensors in a file."""
+    return sum(
+        math.prod(shape_of(weights, name)) * dtype_of(weights, name).itemsize for name in weights
+    )
+
+
+def failed_folder(target: Path) -> Path:
+    """Name the folder beside a target where the output goes that has forgotten too much.
+
+    Args:
+        target: Where it would have gone.
+    """
+    place = target if target.name not in ("", "..") else target.resolve()
+    return place.with_name(f"{place.name}.failed-forgetting")

@@ -1,0 +1,48 @@
+"""Measure a model on each of several tasks."""
+
+from collections.abc import Mapping
+
+from torch.distributed import ProcessGroup
+
+from consolidate.data.examples import Examples
+from consolidate.estimation.likelihoods import get_likelihood
+from consolidate.models.model import Model
+from consolidate.runtime.distributed import shares
+from consolidate.runtime.progress import progress
+from consolidate.training.evaluation import measure
+
+
+def evaluate_all(
+    model: Model,
+    tasks: Mapping[str, Examples],
+    *,
+    batch_size: int,
+    with_heads: Mapping[str, Model] | None = None,
+    group: ProcessGroup | None = None,
+) -> dict[str, dict[str, float]]:
+    """Measure a loaded model on the encoded examples of each task.
+
+    Args:
+        model: A loaded model.
+        tasks: Encoded examples by task name.
+        with_heads: By task name, the model with another head to measure it with.
+        batch_size: Examples run at a time.
+        group: The processes that share the batches.
+
+    Returns:
+        The metrics of each task.
+    """
+    metrics = {}
+    for name, examples in tasks.items():
+        measured = (with_heads or {}).get(name, model)
+        own = [part for part in shares(range(len(examples)), batch_size, group) if part]
+        with progress(f"evaluating {name}", sum(map(len, own)), "examples") as advance:
+            metrics[name] = measure(
+                measured.module,
+                (examples.collate(part) for part in own),
+                get_likelihood(measured.objective.likelihood),
+                language=measured.objective.language,
+                progress=advance,
+                group=group,
+            )
+    return metrics

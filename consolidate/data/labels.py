@@ -1,0 +1,341 @@
+"""Labels in the rows of task data: their columns, names, values and numbers."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consolidate.data.examples import Columns
+from consolidate.models.model import Model
+from formats.errors import InputError
+from formats.rows import Rows
+
+
+def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> list[str]:
+    """Collect the names of the labels in the data, for a new output layer.
+
+    Args:
+        rows: The data.
+        objective: A name of `OBJECTIVES`.
+        columns: Where the labels are.
+
+    Returns:
+        The data's own order where they state one; else numbers in order, or names sorted. Numbers
+        stand for the labels from 0 to the largest. For a regression on D > 1 numbers D names, for
+        one number none.
+
+    Raises:
+        InputError: No label column, or a row without a label.
+    """
+    if objective == "regression":
+        column = label_column(rows, columns or Columns(), objective)
+        count = len(as_numbers(rows[0].get(column), rows.where(0, column)))
+        return [str(i) for i in range(count)] if count > 1 else []
+    found = label_values(rows, objective, columns)
+    if all(name.isdecimal() for name in found):
+        return [str(i) for i in range(max(map(int, found)) + 1)]
+    return found
+
+
+def label_values(
+    rows: Rows, objective: str, columns: Columns | None = None, *, used: bool = False
+) -> list[str]:
+    """Collect the labels that are in the data, as names.
+
+    Args:
+        rows: The data.
+        objective: A name of `OBJECTIVES` whose outcomes are labels.
+        columns: Where the labels are.
+        used: Leave out names that the data state and no row has.
+
+    Returns:
+        The data's own order where they state one; else numbers in order, or names sorted. Rows of
+        K zeros and ones, of a multi-label task, stand for the labels from 0 to K − 1.
+
+    Raises:
+        InputError: No label column, or a row without a label.
+    """
+    column = label_column(rows, columns or Columns(), objective)
+    stated = rows.label_names(column)
+    if stated is not None and not used:
+        return list(stated)
+    found: set[str] = set()
+    lengths: set[int] = set()
+    values = rows.values(column) if rows.tensors is None else _distinct(rows.tensors[column])
+    for i, value in enumerate(values):
+        several = objective in ("multi-label", "token-classification")
+        row = as_list(value, rows.where(i, column)) if several else [value]
+        lengths.add(len(row))
+        for one in row:
+            if one is None or one == "":
+                raise InputError(f"{rows.where(i, column)}: there is no label")
+            number = as_integer(one)
+            if number != -100 or objective != "token-classification":
+                found.add(str(one) if number is None else str(number))
+    if stated is not None:
+        return [name for i, name in enumerate(stated) if {str(i), name} & found]
+    if objective == "multi-label" and found <= {"0", "1"} and len(lengths) == 1:
+        return [str(i) for i in range(lengths.pop())]
+    return sorted(found, key=int) if all(n.isdecimal() for n in found) else sorted(found)
+
+
+def matched_label(name: str, known: Sequence[str]) -> int | None:
+    """Find a label of the data among those of a model.
+
+    Args:
+        name: A name, or a number as text. Where all of `known` are numbers, a number is a name.
+        known: The model's labels, in the order of their ids.
+
+    Returns:
+        Its id; None where it is none of them.
+    """
+    if name in known:
+        return known.index(name)
+    number = as_integer(name)
+    if number is not None:
+        return number if 0 <= number < len(known) and not _numbers(known) else None
+    alike = [i for i, other in enumerate(known) if other.casefold() == name.casefold()]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _numbers(names: Iterable[str]) -> bool:
+    return all(as_integer(name) is not None for name in names)
+
+
+def _distinct(labels: Tensor) -> list[Any]:
+    """Give the distinct values of a column of labels, (N,) or (N, 1), else its rows."""
+    flat = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    return flat.unique().tolist() if flat.ndim == 1 else list(flat)
+
+
+LABEL_COLUMNS = {
+    "token-classification": ("labels", "ner_tags", "tags", "label"),
+    "multi-label": ("labels", "label"),
+    "regression": ("label", "labels", "score"),
+}
+
+
+def label_column(rows: Rows, columns: Columns, objective: str) -> str:
+    """Find the column of the labels."""
+    defaults = LABEL_COLUMNS.get(objective, ("label", "labels"))
+    return find_column(rows, columns.label, defaults, "label")
+
+
+def find_column(rows: Rows, given: str | None, defaults: Sequence[str], role: str) -> str:
+    """Find the column with a role.
+
+    Args:
+        rows: The data.
+        given: The name the user gave.
+        defaults: The usual names, the likeliest first.
+        role: Of the option ``--ROLE-column``.
+
+    Returns:
+        A name in `rows.columns`.
+
+    Raises:
+        InputError: There is none such.
+    """
+    for name in [given] if given is not None else defaults:
+        if name in rows.columns:
+            return name
+    option = f"--{role.replace('_', '-')}-column"
+    wanted = repr(given) if given is not None else " or ".join(map(repr, defaults))
+    raise InputError(
+        f"{rows.name} has no column {wanted}; it has {', '.join(map(repr, rows.columns))}. "
+        f"Name the right one with {option}"
+    )
+
+
+class Labels:
+    """The labels of one column as class numbers."""
+
+    def __init__(self, rows: Rows, column: str, model: Model, count: int | None) -> None:
+        """Prepare to read.
+
+        Args:
+            rows: The data.
+            column: Of the labels.
+            model: Whose label names count.
+            count: The number of classes, None where it is not known.
+        """
+        self._rows = rows
+        self._column = column
+        self._count = count
+        self._names = model.labels
+        self._by_name = {name: i for i, name in enumerate(model.labels or [])}
+        self.note: str | None = None
+        stated = rows.label_names(column)
+        self._from_data: dict[int, int] = {}  # the data's class numbers -> the model's
+        self._all_named = False  # the model's labels are numbers, and numbers are their names
+        if stated is not None and self._by_name:
+            folded = self._folded()
+            ids = [self._by_name.get(name, folded.get(name.casefold(), -1)) for name in stated]
+            if any(i >= 0 for i in ids):
+                self._from_data = dict(enumerate(ids))
+            else:
+                self.note = (
+                    f"{rows.name} and the checkpoint name their classes differently "
+                    f"({stated[0]}, {next(iter(self._by_name))}, …): numbers are taken as they are"
+                )
+        elif self._by_name and _numbers(self._by_name):
+            self._from_data = {int(name): i for name, i in self._by_name.items()}
+            self._all_named = True
+        elif stated is not None and len(stated) == count:
+            # Classes in the data's order, as every loader of image folders numbers them.
+            self._by_name = {name: i for i, name in enumerate(stated)}
+            self.note = (
+                "the checkpoint's labels have no names; the data's classes are taken in their "
+                f"order: {', '.join(stated)}"
+            )
+
+    def index(self, value: Any, i: int, *, ignorable: bool = False) -> int:
+        """Return the class number of a value in row `i`.
+
+        Args:
+            value: A number or a name.
+            i: The row, for the message.
+            ignorable: −100 is allowed.
+
+        Raises:
+            InputError: No such label.
+        """
+        if isinstance(value, str) and value in self._by_name:
+            return self._by_name[value]
+        number = as_integer(value)
+        if number is not None:
+            if ignorable and number == -100:
+                return number
+            number = self._from_data.get(number, -1 if self._all_named else number)
+            if number < 0 or (self._count is not None and number >= self._count):
+                self._refuse(value, i)
+            return number
+        if isinstance(value, str) and value.casefold() in self._folded():
+            return self._folded()[value.casefold()]
+        self._refuse(value, i)
+        raise AssertionError  # not reached
+
+    def vector(self, value: Any, i: int) -> list[float]:
+        """Return the yes-or-no labels of row `i`, K of them.
+
+        Args:
+            value: A list of K zeros and ones, or else a list of the numbers or names that apply.
+            i: The row, for the message.
+
+        Raises:
+            InputError: No such label.
+        """
+        assert self._count is not None
+        values = as_list(value, self._rows.where(i, self._column))
+        numbers = [as_integer(one) for one in values]
+        named = any(isinstance(one, str) and one in self._by_name for one in values)
+        if len(values) == self._count and not named and all(n in (0, 1) for n in numbers):
+            return [float(n) for n in numbers if n is not None]
+        vector = [0.0] * self._count
+        for one in values:
+            vector[self.index(one, i)] = 1.0
+        return vector
+
+    def _folded(self) -> dict[str, int]:
+        """Names in lower case, where that keeps them apart."""
+        folded: dict[str, int] = {}
+        for name, i in self._by_name.items():
+            folded[name.casefold()] = -1 if name.casefold() in folded else i
+        return {name: i for name, i in folded.items() if i >= 0}
+
+    def _refuse(self, value: Any, i: int) -> None:
+        where = self._rows.where(i, self._column)
+        if value is None or value == "":
+            raise InputError(f"{where}: there is no label")
+        if self._by_name:
+            names = list(self._by_name)
+            known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+            numbers = "" if self._all_named else f" (or their numbers, 0 to {len(names) - 1})"
+            raise InputError(
+                f"{where}: {value!r} is none of the model's {len(names)} labels, which are {known}"
+                f"{numbers}"
+            )
+        upto = f"numbers from 0 to {self._count - 1}" if self._count else "numbers from 0"
+        hint = "" if as_integer(value) is not None else "; names need id2label in config.json"
+        raise InputError(f"{where}: {value!r} is no label of the model, which has {upto}{hint}")
+
+
+def as_integer(value: Any) -> int | None:
+    """Return the integer that a value is or spells, None if it is none."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, str):
+        try:
+            return int(value.strip())
+        except ValueError:
+            return None
+    if isinstance(value, bool | int):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return None
+
+
+def as_list(value: Any, where: str) -> list[Any]:
+    """Return the list that a value is or spells: JSON, or a text with commas.
+
+    Raises:
+        InputError: Neither.
+    """
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, str):
+        if value.lstrip().startswith("["):
+            try:
+                return list(json.loads(value))
+            except ValueError:
+                raise InputError(f"{where}: {value!r} is not a list in JSON") from None
+        return [part.strip() for part in value.split(",") if part.strip()]
+    raise InputError(f"{where}: expected a list, found {describe(value)}")
+
+
+def as_numbers(value: Any, where: str) -> list[float]:
+    """Return the finite numbers that a value is, holds or spells.
+
+    Raises:
+        InputError: There is none, or one is not finite.
+    """
+    values = [value] if isinstance(value, bool | int | float) else as_list(value, where)
+    try:
+        numbers = [float(one) for one in values]
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: expected numbers, found {value!r}") from None
+    if not numbers:
+        raise InputError(f"{where}: expected a number, found nothing")
+    if not all(map(math.isfinite, numbers)):
+        raise InputError(f"{where}: {value!r} is not finite")
+    return numbers
+
+
+def as_targets(rows: Rows, column: str, model: Model) -> Tensor:
+    """Return the numbers that a regression predicts, (N,) or (N, D) float32.
+
+    Raises:
+        InputError: A row has none, or another count than the others or than the model's outputs.
+    """
+    targets: list[list[float]] = []
+    count = model.outputs
+    for i in range(len(rows)):
+        where = rows.where(i, column)
+        numbers = as_numbers(rows[i].get(column), where)
+        count = len(numbers) if count is None else count
+        if len(numbers) != count:
+            raise InputError(f"{where}: expected {count} numbers, found {len(numbers)}")
+        targets.append(numbers)
+    tensor = torch.tensor(targets, dtype=torch.float32)
+    return tensor[:, 0] if tensor.shape[1] == 1 else tensor
+
+
+def describe(value: Any) -> str:
+    """Say in a word or two what a value is."""
+    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

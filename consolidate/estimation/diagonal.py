@@ -1,0 +1,52 @@
+"""A Fisher diagonal, with what it was estimated from."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class FisherDiagonal(dict[str, Tensor]):
+    """The Fisher diagonal by parameter name, in the parameters' shapes, with its counts beside it.
+
+    Attributes:
+        examples: How many examples were read.
+        units: How many units the sum was divided by: examples, or predicted tokens.
+        estimator: One of ESTIMATORS.
+        mc_samples: Sampled outcomes per example; None where nothing is sampled.
+        seed: The seed of the sampled outcomes.
+        unreached: Names of parameters that no output depended on; their Fisher is zero.
+        methods: How the per-example gradients of each of the others were had, one of METHODS;
+            empty for `batched`.
+        relative_errors: The standard error of each tensor's trace over that trace, from the spread
+            over the examples, or every fourth of a batch where a layer has many positions
+            (`batched`: over the batches); infinite where there was only one, missing where the
+            trace is zero or below 10⁻⁷ of the whole: rounding noise, as of BERT's key biases.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        examples: int,
+        units: int,
+        estimator: str,
+        mc_samples: int | None,
+        seed: int,
+        unreached: list[str],
+        methods: dict[str, str],
+        relative_errors: dict[str, float],
+    ):
+        super().__init__(tensors)
+        self.examples = examples
+        self.units = units
+        self.estimator = estimator
+        self.mc_samples = mc_samples
+        self.seed = seed
+        self.unreached = unreached
+        self.methods = methods
+        self.relative_errors = relative_errors
+
+    def trace(self) -> dict[str, float]:
+        """Return the sum of each tensor, by parameter name."""
+        return {name: tensor.cpu().sum(dtype=torch.float64).item() for name, tensor in self.items()}

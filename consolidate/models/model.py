@@ -1,0 +1,140 @@
+"""A torch module with what is known of it: its layout, objective and labels."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from consolidate.models.file_weights import FileWeights
+from consolidate.models.layout import Layout
+from consolidate.models.objectives import Objective
+from formats.checkpoint import Checkpoint
+from formats.errors import UsageError
+from formats.ledger import SAME_AS
+
+
+@dataclass
+class Model:
+    """A module that holds a checkpoint's weights."""
+
+    module: nn.Module
+    checkpoint: Checkpoint
+    objective: Objective
+    labels: list[str] | None  # in the order of their ids; None where they have no names
+    processor: Any  # tokenizer or image processor of transformers; None where there is none
+    layout: Layout
+    notes: list[str] = field(default_factory=list)  # what a user should be told about the loading
+    config_changes: dict[str, Any] = field(default_factory=dict)  # see `config_of`
+    base_layout: Layout | None = None  # of an adapter: that of its base model
+
+    @property
+    def outputs(self) -> int | None:
+        """How many classes or values are predicted, where the config says so."""
+        if self.objective.language:
+            return None
+        if self.labels is not None:
+            return len(self.labels)
+        config = getattr(self.module, "config", None)
+        return getattr(config, "num_labels", None)
+
+
+def file_weights(model: Model) -> FileWeights:
+    """Give the module's present values as the weights file's tensors.
+
+    Args:
+        model: As `load_model` made it, trained or not.
+
+    Returns:
+        By file name, in the file's order and dtypes, then fresh parameters; tied weights under each
+        name that the file has for them, tensors the module has no use for as they are in the file.
+        Each is made when asked for, of the values at that time; where no dtype changes it is the
+        module's own memory.
+
+    Raises:
+        InputError: A tensor is asked for that has another shape than it was loaded with.
+    """
+    return FileWeights(model.module, model.layout, model.checkpoint.weights)
+
+
+def config_of(model: Model) -> dict[str, Any]:
+    """Give the contents of the ``config.json`` that belongs beside `file_weights`.
+
+    Args:
+        model: As `load_model` made it.
+
+    Returns:
+        The checkpoint's config, with architecture and labels of a new output layer filled in.
+    """
+    return deepcopy(model.checkpoint.config) | deepcopy(model.config_changes)
+
+
+def unprotected(model: Model, protected: Iterable[str], frozen: str = "frozen") -> dict[str, str]:
+    """Say of each tensor of the weights file that has no Fisher why it has none.
+
+    Args:
+        model: As `load_model` made it.
+        protected: File names that have a Fisher.
+        frozen: The words for a parameter that does not train.
+
+    Returns:
+        From file name to reason, in the order of `file_weights`.
+    """
+    have = frozenset(protected)
+    parameters = dict(model.module.named_parameters())
+    reasons = {}
+    for name in [*model.checkpoint.weights, *model.layout.fresh]:
+        if name in have:
+            continue
+        if name in model.layout.duplicates:
+            reasons[name] = SAME_AS + model.layout.duplicates[name]
+            continue
+        names = model.layout.module_names(name)
+        if not names:
+            reasons[name] = "not used by the model"
+        elif not any(module_name in parameters for module_name in names):
+            reasons[name] = "a buffer, not a parameter"
+        elif not any(parameters[n].requires_grad for n in names if n in parameters):
+            reasons[name] = frozen
+        else:
+            reasons[name] = "not measured"
+    return reasons
+
+
+def freeze_parameters(model: Model, patterns: Sequence[str]) -> None:
+    """Let the parameters that match not train.
+
+    Args:
+        model: Changed in place.
+        patterns: Glob patterns of names, the module's or the file's.
+
+    Raises:
+        UsageError: A pattern matches nothing, or a part of what is one parameter.
+    """
+    parameters = dict(model.module.named_parameters())
+    names: dict[str, set[str]] = {}  # file and module names -> parameters
+    for name in model.module.state_dict():
+        canonical = model.layout.canonical(name)
+        if canonical in parameters:
+            names.setdefault(name, set()).add(str(canonical))
+    for name in [*model.checkpoint.weights, *model.layout.fresh]:
+        found = [n for n in model.layout.module_names(name) if n in parameters]
+        names.setdefault(name, set()).update(found)
+    for pattern in patterns:
+        matched = {p for name, ps in names.items() if fnmatchcase(name, pattern) for p in ps}
+        if not matched:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+            hint = f"; there are {', '.join(near)}, …" if near else ""
+            raise UsageError(f"--freeze {pattern} matches no parameter{hint}")
+        for name in matched:
+            file_names = model.layout.file_names(name)
+            left = [n for n in file_names if not fnmatchcase(n, pattern)]
+            if left and len(left) < len(file_names) and not fnmatchcase(name, pattern):
+                raise UsageError(
+                    f"--freeze {pattern} matches a part of {name}, which is one parameter of the "
+                    f"model and also holds {left[0]}: match all of it or none"
+                )
+            parameters[name].requires_grad_(False)

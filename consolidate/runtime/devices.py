@@ -1,0 +1,38 @@
+"""Where the computations run."""
+
+import torch
+
+from consolidate.runtime.torchrun import world_size
+from formats.errors import UsageError
+
+
+def best_device(name: str | None = None) -> torch.device:
+    """Give the device of that name, or the best there is.
+
+    Each of several processes has a CUDA device of its own.
+
+    Args:
+        name: Such as ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Returns:
+        The device.
+
+    Raises:
+        UsageError: This machine or this build of torch has no such device.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available() and world_size() == 1:
+            name = "mps"
+        else:
+            name = "cpu"
+    if name.startswith("cuda:") and world_size() > 1:
+        raise UsageError(f"--device {name} is one device: each process needs its own, as by cuda")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name} cannot be used here: {reason}") from None
+    return device
