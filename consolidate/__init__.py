@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from consolidate.commands.run import run as run
     from consolidate.commands.show import show as show
     from consolidate.commands.verify import verify as verify
-    from consolidate.data.examples import Columns as Columns
+    from consolidate.data.columns import Columns as Columns
     from consolidate.estimation.diagonal import FisherDiagonal as FisherDiagonal
     from consolidate.estimation.estimators import fisher_diagonal as fisher_diagonal
     from consolidate.ewc.merging import ModelTensor as ModelTensor
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from formats.fisher_folder import read_fisher as read_fisher
 
 _HOMES = {
-    "Columns": "consolidate.data.examples",
+    "Columns": "consolidate.data.columns",
     "FisherDiagonal": "consolidate.estimation.diagonal",
     "Penalty": "consolidate.ewc.penalty",
     "evaluate": "consolidate.commands.evaluate",

@@ -626,7 +626,7 @@ def _with_objects(options: dict[str, Any]) -> dict[str, Any]:
     """Turn what was typed into what the functions take: a Columns and torch.dtypes."""
     import torch
 
-    from consolidate.data.examples import Columns
+    from consolidate.data.columns import Columns
 
     given = {
         k.removesuffix("_column"): options.pop(k) for k in list(options) if k.endswith("_column")

@@ -11,18 +11,11 @@ import torch
 from torch import Tensor
 
 from formats.atomic import explain_full_disk, recover
+from formats.checkpoint_files import check_link, read_index, read_json
 from formats.digest import TensorRecord, tensor_record
 from formats.errors import InputError, NonFiniteError
 from formats.pickles import PICKLE_SUFFIXES, open_pickle
-from formats.tensors import (
-    MAX_SHARD_SIZE,
-    check_link,
-    dtype_of,
-    open_tensors,
-    read_index,
-    read_json,
-    write_tensors,
-)
+from formats.tensors import MAX_SHARD_SIZE, dtype_of, open_tensors, write_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 CARD = "README.md"

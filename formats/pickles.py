@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from formats.checkpoint_files import broken, check_index, inside, read_index
 from formats.errors import InputError
-from formats.tensors import broken, check_index, inside, read_index
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")

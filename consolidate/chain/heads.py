@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.chain.tasks import Chain
-from consolidate.data.examples import Columns
+from consolidate.data.columns import Columns
 from consolidate.data.labels import label_column, label_names, label_values, matched_label
 from consolidate.models.architectures import relabelled
 from consolidate.models.model import Model, file_weights

@@ -10,11 +10,12 @@ import torch
 from consolidate.chain.heads import models_of_tasks
 from consolidate.chain.opening import check_base, with_base
 from consolidate.commands.task_metrics import evaluate_all
+from consolidate.data.columns import Columns, columns_of
 from consolidate.data.encoding import encode
-from consolidate.data.examples import Columns, columns_of
 from consolidate.models.adapters import load
 from consolidate.runtime.devices import best_device
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
+from formats.checkpoint_files import check_link
 from formats.errors import InputError
 from formats.fisher_folder import (
     LEDGER_NAME,
@@ -26,7 +27,6 @@ from formats.fisher_folder import (
 from formats.hub import VALUES, locate
 from formats.ledger import Ledger, read_ledger
 from formats.task_file import open_task
-from formats.tensors import check_link
 
 LOG = logging.getLogger("consolidate")
 
@@ -112,7 +112,7 @@ def evaluate(
         name: encode(
             rows,
             with_heads.get(name, loaded),
-            columns=columns_of(columns, task_file),
+            columns=columns_of(columns, task_file.columns()),
             max_length=max_length,
             pack=pack,
             seed=seed,

@@ -45,7 +45,8 @@ from consolidate.commands.measurement import (
     log_notes,
     measure_fisher,
 )
-from consolidate.data.examples import Columns, Examples, subset
+from consolidate.data.columns import Columns
+from consolidate.data.examples import Examples, subset
 from consolidate.models.lora import Lora
 from consolidate.models.model import config_of, file_weights
 from consolidate.runtime import signals

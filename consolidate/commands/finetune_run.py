@@ -6,14 +6,13 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.resume import KeptTraining, KeptWork
-from consolidate.commands.finetune_start import Start
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.examples import subset
 from consolidate.estimation.likelihoods import get_likelihood
@@ -47,6 +46,9 @@ from formats.checkpoint import check_finite
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.partial_work import StoredWork
 from formats.tensors import dtype_of
+
+if TYPE_CHECKING:
+    from consolidate.commands.finetune_start import Start
 
 LOG = logging.getLogger("consolidate")
 
@@ -151,7 +153,7 @@ def check_options(
 
 
 def train(
-    start: Start,
+    start: "Start",
     recipe: Recipe,
     target: Path,
     *,
@@ -253,7 +255,7 @@ def kept_of(
 
 
 def descend(
-    start: Start,
+    start: "Start",
     recipe: Recipe,
     take_metrics: Callable[..., None],
     group: ProcessGroup | None = None,

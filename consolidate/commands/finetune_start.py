@@ -16,8 +16,9 @@ from consolidate.chain.heads import Fitted, fit_model, models_of_tasks
 from consolidate.chain.opening import find_fisher, stored_fisher, with_base
 from consolidate.chain.output import check_output
 from consolidate.chain.tasks import Chain, check_names_to_be, merging_options, task_name
+from consolidate.data.columns import Columns, columns_of
 from consolidate.data.encoding import encode
-from consolidate.data.examples import Columns, Examples, columns_of
+from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty
@@ -182,7 +183,7 @@ def open_start(
         rows=rows,
         task=task_name(task or task_file.name, rows.name, before),
         objective=objective or task_file.objective,
-        columns=columns_of(columns, task_file),
+        columns=columns_of(columns, task_file.columns()),
         merge_rule=merge_rule,
         gamma=gamma,
     )

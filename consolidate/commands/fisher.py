@@ -35,8 +35,8 @@ from consolidate.commands.measurement import (
     measure_fisher,
     pass_cost,
 )
+from consolidate.data.columns import Columns, columns_of
 from consolidate.data.encoding import encode
-from consolidate.data.examples import Columns, columns_of
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
 from consolidate.runtime import shards
@@ -262,7 +262,7 @@ def fisher(
         examples = encode(
             rows,
             loaded,
-            columns=columns_of(columns, task_file),
+            columns=columns_of(columns, task_file.columns()),
             max_length=max_length,
             pack=pack,
             seed=seed,
@@ -310,7 +310,7 @@ def fisher(
                 "base_model": None
                 if source.base is None
                 else set_digest(weight_records(source.base.weights)),
-                "columns": asdict(columns_of(columns, task_file)),
+                "columns": asdict(columns_of(columns, task_file.columns())),
                 "max_length": max_length,
                 "pack": pack,
                 "dtype": plain(dtype),

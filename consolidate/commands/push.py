@@ -27,6 +27,7 @@ from consolidate.commands.upload_rules import named_code, without_local_paths
 from consolidate.commands.verify import verify
 from consolidate.views.card import MAX_CARD_BYTES, Subject, model_card
 from formats.checkpoint import CARD, Checkpoint, open_checkpoint
+from formats.checkpoint_files import check_link
 from formats.digest import set_digest
 from formats.errors import InputError, NetworkError, UsageError
 from formats.fisher_folder import (
@@ -41,7 +42,7 @@ from formats.fisher_folder import (
 )
 from formats.hub import FISHER, commit_in, commits_of, locate
 from formats.hub_errors import ODD_ANSWER, hub_call
-from formats.tensors import TensorFiles, check_link, write_tensors
+from formats.tensors import TensorFiles, write_tensors
 
 LOG = logging.getLogger("consolidate")
 INDEX = "model.safetensors.index.json"

@@ -25,12 +25,12 @@ from consolidate.commands.finetune import finetune
 from consolidate.commands.finetune_run import Recipe, check_options
 from consolidate.commands.fisher import fisher
 from consolidate.commands.run_options import (
-    DEFAULTS,
-    OPTION_NAMES,
     effective,
     fisher_options,
     is_data,
     measuring_options,
+    option_names,
+    parameters_of,
     read_options,
     without_penalty,
 )
@@ -49,6 +49,7 @@ from formats.step_record import StepRecord, read_step_record, write_step_record
 from formats.tensors import write_tensors
 
 LOG = logging.getLogger("consolidate")
+_PARAMETERS = parameters_of(finetune, fisher)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def run(
         UsageError: Options contradict each other.
         NonFiniteError: As `finetune`, as is ForgettingError.
     """
-    run_file = read_run_file(Path(path), OPTION_NAMES)
+    run_file = read_run_file(Path(path), option_names(_PARAMETERS))
     given = run_file.output_dir if output_dir is None else Path(output_dir)
     if given is None:
         raise UsageError(f"{path}: say where the checkpoints go: output-dir = … or --output-dir")
@@ -160,13 +161,13 @@ def _plan(run_file: RunFile, start: Path | None) -> list[Step]:
     """Give the steps in their order, after all that can be checked beforehand."""
     where = str(run_file.path)
     folder = run_file.path.parent
-    defaults = read_options(run_file.defaults, folder, f"{where}, [defaults]")
+    defaults = read_options(_PARAMETERS, run_file.defaults, folder, f"{where}, [defaults]")
     steps = []
     has_fisher = False
     if start is None:
         if run_file.revision is not None or run_file.fisher is not None:
             raise UsageError(f"{where}: revision and fisher are those of a start: name it")
-        own = read_options(run_file.tasks[0].options, folder, f"{where}, task 1")
+        own = read_options(_PARAMETERS, run_file.tasks[0].options, folder, f"{where}, task 1")
         options = {k: v for k, v in (defaults | own).items() if k in ("model", "seed")}
         if "model" not in options:
             raise UsageError(
@@ -188,7 +189,7 @@ def _plan(run_file: RunFile, start: Path | None) -> list[Step]:
     seen: list[str] = []
     for number, task in enumerate(run_file.tasks, 1):
         place = f"{where}, task {number} ({task.name})"
-        own = read_options(task.options, folder, place)
+        own = read_options(_PARAMETERS, task.options, folder, place)
         seen.append(task.name)
         first_fisher = run_file.fisher if number == 1 else None
         free = own.get("penalty", "ewc" if has_fisher else "none") == "none"
@@ -201,12 +202,12 @@ def _plan(run_file: RunFile, start: Path | None) -> list[Step]:
         if task.train:
             _check_training(options, place)
         else:
-            if training := own.keys() - measuring_options(own).keys():
+            if training := own.keys() - measuring_options(_PARAMETERS, own).keys():
                 option = min(training).replace("_", "-")
                 raise UsageError(f"{place}: {option} has no meaning with train = false")
             if first_fisher is not None:
                 raise UsageError(f"{place}: with train = false a start has its Fisher beside it")
-            options = measuring_options(options)
+            options = measuring_options(_PARAMETERS, options)
         steps.append(
             Step(
                 name=f"{number:02d}-{task.name}",
@@ -228,7 +229,7 @@ def _plan(run_file: RunFile, start: Path | None) -> list[Step]:
 
 def _check_training(options: Mapping[str, Any], where: str) -> None:
     """Refuse options of a later task before the first one is trained."""
-    values = {**DEFAULTS, **options}
+    values = {**_PARAMETERS.defaults, **options}
     recipe = Recipe(**{field.name: values[field.name] for field in fields(Recipe)})
     try:
         check_options(
@@ -246,8 +247,8 @@ def _check_training(options: Mapping[str, Any], where: str) -> None:
 def _content(step: Step, of_data: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """Give what a step is made from beside the checkpoint before it, told by content."""
     options = {}
-    for name, value in effective(step.options).items():
-        if is_data(name):
+    for name, value in effective(_PARAMETERS, step.options).items():
+        if is_data(_PARAMETERS, name):
             named = value if isinstance(value, Mapping) else {"": value}
             value = {key: of_data(spec) for key, spec in named.items()}
         options[name] = plain(value)
@@ -320,7 +321,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
         yield f"the test data of {name} {how}"
     for name, then, now in differences(old.get("options", {}), new["options"]):
         option = name.replace("_", "-")
-        if is_data(name):
+        if is_data(_PARAMETERS, name):
             yield option
         else:
             yield f"{option} ({_shown(then)} → {_shown(now)})"

@@ -1,18 +1,16 @@
 """The options of `finetune` as a run file writes them: spelled as on the command line."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 
 from consolidate.chain.fingerprint import WITHOUT_EFFECT
-from consolidate.commands.finetune import finetune
-from consolidate.commands.fisher import fisher
-from consolidate.data.examples import Columns
+from consolidate.data.columns import Columns
 from formats.errors import InputError
 from formats.task_file import resolve
 
@@ -22,21 +20,46 @@ _NOT_OPTIONS |= {"revision", "fisher", "base_model", "restart", "force", "on_ste
 _NOT_OPTIONS |= {"evaluate_ahead"}
 _OF_THE_PENALTY = {"ewc_lambda", "max_forgetting", "validation", "choose", "search_plot"}
 
-DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(finetune).parameters.items()
-    if name not in _NOT_OPTIONS
-}
-_FISHER = set(inspect.signature(fisher).parameters)
-_HINTS = {name: hint for name, hint in get_type_hints(finetune).items() if name in DEFAULTS}
 _COLUMNS = {f"{field.name.replace('_', '-')}-column": field.name for field in fields(Columns)}
-OPTION_NAMES = (*(name.replace("_", "-") for name in DEFAULTS), *_COLUMNS)
 
 
-def read_options(written: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
+class Parameters(NamedTuple):
+    """The parameters of `finetune` that a run file may set.
+
+    Attributes:
+        defaults: By name.
+        hints: Their types, by name.
+        of_fisher: The names of the parameters of `fisher`.
+    """
+
+    defaults: dict[str, Any]
+    hints: dict[str, Any]
+    of_fisher: frozenset[str]
+
+
+def parameters_of(finetune: Callable[..., Any], fisher: Callable[..., Any]) -> Parameters:
+    """Read the parameters of the two commands from their signatures."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(finetune).parameters.items()
+        if name not in _NOT_OPTIONS
+    }
+    hints = {name: hint for name, hint in get_type_hints(finetune).items() if name in defaults}
+    return Parameters(defaults, hints, frozenset(inspect.signature(fisher).parameters))
+
+
+def option_names(parameters: Parameters) -> tuple[str, ...]:
+    """Give the names that a run file may use, as on the command line."""
+    return (*(name.replace("_", "-") for name in parameters.defaults), *_COLUMNS)
+
+
+def read_options(
+    parameters: Parameters, written: Mapping[str, Any], folder: Path, where: str
+) -> dict[str, Any]:
     """Turn what a run file says into arguments of `finetune`.
 
     Args:
+        parameters: Of the commands.
         written: By option name; each one is known.
         folder: That of the run file, which paths are relative to.
         where: What a message calls the place.
@@ -54,16 +77,17 @@ def read_options(written: Mapping[str, Any], folder: Path, where: str) -> dict[s
             columns[_COLUMNS[key]] = _value(value, str, folder, f"{where}: {key}", key)
         else:
             name = key.replace("-", "_")
-            options[name] = _value(value, _HINTS[name], folder, f"{where}: {key}", name)
+            options[name] = _value(value, parameters.hints[name], folder, f"{where}: {key}", name)
     if columns:
         options["columns"] = Columns(**columns)
     return options
 
 
-def effective(options: Mapping[str, Any]) -> dict[str, Any]:
+def effective(parameters: Parameters, options: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out of the arguments of `finetune` those that change nothing.
 
     Args:
+        parameters: Of the commands.
         options: By parameter name.
 
     Returns:
@@ -72,17 +96,19 @@ def effective(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in options.items()
-        if name not in WITHOUT_EFFECT and value != DEFAULTS.get(name)
+        if name not in WITHOUT_EFFECT and value != parameters.defaults.get(name)
     }
 
 
-def is_data(name: str) -> bool:
+def is_data(parameters: Parameters, name: str) -> bool:
     """Tell whether an option names data to be read, one or several by name.
 
     Args:
+        parameters: Of the commands.
         name: Of the parameter.
     """
-    return name in _HINTS and Path in _kinds(_HINTS[name]) and name not in WITHOUT_EFFECT
+    hints = parameters.hints
+    return name in hints and Path in _kinds(hints[name]) and name not in WITHOUT_EFFECT
 
 
 def without_penalty(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,21 +128,23 @@ def without_penalty(options: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"penalty": "none"}
 
 
-def measuring_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def measuring_options(parameters: Parameters, options: Mapping[str, Any]) -> dict[str, Any]:
     """Give the options of `finetune` that have a meaning where a Fisher is only measured.
 
     Args:
+        parameters: Of the commands.
         options: Of `finetune`, by parameter name.
 
     Returns:
         Those that `fisher` knows too, and those that mean the Fisher only.
     """
     # --max-examples of finetune is of the training, --fisher-max-examples of the Fisher.
+    known, defaults = parameters.of_fisher, parameters.defaults
     return {
         name: value
         for name, value in options.items()
-        if (name in _FISHER and (f"fisher_{name}" not in DEFAULTS or name == "batch_size"))
-        or name.removeprefix("fisher_") in _FISHER - {name}
+        if (name in known and (f"fisher_{name}" not in defaults or name == "batch_size"))
+        or name.removeprefix("fisher_") in known - {name}
     }
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from formats.checkpoint_files import check_link, read_json
 from formats.errors import InputError
 from formats.fisher_folder import in_one_line
-from formats.tensors import check_link, read_json
 
 LOG = logging.getLogger("consolidate")
 _WITH_AUTO_MAP = ("config.json", "tokenizer_config.json", "*processor_config.json")

@@ -2,17 +2,21 @@
 
 from collections.abc import Collection
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from consolidate.data.examples import Columns, Examples
-from consolidate.models.model import Model
+from consolidate.data.columns import Columns
+from consolidate.data.examples import Examples
 from consolidate.models.objectives import Objective
 from formats.errors import InputError, UsageError
 from formats.rows import Rows
 
+if TYPE_CHECKING:
+    from consolidate.models.model import Model
+
 
 def encode(
     rows: Rows,
-    model: Model,
+    model: "Model",
     *,
     columns: Columns | None = None,
     max_length: int | None = None,

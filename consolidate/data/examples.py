@@ -1,31 +1,13 @@
-"""Examples of one task: the columns they come from, batches of them, and parts."""
+"""Examples of one task: batches of them, and parts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from formats.errors import InputError, UsageError
-from formats.task_file import TaskFile
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The names of the columns with each role; None takes the usual ones."""
-
-    text: str | None = None
-    text_pair: str | None = None
-    label: str | None = None
-    tokens: str | None = None  # the words of a token classification
-    image: str | None = None
-    inputs: str | None = None  # tensors for a module of the user's own
-    prompt: str | None = None
-    completion: str | None = None
-    messages: str | None = None  # chats
-    target: str | None = None  # what an encoder-decoder writes
 
 
 class Examples(ABC):
@@ -153,17 +135,3 @@ def subset(count: int, most: int | None, seed: int, *, shuffled: bool = False) -
     generator = torch.Generator().manual_seed(seed)
     chosen: list[int] = torch.randperm(count, generator=generator)[:most].tolist()
     return chosen if shuffled else sorted(chosen)
-
-
-def columns_of(given: Columns | None, task_file: TaskFile) -> Columns:
-    """Take the columns from the options, and from the task file where the options name none.
-
-    Args:
-        given: The options.
-        task_file: The task file.
-
-    Returns:
-        Where the inputs and labels are.
-    """
-    options = {} if given is None else {k: v for k, v in asdict(given).items() if v is not None}
-    return Columns(**{**task_file.columns(), **options})

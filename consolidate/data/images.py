@@ -1,22 +1,25 @@
 """Examples of images, through the image processor that belongs to the checkpoint."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from consolidate.data.examples import Columns, Examples
+from consolidate.data.columns import Columns
+from consolidate.data.examples import Examples
 from consolidate.data.labels import Labels, describe, find_column, label_column
-from consolidate.models.model import Model
 from formats.errors import InputError
 from formats.rows import Rows
+
+if TYPE_CHECKING:
+    from consolidate.models.model import Model
 
 
 class ImageExamples(Examples):
     """Images that are read and resized batch by batch; nothing is augmented."""
 
-    def __init__(self, rows: Rows, column: str, labels: Tensor, model: Model) -> None:
+    def __init__(self, rows: Rows, column: str, labels: Tensor, model: "Model") -> None:
         """Hold the rows.
 
         Args:
@@ -57,7 +60,7 @@ class ImageExamples(Examples):
         return value.convert(self._mode)
 
 
-def encode_images(rows: Rows, model: Model, columns: Columns) -> Examples:
+def encode_images(rows: Rows, model: "Model", columns: Columns) -> Examples:
     """Encode rows of images; the labels are checked now, the images when they are read.
 
     Args:

@@ -3,15 +3,17 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from consolidate.data.examples import Columns
-from consolidate.models.model import Model
+from consolidate.data.columns import Columns
 from formats.errors import InputError
 from formats.rows import Rows
+
+if TYPE_CHECKING:
+    from consolidate.models.model import Model
 
 
 def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> list[str]:
@@ -153,7 +155,7 @@ def find_column(rows: Rows, given: str | None, defaults: Sequence[str], role: st
 class Labels:
     """The labels of one column as class numbers."""
 
-    def __init__(self, rows: Rows, column: str, model: Model, count: int | None) -> None:
+    def __init__(self, rows: Rows, column: str, model: "Model", count: int | None) -> None:
         """Prepare to read.
 
         Args:
@@ -317,7 +319,7 @@ def as_numbers(value: Any, where: str) -> list[float]:
     return numbers
 
 
-def as_targets(rows: Rows, column: str, model: Model) -> Tensor:
+def as_targets(rows: Rows, column: str, model: "Model") -> Tensor:
     """Return the numbers that a regression predicts, (N,) or (N, D) float32.
 
     Raises:

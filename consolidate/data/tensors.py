@@ -1,16 +1,19 @@
 """Examples of tensors, for modules of the user's own."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from consolidate.data.examples import Columns, Examples
+from consolidate.data.columns import Columns
+from consolidate.data.examples import Examples
 from consolidate.data.labels import Labels, as_list, as_targets, find_column, label_column
-from consolidate.models.model import Model
 from formats.errors import InputError
 from formats.rows import Rows
+
+if TYPE_CHECKING:
+    from consolidate.models.model import Model
 
 
 class TensorExamples(Examples):
@@ -38,7 +41,7 @@ class TensorExamples(Examples):
         return _cast(self._inputs[chosen], self._dtype), self._labels[chosen]
 
 
-def encode_tensors(rows: Rows, model: Model, columns: Columns) -> Examples:
+def encode_tensors(rows: Rows, model: "Model", columns: Columns) -> Examples:
     """Encode rows of tensors, or of lists of numbers.
 
     Args:
@@ -144,7 +147,7 @@ def _stacked(rows: Rows, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def _outputs_of_first(model: Model, inputs: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+def _outputs_of_first(model: "Model", inputs: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     module = model.module
     first = _cast(inputs[:1], dtype)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))

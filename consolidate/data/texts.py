@@ -4,19 +4,23 @@ import inspect
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from consolidate.data.examples import Columns, Examples
+from consolidate.data.columns import Columns
+from consolidate.data.examples import Examples
 from consolidate.data.labels import Labels, as_list, as_targets, describe, find_column, label_column
-from consolidate.models.architectures import quiet
-from consolidate.models.model import Model
+from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import uniforms
 from formats.errors import InputError, UsageError
 from formats.rows import Rows
+
+if TYPE_CHECKING:
+    from consolidate.models.model import Model
+
 
 IGNORED = -100
 _PAIRS = (("text", "text_pair"), ("premise", "hypothesis"), ("sentence1", "sentence2"))
@@ -151,7 +155,7 @@ class TextExamples(Examples):
 
 
 def encode_texts(
-    rows: Rows, model: Model, columns: Columns, *, max_length: int | None, pack: bool, seed: int
+    rows: Rows, model: "Model", columns: Columns, *, max_length: int | None, pack: bool, seed: int
 ) -> Examples:
     """Encode rows of texts as the objective asks.
 
@@ -197,7 +201,7 @@ def encode_texts(
     return examples
 
 
-def _embedding_rows(model: Model) -> int:
+def _embedding_rows(model: "Model") -> int:
     module: Any = model.module
     return len(module.get_input_embeddings().weight)
 
@@ -205,7 +209,7 @@ def _embedding_rows(model: Model) -> int:
 class _Texts:
     """The tokenizer with what has to be known about the model, and the counts for the notes."""
 
-    def __init__(self, rows: Rows, model: Model, max_length: int | None, pack: bool) -> None:
+    def __init__(self, rows: Rows, model: "Model", max_length: int | None, pack: bool) -> None:
         self.rows = rows
         self.model = model
         self.tokenizer = model.processor
@@ -299,7 +303,7 @@ def _padded(sequences: Sequence[Tensor], value: int) -> Tensor:
     )  # (B, T)
 
 
-def _most_tokens(model: Model) -> int | None:
+def _most_tokens(model: "Model") -> int | None:
     config: Any = model.module.config
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:

@@ -4,8 +4,8 @@ Whoever adds squares to a total returns their sum for each example as well, its 
 trace; a negative number stands where it was not measured.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -235,6 +235,9 @@ class Whole(NamedTuple):
 
 
 Gradients = Outer | Summed | Convolved | Rows | Whole
+
+Rule = Callable[[Any, Tensor, Tensor], dict[str, Gradients]]
+"""From a layer, its inputs and the gradients at its outputs to its parameters' gradients."""
 
 
 def _measured(total: Tensor, first: int) -> slice:

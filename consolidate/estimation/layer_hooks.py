@@ -19,12 +19,12 @@ from consolidate.estimation.batches import out_of_memory, own_errors
 from consolidate.estimation.example_gradients import (
     Gradients,
     Outer,
+    Rule,
     Summed,
     Whole,
     add_pairs,
     add_squares_of_sums,
 )
-from consolidate.estimation.layer_rules import Rule
 
 VMAP_ELEMENTS = 1 << 22
 """Elements of per-example gradients that one module makes at a time."""

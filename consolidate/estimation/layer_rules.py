@@ -5,7 +5,7 @@ backward pass of its own. One small rule per layer type says how; RULES lists th
 give is trusted by fisher_diagonal only after it has agreed with single examples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,11 +18,10 @@ from consolidate.estimation.example_gradients import (
     Gradients,
     Outer,
     Rows,
+    Rule,
     Summed,
     Whole,
 )
-
-Rule = Callable[[Any, Tensor, Tensor], dict[str, Gradients]]
 
 
 def linear(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:

@@ -1,12 +1,11 @@
 """Architectures of transformers: which one a checkpoint's config.json names, and its labels."""
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from consolidate.models.objectives import Objective, check_declared, get_objective
+from consolidate.runtime.quiet import quiet
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
 
@@ -198,24 +197,3 @@ def first_line(error: Exception) -> str:
         error: Any.
     """
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' reports and bars off the terminal: what matters is in errors and notes."""
-    try:
-        from transformers.utils import logging
-    except ImportError:
-        yield
-        return
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

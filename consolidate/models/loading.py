@@ -14,12 +14,12 @@ from consolidate.models.architectures import (
     declared_class,
     first_line,
     new_head,
-    quiet,
 )
 from consolidate.models.factories import make_module
 from consolidate.models.layout import Layout, same_names_layout, transformers_layout
 from consolidate.models.model import Model, freeze_parameters
 from consolidate.models.objectives import Objective, default_objective, get_objective
+from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint
 from formats.errors import ConsolidateError, InputError

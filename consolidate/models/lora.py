@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from consolidate.ewc.low_rank_penalty import LowRank
-from consolidate.models.architectures import quiet
 from consolidate.models.model import Model
+from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.errors import InputError, UsageError
 

@@ -1,5 +1,6 @@
 """Every option of `finetune` can be written in a run file, as it is spelled on the command line."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,22 @@ import torch
 
 from consolidate.cli import cli
 from consolidate.commands import run_options
+from consolidate.commands.finetune import finetune
+from consolidate.commands.fisher import fisher
 from consolidate.commands.run_options import (
-    OPTION_NAMES,
-    effective,
     fisher_options,
-    is_data,
-    measuring_options,
-    read_options,
+    option_names,
+    parameters_of,
     without_penalty,
 )
-from consolidate.data.examples import Columns
+from consolidate.data.columns import Columns
 from formats.errors import InputError
+
+PARAMETERS = parameters_of(finetune, fisher)
+OPTION_NAMES = option_names(PARAMETERS)
+read_options = partial(run_options.read_options, PARAMETERS)
+effective = partial(run_options.effective, PARAMETERS)
+measuring_options = partial(run_options.measuring_options, PARAMETERS)
 
 # What is the run's own, or the command line's.
 OURS = {"data", "output-dir", "task", "evaluate", "overwrite", "revision", "fisher"}
@@ -79,7 +85,7 @@ def test_a_value_of_another_type(written: dict[str, Any], message: str) -> None:
     assert str(caught.value) == f"tasks.toml, task 1: {message}"
 
 
-def test_options_to_come_need_no_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_options_to_come_need_no_code(tmp_path: Path) -> None:
     """Types that options of finetune may have, whether one of today's has them or not."""
     from collections.abc import Mapping, Sequence
 
@@ -88,11 +94,13 @@ def test_options_to_come_need_no_code(monkeypatch: pytest.MonkeyPatch, tmp_path:
         "held_out": Mapping[str, str | Path] | None,
         "reference": str | Path | None,
     }
-    monkeypatch.setattr(run_options, "_HINTS", hints)
+    parameters = PARAMETERS._replace(hints=hints)
     (tmp_path / "a.npz").touch()
 
     def value(name: str, written: Any) -> Any:
-        return read_options({name.replace("_", "-"): written}, tmp_path, "here")[name]
+        return run_options.read_options(
+            parameters, {name.replace("_", "-"): written}, tmp_path, "here"
+        )[name]
 
     assert [value("several", 1), value("several", [1, 2]), value("several", "auto")] == [
         1.0,
@@ -102,7 +110,7 @@ def test_options_to_come_need_no_code(monkeypatch: pytest.MonkeyPatch, tmp_path:
     here = str(tmp_path / "a.npz")
     assert value("held_out", {"a": "a.npz", "b": "owner/b"}) == {"a": here, "b": "owner/b"}
     assert value("reference", "a.npz") == here
-    assert [is_data(name) for name in hints] == [False, True, True]
+    assert [run_options.is_data(parameters, name) for name in hints] == [False, True, True]
     with pytest.raises(InputError, match=r"here: held-out: expected a table, found 'a\.npz'"):
         value("held_out", "a.npz")
 

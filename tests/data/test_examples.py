@@ -10,8 +10,9 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
+from consolidate.data.columns import Columns
 from consolidate.data.encoding import encode, unread_columns
-from consolidate.data.examples import Columns, Examples, Part, hold_out
+from consolidate.data.examples import Examples, Part, hold_out
 from consolidate.data.labels import label_names
 from consolidate.estimation.batches import model_outputs
 from consolidate.estimation.estimators import fisher_diagonal

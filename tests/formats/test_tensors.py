@@ -9,16 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from formats.checkpoint_files import read_index
 from formats.digest import DTYPES, set_digest, tensor_record
 from formats.errors import InputError
-from formats.tensors import (
-    TensorFiles,
-    dtype_of,
-    open_tensors,
-    read_index,
-    shape_of,
-    write_tensors,
-)
+from formats.tensors import TensorFiles, dtype_of, open_tensors, shape_of, write_tensors
 
 PT = {"format": "pt"}
 

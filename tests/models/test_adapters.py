@@ -20,8 +20,8 @@ from consolidate.commands.fisher import fisher
 from consolidate.commands.merge import merge
 from consolidate.commands.show import show
 from consolidate.commands.verify import verify
+from consolidate.data.columns import Columns
 from consolidate.data.encoding import encode
-from consolidate.data.examples import Columns
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.models.adapters import load

@@ -21,7 +21,7 @@ RANKS = {folder: rank for rank, one in enumerate(ORDER.split(" < ")) for folder 
 NUMERICAL = {"estimation", "ewc", "training"}  # they take and return tensors
 COMMAND_LINE = {"__init__", "__main__", "cli", "options"}  # beside the folders, above all of them
 KNOW_CLICK = {"cli", "options"}
-LONGEST_PATH = 12  # modules of consolidate, each of which imports the next
+LONGEST_PATH = 12  # modules below the program's first line, each of which imports the next
 
 EXTRAS = {"transformers", "tokenizers", "datasets", "pyarrow", "pandas", "PIL", "matplotlib"}
 EXTRAS |= {"peft", "mlflow", "torchvision", "sklearn"}
@@ -103,8 +103,7 @@ def test_modules_do_not_import_each_other_in_circles_or_in_long_chains() -> None
         assert name not in trail, " -> ".join((*trail, name))
         if name not in depths:
             below = [depth(other, (*trail, name)) for other in sorted(graph()[name])]
-            ours = name.startswith("consolidate.") and name != "consolidate.__main__"
-            depths[name] = max(below, default=0) + ours
+            depths[name] = max(below, default=0) + (name != "consolidate.__main__")
         return depths[name]
 
     for name in graph():

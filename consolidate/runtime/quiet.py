@@ -1,0 +1,26 @@
+"""Reports and bars of libraries, kept off the terminal."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' reports and bars off the terminal: what matters is in errors and notes."""
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        yield
+        return
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

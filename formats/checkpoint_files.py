@@ -1,0 +1,148 @@
+"""The files of a checkpoint: the links among them, their JSON, and the index of the shards."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from formats.errors import InputError
+
+MAX_JSON_BYTES = 128 * 2**20
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Give the path of a file that a folder names, if it lies in that folder.
+
+    A link may lead elsewhere within the folder or, in a snapshot of the Hub's cache, to its blobs.
+
+    Args:
+        folder: The folder.
+        name: The file's name, without a path.
+
+    Returns:
+        The path, not resolved.
+
+    Raises:
+        InputError: If the name is a path, or a link that leads out of the folder.
+    """
+    # What is not printable, such as NUL or half a surrogate pair, can fail in any way.
+    plain = name.isprintable() and len(name.encode()) <= 255
+    if not plain or Path(name).name != name or name in ("", ".."):
+        raise InputError(f"{folder}: {name!r} is not the name of a file in this folder")
+    path = folder / name
+    check_link(folder, path)
+    return path
+
+
+def check_link(folder: Path, path: Path) -> None:
+    """Refuse a link that leads out of a checkpoint folder, whose author may be a stranger.
+
+    Args:
+        folder: The checkpoint folder.
+        path: A file or folder in it.
+
+    Raises:
+        InputError: If the path leads elsewhere than into the folder or the Hub cache's blobs.
+    """
+    root, real = folder.resolve(), path.resolve()
+    # MODEL/snapshots/COMMIT/… is how the Hub's cache shows what lies in MODEL/blobs.
+    blobs = [above.parent / "blobs" for above in root.parents if above.name == "snapshots"]
+    if not any(real.is_relative_to(allowed) for allowed in (root, *blobs[:1])):
+        raise InputError(
+            f"{path} is a link to {real}, outside the checkpoint; "
+            "put a copy of the file in its place if you trust it"
+        )
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Read which file holds which tensor.
+
+    Args:
+        path: A file ``….index.json``.
+
+    Returns:
+        Tensor name to file name, in the file's order.
+
+    Raises:
+        InputError: If the file is not such an index.
+    """
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: 'weight_map' is missing or empty; it names each tensor's file")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str):
+            raise InputError(f"{path}: 'weight_map' gives {file_name!r} as the file of {name!r}")
+    return weight_map
+
+
+def check_index(index: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Hold an index against what its files contain.
+
+    Args:
+        index: The index file, for the message.
+        weight_map: Tensor name to file name, as the index says.
+        found: Tensor name to file name, as the files say.
+
+    Raises:
+        InputError: Naming the first tensor that is missing, elsewhere or not in the index.
+    """
+    for name, file_name in weight_map.items():
+        if name not in found:
+            raise InputError(f"{index}: tensor {name!r} is not in {file_name}, nor in another file")
+        if found[name] != file_name:
+            raise InputError(
+                f"{index}: tensor {name!r} should be in {file_name}, but is in {found[name]}"
+            )
+    for name, file_name in found.items():
+        if name not in weight_map:
+            raise InputError(f"{index}: tensor {name!r} of {file_name} is not in the index")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InputError: If it cannot be read, is too large, not JSON in UTF-8 or not an object.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise InputError(f"{path} is no plain file")
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise InputError(f"{path} is larger than the {MAX_JSON_BYTES // 2**20} MiB it may have")
+        content = json.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def broken(file: Path, kind: str, reason: str) -> InputError:
+    """Say that a file is not what its name says, and what to do.
+
+    Args:
+        file: The file.
+        kind: What it should be.
+        reason: What its reader found.
+
+    Returns:
+        The error to raise.
+    """
+    with open(file, "rb") as content:
+        start = content.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        return InputError(f"{file} is a pointer of Git LFS; run `git lfs pull` to fetch the file")
+    if not start:
+        return InputError(f"{file} is empty; fetch or save it again")
+    return InputError(f"{file} is cut short or not {kind} ({reason}); fetch or save it again")
