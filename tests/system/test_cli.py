@@ -73,7 +73,7 @@ def test_numbers_below_the_normal_ones_are_taken_for_0_in_training(
     write_task("a")
     (tmp_path / "tasks.toml").write_text(
         'start = "start"\noutput-dir = "chain"\n[[task]]\nname = "a"\ndata = "a.npz"\n'
-        'model = f"{__name__}:small_number"\npenalty = "none"\n'
+        f'model = "{__name__}:small_number"\npenalty = "none"\n'
     )
     finetune = ("start", "--data", "a.npz", "--output-dir", "out", "--penalty", "none")
     words = {"finetune": (*finetune, "--model", f"{__name__}:small_number"), "run": ("tasks.toml",)}

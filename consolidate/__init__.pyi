@@ -1,0 +1,29 @@
+# The public names, once: type checkers and editors read them here, and so does __init__.py.
+from consolidate.chain.modules import load_penalty as load_penalty
+from consolidate.chain.modules import store_fisher as store_fisher
+from consolidate.commands.evaluate import evaluate as evaluate
+from consolidate.commands.finetune import finetune as finetune
+from consolidate.commands.fisher import fisher as fisher
+from consolidate.commands.merge import merge as merge
+from consolidate.commands.push import push as push
+from consolidate.commands.report import report as report
+from consolidate.commands.run import run as run
+from consolidate.commands.show import show as show
+from consolidate.commands.verify import verify as verify
+from consolidate.data.columns import Columns as Columns
+from consolidate.estimation.diagonal import FisherDiagonal as FisherDiagonal
+from consolidate.estimation.estimators import fisher_diagonal as fisher_diagonal
+from consolidate.ewc.merging import merge_online as merge_online
+from consolidate.ewc.merging import merge_separate as merge_separate
+from consolidate.ewc.overlap import fisher_overlap as fisher_overlap
+from consolidate.ewc.penalty import Penalty as Penalty
+from consolidate.training.trainer_callback import penalty_callback as penalty_callback
+from formats.errors import ConsolidateError as ConsolidateError
+from formats.errors import ForgettingError as ForgettingError
+from formats.errors import InputError as InputError
+from formats.errors import NetworkError as NetworkError
+from formats.errors import NonFiniteError as NonFiniteError
+from formats.errors import UsageError as UsageError
+from formats.fisher_folder import read_fisher as read_fisher
+
+__all__: list[str]
