@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from formats.digest import set_digest
-from formats.ledger import Ledger, TaskRecord, copies
+from formats.fisher_ledger import Ledger, TaskRecord, copies
 
 _ROUNDING = {"F32": 2.0**-20, "BF16": 2.0**-8}  # of a merge, relative, with room to spare
 _TINY = 1e-30

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.chain.tasks import Chain
-from consolidate.data.columns import Columns
-from consolidate.data.labels import label_column, label_names, label_values, matched_label
+from consolidate.data.columns import Columns, label_column
+from consolidate.data.labels import label_names, label_values, matched_label
 from consolidate.models.architectures import relabelled
 from consolidate.models.model import Model, file_weights
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
-from formats.ledger import Ledger
+from formats.fisher_ledger import Ledger
 from formats.rows import Rows
 from formats.tensors import Overlaid, shape_of
 

@@ -10,18 +10,18 @@ from consolidate.chain.claims import refuse_changed
 from consolidate.chain.opening import stored_fisher, with_base
 from consolidate.chain.output import refuse_existing
 from consolidate.chain.tasks import add_task, check_held_once
-from consolidate.estimation.diagonal import FisherDiagonal
+from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.ewc.penalty import Penalty
 from consolidate.models.adapters import adapter_layout
-from consolidate.models.layout import Layout, same_names_layout, transformers_layout
 from consolidate.models.model import Model, file_weights
 from consolidate.models.objectives import get_objective
+from consolidate.models.tensor_names import Layout, same_names_layout, transformers_layout
 from formats.atomic import claimed_in_place, replace_folder
 from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.errors import InputError
 from formats.fisher_folder import write_fisher
+from formats.fisher_ledger import Ledger, check_task_name
 from formats.hub import locate
-from formats.ledger import Ledger, check_task_name
 from formats.tensors import shape_of
 
 

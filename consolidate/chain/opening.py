@@ -14,8 +14,8 @@ from formats.fisher_folder import (
     check_intact,
     read_fisher,
 )
+from formats.fisher_ledger import Ledger
 from formats.hub import FISHER, locate
-from formats.ledger import Ledger
 
 
 def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:

@@ -8,15 +8,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from consolidate.estimation.diagonal import FisherDiagonal
-from consolidate.ewc.merging import merge_online, merge_separate
+from consolidate.estimation.estimates import FisherDiagonal
+from consolidate.ewc.merge_rules import merge_online, merge_separate
 from consolidate.ewc.overlap import fisher_overlap
-from consolidate.models.layout import Layout
 from consolidate.models.model import Model, file_weights, unprotected
+from consolidate.models.tensor_names import Layout
 from formats.checkpoint import Checkpoint, weight_records
 from formats.digest import TensorRecord, dtype_name, set_digest
 from formats.errors import InputError, UsageError
-from formats.ledger import (
+from formats.fisher_ledger import (
     MERGE_RULES,
     LayerRecord,
     Ledger,

@@ -24,8 +24,8 @@ from formats.fisher_folder import (
     check_intact,
     read_fisher,
 )
+from formats.fisher_ledger import Ledger, read_ledger
 from formats.hub import VALUES, locate
-from formats.ledger import Ledger, read_ledger
 from formats.task_file import open_task
 
 LOG = logging.getLogger("consolidate")

@@ -70,7 +70,7 @@ from formats.checkpoint import write_checkpoint
 from formats.digest import set_digest
 from formats.errors import ForgettingError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import write_fisher
-from formats.ledger import Ledger
+from formats.fisher_ledger import Ledger
 from formats.partial_work import StoredWork
 from formats.tensors import Overlaid
 

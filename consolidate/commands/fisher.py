@@ -63,8 +63,8 @@ from formats.fisher_folder import (
     LEDGER_NAME,
     write_fisher,
 )
+from formats.fisher_ledger import TaskRecord, read_ledger
 from formats.hub import FISHER, commits_of, locate
-from formats.ledger import TaskRecord, read_ledger
 from formats.task_file import open_task
 
 LOG = logging.getLogger("consolidate")

@@ -16,8 +16,8 @@ from torch.distributed import ProcessGroup
 from consolidate.chain.resume import KeptPass
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.batches import model_outputs, place_of, placed
-from consolidate.estimation.diagonal import FisherDiagonal
-from consolidate.estimation.estimators import ESTIMATORS, fisher_diagonal
+from consolidate.estimation.estimates import FisherDiagonal
+from consolidate.estimation.fisher_diagonal import ESTIMATORS, fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.adapters import without_fisher
 from consolidate.models.model import Model
@@ -26,7 +26,7 @@ from consolidate.runtime.distributed import dealt, place_in
 from consolidate.runtime.progress import progress
 from consolidate.runtime.shards import is_sharded
 from formats.errors import UsageError
-from formats.ledger import Ledger
+from formats.fisher_ledger import Ledger
 
 LOG = logging.getLogger("consolidate")
 

@@ -13,8 +13,8 @@ from consolidate.views.page import report_page
 from formats.atomic import check_file, write_file
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME
+from formats.fisher_ledger import read_ledger
 from formats.hub import FISHER, commits_of, locate
-from formats.ledger import read_ledger
 
 PICTURES = ("matrix", "curves", "protection", "added", "overlap")
 

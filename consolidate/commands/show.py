@@ -23,8 +23,8 @@ from formats.fisher_folder import (
     in_one_line,
     read_fisher,
 )
+from formats.fisher_ledger import FORMAT, VERSION, Ledger, read_ledger
 from formats.hub import FISHER, commits_of, locate, remote_headers
-from formats.ledger import FORMAT, VERSION, Ledger, read_ledger
 
 LOG = logging.getLogger("consolidate")
 

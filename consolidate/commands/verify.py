@@ -19,8 +19,8 @@ from formats.fisher_folder import (
     read_fisher,
     tensor_sets,
 )
+from formats.fisher_ledger import Ledger
 from formats.hub import FISHER, commits_of, locate
-from formats.ledger import Ledger
 from formats.tensors import TensorFiles
 
 

@@ -1,4 +1,4 @@
-"""Labels in the rows of task data: their columns, names, values and numbers."""
+"""Labels in the rows of task data: their names, values and numbers."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from consolidate.data.columns import Columns
+from consolidate.data.columns import Columns, label_column
 from formats.errors import InputError
 from formats.rows import Rows
 
@@ -111,45 +111,6 @@ def _distinct(labels: Tensor) -> list[Any]:
     """Give the distinct values of a column of labels, (N,) or (N, 1), else its rows."""
     flat = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     return flat.unique().tolist() if flat.ndim == 1 else list(flat)
-
-
-LABEL_COLUMNS = {
-    "token-classification": ("labels", "ner_tags", "tags", "label"),
-    "multi-label": ("labels", "label"),
-    "regression": ("label", "labels", "score"),
-}
-
-
-def label_column(rows: Rows, columns: Columns, objective: str) -> str:
-    """Find the column of the labels."""
-    defaults = LABEL_COLUMNS.get(objective, ("label", "labels"))
-    return find_column(rows, columns.label, defaults, "label")
-
-
-def find_column(rows: Rows, given: str | None, defaults: Sequence[str], role: str) -> str:
-    """Find the column with a role.
-
-    Args:
-        rows: The data.
-        given: The name the user gave.
-        defaults: The usual names, the likeliest first.
-        role: Of the option ``--ROLE-column``.
-
-    Returns:
-        A name in `rows.columns`.
-
-    Raises:
-        InputError: There is none such.
-    """
-    for name in [given] if given is not None else defaults:
-        if name in rows.columns:
-            return name
-    option = f"--{role.replace('_', '-')}-column"
-    wanted = repr(given) if given is not None else " or ".join(map(repr, defaults))
-    raise InputError(
-        f"{rows.name} has no column {wanted}; it has {', '.join(map(repr, rows.columns))}. "
-        f"Name the right one with {option}"
-    )
 
 
 class Labels:

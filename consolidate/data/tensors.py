@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from consolidate.data.columns import Columns
+from consolidate.data.columns import Columns, find_column, label_column
 from consolidate.data.examples import Examples
-from consolidate.data.labels import Labels, as_list, as_targets, find_column, label_column
+from consolidate.data.labels import Labels, as_list, as_targets
 from formats.errors import InputError
 from formats.rows import Rows
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consolidate.data.columns import Columns
+from consolidate.data.columns import Columns, find_column, label_column
 from consolidate.data.examples import Examples
-from consolidate.data.labels import Labels, as_list, as_targets, describe, find_column, label_column
+from consolidate.data.labels import Labels, as_list, as_targets, describe
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import uniforms
 from formats.errors import InputError, UsageError

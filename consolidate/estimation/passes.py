@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from consolidate.estimation.accumulators import Accumulators
 from consolidate.estimation.batches import Batch, out_of_memory, place_of, placed
 from consolidate.estimation.example_gradients import MEASURED
 from consolidate.estimation.gradient_checkpointing import checkpointed_layers
@@ -21,7 +22,6 @@ from consolidate.estimation.gradient_methods import (
     slower,
 )
 from consolidate.estimation.layer_hooks import Recorder, UnitError, add_squares
-from consolidate.estimation.sums import Accumulators
 from formats.errors import InputError
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consolidate.models.layout import Group, Layout
 from consolidate.models.loading import load_model
 from consolidate.models.lora import NAME, PREFIX, import_peft, is_adapter, low_rank_layers
 from consolidate.models.model import Model, freeze_parameters
+from consolidate.models.tensor_names import Group, Layout
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import ADAPTER_CONFIG, Checkpoint

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from consolidate.models.layout import Layout
+from consolidate.models.tensor_names import Layout
 from consolidate.runtime.shards import whole
 from formats.tensors import LazyTensors, dtype_of, shape_of
 

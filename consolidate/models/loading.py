@@ -16,9 +16,9 @@ from consolidate.models.architectures import (
     new_head,
 )
 from consolidate.models.factories import make_module
-from consolidate.models.layout import Layout, same_names_layout, transformers_layout
 from consolidate.models.model import Model, freeze_parameters
 from consolidate.models.objectives import Objective, default_objective, get_objective
+from consolidate.models.tensor_names import Layout, same_names_layout, transformers_layout
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint

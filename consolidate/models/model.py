@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from consolidate.models.file_weights import FileWeights
-from consolidate.models.layout import Layout
 from consolidate.models.objectives import Objective
+from consolidate.models.tensor_names import Layout
 from formats.checkpoint import Checkpoint
 from formats.errors import UsageError
-from formats.ledger import SAME_AS
+from formats.fisher_ledger import SAME_AS
 
 
 @dataclass

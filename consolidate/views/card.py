@@ -19,7 +19,7 @@ from consolidate.views.matrix import ledger_matrix, matrix_summary
 from consolidate.views.summary import side_by_side_text
 from formats.digest import set_digest
 from formats.errors import InputError
-from formats.ledger import Ledger, TaskRecord, copies
+from formats.fisher_ledger import Ledger, TaskRecord, copies
 
 MAX_CARD_BYTES = 2**20
 BEGIN = "<!-- consolidate:begin {}(from here to the end mark, each push writes anew) -->"

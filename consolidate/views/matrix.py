@@ -15,7 +15,7 @@ from consolidate.views.figures import TASKS, score_figures
 from consolidate.views.summary import means_text
 from formats.atomic import check_file, write_file
 from formats.errors import UsageError
-from formats.ledger import Ledger
+from formats.fisher_ledger import Ledger
 
 LOG = logging.getLogger("consolidate")
 PLOTS = (".png", ".svg")

@@ -19,8 +19,8 @@ from consolidate.views.card import (
 from formats.atomic import write_file
 from formats.checkpoint import CARD, Checkpoint, open_checkpoint
 from formats.errors import InputError
+from formats.fisher_ledger import Ledger
 from formats.hub import commits_of
-from formats.ledger import Ledger
 
 LOG = logging.getLogger("consolidate")
 _OF_A_TRAINING = re.compile(r"checkpoint-\d+")

@@ -13,7 +13,7 @@ from consolidate.views.figures import score_figures
 from consolidate.views.matrix import ledger_matrix, matrix_summary
 from consolidate.views.summary import show_text, side_by_side_text
 from formats.digest import TensorRecord, set_digest
-from formats.ledger import LayerRecord, Ledger, TaskRecord, read_ledger
+from formats.fisher_ledger import LayerRecord, Ledger, TaskRecord, read_ledger
 from support.report_checkpoints import write
 
 

@@ -16,7 +16,7 @@ from consolidate.commands import fisher as fisher_command
 from consolidate.commands import measurement as measurement_command
 from consolidate.commands.evaluate import evaluate
 from consolidate.commands.finetune import finetune
-from consolidate.estimation.diagonal import FisherDiagonal
+from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.runtime import devices
 from formats.atomic import claimed
 from formats.data import open_data
@@ -308,7 +308,7 @@ def test_every_batch_can_be_checked(
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a pass be kept after few examples."""
-    monkeypatch.setattr(consolidate.estimation.sums, "FOLDED_BATCHES", 8)
+    monkeypatch.setattr(consolidate.estimation.accumulators, "FOLDED_BATCHES", 8)
 
 
 LONG = {**NETWORK, "batch_size": 2, "save_every": 0, "estimator": "mc"}

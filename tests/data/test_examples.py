@@ -15,7 +15,7 @@ from consolidate.data.encoding import encode, unread_columns
 from consolidate.data.examples import Examples, Part, hold_out
 from consolidate.data.labels import label_names
 from consolidate.estimation.batches import model_outputs
-from consolidate.estimation.estimators import fisher_diagonal
+from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
 from consolidate.models.objectives import get_objective

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from consolidate.commands import fisher as fisher_command
 from consolidate.commands.finetune import finetune
-from consolidate.estimation.estimators import ESTIMATORS, fisher_diagonal
+from consolidate.estimation.fisher_diagonal import ESTIMATORS, fisher_diagonal
 from consolidate.estimation.gradient_checkpointing import (
     checkpointed_layers,
     checkpointing_in_eval_mode,

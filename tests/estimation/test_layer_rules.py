@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from consolidate.estimation.estimators import fisher_diagonal
+from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from support.modules import Checkpointed, Experts, Images, Tagger, assert_close, cut, network, tiny
 
 F64 = {"accumulate_dtype": torch.float64}

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.estimation import layer_hooks, layer_rules
+from consolidate.estimation.accumulators import FOLDED_BATCHES
 from consolidate.estimation.batches import HookError
-from consolidate.estimation.estimators import ESTIMATORS, fisher_diagonal
 from consolidate.estimation.example_gradients import Whole
+from consolidate.estimation.fisher_diagonal import ESTIMATORS, fisher_diagonal
 from consolidate.estimation.passes import PartialPass
-from consolidate.estimation.sums import FOLDED_BATCHES
 from formats.errors import InputError
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -389,7 +389,7 @@ def test_a_pass_goes_on_in_the_middle_of_a_batch():
 REAL = """
 import resource, torch
 from torch import nn
-from consolidate.estimation.estimators import fisher_diagonal
+from consolidate.estimation.fisher_diagonal import fisher_diagonal
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

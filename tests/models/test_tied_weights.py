@@ -433,7 +433,7 @@ def test_a_ledger_that_calls_two_tensors_one_is_found_out(
 
 
 def test_what_was_measured_by_hand_is_stored(tmp_path: Path) -> None:
-    from consolidate.estimation.estimators import fisher_diagonal
+    from consolidate.estimation.fisher_diagonal import fisher_diagonal
     from consolidate.estimation.likelihoods import get_likelihood
 
     folder = own(tmp_path / "both")

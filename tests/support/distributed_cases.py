@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from consolidate.estimation.diagonal import FisherDiagonal
-from consolidate.estimation.estimators import fisher_diagonal
+from consolidate.estimation.estimates import FisherDiagonal
+from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.estimation.passes import PartialPass
 from consolidate.ewc.penalty import Penalty

@@ -23,6 +23,28 @@ COMMAND_LINE = {"__init__", "__main__", "cli", "options"}  # beside the folders,
 KNOW_CLICK = {"cli", "options"}
 LONGEST_PATH = 12  # modules below the program's first line, each of which imports the next
 
+# Modules without a test file of their name, by what tests them.
+TESTED_THROUGH = {
+    "chain/test_tasks": "chain.modules chain.opening chain.output",
+    "commands/test_finetune": "commands.finetune_run commands.finetune_start",
+    "commands/test_fisher": "commands.measurement runtime.devices",
+    "commands/test_finetune_search": "commands.evaluate commands.task_metrics",
+    "commands/test_show": "commands.verify views.summary",
+    "commands/test_report": "views.page",
+    "commands/test_forgetting": "training.forgetting",
+    "data/test_examples": "data.columns data.encoding data.images data.labels data.tensors"
+    " data.texts",
+    "estimation/test_fisher_diagonal": "estimation.batches estimation.estimates",
+    "estimation/test_layer_rules": "estimation.example_gradients estimation.gradient_methods",
+    "estimation/test_passes": "estimation.layer_hooks",
+    "runtime/test_distributed": "estimation.sharded_passes runtime.torchrun training.state",
+    "models/test_loading": "models.architectures models.factories models.model runtime.quiet",
+    "formats/test_tensors": "checkpoint_files",
+    "formats/test_data": "rows",
+    "formats/test_fisher_ledger": "versions",
+    "system/test_cli": "errors __main__",
+}
+
 EXTRAS = {"transformers", "tokenizers", "datasets", "pyarrow", "pandas", "PIL", "matplotlib"}
 EXTRAS |= {"peft", "mlflow", "torchvision", "sklearn"}
 CORE = {"torch", "numpy", "safetensors", "huggingface_hub"}
@@ -163,6 +185,22 @@ def test_no_test_module_is_imported_by_another() -> None:
             words = name.split(".")
             assert not any(word.startswith("test_") for word in words[:-1]), f"{path}: {name}"
             assert words[0] != "conftest", f"{path}: {name}"
+
+
+def test_every_module_has_a_test_file_or_is_said_to_be_tested_through_another() -> None:
+    without = {
+        name_of(path).removeprefix("consolidate.").removeprefix("formats.")
+        for path in MODULES
+        if path.stem != "__init__"
+        and not (ROOT / "tests" / (folder_of(path) or "system") / f"test_{path.stem}.py").is_file()
+    }
+    assert without == {name for names in TESTED_THROUGH.values() for name in names.split()}
+    assert all((ROOT / "tests" / f"{test}.py").is_file() for test in TESTED_THROUGH)
+
+
+def test_no_script_bears_the_name_of_a_module() -> None:
+    scripts = {path.stem for path in (ROOT / "scripts").rglob("*.py")} - {"__init__"}
+    assert not scripts & {path.stem for path in MODULES}
 
 
 def test_help_imports_nothing_heavy() -> None:

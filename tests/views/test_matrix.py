@@ -24,7 +24,7 @@ from consolidate.views.matrix import (
 )
 from consolidate.views.summary import matrix_text, means_text, show_text
 from formats.errors import InputError, UsageError
-from formats.ledger import ledger_bytes, read_ledger
+from formats.fisher_ledger import ledger_bytes, read_ledger
 from support import report_checkpoints as checkpoints
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"

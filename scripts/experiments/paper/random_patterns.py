@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from consolidate.estimation.estimators import fisher_diagonal
+from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
-from consolidate.ewc.merging import merge_online
+from consolidate.ewc.merge_rules import merge_online
 from consolidate.ewc.penalty import Penalty
 from scripts.experiments.lib.pictures import COLOURS, panels, save_picture, write_csv
 from scripts.experiments.lib.records import Experiment, Figures, Findings, Record, Row, Unit, signed

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from consolidate.estimation.estimators import fisher_diagonal
+from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.training.loop import seeded
 from scripts.experiments.lib.networks import mlp
 from scripts.experiments.lib.pictures import COLOURS, panels, save_picture, write_csv

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from consolidate.estimation.batches import Batch, model_outputs, split_batch
-from consolidate.estimation.diagonal import FisherDiagonal
+from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.estimation.gradient_checkpointing import checkpointing_in_eval_mode
 from consolidate.estimation.gradient_methods import method_of
 from consolidate.estimation.likelihoods import Likelihood, get_likelihood

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from consolidate.ewc.merging import (
+from consolidate.ewc.merge_rules import (
     MergedTensor,
     ModelTensor,
     merge_models,

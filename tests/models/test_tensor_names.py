@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from consolidate.models.layout import Group, Layout, same_names_layout
+from consolidate.models.tensor_names import Group, Layout, same_names_layout
 from formats.errors import InputError
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from consolidate.estimation.batches import model_outputs, place_of, placed, split_batch
-from consolidate.estimation.diagonal import FisherDiagonal
-from consolidate.estimation.estimators import fisher_diagonal
+from consolidate.estimation.estimates import FisherDiagonal
+from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import LIKELIHOODS
 from formats.errors import InputError, NonFiniteError, UsageError
 from support import reference
