@@ -13,8 +13,8 @@ from consolidate.commands.verify import verify as verify
 from consolidate.data.columns import Columns as Columns
 from consolidate.estimation.estimates import FisherDiagonal as FisherDiagonal
 from consolidate.estimation.fisher_diagonal import fisher_diagonal as fisher_diagonal
-from consolidate.ewc.merge_rules import merge_online as merge_online
-from consolidate.ewc.merge_rules import merge_separate as merge_separate
+from consolidate.ewc.fisher_merging import merge_online as merge_online
+from consolidate.ewc.fisher_merging import merge_separate as merge_separate
 from consolidate.ewc.overlap import fisher_overlap as fisher_overlap
 from consolidate.ewc.penalty import Penalty as Penalty
 from consolidate.training.trainer_callback import penalty_callback as penalty_callback

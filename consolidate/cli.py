@@ -488,8 +488,7 @@ def show(checkpoint: str, json: bool, markdown: bool, **options: Any) -> None:
     are then those that the ledger recorded.
     """
     from consolidate.commands.show import show
-    from consolidate.views.markdown import show_markdown
-    from consolidate.views.summary import show_text
+    from consolidate.views.summary import show_markdown, show_text
 
     if markdown and json:
         raise click.UsageError("--json and --markdown exclude each other")

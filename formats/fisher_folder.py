@@ -16,7 +16,7 @@ from formats.checkpoint import weight_records
 from formats.checkpoint_files import check_link
 from formats.digest import TensorRecord, differences, dtype_name, set_digest, tensor_record
 from formats.errors import InputError, NonFiniteError
-from formats.fisher_ledger import FISHER_DTYPES, FORMAT, VERSION, Ledger, ledger_bytes, read_ledger
+from formats.fisher_json import FISHER_DTYPES, FORMAT, VERSION, Ledger, ledger_bytes, read_ledger
 from formats.tensors import MAX_SHARD_SIZE, TensorFiles, open_tensors, write_tensors
 
 LEDGER_NAME = "fisher.json"

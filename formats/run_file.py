@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import InputError
-from formats.fisher_ledger import check_task_name
+from formats.fisher_json import check_task_name
 from formats.task_file import read_toml, refuse_unknown, resolve
 
 _RUN = (

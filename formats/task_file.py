@@ -10,7 +10,7 @@ from typing import Any
 
 from formats.data import DATA_SUFFIXES, Rows, open_data
 from formats.errors import InputError, UsageError
-from formats.fisher_ledger import check_task_name
+from formats.fisher_json import check_task_name
 from formats.hub_dataset import is_hub_id, open_hub
 
 

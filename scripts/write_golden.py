@@ -14,7 +14,7 @@ from torch import Tensor
 
 from formats.digest import tensor_record
 from formats.fisher_folder import write_fisher
-from formats.fisher_ledger import LayerRecord, Ledger, TaskRecord
+from formats.fisher_json import LayerRecord, Ledger, TaskRecord
 from formats.tensors import write_tensors
 
 CONFIG = {"model_type": "golden", "sizes": [4, 3, 2]}

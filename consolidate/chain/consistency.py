@@ -1,10 +1,10 @@
 """Whether what ledgers tell fits together: tasks, traces of Λ, and who descends from whom."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from formats.digest import set_digest
-from formats.fisher_ledger import Ledger, TaskRecord, copies
+from formats.fisher_json import Ledger, TaskRecord, copies
 
 _ROUNDING = {"F32": 2.0**-20, "BF16": 2.0**-8}  # of a merge, relative, with room to spare
 _TINY = 1e-30
@@ -125,3 +125,21 @@ def _of_task(task: TaskRecord) -> list[str]:
         "gives a parent, but was only measured": task.penalty is not None or task.parent is None,
     }
     return [f"the task {task.name!r} {what}" for what, holds in checks.items() if not holds]
+
+
+def side_by_side_text(groups: Sequence[Sequence[str]]) -> str:
+    """Say what the rows of an accuracy matrix are of such tasks.
+
+    Args:
+        groups: What `side_by_side` returned.
+
+    Returns:
+        A sentence or two; nothing where there is no group.
+    """
+    if not groups:
+        return ""
+    named = "; ".join(", ".join(names) for names in groups)
+    return (
+        f"Learned side by side, from the same weights, and merged: {named}. Their rows are of the "
+        "checkpoints before the merge; `consolidate evaluate` measures the merged one."
+    )

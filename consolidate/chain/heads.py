@@ -21,7 +21,7 @@ from consolidate.models.architectures import relabelled
 from consolidate.models.model import Model, file_weights
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
-from formats.fisher_ledger import Ledger
+from formats.fisher_json import Ledger
 from formats.rows import Rows
 from formats.tensors import Overlaid, shape_of
 

@@ -20,7 +20,7 @@ from formats.atomic import claimed_in_place, replace_folder
 from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.errors import InputError
 from formats.fisher_folder import write_fisher
-from formats.fisher_ledger import Ledger, check_task_name
+from formats.fisher_json import Ledger, check_task_name
 from formats.hub import locate
 from formats.tensors import shape_of
 

@@ -14,7 +14,7 @@ from formats.fisher_folder import (
     check_intact,
     read_fisher,
 )
-from formats.fisher_ledger import Ledger
+from formats.fisher_json import Ledger
 from formats.hub import FISHER, locate
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from consolidate.estimation.estimates import FisherDiagonal
-from consolidate.ewc.merge_rules import merge_online, merge_separate
+from consolidate.ewc.fisher_merging import merge_online, merge_separate
 from consolidate.ewc.overlap import fisher_overlap
 from consolidate.models.model import Model, file_weights, unprotected
 from consolidate.models.tensor_names import Layout
 from formats.checkpoint import Checkpoint, weight_records
 from formats.digest import TensorRecord, dtype_name, set_digest
 from formats.errors import InputError, UsageError
-from formats.fisher_ledger import (
+from formats.fisher_json import (
     MERGE_RULES,
     LayerRecord,
     Ledger,

@@ -24,7 +24,7 @@ from formats.fisher_folder import (
     check_intact,
     read_fisher,
 )
-from formats.fisher_ledger import Ledger, read_ledger
+from formats.fisher_json import Ledger, read_ledger
 from formats.hub import VALUES, locate
 from formats.task_file import open_task
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from consolidate.chain.cache import cached, find_output, recorded_fisher
 from consolidate.chain.claims import claiming_output
 from consolidate.chain.fingerprint import (
     data_content,
@@ -27,6 +26,7 @@ from consolidate.chain.opening import find_fisher
 from consolidate.chain.output import check_output, failed_folder, output_bytes
 from consolidate.chain.resume import SAVE_EVERY, KeptPass, KeptWork
 from consolidate.chain.tasks import add_task
+from consolidate.chain.up_to_date import cached, find_output, recorded_fisher
 from consolidate.commands.finetune_run import (
     Recipe,
     Trained,
@@ -70,7 +70,7 @@ from formats.checkpoint import write_checkpoint
 from formats.digest import set_digest
 from formats.errors import ForgettingError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import write_fisher
-from formats.fisher_ledger import Ledger
+from formats.fisher_json import Ledger
 from formats.partial_work import StoredWork
 from formats.tensors import Overlaid
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consolidate.chain.cache import cached, find_output, recorded_fisher
 from consolidate.chain.claims import claiming, refuse_changed
 from consolidate.chain.fingerprint import (
     checkpoint_content,
@@ -28,6 +27,7 @@ from consolidate.chain.opening import stored_fisher, with_base
 from consolidate.chain.output import bytes_of, check_output, output_bytes
 from consolidate.chain.resume import SAVE_EVERY, KeptPass, KeptWork
 from consolidate.chain.tasks import add_task, check_names_to_be, merging_options, task_name
+from consolidate.chain.up_to_date import cached, find_output, recorded_fisher
 from consolidate.commands.measurement import (
     estimator_options,
     fisher_summary,
@@ -63,7 +63,7 @@ from formats.fisher_folder import (
     LEDGER_NAME,
     write_fisher,
 )
-from formats.fisher_ledger import TaskRecord, read_ledger
+from formats.fisher_json import TaskRecord, read_ledger
 from formats.hub import FISHER, commits_of, locate
 from formats.task_file import open_task
 

@@ -26,7 +26,7 @@ from consolidate.runtime.distributed import dealt, place_in
 from consolidate.runtime.progress import progress
 from consolidate.runtime.shards import is_sharded
 from formats.errors import UsageError
-from formats.fisher_ledger import Ledger
+from formats.fisher_json import Ledger
 
 LOG = logging.getLogger("consolidate")
 

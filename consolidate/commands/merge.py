@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from consolidate.chain.cache import cached, find_output
 from consolidate.chain.claims import claiming_output
 from consolidate.chain.fingerprint import checkpoint_content, digest, plain, versions
 from consolidate.chain.opening import stored_fisher
 from consolidate.chain.output import refuse_existing
-from consolidate.ewc.merge_rules import MergedTensor, ModelTensor, merge_models
+from consolidate.chain.up_to_date import cached, find_output
+from consolidate.ewc.fisher_merging import MergedTensor, ModelTensor, merge_models
 from consolidate.runtime.progress import progress
 from consolidate.views.output_card import write_card
 from formats.atomic import replace_folder
@@ -29,7 +29,7 @@ from formats.checkpoint import (
 )
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher, check_values, tensor_sets, write_fisher
-from formats.fisher_ledger import SAME_AS, Ledger, TaskRecord, copies
+from formats.fisher_json import SAME_AS, Ledger, TaskRecord, copies
 from formats.hub import commits_of, locate
 from formats.tensors import LazyTensors, Renamed, TensorFiles, dtype_of, shape_of
 from formats.versions import program_versions

@@ -13,7 +13,7 @@ from consolidate.views.page import report_page
 from formats.atomic import check_file, write_file
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME
-from formats.fisher_ledger import read_ledger
+from formats.fisher_json import read_ledger
 from formats.hub import FISHER, commits_of, locate
 
 PICTURES = ("matrix", "curves", "protection", "added", "overlap")

@@ -42,7 +42,7 @@ from formats.atomic import has_content, replace_folder, write_file
 from formats.checkpoint import open_checkpoint, weight_records
 from formats.errors import ConsolidateError, ForgettingError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME
-from formats.fisher_ledger import read_ledger
+from formats.fisher_json import read_ledger
 from formats.hub import locate
 from formats.run_file import RunFile, RunTask, read_run_file
 from formats.step_record import StepRecord, read_step_record, write_step_record

@@ -23,7 +23,7 @@ from formats.fisher_folder import (
     in_one_line,
     read_fisher,
 )
-from formats.fisher_ledger import FORMAT, VERSION, Ledger, read_ledger
+from formats.fisher_json import FORMAT, VERSION, Ledger, read_ledger
 from formats.hub import FISHER, commits_of, locate, remote_headers
 
 LOG = logging.getLogger("consolidate")

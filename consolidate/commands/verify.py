@@ -19,7 +19,7 @@ from formats.fisher_folder import (
     read_fisher,
     tensor_sets,
 )
-from formats.fisher_ledger import Ledger
+from formats.fisher_json import Ledger
 from formats.hub import FISHER, commits_of, locate
 from formats.tensors import TensorFiles
 

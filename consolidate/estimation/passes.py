@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from consolidate.estimation.accumulators import Accumulators
 from consolidate.estimation.batches import Batch, out_of_memory, place_of, placed
+from consolidate.estimation.compensated_sums import Accumulators
 from consolidate.estimation.example_gradients import MEASURED
 from consolidate.estimation.gradient_checkpointing import checkpointed_layers
 from consolidate.estimation.gradient_methods import (

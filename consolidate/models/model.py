@@ -14,7 +14,7 @@ from consolidate.models.objectives import Objective
 from consolidate.models.tensor_names import Layout
 from formats.checkpoint import Checkpoint
 from formats.errors import UsageError
-from formats.fisher_ledger import SAME_AS
+from formats.fisher_json import SAME_AS
 
 
 @dataclass

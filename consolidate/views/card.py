@@ -12,14 +12,13 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
-from consolidate.chain.consistency import side_by_side
+from consolidate.chain.consistency import side_by_side, side_by_side_text
 from consolidate.training.accuracy_matrix import accuracy_matrix
-from consolidate.views.markdown import escaped, matrix_table, table
-from consolidate.views.matrix import ledger_matrix, matrix_summary
-from consolidate.views.summary import side_by_side_text
+from consolidate.views.markdown import escaped, table
+from consolidate.views.matrix import ledger_matrix, matrix_summary, matrix_table
 from formats.digest import set_digest
 from formats.errors import InputError
-from formats.fisher_ledger import Ledger, TaskRecord, copies
+from formats.fisher_json import Ledger, TaskRecord, copies
 
 MAX_CARD_BYTES = 2**20
 BEGIN = "<!-- consolidate:begin {}(from here to the end mark, each push writes anew) -->"

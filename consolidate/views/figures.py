@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from consolidate.chain.consistency import side_by_side
+from consolidate.chain.consistency import side_by_side, side_by_side_text
 from consolidate.training.accuracy_matrix import Scores, score
 from consolidate.views.charts import Curve, curves, decades, heat_map, log_bars
 from consolidate.views.drawing import Drawing, plain
-from consolidate.views.summary import side_by_side_text
-from formats.fisher_ledger import Ledger, TaskRecord
+from formats.fisher_json import Ledger, TaskRecord
 
 TASKS = 40  # the latest so many are drawn and listed
 ROWS = 48  # of a chart over layers: where there are more parameters, they are taken by module

@@ -12,10 +12,10 @@ from typing import Any
 from consolidate.training.accuracy_matrix import AccuracyMatrix, accuracy_matrix
 from consolidate.views.drawing import beside, png, svg_file
 from consolidate.views.figures import TASKS, score_figures
-from consolidate.views.summary import means_text
+from consolidate.views.markdown import escaped, table
 from formats.atomic import check_file, write_file
 from formats.errors import UsageError
-from formats.fisher_ledger import Ledger
+from formats.fisher_json import Ledger
 
 LOG = logging.getLogger("consolidate")
 PLOTS = (".png", ".svg")
@@ -125,3 +125,59 @@ def ledger_matrix(ledger: Ledger) -> AccuracyMatrix | None:
     matrix = accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
     known = any(score is not None for row in [matrix.start, *matrix.scores] for score in row)
     return matrix if known or any(point.scores for point in matrix.points) else None
+
+
+MEANS = ("ACC", "BWT", "forgetting")
+
+
+def matrix_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Lay the matrix out as a table, its header first; what was not measured is a dash.
+
+    Args:
+        summary: What `matrix_summary` returned.
+
+    Returns:
+        Rows of cells; that of the start is left out where nothing was measured there.
+    """
+    named = [("(start)", summary["start"])] if any(s is not None for s in summary["start"]) else []
+    named += zip(summary["tasks"], summary["scores"], strict=True)
+    rows = [[name, *(_cell(score) for score in scores)] for name, scores in named]
+    return [["after \\ on", *summary["tasks"]], *rows]
+
+
+def means_text(summary: Mapping[str, Any]) -> str:
+    """Give ACC, BWT and forgetting on one line, and say where they are over a part only.
+
+    Args:
+        summary: What `matrix_summary` returned.
+
+    Returns:
+        A line without a newline.
+    """
+    return ", ".join(f"{title} {_mean(summary[title.lower()])}" for title in MEANS)
+
+
+def _mean(mean: Mapping[str, Any]) -> str:
+    if mean["value"] is None:
+        return "–"
+    partly = f" (over {mean['terms']} of {mean['of']})" if mean["terms"] < mean["of"] else ""
+    return f"{mean['value']:.4f}{partly}"
+
+
+def _cell(score: float | None) -> str:
+    return "–" if score is None else f"{score:.4f}"
+
+
+def matrix_table(summary: Mapping[str, Any]) -> str:
+    """Write an accuracy matrix as a table, and ACC, BWT and forgetting beneath it.
+
+    Args:
+        summary: What `matrix_summary` returned.
+
+    Returns:
+        Lines without a newline at the end.
+    """
+    header, *rows = matrix_rows(summary)
+    named = [[escaped(name), *scores] for name, *scores in rows]
+    scores = table([["after ↓ on →", *map(escaped, header[1:])], *named])
+    return f"{scores}\n\n{means_text(summary)}."

@@ -9,7 +9,7 @@ from typing import Any
 from consolidate.views.matrix import ledger_matrix
 from formats.atomic import write_file
 from formats.fisher_folder import LEDGER_NAME
-from formats.fisher_ledger import Ledger, read_ledger
+from formats.fisher_json import Ledger, read_ledger
 
 RUN = ("steps", "loss", "penalty_value", "share_moved", "ewc_lambda")
 MEASURED = ("trace", "examples", "units", "parameters")

@@ -18,7 +18,7 @@ from consolidate.views.metrics import evaluate_metrics
 from formats.digest import set_digest
 from formats.errors import InputError, NetworkError, UsageError
 from formats.fisher_folder import LEDGER_NAME
-from formats.fisher_ledger import read_ledger
+from formats.fisher_json import read_ledger
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -19,7 +19,7 @@ from consolidate.views.card import (
 from formats.atomic import write_file
 from formats.checkpoint import CARD, Checkpoint, open_checkpoint
 from formats.errors import InputError
-from formats.fisher_ledger import Ledger
+from formats.fisher_json import Ledger
 from formats.hub import commits_of
 
 LOG = logging.getLogger("consolidate")

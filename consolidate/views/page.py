@@ -5,7 +5,8 @@ from typing import Any
 
 from consolidate.views.drawing import MARK, escaped, plain, style_sheet, svg
 from consolidate.views.figures import LISTED, TASKS, Figure
-from consolidate.views.summary import MEANS, estimator_text, penalty_text
+from consolidate.views.matrix import MEANS
+from consolidate.views.summary import estimator_text, penalty_text
 
 _MEANINGS = {
     "ACC": "mean score on all tasks, now",

@@ -1,26 +1,11 @@
-"""The text of what `show` reports."""
+"""The text of what `show` reports, plain and in Markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-
-def side_by_side_text(groups: Sequence[Sequence[str]]) -> str:
-    """Say what the rows of an accuracy matrix are of such tasks.
-
-    Args:
-        groups: What `side_by_side` returned.
-
-    Returns:
-        A sentence or two; nothing where there is no group.
-    """
-    if not groups:
-        return ""
-    named = "; ".join(", ".join(names) for names in groups)
-    return (
-        f"Learned side by side, from the same weights, and merged: {named}. Their rows are of the "
-        "checkpoints before the merge; `consolidate evaluate` measures the merged one."
-    )
-
+from consolidate.chain.consistency import side_by_side_text
+from consolidate.views.markdown import escaped
+from consolidate.views.matrix import matrix_rows, matrix_table, means_text
 
 _WIDTH = 72
 
@@ -218,42 +203,19 @@ def _plain(text: str) -> str:
     return escaped if len(escaped) <= _WIDTH else escaped[: _WIDTH - 1] + "…"
 
 
-MEANS = ("ACC", "BWT", "forgetting")
-
-
-def matrix_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Lay the matrix out as a table, its header first; what was not measured is a dash.
+def show_markdown(summary: Mapping[str, Any]) -> str:
+    """Write what `show` returns for the summary of a CI job: the matrix under a heading.
 
     Args:
-        summary: What `matrix_summary` returned.
+        summary: What `show` returned.
 
     Returns:
-        Rows of cells; that of the start is left out where nothing was measured there.
+        Lines without a newline at the end.
     """
-    named = [("(start)", summary["start"])] if any(s is not None for s in summary["start"]) else []
-    named += zip(summary["tasks"], summary["scores"], strict=True)
-    rows = [[name, *(_cell(score) for score in scores)] for name, scores in named]
-    return [["after \\ on", *summary["tasks"]], *rows]
-
-
-def means_text(summary: Mapping[str, Any]) -> str:
-    """Give ACC, BWT and forgetting on one line, and say where they are over a part only.
-
-    Args:
-        summary: What `matrix_summary` returned.
-
-    Returns:
-        A line without a newline.
-    """
-    return ", ".join(f"{title} {_mean(summary[title.lower()])}" for title in MEANS)
-
-
-def _mean(mean: Mapping[str, Any]) -> str:
-    if mean["value"] is None:
-        return "–"
-    partly = f" (over {mean['terms']} of {mean['of']})" if mean["terms"] < mean["of"] else ""
-    return f"{mean['value']:.4f}{partly}"
-
-
-def _cell(score: float | None) -> str:
-    return "–" if score is None else f"{score:.4f}"
+    tasks = ", ".join(escaped(task["name"]) for task in summary["tasks"])
+    matrix = summary["accuracy_matrix"]
+    scores = "No scores on its tasks are known." if matrix is None else matrix_table(matrix)
+    merged = side_by_side_text(summary["side_by_side"])
+    return (
+        f"### {escaped(summary['checkpoint'])}\n\nIt has learned {tasks}.\n\n{scores} {merged}"
+    ).rstrip()

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from consolidate import cli
-from consolidate.estimation import accumulators
+from consolidate.estimation import compensated_sums
 from formats.errors import InputError
 from formats.partial_work import read_partial
 from scripts.benchmarks.harness import ROOT, markdown, write_page
@@ -242,7 +242,7 @@ def start(words: Sequence[str], log: Path, processes: int = 1) -> int:
                     os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
                     torchrun = [*TORCHRUN, str(processes), "-m", "consolidate", *words]
                     os.execv(sys.executable, [sys.executable, *torchrun])
-                accumulators.FOLDED_BATCHES = FOLDED_BATCHES
+                compensated_sums.FOLDED_BATCHES = FOLDED_BATCHES
                 cli.main(words)
             except SystemExit as left:
                 os._exit(int(left.code or 0))

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from consolidate.chain.consistency import contradictions, descent, side_by_side
+from consolidate.chain.consistency import contradictions, descent, side_by_side, side_by_side_text
 from consolidate.commands.show import show
 from consolidate.views.card import Subject, model_card
 from consolidate.views.figures import score_figures
 from consolidate.views.matrix import ledger_matrix, matrix_summary
-from consolidate.views.summary import show_text, side_by_side_text
+from consolidate.views.summary import show_text
 from formats.digest import TensorRecord, set_digest
-from formats.fisher_ledger import LayerRecord, Ledger, TaskRecord, read_ledger
+from formats.fisher_json import LayerRecord, Ledger, TaskRecord, read_ledger
 from support.report_checkpoints import write
 
 

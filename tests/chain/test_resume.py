@@ -125,7 +125,7 @@ def test_a_pass_for_the_fisher_goes_on_without_training_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(consolidate.estimation.accumulators, "FOLDED_BATCHES", 8)
+    monkeypatch.setattr(consolidate.estimation.compensated_sums, "FOLDED_BATCHES", 8)
     new = write_task("new", seed=1, count=100)
     options = {**COMMON, "epochs": 2, "fisher_batch_size": 2, "evaluate": {"new": new}}
     whole = finetune_command.finetune(learned, new, output_dir=tmp_path / "whole", **options)
@@ -170,7 +170,7 @@ def test_a_pass_that_is_stopped_is_kept_as_far_as_it_came(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(consolidate.estimation.accumulators, "FOLDED_BATCHES", 8)
+    monkeypatch.setattr(consolidate.estimation.compensated_sums, "FOLDED_BATCHES", 8)
     keep = resume.KeptPass.keep
 
     def keep_and_stop(kept: resume.KeptPass, partial: PartialPass) -> None:

@@ -12,7 +12,7 @@ from consolidate.commands import fisher as fisher_command
 from consolidate.commands.finetune import finetune
 from formats.errors import UsageError
 from formats.fisher_folder import read_fisher
-from formats.fisher_ledger import Ledger
+from formats.fisher_json import Ledger
 from support.networks import make_network
 
 Write = Callable[..., Path]

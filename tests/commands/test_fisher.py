@@ -308,7 +308,7 @@ def test_every_batch_can_be_checked(
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a pass be kept after few examples."""
-    monkeypatch.setattr(consolidate.estimation.accumulators, "FOLDED_BATCHES", 8)
+    monkeypatch.setattr(consolidate.estimation.compensated_sums, "FOLDED_BATCHES", 8)
 
 
 LONG = {**NETWORK, "batch_size": 2, "save_every": 0, "estimator": "mc"}

@@ -244,7 +244,7 @@ def store(
 ) -> Path:
     """Write a checkpoint whose Fisher is given; what has none is a buffer."""
     from formats.checkpoint import weight_records
-    from formats.fisher_ledger import Ledger, TaskRecord
+    from formats.fisher_json import Ledger, TaskRecord
 
     folder.mkdir()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})

@@ -19,7 +19,7 @@ from consolidate.views.text import verify_text
 from formats.digest import tensor_record
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import write_fisher
-from formats.fisher_ledger import Ledger, TaskRecord, ledger_bytes, read_ledger
+from formats.fisher_json import Ledger, TaskRecord, ledger_bytes, read_ledger
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.estimation import layer_hooks, layer_rules
-from consolidate.estimation.accumulators import FOLDED_BATCHES
 from consolidate.estimation.batches import HookError
+from consolidate.estimation.compensated_sums import FOLDED_BATCHES
 from consolidate.estimation.example_gradients import Whole
 from consolidate.estimation.fisher_diagonal import ESTIMATORS, fisher_diagonal
 from consolidate.estimation.passes import PartialPass

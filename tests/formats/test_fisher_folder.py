@@ -17,7 +17,7 @@ from formats.checkpoint import weight_records
 from formats.digest import TensorRecord
 from formats.errors import InputError, NonFiniteError
 from formats.fisher_folder import METADATA_KEY, check_belongs, read_fisher, write_fisher
-from formats.fisher_ledger import Ledger, TaskRecord, ledger_bytes
+from formats.fisher_json import Ledger, TaskRecord, ledger_bytes
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 

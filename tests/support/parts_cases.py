@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from consolidate.chain import rank_progress
-from consolidate.estimation import accumulators
+from consolidate.estimation import compensated_sums
 from consolidate.runtime import signals
 from formats.errors import InputError
 from support.checkpoints import normed
@@ -190,7 +190,7 @@ def main(folder: Path) -> None:
     """Run all cases and write what they gave."""
     os.chdir(folder)
     torch.set_num_threads(1)
-    accumulators.FOLDED_BATCHES = 4
+    compensated_sums.FOLDED_BATCHES = 4
     random = np.random.default_rng(0)
     for name, count in (("old", 20), ("new", 50)):
         labels = random.integers(0, 3, count)

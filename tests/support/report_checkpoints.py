@@ -7,7 +7,7 @@ import torch
 
 from formats.checkpoint import weight_records
 from formats.fisher_folder import write_fisher
-from formats.fisher_ledger import LayerRecord, Ledger, TaskRecord
+from formats.fisher_json import LayerRecord, Ledger, TaskRecord
 
 HOSTILE = '<script>alert(\'"1&")</script>\x1b[31m\u202e<img src=http://example.invalid/x>'
 

@@ -28,7 +28,8 @@ TESTED_THROUGH = {
     "chain/test_tasks": "chain.modules chain.opening chain.output",
     "commands/test_finetune": "commands.finetune_run commands.finetune_start",
     "commands/test_fisher": "commands.measurement runtime.devices",
-    "commands/test_finetune_search": "commands.evaluate commands.task_metrics",
+    "chain/test_heads": "commands.evaluate commands.task_metrics",
+    "chain/test_resume": "training.state",
     "commands/test_show": "commands.verify views.summary",
     "commands/test_report": "views.page",
     "commands/test_forgetting": "training.forgetting",
@@ -37,11 +38,11 @@ TESTED_THROUGH = {
     "estimation/test_fisher_diagonal": "estimation.batches estimation.estimates",
     "estimation/test_layer_rules": "estimation.example_gradients estimation.gradient_methods",
     "estimation/test_passes": "estimation.layer_hooks",
-    "runtime/test_distributed": "estimation.sharded_passes runtime.torchrun training.state",
+    "runtime/test_distributed": "estimation.sharded_passes runtime.torchrun",
     "models/test_loading": "models.architectures models.factories models.model runtime.quiet",
     "formats/test_tensors": "checkpoint_files",
     "formats/test_data": "rows",
-    "formats/test_fisher_ledger": "versions",
+    "formats/test_fisher_json": "versions",
     "system/test_cli": "errors __main__",
 }
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from consolidate.commands.fisher import fisher
-from formats.fisher_ledger import ledger_bytes, read_ledger
+from formats.fisher_json import ledger_bytes, read_ledger
 from support.command_line import run
 
 MODEL = ("--objective", "classification", "--model", "support.networks:make_network")

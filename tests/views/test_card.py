@@ -10,7 +10,7 @@ import yaml
 from consolidate.views.card import SOURCE, Subject, model_card
 from formats.digest import TensorRecord
 from formats.errors import InputError
-from formats.fisher_ledger import Ledger, TaskRecord
+from formats.fisher_json import Ledger, TaskRecord
 
 SUBJECT = Subject(
     "user/model", {"model_type": "bert", "architectures": ["BertModel"]}, endpoint="hub:"

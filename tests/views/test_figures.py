@@ -8,7 +8,7 @@ import pytest
 from consolidate.commands.show import show
 from consolidate.views.drawing import Rectangle
 from consolidate.views.figures import Figure, figures, in_order, layers
-from formats.fisher_ledger import TaskRecord, read_ledger
+from formats.fisher_json import TaskRecord, read_ledger
 from support import report_checkpoints as checkpoints
 
 

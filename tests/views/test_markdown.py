@@ -1,6 +1,7 @@
 from consolidate.training.accuracy_matrix import accuracy_matrix
-from consolidate.views.markdown import escaped, matrix_table, show_markdown
-from consolidate.views.matrix import matrix_summary
+from consolidate.views.markdown import escaped
+from consolidate.views.matrix import matrix_summary, matrix_table
+from consolidate.views.summary import show_markdown
 
 
 def scores(**values: float) -> dict[str, dict[str, float]]:

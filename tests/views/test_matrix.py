@@ -19,12 +19,13 @@ from consolidate.views.matrix import (
     check_view,
     ledger_matrix,
     matrix_summary,
+    means_text,
     plot_matrix,
     write_matrix_csv,
 )
-from consolidate.views.summary import matrix_text, means_text, show_text
+from consolidate.views.summary import matrix_text, show_text
 from formats.errors import InputError, UsageError
-from formats.fisher_ledger import ledger_bytes, read_ledger
+from formats.fisher_json import ledger_bytes, read_ledger
 from support import report_checkpoints as checkpoints
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"

@@ -12,7 +12,7 @@ import pytest
 from consolidate.training.loop import Step
 from consolidate.views.mlflow import tracked
 from formats.digest import set_digest
-from formats.fisher_ledger import read_ledger
+from formats.fisher_json import read_ledger
 from support.command_line import MODEL, run
 
 mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed")

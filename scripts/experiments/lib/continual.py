@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, pad
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
-from consolidate.ewc.merge_rules import merge_online, merge_separate
+from consolidate.ewc.fisher_merging import merge_online, merge_separate
 from consolidate.ewc.penalty import Penalty
 from consolidate.training.evaluation import measure
 from consolidate.training.loop import (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
-from consolidate.ewc.merge_rules import merge_online
+from consolidate.ewc.fisher_merging import merge_online
 from consolidate.ewc.penalty import Penalty
 from scripts.experiments.lib.pictures import COLOURS, panels, save_picture, write_csv
 from scripts.experiments.lib.records import Experiment, Figures, Findings, Record, Row, Unit, signed

@@ -11,7 +11,7 @@ from formats.atomic import recover
 from formats.checkpoint import open_checkpoint
 from formats.errors import ConsolidateError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher
-from formats.fisher_ledger import Ledger, read_ledger
+from formats.fisher_json import Ledger, read_ledger
 
 LOG = logging.getLogger("consolidate")
 

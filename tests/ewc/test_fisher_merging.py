@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from consolidate.ewc.merge_rules import (
+from consolidate.ewc.fisher_merging import (
     MergedTensor,
     ModelTensor,
     merge_models,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from formats.digest import TensorRecord, set_digest, tensor_record
 from formats.errors import ConsolidateError, InputError, NonFiniteError
-from formats.fisher_ledger import (
+from formats.fisher_json import (
     MAX_LEDGER_BYTES,
     LayerRecord,
     Ledger,

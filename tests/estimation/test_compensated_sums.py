@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from consolidate.estimation.accumulators import FOLDED_BATCHES, Accumulators
+from consolidate.estimation.compensated_sums import FOLDED_BATCHES, Accumulators
 from formats.errors import NonFiniteError
 
 
