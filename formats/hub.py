@@ -1,7 +1,6 @@
 """Where a checkpoint is: a local path, or a repository that is fetched from the Hub."""
 
 import logging
-import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
@@ -17,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from formats.checkpoint import PICKLE_SUFFIXES
 from formats.errors import InputError, NetworkError, UsageError
-from formats.hub_errors import AccessError, hub_call
+from formats.hub_errors import AccessError, commit_in, hub_call
 
 LOG = logging.getLogger("consolidate")
 
@@ -108,24 +107,6 @@ def locate(
         advice = "try again" if reached else "check the spelling, or try again"
         raise type(error)(f"{start}{error}{f'; {advice}' if failed else ''}") from None
     return _told(name, snapshot)
-
-
-def commit_in(start: str, info: ModelInfo) -> str:
-    """Give the commit that the Hub named in an answer.
-
-    Args:
-        start: What a message begins with, such as ``user/model: ``.
-        info: The answer.
-
-    Returns:
-        Its digest.
-
-    Raises:
-        InputError: There is none.
-    """
-    if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9A-Fa-f]+", info.sha):
-        raise InputError(f"{start}an answer of the Hub names no commit: check HF_ENDPOINT")
-    return info.sha
 
 
 def commits_of(*paths: Path | None) -> dict[str, str]:

@@ -186,6 +186,8 @@ def _commit(name: str, revision: str) -> str:
     import datasets
     from huggingface_hub import HfApi
 
+    from formats.hub_errors import commit_in
+
     if _COMMIT.fullmatch(revision):
         return revision
     if datasets.config.HF_HUB_OFFLINE:
@@ -193,9 +195,8 @@ def _commit(name: str, revision: str) -> str:
             f"{name}: what revision {revision!r} stands for cannot be looked up, because "
             "HF_HUB_OFFLINE switches the Hub off. Name the commit, or leave out the revision."
         )
-    return str(
-        HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, revision=revision).sha
-    )
+    info = HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, revision=revision)
+    return commit_in(f"{name}: ", info)
 
 
 def is_saved_dataset(folder: Path) -> bool:

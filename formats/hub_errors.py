@@ -3,12 +3,13 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
 
 import huggingface_hub
-from huggingface_hub import get_token
+from huggingface_hub import DatasetInfo, ModelInfo, get_token
 from huggingface_hub.errors import (
     FileMetadataError,
     GatedRepoError,
@@ -90,6 +91,8 @@ def explain(
         return NetworkError, f"the Hub cannot be reached ({_line(str(error))})"
     if isinstance(error, OSError | MemoryError) or not _in_client(error):
         return None
+    if type(error) is RuntimeError:  # as hf_xet raises for whatever befell a transfer
+        return NetworkError, f"a transfer failed ({_line(str(error))})"
     if isinstance(error, ValueError):  # the client's own words
         return InputError, f"the Hub's client refuses this: {_line(str(error))}"
     return InputError, ODD_ANSWER.format(_line(f"{type(error).__name__}: {error}"))
@@ -166,6 +169,24 @@ def _of_status(error: HfHubHTTPError) -> tuple[type[ConsolidateError], str]:
     if 400 <= status < 500 and status != 408:
         return InputError, f"the Hub refuses this, with status {status}{file}{said}"
     return NetworkError, f"the Hub answers with status {status}{file}{said}"
+
+
+def commit_in(start: str, info: DatasetInfo | ModelInfo) -> str:
+    """Give the commit that the Hub named in an answer.
+
+    Args:
+        start: What a message begins with, such as ``user/model: ``.
+        info: The answer.
+
+    Returns:
+        Its digest.
+
+    Raises:
+        InputError: There is none.
+    """
+    if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9A-Fa-f]+", info.sha):
+        raise InputError(f"{start}an answer of the Hub names no commit: check HF_ENDPOINT")
+    return info.sha
 
 
 def _refused_token(token: str | None, said: str) -> str:

@@ -545,7 +545,9 @@ def _of_statistics(value: str, *, given: bool) -> str:
 
 def _cached(opened: Opened, target: Path, ledger: Ledger, recipe: Recipe) -> dict[str, Any]:
     task = ledger.tasks[-1]
-    kept = any(name.rpartition(".")[2] == "running_mean" for name in opened.source.weights)
+    source = opened.source
+    weights = source.weights if source.base is None else source.base.weights
+    kept = any(name.rpartition(".")[2] == "running_mean" for name in weights)
     return {
         "status": "cached",
         "checkpoint": str(target),

@@ -4,10 +4,11 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,8 +41,8 @@ from formats.fisher_folder import (
     tensor_sets,
     write_fisher,
 )
-from formats.hub import FISHER, commit_in, commits_of, locate
-from formats.hub_errors import ODD_ANSWER, hub_call
+from formats.hub import FISHER, commits_of, locate
+from formats.hub_errors import ODD_ANSWER, commit_in, hub_call
 from formats.tensors import TensorFiles, write_tensors
 
 LOG = logging.getLogger("consolidate")
@@ -192,11 +193,9 @@ def push(
         card = model_card(existing, stored.ledger, subject)
         contents = {CARD: card.encode(), **contents}
         operations = {path: CommitOperationAdd(path, _source(c)) for path, c in contents.items()}
-        if _stamps(folder, fisher_only) != seen:
-            raise InputError(
-                f"{folder} was written to while it was read, and nothing was sent: push again "
-                "once nothing writes there"
-            )
+        for operation in operations.values():
+            _ = operation.upload_info.sha256  # which the client may put off until it sends
+        _refuse_written(folder, fisher_only, seen, "sent")
         changes = {
             path: _change(remote.files.get(path), op) if asked else "not compared"
             for path, op in operations.items()
@@ -233,6 +232,7 @@ def push(
             revision=revision,
             create_pr=create_pr,
             public=public,
+            refuse_written=partial(_refuse_written, folder, fisher_only, seen, "committed"),
         )
         _check_arrived(api, name, commit, operations, stale)
         if tag is not None and remote.tags.get(tag) != commit:
@@ -303,7 +303,12 @@ def _look(api: HfApi, name: str, revision: str | None, *, tagged: bool) -> Remot
             info = api.model_info(name, timeout=30)
         except GatedRepoError:
             raise
-        except RepositoryNotFoundError:
+        except RepositoryNotFoundError as error:
+            if (
+                error.response.status_code == 401
+                and "Authorization" in error.response.request.headers
+            ):
+                raise  # the token is refused, in words that the client does not know
             return NOTHING
     head = commit_in(f"{name}: ", info)
     has_branch = True
@@ -499,7 +504,7 @@ def _existing_card(
 
 
 def _source(content: Path | bytes) -> str | bytes:
-    """Give what the client hashes now and sends later: small files as they are now."""
+    """Give what the client hashes and sends: small files as they are now."""
     if isinstance(content, bytes):
         return content
     return str(content) if content.suffix == ".safetensors" else content.read_bytes()
@@ -513,6 +518,21 @@ def _stamps(folder: Path, fisher_only: bool) -> dict[Path, tuple[int, ...]]:
         status = file.stat()
         stamps[file] = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return stamps
+
+
+def _refuse_written(
+    folder: Path, fisher_only: bool, seen: dict[Path, tuple[int, ...]], done: str
+) -> None:
+    """Refuse to go on with a checkpoint that was written to since it was seen."""
+    try:
+        same = _stamps(folder, fisher_only) == seen
+    except (FileNotFoundError, InputError):
+        same = False
+    if not same:
+        raise InputError(
+            f"{folder} was written to while it was read, and nothing was {done}: push again "
+            "once nothing writes there"
+        )
 
 
 def _change(there: RepoFile | None, operation: CommitOperationAdd) -> str:
@@ -553,6 +573,7 @@ def _commit(
     revision: str | None,
     create_pr: bool,
     public: bool,
+    refuse_written: Callable[[], None],
 ) -> tuple[str, str | None]:
     """Send the files one by one, then commit them; give the commit, and its pull request."""
     head = remote.head
@@ -567,6 +588,7 @@ def _commit(
         return head, None
     large = [op for op in additions if op.path_in_repo.endswith(".safetensors")]
     for number, addition in enumerate(large, 1):
+        refuse_written()
         size = f"{addition.upload_info.size / 1e6:,.1f} MB"
         LOG.info("sending %s, %s (%d of %d)", addition.path_in_repo, size, number, len(large))
         with _call(name):
@@ -580,6 +602,7 @@ def _commit(
     if not remote.has_branch and revision is not None:
         with _call(name):
             api.create_branch(name, branch=revision, revision=head)
+    refuse_written()  # what was sent after a replacement would be of another checkpoint
     deletions = [CommitOperationDelete(path) for path in stale]
     with _call(name):
         done = api.create_commit(

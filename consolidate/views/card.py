@@ -213,6 +213,8 @@ def _merge_metadata(data: dict[str, Any], ledger: Ledger, subject: Subject) -> N
     index = data.pop("model-index", None) or []
     if not isinstance(index, list) or not all(isinstance(model, dict) for model in index):
         raise InputError("README.md: model-index of its metadata is not a list of models")
+    if not all(isinstance(model.get("results") or [], list) for model in index):
+        raise InputError("README.md: results in the model-index of its metadata are not a list")
     index = [kept for model in index if (kept := _without_ours(model))]
     if not subject.fisher_only and (results := evaluation_results(ledger, subject)):
         name = subject.repository.rpartition("/")[2] or "model"

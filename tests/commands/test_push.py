@@ -361,6 +361,32 @@ def test_what_was_pushed_loads_as_before(tmp_path: Path, hub: Hub) -> None:
     assert out.splitlines()[-1] == done["weights"]
 
 
+def test_a_checkpoint_that_is_replaced_during_the_upload_is_not_committed(
+    checkpoint: Path, write_task: Write, hub: Hub
+) -> None:
+    data = write_task("new", seed=1)
+
+    def replace() -> None:
+        fisher(checkpoint, data, model="support.networks:make_network", overwrite=True)
+
+    hub.meanwhile["POST .*/info/lfs/objects/batch"] = replace
+    words = ("push", checkpoint, "user/model")
+    code, _, err = run(checkpoint, *words, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)
+    assert code == 3
+    assert "was written to while it was read, and nothing was committed" in err
+    assert set(hub.repositories["user/model"].files) == {".gitattributes"}
+    assert run(checkpoint, *words, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)[0] == 0
+
+
+def test_a_token_refused_in_other_words_is_not_a_missing_repository(
+    checkpoint: Path, hub: Hub
+) -> None:
+    hub.fail("^GET /api/models/user/model", 401, message="User Access Token is expired")
+    words = ("push", checkpoint, "user/model", "--dry-run")
+    code, _, err = run(checkpoint, *words, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)
+    assert (code, "does not accept the token of HF_TOKEN" in err) == (3, True), err
+
+
 def test_a_checkpoint_that_is_replaced_meanwhile_is_not_sent(
     checkpoint: Path, write_task: Write, hub: Hub
 ) -> None:

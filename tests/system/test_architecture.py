@@ -46,6 +46,8 @@ TESTED_THROUGH = {
     "system/test_cli": "errors __main__",
 }
 
+IMPORT_BY_NAME = {"consolidate.models.factories"}  # what the user typed
+
 EXTRAS = {"transformers", "tokenizers", "datasets", "pyarrow", "pandas", "PIL", "matplotlib"}
 EXTRAS |= {"peft", "mlflow", "torchvision", "sklearn"}
 CORE = {"torch", "numpy", "safetensors", "huggingface_hub"}
@@ -74,11 +76,11 @@ def imports(path: Path, *, inside_functions: bool = True) -> Iterator[str]:
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             yield str(node.module)
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        if typing or (function and not inside_functions):
+        if function and not inside_functions:
             return
-        for child in ast.iter_child_nodes(node):
+        typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in node.orelse if typing else ast.iter_child_nodes(node):
             yield from visit(child)
 
     return visit(ast.parse(path.read_text(encoding="utf-8"), filename=str(path)))
@@ -106,6 +108,13 @@ def test_a_folder_imports_only_what_stands_before_it(path: Path) -> None:
     own = folder_of(path)
     if not own:
         return
+    # The package itself leads to every command, and a folder to all its modules.
+    for name in imports(path):
+        assert name != "consolidate", f"{name_of(path)} imports the whole package"
+        assert name.removeprefix("consolidate.") not in consolidate.__all__, f"{path}: {name}"
+    if name_of(path) not in IMPORT_BY_NAME:
+        assert not {"importlib", "importlib.import_module"} & set(imports(path)), path
+        assert "__import__" not in path.read_text(encoding="utf-8"), path
     places = {name_of(other): folder_of(other) for other in MODULES}
     for name in graph()[name_of(path)]:
         folder = places[name]
@@ -189,6 +198,12 @@ def test_no_test_module_is_imported_by_another() -> None:
 
 
 def test_every_module_has_a_test_file_or_is_said_to_be_tested_through_another() -> None:
+    known = {(folder_of(path) or "system", path.stem) for path in MODULES}
+    beside = {"commands/test_forgetting", "models/test_tied_weights"}
+    for test in (ROOT / "tests").glob("*/test_*.py"):
+        name = f"{test.parent.name}/{test.stem}"
+        module = (test.parent.name, test.stem.removeprefix("test_"))
+        assert test.parent.name == "system" or module in known or name in beside, name
     without = {
         name_of(path).removeprefix("consolidate.").removeprefix("formats.")
         for path in MODULES

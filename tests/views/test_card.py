@@ -164,6 +164,7 @@ def test_names_cannot_write_into_the_card(ledger: Ledger) -> None:
         ("---\n[1, 2]\n---\n", "not a mapping"),
         ("---\na: [\n---\n", "not YAML"),
         ("---\nmodel-index: 3\n---\n", "not a list of models"),
+        ("---\nmodel-index: [{name: h, results: 5}]\n---\n", "results in the model-index"),
         ("<!-- consolidate:begin -->\n", "once each or not at all"),
         ("<!-- consolidate:begin --><!-- consolidate:end -->" * 2, "once each or not at all"),
     ],
