@@ -462,7 +462,8 @@ def _others(folder: Path, source: Checkpoint) -> dict[str, Path | bytes]:
             left_out.append(entry.name)
     if left_out:
         LOG.info(
-            "left out, as neither weights, configuration, tokenizer nor licence: %s",
+            "left out, as neither weights, configuration, tokenizer, licence nor code that an "
+            "auto_map needs: %s",
             in_one_line([repr(name) for name in left_out]).replace(";", ","),
         )
     return contents

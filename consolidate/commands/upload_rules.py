@@ -103,7 +103,7 @@ def named_code(folder: Path) -> set[str]:
         waiting += _imported(folder, name)
     if missing:
         LOG.info(
-            "auto_map names code that is not in %s: %s",
+            "code that an auto_map needs is missing in %s: %s",
             folder,
             in_one_line(sorted({repr(name) for name in missing})).replace(";", ","),
         )

@@ -66,7 +66,7 @@ def label_values(
         return list(stated)
     found: set[str] = set()
     lengths: set[int] = set()
-    values = rows.values(column) if rows.tensors is None else _distinct(rows.tensors[column])
+    values = rows.values(column) if rows.tensors is None else _distinct(within_int64(rows, column))
     for i, value in enumerate(values):
         several = objective in ("multi-label", "token-classification")
         row = as_list(value, rows.where(i, column)) if several else [value]
@@ -105,6 +105,21 @@ def matched_label(name: str, known: Sequence[str]) -> int | None:
 
 def _numbers(names: Iterable[str]) -> bool:
     return all(as_integer(name) is not None for name in names)
+
+
+def within_int64(rows: Rows, column: str) -> Tensor:
+    """Give a column of a tensor file, of which every number fits into int64."""
+    assert rows.tensors is not None
+    values = rows.tensors[column]
+    if values.dtype == torch.uint64:
+        beyond = (values.long() < 0).flatten(1).any(1) if values.ndim > 1 else values.long() < 0
+        for i in beyond.nonzero()[:1].flatten().tolist():
+            largest = max(values[i].flatten().tolist())
+            raise InputError(
+                f"{rows.where(i, column)}: {largest} is beyond the largest int64, {2**63 - 1}: "
+                "save smaller numbers"
+            )
+    return values
 
 
 def _distinct(labels: Tensor) -> list[Any]:

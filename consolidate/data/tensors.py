@@ -8,7 +8,7 @@ from torch import Tensor
 
 from consolidate.data.columns import Columns, find_column, label_column
 from consolidate.data.examples import Examples
-from consolidate.data.labels import Labels, as_list, as_targets
+from consolidate.data.labels import Labels, as_list, as_targets, within_int64
 from formats.errors import InputError
 from formats.rows import Rows
 
@@ -56,11 +56,11 @@ def encode_tensors(rows: Rows, model: "Model", columns: Columns) -> Examples:
         InputError: A column is missing, shapes differ, or a label is none of the model's.
     """
     name = find_column(rows, columns.inputs, ("inputs", "input", "x"), "inputs")
-    inputs = _stacked(rows, name) if rows.tensors is None else _within_int64(rows, name)
+    inputs = _stacked(rows, name) if rows.tensors is None else within_int64(rows, name)
     dtype = next((p.dtype for p in model.module.parameters()), torch.float32)
     outputs = _outputs_of_first(model, inputs, dtype, rows.where(0, name))
     column = label_column(rows, columns, model.objective.name)
-    labels = None if rows.tensors is None else _signed(_within_int64(rows, column))
+    labels = None if rows.tensors is None else _signed(within_int64(rows, column))
     if model.objective.name == "regression":
         targets = (
             as_targets(rows, column, model) if labels is None else _finite(rows, column, labels)
@@ -96,21 +96,6 @@ def _class_numbers(rows: Rows, column: str, labels: Tensor, reader: Labels) -> T
         rows_of_it = numbers == number
         encoded[rows_of_it] = reader.index(number, int(rows_of_it.nonzero()[0]))
     return encoded
-
-
-def _within_int64(rows: Rows, column: str) -> Tensor:
-    """Give a column of a tensor file, of which every number fits into int64."""
-    assert rows.tensors is not None
-    values = rows.tensors[column]
-    if values.dtype == torch.uint64:
-        beyond = (values.long() < 0).flatten(1).any(1) if values.ndim > 1 else values.long() < 0
-        for i in beyond.nonzero()[:1].flatten().tolist():
-            largest = max(values[i].flatten().tolist())
-            raise InputError(
-                f"{rows.where(i, column)}: {largest} is beyond the largest int64, {2**63 - 1}: "
-                "save smaller numbers"
-            )
-    return values
 
 
 def _signed(values: Tensor) -> Tensor:

@@ -255,7 +255,7 @@ def push_text(result: Mapping[str, Any]) -> str:
     else:
         lines.append(f"{total:>15,}  bytes in all, {missing:,} of them new")
     if result["code"]:
-        lines.append(f"Code that an auto_map names: {', '.join(result['code'])}")
+        lines.append(f"Code that an auto_map needs: {', '.join(result['code'])}")
     seen = "private" if result["private"] else "public"
     if result["status"] == "dry run":
         lines.append(f"Nothing was sent to {result['repository']} ({seen}): this was a dry run.")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from consolidate.data.columns import Columns
 from consolidate.data.encoding import encode, unread_columns
 from consolidate.data.examples import Examples, Part, hold_out
-from consolidate.data.labels import label_names
+from consolidate.data.labels import label_names, label_values
 from consolidate.estimation.batches import model_outputs
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.models.loading import load_model
@@ -617,6 +617,8 @@ def test_unsigned_numbers(dtype: str, suffix: str, own: Any, tmp_path: Path) -> 
         for objective in ("classification", "multi-label", "regression"):
             with pytest.raises(InputError, match=f"row 2, column 'labels': {2**63 + 1} is beyond"):
                 labels(rows([0, 2**63 + 1, 0, 0]), objective=objective)
+        with pytest.raises(InputError, match=f"row 2, column 'labels': {2**63 + 1} is beyond"):
+            label_values(rows([0, 2**63 + 1, 0, 0]), "classification")
 
     ids = np.array([[1, 2], [3, 4], [0, 5], [5, 5]], dtype)
     module = torch.nn.Sequential(torch.nn.Embedding(6, 2), torch.nn.Flatten())
