@@ -1,4 +1,4 @@
-"""The global random number generators, which stay as they are."""
+"""Random numbers that depend on seed and example alone; the global generators stay as they are."""
 
 import random
 from collections.abc import Iterator

@@ -292,3 +292,14 @@ def test_what_is_not_the_hubs_passes(checkpoint: Path, tmp_path: Path, hub: Hub)
     api = HfApi(endpoint=hub.address, token=False)
     with pytest.raises(NotADirectoryError), hub_call("user/model: "):
         api.hf_hub_download("user/model", "config.json", cache_dir=tmp_path / "file" / "cache")
+
+
+def test_a_revision_of_a_dataset_for_which_the_hub_names_no_commit(
+    tmp_path: Path, hub: Hub
+) -> None:
+    hub.fail("^GET /api/datasets/user/rows", times=ALWAYS, **info(sha=None))
+    script = "from formats.hub_dataset import open_hub; open_hub('user/rows', revision='main')"
+    variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+    code, _, err = run_python(tmp_path, "-c", script, **variables)
+    assert code == 1
+    assert "InputError: user/rows: an answer of the Hub names no commit" in err
