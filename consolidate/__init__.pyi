@@ -1,22 +1,22 @@
 # The public names, once: type checkers and editors read them here, and so does __init__.py.
+from consolidate.api import evaluate as evaluate
+from consolidate.api import finetune as finetune
+from consolidate.api import fisher as fisher
 from consolidate.chain.modules import load_penalty as load_penalty
 from consolidate.chain.modules import store_fisher as store_fisher
-from consolidate.commands.evaluate import evaluate as evaluate
-from consolidate.commands.finetune import finetune as finetune
-from consolidate.commands.fisher import fisher as fisher
 from consolidate.commands.merge import merge as merge
 from consolidate.commands.push import push as push
 from consolidate.commands.report import report as report
 from consolidate.commands.run import run as run
 from consolidate.commands.show import show as show
 from consolidate.commands.verify import verify as verify
-from consolidate.data.columns import Columns as Columns
 from consolidate.estimation.estimates import FisherDiagonal as FisherDiagonal
 from consolidate.estimation.fisher_diagonal import fisher_diagonal as fisher_diagonal
 from consolidate.ewc.fisher_merging import merge_online as merge_online
 from consolidate.ewc.fisher_merging import merge_separate as merge_separate
 from consolidate.ewc.overlap import fisher_overlap as fisher_overlap
 from consolidate.ewc.penalty import Penalty as Penalty
+from consolidate.options import Columns as Columns
 from consolidate.training.trainer_callback import penalty_callback as penalty_callback
 from formats.errors import ConsolidateError as ConsolidateError
 from formats.errors import ForgettingError as ForgettingError

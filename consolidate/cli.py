@@ -16,34 +16,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from consolidate.options import (
-    ADAPTER,
-    BATCH_SIZE,
+from consolidate.flags import (
     COMMON,
-    DATA,
-    DATA_DIGEST,
-    DTYPES,
-    EVALUATION,
-    FORCE,
-    FREEZE,
-    GRADIENT_CHECKPOINTING,
-    HEAD,
-    KEEPING,
-    MERGING,
     METRICS,
     MLFLOW,
-    MODEL,
-    PENALTY,
-    RESTART,
-    REVISION,
-    SEED,
-    SHARD,
-    STRENGTH,
-    TASK,
-    TRAINING,
-    WEIGHTS,
-    estimator_options,
+    flags_of,
+    numbers_typed,
+    record_of,
 )
+from consolidate.options import EvaluateOptions, FinetuneOptions, FisherOptions
 from consolidate.runtime.signals import Terminated, ask
 from consolidate.runtime.torchrun import rank, stop_with_torchrun, world_size
 from consolidate.views import text as text_view
@@ -214,49 +195,11 @@ class _StderrHandler(logging.Handler):
 
 
 @cli.command()
-@click.argument("checkpoint")
-@click.option("--data", required=True, metavar="DATA", help="The task's data.")
-@TASK
-@MODEL
-@DATA
-@estimator_options("")
-@click.option(
-    "--max-examples",
-    type=click.IntRange(min=1),
-    help="Measure on a seeded random subset of this size.",
-)
-@BATCH_SIZE
-@SEED
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    help="Of the weights during the pass; as stored by default. The Fisher is float32.",
-)
-@FREEZE
-@GRADIENT_CHECKPOINTING
-@SHARD
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Only say what it would take: time, memory, sizes of files. Nothing is written.",
-)
-@KEEPING
-@click.option("--add", is_flag=True, help="Add another task measured at the same weights.")
-@MERGING
-@click.option(
-    "--overwrite", is_flag=True, help="Replace the Fisher (or output folder) that is there."
-)
-@FORCE
-@click.option(
-    "--output-dir",
-    metavar="DIR",
-    help="Write a whole checkpoint here instead of DIR/fisher into CHECKPOINT.",
-)
-@DATA_DIGEST
+@flags_of(FisherOptions)
 @METRICS
 @MLFLOW
 @COMMON
-def fisher(checkpoint: str, json: bool, metrics: Path | None, mlflow: bool, **options: Any) -> None:
+def fisher(json: bool, metrics: Path | None, mlflow: bool, **typed: Any) -> None:
     """Measure the Fisher diagonal of CHECKPOINT and store it beside the weights.
 
     CHECKPOINT is a folder, a .safetensors, .bin, .pt or .ckpt file, or a repository on the
@@ -270,52 +213,17 @@ def fisher(checkpoint: str, json: bool, metrics: Path | None, mlflow: bool, **op
 
     _flush_denormals()
     with _tracked(mlflow) as tracker:
-        result = fisher_command.fisher(checkpoint, **_with_objects(options))
+        result = fisher_command.fisher(record_of(FisherOptions, typed))
         _report(result, metrics_view.fisher_metrics, metrics, tracker)
     _write(result, json, text_view.fisher_text)
 
 
 @cli.command()
-@click.argument("checkpoint")
-@click.option("--data", required=True, metavar="DATA", help="The new task's data.")
-@click.option("--output-dir", required=True, metavar="DIR", help="Where the new checkpoint goes.")
-@STRENGTH
-@PENALTY
-@ADAPTER
-@TASK
-@MODEL
-@HEAD
-@DATA
-@TRAINING
-@EVALUATION
-@SEED
-@FREEZE
-@GRADIENT_CHECKPOINTING
-@KEEPING
-@SHARD
-@click.option("--overwrite", is_flag=True, help="Replace the output folder that is there.")
-@FORCE
-@estimator_options("fisher-")
-@click.option(
-    "--fisher-max-examples",
-    type=click.IntRange(min=1),
-    help="Measure the new task's Fisher on a seeded random subset of this size.",
-)
-@click.option("--fisher-batch-size", type=click.IntRange(min=1), help="As --batch-size by default.")
-@MERGING
-@DATA_DIGEST
+@flags_of(FinetuneOptions)
 @METRICS
 @MLFLOW
 @COMMON
-def finetune(
-    checkpoint: str,
-    json: bool,
-    metrics: Path | None,
-    mlflow: bool,
-    evaluate: tuple[str, ...],
-    validation: tuple[str, ...],
-    **options: Any,
-) -> None:
+def finetune(json: bool, metrics: Path | None, mlflow: bool, **typed: Any) -> None:
     """Fine-tune CHECKPOINT on a new task, held by the penalty where it matters for the old ones.
 
     The output is a whole checkpoint whose Fisher holds the new task as well: the next
@@ -330,13 +238,8 @@ def finetune(
     _flush_denormals()
     with _tracked(mlflow) as tracker:
         try:
-            result = finetune_command.finetune(
-                checkpoint,
-                evaluate=_named_data(evaluate, "--evaluate"),
-                validation=_named_data(validation, "--validation"),
-                on_step=tracker.on_step if tracker.enabled else None,
-                **_with_objects(options),
-            )
+            on_step = tracker.on_step if tracker.enabled else None
+            result = finetune_command.finetune(record_of(FinetuneOptions, typed, on_step=on_step))
         except ForgettingError as error:
             _report(error.result, metrics_view.finetune_metrics, metrics, tracker)
             told = {"exit_code": error.exit_code, "error": str(error)}
@@ -347,36 +250,11 @@ def finetune(
 
 
 @cli.command()
-@click.argument("checkpoint")
-@click.option(
-    "--data",
-    required=True,
-    multiple=True,
-    metavar="[NAME=]DATA",
-    help="May be repeated. A task of that NAME whose output layer was put aside is measured with "
-    "that.",
-)
-@click.option(
-    "--task",
-    metavar="NAME",
-    help="Measure with the output layer of this task, whatever the data is named.",
-)
-@MODEL
-@DATA
-@BATCH_SIZE
-@SEED
-@click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights; as stored by default.")
+@flags_of(EvaluateOptions)
 @METRICS
 @MLFLOW
 @COMMON
-def evaluate(
-    checkpoint: str,
-    json: bool,
-    metrics: Path | None,
-    mlflow: bool,
-    data: tuple[str, ...],
-    **options: Any,
-) -> None:
+def evaluate(json: bool, metrics: Path | None, mlflow: bool, **typed: Any) -> None:
     """Measure CHECKPOINT on each task: loss, and accuracy or perplexity.
 
     Example: consolidate evaluate my-model-2 --data old=old-test.jsonl --data new=new-test.jsonl
@@ -384,9 +262,8 @@ def evaluate(
     from consolidate.commands import evaluate as evaluate_command
     from consolidate.views import metrics as metrics_view
 
-    named = _named_data(data, "--data")
     with _tracked(mlflow) as tracker:
-        result = evaluate_command.evaluate(checkpoint, named, **_with_objects(options))
+        result = evaluate_command.evaluate(record_of(EvaluateOptions, typed))
         _report(result, metrics_view.evaluate_metrics, metrics, tracker)
     _write(result, json, text_view.metrics_text)
 
@@ -394,14 +271,18 @@ def evaluate(
 @cli.command()
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT…")
 @click.option("--output-dir", required=True, metavar="DIR", help="Where the merged one goes.")
-@WEIGHTS
+@click.option(
+    "--weights",
+    metavar="X,Y,…",
+    callback=numbers_typed,
+    help="Coefficients of the checkpoints, in their order; 1 each by default.",
+)
 @click.option(
     "--base",
     metavar="CHECKPOINT",
     help="Which they were all fine-tuned from: its tasks, which all hold, then count once.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the output folder that is there.")
-@FORCE
 @COMMON
 def merge(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
     """Merge checkpoints of one architecture into one, each weight by how much it matters to whom.
@@ -423,7 +304,7 @@ def merge(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
     help="Where the checkpoints go; as the file says by default.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be done or skipped, and why.")
-@RESTART
+@click.option("--restart", is_flag=True, help="Discard saved progress and start over.")
 @METRICS
 @MLFLOW
 @COMMON
@@ -452,7 +333,7 @@ def run(run_file: Path, json: bool, metrics: Path | None, mlflow: bool, **option
 
 @cli.command()
 @click.argument("checkpoint")
-@REVISION
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a CHECKPOINT on the Hub.")
 @click.option(
     "--top",
     type=click.IntRange(min=1),
@@ -505,7 +386,7 @@ def show(checkpoint: str, json: bool, markdown: bool, **options: Any) -> None:
 @click.option(
     "--plots", metavar="DIR", help="Write the pictures here too, as SVG and PNG; needs matplotlib."
 )
-@REVISION
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a CHECKPOINT on the Hub.")
 @click.option(
     "--overwrite",
     is_flag=True,
@@ -532,7 +413,7 @@ def report(checkpoint: str, json: bool, **options: Any) -> None:
     required=True,
     metavar="CHECKPOINT…",
 )
-@REVISION
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a CHECKPOINT on the Hub.")
 @click.option(
     "--base-model",
     metavar="PATH|REPO",
@@ -621,22 +502,6 @@ def _flush_denormals() -> None:
     torch.set_flush_denormal(True)
 
 
-def _with_objects(options: dict[str, Any]) -> dict[str, Any]:
-    """Turn what was typed into what the functions take: a Columns and torch.dtypes."""
-    import torch
-
-    from consolidate.data.columns import Columns
-
-    given = {
-        k.removesuffix("_column"): options.pop(k) for k in list(options) if k.endswith("_column")
-    }
-    options["columns"] = Columns(**given)
-    for name in ("dtype", "penalty_dtype", "accumulate_dtype", "fisher_accumulate_dtype"):
-        if options.get(name) is not None:
-            options[name] = getattr(torch, options[name])
-    return options
-
-
 def _write(result: dict[str, Any], json: bool, text: Callable[[dict[str, Any]], str]) -> None:
     if rank() == 0:
         click.echo(json_text(result) if json else plain(text(result)))
@@ -672,17 +537,3 @@ def _report(
         write_metrics(metrics, numbers(result))
     if tracker.enabled:
         report(tracker, result, numbers(result))
-
-
-def _named_data(values: Sequence[str], option: str) -> dict[str, str]:
-    named = {}
-    for value in values:
-        name, found, data = value.partition("=")
-        if not found or Path(value).exists():
-            name, data = Path(value).stem, value
-        if not name or not data:
-            raise click.UsageError(f"{option} {value}: expected NAME=DATA")
-        if name in named:
-            raise click.UsageError(f"{option}: two data sets are named {name!r}; write NAME=DATA")
-        named[name] = data
-    return named

@@ -1,569 +1,547 @@
-"""Options that several commands share, and what is typed for them."""
+"""Every option of `fisher`, `finetune` and `evaluate`, once: type, default, bounds, help.
 
-import tomllib
+A record holds what one part of the work takes, and what a command takes is a record of records. An
+option that is added here has its flag, variable, TOML key, range check and keyword in Python; what
+uses it is left to write, and `scripts/write_docs` writes the rest.
+"""
+
 from collections.abc import Callable
-from difflib import get_close_matches
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
+from consolidate.fields import DTYPES, REQUIRED, numbers, option, part
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-
-
-def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Make one decorator of several options; `--help` lists them in this order.
-
-    Args:
-        decorators: As `click.option` makes them, or groups of them.
-    """
-
-    def apply(command: Any) -> Any:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return apply
+EXACT_UP_TO = 16
+"""Outcomes of an example up to which the default estimator is exact, beyond it mc."""
 
 
-def _read_config(context: click.Context, option: click.Parameter, path: Path | None) -> None:
-    """Take defaults for the command's options from a TOML file; flags and variables win over it."""
-    if path is None:
-        return
+def read_lambda(text: str) -> Any:
+    """Read λ as it was typed: a number, several with commas between them, or auto."""
+    expected = "expected a number, several with commas between them, or auto"
+    if text == "auto":
+        return text
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{path} is not TOML: {error}") from None
-    names = {p.name: p for p in context.command.params if isinstance(p, click.Option)}
-    defaults = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        if name not in names:
-            near = get_close_matches(name, [str(n) for n in names], 3)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise click.BadParameter(f"{path}: {context.command.name} has no option {key!r}{hint}")
-        defaults[name] = value
-    context.default_map = {**(context.default_map or {}), **defaults}
+        found = numbers(text)
+    except ValueError:
+        raise ValueError(expected) from None
+    if not all(0 <= number < float("inf") for number in found):
+        raise ValueError("expected finite numbers from 0")
+    return tuple(found) if len(found) > 1 else found[0]
 
 
-def _remember(context: click.Context, option: click.Parameter, value: bool) -> bool:
-    """Let `main` know how what fails is to be told."""
-    context.ensure_object(dict)[option.name] = value
-    return value
+def read_weight(text: str) -> float | str:
+    """Read a task's weight as it was typed."""
+    try:
+        return text if text in ("units", "trace") else float(text)
+    except ValueError:
+        raise ValueError("expected a number, units or trace") from None
 
 
-def _place_of_metrics(
-    context: click.Context, option: click.Parameter, value: str | None
-) -> Path | None:
-    from formats.atomic import check_file
-
-    if value is None:
-        return None
-    check_file(Path(value))  # before the work
-    return Path(value)
-
-
-def column_options() -> Callable[[Any], Any]:
-    """Give the options that say where the inputs and labels are."""
-    return options(
-        *(
-            click.option(
-                f"--{name.replace('_', '-')}-column",
-                metavar="COLUMN",
-                help=f"Where the {what} is in the data.",
-            )
-            for name, what in (
-                ("text", "text"),
-                ("text_pair", "second text of a pair"),
-                ("label", "label"),
-                ("tokens", "list of words (token classification)"),
-                ("prompt", "prompt"),
-                ("completion", "completion"),
-                ("messages", "chat"),
-                ("target", "target text (sequence to sequence)"),
-                ("image", "image"),
-                ("inputs", "input tensor"),
-            )
-        )
+def _checkpoint() -> Any:
+    return option(
+        REQUIRED, "A folder, a weights file, or a repository on the Hub.", changes_result=False
     )
 
 
-def _task_weight(context: click.Context, option: click.Parameter, value: str) -> float | str:
-    if value in ("units", "trace"):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is neither a number nor units or trace") from None
+def _task(help: str = "Name of the task; that of the data by default.") -> Any:
+    return option(None, help, metavar="NAME", in_run_file=False)
 
 
-def numbers_of(text: str) -> list[float]:
-    """Read numbers with commas between them, as they were typed, or a list as a TOML file has it.
-
-    Args:
-        text: Such as ``1,10`` or ``[1, 10]``.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    return [float(number) for number in text.strip("[]").split(",")]
+def _seed() -> Any:
+    return option(0, "Random seed.", least=0, below=2**63)
 
 
-def _numbers(
-    context: click.Context, option: click.Parameter, value: str | None
-) -> list[float] | None:
-    try:
-        return None if value is None else numbers_of(value)
-    except ValueError:
-        raise click.BadParameter(f"{value!r}: expected numbers with commas between them") from None
+def _batch_size(help: str = "Examples at a time.") -> Any:
+    return option(16, help, least=1)
 
 
-COMMON = options(
-    click.option(
-        "--config",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        is_eager=True,
-        expose_value=False,
-        callback=_read_config,
-        help="TOML file with options of this command; flags and variables win over it.",
-    ),
-    click.option(
-        "--json",
-        is_flag=True,
-        is_eager=True,  # known before anything else is found wrong
-        callback=_remember,
-        help="Write the result as one JSON object.",
-    ),
-    click.option(
-        "--debug",
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=_remember,
-        help="Show the traceback of an error.",
-    ),
-)
+def _dtype() -> Any:
+    return option(
+        None,
+        "Dtype of the weights; as stored by default. A Fisher is float32 in any case.",
+        dtype=True,
+        choices=DTYPES,
+    )
 
-METRICS = click.option(
-    "--metrics",
-    metavar="FILE",
-    callback=_place_of_metrics,
-    help="Write the numbers here too, as one flat JSON object, which DVC and CI jobs read.",
-)
 
-WEIGHTS = click.option(
-    "--weights",
-    metavar="X,Y,…",
-    callback=_numbers,
-    help="Coefficients of the checkpoints, in their order; 1 each by default.",
-)
+@dataclass(frozen=True)
+class Source:
+    """Which checkpoint it is, and what module it becomes."""
 
-MLFLOW = click.option(
-    "--mlflow",
-    is_flag=True,
-    help="Log options, metrics and digests as a run of MLflow, in the store MLFLOW_TRACKING_URI; "
-    "where MLFLOW_RUN_ID names a run, in that.",
-)
-
-REVISION = click.option(
-    "--revision", metavar="REV", help="Branch, tag or commit of a CHECKPOINT on the Hub."
-)
-
-MODEL = options(
-    click.option(
-        "--objective",
+    objective: str | None = option(
+        None,
+        "What is predicted; the architecture's own by default. One of sequence-classification, "
+        "multi-label, token-classification, regression, causal-lm, masked-lm, seq2seq-lm, "
+        "image-classification, classification.",
         metavar="NAME",
-        help="What is predicted; the architecture's own by default. One of "
-        "sequence-classification, multi-label, token-classification, regression, causal-lm, "
-        "masked-lm, seq2seq-lm, image-classification, classification.",
-    ),
-    click.option(
-        "--model",
-        metavar="PACKAGE.MODULE:FACTORY",
-        help="Function that makes the torch module, called with the contents of config.json, for "
+    )
+    model: str | None = option(
+        None,
+        "Function that makes the torch module, called with the contents of config.json, for "
         "models that transformers does not know.",
-    ),
-    REVISION,
-    click.option(
-        "--base-model",
+        metavar="PACKAGE.MODULE:FACTORY",
+    )
+    revision: str | None = option(
+        None,
+        "Branch, tag or commit of a CHECKPOINT on the Hub.",
+        metavar="REV",
+        changes_result=False,
+        in_run_file=False,
+    )
+    base_model: str | Path | None = option(
+        None,
+        "Base model of a CHECKPOINT that is an adapter of peft; the folder that its config names "
+        "by default, if that is there.",
         metavar="PATH|REPO",
-        help="Of a CHECKPOINT that is an adapter of peft; the folder that it names by default.",
-    ),
-    click.option(
-        "--device", metavar="DEVICE", help="cpu, cuda, mps, …; the best there is by default."
-    ),
-)
-
-DATA = options(
-    click.option("--split", metavar="NAME", help="Split of a data set that has several."),
-    click.option(
-        "--max-length",
-        type=click.IntRange(min=1),
-        help="Truncate texts after this many tokens; the model's own limit by default.",
-    ),
-    click.option(
-        "--pack", is_flag=True, help="Fill sequences with consecutive texts (language models)."
-    ),
-    column_options(),
-)
-
-
-def estimator_options(prefix: str) -> Callable[[Any], Any]:
-    """Give the options of how a Fisher is measured.
-
-    Args:
-        prefix: ``""``, or ``"fisher-"`` where other options have the plain names.
-    """
-
-    def option(name: str, **settings: Any) -> Callable[[Any], Any]:
-        return click.option(f"--{prefix}{name}", **settings)
-
-    return options(
-        option(
-            "estimator",
-            type=click.Choice(["exact", "mc", "empirical", "batched"]),
-            help="Labels the Fisher is an expectation over: all of them (exact), sampled from the "
-            "model (mc), the data's own (empirical), or sampled and squared per batch (batched). "
-            "By default exact up to 16 outcomes, else mc.",
-        ),
-        option(
-            "mc-samples",
-            type=click.IntRange(min=1),
-            help="Labels sampled per example by mc and batched; 1 by default.",
-        ),
-        option(
-            "max-outcomes",
-            type=click.IntRange(min=1),
-            help="Refuse exact above this many backward passes per example; 4096 by default.",
-        ),
-        option(
-            "tolerance",
-            type=click.FloatRange(min=0, min_open=True),
-            help="Read in random order, and stop once the relative standard error of every "
-            "parameter's trace is at most this, after 64 examples at the earliest.",
-        ),
-        option(
-            "accumulate-dtype",
-            type=click.Choice(["float32", "float64"]),
-            default="float32",
-            show_default=True,
-            help="Of the sums, and what gradients are squared in.",
-        ),
-        option(
-            "check",
-            is_flag=True,
-            help="Hold every batch against single examples, not only the first.",
-        ),
+        changes_result=False,
+        in_run_file=False,
+    )
+    device: str | None = option(
+        None, "cpu, cuda, mps, …; the best there is by default.", metavar="DEVICE"
     )
 
 
-FREEZE = click.option(
-    "--freeze",
-    multiple=True,
-    metavar="PATTERN",
-    help="Leave out the parameters whose name matches, such as 'encoder.*'; may be repeated.",
-)
-GRADIENT_CHECKPOINTING = click.option(
-    "--gradient-checkpointing",
-    is_flag=True,
-    help="Layers keep only their inputs, and run again in the backward pass: less memory for long "
-    "examples, more time, the same result. Of transformers' models.",
-)
-SHARD = click.option(
-    "--shard",
-    is_flag=True,
-    help="Each of several processes (torchrun) holds a shard of weights, Fisher and optimizer's "
-    "state (FSDP2): for models that no device holds whole.",
-)
-SEED = click.option(
-    "--seed",
-    type=click.IntRange(0, 2**63 - 1),
-    default=0,
-    show_default=True,
-    help="Of everything random.",
-)
-MERGING = options(
-    click.option(
-        "--merge-rule",
-        type=click.Choice(["online", "separate"]),
-        help="How the task is merged with those before it: online holds them all at the new "
-        "weights, separate each where it was learned. As the task before by default, online at "
+def _column(what: str) -> Any:
+    return option(None, f"Where the {what} is in the data.", metavar="COLUMN")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names of the columns with each role; None takes the usual ones."""
+
+    text: str | None = _column("text")
+    text_pair: str | None = _column("second text of a pair")
+    label: str | None = _column("label")
+    tokens: str | None = _column("list of words (token classification)")
+    image: str | None = _column("image")
+    inputs: str | None = _column("input tensor")
+    prompt: str | None = _column("prompt")
+    completion: str | None = _column("completion")
+    messages: str | None = _column("chat")
+    target: str | None = _column("target text (sequence to sequence)")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become batches."""
+
+    columns: Columns = part(Columns(), suffix="_column", one_argument=True)
+    split: str | None = option(None, "Split of a dataset that has several.", metavar="NAME")
+    max_length: int | None = option(
+        None, "Truncate texts after this many tokens; the model's own limit by default.", least=1
+    )
+    pack: bool = option(False, "Fill sequences with consecutive texts (language models).")
+
+
+@dataclass(frozen=True)
+class Estimation:
+    """How a Fisher is measured."""
+
+    estimator: str | None = option(
+        None,
+        "Labels the Fisher is an expectation over: all of them (exact), sampled from the model "
+        "(mc), the data's own (empirical), or sampled and squared per batch (batched). By default "
+        f"exact up to {EXACT_UP_TO} outcomes, else mc.",
+        choices=("exact", "mc", "empirical", "batched"),
+    )
+    mc_samples: int | None = option(
+        None, "Labels sampled per example by mc and batched; 1 by default.", least=1
+    )
+    max_outcomes: int | None = option(
+        None,
+        "Refuse exact above this many backward passes per example; 4096 by default.",
+        least=1,
+    )
+    max_examples: int | None = option(
+        None, "Measure on a seeded random subset of this size.", least=1
+    )
+    batch_size: int | None = option(
+        16,
+        "Examples measured at a time; the Fisher is that of single examples. In finetune as "
+        "--batch-size by default.",
+        least=1,
+    )
+    tolerance: float | None = option(
+        None,
+        "Read in random order, and stop once the relative standard error of every parameter's "
+        "trace is at most this, after 64 examples at the earliest.",
+        above=0,
+    )
+    accumulate_dtype: str = option(
+        "float32",
+        "Dtype for squaring and accumulating gradients.",
+        dtype=True,
+        choices=("float32", "float64"),
+    )
+    check: bool = option(
+        False,
+        "Verify per-example gradients on every batch, not only the first.",
+        changes_result=False,
+    )
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Which parameters take part, and how devices hold them."""
+
+    freeze: tuple[str, ...] = option(
+        (),
+        "Neither train nor measure the parameters whose name matches, such as 'encoder.*'; may be "
+        "repeated.",
+        metavar="PATTERN",
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "Layers keep only their inputs, and run again in the backward pass: less memory for long "
+        "examples, more time, the same result. For transformers' models.",
+    )
+    shard: bool = option(
+        False,
+        "Each of several processes (torchrun) holds a shard of weights, Fisher and optimizer's "
+        "state (FSDP2): for models that no device holds whole.",
+        in_run_file=False,
+    )
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How a task's Fisher is merged with those before it."""
+
+    merge_rule: str | None = option(
+        None,
+        "online protects all tasks around the new weights, separate each around the weights it "
+        "was learned at. As for the task before by default, online at first.",
+        choices=("online", "separate"),
+    )
+    gamma: float | None = option(
+        None,
+        "With online: the share of the earlier Fisher that is kept. As before by default, 1 at "
         "first.",
-    ),
-    click.option(
-        "--gamma",
-        type=click.FloatRange(0, 1),
-        help="Of online: how much of the Fisher so far is kept. As before by default, 1 at first.",
-    ),
-    click.option(
-        "--task-weight",
+        least=0,
+        most=1,
+    )
+    task_weight: float | str = option(
+        1.0,
+        "Factor of the task's Fisher: a number, or such that, relative to the first task, it "
+        "counts by the units it was measured on, or has as large a trace.",
         metavar="X|units|trace",
-        default="1",
-        show_default=True,
-        callback=_task_weight,
-        help="What the task's Fisher is multiplied by: a number, or such that, relative to the "
-        "first task, it counts by the units it was measured on, or has as large a trace.",
-    ),
-)
-TASK = click.option("--task", metavar="NAME", help="Name of the task; that of the data by default.")
-DATA_DIGEST = click.option(
-    "--data-digest/--no-data-digest",
-    default=True,
-    help="Keep a digest of the data in the ledger (kept by default).",
-)
-BATCH_SIZE = click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="Examples at a time.",
-)
-RESTART = click.option(
-    "--restart", is_flag=True, help="Throw away what was kept of work that was broken off."
-)
-KEEPING = options(
-    click.option(
-        "--save-every",
-        type=click.FloatRange(min=0),
-        default=5.0,
-        show_default=True,
+        choices=("units", "trace"),
+        typed=read_weight,
+    )
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What is saved on the way, and what is replaced."""
+
+    save_every: float = option(
+        5.0,
+        "Save progress every MINUTES beside the output; rerunning the command resumes and gives "
+        "bit-identical results. 0: as often as possible. SIGTERM and Ctrl-C save too.",
         metavar="MINUTES",
-        help="Keep what was done so far beside the output; the same command started again goes on "
-        "from there, to the same bytes. 0: as often as can be. SIGTERM and Ctrl-C keep it too.",
-    ),
-    RESTART,
-)
-FORCE = click.option(
-    "--force",
-    is_flag=True,
-    help="Do it anew, and replace the output, even where that is there and was made from the same.",
-)
+        least=0,
+        changes_result=False,
+    )
+    restart: bool = option(
+        False,
+        "Discard saved progress and start over.",
+        changes_result=False,
+        in_run_file=False,
+    )
+    overwrite: bool = option(
+        False,
+        "Replace the output that is there. One that is up to date is left as it is.",
+        changes_result=False,
+        in_run_file=False,
+    )
+    data_digest: bool = option(True, "Keep a digest of the data in the ledger (kept by default).")
 
 
-def _strengths(
-    context: click.Context, option: click.Parameter, value: str | None
-) -> float | list[float] | str | None:
-    if value is None or value == "auto":
-        return value
-    try:
-        numbers = numbers_of(value)
-    except ValueError:
-        raise click.BadParameter(
-            f"{value!r}: expected a number, several with commas between them, or auto"
-        ) from None
-    if not all(0 <= number < float("inf") for number in numbers):
-        raise click.BadParameter(f"{value!r}: expected finite numbers from 0")
-    return numbers if len(numbers) > 1 else numbers[0]
+@dataclass(frozen=True)
+class Search:
+    """The strength of the penalty, and how it is chosen."""
 
-
-STRENGTH = options(
-    click.option(
-        "--ewc-lambda",
+    ewc_lambda: float | tuple[float, ...] | str | None = option(
+        None,
+        "λ, the strength of the penalty. Several, or auto, are trained from the same start and "
+        "one of them is chosen: see --validation and --choose.",
         metavar="X|X,Y,…|auto",
-        callback=_strengths,
-        help="λ, the strength of the penalty. Several, or auto, are trained from the same start "
-        "and one of them is chosen: see --validation and --choose.",
-    ),
-    click.option(
-        "--validation",
-        multiple=True,
+        choices=("auto",),
+        least=0,
+        typed=read_lambda,
+    )
+    validation: dict[str, str | Path] | None = option(
+        None,
+        "Held-out data to choose λ by, of old tasks and of the new one; may be repeated. A tenth "
+        "of the new task's data is held out where none is given for it.",
         metavar="NAME=DATA",
-        help="Held-out data to choose λ by, of old tasks and of the new one; may be repeated. A "
-        "tenth of the new task's data is held out where none is given for it.",
-    ),
-    click.option(
-        "--choose",
-        type=click.Choice(["mean", "least", "most"]),
-        help="mean: the λ of the largest mean score. least: the least that stays under "
-        "--max-forgetting. most: the largest that keeps 95% of what the new task gains. By default "
-        "most without old data, least with --max-forgetting, else mean.",
-    ),
-    click.option(
-        "--search-plot",
+        changes_result=False,
+    )
+    choose: str | None = option(
+        None,
+        "mean: the λ of the largest mean score. least: the smallest that stays under "
+        "--max-forgetting. most: the largest that keeps 95% of what the new task gains. By "
+        "default most without old data, least with --max-forgetting, else mean.",
+        choices=("mean", "least", "most"),
+    )
+    search_plot: str | Path | None = option(
+        None,
+        "Draw the search as .png, .svg or .pdf (needs matplotlib).",
         metavar="FILE",
-        help="Draw the search as .png, .svg or .pdf (needs matplotlib).",
-    ),
-)
+        written=True,
+        changes_result=False,
+    )
 
 
-PENALTY = options(
-    click.option(
-        "--penalty",
-        type=click.Choice(["ewc", "l2", "none"]),
-        default="ewc",
-        show_default=True,
-        help="ewc holds each weight by its Fisher, l2 all alike.",
-    ),
-    click.option(
-        "--penalty-step",
-        type=click.Choice(["gradient", "proximal"]),
-        default="gradient",
-        show_default=True,
-        help="proximal: implicitly, after the optimizer's step; stable for every λ.",
-    ),
-    click.option(
-        "--penalty-dtype",
-        type=click.Choice(["float32", "bfloat16"]),
-        help="Of Λ and μ in memory; as they are stored by default.",
-    ),
-    click.option(
-        "--penalty-device",
-        metavar="DEVICE",
-        help="Where Λ and μ are; beside the weights by default.",
-    ),
-    click.option(
-        "--fisher",
+@dataclass(frozen=True)
+class PenaltyOptions:
+    """What the penalty is, and where its tensors are."""
+
+    penalty: str = option(
+        "ewc",
+        "ewc: Fisher-weighted penalty; l2: uniform penalty; none: no penalty.",
+        choices=("ewc", "l2", "none"),
+    )
+    penalty_dtype: str | None = option(
+        None,
+        "Dtype of Λ and μ in memory; as they are stored by default.",
+        dtype=True,
+        choices=("float32", "bfloat16"),
+    )
+    penalty_device: str | None = option(
+        None, "Where Λ and μ are; beside the weights by default.", metavar="DEVICE"
+    )
+    fisher: str | Path | None = option(
+        None,
+        "Take the Fisher from here; from beside the weights by default.",
         metavar="PATH|REPO",
-        help="Take the Fisher from here; from beside the weights by default.",
-    ),
-)
-
-
-ADAPTER = options(
-    click.option(
-        "--lora-rank",
-        type=click.IntRange(min=1),
-        metavar="R",
-        help="Train a fresh low-rank adapter W + s·B·A in place of the weights W. The output is a "
-        "whole checkpoint, with the adapter merged (needs peft).",
-    ),
-    click.option(
-        "--lora-targets",
-        multiple=True,
-        metavar="PATTERN",
-        help="Layers that get one, such as '*.q_proj' or q_proj; may be repeated. By default those "
-        "that peft has for the architecture.",
-    ),
-    click.option(
-        "--lora-alpha",
-        type=click.FloatRange(min=0, min_open=True),
-        metavar="X",
-        help="α of s = α/R; R by default, so that s = 1.",
-    ),
-    click.option("--rslora", is_flag=True, help="s = α/√R instead."),
-    click.option(
-        "--penalty-on",
-        type=click.Choice(["adapter", "merged"]),
-        help="Where an adapter is trained: adapter holds its own parameters by their Fisher, "
-        "merged holds W + s·B·A by the Fisher of the whole weights. By default adapter for a "
+        changes_result=False,
+        in_run_file=False,
+    )
+    penalty_on: str | None = option(
+        None,
+        "Where an adapter is trained: adapter protects its own parameters by their Fisher, merged "
+        "protects W + s·B·A by the Fisher of the whole weights. By default adapter for a "
         "CHECKPOINT that is an adapter with a Fisher, else merged.",
-    ),
-)
+        choices=("adapter", "merged"),
+    )
 
 
-HEAD = options(
-    click.option(
-        "--head",
-        type=click.Choice(["keep", "new", "extend"]),
-        default="keep",
-        show_default=True,
-        help="The output layer: keep it, for data with its labels; new puts it aside for the tasks "
-        "that use it and starts a fresh one; extend adds rows for new labels.",
-    ),
-    click.option(
-        "--head-parameters",
-        multiple=True,
+@dataclass(frozen=True)
+class Adapter:
+    """A fresh low-rank adapter, trained in place of the weights."""
+
+    lora_rank: int | None = option(
+        None,
+        "Train a fresh low-rank adapter W + s·B·A in place of the weights W (Hu et al. 2021). The "
+        "output is a whole checkpoint, with the adapter merged (needs peft).",
+        metavar="R",
+        least=1,
+    )
+    lora_targets: tuple[str, ...] = option(
+        (),
+        "Layers that get one, such as '*.q_proj' or q_proj; may be repeated. By default those "
+        "that peft has for the architecture.",
         metavar="PATTERN",
-        help="Names of the output layer's parameters; by default those outside the base model of "
+    )
+    lora_alpha: float | None = option(
+        None, "α of s = α/R; R by default, so that s = 1.", metavar="X", above=0
+    )
+
+
+@dataclass(frozen=True)
+class Head:
+    """What becomes of the output layer."""
+
+    head: str = option(
+        "keep",
+        "The output layer: keep it, for data with its labels; new saves it for the tasks that use "
+        "it and initializes a new, unpenalized one; extend adds rows for new labels.",
+        choices=("keep", "new", "extend"),
+    )
+    head_parameters: tuple[str, ...] = option(
+        (),
+        "Names of the output layer's parameters; by default those outside the base model of "
         "transformers, else those of the last module that has some. May be repeated.",
-    ),
-)
+        metavar="PATTERN",
+    )
 
 
-TRAINING = options(
-    click.option(
-        "--epochs", type=click.IntRange(min=1), help="Passes over the data; 1 by default."
-    ),
-    click.option("--max-steps", type=click.IntRange(min=1), help="Optimizer steps in all."),
-    click.option(
-        "--max-examples",
-        type=click.IntRange(min=1),
-        help="Train on a seeded random subset of this size.",
-    ),
-    BATCH_SIZE,
-    click.option(
-        "--gradient-accumulation-steps",
-        type=click.IntRange(min=1),
-        default=1,
-        show_default=True,
-        help="Batches per optimizer step.",
-    ),
-    click.option(
-        "--learning-rate",
-        type=click.FloatRange(min=0, min_open=True),
-        default=5e-5,
-        show_default=True,
-        help="The peak of the schedule.",
-    ),
-    click.option(
-        "--optimizer",
-        type=click.Choice(["adamw", "adam", "sgd"]),
-        default="adamw",
-        show_default=True,
-    ),
-    click.option(
-        "--momentum",
-        type=click.FloatRange(0, 1, max_open=True),
-        help="Of sgd; 0 by default.",
-    ),
-    click.option(
-        "--weight-decay",
-        type=click.FloatRange(min=0),
-        default=0.0,
-        show_default=True,
-        help="0 by default: it would pull unprotected weights to zero, task after task.",
-    ),
-    click.option(
-        "--lr-scheduler",
-        type=click.Choice(["constant", "linear", "cosine"]),
-        default="constant",
-        show_default=True,
-        help="After the warm-up.",
-    ),
-    click.option("--warmup-steps", type=click.IntRange(min=0), default=0, show_default=True),
-    click.option(
-        "--max-grad-norm",
-        type=click.FloatRange(min=0, min_open=True),
-        help="Clip the norm of the whole gradient, an added penalty's included.",
-    ),
-    click.option(
-        "--mixed-precision",
-        type=click.Choice(["no", "bf16", "fp16"]),
-        default="no",
-        show_default=True,
-        help="Autocast of the forward pass; the master weights are float32.",
-    ),
-    click.option(
-        "--norm-statistics",
-        type=click.Choice(["frozen", "update"]),
-        help="Running statistics of batch norms. By default frozen, whatever the penalty; update "
-        "only without a penalty, a Fisher and another task to evaluate.",
-    ),
-)
+@dataclass(frozen=True)
+class Recipe:
+    """How a run descends."""
 
-
-EVALUATION = options(
-    click.option(
-        "--evaluate",
-        multiple=True,
-        metavar="NAME=DATA",
-        help="Measure before, after each epoch and at the end; may be repeated. A task of that "
-        "NAME whose output layer was put aside is measured with that.",
-    ),
-    click.option(
-        "--max-forgetting",
-        type=click.FloatRange(min=0),
-        metavar="X",
-        help="Leave with exit code 5, the output kept as DIR.failed-forgetting, where an old task "
-        "that --evaluate names loses more than this in score: accuracy, else minus the loss.",
-    ),
-    click.option(
-        "--evaluate-every",
-        type=click.IntRange(min=1),
+    epochs: int | None = option(
+        None, "Passes over the data; 1 unless --max-steps is given.", least=1
+    )
+    max_steps: int | None = option(
+        None, "Optimizer steps in all; ends the run before --epochs do.", least=1
+    )
+    max_examples: int | None = option(
+        None, "Train on a seeded random subset of this size.", least=1
+    )
+    batch_size: int = _batch_size("Examples per batch and process.")
+    gradient_accumulation_steps: int = option(1, "Batches per optimizer step.", least=1)
+    learning_rate: float = option(5e-5, "The peak of the schedule.", above=0)
+    optimizer: str = option(
+        "adamw", "The optimizer, torch's own.", choices=("adamw", "adam", "sgd")
+    )
+    momentum: float | None = option(None, "Of sgd; 0 by default.", least=0, below=1)
+    weight_decay: float = option(
+        0.0, "0 by default: it would pull unprotected weights to zero, task after task.", least=0
+    )
+    lr_scheduler: str = option(
+        "constant", "After the warm-up.", choices=("constant", "linear", "cosine")
+    )
+    warmup_steps: int = option(0, "Steps from zero to the peak.", least=0)
+    max_grad_norm: float | None = option(
+        None, "Clip the norm of the whole gradient, an added penalty's included.", above=0
+    )
+    mixed_precision: str = option(
+        "no",
+        "Autocast of the forward pass; the master weights are float32.",
+        choices=("no", "bf16", "fp16"),
+    )
+    norm_statistics: str | None = option(
+        None,
+        "Running statistics of batch norms. By default frozen, whatever the penalty; update only "
+        "without a penalty, a Fisher and another task to evaluate.",
+        choices=("frozen", "update"),
+    )
+    penalty_step: str = option(
+        "gradient",
+        "gradient adds λ Λ (θ − μ) to the gradient; proximal takes the penalty's step implicitly "
+        "after the optimizer's, stable for every λ.",
+        choices=("gradient", "proximal"),
+    )
+    evaluate_every: int | None = option(
+        None,
+        "Measure after so many optimizer steps too, and at the last.",
         metavar="STEPS",
-        help="Measure after so many optimizer steps too, and at the last.",
-    ),
-    click.option(
-        "--log-every", type=click.IntRange(min=1), default=50, show_default=True, help="In steps."
-    ),
-)
+        least=1,
+    )
+    log_every: int = option(
+        50, "Log every N optimizer steps.", metavar="N", least=1, changes_result=False
+    )
+    seed: int = _seed()
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What is measured on the way, and what may be lost."""
+
+    evaluate: dict[str, str | Path] | None = option(
+        None,
+        "Measure before, after each epoch and at the end; may be repeated. A task of that NAME "
+        "that has a head of its own is measured with that.",
+        metavar="NAME=DATA",
+        changes_result=False,
+        in_run_file=False,
+    )
+    max_forgetting: float | None = option(
+        None,
+        "Exit with code 5 and save the output as DIR.failed-forgetting where an old task that "
+        "--evaluate names loses more than this in score: accuracy, else minus the loss.",
+        metavar="X",
+        least=0,
+    )
+
+
+@dataclass(frozen=True)
+class FisherOptions:
+    """The options of `fisher`."""
+
+    checkpoint: str | Path = _checkpoint()
+    data: str | Path = option(
+        REQUIRED,
+        "The task's data: a file, a folder, a dataset on the Hub, or a task.toml.",
+        metavar="DATA",
+        changes_result=False,
+    )
+    task: str | None = _task()
+    source: Source = part(Source())
+    encoding: Encoding = part(Encoding())
+    estimation: Estimation = part(Estimation())
+    seed: int = _seed()
+    dtype: str | None = _dtype()
+    parameters: Parameters = part(Parameters())
+    add: bool = option(False, "Add another task measured at the same weights.")
+    merging: Merging = part(Merging())
+    output_dir: str | Path | None = option(
+        None,
+        "Write a whole checkpoint here instead of a folder fisher into CHECKPOINT.",
+        metavar="DIR",
+        changes_result=False,
+    )
+    saving: Saving = part(Saving())
+    dry_run: bool = option(
+        False,
+        "Only say what it would take: time, memory, sizes of files. Nothing is written.",
+        changes_result=False,
+    )
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """The options of `finetune`."""
+
+    checkpoint: str | Path = _checkpoint()
+    data: str | Path = option(
+        REQUIRED,
+        "The new task's data: a file, a folder, a dataset on the Hub, or a task.toml.",
+        metavar="DATA",
+        changes_result=False,
+        in_run_file=False,
+    )
+    output_dir: str | Path = option(
+        REQUIRED,
+        "Where the new checkpoint goes.",
+        metavar="DIR",
+        changes_result=False,
+        in_run_file=False,
+    )
+    search: Search = part(Search())
+    penalty: PenaltyOptions = part(PenaltyOptions())
+    adapter: Adapter = part(Adapter())
+    task: str | None = _task()
+    source: Source = part(Source())
+    head: Head = part(Head())
+    encoding: Encoding = part(Encoding())
+    recipe: Recipe = part(Recipe())
+    gate: Gate = part(Gate())
+    parameters: Parameters = part(Parameters())
+    saving: Saving = part(Saving())
+    estimation: Estimation = part(Estimation(batch_size=None), prefix="fisher_")
+    merging: Merging = part(Merging())
+    on_step: Callable[..., None] | None = option(
+        None,
+        "Called after each optimizer step with its loss, its penalty and its learning rate; not "
+        "for the candidates of a search.",
+        python="Callable[[Step], None] | None",
+        python_only=True,
+        changes_result=False,
+        in_run_file=False,
+    )
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The options of `evaluate`."""
+
+    checkpoint: str | Path = _checkpoint()
+    data: dict[str, str | Path] | str | Path = option(
+        REQUIRED,
+        "The data by task name; may be repeated. A task of that NAME that has a head of its own "
+        "is measured with that.",
+        metavar="[NAME=]DATA",
+        python="str | Path | Mapping[str, str | Path]",
+    )
+    task: str | None = _task(
+        "Measure with the output layer of this task, whatever the data is named."
+    )
+    source: Source = part(Source())
+    encoding: Encoding = part(Encoding())
+    batch_size: int = _batch_size()
+    seed: int = _seed()
+    dtype: str | None = _dtype()

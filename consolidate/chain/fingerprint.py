@@ -3,27 +3,22 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from consolidate.fields import flat_options, value_of
+from consolidate.options import FinetuneOptions, FisherOptions
 from formats.checkpoint import CARD, Checkpoint, other_files
 from formats.digest import TensorRecord, set_digest
 from formats.rows import Rows, file_digest, listing_digest
 from formats.task_file import TaskFile, open_task
 from formats.versions import program_versions
 
-WITHOUT_EFFECT = {"log_every", "search_plot", "save_every", "restart", "force", "overwrite"}
-WITHOUT_EFFECT |= {"check", "fisher_check", "on_step"}
-"""Options that cannot be seen in the result."""
-
-# Where the result goes, and what is told by its content.
-_NOT_OPTIONS = {"checkpoint", "data", "output_dir", "evaluate", "validation", "fisher", "revision"}
-_NOT_OPTIONS |= {"dry_run", "base_model", "evaluate_ahead"}
+SETTLED = ("task", "norm_statistics", "device", "merge_rule", "gamma", "processes")
+"""Options that are known only once the checkpoint is open, and the number of processes."""
 
 
 def checkpoint_content(
@@ -51,15 +46,7 @@ def checkpoint_content(
 
 
 def data_content(spec: str | Path, split: str | None = None) -> dict[str, Any]:
-    """Describe task data: name, digest, and what a task file says of it.
-
-    Args:
-        spec: As for `open_task`.
-        split: Of a data set that has several.
-
-    Returns:
-        JSON-ready.
-    """
+    """Describe task data: their name and digest, and what a task file says of them."""
     return rows_content(*open_task(spec, split=split))
 
 
@@ -67,6 +54,44 @@ def rows_content(task_file: TaskFile, rows: Rows) -> dict[str, Any]:
     """Describe task data that are open, as `data_content` does."""
     said = {key: value for key, value in asdict(task_file).items() if key != "data" and value}
     return {"name": rows.name, "digest": rows.digest(), **said}
+
+
+def asked(
+    command: str,
+    options: FisherOptions | FinetuneOptions,
+    data: dict[str, Any],
+    content_of: Callable[..., dict[str, Any]] = data_content,
+) -> dict[str, Any]:
+    """Describe what a command is asked for, as far as that is known without the checkpoint."""
+    flats = [flat for flat in flat_options(type(options)) if not flat.option.python_only]
+    named = {flat.name: value_of(options, flat) or {} for flat in flats if flat.names_data}
+    return {
+        "command": command,
+        "versions": versions(),
+        "data": data,
+        **{
+            role: {name: content_of(spec) for name, spec in specs.items()}
+            for role, specs in named.items()
+        },
+        "module": module_content(options.source.model),
+        "options": {
+            flat.name: plain(value_of(options, flat))
+            for flat in flats
+            if flat.option.changes_result and flat.name not in SETTLED
+        },
+    }
+
+
+def description(
+    asked: Mapping[str, Any], checkpoint: Mapping[str, Any], **settled: Any
+) -> dict[str, Any]:
+    """Describe all that a result is made from: what is asked for, of which checkpoint.
+
+    `settled` are the values of SETTLED.
+    """
+    assert settled.keys() <= set(SETTLED)
+    options = {**asked["options"], **{name: plain(value) for name, value in settled.items()}}
+    return {**asked, "checkpoint": checkpoint, "options": options}
 
 
 def module_content(factory: str | None) -> str | None:
@@ -88,29 +113,13 @@ def module_content(factory: str | None) -> str | None:
     return file_digest(source) if source is not None and source.is_file() else None
 
 
-def options_content(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe the options of a command, without those that name data or change nothing.
-
-    Args:
-        options: Arguments of the function beneath it, by name.
-
-    Returns:
-        JSON-ready; the same for what means the same, such as a list and a tuple.
-    """
-    return {
-        name: plain(value)
-        for name, value in options.items()
-        if name not in _NOT_OPTIONS and name not in WITHOUT_EFFECT
-    }
-
-
 def plain(value: Any) -> Any:
     """Give the value of an option as JSON knows it."""
 
     def known(value: object) -> Any:
         if is_dataclass(value) and not isinstance(value, type):
             return {key: entry for key, entry in asdict(value).items() if entry is not None}
-        if isinstance(value, torch.dtype | torch.device | Path):
+        if isinstance(value, Path):
             return str(value)
         raise TypeError(f"an option cannot be a {type(value).__name__}")
 
@@ -133,46 +142,45 @@ def digest(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield each entry that two descriptions do not share: its name, what it was, what it is.
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Say in words how two descriptions differ, as far as the new one goes; empty if they agree."""
+    return "; ".join(_changes(old, new))
 
-    Args:
-        old: One description, or an entry of one that is an object.
-        new: The other one.
-    """
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    for key, what in _IN_WORDS.items():
+        if key in new and old.get(key) != new[key]:
+            yield what
+    for key, what in (("evaluate", "test data"), ("validation", "validation data")):
+        for name, then, now in _differences(old.get(key, {}), new.get(key, {})):
+            how = "is new" if then is None else "is left out" if now is None else "differs"
+            yield f"the {what} of {name} {how}"
+    for name, then, now in _differences(old.get("versions", {}), new["versions"]):
+        yield f"the version of {name} {then} → {now}"
+    for name, then, now in _differences(old.get("options", {}), new["options"]):
+        if name in new["options"]:
+            yield f"{name.replace('_', '-')} {_shown(then)} → {_shown(now)}"
+
+
+_IN_WORDS = {
+    "checkpoint": "the checkpoint it starts from",
+    "command": "whether it is trained",
+    "config": "the config",
+    "module": "the source of the module",
+    "data": "the data",
+}
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     for name in {**old, **new}:
         if old.get(name) != new.get(name):
             yield name, old.get(name), new.get(name)
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Say in words how two descriptions differ; empty if they do not.
-
-    Args:
-        old: What was kept.
-        new: What is asked for.
-    """
-    return "; ".join(
-        f"{name.removeprefix('options.')}: {_short(then)} then, {_short(now)} now"
-        for name, then, now in differences(_flat(old), _flat(new))
-    )
+def _shown(value: Any) -> str:
+    return "default" if value is None else str(value)
 
 
 def _number(text: str) -> float | int:
     value = float(text)
     return int(value) if value.is_integer() else value  # so that 1 and 1.0 are the same option
-
-
-def _flat(description: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in description.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{place}{name}.")
-        else:
-            flat[f"{place}{name}"] = value
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return f"{text[:12]}…" if len(text) == 64 and " " not in text else text

@@ -69,10 +69,7 @@ def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher 
     except ConsolidateError as error:
         LOG.info("%s was made from the same, but is not whole: %s", output.checkpoint, error)
         return None
-    LOG.info(
-        "%s is there already, made from the same, and nothing is done: --force does it anew",
-        output.checkpoint,
-    )
+    LOG.info("%s is up to date: nothing to do", output.checkpoint)
     return stored
 
 

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from consolidate.chain.heads import models_of_tasks
 from consolidate.chain.opening import check_base, with_base
 from consolidate.commands.task_metrics import evaluate_all
-from consolidate.data.columns import Columns, columns_of
+from consolidate.data.columns import columns_of
 from consolidate.data.encoding import encode
 from consolidate.models.adapters import load
-from consolidate.runtime.devices import best_device
+from consolidate.models.model import Model
+from consolidate.options import EvaluateOptions
+from consolidate.runtime.devices import best_device, dtype_of_name
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from formats.checkpoint_files import check_link
 from formats.errors import InputError
@@ -31,45 +31,8 @@ from formats.task_file import open_task
 LOG = logging.getLogger("consolidate")
 
 
-def evaluate(
-    checkpoint: str | Path,
-    data: str | Path | Mapping[str, str | Path],
-    *,
-    task: str | None = None,
-    objective: str | None = None,
-    model: str | None = None,
-    columns: Columns | None = None,
-    split: str | None = None,
-    max_length: int | None = None,
-    pack: bool = False,
-    batch_size: int = 16,
-    seed: int = 0,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    revision: str | None = None,
-    base_model: str | Path | None = None,
-) -> dict[str, dict[str, float]]:
+def evaluate(options: EvaluateOptions) -> dict[str, dict[str, float]]:
     """Measure a checkpoint on each task: loss, and accuracy or perplexity.
-
-    Args:
-        checkpoint: A folder, a weights file, or a repository on the Hub.
-        data: A file, a folder, a data set on the Hub, or a ``task.toml``; several by task name.
-            Where the name is that of a task of the ledger whose output layer was put aside, that
-            layer is used.
-        task: The task of the ledger whose output layer is used for all data.
-        objective: What is predicted; the architecture's own unless given.
-        model: ``package.module:factory`` for a model that transformers does not know.
-        columns: Where the inputs and labels are in the data.
-        split: Of a data set that has several.
-        max_length: Tokens after which a text is truncated.
-        pack: Fill sequences of `max_length` with consecutive texts (language modelling).
-        batch_size: Examples run at a time.
-        seed: Of the masks of a masked language model.
-        device: Such as ``cpu`` or ``cuda``; the best there is unless given.
-        dtype: Of the weights; as stored unless given.
-        revision: Of a checkpoint on the Hub.
-        base_model: Of a checkpoint that is an adapter of peft: a folder or a repository. The one
-            that its config names unless given, if that is a folder here.
 
     Returns:
         The metrics of each task, by name.
@@ -78,54 +41,61 @@ def evaluate(
         InputError: Something in the checkpoint or the data does not fit.
         NonFiniteError: NaN or infinity in the weights.
     """
+    checkpoint, revision = options.checkpoint, options.source.revision
     folder = locate(checkpoint, revision, without=VALUES)
     if (ledger := _ledger(folder / "fisher")) is not None and ledger.heads:
         folder = locate(checkpoint, revision)  # heads are opened with the rest of the folder
-    source = with_base(open_checkpoint(folder), base_model)
+    source = with_base(open_checkpoint(folder), options.source.base_model)
     if ledger is not None:
         check_base(ledger, folder / "fisher", source)
     check_finite(source.weights, folder)
+    data = options.data
     if not isinstance(data, Mapping):
         data = {Path(data).stem: data}
-    stored = _stored_heads(folder / "fisher", ledger, source, task)
-    tasks = {} if stored is None else {name: task or name for name in data}
-    if stored is not None:
-        known = {record.name for record in stored.ledger.tasks}
-        for name in [name for name in tasks if task is None and name not in known]:
-            LOG.info(
-                "%s is no task of the ledger: it is measured with the output layer in the weights, "
-                "and with that of an earlier task where --task names one (%s)",
-                name,
-                ", ".join(stored.heads),
-            )
-    opened = {name: open_task(spec, split=split) for name, spec in data.items()}
+    stored = _stored_heads(folder / "fisher", ledger, source, options.task)
+    opened = {name: open_task(spec, split=options.encoding.split) for name, spec in data.items()}
+    objectives = (task_file.objective for task_file, _ in opened.values() if task_file.objective)
     load_as = partial(
         load,
-        objective=objective or next((f.objective for f, _ in opened.values() if f.objective), None),
-        factory=model,
-        dtype=dtype,
-        device=best_device(device),
+        objective=options.source.objective or next(objectives, None),
+        factory=options.source.model,
+        dtype=dtype_of_name(options.dtype),
+        device=best_device(options.source.device),
     )
-    loaded = load_as(source)
-    with_heads = {} if stored is None else models_of_tasks(load_as, loaded, stored, tasks)
+    model = load_as(source)
+    with_heads: dict[str, Model] = {}
+    if stored is not None:
+        tasks = {name: options.task or name for name in data}
+        _note_strangers(tasks, stored, options.task)
+        with_heads = models_of_tasks(load_as, model, stored, tasks)
     encoded = {
         name: encode(
             rows,
-            with_heads.get(name, loaded),
-            columns=columns_of(columns, task_file.columns()),
-            max_length=max_length,
-            pack=pack,
-            seed=seed,
+            with_heads.get(name, model),
+            columns=columns_of(options.encoding.columns, task_file.columns()),
+            max_length=options.encoding.max_length,
+            pack=options.encoding.pack,
+            seed=options.seed,
         )
         for name, (task_file, rows) in opened.items()
     }
-    metrics = evaluate_all(loaded, encoded, batch_size=batch_size, with_heads=with_heads)
-    for note in [
-        *loaded.notes,
-        *(note for examples in encoded.values() for note in examples.notes()),
-    ]:
+    metrics = evaluate_all(model, encoded, batch_size=options.batch_size, with_heads=with_heads)
+    notes = [*model.notes, *(note for examples in encoded.values() for note in examples.notes())]
+    for note in notes:
         LOG.info("%s", note)
     return metrics
+
+
+def _note_strangers(tasks: Mapping[str, str], stored: StoredFisher, task: str | None) -> None:
+    """Say which data are measured with the output layer in the weights for want of a task."""
+    known = {record.name for record in stored.ledger.tasks}
+    for name in [name for name in tasks if task is None and name not in known]:
+        LOG.info(
+            "%s is no task of the ledger: it is measured with the output layer in the weights, "
+            "and with that of an earlier task where --task names one (%s)",
+            name,
+            ", ".join(stored.heads),
+        )
 
 
 def _ledger(folder: Path) -> Ledger | None:

@@ -1,7 +1,6 @@
 """How a fine-tuning descends: its recipe, its steps, and what is measured on the way."""
 
 import logging
-import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,17 +15,14 @@ from consolidate.chain.resume import KeptTraining, KeptWork
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.examples import subset
 from consolidate.estimation.likelihoods import get_likelihood
-from consolidate.ewc.penalty import STEPS
 from consolidate.models.lora import end_adapting
 from consolidate.models.model import Model, file_weights
+from consolidate.options import Recipe
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import from_first, is_first, place_in, shares
 from consolidate.runtime.progress import progress
 from consolidate.runtime.shards import is_sharded, local
 from consolidate.training.loop import (
-    MIXED_PRECISION,
-    OPTIMIZERS,
-    SCHEDULES,
     Step,
     data_order,
     make_optimizer,
@@ -54,30 +50,6 @@ LOG = logging.getLogger("consolidate")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a run descends: the options of `finetune` of these names."""
-
-    penalty_step: str
-    epochs: int | None
-    max_steps: int | None
-    max_examples: int | None
-    batch_size: int
-    gradient_accumulation_steps: int
-    learning_rate: float
-    optimizer: str
-    momentum: float | None
-    weight_decay: float
-    lr_scheduler: str
-    warmup_steps: int
-    max_grad_norm: float | None
-    mixed_precision: str
-    norm_statistics: str
-    log_every: int
-    evaluate_every: int | None
-    seed: int
-
-
-@dataclass(frozen=True)
 class Trained:
     """Where a run ended."""
 
@@ -85,71 +57,6 @@ class Trained:
     weights: Mapping[str, Tensor]  # by the names of the weights file, as they will be stored
     steps: list[Step]
     metrics: dict[str, dict[str, dict[str, float]]]
-
-
-def check_options(
-    penalty: str,
-    ewc_lambda: object,
-    penalty_dtype: torch.dtype | None,
-    penalty_device: str | None,
-    recipe: Recipe,
-) -> None:
-    """Refuse options of `finetune` that no run could have, whatever the checkpoint and the data.
-
-    Args:
-        penalty: As in `finetune`.
-        ewc_lambda: As in `finetune`.
-        penalty_dtype: As in `finetune`.
-        penalty_device: As in `finetune`.
-        recipe: The others.
-
-    Raises:
-        UsageError: One is out of its range, or two contradict each other.
-    """
-    for option, value, known in (
-        ("penalty", penalty, ("ewc", "l2", "none")),
-        ("penalty-step", recipe.penalty_step, STEPS),
-        ("optimizer", recipe.optimizer, OPTIMIZERS),
-        ("lr-scheduler", recipe.lr_scheduler, SCHEDULES),
-        ("mixed-precision", recipe.mixed_precision, MIXED_PRECISION),
-    ):
-        if value not in known:
-            raise UsageError(f"--{option} {value}: expected one of {', '.join(known)}")
-    for option, number in (
-        ("epochs", recipe.epochs),
-        ("max-steps", recipe.max_steps),
-        ("batch-size", recipe.batch_size),
-        ("gradient-accumulation-steps", recipe.gradient_accumulation_steps),
-        ("log-every", recipe.log_every),
-        ("evaluate-every", recipe.evaluate_every),
-    ):
-        if number is not None and number < 1:
-            raise UsageError(f"--{option} {number}: expected at least 1")
-    strength = ewc_lambda if isinstance(ewc_lambda, int | float) else None
-    for option, amount, least in (
-        ("ewc-lambda", strength, "from 0"),
-        ("learning-rate", recipe.learning_rate, "above 0"),
-        ("momentum", recipe.momentum, "from 0"),
-        ("weight-decay", recipe.weight_decay, "from 0"),
-        ("warmup-steps", recipe.warmup_steps, "from 0"),
-        ("max-grad-norm", recipe.max_grad_norm, "above 0"),
-    ):
-        fits = amount is None or (amount >= 0 and math.isfinite(amount))
-        if not fits or (amount == 0 and least == "above 0"):
-            raise UsageError(f"--{option} {amount}: expected a finite number {least}")
-    free = penalty == "none" and "--penalty none"
-    plain = recipe.optimizer != "sgd" and f"--optimizer {recipe.optimizer}"
-    for option, given, without in (
-        ("ewc-lambda", ewc_lambda is not None, free),
-        ("penalty-step", recipe.penalty_step != "gradient", free),
-        ("penalty-dtype", penalty_dtype is not None, free),
-        ("penalty-device", penalty_device is not None, free),
-        ("momentum", recipe.momentum is not None, plain),
-    ):
-        if given and without:
-            raise UsageError(f"--{option} has no meaning with {without}: leave one of them out")
-    if penalty != "none" and ewc_lambda is None:
-        raise UsageError(f"--penalty {penalty} needs --ewc-lambda: the strength has no default")
 
 
 def train(
@@ -375,7 +282,7 @@ def descend(
                     scaler=scaler,
                     first_step=len(steps),
                     max_steps=total,
-                    norm_statistics=recipe.norm_statistics,
+                    norm_statistics=recipe.norm_statistics or "frozen",
                     on_step=on_step,
                     group=group,
                     stand_in=stand_in,

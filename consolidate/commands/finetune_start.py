@@ -1,7 +1,7 @@
-"""What a fine-tuning starts from: checkpoint, Fisher and data opened, the model loaded."""
+"""What a fine-tuning starts from: the model loaded, the data encoded, the penalty made."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,12 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from consolidate.chain.fingerprint import checkpoint_content, rows_content
 from consolidate.chain.heads import Fitted, fit_model, models_of_tasks
-from consolidate.chain.opening import find_fisher, stored_fisher, with_base
-from consolidate.chain.output import check_output
-from consolidate.chain.tasks import Chain, check_names_to_be, merging_options, task_name
-from consolidate.data.columns import Columns, columns_of
+from consolidate.chain.tasks import Chain, check_names_to_be
+from consolidate.commands.finetune_plan import Plan
 from consolidate.data.encoding import encode
 from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
@@ -24,63 +21,16 @@ from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty
 from consolidate.models.adapters import load
 from consolidate.models.architectures import lacks_head
-from consolidate.models.lora import Lora, adapt, low_rank_layers, other_parameters
+from consolidate.models.lora import adapt, low_rank_layers, other_parameters
 from consolidate.models.model import Model
-from consolidate.runtime.devices import best_device
+from consolidate.options import Columns
+from consolidate.runtime.devices import best_device, dtype_of_name
 from consolidate.runtime.shards import shard
-from formats.checkpoint import Checkpoint, check_finite, open_checkpoint, weight_records
-from formats.digest import TensorRecord
-from formats.errors import InputError, UsageError
-from formats.fisher_folder import LEDGER_NAME, StoredFisher
-from formats.hub import FISHER, commits_of, locate
+from formats.errors import UsageError
 from formats.rows import Rows
-from formats.task_file import TaskFile, open_task
+from formats.task_file import open_task
 
 LOG = logging.getLogger("consolidate")
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What a run reads, checked before anything of it is loaded."""
-
-    source: Checkpoint
-    before: StoredFisher | None  # the chain so far
-    holding: StoredFisher | None  # what the penalty is made of: that, or the base model's
-    penalty_on: str | None  # "adapter" or "merged" where an adapter is trained with a penalty
-    task_file: TaskFile
-    rows: Rows
-    task: str
-    objective: str | None
-    columns: Columns
-    merge_rule: str
-    gamma: float
-
-    def records(self) -> dict[str, TensorRecord]:
-        """Give the digests of the weights; those of a ledger have been compared with them."""
-        if self.before is None:
-            return weight_records(self.source.weights)
-        return self.before.ledger.weights
-
-    def content(self) -> dict[str, Any]:
-        """Describe what is opened by content, JSON-ready."""
-        base, holding = self.source.base, self.holding
-        own = None if self.before is None else self.before.folder / LEDGER_NAME
-        content = checkpoint_content(self.source, own, self.records())
-        if base is not None:
-            of_base = None if holding is None or holding is self.before else holding
-            content["base"] = checkpoint_content(
-                base,
-                None if of_base is None else of_base.folder / LEDGER_NAME,
-                weight_records(base.weights) if of_base is None else of_base.ledger.weights,
-            )
-        return {
-            "checkpoint": content,
-            "data": rows_content(self.task_file, self.rows),
-        }
-
-    def commits(self) -> dict[str, str]:
-        """Give the commits of what came from the Hub."""
-        return commits_of(self.source.path, None if self.before is None else self.before.folder)
 
 
 @dataclass(frozen=True)
@@ -97,207 +47,30 @@ class Start:
     frozen: list[nn.Parameter] | None = None  # for a fresh adapter; None where there is none
 
 
-def open_start(
-    checkpoint: str | Path,
-    data: str | Path,
-    target: Path | None,
-    *,
-    penalty: str,
-    fisher: str | Path | None,
-    task: str | None,
-    objective: str | None,
-    model: str | None,
-    columns: Columns | None,
-    split: str | None,
-    overwrite: bool,
-    revision: str | None,
-    base_model: str | Path | None,
-    lora: Lora | None,
-    penalty_on: str | None,
-    merge_rule: str | None,
-    gamma: float | None,
-    task_weight: float | str,
-) -> Opened:
-    """Open checkpoint, Fisher and data, and refuse what would fail later.
-
-    Args:
-        checkpoint: As in `finetune`, like all others.
-        data: The new task.
-        target: The output folder; None if it is checked elsewhere.
-        penalty: The kind of penalty.
-        fisher: Where the Fisher is, if not beside the weights.
-        task: The new task's name.
-        objective: What is predicted.
-        model: The factory of a module of the user's own.
-        columns: Where the inputs and labels are.
-        split: Of the data.
-        overwrite: Whether the target may be replaced.
-        revision: Of a checkpoint on the Hub.
-        base_model: Of a checkpoint that is an adapter.
-        lora: A fresh adapter to train in place of the weights.
-        penalty_on: What the penalty is on where an adapter is trained.
-        merge_rule: How the task will be merged.
-        gamma: γ of ``online``.
-        task_weight: The weight of the new Fisher.
-
-    Returns:
-        What was opened.
-
-    Raises:
-        InputError: Something does not fit, as in `finetune`.
-        UsageError: The options contradict each other or the checkpoint.
-    """
-    folder = locate(checkpoint, revision, without=() if fisher is None else FISHER)
-    source = with_base(open_checkpoint(folder), base_model)
-    if target is not None:
-        check_output(target, source, overwrite=overwrite, whole=True)
-    penalty_on = _penalty_on(penalty_on, penalty, source, lora, fisher)
-    of_base = source.base is not None and penalty_on == "merged"
-    stored_at = find_fisher(folder, None if of_base else fisher)
-    before = None if stored_at is None else stored_fisher(stored_at, source)
-    holding = before
-    if of_base and penalty == "ewc":
-        assert source.base is not None
-        place = find_fisher(source.base.path, fisher)
-        holding = None if place is None else stored_fisher(place, source.base)
-        checkpoint, folder = source.base.path, source.base.path
-    if holding is None and penalty == "ewc":
-        if model is None and objective and lacks_head(source, objective):
-            raise InputError(
-                f"{folder} has no output layer for {objective} yet: let it learn a first task with "
-                "--penalty none"
-            )
-        raise InputError(
-            f"{folder} holds no Fisher: run `consolidate fisher {checkpoint} --data OLD_DATA` "
-            "first, or name one with --fisher"
-        )
-    merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
-    check_finite(source.weights, folder)
-    task_file, rows = open_task(data, split=split)
-    return Opened(
-        source=source,
-        before=before,
-        holding=holding,
-        penalty_on=penalty_on,
-        task_file=task_file,
-        rows=rows,
-        task=task_name(task or task_file.name, rows.name, before),
-        objective=objective or task_file.objective,
-        columns=columns_of(columns, task_file.columns()),
-        merge_rule=merge_rule,
-        gamma=gamma,
-    )
-
-
-def load_start(
-    opened: Opened,
-    *,
-    penalty: str,
-    ewc_lambda: float | None,
-    penalty_dtype: torch.dtype | None,
-    penalty_device: str | None,
-    model: str | None,
-    head: str,
-    head_parameters: Sequence[str],
-    evaluate: Mapping[str, str | Path],
-    validation: Mapping[str, str | Path],
-    device: str | None,
-    freeze: Sequence[str],
-    gradient_checkpointing: bool,
-    lora: Lora | None,
-    encoding: dict[str, Any],
-    shards_among: ProcessGroup | None = None,
-) -> Start:
+def load_start(plan: Plan, shards_among: ProcessGroup | None = None) -> Start:
     """Load the model, encode the data for it, and make the penalty around its weights.
 
-    Args:
-        opened: As `open_start` gives it.
-        penalty: As in `finetune`, like the others.
-        ewc_lambda: λ; None without a penalty.
-        penalty_dtype: Of Λ and μ in memory.
-        penalty_device: Where they are.
-        model: The factory of a module of the user's own.
-        head: What becomes of the output layer.
-        head_parameters: Patterns of its parameters.
-        evaluate: Data to measure, by name.
-        validation: Held-out data to choose λ by, by name.
-        device: Where the model is put.
-        freeze: Patterns of parameters that do not train.
-        gradient_checkpointing: Whether layers keep only their inputs.
-        lora: A fresh adapter to train in place of the weights.
-        encoding: Options of `encode`, the seed among them.
-        shards_among: Processes that each hold a shard of the model; None where each holds all.
-
-    Returns:
-        What training starts from.
-
-    Raises:
-        InputError: Something does not fit, as in `finetune`.
-        UsageError: The options contradict each other or the checkpoint.
+    `shards_among` are processes that each hold a shard; None where each holds the whole model.
     """
-    source, objective = opened.source, opened.objective
-    new_labels = None
-    if penalty == "none" and model is None and objective and lacks_head(source, objective):
-        new_labels = label_names(opened.rows, objective, opened.columns)
-    learned = 0 if opened.before is None else len(opened.before.ledger.tasks)
-    load_as = partial(
-        load,
-        objective=objective,
-        factory=model,
-        seed=encoding["seed"] + learned,  # heads that begin alike compete for the same features
-        # Master weights: small updates vanish in bf16. Shards are widened one block at a time.
-        dtype=torch.float32 if shards_among is None else None,
-        device=best_device(device) if shards_among is None else "cpu",
-        freeze=freeze,
-        gradient_checkpointing=gradient_checkpointing,
-    )
-    fitted = fit_model(
-        load_as,
-        source,
-        opened.before,
-        opened.rows,
-        opened.columns,
-        head=head,
-        patterns=head_parameters,
-        new_labels=new_labels,
-    )
+    opened = plan.opened
+    fitted, load_as = _fit(plan, whole=shards_among is None)
     loaded, before = fitted.model, fitted.before
     check_names_to_be(before, loaded)
     with_heads: dict[str, Model] = {}
     if before is not None:
-        tasks = {name: name for name in (*evaluate, *validation)}
+        tasks = {name: name for name in (*plan.evaluate, *plan.validation)}
         with_heads = models_of_tasks(load_as, loaded, before, tasks)
     if shards_among is not None:
-        if lora is not None or source.adapter is not None:
-            raise UsageError("--shard cuts whole models, not adapters: leave it out")
-        if with_heads:
-            raise UsageError(
-                f"--shard cannot measure {next(iter(with_heads))}, which has an output layer of "
-                "its own: evaluate it afterwards"
-            )
-        shard(loaded.module, shards_among, best_device(device), torch.float32)
-    examples = encode(opened.rows, loaded, columns=opened.columns, **encoding)
-
-    def encode_named(data: Mapping[str, str | Path]) -> dict[str, Examples]:
-        encoded = {}
-        for name, spec in data.items():
-            task_file, rows = open_task(spec)
-            # A task file of its own knows better than the options, which are the new task's.
-            used = Columns(**{**asdict(opened.columns), **task_file.columns()})
-            encoded[name] = encode(rows, with_heads.get(name, loaded), columns=used, **encoding)
-        return encoded
-
-    evaluations, held_out = encode_named(evaluate), encode_named(validation)
-    storage = {
-        "dtype": penalty_dtype,
-        "device": None if penalty_device is None else best_device(penalty_device),
-    }
+        _shard(plan, loaded, with_heads, shards_among)
+    examples = _encode(plan, opened.rows, loaded, opened.columns)
+    evaluations = _encode_named(plan, plan.evaluate, loaded, with_heads)
+    held_out = _encode_named(plan, plan.validation, loaded, with_heads)
     frozen = None
-    if lora is not None:
+    if plan.lora is not None:
         whole = {*fitted.free, *loaded.layout.fresh}
-        frozen = adapt(loaded, lora, whole, with_heads.values(), seed=encoding["seed"])
-    term = _penalty(penalty, ewc_lambda, fitted, opened, **storage)
-    if before is not None and penalty != "ewc":
+        frozen = adapt(loaded, plan.lora, whole, with_heads.values(), seed=plan.recipe.seed)
+    term = _penalty(plan, fitted)
+    if before is not None and plan.options.penalty.penalty != "ewc":
         LOG.info(
             "the Fisher of %s does not hold the weights in this run; it is kept, around %s",
             ", ".join(task.name for task in before.ledger.tasks),
@@ -306,67 +79,99 @@ def load_start(
     return Start(loaded, before, examples, evaluations, held_out, with_heads, term, frozen)
 
 
-def _penalty_on(
-    asked: str | None, penalty: str, source: Checkpoint, lora: Lora | None, fisher: object
-) -> str | None:
-    """Choose what the penalty is on where an adapter is trained."""
-    if lora is not None and source.adapter is not None:
-        raise UsageError(f"{source.path} is an adapter already: leave --lora-rank out")
-    if lora is None and source.adapter is None:
-        if asked is not None:
-            raise UsageError(
-                f"--penalty-on {asked} is for adapters: use it with --lora-rank, or a checkpoint "
-                "that is one"
-            )
-        return None
-    if penalty == "none":
-        if asked is not None:
-            raise UsageError("--penalty-on has no meaning with --penalty none: leave it out")
-        return None
-    if asked == "adapter" and lora is not None and penalty == "ewc":
+def _fit(plan: Plan, *, whole: bool) -> tuple[Fitted, partial[Model]]:
+    """Load the model with an output layer for the data's labels; and give the way to load it."""
+    options, opened = plan.options, plan.opened
+    source, objective, factory = opened.source, opened.objective, options.source.model
+    new_labels = None
+    free = options.penalty.penalty == "none" and factory is None
+    if free and objective and lacks_head(source, objective):
+        new_labels = label_names(opened.rows, objective, opened.columns)
+    load_as = partial(
+        load,
+        objective=objective,
+        factory=factory,
+        # Heads that begin alike compete for the same features.
+        seed=plan.recipe.seed + len(opened.old_tasks),
+        # Master weights: small updates vanish in bf16. Shards are widened one block at a time.
+        dtype=torch.float32 if whole else None,
+        device=best_device(options.source.device) if whole else "cpu",
+        freeze=options.parameters.freeze,
+        gradient_checkpointing=options.parameters.gradient_checkpointing,
+    )
+    fitted = fit_model(
+        load_as,
+        source,
+        opened.before,
+        opened.rows,
+        opened.columns,
+        head=options.head.head,
+        patterns=options.head.head_parameters,
+        new_labels=new_labels,
+    )
+    return fitted, load_as
+
+
+def _shard(plan: Plan, model: Model, with_heads: Mapping[str, Model], among: ProcessGroup) -> None:
+    """Give each process its shard of the model."""
+    if plan.lora is not None or plan.opened.source.adapter is not None:
+        raise UsageError("--shard cuts whole models, not adapters: leave it out")
+    if with_heads:
         raise UsageError(
-            "--penalty-on adapter needs the Fisher of an adapter, and a fresh one has none: start "
-            "from an adapter that `consolidate fisher` has measured, or use --penalty-on merged"
+            f"--shard cannot measure {next(iter(with_heads))}, which has an output layer of "
+            "its own: evaluate it afterwards"
         )
-    if asked is None:
-        own = source.adapter is not None and find_fisher(source.path, None) is not None
-        asked = "adapter" if own else "merged"
-    return asked
+    shard(model.module, among, best_device(plan.options.source.device), torch.float32)
 
 
-def _penalty(
-    kind: str,
-    ewc_lambda: float | None,
-    fitted: Fitted,
-    opened: Opened,
-    **storage: Any,
-) -> Penalty | MergedPenalty | None:
-    if kind == "none" or ewc_lambda is None:
+def _encode_named(
+    plan: Plan, data: Mapping[str, str | Path], model: Model, with_heads: Mapping[str, Model]
+) -> dict[str, Examples]:
+    """Encode the data of evaluations, each for the model that it is measured with."""
+    encoded = {}
+    for name, spec in data.items():
+        task_file, rows = open_task(spec)
+        # A task file of its own knows better than the options, which are the new task's.
+        columns = Columns(**{**asdict(plan.opened.columns), **task_file.columns()})
+        encoded[name] = _encode(plan, rows, with_heads.get(name, model), columns)
+    return encoded
+
+
+def _encode(plan: Plan, rows: Rows, model: Model, columns: Columns) -> Examples:
+    encoding, seed = plan.options.encoding, plan.recipe.seed
+    return encode(
+        rows, model, columns=columns, max_length=encoding.max_length, pack=encoding.pack, seed=seed
+    )
+
+
+def _penalty(plan: Plan, fitted: Fitted) -> Penalty | MergedPenalty | None:
+    """Make the penalty around the weights that the model has now."""
+    asked, opened = plan.options.penalty, plan.opened
+    if asked.penalty == "none":
         return None
     model, stored = fitted.model, fitted.before
+    place = None if asked.penalty_device is None else best_device(asked.penalty_device)
+    storage: dict[str, Any] = {"dtype": dtype_of_name(asked.penalty_dtype), "device": place}
+    # Where λ is searched for, 1 until one is chosen.
+    storage["ewc_lambda"] = 1.0 if plan.search is not None else plan.options.search.ewc_lambda
     penalty: Penalty | MergedPenalty
     if opened.penalty_on == "merged":
         of_base = model.base_layout is not None
-        penalty = _merged_penalty(
-            kind, ewc_lambda, fitted, opened.holding if of_base else stored, **storage
-        )
-    elif kind == "l2":
+        chain = opened.protecting if of_base else stored
+        penalty = _merged_penalty(asked.penalty, fitted, chain, **storage)
+    elif asked.penalty == "l2":
         if not fitted.free:
-            return Penalty.l2(model.module, ewc_lambda=ewc_lambda, **storage)
-        held = _alike(fitted, dict(model.module.named_parameters()))
-        return Penalty(model.module, held, ewc_lambda=ewc_lambda, **storage)
+            return Penalty.l2(model.module, **storage)
+        alike = _alike(fitted, dict(model.module.named_parameters()))
+        return Penalty(model.module, alike, **storage)
     else:
-        assert stored is not None  # finetune has refused by now
+        assert stored is not None  # the plan has refused by now
         # What stays in the mapped files takes no memory of its own.
         anchor = stored.anchor or {name: model.checkpoint.weights[name] for name in stored.fisher}
         to_module = model.layout.to_module
+        offset = stored.ledger.penalty_offset
         penalty = Penalty(
-            model.module,
-            to_module(stored.fisher),
-            to_module(anchor),
-            ewc_lambda=ewc_lambda,
-            offset=stored.ledger.penalty_offset,
-            **storage,
+            model.module, to_module(stored.fisher), to_module(anchor), offset=offset, **storage
         )
     if penalty.unprotected:
         LOG.info(
@@ -378,9 +183,9 @@ def _penalty(
 
 
 def _merged_penalty(
-    kind: str, ewc_lambda: float, fitted: Fitted, stored: Chain | None, **storage: Any
+    kind: str, fitted: Fitted, stored: Chain | None, **storage: Any
 ) -> MergedPenalty:
-    """Hold the weights that an adapter changes, and what trains beside it, by a whole Fisher."""
+    """Protect the weights that an adapter changes, and what trains beside it, by a whole Fisher."""
     model = fitted.model
     layers, others = low_rank_layers(model.module), other_parameters(model.module)
     held = {**{name: layer.weight for name, layer in layers.items()}, **others}
@@ -402,12 +207,9 @@ def _merged_penalty(
         others.items(),
         {name: values for name, values in fisher.items() if name in others},
         anchor,
-        ewc_lambda=ewc_lambda,
         **storage,
     )
-    return MergedPenalty(
-        layers, fisher, anchor, ewc_lambda=ewc_lambda, offset=offset, beside=beside, **storage
-    )
+    return MergedPenalty(layers, fisher, anchor, offset=offset, beside=beside, **storage)
 
 
 def _alike(fitted: Fitted, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,46 +1,45 @@
 """What `consolidate fisher` does, without the command line: read, measure, write."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
-from functools import cache, partial
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming, refuse_changed
 from consolidate.chain.fingerprint import (
+    asked,
     checkpoint_content,
+    description,
     digest,
-    module_content,
-    options_content,
-    plain,
     rows_content,
-    versions,
 )
 from consolidate.chain.opening import stored_fisher, with_base
 from consolidate.chain.output import bytes_of, check_output, output_bytes
-from consolidate.chain.resume import SAVE_EVERY, KeptPass, KeptWork
+from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.chain.tasks import add_task, check_names_to_be, merging_options, task_name
-from consolidate.chain.up_to_date import cached, find_output, recorded_fisher
+from consolidate.chain.up_to_date import Output, cached, find_output, recorded_fisher
 from consolidate.commands.measurement import (
-    estimator_options,
     fisher_summary,
     log_notes,
     measure_fisher,
     pass_cost,
+    settled_estimation,
 )
-from consolidate.data.columns import Columns, columns_of
+from consolidate.data.columns import columns_of
 from consolidate.data.encoding import encode
+from consolidate.data.examples import Examples
+from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
+from consolidate.options import Estimation, FisherOptions
 from consolidate.runtime import shards
-from consolidate.runtime.devices import best_device
+from consolidate.runtime.devices import best_device, dtype_of_name
 from consolidate.runtime.distributed import (
     all_processes,
     as_one,
@@ -52,325 +51,292 @@ from consolidate.runtime.distributed import (
 from consolidate.views.output_card import renew_card
 from formats.atomic import partial_path, replace_folder
 from formats.checkpoint import (
+    Checkpoint,
     check_finite,
     open_checkpoint,
     weight_records,
     write_checkpoint,
 )
-from formats.digest import TensorRecord, set_digest
+from formats.digest import TensorRecord
 from formats.errors import ConsolidateError, InputError, UsageError
-from formats.fisher_folder import (
-    LEDGER_NAME,
-    write_fisher,
-)
-from formats.fisher_json import TaskRecord, read_ledger
+from formats.fisher_folder import LEDGER_NAME, StoredFisher, write_fisher
+from formats.fisher_json import Ledger, TaskRecord, read_ledger
 from formats.hub import FISHER, commits_of, locate
-from formats.task_file import open_task
+from formats.rows import Rows
+from formats.task_file import TaskFile, open_task
 
 LOG = logging.getLogger("consolidate")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a pass will do, after every refusal that needs no model."""
+
+    options: FisherOptions
+    folder: Path  # of the checkpoint
+    source: Checkpoint
+    before: StoredFisher | None  # the chain that the task is added to
+    there: Output | None  # what stands at the target and says what it was made from
+    task_file: TaskFile
+    rows: Rows
+    merge_rule: str
+    gamma: float
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the Fisher is put into the checkpoint that it is of."""
+        return self.options.output_dir is None
+
+    @property
+    def target(self) -> Path:
+        """The folder that is made or replaced."""
+        output = self.options.output_dir
+        return self.folder / "fisher" if output is None else Path(output)
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return task_name(self.options.task or self.task_file.name, self.rows.name, self.before)
+
+    @property
+    def tasks(self) -> list[TaskRecord]:
+        """The tasks of the chain so far."""
+        return [] if self.before is None else self.before.ledger.tasks
+
+    @cached_property
+    def records(self) -> dict[str, TensorRecord]:
+        """Digests of the weights; those of a ledger have been compared with them."""
+        if self.before is not None:
+            return self.before.ledger.weights
+        return weight_records(self.source.weights)
+
+    def description(self, tasks: Sequence[TaskRecord]) -> dict[str, Any]:
+        """Describe all that the result is made from, if these were the tasks before it."""
+        content = checkpoint_content(self.source, None, self.records)
+        if self.source.base is not None:
+            of_base = weight_records(self.source.base.weights)
+            content["base"] = checkpoint_content(self.source.base, None, of_base)
+        named = self.options.task or self.task_file.name
+        return description(
+            asked("fisher", self.options, rows_content(self.task_file, self.rows)),
+            content | {"fisher": [asdict(task) for task in tasks]},
+            task=task_name(named, self.rows.name, None),
+            device=best_device(self.options.source.device).type,
+            merge_rule=self.merge_rule,
+            gamma=self.gamma,
+            processes=place_in(all_processes())[1],
+        )
+
+    def made_from(self) -> str:
+        """Give the digest of what the output that is there would be made from."""
+        earlier = self.tasks[:-1] if self.in_place else self.tasks  # its own task is the last
+        return digest(self.description(earlier))
+
+    def check_target(self) -> None:
+        """Refuse a target that is in the way."""
+        overwrite = self.options.saving.overwrite or (self.options.add and self.in_place)
+        check_output(self.target, self.source, overwrite=overwrite, whole=not self.in_place)
+
+
 @as_one
-def fisher(
-    checkpoint: str | Path,
-    data: str | Path,
-    *,
-    task: str | None = None,
-    objective: str | None = None,
-    model: str | None = None,
-    columns: Columns | None = None,
-    split: str | None = None,
-    max_length: int | None = None,
-    pack: bool = False,
-    estimator: str | None = None,
-    mc_samples: int | None = None,
-    max_outcomes: int | None = None,
-    max_examples: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    freeze: Sequence[str] = (),
-    gradient_checkpointing: bool = False,
-    add: bool = False,
-    overwrite: bool = False,
-    output_dir: str | Path | None = None,
-    revision: str | None = None,
-    base_model: str | Path | None = None,
-    data_digest: bool = True,
-    check: bool = False,
-    tolerance: float | None = None,
-    accumulate_dtype: torch.dtype = torch.float32,
-    dry_run: bool = False,
-    save_every: float = SAVE_EVERY,
-    restart: bool = False,
-    force: bool = False,
-    shard: bool = False,
-    merge_rule: str | None = None,
-    gamma: float | None = None,
-    task_weight: float | str = 1.0,
-) -> dict[str, Any]:
+def fisher(options: FisherOptions, *, again: bool = False) -> dict[str, Any]:
     """Measure the Fisher diagonal of a checkpoint on a task's data and store it beside the weights.
 
-    Args:
-        checkpoint: A folder, a weights file, or a repository on the Hub.
-        data: A file, a folder, a data set on the Hub, or a ``task.toml``.
-        task: The task's name in the ledger; the data's name unless given.
-        objective: What is predicted; the architecture's own unless given.
-        model: ``package.module:factory`` for a model that transformers does not know.
-        columns: Where the inputs and labels are in the data.
-        split: Of a data set that has several.
-        max_length: Tokens after which a text is truncated.
-        pack: Fill sequences of `max_length` with consecutive texts (language modelling).
-        estimator: ``exact``, ``mc``, ``empirical`` or ``batched``; ``exact`` up to 16 outcomes and
-            ``mc`` beyond unless given.
-        mc_samples: Labels drawn per example by ``mc`` and ``batched``; 1 unless given.
-        max_outcomes: ``exact`` is refused above this many backward passes per example; 4096 unless
-            given.
-        max_examples: Measure on a seeded random subset of this size.
-        batch_size: Examples read and run at a time; the result does not depend on it.
-        seed: Of the subset, of the sampled labels and of masks.
-        device: Such as ``cpu`` or ``cuda``; the best there is unless given.
-        dtype: Of the weights during the pass; as stored unless given.
-        freeze: Glob patterns of parameters that are left out.
-        gradient_checkpointing: Layers keep only their inputs, and run again in the backward pass.
-        add: Another task measured at the same weights is added to the Fisher that is there.
-        overwrite: Replace the Fisher, or the output folder, that is there.
-        output_dir: Write a whole checkpoint here instead of a Fisher into the folder.
-        revision: Of a checkpoint on the Hub.
-        base_model: Of a checkpoint that is an adapter of peft: a folder or a repository. The one
-            that its config names unless given, if that is a folder here.
-        data_digest: Keep the data's digest in the ledger.
-        check: Hold every batch against single examples and autograd, not only the first.
-        tolerance: Read in seeded random order and stop once the relative standard error of every
-            parameter's trace is at most this, after 64 examples at the earliest.
-        accumulate_dtype: Of the sums, and what gradients are squared in: float32 or float64.
-        dry_run: Only say what the pass would take; nothing is written.
-        save_every: Minutes between two times that a long pass is kept beside the target; the same
-            call started again goes on from there.
-        restart: Throw away what was kept of a pass.
-        force: Measure anew, and replace the Fisher, even where that is there and was made from the
-            same.
-        shard: Each of several processes holds a shard of the weights and of the Fisher (FSDP2). The
-            pass takes one example after the other.
-        merge_rule: ``online`` or ``separate``: how the task is merged with those before it, and
-            the next unless they say otherwise; as the one before, or ``online``, unless given.
-        gamma: γ of ``online``, from 0 to 1; as before, or 1, unless given.
-        task_weight: By which F is multiplied: a number, or relative to the first task ``units``
-            (n_t/n_1) or ``trace`` (tr F_1 / tr F_t over common parameters).
+    F_i = (1/N) Σ_x E_{y ~ p(y|x, θ)} [(∂ log p(y|x, θ)/∂θ_i)²], summed over units of each example.
 
     Returns:
         What was done: the folder, the task, counts, the Fisher's trace and how certain it is by
-        parameter; with `dry_run`, what it would take. Where the Fisher is there, whole and made
-        from the same, nothing is done, and the ``status`` is ``cached``.
+        parameter; with `dry_run`, what it would take. A Fisher that is up to date is left as it
+        is, and the ``status`` is ``cached``.
 
     Raises:
         InputError: Something in the checkpoint or the data does not fit.
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in the weights or in the Fisher.
     """
-    given = dict(locals())
-    group, cut = all_processes(), shards_among(shard=shard, check=check)
-    in_place = output_dir is None
-    for option, replaces in (("overwrite", overwrite), ("force", force)):
-        if in_place and add and replaces:
-            raise UsageError(
-                f"--add and --{option} exclude each other: keep the Fisher or replace it"
-            )
-    overwrite = overwrite or force
-    folder = locate(checkpoint, revision, without=() if add else FISHER)
+    group = all_processes()
+    cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
+    folder = _find_checkpoint(options)
+    with nullcontext() if options.dry_run else _claim(options, folder):
+        plan = plan_fisher(options, folder, again=again)
+        if (done := cached(plan.there, plan.made_from)) is not None:
+            return _cached(plan, done.ledger)
+        if not options.dry_run:
+            plan.check_target()
+            if is_first(group):
+                _ = plan.records  # of what is measured, whatever becomes of the files meanwhile
+        model, examples = _load(plan, cut)
+        estimation = settled_estimation(options.estimation, model, examples)
+        if options.dry_run:
+            return _dry_run(plan, model, examples, estimation, group)
+        work = KeptWork(
+            plan.target,
+            lambda: plan.description(plan.tasks),
+            every=60 * options.saving.save_every,
+            result_bytes=output_bytes(plan.source, whole=not plan.in_place),
+            restart=options.saving.restart,
+            group=group,
+            shard=options.parameters.shard,
+        )
+        diagonal = measure_fisher(
+            model,
+            examples,
+            estimation,
+            label=f"Fisher of {plan.task}",
+            seed=options.seed,
+            kept=KeptPass(work, work.start()),
+            group=group,
+        )
+        result = _write(plan, model, examples, diagonal) if is_first(group) else None
+        result = from_first(result, group)
+        work.remove()
+        return result
+
+
+def _find_checkpoint(options: FisherOptions) -> Path:
+    """Find the checkpoint's folder, after what contradicts itself was refused."""
+    in_place = options.output_dir is None
+    if in_place and options.add and options.saving.overwrite:
+        raise UsageError("--add and --overwrite exclude each other: keep the Fisher or replace it")
+    checkpoint = options.checkpoint
+    folder = locate(checkpoint, options.source.revision, without=() if options.add else FISHER)
     if in_place and (not folder.is_dir() or not Path(checkpoint).exists()):
         raise UsageError(f"{checkpoint} is no local folder: say where to write with --output-dir")
-    target = folder / "fisher" if in_place else Path(str(output_dir))
-    claim = claiming(folder, part="fisher") if in_place else claiming(target)
-    with nullcontext() if dry_run else claim:
-        source = with_base(open_checkpoint(folder), base_model)
-        there = None if force or dry_run else find_output(folder if in_place else target)
-        refuse = partial(
-            check_output,
-            target,
-            source,
-            overwrite=overwrite or (add and in_place),
-            whole=not in_place,
-        )
-        if dry_run:
-            try:
-                refuse()
-            except InputError as error:
-                LOG.info("the pass itself would be refused: %s", error)
-        elif there is None:
-            refuse()
-        before = stored_fisher(folder / "fisher", source) if add else None
-        merge_rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
-        task_file, rows = open_task(data, split=split)
-        data_content = cache(lambda: rows_content(task_file, rows))
+    return folder
 
-        @cache
-        def records() -> dict[str, TensorRecord]:
-            # Those of a ledger have been compared with the weights.
-            return weight_records(source.weights) if before is None else before.ledger.weights
 
-        def made_from(tasks: Sequence[TaskRecord]) -> str:
-            content = checkpoint_content(source, None, records())
-            if source.base is not None:
-                of_base = weight_records(source.base.weights)
-                content["base"] = checkpoint_content(source.base, None, of_base)
-            return digest(
-                {
-                    "command": "fisher",
-                    "versions": versions(),
-                    "checkpoint": content | {"fisher": [asdict(task) for task in tasks]},
-                    "data": data_content(),
-                    "module": module_content(model),
-                    "options": options_content(given)
-                    | {
-                        "task": task_name(task or task_file.name, rows.name, None),
-                        "device": best_device(device).type,
-                        "merge_rule": merge_rule,
-                        "gamma": gamma,
-                        "processes": place_in(group)[1],
-                    },
-                }
-            )
+def _claim(options: FisherOptions, folder: Path) -> Any:
+    if options.output_dir is None:
+        return claiming(folder, part="fisher")
+    return claiming(Path(options.output_dir))
 
-        tasks = [] if before is None else before.ledger.tasks
-        if there is not None:
-            earlier = tasks[:-1] if in_place else tasks
-            if (done := cached(there, lambda: made_from(earlier))) is not None:
-                return {
-                    "status": "cached",
-                    "checkpoint": str(there.checkpoint),
-                    "fisher": str(there.folder),
-                    "commits": commits_of(folder),
-                    **recorded_fisher(done.ledger),
-                }
-            refuse()
-        if not dry_run and is_first(group):
-            records()  # of what is measured, whatever becomes of the files meanwhile
-        check_finite(source.weights, folder)
-        loaded = load(
-            source,
-            objective=objective or task_file.objective,
-            factory=model,
-            dtype=dtype,
-            device="cpu" if cut else best_device(device),
-            freeze=freeze,
-            gradient_checkpointing=gradient_checkpointing,
-        )
-        check_names_to_be(before, loaded)
-        name = task_name(task or task_file.name, rows.name, before)
-        examples = encode(
-            rows,
-            loaded,
-            columns=columns_of(columns, task_file.columns()),
-            max_length=max_length,
-            pack=pack,
-            seed=seed,
-        )
-        if cut is not None and source.adapter is not None:
-            raise UsageError("--shard cuts whole models, not adapters: leave it out")
-        module = _module_digest(loaded)  # the same in shards, whose layers have other names
-        if cut is not None:
-            shards.shard(loaded.module, cut, best_device(device))
-        options: dict[str, Any] = {
-            **estimator_options(
-                loaded,
-                examples,
-                estimator=estimator,
-                mc_samples=mc_samples,
-                max_outcomes=max_outcomes,
-                check=check,
-            ),
-            "max_examples": max_examples,
-            "batch_size": batch_size,
-            "seed": seed,
-            "tolerance": tolerance,
-            "accumulate_dtype": accumulate_dtype,
-        }
-        if dry_run:
-            cost = pass_cost(loaded, examples, group=group, **options)
-            return {
-                "status": "dry run",
-                "task": name,
-                **cost,
-                "files": _file_sizes(cost["parameters"], {} if in_place else source.weights),
-                "kept": {
-                    partial_path(target).name: 2 * accumulate_dtype.itemsize * cost["parameters"]
-                },
-            }
 
-        work = KeptWork(
-            target,
-            lambda: {
-                "weights": set_digest(records()),
-                "data": data_content()["digest"],
-                "objective": loaded.objective.name,
-                "model": model,
-                "module": module,
-                "base_model": None
-                if source.base is None
-                else set_digest(weight_records(source.base.weights)),
-                "columns": asdict(columns_of(columns, task_file.columns())),
-                "max_length": max_length,
-                "pack": pack,
-                "dtype": plain(dtype),
-                "freeze": list(freeze),
-                **options,
-                "accumulate_dtype": plain(accumulate_dtype),
-                "processes": place_in(group)[1],
-                "shard": shard,
-            },
-            every=60 * save_every,
-            result_bytes=output_bytes(source, whole=not in_place),
-            restart=restart,
-            group=group,
-            shard=shard,
-        )
-        kept = KeptPass(work, work.start())
-        diagonal = measure_fisher(
-            loaded, examples, label=f"Fisher of {name}", kept=kept, group=group, **options
-        )
-        if not is_first(group):
-            result = from_first(None, group)
-            work.remove()
-            return result
-        log_notes(loaded, examples, diagonal)
-        merged, anchor, ledger = add_task(
-            before,
-            loaded,
-            source.weights,
-            diagonal,
-            records=records(),
-            name=name,
-            data=rows.name,
-            data_digest=data_content()["digest"] if data_digest else None,
-            made_from=made_from(tasks) if data_digest else None,
-            merge_rule=merge_rule,
-            gamma=gamma,
-            task_weight=task_weight,
-        )
-        heads = None if before is None else before.heads
-        if overwrite and (target / LEDGER_NAME).is_file():
-            LOG.info("replacing the Fisher of %s", _task_names(target))
-        with replace_folder(target, overwrite=overwrite or add) as staging:
-            if in_place:
-                write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
-            else:
-                write_checkpoint(staging, source, source.weights)
-                # The card too, but for what we wrote in it: the model is the same.
-                fisher_at = staging / "fisher"
-                ledger = write_fisher(fisher_at, merged, ledger, anchor=anchor, heads=heads)
-                renew_card(staging, ledger)
-            refuse_changed(folder if in_place else staging, records(), folder)
-        work.remove()
-        result = {
-            "status": "done",
-            "checkpoint": str(folder if in_place else target),
-            "fisher": str(target if in_place else target / "fisher"),
-            "commits": commits_of(folder),
-            **fisher_summary(ledger, diagonal),
-        }
-        return from_first(result, group)
+def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) -> Plan:
+    """Open a checkpoint, its Fisher and the data, and refuse what would fail later.
+
+    With `again` it is not looked at whether the output is up to date.
+    """
+    source = with_base(open_checkpoint(folder), options.source.base_model)
+    output = folder if options.output_dir is None else Path(options.output_dir)
+    there = None if again or options.dry_run else find_output(output)
+    before = stored_fisher(folder / "fisher", source) if options.add else None
+    merging = options.merging
+    merge_rule, gamma = merging_options(
+        before, merging.merge_rule, merging.gamma, merging.task_weight
+    )
+    task_file, rows = open_task(options.data, split=options.encoding.split)
+    plan = Plan(options, folder, source, before, there, task_file, rows, merge_rule, gamma)
+    if there is None:
+        try:
+            plan.check_target()
+        except InputError as error:
+            if not options.dry_run:
+                raise
+            LOG.info("the pass itself would be refused: %s", error)
+    return plan
+
+
+def _cached(plan: Plan, ledger: Ledger) -> dict[str, Any]:
+    assert plan.there is not None
+    return {
+        "status": "cached",
+        "checkpoint": str(plan.there.checkpoint),
+        "fisher": str(plan.there.folder),
+        "commits": commits_of(plan.folder),
+        **recorded_fisher(ledger),
+    }
+
+
+def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples]:
+    """Load the model, in shards among the processes of `cut`, and encode the data for it."""
+    options, source, device = plan.options, plan.source, best_device(plan.options.source.device)
+    check_finite(source.weights, plan.folder)
+    model = load(
+        source,
+        objective=options.source.objective or plan.task_file.objective,
+        factory=options.source.model,
+        dtype=dtype_of_name(options.dtype),
+        device="cpu" if cut else device,
+        freeze=options.parameters.freeze,
+        gradient_checkpointing=options.parameters.gradient_checkpointing,
+    )
+    check_names_to_be(plan.before, model)
+    _ = plan.task  # a name that the chain has already is refused before the pass
+    examples = encode(
+        plan.rows,
+        model,
+        columns=columns_of(options.encoding.columns, plan.task_file.columns()),
+        max_length=options.encoding.max_length,
+        pack=options.encoding.pack,
+        seed=options.seed,
+    )
+    if cut is not None and source.adapter is not None:
+        raise UsageError("--shard cuts whole models, not adapters: leave it out")
+    if cut is not None:
+        shards.shard(model.module, cut, device)
+    return model, examples
+
+
+def _dry_run(
+    plan: Plan,
+    model: Model,
+    examples: Examples,
+    estimation: Estimation,
+    group: ProcessGroup | None,
+) -> dict[str, Any]:
+    """Say what a pass would take, and what it would leave."""
+    cost = pass_cost(model, examples, estimation, seed=plan.options.seed, group=group)
+    itemsize = {"float32": 4, "float64": 8}[estimation.accumulate_dtype]
+    return {
+        "status": "dry run",
+        "task": plan.task,
+        **cost,
+        "files": _file_sizes(cost["parameters"], {} if plan.in_place else plan.source.weights),
+        "kept": {partial_path(plan.target).name: 2 * itemsize * cost["parameters"]},
+    }
+
+
+def _write(
+    plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagonal
+) -> dict[str, Any]:
+    """Merge the task's Fisher, write it beside its weights, and report what was done."""
+    options, source, target = plan.options, plan.source, plan.target
+    overwrite, digests = options.saving.overwrite, options.saving.data_digest
+    log_notes(model, examples, diagonal)
+    merged, anchor, ledger = add_task(
+        plan.before,
+        model,
+        source.weights,
+        diagonal,
+        records=plan.records,
+        name=plan.task,
+        data=plan.rows.name,
+        data_digest=plan.rows.digest() if digests else None,
+        made_from=digest(plan.description(plan.tasks)) if digests else None,
+        merge_rule=plan.merge_rule,
+        gamma=plan.gamma,
+        task_weight=options.merging.task_weight,
+    )
+    heads = None if plan.before is None else plan.before.heads
+    if overwrite and (target / LEDGER_NAME).is_file():
+        LOG.info("replacing the Fisher of %s", _task_names(target))
+    with replace_folder(target, overwrite=overwrite or options.add) as staging:
+        if plan.in_place:
+            write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
+        else:
+            write_checkpoint(staging, source, source.weights)
+            # The card too, but for what we wrote in it: the model is the same.
+            fisher_at = staging / "fisher"
+            ledger = write_fisher(fisher_at, merged, ledger, anchor=anchor, heads=heads)
+            renew_card(staging, ledger)
+        refuse_changed(plan.folder if plan.in_place else staging, plan.records, plan.folder)
+    return {
+        "status": "done",
+        "checkpoint": str(plan.folder if plan.in_place else target),
+        "fisher": str(target if plan.in_place else target / "fisher"),
+        "commits": commits_of(plan.folder),
+        **fisher_summary(ledger, diagonal),
+    }
 
 
 def _task_names(folder: Path) -> str:
@@ -380,13 +346,6 @@ def _task_names(folder: Path) -> str:
         return ", ".join(task.name for task in ledger.tasks) + heads
     except ConsolidateError as error:
         return f"tasks unknown ({error})"
-
-
-def _module_digest(model: Model) -> str:
-    """Give a digest of what the module is made of, which its weights do not tell."""
-    configs = [model.checkpoint.config, model.checkpoint.adapter]
-    text = json.dumps(configs, sort_keys=True) + repr(model.module)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _file_sizes(parameters: int, weights: Mapping[str, Tensor]) -> dict[str, int]:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,11 +18,13 @@ from consolidate.chain.resume import KeptPass
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.batches import model_outputs, place_of, placed
 from consolidate.estimation.estimates import FisherDiagonal
-from consolidate.estimation.fisher_diagonal import ESTIMATORS, fisher_diagonal
+from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.adapters import without_fisher
 from consolidate.models.model import Model
+from consolidate.options import EXACT_UP_TO, Estimation
 from consolidate.runtime import signals
+from consolidate.runtime.devices import dtype_of_name
 from consolidate.runtime.distributed import dealt, place_in
 from consolidate.runtime.progress import progress
 from consolidate.runtime.shards import is_sharded
@@ -29,9 +32,6 @@ from formats.errors import UsageError
 from formats.fisher_json import Ledger
 
 LOG = logging.getLogger("consolidate")
-
-MOST_EXACT_OUTCOMES = 16
-"""Up to here the default estimator is exact, beyond it mc."""
 
 MAX_OUTCOMES = 4096
 """``exact`` is refused above so many backward passes per example, unless told otherwise."""
@@ -43,43 +43,22 @@ SAMPLED_BATCHES = 3
 def measure_fisher(
     model: Model,
     examples: Examples,
+    estimation: Estimation,
     *,
     label: str,
-    estimator: str,
-    mc_samples: int,
-    max_outcomes: int,
-    max_examples: int | None,
-    batch_size: int,
     seed: int,
-    tolerance: float | None = None,
-    accumulate_dtype: torch.dtype = torch.float32,
-    check: bool = False,
     kept: KeptPass | None = None,
     group: ProcessGroup | None = None,
 ) -> FisherDiagonal:
-    """Measure the Fisher of encoded examples, with progress on stderr.
+    """Measure the Fisher of encoded examples by a settled estimation, with progress on stderr.
 
-    Args:
-        model: A loaded model.
-        examples: Its task's data.
-        label: What the progress is headed with.
-        estimator: ``exact``, ``mc``, ``empirical`` or ``batched``.
-        mc_samples: Labels drawn per example by ``mc``.
-        max_outcomes: ``exact`` is refused above this many backward passes per example.
-        max_examples: Size of a seeded random subset.
-        batch_size: Examples read and run at a time.
-        seed: Of the subset, of the order where there is a tolerance, and of the sampled labels.
-        tolerance: Read in random order, and stop once every trace is this certain.
-        accumulate_dtype: Of the sums, and what gradients are squared in.
-        check: Hold every batch against single examples and autograd, not only the first.
-        kept: Where to go on, and what keeps the pass in case that it is broken off.
-        group: The processes that the batches are dealt to.
-
-    Returns:
-        The Fisher diagonal by the module's parameter names.
+    `kept` is where to resume, and what saves the pass; `group` the processes that share batches.
     """
+    tolerance, max_examples = estimation.tolerance, estimation.max_examples
+    assert estimation.batch_size is not None
+    batch_size = estimation.batch_size
     everything = subset(len(examples), max_examples, seed, shuffled=tolerance is not None)
-    if is_sharded(model.module) and estimator != "batched":
+    if is_sharded(model.module) and estimation.estimator != "batched":
         batch_size = 1  # They go alone, and so come out as evenly as they can.
     order = dealt(everything, batch_size, group)
     if group is not None:
@@ -96,13 +75,8 @@ def measure_fisher(
             model.module,
             examples.batches(batch_size, order=order),
             get_likelihood(model.objective.likelihood),
-            estimator=estimator,
-            mc_samples=mc_samples,
-            max_outcomes=max_outcomes,
-            seed=seed,
-            accumulate_dtype=accumulate_dtype,
+            **_how(estimation, seed),
             indices=order,
-            check=check,
             tolerance=tolerance,
             start=start,
             keep=None if kept is None else kept.keep,
@@ -124,60 +98,48 @@ def measure_fisher(
     return diagonal
 
 
-def estimator_options(
-    model: Model,
-    examples: Examples,
-    *,
-    estimator: str | None,
-    mc_samples: int | None,
-    max_outcomes: int | None,
-    check: bool,
-    prefix: str = "",
-) -> dict[str, Any]:
-    """Choose the estimator, and refuse options that do nothing with it.
+def _how(estimation: Estimation, seed: int) -> dict[str, Any]:
+    """Give what `fisher_diagonal` is told of the way to measure."""
+    return {
+        "estimator": estimation.estimator,
+        "mc_samples": estimation.mc_samples,
+        "max_outcomes": estimation.max_outcomes,
+        "seed": seed,
+        "accumulate_dtype": dtype_of_name(estimation.accumulate_dtype),
+        "check": estimation.check,
+    }
 
-    Args:
-        model: A loaded model.
-        examples: Its task's data.
-        estimator: None takes ``exact`` up to 16 outcomes and ``mc`` beyond.
-        mc_samples: Labels drawn per example; 1 unless given.
-        max_outcomes: The limit of ``exact``; MAX_OUTCOMES unless given.
-        check: Whether every batch is held against single examples.
-        prefix: Of the options' names, for the message.
 
-    Returns:
-        These options as `measure_fisher` takes them.
+def settled_estimation(
+    estimation: Estimation, model: Model, examples: Examples, *, prefix: str = ""
+) -> Estimation:
+    """Choose the estimator where none was named, and fill in what depends on it.
 
-    Raises:
-        UsageError: One that was given does nothing with the estimator.
+    Raises UsageError where an option that was given does nothing with the estimator; `prefix` is
+    that of the options' names.
     """
-    chosen = estimator or default_estimator(model, examples)
+    chosen = estimation.estimator or default_estimator(model, examples)
     for option, given, sensible in (
-        ("mc-samples", mc_samples is not None, ("mc", "batched")),
-        ("max-outcomes", max_outcomes is not None, ("exact",)),
-        ("check", check, ("exact", "mc", "empirical")),
+        ("mc-samples", estimation.mc_samples is not None, ("mc", "batched")),
+        ("max-outcomes", estimation.max_outcomes is not None, ("exact",)),
+        ("check", estimation.check, ("exact", "mc", "empirical")),
     ):
-        if given and chosen in ESTIMATORS and chosen not in sensible:
-            which = "" if estimator else ", the default for this model"
+        if given and chosen not in sensible:
+            which = "" if estimation.estimator else ", the default for this model"
             raise UsageError(
                 f"--{prefix}{option} has no meaning with --{prefix}estimator {chosen}{which}: "
                 f"leave it out, or use {' or '.join(sensible)}"
             )
-    return {
-        "estimator": chosen,
-        "mc_samples": 1 if mc_samples is None else mc_samples,
-        "max_outcomes": MAX_OUTCOMES if max_outcomes is None else max_outcomes,
-        "check": check,
-    }
+    return replace(
+        estimation,
+        estimator=chosen,
+        mc_samples=estimation.mc_samples or 1,
+        max_outcomes=estimation.max_outcomes or MAX_OUTCOMES,
+    )
 
 
 def default_estimator(model: Model, examples: Examples) -> str:
-    """Return ``exact`` where an example has up to 16 outcomes, and ``mc`` beyond.
-
-    Args:
-        model: A loaded model.
-        examples: Its task's data.
-    """
+    """Return ``exact`` where an example has up to EXACT_UP_TO outcomes, and ``mc`` beyond."""
     training = model.module.training
     model.module.eval()
     with torch.no_grad():
@@ -186,36 +148,24 @@ def default_estimator(model: Model, examples: Examples) -> str:
         outputs = model_outputs(model.module, inputs, labels)
     model.module.train(training)
     outcomes = get_likelihood(model.objective.likelihood).outcomes(outputs, labels)
-    return "exact" if outcomes <= MOST_EXACT_OUTCOMES else "mc"
+    return "exact" if outcomes <= EXACT_UP_TO else "mc"
 
 
 def pass_cost(
     model: Model,
     examples: Examples,
+    estimation: Estimation,
     *,
-    estimator: str,
-    max_examples: int | None,
-    batch_size: int,
     seed: int,
     group: ProcessGroup | None = None,
-    **options: Any,
 ) -> dict[str, Any]:
     """Say what measuring the Fisher of encoded examples would take, from a few batches of them.
 
-    Args:
-        model: A loaded model.
-        examples: Its task's data.
-        estimator: As of `measure_fisher`, like all that follow.
-        max_examples: Size of the subset.
-        batch_size: Examples at a time.
-        seed: Of the subset.
-        group: The processes that the batches would be dealt to; each looks for itself.
-        options: Others that `fisher_diagonal` takes.
-
-    Returns:
-        Counts of parameters and examples, seconds per example and in all, the bytes of memory that
-        the process (and the device) had in use at most, with the longest examples in a batch.
+    Counts, seconds per example and in all, and the most bytes of memory that were in use with the
+    longest examples in a batch. Each of several processes looks for itself.
     """
+    batch_size, max_examples = estimation.batch_size, estimation.max_examples
+    assert batch_size is not None
     order = subset(len(examples), max_examples, seed)
     processes = place_in(group)[1]
     shuffled = subset(len(examples), max_examples, seed, shuffled=True)
@@ -238,18 +188,17 @@ def pass_cost(
         model.module,
         [*batches, examples.collate(longest)],
         get_likelihood(model.objective.likelihood),
-        estimator=estimator,
-        seed=seed,
+        **_how(estimation, seed),
+        tolerance=estimation.tolerance,
         indices=[*sample, *longest],
         progress=clock,
-        **options,
     )
     # The first batch is checked, which takes longer.
     checked, *others = [after - before for before, after in pairwise(times)][: len(batches)]
     each = sum(others) / (len(sample) - batch_size) if others else checked / len(sample)
     unit = 1 if sys.platform == "darwin" else 1024
     return {
-        "estimator": estimator,
+        "estimator": estimation.estimator,
         "examples": len(order),
         "parameters": sum(values.numel() for values in diagonal.values()),
         "seconds_per_example": each,
@@ -260,15 +209,7 @@ def pass_cost(
 
 
 def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> dict[str, Any]:
-    """Give what a command reports of a Fisher that was measured.
-
-    Args:
-        ledger: With the task as its last.
-        diagonal: The task's Fisher.
-
-    Returns:
-        The task, how it was merged, counts, and by layer the trace and its relative error.
-    """
+    """Give what a command reports of a Fisher that was measured for a ledger's last task."""
     errors = {name: e for name, e in diagonal.relative_errors.items() if math.isfinite(e)}
     return {
         "task": ledger.tasks[-1].name,
@@ -289,13 +230,7 @@ def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> dict[str, Any]:
 
 
 def log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> None:
-    """Tell what a user should know of a model, its examples and the Fisher measured on them.
-
-    Args:
-        model: The loaded model.
-        examples: What was read.
-        diagonal: What was measured.
-    """
+    """Log what a user should know of a model, its examples and the Fisher measured on them."""
     factors = [] if model.checkpoint.base is None else without_fisher(model, diagonal)
     for note in [*model.notes, *examples.notes(), *factors]:
         LOG.info("%s", note)

@@ -5,37 +5,36 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from consolidate.chain.claims import claiming
 from consolidate.chain.fingerprint import (
+    asked,
+    changes,
     checkpoint_content,
     data_content,
-    differences,
     module_content,
-    plain,
+    versions,
 )
 from consolidate.chain.opening import find_fisher
 from consolidate.chain.tasks import merging_options
 from consolidate.commands.finetune import finetune
-from consolidate.commands.finetune_run import Recipe, check_options
-from consolidate.commands.fisher import fisher
+from consolidate.commands.finetune_plan import check_options, plan_finetune
+from consolidate.commands.fisher import fisher, plan_fisher
 from consolidate.commands.run_options import (
-    effective,
+    OPTIONS,
     fisher_options,
-    is_data,
-    measuring_options,
-    option_names,
-    parameters_of,
+    of_training,
     read_options,
     without_penalty,
 )
 from consolidate.commands.verify import verify
+from consolidate.fields import gather
 from consolidate.models.factories import fresh_weights
+from consolidate.options import FinetuneOptions, FisherOptions
 from consolidate.training.loop import default_statistics
 from consolidate.views.matrix import ledger_matrix, matrix_summary
 from formats.atomic import has_content, replace_folder, write_file
@@ -44,39 +43,38 @@ from formats.errors import ConsolidateError, ForgettingError, InputError, UsageE
 from formats.fisher_folder import LEDGER_NAME
 from formats.fisher_json import read_ledger
 from formats.hub import locate
-from formats.run_file import RunFile, RunTask, read_run_file
+from formats.run_file import RunFile, read_run_file
 from formats.step_record import StepRecord, read_step_record, write_step_record
 from formats.tensors import write_tensors
 
 LOG = logging.getLogger("consolidate")
-_PARAMETERS = parameters_of(finetune, fisher)
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Fresh weights for a chain to start from: what makes them."""
+
+    factory: str
+    config: dict[str, Any]
+    seed: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """One checkpoint of a run.
+    """One checkpoint of a run: where it goes, and how it is made."""
 
-    Attributes:
-        name: That of its folder, such as ``02-news``.
-        command: ``start`` makes fresh weights, ``fisher`` measures, ``finetune`` trains.
-        options: Of `finetune`, by parameter name.
-        task: None for the start.
-        evaluate: Data to measure, by name.
-        ahead: Names among them of tasks that are not learned yet.
-        config: Of the start: the contents of its config.json.
-        fisher: Where the Fisher is that the step starts with, if not beside the weights.
-        add: Whether there is a Fisher to which a task that is only measured is added.
-    """
+    target: Path
+    makes: Fresh | FisherOptions | FinetuneOptions
 
-    name: str
-    command: str
-    options: dict[str, Any]
-    task: RunTask | None = None
-    evaluate: dict[str, str] | None = None
-    ahead: tuple[str, ...] = ()
-    config: dict[str, Any] | None = None
-    fisher: str | None = None
-    add: bool = False
+    @property
+    def name(self) -> str:
+        """The name of the folder, such as ``02-news``."""
+        return self.target.name
+
+    @property
+    def record(self) -> Path:
+        """The file beside the folder that says what it was made from."""
+        return self.target.with_name(f"{self.name}.json")
 
 
 def run(
@@ -108,7 +106,7 @@ def run(
         UsageError: Options contradict each other.
         NonFiniteError: As `finetune`, as is ForgettingError.
     """
-    run_file = read_run_file(Path(path), option_names(_PARAMETERS))
+    run_file = read_run_file(Path(path), tuple(OPTIONS))
     given = run_file.output_dir if output_dir is None else Path(output_dir)
     if given is None:
         raise UsageError(f"{path}: say where the checkpoints go: output-dir = … or --output-dir")
@@ -120,276 +118,218 @@ def run(
 
 def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> dict[str, Any]:
     start = None if run_file.start is None else locate(run_file.start, run_file.revision)
-    steps = _plan(run_file, start)
+    steps = _plan(run_file, start, output)
     for step in steps:
-        _refuse_strangers(output / step.name)
-    of_data = cache(data_content)
-    # All data are opened before the work.
-    contents = {step.name: _content(step, of_data) for step in steps}
-    before = None if start is None else _identity(start, run_file.fisher)
-    place, done = start, []
-    anew = False
+        _refuse_strangers(step)
+    content_of = cache(data_content)
+    wanted = {step.name: _asked(step, content_of) for step in steps}  # opens all data
+    done: list[dict[str, Any]] = []
+    undone = False
     for number, step in enumerate(steps, 1):
-        target = output / step.name
-        made_from = {"checkpoint": "anew" if anew else before, **contents[step.name]}
-        reason = _reason(target, made_from)
-        done.append({"step": step.name, "checkpoint": str(target), "reason": reason})
+        described = wanted[step.name] if undone else _description(step, wanted[step.name])
+        reason = _reason(step, described)
+        done.append({"step": step.name, "checkpoint": str(step.target), "reason": reason})
         if reason is None:
             done[-1]["status"] = "skipped"
             LOG.info("%s: skipped, it is done", step.name)
         elif dry_run:
             done[-1]["status"] = "to be done"
-            anew = True
+            undone = True
         else:
             LOG.info("%s, step %d of %d: %s", step.name, number, len(steps), reason)
-            with _saying_how_to_go_on(step.name):
-                _make(step, place, target, made_from, restart=restart)
+            with _saying_how_to_resume(step.name):
+                _make(step, described, restart=restart)
             done[-1]["status"] = "done"
-        if not anew:
-            before = _identity(target)
-        place = target
     return {
         "status": "dry run" if dry_run else "done",
         "output_dir": str(output),
         "steps": done,
-        "checkpoint": str(place),
-        "accuracy_matrix": None if anew else _matrix(output / steps[-1].name),
+        "checkpoint": str(steps[-1].target),
+        "accuracy_matrix": None if undone else _matrix(steps[-1].target),
     }
 
 
-def _plan(run_file: RunFile, start: Path | None) -> list[Step]:
+def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
     """Give the steps in their order, after all that can be checked beforehand."""
-    where = str(run_file.path)
-    folder = run_file.path.parent
-    defaults = read_options(_PARAMETERS, run_file.defaults, folder, f"{where}, [defaults]")
-    steps = []
-    has_fisher = False
+    where, folder = str(run_file.path), run_file.path.parent
+    with _said_of(f"{where}, [defaults]"):
+        defaults = read_options(run_file.defaults, folder)
+    steps, has_fisher, place = [], False, start
     if start is None:
-        if run_file.revision is not None or run_file.fisher is not None:
-            raise UsageError(f"{where}: revision and fisher are those of a start: name it")
-        own = read_options(_PARAMETERS, run_file.tasks[0].options, folder, f"{where}, task 1")
-        options = {k: v for k, v in (defaults | own).items() if k in ("model", "seed")}
-        if "model" not in options:
-            raise UsageError(
-                f"{where}: there is nothing to begin with: name a checkpoint as start, or a "
-                "factory that makes the module as model"
-            )
-        steps.append(Step("00-start", "start", options, config=run_file.config or {}))
+        place = output / "00-start"
+        steps.append(Step(place, _fresh(run_file, defaults)))
     else:
-        stored_at = find_fisher(start, run_file.fisher)
-        has_fisher = stored_at is not None
-        known = [t.name for t in read_ledger(stored_at / LEDGER_NAME).tasks] if stored_at else []
-        for task in run_file.tasks:
-            if task.name in known:
-                raise InputError(
-                    f"{where}: {run_file.start} has learned a task {task.name!r} already: give "
-                    "the new one another name"
-                )
+        has_fisher = _has_fisher(run_file, start)
     tests = {task.name: task.evaluate for task in run_file.tasks if task.evaluate is not None}
     seen: list[str] = []
     for number, task in enumerate(run_file.tasks, 1):
-        place = f"{where}, task {number} ({task.name})"
-        own = read_options(_PARAMETERS, task.options, folder, place)
+        at = f"{where}, task {number} ({task.name})"
+        with _said_of(at):
+            own = read_options(task.options, folder)
         seen.append(task.name)
-        first_fisher = run_file.fisher if number == 1 else None
+        fisher_at = run_file.fisher if number == 1 else None
+        evaluate = run_file.evaluate | {name: tests[name] for name in seen if name in tests}
+        target = output / f"{number:02d}-{task.name}"
         free = own.get("penalty", "ewc" if has_fisher else "none") == "none"
-        options = (without_penalty(defaults) if free else defaults) | own
-        evaluate = run_file.evaluate | {
-            name: data for name, data in tests.items() if run_file.evaluate_ahead or name in seen
-        }
+        values = (without_penalty(defaults) if free else defaults) | own
         if not evaluate:
-            options.pop("evaluate_every", None)
+            values.pop("evaluate_every", None)
+        if free and not has_fisher and start is None and evaluate.keys() - {task.name}:
+            # Fresh weights have learned nothing that other data could be of.
+            values.setdefault("norm_statistics", default_statistics("none", old=False))
+        given = {"checkpoint": place, "data": task.data, "output_dir": target, "task": task.name}
+        options = gather(FinetuneOptions, values | given | {"overwrite": True})
         if task.train:
-            _check_training(options, place)
+            gate = replace(options.gate, evaluate=dict(evaluate))
+            penalty = replace(options.penalty, fisher=fisher_at)
+            options = replace(options, gate=gate, penalty=penalty)
+            with _said_of(at):
+                _check(options)
+            steps.append(Step(target, options))
         else:
-            if training := own.keys() - measuring_options(_PARAMETERS, own).keys():
-                option = min(training).replace("_", "-")
-                raise UsageError(f"{place}: {option} has no meaning with train = false")
-            if first_fisher is not None:
-                raise UsageError(f"{place}: with train = false a start has its Fisher beside it")
-            options = measuring_options(_PARAMETERS, options)
-        steps.append(
-            Step(
-                name=f"{number:02d}-{task.name}",
-                command="finetune" if task.train else "fisher",
-                options=options,
-                task=task,
-                evaluate=evaluate if task.train else None,
-                # Fresh weights have learned nothing that other data could be of.
-                ahead=tuple(
-                    evaluate if start is None and not has_fisher else sorted(tests.keys() - seen)
-                ),
-                fisher=first_fisher,
-                add=has_fisher,
-            )
-        )
-        has_fisher = True
+            if training := of_training(own):
+                raise UsageError(f"{at}: {min(training)} has no meaning with train = false")
+            if fisher_at is not None:
+                raise UsageError(f"{at}: with train = false a start has its Fisher beside it")
+            steps.append(Step(target, fisher_options(options, add=has_fisher)))
+        has_fisher, place = True, target
     return steps
 
 
-def _check_training(options: Mapping[str, Any], where: str) -> None:
+def _fresh(run_file: RunFile, defaults: Mapping[str, Any]) -> Fresh:
+    """Say how the weights are made that a run without a start begins with."""
+    where, folder = str(run_file.path), run_file.path.parent
+    if run_file.revision is not None or run_file.fisher is not None:
+        raise UsageError(f"{where}: revision and fisher are those of a start: name it")
+    options = {**defaults, **read_options(run_file.tasks[0].options, folder)}
+    if "model" not in options:
+        raise UsageError(
+            f"{where}: there is nothing to begin with: name a checkpoint as start, or a "
+            "factory that makes the module as model"
+        )
+    return Fresh(options["model"], run_file.config or {}, options.get("seed", 0))
+
+
+def _has_fisher(run_file: RunFile, start: Path) -> bool:
+    """Tell whether a start has a Fisher, which must not hold a task of the run already."""
+    stored_at = find_fisher(start, run_file.fisher)
+    known = [t.name for t in read_ledger(stored_at / LEDGER_NAME).tasks] if stored_at else []
+    for task in run_file.tasks:
+        if task.name in known:
+            raise InputError(
+                f"{run_file.path}: {run_file.start} has learned a task {task.name!r} already: "
+                "give the new one another name"
+            )
+    return stored_at is not None
+
+
+def _check(options: FinetuneOptions) -> None:
     """Refuse options of a later task before the first one is trained."""
-    values = {**_PARAMETERS.defaults, **options}
-    recipe = Recipe(**{field.name: values[field.name] for field in fields(Recipe)})
+    merging = options.merging
+    check_options(options)
+    merging_options(None, merging.merge_rule, merging.gamma, merging.task_weight)
+
+
+@contextmanager
+def _said_of(place: str) -> Iterator[None]:
+    """Begin what is refused with the place in the run file."""
     try:
-        check_options(
-            values["penalty"],
-            values["ewc_lambda"],
-            values["penalty_dtype"],
-            values["penalty_device"],
-            recipe,
-        )
-        merging_options(None, *(values[name] for name in ("merge_rule", "gamma", "task_weight")))
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error
+        yield
+    except (InputError, UsageError) as error:
+        raise type(error)(f"{place}: {error}") from error
 
 
-def _content(step: Step, of_data: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """Give what a step is made from beside the checkpoint before it, told by content."""
-    options = {}
-    for name, value in effective(_PARAMETERS, step.options).items():
-        if is_data(_PARAMETERS, name):
-            named = value if isinstance(value, Mapping) else {"": value}
-            value = {key: of_data(spec) for key, spec in named.items()}
-        options[name] = plain(value)
-    if step.task is not None and step.command == "finetune":
-        others = set(step.evaluate or ()) - {step.task.name, *step.ahead}
-        options["norm_statistics"] = step.options.get("norm_statistics") or default_statistics(
-            step.options.get("penalty", "ewc"), old=step.add or bool(others)
-        )
-    return {
-        "consolidate": version("consolidate-ewc"),
-        "command": step.command,
-        "config": step.config,
-        "module": module_content(step.options.get("model")),
-        "data": step.task and of_data(step.task.data, step.options.get("split")),
-        "evaluate": {name: of_data(spec) for name, spec in (step.evaluate or {}).items()},
-        "options": options,
-    }
+def _asked(step: Step, content_of: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Describe a step as far as that is known before the step before it is made."""
+    makes = step.makes
+    if isinstance(makes, Fresh):
+        return {
+            "command": "start",
+            "versions": versions(),
+            "config": makes.config,
+            "module": module_content(makes.factory),
+            "options": {"model": makes.factory, "seed": makes.seed},
+        }
+    data = content_of(makes.data, makes.encoding.split)
+    command = "fisher" if isinstance(makes, FisherOptions) else "finetune"
+    return asked(command, makes, data, content_of)
 
 
-def _identity(checkpoint: Path, elsewhere: str | None = None) -> dict[str, Any]:
+def _description(step: Step, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Describe all that a step is made from."""
+    makes = step.makes
+    if isinstance(makes, FinetuneOptions):
+        return plan_finetune(makes, again=True).description
+    if isinstance(makes, FisherOptions):
+        plan = plan_fisher(makes, Path(makes.checkpoint), again=True)
+        return plan.description(plan.tasks)
+    return wanted
+
+
+def _identity(checkpoint: Path) -> dict[str, Any]:
     """Give the digests of a checkpoint: its tensors, its Fisher, and the files beside them.
 
     The ledger holds those of all tensors; whether they are so is for `verify` to say.
     """
     source = open_checkpoint(checkpoint)
-    stored_at = find_fisher(checkpoint, elsewhere)
-    ledger = None if stored_at is None else stored_at / LEDGER_NAME
-    if ledger is None or elsewhere is not None:
-        records = weight_records(source.weights)
-    else:
-        records = read_ledger(ledger).weights
-    return checkpoint_content(source, ledger, records)
+    stored_at = find_fisher(checkpoint, None)
+    if stored_at is None:
+        return checkpoint_content(source, None, weight_records(source.weights))
+    ledger = stored_at / LEDGER_NAME
+    return checkpoint_content(source, ledger, read_ledger(ledger).weights)
 
 
-def _reason(target: Path, made_from: Mapping[str, Any]) -> str | None:
+def _reason(step: Step, described: Mapping[str, Any]) -> str | None:
     """Say why a step is to be done; None where it is done."""
-    record = read_step_record(_record_path(target))
+    record = read_step_record(step.record)
     if record is None:
         return "it is new"
     if record.made is None:
         return "it was begun and not finished"
-    if changes := list(_changes(record.made_from, made_from)):
-        return f"changed: {', '.join(changes)}"
-    if not has_content(target):
+    changed = [changes(record.made_from, described)]
+    if "checkpoint" in record.made_from and "checkpoint" not in described:
+        changed.insert(0, "the checkpoint it starts from")  # which will be made again
+    if any(changed):
+        return f"changed: {'; '.join(filter(None, changed))}"
+    if not has_content(step.target):
         return "its checkpoint is gone"
     try:
-        if find_fisher(target, None) is not None:
-            verify(target)
-        if _identity(target) != record.made:
+        if find_fisher(step.target, None) is not None:
+            verify(step.target)
+        if _identity(step.target) != record.made:
             return "its checkpoint is not what was made"
     except ConsolidateError as error:
         return f"its checkpoint is damaged: {error}"
     return None
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    words = {
-        "checkpoint": "the checkpoint before it",
-        "consolidate": "the version of consolidate",
-        "command": "whether it is trained",
-        "config": "the config",
-        "module": "the source of the module",
-        "data": "its data",
-    }
-    for key, what in words.items():
-        if old.get(key) != new.get(key):
-            yield what
-    for name, then, now in differences(old.get("evaluate", {}), new["evaluate"]):
-        how = "is new" if then is None else "is left out" if now is None else "differs"
-        yield f"the test data of {name} {how}"
-    for name, then, now in differences(old.get("options", {}), new["options"]):
-        option = name.replace("_", "-")
-        if is_data(_PARAMETERS, name):
-            yield option
-        else:
-            yield f"{option} ({_shown(then)} → {_shown(now)})"
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "default"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _refuse_strangers(target: Path) -> None:
+def _refuse_strangers(step: Step) -> None:
     """Refuse a folder that no run has made, before anything is done."""
-    if has_content(target) and read_step_record(_record_path(target)) is None:
+    if has_content(step.target) and read_step_record(step.record) is None:
         raise InputError(
-            f"{target} is there, and no run has made it: move it away, or choose another output "
-            "folder"
+            f"{step.target} is there, and no run has made it: move it away, or choose another "
+            "output folder"
         )
 
 
-def _make(
-    step: Step, place: Path | None, target: Path, made_from: dict[str, Any], *, restart: bool
-) -> None:
+def _make(step: Step, described: dict[str, Any], *, restart: bool) -> None:
     """Make a step's checkpoint, then its record."""
-    record = _record_path(target)
-    begun = StepRecord(made_from, None)
-    if read_step_record(record) != begun:
-        # What was kept is of something else. And a checkpoint without its record is known as ours.
+    begun = StepRecord(described, None)
+    if read_step_record(step.record) != begun:
+        # Saved progress is of something else. And a checkpoint without its record is known as ours.
         restart = True
-        write_step_record(record, begun)
-    if step.task is None:
-        weights = fresh_weights(
-            step.options["model"], step.config or {}, int(step.options.get("seed", 0))
-        )
-        with claiming(target), replace_folder(target, overwrite=True) as staging:
+        write_step_record(step.record, begun)
+    makes = step.makes
+    if isinstance(makes, Fresh):
+        weights = fresh_weights(makes.factory, makes.config, makes.seed)
+        with claiming(step.target), replace_folder(step.target, overwrite=True) as staging:
             write_tensors(staging, weights, metadata={"format": "pt"})
-            write_file(staging / "config.json", json.dumps(step.config, indent=2) + "\n")
-    elif step.command == "fisher":
-        assert place is not None
-        fisher(
-            place,
-            step.task.data,
-            task=step.task.name,
-            output_dir=target,
-            overwrite=True,
-            add=step.add,
-            restart=restart,
-            **fisher_options(step.options),
-        )
+            write_file(staging / "config.json", json.dumps(makes.config, indent=2) + "\n")
+    elif isinstance(makes, FisherOptions):
+        fisher(replace(makes, saving=replace(makes.saving, restart=restart)), again=True)
     else:
-        assert place is not None
-        finetune(
-            place,
-            step.task.data,
-            task=step.task.name,
-            output_dir=target,
-            overwrite=True,
-            evaluate=step.evaluate,
-            evaluate_ahead=step.ahead,
-            fisher=step.fisher,
-            restart=restart,
-            **step.options,
-        )
-    write_step_record(record, StepRecord(made_from, _identity(target)))
-
-
-def _record_path(target: Path) -> Path:
-    return target.with_name(f"{target.name}.json")
+        finetune(replace(makes, saving=replace(makes.saving, restart=restart)), again=True)
+    write_step_record(step.record, StepRecord(described, _identity(step.target)))
 
 
 def _matrix(checkpoint: Path) -> dict[str, Any] | None:
@@ -398,7 +338,7 @@ def _matrix(checkpoint: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _saying_how_to_go_on(step: str) -> Iterator[None]:
+def _saying_how_to_resume(step: str) -> Iterator[None]:
     try:
         yield
     except ForgettingError:

@@ -1,26 +1,11 @@
 """The columns of task data: which holds the text, which the label."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
+from consolidate.options import Columns
 from formats.errors import InputError
 from formats.rows import Rows
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The names of the columns with each role; None takes the usual ones."""
-
-    text: str | None = None
-    text_pair: str | None = None
-    label: str | None = None
-    tokens: str | None = None  # the words of a token classification
-    image: str | None = None
-    inputs: str | None = None  # tensors for a module of the user's own
-    prompt: str | None = None
-    completion: str | None = None
-    messages: str | None = None  # chats
-    target: str | None = None  # what an encoder-decoder writes
 
 
 def columns_of(given: Columns | None, named: Mapping[str, str]) -> Columns:

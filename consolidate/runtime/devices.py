@@ -36,3 +36,8 @@ def best_device(name: str | None = None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {name} cannot be used here: {reason}") from None
     return device
+
+
+def dtype_of_name(name: str | None) -> torch.dtype | None:
+    """Give the dtype of that name, such as ``float32``; None for none."""
+    return None if name is None else getattr(torch, name)

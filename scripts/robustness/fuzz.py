@@ -32,10 +32,8 @@ import torch
 from huggingface_hub.utils import yaml_dump
 from torch import nn
 
-from consolidate.commands.finetune import finetune
-from consolidate.commands.fisher import fisher
 from consolidate.commands.report import report
-from consolidate.commands.run_options import option_names, parameters_of, read_options
+from consolidate.commands.run_options import OPTIONS, read_options
 from consolidate.commands.show import show
 from consolidate.commands.verify import verify
 from consolidate.data.encoding import encode
@@ -64,7 +62,6 @@ from scripts.robustness.mutations import (
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
-PARAMETERS = parameters_of(finetune, fisher)
 CPU_SECONDS, MEMORY = 60, 6 * 2**30
 TEXT = """
 # Damaged files
@@ -323,9 +320,9 @@ def read_task(folder: Path) -> None:
 
 def read_run(folder: Path) -> None:
     """Read a tasks.toml, options too."""
-    run = read_run_file(folder / "tasks.toml", option_names(PARAMETERS))
+    run = read_run_file(folder / "tasks.toml", tuple(OPTIONS))
     for options in (run.defaults, *(task.options for task in run.tasks)):
-        read_options(PARAMETERS, options, folder, "the options")
+        read_options(options, folder)
 
 
 @cache

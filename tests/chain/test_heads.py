@@ -11,10 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from consolidate.commands import fisher as fisher_command
+import consolidate
+from consolidate.api import evaluate, finetune
 from consolidate.commands import show as show_command
-from consolidate.commands.evaluate import evaluate
-from consolidate.commands.finetune import finetune
 from consolidate.commands.merge import merge
 from consolidate.commands.verify import verify
 from consolidate.views import summary
@@ -107,7 +106,7 @@ def test_a_chain_with_a_head_per_task(
 ) -> None:
     data = {"a": pairs(0, 1), "b": pairs(2, 3), "c": pairs(4, 5, 6)}
     labels = {"a": [0, 1], "b": [2, 3], "c": [4, 5, 6]}
-    fisher_command.fisher(start, data["a"], task="a", merge_rule=rule, **MODEL)
+    consolidate.fisher(start, data["a"], task="a", merge_rule=rule, **MODEL)
     before, folders, results = start, [start], {}
     for task in "bc":
         out = tmp_path / task
@@ -162,7 +161,7 @@ def test_the_penalty_stays_the_sum_of_the_tasks(
     """Two tasks share a head before it is put aside, so its part of the penalty is not zero."""
     data = [pairs(0, 1), pairs(1, 0), pairs(2, 3)]
     options = {"ewc_lambda": 1.0, **FAST}
-    fisher_command.fisher(start, data[0], task="a", merge_rule="separate", **MODEL)
+    consolidate.fisher(start, data[0], task="a", merge_rule="separate", **MODEL)
     finetune(start, data[1], task="b", output_dir=tmp_path / "b", **options)
     finetune(tmp_path / "b", data[2], task="c", output_dir=tmp_path / "c", head="new", **options)
     for task in "ab":
@@ -192,7 +191,7 @@ def test_the_penalty_stays_the_sum_of_the_tasks(
 def test_a_fresh_head_is_free_and_the_trunk_is_held(
     start: Path, pairs: Callable[..., Path], tmp_path: Path, penalty: str
 ) -> None:
-    fisher_command.fisher(start, pairs(0, 1), task="a", **MODEL)
+    consolidate.fisher(start, pairs(0, 1), task="a", **MODEL)
     result = finetune(
         start, pairs(2, 3), output_dir=tmp_path / "b", head="new", penalty=penalty,
         ewc_lambda=1e8, penalty_step="proximal", **FAST,
@@ -211,7 +210,7 @@ def test_a_fresh_head_is_free_and_the_trunk_is_held(
 def test_heads_of_one_seed_begin_apart(
     start: Path, pairs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    fisher_command.fisher(start, pairs(0, 1), task="a", **MODEL)
+    consolidate.fisher(start, pairs(0, 1), task="a", **MODEL)
     heads = [weights_of(start)["2.weight"]]
     before = start
     for task, labels in (("b", (2, 3)), ("c", (4, 5))):
@@ -228,7 +227,7 @@ def test_heads_of_one_seed_begin_apart(
 def test_the_trace_of_another_head_is_not_common(
     start: Path, pairs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    fisher_command.fisher(start, pairs(0, 1), task="a", **MODEL)
+    consolidate.fisher(start, pairs(0, 1), task="a", **MODEL)
     finetune(
         start, pairs(2, 3), task="b", output_dir=tmp_path / "b", head="new", ewc_lambda=1.0,
         task_weight="trace", **FAST,
@@ -243,7 +242,7 @@ def test_extending_holds_old_rows_and_frees_new_ones(
     start: Path, pairs: Callable[..., Path], tmp_path: Path, rule: str
 ) -> None:
     old_data, new_data = pairs(0, 1), pairs(1, 2)
-    fisher_command.fisher(start, old_data, task="a", merge_rule=rule, **MODEL)
+    consolidate.fisher(start, old_data, task="a", merge_rule=rule, **MODEL)
     with pytest.raises(InputError, match=r"data: 1, 2; of the model: 0, 1\. With --head new"):
         finetune(start, new_data, output_dir=tmp_path / "b", ewc_lambda=1.0, **FAST)
     finetune(
@@ -271,7 +270,7 @@ def test_an_extended_head_that_is_put_aside_knows_all_its_labels(
     start: Path, pairs: Callable[..., Path], tmp_path: Path
 ) -> None:
     old_data = pairs(0, 1)
-    fisher_command.fisher(start, old_data, task="a", **MODEL)
+    consolidate.fisher(start, old_data, task="a", **MODEL)
     before = start
     for task, labels, head in (("b", (1, 2), "extend"), ("c", (7, 9), "new")):
         finetune(
@@ -292,7 +291,7 @@ def test_which_layer_is_the_head_can_be_said(pairs: Callable[..., Path], tmp_pat
     save_file(network.state_dict(), folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     options: dict[str, Any] = {"model": f"{__name__}:head_first", "head": "new", "ewc_lambda": 1.0}
-    fisher_command.fisher(folder, pairs(0, 1), task="a", model=options["model"])
+    consolidate.fisher(folder, pairs(0, 1), task="a", model=options["model"])
     with pytest.raises(UsageError, match=r"is last \(last.weight, last.bias\).*--head-parameters"):
         finetune(folder, pairs(2, 3), output_dir=tmp_path / "b", **options)
     with pytest.raises(UsageError, match="matches no parameter"):
@@ -319,14 +318,14 @@ def test_a_head_that_no_task_uses_is_not_kept(
             start, pairs(0, 1), output_dir=tmp_path / "c", head_parameters=["2.*"], ewc_lambda=1.0,
             **MODEL,
         )  # fmt: skip
-    fisher_command.fisher(tmp_path / "b", pairs(2, 3), overwrite=True, **MODEL)
+    consolidate.fisher(tmp_path / "b", pairs(2, 3), overwrite=True, **MODEL)
 
 
 def test_a_factory_of_a_fixed_width_is_refused(
     network_checkpoint: Path, pairs: Callable[..., Path], tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"model": "support.networks:make_network"}
-    fisher_command.fisher(network_checkpoint, pairs(0, 1, 2), task="a", **options)
+    consolidate.fisher(network_checkpoint, pairs(0, 1, 2), task="a", **options)
     with pytest.raises(InputError, match=r"2 outputs are needed, for 4, 7, .* num_labels"):
         finetune(
             network_checkpoint, pairs(4, 7), output_dir=tmp_path / "b", head="new", ewc_lambda=1.0,
@@ -341,13 +340,13 @@ def test_an_evaluation_of_an_unknown_task_is_refused(
     data = pairs(0, 1)
     with pytest.raises(InputError, match="nothing is known of the task 'a'"):
         evaluate(start, data, task="a", **MODEL)
-    fisher_command.fisher(start, data, task="a", **MODEL)
+    consolidate.fisher(start, data, task="a", **MODEL)
     with pytest.raises(InputError, match="no task 'b'; its tasks are a"):
         evaluate(start, data, task="b", **MODEL)
 
 
 def test_a_damaged_head_is_refused(start: Path, pairs: Callable[..., Path], tmp_path: Path) -> None:
-    fisher_command.fisher(start, pairs(0, 1), task="a", **MODEL)
+    consolidate.fisher(start, pairs(0, 1), task="a", **MODEL)
     out = tmp_path / "b"
     finetune(start, pairs(2, 3), output_dir=out, head="new", ewc_lambda=1.0, **FAST)
     file = out / "fisher" / "heads" / "a.safetensors"
@@ -366,11 +365,11 @@ def test_a_damaged_head_is_refused(start: Path, pairs: Callable[..., Path], tmp_
 def test_another_task_can_be_added_where_heads_are(
     start: Path, pairs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    fisher_command.fisher(start, pairs(0, 1), task="a", **MODEL)
+    consolidate.fisher(start, pairs(0, 1), task="a", **MODEL)
     out = tmp_path / "b"
     finetune(start, pairs(2, 3), task="b", output_dir=out, head="new", ewc_lambda=1.0, **FAST)
     kept = head_of(out, "a")
-    fisher_command.fisher(out, pairs(3, 2), task="more", add=True, **MODEL)
+    consolidate.fisher(out, pairs(3, 2), task="more", add=True, **MODEL)
     assert all(torch.equal(head_of(out, "a")[name], kept[name]) for name in kept)
     stored = read_fisher(out / "fisher")
     assert [task.name for task in stored.ledger.tasks] == ["a", "b", "more"]
@@ -405,7 +404,7 @@ def test_a_classifier_of_transformers_gets_new_and_wider_heads(
     old = texts(tmp_path / "old.jsonl", "good", "bad")  # another order than the model's ids
     topics = texts(tmp_path / "topics.jsonl", "sport", "news", "art")
     more = texts(tmp_path / "more.jsonl", "art", "travel")
-    fisher_command.fisher(classifier, old, task="old")
+    consolidate.fisher(classifier, old, task="old")
     first = evaluate(classifier, {"old": old})["old"]
     with pytest.raises(
         InputError, match=r"art, news, sport\). Labels of the data: art, news, sport; of the model:"
@@ -458,7 +457,7 @@ def test_other_objectives_get_heads(tmp_path: Path, objective: str) -> None:
     for name, lines in zip(("old", "new"), rows[objective], strict=True):
         files[name] = tmp_path / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps(row) + "\n" for row in lines))
-    fisher_command.fisher(folder, files["old"], objective=objective)
+    consolidate.fisher(folder, files["old"], objective=objective)
     out = tmp_path / "out"
     result = finetune(
         folder, files["new"], output_dir=out, objective=objective, head="new", ewc_lambda=1.0,
@@ -474,7 +473,7 @@ def test_other_objectives_get_heads(tmp_path: Path, objective: str) -> None:
 
 
 def test_one_label_makes_no_classifier(classifier: Path, tmp_path: Path) -> None:
-    fisher_command.fisher(classifier, texts(tmp_path / "old.jsonl", "good", "bad"), task="old")
+    consolidate.fisher(classifier, texts(tmp_path / "old.jsonl", "good", "bad"), task="old")
     with pytest.raises(UsageError, match="at least two labels, not 1"):
         finetune(
             classifier, texts(tmp_path / "one.jsonl", "x"), output_dir=tmp_path / "b", head="new",
@@ -490,7 +489,7 @@ def test_the_head_in_half_precision_stays_so(classifier: Path, tmp_path: Path) -
         tiny_models.word_tokenizer(),
         torch.bfloat16,
     )
-    fisher_command.fisher(half, texts(tmp_path / "old.jsonl", "good", "bad"), task="old")
+    consolidate.fisher(half, texts(tmp_path / "old.jsonl", "good", "bad"), task="old")
     for head in ("new", "extend"):
         out = tmp_path / head
         finetune(
@@ -508,7 +507,7 @@ def test_new_tokens_widen_the_vocabulary(tmp_path: Path, caplog: pytest.LogCaptu
     )
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": t}) + "\n" for t in tiny_models.CORPUS))
-    fisher_command.fisher(folder, data, task="old", max_length=8)
+    consolidate.fisher(folder, data, task="old", max_length=8)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = len(tokenizer)
     tokenizer.add_tokens(["<new>", "<more>"])
@@ -536,7 +535,7 @@ def test_new_tokens_widen_the_vocabulary(tmp_path: Path, caplog: pytest.LogCaptu
 def test_models_with_heads_are_joined_or_refused(
     start: Path, pairs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    fisher_command.fisher(start, pairs(0, 1), task="a", **MODEL)
+    consolidate.fisher(start, pairs(0, 1), task="a", **MODEL)
     options: dict[str, Any] = {"ewc_lambda": 1.0, **FAST}
     base = tmp_path / "base"
     finetune(start, pairs(2, 3), task="b", output_dir=base, head="new", **options)
@@ -573,7 +572,7 @@ def test_a_search_measures_old_tasks_with_their_own_heads(
     start: Path, pairs: Callable[..., Path], tmp_path: Path
 ) -> None:
     a, b = pairs(0, 1), pairs(2, 3)
-    fisher_command.fisher(start, a, task="a", **MODEL)
+    consolidate.fisher(start, a, task="a", **MODEL)
     held = tmp_path / "held.npz"
     held.write_bytes(a.read_bytes())
     new = tmp_path / "new.npz"

@@ -63,18 +63,16 @@ def test_a_signal_to_one_stops_all_at_one_step(found: Found) -> None:
 
 def test_other_processes_are_refused(found: Found) -> None:
     whole = found["whole_models"]
-    assert refused(
-        whole["one"], "(processes: 2 then, 1 now): start that command again, or --restart"
-    )
-    assert refused(whole["three"], "(processes: 2 then, 3 now)")
-    assert refused(whole["shards"], "(shard: False then, True now)")
+    assert refused(whole["one"], "(processes 2 → 1): start that command again, or --restart")
+    assert refused(whole["three"], "(processes 2 → 3)")
+    assert refused(whole["shards"], "(shard False → True)")
     assert whole["alone"]["codes"] == [-signal.SIGKILL]
-    assert refused(whole["two"], "(processes: 1 then, 2 now)")
-    assert refused(found["shards"]["whole models"], "(shard: True then, False now")
+    assert refused(whole["two"], "(processes 1 → 2)")
+    assert refused(found["shards"]["whole models"], "(shard True → False")
     for kind, then in (("shards", True), ("whole models", False)):
         measured = found["fisher"][kind]
-        assert refused(measured["three"], "(processes: 2 then, 3 now): start that command again")
-        assert refused(measured["other"], f"(shard: {then} then, {not then} now)")
+        assert refused(measured["three"], "(processes 2 → 3): start that command again")
+        assert refused(measured["other"], f"(shard {then} → {not then})")
 
 
 def test_a_restart_throws_away_what_others_have_kept(found: Found) -> None:

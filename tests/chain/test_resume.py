@@ -15,7 +15,6 @@ import consolidate
 from consolidate.chain import resume
 from consolidate.commands import finetune as finetune_command
 from consolidate.commands import finetune_run
-from consolidate.commands import fisher as fisher_command
 from consolidate.estimation.passes import PartialPass
 from consolidate.runtime import signals
 from formats.errors import InputError, NonFiniteError
@@ -33,7 +32,7 @@ COMMON: dict[str, Any] = {**FAST, "save_every": 0, "log_every": 1, "ewc_lambda":
 @pytest.fixture
 def learned(network_checkpoint: Path, write_task: Write) -> Path:
     """A checkpoint that holds the Fisher of its task."""
-    fisher_command.fisher(network_checkpoint, write_task("old"), **NETWORK)
+    consolidate.fisher(network_checkpoint, write_task("old"), **NETWORK)
     return network_checkpoint
 
 
@@ -73,17 +72,17 @@ def test_a_training_goes_on_to_the_same_bytes(
     start = normed(tmp_path / "normed", old)
     options = {**COMMON, "model": "support.networks:Network", "epochs": 3, **WAYS[way]}
     options |= {"evaluate": {"old": old}, "evaluate_every": 4}
-    whole = finetune_command.finetune(start, new, output_dir=tmp_path / "whole", **options)
+    whole = consolidate.finetune(start, new, output_dir=tmp_path / "whole", **options)
     caplog.set_level("INFO", "consolidate")
     caplog.clear()
     steps = [step for step in (1, 4, 5, whole["steps"]) if step <= whole["steps"]]
     for step in steps:
         break_off(monkeypatch, step)
         with pytest.raises(Killed):
-            finetune_command.finetune(start, new, output_dir=tmp_path / "killed", **options)
+            consolidate.finetune(start, new, output_dir=tmp_path / "killed", **options)
         assert not (tmp_path / "killed").exists()
         assert (tmp_path / ".killed.consolidate-partial").exists()
-    resumed = finetune_command.finetune(start, new, output_dir=tmp_path / "killed", **options)
+    resumed = consolidate.finetune(start, new, output_dir=tmp_path / "killed", **options)
     assert [f"going on from step {step} of {whole['steps']}" in caplog.text for step in steps] == [
         True
     ] * len(steps)
@@ -97,14 +96,14 @@ def test_it_goes_on_from_where_it_was_kept_last(
 ) -> None:
     new = write_task("new", seed=1)
     options = {**COMMON, "epochs": 3, "save_every": 1}
-    finetune_command.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    consolidate.finetune(learned, new, output_dir=tmp_path / "whole", **options)
     times = iter([0.0, 1.0, 60.0])  # seconds: at the start and after two steps
     timed = partial(resume.KeptWork, clock=lambda: next(times, 62.0))
     break_off(monkeypatch, 4)
     with monkeypatch.context() as patch:
         patch.setattr(finetune_command, "KeptWork", timed)
         with pytest.raises(Killed):
-            finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+            consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     steps: list[int] = []
     train = finetune_run.train_epoch
 
@@ -113,7 +112,7 @@ def test_it_goes_on_from_where_it_was_kept_last(
         return train(*arguments, **settings)
 
     monkeypatch.setattr(finetune_run, "train_epoch", counted)
-    finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     assert steps == [2, 4, 8]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -128,14 +127,14 @@ def test_a_pass_for_the_fisher_goes_on_without_training_again(
     monkeypatch.setattr(consolidate.estimation.compensated_sums, "FOLDED_BATCHES", 8)
     new = write_task("new", seed=1, count=100)
     options = {**COMMON, "epochs": 2, "fisher_batch_size": 2, "evaluate": {"new": new}}
-    whole = finetune_command.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    whole = consolidate.finetune(learned, new, output_dir=tmp_path / "whole", **options)
     for examples in (40, 70):
         kill_after(monkeypatch, examples)
         with pytest.raises(Killed):
-            finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+            consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     caplog.set_level("INFO", "consolidate")
     caplog.clear()
-    resumed = finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    resumed = consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     assert caplog.messages == [
         "going on after the last of 14 steps",
         "going on after 64 of 100 examples",
@@ -153,13 +152,13 @@ def test_what_was_learned_is_kept_when_the_rest_is_interrupted(
 
     new = write_task("new", seed=1)
     options = {**COMMON, "save_every": 10**6}
-    finetune_command.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    consolidate.finetune(learned, new, output_dir=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         patch.setattr(finetune_command, during, interrupted)
         with pytest.raises(signals.Terminated):
-            finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+            consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     monkeypatch.delattr(finetune_run, "train_epoch")
-    finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -180,14 +179,14 @@ def test_a_pass_that_is_stopped_is_kept_as_far_as_it_came(
 
     new = write_task("new", seed=1, count=100)
     options = {**COMMON, "fisher_batch_size": 2, "save_every": 10**6}
-    finetune_command.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    consolidate.finetune(learned, new, output_dir=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         patch.setattr(resume.KeptPass, "keep", keep_and_stop)
         with pytest.raises(signals.Terminated):
-            finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+            consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     caplog.set_level("INFO", "consolidate")
     caplog.clear()
-    finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     assert "going on after 32 of 100 examples" in caplog.messages
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -202,7 +201,7 @@ def test_a_search_keeps_its_candidates(
 ) -> None:
     new = write_task("new", seed=1)
     options = {**COMMON, "max_steps": 4, "ewc_lambda": strengths}
-    whole = finetune_command.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    whole = consolidate.finetune(learned, new, output_dir=tmp_path / "whole", **options)
     descend, runs = finetune_command.descend, []
 
     def broken(*arguments: Any) -> Any:
@@ -213,12 +212,12 @@ def test_a_search_keeps_its_candidates(
 
     monkeypatch.setattr(finetune_command, "descend", broken)
     with pytest.raises(Killed):
-        finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+        consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     break_off(monkeypatch, 3)
     monkeypatch.setattr(finetune_run, "descend", finetune_run.descend)
     with pytest.raises(Killed):  # in the next candidate
-        finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
-    resumed = finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+        consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    resumed = consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     assert len(runs) == whole["lambda_search"]["cost"]["runs"] + 2
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     for result in (whole, resumed):
@@ -234,7 +233,7 @@ def test_the_choice_of_a_search_is_kept_with_the_training(
 ) -> None:
     new = write_task("new", seed=1)
     options = {**COMMON, "epochs": 2, "ewc_lambda": [1.0, 1000.0]}
-    finetune_command.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    consolidate.finetune(learned, new, output_dir=tmp_path / "whole", **options)
     train = finetune_command.train
 
     def broken(*arguments: Any, **settings: Any) -> Any:
@@ -243,10 +242,10 @@ def test_the_choice_of_a_search_is_kept_with_the_training(
 
     monkeypatch.setattr(finetune_command, "train", broken)
     with pytest.raises(Killed):
-        finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+        consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     monkeypatch.setattr(finetune_command, "train", train)
     monkeypatch.delattr(finetune_command, "search_lambda")
-    finetune_command.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -257,24 +256,24 @@ def test_what_has_changed_is_said(
     options = {**COMMON, "output_dir": tmp_path / "out", "evaluate": {"old": old}}
     break_off(monkeypatch, 2)
     with pytest.raises(Killed):
-        finetune_command.finetune(learned, new, **options)
+        consolidate.finetune(learned, new, **options)
     kept = (tmp_path / ".out.consolidate-partial").read_bytes()
     for changed, message in (
-        ({"learning_rate": 0.1}, r"not of this one \(learning_rate: 0.01 then, 0.1 now\): start "),
-        ({"epochs": 7, "seed": 1}, r"\(epochs: None then, 7 now; seed: 0 then, 1 now\)"),
-        ({"evaluate": {}}, r"\(evaluate.old.name: old.npz then, None now; evaluate.old.digest: "),
+        ({"learning_rate": 0.1}, r"not of this one \(learning-rate 0.01 → 0.1\): start "),
+        ({"epochs": 7, "seed": 1}, r"\(epochs default → 7; seed 0 → 1\)"),
+        ({"evaluate": {}}, r"\(the test data of old is left out\)"),
     ):
         with pytest.raises(InputError, match=message + ".*--restart"):
-            finetune_command.finetune(learned, new, **{**options, **changed})
+            consolidate.finetune(learned, new, **{**options, **changed})
     write_task("new", seed=2)
-    with pytest.raises(InputError, match=r"\(data.digest: [0-9a-f]{12}… then, [0-9a-f]{12}… now\)"):
-        finetune_command.finetune(learned, new, **options)
+    with pytest.raises(InputError, match=r"not of this one \(the data\)"):
+        consolidate.finetune(learned, new, **options)
     write_task("new", seed=1)
-    fisher_command.fisher(learned, old, **NETWORK, estimator="mc", force=True)
-    with pytest.raises(InputError, match=r"\(checkpoint.fisher: [0-9a-f]{12}… then"):
-        finetune_command.finetune(learned, new, **options)
+    consolidate.fisher(learned, old, **NETWORK, estimator="mc", overwrite=True)
+    with pytest.raises(InputError, match=r"\(the checkpoint it starts from\)"):
+        consolidate.finetune(learned, new, **options)
     assert (tmp_path / ".out.consolidate-partial").read_bytes() == kept
-    result = finetune_command.finetune(learned, new, **options, restart=True)
+    result = consolidate.finetune(learned, new, **options, restart=True)
     assert result["status"] == "done"
     assert not list(tmp_path.glob(".out*"))
 
@@ -286,7 +285,7 @@ def test_a_measurement_that_is_interrupted_is_made_again(
     new = write_task("new", seed=1)
     options = {**COMMON, "save_every": 10**6, "epochs": 2, "evaluate": {"new": new}}
     options |= {"evaluate_every": 2}
-    whole = finetune_command.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    whole = consolidate.finetune(learned, new, output_dir=tmp_path / "whole", **options)
     measure, count = finetune_run.evaluate_all, list(whole["metrics"]).index(moment)
     count -= moment == "epoch 1" or 2 * (moment == "after")  # taken from a step's
 
@@ -301,9 +300,9 @@ def test_a_measurement_that_is_interrupted_is_made_again(
     with monkeypatch.context() as patch:
         patch.setattr(finetune_run, "evaluate_all", interrupted)
         with pytest.raises(signals.Terminated):
-            finetune_command.finetune(learned, new, **options)
+            consolidate.finetune(learned, new, **options)
     assert (tmp_path / ".out.consolidate-partial").exists() == (moment != "before")
-    finetune_command.finetune(learned, new, **options)
+    consolidate.finetune(learned, new, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -319,7 +318,7 @@ def test_a_training_goes_on_where_it_cannot_be_kept(
 
     monkeypatch.setattr(consolidate.chain.resume, "write_partial", full)
     caplog.set_level("INFO", "consolidate")
-    result = finetune_command.finetune(
+    result = consolidate.finetune(
         learned, write_task("new", seed=1), output_dir=tmp_path / "out", **COMMON
     )
     assert result["steps"] == 4
@@ -331,7 +330,7 @@ def test_a_training_that_diverges_is_not_kept(
 ) -> None:
     options = {**COMMON, "ewc_lambda": 1e9, "optimizer": "sgd", "learning_rate": 1.0, "epochs": 30}
     with pytest.raises(NonFiniteError):
-        finetune_command.finetune(
+        consolidate.finetune(
             learned, write_task("new", seed=1), output_dir=tmp_path / "out", **options
         )
     assert not list(tmp_path.glob(".out*"))

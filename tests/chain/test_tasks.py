@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import consolidate
-from consolidate.commands import fisher as fisher_command
-from consolidate.commands.finetune import finetune
+from consolidate.api import finetune
 from formats.errors import UsageError
 from formats.fisher_folder import read_fisher
 from formats.fisher_json import Ledger
@@ -55,7 +54,7 @@ class Tasks:
         """The checkpoint after a task with the Fisher of that task only."""
         out = self.folder / f"{name}-alone"
         shutil.copytree(self.folder / name, out, ignore=shutil.ignore_patterns("fisher"))
-        fisher_command.fisher(out, self.folder / f"{name}.npz", **NETWORK)
+        consolidate.fisher(out, self.folder / f"{name}.npz", **NETWORK)
         return out
 
 
@@ -113,7 +112,7 @@ def test_another_task_at_the_same_weights_moves_no_anchor(tasks: Tasks, write_ta
     tasks.learn("a")
     before = stored(tasks.last, "fisher")
     data = write_task("more", seed=5)
-    result = fisher_command.fisher(tasks.last, data, **NETWORK, add=True, merge_rule="separate")
+    result = consolidate.fisher(tasks.last, data, **NETWORK, add=True, merge_rule="separate")
     assert (result["merge_rule"], result["weight"]) == ("separate", 1.0)
     ledger = ledger_of(tasks.last)
     assert (ledger.merge_rule, ledger.anchor, ledger.penalty_offset) == ("separate", None, 0)

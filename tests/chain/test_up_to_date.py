@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,17 @@ def test_a_fisher_is_measured_once(
     if place == "in a folder of its own":
         options["output_dir"] = tmp_path / "out"
     elif place == "added":
-        fisher_command.fisher(network_checkpoint, write_task("first", seed=5), **NETWORK)
+        consolidate.fisher(network_checkpoint, write_task("first", seed=5), **NETWORK)
         options["add"] = True
     data = write_task("old")
-    done = fisher_command.fisher(network_checkpoint, data, **options)
+    done = consolidate.fisher(network_checkpoint, data, **options)
     before = times(tmp_path)
     caplog.set_level("INFO", "consolidate")
     nothing_written()
-    again = fisher_command.fisher(network_checkpoint, data, **options)
+    again = consolidate.fisher(network_checkpoint, data, **options)
     assert times(tmp_path) == before
     assert again["status"] == "cached"
-    assert "made from the same, and nothing is done: --force does it anew" in caplog.text
+    assert "is up to date: nothing to do" in caplog.text
     known = ("checkpoint", "fisher", "task", "weight", "merge_rule", "gamma", "estimator")
     known += ("examples", "units", "parameters")
     assert {name: again[name] for name in known} == {name: done[name] for name in known}
@@ -76,17 +77,17 @@ def test_a_fisher_is_measured_once(
 
 def test_another_fisher_is_refused_as_before(network_checkpoint: Path, write_task: Write) -> None:
     data = write_task("old")
-    fisher_command.fisher(network_checkpoint, data, **NETWORK)
+    consolidate.fisher(network_checkpoint, data, **NETWORK)
     before = contents(network_checkpoint)
     for changed in ({"seed": 1}, {"task": "other"}, {"batch_size": 5}, {"freeze": ["0.*"]}):
         with pytest.raises(InputError, match="exists already: --overwrite replaces it"):
-            fisher_command.fisher(network_checkpoint, data, **NETWORK, **changed)
+            consolidate.fisher(network_checkpoint, data, **NETWORK, **changed)
     write_task("old", seed=3)
     with pytest.raises(InputError, match="exists already"):
-        fisher_command.fisher(network_checkpoint, data, **NETWORK)
+        consolidate.fisher(network_checkpoint, data, **NETWORK)
     assert contents(network_checkpoint) == before
-    with pytest.raises(UsageError, match="--add and --force exclude each other"):
-        fisher_command.fisher(network_checkpoint, data, **NETWORK, add=True, force=True)
+    with pytest.raises(UsageError, match="--add and --overwrite exclude each other"):
+        consolidate.fisher(network_checkpoint, data, **NETWORK, add=True, overwrite=True)
 
 
 def test_a_fine_tuning_is_done_once(
@@ -96,21 +97,22 @@ def test_a_fine_tuning_is_done_once(
     nothing_written: Callable[[], None],
 ) -> None:
     old, new, out = write_task("old"), write_task("new", seed=1), tmp_path / "out"
-    fisher_command.fisher(network_checkpoint, old, **NETWORK)
+    consolidate.fisher(network_checkpoint, old, **NETWORK)
     options: dict[str, Any] = {**FAST, "output_dir": out, "ewc_lambda": 10.0}
     options |= {"evaluate": {"old": old, "new": new}}
-    done = finetune_command.finetune(network_checkpoint, new, **options)
+    done = consolidate.finetune(network_checkpoint, new, **options)
     before = times(tmp_path)
     (network_checkpoint / "LICENSE").touch()
     with pytest.raises(InputError, match="already holds"):
-        finetune_command.finetune(network_checkpoint, new, **options, epochs=2)
-    anew = finetune_command.finetune(network_checkpoint, new, **options, force=True, log_every=1)
-    assert anew == {**done, "history": anew["history"]}
+        consolidate.finetune(network_checkpoint, new, **options, epochs=2)
+    shutil.rmtree(out)
+    again = consolidate.finetune(network_checkpoint, new, **options, log_every=1)
+    assert again == {**done, "history": again["history"]}
     assert times(out) != before
     before = times(tmp_path)
     nothing_written()
     for way in ({}, {"overwrite": True}, {"log_every": 3, "save_every": 0.0}):
-        again = finetune_command.finetune(network_checkpoint, new, **options, **way)
+        again = consolidate.finetune(network_checkpoint, new, **options, **way)
         assert again["status"] == "cached"
         for name in ("checkpoint", "penalty", "ewc_lambda", "metrics"):
             assert again[name] == done[name]
@@ -128,18 +130,18 @@ def test_a_damaged_output_is_not_taken_for_whole(
 ) -> None:
     options: dict[str, Any] = {**FAST, "output_dir": tmp_path / "out", "penalty": "none"}
     new = write_task("new")
-    finetune_command.finetune(network_checkpoint, new, **options)
+    consolidate.finetune(network_checkpoint, new, **options)
     whole = contents(tmp_path / "out")
     data = bytearray(whole[what])
     data[-1] ^= 1
     (tmp_path / "out" / what).write_bytes(data)
     caplog.set_level("INFO", "consolidate")
     with pytest.raises(InputError, match="already holds"):
-        finetune_command.finetune(network_checkpoint, new, **options)
+        consolidate.finetune(network_checkpoint, new, **options)
     assert "was made from the same, but is not whole: " in caplog.text
-    assert finetune_command.finetune(network_checkpoint, new, **options, overwrite=True)[
-        "status"
-    ] == ("done")
+    assert consolidate.finetune(network_checkpoint, new, **options, overwrite=True)["status"] == (
+        "done"
+    )
     assert contents(tmp_path / "out") == whole
 
 
@@ -151,9 +153,9 @@ def test_what_was_kept_of_it_is_thrown_away(
     options: dict[str, Any] = {**FAST, "output_dir": out, "penalty": "none", "save_every": 0}
     with monkeypatch.context() as patch:
         patch.setattr(consolidate.chain.resume, "remove_partial", lambda *where: None)
-        finetune_command.finetune(network_checkpoint, new, **options)
+        consolidate.finetune(network_checkpoint, new, **options)
     assert list(tmp_path.glob(".out*"))
-    assert finetune_command.finetune(network_checkpoint, new, **options)["status"] == "cached"
+    assert consolidate.finetune(network_checkpoint, new, **options)["status"] == "cached"
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -162,18 +164,18 @@ def test_without_the_datas_digest_nothing_is_cached(
 ) -> None:
     options: dict[str, Any] = {**FAST, "output_dir": tmp_path / "out", "penalty": "none"}
     new = write_task("new")
-    finetune_command.finetune(network_checkpoint, new, **options, data_digest=False)
+    consolidate.finetune(network_checkpoint, new, **options, data_digest=False)
     ledger = read_fisher(tmp_path / "out" / "fisher").ledger
     assert ledger.tasks[0].made_from is None
     with pytest.raises(InputError, match="already holds"):
-        finetune_command.finetune(network_checkpoint, new, **options, data_digest=False)
+        consolidate.finetune(network_checkpoint, new, **options, data_digest=False)
 
 
 def test_a_merge_is_done_once(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> None:
     parts = []
     for seed, name in enumerate("ab"):
         parts.append(tmp_path / name)
-        finetune_command.finetune(
+        consolidate.finetune(
             network_checkpoint, write_task(name, seed=seed), output_dir=parts[-1], penalty="none",
             **FAST,
         )  # fmt: skip
@@ -190,13 +192,14 @@ def test_a_merge_is_done_once(network_checkpoint: Path, write_task: Write, tmp_p
     with pytest.raises(InputError, match="already holds"):
         consolidate.merge(parts[::-1], output_dir=out)
     whole = contents(out)
-    assert consolidate.merge(parts, output_dir=out, force=True)["status"] == "done"
-    assert times(out) != before
+    assert consolidate.merge(parts, output_dir=out, overwrite=True)["status"] == "cached"
+    shutil.rmtree(out)
+    assert consolidate.merge(parts, output_dir=out)["status"] == "done"
     assert contents(out) == whole
     # The merge says what it was made from, not what its last task was.
     options: dict[str, Any] = {**FAST, "output_dir": out, "penalty": "none"}
     with pytest.raises(InputError, match="already holds"):
-        finetune_command.finetune(network_checkpoint, tmp_path / "b.npz", **options)
+        consolidate.finetune(network_checkpoint, tmp_path / "b.npz", **options)
 
 
 def test_the_command_says_so(

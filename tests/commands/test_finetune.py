@@ -11,9 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import consolidate
-from consolidate.commands import evaluate as evaluate_command
+from consolidate.api import fisher
 from consolidate.commands import finetune as finetune_command
-from consolidate.commands.fisher import fisher
 from formats.checkpoint import open_checkpoint, weight_records
 from formats.digest import set_digest
 from formats.errors import InputError, NonFiniteError, UsageError
@@ -30,24 +29,16 @@ def test_finetune_keeps_the_old_task_and_can_go_on(
 ) -> None:
     a, b, c = (write_task(name, seed=seed) for seed, name in enumerate("abc"))
     first = tmp_path / "first"
-    finetune_command.finetune(
-        network_checkpoint, a, output_dir=first, penalty="none", epochs=20, **FAST
-    )
+    consolidate.finetune(network_checkpoint, a, output_dir=first, penalty="none", epochs=20, **FAST)
     evaluate = {"a": a, "b": b}
     common = {"epochs": 20, "evaluate": evaluate, **FAST}
-    free = finetune_command.finetune(
-        first, b, output_dir=tmp_path / "free", penalty="none", **common
-    )
-    held = finetune_command.finetune(
-        first, b, output_dir=tmp_path / "held", ewc_lambda=100.0, **common
-    )
+    free = consolidate.finetune(first, b, output_dir=tmp_path / "free", penalty="none", **common)
+    held = consolidate.finetune(first, b, output_dir=tmp_path / "held", ewc_lambda=100.0, **common)
     before = held["metrics"]["before"]["a"]["accuracy"]
     assert before > 0.9
     assert held["metrics"]["after"]["a"]["accuracy"] > free["metrics"]["after"]["a"]["accuracy"]
     assert held["metrics"]["after"]["b"]["accuracy"] > held["metrics"]["before"]["b"]["accuracy"]
-    assert held["metrics"]["after"] == evaluate_command.evaluate(
-        tmp_path / "held", evaluate, **NETWORK
-    )
+    assert held["metrics"]["after"] == consolidate.evaluate(tmp_path / "held", evaluate, **NETWORK)
     assert held["penalty_value"] > 0
     assert free["penalty_value"] == 0
     assert 0.9 < held["share_moved"] <= 1
@@ -55,9 +46,7 @@ def test_finetune_keeps_the_old_task_and_can_go_on(
     assert set(held["metrics"]) == {"before", "after", *(f"epoch {i + 1}" for i in range(20))}
 
     last = tmp_path / "last"
-    finetune_command.finetune(
-        tmp_path / "held", c, output_dir=last, ewc_lambda=100.0, epochs=1, **FAST
-    )
+    consolidate.finetune(tmp_path / "held", c, output_dir=last, ewc_lambda=100.0, epochs=1, **FAST)
     ledger = read_fisher(last / "fisher").ledger
     assert [task.name for task in ledger.tasks] == ["a", "b", "c"]
     assert [task.penalty for task in ledger.tasks] == ["none", "ewc", "ewc"]
@@ -80,7 +69,7 @@ def test_the_new_fisher_is_measured_at_the_stored_weights_and_added(
     save_file(narrow, network_checkpoint / "model.safetensors", {"format": "pt"})
     fisher(network_checkpoint, write_task("old"), **NETWORK)
     new = write_task("new", seed=7)
-    result = finetune_command.finetune(
+    result = consolidate.finetune(
         network_checkpoint,
         new,
         output_dir=tmp_path / "out",
@@ -107,7 +96,7 @@ def test_l2_holds_all_weights_alike(
 
     def moved(strength: float) -> float:
         out = tmp_path / str(strength)
-        finetune_command.finetune(
+        consolidate.finetune(
             network_checkpoint, data, output_dir=out, penalty="l2", ewc_lambda=strength, **FAST
         )
         start = load_file(network_checkpoint / "model.safetensors")
@@ -124,10 +113,10 @@ def test_proximal_steps_hold_where_the_gradient_diverges(
     new = write_task("new", seed=7)
     options = {"ewc_lambda": 1e9, **FAST, "optimizer": "sgd", "learning_rate": 0.1}
     with pytest.raises(NonFiniteError, match=r"the (penalty|loss) is"):
-        finetune_command.finetune(
+        consolidate.finetune(
             network_checkpoint, new, output_dir=tmp_path / "out", epochs=20, **options
         )
-    result = finetune_command.finetune(
+    result = consolidate.finetune(
         network_checkpoint,
         new,
         output_dir=tmp_path / "out",
@@ -163,7 +152,7 @@ def test_options_that_contradict(
     message: str,
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        finetune_command.finetune(
+        consolidate.finetune(
             network_checkpoint, write_task("new"), output_dir=tmp_path / "out", **options
         )
 
@@ -172,7 +161,7 @@ def test_without_a_fisher_ewc_says_how_to_get_one(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="holds no Fisher: run `consolidate fisher"):
-        finetune_command.finetune(
+        consolidate.finetune(
             network_checkpoint, write_task("new"), output_dir=tmp_path / "out", ewc_lambda=1.0
         )
     assert not (tmp_path / "out").exists()
@@ -187,7 +176,7 @@ def test_a_fisher_from_elsewhere(
     for name in ("published", "start"):
         if name == "start":
             shutil.move(tmp_path / "published", network_checkpoint / "fisher")
-        finetune_command.finetune(
+        consolidate.finetune(
             network_checkpoint,
             new,
             output_dir=tmp_path / f"by-{name}",
@@ -197,7 +186,7 @@ def test_a_fisher_from_elsewhere(
         )
     assert contents(tmp_path / "by-published") == contents(tmp_path / "by-start")
     with pytest.raises(InputError, match="holds no Fisher"):
-        finetune_command.finetune(
+        consolidate.finetune(
             network_checkpoint,
             new,
             output_dir=tmp_path / "out",
@@ -215,7 +204,7 @@ def test_the_fisher_of_another_model_is_refused(
     weights["2.bias"] = weights["2.bias"] + 1
     save_file(weights, network_checkpoint / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"belongs to other weights.*2\.bias"):
-        finetune_command.finetune(
+        consolidate.finetune(
             network_checkpoint,
             write_task("new"),
             output_dir=tmp_path / "out",
@@ -233,13 +222,13 @@ def test_an_output_folder_that_holds_something_is_kept(
     (out / "thesis.txt").write_text("years of work")
     options = {"output_dir": out, "penalty": "none", "max_steps": 1, **FAST}
     with pytest.raises(InputError, match=r"already holds 'thesis\.txt'"):
-        finetune_command.finetune(network_checkpoint, write_task("new"), **options)
+        consolidate.finetune(network_checkpoint, write_task("new"), **options)
     assert contents(out) == {"thesis.txt": b"years of work"}
     with pytest.raises(InputError, match="holds no checkpoint"):
-        finetune_command.finetune(network_checkpoint, write_task("new"), **options, overwrite=True)
+        consolidate.finetune(network_checkpoint, write_task("new"), **options, overwrite=True)
     assert contents(out) == {"thesis.txt": b"years of work"}
     (out / "thesis.txt").unlink()
-    finetune_command.finetune(network_checkpoint, write_task("new"), **options)
+    consolidate.finetune(network_checkpoint, write_task("new"), **options)
     assert (out / "model.safetensors").is_file()
 
 
@@ -248,7 +237,7 @@ def test_a_run_that_diverges_leaves_nothing(
 ) -> None:
     fisher(network_checkpoint, write_task("old"), **NETWORK)
     with pytest.raises(NonFiniteError):
-        finetune_command.finetune(
+        consolidate.finetune(
             network_checkpoint,
             write_task("new", seed=2),
             output_dir=tmp_path / "out",
@@ -266,7 +255,7 @@ def test_a_frozen_parameter_is_neither_trained_nor_measured(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
     options = {"freeze": ["0.*"], **FAST}
-    finetune_command.finetune(
+    consolidate.finetune(
         network_checkpoint,
         write_task("new"),
         output_dir=tmp_path / "out",
@@ -288,7 +277,7 @@ def test_where_nothing_can_be_written_is_known_before_the_work(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="no folder that can be written"):
-        finetune_command.finetune(
+        consolidate.finetune(
             network_checkpoint, write_task("new"), output_dir=tmp_path / "file" / "out",
             penalty="none", epochs=10**9, **FAST,
         )  # fmt: skip
@@ -305,7 +294,7 @@ def test_a_disk_that_is_too_small_is_known_before_the_work(
     try:
         (disk / "full").write_bytes(bytes(4096))
         with pytest.raises(InputError, match="has room for 0 bytes, and 5,784 are needed"):
-            finetune_command.finetune(
+            consolidate.finetune(
                 network_checkpoint, write_task("new"), output_dir=disk / "out", penalty="none",
                 epochs=10**9, **FAST,
             )  # fmt: skip
@@ -325,7 +314,7 @@ def test_experts_keep_their_keys_through_a_chain(tmp_path: Path) -> None:
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_models.CORPUS))
     fisher(start, data, task="old")
     out = tmp_path / "out"
-    finetune_command.finetune(start, data, task="new", output_dir=out, ewc_lambda=10.0, pack=True)
+    consolidate.finetune(start, data, task="new", output_dir=out, ewc_lambda=10.0, pack=True)
     before, after = load_file(start / "model.safetensors"), load_file(out / "model.safetensors")
     experts = [name for name in before if ".experts.0." in name]
     assert experts
@@ -371,9 +360,7 @@ def test_running_statistics_stay_through_fisher_and_a_penalty(
         "asked-held": {"ewc_lambda": 1.0, "norm_statistics": "update"},
     }
     for name, penalty in ways.items():
-        done = finetune_command.finetune(
-            folder, new, output_dir=tmp_path / name, **options, **penalty
-        )
+        done = consolidate.finetune(folder, new, output_dir=tmp_path / name, **options, **penalty)
         end = load_file(tmp_path / name / "model.safetensors")
         frozen = not name.startswith("asked")
         assert torch.equal(start["1.running_var"], end["1.running_var"]) == frozen
@@ -389,7 +376,6 @@ def test_running_statistics_stay_through_fisher_and_a_penalty(
         (("new",), {}, "update", "--norm-statistics frozen changes that"),
         (("new", "old"), {}, "frozen", "stay as they are, the default with a penalty, a Fisher or"),
         (("old",), {"norm_statistics": "update"}, "update", "data: --norm-statistics update"),
-        (("old",), {"evaluate_ahead": ["old"]}, "update", "follow the new data"),
         ((), {"penalty": "l2", "ewc_lambda": 1.0}, "frozen", "stay as they are, the default with"),
     ],
 )
@@ -409,7 +395,7 @@ def test_running_statistics_follow_the_data_only_where_nothing_is_old(
     data = {"new": write_task("new"), "old": write_task("old", seed=1)}
     given = {"penalty": "none", "model": "support.networks:normed_network", **options}
     given |= {"output_dir": tmp_path / "out", "evaluate": {name: data[name] for name in evaluate}}
-    done = finetune_command.finetune(start, data["new"], **given)
+    done = consolidate.finetune(start, data["new"], **given)
     assert done["norm_statistics"] == expected
     lines = [m for m in caplog.messages if m.startswith("running statistics")]
     assert len(lines) == 1
@@ -419,13 +405,13 @@ def test_running_statistics_follow_the_data_only_where_nothing_is_old(
         expected == "frozen"
     )
     # What comes of a default and of the same value by name is the same, and done once.
-    again = finetune_command.finetune(start, data["new"], **given | {"norm_statistics": expected})
+    again = consolidate.finetune(start, data["new"], **given | {"norm_statistics": expected})
     assert again["status"] == "cached"
     assert again["norm_statistics"] == expected
     check_json("finetune", again)
     other = "update" if expected == "frozen" else "frozen"
     with pytest.raises(InputError, match="already holds"):
-        finetune_command.finetune(start, data["new"], **given | {"norm_statistics": other})
+        consolidate.finetune(start, data["new"], **given | {"norm_statistics": other})
 
 
 def test_a_bare_encoder_learns_a_first_task(tmp_path: Path) -> None:
@@ -441,18 +427,18 @@ def test_a_bare_encoder_learns_a_first_task(tmp_path: Path) -> None:
         options = {"output_dir": tmp_path / "out", "penalty": "none", "objective": objective}
         if objective is None:
             with pytest.raises(InputError, match="--objective"):
-                finetune_command.finetune(encoder, data, **options)
+                consolidate.finetune(encoder, data, **options)
         else:
-            finetune_command.finetune(encoder, data, **options)
+            consolidate.finetune(encoder, data, **options)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label == {0: "cat", 1: "dog"}
     stored = load_file(tmp_path / "out" / "model.safetensors")
     named = dict(model.state_dict())
     assert torch.equal(stored["classifier.weight"], named["classifier.weight"])
-    metrics = evaluate_command.evaluate(tmp_path / "out", {"animals": data})
+    metrics = consolidate.evaluate(tmp_path / "out", {"animals": data})
     assert metrics["animals"]["accuracy"] in (0.0, 0.5, 1.0)
     with pytest.raises(InputError, match="first task with --penalty none"):
-        finetune_command.finetune(
+        consolidate.finetune(
             encoder, data, output_dir=tmp_path / "held", ewc_lambda=1.0,
             objective="sequence-classification",
         )  # fmt: skip
@@ -463,7 +449,7 @@ def test_a_checkpoint_can_replace_itself(
 ) -> None:
     caplog.set_level("INFO", logger="consolidate")
     start = load_file(network_checkpoint / "model.safetensors")
-    result = finetune_command.finetune(
+    result = consolidate.finetune(
         network_checkpoint, write_task("new"), output_dir=network_checkpoint, overwrite=True,
         penalty="none", **FAST,
     )  # fmt: skip
@@ -477,7 +463,7 @@ def test_a_checkpoint_can_replace_itself(
 def test_a_repository_is_not_replaced(network_checkpoint: Path, write_task: Write) -> None:
     (network_checkpoint / ".git").mkdir()
     with pytest.raises(InputError, match="git repository"):
-        finetune_command.finetune(
+        consolidate.finetune(
             network_checkpoint, write_task("new"), output_dir=network_checkpoint, overwrite=True,
             penalty="none", **FAST,
         )  # fmt: skip
@@ -492,7 +478,7 @@ def test_a_damaged_fisher_is_refused(
     content[-3] ^= 1
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"is damaged: .*other values"):
-        finetune_command.finetune(
+        consolidate.finetune(
             network_checkpoint, write_task("new"), output_dir=tmp_path / "out", ewc_lambda=1.0,
             **FAST,
         )  # fmt: skip
@@ -522,7 +508,7 @@ def test_measuring_at_steps_does_not_disturb_training(
     trained = {}
     for name, every in (("none", {}), ("often", {"evaluate": evaluate, "evaluate_every": 3})):
         out = tmp_path / name
-        trained[name] = finetune_command.finetune(
+        trained[name] = consolidate.finetune(
             network_checkpoint, new, output_dir=out, **options, **every
         )
         assert trained[name]["history"] == trained["none"]["history"]
@@ -547,8 +533,8 @@ def test_the_last_step_is_measured_too(
     data = write_task("only")
     options: dict[str, Any] = {**FAST, "penalty": "none", "max_steps": 5, "evaluate_every": 3}
     with pytest.raises(UsageError, match="--evaluate-every needs data to measure"):
-        finetune_command.finetune(network_checkpoint, data, output_dir=tmp_path / "out", **options)
-    result = finetune_command.finetune(
+        consolidate.finetune(network_checkpoint, data, output_dir=tmp_path / "out", **options)
+    result = consolidate.finetune(
         network_checkpoint, data, output_dir=tmp_path / "out", **options, evaluate={"only": data}
     )
     steps = [when for when in result["metrics"] if when.startswith("step")]
@@ -576,7 +562,7 @@ def test_options_out_of_range(
     message: str,
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        finetune_command.finetune(
+        consolidate.finetune(
             network_checkpoint, write_task("new"), output_dir=tmp_path / "out", penalty="none",
             **NETWORK, **options,
         )  # fmt: skip
@@ -586,7 +572,7 @@ def test_statistics_that_are_not_there_are_told(
     network_checkpoint: Path, write_task: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "consolidate")
-    finetune_command.finetune(
+    consolidate.finetune(
         network_checkpoint, write_task("new"), output_dir=tmp_path / "out", penalty="none",
         norm_statistics="frozen", **FAST,
     )  # fmt: skip
@@ -613,7 +599,7 @@ def test_gradients_and_optimizer_are_gone_before_the_fisher_is_measured(
 
     monkeypatch.setattr(torch.optim.Adam, "__init__", remember)
     monkeypatch.setattr(finetune_command, "measure_fisher", look)
-    result = finetune_command.finetune(
+    result = consolidate.finetune(
         network_checkpoint, write_task("a"), output_dir=tmp_path / "out", penalty="none", **FAST
     )
     assert result["share_moved"] > 0.9

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from consolidate.commands.evaluate import evaluate
-from consolidate.commands.finetune import finetune
+from consolidate.api import evaluate, finetune
 from formats.errors import ForgettingError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
 from support.command_line import run

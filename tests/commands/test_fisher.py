@@ -12,10 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import consolidate
 import formats.checkpoint
-from consolidate.commands import fisher as fisher_command
+from consolidate.api import evaluate, finetune
 from consolidate.commands import measurement as measurement_command
-from consolidate.commands.evaluate import evaluate
-from consolidate.commands.finetune import finetune
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.runtime import devices
 from formats.atomic import claimed
@@ -58,7 +56,7 @@ def test_fisher_stands_beside_untouched_weights(
 ) -> None:
     before = contents(network_checkpoint)
     data = write_task("old")
-    result = fisher_command.fisher(network_checkpoint, data, **NETWORK)
+    result = consolidate.fisher(network_checkpoint, data, **NETWORK)
     after = contents(network_checkpoint)
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {"fisher/fisher.json", "fisher/fisher.safetensors"}
@@ -87,7 +85,7 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_batch(
 ) -> None:
     data = write_task("old")
     for name, size in (("a", 7), ("b", 7), ("c", 60)):
-        fisher_command.fisher(
+        consolidate.fisher(
             network_checkpoint,
             data,
             **NETWORK,
@@ -105,7 +103,7 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_batch(
 def test_a_subset_is_seeded(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> None:
     data = write_task("old")
     traces = [
-        fisher_command.fisher(
+        consolidate.fisher(
             network_checkpoint,
             data,
             **NETWORK,
@@ -121,22 +119,22 @@ def test_a_subset_is_seeded(network_checkpoint: Path, write_task: Write, tmp_pat
 
 def test_a_fisher_that_is_there_is_kept(network_checkpoint: Path, write_task: Write) -> None:
     first, second = write_task("first"), write_task("second", seed=5)
-    fisher_command.fisher(network_checkpoint, first, **NETWORK)
+    consolidate.fisher(network_checkpoint, first, **NETWORK)
     before = contents(network_checkpoint)
     with pytest.raises(InputError, match=r"--overwrite replaces it, --add adds"):
-        fisher_command.fisher(network_checkpoint, second, **NETWORK)
+        consolidate.fisher(network_checkpoint, second, **NETWORK)
     with pytest.raises(UsageError, match=r"exclude each other"):
-        fisher_command.fisher(network_checkpoint, second, **NETWORK, add=True, overwrite=True)
+        consolidate.fisher(network_checkpoint, second, **NETWORK, add=True, overwrite=True)
     assert contents(network_checkpoint) == before
     one = fisher_of(network_checkpoint)
-    fisher_command.fisher(network_checkpoint, second, **NETWORK, add=True)
+    consolidate.fisher(network_checkpoint, second, **NETWORK, add=True)
     both = fisher_of(network_checkpoint)
-    fisher_command.fisher(network_checkpoint, second, **NETWORK, overwrite=True)
+    consolidate.fisher(network_checkpoint, second, **NETWORK, overwrite=True)
     other = fisher_of(network_checkpoint)
     for name in one:
         torch.testing.assert_close(both[name], one[name] + other[name])
     with pytest.raises(UsageError, match="a task 'second' already"):
-        fisher_command.fisher(network_checkpoint, second, **NETWORK, add=True)
+        consolidate.fisher(network_checkpoint, second, **NETWORK, add=True)
 
 
 def test_nan_in_the_weights_is_named(network_checkpoint: Path, write_task: Write) -> None:
@@ -144,7 +142,7 @@ def test_nan_in_the_weights_is_named(network_checkpoint: Path, write_task: Write
     weights["0.bias"][2] = float("nan")
     save_file(weights, network_checkpoint / "model.safetensors", {"format": "pt"})
     with pytest.raises(NonFiniteError, match=r"0\.bias"):
-        fisher_command.fisher(network_checkpoint, write_task("old"), **NETWORK)
+        consolidate.fisher(network_checkpoint, write_task("old"), **NETWORK)
     assert not (network_checkpoint / "fisher").exists()
 
 
@@ -156,9 +154,9 @@ def test_a_bare_file_needs_an_output_folder(
     data = write_task("old")
     factory = {"model": f"{__name__}:fixed_network"}
     with pytest.raises(UsageError, match="--output-dir"):
-        fisher_command.fisher(bare, data, **factory)
-    fisher_command.fisher(bare, data, output_dir=tmp_path / "out", **factory)
-    fisher_command.fisher(network_checkpoint, data, **NETWORK)
+        consolidate.fisher(bare, data, **factory)
+    consolidate.fisher(bare, data, output_dir=tmp_path / "out", **factory)
+    consolidate.fisher(network_checkpoint, data, **NETWORK)
     records = [
         read_fisher(folder / "fisher").ledger.weights
         for folder in (tmp_path / "out", network_checkpoint)
@@ -177,19 +175,19 @@ def test_a_task_file_names_data_and_columns(
 ) -> None:
     write_task("old")
     (tmp_path / "task.toml").write_text('name = "clusters"\ndata = "old.npz"\n')
-    result = fisher_command.fisher(network_checkpoint, tmp_path / "task.toml", **NETWORK)
+    result = consolidate.fisher(network_checkpoint, tmp_path / "task.toml", **NETWORK)
     assert result["task"] == "clusters"
     assert read_fisher(network_checkpoint / "fisher").ledger.tasks[0].data == "old.npz"
 
 
 def test_no_digest_of_the_data_on_request(network_checkpoint: Path, write_task: Write) -> None:
-    fisher_command.fisher(network_checkpoint, write_task("old"), **NETWORK, data_digest=False)
+    consolidate.fisher(network_checkpoint, write_task("old"), **NETWORK, data_digest=False)
     ledger = json.loads((network_checkpoint / "fisher" / "fisher.json").read_text())
     assert ledger["tasks"][0]["data_digest"] is None
 
 
 def test_the_penalty_in_a_loop_of_ones_own(network_checkpoint: Path, write_task: Write) -> None:
-    fisher_command.fisher(network_checkpoint, write_task("old"), **NETWORK)
+    consolidate.fisher(network_checkpoint, write_task("old"), **NETWORK)
     network = make_network({"sizes": [6, 8, 3]})
     weights = load_file(network_checkpoint / "model.safetensors")
     network.load_state_dict({name: values + 0.1 for name, values in weights.items()})
@@ -208,7 +206,7 @@ def test_the_penalty_in_a_loop_of_ones_own(network_checkpoint: Path, write_task:
 def test_fisher_and_anchor_stay_in_the_mapped_files(
     network_checkpoint: Path, write_task: Write
 ) -> None:
-    fisher_command.fisher(network_checkpoint, write_task("old"), **NETWORK)
+    consolidate.fisher(network_checkpoint, write_task("old"), **NETWORK)
     network = make_network({"sizes": [6, 8, 3]})
     penalty = consolidate.load_penalty(network, network_checkpoint, ewc_lambda=2.0)
     value = penalty.value()
@@ -245,7 +243,7 @@ def test_a_fisher_of_ones_own_is_stored_like_the_command_does(
     options = {"task": "old", "objective": "classification"}
     consolidate.store_fisher(network, network_checkpoint, diagonal, **options)
     own = (network_checkpoint / "fisher" / "fisher.safetensors").read_bytes()
-    fisher_command.fisher(network_checkpoint, data, **NETWORK, overwrite=True)
+    consolidate.fisher(network_checkpoint, data, **NETWORK, overwrite=True)
     assert (network_checkpoint / "fisher" / "fisher.safetensors").read_bytes() == own
     with torch.no_grad():
         network[0].bias += 1
@@ -278,7 +276,7 @@ def test_options_that_do_nothing_with_the_estimator(
     data, estimator = write_task("old"), options.get("estimator", "exact")
     for dry_run in (False, True):
         with pytest.raises(UsageError, match=message.format("", "", estimator)):
-            fisher_command.fisher(network_checkpoint, data, **NETWORK, **options, dry_run=dry_run)
+            consolidate.fisher(network_checkpoint, data, **NETWORK, **options, dry_run=dry_run)
     later = {f"fisher_{option}": value for option, value in options.items()}
     with pytest.raises(UsageError, match=message.format("fisher-", "fisher-", estimator)):
         finetune(
@@ -296,7 +294,7 @@ def test_every_batch_can_be_checked(
 ) -> None:
     data = write_task("old")
     for name, check in (("once", False), ("always", True)):
-        fisher_command.fisher(
+        consolidate.fisher(
             network_checkpoint, data, **NETWORK, check=check, output_dir=tmp_path / name
         )
     assert contents(tmp_path / "once") == contents(tmp_path / "always")
@@ -325,20 +323,20 @@ def test_the_same_command_goes_on_to_the_same_bytes(
     options: dict[str, Any],
 ) -> None:
     data = write_task("old", count=100)
-    whole = fisher_command.fisher(
+    whole = consolidate.fisher(
         network_checkpoint, data, **LONG, **options, output_dir=tmp_path / "whole"
     )
     assert whole["examples"] > 60
     for examples in (20, 41, 60):  # Killed three times.
         kill_after(monkeypatch, examples)
         with pytest.raises(Killed):
-            fisher_command.fisher(
+            consolidate.fisher(
                 network_checkpoint, data, **LONG, **options, output_dir=tmp_path / "killed"
             )
         assert not (tmp_path / "killed").exists()
         assert (tmp_path / ".killed.consolidate-partial").exists()
     caplog.set_level("INFO", "consolidate")
-    resumed = fisher_command.fisher(
+    resumed = consolidate.fisher(
         network_checkpoint, data, **LONG, **options, output_dir=tmp_path / "killed"
     )
     assert "going on after 48 of" in caplog.text
@@ -357,13 +355,13 @@ def test_another_command_does_not_go_on(
     data = write_task("old", count=100)
     kill_after(monkeypatch, 40)
     with pytest.raises(Killed):
-        fisher_command.fisher(network_checkpoint, data, **LONG)
-    with pytest.raises(InputError, match=r"not of this one .seed: 0 then, 1 now.*--restart"):
-        fisher_command.fisher(network_checkpoint, data, **LONG, seed=1)
-    with pytest.raises(InputError, match=r"not of this one .data: "):
-        fisher_command.fisher(network_checkpoint, write_task("old", seed=3, count=100), **LONG)
+        consolidate.fisher(network_checkpoint, data, **LONG)
+    with pytest.raises(InputError, match=r"not of this one .seed 0 → 1.*--restart"):
+        consolidate.fisher(network_checkpoint, data, **LONG, seed=1)
+    with pytest.raises(InputError, match=r"not of this one .the data"):
+        consolidate.fisher(network_checkpoint, write_task("old", seed=3, count=100), **LONG)
     assert list(network_checkpoint.glob(".*"))
-    result = fisher_command.fisher(network_checkpoint, data, **LONG, seed=1, restart=True)
+    result = consolidate.fisher(network_checkpoint, data, **LONG, seed=1, restart=True)
     assert result["examples"] == 100
     assert not list(network_checkpoint.glob(".*"))
 
@@ -384,9 +382,7 @@ def test_what_is_kept_of_a_pass_leaves_room_for_its_result(
         pytest.skip("a tmpfs cannot be mounted here")
     try:
         caplog.set_level("INFO", "consolidate")
-        fisher_command.fisher(
-            network_checkpoint, write_task("old"), **LONG, output_dir=disk / "out"
-        )
+        consolidate.fisher(network_checkpoint, write_task("old"), **LONG, output_dir=disk / "out")
         assert consolidate.verify(disk / "out")["tasks"] == ["old"]
         assert "of the half-done pass the result needs" in caplog.text
         assert [file.name for file in disk.iterdir()] == ["out"]
@@ -400,8 +396,8 @@ def test_two_at_work_on_one_target_are_refused_at_the_start(
     absent = tmp_path / "absent.npz"  # which would be seen first by one that went on
     with claimed(network_checkpoint / "fisher"):
         with pytest.raises(InputError, match=f"worked on by process {os.getpid()}"):
-            fisher_command.fisher(network_checkpoint, absent, **NETWORK)
-        fisher_command.fisher(network_checkpoint, write_task("old"), **NETWORK, dry_run=True)
+            consolidate.fisher(network_checkpoint, absent, **NETWORK)
+        consolidate.fisher(network_checkpoint, write_task("old"), **NETWORK, dry_run=True)
     with claimed(tmp_path / "out"), pytest.raises(InputError, match="worked on by process"):
         finetune(network_checkpoint, absent, output_dir=tmp_path / "out", penalty="none", **FAST)
 
@@ -412,7 +408,7 @@ def test_weights_are_hashed_before_the_pass_and_after_it(
     network_checkpoint: Path, write_task: Write, monkeypatch: pytest.MonkeyPatch, add: bool
 ) -> None:
     if add:
-        fisher_command.fisher(network_checkpoint, write_task("first"), **NETWORK)
+        consolidate.fisher(network_checkpoint, write_task("first"), **NETWORK)
     hashed = []
 
     def counted(tensor: torch.Tensor) -> Any:
@@ -420,7 +416,7 @@ def test_weights_are_hashed_before_the_pass_and_after_it(
         return tensor_record(tensor)
 
     monkeypatch.setattr(formats.checkpoint, "tensor_record", counted)
-    fisher_command.fisher(network_checkpoint, write_task("old"), **LONG, add=add)
+    consolidate.fisher(network_checkpoint, write_task("old"), **LONG, add=add)
     assert len(hashed) == 2 * 4
 
 
@@ -436,20 +432,20 @@ def test_a_pass_goes_on_where_it_cannot_be_kept(
 
     monkeypatch.setattr(consolidate.chain.resume, "write_partial", full)
     caplog.set_level("INFO", "consolidate")
-    result = fisher_command.fisher(network_checkpoint, write_task("old"), **LONG)
+    result = consolidate.fisher(network_checkpoint, write_task("old"), **LONG)
     assert result["examples"] == 60
     assert caplog.text.count("cannot be kept, and the pass goes on: the disk is full") == 1
 
 
 def test_a_tolerance_reads_in_random_order(network_checkpoint: Path, write_task: Write) -> None:
     data = write_task("old", count=600)
-    result = fisher_command.fisher(network_checkpoint, data, **NETWORK, tolerance=0.15)
+    result = consolidate.fisher(network_checkpoint, data, **NETWORK, tolerance=0.15)
     assert 64 <= result["examples"] < 600
     assert max(layer["relative_error"] for layer in result["layers"].values()) <= 0.15
     ledger = read_fisher(network_checkpoint / "fisher").ledger
     assert ledger.tasks[0].examples == result["examples"]
     again = fisher_of(network_checkpoint)
-    fisher_command.fisher(network_checkpoint, data, **NETWORK, tolerance=0.15, overwrite=True)
+    consolidate.fisher(network_checkpoint, data, **NETWORK, tolerance=0.15, overwrite=True)
     assert all(torch.equal(again[k], v) for k, v in fisher_of(network_checkpoint).items())
     # The first examples of the data alone would give another Fisher.
     first = write_task("old", count=600)
@@ -458,7 +454,7 @@ def test_a_tolerance_reads_in_random_order(network_checkpoint: Path, write_task:
     save_file(
         {k: v[:count].contiguous() for k, v in rows.items()}, first.with_suffix(".safetensors")
     )
-    fisher_command.fisher(
+    consolidate.fisher(
         network_checkpoint, first.with_suffix(".safetensors"), **NETWORK, overwrite=True
     )
     assert not torch.equal(again["0.weight"], fisher_of(network_checkpoint)["0.weight"])
@@ -466,7 +462,7 @@ def test_a_tolerance_reads_in_random_order(network_checkpoint: Path, write_task:
 
 def test_sums_in_float64(network_checkpoint: Path, write_task: Write) -> None:
     data = write_task("old")
-    fisher_command.fisher(network_checkpoint, data, **NETWORK, accumulate_dtype=torch.float64)
+    consolidate.fisher(network_checkpoint, data, **NETWORK, accumulate_dtype=torch.float64)
     weights = load_file(network_checkpoint / "model.safetensors")
     for name, values in measured_by_hand(weights, data).items():
         torch.testing.assert_close(fisher_of(network_checkpoint)[name], values, rtol=1e-5, atol=0)
@@ -474,7 +470,7 @@ def test_sums_in_float64(network_checkpoint: Path, write_task: Write) -> None:
 
 def test_a_dry_run_writes_nothing(network_checkpoint: Path, write_task: Write) -> None:
     before = contents(network_checkpoint)
-    cost = fisher_command.fisher(
+    cost = consolidate.fisher(
         network_checkpoint, write_task("old", count=300), **NETWORK, dry_run=True
     )
     assert contents(network_checkpoint) == before
@@ -488,7 +484,7 @@ def test_a_dry_run_writes_nothing(network_checkpoint: Path, write_task: Write) -
 
 def test_a_dry_run_of_a_single_short_batch(network_checkpoint: Path, write_task: Write) -> None:
     data = write_task("old", count=3)
-    cost = fisher_command.fisher(
+    cost = consolidate.fisher(
         network_checkpoint, data, **NETWORK, dry_run=True, output_dir=network_checkpoint / "new"
     )
     assert cost["seconds_per_example"] > 0

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import consolidate
-from consolidate.commands import fisher as fisher_command
+from consolidate.api import finetune
 from consolidate.commands import merge as merge_command
-from consolidate.commands.finetune import finetune
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher, write_fisher
 from formats.tensors import TensorFiles
@@ -122,7 +121,7 @@ def test_what_was_merged_is_verified_shown_and_trained_on(
     # The chain is still the sum of all four penalties: the new one stands alone here.
     alone = tmp_path / "alone"
     shutil.copytree(last, alone, ignore=shutil.ignore_patterns("fisher"))
-    fisher_command.fisher(alone, data, **NETWORK)
+    consolidate.fisher(alone, data, **NETWORK)
     for theta in thetas(last):
         explicit = sum(penalty_at(folder, theta) for folder in (*strangers, alone))
         assert penalty_at(last, theta) == pytest.approx(explicit, rel=1e-5)
@@ -173,7 +172,7 @@ def test_separate_children_and_their_base_are_the_sum_of_all_tasks(
     for child in children:
         alone.append(tmp_path / f"{child.name}-alone")
         shutil.copytree(child, alone[-1], ignore=shutil.ignore_patterns("fisher"))
-        fisher_command.fisher(alone[-1], tmp_path / f"task-{child.name[1]}.npz", **NETWORK)
+        consolidate.fisher(alone[-1], tmp_path / f"task-{child.name[1]}.npz", **NETWORK)
     for theta in thetas(out):
         explicit = sum(penalty_at(folder, theta) for folder in (family["base"], *alone))
         assert penalty_at(out, theta) == pytest.approx(explicit, rel=1e-5)
@@ -189,7 +188,7 @@ def test_a_base_that_is_not_shared_is_refused(family: dict[str, Path], tmp_path:
     )  # fmt: skip
     with pytest.raises(InputError, match=r"faded/fisher: .* is below that of the base.*γ below 1"):
         merge_command.merge([a, tmp_path / "faded"], output_dir=out, base=base)
-    fisher_command.fisher(base, tmp_path / "old.npz", **NETWORK, overwrite=True, task="old", seed=1)
+    consolidate.fisher(base, tmp_path / "old.npz", **NETWORK, overwrite=True, task="old", seed=1)
     with pytest.raises(InputError, match=r"holds other facts about the task 'old'"):
         merge_command.merge([a, b], output_dir=out, base=base)
     assert not out.exists()
@@ -199,7 +198,7 @@ def test_different_tasks_of_one_name_are_told_apart(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
     for seed, name in enumerate(("one", "two")):
-        fisher_command.fisher(
+        consolidate.fisher(
             network_checkpoint, write_task("data", seed=seed), **NETWORK, output_dir=tmp_path / name
         )
     with pytest.raises(InputError, match=r"both hold the tasks data.*another --task"):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from consolidate.commands.fisher import fisher
+from consolidate.api import fisher
 from consolidate.commands.push import push
 from consolidate.commands.verify import verify
 from consolidate.views.text import push_text

@@ -8,17 +8,16 @@ import click
 import pytest
 import torch
 
+from consolidate.api import finetune, fisher
 from consolidate.cli import cli
 from consolidate.commands import run_options
-from consolidate.commands.finetune import finetune
-from consolidate.commands.fisher import fisher
 from consolidate.commands.run_options import (
     fisher_options,
     option_names,
     parameters_of,
     without_penalty,
 )
-from consolidate.data.columns import Columns
+from consolidate.options import Columns
 from formats.errors import InputError
 
 PARAMETERS = parameters_of(finetune, fisher)

@@ -10,7 +10,6 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
-from consolidate.data.columns import Columns
 from consolidate.data.encoding import encode, unread_columns
 from consolidate.data.examples import Examples, Part, hold_out
 from consolidate.data.labels import label_names, label_values
@@ -19,6 +18,7 @@ from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
 from consolidate.models.objectives import get_objective
+from consolidate.options import Columns
 from formats.checkpoint import open_checkpoint
 from formats.data import Rows, open_data
 from formats.errors import InputError, UsageError

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from consolidate.commands import fisher as fisher_command
-from consolidate.commands.finetune import finetune
+import consolidate
+from consolidate.api import finetune
 from consolidate.estimation.fisher_diagonal import ESTIMATORS, fisher_diagonal
 from consolidate.estimation.gradient_checkpointing import (
     checkpointed_layers,
@@ -147,7 +147,7 @@ def test_both_commands_write_the_same_bytes_with_it(tmp_path: Path) -> None:
     folder, data = folder_with_data(tmp_path)
     written = []
     for on in (False, True):
-        fisher_command.fisher(folder, data, task="old", gradient_checkpointing=on, overwrite=True)
+        consolidate.fisher(folder, data, task="old", gradient_checkpointing=on, overwrite=True)
         out = tmp_path / f"out-{on}"
         finetune(
             folder, data, task="new", output_dir=out, ewc_lambda=1.0, gradient_checkpointing=on,
@@ -161,7 +161,7 @@ def test_both_commands_write_the_same_bytes_with_it(tmp_path: Path) -> None:
 
 def test_training_runs_layers_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, data = folder_with_data(tmp_path)
-    fisher_command.fisher(folder, data, task="old")
+    consolidate.fisher(folder, data, task="old")
     runs = []
     mlp = transformers.models.gpt2.modeling_gpt2.GPT2MLP
     forward = mlp.forward

@@ -7,9 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from consolidate.commands.evaluate import evaluate
-from consolidate.commands.finetune import finetune
-from consolidate.commands.fisher import fisher
+from consolidate.api import evaluate, finetune, fisher
 from consolidate.commands.show import show
 from formats.errors import InputError, UsageError
 from formats.hub import commits_of, locate

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
-from consolidate.commands.fisher import fisher
+from consolidate.api import fisher
 from formats.hub_errors import hub_call
 from support import loopback_hub
 from support.loopback_hub import ALWAYS, CUT, HANG, TOKEN, Hub, run, run_python

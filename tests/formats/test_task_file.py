@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from consolidate.data.columns import Columns
+from consolidate.options import Columns
 from formats.errors import InputError, UsageError
 from formats.task_file import TaskFile, open_task, read_task_file
 

@@ -12,21 +12,19 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from consolidate.api import evaluate, finetune, fisher
 from consolidate.chain.modules import load_penalty
 from consolidate.chain.opening import with_base
-from consolidate.commands.evaluate import evaluate
-from consolidate.commands.finetune import finetune
-from consolidate.commands.fisher import fisher
 from consolidate.commands.merge import merge
 from consolidate.commands.show import show
 from consolidate.commands.verify import verify
-from consolidate.data.columns import Columns
 from consolidate.data.encoding import encode
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.models.adapters import load
 from consolidate.models.lora import add_lora, low_rank_layers, merge_lora
 from consolidate.models.model import file_weights
+from consolidate.options import Columns
 from consolidate.views.summary import show_text
 from consolidate.views.text import verify_text
 from formats.checkpoint import open_checkpoint, weight_records

@@ -12,9 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from consolidate.api import finetune, fisher
 from consolidate.chain.modules import load_penalty, store_fisher
-from consolidate.commands.finetune import finetune
-from consolidate.commands.fisher import fisher
 from consolidate.commands.merge import merge
 from consolidate.commands.verify import verify
 from consolidate.data.encoding import encode

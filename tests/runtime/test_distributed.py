@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import consolidate
-from consolidate.commands.finetune import finetune
-from consolidate.commands.fisher import fisher
+from consolidate.api import finetune, fisher
 from consolidate.runtime.distributed import (
     dealt,
     from_first,

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
-from consolidate.commands.fisher import fisher
+from consolidate.api import fisher
 from formats.data import open_data
 from support.networks import Network, make_network
 

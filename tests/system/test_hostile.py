@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from consolidate.commands.fisher import fisher
+from consolidate.api import fisher
 from formats.fisher_json import ledger_bytes, read_ledger
 from support.command_line import run
 

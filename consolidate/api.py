@@ -1,0 +1,368 @@
+"""`fisher`, `finetune` and `evaluate` with all their keywords.
+
+Written by scripts/write_docs from consolidate/options.py: change the options there.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consolidate.commands import evaluate as _evaluate
+from consolidate.commands import finetune as _finetune
+from consolidate.commands import fisher as _fisher
+from consolidate.fields import gather
+from consolidate.options import Columns, EvaluateOptions, FinetuneOptions, FisherOptions
+from consolidate.training.loop import Step
+
+
+def fisher(
+    checkpoint: str | Path,
+    data: str | Path,
+    *,
+    task: str | None = None,
+    objective: str | None = None,
+    model: str | None = None,
+    revision: str | None = None,
+    base_model: str | Path | None = None,
+    device: str | None = None,
+    columns: Columns | None = None,
+    split: str | None = None,
+    max_length: int | None = None,
+    pack: bool = False,
+    estimator: str | None = None,
+    mc_samples: int | None = None,
+    max_outcomes: int | None = None,
+    max_examples: int | None = None,
+    batch_size: int | None = 16,
+    tolerance: float | None = None,
+    accumulate_dtype: torch.dtype | str = "float32",
+    check: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype | str | None = None,
+    freeze: Sequence[str] = (),
+    gradient_checkpointing: bool = False,
+    shard: bool = False,
+    add: bool = False,
+    merge_rule: str | None = None,
+    gamma: float | None = None,
+    task_weight: float | str = 1.0,
+    output_dir: str | Path | None = None,
+    save_every: float = 5.0,
+    restart: bool = False,
+    overwrite: bool = False,
+    data_digest: bool = True,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Measure the Fisher diagonal of a checkpoint on a task's data and store it beside the weights.
+
+    F_i = (1/N) Σ_x E_{y ~ p(y|x, θ)} [(∂ log p(y|x, θ)/∂θ_i)²], summed over units of each example.
+
+    Args:
+        checkpoint: A folder, a weights file, or a repository on the Hub.
+        data: The task's data: a file, a folder, a dataset on the Hub, or a task.toml.
+        task: Name of the task; that of the data by default.
+        objective: What is predicted; the architecture's own by default. One of sequence-
+            classification, multi-label, token-classification, regression, causal-lm, masked-lm,
+            seq2seq-lm, image-classification, classification.
+        model: Function that makes the torch module, called with the contents of config.json, for
+            models that transformers does not know.
+        revision: Branch, tag or commit of a checkpoint on the Hub.
+        base_model: Base model of a checkpoint that is an adapter of peft; the folder that its
+            config names by default, if that is there.
+        device: cpu, cuda, mps, …; the best there is by default.
+        columns: The names of the columns with each role; None takes the usual ones.
+        split: Split of a dataset that has several.
+        max_length: Truncate texts after this many tokens; the model's own limit by default.
+        pack: Fill sequences with consecutive texts (language models).
+        estimator: Labels the Fisher is an expectation over: all of them (exact), sampled from the
+            model (mc), the data's own (empirical), or sampled and squared per batch (batched). By
+            default exact up to 16 outcomes, else mc.
+        mc_samples: Labels sampled per example by mc and batched; 1 by default.
+        max_outcomes: Refuse exact above this many backward passes per example; 4096 by default.
+        max_examples: Measure on a seeded random subset of this size.
+        batch_size: Examples measured at a time, which does not change the result. In finetune as
+            `batch_size` by default.
+        tolerance: Read in random order, and stop once the relative standard error of every
+            parameter's trace is at most this, after 64 examples at the earliest.
+        accumulate_dtype: Dtype for squaring and accumulating gradients. One of float32, float64.
+        check: Verify per-example gradients on every batch, not only the first.
+        seed: Random seed.
+        dtype: Dtype of the weights; as stored by default. A Fisher is float32 in any case. One of
+            float32, float64, bfloat16, float16.
+        freeze: Neither train nor measure the parameters whose name matches, such as 'encoder.*'.
+        gradient_checkpointing: Layers keep only their inputs, and run again in the backward pass:
+            less memory for long examples, more time, the same result. For transformers' models.
+        shard: Each of several processes (torchrun) holds a shard of weights, Fisher and optimizer's
+            state (FSDP2): for models that no device holds whole.
+        add: Add another task measured at the same weights.
+        merge_rule: online protects all tasks around the new weights, separate each around the
+            weights it was learned at. As for the task before by default, online at first.
+        gamma: With online: the share of the earlier Fisher that is kept. As before by default, 1 at
+            first.
+        task_weight: Factor of the task's Fisher: a number, or such that, relative to the first
+            task, it counts by the units it was measured on, or has as large a trace.
+        output_dir: Write a whole checkpoint here instead of a folder fisher into CHECKPOINT.
+        save_every: Save progress every MINUTES beside the output; rerunning the command resumes and
+            gives bit-identical results. 0: as often as possible. SIGTERM and Ctrl-C save too.
+        restart: Discard saved progress and start over.
+        overwrite: Replace the output that is there. One that is up to date is left as it is.
+        data_digest: Keep a digest of the data in the ledger (kept by default).
+        dry_run: Only say what it would take: time, memory, sizes of files. Nothing is written.
+
+    Returns:
+        What was done: the folder, the task, counts, the Fisher's trace and how certain it is by
+        parameter; with `dry_run`, what it would take. A Fisher that is up to date is left as it
+        is, and the ``status`` is ``cached``.
+
+    Raises:
+        InputError: Something in the checkpoint or the data does not fit.
+        UsageError: The options contradict each other or the checkpoint.
+        NonFiniteError: NaN or infinity in the weights or in the Fisher.
+    """
+    return _fisher.fisher(gather(FisherOptions, locals()))
+
+
+def finetune(
+    checkpoint: str | Path,
+    data: str | Path,
+    *,
+    output_dir: str | Path,
+    ewc_lambda: float | Sequence[float] | str | None = None,
+    validation: Mapping[str, str | Path] | None = None,
+    choose: str | None = None,
+    search_plot: str | Path | None = None,
+    penalty: str = "ewc",
+    penalty_dtype: torch.dtype | str | None = None,
+    penalty_device: str | None = None,
+    fisher: str | Path | None = None,
+    penalty_on: str | None = None,
+    lora_rank: int | None = None,
+    lora_targets: Sequence[str] = (),
+    lora_alpha: float | None = None,
+    task: str | None = None,
+    objective: str | None = None,
+    model: str | None = None,
+    revision: str | None = None,
+    base_model: str | Path | None = None,
+    device: str | None = None,
+    head: str = "keep",
+    head_parameters: Sequence[str] = (),
+    columns: Columns | None = None,
+    split: str | None = None,
+    max_length: int | None = None,
+    pack: bool = False,
+    epochs: int | None = None,
+    max_steps: int | None = None,
+    max_examples: int | None = None,
+    batch_size: int = 16,
+    gradient_accumulation_steps: int = 1,
+    learning_rate: float = 5e-05,
+    optimizer: str = "adamw",
+    momentum: float | None = None,
+    weight_decay: float = 0.0,
+    lr_scheduler: str = "constant",
+    warmup_steps: int = 0,
+    max_grad_norm: float | None = None,
+    mixed_precision: str = "no",
+    norm_statistics: str | None = None,
+    penalty_step: str = "gradient",
+    evaluate_every: int | None = None,
+    log_every: int = 50,
+    seed: int = 0,
+    evaluate: Mapping[str, str | Path] | None = None,
+    max_forgetting: float | None = None,
+    freeze: Sequence[str] = (),
+    gradient_checkpointing: bool = False,
+    shard: bool = False,
+    save_every: float = 5.0,
+    restart: bool = False,
+    overwrite: bool = False,
+    data_digest: bool = True,
+    fisher_estimator: str | None = None,
+    fisher_mc_samples: int | None = None,
+    fisher_max_outcomes: int | None = None,
+    fisher_max_examples: int | None = None,
+    fisher_batch_size: int | None = None,
+    fisher_tolerance: float | None = None,
+    fisher_accumulate_dtype: torch.dtype | str = "float32",
+    fisher_check: bool = False,
+    merge_rule: str | None = None,
+    gamma: float | None = None,
+    task_weight: float | str = 1.0,
+    on_step: Callable[[Step], None] | None = None,
+) -> dict[str, Any]:
+    """Fine-tune a checkpoint on a new task with a penalty that protects the earlier ones.
+
+    L(θ) = L_new(θ) + (λ/2) Σ_i Λ_i (θ_i − μ_i)², Kirkpatrick et al. 2017, eq. 3. The output is a
+    whole checkpoint whose Fisher protects the new task as well, so that the next call starts from
+    it.
+
+    Args:
+        checkpoint: A folder, a weights file, or a repository on the Hub.
+        data: The new task's data: a file, a folder, a dataset on the Hub, or a task.toml.
+        output_dir: Where the new checkpoint goes.
+        ewc_lambda: λ, the strength of the penalty. Several, or auto, are trained from the same
+            start and one of them is chosen: see `validation` and `choose`.
+        validation: Held-out data to choose λ by, of old tasks and of the new one. A tenth of the
+            new task's data is held out where none is given for it.
+        choose: mean: the λ of the largest mean score. least: the smallest that stays under
+            `max_forgetting`. most: the largest that keeps 95% of what the new task gains. By
+            default most without old data, least with `max_forgetting`, else mean.
+        search_plot: Draw the search as .png, .svg or .pdf (needs matplotlib).
+        penalty: ewc: Fisher-weighted penalty; l2: uniform penalty; none: no penalty.
+        penalty_dtype: Dtype of Λ and μ in memory; as they are stored by default. One of float32,
+            bfloat16.
+        penalty_device: Where Λ and μ are; beside the weights by default.
+        fisher: Take the Fisher from here; from beside the weights by default.
+        penalty_on: Where an adapter is trained: adapter protects its own parameters by their
+            Fisher, merged protects W + s·B·A by the Fisher of the whole weights. By default adapter
+            for a checkpoint that is an adapter with a Fisher, else merged.
+        lora_rank: Train a fresh low-rank adapter W + s·B·A in place of the weights W (Hu et al.
+            2021). The output is a whole checkpoint, with the adapter merged (needs peft).
+        lora_targets: Layers that get one, such as '*.q_proj' or q_proj. By default those that peft
+            has for the architecture.
+        lora_alpha: α of s = α/R; R by default, so that s = 1.
+        task: Name of the task; that of the data by default.
+        objective: What is predicted; the architecture's own by default. One of sequence-
+            classification, multi-label, token-classification, regression, causal-lm, masked-lm,
+            seq2seq-lm, image-classification, classification.
+        model: Function that makes the torch module, called with the contents of config.json, for
+            models that transformers does not know.
+        revision: Branch, tag or commit of a checkpoint on the Hub.
+        base_model: Base model of a checkpoint that is an adapter of peft; the folder that its
+            config names by default, if that is there.
+        device: cpu, cuda, mps, …; the best there is by default.
+        head: The output layer: keep it, for data with its labels; new saves it for the tasks that
+            use it and initializes a new, unpenalized one; extend adds rows for new labels.
+        head_parameters: Names of the output layer's parameters; by default those outside the base
+            model of transformers, else those of the last module that has some.
+        columns: The names of the columns with each role; None takes the usual ones.
+        split: Split of a dataset that has several.
+        max_length: Truncate texts after this many tokens; the model's own limit by default.
+        pack: Fill sequences with consecutive texts (language models).
+        epochs: Passes over the data; 1 unless `max_steps` is given.
+        max_steps: Optimizer steps in all; ends the run before `epochs` do.
+        max_examples: Train on a seeded random subset of this size.
+        batch_size: Examples per batch and process.
+        gradient_accumulation_steps: Batches per optimizer step.
+        learning_rate: The peak of the schedule.
+        optimizer: The optimizer, torch's own. One of adamw, adam, sgd.
+        momentum: Of sgd; 0 by default.
+        weight_decay: 0 by default: it would pull unprotected weights to zero, task after task.
+        lr_scheduler: After the warm-up. One of constant, linear, cosine.
+        warmup_steps: Steps from zero to the peak.
+        max_grad_norm: Clip the norm of the whole gradient, an added penalty's included.
+        mixed_precision: Autocast of the forward pass; the master weights are float32. One of no,
+            bf16, fp16.
+        norm_statistics: Running statistics of batch norms. By default frozen, whatever the penalty;
+            update only without a penalty, a Fisher and another task to evaluate.
+        penalty_step: gradient adds λ Λ (θ − μ) to the gradient; proximal takes the penalty's step
+            implicitly after the optimizer's, stable for every λ.
+        evaluate_every: Measure after so many optimizer steps too, and at the last.
+        log_every: Log every N optimizer steps.
+        seed: Random seed.
+        evaluate: Measure before, after each epoch and at the end. A task of that NAME that has a
+            head of its own is measured with that.
+        max_forgetting: Exit with code 5 and save the output as DIR.failed-forgetting where an old
+            task that `evaluate` names loses more than this in score: accuracy, else minus the loss.
+        freeze: Neither train nor measure the parameters whose name matches, such as 'encoder.*'.
+        gradient_checkpointing: Layers keep only their inputs, and run again in the backward pass:
+            less memory for long examples, more time, the same result. For transformers' models.
+        shard: Each of several processes (torchrun) holds a shard of weights, Fisher and optimizer's
+            state (FSDP2): for models that no device holds whole.
+        save_every: Save progress every MINUTES beside the output; rerunning the command resumes and
+            gives bit-identical results. 0: as often as possible. SIGTERM and Ctrl-C save too.
+        restart: Discard saved progress and start over.
+        overwrite: Replace the output that is there. One that is up to date is left as it is.
+        data_digest: Keep a digest of the data in the ledger (kept by default).
+        fisher_estimator: Labels the Fisher is an expectation over: all of them (exact), sampled
+            from the model (mc), the data's own (empirical), or sampled and squared per batch
+            (batched). By default exact up to 16 outcomes, else mc.
+        fisher_mc_samples: Labels sampled per example by mc and batched; 1 by default.
+        fisher_max_outcomes: Refuse exact above this many backward passes per example; 4096 by
+            default.
+        fisher_max_examples: Measure on a seeded random subset of this size.
+        fisher_batch_size: Examples measured at a time, which does not change the result. In
+            finetune as `batch_size` by default.
+        fisher_tolerance: Read in random order, and stop once the relative standard error of every
+            parameter's trace is at most this, after 64 examples at the earliest.
+        fisher_accumulate_dtype: Dtype for squaring and accumulating gradients. One of float32,
+            float64.
+        fisher_check: Verify per-example gradients on every batch, not only the first.
+        merge_rule: online protects all tasks around the new weights, separate each around the
+            weights it was learned at. As for the task before by default, online at first.
+        gamma: With online: the share of the earlier Fisher that is kept. As before by default, 1 at
+            first.
+        task_weight: Factor of the task's Fisher: a number, or such that, relative to the first
+            task, it counts by the units it was measured on, or has as large a trace.
+        on_step: Called after each optimizer step with its loss, its penalty and its learning rate;
+            not for the candidates of a search.
+
+    Returns:
+        What was done: steps, loss, penalty, the share of weights that moved, metrics, history;
+        and the search, if there was one, under ``lambda_search``. An output that is up to date is
+        left as it is, and the ``status`` is ``cached``: what the ledger knows.
+
+    Raises:
+        InputError: Something in the checkpoint, its Fisher or the data does not fit.
+        UsageError: The options contradict each other or the checkpoint.
+        NonFiniteError: NaN or infinity in weights, loss or Fisher; nothing is written.
+        ForgettingError: An old task lost more than `max_forgetting`; the output is kept beside
+            `output_dir`, under its name with ``.failed-forgetting``.
+    """
+    return _finetune.finetune(gather(FinetuneOptions, locals()))
+
+
+def evaluate(
+    checkpoint: str | Path,
+    data: str | Path | Mapping[str, str | Path],
+    *,
+    task: str | None = None,
+    objective: str | None = None,
+    model: str | None = None,
+    revision: str | None = None,
+    base_model: str | Path | None = None,
+    device: str | None = None,
+    columns: Columns | None = None,
+    split: str | None = None,
+    max_length: int | None = None,
+    pack: bool = False,
+    batch_size: int = 16,
+    seed: int = 0,
+    dtype: torch.dtype | str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Measure a checkpoint on each task: loss, and accuracy or perplexity.
+
+    Args:
+        checkpoint: A folder, a weights file, or a repository on the Hub.
+        data: The data by task name. A task of that NAME that has a head of its own is measured with
+            that.
+        task: Measure with the output layer of this task, whatever the data is named.
+        objective: What is predicted; the architecture's own by default. One of sequence-
+            classification, multi-label, token-classification, regression, causal-lm, masked-lm,
+            seq2seq-lm, image-classification, classification.
+        model: Function that makes the torch module, called with the contents of config.json, for
+            models that transformers does not know.
+        revision: Branch, tag or commit of a checkpoint on the Hub.
+        base_model: Base model of a checkpoint that is an adapter of peft; the folder that its
+            config names by default, if that is there.
+        device: cpu, cuda, mps, …; the best there is by default.
+        columns: The names of the columns with each role; None takes the usual ones.
+        split: Split of a dataset that has several.
+        max_length: Truncate texts after this many tokens; the model's own limit by default.
+        pack: Fill sequences with consecutive texts (language models).
+        batch_size: Examples at a time.
+        seed: Random seed.
+        dtype: Dtype of the weights; as stored by default. A Fisher is float32 in any case. One of
+            float32, float64, bfloat16, float16.
+
+    Returns:
+        The metrics of each task, by name.
+
+    Raises:
+        InputError: Something in the checkpoint or the data does not fit.
+        NonFiniteError: NaN or infinity in the weights.
+    """
+    return _evaluate.evaluate(gather(EvaluateOptions, locals()))

@@ -1,0 +1,296 @@
+"""What a fine-tuning is about to do: options checked, checkpoint, Fisher and data opened."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from consolidate.chain.fingerprint import (
+    asked,
+    checkpoint_content,
+    description,
+    digest,
+    rows_content,
+)
+from consolidate.chain.opening import find_fisher, stored_fisher, with_base
+from consolidate.chain.output import check_output, failed_folder
+from consolidate.chain.tasks import merging_options, task_name
+from consolidate.chain.up_to_date import Output, find_output
+from consolidate.commands.finetune_search import Plan as SearchPlan
+from consolidate.commands.finetune_search import plan_search
+from consolidate.data.columns import columns_of
+from consolidate.models.architectures import lacks_head
+from consolidate.models.lora import Lora
+from consolidate.options import Columns, FinetuneOptions, Recipe
+from consolidate.runtime.devices import best_device
+from consolidate.runtime.distributed import all_processes, place_in
+from consolidate.training.forgetting import check_gate
+from consolidate.training.loop import default_statistics
+from formats.checkpoint import Checkpoint, check_finite, open_checkpoint, weight_records
+from formats.digest import TensorRecord
+from formats.errors import InputError, UsageError
+from formats.fisher_folder import LEDGER_NAME, StoredFisher
+from formats.hub import FISHER, commits_of, locate
+from formats.rows import Rows
+from formats.task_file import TaskFile, open_task
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a run reads, checked before anything of it is loaded."""
+
+    source: Checkpoint
+    before: StoredFisher | None  # the chain so far
+    protecting: StoredFisher | None  # what the penalty is made of: that, or the base model's
+    penalty_on: str | None  # "adapter" or "merged" where an adapter is trained with a penalty
+    task_file: TaskFile
+    rows: Rows
+    task: str
+    objective: str | None
+    columns: Columns
+    merge_rule: str
+    gamma: float
+
+    @property
+    def old_tasks(self) -> list[str]:
+        """The names of the tasks of the chain so far."""
+        return [] if self.before is None else [task.name for task in self.before.ledger.tasks]
+
+    def records(self) -> dict[str, TensorRecord]:
+        """Give the digests of the weights; those of a ledger have been compared with them."""
+        if self.before is None:
+            return weight_records(self.source.weights)
+        return self.before.ledger.weights
+
+    def content(self) -> dict[str, Any]:
+        """Describe the checkpoint by content, JSON-ready."""
+        base, protecting = self.source.base, self.protecting
+        own = None if self.before is None else self.before.folder / LEDGER_NAME
+        content = checkpoint_content(self.source, own, self.records())
+        if base is not None:
+            of_base = None if protecting is None or protecting is self.before else protecting
+            content["base"] = checkpoint_content(
+                base,
+                None if of_base is None else of_base.folder / LEDGER_NAME,
+                weight_records(base.weights) if of_base is None else of_base.ledger.weights,
+            )
+        return content
+
+    def commits(self) -> dict[str, str]:
+        """Give the commits of what came from the Hub."""
+        return commits_of(self.source.path, None if self.before is None else self.before.folder)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, after every refusal that needs no model."""
+
+    options: FinetuneOptions
+    opened: Opened
+    recipe: Recipe  # with what becomes of running statistics settled
+    evaluate: dict[str, str | Path]
+    validation: dict[str, str | Path]
+    search: SearchPlan | None
+    lora: Lora | None
+    there: Output | None  # what stands at the target and says what it was made from
+
+    @property
+    def target(self) -> Path:
+        """Where the new checkpoint goes."""
+        return Path(self.options.output_dir)
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """All that the result is made from, JSON-ready."""
+        options, opened = self.options, self.opened
+        return description(
+            asked("finetune", options, rows_content(opened.task_file, opened.rows)),
+            opened.content(),
+            task=opened.task,
+            norm_statistics=self.recipe.norm_statistics,
+            device=best_device(options.source.device).type,
+            processes=place_in(all_processes())[1],
+            merge_rule=opened.merge_rule,
+            gamma=opened.gamma,
+        )
+
+    def made_from(self) -> str:
+        """Give the digest of the description."""
+        return digest(self.description)
+
+    def check_target(self) -> None:
+        """Refuse a target that is in the way, or the folder beside it for what forgets too much."""
+        source, overwrite = self.opened.source, self.options.saving.overwrite
+        check_output(self.target, source, overwrite=overwrite, whole=True)
+        if self.options.gate.max_forgetting is None:
+            return
+        try:
+            check_output(failed_folder(self.target), source, overwrite=overwrite, whole=True)
+        except InputError as error:
+            raise InputError(f"a run that --max-forgetting fails is kept, and {error}") from None
+
+
+def check_options(options: FinetuneOptions) -> None:
+    """Refuse with UsageError options that no run could have, whatever the checkpoint and data."""
+    penalty, recipe, adapter = options.penalty, options.recipe, options.adapter
+    ewc_lambda = options.search.ewc_lambda
+    free = penalty.penalty == "none" and "with --penalty none"
+    plain = recipe.optimizer != "sgd" and f"with --optimizer {recipe.optimizer}"
+    kept = options.head.head == "keep" and "with --head keep"
+    whole = adapter.lora_rank is None and "without --lora-rank"
+    for option, given, without in (
+        ("ewc-lambda", ewc_lambda is not None, free),
+        ("penalty-step", recipe.penalty_step != "gradient", free),
+        ("penalty-dtype", penalty.penalty_dtype is not None, free),
+        ("penalty-device", penalty.penalty_device is not None, free),
+        ("momentum", recipe.momentum is not None, plain),
+        ("head-parameters", bool(options.head.head_parameters), kept),
+        ("lora-targets", bool(adapter.lora_targets), whole),
+        ("lora-alpha", adapter.lora_alpha is not None, whole),
+    ):
+        if given and without:
+            raise UsageError(f"--{option} has no meaning {without}: leave one of them out")
+    if not free and ewc_lambda is None:
+        raise UsageError(
+            f"--penalty {penalty.penalty} needs --ewc-lambda: the strength has no default"
+        )
+    if recipe.evaluate_every is not None and not options.gate.evaluate:
+        raise UsageError("--evaluate-every needs data to measure: name them with --evaluate")
+    search = options.search
+    if is_search(options):
+        if options.parameters.shard:
+            raise UsageError("--shard takes one --ewc-lambda: look for it without")
+    elif search.validation or search.choose or search.search_plot:
+        raise UsageError(
+            "--validation, --choose and --search-plot are for a search: give several numbers with "
+            "commas, or auto, as --ewc-lambda"
+        )
+
+
+def is_search(options: FinetuneOptions) -> bool:
+    """Return whether λ is to be chosen among several."""
+    ewc_lambda = options.search.ewc_lambda
+    return ewc_lambda is not None and not isinstance(ewc_lambda, int | float)
+
+
+def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
+    """Open checkpoint, Fisher and data, and refuse what would fail later.
+
+    With `again` it is not looked at whether the output is up to date.
+    """
+    adapter, recipe, target = options.adapter, options.recipe, Path(options.output_dir)
+    lora = None
+    if adapter.lora_rank is not None:
+        lora = Lora(adapter.lora_rank, adapter.lora_targets, adapter.lora_alpha)
+    there = None if again else find_output(target)
+    opened = _open(options, lora, target if there is None else None)
+    if opened.penalty_on == "merged" and recipe.penalty_step == "proximal":
+        raise UsageError(
+            "--penalty-step proximal has no meaning with the penalty on merged weights, whose "
+            "minimum in A and B cannot be told element by element: use gradient"
+        )
+    old, evaluate = opened.old_tasks, dict(options.gate.evaluate or {})
+    if recipe.norm_statistics is None:
+        something_old = bool(old or evaluate.keys() - {opened.task} or _base_has_fisher(opened))
+        statistics = default_statistics(options.penalty.penalty, old=something_old)
+        recipe = replace(recipe, norm_statistics=statistics)
+    validation, max_forgetting = dict(options.search.validation or {}), options.gate.max_forgetting
+    search = None
+    if is_search(options):
+        search = plan_search(
+            options.search.ewc_lambda,
+            choose=options.search.choose,
+            max_forgetting=max_forgetting,
+            validation=validation,
+            other_data=[options.data, *evaluate.values()],
+            new=opened.task,
+            ledger=old,
+            plot=options.search.search_plot,
+        )
+        if max_forgetting is not None and not set(old) & set(evaluate):
+            evaluate |= {name: validation[name] for name in search.old}
+    if max_forgetting is not None:
+        check_gate(max_forgetting, old, evaluate)
+    return Plan(options, opened, recipe, evaluate, validation, search, lora, there)
+
+
+def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> Opened:
+    """Open what is read; a target that has to be free is refused as soon as it can be."""
+    penalty, asked_source, merging = options.penalty, options.source, options.merging
+    kind, fisher = penalty.penalty, penalty.fisher
+    folder = locate(
+        options.checkpoint, asked_source.revision, without=() if fisher is None else FISHER
+    )
+    source = with_base(open_checkpoint(folder), asked_source.base_model)
+    if target is not None:
+        check_output(target, source, overwrite=options.saving.overwrite, whole=True)
+    penalty_on = _penalty_on(options, source, lora)
+    of_base = source.base is not None and penalty_on == "merged"
+    stored_at = find_fisher(folder, None if of_base else fisher)
+    before = None if stored_at is None else stored_fisher(stored_at, source)
+    protecting, where = before, (folder, options.checkpoint)
+    if of_base and kind == "ewc":
+        assert source.base is not None
+        place = find_fisher(source.base.path, fisher)
+        protecting = None if place is None else stored_fisher(place, source.base)
+        where = (source.base.path, source.base.path)
+    objective = asked_source.objective
+    if protecting is None and kind == "ewc":
+        if asked_source.model is None and objective and lacks_head(source, objective):
+            raise InputError(
+                f"{where[0]} has no output layer for {objective} yet: let it learn a first task "
+                "with --penalty none"
+            )
+        raise InputError(
+            f"{where[0]} holds no Fisher: run `consolidate fisher {where[1]} --data OLD_DATA` "
+            "first, or name one with --fisher"
+        )
+    merge_rule, gamma = merging_options(
+        before, merging.merge_rule, merging.gamma, merging.task_weight
+    )
+    check_finite(source.weights, folder)
+    task_file, rows = open_task(options.data, split=options.encoding.split)
+    return Opened(
+        source=source,
+        before=before,
+        protecting=protecting,
+        penalty_on=penalty_on,
+        task_file=task_file,
+        rows=rows,
+        task=task_name(options.task or task_file.name, rows.name, before),
+        objective=objective or task_file.objective,
+        columns=columns_of(options.encoding.columns, task_file.columns()),
+        merge_rule=merge_rule,
+        gamma=gamma,
+    )
+
+
+def _penalty_on(options: FinetuneOptions, source: Checkpoint, lora: Lora | None) -> str | None:
+    """Choose what the penalty is on where an adapter is trained."""
+    given, kind = options.penalty.penalty_on, options.penalty.penalty
+    if lora is not None and source.adapter is not None:
+        raise UsageError(f"{source.path} is an adapter already: leave --lora-rank out")
+    if lora is None and source.adapter is None:
+        if given is not None:
+            raise UsageError(
+                f"--penalty-on {given} is for adapters: use it with --lora-rank, or a checkpoint "
+                "that is one"
+            )
+        return None
+    if kind == "none":
+        if given is not None:
+            raise UsageError("--penalty-on has no meaning with --penalty none: leave it out")
+        return None
+    if given == "adapter" and lora is not None and kind == "ewc":
+        raise UsageError(
+            "--penalty-on adapter needs the Fisher of an adapter, and a fresh one has none: start "
+            "from an adapter that `consolidate fisher` has measured, or use --penalty-on merged"
+        )
+    own = source.adapter is not None and find_fisher(source.path, None) is not None
+    return given or ("adapter" if own else "merged")
+
+
+def _base_has_fisher(opened: Opened) -> bool:
+    """Return whether a checkpoint is an adapter of weights that have a Fisher."""
+    base = opened.source.base
+    return base is not None and find_fisher(base.path, None) is not None

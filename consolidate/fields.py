@@ -1,0 +1,245 @@
+"""What an option is: a field of a record that carries its help, bounds and meaning.
+
+`consolidate/options.py` holds the records. From them come flags and variables (`flags.py`), Python
+signatures (`api.py`), the keys of run files, range checks, and what a result is made from.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from types import UnionType
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from formats.errors import UsageError
+
+R = TypeVar("R")
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option beside its name, type and default.
+
+    Attributes:
+        help: For `--help`, docstrings and docs/options.md; other options are named as flags.
+        metavar: What stands for the value in `--help`.
+        choices: The values that there are.
+        least: A number is at least this.
+        above: A number is larger than this.
+        most: A number is at most this.
+        below: A number is smaller than this.
+        dtype: Whether it names a dtype; Python callers may give the torch.dtype.
+        written: Whether it names a file that is written.
+        changes_result: Whether the result is made from its value. Not where it changes nothing, and
+            not where it names content, which is described by digest.
+        in_run_file: Whether it can be set for the tasks of a run file.
+        python: The type in the Python signature, where that is another.
+        python_only: Whether it has no flag.
+        typed: Reads what was typed on the command line, or raises ValueError with what it expects.
+    """
+
+    help: str
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    dtype: bool = False
+    written: bool = False
+    changes_result: bool = True
+    in_run_file: bool = True
+    python: str | None = None
+    python_only: bool = False
+    typed: Callable[[str], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """How the options of a record within a record are named."""
+
+    prefix: str = ""
+    suffix: str = ""
+    one_argument: bool = False  # in Python the record itself is given
+
+
+REQUIRED: Any = object()
+"""The default of what has to be given."""
+
+
+def option(default: Any, help: str, **settings: Any) -> Any:
+    """Make a field of a record: an option with its default and `Option`'s settings."""
+    return field(default=default, metadata={"option": Option(help, **settings)})
+
+
+def part(default: Any, **naming: Any) -> Any:
+    """Make a field of a record that holds another record's options, with its defaults."""
+    return field(default=default, metadata={"part": Part(**naming)})
+
+
+class Flat(NamedTuple):
+    """One option of a command, as its callers name it.
+
+    Attributes:
+        name: The keyword.
+        path: The names of the fields that lead to it.
+        kinds: The types that a value may have.
+        default: REQUIRED where there is none.
+        option: All else.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    kinds: tuple[Any, ...]
+    default: Any
+    option: Option
+
+    @property
+    def names_data(self) -> bool:
+        """Whether it holds task data by name."""
+        return dict in {get_origin(kind) for kind in self.kinds}
+
+    @property
+    def flag(self) -> str:
+        """The name on the command line and in TOML files."""
+        return self.name.replace("_", "-")
+
+
+def flat_options(record: type, *, python: bool = False) -> Iterator[Flat]:
+    """Yield the options of a record and of the records in it, in their order.
+
+    In Python a record that is one argument there is one option.
+    """
+    yield from _flat(record, Part(), (), None, python)
+
+
+def _flat(
+    record: type, naming: Part, path: tuple[str, ...], defaults: Any, python: bool
+) -> Iterator[Flat]:
+    hints = get_type_hints(record)
+    for each in fields(record):
+        at = (*path, each.name)
+        default = each.default if defaults is None else getattr(defaults, each.name)
+        name = f"{naming.prefix}{each.name}{naming.suffix}"
+        inner: Part | None = each.metadata.get("part")
+        if inner is not None and not (python and inner.one_argument):
+            yield from _flat(hints[each.name], inner, at, default, python)
+        elif inner is not None:
+            told = Option((hints[each.name].__doc__ or "").strip(), python=f"{each.name.title()}")
+            yield Flat(name, at, (hints[each.name],), default, told)
+        else:
+            yield Flat(name, at, kinds_of(hints[each.name]), default, each.metadata["option"])
+
+
+def kinds_of(hint: Any) -> tuple[Any, ...]:
+    """Give the types in a union, or the one type."""
+    return get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+
+
+def value_of(record: Any, flat: Flat) -> Any:
+    """Give the value that an option has in a record."""
+    for name in flat.path:
+        record = getattr(record, name)
+    return record
+
+
+def values_of(record: Any) -> dict[str, Any]:
+    """Give all values of a record by flat name."""
+    return {flat.name: value_of(record, flat) for flat in flat_options(type(record))}
+
+
+def gather(record: type[R], given: Mapping[str, Any]) -> R:
+    """Make a record from flat keywords, each checked; those not given have their defaults.
+
+    Raises UsageError where a value is out of its range, or no such option or value is known.
+    """
+    tree: dict[str, Any] = {}
+    known = {
+        flat.name: flat for flat in (*flat_options(record), *flat_options(record, python=True))
+    }
+    for name, value in given.items():
+        if name not in known:
+            raise UsageError(f"there is no option {name!r}")
+        flat = known[name]
+        if is_dataclass(flat.kinds[0]) and value is None:
+            continue
+        below = tree
+        for step in flat.path[:-1]:
+            below = below.setdefault(step, {})
+        below[flat.path[-1]] = checked(flat, value)
+    return _filled(record, tree)
+
+
+def changed(record: R, **values: Any) -> R:
+    """Give a record with other values of some options, by flat name and unchecked."""
+    flats = {flat.name: flat for flat in flat_options(type(record))}
+    for name, value in values.items():
+        record = _put(record, flats[name].path, value)
+    return record
+
+
+def _put(record: Any, path: tuple[str, ...], value: Any) -> Any:
+    if len(path) > 1:
+        value = _put(getattr(record, path[0]), path[1:], value)
+    return replace(record, **{path[0]: value})
+
+
+def _filled(record: Any, tree: Mapping[str, Any], default: Any = None) -> Any:
+    given = {}
+    hints = get_type_hints(record)
+    for each in fields(record):
+        if each.name in tree:
+            below = tree[each.name]
+            nested = "part" in each.metadata and isinstance(below, dict)
+            given[each.name] = _filled(hints[each.name], below, each.default) if nested else below
+        elif each.default is REQUIRED:
+            raise UsageError(f"{each.name} has to be given")
+    return record(**given) if default is None else replace(default, **given)
+
+
+def checked(flat: Flat, value: Any) -> Any:
+    """Give a value as the records hold it, or refuse it by the name of its flag.
+
+    Raises UsageError where it is out of its range.
+    """
+    option, where = flat.option, f"--{flat.flag} {value}"
+    if value is None:
+        return None
+    if option.dtype:
+        value = str(value).removeprefix("torch.")
+    if option.choices and isinstance(value, str) and value not in option.choices:
+        number = "a number, or " if float in flat.kinds else ""
+        raise UsageError(f"{where}: expected {number}one of {', '.join(option.choices)}")
+    if isinstance(value, int | float) and not isinstance(value, bool) and _outside(option, value):
+        raise UsageError(f"{where}: expected {_range(flat)}")
+    if isinstance(value, list):
+        return tuple(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _outside(option: Option, value: float) -> bool:
+    bounded = [option.least, option.above, option.most, option.below] != [None] * 4
+    return bounded and not (
+        math.isfinite(value)
+        and (option.least is None or value >= option.least)
+        and (option.above is None or value > option.above)
+        and (option.most is None or value <= option.most)
+        and (option.below is None or value < option.below)
+    )
+
+
+def _range(flat: Flat) -> str:
+    option = flat.option
+    if option.most is not None:
+        return f"a number from {option.least:g} to {option.most:g}"
+    if option.below is not None:
+        return f"a number from {option.least:g} to less than {option.below:g}"
+    if float not in flat.kinds:
+        return f"at least {option.least}"
+    return f"a finite number {'from' if option.above is None else 'above'} 0"
+
+
+def numbers(text: str) -> Sequence[float]:
+    """Read numbers with commas between them, or a list as a TOML file has it."""
+    return [float(number) for number in text.strip("[]").split(",")]
