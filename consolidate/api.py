@@ -82,8 +82,8 @@ def fisher(
         mc_samples: Labels sampled per example by mc and batched; 1 by default.
         max_outcomes: Refuse exact above this many backward passes per example; 4096 by default.
         max_examples: Measure on a seeded random subset of this size.
-        batch_size: Examples measured at a time, which does not change the result. In finetune as
-            `batch_size` by default.
+        batch_size: Examples measured at a time; the Fisher is that of single examples. In finetune
+            as `batch_size` by default.
         tolerance: Read in random order, and stop once the relative standard error of every
             parameter's trace is at most this, after 64 examples at the earliest.
         accumulate_dtype: Dtype for squaring and accumulating gradients. One of float32, float64.
@@ -284,7 +284,7 @@ def finetune(
         fisher_max_outcomes: Refuse exact above this many backward passes per example; 4096 by
             default.
         fisher_max_examples: Measure on a seeded random subset of this size.
-        fisher_batch_size: Examples measured at a time, which does not change the result. In
+        fisher_batch_size: Examples measured at a time; the Fisher is that of single examples. In
             finetune as `batch_size` by default.
         fisher_tolerance: Read in random order, and stop once the relative standard error of every
             parameter's trace is at most this, after 64 examples at the earliest.

@@ -203,11 +203,12 @@ def checked(flat: Flat, value: Any) -> Any:
 
     Raises UsageError where it is out of its range.
     """
-    option, where = flat.option, f"--{flat.flag} {value}"
+    option = flat.option
     if value is None:
         return None
     if option.dtype:
         value = str(value).removeprefix("torch.")
+    where = f"--{flat.flag} {value}"
     if option.choices and isinstance(value, str) and value not in option.choices:
         number = "a number, or " if float in flat.kinds else ""
         raise UsageError(f"{where}: expected {number}one of {', '.join(option.choices)}")

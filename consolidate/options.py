@@ -40,7 +40,10 @@ def read_weight(text: str) -> float | str:
 
 def _checkpoint() -> Any:
     return option(
-        REQUIRED, "A folder, a weights file, or a repository on the Hub.", changes_result=False
+        REQUIRED,
+        "A folder, a weights file, or a repository on the Hub.",
+        changes_result=False,
+        in_run_file=False,
     )
 
 

@@ -114,7 +114,9 @@ def _type(kind: Any) -> str:
 def _default(flat: Flat) -> str:
     if flat.default is REQUIRED:
         return ""
-    return " = None" if flat.option.python == "Columns" else f" = {flat.default!r}"
+    if flat.option.python == "Columns":
+        return " = None"
+    return f' = "{flat.default}"' if isinstance(flat.default, str) else f" = {flat.default!r}"
 
 
 def options_page() -> str:

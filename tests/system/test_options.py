@@ -105,7 +105,7 @@ def test_a_traceback_is_shown_however_it_was_asked_for(
     ("command", "option", "text", "value"),
     [
         ("finetune", "--ewc-lambda", "100", 100.0),
-        ("finetune", "--ewc-lambda", "1,10", [1.0, 10.0]),
+        ("finetune", "--ewc-lambda", "1,10", (1.0, 10.0)),
         ("finetune", "--ewc-lambda", "auto", "auto"),
         ("fisher", "--task-weight", "trace", "trace"),
         ("merge", "--weights", "2", [2.0]),

@@ -1,0 +1,142 @@
+"""Options are written once: what is made from their records says the same everywhere."""
+
+import ast
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+
+import consolidate
+from consolidate.cli import cli
+from consolidate.fields import REQUIRED, changed, flat_options, gather, option, part, values_of
+from consolidate.flags import flags_of, record_of
+from consolidate.options import (
+    Columns,
+    EvaluateOptions,
+    FinetuneOptions,
+    FisherOptions,
+    Recipe,
+)
+from formats.errors import UsageError
+from scripts.option_pages import PAGES
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = {"fisher": FisherOptions, "finetune": FinetuneOptions, "evaluate": EvaluateOptions}
+GIVEN = {"checkpoint": "a", "data": "b", "output_dir": "c"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_what_is_written_from_the_options_is_up_to_date(page: Path) -> None:
+    assert (ROOT / page).read_text(encoding="utf-8") == PAGES[page](), "run scripts/write_docs"
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_help_and_editors_see_every_keyword(name: str) -> None:
+    function = getattr(consolidate, name)
+    parameters = inspect.signature(function).parameters
+    flats = {flat.name: flat for flat in flat_options(RECORDS[name], python=True)}
+    assert set(parameters) == set(flats)
+    for keyword, parameter in parameters.items():
+        default = inspect.Parameter.empty
+        if flats[keyword].default is not REQUIRED:
+            default = None if keyword == "columns" else flats[keyword].default
+        assert parameter.default == default, keyword
+        assert f"\n    {keyword}: " in inspect.getdoc(function).replace("Args:", "")
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_defaults_on_the_command_line_are_those_of_python(name: str, tmp_path: Path) -> None:
+    words = ["start", "--data", "x"] + ["--output-dir", "y"] * (name == "finetune")
+    above = click.Context(cli, info_name="consolidate")
+    typed = cli.commands[name].make_context(name, words, parent=above).params
+    for other in ("json", "metrics", "mlflow"):
+        typed.pop(other)
+    data = {"x": "x"} if name == "evaluate" else "x"
+    given: dict[str, Any] = {"checkpoint": "start", "data": data}
+    if name == "finetune":
+        given["output_dir"] = "y"
+    assert record_of(RECORDS[name], typed) == gather(RECORDS[name], given)
+
+
+def test_every_name_stands_once() -> None:
+    for record in RECORDS.values():
+        names = [flat.name for flat in flat_options(record)]
+        assert len(names) == len(set(names))
+
+
+def test_flat_keywords_become_records() -> None:
+    found = gather(
+        FinetuneOptions,
+        GIVEN
+        | {"epochs": 3, "ewc_lambda": [1, 10], "fisher_batch_size": 8, "freeze": ["a"]}
+        | {"columns": Columns(text="body"), "penalty_dtype": torch.bfloat16},
+    )
+    assert found.recipe == Recipe(epochs=3)
+    assert (found.search.ewc_lambda, found.parameters.freeze) == ((1, 10), ("a",))
+    assert (found.estimation.batch_size, found.recipe.batch_size) == (8, 16)
+    assert (found.encoding.columns.text, found.penalty.penalty_dtype) == ("body", "bfloat16")
+    assert values_of(changed(found, seed=2))["seed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs": 0}, "--epochs 0: expected at least 1"),
+        ({"learning_rate": 0.0}, "--learning-rate 0.0: expected a finite number above 0"),
+        ({"learning_rate": float("inf")}, "--learning-rate inf: expected a finite number above 0"),
+        ({"weight_decay": float("nan")}, "--weight-decay nan: expected a finite number from 0"),
+        ({"ewc_lambda": -1.0}, "--ewc-lambda -1.0: expected a finite number from 0"),
+        ({"ewc_lambda": "much"}, "--ewc-lambda much: expected a number, or one of auto"),
+        ({"gamma": 1.5}, "--gamma 1.5: expected a number from 0 to 1"),
+        ({"momentum": 1.0}, "--momentum 1.0: expected a number from 0 to less than 1"),
+        ({"optimizer": "adma"}, "--optimizer adma: expected one of adamw, adam, sgd"),
+        ({"fisher_accumulate_dtype": torch.float16}, "--fisher-accumulate-dtype float16: expected"),
+        ({"learnin_rate": 1.0}, "there is no option 'learnin_rate'"),
+    ],
+)
+def test_a_value_is_refused_by_the_name_of_its_flag(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        gather(FinetuneOptions, GIVEN | given)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_new_option_needs_no_more_than_its_field() -> None:
+    @dataclass(frozen=True)
+    class Inner:
+        strength: float = option(0.5, "How strong.", above=0)
+
+    @dataclass(frozen=True)
+    class Command:
+        checkpoint: str = option(REQUIRED, "Which.")
+        inner: Inner = part(Inner(), prefix="outer_")  # noqa: RUF009
+
+    assert [flat.flag for flat in flat_options(Command)] == ["checkpoint", "outer-strength"]
+
+    @click.command
+    @flags_of(Command)
+    def command(**typed: Any) -> Any:
+        return record_of(Command, typed)
+
+    def parse(*words: str) -> Any:
+        return command.main([*words], standalone_mode=False)
+
+    assert parse("a") == Command("a")
+    assert parse("a", "--outer-strength", "2") == Command("a", Inner(2.0))
+    with pytest.raises(click.BadParameter) as caught:
+        parse("a", "--outer-strength", "0")
+    assert "--outer-strength" in caught.value.format_message()
+
+
+def test_no_option_is_written_into_a_signature_again() -> None:
+    """A keyword of three or more of the records' names in one function would be a copy of them."""
+    names = {flat.name for record in RECORDS.values() for flat in flat_options(record)}
+    names -= {"checkpoint", "data", "task", "seed", "batch_size", "output_dir", "overwrite"}
+    for path in (ROOT / "consolidate" / "commands").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                copied = names & {argument.arg for argument in node.args.kwonlyargs}
+                assert len(copied) <= 3, f"{path.name}: {node.name} has {copied}"
