@@ -512,11 +512,10 @@ def _lora(
             raise UsageError(f"--lora-rank {rank}: expected at least 1")
         if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
             raise UsageError(f"--lora-alpha {alpha}: expected a finite number above 0")
-        return Lora(rank, tuple(targets), alpha, rslora)
+        return Lora(rank, tuple(targets), alpha)
     for option, given in (
         ("lora-targets", bool(targets)),
         ("lora-alpha", alpha is not None),
-        ("rslora", rslora),
     ):
         if given:
             raise UsageError(f"--{option} has no meaning without --lora-rank")

@@ -35,7 +35,6 @@ class Lora:
     rank: int
     targets: Sequence[str] = ()
     alpha: float | None = None
-    rslora: bool = False
 
 
 def add_lora(
@@ -44,7 +43,6 @@ def add_lora(
     rank: int,
     targets: Sequence[str] = (),
     alpha: float | None = None,
-    rslora: bool = False,
     seed: int = 0,
 ) -> list[str]:
     """Put a fresh LoRA adapter into a module, in place: W + s B A with B = 0 (Hu et al. 2021).
@@ -57,7 +55,6 @@ def add_lora(
         targets: Glob patterns of the layers' names, or of their last parts; those that peft has for
             the architecture unless given.
         alpha: α of s = α/r; `rank` unless given, so that s = 1.
-        rslora: s = α/√r instead (Kalajdzievski 2023).
         seed: Of A.
 
     Returns:
@@ -72,7 +69,6 @@ def add_lora(
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
-        use_rslora=rslora,
         target_modules="|".join(map(re.escape, names)),
         fan_in_fan_out=False,
     )
@@ -181,12 +177,7 @@ def adapt(
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     new = {at for name in whole for at in model.layout.module_names(name)}
     kept = [parameter for name, parameter in module.named_parameters() if name in new]
-    options: dict[str, Any] = {
-        "rank": lora.rank,
-        "alpha": lora.alpha,
-        "rslora": lora.rslora,
-        "seed": seed,
-    }
+    options: dict[str, Any] = {"rank": lora.rank, "alpha": lora.alpha, "seed": seed}
     names = add_lora(module, targets=lora.targets, **options)
     held = {id(parameter) for parameter in trainable}
     for name, layer in low_rank_layers(module).items():
