@@ -25,7 +25,7 @@ from consolidate.chain.heads import HEADS
 from consolidate.chain.opening import find_fisher
 from consolidate.chain.output import check_output, failed_folder, output_bytes
 from consolidate.chain.resume import SAVE_EVERY, KeptPass, KeptWork
-from consolidate.chain.tasks import add_task
+from consolidate.chain.tasks import Merging, Training, add_task
 from consolidate.chain.up_to_date import cached, find_output, recorded_fisher
 from consolidate.commands.finetune_run import (
     Recipe,
@@ -647,15 +647,11 @@ def _finish(
         name=opened.task,
         data=opened.rows.name,
         data_digest=opened.rows.digest() if data_digest else None,
-        ewc_lambda=ewc_lambda,
-        penalty=penalty,
-        penalty_on=opened.penalty_on,
-        parent=set_digest(started_from),
         made_from=made_from,
-        metrics=trained.metrics,
-        merge_rule=opened.merge_rule,
-        gamma=opened.gamma,
-        task_weight=task_weight,
+        training=Training(
+            ewc_lambda, penalty, opened.penalty_on, set_digest(started_from), trained.metrics
+        ),
+        merging=Merging(opened.merge_rule, opened.gamma, task_weight),
     )
     once = Overlaid(trained.weights, without=loaded.layout.duplicates)
     share_moved = _share_moved(loaded.checkpoint.weights, once)

@@ -26,7 +26,13 @@ from consolidate.chain.fingerprint import (
 from consolidate.chain.opening import stored_fisher, with_base
 from consolidate.chain.output import bytes_of, check_output, output_bytes
 from consolidate.chain.resume import SAVE_EVERY, KeptPass, KeptWork
-from consolidate.chain.tasks import add_task, check_names_to_be, merging_options, task_name
+from consolidate.chain.tasks import (
+    Merging,
+    add_task,
+    check_names_to_be,
+    merging_options,
+    task_name,
+)
 from consolidate.chain.up_to_date import cached, find_output, recorded_fisher
 from consolidate.commands.measurement import (
     estimator_options,
@@ -345,9 +351,7 @@ def fisher(
             data=rows.name,
             data_digest=data_content()["digest"] if data_digest else None,
             made_from=made_from(tasks) if data_digest else None,
-            merge_rule=merge_rule,
-            gamma=gamma,
-            task_weight=task_weight,
+            merging=Merging(merge_rule, gamma, task_weight),
         )
         heads = None if before is None else before.heads
         if overwrite and (target / LEDGER_NAME).is_file():

@@ -25,25 +25,7 @@ def encode(
 ) -> Examples:
     """Encode the rows of a task for a model and its objective, checking every label.
 
-    Texts are tokenized once, here; images are read batch by batch. Labels are numbers or names: a
-    name is looked up among the model's labels, and a number written as text is a number unless it
-    is a label's name.
-
-    Args:
-        rows: The data.
-        model: Whose tokenizer or image processor, labels and objective decide.
-        columns: Where things are; the usual names unless given.
-        max_length: Tokens after which texts are truncated; what the model takes unless given.
-        pack: For language models: join the texts and cut them into sequences of `max_length`.
-        seed: Of the masks of a masked language model.
-
-    Returns:
-        The examples.
-
-    Raises:
-        InputError: A column or the tokenizer is missing, there is nothing to predict, or a row does
-            not fit: the message names data, row and column.
-        UsageError: `pack` or `max_length` contradict the objective or the model.
+    Texts are tokenized once, here; images are read batch by batch.
     """
     columns = columns or Columns()
     if pack and model.objective.name not in ("causal-lm", "masked-lm"):
@@ -70,15 +52,7 @@ def encode(
 
 
 def unread_columns(columns: Columns, objective: Objective) -> list[str]:
-    """Say which of the columns that were named are not read.
-
-    Args:
-        columns: Those named.
-        objective: What is predicted.
-
-    Returns:
-        A note on each.
-    """
+    """Say which of the columns that were named are not read."""
     given = {role: name for role, name in asdict(columns).items() if name is not None}
     return [
         f"the {role.replace('_', ' ')} column {given[role]!r} is not read for {objective.name}"

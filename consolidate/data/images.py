@@ -20,14 +20,6 @@ class ImageExamples(Examples):
     """Images that are read and resized batch by batch; nothing is augmented."""
 
     def __init__(self, rows: Rows, column: str, labels: Tensor, model: "Model") -> None:
-        """Hold the rows.
-
-        Args:
-            rows: The data.
-            column: Of the images.
-            labels: (N,) class numbers.
-            model: Whose processor and number of channels count.
-        """
         super().__init__()
         self._rows = rows
         self._column = column
@@ -61,30 +53,17 @@ class ImageExamples(Examples):
 
 
 def encode_images(rows: Rows, model: "Model", columns: Columns) -> Examples:
-    """Encode rows of images; the labels are checked now, the images when they are read.
-
-    Args:
-        rows: The data.
-        model: With an image processor.
-        columns: Where the images and labels are.
-
-    Returns:
-        The examples.
-
-    Raises:
-        InputError: A column or the processor is missing, or a label is none of the model's.
-    """
+    """Encode rows of images; the labels are checked now, the images when they are read."""
     if model.processor is None:
         raise InputError(
             f"{model.checkpoint.path} holds no preprocessor_config.json, so how images are resized "
             "and scaled is not known: save the image processor beside the weights"
         )
-    image = find_column(rows, columns.image, ("image", "img"), "image")
+    image = find_column(rows, columns, "image", "image", "img")
     column = label_column(rows, columns, model.objective.name)
     reader = Labels(rows, column, model, model.outputs)
     numbers = [reader.index(value, i) for i, value in enumerate(rows.values(column))]
     labels = torch.tensor(numbers, dtype=torch.long)
     examples = ImageExamples(rows, image, labels, model)
-    if reader.note:
-        examples._notes.append(reader.note)
+    examples._notes += reader.notes
     return examples

@@ -17,16 +17,9 @@ if TYPE_CHECKING:
 
 
 class TensorExamples(Examples):
-    """Rows of two tensors."""
+    """Rows of two tensors; inputs may be mapped from a file and are cast batch by batch."""
 
     def __init__(self, inputs: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
-        """Hold the data's tensors.
-
-        Args:
-            inputs: (N, …), maybe mapped from a file; cast batch by batch.
-            labels: (N,) or (N, K).
-            dtype: Of the module's parameters, for floating-point inputs.
-        """
         super().__init__()
         self._inputs = inputs
         self._labels = labels
@@ -42,20 +35,8 @@ class TensorExamples(Examples):
 
 
 def encode_tensors(rows: Rows, model: "Model", columns: Columns) -> Examples:
-    """Encode rows of tensors, or of lists of numbers.
-
-    Args:
-        rows: The data.
-        model: Run once, on the first row, to learn how many outputs it has.
-        columns: Where the inputs and labels are.
-
-    Returns:
-        The examples.
-
-    Raises:
-        InputError: A column is missing, shapes differ, or a label is none of the model's.
-    """
-    name = find_column(rows, columns.inputs, ("inputs", "input", "x"), "inputs")
+    """Encode rows of tensors, or of lists of numbers; the model tells how many outputs it has."""
+    name = find_column(rows, columns, "inputs", "inputs", "input", "x")
     inputs = _stacked(rows, name) if rows.tensors is None else within_int64(rows, name)
     dtype = next((p.dtype for p in model.module.parameters()), torch.float32)
     outputs = _outputs_of_first(model, inputs, dtype, rows.where(0, name))
@@ -76,8 +57,7 @@ def encode_tensors(rows: Rows, model: "Model", columns: Columns) -> Examples:
     else:
         encoded = _class_numbers(rows, column, labels, reader)
     examples = TensorExamples(inputs, encoded, dtype)
-    if reader.note:
-        examples._notes.append(reader.note)
+    examples._notes += reader.notes
     return examples
 
 

@@ -3,12 +3,13 @@
 import inspect
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from consolidate.data.columns import Columns, find_column, label_column
 from consolidate.data.examples import Examples
@@ -90,22 +91,15 @@ class TextExamples(Examples):
 
     def __init__(
         self,
-        fields: dict[str, Ragged],
-        labels: Ragged | Tensor | None,
-        padding: dict[str, int],
+        fields: dict[str, Ragged],  # `input_ids` and maybe `token_type_ids`
+        labels: Ragged
+        | Tensor
+        | None,  # a sequence, number or vector a text; None: masks make them
+        padding: dict[str, int],  # of each field
         *,
         masking: Masking | None = None,
-        first_label: int = 0,
+        first_label: int = 0,  # the first position of the labels that is predicted
     ) -> None:
-        """Hold the encoded texts.
-
-        Args:
-            fields: ``input_ids`` and maybe ``token_type_ids``.
-            labels: One sequence or one number, or vector, per text; None where masks make them.
-            padding: What fills up each field.
-            masking: Of a masked language model.
-            first_label: The first position of the labels that is predicted.
-        """
         super().__init__()
         self._fields = fields
         self._labels = labels
@@ -157,23 +151,7 @@ class TextExamples(Examples):
 def encode_texts(
     rows: Rows, model: "Model", columns: Columns, *, max_length: int | None, pack: bool, seed: int
 ) -> Examples:
-    """Encode rows of texts as the objective asks.
-
-    Args:
-        rows: The data.
-        model: With a tokenizer.
-        columns: Where things are.
-        max_length: Of a text, in tokens.
-        pack: Join texts and cut them into sequences of `max_length`.
-        seed: Of masks.
-
-    Returns:
-        The examples.
-
-    Raises:
-        InputError: A column or the tokenizer is missing, or a row does not fit.
-        UsageError: `max_length` is more than the model takes, or too little for any text.
-    """
+    """Encode rows of texts as the objective asks."""
     if model.processor is None:
         raise InputError(f"{model.checkpoint.path} holds no tokenizer: save it beside the weights")
     texts = _Texts(rows, model, max_length, pack)
@@ -192,7 +170,8 @@ def encode_texts(
     examples._notes[:0] = texts.notes()
     if len(examples) == 0:
         raise InputError(f"{rows.name}: no row holds anything to predict")
-    token, known = examples.largest_token(), _embedding_rows(model)
+    module: Any = model.module
+    token, known = examples.largest_token(), len(module.get_input_embeddings().weight)
     if token >= known:
         raise InputError(
             f"{rows.name} has the token {token}, and the model's embedding only {known} rows: the "
@@ -201,9 +180,7 @@ def encode_texts(
     return examples
 
 
-def _embedding_rows(model: "Model") -> int:
-    module: Any = model.module
-    return len(module.get_input_embeddings().weight)
+_Chunk = list[tuple[int, dict[str, Any]]]  # rows with their numbers
 
 
 class _Texts:
@@ -236,8 +213,8 @@ class _Texts:
     def fields(self) -> dict[str, Ragged]:
         return {name: Ragged() for name in ("input_ids", "token_type_ids")[: 1 + self.has_types]}
 
-    def examples(self, fields: dict[str, Ragged], labels: Ragged | Tensor | None) -> TextExamples:
-        return TextExamples(fields, labels, self.padding)
+    def column(self, chunk: _Chunk, column: str) -> list[str]:
+        return [self.text(row, i, column) for i, row in chunk]
 
     def text(self, row: dict[str, Any], i: int, column: str) -> str:
         value = row.get(column)
@@ -278,7 +255,7 @@ class _Texts:
     def ids(self, text: str, *, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
-    def chunks(self) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    def chunks(self) -> Iterator[_Chunk]:
         for start in range(0, len(self.rows), _ROWS_AT_ONCE):
             stop = min(start + _ROWS_AT_ONCE, len(self.rows))
             yield [(i, self.rows[i]) for i in range(start, stop)]
@@ -297,10 +274,8 @@ class _Texts:
         return notes
 
 
-def _padded(sequences: Sequence[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(
-        list(sequences), batch_first=True, padding_value=value
-    )  # (B, T)
+def _padded(sequences: list[Tensor], value: int) -> Tensor:
+    return pad_sequence(sequences, batch_first=True, padding_value=value)  # (B, T)
 
 
 def _most_tokens(model: "Model") -> int | None:
@@ -330,8 +305,8 @@ def _classified(texts: _Texts, columns: Columns) -> TextExamples:
         reader = Labels(rows, column, model, model.outputs)
     for chunk in texts.chunks():
         encoded = texts.encode(
-            [texts.text(row, i, first) for i, row in chunk],
-            None if second is None else [texts.text(row, i, second) for i, row in chunk],
+            texts.column(chunk, first),
+            None if second is None else texts.column(chunk, second),
         )
         for n, (i, row) in enumerate(chunk):
             if not encoded["input_ids"][n]:
@@ -342,9 +317,9 @@ def _classified(texts: _Texts, columns: Columns) -> TextExamples:
                 read = reader.vector if model.objective.name == "multi-label" else reader.index
                 labels.append(read(row.get(column), i))
     encoded_labels = as_targets(rows, column, model) if reader is None else torch.tensor(labels)
-    examples = texts.examples(fields, encoded_labels)
-    if reader is not None and reader.note:
-        examples._notes.append(reader.note)
+    examples = TextExamples(fields, encoded_labels, texts.padding)
+    if reader is not None:
+        examples._notes += reader.notes
     return examples
 
 
@@ -353,10 +328,10 @@ def _text_columns(rows: Rows, columns: Columns) -> tuple[str, str | None]:
         for first, second in _PAIRS:
             if first in rows.columns and second in rows.columns:
                 return first, second
-    first = find_column(rows, columns.text, ("text", "sentence"), "text")
+    first = find_column(rows, columns, "text", "text", "sentence")
     if columns.text_pair is None:
         return first, None
-    return first, find_column(rows, columns.text_pair, (), "text_pair")
+    return first, find_column(rows, columns, "text_pair")
 
 
 def _words(texts: _Texts, columns: Columns) -> TextExamples:
@@ -366,7 +341,7 @@ def _words(texts: _Texts, columns: Columns) -> TextExamples:
             f"{texts.model.checkpoint.path}: token classification needs a tokenizer.json, which "
             "tells the tokens of each word"
         )
-    column = find_column(rows, columns.tokens, ("tokens", "words"), "tokens")
+    column = find_column(rows, columns, "tokens", "tokens", "words")
     labelled = label_column(rows, columns, texts.model.objective.name)
     reader = Labels(rows, labelled, texts.model, texts.model.outputs)
     fields, labels = texts.fields(), Ragged()
@@ -397,9 +372,8 @@ def _words(texts: _Texts, columns: Columns) -> TextExamples:
             labels.append(marked)
             for name, values in fields.items():
                 values.append(encoded[name][n])
-    examples = texts.examples(fields, labels)
-    if reader.note:
-        examples._notes.append(reader.note)
+    examples = TextExamples(fields, labels, texts.padding)
+    examples._notes += reader.notes
     return examples
 
 
@@ -411,17 +385,12 @@ def _continued(texts: _Texts, columns: Columns, pack: bool) -> TextExamples:
     prompted = columns.prompt is not None or columns.completion is not None
     prompted |= not named and {"prompt", "completion"} <= has
     if chats:
-        column = find_column(rows, columns.messages, ("messages",), "messages")
-        documents = _chats(texts, column)
+        documents = _chats(texts, find_column(rows, columns, "messages"))
     elif prompted:
-        documents = _prompted(
-            texts,
-            find_column(rows, columns.prompt, ("prompt",), "prompt"),
-            find_column(rows, columns.completion, ("completion",), "completion"),
-            pack,
-        )
+        prompt, completion = (find_column(rows, columns, at) for at in ("prompt", "completion"))
+        documents = _prompted(texts, prompt, completion, pack)
     else:
-        documents = _plain(texts, find_column(rows, columns.text, ("text",), "text"))
+        documents = _plain(texts, find_column(rows, columns, "text"))
     fields, labels = {"input_ids": Ragged()}, Ragged()
     blocks = _packed(documents, texts.max_length) if pack else _cut(documents, texts)
     for ids, marks in blocks:
@@ -442,8 +411,7 @@ _Document = tuple[list[int], list[int]]  # token ids and labels, of the same len
 def _plain(texts: _Texts, column: str) -> Iterator[_Document]:
     end = texts.tokenizer.eos_token_id
     for chunk in texts.chunks():
-        written = [texts.text(row, i, column) for i, row in chunk]
-        for ids in texts.tokenizer(written)["input_ids"]:
+        for ids in texts.tokenizer(texts.column(chunk, column))["input_ids"]:
             # A text ends, and what follows in a packed sequence is another.
             ended = [*ids, end] if ids and end is not None and ids[-1] != end else list(ids)
             yield ended, list(ended)
@@ -523,7 +491,7 @@ def _filled_in(texts: _Texts, columns: Columns, pack: bool, seed: int) -> TextEx
     tokenizer = texts.tokenizer
     if tokenizer.mask_token_id is None:
         raise InputError(f"{texts.model.checkpoint.path}: the tokenizer has no mask token")
-    column = find_column(texts.rows, columns.text, ("text",), "text")
+    column = find_column(texts.rows, columns, "text")
     fields = texts.fields()
     special = frozenset(tokenizer.all_special_ids)
     if pack:
@@ -533,7 +501,7 @@ def _filled_in(texts: _Texts, columns: Columns, pack: bool, seed: int) -> TextEx
                 fields["input_ids"].append(ids)
     else:
         for chunk in texts.chunks():
-            encoded = texts.encode([texts.text(row, i, column) for i, row in chunk])
+            encoded = texts.encode(texts.column(chunk, column))
             for n, ids in enumerate(encoded["input_ids"]):
                 if special.issuperset(ids):
                     texts.empty += 1
@@ -549,14 +517,14 @@ def _filled_in(texts: _Texts, columns: Columns, pack: bool, seed: int) -> TextEx
 
 def _rewritten(texts: _Texts, columns: Columns) -> TextExamples:
     rows = texts.rows
-    source = find_column(rows, columns.text or columns.prompt, ("text", "prompt"), "text")
-    target = find_column(
-        rows, columns.target or columns.completion, ("target", "completion", "summary"), "target"
-    )
+    text, written = columns.text or columns.prompt, columns.target or columns.completion
+    columns = replace(columns, text=text, target=written)
+    source = find_column(rows, columns, "text", "text", "prompt")
+    target = find_column(rows, columns, "target", "target", "completion", "summary")
     fields, labels = texts.fields(), Ragged()
     for chunk in texts.chunks():
-        encoded = texts.encode([texts.text(row, i, source) for i, row in chunk])
-        written = texts.encode([texts.text(row, i, target) for i, row in chunk], target=True)
+        encoded = texts.encode(texts.column(chunk, source))
+        written = texts.encode(texts.column(chunk, target), target=True)
         for n in range(len(chunk)):
             if not written["input_ids"][n]:
                 texts.empty += 1
@@ -564,4 +532,4 @@ def _rewritten(texts: _Texts, columns: Columns) -> TextExamples:
             labels.append(written["input_ids"][n])
             for name, values in fields.items():
                 values.append(encoded[name][n])
-    return texts.examples(fields, labels)
+    return TextExamples(fields, labels, texts.padding)

@@ -16,18 +16,7 @@ from formats.errors import ConsolidateError, UsageError
 
 
 def make_module(factory: str, config: dict[str, Any]) -> nn.Module:
-    """Make a module of the user's own.
-
-    Args:
-        factory: ``package.module:function``, looked for in the working folder and on ``sys.path``.
-        config: What it is called with, if it takes an argument.
-
-    Returns:
-        The module.
-
-    Raises:
-        UsageError: The factory cannot be found or called, or what it returns is no module.
-    """
+    """Make the module of the user's own that ``package.module:function`` returns."""
     module_name, colon, attribute = factory.partition(":")
     if not (module_name and colon and attribute):
         raise UsageError(f"--model {factory}: write package.module:factory")
@@ -72,19 +61,7 @@ def make_module(factory: str, config: dict[str, Any]) -> nn.Module:
 
 
 def fresh_weights(factory: str, config: dict[str, Any], seed: int) -> dict[str, Tensor]:
-    """Make a module of the user's own afresh and give its weights, as they are to be stored.
-
-    Args:
-        factory: As for `load_model`.
-        config: What the factory is called with.
-        seed: Of the weights.
-
-    Returns:
-        By the names of the state dict, tied ones once.
-
-    Raises:
-        UsageError: The factory cannot be called.
-    """
+    """Make a module of the user's own afresh and give its weights as a file has them, tied once."""
     with untouched_randomness(seed):
         module = make_module(factory, config)
     own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}

@@ -30,39 +30,24 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Lora:
-    """A fresh adapter: the options of `add_lora` of these names."""
+    """A fresh adapter, as `add_lora` makes it."""
 
     rank: int
     targets: Sequence[str] = ()
-    alpha: float | None = None
+    alpha: float | None = None  # the rank unless given, so that s = 1
 
 
 def add_lora(
     module: nn.Module,
     *,
     rank: int,
-    targets: Sequence[str] = (),
+    targets: Sequence[str] = (),  # glob patterns of layers' names, or of their last parts
     alpha: float | None = None,
-    seed: int = 0,
+    seed: int = 0,  # of A
 ) -> list[str]:
     """Put a fresh LoRA adapter into a module, in place: W + s B A with B = 0 (Hu et al. 2021).
 
-    Everything else is frozen. The module computes what it did, until B is trained.
-
-    Args:
-        module: Any module.
-        rank: r, the rank of B A.
-        targets: Glob patterns of the layers' names, or of their last parts; those that peft has for
-            the architecture unless given.
-        alpha: α of s = α/r; `rank` unless given, so that s = 1.
-        seed: Of A.
-
-    Returns:
-        The names of the layers that have an adapter now.
-
-    Raises:
-        UsageError: peft is missing, or a pattern matches no layer or none that can have one.
-        InputError: A layer's weight is used in another place too.
+    s = α/r. All else is frozen, so the module computes what it did until B is trained.
     """
     peft = import_peft()
     names = _targets(module, targets)
@@ -78,17 +63,7 @@ def add_lora(
 
 
 def low_rank_layers(module: nn.Module) -> dict[str, LowRank]:
-    """Give the layers that an adapter changes.
-
-    Args:
-        module: With an adapter in it.
-
-    Returns:
-        By the name that their weight has in the module without the adapter.
-
-    Raises:
-        InputError: A layer is not W + s B A.
-    """
+    """Give the layers that an adapter changes, by the names of their weights without it."""
     found = {}
     for name, layer in _adapted(module).items():
         base = layer.get_base_layer()
@@ -108,14 +83,7 @@ def low_rank_layers(module: nn.Module) -> dict[str, LowRank]:
 
 
 def other_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Give what trains in a module beside the low-rank factors of its adapter.
-
-    Args:
-        module: With an adapter in it.
-
-    Returns:
-        By the names in the module without the adapter.
-    """
+    """Give what trains beside the low-rank factors, by its names without the adapter."""
     return {
         name.replace(f".modules_to_save.{NAME}.", "."): parameter
         for name, parameter in module.named_parameters()
@@ -125,11 +93,7 @@ def other_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def merge_lora(module: nn.Module) -> None:
-    """Put W + s B A in place of W and take the adapter out of a module, in place.
-
-    Args:
-        module: With an adapter in it, all of whose layers `low_rank_layers` knows.
-    """
+    """Put W + s B A in place of W and take the adapter out of a module, in place."""
     for layer in low_rank_layers(module).values():
         a, b = (factor.flatten(1).to(layer.weight.dtype) for factor in (layer.a, layer.b))
         change = (b @ a).T if layer.transposed else b @ a
@@ -138,11 +102,7 @@ def merge_lora(module: nn.Module) -> None:
 
 
 def remove_lora(module: nn.Module) -> None:
-    """Take the adapter out of a module, in place: W is what it was.
-
-    Args:
-        module: With an adapter in it.
-    """
+    """Take the adapter out of a module, in place: W is what it was."""
     for name, layer in _adapted(module).items():
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, layer.get_base_layer())
@@ -154,24 +114,12 @@ def adapt(
     model: "Model",
     lora: Lora,
     whole: Collection[str],
-    others: Iterable["Model"] = (),
+    others: Iterable["Model"] = (),  # share the weights' memory, and get the same adapter
     seed: int = 0,
 ) -> list[nn.Parameter]:
-    """Put a fresh adapter into a model that is to be trained, and freeze what it changes.
+    """Put a fresh adapter into a model and return what is frozen for it, for `end_adapting`.
 
-    Args:
-        model: A whole model.
-        lora: The adapter.
-        whole: Names in the weights file of what trains as it is, beside the adapter: what is new.
-        others: Models that share the weights' memory; they get the same adapter.
-        seed: Of A.
-
-    Returns:
-        The parameters that were trainable before and are no longer; for `end_adapting`.
-
-    Raises:
-        UsageError: As `add_lora`; or a target is frozen, or is new.
-        InputError: As `add_lora`.
+    What is new, `whole` by its names in the file, trains as it is beside the adapter.
     """
     module = model.module
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -199,13 +147,7 @@ def adapt(
 def end_adapting(
     model: "Model", frozen: Iterable[nn.Parameter], others: Iterable["Model"] = ()
 ) -> None:
-    """Merge the adapter into a model's weights, and let train again what was frozen for it.
-
-    Args:
-        model: As `adapt` left it.
-        frozen: What `adapt` returned.
-        others: As for `adapt`.
-    """
+    """Merge the adapter into a model's weights, and let what was frozen for it train again."""
     merge_lora(model.module)
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -218,11 +160,7 @@ def _distinct(models: Iterable["Model"]) -> list["Model"]:
 
 
 def import_peft() -> Any:
-    """Import peft, or say what to install.
-
-    Raises:
-        UsageError: It is missing.
-    """
+    """Import peft, or say what to install."""
     try:
         import peft
     except ImportError as error:
@@ -285,10 +223,6 @@ def _last_parts(names: Iterable[str]) -> list[str]:
 
 
 def is_adapter(name: str) -> bool:
-    """Tell whether a parameter of a module is one of its adapter's.
-
-    Args:
-        name: Its name in the module.
-    """
+    """Tell whether a parameter of a module is one of its adapter's."""
     parts = name.split(".")
     return "modules_to_save" in parts or any(part.startswith("lora_") for part in parts)

@@ -16,16 +16,9 @@ SECONDS_BETWEEN_LINES = 30.0
 
 @contextmanager
 def progress(label: str, total: int, unit: str, before: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show how far a pass over `total` units has come.
+    """Show how far a pass over `total` units has come; yield a function that is told what was done.
 
-    Args:
-        label: What is being done, such as ``"Fisher of digits"``.
-        total: The number of units in the whole pass.
-        unit: What is counted, in the plural.
-        before: The units of a pass gone on with that were done earlier.
-
-    Yields:
-        A function to call with the number of units just done.
+    Units that were done `before`, by a pass that was interrupted, count as done but not as time.
     """
     start = last = time.monotonic()
     done = 0
