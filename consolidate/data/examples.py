@@ -59,7 +59,6 @@ class Part(Examples):
         self._indices = list(indices)
 
     def __len__(self) -> int:
-        """Return the number of examples."""
         return len(self._indices)
 
     def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
@@ -90,7 +89,7 @@ def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:
 
 
 def subset(count: int, most: int | None, seed: int, *, shuffled: bool = False) -> list[int]:
-    """Return the indices of a seeded random subset of examples, or of all, in the data's order."""
+    """Return the indices of a seeded subset of examples, or of all, shuffled or in their order."""
     if not shuffled and (most is None or most >= count):
         return list(range(count))
     generator = torch.Generator().manual_seed(seed)

@@ -92,9 +92,7 @@ class TextExamples(Examples):
     def __init__(
         self,
         fields: dict[str, Ragged],  # `input_ids` and maybe `token_type_ids`
-        labels: Ragged
-        | Tensor
-        | None,  # a sequence, number or vector a text; None: masks make them
+        labels: Ragged | Tensor | None,  # of each text; None where masks make them
         padding: dict[str, int],  # of each field
         *,
         masking: Masking | None = None,
@@ -168,6 +166,10 @@ def encode_texts(
             case _:
                 examples = _classified(texts, columns)
     examples._notes[:0] = texts.notes()
+    if pack:
+        examples._notes.append(
+            f"{len(rows)} texts fill {len(examples)} sequences of {texts.max_length} tokens"
+        )
     if len(examples) == 0:
         raise InputError(f"{rows.name}: no row holds anything to predict")
     module: Any = model.module
@@ -209,9 +211,7 @@ class _Texts:
             "input_ids": int(pad or 0),
             "token_type_ids": int(getattr(self.tokenizer, "pad_token_type_id", 0)),
         }
-
-    def fields(self) -> dict[str, Ragged]:
-        return {name: Ragged() for name in ("input_ids", "token_type_ids")[: 1 + self.has_types]}
+        self.kept = {name: Ragged() for name in [*self.padding][: 1 + self.has_types]}
 
     def column(self, chunk: _Chunk, column: str) -> list[str]:
         return [self.text(row, i, column) for i, row in chunk]
@@ -251,6 +251,11 @@ class _Texts:
         return self.tokenizer(
             **given, truncation="longest_first", max_length=self.max_length, **options
         )
+
+    def keep(self, encoded: Any, n: int) -> None:
+        """Keep text `n` of those that were encoded together."""
+        for name, values in self.kept.items():
+            values.append(encoded[name][n])
 
     def ids(self, text: str, *, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -298,26 +303,22 @@ def _classified(texts: _Texts, columns: Columns) -> TextExamples:
     rows, model = texts.rows, texts.model
     first, second = _text_columns(rows, columns)
     column = label_column(rows, columns, model.objective.name)
-    fields = texts.fields()
     labels: list[Any] = []
     reader = None
     if model.objective.name != "regression":
         reader = Labels(rows, column, model, model.outputs)
     for chunk in texts.chunks():
-        encoded = texts.encode(
-            texts.column(chunk, first),
-            None if second is None else texts.column(chunk, second),
-        )
+        pairs = None if second is None else texts.column(chunk, second)
+        encoded = texts.encode(texts.column(chunk, first), pairs)
         for n, (i, row) in enumerate(chunk):
             if not encoded["input_ids"][n]:
                 raise InputError(f"{rows.where(i, first)}: the text is empty")
-            for name, values in fields.items():
-                values.append(encoded[name][n])
+            texts.keep(encoded, n)
             if reader is not None:
                 read = reader.vector if model.objective.name == "multi-label" else reader.index
                 labels.append(read(row.get(column), i))
     encoded_labels = as_targets(rows, column, model) if reader is None else torch.tensor(labels)
-    examples = TextExamples(fields, encoded_labels, texts.padding)
+    examples = TextExamples(texts.kept, encoded_labels, texts.padding)
     if reader is not None:
         examples._notes += reader.notes
     return examples
@@ -344,7 +345,7 @@ def _words(texts: _Texts, columns: Columns) -> TextExamples:
     column = find_column(rows, columns, "tokens", "tokens", "words")
     labelled = label_column(rows, columns, texts.model.objective.name)
     reader = Labels(rows, labelled, texts.model, texts.model.outputs)
-    fields, labels = texts.fields(), Ragged()
+    labels = Ragged()
     for chunk in texts.chunks():
         sentences, numbers = [], []
         for i, row in chunk:
@@ -370,9 +371,8 @@ def _words(texts: _Texts, columns: Columns) -> TextExamples:
                 texts.empty += 1
                 continue
             labels.append(marked)
-            for name, values in fields.items():
-                values.append(encoded[name][n])
-    examples = TextExamples(fields, labels, texts.padding)
+            texts.keep(encoded, n)
+    examples = TextExamples(texts.kept, labels, texts.padding)
     examples._notes += reader.notes
     return examples
 
@@ -399,10 +399,7 @@ def _continued(texts: _Texts, columns: Columns, pack: bool) -> TextExamples:
             continue
         fields["input_ids"].append(ids)
         labels.append(marks)
-    examples = TextExamples(fields, labels, texts.padding, first_label=1)
-    if pack:
-        examples._notes.append(_packing_note(texts, len(examples)))
-    return examples
+    return TextExamples(fields, labels, texts.padding, first_label=1)
 
 
 _Document = tuple[list[int], list[int]]  # token ids and labels, of the same length
@@ -483,16 +480,12 @@ def _packed(documents: Iterable[_Document], length: int) -> Iterator[_Document]:
         yield ids, labels
 
 
-def _packing_note(texts: _Texts, sequences: int) -> str:
-    return f"{len(texts.rows)} texts fill {sequences} sequences of {texts.max_length} tokens"
-
-
 def _filled_in(texts: _Texts, columns: Columns, pack: bool, seed: int) -> TextExamples:
     tokenizer = texts.tokenizer
     if tokenizer.mask_token_id is None:
         raise InputError(f"{texts.model.checkpoint.path}: the tokenizer has no mask token")
     column = find_column(texts.rows, columns, "text")
-    fields = texts.fields()
+    fields = texts.kept
     special = frozenset(tokenizer.all_special_ids)
     if pack:
         fields = {"input_ids": Ragged()}
@@ -506,13 +499,9 @@ def _filled_in(texts: _Texts, columns: Columns, pack: bool, seed: int) -> TextEx
                 if special.issuperset(ids):
                     texts.empty += 1
                     continue
-                for name, values in fields.items():
-                    values.append(encoded[name][n])
+                texts.keep(encoded, n)
     masking = Masking(tokenizer.mask_token_id, torch.tensor(sorted(special)), len(tokenizer), seed)
-    examples = TextExamples(fields, None, texts.padding, masking=masking)
-    if pack:
-        examples._notes.append(_packing_note(texts, len(examples)))
-    return examples
+    return TextExamples(fields, None, texts.padding, masking=masking)
 
 
 def _rewritten(texts: _Texts, columns: Columns) -> TextExamples:
@@ -521,7 +510,7 @@ def _rewritten(texts: _Texts, columns: Columns) -> TextExamples:
     columns = replace(columns, text=text, target=written)
     source = find_column(rows, columns, "text", "text", "prompt")
     target = find_column(rows, columns, "target", "target", "completion", "summary")
-    fields, labels = texts.fields(), Ragged()
+    labels = Ragged()
     for chunk in texts.chunks():
         encoded = texts.encode(texts.column(chunk, source))
         written = texts.encode(texts.column(chunk, target), target=True)
@@ -530,6 +519,5 @@ def _rewritten(texts: _Texts, columns: Columns) -> TextExamples:
                 texts.empty += 1
                 continue
             labels.append(written["input_ids"][n])
-            for name, values in fields.items():
-                values.append(encoded[name][n])
-    return TextExamples(fields, labels, texts.padding)
+            texts.keep(encoded, n)
+    return TextExamples(texts.kept, labels, texts.padding)

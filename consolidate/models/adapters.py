@@ -18,6 +18,7 @@ from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import ADAPTER_CONFIG, Checkpoint
 from formats.errors import InputError, UsageError
 from formats.tensors import shape_of
+from formats.wording import few
 
 # By what an adapter is more than W + s B A, or not of the base model's own W.
 _OTHER = {
@@ -99,10 +100,9 @@ def without_fisher(model: Model, diagonal: Mapping[str, Tensor]) -> list[str]:
     ]
     if not lost:
         return []
-    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
     note = (
         f"warning: {len(lost)} of the adapter's factors have no Fisher, since what they are "
-        f"multiplied by is zero, as before any training: {', '.join(lost[:3])}{more}. The penalty "
+        f"multiplied by is zero, as before any training: {few(lost, 3)}. The penalty "
         "will not hold them; train the adapter on the task first"
     )
     return [note]

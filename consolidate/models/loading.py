@@ -20,6 +20,7 @@ from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint
 from formats.errors import ConsolidateError, InputError
 from formats.tensors import apart, dtype_of, shape_of
+from formats.wording import few
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -351,8 +352,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _some(names: Sequence[str]) -> str:
     """Name up to four, and say how many more there are."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{', '.join(names[:4])}{more} {'are' if len(names) > 1 else 'is'}"
+    return f"{few(names, 4)} {'are' if len(names) > 1 else 'is'}"
 
 
 def _near(name: str, names: Iterable[str]) -> str:
