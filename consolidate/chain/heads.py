@@ -312,22 +312,18 @@ def _padded(
     """Give Λ zeros and μ the weights' values in rows that are new, from `rows` on."""
     if chain is None:
         return None
-    wider = {}
-    anchors = {}
-    for name, count in rows.items():
-        if name in chain.fisher:
-            old = chain.fisher[name]
-            wider[name] = old.new_zeros(weights[name].shape)
-            wider[name][:count] = old
-            if chain.anchor is not None:
-                anchors[name] = weights[name].to(torch.float32, copy=True)
-                anchors[name][:count] = chain.anchor[name]
-    return FittedChain(
-        chain.ledger,
-        Overlaid(chain.fisher, replaced=wider),
-        None if chain.anchor is None else Overlaid(chain.anchor, replaced=anchors),
-        chain.heads,
-    )
+    new = {name: weights[name][count:] for name, count in rows.items() if name in chain.fisher}
+    zeros = {
+        at: torch.zeros_like(values, dtype=chain.fisher[at].dtype) for at, values in new.items()
+    }
+    fisher, anchor = _longer(chain.fisher, zeros), chain.anchor
+    if anchor is not None:
+        anchor = _longer(anchor, {at: values.float() for at, values in new.items()})
+    return FittedChain(chain.ledger, fisher, anchor, chain.heads)
+
+
+def _longer(tensors: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Overlaid:
+    return Overlaid(tensors, replaced={at: torch.cat([tensors[at], rows[at]]) for at in rows})
 
 
 def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str] | None) -> Fitted:

@@ -84,7 +84,8 @@ def merging_options(
     before: Chain | None, merge_rule: str | None, gamma: float | None, task_weight: float | str
 ) -> tuple[str, float]:
     """Choose the merge rule and γ of a new task: as asked for, else as in the chain so far."""
-    rule = merge_rule or ("online" if before is None else before.ledger.merge_rule)
+    so_far = Ledger([]) if before is None else before.ledger
+    rule = merge_rule or so_far.merge_rule
     if rule not in MERGE_RULES:
         raise UsageError(f"--merge-rule {rule}: expected one of {', '.join(MERGE_RULES)}")
     if task_weight not in ("units", "trace"):
@@ -101,7 +102,7 @@ def merging_options(
             )
         return rule, 1.0
     if gamma is None:
-        gamma = 1.0 if before is None else before.ledger.gamma
+        gamma = so_far.gamma
     if not 0 <= gamma <= 1:
         raise UsageError(f"--gamma {gamma}: expected a number from 0 to 1")
     return rule, gamma

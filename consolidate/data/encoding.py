@@ -2,21 +2,21 @@
 
 from collections.abc import Collection
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from consolidate.data.columns import Columns
 from consolidate.data.examples import Examples
+from consolidate.data.images import encode_images
+from consolidate.data.tensors import encode_tensors
+from consolidate.data.texts import encode_texts
+from consolidate.models.model import Model
 from consolidate.models.objectives import Objective
 from formats.errors import InputError, UsageError
 from formats.rows import Rows
 
-if TYPE_CHECKING:
-    from consolidate.models.model import Model
-
 
 def encode(
     rows: Rows,
-    model: "Model",
+    model: Model,
     *,
     columns: Columns | None = None,
     max_length: int | None = None,
@@ -34,18 +34,12 @@ def encode(
         raise UsageError(f"--max-length is for texts, not for {model.objective.name}")
     if len(rows) == 0:
         raise InputError(f"{rows.name} is empty")
-    # Here, because these modules build on this one.
+    examples: Examples
     if model.objective.modality == "tensor":
-        from consolidate.data.tensors import encode_tensors
-
         examples = encode_tensors(rows, model, columns)
     elif model.objective.modality == "image":
-        from consolidate.data.images import encode_images
-
         examples = encode_images(rows, model, columns)
     else:
-        from consolidate.data.texts import encode_texts
-
         examples = encode_texts(rows, model, columns, max_length=max_length, pack=pack, seed=seed)
     examples._notes += unread_columns(columns, model.objective)
     return examples

@@ -1,7 +1,7 @@
 """Examples of one task: batches of them, and parts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from formats.errors import InputError, UsageError
 class Examples(ABC):
     """Encoded examples; an example's index is its place in the data, in every epoch."""
 
-    def __init__(self) -> None:
-        self._notes: list[str] = []
+    def __init__(self, notes: Iterable[str] = ()) -> None:
+        self._notes = list(notes)
 
     @abstractmethod
     def __len__(self) -> int:

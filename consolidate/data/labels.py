@@ -3,17 +3,15 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from consolidate.data.columns import Columns, label_column
+from consolidate.models.model import Model
 from formats.errors import InputError
 from formats.rows import Rows
-
-if TYPE_CHECKING:
-    from consolidate.models.model import Model
 
 
 def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> list[str]:
@@ -106,7 +104,7 @@ def _distinct(labels: Tensor) -> list[Any]:
 class Labels:
     """The labels of one column as class numbers."""
 
-    def __init__(self, rows: Rows, column: str, model: "Model", count: int | None) -> None:
+    def __init__(self, rows: Rows, column: str, model: Model, count: int | None) -> None:
         self._rows = rows
         self._column = column
         self._count = count
@@ -234,13 +232,26 @@ def as_numbers(value: Any, where: str) -> list[float]:
     return numbers
 
 
-def as_targets(rows: Rows, column: str, model: "Model") -> Tensor:
+def read_labels(
+    rows: Rows, columns: Columns, model: Model, count: int | None
+) -> tuple[Tensor, list[str]]:
+    """Read class numbers, (N,), yes-or-no labels, (N, K), or numbers to predict, and the notes."""
+    column = label_column(rows, columns, model.objective.name)
+    if model.objective.name == "regression":
+        return _targets(rows, column, model), []
+    reader = Labels(rows, column, model, count)
+    read = reader.vector if model.objective.name == "multi-label" else reader.index
+    labels = [read(value, i) for i, value in enumerate(rows.values(column))]
+    return torch.tensor(labels), reader.notes
+
+
+def _targets(rows: Rows, column: str, model: Model) -> Tensor:
     """Return the numbers that a regression predicts, (N,) or (N, D) float32."""
     targets: list[list[float]] = []
     count = model.outputs
-    for i in range(len(rows)):
+    for i, value in enumerate(rows.values(column)):
         where = rows.where(i, column)
-        numbers = as_numbers(rows[i].get(column), where)
+        numbers = as_numbers(value, where)
         count = len(numbers) if count is None else count
         if len(numbers) != count:
             raise InputError(f"{where}: expected {count} numbers, found {len(numbers)}")

@@ -4,7 +4,7 @@ import inspect
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from consolidate.data.columns import Columns, find_column, label_column
 from consolidate.data.examples import Examples
-from consolidate.data.labels import Labels, as_list, as_targets, describe
+from consolidate.data.labels import Labels, as_list, describe, read_labels
+from consolidate.models.model import Model
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import uniforms
 from formats.errors import InputError, UsageError
 from formats.rows import Rows
-
-if TYPE_CHECKING:
-    from consolidate.models.model import Model
-
 
 IGNORED = -100
 _PAIRS = (("text", "text_pair"), ("premise", "hypothesis"), ("sentence1", "sentence2"))
@@ -94,11 +91,12 @@ class TextExamples(Examples):
         fields: dict[str, Ragged],  # `input_ids` and maybe `token_type_ids`
         labels: Ragged | Tensor | None,  # of each text; None where masks make them
         padding: dict[str, int],  # of each field
+        notes: Iterable[str] = (),
         *,
         masking: Masking | None = None,
         first_label: int = 0,  # the first position of the labels that is predicted
     ) -> None:
-        super().__init__()
+        super().__init__(notes)
         self._fields = fields
         self._labels = labels
         self._padding = padding
@@ -147,7 +145,7 @@ class TextExamples(Examples):
 
 
 def encode_texts(
-    rows: Rows, model: "Model", columns: Columns, *, max_length: int | None, pack: bool, seed: int
+    rows: Rows, model: Model, columns: Columns, *, max_length: int | None, pack: bool, seed: int
 ) -> Examples:
     """Encode rows of texts as the objective asks."""
     if model.processor is None:
@@ -188,7 +186,7 @@ _Chunk = list[tuple[int, dict[str, Any]]]  # rows with their numbers
 class _Texts:
     """The tokenizer with what has to be known about the model, and the counts for the notes."""
 
-    def __init__(self, rows: Rows, model: "Model", max_length: int | None, pack: bool) -> None:
+    def __init__(self, rows: Rows, model: Model, max_length: int | None, pack: bool) -> None:
         self.rows = rows
         self.model = model
         self.tokenizer = model.processor
@@ -283,7 +281,7 @@ def _padded(sequences: list[Tensor], value: int) -> Tensor:
     return pad_sequence(sequences, batch_first=True, padding_value=value)  # (B, T)
 
 
-def _most_tokens(model: "Model") -> int | None:
+def _most_tokens(model: Model) -> int | None:
     config: Any = model.module.config
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
@@ -302,26 +300,15 @@ def _default_length(tokenizer: Any, limit: int | None, pack: bool) -> int:
 def _classified(texts: _Texts, columns: Columns) -> TextExamples:
     rows, model = texts.rows, texts.model
     first, second = _text_columns(rows, columns)
-    column = label_column(rows, columns, model.objective.name)
-    labels: list[Any] = []
-    reader = None
-    if model.objective.name != "regression":
-        reader = Labels(rows, column, model, model.outputs)
+    labels, notes = read_labels(rows, columns, model, model.outputs)
     for chunk in texts.chunks():
         pairs = None if second is None else texts.column(chunk, second)
         encoded = texts.encode(texts.column(chunk, first), pairs)
-        for n, (i, row) in enumerate(chunk):
+        for n, (i, _) in enumerate(chunk):
             if not encoded["input_ids"][n]:
                 raise InputError(f"{rows.where(i, first)}: the text is empty")
             texts.keep(encoded, n)
-            if reader is not None:
-                read = reader.vector if model.objective.name == "multi-label" else reader.index
-                labels.append(read(row.get(column), i))
-    encoded_labels = as_targets(rows, column, model) if reader is None else torch.tensor(labels)
-    examples = TextExamples(texts.kept, encoded_labels, texts.padding)
-    if reader is not None:
-        examples._notes += reader.notes
-    return examples
+    return TextExamples(texts.kept, labels, texts.padding, notes)
 
 
 def _text_columns(rows: Rows, columns: Columns) -> tuple[str, str | None]:
@@ -372,9 +359,7 @@ def _words(texts: _Texts, columns: Columns) -> TextExamples:
                 continue
             labels.append(marked)
             texts.keep(encoded, n)
-    examples = TextExamples(texts.kept, labels, texts.padding)
-    examples._notes += reader.notes
-    return examples
+    return TextExamples(texts.kept, labels, texts.padding, reader.notes)
 
 
 def _continued(texts: _Texts, columns: Columns, pack: bool) -> TextExamples:

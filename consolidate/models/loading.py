@@ -49,12 +49,11 @@ def load_model(
 
     Nothing is random but a new output layer, nothing is fetched, and no code of a checkpoint runs.
     """
-    config = checkpoint.config
-    chosen = (
-        default_objective(config, factory is not None)
-        if objective is None
-        else get_objective(objective, factory=factory is not None)
-    )
+    own = factory is not None
+    if objective is None:
+        chosen = default_objective(checkpoint.config, own)
+    else:
+        chosen = get_objective(objective, factory=own)
     if factory is not None:
         model = _from_factory(checkpoint, chosen, factory, dtype, seed, new_labels is not None)
     else:

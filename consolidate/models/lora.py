@@ -4,19 +4,16 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from consolidate.ewc.low_rank_penalty import LowRank
+from consolidate.models.model import Model
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.errors import InputError, UsageError
-
-if TYPE_CHECKING:
-    from consolidate.models.model import Model
-
 
 NAME = "default"
 """Of the one adapter in a model, as peft has it."""
@@ -111,10 +108,10 @@ def remove_lora(module: nn.Module) -> None:
 
 
 def adapt(
-    model: "Model",
+    model: Model,
     lora: Lora,
     whole: Collection[str],
-    others: Iterable["Model"] = (),  # share the weights' memory, and get the same adapter
+    others: Iterable[Model] = (),  # share the weights' memory, and get the same adapter
     seed: int = 0,
 ) -> list[nn.Parameter]:
     """Put a fresh adapter into a model and return what is frozen for it, for `end_adapting`.
@@ -145,7 +142,7 @@ def adapt(
 
 
 def end_adapting(
-    model: "Model", frozen: Iterable[nn.Parameter], others: Iterable["Model"] = ()
+    model: Model, frozen: Iterable[nn.Parameter], others: Iterable[Model] = ()
 ) -> None:
     """Merge the adapter into a model's weights, and let what was frozen for it train again."""
     merge_lora(model.module)
@@ -155,7 +152,7 @@ def end_adapting(
         remove_lora(other.module)
 
 
-def _distinct(models: Iterable["Model"]) -> list["Model"]:
+def _distinct(models: Iterable[Model]) -> list[Model]:
     return list({id(model): model for model in models}.values())
 
 

@@ -7,7 +7,7 @@ from formats.errors import UsageError
 
 
 def best_device(name: str | None = None) -> torch.device:
-    """Give the device of that name, or the best there is: one for each process where it is CUDA."""
+    """Give the device of that name, or the best there is; processes have a CUDA device each."""
     if name is None:
         if torch.cuda.is_available():
             name = "cuda"

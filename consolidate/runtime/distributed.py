@@ -185,7 +185,7 @@ def from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
 
 
 def from_all(numbers: Sequence[int], group: dist.ProcessGroup | None) -> list[list[int]]:
-    """Give every process the numbers, as many in each and below 2⁶³, of all, in their order."""
+    """Give every process the numbers of all, in their order; as many in each, below 2⁶³."""
     if group is None:
         return [list(numbers)]
     own = torch.tensor(numbers, dtype=torch.int64)

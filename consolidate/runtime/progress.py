@@ -41,14 +41,8 @@ def progress(label: str, total: int, unit: str, before: int = 0) -> Iterator[Cal
             if bar.disable and now - last >= SECONDS_BETWEEN_LINES and before + done < total:
                 last = now
                 rate = done / (now - start)
-                LOG.info(
-                    "%s: %d of %d %s, %.3g/s, %.0f s left",
-                    label,
-                    before + done,
-                    total,
-                    unit,
-                    rate,
-                    (total - before - done) / rate,
-                )
+                left = (total - before - done) / rate
+                words = "%s: %d of %d %s, %.3g/s, %.0f s left"
+                LOG.info(words, label, before + done, total, unit, rate, left)
 
         yield advance

@@ -25,8 +25,6 @@ def untouched_randomness(seed: int) -> Iterator[None]:
 
 
 _STEP = 0x9E3779B97F4A7C15 - 2**64
-
-
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 

@@ -19,10 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 
 def shard(
-    module: nn.Module,
-    group: ProcessGroup,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
+    module: nn.Module, group: ProcessGroup, device: torch.device, dtype: torch.dtype | None = None
 ) -> None:
     """Cut a module's parameters along their first size, and move it to the device by blocks."""
     mesh = DeviceMesh.from_group(group, device.type)
@@ -75,7 +72,7 @@ def cut_as(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """Gather a tensor, or parts that are cut `like` another; every process has to ask for it."""
+    """Gather a tensor, or one that is cut `like` another, of a part; every process has to ask."""
     if like is not None:
         tensor = cut_as(tensor, like)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -85,13 +82,11 @@ def sum_of_parts(value: Tensor, parameter: Tensor) -> Tensor:
     """Sum over the processes what each made of its part of a parameter, 0-dimensional."""
     if not isinstance(parameter, DTensor):
         return value
-    return DTensor.from_local(
-        value, parameter.device_mesh, [Partial()], run_check=False
-    ).full_tensor()
+    return whole(DTensor.from_local(value, parameter.device_mesh, [Partial()], run_check=False))
 
 
 def add_shard_(total: Tensor, values: Tensor, parameter: Tensor) -> None:
-    """Add to this process's part of a total, cut like the parameter, that of Σ values over all."""
+    """Add the sum of values over the processes to a total that is cut like a parameter."""
     assert isinstance(parameter, DTensor)
     partial = DTensor.from_local(values, parameter.device_mesh, [Partial()], run_check=False)
     total += local(partial.redistribute(placements=parameter.placements)).to(total.dtype)

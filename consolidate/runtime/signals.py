@@ -75,7 +75,7 @@ def stop_if_asked() -> None:
 
 @contextmanager
 def waiting(waits: bool = True) -> Iterator[None]:
-    """Let a stop wait, inside the block, for `stop_if_asked`; or, with false, for nothing."""
+    """Let a stop wait for `stop_if_asked` inside the block; with false, for nothing there."""
     global _waits, _asked
     before = _waits
     if not waits:
