@@ -15,17 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.chain.tasks import Chain
-from consolidate.data.columns import Columns, label_column
-from consolidate.data.labels import label_names, label_values, matched_label
+from consolidate.data.columns import label_column
+from consolidate.data.labels import label_names, label_values, listed, matched_label
 from consolidate.models.architectures import relabelled
 from consolidate.models.model import Model, file_weights
+from consolidate.options import Columns
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
 from formats.fisher_json import Ledger
 from formats.rows import Rows
-from formats.tensors import Overlaid, shape_of
+from formats.tensors import Overlaid, dtype_of, shape_of
 
 LOG = logging.getLogger("consolidate")
+# `keep` demands that the model knows the labels; `new` makes a fresh head and puts the old one
+# aside for the tasks that use it; `extend` adds rows for new labels.
 HEADS = ("keep", "new", "extend")
 
 Load = Callable[..., Model]
@@ -44,17 +47,11 @@ class FittedChain:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A model that has an output for every label and a row for every token of the new task.
+    """A model that has an output for every label and a row for every token of the new task."""
 
-    Attributes:
-        model: Its checkpoint's weights are what training starts from, fresh rows included.
-        before: The chain so far, of the model's shapes.
-        free: By name in the weights file, the first row that no earlier task has a part in.
-    """
-
-    model: Model
-    before: Chain | None
-    free: dict[str, int]
+    model: Model  # its checkpoint's weights are where training starts, fresh rows included
+    before: Chain | None  # the chain so far, of the model's shapes
+    free: dict[str, int]  # by file name, the first row that no earlier task has a part in
 
 
 def fit_model(
@@ -64,30 +61,13 @@ def fit_model(
     rows: Rows,
     columns: Columns,
     *,
-    head: str = "keep",
-    patterns: Sequence[str] = (),
-    new_labels: Sequence[str] | None = None,
+    head: str = "keep",  # one of `HEADS`
+    patterns: Sequence[str] = (),  # of the head's parameters
+    new_labels: Sequence[str] | None = None,  # of a checkpoint that has no head yet
 ) -> Fitted:
     """Load a model for a new task, with the output layer and the vocabulary that the task needs.
 
-    Args:
-        load: Loads a checkpoint.
-        source: The checkpoint.
-        before: The chain so far.
-        rows: The new task's data.
-        columns: Where its labels are.
-        head: ``keep`` demands that the model knows the labels; ``new`` puts the head aside for
-            the tasks that use it and makes a fresh one; ``extend`` adds rows for new labels.
-        patterns: Of the head's parameters; see `head_tensors`.
-        new_labels: Of a checkpoint that has no head yet.
-
-    Returns:
-        The model, and the chain without Λ and μ of what is fresh: a new head is in neither, new
-        rows have Λ = 0.
-
-    Raises:
-        InputError: The data has labels that the model lacks, or no such head can be made.
-        UsageError: The objective has no labels, or the head cannot be told from the trunk.
+    A new head is in neither Λ nor μ; new rows of a tensor have Λ = 0.
     """
     if source.adapter is not None and head != "keep":
         raise UsageError(f"--head {head} needs a whole model, and {source.path} is an adapter")
@@ -103,7 +83,8 @@ def fit_model(
         raise UsageError(f"--head {head} has no meaning for {model.objective.name}: no labels")
     tensors = head_tensors(model, patterns)
     if head == "new":
-        return _with_new_head(load, fitted, tensors, _new_names(rows, model, columns))
+        names = label_names if model.objective.name == "regression" else label_values
+        return _with_new_head(load, fitted, tensors, names(rows, model.objective.name, columns))
     known = _known(model, tensors)
     found = label_values(rows, model.objective.name, columns, used=True)
     lacking = [name for name in found if matched_label(name, known) is None]
@@ -114,21 +95,10 @@ def fit_model(
 
 
 def head_tensors(model: Model, patterns: Sequence[str] = ()) -> list[str]:
-    """Name the tensors of the output layer.
+    """Name the tensors of the output layer in the weights file, in its order.
 
-    Of a transformers model they are all parameters outside its base model. Of another module they
-    are those of its last module, in the order of its definition, that has parameters of its own.
-
-    Args:
-        model: A loaded model.
-        patterns: Glob patterns of parameters, by module or file name, to be taken instead.
-
-    Returns:
-        Names in the weights file, in its order.
-
-    Raises:
-        UsageError: A pattern matches nothing, or the last module is no layer of one row an outcome.
-        InputError: A tensor of the file holds a part of the head and a part of the trunk.
+    Without patterns they are all parameters outside the base model of a transformers model, and of
+    another module those of its last module, in the order of definition, that has any of its own.
     """
     module, layout = model.module, model.layout
     names = {name for name, _ in module.named_parameters()}
@@ -159,21 +129,7 @@ def head_tensors(model: Model, patterns: Sequence[str] = ()) -> list[str]:
 
 
 def with_head_of(load: Load, source: Checkpoint, chain: Chain, task: str) -> Model:
-    """Load a checkpoint with the head that an earlier task had, which was put aside.
-
-    Args:
-        load: Loads a checkpoint.
-        source: The checkpoint: its trunk is taken as it is.
-        chain: Whose ``heads`` has the task.
-        task: The task's name.
-
-    Returns:
-        The model, with the task's objective and the head's labels; every tensor of the head is
-        the stored one, bit for bit.
-
-    Raises:
-        InputError: The head is not of this architecture.
-    """
+    """Load a checkpoint with the head of an earlier task that was put aside, bit for bit."""
     head = chain.heads[task]
     for name in head:
         if name not in source.weights:
@@ -205,16 +161,9 @@ def with_head_of(load: Load, source: Checkpoint, chain: Chain, task: str) -> Mod
 def models_of_tasks(
     load: Load, model: Model, chain: Chain, tasks: Mapping[str, str]
 ) -> dict[str, Model]:
-    """Load a model again with each head that was put aside, on the trunk that is there.
+    """Load a model again for what is measured with a head that was put aside.
 
-    Args:
-        load: Loads a checkpoint.
-        model: With the trunk, whose memory they share: they follow it where it is trained.
-        chain: With the heads.
-        tasks: By the name of what is measured, the name of a task, maybe of none in the chain.
-
-    Returns:
-        By the name of what is measured; none where the head in the weights is the one to use.
+    They share the memory of the trunk, so they follow it where it is trained.
     """
     used = [task for task in dict.fromkeys(tasks.values()) if task in chain.heads]
     models = {}
@@ -234,13 +183,9 @@ def _share_trunk(model: Model, other: Model, head: Mapping[str, Tensor]) -> None
 
 
 def _last_layer(module: nn.Module) -> set[str]:
-    owners = [
-        (prefix, dict(layer.named_parameters(prefix, recurse=False)))
-        for prefix, layer in module.named_modules()
-    ]
-    prefix, parameters = next(
-        (owner for owner in reversed(owners) if owner[1]), ("", dict[str, nn.Parameter]())
-    )
+    for prefix, layer in reversed(list(module.named_modules())):  # the module itself comes last
+        if parameters := dict(layer.named_parameters(prefix, recurse=False)):
+            break
     shapes = [tuple(parameter.shape) for parameter in parameters.values()]
     if len({shape[:1] for shape in shapes}) != 1 or all(len(shape) < 2 for shape in shapes):
         raise UsageError(
@@ -249,12 +194,6 @@ def _last_layer(module: nn.Module) -> set[str]:
             "output layer's with --head-parameters PATTERN"
         )
     return set(parameters)
-
-
-def _new_names(rows: Rows, model: Model, columns: Columns) -> list[str]:
-    if model.objective.name == "regression":
-        return label_names(rows, "regression", columns)
-    return label_values(rows, model.objective.name, columns)
 
 
 def _known(model: Model, head: Sequence[str]) -> list[str]:
@@ -277,23 +216,16 @@ def _check_labels(rows: Rows, model: Model, columns: Columns) -> None:
         return  # classes in the data's order, as is said while they are encoded
     if lacking := [name for name in found if matched_label(name, known) is None]:
         raise InputError(
-            f"{rows.name} has labels that the model lacks ({_listed(lacking)}). Labels of the "
-            f"data: {_listed(found)}; of the model: {_listed(known)}. With --head new the task "
+            f"{rows.name} has labels that the model lacks ({listed(lacking)}). Labels of the "
+            f"data: {listed(found)}; of the model: {listed(known)}. With --head new the task "
             "gets an output layer of its own, with --head extend the model's is widened"
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
 
 
 def _with_new_head(load: Load, fitted: Fitted, head: list[str], names: list[str]) -> Fitted:
     model, before = fitted.model, fitted.before
     source = model.checkpoint
-    fresh = _with_fresh_head(load, model, head, names)
-    made = file_weights(fresh)
-    values = {name: made[name].cpu().to(source.weights[name].dtype, copy=True) for name in head}
-    fresh = _starting_from(fresh, fitted.model, values)
+    fresh, _ = _with_fresh_head(load, model, head, names)
     if before is None:
         LOG.info("the output layer so far is not kept, since no task of a ledger uses it")
         return replace(fitted, model=fresh)
@@ -326,20 +258,15 @@ def _with_new_head(load: Load, fitted: Fitted, head: list[str], names: list[str]
 
 def _with_wider_head(load: Load, fitted: Fitted, head: list[str], names: list[str]) -> Fitted:
     source = fitted.model.checkpoint
-    wide = _with_fresh_head(load, fitted.model, head, names)
-    made = file_weights(wide)
-    values = {}
-    for name in head:
+    wide, values = _with_fresh_head(load, fitted.model, head, names)
+    for name, new in values.items():
         old = source.weights[name]
-        new = made[name].cpu().to(old.dtype, copy=True)
         if new.shape[1:] != old.shape[1:] or len(new) < len(old):
             raise InputError(
                 f"{source.path}: {name} of shape {list(old.shape)} cannot be widened to "
                 f"{list(new.shape)}: use --head new"
             )
         new[: len(old)] = old
-        values[name] = new
-    wide = _starting_from(wide, fitted.model, values)
     state = wide.module.state_dict()
     with torch.no_grad():
         for name, tensor in wide.layout.to_module(values).items():
@@ -350,8 +277,10 @@ def _with_wider_head(load: Load, fitted: Fitted, head: list[str], names: list[st
     return Fitted(wide, _padded(fitted.before, values, rows), {**fitted.free, **rows})
 
 
-def _with_fresh_head(load: Load, model: Model, head: list[str], names: list[str]) -> Model:
-    """Load a model's checkpoint without its head, so that one is made afresh."""
+def _with_fresh_head(
+    load: Load, model: Model, head: list[str], names: list[str]
+) -> tuple[Model, dict[str, Tensor]]:
+    """Load a model with a head that is made afresh, and give its values as they are stored."""
     source = model.checkpoint
     objective = model.objective.name  # the number of labels must not decide it anew
     bare = replace(
@@ -359,30 +288,23 @@ def _with_fresh_head(load: Load, model: Model, head: list[str], names: list[str]
         weights=Overlaid(source.weights, without=head),
         config=relabelled(source.config, names),
     )
-    model = load(bare, new_labels=names, objective=objective)
-    if set(model.layout.fresh) != set(head):
-        other = sorted(set(model.layout.fresh) ^ set(head))[0]
+    fresh = load(bare, new_labels=names, objective=objective)
+    if set(fresh.layout.fresh) != set(head):
+        other = sorted(set(fresh.layout.fresh) ^ set(head))[0]
         raise InputError(f"{source.path}: with new labels the model differs in {other} as well")
-    found = {shape[0] for name, shape in _shapes(model, head).items() if shape}
+    made = file_weights(fresh)
+    found = {made.shape(name)[0] for name in head if made.shape(name)}
     if (wanted := len(names) or 1) not in found:
         raise InputError(
-            f"{source.path}: {wanted} outputs are needed, for {_listed(names)}, and the model is "
+            f"{source.path}: {wanted} outputs are needed, for {listed(names)}, and the model is "
             f"made with {max(found)}: its factory has to read num_labels from config.json, which "
             "is set where it is there"
         )
-    return model
-
-
-def _shapes(model: Model, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    made = file_weights(model)
-    return {name: tuple(made[name].shape) for name in names}
-
-
-def _starting_from(model: Model, before: Model, values: Mapping[str, Tensor]) -> Model:
-    """Give the model the checkpoint that it would have been loaded from, in the file's order."""
-    weights = Overlaid(before.checkpoint.weights, replaced=values)
-    checkpoint = replace(model.checkpoint, weights=weights)
-    return replace(model, checkpoint=checkpoint, notes=before.notes)
+    dtypes = {name: dtype_of(source.weights, name) for name in head}
+    values = {name: made[name].cpu().to(dtypes[name], copy=True) for name in head}
+    # What it would have been loaded from, in the file's order.
+    checkpoint = replace(fresh.checkpoint, weights=Overlaid(source.weights, replaced=values))
+    return replace(fresh, checkpoint=checkpoint, notes=model.notes), values
 
 
 def _padded(
@@ -391,22 +313,18 @@ def _padded(
     """Give Λ zeros and μ the weights' values in rows that are new, from `rows` on."""
     if chain is None:
         return None
-    wider = {}
-    anchors = {}
-    for name, count in rows.items():
-        if name in chain.fisher:
-            old = chain.fisher[name]
-            wider[name] = old.new_zeros(weights[name].shape)
-            wider[name][:count] = old
-            if chain.anchor is not None:
-                anchors[name] = weights[name].to(torch.float32, copy=True)
-                anchors[name][:count] = chain.anchor[name]
-    return FittedChain(
-        chain.ledger,
-        Overlaid(chain.fisher, replaced=wider),
-        None if chain.anchor is None else Overlaid(chain.anchor, replaced=anchors),
-        chain.heads,
-    )
+    new = {name: weights[name][count:] for name, count in rows.items() if name in chain.fisher}
+    zeros = {
+        at: torch.zeros_like(values, dtype=chain.fisher[at].dtype) for at, values in new.items()
+    }
+    fisher, anchor = _longer(chain.fisher, zeros), chain.anchor
+    if anchor is not None:
+        anchor = _longer(anchor, {at: values.float() for at, values in new.items()})
+    return FittedChain(chain.ledger, fisher, anchor, chain.heads)
+
+
+def _longer(tensors: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Overlaid:
+    return Overlaid(tensors, replaced={at: torch.cat([tensors[at], rows[at]]) for at in rows})
 
 
 def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str] | None) -> Fitted:

@@ -19,19 +19,7 @@ from formats.hub import FISHER, locate
 
 
 def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
-    """Read a Fisher folder, after every byte of it and of its weights was compared with its ledger.
-
-    Args:
-        folder: The Fisher folder.
-        source: The checkpoint.
-
-    Returns:
-        The Fisher, read tensor by tensor.
-
-    Raises:
-        InputError: There is none, it is damaged, or it belongs to other weights, or to an adapter
-            of another base model.
-    """
+    """Read a Fisher folder after comparing every byte of it and of its weights with its ledger."""
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist: run `consolidate fisher` first")
     stored = read_fisher(folder)
@@ -43,18 +31,7 @@ def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
 
 
 def find_fisher(checkpoint: Path, elsewhere: str | Path | None) -> Path | None:
-    """Find the Fisher folder: the one beside the weights, or the one that was named.
-
-    Args:
-        checkpoint: The folder or file of the weights.
-        elsewhere: A Fisher folder, a folder or a repository on the Hub that holds one.
-
-    Returns:
-        The folder; None where none was named and none lies beside the weights.
-
-    Raises:
-        InputError: What was named holds no Fisher.
-    """
+    """Find the Fisher folder that was named, or the one beside the weights, if there is one."""
     if elsewhere is None:
         beside = checkpoint / "fisher"
         return beside if beside.is_dir() else None
@@ -66,16 +43,7 @@ def find_fisher(checkpoint: Path, elsewhere: str | Path | None) -> Path | None:
 
 
 def check_base(ledger: Ledger, folder: Path, source: Checkpoint) -> None:
-    """Refuse an adapter's base model that is not the one its Fisher was measured with.
-
-    Args:
-        ledger: Of the adapter.
-        folder: That of the ledger, for the message.
-        source: The checkpoint; one that is no adapter is left alone.
-
-    Raises:
-        InputError: The base model is another one.
-    """
+    """Refuse an adapter's base model that is not the one its Fisher was measured with."""
     if source.base is None:
         return
     found = set_digest(weight_records(source.base.weights))
@@ -88,15 +56,7 @@ def check_base(ledger: Ledger, folder: Path, source: Checkpoint) -> None:
 
 
 def check_kind(stored: StoredFisher, source: Checkpoint) -> None:
-    """Refuse the Fisher of an adapter for a whole model, and of a whole model for an adapter.
-
-    Args:
-        stored: The Fisher.
-        source: The checkpoint.
-
-    Raises:
-        InputError: They are of two kinds.
-    """
+    """Refuse the Fisher of an adapter for a whole model, and of a whole model for an adapter."""
     if (stored.ledger.base is None) != (source.adapter is None):
         kinds = ("a whole model", "an adapter")
         raise InputError(
@@ -106,20 +66,7 @@ def check_kind(stored: StoredFisher, source: Checkpoint) -> None:
 
 
 def with_base(source: Checkpoint, base_model: str | Path | None) -> Checkpoint:
-    """Give an adapter the checkpoint of its base model; other checkpoints stay as they are.
-
-    Args:
-        source: What was opened.
-        base_model: The base model, a path or a repository on the Hub; what the adapter's config
-            names unless given, if that is there.
-
-    Returns:
-        The checkpoint, with its base model where it is an adapter.
-
-    Raises:
-        InputError: The base model is not there, or is no whole model.
-        UsageError: A base model was given for what is no adapter.
-    """
+    """Open the base model of a checkpoint that is an adapter: the one given, or that it names."""
     if source.adapter is None:
         if base_model is not None:
             raise UsageError(f"{source.path} is no adapter, so it has no --base-model")
@@ -138,10 +85,6 @@ def with_base(source: Checkpoint, base_model: str | Path | None) -> Checkpoint:
 
 
 def named_base(source: Checkpoint) -> str | None:
-    """Give the base model that an adapter's config names, if that is there.
-
-    Args:
-        source: What was opened; of a whole model, nothing.
-    """
+    """Give the base model that an adapter's config names, if that is there."""
     named = (source.adapter or {}).get("base_model_name_or_path")
     return named if isinstance(named, str) and named and Path(named).exists() else None

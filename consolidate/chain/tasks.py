@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from consolidate.ewc.fisher_merging import merge_online, merge_separate
 from consolidate.ewc.overlap import fisher_overlap
 from consolidate.models.model import Model, file_weights, unprotected
 from consolidate.models.tensor_names import Layout
+from consolidate.options import Merging
 from formats.checkpoint import Checkpoint, weight_records
 from formats.digest import TensorRecord, dtype_name, set_digest
 from formats.errors import InputError, UsageError
@@ -26,6 +28,17 @@ from formats.fisher_json import (
 )
 from formats.tensors import shape_of
 from formats.versions import program_versions
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the ledger says of how a task was learned; nothing of one that was only measured."""
+
+    ewc_lambda: float | None = None
+    penalty: str | None = None
+    penalty_on: str | None = None
+    parent: str | None = None  # set digest of the weights that training began from
+    metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
 
 class Chain(Protocol):
@@ -49,20 +62,7 @@ class Chain(Protocol):
 
 
 def task_name(name: str | None, data: str, before: Chain | None) -> str:
-    """Choose the name of a new task: the one given, else one made from the data's.
-
-    Args:
-        name: The name given.
-        data: The name of the data.
-        before: The chain so far, whose names are taken.
-
-    Returns:
-        A valid name that is free.
-
-    Raises:
-        InputError: The name given is not valid.
-        UsageError: The chain has a task of that name.
-    """
+    """Choose the name of a new task: the one given, else one made from the data's."""
     if name is None:
         name = "".join(c if c.isascii() and c.isalnum() else "-" for c in Path(data).stem)
         name = name.strip("-")[:64] or "task"
@@ -72,34 +72,17 @@ def task_name(name: str | None, data: str, before: Chain | None) -> str:
     return name
 
 
-def merging_options(
-    before: Chain | None,
-    merge_rule: str | None,
-    gamma: float | None,
-    task_weight: float | str,
-) -> tuple[str, float]:
-    """Choose how a new task will be merged: as asked for, else as the chain so far was.
-
-    Args:
-        before: The chain so far; None for the first task.
-        merge_rule: ``online`` or ``separate``; the chain's unless given, ``online`` for a first.
-        gamma: γ of ``online``; the chain's unless given, 1 for a first.
-        task_weight: A number, ``units`` or ``trace``.
-
-    Returns:
-        The merge rule and γ.
-
-    Raises:
-        UsageError: One of them is not what it may be.
-    """
-    rule = merge_rule or ("online" if before is None else before.ledger.merge_rule)
+def settled_merging(before: Chain | None, asked: Merging) -> Merging:
+    """Choose the merge rule and γ of a new task: as asked for, else as in the chain so far."""
+    so_far = Ledger([]) if before is None else before.ledger
+    rule, gamma = asked.merge_rule or so_far.merge_rule, asked.gamma
     if rule not in MERGE_RULES:
         raise UsageError(f"--merge-rule {rule}: expected one of {', '.join(MERGE_RULES)}")
-    if task_weight not in ("units", "trace"):
-        number = task_weight if isinstance(task_weight, int | float) else math.nan
+    if asked.task_weight not in ("units", "trace"):
+        number = asked.task_weight if isinstance(asked.task_weight, int | float) else math.nan
         if not (math.isfinite(number) and number >= 0):
             raise UsageError(
-                f"--task-weight {task_weight}: expected a number from 0, units or trace"
+                f"--task-weight {asked.task_weight}: expected a number from 0, units or trace"
             )
     if rule == "separate":
         if gamma not in (None, 1.0):
@@ -107,12 +90,12 @@ def merging_options(
                 f"--gamma {gamma} has no meaning with --merge-rule separate, which keeps every "
                 "task whole: leave it out, or use --merge-rule online"
             )
-        return rule, 1.0
+        return replace(asked, merge_rule=rule, gamma=1.0)
     if gamma is None:
-        gamma = 1.0 if before is None else before.ledger.gamma
+        gamma = so_far.gamma
     if not 0 <= gamma <= 1:
         raise UsageError(f"--gamma {gamma}: expected a number from 0 to 1")
-    return rule, gamma
+    return replace(asked, merge_rule=rule, gamma=gamma)
 
 
 def add_task(
@@ -121,55 +104,20 @@ def add_task(
     weights: Mapping[str, Tensor],
     diagonal: FisherDiagonal,
     *,
-    records: dict[str, TensorRecord] | None = None,
     name: str,
     data: str = "",
     data_digest: str | None = None,
-    ewc_lambda: float | None = None,
-    penalty: str | None = None,
-    penalty_on: str | None = None,
-    parent: str | None = None,
     made_from: str | None = None,
-    metrics: dict[str, dict[str, dict[str, float]]] | None = None,
-    merge_rule: str | None = None,
-    gamma: float | None = None,
-    task_weight: float | str = 1.0,
+    records: dict[str, TensorRecord] | None = None,  # of `weights`, where they are known already
+    training: Training | None = None,
+    merging: Merging | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, Ledger]:
-    """Merge a task's Fisher into the chain so far, and grow its ledger by the task.
+    """Merge a task's Fisher into the chain so far; return Λ, μ or None, and the ledger.
 
-    Either rule goes on from either. A chain that was merged ``online`` has its anchor at its
-    weights, and there ``separate`` then holds it; ``online`` moves the anchor of a ``separate``
-    chain to the new weights, as it does with every anchor, and the offset is 0 again.
-
-    Args:
-        before: The chain so far; None for the first task.
-        model: The model the Fisher was measured with.
-        weights: What is stored of it, by the names of the weights file.
-        diagonal: The new task's Fisher by the module's names.
-        records: What `weight_records` says of `weights`, where that is known already.
-        name: The new task's name.
-        data: The name of its data.
-        data_digest: SHA-256 of the data, or None.
-        ewc_lambda: λ that the task was learned with.
-        penalty: The penalty that it was learned with.
-        penalty_on: Where an adapter learned it: ``adapter`` or ``merged``, what the penalty held.
-        parent: Set digest of the weights that learning it began from; None where it was measured.
-        made_from: Digest of all that the result depends on, or None.
-        metrics: What was measured while it was learned.
-        merge_rule: As in `merging_options`.
-        gamma: As in `merging_options`.
-        task_weight: w, or ``units`` for w_1 n_t/n_1, in the units the Fishers were measured on, or
-            ``trace`` for w_1 tr F_1 / tr F_t over the parameters that both have; w_1 is 1 unless
-            it was given or the first task came by a merge of models.
-
-    Returns:
-        Λ by the names of the weights file; μ by the same names, None where it is the weights; and
-        the ledger.
-
-    Raises:
-        UsageError: As `merging_options`.
+    `weights` are those that are stored of the model; μ is None where it is the same.
     """
-    rule, gamma = merging_options(before, merge_rule, gamma, task_weight)
+    merging = settled_merging(before, merging or Merging())
+    rule, gamma = str(merging.merge_rule), float(merging.gamma or 0)
     total: Mapping[str, Tensor] = {} if before is None else before.fisher
     fisher = model.layout.to_file(diagonal)
     record = TaskRecord(
@@ -185,12 +133,7 @@ def add_task(
         seed=diagonal.seed,
         data=data,
         data_digest=data_digest,
-        ewc_lambda=ewc_lambda,
-        penalty=penalty,
-        penalty_on=penalty_on,
-        parent=parent,
         made_from=made_from,
-        metrics=metrics or {},
         layers={
             parameter: LayerRecord(
                 trace=float(values.double().sum()),
@@ -198,10 +141,13 @@ def add_task(
             )
             for parameter, values in fisher.items()
         },
+        **vars(training or Training()),
     )
     tasks = [*(before.ledger.tasks if before is not None else []), record]
     apart = () if before is None else before.heads.get(tasks[0].name, ())
-    record.weight = _weight(task_weight, tasks, apart)
+    record.weight = _weight(merging.task_weight, tasks, apart)
+    # Either rule can follow the other: weights merged `online` are where the anchor was, and
+    # `online` moves the anchor of a `separate` chain to the new weights, so that the offset is 0.
     anchor, offset = None, 0.0
     if rule == "online":
         merged = merge_online(total, fisher, gamma=gamma, weight=record.weight)
@@ -226,16 +172,7 @@ def add_task(
 
 
 def check_names_to_be(before: Chain | None, model: Model) -> None:
-    """Refuse, before a pass, what the ledger after it could not say of each tensor's protection.
-
-    Args:
-        before: The chain so far, as the model has a place for it; None for the first task.
-        model: As it will be measured.
-
-    Raises:
-        InputError: A tensor of the weights file would have neither a Fisher nor a reason why it has
-            none; a Fisher would fit no tensor of the file; or one would be held under two names.
-    """
+    """Refuse, before a pass, what the ledger after it could not say of each tensor's protection."""
     where = str(model.checkpoint.path)
     trained = [name for name, p in model.module.named_parameters() if p.requires_grad]
     weights, past = file_weights(model), {} if before is None else before.fisher
@@ -266,7 +203,7 @@ def _base_digest(before: Chain | None, source: Checkpoint) -> str | None:
 
 
 def _weight(asked: float | str, tasks: Sequence[TaskRecord], apart: Collection[str]) -> float:
-    """Give the weight of the last task, relative to the first's where it was not a number.
+    """Give the weight of the last task: a number, or w_1 n_t/n_1 by units, or w_1 tr F_1 / tr F_t.
 
     Parameters that are `apart`, in a head that the first has for itself, are not common to both.
     """

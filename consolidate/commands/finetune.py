@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from consolidate.chain.claims import claiming
 from consolidate.chain.output import failed_folder, output_bytes
 from consolidate.chain.resume import KeptPass, KeptWork
-from consolidate.chain.tasks import add_task
+from consolidate.chain.tasks import Training, add_task
 from consolidate.chain.up_to_date import cached, recorded_fisher
 from consolidate.commands.finetune_plan import Plan, check_options, plan_finetune
 from consolidate.commands.finetune_run import (
@@ -326,15 +326,15 @@ def _write(
         name=opened.task,
         data=opened.rows.name,
         data_digest=opened.rows.digest() if digests else None,
-        ewc_lambda=ewc_lambda,
-        penalty=options.penalty.penalty,
-        penalty_on=opened.penalty_on,
-        parent=started_from,
         made_from=plan.made_from() if digests else None,
-        metrics=trained.metrics,
-        merge_rule=opened.merge_rule,
-        gamma=opened.gamma,
-        task_weight=options.merging.task_weight,
+        training=Training(
+            ewc_lambda,
+            options.penalty.penalty,
+            opened.penalty_on,
+            started_from,
+            trained.metrics,
+        ),
+        merging=opened.merging,
     )
     once = Overlaid(trained.weights, without=loaded.layout.duplicates)
     share_moved = _share_moved(loaded.checkpoint.weights, once)

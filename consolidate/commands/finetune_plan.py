@@ -14,14 +14,14 @@ from consolidate.chain.fingerprint import (
 )
 from consolidate.chain.opening import find_fisher, stored_fisher, with_base
 from consolidate.chain.output import check_output, failed_folder
-from consolidate.chain.tasks import merging_options, task_name
+from consolidate.chain.tasks import settled_merging, task_name
 from consolidate.chain.up_to_date import Output, find_output
 from consolidate.commands.finetune_search import Plan as SearchPlan
 from consolidate.commands.finetune_search import plan_search
 from consolidate.data.columns import columns_of
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import Lora
-from consolidate.options import Columns, FinetuneOptions, Recipe
+from consolidate.options import Columns, FinetuneOptions, Merging, Recipe
 from consolidate.runtime.devices import best_device
 from consolidate.runtime.distributed import all_processes, place_in
 from consolidate.training.forgetting import check_gate
@@ -48,8 +48,7 @@ class Opened:
     task: str
     objective: str | None
     columns: Columns
-    merge_rule: str
-    gamma: float
+    merging: Merging
 
     @property
     def old_tasks(self) -> list[str]:
@@ -110,8 +109,8 @@ class Plan:
             norm_statistics=self.recipe.norm_statistics,
             device=best_device(options.source.device).type,
             processes=place_in(all_processes())[1],
-            merge_rule=opened.merge_rule,
-            gamma=opened.gamma,
+            merge_rule=opened.merging.merge_rule,
+            gamma=opened.merging.gamma,
         )
 
     def made_from(self) -> str:
@@ -216,7 +215,7 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
 
 def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> Opened:
     """Open what is read; a target that has to be free is refused as soon as it can be."""
-    penalty, asked_source, merging = options.penalty, options.source, options.merging
+    penalty, asked_source = options.penalty, options.source
     kind, fisher = penalty.penalty, penalty.fisher
     folder = locate(
         options.checkpoint, asked_source.revision, without=() if fisher is None else FISHER
@@ -245,9 +244,7 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
             f"{where[0]} holds no Fisher: run `consolidate fisher {where[1]} --data OLD_DATA` "
             "first, or name one with --fisher"
         )
-    merge_rule, gamma = merging_options(
-        before, merging.merge_rule, merging.gamma, merging.task_weight
-    )
+    merging = settled_merging(before, options.merging)
     check_finite(source.weights, folder)
     task_file, rows = open_task(options.data, split=options.encoding.split)
     return Opened(
@@ -260,8 +257,7 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
         task=task_name(options.task or task_file.name, rows.name, before),
         objective=objective or task_file.objective,
         columns=columns_of(options.encoding.columns, task_file.columns()),
-        merge_rule=merge_rule,
-        gamma=gamma,
+        merging=merging,
     )
 
 

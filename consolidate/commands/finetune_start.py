@@ -74,7 +74,9 @@ def load_start(plan: Plan, shards_among: ProcessGroup | None = None) -> Start:
         LOG.info(
             "the Fisher of %s does not hold the weights in this run; it is kept, around %s",
             ", ".join(task.name for task in before.ledger.tasks),
-            "the weights as they will be" if opened.merge_rule == "online" else "its anchor",
+            "the weights as they will be"
+            if opened.merging.merge_rule == "online"
+            else "its anchor",
         )
     return Start(loaded, before, examples, evaluations, held_out, with_heads, term, frozen)
 

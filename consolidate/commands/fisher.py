@@ -22,7 +22,7 @@ from consolidate.chain.fingerprint import (
 from consolidate.chain.opening import stored_fisher, with_base
 from consolidate.chain.output import bytes_of, check_output, output_bytes
 from consolidate.chain.resume import KeptPass, KeptWork
-from consolidate.chain.tasks import add_task, check_names_to_be, merging_options, task_name
+from consolidate.chain.tasks import add_task, check_names_to_be, settled_merging, task_name
 from consolidate.chain.up_to_date import Output, cached, find_output, recorded_fisher
 from consolidate.commands.measurement import (
     fisher_summary,
@@ -37,7 +37,7 @@ from consolidate.data.examples import Examples
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
-from consolidate.options import Estimation, FisherOptions
+from consolidate.options import Estimation, FisherOptions, Merging
 from consolidate.runtime import shards
 from consolidate.runtime.devices import best_device, dtype_of_name
 from consolidate.runtime.distributed import (
@@ -79,8 +79,7 @@ class Plan:
     there: Output | None  # what stands at the target and says what it was made from
     task_file: TaskFile
     rows: Rows
-    merge_rule: str
-    gamma: float
+    merging: Merging
 
     @property
     def in_place(self) -> bool:
@@ -122,8 +121,8 @@ class Plan:
             content | {"fisher": [asdict(task) for task in tasks]},
             task=task_name(named, self.rows.name, None),
             device=best_device(self.options.source.device).type,
-            merge_rule=self.merge_rule,
-            gamma=self.gamma,
+            merge_rule=self.merging.merge_rule,
+            gamma=self.merging.gamma,
             processes=place_in(all_processes())[1],
         )
 
@@ -220,12 +219,9 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
     output = folder if options.output_dir is None else Path(options.output_dir)
     there = None if again or options.dry_run else find_output(output)
     before = stored_fisher(folder / "fisher", source) if options.add else None
-    merging = options.merging
-    merge_rule, gamma = merging_options(
-        before, merging.merge_rule, merging.gamma, merging.task_weight
-    )
+    merging = settled_merging(before, options.merging)
     task_file, rows = open_task(options.data, split=options.encoding.split)
-    plan = Plan(options, folder, source, before, there, task_file, rows, merge_rule, gamma)
+    plan = Plan(options, folder, source, before, there, task_file, rows, merging)
     if there is None:
         try:
             plan.check_target()
@@ -313,9 +309,7 @@ def _write(
         data=plan.rows.name,
         data_digest=plan.rows.digest() if digests else None,
         made_from=digest(plan.description(plan.tasks)) if digests else None,
-        merge_rule=plan.merge_rule,
-        gamma=plan.gamma,
-        task_weight=options.merging.task_weight,
+        merging=plan.merging,
     )
     heads = None if plan.before is None else plan.before.heads
     if overwrite and (target / LEDGER_NAME).is_file():

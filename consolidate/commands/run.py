@@ -20,7 +20,7 @@ from consolidate.chain.fingerprint import (
     versions,
 )
 from consolidate.chain.opening import find_fisher
-from consolidate.chain.tasks import merging_options
+from consolidate.chain.tasks import settled_merging
 from consolidate.commands.finetune import finetune
 from consolidate.commands.finetune_plan import check_options, plan_finetune
 from consolidate.commands.fisher import fisher, plan_fisher
@@ -225,9 +225,8 @@ def _has_fisher(run_file: RunFile, start: Path) -> bool:
 
 def _check(options: FinetuneOptions) -> None:
     """Refuse options of a later task before the first one is trained."""
-    merging = options.merging
     check_options(options)
-    merging_options(None, merging.merge_rule, merging.gamma, merging.task_weight)
+    settled_merging(None, options.merging)
 
 
 @contextmanager

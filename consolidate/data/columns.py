@@ -1,6 +1,6 @@
 """The columns of task data: which holds the text, which the label."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from consolidate.options import Columns
@@ -9,15 +9,7 @@ from formats.rows import Rows
 
 
 def columns_of(given: Columns | None, named: Mapping[str, str]) -> Columns:
-    """Take the columns from the options, and from the task file where the options name none.
-
-    Args:
-        given: The options.
-        named: What the task file says, by role.
-
-    Returns:
-        Where the inputs and labels are.
-    """
+    """Take the columns from the options, and from the task file where the options name none."""
     options = {} if given is None else {k: v for k, v in asdict(given).items() if v is not None}
     return Columns(**{**named, **options})
 
@@ -31,31 +23,18 @@ LABEL_COLUMNS = {
 
 def label_column(rows: Rows, columns: Columns, objective: str) -> str:
     """Find the column of the labels."""
-    defaults = LABEL_COLUMNS.get(objective, ("label", "labels"))
-    return find_column(rows, columns.label, defaults, "label")
+    return find_column(rows, columns, "label", *LABEL_COLUMNS.get(objective, ("label", "labels")))
 
 
-def find_column(rows: Rows, given: str | None, defaults: Sequence[str], role: str) -> str:
-    """Find the column with a role.
-
-    Args:
-        rows: The data.
-        given: The name the user gave.
-        defaults: The usual names, the likeliest first.
-        role: Of the option ``--ROLE-column``.
-
-    Returns:
-        A name in `rows.columns`.
-
-    Raises:
-        InputError: There is none such.
-    """
-    for name in [given] if given is not None else defaults:
+def find_column(rows: Rows, columns: Columns, role: str, *usual: str) -> str:
+    """Find the column with a role: the one given, else the first usual name, or the role's own."""
+    given = getattr(columns, role)
+    names = [given] if given is not None else usual or (role,)
+    for name in names:
         if name in rows.columns:
             return name
-    option = f"--{role.replace('_', '-')}-column"
-    wanted = repr(given) if given is not None else " or ".join(map(repr, defaults))
     raise InputError(
-        f"{rows.name} has no column {wanted}; it has {', '.join(map(repr, rows.columns))}. "
-        f"Name the right one with {option}"
+        f"{rows.name} has no column {' or '.join(map(repr, names))}; it has "
+        f"{', '.join(map(repr, rows.columns))}. Name the right one with "
+        f"--{role.replace('_', '-')}-column"
     )

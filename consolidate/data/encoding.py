@@ -2,21 +2,21 @@
 
 from collections.abc import Collection
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
-from consolidate.data.columns import Columns
 from consolidate.data.examples import Examples
+from consolidate.data.images import encode_images
+from consolidate.data.tensors import encode_tensors
+from consolidate.data.texts import encode_texts
+from consolidate.models.model import Model
 from consolidate.models.objectives import Objective
+from consolidate.options import Columns
 from formats.errors import InputError, UsageError
 from formats.rows import Rows
-
-if TYPE_CHECKING:
-    from consolidate.models.model import Model
 
 
 def encode(
     rows: Rows,
-    model: "Model",
+    model: Model,
     *,
     columns: Columns | None = None,
     max_length: int | None = None,
@@ -25,25 +25,7 @@ def encode(
 ) -> Examples:
     """Encode the rows of a task for a model and its objective, checking every label.
 
-    Texts are tokenized once, here; images are read batch by batch. Labels are numbers or names: a
-    name is looked up among the model's labels, and a number written as text is a number unless it
-    is a label's name.
-
-    Args:
-        rows: The data.
-        model: Whose tokenizer or image processor, labels and objective decide.
-        columns: Where things are; the usual names unless given.
-        max_length: Tokens after which texts are truncated; what the model takes unless given.
-        pack: For language models: join the texts and cut them into sequences of `max_length`.
-        seed: Of the masks of a masked language model.
-
-    Returns:
-        The examples.
-
-    Raises:
-        InputError: A column or the tokenizer is missing, there is nothing to predict, or a row does
-            not fit: the message names data, row and column.
-        UsageError: `pack` or `max_length` contradict the objective or the model.
+    Texts are tokenized once, here; images are read batch by batch.
     """
     columns = columns or Columns()
     if pack and model.objective.name not in ("causal-lm", "masked-lm"):
@@ -52,33 +34,19 @@ def encode(
         raise UsageError(f"--max-length is for texts, not for {model.objective.name}")
     if len(rows) == 0:
         raise InputError(f"{rows.name} is empty")
-    # Here, because these modules build on this one.
+    examples: Examples
     if model.objective.modality == "tensor":
-        from consolidate.data.tensors import encode_tensors
-
         examples = encode_tensors(rows, model, columns)
     elif model.objective.modality == "image":
-        from consolidate.data.images import encode_images
-
         examples = encode_images(rows, model, columns)
     else:
-        from consolidate.data.texts import encode_texts
-
         examples = encode_texts(rows, model, columns, max_length=max_length, pack=pack, seed=seed)
     examples._notes += unread_columns(columns, model.objective)
     return examples
 
 
 def unread_columns(columns: Columns, objective: Objective) -> list[str]:
-    """Say which of the columns that were named are not read.
-
-    Args:
-        columns: Those named.
-        objective: What is predicted.
-
-    Returns:
-        A note on each.
-    """
+    """Say which of the columns that were named are not read."""
     given = {role: name for role, name in asdict(columns).items() if name is not None}
     return [
         f"the {role.replace('_', ' ')} column {given[role]!r} is not read for {objective.name}"

@@ -1,7 +1,7 @@
 """Examples of one task: batches of them, and parts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from formats.errors import InputError, UsageError
 class Examples(ABC):
     """Encoded examples; an example's index is its place in the data, in every epoch."""
 
-    def __init__(self) -> None:
-        self._notes: list[str] = []
+    def __init__(self, notes: Iterable[str] = ()) -> None:
+        self._notes = list(notes)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -22,15 +22,9 @@ class Examples(ABC):
 
     @abstractmethod
     def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
-        """Return the inputs and labels of these examples as one batch.
+        """Return the inputs and labels of these examples as one batch; masks depend on the epoch.
 
-        Args:
-            indices: Of the examples.
-            epoch: Masks of a masked language model are drawn anew for each.
-
-        Returns:
-            A tensor or a mapping of tensors, each (B, …), and labels (B,), (B, K) or (B, T) with
-            −100 where nothing is predicted.
+        Labels are (B,), (B, K) or (B, T), with −100 where nothing is predicted.
         """
 
     def units(self, i: int) -> int:
@@ -46,41 +40,25 @@ class Examples(ABC):
         return list(self._notes)
 
     def batches(
-        self, batch_size: int, *, order: Sequence[int] | None = None, epoch: int = 0
+        self, batch_size: int, *, order: Sequence[int] | None = None
     ) -> Iterator[tuple[Any, Tensor]]:
-        """Yield the examples in batches; the last may be smaller.
-
-        Args:
-            batch_size: Examples per batch, at least 1.
-            order: Indices in the order wanted, maybe a subset; all, as in the data, unless given.
-            epoch: See `collate`.
-
-        Yields:
-            Pairs (inputs, labels) as `collate` returns them.
-        """
+        """Yield the examples, or those of `order`, in batches, of which the last may be smaller."""
         if batch_size < 1:
             raise UsageError(f"the batch size must be at least 1, not {batch_size}")
         indices = range(len(self)) if order is None else order
         for start in range(0, len(indices), batch_size):
-            yield self.collate(indices[start : start + batch_size], epoch)
+            yield self.collate(indices[start : start + batch_size])
 
 
 class Part(Examples):
     """Some of the examples of another; each keeps what it has there, masks included."""
 
     def __init__(self, whole: Examples, indices: Sequence[int]) -> None:
-        """Take some examples.
-
-        Args:
-            whole: All of them.
-            indices: Of those to take, in this order.
-        """
         super().__init__()
         self._whole = whole
         self._indices = list(indices)
 
     def __len__(self) -> int:
-        """Return the number of examples."""
         return len(self._indices)
 
     def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
@@ -100,18 +78,7 @@ HELD_OUT, LEAST_HELD_OUT, MOST_HELD_OUT = 0.1, 50, 5000
 
 
 def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:
-    """Split off a seeded tenth: at least 50 examples, but no more than half, and at most 5,000.
-
-    Args:
-        examples: At least two.
-        seed: Of the choice.
-
-    Returns:
-        Those to train on, and those held out.
-
-    Raises:
-        InputError: There are fewer than two.
-    """
+    """Split off a seeded tenth: at least 50 examples, but no more than half, and at most 5,000."""
     count = len(examples)
     if count < 2:
         raise InputError("one example cannot be split: give --validation for the new task")
@@ -122,14 +89,7 @@ def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:
 
 
 def subset(count: int, most: int | None, seed: int, *, shuffled: bool = False) -> list[int]:
-    """Return the indices of all examples, or of a seeded random subset of them.
-
-    Args:
-        count: How many examples there are.
-        most: The size of the subset; None takes all.
-        seed: Of the choice.
-        shuffled: Return them in random order instead of the data's.
-    """
+    """Return the indices of a seeded subset of examples, or of all, shuffled or in their order."""
     if not shuffled and (most is None or most >= count):
         return list(range(count))
     generator = torch.Generator().manual_seed(seed)

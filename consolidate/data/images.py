@@ -1,34 +1,27 @@
 """Examples of images, through the image processor that belongs to the checkpoint."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from consolidate.data.columns import Columns, find_column, label_column
+from consolidate.data.columns import find_column
 from consolidate.data.examples import Examples
-from consolidate.data.labels import Labels, describe
+from consolidate.data.labels import describe, read_labels
+from consolidate.models.model import Model
+from consolidate.options import Columns
 from formats.errors import InputError
 from formats.rows import Rows
-
-if TYPE_CHECKING:
-    from consolidate.models.model import Model
 
 
 class ImageExamples(Examples):
     """Images that are read and resized batch by batch; nothing is augmented."""
 
-    def __init__(self, rows: Rows, column: str, labels: Tensor, model: "Model") -> None:
-        """Hold the rows.
-
-        Args:
-            rows: The data.
-            column: Of the images.
-            labels: (N,) class numbers.
-            model: Whose processor and number of channels count.
-        """
-        super().__init__()
+    def __init__(
+        self, rows: Rows, column: str, labels: Tensor, model: Model, notes: Sequence[str]
+    ) -> None:
+        super().__init__(notes)
         self._rows = rows
         self._column = column
         self._labels = labels
@@ -60,31 +53,13 @@ class ImageExamples(Examples):
         return value.convert(self._mode)
 
 
-def encode_images(rows: Rows, model: "Model", columns: Columns) -> Examples:
-    """Encode rows of images; the labels are checked now, the images when they are read.
-
-    Args:
-        rows: The data.
-        model: With an image processor.
-        columns: Where the images and labels are.
-
-    Returns:
-        The examples.
-
-    Raises:
-        InputError: A column or the processor is missing, or a label is none of the model's.
-    """
+def encode_images(rows: Rows, model: Model, columns: Columns) -> Examples:
+    """Encode rows of images; the labels are checked now, the images when they are read."""
     if model.processor is None:
         raise InputError(
             f"{model.checkpoint.path} holds no preprocessor_config.json, so how images are resized "
             "and scaled is not known: save the image processor beside the weights"
         )
-    image = find_column(rows, columns.image, ("image", "img"), "image")
-    column = label_column(rows, columns, model.objective.name)
-    reader = Labels(rows, column, model, model.outputs)
-    numbers = [reader.index(value, i) for i, value in enumerate(rows.values(column))]
-    labels = torch.tensor(numbers, dtype=torch.long)
-    examples = ImageExamples(rows, image, labels, model)
-    if reader.note:
-        examples._notes.append(reader.note)
-    return examples
+    image = find_column(rows, columns, "image", "image", "img")
+    labels, notes = read_labels(rows, columns, model, model.outputs)
+    return ImageExamples(rows, image, labels, model, notes)

@@ -3,34 +3,22 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from consolidate.data.columns import Columns, label_column
+from consolidate.data.columns import label_column
+from consolidate.models.model import Model
+from consolidate.options import Columns
 from formats.errors import InputError
 from formats.rows import Rows
 
-if TYPE_CHECKING:
-    from consolidate.models.model import Model
-
 
 def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> list[str]:
-    """Collect the names of the labels in the data, for a new output layer.
+    """Name the labels of a new output layer: as the data state, or sorted, or 0 to the largest.
 
-    Args:
-        rows: The data.
-        objective: A name of `OBJECTIVES`.
-        columns: Where the labels are.
-
-    Returns:
-        The data's own order where they state one; else numbers in order, or names sorted. Numbers
-        stand for the labels from 0 to the largest. For a regression on D > 1 numbers D names, for
-        one number none.
-
-    Raises:
-        InputError: No label column, or a row without a label.
+    For a regression on D > 1 numbers they are D names, on one number none.
     """
     if objective == "regression":
         column = label_column(rows, columns or Columns(), objective)
@@ -45,20 +33,9 @@ def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> l
 def label_values(
     rows: Rows, objective: str, columns: Columns | None = None, *, used: bool = False
 ) -> list[str]:
-    """Collect the labels that are in the data, as names.
+    """Collect the labels in the data as names: as the data state them, or sorted.
 
-    Args:
-        rows: The data.
-        objective: A name of `OBJECTIVES` whose outcomes are labels.
-        columns: Where the labels are.
-        used: Leave out names that the data state and no row has.
-
-    Returns:
-        The data's own order where they state one; else numbers in order, or names sorted. Rows of
-        K zeros and ones, of a multi-label task, stand for the labels from 0 to K − 1.
-
-    Raises:
-        InputError: No label column, or a row without a label.
+    Rows of K zeros and ones, of a multi-label task, stand for the labels from 0 to K − 1.
     """
     column = label_column(rows, columns or Columns(), objective)
     stated = rows.label_names(column)
@@ -85,15 +62,7 @@ def label_values(
 
 
 def matched_label(name: str, known: Sequence[str]) -> int | None:
-    """Find a label of the data among those of a model.
-
-    Args:
-        name: A name, or a number as text. Where all of `known` are numbers, a number is a name.
-        known: The model's labels, in the order of their ids.
-
-    Returns:
-        Its id; None where it is none of them.
-    """
+    """Find a label of the data among the model's; a number is a name where all of those are."""
     if name in known:
         return known.index(name)
     number = as_integer(name)
@@ -101,6 +70,11 @@ def matched_label(name: str, known: Sequence[str]) -> int | None:
         return number if 0 <= number < len(known) and not _numbers(known) else None
     alike = [i for i, other in enumerate(known) if other.casefold() == name.casefold()]
     return alike[0] if len(alike) == 1 else None
+
+
+def listed(names: Sequence[str]) -> str:
+    """List the first twenty names."""
+    return ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
 
 
 def _numbers(names: Iterable[str]) -> bool:
@@ -131,21 +105,12 @@ def _distinct(labels: Tensor) -> list[Any]:
 class Labels:
     """The labels of one column as class numbers."""
 
-    def __init__(self, rows: Rows, column: str, model: "Model", count: int | None) -> None:
-        """Prepare to read.
-
-        Args:
-            rows: The data.
-            column: Of the labels.
-            model: Whose label names count.
-            count: The number of classes, None where it is not known.
-        """
+    def __init__(self, rows: Rows, column: str, model: Model, count: int | None) -> None:
         self._rows = rows
         self._column = column
         self._count = count
-        self._names = model.labels
         self._by_name = {name: i for i, name in enumerate(model.labels or [])}
-        self.note: str | None = None
+        self.notes: list[str] = []
         stated = rows.label_names(column)
         self._from_data: dict[int, int] = {}  # the data's class numbers -> the model's
         self._all_named = False  # the model's labels are numbers, and numbers are their names
@@ -155,7 +120,7 @@ class Labels:
             if any(i >= 0 for i in ids):
                 self._from_data = dict(enumerate(ids))
             else:
-                self.note = (
+                self.notes.append(
                     f"{rows.name} and the checkpoint name their classes differently "
                     f"({stated[0]}, {next(iter(self._by_name))}, …): numbers are taken as they are"
                 )
@@ -165,22 +130,13 @@ class Labels:
         elif stated is not None and len(stated) == count:
             # Classes in the data's order, as every loader of image folders numbers them.
             self._by_name = {name: i for i, name in enumerate(stated)}
-            self.note = (
+            self.notes.append(
                 "the checkpoint's labels have no names; the data's classes are taken in their "
                 f"order: {', '.join(stated)}"
             )
 
     def index(self, value: Any, i: int, *, ignorable: bool = False) -> int:
-        """Return the class number of a value in row `i`.
-
-        Args:
-            value: A number or a name.
-            i: The row, for the message.
-            ignorable: −100 is allowed.
-
-        Raises:
-            InputError: No such label.
-        """
+        """Return the class number of a value in row `i`, which is a number or a name."""
         if isinstance(value, str) and value in self._by_name:
             return self._by_name[value]
         number = as_integer(value)
@@ -189,23 +145,14 @@ class Labels:
                 return number
             number = self._from_data.get(number, -1 if self._all_named else number)
             if number < 0 or (self._count is not None and number >= self._count):
-                self._refuse(value, i)
+                raise self._refusal(value, i)
             return number
         if isinstance(value, str) and value.casefold() in self._folded():
             return self._folded()[value.casefold()]
-        self._refuse(value, i)
-        raise AssertionError  # not reached
+        raise self._refusal(value, i)
 
     def vector(self, value: Any, i: int) -> list[float]:
-        """Return the yes-or-no labels of row `i`, K of them.
-
-        Args:
-            value: A list of K zeros and ones, or else a list of the numbers or names that apply.
-            i: The row, for the message.
-
-        Raises:
-            InputError: No such label.
-        """
+        """Return K zeros and ones for row `i`, which holds them, or the labels that apply."""
         assert self._count is not None
         values = as_list(value, self._rows.where(i, self._column))
         numbers = [as_integer(one) for one in values]
@@ -224,21 +171,20 @@ class Labels:
             folded[name.casefold()] = -1 if name.casefold() in folded else i
         return {name: i for name, i in folded.items() if i >= 0}
 
-    def _refuse(self, value: Any, i: int) -> None:
+    def _refusal(self, value: Any, i: int) -> InputError:
         where = self._rows.where(i, self._column)
         if value is None or value == "":
-            raise InputError(f"{where}: there is no label")
+            return InputError(f"{where}: there is no label")
         if self._by_name:
             names = list(self._by_name)
-            known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
             numbers = "" if self._all_named else f" (or their numbers, 0 to {len(names) - 1})"
-            raise InputError(
-                f"{where}: {value!r} is none of the model's {len(names)} labels, which are {known}"
-                f"{numbers}"
+            return InputError(
+                f"{where}: {value!r} is none of the model's {len(names)} labels, which are "
+                f"{listed(names)}{numbers}"
             )
         upto = f"numbers from 0 to {self._count - 1}" if self._count else "numbers from 0"
         hint = "" if as_integer(value) is not None else "; names need id2label in config.json"
-        raise InputError(f"{where}: {value!r} is no label of the model, which has {upto}{hint}")
+        return InputError(f"{where}: {value!r} is no label of the model, which has {upto}{hint}")
 
 
 def as_integer(value: Any) -> int | None:
@@ -258,11 +204,7 @@ def as_integer(value: Any) -> int | None:
 
 
 def as_list(value: Any, where: str) -> list[Any]:
-    """Return the list that a value is or spells: JSON, or a text with commas.
-
-    Raises:
-        InputError: Neither.
-    """
+    """Return the list that a value is or spells: JSON, or a text with commas."""
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, list | tuple):
@@ -278,11 +220,7 @@ def as_list(value: Any, where: str) -> list[Any]:
 
 
 def as_numbers(value: Any, where: str) -> list[float]:
-    """Return the finite numbers that a value is, holds or spells.
-
-    Raises:
-        InputError: There is none, or one is not finite.
-    """
+    """Return the finite numbers that a value is, holds or spells, at least one."""
     values = [value] if isinstance(value, bool | int | float) else as_list(value, where)
     try:
         numbers = [float(one) for one in values]
@@ -295,17 +233,26 @@ def as_numbers(value: Any, where: str) -> list[float]:
     return numbers
 
 
-def as_targets(rows: Rows, column: str, model: "Model") -> Tensor:
-    """Return the numbers that a regression predicts, (N,) or (N, D) float32.
+def read_labels(
+    rows: Rows, columns: Columns, model: Model, count: int | None
+) -> tuple[Tensor, list[str]]:
+    """Read class numbers, (N,), yes-or-no labels, (N, K), or numbers to predict, and the notes."""
+    column = label_column(rows, columns, model.objective.name)
+    if model.objective.name == "regression":
+        return _targets(rows, column, model), []
+    reader = Labels(rows, column, model, count)
+    read = reader.vector if model.objective.name == "multi-label" else reader.index
+    labels = [read(value, i) for i, value in enumerate(rows.values(column))]
+    return torch.tensor(labels), reader.notes
 
-    Raises:
-        InputError: A row has none, or another count than the others or than the model's outputs.
-    """
+
+def _targets(rows: Rows, column: str, model: Model) -> Tensor:
+    """Return the numbers that a regression predicts, (N,) or (N, D) float32."""
     targets: list[list[float]] = []
     count = model.outputs
-    for i in range(len(rows)):
+    for i, value in enumerate(rows.values(column)):
         where = rows.where(i, column)
-        numbers = as_numbers(rows[i].get(column), where)
+        numbers = as_numbers(value, where)
         count = len(numbers) if count is None else count
         if len(numbers) != count:
             raise InputError(f"{where}: expected {count} numbers, found {len(numbers)}")

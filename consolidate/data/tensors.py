@@ -1,33 +1,27 @@
 """Examples of tensors, for modules of the user's own."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from consolidate.data.columns import Columns, find_column, label_column
+from consolidate.data.columns import find_column, label_column
 from consolidate.data.examples import Examples
-from consolidate.data.labels import Labels, as_list, as_targets, within_int64
+from consolidate.data.labels import Labels, as_list, read_labels, within_int64
+from consolidate.models.model import Model
+from consolidate.options import Columns
 from formats.errors import InputError
 from formats.rows import Rows
 
-if TYPE_CHECKING:
-    from consolidate.models.model import Model
-
 
 class TensorExamples(Examples):
-    """Rows of two tensors."""
+    """Rows of two tensors; inputs may be mapped from a file and are cast batch by batch."""
 
-    def __init__(self, inputs: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
-        """Hold the data's tensors.
-
-        Args:
-            inputs: (N, …), maybe mapped from a file; cast batch by batch.
-            labels: (N,) or (N, K).
-            dtype: Of the module's parameters, for floating-point inputs.
-        """
-        super().__init__()
+    def __init__(
+        self, inputs: Tensor, labels: Tensor, dtype: torch.dtype, notes: Sequence[str] = ()
+    ) -> None:
+        super().__init__(notes)
         self._inputs = inputs
         self._labels = labels
         self._dtype = dtype
@@ -41,44 +35,22 @@ class TensorExamples(Examples):
         return _cast(self._inputs[chosen], self._dtype), self._labels[chosen]
 
 
-def encode_tensors(rows: Rows, model: "Model", columns: Columns) -> Examples:
-    """Encode rows of tensors, or of lists of numbers.
-
-    Args:
-        rows: The data.
-        model: Run once, on the first row, to learn how many outputs it has.
-        columns: Where the inputs and labels are.
-
-    Returns:
-        The examples.
-
-    Raises:
-        InputError: A column is missing, shapes differ, or a label is none of the model's.
-    """
-    name = find_column(rows, columns.inputs, ("inputs", "input", "x"), "inputs")
+def encode_tensors(rows: Rows, model: Model, columns: Columns) -> Examples:
+    """Encode rows of tensors, or of lists of numbers; the model tells how many outputs it has."""
+    name = find_column(rows, columns, "inputs", "inputs", "input", "x")
     inputs = _stacked(rows, name) if rows.tensors is None else within_int64(rows, name)
     dtype = next((p.dtype for p in model.module.parameters()), torch.float32)
     outputs = _outputs_of_first(model, inputs, dtype, rows.where(0, name))
     column = label_column(rows, columns, model.objective.name)
     labels = None if rows.tensors is None else _signed(within_int64(rows, column))
+    if labels is None or model.objective.name == "multi-label":
+        encoded, notes = read_labels(rows, columns, model, outputs.shape[-1])
+        return TensorExamples(inputs, encoded, dtype, notes)
     if model.objective.name == "regression":
-        targets = (
-            as_targets(rows, column, model) if labels is None else _finite(rows, column, labels)
-        )
-        return TensorExamples(inputs, targets, dtype)
+        return TensorExamples(inputs, _finite(rows, column, labels), dtype)
     reader = Labels(rows, column, model, outputs.shape[-1])
-    if model.objective.name == "multi-label":
-        vectors = [reader.vector(rows[i].get(column), i) for i in range(len(rows))]
-        return TensorExamples(inputs, torch.tensor(vectors), dtype)
-    if labels is None:
-        numbers = [reader.index(rows[i].get(column), i) for i in range(len(rows))]
-        encoded = torch.tensor(numbers, dtype=torch.long)
-    else:
-        encoded = _class_numbers(rows, column, labels, reader)
-    examples = TensorExamples(inputs, encoded, dtype)
-    if reader.note:
-        examples._notes.append(reader.note)
-    return examples
+    encoded = _class_numbers(rows, column, labels, reader)
+    return TensorExamples(inputs, encoded, dtype, reader.notes)
 
 
 def _class_numbers(rows: Rows, column: str, labels: Tensor, reader: Labels) -> Tensor:
@@ -132,7 +104,7 @@ def _stacked(rows: Rows, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def _outputs_of_first(model: "Model", inputs: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+def _outputs_of_first(model: Model, inputs: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     module = model.module
     first = _cast(inputs[:1], dtype)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))

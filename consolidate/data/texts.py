@@ -3,24 +3,23 @@
 import inspect
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from consolidate.data.columns import Columns, find_column, label_column
+from consolidate.data.columns import find_column, label_column
 from consolidate.data.examples import Examples
-from consolidate.data.labels import Labels, as_list, as_targets, describe
+from consolidate.data.labels import Labels, as_list, describe, read_labels
+from consolidate.models.model import Model
+from consolidate.options import Columns
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import uniforms
 from formats.errors import InputError, UsageError
 from formats.rows import Rows
-
-if TYPE_CHECKING:
-    from consolidate.models.model import Model
-
 
 IGNORED = -100
 _PAIRS = (("text", "text_pair"), ("premise", "hypothesis"), ("sentence1", "sentence2"))
@@ -90,23 +89,15 @@ class TextExamples(Examples):
 
     def __init__(
         self,
-        fields: dict[str, Ragged],
-        labels: Ragged | Tensor | None,
-        padding: dict[str, int],
+        fields: dict[str, Ragged],  # `input_ids` and maybe `token_type_ids`
+        labels: Ragged | Tensor | None,  # of each text; None where masks make them
+        padding: dict[str, int],  # of each field
+        notes: Iterable[str] = (),
         *,
         masking: Masking | None = None,
-        first_label: int = 0,
+        first_label: int = 0,  # the first position of the labels that is predicted
     ) -> None:
-        """Hold the encoded texts.
-
-        Args:
-            fields: ``input_ids`` and maybe ``token_type_ids``.
-            labels: One sequence or one number, or vector, per text; None where masks make them.
-            padding: What fills up each field.
-            masking: Of a masked language model.
-            first_label: The first position of the labels that is predicted.
-        """
-        super().__init__()
+        super().__init__(notes)
         self._fields = fields
         self._labels = labels
         self._padding = padding
@@ -155,25 +146,9 @@ class TextExamples(Examples):
 
 
 def encode_texts(
-    rows: Rows, model: "Model", columns: Columns, *, max_length: int | None, pack: bool, seed: int
+    rows: Rows, model: Model, columns: Columns, *, max_length: int | None, pack: bool, seed: int
 ) -> Examples:
-    """Encode rows of texts as the objective asks.
-
-    Args:
-        rows: The data.
-        model: With a tokenizer.
-        columns: Where things are.
-        max_length: Of a text, in tokens.
-        pack: Join texts and cut them into sequences of `max_length`.
-        seed: Of masks.
-
-    Returns:
-        The examples.
-
-    Raises:
-        InputError: A column or the tokenizer is missing, or a row does not fit.
-        UsageError: `max_length` is more than the model takes, or too little for any text.
-    """
+    """Encode rows of texts as the objective asks."""
     if model.processor is None:
         raise InputError(f"{model.checkpoint.path} holds no tokenizer: save it beside the weights")
     texts = _Texts(rows, model, max_length, pack)
@@ -190,9 +165,14 @@ def encode_texts(
             case _:
                 examples = _classified(texts, columns)
     examples._notes[:0] = texts.notes()
+    if pack:
+        examples._notes.append(
+            f"{len(rows)} texts fill {len(examples)} sequences of {texts.max_length} tokens"
+        )
     if len(examples) == 0:
         raise InputError(f"{rows.name}: no row holds anything to predict")
-    token, known = examples.largest_token(), _embedding_rows(model)
+    module: Any = model.module
+    token, known = examples.largest_token(), len(module.get_input_embeddings().weight)
     if token >= known:
         raise InputError(
             f"{rows.name} has the token {token}, and the model's embedding only {known} rows: the "
@@ -201,15 +181,13 @@ def encode_texts(
     return examples
 
 
-def _embedding_rows(model: "Model") -> int:
-    module: Any = model.module
-    return len(module.get_input_embeddings().weight)
+_Chunk = list[tuple[int, dict[str, Any]]]  # rows with their numbers
 
 
 class _Texts:
     """The tokenizer with what has to be known about the model, and the counts for the notes."""
 
-    def __init__(self, rows: Rows, model: "Model", max_length: int | None, pack: bool) -> None:
+    def __init__(self, rows: Rows, model: Model, max_length: int | None, pack: bool) -> None:
         self.rows = rows
         self.model = model
         self.tokenizer = model.processor
@@ -232,12 +210,10 @@ class _Texts:
             "input_ids": int(pad or 0),
             "token_type_ids": int(getattr(self.tokenizer, "pad_token_type_id", 0)),
         }
+        self.kept = {name: Ragged() for name in [*self.padding][: 1 + self.has_types]}
 
-    def fields(self) -> dict[str, Ragged]:
-        return {name: Ragged() for name in ("input_ids", "token_type_ids")[: 1 + self.has_types]}
-
-    def examples(self, fields: dict[str, Ragged], labels: Ragged | Tensor | None) -> TextExamples:
-        return TextExamples(fields, labels, self.padding)
+    def column(self, chunk: _Chunk, column: str) -> list[str]:
+        return [self.text(row, i, column) for i, row in chunk]
 
     def text(self, row: dict[str, Any], i: int, column: str) -> str:
         value = row.get(column)
@@ -275,10 +251,15 @@ class _Texts:
             **given, truncation="longest_first", max_length=self.max_length, **options
         )
 
+    def keep(self, encoded: Any, n: int) -> None:
+        """Keep text `n` of those that were encoded together."""
+        for name, values in self.kept.items():
+            values.append(encoded[name][n])
+
     def ids(self, text: str, *, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
-    def chunks(self) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    def chunks(self) -> Iterator[_Chunk]:
         for start in range(0, len(self.rows), _ROWS_AT_ONCE):
             stop = min(start + _ROWS_AT_ONCE, len(self.rows))
             yield [(i, self.rows[i]) for i in range(start, stop)]
@@ -297,13 +278,11 @@ class _Texts:
         return notes
 
 
-def _padded(sequences: Sequence[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(
-        list(sequences), batch_first=True, padding_value=value
-    )  # (B, T)
+def _padded(sequences: list[Tensor], value: int) -> Tensor:
+    return pad_sequence(sequences, batch_first=True, padding_value=value)  # (B, T)
 
 
-def _most_tokens(model: "Model") -> int | None:
+def _most_tokens(model: Model) -> int | None:
     config: Any = model.module.config
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
@@ -322,30 +301,15 @@ def _default_length(tokenizer: Any, limit: int | None, pack: bool) -> int:
 def _classified(texts: _Texts, columns: Columns) -> TextExamples:
     rows, model = texts.rows, texts.model
     first, second = _text_columns(rows, columns)
-    column = label_column(rows, columns, model.objective.name)
-    fields = texts.fields()
-    labels: list[Any] = []
-    reader = None
-    if model.objective.name != "regression":
-        reader = Labels(rows, column, model, model.outputs)
+    labels, notes = read_labels(rows, columns, model, model.outputs)
     for chunk in texts.chunks():
-        encoded = texts.encode(
-            [texts.text(row, i, first) for i, row in chunk],
-            None if second is None else [texts.text(row, i, second) for i, row in chunk],
-        )
-        for n, (i, row) in enumerate(chunk):
+        pairs = None if second is None else texts.column(chunk, second)
+        encoded = texts.encode(texts.column(chunk, first), pairs)
+        for n, (i, _) in enumerate(chunk):
             if not encoded["input_ids"][n]:
                 raise InputError(f"{rows.where(i, first)}: the text is empty")
-            for name, values in fields.items():
-                values.append(encoded[name][n])
-            if reader is not None:
-                read = reader.vector if model.objective.name == "multi-label" else reader.index
-                labels.append(read(row.get(column), i))
-    encoded_labels = as_targets(rows, column, model) if reader is None else torch.tensor(labels)
-    examples = texts.examples(fields, encoded_labels)
-    if reader is not None and reader.note:
-        examples._notes.append(reader.note)
-    return examples
+            texts.keep(encoded, n)
+    return TextExamples(texts.kept, labels, texts.padding, notes)
 
 
 def _text_columns(rows: Rows, columns: Columns) -> tuple[str, str | None]:
@@ -353,10 +317,10 @@ def _text_columns(rows: Rows, columns: Columns) -> tuple[str, str | None]:
         for first, second in _PAIRS:
             if first in rows.columns and second in rows.columns:
                 return first, second
-    first = find_column(rows, columns.text, ("text", "sentence"), "text")
+    first = find_column(rows, columns, "text", "text", "sentence")
     if columns.text_pair is None:
         return first, None
-    return first, find_column(rows, columns.text_pair, (), "text_pair")
+    return first, find_column(rows, columns, "text_pair")
 
 
 def _words(texts: _Texts, columns: Columns) -> TextExamples:
@@ -366,10 +330,10 @@ def _words(texts: _Texts, columns: Columns) -> TextExamples:
             f"{texts.model.checkpoint.path}: token classification needs a tokenizer.json, which "
             "tells the tokens of each word"
         )
-    column = find_column(rows, columns.tokens, ("tokens", "words"), "tokens")
+    column = find_column(rows, columns, "tokens", "tokens", "words")
     labelled = label_column(rows, columns, texts.model.objective.name)
     reader = Labels(rows, labelled, texts.model, texts.model.outputs)
-    fields, labels = texts.fields(), Ragged()
+    labels = Ragged()
     for chunk in texts.chunks():
         sentences, numbers = [], []
         for i, row in chunk:
@@ -395,12 +359,8 @@ def _words(texts: _Texts, columns: Columns) -> TextExamples:
                 texts.empty += 1
                 continue
             labels.append(marked)
-            for name, values in fields.items():
-                values.append(encoded[name][n])
-    examples = texts.examples(fields, labels)
-    if reader.note:
-        examples._notes.append(reader.note)
-    return examples
+            texts.keep(encoded, n)
+    return TextExamples(texts.kept, labels, texts.padding, reader.notes)
 
 
 def _continued(texts: _Texts, columns: Columns, pack: bool) -> TextExamples:
@@ -411,17 +371,12 @@ def _continued(texts: _Texts, columns: Columns, pack: bool) -> TextExamples:
     prompted = columns.prompt is not None or columns.completion is not None
     prompted |= not named and {"prompt", "completion"} <= has
     if chats:
-        column = find_column(rows, columns.messages, ("messages",), "messages")
-        documents = _chats(texts, column)
+        documents = _chats(texts, find_column(rows, columns, "messages"))
     elif prompted:
-        documents = _prompted(
-            texts,
-            find_column(rows, columns.prompt, ("prompt",), "prompt"),
-            find_column(rows, columns.completion, ("completion",), "completion"),
-            pack,
-        )
+        prompt, completion = (find_column(rows, columns, at) for at in ("prompt", "completion"))
+        documents = _prompted(texts, prompt, completion, pack)
     else:
-        documents = _plain(texts, find_column(rows, columns.text, ("text",), "text"))
+        documents = _plain(texts, find_column(rows, columns, "text"))
     fields, labels = {"input_ids": Ragged()}, Ragged()
     blocks = _packed(documents, texts.max_length) if pack else _cut(documents, texts)
     for ids, marks in blocks:
@@ -430,10 +385,7 @@ def _continued(texts: _Texts, columns: Columns, pack: bool) -> TextExamples:
             continue
         fields["input_ids"].append(ids)
         labels.append(marks)
-    examples = TextExamples(fields, labels, texts.padding, first_label=1)
-    if pack:
-        examples._notes.append(_packing_note(texts, len(examples)))
-    return examples
+    return TextExamples(fields, labels, texts.padding, first_label=1)
 
 
 _Document = tuple[list[int], list[int]]  # token ids and labels, of the same length
@@ -442,8 +394,7 @@ _Document = tuple[list[int], list[int]]  # token ids and labels, of the same len
 def _plain(texts: _Texts, column: str) -> Iterator[_Document]:
     end = texts.tokenizer.eos_token_id
     for chunk in texts.chunks():
-        written = [texts.text(row, i, column) for i, row in chunk]
-        for ids in texts.tokenizer(written)["input_ids"]:
+        for ids in texts.tokenizer(texts.column(chunk, column))["input_ids"]:
             # A text ends, and what follows in a packed sequence is another.
             ended = [*ids, end] if ids and end is not None and ids[-1] != end else list(ids)
             yield ended, list(ended)
@@ -515,16 +466,12 @@ def _packed(documents: Iterable[_Document], length: int) -> Iterator[_Document]:
         yield ids, labels
 
 
-def _packing_note(texts: _Texts, sequences: int) -> str:
-    return f"{len(texts.rows)} texts fill {sequences} sequences of {texts.max_length} tokens"
-
-
 def _filled_in(texts: _Texts, columns: Columns, pack: bool, seed: int) -> TextExamples:
     tokenizer = texts.tokenizer
     if tokenizer.mask_token_id is None:
         raise InputError(f"{texts.model.checkpoint.path}: the tokenizer has no mask token")
-    column = find_column(texts.rows, columns.text, ("text",), "text")
-    fields = texts.fields()
+    column = find_column(texts.rows, columns, "text")
+    fields = texts.kept
     special = frozenset(tokenizer.all_special_ids)
     if pack:
         fields = {"input_ids": Ragged()}
@@ -533,35 +480,30 @@ def _filled_in(texts: _Texts, columns: Columns, pack: bool, seed: int) -> TextEx
                 fields["input_ids"].append(ids)
     else:
         for chunk in texts.chunks():
-            encoded = texts.encode([texts.text(row, i, column) for i, row in chunk])
+            encoded = texts.encode(texts.column(chunk, column))
             for n, ids in enumerate(encoded["input_ids"]):
                 if special.issuperset(ids):
                     texts.empty += 1
                     continue
-                for name, values in fields.items():
-                    values.append(encoded[name][n])
+                texts.keep(encoded, n)
     masking = Masking(tokenizer.mask_token_id, torch.tensor(sorted(special)), len(tokenizer), seed)
-    examples = TextExamples(fields, None, texts.padding, masking=masking)
-    if pack:
-        examples._notes.append(_packing_note(texts, len(examples)))
-    return examples
+    return TextExamples(fields, None, texts.padding, masking=masking)
 
 
 def _rewritten(texts: _Texts, columns: Columns) -> TextExamples:
     rows = texts.rows
-    source = find_column(rows, columns.text or columns.prompt, ("text", "prompt"), "text")
-    target = find_column(
-        rows, columns.target or columns.completion, ("target", "completion", "summary"), "target"
-    )
-    fields, labels = texts.fields(), Ragged()
+    text, written = columns.text or columns.prompt, columns.target or columns.completion
+    columns = replace(columns, text=text, target=written)
+    source = find_column(rows, columns, "text", "text", "prompt")
+    target = find_column(rows, columns, "target", "target", "completion", "summary")
+    labels = Ragged()
     for chunk in texts.chunks():
-        encoded = texts.encode([texts.text(row, i, source) for i, row in chunk])
-        written = texts.encode([texts.text(row, i, target) for i, row in chunk], target=True)
+        encoded = texts.encode(texts.column(chunk, source))
+        written = texts.encode(texts.column(chunk, target), target=True)
         for n in range(len(chunk)):
             if not written["input_ids"][n]:
                 texts.empty += 1
                 continue
             labels.append(written["input_ids"][n])
-            for name, values in fields.items():
-                values.append(encoded[name][n])
-    return texts.examples(fields, labels)
+            texts.keep(encoded, n)
+    return TextExamples(texts.kept, labels, texts.padding)

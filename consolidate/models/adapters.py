@@ -18,6 +18,7 @@ from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import ADAPTER_CONFIG, Checkpoint
 from formats.errors import InputError, UsageError
 from formats.tensors import shape_of
+from formats.wording import few
 
 # By what an adapter is more than W + s B A, or not of the base model's own W.
 _OTHER = {
@@ -39,15 +40,7 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others c
 
 
 def check_plain(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse an adapter that is not W + s B A.
-
-    Args:
-        config: Of ``adapter_config.json``.
-        path: Where it was read, for the message.
-
-    Raises:
-        InputError: It is another one.
-    """
+    """Refuse an adapter that is not W + s B A."""
     where = path / ADAPTER_CONFIG
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -67,17 +60,7 @@ def check_plain(config: Mapping[str, Any], path: Path) -> None:
 def load(checkpoint: Checkpoint, **options: Any) -> Model:
     """Load a whole model, or a base model with its adapter in it.
 
-    Args:
-        checkpoint: A whole model, or an adapter that has its base (`with_base`).
-        options: As of `load_model`.
-
-    Returns:
-        The model. Of an adapter its layout is that of the adapter's file: what is measured, trained
-        and stored are the adapter's parameters, and the base model is frozen.
-
-    Raises:
-        InputError: As `load_model`; or the adapter does not fit its base model.
-        UsageError: As `load_model`; or peft is missing.
+    Of an adapter, the base model is frozen, and the layout is that of the adapter's file.
     """
     if checkpoint.base is None:
         return load_model(checkpoint, **options)
@@ -91,18 +74,7 @@ def load(checkpoint: Checkpoint, **options: Any) -> Model:
 
 
 def adapter_layout(module: nn.Module, file_shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-    """Lay out the adapter's part of a module as peft names it in a file.
-
-    Args:
-        module: With an adapter in it, by `add_lora` or by peft.
-        file_shapes: Of the adapter's file, by name.
-
-    Returns:
-        The layout; the base model's parameters are no part of it.
-
-    Raises:
-        InputError: Names or shapes are not those of the file.
-    """
+    """Lay out the adapter in a module, without the base model, by the names that peft writes."""
     own = {_file_name(name): name for name, _ in module.named_parameters() if is_adapter(name)}
     unused = [name for name in file_shapes if name not in own]
     missing = [name for name in own if name not in file_shapes]
@@ -118,17 +90,7 @@ def adapter_layout(module: nn.Module, file_shapes: Mapping[str, tuple[int, ...]]
 
 
 def without_fisher(model: Model, diagonal: Mapping[str, Tensor]) -> list[str]:
-    """Tell of factors whose Fisher is zero because the other factor is.
-
-    At B = 0, where every adapter begins, the outputs do not depend on A.
-
-    Args:
-        model: With an adapter in it.
-        diagonal: The Fisher by the module's names.
-
-    Returns:
-        A note, if there is something to tell.
-    """
+    """Warn of factors without a Fisher because the other is zero, as B is before any training."""
     names = {id(parameter): name for name, parameter in model.module.named_parameters()}
     lost = [
         names[id(factor)]
@@ -138,10 +100,9 @@ def without_fisher(model: Model, diagonal: Mapping[str, Tensor]) -> list[str]:
     ]
     if not lost:
         return []
-    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
     note = (
         f"warning: {len(lost)} of the adapter's factors have no Fisher, since what they are "
-        f"multiplied by is zero, as before any training: {', '.join(lost[:3])}{more}. The penalty "
+        f"multiplied by is zero, as before any training: {few(lost, 3)}. The penalty "
         "will not hold them; train the adapter on the task first"
     )
     return [note]

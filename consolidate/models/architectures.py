@@ -11,19 +11,7 @@ from formats.errors import InputError, UsageError
 
 
 def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, list[Any]]:
-    """Find what transformers has for a checkpoint and an objective.
-
-    Args:
-        checkpoint: With the contents of its ``config.json``.
-        objective: What the model is trained for.
-
-    Returns:
-        The config object, and the classes of models that take it.
-
-    Raises:
-        InputError: The config names no architecture, an unknown one, or one without such a model.
-        UsageError: transformers is not installed.
-    """
+    """Find the config object and the model classes that transformers has for a checkpoint."""
     try:
         import transformers
     except ImportError as error:
@@ -57,7 +45,7 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
             f"{where}/config.json does not make a {kind} config: {first_line(error)}"
         ) from error
     assert objective.auto_class is not None
-    mapping = getattr(transformers, objective.auto_class)._model_mapping
+    mapping = getattr(transformers, f"AutoModelFor{objective.auto_class}")._model_mapping
     if type(config) not in mapping:
         raise InputError(
             f"{where}: transformers has no {kind} model for {objective.name}; choose another "
@@ -68,19 +56,7 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
 
 
 def lacks_head(checkpoint: Checkpoint, objective: str) -> bool:
-    """Say whether a transformers checkpoint has no output layer for an objective with labels.
-
-    Args:
-        checkpoint: Of transformers.
-        objective: A name of `OBJECTIVES`.
-
-    Returns:
-        True where `load_model` would need `new_labels`: by the architecture's name in the config.
-
-    Raises:
-        InputError: The architecture is unknown, or there is none for the objective.
-        UsageError: No such objective, or transformers is not installed.
-    """
+    """Tell whether a checkpoint lacks the output layer, by the architecture in its config."""
     chosen = get_objective(objective)
     if chosen.language:
         return False
@@ -90,24 +66,12 @@ def lacks_head(checkpoint: Checkpoint, objective: str) -> bool:
 
 
 def declared_class(config: Any) -> str:
-    """Name the class of model that a config says it is of; nothing where it does not say.
-
-    Args:
-        config: Of transformers.
-    """
+    """Name the class of model that a config says it is of; nothing where it does not say."""
     return str((getattr(config, "architectures", None) or [""])[0])
 
 
 def relabelled(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Give a config the labels of another output layer.
-
-    Args:
-        config: The contents of a ``config.json``.
-        names: Of the labels; empty for one output without a name.
-
-    Returns:
-        The config with ``id2label`` and ``label2id``, and with ``num_labels`` where it has that.
-    """
+    """Give a config the labels of another output layer; without names it has one output."""
     names = names or ["LABEL_0"]
     changed = dict(config) | {
         "id2label": {str(i): name for i, name in enumerate(names)},
@@ -119,23 +83,7 @@ def relabelled(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
 def new_head(
     config: Any, cls: Any, objective: Objective, labels: list[str], has_head: bool, where: Path
 ) -> dict[str, Any]:
-    """Give a config the labels of a new output layer.
-
-    Args:
-        config: Of transformers; changed in place.
-        cls: The class of the model.
-        objective: What it is trained for.
-        labels: Their names; empty for one output without a name.
-        has_head: Whether the checkpoint has an output layer.
-        where: The checkpoint, for messages.
-
-    Returns:
-        What changes in ``config.json``.
-
-    Raises:
-        InputError: The checkpoint has an output layer of another size.
-        UsageError: The labels do not suit the objective.
-    """
+    """Give a config the labels of a new output layer; return what changes in ``config.json``."""
     if objective.language:
         raise UsageError(f"new labels have no meaning for {objective.name}")
     if len(set(labels)) != len(labels):
@@ -154,11 +102,7 @@ def new_head(
         "multi-label": "multi_label_classification",
         "sequence-classification": "single_label_classification",
     }.get(objective.name)
-    changes: dict[str, Any] = {
-        "architectures": [cls.__name__],
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
+    changes = relabelled({"architectures": [cls.__name__]}, names)
     if problem is not None:
         changes["problem_type"] = config.problem_type = problem
     config.num_labels = count
@@ -191,9 +135,5 @@ def _plain(value: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Give the first line of an error that says anything.
-
-    Args:
-        error: Any.
-    """
+    """Give the first line of an error that says anything."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

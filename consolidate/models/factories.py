@@ -16,18 +16,7 @@ from formats.errors import ConsolidateError, UsageError
 
 
 def make_module(factory: str, config: dict[str, Any]) -> nn.Module:
-    """Make a module of the user's own.
-
-    Args:
-        factory: ``package.module:function``, looked for in the working folder and on ``sys.path``.
-        config: What it is called with, if it takes an argument.
-
-    Returns:
-        The module.
-
-    Raises:
-        UsageError: The factory cannot be found or called, or what it returns is no module.
-    """
+    """Make a user's own module by ``package.module:function``, which may take the config."""
     module_name, colon, attribute = factory.partition(":")
     if not (module_name and colon and attribute):
         raise UsageError(f"--model {factory}: write package.module:factory")
@@ -72,19 +61,7 @@ def make_module(factory: str, config: dict[str, Any]) -> nn.Module:
 
 
 def fresh_weights(factory: str, config: dict[str, Any], seed: int) -> dict[str, Tensor]:
-    """Make a module of the user's own afresh and give its weights, as they are to be stored.
-
-    Args:
-        factory: As for `load_model`.
-        config: What the factory is called with.
-        seed: Of the weights.
-
-    Returns:
-        By the names of the state dict, tied ones once.
-
-    Raises:
-        UsageError: The factory cannot be called.
-    """
+    """Make a module of the user's own and give its fresh weights, each once where some are tied."""
     with untouched_randomness(seed):
         module = make_module(factory, config)
     own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
@@ -96,9 +73,5 @@ def _takes_config(target: Callable[..., Any]) -> bool:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):  # a callable written in C has no signature to read
         return True
-    positional = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.VAR_POSITIONAL,
-    )
-    return any(parameter.kind in positional for parameter in parameters)
+    by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    return any(parameter.kind not in by_name for parameter in parameters)

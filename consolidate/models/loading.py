@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.estimation.gradient_checkpointing import enable
-from consolidate.models.architectures import (
-    architectures,
-    declared_class,
-    first_line,
-    new_head,
-)
+from consolidate.models.architectures import architectures, declared_class, first_line, new_head
 from consolidate.models.factories import make_module
 from consolidate.models.model import Model, freeze_parameters
 from consolidate.models.objectives import Objective, default_objective, get_objective
@@ -24,6 +20,7 @@ from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint
 from formats.errors import ConsolidateError, InputError
 from formats.tensors import apart, dtype_of, shape_of
+from formats.wording import few
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,54 +36,24 @@ _TOKENIZER_FILES = (
 def load_model(
     checkpoint: Checkpoint,
     *,
-    objective: str | None = None,
-    factory: str | None = None,
-    dtype: torch.dtype | None = None,
+    objective: str | None = None,  # by the architecture unless given
+    factory: str | None = None,  # package.module:function; without, transformers makes the module
+    dtype: torch.dtype | None = None,  # of floating-point weights; as stored unless given
     device: str | torch.device = "cpu",
-    freeze: Sequence[str] = (),
-    new_labels: Sequence[str] | None = None,
+    freeze: Sequence[str] = (),  # glob patterns of parameters, by module or file name
+    new_labels: Sequence[str] | None = None,  # of an output layer that the checkpoint lacks
     gradient_checkpointing: bool = False,
-    seed: int = 0,
+    seed: int = 0,  # of the new output layer's weights
 ) -> Model:
-    """Load a checkpoint into the module that it was made for.
+    """Load a checkpoint into its module, in eval mode; every weight is the file's, bit for bit.
 
-    Every weight is the file's, bit for bit; nothing is skipped, nothing is random but the new
-    output layer that `new_labels` asks for. No code that a checkpoint names is run, nothing is
-    fetched, and the global random number generators come back as they were.
-
-    Args:
-        checkpoint: Weights and configuration.
-        objective: A name of `OBJECTIVES`; by the architecture unless given.
-        factory: ``package.module:function`` that makes the module, looked for in the working
-            folder and on ``sys.path``. It is called with the config's contents (a dict), or with
-            nothing if it takes no argument. None: transformers makes it, by ``config.json``.
-        dtype: Of the floating-point weights. None: as stored; where the file mixes types, models
-            of transformers take the narrowest type that holds them all exactly, a module of the
-            user's own takes each as it is.
-        device: Where the module is put.
-        freeze: Glob patterns of parameters that shall not train, by module or file name.
-        new_labels: Names of the labels of an output layer that the checkpoint lacks; it is made
-            afresh. For regression the names of the outputs (empty: one output without a name). A
-            factory has to find them in the config, as `relabelled` writes them.
-        gradient_checkpointing: Whether its layers keep only their inputs for the backward pass.
-        seed: Of the new output layer's weights.
-
-    Returns:
-        The model, in eval mode.
-
-    Raises:
-        InputError: Weights and architecture do not fit each other: missing, unexpected or resized
-            tensors, an unknown architecture, a conversion that is not a rearrangement.
-        UsageError: The factory cannot be called, an objective that does not fit, a pattern that
-            matches nothing, a model without gradient checkpointing of its own, or transformers is
-            not installed.
+    Nothing is random but a new output layer, nothing is fetched, and no code of a checkpoint runs.
     """
-    config = checkpoint.config
-    chosen = (
-        default_objective(config, factory is not None)
-        if objective is None
-        else get_objective(objective, factory=factory is not None)
-    )
+    own = factory is not None
+    if objective is None:
+        chosen = default_objective(checkpoint.config, own)
+    else:
+        chosen = get_objective(objective, factory=own)
     if factory is not None:
         model = _from_factory(checkpoint, chosen, factory, dtype, seed, new_labels is not None)
     else:
@@ -197,8 +164,10 @@ def _from_transformers(
             changes = new_head(config, cls, objective, list(new_labels), declared in names, where)
         elif objective.name == "multi-label":
             changes["problem_type"] = config.problem_type = "multi_label_classification"
-        stored = _stored_dtypes(weights)
-        wanted = dtype or _common_dtype(stored)
+        dtypes = dict.fromkeys(dtype_of(weights, name) for name in weights)
+        stored = [one for one in dtypes if one.is_floating_point]
+        # The narrowest that holds them all exactly; a user's own module takes each as it is.
+        wanted = dtype or reduce(torch.promote_types, stored or [torch.float32])
         if dtype is None and len(stored) > 1:
             notes.append(
                 f"the file mixes {', '.join(_dtype_name(d) for d in stored)}; the model runs in "
@@ -285,18 +254,15 @@ def _check_unexpected(
     body = {name for name, _ in module.base_model.named_children()}
     prefix = f"{module.base_model_prefix}."
     unexpected = [name for name in layout.unused if sought[name] in info["unexpected_keys"]]
-    if module.base_model is not module:
-        inside = [
-            name
-            for name in unexpected
-            if sought[name].removeprefix(prefix).split(".")[0] in body
-            or sought[name].startswith(prefix)
-        ]
-    else:
-        inside = unexpected
-    # A body's pooler feeds other output layers; a model without it has no place for it.
-    inside = [name for name in inside if "pooler" not in sought[name].split(".")]
-    if inside:
+    if inside := [
+        name
+        for name in unexpected
+        if module.base_model is module
+        or sought[name].startswith(prefix)
+        or sought[name].split(".")[0] in body
+        # A body's pooler feeds other output layers; a model without it has no place for it.
+        if "pooler" not in sought[name].split(".")
+    ]:
         raise InputError(
             f"{where}: {_some(inside)} in the file but not in {type(module).__name__} as "
             "config.json describes it"
@@ -357,11 +323,8 @@ def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
 
 
 def _pad_token(processor: Any) -> int | None:
-    for name in ("pad_token_id", "eos_token_id"):
-        token = getattr(processor, name, None)
-        if token is not None:
-            return int(token)
-    return None
+    tokens = (getattr(processor, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((int(token) for token in tokens if token is not None), None)
 
 
 # --- shared ------------------------------------------------------------------------------------
@@ -382,31 +345,13 @@ def _label_names(config: Mapping[str, Any]) -> list[str] | None:
     return None if labels == [f"LABEL_{i}" for i in range(len(labels))] else labels
 
 
-def _stored_dtypes(weights: Mapping[str, Tensor]) -> list[torch.dtype]:
-    """The floating-point types in the file, in order of appearance."""
-    dtypes = dict.fromkeys(dtype_of(weights, name) for name in weights)
-    return [dtype for dtype in dtypes if dtype.is_floating_point]
-
-
-def _common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    common = dtypes[0] if dtypes else torch.float32
-    for dtype in dtypes[1:]:
-        common = torch.promote_types(common, dtype)
-    return common
-
-
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _some(names: Sequence[str]) -> str:
     """Name up to four, and say how many more there are."""
-    listed = ", ".join(list(names)[:4])
-    return (
-        f"{listed} and {len(names) - 4} more are"
-        if len(names) > 4
-        else (f"{listed} {'are' if len(names) > 1 else 'is'}")
-    )
+    return f"{few(names, 4)} {'are' if len(names) > 1 else 'is'}"
 
 
 def _near(name: str, names: Iterable[str]) -> str:

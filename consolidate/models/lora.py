@@ -4,19 +4,16 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from consolidate.ewc.low_rank_penalty import LowRank
+from consolidate.models.model import Model
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.errors import InputError, UsageError
-
-if TYPE_CHECKING:
-    from consolidate.models.model import Model
-
 
 NAME = "default"
 """Of the one adapter in a model, as peft has it."""
@@ -30,49 +27,30 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Lora:
-    """A fresh adapter: the options of `add_lora` of these names."""
+    """A fresh adapter, as `add_lora` makes it."""
 
     rank: int
     targets: Sequence[str] = ()
-    alpha: float | None = None
-    rslora: bool = False
+    alpha: float | None = None  # the rank unless given, so that s = 1
 
 
 def add_lora(
     module: nn.Module,
     *,
     rank: int,
-    targets: Sequence[str] = (),
+    targets: Sequence[str] = (),  # glob patterns of layers' names, or of their last parts
     alpha: float | None = None,
-    rslora: bool = False,
-    seed: int = 0,
+    seed: int = 0,  # of A
 ) -> list[str]:
     """Put a fresh LoRA adapter into a module, in place: W + s B A with B = 0 (Hu et al. 2021).
 
-    Everything else is frozen. The module computes what it did, until B is trained.
-
-    Args:
-        module: Any module.
-        rank: r, the rank of B A.
-        targets: Glob patterns of the layers' names, or of their last parts; those that peft has for
-            the architecture unless given.
-        alpha: α of s = α/r; `rank` unless given, so that s = 1.
-        rslora: s = α/√r instead (Kalajdzievski 2023).
-        seed: Of A.
-
-    Returns:
-        The names of the layers that have an adapter now.
-
-    Raises:
-        UsageError: peft is missing, or a pattern matches no layer or none that can have one.
-        InputError: A layer's weight is used in another place too.
+    s = α/r. All else is frozen, so the module computes what it did until B is trained.
     """
     peft = import_peft()
     names = _targets(module, targets)
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
-        use_rslora=rslora,
         target_modules="|".join(map(re.escape, names)),
         fan_in_fan_out=False,
     )
@@ -82,17 +60,7 @@ def add_lora(
 
 
 def low_rank_layers(module: nn.Module) -> dict[str, LowRank]:
-    """Give the layers that an adapter changes.
-
-    Args:
-        module: With an adapter in it.
-
-    Returns:
-        By the name that their weight has in the module without the adapter.
-
-    Raises:
-        InputError: A layer is not W + s B A.
-    """
+    """Give the layers that an adapter changes, by the names of their weights without it."""
     found = {}
     for name, layer in _adapted(module).items():
         base = layer.get_base_layer()
@@ -112,14 +80,7 @@ def low_rank_layers(module: nn.Module) -> dict[str, LowRank]:
 
 
 def other_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Give what trains in a module beside the low-rank factors of its adapter.
-
-    Args:
-        module: With an adapter in it.
-
-    Returns:
-        By the names in the module without the adapter.
-    """
+    """Give what trains beside the low-rank factors, by its names without the adapter."""
     return {
         name.replace(f".modules_to_save.{NAME}.", "."): parameter
         for name, parameter in module.named_parameters()
@@ -129,11 +90,7 @@ def other_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def merge_lora(module: nn.Module) -> None:
-    """Put W + s B A in place of W and take the adapter out of a module, in place.
-
-    Args:
-        module: With an adapter in it, all of whose layers `low_rank_layers` knows.
-    """
+    """Put W + s B A in place of W and take the adapter out of a module, in place."""
     for layer in low_rank_layers(module).values():
         a, b = (factor.flatten(1).to(layer.weight.dtype) for factor in (layer.a, layer.b))
         change = (b @ a).T if layer.transposed else b @ a
@@ -142,11 +99,7 @@ def merge_lora(module: nn.Module) -> None:
 
 
 def remove_lora(module: nn.Module) -> None:
-    """Take the adapter out of a module, in place: W is what it was.
-
-    Args:
-        module: With an adapter in it.
-    """
+    """Take the adapter out of a module, in place: W is what it was."""
     for name, layer in _adapted(module).items():
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, layer.get_base_layer())
@@ -155,38 +108,21 @@ def remove_lora(module: nn.Module) -> None:
 
 
 def adapt(
-    model: "Model",
+    model: Model,
     lora: Lora,
     whole: Collection[str],
-    others: Iterable["Model"] = (),
+    others: Iterable[Model] = (),  # share the weights' memory, and get the same adapter
     seed: int = 0,
 ) -> list[nn.Parameter]:
-    """Put a fresh adapter into a model that is to be trained, and freeze what it changes.
+    """Put a fresh adapter into a model and return what is frozen for it, for `end_adapting`.
 
-    Args:
-        model: A whole model.
-        lora: The adapter.
-        whole: Names in the weights file of what trains as it is, beside the adapter: what is new.
-        others: Models that share the weights' memory; they get the same adapter.
-        seed: Of A.
-
-    Returns:
-        The parameters that were trainable before and are no longer; for `end_adapting`.
-
-    Raises:
-        UsageError: As `add_lora`; or a target is frozen, or is new.
-        InputError: As `add_lora`.
+    What is new, `whole` by its names in the file, trains as it is beside the adapter.
     """
     module = model.module
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     new = {at for name in whole for at in model.layout.module_names(name)}
     kept = [parameter for name, parameter in module.named_parameters() if name in new]
-    options: dict[str, Any] = {
-        "rank": lora.rank,
-        "alpha": lora.alpha,
-        "rslora": lora.rslora,
-        "seed": seed,
-    }
+    options: dict[str, Any] = {"rank": lora.rank, "alpha": lora.alpha, "seed": seed}
     names = add_lora(module, targets=lora.targets, **options)
     held = {id(parameter) for parameter in trainable}
     for name, layer in low_rank_layers(module).items():
@@ -206,15 +142,9 @@ def adapt(
 
 
 def end_adapting(
-    model: "Model", frozen: Iterable[nn.Parameter], others: Iterable["Model"] = ()
+    model: Model, frozen: Iterable[nn.Parameter], others: Iterable[Model] = ()
 ) -> None:
-    """Merge the adapter into a model's weights, and let train again what was frozen for it.
-
-    Args:
-        model: As `adapt` left it.
-        frozen: What `adapt` returned.
-        others: As for `adapt`.
-    """
+    """Merge the adapter into a model's weights, and let what was frozen for it train again."""
     merge_lora(model.module)
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -222,16 +152,12 @@ def end_adapting(
         remove_lora(other.module)
 
 
-def _distinct(models: Iterable["Model"]) -> list["Model"]:
+def _distinct(models: Iterable[Model]) -> list[Model]:
     return list({id(model): model for model in models}.values())
 
 
 def import_peft() -> Any:
-    """Import peft, or say what to install.
-
-    Raises:
-        UsageError: It is missing.
-    """
+    """Import peft, or say what to install."""
     try:
         import peft
     except ImportError as error:
@@ -294,10 +220,6 @@ def _last_parts(names: Iterable[str]) -> list[str]:
 
 
 def is_adapter(name: str) -> bool:
-    """Tell whether a parameter of a module is one of its adapter's.
-
-    Args:
-        name: Its name in the module.
-    """
+    """Tell whether a parameter of a module is one of its adapter's."""
     parts = name.split(".")
     return "modules_to_save" in parts or any(part.startswith("lora_") for part in parts)

@@ -43,46 +43,17 @@ class Model:
 
 
 def file_weights(model: Model) -> FileWeights:
-    """Give the module's present values as the weights file's tensors.
-
-    Args:
-        model: As `load_model` made it, trained or not.
-
-    Returns:
-        By file name, in the file's order and dtypes, then fresh parameters; tied weights under each
-        name that the file has for them, tensors the module has no use for as they are in the file.
-        Each is made when asked for, of the values at that time; where no dtype changes it is the
-        module's own memory.
-
-    Raises:
-        InputError: A tensor is asked for that has another shape than it was loaded with.
-    """
+    """Give the module's present values as the weights file's tensors; see `FileWeights`."""
     return FileWeights(model.module, model.layout, model.checkpoint.weights)
 
 
 def config_of(model: Model) -> dict[str, Any]:
-    """Give the contents of the ``config.json`` that belongs beside `file_weights`.
-
-    Args:
-        model: As `load_model` made it.
-
-    Returns:
-        The checkpoint's config, with architecture and labels of a new output layer filled in.
-    """
+    """Give the ``config.json`` beside `file_weights`, with the labels of a new output layer."""
     return deepcopy(model.checkpoint.config) | deepcopy(model.config_changes)
 
 
-def unprotected(model: Model, protected: Iterable[str], frozen: str = "frozen") -> dict[str, str]:
-    """Say of each tensor of the weights file that has no Fisher why it has none.
-
-    Args:
-        model: As `load_model` made it.
-        protected: File names that have a Fisher.
-        frozen: The words for a parameter that does not train.
-
-    Returns:
-        From file name to reason, in the order of `file_weights`.
-    """
+def unprotected(model: Model, protected: Iterable[str]) -> dict[str, str]:
+    """Say of each tensor of the weights file that has no Fisher why it has none."""
     have = frozenset(protected)
     parameters = dict(model.module.named_parameters())
     reasons = {}
@@ -98,22 +69,14 @@ def unprotected(model: Model, protected: Iterable[str], frozen: str = "frozen") 
         elif not any(module_name in parameters for module_name in names):
             reasons[name] = "a buffer, not a parameter"
         elif not any(parameters[n].requires_grad for n in names if n in parameters):
-            reasons[name] = frozen
+            reasons[name] = "frozen"
         else:
             reasons[name] = "not measured"
     return reasons
 
 
 def freeze_parameters(model: Model, patterns: Sequence[str]) -> None:
-    """Let the parameters that match not train.
-
-    Args:
-        model: Changed in place.
-        patterns: Glob patterns of names, the module's or the file's.
-
-    Raises:
-        UsageError: A pattern matches nothing, or a part of what is one parameter.
-    """
+    """Freeze the parameters whose name, in the module or in the file, matches a glob pattern."""
     parameters = dict(model.module.named_parameters())
     names: dict[str, set[str]] = {}  # file and module names -> parameters
     for name in model.module.state_dict():

@@ -15,7 +15,7 @@ class Objective:
     name: str
     likelihood: str  # a name that consolidate.estimation.likelihoods knows
     unit: Literal["example", "token"]
-    auto_class: str | None  # of transformers; None where the model is the user's own
+    auto_class: str | None  # of transformers, after AutoModelFor; None for a user's own module
     modality: Literal["text", "image", "tensor"]
 
     @property
@@ -33,35 +33,15 @@ OBJECTIVES = {
     objective.name: objective
     for objective in (
         Objective(
-            "sequence-classification",
-            "softmax",
-            "example",
-            "AutoModelForSequenceClassification",
-            "text",
+            "sequence-classification", "softmax", "example", "SequenceClassification", "text"
         ),
-        Objective(
-            "multi-label", "bernoulli", "example", "AutoModelForSequenceClassification", "text"
-        ),
-        Objective(
-            "regression", "gaussian", "example", "AutoModelForSequenceClassification", "text"
-        ),
-        Objective(
-            "token-classification",
-            "token-softmax",
-            "token",
-            "AutoModelForTokenClassification",
-            "text",
-        ),
-        Objective("causal-lm", "next-token-softmax", "token", "AutoModelForCausalLM", "text"),
-        Objective("masked-lm", "token-softmax", "token", "AutoModelForMaskedLM", "text"),
-        Objective("seq2seq-lm", "token-softmax", "token", "AutoModelForSeq2SeqLM", "text"),
-        Objective(
-            "image-classification",
-            "softmax",
-            "example",
-            "AutoModelForImageClassification",
-            "image",
-        ),
+        Objective("multi-label", "bernoulli", "example", "SequenceClassification", "text"),
+        Objective("regression", "gaussian", "example", "SequenceClassification", "text"),
+        Objective("token-classification", "token-softmax", "token", "TokenClassification", "text"),
+        Objective("causal-lm", "next-token-softmax", "token", "CausalLM", "text"),
+        Objective("masked-lm", "token-softmax", "token", "MaskedLM", "text"),
+        Objective("seq2seq-lm", "token-softmax", "token", "Seq2SeqLM", "text"),
+        Objective("image-classification", "softmax", "example", "ImageClassification", "image"),
         Objective("classification", "softmax", "example", None, "tensor"),
     )
 }
@@ -77,22 +57,12 @@ _BY_ARCHITECTURE = {
     "ForMaskedLM": "masked-lm",
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
+    "ForConditionalGeneration": "seq2seq-lm",
 }
 
 
 def get_objective(name: str, *, factory: bool = False) -> Objective:
-    """Look an objective up.
-
-    Args:
-        name: A key of `OBJECTIVES`.
-        factory: The model is a user's own module, which takes tensors.
-
-    Returns:
-        The objective; on tensors where `factory`.
-
-    Raises:
-        UsageError: No such objective, or none that fits the kind of model.
-    """
+    """Look an objective up by its name; a user's own module, of a factory, takes tensors."""
     if name not in OBJECTIVES:
         near = difflib.get_close_matches(name, OBJECTIVES, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
@@ -114,14 +84,7 @@ def get_objective(name: str, *, factory: bool = False) -> Objective:
 
 
 def check_declared(config: Mapping[str, Any]) -> None:
-    """Refuse a ``config.json`` of transformers whose fields of the task are of another type.
-
-    Args:
-        config: Its contents.
-
-    Raises:
-        InputError: Naming the field.
-    """
+    """Refuse a ``config.json`` whose fields on the task have types that transformers cannot use."""
     names = config.get("architectures")
     expected = {
         "architectures": names is None
@@ -140,19 +103,7 @@ def check_declared(config: Mapping[str, Any]) -> None:
 
 
 def default_objective(config: Mapping[str, Any], factory: bool) -> Objective:
-    """Choose the objective that a checkpoint was made for.
-
-    Args:
-        config: The contents of its ``config.json``.
-        factory: The model is a user's own module, which takes tensors.
-
-    Returns:
-        For a user's own module classification, unless ``problem_type`` says otherwise; else by the
-        architecture's name, ``problem_type`` and the number of labels.
-
-    Raises:
-        InputError: The architecture does not say what it predicts.
-    """
+    """Choose the objective by the architecture's name, ``problem_type`` and number of labels."""
     problem = config.get("problem_type")
     by_problem = {"regression": "regression", "multi_label_classification": "multi-label"}
     if factory:
@@ -162,21 +113,15 @@ def default_objective(config: Mapping[str, Any], factory: bool) -> Objective:
     if architecture.endswith("ForSequenceClassification"):
         if problem in by_problem:
             return OBJECTIVES[by_problem[problem]]
-        if problem is None and _number_of_labels(config) == 1:
+        labels = config.get("id2label")
+        if problem is None and (len(labels) if labels else config.get("num_labels")) == 1:
             return OBJECTIVES["regression"]
     for ending, name in _BY_ARCHITECTURE.items():
         if architecture.endswith(ending):
             return OBJECTIVES[name]
-    if architecture.endswith("ForConditionalGeneration"):
-        return OBJECTIVES["seq2seq-lm"]
     what = f"the architecture {architecture}" if architecture else "config.json"
     raise InputError(
         f"{what} does not say what is predicted: choose with --objective, one of "
         f"{', '.join(OBJECTIVES)}; a model that transformers does not know is named with "
         "--model package.module:factory"
     )
-
-
-def _number_of_labels(config: Mapping[str, Any]) -> int:
-    labels = config.get("id2label")
-    return len(labels) if labels else int(config.get("num_labels") or 2)

@@ -6,6 +6,7 @@ way back. A conversion is accepted if it is a rearrangement, which is proved by 
 of every element through it: the positions that come out are the way back.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -32,47 +33,30 @@ class Group:
 class Layout:
     """The correspondence between a module's names and those of its weights file.
 
-    Module names are those of `named_parameters` and of the persistent buffers; the other names of a
-    tied tensor are understood too. A module tensor that the file lacks keeps its module name if it
-    is a parameter (`fresh`: a new output layer) and is left out of files if it is a buffer.
-
-    Attributes:
-        groups: One per conversion, in the file's order.
-        unused: Tensors of the file for which the module has no place.
-        duplicates: Second names under which the file holds a tied tensor, with the first.
-        fresh: Parameters of the module which the file lacks.
+    Any name of a tied tensor is understood. Buffers that the file lacks are left out of files.
     """
 
     def __init__(
         self,
-        module: nn.Module,
-        groups: Sequence[Group],
-        file_shapes: Shapes,
-        unused: Iterable[str],
-        outside: Collection[str] = (),
+        module: nn.Module,  # as loaded: its tied tensors are tied
+        groups: Sequence[Group],  # module names may be any of a tied tensor's
+        file_shapes: Shapes,  # in the file's order
+        unused: Iterable[str],  # names of the file for which the module has no place
+        outside: Collection[str] = (),  # module names of another file: an adapter's base model
     ) -> None:
-        """Build it from the groups that loading makes.
-
-        Args:
-            module: The module as loaded: its tied tensors are tied.
-            groups: Module names may be any of a tied tensor's.
-            file_shapes: By name, in the file's order.
-            unused: Names of the file that belong to no group.
-            outside: Module names that belong to another file: an adapter's base model.
-
-        Raises:
-            InputError: Shapes differ, or a conversion is not a rearrangement.
-        """
         self._file_shapes = dict(file_shapes)
         self._aliases = _aliases(module)
-        tensors = _named_tensors(module)
-        self._module_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self._module_shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in module.state_dict(keep_vars=True).items()
+            if self._aliases.get(name) == name
+        }
         self.unused = tuple(unused)
-        self.duplicates: dict[str, str] = {}
+        self.duplicates: dict[str, str] = {}  # second names of tied tensors in the file -> first
         self.groups = self._distinct(groups)
         self._group_of_file = {n: group for group in self.groups for n in group.file_names}
         self._group_of_module = {n: group for group in self.groups for n in group.module_names}
-        self.fresh = tuple(
+        self.fresh = tuple(  # parameters that the file lacks, such as those of a new output layer
             name
             for name, _ in module.named_parameters()
             if name not in self._group_of_module and name not in outside
@@ -101,21 +85,10 @@ class Layout:
             return list(self._group_of_file[file_name].module_names)
         return [file_name] if file_name in self.fresh else []
 
-    def to_file(
-        self, tensors: Mapping[str, Tensor], *, rest: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """Give tensors of the module the file's names, shapes and order.
+    def to_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give tensors of the module, of any dtype, the names, shapes and order of the file.
 
-        Args:
-            tensors: By module name, of the module's shapes, any dtype; parameters may be absent.
-            rest: By module name: what fills the remainder of a file tensor of which `tensors` has
-                only a part (a frozen third of a fused projection, say); zero unless given.
-
-        Returns:
-            By file name, in the file's order, then fresh parameters in the module's.
-
-        Raises:
-            InputError: A name is not the module's, or a shape differs.
+        What is absent is left out, or zero where the file has it in one tensor with what is given.
         """
         given: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
@@ -130,22 +103,12 @@ class Layout:
             if group.convert is None:
                 found[group.file_names[0]] = given[group.module_names[0]]
             else:
-                found.update(self._to_file(group, given, rest or {}))
+                found.update(self._to_file(group, given))
         found.update({name: given[name] for name in self.fresh if name in given})
         return {name: found[name] for name in sorted(found, key=self._place_in_file.__getitem__)}
 
     def to_module(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give tensors of the file the module's names, shapes and order.
-
-        Args:
-            tensors: By file name, of the file's shapes, any dtype; some may be absent. May be lazy.
-
-        Returns:
-            By module name, in the module's order.
-
-        Raises:
-            InputError: A name is not the file's, a shape differs, or a conversion lacks a part.
-        """
+        """Give tensors of the file, lazy or not, the names, shapes and order of the module."""
         found: dict[str, Tensor] = {}
         fresh = frozenset(self.fresh)
         for name in tensors:
@@ -208,7 +171,7 @@ class Layout:
                     "model: config.json and the weights do not belong together"
                 )
             return
-        elements = sum(_elements(self._file_shapes[name]) for name in group.file_names)
+        elements = sum(self._sizes(group))
         others = len(group.file_names) - 1
         subject = group.file_names[0] + (f" and {others} other tensors" if others else "")
         refusal = (
@@ -241,50 +204,30 @@ class Layout:
     def _positions(self, group: Group) -> list[Tensor]:
         """For each module tensor, which element of the group's tensors stands where."""
         assert group.convert is not None
-        shapes = [self._file_shapes[name] for name in group.file_names]
-        total = sum(_elements(shape) for shape in shapes)
-        dtype = torch.int32 if total < 2**31 else torch.int64
-        numbered = []
-        start = 0
-        for shape in shapes:
-            stop = start + _elements(shape)
-            numbered.append(torch.arange(start, stop, dtype=dtype).reshape(shape))
-            start = stop
-        return group.convert(numbered)
+        total = sum(self._sizes(group))
+        numbers = torch.arange(total, dtype=torch.int32 if total < 2**31 else torch.int64)
+        return group.convert(list(self._parts(group, numbers).values()))
 
-    def _to_file(
-        self, group: Group, given: Mapping[str, Tensor], rest: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _to_file(self, group: Group, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         sample = next(given[name] for name in group.module_names if name in given)
-        total = sum(_elements(self._file_shapes[name]) for name in group.file_names)
-        flat = sample.new_zeros(total)
+        flat = sample.new_zeros(sum(self._sizes(group)))
         for name, position in zip(group.module_names, self._positions(group), strict=True):
-            tensor = given.get(name, rest.get(name))
-            if tensor is not None:
-                flat[position.flatten().to(flat.device)] = tensor.detach().flatten().to(flat)
-        parts = {}
-        start = 0
-        for name in group.file_names:
-            stop = start + _elements(self._file_shapes[name])
-            # A copy, because safetensors refuses tensors that share memory.
-            parts[name] = flat[start:stop].reshape(self._file_shapes[name]).clone()
-            start = stop
-        return parts
+            if name in given:
+                flat[position.flatten().to(flat.device)] = given[name].detach().flatten().to(flat)
+        # Copies, because safetensors refuses tensors that share memory.
+        return {name: part.clone() for name, part in self._parts(group, flat).items()}
+
+    def _parts(self, group: Group, flat: Tensor) -> dict[str, Tensor]:
+        """Cut the elements of a group's tensors of the file apart."""
+        parts = zip(group.file_names, flat.split(self._sizes(group)), strict=True)
+        return {name: part.reshape(self._file_shapes[name]) for name, part in parts}
+
+    def _sizes(self, group: Group) -> list[int]:
+        return [math.prod(self._file_shapes[name]) for name in group.file_names]
 
 
 def same_names_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
-    """Lay out a module whose file has the names of its state dict.
-
-    Args:
-        module: Any module.
-        file_shapes: By name, in the file's order.
-
-    Returns:
-        The layout; names that the module lacks are its `unused`.
-
-    Raises:
-        InputError: A shape differs.
-    """
+    """Lay out a module whose file has the names of its state dict."""
     state = module.state_dict()
     groups = [Group((name,), (name,), None) for name in file_shapes if name in state]
     return Layout(module, groups, file_shapes, [name for name in file_shapes if name not in state])
@@ -293,15 +236,7 @@ def same_names_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
 def transformers_layout(module: Any, file_shapes: Shapes) -> tuple[Layout, dict[str, str]]:
     """Lay out a transformers model by the conversions with which transformers loads it.
 
-    Args:
-        module: A `PreTrainedModel`, loaded, with its tied weights tied.
-        file_shapes: By name, in the file's order.
-
-    Returns:
-        The layout, and for each unused tensor the name under which transformers looked for it.
-
-    Raises:
-        InputError: A conversion is not a rearrangement, or a shape differs.
+    For each unused tensor there is the name under which transformers looked for it.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -375,13 +310,6 @@ def _converted_group(
     return Group(names, module_names, convert)
 
 
-def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, tied ones once, in the module's order."""
-    aliases = _aliases(module)
-    state = module.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if aliases.get(name) == name}
-
-
 def _aliases(module: nn.Module) -> dict[str, str]:
     """Each name in the state dict with the first name of the same tensor."""
     first: dict[int, str] = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -390,10 +318,6 @@ def _aliases(module: nn.Module) -> dict[str, str]:
         if isinstance(tensor, Tensor):
             aliases[name] = first.setdefault(id(tensor), name)
     return aliases
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], where: str) -> None:

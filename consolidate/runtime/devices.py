@@ -7,19 +7,7 @@ from formats.errors import UsageError
 
 
 def best_device(name: str | None = None) -> torch.device:
-    """Give the device of that name, or the best there is.
-
-    Each of several processes has a CUDA device of its own.
-
-    Args:
-        name: Such as ``cpu``, ``cuda`` or ``cuda:1``.
-
-    Returns:
-        The device.
-
-    Raises:
-        UsageError: This machine or this build of torch has no such device.
-    """
+    """Give the device of that name, or the best there is; processes have a CUDA device each."""
     if name is None:
         if torch.cuda.is_available():
             name = "cuda"

@@ -1,7 +1,7 @@
 """Several processes that work on one thing: examples dealt among them, and sums over them.
 
 `torchrun` starts the processes, torch.distributed joins them: gloo for the CPU, NCCL for CUDA. In a
-process that was started alone there is no group, and nothing here does anything.
+process that was started alone the group is None, and nothing here does anything.
 """
 
 import json
@@ -30,13 +30,9 @@ _GONE = "another process of this run is gone and did not say why; it may have be
 
 @contextmanager
 def process_group() -> Iterator[dist.ProcessGroup | None]:
-    """Join the processes that `torchrun` started together, for the block.
+    """Join the processes that `torchrun` started together, for the block; a group may be there.
 
     Where one of them fails, it alone raises what went wrong; the others follow with a PeerError.
-
-    Yields:
-        The group of all; None in a process that was started alone. A group that is there already
-        is used as it is.
     """
     if dist.is_initialized() or world_size() == 1:
         yield all_processes()
@@ -89,15 +85,7 @@ def all_processes() -> dist.ProcessGroup | None:
 
 
 def shards_among(*, shard: bool, check: bool) -> dist.ProcessGroup | None:
-    """Return the processes that hold shards of a model; None where each holds all of it.
-
-    Args:
-        shard: Whether shards are wanted.
-        check: Whether every batch of a pass is to be held against single examples.
-
-    Raises:
-        UsageError: They are wanted of one process, or together with what cannot be had.
-    """
+    """Return the processes that hold shards of a model; None where each holds all of it."""
     if not shard:
         return None
     if all_processes() is None:
@@ -108,34 +96,17 @@ def shards_among(*, shard: bool, check: bool) -> dist.ProcessGroup | None:
 
 
 def is_first(group: dist.ProcessGroup | None) -> bool:
-    """Return whether this is the process that writes and speaks for the group.
-
-    Args:
-        group: The processes; None for one alone.
-    """
+    """Return whether this is the process that writes and speaks for the group."""
     return group is None or group.rank() == 0
 
 
 def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Return this process's number in a group, and the group's size.
-
-    Args:
-        group: The processes; None for one alone.
-    """
+    """Return this process's number in a group, and the group's size."""
     return (0, 1) if group is None else (group.rank(), group.size())
 
 
 def dealt(order: Sequence[int], batch_size: int, group: dist.ProcessGroup | None) -> Sequence[int]:
-    """Deal examples to processes, batch by batch in turn.
-
-    Args:
-        order: Those that one process would read, in its order.
-        batch_size: How many at a time.
-        group: The processes; None for one alone.
-
-    Returns:
-        Those of this process, in order: whole batches of the one process, maybe none.
-    """
+    """Deal examples to processes, batch by batch in turn: whole batches of the one process."""
     number, size = place_in(group)
     if size == 1:
         return order
@@ -146,16 +117,7 @@ def dealt(order: Sequence[int], batch_size: int, group: dist.ProcessGroup | None
 def shares(
     order: Sequence[int], batch_size: int, group: dist.ProcessGroup | None
 ) -> Iterator[Sequence[int]]:
-    """Share each batch of examples among processes: `batch_size` for each, at most.
-
-    Args:
-        order: All examples, in the order of reading.
-        batch_size: How many of a batch each process has; fewer of the last, the first ones most.
-        group: The processes; None for one alone.
-
-    Yields:
-        This process's share of one batch after the other; it may be empty.
-    """
+    """Yield this process's share of each batch, `batch_size` examples at most; it may be empty."""
     number, size = place_in(group)
     for start in range(0, len(order), size * batch_size):
         batch = order[start : start + size * batch_size]
@@ -166,12 +128,7 @@ def shares(
 def rounds(items: Iterable[T], group: dist.ProcessGroup | None) -> Iterator[tuple[T | None, bool]]:
     """Yield this process's items, and None after the last until no process has one left.
 
-    Args:
-        items: Those of this process, read one at a time.
-        group: The processes; None for one alone.
-
-    Yields:
-        An item, and whether every process has one in this round.
+    With each comes whether every process has one in this round.
     """
     size = place_in(group)[1]
     iterator = iter(items)
@@ -189,15 +146,7 @@ def in_step(items: Iterable[T], group: dist.ProcessGroup | None) -> Iterator[T |
 
 
 def summed(group: dist.ProcessGroup | None, *numbers: float) -> list[float]:
-    """Sum numbers over the processes, in float64.
-
-    Args:
-        group: The processes; None for one alone.
-        numbers: Of this process.
-
-    Returns:
-        The sums, the same in every process.
-    """
+    """Sum numbers over the processes, in float64; the sums are the same in every process."""
     if group is None:
         return list(numbers)
     sums = torch.tensor(numbers, dtype=torch.float64)
@@ -206,12 +155,7 @@ def summed(group: dist.ProcessGroup | None, *numbers: float) -> list[float]:
 
 
 def sum_(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> None:
-    """Replace tensors by their sums over the processes, many small ones at a time.
-
-    Args:
-        tensors: As many and of the same shapes, dtypes and devices in every process.
-        group: The processes; None for one alone.
-    """
+    """Replace tensors by their sums over the processes, many small ones at a time."""
     if group is None:
         return
     waiting: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -229,15 +173,7 @@ def sum_(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> None:
 
 
 def from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
-    """Give every process what the first one has.
-
-    Args:
-        value: Anything that JSON can hold; only the first process's counts.
-        group: The processes; None for one alone.
-
-    Returns:
-        The first process's value.
-    """
+    """Give every process the value of the first one, which JSON can hold."""
     if group is None:
         return value
     text = torch.tensor(list(json.dumps(value).encode()) if is_first(group) else [])
@@ -249,15 +185,7 @@ def from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
 
 
 def from_all(numbers: Sequence[int], group: dist.ProcessGroup | None) -> list[list[int]]:
-    """Give every process the numbers of all.
-
-    Args:
-        numbers: Of this process, as many in each; below 2⁶³.
-        group: The processes; None for one alone.
-
-    Returns:
-        A list for each process, in their order.
-    """
+    """Give every process the numbers of all, in their order; as many in each, below 2⁶³."""
     if group is None:
         return [list(numbers)]
     own = torch.tensor(numbers, dtype=torch.int64)
@@ -267,11 +195,7 @@ def from_all(numbers: Sequence[int], group: dist.ProcessGroup | None) -> list[li
 
 
 def is_lost(error: BaseException) -> bool:
-    """Return whether an error says no more than that another process does not answer.
-
-    Args:
-        error: Any.
-    """
+    """Return whether an error says no more than that another process does not answer."""
     words = ("connection closed by peer", "connection reset by peer", "gloo", "nccl")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

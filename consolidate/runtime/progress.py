@@ -16,16 +16,9 @@ SECONDS_BETWEEN_LINES = 30.0
 
 @contextmanager
 def progress(label: str, total: int, unit: str, before: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show how far a pass over `total` units has come.
+    """Show how far a pass over `total` units has come; yield a function that is told what was done.
 
-    Args:
-        label: What is being done, such as ``"Fisher of digits"``.
-        total: The number of units in the whole pass.
-        unit: What is counted, in the plural.
-        before: The units of a pass gone on with that were done earlier.
-
-    Yields:
-        A function to call with the number of units just done.
+    Units that were done `before`, by a pass that was interrupted, count as done but not as time.
     """
     start = last = time.monotonic()
     done = 0
@@ -48,14 +41,8 @@ def progress(label: str, total: int, unit: str, before: int = 0) -> Iterator[Cal
             if bar.disable and now - last >= SECONDS_BETWEEN_LINES and before + done < total:
                 last = now
                 rate = done / (now - start)
-                LOG.info(
-                    "%s: %d of %d %s, %.3g/s, %.0f s left",
-                    label,
-                    before + done,
-                    total,
-                    unit,
-                    rate,
-                    (total - before - done) / rate,
-                )
+                left = (total - before - done) / rate
+                words = "%s: %d of %d %s, %.3g/s, %.0f s left"
+                LOG.info(words, label, before + done, total, unit, rate, left)
 
         yield advance

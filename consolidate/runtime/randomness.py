@@ -11,11 +11,7 @@ from torch import Tensor
 
 @contextmanager
 def untouched_randomness(seed: int) -> Iterator[None]:
-    """Seed the CPU's generators, and put them back as they were.
-
-    Args:
-        seed: Of what is drawn meanwhile.
-    """
+    """Seed the CPU's generators for a block, and put them back as they were."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -29,29 +25,17 @@ def untouched_randomness(seed: int) -> Iterator[None]:
 
 
 _STEP = 0x9E3779B97F4A7C15 - 2**64
-
-
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 
 def uniforms(
     seed: int, examples: Tensor, positions: int, sample: int = 0, *, stream: int = 0
 ) -> Tensor:
-    """Draw one uniform number for each example and position.
+    """Draw (B, positions) float64 on the CPU, strictly between 0 and 1, for (B,) examples.
 
     A number depends on (seed, stream, sample, example index, position) alone, so results do not
     change with batch size, order, rank count, device or a restart. The words are absorbed one
     after the other by SplitMix64 (Steele, Lea & Flood 2014).
-
-    Args:
-        seed: The user's seed; any integer, taken modulo 2⁶⁴.
-        examples: Indices of the examples in their data set, (B,) integers.
-        positions: How many numbers each example gets.
-        sample: Which of several draws for the same example and position.
-        stream: Keeps purposes apart, such as sampled labels and masked tokens.
-
-    Returns:
-        (B, positions) float64 on the CPU, strictly between 0 and 1.
     """
     key = _mix(torch.tensor((seed + 2**63) % 2**64 - 2**63))
     for word in (torch.tensor(stream), torch.tensor(sample), examples.cpu().long()[:, None]):

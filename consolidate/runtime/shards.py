@@ -19,19 +19,9 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 
 def shard(
-    module: nn.Module,
-    group: ProcessGroup,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
+    module: nn.Module, group: ProcessGroup, device: torch.device, dtype: torch.dtype | None = None
 ) -> None:
-    """Cut a module's parameters along their first size, a shard for each process.
-
-    Args:
-        module: The same in every process. It is moved to the device block by block.
-        group: The processes.
-        device: This process's.
-        dtype: Of the floating-point parameters and buffers, in shards; as they are unless given.
-    """
+    """Cut a module's parameters along their first size, and move it to the device by blocks."""
     mesh = DeviceMesh.from_group(group, device.type)
     for block in _blocks(module):
         fully_shard(block.to(dtype=dtype), mesh=mesh)
@@ -42,39 +32,22 @@ def shard(
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Return whether a module's parameters lie in shards.
-
-    Args:
-        module: Any module.
-    """
+    """Return whether a module's parameters lie in shards."""
     return isinstance(module, FSDPModule)
 
 
 def is_cut(tensor: Tensor) -> bool:
-    """Return whether this process holds a part of a tensor only.
-
-    Args:
-        tensor: Any.
-    """
+    """Return whether this process holds a part of a tensor only."""
     return isinstance(tensor, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor, which shares its memory; all of one that is whole.
-
-    Args:
-        tensor: A parameter, its gradient, or any other tensor.
-    """
+    """Return this process's part of a tensor, which shares its memory; all of one that is whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return the part of a tensor that lies beside this process's part of a parameter.
-
-    Args:
-        tensor: Whole, of the parameter's shape, the same in every process; or cut already.
-        parameter: Sharded or not.
-    """
+    """Return the part of a tensor that lies beside this process's part of a parameter."""
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
         return local(tensor)
     if tensor.dim() and not any(tensor.stride()):  # one number for all
@@ -85,12 +58,7 @@ def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def cut_as(part: Tensor, parameter: Tensor) -> Tensor:
-    """Return what this process's part of a tensor that lies beside a parameter is a part of.
-
-    Args:
-        part: This process's, or a number that all have.
-        parameter: Sharded or not.
-    """
+    """Return the tensor, cut like a parameter, of which this process holds a part beside it."""
     if not isinstance(parameter, DTensor) or not part.dim():
         return part
     return DTensor.from_local(
@@ -104,39 +72,21 @@ def cut_as(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """Gather a tensor; every process has to ask for it, and gets it.
-
-    Args:
-        tensor: Sharded or not, or this process's part of one that is cut like another.
-        like: The other, such as a parameter.
-    """
+    """Gather a tensor, or one that is cut `like` another, of a part; every process has to ask."""
     if like is not None:
         tensor = cut_as(tensor, like)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sum_of_parts(value: Tensor, parameter: Tensor) -> Tensor:
-    """Sum what every process has made of its parts.
-
-    Args:
-        value: Of this process, 0-dimensional.
-        parameter: One of those that it was made of, sharded or not.
-    """
+    """Sum over the processes what each made of its part of a parameter, 0-dimensional."""
     if not isinstance(parameter, DTensor):
         return value
-    return DTensor.from_local(
-        value, parameter.device_mesh, [Partial()], run_check=False
-    ).full_tensor()
+    return whole(DTensor.from_local(value, parameter.device_mesh, [Partial()], run_check=False))
 
 
 def add_shard_(total: Tensor, values: Tensor, parameter: Tensor) -> None:
-    """Add this process's part of Σ values over the processes to a total.
-
-    Args:
-        total: This process's part, cut like the parameter.
-        values: Of this process, of the parameter's shape.
-        parameter: Sharded.
-    """
+    """Add the sum of values over the processes to a total that is cut like a parameter."""
     assert isinstance(parameter, DTensor)
     partial = DTensor.from_local(values, parameter.device_mesh, [Partial()], run_check=False)
     total += local(partial.redistribute(placements=parameter.placements)).to(total.dtype)
@@ -149,11 +99,6 @@ def gradients_of(
     """Hand over each whole gradient of this process's examples as it comes, and forget it.
 
     FSDP would sum them over the processes.
-
-    Args:
-        model: Sharded.
-        parameters: Those wanted, by name; they require gradients.
-        take: Called in a backward pass, with a name and a gradient, in the same order everywhere.
     """
     seen: set[int] = set()
     handles: list[Any] = []

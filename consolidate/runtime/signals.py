@@ -25,14 +25,9 @@ _asked: type[BaseException] | None = None
 
 
 def ask(reason: type[BaseException]) -> bool:
-    """Ask what is being done to stop; called by a handler of signals.
+    """Ask what is being done to stop; False if it does not wait, and the handler is to raise.
 
-    Args:
-        reason: What is raised then.
-
-    Returns:
-        Whether that waits for the next point; if not, it is for the caller to raise. A Ctrl-C waits
-        for nothing that was asked to stop before.
+    A Ctrl-C waits for nothing that was asked to stop before.
     """
     global _asked
     if not _waits or (_asked is not None and reason is KeyboardInterrupt):
@@ -52,31 +47,18 @@ def wishes() -> tuple[bool, bool]:
 
 
 def stop_together(interrupted: float, terminated: float) -> None:
-    """Raise what any process was asked for: in all of them, which `stopped_together` tells.
-
-    Args:
-        interrupted: How many were asked by Ctrl-C.
-        terminated: How many by SIGTERM.
-    """
+    """Raise in all processes what any of them was asked for, as `stopped_together` tells."""
     if interrupted or terminated:
         raise (Terminated if terminated else KeyboardInterrupt)(_TOGETHER)
 
 
 def stopped_together(stop: BaseException) -> bool:
-    """Say whether all processes stop here: then they can keep what belongs together.
-
-    Args:
-        stop: What was raised.
-    """
+    """Say whether all processes stop here: then they can keep what belongs together."""
     return stop.args == (_TOGETHER,)
 
 
 def until_asked(items: Iterable[T]) -> Iterator[T]:
-    """Yield the first, and the others while no stop waits, of what is in vain once one does.
-
-    Args:
-        items: Such as the batches of an evaluation.
-    """
+    """Yield items until a stop waits, as all are in vain then; the first in any case."""
     for number, item in enumerate(items):
         if number and asked():
             return
@@ -93,11 +75,7 @@ def stop_if_asked() -> None:
 
 @contextmanager
 def waiting(waits: bool = True) -> Iterator[None]:
-    """Let a stop wait inside the block for `stop_if_asked`, or with false for nothing.
-
-    Args:
-        waits: False for a part of such a block that can be left at any moment.
-    """
+    """Let a stop wait for `stop_if_asked` inside the block; with false, for nothing there."""
     global _waits, _asked
     before = _waits
     if not waits:

@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,15 +83,20 @@ def opened(adapter: Path, base: Path | None = None) -> Any:
     return with_base(open_checkpoint(adapter), base)
 
 
-def test_an_adapter_of_peft_is_read_and_stored_bit_for_bit(gpt2: Path, tmp_path: Path):
-    folder = peft_adapter(tmp_path / "adapter", gpt2, target_modules=["c_attn", "c_fc"])
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 6 / 2), (True, 6 / math.sqrt(2))])
+def test_an_adapter_of_peft_is_read_and_stored_bit_for_bit(
+    gpt2: Path, tmp_path: Path, rslora: bool, scale: float
+):
+    folder = peft_adapter(
+        tmp_path / "adapter", gpt2, target_modules=["c_attn", "c_fc"], use_rslora=rslora
+    )
     model = load(opened(folder))
     reference = read_by_peft(folder, gpt2)
     assert torch.equal(outputs(model.module), outputs(reference))
     stored, made = load_file(folder / "adapter_model.safetensors"), file_weights(model)
     assert stored.keys() == made.keys()
     assert all(torch.equal(made[name], stored[name]) for name in stored)
-    assert {layer.scale for layer in low_rank_layers(model.module).values()} == {3.0}
+    assert {layer.scale for layer in low_rank_layers(model.module).values()} == {scale}
     trained = [name for name, p in model.module.named_parameters() if p.requires_grad]
     assert len(trained) == len(stored)
     assert model.processor is not None

@@ -41,11 +41,10 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(gpt2: Path):
         assert torch.equal(one, other), name
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_merging_gives_the_module_back_with_what_the_adapter_computed(gpt2: Path, rslora: bool):
+def test_merging_gives_the_module_back_with_what_the_adapter_computed(gpt2: Path):
     model = load(open_checkpoint(gpt2))
     names = list(model.module.state_dict())
-    add_lora(model.module, rank=3, targets=["c_attn", "c_proj"], alpha=5, rslora=rslora)
+    add_lora(model.module, rank=3, targets=["c_attn", "c_proj"], alpha=5)
     for layer in low_rank_layers(model.module).values():
         nn.init.normal_(layer.b)
     expected = outputs(model.module)

@@ -44,6 +44,7 @@ TESTED_THROUGH = {
     "formats/test_data": "rows",
     "formats/test_fisher_json": "versions",
     "system/test_cli": "errors __main__",
+    "views/test_text": "wording",
 }
 
 IMPORT_BY_NAME = {"consolidate.models.factories"}  # what the user typed
