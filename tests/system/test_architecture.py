@@ -16,10 +16,12 @@ FORMATS = sorted((ROOT / "formats").rglob("*.py"))
 CONSOLIDATE = sorted((ROOT / "consolidate").rglob("*.py"))
 MODULES = FORMATS + CONSOLIDATE
 
-ORDER = "formats < runtime < estimation, ewc < training < models < data < chain < views < commands"
+ORDER = "formats < results < runtime < estimation, ewc < training < models < data < chain"
+ORDER += " < views < commands"
 RANKS = {folder: rank for rank, one in enumerate(ORDER.split(" < ")) for folder in one.split(", ")}
 NUMERICAL = {"estimation", "ewc", "training"}  # they take and return tensors
 COMMAND_LINE = {"__init__", "__main__", "cli", "options"}  # beside the folders, above all of them
+RESULTS = ROOT / "consolidate" / "results.py"  # beside the folders, at the bottom
 KNOW_CLICK = {"cli", "options"}
 LONGEST_PATH = 12  # modules below the program's first line, each of which imports the next
 
@@ -44,6 +46,7 @@ TESTED_THROUGH = {
     "formats/test_data": "rows",
     "formats/test_fisher_json": "versions",
     "system/test_cli": "errors __main__",
+    "system/test_json_schema": "results",
 }
 
 IMPORT_BY_NAME = {"consolidate.models.factories"}  # what the user typed
@@ -61,7 +64,9 @@ def name_of(path: Path) -> str:
 
 
 def folder_of(path: Path) -> str:
-    """The folder in the order above; none for the modules of the command line."""
+    """The place in the order above; none for the modules of the command line."""
+    if path == RESULTS:
+        return "results"
     parts = path.relative_to(ROOT).parts
     return "formats" if parts[0] == "formats" else parts[1] if len(parts) > 2 else ""
 
