@@ -401,7 +401,6 @@ def evaluate(
     help="Which they were all fine-tuned from: its tasks, which all hold, then count once.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the output folder that is there.")
-@FORCE
 @COMMON
 def merge(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
     """Merge checkpoints of one architecture into one, each weight by how much it matters to whom.

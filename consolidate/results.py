@@ -46,6 +46,10 @@ DoneOrCached = Annotated[
     Literal["done", "cached"],
     Meta(description="cached: the output was there already, made from the same."),
 ]
+Change = Annotated[
+    Literal["new", "changed", "unchanged", "not compared"],
+    Meta(description="not compared: a dry run that could not ask the Hub."),
+]
 Sizes = dict[str, Bytes]
 
 
@@ -202,9 +206,7 @@ class FinetuneDone(Finetuned):
     exit_code: NotRequired[
         Annotated[Literal[5], Meta(description="Of `--json`, where it forgot too much.")]
     ]
-    error: NotRequired[
-        Annotated[str, Meta(description="Of `--json`, where it forgot too much.")]
-    ]
+    error: NotRequired[Annotated[str, Meta(description="Of `--json`, where it forgot too much.")]]
     steps: Count
     loss: Annotated[float | None, Meta(description="Of the last step, per unit.")]
     penalty_value: Annotated[float | None, Meta(description="Before the last step.")]
@@ -441,10 +443,7 @@ class PushedFile(TypedDict):
 
     path: str
     size: Bytes
-    change: Annotated[
-        Literal["new", "changed", "unchanged", "not compared"],
-        Meta(description="not compared: a dry run that could not ask the Hub."),
-    ]
+    change: Change
 
 
 class PushResult(TypedDict):

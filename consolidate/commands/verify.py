@@ -14,6 +14,7 @@ from formats.digest import TensorRecord, differences, set_digest, tensor_record
 from formats.errors import ConsolidateError, InputError, NonFiniteError
 from formats.fisher_folder import (
     LEDGER_NAME,
+    StoredFisher,
     check_values,
     in_one_line,
     read_fisher,
@@ -68,6 +69,14 @@ def verify(
         summary["later"].append(found | {"descends_by": how})
         before, ledger = path, next_ledger
     return summary
+
+
+def check_fisher_values(stored: StoredFisher) -> None:
+    """Refuse values in a Fisher folder that are not finite, or negative in the Fisher itself."""
+    for kind, tensors, _ in tensor_sets(stored):
+        for name in tensors:
+            where = f"{tensors.path}: {kind} of {name!r}"
+            check_values(tensors[name], where, not_negative=kind == "fisher")
 
 
 def _verify_one(

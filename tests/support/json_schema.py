@@ -42,9 +42,10 @@ def faults(value: Any, schema: dict[str, Any], place: str) -> Iterator[str]:
             return
     if "enum" in schema and value not in schema["enum"]:
         yield f"{place} is {value!r:.50}, not one of {schema['enum']}"
-    if isinstance(value, int | float):
-        if not schema.get("minimum", value) <= value <= schema.get("maximum", value):
-            yield f"{place} is {value!r}, which is out of range"
+    if isinstance(value, int | float) and not (
+        schema.get("minimum", value) <= value <= schema.get("maximum", value)
+    ):
+        yield f"{place} is {value!r}, which is out of range"
     if isinstance(value, dict):
         others = schema.get("additionalProperties", {})
         yield from (f"{place} lacks {k!r}" for k in schema.get("required", ()) if k not in value)
