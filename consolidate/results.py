@@ -31,6 +31,9 @@ BaseDigest = Annotated[
     str | None, Meta(description="Digest of the base model, where the weights are an adapter's.")
 ]
 Anchor = Literal["the weights", "fisher/anchor"]
+FisherDtype = Literal["F32", "BF16"]
+Descent = Literal["weights", "tasks"]
+Format = Literal["consolidate-fisher"]
 Estimator = Literal["exact", "mc", "empirical", "batched"]
 MergeRule = Literal["online", "separate"]
 Penalty = Literal["ewc", "l2", "none"]
@@ -320,7 +323,7 @@ class FisherTotals(TypedDict):
 
     tensors: Count
     values: Count
-    dtype: Literal["F32", "BF16"]
+    dtype: FisherDtype
     trace: float
     digest: Digest
 
@@ -365,7 +368,7 @@ class ShowResult(TypedDict):
 
     checkpoint: Path
     commits: Commits
-    format: Literal["consolidate-fisher"]
+    format: Format
     version: int
     merge_rule: MergeRule
     gamma: float
@@ -425,7 +428,7 @@ class VerifyResult(TypedDict):
             Meta(description="The checkpoints after the first, each from the one before."),
         ]
     ]
-    descends_by: NotRequired[Literal["weights", "tasks"]]
+    descends_by: NotRequired[Descent]
 
 
 class ReportResult(TypedDict):

@@ -392,7 +392,7 @@ def _record_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.json")
 
 
-def _matrix(checkpoint: Path) -> dict[str, Any] | None:
+def _matrix(checkpoint: Path) -> Any:
     matrix = ledger_matrix(read_ledger(checkpoint / "fisher" / LEDGER_NAME))
     return None if matrix is None else matrix_summary(matrix)
 

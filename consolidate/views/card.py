@@ -1,5 +1,6 @@
 """The model card of a checkpoint: what the ledger says, beside what a person wrote."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,9 +17,11 @@ from consolidate.chain.consistency import side_by_side, side_by_side_text
 from consolidate.training.accuracy_matrix import accuracy_matrix
 from consolidate.views.markdown import escaped, table
 from consolidate.views.matrix import ledger_matrix, matrix_summary, matrix_table
+from consolidate.views.summary import estimator_text, penalty_text
 from formats.digest import set_digest
 from formats.errors import InputError
 from formats.fisher_json import Ledger, TaskRecord, copies
+from formats.wording import few
 
 MAX_CARD_BYTES = 2**20
 BEGIN = "<!-- consolidate:begin {}(from here to the end mark, each push writes anew) -->"
@@ -72,18 +75,6 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
     ledger and what is not there yet. A card of ours of another repository came with its model: that
     one is the base model, unless another is named. In a card of a folder that was not pushed, the
     metadata name it.
-
-    Args:
-        existing: The text of the card that is there.
-        ledger: The ledger.
-        subject: What it is about.
-
-    Returns:
-        The text, metadata first.
-
-    Raises:
-        InputError: The metadata of the existing card are no YAML mapping, or it has one of the
-            marks without the other.
     """
     existing = existing or ""
     data, text = _parts(existing)
@@ -112,52 +103,26 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
 
 
 def named_models(existing: str) -> tuple[str, ...]:
-    """Tell whose card this is, if we wrote it.
-
-    Args:
-        existing: The text of a card.
-
-    Returns:
-        The repository that it was written for; of a folder that was not pushed those of the models
-        it was made from. Nothing where it is no card of ours, or none is known.
-
-    Raises:
-        InputError: Its metadata are no YAML mapping.
-    """
+    """Tell whose card this is, if we wrote it."""
     data, text = _parts(existing)
     ours = _BLOCK.search(text)
     return _named(ours, data, "") if ours else ()
 
 
 def of_a_folder(existing: str) -> bool:
-    """Return whether we wrote a card, of a folder that was not pushed since.
-
-    Args:
-        existing: Its text.
-    """
+    """Return whether we wrote a card, of a folder that was not pushed since."""
     ours = _BLOCK.search(existing)
     return ours is not None and not ours[1]
 
 
 def licence(existing: str) -> dict[str, Any]:
-    """Give what the metadata of a card say of the licence.
-
-    Args:
-        existing: Its text.
-
-    Raises:
-        InputError: They are no YAML mapping.
-    """
+    """Give what the metadata of a card say of the licence."""
     data, _ = _parts(existing)
     return {key: data[key] for key in _LICENCE if isinstance(data.get(key), str | list)}
 
 
 def is_repository(name: Any) -> bool:
-    """Return whether something can be the name of a repository on the Hub.
-
-    Args:
-        name: Of anything that YAML or JSON can hold.
-    """
+    """Return whether something can be the name of a repository on the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -257,16 +222,7 @@ def _library(subject: Subject) -> str:
 
 
 def evaluation_results(ledger: Ledger, subject: Subject) -> list[EvalResult]:
-    """Give the accuracy matrix as the Hub's evaluation results.
-
-    Args:
-        ledger: The ledger.
-        subject: What the card is about.
-
-    Returns:
-        A result for each score that was measured; the last task's row, which is the model as it is,
-        first and without the argument ``after_training``.
-    """
+    """Give the accuracy matrix as the Hub's evaluation results."""
     matrix = accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
     results = []
     last = len(ledger.tasks) - 1
@@ -381,25 +337,16 @@ def _tasks(ledger: Ledger) -> str:
                 escaped(task.objective),
                 _labels(task),
                 escaped(task.data) or "–",
-                _learned(task),
+                "(measured only)"
+                if task.penalty is None
+                else escaped(penalty_text(task.penalty, task.penalty_on, task.ewc_lambda)),
             ]
         )
     return "### Tasks, in the order they were learned\n\n" + table(rows)
 
 
 def _labels(task: TaskRecord) -> str:
-    labels = task.labels or []
-    rest = f" and {len(labels) - 8} more" if len(labels) > 8 else ""
-    return ", ".join(escaped(label) for label in labels[:8]) + rest or "–"
-
-
-def _learned(task: TaskRecord) -> str:
-    if task.penalty is None:
-        return "(measured only)"
-    if task.ewc_lambda is None:
-        return "no penalty"
-    held = {None: "", "adapter": " on the adapter", "merged": " on merged weights"}
-    return f"{escaped(task.penalty)}{held[task.penalty_on]}, λ = {task.ewc_lambda:g}"
+    return few([escaped(label) for label in task.labels or []], 8) or "–"
 
 
 def _scores(ledger: Ledger) -> str:
@@ -421,14 +368,14 @@ def _measured(ledger: Ledger) -> str:
         rows.append(
             [
                 escaped(task.name),
-                task.estimator + _samples(task),
+                estimator_text(task.estimator, task.mc_samples),
                 f"{task.examples:,} examples"
                 + (f", {task.units:,} tokens" if task.unit == "token" else ""),
                 str(task.seed),
                 f"{task.weight:g}",
             ]
         )
-    count = sum(_count(record.shape) for record in ledger.fisher.values())
+    count = sum(math.prod(record.shape) for record in ledger.fisher.values())
     dtype = next(iter(ledger.fisher.values())).dtype
     rule = ledger.merge_rule + (f", γ = {ledger.gamma:g}" if ledger.merge_rule == "online" else "")
     lines = [
@@ -442,11 +389,6 @@ def _measured(ledger: Ledger) -> str:
         why = "; ".join(escaped(reason) for reason in sorted(set(unheld))[:5])
         lines.append(f"{len(unheld)} tensors are not protected: {why}.")
     return "\n\n".join(lines)
-
-
-def _samples(task: TaskRecord) -> str:
-    sampled = task.estimator in ("mc", "batched") and task.mc_samples is not None
-    return f" × {task.mc_samples}" if sampled else ""
 
 
 def _limits(ledger: Ledger, subject: Subject) -> str:
@@ -466,10 +408,3 @@ def _limits(ledger: Ledger, subject: Subject) -> str:
         "them all the same: with the labels, counts and scores it tells something of the data, and "
         "may help to tell whether an example was among them. " + digests
     )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -7,27 +7,13 @@ _SPECIAL = re.compile(r"([\\`*_\[\]#|<>~$:@])")
 
 
 def escaped(text: str) -> str:
-    """Escape a name of the ledger, so that Markdown and HTML show it as it is.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        One line, of at most 200 of its characters.
-    """
+    """Escape a name of the ledger, so that Markdown and HTML show it as it is."""
     line = "".join(c if c.isprintable() else "�" for c in text)[:200]
     marked = _SPECIAL.sub(r"\\\1", line.strip().replace("&", "\0"))
     return marked.replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\0", "&amp;")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Write rows as a table.
-
-    Args:
-        rows: The header first; of escaped text.
-
-    Returns:
-        Lines without a newline at the end.
-    """
+    """Write rows as a table."""
     header, *body = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([header, f"|{' --- |' * len(rows[0])}", *body])

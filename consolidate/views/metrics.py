@@ -16,14 +16,7 @@ MEASURED = ("trace", "examples", "units", "parameters")
 
 
 def fisher_metrics(result: Mapping[str, Any]) -> dict[str, float]:
-    """Give the numbers of a Fisher: counts, the trace, the worst relative error of a parameter's.
-
-    Args:
-        result: What `fisher` returned.
-
-    Returns:
-        Numbers by name; those that are not known, or not finite, are left out.
-    """
+    """Give the numbers of a Fisher: counts, the trace, the worst relative error of a parameter's."""
     errors = [layer["relative_error"] for layer in result.get("layers", {}).values()]
     known = [error for error in errors if error is not None]
     return _finite(
@@ -32,41 +25,17 @@ def fisher_metrics(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def finetune_metrics(result: Mapping[str, Any]) -> dict[str, float]:
-    """Give the numbers of a run, and of the chain that it ends.
-
-    Args:
-        result: What `finetune` returned, or the result that a `ForgettingError` has; its checkpoint
-            is read.
-
-    Returns:
-        Numbers by name: ``steps``, ``loss``, ``penalty_value``, ``share_moved`` and ``ewc_lambda``
-        of the run, and those of `chain_metrics`.
-    """
+    """Give the numbers of a run, and of the chain that it ends."""
     return _finite({name: result.get(name) for name in RUN}) | run_metrics(result)
 
 
 def run_metrics(result: Mapping[str, Any]) -> dict[str, float]:
-    """Give the numbers of the chain whose last checkpoint a result names.
-
-    Args:
-        result: What `run` returned.
-
-    Returns:
-        Numbers by name, as `chain_metrics` gives them.
-    """
+    """Give the numbers of the chain whose last checkpoint a result names."""
     return chain_metrics(read_ledger(Path(result["checkpoint"]) / "fisher" / LEDGER_NAME))
 
 
 def chain_metrics(ledger: Ledger) -> dict[str, float]:
-    """Give what was measured after the last task, and what was kept of the earlier ones.
-
-    Args:
-        ledger: Of the last checkpoint of a chain.
-
-    Returns:
-        Numbers by name: ``NAME.METRIC`` of all data that were measured, ``acc``, ``bwt`` and
-        ``forgetting``, and ``TASK.forgetting`` of each earlier task. No other name has a dot.
-    """
+    """Give what was measured after the last task, and what was kept of the earlier ones."""
     numbers: dict[str, Any] = evaluate_metrics(ledger.tasks[-1].metrics.get("after", {}))
     matrix = ledger_matrix(ledger)
     if matrix is not None:
@@ -77,29 +46,14 @@ def chain_metrics(ledger: Ledger) -> dict[str, float]:
 
 
 def evaluate_metrics(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Give the metrics of each task under one name, ``TASK.METRIC``.
-
-    Args:
-        metrics: What `evaluate` returned: by task and metric.
-
-    Returns:
-        Numbers by name; those that are not finite are left out.
-    """
+    """Give the metrics of each task under one name, ``TASK.METRIC``."""
     return _finite(
         {f"{task}.{name}": v for task, values in metrics.items() for name, v in values.items()}
     )
 
 
 def write_metrics(path: str | Path, metrics: Mapping[str, float]) -> None:
-    """Write numbers as one JSON object without nesting, sorted by name.
-
-    Args:
-        path: The file to make or to replace.
-        metrics: Finite numbers by name.
-
-    Raises:
-        InputError: It cannot be written.
-    """
+    """Write numbers as one JSON object without nesting, sorted by name."""
     text = json.dumps(metrics, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
     write_file(Path(path), text + "\n")
 

@@ -67,31 +67,15 @@ class Tracker:
         self._failed = False
 
     def parameter(self, name: str, value: object) -> None:
-        """Take an option, unless it is None or empty.
-
-        Args:
-            name: Of the option.
-            value: Cut where it is long, its digest told instead of the rest.
-        """
+        """Take an option, unless it is None or empty."""
         self._take("params", f"{self.command}.{name}", _shortened(value))
 
     def tag(self, name: str, value: object) -> None:
-        """Take what is known of the run afterwards, unless it is None or empty.
-
-        Args:
-            name: Of the tag.
-            value: As in `parameter`.
-        """
+        """Take what is known of the run afterwards, unless it is None or empty."""
         self._take("tags", f"{self.command}.{name}", _shortened(value))
 
     def metric(self, name: str, value: float | None, step: int = 0) -> None:
-        """Take a number, unless it is None.
-
-        Args:
-            name: Of the curve that it is a point of.
-            value: The number.
-            step: Where on the curve it is.
-        """
+        """Take a number, unless it is None."""
         self._take("metrics", name, value, round(1000 * time.time()), step)
 
     def _take(self, kind: str, name: str, value: object, *rest: int) -> None:
@@ -100,11 +84,7 @@ class Tracker:
             self._waiting[kind].append((key, value, *rest))
 
     def on_step(self, step: Step) -> None:
-        """Take what an optimizer step reports, and send it now and then.
-
-        Args:
-            step: The loss, and apart from it the penalty.
-        """
+        """Take what an optimizer step reports, and send it now and then."""
         if self._failed:  # `history` has it at the end
             return
         self._reported = range(self._reported.start or step.step, step.step + 1)
@@ -113,11 +93,7 @@ class Tracker:
             self.send()
 
     def history(self, steps: Iterable[Mapping[str, Any]]) -> None:
-        """Take the steps that were not reported when they were taken.
-
-        Args:
-            steps: All steps of a training.
-        """
+        """Take the steps that were not reported when they were taken."""
         for step in steps:
             if step["step"] not in self._reported:
                 self._take_step(step)
@@ -164,19 +140,6 @@ def tracked(command: str, options: Mapping[str, Any], *, enabled: bool) -> Itera
 
     The store is that of MLFLOW_TRACKING_URI, the experiment that of MLFLOW_EXPERIMENT_NAME. A run
     of its own ends with the command, as finished, failed or killed; a joined one is left open.
-
-    Args:
-        command: Its name.
-        options: What it was called with; a TOML file under ``run_file`` is taken with its contents.
-        enabled: Whether to track at all.
-
-    Yields:
-        What takes the steps, and to which `report` gives the result.
-
-    Raises:
-        UsageError: MLflow is not installed.
-        InputError: The store or the run that is named cannot be used.
-        NetworkError: The server cannot be reached at the start; later on that is a note.
     """
     if not enabled:
         yield Tracker(command)
@@ -216,13 +179,7 @@ def tracked(command: str, options: Mapping[str, Any], *, enabled: bool) -> Itera
 
 
 def report(tracker: Tracker, result: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
-    """Give a tracker what a command returned: curves, metrics, digests, and where the output is.
-
-    Args:
-        tracker: Of the run.
-        result: What `fisher`, `finetune`, `evaluate` or `run` returned.
-        numbers: Of the result, by name.
-    """
+    """Give a tracker what a command returned: curves, metrics, digests, and where the output is."""
     if tracker.command == "evaluate":
         result = {}
     steps = result.get("steps", 0)

@@ -47,6 +47,7 @@ TESTED_THROUGH = {
     "formats/test_fisher_json": "versions",
     "system/test_cli": "errors __main__",
     "system/test_json_schema": "results",
+    "views/test_text": "wording",
 }
 
 IMPORT_BY_NAME = {"consolidate.models.factories"}  # what the user typed
