@@ -7,28 +7,32 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
-Path = Annotated[str, Meta(description="As it was given.")]
-Digest = Annotated[str, Meta(description="SHA-256 over names, dtypes, shapes and values.")]
+
+def about(description: str, **bounds: Any) -> Meta:
+    """Describe a field for the schema."""
+    return Meta(description=description, **bounds)
+
+
+Path = Annotated[str, about("As it was given.")]
+Digest = Annotated[str, about("SHA-256 over names, dtypes, shapes and values.")]
 Count = Annotated[int, Meta(ge=0)]
-Bytes = Annotated[int, Meta(ge=0, description="In bytes.")]
+Bytes = Annotated[int, about("In bytes.", ge=0)]
 Commits = Annotated[
-    dict[str, str], Meta(description="Of repositories on the Hub that were read, the commits.")
+    dict[str, str], about("Of repositories on the Hub that were read, the commits.")
 ]
 # JSON has no number that is not finite: one of these may be null there.
 Score = Annotated[float, Meta(extra_json_schema={"or null": True})]
 Metrics = Annotated[
     dict[str, Score],
-    Meta(
-        description="loss, and accuracy or perplexity; score is the accuracy, else minus the loss."
-    ),
+    about("loss, and accuracy or perplexity; score is the accuracy, else minus the loss."),
 ]
 Evaluations = dict[str, Metrics]
 Times = Annotated[
     dict[str, Evaluations],
-    Meta(description="By time: before, step N, epoch N, after; then by data set and metric."),
+    about("By time: before, step N, epoch N, after; then by data set and metric."),
 ]
 BaseDigest = Annotated[
-    str | None, Meta(description="Digest of the base model, where the weights are an adapter's.")
+    str | None, about("Digest of the base model, where the weights are an adapter's.")
 ]
 Anchor = Literal["the weights", "fisher/anchor"]
 FisherDtype = Literal["F32", "BF16"]
@@ -39,19 +43,18 @@ MergeRule = Literal["online", "separate"]
 Penalty = Literal["ewc", "l2", "none"]
 PenaltyOn = Annotated[
     Literal["adapter", "merged"] | None,
-    Meta(description="Where an adapter was trained with a penalty: what that held."),
+    about("Where an adapter was trained with a penalty: what that held."),
 ]
 NormStatistics = Annotated[
     Literal["frozen", "update"] | None,
-    Meta(description="What became of running statistics; null where the model keeps none."),
+    about("What became of running statistics; null where the model keeps none."),
 ]
 DoneOrCached = Annotated[
-    Literal["done", "cached"],
-    Meta(description="cached: the output was there already, made from the same."),
+    Literal["done", "cached"], about("cached: the output was there already, made from the same.")
 ]
 Change = Annotated[
     Literal["new", "changed", "unchanged", "not compared"],
-    Meta(description="not compared: a dry run that could not ask the Hub."),
+    about("not compared: a dry run that could not ask the Hub."),
 ]
 Sizes = dict[str, Bytes]
 
@@ -61,7 +64,7 @@ class ErrorResult(TypedDict):
 
     status: Literal["failed"]
     exit_code: Literal[1, 2, 3, 4, 5, 75, 130, 143]
-    error: Annotated[str, Meta(description="What stderr says, without `error: `.")]
+    error: Annotated[str, about("What stderr says, without `error: `.")]
 
 
 class MeasuredLayer(TypedDict):
@@ -69,7 +72,7 @@ class MeasuredLayer(TypedDict):
 
     trace: float
     relative_error: Annotated[
-        float | None, Meta(description="The standard error of the trace over the trace.")
+        float | None, about("The standard error of the trace over the trace.")
     ]
 
 
@@ -77,22 +80,19 @@ class MeasuredFisher(TypedDict):
     """The Fisher of one task, as it was measured."""
 
     task: str
-    weight: Annotated[float, Meta(description="What the task's Fisher was multiplied by.")]
+    weight: Annotated[float, about("What the task's Fisher was multiplied by.")]
     merge_rule: MergeRule
     gamma: float
     estimator: Estimator
     examples: Count
-    units: Annotated[int, Meta(ge=0, description="Examples, or predicted tokens.")]
-    parameters: Annotated[int, Meta(ge=0, description="How many values were measured.")]
-    trace: Annotated[float, Meta(description="Of the task's Fisher, the sum of its values.")]
+    units: Annotated[int, about("Examples, or predicted tokens.", ge=0)]
+    parameters: Annotated[int, about("How many values were measured.", ge=0)]
+    trace: Annotated[float, about("Of the task's Fisher, the sum of its values.")]
     layers: dict[str, MeasuredLayer]
     methods: NotRequired[
         Annotated[
             dict[str, Count],
-            Meta(
-                description="Parameters by rule, by recomputing a module, by a loop; absent if "
-                "cached."
-            ),
+            about("Parameters by rule, by recomputing a module, by a loop; not if cached."),
         ]
     ]
 
@@ -115,9 +115,9 @@ class FisherDryRun(TypedDict):
     examples: Count
     parameters: Count
     seconds_per_example: float
-    seconds: Annotated[float, Meta(description="Of the whole pass.")]
+    seconds: Annotated[float, about("Of the whole pass.")]
     peak_memory: Bytes
-    peak_device_memory: Annotated[int | None, Meta(description="In bytes.")]
+    peak_device_memory: Annotated[int | None, about("In bytes.")]
     files: Sizes
     kept: Sizes
 
@@ -130,7 +130,7 @@ class Trial(TypedDict):
 
     ewc_lambda: float
     steps: Count
-    metrics: Annotated[Evaluations | None, Meta(description="null: it diverged.")]
+    metrics: Annotated[Evaluations | None, about("null: it diverged.")]
     forgetting: float | None
     penalty_per_lambda: float | None
     divergence: float | None
@@ -151,7 +151,7 @@ class SearchCost(TypedDict):
 class LambdaSearch(TypedDict):
     """A search for λ: what was tried, what was measured, and what was chosen."""
 
-    ewc_lambda: Annotated[float, Meta(description="What was chosen.")]
+    ewc_lambda: Annotated[float, about("What was chosen.")]
     choose: Literal["mean", "least", "most"]
     max_forgetting: float | None
     measured: str
@@ -202,27 +202,21 @@ class FinetuneDone(Finetuned):
 
     status: Annotated[
         Literal["done", "forgot too much"],
-        Meta(
-            description="forgot too much: the process leaves with 5, and the output is kept aside."
-        ),
+        about("forgot too much: the process leaves with 5, and the output is kept aside."),
     ]
-    exit_code: NotRequired[
-        Annotated[Literal[5], Meta(description="Of `--json`, where it forgot too much.")]
-    ]
-    error: NotRequired[Annotated[str, Meta(description="Of `--json`, where it forgot too much.")]]
+    exit_code: NotRequired[Annotated[Literal[5], about("Of `--json`, where it forgot too much.")]]
+    error: NotRequired[Annotated[str, about("Of `--json`, where it forgot too much.")]]
     steps: Count
-    loss: Annotated[float | None, Meta(description="Of the last step, per unit.")]
-    penalty_value: Annotated[float | None, Meta(description="Before the last step.")]
-    share_moved: Annotated[float, Meta(ge=0, le=1, description="Of the weights, from 0 to 1.")]
+    loss: Annotated[float | None, about("Of the last step, per unit.")]
+    penalty_value: Annotated[float | None, about("Before the last step.")]
+    share_moved: Annotated[float, about("Of the weights, from 0 to 1.", ge=0, le=1)]
     history: list[TrainingStep]
     lambda_search: NotRequired[LambdaSearch]
 
 
 FinetuneResult = FinetuneDone | FinetuneCached
 
-EvaluateResult = Annotated[
-    dict[str, Metrics], Meta(description="The metrics of each data set, by name.")
-]
+EvaluateResult = Annotated[dict[str, Metrics], about("The metrics of each data set, by name.")]
 
 
 class MergeResult(TypedDict):
@@ -246,8 +240,8 @@ class Mean(TypedDict):
     """A mean over those of its terms that were measured."""
 
     value: float | None
-    terms: Annotated[int, Meta(ge=0, description="How many were measured.")]
-    of: Annotated[int, Meta(ge=0, description="How many there are.")]
+    terms: Annotated[int, about("How many were measured.", ge=0)]
+    of: Annotated[int, about("How many there are.", ge=0)]
 
 
 class Point(TypedDict):
@@ -267,9 +261,7 @@ class MatrixSummary(TypedDict):
     acc: Mean
     bwt: Mean
     forgetting: Mean
-    points: Annotated[
-        list[Point], Meta(description="The curves over the optimizer steps of each task.")
-    ]
+    points: Annotated[list[Point], about("The curves over the optimizer steps of each task.")]
 
 
 class RunStep(TypedDict):
@@ -277,7 +269,7 @@ class RunStep(TypedDict):
 
     step: str
     checkpoint: Path
-    reason: Annotated[str | None, Meta(description="Why it is not skipped.")]
+    reason: Annotated[str | None, about("Why it is not skipped.")]
     status: Literal["done", "skipped", "to be done"]
 
 
@@ -312,8 +304,7 @@ class Task(TypedDict):
     penalty_on: PenaltyOn
     parent: str | None
     made_from: Annotated[
-        str | None,
-        Meta(description="Digest of all that the result depended on when the task was added."),
+        str | None, about("Digest of all that the result depended on when the task was added.")
     ]
     metrics: Times
 
@@ -343,14 +334,14 @@ class Parameter(TypedDict):
     trace: float
     mean: float
     max: float | None
-    share: Annotated[float, Meta(ge=0, le=1, description="Of the whole trace, from 0 to 1.")]
+    share: Annotated[float, about("Of the whole trace, from 0 to 1.", ge=0, le=1)]
 
 
 class LayerOverlap(TypedDict):
     """How far two Fishers lie on the same weights of a layer."""
 
     name: str
-    overlap: Annotated[float, Meta(ge=0, le=1, description="From 0 to 1.")]
+    overlap: Annotated[float, about("From 0 to 1.", ge=0, le=1)]
 
 
 _With = TypedDict("_With", {"with": str})  # which no attribute can be called
@@ -379,18 +370,14 @@ class ShowResult(TypedDict):
     base: BaseDigest
     anchor: Anchor
     heads: list[str]
-    parameters: Annotated[
-        list[Parameter], Meta(description="Those with the largest trace, --top many.")
-    ]
+    parameters: Annotated[list[Parameter], about("Those with the largest trace, --top many.")]
     parameters_left_out: Count
-    unprotected: Annotated[
-        dict[str, str], Meta(description="By parameter, why it is not protected.")
-    ]
+    unprotected: Annotated[dict[str, str], about("By parameter, why it is not protected.")]
     versions: dict[str, str]
     accuracy_matrix: MatrixSummary | None
     side_by_side: Annotated[
         list[list[str]],
-        Meta(description="Groups of tasks that were learned from the same weights, and merged."),
+        about("Groups of tasks that were learned from the same weights, and merged."),
     ]
     overlap: Overlap | None
 
@@ -412,10 +399,7 @@ class VerifyResult(TypedDict):
     base: BaseDigest
     base_model: Annotated[
         str | None,
-        Meta(
-            description="Where the base model is that was compared, or the weights of a Fisher "
-            "alone."
-        ),
+        about("Where the base model is that was compared, or the weights of a Fisher alone."),
     ]
     weights: TensorSet
     fisher: TensorSet
@@ -425,7 +409,7 @@ class VerifyResult(TypedDict):
     later: NotRequired[
         Annotated[
             list["VerifyResult"],
-            Meta(description="The checkpoints after the first, each from the one before."),
+            about("The checkpoints after the first, each from the one before."),
         ]
     ]
     descends_by: NotRequired[Descent]
@@ -463,9 +447,7 @@ class PushResult(TypedDict):
     fisher: Digest
     files: list[PushedFile]
     deleted: list[str]
-    code: Annotated[
-        list[str], Meta(description="Those of the files that are code, which an auto_map names.")
-    ]
+    code: Annotated[list[str], about("Those of the files that are code, which an auto_map names.")]
 
 
 RESULTS: dict[str, Any] = {

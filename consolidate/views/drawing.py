@@ -88,21 +88,13 @@ Shape = Rectangle | Line | Dot | Text
 
 @dataclass
 class Drawing:
-    """Shapes on a page whose y grows downwards, in CSS pixels, and what they say in words.
-
-    Attributes:
-        title: A name for the picture.
-        description: What can be seen in it, for those who cannot.
-        width: Of the page.
-        height: Of the page.
-        shapes: In the order in which they are painted.
-    """
+    """Shapes on a page whose y grows downwards, in CSS pixels, and what they say in words."""
 
     title: str
-    description: str
+    description: str  # what can be seen in it, for those who cannot
     width: float
     height: float
-    shapes: list[Shape] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)  # in the order of painting
 
 
 def text_width(text: str, size: float = _FONT) -> float:
@@ -264,28 +256,18 @@ def _paint(axes: Any, shape: Shape, order: int) -> None:
 
     points = 72 / 100  # of a CSS pixel
     color = shape.color if shape.color.startswith("#") else COLORS[shape.color][0]
+    fill = {"facecolor": color, "lw": 0, "zorder": order}
     match shape:
         case Rectangle():
-            place = (shape.x, shape.y)
-            axes.add_patch(
-                Patch(place, shape.width, shape.height, facecolor=color, lw=0, zorder=order)
-            )
+            axes.add_patch(Patch((shape.x, shape.y), shape.width, shape.height, **fill))
         case Line():
             dashes = [float(length) / shape.width for length in shape.dash.split()]
-            axes.add_line(
-                Line2D(
-                    [x for x, _ in shape.points],
-                    [y for _, y in shape.points],
-                    color=color,
-                    linewidth=shape.width * points,
-                    linestyle=(0, dashes) if dashes else "-",
-                    zorder=order,
-                )
-            )
+            style = (0, dashes) if dashes else "-"
+            width = shape.width * points
+            x, y = zip(*shape.points, strict=True)
+            axes.add_line(Line2D(x, y, color=color, lw=width, linestyle=style, zorder=order))
         case Dot():
-            axes.add_patch(
-                Circle((shape.x, shape.y), shape.radius, facecolor=color, lw=0, zorder=order)
-            )
+            axes.add_patch(Circle((shape.x, shape.y), shape.radius, **fill))
         case Text():
             axes.text(
                 shape.x,

@@ -45,19 +45,11 @@ REFUSALS = {
 class Tracker:
     """What goes into a run in MLflow; a store that fails costs a note, never the command.
 
-    Attributes:
-        command: Which is tracked; parameters and tags begin with it, so that several can share a
-            run.
-        enabled: Whether anything is.
-
-    Args:
-        command: As above.
-        client: None where nothing is to be tracked.
-        run_id: The run.
+    Without a client nothing is tracked.
     """
 
     def __init__(self, command: str, client: "MlflowClient | None" = None, run_id: str = ""):
-        self.command = command
+        self.command = command  # parameters and tags begin with it: several can share a run
         self.enabled = client is not None
         self._client = client
         self._run_id = run_id
@@ -153,21 +145,15 @@ def tracked(command: str, options: Mapping[str, Any], *, enabled: bool) -> Itera
     client, run_id, joined = _begin(mlflow, command)
     tracker = Tracker(command, client, run_id)
     LOG.info("MLflow: %s run %s", "joined" if joined else "began", run_id)
-    for name, value in options.items():
+    for name, value in {**options, **_run_file(options.get("run_file"))}.items():
         tracker.parameter(name, value)
-    if (run_file := options.get("run_file")) is not None:
-        for name, value in _run_file(Path(run_file)).items():
-            tracker.parameter(name, value)
     tracker.tag("version", version("consolidate-ewc"))
     tracker.send()
-    status = "FAILED"
+    status = "FINISHED"
     try:
         yield tracker
-        status = "FINISHED"
-    except Exception:
-        raise
-    except BaseException:  # Ctrl-C and SIGTERM
-        status = "KILLED"
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"  # by Ctrl-C or SIGTERM
         raise
     finally:
         tracker.send()
@@ -230,21 +216,22 @@ def _begin(mlflow: Any, command: str) -> tuple["MlflowClient", str, bool]:
         raise (NetworkError if far else InputError)(message) from None
 
 
-def _run_file(path: Path) -> dict[str, Any]:
+def _run_file(path: str | None) -> dict[str, Any]:
     """Lay a run file's contents out flat, by names such as ``task.1.ewc-lambda``."""
+    if path is None:
+        return {}
     try:
-        nested = tomllib.loads(path.read_text("utf-8"))
+        nested = tomllib.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError):
         return {}  # the command will say what is wrong with it
     flat = {}
 
     def visit(name: str, value: Any) -> None:
+        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+            value = dict(enumerate(value, 1))
         if isinstance(value, dict):
             for key, below in value.items():
                 visit(f"{name}.{key}" if name else key, below)
-        elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-            for number, below in enumerate(value, 1):
-                visit(f"{name}.{number}", below)
         else:
             flat[name] = value
 
