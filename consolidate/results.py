@@ -59,6 +59,11 @@ Change = Annotated[
 Sizes = dict[str, Bytes]
 
 
+class _Of(TypedDict):
+    checkpoint: Path
+    commits: Commits
+
+
 class ErrorResult(TypedDict):
     """A command that did not do what was asked; the process leaves with exit_code."""
 
@@ -97,13 +102,11 @@ class MeasuredFisher(TypedDict):
     ]
 
 
-class FisherDone(MeasuredFisher):
+class FisherDone(MeasuredFisher, _Of):
     """A Fisher that was measured and stored."""
 
     status: DoneOrCached
-    checkpoint: Path
     fisher: Path
-    commits: Commits
 
 
 class FisherDryRun(TypedDict):
@@ -178,11 +181,9 @@ class FinetuneFisher(MeasuredFisher):
     folder: Path
 
 
-class Finetuned(TypedDict):
+class Finetuned(_Of):
     """What is known of a fine-tuning, whenever it was done."""
 
-    checkpoint: Path
-    commits: Commits
     penalty: Penalty
     penalty_on: PenaltyOn
     ewc_lambda: float | None
@@ -219,16 +220,14 @@ FinetuneResult = FinetuneDone | FinetuneCached
 EvaluateResult = Annotated[dict[str, Metrics], about("The metrics of each data set, by name.")]
 
 
-class MergeResult(TypedDict):
+class MergeResult(_Of):
     """Several checkpoints made into one."""
 
     status: DoneOrCached
-    checkpoint: Path
     fisher: Path
     models: list[Path]
     weights: list[float]
     base: str | None
-    commits: Commits
     tasks: list[str]
     parameters: Count
     trace: float
@@ -309,21 +308,19 @@ class Task(TypedDict):
     metrics: Times
 
 
-class FisherTotals(TypedDict):
-    """A whole Fisher."""
-
-    tensors: Count
-    values: Count
-    dtype: FisherDtype
-    trace: float
-    digest: Digest
-
-
 class WeightsTotals(TypedDict):
     """The weights that a Fisher is of."""
 
     tensors: Count
     digest: Digest
+
+
+class FisherTotals(WeightsTotals):
+    """A whole Fisher."""
+
+    values: Count
+    dtype: FisherDtype
+    trace: float
 
 
 class Parameter(TypedDict):
@@ -344,7 +341,7 @@ class LayerOverlap(TypedDict):
     overlap: Annotated[float, about("From 0 to 1.", ge=0, le=1)]
 
 
-_With = TypedDict("_With", {"with": str})  # which no attribute can be called
+_With = TypedDict("_With", {"with": str})  # no field of a class can be called so
 
 
 class Overlap(_With):
@@ -354,11 +351,9 @@ class Overlap(_With):
     left_out: list[str]
 
 
-class ShowResult(TypedDict):
+class ShowResult(_Of):
     """What a checkpoint's ledger and Fisher say."""
 
-    checkpoint: Path
-    commits: Commits
     format: Format
     version: int
     merge_rule: MergeRule
@@ -382,19 +377,15 @@ class ShowResult(TypedDict):
     overlap: Overlap | None
 
 
-class TensorSet(TypedDict):
+class TensorSet(WeightsTotals):
     """Tensors of one kind that were read whole."""
 
-    tensors: Count
     bytes: Count
-    digest: Digest
 
 
-class VerifyResult(TypedDict):
+class VerifyResult(_Of):
     """An intact checkpoint."""
 
-    checkpoint: Path
-    commits: Commits
     tasks: list[str]
     base: BaseDigest
     base_model: Annotated[
@@ -415,11 +406,9 @@ class VerifyResult(TypedDict):
     descends_by: NotRequired[Descent]
 
 
-class ReportResult(TypedDict):
+class ReportResult(_Of):
     """The files of a report."""
 
-    checkpoint: Path
-    commits: Commits
     report: Path
     plots: list[Path]
     tasks: list[str]

@@ -49,30 +49,12 @@ AGAIN = "push again, which sends what is missing"
 
 # What a model is used with; anything else in a folder may be data or a secret, and stays there.
 PUBLISHED = (
-    "config.json",
-    "generation_config.json",
-    "*processor_config.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "*.spm",
-    "*.tiktoken",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_*_config.json",
-    "[0-9]_*/config.json",
-    "[0-9]_*/model.safetensors",
-    "LICENSE*",
-    "NOTICE*",
+    *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "*.spm", "*.tiktoken"),
+    *("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
+    *("[0-9]_*/config.json", "[0-9]_*/model.safetensors", "LICENSE*", "NOTICE*"),
 )
 _OURS_TO_REPLACE = re.compile(
     r"fisher/.*|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"

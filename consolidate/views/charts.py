@@ -49,7 +49,10 @@ def heat_map(
     write: Callable[[float], str],
     log: bool = False,
 ) -> Drawing:
-    """Draw a table of numbers as coloured cells, with the numbers in them where there is room."""
+    """Draw a table of numbers as coloured cells, with the numbers in them where there is room.
+
+    A cell has no colour where its value is None or, on a log scale, zero.
+    """
     names = shortened(rows)
     left = max(text_width(name) for name in names) + 10
     least, numbered, most = _CELL

@@ -36,11 +36,15 @@ _LETTER = 0.6  # a letter's width over the size of the font, in the widest of th
 
 
 @dataclass(frozen=True)
-class Rectangle:
-    """A filled rectangle; its color is a name of `COLORS` or ``#rrggbb``."""
-
+class _Placed:
     x: float
     y: float
+
+
+@dataclass(frozen=True)
+class Rectangle(_Placed):
+    """A filled rectangle; its color is a name of `COLORS` or ``#rrggbb``."""
+
     width: float
     height: float
     color: str
@@ -59,22 +63,18 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Dot:
+class Dot(_Placed):
     """A filled circle."""
 
-    x: float
-    y: float
     radius: float
     color: str
     tip: str = ""
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(_Placed):
     """A line of text, centred on the height y; it is turned around (x, y) by degrees."""
 
-    x: float
-    y: float
     text: str
     color: str = "ink"
     anchor: Literal["start", "middle", "end"] = "start"
@@ -256,13 +256,13 @@ def _paint(axes: Any, shape: Shape, order: int) -> None:
 
     points = 72 / 100  # of a CSS pixel
     color = shape.color if shape.color.startswith("#") else COLORS[shape.color][0]
-    fill = {"facecolor": color, "lw": 0, "zorder": order}
+    fill: dict[str, Any] = {"facecolor": color, "lw": 0, "zorder": order}
     match shape:
         case Rectangle():
             axes.add_patch(Patch((shape.x, shape.y), shape.width, shape.height, **fill))
         case Line():
             dashes = [float(length) / shape.width for length in shape.dash.split()]
-            style = (0, dashes) if dashes else "-"
+            style: Any = (0, dashes) if dashes else "-"
             width = shape.width * points
             x, y = zip(*shape.points, strict=True)
             axes.add_line(Line2D(x, y, color=color, lw=width, linestyle=style, zorder=order))
