@@ -10,7 +10,7 @@ from consolidate.results import MatrixSummary, Parameter
 from consolidate.training.accuracy_matrix import Scores, score
 from consolidate.views.charts import Curve, curves, decades, heat_map, log_bars
 from consolidate.views.drawing import Drawing, plain
-from consolidate.views.text import shown
+from consolidate.views.markdown import shown
 from formats.fisher_json import Ledger, TaskRecord
 
 TASKS = 40  # the latest so many are drawn and listed

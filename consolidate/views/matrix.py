@@ -11,8 +11,7 @@ from consolidate.training import accuracy_matrix
 from consolidate.training.accuracy_matrix import AccuracyMatrix
 from consolidate.views.drawing import beside, png, svg_file
 from consolidate.views.figures import TASKS, score_figures
-from consolidate.views.markdown import escaped, table
-from consolidate.views.text import shown
+from consolidate.views.markdown import escaped, shown, table
 from formats.atomic import check_file, write_file
 from formats.errors import UsageError
 from formats.fisher_json import Ledger

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from consolidate.results import ShowResult
 from consolidate.views.drawing import MARK, escaped, plain, style_sheet, svg
 from consolidate.views.figures import LISTED, TASKS, Figure
+from consolidate.views.markdown import shown
 from consolidate.views.matrix import means, partly
 from consolidate.views.summary import by_reason, estimator_text, penalty_text
-from consolidate.views.text import shown
 from formats.wording import few
 
 _MEANINGS = {

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 
 from consolidate.chain.consistency import side_by_side_text
 from consolidate.results import MatrixSummary, Overlap, ShowResult, Task
-from consolidate.views.markdown import escaped
+from consolidate.views.markdown import aligned, escaped, shown
 from consolidate.views.matrix import matrix_rows, matrix_table, means_text
-from consolidate.views.text import aligned, shown
 from formats.wording import few, printable
 
 _WIDTH = 72

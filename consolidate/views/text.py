@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from consolidate.results import (
@@ -17,6 +17,7 @@ from consolidate.results import (
     RunResult,
     VerifyResult,
 )
+from consolidate.views.markdown import aligned
 from formats.wording import few, printable
 
 
@@ -37,27 +38,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def aligned(
-    rows: Sequence[Sequence[str]], *, right_from: int | None = None, least: Sequence[int] = ()
-) -> list[str]:
-    """Align columns, of some width at least; those from `right_from` on stand to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    widths[: len(least)] = map(max, widths, least)
-    left = len(widths) if right_from is None else right_from
-    return [
-        "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def shown(value: float | None, form: str) -> str:
-    """Write a number; a dash where it is not known."""
-    return "–" if value is None else format(value, form)
 
 
 def fisher_text(result: FisherResult) -> str:
