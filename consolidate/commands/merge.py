@@ -39,6 +39,8 @@ from formats.versions import program_versions
 LOG = logging.getLogger("consolidate")
 _CHUNK = 1 << 16  # elements in float64 at a time: they stay in the cache, however large the tensor
 
+_ALIKE = "only checkpoints of one architecture can be merged"
+
 
 @claiming_output
 def merge(
@@ -284,17 +286,14 @@ class _Tensors(LazyTensors):
 
 
 class _Merged:
-    """The merged tensors of models by the names of the first, a chunk of one at a time in memory.
-
-    Attributes:
-        file_names: Each name in the first model's file, with the one there that stands for it.
-    """
+    """The merged tensors by the names of the first model, a chunk of one at a time in memory."""
 
     def __init__(self, models: Sequence[_Model], base: _Model | None) -> None:
         self.models = models
         self.base = base
         first = models[0]
         weights, same = first.source.weights, first.same
+        # Each name in the first model's file, with the one there that stands for it.
         self.file_names = {name: first.names[same.get(name, name)] for name in weights}
         held = [
             name
@@ -373,7 +372,7 @@ def _once(model: _Model, same: Mapping[str, str]) -> _Model:
         if differ or (name in ledger.fisher and other in ledger.fisher):
             raise InputError(
                 f"{other} and {name} are one tensor in another model, and two in {model.path}: "
-                "only checkpoints of one architecture can be merged"
+                + _ALIKE
             )
         if name in ledger.fisher or (other in again and other not in ledger.fisher):
             names[at] = name
@@ -383,14 +382,13 @@ def _once(model: _Model, same: Mapping[str, str]) -> _Model:
 def _check_alike(first: _Model, other: _Model) -> None:
     """Refuse another architecture: other names, shapes or dtypes, or buffers that disagree."""
     ours, theirs = first.weights, other.weights
-    for name in dict.fromkeys([*ours, *theirs]):
-        for model, weights in ((first, ours), (other, theirs)):
-            if name not in weights:
-                there = other if model is first else first
+    for here, there in ((other, first), (first, other)):
+        for name in there.weights:
+            if name not in here.weights:
                 raise InputError(
-                    f"{model.path} has no tensor {name!r}, which {there.path} has: only "
-                    "checkpoints of one architecture can be merged"
+                    f"{here.path} has no tensor {name!r}, which {there.path} has: {_ALIKE}"
                 )
+    for name in ours:
         _check_shape(name, first, other)
         dtypes = dtype_of(ours, name), dtype_of(theirs, name)
         if dtypes[0] != dtypes[1]:
@@ -404,23 +402,18 @@ def _check_alike(first: _Model, other: _Model) -> None:
                 f"the tensor {name!r} of whole numbers differs in {first.path} and {other.path}: "
                 "it has no mean, so make it the same in both"
             )
-    configs = first.source.config, other.source.config
-    changed = [
-        key
-        for key in dict.fromkeys([*configs[0], *configs[1]])
-        if configs[0].get(key) != configs[1].get(key)
-    ]
+    one, two = first.source.config, other.source.config
+    changed = [key for key in {**one, **two} if one.get(key) != two.get(key)]
     for key in ("model_type", "architectures"):
         if key in changed:
             raise InputError(
-                f"config.json gives {configs[0].get(key)} as {key} in {first.path}, and "
-                f"{configs[1].get(key)} in {other.path}: only checkpoints of one architecture can "
-                "be merged"
+                f"config.json gives {one.get(key)} as {key} in {first.path}, and {two.get(key)} in "
+                f"{other.path}: {_ALIKE}"
             )
     if "id2label" in changed:
         raise InputError(
-            f"the output layers have the labels {_labels(configs[0])} in {first.path} and "
-            f"{_labels(configs[1])} in {other.path}: only those of the same labels can be merged"
+            f"the output layers have the labels {_labels(one)} in {first.path} and {_labels(two)} "
+            f"in {other.path}: only those of the same labels can be merged"
         )
     if changed:
         LOG.info(
@@ -461,7 +454,7 @@ def _check_shape(name: str, first: _Model, other: _Model) -> None:
     if ours != theirs:
         raise InputError(
             f"the tensor {name!r} has shape {ours} in {first.path} and {theirs} in {other.path}: "
-            "only checkpoints of one architecture can be merged"
+            + _ALIKE
         )
 
 
@@ -469,13 +462,10 @@ def _joined(
     models: Sequence[_Model], base: _Model | None
 ) -> tuple[list[TaskRecord], dict[str, TensorFiles]]:
     """Join the ledgers' tasks, each weighed by its model, and give their heads; the base's once."""
-    tasks: dict[str, TaskRecord] = {}
-    heads: dict[str, TensorFiles] = {}
-    holder: dict[str, _Model] = {}
     shared = {} if base is None else base.tasks
-    if base is not None:
-        tasks |= shared
-        heads |= base.stored.heads
+    heads = {} if base is None else dict(base.stored.heads)
+    tasks = dict(shared)
+    holder: dict[str, _Model] = {}
     for model in models:
         for name, task in shared.items():
             if model.tasks.get(name) != task:

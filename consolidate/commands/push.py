@@ -465,7 +465,7 @@ def _existing_card(target: _Target, source: _Source) -> str | None:
 def _upload(target: _Target, source: _Source, contents: Mapping[str, Path | bytes]) -> _Upload:
     """Digest all that is to be sent, and compare it with what is there."""
     name, remote = target.name, target.remote
-    files = {path: CommitOperationAdd(path, _source(c)) for path, c in contents.items()}
+    files = {path: CommitOperationAdd(path, _payload(c)) for path, c in contents.items()}
     for file in files.values():
         _ = file.upload_info.sha256  # which the client may put off until it sends
     source.refuse_written("sent")
@@ -504,7 +504,7 @@ def _summary(target: _Target, upload: _Upload, ledger: Ledger) -> PushResult:
     }
 
 
-def _source(content: Path | bytes) -> str | bytes:
+def _payload(content: Path | bytes) -> str | bytes:
     """Give what the client hashes and sends: small files as they are now."""
     if isinstance(content, bytes):
         return content
@@ -534,10 +534,8 @@ def _is_same(there: RepoFile, operation: CommitOperationAdd) -> bool:
         return False
     if there.lfs is not None:
         return there.lfs.sha256 == info.sha256.hex()
-    digest = hashlib.sha1(b"blob %d\0" % info.size)
-    with operation.as_file() as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    with operation.as_file() as file:  # of what is not in LFS: it is small
+        digest = hashlib.sha1(b"blob %d\0" % info.size + file.read())
     return there.blob_id == digest.hexdigest()
 
 

@@ -128,22 +128,24 @@ def _curves(ledger: Ledger) -> Figure | None:
     measured = [task for task in ledger.tasks if task.metrics][-TASKS:]
     order = [task.name for task in ledger.tasks]
     order += sorted({name for task in measured for on in task.metrics.values() for name in on})
+    taken = [
+        (task.name, when, stage + progress[when], _scores(scores))
+        for stage, task in enumerate(measured)
+        for progress in [_progress(task)]
+        for when, scores in task.metrics.items()
+    ]
     points: dict[str, dict[float, float]] = {}
-    table: list[Cells] = []
-    for stage, task in enumerate(measured):
-        progress = _progress(task)
-        for when, scores in task.metrics.items():
-            found = _scores(scores)
-            for name, value in found.items():
-                points.setdefault(name, {})[stage + progress[when]] = value
+    for _, _, place, found in taken:
+        for name, value in found.items():
+            points.setdefault(name, {})[place] = value
     names = [name for name in dict.fromkeys(order) if name in points][:LINES]
     if not any(len(points[name]) > 1 for name in names):
         return None
-    for task in measured:
-        for when, scores in task.metrics.items():
-            found = _scores(scores)
-            if found.keys() & set(names):
-                table.append([task.name, when, *(_score(found.get(name)) for name in names)])
+    table = [
+        [task, when, *(_score(found.get(name)) for name in names)]
+        for task, when, _, found in taken
+        if found.keys() & set(names)
+    ]
     known = [value for name in names for value in points[name].values()]
     lines = [Curve(name, sorted(points[name].items())) for name in names]
     falls = ", ".join(
