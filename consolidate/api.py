@@ -5,7 +5,6 @@ Written by scripts/write_docs from consolidate/options.py: change the options th
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from consolidate.commands import finetune as _finetune
 from consolidate.commands import fisher as _fisher
 from consolidate.fields import gather
 from consolidate.options import Columns, EvaluateOptions, FinetuneOptions, FisherOptions
+from consolidate.results import EvaluateResult, FinetuneResult, FisherResult
 from consolidate.training.loop import Step
 
 
@@ -54,7 +54,7 @@ def fisher(
     overwrite: bool = False,
     data_digest: bool = True,
     dry_run: bool = False,
-) -> dict[str, Any]:
+) -> FisherResult:
     """Measure the Fisher diagonal of a checkpoint on a task's data and store it beside the weights.
 
     F_i = (1/N) Σ_x E_{y ~ p(y|x, θ)} [(∂ log p(y|x, θ)/∂θ_i)²], summed over units of each example.
@@ -192,7 +192,7 @@ def finetune(
     gamma: float | None = None,
     task_weight: float | str = 1.0,
     on_step: Callable[[Step], None] | None = None,
-) -> dict[str, Any]:
+) -> FinetuneResult:
     """Fine-tune a checkpoint on a new task with a penalty that protects the earlier ones.
 
     L(θ) = L_new(θ) + (λ/2) Σ_i Λ_i (θ_i − μ_i)², Kirkpatrick et al. 2017, eq. 3. The output is a
@@ -332,7 +332,7 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
-) -> dict[str, dict[str, float]]:
+) -> EvaluateResult:
     """Measure a checkpoint on each task: loss, and accuracy or perplexity.
 
     Args:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -502,7 +502,7 @@ def _flush_denormals() -> None:
     torch.set_flush_denormal(True)
 
 
-def _write(result: dict[str, Any], json: bool, text: Callable[[dict[str, Any]], str]) -> None:
+def _write(result: Any, json: bool, text: Callable[[Any], str]) -> None:
     if rank() == 0:
         click.echo(json_text(result) if json else plain(text(result)))
     click.get_current_context().ensure_object(dict)["written"] = True
@@ -518,8 +518,8 @@ def _tracked(mlflow: bool) -> AbstractContextManager["Tracker"]:
 
 
 def _report(
-    result: dict[str, Any],
-    numbers: Callable[[dict[str, Any]], dict[str, float]],
+    result: Mapping[str, Any],
+    numbers: Callable[[Any], dict[str, float]],
     metrics: Path | None,
     tracker: "Tracker",
 ) -> None:

@@ -1,6 +1,13 @@
-"""Names in messages: there may be many."""
+"""Names in messages: any text may be one, and there may be many."""
 
 from collections.abc import Sequence
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Escape what is not printable: names from files could steer a terminal, or turn a line."""
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def few(names: Sequence[str], most: int) -> str:

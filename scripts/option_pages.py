@@ -4,9 +4,9 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from consolidate import results
 from consolidate.commands.evaluate import evaluate
 from consolidate.commands.finetune import finetune
 from consolidate.commands.fisher import fisher
@@ -27,7 +27,7 @@ Written by scripts/write_docs from consolidate/options.py: change the options th
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-{typing}
+
 import torch
 
 from consolidate.commands import evaluate as _evaluate
@@ -35,7 +35,8 @@ from consolidate.commands import finetune as _finetune
 from consolidate.commands import fisher as _fisher
 from consolidate.fields import gather
 from consolidate.options import Columns, EvaluateOptions, FinetuneOptions, FisherOptions
-{results}from consolidate.training.loop import Step
+from consolidate.results import {results}
+from consolidate.training.loop import Step
 '''
 
 OPTIONS = """# Options
@@ -51,17 +52,13 @@ another value, and is up to date otherwise.
 def api_source() -> str:
     """Return the source of consolidate/api.py."""
     functions = [_function(name, *COMMANDS[name]) for name in COMMANDS]
-    returned = {_returned(function) for _, function in COMMANDS.values()}
-    results = sorted(name for name in returned if name.isidentifier())
-    known = f"from consolidate.results import {', '.join(results)}\n" if results else ""
-    typing = "from typing import Any\n" if any("Any" in name for name in returned) else ""
-    return "\n\n".join([API.format(results=known, typing=typing), *functions])
+    returned = sorted(_returned(function) for _, function in COMMANDS.values())
+    return "\n\n".join([API.format(results=", ".join(returned)), *functions])
 
 
 def _returned(function: Callable[..., Any]) -> str:
     annotation = inspect.signature(function).return_annotation
-    plain = isinstance(annotation, type) and not get_args(annotation)
-    return annotation.__name__ if plain else str(annotation).replace("typing.", "")
+    return next(name for name, kind in vars(results).items() if kind == annotation)
 
 
 def _function(name: str, record: type, function: Callable[..., Any]) -> str:
@@ -164,9 +161,3 @@ def _value(flat: Flat) -> str:
     ]
     shown = option.metavar if option.typed or not kind else " ".join([kind, *filter(None, bounds)])
     return shown or "text"
-
-
-PAGES: dict[Path, Callable[[], str]] = {
-    Path("consolidate/api.py"): api_source,
-    Path("docs/options.md"): options_page,
-}

@@ -1,14 +1,20 @@
-"""Write docs/cli.md from the `--help` of every command, or check that it is current."""
+"""Write what is made from the code, or check that it is current."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
 
 import click
+import msgspec
 
 from consolidate.cli import cli
+from consolidate.results import RESULTS
+from scripts.option_pages import api_source, options_page
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 96
 
 
@@ -25,8 +31,8 @@ def help_texts(command: click.Command, name: str) -> Iterator[tuple[str, str]]:
                 yield from help_texts(found, f"{name} {below}")
 
 
-def document() -> str:
-    """Return the whole page."""
+def command_line() -> str:
+    """Return the page of the commands."""
     parts = [
         "# Command line\n",
         "What `--help` says of every command, written by `scripts/write_docs`.\n",
@@ -37,21 +43,80 @@ def document() -> str:
     return "\n".join(parts)
 
 
+def json_schema() -> str:
+    """Return the JSON Schema of what `--json` writes, made from the types of the results."""
+    parts = {
+        name: get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        for name, kind in RESULTS.items()
+    }
+    every = [kind for kinds in parts.values() for kind in kinds]
+    found, definitions = msgspec.json.schema_components(every, ref_template="#/$defs/{name}")
+    schemas = iter(found)
+    commands = {}
+    for name, kinds in parts.items():
+        ways = [next(schemas) for _ in kinds]
+        commands[name] = ways[0] if len(ways) == 1 else {"anyOf": ways}
+    whole = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "What consolidate writes to stdout with --json",
+        "description": "One object. Under $defs there is one schema for each command, and one for "
+        "a command that failed. A later version may add fields; those that are here stay. Numbers "
+        "that are not finite are null.",
+        "anyOf": [{"$ref": f"#/$defs/{name}"} for name in commands],
+        "$defs": commands | dict(sorted(definitions.items())),
+    }
+    schema = json.loads(json.dumps(whole), object_hook=_complete)
+    return _laid_out(schema) + "\n"
+
+
+def _complete(schema: dict[str, Any]) -> dict[str, Any]:
+    """Add what the types cannot say: no other fields, and null for what is not finite."""
+    if schema.get("type") == "object" and "properties" in schema:
+        schema["additionalProperties"] = False
+    if schema.pop("or null", False):
+        schema["type"] = [schema["type"], "null"]
+    return schema
+
+
+def _laid_out(value: Any, margin: str = "") -> str:
+    """Write JSON, on one line what fits there."""
+    short = json.dumps(value, ensure_ascii=False)
+    if len(margin) + len(short) <= WIDTH or not isinstance(value, dict | list):
+        return short
+    inner = f"{margin}  "
+    if isinstance(value, dict):
+        lines = [f"{json.dumps(k)}: {_laid_out(v, inner)}" for k, v in value.items()]
+    else:
+        lines = [_laid_out(entry, inner) for entry in value]
+    start, end = "{}" if isinstance(value, dict) else "[]"
+    return f"{start}\n" + ",\n".join(inner + line for line in lines) + f"\n{margin}{end}"
+
+
+PAGES = {
+    "docs/cli.md": command_line,
+    "docs/json-schema.json": json_schema,
+    "docs/options.md": options_page,
+    "consolidate/api.py": api_source,
+}
+
+
 def run(arguments: list[str]) -> int:
-    """Write the page, or with --check only compare it; return the exit code."""
+    """Write the files, or with --check only compare them; return the exit code."""
     if arguments not in ([], ["--check"]):
         print("Usage: scripts/write_docs [--check]", file=sys.stderr)
         return 2
-    text = document()
-    current = TARGET.read_text(encoding="utf-8") if TARGET.exists() else None
-    if current == text:
-        return 0
-    if arguments:
-        print("docs/cli.md is not what --help says: run scripts/write_docs", file=sys.stderr)
-        return 1
-    TARGET.write_text(text, encoding="utf-8")
-    print(f"Wrote {TARGET}")
-    return 0
+    code = 0
+    for name, write in PAGES.items():
+        path, text = ROOT / name, write()
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        if arguments:
+            print(f"{name} is not what the code says: run scripts/write_docs", file=sys.stderr)
+            code = 1
+        else:
+            path.write_text(text, encoding="utf-8")
+            print(f"Wrote {path}")
+    return code
 
 
 if __name__ == "__main__":

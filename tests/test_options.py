@@ -22,16 +22,10 @@ from consolidate.options import (
     Recipe,
 )
 from formats.errors import UsageError
-from scripts.option_pages import PAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = {"fisher": FisherOptions, "finetune": FinetuneOptions, "evaluate": EvaluateOptions}
 GIVEN = {"checkpoint": "a", "data": "b", "output_dir": "c"}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=str)
-def test_what_is_written_from_the_options_is_up_to_date(page: Path) -> None:
-    assert (ROOT / page).read_text(encoding="utf-8") == PAGES[page](), "run scripts/write_docs"
 
 
 @pytest.mark.parametrize("name", RECORDS)

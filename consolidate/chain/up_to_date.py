@@ -4,9 +4,10 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from consolidate.chain.opening import stored_fisher
+from consolidate.results import MeasuredFisher
 from formats.atomic import recover
 from formats.checkpoint import open_checkpoint
 from formats.errors import ConsolidateError
@@ -33,9 +34,7 @@ class Output(NamedTuple):
 def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
     """Find what a command has left, as far as its ledger says what it was made from.
 
-    Args:
-        checkpoint: The folder; it need not exist.
-        merged: Whether models were merged, and not a task learned or measured.
+    With `merged` models were merged, and not a task learned or measured.
     """
     for target in (checkpoint, checkpoint / "fisher"):
         recover(target)
@@ -52,15 +51,10 @@ def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
 
 
 def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher | None:
-    """Tell whether an output is what a command would make again.
+    """Give the Fisher of an output that is up to date; None where it has to be made.
 
-    Args:
-        output: What is there.
-        made_from: Gives the digest of all that the result would depend on.
-
-    Returns:
-        Its Fisher, after every byte of it and of the weights was compared with the ledger; None
-        where it was made from something else, or is damaged.
+    Every byte of it and of the weights is compared with the ledger. `made_from` gives the digest
+    of all that the result would depend on.
     """
     if output is None or output.made_from != made_from():
         return None
@@ -73,14 +67,10 @@ def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher 
     return stored
 
 
-def recorded_fisher(ledger: Ledger) -> dict[str, Any]:
+def recorded_fisher(ledger: Ledger) -> MeasuredFisher:
     """Give what a ledger knows of its last task's Fisher, as `fisher_summary` does.
 
-    Args:
-        ledger: The ledger.
-
-    Returns:
-        By layer the trace; how certain it is was not recorded.
+    How certain a trace is was not recorded.
     """
     task = ledger.tasks[-1]
     return {

@@ -13,6 +13,7 @@ from consolidate.data.encoding import encode
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
 from consolidate.options import EvaluateOptions
+from consolidate.results import EvaluateResult
 from consolidate.runtime.devices import best_device, dtype_of_name
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from formats.checkpoint_files import check_link
@@ -31,7 +32,7 @@ from formats.task_file import open_task
 LOG = logging.getLogger("consolidate")
 
 
-def evaluate(options: EvaluateOptions) -> dict[str, dict[str, float]]:
+def evaluate(options: EvaluateOptions) -> EvaluateResult:
     """Measure a checkpoint on each task: loss, and accuracy or perplexity.
 
     Returns:

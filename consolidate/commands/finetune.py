@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +37,13 @@ from consolidate.data.examples import Examples, subset
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.model import config_of, file_weights
 from consolidate.options import Estimation, FinetuneOptions
+from consolidate.results import (
+    FinetuneCached,
+    FinetuneDone,
+    FinetuneResult,
+    LambdaSearch,
+    TrainingStep,
+)
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import (
     all_processes,
@@ -65,7 +71,7 @@ LOG = logging.getLogger("consolidate")
 
 
 @as_one
-def finetune(options: FinetuneOptions, *, again: bool = False) -> dict[str, Any]:
+def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult:
     """Fine-tune a checkpoint on a new task with a penalty that protects the earlier ones.
 
     L(θ) = L_new(θ) + (λ/2) Σ_i Λ_i (θ_i − μ_i)², Kirkpatrick et al. 2017, eq. 3. The output is a
@@ -155,7 +161,7 @@ def _work(plan: Plan, group: ProcessGroup | None) -> KeptWork:
     )
 
 
-def _cached(plan: Plan, ledger: Ledger) -> dict[str, Any]:
+def _cached(plan: Plan, ledger: Ledger) -> FinetuneCached:
     task, source, target = ledger.tasks[-1], plan.opened.source, plan.target
     weights = source.weights if source.base is None else source.base.weights
     kept = any(name.rpartition(".")[2] == "running_mean" for name in weights)
@@ -163,7 +169,7 @@ def _cached(plan: Plan, ledger: Ledger) -> dict[str, Any]:
         "status": "cached",
         "checkpoint": str(target),
         "commits": plan.opened.commits(),
-        "penalty": task.penalty,
+        "penalty": str(task.penalty),
         "penalty_on": task.penalty_on,
         "ewc_lambda": task.ewc_lambda,
         "norm_statistics": plan.recipe.norm_statistics if kept else None,
@@ -210,14 +216,14 @@ def _searched(
     work: KeptWork,
     found: StoredWork | None,
     group: ProcessGroup | None,
-) -> dict[str, Any] | None:
+) -> LambdaSearch | None:
     """Choose λ, draw how, and give the penalty the one chosen; None where one was given.
 
     Candidates that were trained before an interruption are not trained again.
     """
     if plan.search is None or start.penalty is None:
         return None
-    search = None if found is None else found.state.get("search")
+    search: LambdaSearch | None = None if found is None else found.state.get("search")
     if search is None:
         trials = [] if found is None else list(found.state.get("trials", []))
 
@@ -279,7 +285,7 @@ def _forgotten(plan: Plan, trained: Trained) -> dict[str, float]:
 
 
 def _too_much(
-    forgotten: Mapping[str, float], options: FinetuneOptions, result: dict[str, Any]
+    forgotten: Mapping[str, float], options: FinetuneOptions, result: FinetuneDone
 ) -> ForgettingError:
     losses = ", ".join(f"{name} lost {by:.4f}" for name, by in forgotten.items())
     return ForgettingError(
@@ -287,7 +293,7 @@ def _too_much(
         f"{options.gate.max_forgetting:g}\n"
         f"The output is kept in {result['checkpoint']}; nothing was written to "
         f"{options.output_dir}",
-        result | {"status": "forgot too much"},
+        {**result, "status": "forgot too much"},
     )
 
 
@@ -310,7 +316,7 @@ def _write(
     target: Path,
     started_from: str,
     group: ProcessGroup | None,
-) -> dict[str, Any]:
+) -> FinetuneDone:
     """Merge the new task's Fisher, write the checkpoint, and report what was done."""
     if not is_first(group):
         return from_first(None, group)
@@ -346,7 +352,7 @@ def _write(
         ledger = write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
         write_card(staging, target, ledger, [opened.source], "finetune")
     steps = trained.steps
-    result = {
+    result: FinetuneDone = {
         "status": "done",
         "checkpoint": str(target),
         "commits": opened.commits(),
@@ -359,7 +365,7 @@ def _write(
         "penalty_value": steps[-1].penalty if steps else None,
         "share_moved": share_moved,
         "metrics": trained.metrics,
-        "history": [asdict(step) for step in steps],
+        "history": [TrainingStep(**asdict(step)) for step in steps],
         "fisher": {"folder": str(target / "fisher"), **fisher_summary(ledger, diagonal)},
     }
     return from_first(result, group)

@@ -19,6 +19,8 @@ from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty
 from consolidate.models.model import Model
+from consolidate.results import LambdaSearch
+from consolidate.results import Trial as TrialResult
 from consolidate.runtime.distributed import dealt
 from consolidate.training.evaluation import divergence
 from consolidate.training.forgetting import beyond, forgetting
@@ -120,7 +122,7 @@ def search_lambda(
     group: ProcessGroup | None = None,
     done: Collection[Trial] = (),
     keep: Callable[[Trial], None] = lambda trial: None,
-) -> dict[str, Any]:
+) -> LambdaSearch:
     """Train the candidates from the same start, measure them, and choose one.
 
     Args:
@@ -213,8 +215,9 @@ def search_lambda(
         "old_tasks": plan.old,
         "before": before,
         "trials": [
-            {**asdict(trial), "mean": trial.mean if trial.metrics else None}
-            | {"chosen": trial is chosen}
+            TrialResult(
+                **asdict(trial), mean=trial.mean if trial.metrics else None, chosen=trial is chosen
+            )
             for trial in trials
         ],
         "cost": {

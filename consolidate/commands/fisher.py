@@ -38,6 +38,7 @@ from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
 from consolidate.options import Estimation, FisherOptions, Merging
+from consolidate.results import FisherDone, FisherDryRun, FisherResult
 from consolidate.runtime import shards
 from consolidate.runtime.devices import best_device, dtype_of_name
 from consolidate.runtime.distributed import (
@@ -138,7 +139,7 @@ class Plan:
 
 
 @as_one
-def fisher(options: FisherOptions, *, again: bool = False) -> dict[str, Any]:
+def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
     """Measure the Fisher diagonal of a checkpoint on a task's data and store it beside the weights.
 
     F_i = (1/N) Σ_x E_{y ~ p(y|x, θ)} [(∂ log p(y|x, θ)/∂θ_i)²], summed over units of each example.
@@ -232,7 +233,7 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
     return plan
 
 
-def _cached(plan: Plan, ledger: Ledger) -> dict[str, Any]:
+def _cached(plan: Plan, ledger: Ledger) -> FisherDone:
     assert plan.there is not None
     return {
         "status": "cached",
@@ -279,7 +280,7 @@ def _dry_run(
     examples: Examples,
     estimation: Estimation,
     group: ProcessGroup | None,
-) -> dict[str, Any]:
+) -> FisherDryRun:
     """Say what a pass would take, and what it would leave."""
     cost = pass_cost(model, examples, estimation, seed=plan.options.seed, group=group)
     itemsize = {"float32": 4, "float64": 8}[estimation.accumulate_dtype]
@@ -292,9 +293,7 @@ def _dry_run(
     }
 
 
-def _write(
-    plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagonal
-) -> dict[str, Any]:
+def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagonal) -> FisherDone:
     """Merge the task's Fisher, write it beside its weights, and report what was done."""
     options, source, target = plan.options, plan.source, plan.target
     overwrite, digests = options.saving.overwrite, options.saving.data_digest

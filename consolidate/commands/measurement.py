@@ -23,6 +23,7 @@ from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.adapters import without_fisher
 from consolidate.models.model import Model
 from consolidate.options import EXACT_UP_TO, Estimation
+from consolidate.results import MeasuredFisher, PassCost
 from consolidate.runtime import signals
 from consolidate.runtime.devices import dtype_of_name
 from consolidate.runtime.distributed import dealt, place_in
@@ -158,7 +159,7 @@ def pass_cost(
     *,
     seed: int,
     group: ProcessGroup | None = None,
-) -> dict[str, Any]:
+) -> PassCost:
     """Say what measuring the Fisher of encoded examples would take, from a few batches of them.
 
     Counts, seconds per example and in all, and the most bytes of memory that were in use with the
@@ -198,7 +199,7 @@ def pass_cost(
     each = sum(others) / (len(sample) - batch_size) if others else checked / len(sample)
     unit = 1 if sys.platform == "darwin" else 1024
     return {
-        "estimator": estimation.estimator,
+        "estimator": str(estimation.estimator),
         "examples": len(order),
         "parameters": sum(values.numel() for values in diagonal.values()),
         "seconds_per_example": each,
@@ -208,7 +209,7 @@ def pass_cost(
     }
 
 
-def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> dict[str, Any]:
+def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> MeasuredFisher:
     """Give what a command reports of a Fisher that was measured for a ledger's last task."""
     errors = {name: e for name, e in diagonal.relative_errors.items() if math.isfinite(e)}
     return {

@@ -16,7 +16,9 @@ from consolidate.chain.fingerprint import checkpoint_content, digest, plain, ver
 from consolidate.chain.opening import stored_fisher
 from consolidate.chain.output import refuse_existing
 from consolidate.chain.up_to_date import cached, find_output
+from consolidate.commands.verify import check_fisher_values
 from consolidate.ewc.fisher_merging import MergedTensor, ModelTensor, merge_models
+from consolidate.results import MergeResult
 from consolidate.runtime.progress import progress
 from consolidate.views.output_card import write_card
 from formats.atomic import replace_folder
@@ -28,7 +30,7 @@ from formats.checkpoint import (
     write_checkpoint,
 )
 from formats.errors import InputError, UsageError
-from formats.fisher_folder import LEDGER_NAME, StoredFisher, check_values, tensor_sets, write_fisher
+from formats.fisher_folder import LEDGER_NAME, StoredFisher, write_fisher
 from formats.fisher_json import SAME_AS, Ledger, TaskRecord, copies
 from formats.hub import commits_of, locate
 from formats.tensors import LazyTensors, Renamed, TensorFiles, dtype_of, shape_of
@@ -36,6 +38,8 @@ from formats.versions import program_versions
 
 LOG = logging.getLogger("consolidate")
 _CHUNK = 1 << 16  # elements in float64 at a time: they stay in the cache, however large the tensor
+
+_ALIKE = "only checkpoints of one architecture can be merged"
 
 
 @claiming_output
@@ -46,8 +50,7 @@ def merge(
     weights: Sequence[float] | None = None,
     base: str | Path | None = None,
     overwrite: bool = False,
-    force: bool = False,
-) -> dict[str, Any]:
+) -> MergeResult:
     """Merge checkpoints of one architecture, and their Fishers, into one checkpoint.
 
     Λ = Σ c_k Λ_k, θ = Σ c_k Λ_k θ_k / Λ, μ = Σ c_k Λ_k μ_k / Λ (Matena & Raffel 2022), and where
@@ -60,9 +63,7 @@ def merge(
         weights: Their coefficients c_k > 0; 1 each unless given.
         base: The checkpoint, with its Fisher, that all of them were fine-tuned from; its tasks are
             those that more than one of them may hold.
-        overwrite: Replace the output folder that is there.
-        force: Merge anew, and replace the output, even where that is there and was made from the
-            same.
+        overwrite: Replace the output folder that is there, unless it is up to date.
 
     Returns:
         What was done: the folder, the models, the tasks, the Fisher's trace and the offset. Where
@@ -75,93 +76,55 @@ def merge(
         UsageError: The coefficients are not positive numbers, one a checkpoint.
         NonFiniteError: NaN or infinity in weights or Fisher.
     """
-    if not checkpoints:
+    coefficients = _coefficients(weights, len(checkpoints))
+    target = Path(output_dir)
+    there = find_output(target, merged=True)
+    if there is None:
+        refuse_existing(target, overwrite=overwrite)
+    plan = _planned(checkpoints, coefficients, base)
+
+    def result(
+        status: Literal["done", "cached"], ledger: Ledger, trace: float, *, anchored: bool
+    ) -> MergeResult:
+        return {
+            "status": status,
+            "checkpoint": str(target),
+            "fisher": str(target / "fisher"),
+            "models": [str(checkpoint) for checkpoint in checkpoints],
+            "weights": coefficients,
+            "base": None if base is None else str(base),
+            "commits": commits_of(*(model.path for model in plan.everything)),
+            "tasks": [task.name for task in plan.tasks],
+            "parameters": sum(math.prod(record.shape) for record in ledger.fisher.values()),
+            "trace": trace,
+            "penalty_offset": ledger.penalty_offset,
+            "anchor": "fisher/anchor" if anchored else "the weights",
+        }
+
+    if (done := cached(there, plan.made_from)) is not None:
+        trace = math.fsum(float(done.fisher[name].sum(dtype=torch.float64)) for name in done.fisher)
+        return result("cached", done.ledger, trace, anchored=done.anchor is not None)
+    if there is not None:
+        refuse_existing(target, overwrite=overwrite)
+    merged = _Merged(plan.models, plan.base)
+    offset, trace, anchored = _survey(merged)
+    ledger = _write(plan, merged, target, offset, anchored=anchored, overwrite=overwrite)
+    return result("done", ledger, trace, anchored=anchored)
+
+
+def _coefficients(weights: Sequence[float] | None, count: int) -> list[float]:
+    if not count:
         raise UsageError("merge needs at least one checkpoint")
-    coefficients = [1.0] * len(checkpoints) if weights is None else [float(c) for c in weights]
-    if len(coefficients) != len(checkpoints):
+    coefficients = [1.0] * count if weights is None else [float(c) for c in weights]
+    if len(coefficients) != count:
         raise UsageError(
-            f"--weights gives {len(coefficients)} numbers for {len(checkpoints)} checkpoints: "
+            f"--weights gives {len(coefficients)} numbers for {count} checkpoints: "
             "expected one each"
         )
     for coefficient in coefficients:
         if not (math.isfinite(coefficient) and coefficient > 0):
             raise UsageError(f"--weights: {coefficient} is not above 0; leave that checkpoint out")
-    target = Path(output_dir)
-    there = None if force else find_output(target, merged=True)
-    if there is None:
-        refuse_existing(target, overwrite=overwrite or force)
-    pairs = zip(checkpoints, coefficients, strict=True)
-    models = [_open(checkpoint, coefficient) for checkpoint, coefficient in pairs]
-    shared = None if base is None else _open(base, 1.0 - sum(coefficients))
-    same = _same_tensors([*models, *([] if shared is None else [shared])])
-    models = [_once(model, same) for model in models]
-    shared = None if shared is None else _once(shared, same)
-    for model in models[1:]:
-        _check_alike(models[0], model)
-    if shared is not None:
-        _check_base(models, shared)
-    tasks, heads = _joined(models, shared)
-    tasks = [_renamed(task, models[0].names) for task in tasks]
-    made_from = digest(
-        {
-            "command": "merge",
-            "versions": versions(),
-            "models": [model.content() for model in models],
-            "coefficients": plain(coefficients),
-            "base": None if shared is None else shared.content(),
-        }
-    )
-    result = {
-        "status": "done",
-        "checkpoint": str(target),
-        "fisher": str(target / "fisher"),
-        "models": [str(checkpoint) for checkpoint in checkpoints],
-        "weights": coefficients,
-        "base": None if base is None else str(base),
-        "commits": commits_of(*(m.path for m in models), None if shared is None else shared.path),
-        "tasks": [task.name for task in tasks],
-    }
-    if (done := cached(there, lambda: made_from)) is not None:
-        trace = math.fsum(float(done.fisher[name].sum(dtype=torch.float64)) for name in done.fisher)
-        offset = done.ledger.penalty_offset
-        result["status"] = "cached"
-        return result | _figures(done.ledger, trace, offset, anchored=done.anchor is not None)
-    if there is not None:
-        refuse_existing(target, overwrite=overwrite)
-    merged = _Merged(models, shared)
-    offset, trace, anchored = _survey(merged)
-    first = models[0].stored.ledger
-    alone = len(models) == 1 and shared is None
-    with replace_folder(target, overwrite=overwrite or force) as staging:
-        write_checkpoint(staging, models[0].source, merged.weights, card=alone)
-        ledger = Ledger(
-            tasks=tasks,
-            merge_rule=first.merge_rule if alone else "separate",
-            gamma=first.gamma if alone else 1.0,
-            penalty_offset=offset,
-            unprotected={
-                name: first.unprotected[name] if at == name else SAME_AS + at
-                for name, at in merged.file_names.items()
-                if name not in merged.fisher
-            },
-            weights=weight_records(open_checkpoint(staging).weights),
-            versions=program_versions(),
-            made_from=None if alone else made_from,  # of one it is a copy
-        )
-        anchor = merged.anchor if anchored else None
-        ledger = write_fisher(staging / "fisher", merged.fisher, ledger, anchor=anchor, heads=heads)
-        if not alone:
-            write_card(staging, target, ledger, [model.source for model in models], "merge")
-    return result | _figures(ledger, trace, offset, anchored=anchored)
-
-
-def _figures(ledger: Ledger, trace: float, offset: float, *, anchored: bool) -> dict[str, Any]:
-    return {
-        "parameters": sum(math.prod(record.shape) for record in ledger.fisher.values()),
-        "trace": trace,
-        "penalty_offset": offset,
-        "anchor": "fisher/anchor" if anchored else "the weights",
-    }
+    return coefficients
 
 
 @dataclass(frozen=True)
@@ -203,6 +166,82 @@ class _Model:
         """Describe it by content, JSON-ready."""
         ledger = self.stored.ledger
         return checkpoint_content(self.source, self.stored.folder / LEDGER_NAME, ledger.weights)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is merged: models that fit each other, the base they share, and the tasks of all."""
+
+    models: list[_Model]
+    base: _Model | None
+    tasks: list[TaskRecord]
+    heads: dict[str, TensorFiles]
+
+    @property
+    def everything(self) -> list[_Model]:
+        return self.models if self.base is None else [*self.models, self.base]
+
+    @property
+    def alone(self) -> bool:
+        """Whether the output is a copy."""
+        return len(self.models) == 1 and self.base is None
+
+    def made_from(self) -> str:
+        return digest(
+            {
+                "command": "merge",
+                "versions": versions(),
+                "models": [model.content() for model in self.models],
+                "coefficients": plain([model.coefficient for model in self.models]),
+                "base": None if self.base is None else self.base.content(),
+            }
+        )
+
+
+def _planned(
+    checkpoints: Sequence[str | Path], coefficients: Sequence[float], base: str | Path | None
+) -> _Plan:
+    """Open all checkpoints, and refuse those that cannot be merged."""
+    pairs = zip(checkpoints, coefficients, strict=True)
+    models = [_open(checkpoint, coefficient) for checkpoint, coefficient in pairs]
+    shared = None if base is None else _open(base, 1.0 - sum(coefficients))
+    same = _same_tensors([*models, *([] if shared is None else [shared])])
+    models = [_once(model, same) for model in models]
+    shared = None if shared is None else _once(shared, same)
+    for model in models[1:]:
+        _check_alike(models[0], model)
+    if shared is not None:
+        _check_base(models, shared)
+    return _Plan(models, shared, *_joined(models, shared))
+
+
+def _write(
+    plan: _Plan, merged: "_Merged", target: Path, offset: float, *, anchored: bool, overwrite: bool
+) -> Ledger:
+    """Write the merged checkpoint and give its ledger."""
+    first = plan.models[0].stored.ledger
+    with replace_folder(target, overwrite=overwrite) as staging:
+        write_checkpoint(staging, plan.models[0].source, merged.weights, card=plan.alone)
+        ledger = Ledger(
+            tasks=plan.tasks,
+            merge_rule=first.merge_rule if plan.alone else "separate",
+            gamma=first.gamma if plan.alone else 1.0,
+            penalty_offset=offset,
+            unprotected={
+                name: first.unprotected[name] if at == name else SAME_AS + at
+                for name, at in merged.file_names.items()
+                if name not in merged.fisher
+            },
+            weights=weight_records(open_checkpoint(staging).weights),
+            versions=program_versions(),
+            made_from=None if plan.alone else plan.made_from(),  # of one it is a copy
+        )
+        anchor = merged.anchor if anchored else None
+        fisher = staging / "fisher"
+        ledger = write_fisher(fisher, merged.fisher, ledger, anchor=anchor, heads=plan.heads)
+        if not plan.alone:
+            write_card(staging, target, ledger, [model.source for model in plan.models], "merge")
+    return ledger
 
 
 class _Tensors(LazyTensors):
@@ -247,17 +286,14 @@ class _Tensors(LazyTensors):
 
 
 class _Merged:
-    """The merged tensors of models by the names of the first, a chunk of one at a time in memory.
-
-    Attributes:
-        file_names: Each name in the first model's file, with the one there that stands for it.
-    """
+    """The merged tensors by the names of the first model, a chunk of one at a time in memory."""
 
     def __init__(self, models: Sequence[_Model], base: _Model | None) -> None:
         self.models = models
         self.base = base
         first = models[0]
         weights, same = first.source.weights, first.same
+        # Each name in the first model's file, with the one there that stands for it.
         self.file_names = {name: first.names[same.get(name, name)] for name in weights}
         held = [
             name
@@ -302,10 +338,7 @@ def _open(checkpoint: str | Path, coefficient: float) -> _Model:
         )
     stored = stored_fisher(path / "fisher", source)
     check_finite(source.weights, path)
-    for kind, tensors, _ in tensor_sets(stored):
-        for name in tensors:
-            where = f"{tensors.path}: {kind} of {name!r}"
-            check_values(tensors[name], where, not_negative=kind == "fisher")
+    check_fisher_values(stored)
     return _Model(path, source, stored, coefficient, {name: name for name in source.weights}, {})
 
 
@@ -339,7 +372,7 @@ def _once(model: _Model, same: Mapping[str, str]) -> _Model:
         if differ or (name in ledger.fisher and other in ledger.fisher):
             raise InputError(
                 f"{other} and {name} are one tensor in another model, and two in {model.path}: "
-                "only checkpoints of one architecture can be merged"
+                + _ALIKE
             )
         if name in ledger.fisher or (other in again and other not in ledger.fisher):
             names[at] = name
@@ -349,14 +382,13 @@ def _once(model: _Model, same: Mapping[str, str]) -> _Model:
 def _check_alike(first: _Model, other: _Model) -> None:
     """Refuse another architecture: other names, shapes or dtypes, or buffers that disagree."""
     ours, theirs = first.weights, other.weights
-    for name in dict.fromkeys([*ours, *theirs]):
-        for model, weights in ((first, ours), (other, theirs)):
-            if name not in weights:
-                there = other if model is first else first
+    for here, there in ((other, first), (first, other)):
+        for name in there.weights:
+            if name not in here.weights:
                 raise InputError(
-                    f"{model.path} has no tensor {name!r}, which {there.path} has: only "
-                    "checkpoints of one architecture can be merged"
+                    f"{here.path} has no tensor {name!r}, which {there.path} has: {_ALIKE}"
                 )
+    for name in ours:
         _check_shape(name, first, other)
         dtypes = dtype_of(ours, name), dtype_of(theirs, name)
         if dtypes[0] != dtypes[1]:
@@ -370,23 +402,18 @@ def _check_alike(first: _Model, other: _Model) -> None:
                 f"the tensor {name!r} of whole numbers differs in {first.path} and {other.path}: "
                 "it has no mean, so make it the same in both"
             )
-    configs = first.source.config, other.source.config
-    changed = [
-        key
-        for key in dict.fromkeys([*configs[0], *configs[1]])
-        if configs[0].get(key) != configs[1].get(key)
-    ]
+    one, two = first.source.config, other.source.config
+    changed = [key for key in {**one, **two} if one.get(key) != two.get(key)]
     for key in ("model_type", "architectures"):
         if key in changed:
             raise InputError(
-                f"config.json gives {configs[0].get(key)} as {key} in {first.path}, and "
-                f"{configs[1].get(key)} in {other.path}: only checkpoints of one architecture can "
-                "be merged"
+                f"config.json gives {one.get(key)} as {key} in {first.path}, and {two.get(key)} in "
+                f"{other.path}: {_ALIKE}"
             )
     if "id2label" in changed:
         raise InputError(
-            f"the output layers have the labels {_labels(configs[0])} in {first.path} and "
-            f"{_labels(configs[1])} in {other.path}: only those of the same labels can be merged"
+            f"the output layers have the labels {_labels(one)} in {first.path} and {_labels(two)} "
+            f"in {other.path}: only those of the same labels can be merged"
         )
     if changed:
         LOG.info(
@@ -427,7 +454,7 @@ def _check_shape(name: str, first: _Model, other: _Model) -> None:
     if ours != theirs:
         raise InputError(
             f"the tensor {name!r} has shape {ours} in {first.path} and {theirs} in {other.path}: "
-            "only checkpoints of one architecture can be merged"
+            + _ALIKE
         )
 
 
@@ -435,13 +462,10 @@ def _joined(
     models: Sequence[_Model], base: _Model | None
 ) -> tuple[list[TaskRecord], dict[str, TensorFiles]]:
     """Join the ledgers' tasks, each weighed by its model, and give their heads; the base's once."""
-    tasks: dict[str, TaskRecord] = {}
-    heads: dict[str, TensorFiles] = {}
-    holder: dict[str, _Model] = {}
     shared = {} if base is None else base.tasks
-    if base is not None:
-        tasks |= shared
-        heads |= base.stored.heads
+    heads = {} if base is None else dict(base.stored.heads)
+    tasks = dict(shared)
+    holder: dict[str, _Model] = {}
     for model in models:
         for name, task in shared.items():
             if model.tasks.get(name) != task:
@@ -466,7 +490,7 @@ def _joined(
             holder[name] = model
         # Children may have put aside the head of a shared task that is still in the base's weights.
         heads = model.stored.heads | heads
-    return list(tasks.values()), heads
+    return [_renamed(task, models[0].names) for task in tasks.values()], heads
 
 
 def _survey(merged: _Merged) -> tuple[float, float, bool]:

@@ -3,12 +3,12 @@
 import hashlib
 import json
 import logging
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,16 +17,15 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
-    HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
 
 from consolidate.commands.upload_rules import named_code, without_local_paths
-from consolidate.commands.verify import verify
-from consolidate.views.card import MAX_CARD_BYTES, Subject, model_card
+from consolidate.commands.verify import check_fisher_values, verify
+from consolidate.results import Change, PushResult
+from consolidate.views.card import MAX_CARD_BYTES, Subject, is_repository, model_card
 from formats.checkpoint import CARD, Checkpoint, open_checkpoint
 from formats.checkpoint_files import check_link
 from formats.digest import set_digest
@@ -35,12 +34,11 @@ from formats.fisher_folder import (
     StoredFisher,
     check_belongs,
     check_intact,
-    check_values,
     in_one_line,
     read_fisher,
-    tensor_sets,
     write_fisher,
 )
+from formats.fisher_json import Ledger
 from formats.hub import FISHER, commits_of, locate
 from formats.hub_errors import ODD_ANSWER, commit_in, hub_call
 from formats.tensors import TensorFiles, write_tensors
@@ -51,30 +49,12 @@ AGAIN = "push again, which sends what is missing"
 
 # What a model is used with; anything else in a folder may be data or a secret, and stays there.
 PUBLISHED = (
-    "config.json",
-    "generation_config.json",
-    "*processor_config.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "*.spm",
-    "*.tiktoken",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_*_config.json",
-    "[0-9]_*/config.json",
-    "[0-9]_*/model.safetensors",
-    "LICENSE*",
-    "NOTICE*",
+    *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "*.spm", "*.tiktoken"),
+    *("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
+    *("[0-9]_*/config.json", "[0-9]_*/model.safetensors", "LICENSE*", "NOTICE*"),
 )
 _OURS_TO_REPLACE = re.compile(
     r"fisher/.*|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
@@ -85,27 +65,66 @@ _WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)")
 
 @dataclass(frozen=True)
 class Remote:
-    """A repository as it is before a push.
-
-    Attributes:
-        exists: Whether it is there.
-        private: Whether only some can see it; None where it is not there.
-        head: The commit that is built upon; None where there is none.
-        has_branch: Whether the branch is there; the head is that of the default branch otherwise.
-        files: What the head holds, by path.
-        tags: The commits of its tags, by name.
-    """
+    """A repository as it is before a push."""
 
     exists: bool
-    private: bool | None
-    head: str | None
-    has_branch: bool
-    files: dict[str, RepoFile]
-    tags: dict[str, str]
+    private: bool | None  # whether only some can see it; None where it is not there
+    head: str | None  # the commit that is built upon; None where there is none
+    has_branch: bool  # whether the branch is there; the head is the default branch's otherwise
+    files: dict[str, RepoFile]  # what the head holds, by path
+    tags: dict[str, str]  # the commits of its tags, by name
 
 
 NOTHING = Remote(False, None, None, True, {}, {})
 """A repository that is not there."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is published, as it was when it was looked at first."""
+
+    folder: Path
+    fisher_only: bool
+    stamps: dict[Path, tuple[int, ...]]
+    stored: StoredFisher
+
+    def refuse_written(self, done: str) -> None:
+        """Refuse to go on with a checkpoint that was written to since it was looked at."""
+        try:
+            same = _stamps(self.folder, self.fisher_only) == self.stamps
+        except (FileNotFoundError, InputError):
+            same = False
+        if not same:
+            raise InputError(
+                f"{self.folder} was written to while it was read, and nothing was {done}: push "
+                "again once nothing writes there"
+            )
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where it goes, and how."""
+
+    api: HfApi
+    name: str
+    remote: Remote
+    asked: bool  # whether the Hub could say what is there
+    public: bool
+    create_pr: bool
+    revision: str | None
+    tag: str | None
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """What the repository will hold, and how that differs from what it holds now."""
+
+    files: dict[str, CommitOperationAdd]
+    changes: dict[str, Change]
+    stale: list[str]  # files of earlier weights or Fishers, which are deleted
+
+    def new(self) -> list[CommitOperationAdd]:
+        return [file for path, file in self.files.items() if self.changes[path] != "unchanged"]
 
 
 def push(
@@ -122,7 +141,7 @@ def push(
     fisher_dtype: torch.dtype | None = None,
     fisher_only: bool = False,
     dry_run: bool = False,
-) -> dict[str, Any]:
+) -> PushResult:
     """Publish a checkpoint with its Fisher, ledger and card on the Hub, in one commit.
 
     The checkpoint is verified before anything is sent, and what the repository holds after. A
@@ -153,14 +172,9 @@ def push(
         NetworkError: The Hub cannot be reached or fails, or does not hold what was sent.
     """
     _check_options(create_pr, revision, tag, token, base_model, fisher_only)
-    folder = locate(checkpoint)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: a checkpoint with its Fisher is needed")
-    if not fisher_only and open_checkpoint(folder).adapter is not None:
-        raise InputError(f"{folder} is an adapter, and only whole models can be published")
-    seen = _stamps(folder, fisher_only)
-    stored = read_fisher(folder / "fisher")
+    source = _opened(checkpoint, fisher_only)
     api = HfApi(token=token, library_name="consolidate")
+    remote, name = NOTHING, repository
     asked = True
     try:
         name = _full_name(api, repository)
@@ -169,84 +183,37 @@ def push(
         if not dry_run:
             raise
         LOG.info("the Hub could not be asked what %s holds: all files are listed", repository)
-        asked, name, remote = False, repository, NOTHING
-    _check_remote(name, remote, public, create_pr, fisher_only)
-    base_commit = None
-    if fisher_only:
-        base_commit = _check_fisher(stored, base_model[0])
-    else:
-        LOG.info("verifying %s", folder)
-        verify(folder)
+        asked, name = False, repository
+    target = _Target(api, name, remote, asked, public, create_pr, revision, tag)
+    _check_remote(target, fisher_only)
+    base_commit = _verified(source, base_model)
     with TemporaryDirectory(prefix="consolidate-push-") as scratch:
-        contents = _contents(folder, stored, fisher_dtype, fisher_only, Path(scratch))
-        if fisher_dtype is not None:
-            stored = read_fisher(Path(scratch) / "fisher")
-        existing = _existing_card(api, name, remote, folder, fisher_only)
+        contents, ledger = _contents(source, fisher_dtype, Path(scratch))
         subject = Subject(
             repository=name,
-            config={} if fisher_only else open_checkpoint(folder).config,
+            config={} if fisher_only else open_checkpoint(source.folder).config,
             base_model=tuple(base_model),
             base_commit=base_commit,
             fisher_only=fisher_only,
             endpoint=api.endpoint,
         )
-        card = model_card(existing, stored.ledger, subject)
-        contents = {CARD: card.encode(), **contents}
-        operations = {path: CommitOperationAdd(path, _source(c)) for path, c in contents.items()}
-        for operation in operations.values():
-            _ = operation.upload_info.sha256  # which the client may put off until it sends
-        _refuse_written(folder, fisher_only, seen, "sent")
-        changes = {
-            path: _change(remote.files.get(path), op) if asked else "not compared"
-            for path, op in operations.items()
-        }
-        stale = sorted(p for p in remote.files if _is_stale(p, operations, fisher_only))
-        _check_tag(name, tag, remote, changed=bool(stale) or set(changes.values()) != {"unchanged"})
-        result: dict[str, Any] = {
-            "status": "dry run",
-            "repository": name,
-            "url": f"{api.endpoint}/{name}",
-            "private": (not public) if remote.private is None else remote.private,
-            "commit": None,
-            "pull_request": None,
-            "tag": tag,
-            "weights": set_digest(stored.ledger.weights),
-            "fisher": set_digest(stored.ledger.fisher),
-            "files": [
-                {"path": path, "size": op.upload_info.size, "change": changes[path]}
-                for path, op in operations.items()
-            ],
-            "deleted": stale,
-            "code": [path for path in operations if path.endswith(".py")],
-        }
+        card = model_card(_existing_card(target, source), ledger, subject)
+        upload = _upload(target, source, {CARD: card.encode(), **contents})
+        result = _summary(target, upload, ledger)
         if dry_run:
             return result
-        message = commit_message or "Push " + ", ".join(t.name for t in stored.ledger.tasks[-5:])
-        commit, pull_request = _commit(
-            api,
-            name,
-            remote,
-            [op for path, op in operations.items() if changes[path] != "unchanged"],
-            stale,
-            message=message,
-            revision=revision,
-            create_pr=create_pr,
-            public=public,
-            refuse_written=partial(_refuse_written, folder, fisher_only, seen, "committed"),
-        )
-        _check_arrived(api, name, commit, operations, stale)
+        message = commit_message or "Push " + ", ".join(task.name for task in ledger.tasks[-5:])
+        commit, pull_request = _commit(target, source, upload, message)
+        _check_arrived(target, upload, commit)
         if tag is not None and remote.tags.get(tag) != commit:
             with hub_call(
                 f"{name}: the commit {commit} is there, but the tag {tag!r} is not: ",
                 "push again, which sets the tag alone",
             ):
                 api.create_tag(name, tag=tag, revision=commit)
-        return {
-            **result,
-            "status": "unchanged" if commit == remote.head else "done",
-            "commit": commit,
-            "pull_request": pull_request,
-        }
+    result["status"] = "unchanged" if commit == remote.head else "done"
+    result["commit"], result["pull_request"] = commit, pull_request
+    return result
 
 
 def _check_options(
@@ -274,12 +241,18 @@ def _check_options(
 
 
 def _check_name(name: str, what: str = "") -> None:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise UsageError(
-            f"{what}{name!r} cannot be a repository: expected one such as user/model"
-        ) from None
+    if not is_repository(name):
+        raise UsageError(f"{what}{name!r} cannot be a repository: expected one such as user/model")
+
+
+def _opened(checkpoint: str | Path, fisher_only: bool) -> _Source:
+    folder = locate(checkpoint)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: a checkpoint with its Fisher is needed")
+    if not fisher_only and open_checkpoint(folder).adapter is not None:
+        raise InputError(f"{folder} is an adapter, and only whole models can be published")
+    stamps = _stamps(folder, fisher_only)
+    return _Source(folder, fisher_only, stamps, read_fisher(folder / "fisher"))
 
 
 def _call(name: str) -> AbstractContextManager[None]:
@@ -340,14 +313,13 @@ def _files_at(api: HfApi, name: str, commit: str, start: str) -> dict[str, RepoF
     return {file.path: file for file in files}
 
 
-def _check_remote(
-    name: str, remote: Remote, public: bool, create_pr: bool, fisher_only: bool
-) -> None:
-    if not remote.exists and create_pr:
+def _check_remote(target: _Target, fisher_only: bool) -> None:
+    name, remote = target.name, target.remote
+    if not remote.exists and target.create_pr:
         raise InputError(f"{name}: no such repository on the Hub to open a pull request in")
-    if remote.exists and not remote.private and not public:
+    if remote.exists and not remote.private and not target.public:
         raise UsageError(f"{name} can be seen by all: say with --public that this may be, too")
-    if remote.private and public:
+    if remote.private and target.public:
         LOG.info("%s is private and stays so: its settings on the Hub change that", name)
     if fisher_only and any(_WEIGHTS.fullmatch(path) for path in remote.files):
         raise UsageError(
@@ -356,42 +328,31 @@ def _check_remote(
         )
 
 
-def _check_tag(name: str, tag: str | None, remote: Remote, *, changed: bool) -> None:
-    if tag in remote.tags and (changed or remote.tags[tag] != remote.head):
-        raise UsageError(f"{name} has a tag {tag!r} already, of another commit: choose another")
-
-
-def _check_fisher(stored: StoredFisher, base: str) -> str | None:
-    """Check every value of a Fisher, and of the weights of a repository that it is to be of.
-
-    Returns:
-        The repository's commit.
-    """
+def _verified(source: _Source, base_model: Sequence[str]) -> str | None:
+    """Check every byte; of a Fisher alone give the commit of the repository with its weights."""
+    if not source.fisher_only:
+        LOG.info("verifying %s", source.folder)
+        verify(source.folder)
+        return None
+    base = base_model[0]
     weights = locate(base, without=FISHER)
     LOG.info("checking that %s has the weights that the Fisher is of", base)
-    check_intact(stored)
-    for kind, tensors, _ in tensor_sets(stored):
-        for name in tensors:
-            where = f"{tensors.path}: {kind} of {name!r}"
-            check_values(tensors[name], where, not_negative=kind == "fisher")
-    check_belongs(stored, open_checkpoint(weights).weights, base)
+    check_intact(source.stored)
+    check_fisher_values(source.stored)
+    check_belongs(source.stored, open_checkpoint(weights).weights, base)
     return next(iter(commits_of(weights).values()), None)
 
 
 def _contents(
-    folder: Path,
-    stored: StoredFisher,
-    fisher_dtype: torch.dtype | None,
-    fisher_only: bool,
-    scratch: Path,
-) -> dict[str, Path | bytes]:
-    """Give the file or the bytes of every path in the repository, but for the card."""
+    source: _Source, fisher_dtype: torch.dtype | None, scratch: Path
+) -> tuple[dict[str, Path | bytes], Ledger]:
+    """Give the file or the bytes of every path but the card's, and the ledger among them."""
     contents: dict[str, Path | bytes] = {}
-    if not fisher_only:
-        source = open_checkpoint(folder)
-        contents |= _weights(source, scratch)
-        contents |= _others(folder, source)
-    fisher = folder / "fisher"
+    if not source.fisher_only:
+        checkpoint = open_checkpoint(source.folder)
+        contents |= _weights(checkpoint, scratch)
+        contents |= _others(source.folder, checkpoint)
+    fisher, stored = source.folder / "fisher", source.stored
     if fisher_dtype is not None:
         fisher = scratch / "fisher"
         write_fisher(
@@ -402,12 +363,13 @@ def _contents(
             heads=stored.heads,
             dtype=fisher_dtype,
         )
+        stored = read_fisher(fisher)
     for file in sorted(fisher.rglob("*")):
         name = file.relative_to(fisher).as_posix()
         if file.is_file() and not file.name.startswith("."):
             check_link(fisher.parent, file)
             contents[f"fisher/{name}"] = file
-    return contents
+    return contents, stored.ledger
 
 
 def _weights(source: Checkpoint, scratch: Path) -> dict[str, Path | bytes]:
@@ -426,20 +388,15 @@ def _weights(source: Checkpoint, scratch: Path) -> dict[str, Path | bytes]:
     contents: dict[str, Path | bytes] = {file.name: file for file in files}
     if INDEX not in contents:
         tensors = TensorFiles(source.path, files)
-        size = sum(_bytes(tensors, name) for name in tensors)
+        size = sum(
+            tensors.dtype(name).itemsize * math.prod(tensors.shape(name)) for name in tensors
+        )
         index = {
             "metadata": {"total_size": size},
             "weight_map": {name: tensors.file_of(name).name for name in sorted(tensors)},
         }
         contents[INDEX] = (json.dumps(index, ensure_ascii=False, indent=2) + "\n").encode()
     return contents
-
-
-def _bytes(tensors: TensorFiles, name: str) -> int:
-    count = tensors.dtype(name).itemsize
-    for size in tensors.shape(name):
-        count *= size
-    return count
 
 
 def _others(folder: Path, source: Checkpoint) -> dict[str, Path | bytes]:
@@ -475,36 +432,79 @@ def _fits(name: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
-def _existing_card(
-    api: HfApi, name: str, remote: Remote, folder: Path, fisher_only: bool
-) -> str | None:
+def _existing_card(target: _Target, source: _Source) -> str | None:
     """Read the card that is there: the repository's, else the checkpoint's own."""
-    own = folder / CARD
-    where = f"{name}, {CARD}"
-    if CARD in remote.files:
-        if remote.files[CARD].size > MAX_CARD_BYTES:
-            raise InputError(f"{where} is larger than {MAX_CARD_BYTES // 2**20} MiB")
-        with _call(name):
-            card = api.hf_hub_download(name, CARD, revision=remote.head)
-        data = Path(card).read_bytes()
-        if own.is_file() and not fisher_only and own.read_bytes() != data:
-            LOG.info("the text of %s is that in the repository, not that of %s", where, own)
-    elif own.is_file() and not fisher_only:  # else it is the card of somebody else's weights
-        where = str(own)
-        check_link(folder, own)
-        if own.stat().st_size > MAX_CARD_BYTES:
-            raise InputError(f"{where} is larger than {MAX_CARD_BYTES // 2**20} MiB")
-        data = own.read_bytes()
-        LOG.info("the card keeps the text of %s", own)
+    own = source.folder / CARD
+    # Beside a Fisher alone it is the card of somebody else's weights.
+    has_own = own.is_file() and not source.fisher_only
+    there = target.remote.files.get(CARD)
+    if there is not None:
+        where, size = f"{target.name}, {CARD}", there.size
+    elif has_own:
+        check_link(source.folder, own)
+        where, size = str(own), own.stat().st_size
     else:
         return None
+    if size > MAX_CARD_BYTES:
+        raise InputError(f"{where} is larger than {MAX_CARD_BYTES // 2**20} MiB")
+    if there is not None:
+        with _call(target.name):
+            card = target.api.hf_hub_download(target.name, CARD, revision=target.remote.head)
+        data = Path(card).read_bytes()
+        if has_own and own.read_bytes() != data:
+            LOG.info("the text of %s is that in the repository, not that of %s", where, own)
+    else:
+        data = own.read_bytes()
+        LOG.info("the card keeps the text of %s", own)
     try:
         return data.decode()
     except UnicodeDecodeError:
         raise InputError(f"{where} is not text in UTF-8: mend it or take it away") from None
 
 
-def _source(content: Path | bytes) -> str | bytes:
+def _upload(target: _Target, source: _Source, contents: Mapping[str, Path | bytes]) -> _Upload:
+    """Digest all that is to be sent, and compare it with what is there."""
+    name, remote = target.name, target.remote
+    files = {path: CommitOperationAdd(path, _payload(c)) for path, c in contents.items()}
+    for file in files.values():
+        _ = file.upload_info.sha256  # which the client may put off until it sends
+    source.refuse_written("sent")
+    changes = {
+        path: _change(remote.files.get(path), file) if target.asked else "not compared"
+        for path, file in files.items()
+    }
+    stale = sorted(p for p in remote.files if _is_stale(p, files, source.fisher_only))
+    changed = bool(stale) or set(changes.values()) != {"unchanged"}
+    if target.tag in remote.tags and (changed or remote.tags[target.tag] != remote.head):
+        raise UsageError(
+            f"{name} has a tag {target.tag!r} already, of another commit: choose another"
+        )
+    return _Upload(files, changes, stale)
+
+
+def _summary(target: _Target, upload: _Upload, ledger: Ledger) -> PushResult:
+    """Say what would be done."""
+    private = target.remote.private
+    return {
+        "status": "dry run",
+        "repository": target.name,
+        "url": f"{target.api.endpoint}/{target.name}",
+        "private": not target.public if private is None else private,
+        "commit": None,
+        "pull_request": None,
+        "tag": target.tag,
+        "weights": set_digest(ledger.weights),
+        "fisher": set_digest(ledger.fisher),
+        "files": [
+            {"path": path, "size": file.upload_info.size, "change": upload.changes[path]}
+            for path, file in upload.files.items()
+        ],
+        "deleted": upload.stale,
+        "code": [path for path in upload.files if path.endswith(".py")],
+    }
+
+
+def _payload(content: Path | bytes) -> str | bytes:
     """Give what the client hashes and sends: small files as they are now."""
     if isinstance(content, bytes):
         return content
@@ -521,22 +521,7 @@ def _stamps(folder: Path, fisher_only: bool) -> dict[Path, tuple[int, ...]]:
     return stamps
 
 
-def _refuse_written(
-    folder: Path, fisher_only: bool, seen: dict[Path, tuple[int, ...]], done: str
-) -> None:
-    """Refuse to go on with a checkpoint that was written to since it was seen."""
-    try:
-        same = _stamps(folder, fisher_only) == seen
-    except (FileNotFoundError, InputError):
-        same = False
-    if not same:
-        raise InputError(
-            f"{folder} was written to while it was read, and nothing was {done}: push again "
-            "once nothing writes there"
-        )
-
-
-def _change(there: RepoFile | None, operation: CommitOperationAdd) -> str:
+def _change(there: RepoFile | None, operation: CommitOperationAdd) -> Change:
     if there is None:
         return "new"
     return "unchanged" if _is_same(there, operation) else "changed"
@@ -549,10 +534,8 @@ def _is_same(there: RepoFile, operation: CommitOperationAdd) -> bool:
         return False
     if there.lfs is not None:
         return there.lfs.sha256 == info.sha256.hex()
-    digest = hashlib.sha1(b"blob %d\0" % info.size)
-    with operation.as_file() as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    with operation.as_file() as file:  # of what is not in LFS: it is small
+        digest = hashlib.sha1(b"blob %d\0" % info.size + file.read())
     return there.blob_id == digest.hexdigest()
 
 
@@ -564,76 +547,61 @@ def _is_stale(path: str, kept: Mapping[str, Any], fisher_only: bool) -> bool:
 
 
 def _commit(
-    api: HfApi,
-    name: str,
-    remote: Remote,
-    additions: list[CommitOperationAdd],
-    stale: list[str],
-    *,
-    message: str,
-    revision: str | None,
-    create_pr: bool,
-    public: bool,
-    refuse_written: Callable[[], None],
+    target: _Target, source: _Source, upload: _Upload, message: str
 ) -> tuple[str, str | None]:
     """Send the files one by one, then commit them; give the commit, and its pull request."""
-    head = remote.head
+    api, name, revision, remote = target.api, target.name, target.revision, target.remote
+    head, additions = remote.head, upload.new()
     if not remote.exists:
         with _call(name):
-            api.create_repo(name, private=not public, exist_ok=True)
+            api.create_repo(name, private=not target.public, exist_ok=True)
             info = api.model_info(name, timeout=30)
         head = commit_in(f"{name}: ", info)
         if revision is not None:
             remote = _look(api, name, revision, tagged=False)
-    if not additions and not stale and head is not None:
+    if not additions and not upload.stale and head is not None:
         return head, None
-    large = [op for op in additions if op.path_in_repo.endswith(".safetensors")]
-    for number, addition in enumerate(large, 1):
-        refuse_written()
-        size = f"{addition.upload_info.size / 1e6:,.1f} MB"
-        LOG.info("sending %s, %s (%d of %d)", addition.path_in_repo, size, number, len(large))
+    large = [file for file in additions if file.path_in_repo.endswith(".safetensors")]
+    for number, file in enumerate(large, 1):
+        source.refuse_written("committed")
+        size = f"{file.upload_info.size / 1e6:,.1f} MB"
+        LOG.info("sending %s, %s (%d of %d)", file.path_in_repo, size, number, len(large))
         with _call(name):
             api.preupload_lfs_files(
                 name,
-                [addition],
+                [file],
                 revision=revision if remote.has_branch else None,
-                create_pr=create_pr,
+                create_pr=target.create_pr,
                 free_memory=False,
             )
     if not remote.has_branch and revision is not None:
         with _call(name):
             api.create_branch(name, branch=revision, revision=head)
-    refuse_written()  # what was sent after a replacement would be of another checkpoint
-    deletions = [CommitOperationDelete(path) for path in stale]
+    # What was sent after a replacement would be of another checkpoint.
+    source.refuse_written("committed")
     with _call(name):
         done = api.create_commit(
             name,
-            [*additions, *deletions],
+            [*additions, *map(CommitOperationDelete, upload.stale)],
             commit_message=message,
             revision=revision,
-            create_pr=create_pr,
+            create_pr=target.create_pr,
             parent_commit=head,
         )
     return done.oid, done.pr_url
 
 
-def _check_arrived(
-    api: HfApi,
-    name: str,
-    commit: str,
-    operations: Mapping[str, CommitOperationAdd],
-    stale: list[str],
-) -> None:
-    there = _files_at(
-        api, name, commit, f"{name}: the commit {commit} is made, and could not be checked: "
-    )
+def _check_arrived(target: _Target, upload: _Upload, commit: str) -> None:
+    made = f"{target.name}: the commit {commit} is made, and could not be checked: "
+    there = _files_at(target.api, target.name, commit, made)
     wrong = [
         f"{path} {'has another digest' if path in there else 'is missing'}"
-        for path, operation in operations.items()
-        if path not in there or not _is_same(there[path], operation)
+        for path, file in upload.files.items()
+        if path not in there or not _is_same(there[path], file)
     ]
-    wrong += [f"{path} is still there" for path in stale if path in there]
+    wrong += [f"{path} is still there" for path in upload.stale if path in there]
     if wrong:
         raise NetworkError(
-            f"{name} at {commit} does not hold what was sent: {in_one_line(wrong)}; push again"
+            f"{target.name} at {commit} does not hold what was sent: {in_one_line(wrong)}; push "
+            "again"
         )

@@ -4,9 +4,9 @@ import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from consolidate.commands.show import show
+from consolidate.results import ReportResult
 from consolidate.views.drawing import MARK, plain, png, svg_file
 from consolidate.views.figures import figures
 from consolidate.views.page import report_page
@@ -26,7 +26,7 @@ def report(
     plots: str | Path | None = None,
     revision: str | None = None,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> ReportResult:
     """Write what a checkpoint's ledger and Fisher say as one HTML page that needs no network.
 
     Files that an earlier report made are replaced, others only with `overwrite`.

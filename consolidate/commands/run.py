@@ -35,6 +35,7 @@ from consolidate.commands.verify import verify
 from consolidate.fields import gather
 from consolidate.models.factories import fresh_weights
 from consolidate.options import FinetuneOptions, FisherOptions
+from consolidate.results import RunResult, RunStep
 from consolidate.training.loop import default_statistics
 from consolidate.views.matrix import ledger_matrix, matrix_summary
 from formats.atomic import has_content, replace_folder, write_file
@@ -83,7 +84,7 @@ def run(
     output_dir: str | Path | None = None,
     dry_run: bool = False,
     restart: bool = False,
-) -> dict[str, Any]:
+) -> RunResult:
     """Train a chain of tasks, one after the other, skipping what is done already.
 
     A step is done if its checkpoint is whole and was made from the same content: the checkpoint
@@ -116,30 +117,28 @@ def run(
         return _run(run_file, given, dry_run=dry_run, restart=restart)
 
 
-def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> dict[str, Any]:
+def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> RunResult:
     start = None if run_file.start is None else locate(run_file.start, run_file.revision)
     steps = _plan(run_file, start, output)
     for step in steps:
         _refuse_strangers(step)
     content_of = cache(data_content)
     wanted = {step.name: _asked(step, content_of) for step in steps}  # opens all data
-    done: list[dict[str, Any]] = []
+    done: list[RunStep] = []
     undone = False
     for number, step in enumerate(steps, 1):
         described = wanted[step.name] if undone else _description(step, wanted[step.name])
         reason = _reason(step, described)
-        done.append({"step": step.name, "checkpoint": str(step.target), "reason": reason})
         if reason is None:
-            done[-1]["status"] = "skipped"
             LOG.info("%s: skipped, it is done", step.name)
-        elif dry_run:
-            done[-1]["status"] = "to be done"
-            undone = True
-        else:
+        elif not dry_run:
             LOG.info("%s, step %d of %d: %s", step.name, number, len(steps), reason)
             with _saying_how_to_resume(step.name):
                 _make(step, described, restart=restart)
-            done[-1]["status"] = "done"
+        undone = undone or (dry_run and reason is not None)
+        status: Any = "skipped" if reason is None else "to be done" if dry_run else "done"
+        at = str(step.target)
+        done.append({"step": step.name, "checkpoint": at, "reason": reason, "status": status})
     return {
         "status": "dry run" if dry_run else "done",
         "output_dir": str(output),
@@ -331,7 +330,7 @@ def _make(step: Step, described: dict[str, Any], *, restart: bool) -> None:
     write_step_record(step.record, StepRecord(described, _identity(step.target)))
 
 
-def _matrix(checkpoint: Path) -> dict[str, Any] | None:
+def _matrix(checkpoint: Path) -> Any:
     matrix = ledger_matrix(read_ledger(checkpoint / "fisher" / LEDGER_NAME))
     return None if matrix is None else matrix_summary(matrix)
 

@@ -4,10 +4,11 @@ import logging
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from consolidate.chain.consistency import side_by_side
 from consolidate.ewc.overlap import layer_overlaps
+from consolidate.results import FisherDtype, Format, Overlap, Parameter, ShowResult, Task
 from consolidate.views.matrix import (
     check_view,
     ledger_matrix,
@@ -23,10 +24,11 @@ from formats.fisher_folder import (
     in_one_line,
     read_fisher,
 )
-from formats.fisher_json import FORMAT, VERSION, Ledger, read_ledger
+from formats.fisher_json import FORMAT, VERSION, Ledger, TaskRecord, read_ledger
 from formats.hub import FISHER, commits_of, locate, remote_headers
 
 LOG = logging.getLogger("consolidate")
+Measured = dict[str, tuple[float, float | None]]  # trace and largest value, by parameter
 
 
 def show(
@@ -37,7 +39,7 @@ def show(
     csv: str | Path | None = None,
     plot: str | Path | None = None,
     overlap: str | Path | None = None,
-) -> dict[str, Any]:
+) -> ShowResult:
     """Summarize the ledger and the Fisher of a checkpoint; nothing is compared with the weights.
 
     Of a repository on the Hub only the ledger and the headers of the Fisher are read. The traces
@@ -54,13 +56,9 @@ def show(
             weights, layer by layer. Both are read whole.
 
     Returns:
-        JSON-ready: ``tasks`` as in the ledger without their layers, ``merge_rule``, ``gamma``,
-        ``penalty_offset``, totals under ``fisher``, ``parameters`` (trace Σ_i Λ_i, mean, largest
-        value, share of the whole trace), ``unprotected`` with reasons, ``anchor``, ``versions``;
-        ``accuracy_matrix`` as `matrix_summary` gives it, null where nothing was measured;
-        ``side_by_side``, the tasks whose rows are not of one chain, as they were merged;
-        ``overlap``, null unless asked for: ``with``, ``layers`` (name, overlap between 0 and 1, as
-        `fisher_overlap` over all parameters of a module), ``left_out``: what one of them lacks.
+        JSON-ready. A parameter's trace is Σ_i Λ_i; the ``accuracy_matrix`` is None where nothing
+        was measured; ``overlap``, None unless asked for, is that of `fisher_overlap` over all
+        parameters of a module.
 
     Raises:
         InputError: There is no Fisher folder, `read_fisher` refuses it, there is nothing to write
@@ -75,40 +73,35 @@ def show(
     if Path(checkpoint).expanduser().exists():
         folder = locate(checkpoint, revision)
         stored = read_fisher(folder / "fisher")
-        ledger, parameters = stored.ledger, _measured_parameters(stored)
+        ledger, measured = stored.ledger, _measured(stored)
     else:
         folder, ledger = _remote_ledger(checkpoint, revision)
-        parameters = _recorded_parameters(ledger)
+        measured = _recorded(ledger)
     matrix = ledger_matrix(ledger)
-    if matrix is None and (csv is not None or plot is not None):
+    summary = None if matrix is None else matrix_summary(matrix)
+    if summary is None and (csv is not None or plot is not None):
         raise InputError(
             f"{checkpoint}: its ledger has no scores on its tasks; name the test data after the "
             "tasks when they are learned (`consolidate finetune --evaluate TASK=DATA`)"
         )
     if matrix is not None and csv is not None:
         write_matrix_csv(csv, matrix)
-    if matrix is not None and plot is not None:
-        plot_matrix(plot, ledger, matrix_summary(matrix))
-    total = sum(parameter["trace"] for parameter in parameters)
-    for parameter in parameters:
-        parameter["share"] = parameter["trace"] / total if total > 0 else 0.0
-    parameters.sort(key=lambda parameter: -parameter["trace"])
-    tasks = [asdict(task) for task in ledger.tasks]
-    for task in tasks:
-        del task["layers"]
+    if summary is not None and plot is not None:
+        plot_matrix(plot, ledger, summary)
+    total = sum(trace for trace, _ in measured.values())
     return {
         "checkpoint": str(checkpoint),
         "commits": commits_of(folder),
-        "format": FORMAT,
+        "format": cast(Format, FORMAT),
         "version": VERSION,
         "merge_rule": ledger.merge_rule,
         "gamma": ledger.gamma,
         "penalty_offset": ledger.penalty_offset,
-        "tasks": tasks,
+        "tasks": [_task(task) for task in ledger.tasks],
         "fisher": {
             "tensors": len(ledger.fisher),
             "values": sum(math.prod(record.shape) for record in ledger.fisher.values()),
-            "dtype": next(iter(ledger.fisher.values())).dtype,
+            "dtype": cast(FisherDtype, next(iter(ledger.fisher.values())).dtype),
             "trace": total,
             "digest": set_digest(ledger.fisher),
         },
@@ -116,17 +109,23 @@ def show(
         "base": ledger.base,
         "anchor": "the weights" if ledger.anchor is None else "fisher/anchor",
         "heads": sorted(ledger.heads),
-        "parameters": parameters[:top],
-        "parameters_left_out": max(len(parameters) - top, 0),
+        "parameters": _parameters(ledger, measured, total)[:top],
+        "parameters_left_out": max(len(measured) - top, 0),
         "unprotected": dict(ledger.unprotected),
         "versions": dict(ledger.versions),
-        "accuracy_matrix": None if matrix is None else matrix_summary(matrix),
+        "accuracy_matrix": summary,
         "side_by_side": side_by_side(ledger),
         "overlap": None if overlap is None else _overlap(checkpoint, revision, overlap),
     }
 
 
-def _overlap(checkpoint: str | Path, revision: str | None, other: str | Path) -> dict[str, Any]:
+def _task(record: TaskRecord) -> Task:
+    task = asdict(record)
+    del task["layers"]
+    return cast(Task, task)
+
+
+def _overlap(checkpoint: str | Path, revision: str | None, other: str | Path) -> Overlap:
     one = read_fisher(locate(checkpoint, revision, only=FISHER) / "fisher").fisher
     two = read_fisher(locate(other, only=FISHER) / "fisher").fisher
     shared = [name for name in one if name in two]
@@ -150,34 +149,42 @@ def _overlap(checkpoint: str | Path, revision: str | None, other: str | Path) ->
     }
 
 
-def _measured_parameters(stored: StoredFisher) -> list[dict[str, Any]]:
-    parameters = []
+def _measured(stored: StoredFisher) -> Measured:
+    found: Measured = {}
     for name in stored.fisher:
         values = stored.fisher[name].double()
-        largest = float(values.max()) if values.numel() else 0.0
-        parameters.append(_parameter(name, tuple(values.shape), float(values.sum()), largest))
-    return parameters
+        found[name] = float(values.sum()), float(values.max()) if values.numel() else 0.0
+    return found
 
 
-def _recorded_parameters(ledger: Ledger) -> list[dict[str, Any]]:
+def _recorded(ledger: Ledger) -> Measured:
     """Sum the traces of the tasks, but for those of output layers that were put aside."""
-    parameters = []
-    for name, record in ledger.fisher.items():
+    found: Measured = {}
+    for name in ledger.fisher:
         trace = 0.0
         for task in ledger.tasks:
             trace *= ledger.gamma
             if name in task.layers and name not in ledger.heads.get(task.name, ()):
                 trace += task.weight * task.layers[name].trace
-        parameters.append(_parameter(name, record.shape, trace, None))
-    return parameters
+        found[name] = trace, None
+    return found
 
 
-def _parameter(
-    name: str, shape: tuple[int, ...], trace: float, largest: float | None
-) -> dict[str, Any]:
-    count = math.prod(shape)
-    mean = trace / count if count else 0.0
-    return {"name": name, "shape": list(shape), "trace": trace, "mean": mean, "max": largest}
+def _parameters(ledger: Ledger, measured: Measured, total: float) -> list[Parameter]:
+    """Describe the parameters, that of the largest trace first."""
+    shapes = {name: ledger.fisher[name].shape for name in measured}
+    found: list[Parameter] = [
+        {
+            "name": name,
+            "shape": list(shapes[name]),
+            "trace": trace,
+            "mean": trace / math.prod(shapes[name]) if math.prod(shapes[name]) else 0.0,
+            "max": largest,
+            "share": trace / total if total > 0 else 0.0,
+        }
+        for name, (trace, largest) in measured.items()
+    ]
+    return sorted(found, key=lambda parameter: -parameter["trace"])
 
 
 def _remote_ledger(checkpoint: str | Path, revision: str | None) -> tuple[Path, Ledger]:

@@ -29,15 +29,6 @@ def without_local_paths(path: Path) -> Path | bytes:
 
     transformers writes where a model, a tokenizer or their parts were loaded from: the name of a
     repository, which stays, or a path on the author's machine.
-
-    Args:
-        path: A JSON file.
-
-    Returns:
-        The path where there is nothing to empty, else the bytes to send in its place.
-
-    Raises:
-        InputError: It is not a JSON object, and so cannot be checked.
     """
     content = read_json(path)
     emptied = list(dict.fromkeys(_empty(content)))
@@ -75,18 +66,7 @@ def _is_repository(name: str) -> bool:
 
 
 def named_code(folder: Path) -> set[str]:
-    """Find the code that a checkpoint's configuration names as its own.
-
-    Args:
-        folder: The checkpoint.
-
-    Returns:
-        Paths in the folder: the files that an `auto_map` names, and what they import relatively,
-        and so on. The code is parsed and never run.
-
-    Raises:
-        InputError: A configuration file is not JSON, code cannot be parsed, or leads elsewhere.
-    """
+    """Find the code that a checkpoint's configuration names as its own."""
     configs = [path for pattern in _WITH_AUTO_MAP for path in folder.glob(pattern)]
     named = {f"{name}.py" for path in configs for name in _named(read_json(path))}
     waiting = sorted(name for name in named if "/" not in name and "\\" not in name)

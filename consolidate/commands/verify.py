@@ -3,17 +3,19 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from torch import Tensor
 
 from consolidate.chain.consistency import contradictions, descent
 from consolidate.chain.opening import check_base, check_kind, named_base, with_base
+from consolidate.results import Descent, TensorSet, VerifyResult
 from formats.checkpoint import Checkpoint, is_fisher_alone, open_checkpoint
 from formats.digest import TensorRecord, differences, set_digest, tensor_record
 from formats.errors import ConsolidateError, InputError, NonFiniteError
 from formats.fisher_folder import (
     LEDGER_NAME,
+    StoredFisher,
     check_values,
     in_one_line,
     read_fisher,
@@ -29,7 +31,7 @@ def verify(
     *later: str | Path,
     revision: str | None = None,
     base_model: str | Path | None = None,
-) -> dict[str, Any]:
+) -> VerifyResult:
     """Check every digest, name, shape and value, and that what the ledger tells fits together.
 
     Args:
@@ -42,9 +44,8 @@ def verify(
 
     Returns:
         JSON-ready: of each set of tensors how many there are, their bytes and the set's digest;
-        ``base_model``, what was compared besides; ``other_files`` that no digest covers; and under
-        ``later`` the same of the others, with ``descends_by``: ``weights``, or ``tasks`` where the
-        ledger has no digest of the parent.
+        ``other_files`` that no digest covers; and under ``later`` the same of the others, with
+        ``descends_by``: ``weights``, or ``tasks`` where the ledger has no digest of the parent.
 
     Raises:
         InputError: Anything that is missing, extra, renamed, resized, of another dtype, with other
@@ -65,14 +66,23 @@ def verify(
                 f"{Path(path) / 'fisher' / LEDGER_NAME} does not descend from {before}: "
                 f"{in_one_line(lines)}"
             )
-        summary["later"].append(found | {"descends_by": how})
+        found["descends_by"] = cast(Descent, how)
+        summary["later"].append(found)
         before, ledger = path, next_ledger
     return summary
 
 
+def check_fisher_values(stored: StoredFisher) -> None:
+    """Refuse values in a Fisher folder that are not finite, or negative in the Fisher itself."""
+    for kind, tensors, _ in tensor_sets(stored):
+        for name in tensors:
+            where = f"{tensors.path}: {kind} of {name!r}"
+            check_values(tensors[name], where, not_negative=kind == "fisher")
+
+
 def _verify_one(
     checkpoint: str | Path, revision: str | None, base_model: str | Path | None
-) -> tuple[dict[str, Any], Ledger]:
+) -> tuple[VerifyResult, Ledger]:
     folder = locate(checkpoint, revision)
     alone = is_fisher_alone(folder)
     if alone and base_model is None:
@@ -89,38 +99,39 @@ def _verify_one(
     check_kind(stored, source)
     check_base(stored.ledger, stored.folder, source)
     findings: list[ConsolidateError] = []
-    summary: dict[str, Any] = {
-        "checkpoint": str(checkpoint),
-        "commits": commits_of(folder, None if other is None else other.path),
-        "tasks": [task.name for task in stored.ledger.tasks],
-        "base": stored.ledger.base,
-        "base_model": None if other is None else str(other.path),
-        "weights": _verify_set(
-            "weights", source.weights, stored.ledger.weights, findings, weights_path
-        ),
-        "heads": {},
-    }
+    of_weights = _verify_set(
+        "weights", source.weights, stored.ledger.weights, findings, weights_path
+    )
     if alone and findings:
         hint = f"{weights_path} does not hold the weights that the Fisher in {folder} is of"
         findings.insert(0, InputError(f"{hint}: name the right ones with --base-model"))
+    others, heads = {}, {}
     for kind, tensors, records in tensor_sets(stored):
         found = _verify_set(kind, tensors, records, findings, tensors.path)
         if kind == "head":
-            summary["heads"][tensors.files[0].stem] = found
+            heads[tensors.files[0].stem] = found
         else:
-            summary[kind] = found
+            others[kind] = found
     if not findings:  # else the traces are of damaged values
         traces = {name: float(stored.fisher[name].double().sum()) for name in stored.fisher}
         where = stored.folder / LEDGER_NAME
         lines = contradictions(stored.ledger, traces)
         findings.extend(InputError(f"{where}: {line}") for line in lines)
     if findings:
-        worst = (
-            NonFiniteError if all(isinstance(f, NonFiniteError) for f in findings) else InputError
-        )
-        raise worst(in_one_line([str(finding) for finding in findings]))
-    summary["other_files"] = _other_files(folder, source)
-    return summary, stored.ledger
+        worst = all(isinstance(finding, NonFiniteError) for finding in findings)
+        raise (NonFiniteError if worst else InputError)(in_one_line([*map(str, findings)]))
+    summary = {
+        "checkpoint": str(checkpoint),
+        "commits": commits_of(folder, None if other is None else other.path),
+        "tasks": [task.name for task in stored.ledger.tasks],
+        "base": stored.ledger.base,
+        "base_model": None if other is None else str(other.path),
+        "weights": of_weights,
+        "heads": heads,
+        **others,
+        "other_files": _other_files(folder, source),
+    }
+    return cast(VerifyResult, summary), stored.ledger
 
 
 def _other_files(root: Path, source: Checkpoint) -> list[str]:
@@ -144,7 +155,7 @@ def _verify_set(
     records: Mapping[str, TensorRecord],
     findings: list[ConsolidateError],
     path: Path,
-) -> dict[str, Any]:
+) -> TensorSet:
     """Read every tensor once; note wrong values, then what differs from the ledger."""
     found: dict[str, TensorRecord] = {}
     size = 0

@@ -1,5 +1,6 @@
 """The model card of a checkpoint: what the ledger says, beside what a person wrote."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,9 +17,11 @@ from consolidate.chain.consistency import side_by_side, side_by_side_text
 from consolidate.training.accuracy_matrix import accuracy_matrix
 from consolidate.views.markdown import escaped, table
 from consolidate.views.matrix import ledger_matrix, matrix_summary, matrix_table
+from consolidate.views.summary import estimator_text, penalty_text
 from formats.digest import set_digest
 from formats.errors import InputError
-from formats.fisher_json import Ledger, TaskRecord, copies
+from formats.fisher_json import Ledger, copies
+from formats.wording import few
 
 MAX_CARD_BYTES = 2**20
 BEGIN = "<!-- consolidate:begin {}(from here to the end mark, each push writes anew) -->"
@@ -41,28 +44,21 @@ _PIPELINES = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What a card is about, besides its ledger.
+    """What a card is about, besides its ledger."""
 
-    Attributes:
-        repository: Where it will be, ``user/model``; empty of a folder that was not pushed.
-        config: The contents of ``config.json``; empty where there is none.
-        base_model: Repositories of the models that this one was made from.
-        base_commit: The commit of the weights that a Fisher alone belongs to.
-        fisher_only: Whether the repository holds a Fisher without weights.
-        endpoint: The address of the Hub; empty where nothing is to be linked.
-        relation: How it was made from its base models: ``finetune``, ``merge`` or ``adapter``; told
-            by their number unless given.
-        licence: What is said of the licence where the card does not say it.
-    """
-
-    repository: str = ""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    base_model: tuple[str, ...] = ()
-    base_commit: str | None = None
+    repository: str = ""  # user/model; empty of a folder that was not pushed
+    config: Mapping[str, Any] = field(default_factory=dict)  # the contents of config.json
+    base_model: tuple[str, ...] = ()  # the repositories of the models that this one was made from
+    base_commit: str | None = None  # of the weights that a Fisher alone belongs to
     fisher_only: bool = False
-    endpoint: str = ""
-    relation: str | None = None
-    licence: Mapping[str, Any] = field(default_factory=dict)
+    endpoint: str = ""  # the address of the Hub; empty where nothing is to be linked
+    relation: str | None = None  # finetune, merge or adapter; by the number of bases unless given
+    licence: Mapping[str, Any] = field(default_factory=dict)  # where the card does not say it
+
+    @property
+    def bases(self) -> list[str]:
+        """The base models without their commits."""
+        return [name.partition("@")[0] for name in self.base_model]
 
 
 def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
@@ -72,18 +68,6 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
     ledger and what is not there yet. A card of ours of another repository came with its model: that
     one is the base model, unless another is named. In a card of a folder that was not pushed, the
     metadata name it.
-
-    Args:
-        existing: The text of the card that is there.
-        ledger: The ledger.
-        subject: What it is about.
-
-    Returns:
-        The text, metadata first.
-
-    Raises:
-        InputError: The metadata of the existing card are no YAML mapping, or it has one of the
-            marks without the other.
     """
     existing = existing or ""
     data, text = _parts(existing)
@@ -91,73 +75,46 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
     if ours and not subject.base_model:
         subject = replace(subject, base_model=_named(ours, data, subject.repository))
     _merge_metadata(data, ledger, subject)
-    where = f"{subject.repository} " if subject.repository else ""
-    block = f"{BEGIN.format(where)}\n{_body(ledger, subject)}\n{END}"
+    repository = subject.repository
+    begin = BEGIN.format(f"{repository} " if repository else "")
+    block = f"{begin}\n{_body(ledger, subject)}\n{END}"
     rest = _BLOCK.sub("", text)
-    of = f" of {subject.repository}" if subject.repository else ""
     if _MARK.search(rest) or len(_BLOCK.findall(text)) > 1:
+        of = f" of {repository}" if repository else ""
         raise InputError(
             f"README.md{of}: expected the marks <!-- consolidate:begin … --> "
             "and <!-- consolidate:end --> once each or not at all: remove those that are too many"
         )
     if ours and (rest.strip() or ours[1]):
         text = _BLOCK.sub(lambda _: block, text)
-    elif rest.strip():
-        text = f"{text.rstrip()}\n\n{block}\n"
-    elif subject.repository:
-        text = f"\n# {escaped(subject.repository)}\n\n{block}\n"
     else:
-        text = f"\n{block}\n"
+        heading = f"# {escaped(repository)}\n\n" if repository else ""
+        text = f"{text.rstrip()}\n\n" if rest.strip() else f"\n{heading}"
+        text += f"{block}\n"
     return f"---\n{yaml_dump(data).rstrip()}\n---\n{text}"
 
 
 def named_models(existing: str) -> tuple[str, ...]:
-    """Tell whose card this is, if we wrote it.
-
-    Args:
-        existing: The text of a card.
-
-    Returns:
-        The repository that it was written for; of a folder that was not pushed those of the models
-        it was made from. Nothing where it is no card of ours, or none is known.
-
-    Raises:
-        InputError: Its metadata are no YAML mapping.
-    """
+    """Tell whose card this is, if we wrote it."""
     data, text = _parts(existing)
     ours = _BLOCK.search(text)
     return _named(ours, data, "") if ours else ()
 
 
 def of_a_folder(existing: str) -> bool:
-    """Return whether we wrote a card, of a folder that was not pushed since.
-
-    Args:
-        existing: Its text.
-    """
+    """Return whether we wrote a card, of a folder that was not pushed since."""
     ours = _BLOCK.search(existing)
     return ours is not None and not ours[1]
 
 
 def licence(existing: str) -> dict[str, Any]:
-    """Give what the metadata of a card say of the licence.
-
-    Args:
-        existing: Its text.
-
-    Raises:
-        InputError: They are no YAML mapping.
-    """
+    """Give what the metadata of a card say of the licence."""
     data, _ = _parts(existing)
     return {key: data[key] for key in _LICENCE if isinstance(data.get(key), str | list)}
 
 
 def is_repository(name: Any) -> bool:
-    """Return whether something can be the name of a repository on the Hub.
-
-    Args:
-        name: Of anything that YAML or JSON can hold.
-    """
+    """Return whether something can be the name of a repository on the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -166,9 +123,16 @@ def is_repository(name: Any) -> bool:
 
 
 def _parts(existing: str) -> tuple[dict[str, Any], str]:
+    """Cut a card into its metadata and its text."""
     found = REGEX_YAML_BLOCK.search(existing)
-    text = existing[found.end() :] if found else existing
-    return _metadata(found.group(2) if found else ""), text
+    try:
+        data = yaml.safe_load(found.group(2) if found else "") or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"README.md: its metadata are not YAML: {reason}") from None
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise InputError("README.md: its metadata are not a mapping of names to values")
+    return data, existing[found.end() :] if found else existing
 
 
 def _named(ours: re.Match[str], data: Mapping[str, Any], repository: str) -> tuple[str, ...]:
@@ -180,20 +144,6 @@ def _named(ours: re.Match[str], data: Mapping[str, Any], repository: str) -> tup
     return tuple(bases) if all(map(is_repository, bases)) else ()
 
 
-def _metadata(text: str) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"README.md: its metadata are not YAML: {_first_line(error)}") from None
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise InputError("README.md: its metadata are not a mapping of names to values")
-    return data
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 def _merge_metadata(data: dict[str, Any], ledger: Ledger, subject: Subject) -> None:
     tags = data.get("tags") or []
     tags = list(tags) if isinstance(tags, list) else [tags]
@@ -202,14 +152,13 @@ def _merge_metadata(data: dict[str, Any], ledger: Ledger, subject: Subject) -> N
     for key, value in subject.licence.items():
         data.setdefault(key, value)
     if subject.base_model:
-        names = [name.partition("@")[0] for name in subject.base_model]
-        bases = names[0] if len(names) == 1 else names
+        bases = subject.bases[0] if len(subject.bases) == 1 else subject.bases
         if bases != data.get("base_model"):
             data.pop("base_model_relation", None)
         data["base_model"] = bases
-    if subject.base_model and not subject.fisher_only:
-        relation = "finetune" if len(subject.base_model) == 1 else "merge"
-        data.setdefault("base_model_relation", subject.relation or relation)
+        if not subject.fisher_only:
+            relation = "finetune" if len(subject.bases) == 1 else "merge"
+            data.setdefault("base_model_relation", subject.relation or relation)
     index = data.pop("model-index", None) or []
     if not isinstance(index, list) or not all(isinstance(model, dict) for model in index):
         raise InputError("README.md: model-index of its metadata is not a list of models")
@@ -234,15 +183,12 @@ def _without_ours(model: dict[str, Any]) -> dict[str, Any] | None:
     results = model.get("results")
     if not isinstance(results, list):
         return model
-    kept = [
-        result
-        for result in results
-        if not (
-            isinstance(result, dict)
-            and isinstance(result.get("source"), dict)
-            and result["source"].get("name") == SOURCE
-        )
-    ]
+
+    def is_ours(result: Any) -> bool:
+        source = result.get("source") if isinstance(result, dict) else None
+        return isinstance(source, dict) and source.get("name") == SOURCE
+
+    kept = [result for result in results if not is_ours(result)]
     return {**model, "results": kept} if kept or not results else None
 
 
@@ -257,24 +203,22 @@ def _library(subject: Subject) -> str:
 
 
 def evaluation_results(ledger: Ledger, subject: Subject) -> list[EvalResult]:
-    """Give the accuracy matrix as the Hub's evaluation results.
-
-    Args:
-        ledger: The ledger.
-        subject: What the card is about.
-
-    Returns:
-        A result for each score that was measured; the last task's row, which is the model as it is,
-        first and without the argument ``after_training``.
-    """
+    """Give the accuracy matrix as the Hub's evaluation results, the model as it is now first."""
     matrix = accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
+    accurate = {
+        name
+        for task in ledger.tasks
+        for scores in task.metrics.values()
+        for name, values in scores.items()
+        if "accuracy" in values
+    }
     results = []
     last = len(ledger.tasks) - 1
     for row in [last, *range(last)]:
         for task, score in zip(ledger.tasks, matrix.scores[row], strict=True):
             if score is None:
                 continue
-            metric = "accuracy" if _is_accuracy(ledger, task.name) else "loss"
+            metric = "accuracy" if task.name in accurate else "loss"
             after = f", after training on {matrix.tasks[row]}" if row != last else ""
             results.append(
                 EvalResult(
@@ -292,27 +236,16 @@ def evaluation_results(ledger: Ledger, subject: Subject) -> list[EvalResult]:
     return results
 
 
-def _is_accuracy(ledger: Ledger, name: str) -> bool:
-    return any(
-        "accuracy" in scores[name]
-        for task in ledger.tasks
-        for scores in task.metrics.values()
-        if name in scores
-    )
-
-
 def _body(ledger: Ledger, subject: Subject) -> str:
     parts = [_what(ledger, subject), _use(ledger, subject), _tasks(ledger), _scores(ledger)]
-    return "\n\n".join(
-        part for part in [*parts, _measured(ledger), _limits(ledger, subject)] if part
-    )
+    return "\n\n".join(filter(None, [*parts, _measured(ledger), _limits(ledger, subject)]))
 
 
 def _what(ledger: Ledger, subject: Subject) -> str:
     names = ", ".join(escaped(task.name) for task in ledger.tasks)
     digest = set_digest(ledger.weights)
     if subject.fisher_only:
-        base = subject.base_model[0].partition("@")[0]
+        base = subject.bases[0]
         at = f" at commit `{subject.base_commit}`" if subject.base_commit else ""
         return (
             "## A Fisher for fine-tuning without forgetting\n\n"
@@ -324,12 +257,11 @@ def _what(ledger: Ledger, subject: Subject) -> str:
     kind = architectures[0] if isinstance(architectures, list) and architectures else "model"
     if subject.relation == "adapter":
         kind = "LoRA adapter"
-    bases = [name.partition("@")[0] for name in subject.base_model]
     links = " and ".join(
         f"[{escaped(base)}]({subject.endpoint}/{base})" if subject.endpoint else escaped(base)
-        for base in bases
+        for base in subject.bases
     )
-    made = f" made from {links}" if bases else ""
+    made = f" made from {links}" if links else ""
     return (
         "## Fine-tuning without forgetting\n\n"
         f"A {escaped(str(kind))}{made} for: {names}. Beside the weights, in `fisher/`, lies their "
@@ -343,7 +275,7 @@ def _what(ledger: Ledger, subject: Subject) -> str:
 def _use(ledger: Ledger, subject: Subject) -> str:
     where, fisher, keyword = subject.repository or "path/to/this/folder", "", ""
     if subject.fisher_only:
-        where = subject.base_model[0].partition("@")[0]
+        where = subject.bases[0]
         fisher, keyword = f" --fisher {subject.repository}", f'\n    fisher="{subject.repository}",'
     elif subject.relation == "adapter":
         base = subject.base_model[0] if subject.base_model else "BASE-MODEL"
@@ -351,13 +283,13 @@ def _use(ledger: Ledger, subject: Subject) -> str:
     elif _library(subject) != "transformers":
         fisher, keyword = " --model PACKAGE.MODULE:FACTORY", '\n    model="PACKAGE.MODULE:FACTORY",'
     strength = next((t.ewc_lambda for t in reversed(ledger.tasks) if t.ewc_lambda), None)
-    shell = "auto" if strength is None else f"{strength:g}"
-    python = '"auto"' if strength is None else f"{strength:g}"
-    note = (
-        "`auto` looks for λ, the strength of the penalty; a number saves the search."
-        if strength is None
-        else "λ is that of the last task here; another task may want another (`auto` looks for it)."
-    )
+    if strength is None:
+        shell, python = "auto", '"auto"'
+        note = "`auto` looks for λ, the strength of the penalty; a number saves the search."
+    else:
+        shell = python = f"{strength:g}"
+        note = "λ is that of the last task here; another task may want another (`auto` looks for "
+        note += "it)."
     return (
         "```sh\n"
         f"consolidate finetune {where}{fisher} --data mine.jsonl \\\n"
@@ -374,32 +306,12 @@ def _use(ledger: Ledger, subject: Subject) -> str:
 def _tasks(ledger: Ledger) -> str:
     rows = [["", "task", "objective", "labels", "data", "learned with"]]
     for number, task in enumerate(ledger.tasks, 1):
-        rows.append(
-            [
-                str(number),
-                escaped(task.name),
-                escaped(task.objective),
-                _labels(task),
-                escaped(task.data) or "–",
-                _learned(task),
-            ]
-        )
+        labels = few([escaped(label) for label in task.labels or []], 8) or "–"
+        learned = escaped(penalty_text(task.penalty, task.penalty_on, task.ewc_lambda))
+        learned = "(measured only)" if task.penalty is None else learned
+        objective, data = escaped(task.objective), escaped(task.data) or "–"
+        rows.append([str(number), escaped(task.name), objective, labels, data, learned])
     return "### Tasks, in the order they were learned\n\n" + table(rows)
-
-
-def _labels(task: TaskRecord) -> str:
-    labels = task.labels or []
-    rest = f" and {len(labels) - 8} more" if len(labels) > 8 else ""
-    return ", ".join(escaped(label) for label in labels[:8]) + rest or "–"
-
-
-def _learned(task: TaskRecord) -> str:
-    if task.penalty is None:
-        return "(measured only)"
-    if task.ewc_lambda is None:
-        return "no penalty"
-    held = {None: "", "adapter": " on the adapter", "merged": " on merged weights"}
-    return f"{escaped(task.penalty)}{held[task.penalty_on]}, λ = {task.ewc_lambda:g}"
 
 
 def _scores(ledger: Ledger) -> str:
@@ -418,17 +330,11 @@ def _scores(ledger: Ledger) -> str:
 def _measured(ledger: Ledger) -> str:
     rows = [["task", "expectation over the labels", "measured on", "seed", "weight"]]
     for task in ledger.tasks:
-        rows.append(
-            [
-                escaped(task.name),
-                task.estimator + _samples(task),
-                f"{task.examples:,} examples"
-                + (f", {task.units:,} tokens" if task.unit == "token" else ""),
-                str(task.seed),
-                f"{task.weight:g}",
-            ]
-        )
-    count = sum(_count(record.shape) for record in ledger.fisher.values())
+        tokens = f", {task.units:,} tokens" if task.unit == "token" else ""
+        estimator = estimator_text(task.estimator, task.mc_samples)
+        on = f"{task.examples:,} examples{tokens}"
+        rows.append([escaped(task.name), estimator, on, str(task.seed), f"{task.weight:g}"])
+    count = sum(math.prod(record.shape) for record in ledger.fisher.values())
     dtype = next(iter(ledger.fisher.values())).dtype
     rule = ledger.merge_rule + (f", γ = {ledger.gamma:g}" if ledger.merge_rule == "online" else "")
     lines = [
@@ -442,11 +348,6 @@ def _measured(ledger: Ledger) -> str:
         why = "; ".join(escaped(reason) for reason in sorted(set(unheld))[:5])
         lines.append(f"{len(unheld)} tensors are not protected: {why}.")
     return "\n\n".join(lines)
-
-
-def _samples(task: TaskRecord) -> str:
-    sampled = task.estimator in ("mc", "batched") and task.mc_samples is not None
-    return f" × {task.mc_samples}" if sampled else ""
 
 
 def _limits(ledger: Ledger, subject: Subject) -> str:
@@ -466,10 +367,3 @@ def _limits(ledger: Ledger, subject: Subject) -> str:
         "them all the same: with the labels, counts and scores it tells something of the data, and "
         "may help to tell whether an example was among them. " + digests
     )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

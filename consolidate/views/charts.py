@@ -51,18 +51,7 @@ def heat_map(
 ) -> Drawing:
     """Draw a table of numbers as coloured cells, with the numbers in them where there is room.
 
-    Args:
-        title: The picture's name.
-        description: What it shows, in words.
-        rows: Their names.
-        columns: Their names.
-        values: Row by row; None and, with `log`, zero are left without a colour.
-        limits: The values at the dark and the light end.
-        write: Makes the text of a number.
-        log: Whether colours follow the logarithm; then both limits are above zero.
-
-    Returns:
-        The drawing.
+    A cell has no colour where its value is None or, on a log scale, zero.
     """
     names = shortened(rows)
     left = max(text_width(name) for name in names) + 10
@@ -114,18 +103,7 @@ def log_bars(
     *,
     write: Callable[[float], str],
 ) -> Drawing:
-    """Draw a bar for each row on a log scale; a zero has none.
-
-    Args:
-        title: The picture's name.
-        description: What it shows, in words.
-        rows: Their names.
-        values: One for each, at least 0.
-        write: Makes the text of a number.
-
-    Returns:
-        The drawing.
-    """
+    """Draw a bar for each row on a log scale; a zero has none."""
     names = shortened(rows)
     left = max(text_width(name) for name in names) + 10
     right, top = 62.0, 26.0
@@ -165,19 +143,7 @@ def curves(
     limits: tuple[float, float],
     write: Callable[[float], str],
 ) -> Drawing:
-    """Draw the scores over the training, a stage after the other, each of them as wide.
-
-    Args:
-        title: The picture's name.
-        description: What it shows, in words.
-        stages: The tasks in the order in which they were learned; at least one.
-        lines: The curves, told apart by colour and dashes.
-        limits: The scores at the bottom and the top.
-        write: Makes the text of a number.
-
-    Returns:
-        The drawing.
-    """
+    """Draw the scores over the training, a stage after the other, each of them as wide."""
     per_row = 2
     low, high = limits
     marks = [low * (1 - step / 4) + high * (step / 4) for step in range(5)]
@@ -228,14 +194,7 @@ def curves(
 
 
 def decades(values: Sequence[float]) -> tuple[float, float]:
-    """Give the powers of ten around the values that are above zero; 0.1 and 1 where none is.
-
-    Args:
-        values: Numbers from 0.
-
-    Returns:
-        The lower and the upper end, which differ.
-    """
+    """Give the powers of ten around the values that are above zero; 0.1 and 1 where none is."""
     positive = [math.log10(value) for value in values if value > 0]
     if not positive:
         return 0.1, 1.0
@@ -244,14 +203,7 @@ def decades(values: Sequence[float]) -> tuple[float, float]:
 
 
 def shortened(names: Sequence[str]) -> list[str]:
-    """Cut names of parameters to what fits beside a row: what all begin with goes first.
-
-    Args:
-        names: With dots between their parts.
-
-    Returns:
-        As many, of at most 26 letters.
-    """
+    """Cut names of parameters to what fits beside a row: what all begin with goes first."""
     parts = [name.split(".") for name in names]
     common = 0
     while len(names) > 1 and all(

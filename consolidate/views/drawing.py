@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from formats.wording import printable
+
 MARK = "consolidate report"  # in every file that is made here: such a file may be replaced
 
 # What a colour is for -> on a light page, on a dark one. Each can be read on `page` and `card`.
@@ -34,11 +36,15 @@ _LETTER = 0.6  # a letter's width over the size of the font, in the widest of th
 
 
 @dataclass(frozen=True)
-class Rectangle:
-    """A filled rectangle; its color is a name of `COLORS` or ``#rrggbb``."""
-
+class _Placed:
     x: float
     y: float
+
+
+@dataclass(frozen=True)
+class Rectangle(_Placed):
+    """A filled rectangle; its color is a name of `COLORS` or ``#rrggbb``."""
+
     width: float
     height: float
     color: str
@@ -57,22 +63,18 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Dot:
+class Dot(_Placed):
     """A filled circle."""
 
-    x: float
-    y: float
     radius: float
     color: str
     tip: str = ""
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(_Placed):
     """A line of text, centred on the height y; it is turned around (x, y) by degrees."""
 
-    x: float
-    y: float
     text: str
     color: str = "ink"
     anchor: Literal["start", "middle", "end"] = "start"
@@ -86,46 +88,22 @@ Shape = Rectangle | Line | Dot | Text
 
 @dataclass
 class Drawing:
-    """Shapes on a page whose y grows downwards, in CSS pixels, and what they say in words.
-
-    Attributes:
-        title: A name for the picture.
-        description: What can be seen in it, for those who cannot.
-        width: Of the page.
-        height: Of the page.
-        shapes: In the order in which they are painted.
-    """
+    """Shapes on a page whose y grows downwards, in CSS pixels, and what they say in words."""
 
     title: str
-    description: str
+    description: str  # what can be seen in it, for those who cannot
     width: float
     height: float
-    shapes: list[Shape] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)  # in the order of painting
 
 
 def text_width(text: str, size: float = _FONT) -> float:
-    """Estimate, from above, how wide a text will be.
-
-    Args:
-        text: A line.
-        size: Of the font, in pixels.
-
-    Returns:
-        Pixels.
-    """
+    """Estimate, from above, how wide a text will be."""
     return len(text) * size * _LETTER
 
 
 def beside(heading: str, drawings: Sequence[Drawing]) -> Drawing:
-    """Put drawings beside each other, under a line of text.
-
-    Args:
-        heading: The line, and the name of the whole.
-        drawings: At least one, from left to right.
-
-    Returns:
-        One drawing, as high as the highest of them and the line.
-    """
+    """Put drawings beside each other, under a line of text."""
     top, gap, x = 30.0, 24.0, 0.0
     whole = Drawing(heading, " ".join(drawing.description for drawing in drawings), 0, 0)
     whole.shapes.append(Text(6, top / 2, heading))
@@ -144,11 +122,7 @@ def _moved(shape: Shape, x: float, y: float) -> Shape:
 
 
 def style_sheet() -> str:
-    """Give the CSS of the colours: variables for a light and a dark screen, and classes.
-
-    Returns:
-        CSS; paper is light.
-    """
+    """Give the CSS of the colours: variables for a light and a dark screen, and classes."""
     light, dark = (
         "".join(f"--{name}:{pair[which]};" for name, pair in COLORS.items()) for which in (0, 1)
     )
@@ -163,15 +137,7 @@ def style_sheet() -> str:
 
 
 def svg(drawing: Drawing, identifier: str) -> str:
-    """Write a drawing as an SVG element for a page that has `style_sheet`.
-
-    Args:
-        drawing: The drawing.
-        identifier: Unique in the page.
-
-    Returns:
-        The element, with a title and a description for screen readers.
-    """
+    """Write a drawing as an SVG element for a page that has `style_sheet`."""
     names = f"{identifier}-title {identifier}-description"
     return (
         f'<svg role="img" aria-labelledby="{names}" width="{_n(drawing.width)}" '
@@ -184,14 +150,7 @@ def svg(drawing: Drawing, identifier: str) -> str:
 
 
 def svg_file(drawing: Drawing) -> str:
-    """Write a drawing as an SVG file of its own, with a ground, light or dark as the screen is.
-
-    Args:
-        drawing: The drawing.
-
-    Returns:
-        The file's content.
-    """
+    """Write a drawing as an SVG file of its own, with a ground, light or dark as the screen is."""
     element = svg(drawing, "picture").replace(
         "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1
     )
@@ -202,14 +161,7 @@ def svg_file(drawing: Drawing) -> str:
 
 
 def png(drawing: Drawing) -> bytes:
-    """Paint a drawing as PNG, in the light colours, two pixels to a CSS pixel; needs matplotlib.
-
-    Args:
-        drawing: The drawing.
-
-    Returns:
-        The file's content, the same for the same drawing.
-    """
+    """Paint a drawing as PNG, in the light colours, two pixels to a CSS pixel; needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -227,14 +179,7 @@ def png(drawing: Drawing) -> bytes:
 
 
 def heat_color(share: float) -> str:
-    """Give the colour of a value in a heat map: viridis, from its dark end to its light one.
-
-    Args:
-        share: Where the value is, from 0 to 1.
-
-    Returns:
-        ``#rrggbb``.
-    """
+    """Give the colour of a value in a heat map: viridis, from its dark end to its light one."""
     anchors = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725")
     place = min(max(share, 0.0), 1.0) * (len(anchors) - 1)
     below = min(int(place), len(anchors) - 2)
@@ -246,45 +191,19 @@ def heat_color(share: float) -> str:
 
 
 def contrast(one: str, other: str) -> float:
-    """Give the contrast ratio of two colours, from 1 to 21 (WCAG 2).
-
-    Args:
-        one: ``#rrggbb``.
-        other: ``#rrggbb``.
-
-    Returns:
-        The ratio.
-    """
+    """Give the contrast ratio of two colours, from 1 to 21 (WCAG 2)."""
     low, high = sorted(map(_luminance, (one, other)))
     return (high + 0.05) / (low + 0.05)
 
 
 def ink_on(color: str) -> str:
-    """Give black or white, whichever is easier to read on a colour.
-
-    Args:
-        color: ``#rrggbb``.
-
-    Returns:
-        ``#000000`` or ``#ffffff``: their contrast with it is at least 4.58.
-    """
+    """Give black or white, whichever is easier to read on a colour."""
     return max("#000000", "#ffffff", key=lambda ink: contrast(ink, color))
 
 
 def plain(text: str, limit: int = 200) -> str:
-    """Make what is not printable visible, as it could steer a terminal or turn the line around.
-
-    Args:
-        text: Any text.
-        limit: How many characters are kept; the middle is cut out.
-
-    Returns:
-        One line.
-    """
-    visible = "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text[: 4 * limit]
-    )
+    """Make what is not printable visible, as it could steer a terminal or turn the line around."""
+    visible = printable(text[: 4 * limit])
     if len(visible) <= limit:
         return visible
     end = (limit - 1) // 2
@@ -292,15 +211,7 @@ def plain(text: str, limit: int = 200) -> str:
 
 
 def escaped(text: str, limit: int = 200) -> str:
-    """Write any text for HTML and SVG, as content or as the value of an attribute.
-
-    Args:
-        text: Any text.
-        limit: How many characters of it are shown.
-
-    Returns:
-        What the page shows as that text.
-    """
+    """Write any text for HTML and SVG, as content or as the value of an attribute."""
     return html.escape(plain(text, limit), quote=True)
 
 
@@ -345,28 +256,18 @@ def _paint(axes: Any, shape: Shape, order: int) -> None:
 
     points = 72 / 100  # of a CSS pixel
     color = shape.color if shape.color.startswith("#") else COLORS[shape.color][0]
+    fill: dict[str, Any] = {"facecolor": color, "lw": 0, "zorder": order}
     match shape:
         case Rectangle():
-            place = (shape.x, shape.y)
-            axes.add_patch(
-                Patch(place, shape.width, shape.height, facecolor=color, lw=0, zorder=order)
-            )
+            axes.add_patch(Patch((shape.x, shape.y), shape.width, shape.height, **fill))
         case Line():
             dashes = [float(length) / shape.width for length in shape.dash.split()]
-            axes.add_line(
-                Line2D(
-                    [x for x, _ in shape.points],
-                    [y for _, y in shape.points],
-                    color=color,
-                    linewidth=shape.width * points,
-                    linestyle=(0, dashes) if dashes else "-",
-                    zorder=order,
-                )
-            )
+            style: Any = (0, dashes) if dashes else "-"
+            width = shape.width * points
+            x, y = zip(*shape.points, strict=True)
+            axes.add_line(Line2D(x, y, color=color, lw=width, linestyle=style, zorder=order))
         case Dot():
-            axes.add_patch(
-                Circle((shape.x, shape.y), shape.radius, facecolor=color, lw=0, zorder=order)
-            )
+            axes.add_patch(Circle((shape.x, shape.y), shape.radius, **fill))
         case Text():
             axes.text(
                 shape.x,

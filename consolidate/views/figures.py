@@ -2,14 +2,15 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from consolidate.chain.consistency import side_by_side, side_by_side_text
+from consolidate.results import MatrixSummary, Parameter
 from consolidate.training.accuracy_matrix import Scores, score
 from consolidate.views.charts import Curve, curves, decades, heat_map, log_bars
 from consolidate.views.drawing import Drawing, plain
+from consolidate.views.markdown import shown
 from formats.fisher_json import Ledger, TaskRecord
 
 TASKS = 40  # the latest so many are drawn and listed
@@ -18,79 +19,47 @@ LISTED = 1000  # rows of a table
 LINES = 16  # curves
 
 Cells = list[str]
+Groups = Mapping[str, Sequence[str]]  # names of parameters by that of their layer
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with what it means, and its numbers as a table.
+    """A chart with what it means, and its numbers as a table."""
 
-    Attributes:
-        name: Of the file of a picture.
-        heading: Of the section.
-        caption: How to read it.
-        drawing: The chart.
-        header: Of the table.
-        rows: Of the table; the first cell of each names the row.
-        left_out: How many more rows there would be.
-    """
-
-    name: str
-    heading: str
-    caption: str
+    name: str  # of the file of a picture
+    heading: str  # of the section
+    caption: str  # how to read it
     drawing: Drawing
     header: Cells
-    rows: list[Cells]
-    left_out: int = 0
+    rows: list[Cells]  # the first cell of each names the row
+    left_out: int = 0  # how many more rows there would be
 
 
 def figures(
-    ledger: Ledger,
-    parameters: Sequence[Mapping[str, Any]],
-    matrix: Mapping[str, Any] | None,
+    ledger: Ledger, parameters: Sequence[Parameter], matrix: MatrixSummary | None
 ) -> list[Figure]:
-    """Make the figures that a ledger has the numbers for.
+    """Make those figures that a ledger has the numbers for, with every parameter that `show` gives.
 
-    Args:
-        ledger: The ledger.
-        parameters: Name, trace and mean of Λ for every protected parameter, as `show` gives them.
-        matrix: The accuracy matrix as `matrix_summary` gives it; None where nothing was measured.
-
-    Returns:
-        Those of them that can be drawn: matrix, curves, protection, added, overlap.
+    They are, in this order: matrix, curves, protection, added, overlap.
     """
     known = {parameter["name"]: parameter for parameter in parameters}
     groups = layers([name for name in in_order(ledger) if name in known], ROWS)
     tasks = ledger.tasks[-TASKS:]
     others = [_protection(known, groups), _added(tasks, groups), _overlap(tasks, groups)]
-    return [
-        *score_figures(ledger, matrix),
-        *(figure for figure in others if figure is not None),
-    ]
+    return [*score_figures(ledger, matrix), *(figure for figure in others if figure is not None)]
 
 
-def score_figures(ledger: Ledger, matrix: Mapping[str, Any] | None) -> list[Figure]:
-    """Make the figures of what was measured on the tasks.
-
-    Args:
-        ledger: The ledger.
-        matrix: The accuracy matrix as `matrix_summary` gives it; None where nothing was measured.
-
-    Returns:
-        Those of them that can be drawn: matrix, curves.
-    """
+def score_figures(ledger: Ledger, matrix: MatrixSummary | None) -> list[Figure]:
+    """Make the figures of what was measured on the tasks, matrix and curves, as far as known."""
     merged = side_by_side_text(side_by_side(ledger))
     found = [None if matrix is None else _matrix(matrix, merged), _curves(ledger)]
     return [figure for figure in found if figure is not None]
 
 
 def in_order(ledger: Ledger) -> list[str]:
-    """List the protected parameters in the order of the weights file, as the tasks' layers give it.
+    """List the protected parameters in the order of the weights file, as the tasks' layers have it.
 
-    Args:
-        ledger: The ledger.
-
-    Returns:
-        Their names; those that no task's layers hold come last.
+    Those that no task's layers hold come last.
     """
     order = dict.fromkeys(name for task in ledger.tasks for name in task.layers)
     order |= dict.fromkeys(ledger.fisher)
@@ -98,16 +67,9 @@ def in_order(ledger: Ledger) -> list[str]:
 
 
 def layers(names: Sequence[str], most: int) -> dict[str, list[str]]:
-    """Take parameters together by the module they are in, as far up as is needed.
+    """Take parameters together by the module they are in, as far up as `most` groups need.
 
-    Args:
-        names: Of the parameters, with dots between the modules.
-        most: How many groups there should be; four times as many where there would be less than a
-            quarter of it else, as for a stack of a hundred layers.
-
-    Returns:
-        The parameters of each group, in their order; where even the outermost modules are too
-        many, the last group holds the rest.
+    Where the outermost modules are too many, the last group holds the rest.
     """
     groups = {name: [name] for name in names}
     deepest = min(max(name.count(".") for name in names), 64)
@@ -117,6 +79,7 @@ def layers(names: Sequence[str], most: int) -> dict[str, list[str]]:
         outer: dict[str, list[str]] = {}
         for name in names:
             outer.setdefault(".".join(name.split(".")[:depth]), []).append(name)
+        # A stack of a hundred layers would become one group.
         if len(outer) < most / 4 and len(groups) <= 4 * most:
             break
         groups = outer
@@ -127,7 +90,7 @@ def layers(names: Sequence[str], most: int) -> dict[str, list[str]]:
     return dict([*own[: most - 1], (f"({len(own) - most + 1} more)", rest)])
 
 
-def _matrix(matrix: Mapping[str, Any], merged: str) -> Figure | None:
+def _matrix(matrix: MatrixSummary, merged: str) -> Figure | None:
     tasks = matrix["tasks"][-TASKS:]
     scores = [row[-TASKS:] for row in matrix["scores"][-TASKS:]]
     start = matrix["start"][-TASKS:]
@@ -165,22 +128,24 @@ def _curves(ledger: Ledger) -> Figure | None:
     measured = [task for task in ledger.tasks if task.metrics][-TASKS:]
     order = [task.name for task in ledger.tasks]
     order += sorted({name for task in measured for on in task.metrics.values() for name in on})
+    taken = [
+        (task.name, when, stage + progress[when], _scores(scores))
+        for stage, task in enumerate(measured)
+        for progress in [_progress(task)]
+        for when, scores in task.metrics.items()
+    ]
     points: dict[str, dict[float, float]] = {}
-    table: list[Cells] = []
-    for stage, task in enumerate(measured):
-        progress = _progress(task)
-        for when, scores in task.metrics.items():
-            found = _scores(scores)
-            for name, value in found.items():
-                points.setdefault(name, {})[stage + progress[when]] = value
+    for _, _, place, found in taken:
+        for name, value in found.items():
+            points.setdefault(name, {})[place] = value
     names = [name for name in dict.fromkeys(order) if name in points][:LINES]
     if not any(len(points[name]) > 1 for name in names):
         return None
-    for task in measured:
-        for when, scores in task.metrics.items():
-            found = _scores(scores)
-            if found.keys() & set(names):
-                table.append([task.name, when, *(_score(found.get(name)) for name in names)])
+    table = [
+        [task, when, *(_score(found.get(name)) for name in names)]
+        for task, when, _, found in taken
+        if found.keys() & set(names)
+    ]
     known = [value for name in names for value in points[name].values()]
     lines = [Curve(name, sorted(points[name].items())) for name in names]
     falls = ", ".join(
@@ -206,13 +171,16 @@ def _curves(ledger: Ledger) -> Figure | None:
     )
 
 
-def _protection(
-    known: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]]
-) -> Figure:
+def _protection(known: Mapping[str, Parameter], groups: Groups) -> Figure:
     traces = {group: _sum(known[name]["trace"] for name in own) for group, own in groups.items()}
     top = sorted(traces, key=lambda group: -traces[group])[:3]
     total = _sum(traces.values())
-    held = [name for own in groups.values() for name in own]
+
+    def cells(name: str) -> Cells:
+        own = known[name]
+        share = f"{own['trace'] / total:.1%}" if total > 0 else "–"
+        return [_number(own["trace"]), share, _number(own["mean"]), _number(own["max"])]
+
     return Figure(
         "protection",
         "Where the protection sits",
@@ -228,21 +196,11 @@ def _protection(
             write=_number,
         ),
         ["parameter", "trace of Λ", "share", "mean per weight", "largest"],
-        [
-            [
-                name,
-                _number(known[name]["trace"]),
-                f"{known[name]['trace'] / total:.1%}" if total > 0 else "–",
-                _number(known[name]["mean"]),
-                _number(known[name]["max"]),
-            ]
-            for name in held[:LISTED]
-        ],
-        max(len(held) - LISTED, 0),
+        *_listed(groups, cells),
     )
 
 
-def _added(tasks: Sequence[TaskRecord], groups: Mapping[str, Sequence[str]]) -> Figure | None:
+def _added(tasks: Sequence[TaskRecord], groups: Groups) -> Figure | None:
     values = [[_trace(task, own) for task in tasks] for own in groups.values()]
     known = [value for row in values for value in row if value is not None]
     if not known:
@@ -250,7 +208,6 @@ def _added(tasks: Sequence[TaskRecord], groups: Mapping[str, Sequence[str]]) -> 
     sums = ", ".join(
         f"{task.name} {_sum(row[j] or 0.0 for row in values):.3g}" for j, task in enumerate(tasks)
     )
-    held = [name for own in groups.values() for name in own]
     return Figure(
         "added",
         "What each task added",
@@ -266,18 +223,14 @@ def _added(tasks: Sequence[TaskRecord], groups: Mapping[str, Sequence[str]]) -> 
             write=_short,
             log=True,
         ),
-        ["parameter", *(task.name for task in tasks)],
-        [[name, *(_number(_trace(task, [name])) for task in tasks)] for name in held[:LISTED]],
-        max(len(held) - LISTED, 0),
+        *_by_task(tasks, groups, _trace),
     )
 
 
-def _overlap(tasks: Sequence[TaskRecord], groups: Mapping[str, Sequence[str]]) -> Figure | None:
+def _overlap(tasks: Sequence[TaskRecord], groups: Groups) -> Figure | None:
     later = [task for task in tasks if any(_known_overlap(task, own) for own in groups.values())]
     if not later:
         return None
-    values = [[_mean_overlap(task, own) for task in later] for own in groups.values()]
-    held = [name for own in groups.values() for name in own]
     return Figure(
         "overlap",
         "Where tasks want the same weights",
@@ -290,17 +243,31 @@ def _overlap(tasks: Sequence[TaskRecord], groups: Mapping[str, Sequence[str]]) -
             f"{len(groups)} layers by {len(later)} tasks, from 0 to 1.",
             list(groups),
             [task.name for task in later],
-            values,
+            [[_mean_overlap(task, own) for task in later] for own in groups.values()],
             limits=(0.0, 1.0),
             write=lambda value: f"{value:.2f}",
         ),
-        ["parameter", *(task.name for task in later)],
-        [
-            [name, *(_number(_mean_overlap(task, [name])) for task in later)]
-            for name in held[:LISTED]
-        ],
-        max(len(held) - LISTED, 0),
+        *_by_task(later, groups, _mean_overlap),
     )
+
+
+def _by_task(
+    tasks: Sequence[TaskRecord],
+    groups: Groups,
+    value: Callable[[TaskRecord, Sequence[str]], float | None],
+) -> tuple[Cells, list[Cells], int]:
+    """Make a figure's table: a row for each parameter, a column for each task."""
+
+    def cells(name: str) -> Cells:
+        return [_number(value(task, [name])) for task in tasks]
+
+    return ["parameter", *(task.name for task in tasks)], *_listed(groups, cells)
+
+
+def _listed(groups: Groups, cells: Callable[[str], Cells]) -> tuple[list[Cells], int]:
+    """Make a row for each parameter, and say how many there are no rows for."""
+    held = [name for own in groups.values() for name in own]
+    return [[name, *cells(name)] for name in held[:LISTED]], max(len(held) - LISTED, 0)
 
 
 _SCORES = "Scores are accuracies, else minus the mean negative log-likelihood: more is better."
@@ -347,19 +314,17 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
 
 
-def _sum(values: Any) -> float:
+def _sum(values: Iterable[float]) -> float:
     """Add numbers from 0; a sum that no float can hold is the largest of them."""
     return min(sum(values), sys.float_info.max)
 
 
 def _score(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+    return shown(value, ".4g" if value is not None and abs(value) >= 10 else ".3f")
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    return shown(value, ".3g")
 
 
 def _short(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Tables in Markdown, as a model card and the summary of a CI job show them."""
+"""Tables, in plain text and in Markdown, as a model card and the summary of a CI job show them."""
 
 import re
 from collections.abc import Sequence
@@ -7,27 +7,34 @@ _SPECIAL = re.compile(r"([\\`*_\[\]#|<>~$:@])")
 
 
 def escaped(text: str) -> str:
-    """Escape a name of the ledger, so that Markdown and HTML show it as it is.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        One line, of at most 200 of its characters.
-    """
+    """Escape a name of the ledger, so that Markdown and HTML show it as it is."""
     line = "".join(c if c.isprintable() else "�" for c in text)[:200]
     marked = _SPECIAL.sub(r"\\\1", line.strip().replace("&", "\0"))
     return marked.replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\0", "&amp;")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Write rows as a table.
-
-    Args:
-        rows: The header first; of escaped text.
-
-    Returns:
-        Lines without a newline at the end.
-    """
+    """Write rows as a table."""
     header, *body = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([header, f"|{' --- |' * len(rows[0])}", *body])
+
+
+def aligned(
+    rows: Sequence[Sequence[str]], *, right_from: int | None = None, least: Sequence[int] = ()
+) -> list[str]:
+    """Align columns, of some width at least; those from `right_from` on stand to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[: len(least)] = map(max, widths, least)
+    left = len(widths) if right_from is None else right_from
+    return [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def shown(value: float | None, form: str) -> str:
+    """Write a number; a dash where it is not known."""
+    return "–" if value is None else format(value, form)

@@ -3,16 +3,15 @@
 import csv
 import io
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from consolidate.training.accuracy_matrix import AccuracyMatrix, accuracy_matrix
+from consolidate.results import MatrixSummary, Mean
+from consolidate.training import accuracy_matrix
+from consolidate.training.accuracy_matrix import AccuracyMatrix
 from consolidate.views.drawing import beside, png, svg_file
 from consolidate.views.figures import TASKS, score_figures
-from consolidate.views.markdown import escaped, table
+from consolidate.views.markdown import escaped, shown, table
 from formats.atomic import check_file, write_file
 from formats.errors import UsageError
 from formats.fisher_json import Ledger
@@ -22,16 +21,7 @@ PLOTS = (".png", ".svg")
 
 
 def check_view(path: str | Path, *, plot: bool) -> None:
-    """Refuse, before any work is done, a file that could not be written after it.
-
-    Args:
-        path: The file that is to be made or replaced.
-        plot: Whether it is a plot; CSV otherwise.
-
-    Raises:
-        UsageError: It is no kind of plot that is known, or matplotlib is missing for a ``.png``.
-        InputError: It cannot be written there, or is a folder.
-    """
+    """Refuse, before any work is done, a file that could not be written after it."""
     path = Path(path)
     if plot and path.suffix.lower() not in PLOTS:
         raise UsageError(f"--plot {path}: the name must end in {' or '.join(PLOTS)}")
@@ -42,25 +32,24 @@ def check_view(path: str | Path, *, plot: bool) -> None:
     check_file(path)
 
 
-def matrix_summary(matrix: AccuracyMatrix) -> dict[str, Any]:
-    """Give the matrix, ACC, BWT, forgetting and the curves over steps, ready for JSON.
-
-    Args:
-        matrix: The matrix.
-
-    Returns:
-        ``tasks``, ``scores`` (row i after training task i), ``start``; under ``acc``, ``bwt`` and
-        ``forgetting`` the ``value``, and over how many ``terms`` ``of`` how many; ``points``.
-    """
+def matrix_summary(matrix: AccuracyMatrix) -> MatrixSummary:
+    """Give the matrix, ACC, BWT, forgetting and the curves over steps, ready for JSON."""
     return {
         "tasks": matrix.tasks,
         "scores": matrix.scores,
         "start": matrix.start,
-        "acc": asdict(matrix.acc()),
-        "bwt": asdict(matrix.bwt()),
-        "forgetting": asdict(matrix.forgetting()),
-        "points": [asdict(point) for point in matrix.points],
+        "acc": _mean(matrix.acc()),
+        "bwt": _mean(matrix.bwt()),
+        "forgetting": _mean(matrix.forgetting()),
+        "points": [
+            {"task": point.task, "step": point.step, "scores": point.scores}
+            for point in matrix.points
+        ],
     }
+
+
+def _mean(mean: accuracy_matrix.Mean) -> Mean:
+    return {"value": mean.value, "terms": mean.terms, "of": mean.of}
 
 
 def write_matrix_csv(path: str | Path, matrix: AccuracyMatrix) -> None:
@@ -69,13 +58,6 @@ def write_matrix_csv(path: str | Path, matrix: AccuracyMatrix) -> None:
     The columns are ``training`` (a task), ``when`` and one for each task that may have been
     evaluated. The rows whose ``when`` is ``after`` are R; those of ``before`` the start, and of
     ``step N`` the curves. What was not measured is empty.
-
-    Args:
-        path: The file to make or to replace.
-        matrix: The matrix.
-
-    Raises:
-        InputError: It cannot be written.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -90,17 +72,8 @@ def write_matrix_csv(path: str | Path, matrix: AccuracyMatrix) -> None:
     write_file(Path(path), text.getvalue())
 
 
-def plot_matrix(path: str | Path, ledger: Ledger, summary: Mapping[str, Any]) -> None:
-    """Draw the matrix as a heat map, and beside it the scores while learning, as a report does.
-
-    Args:
-        path: A ``.png`` or ``.svg`` file to make or to replace.
-        ledger: The ledger.
-        summary: What `matrix_summary` returned of its matrix.
-
-    Raises:
-        InputError: It cannot be written.
-    """
+def plot_matrix(path: str | Path, ledger: Ledger, summary: MatrixSummary) -> None:
+    """Draw the matrix as a heat map, and beside it the scores while learning, as a report does."""
     figures = score_figures(ledger, summary)
     picture = beside(means_text(summary), [figure.drawing for figure in figures])
     if len(summary["tasks"]) > TASKS:
@@ -114,69 +87,41 @@ def _exact(score: float | None) -> str:
 
 
 def ledger_matrix(ledger: Ledger) -> AccuracyMatrix | None:
-    """Give the accuracy matrix of a ledger's tasks; None where no score on them was taken.
-
-    Args:
-        ledger: The ledger of a chain of tasks.
-
-    Returns:
-        The matrix.
-    """
-    matrix = accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
+    """Give the accuracy matrix of a ledger's tasks; None where no score on them was taken."""
+    matrix = accuracy_matrix.accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
     known = any(score is not None for row in [matrix.start, *matrix.scores] for score in row)
     return matrix if known or any(point.scores for point in matrix.points) else None
 
 
-MEANS = ("ACC", "BWT", "forgetting")
+def means(summary: MatrixSummary) -> dict[str, Mean]:
+    """Give the means over the matrix by what they are called."""
+    return {"ACC": summary["acc"], "BWT": summary["bwt"], "forgetting": summary["forgetting"]}
 
 
-def matrix_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Lay the matrix out as a table, its header first; what was not measured is a dash.
-
-    Args:
-        summary: What `matrix_summary` returned.
-
-    Returns:
-        Rows of cells; that of the start is left out where nothing was measured there.
-    """
-    named = [("(start)", summary["start"])] if any(s is not None for s in summary["start"]) else []
-    named += zip(summary["tasks"], summary["scores"], strict=True)
-    rows = [[name, *(_cell(score) for score in scores)] for name, scores in named]
-    return [["after \\ on", *summary["tasks"]], *rows]
+def partly(mean: Mean) -> str:
+    """Say that a mean is over a part only, where it is."""
+    return f" (over {mean['terms']} of {mean['of']})" if mean["terms"] < mean["of"] else ""
 
 
-def means_text(summary: Mapping[str, Any]) -> str:
-    """Give ACC, BWT and forgetting on one line, and say where they are over a part only.
-
-    Args:
-        summary: What `matrix_summary` returned.
-
-    Returns:
-        A line without a newline.
-    """
-    return ", ".join(f"{title} {_mean(summary[title.lower()])}" for title in MEANS)
+def matrix_rows(summary: MatrixSummary) -> list[list[str]]:
+    """Lay the matrix out as a table, its header first; what was not measured is a dash."""
+    named = zip(["(start)", *summary["tasks"]], [summary["start"], *summary["scores"]], strict=True)
+    rows = [[name, *(shown(score, ".4f") for score in scores)] for name, scores in named]
+    without = all(score is None for score in summary["start"])
+    return [["after \\ on", *summary["tasks"]], *rows[without:]]
 
 
-def _mean(mean: Mapping[str, Any]) -> str:
-    if mean["value"] is None:
-        return "–"
-    partly = f" (over {mean['terms']} of {mean['of']})" if mean["terms"] < mean["of"] else ""
-    return f"{mean['value']:.4f}{partly}"
+def means_text(summary: MatrixSummary) -> str:
+    """Give ACC, BWT and forgetting on one line, and say where they are over a part only."""
+    found = {
+        title: "–" if mean["value"] is None else f"{mean['value']:.4f}{partly(mean)}"
+        for title, mean in means(summary).items()
+    }
+    return ", ".join(f"{title} {text}" for title, text in found.items())
 
 
-def _cell(score: float | None) -> str:
-    return "–" if score is None else f"{score:.4f}"
-
-
-def matrix_table(summary: Mapping[str, Any]) -> str:
-    """Write an accuracy matrix as a table, and ACC, BWT and forgetting beneath it.
-
-    Args:
-        summary: What `matrix_summary` returned.
-
-    Returns:
-        Lines without a newline at the end.
-    """
+def matrix_table(summary: MatrixSummary) -> str:
+    """Write an accuracy matrix as a table, and ACC, BWT and forgetting beneath it."""
     header, *rows = matrix_rows(summary)
     named = [[escaped(name), *scores] for name, *scores in rows]
     scores = table([["after ↓ on →", *map(escaped, header[1:])], *named])

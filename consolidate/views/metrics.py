@@ -6,66 +6,49 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from consolidate.results import FinetuneResult, MeasuredFisher, RunResult
 from consolidate.views.matrix import ledger_matrix
 from formats.atomic import write_file
 from formats.fisher_folder import LEDGER_NAME
 from formats.fisher_json import Ledger, read_ledger
 
-RUN = ("steps", "loss", "penalty_value", "share_moved", "ewc_lambda")
-MEASURED = ("trace", "examples", "units", "parameters")
 
-
-def fisher_metrics(result: Mapping[str, Any]) -> dict[str, float]:
-    """Give the numbers of a Fisher: counts, the trace, the worst relative error of a parameter's.
-
-    Args:
-        result: What `fisher` returned.
-
-    Returns:
-        Numbers by name; those that are not known, or not finite, are left out.
-    """
-    errors = [layer["relative_error"] for layer in result.get("layers", {}).values()]
-    known = [error for error in errors if error is not None]
+def fisher_metrics(result: MeasuredFisher) -> dict[str, float]:
+    """Give the numbers of a Fisher: counts, the trace, the worst relative error of a layer's."""
+    errors = [layer["relative_error"] for layer in result["layers"].values()]
     return _finite(
-        {name: result.get(name) for name in MEASURED} | {"relative_error": max(known, default=None)}
+        {
+            "trace": result["trace"],
+            "examples": result["examples"],
+            "units": result["units"],
+            "parameters": result["parameters"],
+            "relative_error": max((e for e in errors if e is not None), default=None),
+        }
     )
 
 
-def finetune_metrics(result: Mapping[str, Any]) -> dict[str, float]:
-    """Give the numbers of a run, and of the chain that it ends.
+def finetune_metrics(result: FinetuneResult) -> dict[str, float]:
+    """Give the numbers of a run, and of the chain that it ends."""
+    numbers: dict[str, float | None] = {"ewc_lambda": result["ewc_lambda"]}
+    if result["status"] != "cached":
+        numbers |= {
+            "steps": result["steps"],
+            "loss": result["loss"],
+            "penalty_value": result["penalty_value"],
+            "share_moved": result["share_moved"],
+        }
+    return _finite(numbers) | run_metrics(result)
 
-    Args:
-        result: What `finetune` returned, or the result that a `ForgettingError` has; its checkpoint
-            is read.
 
-    Returns:
-        Numbers by name: ``steps``, ``loss``, ``penalty_value``, ``share_moved`` and ``ewc_lambda``
-        of the run, and those of `chain_metrics`.
-    """
-    return _finite({name: result.get(name) for name in RUN}) | run_metrics(result)
-
-
-def run_metrics(result: Mapping[str, Any]) -> dict[str, float]:
-    """Give the numbers of the chain whose last checkpoint a result names.
-
-    Args:
-        result: What `run` returned.
-
-    Returns:
-        Numbers by name, as `chain_metrics` gives them.
-    """
+def run_metrics(result: FinetuneResult | RunResult) -> dict[str, float]:
+    """Give the numbers of the chain whose last checkpoint a result names."""
     return chain_metrics(read_ledger(Path(result["checkpoint"]) / "fisher" / LEDGER_NAME))
 
 
 def chain_metrics(ledger: Ledger) -> dict[str, float]:
     """Give what was measured after the last task, and what was kept of the earlier ones.
 
-    Args:
-        ledger: Of the last checkpoint of a chain.
-
-    Returns:
-        Numbers by name: ``NAME.METRIC`` of all data that were measured, ``acc``, ``bwt`` and
-        ``forgetting``, and ``TASK.forgetting`` of each earlier task. No other name has a dot.
+    A name has a dot only where it begins with a task's or a data set's.
     """
     numbers: dict[str, Any] = evaluate_metrics(ledger.tasks[-1].metrics.get("after", {}))
     matrix = ledger_matrix(ledger)
@@ -77,29 +60,14 @@ def chain_metrics(ledger: Ledger) -> dict[str, float]:
 
 
 def evaluate_metrics(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Give the metrics of each task under one name, ``TASK.METRIC``.
-
-    Args:
-        metrics: What `evaluate` returned: by task and metric.
-
-    Returns:
-        Numbers by name; those that are not finite are left out.
-    """
+    """Give the metrics of each task under one name, ``TASK.METRIC``."""
     return _finite(
         {f"{task}.{name}": v for task, values in metrics.items() for name, v in values.items()}
     )
 
 
 def write_metrics(path: str | Path, metrics: Mapping[str, float]) -> None:
-    """Write numbers as one JSON object without nesting, sorted by name.
-
-    Args:
-        path: The file to make or to replace.
-        metrics: Finite numbers by name.
-
-    Raises:
-        InputError: It cannot be written.
-    """
+    """Write numbers as one JSON object without nesting, sorted by name."""
     text = json.dumps(metrics, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
     write_file(Path(path), text + "\n")
 

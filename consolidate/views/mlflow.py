@@ -45,19 +45,11 @@ REFUSALS = {
 class Tracker:
     """What goes into a run in MLflow; a store that fails costs a note, never the command.
 
-    Attributes:
-        command: Which is tracked; parameters and tags begin with it, so that several can share a
-            run.
-        enabled: Whether anything is.
-
-    Args:
-        command: As above.
-        client: None where nothing is to be tracked.
-        run_id: The run.
+    Without a client nothing is tracked.
     """
 
     def __init__(self, command: str, client: "MlflowClient | None" = None, run_id: str = ""):
-        self.command = command
+        self.command = command  # parameters and tags begin with it: several can share a run
         self.enabled = client is not None
         self._client = client
         self._run_id = run_id
@@ -67,31 +59,15 @@ class Tracker:
         self._failed = False
 
     def parameter(self, name: str, value: object) -> None:
-        """Take an option, unless it is None or empty.
-
-        Args:
-            name: Of the option.
-            value: Cut where it is long, its digest told instead of the rest.
-        """
+        """Take an option, unless it is None or empty."""
         self._take("params", f"{self.command}.{name}", _shortened(value))
 
     def tag(self, name: str, value: object) -> None:
-        """Take what is known of the run afterwards, unless it is None or empty.
-
-        Args:
-            name: Of the tag.
-            value: As in `parameter`.
-        """
+        """Take what is known of the run afterwards, unless it is None or empty."""
         self._take("tags", f"{self.command}.{name}", _shortened(value))
 
     def metric(self, name: str, value: float | None, step: int = 0) -> None:
-        """Take a number, unless it is None.
-
-        Args:
-            name: Of the curve that it is a point of.
-            value: The number.
-            step: Where on the curve it is.
-        """
+        """Take a number, unless it is None."""
         self._take("metrics", name, value, round(1000 * time.time()), step)
 
     def _take(self, kind: str, name: str, value: object, *rest: int) -> None:
@@ -100,11 +76,7 @@ class Tracker:
             self._waiting[kind].append((key, value, *rest))
 
     def on_step(self, step: Step) -> None:
-        """Take what an optimizer step reports, and send it now and then.
-
-        Args:
-            step: The loss, and apart from it the penalty.
-        """
+        """Take what an optimizer step reports, and send it now and then."""
         if self._failed:  # `history` has it at the end
             return
         self._reported = range(self._reported.start or step.step, step.step + 1)
@@ -113,11 +85,7 @@ class Tracker:
             self.send()
 
     def history(self, steps: Iterable[Mapping[str, Any]]) -> None:
-        """Take the steps that were not reported when they were taken.
-
-        Args:
-            steps: All steps of a training.
-        """
+        """Take the steps that were not reported when they were taken."""
         for step in steps:
             if step["step"] not in self._reported:
                 self._take_step(step)
@@ -164,19 +132,6 @@ def tracked(command: str, options: Mapping[str, Any], *, enabled: bool) -> Itera
 
     The store is that of MLFLOW_TRACKING_URI, the experiment that of MLFLOW_EXPERIMENT_NAME. A run
     of its own ends with the command, as finished, failed or killed; a joined one is left open.
-
-    Args:
-        command: Its name.
-        options: What it was called with; a TOML file under ``run_file`` is taken with its contents.
-        enabled: Whether to track at all.
-
-    Yields:
-        What takes the steps, and to which `report` gives the result.
-
-    Raises:
-        UsageError: MLflow is not installed.
-        InputError: The store or the run that is named cannot be used.
-        NetworkError: The server cannot be reached at the start; later on that is a note.
     """
     if not enabled:
         yield Tracker(command)
@@ -190,21 +145,15 @@ def tracked(command: str, options: Mapping[str, Any], *, enabled: bool) -> Itera
     client, run_id, joined = _begin(mlflow, command)
     tracker = Tracker(command, client, run_id)
     LOG.info("MLflow: %s run %s", "joined" if joined else "began", run_id)
-    for name, value in options.items():
+    for name, value in {**options, **_run_file(options.get("run_file"))}.items():
         tracker.parameter(name, value)
-    if (run_file := options.get("run_file")) is not None:
-        for name, value in _run_file(Path(run_file)).items():
-            tracker.parameter(name, value)
     tracker.tag("version", version("consolidate-ewc"))
     tracker.send()
-    status = "FAILED"
+    status = "FINISHED"
     try:
         yield tracker
-        status = "FINISHED"
-    except Exception:
-        raise
-    except BaseException:  # Ctrl-C and SIGTERM
-        status = "KILLED"
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"  # by Ctrl-C or SIGTERM
         raise
     finally:
         tracker.send()
@@ -216,13 +165,7 @@ def tracked(command: str, options: Mapping[str, Any], *, enabled: bool) -> Itera
 
 
 def report(tracker: Tracker, result: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
-    """Give a tracker what a command returned: curves, metrics, digests, and where the output is.
-
-    Args:
-        tracker: Of the run.
-        result: What `fisher`, `finetune`, `evaluate` or `run` returned.
-        numbers: Of the result, by name.
-    """
+    """Give a tracker what a command returned: curves, metrics, digests, and where the output is."""
     if tracker.command == "evaluate":
         result = {}
     steps = result.get("steps", 0)
@@ -273,21 +216,22 @@ def _begin(mlflow: Any, command: str) -> tuple["MlflowClient", str, bool]:
         raise (NetworkError if far else InputError)(message) from None
 
 
-def _run_file(path: Path) -> dict[str, Any]:
+def _run_file(path: str | None) -> dict[str, Any]:
     """Lay a run file's contents out flat, by names such as ``task.1.ewc-lambda``."""
+    if path is None:
+        return {}
     try:
-        nested = tomllib.loads(path.read_text("utf-8"))
+        nested = tomllib.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError):
         return {}  # the command will say what is wrong with it
     flat = {}
 
     def visit(name: str, value: Any) -> None:
+        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+            value = dict(enumerate(value, 1))
         if isinstance(value, dict):
             for key, below in value.items():
                 visit(f"{name}.{key}" if name else key, below)
-        elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-            for number, below in enumerate(value, 1):
-                visit(f"{name}.{number}", below)
         else:
             flat[name] = value
 

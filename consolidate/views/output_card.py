@@ -33,13 +33,6 @@ def write_card(
 
     Of the sources' cards only what they say of the licence is taken, and the names of repositories.
     Where the output replaces its source, what a person wrote there stays.
-
-    Args:
-        staging: Where the checkpoint is built, all but its card.
-        target: Where it will be.
-        ledger: Its ledger.
-        sources: What it is made from.
-        relation: How: ``finetune`` or ``merge``.
     """
     made = open_checkpoint(staging)
     named: dict[str, None] = {}
@@ -62,12 +55,7 @@ def write_card(
 
 
 def renew_card(staging: Path, ledger: Ledger) -> None:
-    """Write anew what is ours in the card of a checkpoint that was copied with another Fisher.
-
-    Args:
-        staging: The copy. A card that we did not write, or that was pushed, stays as it is.
-        ledger: Its ledger.
-    """
+    """Write anew what is ours in the card of a checkpoint that was copied with another Fisher."""
     made = open_checkpoint(staging)
     card = _card(made)
     if card is not None and of_a_folder(card):

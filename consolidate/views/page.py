@@ -1,12 +1,14 @@
 """The page of a report: one HTML file that needs nothing else, neither a network nor a script."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from consolidate.results import ShowResult
 from consolidate.views.drawing import MARK, escaped, plain, style_sheet, svg
 from consolidate.views.figures import LISTED, TASKS, Figure
-from consolidate.views.matrix import MEANS
-from consolidate.views.summary import estimator_text, penalty_text
+from consolidate.views.markdown import shown
+from consolidate.views.matrix import means, partly
+from consolidate.views.summary import by_reason, estimator_text, penalty_text
+from formats.wording import few
 
 _MEANINGS = {
     "ACC": "mean score on all tasks, now",
@@ -76,17 +78,8 @@ h2,h3{break-after:avoid}
 """
 
 
-def report_page(name: str, summary: Mapping[str, Any], drawn: Sequence[Figure]) -> str:
-    """Write the page; everything that a ledger says is escaped.
-
-    Args:
-        name: What the page calls the checkpoint.
-        summary: What `show` says of it.
-        drawn: The figures.
-
-    Returns:
-        HTML; the same bytes for the same checkpoint.
-    """
+def report_page(name: str, summary: ShowResult, drawn: Sequence[Figure]) -> str:
+    """Write the page; everything that a ledger says is escaped."""
     sections = [
         ("chain", "The chain of tasks", _chain(summary)),
         *((figure.name, figure.heading, _figure(figure)) for figure in drawn),
@@ -118,7 +111,7 @@ def report_page(name: str, summary: Mapping[str, Any], drawn: Sequence[Figure]) 
     )
 
 
-def _lead(summary: Mapping[str, Any]) -> str:
+def _lead(summary: ShowResult) -> str:
     fisher, count = summary["fisher"], len(summary["tasks"])
     return (
         f"{_count(count, 'task')}; {_count(fisher['values'], 'weight')} in "
@@ -127,13 +120,13 @@ def _lead(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _rule(summary: Mapping[str, Any]) -> str:
+def _rule(summary: ShowResult) -> str:
     return summary["merge_rule"] + (
         f", γ = {summary['gamma']:g}" if summary["merge_rule"] == "online" else ""
     )
 
 
-def _facts(summary: Mapping[str, Any]) -> str:
+def _facts(summary: ShowResult) -> str:
     matrix = summary["accuracy_matrix"]
     if matrix is None:
         return (
@@ -141,17 +134,14 @@ def _facts(summary: Mapping[str, Any]) -> str:
             "are learned (<code>consolidate finetune --evaluate TASK=DATA</code>).</p>\n"
         )
     boxes = []
-    for title in MEANS:
-        mean = matrix[title.lower()]
-        value = "–" if mean["value"] is None else f"{mean['value']:.4f}".replace("-", "−")
-        partly = f" (over {mean['terms']} of {mean['of']})" if mean["terms"] < mean["of"] else ""
-        boxes.append(
-            f"<div><dt>{title}</dt><dd>{value}</dd><dd>{_MEANINGS[title]}{partly}</dd></div>"
-        )
+    for title, mean in means(matrix).items():
+        value = shown(mean["value"], ".4f").replace("-", "−")
+        meaning = f"{_MEANINGS[title]}{partly(mean)}"
+        boxes.append(f"<div><dt>{title}</dt><dd>{value}</dd><dd>{meaning}</dd></div>")
     return f'<dl class="facts">{"".join(boxes)}</dl>\n'
 
 
-def _chain(summary: Mapping[str, Any]) -> str:
+def _chain(summary: ShowResult) -> str:
     matrix = summary["accuracy_matrix"]
     first = max(len(summary["tasks"]) - TASKS, 0)
     items = []
@@ -159,12 +149,15 @@ def _chain(summary: Mapping[str, Any]) -> str:
         pairs = [
             ("learned from", task["data"] or "–"),
             (f"{task['unit']}s", f"{task['units']:,}"),
-            ("learned with", penalty_text(task)),
+            (
+                "learned with",
+                penalty_text(task["penalty"], task["penalty_on"], task["ewc_lambda"]),
+            ),
         ]
         if matrix is not None:
             then, now = matrix["scores"][i][i], matrix["scores"][-1][i]
             if then is not None or now is not None:
-                pairs += [("score then", _short(then)), ("score now", _short(now))]
+                pairs += [("score then", shown(then, ".3f")), ("score now", shown(now, ".3f"))]
         items.append(f"<li><h3>{escaped(task['name'])}</h3>{_pairs(pairs)}</li>")
     earlier = f"<p>The {first:,} tasks before these are left out here.</p>\n" if first else ""
     start = f' style="counter-reset:task {first}"' if first else ""
@@ -186,7 +179,7 @@ def _is_wide(figure: Figure) -> bool:
     return figure.drawing.width > 480
 
 
-def _settings(summary: Mapping[str, Any]) -> str:
+def _settings(summary: ShowResult) -> str:
     header = ["task", "objective", "likelihood", "examples", "units", "estimator", "seed"]
     header += ["weight", "penalty", "labels"]
     rows = [
@@ -196,10 +189,10 @@ def _settings(summary: Mapping[str, Any]) -> str:
             task["likelihood"],
             f"{task['examples']:,}",
             _count(task["units"], task["unit"]),
-            estimator_text(task),
+            estimator_text(task["estimator"], task["mc_samples"]),
             str(task["seed"]),
             f"{task['weight']:g}",
-            penalty_text(task),
+            penalty_text(task["penalty"], task["penalty_on"], task["ewc_lambda"]),
             _some(task["labels"]),
         ]
         for task in summary["tasks"][-LISTED:]
@@ -208,7 +201,7 @@ def _settings(summary: Mapping[str, Any]) -> str:
     return _table("How each task was measured and learned", header, rows, left_out)
 
 
-def _provenance(summary: Mapping[str, Any]) -> str:
+def _provenance(summary: ShowResult) -> str:
     fisher = summary["fisher"]
     offset = f"{summary['penalty_offset']:.6g}" if summary["penalty_offset"] else "0"
     pairs = [
@@ -226,9 +219,7 @@ def _provenance(summary: Mapping[str, Any]) -> str:
         ("format", f"{summary['format']}, version {summary['version']}"),
         *(list(summary["versions"].items())[:LISTED]),
     ]
-    reasons: dict[str, list[str]] = {}
-    for name, reason in summary["unprotected"].items():
-        reasons.setdefault(reason, []).append(name)
+    reasons = by_reason(summary["unprotected"])
     digests = [
         [task["name"], task["data_digest"] or "not kept", task["parent"] or "–"]
         for task in summary["tasks"][-LISTED:]
@@ -283,9 +274,4 @@ def _count(number: int, noun: str) -> str:
 def _some(names: Sequence[str] | None, most: int = 12) -> str:
     if names is None:
         return "–"
-    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(plain(name, 60) for name in names[:most]) + rest
-
-
-def _short(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return few([plain(name, 60) for name in names], most)

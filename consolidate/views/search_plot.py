@@ -1,5 +1,6 @@
 """The plot of a search for λ: what the new task gains against what old tasks keep."""
 
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,7 @@ UNDATED: dict[str, dict[str, None]] = {
 
 
 def check_plot(path: Path) -> None:
-    """Refuse, before the work, a plot that could not be written.
-
-    Args:
-        path: The file that was asked for.
-
-    Raises:
-        UsageError: It is of no known kind, or matplotlib is missing.
-        InputError: It cannot be written there, or is a folder.
-    """
+    """Refuse, before the work, a plot that could not be written."""
     if path.suffix.lower().strip(".") not in UNDATED:
         raise UsageError(f"--search-plot {path}: expected a name that ends with .png, .svg or .pdf")
     check_file(path)
@@ -36,14 +29,10 @@ def check_plot(path: Path) -> None:
         ) from None
 
 
-def plot_search(search: dict[str, Any], path: Path) -> None:
+def plot_search(search: Mapping[str, Any], path: Path) -> None:
     """Draw the whole runs of a search: scores over λ, and the new task's against the old tasks'.
 
     Without old data the second panel has the penalty over λ in place of the old tasks' score.
-
-    Args:
-        search: As `search_lambda` returns it.
-        path: The file to write; its suffix says the kind.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -5,24 +5,29 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from consolidate.results import (
+    EvaluateResult,
+    FinetuneResult,
+    FisherDryRun,
+    FisherResult,
+    LambdaSearch,
+    MeasuredFisher,
+    MergeResult,
+    PushResult,
+    RunResult,
+    VerifyResult,
+)
+from consolidate.views.markdown import aligned
+from formats.wording import few, printable
+
 
 def plain(text: str) -> str:
-    """Escape what is not printable in a message: names from files could steer the terminal.
-
-    Args:
-        text: A message; its line breaks stay.
-    """
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
-    )
+    """Escape what is not printable in a message, whose line breaks stay."""
+    return printable(text, keep="\n")
 
 
 def json_text(result: Mapping[str, Any]) -> str:
-    """Give a result as JSON, as docs/json-schema.json tells; what is not printable is escaped.
-
-    Args:
-        result: What a command returned; numbers that are not finite, which JSON lacks, become null.
-    """
+    """Give a result as JSON; what is not printable is escaped, what is not finite is null."""
     printed = json.dumps(_finite(result), ensure_ascii=False, indent=2, allow_nan=False)
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in printed)
 
@@ -35,36 +40,36 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def fisher_text(result: dict[str, Any]) -> str:
-    """Say what was measured, or, of a dry run, what it would take.
-
-    Args:
-        result: What `fisher` returned.
-    """
-    if result.get("status") == "dry run":
+def fisher_text(result: FisherResult) -> str:
+    """Say what was measured, or, of a dry run, what it would take."""
+    if result["status"] == "dry run":
         return _cost_text(result)
-    errors = {
-        name: layer["relative_error"]
-        for name, layer in result["layers"].items()
+    return _measured_text(result["fisher"], result)
+
+
+def _measured_text(folder: str, fisher: MeasuredFisher) -> str:
+    errors = [
+        (layer["relative_error"], name)
+        for name, layer in fisher["layers"].items()
         if layer["relative_error"] is not None
-    }
-    worst = max(errors, key=lambda name: errors[name], default=None)
-    certainty = "" if worst is None else f" (at worst ± {errors[worst]:.1%}, of {worst})"
+    ]
+    worst, where = max(errors, key=lambda error: error[0], default=(0.0, ""))
+    certainty = f" (at worst ± {worst:.1%}, of {where})" if errors else ""
     return (
-        f"{result['fisher']}: {result['estimator']} Fisher of {result['task']!r} over "
-        f"{result['examples']:,} examples, {result['parameters']:,} parameters, "
-        f"trace {result['trace']:.4g}{certainty}"
+        f"{folder}: {fisher['estimator']} Fisher of {fisher['task']!r} over "
+        f"{fisher['examples']:,} examples, {fisher['parameters']:,} parameters, "
+        f"trace {fisher['trace']:.4g}{certainty}"
     )
 
 
-def _cost_text(cost: dict[str, Any]) -> str:
+def _cost_text(cost: FisherDryRun) -> str:
     memory = f"{cost['peak_memory'] / 1e9:.2f} GB"
     if cost["peak_device_memory"] is not None:
         memory += f", and {cost['peak_device_memory'] / 1e9:.2f} GB on the device"
     each = cost["seconds_per_example"]
     files, kept = (
-        ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in cost[which].items())
-        for which in ("files", "kept")
+        ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.items())
+        for sizes in (cost["files"], cost["kept"])
     )
     return "\n".join(
         [
@@ -79,26 +84,18 @@ def _cost_text(cost: dict[str, Any]) -> str:
     )
 
 
-def finetune_text(result: dict[str, Any]) -> str:
-    """Say how a run ended: the search for λ, the metrics, loss and penalty, the Fisher.
-
-    Args:
-        result: What `finetune` returned.
-    """
+def finetune_text(result: FinetuneResult) -> str:
+    """Say how a run ended: the search for λ, the metrics, loss and penalty, the Fisher."""
     lines = []
-    if "lambda_search" in result:
+    if result["status"] != "cached" and "lambda_search" in result:
         lines += [search_text(result["lambda_search"]), ""]
-    if result["metrics"]:
-        lines += [
-            metrics_text(
-                {
-                    f"{task}, {when}": values
-                    for when in ("before", "after")
-                    for task, values in result["metrics"][when].items()
-                }
-            ),
-            "",
-        ]
+    if metrics := result["metrics"]:
+        measured = {
+            f"{task}, {when}": values
+            for when in ("before", "after")
+            for task, values in metrics[when].items()
+        }
+        lines += [metrics_text(measured), ""]
     if result["status"] == "cached":
         lines.append(f"{result['checkpoint']}: it was there already, made from the same")
     else:
@@ -107,16 +104,12 @@ def finetune_text(result: dict[str, Any]) -> str:
             f"penalty {result['penalty_value']:.4g}; {result['share_moved']:.1%} of the weights "
             "moved"
         )
-    lines.append(fisher_text({**result["fisher"], "fisher": result["fisher"]["folder"]}))
+    lines.append(_measured_text(result["fisher"]["folder"], result["fisher"]))
     return "\n".join(lines)
 
 
-def merge_text(result: dict[str, Any]) -> str:
-    """Say what was merged into what.
-
-    Args:
-        result: What `merge` returned.
-    """
+def merge_text(result: MergeResult) -> str:
+    """Say what was merged into what."""
     models = ", ".join(result["models"])
     alone = len(result["models"]) == 1 and result["base"] is None
     done = f"a copy of {models}, as nothing was to be merged" if alone else f"merged from {models}"
@@ -127,12 +120,8 @@ def merge_text(result: dict[str, Any]) -> str:
     )
 
 
-def run_text(result: dict[str, Any]) -> str:
-    """Say of each step whether it was done, and what was kept of each task.
-
-    Args:
-        result: What `run` returned.
-    """
+def run_text(result: RunResult) -> str:
+    """Say of each step whether it was done, and what was kept of each task."""
     from consolidate.views.summary import matrix_text
 
     lines = []
@@ -146,21 +135,18 @@ def run_text(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"the last checkpoint: {result['checkpoint']}"])
 
 
-def verify_text(summary: dict[str, Any]) -> str:
-    """Say what was compared, and that it holds.
-
-    Args:
-        summary: What `verify` returned.
-    """
-    sets = {kind: summary[kind] for kind in ("weights", "fisher", "anchor") if summary.get(kind)}
+def verify_text(summary: VerifyResult) -> str:
+    """Say what was compared, and that it holds."""
+    sets = {"weights": summary["weights"], "fisher": summary["fisher"]}
+    if "anchor" in summary:
+        sets["anchor"] = summary["anchor"]
     sets |= {f"head of {task}": head for task, head in summary["heads"].items()}
     lines = [
         f"{kind}: {found['tensors']:,} tensors, {found['bytes']:,} bytes, {found['digest']}"
         for kind, found in sets.items()
     ]
     if others := summary["other_files"]:
-        rest = f" and {len(others) - 6} more" if len(others) > 6 else ""
-        lines.append(f"no digest covers {', '.join(others[:6])}{rest}")
+        lines.append(f"no digest covers {few(others, 6)}")
     other = summary["base_model"]
     if summary["base"] is not None and other is None:
         lines.append(f"it is an adapter; its base model {summary['base']} was not looked at")
@@ -175,51 +161,35 @@ def verify_text(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def metrics_text(metrics: dict[str, dict[str, float]]) -> str:
-    """Lay metrics out as a table, a row for each task.
-
-    Args:
-        metrics: By task: name and value.
-    """
+def metrics_text(metrics: EvaluateResult) -> str:
+    """Lay metrics out as a table, a row for each task."""
     columns = [
         c for c in ("loss", "accuracy", "perplexity") if any(c in m for m in metrics.values())
     ]
-    width = max(len("task"), *map(len, metrics))
-    lines = [f"{'task':<{width}}" + "".join(f"{column:>12}" for column in columns)]
+    rows = [["task", *columns]]
     for task, values in metrics.items():
-        cells = "".join(f"{values[c]:>12.4f}" if c in values else f"{'–':>12}" for c in columns)
-        lines.append(f"{task:<{width}}{cells}")
-    return "\n".join(lines)
+        rows.append([task, *(f"{values[c]:.4f}" if c in values else "–" for c in columns)])
+    return "\n".join(aligned(rows, right_from=1, least=[0, *(10 for _ in columns)]))
 
 
-def search_text(search: dict[str, Any]) -> str:
-    """Write a search as a table, with what was chosen, by what, and what it cost.
-
-    Args:
-        search: As `search_lambda` returns it.
-
-    Returns:
-        Lines of text.
-    """
+def search_text(search: LambdaSearch) -> str:
+    """Write a search as a table, with what was chosen, by what, and what it cost."""
     tasks = [*search["old_tasks"], search["new_task"]]
-    figures = ("mean", "forgetting") if search["old_tasks"] else ("divergence",)
-    figures = (*figures, "penalty_per_lambda")
-    names = {"penalty_per_lambda": "penalty / λ", "divergence": "KL(old‖new)"}
-    titles = [*tasks, *(names.get(figure, figure) for figure in figures)]
-    widths = [max(11, len(title) + 2) for title in titles]
-    lines = [
-        f"{'λ':>12}{'steps':>8}"
-        + "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))
-    ]
+    titles = {"mean": "mean", "forgetting": "forgetting"}
+    if not search["old_tasks"]:
+        titles = {"divergence": "KL(old‖new)"}
+    titles["penalty_per_lambda"] = "penalty / λ"
+    rows, notes = [["λ", "steps", *tasks, *titles.values()]], [""]
     for trial in sorted(search["trials"], key=lambda t: (t["steps"], t["ewc_lambda"])):
-        start = f"{trial['ewc_lambda']:>12g}{trial['steps']:>8}"
-        if trial["metrics"] is None:
-            lines.append(f"{start}  diverged")
-            continue
-        scores = [f"{trial['metrics'][task]['score']:.4f}" for task in tasks]
-        cells = [*scores, *(f"{trial[name]:.4g}" for name in figures)]
-        row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        lines.append(start + row + ("  chosen" if trial["chosen"] else ""))
+        measured = trial["metrics"]
+        cells = [""] * (len(tasks) + len(titles))
+        if measured is not None:
+            cells = [f"{measured[task]['score']:.4f}" for task in tasks]
+            cells += [f"{trial[name]:.4g}" for name in titles]  # type: ignore[literal-required]
+        rows.append([f"{trial['ewc_lambda']:g}", str(trial["steps"]), *cells])
+        notes.append("  diverged" if measured is None else "  chosen" if trial["chosen"] else "")
+    lines = aligned(rows, right_from=0, least=[12, 6, *(9 for _ in rows[0][2:])])
+    lines = [line + note for line, note in zip(lines, notes, strict=True)]
     rule = {
         "mean": "the largest mean score",
         "least": f"the least whose forgetting stays under {search['max_forgetting']}",
@@ -235,25 +205,17 @@ def search_text(search: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def push_text(result: Mapping[str, Any]) -> str:
-    """Lay out what `push` returns as plain text.
-
-    Args:
-        result: What `push` returned.
-
-    Returns:
-        Lines of text without a newline at the end.
-    """
-    lines = [
-        f"{file['size']:>15,}  {file['change']:<12}  {file['path']}" for file in result["files"]
-    ]
+def push_text(result: PushResult) -> str:
+    """List the files with their sizes and what became of them, then where they are."""
+    files = result["files"]
+    lines = [f"{file['size']:>15,}  {file['change']:<12}  {file['path']}" for file in files]
     lines += [f"{'':>15}  {'deleted':<12}  {path}" for path in result["deleted"]]
-    total = sum(file["size"] for file in result["files"])
-    missing = sum(file["size"] for file in result["files"] if file["change"] != "unchanged")
-    if any(file["change"] == "not compared" for file in result["files"]):
-        lines.append(f"{total:>15,}  bytes in all; what of them is there already is not known")
-    else:
-        lines.append(f"{total:>15,}  bytes in all, {missing:,} of them new")
+    total = sum(file["size"] for file in files)
+    missing = sum(file["size"] for file in files if file["change"] != "unchanged")
+    told = f"bytes in all, {missing:,} of them new"
+    if any(file["change"] == "not compared" for file in files):
+        told = "bytes in all; what of them is there already is not known"
+    lines.append(f"{total:>15,}  {told}")
     if result["code"]:
         lines.append(f"Code that an auto_map needs: {', '.join(result['code'])}")
     seen = "private" if result["private"] else "public"

@@ -193,6 +193,7 @@ def test_a_merge_is_done_once(network_checkpoint: Path, write_task: Write, tmp_p
         consolidate.merge(parts[::-1], output_dir=out)
     whole = contents(out)
     assert consolidate.merge(parts, output_dir=out, overwrite=True)["status"] == "cached"
+    assert times(out) == before
     shutil.rmtree(out)
     assert consolidate.merge(parts, output_dir=out)["status"] == "done"
     assert contents(out) == whole

@@ -1,7 +1,4 @@
-"""Holds what `--json` wrote against docs/json-schema.json, by the keywords that it uses.
-
-Unlike a reader of that file, this refuses fields that it does not tell of: a new one goes there.
-"""
+"""Holds what `--json` wrote against docs/json-schema.json, by the keywords that it uses."""
 
 import json
 from collections.abc import Iterator
@@ -10,8 +7,8 @@ from typing import Any
 
 PATH = Path(__file__).resolve().parents[2] / "docs" / "json-schema.json"
 SCHEMA = json.loads(PATH.read_text(encoding="utf-8"))
-KNOWN = {"$ref", "anyOf", "type", "const", "enum", "required", "properties", "items"}
-KNOWN |= {"additionalProperties", "description"}
+KNOWN = {"$ref", "anyOf", "type", "enum", "required", "properties", "additionalProperties"}
+KNOWN |= {"items", "minimum", "maximum", "title", "description"}
 TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "array": (list,),
@@ -43,19 +40,22 @@ def faults(value: Any, schema: dict[str, Any], place: str) -> Iterator[str]:
         if not any(is_a(value, name) for name in names):
             yield f"{place} is {value!r:.50}, not {' or '.join(names)}"
             return
-    if "const" in schema and value != schema["const"]:
-        yield f"{place} is {value!r:.50}, not {schema['const']!r}"
     if "enum" in schema and value not in schema["enum"]:
         yield f"{place} is {value!r:.50}, not one of {schema['enum']}"
+    if isinstance(value, int | float) and not (
+        schema.get("minimum", value) <= value <= schema.get("maximum", value)
+    ):
+        yield f"{place} is {value!r}, which is out of range"
     if isinstance(value, dict):
+        others = schema.get("additionalProperties", {})
         yield from (f"{place} lacks {k!r}" for k in schema.get("required", ()) if k not in value)
         for key, entry in value.items():
             if key in schema.get("properties", ()):
                 yield from faults(entry, schema["properties"][key], f"{place}.{key}")
-            elif "additionalProperties" in schema:
-                yield from faults(entry, schema["additionalProperties"], f"{place}.{key}")
-            elif "properties" in schema:
+            elif others is False:
                 yield f"{place} has a {key!r}, of which it says nothing"
+            else:
+                yield from faults(entry, others, f"{place}.{key}")
     if isinstance(value, list):
         for number, entry in enumerate(value):
             yield from faults(entry, schema.get("items", {}), f"{place}[{number}]")

@@ -109,7 +109,8 @@ def test_the_numbers_of_fisher_evaluate_and_run(
 def test_what_is_not_finite_or_not_known_is_left_out() -> None:
     values = {"loss": math.nan, "perplexity": math.inf, "accuracy": 0.5}
     assert evaluate_metrics({"a": values}) == {"a.accuracy": 0.5}
-    assert fisher_metrics({"trace": math.inf, "examples": 3, "layers": {}}) == {"examples": 3}
+    counts = {"examples": 3, "units": 3, "parameters": 6}
+    assert fisher_metrics({"trace": math.inf, "layers": {}, **counts}) == counts
 
 
 def test_the_same_numbers_are_the_same_bytes(tmp_path: Path) -> None:

@@ -1,0 +1,464 @@
+"""What the commands return, a record for each; docs/json-schema.json is made from these.
+
+Results are plain dicts, which `--json` writes as they are.
+"""
+
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+from msgspec import Meta
+
+
+def about(description: str, **bounds: Any) -> Meta:
+    """Describe a field for the schema."""
+    return Meta(description=description, **bounds)
+
+
+def one_of(*choices: str) -> Meta:
+    """Say which values there are."""
+    return Meta(extra_json_schema={"enum": list(choices)})
+
+
+Path = Annotated[str, about("As it was given.")]
+Digest = Annotated[str, about("SHA-256 over names, dtypes, shapes and values.")]
+Count = Annotated[int, Meta(ge=0)]
+Bytes = Annotated[int, about("In bytes.", ge=0)]
+Commits = Annotated[
+    dict[str, str], about("Of repositories on the Hub that were read, the commits.")
+]
+# JSON has no number that is not finite: one of these may be null there.
+Score = Annotated[float, Meta(extra_json_schema={"or null": True})]
+Metrics = Annotated[
+    dict[str, Score],
+    about("loss, and accuracy or perplexity; score is the accuracy, else minus the loss."),
+]
+Evaluations = dict[str, Metrics]
+Times = Annotated[
+    dict[str, Evaluations],
+    about("By time: before, step N, epoch N, after; then by data set and metric."),
+]
+BaseDigest = Annotated[
+    str | None, about("Digest of the base model, where the weights are an adapter's.")
+]
+Anchor = Literal["the weights", "fisher/anchor"]
+FisherDtype = Literal["F32", "BF16"]
+Descent = Literal["weights", "tasks"]
+Format = Literal["consolidate-fisher"]
+Estimator = Annotated[str, one_of("exact", "mc", "empirical", "batched")]
+MergeRule = Annotated[str, one_of("online", "separate")]
+Penalty = Annotated[str, one_of("ewc", "l2", "none")]
+PenaltyOn = Annotated[
+    Annotated[str, one_of("adapter", "merged")] | None,
+    about("Where an adapter was trained with a penalty: what that held."),
+]
+NormStatistics = Annotated[
+    Annotated[str, one_of("frozen", "update")] | None,
+    about("What became of running statistics; null where the model keeps none."),
+]
+DoneOrCached = Annotated[
+    Literal["done", "cached"], about("cached: the output was there already, made from the same.")
+]
+Change = Annotated[
+    Literal["new", "changed", "unchanged", "not compared"],
+    about("not compared: a dry run that could not ask the Hub."),
+]
+Sizes = dict[str, Bytes]
+
+
+class _Of(TypedDict):
+    checkpoint: Path
+    commits: Commits
+
+
+class ErrorResult(TypedDict):
+    """A command that did not do what was asked; the process leaves with exit_code."""
+
+    status: Literal["failed"]
+    exit_code: Literal[1, 2, 3, 4, 5, 75, 130, 143]
+    error: Annotated[str, about("What stderr says, without `error: `.")]
+
+
+class MeasuredLayer(TypedDict):
+    """The Fisher of one parameter."""
+
+    trace: float
+    relative_error: Annotated[
+        float | None, about("The standard error of the trace over the trace.")
+    ]
+
+
+class MeasuredFisher(TypedDict):
+    """The Fisher of one task, as it was measured."""
+
+    task: str
+    weight: Annotated[float, about("What the task's Fisher was multiplied by.")]
+    merge_rule: MergeRule
+    gamma: float
+    estimator: Estimator
+    examples: Count
+    units: Annotated[int, about("Examples, or predicted tokens.", ge=0)]
+    parameters: Annotated[int, about("How many values were measured.", ge=0)]
+    trace: Annotated[float, about("Of the task's Fisher, the sum of its values.")]
+    layers: dict[str, MeasuredLayer]
+    methods: NotRequired[
+        Annotated[
+            dict[str, Count],
+            about("Parameters by rule, by recomputing a module, by a loop; not if cached."),
+        ]
+    ]
+
+
+class FisherDone(MeasuredFisher, _Of):
+    """A Fisher that was measured and stored."""
+
+    status: DoneOrCached
+    fisher: Path
+
+
+class PassCost(TypedDict):
+    """What a pass over data takes."""
+
+    estimator: Estimator
+    examples: Count
+    parameters: Count
+    seconds_per_example: float
+    seconds: Annotated[float, about("Of the whole pass.")]
+    peak_memory: Bytes
+    peak_device_memory: Annotated[int | None, about("In bytes.")]
+
+
+class FisherDryRun(PassCost):
+    """What measuring would take."""
+
+    status: Literal["dry run"]
+    task: str
+    files: Sizes
+    kept: Sizes
+
+
+FisherResult = FisherDone | FisherDryRun
+
+
+class Trial(TypedDict):
+    """One candidate of a search for λ."""
+
+    ewc_lambda: float
+    steps: Count
+    metrics: Annotated[Evaluations | None, about("null: it diverged.")]
+    forgetting: float | None
+    penalty_per_lambda: float | None
+    divergence: float | None
+    seconds: float
+    mean: float | None
+    chosen: bool
+
+
+class SearchCost(TypedDict):
+    """What a search for λ took."""
+
+    runs: Count
+    steps: Count
+    full_runs: float
+    seconds: float
+
+
+class LambdaSearch(TypedDict):
+    """A search for λ: what was tried, what was measured, and what was chosen."""
+
+    ewc_lambda: Annotated[float, about("What was chosen.")]
+    choose: Annotated[str, one_of("mean", "least", "most")]
+    max_forgetting: float | None
+    measured: str
+    new_task: str
+    old_tasks: list[str]
+    before: Evaluations
+    trials: list[Trial]
+    cost: SearchCost
+
+
+class TrainingStep(TypedDict):
+    """What one optimizer step reported."""
+
+    step: Count
+    loss: float
+    penalty: float
+    learning_rate: float
+    gradient_norm: float | None
+
+
+class FinetuneFisher(MeasuredFisher):
+    """The new task's Fisher, and where it is stored."""
+
+    folder: Path
+
+
+class Finetuned(_Of):
+    """What is known of a fine-tuning, whenever it was done."""
+
+    penalty: Penalty
+    penalty_on: PenaltyOn
+    ewc_lambda: float | None
+    norm_statistics: NormStatistics
+    metrics: Times
+    fisher: FinetuneFisher
+
+
+class FinetuneCached(Finetuned):
+    """The output was there already, made from the same: what its ledger knows."""
+
+    status: Literal["cached"]
+
+
+class FinetuneDone(Finetuned):
+    """A fine-tuning that was done now."""
+
+    status: Annotated[
+        Literal["done", "forgot too much"],
+        about("forgot too much: the process leaves with 5, and the output is kept aside."),
+    ]
+    exit_code: NotRequired[Annotated[Literal[5], about("Of `--json`, where it forgot too much.")]]
+    error: NotRequired[Annotated[str, about("Of `--json`, where it forgot too much.")]]
+    steps: Count
+    loss: Annotated[float | None, about("Of the last step, per unit.")]
+    penalty_value: Annotated[float | None, about("Before the last step.")]
+    share_moved: Annotated[float, about("Of the weights, from 0 to 1.", ge=0, le=1)]
+    history: list[TrainingStep]
+    lambda_search: NotRequired[LambdaSearch]
+
+
+FinetuneResult = FinetuneDone | FinetuneCached
+
+EvaluateResult = Annotated[dict[str, Metrics], about("The metrics of each data set, by name.")]
+
+
+class MergeResult(_Of):
+    """Several checkpoints made into one."""
+
+    status: DoneOrCached
+    fisher: Path
+    models: list[Path]
+    weights: list[float]
+    base: str | None
+    tasks: list[str]
+    parameters: Count
+    trace: float
+    penalty_offset: float
+    anchor: Anchor
+
+
+class Mean(TypedDict):
+    """A mean over those of its terms that were measured."""
+
+    value: float | None
+    terms: Annotated[int, about("How many were measured.", ge=0)]
+    of: Annotated[int, about("How many there are.", ge=0)]
+
+
+class Point(TypedDict):
+    """The scores after so many optimizer steps of a task."""
+
+    task: str
+    step: Count
+    scores: dict[str, Score]
+
+
+class MatrixSummary(TypedDict):
+    """scores[i][j] is the score on task j after training task i; null where not measured."""
+
+    tasks: list[str]
+    scores: list[list[float | None]]
+    start: list[float | None]
+    acc: Mean
+    bwt: Mean
+    forgetting: Mean
+    points: Annotated[list[Point], about("The curves over the optimizer steps of each task.")]
+
+
+class RunStep(TypedDict):
+    """One checkpoint of a chain."""
+
+    step: str
+    checkpoint: Path
+    reason: Annotated[str | None, about("Why it is not skipped.")]
+    status: Literal["done", "skipped", "to be done"]
+
+
+class RunResult(TypedDict):
+    """A chain of tasks."""
+
+    status: Literal["done", "dry run"]
+    output_dir: Path
+    steps: list[RunStep]
+    checkpoint: Path
+    accuracy_matrix: MatrixSummary | None
+
+
+class Task(TypedDict):
+    """As in the ledger, which docs/format.md specifies, without its layers."""
+
+    name: str
+    objective: str
+    likelihood: str
+    labels: list[str] | None
+    unit: str
+    examples: int
+    units: int
+    estimator: str
+    mc_samples: int | None
+    seed: int
+    weight: float
+    data: str
+    data_digest: str | None
+    ewc_lambda: float | None
+    penalty: str | None
+    penalty_on: PenaltyOn
+    parent: str | None
+    made_from: Annotated[
+        str | None, about("Digest of all that the result depended on when the task was added.")
+    ]
+    metrics: Times
+
+
+class WeightsTotals(TypedDict):
+    """The weights that a Fisher is of."""
+
+    tensors: Count
+    digest: Digest
+
+
+class FisherTotals(WeightsTotals):
+    """A whole Fisher."""
+
+    values: Count
+    dtype: FisherDtype
+    trace: float
+
+
+class Parameter(TypedDict):
+    """How firmly a parameter is protected."""
+
+    name: str
+    shape: list[int]
+    trace: float
+    mean: float
+    max: float | None
+    share: Annotated[float, about("Of the whole trace, from 0 to 1.", ge=0, le=1)]
+
+
+class LayerOverlap(TypedDict):
+    """How far two Fishers lie on the same weights of a layer."""
+
+    name: str
+    overlap: Annotated[float, about("From 0 to 1.", ge=0, le=1)]
+
+
+_With = TypedDict("_With", {"with": str})  # no field of a class can be called so
+
+
+class Overlap(_With):
+    """How far this Fisher and that of another checkpoint lie on the same weights."""
+
+    layers: list[LayerOverlap]
+    left_out: list[str]
+
+
+class ShowResult(_Of):
+    """What a checkpoint's ledger and Fisher say."""
+
+    format: Format
+    version: int
+    merge_rule: MergeRule
+    gamma: float
+    penalty_offset: float
+    tasks: list[Task]
+    fisher: FisherTotals
+    weights: WeightsTotals
+    base: BaseDigest
+    anchor: Anchor
+    heads: list[str]
+    parameters: Annotated[list[Parameter], about("Those with the largest trace, --top many.")]
+    parameters_left_out: Count
+    unprotected: Annotated[dict[str, str], about("By parameter, why it is not protected.")]
+    versions: dict[str, str]
+    accuracy_matrix: MatrixSummary | None
+    side_by_side: Annotated[
+        list[list[str]],
+        about("Groups of tasks that were learned from the same weights, and merged."),
+    ]
+    overlap: Overlap | None
+
+
+class TensorSet(WeightsTotals):
+    """Tensors of one kind that were read whole."""
+
+    bytes: Count
+
+
+class VerifyResult(_Of):
+    """An intact checkpoint."""
+
+    tasks: list[str]
+    base: BaseDigest
+    base_model: Annotated[
+        str | None,
+        about("Where the base model is that was compared, or the weights of a Fisher alone."),
+    ]
+    weights: TensorSet
+    fisher: TensorSet
+    anchor: NotRequired[TensorSet]
+    heads: dict[str, TensorSet]
+    other_files: list[str]
+    later: NotRequired[
+        Annotated[
+            list["VerifyResult"],
+            about("The checkpoints after the first, each from the one before."),
+        ]
+    ]
+    descends_by: NotRequired[Descent]
+
+
+class ReportResult(_Of):
+    """The files of a report."""
+
+    report: Path
+    plots: list[Path]
+    tasks: list[str]
+
+
+class PushedFile(TypedDict):
+    """A file of a repository."""
+
+    path: str
+    size: Bytes
+    change: Change
+
+
+class PushResult(TypedDict):
+    """A checkpoint in a repository on the Hub."""
+
+    status: Literal["done", "unchanged", "dry run"]
+    repository: str
+    url: str
+    private: bool
+    commit: str | None
+    pull_request: str | None
+    tag: str | None
+    weights: Digest
+    fisher: Digest
+    files: list[PushedFile]
+    deleted: list[str]
+    code: Annotated[list[str], about("Those of the files that are code, which an auto_map names.")]
+
+
+RESULTS: dict[str, Any] = {
+    "failed": ErrorResult,
+    "fisher": FisherResult,
+    "finetune": FinetuneResult,
+    "evaluate": EvaluateResult,
+    "merge": MergeResult,
+    "run": RunResult,
+    "show": ShowResult,
+    "report": ReportResult,
+    "verify": VerifyResult,
+    "push": PushResult,
+}
+"""What `--json` may write, by command; the object of one that failed."""
