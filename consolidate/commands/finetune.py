@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -365,7 +366,7 @@ def _write(
         "penalty_value": steps[-1].penalty if steps else None,
         "share_moved": share_moved,
         "metrics": trained.metrics,
-        "history": [TrainingStep(**asdict(step)) for step in steps],
+        "history": [cast(TrainingStep, asdict(step)) for step in steps],
         "fisher": {"folder": str(target / "fisher"), **fisher_summary(ledger, diagonal)},
     }
     return from_first(result, group)

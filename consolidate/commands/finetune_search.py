@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -215,8 +215,10 @@ def search_lambda(
         "old_tasks": plan.old,
         "before": before,
         "trials": [
-            TrialResult(
-                **asdict(trial), mean=trial.mean if trial.metrics else None, chosen=trial is chosen
+            cast(
+                TrialResult,
+                asdict(trial)
+                | {"mean": trial.mean if trial.metrics else None, "chosen": trial is chosen},
             )
             for trial in trials
         ],
