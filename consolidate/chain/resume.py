@@ -4,8 +4,8 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,13 @@ from consolidate.chain.rank_progress import gather_own, start_with_first, start_
 from consolidate.estimation.passes import PartialPass
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import place_in, summed
-from consolidate.training.state import OWN
+from consolidate.training.state import (
+    OWN,
+    Descent,
+    load_training,
+    training_numbers,
+    training_tensors,
+)
 from formats.atomic import partial_path
 from formats.errors import InputError
 from formats.partial_work import (
@@ -208,35 +214,66 @@ class KeptWork:
 
 
 class KeptTraining:
-    """A training, as part of a command's work."""
+    """A training, as part of a command's work; without that, as in a search, nothing is kept."""
 
-    def __init__(self, work: KeptWork, found: StoredWork | None, state: Mapping[str, Any]):
-        """Prepare to keep a training.
-
-        Args:
-            work: Where it is kept.
-            found: What was kept of it.
-            state: What is kept beside it, JSON-ready; looked at whenever something is kept.
-        """
+    def __init__(
+        self,
+        work: KeptWork | None = None,
+        found: StoredWork | None = None,
+        beside: Mapping[str, Any] | None = None,
+    ):
+        """Prepare to keep a training with what is beside it, which is looked at each time."""
         self._work = work
-        self._found = found
-        self._state = state
-        self.settle = work.settle
-        self.due = work.due
-        self.asked = work.asked
-        self.can_keep = partial(work.can_keep, gathers=True)
-        self.stop_if_asked = work.stop_if_asked
+        self._found = found if found is not None and "training" in found.state else None
+        self._beside = beside
+        self.keeps = work is not None
+        self.settle = None if work is None else work.settle
 
-    def start(self) -> StoredWork | None:
-        """Return where the training was broken off; None where it was not begun."""
+    def load(self, descent: Descent) -> bool:
+        """Let a training that has taken no step go on from what was kept, if something was."""
         found, self._found = self._found, None
-        return found if found is not None and "training" in found.state else None
+        if found is None:
+            return False
+        load_training(descent, found.tensors, found.state["training"])
+        found.tensors.clear()  # they take as much memory as what they were copied to
+        return True
 
-    def keep(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Keep the state of the training."""
+    def due(self) -> bool:
+        """Say whether it was settled to keep what was done."""
+        return self._work is not None and self._work.due()
+
+    def keep(self, descent: Descent) -> None:
+        """Keep the state of the training after its last step, if it has taken one."""
+        if self._work is None or not descent.steps:
+            return
+        tensors = training_tensors(descent)
         if not self._work.shard:
             tensors = gather_own(tensors, OWN, self._work.group)
-        self._work.keep(tensors, {**self._state, "training": numbers}, "training")
+        state = {**(self._beside or {}), "training": training_numbers(descent)}
+        self._work.keep(tensors, state, "training")
+
+    def stop_if_asked(self, where: str) -> None:
+        """Stop where the training can go on, if that was settled."""
+        if self._work is not None:
+            self._work.stop_if_asked(where)
+
+    @contextmanager
+    def when_stopped(self, descent: Descent) -> Iterator[None]:
+        """Keep the training where a stop comes inside the block, such as in a measurement."""
+        try:
+            yield
+        except signals.STOPS as stop:
+            if self._work is not None and self._work.can_keep(stop, gathers=True):
+                self.keep(descent)
+            raise
+
+    def end(self, descent: Descent, where: str) -> None:
+        """Keep the training after its last step and stop there, if that was asked for since."""
+        if self._work is not None:
+            self._work.settle()
+            if self._work.asked():
+                self.keep(descent)
+                self._work.stop_if_asked(where)
 
 
 class KeptPass:

@@ -21,7 +21,7 @@ from consolidate.data.encoding import encode
 from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
 from consolidate.ewc.low_rank_penalty import MergedPenalty
-from consolidate.ewc.penalty import Penalty
+from consolidate.ewc.penalty import Penalty, WeightPenalty
 from consolidate.models.adapters import load
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import Lora, adapt, low_rank_layers, other_parameters
@@ -93,7 +93,7 @@ class Start:
     evaluations: dict[str, Examples]
     held_out: dict[str, Examples]  # to choose λ by
     with_heads: dict[str, Model]  # by evaluation, of tasks with a head of their own
-    penalty: Penalty | MergedPenalty | None
+    penalty: WeightPenalty | None
     frozen: list[nn.Parameter] | None = None  # for a fresh adapter; None where there is none
 
 
@@ -340,11 +340,11 @@ def _penalty(
     fitted: Fitted,
     opened: Opened,
     **storage: Any,
-) -> Penalty | MergedPenalty | None:
+) -> WeightPenalty | None:
     if kind == "none" or ewc_lambda is None:
         return None
     model, stored = fitted.model, fitted.before
-    penalty: Penalty | MergedPenalty
+    penalty: WeightPenalty
     if opened.penalty_on == "merged":
         of_base = model.base_layout is not None
         penalty = _merged_penalty(

@@ -1,8 +1,7 @@
 """The penalty on weights that low-rank adapters change, passed on to the adapters' factors."""
 
-import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, NoReturn, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +10,12 @@ from consolidate.ewc.penalty import (
     CPU_PIECE,
     DEVICE_PIECE,
     Penalty,
+    check_options,
     checked_tensors,
     converted,
     wide,
 )
-from formats.errors import InputError, UsageError
+from formats.errors import InputError
 
 
 class LowRank(NamedTuple):
@@ -49,8 +49,7 @@ class MergedPenalty:
     the gradients are s Bᵀ G of A and s G Aᵀ of B (Kirkpatrick et al. 2017, eq. 3, and the chain
     rule). They are taken layer by layer, some rows at a time: W + s B A is never there as a whole.
 
-    It stands in for a `Penalty` wherever gradients and values are asked for. There is no proximal
-    step: the penalty is no sum over the elements of A and B.
+    It is a `WeightPenalty` without a proximal step: it is no sum over the elements of A and B.
 
     Attributes:
         ewc_lambda: λ.
@@ -91,10 +90,7 @@ class MergedPenalty:
             InputError: If a shape does not match, a Fisher is negative, or no layer has one.
             NonFiniteError: If a Fisher or an anchor is not finite.
         """
-        if not (math.isfinite(ewc_lambda) and ewc_lambda >= 0):
-            raise UsageError(f"ewc_lambda is {ewc_lambda}; it must be finite and not negative.")
-        if dtype is not None and not dtype.is_floating_point:
-            raise UsageError(f"Λ and μ cannot be kept in {dtype}: use float32 or bfloat16.")
+        check_options(ewc_lambda, dtype)
         self.ewc_lambda = ewc_lambda
         self.unprotected = [name for name in layers if name not in fisher]
         self.unprotected += [] if beside is None else beside.unprotected
@@ -130,27 +126,33 @@ class MergedPenalty:
         beside = self._at_lambda()
         return self._total(values).item() + (0.0 if beside is None else beside.value())
 
-    @overload
-    def add_gradient_(self, *, value: Literal[True]) -> Tensor: ...
-    @overload
-    def add_gradient_(self) -> None: ...
-    @torch.no_grad()
-    def add_gradient_(self, *, value: bool = False) -> Tensor | None:
-        """Add s Bᵀ G and s G Aᵀ to the gradients of A and B, creating them where there are none.
+    def add_gradient_(self) -> None:
+        """Add s Bᵀ G and s G Aᵀ to the gradients of A and B, creating them where there are none."""
+        self._add_gradient_(None)
+        beside = self._at_lambda()
+        if beside is not None:
+            beside.add_gradient_()
 
-        Args:
-            value: Return the penalty's value at the present values as well.
+    def value_and_add_gradient_(self) -> Tensor:
+        """Do what `add_gradient_` does, and return the penalty's value at the present values.
 
         Returns:
-            The value, 0-dimensional, on the weights' device; None unless asked for.
+            The value, 0-dimensional, on the weights' device.
         """
         values: list[Tensor] = []
+        self._add_gradient_(values)
+        total, beside = self._total(values), self._at_lambda()
+        return total if beside is None else total + beside.value_and_add_gradient_().to(total)
+
+    @torch.no_grad()
+    def _add_gradient_(self, values: list[Tensor] | None) -> None:
+        """Add the gradient, and the parts of Σ Λ (W + s B A − μ)² to `values` if wanted."""
         for term in self._terms:
             left, right = _factors(term.layer)
             of_left, of_right = torch.empty_like(left), torch.zeros_like(right)
             for rows, difference, fisher in _pieces(term):
                 pull = fisher * difference
-                if value:
+                if values is not None:
                     values.append(torch.dot(pull.flatten(), difference.flatten()))
                 of_left[rows] = pull @ right.T
                 of_right.addmm_(left[rows].T, pull)
@@ -161,26 +163,6 @@ class MergedPenalty:
                 strict=True,
             ):
                 _add(parameter, gradient.mul_(factor))
-        beside = self._at_lambda()
-        if not value:
-            if beside is not None:
-                beside.add_gradient_()
-            return None
-        total = self._total(values)
-        return total if beside is None else total + beside.add_gradient_(value=True).to(total)
-
-    def proximal_step_(
-        self, optimizer: torch.optim.Optimizer, *_: Any, value: bool = False
-    ) -> NoReturn:
-        """Refuse: the penalty has no step of its own in A and B.
-
-        Raises:
-            UsageError: Always.
-        """
-        raise UsageError(
-            "The penalty on merged weights has no proximal step: its minimum in A and B cannot be "
-            "told element by element. Take its gradient instead."
-        )
 
     def _at_lambda(self) -> Penalty | None:
         if self._beside is not None:

@@ -29,10 +29,7 @@ def layer_overlap(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
         As `fisher_overlap`.
     """
     shared = first = second = 0.0
-    for a, b in pairs:
-        a, b = (
-            values.to("cpu", torch.promote_types(values.dtype, torch.float32)) for values in (a, b)
-        )
+    for a, b in ((_wide(one), _wide(other)) for one, other in pairs):
         first += a.sum(dtype=torch.float64).item()
         second += b.sum(dtype=torch.float64).item()
         shared += (a.sqrt() * b.sqrt()).sum(dtype=torch.float64).item()

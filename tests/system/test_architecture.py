@@ -38,6 +38,7 @@ TESTED_THROUGH = {
     "estimation/test_fisher_diagonal": "estimation.batches estimation.estimates",
     "estimation/test_layer_rules": "estimation.example_gradients estimation.gradient_methods",
     "estimation/test_passes": "estimation.layer_hooks",
+    "training/test_loop": "training.recipe",
     "runtime/test_distributed": "estimation.sharded_passes runtime.torchrun",
     "models/test_loading": "models.architectures models.factories models.model runtime.quiet",
     "formats/test_tensors": "checkpoint_files",
