@@ -87,26 +87,35 @@ class Recording:
         size: The number of examples in the batch.
         anchor: What to differentiate by, so that gradients pass by every mark.
         dtype: The type they are computed in.
-        alone: Whether nothing else has gradients.
-        again: Whether layers run again in the backward pass, to give back what they need there.
-        uses: How often each parameter is used, by name.
-        unfit: Names with a call that does not have one row per example.
+        only_marks_need_gradients: Whether no parameter of the model requires gradients.
+        layers_recompute: Whether layers run again in the backward pass, to give back what they need
+            there.
+        use_counts: How often each parameter is used, by name.
+        mismatched: Names with a call that does not have one row per example.
         sink: Where the gradients go while a backward pass runs.
-        open: Whether the forward pass runs.
-        busy: Whether a unit is being run again.
+        recording_forward: Whether the forward pass runs.
+        rerunning_unit: Whether a unit is being run again.
     """
 
-    def __init__(self, size: int, anchor: Tensor, dtype: torch.dtype, *, alone: bool, again: bool):
+    def __init__(
+        self,
+        size: int,
+        anchor: Tensor,
+        dtype: torch.dtype,
+        *,
+        only_marks_need_gradients: bool,
+        layers_recompute: bool,
+    ):
         self.size = size
         self.anchor = anchor
         self.dtype = dtype
-        self.alone = alone
-        self.again = again
-        self.uses: dict[str, int] = {}
-        self.unfit: set[str] = set()
+        self.only_marks_need_gradients = only_marks_need_gradients
+        self.layers_recompute = layers_recompute
+        self.use_counts: dict[str, int] = {}
+        self.mismatched: set[str] = set()
         self.sink: Sink | None = None
-        self.open = True
-        self.busy = False
+        self.recording_forward = True
+        self.rerunning_unit = False
 
     def backward(self, outputs: Tensor, vector: Tensor, sink: Sink, *, keep: bool) -> None:
         """Send vector back from outputs and every parameter's gradients to the sink.
@@ -117,7 +126,7 @@ class Recording:
             sink: What takes the gradients.
             keep: Whether the graph is needed again.
         """
-        self.open = False
+        self.recording_forward = False
         self.sink = sink
         try:
             torch.autograd.grad(outputs, self.anchor, vector, retain_graph=keep, allow_unused=True)
@@ -136,19 +145,19 @@ class Recording:
             i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point()
         ]
         if not self._fits(unit, inputs, [outputs[i] for i in marked]):
-            if self.open:
-                self.unfit.update(unit.names.values())
+            if self.recording_forward:
+                self.mismatched.update(unit.names.values())
             return None
         # Calls that a checkpoint runs again look the same in the graph, but nothing arrives there.
-        if self.open:
+        if self.recording_forward:
             for name in unit.names.values():
-                self.uses[name] = self.uses.get(name, 0) + 1
+                self.use_counts[name] = self.use_counts.get(name, 0) + 1
         inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
         call = Call(unit, inputs, spec, marked)
         # A tensor that gradients reach on their way to an earlier mark needs none of its own.
-        reached = self.alone and output_spec is None and output.requires_grad
-        if reached and not self.again and not output._is_view():
-            if self.open:
+        reached = self.only_marks_need_gradients and output_spec is None and output.requires_grad
+        if reached and not self.layers_recompute and not output._is_view():
+            if self.recording_forward:
                 output.register_hook(lambda gradient: self.receive(call, (gradient,)))
             return None
         marks = _Mark.apply(self, call, self.anchor, *(outputs[i] for i in marked))
@@ -167,11 +176,11 @@ class Recording:
         if self.sink is None or all(g is None for g in gradients):
             return
         try:
-            self.busy = True
+            self.rerunning_unit = True
             for found, examples in self._example_gradients(call, gradients):
                 self.sink({name: found[local] for local, name in call.unit.names.items()}, examples)
         finally:
-            self.busy = False
+            self.rerunning_unit = False
 
     def _example_gradients(
         self, call: Call, gradients: Sequence[Tensor | None]
@@ -187,7 +196,7 @@ class Recording:
             yield found, range(self.size)
             return
         elements = sum(unit.module.get_parameter(local).numel() for local in unit.names)
-        several = any(self.uses[name] > 1 for name in unit.names.values())
+        several = any(self.use_counts[name] > 1 for name in unit.names.values())
         chunk = self.size if several else max(1, VMAP_ELEMENTS // max(1, elements))
         for start in range(0, self.size, chunk):
             examples = range(start, min(start + chunk, self.size))
@@ -222,7 +231,7 @@ class _Mark(torch.autograd.Function):
     def forward(
         ctx: Any, recording: Recording, call: Call, anchor: Tensor, *tensors: Tensor
     ) -> Any:
-        if recording.again:
+        if recording.layers_recompute:
             # A checkpoint forgets what is saved this way, and has it made again.
             ctx.save_for_backward(*(t for t in call.inputs if isinstance(t, Tensor)))
             left = [_SAVED if isinstance(t, Tensor) else t for t in call.inputs]
@@ -272,9 +281,9 @@ class Squares:
         """
         pairs: dict[int, Tensor] = {}  # A layer's weight and bias share them.
         for name, found in gradients.items():
-            if name in self._recording.unfit:
+            if name in self._recording.mismatched:
                 continue
-            if self._recording.uses[name] > 1:
+            if self._recording.use_counts[name] > 1:
                 self._waiting.setdefault(name, []).append(found)
             elif isinstance(found, Outer | Summed) and found.few:
                 if name not in self._products:
@@ -350,23 +359,25 @@ class Recorder:
             handle.remove()
 
     @contextmanager
-    def recording(self, size: int, *, alone: bool, again: bool) -> Iterator[Recording]:
-        """Record a batch while it runs, and until it has run backward.
-
-        Args:
-            size: The number of examples in the batch.
-            alone: Whether no parameter of the model requires gradients.
-            again: Whether layers run again in the backward pass.
-        """
+    def recording(
+        self, size: int, *, only_marks_need_gradients: bool, layers_recompute: bool
+    ) -> Iterator[Recording]:
+        """Record a batch of so many examples while it runs, and until it has run backward."""
         try:
-            self._recording = Recording(size, self._anchor, self._dtype, alone=alone, again=again)
+            self._recording = Recording(
+                size,
+                self._anchor,
+                self._dtype,
+                only_marks_need_gradients=only_marks_need_gradients,
+                layers_recompute=layers_recompute,
+            )
             yield self._recording
         finally:
             self._recording = None
 
     def _mark(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         recording = self._recording
-        if recording is None or recording.busy:
+        if recording is None or recording.rerunning_unit:
             return None
         with own_errors():
             return recording.mark(unit, args, kwargs, output)
@@ -374,7 +385,7 @@ class Recorder:
     def _spread(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         # Ids of shape (1, T) are shared by the batch, and so would be the gradient at their rows.
         recording = self._recording
-        if recording is None or recording.busy or len(args) != 1:
+        if recording is None or recording.rerunning_unit or len(args) != 1:
             return args
         (ids,) = args
         with own_errors():

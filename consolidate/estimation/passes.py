@@ -81,8 +81,9 @@ class Pass:
         check: bool = False,
         note: Callable[[str], None] | None = None,
         start: PartialPass | None = None,
+        group: ProcessGroup | None = None,
     ):
-        """Prepare a pass, or go on with one that was broken off.
+        """Prepare a pass, or go on with one that was interrupted.
 
         Args:
             model: Any module, with gradients switched off for its parameters.
@@ -91,7 +92,8 @@ class Pass:
             dtype: Of the sums, and what gradients are squared in.
             check: Whether the methods are chosen anew on every batch.
             note: Takes what should be known at once.
-            start: Where the other pass was.
+            start: Where the other pass was, this process's part.
+            group: The processes that measure together.
         """
         self.accumulators: Accumulators | None = None
         self.levels: dict[str, str] | None = None
@@ -102,7 +104,8 @@ class Pass:
         self._check = check
         self._note = note or (lambda text: None)
         self._place = place_of(model)
-        self._again = bool(checkpointed_layers(model))
+        self._group = group
+        self._layers_recompute = bool(checkpointed_layers(model))
         self._plan: Plan | None = None
         self._recorder: Recorder | None = None  # of what is marked in the plan
         self._watched: dict[str, nn.Parameter] = {}  # those that it knows nothing of
@@ -135,10 +138,10 @@ class Pass:
         if self.accumulators is not None:
             _ = self.accumulators.counts
 
-    def sum_over(self, group: ProcessGroup | None) -> None:
+    def sum_over_processes(self) -> None:
         """Add what the passes of other processes have added; no batch is taken after that."""
-        if group is not None:
-            self._accumulators().sum_over(group)
+        if self._group is not None:
+            self._accumulators().sum_over(self._group)
 
     def wait(self) -> None:
         """Let other processes take a batch, where this one has none left."""
@@ -231,8 +234,7 @@ class Pass:
                 traces = self._add_gradients(self._parameters, batch)
         else:
             traces, additions = self._add_examples(batch)
-        where = f"batch {batch.number} (examples {batch.first} to {batch.first + len(batch) - 1})"
-        accumulators.end_batch(traces, units, len(batch), where, additions)
+        accumulators.end_batch(traces, units, len(batch), where_in_data(batch), additions)
 
     def _choose_methods(self, batch: Batch) -> None:
         """Choose the methods on the pass's first batch; with `check` on each."""
@@ -267,8 +269,10 @@ class Pass:
     def _tell(self, plan: Plan) -> None:
         """Name the modules that do not go by the method that was tried first, and why."""
         notes = []
-        if plan.alone is not None:
-            notes = [f"the model takes one example at a time only ({plan.alone}): going on by loop"]
+        if plan.only_single is not None:
+            notes = [
+                f"the model takes one example at a time only ({plan.only_single}): going on by loop"
+            ]
         names: dict[tuple[str, str | None, str], list[str]] = {}
         for name, (method, error) in plan.failures.items():
             if (now := method_of(plan.levels[name])) != method:
@@ -295,11 +299,13 @@ class Pass:
             with (
                 requiring_gradients(watched),
                 self._recorder.recording(
-                    len(batch), alone=not watched, again=self._again
+                    len(batch),
+                    only_marks_need_gradients=not watched,
+                    layers_recompute=self._layers_recompute,
                 ) as recording,
             ):
                 outputs, vectors = self._run(batch)
-                found = [*_dependencies(outputs, watched), *recording.unfit]
+                found = [*_dependencies(outputs, watched), *recording.mismatched]
                 if outputs.requires_grad:
                     first = _nth_start(batch.number, min(MEASURED, len(batch)))
                     squares = add_squares(self._sums, recording, outputs, vectors, first)
@@ -337,6 +343,11 @@ class Pass:
     @property
     def _sums(self) -> dict[str, Tensor]:
         return self._accumulators().sums
+
+
+def where_in_data(batch: Batch) -> str:
+    """Name a batch in a message."""
+    return f"batch {batch.number} (examples {batch.first} to {batch.first + len(batch) - 1})"
 
 
 def _fallen(method: str, error: str | None, now: str, names: Iterable[str]) -> str:
