@@ -53,18 +53,9 @@ class KeptWork:
         shard: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Prepare to keep work.
+        """Prepare to keep work that `description` describes, JSON-ready, asked for only if needed.
 
-        Args:
-            target: The folder that the command will write.
-            description: Gives what the result depends on, JSON-ready; called when something is
-                kept, or was.
-            every: Seconds between two times.
-            result_bytes: What the command will write; nothing is kept that would leave less room.
-            restart: Throw away what was kept.
-            group: The processes that work together.
-            shard: Whether each of them holds a shard, so that all keep theirs at one moment.
-            clock: Gives the time in seconds.
+        `every` is in seconds; `result_bytes` are left free on the disk for the result.
         """
         self._target = target
         self._command = cache(lambda: plain(description()))
@@ -81,11 +72,7 @@ class KeptWork:
             remove_partial(target, self._process)
 
     def start(self) -> StoredWork | None:
-        """Return where work of the same command was broken off; None where none was.
-
-        Raises:
-            InputError: Something else was kept; the message says what differs.
-        """
+        """Return where work of the same command was interrupted, and refuse that of another."""
         if self.shard:
             return start_with_set(self._target, self._refuse_others, self.group)
         stored = read_partial(self._target, self._process)
@@ -93,13 +80,9 @@ class KeptWork:
         return start_with_first(stored, self.group)
 
     def settle(self, *numbers: float) -> list[float]:
-        """Settle whether to keep what was done, and whether to stop: alike in all processes.
+        """Settle, alike in all processes, whether to keep what was done and whether to stop.
 
-        Args:
-            numbers: Others that are summed over the processes on this occasion.
-
-        Returns:
-            Their sums.
+        Other numbers are summed over the processes on this occasion, and returned.
         """
         *sums, late, interrupted, terminated = summed(
             self.group, *numbers, self._process == 0 and self._late(), *signals.wishes()
@@ -129,11 +112,7 @@ class KeptWork:
     ) -> None:
         """Keep this; where that fails the work goes on, and nothing more is kept.
 
-        Args:
-            tensors: What was computed so far.
-            state: How far the work is, JSON-ready.
-            what: The word for the work in a note.
-            own: Whether each process keeps its own, and not the first one for all.
+        With `own` each process keeps its own, and not the first one for all.
         """
         if self._every == math.inf or not (own or self.shard or self._process == 0):
             return
@@ -154,19 +133,13 @@ class KeptWork:
     def can_keep(self, stop: BaseException, *, gathers: bool = False) -> bool:
         """Say whether what was done can be kept where a stop has come.
 
-        Args:
-            stop: What was raised; where not all processes stop, only what the first has can be.
-            gathers: Whether the others have to send it theirs.
+        Where not all processes stop, only what the first has can be, without what others send it.
         """
         together = self.group is None or signals.stopped_together(stop)
         return together or not (gathers or self.shard)
 
     def stop_if_asked(self, where: str) -> None:
-        """Stop where work can go on, if that was settled, and say so.
-
-        Args:
-            where: How far the work is, such as ``after step 3 of 10``.
-        """
+        """Stop where work can go on, if that was settled, and say where: ``after step 3 of 10``."""
         if self.asked():
             how = "the same command goes on from there" if self._every < math.inf else "not kept"
             LOG.info("stopped %s: %s", where, how)
@@ -286,14 +259,7 @@ class KeptPass:
         tensors: Mapping[str, Tensor] | None = None,
         state: Mapping[str, Any] | None = None,
     ):
-        """Prepare to keep a pass.
-
-        Args:
-            work: Where it is kept.
-            found: What was kept of it.
-            tensors: What is kept beside it: what was done before the pass.
-            state: Likewise.
-        """
+        """Prepare to keep a pass, with the tensors and the state of what was done before it."""
         self._work = work
         self._found = found
         self._tensors = dict(tensors or {})

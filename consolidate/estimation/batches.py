@@ -63,11 +63,7 @@ def own_errors() -> Iterator[None]:
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor]:
-    """Return the inputs and labels of a batch: a pair, or a mapping with "labels".
-
-    Raises:
-        InputError: If it is neither, or its labels are not a tensor with a row per example.
-    """
+    """Return the inputs and labels of a batch: a pair, or a mapping with "labels"."""
     inputs: Any
     if isinstance(batch, Mapping):
         if "labels" not in batch:
@@ -103,16 +99,7 @@ def place_of(model: nn.Module) -> Place:
 
 
 def placed(place: Place, inputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
-    """Move a batch to where a model is.
-
-    Args:
-        place: The device, and the type of floating-point inputs.
-        inputs: A tensor, or tensors inside tuples, lists and mappings.
-        labels: The labels of the same examples.
-
-    Returns:
-        The inputs, in the same structure, and the labels.
-    """
+    """Move a batch to where a model is, in one structure; floating-point inputs to its type."""
 
     def put(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() and place.dtype is not None:
@@ -137,8 +124,7 @@ def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
         The outputs, (B, …) floating point, attached to the graph.
 
     Raises:
-        InputError: If the model cannot take the inputs, or gives neither a tensor nor something
-            with `logits`.
+        InputError: The model cannot take the inputs, or gives neither a tensor nor `logits`.
     """
     args, kwargs = inputs if isinstance(inputs, tuple | list) else (inputs,), {}
     if isinstance(inputs, Mapping):

@@ -46,9 +46,6 @@ class Accumulators:
     Squares are added to `sums`. These are folded into the totals now and then; what rounding takes
     stays in them for the next time. Where a batch fails half way, `rewind` goes back to the last
     fold. Of a parameter in shards only this process's part is held, summed over all processes.
-
-    Attributes:
-        sums: Where to add, by parameter name.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype):
@@ -65,11 +62,7 @@ class Accumulators:
 
     @property
     def counts(self) -> Counts:
-        """What the totals and the sums hold.
-
-        Raises:
-            NonFiniteError: If a trace is not finite; the message names parameter and batch.
-        """
+        """What the totals and the sums hold; a trace that is not finite raises."""
         if self._waiting:
             self._count(self._waiting)
             self._waiting = []
@@ -102,11 +95,7 @@ class Accumulators:
         self._waiting.append(_Batch(traces, units, examples, where))
 
     def fold_if_due(self) -> bool:
-        """Move the sums into the totals if much was added since the last time; say whether.
-
-        Raises:
-            NonFiniteError: As `counts`.
-        """
+        """Move the sums into the totals if much was added since the last time; say whether."""
         batches = self._counts.batches + len(self._waiting) - self._folded.batches
         due = batches >= FOLDED_BATCHES or self._additions >= FOLDED_ADDITIONS
         if due:

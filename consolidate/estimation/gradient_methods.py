@@ -95,21 +95,12 @@ def choose_methods(
 ) -> Plan:
     """Choose how each parameter's per-example gradients are had.
 
-    A random vector is sent back through the whole batch. Each parameter's sum over the examples
-    must be autograd's own gradient, so that nothing is missing. Of the first and the last example
-    the squares must be those of the two run alone: squares tell what sums do not, rows that were
-    taken for another example's, as in time-first layouts.
+    A random vector is sent back through the whole batch of two examples or more. Each parameter's
+    sum over the examples must be autograd's own gradient, so that nothing is missing. Of the first
+    and the last example the squares must be those of the two run alone: squares tell what sums do
+    not, rows that were taken for another example's, as in time-first layouts.
 
-    Args:
-        model: Any module, with gradients switched off for its parameters.
-        parameters: Those to measure.
-        batch: Two examples or more.
-        forward: Runs the model.
-        dtype: The type that gradients are squared in.
-        levels: A former plan's, to start from.
-
-    Raises:
-        InputError: If the model draws random numbers.
+    `levels` are a former plan's, to start from. A model that draws random numbers is refused.
     """
     everything_by_loop = Plan(dict.fromkeys(parameters, "loop"), [], {})
     try:
@@ -197,11 +188,7 @@ def add_gradients(
     outputs: Tensor,
     vectors: Iterable[Tensor],
 ) -> dict[str, Tensor]:
-    """Add Σ_vectors (Jᵀ vector)² to sums.
-
-    Returns:
-        The sum of what was added, (1,), by the names that outputs depend on.
-    """
+    """Add Σ_vectors (Jᵀ vector)² to sums; return each one's own sum, (1,), by the names reached."""
     traces: dict[str, Tensor] = {}
     for vector in vectors if outputs.requires_grad else ():
         gradients = torch.autograd.grad(

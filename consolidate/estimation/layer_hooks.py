@@ -44,11 +44,7 @@ class Unit(NamedTuple):
 
 
 class UnitError(Exception):
-    """A unit's rule does not fit its module, or its module raised when it was run again.
-
-    Attributes:
-        names: The unit's parameters.
-    """
+    """A unit's rule does not fit its module, or its module raised when it was run again."""
 
     def __init__(self, names: Iterable[str], error: Exception):
         super().__init__(in_words(error))
@@ -81,21 +77,7 @@ class Call(NamedTuple):
 
 
 class Recording:
-    """The marked calls of one forward pass.
-
-    Attributes:
-        size: The number of examples in the batch.
-        anchor: What to differentiate by, so that gradients pass by every mark.
-        dtype: The type they are computed in.
-        only_marks_need_gradients: Whether no parameter of the model requires gradients.
-        layers_recompute: Whether layers run again in the backward pass, to give back what they need
-            there.
-        use_counts: How often each parameter is used, by name.
-        mismatched: Names with a call that does not have one row per example.
-        sink: Where the gradients go while a backward pass runs.
-        recording_forward: Whether the forward pass runs.
-        rerunning_unit: Whether a unit is being run again.
-    """
+    """The marked calls of one forward pass, and where their gradients go in a backward pass."""
 
     def __init__(
         self,
@@ -106,25 +88,21 @@ class Recording:
         only_marks_need_gradients: bool,
         layers_recompute: bool,
     ):
-        self.size = size
-        self.anchor = anchor
-        self.dtype = dtype
-        self.only_marks_need_gradients = only_marks_need_gradients
-        self.layers_recompute = layers_recompute
-        self.use_counts: dict[str, int] = {}
-        self.mismatched: set[str] = set()
-        self.sink: Sink | None = None
+        self.size = size  # of the batch, in examples
+        self.anchor = anchor  # what to differentiate by, so that gradients pass by every mark
+        self.dtype = dtype  # that gradients are computed in
+        self.only_marks_need_gradients = only_marks_need_gradients  # and no parameter of the model
+        self.layers_recompute = layers_recompute  # in the backward pass, and their calls' inputs
+        self.use_counts: dict[str, int] = {}  # of each parameter, by name
+        self.mismatched: set[str] = set()  # names with a call that has not one row per example
+        self.sink: Sink | None = None  # while a backward pass runs
         self.recording_forward = True
         self.rerunning_unit = False
 
     def backward(self, outputs: Tensor, vector: Tensor, sink: Sink, *, keep: bool) -> None:
-        """Send vector back from outputs and every parameter's gradients to the sink.
+        """Send a vector like the outputs back, and every parameter's gradients to the sink.
 
-        Args:
-            outputs: The model's outputs in the forward pass that was recorded.
-            vector: Like outputs.
-            sink: What takes the gradients.
-            keep: Whether the graph is needed again.
+        The graph is needed again where `keep`.
         """
         self.recording_forward = False
         self.sink = sink
@@ -168,11 +146,7 @@ class Recording:
         return tree_unflatten(outputs, output_spec)
 
     def receive(self, call: Call, gradients: Sequence[Tensor | None]) -> None:
-        """Pass the gradients of a call's parameters on to the sink, given those at its outputs.
-
-        Raises:
-            UnitError: If the unit's rule does not fit it, or it could not be run again.
-        """
+        """Pass the gradients of a call's parameters on to the sink, given those at its outputs."""
         if self.sink is None or all(g is None for g in gradients):
             return
         try:
@@ -254,19 +228,13 @@ class Squares:
 
     What few positions give is summed over vectors before the one product with the inputs, which
     the vectors share. What a parameter's several uses give waits for the last of them.
-
-    Attributes:
-        sums: Where to add, by name.
-        shared: Whether there are several vectors.
-        traces: What each example added in all, (B,), by the names that outputs depend on.
-        additions: How many numbers were added to an element, one after the other.
     """
 
     def __init__(self, sums: Mapping[str, Tensor], recording: Recording, first: int = 0):
-        self.sums = sums
-        self.shared = False
-        self.traces: dict[str, Tensor] = {}
-        self.additions = 1
+        self.sums = sums  # where to add, by name
+        self.shared = False  # whether another vector follows
+        self.traces: dict[str, Tensor] = {}  # what each example added in all, by name
+        self.additions = 1  # to an element, one after the other
         self._recording = recording
         self._first = first
         self._products: dict[str, tuple[Outer | Summed, Tensor]] = {}
@@ -336,13 +304,7 @@ class Recorder:
     """Marks the calls of units in the forward passes that are recorded, until it is closed."""
 
     def __init__(self, units: Iterable[Unit], device: torch.device, dtype: torch.dtype):
-        """Watch the units' modules.
-
-        Args:
-            units: What to mark.
-            device: Where the model is.
-            dtype: The type that per-example gradients are squared in.
-        """
+        """Watch the units' modules; per-example gradients will be squared in `dtype`."""
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._dtype = dtype
         self._recording: Recording | None = None
@@ -400,14 +362,14 @@ def add_squares(
     vectors: Iterable[Tensor],
     first: int = 0,
 ) -> Squares:
-    """Add Σ_vectors Σ_examples (Jᵀ vector)² to sums.
+    """Add Σ_vectors Σ_examples (Jᵀ vector)² to sums, in the parameters' shapes by name.
 
     Parameters with a call that does not have one row per example are left out.
 
     Args:
-        sums: Where to add, by name, in the parameters' shapes.
+        sums: Where to add.
         recording: The recorded forward pass.
-        outputs: Its outputs.
+        outputs: Its outputs, (B, …).
         vectors: What to send back, each like outputs.
         first: The first example whose share is measured where not all are.
 
@@ -434,11 +396,11 @@ def module_gradients(
 
     Args:
         call: The call to repeat.
-        inputs: Its inputs for some examples.
-        gradients: The gradients at its outputs for the same examples.
+        inputs: Its inputs for some examples, (B, …) each or shared.
+        gradients: The gradients at its outputs for the same examples, (B, …).
 
     Raises:
-        UnitError: If the module raises.
+        UnitError: The module raises.
     """
     unit = call.unit
     values = {name: unit.module.get_parameter(name).detach() for name in unit.names}

@@ -335,11 +335,7 @@ LIKELIHOODS: dict[str, Likelihood] = {
 
 
 def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
-    """Return the likelihood of that name; an object that is one already comes back as it is.
-
-    Raises:
-        UsageError: If the name is not one of LIKELIHOODS.
-    """
+    """Return the likelihood of that name; an object that is one already comes back as it is."""
     if not isinstance(likelihood, str):
         return likelihood
     if likelihood not in LIKELIHOODS:

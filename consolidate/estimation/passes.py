@@ -26,33 +26,20 @@ from formats.errors import InputError
 
 
 class Scores(NamedTuple):
-    """What is sent back through the network.
+    """What is sent back through the network."""
 
-    Attributes:
-        forward: From a batch to the model's outputs.
-        vectors: From outputs, detached, and their batch to gradients of log p at the outputs.
-        units: From labels to the units of each example.
-        whole: Whether they are summed over the batch before they are squared.
-    """
-
-    forward: Callable[[Batch], Tensor]
-    vectors: Callable[[Tensor, Batch], Iterator[Tensor]]
-    units: Callable[[Tensor], Tensor]
-    whole: bool
+    forward: Callable[[Batch], Tensor]  # from a batch to the model's outputs
+    vectors: Callable[[Tensor, Batch], Iterator[Tensor]]  # from these, detached, to ∇ log p there
+    units: Callable[[Tensor], Tensor]  # from labels to the units of each example
+    whole: bool  # whether gradients are summed over the batch before they are squared
 
 
 class PartialPass(NamedTuple):
-    """Where another pass over the same batches can go on.
+    """Where another pass over the same batches can go on."""
 
-    Attributes:
-        tensors: The sums so far, and what was counted.
-        levels: How each parameter's gradients are had; None while that is not known.
-        most: How many examples the memory suffices for; None while it suffices for all.
-    """
-
-    tensors: dict[str, Tensor]
-    levels: dict[str, str] | None
-    most: int | None
+    tensors: dict[str, Tensor]  # the sums so far, and what was counted
+    levels: dict[str, str] | None  # how gradients are had; None while that is not known
+    most: int | None  # examples that the memory suffices for; None while it suffices for all
 
     @property
     def examples(self) -> int:
@@ -65,10 +52,6 @@ class Pass:
 
     A batch that the memory does not suffice for is taken in halves. What fails half way is taken
     back, with all since the last fold, and done again.
-
-    Attributes:
-        accumulators: The sums so far; None before the first batch.
-        levels: How each parameter's gradients are had; None while that is not known.
     """
 
     def __init__(
@@ -83,20 +66,12 @@ class Pass:
         start: PartialPass | None = None,
         group: ProcessGroup | None = None,
     ):
-        """Prepare a pass, or go on with one that was interrupted.
+        """Prepare to measure `parameters`, whose gradients are off, or go on from where a pass was.
 
-        Args:
-            model: Any module, with gradients switched off for its parameters.
-            parameters: Those to measure, by name.
-            scores: What is sent back.
-            dtype: Of the sums, and what gradients are squared in.
-            check: Whether the methods are chosen anew on every batch.
-            note: Takes what should be known at once.
-            start: Where the other pass was, this process's part.
-            group: The processes that measure together.
+        With `check` the methods are chosen anew on every batch; `dtype` is that of the sums.
         """
-        self.accumulators: Accumulators | None = None
-        self.levels: dict[str, str] | None = None
+        self.accumulators: Accumulators | None = None  # until the first batch
+        self.levels: dict[str, str] | None = None  # how each parameter's gradients are had
         self._model = model
         self._parameters = dict(parameters)
         self._scores = scores
@@ -125,10 +100,7 @@ class Pass:
         return 0 if self.accumulators is None else self.accumulators.examples
 
     def relative_errors(self, group: ProcessGroup | None = None) -> dict[str, float]:
-        """Return each trace's standard error over the trace, by the names of those that count.
-
-        Of what all processes of a group have added, where there is one.
-        """
+        """Return each trace's standard error over the trace, by the names of those that count."""
         if self.accumulators is None and group is None:
             return {}
         return self._accumulators().relative_errors(group)
@@ -162,15 +134,9 @@ class Pass:
             self._first = batch.rows(0, max(self._most or len(batch), 2))
 
     def take(self, batch: Batch, keep: Callable[[PartialPass], None] | None = None) -> None:
-        """Add a batch.
+        """Add a batch, on any device; raise where outputs or gradients are not finite.
 
-        Args:
-            batch: On any device.
-            keep: Called where another pass can go on; what it is given is valid until it returns.
-
-        Raises:
-            InputError: If the memory does not suffice for a single example.
-            NonFiniteError: If outputs or gradients are not finite, naming parameter and batch.
+        `keep` is called where another pass can go on; what it is given is valid until it returns.
         """
         waiting = deque([batch])
         while waiting:
@@ -284,12 +250,9 @@ class Pass:
                 self._note(note)
 
     def _add_examples(self, batch: Batch) -> tuple[dict[str, Tensor], int]:
-        """Add Σ_examples Σ_vectors (Jᵀ vector)².
+        """Add Σ_examples Σ_vectors (Jᵀ vector)²: what the plan marks at once, the rest one by one.
 
-        What is marked in the plan goes all at once; the rest by one example after the other.
-
-        Returns:
-            What each example added in all, by name, and how often was added to an element.
+        Returns what each example added in all, by name, and how often was added to an element.
         """
         rest = self._by_loop
         traces: dict[str, Tensor] = {}

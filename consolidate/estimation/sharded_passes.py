@@ -31,14 +31,7 @@ class ShardedPass(Pass):
     def take(self, batch: Batch, keep: Callable[[PartialPass], None] | None = None) -> None:
         """Add a batch, while the other processes add theirs.
 
-        Args:
-            batch: On any device.
-            keep: Called where another pass can go on, if every process has taken a batch: then all
-                are there at once.
-
-        Raises:
-            InputError: The memory does not suffice.
-            NonFiniteError: If outputs or gradients are not finite, naming parameter and batch.
+        `keep` is given only if every process has taken a batch: then all are there at once.
         """
         self._stand_in = self._stand_in or batch
         batch = self._placed(batch)

@@ -19,20 +19,12 @@ from formats.errors import InputError
 
 
 class LowRank(NamedTuple):
-    """A layer's weight W with a low-rank change: W + s B A, or W + s (B A)ᵀ where transposed.
+    """A layer's weight W with a low-rank change: W + s B A, or W + s (B A)ᵀ where transposed."""
 
-    Attributes:
-        weight: W, (out, in, …), or (in, out) where transposed, as of GPT-2's Conv1D and embeddings.
-        a: A, (r, in, …).
-        b: B, (out, r, …).
-        scale: s, α/r or α/√r.
-        transposed: Whether W holds its inputs first.
-    """
-
-    weight: nn.Parameter
-    a: nn.Parameter
-    b: nn.Parameter
-    scale: float
+    weight: nn.Parameter  # W, (out, in, …); (in, out) where transposed, as Conv1D and embeddings
+    a: nn.Parameter  # A, (r, in, …)
+    b: nn.Parameter  # B, (out, r, …)
+    scale: float  # s, α/r or α/√r
     transposed: bool = False
 
 
@@ -50,10 +42,6 @@ class MergedPenalty:
     rule). They are taken layer by layer, some rows at a time: W + s B A is never there as a whole.
 
     It is a `WeightPenalty` without a proximal step: it is no sum over the elements of A and B.
-
-    Attributes:
-        ewc_lambda: λ.
-        unprotected: Names of the layers' weights that have no Fisher.
     """
 
     def __init__(
@@ -134,11 +122,7 @@ class MergedPenalty:
             beside.add_gradient_()
 
     def value_and_add_gradient_(self) -> Tensor:
-        """Do what `add_gradient_` does, and return the penalty's value at the present values.
-
-        Returns:
-            The value, 0-dimensional, on the weights' device.
-        """
+        """Do what `add_gradient_` does, and return the penalty's value at the present values."""
         values: list[Tensor] = []
         self._add_gradient_(values)
         total, beside = self._total(values), self._at_lambda()

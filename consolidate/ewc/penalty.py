@@ -174,11 +174,7 @@ class Penalty:
         self._add_gradient_(None)
 
     def value_and_add_gradient_(self) -> Tensor:
-        """Do what `add_gradient_` does, and return the penalty's value, for a quarter more of time.
-
-        Returns:
-            The value at the present values, 0-dimensional, on the parameters' device.
-        """
+        """Do what `add_gradient_` does for a quarter more of time, and return the present value."""
         values: list[Tensor] = []
         self._add_gradient_(values)
         return self._total(values)
@@ -206,17 +202,7 @@ class Penalty:
         self._proximal_step_(optimizer, None)
 
     def proximal_step_and_value_(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Do what `proximal_step_` does, and return the penalty's value after it.
-
-        Args:
-            optimizer: torch's SGD, Adam or AdamW.
-
-        Returns:
-            The value, 0-dimensional, on the parameters' device.
-
-        Raises:
-            UsageError: The optimizer is another one, whose rate is not known.
-        """
+        """Do what `proximal_step_` does, and return the penalty's value after it."""
         values: list[Tensor] = []
         self._proximal_step_(optimizer, values)
         return self._total(values)

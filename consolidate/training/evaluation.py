@@ -27,16 +27,18 @@ def measure(
     progress: Callable[[int], None] = lambda count: None,
     group: ProcessGroup | None = None,
 ) -> dict[str, float]:
-    """Measure a model on a task, in eval mode.
+    """Measure a model on a task, in eval mode; it comes back with the modes its modules had.
+
+    Processes that share the batches each get the metrics of all. A model in shards runs as often in
+    each. Where a stop waits in one, all stop after the measurement.
 
     Args:
-        model: Comes back with the modes its modules had.
+        model: Any module.
         batches: Pairs (inputs, labels).
         likelihood: The likelihood of the labels given the model's outputs.
         language: Report perplexity, the exponential of the loss, instead of accuracy.
         progress: Called after each batch with its number of examples.
-        group: Processes that share the batches; each gets the metrics of all. A model in shards
-            runs as often in each. Where a stop waits in one, all stop after the measurement.
+        group: The processes.
 
     Returns:
         ``loss``, the mean negative log-likelihood per unit; ``accuracy`` or ``perplexity``; and

@@ -32,12 +32,7 @@ class Descent:
 def training_tensors(descent: Descent) -> dict[str, Tensor]:
     """Give the tensors of a training between two steps, without copying.
 
-    Args:
-        descent: The training.
-
-    Returns:
-        Values, the optimizer's state by parameter name, the random number generators of the CPU and
-        of the module's device, and the history.
+    They are values, the optimizer's state by parameter name, random number generators and history.
     """
     tensors = trained_tensors(descent.module, descent.steps, frozen=False)
     names = {id(parameter): name for name, parameter in descent.module.named_parameters()}
@@ -52,14 +47,7 @@ def training_tensors(descent: Descent) -> dict[str, Tensor]:
 
 
 def training_numbers(descent: Descent) -> dict[str, Any]:
-    """Give what is no tensor of a training between two steps.
-
-    Args:
-        descent: The training.
-
-    Returns:
-        JSON-ready: of the schedule and of the loss scaler.
-    """
+    """Give what is no tensor of a training between two steps: of schedule and loss scaler."""
     schedule = descent.scheduler.state_dict()
     return {
         "schedule": {key: schedule[key] for key in ("last_epoch", "_step_count", "_last_lr")},
@@ -70,14 +58,7 @@ def training_numbers(descent: Descent) -> dict[str, Any]:
 def load_training(
     descent: Descent, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Go on from what `training_tensors` and `training_numbers` gave.
-
-    Args:
-        descent: A training of the same kind that has taken no step; changed in place, and the
-            generators of random numbers with it.
-        tensors: The tensors.
-        numbers: The numbers.
-    """
+    """Let a training that has taken no step go on from its former tensors and numbers."""
     descent.steps[:] = load_trained(descent.module, tensors)
     names = {id(parameter): name for name, parameter in descent.module.named_parameters()}
     optimizer = descent.optimizer
@@ -105,16 +86,9 @@ def load_training(
 def trained_tensors(
     module: nn.Module, steps: Sequence[Step], *, frozen: bool = True
 ) -> dict[str, Tensor]:
-    """Give what is left of a training at its end, without copying.
+    """Give what is left of a training at its end, uncopied: values, frozen ones too, and history.
 
-    Args:
-        module: The trained module.
-        steps: What each step reported.
-        frozen: Whether parameters that do not train are among them: an adapter that was merged has
-            changed them.
-
-    Returns:
-        The values of parameters and buffers, and the history, (steps, 4).
+    An adapter that was merged has changed frozen parameters. The history is (steps, 4).
     """
     history = [
         [
@@ -132,15 +106,7 @@ def trained_tensors(
 
 @torch.no_grad()
 def load_trained(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Step]:
-    """Give a module the values of `trained_tensors`.
-
-    Args:
-        module: Changed in place.
-        tensors: The tensors.
-
-    Returns:
-        What each step reported.
-    """
+    """Give a module the values of `trained_tensors`, and return what each step reported."""
     for name, tensor in _values(module, frozen=True).items():
         if name in tensors:
             tensor.copy_(tensors[name])
