@@ -66,7 +66,7 @@ class KeptWork:
         self._process = place_in(group)[0]
         self.group = group
         self.shard = shard
-        self._now = False
+        self._due = False
         self._stop: tuple[float, float] = (0, 0)
         if restart:
             remove_partial(target, self._process)
@@ -79,24 +79,21 @@ class KeptWork:
         self._refuse_others(stored)
         return start_with_first(stored, self.group)
 
-    def settle(self, *numbers: float) -> list[float]:
+    def settle(self, *numbers: float, alone: bool = False) -> list[float]:
         """Settle, alike in all processes, whether to keep what was done and whether to stop.
 
-        Other numbers are summed over the processes on this occasion, and returned.
+        Other numbers are summed on this occasion, and returned; with `alone`, of this process only.
         """
-        *sums, late, interrupted, terminated = summed(
-            self.group, *numbers, self._process == 0 and self._late(), *signals.wishes()
-        )
-        self._take(bool(late), (interrupted, terminated))
+        group = None if alone else self.group
+        late = (group is None or self._process == 0) and self._clock() - self._last >= self._every
+        *sums, due, interrupted, terminated = summed(group, *numbers, late, *signals.wishes())
+        self._stop = interrupted, terminated
+        self._due = bool(due) or any(self._stop)
         return sums
-
-    def settle_alone(self) -> None:
-        """Settle the same for this process, whatever the others do."""
-        self._take(self._late(), signals.wishes())
 
     def due(self) -> bool:
         """Say whether it was settled to keep what was done, by the clock or because of a stop."""
-        return self._now
+        return self._due
 
     def asked(self) -> bool:
         """Say whether it was settled to stop."""
@@ -165,13 +162,6 @@ class KeptWork:
                 "that command again, or --restart throws it away"
             )
 
-    def _late(self) -> bool:
-        return self._clock() - self._last >= self._every
-
-    def _take(self, late: bool, stop: tuple[float, float]) -> None:
-        self._now = late or any(stop)
-        self._stop = stop
-
     def _leave_room(self, size: int, what: str) -> None:
         path = partial_path(self._target, self._process)
         place = next(folder for folder in path.parents if folder.exists())
@@ -197,15 +187,15 @@ class KeptTraining:
     ):
         """Prepare to keep a training with what is beside it, which is looked at each time."""
         self._work = work
-        self._found = found if found is not None and "training" in found.state else None
-        self._beside = beside
+        self._found = found
+        self._beside = beside or {}
         self.keeps = work is not None
         self.settle = None if work is None else work.settle
 
     def load(self, descent: Descent) -> bool:
         """Let a training that has taken no step go on from what was kept, if something was."""
         found, self._found = self._found, None
-        if found is None:
+        if found is None or "training" not in found.state:
             return False
         load_training(descent, found.tensors, found.state["training"])
         found.tensors.clear()  # they take as much memory as what they were copied to
@@ -222,7 +212,7 @@ class KeptTraining:
         tensors = training_tensors(descent)
         if not self._work.shard:
             tensors = gather_own(tensors, OWN, self._work.group)
-        state = {**(self._beside or {}), "training": training_numbers(descent)}
+        state = {**self._beside, "training": training_numbers(descent)}
         self._work.keep(tensors, state, "training")
 
     def stop_if_asked(self, where: str) -> None:
@@ -283,10 +273,7 @@ class KeptPass:
 
     def keep(self, partial: PartialPass) -> None:
         """Keep this if it is time to, and stop there if that was asked for."""
-        if self._work.shard:
-            self._work.settle()
-        else:
-            self._work.settle_alone()
+        self._work.settle(alone=not self._work.shard)
         if self._work.due():
             tensors = {f"pass/{name}": tensor for name, tensor in partial.tensors.items()}
             state = {"levels": partial.levels, "most": partial.most}

@@ -85,6 +85,18 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     return inputs, labels
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode, and each of its modules back in its own afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class Place(NamedTuple):
     """Where a model's parameters are."""
 

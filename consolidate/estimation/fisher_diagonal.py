@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from consolidate.estimation.batches import Batch, model_outputs, split_batch
+from consolidate.estimation.batches import Batch, eval_mode, model_outputs, split_batch
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.estimation.gradient_checkpointing import checkpointing_in_eval_mode
 from consolidate.estimation.gradient_methods import method_of
@@ -319,7 +319,6 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", False)
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     # An embedding with max_norm changes its weight when it is called.
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
@@ -327,7 +326,6 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     kept: list[Tensor] = [*model.buffers(), *changing]
     copies = [(tensor, tensor.detach().clone()) for tensor in kept]
     try:
-        model.eval()
         model.requires_grad_(False)
         if use_cache:
             config.use_cache = False  # A cache that is kept is changed when a layer runs again.
@@ -335,6 +333,7 @@ def _measuring(model: nn.Module) -> Iterator[None]:
         for product in products:
             product.fp32_precision = "ieee"
         with (
+            eval_mode(model),
             torch.inference_mode(False),
             torch.enable_grad(),
             checkpointing_in_eval_mode(model),
@@ -348,8 +347,6 @@ def _measuring(model: nn.Module) -> Iterator[None]:
             config.use_cache = use_cache
         for parameter in trained:
             parameter.requires_grad_(True)
-        for module, training in modes:
-            module.training = training
         for module, tensors in buffers:
             module._buffers.clear()
             module._buffers.update(tensors)

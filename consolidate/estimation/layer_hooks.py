@@ -8,6 +8,7 @@ they are squared and added at once: none of them outlives its layer.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,28 +77,20 @@ class Call(NamedTuple):
     outputs: list[int]  # Which of its outputs the gradients are at.
 
 
+@dataclass(eq=False)
 class Recording:
     """The marked calls of one forward pass, and where their gradients go in a backward pass."""
 
-    def __init__(
-        self,
-        size: int,
-        anchor: Tensor,
-        dtype: torch.dtype,
-        *,
-        only_marks_need_gradients: bool,
-        layers_recompute: bool,
-    ):
-        self.size = size  # of the batch, in examples
-        self.anchor = anchor  # what to differentiate by, so that gradients pass by every mark
-        self.dtype = dtype  # that gradients are computed in
-        self.only_marks_need_gradients = only_marks_need_gradients  # and no parameter of the model
-        self.layers_recompute = layers_recompute  # in the backward pass, and their calls' inputs
-        self.use_counts: dict[str, int] = {}  # of each parameter, by name
-        self.mismatched: set[str] = set()  # names with a call that has not one row per example
-        self.sink: Sink | None = None  # while a backward pass runs
-        self.recording_forward = True
-        self.rerunning_unit = False
+    size: int  # of the batch, in examples
+    anchor: Tensor  # what to differentiate by, so that gradients pass by every mark
+    dtype: torch.dtype  # that gradients are computed in
+    only_marks_need_gradients: bool  # and no parameter of the model
+    layers_recompute: bool  # in the backward pass, and give back what is needed there
+    use_counts: dict[str, int] = field(default_factory=dict)  # of each parameter, by name
+    mismatched: set[str] = field(default_factory=set)  # with a call without a row per example
+    sink: Sink | None = None  # while a backward pass runs
+    recording_forward: bool = True
+    rerunning_unit: bool = False
 
     def backward(self, outputs: Tensor, vector: Tensor, sink: Sink, *, keep: bool) -> None:
         """Send a vector like the outputs back, and every parameter's gradients to the sink.
@@ -232,7 +225,7 @@ class Squares:
 
     def __init__(self, sums: Mapping[str, Tensor], recording: Recording, first: int = 0):
         self.sums = sums  # where to add, by name
-        self.shared = False  # whether another vector follows
+        self.shared = False  # whether there are several vectors
         self.traces: dict[str, Tensor] = {}  # what each example added in all, by name
         self.additions = 1  # to an element, one after the other
         self._recording = recording
@@ -330,8 +323,8 @@ class Recorder:
                 size,
                 self._anchor,
                 self._dtype,
-                only_marks_need_gradients=only_marks_need_gradients,
-                layers_recompute=layers_recompute,
+                only_marks_need_gradients,
+                layers_recompute,
             )
             yield self._recording
         finally:

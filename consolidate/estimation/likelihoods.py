@@ -195,8 +195,24 @@ class Softmax:
         return (self._targets(labels) != IGNORED).any(0).nonzero().flatten().tolist()
 
 
+class _Columns:
+    """What likelihoods have in common whose outputs (B, …) stand for independent labels."""
+
+    def units(self, labels: Tensor) -> Tensor:
+        """Return 1 for each example, (B,)."""
+        return torch.ones(len(labels), dtype=torch.int64, device=labels.device)
+
+    def outcomes(self, outputs: Tensor, labels: Tensor) -> int:
+        """Return the number of an example's outputs."""
+        return outputs[0].numel()
+
+    def draws(self, outputs: Tensor) -> int:
+        """Return the number of an example's outputs."""
+        return outputs[0].numel()
+
+
 @dataclass(frozen=True)
-class Bernoulli:
+class Bernoulli(_Columns):
     """K independent yes-or-no labels, p = sigmoid(outputs): outputs and labels (B, K)."""
 
     name: str = "bernoulli"
@@ -235,21 +251,9 @@ class Bernoulli:
         )
         return sum(sides, torch.zeros_like(past)).sum(1)
 
-    def units(self, labels: Tensor) -> Tensor:
-        """Return 1 for each example, (B,)."""
-        return _one_each(labels)
-
     def correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return 1 where all K labels are right, (B,)."""
         return ((outputs > 0) == (labels > 0.5)).all(1).to(_wide(outputs).dtype)
-
-    def outcomes(self, outputs: Tensor, labels: Tensor) -> int:
-        """Return K: the labels are independent."""
-        return outputs.shape[1]
-
-    def draws(self, outputs: Tensor) -> int:
-        """Return K."""
-        return outputs.shape[1]
 
     def exact_scores(self, outputs: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """Yield √(p_k (1 − p_k)) 1_k for each label k."""
@@ -269,7 +273,7 @@ class Bernoulli:
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(_Columns):
     """D numbers around the outputs with variance 1: outputs and labels (B, D), (B, 1) or (B,)."""
 
     name: str = "gaussian"
@@ -290,20 +294,8 @@ class Gaussian:
         """Return ½‖old − new‖², (B,)."""
         return (_wide(old) - _wide(new)).square().flatten(1).sum(1) / 2
 
-    def units(self, labels: Tensor) -> Tensor:
-        """Return 1 for each example, (B,)."""
-        return _one_each(labels)
-
     def correct(self, outputs: Tensor, labels: Tensor) -> None:
         """Return None: a number is never simply right."""
-
-    def outcomes(self, outputs: Tensor, labels: Tensor) -> int:
-        """Return D."""
-        return outputs[0].numel()
-
-    def draws(self, outputs: Tensor) -> int:
-        """Return D."""
-        return outputs[0].numel()
 
     def exact_scores(self, outputs: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """Yield 1_d for each number d."""
@@ -372,10 +364,6 @@ def _precise(like: Tensor) -> Tensor:
     """Return an empty tensor on that device with the widest type it has, as a target for `to`."""
     wide = torch.float32 if like.device.type == "mps" else torch.float64
     return torch.empty(0, dtype=wide, device=like.device)
-
-
-def _one_each(labels: Tensor) -> Tensor:
-    return torch.ones(len(labels), dtype=torch.int64, device=labels.device)
 
 
 def _shape(tensor: Tensor) -> str:

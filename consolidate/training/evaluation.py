@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from consolidate.estimation.batches import model_outputs, place_of, placed
+from consolidate.estimation.batches import eval_mode, model_outputs, place_of, placed
 from consolidate.estimation.likelihoods import Likelihood
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import in_step, summed
@@ -50,7 +50,7 @@ def measure(
     """
     loss = units = correct = uncounted = 0.0
     place = place_of(model)
-    with _evaluating(model):
+    with eval_mode(model):
         last: tuple[Any, Tensor] | None = None
         for batch in in_step(signals.until_asked(batches), group if is_sharded(model) else None):
             last = batch or last
@@ -109,7 +109,7 @@ def divergence(
     """
     total = units = 0.0
     place = place_of(model)
-    with _evaluating(model):
+    with eval_mode(model):
         for batch in batches:
             inputs, labels = placed(place, *batch)
             outputs = model_outputs(model, inputs, labels)
@@ -119,18 +119,6 @@ def divergence(
             units += int(likelihood.units(labels).sum())
     total, units = summed(group, total, units)
     return total / max(1, units)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode, and each of its modules back in its own afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager
