@@ -108,18 +108,15 @@ def choose_methods(
     except (RuntimeError, InputError) as error:
         if out_of_memory(error):
             raise
-        return everything_by_loop._replace(
-            only_single=in_words(error)
-        )  # One at a time may go through.
+        # One at a time may go through.
+        return everything_by_loop._replace(only_single=in_words(error))
     recompute = bool(checkpointed_layers(model))
     probe = _Probe(batch, forward, dtype, vector, (0, len(batch) - 1), recompute)
     for example in probe.kept:
         alone = forward(batch.example(example))
         if alone.shape != vector[:1].shape:
-            return everything_by_loop._replace(
-                only_single=f"outputs of shape {list(alone.shape)} for one, "
-                f"{list(vector.shape)} for all"
-            )
+            shapes = f"{list(alone.shape)} for one, {list(vector.shape)} for all"
+            return everything_by_loop._replace(only_single=f"outputs of shape {shapes}")
         if not _near(alone, together[example : example + 1]):
             if not _near(forward(batch), together):
                 raise InputError(

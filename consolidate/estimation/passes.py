@@ -235,10 +235,8 @@ class Pass:
     def _tell(self, plan: Plan) -> None:
         """Name the modules that do not go by the method that was tried first, and why."""
         notes = []
-        if plan.only_single is not None:
-            notes = [
-                f"the model takes one example at a time only ({plan.only_single}): going on by loop"
-            ]
+        if (why := plan.only_single) is not None:
+            notes = [f"the model takes one example at a time only ({why}): going on by loop"]
         names: dict[tuple[str, str | None, str], list[str]] = {}
         for name, (method, error) in plan.failures.items():
             if (now := method_of(plan.levels[name])) != method:

@@ -10,7 +10,7 @@ from consolidate.ewc.penalty import (
     CPU_PIECE,
     DEVICE_PIECE,
     Penalty,
-    check_options,
+    check_strength,
     checked_tensors,
     converted,
     wide,
@@ -78,7 +78,7 @@ class MergedPenalty:
             InputError: If a shape does not match, a Fisher is negative, or no layer has one.
             NonFiniteError: If a Fisher or an anchor is not finite.
         """
-        check_options(ewc_lambda, dtype)
+        check_strength(ewc_lambda, dtype)
         self.ewc_lambda = ewc_lambda
         self.unprotected = [name for name in layers if name not in fisher]
         self.unprotected += [] if beside is None else beside.unprotected
@@ -114,32 +114,33 @@ class MergedPenalty:
         beside = self._at_lambda()
         return self._total(values).item() + (0.0 if beside is None else beside.value())
 
+    @torch.no_grad()
     def add_gradient_(self) -> None:
         """Add s Bᵀ G and s G Aᵀ to the gradients of A and B, creating them where there are none."""
-        self._add_gradient_(None)
+        for _ in self._adding_gradient():
+            pass
         beside = self._at_lambda()
         if beside is not None:
             beside.add_gradient_()
 
+    @torch.no_grad()
     def value_and_add_gradient_(self) -> Tensor:
         """Do what `add_gradient_` does, and return the penalty's value at the present values."""
-        values: list[Tensor] = []
-        self._add_gradient_(values)
-        total, beside = self._total(values), self._at_lambda()
+        pieces = self._adding_gradient()
+        total = self._total([torch.dot(pull.flatten(), far.flatten()) for pull, far in pieces])
+        beside = self._at_lambda()
         return total if beside is None else total + beside.value_and_add_gradient_().to(total)
 
-    @torch.no_grad()
-    def _add_gradient_(self, values: list[Tensor] | None) -> None:
-        """Add the gradient, and the parts of Σ Λ (W + s B A − μ)² to `values` if wanted."""
+    def _adding_gradient(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Add the gradient; yield Λ (W + s B A − μ) and W + s B A − μ of some rows meanwhile."""
         for term in self._terms:
             left, right = _factors(term.layer)
             of_left, of_right = torch.empty_like(left), torch.zeros_like(right)
             for rows, difference, fisher in _pieces(term):
                 pull = fisher * difference
-                if values is not None:
-                    values.append(torch.dot(pull.flatten(), difference.flatten()))
                 of_left[rows] = pull @ right.T
                 of_right.addmm_(left[rows].T, pull)
+                yield pull, difference
             factor = self.ewc_lambda * term.layer.scale
             for parameter, gradient in zip(
                 (term.layer.a, term.layer.b),

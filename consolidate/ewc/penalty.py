@@ -112,7 +112,7 @@ class Penalty:
             InputError: If a name or shape does not match, or a Fisher is negative.
             NonFiniteError: If a Fisher or an anchor is not finite.
         """
-        check_options(ewc_lambda, dtype)
+        check_strength(ewc_lambda, dtype)
         if isinstance(parameters, nn.Module):
             parameters = parameters.named_parameters()
         known = dict(parameters)
@@ -169,16 +169,18 @@ class Penalty:
         ]
         return self._total(values).item()
 
+    @torch.no_grad()
     def add_gradient_(self) -> None:
         """Add λ Λ (θ − μ) to each parameter's gradient, creating it where there is none."""
-        self._add_gradient_(None)
+        for _ in self._adding_gradient():
+            pass
 
+    @torch.no_grad()
     def value_and_add_gradient_(self) -> Tensor:
         """Do what `add_gradient_` does for a quarter more of time, and return the present value."""
-        values: list[Tensor] = []
-        self._add_gradient_(values)
-        return self._total(values)
+        return self._total([_weighed(*piece) for piece in self._adding_gradient()])
 
+    @torch.no_grad()
     def proximal_step_(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Take the penalty's own step, implicitly, after the optimizer took the loss's.
 
@@ -199,17 +201,17 @@ class Penalty:
         Raises:
             UsageError: The optimizer is another one, whose rate is not known.
         """
-        self._proximal_step_(optimizer, None)
-
-    def proximal_step_and_value_(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Do what `proximal_step_` does, and return the penalty's value after it."""
-        values: list[Tensor] = []
-        self._proximal_step_(optimizer, values)
-        return self._total(values)
+        for _ in self._stepping(optimizer):
+            pass
 
     @torch.no_grad()
-    def _add_gradient_(self, values: list[Tensor] | None) -> None:
-        """Add the gradient, and the parts of Σ Λ (θ − μ)² to `values` where they are wanted."""
+    def proximal_step_and_value_(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Do what `proximal_step_` does, and return the penalty's value after it."""
+        pieces = self._stepping(optimizer)
+        return self._total([_weighed(theta - anchor, fisher) for theta, fisher, anchor in pieces])
+
+    def _adding_gradient(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Add the gradient, yielding each piece's θ − μ, which may be overwritten, and Λ."""
         for term in self._present():
             parameter = term.parameter
             if parameter.grad is None:
@@ -226,16 +228,14 @@ class Penalty:
                     # Summed before it is rounded to a narrower type: the smaller one survives.
                     pull = difference * fisher
                     gradient.copy_(pull.mul_(self.ewc_lambda).add_(gradient))
-                if values is not None:
-                    values.append(_weighed(difference, fisher))
+                yield difference, fisher
             if sparse is not None:
                 sparse.add_(dense.to_sparse(sparse.sparse_dim()))
 
-    @torch.no_grad()
-    def _proximal_step_(
-        self, optimizer: torch.optim.Optimizer, values: list[Tensor] | None
-    ) -> None:
-        """Take the step, and add the parts of Σ Λ (θ − μ)² after it to `values` if wanted."""
+    def _stepping(
+        self, optimizer: torch.optim.Optimizer
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Take the proximal step; yield the new θ, Λ and μ of each piece meanwhile."""
         check_proximal(optimizer)
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         if getattr(optimizer, "found_inf", False):
@@ -248,8 +248,7 @@ class Penalty:
             for theta, fisher, anchor, *square in _pieces(term, *squares):
                 if pull is not None:
                     _pull_back(theta, fisher, anchor, pull, *square)
-                if values is not None:
-                    values.append(_weighed(theta - anchor, fisher))
+                yield theta, fisher, anchor
 
     def _pull(self, group: dict[str, Any], state: dict[str, Any]) -> _Pull | None:
         """Give what a parameter is pulled back by; None where it is not pulled."""
@@ -285,7 +284,7 @@ class Penalty:
         return self.ewc_lambda * (total / 2 + self._offset)
 
 
-def check_options(ewc_lambda: float, dtype: torch.dtype | None) -> None:
+def check_strength(ewc_lambda: float, dtype: torch.dtype | None) -> None:
     """Refuse a λ that is negative or not finite, and a dtype of Λ and μ that is not floating."""
     if not (math.isfinite(ewc_lambda) and ewc_lambda >= 0):
         raise UsageError(f"ewc_lambda is {ewc_lambda}; it must be finite and not negative.")
