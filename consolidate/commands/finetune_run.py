@@ -240,6 +240,9 @@ def descend(
                 with kept.when_stopped(descent):
                     take_metrics(f"step {len(steps)}")
             for epoch, examples in _epochs_left(chosen, recipe, total, group, len(steps)):
+                stand_in = None
+                if is_sharded(model.module):  # the same wherever the epoch is gone on with
+                    stand_in = start.examples.collate(chosen[: recipe.batch_size], epoch)
                 for step in training_steps(
                     model.module,
                     _micro_batches(start.examples, examples, epoch, recipe, group),
@@ -251,10 +254,7 @@ def descend(
                     scaler=descent.scaler,
                     first_step=len(steps),
                     group=group,
-                    # The same wherever the epoch is gone on with.
-                    stand_in=start.examples.collate(chosen[: recipe.batch_size], epoch)
-                    if is_sharded(model.module)
-                    else None,
+                    stand_in=stand_in,
                     sum_loss=kept.settle,
                 ):
                     steps.append(step)

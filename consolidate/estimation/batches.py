@@ -122,21 +122,10 @@ def placed(place: Place, inputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
 
 
 def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
-    """Return what the likelihood is computed from: the model's output tensor, or its `logits`.
+    """Return what the likelihood is computed from, (B, …): the output tensor, or its `logits`.
 
     The model never sees the labels, except that an encoder-decoder's inputs are made from them
-    where they are not given.
-
-    Args:
-        model: Any module.
-        inputs: A tensor, a tuple of positional arguments or a mapping of keyword arguments.
-        labels: The labels of the same examples.
-
-    Returns:
-        The outputs, (B, …) floating point, attached to the graph.
-
-    Raises:
-        InputError: The model cannot take the inputs, or gives neither a tensor nor `logits`.
+    where they are not given. What it cannot take is refused with the inputs' shapes.
     """
     args, kwargs = inputs if isinstance(inputs, tuple | list) else (inputs,), {}
     if isinstance(inputs, Mapping):

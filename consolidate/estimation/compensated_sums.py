@@ -119,11 +119,9 @@ class Accumulators:
         self._counts = self._summed(group)
 
     def relative_errors(self, group: ProcessGroup | None = None) -> dict[str, float]:
-        """Return the standard error of each trace, over the trace, by name.
+        """Return the standard error of each trace, over the trace, of what all processes hold.
 
-        Left out are traces of zero, and those below NEGLIGIBLE of the whole, which are noise. Of
-        what all processes of a group hold, where there is one.
-
+        Left out are traces of zero, and those below NEGLIGIBLE of the whole, which are noise.
         The trace is a ratio, R = Σ s / Σ u. Where n draws were measured, the residuals d = s − R u
         have the variance σ² = Σ d² / (n − 1), and R has N σ² / (Σ u)² over all N (Cochran 1977,
         ch. 6); infinite for n < 2.

@@ -53,18 +53,13 @@ def score_vectors(
 ) -> Iterator[Tensor]:
     """Yield the gradients of log p at the outputs whose squares, sent back, make the Fisher.
 
+    Those of `batched` are summed over the batch before they are squared.
+
     Args:
-        estimator: Which one is measured. Those of `batched` are summed over the batch first.
+        estimator: Which one is measured.
         likelihood: log p.
         outputs: Of the model for the batch, (B, …), detached.
         batch: B examples.
-
-    Yields:
-        Vectors like outputs.
-
-    Raises:
-        InputError: The labels do not fit the outputs.
-        UsageError: `exact` has too many outcomes.
     """
     labels = batch.labels
     likelihood.check_labels(outputs, labels)

@@ -237,8 +237,7 @@ class Squares:
     def __call__(self, gradients: Mapping[str, Gradients], examples: range) -> None:
         """Take per-example gradients of one call's parameters, by one vector.
 
-        Those of `few` positions, and those that wait for a parameter's last use, are of all
-        examples.
+        Those of `few` positions, and those that wait for a last use, are of all examples.
         """
         pairs: dict[int, Tensor] = {}  # A layer's weight and bias share them.
         for name, found in gradients.items():
@@ -365,9 +364,6 @@ def add_squares(
         outputs: Its outputs, (B, …).
         vectors: What to send back, each like outputs.
         first: The first example whose share is measured where not all are.
-
-    Returns:
-        The sink that has added them.
     """
     squares = Squares(sums, recording, first)
     vectors = iter(vectors)
@@ -391,9 +387,6 @@ def module_gradients(
         call: The call to repeat.
         inputs: Its inputs for some examples, (B, …) each or shared.
         gradients: The gradients at its outputs for the same examples, (B, …).
-
-    Raises:
-        UnitError: The module raises.
     """
     unit = call.unit
     values = {name: unit.module.get_parameter(name).detach() for name in unit.names}

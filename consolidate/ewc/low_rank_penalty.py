@@ -56,27 +56,20 @@ class MergedPenalty:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        """Match Fisher and anchor with the layers.
+        """Match Fisher and anchor with the layers, by the names and shapes of their weights.
 
         Tensors that have the dtype and the device already are kept as they are, not copied, and
         must not be written to afterwards.
 
         Args:
             layers: By the name of their weight.
-            fisher: Λ by the weights' names and of their shapes, finite and not negative. Of weights
-                that no layer here changes it is not looked at.
-            anchor: μ by the same names; None where it is W, which then takes no memory.
+            fisher: Λ, finite and not negative; that of other weights is not looked at.
+            anchor: μ; None where it is W, which then takes no memory.
             ewc_lambda: λ, finite and not negative.
             offset: A constant, times λ in every value: `penalty_offset` of a ledger.
-            beside: The penalty on parameters that train as they are, beside the adapter; its own λ
-                is not looked at.
+            beside: The penalty on parameters that train as they are; its λ is not looked at.
             dtype: Of Λ and μ as they are kept: float32, or wider where W is, unless given.
             device: Where Λ and μ are kept; each beside its weight unless given.
-
-        Raises:
-            UsageError: If λ is negative or not finite, or `dtype` is not floating.
-            InputError: If a shape does not match, a Fisher is negative, or no layer has one.
-            NonFiniteError: If a Fisher or an anchor is not finite.
         """
         check_strength(ewc_lambda, dtype)
         self.ewc_lambda = ewc_lambda

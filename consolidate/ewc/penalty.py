@@ -304,20 +304,9 @@ def check_proximal(optimizer: torch.optim.Optimizer) -> None:
 def checked_tensors(
     name: str, parameter: nn.Parameter, fisher: Tensor, anchors: Mapping[str, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Give Λ and μ of a parameter, its present values where there are no anchors.
+    """Give Λ and μ of a parameter θ, without gradients; θ itself where there are no anchors.
 
-    Args:
-        name: The parameter's name.
-        parameter: θ.
-        fisher: Λ.
-        anchors: μ by name; None where it is θ.
-
-    Returns:
-        Λ and μ, without gradients.
-
-    Raises:
-        InputError: A shape is not the parameter's, μ is missing, or Λ is negative somewhere.
-        NonFiniteError: One of them is not finite.
+    What is not of its shape, not finite, or a negative Λ is refused.
     """
     if anchors is not None and name not in anchors:
         raise InputError(f"The anchor holds no {name!r}, which the Fisher protects.")
@@ -374,8 +363,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def _pieces(term: _Term, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cut a term's tensors and others of their shape alike, if their elements lie in one order.
 
-    Yields:
-        θ; Λ and μ, on its device in float32 or wider; and the others.
+    Yields θ; Λ and μ, on its device in float32 or wider; and the others.
     """
     parameter = local(term.parameter.detach())
     device, dtype = parameter.device, wide(parameter.dtype)

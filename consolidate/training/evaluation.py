@@ -43,10 +43,6 @@ def measure(
     Returns:
         ``loss``, the mean negative log-likelihood per unit; ``accuracy`` or ``perplexity``; and
         ``score``, which is the accuracy where there is one and minus the loss elsewhere.
-
-    Raises:
-        InputError: No unit was to be predicted.
-        NonFiniteError: The loss is NaN or infinite.
     """
     loss = units = correct = uncounted = 0.0
     place = place_of(model)
@@ -95,7 +91,7 @@ def divergence(
     likelihood: Likelihood,
     group: ProcessGroup | None = None,
 ) -> float:
-    """Measure how far a model's outputs have moved: the mean of KL(p_old ‖ p_new) per unit.
+    """Measure how far a model's outputs have moved: the mean of KL(p_old ‖ p_new) in nats per unit.
 
     Args:
         model: With its new values; compared in eval mode, and it comes back as it was.
@@ -103,9 +99,6 @@ def divergence(
         batches: Pairs (inputs, labels). The labels only mark what is predicted.
         likelihood: The likelihood whose distributions are compared.
         group: Processes that the batches were dealt to; each gets the mean of all.
-
-    Returns:
-        Nats per unit.
     """
     total = units = 0.0
     place = place_of(model)

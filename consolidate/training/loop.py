@@ -180,7 +180,6 @@ def training_steps(
 
     Raises:
         NonFiniteError: The loss or the penalty is not finite; no step is taken on it.
-        UsageError: A proximal step is wanted of an optimizer or a penalty that has none.
     """
     model.train()
     if recipe.norm_statistics == "frozen":
