@@ -394,28 +394,32 @@ def module_gradients(
     vectors = [g for g in gradients if g is not None]
     own = [t for t, rows in zip(inputs, unit.rows, strict=True) if rows]
 
-    def outputs(parameters: dict[str, Tensor], example: Iterable[Tensor]) -> list[Tensor]:
+    def arguments(example: Iterable[Tensor]) -> tuple[Any, Any]:
         rows = iter(example)
         alone = [next(rows)[None] if r else t for t, r in zip(inputs, unit.rows, strict=True)]
         assert call.spec is not None
-        args, kwargs = tree_unflatten(alone, call.spec)
+        return tree_unflatten(alone, call.spec)
+
+    def outputs(parameters: dict[str, Tensor], args: Any, kwargs: Any) -> list[Tensor]:
         output = torch.func.functional_call(unit.module, parameters, args, kwargs)
         return [tree_flatten(output)[0][i] for i in arrived]
 
     def of_example(example: list[Tensor], vector: list[Tensor]) -> dict[str, Tensor]:
+        args, kwargs = arguments(example)
+        at_outputs = [v[None] for v in vector]
         with falling_back(unit.names.values(), Exception), warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # Where it would be a slow loop.
-            vjp = torch.func.vjp(lambda parameters: outputs(parameters, example), values)[1]
-            return vjp([v[None] for v in vector])[0]
+            vjp = torch.func.vjp(lambda parameters: outputs(parameters, args, kwargs), values)[1]
+            return vjp(at_outputs)[0]
 
     def run_alone(example: list[Tensor], vector: list[Tensor]) -> dict[str, Tensor]:
+        args, kwargs = arguments(example)
+        at_outputs = [v[None] for v in vector]
         leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
         with falling_back(unit.names.values(), Exception), torch.enable_grad():
+            made = outputs(leaves, args, kwargs)
             found = torch.autograd.grad(
-                outputs(leaves, example),
-                list(leaves.values()),
-                [v[None] for v in vector],
-                materialize_grads=True,
+                made, list(leaves.values()), at_outputs, materialize_grads=True
             )
         return dict(zip(leaves, found, strict=True))
 
