@@ -18,13 +18,7 @@ from consolidate.chain.rank_progress import gather_own, start_with_first, start_
 from consolidate.estimation.passes import PartialPass
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import place_in, summed
-from consolidate.training.state import (
-    OWN,
-    Descent,
-    load_training,
-    training_numbers,
-    training_tensors,
-)
+from consolidate.training.state import OWN, Descent, load_training, training_state
 from formats.atomic import partial_path
 from formats.errors import InputError
 from formats.partial_work import (
@@ -209,11 +203,10 @@ class KeptTraining:
         """Keep the state of the training after its last step, if it has taken one."""
         if self._work is None or not descent.steps:
             return
-        tensors = training_tensors(descent)
+        tensors, numbers = training_state(descent)
         if not self._work.shard:
             tensors = gather_own(tensors, OWN, self._work.group)
-        state = {**self._beside, "training": training_numbers(descent)}
-        self._work.keep(tensors, state, "training")
+        self._work.keep(tensors, {**self._beside, "training": numbers}, "training")
 
     def stop_if_asked(self, where: str) -> None:
         """Stop where the training can go on, if that was settled."""
@@ -252,8 +245,7 @@ class KeptPass:
         """Prepare to keep a pass, with the tensors and the state of what was done before it."""
         self._work = work
         self._found = found
-        self._tensors = dict(tensors or {})
-        self._state = dict(state or {})
+        self._tensors, self._state = dict(tensors or {}), dict(state or {})
         if not work.shard and place_in(work.group)[0] > 0:  # the first keeps what is before it
             self._tensors = {}
             self._state = {name: v for name, v in self._state.items() if name == "trained"}

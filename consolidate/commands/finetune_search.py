@@ -111,7 +111,7 @@ def search_lambda(
     The subject comes back with the values it had, its penalty with the λ that was chosen. `done`
     are trials of the same search that was interrupted; `keep` is called with each new one.
     """
-    search = _Search.begin(plan, subject, batch_size, seed, group)
+    search = _Search(plan, subject, batch_size, seed, group)
     known = {(trial.ewc_lambda, trial.steps): trial for trial in done}
 
     def trial(strength: float, length: int) -> Trial:
@@ -153,36 +153,24 @@ def search_lambda(
     }
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Search:
     """A search with what was measured before it."""
 
     plan: Plan
     subject: Subject
-    examples: Examples  # that are trained on
-    held_out: Mapping[str, Examples]  # that are measured, the new task's among them
     batch_size: int
+    seed: int
     group: ProcessGroup | None
-    values: dict[str, Tensor]  # of the model at the start
-    before: dict[str, dict[str, float]]
 
-    @classmethod
-    def begin(
-        cls,
-        plan: Plan,
-        subject: Subject,
-        batch_size: int,
-        seed: int,
-        group: ProcessGroup | None,
-    ) -> "_Search":
+    def __post_init__(self) -> None:
         """Hold data of the new task out where none is given, and measure the start."""
-        examples, held_out = subject.examples, dict(subject.held_out)
-        if plan.new not in held_out:
-            examples, held_out[plan.new] = hold_out(examples, seed)
-        values = {name: t.detach().clone() for name, t in _tensors(subject.model.module).items()}
-        search = cls(plan, subject, examples, held_out, batch_size, group, values, {})
-        search.before.update(search.measure())
-        return search
+        self.examples, self.held_out = self.subject.examples, dict(self.subject.held_out)
+        if self.plan.new not in self.held_out:
+            self.examples, self.held_out[self.plan.new] = hold_out(self.examples, self.seed)
+        tensors = _tensors(self.subject.model.module)
+        self.values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self.before = self.measure()
 
     def measure(self) -> dict[str, dict[str, float]]:
         """Measure the model as it is on what is held out."""

@@ -78,12 +78,8 @@ class Softmax:
 
     def check_labels(self, outputs: Tensor, labels: Tensor) -> None:
         """Raise InputError unless labels are class indices for these outputs."""
-        expected = "(examples, positions, classes)" if self.tokens else "(examples, classes)"
-        if outputs.ndim != 2 + self.tokens:
-            raise InputError(
-                f"The {self.name} likelihood needs outputs of shape {expected}; "
-                f"the model gave {_shape(outputs)}."
-            )
+        expected = ("examples", "positions", "classes") if self.tokens else ("examples", "classes")
+        _check_outputs(self.name, outputs, *expected)
         _check_shape(self.name, labels, outputs.shape[:-1])
         if labels.dtype.is_floating_point or labels.dtype.is_complex:
             raise InputError(
@@ -219,11 +215,7 @@ class Bernoulli(_Columns):
 
     def check_labels(self, outputs: Tensor, labels: Tensor) -> None:
         """Raise InputError unless labels are 0 or 1, one for each output."""
-        if outputs.ndim != 2:
-            raise InputError(
-                f"The {self.name} likelihood needs outputs of shape (examples, labels); "
-                f"the model gave {_shape(outputs)}."
-            )
+        _check_outputs(self.name, outputs, "examples", "labels")
         _check_shape(self.name, labels, outputs.shape)
         wrong = (labels != 0) & (labels != 1)
         if wrong.any():
@@ -368,6 +360,14 @@ def _precise(like: Tensor) -> Tensor:
 
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
+
+
+def _check_outputs(name: str, outputs: Tensor, *axes: str) -> None:
+    if outputs.ndim != len(axes):
+        raise InputError(
+            f"The {name} likelihood needs outputs of shape ({', '.join(axes)}); "
+            f"the model gave {_shape(outputs)}."
+        )
 
 
 def _check_shape(name: str, labels: Tensor, expected: torch.Size) -> None:

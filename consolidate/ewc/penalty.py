@@ -113,9 +113,7 @@ class Penalty:
             NonFiniteError: If a Fisher or an anchor is not finite.
         """
         check_strength(ewc_lambda, dtype)
-        if isinstance(parameters, nn.Module):
-            parameters = parameters.named_parameters()
-        known = dict(parameters)
+        known = _named(parameters)
         if unknown := [name for name in fisher if name not in known]:
             raise InputError(
                 f"The Fisher holds {unknown[0]!r} ({len(unknown)} such names), which is no "
@@ -147,9 +145,7 @@ class Penalty:
         device: torch.device | str | None = None,
     ) -> "Penalty":
         """Return (λ/2) Σ (θ − μ)², that is Λ = 1 for every trainable parameter."""
-        if isinstance(parameters, nn.Module):
-            parameters = parameters.named_parameters()
-        trained = {name: p for name, p in parameters if p.requires_grad}
+        trained = {name: p for name, p in _named(parameters).items() if p.requires_grad}
         ones = {
             name: torch.ones((), device=p.device).expand(p.shape) for name, p in trained.items()
         }
@@ -282,6 +278,12 @@ class Penalty:
             total = torch.stack([value.to(values[0].device, dtype) for value in values]).sum()
             total = sum_of_parts(total, self._terms[0].parameter)
         return self.ewc_lambda * (total / 2 + self._offset)
+
+
+def _named(parameters: NamedParameters) -> dict[str, nn.Parameter]:
+    if isinstance(parameters, nn.Module):
+        parameters = parameters.named_parameters()
+    return dict(parameters)
 
 
 def check_strength(ewc_lambda: float, dtype: torch.dtype | None) -> None:

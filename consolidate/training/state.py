@@ -29,10 +29,11 @@ class Descent:
     steps: list[Step]
 
 
-def training_tensors(descent: Descent) -> dict[str, Tensor]:
-    """Give the tensors of a training between two steps, without copying.
+def training_state(descent: Descent) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Give the state of a training between two steps: tensors, without copying, and the rest.
 
-    They are values, the optimizer's state by parameter name, random number generators and history.
+    They are values, the optimizer's state by parameter name, random number generators and history;
+    and JSON-ready numbers of the schedule and the loss scaler.
     """
     tensors = trained_tensors(descent.module, descent.steps, frozen=False)
     names = {id(parameter): name for name, parameter in descent.module.named_parameters()}
@@ -43,13 +44,8 @@ def training_tensors(descent: Descent) -> dict[str, Tensor]:
                 tensors[f"optimizer/{key}/{name}"] = local(torch.as_tensor(value))
     for kind, backend in _generators(descent.module):
         tensors[f"random/{kind}"] = backend.get_rng_state()
-    return tensors
-
-
-def training_numbers(descent: Descent) -> dict[str, Any]:
-    """Give what is no tensor of a training between two steps: of schedule and loss scaler."""
     schedule = descent.scheduler.state_dict()
-    return {
+    return tensors, {
         "schedule": {key: schedule[key] for key in ("last_epoch", "_step_count", "_last_lr")},
         "scaler": descent.scaler.state_dict(),
     }
@@ -58,7 +54,7 @@ def training_numbers(descent: Descent) -> dict[str, Any]:
 def load_training(
     descent: Descent, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Let a training that has taken no step go on from its former tensors and numbers."""
+    """Let a training that has taken no step go on from what `training_state` gave."""
     descent.steps[:] = load_trained(descent.module, tensors)
     names = {id(parameter): name for name, parameter in descent.module.named_parameters()}
     optimizer = descent.optimizer
