@@ -1,4 +1,4 @@
-"""What is kept of long work beside its target, so that the same command can go on with it."""
+"""What is kept of long work beside its target, so that the same command can resume it."""
 
 import logging
 import math
@@ -130,7 +130,7 @@ class KeptWork:
         return together or not (gathers or self.shard)
 
     def stop_if_asked(self, where: str) -> None:
-        """Stop where work can go on, if that was settled, and say where: ``after step 3 of 10``."""
+        """Stop where work can resume, if that was settled, and say where: ``after step 3 of 10``."""
         if self.asked():
             how = "the same command goes on from there" if self._every < math.inf else "not kept"
             LOG.info("stopped %s: %s", where, how)
@@ -187,7 +187,7 @@ class KeptTraining:
         self.settle = None if work is None else work.settle
 
     def load(self, descent: Descent) -> bool:
-        """Let a training that has taken no step go on from what was kept, if something was."""
+        """Resume from what was kept, if something was; say whether."""
         found, self._found = self._found, None
         if found is None or "training" not in found.state:
             return False
@@ -209,7 +209,7 @@ class KeptTraining:
         self._work.keep(tensors, {**self._beside, "training": numbers}, "training")
 
     def stop_if_asked(self, where: str) -> None:
-        """Stop where the training can go on, if that was settled."""
+        """Stop where the training can resume, if that was settled."""
         if self._work is not None:
             self._work.stop_if_asked(where)
 
@@ -252,7 +252,7 @@ class KeptPass:
         self._has_kept = found is not None and "levels" in found.state
 
     def start(self) -> PartialPass | None:
-        """Return where the pass was broken off; None where it was not begun."""
+        """Return where the pass was interrupted; None where it was not begun."""
         found, self._found = self._found, None
         if found is None or "levels" not in found.state:
             return None

@@ -241,7 +241,7 @@ def descend(
                     take_metrics(f"step {len(steps)}")
             for epoch, examples in _epochs_left(chosen, recipe, total, group, len(steps)):
                 stand_in = None
-                if is_sharded(model.module):  # the same wherever the epoch is gone on with
+                if is_sharded(model.module):  # the same wherever the epoch is resumed
                     stand_in = start.examples.collate(chosen[: recipe.batch_size], epoch)
                 for step in training_steps(
                     model.module,

@@ -166,7 +166,7 @@ def fisher_diagonal(
         for batch, all_have_one in rounds(
             _numbered(batches, indices, group), group if sharded or tolerance is not None else None
         ):
-            # Before a batch, not after it, so that a pass which goes on ends where it would have.
+            # Before a batch, not after it, so that a resumed pass ends where it would have.
             if tolerance is not None and _is_settled(measured, tolerance, seen < done, group):
                 break
             if batch is None:

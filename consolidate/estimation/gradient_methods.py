@@ -1,4 +1,4 @@
-"""By which method each parameter's per-example gradients are had, found out on a first batch.
+"""Which method computes each parameter's per-example gradients, found out on a first batch.
 
     rule      from the inputs and outputs of its layers, for the whole batch at once
     module    by running its module again, alone, for each example
@@ -52,7 +52,7 @@ class Failure(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How per-example gradients are had."""
+    """How each parameter's per-example gradients are computed."""
 
     levels: dict[str, str]  # what `method_of` takes, by the names of what outputs depend on
     units: list[Unit]  # what is marked for those that do not go by the loop
@@ -93,7 +93,7 @@ def choose_methods(
     dtype: torch.dtype,
     levels: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Choose how each parameter's per-example gradients are had.
+    """Choose how each parameter's per-example gradients are computed.
 
     A random vector is sent back through the whole batch of two examples or more. Each parameter's
     sum over the examples must be autograd's own gradient, so that nothing is missing. Of the first

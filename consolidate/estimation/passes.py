@@ -35,10 +35,10 @@ class Scores(NamedTuple):
 
 
 class PartialPass(NamedTuple):
-    """Where another pass over the same batches can go on."""
+    """Where another pass over the same batches can resume."""
 
     tensors: dict[str, Tensor]  # the sums so far, and what was counted
-    levels: dict[str, str] | None  # how gradients are had; None while that is not known
+    levels: dict[str, str] | None  # the parameters' methods; None while that is not known
     most: int | None  # examples that the memory suffices for; None while it suffices for all
 
     @property
@@ -66,12 +66,14 @@ class Pass:
         start: PartialPass | None = None,
         group: ProcessGroup | None = None,
     ):
-        """Prepare to measure `parameters`, whose gradients are off, or go on from where a pass was.
+        """Prepare to measure `parameters`, whose gradients are off, or to resume another pass.
 
         With `check` the methods are chosen anew on every batch; `dtype` is that of the sums.
         """
         self.accumulators: Accumulators | None = None  # until the first batch
-        self.levels: dict[str, str] | None = None  # how each parameter's gradients are had
+        self.levels: dict[str, str] | None = (
+            None  # each parameter's method; None until the first batch
+        )
         self._model = model
         self._parameters = dict(parameters)
         self._scores = scores
@@ -136,7 +138,7 @@ class Pass:
     def take(self, batch: Batch, keep: Callable[[PartialPass], None] | None = None) -> None:
         """Add a batch, on any device; raise where outputs or gradients are not finite.
 
-        `keep` is called where another pass can go on; what it is given is valid until it returns.
+        `keep` is called where another pass can resume; what it is given is valid until it returns.
         """
         waiting = deque([batch])
         while waiting:

@@ -1,4 +1,4 @@
-"""The state of a training as plain tensors and numbers, from which it goes on to the same bits.
+"""The state of a training as plain tensors and numbers, from which it resumes to the same bits.
 
 Of a model in shards it is this process's part.
 """
@@ -54,7 +54,7 @@ def training_state(descent: Descent) -> tuple[dict[str, Tensor], dict[str, Any]]
 def load_training(
     descent: Descent, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Let a training that has taken no step go on from what `training_state` gave."""
+    """Resume a training, which has taken no step yet, from what `training_state` gave."""
     descent.steps[:] = load_trained(descent.module, tensors)
     names = {id(parameter): name for name, parameter in descent.module.named_parameters()}
     optimizer = descent.optimizer
