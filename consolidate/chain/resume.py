@@ -130,7 +130,7 @@ class KeptWork:
         return together or not (gathers or self.shard)
 
     def stop_if_asked(self, where: str) -> None:
-        """Stop where work can resume, if that was settled, and say where: ``after step 3 of 10``."""
+        """Stop where work can resume, if that was settled, and say it: ``after step 3 of 10``."""
         if self.asked():
             how = "the same command goes on from there" if self._every < math.inf else "not kept"
             LOG.info("stopped %s: %s", where, how)

@@ -71,9 +71,7 @@ class Pass:
         With `check` the methods are chosen anew on every batch; `dtype` is that of the sums.
         """
         self.accumulators: Accumulators | None = None  # until the first batch
-        self.levels: dict[str, str] | None = (
-            None  # each parameter's method; None until the first batch
-        )
+        self.levels: dict[str, str] | None = None  # the parameters' methods; likewise
         self._model = model
         self._parameters = dict(parameters)
         self._scores = scores
