@@ -195,9 +195,11 @@ class KeptTraining:
         found.tensors.clear()  # they take as much memory as what they were copied to
         return True
 
-    def due(self) -> bool:
-        """Say whether it was settled to keep what was done."""
-        return self._work is not None and self._work.due()
+    def after_step(self, descent: Descent, where: str) -> None:
+        """Keep the training if that is due, and stop there if that was asked for."""
+        if self._work is not None and self._work.due():
+            self.keep(descent)
+            self._work.stop_if_asked(where)
 
     def keep(self, descent: Descent) -> None:
         """Keep the state of the training after its last step, if it has taken one."""
@@ -207,11 +209,6 @@ class KeptTraining:
         if not self._work.shard:
             tensors = gather_own(tensors, OWN, self._work.group)
         self._work.keep(tensors, {**self._beside, "training": numbers}, "training")
-
-    def stop_if_asked(self, where: str) -> None:
-        """Stop where the training can resume, if that was settled."""
-        if self._work is not None:
-            self._work.stop_if_asked(where)
 
     @contextmanager
     def when_stopped(self, descent: Descent) -> Iterator[None]:

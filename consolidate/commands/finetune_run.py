@@ -262,9 +262,7 @@ def descend(
                     if report is not None:
                         report(step)
                     _log(step, total, recipe.log_every)
-                    if kept.due():
-                        kept.keep(descent)
-                        kept.stop_if_asked(f"after step {step.step} of {total}")
+                    kept.after_step(descent, f"after step {step.step} of {total}")
                     if _is_measured(step.step, total, recipe):
                         with kept.when_stopped(descent):
                             take_metrics(f"step {step.step}")

@@ -73,9 +73,9 @@ class MergedPenalty:
         """
         check_strength(ewc_lambda, dtype)
         self.ewc_lambda = ewc_lambda
+        self._beside = beside or Penalty((), {}, ewc_lambda=ewc_lambda)
         self.unprotected = [name for name in layers if name not in fisher]
-        self.unprotected += [] if beside is None else beside.unprotected
-        self._beside = beside
+        self.unprotected += self._beside.unprotected
         self._offset = offset
         self._terms = []
         for name, layer in layers.items():
@@ -94,7 +94,7 @@ class MergedPenalty:
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the penalty holds: A and B of each layer, and those beside."""
         factors = [factor for term in self._terms for factor in (term.layer.a, term.layer.b)]
-        return factors + ([] if self._beside is None else self._beside.parameters())
+        return factors + self._beside.parameters()
 
     @torch.no_grad()
     def value(self) -> float:
@@ -104,25 +104,21 @@ class MergedPenalty:
             for term in self._terms
             for _, difference, fisher in _pieces(term)
         ]
-        beside = self._at_lambda()
-        return self._total(values).item() + (0.0 if beside is None else beside.value())
+        return self._total(values).item() + self._at_lambda().value()
 
     @torch.no_grad()
     def add_gradient_(self) -> None:
         """Add s Bᵀ G and s G Aᵀ to the gradients of A and B, creating them where there are none."""
         for _ in self._adding_gradient():
             pass
-        beside = self._at_lambda()
-        if beside is not None:
-            beside.add_gradient_()
+        self._at_lambda().add_gradient_()
 
     @torch.no_grad()
     def value_and_add_gradient_(self) -> Tensor:
         """Do what `add_gradient_` does, and return the penalty's value at the present values."""
         pieces = self._adding_gradient()
         total = self._total([torch.dot(pull.flatten(), far.flatten()) for pull, far in pieces])
-        beside = self._at_lambda()
-        return total if beside is None else total + beside.value_and_add_gradient_().to(total)
+        return total + self._at_lambda().value_and_add_gradient_().to(total)
 
     def _adding_gradient(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Add the gradient; yield Λ (W + s B A − μ) and W + s B A − μ of some rows meanwhile."""
@@ -142,9 +138,8 @@ class MergedPenalty:
             ):
                 _add(parameter, gradient.mul_(factor))
 
-    def _at_lambda(self) -> Penalty | None:
-        if self._beside is not None:
-            self._beside.ewc_lambda = self.ewc_lambda
+    def _at_lambda(self) -> Penalty:
+        self._beside.ewc_lambda = self.ewc_lambda
         return self._beside
 
     def _total(self, values: list[Tensor]) -> Tensor:
