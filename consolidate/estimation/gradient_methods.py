@@ -32,16 +32,13 @@ from formats.errors import InputError
 
 METHODS = ("rule", "module", "loop")
 
-MOST_WAITING = 1 << 26
-"""Elements of per-example gradients that are kept for a parameter that several modules use."""
-
+MOST_WAITING = 1 << 26  # elements of gradients kept for a parameter that several modules use
 _LEVELS = ("rule", "module", "module by itself", "loop")  # With vmap, and without.
 
 _Calls = dict[nn.Module, tuple[bool, ...] | None]
 """The modules called, with which of their inputs have a row per example; None where no such."""
 
-Forward = Callable[[Batch], Tensor]
-"""From a batch to the model's outputs."""
+Forward = Callable[[Batch], Tensor]  # from a batch to the model's outputs
 
 
 class Failure(NamedTuple):

@@ -27,9 +27,7 @@ from consolidate.estimation.example_gradients import (
     add_squares_of_sums,
 )
 
-VMAP_ELEMENTS = 1 << 22
-"""Elements of per-example gradients that one module makes at a time."""
-
+VMAP_ELEMENTS = 1 << 22  # of per-example gradients that one module makes at a time
 Sink = Callable[[Mapping[str, Gradients], range], None]
 """Takes per-example gradients of a call's parameters, by name, and which examples they are of."""
 
@@ -187,8 +185,7 @@ class Recording:
         )
 
 
-_SAVED = object()
-"""Stands for a tensor that autograd keeps."""
+_SAVED = object()  # stands for a tensor that autograd keeps
 
 
 class _Mark(torch.autograd.Function):

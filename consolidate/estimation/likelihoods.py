@@ -15,8 +15,7 @@ from torch.nn import functional
 
 from formats.errors import InputError, UsageError
 
-IGNORED = -100
-"""The label of a position that is not predicted, as transformers writes it."""
+IGNORED = -100  # the label of a position that is not predicted, as transformers writes it
 
 
 class Likelihood(Protocol):

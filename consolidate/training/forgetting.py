@@ -6,9 +6,7 @@ from collections.abc import Collection, Mapping
 from formats.errors import UsageError
 
 ROUNDING = 1e-9  # 0.90 − 0.87 is no more than 0.03
-
-Scores = Mapping[str, Mapping[str, float]]
-"""What was measured, by task and metric."""
+Scores = Mapping[str, Mapping[str, float]]  # what was measured, by task and metric
 
 
 def forgetting(before: Scores, after: Scores, tasks: Collection[str]) -> dict[str, float]:

@@ -12,9 +12,8 @@ from consolidate.training.forgetting import ROUNDING
 from formats.errors import NonFiniteError, UsageError
 
 RULES = ("mean", "least", "most")
+# Shares of the steps, and between the candidates of each quarters of a factor of 10.
 RUNGS = ((1 / 8, 4), (1 / 4, 2), (1, 2))
-"""Shares of the steps, and between the candidates of each quarters of a factor of 10."""
-
 FIRST = tuple(range(0, 25, 4))  # 1, 10, …, 10⁶, in quarters of a factor of 10
 MOST_EXTENSIONS = 6  # candidates in all beyond the range that a rung began with
 LEAST_STEPS = 20  # of a shortened run
@@ -41,11 +40,8 @@ class Trial:
         return sum(values["score"] for values in self.metrics.values()) / len(self.metrics)
 
 
-Rule = Callable[[Sequence[Trial]], Trial]
-"""Chooses among trials of as many steps."""
-
-Train = Callable[[float, int], Trial]
-"""Trains with a λ for a number of steps, from the start, and measures."""
+Rule = Callable[[Sequence[Trial]], Trial]  # chooses among trials of as many steps
+Train = Callable[[float, int], Trial]  # trains with a λ for so many steps, and measures
 
 
 def by_mean(trials: Sequence[Trial]) -> Trial:

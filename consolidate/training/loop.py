@@ -22,8 +22,7 @@ from formats.errors import NonFiniteError, UsageError
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
-FUSED = ("cpu", "cuda", "mps", "xpu")
-"""Devices on which torch has Adam as one kernel."""
+FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch has Adam as one kernel
 MIXED_PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Pair = tuple[Any, Tensor]  # inputs and labels
 APART = 0x9E3779B97F4A7C15
