@@ -429,6 +429,10 @@ class Recipe:
     )
     seed: int = _seed()
 
+    def step_examples(self, processes: int) -> int:
+        """Return the examples of one optimizer step, over all micro-batches and processes."""
+        return self.batch_size * self.gradient_accumulation_steps * processes
+
 
 @dataclass(frozen=True)
 class Gate:

@@ -38,15 +38,9 @@ _PASS, _OF_A_PASS = "pass/", ("levels", "most")
 def gather_own(
     tensors: Mapping[str, Tensor], own: tuple[str, ...], group: ProcessGroup | None
 ) -> dict[str, Tensor]:
-    """Give the first process what the others alone have, beside what all have.
+    """Give the first process what the others alone have, as ``process-1/NAME`` beside its own.
 
-    Args:
-        tensors: Of this process, under the same names in each.
-        own: What the names of those begin with that may differ between processes.
-        group: The processes, all of which ask; None for one alone.
-
-    Returns:
-        In the first process its tensors, and the others' under ``process-1/NAME`` and so on.
+    What may differ between processes has names that begin with one of `own`.
     """
     found = dict(tensors)
     number, size = place_in(group)
@@ -66,15 +60,7 @@ def gather_own(
 
 
 def start_with_first(own: StoredWork | None, group: ProcessGroup | None) -> StoredWork | None:
-    """Begin with what the first process kept for all, and with this one's part of a pass.
-
-    Args:
-        own: What this process kept.
-        group: The processes, all of which ask; None for one alone.
-
-    Returns:
-        Where this process goes on; None where nothing was kept for it.
-    """
+    """Begin with what the first process kept for all, and with this one's part of a pass."""
     if group is None:
         return own
     common = _from_first(own, group)
@@ -93,16 +79,7 @@ def start_with_set(
 ) -> StoredWork | None:
     """Begin with this process's part of the newest set of which every process has its part.
 
-    Args:
-        target: The folder that the command will write.
-        check: Refuses what is not of this command.
-        group: The processes, all of which ask.
-
-    Returns:
-        The part; None where no set was ever kept.
-
-    Raises:
-        InputError: Parts of sets are there, and no set is whole.
+    Parts of sets without a whole one are refused; None where no set was ever kept.
     """
     process = place_in(group)[0]
     marks = []
@@ -131,19 +108,9 @@ def write_set(
     check: Callable[[], None],
     group: ProcessGroup | None,
 ) -> None:
-    """Keep a set of parts: this process's, while the others keep theirs.
+    """Keep this process's part of a set, while the others keep theirs: all of them, or none.
 
-    Args:
-        target: The folder that the command will write.
-        tensors: Of this process.
-        state: How far the work is, as JSON.
-        command: Everything that the result depends on, as JSON.
-        check: Raises an InputError where there is no room.
-        group: The processes.
-
-    Raises:
-        InputError: A part cannot be kept, and so none is.
-        OSError: This process's place cannot be written.
+    `check` raises an InputError where there is no room.
     """
     process = place_in(group)[0]
     mark = from_first(time.time_ns(), group)

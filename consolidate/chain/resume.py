@@ -1,11 +1,11 @@
-"""What is kept of long work beside its target, so that the same command can go on with it."""
+"""What is kept of long work beside its target, so that the same command can resume it."""
 
 import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from consolidate.chain.rank_progress import gather_own, start_with_first, start_
 from consolidate.estimation.passes import PartialPass
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import place_in, summed
-from consolidate.training.state import OWN
+from consolidate.training.state import OWN, Descent, load_training, training_state
 from formats.atomic import partial_path
 from formats.errors import InputError
 from formats.partial_work import (
@@ -47,18 +47,9 @@ class KeptWork:
         shard: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Prepare to keep work.
+        """Prepare to keep work that `description` describes, JSON-ready, asked for only if needed.
 
-        Args:
-            target: The folder that the command will write.
-            description: Gives what the result depends on, JSON-ready; called when something is
-                kept, or was.
-            every: Seconds between two times.
-            result_bytes: What the command will write; nothing is kept that would leave less room.
-            restart: Throw away what was kept.
-            group: The processes that work together.
-            shard: Whether each of them holds a shard, so that all keep theirs at one moment.
-            clock: Gives the time in seconds.
+        `every` is in seconds; `result_bytes` are left free on the disk for the result.
         """
         self._target = target
         self._command = cache(lambda: plain(description()))
@@ -69,45 +60,34 @@ class KeptWork:
         self._process = place_in(group)[0]
         self.group = group
         self.shard = shard
-        self._now = False
+        self._due = False
         self._stop: tuple[float, float] = (0, 0)
         if restart:
             remove_partial(target, self._process)
 
     def start(self) -> StoredWork | None:
-        """Return where work of the same command was broken off; None where none was.
-
-        Raises:
-            InputError: Something else was kept; the message says what differs.
-        """
+        """Return where work of the same command was interrupted, and refuse that of another."""
         if self.shard:
             return start_with_set(self._target, self._refuse_others, self.group)
         stored = read_partial(self._target, self._process)
         self._refuse_others(stored)
         return start_with_first(stored, self.group)
 
-    def settle(self, *numbers: float) -> list[float]:
-        """Settle whether to keep what was done, and whether to stop: alike in all processes.
+    def settle(self, *numbers: float, alone: bool = False) -> list[float]:
+        """Settle, alike in all processes, whether to keep what was done and whether to stop.
 
-        Args:
-            numbers: Others that are summed over the processes on this occasion.
-
-        Returns:
-            Their sums.
+        Other numbers are summed on this occasion, and returned; with `alone`, of this process only.
         """
-        *sums, late, interrupted, terminated = summed(
-            self.group, *numbers, self._process == 0 and self._late(), *signals.wishes()
-        )
-        self._take(bool(late), (interrupted, terminated))
+        group = None if alone else self.group
+        late = (group is None or self._process == 0) and self._clock() - self._last >= self._every
+        *sums, due, interrupted, terminated = summed(group, *numbers, late, *signals.wishes())
+        self._stop = interrupted, terminated
+        self._due = bool(due) or any(self._stop)
         return sums
-
-    def settle_alone(self) -> None:
-        """Settle the same for this process, whatever the others do."""
-        self._take(self._late(), signals.wishes())
 
     def due(self) -> bool:
         """Say whether it was settled to keep what was done, by the clock or because of a stop."""
-        return self._now
+        return self._due
 
     def asked(self) -> bool:
         """Say whether it was settled to stop."""
@@ -123,11 +103,7 @@ class KeptWork:
     ) -> None:
         """Keep this; where that fails the work goes on, and nothing more is kept.
 
-        Args:
-            tensors: What was computed so far.
-            state: How far the work is, JSON-ready.
-            what: The word for the work in a note.
-            own: Whether each process keeps its own, and not the first one for all.
+        With `own` each process keeps its own, and not the first one for all.
         """
         if self._every == math.inf or not (own or self.shard or self._process == 0):
             return
@@ -148,19 +124,13 @@ class KeptWork:
     def can_keep(self, stop: BaseException, *, gathers: bool = False) -> bool:
         """Say whether what was done can be kept where a stop has come.
 
-        Args:
-            stop: What was raised; where not all processes stop, only what the first has can be.
-            gathers: Whether the others have to send it theirs.
+        Where not all processes stop, only what the first has can be, without what others send it.
         """
         together = self.group is None or signals.stopped_together(stop)
         return together or not (gathers or self.shard)
 
     def stop_if_asked(self, where: str) -> None:
-        """Stop where work can go on, if that was settled, and say so.
-
-        Args:
-            where: How far the work is, such as ``after step 3 of 10``.
-        """
+        """Stop where work can resume, if that was settled, and say it: ``after step 3 of 10``."""
         if self.asked():
             how = "the same command goes on from there" if self._every < math.inf else "not kept"
             LOG.info("stopped %s: %s", where, how)
@@ -186,13 +156,6 @@ class KeptWork:
                 "that command again, or --restart throws it away"
             )
 
-    def _late(self) -> bool:
-        return self._clock() - self._last >= self._every
-
-    def _take(self, late: bool, stop: tuple[float, float]) -> None:
-        self._now = late or any(stop)
-        self._stop = stop
-
     def _leave_room(self, size: int, what: str) -> None:
         path = partial_path(self._target, self._process)
         place = next(folder for folder in path.parents if folder.exists())
@@ -208,35 +171,62 @@ class KeptWork:
 
 
 class KeptTraining:
-    """A training, as part of a command's work."""
+    """A training, as part of a command's work; without that, as in a search, nothing is kept."""
 
-    def __init__(self, work: KeptWork, found: StoredWork | None, state: Mapping[str, Any]):
-        """Prepare to keep a training.
-
-        Args:
-            work: Where it is kept.
-            found: What was kept of it.
-            state: What is kept beside it, JSON-ready; looked at whenever something is kept.
-        """
+    def __init__(
+        self,
+        work: KeptWork | None = None,
+        found: StoredWork | None = None,
+        beside: Mapping[str, Any] | None = None,
+    ):
+        """Prepare to keep a training with what is beside it, which is looked at each time."""
         self._work = work
         self._found = found
-        self._state = state
-        self.settle = work.settle
-        self.due = work.due
-        self.asked = work.asked
-        self.can_keep = partial(work.can_keep, gathers=True)
-        self.stop_if_asked = work.stop_if_asked
+        self._beside = beside or {}
+        self.keeps = work is not None
+        self.settle = None if work is None else work.settle
 
-    def start(self) -> StoredWork | None:
-        """Return where the training was broken off; None where it was not begun."""
+    def load(self, descent: Descent) -> bool:
+        """Resume from what was kept, if something was; say whether."""
         found, self._found = self._found, None
-        return found if found is not None and "training" in found.state else None
+        if found is None or "training" not in found.state:
+            return False
+        load_training(descent, found.tensors, found.state["training"])
+        found.tensors.clear()  # they take as much memory as what they were copied to
+        return True
 
-    def keep(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Keep the state of the training."""
+    def after_step(self, descent: Descent, where: str) -> None:
+        """Keep the training if that is due, and stop there if that was asked for."""
+        if self._work is not None and self._work.due():
+            self.keep(descent)
+            self._work.stop_if_asked(where)
+
+    def keep(self, descent: Descent) -> None:
+        """Keep the state of the training after its last step, if it has taken one."""
+        if self._work is None or not descent.steps:
+            return
+        tensors, numbers = training_state(descent)
         if not self._work.shard:
             tensors = gather_own(tensors, OWN, self._work.group)
-        self._work.keep(tensors, {**self._state, "training": numbers}, "training")
+        self._work.keep(tensors, {**self._beside, "training": numbers}, "training")
+
+    @contextmanager
+    def when_stopped(self, descent: Descent) -> Iterator[None]:
+        """Keep the training where a stop comes inside the block, such as in a measurement."""
+        try:
+            yield
+        except signals.STOPS as stop:
+            if self._work is not None and self._work.can_keep(stop, gathers=True):
+                self.keep(descent)
+            raise
+
+    def end(self, descent: Descent, where: str) -> None:
+        """Keep the training after its last step and stop there, if that was asked for since."""
+        if self._work is not None:
+            self._work.settle()
+            if self._work.asked():
+                self.keep(descent)
+                self._work.stop_if_asked(where)
 
 
 class KeptPass:
@@ -249,25 +239,17 @@ class KeptPass:
         tensors: Mapping[str, Tensor] | None = None,
         state: Mapping[str, Any] | None = None,
     ):
-        """Prepare to keep a pass.
-
-        Args:
-            work: Where it is kept.
-            found: What was kept of it.
-            tensors: What is kept beside it: what was done before the pass.
-            state: Likewise.
-        """
+        """Prepare to keep a pass, with the tensors and the state of what was done before it."""
         self._work = work
         self._found = found
-        self._tensors = dict(tensors or {})
-        self._state = dict(state or {})
+        self._tensors, self._state = dict(tensors or {}), dict(state or {})
         if not work.shard and place_in(work.group)[0] > 0:  # the first keeps what is before it
             self._tensors = {}
             self._state = {name: v for name, v in self._state.items() if name == "trained"}
         self._has_kept = found is not None and "levels" in found.state
 
     def start(self) -> PartialPass | None:
-        """Return where the pass was broken off; None where it was not begun."""
+        """Return where the pass was interrupted; None where it was not begun."""
         found, self._found = self._found, None
         if found is None or "levels" not in found.state:
             return None
@@ -280,10 +262,7 @@ class KeptPass:
 
     def keep(self, partial: PartialPass) -> None:
         """Keep this if it is time to, and stop there if that was asked for."""
-        if self._work.shard:
-            self._work.settle()
-        else:
-            self._work.settle_alone()
+        self._work.settle(alone=not self._work.shard)
         if self._work.due():
             tensors = {f"pass/{name}": tensor for name, tensor in partial.tensors.items()}
             state = {"levels": partial.levels, "most": partial.most}

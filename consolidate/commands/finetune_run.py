@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.resume import KeptTraining, KeptWork
 from consolidate.commands.task_metrics import evaluate_all
-from consolidate.data.examples import subset
+from consolidate.data.examples import Examples, subset
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.lora import end_adapting
 from consolidate.models.model import Model, file_weights
@@ -28,16 +28,9 @@ from consolidate.training.loop import (
     make_optimizer,
     make_scheduler,
     seeded,
-    train_epoch,
+    training_steps,
 )
-from consolidate.training.state import (
-    Descent,
-    load_trained,
-    load_training,
-    trained_tensors,
-    training_numbers,
-    training_tensors,
-)
+from consolidate.training.state import Descent, load_trained, trained_tensors
 from formats.checkpoint import check_finite
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.partial_work import StoredWork
@@ -59,6 +52,37 @@ class Trained:
     metrics: dict[str, dict[str, dict[str, float]]]
 
 
+@dataclass(frozen=True)
+class _Measurements:
+    """What is measured of a training, by the moment: each moment once."""
+
+    start: "Start"
+    recipe: Recipe
+    group: ProcessGroup | None
+    metrics: dict[str, dict[str, dict[str, float]]]
+
+    def take(self, when: str, same_as: str = "") -> None:
+        """Measure at this moment, unless that was done, or at one that is the same."""
+        if not self.start.evaluations or when in self.metrics:
+            return
+        if same_as in self.metrics:
+            self.metrics[when] = self.metrics[same_as]
+            return
+        # A module may draw in eval mode too; training must not see.
+        # Several processes stop together, after a measurement; before the first step at once.
+        waits = self.group is not None and when != "before"
+        with signals.waiting(waits), torch.random.fork_rng():
+            self.metrics[when] = evaluate_all(
+                self.start.model,
+                self.start.evaluations,
+                batch_size=self.recipe.batch_size,
+                with_heads=self.start.with_heads,
+                group=self.group,
+            )
+        for measured, values in self.metrics[when].items():
+            LOG.info("%s: %s %s", when, measured, _in_words(values))
+
+
 def train(
     start: "Start",
     recipe: Recipe,
@@ -72,62 +96,23 @@ def train(
 ) -> Trained:
     """Train from the model's present weights, and give it the weights as they will be stored.
 
-    Args:
-        start: What is trained, in place.
-        recipe: How.
-        target: What a message calls the weights.
-        work: Where the training is kept.
-        found: What was kept of it.
-        beside: What is kept beside it, JSON-ready.
-        group: The processes that share the batches.
-        on_step: Called after each optimizer step.
-
-    Returns:
-        The weights, the steps and the metrics.
-
-    Raises:
-        NonFiniteError: Training diverged.
-        UsageError: There is nothing to train.
+    `beside` is JSON-ready, and kept with the training; `target` is the weights' name in a message.
     """
     model = start.model
     metrics = {} if found is None else dict(found.state.get("metrics", {}))
     beside = {**beside, "metrics": metrics}
-
-    def take_metrics(when: str, same_as: str = "") -> None:
-        if not start.evaluations or when in metrics:
-            return
-        if same_as in metrics:
-            metrics[when] = metrics[same_as]
-            return
-        # A module may draw in eval mode too; training must not see.
-        # Several processes stop together, after a measurement; before the first step at once.
-        waits = group is not None and when != "before"
-        with signals.waiting(waits), torch.random.fork_rng():
-            metrics[when] = evaluate_all(
-                model,
-                start.evaluations,
-                batch_size=recipe.batch_size,
-                with_heads=start.with_heads,
-                group=group,
-            )
-        for measured, values in metrics[when].items():
-            LOG.info("%s: %s %s", when, measured, _in_words(values))
-
-    def end_adapter() -> None:
-        if start.frozen is not None:
-            end_adapting(model, start.frozen, start.with_heads.values())
-
+    measurements = _Measurements(start, recipe, group, metrics)
     weights: Mapping[str, Tensor]
     if found is not None and "trained" in found.state:
-        end_adapter()
+        _merge_adapter(start)
         steps = load_trained(model.module, found.tensors)
         LOG.info("going on after the last of %d steps", len(steps))
         weights, mark = stored_weights(model, group), str(found.state["trained"])
     else:
-        take_metrics("before")
+        measurements.take("before")
         kept = KeptTraining(work, found, beside)
-        steps = descend(start, recipe, take_metrics, group, kept, on_step)
-        end_adapter()
+        steps = descend(start, recipe, measurements.take, group, kept, on_step)
+        _merge_adapter(start)
         weights = stored_weights(model, group)
         try:
             check_finite(weights, target)
@@ -139,7 +124,7 @@ def train(
         mark = from_first(secrets.token_hex(8), group)
     trained = Trained(mark, weights, steps, metrics)
     try:
-        take_metrics("after")
+        measurements.take("after")
     except signals.STOPS as stop:
         if work.can_keep(stop):
             work.keep(*kept_of(model, trained, beside), "training")
@@ -147,16 +132,15 @@ def train(
     return trained
 
 
+def _merge_adapter(start: "Start") -> None:
+    if start.frozen is not None:
+        end_adapting(start.model, start.frozen, start.with_heads.values())
+
+
 def kept_of(
     model: Model, trained: Trained, beside: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Give what is kept of a training that has ended, tensors and JSON.
-
-    Args:
-        model: With the weights as they will be stored.
-        trained: Where the training ended.
-        beside: What else is kept.
-    """
+    """Give what is kept of a training that has ended, tensors and JSON, and what is kept beside."""
     tensors = trained_tensors(model.module, trained.steps)
     return tensors, {**beside, "metrics": trained.metrics, "trained": trained.mark}
 
@@ -171,30 +155,64 @@ def descend(
 ) -> list[Step]:
     """Take the optimizer's steps, measuring at times and after each epoch.
 
-    Args:
-        start: What is trained, in place.
-        recipe: How.
-        take_metrics: Called with the name of the moment, and of one that may be the same; does
-            nothing where that moment was measured.
-        group: The processes that share the batches.
-        kept: Where to go on, and what keeps the training in case that it is broken off.
-        report: Called after each step.
-
-    Returns:
-        What each step reported.
-
-    Raises:
-        NonFiniteError: The loss or the penalty is not finite.
-        UsageError: There is nothing to train.
+    `take_metrics` is given a moment, and at the end of an epoch the step that may be the same.
     """
-    model, examples = start.model, start.examples
-    chosen = subset(len(examples), recipe.max_examples, recipe.seed)
-    epochs, total = run_length(len(chosen), recipe, group)
-    if not any(parameter.requires_grad for parameter in model.module.parameters()):
+    model = start.model
+    chosen = subset(len(start.examples), recipe.max_examples, recipe.seed)
+    _, total = run_length(len(chosen), recipe, group)
+    descent = _start_descent(model, recipe, total)
+    steps, kept = descent.steps, kept or KeptTraining()
+    with seeded(recipe.seed, group), signals.waiting(kept.keeps):
+        if kept.load(descent):
+            LOG.info("going on from step %d of %d", len(steps), total)
+        with progress("training", total, "steps", before=len(steps)) as advance:
+            if _is_measured(len(steps), total, recipe):
+                with kept.when_stopped(descent):
+                    take_metrics(f"step {len(steps)}")
+            for epoch, examples in _epochs_left(chosen, recipe, total, group, len(steps)):
+                stand_in = None
+                if is_sharded(model.module):  # the same wherever the epoch is resumed
+                    stand_in = start.examples.collate(chosen[: recipe.batch_size], epoch)
+                for step in training_steps(
+                    model.module,
+                    _micro_batches(start.examples, examples, epoch, recipe, group),
+                    get_likelihood(model.objective.likelihood),
+                    descent.optimizer,
+                    descent.scheduler,
+                    recipe,
+                    penalty=start.penalty,
+                    scaler=descent.scaler,
+                    first_step=len(steps),
+                    group=group,
+                    stand_in=stand_in,
+                    sum_loss=kept.settle,
+                ):
+                    steps.append(step)
+                    advance(1)
+                    if report is not None:
+                        report(step)
+                    _log(step, total, recipe.log_every)
+                    kept.after_step(descent, f"after step {step.step} of {total}")
+                    if _is_measured(step.step, total, recipe):
+                        with kept.when_stopped(descent):
+                            take_metrics(f"step {step.step}")
+                with kept.when_stopped(descent):
+                    take_metrics(f"epoch {epoch + 1}", f"step {len(steps)}")
+            kept.end(descent, f"after the last of {total} steps")
+    # What comes next needs the memory; the optimizer and its schedule hold each other.
+    descent.optimizer.zero_grad()
+    descent.optimizer.state.clear()
+    return steps
+
+
+def _start_descent(model: Model, recipe: Recipe, total: int) -> Descent:
+    """Make the optimizer, its schedule over so many steps and the loss scaler of a recipe."""
+    module = model.module
+    if not any(parameter.requires_grad for parameter in module.parameters()):
         raise UsageError("--freeze leaves no parameter to train")
     optimizer = make_optimizer(
         recipe.optimizer,
-        model.module.parameters(),
+        module.parameters(),
         learning_rate=recipe.learning_rate,
         momentum=recipe.momentum or 0.0,
         weight_decay=recipe.weight_decay,
@@ -202,114 +220,61 @@ def descend(
     schedule = make_scheduler(
         recipe.lr_scheduler, optimizer, warmup_steps=recipe.warmup_steps, total_steps=total
     )
-    device = next(model.module.parameters()).device
+    device = next(module.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.mixed_precision == "fp16")
-    steps: list[Step] = []
-    descent = Descent(model.module, optimizer, schedule, scaler, steps)
-    found = None if kept is None else kept.start()
-    orders = data_order(len(chosen), recipe.seed)
-    step_size = recipe.batch_size * recipe.gradient_accumulation_steps * place_in(group)[1]
+    return Descent(module, optimizer, schedule, scaler, [])
+
+
+def _epochs_left(
+    chosen: Sequence[int], recipe: Recipe, total: int, group: ProcessGroup | None, taken: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield the epochs that are not over after `taken` steps, with what is left of their examples.
+
+    An epoch of which only the measurement at its end may be left comes with no examples.
+    """
+    step_size = recipe.step_examples(place_in(group)[1])
     per_epoch = -(-len(chosen) // step_size)
+    for epoch, order in enumerate(data_order(len(chosen), recipe.seed)):
+        before = epoch * per_epoch
+        if before >= total:
+            return
+        if taken - before <= per_epoch:
+            first, last = max(0, taken - before), total - before
+            yield epoch, [chosen[i] for i in order[first * step_size : last * step_size]]
 
-    def keep() -> None:
-        if kept is not None and steps:
-            kept.keep(training_tensors(descent), training_numbers(descent))
 
-    def measure(when: str, same_as: str = "") -> None:
-        try:
-            take_metrics(when, same_as)
-        except signals.STOPS as stop:
-            if kept is not None and kept.can_keep(stop):
-                keep()
-            raise
+def _micro_batches(
+    examples: Examples,
+    order: Sequence[int],
+    epoch: int,
+    recipe: Recipe,
+    group: ProcessGroup | None,
+) -> Iterator[tuple[Any, Tensor] | None]:
+    """Yield this process's share of each micro-batch; None where it has none."""
+    for share in shares(order, recipe.batch_size, group):
+        yield examples.collate(share, epoch) if share else None
 
-    def measure_step() -> None:
-        every = recipe.evaluate_every
-        if every and steps and (len(steps) % every == 0 or len(steps) == total):
-            measure(f"step {len(steps)}")
 
-    def on_step(step: Step) -> None:
-        steps.append(step)
-        advance(1)
-        if report is not None:
-            report(step)
-        if step.step % recipe.log_every == 0 or step.step == total:
-            LOG.info(
-                "step %d of %d: loss %.4f, penalty %.4g, learning rate %.3g",
-                step.step,
-                total,
-                step.loss,
-                step.penalty,
-                step.learning_rate,
-            )
-        if kept is not None and kept.due():
-            keep()
-            kept.stop_if_asked(f"after step {step.step} of {total}")
-        measure_step()
+def _is_measured(step: int, total: int, recipe: Recipe) -> bool:
+    every = recipe.evaluate_every
+    return bool(every and step and (step % every == 0 or step == total))
 
-    with seeded(recipe.seed, group), signals.waiting(kept is not None):
-        if found is not None:
-            load_training(descent, found.tensors, found.state["training"])
-            found.tensors.clear()  # they take as much memory as what they were copied to
-            LOG.info("going on from step %d of %d", len(steps), total)
-        with progress("training", total, "steps", before=len(steps)) as advance:
-            measure_step()
-            for epoch in range(epochs):
-                if epoch * per_epoch >= total:
-                    break
-                order = next(orders)
-                done = len(steps) - epoch * per_epoch
-                if done > per_epoch:
-                    continue
-                left = [chosen[i] for i in order[done * step_size :]]
-                stand_in = None
-                if is_sharded(model.module):  # the same wherever the epoch is gone on with
-                    stand_in = examples.collate(chosen[: recipe.batch_size], epoch)
-                train_epoch(
-                    model.module,
-                    (
-                        examples.collate(share, epoch) if share else None
-                        for share in shares(left, recipe.batch_size, group)
-                    ),
-                    get_likelihood(model.objective.likelihood),
-                    optimizer,
-                    schedule,
-                    penalty=start.penalty,
-                    penalty_step=recipe.penalty_step,
-                    gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-                    max_grad_norm=recipe.max_grad_norm,
-                    mixed_precision=recipe.mixed_precision,
-                    scaler=scaler,
-                    first_step=len(steps),
-                    max_steps=total,
-                    norm_statistics=recipe.norm_statistics or "frozen",
-                    on_step=on_step,
-                    group=group,
-                    stand_in=stand_in,
-                    settle=None if kept is None else kept.settle,
-                )
-                measure(f"epoch {epoch + 1}", f"step {len(steps)}")
-            if kept is not None:
-                kept.settle()
-                if kept.asked():
-                    keep()
-                    kept.stop_if_asked(f"after the last of {total} steps")
-    # What comes next needs the memory; the optimizer and its schedule hold each other.
-    optimizer.zero_grad()
-    optimizer.state.clear()
-    return steps
+
+def _log(step: Step, total: int, every: int) -> None:
+    if step.step % every == 0 or step.step == total:
+        LOG.info(
+            "step %d of %d: loss %.4f, penalty %.4g, learning rate %.3g",
+            step.step,
+            total,
+            step.loss,
+            step.penalty,
+            step.learning_rate,
+        )
 
 
 def run_length(count: int, recipe: Recipe, group: ProcessGroup | None = None) -> tuple[int, int]:
-    """Give the epochs and the optimizer steps of a run.
-
-    Args:
-        count: The examples that it trains on.
-        recipe: How it descends.
-        group: The processes that share the batches.
-    """
-    each_step = recipe.batch_size * recipe.gradient_accumulation_steps * place_in(group)[1]
-    per_epoch = -(-count // each_step)
+    """Give the epochs and the optimizer steps of a run on so many examples."""
+    per_epoch = -(-count // recipe.step_examples(place_in(group)[1]))
     epochs, most = recipe.epochs, recipe.max_steps
     if epochs is None:
         epochs = 1 if most is None else -(-most // per_epoch)
@@ -318,15 +283,9 @@ def run_length(count: int, recipe: Recipe, group: ProcessGroup | None = None) ->
 
 
 def stored_weights(model: Model, group: ProcessGroup | None) -> Mapping[str, Tensor]:
-    """Give the module's present values as the weights file's tensors; see `file_weights`.
+    """Give the module's present values as the weights file's tensors, by file name.
 
-    Args:
-        model: In shards or not.
-        group: The processes that hold shards.
-
-    Returns:
-        By file name. Of a model in shards the first process has them all on the CPU, gathered one
-        after the other; the others have none.
+    Of a model in shards the first process has them all on the CPU, the others have none.
     """
     weights = file_weights(model)
     if not is_sharded(model.module):
@@ -343,10 +302,7 @@ def stored_weights(model: Model, group: ProcessGroup | None) -> Mapping[str, Ten
 def take_stored_values(model: Model, stored: Mapping[str, Tensor]) -> None:
     """Give the module the values as they are stored: F is measured at exactly these.
 
-    Args:
-        model: Changed in place.
-        stored: Values by the names of the weights file; not looked at where the model is in shards,
-            which are rounded where they are.
+    A model in shards is rounded where it is, and `stored` not looked at.
     """
     if is_sharded(model.module):
         _round_shards(model)

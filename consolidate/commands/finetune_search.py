@@ -16,8 +16,7 @@ from torch.distributed import ProcessGroup
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.examples import Examples, hold_out
 from consolidate.estimation.likelihoods import get_likelihood
-from consolidate.ewc.low_rank_penalty import MergedPenalty
-from consolidate.ewc.penalty import Penalty
+from consolidate.ewc.penalty import WeightPenalty
 from consolidate.models.model import Model
 from consolidate.results import LambdaSearch
 from consolidate.results import Trial as TrialResult
@@ -57,7 +56,7 @@ class Subject:
     """What is trained again and again; a search leaves it as it was."""
 
     model: Model
-    penalty: Penalty | MergedPenalty
+    penalty: WeightPenalty
     examples: Examples  # of the new task
     held_out: Mapping[str, Examples]
     with_heads: Mapping[str, Model]  # what old tasks with a head of their own are measured with
@@ -78,22 +77,8 @@ def plan_search(
 ) -> Plan:
     """Refuse what would fail later or would choose by data that it should not see.
 
-    Args:
-        strengths: λs, or ``auto``.
-        choose: The rule asked for.
-        max_forgetting: What an old task may lose.
-        validation: The held-out data by name.
-        other_data: The training data and those of the evaluations.
-        new: The new task's name.
-        ledger: The names of the old tasks.
-        plot: The file that was asked for.
-
-    Returns:
-        The plan.
-
-    Raises:
-        UsageError: The options do not fit together, or data are given twice.
-        InputError: The plot cannot be written.
+    `strengths` are λs or ``auto``, `ledger` the old tasks, and `other_data` what is trained on and
+    evaluated on.
     """
     check_strengths(strengths)
     rule = choose_rule(choose, old=ledger, validation=validation, max_forgetting=max_forgetting)
@@ -125,78 +110,18 @@ def search_lambda(
 ) -> LambdaSearch:
     """Train the candidates from the same start, measure them, and choose one.
 
-    Args:
-        plan: What to try and how to choose.
-        subject: What is trained; it comes back with the values it had, its penalty with the λ that
-            was chosen.
-        batch_size: Of the evaluations.
-        seed: Of what is held out.
-        group: The processes that share the batches; all choose alike.
-        done: What was trained in a search of the same that was broken off.
-        keep: Called with each trial after it.
-
-    Returns:
-        ``ewc_lambda``, the rule and what it looked at, ``before``, the trials and the cost.
-
-    Raises:
-        NonFiniteError: Training diverged with every candidate.
-        InputError: There is too little data to hold some out.
+    The subject comes back with the values it had, its penalty with the λ that was chosen. `done`
+    are trials of the same search that was interrupted; `keep` is called with each new one.
     """
-    model, held_out, new = subject.model, dict(subject.held_out), plan.new
-    examples, split = subject.examples, new not in held_out
-    if split:
-        examples, held_out[new] = hold_out(examples, seed)
-    values = _values(model.module)
-    measure = partial(
-        evaluate_all,
-        model,
-        held_out,
-        batch_size=batch_size,
-        with_heads=subject.with_heads,
-        group=group,
-    )
-    before = measure()
-    steps = subject.length(examples)
-    likelihood = get_likelihood(model.objective.likelihood)
-
+    search = _Search(plan, subject, batch_size, seed, group)
     known = {(trial.ewc_lambda, trial.steps): trial for trial in done}
 
     def trial(strength: float, length: int) -> Trial:
-        if (found := known.get((strength, length))) is not None:
-            return found
-        began = time.monotonic()
-        subject.penalty.ewc_lambda = strength
-        metrics = lost = squares = moved = None
-        try:
-            subject.train(examples, length)
-            subject.penalty.ewc_lambda = 1.0
-            squares = subject.penalty.value()
-            if not math.isfinite(squares):
-                raise NonFiniteError(f"the penalty is {squares}")
-            metrics = measure()
-            if plan.old:
-                lost = max(forgetting(before, metrics, plan.old).values())
-            else:
-                order = dealt(range(len(held_out[new])), batch_size, group)
-                batches = held_out[new].batches(batch_size, order=order)
-                moved = divergence(model.module, values, batches, likelihood, group)
-        except NonFiniteError as error:
-            squares = None
-            LOG.info("λ = %g diverged: %s", strength, error)
-        _restore(model.module, values)
-        made = Trial(strength, length, metrics, lost, squares, moved, time.monotonic() - began)
-        if metrics is not None:
-            scores = ", ".join(f"{name} {found['score']:.4f}" for name, found in metrics.items())
-            LOG.info("λ = %g, %d steps: %s", strength, length, scores)
-        keep(made)
-        return made
+        if (found := known.get((strength, length))) is None:
+            keep(found := search.trial(strength, length))
+        return found
 
-    if plan.rule == "mean":
-        rule: Callable[[Sequence[Trial]], Trial] = by_mean
-    elif plan.rule == "least":
-        rule = partial(by_least, max_forgetting=plan.max_forgetting or 0.0)
-    else:
-        rule = partial(by_most, task=new, before=before[new]["score"])
+    steps, rule = subject.length(search.examples), search.rule()
     if isinstance(plan.strengths, str):
         trials = coarse_to_fine(trial, rule, steps, reference=plan.rule == "most")
     else:
@@ -210,10 +135,12 @@ def search_lambda(
         "ewc_lambda": chosen.ewc_lambda,
         "choose": plan.rule,
         "max_forgetting": plan.max_forgetting,
-        "measured": _measured(plan, split, len(held_out[new])),
-        "new_task": new,
+        "measured": _measured(
+            plan, plan.new not in subject.held_out, len(search.held_out[plan.new])
+        ),
+        "new_task": plan.new,
         "old_tasks": plan.old,
-        "before": before,
+        "before": search.before,
         "trials": [
             cast(
                 TrialResult,
@@ -229,6 +156,86 @@ def search_lambda(
             "seconds": sum(trial.seconds for trial in trials),
         },
     }
+
+
+@dataclass
+class _Search:
+    """A search with what was measured before it."""
+
+    plan: Plan
+    subject: Subject
+    batch_size: int
+    seed: int
+    group: ProcessGroup | None
+
+    def __post_init__(self) -> None:
+        """Hold data of the new task out where none is given, and measure the start."""
+        self.examples, self.held_out = self.subject.examples, dict(self.subject.held_out)
+        if self.plan.new not in self.held_out:
+            self.examples, self.held_out[self.plan.new] = hold_out(self.examples, self.seed)
+        tensors = _tensors(self.subject.model.module)
+        self.values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self.before = self.measure()
+
+    def measure(self) -> dict[str, dict[str, float]]:
+        """Measure the model as it is on what is held out."""
+        return evaluate_all(
+            self.subject.model,
+            self.held_out,
+            batch_size=self.batch_size,
+            with_heads=self.subject.with_heads,
+            group=self.group,
+        )
+
+    def trial(self, strength: float, length: int) -> Trial:
+        """Train a candidate for so many steps, measure it, and go back to the start."""
+        began = time.monotonic()
+        penalty = self.subject.penalty
+        penalty.ewc_lambda = strength
+        metrics = lost = squares = moved = None
+        try:
+            self.subject.train(self.examples, length)
+            penalty.ewc_lambda = 1.0
+            squares = penalty.value()
+            if not math.isfinite(squares):
+                raise NonFiniteError(f"the penalty is {squares}")
+            metrics = self.measure()
+            if self.plan.old:
+                lost = max(forgetting(self.before, metrics, self.plan.old).values())
+            else:
+                moved = self._divergence()
+        except NonFiniteError as error:
+            squares = None
+            LOG.info("λ = %g diverged: %s", strength, error)
+        with torch.no_grad():
+            for name, tensor in _tensors(self.subject.model.module).items():
+                tensor.copy_(self.values[name])
+        if metrics is not None:
+            scores = ", ".join(f"{name} {found['score']:.4f}" for name, found in metrics.items())
+            LOG.info("λ = %g, %d steps: %s", strength, length, scores)
+        seconds = time.monotonic() - began
+        return Trial(strength, length, metrics, lost, squares, moved, seconds)
+
+    def rule(self) -> Callable[[Sequence[Trial]], Trial]:
+        """Give the rule that chooses among trials."""
+        plan = self.plan
+        if plan.rule == "mean":
+            return by_mean
+        if plan.rule == "least":
+            return partial(by_least, max_forgetting=plan.max_forgetting or 0.0)
+        return partial(by_most, task=plan.new, before=self.before[plan.new]["score"])
+
+    def _divergence(self) -> float:
+        """Measure how far the outputs on the new task's held-out inputs have moved."""
+        model, examples = self.subject.model, self.held_out[self.plan.new]
+        order = dealt(range(len(examples)), self.batch_size, self.group)
+        return divergence(
+            model.module,
+            self.values,
+            examples.batches(self.batch_size, order=order),
+            get_likelihood(model.objective.likelihood),
+            self.group,
+        )
 
 
 def _measured(plan: Plan, split: bool, count: int) -> str:
@@ -255,13 +262,3 @@ def _place(data: str | Path) -> str:
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _values(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
-
-
-@torch.no_grad()
-def _restore(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, tensor in _tensors(module).items():
-        tensor.copy_(values[name])

@@ -18,7 +18,7 @@ from consolidate.data.encoding import encode
 from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
 from consolidate.ewc.low_rank_penalty import MergedPenalty
-from consolidate.ewc.penalty import Penalty
+from consolidate.ewc.penalty import Penalty, WeightPenalty
 from consolidate.models.adapters import load
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import adapt, low_rank_layers, other_parameters
@@ -43,7 +43,7 @@ class Start:
     evaluations: dict[str, Examples]
     held_out: dict[str, Examples]  # to choose λ by
     with_heads: dict[str, Model]  # by evaluation, of tasks with a head of their own
-    penalty: Penalty | MergedPenalty | None
+    penalty: WeightPenalty | None
     frozen: list[nn.Parameter] | None = None  # for a fresh adapter; None where there is none
 
 
@@ -146,7 +146,7 @@ def _encode(plan: Plan, rows: Rows, model: Model, columns: Columns) -> Examples:
     )
 
 
-def _penalty(plan: Plan, fitted: Fitted) -> Penalty | MergedPenalty | None:
+def _penalty(plan: Plan, fitted: Fitted) -> WeightPenalty | None:
     """Make the penalty around the weights that the model has now."""
     asked, opened = plan.options.penalty, plan.opened
     if asked.penalty == "none":
@@ -156,7 +156,7 @@ def _penalty(plan: Plan, fitted: Fitted) -> Penalty | MergedPenalty | None:
     storage: dict[str, Any] = {"dtype": dtype_of_name(asked.penalty_dtype), "device": place}
     # Where λ is searched for, 1 until one is chosen.
     storage["ewc_lambda"] = 1.0 if plan.search is not None else plan.options.search.ewc_lambda
-    penalty: Penalty | MergedPenalty
+    penalty: WeightPenalty
     if opened.penalty_on == "merged":
         of_base = model.base_layout is not None
         chain = opened.protecting if of_base else stored

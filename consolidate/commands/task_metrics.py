@@ -20,18 +20,7 @@ def evaluate_all(
     with_heads: Mapping[str, Model] | None = None,
     group: ProcessGroup | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Measure a loaded model on the encoded examples of each task.
-
-    Args:
-        model: A loaded model.
-        tasks: Encoded examples by task name.
-        with_heads: By task name, the model with another head to measure it with.
-        batch_size: Examples run at a time.
-        group: The processes that share the batches.
-
-    Returns:
-        The metrics of each task.
-    """
+    """Measure a loaded model on the encoded examples of each task, some with another head."""
     metrics = {}
     for name, examples in tasks.items():
         measured = (with_heads or {}).get(name, model)

@@ -63,11 +63,7 @@ def own_errors() -> Iterator[None]:
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor]:
-    """Return the inputs and labels of a batch: a pair, or a mapping with "labels".
-
-    Raises:
-        InputError: If it is neither, or its labels are not a tensor with a row per example.
-    """
+    """Return the inputs and labels of a batch: a pair, or a mapping with "labels"."""
     inputs: Any
     if isinstance(batch, Mapping):
         if "labels" not in batch:
@@ -89,6 +85,18 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     return inputs, labels
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode, and each of its modules back in its own afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class Place(NamedTuple):
     """Where a model's parameters are."""
 
@@ -103,16 +111,7 @@ def place_of(model: nn.Module) -> Place:
 
 
 def placed(place: Place, inputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
-    """Move a batch to where a model is.
-
-    Args:
-        place: The device, and the type of floating-point inputs.
-        inputs: A tensor, or tensors inside tuples, lists and mappings.
-        labels: The labels of the same examples.
-
-    Returns:
-        The inputs, in the same structure, and the labels.
-    """
+    """Move a batch to where a model is, in one structure; floating-point inputs to its type."""
 
     def put(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() and place.dtype is not None:
@@ -123,22 +122,10 @@ def placed(place: Place, inputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
 
 
 def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
-    """Return what the likelihood is computed from: the model's output tensor, or its `logits`.
+    """Return what the likelihood is computed from, (B, …): the output tensor, or its `logits`.
 
     The model never sees the labels, except that an encoder-decoder's inputs are made from them
-    where they are not given.
-
-    Args:
-        model: Any module.
-        inputs: A tensor, a tuple of positional arguments or a mapping of keyword arguments.
-        labels: The labels of the same examples.
-
-    Returns:
-        The outputs, (B, …) floating point, attached to the graph.
-
-    Raises:
-        InputError: If the model cannot take the inputs, or gives neither a tensor nor something
-            with `logits`.
+    where they are not given. What it cannot take is refused with the inputs' shapes.
     """
     args, kwargs = inputs if isinstance(inputs, tuple | list) else (inputs,), {}
     if isinstance(inputs, Mapping):

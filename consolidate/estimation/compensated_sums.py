@@ -46,9 +46,6 @@ class Accumulators:
     Squares are added to `sums`. These are folded into the totals now and then; what rounding takes
     stays in them for the next time. Where a batch fails half way, `rewind` goes back to the last
     fold. Of a parameter in shards only this process's part is held, summed over all processes.
-
-    Attributes:
-        sums: Where to add, by parameter name.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype):
@@ -65,11 +62,7 @@ class Accumulators:
 
     @property
     def counts(self) -> Counts:
-        """What the totals and the sums hold.
-
-        Raises:
-            NonFiniteError: If a trace is not finite; the message names parameter and batch.
-        """
+        """What the totals and the sums hold; a trace that is not finite raises."""
         if self._waiting:
             self._count(self._waiting)
             self._waiting = []
@@ -102,11 +95,7 @@ class Accumulators:
         self._waiting.append(_Batch(traces, units, examples, where))
 
     def fold_if_due(self) -> bool:
-        """Move the sums into the totals if much was added since the last time; say whether.
-
-        Raises:
-            NonFiniteError: As `counts`.
-        """
+        """Move the sums into the totals if much was added since the last time; say whether."""
         batches = self._counts.batches + len(self._waiting) - self._folded.batches
         due = batches >= FOLDED_BATCHES or self._additions >= FOLDED_ADDITIONS
         if due:
@@ -130,11 +119,9 @@ class Accumulators:
         self._counts = self._summed(group)
 
     def relative_errors(self, group: ProcessGroup | None = None) -> dict[str, float]:
-        """Return the standard error of each trace, over the trace, by name.
+        """Return the standard error of each trace, over the trace, of what all processes hold.
 
-        Left out are traces of zero, and those below NEGLIGIBLE of the whole, which are noise. Of
-        what all processes of a group hold, where there is one.
-
+        Left out are traces of zero, and those below NEGLIGIBLE of the whole, which are noise.
         The trace is a ratio, R = Σ s / Σ u. Where n draws were measured, the residuals d = s − R u
         have the variance σ² = Σ d² / (n − 1), and R has N σ² / (Σ u)² over all N (Cochran 1977,
         ch. 6); infinite for n < 2.

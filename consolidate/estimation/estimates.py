@@ -1,11 +1,13 @@
 """A Fisher diagonal, with what it was estimated from."""
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, InitVar, dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass(eq=False, repr=False)
 class FisherDiagonal(dict[str, Tensor]):
     """The Fisher diagonal by parameter name, in the parameters' shapes, with its counts beside it.
 
@@ -24,28 +26,20 @@ class FisherDiagonal(dict[str, Tensor]):
             trace is zero or below 10⁻⁷ of the whole: rounding noise, as of BERT's key biases.
     """
 
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        *,
-        examples: int,
-        units: int,
-        estimator: str,
-        mc_samples: int | None,
-        seed: int,
-        unreached: list[str],
-        methods: dict[str, str],
-        relative_errors: dict[str, float],
-    ):
-        super().__init__(tensors)
-        self.examples = examples
-        self.units = units
-        self.estimator = estimator
-        self.mc_samples = mc_samples
-        self.seed = seed
-        self.unreached = unreached
-        self.methods = methods
-        self.relative_errors = relative_errors
+    tensors: InitVar[Mapping[str, Tensor]]
+    _: KW_ONLY
+    examples: int
+    units: int
+    estimator: str
+    mc_samples: int | None
+    seed: int
+    unreached: list[str]
+    methods: dict[str, str]
+    relative_errors: dict[str, float]
+
+    def __post_init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the tensors in."""
+        self.update(tensors)
 
     def trace(self) -> dict[str, float]:
         """Return the sum of each tensor, by parameter name."""

@@ -10,29 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-FEW_POSITIONS = 4
-"""Up to here Σ_b (Σ_t g_t a_tᵀ)² is one product over pairs of positions."""
-
-THIN = 64
-"""Rows or columns below which a product may be added term by term, which loses digits to a sum."""
-
-GROUPED_POSITIONS = 512
-"""Up to here several examples go through a convolution as its groups."""
-
-SMALL = 1 << 18
-"""Elements of a gradient up to which several are made at a time, so that less is called."""
-
-CHUNK = 16
-"""So many, then; a multiple of MEASURED."""
-
-BLOCK = 1 << 20
-"""Elements of a larger gradient that are made, squared and added while they are in the cache."""
-
-MEASURED = 4
-"""Where there are many positions every fourth example's gradient is summed for the spread,"""
-
-ALL_MEASURED = 1 << 14
-"""unless it has no more elements than that."""
+FEW_POSITIONS = 4  # up to here Σ_b (Σ_t g_t a_tᵀ)² is one product over pairs of positions
+THIN = 64  # rows or columns below which addmm_ may add term by term, which loses digits to a sum
+GROUPED_POSITIONS = 512  # up to here several examples go through a convolution as its groups
+SMALL = 1 << 18  # elements of a gradient up to which several are made at a time, to call less
+CHUNK = 16  # so many, then; a multiple of MEASURED
+BLOCK = 1 << 20  # elements of a larger one that are made, squared and added while in the cache
+MEASURED = 4  # of many positions every fourth example's gradient is summed for the spread,
+ALL_MEASURED = 1 << 14  # unless it has no more elements than that
 
 
 class Outer(NamedTuple):

@@ -2,20 +2,21 @@
 
     F = (1/units) Σ_x E_y[(∇_θ log p(y|x, θ))²]
 
-The four estimators differ only in which vectors are sent back through the network and in whether an
-example or a batch is what gets squared.
+The four estimators differ only in which vectors are sent back through the network, which
+`score_vectors` lists, and in whether an example or a batch is what gets squared.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from consolidate.estimation.batches import Batch, model_outputs, split_batch
+from consolidate.estimation.batches import Batch, eval_mode, model_outputs, split_batch
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.estimation.gradient_checkpointing import checkpointing_in_eval_mode
 from consolidate.estimation.gradient_methods import method_of
@@ -31,6 +32,52 @@ ESTIMATORS = ("exact", "mc", "empirical", "batched")
 
 LEAST_EXAMPLES = 64
 """No pass is ended by a tolerance before so many examples: few show too little of their spread."""
+
+
+class Estimator(NamedTuple):
+    """One of ESTIMATORS, with the options of `fisher_diagonal` that are for it."""
+
+    name: str
+    mc_samples: int
+    seed: int
+    max_outcomes: int
+
+    @property
+    def samples(self) -> int | None:
+        """How many outcomes are sampled for each example; None where none are."""
+        return self.mc_samples if self.name in ("mc", "batched") else None
+
+
+def score_vectors(
+    estimator: Estimator, likelihood: Likelihood, outputs: Tensor, batch: Batch
+) -> Iterator[Tensor]:
+    """Yield the gradients of log p at the outputs whose squares, sent back, make the Fisher.
+
+    Those of `batched` are summed over the batch before they are squared.
+
+    Args:
+        estimator: Which one is measured.
+        likelihood: log p.
+        outputs: Of the model for the batch, (B, …), detached.
+        batch: B examples.
+    """
+    labels = batch.labels
+    likelihood.check_labels(outputs, labels)
+    match estimator.name:
+        case "exact":
+            if (outcomes := likelihood.outcomes(outputs, labels)) > estimator.max_outcomes:
+                raise UsageError(
+                    f"The exact Fisher would take {outcomes} backward passes per example, more "
+                    f"than {estimator.max_outcomes}: use the estimator mc, or raise the limit."
+                )
+            yield from likelihood.exact_scores(outputs, labels)
+        case "empirical":
+            yield likelihood.observed_scores(outputs, labels)
+        case "mc" | "batched":
+            examples, draws = torch.as_tensor(batch.indices), likelihood.draws(outputs)
+            for sample in range(estimator.mc_samples):
+                drawn = uniforms(estimator.seed, examples, draws, sample)
+                yield likelihood.sampled_scores(outputs, labels, drawn)
 
 
 def fisher_diagonal(
@@ -100,66 +147,26 @@ def fisher_diagonal(
         NonFiniteError: If outputs or gradients are not finite, naming parameter and batch.
     """
     likelihood = get_likelihood(likelihood)
-    if estimator not in ESTIMATORS:
-        raise UsageError(f"No estimator is named {estimator!r}; there are {', '.join(ESTIMATORS)}.")
-    if mc_samples < 1:
-        raise UsageError(f"mc_samples is {mc_samples}; at least 1 outcome must be sampled.")
-    if tolerance is not None and not 0 < tolerance < math.inf:
-        raise UsageError(f"tolerance is {tolerance}; it must be finite and above 0.")
-    if accumulate_dtype not in (torch.float32, torch.float64):
-        raise UsageError(f"accumulate_dtype is {accumulate_dtype}; it is float32 or float64.")
-    _refuse_compiled(model)
-    _refuse_batch_statistics(model)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise InputError("The model has no parameter that requires gradients: nothing to measure.")
-
-    if complex_ones := [name for name, p in parameters.items() if p.is_complex()]:
-        raise InputError(
-            f"The parameter {complex_ones[0]!r} is complex, and its Fisher would be a matrix: hold "
-            "its real and imaginary part as two parameters, or leave it out."
-        )
-
-    def forward(batch: Batch) -> Tensor:
-        outputs = model_outputs(model, batch.inputs, batch.labels)
-        _check_outputs(outputs, batch.number)
-        return outputs
-
-    def vectors(outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
-        likelihood.check_labels(outputs, batch.labels)
-        if estimator == "exact":
-            outcomes = likelihood.outcomes(outputs, batch.labels)
-            if outcomes > max_outcomes:
-                raise UsageError(
-                    f"The exact Fisher would take {outcomes} backward passes per example, more "
-                    f"than {max_outcomes}: use the estimator mc, or raise the limit."
-                )
-            yield from likelihood.exact_scores(outputs, batch.labels)
-        elif estimator == "empirical":
-            yield likelihood.observed_scores(outputs, batch.labels)
-        else:
-            for sample in range(mc_samples):
-                examples = torch.as_tensor(batch.indices)
-                drawn = uniforms(seed, examples, likelihood.draws(outputs), sample)
-                yield likelihood.sampled_scores(outputs, batch.labels, drawn)
-
-    scores = Scores(forward, vectors, likelihood.units, whole=estimator == "batched")
+    method = Estimator(estimator, mc_samples, seed, max_outcomes)
+    _check_options(method, tolerance, accumulate_dtype)
+    parameters = _measurable(model)
+    scores = Scores(
+        partial(_finite_outputs, model),
+        partial(score_vectors, method, likelihood),
+        likelihood.units,
+        whole=estimator == "batched",
+    )
     sharded = is_sharded(model)
+    prepare = partial(ShardedPass if sharded else Pass, model, parameters, scores, accumulate_dtype)
     with (
         _measuring(model),
-        closing(
-            ShardedPass(model, parameters, scores, accumulate_dtype, group, start)
-            if sharded
-            else Pass(
-                model, parameters, scores, accumulate_dtype, check=check, note=note, start=start
-            )
-        ) as measured,
+        closing(prepare(check=check, note=note, start=start, group=group)) as measured,
     ):
         done, seen = measured.examples, 0
         for batch, all_have_one in rounds(
             _numbered(batches, indices, group), group if sharded or tolerance is not None else None
         ):
-            # Before a batch, not after it, so that a pass which goes on ends where it would have.
+            # Before a batch, not after it, so that a resumed pass ends where it would have.
             if tolerance is not None and _is_settled(measured, tolerance, seen < done, group):
                 break
             if batch is None:
@@ -174,7 +181,66 @@ def fisher_diagonal(
             measured.take(batch, keep if all_have_one or not sharded else None)
             if progress is not None:
                 progress(len(batch))
-        measured.sum_over(group)
+        measured.sum_over_processes()
+    return _result(measured, method, parameters)
+
+
+def _check_options(
+    estimator: Estimator, tolerance: float | None, accumulate_dtype: torch.dtype
+) -> None:
+    if estimator.name not in ESTIMATORS:
+        raise UsageError(
+            f"No estimator is named {estimator.name!r}; there are {', '.join(ESTIMATORS)}."
+        )
+    if estimator.mc_samples < 1:
+        raise UsageError(
+            f"mc_samples is {estimator.mc_samples}; at least 1 outcome must be sampled."
+        )
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise UsageError(f"tolerance is {tolerance}; it must be finite and above 0.")
+    if accumulate_dtype not in (torch.float32, torch.float64):
+        raise UsageError(f"accumulate_dtype is {accumulate_dtype}; it is float32 or float64.")
+
+
+def _measurable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require gradients; refuse a model that has no Fisher."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"{name or 'the model'!r} is a torch.jit.ScriptModule, whose layers cannot be "
+                "looked into: give the module that it was compiled from."
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise InputError(
+                f"{name!r} ({type(module).__name__}) keeps no running statistics and normalises by "
+                "those of the batch, so no example has a gradient of its own."
+            )
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise InputError("The model has no parameter that requires gradients: nothing to measure.")
+    if complex_ones := [name for name, p in parameters.items() if p.is_complex()]:
+        raise InputError(
+            f"The parameter {complex_ones[0]!r} is complex, and its Fisher would be a matrix: hold "
+            "its real and imaginary part as two parameters, or leave it out."
+        )
+    return parameters
+
+
+def _finite_outputs(model: nn.Module, batch: Batch) -> Tensor:
+    """Run the model; refuse outputs that are not finite."""
+    outputs = model_outputs(model, batch.inputs, batch.labels)
+    if not math.isfinite(outputs.detach().sum()) and not outputs.isfinite().all():
+        raise NonFiniteError(
+            f"The model's outputs are not finite in batch {batch.number}: look for NaN or infinite "
+            "weights or inputs, or use a wider dtype."
+        )
+    return outputs
+
+
+def _result(
+    measured: Pass, estimator: Estimator, parameters: dict[str, nn.Parameter]
+) -> FisherDiagonal:
+    """Divide the sums of a pass that is over, and say what they were made of."""
     if measured.accumulators is None or measured.examples == 0:
         raise InputError("There is no example to measure the Fisher on: the batches are empty.")
     counts = measured.accumulators.counts
@@ -184,20 +250,19 @@ def fisher_diagonal(
         )
     if not counts.reached:
         raise InputError("The model's outputs do not depend on any parameter that is trained.")
-    sampled = estimator in ("mc", "batched")
     levels = measured.levels or {}
     return FisherDiagonal(
-        measured.means(counts.units * mc_samples if sampled else counts.units),
+        measured.means(counts.units * (estimator.samples or 1)),
         examples=counts.examples,
         units=counts.units,
-        estimator=estimator,
-        mc_samples=mc_samples if sampled else None,
-        seed=seed,
+        estimator=estimator.name,
+        mc_samples=estimator.samples,
+        seed=estimator.seed,
         unreached=[name for name in parameters if name not in counts.reached],
         methods={
             name: method_of(levels.get(name, "loop"))
             for name in parameters
-            if name in counts.reached and not scores.whole
+            if name in counts.reached and estimator.name != "batched"
         },
         relative_errors=measured.relative_errors(),
     )
@@ -206,12 +271,7 @@ def fisher_diagonal(
 def _is_settled(measured: Pass, tolerance: float, behind: bool, group: ProcessGroup | None) -> bool:
     """Say whether every trace is certain enough, alike in every process.
 
-    Args:
-        measured: The pass so far.
-        tolerance: The largest relative standard error.
-        behind: Whether batches are read that a pass which goes on has had already: it would have
-            ended there.
-        group: The processes.
+    Not where one reads batches that the pass has had already (`behind`): it would have ended there.
     """
     measured.count()
     any_behind, examples = summed(group, behind, measured.examples)
@@ -224,11 +284,7 @@ def _is_settled(measured: Pass, tolerance: float, behind: bool, group: ProcessGr
 def _numbered(
     batches: Iterable[Any], indices: Sequence[int] | None, group: ProcessGroup | None
 ) -> Iterator[Batch]:
-    """Yield the batches that are not empty.
-
-    Raises:
-        InputError: If there are fewer indices than examples.
-    """
+    """Yield the batches that are not empty, with their places in the order of reading."""
     process, processes = place_in(group)
     first = width = 0
     for round_, (inputs, labels) in enumerate(map(split_batch, batches)):
@@ -258,7 +314,6 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", False)
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     # An embedding with max_norm changes its weight when it is called.
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
@@ -266,7 +321,6 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     kept: list[Tensor] = [*model.buffers(), *changing]
     copies = [(tensor, tensor.detach().clone()) for tensor in kept]
     try:
-        model.eval()
         model.requires_grad_(False)
         if use_cache:
             config.use_cache = False  # A cache that is kept is changed when a layer runs again.
@@ -274,6 +328,7 @@ def _measuring(model: nn.Module) -> Iterator[None]:
         for product in products:
             product.fp32_precision = "ieee"
         with (
+            eval_mode(model),
             torch.inference_mode(False),
             torch.enable_grad(),
             checkpointing_in_eval_mode(model),
@@ -287,8 +342,6 @@ def _measuring(model: nn.Module) -> Iterator[None]:
             config.use_cache = use_cache
         for parameter in trained:
             parameter.requires_grad_(True)
-        for module, training in modes:
-            module.training = training
         for module, tensors in buffers:
             module._buffers.clear()
             module._buffers.update(tensors)
@@ -305,29 +358,3 @@ def _products() -> list[Any]:
     kinds += [(of, kind) for of in (backends.cudnn, backends.mkldnn) for kind in ("conv", "rnn")]
     found = [getattr(of, kind, None) for of, kind in kinds]
     return [one for one in found if hasattr(one, "fp32_precision")]
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise InputError(
-                f"{name or 'the model'!r} is a torch.jit.ScriptModule, whose layers cannot be "
-                "looked into: give the module that it was compiled from."
-            )
-
-
-def _refuse_batch_statistics(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            raise InputError(
-                f"{name!r} ({type(module).__name__}) keeps no running statistics and normalises by "
-                "those of the batch, so no example has a gradient of its own."
-            )
-
-
-def _check_outputs(outputs: Tensor, batch: int) -> None:
-    if not math.isfinite(outputs.detach().sum()) and not outputs.isfinite().all():
-        raise NonFiniteError(
-            f"The model's outputs are not finite in batch {batch}: look for NaN or infinite "
-            "weights or inputs, or use a wider dtype."
-        )

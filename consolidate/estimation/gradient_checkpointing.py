@@ -15,14 +15,7 @@ from formats.errors import UsageError
 
 
 def enable(module: nn.Module) -> None:
-    """Let a model's layers keep only their inputs, and run again when gradients pass.
-
-    Args:
-        module: A model of transformers.
-
-    Raises:
-        UsageError: It does not know how to.
-    """
+    """Let a model's layers keep only their inputs, and run again when gradients pass."""
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         switch: Callable[..., None] | None = getattr(module, name, None)
         if switch is not None:
@@ -43,11 +36,7 @@ def enable(module: nn.Module) -> None:
 
 
 def checkpointed_layers(module: nn.Module) -> list[nn.Module]:
-    """Return the layers that keep only their inputs.
-
-    Args:
-        module: Any module.
-    """
+    """Return the layers that keep only their inputs."""
     return [
         layer
         for layer in module.modules()
@@ -57,11 +46,7 @@ def checkpointed_layers(module: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def checkpointing_in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Let those layers do in eval mode what they do in training mode.
-
-    Args:
-        module: Any module, in eval mode.
-    """
+    """Let those layers do in eval mode what they do in training mode."""
     layers = checkpointed_layers(module)
     try:
         for layer in layers:

@@ -1,4 +1,4 @@
-"""By which method each parameter's per-example gradients are had, found out on a first batch.
+"""Which method computes each parameter's per-example gradients, found out on a first batch.
 
     rule      from the inputs and outputs of its layers, for the whole batch at once
     module    by running its module again, alone, for each example
@@ -32,52 +32,54 @@ from formats.errors import InputError
 
 METHODS = ("rule", "module", "loop")
 
-MOST_WAITING = 1 << 26
-"""Elements of per-example gradients that are kept for a parameter that several modules use."""
-
+MOST_WAITING = 1 << 26  # elements of gradients kept for a parameter that several modules use
 _LEVELS = ("rule", "module", "module by itself", "loop")  # With vmap, and without.
 
 _Calls = dict[nn.Module, tuple[bool, ...] | None]
 """The modules called, with which of their inputs have a row per example; None where no such."""
 
-Forward = Callable[[Batch], Tensor]
-"""From a batch to the model's outputs."""
+Forward = Callable[[Batch], Tensor]  # from a batch to the model's outputs
 
 
 class Failure(NamedTuple):
-    """Why a parameter does not go by a method.
-
-    Attributes:
-        method: Which.
-        error: What it raised; None where its gradients were not those of single examples.
-    """
+    """Why a parameter does not go by a method."""
 
     method: str
-    error: str | None
+    error: str | None  # what was raised; None where gradients were not those of single examples
 
 
 class Plan(NamedTuple):
-    """How per-example gradients are had.
+    """How each parameter's per-example gradients are computed."""
 
-    Attributes:
-        levels: What `method_of` takes, by the parameters' names; those that outputs do not depend
-            on are missing.
-        units: What is marked for those that do not go by the loop.
-        failures: The first method that failed, for those with one.
-        alone: Why the model cannot be run for several examples at a time; None where it can.
-    """
-
-    levels: dict[str, str]
-    units: list[Unit]
-    failures: dict[str, Failure]
-    alone: str | None = None
+    levels: dict[str, str]  # what `method_of` takes, by the names of what outputs depend on
+    units: list[Unit]  # what is marked for those that do not go by the loop
+    failures: dict[str, Failure]  # the first method that failed, for those with one
+    only_single: str | None = None  # why the model cannot take several examples; None where it can
 
 
 class _Probe(NamedTuple):
-    """What is sent back through a batch to compare gradients."""
+    """A batch that is run to compare gradients, and what is sent back through it."""
 
+    batch: Batch
+    forward: Forward
+    dtype: torch.dtype
     vector: Tensor
     kept: tuple[int, int]  # the examples that are run alone too
+    layers_recompute: bool
+
+    def sums(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Return autograd's own gradients of the batch."""
+        with requiring_gradients(parameters):
+            return _gradients(self.forward(self.batch), self.vector, parameters, self.dtype)
+
+    def squares(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Return the squares of the gradients of those examples that are run alone, added up."""
+        squares = {name: torch.zeros_like(p, dtype=self.dtype) for name, p in parameters.items()}
+        for example in self.kept:
+            with requiring_gradients(parameters):
+                outputs = self.forward(self.batch.example(example))
+                add_gradients(squares, parameters, outputs, [self.vector[example : example + 1]])
+        return squares
 
 
 def choose_methods(
@@ -88,23 +90,14 @@ def choose_methods(
     dtype: torch.dtype,
     levels: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Choose how each parameter's per-example gradients are had.
+    """Choose how each parameter's per-example gradients are computed.
 
-    A random vector is sent back through the whole batch. Each parameter's sum over the examples
-    must be autograd's own gradient, so that nothing is missing. Of the first and the last example
-    the squares must be those of the two run alone: squares tell what sums do not, rows that were
-    taken for another example's, as in time-first layouts.
+    A random vector is sent back through the whole batch of two examples or more. Each parameter's
+    sum over the examples must be autograd's own gradient, so that nothing is missing. Of the first
+    and the last example the squares must be those of the two run alone: squares tell what sums do
+    not, rows that were taken for another example's, as in time-first layouts.
 
-    Args:
-        model: Any module, with gradients switched off for its parameters.
-        parameters: Those to measure.
-        batch: Two examples or more.
-        forward: Runs the model.
-        dtype: The type that gradients are squared in.
-        levels: A former plan's, to start from.
-
-    Raises:
-        InputError: If the model draws random numbers.
+    `levels` are a former plan's, to start from. A model that draws random numbers is refused.
     """
     everything_by_loop = Plan(dict.fromkeys(parameters, "loop"), [], {})
     try:
@@ -112,14 +105,15 @@ def choose_methods(
     except (RuntimeError, InputError) as error:
         if out_of_memory(error):
             raise
-        return everything_by_loop._replace(alone=in_words(error))  # One at a time may go through.
-    probe = _Probe(vector, (0, len(batch) - 1))
+        # One at a time may go through.
+        return everything_by_loop._replace(only_single=in_words(error))
+    recompute = bool(checkpointed_layers(model))
+    probe = _Probe(batch, forward, dtype, vector, (0, len(batch) - 1), recompute)
     for example in probe.kept:
         alone = forward(batch.example(example))
         if alone.shape != vector[:1].shape:
-            return everything_by_loop._replace(
-                alone=f"outputs of shape {list(alone.shape)} for one, {list(vector.shape)} for all"
-            )
+            shapes = f"{list(alone.shape)} for one, {list(vector.shape)} for all"
+            return everything_by_loop._replace(only_single=f"outputs of shape {shapes}")
         if not _near(alone, together[example : example + 1]):
             if not _near(forward(batch), together):
                 raise InputError(
@@ -140,13 +134,12 @@ def choose_methods(
             waits = len(paths) > 1 and reached[name].numel() * len(batch.labels) > MOST_WAITING
             levels[name] = "loop" if waits else "module"
     failures: dict[str, Failure] = {}
-    again = bool(checkpointed_layers(model))
     squared = False
     while True:
         units = _units(model, owners, levels, calls)
         marked = {name for unit in units for name in unit.names.values()}
         levels = {n: level if n in marked else "loop" for n, level in levels.items()}
-        failed = _failed(units, reached, batch, forward, dtype, probe, expected, squared, again)
+        failed = _failed(units, reached, probe, expected, squared)
         if squared and not failed:
             return Plan(levels, units, failures)
         for name, raised in failed.items():
@@ -158,8 +151,7 @@ def choose_methods(
             # One of the two at a time: each is as large as the model.
             squared = not failed
             expected.clear()
-            true = _squares if squared else _sums
-            expected = true(reached, batch, forward, dtype, probe)
+            expected = probe.squares(reached) if squared else probe.sums(reached)
 
 
 def method_of(level: str) -> str:
@@ -190,11 +182,7 @@ def add_gradients(
     outputs: Tensor,
     vectors: Iterable[Tensor],
 ) -> dict[str, Tensor]:
-    """Add Σ_vectors (Jᵀ vector)² to sums.
-
-    Returns:
-        The sum of what was added, (1,), by the names that outputs depend on.
-    """
+    """Add Σ_vectors (Jᵀ vector)² to sums; return each one's own sum, (1,), by the names reached."""
     traces: dict[str, Tensor] = {}
     for vector in vectors if outputs.requires_grad else ():
         gradients = torch.autograd.grad(
@@ -238,34 +226,6 @@ def _scout(
         for handle in handles:
             handle.remove()
     return calls, outputs.detach(), vector, sums
-
-
-def _sums(
-    parameters: Mapping[str, nn.Parameter],
-    batch: Batch,
-    forward: Forward,
-    dtype: torch.dtype,
-    probe: _Probe,
-) -> dict[str, Tensor]:
-    """Return autograd's own gradients of the batch."""
-    with requiring_gradients(parameters):
-        return _gradients(forward(batch), probe.vector, parameters, dtype)
-
-
-def _squares(
-    parameters: Mapping[str, nn.Parameter],
-    batch: Batch,
-    forward: Forward,
-    dtype: torch.dtype,
-    probe: _Probe,
-) -> dict[str, Tensor]:
-    """Return the squares of the gradients of those examples that are run alone, added up."""
-    squares = {name: torch.zeros_like(p, dtype=dtype) for name, p in parameters.items()}
-    for example in probe.kept:
-        with requiring_gradients(parameters):
-            outputs = forward(batch.example(example))
-            add_gradients(squares, parameters, outputs, [probe.vector[example : example + 1]])
-    return squares
 
 
 def _gradients(
@@ -351,33 +311,19 @@ def _inside(path: str, other: str) -> bool:
 def _failed(
     units: list[Unit],
     parameters: Mapping[str, nn.Parameter],
-    batch: Batch,
-    forward: Forward,
-    dtype: torch.dtype,
     probe: _Probe,
     expected: Mapping[str, Tensor],
     squared: bool,
-    again: bool,
 ) -> dict[str, str | None]:
     """Return the marked parameters whose gradients are not the expected ones, and what was raised.
 
-    RuntimeErrors of torch mean that the model or its layers are not what a method takes them for.
-
-    Args:
-        units: What is marked.
-        parameters: The model's, by name.
-        batch: What is run.
-        forward: Runs the model.
-        dtype: The type that gradients are squared in.
-        probe: What is sent back.
-        expected: What `_sums` or `_squares` returned.
-        squared: Which of the two.
-        again: Whether layers run again in the backward pass.
+    What is expected is the probe's `squares` or its `sums`. RuntimeErrors of torch mean that the
+    model or its layers are not what a method takes them for.
     """
     marked = {name for unit in units for name in unit.names.values()}
     if not marked:
         return {}
-    size, vector = len(batch), probe.vector
+    vector = probe.vector
     found = {name: torch.zeros_like(expected[name]) for name in marked}
 
     def add(gradients: Mapping[str, Gradients], examples: range) -> None:
@@ -388,10 +334,14 @@ def _failed(
 
     try:
         with (
-            closing(Recorder(units, vector.device, dtype)) as recorder,
-            recorder.recording(size, alone=True, again=again) as recording,
+            closing(Recorder(units, vector.device, probe.dtype)) as recorder,
+            recorder.recording(
+                len(probe.batch),
+                only_marks_need_gradients=True,
+                layers_recompute=probe.layers_recompute,
+            ) as recording,
         ):
-            outputs = forward(batch)
+            outputs = probe.forward(probe.batch)
             if squared:
                 kept = torch.zeros_like(vector)
                 kept[list(probe.kept)] = vector[list(probe.kept)]
@@ -411,7 +361,7 @@ def _failed(
         eps = torch.finfo(parameters[name].dtype).eps
         return agree(found[name], expected[name], eps, largest)
 
-    return {name: None for name in marked if name in recording.unfit or not agrees(name)}
+    return {name: None for name in marked if name in recording.mismatched or not agrees(name)}
 
 
 def _near(alone: Tensor, together: Tensor) -> bool:

@@ -8,6 +8,7 @@ they are squared and added at once: none of them outlives its layer.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,9 +27,7 @@ from consolidate.estimation.example_gradients import (
     add_squares_of_sums,
 )
 
-VMAP_ELEMENTS = 1 << 22
-"""Elements of per-example gradients that one module makes at a time."""
-
+VMAP_ELEMENTS = 1 << 22  # of per-example gradients that one module makes at a time
 Sink = Callable[[Mapping[str, Gradients], range], None]
 """Takes per-example gradients of a call's parameters, by name, and which examples they are of."""
 
@@ -44,11 +43,7 @@ class Unit(NamedTuple):
 
 
 class UnitError(Exception):
-    """A unit's rule does not fit its module, or its module raised when it was run again.
-
-    Attributes:
-        names: The unit's parameters.
-    """
+    """A unit's rule does not fit its module, or its module raised when it was run again."""
 
     def __init__(self, names: Iterable[str], error: Exception):
         super().__init__(in_words(error))
@@ -80,44 +75,27 @@ class Call(NamedTuple):
     outputs: list[int]  # Which of its outputs the gradients are at.
 
 
+@dataclass(eq=False)
 class Recording:
-    """The marked calls of one forward pass.
+    """The marked calls of one forward pass, and where their gradients go in a backward pass."""
 
-    Attributes:
-        size: The number of examples in the batch.
-        anchor: What to differentiate by, so that gradients pass by every mark.
-        dtype: The type they are computed in.
-        alone: Whether nothing else has gradients.
-        again: Whether layers run again in the backward pass, to give back what they need there.
-        uses: How often each parameter is used, by name.
-        unfit: Names with a call that does not have one row per example.
-        sink: Where the gradients go while a backward pass runs.
-        open: Whether the forward pass runs.
-        busy: Whether a unit is being run again.
-    """
-
-    def __init__(self, size: int, anchor: Tensor, dtype: torch.dtype, *, alone: bool, again: bool):
-        self.size = size
-        self.anchor = anchor
-        self.dtype = dtype
-        self.alone = alone
-        self.again = again
-        self.uses: dict[str, int] = {}
-        self.unfit: set[str] = set()
-        self.sink: Sink | None = None
-        self.open = True
-        self.busy = False
+    size: int  # of the batch, in examples
+    anchor: Tensor  # what to differentiate by, so that gradients pass by every mark
+    dtype: torch.dtype  # that gradients are computed in
+    only_marks_need_gradients: bool  # and no parameter of the model
+    layers_recompute: bool  # in the backward pass, and give back what is needed there
+    use_counts: dict[str, int] = field(default_factory=dict)  # of each parameter, by name
+    mismatched: set[str] = field(default_factory=set)  # with a call without a row per example
+    sink: Sink | None = None  # while a backward pass runs
+    recording_forward: bool = True
+    rerunning_unit: bool = False
 
     def backward(self, outputs: Tensor, vector: Tensor, sink: Sink, *, keep: bool) -> None:
-        """Send vector back from outputs and every parameter's gradients to the sink.
+        """Send a vector like the outputs back, and every parameter's gradients to the sink.
 
-        Args:
-            outputs: The model's outputs in the forward pass that was recorded.
-            vector: Like outputs.
-            sink: What takes the gradients.
-            keep: Whether the graph is needed again.
+        The graph is needed again where `keep`.
         """
-        self.open = False
+        self.recording_forward = False
         self.sink = sink
         try:
             torch.autograd.grad(outputs, self.anchor, vector, retain_graph=keep, allow_unused=True)
@@ -136,19 +114,19 @@ class Recording:
             i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point()
         ]
         if not self._fits(unit, inputs, [outputs[i] for i in marked]):
-            if self.open:
-                self.unfit.update(unit.names.values())
+            if self.recording_forward:
+                self.mismatched.update(unit.names.values())
             return None
         # Calls that a checkpoint runs again look the same in the graph, but nothing arrives there.
-        if self.open:
+        if self.recording_forward:
             for name in unit.names.values():
-                self.uses[name] = self.uses.get(name, 0) + 1
+                self.use_counts[name] = self.use_counts.get(name, 0) + 1
         inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
         call = Call(unit, inputs, spec, marked)
         # A tensor that gradients reach on their way to an earlier mark needs none of its own.
-        reached = self.alone and output_spec is None and output.requires_grad
-        if reached and not self.again and not output._is_view():
-            if self.open:
+        reached = self.only_marks_need_gradients and output_spec is None and output.requires_grad
+        if reached and not self.layers_recompute and not output._is_view():
+            if self.recording_forward:
                 output.register_hook(lambda gradient: self.receive(call, (gradient,)))
             return None
         marks = _Mark.apply(self, call, self.anchor, *(outputs[i] for i in marked))
@@ -159,19 +137,15 @@ class Recording:
         return tree_unflatten(outputs, output_spec)
 
     def receive(self, call: Call, gradients: Sequence[Tensor | None]) -> None:
-        """Pass the gradients of a call's parameters on to the sink, given those at its outputs.
-
-        Raises:
-            UnitError: If the unit's rule does not fit it, or it could not be run again.
-        """
+        """Pass the gradients of a call's parameters on to the sink, given those at its outputs."""
         if self.sink is None or all(g is None for g in gradients):
             return
         try:
-            self.busy = True
+            self.rerunning_unit = True
             for found, examples in self._example_gradients(call, gradients):
                 self.sink({name: found[local] for local, name in call.unit.names.items()}, examples)
         finally:
-            self.busy = False
+            self.rerunning_unit = False
 
     def _example_gradients(
         self, call: Call, gradients: Sequence[Tensor | None]
@@ -187,7 +161,7 @@ class Recording:
             yield found, range(self.size)
             return
         elements = sum(unit.module.get_parameter(local).numel() for local in unit.names)
-        several = any(self.uses[name] > 1 for name in unit.names.values())
+        several = any(self.use_counts[name] > 1 for name in unit.names.values())
         chunk = self.size if several else max(1, VMAP_ELEMENTS // max(1, elements))
         for start in range(0, self.size, chunk):
             examples = range(start, min(start + chunk, self.size))
@@ -211,8 +185,7 @@ class Recording:
         )
 
 
-_SAVED = object()
-"""Stands for a tensor that autograd keeps."""
+_SAVED = object()  # stands for a tensor that autograd keeps
 
 
 class _Mark(torch.autograd.Function):
@@ -222,7 +195,7 @@ class _Mark(torch.autograd.Function):
     def forward(
         ctx: Any, recording: Recording, call: Call, anchor: Tensor, *tensors: Tensor
     ) -> Any:
-        if recording.again:
+        if recording.layers_recompute:
             # A checkpoint forgets what is saved this way, and has it made again.
             ctx.save_for_backward(*(t for t in call.inputs if isinstance(t, Tensor)))
             left = [_SAVED if isinstance(t, Tensor) else t for t in call.inputs]
@@ -245,19 +218,13 @@ class Squares:
 
     What few positions give is summed over vectors before the one product with the inputs, which
     the vectors share. What a parameter's several uses give waits for the last of them.
-
-    Attributes:
-        sums: Where to add, by name.
-        shared: Whether there are several vectors.
-        traces: What each example added in all, (B,), by the names that outputs depend on.
-        additions: How many numbers were added to an element, one after the other.
     """
 
     def __init__(self, sums: Mapping[str, Tensor], recording: Recording, first: int = 0):
-        self.sums = sums
-        self.shared = False
-        self.traces: dict[str, Tensor] = {}
-        self.additions = 1
+        self.sums = sums  # where to add, by name
+        self.shared = False  # whether there are several vectors
+        self.traces: dict[str, Tensor] = {}  # what each example added in all, by name
+        self.additions = 1  # to an element, one after the other
         self._recording = recording
         self._first = first
         self._products: dict[str, tuple[Outer | Summed, Tensor]] = {}
@@ -267,14 +234,13 @@ class Squares:
     def __call__(self, gradients: Mapping[str, Gradients], examples: range) -> None:
         """Take per-example gradients of one call's parameters, by one vector.
 
-        Those of `few` positions, and those that wait for a parameter's last use, are of all
-        examples.
+        Those of `few` positions, and those that wait for a last use, are of all examples.
         """
         pairs: dict[int, Tensor] = {}  # A layer's weight and bias share them.
         for name, found in gradients.items():
-            if name in self._recording.unfit:
+            if name in self._recording.mismatched:
                 continue
-            if self._recording.uses[name] > 1:
+            if self._recording.use_counts[name] > 1:
                 self._waiting.setdefault(name, []).append(found)
             elif isinstance(found, Outer | Summed) and found.few:
                 if name not in self._products:
@@ -327,13 +293,7 @@ class Recorder:
     """Marks the calls of units in the forward passes that are recorded, until it is closed."""
 
     def __init__(self, units: Iterable[Unit], device: torch.device, dtype: torch.dtype):
-        """Watch the units' modules.
-
-        Args:
-            units: What to mark.
-            device: Where the model is.
-            dtype: The type that per-example gradients are squared in.
-        """
+        """Watch the units' modules; per-example gradients will be squared in `dtype`."""
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._dtype = dtype
         self._recording: Recording | None = None
@@ -350,23 +310,25 @@ class Recorder:
             handle.remove()
 
     @contextmanager
-    def recording(self, size: int, *, alone: bool, again: bool) -> Iterator[Recording]:
-        """Record a batch while it runs, and until it has run backward.
-
-        Args:
-            size: The number of examples in the batch.
-            alone: Whether no parameter of the model requires gradients.
-            again: Whether layers run again in the backward pass.
-        """
+    def recording(
+        self, size: int, *, only_marks_need_gradients: bool, layers_recompute: bool
+    ) -> Iterator[Recording]:
+        """Record a batch of so many examples while it runs, and until it has run backward."""
         try:
-            self._recording = Recording(size, self._anchor, self._dtype, alone=alone, again=again)
+            self._recording = Recording(
+                size,
+                self._anchor,
+                self._dtype,
+                only_marks_need_gradients,
+                layers_recompute,
+            )
             yield self._recording
         finally:
             self._recording = None
 
     def _mark(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         recording = self._recording
-        if recording is None or recording.busy:
+        if recording is None or recording.rerunning_unit:
             return None
         with own_errors():
             return recording.mark(unit, args, kwargs, output)
@@ -374,7 +336,7 @@ class Recorder:
     def _spread(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         # Ids of shape (1, T) are shared by the batch, and so would be the gradient at their rows.
         recording = self._recording
-        if recording is None or recording.busy or len(args) != 1:
+        if recording is None or recording.rerunning_unit or len(args) != 1:
             return args
         (ids,) = args
         with own_errors():
@@ -389,19 +351,16 @@ def add_squares(
     vectors: Iterable[Tensor],
     first: int = 0,
 ) -> Squares:
-    """Add Σ_vectors Σ_examples (Jᵀ vector)² to sums.
+    """Add Σ_vectors Σ_examples (Jᵀ vector)² to sums, in the parameters' shapes by name.
 
     Parameters with a call that does not have one row per example are left out.
 
     Args:
-        sums: Where to add, by name, in the parameters' shapes.
+        sums: Where to add.
         recording: The recorded forward pass.
-        outputs: Its outputs.
+        outputs: Its outputs, (B, …).
         vectors: What to send back, each like outputs.
         first: The first example whose share is measured where not all are.
-
-    Returns:
-        The sink that has added them.
     """
     squares = Squares(sums, recording, first)
     vectors = iter(vectors)
@@ -423,11 +382,8 @@ def module_gradients(
 
     Args:
         call: The call to repeat.
-        inputs: Its inputs for some examples.
-        gradients: The gradients at its outputs for the same examples.
-
-    Raises:
-        UnitError: If the module raises.
+        inputs: Its inputs for some examples, (B, …) each or shared.
+        gradients: The gradients at its outputs for the same examples, (B, …).
     """
     unit = call.unit
     values = {name: unit.module.get_parameter(name).detach() for name in unit.names}

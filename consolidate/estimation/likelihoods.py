@@ -15,8 +15,7 @@ from torch.nn import functional
 
 from formats.errors import InputError, UsageError
 
-IGNORED = -100
-"""The label of a position that is not predicted, as transformers writes it."""
+IGNORED = -100  # the label of a position that is not predicted, as transformers writes it
 
 
 class Likelihood(Protocol):
@@ -78,12 +77,8 @@ class Softmax:
 
     def check_labels(self, outputs: Tensor, labels: Tensor) -> None:
         """Raise InputError unless labels are class indices for these outputs."""
-        expected = "(examples, positions, classes)" if self.tokens else "(examples, classes)"
-        if outputs.ndim != 2 + self.tokens:
-            raise InputError(
-                f"The {self.name} likelihood needs outputs of shape {expected}; "
-                f"the model gave {_shape(outputs)}."
-            )
+        expected = ("examples", "positions", "classes") if self.tokens else ("examples", "classes")
+        _check_outputs(self.name, outputs, *expected)
         _check_shape(self.name, labels, outputs.shape[:-1])
         if labels.dtype.is_floating_point or labels.dtype.is_complex:
             raise InputError(
@@ -195,19 +190,31 @@ class Softmax:
         return (self._targets(labels) != IGNORED).any(0).nonzero().flatten().tolist()
 
 
+class _Columns:
+    """What likelihoods have in common whose outputs (B, …) stand for independent labels."""
+
+    def units(self, labels: Tensor) -> Tensor:
+        """Return 1 for each example, (B,)."""
+        return torch.ones(len(labels), dtype=torch.int64, device=labels.device)
+
+    def outcomes(self, outputs: Tensor, labels: Tensor) -> int:
+        """Return the number of an example's outputs."""
+        return outputs[0].numel()
+
+    def draws(self, outputs: Tensor) -> int:
+        """Return the number of an example's outputs."""
+        return outputs[0].numel()
+
+
 @dataclass(frozen=True)
-class Bernoulli:
+class Bernoulli(_Columns):
     """K independent yes-or-no labels, p = sigmoid(outputs): outputs and labels (B, K)."""
 
     name: str = "bernoulli"
 
     def check_labels(self, outputs: Tensor, labels: Tensor) -> None:
         """Raise InputError unless labels are 0 or 1, one for each output."""
-        if outputs.ndim != 2:
-            raise InputError(
-                f"The {self.name} likelihood needs outputs of shape (examples, labels); "
-                f"the model gave {_shape(outputs)}."
-            )
+        _check_outputs(self.name, outputs, "examples", "labels")
         _check_shape(self.name, labels, outputs.shape)
         wrong = (labels != 0) & (labels != 1)
         if wrong.any():
@@ -235,21 +242,9 @@ class Bernoulli:
         )
         return sum(sides, torch.zeros_like(past)).sum(1)
 
-    def units(self, labels: Tensor) -> Tensor:
-        """Return 1 for each example, (B,)."""
-        return _one_each(labels)
-
     def correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return 1 where all K labels are right, (B,)."""
         return ((outputs > 0) == (labels > 0.5)).all(1).to(_wide(outputs).dtype)
-
-    def outcomes(self, outputs: Tensor, labels: Tensor) -> int:
-        """Return K: the labels are independent."""
-        return outputs.shape[1]
-
-    def draws(self, outputs: Tensor) -> int:
-        """Return K."""
-        return outputs.shape[1]
 
     def exact_scores(self, outputs: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """Yield √(p_k (1 − p_k)) 1_k for each label k."""
@@ -269,7 +264,7 @@ class Bernoulli:
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(_Columns):
     """D numbers around the outputs with variance 1: outputs and labels (B, D), (B, 1) or (B,)."""
 
     name: str = "gaussian"
@@ -290,20 +285,8 @@ class Gaussian:
         """Return ½‖old − new‖², (B,)."""
         return (_wide(old) - _wide(new)).square().flatten(1).sum(1) / 2
 
-    def units(self, labels: Tensor) -> Tensor:
-        """Return 1 for each example, (B,)."""
-        return _one_each(labels)
-
     def correct(self, outputs: Tensor, labels: Tensor) -> None:
         """Return None: a number is never simply right."""
-
-    def outcomes(self, outputs: Tensor, labels: Tensor) -> int:
-        """Return D."""
-        return outputs[0].numel()
-
-    def draws(self, outputs: Tensor) -> int:
-        """Return D."""
-        return outputs[0].numel()
 
     def exact_scores(self, outputs: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """Yield 1_d for each number d."""
@@ -335,11 +318,7 @@ LIKELIHOODS: dict[str, Likelihood] = {
 
 
 def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
-    """Return the likelihood of that name; an object that is one already comes back as it is.
-
-    Raises:
-        UsageError: If the name is not one of LIKELIHOODS.
-    """
+    """Return the likelihood of that name; an object that is one already comes back as it is."""
     if not isinstance(likelihood, str):
         return likelihood
     if likelihood not in LIKELIHOODS:
@@ -378,12 +357,16 @@ def _precise(like: Tensor) -> Tensor:
     return torch.empty(0, dtype=wide, device=like.device)
 
 
-def _one_each(labels: Tensor) -> Tensor:
-    return torch.ones(len(labels), dtype=torch.int64, device=labels.device)
-
-
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
+
+
+def _check_outputs(name: str, outputs: Tensor, *axes: str) -> None:
+    if outputs.ndim != len(axes):
+        raise InputError(
+            f"The {name} likelihood needs outputs of shape ({', '.join(axes)}); "
+            f"the model gave {_shape(outputs)}."
+        )
 
 
 def _check_shape(name: str, labels: Tensor, expected: torch.Size) -> None:

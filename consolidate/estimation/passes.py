@@ -26,33 +26,20 @@ from formats.errors import InputError
 
 
 class Scores(NamedTuple):
-    """What is sent back through the network.
+    """What is sent back through the network."""
 
-    Attributes:
-        forward: From a batch to the model's outputs.
-        vectors: From outputs, detached, and their batch to gradients of log p at the outputs.
-        units: From labels to the units of each example.
-        whole: Whether they are summed over the batch before they are squared.
-    """
-
-    forward: Callable[[Batch], Tensor]
-    vectors: Callable[[Tensor, Batch], Iterator[Tensor]]
-    units: Callable[[Tensor], Tensor]
-    whole: bool
+    forward: Callable[[Batch], Tensor]  # from a batch to the model's outputs
+    vectors: Callable[[Tensor, Batch], Iterator[Tensor]]  # from these, detached, to ∇ log p there
+    units: Callable[[Tensor], Tensor]  # from labels to the units of each example
+    whole: bool  # whether gradients are summed over the batch before they are squared
 
 
 class PartialPass(NamedTuple):
-    """Where another pass over the same batches can go on.
+    """Where another pass over the same batches can resume."""
 
-    Attributes:
-        tensors: The sums so far, and what was counted.
-        levels: How each parameter's gradients are had; None while that is not known.
-        most: How many examples the memory suffices for; None while it suffices for all.
-    """
-
-    tensors: dict[str, Tensor]
-    levels: dict[str, str] | None
-    most: int | None
+    tensors: dict[str, Tensor]  # the sums so far, and what was counted
+    levels: dict[str, str] | None  # the parameters' methods; None while that is not known
+    most: int | None  # examples that the memory suffices for; None while it suffices for all
 
     @property
     def examples(self) -> int:
@@ -65,10 +52,6 @@ class Pass:
 
     A batch that the memory does not suffice for is taken in halves. What fails half way is taken
     back, with all since the last fold, and done again.
-
-    Attributes:
-        accumulators: The sums so far; None before the first batch.
-        levels: How each parameter's gradients are had; None while that is not known.
     """
 
     def __init__(
@@ -81,20 +64,14 @@ class Pass:
         check: bool = False,
         note: Callable[[str], None] | None = None,
         start: PartialPass | None = None,
+        group: ProcessGroup | None = None,
     ):
-        """Prepare a pass, or go on with one that was broken off.
+        """Prepare to measure `parameters`, whose gradients are off, or to resume another pass.
 
-        Args:
-            model: Any module, with gradients switched off for its parameters.
-            parameters: Those to measure, by name.
-            scores: What is sent back.
-            dtype: Of the sums, and what gradients are squared in.
-            check: Whether the methods are chosen anew on every batch.
-            note: Takes what should be known at once.
-            start: Where the other pass was.
+        With `check` the methods are chosen anew on every batch; `dtype` is that of the sums.
         """
-        self.accumulators: Accumulators | None = None
-        self.levels: dict[str, str] | None = None
+        self.accumulators: Accumulators | None = None  # until the first batch
+        self.levels: dict[str, str] | None = None  # the parameters' methods; likewise
         self._model = model
         self._parameters = dict(parameters)
         self._scores = scores
@@ -102,7 +79,8 @@ class Pass:
         self._check = check
         self._note = note or (lambda text: None)
         self._place = place_of(model)
-        self._again = bool(checkpointed_layers(model))
+        self._group = group
+        self._layers_recompute = bool(checkpointed_layers(model))
         self._plan: Plan | None = None
         self._recorder: Recorder | None = None  # of what is marked in the plan
         self._watched: dict[str, nn.Parameter] = {}  # those that it knows nothing of
@@ -122,10 +100,7 @@ class Pass:
         return 0 if self.accumulators is None else self.accumulators.examples
 
     def relative_errors(self, group: ProcessGroup | None = None) -> dict[str, float]:
-        """Return each trace's standard error over the trace, by the names of those that count.
-
-        Of what all processes of a group have added, where there is one.
-        """
+        """Return each trace's standard error over the trace, by the names of those that count."""
         if self.accumulators is None and group is None:
             return {}
         return self._accumulators().relative_errors(group)
@@ -135,10 +110,10 @@ class Pass:
         if self.accumulators is not None:
             _ = self.accumulators.counts
 
-    def sum_over(self, group: ProcessGroup | None) -> None:
+    def sum_over_processes(self) -> None:
         """Add what the passes of other processes have added; no batch is taken after that."""
-        if group is not None:
-            self._accumulators().sum_over(group)
+        if self._group is not None:
+            self._accumulators().sum_over(self._group)
 
     def wait(self) -> None:
         """Let other processes take a batch, where this one has none left."""
@@ -159,15 +134,9 @@ class Pass:
             self._first = batch.rows(0, max(self._most or len(batch), 2))
 
     def take(self, batch: Batch, keep: Callable[[PartialPass], None] | None = None) -> None:
-        """Add a batch.
+        """Add a batch, on any device; raise where outputs or gradients are not finite.
 
-        Args:
-            batch: On any device.
-            keep: Called where another pass can go on; what it is given is valid until it returns.
-
-        Raises:
-            InputError: If the memory does not suffice for a single example.
-            NonFiniteError: If outputs or gradients are not finite, naming parameter and batch.
+        `keep` is called where another pass can resume; what it is given is valid until it returns.
         """
         waiting = deque([batch])
         while waiting:
@@ -231,8 +200,7 @@ class Pass:
                 traces = self._add_gradients(self._parameters, batch)
         else:
             traces, additions = self._add_examples(batch)
-        where = f"batch {batch.number} (examples {batch.first} to {batch.first + len(batch) - 1})"
-        accumulators.end_batch(traces, units, len(batch), where, additions)
+        accumulators.end_batch(traces, units, len(batch), where_in_data(batch), additions)
 
     def _choose_methods(self, batch: Batch) -> None:
         """Choose the methods on the pass's first batch; with `check` on each."""
@@ -267,8 +235,8 @@ class Pass:
     def _tell(self, plan: Plan) -> None:
         """Name the modules that do not go by the method that was tried first, and why."""
         notes = []
-        if plan.alone is not None:
-            notes = [f"the model takes one example at a time only ({plan.alone}): going on by loop"]
+        if (why := plan.only_single) is not None:
+            notes = [f"the model takes one example at a time only ({why}): going on by loop"]
         names: dict[tuple[str, str | None, str], list[str]] = {}
         for name, (method, error) in plan.failures.items():
             if (now := method_of(plan.levels[name])) != method:
@@ -280,12 +248,9 @@ class Pass:
                 self._note(note)
 
     def _add_examples(self, batch: Batch) -> tuple[dict[str, Tensor], int]:
-        """Add Σ_examples Σ_vectors (Jᵀ vector)².
+        """Add Σ_examples Σ_vectors (Jᵀ vector)²: what the plan marks at once, the rest one by one.
 
-        What is marked in the plan goes all at once; the rest by one example after the other.
-
-        Returns:
-            What each example added in all, by name, and how often was added to an element.
+        Returns what each example added in all, by name, and how often was added to an element.
         """
         rest = self._by_loop
         traces: dict[str, Tensor] = {}
@@ -295,11 +260,13 @@ class Pass:
             with (
                 requiring_gradients(watched),
                 self._recorder.recording(
-                    len(batch), alone=not watched, again=self._again
+                    len(batch),
+                    only_marks_need_gradients=not watched,
+                    layers_recompute=self._layers_recompute,
                 ) as recording,
             ):
                 outputs, vectors = self._run(batch)
-                found = [*_dependencies(outputs, watched), *recording.unfit]
+                found = [*_dependencies(outputs, watched), *recording.mismatched]
                 if outputs.requires_grad:
                     first = _nth_start(batch.number, min(MEASURED, len(batch)))
                     squares = add_squares(self._sums, recording, outputs, vectors, first)
@@ -337,6 +304,11 @@ class Pass:
     @property
     def _sums(self) -> dict[str, Tensor]:
         return self._accumulators().sums
+
+
+def where_in_data(batch: Batch) -> str:
+    """Name a batch in a message."""
+    return f"batch {batch.number} (examples {batch.first} to {batch.first + len(batch) - 1})"
 
 
 def _fallen(method: str, error: str | None, now: str, names: Iterable[str]) -> str:

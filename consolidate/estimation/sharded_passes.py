@@ -5,16 +5,15 @@ An example's gradients arrive one parameter after the other, are squared, summed
 and each keeps its shard.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch import Tensor
 
 from consolidate.estimation.batches import Batch, out_of_memory
 from consolidate.estimation.example_gradients import square
 from consolidate.estimation.gradient_methods import requiring_gradients
-from consolidate.estimation.passes import PartialPass, Pass, Scores
+from consolidate.estimation.passes import PartialPass, Pass, where_in_data
 from consolidate.runtime.distributed import in_step, is_first
 from consolidate.runtime.shards import add_shard_, gradients_of, whole
 from formats.errors import InputError
@@ -23,28 +22,7 @@ from formats.errors import InputError
 class ShardedPass(Pass):
     """Σ over batches of the squares of per-example gradients, one example after the other."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        scores: Scores,
-        dtype: torch.dtype,
-        group: ProcessGroup | None,
-        start: PartialPass | None = None,
-    ):
-        """Prepare a pass, or go on with one that was broken off.
-
-        Args:
-            model: In shards, with gradients switched off for its parameters.
-            parameters: Those to measure, by name.
-            scores: What is sent back.
-            dtype: Of the sums, and what gradients are squared in.
-            group: The processes that hold the shards.
-            start: Where the other pass was, this process's part.
-        """
-        super().__init__(model, parameters, scores, dtype, start=start)
-        self._group = group
-        self._stand_in: Batch | None = None
+    _stand_in: Batch | None = None
 
     def see(self, batch: Batch) -> None:
         """Look at a batch that the other pass has taken."""
@@ -53,14 +31,7 @@ class ShardedPass(Pass):
     def take(self, batch: Batch, keep: Callable[[PartialPass], None] | None = None) -> None:
         """Add a batch, while the other processes add theirs.
 
-        Args:
-            batch: On any device.
-            keep: Called where another pass can go on, if every process has taken a batch: then all
-                are there at once.
-
-        Raises:
-            InputError: The memory does not suffice.
-            NonFiniteError: If outputs or gradients are not finite, naming parameter and batch.
+        `keep` is given only if every process has taken a batch: then all are there at once.
         """
         self._stand_in = self._stand_in or batch
         batch = self._placed(batch)
@@ -78,8 +49,7 @@ class ShardedPass(Pass):
                 f"Batch {batch.number}: the memory does not suffice. Shorten the examples, use a "
                 "smaller dtype, or more processes."
             ) from error
-        where = f"batch {batch.number} (examples {batch.first} to {batch.first + len(batch) - 1})"
-        self._accumulators().end_batch(traces, units, len(batch), where, len(parts))
+        self._accumulators().end_batch(traces, units, len(batch), where_in_data(batch), len(parts))
         if self._accumulators().fold_if_due() and keep is not None:
             keep(PartialPass(self._accumulators().tensors(), None, None))
 

@@ -91,19 +91,12 @@ def merge_separate(
 
 
 class ModelTensor(NamedTuple):
-    """One tensor of a model that is merged, or a part of one.
+    """What `merge_models` needs of one tensor of a model."""
 
-    Attributes:
-        coefficient: c of the model.
-        weights: θ, floating.
-        fisher: Λ of the same shape; None where it has none, which is Λ = 0.
-        anchor: μ of the same shape; None where it is the weights.
-    """
-
-    coefficient: float
-    weights: Tensor
-    fisher: Tensor | None = None
-    anchor: Tensor | None = None
+    coefficient: float  # c, which its Λ is weighed by
+    weights: Tensor  # θ
+    fisher: Tensor | None = None  # Λ; 0 where it has none
+    anchor: Tensor | None = None  # μ; θ unless given
 
 
 class MergedTensor(NamedTuple):

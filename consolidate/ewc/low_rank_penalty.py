@@ -1,8 +1,7 @@
 """The penalty on weights that low-rank adapters change, passed on to the adapters' factors."""
 
-import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, NoReturn, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,28 +10,21 @@ from consolidate.ewc.penalty import (
     CPU_PIECE,
     DEVICE_PIECE,
     Penalty,
+    check_strength,
     checked_tensors,
     converted,
     wide,
 )
-from formats.errors import InputError, UsageError
+from formats.errors import InputError
 
 
 class LowRank(NamedTuple):
-    """A layer's weight W with a low-rank change: W + s B A, or W + s (B A)ᵀ where transposed.
+    """A layer's weight W with a low-rank change: W + s B A, or W + s (B A)ᵀ where transposed."""
 
-    Attributes:
-        weight: W, (out, in, …), or (in, out) where transposed, as of GPT-2's Conv1D and embeddings.
-        a: A, (r, in, …).
-        b: B, (out, r, …).
-        scale: s, α/r or α/√r.
-        transposed: Whether W holds its inputs first.
-    """
-
-    weight: nn.Parameter
-    a: nn.Parameter
-    b: nn.Parameter
-    scale: float
+    weight: nn.Parameter  # W, (out, in, …); (in, out) where transposed, as Conv1D and embeddings
+    a: nn.Parameter  # A, (r, in, …)
+    b: nn.Parameter  # B, (out, r, …)
+    scale: float  # s, α/r or α/√r
     transposed: bool = False
 
 
@@ -49,12 +41,7 @@ class MergedPenalty:
     the gradients are s Bᵀ G of A and s G Aᵀ of B (Kirkpatrick et al. 2017, eq. 3, and the chain
     rule). They are taken layer by layer, some rows at a time: W + s B A is never there as a whole.
 
-    It stands in for a `Penalty` wherever gradients and values are asked for. There is no proximal
-    step: the penalty is no sum over the elements of A and B.
-
-    Attributes:
-        ewc_lambda: λ.
-        unprotected: Names of the layers' weights that have no Fisher.
+    It is a `WeightPenalty` without a proximal step: it is no sum over the elements of A and B.
     """
 
     def __init__(
@@ -69,36 +56,26 @@ class MergedPenalty:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        """Match Fisher and anchor with the layers.
+        """Match Fisher and anchor with the layers, by the names and shapes of their weights.
 
         Tensors that have the dtype and the device already are kept as they are, not copied, and
         must not be written to afterwards.
 
         Args:
             layers: By the name of their weight.
-            fisher: Λ by the weights' names and of their shapes, finite and not negative. Of weights
-                that no layer here changes it is not looked at.
-            anchor: μ by the same names; None where it is W, which then takes no memory.
+            fisher: Λ, finite and not negative; that of other weights is not looked at.
+            anchor: μ; None where it is W, which then takes no memory.
             ewc_lambda: λ, finite and not negative.
             offset: A constant, times λ in every value: `penalty_offset` of a ledger.
-            beside: The penalty on parameters that train as they are, beside the adapter; its own λ
-                is not looked at.
+            beside: The penalty on parameters that train as they are; its λ is not looked at.
             dtype: Of Λ and μ as they are kept: float32, or wider where W is, unless given.
             device: Where Λ and μ are kept; each beside its weight unless given.
-
-        Raises:
-            UsageError: If λ is negative or not finite, or `dtype` is not floating.
-            InputError: If a shape does not match, a Fisher is negative, or no layer has one.
-            NonFiniteError: If a Fisher or an anchor is not finite.
         """
-        if not (math.isfinite(ewc_lambda) and ewc_lambda >= 0):
-            raise UsageError(f"ewc_lambda is {ewc_lambda}; it must be finite and not negative.")
-        if dtype is not None and not dtype.is_floating_point:
-            raise UsageError(f"Λ and μ cannot be kept in {dtype}: use float32 or bfloat16.")
+        check_strength(ewc_lambda, dtype)
         self.ewc_lambda = ewc_lambda
+        self._beside = beside or Penalty((), {}, ewc_lambda=ewc_lambda)
         self.unprotected = [name for name in layers if name not in fisher]
-        self.unprotected += [] if beside is None else beside.unprotected
-        self._beside = beside
+        self.unprotected += self._beside.unprotected
         self._offset = offset
         self._terms = []
         for name, layer in layers.items():
@@ -117,7 +94,7 @@ class MergedPenalty:
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the penalty holds: A and B of each layer, and those beside."""
         factors = [factor for term in self._terms for factor in (term.layer.a, term.layer.b)]
-        return factors + ([] if self._beside is None else self._beside.parameters())
+        return factors + self._beside.parameters()
 
     @torch.no_grad()
     def value(self) -> float:
@@ -127,33 +104,32 @@ class MergedPenalty:
             for term in self._terms
             for _, difference, fisher in _pieces(term)
         ]
-        beside = self._at_lambda()
-        return self._total(values).item() + (0.0 if beside is None else beside.value())
+        return self._total(values).item() + self._at_lambda().value()
 
-    @overload
-    def add_gradient_(self, *, value: Literal[True]) -> Tensor: ...
-    @overload
-    def add_gradient_(self) -> None: ...
     @torch.no_grad()
-    def add_gradient_(self, *, value: bool = False) -> Tensor | None:
-        """Add s Bᵀ G and s G Aᵀ to the gradients of A and B, creating them where there are none.
+    def add_gradient_(self) -> None:
+        """Add s Bᵀ G and s G Aᵀ to the gradients of A and B, creating them where there are none."""
+        for _ in self._adding_gradient():
+            pass
+        self._at_lambda().add_gradient_()
 
-        Args:
-            value: Return the penalty's value at the present values as well.
+    @torch.no_grad()
+    def value_and_add_gradient_(self) -> Tensor:
+        """Do what `add_gradient_` does, and return the penalty's value at the present values."""
+        pieces = self._adding_gradient()
+        total = self._total([torch.dot(pull.flatten(), far.flatten()) for pull, far in pieces])
+        return total + self._at_lambda().value_and_add_gradient_().to(total)
 
-        Returns:
-            The value, 0-dimensional, on the weights' device; None unless asked for.
-        """
-        values: list[Tensor] = []
+    def _adding_gradient(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Add the gradient; yield Λ (W + s B A − μ) and W + s B A − μ of some rows meanwhile."""
         for term in self._terms:
             left, right = _factors(term.layer)
             of_left, of_right = torch.empty_like(left), torch.zeros_like(right)
             for rows, difference, fisher in _pieces(term):
                 pull = fisher * difference
-                if value:
-                    values.append(torch.dot(pull.flatten(), difference.flatten()))
                 of_left[rows] = pull @ right.T
                 of_right.addmm_(left[rows].T, pull)
+                yield pull, difference
             factor = self.ewc_lambda * term.layer.scale
             for parameter, gradient in zip(
                 (term.layer.a, term.layer.b),
@@ -161,30 +137,9 @@ class MergedPenalty:
                 strict=True,
             ):
                 _add(parameter, gradient.mul_(factor))
-        beside = self._at_lambda()
-        if not value:
-            if beside is not None:
-                beside.add_gradient_()
-            return None
-        total = self._total(values)
-        return total if beside is None else total + beside.add_gradient_(value=True).to(total)
 
-    def proximal_step_(
-        self, optimizer: torch.optim.Optimizer, *_: Any, value: bool = False
-    ) -> NoReturn:
-        """Refuse: the penalty has no step of its own in A and B.
-
-        Raises:
-            UsageError: Always.
-        """
-        raise UsageError(
-            "The penalty on merged weights has no proximal step: its minimum in A and B cannot be "
-            "told element by element. Take its gradient instead."
-        )
-
-    def _at_lambda(self) -> Penalty | None:
-        if self._beside is not None:
-            self._beside.ewc_lambda = self.ewc_lambda
+    def _at_lambda(self) -> Penalty:
+        self._beside.ewc_lambda = self.ewc_lambda
         return self._beside
 
     def _total(self, values: list[Tensor]) -> Tensor:

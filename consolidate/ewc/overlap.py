@@ -16,23 +16,13 @@ def fisher_overlap(a: Tensor, b: Tensor) -> float:
     Returns:
         Between 0 (disjoint) and 1 (equal up to scale); 0 where either is zero everywhere.
     """
-    return layer_overlap([(a, b)])
+    return _overlap([(a, b)])
 
 
-def layer_overlap(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Return the overlap of two Fishers over all tensors of a layer, read one after the other.
-
-    Args:
-        pairs: Both Fishers' diagonals of each tensor, of one shape; scaled to unit trace together.
-
-    Returns:
-        As `fisher_overlap`.
-    """
+def _overlap(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the overlap over all tensors of a layer, read one after the other, scaled together."""
     shared = first = second = 0.0
-    for a, b in pairs:
-        a, b = (
-            values.to("cpu", torch.promote_types(values.dtype, torch.float32)) for values in (a, b)
-        )
+    for a, b in ((_wide(one), _wide(other)) for one, other in pairs):
         first += a.sum(dtype=torch.float64).item()
         second += b.sum(dtype=torch.float64).item()
         shared += (a.sqrt() * b.sqrt()).sum(dtype=torch.float64).item()
@@ -59,6 +49,6 @@ def layer_overlaps(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> di
         if name in other:
             layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
     return {
-        layer: layer_overlap((one[name], other[name]) for name in names)
+        layer: _overlap((one[name], other[name]) for name in names)
         for layer, names in layers.items()
     }

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,14 @@ class _Term(NamedTuple):
     fisher: Tensor
     anchor: Tensor
 
+    def beside_parameter(self) -> "_Term":
+        """Return the term with Λ and μ where the parameter is; itself if they are there."""
+        device = self.parameter.device
+        if self.fisher.device == device:
+            return self
+        moved = (converted(t, device, t.dtype) for t in (self.fisher, self.anchor))
+        return _Term(self.parameter, *moved)
+
 
 class _Pull(NamedTuple):
     """1/(s λ) of a proximal step: `floor`, and with Adam `inverse` · √`square` on top of it."""
@@ -30,6 +38,25 @@ class _Pull(NamedTuple):
     inverse: float
     floor: float
     square: Tensor | None
+
+
+class WeightPenalty(Protocol):
+    """What training asks of a penalty, on the weights as they are or as adapters change them."""
+
+    ewc_lambda: float
+    unprotected: list[str]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the penalty holds."""
+
+    def value(self) -> float:
+        """Return the penalty at the present values."""
+
+    def add_gradient_(self) -> None:
+        """Add the penalty's gradient to the parameters'."""
+
+    def value_and_add_gradient_(self) -> Tensor:
+        """Do the same in the same pass over memory, and return the value, 0-dimensional."""
 
 
 class Penalty:
@@ -85,13 +112,8 @@ class Penalty:
             InputError: If a name or shape does not match, or a Fisher is negative.
             NonFiniteError: If a Fisher or an anchor is not finite.
         """
-        if not (math.isfinite(ewc_lambda) and ewc_lambda >= 0):
-            raise UsageError(f"ewc_lambda is {ewc_lambda}; it must be finite and not negative.")
-        if dtype is not None and not dtype.is_floating_point:
-            raise UsageError(f"Λ and μ cannot be kept in {dtype}: use float32 or bfloat16.")
-        if isinstance(parameters, nn.Module):
-            parameters = parameters.named_parameters()
-        known = dict(parameters)
+        check_strength(ewc_lambda, dtype)
+        known = _named(parameters)
         if unknown := [name for name in fisher if name not in known]:
             raise InputError(
                 f"The Fisher holds {unknown[0]!r} ({len(unknown)} such names), which is no "
@@ -102,7 +124,7 @@ class Penalty:
         self._offset = offset
         self._device = None if device is None else torch.device(device)
         live = {local(parameter).untyped_storage().data_ptr() for parameter in known.values()}
-        self._terms = []
+        self._terms: list[_Term] = []
         for name, parameter in trained.items():
             if name in fisher:
                 tensors = checked_tensors(name, parameter, fisher[name], anchor)
@@ -123,9 +145,7 @@ class Penalty:
         device: torch.device | str | None = None,
     ) -> "Penalty":
         """Return (λ/2) Σ (θ − μ)², that is Λ = 1 for every trainable parameter."""
-        if isinstance(parameters, nn.Module):
-            parameters = parameters.named_parameters()
-        trained = {name: p for name, p in parameters if p.requires_grad}
+        trained = {name: p for name, p in _named(parameters).items() if p.requires_grad}
         ones = {
             name: torch.ones((), device=p.device).expand(p.shape) for name, p in trained.items()
         }
@@ -145,22 +165,49 @@ class Penalty:
         ]
         return self._total(values).item()
 
-    @overload
-    def add_gradient_(self, *, value: Literal[True]) -> Tensor: ...
-    @overload
-    def add_gradient_(self) -> None: ...
     @torch.no_grad()
-    def add_gradient_(self, *, value: bool = False) -> Tensor | None:
-        """Add λ Λ (θ − μ) to each parameter's gradient, creating it where there is none.
+    def add_gradient_(self) -> None:
+        """Add λ Λ (θ − μ) to each parameter's gradient, creating it where there is none."""
+        for _ in self._adding_gradient():
+            pass
+
+    @torch.no_grad()
+    def value_and_add_gradient_(self) -> Tensor:
+        """Do what `add_gradient_` does for a quarter more of time, and return the present value."""
+        return self._total([_weighed(*piece) for piece in self._adding_gradient()])
+
+    @torch.no_grad()
+    def proximal_step_(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Take the penalty's own step, implicitly, after the optimizer took the loss's.
+
+            θ ← argmin_z (λ/2) Σ Λ (z − μ)² + Σ (z − θ)² / (2 s) = (θ + s λ Λ μ) / (1 + s λ Λ)
+
+        with the optimizer's own rate s of each parameter: η (1 − dampening)/(1 − momentum) for SGD
+        and η / (√v̂ + ε), bias-corrected, for Adam and AdamW. Where the loss's step comes to rest,
+        the sum of loss and penalty does; and it is stable for every λ, whereas the gradient form
+        diverges where s λ Λ > 2. What is not the optimizer's, or was not stepped yet by Adam, is
+        left alone.
+
+        It may be called, or registered once, which is needed under a GradScaler that may skip the
+        optimizer's step: ``optimizer.register_step_post_hook(penalty.proximal_step_)``.
 
         Args:
-            value: Return the penalty's value at the present values as well, which costs a quarter
-                more.
+            optimizer: torch's SGD, Adam or AdamW.
 
-        Returns:
-            The value, 0-dimensional, on the parameters' device; None unless asked for.
+        Raises:
+            UsageError: The optimizer is another one, whose rate is not known.
         """
-        values: list[Tensor] = []
+        for _ in self._stepping(optimizer):
+            pass
+
+    @torch.no_grad()
+    def proximal_step_and_value_(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Do what `proximal_step_` does, and return the penalty's value after it."""
+        pieces = self._stepping(optimizer)
+        return self._total([_weighed(theta - anchor, fisher) for theta, fisher, anchor in pieces])
+
+    def _adding_gradient(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Add the gradient, yielding each piece's θ − μ, which may be overwritten, and Λ."""
         for term in self._present():
             parameter = term.parameter
             if parameter.grad is None:
@@ -177,50 +224,18 @@ class Penalty:
                     # Summed before it is rounded to a narrower type: the smaller one survives.
                     pull = difference * fisher
                     gradient.copy_(pull.mul_(self.ewc_lambda).add_(gradient))
-                if value:
-                    values.append(_weighed(difference, fisher))
+                yield difference, fisher
             if sparse is not None:
                 sparse.add_(dense.to_sparse(sparse.sparse_dim()))
-        return self._total(values) if value else None
 
-    @overload
-    def proximal_step_(
-        self, optimizer: torch.optim.Optimizer, *_: Any, value: Literal[True]
-    ) -> Tensor: ...
-    @overload
-    def proximal_step_(self, optimizer: torch.optim.Optimizer, *_: Any) -> None: ...
-    @torch.no_grad()
-    def proximal_step_(
-        self, optimizer: torch.optim.Optimizer, *_: Any, value: bool = False
-    ) -> Tensor | None:
-        """Take the penalty's own step, implicitly, after the optimizer took the loss's.
-
-            θ ← argmin_z (λ/2) Σ Λ (z − μ)² + Σ (z − θ)² / (2 s) = (θ + s λ Λ μ) / (1 + s λ Λ)
-
-        with the optimizer's own rate s of each parameter: η (1 − dampening)/(1 − momentum) for SGD
-        and η / (√v̂ + ε), bias-corrected, for Adam and AdamW. Where the loss's step comes to rest,
-        the sum of loss and penalty does; and it is stable for every λ, whereas the gradient form
-        diverges where s λ Λ > 2. What is not the optimizer's, or was not stepped yet by Adam, is
-        left alone.
-
-        It may be called, or registered once, which is needed under a GradScaler that may skip the
-        optimizer's step: ``optimizer.register_step_post_hook(penalty.proximal_step_)``.
-
-        Args:
-            optimizer: torch's SGD, Adam or AdamW.
-            value: Return the penalty's value after the step as well.
-
-        Returns:
-            The value, 0-dimensional, on the parameters' device; None unless asked for.
-
-        Raises:
-            UsageError: The optimizer is another one, whose rate is not known.
-        """
+    def _stepping(
+        self, optimizer: torch.optim.Optimizer
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Take the proximal step; yield the new θ, Λ and μ of each piece meanwhile."""
         check_proximal(optimizer)
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         if getattr(optimizer, "found_inf", False):
             groups = {}  # A GradScaler calls a fused optimizer even where that is to skip its step.
-        values: list[Tensor] = []
         for term in self._present():
             group = groups.get(id(term.parameter))
             state = optimizer.state.get(term.parameter, {})
@@ -229,9 +244,7 @@ class Penalty:
             for theta, fisher, anchor, *square in _pieces(term, *squares):
                 if pull is not None:
                     _pull_back(theta, fisher, anchor, pull, *square)
-                if value:
-                    values.append(_weighed(theta - anchor, fisher))
-        return self._total(values) if value else None
+                yield theta, fisher, anchor
 
     def _pull(self, group: dict[str, Any], state: dict[str, Any]) -> _Pull | None:
         """Give what a parameter is pulled back by; None where it is not pulled."""
@@ -251,37 +264,38 @@ class Penalty:
         return _Pull(inverse, max(floor * inverse, SMALLEST), square)  # keeps 0 / 0 away
 
     def _present(self) -> Iterator[_Term]:
-        """The terms of what is trained now, each beside its parameter unless told otherwise."""
-        for i, (parameter, fisher, anchor) in enumerate(self._terms):
-            if not parameter.requires_grad:
-                continue
-            if self._device is None and fisher.device != parameter.device:
-                # The model was moved after the penalty was made.
-                moved = (converted(t, parameter.device, t.dtype) for t in (fisher, anchor))
-                self._terms[i] = _Term(parameter, *moved)
-            yield self._terms[i]
+        """Yield the terms of what is trained now."""
+        for i, term in enumerate(self._terms):
+            if term.parameter.requires_grad:
+                if self._device is None:  # the model may have been moved since
+                    self._terms[i] = term.beside_parameter()
+                yield self._terms[i]
 
     def _total(self, values: list[Tensor]) -> Tensor:
         total = torch.zeros(())
         if values:
-            device, dtype = (
-                values[0].device,
-                max((v.dtype for v in values), key=lambda d: d.itemsize),
-            )
-            total = torch.stack([v.to(device, dtype) for v in values]).sum()
+            dtype = max((value.dtype for value in values), key=lambda dtype: dtype.itemsize)
+            total = torch.stack([value.to(values[0].device, dtype) for value in values]).sum()
             total = sum_of_parts(total, self._terms[0].parameter)
         return self.ewc_lambda * (total / 2 + self._offset)
 
 
+def _named(parameters: NamedParameters) -> dict[str, nn.Parameter]:
+    if isinstance(parameters, nn.Module):
+        parameters = parameters.named_parameters()
+    return dict(parameters)
+
+
+def check_strength(ewc_lambda: float, dtype: torch.dtype | None) -> None:
+    """Refuse a λ that is negative or not finite, and a dtype of Λ and μ that is not floating."""
+    if not (math.isfinite(ewc_lambda) and ewc_lambda >= 0):
+        raise UsageError(f"ewc_lambda is {ewc_lambda}; it must be finite and not negative.")
+    if dtype is not None and not dtype.is_floating_point:
+        raise UsageError(f"Λ and μ cannot be kept in {dtype}: use float32 or bfloat16.")
+
+
 def check_proximal(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer whose per-parameter rate is not known.
-
-    Args:
-        optimizer: Any of torch's.
-
-    Raises:
-        UsageError: It is not SGD, Adam or AdamW.
-    """
+    """Refuse an optimizer whose per-parameter rate is not known: all but SGD, Adam and AdamW."""
     if not isinstance(optimizer, torch.optim.SGD | torch.optim.Adam):  # AdamW is an Adam
         raise UsageError(
             f"The proximal step knows the rate of SGD, Adam and AdamW, not of "
@@ -292,20 +306,9 @@ def check_proximal(optimizer: torch.optim.Optimizer) -> None:
 def checked_tensors(
     name: str, parameter: nn.Parameter, fisher: Tensor, anchors: Mapping[str, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Give Λ and μ of a parameter, its present values where there are no anchors.
+    """Give Λ and μ of a parameter θ, without gradients; θ itself where there are no anchors.
 
-    Args:
-        name: The parameter's name.
-        parameter: θ.
-        fisher: Λ.
-        anchors: μ by name; None where it is θ.
-
-    Returns:
-        Λ and μ, without gradients.
-
-    Raises:
-        InputError: A shape is not the parameter's, μ is missing, or Λ is negative somewhere.
-        NonFiniteError: One of them is not finite.
+    What is not of its shape, not finite, or a negative Λ is refused.
     """
     if anchors is not None and name not in anchors:
         raise InputError(f"The anchor holds no {name!r}, which the Fisher protects.")
@@ -340,10 +343,6 @@ def narrow(dtype: torch.dtype, of_parameter: torch.dtype) -> torch.dtype:
     """Give the type that Λ or μ is kept in: its own, but no wider than the penalty is computed in.
 
     What is narrower takes less memory, and is widened exactly where it is used.
-
-    Args:
-        dtype: Its own.
-        of_parameter: That of the parameter.
     """
     widest = wide(of_parameter)
     return dtype if torch.promote_types(dtype, widest) == widest else widest
@@ -352,33 +351,21 @@ def narrow(dtype: torch.dtype, of_parameter: torch.dtype) -> torch.dtype:
 def converted(
     tensor: Tensor, device: torch.device, dtype: torch.dtype, *, copy: bool = False
 ) -> Tensor:
-    """Move a tensor as `Tensor.to` does; one number that stands for all elements stays one.
-
-    Args:
-        tensor: Any.
-        device: Where to.
-        dtype: As what.
-        copy: Whether it must not share memory.
-    """
+    """Move a tensor as `Tensor.to` does; one number that stands for all elements stays one."""
     if tensor.dim() and not any(tensor.stride()):  # one number for all, as in l2
         return tensor.as_strided((), ()).to(device, dtype, copy=copy).expand(tensor.shape)
     return tensor.to(device, dtype, copy=copy)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Give the type that a parameter's penalty is computed in: float32, or its own if wider.
-
-    Args:
-        dtype: Of the parameter.
-    """
+    """Give the type that a parameter's penalty is computed in: float32, or its own if wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _pieces(term: _Term, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cut a term's tensors and others of their shape alike, if their elements lie in one order.
 
-    Yields:
-        θ; Λ and μ, on its device in float32 or wider; and the others.
+    Yields θ; Λ and μ, on its device in float32 or wider; and the others.
     """
     parameter = local(term.parameter.detach())
     device, dtype = parameter.device, wide(parameter.dtype)

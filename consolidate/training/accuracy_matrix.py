@@ -10,16 +10,10 @@ Metrics = Mapping[str, Scores]  # before, step N, epoch N, after -> scores
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over those of its terms that were measured.
-
-    Attributes:
-        value: The mean; None where no term was measured.
-        terms: How many were measured.
-        of: How many there are.
-    """
+    """A mean over those of its terms that were measured; None where none was."""
 
     value: float | None
-    terms: int
+    terms: int  # that were measured
     of: int
 
 
@@ -34,19 +28,12 @@ class Point:
 
 @dataclass(frozen=True)
 class AccuracyMatrix:
-    """R[i, j], the score on task j after training task i, T × T; None where not measured.
+    """R[i, j], the score on task j after training task i, T × T; None where not measured."""
 
-    Attributes:
-        tasks: Their names, in the order in which they were learned.
-        scores: R, row by row.
-        start: The scores before the first task was learned, (T,).
-        points: The curves over training steps, in the order of time; empty where none were taken.
-    """
-
-    tasks: list[str]
-    scores: list[list[float | None]]
-    start: list[float | None]
-    points: list[Point]
+    tasks: list[str]  # in the order in which they were learned
+    scores: list[list[float | None]]  # R, row by row
+    start: list[float | None]  # the scores before the first task was learned, (T,)
+    points: list[Point]  # the curves over training steps, in the order of time
 
     def acc(self) -> Mean:
         """Return the average accuracy, ACC = (1/T) Σ_j R[T, j] (Lopez-Paz & Ranzato 2017)."""
@@ -82,14 +69,7 @@ class AccuracyMatrix:
 def accuracy_matrix(metrics: Mapping[str, Metrics]) -> AccuracyMatrix:
     """Arrange what a ledger says was measured: a task's row is what stands under its `after`.
 
-    A task that was only measured has no `after` of its own: its row is what the next one found
-    `before`, at the same weights.
-
-    Args:
-        metrics: Of each task, by name, in the order in which they were learned; at least one.
-
-    Returns:
-        The matrix, over data that were evaluated under the name of a task.
+    A task that was only measured has no `after`: its row is what the next one found `before`.
     """
     tasks, measured = list(metrics), list(metrics.values())
 
@@ -103,15 +83,7 @@ def accuracy_matrix(metrics: Mapping[str, Metrics]) -> AccuracyMatrix:
 
 
 def score(values: Mapping[str, float]) -> float | None:
-    """Give the score among the metrics of one evaluation: larger is better.
-
-    Args:
-        values: As `consolidate.training.evaluation.measure` returns them.
-
-    Returns:
-        The accuracy where there is one, else minus the mean negative log-likelihood; None where
-        there is neither.
-    """
+    """Give the score among the metrics of one evaluation: the accuracy, else minus the loss."""
     if "accuracy" in values:
         return values["accuracy"]
     return -values["loss"] if "loss" in values else values.get("score")

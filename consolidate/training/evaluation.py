@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from consolidate.estimation.batches import model_outputs, place_of, placed
+from consolidate.estimation.batches import eval_mode, model_outputs, place_of, placed
 from consolidate.estimation.likelihoods import Likelihood
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import in_step, summed
@@ -27,28 +27,26 @@ def measure(
     progress: Callable[[int], None] = lambda count: None,
     group: ProcessGroup | None = None,
 ) -> dict[str, float]:
-    """Measure a model on a task, in eval mode.
+    """Measure a model on a task, in eval mode; it comes back with the modes its modules had.
+
+    Processes that share the batches each get the metrics of all. A model in shards runs as often in
+    each. Where a stop waits in one, all stop after the measurement.
 
     Args:
-        model: Comes back with the modes its modules had.
+        model: Any module.
         batches: Pairs (inputs, labels).
         likelihood: The likelihood of the labels given the model's outputs.
         language: Report perplexity, the exponential of the loss, instead of accuracy.
         progress: Called after each batch with its number of examples.
-        group: Processes that share the batches; each gets the metrics of all. A model in shards
-            runs as often in each. Where a stop waits in one, all stop after the measurement.
+        group: The processes.
 
     Returns:
         ``loss``, the mean negative log-likelihood per unit; ``accuracy`` or ``perplexity``; and
         ``score``, which is the accuracy where there is one and minus the loss elsewhere.
-
-    Raises:
-        InputError: No unit was to be predicted.
-        NonFiniteError: The loss is NaN or infinite.
     """
     loss = units = correct = uncounted = 0.0
     place = place_of(model)
-    with _evaluating(model):
+    with eval_mode(model):
         last: tuple[Any, Tensor] | None = None
         for batch in in_step(signals.until_asked(batches), group if is_sharded(model) else None):
             last = batch or last
@@ -93,7 +91,7 @@ def divergence(
     likelihood: Likelihood,
     group: ProcessGroup | None = None,
 ) -> float:
-    """Measure how far a model's outputs have moved: the mean of KL(p_old ‖ p_new) per unit.
+    """Measure how far a model's outputs have moved: the mean of KL(p_old ‖ p_new) in nats per unit.
 
     Args:
         model: With its new values; compared in eval mode, and it comes back as it was.
@@ -101,13 +99,10 @@ def divergence(
         batches: Pairs (inputs, labels). The labels only mark what is predicted.
         likelihood: The likelihood whose distributions are compared.
         group: Processes that the batches were dealt to; each gets the mean of all.
-
-    Returns:
-        Nats per unit.
     """
     total = units = 0.0
     place = place_of(model)
-    with _evaluating(model):
+    with eval_mode(model):
         for batch in batches:
             inputs, labels = placed(place, *batch)
             outputs = model_outputs(model, inputs, labels)
@@ -117,18 +112,6 @@ def divergence(
             units += int(likelihood.units(labels).sum())
     total, units = summed(group, total, units)
     return total / max(1, units)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode, and each of its modules back in its own afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

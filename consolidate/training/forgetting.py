@@ -6,22 +6,11 @@ from collections.abc import Collection, Mapping
 from formats.errors import UsageError
 
 ROUNDING = 1e-9  # 0.90 − 0.87 is no more than 0.03
-
-Scores = Mapping[str, Mapping[str, float]]
-"""What was measured, by task and metric."""
+Scores = Mapping[str, Mapping[str, float]]  # what was measured, by task and metric
 
 
 def forgetting(before: Scores, after: Scores, tasks: Collection[str]) -> dict[str, float]:
-    """Give the score that each old task lost: before − after, negative where it gained.
-
-    Args:
-        before: Measured before training.
-        after: Measured after it.
-        tasks: Names of old tasks; those that were not measured are left out.
-
-    Returns:
-        The difference of scores by task: of accuracies, or of nats per unit.
-    """
+    """Give the score that each old task lost: before − after, negative where it gained."""
     return {
         name: before[name]["score"] - values["score"]
         for name, values in after.items()
@@ -30,16 +19,7 @@ def forgetting(before: Scores, after: Scores, tasks: Collection[str]) -> dict[st
 
 
 def check_gate(max_forgetting: float, old: Collection[str], measured: Collection[str]) -> None:
-    """Refuse a gate that nothing can be held against.
-
-    Args:
-        max_forgetting: What an old task may lose.
-        old: Names of the tasks in the ledger.
-        measured: Names of the data that will be measured.
-
-    Raises:
-        UsageError: It is no number from 0, or no old task is among what is measured.
-    """
+    """Refuse a gate that is no number from 0, or that no measured old task can be held against."""
     if not (math.isfinite(max_forgetting) and max_forgetting >= 0):
         raise UsageError(f"--max-forgetting {max_forgetting}: expected a number from 0")
     if not old:
@@ -52,13 +32,5 @@ def check_gate(max_forgetting: float, old: Collection[str], measured: Collection
 
 
 def beyond(lost: Mapping[str, float], max_forgetting: float) -> dict[str, float]:
-    """Give the tasks that lost more than they may.
-
-    Args:
-        lost: As `forgetting` gives it.
-        max_forgetting: What each may lose.
-
-    Returns:
-        Those of `lost` that are greater.
-    """
+    """Give the tasks that lost more than they may, with what they lost."""
     return {name: loss for name, loss in lost.items() if loss > max_forgetting + ROUNDING}

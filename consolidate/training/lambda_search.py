@@ -12,9 +12,8 @@ from consolidate.training.forgetting import ROUNDING
 from formats.errors import NonFiniteError, UsageError
 
 RULES = ("mean", "least", "most")
+# Shares of the steps, and between the candidates of each quarters of a factor of 10.
 RUNGS = ((1 / 8, 4), (1 / 4, 2), (1, 2))
-"""Shares of the steps, and between the candidates of each quarters of a factor of 10."""
-
 FIRST = tuple(range(0, 25, 4))  # 1, 10, …, 10⁶, in quarters of a factor of 10
 MOST_EXTENSIONS = 6  # candidates in all beyond the range that a rung began with
 LEAST_STEPS = 20  # of a shortened run
@@ -41,41 +40,17 @@ class Trial:
         return sum(values["score"] for values in self.metrics.values()) / len(self.metrics)
 
 
-Rule = Callable[[Sequence[Trial]], Trial]
-"""Chooses among trials of as many steps."""
-
-Train = Callable[[float, int], Trial]
-"""Trains with a λ for a number of steps, from the start, and measures."""
+Rule = Callable[[Sequence[Trial]], Trial]  # chooses among trials of as many steps
+Train = Callable[[float, int], Trial]  # trains with a λ for so many steps, and measures
 
 
 def by_mean(trials: Sequence[Trial]) -> Trial:
-    """Choose the largest mean score; the larger λ where two are equal.
-
-    Args:
-        trials: Of as many steps.
-
-    Returns:
-        One of them.
-
-    Raises:
-        NonFiniteError: All of them diverged.
-    """
+    """Choose the largest mean score; the larger λ where two are equal."""
     return max(_trained(trials), key=lambda trial: (trial.mean, trial.ewc_lambda))
 
 
 def by_least(trials: Sequence[Trial], *, max_forgetting: float) -> Trial:
-    """Choose the least λ with which no old task loses more than it may, else the largest λ.
-
-    Args:
-        trials: Of as many steps, whose forgetting was measured.
-        max_forgetting: A difference of scores.
-
-    Returns:
-        One of them.
-
-    Raises:
-        NonFiniteError: All of them diverged.
-    """
+    """Choose the least λ with which no old task loses more than it may, else the largest λ."""
     trained = _trained(trials)
     most = max_forgetting + ROUNDING
     kept = [t for t in trained if t.forgetting is not None and t.forgetting <= most]
@@ -85,21 +60,7 @@ def by_least(trials: Sequence[Trial], *, max_forgetting: float) -> Trial:
 def by_most(trials: Sequence[Trial], *, task: str, before: float) -> Trial:
     """Choose the largest λ that keeps 95 % of what the new task gains in score, else the least.
 
-    Where nothing is gained the largest is chosen.
-
-    The gain is that of the best trial over the start. It needs no old data: a larger λ holds old
-    tasks better whatever they are.
-
-    Args:
-        trials: Of as many steps. One with λ = 0 only shows the gain without a penalty.
-        task: The new task.
-        before: Its score at the start.
-
-    Returns:
-        One of them.
-
-    Raises:
-        NonFiniteError: All of them diverged.
+    Where nothing is gained on the start it is the largest λ; λ = 0 only shows the gain without.
     """
     trained = _trained(trials)
     scores = {t.ewc_lambda: t.metrics[task]["score"] for t in trained if t.metrics is not None}
@@ -113,14 +74,7 @@ def by_most(trials: Sequence[Trial], *, task: str, before: float) -> Trial:
 
 
 def check_strengths(strengths: object) -> None:
-    """Refuse what is neither a list of strengths nor ``auto``.
-
-    Args:
-        strengths: What was given as λ, not a single number.
-
-    Raises:
-        UsageError: It is something else, or one of them is negative or not finite.
-    """
+    """Refuse what is neither ``auto`` nor a list of strengths that are finite and not negative."""
     if strengths == "auto":
         return
     if isinstance(strengths, str) or not isinstance(strengths, Sequence) or not strengths:
@@ -139,18 +93,7 @@ def choose_rule(
 ) -> str:
     """Decide the name of the rule, and refuse one for which nothing will be measured.
 
-    Args:
-        choose: The one asked for; None takes ``most`` without old data, ``least`` with a limit on
-            forgetting, else ``mean``.
-        old: Names of the tasks in the ledger.
-        validation: Names of the held-out data.
-        max_forgetting: What an old task may lose.
-
-    Returns:
-        ``mean``, ``least`` or ``most``.
-
-    Raises:
-        UsageError: It is none of these, or needs old data or a limit that were not given.
+    Unless given: ``least`` with a limit on forgetting, ``most`` without old data, else ``mean``.
     """
     measured = set(old) & set(validation)
     given = choose is not None
@@ -172,16 +115,7 @@ def choose_rule(
 
 
 def grid(train: Train, strengths: Sequence[float], steps: int) -> list[Trial]:
-    """Train every strength for all of the steps.
-
-    Args:
-        train: Trains one.
-        strengths: λs.
-        steps: Optimizer steps of a whole run.
-
-    Returns:
-        The trials, from the least λ to the largest.
-    """
+    """Train every strength for all of the steps, from the least to the largest."""
     return [train(strength, steps) for strength in sorted(set(strengths))]
 
 
@@ -193,18 +127,7 @@ def coarse_to_fine(
     Seven powers of 10 for an eighth of the steps; the one chosen and its neighbours by √10 for a
     quarter; the one chosen of these and its neighbours for all. Where the chosen one is the least
     or the largest of its rung, the rung grows in that direction, by at most 6 candidates in all.
-
-    Args:
-        train: Trains one.
-        choose: The rule.
-        steps: Optimizer steps of a whole run.
-        reference: Also train λ = 0 in each rung, as `by_most` needs it.
-
-    Returns:
-        All trials in the order they were trained in.
-
-    Raises:
-        NonFiniteError: All candidates of a rung diverged.
+    With `reference` λ = 0 is trained in each rung too, as `by_most` needs it.
     """
     trials: dict[tuple[float, int], Trial] = {}
 
@@ -232,21 +155,12 @@ def coarse_to_fine(
 
 
 def strength_at(quarters: int) -> float:
-    """Give λ = 10^(quarters/4) in three digits, so that it can be typed again.
-
-    Args:
-        quarters: Of a factor of 10.
-    """
+    """Give λ = 10^(quarters/4) in three digits, so that it can be typed again."""
     return float(f"{10 ** (quarters / 4):.3g}")
 
 
 def at_an_end(chosen: float, trials: Sequence[Trial]) -> bool:
-    """Say whether a better λ may lie beyond those that were tried.
-
-    Args:
-        chosen: One of them.
-        trials: Of as many steps.
-    """
+    """Say whether a better λ may lie beyond those that were tried."""
     strengths = [trial.ewc_lambda for trial in trials if trial.ewc_lambda > 0]
     return chosen > 0 and chosen in (min(strengths), max(strengths))
 

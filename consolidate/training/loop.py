@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,21 +12,17 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _NormBase
 
-from consolidate.estimation.batches import model_outputs, place_of, placed
+from consolidate.estimation.batches import Place, model_outputs, place_of, placed
 from consolidate.estimation.likelihoods import Likelihood
-from consolidate.ewc.low_rank_penalty import MergedPenalty
-from consolidate.ewc.penalty import Penalty, check_proximal
+from consolidate.ewc.penalty import Penalty, WeightPenalty, check_proximal
+from consolidate.options import Recipe
 from consolidate.runtime.distributed import place_in, sum_, summed
 from consolidate.runtime.shards import is_sharded, whole
-from formats.errors import NonFiniteError
+from formats.errors import NonFiniteError, UsageError
 
-OPTIMIZERS = ("adamw", "adam", "sgd")
-SCHEDULES = ("constant", "linear", "cosine")
-FUSED = ("cpu", "cuda", "mps", "xpu")
-"""Devices on which torch has Adam as one kernel."""
+FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch has Adam as one kernel
 MIXED_PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
+Pair = tuple[Any, Tensor]  # inputs and labels
 APART = 0x9E3779B97F4A7C15
 """Between the seeds of two processes: the golden ratio's, far from any that a user would choose."""
 
@@ -51,17 +48,9 @@ def make_optimizer(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """Make torch's optimizer of that name over the parameters that train.
+    """Make torch's optimizer, ``adamw``, ``adam`` or ``sgd``, over the parameters that train.
 
-    Args:
-        name: ``adamw``, ``adam`` or ``sgd``.
-        parameters: Frozen ones are left out.
-        learning_rate: The peak of the schedule.
-        momentum: Of SGD.
-        weight_decay: Decoupled for AdamW, added to the gradient for the other two.
-
-    Returns:
-        The optimizer.
+    Weight decay is decoupled for AdamW, and added to the gradient for the other two.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if name == "sgd":
@@ -77,16 +66,9 @@ def make_optimizer(
 def make_scheduler(
     name: str, optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Make a learning-rate schedule: a linear warm-up, then the named decay to zero.
+    """Make a schedule of the learning rate: a linear warm-up to the optimizer's, then the decay.
 
-    Args:
-        name: ``constant``, ``linear`` or ``cosine``.
-        optimizer: Whose learning rate is the peak.
-        warmup_steps: Steps from zero to the peak.
-        total_steps: Steps of the whole run.
-
-    Returns:
-        The scheduler, to be stepped once per optimizer step.
+    ``linear`` and ``cosine`` decay to zero, ``constant`` does not; stepped once per optimizer step.
     """
 
     def factor(step: int) -> float:
@@ -101,15 +83,7 @@ def make_scheduler(
 
 
 def data_order(count: int, seed: int) -> Iterator[list[int]]:
-    """Yield one permutation of `count` examples per epoch, without end.
-
-    Args:
-        count: The number of examples.
-        seed: The same seed gives the same permutations.
-
-    Yields:
-        The order of the examples in the next epoch.
-    """
+    """Yield one permutation of `count` examples per epoch, without end, the same for each seed."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield torch.randperm(count, generator=generator).tolist()
@@ -119,32 +93,20 @@ def freeze_statistics(model: nn.Module) -> None:
     """Keep running statistics as they are: put every normalisation that has them in eval mode.
 
     They are no parameters, so no penalty holds them, and they forget even under an infinite λ.
-
-    Args:
-        model: Changed in place.
     """
     for module in _with_statistics(model):
         module.eval()
 
 
 def has_statistics(model: nn.Module) -> bool:
-    """Return whether a model keeps running statistics of what passes through it.
-
-    Args:
-        model: Any module.
-    """
+    """Return whether a model keeps running statistics of what passes through it."""
     return any(True for _ in _with_statistics(model))
 
 
 def default_statistics(penalty: str, *, old: bool) -> str:
-    """Say what becomes of running statistics unless somebody says so: the same for all penalties.
+    """Return the default of `norm_statistics`, the same for all penalties but ``none``.
 
-    Args:
-        penalty: Its kind; ``none`` where there is none.
-        old: Whether there is something that can be forgotten: a Fisher, or an old task's data.
-
-    Returns:
-        ``frozen`` or ``update``.
+    `old` says whether something can be forgotten: a Fisher, or an old task's data.
     """
     return "frozen" if old or penalty != "none" else "update"
 
@@ -166,30 +128,24 @@ def seeded(seed: int, group: ProcessGroup | None = None) -> Iterator[None]:
         yield
 
 
-def train_epoch(
+def training_steps(
     model: nn.Module,
-    batches: Iterable[tuple[Any, Tensor] | None],
+    batches: Iterable[Pair | None],
     likelihood: Likelihood,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    recipe: Recipe,
     *,
-    penalty: Penalty | MergedPenalty | None = None,
-    penalty_step: str = "gradient",
-    gradient_accumulation_steps: int = 1,
-    max_grad_norm: float | None = None,
-    mixed_precision: str = "no",
+    penalty: WeightPenalty | None = None,
     scaler: torch.amp.GradScaler | None = None,
     first_step: int = 0,
-    max_steps: int | None = None,
-    norm_statistics: str = "frozen",
-    on_step: Callable[[Step], None] = lambda step: None,
     group: ProcessGroup | None = None,
-    stand_in: tuple[Any, Tensor] | None = None,
-    settle: Callable[[float], Sequence[float]] | None = None,
-) -> int:
-    """Train on every batch once.
+    stand_in: Pair | None = None,
+    sum_loss: Callable[[float], Sequence[float]] | None = None,
+) -> Iterator[Step]:
+    """Train on every batch once, one optimizer step for each item.
 
-    Each optimizer step follows the gradient of
+    Each step follows the gradient of
 
         L(θ) = −(1/units) Σ_x log p(y|x, θ) + (λ/2) Σ_i Λ_i (θ_i − μ_i)²
 
@@ -204,46 +160,34 @@ def train_epoch(
         likelihood: The likelihood of the labels given the model's outputs.
         optimizer: Any torch optimizer that needs no closure.
         scheduler: Stepped once per optimizer step.
+        recipe: Its `penalty_step`, `gradient_accumulation_steps`, `max_grad_norm` (which clips the
+            norm of the whole gradient, that of the penalty included where it is added),
+            `mixed_precision` (the autocast of the forward pass) and `norm_statistics`.
         penalty: None trains on the task alone.
-        penalty_step: ``gradient`` or ``proximal``, which needs SGD, Adam or AdamW.
-        gradient_accumulation_steps: Micro-batches per optimizer step.
-        max_grad_norm: Clips the norm of the whole gradient, that of the penalty included where it
-            is added.
-        mixed_precision: ``no``, ``bf16`` or ``fp16``: the autocast of the forward pass.
         scaler: The loss scaler that fp16 needs.
         first_step: Optimizer steps taken before.
-        max_steps: Ends the epoch when this many steps were taken in all.
-        norm_statistics: ``frozen`` keeps running statistics, ``update`` lets them follow the data.
-        on_step: Called after each optimizer step.
         group: Processes that share the micro-batches: as many of them in each. A model in shards
             runs as often in each of them, on `stand_in` where there is no other batch.
         stand_in: A batch, which adds nothing; the first one unless given.
-        settle: Sums the loss of a step over the processes, and with it what else they have to say.
+        sum_loss: Sums the loss of a step over the processes, and with it what else they have to
+            say; the sum alone unless given.
 
-    Returns:
-        The optimizer steps taken so far, `first_step` included.
+    Yields:
+        What each step reports, once it is taken.
 
     Raises:
         NonFiniteError: The loss or the penalty is not finite; no step is taken on it.
     """
     model.train()
-    if norm_statistics == "frozen":
+    if recipe.norm_statistics != "update":
         freeze_statistics(model)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    device = trained[0].device
-    place = place_of(model)
-    autocast_dtype = MIXED_PRECISION[mixed_precision]
-    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-    step = first_step
-    sharded = is_sharded(model)
-    penalty_value = 0.0
-    proximal = penalty if penalty_step == "proximal" else None
-    if proximal is not None:
-        check_proximal(optimizer)
-        penalty_value = proximal.value()
-    for micro_batches in _grouped(batches, gradient_accumulation_steps):
-        if max_steps is not None and step >= max_steps:
-            break
+    place, sharded = place_of(model), is_sharded(model)
+    scaler = scaler or torch.amp.GradScaler(place.device.type, enabled=False)
+    proximal = _proximal(penalty, optimizer) if recipe.penalty_step == "proximal" else None
+    penalty_value = 0.0 if proximal is None else proximal.value()
+    grouped = _grouped(batches, recipe.gradient_accumulation_steps)
+    for step, micro_batches in enumerate(grouped, first_step + 1):
         parts = [batch for batch in micro_batches if batch is not None]
         (units,) = summed(group, sum(int(likelihood.units(labels).sum()) for _, labels in parts))
         if sharded:
@@ -253,52 +197,67 @@ def train_epoch(
         for batch in micro_batches if sharded else parts:
             running = batch or stand_in
             assert running is not None
-            inputs, labels = placed(place, *running)
-            with torch.autocast(
-                device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
-            ):
-                outputs = model_outputs(model, inputs, labels)
-            likelihood.check_labels(outputs, labels)
-            micro_loss = likelihood.negative_log_likelihood(outputs, labels).sum() / max(units, 1)
+            micro_loss = _loss(model, place, running, likelihood, recipe) / max(units, 1)
             if batch is None:
                 micro_loss = micro_loss * 0
             loss += float(micro_loss.detach())
             if group is None:  # Elsewhere all leave together.
-                _check_loss(loss, step)
+                _check_finite("loss", loss, step)
             if sharded:  # FSDP takes the mean of the gradients over the processes.
                 micro_loss = micro_loss * place_in(group)[1]
             scaler.scale(micro_loss).backward()
-        (loss,) = summed(group, loss) if settle is None else settle(loss)
-        _check_loss(loss, step)
+        (loss,) = summed(group, loss) if sum_loss is None else sum_loss(loss)
+        _check_finite("loss", loss, step)
         if not sharded:
             _sum_gradients(trained, group)
         scaler.unscale_(optimizer)
         if penalty is not None and proximal is None:
-            penalty_value = penalty.add_gradient_(value=True).item()
-        if not math.isfinite(penalty_value):
-            raise NonFiniteError(f"step {step + 1}: the penalty is {penalty_value}; {REMEDY}")
+            penalty_value = penalty.value_and_add_gradient_().item()
+        _check_finite("penalty", penalty_value, step)
         gradient_norm = None
-        if max_grad_norm is not None:
-            gradient_norm = float(whole(nn.utils.clip_grad_norm_(trained, max_grad_norm)))
-        learning_rate = optimizer.param_groups[0]["lr"]
+        if recipe.max_grad_norm is not None:
+            gradient_norm = float(whole(nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)))
+        taken = Step(step, loss, penalty_value, optimizer.param_groups[0]["lr"], gradient_norm)
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        before = penalty_value
-        if norm_statistics == "update":
+        if recipe.norm_statistics == "update":
             _average_statistics(model, group)
         if scaler.get_scale() >= scale:  # a lowered scale means the scaler skipped this step
             if proximal is not None:
-                penalty_value = proximal.proximal_step_(optimizer, value=True).item()
+                penalty_value = proximal.proximal_step_and_value_(optimizer).item()
             scheduler.step()
-        step += 1
-        on_step(Step(step, loss, before, learning_rate, gradient_norm))
-    return step
+        yield taken
 
 
-def _check_loss(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise NonFiniteError(f"step {step + 1}: the loss is {loss}; {REMEDY}")
+def _loss(
+    model: nn.Module, place: Place, batch: Pair, likelihood: Likelihood, recipe: Recipe
+) -> Tensor:
+    """Return −Σ_x log p(y|x, θ) over a batch, with its graph."""
+    inputs, labels = placed(place, *batch)
+    dtype = MIXED_PRECISION[recipe.mixed_precision]
+    with torch.autocast(place.device.type, dtype=dtype, enabled=dtype is not None):
+        outputs = model_outputs(model, inputs, labels)
+    likelihood.check_labels(outputs, labels)
+    return likelihood.negative_log_likelihood(outputs, labels).sum()
+
+
+def _proximal(penalty: WeightPenalty | None, optimizer: torch.optim.Optimizer) -> Penalty | None:
+    """Return the penalty if it can take its own step after this optimizer's; refuse it if not."""
+    if penalty is None:
+        return None
+    if not isinstance(penalty, Penalty):
+        raise UsageError(
+            "The penalty on merged weights has no proximal step: its minimum in A and B cannot be "
+            "told element by element. Take its gradient instead."
+        )
+    check_proximal(optimizer)
+    return penalty
+
+
+def _check_finite(name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(f"step {step}: the {name} is {value}; {REMEDY}")
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup | None) -> None:
@@ -327,14 +286,8 @@ def _average_statistics(model: nn.Module, group: ProcessGroup | None) -> None:
             buffer /= group.size()
 
 
-def _grouped(
-    batches: Iterable[tuple[Any, Tensor] | None], size: int
-) -> Iterator[Sequence[tuple[Any, Tensor] | None]]:
-    group: list[tuple[Any, Tensor] | None] = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
+def _grouped(batches: Iterable[Pair | None], size: int) -> Iterator[Sequence[Pair | None]]:
+    """Yield `size` batches at a time, fewer at the end."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
         yield group

@@ -1,4 +1,4 @@
-"""The state of a training as plain tensors and numbers, from which it goes on to the same bits.
+"""The state of a training as plain tensors and numbers, from which it resumes to the same bits.
 
 Of a model in shards it is this process's part.
 """
@@ -29,15 +29,11 @@ class Descent:
     steps: list[Step]
 
 
-def training_tensors(descent: Descent) -> dict[str, Tensor]:
-    """Give the tensors of a training between two steps, without copying.
+def training_state(descent: Descent) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Give the state of a training between two steps: tensors, without copying, and the rest.
 
-    Args:
-        descent: The training.
-
-    Returns:
-        Values, the optimizer's state by parameter name, the random number generators of the CPU and
-        of the module's device, and the history.
+    They are values, the optimizer's state by parameter name, random number generators and history;
+    and JSON-ready numbers of the schedule and the loss scaler.
     """
     tensors = trained_tensors(descent.module, descent.steps, frozen=False)
     names = {id(parameter): name for name, parameter in descent.module.named_parameters()}
@@ -48,20 +44,8 @@ def training_tensors(descent: Descent) -> dict[str, Tensor]:
                 tensors[f"optimizer/{key}/{name}"] = local(torch.as_tensor(value))
     for kind, backend in _generators(descent.module):
         tensors[f"random/{kind}"] = backend.get_rng_state()
-    return tensors
-
-
-def training_numbers(descent: Descent) -> dict[str, Any]:
-    """Give what is no tensor of a training between two steps.
-
-    Args:
-        descent: The training.
-
-    Returns:
-        JSON-ready: of the schedule and of the loss scaler.
-    """
     schedule = descent.scheduler.state_dict()
-    return {
+    return tensors, {
         "schedule": {key: schedule[key] for key in ("last_epoch", "_step_count", "_last_lr")},
         "scaler": descent.scaler.state_dict(),
     }
@@ -70,14 +54,7 @@ def training_numbers(descent: Descent) -> dict[str, Any]:
 def load_training(
     descent: Descent, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Go on from what `training_tensors` and `training_numbers` gave.
-
-    Args:
-        descent: A training of the same kind that has taken no step; changed in place, and the
-            generators of random numbers with it.
-        tensors: The tensors.
-        numbers: The numbers.
-    """
+    """Resume a training, which has taken no step yet, from what `training_state` gave."""
     descent.steps[:] = load_trained(descent.module, tensors)
     names = {id(parameter): name for name, parameter in descent.module.named_parameters()}
     optimizer = descent.optimizer
@@ -105,16 +82,9 @@ def load_training(
 def trained_tensors(
     module: nn.Module, steps: Sequence[Step], *, frozen: bool = True
 ) -> dict[str, Tensor]:
-    """Give what is left of a training at its end, without copying.
+    """Give what is left of a training at its end, uncopied: values, frozen ones too, and history.
 
-    Args:
-        module: The trained module.
-        steps: What each step reported.
-        frozen: Whether parameters that do not train are among them: an adapter that was merged has
-            changed them.
-
-    Returns:
-        The values of parameters and buffers, and the history, (steps, 4).
+    An adapter that was merged has changed frozen parameters. The history is (steps, 4).
     """
     history = [
         [
@@ -132,15 +102,7 @@ def trained_tensors(
 
 @torch.no_grad()
 def load_trained(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Step]:
-    """Give a module the values of `trained_tensors`.
-
-    Args:
-        module: Changed in place.
-        tensors: The tensors.
-
-    Returns:
-        What each step reported.
-    """
+    """Give a module the values of `trained_tensors`, and return what each step reported."""
     for name, tensor in _values(module, frozen=True).items():
         if name in tensors:
             tensor.copy_(tensors[name])

@@ -50,9 +50,7 @@ def penalty_callback(penalty: Penalty, *, step: str = "gradient") -> Any:
                     "the penalty holds parameters that are not the trained model's: make it for "
                     "the model that the Trainer is given, after any change of its modules"
                 )
-            if self.hook is not None:  # of a run that was interrupted
-                self.hook.remove()
-                self.hook = None
+            self.remove_hook()  # of a run that was interrupted
             if step == "proximal":
                 inner = _inner(kwargs["optimizer"])
                 check_proximal(inner)
@@ -79,6 +77,9 @@ def penalty_callback(penalty: Penalty, *, step: str = "gradient") -> Any:
                 logs["penalty"] = state.log_history[-1]["penalty"] = penalty.value()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.remove_hook()
+
+        def remove_hook(self) -> None:
             if self.hook is not None:
                 self.hook.remove()
                 self.hook = None

@@ -82,7 +82,7 @@ def forms(
 
     def gradient_and_value() -> None:
         loss().backward()
-        penalty.add_gradient_(value=True)
+        penalty.value_and_add_gradient_()
         optimizer.step()
 
     def proximal() -> None:

@@ -105,13 +105,13 @@ def test_it_goes_on_from_where_it_was_kept_last(
         with pytest.raises(Killed):
             consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     steps: list[int] = []
-    train = finetune_run.train_epoch
+    train = finetune_run.training_steps
 
-    def counted(*arguments: Any, **settings: Any) -> int:
+    def counted(*arguments: Any, **settings: Any) -> Any:
         steps.append(settings["first_step"])
         return train(*arguments, **settings)
 
-    monkeypatch.setattr(finetune_run, "train_epoch", counted)
+    monkeypatch.setattr(finetune_run, "training_steps", counted)
     consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     assert steps == [2, 4, 8]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -157,7 +157,7 @@ def test_what_was_learned_is_kept_when_the_rest_is_interrupted(
         patch.setattr(finetune_command, during, interrupted)
         with pytest.raises(signals.Terminated):
             consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
-    monkeypatch.delattr(finetune_run, "train_epoch")
+    monkeypatch.delattr(finetune_run, "training_steps")
     consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -91,7 +91,7 @@ def test_gradients_and_value_are_those_of_the_explicit_penalty(
     before = {n: torch.randn_like(p) for n, p in trained}
     for name, parameter in trained[1:]:  # the first has no gradient yet
         parameter.grad = before[name].clone()
-    value = penalty.add_gradient_(value=True)
+    value = penalty.value_and_add_gradient_()
     for i, ((name, parameter), gradient) in enumerate(zip(trained, gradients, strict=True)):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, gradient + (i > 0) * before[name], **EXACT)
@@ -138,8 +138,6 @@ def test_what_has_no_fisher_is_named_and_what_does_not_fit_is_refused():
     penalty = MergedPenalty(layers, only, ewc_lambda=1.0)
     assert penalty.unprotected == ["turned.weight"]
     assert len(penalty.parameters()) == 2
-    with pytest.raises(UsageError, match="no proximal step"):
-        penalty.proximal_step_(torch.optim.SGD(network.parameters()))
     with pytest.raises(InputError, match=r"none of the weights.*linear\.weight"):
         MergedPenalty(layers, {}, ewc_lambda=1.0)
     with pytest.raises(InputError, match=r"shape \(5, 7\)"):

@@ -57,7 +57,7 @@ def test_value_and_gradient_are_those_of_the_formula_with_its_half():
     anchor = move(model)
     value, gradients = by_autograd(model, fisher, anchor, 3.0)
     assert penalty.value() == pytest.approx(value, rel=1e-6)
-    found = penalty.add_gradient_(value=True)
+    found = penalty.value_and_add_gradient_()
     assert found.shape == ()
     assert not found.requires_grad
     assert found.item() == pytest.approx(value, rel=1e-6)
@@ -146,7 +146,7 @@ def test_fisher_and_anchor_in_bfloat16():
     ]
     value, gradients = by_autograd(model, *rounded, 3.0)
     assert penalty.value() == pytest.approx(value, rel=1e-6)
-    assert penalty.add_gradient_(value=True).item() == pytest.approx(value, rel=1e-6)
+    assert penalty.value_and_add_gradient_().item() == pytest.approx(value, rel=1e-6)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad.double(), gradients[name], rtol=1e-6, atol=1e-7)
     with pytest.raises(UsageError, match=r"kept in torch.int8"):
@@ -164,7 +164,7 @@ def test_tensors_that_are_taken_in_pieces(monkeypatch):
     value, gradients = by_autograd(model, fisher, anchor, 3.0)
     assert penalty.value() == pytest.approx(value, rel=1e-6)
     model[1].weight.grad = torch.zeros(4, 6).T  # laid out otherwise than its parameter
-    assert penalty.add_gradient_(value=True).item() == pytest.approx(value, rel=1e-6)
+    assert penalty.value_and_add_gradient_().item() == pytest.approx(value, rel=1e-6)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad.double(), gradients[name], rtol=1e-6, atol=1e-7)
 
@@ -187,7 +187,7 @@ def test_other_types_of_weights(dtype):
     for p in model.parameters():
         p.grad = torch.full_like(p, 0.125)
     value, gradients = by_autograd(model, fisher, anchor, 0.5)
-    assert penalty.add_gradient_(value=True).item() == pytest.approx(value, rel=1e-6)
+    assert penalty.value_and_add_gradient_().item() == pytest.approx(value, rel=1e-6)
     for name, p in model.named_parameters():
         assert p.grad.dtype == dtype
         # One rounding from the exact sum, not several.
@@ -244,7 +244,7 @@ def test_parameters_without_a_fisher_are_named_and_left_alone_and_so_are_frozen_
     assert [name for name, p in model.named_parameters() if p.grad is not None] == ["0.weight"]
     model[0].weight.requires_grad_(False)
     model[0].weight.grad = None
-    assert penalty.add_gradient_(value=True).item() == penalty.value() == 0
+    assert penalty.value_and_add_gradient_().item() == penalty.value() == 0
     assert model[0].weight.grad is None
 
 
@@ -272,8 +272,8 @@ def test_no_lambda_is_a_fisher_without_effect():
     model = Tied()
     penalty = Penalty(model, positive(model), ewc_lambda=0.0)
     move(model)
-    assert penalty.add_gradient_(value=True).item() == penalty.value() == 0
-    assert Penalty(model, {}, ewc_lambda=1.0).add_gradient_(value=True).item() == 0
+    assert penalty.value_and_add_gradient_().item() == penalty.value() == 0
+    assert Penalty(model, {}, ewc_lambda=1.0).value_and_add_gradient_().item() == 0
 
 
 @pytest.mark.parametrize("ewc_lambda", [-1.0, float("nan"), float("inf")])
@@ -574,7 +574,7 @@ def test_a_proximal_step_gives_the_value_after_it_of_what_it_leaves_alone_too(
     optimizer.step()
     before = penalty.value()
     optimizer.found_inf = torch.tensor(float(found_inf))  # type: ignore[attr-defined]
-    value = penalty.proximal_step_(optimizer, value=True).item()
+    value = penalty.proximal_step_and_value_(optimizer).item()
     assert value == pytest.approx(penalty.value(), rel=1e-6)
     assert (value == pytest.approx(before, rel=1e-6)) == found_inf
 
@@ -598,7 +598,7 @@ def test_a_narrow_anchor_is_kept_as_it_is_and_pulls_as_if_it_were_wide():
     for anchor in (narrow, wide):
         penalty = Penalty(model, fisher, anchor, ewc_lambda=3.0)
         model.zero_grad()
-        value = penalty.add_gradient_(value=True).item()
+        value = penalty.value_and_add_gradient_().item()
         found.append([value, *(p.grad.clone() for p in model.parameters())])
         for term, name in zip(penalty._terms, anchor, strict=True):
             assert term.anchor.data_ptr() == anchor[name].data_ptr()

@@ -17,10 +17,17 @@ from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.estimation.passes import PartialPass
 from consolidate.ewc.penalty import Penalty
+from consolidate.options import Recipe
 from consolidate.runtime.distributed import dealt, is_first, place_in, process_group, shares
 from consolidate.runtime.shards import shard, whole
 from consolidate.training.evaluation import measure
-from consolidate.training.loop import Step, data_order, make_optimizer, make_scheduler, train_epoch
+from consolidate.training.loop import (
+    Step,
+    data_order,
+    make_optimizer,
+    make_scheduler,
+    training_steps,
+)
 
 Cases = dict[str, Callable[..., Any]]
 
@@ -212,24 +219,26 @@ def trained(
         optimizer, model.parameters(), learning_rate=rate, momentum=0.9 * (optimizer == "sgd")
     )
     schedule = make_scheduler("linear", descent, warmup_steps=2, total_steps=40)
+    recipe = Recipe(
+        penalty_step=penalty_step,
+        gradient_accumulation_steps=accumulate,
+        max_grad_norm=max_grad_norm,
+        norm_statistics=norm_statistics,
+    )
     steps: list[Step] = []
     orders = data_order(len(labels), 9)
     for _ in range(2):
         order = next(orders)
         each = shares(order, batch // place_in(group)[1], group)
-        train_epoch(
+        steps += training_steps(
             model,
             ((inputs[list(share)], labels[list(share)]) if share else None for share in each),
             get_likelihood(name),
             descent,
             schedule,
+            recipe,
             penalty=penalty,
-            penalty_step=penalty_step,
-            gradient_accumulation_steps=accumulate,
-            max_grad_norm=max_grad_norm,
-            norm_statistics=norm_statistics,
             first_step=len(steps),
-            on_step=steps.append,
             group=group,
         )
     metrics = measure(

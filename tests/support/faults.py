@@ -1,12 +1,13 @@
 """Runs that are interrupted where a test says."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import consolidate
 from consolidate.commands import finetune_run
+from consolidate.training.loop import Step
 
 
 class Killed(BaseException):
@@ -34,15 +35,13 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
 
 def break_off(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Break the next training off after this step, when it has been kept if it was to be."""
-    whole = finetune_run.train_epoch
+    whole = finetune_run.training_steps
 
-    def broken(*arguments: Any, on_step: Callable[[Any], None], **options: Any) -> int:
-        def then_killed(done: Any) -> None:
-            on_step(done)
+    def broken(*arguments: Any, **options: Any) -> Iterator[Step]:
+        for done in whole(*arguments, **options):
+            yield done
             if done.step == step:
-                monkeypatch.setattr(finetune_run, "train_epoch", whole)
+                monkeypatch.setattr(finetune_run, "training_steps", whole)
                 raise Killed
 
-        return whole(*arguments, on_step=then_killed, **options)
-
-    monkeypatch.setattr(finetune_run, "train_epoch", broken)
+    monkeypatch.setattr(finetune_run, "training_steps", broken)

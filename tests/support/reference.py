@@ -1,4 +1,4 @@
-"""The Fisher diagonal by slow and obvious loops in float64, sharing nothing with consolidate/."""
+"""The Fisher diagonal by its definition in float64, of log p and outcomes written out plainly."""
 
 import copy
 import itertools
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from consolidate.estimation.definition import fisher_by_definition
 
 Log = Callable[[Tensor, Tensor], Tensor]
 
@@ -94,51 +96,33 @@ def fisher(
     model = copy.deepcopy(model).double().eval()
     log_p, outcomes = REFERENCE[likelihood]
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    single = [
+        (_float64(_example(inputs, i)), labels[i])
+        for inputs, labels in examples
+        for i in range(len(labels))
+    ]
+    if kind == "exact" and outcomes is not None:
+        probabilities = []
+
+        def log(x: Any, y: Tensor) -> Tensor:
+            value = log_p(_outputs(model, x)[0], y)
+            probabilities.append(value.exp().item())
+            return value
+
+        with torch.no_grad():
+            every = [(x, outcomes(_outputs(model, x)[0], y)) for x, y in single]
+        found = fisher_by_definition(log, named, every)
+        assert abs(sum(probabilities) - len(every)) < 1e-9 * len(every)
+        return found
     total = {name: torch.zeros_like(p) for name, p in named.items()}
-    for inputs, labels in examples:
-        for i in range(len(labels)):
-            x = _float64(_example(inputs, i))
-            label = labels[i]
-
-            def squares(y: Tensor, x: Any = x) -> tuple[float, dict[str, Tensor]]:
-                model.zero_grad()
-                value = log_p(_outputs(model, x)[0], y)
-                value.backward()
-                return value.exp().item(), {
-                    n: torch.zeros_like(p) if p.grad is None else p.grad.clone() ** 2
-                    for n, p in named.items()
-                }
-
-            if kind == "empirical":
-                weighted = [(1.0, squares(label)[1])]
-            elif outcomes is None:
-                weighted = _gaussian(model, x, named)
-            else:
-                with torch.no_grad():
-                    output = _outputs(model, x)[0]
-                weighted = [squares(y) for y in outcomes(output, label)]
-                assert abs(sum(p for p, _ in weighted) - 1) < 1e-9
-            for probability, square in weighted:
-                for name, value in square.items():
-                    total[name] += probability * value
-    return total
-
-
-def _gaussian(
-    model: nn.Module, x: Any, named: dict[str, nn.Parameter]
-) -> list[tuple[float, dict[str, Tensor]]]:
-    """E over y ~ N(f, 1) of (Σ_d (y_d - f_d) ∂f_d)² = Σ_d (∂f_d)²."""
-    weighted = []
-    for d in range(_outputs(model, x)[0].numel()):
-        model.zero_grad()
-        _outputs(model, x)[0].flatten()[d].backward()
-        weighted.append(
-            (
-                1.0,
-                {
-                    n: torch.zeros_like(p) if p.grad is None else p.grad.clone() ** 2
-                    for n, p in named.items()
-                },
+    for x, label in single:
+        output = _outputs(model, x)[0]
+        # E over y ~ N(f, 1) of (Σ_d (y_d - f_d) ∂f_d)² = Σ_d (∂f_d)².
+        sent = [log_p(output, label)] if kind == "empirical" else list(output.flatten())
+        for value in sent:
+            gradients = torch.autograd.grad(
+                value, list(named.values()), retain_graph=True, materialize_grads=True
             )
-        )
-    return weighted
+            for name, gradient in zip(named, gradients, strict=True):
+                total[name] += gradient**2
+    return total

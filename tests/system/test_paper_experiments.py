@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -660,7 +661,8 @@ def test_a_chain_from_its_first_task_on_is_the_whole_chain(merge_rule: str) -> N
 def test_the_penalty_as_a_hook_steps_as_training_does() -> None:
     from consolidate.estimation.likelihoods import get_likelihood
     from consolidate.ewc.penalty import Penalty
-    from consolidate.training.loop import make_scheduler, train_epoch
+    from consolidate.options import Recipe
+    from consolidate.training.loop import make_scheduler, training_steps
     from scripts.experiments.lib.continual import (
         Method,
         _endless,
@@ -685,16 +687,16 @@ def test_the_penalty_as_a_hook_steps_as_training_does() -> None:
         network.outputs = second.outputs
         if by_training:
             optimizer = new_optimizer(method, network)
-            train_epoch(
+            steps = training_steps(
                 network,
-                _endless([second], method.batch_size, 7),
+                islice(_endless([second], method.batch_size, 7), method.steps),
                 get_likelihood("softmax"),
                 optimizer,
                 make_scheduler("constant", optimizer, warmup_steps=0, total_steps=method.steps),
+                Recipe(penalty_step="proximal"),
                 penalty=penalty,
-                penalty_step="proximal",
-                max_steps=method.steps,
             )
+            assert len(list(steps)) == method.steps
         else:
             learn(network, [second], method, 7, penalty=penalty)
         learned.append(network.state_dict())

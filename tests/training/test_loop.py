@@ -6,7 +6,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from consolidate.estimation.likelihoods import get_likelihood
+from consolidate.ewc.low_rank_penalty import LowRank, MergedPenalty
 from consolidate.ewc.penalty import Penalty
+from consolidate.options import Recipe
 from consolidate.training.loop import (
     Step,
     data_order,
@@ -14,9 +16,9 @@ from consolidate.training.loop import (
     make_optimizer,
     make_scheduler,
     seeded,
-    train_epoch,
+    training_steps,
 )
-from formats.errors import NonFiniteError
+from formats.errors import NonFiniteError, UsageError
 
 SOFTMAX = get_likelihood("softmax")
 LAMBDA = 3.0
@@ -38,12 +40,28 @@ def batches(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def run(model: nn.Module, data: list[tuple[Tensor, Tensor]], **options: object) -> list[Step]:
+def run(
+    model: nn.Module,
+    data: list[tuple[Tensor, Tensor]],
+    penalty: Penalty | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    first_step: int = 0,
+    **recipe: object,
+) -> list[Step]:
     optimizer = make_optimizer("sgd", model.parameters(), learning_rate=0.1)
     scheduler = make_scheduler("constant", optimizer, warmup_steps=0, total_steps=100)
-    steps: list[Step] = []
-    train_epoch(model, data, SOFTMAX, optimizer, scheduler, on_step=steps.append, **options)
-    return steps
+    steps = training_steps(
+        model,
+        data,
+        SOFTMAX,
+        optimizer,
+        scheduler,
+        Recipe(**recipe),
+        penalty=penalty,
+        scaler=scaler,
+        first_step=first_step,
+    )
+    return list(steps)
 
 
 def ewc(model: nn.Module) -> Penalty:
@@ -95,9 +113,8 @@ def test_tokens_weigh_alike_in_every_micro_batch() -> None:
     ):
         optimizer = make_optimizer("sgd", module.parameters(), learning_rate=0.5)
         scheduler = make_scheduler("constant", optimizer, warmup_steps=0, total_steps=1)
-        train_epoch(
-            module, data, likelihood, optimizer, scheduler, gradient_accumulation_steps=accumulate
-        )
+        recipe = Recipe(gradient_accumulation_steps=accumulate)
+        list(training_steps(module, data, likelihood, optimizer, scheduler, recipe))
     torch.testing.assert_close(model.weight, twin.weight, rtol=1e-12, atol=1e-14)
 
 
@@ -132,8 +149,8 @@ def test_a_skipped_step_moves_neither_weights_nor_schedule(penalty_step: str) ->
     scheduler = make_scheduler("linear", optimizer, warmup_steps=0, total_steps=10)
     scaler = torch.amp.GradScaler("cpu", init_scale=3e38, growth_interval=1)
     data = [(1e3 * x.float(), y) for x, y in batches([6])]
-    held = {"penalty": ewc(model), "penalty_step": penalty_step}
-    train_epoch(model, data, SOFTMAX, optimizer, scheduler, scaler=scaler, **held)
+    recipe, held = Recipe(penalty_step=penalty_step), {"penalty": ewc(model), "scaler": scaler}
+    list(training_steps(model, data, SOFTMAX, optimizer, scheduler, recipe, **held))
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)
     )
@@ -148,16 +165,9 @@ def test_proximal_steps_follow_the_optimizers(name: str) -> None:
     penalties = [ewc(model), ewc(twin)]
     optimizers = [make_optimizer(name, m.parameters(), learning_rate=0.1) for m in (model, twin)]
     scheduler = make_scheduler("linear", optimizers[0], warmup_steps=0, total_steps=3)
-    steps: list[Step] = []
-    train_epoch(
-        model,
-        data,
-        SOFTMAX,
-        optimizers[0],
-        scheduler,
-        penalty=penalties[0],
-        penalty_step="proximal",
-        on_step=steps.append,
+    recipe = Recipe(penalty_step="proximal")
+    steps = list(
+        training_steps(model, data, SOFTMAX, optimizers[0], scheduler, recipe, penalty=penalties[0])
     )
     for (x, y), step in zip(data, steps, strict=True):
         optimizers[1].param_groups[0]["lr"] = step.learning_rate
@@ -181,9 +191,26 @@ def test_mixed_precision_learns_with_float32_masters(mixed_precision: str) -> No
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_max_steps_ends_the_epoch() -> None:
-    assert len(run(network(), batches([2] * 5), max_steps=3)) == 3
-    assert [s.step for s in run(network(), batches([2] * 5), first_step=2, max_steps=4)] == [3, 4]
+def test_a_step_is_taken_when_it_is_asked_for() -> None:
+    model = network()
+    optimizer = make_optimizer("sgd", model.parameters(), learning_rate=0.1)
+    scheduler = make_scheduler("constant", optimizer, warmup_steps=0, total_steps=5)
+    given = (model, batches([2] * 5), SOFTMAX, optimizer, scheduler, Recipe())
+    steps = training_steps(*given, first_step=2)
+    assert [next(steps).step, next(steps).step] == [3, 4]
+    kept = model[0].weight.clone()
+    steps.close()
+    assert torch.equal(model[0].weight, kept)
+
+
+def test_a_penalty_without_a_proximal_step_is_refused() -> None:
+    layer = nn.Linear(5, 3)
+    factors = [nn.Parameter(torch.zeros(shape)) for shape in ((1, 5), (3, 1))]
+    fisher = {"weight": torch.ones(3, 5)}
+    layers = {"weight": LowRank(layer.weight, *factors, 1.0)}
+    held = MergedPenalty(layers, fisher, ewc_lambda=1.0)
+    with pytest.raises(UsageError, match="no proximal step"):
+        run(layer, [(x.float(), y) for x, y in batches([2])], held, penalty_step="proximal")
 
 
 def test_statistics_stay_frozen_unless_told() -> None:

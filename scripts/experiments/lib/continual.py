@@ -1,6 +1,6 @@
 """Learning tasks one after the other in one process, through the library's own functions.
 
-The loop is `train_epoch`, the Fisher `fisher_diagonal`, the merge `merge_online` or
+The loop is `training_steps`, the Fisher `fisher_diagonal`, the merge `merge_online` or
 `merge_separate`, the penalty `Penalty`, the score `measure`: what the commands do, without files.
 """
 
@@ -19,13 +19,14 @@ from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.ewc.fisher_merging import merge_online, merge_separate
 from consolidate.ewc.penalty import Penalty
+from consolidate.options import Recipe
 from consolidate.training.evaluation import measure
 from consolidate.training.loop import (
     data_order,
     make_optimizer,
     make_scheduler,
     seeded,
-    train_epoch,
+    training_steps,
 )
 from scripts.experiments.lib.mnist_files import DEVIATION, MEAN, load
 from scripts.experiments.lib.networks import mlp
@@ -307,7 +308,7 @@ def learn(
     optimizer = optimizer or new_optimizer(method, network)
     hook = None
     if penalty is not None and method.penalty_step == "proximal":
-        # As `train_epoch` takes it, without the penalty's value in every step.
+        # As `training_steps` takes it, without the penalty's value in every step.
         hook = optimizer.register_step_post_hook(penalty.proximal_step_)
         penalty = None
     scheduler = make_scheduler("constant", optimizer, warmup_steps=0, total_steps=method.steps)
@@ -317,16 +318,17 @@ def learn(
     with seeded(seed):
         while step < method.steps:
             some = min(method.every or method.steps, method.steps - step)
-            step = train_epoch(
+            for taken in training_steps(
                 network,
                 islice(batches, some),
                 get_likelihood("softmax"),
                 optimizer,
                 scheduler,
+                Recipe(mixed_precision=method.mixed_precision),
                 penalty=penalty,
-                mixed_precision=method.mixed_precision,
                 first_step=step,
-            )
+            ):
+                step = taken.step
             look(step)
             if method.patience:
                 error = 1 - score(network, seen, "validation")

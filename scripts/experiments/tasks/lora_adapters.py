@@ -183,8 +183,8 @@ def penalty_costs(folder: Path, batch: int) -> tuple[float, int, dict[str, tuple
         best_seconds(step),
         factors,
         {  # the anchor of the merged weights is the base model itself
-            "merged": (best_seconds(lambda: merged.add_gradient_(value=True)), 4 * weights),
-            "adapter": (best_seconds(lambda: by_factors.add_gradient_(value=True)), 8 * factors),
+            "merged": (best_seconds(lambda: merged.value_and_add_gradient_()), 4 * weights),
+            "adapter": (best_seconds(lambda: by_factors.value_and_add_gradient_()), 8 * factors),
         },
     )
 
