@@ -4,11 +4,13 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
+from msgspec import Struct
 from torch import Tensor
 
+from formats.conversion import Hex, Natural, whole
 from formats.errors import InputError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -37,19 +39,12 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 26
 
 
-@dataclass(frozen=True)
-class TensorRecord:
-    """What identifies a stored tensor besides its name.
+class TensorRecord(Struct, frozen=True, forbid_unknown_fields=True):
+    """What identifies a stored tensor besides its name; the dtype is named as in safetensors."""
 
-    Attributes:
-        dtype: The safetensors name of the dtype, such as ``"F32"``.
-        shape: The sizes.
-        sha256: SHA-256 of the little-endian bytes in row-major order, 64 hexadecimal digits.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    sha256: str
+    dtype: Annotated[str, whole("[A-Z][A-Z0-9_]{0,15}", "a safetensors dtype such as F32")]
+    shape: tuple[Natural, ...]
+    sha256: Hex
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -129,6 +124,17 @@ def set_digest(records: Mapping[str, TensorRecord]) -> str:
         text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
         digest.update(text.encode() + b"\n")
     return digest.hexdigest()
+
+
+def json_digest(content: Any) -> str:
+    """Digest what is JSON: SHA-256 over it without blanks, keys sorted by code points, in UTF-8.
+
+    A number that is not finite is a `ValueError`.
+    """
+    text = json.dumps(
+        content, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def differences(

@@ -16,7 +16,7 @@ from formats.checkpoint import weight_records
 from formats.checkpoint_files import check_link
 from formats.digest import TensorRecord, differences, dtype_name, set_digest, tensor_record
 from formats.errors import InputError, NonFiniteError
-from formats.fisher_json import FISHER_DTYPES, FORMAT, VERSION, Ledger, ledger_bytes, read_ledger
+from formats.fisher_json import FISHER_DTYPES, FORMAT, Ledger, ledger_bytes, read_ledger
 from formats.tensors import MAX_SHARD_SIZE, TensorFiles, open_tensors, write_tensors
 
 LEDGER_NAME = "fisher.json"
@@ -221,7 +221,7 @@ def file_metadata(kind: str, weights_digest: str) -> dict[str, str]:
         kind: ``fisher``, ``anchor`` or ``head``.
         weights_digest: The set digest of the weights that the file belongs to.
     """
-    content = {"kind": kind, "version": VERSION, "weights": weights_digest}
+    content = {"kind": kind, "version": 1, "weights": weights_digest}
     return {METADATA_KEY: json.dumps(content, separators=(",", ":"))}
 
 

@@ -23,7 +23,7 @@ from formats.fisher_folder import (
     in_one_line,
     read_fisher,
 )
-from formats.fisher_json import FORMAT, VERSION, Ledger, read_ledger
+from formats.fisher_json import FORMAT, Ledger, needed_version, read_ledger
 from formats.hub import FISHER, commits_of, locate, remote_headers
 
 LOG = logging.getLogger("consolidate")
@@ -95,12 +95,12 @@ def show(
     parameters.sort(key=lambda parameter: -parameter["trace"])
     tasks = [asdict(task) for task in ledger.tasks]
     for task in tasks:
-        del task["layers"]
+        del task["layers"], task["generated"], task["description"]
     return {
         "checkpoint": str(checkpoint),
         "commits": commits_of(folder),
         "format": FORMAT,
-        "version": VERSION,
+        "version": needed_version(ledger),
         "merge_rule": ledger.merge_rule,
         "gamma": ledger.gamma,
         "penalty_offset": ledger.penalty_offset,

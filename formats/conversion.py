@@ -1,0 +1,133 @@
+"""JSON and TOML from files, read strictly and converted to the types of their fields by msgspec."""
+
+import json
+import math
+import re
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from formats.errors import InputError, NonFiniteError
+from formats.wording import shown
+
+T = TypeVar("T")
+
+_MOST = 1.7976931348623157e308
+_WORDS = {
+    " | null`": "` or null",
+    "`str` of length >= 1": "a string that is not empty",
+    "`str`": "a string",
+    "`int`": "an integer",
+    "`float`": "a number",
+    "`bool`": "true or false",
+    "`array`": "a list",
+    "`object`": "an object",
+}
+_PATTERNS: dict[str, str] = {}
+_STEP = re.compile(r"\.([^.`\[]+)|\[(\d+|\.\.\.)\]")
+
+
+def whole(pattern: str, words: str) -> Meta:
+    """Constrain a string to match a pattern from end to end, which `words` tell in a message."""
+    meta = Meta(pattern=rf"\A(?:{pattern})\Z")
+    _PATTERNS[f"`str` matching regex {meta.pattern!r}"] = words
+    return meta
+
+
+Text = Annotated[str, Meta(min_length=1)]
+Hex = Annotated[str, whole("[0-9a-f]{64}", "a SHA-256 of 64 lower-case hexadecimal digits")]
+Number = Annotated[float, Meta(ge=-_MOST, le=_MOST)]
+NotNegative = Annotated[float, Meta(ge=0, le=_MOST)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Natural = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+
+
+def strict_json(data: bytes) -> Any:
+    """Read JSON in UTF-8; a key twice, NaN, half of a surrogate pair and the like: `ValueError`."""
+
+    def no_constant(token: str) -> None:
+        raise ValueError(f"{token} is not a JSON number")
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in members:
+                raise ValueError(f"the key {shown(name)} stands twice in one object")
+            members[name] = value
+        return members
+
+    content = json.loads(
+        data.decode("utf-8"), parse_constant=no_constant, object_pairs_hook=no_duplicates
+    )
+    if b"\\u" in data:
+        json_bytes(content)
+    return content
+
+
+def json_bytes(content: Any) -> bytes:
+    """Write JSON in UTF-8 with an indent of two; a lone surrogate is a `ValueError`."""
+    try:
+        return json.dumps(content, ensure_ascii=False, indent=2).encode()
+    except UnicodeEncodeError as error:
+        found = error.object[max(0, error.start - 20) : error.end]
+        raise ValueError(f"expected valid Unicode (no lone surrogate), found {found!r}") from None
+
+
+def converted(content: Any, kind: type[T], source: str, place: str = "$") -> T:
+    """Convert what was read to the type of its fields, which says all that they may be.
+
+    Raises InputError, or NonFiniteError for a number that is not finite; both name the file
+    `source`, the place in it (`$.tasks[0].name`), what was expected and what was found.
+    """
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        text = str(error)
+    expected = text.partition(" - at ")[0]
+    path, found = _found(content, kind, text)
+    where = f"{source}, {place}{path}"
+    if expected == "Number out of range" or (isinstance(found, float) and not math.isfinite(found)):
+        raise NonFiniteError(f"{where}: expected a finite number, found {shown(found)}")
+    if field := re.fullmatch(r"Object (missing required|contains unknown) field `(.*)`", expected):
+        what = "is missing" if field[1].startswith("missing") else "is not known"
+        raise InputError(f"{where}: the field {shown(field[2])} {what}")
+    expected = expected.removeprefix("Expected ").partition(", got ")[0]
+    for theirs, ours in (_PATTERNS | _WORDS).items():
+        expected = expected.replace(theirs, ours)
+    raise InputError(f"{where}: expected {expected}, found {shown(found)}")
+
+
+def _found(content: Any, kind: Any, text: str) -> tuple[str, Any]:
+    """Give the place that a message of msgspec means, and what stands there."""
+    at = text.partition(" - at ")[2]
+    path, value = "", content
+    for name, index in _STEP.findall(at):
+        key = name or (_culprit(content, kind, text, value) if index == "..." else int(index))
+        path += f".{name}" if name else f"[{shown(key)}]"
+        value = value[key]
+    if at.startswith("`key`"):
+        return f"{path}, a name", _culprit(content, kind, text, value)
+    return path, value
+
+
+def _culprit(content: Any, kind: Any, text: str, members: dict[str, Any]) -> str:
+    """Find the member of an object that msgspec refuses; it says [...] instead of the name.
+
+    Of the members, which are part of the content, half are taken away again and again.
+    """
+    items = list(members.items())
+    while len(items) > 1:
+        half = items[: len(items) // 2]
+        members.clear()
+        members.update(half)
+        try:
+            msgspec.convert(content, kind)
+            refused = False
+        except msgspec.ValidationError as error:
+            refused = str(error) == text
+        items = half if refused else items[len(half) :]
+    members.clear()
+    members.update(items)
+    return items[0][0]
