@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 _MOST = 1.7976931348623157e308
 _WORDS = {
-    " | null`": "` or null",
+    " | null`": "`",
     "`str` of length >= 1": "a string that is not empty",
     "`str`": "a string",
     "`int`": "an integer",
@@ -23,6 +23,7 @@ _WORDS = {
     "`bool`": "true or false",
     "`array`": "a list",
     "`object`": "an object",
+    "`Path`": "a path",
 }
 _PATTERNS: dict[str, str] = {}
 _STEP = re.compile(r"\.([^.`\[]+)|\[(\d+|\.\.\.)\]")
@@ -87,7 +88,7 @@ def converted(content: Any, kind: type[T], source: str, place: str = "$") -> T:
         text = str(error)
     expected = text.partition(" - at ")[0]
     path, found = _found(content, kind, text)
-    where = f"{source}, {place}{path}"
+    where = at(source, place + path)
     if expected == "Number out of range" or (isinstance(found, float) and not math.isfinite(found)):
         raise NonFiniteError(f"{where}: expected a finite number, found {shown(found)}")
     if field := re.fullmatch(r"Object (missing required|contains unknown) field `(.*)`", expected):
@@ -99,15 +100,20 @@ def converted(content: Any, kind: type[T], source: str, place: str = "$") -> T:
     raise InputError(f"{where}: expected {expected}, found {shown(found)}")
 
 
+def at(source: str, place: str) -> str:
+    """Name a place in a file; the whole of it is the file."""
+    return source if place == "$" else f"{source}, {place}"
+
+
 def _found(content: Any, kind: Any, text: str) -> tuple[str, Any]:
     """Give the place that a message of msgspec means, and what stands there."""
-    at = text.partition(" - at ")[2]
+    told = text.partition(" - at ")[2]
     path, value = "", content
-    for name, index in _STEP.findall(at):
+    for name, index in _STEP.findall(told):
         key = name or (_culprit(content, kind, text, value) if index == "..." else int(index))
         path += f".{name}" if name else f"[{shown(key)}]"
         value = value[key]
-    if at.startswith("`key`"):
+    if told.startswith("`key`"):
         return f"{path}, a name", _culprit(content, kind, text, value)
     return path, value
 

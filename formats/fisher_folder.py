@@ -16,8 +16,21 @@ from formats.checkpoint import weight_records
 from formats.checkpoint_files import check_link
 from formats.digest import TensorRecord, differences, dtype_name, set_digest, tensor_record
 from formats.errors import InputError, NonFiniteError
-from formats.fisher_json import FISHER_DTYPES, FORMAT, Ledger, ledger_bytes, read_ledger
-from formats.tensors import MAX_SHARD_SIZE, TensorFiles, open_tensors, write_tensors
+from formats.fisher_json import (
+    FISHER_DTYPES,
+    FORMAT,
+    Ledger,
+    ledger_bytes,
+    needed_version,
+    read_ledger,
+)
+from formats.tensors import (
+    MAX_SHARD_SIZE,
+    TensorFiles,
+    open_tensors,
+    write_tensor_file,
+    write_tensors,
+)
 
 LEDGER_NAME = "fisher.json"
 METADATA_KEY = FORMAT
@@ -27,12 +40,8 @@ METADATA_KEY = FORMAT
 class StoredFisher:
     """A Fisher folder that was opened: its ledger, and its tensors, read one by one when asked for.
 
-    Attributes:
-        folder: The folder.
-        ledger: What `fisher.json` says.
-        fisher: Λ by the names of the weights file.
-        anchor: μ by the same names, float32; None where it is the weights themselves.
-        heads: Output layers of earlier tasks, by task and by tensor name.
+    `fisher` is Λ by the names of the weights file, `anchor` μ by the same names or None where it is
+    the weights, `factors` matrices by the names of the ledger's blocks, `heads` are by task.
     """
 
     folder: Path
@@ -40,6 +49,7 @@ class StoredFisher:
     fisher: TensorFiles
     anchor: TensorFiles | None
     heads: dict[str, TensorFiles] = field(default_factory=dict)
+    factors: TensorFiles | None = None
 
 
 def write_fisher(
@@ -49,26 +59,14 @@ def write_fisher(
     *,
     anchor: Mapping[str, Tensor] | None = None,
     heads: Mapping[str, Mapping[str, Tensor]] | None = None,
+    factors: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Ledger:
     """Write a Fisher folder; nothing is written before everything has been checked.
 
-    Args:
-        folder: Where to write, inside a staging folder of `replace_folder`; made if it is missing.
-        fisher: Λ, a name and a shape of the weights each, floating, cast to `dtype`.
-        ledger: All but the records of `fisher`, `anchor` and `heads`, which are measured here.
-        anchor: μ by the names of `fisher`, cast to float32; None where it is the weights.
-        heads: Output layers of earlier tasks, by task; those the ledger records must be among them.
-        dtype: float32 or bfloat16.
-        max_shard_size: Bytes a file of Λ or μ may have before another is begun.
-
-    Returns:
-        The ledger as written.
-
-    Raises:
-        InputError: A value of Λ is negative, or the ledger and the tensors do not fit the format.
-        NonFiniteError: A value is NaN or infinite, if only after the cast to `dtype`.
+    Λ and factors are stored in `dtype`, float32 or bfloat16, an anchor in float32. All records of
+    tensors but those of the weights are measured here; returns the ledger as written.
     """
     heads = heads or {}
     if dtype_name(dtype) not in FISHER_DTYPES:
@@ -79,36 +77,43 @@ def write_fisher(
         raise InputError(
             f"the ledger has an output layer of the task {min(lost)!r}, but none was given"
         )
+    if factors is None and ledger.factors is not None:
+        raise InputError("the ledger has factors, but none were given")
     where = final_path(folder)
     ledger = replace(
         ledger,
         fisher=_measured(fisher, dtype, f"{where}: the Fisher", not_negative=True),
         anchor=None if anchor is None else _measured(anchor, torch.float32, f"{where}: the anchor"),
+        factors=(
+            None
+            if factors is None
+            else _measured(factors, dtype, f"{where}: the factor", symmetric=True)
+        ),
         heads={task: _measured(head, None, f"{where}: {task}") for task, head in heads.items()},
     )
     data = ledger_bytes(ledger, str(where / LEDGER_NAME))
-    digest = set_digest(ledger.weights)
 
     folder.mkdir(exist_ok=True)
-    for stem, tensors, cast in (("fisher", fisher, dtype), ("anchor", anchor, torch.float32)):
+    sets = (
+        ("fisher", fisher, dtype),
+        ("anchor", anchor, torch.float32),
+        ("factors", factors, dtype),
+    )
+    for stem, tensors, cast in sets:
         if tensors is not None:
+            metadata = file_metadata(stem, ledger)
             write_tensors(
                 folder,
                 tensors,
                 stem=stem,
-                metadata=file_metadata(stem, digest),
+                metadata=metadata,
                 max_shard_size=max_shard_size,
                 dtype=cast,
             )
     for task, head in heads.items():
         (folder / "heads").mkdir(exist_ok=True)
-        write_tensors(
-            folder / "heads",
-            head,
-            stem=task,
-            metadata=file_metadata("head", digest),
-            max_shard_size=2**63 - 1,
-        )
+        path = folder / "heads" / f"{task}.safetensors"
+        write_tensor_file(path, head, file_metadata("head", ledger))
     write_file(folder / LEDGER_NAME, data)
     return ledger
 
@@ -117,14 +122,6 @@ def read_fisher(folder: str | Path) -> StoredFisher:
     """Open a Fisher folder: the ledger, and the headers of every tensor file against it.
 
     Values are neither read nor checked here: `verify` does that.
-
-    Args:
-        folder: ``CHECKPOINT/fisher``.
-
-    Raises:
-        InputError: The folder or a file is missing, a file does not belong, the version is unknown,
-            or names, shapes, dtypes or metadata are not what the ledger says.
-        NonFiniteError: A number of the ledger overflows to infinity.
     """
     folder = Path(folder)
     recover(folder)
@@ -142,14 +139,15 @@ def read_fisher(folder: str | Path) -> StoredFisher:
     ledger = read_ledger(folder / LEDGER_NAME)
     fisher = open_tensors(folder, "fisher")
     anchor = None if ledger.anchor is None else open_tensors(folder, "anchor")
+    factors = None if ledger.factors is None else open_tensors(folder, "factors")
     check_link(folder, folder / "heads")
     heads = {task: open_tensors(folder / "heads", task) for task in ledger.heads}
-    stored = StoredFisher(folder, ledger, fisher, anchor, heads)
+    stored = StoredFisher(folder, ledger, fisher, anchor, heads, factors)
     _check_files(stored)
-    digest = set_digest(ledger.weights)
     for kind, tensors, records in tensor_sets(stored):
+        expected = file_metadata(kind, ledger)[METADATA_KEY]
         for file in tensors.files:
-            _check_metadata(file, file_metadata(kind, digest)[METADATA_KEY])
+            _check_metadata(file, expected)
         _check_headers(tensors, records)
     return stored
 
@@ -158,24 +156,18 @@ def tensor_sets(
     stored: StoredFisher,
 ) -> Iterator[tuple[str, TensorFiles, dict[str, TensorRecord]]]:
     """Give every set of tensors of the folder: its kind, the tensors and the ledger's records."""
-    yield "fisher", stored.fisher, stored.ledger.fisher
-    if stored.anchor is not None and stored.ledger.anchor is not None:
-        yield "anchor", stored.anchor, stored.ledger.anchor
+    ledger = stored.ledger
+    yield "fisher", stored.fisher, ledger.fisher
+    if stored.anchor is not None and ledger.anchor is not None:
+        yield "anchor", stored.anchor, ledger.anchor
+    if stored.factors is not None and ledger.factors is not None:
+        yield "factors", stored.factors, ledger.factors
     for task, head in stored.heads.items():
-        yield "head", head, stored.ledger.heads[task]
+        yield "head", head, ledger.heads[task]
 
 
 def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: str) -> None:
-    """Refuse a Fisher that was measured at other weights; every byte of the weights is read.
-
-    Args:
-        stored: The Fisher.
-        weights: The weights of the checkpoint, by the names of its file.
-        where: What a message calls the weights.
-
-    Raises:
-        InputError: The weights differ; the message says which tensors and how.
-    """
+    """Refuse a Fisher that was measured at other weights; every byte of the weights is read."""
     lines = differences(stored.ledger.weights, weight_records(weights))
     if lines:
         raise InputError(
@@ -186,17 +178,9 @@ def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: st
 
 
 def check_intact(
-    stored: StoredFisher, *, kinds: Collection[str] = ("fisher", "anchor", "head")
+    stored: StoredFisher, *, kinds: Collection[str] = ("fisher", "anchor", "factors", "head")
 ) -> None:
-    """Refuse tensors of the folder whose bytes are not those of the ledger; all are read.
-
-    Args:
-        stored: The Fisher.
-        kinds: Which sets of tensors are read.
-
-    Raises:
-        InputError: Some differ; the message says which file, and which tensors.
-    """
+    """Refuse tensors of the folder whose bytes are not those of the ledger; all are read."""
     for kind, tensors, records in tensor_sets(stored):
         if kind not in kinds:
             continue
@@ -214,24 +198,20 @@ def in_one_line(lines: list[str], most: int = 5) -> str:
     return "; ".join(lines[:most]) + (f"; and {rest} more" if rest > 0 else "")
 
 
-def file_metadata(kind: str, weights_digest: str) -> dict[str, str]:
-    """Give the one metadata entry of a tensor file.
-
-    Args:
-        kind: ``fisher``, ``anchor`` or ``head``.
-        weights_digest: The set digest of the weights that the file belongs to.
-    """
-    content = {"kind": kind, "version": 1, "weights": weights_digest}
+def file_metadata(kind: str, ledger: Ledger) -> dict[str, str]:
+    """Give the one metadata entry of a tensor file of this kind, as `tensor_sets` names them."""
+    content = {
+        "kind": kind,
+        "version": needed_version(ledger),
+        "weights": set_digest(ledger.weights),
+    }
     return {METADATA_KEY: json.dumps(content, separators=(",", ":"))}
 
 
-def check_values(tensor: Tensor, where: str, *, not_negative: bool) -> None:
-    """Refuse values that are not finite or, in a Fisher, negative.
-
-    Raises:
-        NonFiniteError: Naming how many values are NaN or infinite.
-        InputError: Naming how many values are negative.
-    """
+def check_values(
+    tensor: Tensor, where: str, *, not_negative: bool = False, symmetric: bool = False
+) -> None:
+    """Refuse values that are not finite, or in a Fisher negative, or in a factor not symmetric."""
     if not tensor.is_floating_point():
         return
     # float8 has no isfinite of its own.
@@ -243,20 +223,23 @@ def check_values(tensor: Tensor, where: str, *, not_negative: bool) -> None:
             f"{where} has {negative} of {values.numel()} values below 0, "
             "which no sum of squares can be"
         )
+    if symmetric and not (values.ndim == 2 and torch.equal(values, values.T)):
+        raise InputError(f"{where} is not symmetric")
+    if symmetric and bool((values.diagonal() < 0).any()):
+        raise InputError(f"{where} has values below 0 on its diagonal")
 
 
 def _measured(
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype | None,
     what: str,
-    *,
-    not_negative: bool = False,
+    **checks: bool,
 ) -> dict[str, TensorRecord]:
     """Record each tensor as it will be stored, and refuse values that may not be."""
     records = {}
     for name, tensor in tensors.items():
         stored = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        check_values(stored, f"{what} of {name!r}", not_negative=not_negative)
+        check_values(stored, f"{what} of {name!r}", **checks)
         records[name] = tensor_record(stored)
     return records
 
@@ -265,9 +248,9 @@ def _check_files(stored: StoredFisher) -> None:
     """Refuse files that the format does not know, but for hidden ones."""
     folder = stored.folder
     expected = {LEDGER_NAME}
-    for stem, tensors in (("fisher", stored.fisher), ("anchor", stored.anchor)):
-        if tensors is not None:
-            expected |= _file_names(stem, tensors)
+    for kind, tensors, _ in tensor_sets(stored):
+        if kind != "head":
+            expected |= _file_names(kind, tensors)
     for file in sorted(folder.iterdir()):
         if file.name == "heads" and stored.heads:
             heads = {f"{task}.safetensors" for task in stored.heads}

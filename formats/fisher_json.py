@@ -18,6 +18,7 @@ from formats.conversion import (
     Number,
     Share,
     Text,
+    at,
     converted,
     json_bytes,
     strict_json,
@@ -52,7 +53,14 @@ def _one_of(choices: tuple[str, ...]) -> Meta:
     return whole("|".join(choices), " or ".join(choices))
 
 
-TaskName = Annotated[str, whole(_TASK_NAME.pattern, f"a task name, {_TASK_NAME.pattern}")]
+TaskName = Annotated[
+    str,
+    whole(
+        _TASK_NAME.pattern,
+        "a name of 1 to 64 letters A-Z a-z, digits, '.', '_' and '-' that begins with a letter or "
+        "a digit",
+    ),
+]
 When = Annotated[
     str,
     whole("before|after|(epoch|step) [1-9][0-9]{0,17}", "before, step N, epoch N or after"),
@@ -250,7 +258,8 @@ def _to_json(ledger: Ledger) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Give what numpy and torch derive from a type as that type."""
-    for kind in (str, float, tuple):
+    kinds: tuple[type[Any], ...] = (str, float, tuple)
+    for kind in kinds:
         if isinstance(value, kind):
             return kind(value)
     raise ValueError(f"it holds a {type(value).__name__}")
@@ -315,11 +324,11 @@ def _check_fields(
     names = kind.__dataclass_fields__
     for name in names:
         if name not in content and name not in _ABSENT:
-            raise InputError(f"{source}, {place}: the field {shown(name)} is missing")
+            raise InputError(f"{at(source, place)}: the field {shown(name)} is missing")
     for name, value in content.items():
         if name not in names or (version == 1 and name in _SECOND):
             raise InputError(
-                f"{source}, {place}: version {version} of the format has no field {shown(name)}"
+                f"{at(source, place)}: version {version} of the format has no field {shown(name)}"
             )
         if value is None and name in _ABSENT:
             raise InputError(
@@ -354,11 +363,8 @@ def _check_ledger(ledger: Ledger, source: str) -> None:
                 f"{place}: estimator, examples and units are null together, in a task that was "
                 "trained and not measured; it has a penalty, no mc_samples and no layers"
             )
-    for place, record in [
-        ("$", ledger),
-        *((f"$.tasks[{i}]", t) for i, t in enumerate(ledger.tasks)),
-    ]:
-        _check_description(record, f"{source}, {place}.description")
+        _check_description(task, f"{place}.description")
+    _check_description(ledger, f"{source}, $.description")
     for name in ledger.heads:
         if name not in seen:
             raise InputError(f"{source}, $.heads: {shown(name)} is no task of this ledger")
@@ -428,7 +434,7 @@ def _check_blocks(ledger: Ledger, source: str) -> None:
             if (block.matrix, parameter) in covered:
                 raise InputError(f"{where}: {shown(parameter)} has two matrices {block.matrix}")
             covered.add((block.matrix, parameter))
-        for size in _block_sizes(block, [ledger.fisher[at].shape for at in block.parameters]):
+        for size in _block_sizes(block, [ledger.fisher[p].shape for p in block.parameters]):
             if record.shape != (size, size):
                 raise InputError(
                     f"{where}: expected the shape {[size, size]}, found {list(record.shape)}"

@@ -421,9 +421,9 @@ def _measured(ledger: Ledger) -> str:
         rows.append(
             [
                 escaped(task.name),
-                task.estimator + _samples(task),
-                f"{task.examples:,} examples"
-                + (f", {task.units:,} tokens" if task.unit == "token" else ""),
+                (task.estimator or "not measured") + _samples(task),
+                f"{task.examples or 0:,} examples"
+                + (f", {task.units or 0:,} tokens" if task.unit == "token" else ""),
                 str(task.seed),
                 f"{task.weight:g}",
             ]
