@@ -298,7 +298,7 @@ def _to_ledger(content: Any, source: str) -> Ledger:
             _check_fields(task["generated"], Generated, version, source, f"{place}.generated")
         for name, layer in task["layers"].items():
             _check_fields(layer, LayerRecord, version, source, f"{place}.layers[{shown(name)}]")
-    found = {
+    found: dict[str, Any] = {
         name: None
         if value is None and name in ("anchor", "factors")
         else _to_set(value, source, f"$.{name}")

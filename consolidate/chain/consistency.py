@@ -15,8 +15,8 @@ def contradictions(ledger: Ledger, traces: Mapping[str, float]) -> list[str]:
 
     Λ is a sum with weights from 0 to 1 of all w F, in which the last counts whole:
     w_T tr F_T ≤ tr Λ ≤ Σ_t w_t tr F_t; and online with γ = 1 the last but one counts whole too,
-    unless the output layer is another one since. For two tasks that is an equality. F is 0 of a task
-    that was not measured.
+    unless the output layer is another one since. For two tasks that is an equality. Of a task that
+    was not measured F is 0.
 
     Args:
         ledger: The ledger.
