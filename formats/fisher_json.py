@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,8 +57,8 @@ TaskName = Annotated[
     str,
     whole(
         _TASK_NAME.pattern,
-        "a name of 1 to 64 letters A-Z a-z, digits, '.', '_' and '-' that begins with a letter or "
-        "a digit",
+        "a task name of 1 to 64 letters A-Z a-z, digits, '.', '_' and '-' that begins with a "
+        "letter or a digit",
     ),
 ]
 When = Annotated[
@@ -434,22 +434,26 @@ def _check_blocks(ledger: Ledger, source: str) -> None:
             if (block.matrix, parameter) in covered:
                 raise InputError(f"{where}: {shown(parameter)} has two matrices {block.matrix}")
             covered.add((block.matrix, parameter))
-        for size in _block_sizes(block, [ledger.fisher[p].shape for p in block.parameters]):
+        sizes = _block_sizes(block, [ledger.fisher[p].shape for p in block.parameters])
+        if not sizes:
+            raise InputError(f"{where}: expected a parameter that has the dimensions {block.dims}")
+        for size in sizes:
             if record.shape != (size, size):
                 raise InputError(
                     f"{where}: expected the shape {[size, size]}, found {list(record.shape)}"
                 )
 
 
-def _block_sizes(block: Block, shapes: list[tuple[int, ...]]) -> Iterator[int]:
-    """Give the size that each parameter asks for; a bias is one more input, the constant 1."""
+def _block_sizes(block: Block, shapes: list[tuple[int, ...]]) -> set[int]:
+    """Give the sizes that the parameters ask for; a bias is one more input, which is 1."""
+    weights = [shape for shape in shapes if len(shape) > 1]
     biases = [shape for shape in shapes if len(shape) < 2]
-    for shape in shapes:
-        if len(shape) > 1:
-            size = math.prod(shape[d] for d in block.dims if d < len(shape))
-            yield size if block.matrix == "G" else size + bool(biases)
+    if not weights or any(block.dims[-1] >= len(shape) for shape in weights):
+        return set()
+    sizes = {math.prod(shape[d] for d in block.dims) for shape in weights}
     if block.matrix == "G":
-        yield from map(math.prod, biases)
+        return sizes | {math.prod(shape) for shape in biases}
+    return {size + 1 for size in sizes} if biases else sizes
 
 
 def check_names(ledger: Ledger, source: str) -> None:

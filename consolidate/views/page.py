@@ -158,7 +158,7 @@ def _chain(summary: Mapping[str, Any]) -> str:
     for i, task in enumerate(summary["tasks"][first:], first):
         pairs = [
             ("learned from", task["data"] or "–"),
-            (f"{task['unit']}s", f"{task['units']:,}"),
+            (f"{task['unit']}s", f"{task['units'] or 0:,}"),
             ("learned with", penalty_text(task)),
         ]
         if matrix is not None:
@@ -194,8 +194,8 @@ def _settings(summary: Mapping[str, Any]) -> str:
             task["name"],
             task["objective"],
             task["likelihood"],
-            f"{task['examples']:,}",
-            _count(task["units"], task["unit"]),
+            f"{task['examples'] or 0:,}",
+            _count(task["units"] or 0, task["unit"]),
             estimator_text(task),
             str(task["seed"]),
             f"{task['weight']:g}",

@@ -40,7 +40,7 @@ def show_text(summary: Mapping[str, Any]) -> str:
                 [
                     task["name"],
                     task["objective"],
-                    f"{task['units']:,} {task['unit']}s",
+                    f"{task['units'] or 0:,} {task['unit']}s",
                     estimator_text(task),
                     str(task["seed"]),
                     f"{task['weight']:g}",
@@ -142,7 +142,7 @@ def estimator_text(task: Mapping[str, Any]) -> str:
     """
     samples = task["mc_samples"]
     sampled = task["estimator"] in ("mc", "batched") and samples is not None
-    return f"{task['estimator']} × {samples}" if sampled else task["estimator"]
+    return f"{task['estimator']} × {samples}" if sampled else task["estimator"] or "not measured"
 
 
 def penalty_text(task: Mapping[str, Any]) -> str:

@@ -15,15 +15,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from formats.digest import TensorRecord, set_digest, tensor_record
+from consolidate.chain.fingerprint import digest
+from formats.digest import TensorRecord, json_digest, set_digest, tensor_record
 from formats.errors import ConsolidateError, InputError, NonFiniteError
 from formats.fisher_json import (
     MAX_LEDGER_BYTES,
+    Block,
+    Generated,
     LayerRecord,
     Ledger,
     TaskRecord,
     check_task_name,
     ledger_bytes,
+    needed_version,
     parse_ledger,
     read_ledger,
 )
@@ -64,6 +68,25 @@ def ledger(**changes: Any) -> Ledger:
         "versions": {"torch": "2"},
     }
     return Ledger(**(fields | changes))
+
+
+def second(**changes: Any) -> Ledger:
+    """A ledger with everything that only version 2 has."""
+    description = {"options": {"é": 1.0, "b": [1, None]}, "data": "x"}
+    generated = Generated(3, 8, 1, 0.9, 0, None, None, 2, 0)
+    done = {"made_from": json_digest(description), "description": description}
+    fields: dict[str, Any] = {
+        "tasks": [task(generated=generated, **done), unmeasured("b")],
+        "factors": {"w.R": record((3, 3), "BF16"), "w.G": record((2, 2), "BF16")},
+        "blocks": {"w.R": Block("R", (1,), ("w",)), "w.G": Block("G", (0,), ("w",))},
+        **done,
+    }
+    return ledger(**(fields | changes))
+
+
+def unmeasured(name: str, **changes: Any) -> TaskRecord:
+    fields = {"examples": None, "units": None, "estimator": None, "mc_samples": None, "layers": {}}
+    return task(name, **({"penalty": "none"} | fields | changes))
 
 
 def content() -> dict[str, Any]:
@@ -305,6 +328,131 @@ def test_what_could_not_be_read_back_is_not_written(what: str) -> None:
         ledger_bytes(ledger(**changes))
 
 
+def test_version_2_comes_back_and_is_written_where_it_is_needed() -> None:
+    full = second()
+    data = ledger_bytes(full)
+    assert parse_ledger(data) == full
+    assert ledger_bytes(parse_ledger(data)) == data
+    assert needed_version(full) == json.loads(data)["version"] == 2
+    assert needed_version(ledger()) == json.loads(ledger_bytes(ledger()))["version"] == 1
+    plain = {"factors": None, "blocks": None, "description": None, "tasks": [task()]}
+    for part in (
+        {"tasks": [unmeasured("b")]},
+        {"tasks": [task(generated=full.tasks[0].generated)]},
+        {"tasks": full.tasks[:1]},
+        {"description": full.description},
+        {"factors": full.factors, "blocks": full.blocks},
+    ):
+        some = second(**(plain | part))
+        assert json.loads(ledger_bytes(some))["version"] == 2
+        assert parse_ledger(ledger_bytes(some)) == some
+    assert json.loads(ledger_bytes(second(**plain)))["version"] == 1
+
+
+def test_the_digest_of_a_description_is_that_of_the_chain() -> None:
+    description = {"ö": [1, 2.5, None], "a": {"c": "x", "b": True}}
+    assert json_digest(description) == digest(description)
+
+
+DAMAGE_2 = {
+    "version 1": (changed("version", 1), "version 1 of the format has no field 'factors'"),
+    "factors without blocks": (changed("blocks", KeyError), "the same names"),
+    "blocks without factors": (changed("factors", KeyError), "the same names"),
+    "no factors": (changed("factors", None), r"\$\.factors: .* no such field, found null"),
+    "a block less": (changed("blocks/w.R", KeyError), "the same names"),
+    "another matrix": (changed("blocks/w.R/matrix", "H"), "matrix: expected A or R or G"),
+    "no dimension": (changed("blocks/w.R/dims", []), "dims: expected a list of length >= 1"),
+    "dimensions in disorder": (changed("blocks/w.R/dims", [1, 0]), "dims: expected them ascending"),
+    "a dimension too many": (changed("blocks/w.R/dims", [2]), "has the dimensions"),
+    "another dimension": (changed("blocks/w.R/dims", [0]), r"the shape \[2, 2\], found \[3, 3\]"),
+    "a bias": (changed("blocks/w.R/parameters", ["w", "v"]), r"the shape \[4, 4\], found \[3, 3\]"),
+    "a bias of another layer": (changed("blocks/w.G/parameters", ["w", "v"]), r"shape \[4, 4\]"),
+    "biases alone": (changed("blocks/w.R/parameters", ["v"]), "has the dimensions"),
+    "a parameter without a Fisher": (changed("blocks/w.R/parameters", ["count"]), "has no Fisher"),
+    "a parameter twice": (changed("blocks/w.R/parameters", ["w", "w"]), "two matrices R"),
+    "an unknown block field": (changed("blocks/w.R/side", 1), "field 'side' is not known"),
+    "a block without parameters": (changed("blocks/w.R/parameters", KeyError), "is missing"),
+    "an edited description": (changed("description/data", "y"), r"\$\.description: its digest is"),
+    "an edited task": (changed("tasks/0/description", {}), r"\$\.tasks\[0\]\.description: its dig"),
+    "a description of nothing": (changed("made_from", KeyError), "and made_from is None"),
+    "a description that is a list": (changed("description", []), "description: expected an object"),
+    "an unknown field of generation": (changed("tasks/0/generated/top_k", 1), "no field 'top_k'"),
+    "a missing field of generation": (changed("tasks/0/generated/prompts", KeyError), "is missing"),
+    "no share": (changed("tasks/0/generated/top_p", 0), r"top_p: expected a number > 0"),
+    "generated of nothing": (changed("tasks/0/generated", None), "no such field, found null"),
+    "half measured": (changed("tasks/1/examples", 3), r"\$\.tasks\[1\]: .* are null together"),
+    "samples of nothing": (changed("tasks/1/mc_samples", 3), r"no mc_samples"),
+    "layers of nothing": (
+        changed("tasks/1/layers", {"w": {"trace": 0, "overlap": None}}),
+        "no layers",
+    ),
+    "neither trained nor measured": (changed("tasks/1/penalty", None), "has a penalty"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE_2)
+def test_damage_of_version_2_is_refused_by_file_and_field(what: str) -> None:
+    damage, message = DAMAGE_2[what]
+    bad = copy.deepcopy(SECOND)
+    damage(bad)
+    with pytest.raises(InputError, match=message) as caught:
+        parse(bad)
+    assert str(caught.value).startswith("a/fisher.json")
+
+
+@pytest.mark.parametrize("field", ["factors", "blocks", "description"])
+def test_version_1_has_no_field_of_version_2(field: str) -> None:
+    with pytest.raises(InputError, match=f"version 1 of the format has no field '{field}'"):
+        parse(content() | {field: SECOND[field]})
+    bad = content()
+    bad["tasks"][0] |= {"generated": SECOND["tasks"][0]["generated"]}
+    with pytest.raises(InputError, match=r"tasks\[0\]: version 1 .* no field 'generated'"):
+        parse(bad)
+    bad["tasks"] = SECOND["tasks"][1:]
+    with pytest.raises(InputError, match=r"\$\.version: expected 2, found 1: a task was not"):
+        parse(bad)
+
+
+@pytest.mark.parametrize("factors", [{}, {"w.R": record((3, 3), "BF16"), "w.G": record((2, 2))}])
+def test_factors_have_one_dtype(factors: dict[str, TensorRecord]) -> None:
+    blocks = {name: block for name, block in (second().blocks or {}).items() if name in factors}
+    with pytest.raises(InputError, match="factors: expected tensors, of one dtype"):
+        ledger_bytes(second(factors=factors, blocks=blocks))
+    wide = second(factors={"R": record((3, 3), "F64")}, blocks={"R": Block("R", (1,), ("w",))})
+    with pytest.raises(InputError, match=r"'R'\]: expected F32 or BF16, found F64"):
+        ledger_bytes(wide)
+
+
+def test_a_convolution_and_its_bias() -> None:
+    shapes = {"c": record((4, 3, 2, 2)), "v": record((4,))}
+    blocks = {"A": Block("A", (1, 2, 3), ("c", "v")), "G": Block("G", (0,), ("c", "v"))}
+    factors = {"A": record((13, 13)), "G": record((4, 4))}
+    fields = {"weights": shapes, "fisher": shapes, "unprotected": {}, "blocks": blocks}
+    whole = second(factors=factors, **fields)
+    assert parse_ledger(ledger_bytes(whole)) == whole
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_description_is_finite(value: float) -> None:
+    description = {"a": [value]}
+    with pytest.raises(NonFiniteError, match=r"\$\.description: a number in it is not finite"):
+        ledger_bytes(second(description=description))
+    text = json.dumps(SECOND).replace('"data": "x"', '"data": 1e999')
+    with pytest.raises(NonFiniteError, match=r"description: a number in it is not finite"):
+        parse_ledger(text.encode())
+
+
+def test_a_description_nested_too_deeply_is_refused() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    with pytest.raises(InputError):
+        ledger_bytes(second(description=deep))
+    text = json.dumps(SECOND).replace('"data": "x"', '"data": ' + "[" * 900 + "]" * 900)
+    with pytest.raises(InputError):
+        parse_ledger(text.encode())
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_not_written(value: float) -> None:
     bad = ledger(tasks=[task(metrics={"after": {"a": {"loss": value}}})])
@@ -419,7 +567,7 @@ def places(content: Any) -> list[tuple[Any, Any]]:
 
 @given(st.data())
 def test_any_value_anywhere_is_read_or_refused_in_words(data: st.DataObject) -> None:
-    bad = copy.deepcopy(CONTENT)
+    bad = copy.deepcopy(data.draw(st.sampled_from([CONTENT, SECOND])))
     container, key = data.draw(
         st.sampled_from(range(len(places(bad)))).map(places(bad).__getitem__)
     )
@@ -435,6 +583,7 @@ def test_any_value_anywhere_is_read_or_refused_in_words(data: st.DataObject) -> 
 
 
 CONTENT = content()
+SECOND = json.loads(ledger_bytes(second()))
 
 
 def test_the_worked_example_of_the_specification() -> None:
@@ -464,15 +613,9 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
         re.findall(r"^\| `(\w+)` \|", table, re.M)
         for table in page[page.index("## The ledger") :].split("| field | type | meaning |")[1:]
     ]
-    written = json.loads(
-        ledger_bytes(
-            ledger(
-                base="d" * 64,
-                made_from="e" * 64,
-                tasks=[task(penalty="ewc", penalty_on="adapter", made_from="f" * 64)],
-            )
-        )
-    )
+    whole = second(base="d" * 64)
+    whole.tasks[0].penalty, whole.tasks[0].penalty_on = "ewc", "adapter"
+    written = json.loads(ledger_bytes(whole))
     first = written["tasks"][0]
     expected = [
         written,
@@ -480,6 +623,8 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
         written["weights"]["tensors"]["w"],
         first,
         first["layers"]["w"],
+        first["generated"],
+        written["blocks"]["w.R"],
     ]
     assert tables == [list(fields) for fields in expected]
     assert f"{MAX_LEDGER_BYTES:,} bytes" in page

@@ -75,7 +75,7 @@ REFUSED = {
     "no data": (TASK + '[[task]]\nname = "b"', "task 2: the field 'data' is missing"),
     "a bad name": (
         TASK.replace('"a"', '"a/b"'),
-        "task 1, $.name: expected a name of 1 to 64 letters",
+        "task 1, $.name: expected a task name of 1 to 64",
     ),
     "two of a name": (TASK + TASK, "task 2 and task 1 are both named 'a': give one"),
     "a name among evaluate": (

@@ -121,7 +121,7 @@ def test_plain_data(tmp_path):
         ("", "the field 'data' is missing"),
         ("data = x\n", "is not valid TOML: "),
         (b'data = "\xff"\n', "is not UTF-8"),
-        ('data = "x"\nname = "a b"\n', "$.name: expected a name of 1 to 64 letters"),
+        ('data = "x"\nname = "a b"\n', "$.name: expected a task name of 1 to 64"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, content, said):
