@@ -3,17 +3,16 @@
 import json
 import math
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
-from msgspec import Meta
 
 from formats.errors import InputError, NonFiniteError
+from formats.fields import PATTERNS
 from formats.wording import shown
 
 T = TypeVar("T")
 
-_MOST = 1.7976931348623157e308
 _WORDS = {
     " | null`": "`",
     "`str` of length >= 1": "a string that is not empty",
@@ -25,24 +24,7 @@ _WORDS = {
     "`object`": "an object",
     "`Path`": "a path",
 }
-_PATTERNS: dict[str, str] = {}
 _STEP = re.compile(r"\.([^.`\[]+)|\[(\d+|\.\.\.)\]")
-
-
-def whole(pattern: str, words: str) -> Meta:
-    """Constrain a string to match a pattern from end to end, which `words` tell in a message."""
-    meta = Meta(pattern=rf"\A(?:{pattern})\Z")
-    _PATTERNS[f"`str` matching regex {meta.pattern!r}"] = words
-    return meta
-
-
-Text = Annotated[str, Meta(min_length=1)]
-Hex = Annotated[str, whole("[0-9a-f]{64}", "a SHA-256 of 64 lower-case hexadecimal digits")]
-Number = Annotated[float, Meta(ge=-_MOST, le=_MOST)]
-NotNegative = Annotated[float, Meta(ge=0, le=_MOST)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-Natural = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Count = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 
 
 def strict_json(data: bytes) -> Any:
@@ -95,7 +77,7 @@ def converted(content: Any, kind: type[T], source: str, place: str = "$") -> T:
         what = "is missing" if field[1].startswith("missing") else "is not known"
         raise InputError(f"{where}: the field {shown(field[2])} {what}")
     expected = expected.removeprefix("Expected ").partition(", got ")[0]
-    for theirs, ours in (_PATTERNS | _WORDS).items():
+    for theirs, ours in (PATTERNS | _WORDS).items():
         expected = expected.replace(theirs, ours)
     raise InputError(f"{where}: expected {expected}, found {shown(found)}")
 

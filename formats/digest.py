@@ -10,8 +10,8 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from formats.conversion import Hex, Natural, whole
 from formats.errors import InputError
+from formats.fields import Hex, Natural, whole
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,

@@ -10,22 +10,10 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from formats.conversion import (
-    Count,
-    Hex,
-    Natural,
-    NotNegative,
-    Number,
-    Share,
-    Text,
-    at,
-    converted,
-    json_bytes,
-    strict_json,
-    whole,
-)
+from formats.conversion import at, converted, json_bytes, strict_json
 from formats.digest import TensorRecord, json_digest, set_digest
 from formats.errors import InputError, NonFiniteError
+from formats.fields import Count, Hex, Natural, NotNegative, Number, Share, Text, whole
 from formats.wording import shown
 
 FORMAT = "consolidate-fisher"

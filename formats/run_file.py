@@ -8,8 +8,9 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from formats.conversion import Text, converted
+from formats.conversion import converted
 from formats.errors import InputError
+from formats.fields import Text
 from formats.fisher_json import TaskName
 from formats.task_file import read_toml, refuse_unknown, resolve
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from formats.conversion import Text, converted
+from formats.conversion import converted
 from formats.data import DATA_SUFFIXES, Rows, open_data
 from formats.errors import InputError, UsageError
+from formats.fields import Text
 from formats.fisher_json import TaskName
 from formats.hub_dataset import is_hub_id, open_hub
 from formats.wording import did_you_mean

@@ -42,7 +42,7 @@ TESTED_THROUGH = {
     "models/test_loading": "models.architectures models.factories models.model runtime.quiet",
     "formats/test_tensors": "checkpoint_files",
     "formats/test_data": "rows",
-    "formats/test_fisher_json": "conversion versions wording",
+    "formats/test_fisher_json": "conversion fields versions wording",
     "system/test_cli": "errors __main__",
 }
 
