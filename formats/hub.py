@@ -20,9 +20,9 @@ from formats.hub_errors import AccessError, commit_in, hub_call
 
 LOG = logging.getLogger("consolidate")
 
-FISHER = ("fisher/*", "fisher*.json", "fisher*.safetensors", "anchor*", "heads/*")
+FISHER = ("fisher/*", "fisher*.json", "fisher*.safetensors", "anchor*", "factors*", "heads/*")
 """What a Fisher is read from; at the root in a repository that holds nothing else."""
-VALUES = ("fisher/fisher*.safetensors*", "fisher/anchor*")
+VALUES = ("fisher/fisher*.safetensors*", "fisher/anchor*", "fisher/factors*")
 """What is as large as the weights in it."""
 
 OTHER_FRAMEWORKS = [
