@@ -28,22 +28,9 @@ def open_data(
     subset: str | None = None,
     revision: str | None = None,
 ) -> Rows:
-    """Open the data of a task.
+    """Open the data of a task: a file, a folder or, by a string that is no path, a Hub data set.
 
-    Args:
-        spec: a file or folder, or, as a string that is no existing path, the id of a Hub data
-            set; a Path is always local.
-        split: which part of a folder or Hub data set, such as `train`.
-        subset: which subset of a Hub data set.
-        revision: branch, tag or commit of a Hub data set.
-
-    Returns:
-        The rows; files are read as rows are asked for.
-
-    Raises:
-        InputError: missing or unreadable, of an unknown kind, empty, or not what its kind demands.
-        UsageError: an option that this kind of data does not have, or a missing package.
-        NetworkError: the Hub cannot be reached.
+    A Path is always local. Files are read as rows are asked for.
     """
     path = Path(spec).expanduser()
     if not path.exists():

@@ -48,17 +48,7 @@ class TensorRecord(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name a dtype as safetensors does.
-
-    Args:
-        dtype: A torch dtype.
-
-    Returns:
-        Its name, such as ``"BF16"``.
-
-    Raises:
-        InputError: If the format cannot store this dtype.
-    """
+    """Name a dtype as safetensors does; InputError where the format cannot store it."""
     if dtype not in _NAMES:
         raise InputError(
             f"dtype {dtype} cannot be stored; convert the tensor to one of: {', '.join(DTYPES)}"
@@ -67,14 +57,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def little_endian_chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """Give the bytes of a tensor as a file stores them, a chunk at a time.
-
-    Args:
-        tensor: Any shape, device, strides and dtype that can be stored.
-
-    Yields:
-        Little-endian bytes in row-major order, at most 64 MiB a time.
-    """
+    """Give the bytes of a tensor as a file stores them, row-major, at most 64 MiB a time."""
     dtype_name(tensor.dtype)
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     array = plain.reshape(-1).view(torch.uint8).numpy()
@@ -88,17 +71,7 @@ def little_endian_chunks(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def tensor_record(t: Tensor) -> TensorRecord:
-    """Digest one tensor: SHA-256 over its little-endian bytes in row-major order.
-
-    Args:
-        t: Any shape, device, strides and dtype that can be stored.
-
-    Returns:
-        Dtype, shape and digest.
-
-    Raises:
-        InputError: If the format cannot store this dtype.
-    """
+    """Digest one tensor: SHA-256 over its little-endian bytes in row-major order."""
     digest = hashlib.sha256()
     for chunk in little_endian_chunks(t):
         digest.update(chunk)
@@ -110,12 +83,6 @@ def set_digest(records: Mapping[str, TensorRecord]) -> str:
 
     The lines are compact JSON in UTF-8 without escapes that JSON does not demand, sorted by name
     (by code points); so one file and ten shards of the same tensors have the same digest.
-
-    Args:
-        records: Tensor name to record, in any order.
-
-    Returns:
-        64 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name in sorted(records):
@@ -140,16 +107,7 @@ def json_digest(content: Any) -> str:
 def differences(
     expected: Mapping[str, TensorRecord], found: Mapping[str, TensorRecord]
 ) -> list[str]:
-    """Say in plain lines how two sets of tensors differ.
-
-    Args:
-        expected: Tensor name to record, as written down.
-        found: Tensor name to record, as read.
-
-    Returns:
-        One line per tensor that differs, in the order of `expected`, extra tensors last; empty if
-        the sets are equal.
-    """
+    """Say how two sets of tensors differ, a line for each tensor that does, extra ones last."""
     unclaimed: dict[TensorRecord, list[str]] = {}
     for name in found:
         if name not in expected:

@@ -122,6 +122,14 @@ def read_fisher(folder: str | Path) -> StoredFisher:
     """Open a Fisher folder: the ledger, and the headers of every tensor file against it.
 
     Values are neither read nor checked here: `verify` does that.
+
+    Args:
+        folder: ``CHECKPOINT/fisher``.
+
+    Raises:
+        InputError: The folder or a file is missing, a file does not belong, the version is unknown,
+            or names, shapes, dtypes or metadata are not what the ledger says.
+        NonFiniteError: A number of the ledger overflows to infinity.
     """
     folder = Path(folder)
     recover(folder)

@@ -447,12 +447,7 @@ def _block_sizes(block: Block, shapes: list[tuple[int, ...]]) -> set[int]:
 def check_names(ledger: Ledger, source: str) -> None:
     """Refuse a ledger in which a tensor of the weights has neither a Fisher nor a reason, or both.
 
-    Args:
-        ledger: Its `weights`, `fisher` and `unprotected`; the digests are not looked at.
-        source: What a message calls the file.
-
-    Raises:
-        InputError: That, or a Fisher that fits no tensor of the weights.
+    The digests are not looked at.
     """
     _check_set(ledger, ledger.fisher, "fisher", FISHER_DTYPES, source)
     for name in ledger.unprotected:

@@ -47,22 +47,10 @@ def locate(
     only: Sequence[str] | None = None,
     without: Sequence[str] = (),
 ) -> Path:
-    """Find a checkpoint on disk, or fetch it from the Hub into the client's cache.
+    """Find a checkpoint on disk, or fetch a repository into the client's cache: give its snapshot.
 
-    Args:
-        checkpoint: A path, or a repository such as ``user/model`` or ``user/model@revision``.
-        revision: Branch, tag or commit of the repository.
-        only: Patterns of the files to fetch; all unless given.
-        without: Patterns of files to leave.
-
-    Returns:
-        The path; for a repository the folder of its snapshot.
-
-    Raises:
-        UsageError: A revision of a local path was asked for.
-        InputError: There is no such path, and no such repository or revision; or the Hub cannot be
-            reached, and a path here has nearly that name.
-        NetworkError: The Hub cannot be reached, and the cache does not hold the repository.
+    A repository is named ``user/model`` or ``user/model@revision``; `only` and `without` are
+    patterns of files to fetch and to leave. Where the Hub cannot be reached, the cache is read.
     """
     path = Path(checkpoint).expanduser()
     if path.exists():
@@ -110,14 +98,7 @@ def locate(
 
 
 def commits_of(*paths: Path | None) -> dict[str, str]:
-    """Give the commits that were read of repositories.
-
-    Args:
-        paths: What `locate` returned, or what lies in it; None is left out.
-
-    Returns:
-        Repository to commit, of those paths that are snapshots in the client's cache.
-    """
+    """Give the commit of each repository in whose snapshot, as `locate` finds it, a path lies."""
     commits = {}
     for path in paths:
         for snapshot in () if path is None else (path, *path.parents):
@@ -130,17 +111,7 @@ def commits_of(*paths: Path | None) -> dict[str, str]:
 def remote_headers(name: str, commit: str, stem: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Read the headers of safetensors files on the Hub, and no values, by requests of ranges.
 
-    Args:
-        name: The repository.
-        commit: Its commit.
-        stem: Such as ``fisher/fisher``, for that file or its shards.
-
-    Returns:
-        Dtype and shape of every tensor.
-
-    Raises:
-        InputError: One of them is no safetensors file, or the Hub refuses.
-        NetworkError: The Hub cannot be reached.
+    `stem` is such as ``fisher/fisher``, for that file or its shards; returns the dtype and shape of every tensor.
     """
     api = HfApi()
     headers: dict[str, tuple[str, tuple[int, ...]]] = {}

@@ -30,11 +30,7 @@ class HubRows(Rows):
     """
 
     def __init__(self, dataset: Any, name: str) -> None:
-        """Wrap a `datasets.Dataset`.
-
-        Raises:
-            InputError: it has no rows or no columns.
-        """
+        """Wrap a `datasets.Dataset`, which must have rows and columns."""
         self.name = name
         self.columns = list(dataset.column_names)
         self._dataset = dataset.with_format("arrow")
@@ -45,12 +41,7 @@ class HubRows(Rows):
         return len(self._dataset)
 
     def read_row(self, i: int) -> dict[str, Any]:
-        """Return row `i`.
-
-        Raises:
-            InputError: the row or an image in it cannot be read.
-            UsageError: it holds an image, and Pillow is not installed.
-        """
+        """Return row `i`."""
         try:
             row = self._dataset[i].to_pylist()[0]
             return {
@@ -147,18 +138,8 @@ def open_hub(
 ) -> HubRows:
     """Open a split of a Hub data set; what is in the cache is opened without the network.
 
-    Args:
-        name: the id on the Hub, or a local folder that `datasets.load_dataset` understands.
-        split: name of the split, or a slice of it such as `train[:1000]`; may be left out if
-            there is only one.
-        subset: name of the subset ("config"), where the data set has several.
-        revision: branch, tag or commit.
-
-    Raises:
-        InputError: not found, not allowed, no such split, subset or revision, or data that
-            `datasets` cannot read.
-        NetworkError: the Hub cannot be reached and the data are not in the cache.
-        UsageError: `datasets` is not installed, or the limit on waiting is no number.
+    `name` may also be a local folder that `datasets.load_dataset` understands; `split` may be a
+    slice such as `train[:1000]`, or left out where there is one; `subset` is what some call config.
     """
     datasets = _import_datasets(name)
     from formats.hub_errors import limit_waiting
@@ -205,12 +186,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def open_saved(folder: Path, *, split: str | None = None) -> HubRows:
-    """Open a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
-
-    Raises:
-        InputError: the folder is damaged, no such split, or no split named where there are several.
-        UsageError: `datasets` is not installed, or a split is named and the folder holds only one.
-    """
+    """Open a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     datasets = _import_datasets(str(folder))
     try:
         loaded = datasets.load_from_disk(folder)

@@ -30,13 +30,7 @@ _VERSION = 3
 
 
 class StoredWork(NamedTuple):
-    """Work that was broken off.
-
-    Attributes:
-        tensors: What was computed so far.
-        state: How far the work was.
-        command: What its result depends on.
-    """
+    """Work that was broken off: what was computed, how far it was, what its result depends on."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
@@ -52,16 +46,8 @@ def write_partial(
 ) -> None:
     """Keep work, in place of what was kept of it before.
 
-    Args:
-        target: The folder that the command will write.
-        tensors: What was computed so far.
-        state: How far the work is, as JSON.
-        command: Everything that the result depends on, as JSON: digests and options.
-        process: Which of several that work together; each keeps its own.
-
-    Raises:
-        InputError: If the disk is full.
-        OSError: If the place cannot be written.
+    `state` says how far the work is, `command` all that the result depends on, both as JSON; each
+    of several processes that work together keeps its own.
     """
     try:
         prepare_partial(target, tensors, state, command, process)
@@ -90,39 +76,18 @@ def prepare_partial(
 
 
 def publish_partial(target: Path, process: int = 0) -> None:
-    """Put what was prepared in place of what was kept before.
-
-    Args:
-        target: The folder that the command will write.
-        process: Which of several that work together.
-    """
+    """Put what was prepared in place of what was kept before."""
     path = partial_path(target, process)
     os.replace(_unfinished(path), path)
 
 
 def discard_prepared(target: Path, process: int = 0) -> None:
-    """Throw away what was prepared and not published, if anything was.
-
-    Args:
-        target: The folder that the command will write.
-        process: Which of several that work together.
-    """
+    """Throw away what was prepared and not published, if anything was."""
     _unfinished(partial_path(target, process)).unlink(missing_ok=True)
 
 
 def read_partial(target: Path, process: int = 0) -> StoredWork | None:
-    """Read what was kept of work with this target.
-
-    Args:
-        target: The folder that the command will write.
-        process: Which of several that work together.
-
-    Returns:
-        The work; None where nothing was kept.
-
-    Raises:
-        InputError: If what was kept cannot be read.
-    """
+    """Read what was kept of work with this target; None where nothing was."""
     path = partial_path(target, process)
     if not path.is_file():
         return None
@@ -150,12 +115,7 @@ def read_prepared(target: Path, process: int = 0) -> StoredWork | None:
 
 
 def remove_partial(target: Path, process: int = 0) -> None:
-    """Throw away what was kept of work with this target, if anything was.
-
-    Args:
-        target: The folder that the command writes.
-        process: Which of several that work together; the first throws away what any has kept.
-    """
+    """Throw away what was kept of work with this target; process 0 throws away everyone's."""
     path = partial_path(target, process)
     for kept in path.parent.glob(f"{glob.escape(path.name)}-*") if process == 0 else ():
         kept.unlink(missing_ok=True)

@@ -19,12 +19,7 @@ class NpzColumns(Mapping[str, Tensor]):
     """The arrays of an `.npz` file as tensors; each is read when it is first asked for."""
 
     def __init__(self, path: Path) -> None:
-        """Read the headers of the arrays.
-
-        Raises:
-            InputError: no zip file of arrays, or an array that holds no numbers (text, or Python
-                objects, which are never unpickled).
-        """
+        """Read the headers of the arrays, which must be numbers; nothing is ever unpickled."""
         self._path = path
         self._loaded: dict[str, Tensor] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -109,12 +104,7 @@ class TensorRows(Rows):
     tensors: TensorFiles | NpzColumns
 
     def __init__(self, path: Path) -> None:
-        """Read the headers and compare the lengths.
-
-        Raises:
-            InputError: unreadable, no tensors, no rows, a tensor without a first dimension, or
-                tensors of unequal lengths.
-        """
+        """Read the headers and compare the lengths."""
         self.name = path.name
         self._path = path
         is_npz = path.suffix.lower() == ".npz"

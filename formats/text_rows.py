@@ -84,11 +84,7 @@ class JsonLinesRows(Rows):
     """
 
     def __init__(self, path: Path) -> None:
-        """Find where the rows begin.
-
-        Raises:
-            InputError: no rows, or one of the first 100 is not a JSON object.
-        """
+        """Find where the rows begin, and read the first 100."""
         self.name = path.name
         with path.open("rb", buffering=_BUFFER) as file:
             self._records = _Records(path, _stamp(file))
@@ -131,11 +127,7 @@ class JsonLinesRows(Rows):
         return value
 
     def read_row(self, i: int) -> dict[str, Any]:
-        """Return row `i`.
-
-        Raises:
-            InputError: not UTF-8, not JSON or not an object; the message names file and line.
-        """
+        """Return row `i`."""
         return _with_all_columns(self._parse(i), self.columns)
 
     def where(self, i: int, column: str | None = None) -> str:
@@ -151,11 +143,7 @@ class JsonArrayRows(Rows):
     """A small JSON file that is one array of objects, held in memory."""
 
     def __init__(self, path: Path) -> None:
-        """Read the file.
-
-        Raises:
-            InputError: too large to be read at once, not JSON, not an array of objects, or empty.
-        """
+        """Read the file, unless it is too large to be read at once."""
         self.name = path.name
         size = path.stat().st_size
         if size > MAX_JSON_ARRAY_BYTES:
@@ -209,13 +197,7 @@ class CsvRows(Rows):
     """
 
     def __init__(self, path: Path, delimiter: str) -> None:
-        """Find where the rows begin, and check each of them.
-
-        Raises:
-            InputError: no header, no rows, a column named twice, a row with more or fewer fields
-                than the header, wrong quoting or bytes that are not UTF-8; the message names the
-                line.
-        """
+        """Find where the rows begin, and check each of them."""
         # the limit is the process's; the default of 128 KiB is less than one long document
         csv.field_size_limit(2**31 - 1)
         self.name = path.name
@@ -331,11 +313,7 @@ def _json_kind(value: Any) -> str:
 
 
 def open_json(path: Path) -> Rows:
-    """Open a `.json` file: an array of objects, or JSON Lines under another name.
-
-    Raises:
-        InputError: as the reader of the kind that the first character tells.
-    """
+    """Open a `.json` file: an array of objects, or JSON Lines under another name."""
     with path.open("rb") as file:
         first = b""
         for line in file:
