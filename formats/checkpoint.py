@@ -157,7 +157,7 @@ def write_checkpoint(
 
 
 def other_files(source: Checkpoint) -> Iterator[tuple[Path, Path]]:
-    """Give each file that `write_checkpoint` keeps beside the weights, and its name in the folder."""
+    """Give each file that `write_checkpoint` keeps beside the weights, and its name there."""
     root = source.path
     used = {file.name for file in source.files}
     for entry in sorted(root.iterdir()):

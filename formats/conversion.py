@@ -24,6 +24,12 @@ _WORDS = {
     "`object`": "an object",
     "`Path`": "a path",
 }
+_MESSAGE = re.compile(
+    r"(?P<what>Object (?:contains unknown|(?P<missing>missing required)) field"
+    r" `(?P<field>.*?)`|.*?)"
+    r"(?: - at (?P<key>`key` in )?`\$(?P<path>[^`]*)`)?",
+    re.DOTALL,
+)
 _STEP = re.compile(r"\.([^.`\[]+)|\[(\d+|\.\.\.)\]")
 
 
@@ -68,15 +74,16 @@ def converted(content: Any, kind: type[T], source: str, place: str = "$") -> T:
         return msgspec.convert(content, kind)
     except msgspec.ValidationError as error:
         text = str(error)
-    expected = text.partition(" - at ")[0]
-    path, found = _found(content, kind, text)
+    told = _MESSAGE.fullmatch(text)
+    assert told is not None
+    path, found = _found(content, kind, told)
     where = at(source, place + path)
+    if told["field"] is not None:
+        what = "is missing" if told["missing"] else "is not known"
+        raise InputError(f"{where}: the field {shown(told['field'])} {what}")
+    expected = told["what"].removeprefix("Expected ").partition(", got ")[0]
     if expected == "Number out of range" or (isinstance(found, float) and not math.isfinite(found)):
         raise NonFiniteError(f"{where}: expected a finite number, found {shown(found)}")
-    if field := re.fullmatch(r"Object (missing required|contains unknown) field `(.*)`", expected):
-        what = "is missing" if field[1].startswith("missing") else "is not known"
-        raise InputError(f"{where}: the field {shown(field[2])} {what}")
-    expected = expected.removeprefix("Expected ").partition(", got ")[0]
     for theirs, ours in (PATTERNS | _WORDS).items():
         expected = expected.replace(theirs, ours)
     raise InputError(f"{where}: expected {expected}, found {shown(found)}")
@@ -87,16 +94,20 @@ def at(source: str, place: str) -> str:
     return source if place == "$" else f"{source}, {place}"
 
 
-def _found(content: Any, kind: Any, text: str) -> tuple[str, Any]:
+def _found(content: Any, kind: Any, told: re.Match[str]) -> tuple[str, Any]:
     """Give the place that a message of msgspec means, and what stands there."""
-    told = text.partition(" - at ")[2]
     path, value = "", content
-    for name, index in _STEP.findall(told):
-        key = name or (_culprit(content, kind, text, value) if index == "..." else int(index))
-        path += f".{name}" if name else f"[{shown(key)}]"
-        value = value[key]
-    if told.startswith("`key`"):
-        return f"{path}, a name", _culprit(content, kind, text, value)
+    try:
+        for name, index in _STEP.findall(told["path"] or ""):
+            key = name or (
+                _culprit(content, kind, told[0], value) if index == "..." else int(index)
+            )
+            path += f".{name}" if name else f"[{shown(key)}]"
+            value = value[key]
+    except (LookupError, TypeError, AttributeError):
+        return "", content  # the name of an unknown field can look like a place
+    if told["key"]:
+        return f"{path}, a name", _culprit(content, kind, told[0], value)
     return path, value
 
 

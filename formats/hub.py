@@ -111,7 +111,7 @@ def commits_of(*paths: Path | None) -> dict[str, str]:
 def remote_headers(name: str, commit: str, stem: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Read the headers of safetensors files on the Hub, and no values, by requests of ranges.
 
-    `stem` is such as ``fisher/fisher``, for that file or its shards; returns the dtype and shape of every tensor.
+    `stem` is such as ``fisher/fisher``, for that file or its shards.
     """
     api = HfApi()
     headers: dict[str, tuple[str, tuple[int, ...]]] = {}

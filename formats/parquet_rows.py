@@ -11,7 +11,7 @@ from typing import Any
 
 from formats.errors import InputError, UsageError
 from formats.image_folder import decode_image
-from formats.rows import Rows, file_digest
+from formats.rows import Rows
 
 _CACHE_BYTES = 256 * 2**20
 
@@ -33,8 +33,7 @@ class ParquetRows(Rows):
                 f"Reading {path} needs pyarrow: pip install 'consolidate-ewc[datasets]'."
             ) from None
 
-        self.name = path.name
-        self._path = path
+        self.name, self.path = path.name, path
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 schema = file.schema_arrow
@@ -70,12 +69,12 @@ class ParquetRows(Rows):
         table = self._cache.pop(g, None)
         if table is None:
             try:
-                with pyarrow.parquet.ParquetFile(self._path) as file:
+                with pyarrow.parquet.ParquetFile(self.path) as file:
                     table = file.read_row_group(g)
                 table.validate(full=True)
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise InputError(
-                    f"{self._path}: row group {g + 1} cannot be read ({_first_line(error)})."
+                    f"{self.path}: row group {g + 1} cannot be read ({_first_line(error)})."
                 ) from None
         self._cache[g] = table
         while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > _CACHE_BYTES:
@@ -106,10 +105,6 @@ class ParquetRows(Rows):
         while isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
             feature = feature["feature"]  # a list of class ids, as for the words of a sentence
         return feature.get("names") if isinstance(feature, dict) else None
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the file's bytes."""
-        return file_digest(self._path)
 
 
 def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:

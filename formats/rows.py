@@ -20,10 +20,12 @@ class Rows(Sequence[dict[str, Any]]):
 
     A row is a plain dict with an entry for every name in `columns`. Nothing is kept open between
     two reads, so rows may be read from several threads and after a fork. `name` is the file's or
-    folder's own, or the Hub id; `tensors` has whole columns, (N, …), for tensor files only.
+    folder's own, or the Hub id, `path` the file's; `tensors` has whole columns, (N, …), of tensor
+    files only.
     """
 
     name: str
+    path: Path
     columns: list[str]
     tensors: Mapping[str, Tensor] | None = None
 
@@ -31,12 +33,12 @@ class Rows(Sequence[dict[str, Any]]):
     def read_row(self, i: int) -> dict[str, Any]:
         """Return row `i`, 0 <= i < len(self)."""
 
-    @abstractmethod
     def digest(self) -> str:
         """Return the SHA-256 of the content as 64 hexadecimal digits; the same on every machine.
 
         For a file it is the digest of its bytes, as `sha256sum` prints it.
         """
+        return file_digest(self.path)
 
     @overload
     def __getitem__(self, i: int) -> dict[str, Any]: ...

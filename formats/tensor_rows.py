@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from formats.errors import InputError
-from formats.rows import Rows, file_digest
+from formats.rows import Rows
 from formats.tensors import TensorFiles, open_tensors
 
 
@@ -20,7 +20,7 @@ class NpzColumns(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         """Read the headers of the arrays, which must be numbers; nothing is ever unpickled."""
-        self._path = path
+        self.path = path
         self._loaded: dict[str, Tensor] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         try:
@@ -53,7 +53,7 @@ class NpzColumns(Mapping[str, Tensor]):
             raise KeyError(column)
         if column not in self._loaded:
             try:
-                with np.load(self._path, allow_pickle=False) as archive:
+                with np.load(self.path, allow_pickle=False) as archive:
                     values = archive[column]
                 # torch knows the machine's own byte order only
                 values = values.astype(values.dtype.newbyteorder("="), copy=False)
@@ -62,7 +62,7 @@ class NpzColumns(Mapping[str, Tensor]):
                 raise
             except Exception as error:
                 raise InputError(
-                    f"{self._path}: array {column!r} cannot be read ({error})."
+                    f"{self.path}: array {column!r} cannot be read ({error})."
                 ) from None
         return self._loaded[column]
 
@@ -105,8 +105,7 @@ class TensorRows(Rows):
 
     def __init__(self, path: Path) -> None:
         """Read the headers and compare the lengths."""
-        self.name = path.name
-        self._path = path
+        self.name, self.path = path.name, path
         is_npz = path.suffix.lower() == ".npz"
         self.tensors = NpzColumns(path) if is_npz else open_tensors(path)
         self.columns = list(self.tensors)
@@ -138,7 +137,3 @@ class TensorRows(Rows):
     def read_row(self, i: int) -> dict[str, Any]:
         """Return entry `i` of every tensor; views, to be copied before they are changed."""
         return {name: column[i] for name, column in self.tensors.items()}
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the file's bytes."""
-        return file_digest(self._path)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import InputError
-from formats.rows import Rows, file_digest
+from formats.rows import Rows
 
 _BOM = b"\xef\xbb\xbf"
 _BUFFER = 1 << 20
@@ -76,7 +76,21 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> InputError:
     )
 
 
-class JsonLinesRows(Rows):
+class _LineRows(Rows):
+    """Rows of a text file, whose places are told by lines too."""
+
+    _records: _Records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def where(self, i: int, column: str | None = None) -> str:
+        """Return file, row, line and column in words."""
+        place = f"{self.name}, row {i + 1} (line {self._records.line(i)})"
+        return place if column is None else f"{place}, column {column!r}"
+
+
+class JsonLinesRows(_LineRows):
     """One JSON object a line; blank lines are passed over but counted.
 
     The columns are the keys of the first 100 rows, in the order they are met; a row that lacks one
@@ -85,7 +99,7 @@ class JsonLinesRows(Rows):
 
     def __init__(self, path: Path) -> None:
         """Find where the rows begin, and read the first 100."""
-        self.name = path.name
+        self.name, self.path = path.name, path
         with path.open("rb", buffering=_BUFFER) as file:
             self._records = _Records(path, _stamp(file))
             position = 0
@@ -103,9 +117,6 @@ class JsonLinesRows(Rows):
         if not self.columns:
             raise InputError(f"{path}: the rows have no columns; they are empty objects.")
 
-    def __len__(self) -> int:
-        return len(self._records)
-
     def _parse(self, i: int) -> dict[str, Any]:
         # what the scan took for blank lines may follow the row; JSON knows fewer blanks than ASCII
         text = self._records.text(i).rstrip(" \t\n\r\v\f")
@@ -116,12 +127,11 @@ class JsonLinesRows(Rows):
             if isinstance(error, json.JSONDecodeError):
                 at, why = f"{at}, character {error.colno}", error.msg
             raise InputError(
-                f"{self._records.path}, {at}: not valid JSON ({why}). "
-                "Expected one JSON object a line."
+                f"{self.path}, {at}: not valid JSON ({why}). Expected one JSON object a line."
             ) from None
         if not isinstance(value, dict):
             raise InputError(
-                f"{self._records.path}, line {self._records.line(i)}: expected a JSON object "
+                f"{self.path}, line {self._records.line(i)}: expected a JSON object "
                 f'such as {{"text": "…", "label": 0}}, found {_json_kind(value)}.'
             )
         return value
@@ -130,21 +140,13 @@ class JsonLinesRows(Rows):
         """Return row `i`."""
         return _with_all_columns(self._parse(i), self.columns)
 
-    def where(self, i: int, column: str | None = None) -> str:
-        """Return file, row, line and column in words."""
-        return _where(self.name, i, self._records.line(i), column)
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the file's bytes."""
-        return file_digest(self._records.path)
-
 
 class JsonArrayRows(Rows):
     """A small JSON file that is one array of objects, held in memory."""
 
     def __init__(self, path: Path) -> None:
         """Read the file, unless it is too large to be read at once."""
-        self.name = path.name
+        self.name, self.path = path.name, path
         size = path.stat().st_size
         if size > MAX_JSON_ARRAY_BYTES:
             raise InputError(
@@ -174,7 +176,6 @@ class JsonArrayRows(Rows):
         self.columns = list(dict.fromkeys(key for row in rows for key in row))
         if not self.columns:
             raise InputError(f"{path} is empty: expected an array of objects with columns.")
-        self._path = path
         self._rows = rows
 
     def __len__(self) -> int:
@@ -184,12 +185,8 @@ class JsonArrayRows(Rows):
         """Return a copy of row `i`."""
         return _with_all_columns(self._rows[i], self.columns)
 
-    def digest(self) -> str:
-        """Return the SHA-256 of the file's bytes."""
-        return file_digest(self._path)
 
-
-class CsvRows(Rows):
+class CsvRows(_LineRows):
     """Comma- or tab-separated values with a header line; every value is a string.
 
     Fields may be of any length, and may be quoted with `"` to hold delimiters, line ends and
@@ -200,8 +197,7 @@ class CsvRows(Rows):
         """Find where the rows begin, and check each of them."""
         # the limit is the process's; the default of 128 KiB is less than one long document
         csv.field_size_limit(2**31 - 1)
-        self.name = path.name
-        self._path = path
+        self.name, self.path = path.name, path
         self._delimiter = delimiter
         header: list[str] | None = None
         with path.open("rb", buffering=_BUFFER) as file:
@@ -243,13 +239,10 @@ class CsvRows(Rows):
         twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
         if twice:
             raise InputError(
-                f"{self._path}, line {line}: the header names column {twice[0]!r} "
+                f"{self.path}, line {line}: the header names column {twice[0]!r} "
                 f"{header.count(twice[0])} times. Give each column a name of its own."
             )
         return header
-
-    def __len__(self) -> int:
-        return len(self._records)
 
     def read_row(self, i: int) -> dict[str, Any]:
         """Return row `i`, every value a string."""
@@ -258,20 +251,12 @@ class CsvRows(Rows):
         record = next(csv.reader(lines, delimiter=self._delimiter, strict=True))
         return dict(zip(self.columns, record, strict=True))
 
-    def where(self, i: int, column: str | None = None) -> str:
-        """Return file, row, the line the row begins on, and column in words."""
-        return _where(self.name, i, self._records.line(i), column)
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the file's bytes."""
-        return file_digest(self._path)
-
 
 class _Lines(Iterator[str]):
     """Lines of a binary file as text; knows the byte position and number of the last line given."""
 
     def __init__(self, path: Path, file: Any) -> None:
-        self._path = path
+        self.path = path
         self._file = file
         self.position = 0
         self.number = 0
@@ -284,7 +269,7 @@ class _Lines(Iterator[str]):
         try:
             return line[bom:].decode()
         except UnicodeDecodeError as error:
-            raise _not_utf8(self._path, self.number, error) from None
+            raise _not_utf8(self.path, self.number, error) from None
 
 
 def _explain(error: csv.Error, last_line: int) -> str:
@@ -296,11 +281,6 @@ def _explain(error: csv.Error, last_line: int) -> str:
     if "new-line character" in message:
         return "a carriage return stands alone; save the file with the line ends of Unix or Windows"
     return f"{message}; a quote inside a quoted field is written twice"
-
-
-def _where(name: str, i: int, line: int, column: str | None) -> str:
-    place = f"{name}, row {i + 1} (line {line})"
-    return place if column is None else f"{place}, column {column!r}"
 
 
 def _with_all_columns(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:

@@ -515,6 +515,22 @@ def test_control_characters_do_not_reach_the_message() -> None:
     assert len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize("name", ["x", "x\n\x1b[2J", "x - at `$.foo", "x` - at `$.foo[...].y", "`"])
+def test_an_unknown_field_of_a_record_is_named_whatever_it_is(name: str) -> None:
+    bad = content()
+    bad["weights"]["tensors"]["w"][name] = 1
+    bad["fisher"][name] = 1
+    with pytest.raises(InputError, match=r"the field '.*' is not known") as caught:
+        parse(bad)
+    assert str(caught.value).startswith("a/fisher.json, $.weights")
+    assert str(caught.value).isprintable()
+    bad["weights"] = content()["weights"]
+    with pytest.raises(InputError, match=r"the field '.*' is not known") as caught:
+        parse(bad)
+    assert str(caught.value).startswith("a/fisher.json, $.fisher")
+    assert str(caught.value).isprintable()
+
+
 def test_a_ledger_larger_than_the_limit_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "fisher.json"
     with path.open("wb") as file:
