@@ -80,40 +80,36 @@ def write_fisher(
     if factors is None and ledger.factors is not None:
         raise InputError("the ledger has factors, but none were given")
     where = final_path(folder)
+    what = f"{where}: the factor"
     ledger = replace(
         ledger,
         fisher=_measured(fisher, dtype, f"{where}: the Fisher", not_negative=True),
         anchor=None if anchor is None else _measured(anchor, torch.float32, f"{where}: the anchor"),
-        factors=(
-            None
-            if factors is None
-            else _measured(factors, dtype, f"{where}: the factor", symmetric=True)
-        ),
+        factors=None if factors is None else _measured(factors, dtype, what, symmetric=True),
         heads={task: _measured(head, None, f"{where}: {task}") for task, head in heads.items()},
     )
     data = ledger_bytes(ledger, str(where / LEDGER_NAME))
+    of = needed_version(ledger), set_digest(ledger.weights)
 
     folder.mkdir(exist_ok=True)
-    sets = (
+    for stem, tensors, cast in (
         ("fisher", fisher, dtype),
         ("anchor", anchor, torch.float32),
         ("factors", factors, dtype),
-    )
-    for stem, tensors, cast in sets:
+    ):
         if tensors is not None:
-            metadata = file_metadata(stem, ledger)
             write_tensors(
                 folder,
                 tensors,
                 stem=stem,
-                metadata=metadata,
+                metadata=file_metadata(stem, *of),
                 max_shard_size=max_shard_size,
                 dtype=cast,
             )
     for task, head in heads.items():
         (folder / "heads").mkdir(exist_ok=True)
         path = folder / "heads" / f"{task}.safetensors"
-        write_tensor_file(path, head, file_metadata("head", ledger))
+        write_tensor_file(path, head, file_metadata("head", *of))
     write_file(folder / LEDGER_NAME, data)
     return ledger
 
@@ -152,8 +148,9 @@ def read_fisher(folder: str | Path) -> StoredFisher:
     heads = {task: open_tensors(folder / "heads", task) for task in ledger.heads}
     stored = StoredFisher(folder, ledger, fisher, anchor, heads, factors)
     _check_files(stored)
+    of = needed_version(ledger), set_digest(ledger.weights)
     for kind, tensors, records in tensor_sets(stored):
-        expected = file_metadata(kind, ledger)[METADATA_KEY]
+        expected = file_metadata(kind, *of)[METADATA_KEY]
         for file in tensors.files:
             _check_metadata(file, expected)
         _check_headers(tensors, records)
@@ -206,13 +203,9 @@ def in_one_line(lines: list[str], most: int = 5) -> str:
     return "; ".join(lines[:most]) + (f"; and {rest} more" if rest > 0 else "")
 
 
-def file_metadata(kind: str, ledger: Ledger) -> dict[str, str]:
+def file_metadata(kind: str, version: int, weights_digest: str) -> dict[str, str]:
     """Give the one metadata entry of a tensor file of this kind, as `tensor_sets` names them."""
-    content = {
-        "kind": kind,
-        "version": needed_version(ledger),
-        "weights": set_digest(ledger.weights),
-    }
+    content = {"kind": kind, "version": version, "weights": weights_digest}
     return {METADATA_KEY: json.dumps(content, separators=(",", ":"))}
 
 
@@ -254,29 +247,21 @@ def _measured(
 
 def _check_files(stored: StoredFisher) -> None:
     """Refuse files that the format does not know, but for hidden ones."""
-    folder = stored.folder
-    expected = {LEDGER_NAME}
+    folder, heads = stored.folder, stored.folder / "heads"
+    expected = {folder / LEDGER_NAME, *(heads / f"{task}.safetensors" for task in stored.heads)}
+    found = list(folder.iterdir())
+    if stored.heads:
+        expected.add(heads)
+        found += heads.iterdir()
     for kind, tensors, _ in tensor_sets(stored):
         if kind != "head":
-            expected |= _file_names(kind, tensors)
-    for file in sorted(folder.iterdir()):
-        if file.name == "heads" and stored.heads:
-            heads = {f"{task}.safetensors" for task in stored.heads}
-            if strays := [f for f in sorted(file.iterdir()) if _is_stray(f, heads)]:
-                raise _stray(strays[0])
-        elif _is_stray(file, expected):
-            raise _stray(file)
-
-
-def _is_stray(file: Path, expected: set[str]) -> bool:
-    return file.name not in expected and not file.name.startswith(".")
-
-
-def _stray(file: Path) -> InputError:
-    return InputError(
-        f"{file} does not belong in a Fisher folder, or its ledger does not know of it: "
-        "move it elsewhere"
-    )
+            expected |= {folder / name for name in _file_names(kind, tensors)}
+    for file in sorted(found):
+        if file not in expected and not file.name.startswith("."):
+            raise InputError(
+                f"{file} does not belong in a Fisher folder, or its ledger does not know of it: "
+                "move it elsewhere"
+            )
 
 
 def _file_names(stem: str, tensors: TensorFiles) -> set[str]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -296,7 +296,10 @@ def _to_ledger(content: Any, source: str) -> Ledger:
         name: _to_set(head, source, f"$.heads[{shown(name)}]") for name, head in heads.items()
     }
     ledger = replace(ledger, **found)
-    _check_ledger(ledger, source)
+    try:
+        _refuse(_faults(ledger), source)
+    except ValueError:  # json_digest's
+        raise NonFiniteError(f"{source}: a number in a description is not finite") from None
     if version != (needed := needed_version(ledger)):
         raise InputError(
             f"{source}, $.version: expected {needed}, found {version}: "
@@ -336,100 +339,131 @@ def _to_set(content: Any, source: str, place: str) -> dict[str, TensorRecord]:
     return found.tensors
 
 
-def _check_ledger(ledger: Ledger, source: str) -> None:
-    """Refuse what is well-formed field by field and still contradicts itself."""
+def check_names(ledger: Ledger, source: str) -> None:
+    """Refuse a ledger in which a tensor of the weights has neither a Fisher nor a reason, or both.
+
+    The digests are not looked at.
+    """
+    _refuse(_faults_of_names(ledger), source)
+
+
+def _refuse(faults: Iterable[str], source: str) -> None:
+    for fault in faults:
+        raise InputError(f"{source}, {fault}" if fault.startswith("$") else f"{source}: {fault}")
+
+
+def _faults(ledger: Ledger) -> Iterator[str]:
+    """Tell what is well-formed field by field and contradicts itself; each may assume the last."""
     seen: set[str] = set()
     for i, task in enumerate(ledger.tasks):
-        place = f"{source}, $.tasks[{i}]"
         if task.name in seen:
-            raise InputError(f"{place}.name: the task {task.name!r} is there twice")
+            yield f"$.tasks[{i}].name: the task {task.name!r} is there twice"
         seen.add(task.name)
         counted = (task.estimator, task.examples, task.units)
         measured = not any(field is None for field in counted)
         if not measured and any((*counted, task.mc_samples, task.layers, task.penalty is None)):
-            raise InputError(
-                f"{place}: estimator, examples and units are null together, in a task that was "
-                "trained and not measured; it has a penalty, no mc_samples and no layers"
+            yield (
+                f"$.tasks[{i}]: estimator, examples and units are null together, in a task that "
+                "was trained and not measured; it has a penalty, no mc_samples and no layers"
             )
-        _check_description(task, f"{place}.description")
-    _check_description(ledger, f"{source}, $.description")
-    for name in ledger.heads:
+        yield from _faults_of_description(task, f"$.tasks[{i}].description")
+    yield from _faults_of_description(ledger, "$.description")
+    for name, head in ledger.heads.items():
         if name not in seen:
-            raise InputError(f"{source}, $.heads: {shown(name)} is no task of this ledger")
-        for tensor, record in ledger.heads[name].items():
+            yield f"$.heads: {shown(name)} is no task of this ledger"
+        for tensor, record in head.items():
             if record.dtype not in PARAMETER_DTYPES:
-                raise InputError(
-                    f"{source}, $.heads, {name}, the tensor {shown(tensor)}: expected "
-                    f"{', '.join(PARAMETER_DTYPES)}, found {record.dtype}"
-                )
-    if ledger.base is None and (
-        of_adapter := [task.name for task in ledger.tasks if task.penalty_on == "adapter"]
-    ):
-        raise InputError(
-            f"{source}: the task {of_adapter[0]!r} was held by an adapter's Fisher, but the "
-            "weights are no adapter's: there is no base"
+                dtypes = ", ".join(PARAMETER_DTYPES)
+                where = f"$.heads, {name}, the tensor {shown(tensor)}"
+                yield f"{where}: expected {dtypes}, found {record.dtype}"
+    of_adapter = [task.name for task in ledger.tasks if task.penalty_on == "adapter"]
+    if ledger.base is None and of_adapter:
+        yield (
+            f"the task {of_adapter[0]!r} was held by an adapter's Fisher, but the weights are no "
+            "adapter's: there is no base"
         )
     if ledger.merge_rule == "separate" and ledger.gamma != 1.0:
-        raise InputError(
-            f"{source}, $.gamma: expected 1.0 with the merge rule separate, found {ledger.gamma}"
-        )
+        yield f"$.gamma: expected 1.0 with the merge rule separate, found {ledger.gamma}"
     if not ledger.fisher:
-        raise InputError(f"{source}, $.fisher: expected at least one tensor, found none")
-    check_names(ledger, source)
+        yield "$.fisher: expected at least one tensor, found none"
+    yield from _faults_of_names(ledger)
     if len({record.dtype for record in ledger.fisher.values()}) > 1:
-        raise InputError(
-            f"{source}, $.fisher: expected one dtype for all tensors, found F32 and BF16"
-        )
+        yield "$.fisher: expected one dtype for all tensors, found F32 and BF16"
     if ledger.anchor is not None:
-        _check_set(ledger, ledger.anchor, "anchor", ("F32",), source)
+        yield from _faults_of_set(ledger, ledger.anchor, "anchor", ("F32",))
         for name in ledger.fisher.keys() ^ ledger.anchor.keys():
-            raise InputError(
-                f"{source}: the tensor {shown(name)} is in only one of fisher and anchor; "
-                "both must have the same names"
+            yield (
+                f"the tensor {shown(name)} is in only one of fisher and anchor; both must have the "
+                "same names"
             )
-    _check_blocks(ledger, source)
+    yield from _faults_of_blocks(ledger)
 
 
-def _check_description(record: Ledger | TaskRecord, place: str) -> None:
-    if record.description is None:
-        return
-    try:
+def _faults_of_names(ledger: Ledger) -> Iterator[str]:
+    yield from _faults_of_set(ledger, ledger.fisher, "fisher", FISHER_DTYPES)
+    for name in ledger.unprotected:
+        if name not in ledger.weights:
+            yield f"$.unprotected: {shown(name)} is not among the weights"
+        if name in ledger.fisher:
+            yield f"$.unprotected: {shown(name)} has a Fisher all the same"
+    for name in ledger.weights:
+        if name not in ledger.fisher and name not in ledger.unprotected:
+            yield (
+                f"the weights hold {shown(name)}, which has neither a Fisher nor a reason under "
+                "unprotected"
+            )
+
+
+def _faults_of_set(
+    ledger: Ledger, records: Mapping[str, TensorRecord], which: str, dtypes: tuple[str, ...]
+) -> Iterator[str]:
+    for name, record in records.items():
+        weight = ledger.weights.get(name)
+        where = f"$.{which}, the tensor {shown(name)}"
+        if record.dtype not in dtypes:
+            yield f"{where}: expected {' or '.join(dtypes)}, found {record.dtype}"
+        if weight is None:
+            yield f"{where} is not among the weights"
+        elif weight.dtype not in PARAMETER_DTYPES:
+            yield f"{where}: its weight is {weight.dtype}, which has no gradient"
+        elif record.shape != weight.shape:
+            shape = list(weight.shape)
+            yield f"{where}: expected the weight's shape {shape}, found {list(record.shape)}"
+
+
+def _faults_of_description(record: Ledger | TaskRecord, place: str) -> Iterator[str]:
+    if record.description is not None:
         digest = json_digest(record.description)
-    except ValueError:
-        raise NonFiniteError(f"{place}: a number in it is not finite") from None
-    if digest != record.made_from:
-        raise InputError(f"{place}: its digest is {digest}, and made_from is {record.made_from}")
+        if digest != record.made_from:
+            yield f"{place}: its digest is {digest}, and made_from is {record.made_from}"
 
 
-def _check_blocks(ledger: Ledger, source: str) -> None:
-    """Refuse factors without a block each, and blocks that do not fit their parameters."""
+def _faults_of_blocks(ledger: Ledger) -> Iterator[str]:
+    """Tell of factors without a block each, and of blocks that do not fit their parameters."""
     factors, blocks = ledger.factors or {}, ledger.blocks or {}
     if (ledger.factors is None) != (ledger.blocks is None) or factors.keys() != blocks.keys():
-        raise InputError(f"{source}: factors and blocks must have the same names")
+        yield "factors and blocks must have the same names"
     if ledger.factors is not None and len({record.dtype for record in factors.values()}) != 1:
-        raise InputError(f"{source}, $.factors: expected tensors, of one dtype")
+        yield "$.factors: expected tensors, of one dtype"
     covered: set[tuple[str, str]] = set()
     for name, block in blocks.items():
-        where = f"{source}, $.blocks[{shown(name)}]"
+        where, record = f"$.blocks[{shown(name)}]", factors[name]
         if list(block.dims) != sorted(set(block.dims)):
-            raise InputError(f"{where}.dims: expected them ascending, found {list(block.dims)}")
-        record = factors[name]
+            yield f"{where}.dims: expected them ascending, found {list(block.dims)}"
         if record.dtype not in FISHER_DTYPES:
-            raise InputError(f"{where}: expected F32 or BF16, found {record.dtype}")
+            yield f"{where}: expected F32 or BF16, found {record.dtype}"
         for parameter in block.parameters:
             if parameter not in ledger.fisher:
-                raise InputError(f"{where}.parameters: {shown(parameter)} has no Fisher")
+                yield f"{where}.parameters: {shown(parameter)} has no Fisher"
             if (block.matrix, parameter) in covered:
-                raise InputError(f"{where}: {shown(parameter)} has two matrices {block.matrix}")
+                yield f"{where}: {shown(parameter)} has two matrices {block.matrix}"
             covered.add((block.matrix, parameter))
         sizes = _block_sizes(block, [ledger.fisher[p].shape for p in block.parameters])
         if not sizes:
-            raise InputError(f"{where}: expected a parameter that has the dimensions {block.dims}")
+            yield f"{where}: expected a parameter that has the dimensions {list(block.dims)}"
         for size in sizes:
             if record.shape != (size, size):
-                raise InputError(
-                    f"{where}: expected the shape {[size, size]}, found {list(record.shape)}"
-                )
+                yield f"{where}: expected the shape {[size, size]}, found {list(record.shape)}"
 
 
 def _block_sizes(block: Block, shapes: list[tuple[int, ...]]) -> set[int]:
@@ -442,45 +476,3 @@ def _block_sizes(block: Block, shapes: list[tuple[int, ...]]) -> set[int]:
     if block.matrix == "G":
         return sizes | {math.prod(shape) for shape in biases}
     return {size + 1 for size in sizes} if biases else sizes
-
-
-def check_names(ledger: Ledger, source: str) -> None:
-    """Refuse a ledger in which a tensor of the weights has neither a Fisher nor a reason, or both.
-
-    The digests are not looked at.
-    """
-    _check_set(ledger, ledger.fisher, "fisher", FISHER_DTYPES, source)
-    for name in ledger.unprotected:
-        if name not in ledger.weights:
-            raise InputError(f"{source}, $.unprotected: {shown(name)} is not among the weights")
-        if name in ledger.fisher:
-            raise InputError(f"{source}, $.unprotected: {shown(name)} has a Fisher all the same")
-    for name in ledger.weights:
-        if name not in ledger.fisher and name not in ledger.unprotected:
-            raise InputError(
-                f"{source}: the weights hold {shown(name)}, which has neither a Fisher nor a "
-                "reason under unprotected"
-            )
-
-
-def _check_set(
-    ledger: Ledger,
-    records: Mapping[str, TensorRecord],
-    which: str,
-    dtypes: tuple[str, ...],
-    source: str,
-) -> None:
-    for name, record in records.items():
-        weight = ledger.weights.get(name)
-        where = f"{source}, $.{which}, the tensor {shown(name)}"
-        if record.dtype not in dtypes:
-            raise InputError(f"{where}: expected {' or '.join(dtypes)}, found {record.dtype}")
-        if weight is None:
-            raise InputError(f"{where} is not among the weights")
-        if weight.dtype not in PARAMETER_DTYPES:
-            raise InputError(f"{where}: its weight is {weight.dtype}, which has no gradient")
-        if record.shape != weight.shape:
-            raise InputError(
-                f"{where}: expected the weight's shape {list(weight.shape)}, "
-                f"found {list(record.shape)}"
-            )
