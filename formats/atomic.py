@@ -179,13 +179,8 @@ def partial_path(target: Path, process: int = 0) -> Path:
 
 def final_path(path: Path) -> Path:
     """Name the place where a path inside a staging folder will end up."""
-    parts = []
-    for part in path.parts:
-        if part.startswith(".") and part.endswith(_NEW) and part != _NEW:
-            parts.append(part[1 : -len(_NEW)])
-        elif part != _NEW:
-            parts.append(part)
-    return Path(*parts)
+    inside = re.compile(rf"(?s)\A\.(.+){re.escape(_NEW)}\Z")
+    return Path(*(inside.sub(r"\1", part) for part in path.parts if part != _NEW))
 
 
 @contextmanager

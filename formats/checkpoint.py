@@ -133,16 +133,14 @@ def write_checkpoint(
     optimizer states and sub-folders ``checkpoint-N`` of a training run; also ``.git``, ``.cache``.
     The model card, which tells of the source's weights, is kept where `card` is true.
     """
-    if source.adapter is None:
-        write_tensors(staging, weights, metadata={"format": "pt"}, max_shard_size=max_shard_size)
-    else:  # which peft reads from one file
-        write_tensors(
-            staging,
-            weights,
-            stem="adapter_model",
-            metadata={"format": "pt"},
-            max_shard_size=2**63 - 1,
-        )
+    alone = source.adapter is not None  # peft reads an adapter from one file
+    write_tensors(
+        staging,
+        weights,
+        stem="adapter_model" if alone else "model",
+        metadata={"format": "pt"},
+        max_shard_size=2**63 - 1 if alone else max_shard_size,
+    )
     if not source.path.is_dir():
         return
     others = [(file, name) for file, name in other_files(source) if card or name != Path(CARD)]

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -285,22 +286,17 @@ def _check_metadata(file: Path, expected: str) -> None:
         raise InputError(
             f"{file}: expected exactly one metadata key, {METADATA_KEY!r}, found {sorted(metadata)}"
         )
-    if metadata[METADATA_KEY] == expected:
-        return
-    try:
-        content: Any = json.loads(metadata[METADATA_KEY])
-    except (ValueError, RecursionError):
-        content = None
-    if isinstance(content, dict):
+    found = metadata[METADATA_KEY]
+    with suppress(ValueError, RecursionError):
+        content: Any = json.loads(found)
         for name, value in json.loads(expected).items():
-            if content.get(name) != value:
+            if isinstance(content, dict) and content.get(name) != value:
                 raise InputError(
                     f"{file}, metadata: {name} is {content.get(name)!r}, and {LEDGER_NAME} "
                     f"asks for {value!r}: the files come from different runs"
                 )
-    raise InputError(
-        f"{file}, metadata: expected {expected}, found {metadata[METADATA_KEY][:200]!r}"
-    )
+    if found != expected:
+        raise InputError(f"{file}, metadata: expected {expected}, found {found[:200]!r}")
 
 
 def _check_headers(tensors: TensorFiles, records: Mapping[str, TensorRecord]) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, ModelInfo, snapshot_download
@@ -17,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from formats.checkpoint import PICKLE_SUFFIXES
 from formats.errors import InputError, NetworkError, UsageError
 from formats.hub_errors import AccessError, commit_in, hub_call
+from formats.wording import neighbours
 
 LOG = logging.getLogger("consolidate")
 
@@ -25,16 +25,8 @@ FISHER = ("fisher/*", "fisher*.json", "fisher*.safetensors", "anchor*", "factors
 VALUES = ("fisher/fisher*.safetensors*", "fisher/anchor*", "fisher/factors*")
 """What is as large as the weights in it."""
 
-OTHER_FRAMEWORKS = [
-    "*.h5",
-    "*.msgpack",
-    "*.onnx",
-    "*.ot",
-    "*.tflite",
-    "*.gguf",
-    "onnx/*",
-    "openvino/*",
-]
+OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "*.gguf"]
+OTHER_FRAMEWORKS += ["onnx/*", "openvino/*"]
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt"]
 UNREADABLE = (SafetensorsParsingError, AttributeError, TypeError, LookupError, RecursionError)
 """What the client raises of a header that is damaged, or JSON of another form."""
@@ -143,8 +135,7 @@ def _in_a_folder(path: Path) -> bool:
 
 
 def _near(path: Path) -> str:
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, names)
+    near = neighbours(path)
     return f" (in {path.parent} there is {', '.join(near)})" if near else ""
 
 

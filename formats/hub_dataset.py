@@ -12,6 +12,7 @@ from typing import Any
 from formats.errors import ConsolidateError, InputError, NetworkError, UsageError
 from formats.image_folder import decode_image
 from formats.rows import Rows
+from formats.wording import first_line
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -30,7 +31,6 @@ class HubRows(Rows):
     """
 
     def __init__(self, dataset: Any, name: str) -> None:
-        """Wrap a `datasets.Dataset`, which must have rows and columns."""
         self.name = name
         self.columns = list(dataset.column_names)
         self._dataset = dataset.with_format("arrow")
@@ -49,7 +49,7 @@ class HubRows(Rows):
                 for name, feature in self._dataset.features.items()
             }
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.where(i)} cannot be read ({_first_line(error)}).") from None
+            raise InputError(f"{self.where(i)} cannot be read ({first_line(error)}).") from None
 
     def values(self, column: str) -> Iterator[Any]:
         """Yield one column; the others are not decoded."""
@@ -192,7 +192,7 @@ def open_saved(folder: Path, *, split: str | None = None) -> HubRows:
         loaded = datasets.load_from_disk(folder)
     except Exception as error:
         raise InputError(
-            f"{folder} cannot be opened as a data set saved by datasets ({_first_line(error)})."
+            f"{folder} cannot be opened as a data set saved by datasets ({first_line(error)})."
         ) from error
     if split is not None and not isinstance(loaded, dict):
         raise UsageError(
@@ -238,7 +238,7 @@ def _explained(
 
     from formats.hub_errors import AccessError, explain
 
-    first = _first_line(error).rstrip(".")
+    first = first_line(error).rstrip(".")
     meanings = [meaning for cause in _chain(error) if (meaning := explain(cause, revision))]
     reasons = dict(reversed(meanings))  # the first of its kind
     if AccessError in reasons:
@@ -271,7 +271,3 @@ def _explained(
         names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])
         return InputError(f"{name}: set subset in a task.toml to one of: {', '.join(names)}.")
     return InputError(f"{name} cannot be read as a data set ({first}).")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

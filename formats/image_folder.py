@@ -65,7 +65,6 @@ class ImageFolderRows(Rows):
     columns: list[str]
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
-        """List the images of the class folders."""
         require_pillow()
         self.name = folder.name
         self.columns = ["image", "label"]

@@ -12,6 +12,7 @@ from typing import Any
 from formats.errors import InputError, UsageError
 from formats.image_folder import decode_image
 from formats.rows import Rows
+from formats.wording import first_line
 
 _CACHE_BYTES = 256 * 2**20
 
@@ -24,7 +25,6 @@ class ParquetRows(Rows):
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the footer."""
         try:
             import pyarrow
             import pyarrow.parquet
@@ -40,7 +40,7 @@ class ParquetRows(Rows):
                 groups = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise InputError(
-                f"{path} cannot be read as Parquet ({_first_line(error)}). Was it copied in full?"
+                f"{path} cannot be read as Parquet ({first_line(error)}). Was it copied in full?"
             ) from None
         self.columns = list(schema.names)
         twice = [name for name in self.columns if self.columns.count(name) > 1]
@@ -74,7 +74,7 @@ class ParquetRows(Rows):
                 table.validate(full=True)
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise InputError(
-                    f"{self.path}: row group {g + 1} cannot be read ({_first_line(error)})."
+                    f"{self.path}: row group {g + 1} cannot be read ({first_line(error)})."
                 ) from None
         self._cache[g] = table
         while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > _CACHE_BYTES:
@@ -114,7 +114,3 @@ def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         return {}
     return features if isinstance(features, dict) else {}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).split("\n", 1)[0]

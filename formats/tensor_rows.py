@@ -94,7 +94,6 @@ class TensorRows(Rows):
     tensors: LazyTensors
 
     def __init__(self, path: Path) -> None:
-        """Read the headers and compare the lengths."""
         self.name, self.path = path.name, path
         is_npz = path.suffix.lower() == ".npz"
         self.tensors = NpzColumns(path) if is_npz else open_tensors(path)

@@ -85,7 +85,6 @@ class JsonLinesRows(_LineRows):
     """
 
     def __init__(self, path: Path) -> None:
-        """Find where the rows begin, and read the first 100."""
         super().__init__(path)
         if not len(self):
             raise InputError(f"{path} is empty: expected one JSON object a line.")
@@ -132,7 +131,6 @@ class JsonArrayRows(Rows):
     """A small JSON file that is one array of objects, held in memory."""
 
     def __init__(self, path: Path) -> None:
-        """Read the file, unless it is too large to be read at once."""
         self.name, self.path = path.name, path
         size = path.stat().st_size
         if size > MAX_JSON_ARRAY_BYTES:
@@ -181,7 +179,6 @@ class CsvRows(_LineRows):
     """
 
     def __init__(self, path: Path, delimiter: str) -> None:
-        """Find where the rows begin, and check each of them."""
         # the limit is the process's; the default of 128 KiB is less than one long document
         csv.field_size_limit(2**31 - 1)
         self._delimiter = delimiter

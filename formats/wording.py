@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -24,3 +25,14 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     """Offer the known names nearest to one that is not known; nothing where none is near."""
     near = get_close_matches(name, known)
     return f"Did you mean {' or '.join(near)}?" if near else ""
+
+
+def neighbours(path: Path) -> list[str]:
+    """Give what has nearly the name of a path that is not there, in its folder."""
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    return get_close_matches(path.name, names)
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of what an error of another library says, or else its kind."""
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
