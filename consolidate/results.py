@@ -300,9 +300,9 @@ class Task(TypedDict):
     likelihood: str
     labels: list[str] | None
     unit: str
-    examples: int
-    units: int
-    estimator: str
+    examples: int | None
+    units: int | None
+    estimator: str | None
     mc_samples: int | None
     seed: int
     weight: float

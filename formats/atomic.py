@@ -55,19 +55,8 @@ def replace_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Build a folder aside and put it in place whole when the block ends well.
 
     A link to a folder is followed: the folder it points to is replaced. Missing parents are made.
-    On any exception the new content is thrown away and the target stays as it was.
-
-    Args:
-        target: The folder to make or to replace; an empty one counts as new.
-        overwrite: Whether a target that holds something may be replaced, with all it holds.
-
-    Yields:
-        An empty folder to write into.
-
-    Raises:
-        InputError: If the target holds something and `overwrite` is false, is a file, cannot be
-            replaced without harm (it holds the home or the current folder), or is being written by
-            another process; if the disk is full or the place is not writable.
+    On any exception the new content is thrown away and the target stays as it was. A target that
+    holds something is replaced only with `overwrite`, and never the home or the current folder.
     """
     place = _Place(target)
     with ExitStack() as cleanup:
@@ -94,12 +83,6 @@ def claimed(target: Path) -> Iterator[None]:
     """Claim a target for the block, however long its work takes before `replace_folder`.
 
     A process that dies gives its claim up; the file it leaves behind binds nobody.
-
-    Args:
-        target: The folder that is to be made or replaced.
-
-    Raises:
-        InputError: Another process has claimed it, or the place is not writable.
     """
     check_target(target, overwrite=True)
     with ExitStack() as cleanup:
@@ -109,15 +92,7 @@ def claimed(target: Path) -> Iterator[None]:
 
 @contextmanager
 def claimed_in_place(folder: Path, part: str) -> Iterator[None]:
-    """Claim a folder of which one part is to be replaced, so that nobody replaces either.
-
-    Args:
-        folder: The folder, which is there.
-        part: The name of the folder in it that is to be made or replaced.
-
-    Raises:
-        InputError: As `claimed`.
-    """
+    """Claim a folder of which one part is to be replaced, so that nobody replaces either."""
     check_target(folder / part, overwrite=True)
     place = _Place(folder)
     with ExitStack() as cleanup:
@@ -129,15 +104,7 @@ def claimed_in_place(folder: Path, part: str) -> Iterator[None]:
 
 
 def check_target(target: Path, *, overwrite: bool = False) -> None:
-    """Refuse, before any work is done, a target that `replace_folder` would refuse after it.
-
-    Args:
-        target: The folder that is to be made or replaced.
-        overwrite: Whether it may be replaced where it holds something.
-
-    Raises:
-        InputError: As `replace_folder`, as far as it can be known beforehand.
-    """
+    """Refuse, before any work is done, a target that `replace_folder` would refuse after it."""
     place = _Place(target)
     _refuse_content(place.target, overwrite)
     _check_parent(target, place.target)
@@ -147,12 +114,6 @@ def recover(target: Path) -> None:
     """Complete or roll back what a killed `replace_folder` left of this target.
 
     Leaves everything alone where another process is at work. Cheap where nothing was left.
-
-    Args:
-        target: The folder that was to be made or replaced; it need not exist.
-
-    Raises:
-        InputError: If the target is not whole and cannot be made so for want of permission.
     """
     place = _Place(target)
     if not any(map(os.path.exists, place.leavings)):
@@ -174,12 +135,7 @@ def recover(target: Path) -> None:
 def write_file(path: Path, data: bytes | str) -> None:
     """Write a file whole: into a temporary sibling, synced, then renamed over the path.
 
-    Args:
-        path: The file to make or to replace; a link is followed. Folders above it are made.
-        data: The content; text is stored as UTF-8.
-
-    Raises:
-        InputError: If the disk is full or the place is not writable.
+    A link is followed, folders above it are made, and text is stored as UTF-8.
     """
     path = Path(os.path.realpath(path))
     content = data.encode() if isinstance(data, str) else data
@@ -198,34 +154,21 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Refuse, before the work, a file that could not be written after it.
-
-    Args:
-        path: The file that is to be made or replaced, and the folders above it.
-
-    Raises:
-        InputError: It is a folder, or there is no place for it that can be written.
-    """
+    """Refuse, before the work, a file that could not be written after it."""
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file")
     _check_parent(path, Path(os.path.realpath(path)))
 
 
 def has_content(target: Path) -> bool:
-    """Return whether a folder is there and holds anything but what this module keeps in it.
-
-    Args:
-        target: The folder; it need not exist.
-    """
+    """Return whether a folder is there and holds anything but what this module keeps in it."""
     return target.is_dir() and any(_is_content(entry.name) for entry in target.iterdir())
 
 
 def partial_path(target: Path, process: int = 0) -> Path:
     """Name the file beside a target (in it, at a mount point) for what a long run keeps.
 
-    Args:
-        target: The folder that is to be made or replaced.
-        process: Which of several that work together; each keeps its own.
+    Each of several processes that work together keeps its own.
     """
     place = _Place(target)
     ending = _PARTIAL if process == 0 else f"{_PARTIAL}-{process}"
@@ -235,34 +178,14 @@ def partial_path(target: Path, process: int = 0) -> Path:
 
 
 def final_path(path: Path) -> Path:
-    """Name the place where a path inside a staging folder will end up.
-
-    Args:
-        path: Any path.
-
-    Returns:
-        The path with the staging folder replaced by the target it stands for.
-    """
-    parts = []
-    for part in path.parts:
-        if part.startswith(".") and part.endswith(_NEW) and part != _NEW:
-            parts.append(part[1 : -len(_NEW)])
-        elif part != _NEW:
-            parts.append(part)
-    return Path(*parts)
+    """Name the place where a path inside a staging folder will end up."""
+    inside = re.compile(rf"(?s)\A\.(.+){re.escape(_NEW)}\Z")
+    return Path(*(inside.sub(r"\1", part) for part in path.parts if part != _NEW))
 
 
 @contextmanager
 def explain_full_disk(place: Path, needed: int) -> Iterator[None]:
-    """Turn a full disk inside the block into an `InputError` that says how much was needed.
-
-    Args:
-        place: The file or folder that is written.
-        needed: Bytes the block writes in all.
-
-    Raises:
-        InputError: If the disk or the quota is full.
-    """
+    """Turn a full disk inside the block into an `InputError` that says how much was needed."""
     existing = next((path for path in (place, *place.parents) if os.path.exists(path)), place)
     try:
         free = shutil.disk_usage(existing).free

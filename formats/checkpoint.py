@@ -43,15 +43,9 @@ _PACKED = re.compile(
 class Checkpoint:
     """A checkpoint that was opened; the values of its weights are read when asked for.
 
-    Attributes:
-        path: The folder or the bare file.
-        weights: Tensor name to tensor, in the file's order.
-        config: The content of ``config.json``; empty where there is none.
-        format: How the weights are stored.
-        files: The weight files and their index.
-        adapter: The content of ``adapter_config.json`` where the weights are those of an adapter of
-            peft; None where they are a whole model.
-        base: The adapter's base model, once it is known.
+    `path` is a folder or a bare file, `config` empty where there is none; `files` are the weights
+    and their index. `adapter` is ``adapter_config.json`` where the weights are those of an adapter
+    of peft, None where they are a whole model; `base` its base model, once that is known.
     """
 
     path: Path
@@ -69,16 +63,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     In a folder ``model.safetensors`` or its shards are taken, else ``pytorch_model.bin`` or its
     shards, else the only safetensors model there is, else the only pickle, else an adapter of peft.
     What a killed run left of the folder is completed or rolled back first.
-
-    Args:
-        path: A folder, or a ``.safetensors``, ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file.
-
-    Returns:
-        The checkpoint; a bare file has no config.
-
-    Raises:
-        InputError: If the path does not exist, holds no model or several, if a file is damaged or
-            leads out of the folder, or if the weights are quantized.
     """
     try:
         recover(path)
@@ -106,11 +90,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def is_fisher_alone(folder: Path) -> bool:
-    """Return whether a folder holds ``fisher/``, as a repository may, and no weights beside it.
-
-    Args:
-        folder: Any path.
-    """
+    """Return whether a folder holds ``fisher/``, as a repository may, and no weights beside it."""
     if not (folder / "fisher" / "fisher.json").is_file():
         return False
     weights = (".safetensors", *PICKLE_SUFFIXES)
@@ -119,27 +99,12 @@ def is_fisher_alone(folder: Path) -> bool:
 
 
 def weight_records(weights: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
-    """Digest every tensor, one at a time.
-
-    Args:
-        weights: Tensor name to tensor.
-
-    Returns:
-        Tensor name to dtype, shape and digest, in the same order.
-    """
+    """Digest every tensor, one at a time."""
     return {name: tensor_record(weights[name]) for name in weights}
 
 
 def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse weights with a NaN or an infinity.
-
-    Args:
-        weights: Tensor name to tensor.
-        path: Where they are stored, for the message.
-
-    Raises:
-        NonFiniteError: Naming the first such tensor and how many of its values are not finite.
-    """
+    """Refuse weights with a NaN or an infinity, naming the first such tensor."""
     for name in weights:
         dtype = dtype_of(weights, name)
         if not dtype.is_floating_point and not dtype.is_complex:
@@ -166,28 +131,16 @@ def write_checkpoint(
     Every other file and sub-folder is copied: tokenizer, config, licence. Left behind is what
     belongs to the old weights: weight files of any framework and their indexes, ``fisher/``,
     optimizer states and sub-folders ``checkpoint-N`` of a training run; also ``.git``, ``.cache``.
-
-    Args:
-        staging: An empty folder, of `formats.atomic.replace_folder`.
-        source: The checkpoint whose other files are kept.
-        weights: Tensor name to tensor, tied ones once, in the order they are to be stored.
-        card: Whether the model card is kept too; it tells of the source's weights.
-        max_shard_size: Bytes a file may have before another is begun.
-
-    Raises:
-        InputError: If a file of the source cannot be read or is a link that leads out of its
-            folder, a dtype cannot be stored, or the disk is full.
+    The model card, which tells of the source's weights, is kept where `card` is true.
     """
-    if source.adapter is None:
-        write_tensors(staging, weights, metadata={"format": "pt"}, max_shard_size=max_shard_size)
-    else:  # which peft reads from one file
-        write_tensors(
-            staging,
-            weights,
-            stem="adapter_model",
-            metadata={"format": "pt"},
-            max_shard_size=2**63 - 1,
-        )
+    alone = source.adapter is not None  # peft reads an adapter from one file
+    write_tensors(
+        staging,
+        weights,
+        stem="adapter_model" if alone else "model",
+        metadata={"format": "pt"},
+        max_shard_size=2**63 - 1 if alone else max_shard_size,
+    )
     if not source.path.is_dir():
         return
     others = [(file, name) for file, name in other_files(source) if card or name != Path(CARD)]
@@ -202,14 +155,7 @@ def write_checkpoint(
 
 
 def other_files(source: Checkpoint) -> Iterator[tuple[Path, Path]]:
-    """Give what `write_checkpoint` keeps of a folder beside its weights.
-
-    Args:
-        source: A checkpoint in a folder.
-
-    Yields:
-        Each file, and its name relative to the folder.
-    """
+    """Give each file that `write_checkpoint` keeps beside the weights, and its name there."""
     root = source.path
     used = {file.name for file in source.files}
     for entry in sorted(root.iterdir()):

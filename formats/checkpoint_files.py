@@ -11,19 +11,9 @@ MAX_JSON_BYTES = 128 * 2**20
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Give the path of a file that a folder names, if it lies in that folder.
+    """Give the path of a file that a folder names, if it lies in that folder, not resolved.
 
     A link may lead elsewhere within the folder or, in a snapshot of the Hub's cache, to its blobs.
-
-    Args:
-        folder: The folder.
-        name: The file's name, without a path.
-
-    Returns:
-        The path, not resolved.
-
-    Raises:
-        InputError: If the name is a path, or a link that leads out of the folder.
     """
     # What is not printable, such as NUL or half a surrogate pair, can fail in any way.
     plain = name.isprintable() and len(name.encode()) <= 255
@@ -35,15 +25,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_link(folder: Path, path: Path) -> None:
-    """Refuse a link that leads out of a checkpoint folder, whose author may be a stranger.
-
-    Args:
-        folder: The checkpoint folder.
-        path: A file or folder in it.
-
-    Raises:
-        InputError: If the path leads elsewhere than into the folder or the Hub cache's blobs.
-    """
+    """Refuse a link that leads out of a checkpoint folder, whose author may be a stranger."""
     root, real = folder.resolve(), path.resolve()
     # MODEL/snapshots/COMMIT/… is how the Hub's cache shows what lies in MODEL/blobs.
     blobs = [above.parent / "blobs" for above in root.parents if above.name == "snapshots"]
@@ -55,17 +37,7 @@ def check_link(folder: Path, path: Path) -> None:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Read which file holds which tensor.
-
-    Args:
-        path: A file ``….index.json``.
-
-    Returns:
-        Tensor name to file name, in the file's order.
-
-    Raises:
-        InputError: If the file is not such an index.
-    """
+    """Read which file holds which tensor, from a file ``….index.json``."""
     index = read_json(path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -77,16 +49,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def check_index(index: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Hold an index against what its files contain.
-
-    Args:
-        index: The index file, for the message.
-        weight_map: Tensor name to file name, as the index says.
-        found: Tensor name to file name, as the files say.
-
-    Raises:
-        InputError: Naming the first tensor that is missing, elsewhere or not in the index.
-    """
+    """Hold an index against what its files contain: tensor name to file name, both."""
     for name, file_name in weight_map.items():
         if name not in found:
             raise InputError(f"{index}: tensor {name!r} is not in {file_name}, nor in another file")
@@ -100,17 +63,7 @@ def check_index(index: Path, weight_map: Mapping[str, str], found: Mapping[str, 
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content.
-
-    Raises:
-        InputError: If it cannot be read, is too large, not JSON in UTF-8 or not an object.
-    """
+    """Read a JSON file that holds an object."""
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise InputError(f"{path} is no plain file")
@@ -129,16 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def broken(file: Path, kind: str, reason: str) -> InputError:
-    """Say that a file is not what its name says, and what to do.
-
-    Args:
-        file: The file.
-        kind: What it should be.
-        reason: What its reader found.
-
-    Returns:
-        The error to raise.
-    """
+    """Say that a file is not of the kind that its name says, and what to do."""
     with open(file, "rb") as content:
         start = content.read(40)
     if start.startswith(b"version https://git-lfs"):

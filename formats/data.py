@@ -1,7 +1,7 @@
 """Task data by name: a file, a folder or a Hub data set becomes rows."""
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from formats.errors import InputError, NetworkError, UsageError
@@ -11,14 +11,22 @@ from formats.parquet_rows import ParquetRows
 from formats.rows import JoinedRows, Rows
 from formats.tensor_rows import TensorRows
 from formats.text_rows import CsvRows, JsonLinesRows, open_json
+from formats.wording import neighbours
 
 __all__ = ["DATA_SUFFIXES", "Rows", "open_data"]
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".safetensors", ".npz")
+_KINDS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": JsonLinesRows,
+    ".json": open_json,
+    ".csv": partial(CsvRows, delimiter=","),
+    ".tsv": partial(CsvRows, delimiter="\t"),
+    ".parquet": ParquetRows,
+    ".safetensors": TensorRows,
+    ".npz": TensorRows,
+}
+DATA_SUFFIXES = tuple(_KINDS)
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test")
-_NOT_DATA = frozenset(
-    {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-)
+_NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 def open_data(
@@ -28,22 +36,9 @@ def open_data(
     subset: str | None = None,
     revision: str | None = None,
 ) -> Rows:
-    """Open the data of a task.
+    """Open the data of a task: a file, a folder or, by a string that is no path, a Hub data set.
 
-    Args:
-        spec: a file or folder, or, as a string that is no existing path, the id of a Hub data
-            set; a Path is always local.
-        split: which part of a folder or Hub data set, such as `train`.
-        subset: which subset of a Hub data set.
-        revision: branch, tag or commit of a Hub data set.
-
-    Returns:
-        The rows; files are read as rows are asked for.
-
-    Raises:
-        InputError: missing or unreadable, of an unknown kind, empty, or not what its kind demands.
-        UsageError: an option that this kind of data does not have, or a missing package.
-        NetworkError: the Hub cannot be reached.
+    A Path is always local. Files are read as rows are asked for.
     """
     path = Path(spec).expanduser()
     if not path.exists():
@@ -73,25 +68,13 @@ def _looks_like_file(path: Path) -> bool:
 
 
 def _near(path: Path) -> str:
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names)
+    near = neighbours(path)
     return f" In {path.parent} there is: {', '.join(near)}." if near else ""
 
 
 def _open_file(path: Path) -> Rows:
-    match path.suffix.lower():
-        case ".jsonl":
-            return JsonLinesRows(path)
-        case ".json":
-            return open_json(path)
-        case ".csv":
-            return CsvRows(path, ",")
-        case ".tsv":
-            return CsvRows(path, "\t")
-        case ".parquet":
-            return ParquetRows(path)
-        case ".safetensors" | ".npz":
-            return TensorRows(path)
+    if (kind := _KINDS.get(path.suffix.lower())) is not None:
+        return kind(path)
     raise InputError(
         f"{path}: the suffix tells the kind of data, and {path.suffix or 'none'!r} is not known. "
         f"Known: {', '.join(DATA_SUFFIXES)}, or a folder of images by class."

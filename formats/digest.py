@@ -4,12 +4,14 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 from formats.errors import InputError
+from formats.fields import Hex, Natural, whole
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -37,33 +39,16 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 26
 
 
-@dataclass(frozen=True)
-class TensorRecord:
-    """What identifies a stored tensor besides its name.
+class TensorRecord(Struct, frozen=True, forbid_unknown_fields=True):
+    """What identifies a stored tensor besides its name; the dtype is named as in safetensors."""
 
-    Attributes:
-        dtype: The safetensors name of the dtype, such as ``"F32"``.
-        shape: The sizes.
-        sha256: SHA-256 of the little-endian bytes in row-major order, 64 hexadecimal digits.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    sha256: str
+    dtype: Annotated[str, whole("[A-Z][A-Z0-9_]{0,15}", "a safetensors dtype such as F32")]
+    shape: tuple[Natural, ...]
+    sha256: Hex
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name a dtype as safetensors does.
-
-    Args:
-        dtype: A torch dtype.
-
-    Returns:
-        Its name, such as ``"BF16"``.
-
-    Raises:
-        InputError: If the format cannot store this dtype.
-    """
+    """Name a dtype as safetensors does; InputError where the format cannot store it."""
     if dtype not in _NAMES:
         raise InputError(
             f"dtype {dtype} cannot be stored; convert the tensor to one of: {', '.join(DTYPES)}"
@@ -72,14 +57,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def little_endian_chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """Give the bytes of a tensor as a file stores them, a chunk at a time.
-
-    Args:
-        tensor: Any shape, device, strides and dtype that can be stored.
-
-    Yields:
-        Little-endian bytes in row-major order, at most 64 MiB a time.
-    """
+    """Give the bytes of a tensor as a file stores them, row-major, at most 64 MiB a time."""
     dtype_name(tensor.dtype)
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     array = plain.reshape(-1).view(torch.uint8).numpy()
@@ -93,17 +71,7 @@ def little_endian_chunks(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def tensor_record(t: Tensor) -> TensorRecord:
-    """Digest one tensor: SHA-256 over its little-endian bytes in row-major order.
-
-    Args:
-        t: Any shape, device, strides and dtype that can be stored.
-
-    Returns:
-        Dtype, shape and digest.
-
-    Raises:
-        InputError: If the format cannot store this dtype.
-    """
+    """Digest one tensor: SHA-256 over its little-endian bytes in row-major order."""
     digest = hashlib.sha256()
     for chunk in little_endian_chunks(t):
         digest.update(chunk)
@@ -115,12 +83,6 @@ def set_digest(records: Mapping[str, TensorRecord]) -> str:
 
     The lines are compact JSON in UTF-8 without escapes that JSON does not demand, sorted by name
     (by code points); so one file and ten shards of the same tensors have the same digest.
-
-    Args:
-        records: Tensor name to record, in any order.
-
-    Returns:
-        64 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name in sorted(records):
@@ -131,19 +93,21 @@ def set_digest(records: Mapping[str, TensorRecord]) -> str:
     return digest.hexdigest()
 
 
+def json_digest(content: Any) -> str:
+    """Digest what is JSON: SHA-256 over it without blanks, keys sorted by code points, in UTF-8.
+
+    A number that is not finite is a `ValueError`.
+    """
+    text = json.dumps(
+        content, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
 def differences(
     expected: Mapping[str, TensorRecord], found: Mapping[str, TensorRecord]
 ) -> list[str]:
-    """Say in plain lines how two sets of tensors differ.
-
-    Args:
-        expected: Tensor name to record, as written down.
-        found: Tensor name to record, as read.
-
-    Returns:
-        One line per tensor that differs, in the order of `expected`, extra tensors last; empty if
-        the sets are equal.
-    """
+    """Say how two sets of tensors differ, a line for each tensor that does, extra ones last."""
     unclaimed: dict[TensorRecord, list[str]] = {}
     for name in found:
         if name not in expected:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,21 @@ from formats.checkpoint import weight_records
 from formats.checkpoint_files import check_link
 from formats.digest import TensorRecord, differences, dtype_name, set_digest, tensor_record
 from formats.errors import InputError, NonFiniteError
-from formats.fisher_json import FISHER_DTYPES, FORMAT, VERSION, Ledger, ledger_bytes, read_ledger
-from formats.tensors import MAX_SHARD_SIZE, TensorFiles, open_tensors, write_tensors
+from formats.fisher_json import (
+    FISHER_DTYPES,
+    FORMAT,
+    Ledger,
+    ledger_bytes,
+    needed_version,
+    read_ledger,
+)
+from formats.tensors import (
+    MAX_SHARD_SIZE,
+    TensorFiles,
+    open_tensors,
+    write_tensor_file,
+    write_tensors,
+)
 
 LEDGER_NAME = "fisher.json"
 METADATA_KEY = FORMAT
@@ -27,12 +41,8 @@ METADATA_KEY = FORMAT
 class StoredFisher:
     """A Fisher folder that was opened: its ledger, and its tensors, read one by one when asked for.
 
-    Attributes:
-        folder: The folder.
-        ledger: What `fisher.json` says.
-        fisher: Λ by the names of the weights file.
-        anchor: μ by the same names, float32; None where it is the weights themselves.
-        heads: Output layers of earlier tasks, by task and by tensor name.
+    `fisher` is Λ by the names of the weights file, `anchor` μ by the same names or None where it is
+    the weights, `factors` matrices by the names of the ledger's blocks, `heads` are by task.
     """
 
     folder: Path
@@ -40,6 +50,7 @@ class StoredFisher:
     fisher: TensorFiles
     anchor: TensorFiles | None
     heads: dict[str, TensorFiles] = field(default_factory=dict)
+    factors: TensorFiles | None = None
 
 
 def write_fisher(
@@ -49,26 +60,14 @@ def write_fisher(
     *,
     anchor: Mapping[str, Tensor] | None = None,
     heads: Mapping[str, Mapping[str, Tensor]] | None = None,
+    factors: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Ledger:
     """Write a Fisher folder; nothing is written before everything has been checked.
 
-    Args:
-        folder: Where to write, inside a staging folder of `replace_folder`; made if it is missing.
-        fisher: Λ, a name and a shape of the weights each, floating, cast to `dtype`.
-        ledger: All but the records of `fisher`, `anchor` and `heads`, which are measured here.
-        anchor: μ by the names of `fisher`, cast to float32; None where it is the weights.
-        heads: Output layers of earlier tasks, by task; those the ledger records must be among them.
-        dtype: float32 or bfloat16.
-        max_shard_size: Bytes a file of Λ or μ may have before another is begun.
-
-    Returns:
-        The ledger as written.
-
-    Raises:
-        InputError: A value of Λ is negative, or the ledger and the tensors do not fit the format.
-        NonFiniteError: A value is NaN or infinite, if only after the cast to `dtype`.
+    Λ and factors are stored in `dtype`, float32 or bfloat16, an anchor in float32. All records of
+    tensors but those of the weights are measured here; returns the ledger as written.
     """
     heads = heads or {}
     if dtype_name(dtype) not in FISHER_DTYPES:
@@ -79,36 +78,39 @@ def write_fisher(
         raise InputError(
             f"the ledger has an output layer of the task {min(lost)!r}, but none was given"
         )
+    if factors is None and ledger.factors is not None:
+        raise InputError("the ledger has factors, but none were given")
     where = final_path(folder)
+    what = f"{where}: the factor"
     ledger = replace(
         ledger,
         fisher=_measured(fisher, dtype, f"{where}: the Fisher", not_negative=True),
         anchor=None if anchor is None else _measured(anchor, torch.float32, f"{where}: the anchor"),
+        factors=None if factors is None else _measured(factors, dtype, what, symmetric=True),
         heads={task: _measured(head, None, f"{where}: {task}") for task, head in heads.items()},
     )
     data = ledger_bytes(ledger, str(where / LEDGER_NAME))
-    digest = set_digest(ledger.weights)
+    of = needed_version(ledger), set_digest(ledger.weights)
 
     folder.mkdir(exist_ok=True)
-    for stem, tensors, cast in (("fisher", fisher, dtype), ("anchor", anchor, torch.float32)):
+    for stem, tensors, cast in (
+        ("fisher", fisher, dtype),
+        ("anchor", anchor, torch.float32),
+        ("factors", factors, dtype),
+    ):
         if tensors is not None:
             write_tensors(
                 folder,
                 tensors,
                 stem=stem,
-                metadata=file_metadata(stem, digest),
+                metadata=file_metadata(stem, *of),
                 max_shard_size=max_shard_size,
                 dtype=cast,
             )
     for task, head in heads.items():
         (folder / "heads").mkdir(exist_ok=True)
-        write_tensors(
-            folder / "heads",
-            head,
-            stem=task,
-            metadata=file_metadata("head", digest),
-            max_shard_size=2**63 - 1,
-        )
+        path = folder / "heads" / f"{task}.safetensors"
+        write_tensor_file(path, head, file_metadata("head", *of))
     write_file(folder / LEDGER_NAME, data)
     return ledger
 
@@ -142,14 +144,16 @@ def read_fisher(folder: str | Path) -> StoredFisher:
     ledger = read_ledger(folder / LEDGER_NAME)
     fisher = open_tensors(folder, "fisher")
     anchor = None if ledger.anchor is None else open_tensors(folder, "anchor")
+    factors = None if ledger.factors is None else open_tensors(folder, "factors")
     check_link(folder, folder / "heads")
     heads = {task: open_tensors(folder / "heads", task) for task in ledger.heads}
-    stored = StoredFisher(folder, ledger, fisher, anchor, heads)
+    stored = StoredFisher(folder, ledger, fisher, anchor, heads, factors)
     _check_files(stored)
-    digest = set_digest(ledger.weights)
+    of = needed_version(ledger), set_digest(ledger.weights)
     for kind, tensors, records in tensor_sets(stored):
+        expected = file_metadata(kind, *of)[METADATA_KEY]
         for file in tensors.files:
-            _check_metadata(file, file_metadata(kind, digest)[METADATA_KEY])
+            _check_metadata(file, expected)
         _check_headers(tensors, records)
     return stored
 
@@ -158,24 +162,18 @@ def tensor_sets(
     stored: StoredFisher,
 ) -> Iterator[tuple[str, TensorFiles, dict[str, TensorRecord]]]:
     """Give every set of tensors of the folder: its kind, the tensors and the ledger's records."""
-    yield "fisher", stored.fisher, stored.ledger.fisher
-    if stored.anchor is not None and stored.ledger.anchor is not None:
-        yield "anchor", stored.anchor, stored.ledger.anchor
+    ledger = stored.ledger
+    yield "fisher", stored.fisher, ledger.fisher
+    if stored.anchor is not None and ledger.anchor is not None:
+        yield "anchor", stored.anchor, ledger.anchor
+    if stored.factors is not None and ledger.factors is not None:
+        yield "factors", stored.factors, ledger.factors
     for task, head in stored.heads.items():
-        yield "head", head, stored.ledger.heads[task]
+        yield "head", head, ledger.heads[task]
 
 
 def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: str) -> None:
-    """Refuse a Fisher that was measured at other weights; every byte of the weights is read.
-
-    Args:
-        stored: The Fisher.
-        weights: The weights of the checkpoint, by the names of its file.
-        where: What a message calls the weights.
-
-    Raises:
-        InputError: The weights differ; the message says which tensors and how.
-    """
+    """Refuse a Fisher that was measured at other weights; every byte of the weights is read."""
     lines = differences(stored.ledger.weights, weight_records(weights))
     if lines:
         raise InputError(
@@ -186,17 +184,9 @@ def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: st
 
 
 def check_intact(
-    stored: StoredFisher, *, kinds: Collection[str] = ("fisher", "anchor", "head")
+    stored: StoredFisher, *, kinds: Collection[str] = ("fisher", "anchor", "factors", "head")
 ) -> None:
-    """Refuse tensors of the folder whose bytes are not those of the ledger; all are read.
-
-    Args:
-        stored: The Fisher.
-        kinds: Which sets of tensors are read.
-
-    Raises:
-        InputError: Some differ; the message says which file, and which tensors.
-    """
+    """Refuse tensors of the folder whose bytes are not those of the ledger; all are read."""
     for kind, tensors, records in tensor_sets(stored):
         if kind not in kinds:
             continue
@@ -214,24 +204,16 @@ def in_one_line(lines: list[str], most: int = 5) -> str:
     return "; ".join(lines[:most]) + (f"; and {rest} more" if rest > 0 else "")
 
 
-def file_metadata(kind: str, weights_digest: str) -> dict[str, str]:
-    """Give the one metadata entry of a tensor file.
-
-    Args:
-        kind: ``fisher``, ``anchor`` or ``head``.
-        weights_digest: The set digest of the weights that the file belongs to.
-    """
-    content = {"kind": kind, "version": VERSION, "weights": weights_digest}
+def file_metadata(kind: str, version: int, weights_digest: str) -> dict[str, str]:
+    """Give the one metadata entry of a tensor file of this kind, as `tensor_sets` names them."""
+    content = {"kind": kind, "version": version, "weights": weights_digest}
     return {METADATA_KEY: json.dumps(content, separators=(",", ":"))}
 
 
-def check_values(tensor: Tensor, where: str, *, not_negative: bool) -> None:
-    """Refuse values that are not finite or, in a Fisher, negative.
-
-    Raises:
-        NonFiniteError: Naming how many values are NaN or infinite.
-        InputError: Naming how many values are negative.
-    """
+def check_values(
+    tensor: Tensor, where: str, *, not_negative: bool = False, symmetric: bool = False
+) -> None:
+    """Refuse values that are not finite, or in a Fisher negative, or in a factor not symmetric."""
     if not tensor.is_floating_point():
         return
     # float8 has no isfinite of its own.
@@ -243,49 +225,44 @@ def check_values(tensor: Tensor, where: str, *, not_negative: bool) -> None:
             f"{where} has {negative} of {values.numel()} values below 0, "
             "which no sum of squares can be"
         )
+    if symmetric and not (values.ndim == 2 and torch.equal(values, values.T)):
+        raise InputError(f"{where} is not symmetric")
+    if symmetric and bool((values.diagonal() < 0).any()):
+        raise InputError(f"{where} has values below 0 on its diagonal")
 
 
 def _measured(
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype | None,
     what: str,
-    *,
-    not_negative: bool = False,
+    **checks: bool,
 ) -> dict[str, TensorRecord]:
     """Record each tensor as it will be stored, and refuse values that may not be."""
     records = {}
     for name, tensor in tensors.items():
         stored = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        check_values(stored, f"{what} of {name!r}", not_negative=not_negative)
+        check_values(stored, f"{what} of {name!r}", **checks)
         records[name] = tensor_record(stored)
     return records
 
 
 def _check_files(stored: StoredFisher) -> None:
     """Refuse files that the format does not know, but for hidden ones."""
-    folder = stored.folder
-    expected = {LEDGER_NAME}
-    for stem, tensors in (("fisher", stored.fisher), ("anchor", stored.anchor)):
-        if tensors is not None:
-            expected |= _file_names(stem, tensors)
-    for file in sorted(folder.iterdir()):
-        if file.name == "heads" and stored.heads:
-            heads = {f"{task}.safetensors" for task in stored.heads}
-            if strays := [f for f in sorted(file.iterdir()) if _is_stray(f, heads)]:
-                raise _stray(strays[0])
-        elif _is_stray(file, expected):
-            raise _stray(file)
-
-
-def _is_stray(file: Path, expected: set[str]) -> bool:
-    return file.name not in expected and not file.name.startswith(".")
-
-
-def _stray(file: Path) -> InputError:
-    return InputError(
-        f"{file} does not belong in a Fisher folder, or its ledger does not know of it: "
-        "move it elsewhere"
-    )
+    folder, heads = stored.folder, stored.folder / "heads"
+    expected = {folder / LEDGER_NAME, *(heads / f"{task}.safetensors" for task in stored.heads)}
+    found = list(folder.iterdir())
+    if stored.heads:
+        expected.add(heads)
+        found += heads.iterdir()
+    for kind, tensors, _ in tensor_sets(stored):
+        if kind != "head":
+            expected |= {folder / name for name in _file_names(kind, tensors)}
+    for file in sorted(found):
+        if file not in expected and not file.name.startswith("."):
+            raise InputError(
+                f"{file} does not belong in a Fisher folder, or its ledger does not know of it: "
+                "move it elsewhere"
+            )
 
 
 def _file_names(stem: str, tensors: TensorFiles) -> set[str]:
@@ -309,22 +286,17 @@ def _check_metadata(file: Path, expected: str) -> None:
         raise InputError(
             f"{file}: expected exactly one metadata key, {METADATA_KEY!r}, found {sorted(metadata)}"
         )
-    if metadata[METADATA_KEY] == expected:
-        return
-    try:
-        content: Any = json.loads(metadata[METADATA_KEY])
-    except (ValueError, RecursionError):
-        content = None
-    if isinstance(content, dict):
+    found = metadata[METADATA_KEY]
+    with suppress(ValueError, RecursionError):
+        content: Any = json.loads(found)
         for name, value in json.loads(expected).items():
-            if content.get(name) != value:
+            if isinstance(content, dict) and content.get(name) != value:
                 raise InputError(
                     f"{file}, metadata: {name} is {content.get(name)!r}, and {LEDGER_NAME} "
                     f"asks for {value!r}: the files come from different runs"
                 )
-    raise InputError(
-        f"{file}, metadata: expected {expected}, found {metadata[METADATA_KEY][:200]!r}"
-    )
+    if found != expected:
+        raise InputError(f"{file}, metadata: expected {expected}, found {found[:200]!r}")
 
 
 def _check_headers(tensors: TensorFiles, records: Mapping[str, TensorRecord]) -> None:

@@ -1,112 +1,166 @@
 """The ledger of a Fisher folder, `fisher.json`: what was measured and merged, and every digest."""
 
-import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
-from formats.digest import TensorRecord, set_digest
+import msgspec
+from msgspec import Meta, Struct
+
+from formats.conversion import at, converted, json_bytes, strict_json
+from formats.digest import TensorRecord, json_digest, set_digest
 from formats.errors import InputError, NonFiniteError
+from formats.fields import Count, Hex, Natural, NotNegative, Number, Share, Text, whole
+from formats.wording import shown
 
 FORMAT = "consolidate-fisher"
-VERSION = 1
+VERSIONS = (1, 2)
 MAX_LEDGER_BYTES = 128 * 2**20
 MAX_TASKS = 4096  # what is drawn of them grows with their square
 ESTIMATORS = ("exact", "mc", "empirical", "batched")
 MERGE_RULES = ("online", "separate")
 PENALTY_ON = ("adapter", "merged")
 UNITS = ("example", "token")
+MATRICES = ("A", "R", "G")
 FISHER_DTYPES = ("F32", "BF16")
 PARAMETER_DTYPES = ("BF16", "F16", "F32", "F64")
 SAME_AS = "the same tensor as "
 """How the reason begins of a tensor that the weights file stores again under a second name."""
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_WHEN = re.compile(r"before|after|(epoch|step) [1-9][0-9]{0,17}")
-_HEX = re.compile(r"[0-9a-f]{64}")
-_DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")
-_LIMIT = 2**63 - 1
+_SETS = ("weights", "fisher", "anchor", "factors")
+_SECOND = ("factors", "blocks", "generated", "description")
+_ABSENT = ("penalty_on", "parent", "made_from", "base", *_SECOND)
+"""Fields that a file does not have where they are None; all others it has, null or not."""
 
-T = TypeVar("T")
+
+def _one_of(choices: tuple[str, ...]) -> Meta:
+    return whole("|".join(choices), " or ".join(choices))
+
+
+TaskName = Annotated[
+    str,
+    whole(
+        _TASK_NAME.pattern,
+        "a task name of 1 to 64 letters A-Z a-z, digits, '.', '_' and '-' that begins with a "
+        "letter or a digit",
+    ),
+]
+When = Annotated[
+    str,
+    whole("before|after|(epoch|step) [1-9][0-9]{0,17}", "before, step N, epoch N or after"),
+]
+DataName = Annotated[
+    str,
+    whole(
+        r"(?!\.\.(/|\Z))([^/]*|[^/]+/(?!\.\.\Z)[^/]+)",
+        "the base name of a file or folder, or a Hub id owner/name, but no path",
+    ),
+]
 
 
 @dataclass
 class LayerRecord:
     """One task's Fisher of one parameter: its trace, and its overlap with what came before."""
 
-    trace: float
-    overlap: float | None = None
+    trace: NotNegative
+    overlap: Share | None = None
+
+
+@dataclass
+class Generated:
+    """How a task's data were generated, where the model wrote them itself."""
+
+    sequences: Count
+    max_length: Count
+    temperature: NotNegative
+    top_p: Annotated[float, Meta(gt=0, le=1)]
+    seed: Natural
+    prompts: Hex | None
+    label_draws: Count | None
+    batch_size: Count
+    halvings: Natural
 
 
 @dataclass
 class TaskRecord:
-    """One task of the ledger; `docs/format.md` gives every field's meaning and range."""
+    """One task of the ledger; `docs/format.md` gives every field's meaning and range.
 
-    name: str
-    objective: str
-    likelihood: str
+    `examples`, `units` and `estimator` are None together, where it was trained and not measured.
+    """
+
+    name: TaskName
+    objective: Text
+    likelihood: Text
     labels: list[str] | None
-    unit: str
-    examples: int
-    units: int
-    estimator: str
-    mc_samples: int | None
-    seed: int
-    weight: float = 1.0
-    data: str = ""
-    data_digest: str | None = None
-    ewc_lambda: float | None = None
-    penalty: str | None = None
-    penalty_on: str | None = None
-    parent: str | None = None
-    made_from: str | None = None
-    metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    layers: dict[str, LayerRecord] = field(default_factory=dict)
+    unit: Annotated[str, _one_of(UNITS)]
+    examples: Count | None
+    units: Count | None
+    estimator: Annotated[str, _one_of(ESTIMATORS)] | None
+    mc_samples: Count | None
+    seed: Natural
+    weight: NotNegative = 1.0
+    data: DataName = ""
+    data_digest: Hex | None = None
+    generated: Generated | None = None
+    ewc_lambda: NotNegative | None = None
+    penalty: Text | None = None
+    penalty_on: Annotated[str, _one_of(PENALTY_ON)] | None = None
+    parent: Hex | None = None
+    made_from: Hex | None = None
+    description: dict[str, Any] | None = None
+    metrics: dict[When, dict[Text, dict[Text, Number]]] = field(default_factory=dict)
+    layers: dict[Text, LayerRecord] = field(default_factory=dict)
+
+
+class Block(Struct, frozen=True, forbid_unknown_fields=True):
+    """A square matrix of the factor files: which one, of what, over which of their dimensions."""
+
+    matrix: Annotated[str, _one_of(MATRICES)]
+    dims: Annotated[tuple[Natural, ...], Meta(min_length=1)]
+    parameters: Annotated[tuple[Text, ...], Meta(min_length=1)]
 
 
 @dataclass
 class Ledger:
-    """The whole ledger; `weights`, `fisher`, `anchor` and `heads` record every tensor beside it."""
+    """The whole ledger; `weights`, `fisher` and their like record every tensor beside it."""
 
-    tasks: list[TaskRecord]
-    merge_rule: str = "online"
-    gamma: float = 1.0
-    penalty_offset: float = 0.0
-    unprotected: dict[str, str] = field(default_factory=dict)
+    tasks: Annotated[list[TaskRecord], Meta(min_length=1, max_length=MAX_TASKS)]
+    merge_rule: Annotated[str, _one_of(MERGE_RULES)] = "online"
+    gamma: Share = 1.0
+    penalty_offset: NotNegative = 0.0
+    unprotected: dict[Text, Text] = field(default_factory=dict)
     weights: dict[str, TensorRecord] = field(default_factory=dict)
     fisher: dict[str, TensorRecord] = field(default_factory=dict)
     anchor: dict[str, TensorRecord] | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    heads: dict[str, dict[str, TensorRecord]] = field(default_factory=dict)
-    base: str | None = None
-    made_from: str | None = None
+    factors: dict[str, TensorRecord] | None = None
+    blocks: dict[Text, Block] | None = None
+    heads: dict[Text, dict[str, TensorRecord]] = field(default_factory=dict)
+    versions: dict[Text, Text] = field(default_factory=dict)
+    base: Hex | None = None
+    made_from: Hex | None = None
+    description: dict[str, Any] | None = None
+
+
+class _TensorSet(Struct, forbid_unknown_fields=True):
+    digest: Hex
+    tensors: dict[Text, TensorRecord]
 
 
 def check_task_name(name: str) -> None:
-    """Refuse a task name that does not match `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`.
-
-    Raises:
-        InputError: The name does not match; the message shows it.
-    """
+    """Refuse a name that cannot be a task's with an InputError that shows it."""
     if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
         raise InputError(
-            f"{_shown(name)} cannot name a task: a name is 1 to 64 of the letters A-Z a-z, digits, "
+            f"{shown(name)} cannot name a task: a name is 1 to 64 of the letters A-Z a-z, digits, "
             "'.', '_' and '-', and begins with a letter or a digit"
         )
 
 
 def copies(ledger: Ledger) -> dict[str, str]:
-    """Name the tensors that the weights file stores again, as it may tied parameters.
-
-    Args:
-        ledger: The ledger.
-
-    Returns:
-        From each second name to the name that stands for both.
-    """
+    """Give each name under which the weights file stores a tensor again, with the one for both."""
     named = {name: why.removeprefix(SAME_AS) for name, why in ledger.unprotected.items()}
     return {
         name: first
@@ -115,20 +169,23 @@ def copies(ledger: Ledger) -> dict[str, str]:
     }
 
 
+def needed_version(ledger: Ledger) -> int:
+    """Give the version of the format that a ledger is written in: 1 wherever that can hold it."""
+    records = (ledger, *ledger.tasks)
+    given = any(getattr(record, name, None) is not None for record in records for name in _SECOND)
+    return 2 if given or any(task.estimator is None for task in ledger.tasks) else 1
+
+
 def ledger_bytes(ledger: Ledger, source: str = "fisher.json") -> bytes:
     """Serialize a ledger: UTF-8 JSON, two spaces of indent, a newline at the end, no timestamps.
 
-    Args:
-        ledger: The ledger; the same content gives the same bytes.
-        source: What a message calls the file.
-
-    Raises:
-        InputError: The ledger breaks a rule of the format (it could not be read back).
-        NonFiniteError: A number is NaN or infinite.
+    The same content gives the same bytes; what could not be read back is refused as when read.
     """
-    content = _to_json(ledger)
-    _to_ledger(_Value(content, source))
-    data = (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
+    try:
+        checked = _to_ledger(_to_json(ledger), source)
+        data = json_bytes(_to_json(checked)) + b"\n"
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source} cannot be written: {error}") from None
     if len(data) > MAX_LEDGER_BYTES:
         raise InputError(_too_large(source))
     return data
@@ -137,47 +194,21 @@ def ledger_bytes(ledger: Ledger, source: str = "fisher.json") -> bytes:
 def parse_ledger(data: bytes, source: str = "fisher.json") -> Ledger:
     """Read a ledger from bytes, strictly.
 
-    Args:
-        data: The contents of `fisher.json`.
-        source: What a message calls the file.
-
-    Raises:
-        InputError: Too large, not JSON, another format or version, or a field that is missing,
-            unknown, mistyped, out of range or at odds with another; the message names the field.
-        NonFiniteError: A number overflows to infinity.
+    Raises InputError where anything is not as the format says, naming the field, and NonFiniteError
+    where a number overflows to infinity.
     """
     if len(data) > MAX_LEDGER_BYTES:
         raise InputError(_too_large(source))
-
-    def no_constant(token: str) -> None:
-        raise ValueError(f"{token} is not a JSON number")
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        members: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in members:
-                raise ValueError(f"the key {_shown(name)} stands twice in one object")
-            members[name] = value
-        return members
-
     try:
-        content = json.loads(
-            data.decode("utf-8"), parse_constant=no_constant, object_pairs_hook=no_duplicates
-        )
+        return _to_ledger(strict_json(data), source)
     except RecursionError:
         raise InputError(f"{source} is not a ledger: its JSON is nested too deeply") from None
     except ValueError as error:
         raise InputError(f"{source} is not a ledger: {error}") from None
-    return _to_ledger(_Value(content, source))
 
 
 def read_ledger(path: Path) -> Ledger:
-    """Read the ledger in a file.
-
-    Raises:
-        InputError: The file is missing or unreadable, or `parse_ledger` refuses it.
-        NonFiniteError: A number overflows to infinity.
-    """
+    """Read the ledger in a file, as `parse_ledger` does."""
     try:
         if not path.is_file():
             raise InputError(f"{path} is not there, or is no plain file: it should be the ledger")
@@ -192,410 +223,256 @@ def _too_large(source: str) -> str:
     return f"{source} is larger than the {MAX_LEDGER_BYTES // 2**20} MiB a ledger may have"
 
 
-def _shown(value: object, limit: int = 80) -> str:
-    """Show a value from a file on one line: control characters escaped, long ones cut."""
-    if isinstance(value, Mapping):
-        return f"an object of {len(value)} members"
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, int) and abs(value) > 10**limit:
-        return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, str) and len(value) > limit:
-        return repr(value[:limit]) + "…"
-    return repr(value)
-
-
-@dataclass(frozen=True)
-class _Value:
-    """A JSON value and the place it stands at, which every refusal names."""
-
-    value: Any
-    source: str
-    place: str = ""
-
-    def refuse(self, expected: str) -> InputError:
-        return InputError(f"{self._at()}: expected {expected}, found {_shown(self.value)}")
-
-    def _at(self) -> str:
-        return f"{self.source}, {self.place}" if self.place else self.source
-
-    def fields(self, names: Collection[str], may_lack: Collection[str] = ()) -> dict[str, "_Value"]:
-        """Give the members of an object that has exactly these, null for those it may lack."""
-        if not isinstance(self.value, dict):
-            raise self.refuse("an object")
-        prefix = f"{self.place}." if self.place else ""
-        if missing := [name for name in names if name not in self.value and name not in may_lack]:
-            raise InputError(f"{self._at()}: the field {_shown(missing[0])} is missing")
-        if unknown := [name for name in self.value if name not in names]:
-            raise InputError(
-                f"{self._at()}: version {VERSION} of the format has no field {_shown(unknown[0])}"
-            )
-        return {name: _Value(self.value.get(name), self.source, prefix + name) for name in names}
-
-    def items(self) -> dict[str, "_Value"]:
-        """Give the members of an object keyed by names."""
-        if not isinstance(self.value, dict):
-            raise self.refuse("an object")
-        for name in self.value:
-            _Value(name, self.source, f"{self.place}, the name").text()
-        return {
-            name: _Value(value, self.source, f"{self.place}[{_shown(name)}]")
-            for name, value in self.value.items()
-        }
-
-    def elements(self) -> list["_Value"]:
-        if not isinstance(self.value, list):
-            raise self.refuse("a list")
-        return [
-            _Value(value, self.source, f"{self.place}[{i}]") for i, value in enumerate(self.value)
-        ]
-
-    def optional(self, read: Callable[["_Value"], T]) -> T | None:
-        return None if self.value is None else read(self)
-
-    def string(self) -> str:
-        if not isinstance(self.value, str):
-            raise self.refuse("a string")
-        if any("\ud800" <= character <= "\udfff" for character in self.value):
-            raise self.refuse("valid Unicode (no lone surrogate)")
-        return self.value
-
-    def text(self) -> str:
-        if not self.string():
-            raise self.refuse("a string that is not empty")
-        return self.value
-
-    def matching(self, pattern: re.Pattern[str], expected: str) -> str:
-        if not isinstance(self.value, str) or not pattern.fullmatch(self.value):
-            raise self.refuse(expected)
-        return self.value
-
-    def one_of(self, choices: tuple[str, ...]) -> str:
-        if not isinstance(self.value, str) or self.value not in choices:
-            raise self.refuse(" or ".join(choices))
-        return self.value
-
-    def integer(self, low: int, high: int = _LIMIT) -> int:
-        if type(self.value) is not int or not low <= self.value <= high:
-            raise self.refuse(f"an integer from {low}" + (f" to {high}" if high != _LIMIT else ""))
-        return self.value
-
-    def number(self, low: float = -math.inf, high: float = math.inf) -> float:
-        if type(self.value) not in (int, float):
-            raise self.refuse("a number")
-        try:
-            number = float(self.value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            raise NonFiniteError(
-                f"{self._at()}: expected a finite number, found {_shown(self.value)}"
-            )
-        if not low <= number <= high:
-            raise self.refuse(
-                f"a number from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
-            )
-        return number
-
-    def digest(self) -> str:
-        return self.matching(_HEX, "a SHA-256 of 64 lower-case hexadecimal digits")
-
-
 def _to_json(ledger: Ledger) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "merge_rule": ledger.merge_rule,
-        "gamma": _float(ledger.gamma),
-        "penalty_offset": _float(ledger.penalty_offset),
-        "tasks": [_task_to_json(task) for task in ledger.tasks],
-        "unprotected": _sorted(ledger.unprotected),
-        "weights": _set_to_json(ledger.weights),
-        "fisher": _set_to_json(ledger.fisher),
-        "anchor": None if ledger.anchor is None else _set_to_json(ledger.anchor),
-        "heads": {task: _set_to_json(head) for task, head in _sorted(ledger.heads).items()},
-        "versions": _sorted(ledger.versions),
-        **({} if ledger.base is None else {"base": ledger.base}),
-        **({} if ledger.made_from is None else {"made_from": ledger.made_from}),
-    }
+    content: dict[str, Any] = msgspec.to_builtins(ledger, enc_hook=_plain)
+    for name in _SETS:
+        if (records := getattr(ledger, name)) is not None:
+            content[name] = _set_to_json(records, content[name])
+    for name, head in content["heads"].items():
+        content["heads"][name] = _set_to_json(ledger.heads[name], head)
+    for name in ("unprotected", "heads", "versions", "blocks"):
+        if content.get(name) is not None:
+            content[name] = dict(sorted(content[name].items()))
+    for record in (content, *content["tasks"]):
+        for name in _ABSENT:
+            if record.get(name, ...) is None:
+                del record[name]
+        if "description" in record:
+            record["description"] = _sorted(record["description"])
+    front = {"format": FORMAT, "version": needed_version(ledger)}
+    front |= {name: content.pop(name) for name in ("merge_rule", "gamma", "penalty_offset")}
+    return front | content
 
 
-def _task_to_json(task: TaskRecord) -> dict[str, Any]:
-    return {
-        "name": task.name,
-        "objective": task.objective,
-        "likelihood": task.likelihood,
-        "labels": task.labels,
-        "unit": task.unit,
-        "examples": task.examples,
-        "units": task.units,
-        "estimator": task.estimator,
-        "mc_samples": task.mc_samples,
-        "seed": task.seed,
-        "weight": _float(task.weight),
-        "data": task.data,
-        "data_digest": task.data_digest,
-        "ewc_lambda": _float(task.ewc_lambda),
-        "penalty": task.penalty,
-        **({} if task.penalty_on is None else {"penalty_on": task.penalty_on}),
-        **({} if task.parent is None else {"parent": task.parent}),
-        **({} if task.made_from is None else {"made_from": task.made_from}),
-        "metrics": {
-            when: {
-                evaluated: {metric: _float(value) for metric, value in values.items()}
-                for evaluated, values in tasks.items()
-            }
-            for when, tasks in task.metrics.items()
-        },
-        "layers": {
-            name: {"trace": _float(layer.trace), "overlap": _float(layer.overlap)}
-            for name, layer in task.layers.items()
-        },
-    }
+def _plain(value: Any) -> Any:
+    """Give what numpy and torch derive from a type as that type."""
+    kinds: tuple[type[Any], ...] = (str, float, tuple)
+    for kind in kinds:
+        if isinstance(value, kind):
+            return kind(value)
+    raise ValueError(f"it holds a {type(value).__name__}")
 
 
-def _float(value: Any) -> Any:
-    """Write 1 as 1.0, so that equal ledgers are equal bytes; what is no number is refused later."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1000:
-        return float(value)
-    return value
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _sorted(member) for name, member in sorted(value.items())}
+    return [_sorted(member) for member in value] if isinstance(value, list) else value
 
 
-def _sorted(mapping: Mapping[str, T]) -> dict[str, T]:
-    return dict(sorted(mapping.items()))
+def _set_to_json(records: Mapping[str, TensorRecord], content: dict[str, Any]) -> dict[str, Any]:
+    return {"digest": set_digest(records), "tensors": dict(sorted(content.items()))}
 
 
-def _set_to_json(records: Mapping[str, TensorRecord]) -> dict[str, Any]:
-    return {
-        "digest": set_digest(records),
-        "tensors": {
-            name: {"dtype": record.dtype, "shape": list(record.shape), "sha256": record.sha256}
-            for name, record in _sorted(records).items()
-        },
-    }
-
-
-def _to_ledger(root: _Value) -> Ledger:
-    if not isinstance(root.value, dict) or root.value.get("format") != FORMAT:
+def _to_ledger(content: Any, source: str) -> Ledger:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(
-            f'{root.source} is not a ledger of this tool: it should hold "format": "{FORMAT}".'
+            f'{source} is not a ledger of this tool: it should hold "format": "{FORMAT}".'
         )
-    version = root.value.get("version")
-    if type(version) is not int or version != VERSION:
+    version = content.get("version")
+    if type(version) is not int or version not in VERSIONS:
         raise InputError(
-            f"{root.source} has version {_shown(version)} of the format, and this program reads "
-            f"version {VERSION}: a newer release may read it"
+            f"{source} has version {shown(version)} of the format, and this program reads "
+            f"versions {VERSIONS[0]} and {VERSIONS[1]}: a newer release may read it"
         )
-    at = root.fields(
-        (
-            "format",
-            "version",
-            "merge_rule",
-            "gamma",
-            "penalty_offset",
-            "tasks",
-            "unprotected",
-            "weights",
-            "fisher",
-            "anchor",
-            "heads",
-            "versions",
-            "base",
-            "made_from",
-        ),
-        may_lack=("base", "made_from"),
-    )
-    tasks = at["tasks"].elements()
-    if len(tasks) > MAX_TASKS:
-        raise at["tasks"].refuse(f"at most {MAX_TASKS:,} tasks")
-    ledger = Ledger(
-        tasks=[_to_task(task) for task in tasks],
-        merge_rule=at["merge_rule"].one_of(MERGE_RULES),
-        gamma=at["gamma"].number(0.0, 1.0),
-        penalty_offset=at["penalty_offset"].number(0.0),
-        unprotected={name: why.text() for name, why in at["unprotected"].items().items()},
-        weights=_to_set(at["weights"]),
-        fisher=_to_set(at["fisher"]),
-        anchor=at["anchor"].optional(_to_set),
-        versions={name: version.text() for name, version in at["versions"].items().items()},
-        heads={task: _to_set(head) for task, head in at["heads"].items().items()},
-        base=at["base"].digest() if "base" in root.value else None,
-        made_from=at["made_from"].digest() if "made_from" in root.value else None,
-    )
-    _check_ledger(ledger, root.source)
+    content = {name: value for name, value in content.items() if name not in ("format", "version")}
+    _check_fields(content, Ledger, version, source, "$")
+    sets = {name: content.pop(name, None) for name in _SETS}
+    heads = converted(content.pop("heads"), dict[Text, Any], source, "$.heads")
+    ledger = converted(content, Ledger, source)
+    for i, task in enumerate(content["tasks"]):
+        place = f"$.tasks[{i}]"
+        _check_fields(task, TaskRecord, version, source, place)
+        if "generated" in task:
+            _check_fields(task["generated"], Generated, version, source, f"{place}.generated")
+        for name, layer in task["layers"].items():
+            _check_fields(layer, LayerRecord, version, source, f"{place}.layers[{shown(name)}]")
+    found: dict[str, Any] = {
+        name: None
+        if value is None and name in ("anchor", "factors")
+        else _to_set(value, source, f"$.{name}")
+        for name, value in sets.items()
+    }
+    found["heads"] = {
+        name: _to_set(head, source, f"$.heads[{shown(name)}]") for name, head in heads.items()
+    }
+    ledger = replace(ledger, **found)
+    try:
+        _refuse(_faults(ledger), source)
+    except ValueError:  # json_digest's
+        raise NonFiniteError(f"{source}: a number in a description is not finite") from None
+    if version != (needed := needed_version(ledger)):
+        raise InputError(
+            f"{source}, $.version: expected {needed}, found {version}: "
+            + ("nothing in the ledger needs it" if needed == 1 else "a task was not measured")
+        )
     return ledger
 
 
-def _to_task(task: _Value) -> TaskRecord:
-    at = task.fields(
-        [field.name for field in fields(TaskRecord)], may_lack=("penalty_on", "parent", "made_from")
-    )
-    return TaskRecord(
-        name=at["name"].matching(_TASK_NAME, "a task name, [A-Za-z0-9][A-Za-z0-9._-]{0,63}"),
-        objective=at["objective"].text(),
-        likelihood=at["likelihood"].text(),
-        labels=at["labels"].optional(
-            lambda labels: [label.string() for label in labels.elements()]
-        ),
-        unit=at["unit"].one_of(UNITS),
-        examples=at["examples"].integer(1),
-        units=at["units"].integer(1),
-        estimator=at["estimator"].one_of(ESTIMATORS),
-        mc_samples=at["mc_samples"].optional(lambda samples: samples.integer(1)),
-        seed=at["seed"].integer(0),
-        weight=at["weight"].number(0.0),
-        data=_to_data_name(at["data"]),
-        data_digest=at["data_digest"].optional(_Value.digest),
-        ewc_lambda=at["ewc_lambda"].optional(lambda ewc_lambda: ewc_lambda.number(0.0)),
-        penalty=at["penalty"].optional(_Value.text),
-        penalty_on=at["penalty_on"].one_of(PENALTY_ON) if "penalty_on" in task.value else None,
-        parent=at["parent"].digest() if "parent" in task.value else None,
-        made_from=at["made_from"].digest() if "made_from" in task.value else None,
-        metrics=_to_metrics(at["metrics"]),
-        layers={name: _to_layer(layer) for name, layer in at["layers"].items().items()},
-    )
-
-
-def _to_data_name(data: _Value) -> str:
-    parts = data.string().split("/")
-    if len(parts) > 2 or ".." in parts or (len(parts) == 2 and not all(parts)):
-        raise data.refuse("the base name of a file or folder, or a Hub id owner/name, but no path")
-    return data.value
-
-
-def _to_metrics(metrics: _Value) -> dict[str, dict[str, dict[str, float]]]:
-    read = {}
-    for when, tasks in metrics.items().items():
-        if not _WHEN.fullmatch(when):
+def _check_fields(
+    content: Mapping[str, Any], kind: type[Any], version: int, source: str, place: str
+) -> None:
+    """Refuse what msgspec lets pass in a dataclass: fields that are unknown, or left to default."""
+    names = kind.__dataclass_fields__
+    for name in names:
+        if name not in content and name not in _ABSENT:
+            raise InputError(f"{at(source, place)}: the field {shown(name)} is missing")
+    for name, value in content.items():
+        if name not in names or (version == 1 and name in _SECOND):
             raise InputError(
-                f"{metrics.source}, {metrics.place}: expected before, step N, epoch N or after, "
-                f"found {_shown(when)}"
+                f"{at(source, place)}: version {version} of the format has no field {shown(name)}"
             )
-        read[when] = {
-            task: {metric: value.number() for metric, value in values.items().items()}
-            for task, values in tasks.items().items()
-        }
-    return read
+        if value is None and name in _ABSENT:
+            raise InputError(
+                f"{source}, {place}.{name}: expected a value, or no such field, found null"
+            )
 
 
-def _to_layer(layer: _Value) -> LayerRecord:
-    at = layer.fields(("trace", "overlap"))
-    return LayerRecord(
-        trace=at["trace"].number(0.0),
-        overlap=at["overlap"].optional(lambda overlap: overlap.number(0.0, 1.0)),
-    )
-
-
-def _to_set(tensors: _Value) -> dict[str, TensorRecord]:
-    digest, members = tensors.fields(("digest", "tensors")).values()
-    records = {}
-    for name, member in members.items().items():
-        if name == "__metadata__":
-            raise InputError(f"{members.source}, {members.place}: no tensor may be named {name!r}")
-        at = member.fields(("dtype", "shape", "sha256"))
-        records[name] = TensorRecord(
-            dtype=at["dtype"].matching(_DTYPE, "a safetensors dtype such as F32"),
-            shape=tuple(size.integer(0) for size in at["shape"].elements()),
-            sha256=at["sha256"].digest(),
-        )
-    if digest.digest() != set_digest(records):
+def _to_set(content: Any, source: str, place: str) -> dict[str, TensorRecord]:
+    found = converted(content, _TensorSet, source, place)
+    if "__metadata__" in found.tensors:
+        raise InputError(f"{source}, {place}.tensors: no tensor may be named '__metadata__'")
+    if found.digest != set_digest(found.tensors):
         raise InputError(
-            f"{digest.source}, {digest.place}: {digest.value} is not the digest of the tensors "
+            f"{source}, {place}.digest: {found.digest} is not the digest of the tensors "
             "listed under it: the ledger was edited or damaged"
         )
-    return records
-
-
-def _check_ledger(ledger: Ledger, source: str) -> None:
-    """Refuse what is well-formed field by field and still contradicts itself."""
-    names = [task.name for task in ledger.tasks]
-    if not names:
-        raise InputError(f"{source}, tasks: expected at least one task, found none")
-    seen: set[str] = set()
-    for i, name in enumerate(names):
-        if name in seen:
-            raise InputError(f"{source}, tasks[{i}].name: the task {name!r} is there twice")
-        seen.add(name)
-    for name in ledger.heads:
-        if name not in seen:
-            raise InputError(f"{source}, heads: {_shown(name)} is no task of this ledger")
-        for tensor, record in ledger.heads[name].items():
-            if record.dtype not in PARAMETER_DTYPES:
-                raise InputError(
-                    f"{source}, heads, {name}, the tensor {_shown(tensor)}: expected "
-                    f"{', '.join(PARAMETER_DTYPES)}, found {record.dtype}"
-                )
-    if ledger.base is None and (
-        of_adapter := [task.name for task in ledger.tasks if task.penalty_on == "adapter"]
-    ):
-        raise InputError(
-            f"{source}: the task {of_adapter[0]!r} was held by an adapter's Fisher, but the "
-            "weights are no adapter's: there is no base"
-        )
-    if ledger.merge_rule == "separate" and ledger.gamma != 1.0:
-        raise InputError(
-            f"{source}, gamma: expected 1.0 with the merge rule separate, found {ledger.gamma}"
-        )
-    if not ledger.fisher:
-        raise InputError(f"{source}, fisher: expected at least one tensor, found none")
-    check_names(ledger, source)
-    if len({record.dtype for record in ledger.fisher.values()}) > 1:
-        raise InputError(
-            f"{source}, fisher: expected one dtype for all tensors, found F32 and BF16"
-        )
-    if ledger.anchor is not None:
-        _check_set(ledger, ledger.anchor, "anchor", ("F32",), source)
-        for name in ledger.fisher.keys() ^ ledger.anchor.keys():
-            raise InputError(
-                f"{source}: the tensor {_shown(name)} is in only one of fisher and anchor; "
-                "both must have the same names"
-            )
+    return found.tensors
 
 
 def check_names(ledger: Ledger, source: str) -> None:
     """Refuse a ledger in which a tensor of the weights has neither a Fisher nor a reason, or both.
 
-    Args:
-        ledger: Its `weights`, `fisher` and `unprotected`; the digests are not looked at.
-        source: What a message calls the file.
-
-    Raises:
-        InputError: That, or a Fisher that fits no tensor of the weights.
+    The digests are not looked at.
     """
-    _check_set(ledger, ledger.fisher, "fisher", FISHER_DTYPES, source)
+    _refuse(_faults_of_names(ledger), source)
+
+
+def _refuse(faults: Iterable[str], source: str) -> None:
+    for fault in faults:
+        raise InputError(f"{source}, {fault}" if fault.startswith("$") else f"{source}: {fault}")
+
+
+def _faults(ledger: Ledger) -> Iterator[str]:
+    """Tell what is well-formed field by field and contradicts itself; each may assume the last."""
+    seen: set[str] = set()
+    for i, task in enumerate(ledger.tasks):
+        if task.name in seen:
+            yield f"$.tasks[{i}].name: the task {task.name!r} is there twice"
+        seen.add(task.name)
+        counted = (task.estimator, task.examples, task.units)
+        measured = not any(field is None for field in counted)
+        if not measured and any((*counted, task.mc_samples, task.layers, task.penalty is None)):
+            yield (
+                f"$.tasks[{i}]: estimator, examples and units are null together, in a task that "
+                "was trained and not measured; it has a penalty, no mc_samples and no layers"
+            )
+        yield from _faults_of_description(task, f"$.tasks[{i}].description")
+    yield from _faults_of_description(ledger, "$.description")
+    for name, head in ledger.heads.items():
+        if name not in seen:
+            yield f"$.heads: {shown(name)} is no task of this ledger"
+        for tensor, record in head.items():
+            if record.dtype not in PARAMETER_DTYPES:
+                dtypes = ", ".join(PARAMETER_DTYPES)
+                where = f"$.heads, {name}, the tensor {shown(tensor)}"
+                yield f"{where}: expected {dtypes}, found {record.dtype}"
+    of_adapter = [task.name for task in ledger.tasks if task.penalty_on == "adapter"]
+    if ledger.base is None and of_adapter:
+        yield (
+            f"the task {of_adapter[0]!r} was held by an adapter's Fisher, but the weights are no "
+            "adapter's: there is no base"
+        )
+    if ledger.merge_rule == "separate" and ledger.gamma != 1.0:
+        yield f"$.gamma: expected 1.0 with the merge rule separate, found {ledger.gamma}"
+    if not ledger.fisher:
+        yield "$.fisher: expected at least one tensor, found none"
+    yield from _faults_of_names(ledger)
+    if len({record.dtype for record in ledger.fisher.values()}) > 1:
+        yield "$.fisher: expected one dtype for all tensors, found F32 and BF16"
+    if ledger.anchor is not None:
+        yield from _faults_of_set(ledger, ledger.anchor, "anchor", ("F32",))
+        for name in ledger.fisher.keys() ^ ledger.anchor.keys():
+            yield (
+                f"the tensor {shown(name)} is in only one of fisher and anchor; both must have the "
+                "same names"
+            )
+    yield from _faults_of_blocks(ledger)
+
+
+def _faults_of_names(ledger: Ledger) -> Iterator[str]:
+    yield from _faults_of_set(ledger, ledger.fisher, "fisher", FISHER_DTYPES)
     for name in ledger.unprotected:
         if name not in ledger.weights:
-            raise InputError(f"{source}, unprotected: {_shown(name)} is not among the weights")
+            yield f"$.unprotected: {shown(name)} is not among the weights"
         if name in ledger.fisher:
-            raise InputError(f"{source}, unprotected: {_shown(name)} has a Fisher all the same")
+            yield f"$.unprotected: {shown(name)} has a Fisher all the same"
     for name in ledger.weights:
         if name not in ledger.fisher and name not in ledger.unprotected:
-            raise InputError(
-                f"{source}: the weights hold {_shown(name)}, which has neither a Fisher nor a "
-                "reason under unprotected"
+            yield (
+                f"the weights hold {shown(name)}, which has neither a Fisher nor a reason under "
+                "unprotected"
             )
 
 
-def _check_set(
-    ledger: Ledger,
-    records: Mapping[str, TensorRecord],
-    which: str,
-    dtypes: tuple[str, ...],
-    source: str,
-) -> None:
+def _faults_of_set(
+    ledger: Ledger, records: Mapping[str, TensorRecord], which: str, dtypes: tuple[str, ...]
+) -> Iterator[str]:
     for name, record in records.items():
         weight = ledger.weights.get(name)
-        where = f"{source}, {which}, the tensor {_shown(name)}"
+        where = f"$.{which}, the tensor {shown(name)}"
         if record.dtype not in dtypes:
-            raise InputError(f"{where}: expected {' or '.join(dtypes)}, found {record.dtype}")
+            yield f"{where}: expected {' or '.join(dtypes)}, found {record.dtype}"
         if weight is None:
-            raise InputError(f"{where} is not among the weights")
-        if weight.dtype not in PARAMETER_DTYPES:
-            raise InputError(f"{where}: its weight is {weight.dtype}, which has no gradient")
-        if record.shape != weight.shape:
-            raise InputError(
-                f"{where}: expected the weight's shape {list(weight.shape)}, "
-                f"found {list(record.shape)}"
-            )
+            yield f"{where} is not among the weights"
+        elif weight.dtype not in PARAMETER_DTYPES:
+            yield f"{where}: its weight is {weight.dtype}, which has no gradient"
+        elif record.shape != weight.shape:
+            shape = list(weight.shape)
+            yield f"{where}: expected the weight's shape {shape}, found {list(record.shape)}"
+
+
+def _faults_of_description(record: Ledger | TaskRecord, place: str) -> Iterator[str]:
+    if record.description is not None:
+        digest = json_digest(record.description)
+        if digest != record.made_from:
+            yield f"{place}: its digest is {digest}, and made_from is {record.made_from}"
+
+
+def _faults_of_blocks(ledger: Ledger) -> Iterator[str]:
+    """Tell of factors without a block each, and of blocks that do not fit their parameters."""
+    factors, blocks = ledger.factors or {}, ledger.blocks or {}
+    if (ledger.factors is None) != (ledger.blocks is None) or factors.keys() != blocks.keys():
+        yield "factors and blocks must have the same names"
+    if ledger.factors is not None and len({record.dtype for record in factors.values()}) != 1:
+        yield "$.factors: expected tensors, of one dtype"
+    covered: set[tuple[str, str]] = set()
+    for name, block in blocks.items():
+        where, record = f"$.blocks[{shown(name)}]", factors[name]
+        if list(block.dims) != sorted(set(block.dims)):
+            yield f"{where}.dims: expected them ascending, found {list(block.dims)}"
+        if record.dtype not in FISHER_DTYPES:
+            yield f"{where}: expected F32 or BF16, found {record.dtype}"
+        for parameter in block.parameters:
+            if parameter not in ledger.fisher:
+                yield f"{where}.parameters: {shown(parameter)} has no Fisher"
+            if (block.matrix, parameter) in covered:
+                yield f"{where}: {shown(parameter)} has two matrices {block.matrix}"
+            covered.add((block.matrix, parameter))
+        sizes = _block_sizes(block, [ledger.fisher[p].shape for p in block.parameters])
+        if not sizes:
+            yield f"{where}: expected a parameter that has the dimensions {list(block.dims)}"
+        for size in sizes:
+            if record.shape != (size, size):
+                yield f"{where}: expected the shape {[size, size]}, found {list(record.shape)}"
+
+
+def _block_sizes(block: Block, shapes: list[tuple[int, ...]]) -> set[int]:
+    """Give the sizes that the parameters ask for; a bias is one more input, which is 1."""
+    weights = [shape for shape in shapes if len(shape) > 1]
+    biases = [shape for shape in shapes if len(shape) < 2]
+    if not weights or any(block.dims[-1] >= len(shape) for shape in weights):
+        return set()
+    sizes = {math.prod(shape[d] for d in block.dims) for shape in weights}
+    if block.matrix == "G":
+        return sizes | {math.prod(shape) for shape in biases}
+    return {size + 1 for size in sizes} if biases else sizes

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, ModelInfo, snapshot_download
@@ -17,24 +16,17 @@ from huggingface_hub.utils import validate_repo_id
 from formats.checkpoint import PICKLE_SUFFIXES
 from formats.errors import InputError, NetworkError, UsageError
 from formats.hub_errors import AccessError, commit_in, hub_call
+from formats.wording import neighbours
 
 LOG = logging.getLogger("consolidate")
 
-FISHER = ("fisher/*", "fisher*.json", "fisher*.safetensors", "anchor*", "heads/*")
+FISHER = ("fisher/*", "fisher*.json", "fisher*.safetensors", "anchor*", "factors*", "heads/*")
 """What a Fisher is read from; at the root in a repository that holds nothing else."""
-VALUES = ("fisher/fisher*.safetensors*", "fisher/anchor*")
+VALUES = ("fisher/fisher*.safetensors*", "fisher/anchor*", "fisher/factors*")
 """What is as large as the weights in it."""
 
-OTHER_FRAMEWORKS = [
-    "*.h5",
-    "*.msgpack",
-    "*.onnx",
-    "*.ot",
-    "*.tflite",
-    "*.gguf",
-    "onnx/*",
-    "openvino/*",
-]
+OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "*.gguf"]
+OTHER_FRAMEWORKS += ["onnx/*", "openvino/*"]
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt"]
 UNREADABLE = (SafetensorsParsingError, AttributeError, TypeError, LookupError, RecursionError)
 """What the client raises of a header that is damaged, or JSON of another form."""
@@ -47,22 +39,10 @@ def locate(
     only: Sequence[str] | None = None,
     without: Sequence[str] = (),
 ) -> Path:
-    """Find a checkpoint on disk, or fetch it from the Hub into the client's cache.
+    """Find a checkpoint on disk, or fetch a repository into the client's cache: give its snapshot.
 
-    Args:
-        checkpoint: A path, or a repository such as ``user/model`` or ``user/model@revision``.
-        revision: Branch, tag or commit of the repository.
-        only: Patterns of the files to fetch; all unless given.
-        without: Patterns of files to leave.
-
-    Returns:
-        The path; for a repository the folder of its snapshot.
-
-    Raises:
-        UsageError: A revision of a local path was asked for.
-        InputError: There is no such path, and no such repository or revision; or the Hub cannot be
-            reached, and a path here has nearly that name.
-        NetworkError: The Hub cannot be reached, and the cache does not hold the repository.
+    A repository is named ``user/model`` or ``user/model@revision``; `only` and `without` are
+    patterns of files to fetch and to leave. Where the Hub cannot be reached, the cache is read.
     """
     path = Path(checkpoint).expanduser()
     if path.exists():
@@ -110,14 +90,7 @@ def locate(
 
 
 def commits_of(*paths: Path | None) -> dict[str, str]:
-    """Give the commits that were read of repositories.
-
-    Args:
-        paths: What `locate` returned, or what lies in it; None is left out.
-
-    Returns:
-        Repository to commit, of those paths that are snapshots in the client's cache.
-    """
+    """Give the commit of each repository in whose snapshot, as `locate` finds it, a path lies."""
     commits = {}
     for path in paths:
         for snapshot in () if path is None else (path, *path.parents):
@@ -130,17 +103,7 @@ def commits_of(*paths: Path | None) -> dict[str, str]:
 def remote_headers(name: str, commit: str, stem: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Read the headers of safetensors files on the Hub, and no values, by requests of ranges.
 
-    Args:
-        name: The repository.
-        commit: Its commit.
-        stem: Such as ``fisher/fisher``, for that file or its shards.
-
-    Returns:
-        Dtype and shape of every tensor.
-
-    Raises:
-        InputError: One of them is no safetensors file, or the Hub refuses.
-        NetworkError: The Hub cannot be reached.
+    `stem` is such as ``fisher/fisher``, for that file or its shards.
     """
     api = HfApi()
     headers: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -172,8 +135,7 @@ def _in_a_folder(path: Path) -> bool:
 
 
 def _near(path: Path) -> str:
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, names)
+    near = neighbours(path)
     return f" (in {path.parent} there is {', '.join(near)})" if near else ""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from formats.errors import ConsolidateError, InputError, NetworkError, UsageError
 from formats.image_folder import decode_image
 from formats.rows import Rows
+from formats.wording import first_line
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -30,11 +31,6 @@ class HubRows(Rows):
     """
 
     def __init__(self, dataset: Any, name: str) -> None:
-        """Wrap a `datasets.Dataset`.
-
-        Raises:
-            InputError: it has no rows or no columns.
-        """
         self.name = name
         self.columns = list(dataset.column_names)
         self._dataset = dataset.with_format("arrow")
@@ -45,12 +41,7 @@ class HubRows(Rows):
         return len(self._dataset)
 
     def read_row(self, i: int) -> dict[str, Any]:
-        """Return row `i`.
-
-        Raises:
-            InputError: the row or an image in it cannot be read.
-            UsageError: it holds an image, and Pillow is not installed.
-        """
+        """Return row `i`."""
         try:
             row = self._dataset[i].to_pylist()[0]
             return {
@@ -58,7 +49,7 @@ class HubRows(Rows):
                 for name, feature in self._dataset.features.items()
             }
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.where(i)} cannot be read ({_first_line(error)}).") from None
+            raise InputError(f"{self.where(i)} cannot be read ({first_line(error)}).") from None
 
     def values(self, column: str) -> Iterator[Any]:
         """Yield one column; the others are not decoded."""
@@ -147,18 +138,8 @@ def open_hub(
 ) -> HubRows:
     """Open a split of a Hub data set; what is in the cache is opened without the network.
 
-    Args:
-        name: the id on the Hub, or a local folder that `datasets.load_dataset` understands.
-        split: name of the split, or a slice of it such as `train[:1000]`; may be left out if
-            there is only one.
-        subset: name of the subset ("config"), where the data set has several.
-        revision: branch, tag or commit.
-
-    Raises:
-        InputError: not found, not allowed, no such split, subset or revision, or data that
-            `datasets` cannot read.
-        NetworkError: the Hub cannot be reached and the data are not in the cache.
-        UsageError: `datasets` is not installed, or the limit on waiting is no number.
+    `name` may also be a local folder that `datasets.load_dataset` understands; `split` may be a
+    slice such as `train[:1000]`, or left out where there is one; `subset` is what some call config.
     """
     datasets = _import_datasets(name)
     from formats.hub_errors import limit_waiting
@@ -205,18 +186,13 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def open_saved(folder: Path, *, split: str | None = None) -> HubRows:
-    """Open a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
-
-    Raises:
-        InputError: the folder is damaged, no such split, or no split named where there are several.
-        UsageError: `datasets` is not installed, or a split is named and the folder holds only one.
-    """
+    """Open a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     datasets = _import_datasets(str(folder))
     try:
         loaded = datasets.load_from_disk(folder)
     except Exception as error:
         raise InputError(
-            f"{folder} cannot be opened as a data set saved by datasets ({_first_line(error)})."
+            f"{folder} cannot be opened as a data set saved by datasets ({first_line(error)})."
         ) from error
     if split is not None and not isinstance(loaded, dict):
         raise UsageError(
@@ -262,7 +238,7 @@ def _explained(
 
     from formats.hub_errors import AccessError, explain
 
-    first = _first_line(error).rstrip(".")
+    first = first_line(error).rstrip(".")
     meanings = [meaning for cause in _chain(error) if (meaning := explain(cause, revision))]
     reasons = dict(reversed(meanings))  # the first of its kind
     if AccessError in reasons:
@@ -295,7 +271,3 @@ def _explained(
         names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])
         return InputError(f"{name}: set subset in a task.toml to one of: {', '.join(names)}.")
     return InputError(f"{name} cannot be read as a data set ({first}).")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -40,19 +40,11 @@ class AccessError(InputError):
 
 @contextmanager
 def hub_call(start: str, again: str = "try again", revision: str | None = None) -> Iterator[None]:
-    """Raise what a call of the Hub's client raises as an error of ours.
+    """Raise what a call of the Hub's client raises as an error of ours, which begins with `start`.
 
     Only calls of the client belong into the block. What our own frames raise in it passes, and so
-    does what the disk refuses.
-
-    Args:
-        start: What the message begins with, such as ``user/model: ``.
-        again: What to do where another try may help; empty leaves that out.
-        revision: What is asked for, to be named where the Hub does not have it.
-
-    Raises:
-        InputError: No other try will help; an AccessError where another token may.
-        NetworkError: Another try may help.
+    does what the disk refuses. `again` says what to do where another try may help, with a
+    NetworkError; an AccessError says that another token may.
     """
     limit_waiting()
     try:
@@ -69,14 +61,9 @@ def hub_call(start: str, again: str = "try again", revision: str | None = None) 
 def explain(
     error: BaseException, revision: str | None = None
 ) -> tuple[type[ConsolidateError], str] | None:
-    """Say what an error that went through the Hub's client means.
+    """Say what an error that went through the Hub's client means: which of ours, and what happened.
 
-    Args:
-        error: What was raised.
-        revision: What was asked for, to be named where the Hub does not have it.
-
-    Returns:
-        The error of ours, and what happened; None where it is not the client's.
+    None where it is not the client's.
     """
     if isinstance(error, ConsolidateError):
         return None
@@ -172,18 +159,7 @@ def _of_status(error: HfHubHTTPError) -> tuple[type[ConsolidateError], str]:
 
 
 def commit_in(start: str, info: DatasetInfo | ModelInfo) -> str:
-    """Give the commit that the Hub named in an answer.
-
-    Args:
-        start: What a message begins with, such as ``user/model: ``.
-        info: The answer.
-
-    Returns:
-        Its digest.
-
-    Raises:
-        InputError: There is none.
-    """
+    """Give the commit that the Hub named in an answer."""
     if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9A-Fa-f]+", info.sha):
         raise InputError(f"{start}an answer of the Hub names no commit: check HF_ENDPOINT")
     return info.sha
@@ -215,11 +191,7 @@ def _line(text: str) -> str:
 
 
 def limit_waiting() -> None:
-    """Give requests of the client that have no limit on silence one; on the whole there is none.
-
-    Raises:
-        UsageError: The variable that sets it is no number of seconds.
-    """
+    """Give requests of the client that have no limit on silence one; on the whole there is none."""
     # The client opens a new session after a failed connection: hence the factory, not the session.
     # Some of its calls say themselves that they have no limit: hence each request, not the default.
     # A factory that the program has set is kept inside.

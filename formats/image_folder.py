@@ -21,11 +21,7 @@ def is_image(path: Path) -> bool:
 
 
 def require_pillow() -> None:
-    """Check that images can be decoded.
-
-    Raises:
-        UsageError: Pillow is not installed.
-    """
+    """Refuse, with a UsageError, to go on without Pillow."""
     try:
         import PIL  # noqa: F401
     except ImportError:
@@ -37,12 +33,7 @@ def require_pillow() -> None:
 def decode_image(source: Path | IO[bytes], where: str) -> Any:
     """Return the image in `source` as a PIL image, turned upright as its EXIF data say.
 
-    Args:
-        source: a path or a binary file.
-        where: the place in words, for the message.
-
-    Raises:
-        InputError: not an image of one of `IMAGE_FORMATS`, or one that ends too early.
+    Only `IMAGE_FORMATS` are read; `where` is the place in words, for the message.
     """
     require_pillow()
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -74,16 +65,6 @@ class ImageFolderRows(Rows):
     columns: list[str]
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
-        """List the images of the class folders.
-
-        Args:
-            folder: the folder that holds the class folders.
-            classes: names of the class folders.
-
-        Raises:
-            InputError: no images.
-            UsageError: Pillow is not installed.
-        """
         require_pillow()
         self.name = folder.name
         self.columns = ["image", "label"]
@@ -103,11 +84,7 @@ class ImageFolderRows(Rows):
         return len(self._files)
 
     def read_row(self, i: int) -> dict[str, Any]:
-        """Return image and label `i`.
-
-        Raises:
-            InputError: the file is no image, or ends too early.
-        """
+        """Return image and label `i`."""
         label, path = self._files[i]
         return {"image": decode_image(path, str(path)), "label": label}
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from formats.errors import InputError, UsageError
 from formats.image_folder import decode_image
-from formats.rows import Rows, file_digest
+from formats.rows import Rows
+from formats.wording import first_line
 
 _CACHE_BYTES = 256 * 2**20
 
@@ -24,12 +25,6 @@ class ParquetRows(Rows):
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the footer.
-
-        Raises:
-            InputError: not a Parquet file, two columns of one name, or no rows.
-            UsageError: pyarrow is not installed.
-        """
         try:
             import pyarrow
             import pyarrow.parquet
@@ -38,15 +33,14 @@ class ParquetRows(Rows):
                 f"Reading {path} needs pyarrow: pip install 'consolidate-ewc[datasets]'."
             ) from None
 
-        self.name = path.name
-        self._path = path
+        self.name, self.path = path.name, path
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 schema = file.schema_arrow
                 groups = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise InputError(
-                f"{path} cannot be read as Parquet ({_first_line(error)}). Was it copied in full?"
+                f"{path} cannot be read as Parquet ({first_line(error)}). Was it copied in full?"
             ) from None
         self.columns = list(schema.names)
         twice = [name for name in self.columns if self.columns.count(name) > 1]
@@ -75,12 +69,12 @@ class ParquetRows(Rows):
         table = self._cache.pop(g, None)
         if table is None:
             try:
-                with pyarrow.parquet.ParquetFile(self._path) as file:
+                with pyarrow.parquet.ParquetFile(self.path) as file:
                     table = file.read_row_group(g)
                 table.validate(full=True)
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise InputError(
-                    f"{self._path}: row group {g + 1} cannot be read ({_first_line(error)})."
+                    f"{self.path}: row group {g + 1} cannot be read ({first_line(error)})."
                 ) from None
         self._cache[g] = table
         while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > _CACHE_BYTES:
@@ -88,11 +82,7 @@ class ParquetRows(Rows):
         return table
 
     def read_row(self, i: int) -> dict[str, Any]:
-        """Return row `i`.
-
-        Raises:
-            InputError: its row group or an image in it cannot be read.
-        """
+        """Return row `i`."""
         g = bisect.bisect_right(self._ends, i)
         start = self._ends[g - 1] if g else 0
         row: dict[str, Any] = self._group(g).slice(i - start, 1).to_pylist()[0]
@@ -116,10 +106,6 @@ class ParquetRows(Rows):
             feature = feature["feature"]  # a list of class ids, as for the words of a sentence
         return feature.get("names") if isinstance(feature, dict) else None
 
-    def digest(self) -> str:
-        """Return the SHA-256 of the file's bytes."""
-        return file_digest(self._path)
-
 
 def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
     """Return the feature descriptions `datasets` keeps in a schema's metadata, or nothing."""
@@ -128,7 +114,3 @@ def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         return {}
     return features if isinstance(features, dict) else {}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).split("\n", 1)[0]

@@ -12,8 +12,8 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +30,7 @@ _VERSION = 3
 
 
 class StoredWork(NamedTuple):
-    """Work that was broken off.
-
-    Attributes:
-        tensors: What was computed so far.
-        state: How far the work was.
-        command: What its result depends on.
-    """
+    """Work that was broken off: what was computed, how far it was, what its result depends on."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
@@ -49,113 +43,66 @@ def write_partial(
     state: Mapping[str, Any],
     command: Mapping[str, Any],
     process: int = 0,
+    *,
+    publish: bool = True,
 ) -> None:
     """Keep work, in place of what was kept of it before.
 
-    Args:
-        target: The folder that the command will write.
-        tensors: What was computed so far.
-        state: How far the work is, as JSON.
-        command: Everything that the result depends on, as JSON: digests and options.
-        process: Which of several that work together; each keeps its own.
-
-    Raises:
-        InputError: If the disk is full.
-        OSError: If the place cannot be written.
+    `state` says how far the work is, `command` all that the result depends on, both as JSON; each
+    of several processes that work together keeps its own.
     """
-    try:
-        prepare_partial(target, tensors, state, command, process)
-        publish_partial(target, process)
-    finally:
-        discard_prepared(target, process)
-
-
-def prepare_partial(
-    target: Path,
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    command: Mapping[str, Any],
-    process: int = 0,
-) -> None:
-    """Keep work beside what was kept of it before, until it is published; see `write_partial`."""
     path = partial_path(target, process)
     path.parent.mkdir(parents=True, exist_ok=True)
     discard_prepared(target, process)
     content = {"version": _VERSION, "command": command, "state": state}
     text = json.dumps(content | {"digest": _digest(tensors, content)})
     new = _unfinished(path)
-    write_tensor_file(new, tensors, {_KEY: text})
-    with open(new, "rb") as file:
-        os.fsync(file.fileno())
+    try:
+        write_tensor_file(new, tensors, {_KEY: text})
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
+        if publish:
+            publish_partial(target, process)
+    finally:
+        if publish:
+            discard_prepared(target, process)
+
+
+prepare_partial = partial(write_partial, publish=False)
+"""Keep work beside what was kept of it before, until it is published."""
 
 
 def publish_partial(target: Path, process: int = 0) -> None:
-    """Put what was prepared in place of what was kept before.
-
-    Args:
-        target: The folder that the command will write.
-        process: Which of several that work together.
-    """
+    """Put what was prepared in place of what was kept before."""
     path = partial_path(target, process)
     os.replace(_unfinished(path), path)
 
 
 def discard_prepared(target: Path, process: int = 0) -> None:
-    """Throw away what was prepared and not published, if anything was.
-
-    Args:
-        target: The folder that the command will write.
-        process: Which of several that work together.
-    """
+    """Throw away what was prepared and not published, if anything was."""
     _unfinished(partial_path(target, process)).unlink(missing_ok=True)
 
 
 def read_partial(target: Path, process: int = 0) -> StoredWork | None:
-    """Read what was kept of work with this target.
-
-    Args:
-        target: The folder that the command will write.
-        process: Which of several that work together.
-
-    Returns:
-        The work; None where nothing was kept.
-
-    Raises:
-        InputError: If what was kept cannot be read.
-    """
-    path = partial_path(target, process)
-    if not path.is_file():
-        return None
-    with _explained(path), safe_open(path, framework="pt") as file:
-        stored = _content(file.metadata())
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if stored.pop("digest") != _digest(tensors, stored):
-            raise ValueError("its digest is not that of its content")
-        return StoredWork(tensors, stored["state"], stored["command"])
+    """Read what was kept of work with this target; None where nothing was."""
+    return _read(partial_path(target, process), whole=True)
 
 
 def read_published(target: Path, process: int = 0) -> StoredWork | None:
     """Read what `read_partial` would, but for the tensors, whose digest is not looked at."""
-    path = partial_path(target, process)
-    return _read_header(path) if path.is_file() else None
+    return _read(partial_path(target, process), whole=False)
 
 
 def read_prepared(target: Path, process: int = 0) -> StoredWork | None:
     """Read what was prepared and not published, without its tensors; None where it is not whole."""
-    path = _unfinished(partial_path(target, process))
     try:
-        return _read_header(path) if path.is_file() else None
+        return _read(_unfinished(partial_path(target, process)), whole=False)
     except InputError:
         return None  # broken off while it was written
 
 
 def remove_partial(target: Path, process: int = 0) -> None:
-    """Throw away what was kept of work with this target, if anything was.
-
-    Args:
-        target: The folder that the command writes.
-        process: Which of several that work together; the first throws away what any has kept.
-    """
+    """Throw away what was kept of work with this target; process 0 throws away everyone's."""
     path = partial_path(target, process)
     for kept in path.parent.glob(f"{glob.escape(path.name)}-*") if process == 0 else ():
         kept.unlink(missing_ok=True)
@@ -163,23 +110,20 @@ def remove_partial(target: Path, process: int = 0) -> None:
         file.unlink(missing_ok=True)
 
 
-def _read_header(path: Path) -> StoredWork:
-    with _explained(path), safe_open(path, framework="pt") as file:
-        stored = _content(file.metadata())
-        return StoredWork({}, stored["state"], stored["command"])
-
-
-def _content(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    stored = json.loads((metadata or {})[_KEY])
-    if stored["version"] != _VERSION:
-        raise ValueError("another release of consolidate kept it")
-    return {**stored, "command": dict(stored["command"]), "state": dict(stored["state"])}
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _read(path: Path, *, whole: bool) -> StoredWork | None:
+    if not path.is_file():
+        return None
     try:
-        yield
+        with safe_open(path, framework="pt") as file:
+            stored = json.loads((file.metadata() or {})[_KEY])
+            if stored["version"] != _VERSION:
+                raise ValueError("another release of consolidate kept it")
+            digest, tensors = stored.pop("digest"), {}
+            if whole:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if digest != _digest(tensors, stored):
+                    raise ValueError("its digest is not that of its content")
+            return StoredWork(tensors, dict(stored["state"]), dict(stored["command"]))
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be gone on with ({error}): --restart throws it away"

@@ -20,25 +20,13 @@ _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 def open_pickle(path: Path) -> dict[str, Tensor]:
-    """Read the state dict in a file of `torch.save`, with ``weights_only=True``.
+    """Read the state dict in a file of `torch.save`, or in those of an index: weights only.
 
     The state dict is the content itself or what Lightning (``state_dict``) and plain torch
     (``model_state_dict``, ``model``, ``module``) nest it under. The prefixes ``module.`` and
     ``_orig_mod.``, which DistributedDataParallel and `torch.compile` add, are taken off where every
     name has them; other prefixes stay. Files in the zip format are mapped into memory, so that
     values are read when they are used; writing to a tensor does not change the file.
-
-    Args:
-        path: A ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file, or the index
-            ``….bin.index.json`` of several in its folder.
-
-    Returns:
-        Tensor name to tensor on the CPU, in the file's order.
-
-    Raises:
-        InputError: If the file is missing, damaged, wants to import anything but tensors, or holds
-            no state dict, several, or one with anything but dense tensors; if the index does not
-            fit its files.
     """
     if not path.name.endswith(".index.json"):
         return _without_wrappers(_read(path))

@@ -19,16 +19,13 @@ class Rows(Sequence[dict[str, Any]]):
     """The rows of one data set, read when they are asked for.
 
     A row is a plain dict with an entry for every name in `columns`. Nothing is kept open between
-    two reads, so rows may be read from several threads and after a fork.
-
-    Attributes:
-        name: what messages call the data: the file's or folder's own name, or the Hub id.
-        columns: the names of the columns, in the order of the data.
-        tensors: column name to the whole column, (N, …) with one entry a row, for tensor files;
-            None for every other kind of data.
+    two reads, so rows may be read from several threads and after a fork. `name` is the file's or
+    folder's own, or the Hub id, `path` the file's; `tensors` has whole columns, (N, …), of tensor
+    files only.
     """
 
     name: str
+    path: Path
     columns: list[str]
     tensors: Mapping[str, Tensor] | None = None
 
@@ -36,24 +33,19 @@ class Rows(Sequence[dict[str, Any]]):
     def read_row(self, i: int) -> dict[str, Any]:
         """Return row `i`, 0 <= i < len(self)."""
 
-    @abstractmethod
     def digest(self) -> str:
         """Return the SHA-256 of the content as 64 hexadecimal digits; the same on every machine.
 
         For a file it is the digest of its bytes, as `sha256sum` prints it.
         """
+        return file_digest(self.path)
 
     @overload
     def __getitem__(self, i: int) -> dict[str, Any]: ...
     @overload
     def __getitem__(self, i: slice) -> list[dict[str, Any]]: ...
     def __getitem__(self, i: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        """Return row `i`, or the list of rows a slice names.
-
-        Raises:
-            IndexError: there is no such row.
-            InputError: the row cannot be read; the message names file and row or line.
-        """
+        """Return row `i`, or the list of rows a slice names."""
         if isinstance(i, slice):
             return [self.read_row(j) for j in range(*i.indices(len(self)))]
         index = operator.index(i)
@@ -69,11 +61,7 @@ class Rows(Sequence[dict[str, Any]]):
         return place if column is None else f"{place}, column {column!r}"
 
     def values(self, column: str) -> Iterator[Any]:
-        """Yield one column, None where a row lacks it; other columns are not decoded.
-
-        Raises:
-            InputError: as for a row.
-        """
+        """Yield one column, None where a row lacks it; other columns are not decoded."""
         return (self.read_row(i).get(column) for i in range(len(self)))
 
     def label_names(self, column: str) -> list[str] | None:
@@ -175,11 +163,7 @@ def file_digest(path: Path) -> str:
 
 
 def listing_digest(entries: Any) -> str:
-    """Return the SHA-256 over JSON lines [name, hex], in the order given.
-
-    Args:
-        entries: pairs of a name and a digest in hexadecimal.
-    """
+    """Return the SHA-256 over JSON lines [name, digest in hexadecimal], in the order given."""
     total = hashlib.sha256()
     for name, digest in entries:
         total.update(json.dumps([name, digest], ensure_ascii=False).encode() + b"\n")

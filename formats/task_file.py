@@ -1,49 +1,41 @@
 """`task.toml`: where the data of a task are, and how they are read."""
 
 import dataclasses
-import difflib
 import tomllib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from formats.conversion import converted
 from formats.data import DATA_SUFFIXES, Rows, open_data
 from formats.errors import InputError, UsageError
-from formats.fisher_json import check_task_name
+from formats.fields import Text
+from formats.fisher_json import TaskName
 from formats.hub_dataset import is_hub_id, open_hub
+from formats.wording import did_you_mean
 
 
 @dataclass(frozen=True)
 class TaskFile:
-    """What a `task.toml` says; None where it is silent.
+    """What a `task.toml` says, None where it is silent; local `data` is relative to the file."""
 
-    Attributes:
-        data: file, folder or Hub id; a local one relative to the toml file.
-        name: the task's name in the ledger.
-        split: which part of a folder or Hub data set.
-        subset: which subset of a Hub data set.
-        revision: branch, tag or commit of a Hub data set.
-        objective: what the model is trained for on these data.
-        text_column: and the others: the name of the column with this role.
-    """
-
-    data: str
-    name: str | None = None
-    split: str | None = None
-    subset: str | None = None
-    revision: str | None = None
-    objective: str | None = None
-    text_column: str | None = None
-    text_pair_column: str | None = None
-    label_column: str | None = None
-    tokens_column: str | None = None
-    image_column: str | None = None
-    inputs_column: str | None = None
-    prompt_column: str | None = None
-    completion_column: str | None = None
-    messages_column: str | None = None
-    target_column: str | None = None
+    data: Text
+    name: TaskName | None = None
+    split: Text | None = None
+    subset: Text | None = None
+    revision: Text | None = None
+    objective: Text | None = None
+    text_column: Text | None = None
+    text_pair_column: Text | None = None
+    label_column: Text | None = None
+    tokens_column: Text | None = None
+    image_column: Text | None = None
+    inputs_column: Text | None = None
+    prompt_column: Text | None = None
+    completion_column: Text | None = None
+    messages_column: Text | None = None
+    target_column: Text | None = None
 
     def columns(self) -> dict[str, str]:
         """Return the columns that are named, by role: {"text": "body", "label": "topic"}."""
@@ -55,36 +47,15 @@ class TaskFile:
 
 
 def read_task_file(path: Path) -> TaskFile:
-    """Read a `task.toml`.
-
-    Returns:
-        Its content; local `data` is joined to the folder of the toml file.
-
-    Raises:
-        InputError: missing, not TOML, an unknown key (near ones are offered), a value that is no
-            string or is empty, no `data`, or a name that is not a task's.
-    """
+    """Read a `task.toml` strictly; local `data` is joined to the folder of the file."""
     content = read_toml(path)
     refuse_unknown(str(path), content, [field.name for field in dataclasses.fields(TaskFile)])
-    for key, value in content.items():
-        if not isinstance(value, str) or not value:
-            raise InputError(f"{path}: {key} must be a string that is not empty, found {value!r}.")
-    if "data" not in content:
-        raise InputError(f'{path}: data is missing; name a file, a folder or a Hub id: data = "…".')
-    if "name" in content:
-        try:
-            check_task_name(content["name"])
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-    return TaskFile(**{**content, "data": resolve(content["data"], path.parent)})
+    task = converted(content, TaskFile, str(path))
+    return dataclasses.replace(task, data=resolve(task.data, path.parent))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        InputError: missing, not UTF-8 or not TOML.
-    """
+    """Read a TOML file; InputError where it is missing, not UTF-8 or not TOML."""
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
@@ -96,33 +67,15 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def refuse_unknown(where: str, found: Iterable[str], known: Collection[str]) -> None:
-    """Refuse a key that is not known, and offer near ones.
-
-    Args:
-        where: what the message calls the place.
-        found: the keys that are there.
-        known: those that may be.
-
-    Raises:
-        InputError: one is not known.
-    """
+    """Refuse a key that is not known, and offer near ones."""
     for key in found:
         if key not in known:
-            near = difflib.get_close_matches(key, known)
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known)}."
+            hint = did_you_mean(key, known) or f"Known: {', '.join(known)}."
             raise InputError(f"{where}: unknown key {key!r}. {hint}")
 
 
 def resolve(data: str, folder: Path) -> str:
-    """Give what a file means by a path or Hub id: a path is relative to the file's folder.
-
-    Args:
-        data: as written.
-        folder: where the file is.
-
-    Raises:
-        InputError: it cannot be the path of anything.
-    """
+    """Give what a file means by a path or Hub id: a path is relative to the file's folder."""
     try:
         local = folder / Path(data).expanduser()
         if not local.exists() and _looks_like_hub_id(data):
@@ -147,19 +100,7 @@ def open_task(
 ) -> tuple[TaskFile, Rows]:
     """Open what DATA names on the command line: data, or a `.toml` file that names them.
 
-    Args:
-        spec: as for `open_data`, or the path of a `.toml` file.
-        split: wins over the file's own, as do the others.
-        subset: which subset of a Hub data set.
-        revision: branch, tag or commit of a Hub data set.
-
-    Returns:
-        What was said about the task, and its rows.
-
-    Raises:
-        InputError: as `read_task_file` and `open_data`.
-        UsageError: as `open_data`.
-        NetworkError: as `open_data`.
+    What is given wins over what the file says.
     """
     given = {"split": split, "subset": subset, "revision": revision}
     if Path(spec).suffix.lower() != ".toml":

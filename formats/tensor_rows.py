@@ -2,7 +2,6 @@
 
 import math
 import zipfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,18 @@ import torch
 from torch import Tensor
 
 from formats.errors import InputError
-from formats.rows import Rows, file_digest
-from formats.tensors import TensorFiles, open_tensors
+from formats.rows import Rows
+from formats.tensors import LazyTensors, open_tensors
 
 
-class NpzColumns(Mapping[str, Tensor]):
+class NpzColumns(LazyTensors):
     """The arrays of an `.npz` file as tensors; each is read when it is first asked for."""
 
     def __init__(self, path: Path) -> None:
-        """Read the headers of the arrays.
-
-        Raises:
-            InputError: no zip file of arrays, or an array that holds no numbers (text, or Python
-                objects, which are never unpickled).
-        """
-        self._path = path
+        """Read the headers of the arrays, which must be numbers; nothing is ever unpickled."""
+        self.path = path
         self._loaded: dict[str, Tensor] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.headers = {}
         try:
             with zipfile.ZipFile(path) as archive:
                 for member in archive.namelist():
@@ -44,7 +38,8 @@ class NpzColumns(Mapping[str, Tensor]):
                     held = archive.getinfo(member).file_size - start
                     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != held:
                         raise ValueError(f"array {name!r} of shape {shape} has {held} bytes")
-                    self._shapes[name] = shape
+                    empty = torch.from_numpy(np.empty(0, dtype.newbyteorder("=")))
+                    self.headers[name] = empty.dtype, shape
         except (InputError, MemoryError):
             raise
         except Exception as error:  # damaged bytes fail in whatever way they happen to ask for
@@ -54,11 +49,11 @@ class NpzColumns(Mapping[str, Tensor]):
             ) from None
 
     def __getitem__(self, column: str) -> Tensor:
-        if column not in self._shapes:
+        if column not in self.headers:
             raise KeyError(column)
         if column not in self._loaded:
             try:
-                with np.load(self._path, allow_pickle=False) as archive:
+                with np.load(self.path, allow_pickle=False) as archive:
                     values = archive[column]
                 # torch knows the machine's own byte order only
                 values = values.astype(values.dtype.newbyteorder("="), copy=False)
@@ -67,19 +62,9 @@ class NpzColumns(Mapping[str, Tensor]):
                 raise
             except Exception as error:
                 raise InputError(
-                    f"{self._path}: array {column!r} cannot be read ({error})."
+                    f"{self.path}: array {column!r} cannot be read ({error})."
                 ) from None
         return self._loaded[column]
-
-    def shape(self, column: str) -> tuple[int, ...]:
-        """Return the shape of an array, from its header."""
-        return self._shapes[column]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
 
 
 def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -106,17 +91,10 @@ class TensorRows(Rows):
     `tensors` gives whole columns, (N, …), so that a batch is one indexing operation.
     """
 
-    tensors: TensorFiles | NpzColumns
+    tensors: LazyTensors
 
     def __init__(self, path: Path) -> None:
-        """Read the headers and compare the lengths.
-
-        Raises:
-            InputError: unreadable, no tensors, no rows, a tensor without a first dimension, or
-                tensors of unequal lengths.
-        """
-        self.name = path.name
-        self._path = path
+        self.name, self.path = path.name, path
         is_npz = path.suffix.lower() == ".npz"
         self.tensors = NpzColumns(path) if is_npz else open_tensors(path)
         self.columns = list(self.tensors)
@@ -148,7 +126,3 @@ class TensorRows(Rows):
     def read_row(self, i: int) -> dict[str, Any]:
         """Return entry `i` of every tensor; views, to be copied before they are changed."""
         return {name: column[i] for name, column in self.tensors.items()}
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the file's bytes."""
-        return file_digest(self._path)

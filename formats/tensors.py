@@ -4,7 +4,7 @@ Reading maps the files into memory and touches only the headers until a tensor i
 """
 
 import json
-from abc import abstractmethod
+import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from formats.checkpoint_files import broken, check_index, inside, read_index
 from formats.digest import DTYPES, dtype_name, little_endian_chunks
 from formats.errors import InputError
 
+Header = tuple[torch.dtype, tuple[int, ...]]
+
 MAX_SHARD_SIZE = 5 * 10**9
 MAX_HEADER_BYTES = 25 * 10**6
 """Of all files of a checkpoint together, twice what models of 70,000 tensors need; each tensor of a
@@ -26,25 +28,30 @@ header takes time even if it is empty, and a file of the Hub may not have a larg
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors that are read or computed when asked for, with dtypes and shapes known before."""
+    """Tensors that are read or computed when asked for; `headers` has their dtypes and shapes."""
 
-    @abstractmethod
+    headers: dict[str, Header]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.headers
+
     def dtype(self, name: str) -> torch.dtype:
         """Give the dtype of a tensor."""
+        return self.headers[name][0]
 
-    @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """Give the shape of a tensor."""
+        return self.headers[name][1]
 
 
 class Overlaid(LazyTensors):
-    """Tensors of which some are replaced or left out; the order is that of the whole.
-
-    Args:
-        tensors: All of them.
-        replaced: What stands for those of these names.
-        without: Names to leave out.
-    """
+    """Tensors of which some are `replaced` or left out; the order is that of the whole."""
 
     def __init__(
         self,
@@ -55,87 +62,40 @@ class Overlaid(LazyTensors):
     ) -> None:
         self._tensors = tensors
         self._replaced = replaced or {}
-        self._names = [name for name in tensors if name not in without]
-        self._known = frozenset(self._names)
+        self.headers = {
+            name: header_of(self._replaced if name in self._replaced else tensors, name)
+            for name in tensors
+            if name not in without
+        }
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._of(name)[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._known
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Give the dtype of a tensor."""
-        return dtype_of(self._of(name), name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Give the shape of a tensor."""
-        return shape_of(self._of(name), name)
+        if name not in self.headers:
+            raise KeyError(name)
+        return (self._replaced if name in self._replaced else self._tensors)[name]
 
     def apart(self) -> "Overlaid":
         """Give the same values in memory of their own, as `apart` does."""
-        mine = Overlaid(apart(self._tensors), replaced=apart(self._replaced))
-        mine._names, mine._known = self._names, self._known
-        return mine
-
-    def _of(self, name: str) -> Mapping[str, Tensor]:
-        if name not in self._known:
-            raise KeyError(name)
-        return self._replaced if name in self._replaced else self._tensors
+        left_out = self._tensors.keys() - self.headers.keys()
+        return Overlaid(apart(self._tensors), replaced=apart(self._replaced), without=left_out)
 
 
 class Renamed(LazyTensors):
-    """Some of the tensors of a mapping, under other names.
-
-    Args:
-        tensors: All of them.
-        names: From the new name to the one in `tensors`.
-    """
+    """Some of the tensors of a mapping; `names` leads from the new name to the one there."""
 
     def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
         self._tensors = tensors
         self._names = names
+        self.headers = {name: header_of(tensors, there) for name, there in names.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Give the dtype of a tensor."""
-        return dtype_of(self._tensors, self._names[name])
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Give the shape of a tensor."""
-        return shape_of(self._tensors, self._names[name])
 
 
 class TensorFiles(LazyTensors):
     """The tensors of one or several safetensors files, read one at a time when asked for.
 
     A tensor is a private view of the mapped file: writing to it does not change the file. The
-    iteration follows the files' order and, within a file, the order of the bytes.
-
-    Args:
-        path: The file or folder the user named.
-        files: The safetensors files, in order; all headers are read and checked here.
-
-    Raises:
-        InputError: If a file is missing, cut short or not safetensors, holds a dtype that torch
-            cannot read, or if two files hold a tensor of the same name.
+    order is that of the files and, within a file, of the bytes; all headers are checked at once.
     """
 
     def __init__(self, path: Path, files: list[Path]) -> None:
@@ -143,7 +103,7 @@ class TensorFiles(LazyTensors):
         self.files = files
         self.metadata: dict[str, str] = {}
         self._file_of: dict[str, Path] = {}
-        self._headers: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self.headers = {}
         self._handles: dict[Path, Any] = {}
         room = MAX_HEADER_BYTES
         for file in reversed(files):
@@ -167,7 +127,7 @@ class TensorFiles(LazyTensors):
                         "remove the file that does not belong to the checkpoint"
                     )
                 self._file_of[name] = file
-                self._headers[name] = DTYPES[dtype], tuple(header.get_shape())
+                self.headers[name] = DTYPES[dtype], tuple(header.get_shape())
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._file_of[name]
@@ -175,23 +135,6 @@ class TensorFiles(LazyTensors):
             return self._handles[file].get_tensor(name)
         except (SafetensorError, RuntimeError) as error:
             raise InputError(f"{file}: tensor {name!r} cannot be read ({error})") from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._file_of
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Give the dtype of a tensor from the header."""
-        return self._headers[name][0]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Give the shape of a tensor from the header."""
-        return self._headers[name][1]
 
     def file_of(self, name: str) -> Path:
         """Give the file that holds a tensor."""
@@ -203,35 +146,16 @@ class _Copies(LazyTensors):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
+        self.headers = {name: header_of(tensors, name) for name in tensors}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name].clone()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Give the dtype of a tensor."""
-        return dtype_of(self._tensors, name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Give the shape of a tensor."""
-        return shape_of(self._tensors, name)
 
 
 def apart(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Give the same values in memory of their own, so that a model can be trained in them.
 
     Of files it is another private map: a page takes memory once it is written to.
-
-    Args:
-        tensors: Name to tensor.
-
-    Returns:
-        The tensors by the same names, each made when asked for; none shares memory with `tensors`.
     """
     if isinstance(tensors, TensorFiles):
         return TensorFiles(tensors.path, tensors.files)
@@ -239,22 +163,7 @@ def apart(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def open_tensors(path: Path, stem: str = "model") -> TensorFiles:
-    """Open a safetensors file, or the one or the shards that a folder holds.
-
-    Args:
-        path: A ``.safetensors`` file, or a folder with ``STEM.safetensors`` or
-            ``STEM.safetensors.index.json``.
-        stem: The first part of the file names in a folder.
-
-    Returns:
-        The tensors, of which only the headers have been read.
-
-    Raises:
-        InputError: If a file is missing, cut short or not safetensors; if the index is not one,
-            names a missing shard, a file outside the folder or a tensor that its shard lacks; if
-            a shard holds a tensor that the index does not name; if there are both a file and an
-            index that does not name it.
-    """
+    """Open a safetensors file, or the one or the shards named STEM that a folder holds."""
     if not path.is_dir():
         return TensorFiles(path, [path])
     single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
@@ -286,25 +195,10 @@ def write_tensors(
 
     One tensor is in memory at a time. Within a file the wider dtypes come first, so that every
     tensor is aligned, and otherwise the order is that of `tensors`; the bytes depend on nothing
-    else.
-
-    Args:
-        folder: An existing folder without these files.
-        tensors: Name to tensor, of any device and strides.
-        stem: The first part of the file names.
-        metadata: Stored in the header of every file.
-        max_shard_size: Bytes a file may have before another is begun.
-        dtype: What floating tensors are cast to; None keeps each as it is.
-
-    Returns:
-        The safetensors files, in order, then the index if there is one.
-
-    Raises:
-        InputError: If a dtype cannot be stored or the disk is full.
-        FileExistsError: If one of the files is already there.
+    else. Floating tensors are cast to `dtype`, if one is given.
     """
     headers = {name: _header(tensors, name, dtype) for name in tensors}
-    sizes = {name: kind.itemsize * _count(shape) for name, (kind, shape) in headers.items()}
+    sizes = {name: _size(header) for name, header in headers.items()}
     split = split_state_dict_into_shards_factory(
         sizes,
         get_storage_size=lambda size: size,
@@ -331,30 +225,27 @@ def write_tensors(
 def write_tensor_file(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors as one safetensors file of any name.
-
-    Args:
-        path: A file that is not there yet.
-        tensors: Name to tensor, of any device and strides.
-        metadata: Stored in the header.
-
-    Raises:
-        InputError: If a dtype cannot be stored or the disk is full.
-        FileExistsError: If the file is already there.
-    """
+    """Write tensors as one safetensors file of any name."""
     headers = {name: _header(tensors, name, None) for name in tensors}
-    with explain_full_disk(path, sum(t.numel() * t.element_size() for t in tensors.values())):
+    with explain_full_disk(path, sum(map(_size, headers.values()))):
         _write_file(path, headers, tensors, metadata)
 
 
+def header_of(tensors: Mapping[str, Tensor], name: str) -> Header:
+    """Give dtype and shape of a tensor, without reading its values where the mapping is lazy."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.headers[name]
+    return tensors[name].dtype, tuple(tensors[name].shape)
+
+
 def dtype_of(tensors: Mapping[str, Tensor], name: str) -> torch.dtype:
-    """Give the dtype of a tensor, without reading its values where the mapping is lazy."""
-    return tensors.dtype(name) if isinstance(tensors, LazyTensors) else tensors[name].dtype
+    """Give the dtype of a tensor, as `header_of`."""
+    return header_of(tensors, name)[0]
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """Give the shape of a tensor, without reading its values where the mapping is lazy."""
-    return tensors.shape(name) if isinstance(tensors, LazyTensors) else tuple(tensors[name].shape)
+    """Give the shape of a tensor, as `header_of`."""
+    return header_of(tensors, name)[1]
 
 
 def _open(file: Path, room: int) -> tuple[Any, int]:
@@ -376,26 +267,21 @@ def _open(file: Path, room: int) -> tuple[Any, int]:
         raise broken(file, "a safetensors file", str(error)) from error
 
 
-def _header(
-    tensors: Mapping[str, Tensor], name: str, cast: torch.dtype | None
-) -> tuple[torch.dtype, tuple[int, ...]]:
-    dtype = dtype_of(tensors, name)
+def _header(tensors: Mapping[str, Tensor], name: str, cast: torch.dtype | None) -> Header:
+    dtype, shape = header_of(tensors, name)
     if cast is not None and dtype.is_floating_point:
         dtype = cast
     dtype_name(dtype)
-    return dtype, shape_of(tensors, name)
+    return dtype, shape
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def _size(header: Header) -> int:
+    return header[0].itemsize * math.prod(header[1])
 
 
 def _write_file(
     path: Path,
-    headers: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    headers: Mapping[str, Header],
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
 ) -> None:
@@ -404,7 +290,7 @@ def _write_file(
     end = 0
     for name in order:
         dtype, shape = headers[name]
-        start, end = end, end + dtype.itemsize * _count(shape)
+        start, end = end, end + _size(headers[name])
         header[name] = {
             "dtype": dtype_name(dtype),
             "shape": list(shape),

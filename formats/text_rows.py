@@ -5,63 +5,18 @@ import csv
 import io
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from formats.errors import InputError
-from formats.rows import Rows, file_digest
+from formats.rows import Rows
 
 _BOM = b"\xef\xbb\xbf"
 _BUFFER = 1 << 20
 _ROWS_LOOKED_AT_FOR_COLUMNS = 100
 MAX_JSON_ARRAY_BYTES = 256 * 2**20
-
-
-class _Records:
-    """Byte ranges and line numbers of a file's records; one record is read at a time.
-
-    The file is opened anew for each read: no handle to leak, to share after a fork or to move under
-    another thread. A file that has changed since is noticed.
-    """
-
-    def __init__(self, path: Path, stamp: tuple[int, int]) -> None:
-        self.path = path
-        self._stamp = stamp
-        self._starts = array.array("q")
-        self._lines = array.array("I")
-        self._end = 0
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def add(self, start: int, line: int) -> None:
-        """Note that a record starts at byte `start`, on `line`, counted from 1."""
-        self._starts.append(start)
-        self._lines.append(line)
-
-    def close(self, end: int) -> None:
-        """Note that the last record ends at byte `end`."""
-        self._end = end
-
-    def line(self, i: int) -> int:
-        """Return the line on which record `i` begins."""
-        return self._lines[i]
-
-    def text(self, i: int) -> str:
-        """Return record `i`, with what separates it from the next."""
-        start = self._starts[i]
-        end = self._starts[i + 1] if i + 1 < len(self) else self._end
-        with self.path.open("rb", buffering=0) as file:
-            if _stamp(file) != self._stamp:
-                raise InputError(f"{self.path} was changed while it was being read. Start again.")
-            file.seek(start)
-            record = file.read(end - start)
-        try:
-            return record.decode()
-        except UnicodeDecodeError as error:
-            line = self.line(i) + record.count(b"\n", 0, error.start)
-            raise _not_utf8(self.path, line, error) from None
 
 
 def _stamp(file: Any) -> tuple[int, int]:
@@ -76,7 +31,53 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> InputError:
     )
 
 
-class JsonLinesRows(Rows):
+class _LineRows(Rows):
+    """Rows of a text file by the byte and the line, counted from 1, at which each begins.
+
+    The file is opened anew for each read: no handle to leak, to share after a fork or to move under
+    another thread. A file that has changed since is noticed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.path = path.name, path
+        self._starts = array.array("q")  # and where the last row ends
+        self._lines = array.array("I")
+        with path.open("rb", buffering=_BUFFER) as file:
+            self._stamp = _stamp(file)
+            self._starts.append(self._scan(file))
+
+    @abstractmethod
+    def _scan(self, file: IO[bytes]) -> int:
+        """Find where the rows begin; return where the last one ends."""
+
+    def _add(self, start: int, line: int) -> None:
+        self._starts.append(start)
+        self._lines.append(line)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def where(self, i: int, column: str | None = None) -> str:
+        """Return file, row, line and column in words."""
+        place = f"{self.name}, row {i + 1} (line {self._lines[i]})"
+        return place if column is None else f"{place}, column {column!r}"
+
+    def _text(self, i: int) -> str:
+        """Return row `i`, with what separates it from the next."""
+        start, end = self._starts[i : i + 2]
+        with self.path.open("rb", buffering=0) as file:
+            if _stamp(file) != self._stamp:
+                raise InputError(f"{self.path} was changed while it was being read. Start again.")
+            file.seek(start)
+            record = file.read(end - start)
+        try:
+            return record.decode()
+        except UnicodeDecodeError as error:
+            line = self._lines[i] + record.count(b"\n", 0, error.start)
+            raise _not_utf8(self.path, line, error) from None
+
+
+class JsonLinesRows(_LineRows):
     """One JSON object a line; blank lines are passed over but counted.
 
     The columns are the keys of the first 100 rows, in the order they are met; a row that lacks one
@@ -84,22 +85,8 @@ class JsonLinesRows(Rows):
     """
 
     def __init__(self, path: Path) -> None:
-        """Find where the rows begin.
-
-        Raises:
-            InputError: no rows, or one of the first 100 is not a JSON object.
-        """
-        self.name = path.name
-        with path.open("rb", buffering=_BUFFER) as file:
-            self._records = _Records(path, _stamp(file))
-            position = 0
-            for number, line in enumerate(file, start=1):
-                bom = len(_BOM) if position == 0 and line.startswith(_BOM) else 0
-                if line[bom:].strip():
-                    self._records.add(position + bom, number)
-                position += len(line)
-        self._records.close(position)
-        if not len(self._records):
+        super().__init__(path)
+        if not len(self):
             raise InputError(f"{path} is empty: expected one JSON object a line.")
         self.columns = []
         first = [self._parse(i) for i in range(min(len(self), _ROWS_LOOKED_AT_FOR_COLUMNS))]
@@ -107,56 +94,44 @@ class JsonLinesRows(Rows):
         if not self.columns:
             raise InputError(f"{path}: the rows have no columns; they are empty objects.")
 
-    def __len__(self) -> int:
-        return len(self._records)
+    def _scan(self, file: IO[bytes]) -> int:
+        position = 0
+        for number, line in enumerate(file, start=1):
+            bom = len(_BOM) if position == 0 and line.startswith(_BOM) else 0
+            if line[bom:].strip():
+                self._add(position + bom, number)
+            position += len(line)
+        return position
 
     def _parse(self, i: int) -> dict[str, Any]:
         # what the scan took for blank lines may follow the row; JSON knows fewer blanks than ASCII
-        text = self._records.text(i).rstrip(" \t\n\r\v\f")
+        text = self._text(i).rstrip(" \t\n\r\v\f")
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            at, why = f"line {self._records.line(i)}", str(error)
+            at, why = f"line {self._lines[i]}", str(error)
             if isinstance(error, json.JSONDecodeError):
                 at, why = f"{at}, character {error.colno}", error.msg
             raise InputError(
-                f"{self._records.path}, {at}: not valid JSON ({why}). "
-                "Expected one JSON object a line."
+                f"{self.path}, {at}: not valid JSON ({why}). Expected one JSON object a line."
             ) from None
         if not isinstance(value, dict):
             raise InputError(
-                f"{self._records.path}, line {self._records.line(i)}: expected a JSON object "
+                f"{self.path}, line {self._lines[i]}: expected a JSON object "
                 f'such as {{"text": "…", "label": 0}}, found {_json_kind(value)}.'
             )
         return value
 
     def read_row(self, i: int) -> dict[str, Any]:
-        """Return row `i`.
-
-        Raises:
-            InputError: not UTF-8, not JSON or not an object; the message names file and line.
-        """
+        """Return row `i`."""
         return _with_all_columns(self._parse(i), self.columns)
-
-    def where(self, i: int, column: str | None = None) -> str:
-        """Return file, row, line and column in words."""
-        return _where(self.name, i, self._records.line(i), column)
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the file's bytes."""
-        return file_digest(self._records.path)
 
 
 class JsonArrayRows(Rows):
     """A small JSON file that is one array of objects, held in memory."""
 
     def __init__(self, path: Path) -> None:
-        """Read the file.
-
-        Raises:
-            InputError: too large to be read at once, not JSON, not an array of objects, or empty.
-        """
-        self.name = path.name
+        self.name, self.path = path.name, path
         size = path.stat().st_size
         if size > MAX_JSON_ARRAY_BYTES:
             raise InputError(
@@ -186,7 +161,6 @@ class JsonArrayRows(Rows):
         self.columns = list(dict.fromkeys(key for row in rows for key in row))
         if not self.columns:
             raise InputError(f"{path} is empty: expected an array of objects with columns.")
-        self._path = path
         self._rows = rows
 
     def __len__(self) -> int:
@@ -196,12 +170,8 @@ class JsonArrayRows(Rows):
         """Return a copy of row `i`."""
         return _with_all_columns(self._rows[i], self.columns)
 
-    def digest(self) -> str:
-        """Return the SHA-256 of the file's bytes."""
-        return file_digest(self._path)
 
-
-class CsvRows(Rows):
+class CsvRows(_LineRows):
     """Comma- or tab-separated values with a header line; every value is a string.
 
     Fields may be of any length, and may be quoted with `"` to hold delimiters, line ends and
@@ -209,87 +179,63 @@ class CsvRows(Rows):
     """
 
     def __init__(self, path: Path, delimiter: str) -> None:
-        """Find where the rows begin, and check each of them.
-
-        Raises:
-            InputError: no header, no rows, a column named twice, a row with more or fewer fields
-                than the header, wrong quoting or bytes that are not UTF-8; the message names the
-                line.
-        """
         # the limit is the process's; the default of 128 KiB is less than one long document
         csv.field_size_limit(2**31 - 1)
-        self.name = path.name
-        self._path = path
         self._delimiter = delimiter
-        header: list[str] | None = None
-        with path.open("rb", buffering=_BUFFER) as file:
-            self._records = _Records(path, _stamp(file))
-            lines = _Lines(path, file)
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
-            while True:
-                start, line = lines.position, lines.number + 1
-                try:
-                    record = next(reader, None)
-                except csv.Error as error:
-                    raise InputError(
-                        f"{path}, line {line}: {_explain(error, lines.number)}."
-                    ) from None
-                if record is None:
-                    break
-                if not record:
-                    continue
-                if header is None:
-                    header = self._check_header(record, line)
-                elif len(record) != len(header):
-                    raise InputError(
-                        f"{path}, line {line}: {len(record)} fields, but the header has "
-                        f"{len(header)} ({', '.join(header)}). "
-                        "Quote fields that hold the delimiter or a line end."
-                    )
-                else:
-                    self._records.add(start, line)
-        if header is None:
+        self.columns = []
+        super().__init__(path)
+        if not self.columns:
             raise InputError(
                 f"{path} is empty: expected a header line with the names of the columns."
             )
-        if not len(self._records):
-            raise InputError(f"{path} has a header ({', '.join(header)}) but no rows.")
-        self.columns = header
-        self._records.close(lines.position)
+        if not len(self):
+            raise InputError(f"{path} has a header ({', '.join(self.columns)}) but no rows.")
+
+    def _scan(self, file: IO[bytes]) -> int:
+        lines = _Lines(self.path, file)
+        reader = csv.reader(lines, delimiter=self._delimiter, strict=True)
+        while True:
+            start, line = lines.position, lines.number + 1
+            try:
+                record = next(reader, None)
+            except csv.Error as error:
+                why = _explain(error, lines.number)
+                raise InputError(f"{self.path}, line {line}: {why}.") from None
+            if record is None:
+                return lines.position
+            if record and not self.columns:
+                self.columns = self._check_header(record, line)
+            elif record and len(record) != len(self.columns):
+                raise InputError(
+                    f"{self.path}, line {line}: {len(record)} fields, but the header has "
+                    f"{len(self.columns)} ({', '.join(self.columns)}). "
+                    "Quote fields that hold the delimiter or a line end."
+                )
+            elif record:
+                self._add(start, line)
 
     def _check_header(self, header: list[str], line: int) -> list[str]:
         twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
         if twice:
             raise InputError(
-                f"{self._path}, line {line}: the header names column {twice[0]!r} "
+                f"{self.path}, line {line}: the header names column {twice[0]!r} "
                 f"{header.count(twice[0])} times. Give each column a name of its own."
             )
         return header
 
-    def __len__(self) -> int:
-        return len(self._records)
-
     def read_row(self, i: int) -> dict[str, Any]:
         """Return row `i`, every value a string."""
         # newline="\n" splits where the scan split, and leaves other line ends inside fields alone
-        lines = io.StringIO(self._records.text(i), newline="\n")
+        lines = io.StringIO(self._text(i), newline="\n")
         record = next(csv.reader(lines, delimiter=self._delimiter, strict=True))
         return dict(zip(self.columns, record, strict=True))
-
-    def where(self, i: int, column: str | None = None) -> str:
-        """Return file, row, the line the row begins on, and column in words."""
-        return _where(self.name, i, self._records.line(i), column)
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the file's bytes."""
-        return file_digest(self._path)
 
 
 class _Lines(Iterator[str]):
     """Lines of a binary file as text; knows the byte position and number of the last line given."""
 
     def __init__(self, path: Path, file: Any) -> None:
-        self._path = path
+        self.path = path
         self._file = file
         self.position = 0
         self.number = 0
@@ -302,7 +248,7 @@ class _Lines(Iterator[str]):
         try:
             return line[bom:].decode()
         except UnicodeDecodeError as error:
-            raise _not_utf8(self._path, self.number, error) from None
+            raise _not_utf8(self.path, self.number, error) from None
 
 
 def _explain(error: csv.Error, last_line: int) -> str:
@@ -316,11 +262,6 @@ def _explain(error: csv.Error, last_line: int) -> str:
     return f"{message}; a quote inside a quoted field is written twice"
 
 
-def _where(name: str, i: int, line: int, column: str | None) -> str:
-    place = f"{name}, row {i + 1} (line {line})"
-    return place if column is None else f"{place}, column {column!r}"
-
-
 def _with_all_columns(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
     return {**dict.fromkeys(columns), **row}
 
@@ -331,11 +272,7 @@ def _json_kind(value: Any) -> str:
 
 
 def open_json(path: Path) -> Rows:
-    """Open a `.json` file: an array of objects, or JSON Lines under another name.
-
-    Raises:
-        InputError: as the reader of the kind that the first character tells.
-    """
+    """Open a `.json` file: an array of objects, or JSON Lines under another name."""
     with path.open("rb") as file:
         first = b""
         for line in file:

@@ -1,6 +1,41 @@
-"""Names in messages: any text may be one, and there may be many."""
+"""What several messages say alike: any text may be a name, and there may be many."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Show a value from a file on one line: control characters escaped, long ones cut."""
+    if isinstance(value, Mapping):
+        return f"an object of {len(value)} members"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int) and abs(value) > 10**limit:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str) and len(value) > limit:
+        return repr(value[:limit]) + "…"
+    return repr(value)
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """Offer the known names nearest to one that is not known; nothing where none is near."""
+    near = get_close_matches(name, known)
+    return f"Did you mean {' or '.join(near)}?" if near else ""
+
+
+def neighbours(path: Path) -> list[str]:
+    """Give what has nearly the name of a path that is not there, in its folder."""
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    return get_close_matches(path.name, names)
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of what an error of another library says, or else its kind."""
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
 
 
 def printable(text: str, keep: str = "") -> str:

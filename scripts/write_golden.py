@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from formats.digest import tensor_record
+from formats.digest import json_digest, tensor_record
 from formats.fisher_folder import write_fisher
-from formats.fisher_json import LayerRecord, Ledger, TaskRecord
+from formats.fisher_json import Block, Generated, LayerRecord, Ledger, TaskRecord
 from formats.tensors import write_tensors
 
 CONFIG = {"model_type": "golden", "sizes": [4, 3, 2]}
@@ -99,6 +99,39 @@ def second_task() -> TaskRecord:
     )
 
 
+def written_task() -> TaskRecord:
+    """Give a task whose data the model wrote, with what its digest is of."""
+    description = {"command": "finetune", "options": {"epochs": 2, "größe": 0.5}, "data": None}
+    return replace(
+        first_task(),
+        name="written",
+        penalty="none",
+        generated=Generated(7, 32, 0.75, 1.0, 3, "89abcdef01234567" * 4, 2, 4, 1),
+        made_from=json_digest(description),
+        description=description,
+    )
+
+
+def unmeasured_task() -> TaskRecord:
+    """Give a task that was trained and not measured."""
+    return replace(
+        second_task(), name="last", examples=None, units=None, estimator=None, mc_samples=None,
+        layers={},
+    )  # fmt: skip
+
+
+def factors() -> tuple[dict[str, Tensor], dict[str, Block]]:
+    """Give symmetric matrices, exact in bfloat16, and what they are."""
+    blocks = {
+        "hidden.weight.R": Block("R", (1,), ("hidden.weight", "hidden.bias")),
+        "output.weight.A": Block("A", (1,), ("output.weight",)),
+        "output.weight.G": Block("G", (0,), ("output.weight",)),
+    }
+    sizes = {"hidden.weight.R": 5, "output.weight.A": 3, "output.weight.G": 2}
+    values = {name: ramp((size, 1), 0.5) for name, size in sizes.items()}
+    return {name: column @ column.T for name, column in values.items()}, blocks
+
+
 def write(
     folder: Path,
     ledger: Ledger,
@@ -106,6 +139,7 @@ def write(
     dtype: torch.dtype = torch.float32,
     anchor: dict[str, Tensor] | None = None,
     heads: dict[str, dict[str, Tensor]] | None = None,
+    factors: dict[str, Tensor] | None = None,
     max_shard_size: int = 10**9,
     stem: str = "model",
 ) -> None:
@@ -129,6 +163,7 @@ def write(
         ledger,
         anchor=anchor,
         heads=heads,
+        factors=factors,
         dtype=dtype,
         max_shard_size=max_shard_size,
     )
@@ -168,6 +203,20 @@ def write_all(folder: Path) -> None:
         folder / "made-from",
         Ledger([first_task(), learned], gamma=0.9, made_from="13579bdf02468ace" * 4),
     )
+    matrices, blocks = factors()
+    whole = {"merge": ["a", "b"], "base": None}
+    write(
+        folder / "version-2",
+        Ledger(
+            [written_task(), unmeasured_task()],
+            blocks=blocks,
+            made_from=json_digest(whole),
+            description=whole,
+        ),
+        factors=matrices,
+        max_shard_size=100,
+    )
+    write(folder / "version-2-task", Ledger([first_task(), unmeasured_task()]))
 
 
 if __name__ == "__main__":

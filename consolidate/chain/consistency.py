@@ -15,7 +15,8 @@ def contradictions(ledger: Ledger, traces: Mapping[str, float]) -> list[str]:
 
     Λ is a sum with weights from 0 to 1 of all w F, in which the last counts whole:
     w_T tr F_T ≤ tr Λ ≤ Σ_t w_t tr F_t; and online with γ = 1 the last but one counts whole too,
-    unless the output layer is another one since. For two tasks that is an equality.
+    unless the output layer is another one since. For two tasks that is an equality. Of a task that
+    was not measured F is 0.
 
     Args:
         ledger: The ledger.
@@ -37,7 +38,7 @@ def contradictions(ledger: Ledger, traces: Mapping[str, float]) -> list[str]:
         if ledger.weights[name] != ledger.weights[first]
     ]
     fresh = {name for head in ledger.heads.values() for name in head}
-    told = all(task.layers for task in ledger.tasks)
+    told = all(task.layers or task.estimator is None for task in ledger.tasks)
     for name, trace in traces.items():
         parts = [
             task.weight * task.layers[name].trace if name in task.layers else 0.0

@@ -214,7 +214,8 @@ def _weight(asked: float | str, tasks: Sequence[TaskRecord], apart: Collection[s
         return 1.0
     scale = first.weight or 1.0
     if asked == "units":
-        return scale * new.units / first.units
+        units = [task.units for task in tasks if task.units is not None]
+        return scale * units[-1] / units[0]
     common = (first.layers.keys() & new.layers.keys()) - set(apart)
     past, present = (math.fsum(task.layers[at].trace for at in common) for task in (first, new))
     # A Fisher of zero holds nothing at any weight, and no weight can match it.

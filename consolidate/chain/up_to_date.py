@@ -78,9 +78,9 @@ def recorded_fisher(ledger: Ledger) -> MeasuredFisher:
         "weight": task.weight,
         "merge_rule": ledger.merge_rule,
         "gamma": ledger.gamma,
-        "estimator": task.estimator,
-        "examples": task.examples,
-        "units": task.units,
+        "estimator": str(task.estimator),
+        "examples": task.examples or 0,
+        "units": task.units or 0,
         "parameters": sum(math.prod(ledger.fisher[name].shape) for name in task.layers),
         "trace": math.fsum(layer.trace for layer in task.layers.values()),
         "layers": {

@@ -256,8 +256,10 @@ class _Tensors(LazyTensors):
     ) -> None:
         self._merged = merged
         self._field = field
-        self._dtypes = dtypes
-        self._names = dict.fromkeys(names)
+        first = merged.models[0].source.weights
+        self.headers = {
+            name: (dtypes.get(name, torch.float32), shape_of(first, name)) for name in names
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         if not self.dtype(name).is_floating_point:
@@ -268,21 +270,6 @@ class _Tensors(LazyTensors):
             values: Tensor = getattr(part, self._field)
             flat[start : start + values.numel()] = values
         return made
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._dtypes.get(name, torch.float32)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return shape_of(self._merged.models[0].source.weights, name)
 
 
 class _Merged:

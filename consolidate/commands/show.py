@@ -24,7 +24,7 @@ from formats.fisher_folder import (
     in_one_line,
     read_fisher,
 )
-from formats.fisher_json import FORMAT, VERSION, Ledger, TaskRecord, read_ledger
+from formats.fisher_json import FORMAT, Ledger, TaskRecord, needed_version, read_ledger
 from formats.hub import FISHER, commits_of, locate, remote_headers
 
 LOG = logging.getLogger("consolidate")
@@ -93,7 +93,7 @@ def show(
         "checkpoint": str(checkpoint),
         "commits": commits_of(folder),
         "format": cast(Format, FORMAT),
-        "version": VERSION,
+        "version": needed_version(ledger),
         "merge_rule": ledger.merge_rule,
         "gamma": ledger.gamma,
         "penalty_offset": ledger.penalty_offset,
@@ -121,7 +121,7 @@ def show(
 
 def _task(record: TaskRecord) -> Task:
     task = asdict(record)
-    del task["layers"]
+    del task["layers"], task["generated"], task["description"]
     return cast(Task, task)
 
 

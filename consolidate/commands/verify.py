@@ -164,9 +164,9 @@ def _verify_set(
         found[name] = tensor_record(tensor)
         size += tensor.numel() * tensor.element_size()
         try:
-            check_values(
-                tensor, f"{_file(tensors, name, path)}: {name!r}", not_negative=kind == "fisher"
-            )
+            where = f"{_file(tensors, name, path)}: {name!r}"
+            symmetric = kind == "factors"
+            check_values(tensor, where, not_negative=kind == "fisher", symmetric=symmetric)
         except ConsolidateError as finding:
             findings.append(finding)
     for name in sorted(records.keys() & found.keys()):

@@ -1,13 +1,12 @@
 """A module's present values as the tensors of its weights file, each made when it is asked for."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from consolidate.models.tensor_names import Layout
 from consolidate.runtime.shards import whole
-from formats.tensors import LazyTensors, dtype_of, shape_of
+from formats.tensors import LazyTensors, header_of
 
 MOST_KEPT = 4
 """Conversions whose results are kept: a layer's experts come out of two or three."""
@@ -24,10 +23,7 @@ class FileWeights(LazyTensors):
     def __init__(self, module: nn.Module, layout: Layout, stored: Mapping[str, Tensor]) -> None:
         """Look at a module's tensors as they are now; what they hold may change.
 
-        Args:
-            module: As it was loaded, trained or not.
-            layout: Which tensors of the file are which of the module.
-            stored: The weights it was loaded from.
+        It was loaded from `stored`, and may have been trained since.
         """
         self._layout = layout
         self._stored = stored
@@ -35,35 +31,19 @@ class FileWeights(LazyTensors):
         for name, tensor in module.state_dict().items():
             if isinstance(tensor, Tensor) and (own := layout.canonical(name)) is not None:
                 self._state.setdefault(own, tensor)
-        self._names = [*stored, *(name for name in layout.fresh if name not in stored)]
-        self._known = frozenset(self._names)
+        fresh = (name for name in layout.fresh if name not in stored)
+        self.headers = {name: header_of(stored, name) for name in stored}
+        self.headers |= {name: header_of(self._state, name) for name in fresh}
         self._kept: dict[tuple[str, ...], tuple[list[int], dict[str, Tensor]]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._known:
+        if name not in self.headers:
             raise KeyError(name)
         first = self._layout.duplicates.get(name, name)
         made = self._made(first)
         if name not in self._stored:
             return made[name]
-        return made[first].to(dtype_of(self._stored, name)) if first in made else self._stored[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._known
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Give the dtype of a tensor in the file."""
-        return dtype_of(self._stored if name in self._stored else self._state, name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Give the shape of a tensor in the file."""
-        return shape_of(self._stored if name in self._stored else self._state, name)
+        return made[first].to(self.dtype(name)) if first in made else self._stored[name]
 
     def _made(self, name: str) -> dict[str, Tensor]:
         """Make what the file has of the module's tensors behind one name; of none, nothing."""

@@ -330,9 +330,9 @@ def _scores(ledger: Ledger) -> str:
 def _measured(ledger: Ledger) -> str:
     rows = [["task", "expectation over the labels", "measured on", "seed", "weight"]]
     for task in ledger.tasks:
-        tokens = f", {task.units:,} tokens" if task.unit == "token" else ""
+        tokens = f", {task.units or 0:,} tokens" if task.unit == "token" else ""
         estimator = estimator_text(task.estimator, task.mc_samples)
-        on = f"{task.examples:,} examples{tokens}"
+        on = f"{task.examples or 0:,} examples{tokens}"
         rows.append([escaped(task.name), estimator, on, str(task.seed), f"{task.weight:g}"])
     count = sum(math.prod(record.shape) for record in ledger.fisher.values())
     dtype = next(iter(ledger.fisher.values())).dtype

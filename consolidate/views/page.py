@@ -148,7 +148,7 @@ def _chain(summary: ShowResult) -> str:
     for i, task in enumerate(summary["tasks"][first:], first):
         pairs = [
             ("learned from", task["data"] or "–"),
-            (f"{task['unit']}s", f"{task['units']:,}"),
+            (f"{task['unit']}s", f"{task['units'] or 0:,}"),
             (
                 "learned with",
                 penalty_text(task["penalty"], task["penalty_on"], task["ewc_lambda"]),
@@ -187,8 +187,8 @@ def _settings(summary: ShowResult) -> str:
             task["name"],
             task["objective"],
             task["likelihood"],
-            f"{task['examples']:,}",
-            _count(task["units"], task["unit"]),
+            f"{task['examples'] or 0:,}",
+            _count(task["units"] or 0, task["unit"]),
             estimator_text(task["estimator"], task["mc_samples"]),
             str(task["seed"]),
             f"{task['weight']:g}",

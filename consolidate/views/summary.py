@@ -63,7 +63,7 @@ def _tasks(tasks: list[Task]) -> list[str]:
         [
             task["name"],
             task["objective"],
-            f"{task['units']:,} {task['unit']}s",
+            f"{task['units'] or 0:,} {task['unit']}s",
             estimator_text(task["estimator"], task["mc_samples"]),
             str(task["seed"]),
             f"{task['weight']:g}",
@@ -120,10 +120,10 @@ def _heads(summary: ShowResult) -> list[str]:
     return [f"heads of their own: {own}; in the weights: {', '.join(rest) or 'of no task'}"]
 
 
-def estimator_text(estimator: str, samples: int | None) -> str:
+def estimator_text(estimator: str | None, samples: int | None) -> str:
     """Say with what a Fisher was measured: the estimator, and the samples where it draws any."""
     sampled = estimator in ("mc", "batched") and samples is not None
-    return f"{estimator} × {samples}" if sampled else estimator
+    return f"{estimator} × {samples}" if sampled else estimator or "not measured"
 
 
 def penalty_text(penalty: str | None, penalty_on: str | None, ewc_lambda: float | None) -> str:

@@ -16,8 +16,14 @@ from formats.atomic import replace_folder
 from formats.checkpoint import weight_records
 from formats.digest import TensorRecord
 from formats.errors import InputError, NonFiniteError
-from formats.fisher_folder import METADATA_KEY, check_belongs, read_fisher, write_fisher
-from formats.fisher_json import Ledger, TaskRecord, ledger_bytes
+from formats.fisher_folder import (
+    METADATA_KEY,
+    check_belongs,
+    check_intact,
+    read_fisher,
+    write_fisher,
+)
+from formats.fisher_json import Block, Ledger, TaskRecord, ledger_bytes, needed_version
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
@@ -49,6 +55,12 @@ def write(folder: Path, **options: Any) -> Path:
         folder, options.pop("fisher", fisher()), options.pop("ledger", ledger()), **options
     )
     return folder
+
+
+def with_factors(**changes: Any) -> dict[str, Any]:
+    blocks = {"a.R": Block("R", (1,), ("a",)), "a.G": Block("G", (0,), ("a",))}
+    factors = {"a.R": torch.ones(3, 3), "a.G": torch.tensor([[2.0, -1.0], [-1.0, 0.0]])}
+    return {"ledger": ledger(blocks=blocks), "factors": factors | changes}
 
 
 @pytest.fixture
@@ -99,9 +111,62 @@ def test_bfloat16(tmp_path: Path) -> None:
     assert torch.equal(stored.fisher["a"], fisher()["a"].bfloat16())
 
 
+@pytest.mark.parametrize("max_shard_size", [10**9, 36])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_come_back(tmp_path: Path, max_shard_size: int, dtype: torch.dtype) -> None:
+    given = with_factors()
+    folder = write(tmp_path / "fisher", max_shard_size=max_shard_size, dtype=dtype, **given)
+    stored = read_fisher(folder)
+    assert stored.factors is not None
+    assert needed_version(stored.ledger) == 2
+    assert stored.ledger.blocks == given["ledger"].blocks
+    for name, values in given["factors"].items():
+        assert torch.equal(stored.factors[name], values.to(dtype))
+    check_intact(stored)
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as handle:
+            (text,) = handle.metadata().values()
+        content = json.loads(text)
+        assert content["version"] == 2
+        assert content["kind"] in file.name
+
+
+def test_damaged_factors_are_refused(golden: Any) -> None:
+    folder = golden("version-2")
+    index = folder / "factors.safetensors.index.json"
+    name = "output.weight.G"
+    file = folder / json.loads(index.read_text())["weight_map"][name]
+    whole = load_file(file)[name]
+    rewrite(file, **{name: whole + torch.eye(2)})
+    stored = read_fisher(folder)
+    with pytest.raises(InputError, match=r"is damaged: 'output\.weight\.G' has .* other values"):
+        check_intact(stored)
+    check_intact(stored, kinds=("fisher",))
+    rewrite(file, **{name: torch.ones(3, 3)})
+    with pytest.raises(InputError, match=r"'output\.weight\.G' has shape \[3, 3\], expected"):
+        read_fisher(folder)
+    rewrite(file, **{name: whole}, metadata={METADATA_KEY: '{"kind":"factors","version":1}'})
+    with pytest.raises(InputError, match=r"version is 1, and fisher\.json asks for 2"):
+        read_fisher(folder)
+
+
 @pytest.mark.parametrize(
     ("bad", "options", "error", "message"),
     [
+        ({}, {"ledger": ledger(), "factors": {"a.R": torch.ones(3, 3)}}, InputError, "same names"),
+        ({}, with_factors(**{"a.R": torch.ones(2, 2)}), InputError, r"shape \[3, 3\], found"),
+        ({}, with_factors(**{"a.R": torch.ones(3, 2)}), InputError, r"'a\.R' is not symmetric"),
+        ({}, with_factors(**{"a.R": torch.ones(3)}), InputError, r"'a\.R' is not symmetric"),
+        ({}, with_factors(**{"a.R": torch.ones(3, 3).triu()}), InputError, "is not symmetric"),
+        ({}, with_factors(**{"a.R": -torch.ones(3, 3)}), InputError, "below 0 on its diagonal"),
+        ({}, with_factors(**{"a.R": torch.ones(3, 3) / 0}), NonFiniteError, "'a.R' has 9 of 9"),
+        ({}, with_factors() | {"factors": None}, InputError, "the same names"),
+        (
+            {},
+            {"ledger": ledger(factors={"a.R": TensorRecord("F32", (3, 3), "0" * 64)})},
+            InputError,
+            "the ledger has factors, but none were given",
+        ),
         ({"b": torch.tensor([0, -1e-30, 1])}, {}, InputError, "'b' has 1 of 3 values below 0"),
         ({"b": torch.tensor([0, torch.nan, torch.inf])}, {}, NonFiniteError, "'b' has 2 of 3"),
         ({"b": torch.tensor([0, 1, 1e39]).double()}, {}, NonFiniteError, "'b' has 1 of 3"),
@@ -142,7 +207,7 @@ def test_a_missing_folder_says_what_to_run(tmp_path: Path) -> None:
         read_fisher(tmp_path / "fisher")
 
 
-@pytest.mark.parametrize("name", ["unsharded", "sharded", "anchor"])
+@pytest.mark.parametrize("name", ["unsharded", "sharded", "anchor", "version-2"])
 def test_each_missing_file_is_named(golden: Any, name: str) -> None:
     folder = golden(name)
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -157,7 +222,7 @@ def test_each_missing_file_is_named(golden: Any, name: str) -> None:
     read_fisher(folder)
 
 
-@pytest.mark.parametrize("name", ["unsharded", "sharded", "anchor"])
+@pytest.mark.parametrize("name", ["unsharded", "sharded", "anchor", "version-2"])
 def test_each_truncated_file_is_named(golden: Any, name: str) -> None:
     folder = golden(name)
     for file in [path for path in folder.rglob("*") if path.is_file()]:
@@ -176,6 +241,7 @@ def test_each_truncated_file_is_named(golden: Any, name: str) -> None:
     [
         "notes.txt",
         "anchor.safetensors",
+        "factors.safetensors",
         "model.safetensors",
         "fisher.bin",
         "fisher-00001-of-00002.safetensors",

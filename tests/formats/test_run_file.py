@@ -14,7 +14,6 @@ start = "old-model"
 revision = "main"
 fisher = "elsewhere/fisher"
 output-dir = "out"
-evaluate-ahead = true
 
 [evaluate]
 old = "old.jsonl"
@@ -49,7 +48,7 @@ def test_everything_is_read_and_paths_are_relative_to_the_file(tmp_path: Path) -
     assert run.start == str(tmp_path / "old-model")
     assert run.fisher == str(tmp_path / "elsewhere" / "fisher")
     assert run.output_dir == tmp_path / "out"
-    assert (run.revision, run.evaluate_ahead, run.config) == ("main", True, None)
+    assert (run.revision, run.config) == ("main", None)
     assert run.evaluate == {"old": str(tmp_path / "old.jsonl")}
     assert run.defaults == {"ewc-lambda": 100, "epochs": 2}
     one, two = run.tasks
@@ -66,16 +65,18 @@ def test_everything_is_read_and_paths_are_relative_to_the_file(tmp_path: Path) -
 def test_what_is_left_out(tmp_path: Path) -> None:
     run = read_run_file(write(tmp_path, '[[task]]\nname = "a"\ndata = "a.npz"\n'), OPTIONS)
     assert (run.start, run.output_dir, run.config, run.defaults) == (None, None, None, {})
-    assert not run.evaluate_ahead
 
 
 TASK = '[[task]]\nname = "a"\ndata = "a.npz"\n'
 REFUSED = {
     "no task": ("", "there is no task"),
     "a task that is no table": ('task = "a"', "there is no task"),
-    "no name": ('[[task]]\ndata = "a"', "task 1: name is missing"),
-    "no data": (TASK + '[[task]]\nname = "b"', "task 2: data is missing"),
-    "a bad name": (TASK.replace('"a"', '"a/b"'), "task 1: 'a/b' cannot name a task"),
+    "no name": ('[[task]]\ndata = "a"', "task 1: the field 'name' is missing"),
+    "no data": (TASK + '[[task]]\nname = "b"', "task 2: the field 'data' is missing"),
+    "a bad name": (
+        TASK.replace('"a"', '"a/b"'),
+        "task 1, $.name: expected a task name of 1 to 64",
+    ),
     "two of a name": (TASK + TASK, "task 2 and task 1 are both named 'a': give one"),
     "a name among evaluate": (
         '[evaluate]\na = "x"\n' + TASK,
@@ -86,10 +87,14 @@ REFUSED = {
     "a typo in a task": (TASK + "epoch = 1", "task 1: unknown key 'epoch'. Did you mean epochs?"),
     "an underscore": (TASK + "learning_rate = 1", "Did you mean learning-rate?"),
     "what the run says itself": (TASK + 'overwrite = "b"', "unknown key 'overwrite'"),
-    "a number for a text": ("start = 3\n" + TASK, "start must be a string, found 3"),
-    "an empty text": ('start = ""\n' + TASK, "start must not be empty"),
-    "a text for yes or no": ('evaluate-ahead = "x"\n' + TASK, "must be true or false"),
-    "a text for a table": ('defaults = "x"\n' + TASK, "defaults must be a table"),
+    "a number for a text": ("start = 3\n" + TASK, "$.start: expected a string, found 3"),
+    "an empty text": ('start = ""\n' + TASK, "$.start: expected a string that is not empty"),
+    "a text for yes or no": (TASK + 'train = "x"', "task 1, $.train: expected true or false"),
+    "a number for a folder": ("output-dir = 3\n" + TASK, "output-dir: expected a path, found 3"),
+    "an empty folder": ('output-dir = ""\n' + TASK, "output-dir: expected a path, found ''"),
+    "a number to evaluate": ("[evaluate]\nx = 3\n" + TASK, "$.evaluate['x']: expected a string"),
+    "what was removed": ("evaluate-ahead = true\n" + TASK, "unknown key 'evaluate-ahead'"),
+    "a text for a table": ('defaults = "x"\n' + TASK, "$.defaults: expected an object"),
     "start and config": ('start = "x"\n[config]\na = 1\n' + TASK, "leave one out"),
     "a config that is no JSON": ("[config]\na = 2020-01-01\n" + TASK, "cannot be kept as JSON"),
     "no TOML": ("start =", "is not valid TOML"),

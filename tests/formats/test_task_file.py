@@ -114,14 +114,14 @@ def test_plain_data(tmp_path):
     [
         ('data = "x"\ntext_colum = "a"\n', "unknown key 'text_colum'. Did you mean text_column"),
         ('data = "x"\n[model]\n', "unknown key 'model'. Known: data, name, "),
-        ('data = "x"\nsplit = 3\n', "split must be a string that is not empty, found 3"),
-        ('data = ""\n', "data must be a string that is not empty, found ''"),
-        ('data = ["a", "b"]\n', "data must be a string"),
-        ('name = "x"\n', "data is missing"),
-        ("", "data is missing"),
+        ('data = "x"\nsplit = 3\n', "$.split: expected a string, found 3"),
+        ('data = ""\n', "$.data: expected a string that is not empty, found ''"),
+        ('data = ["a", "b"]\n', "$.data: expected a string, found a list of 2"),
+        ('name = "x"\n', "the field 'data' is missing"),
+        ("", "the field 'data' is missing"),
         ("data = x\n", "is not valid TOML: "),
         (b'data = "\xff"\n', "is not UTF-8"),
-        ('data = "x"\nname = "a b"\n', "cannot name a task"),
+        ('data = "x"\nname = "a b"\n', "$.name: expected a task name of 1 to 64"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, content, said):

@@ -11,10 +11,13 @@ from consolidate.commands.verify import verify
 from consolidate.views.summary import show_text
 from formats.checkpoint import open_checkpoint
 from formats.fisher_folder import check_belongs, read_fisher
+from formats.fisher_json import needed_version
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
-NAMES = ["adapter", "anchor", "bfloat16", "made-from", "sharded", "unsharded"]
+FIRST = ["adapter", "anchor", "bfloat16", "made-from", "sharded", "unsharded"]
+SECOND = ["version-2", "version-2-task"]
+NAMES = FIRST + SECOND
 WRITE = runpy.run_path(str(ROOT / "scripts" / "write_golden.py"))
 
 
@@ -44,9 +47,16 @@ def test_it_loads_and_verifies(name: str) -> None:
         for key in stored.fisher:
             assert torch.equal(stored.anchor[key], checkpoint.weights[key] / 2)
     assert (stored.ledger.base is None) == (checkpoint.adapter is None) == (name != "adapter")
+    assert (stored.factors is not None) == (name == "version-2")
+    if stored.factors is not None:
+        assert len(stored.factors.files) == 2
+        for key, values in WRITE["factors"]()[0].items():
+            assert torch.equal(stored.factors[key], values)
+    assert needed_version(stored.ledger) == (1 if name in FIRST else 2)
     assert list(stored.heads) == (["digits"] if name == "anchor" else [])
     assert verify(GOLDEN / name)["weights"]["tensors"] == 5
-    assert "zahlen" in show_text(show(GOLDEN / name)) or name == "unsharded"
+    shown = show_text(show(GOLDEN / name))
+    assert "zahlen" in shown or name == "unsharded" or name in SECOND
 
 
 def test_one_file_and_shards_have_the_same_digests() -> None:
@@ -60,4 +70,4 @@ def test_the_present_writer_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_they_stay_small() -> None:
-    assert sum(len(data) for data in files(GOLDEN).values()) < 40_000
+    assert sum(len(data) for data in files(GOLDEN).values()) < 50_000

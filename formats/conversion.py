@@ -1,0 +1,132 @@
+"""JSON and TOML from files, read strictly and converted to the types of their fields by msgspec."""
+
+import json
+import math
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from formats.errors import InputError, NonFiniteError
+from formats.fields import PATTERNS
+from formats.wording import shown
+
+T = TypeVar("T")
+
+_WORDS = {
+    " | null`": "`",
+    "`str` of length >= 1": "a string that is not empty",
+    "`str`": "a string",
+    "`int`": "an integer",
+    "`float`": "a number",
+    "`bool`": "true or false",
+    "`array`": "a list",
+    "`object`": "an object",
+    "`Path`": "a path",
+}
+_MESSAGE = re.compile(
+    r"(?P<what>Object (?:contains unknown|(?P<missing>missing required)) field"
+    r" `(?P<field>.*?)`|.*?)"
+    r"(?: - at (?P<key>`key` in )?`\$(?P<path>[^`]*)`)?",
+    re.DOTALL,
+)
+_STEP = re.compile(r"\.([^.`\[]+)|\[(\d+|\.\.\.)\]")
+
+
+def strict_json(data: bytes) -> Any:
+    """Read JSON in UTF-8; a key twice, NaN, half of a surrogate pair and the like: `ValueError`."""
+
+    def no_constant(token: str) -> None:
+        raise ValueError(f"{token} is not a JSON number")
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in members:
+                raise ValueError(f"the key {shown(name)} stands twice in one object")
+            members[name] = value
+        return members
+
+    content = json.loads(
+        data.decode("utf-8"), parse_constant=no_constant, object_pairs_hook=no_duplicates
+    )
+    if b"\\u" in data:
+        json_bytes(content)
+    return content
+
+
+def json_bytes(content: Any) -> bytes:
+    """Write JSON in UTF-8 with an indent of two; a lone surrogate is a `ValueError`."""
+    try:
+        return json.dumps(content, ensure_ascii=False, indent=2).encode()
+    except UnicodeEncodeError as error:
+        found = error.object[max(0, error.start - 20) : error.end]
+        raise ValueError(f"expected valid Unicode (no lone surrogate), found {found!r}") from None
+
+
+def converted(content: Any, kind: type[T], source: str, place: str = "$") -> T:
+    """Convert what was read to the type of its fields, which says all that they may be.
+
+    Raises InputError, or NonFiniteError for a number that is not finite; both name the file
+    `source`, the place in it (`$.tasks[0].name`), what was expected and what was found.
+    """
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        text = str(error)
+    told = _MESSAGE.fullmatch(text)
+    assert told is not None
+    path, found = _found(content, kind, told)
+    where = at(source, place + path)
+    if told["field"] is not None:
+        what = "is missing" if told["missing"] else "is not known"
+        raise InputError(f"{where}: the field {shown(told['field'])} {what}")
+    expected = told["what"].removeprefix("Expected ").partition(", got ")[0]
+    if expected == "Number out of range" or (isinstance(found, float) and not math.isfinite(found)):
+        raise NonFiniteError(f"{where}: expected a finite number, found {shown(found)}")
+    for theirs, ours in (PATTERNS | _WORDS).items():
+        expected = expected.replace(theirs, ours)
+    raise InputError(f"{where}: expected {expected}, found {shown(found)}")
+
+
+def at(source: str, place: str) -> str:
+    """Name a place in a file; the whole of it is the file."""
+    return source if place == "$" else f"{source}, {place}"
+
+
+def _found(content: Any, kind: Any, told: re.Match[str]) -> tuple[str, Any]:
+    """Give the place that a message of msgspec means, and what stands there."""
+    path, value = "", content
+    try:
+        for name, index in _STEP.findall(told["path"] or ""):
+            key = name or (
+                _culprit(content, kind, told[0], value) if index == "..." else int(index)
+            )
+            path += f".{name}" if name else f"[{shown(key)}]"
+            value = value[key]
+    except (LookupError, TypeError, AttributeError):
+        return "", content  # the name of an unknown field can look like a place
+    if told["key"]:
+        return f"{path}, a name", _culprit(content, kind, told[0], value)
+    return path, value
+
+
+def _culprit(content: Any, kind: Any, text: str, members: dict[str, Any]) -> str:
+    """Find the member of an object that msgspec refuses; it says [...] instead of the name.
+
+    Of the members, which are part of the content, half are taken away again and again.
+    """
+    items = list(members.items())
+    while len(items) > 1:
+        half = items[: len(items) // 2]
+        members.clear()
+        members.update(half)
+        try:
+            msgspec.convert(content, kind)
+            refused = False
+        except msgspec.ValidationError as error:
+            refused = str(error) == text
+        items = half if refused else items[len(half) :]
+    members.clear()
+    members.update(items)
+    return items[0][0]
