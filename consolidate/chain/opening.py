@@ -1,9 +1,10 @@
 """Open a checkpoint with what belongs to it: its base, its Fisher, its tasks."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from consolidate.models.adapters import check_plain
 from formats.checkpoint import ADAPTER_CONFIG, Checkpoint, open_checkpoint, weight_records
 from formats.digest import set_digest
 from formats.errors import InputError, UsageError
@@ -16,6 +17,23 @@ from formats.fisher_folder import (
 )
 from formats.fisher_json import Ledger
 from formats.hub import FISHER, locate
+
+_OTHER = {
+    "use_dora": "DoRA scales W + s B A by columns",
+    "use_bdlora": "BD-LoRA has block-diagonal factors",
+    "use_qalora": "QA-LoRA pools its inputs",
+    "arrow_config": "Arrow routes between adapters",
+    "alora_invocation_tokens": "aLoRA acts on a part of the text",
+    "velora_config": "VeLoRA compresses what goes into A",
+    "monteclora_config": "MonteCLoRA samples its weights",
+    "kasa_config": "KaSA has singular values of its own and cuts those of W",
+    "lora_bias": "lora_bias adds a bias",
+    "target_parameters": "target_parameters changes tensors that are no layer's weight",
+    "layer_replication": "layer_replication repeats layers of the base model",
+    "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
+    "megatron_config": "Megatron's layers are parallel ones",
+}
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change W at the start
 
 
 def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
@@ -71,7 +89,7 @@ def with_base(source: Checkpoint, base_model: str | Path | None) -> Checkpoint:
         if base_model is not None:
             raise UsageError(f"{source.path} is no adapter, so it has no --base-model")
         return source
-    check_plain(source.adapter, source.path)
+    _check_plain(source.adapter, source.path)
     if base_model is None and (base_model := named_base(source)) is None:
         named = source.adapter.get("base_model_name_or_path")
         raise InputError(
@@ -88,3 +106,21 @@ def named_base(source: Checkpoint) -> str | None:
     """Give the base model that an adapter's config names, if that is there."""
     named = (source.adapter or {}).get("base_model_name_or_path")
     return named if isinstance(named, str) and named and Path(named).exists() else None
+
+
+def _check_plain(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse an adapter that is not W + s B A."""
+    where = path / ADAPTER_CONFIG
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise InputError(f"{where}: peft_type is {kind!r}, and only adapters of LORA are supported")
+    for option, why in _OTHER.items():
+        if config.get(option):
+            raise InputError(f"{where}: {option} is set, so it is not plain LoRA ({why})")
+    if config.get("bias", "none") != "none":
+        raise InputError(f"{where}: bias is {config['bias']!r}, and only 'none' is supported")
+    if (start := config.get("init_lora_weights")) not in _PLAIN_STARTS:
+        raise InputError(
+            f"{where}: init_lora_weights is {start!r}, which changes the base model's weights too; "
+            "convert the adapter to plain LoRA with peft first"
+        )

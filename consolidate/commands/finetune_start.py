@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.heads import Fitted, fit_model, models_of_tasks
 from consolidate.chain.tasks import Chain, check_names_to_be
-from consolidate.commands.finetune_plan import Plan
 from consolidate.data.encoding import encode
 from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
@@ -29,6 +28,9 @@ from consolidate.runtime.shards import shard
 from formats.errors import UsageError
 from formats.rows import Rows
 from formats.task_file import open_task
+
+if TYPE_CHECKING:
+    from consolidate.commands.finetune_plan import Plan
 
 LOG = logging.getLogger("consolidate")
 
@@ -47,7 +49,7 @@ class Start:
     frozen: list[nn.Parameter] | None = None  # for a fresh adapter; None where there is none
 
 
-def load_start(plan: Plan, shards_among: ProcessGroup | None = None) -> Start:
+def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     """Load the model, encode the data for it, and make the penalty around its weights.
 
     `shards_among` are processes that each hold a shard; None where each holds the whole model.
@@ -81,7 +83,7 @@ def load_start(plan: Plan, shards_among: ProcessGroup | None = None) -> Start:
     return Start(loaded, before, examples, evaluations, held_out, with_heads, term, frozen)
 
 
-def _fit(plan: Plan, *, whole: bool) -> tuple[Fitted, partial[Model]]:
+def _fit(plan: "Plan", *, whole: bool) -> tuple[Fitted, partial[Model]]:
     """Load the model with an output layer for the data's labels; and give the way to load it."""
     options, opened = plan.options, plan.opened
     source, objective, factory = opened.source, opened.objective, options.source.model
@@ -114,7 +116,9 @@ def _fit(plan: Plan, *, whole: bool) -> tuple[Fitted, partial[Model]]:
     return fitted, load_as
 
 
-def _shard(plan: Plan, model: Model, with_heads: Mapping[str, Model], among: ProcessGroup) -> None:
+def _shard(
+    plan: "Plan", model: Model, with_heads: Mapping[str, Model], among: ProcessGroup
+) -> None:
     """Give each process its shard of the model."""
     if plan.lora is not None or plan.opened.source.adapter is not None:
         raise UsageError("--shard cuts whole models, not adapters: leave it out")
@@ -127,7 +131,7 @@ def _shard(plan: Plan, model: Model, with_heads: Mapping[str, Model], among: Pro
 
 
 def _encode_named(
-    plan: Plan, data: Mapping[str, str | Path], model: Model, with_heads: Mapping[str, Model]
+    plan: "Plan", data: Mapping[str, str | Path], model: Model, with_heads: Mapping[str, Model]
 ) -> dict[str, Examples]:
     """Encode the data of evaluations, each for the model that it is measured with."""
     encoded = {}
@@ -139,14 +143,14 @@ def _encode_named(
     return encoded
 
 
-def _encode(plan: Plan, rows: Rows, model: Model, columns: Columns) -> Examples:
+def _encode(plan: "Plan", rows: Rows, model: Model, columns: Columns) -> Examples:
     encoding, seed = plan.options.encoding, plan.recipe.seed
     return encode(
         rows, model, columns=columns, max_length=encoding.max_length, pack=encoding.pack, seed=seed
     )
 
 
-def _penalty(plan: Plan, fitted: Fitted) -> WeightPenalty | None:
+def _penalty(plan: "Plan", fitted: Fitted) -> WeightPenalty | None:
     """Make the penalty around the weights that the model has now."""
     asked, opened = plan.options.penalty, plan.opened
     if asked.penalty == "none":

@@ -20,43 +20,8 @@ from formats.errors import InputError, UsageError
 from formats.tensors import shape_of
 from formats.wording import few
 
+
 # By what an adapter is more than W + s B A, or not of the base model's own W.
-_OTHER = {
-    "use_dora": "DoRA scales W + s B A by columns",
-    "use_bdlora": "BD-LoRA has block-diagonal factors",
-    "use_qalora": "QA-LoRA pools its inputs",
-    "arrow_config": "Arrow routes between adapters",
-    "alora_invocation_tokens": "aLoRA acts on a part of the text",
-    "velora_config": "VeLoRA compresses what goes into A",
-    "monteclora_config": "MonteCLoRA samples its weights",
-    "kasa_config": "KaSA has singular values of its own and cuts those of W",
-    "lora_bias": "lora_bias adds a bias",
-    "target_parameters": "target_parameters changes tensors that are no layer's weight",
-    "layer_replication": "layer_replication repeats layers of the base model",
-    "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
-    "megatron_config": "Megatron's layers are parallel ones",
-}
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change W at the start
-
-
-def check_plain(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse an adapter that is not W + s B A."""
-    where = path / ADAPTER_CONFIG
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise InputError(f"{where}: peft_type is {kind!r}, and only adapters of LORA are supported")
-    for option, why in _OTHER.items():
-        if config.get(option):
-            raise InputError(f"{where}: {option} is set, so it is not plain LoRA ({why})")
-    if config.get("bias", "none") != "none":
-        raise InputError(f"{where}: bias is {config['bias']!r}, and only 'none' is supported")
-    if (start := config.get("init_lora_weights")) not in _PLAIN_STARTS:
-        raise InputError(
-            f"{where}: init_lora_weights is {start!r}, which changes the base model's weights too; "
-            "convert the adapter to plain LoRA with peft first"
-        )
-
-
 def load(checkpoint: Checkpoint, **options: Any) -> Model:
     """Load a whole model, or a base model with its adapter in it.
 
