@@ -1,4 +1,4 @@
-"""`fisher`, `finetune` and `evaluate` with all their keywords.
+"""The commands as functions, with all their keywords.
 
 Written by scripts/write_docs from consolidate/options.py: change the options there.
 """
@@ -8,12 +8,30 @@ from pathlib import Path
 
 import torch
 
-from consolidate.commands import evaluate as _evaluate
-from consolidate.commands import finetune as _finetune
-from consolidate.commands import fisher as _fisher
 from consolidate.fields import gather
-from consolidate.options import Columns, EvaluateOptions, FinetuneOptions, FisherOptions
-from consolidate.results import EvaluateResult, FinetuneResult, FisherResult
+from consolidate.options import (
+    Columns,
+    EvaluateOptions,
+    FinetuneOptions,
+    FisherOptions,
+    MergeOptions,
+    PushOptions,
+    ReportOptions,
+    RunOptions,
+    ShowOptions,
+    VerifyOptions,
+)
+from consolidate.results import (
+    EvaluateResult,
+    FinetuneResult,
+    FisherResult,
+    MergeResult,
+    PushResult,
+    ReportResult,
+    RunResult,
+    ShowResult,
+    VerifyResult,
+)
 from consolidate.training.loop import Step
 
 
@@ -121,7 +139,10 @@ def fisher(
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in the weights or in the Fisher.
     """
-    return _fisher.fisher(gather(FisherOptions, locals()))
+    given = locals()
+    from consolidate.commands import fisher as command
+
+    return command.fisher(gather(FisherOptions, given))
 
 
 def finetune(
@@ -312,7 +333,10 @@ def finetune(
         ForgettingError: An old task lost more than `max_forgetting`; the output is kept beside
             `output_dir`, under its name with ``.failed-forgetting``.
     """
-    return _finetune.finetune(gather(FinetuneOptions, locals()))
+    given = locals()
+    from consolidate.commands import finetune as command
+
+    return command.finetune(gather(FinetuneOptions, given))
 
 
 def evaluate(
@@ -365,4 +389,237 @@ def evaluate(
         InputError: Something in the checkpoint or the data does not fit.
         NonFiniteError: NaN or infinity in the weights.
     """
-    return _evaluate.evaluate(gather(EvaluateOptions, locals()))
+    given = locals()
+    from consolidate.commands import evaluate as command
+
+    return command.evaluate(gather(EvaluateOptions, given))
+
+
+def merge(
+    checkpoints: Sequence[str | Path],
+    *,
+    output_dir: str | Path,
+    weights: Sequence[float] | None = None,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+) -> MergeResult:
+    """Merge checkpoints of one architecture, and their Fishers, into one checkpoint.
+
+    Λ = Σ c_k Λ_k, θ = Σ c_k Λ_k θ_k / Λ, μ = Σ c_k Λ_k μ_k / Λ (Matena & Raffel 2022), and where
+    Λ = 0 the mean weighed by c_k. With a base, Σ c_k − 1 times its own is taken from each of the
+    sums, so that what all hold of it is held once. Other files are the first checkpoint's.
+
+    Args:
+        checkpoints: Folders or repositories on the Hub, each with its Fisher.
+        output_dir: Where the merged checkpoint goes.
+        weights: Coefficients of the checkpoints, in their order; 1 each by default.
+        base: Common ancestor of the checkpoints, with its Fisher; its tasks are counted once.
+        overwrite: Replace the output that is there. One that is up to date is left as it is.
+
+    Returns:
+        What was done: the folder, the models, the tasks, the Fisher's trace and the offset. Where
+        the output is there, whole and made from the same, nothing is done, and the ``status`` is
+        ``cached``.
+
+    Raises:
+        InputError: A checkpoint has no Fisher, is damaged, is of another architecture, or holds a
+            task that another one holds; or the base is not what they share.
+        UsageError: The coefficients are not positive numbers, one a checkpoint.
+        NonFiniteError: NaN or infinity in weights or Fisher.
+    """
+    given = locals()
+    from consolidate.commands import merge as command
+
+    return command.merge(gather(MergeOptions, given))
+
+
+def run(
+    path: str | Path,
+    *,
+    output_dir: str | Path | None = None,
+    dry_run: bool = False,
+    restart: bool = False,
+) -> RunResult:
+    """Train a chain of tasks, one after the other, skipping what is done already.
+
+    A step is done if its checkpoint is whole and was made from the same content: the checkpoint
+    before it, data, test data, options and version of this program. Times of files mean nothing.
+    A step that was broken off goes on from what was kept of it, unless it is to be made from
+    something else now.
+
+    Args:
+        path: The run file; docs/run.md tells what it may say.
+        output_dir: Where the checkpoints go; as the file says by default.
+        dry_run: Only say what would be done or skipped, and why.
+        restart: Discard saved progress and start over.
+
+    Returns:
+        The steps with what was done and why, the last checkpoint, and the accuracy matrix.
+
+    Raises:
+        InputError: Something in the file, a checkpoint or the data does not fit, or a folder is in
+            the way that no run has made.
+        UsageError: Options contradict each other.
+        NonFiniteError: As `finetune`, as is ForgettingError.
+    """
+    given = locals()
+    from consolidate.commands import run as command
+
+    return command.run(gather(RunOptions, given))
+
+
+def show(
+    checkpoint: str | Path,
+    *,
+    revision: str | None = None,
+    top: int = 10,
+    csv: str | Path | None = None,
+    plot: str | Path | None = None,
+    overlap: str | Path | None = None,
+) -> ShowResult:
+    """Summarize the ledger and the Fisher of a checkpoint; nothing is compared with the weights.
+
+    Of a repository on the Hub only the ledger and the headers of the Fisher are read. The traces
+    are then those of the ledger, Σ_t γ^(T − t) w_t tr F_t, and the largest values are not known.
+
+    Args:
+        checkpoint: A folder, a weights file, or a repository on the Hub.
+        revision: Branch, tag or commit of a checkpoint on the Hub.
+        top: How many parameters to list.
+        csv: Write the accuracy matrix and the curves over training steps here.
+        plot: Draw them here; .png needs matplotlib.
+        overlap: Another checkpoint: how far its Fisher lies on the same weights, 0 to 1 for each
+            layer.
+
+    Returns:
+        JSON-ready. A parameter's trace is Σ_i Λ_i; the ``accuracy_matrix`` is None where nothing
+        was measured; ``overlap``, None unless asked for, is that of `fisher_overlap` over all
+        parameters of a module.
+
+    Raises:
+        InputError: There is no Fisher folder, `read_fisher` refuses it, there is nothing to write
+            to `csv` or `plot`, or no place for it; or the two Fishers share no parameter, or one
+            that has another shape.
+        UsageError: `plot` is no kind of plot that is known, or matplotlib is missing.
+    """
+    given = locals()
+    from consolidate.commands import show as command
+
+    return command.show(gather(ShowOptions, given))
+
+
+def report(
+    checkpoint: str | Path,
+    *,
+    output: str | Path | None = None,
+    plots: str | Path | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> ReportResult:
+    """Write what a checkpoint's ledger and Fisher say as one HTML page that needs no network.
+
+    Files that an earlier report made are replaced, others only with `overwrite`.
+
+    Args:
+        checkpoint: A folder, a weights file, or a repository on the Hub.
+        output: NAME-report.html in the current folder by default.
+        plots: Write the pictures here too, as SVG and PNG; needs matplotlib.
+        revision: Branch, tag or commit of a checkpoint on the Hub.
+        overwrite: Replace files that are there; those of an earlier report are replaced anyway.
+
+    Returns:
+        JSON-ready: ``checkpoint``, ``report`` (the page), ``plots`` (the pictures), ``tasks``.
+
+    Raises:
+        UsageError: `plots` without matplotlib, or a revision of a local path.
+        InputError: There is no such checkpoint or no Fisher in it, `read_fisher` refuses it, or a
+            file is in the way or cannot be written.
+        NetworkError: The Hub cannot be reached.
+    """
+    given = locals()
+    from consolidate.commands import report as command
+
+    return command.report(gather(ReportOptions, given))
+
+
+def verify(
+    *checkpoints: str | Path,
+    revision: str | None = None,
+    base_model: str | Path | None = None,
+) -> VerifyResult:
+    """Check every digest, name, shape and value, and that what the ledger tells fits together.
+
+    Args:
+        checkpoints: A checkpoint, and then others that were made from it, each from the one before.
+        revision: Branch, tag or commit of a checkpoint on the Hub.
+        base_model: Base model of a checkpoint that is an adapter of peft; the folder that its
+            config names by default, if that is there. Of one that holds a Fisher alone: the weights
+            it is of.
+
+    Returns:
+        JSON-ready: of each set of tensors how many there are, their bytes and the set's digest;
+        ``other_files`` that no digest covers; and under ``later`` the same of the others, with
+        ``descends_by``: ``weights``, or ``tasks`` where the ledger has no digest of the parent.
+
+    Raises:
+        InputError: Anything that is missing, extra, renamed, resized, of another dtype, with other
+            bytes, or negative in the Fisher; each finding names the file and the tensor. Or the
+            ledger contradicts itself, the Fisher's traces, or the checkpoint before.
+        NonFiniteError: Values that are NaN or infinite, and nothing else is wrong.
+    """
+    given = locals()
+    from consolidate.commands import verify as command
+
+    return command.verify(gather(VerifyOptions, given))
+
+
+def push(
+    checkpoint: str | Path,
+    repository: str,
+    *,
+    public: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    tag: str | None = None,
+    token: str | None = None,
+    base_model: Sequence[str] = (),
+    fisher_dtype: torch.dtype | str | None = None,
+    fisher_only: bool = False,
+    dry_run: bool = False,
+) -> PushResult:
+    """Publish a checkpoint with its Fisher, ledger and card on the Hub, in one commit.
+
+    The checkpoint is verified before anything is sent, and what the repository holds after. A
+    commit is made only upon the one that was looked at; until it is made the repository is as it
+    was, and a push that is started again sends what is missing.
+
+    Args:
+        checkpoint: A folder, a weights file, or a repository on the Hub.
+        repository: Where to, such as user/model; created where it is missing.
+        public: Create the repository as public, and allow pushing to a public one.
+        create_pr: Open a pull request instead of committing.
+        revision: The branch; created where it is missing.
+        commit_message: Message of the commit.
+        tag: Tag the commit with this name.
+        token: Token for the Hub; that of `hf auth login` or HF_TOKEN by default.
+        base_model: For the card: what this model was made from. May be repeated, for a merge.
+        fisher_dtype: Dtype of the Fisher, as it is by default; bfloat16 is half as large. One of
+            float32, bfloat16.
+        fisher_only: Publish the Fisher alone, for the weights in the repository `base_model`.
+        dry_run: Only list what would be sent, with sizes, and what is there already; without a
+            network all of it.
+
+    Returns:
+        What was done: the commit, every file with its size and what became of it, and digests.
+
+    Raises:
+        UsageError: The options contradict each other or the repository.
+        InputError: The checkpoint is not intact, or the Hub refuses.
+        NonFiniteError: NaN or infinity in the weights or in the Fisher.
+        NetworkError: The Hub cannot be reached or fails, or does not hold what was sent.
+    """
+    given = locals()
+    from consolidate.commands import push as command
+
+    return command.push(gather(PushOptions, given))

@@ -21,10 +21,19 @@ from consolidate.flags import (
     METRICS,
     MLFLOW,
     flags_of,
-    numbers_typed,
     record_of,
 )
-from consolidate.options import EvaluateOptions, FinetuneOptions, FisherOptions
+from consolidate.options import (
+    EvaluateOptions,
+    FinetuneOptions,
+    FisherOptions,
+    MergeOptions,
+    PushOptions,
+    ReportOptions,
+    RunOptions,
+    ShowOptions,
+    VerifyOptions,
+)
 from consolidate.runtime.signals import Terminated, ask
 from consolidate.runtime.torchrun import rank, stop_with_torchrun, world_size
 from consolidate.views import text as text_view
@@ -269,22 +278,9 @@ def evaluate(json: bool, metrics: Path | None, mlflow: bool, **typed: Any) -> No
 
 
 @cli.command()
-@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT…")
-@click.option("--output-dir", required=True, metavar="DIR", help="Where the merged one goes.")
-@click.option(
-    "--weights",
-    metavar="X,Y,…",
-    callback=numbers_typed,
-    help="Coefficients of the checkpoints, in their order; 1 each by default.",
-)
-@click.option(
-    "--base",
-    metavar="CHECKPOINT",
-    help="Which they were all fine-tuned from: its tasks, which all hold, then count once.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace the output folder that is there.")
+@flags_of(MergeOptions)
 @COMMON
-def merge(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
+def merge(json: bool, **typed: Any) -> None:
     """Merge checkpoints of one architecture into one, each weight by how much it matters to whom.
 
     Every CHECKPOINT needs its Fisher. The output protects the tasks of all; of one it is a copy.
@@ -293,22 +289,15 @@ def merge(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
     """
     from consolidate.commands import merge as merge_command
 
-    _write(merge_command.merge(checkpoints, **options), json, text_view.merge_text)
+    _write(merge_command.merge(record_of(MergeOptions, typed)), json, text_view.merge_text)
 
 
 @cli.command()
-@click.argument("run_file", metavar="TASKS.TOML", type=click.Path(path_type=Path))
-@click.option(
-    "--output-dir",
-    metavar="DIR",
-    help="Where the checkpoints go; as the file says by default.",
-)
-@click.option("--dry-run", is_flag=True, help="Only say what would be done or skipped, and why.")
-@click.option("--restart", is_flag=True, help="Discard saved progress and start over.")
+@flags_of(RunOptions)
 @METRICS
 @MLFLOW
 @COMMON
-def run(run_file: Path, json: bool, metrics: Path | None, mlflow: bool, **options: Any) -> None:
+def run(json: bool, metrics: Path | None, mlflow: bool, **typed: Any) -> None:
     """Train a chain of tasks, one after the other, as TASKS.TOML says.
 
     A step is skipped if its checkpoint is whole and was made from the same content: the
@@ -323,7 +312,7 @@ def run(run_file: Path, json: bool, metrics: Path | None, mlflow: bool, **option
     _flush_denormals()
     with _tracked(mlflow) as tracker:
         try:
-            result = run_command.run(run_file, **options)
+            result = run_command.run(record_of(RunOptions, typed))
         except ForgettingError as error:
             _report(error.result, metrics_view.finetune_metrics, metrics, tracker)
             raise
@@ -332,33 +321,14 @@ def run(run_file: Path, json: bool, metrics: Path | None, mlflow: bool, **option
 
 
 @cli.command()
-@click.argument("checkpoint")
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a CHECKPOINT on the Hub.")
-@click.option(
-    "--top",
-    type=click.IntRange(min=1),
-    default=10,
-    show_default=True,
-    help="How many parameters to list.",
-)
-@click.option(
-    "--csv",
-    metavar="FILE",
-    help="Write the accuracy matrix and the curves over training steps here.",
-)
-@click.option("--plot", metavar="FILE.png|svg", help="Draw them here; .png needs matplotlib.")
+@flags_of(ShowOptions)
 @click.option(
     "--markdown",
     is_flag=True,
     help="Print the matrix alone, as Markdown, for the summary of a CI job.",
 )
-@click.option(
-    "--overlap",
-    metavar="OTHER",
-    help="Another checkpoint: how far its Fisher lies on the same weights, 0 to 1 for each layer.",
-)
 @COMMON
-def show(checkpoint: str, json: bool, markdown: bool, **options: Any) -> None:
+def show(json: bool, markdown: bool, **typed: Any) -> None:
     """Show the ledger of CHECKPOINT, what was forgotten, and where its Fisher lies.
 
     The accuracy matrix holds the score on each task after training each: the accuracy, or minus
@@ -368,32 +338,24 @@ def show(checkpoint: str, json: bool, markdown: bool, **options: Any) -> None:
     Of a repository on the Hub only the ledger and the headers of the Fisher are fetched; the traces
     are then those that the ledger recorded.
     """
-    from consolidate.commands.show import show
+    from consolidate.commands import show as show_command
     from consolidate.views.summary import show_markdown, show_text
 
     if markdown and json:
         raise click.UsageError("--json and --markdown exclude each other")
-    if markdown and options["overlap"]:
+    if markdown and typed["overlap"]:
         raise click.UsageError("--markdown prints the matrix alone; leave --overlap or it out")
-    _write(show(checkpoint, **options), json, show_markdown if markdown else show_text)
+    _write(
+        show_command.show(record_of(ShowOptions, typed)),
+        json,
+        show_markdown if markdown else show_text,
+    )
 
 
 @cli.command()
-@click.argument("checkpoint")
-@click.option(
-    "--output", metavar="FILE.html", help="NAME-report.html in the current folder by default."
-)
-@click.option(
-    "--plots", metavar="DIR", help="Write the pictures here too, as SVG and PNG; needs matplotlib."
-)
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a CHECKPOINT on the Hub.")
-@click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Replace files that are there; those of an earlier report are replaced anyway.",
-)
+@flags_of(ReportOptions)
 @COMMON
-def report(checkpoint: str, json: bool, **options: Any) -> None:
+def report(json: bool, **typed: Any) -> None:
     """Write a page on CHECKPOINT: its tasks, what was kept of each, and where the protection sits.
 
     The page is one HTML file that needs no network and runs no script.
@@ -402,26 +364,14 @@ def report(checkpoint: str, json: bool, **options: Any) -> None:
     """
     from consolidate.commands import report as report_command
 
-    result = report_command.report(checkpoint, **options)
+    result = report_command.report(record_of(ReportOptions, typed))
     _write(result, json, lambda result: "\n".join([result["report"], *result["plots"]]))
 
 
 @cli.command()
-@click.argument(
-    "checkpoints",
-    nargs=-1,
-    required=True,
-    metavar="CHECKPOINT…",
-)
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a CHECKPOINT on the Hub.")
-@click.option(
-    "--base-model",
-    metavar="PATH|REPO",
-    help="Of a CHECKPOINT that is an adapter of peft; the folder that it names by default, if that "
-    "is there. Of one that holds a Fisher alone: the weights it is of.",
-)
+@flags_of(VerifyOptions)
 @COMMON
-def verify(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
+def verify(json: bool, **typed: Any) -> None:
     """Check every digest, name, shape and value of CHECKPOINT and its Fisher.
 
     Also that the ledger fits together: its tasks, and the Fisher's traces with theirs. Of several
@@ -429,49 +379,13 @@ def verify(checkpoints: tuple[str, ...], json: bool, **options: Any) -> None:
     """
     from consolidate.commands import verify as verify_command
 
-    _write(verify_command.verify(*checkpoints, **options), json, text_view.verify_text)
+    _write(verify_command.verify(record_of(VerifyOptions, typed)), json, text_view.verify_text)
 
 
 @cli.command()
-@click.argument("checkpoint")
-@click.argument("repository", metavar="REPO")
-@click.option(
-    "--public",
-    is_flag=True,
-    help="A repository that is made can be seen by all, and one that can be may be pushed to. "
-    "Private otherwise.",
-)
-@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
-@click.option("--revision", metavar="BRANCH", help="The branch; made where it is missing.")
-@click.option("--commit-message", metavar="TEXT")
-@click.option("--tag", metavar="NAME", help="Name the commit so afterwards.")
-@click.option(
-    "--token", metavar="TOKEN", help="Of the Hub; that of `hf auth login` or HF_TOKEN by default."
-)
-@click.option(
-    "--base-model",
-    multiple=True,
-    metavar="REPO",
-    help="For the card: what this model was made from. May be repeated, for a merge.",
-)
-@click.option(
-    "--fisher-dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    help="Of the Fisher, as it is by default; bfloat16 is half as large.",
-)
-@click.option(
-    "--fisher-only",
-    is_flag=True,
-    help="Publish the Fisher alone, for the weights in the repository --base-model.",
-)
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Only list what would be sent, with sizes, and what is there already; without a network "
-    "all of it.",
-)
+@flags_of(PushOptions)
 @COMMON
-def push(checkpoint: str, repository: str, json: bool, **options: Any) -> None:
+def push(json: bool, **typed: Any) -> None:
     """Publish CHECKPOINT with its Fisher, ledger and model card on the Hub, in one commit.
 
     Weights, Fisher, configuration without local paths, tokenizer, licence and the code that an
@@ -481,13 +395,9 @@ def push(checkpoint: str, repository: str, json: bool, **options: Any) -> None:
 
     Example: consolidate push my-model-2 user/my-model --dry-run
     """
-    import torch
-
     from consolidate.commands import push as push_command
 
-    if options["fisher_dtype"] is not None:
-        options["fisher_dtype"] = getattr(torch, options["fisher_dtype"])
-    result = push_command.push(checkpoint, repository, **options)
+    result = push_command.push(record_of(PushOptions, typed))
     _write(result, json, text_view.push_text)
 
 

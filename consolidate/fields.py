@@ -29,6 +29,8 @@ class Option:
         above: A number is larger than this.
         most: A number is at most this.
         below: A number is smaller than this.
+        argument: Whether it is given by position, without a flag.
+        star: Whether it is ``*name`` in Python.
         dtype: Whether it names a dtype; Python callers may give the torch.dtype.
         written: Whether it names a file that is written.
         changes_result: Whether the result is made from its value. Not where it changes nothing, and
@@ -46,6 +48,8 @@ class Option:
     above: float | None = None
     most: float | None = None
     below: float | None = None
+    argument: bool = False
+    star: bool = False
     dtype: bool = False
     written: bool = False
     changes_result: bool = True

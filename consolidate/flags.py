@@ -4,11 +4,11 @@ import tomllib
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import click
 
-from consolidate.fields import REQUIRED, Flat, changed, flat_options, gather, numbers
+from consolidate.fields import REQUIRED, Flat, changed, flat_options, gather
 
 R = TypeVar("R")
 NEGATED = {"data_digest": "--data-digest/--no-data-digest"}
@@ -26,14 +26,15 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def flags_of(record: type) -> Callable[[Any], Any]:
-    """Give the argument CHECKPOINT and the options of a command, made from its record."""
-    return options(
-        *(
-            click.argument("checkpoint") if flat.name == "checkpoint" else _flag(flat)
-            for flat in flat_options(record)
-            if not flat.option.python_only
-        )
-    )
+    """Give the arguments and options of a command, made from its record."""
+    flats = [flat for flat in flat_options(record) if not flat.option.python_only]
+    return options(*(_argument(flat) if flat.option.argument else _flag(flat) for flat in flats))
+
+
+def _argument(flat: Flat) -> Callable[[Any], Any]:
+    several = -1 if get_origin(flat.kinds[0]) is tuple else 1
+    metavar = flat.option.metavar
+    return click.argument(flat.name, nargs=several, required=True, metavar=metavar)
 
 
 def _flag(flat: Flat) -> Callable[[Any], Any]:
@@ -77,16 +78,6 @@ def _reading(typed: Callable[[str], Any]) -> Callable[..., Any]:
             raise click.BadParameter(f"{value!r}: {error}") from None
 
     return read
-
-
-def numbers_typed(
-    context: click.Context, option: click.Parameter, value: str | None
-) -> list[float] | None:
-    """Read numbers with commas between them."""
-    try:
-        return None if value is None else list(numbers(value))
-    except ValueError:
-        raise click.BadParameter(f"{value!r}: expected numbers with commas between them") from None
 
 
 def record_of(record: type[R], typed: dict[str, Any], **other: Any) -> R:

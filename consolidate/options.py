@@ -1,4 +1,4 @@
-"""Every option of `fisher`, `finetune` and `evaluate`, once: type, default, bounds, help.
+"""Every option of every command, once: type, default, bounds, help.
 
 A record holds what one part of the work takes, and what a command takes is a record of records. An
 option that is added here has its flag, variable, TOML key, range check and keyword in Python; what
@@ -30,6 +30,14 @@ def read_lambda(text: str) -> Any:
     return tuple(found) if len(found) > 1 else found[0]
 
 
+def read_numbers(text: str) -> tuple[float, ...]:
+    """Read numbers with commas between them, as they were typed."""
+    try:
+        return tuple(numbers(text))
+    except ValueError:
+        raise ValueError("expected numbers with commas between them") from None
+
+
 def read_weight(text: str) -> float | str:
     """Read a task's weight as it was typed."""
     try:
@@ -42,9 +50,39 @@ def _checkpoint() -> Any:
     return option(
         REQUIRED,
         "A folder, a weights file, or a repository on the Hub.",
+        argument=True,
         changes_result=False,
         in_run_file=False,
     )
+
+
+def _revision() -> Any:
+    return option(
+        None,
+        "Branch, tag or commit of a CHECKPOINT on the Hub.",
+        metavar="REV",
+        changes_result=False,
+        in_run_file=False,
+    )
+
+
+def _output_dir(help: str) -> Any:
+    return option(REQUIRED, help, metavar="DIR", changes_result=False, in_run_file=False)
+
+
+def _restart() -> Any:
+    return option(
+        False,
+        "Discard saved progress and start over.",
+        changes_result=False,
+        in_run_file=False,
+    )
+
+
+def _overwrite(
+    help: str = "Replace the output that is there. One that is up to date is left as it is.",
+) -> Any:
+    return option(False, help, changes_result=False, in_run_file=False)
 
 
 def _task(help: str = "Name of the task; that of the data by default.") -> Any:
@@ -85,13 +123,7 @@ class Source:
         "models that transformers does not know.",
         metavar="PACKAGE.MODULE:FACTORY",
     )
-    revision: str | None = option(
-        None,
-        "Branch, tag or commit of a CHECKPOINT on the Hub.",
-        metavar="REV",
-        changes_result=False,
-        in_run_file=False,
-    )
+    revision: str | None = _revision()
     base_model: str | Path | None = option(
         None,
         "Base model of a CHECKPOINT that is an adapter of peft; the folder that its config names "
@@ -246,18 +278,8 @@ class Saving:
         least=0,
         changes_result=False,
     )
-    restart: bool = option(
-        False,
-        "Discard saved progress and start over.",
-        changes_result=False,
-        in_run_file=False,
-    )
-    overwrite: bool = option(
-        False,
-        "Replace the output that is there. One that is up to date is left as it is.",
-        changes_result=False,
-        in_run_file=False,
-    )
+    restart: bool = _restart()
+    overwrite: bool = _overwrite()
     data_digest: bool = option(True, "Keep a digest of the data in the ledger (kept by default).")
 
 
@@ -501,13 +523,7 @@ class FinetuneOptions:
         changes_result=False,
         in_run_file=False,
     )
-    output_dir: str | Path = option(
-        REQUIRED,
-        "Where the new checkpoint goes.",
-        metavar="DIR",
-        changes_result=False,
-        in_run_file=False,
-    )
+    output_dir: str | Path = _output_dir("Where the new checkpoint goes.")
     search: Search = part(Search())
     penalty: PenaltyOptions = part(PenaltyOptions())
     adapter: Adapter = part(Adapter())
@@ -552,3 +568,161 @@ class EvaluateOptions:
     batch_size: int = _batch_size()
     seed: int = _seed()
     dtype: str | None = _dtype()
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """The options of `merge`."""
+
+    checkpoints: tuple[str | Path, ...] = option(
+        REQUIRED,
+        "Folders or repositories on the Hub, each with its Fisher.",
+        argument=True,
+        metavar="CHECKPOINT…",
+    )
+    output_dir: str | Path = _output_dir("Where the merged checkpoint goes.")
+    weights: tuple[float, ...] | None = option(
+        None,
+        "Coefficients of the checkpoints, in their order; 1 each by default.",
+        metavar="X,Y,…",
+        typed=read_numbers,
+    )
+    base: str | Path | None = option(
+        None,
+        "Common ancestor of the checkpoints, with its Fisher; its tasks are counted once.",
+        metavar="CHECKPOINT",
+    )
+    overwrite: bool = _overwrite()
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of `run`."""
+
+    path: str | Path = option(
+        REQUIRED,
+        "The run file; docs/run.md tells what it may say.",
+        argument=True,
+        metavar="TASKS.TOML",
+    )
+    output_dir: str | Path | None = option(
+        None, "Where the checkpoints go; as the file says by default.", metavar="DIR"
+    )
+    dry_run: bool = option(False, "Only say what would be done or skipped, and why.")
+    restart: bool = _restart()
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """The options of `show`."""
+
+    checkpoint: str | Path = _checkpoint()
+    revision: str | None = _revision()
+    top: int = option(10, "How many parameters to list.", least=1)
+    csv: str | Path | None = option(
+        None,
+        "Write the accuracy matrix and the curves over training steps here.",
+        metavar="FILE",
+    )
+    plot: str | Path | None = option(
+        None, "Draw them here; .png needs matplotlib.", metavar="FILE.png|svg"
+    )
+    overlap: str | Path | None = option(
+        None,
+        "Another checkpoint: how far its Fisher lies on the same weights, 0 to 1 for each layer.",
+        metavar="OTHER",
+    )
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """The options of `report`."""
+
+    checkpoint: str | Path = _checkpoint()
+    output: str | Path | None = option(
+        None, "NAME-report.html in the current folder by default.", metavar="FILE.html"
+    )
+    plots: str | Path | None = option(
+        None, "Write the pictures here too, as SVG and PNG; needs matplotlib.", metavar="DIR"
+    )
+    revision: str | None = _revision()
+    overwrite: bool = _overwrite(
+        "Replace files that are there; those of an earlier report are replaced anyway."
+    )
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """The options of `verify`."""
+
+    checkpoints: tuple[str | Path, ...] = option(
+        REQUIRED,
+        "A checkpoint, and then others that were made from it, each from the one before.",
+        argument=True,
+        star=True,
+        metavar="CHECKPOINT…",
+    )
+    revision: str | None = _revision()
+    base_model: str | Path | None = option(
+        None,
+        "Base model of a CHECKPOINT that is an adapter of peft; the folder that its config names "
+        "by default, if that is there. Of one that holds a Fisher alone: the weights it is of.",
+        metavar="PATH|REPO",
+    )
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """The options of `push`."""
+
+    checkpoint: str | Path = _checkpoint()
+    repository: str = option(
+        REQUIRED,
+        "Where to, such as user/model; created where it is missing.",
+        argument=True,
+        metavar="REPO",
+    )
+    public: bool = option(
+        False, "Create the repository as public, and allow pushing to a public one."
+    )
+    create_pr: bool = option(False, "Open a pull request instead of committing.")
+    revision: str | None = option(
+        None, "The branch; created where it is missing.", metavar="BRANCH"
+    )
+    commit_message: str | None = option(None, "Message of the commit.", metavar="TEXT")
+    tag: str | None = option(None, "Tag the commit with this name.", metavar="NAME")
+    token: str | None = option(
+        None, "Token for the Hub; that of `hf auth login` or HF_TOKEN by default.", metavar="TOKEN"
+    )
+    base_model: tuple[str, ...] = option(
+        (),
+        "For the card: what this model was made from. May be repeated, for a merge.",
+        metavar="REPO",
+    )
+    fisher_dtype: str | None = option(
+        None,
+        "Dtype of the Fisher, as it is by default; bfloat16 is half as large.",
+        dtype=True,
+        choices=("float32", "bfloat16"),
+    )
+    fisher_only: bool = option(
+        False, "Publish the Fisher alone, for the weights in the repository --base-model."
+    )
+    dry_run: bool = option(
+        False,
+        "Only list what would be sent, with sizes, and what is there already; without a network "
+        "all of it.",
+    )
+
+
+COMMANDS: dict[str, type] = {
+    "fisher": FisherOptions,
+    "finetune": FinetuneOptions,
+    "evaluate": EvaluateOptions,
+    "merge": MergeOptions,
+    "run": RunOptions,
+    "show": ShowOptions,
+    "report": ReportOptions,
+    "verify": VerifyOptions,
+    "push": PushOptions,
+}

@@ -4,23 +4,15 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 from consolidate import results
-from consolidate.commands.evaluate import evaluate
-from consolidate.commands.finetune import finetune
-from consolidate.commands.fisher import fisher
 from consolidate.fields import REQUIRED, Flat, flat_options
-from consolidate.options import EvaluateOptions, FinetuneOptions, FisherOptions
+from consolidate.options import COMMANDS
 
-COMMANDS: dict[str, tuple[type, Callable[..., Any]]] = {
-    "fisher": (FisherOptions, fisher),
-    "finetune": (FinetuneOptions, finetune),
-    "evaluate": (EvaluateOptions, evaluate),
-}
-POSITIONAL = ("checkpoint", "data")
-
-API = '''"""`fisher`, `finetune` and `evaluate` with all their keywords.
+API = '''"""The commands as functions, with all their keywords.
 
 Written by scripts/write_docs from consolidate/options.py: change the options there.
 """
@@ -30,18 +22,19 @@ from pathlib import Path
 
 import torch
 
-from consolidate.commands import evaluate as _evaluate
-from consolidate.commands import finetune as _finetune
-from consolidate.commands import fisher as _fisher
 from consolidate.fields import gather
-from consolidate.options import Columns, EvaluateOptions, FinetuneOptions, FisherOptions
-from consolidate.results import {results}
+from consolidate.options import (
+    {records},
+)
+from consolidate.results import (
+    {results},
+)
 from consolidate.training.loop import Step
 '''
 
 OPTIONS = """# Options
 
-Every option of `consolidate fisher`, `finetune` and `evaluate`, written by `scripts/write_docs`.
+Every option of every command, written by `scripts/write_docs`.
 One that is `--learning-rate` on the command line is `learning_rate` in Python, `learning-rate` in
 [a run file](run.md) and in the TOML file that `--config` names, and the variable
 `CONSOLIDATE_FINETUNE_LEARNING_RATE`. A result is made again where an option that changes it has
@@ -51,9 +44,16 @@ another value, and is up to date otherwise.
 
 def api_source() -> str:
     """Return the source of consolidate/api.py."""
-    functions = [_function(name, *COMMANDS[name]) for name in COMMANDS]
-    returned = sorted(_returned(function) for _, function in COMMANDS.values())
-    return "\n\n".join([API.format(results=", ".join(returned)), *functions])
+    commands = [_command(name) for name in COMMANDS]
+    records = sorted(["Columns", *(record.__name__ for record in COMMANDS.values())])
+    returned = sorted({_returned(command) for command in commands})
+    imports = API.format(records=",\n    ".join(records), results=",\n    ".join(returned))
+    return "\n\n".join([imports, *map(_function, COMMANDS, COMMANDS.values(), commands)])
+
+
+def _command(name: str) -> Callable[..., Any]:
+    command: Callable[..., Any] = getattr(import_module(f"consolidate.commands.{name}"), name)
+    return command
 
 
 def _returned(function: Callable[..., Any]) -> str:
@@ -64,18 +64,33 @@ def _returned(function: Callable[..., Any]) -> str:
 def _function(name: str, record: type, function: Callable[..., Any]) -> str:
     flats = sorted(
         flat_options(record, python=True),
-        key=lambda flat: (flat.name not in POSITIONAL, flat.default is not REQUIRED),
+        key=lambda flat: (not _is_positional(flat), flat.default is not REQUIRED),
     )
-    parameters = [f"    {flat.name}: {_annotation(flat)}{_default(flat)},\n" for flat in flats]
-    parameters.insert(len(POSITIONAL), "    *,\n")
+    positional = [flat for flat in flats if _is_positional(flat)]
+    parameters = [f"    {_parameter(flat)},\n" for flat in flats]
+    if not any(flat.option.star for flat in flats):
+        parameters.insert(len(positional), "    *,\n")
     told, *rest = re.split(r"\n\n(?=Returns:)", inspect.getdoc(function) or "")
     arguments = "".join(_argument(flat) for flat in flats)
     text = "\n\n".join([told, f"Args:\n{arguments.rstrip()}", *rest])
     return (
         f"def {name}(\n{''.join(parameters)}) -> {_returned(function)}:\n"
         f'    """{textwrap.indent(text, "    ").lstrip()}\n    """\n'
-        f"    return _{name}.{name}(gather({record.__name__}, locals()))\n"
+        f"    given = locals()\n"
+        f"    from consolidate.commands import {name} as command\n\n"
+        f"    return command.{name}(gather({record.__name__}, given))\n"
     )
+
+
+def _is_positional(flat: Flat) -> bool:
+    return flat.option.argument or flat.name == "data"
+
+
+def _parameter(flat: Flat) -> str:
+    if flat.option.star:
+        (each,) = {kind for kind in get_args(flat.kinds[0]) if kind is not Ellipsis}
+        return f"*{flat.name}: {_type(each)}"
+    return f"{flat.name}: {_annotation(flat)}{_default(flat)}"
 
 
 def _argument(flat: Flat) -> str:
@@ -102,7 +117,9 @@ def _annotation(flat: Flat) -> str:
 
 def _type(kind: Any) -> str:
     if get_origin(kind) is tuple:
-        return f"Sequence[{get_args(kind)[0].__name__}]"
+        return f"Sequence[{_type(get_args(kind)[0])}]"
+    if isinstance(kind, UnionType):
+        return " | ".join(_type(each) for each in get_args(kind))
     if get_origin(kind) is dict:
         return "Mapping[str, str | Path]"
     return "None" if kind is type(None) else str(kind.__name__)
@@ -119,7 +136,7 @@ def _default(flat: Flat) -> str:
 def options_page() -> str:
     """Return docs/options.md."""
     parts = [OPTIONS]
-    for name, (record, _) in COMMANDS.items():
+    for name, record in COMMANDS.items():
         rows = "\n".join(_rows(record))
         parts.append(
             f"## {name}\n\n| option | value | default | changes the result | meaning |\n"
@@ -131,7 +148,7 @@ def options_page() -> str:
 def _rows(record: type) -> Iterator[str]:
     for flat in flat_options(record):
         option = flat.option
-        if flat.name == "checkpoint" or option.python_only:
+        if option.argument or option.python_only:
             continue
         default = "" if flat.default in (None, ()) else flat.default
         default = "required" if flat.default is REQUIRED else default

@@ -11,13 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from consolidate.chain.claims import claiming_output
+from consolidate.chain.claims import claiming
 from consolidate.chain.fingerprint import checkpoint_content, digest, plain, versions
 from consolidate.chain.opening import stored_fisher
 from consolidate.chain.output import refuse_existing
 from consolidate.chain.up_to_date import cached, find_output
 from consolidate.commands.verify import check_fisher_values
 from consolidate.ewc.fisher_merging import MergedTensor, ModelTensor, merge_models
+from consolidate.options import MergeOptions
 from consolidate.results import MergeResult
 from consolidate.runtime.progress import progress
 from consolidate.views.output_card import write_card
@@ -42,28 +43,12 @@ _CHUNK = 1 << 16  # elements in float64 at a time: they stay in the cache, howev
 _ALIKE = "only checkpoints of one architecture can be merged"
 
 
-@claiming_output
-def merge(
-    checkpoints: Sequence[str | Path],
-    *,
-    output_dir: str | Path,
-    weights: Sequence[float] | None = None,
-    base: str | Path | None = None,
-    overwrite: bool = False,
-) -> MergeResult:
+def merge(options: MergeOptions) -> MergeResult:
     """Merge checkpoints of one architecture, and their Fishers, into one checkpoint.
 
     Λ = Σ c_k Λ_k, θ = Σ c_k Λ_k θ_k / Λ, μ = Σ c_k Λ_k μ_k / Λ (Matena & Raffel 2022), and where
     Λ = 0 the mean weighed by c_k. With a base, Σ c_k − 1 times its own is taken from each of the
     sums, so that what all hold of it is held once. Other files are the first checkpoint's.
-
-    Args:
-        checkpoints: Folders or repositories on the Hub, each with its Fisher.
-        output_dir: Where the merged checkpoint is written.
-        weights: Their coefficients c_k > 0; 1 each unless given.
-        base: The checkpoint, with its Fisher, that all of them were fine-tuned from; its tasks are
-            those that more than one of them may hold.
-        overwrite: Replace the output folder that is there, unless it is up to date.
 
     Returns:
         What was done: the folder, the models, the tasks, the Fisher's trace and the offset. Where
@@ -76,12 +61,17 @@ def merge(
         UsageError: The coefficients are not positive numbers, one a checkpoint.
         NonFiniteError: NaN or infinity in weights or Fisher.
     """
-    coefficients = _coefficients(weights, len(checkpoints))
-    target = Path(output_dir)
+    with claiming(Path(options.output_dir)):
+        return _merge(options)
+
+
+def _merge(options: MergeOptions) -> MergeResult:
+    coefficients = _coefficients(options.weights, len(options.checkpoints))
+    target = Path(options.output_dir)
     there = find_output(target, merged=True)
     if there is None:
-        refuse_existing(target, overwrite=overwrite)
-    plan = _planned(checkpoints, coefficients, base)
+        refuse_existing(target, overwrite=options.overwrite)
+    plan = _planned(options.checkpoints, coefficients, options.base)
 
     def result(
         status: Literal["done", "cached"], ledger: Ledger, trace: float, *, anchored: bool
@@ -90,9 +80,9 @@ def merge(
             "status": status,
             "checkpoint": str(target),
             "fisher": str(target / "fisher"),
-            "models": [str(checkpoint) for checkpoint in checkpoints],
+            "models": [str(checkpoint) for checkpoint in options.checkpoints],
             "weights": coefficients,
-            "base": None if base is None else str(base),
+            "base": None if options.base is None else str(options.base),
             "commits": commits_of(*(model.path for model in plan.everything)),
             "tasks": [task.name for task in plan.tasks],
             "parameters": sum(math.prod(record.shape) for record in ledger.fisher.values()),
@@ -105,10 +95,10 @@ def merge(
         trace = math.fsum(float(done.fisher[name].sum(dtype=torch.float64)) for name in done.fisher)
         return result("cached", done.ledger, trace, anchored=done.anchor is not None)
     if there is not None:
-        refuse_existing(target, overwrite=overwrite)
+        refuse_existing(target, overwrite=options.overwrite)
     merged = _Merged(plan.models, plan.base)
     offset, trace, anchored = _survey(merged)
-    ledger = _write(plan, merged, target, offset, anchored=anchored, overwrite=overwrite)
+    ledger = _write(plan, merged, target, offset, anchored=anchored, overwrite=options.overwrite)
     return result("done", ledger, trace, anchored=anchored)
 
 

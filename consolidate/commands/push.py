@@ -24,7 +24,9 @@ from huggingface_hub.hf_api import RepoFile
 
 from consolidate.commands.upload_rules import named_code, without_local_paths
 from consolidate.commands.verify import check_fisher_values, verify
+from consolidate.options import PushOptions, VerifyOptions
 from consolidate.results import Change, PushResult
+from consolidate.runtime.devices import dtype_of_name
 from consolidate.views.card import MAX_CARD_BYTES, Subject, is_repository, model_card
 from formats.checkpoint import CARD, Checkpoint, open_checkpoint
 from formats.checkpoint_files import check_link
@@ -109,10 +111,7 @@ class _Target:
     name: str
     remote: Remote
     asked: bool  # whether the Hub could say what is there
-    public: bool
-    create_pr: bool
-    revision: str | None
-    tag: str | None
+    options: PushOptions
 
 
 @dataclass(frozen=True)
@@ -127,40 +126,12 @@ class _Upload:
         return [file for path, file in self.files.items() if self.changes[path] != "unchanged"]
 
 
-def push(
-    checkpoint: str | Path,
-    repository: str,
-    *,
-    public: bool = False,
-    create_pr: bool = False,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    tag: str | None = None,
-    token: str | None = None,
-    base_model: Sequence[str] = (),
-    fisher_dtype: torch.dtype | None = None,
-    fisher_only: bool = False,
-    dry_run: bool = False,
-) -> PushResult:
+def push(options: PushOptions) -> PushResult:
     """Publish a checkpoint with its Fisher, ledger and card on the Hub, in one commit.
 
     The checkpoint is verified before anything is sent, and what the repository holds after. A
     commit is made only upon the one that was looked at; until it is made the repository is as it
     was, and a push that is started again sends what is missing.
-
-    Args:
-        checkpoint: A folder with weights and a Fisher, or a repository on the Hub.
-        repository: Where to, such as ``user/model``; made where it is missing.
-        public: Whether a new repository can be seen by all, and one that can be may be pushed to.
-        create_pr: Open a pull request instead of committing to the branch.
-        revision: The branch; made where it is missing.
-        commit_message: Of the commit.
-        tag: Name the commit so afterwards.
-        token: Of the Hub; that of the client's login unless given.
-        base_model: The repositories of the models that this one was made from, for the card.
-        fisher_dtype: Store Λ so: float32 or bfloat16; as it is unless given.
-        fisher_only: Publish the Fisher alone, of the weights in the repository `base_model`.
-        dry_run: Only say what would be sent; without a network, all of it.
 
     Returns:
         What was done: the commit, every file with its size and what became of it, and digests.
@@ -171,28 +142,29 @@ def push(
         NonFiniteError: NaN or infinity in the weights or in the Fisher.
         NetworkError: The Hub cannot be reached or fails, or does not hold what was sent.
     """
-    _check_options(create_pr, revision, tag, token, base_model, fisher_only)
-    source = _opened(checkpoint, fisher_only)
-    api = HfApi(token=token, library_name="consolidate")
+    _check_options(options)
+    repository, tag, fisher_only = options.repository, options.tag, options.fisher_only
+    source = _opened(options.checkpoint, fisher_only)
+    api = HfApi(token=options.token, library_name="consolidate")
     remote, name = NOTHING, repository
     asked = True
     try:
         name = _full_name(api, repository)
-        remote = _look(api, name, revision, tagged=tag is not None)
+        remote = _look(api, name, options.revision, tagged=tag is not None)
     except NetworkError:
-        if not dry_run:
+        if not options.dry_run:
             raise
         LOG.info("the Hub could not be asked what %s holds: all files are listed", repository)
         asked, name = False, repository
-    target = _Target(api, name, remote, asked, public, create_pr, revision, tag)
+    target = _Target(api, name, remote, asked, options)
     _check_remote(target, fisher_only)
-    base_commit = _verified(source, base_model)
+    base_commit = _verified(source, options.base_model)
     with TemporaryDirectory(prefix="consolidate-push-") as scratch:
-        contents, ledger = _contents(source, fisher_dtype, Path(scratch))
+        contents, ledger = _contents(source, dtype_of_name(options.fisher_dtype), Path(scratch))
         subject = Subject(
             repository=name,
             config={} if fisher_only else open_checkpoint(source.folder).config,
-            base_model=tuple(base_model),
+            base_model=options.base_model,
             base_commit=base_commit,
             fisher_only=fisher_only,
             endpoint=api.endpoint,
@@ -200,9 +172,11 @@ def push(
         card = model_card(_existing_card(target, source), ledger, subject)
         upload = _upload(target, source, {CARD: card.encode(), **contents})
         result = _summary(target, upload, ledger)
-        if dry_run:
+        if options.dry_run:
             return result
-        message = commit_message or "Push " + ", ".join(task.name for task in ledger.tasks[-5:])
+        message = options.commit_message or "Push " + ", ".join(
+            task.name for task in ledger.tasks[-5:]
+        )
         commit, pull_request = _commit(target, source, upload, message)
         _check_arrived(target, upload, commit)
         if tag is not None and remote.tags.get(tag) != commit:
@@ -216,27 +190,21 @@ def push(
     return result
 
 
-def _check_options(
-    create_pr: bool,
-    revision: str | None,
-    tag: str | None,
-    token: str | None,
-    base_model: Sequence[str],
-    fisher_only: bool,
-) -> None:
+def _check_options(options: PushOptions) -> None:
     """Refuse what contradicts itself, before anything is read; the token is never shown."""
-    if create_pr and revision not in (None, "main"):
+    create_pr, tag, token = options.create_pr, options.tag, options.token
+    if create_pr and options.revision not in (None, "main"):
         raise UsageError("--create-pr opens a pull request to main: leave --revision out")
     if create_pr and tag is not None:
         raise UsageError("--tag names a commit of a branch: leave it or --create-pr out")
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         raise UsageError("--token is no token: it is empty, or holds blanks or other characters")
-    if fisher_only and len(base_model) != 1:
+    if options.fisher_only and len(options.base_model) != 1:
         raise UsageError(
             "--fisher-only needs one --base-model REPO: the repository with the weights that the "
             "Fisher belongs to"
         )
-    for name in base_model:
+    for name in options.base_model:
         _check_name(name.partition("@")[0], "--base-model ")
 
 
@@ -315,11 +283,11 @@ def _files_at(api: HfApi, name: str, commit: str, start: str) -> dict[str, RepoF
 
 def _check_remote(target: _Target, fisher_only: bool) -> None:
     name, remote = target.name, target.remote
-    if not remote.exists and target.create_pr:
+    if not remote.exists and target.options.create_pr:
         raise InputError(f"{name}: no such repository on the Hub to open a pull request in")
-    if remote.exists and not remote.private and not target.public:
+    if remote.exists and not remote.private and not target.options.public:
         raise UsageError(f"{name} can be seen by all: say with --public that this may be, too")
-    if remote.private and target.public:
+    if remote.private and target.options.public:
         LOG.info("%s is private and stays so: its settings on the Hub change that", name)
     if fisher_only and any(_WEIGHTS.fullmatch(path) for path in remote.files):
         raise UsageError(
@@ -332,7 +300,7 @@ def _verified(source: _Source, base_model: Sequence[str]) -> str | None:
     """Check every byte; of a Fisher alone give the commit of the repository with its weights."""
     if not source.fisher_only:
         LOG.info("verifying %s", source.folder)
-        verify(source.folder)
+        verify(VerifyOptions((source.folder,)))
         return None
     base = base_model[0]
     weights = locate(base, without=FISHER)
@@ -475,9 +443,11 @@ def _upload(target: _Target, source: _Source, contents: Mapping[str, Path | byte
     }
     stale = sorted(p for p in remote.files if _is_stale(p, files, source.fisher_only))
     changed = bool(stale) or set(changes.values()) != {"unchanged"}
-    if target.tag in remote.tags and (changed or remote.tags[target.tag] != remote.head):
+    if target.options.tag in remote.tags and (
+        changed or remote.tags[target.options.tag] != remote.head
+    ):
         raise UsageError(
-            f"{name} has a tag {target.tag!r} already, of another commit: choose another"
+            f"{name} has a tag {target.options.tag!r} already, of another commit: choose another"
         )
     return _Upload(files, changes, stale)
 
@@ -489,10 +459,10 @@ def _summary(target: _Target, upload: _Upload, ledger: Ledger) -> PushResult:
         "status": "dry run",
         "repository": target.name,
         "url": f"{target.api.endpoint}/{target.name}",
-        "private": not target.public if private is None else private,
+        "private": not target.options.public if private is None else private,
         "commit": None,
         "pull_request": None,
-        "tag": target.tag,
+        "tag": target.options.tag,
         "weights": set_digest(ledger.weights),
         "fisher": set_digest(ledger.fisher),
         "files": [
@@ -550,11 +520,11 @@ def _commit(
     target: _Target, source: _Source, upload: _Upload, message: str
 ) -> tuple[str, str | None]:
     """Send the files one by one, then commit them; give the commit, and its pull request."""
-    api, name, revision, remote = target.api, target.name, target.revision, target.remote
+    api, name, revision, remote = target.api, target.name, target.options.revision, target.remote
     head, additions = remote.head, upload.new()
     if not remote.exists:
         with _call(name):
-            api.create_repo(name, private=not target.public, exist_ok=True)
+            api.create_repo(name, private=not target.options.public, exist_ok=True)
             info = api.model_info(name, timeout=30)
         head = commit_in(f"{name}: ", info)
         if revision is not None:
@@ -571,7 +541,7 @@ def _commit(
                 name,
                 [file],
                 revision=revision if remote.has_branch else None,
-                create_pr=target.create_pr,
+                create_pr=target.options.create_pr,
                 free_memory=False,
             )
     if not remote.has_branch and revision is not None:
@@ -585,7 +555,7 @@ def _commit(
             [*additions, *map(CommitOperationDelete, upload.stale)],
             commit_message=message,
             revision=revision,
-            create_pr=target.create_pr,
+            create_pr=target.options.create_pr,
             parent_commit=head,
         )
     return done.oid, done.pr_url

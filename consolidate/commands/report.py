@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from consolidate.commands.show import show
+from consolidate.options import ReportOptions, ShowOptions
 from consolidate.results import ReportResult
 from consolidate.views.drawing import MARK, plain, png, svg_file
 from consolidate.views.figures import figures
@@ -19,24 +20,10 @@ from formats.hub import FISHER, commits_of, locate
 PICTURES = ("matrix", "curves", "protection", "added", "overlap")
 
 
-def report(
-    checkpoint: str | Path,
-    *,
-    output: str | Path | None = None,
-    plots: str | Path | None = None,
-    revision: str | None = None,
-    overwrite: bool = False,
-) -> ReportResult:
+def report(options: ReportOptions) -> ReportResult:
     """Write what a checkpoint's ledger and Fisher say as one HTML page that needs no network.
 
     Files that an earlier report made are replaced, others only with `overwrite`.
-
-    Args:
-        checkpoint: A folder with `fisher/`, or a repository on the Hub.
-        output: The page; ``NAME-report.html`` in the current folder by default.
-        plots: A folder for the same pictures, each as SVG and as PNG.
-        revision: Branch, tag or commit of a repository on the Hub.
-        overwrite: Whether files that are no report of ours may be replaced.
 
     Returns:
         JSON-ready: ``checkpoint``, ``report`` (the page), ``plots`` (the pictures), ``tasks``.
@@ -47,16 +34,19 @@ def report(
             file is in the way or cannot be written.
         NetworkError: The Hub cannot be reached.
     """
+    checkpoint, plots = options.checkpoint, options.plots
     if plots is not None and find_spec("matplotlib") is None:
         raise UsageError("--plots needs matplotlib: pip install 'consolidate-ewc[plot]'")
-    folder = locate(checkpoint, revision, only=FISHER)
+    folder = locate(checkpoint, options.revision, only=FISHER)
     name = folder.resolve().name if Path(checkpoint).expanduser().exists() else str(checkpoint)
-    page = Path(output or re.sub(r"[^\w.-]", "-", plain(name)) + "-report.html").expanduser()
+    page = Path(
+        options.output or re.sub(r"[^\w.-]", "-", plain(name)) + "-report.html"
+    ).expanduser()
     pictures = _pictures(plots)
     for path in (page, *pictures):
-        _check_free(path, overwrite=overwrite)
+        _check_free(path, overwrite=options.overwrite)
 
-    summary = show(folder, top=sys.maxsize)
+    summary = show(ShowOptions(folder, top=sys.maxsize))
     ledger = read_ledger(folder / "fisher" / LEDGER_NAME)
     drawn = figures(ledger, summary["parameters"], summary["accuracy_matrix"])
     content: dict[Path, str | bytes] = {page: report_page(name, summary, drawn)}

@@ -34,7 +34,7 @@ from consolidate.commands.run_options import (
 from consolidate.commands.verify import verify
 from consolidate.fields import gather
 from consolidate.models.factories import fresh_weights
-from consolidate.options import FinetuneOptions, FisherOptions
+from consolidate.options import FinetuneOptions, FisherOptions, RunOptions, VerifyOptions
 from consolidate.results import RunResult, RunStep
 from consolidate.training.loop import default_statistics
 from consolidate.views.matrix import ledger_matrix, matrix_summary
@@ -78,25 +78,13 @@ class Step:
         return self.target.with_name(f"{self.name}.json")
 
 
-def run(
-    path: str | Path,
-    *,
-    output_dir: str | Path | None = None,
-    dry_run: bool = False,
-    restart: bool = False,
-) -> RunResult:
+def run(options: RunOptions) -> RunResult:
     """Train a chain of tasks, one after the other, skipping what is done already.
 
     A step is done if its checkpoint is whole and was made from the same content: the checkpoint
     before it, data, test data, options and version of this program. Times of files mean nothing.
     A step that was broken off goes on from what was kept of it, unless it is to be made from
     something else now.
-
-    Args:
-        path: The run file; docs/run.md tells what it may say.
-        output_dir: The folder of all checkpoints; as the file says unless given.
-        dry_run: Only say what would be done or skipped, and why.
-        restart: Throw away what was kept of a step that was broken off.
 
     Returns:
         The steps with what was done and why, the last checkpoint, and the accuracy matrix.
@@ -107,14 +95,17 @@ def run(
         UsageError: Options contradict each other.
         NonFiniteError: As `finetune`, as is ForgettingError.
     """
-    run_file = read_run_file(Path(path), tuple(OPTIONS))
-    given = run_file.output_dir if output_dir is None else Path(output_dir)
+    run_file = read_run_file(Path(options.path), tuple(OPTIONS))
+    given = options.output_dir or run_file.output_dir
     if given is None:
-        raise UsageError(f"{path}: say where the checkpoints go: output-dir = … or --output-dir")
+        raise UsageError(
+            f"{options.path}: say where the checkpoints go: output-dir = … or --output-dir"
+        )
+    output = Path(given)
     # Before any step's record is written. The claim of a step is its command's.
-    claim = nullcontext() if dry_run else claiming(given, part="steps")
+    claim = nullcontext() if options.dry_run else claiming(output, part="steps")
     with claim, _importable(run_file.path.absolute().parent):
-        return _run(run_file, given, dry_run=dry_run, restart=restart)
+        return _run(run_file, output, dry_run=options.dry_run, restart=options.restart)
 
 
 def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> RunResult:
@@ -293,7 +284,7 @@ def _reason(step: Step, described: Mapping[str, Any]) -> str | None:
         return "its checkpoint is gone"
     try:
         if find_fisher(step.target, None) is not None:
-            verify(step.target)
+            verify(VerifyOptions((step.target,)))
         if _identity(step.target) != record.made:
             return "its checkpoint is not what was made"
     except ConsolidateError as error:

@@ -8,6 +8,7 @@ from typing import cast
 
 from consolidate.chain.consistency import side_by_side
 from consolidate.ewc.overlap import layer_overlaps
+from consolidate.options import ShowOptions
 from consolidate.results import FisherDtype, Format, Overlap, Parameter, ShowResult, Task
 from consolidate.views.matrix import (
     check_view,
@@ -31,29 +32,11 @@ LOG = logging.getLogger("consolidate")
 Measured = dict[str, tuple[float, float | None]]  # trace and largest value, by parameter
 
 
-def show(
-    checkpoint: str | Path,
-    *,
-    revision: str | None = None,
-    top: int = 10,
-    csv: str | Path | None = None,
-    plot: str | Path | None = None,
-    overlap: str | Path | None = None,
-) -> ShowResult:
+def show(options: ShowOptions) -> ShowResult:
     """Summarize the ledger and the Fisher of a checkpoint; nothing is compared with the weights.
 
     Of a repository on the Hub only the ledger and the headers of the Fisher are read. The traces
     are then those of the ledger, Σ_t γ^(T − t) w_t tr F_t, and the largest values are not known.
-
-    Args:
-        checkpoint: The folder that holds `fisher/`; the weights themselves need not be there. Or a
-            repository on the Hub.
-        revision: Branch, tag or commit of a repository on the Hub.
-        top: How many parameters to list, those with the largest trace first.
-        csv: Write the accuracy matrix and the curves over training steps to this file.
-        plot: Draw them in this ``.png`` or ``.svg`` file.
-        overlap: Another checkpoint, a folder or on the Hub: how far its Fisher lies on the same
-            weights, layer by layer. Both are read whole.
 
     Returns:
         JSON-ready. A parameter's trace is Σ_i Λ_i; the ``accuracy_matrix`` is None where nothing
@@ -66,6 +49,8 @@ def show(
             that has another shape.
         UsageError: `plot` is no kind of plot that is known, or matplotlib is missing.
     """
+    checkpoint, csv, plot, top = options.checkpoint, options.csv, options.plot, options.top
+    revision, overlap = options.revision, options.overlap
     if csv is not None:
         check_view(csv, plot=False)
     if plot is not None:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from consolidate.chain.consistency import contradictions, descent
 from consolidate.chain.opening import check_base, check_kind, named_base, with_base
+from consolidate.options import VerifyOptions
 from consolidate.results import Descent, TensorSet, VerifyResult
 from formats.checkpoint import Checkpoint, is_fisher_alone, open_checkpoint
 from formats.digest import TensorRecord, differences, set_digest, tensor_record
-from formats.errors import ConsolidateError, InputError, NonFiniteError
+from formats.errors import ConsolidateError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import (
     LEDGER_NAME,
     StoredFisher,
@@ -26,21 +27,8 @@ from formats.hub import FISHER, commits_of, locate
 from formats.tensors import TensorFiles
 
 
-def verify(
-    checkpoint: str | Path,
-    *later: str | Path,
-    revision: str | None = None,
-    base_model: str | Path | None = None,
-) -> VerifyResult:
+def verify(options: VerifyOptions) -> VerifyResult:
     """Check every digest, name, shape and value, and that what the ledger tells fits together.
-
-    Args:
-        checkpoint: A folder with the weights and `fisher/`, or a repository on the Hub.
-        later: Checkpoints that were made from it, each from the one before, as a run leaves them;
-            each is checked alike, and that it descends from the one before.
-        revision: Branch, tag or commit of `checkpoint` on the Hub.
-        base_model: A folder or a repository: of adapters their base model, the one that the config
-            names unless given, if that is a folder here; of a Fisher alone the weights it is of.
 
     Returns:
         JSON-ready: of each set of tensors how many there are, their bytes and the set's digest;
@@ -53,13 +41,15 @@ def verify(
             ledger contradicts itself, the Fisher's traces, or the checkpoint before.
         NonFiniteError: Values that are NaN or infinite, and nothing else is wrong.
     """
-    summary, ledger = _verify_one(checkpoint, revision, base_model)
+    if not options.checkpoints:
+        raise UsageError("verify needs at least one checkpoint")
+    before, *later = options.checkpoints
+    summary, ledger = _verify_one(before, options.revision, options.base_model)
     if not later:
         return summary
     summary["later"] = []
-    before = checkpoint
     for path in later:
-        found, next_ledger = _verify_one(path, None, base_model)
+        found, next_ledger = _verify_one(path, None, options.base_model)
         how, lines = descent(ledger, next_ledger)
         if lines:
             raise InputError(

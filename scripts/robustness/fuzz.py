@@ -32,10 +32,8 @@ import torch
 from huggingface_hub.utils import yaml_dump
 from torch import nn
 
-from consolidate.commands.report import report
+from consolidate.api import report, show, verify
 from consolidate.commands.run_options import OPTIONS, read_options
-from consolidate.commands.show import show
-from consolidate.commands.verify import verify
 from consolidate.data.encoding import encode
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import consolidate
-from consolidate.commands.verify import verify
+from consolidate.api import verify
 from formats.atomic import claimed, claimed_in_place
 from formats.errors import InputError
 from support.command_line import run as run_cli

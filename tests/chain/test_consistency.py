@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from consolidate.api import show
 from consolidate.chain.consistency import contradictions, descent, side_by_side, side_by_side_text
-from consolidate.commands.show import show
 from consolidate.views.card import Subject, model_card
 from consolidate.views.figures import score_figures
 from consolidate.views.matrix import ledger_matrix, matrix_summary

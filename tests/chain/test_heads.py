@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import consolidate
-from consolidate.api import evaluate, finetune
-from consolidate.commands import show as show_command
-from consolidate.commands.merge import merge
-from consolidate.commands.verify import verify
+from consolidate.api import evaluate, finetune, merge, verify
 from consolidate.views import summary
 from formats.checkpoint import open_checkpoint
 from formats.data import open_data
@@ -151,7 +148,7 @@ def test_a_chain_with_a_head_per_task(
     if rule == "separate":
         anchor = load_file(last / "fisher" / "anchor.safetensors")
         assert all(torch.equal(anchor[n], weights_of(last)[n]) for n in HEAD)
-    text = summary.show_text(show_command.show(last))
+    text = summary.show_text(consolidate.show(last))
     assert "heads of their own: a, b; in the weights: c" in text
 
 

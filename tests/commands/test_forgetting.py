@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from consolidate.api import finetune
+from consolidate.api import finetune, verify
 from consolidate.chain.output import failed_folder
-from consolidate.commands.verify import verify
 from consolidate.training.forgetting import beyond, forgetting
 from formats.errors import ForgettingError, InputError, UsageError
 from support.command_line import run

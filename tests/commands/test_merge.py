@@ -87,7 +87,7 @@ def strangers(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> li
 def test_two_models_become_one_by_the_formulas(strangers: list[Path], tmp_path: Path) -> None:
     a, b, _ = strangers
     out = tmp_path / "out"
-    result = merge_command.merge([a, b], output_dir=out, weights=[2, 0.5])
+    result = consolidate.merge([a, b], output_dir=out, weights=[2, 0.5])
     assert result["tasks"] == ["task-0", "task-1"]
     assert result["anchor"] == "the weights"
     fishers, values = ([tensors(x, which) for x in (a, b)] for which in ("fisher", "weights"))
@@ -113,7 +113,7 @@ def test_what_was_merged_is_verified_shown_and_trained_on(
     strangers: list[Path], write_task: Write, tmp_path: Path
 ) -> None:
     out, last, data = tmp_path / "out", tmp_path / "last", write_task("next", seed=9)
-    merge_command.merge(strangers, output_dir=out)
+    consolidate.merge(strangers, output_dir=out)
     assert consolidate.verify(out)["tasks"] == ["task-0", "task-1", "task-2"]
     assert consolidate.show(out)["merge_rule"] == "separate"
     finetune(out, data, output_dir=last, ewc_lambda=10.0, **FAST)
@@ -135,7 +135,7 @@ def test_merging_one_is_the_identity(family: dict[str, Path], tmp_path: Path, ru
         family["a"], data, output_dir=tmp_path / "one", ewc_lambda=1.0, merge_rule=rule,
         freeze=["0.bias"], **FAST,
     )  # fmt: skip
-    merge_command.merge([tmp_path / "one"], output_dir=tmp_path / "out")
+    consolidate.merge([tmp_path / "one"], output_dir=tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     assert ("fisher/anchor.safetensors" in contents(tmp_path / "out")) == (rule == "separate")
     assert contents(tmp_path / "out")["LICENSE"] == contents(start)["LICENSE"]
@@ -147,9 +147,9 @@ def test_children_of_one_base_are_merged_with_it_and_refused_without(
     out = tmp_path / "out"
     children = [family["a"], family["b"]]
     with pytest.raises(InputError, match=r"both hold the tasks old, which would count twice"):
-        merge_command.merge(children, output_dir=out)
+        consolidate.merge(children, output_dir=out)
     assert not out.exists()
-    result = merge_command.merge(children, output_dir=out, base=family["base"])
+    result = consolidate.merge(children, output_dir=out, base=family["base"])
     assert result["tasks"] == ["old", "task-a", "task-b"]
     a, b, base, merged = (tensors(x, "fisher") for x in (*children, family["base"], out))
     for name in merged:
@@ -167,7 +167,7 @@ def test_separate_children_and_their_base_are_the_sum_of_all_tasks(
             ewc_lambda=10.0, merge_rule="separate", **FAST,
         )  # fmt: skip
     children, out = [tmp_path / "sa", tmp_path / "sb"], tmp_path / "out"
-    merge_command.merge(children, output_dir=out, base=family["base"])
+    consolidate.merge(children, output_dir=out, base=family["base"])
     alone = []
     for child in children:
         alone.append(tmp_path / f"{child.name}-alone")
@@ -181,16 +181,16 @@ def test_separate_children_and_their_base_are_the_sum_of_all_tasks(
 def test_a_base_that_is_not_shared_is_refused(family: dict[str, Path], tmp_path: Path) -> None:
     a, b, base, out = family["a"], family["b"], family["base"], tmp_path / "out"
     with pytest.raises(InputError, match=r"b/fisher holds no task 'task-a' of the base"):
-        merge_command.merge([a, b], output_dir=out, base=a)
+        consolidate.merge([a, b], output_dir=out, base=a)
     finetune(
         base, tmp_path / "task-b.npz", output_dir=tmp_path / "faded", ewc_lambda=10.0, gamma=0.5,
         **FAST,
     )  # fmt: skip
     with pytest.raises(InputError, match=r"faded/fisher: .* is below that of the base.*γ below 1"):
-        merge_command.merge([a, tmp_path / "faded"], output_dir=out, base=base)
+        consolidate.merge([a, tmp_path / "faded"], output_dir=out, base=base)
     consolidate.fisher(base, tmp_path / "old.npz", **NETWORK, overwrite=True, task="old", seed=1)
     with pytest.raises(InputError, match=r"holds other facts about the task 'old'"):
-        merge_command.merge([a, b], output_dir=out, base=base)
+        consolidate.merge([a, b], output_dir=out, base=base)
     assert not out.exists()
 
 
@@ -202,7 +202,7 @@ def test_different_tasks_of_one_name_are_told_apart(
             network_checkpoint, write_task("data", seed=seed), **NETWORK, output_dir=tmp_path / name
         )
     with pytest.raises(InputError, match=r"both hold the tasks data.*another --task"):
-        merge_command.merge([tmp_path / "one", tmp_path / "two"], output_dir=tmp_path / "out")
+        consolidate.merge([tmp_path / "one", tmp_path / "two"], output_dir=tmp_path / "out")
 
 
 def resized(weights: dict[str, Any]) -> None:
@@ -234,7 +234,7 @@ def test_another_architecture_is_refused(
     change(weights)
     store(b, weights, {name: torch.ones(values.shape) for name, values in weights.items()}, "other")
     with pytest.raises(InputError, match=message):
-        merge_command.merge([a, b], output_dir=tmp_path / "out")
+        consolidate.merge([a, b], output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -268,16 +268,16 @@ def test_buffers_are_averaged_or_must_agree(tmp_path: Path) -> None:
         store(tmp_path / name, weights(mean, steps), fisher, name)
         for name, mean, steps in (("a", 1.0, 5), ("b", 4.0, 5), ("c", 4.0, 6))
     )
-    merge_command.merge([a, b], output_dir=tmp_path / "out", weights=[1, 2])
+    consolidate.merge([a, b], output_dir=tmp_path / "out", weights=[1, 2])
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert merged["running_mean"].item() == 3
     assert merged["running_mean"].dtype == torch.bfloat16
     assert merged["steps"].item() == 5
     with pytest.raises(InputError, match=r"'steps' of whole numbers differs"):
-        merge_command.merge([a, c], output_dir=tmp_path / "out-2")
+        consolidate.merge([a, c], output_dir=tmp_path / "out-2")
     d = store(tmp_path / "d", weights(1.0, 5), fisher, "d", model_type="theirs")
     with pytest.raises(InputError, match=r"gives mine as model_type in .*a, and theirs in .*d"):
-        merge_command.merge([a, d], output_dir=tmp_path / "out-2")
+        consolidate.merge([a, d], output_dir=tmp_path / "out-2")
 
 
 def test_a_parameter_that_one_model_does_not_hold_is_the_others(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_a_parameter_that_one_model_does_not_hold_is_the_others(tmp_path: Path) 
     }  # fmt: skip
     a = store(tmp_path / "a", first, {"w": torch.ones(1)}, "a")
     b = store(tmp_path / "b", second, {"v": torch.ones(1)}, "b")
-    merge_command.merge([a, b], output_dir=tmp_path / "out")
+    consolidate.merge([a, b], output_dir=tmp_path / "out")
     assert tensors(tmp_path / "out", "weights") == {"w": 1.0, "v": 2.0}
     assert read_fisher(tmp_path / "out" / "fisher").ledger.unprotected == {}
 
@@ -307,7 +307,7 @@ def heads_of(folder: Path) -> dict[str, float]:
 def test_heads_are_kept(strangers: list[Path], tmp_path: Path) -> None:
     add_head(strangers[0], "task-0", 1.0)
     add_head(strangers[2], "task-2", 2.0)
-    merge_command.merge(strangers, output_dir=tmp_path / "out")
+    consolidate.merge(strangers, output_dir=tmp_path / "out")
     assert heads_of(tmp_path / "out") == {"task-0": 1.0, "task-2": 2.0}
     assert consolidate.verify(tmp_path / "out")["heads"].keys() == {"task-0", "task-2"}
 
@@ -318,7 +318,7 @@ def test_the_head_that_children_put_aside_is_kept_once(
     for name in "ab":
         add_head(family[name], "old", 1.0)
     out = tmp_path / "out"
-    merge_command.merge([family["a"], family["b"]], output_dir=out, base=family["base"])
+    consolidate.merge([family["a"], family["b"]], output_dir=out, base=family["base"])
     assert heads_of(out) == {"old": 1.0}
 
 
@@ -334,14 +334,14 @@ def test_coefficients_that_make_no_sense(
     strangers: list[Path], tmp_path: Path, weights: list[float], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        merge_command.merge(strangers[:2], output_dir=tmp_path / "out", weights=weights)
+        consolidate.merge(strangers[:2], output_dir=tmp_path / "out", weights=weights)
 
 
 def test_an_output_that_is_an_input_is_replaced_whole(
     strangers: list[Path], tmp_path: Path
 ) -> None:
-    merge_command.merge(strangers, output_dir=tmp_path / "out")
-    merge_command.merge(strangers, output_dir=strangers[0], overwrite=True)
+    consolidate.merge(strangers, output_dir=tmp_path / "out")
+    consolidate.merge(strangers, output_dir=strangers[0], overwrite=True)
     assert contents(strangers[0]) == contents(tmp_path / "out")
 
 
@@ -375,7 +375,7 @@ def test_the_number_of_models_does_not_change_how_many_tensors_are_open(
     peaks = []
     for count in (3, 9):
         most = 0
-        merge_command.merge(folders[:count], output_dir=tmp_path / f"out-{count}")
+        consolidate.merge(folders[:count], output_dir=tmp_path / f"out-{count}")
         assert live == 0
         peaks.append(most)
     assert peaks[0] == peaks[1] <= 6
@@ -384,9 +384,9 @@ def test_the_number_of_models_does_not_change_how_many_tensors_are_open(
 def test_chunks_are_put_together(
     strangers: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge_command.merge(strangers, output_dir=tmp_path / "whole")
+    consolidate.merge(strangers, output_dir=tmp_path / "whole")
     monkeypatch.setattr(merge_command, "_CHUNK", 5)
-    merge_command.merge(strangers, output_dir=tmp_path / "chunks")
+    consolidate.merge(strangers, output_dir=tmp_path / "chunks")
     whole, chunks = (contents(tmp_path / name) for name in ("whole", "chunks"))
     ledgers = [json.loads(found.pop("fisher/fisher.json")) for found in (whole, chunks)]
     offsets = [ledger.pop("penalty_offset") for ledger in ledgers]

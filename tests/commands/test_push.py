@@ -14,9 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from consolidate.api import fisher
-from consolidate.commands.push import push
-from consolidate.commands.verify import verify
+from consolidate.api import fisher, push, verify
 from consolidate.views.text import push_text
 from formats.errors import ConsolidateError, UsageError
 from support import in_process, loopback_hub

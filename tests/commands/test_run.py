@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file
 
 import consolidate
-from consolidate.commands.verify import verify
+from consolidate.api import verify
 from formats.atomic import claimed, claimed_in_place
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
@@ -162,6 +162,12 @@ def test_running_statistics_follow_the_first_task_alone(tasks: Path, tmp_path: P
 
 
 RECORD = Path("out", "03-c.json")
+
+
+def unfinish(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"made": None}))
+
+
 CHANGES: dict[str, tuple[Callable[[Path, Write], object], dict[str, str]]] = {
     "data": (
         lambda folder, write: write("b", seed=9),
@@ -211,7 +217,7 @@ CHANGES: dict[str, tuple[Callable[[Path, Write], object], dict[str, str]]] = {
         {"03-c": "its checkpoint is not what was made"},
     ),
     "a record that is not finished": (
-        lambda folder, write: edit(folder / RECORD, '"made": {', '"made": null, "x": {'),
+        lambda folder, write: unfinish(folder / RECORD),
         {"03-c": "it was begun and not finished"},
     ),
     "another version": (

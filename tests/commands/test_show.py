@@ -12,8 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from consolidate.commands.show import show
-from consolidate.commands.verify import verify
+from consolidate.api import show, verify
 from consolidate.views.summary import show_text
 from consolidate.views.text import verify_text
 from formats.digest import tensor_record

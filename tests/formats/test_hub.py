@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from consolidate.api import evaluate, finetune, fisher
-from consolidate.commands.show import show
+from consolidate.api import evaluate, finetune, fisher, show
 from formats.errors import InputError, UsageError
 from formats.hub import commits_of, locate
 from support import loopback_hub

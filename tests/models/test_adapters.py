@@ -13,12 +13,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from consolidate.api import evaluate, finetune, fisher
+from consolidate.api import evaluate, finetune, fisher, merge, show, verify
 from consolidate.chain.modules import load_penalty
 from consolidate.chain.opening import with_base
-from consolidate.commands.merge import merge
-from consolidate.commands.show import show
-from consolidate.commands.verify import verify
 from consolidate.data.encoding import encode
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.ewc.low_rank_penalty import MergedPenalty

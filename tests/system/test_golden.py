@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from consolidate.commands.show import show
-from consolidate.commands.verify import verify
+from consolidate.api import show, verify
 from consolidate.views.summary import show_text
 from formats.checkpoint import open_checkpoint
 from formats.fisher_folder import check_belongs, read_fisher

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from consolidate.commands.show import show
+from consolidate.api import show
 from consolidate.views.drawing import Rectangle
 from consolidate.views.figures import Figure, figures, in_order, layers
 from formats.fisher_json import TaskRecord, read_ledger

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from consolidate.commands.show import show
+from consolidate.api import show
 from consolidate.training.accuracy_matrix import AccuracyMatrix, accuracy_matrix
 from consolidate.views.figures import score_figures
 from consolidate.views.matrix import (

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import consolidate
-from consolidate.commands.verify import verify
+from consolidate.api import verify
 from support.loopback_hub import TOKEN, Hub, run
 
 Write = Callable[..., Path]
