@@ -211,7 +211,7 @@ class KeptTraining:
         self._work.keep(tensors, {**self._beside, "training": numbers}, "training")
 
     @contextmanager
-    def when_stopped(self, descent: Descent) -> Iterator[None]:
+    def keeping_if_stopped(self, descent: Descent) -> Iterator[None]:
         """Keep the training where a stop comes inside the block, such as in a measurement."""
         try:
             yield

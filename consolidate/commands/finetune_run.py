@@ -167,7 +167,7 @@ def descend(
             LOG.info("going on from step %d of %d", len(steps), total)
         with progress("training", total, "steps", before=len(steps)) as advance:
             if _is_measured(len(steps), total, recipe):
-                with kept.when_stopped(descent):
+                with kept.keeping_if_stopped(descent):
                     take_metrics(f"step {len(steps)}")
             for epoch, examples in _epochs_left(chosen, recipe, total, group, len(steps)):
                 stand_in = None
@@ -194,9 +194,9 @@ def descend(
                     _log(step, total, recipe.log_every)
                     kept.after_step(descent, f"after step {step.step} of {total}")
                     if _is_measured(step.step, total, recipe):
-                        with kept.when_stopped(descent):
+                        with kept.keeping_if_stopped(descent):
                             take_metrics(f"step {step.step}")
-                with kept.when_stopped(descent):
+                with kept.keeping_if_stopped(descent):
                     take_metrics(f"epoch {epoch + 1}", f"step {len(steps)}")
             kept.end(descent, f"after the last of {total} steps")
     # What comes next needs the memory; the optimizer and its schedule hold each other.

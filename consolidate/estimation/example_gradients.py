@@ -246,11 +246,7 @@ def square(gradient: Tensor) -> Tensor:
 def add_squares_of_sums(
     total: Tensor, uses: Sequence[Gradients], examples: int, first: int = 0
 ) -> Tensor:
-    """Add Σ_b (Σ_uses gradient)² to total, for a parameter that is used several times.
-
-    Returns:
-        Each example's sum, (B,).
-    """
+    """Add Σ_b (Σ_uses gradient)² of a parameter used several times; return each example's, (B,)."""
     traces = []
     match uses:
         case [use]:
@@ -286,11 +282,7 @@ def add_pairs(total: Tensor, g: Tensor) -> None:
 
 
 def _pairs(x: Tensor, weight: int = 1) -> Tensor:
-    """Return x_s x_t for the positions s ≤ t of x (B, T, n), times weight where s ≠ t.
-
-    Returns:
-        (B · pairs, n), one example's pairs after the other's.
-    """
+    """Return x_s x_t, weighted where s ≠ t, for s ≤ t of x (B, T, n): (B · pairs, n), in order."""
     if x.shape[1] == 1:
         return x.squeeze(1).square()
     s, t = torch.triu_indices(x.shape[1], x.shape[1], device=x.device)

@@ -271,7 +271,7 @@ def _result(
 def _is_settled(measured: Pass, tolerance: float, behind: bool, group: ProcessGroup | None) -> bool:
     """Say whether every trace is certain enough, alike in every process.
 
-    Not where one reads batches that the pass has had already (`behind`): it would have ended there.
+    `behind` says that this one still reads what the pass had before: it would have ended there.
     """
     measured.count()
     any_behind, examples = summed(group, behind, measured.examples)

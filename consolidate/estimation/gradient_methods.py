@@ -371,10 +371,7 @@ def _near(alone: Tensor, together: Tensor) -> bool:
 
 
 def _equal(found: Tensor, expected: Tensor, eps: float, largest: float) -> bool:
-    """Return whether sums of gradients are equal up to rounding, largest that of any parameter.
-
-    What is found is overwritten.
-    """
+    """Return whether sums are equal up to rounding, with the largest of all; overwrites `found`."""
     # Normalisation is often in float32 whatever the weights.
     tolerance = max(eps**0.5, 1e-6)
     error = _largest(found.sub_(expected))
@@ -382,10 +379,7 @@ def _equal(found: Tensor, expected: Tensor, eps: float, largest: float) -> bool:
 
 
 def _alike(found: Tensor, expected: Tensor, eps: float, largest: float) -> bool:
-    """Return whether squares are those of the same gradients, run in another batch.
-
-    What is found is overwritten.
-    """
+    """Return whether squares are those of another batch's gradients; overwrites `found`."""
     # An example may fall to the other side of a ReLU here and there.
     error = found.sub_(expected).abs_().sum().item()
     floor = _floor(eps) ** 2 * largest * found.numel()

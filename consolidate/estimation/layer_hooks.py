@@ -91,10 +91,7 @@ class Recording:
     rerunning_unit: bool = False
 
     def backward(self, outputs: Tensor, vector: Tensor, sink: Sink, *, keep: bool) -> None:
-        """Send a vector like the outputs back, and every parameter's gradients to the sink.
-
-        The graph is needed again where `keep`.
-        """
+        """Send a vector back from the outputs, and every parameter's gradients to the sink."""
         self.recording_forward = False
         self.sink = sink
         try:

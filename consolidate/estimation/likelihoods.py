@@ -357,15 +357,11 @@ def _precise(like: Tensor) -> Tensor:
     return torch.empty(0, dtype=wide, device=like.device)
 
 
-def _shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))
-
-
 def _check_outputs(name: str, outputs: Tensor, *axes: str) -> None:
     if outputs.ndim != len(axes):
         raise InputError(
             f"The {name} likelihood needs outputs of shape ({', '.join(axes)}); "
-            f"the model gave {_shape(outputs)}."
+            f"the model gave {tuple(outputs.shape)}."
         )
 
 
@@ -373,5 +369,5 @@ def _check_shape(name: str, labels: Tensor, expected: torch.Size) -> None:
     if labels.shape != expected:
         raise InputError(
             f"The {name} likelihood needs labels of shape {tuple(expected)} for these outputs, "
-            f"found {_shape(labels)}."
+            f"found {tuple(labels.shape)}."
         )
