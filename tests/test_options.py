@@ -103,7 +103,7 @@ def test_a_new_option_needs_no_more_than_its_field() -> None:
 
     @dataclass(frozen=True)
     class Command:
-        checkpoint: str = option(REQUIRED, "Which.")
+        checkpoint: str = option(REQUIRED, "Which.", argument=True)
         inner: Inner = part(Inner(), prefix="outer_")  # noqa: RUF009
 
     assert [flat.flag for flat in flat_options(Command)] == ["checkpoint", "outer-strength"]

@@ -197,14 +197,11 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
     search = None
     if is_search(options):
         search = plan_search(
-            options.search.ewc_lambda,
-            choose=options.search.choose,
+            options.search,
             max_forgetting=max_forgetting,
-            validation=validation,
             other_data=[options.data, *evaluate.values()],
             new=opened.task,
             ledger=old,
-            plot=options.search.search_plot,
         )
         if max_forgetting is not None and not set(old) & set(evaluate):
             evaluate |= {name: validation[name] for name in search.old}

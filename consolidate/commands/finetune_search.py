@@ -18,6 +18,7 @@ from consolidate.data.examples import Examples, hold_out
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.ewc.penalty import WeightPenalty
 from consolidate.models.model import Model
+from consolidate.options import Search
 from consolidate.results import LambdaSearch
 from consolidate.results import Trial as TrialResult
 from consolidate.runtime.distributed import dealt
@@ -65,23 +66,23 @@ class Subject:
 
 
 def plan_search(
-    strengths: Any,
+    asked: Search,
     *,
-    choose: str | None,
     max_forgetting: float | None,
-    validation: Mapping[str, str | Path],
     other_data: Collection[str | Path],
     new: str,
     ledger: Sequence[str],
-    plot: str | Path | None,
 ) -> Plan:
     """Refuse what would fail later or would choose by data that it should not see.
 
-    `strengths` are λs or ``auto``, `ledger` the old tasks, and `other_data` what is trained on and
-    evaluated on.
+    `ledger` are the old tasks, and `other_data` what is trained on and evaluated on.
     """
+    strengths: Any = asked.ewc_lambda
+    validation = asked.validation or {}
     check_strengths(strengths)
-    rule = choose_rule(choose, old=ledger, validation=validation, max_forgetting=max_forgetting)
+    rule = choose_rule(
+        asked.choose, old=ledger, validation=validation, max_forgetting=max_forgetting
+    )
     if unknown := [name for name in validation if name not in (*ledger, new)]:
         raise UsageError(
             f"--validation {unknown[0]}: expected the new task, {new}, or one that the ledger "
@@ -93,8 +94,8 @@ def plan_search(
             f"--validation {twice[0]}={validation[twice[0]]}: λ cannot be chosen by data that are "
             "trained on or evaluated on: hold other rows out"
         )
-    if plot is not None:
-        check_plot(Path(plot))
+    if asked.search_plot is not None:
+        check_plot(Path(asked.search_plot))
     return Plan(strengths, rule, max_forgetting, new, [n for n in ledger if n in validation])
 
 

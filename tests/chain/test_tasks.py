@@ -202,7 +202,7 @@ def test_a_task_without_a_fisher_weighs_one(tasks: Tasks) -> None:
         ({"gamma": 1.5}, "--gamma 1.5: expected a number from 0 to 1"),
         ({"task_weight": -1.0}, "--task-weight -1.0: expected a number from 0"),
         ({"task_weight": float("inf")}, "--task-weight inf"),
-        ({"task_weight": "unit"}, "--task-weight unit: expected a number from 0, units or trace"),
+        ({"task_weight": "unit"}, "--task-weight unit: expected a number, or one of units, trace"),
     ],
 )
 def test_merging_options_that_make_no_sense(

@@ -215,7 +215,7 @@ def test_the_command_says_so(
     assert code == 0
     assert f"{tmp_path / 'out'}: it was there already, made from the same\n" in text
     assert "exact Fisher of 'new' over 60 examples" in text
-    assert "--force does it anew" in err
+    assert "is up to date: nothing to do" in err
     assert metrics.exists()
     code, text, _ = run(capsys, *words, "--json")
     assert json.loads(text)["status"] == "cached"

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 import consolidate
+from consolidate.api import report
 from consolidate.cli import main
-from consolidate.commands.report import PICTURES, report
+from consolidate.commands.report import PICTURES
 from consolidate.views.drawing import MARK
 from formats.errors import InputError, UsageError
 from scripts.screenshots import find_chromium, screenshot

@@ -108,7 +108,7 @@ def test_a_traceback_is_shown_however_it_was_asked_for(
         ("finetune", "--ewc-lambda", "1,10", (1.0, 10.0)),
         ("finetune", "--ewc-lambda", "auto", "auto"),
         ("fisher", "--task-weight", "trace", "trace"),
-        ("merge", "--weights", "2", [2.0]),
+        ("merge", "--weights", "2", (2.0,)),
     ],
 )
 def test_what_is_typed_becomes_what_the_functions_take(
