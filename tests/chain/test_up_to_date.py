@@ -219,6 +219,6 @@ def test_the_command_says_so(
     assert metrics.exists()
     code, text, _ = run(capsys, *words, "--json")
     assert json.loads(text)["status"] == "cached"
-    code, text, _ = run(capsys, *words, "--json", "--force")
-    assert json.loads(text)["status"] == "done"
+    code, text, _ = run(capsys, *words, "--json", "--overwrite")
+    assert json.loads(text)["status"] == "cached"
     assert os.listdir(tmp_path / "out")
