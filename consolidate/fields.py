@@ -216,8 +216,10 @@ def checked(flat: Flat, value: Any) -> Any:
     if option.choices and isinstance(value, str) and value not in option.choices:
         number = "a number, or " if float in flat.kinds else ""
         raise UsageError(f"{where}: expected {number}one of {', '.join(option.choices)}")
-    if isinstance(value, int | float) and not isinstance(value, bool) and _outside(option, value):
-        raise UsageError(f"{where}: expected {_range(flat)}")
+    for number in value if isinstance(value, list | tuple) else [value]:
+        numeric = isinstance(number, int | float) and not isinstance(number, bool)
+        if numeric and _outside(option, number):
+            raise UsageError(f"--{flat.flag} {number}: expected {_range(flat)}")
     if isinstance(value, list):
         return tuple(value)
     return dict(value) if isinstance(value, Mapping) else value

@@ -82,6 +82,7 @@ def test_flat_keywords_become_records() -> None:
         ({"learning_rate": float("inf")}, "--learning-rate inf: expected a finite number above 0"),
         ({"weight_decay": float("nan")}, "--weight-decay nan: expected a finite number from 0"),
         ({"ewc_lambda": -1.0}, "--ewc-lambda -1.0: expected a finite number from 0"),
+        ({"ewc_lambda": [1.0, -2.0]}, "--ewc-lambda -2.0: expected a finite number from 0"),
         ({"ewc_lambda": "much"}, "--ewc-lambda much: expected a number, or one of auto"),
         ({"gamma": 1.5}, "--gamma 1.5: expected a number from 0 to 1"),
         ({"momentum": 1.0}, "--momentum 1.0: expected a number from 0 to less than 1"),
