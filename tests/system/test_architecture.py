@@ -239,3 +239,22 @@ def test_help_imports_nothing_heavy() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def functions(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Each function's name, its lines without the docstring, and how many parameters it has."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
+            arguments = node.args
+            count = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs)
+            yield node.name, lines, count
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.stem != "api"], ids=name_of)
+def test_a_function_fits_on_a_screen(path: Path) -> None:
+    for name, lines, parameters in functions(path):
+        assert lines <= (60 if name in ("fisher", "finetune") else 80), name
+        assert parameters <= 12 or name in consolidate.__all__, name
