@@ -1,5 +1,6 @@
 """The plot of a search for λ: what the new task gains against what old tasks keep."""
 
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def check_plot(path: Path) -> None:
         ) from None
 
 
-def plot_search(search: dict[str, Any], path: Path) -> None:
+def plot_search(search: Mapping[str, Any], path: Path) -> None:
     """Draw the whole runs of a search: scores over λ, and the new task's against the old tasks'.
 
     Without old data the second panel has the penalty over λ in place of the old tasks' score.
