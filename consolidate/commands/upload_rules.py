@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
+from consolidate.views.card import is_repository
 from formats.checkpoint_files import check_link, read_json
 from formats.errors import InputError
 from formats.fisher_folder import in_one_line
@@ -28,7 +26,8 @@ def without_local_paths(path: Path) -> Path | bytes:
     """Empty the local paths in a configuration file; the file itself stays as it is.
 
     transformers writes where a model, a tokenizer or their parts were loaded from: the name of a
-    repository, which stays, or a path on the author's machine.
+    repository, which stays, or a path on the author's machine. Gives the path where there is
+    nothing to empty, else the bytes to send in its place.
     """
     content = read_json(path)
     emptied = list(dict.fromkeys(_empty(content)))
@@ -48,7 +47,7 @@ def _empty(value: Any) -> Iterator[str]:
     for key, inner in list(value.items()):
         if not isinstance(inner, str):
             yield from _empty(inner)
-        elif _SOURCE.fullmatch(key) and inner and not _is_repository(inner):
+        elif _SOURCE.fullmatch(key) and inner and not _is_elsewhere(inner):
             value[key] = ""
             yield key
         elif _FILE.fullmatch(key) and _ABSOLUTE.match(inner):
@@ -56,17 +55,17 @@ def _empty(value: Any) -> Iterator[str]:
             yield key
 
 
-def _is_repository(name: str) -> bool:
+def _is_elsewhere(name: str) -> bool:
     """Whether a name is that of a repository, and not of a folder here or of a training's step."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not _CHECKPOINT.fullmatch(name.rpartition("/")[2]) and not Path(name).exists()
+    of_a_training = _CHECKPOINT.fullmatch(name.rpartition("/")[2])
+    return is_repository(name) and not of_a_training and not Path(name).exists()
 
 
 def named_code(folder: Path) -> set[str]:
-    """Find the code that a checkpoint's configuration names as its own."""
+    """Find the code that the `auto_map` of a checkpoint names, and what that imports relatively.
+
+    The code is parsed and never run.
+    """
     configs = [path for pattern in _WITH_AUTO_MAP for path in folder.glob(pattern)]
     named = {f"{name}.py" for path in configs for name in _named(read_json(path))}
     waiting = sorted(name for name in named if "/" not in name and "\\" not in name)

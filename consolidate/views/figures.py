@@ -228,7 +228,11 @@ def _added(tasks: Sequence[TaskRecord], groups: Groups) -> Figure | None:
 
 
 def _overlap(tasks: Sequence[TaskRecord], groups: Groups) -> Figure | None:
-    later = [task for task in tasks if any(_known_overlap(task, own) for own in groups.values())]
+    later = [
+        task
+        for task in tasks
+        if any(_mean_overlap(task, own) is not None for own in groups.values())
+    ]
     if not later:
         return None
     return Figure(
@@ -294,16 +298,12 @@ def _trace(task: TaskRecord, names: Sequence[str]) -> float | None:
     return min(task.weight * _sum(known), sys.float_info.max) if known else None
 
 
-def _known_overlap(task: TaskRecord, names: Sequence[str]) -> list[tuple[float, float]]:
-    known = [task.layers[name] for name in names if name in task.layers]
-    return [(layer.trace, layer.overlap) for layer in known if layer.overlap is not None]
-
-
 def _mean_overlap(task: TaskRecord, names: Sequence[str]) -> float | None:
-    known = _known_overlap(task, names)
-    largest = max((trace for trace, _ in known), default=0.0)
+    found = [task.layers[name] for name in names if name in task.layers]
+    known = [(layer.trace, layer.overlap) for layer in found if layer.overlap is not None]
     if not known:
         return None
+    largest = max(trace for trace, _ in known)
     weights = [trace / largest if largest > 0 else 1.0 for trace, _ in known]
     pairs = zip(weights, known, strict=True)
     return math.fsum(weight * overlap for weight, (_, overlap) in pairs) / math.fsum(weights)

@@ -3,12 +3,13 @@
 import csv
 import io
 import logging
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 from consolidate.results import MatrixSummary, Mean
-from consolidate.training import accuracy_matrix
-from consolidate.training.accuracy_matrix import AccuracyMatrix
+from consolidate.training.accuracy_matrix import AccuracyMatrix, accuracy_matrix
 from consolidate.views.drawing import beside, png, svg_file
 from consolidate.views.figures import TASKS, score_figures
 from consolidate.views.markdown import escaped, shown, table
@@ -34,22 +35,16 @@ def check_view(path: str | Path, *, plot: bool) -> None:
 
 def matrix_summary(matrix: AccuracyMatrix) -> MatrixSummary:
     """Give the matrix, ACC, BWT, forgetting and the curves over steps, ready for JSON."""
-    return {
+    summary = {
         "tasks": matrix.tasks,
         "scores": matrix.scores,
         "start": matrix.start,
-        "acc": _mean(matrix.acc()),
-        "bwt": _mean(matrix.bwt()),
-        "forgetting": _mean(matrix.forgetting()),
-        "points": [
-            {"task": point.task, "step": point.step, "scores": point.scores}
-            for point in matrix.points
-        ],
+        "acc": asdict(matrix.acc()),
+        "bwt": asdict(matrix.bwt()),
+        "forgetting": asdict(matrix.forgetting()),
+        "points": [asdict(point) for point in matrix.points],
     }
-
-
-def _mean(mean: accuracy_matrix.Mean) -> Mean:
-    return {"value": mean.value, "terms": mean.terms, "of": mean.of}
+    return cast(MatrixSummary, summary)
 
 
 def write_matrix_csv(path: str | Path, matrix: AccuracyMatrix) -> None:
@@ -62,13 +57,13 @@ def write_matrix_csv(path: str | Path, matrix: AccuracyMatrix) -> None:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["training", "when", *matrix.tasks])
-    table.writerow([matrix.tasks[0], "before", *map(_exact, matrix.start)])
+    table.writerow([matrix.tasks[0], "before", *matrix.start])
     for task, scores in zip(matrix.tasks, matrix.scores, strict=True):
         for point in matrix.points:
             if point.task == task and point.step:
                 found = (point.scores.get(name) for name in matrix.tasks)
-                table.writerow([task, f"step {point.step}", *map(_exact, found)])
-        table.writerow([task, "after", *map(_exact, scores)])
+                table.writerow([task, f"step {point.step}", *found])
+        table.writerow([task, "after", *scores])
     write_file(Path(path), text.getvalue())
 
 
@@ -82,13 +77,9 @@ def plot_matrix(path: str | Path, ledger: Ledger, summary: MatrixSummary) -> Non
     write_file(Path(path), svg_file(picture) if svg else png(picture))
 
 
-def _exact(score: float | None) -> str:
-    return "" if score is None else repr(score)
-
-
 def ledger_matrix(ledger: Ledger) -> AccuracyMatrix | None:
     """Give the accuracy matrix of a ledger's tasks; None where no score on them was taken."""
-    matrix = accuracy_matrix.accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
+    matrix = accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
     known = any(score is not None for row in [matrix.start, *matrix.scores] for score in row)
     return matrix if known or any(point.scores for point in matrix.points) else None
 

@@ -7,7 +7,7 @@ from consolidate.views.drawing import MARK, escaped, plain, style_sheet, svg
 from consolidate.views.figures import LISTED, TASKS, Figure
 from consolidate.views.markdown import shown
 from consolidate.views.matrix import means, partly
-from consolidate.views.summary import by_reason, estimator_text, penalty_text
+from consolidate.views.summary import by_reason, estimator_text, learned_text
 from formats.wording import few
 
 _MEANINGS = {
@@ -149,10 +149,7 @@ def _chain(summary: ShowResult) -> str:
         pairs = [
             ("learned from", task["data"] or "–"),
             (f"{task['unit']}s", f"{task['units'] or 0:,}"),
-            (
-                "learned with",
-                penalty_text(task["penalty"], task["penalty_on"], task["ewc_lambda"]),
-            ),
+            ("learned with", learned_text(task)),
         ]
         if matrix is not None:
             then, now = matrix["scores"][i][i], matrix["scores"][-1][i]
@@ -192,7 +189,7 @@ def _settings(summary: ShowResult) -> str:
             estimator_text(task["estimator"], task["mc_samples"]),
             str(task["seed"]),
             f"{task['weight']:g}",
-            penalty_text(task["penalty"], task["penalty_on"], task["ewc_lambda"]),
+            learned_text(task),
             _some(task["labels"]),
         ]
         for task in summary["tasks"][-LISTED:]
@@ -202,16 +199,13 @@ def _settings(summary: ShowResult) -> str:
 
 
 def _provenance(summary: ShowResult) -> str:
-    fisher = summary["fisher"]
+    fisher, weights = summary["fisher"], summary["weights"]
     offset = f"{summary['penalty_offset']:.6g}" if summary["penalty_offset"] else "0"
     pairs = [
         ("merge rule", f"{_rule(summary)}; penalty offset {offset}"),
         ("anchor", summary["anchor"]),
         ("output layers kept", ", ".join(sorted(summary["heads"])[:TASKS]) or "none"),
-        (
-            "weights",
-            f"{_count(summary['weights']['tensors'], 'tensor')}, {summary['weights']['digest']}",
-        ),
+        ("weights", f"{_count(weights['tensors'], 'tensor')}, {weights['digest']}"),
         (
             "Fisher",
             f"{_count(fisher['tensors'], 'tensor')} of {fisher['dtype']}, {fisher['digest']}",
@@ -224,12 +218,9 @@ def _provenance(summary: ShowResult) -> str:
         [task["name"], task["data_digest"] or "not kept", task["parent"] or "–"]
         for task in summary["tasks"][-LISTED:]
     ]
-    origins = _table(
-        "Digests of each task",
-        ["task", "data", "weights it began from"],
-        digests,
-        len(summary["tasks"]) - len(digests),
-    )
+    header = ["task", "data", "weights it began from"]
+    left_out = len(summary["tasks"]) - len(digests)
+    origins = _table("Digests of each task", header, digests, left_out)
     parts = [_pairs(pairs, "pairs"), origins]
     if reasons:
         rows = [[reason, _some(names)] for reason, names in list(reasons.items())[:LISTED]]

@@ -67,7 +67,7 @@ def _tasks(tasks: list[Task]) -> list[str]:
             estimator_text(task["estimator"], task["mc_samples"]),
             str(task["seed"]),
             f"{task['weight']:g}",
-            penalty_text(task["penalty"], task["penalty_on"], task["ewc_lambda"]),
+            learned_text(task),
             (task["parent"] or "–")[:12],
             task["data"],
         ]
@@ -134,6 +134,11 @@ def penalty_text(penalty: str | None, penalty_on: str | None, ewc_lambda: float 
         return "no penalty"
     held = {None: "", "adapter": " on the adapter", "merged": " on merged weights"}
     return f"{penalty}{held[penalty_on]}, λ = {ewc_lambda:g}"
+
+
+def learned_text(task: Task) -> str:
+    """Say what a task of `show` was learned with."""
+    return penalty_text(task["penalty"], task["penalty_on"], task["ewc_lambda"])
 
 
 def _metrics(tasks: list[Task]) -> list[list[str]]:
