@@ -152,7 +152,11 @@ def verify_text(summary: dict[str, Any]) -> str:
     Args:
         summary: What `verify` returned.
     """
-    sets = {kind: summary[kind] for kind in ("weights", "fisher", "anchor") if summary.get(kind)}
+    sets = {
+        kind: summary[kind]
+        for kind in ("weights", "fisher", "anchor", "factors")
+        if summary.get(kind)
+    }
     sets |= {f"head of {task}": head for task, head in summary["heads"].items()}
     lines = [
         f"{kind}: {found['tensors']:,} tensors, {found['bytes']:,} bytes, {found['digest']}"
