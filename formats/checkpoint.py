@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from formats.atomic import explain_full_disk, recover
-from formats.checkpoint_files import check_link, check_single, read_index, read_json
+from formats.checkpoint_files import check_link, read_index, read_json
 from formats.digest import TensorRecord, tensor_record
 from formats.errors import InputError, NonFiniteError
 from formats.pickles import PICKLE_SUFFIXES, open_pickle
@@ -214,7 +214,11 @@ def _indexed(index: Path, single: Path) -> tuple[Path, ...]:
     folder = index.parent
     check_link(folder, index)
     names = sorted(set(read_index(index).values()))
-    check_single(single, index, names)
+    if single.exists() and single.name not in names:
+        raise InputError(
+            f"{folder} holds both {single.name} and {index.name}, which does not name it; "
+            "remove the one that does not belong to the checkpoint"
+        )
     return *(folder / name for name in names), index
 
 

@@ -1,7 +1,7 @@
 """The files of a checkpoint: the links among them, their JSON, and the index of the shards."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +46,6 @@ def read_index(path: Path) -> dict[str, str]:
         if not isinstance(file_name, str):
             raise InputError(f"{path}: 'weight_map' gives {file_name!r} as the file of {name!r}")
     return weight_map
-
-
-def check_is_file(path: Path) -> None:
-    """Refuse what is missing, or a folder or device."""
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise InputError(f"{path} {what}")
-
-
-def check_single(single: Path, index: Path, names: Collection[str]) -> None:
-    """Refuse a file beside an index that names others."""
-    if single.exists() and single.name not in names:
-        raise InputError(
-            f"{single.parent} holds both {single.name} and {index.name}, which does not name it; "
-            "remove the one that does not belong to the checkpoint"
-        )
 
 
 def check_index(index: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> None:

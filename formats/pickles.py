@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from formats.checkpoint_files import broken, check_index, check_is_file, inside, read_index
+from formats.checkpoint_files import broken, check_index, inside, read_index
 from formats.errors import InputError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -64,7 +64,9 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> Any:
-    check_is_file(path)
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}")
     try:
         with open(path, "rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"

@@ -15,14 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from formats.atomic import explain_full_disk, final_path
-from formats.checkpoint_files import (
-    broken,
-    check_index,
-    check_is_file,
-    check_single,
-    inside,
-    read_index,
-)
+from formats.checkpoint_files import broken, check_index, inside, read_index
 from formats.digest import DTYPES, dtype_name, little_endian_chunks
 from formats.errors import InputError
 
@@ -180,7 +173,11 @@ def open_tensors(path: Path, stem: str = "model") -> TensorFiles:
         return TensorFiles(path, [inside(path, single.name)])
     weight_map = read_index(index)
     tensors = TensorFiles(path, [inside(path, name) for name in sorted(set(weight_map.values()))])
-    check_single(single, index, [file.name for file in tensors.files])
+    if single.exists() and single not in tensors.files:
+        raise InputError(
+            f"{path} holds both {single.name} and {index.name}, which does not name it; "
+            "remove the one that does not belong to the checkpoint"
+        )
     check_index(index, weight_map, {name: tensors.file_of(name).name for name in tensors})
     return tensors
 
@@ -253,7 +250,9 @@ def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
 
 def _open(file: Path, room: int) -> tuple[Any, int]:
     """Open a file whose header has at most so many bytes; return it, and how many they are."""
-    check_is_file(file)
+    if not file.is_file():
+        what = "is not a file" if file.exists() else "does not exist"
+        raise InputError(f"{file} {what}")
     try:
         with open(file, "rb") as content:
             size = int.from_bytes(content.read(8), "little")
