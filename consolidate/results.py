@@ -405,6 +405,7 @@ class VerifyResult(_Of):
     weights: TensorSet
     fisher: TensorSet
     anchor: NotRequired[TensorSet]
+    factors: NotRequired[TensorSet]
     heads: dict[str, TensorSet]
     other_files: list[str]
     later: NotRequired[

@@ -14,7 +14,7 @@ FORMAT = "consolidate-run-step"
 VERSION = 1
 
 
-class StepRecord(Struct, frozen=True, forbid_unknown_fields=True):
+class StepRecord(Struct, frozen=True):
     """One step of a run, told by its content: digests and options, no time and no path.
 
     `made` holds digests of what the step left; None until it is finished.

@@ -140,6 +140,8 @@ def verify_text(summary: VerifyResult) -> str:
     sets = {"weights": summary["weights"], "fisher": summary["fisher"]}
     if "anchor" in summary:
         sets["anchor"] = summary["anchor"]
+    if "factors" in summary:
+        sets["factors"] = summary["factors"]
     sets |= {f"head of {task}": head for task, head in summary["heads"].items()}
     lines = [
         f"{kind}: {found['tensors']:,} tensors, {found['bytes']:,} bytes, {found['digest']}"

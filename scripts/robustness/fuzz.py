@@ -232,7 +232,7 @@ def write_run(folder: Path) -> list[str]:
     """Write a tasks.toml."""
     write_rows("jsonl", folder)
     (folder / "tasks.toml").write_text(
-        'start = "model"\noutput-dir = "out"\nevaluate-ahead = true\n\n[evaluate]\n'
+        'start = "model"\noutput-dir = "out"\n\n[evaluate]\n'
         'old = "data.jsonl"\n\n[defaults]\newc-lambda = 1e3\nepochs = 2\nfreeze = ["a.*", "b"]\n'
         'text-column = "text"\nlearning-rate = 1e-3\n\n[[task]]\nname = "one"\ndata = "data.jsonl"'
         '\nevaluate = "data.jsonl"\n\n[[task]]\nname = "two"\ndata = "data.jsonl"\ntrain = false\n'

@@ -106,6 +106,15 @@ def test_tasks_without_traces_are_not_held_against_the_fisher() -> None:
     assert contradictions(ledger(task("a", layers={})), {"w": 7.0}) == []
 
 
+def test_a_task_that_was_not_measured_adds_nothing() -> None:
+    nothing = {"examples": None, "units": None, "estimator": None, "penalty": "none", "layers": {}}
+    chain = ledger(task("a", 1.0), task("b", 3.0), task("c", **nothing))
+    assert contradictions(chain, {"w": 4.0}) == []
+    assert "give 3 to 4" in contradictions(chain, {"w": 4.1})[0]
+    faded = ledger(task("a", 1.0), task("c", **nothing), gamma=0.5)
+    assert contradictions(faded, {"w": 0.5}) == []
+
+
 def test_descent() -> None:
     first = ledger(task("a"))
     parent = set_digest(record())
