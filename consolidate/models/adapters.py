@@ -58,10 +58,7 @@ def check_plain(config: Mapping[str, Any], path: Path) -> None:
 
 
 def load(checkpoint: Checkpoint, **options: Any) -> Model:
-    """Load a whole model, or a base model with its adapter in it.
-
-    Of an adapter, the base model is frozen, and the layout is that of the adapter's file.
-    """
+    """Load a whole model, or an adapter in its frozen base model; its layout is the adapter's."""
     if checkpoint.base is None:
         return load_model(checkpoint, **options)
     freeze = options.pop("freeze", ())
@@ -109,7 +106,6 @@ def without_fisher(model: Model, diagonal: Mapping[str, Tensor]) -> list[str]:
 
 
 def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
-    """Put an adapter that was read into its base model."""
     peft = import_peft()
     assert checkpoint.adapter is not None
     assert checkpoint.base is not None

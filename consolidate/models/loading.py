@@ -350,7 +350,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    """Name up to four, and say how many more there are."""
     return f"{few(names, 4)} {'are' if len(names) > 1 else 'is'}"
 
 

@@ -21,9 +21,7 @@ from formats.errors import PeerError, UsageError
 
 T = TypeVar("T")
 P = ParamSpec("P")
-BUCKET = 1 << 23
-"""Elements that are summed over the processes at a time: few enough not to be felt in memory."""
-
+BUCKET = 1 << 23  # elements summed over the processes at a time: too few to be felt in memory
 _FAILURE = "consolidate/failure"
 _GONE = "another process of this run is gone and did not say why; it may have been killed"
 
@@ -126,10 +124,7 @@ def shares(
 
 
 def rounds(items: Iterable[T], group: dist.ProcessGroup | None) -> Iterator[tuple[T | None, bool]]:
-    """Yield this process's items, and None after the last until no process has one left.
-
-    With each comes whether every process has one in this round.
-    """
+    """Yield this process's items, or None while others have more, and whether all have one."""
     size = place_in(group)[1]
     iterator = iter(items)
     while True:

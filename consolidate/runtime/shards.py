@@ -96,10 +96,7 @@ def add_shard_(total: Tensor, values: Tensor, parameter: Tensor) -> None:
 def gradients_of(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Hand over each whole gradient of this process's examples as it comes, and forget it.
-
-    FSDP would sum them over the processes.
-    """
+    """Hand over each whole gradient of this process's examples as it comes, and forget it."""
     seen: set[int] = set()
     handles: list[Any] = []
 
@@ -125,16 +122,13 @@ def gradients_of(
 
 
 def _hand_over(name: str, take: Callable[[str, Tensor], None], parameter: Tensor) -> None:
-    gradient, parameter.grad = parameter.grad, None
+    gradient, parameter.grad = parameter.grad, None  # FSDP would sum it over the processes
     assert gradient is not None
     take(name, gradient.detach())
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
-    """List what is gathered by itself: the members of the outermost lists of modules.
-
-    Left out is what shares a parameter with what is outside of it, and what is a single layer.
-    """
+    """List what is gathered by itself: the members of the outermost lists of modules."""
     lists = [m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     inside = {id(below) for one in lists for below in one.modules() if below is not one}
     uses = Counter(_uses(module))
@@ -144,8 +138,9 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
             continue
         for block in one.children():
             own = Counter(_uses(block))
+            # Whether it shares no parameter with what is outside of it.
             alone = all(uses[at] == count for at, count in own.items())
-            if own and alone and any(True for _ in block.children()):
+            if own and alone and any(True for _ in block.children()):  # more than a single layer
                 found.append(block)
     return found
 
