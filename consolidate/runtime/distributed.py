@@ -28,7 +28,7 @@ _GONE = "another process of this run is gone and did not say why; it may have be
 
 @contextmanager
 def process_group() -> Iterator[dist.ProcessGroup | None]:
-    """Join the processes that `torchrun` started together, for the block; a group may be there.
+    """Join the processes that `torchrun` started for the block, unless they are joined already.
 
     Where one of them fails, it alone raises what went wrong; the others follow with a PeerError.
     """
@@ -104,7 +104,7 @@ def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 
 def dealt(order: Sequence[int], batch_size: int, group: dist.ProcessGroup | None) -> Sequence[int]:
-    """Deal examples to processes, batch by batch in turn: whole batches of the one process."""
+    """Deal examples to processes in turn, in the batches that a single process would read."""
     number, size = place_in(group)
     if size == 1:
         return order

@@ -58,7 +58,7 @@ def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def cut_as(part: Tensor, parameter: Tensor) -> Tensor:
-    """Return the tensor, cut like a parameter, of which this process holds a part beside it."""
+    """Return the tensor, cut like a parameter, of which this process holds the part given."""
     if not isinstance(parameter, DTensor) or not part.dim():
         return part
     return DTensor.from_local(
@@ -72,14 +72,14 @@ def cut_as(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """Gather a tensor, or one that is cut `like` another, of a part; every process has to ask."""
+    """Gather a tensor, or the parts of one that is cut `like` another; all processes have to."""
     if like is not None:
         tensor = cut_as(tensor, like)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sum_of_parts(value: Tensor, parameter: Tensor) -> Tensor:
-    """Sum over the processes what each made of its part of a parameter, 0-dimensional."""
+    """Sum over the processes what each made, a number, of its part of a parameter."""
     if not isinstance(parameter, DTensor):
         return value
     return whole(DTensor.from_local(value, parameter.device_mesh, [Partial()], run_check=False))
