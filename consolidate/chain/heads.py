@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consolidate.chain.tasks import Chain
+from consolidate.chain.tasks import Chain, FittedChain
 from consolidate.data.columns import label_column
 from consolidate.data.labels import label_names, label_values, listed, matched_label
 from consolidate.models.architectures import relabelled
@@ -22,7 +22,6 @@ from consolidate.models.model import Model, file_weights
 from consolidate.options import Columns
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
-from formats.fisher_json import Ledger
 from formats.rows import Rows
 from formats.tensors import Overlaid, dtype_of, shape_of
 
@@ -31,18 +30,8 @@ LOG = logging.getLogger("consolidate")
 # aside for the tasks that use it; `extend` adds rows for new labels.
 HEADS = ("keep", "new", "extend")
 
+# `load_model` with its options: takes a checkpoint and maybe `new_labels` or `objective`.
 Load = Callable[..., Model]
-"""`load_model` with its options: takes a checkpoint and maybe ``new_labels`` or ``objective``."""
-
-
-@dataclass(frozen=True)
-class FittedChain:
-    """A chain as the model to be trained has a place for it; see `Chain`."""
-
-    ledger: Ledger
-    fisher: Mapping[str, Tensor]
-    anchor: Mapping[str, Tensor] | None
-    heads: Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +39,7 @@ class Fitted:
     """A model that has an output for every label and a row for every token of the new task."""
 
     model: Model  # its checkpoint's weights are where training starts, fresh rows included
-    before: Chain | None  # the chain so far, of the model's shapes
+    before: Chain | None  # of the model's shapes: without a new head, and Λ = 0 in new rows
     free: dict[str, int]  # by file name, the first row that no earlier task has a part in
 
 
@@ -65,10 +54,7 @@ def fit_model(
     patterns: Sequence[str] = (),  # of the head's parameters
     new_labels: Sequence[str] | None = None,  # of a checkpoint that has no head yet
 ) -> Fitted:
-    """Load a model for a new task, with the output layer and the vocabulary that the task needs.
-
-    A new head is in neither Λ nor μ; new rows of a tensor have Λ = 0.
-    """
+    """Load a model for a new task, with the output layer and the vocabulary that the task needs."""
     if source.adapter is not None and head != "keep":
         raise UsageError(f"--head {head} needs a whole model, and {source.path} is an adapter")
     model = load(source, new_labels=new_labels)
@@ -161,10 +147,7 @@ def with_head_of(load: Load, source: Checkpoint, chain: Chain, task: str) -> Mod
 def models_of_tasks(
     load: Load, model: Model, chain: Chain, tasks: Mapping[str, str]
 ) -> dict[str, Model]:
-    """Load a model again for what is measured with a head that was put aside.
-
-    They share the memory of the trunk, so they follow it where it is trained.
-    """
+    """Load a model again with each head that was put aside, on the same trunk in memory."""
     used = [task for task in dict.fromkeys(tasks.values()) if task in chain.heads]
     models = {}
     for task in used:
@@ -328,10 +311,7 @@ def _longer(tensors: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Overla
 
 
 def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str] | None) -> Fitted:
-    """Add rows for tokens that the tokenizer has and the embedding lacks, as the mean of the old.
-
-    As transformers' `resize_token_embeddings` does, in the output layer over the vocabulary too.
-    """
+    """Add rows, the mean of the old, for tokens that the tokenizer has and the embedding lacks."""
     model = fitted.model
     if model.objective.modality != "text" or model.processor is None:
         return fitted
@@ -356,7 +336,7 @@ def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str]
     }
     files |= {second for second, first in layout.duplicates.items() if first in files}
     values = {}
-    for name in files:
+    for name in files:  # as transformers' `resize_token_embeddings` does
         old = source.weights[name]
         mean = old.float().mean(0, keepdim=True).to(old.dtype)
         values[name] = torch.cat([old, mean.expand(wanted - count, *old.shape[1:])])

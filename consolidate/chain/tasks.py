@@ -4,7 +4,6 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from consolidate.options import Merging
 from formats.checkpoint import Checkpoint, weight_records
 from formats.digest import TensorRecord, dtype_name, set_digest
 from formats.errors import InputError, UsageError
+from formats.fisher_folder import StoredFisher
 from formats.fisher_json import (
     MERGE_RULES,
     LayerRecord,
@@ -41,24 +41,17 @@ class Training:
     metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
 
-class Chain(Protocol):
-    """What the tasks so far left behind: a `StoredFisher`, or one fitted to another head."""
+@dataclass(frozen=True)
+class FittedChain:
+    """The tasks so far as the model to be trained has a place for them, as `StoredFisher` else."""
 
-    @property
-    def ledger(self) -> Ledger:
-        """The tasks, and how they were merged."""
+    ledger: Ledger
+    fisher: Mapping[str, Tensor]
+    anchor: Mapping[str, Tensor] | None
+    heads: Mapping[str, Mapping[str, Tensor]]
 
-    @property
-    def fisher(self) -> Mapping[str, Tensor]:
-        """Λ by the names of the weights file."""
 
-    @property
-    def anchor(self) -> Mapping[str, Tensor] | None:
-        """μ by the same names; None where it is the weights."""
-
-    @property
-    def heads(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Output layers that were put aside, by task."""
+Chain = StoredFisher | FittedChain
 
 
 def task_name(name: str | None, data: str, before: Chain | None) -> str:
@@ -101,7 +94,7 @@ def settled_merging(before: Chain | None, asked: Merging) -> Merging:
 def add_task(
     before: Chain | None,
     model: Model,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],  # what is stored of the model
     diagonal: FisherDiagonal,
     *,
     name: str,
@@ -112,13 +105,11 @@ def add_task(
     training: Training | None = None,
     merging: Merging | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, Ledger]:
-    """Merge a task's Fisher into the chain so far; return Λ, μ or None, and the ledger.
-
-    `weights` are those that are stored of the model; μ is None where it is the same.
-    """
+    """Merge a task's Fisher into the chain so far: Λ, μ or None where it is the weights, ledger."""
     merging = settled_merging(before, merging or Merging())
     rule, gamma = str(merging.merge_rule), float(merging.gamma or 0)
-    total: Mapping[str, Tensor] = {} if before is None else before.fisher
+    past = before or FittedChain(Ledger([]), {}, None, {})
+    total = past.fisher
     fisher = model.layout.to_file(diagonal)
     record = TaskRecord(
         name=name,
@@ -135,28 +126,27 @@ def add_task(
         data_digest=data_digest,
         made_from=made_from,
         layers={
-            parameter: LayerRecord(
+            at: LayerRecord(
                 trace=float(values.double().sum()),
-                overlap=fisher_overlap(values, total[parameter]) if parameter in total else None,
+                overlap=fisher_overlap(values, total[at]) if at in total else None,
             )
-            for parameter, values in fisher.items()
+            for at, values in fisher.items()
         },
         **vars(training or Training()),
     )
-    tasks = [*(before.ledger.tasks if before is not None else []), record]
-    apart = () if before is None else before.heads.get(tasks[0].name, ())
-    record.weight = _weight(merging.task_weight, tasks, apart)
+    tasks = [*past.ledger.tasks, record]
+    record.weight = _weight(merging.task_weight, tasks, past.heads.get(tasks[0].name, ()))
     # Either rule can follow the other: weights merged `online` are where the anchor was, and
     # `online` moves the anchor of a `separate` chain to the new weights, so that the offset is 0.
     anchor, offset = None, 0.0
     if rule == "online":
         merged = merge_online(total, fisher, gamma=gamma, weight=record.weight)
     else:
-        where = model.checkpoint.weights if before is None or not before.anchor else before.anchor
+        where = past.anchor or model.checkpoint.weights
         merged, anchor, offset = merge_separate(total, where, fisher, weights, weight=record.weight)
         if all(torch.equal(mu, weights[at].cpu().to(mu.dtype)) for at, mu in anchor.items()):
             anchor = None
-        offset += 0.0 if before is None else before.ledger.penalty_offset
+        offset += past.ledger.penalty_offset
     ledger = Ledger(
         tasks=tasks,
         merge_rule=rule,
@@ -165,7 +155,7 @@ def add_task(
         unprotected=unprotected(model, merged),
         weights=records or weight_records(weights),
         versions=program_versions(),
-        heads={} if before is None else before.ledger.heads,
+        heads=past.ledger.heads,
         base=_base_digest(before, model.checkpoint),
     )
     return merged, anchor, ledger
@@ -197,16 +187,13 @@ def check_names_to_be(before: Chain | None, model: Model) -> None:
 
 def _base_digest(before: Chain | None, source: Checkpoint) -> str | None:
     """Give the digest of an adapter's base model; a chain so far has been compared with it."""
-    if before is not None or source.base is None:
-        return None if before is None else before.ledger.base
-    return set_digest(weight_records(source.base.weights))
+    if before is not None:
+        return before.ledger.base
+    return None if source.base is None else set_digest(weight_records(source.base.weights))
 
 
 def _weight(asked: float | str, tasks: Sequence[TaskRecord], apart: Collection[str]) -> float:
-    """Give the weight of the last task: a number, or w_1 n_t/n_1 by units, or w_1 tr F_1 / tr F_t.
-
-    Parameters that are `apart`, in a head that the first has for itself, are not common to both.
-    """
+    """Give the last task's weight: a number, or w_1 n_t/n_1 by units, or w_1 tr F_1 / tr F_t."""
     if not isinstance(asked, str):
         return float(asked)
     first, new = tasks[0], tasks[-1]
@@ -216,6 +203,7 @@ def _weight(asked: float | str, tasks: Sequence[TaskRecord], apart: Collection[s
     if asked == "units":
         units = [task.units for task in tasks if task.units is not None]
         return scale * units[-1] / units[0]
+    # What is in a head that the first has for itself is not common to both.
     common = (first.layers.keys() & new.layers.keys()) - set(apart)
     past, present = (math.fsum(task.layers[at].trace for at in common) for task in (first, new))
     # A Fisher of zero holds nothing at any weight, and no weight can match it.

@@ -23,10 +23,7 @@ def encode(
     pack: bool = False,
     seed: int = 0,
 ) -> Examples:
-    """Encode the rows of a task for a model and its objective, checking every label.
-
-    Texts are tokenized once, here; images are read batch by batch.
-    """
+    """Encode the rows of a task for a model and its objective, checking every label."""
     columns = columns or Columns()
     if pack and model.objective.name not in ("causal-lm", "masked-lm"):
         raise UsageError(f"--pack is for language models, not for {model.objective.name}")

@@ -16,10 +16,7 @@ from formats.rows import Rows
 
 
 def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> list[str]:
-    """Name the labels of a new output layer: as the data state, or sorted, or 0 to the largest.
-
-    For a regression on D > 1 numbers they are D names, on one number none.
-    """
+    """Name the labels of a new output layer: as the data state, or sorted, or 0 to the largest."""
     if objective == "regression":
         column = label_column(rows, columns or Columns(), objective)
         count = len(as_numbers(rows[0].get(column), rows.where(0, column)))
@@ -33,10 +30,7 @@ def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> l
 def label_values(
     rows: Rows, objective: str, columns: Columns | None = None, *, used: bool = False
 ) -> list[str]:
-    """Collect the labels in the data as names: as the data state them, or sorted.
-
-    Rows of K zeros and ones, of a multi-label task, stand for the labels from 0 to K − 1.
-    """
+    """Collect the labels in the data as names: in the order that the data state, or sorted."""
     column = label_column(rows, columns or Columns(), objective)
     stated = rows.label_names(column)
     if stated is not None and not used:
@@ -57,7 +51,7 @@ def label_values(
     if stated is not None:
         return [name for i, name in enumerate(stated) if {str(i), name} & found]
     if objective == "multi-label" and found <= {"0", "1"} and len(lengths) == 1:
-        return [str(i) for i in range(lengths.pop())]
+        return [str(i) for i in range(lengths.pop())]  # rows of K zeros and ones
     return sorted(found, key=int) if all(n.isdecimal() for n in found) else sorted(found)
 
 
@@ -196,11 +190,8 @@ def as_integer(value: Any) -> int | None:
             return int(value.strip())
         except ValueError:
             return None
-    if isinstance(value, bool | int):
-        return int(value)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return None
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return int(value) if whole else None
 
 
 def as_list(value: Any, where: str) -> list[Any]:

@@ -129,10 +129,6 @@ class TextExamples(Examples):
             labels = self._labels[chosen]
         return inputs, labels
 
-    def largest_token(self) -> int:
-        """Return the largest token id of all texts."""
-        return self._fields["input_ids"].largest()
-
     def length(self, i: int) -> int:
         """Return the number of tokens."""
         return len(self._fields["input_ids"][i])
@@ -172,7 +168,8 @@ def encode_texts(
     if len(examples) == 0:
         raise InputError(f"{rows.name}: no row holds anything to predict")
     module: Any = model.module
-    token, known = examples.largest_token(), len(module.get_input_embeddings().weight)
+    known = len(module.get_input_embeddings().weight)
+    token = examples._fields["input_ids"].largest()
     if token >= known:
         raise InputError(
             f"{rows.name} has the token {token}, and the model's embedding only {known} rows: the "
@@ -448,8 +445,7 @@ def _chats(texts: _Texts, column: str) -> Iterator[_Document]:
 def _cut(documents: Iterable[_Document], texts: _Texts) -> Iterator[_Document]:
     for ids, labels in documents:
         texts.count += 1
-        if len(ids) > texts.max_length:
-            texts.truncated += 1
+        texts.truncated += len(ids) > texts.max_length
         yield ids[: texts.max_length], labels[: texts.max_length]
 
 

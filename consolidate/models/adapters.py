@@ -23,10 +23,7 @@ from formats.wording import few
 
 # By what an adapter is more than W + s B A, or not of the base model's own W.
 def load(checkpoint: Checkpoint, **options: Any) -> Model:
-    """Load a whole model, or a base model with its adapter in it.
-
-    Of an adapter, the base model is frozen, and the layout is that of the adapter's file.
-    """
+    """Load a whole model, or an adapter in its frozen base model; its layout is the adapter's."""
     if checkpoint.base is None:
         return load_model(checkpoint, **options)
     freeze = options.pop("freeze", ())
@@ -74,7 +71,6 @@ def without_fisher(model: Model, diagonal: Mapping[str, Tensor]) -> list[str]:
 
 
 def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
-    """Put an adapter that was read into its base model."""
     peft = import_peft()
     assert checkpoint.adapter is not None
     assert checkpoint.base is not None

@@ -250,7 +250,7 @@ def _check_missing(
 def _check_unexpected(
     module: Any, info: Mapping[str, Any], layout: Layout, sought: Mapping[str, str], where: Path
 ) -> list[str]:
-    """Refuse tensors that belong into the model's body; return those of other output layers."""
+    """Refuse tensors that belong in the model's body; return those of other output layers."""
     body = {name for name, _ in module.base_model.named_children()}
     prefix = f"{module.base_model_prefix}."
     unexpected = [name for name in layout.unused if sought[name] in info["unexpected_keys"]]
@@ -350,7 +350,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    """Name up to four, and say how many more there are."""
     return f"{few(names, 4)} {'are' if len(names) > 1 else 'is'}"
 
 

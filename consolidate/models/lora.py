@@ -15,14 +15,10 @@ from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.errors import InputError, UsageError
 
-NAME = "default"
-"""Of the one adapter in a model, as peft has it."""
-
+NAME = "default"  # of the one adapter in a model, as peft has it
+PREFIX = "base_model.model."  # what peft puts before the module's names
+# Layers whose weights an adapter can change by a product.
 KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
-"""Layers whose weights an adapter can change by a product."""
-
-PREFIX = "base_model.model."
-"""What peft puts before the module's names."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +118,7 @@ def adapt(
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     new = {at for name in whole for at in model.layout.module_names(name)}
     kept = [parameter for name, parameter in module.named_parameters() if name in new]
-    options: dict[str, Any] = {"rank": lora.rank, "alpha": lora.alpha, "seed": seed}
-    names = add_lora(module, targets=lora.targets, **options)
+    names = add_lora(module, **vars(lora), seed=seed)
     held = {id(parameter) for parameter in trainable}
     for name, layer in low_rank_layers(module).items():
         if id(layer.weight) not in held:
@@ -134,7 +129,7 @@ def adapt(
         parameter.requires_grad_(id(parameter) in held)
     own = dict(module.named_parameters())
     for other in _distinct(others):
-        add_lora(other.module, targets=names, **options)
+        add_lora(other.module, rank=lora.rank, targets=names, alpha=lora.alpha, seed=seed)
         for name, parameter in other.module.named_parameters():
             if is_adapter(name):
                 parameter.data = own[name].data
@@ -166,7 +161,6 @@ def import_peft() -> Any:
 
 
 def _adapted(module: nn.Module) -> dict[str, Any]:
-    """Give peft's layers by name."""
     from peft.tuners.lora import LoraLayer
 
     return {

@@ -60,11 +60,10 @@ def unprotected(model: Model, protected: Iterable[str]) -> dict[str, str]:
     for name in [*model.checkpoint.weights, *model.layout.fresh]:
         if name in have:
             continue
+        names = model.layout.module_names(name)
         if name in model.layout.duplicates:
             reasons[name] = SAME_AS + model.layout.duplicates[name]
-            continue
-        names = model.layout.module_names(name)
-        if not names:
+        elif not names:
             reasons[name] = "not used by the model"
         elif not any(module_name in parameters for module_name in names):
             reasons[name] = "a buffer, not a parameter"

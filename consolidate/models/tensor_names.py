@@ -31,10 +31,7 @@ class Group:
 
 
 class Layout:
-    """The correspondence between a module's names and those of its weights file.
-
-    Any name of a tied tensor is understood. Buffers that the file lacks are left out of files.
-    """
+    """The correspondence between a module's names and those of its weights file."""
 
     def __init__(
         self,
@@ -45,7 +42,7 @@ class Layout:
         outside: Collection[str] = (),  # module names of another file: an adapter's base model
     ) -> None:
         self._file_shapes = dict(file_shapes)
-        self._aliases = _aliases(module)
+        self._aliases = _aliases(module)  # any name of a tied tensor is understood
         self._module_shapes = {
             name: tuple(tensor.shape)
             for name, tensor in module.state_dict(keep_vars=True).items()
@@ -56,7 +53,8 @@ class Layout:
         self.groups = self._distinct(groups)
         self._group_of_file = {n: group for group in self.groups for n in group.file_names}
         self._group_of_module = {n: group for group in self.groups for n in group.module_names}
-        self.fresh = tuple(  # parameters that the file lacks, such as those of a new output layer
+        # Parameters that the file lacks, as of a new output layer; buffers stay out of files.
+        self.fresh = tuple(
             name
             for name, _ in module.named_parameters()
             if name not in self._group_of_module and name not in outside
@@ -86,10 +84,7 @@ class Layout:
         return [file_name] if file_name in self.fresh else []
 
     def to_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give tensors of the module, of any dtype, the names, shapes and order of the file.
-
-        What is absent is left out, or zero where the file has it in one tensor with what is given.
-        """
+        """Give tensors of the module, some or all, the names, shapes and order of the file."""
         given: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             canonical = self._aliases.get(name)
@@ -210,7 +205,7 @@ class Layout:
 
     def _to_file(self, group: Group, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         sample = next(given[name] for name in group.module_names if name in given)
-        flat = sample.new_zeros(sum(self._sizes(group)))
+        flat = sample.new_zeros(sum(self._sizes(group)))  # what is not given stays zero
         for name, position in zip(group.module_names, self._positions(group), strict=True):
             if name in given:
                 flat[position.flatten().to(flat.device)] = given[name].detach().flatten().to(flat)
@@ -234,10 +229,7 @@ def same_names_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
 
 
 def transformers_layout(module: Any, file_shapes: Shapes) -> tuple[Layout, dict[str, str]]:
-    """Lay out a transformers model by the conversions with which transformers loads it.
-
-    For each unused tensor there is the name under which transformers looked for it.
-    """
+    """Lay out a transformers model as it is loaded; give the name sought for each unused tensor."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,

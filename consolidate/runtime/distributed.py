@@ -21,16 +21,14 @@ from formats.errors import PeerError, UsageError
 
 T = TypeVar("T")
 P = ParamSpec("P")
-BUCKET = 1 << 23
-"""Elements that are summed over the processes at a time: few enough not to be felt in memory."""
-
+BUCKET = 1 << 23  # elements summed over the processes at a time: too few to be felt in memory
 _FAILURE = "consolidate/failure"
 _GONE = "another process of this run is gone and did not say why; it may have been killed"
 
 
 @contextmanager
 def process_group() -> Iterator[dist.ProcessGroup | None]:
-    """Join the processes that `torchrun` started together, for the block; a group may be there.
+    """Join the processes that `torchrun` started for the block, unless they are joined already.
 
     Where one of them fails, it alone raises what went wrong; the others follow with a PeerError.
     """
@@ -106,7 +104,7 @@ def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 
 def dealt(order: Sequence[int], batch_size: int, group: dist.ProcessGroup | None) -> Sequence[int]:
-    """Deal examples to processes, batch by batch in turn: whole batches of the one process."""
+    """Deal examples to processes in turn, in the batches that a single process would read."""
     number, size = place_in(group)
     if size == 1:
         return order
@@ -126,10 +124,7 @@ def shares(
 
 
 def rounds(items: Iterable[T], group: dist.ProcessGroup | None) -> Iterator[tuple[T | None, bool]]:
-    """Yield this process's items, and None after the last until no process has one left.
-
-    With each comes whether every process has one in this round.
-    """
+    """Yield this process's items, or None while others have more, and whether all have one."""
     size = place_in(group)[1]
     iterator = iter(items)
     while True:

@@ -16,15 +16,12 @@ SECONDS_BETWEEN_LINES = 30.0
 
 @contextmanager
 def progress(label: str, total: int, unit: str, before: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show how far a pass over `total` units has come; yield a function that is told what was done.
-
-    Units that were done `before`, by a pass that was interrupted, count as done but not as time.
-    """
+    """Show how far a pass over `total` units has come; yield a function to tell what was done."""
     start = last = time.monotonic()
     done = 0
     with tqdm(
         total=total,
-        initial=before,
+        initial=before,  # what an interrupted pass had done
         desc=label,
         unit=f" {unit}",
         file=sys.stderr,

@@ -58,7 +58,7 @@ def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def cut_as(part: Tensor, parameter: Tensor) -> Tensor:
-    """Return the tensor, cut like a parameter, of which this process holds a part beside it."""
+    """Return the tensor, cut like a parameter, of which this process holds the part given."""
     if not isinstance(parameter, DTensor) or not part.dim():
         return part
     return DTensor.from_local(
@@ -72,14 +72,14 @@ def cut_as(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """Gather a tensor, or one that is cut `like` another, of a part; every process has to ask."""
+    """Gather a tensor, or the parts of one that is cut `like` another; all processes have to."""
     if like is not None:
         tensor = cut_as(tensor, like)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sum_of_parts(value: Tensor, parameter: Tensor) -> Tensor:
-    """Sum over the processes what each made of its part of a parameter, 0-dimensional."""
+    """Sum over the processes what each made, a number, of its part of a parameter."""
     if not isinstance(parameter, DTensor):
         return value
     return whole(DTensor.from_local(value, parameter.device_mesh, [Partial()], run_check=False))
@@ -96,10 +96,7 @@ def add_shard_(total: Tensor, values: Tensor, parameter: Tensor) -> None:
 def gradients_of(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Hand over each whole gradient of this process's examples as it comes, and forget it.
-
-    FSDP would sum them over the processes.
-    """
+    """Hand over each whole gradient of this process's examples as it comes, and forget it."""
     seen: set[int] = set()
     handles: list[Any] = []
 
@@ -125,16 +122,13 @@ def gradients_of(
 
 
 def _hand_over(name: str, take: Callable[[str, Tensor], None], parameter: Tensor) -> None:
-    gradient, parameter.grad = parameter.grad, None
+    gradient, parameter.grad = parameter.grad, None  # FSDP would sum it over the processes
     assert gradient is not None
     take(name, gradient.detach())
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
-    """List what is gathered by itself: the members of the outermost lists of modules.
-
-    Left out is what shares a parameter with what is outside of it, and what is a single layer.
-    """
+    """List what is gathered by itself: the members of the outermost lists of modules."""
     lists = [m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     inside = {id(below) for one in lists for below in one.modules() if below is not one}
     uses = Counter(_uses(module))
@@ -144,8 +138,9 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
             continue
         for block in one.children():
             own = Counter(_uses(block))
+            # Whether it shares no parameter with what is outside of it.
             alone = all(uses[at] == count for at, count in own.items())
-            if own and alone and any(True for _ in block.children()):
+            if own and alone and any(True for _ in block.children()):  # more than a single layer
                 found.append(block)
     return found
 

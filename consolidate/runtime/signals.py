@@ -25,11 +25,9 @@ _asked: type[BaseException] | None = None
 
 
 def ask(reason: type[BaseException]) -> bool:
-    """Ask what is being done to stop; False if it does not wait, and the handler is to raise.
-
-    A Ctrl-C waits for nothing that was asked to stop before.
-    """
+    """Ask what is being done to stop; False if it does not wait, and the handler is to raise."""
     global _asked
+    # A Ctrl-C waits for nothing that was asked to stop before.
     if not _waits or (_asked is not None and reason is KeyboardInterrupt):
         return False
     _asked = _asked or reason

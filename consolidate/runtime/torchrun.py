@@ -25,9 +25,7 @@ def local_rank() -> int:
 
 
 def stop_with_torchrun() -> None:
-    """Have this process sent SIGTERM if `torchrun` is killed, which ends nobody; on Linux only.
-
-    What works on alone would keep its work beside that of those who are started again.
-    """
+    """Have this process sent SIGTERM if `torchrun` is killed, which ends nobody; on Linux only."""
+    # What works on alone would keep its work beside that of those who are started again.
     if world_size() > 1 and "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
