@@ -17,13 +17,6 @@ def contradictions(ledger: Ledger, traces: Mapping[str, float]) -> list[str]:
     w_T tr F_T ≤ tr Λ ≤ Σ_t w_t tr F_t; and online with γ = 1 the last but one counts whole too,
     unless the output layer is another one since. For two tasks that is an equality. Of a task that
     was not measured F is 0.
-
-    Args:
-        ledger: The ledger.
-        traces: Σ_i Λ_i as stored, by the names of the weights file.
-
-    Returns:
-        One line per contradiction; empty if there is none.
     """
     lines = [line for task in ledger.tasks for line in _of_task(task)]
     last = ledger.tasks[-1]
@@ -58,16 +51,7 @@ def contradictions(ledger: Ledger, traces: Mapping[str, float]) -> list[str]:
 
 
 def descent(earlier: Ledger, later: Ledger) -> tuple[str, list[str]]:
-    """Tell whether one checkpoint's tasks go on from another's.
-
-    Args:
-        earlier: The ledger of the checkpoint that came before.
-        later: The ledger of the one that should descend from it.
-
-    Returns:
-        How it is told, ``weights`` where a digest says from which weights the next task began, else
-        ``tasks``; and one line per contradiction.
-    """
+    """Tell whether one checkpoint's tasks go on from another's."""
     for i, task in enumerate(earlier.tasks):
         if i >= len(later.tasks):
             return "tasks", [f"the task {task.name!r} is missing"]
@@ -88,15 +72,7 @@ def descent(earlier: Ledger, later: Ledger) -> tuple[str, list[str]]:
 
 
 def side_by_side(ledger: Ledger) -> list[list[str]]:
-    """Find the tasks that were learned from the same weights, and not one after the other.
-
-    Args:
-        ledger: Of checkpoints that were merged, or that were made from such.
-
-    Returns:
-        Groups of names; none where no two tasks have the same parent. Checkpoints that began from
-        different weights cannot be told from a chain.
-    """
+    """Find the tasks that were learned from the same weights, and not one after the other."""
     groups: dict[str, list[str]] = {}
     for task in ledger.tasks:
         if task.parent is not None:
@@ -129,14 +105,7 @@ def _of_task(task: TaskRecord) -> list[str]:
 
 
 def side_by_side_text(groups: Sequence[Sequence[str]]) -> str:
-    """Say what the rows of an accuracy matrix are of such tasks.
-
-    Args:
-        groups: What `side_by_side` returned.
-
-    Returns:
-        A sentence or two; nothing where there is no group.
-    """
+    """Say what the rows of an accuracy matrix are of such tasks."""
     if not groups:
         return ""
     named = "; ".join(", ".join(names) for names in groups)

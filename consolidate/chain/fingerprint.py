@@ -1,6 +1,5 @@
 """What the result of a command is made from, told by content: digests, options, versions."""
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -27,14 +26,6 @@ def checkpoint_content(
     """Describe a checkpoint: its tensors, its Fisher, and the files beside them but for the card.
 
     Whoever writes into a model card has changed nothing that a result depends on.
-
-    Args:
-        source: The checkpoint.
-        ledger: That of its Fisher, which holds the digests of all that is in it.
-        records: Of its weights.
-
-    Returns:
-        Digests, JSON-ready.
     """
     others = other_files(source) if source.path.is_dir() else iter(())
     files = ((file, name) for file, name in others if name != Path(CARD))
@@ -95,11 +86,7 @@ def description(
 
 
 def module_content(factory: str | None) -> str | None:
-    """Give the digest of the source that a factory is in; the weights do not tell it.
-
-    Args:
-        factory: ``package.module:function``; None where transformers makes the module.
-    """
+    """Give the digest of the source that a factory is in; the weights do not tell it."""
     if factory is None:
         return None
     sys.path.insert(0, str(Path.cwd()))
@@ -130,16 +117,6 @@ def versions() -> dict[str, str]:
     """Give the versions of the programs that the numbers depend on."""
     ours = ("consolidate-ewc", "torch", "transformers")
     return {name: version for name, version in program_versions().items() if name in ours}
-
-
-def digest(description: Mapping[str, Any]) -> str:
-    """Give the SHA-256 of a description: of its JSON without blanks, keys sorted.
-
-    Args:
-        description: JSON-ready.
-    """
-    text = json.dumps(description, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from formats.fisher_folder import (
 from formats.fisher_json import Ledger
 from formats.hub import FISHER, locate
 
+# By what an adapter is more than W + s B A, or not of the base model's own W.
 _OTHER = {
     "use_dora": "DoRA scales W + s B A by columns",
     "use_bdlora": "BD-LoRA has block-diagonal factors",

@@ -15,16 +15,7 @@ from formats.tensors import dtype_of, shape_of
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Refuse, before any work is done, a target that must not be replaced.
-
-    Args:
-        target: Where a checkpoint or a Fisher folder is to be put.
-        overwrite: It may be replaced if it is one already.
-
-    Raises:
-        InputError: It cannot be written; it holds something and `overwrite` is false; or what it
-            holds is neither a checkpoint nor a Fisher, or has a git history.
-    """
+    """Refuse, before any work is done, a target that must not be replaced."""
     if target.name == "fisher" and (target / LEDGER_NAME).is_file() and not overwrite:
         raise InputError(
             f"{target} exists already: --overwrite replaces it, --add adds another task measured "
@@ -46,17 +37,7 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
 
 
 def check_output(target: Path, source: Checkpoint, *, overwrite: bool, whole: bool) -> None:
-    """Refuse before the work what would fail after it: something in the way, or no room.
-
-    Args:
-        target: Where a checkpoint or a Fisher folder is to be put.
-        source: The checkpoint it is made from.
-        overwrite: Whether it may be replaced.
-        whole: Whether it is a checkpoint, with weights.
-
-    Raises:
-        InputError: It cannot be written, may not be replaced, or the disk has no room for it.
-    """
+    """Refuse before the work what would fail after it: something in the way, or no room."""
     refuse_existing(target, overwrite=overwrite)
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     needed = output_bytes(source, whole=whole)
@@ -71,12 +52,7 @@ def check_output(target: Path, source: Checkpoint, *, overwrite: bool, whole: bo
 
 
 def output_bytes(source: Checkpoint, *, whole: bool) -> int:
-    """Give the bytes of a Fisher with its ledger, and of the weights where they are written.
-
-    Args:
-        source: The checkpoint it is made from.
-        whole: Whether the weights are written.
-    """
+    """Give the bytes of a Fisher with its ledger, and of the weights where they are written."""
     fisher = 4 * sum(math.prod(shape_of(source.weights, name)) for name in source.weights)
     records = 1024 * (1 + len(source.weights))  # more than headers and ledger say of a tensor
     return fisher + records + (bytes_of(source.weights) if whole else 0)
@@ -90,10 +66,6 @@ def bytes_of(weights: Mapping[str, Tensor]) -> int:
 
 
 def failed_folder(target: Path) -> Path:
-    """Name the folder beside a target where the output goes that has forgotten too much.
-
-    Args:
-        target: Where it would have gone.
-    """
+    """Name the folder beside a target where the output goes that has forgotten too much."""
     place = target if target.name not in ("", "..") else target.resolve()
     return place.with_name(f"{place.name}.failed-forgetting")

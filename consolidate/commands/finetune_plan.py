@@ -9,7 +9,6 @@ from consolidate.chain.fingerprint import (
     asked,
     checkpoint_content,
     description,
-    digest,
     rows_content,
 )
 from consolidate.chain.opening import find_fisher, stored_fisher, with_base
@@ -27,7 +26,7 @@ from consolidate.runtime.distributed import all_processes, place_in
 from consolidate.training.forgetting import check_gate
 from consolidate.training.loop import default_statistics
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint, weight_records
-from formats.digest import TensorRecord
+from formats.digest import TensorRecord, json_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher
 from formats.hub import FISHER, commits_of, locate
@@ -115,7 +114,7 @@ class Plan:
 
     def made_from(self) -> str:
         """Give the digest of the description."""
-        return digest(self.description)
+        return json_digest(self.description)
 
     def check_target(self) -> None:
         """Refuse a target that is in the way, or the folder beside it for what forgets too much."""

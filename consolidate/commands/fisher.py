@@ -16,7 +16,6 @@ from consolidate.chain.fingerprint import (
     asked,
     checkpoint_content,
     description,
-    digest,
     rows_content,
 )
 from consolidate.chain.opening import stored_fisher, with_base
@@ -58,7 +57,7 @@ from formats.checkpoint import (
     weight_records,
     write_checkpoint,
 )
-from formats.digest import TensorRecord
+from formats.digest import TensorRecord, json_digest
 from formats.errors import ConsolidateError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher, write_fisher
 from formats.fisher_json import Ledger, TaskRecord, read_ledger
@@ -130,7 +129,7 @@ class Plan:
     def made_from(self) -> str:
         """Give the digest of what the output that is there would be made from."""
         earlier = self.tasks[:-1] if self.in_place else self.tasks  # its own task is the last
-        return digest(self.description(earlier))
+        return json_digest(self.description(earlier))
 
     def check_target(self) -> None:
         """Refuse a target that is in the way."""
@@ -307,7 +306,7 @@ def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagona
         name=plan.task,
         data=plan.rows.name,
         data_digest=plan.rows.digest() if digests else None,
-        made_from=digest(plan.description(plan.tasks)) if digests else None,
+        made_from=json_digest(plan.description(plan.tasks)) if digests else None,
         merging=plan.merging,
     )
     heads = None if plan.before is None else plan.before.heads

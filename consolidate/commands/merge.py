@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from consolidate.chain.claims import claiming
-from consolidate.chain.fingerprint import checkpoint_content, digest, plain, versions
+from consolidate.chain.fingerprint import checkpoint_content, plain, versions
 from consolidate.chain.opening import stored_fisher
 from consolidate.chain.output import refuse_existing
 from consolidate.chain.up_to_date import cached, find_output
@@ -177,7 +177,7 @@ class _Plan:
         return len(self.models) == 1 and self.base is None
 
     def made_from(self) -> str:
-        return digest(
+        return json_digest(
             {
                 "command": "merge",
                 "versions": versions(),

@@ -21,7 +21,6 @@ from formats.tensors import shape_of
 from formats.wording import few
 
 
-# By what an adapter is more than W + s B A, or not of the base model's own W.
 def load(checkpoint: Checkpoint, **options: Any) -> Model:
     """Load a whole model, or an adapter in its frozen base model; its layout is the adapter's."""
     if checkpoint.base is None:
