@@ -30,6 +30,7 @@ from formats.checkpoint import (
     weight_records,
     write_checkpoint,
 )
+from formats.digest import json_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher, write_fisher
 from formats.fisher_json import SAME_AS, Ledger, TaskRecord, copies
