@@ -182,6 +182,7 @@ def finetune(
     learning_rate: float = 5e-05,
     optimizer: str = "adamw",
     momentum: float | None = None,
+    adam_betas: Sequence[float] | None = None,
     weight_decay: float = 0.0,
     lr_scheduler: str = "constant",
     warmup_steps: int = 0,
@@ -271,6 +272,7 @@ def finetune(
         learning_rate: The peak of the schedule.
         optimizer: The optimizer, torch's own. One of adamw, adam, sgd.
         momentum: Of sgd; 0 by default.
+        adam_betas: β₁,β₂ of adam and adamw, the decay rates of their moments; 0.9,0.999 by default.
         weight_decay: 0 by default: it would pull unprotected weights to zero, task after task.
         lr_scheduler: After the warm-up. One of constant, linear, cosine.
         warmup_steps: Steps from zero to the peak.

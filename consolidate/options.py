@@ -413,6 +413,14 @@ class Recipe:
         "adamw", "The optimizer, torch's own.", choices=("adamw", "adam", "sgd")
     )
     momentum: float | None = option(None, "Of sgd; 0 by default.", least=0, below=1)
+    adam_betas: tuple[float, ...] | None = option(
+        None,
+        "β₁,β₂ of adam and adamw, the decay rates of their moments; 0.9,0.999 by default.",
+        metavar="B1,B2",
+        least=0,
+        below=1,
+        typed=read_numbers,
+    )
     weight_decay: float = option(
         0.0, "0 by default: it would pull unprotected weights to zero, task after task.", least=0
     )

@@ -142,12 +142,16 @@ def check_options(options: FinetuneOptions) -> None:
         ("penalty-dtype", penalty.penalty_dtype is not None, free),
         ("penalty-device", penalty.penalty_device is not None, free),
         ("momentum", recipe.momentum is not None, plain),
+        ("adam-betas", recipe.adam_betas is not None, not plain and "with --optimizer sgd"),
         ("head-parameters", bool(options.head.head_parameters), kept),
         ("lora-targets", bool(adapter.lora_targets), whole),
         ("lora-alpha", adapter.lora_alpha is not None, whole),
     ):
         if given and without:
             raise UsageError(f"--{option} has no meaning {without}: leave one of them out")
+    if recipe.adam_betas is not None and len(recipe.adam_betas) != 2:
+        found = ",".join(map(str, recipe.adam_betas))
+        raise UsageError(f"--adam-betas {found}: expected two numbers, β₁ and β₂")
     if not free and ewc_lambda is None:
         raise UsageError(
             f"--penalty {penalty.penalty} needs --ewc-lambda: the strength has no default"

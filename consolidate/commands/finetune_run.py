@@ -215,6 +215,7 @@ def _start_descent(model: Model, recipe: Recipe, total: int) -> Descent:
         module.parameters(),
         learning_rate=recipe.learning_rate,
         momentum=recipe.momentum or 0.0,
+        betas=recipe.adam_betas or (0.9, 0.999),
         weight_decay=recipe.weight_decay,
     )
     schedule = make_scheduler(

@@ -46,6 +46,7 @@ def make_optimizer(
     *,
     learning_rate: float,
     momentum: float = 0.0,
+    betas: Sequence[float] = (0.9, 0.999),
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
     """Make torch's optimizer, ``adamw``, ``adam`` or ``sgd``, over the parameters that train.
@@ -60,7 +61,10 @@ def make_optimizer(
     kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
     # One pass over the memory in place of ten, and no copies.
     fused = all(parameter.device.type in FUSED for parameter in trained)
-    return kind(trained, lr=learning_rate, weight_decay=weight_decay, fused=fused)
+    beta1, beta2 = betas
+    return kind(
+        trained, lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=fused
+    )
 
 
 def make_scheduler(

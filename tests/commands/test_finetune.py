@@ -548,6 +548,9 @@ def test_the_last_step_is_measured_too(
         ({"lr_scheduler": "step"}, "--lr-scheduler step"),
         ({"mixed_precision": "fp8"}, "--mixed-precision fp8"),
         ({"epochs": 0}, "--epochs 0: expected at least 1"),
+        ({"adam_betas": [0.9]}, "--adam-betas 0.9: expected two numbers"),
+        ({"adam_betas": [0.9, 1.0]}, "--adam-betas 1.0: expected a number from 0 to less than 1"),
+        ({"adam_betas": [0.9, 0.9], "optimizer": "sgd"}, "--adam-betas has no meaning with --opt"),
         ({"ewc_lambda": -1.0}, "--ewc-lambda -1.0: expected a finite number from 0"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0: expected a finite number above 0"),
         ({"weight_decay": float("nan")}, "--weight-decay nan: expected a finite number from 0"),
@@ -566,6 +569,25 @@ def test_options_out_of_range(
             network_checkpoint, write_task("new"), output_dir=tmp_path / "out", penalty="none",
             **NETWORK, **options,
         )  # fmt: skip
+
+
+def test_adam_without_memory_steps_by_the_sign_of_the_gradient(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {**NETWORK, "penalty": "none", "max_steps": 3, "batch_size": 8}
+    lengths = []
+    for betas in ([0.0, 0.0], None):
+        out = tmp_path / str(betas)
+        consolidate.finetune(
+            network_checkpoint, write_task("new"), output_dir=out, learning_rate=2.0**-10,
+            optimizer="adam", adam_betas=betas, **options,
+        )  # fmt: skip
+        start, end = (load_file(f / "model.safetensors") for f in (network_checkpoint, out))
+        lengths.append(torch.cat([(end[n] - start[n]).flatten() for n in end]) * 2.0**10)
+    steps = lengths[0].round()
+    assert set(steps.abs().tolist()) <= {0.0, 1.0, 2.0, 3.0}
+    torch.testing.assert_close(lengths[0], steps, rtol=0, atol=2e-3)
+    assert (lengths[1] - lengths[1].round()).abs().max() > 0.1
 
 
 def test_statistics_that_are_not_there_are_told(
