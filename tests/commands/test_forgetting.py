@@ -84,7 +84,7 @@ def test_a_gate_needs_an_old_task_to_measure(
         finetune(learned, b, max_forgetting=0.1, evaluate={"b": b}, **common)
     with pytest.raises(UsageError, match="no ledger"):
         finetune(network_checkpoint, b, max_forgetting=0.1, **common)
-    with pytest.raises(UsageError, match="expected a number from 0"):
+    with pytest.raises(UsageError, match="expected a finite number from 0"):
         finetune(learned, b, max_forgetting=-1.0, evaluate={"a": b}, **common)
     assert not out.exists()
 

@@ -575,7 +575,7 @@ def test_a_signal_is_not_lost_in_a_finalizer(network_checkpoint: Path) -> None:
         "from consolidate import cli; from consolidate.commands import verify as verification\n"
         "class Bar:\n"
         "    def __del__(self): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.01)\n"
-        "def verify(checkpoint, revision, base_model):\n"
+        "def verify(options):\n"
         "    Bar()\n"
         "    time.sleep(20)\n"
         "verification.verify = verify\n"
