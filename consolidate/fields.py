@@ -7,6 +7,7 @@ signatures (`api.py`), the keys of run files, range checks, and what a result is
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -205,24 +206,52 @@ def _filled(record: Any, tree: Mapping[str, Any], default: Any = None) -> Any:
 def checked(flat: Flat, value: Any) -> Any:
     """Give a value as the records hold it, or refuse it by the name of its flag.
 
-    Raises UsageError where it is out of its range.
+    Raises UsageError where it is of another type or out of its range.
     """
     option = flat.option
-    if value is None:
-        return None
-    if option.dtype:
+    if option.dtype and value is not None:
         value = str(value).removeprefix("torch.")
-    where = f"--{flat.flag} {value}"
+    if not fits(flat.kinds, value) and not option.python_only:
+        raise UsageError(f"--{flat.flag} {value}: expected {words_of(flat)}")
     if option.choices and isinstance(value, str) and value not in option.choices:
         number = "a number, or " if float in flat.kinds else ""
-        raise UsageError(f"{where}: expected {number}one of {', '.join(option.choices)}")
+        named = ", ".join(option.choices)
+        raise UsageError(f"--{flat.flag} {value}: expected {number}one of {named}")
     for number in value if isinstance(value, list | tuple) else [value]:
-        numeric = isinstance(number, int | float) and not isinstance(number, bool)
-        if numeric and _outside(option, number):
+        if fits((float,), number) and _outside(option, number):
             raise UsageError(f"--{flat.flag} {number}: expected {_range(flat)}")
     if isinstance(value, list):
         return tuple(value)
     return dict(value) if isinstance(value, Mapping) else value
+
+
+def fits(kinds: Sequence[Any], value: Any) -> bool:
+    """Tell whether a value is of one of these types; a list is a tuple here, an integer a float."""
+    return any(_fits(kind, value) for kind in kinds)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    arguments = get_args(kind)
+    if kind in (int, float):
+        number = Integral if kind is int else Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    if get_origin(kind) is tuple:
+        several = isinstance(value, list | tuple) and (bool(value) or arguments[0] is str)
+        return several and all(fits(kinds_of(arguments[0]), one) for one in value)
+    if get_origin(kind) is dict:
+        named = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+        return named and all(fits(kinds_of(arguments[1]), one) for one in value.values())
+    return isinstance(value, kind) if isinstance(kind, type) else callable(value)
+
+
+def words_of(flat: Flat) -> str:
+    """Say which types of values an option takes."""
+    if flat.option.dtype:
+        return "a dtype such as 'float32'"
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+    words |= {tuple[float, ...]: "a list of numbers", tuple[str, ...]: "a list of strings"}
+    found = [words.get(kind, "a table" if get_origin(kind) is dict else "") for kind in flat.kinds]
+    return " or ".join(dict.fromkeys(word for word in found if word))
 
 
 def _outside(option: Option, value: float) -> bool:

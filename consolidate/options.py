@@ -262,6 +262,7 @@ class Merging:
         "counts by the units it was measured on, or has as large a trace.",
         metavar="X|units|trace",
         choices=("units", "trace"),
+        least=0,
         typed=read_weight,
     )
 

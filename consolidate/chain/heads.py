@@ -26,9 +26,6 @@ from formats.rows import Rows
 from formats.tensors import Overlaid, dtype_of, shape_of
 
 LOG = logging.getLogger("consolidate")
-# `keep` demands that the model knows the labels; `new` makes a fresh head and puts the old one
-# aside for the tasks that use it; `extend` adds rows for new labels.
-HEADS = ("keep", "new", "extend")
 
 # `load_model` with its options: takes a checkpoint and maybe `new_labels` or `objective`.
 Load = Callable[..., Model]
@@ -50,7 +47,7 @@ def fit_model(
     rows: Rows,
     columns: Columns,
     *,
-    head: str = "keep",  # one of `HEADS`
+    head: str = "keep",
     patterns: Sequence[str] = (),  # of the head's parameters
     new_labels: Sequence[str] | None = None,  # of a checkpoint that has no head yet
 ) -> Fitted:

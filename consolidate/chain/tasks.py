@@ -19,7 +19,6 @@ from formats.digest import TensorRecord, dtype_name, set_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import StoredFisher
 from formats.fisher_json import (
-    MERGE_RULES,
     LayerRecord,
     Ledger,
     TaskRecord,
@@ -69,14 +68,6 @@ def settled_merging(before: Chain | None, asked: Merging) -> Merging:
     """Choose the merge rule and γ of a new task: as asked for, else as in the chain so far."""
     so_far = Ledger([]) if before is None else before.ledger
     rule, gamma = asked.merge_rule or so_far.merge_rule, asked.gamma
-    if rule not in MERGE_RULES:
-        raise UsageError(f"--merge-rule {rule}: expected one of {', '.join(MERGE_RULES)}")
-    if asked.task_weight not in ("units", "trace"):
-        number = asked.task_weight if isinstance(asked.task_weight, int | float) else math.nan
-        if not (math.isfinite(number) and number >= 0):
-            raise UsageError(
-                f"--task-weight {asked.task_weight}: expected a number from 0, units or trace"
-            )
     if rule == "separate":
         if gamma not in (None, 1.0):
             raise UsageError(
@@ -84,11 +75,7 @@ def settled_merging(before: Chain | None, asked: Merging) -> Merging:
                 "task whole: leave it out, or use --merge-rule online"
             )
         return replace(asked, merge_rule=rule, gamma=1.0)
-    if gamma is None:
-        gamma = so_far.gamma
-    if not 0 <= gamma <= 1:
-        raise UsageError(f"--gamma {gamma}: expected a number from 0 to 1")
-    return replace(asked, merge_rule=rule, gamma=gamma)
+    return replace(asked, merge_rule=rule, gamma=so_far.gamma if gamma is None else gamma)
 
 
 def add_task(

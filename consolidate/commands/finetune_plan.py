@@ -209,7 +209,7 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
         if max_forgetting is not None and not set(old) & set(evaluate):
             evaluate |= {name: validation[name] for name in search.old}
     if max_forgetting is not None:
-        check_gate(max_forgetting, old, evaluate)
+        check_gate(old, evaluate)
     return Plan(options, opened, recipe, evaluate, validation, search, lora, there)
 
 

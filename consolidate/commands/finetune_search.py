@@ -30,7 +30,6 @@ from consolidate.training.lambda_search import (
     by_least,
     by_mean,
     by_most,
-    check_strengths,
     choose_rule,
     coarse_to_fine,
     grid,
@@ -79,7 +78,6 @@ def plan_search(
     """
     strengths: Any = asked.ewc_lambda
     validation = asked.validation or {}
-    check_strengths(strengths)
     rule = choose_rule(
         asked.choose, old=ledger, validation=validation, max_forgetting=max_forgetting
     )

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_origin
 
-from consolidate.fields import Flat, changed, checked, flat_options, kinds_of
+from consolidate.fields import Flat, changed, checked, fits, flat_options, words_of
 from consolidate.options import FinetuneOptions, FisherOptions
 from formats.errors import InputError
 from formats.task_file import resolve
@@ -66,32 +66,14 @@ def fisher_options(options: FinetuneOptions, **others: Any) -> FisherOptions:
 
 
 def _read(flat: Flat, value: Any, folder: Path) -> Any:
-    for kind in flat.kinds:
-        origin, arguments = get_origin(kind), get_args(kind)
-        if kind is bool and isinstance(value, bool):
-            return value
-        if kind is int and isinstance(value, int) and not isinstance(value, bool):
-            return checked(flat, value)
-        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return checked(flat, float(value))
-        if kind is str and isinstance(value, str) and value:
-            if Path in flat.kinds:
-                return str(folder / value) if flat.option.written else resolve(value, folder)
-            return checked(flat, value)
-        if origin is tuple and (isinstance(value, list) or str in arguments):
-            one = flat._replace(kinds=(arguments[0],))
-            several = value if isinstance(value, list) else [value]
-            return tuple(_read(one, each, folder) for each in several)
-        if origin is dict and isinstance(value, dict):
-            one = flat._replace(kinds=kinds_of(arguments[1]))
-            return {name: _read(one, each, folder) for name, each in value.items()}
-    raise InputError(f"{flat.flag}: expected {_words(flat)}, found {value!r}")
-
-
-def _words(flat: Flat) -> str:
-    if flat.option.dtype:
-        return "a dtype such as 'float32'"
-    words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-    words |= {tuple: "a list", dict: "a table"}
-    found = [words.get(get_origin(kind) or kind) for kind in flat.kinds]
-    return " or ".join(dict.fromkeys(word for word in found if word))
+    several = {get_origin(kind) for kind in flat.kinds} == {tuple}
+    value = [value] if several and not isinstance(value, list) else value
+    if value == "" or value is None or not fits(flat.kinds, value):
+        raise InputError(f"{flat.flag}: expected {words_of(flat)}, found {value!r}")
+    if flat.option.written:
+        value = str(folder / value)
+    elif Path in flat.kinds:
+        value = resolve(value, folder)
+    elif flat.names_data:
+        value = {name: resolve(data, folder) for name, data in value.items()}
+    return checked(flat, float(value) if float in flat.kinds and fits((int,), value) else value)

@@ -73,17 +73,6 @@ def by_most(trials: Sequence[Trial], *, task: str, before: float) -> Trial:
     return max(kept, key=_strength) if kept else min(held, key=_strength)
 
 
-def check_strengths(strengths: object) -> None:
-    """Refuse what is neither ``auto`` nor a list of strengths that are finite and not negative."""
-    if strengths == "auto":
-        return
-    if isinstance(strengths, str) or not isinstance(strengths, Sequence) or not strengths:
-        raise UsageError(f"--ewc-lambda {strengths}: expected a number, several, or auto")
-    for one in strengths:
-        if not (isinstance(one, int | float) and math.isfinite(one) and one >= 0):
-            raise UsageError(f"--ewc-lambda {one}: expected a finite number from 0")
-
-
 def choose_rule(
     choose: str | None,
     *,
@@ -100,8 +89,6 @@ def choose_rule(
     if choose is None:
         choose = "mean" if measured else "most"
         choose = choose if max_forgetting is None else "least"
-    if choose not in RULES:
-        raise UsageError(f"--choose {choose}: expected one of {', '.join(RULES)}")
     if choose == "least" and max_forgetting is None:
         raise UsageError("--choose least needs --max-forgetting: what an old task may lose")
     if choose != "most" and not measured:

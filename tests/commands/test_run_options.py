@@ -84,7 +84,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ({"learning_rate": "fast"}, "learning-rate: expected a number, found 'fast'"),
         ({"pack": 1}, "pack: expected true or false, found 1"),
         ({"penalty_dtype": 32}, "penalty-dtype: expected a dtype such as 'float32', found 32"),
-        ({"freeze": [1]}, "freeze: expected a string, found 1"),
+        ({"freeze": [1]}, "freeze: expected a list of strings, found [1]"),
         ({"label_column": 1}, "label-column: expected a string, found 1"),
         ({"optimizer": ""}, "optimizer: expected a string, found ''"),
     ],
