@@ -108,7 +108,7 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
 
 
 def named_models(existing: str) -> tuple[str, ...]:
-    """Tell whose card this is, if we wrote it."""
+    """Tell whose card this is, if we wrote it: of a folder, what the model there was made from."""
     return _named(_read(existing))
 
 

@@ -53,7 +53,10 @@ def write_card(
 
 
 def renew_card(staging: Path, ledger: Ledger) -> None:
-    """Write anew what is ours in the card of a checkpoint that was copied with another Fisher."""
+    """Write anew what is ours in the card of a checkpoint that was copied with another Fisher.
+
+    A card that we did not write, or that was pushed, stays as it is.
+    """
     made = open_checkpoint(staging)
     card = _card(made)
     if card is not None and of_a_folder(card):
