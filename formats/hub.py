@@ -1,7 +1,9 @@
 """Where a checkpoint is: a local path, or a repository that is fetched from the Hub."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, ModelInfo, snapshot_download
@@ -60,6 +62,8 @@ def locate(
     lost = f"{checkpoint}: no such file or folder{_near(path)}"
     if not name or path.is_absolute() or name.startswith(".") or _in_a_folder(path):
         raise InputError(lost)
+    wanted = None if only is None else list(only)
+    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=wanted)
     reached = False
     try:
         with hub_call("", again="", revision=revision):
@@ -69,15 +73,12 @@ def locate(
         files = _names(info)
         safe = any("/" not in file and file.endswith(".safetensors") for file in files)
         ignored = [*OTHER_FRAMEWORKS, *(PICKLES if safe else []), *without]
-        wanted = None if only is None else list(only)
         with hub_call("", again="", revision=revision):
-            snapshot = snapshot_download(
-                name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored
-            )
+            snapshot = fetch(ignore_patterns=ignored)
     except (InputError, NetworkError) as error:
         failed = isinstance(error, NetworkError)
         if failed or isinstance(error, AccessError):
-            if (cached := _cached(name, revision, only, without)) is not None:
+            if (cached := _cached(fetch, without)) is not None:
                 if not is_offline_mode():
                     LOG.warning("%s: %s; the copy in the cache is read", name, error)
                 return _told(name, cached)
@@ -148,19 +149,9 @@ def _names(info: ModelInfo) -> list[str]:
     return names
 
 
-def _cached(
-    name: str, revision: str | None, only: Sequence[str] | None, without: Sequence[str]
-) -> str | None:
+def _cached(fetch: Callable[..., str], without: Sequence[str]) -> str | None:
     # Pickles that were left out do not make a snapshot incomplete.
     for ignored in (OTHER_FRAMEWORKS, OTHER_FRAMEWORKS + PICKLES):
-        try:
-            return snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=None if only is None else list(only),
-                ignore_patterns=[*ignored, *without],
-                local_files_only=True,
-            )
-        except LocalEntryNotFoundError:
-            continue
+        with suppress(LocalEntryNotFoundError):
+            return fetch(ignore_patterns=[*ignored, *without], local_files_only=True)
     return None

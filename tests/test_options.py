@@ -84,10 +84,10 @@ def test_flat_keywords_become_records() -> None:
         ({"ewc_lambda": -1.0}, "--ewc-lambda -1.0: expected a finite number from 0"),
         ({"ewc_lambda": [1.0, -2.0]}, "--ewc-lambda -2.0: expected a finite number from 0"),
         ({"ewc_lambda": "much"}, "--ewc-lambda much: expected a number, or one of auto"),
-        ({"ewc_lambda": []}, "--ewc-lambda []: expected a number or a list of numbers or a string"),
+        ({"ewc_lambda": []}, "--ewc-lambda []: expected a number or a list of"),
         (
             {"ewc_lambda": {1.0}},
-            "--ewc-lambda {1.0}: expected a number or a list of numbers or a string",
+            "--ewc-lambda {1.0}: expected a number or a list of",
         ),
         ({"choose": "best"}, "--choose best: expected one of mean, least, most"),
         ({"epochs": "3"}, "--epochs 3: expected an integer"),

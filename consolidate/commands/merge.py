@@ -108,10 +108,8 @@ def _coefficients(weights: Sequence[float] | None, count: int) -> list[float]:
         raise UsageError("merge needs at least one checkpoint")
     coefficients = [1.0] * count if weights is None else [float(c) for c in weights]
     if len(coefficients) != count:
-        raise UsageError(
-            f"--weights gives {len(coefficients)} numbers for {count} checkpoints: "
-            "expected one each"
-        )
+        gives = f"--weights gives {len(coefficients)} numbers for {count} checkpoints"
+        raise UsageError(f"{gives}: expected one each")
     for coefficient in coefficients:
         if not (math.isfinite(coefficient) and coefficient > 0):
             raise UsageError(f"--weights: {coefficient} is not above 0; leave that checkpoint out")
@@ -135,19 +133,18 @@ class _Model:
 
     @cached_property
     def weights(self) -> Mapping[str, Tensor]:
-        return Renamed(self.source.weights, self.names)
+        return self._here(self.source.weights)
 
     @cached_property
     def fisher(self) -> Mapping[str, Tensor]:
-        held = {at: name for at, name in self.names.items() if name in self.stored.fisher}
-        return Renamed(self.stored.fisher, held)
+        return self._here(self.stored.fisher)
 
     @cached_property
     def anchor(self) -> Mapping[str, Tensor] | None:
-        anchor = self.stored.anchor
-        if anchor is None:
-            return None
-        return Renamed(anchor, {at: name for at, name in self.names.items() if name in anchor})
+        return None if self.stored.anchor is None else self._here(self.stored.anchor)
+
+    def _here(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return Renamed(tensors, {at: name for at, name in self.names.items() if name in tensors})
 
     @property
     def tasks(self) -> dict[str, TaskRecord]:
@@ -193,12 +190,12 @@ def _planned(
     checkpoints: Sequence[str | Path], coefficients: Sequence[float], base: str | Path | None
 ) -> _Plan:
     """Open all checkpoints, and refuse those that cannot be merged."""
-    pairs = zip(checkpoints, coefficients, strict=True)
-    models = [_open(checkpoint, coefficient) for checkpoint, coefficient in pairs]
-    shared = None if base is None else _open(base, 1.0 - sum(coefficients))
-    same = _same_tensors([*models, *([] if shared is None else [shared])])
-    models = [_once(model, same) for model in models]
-    shared = None if shared is None else _once(shared, same)
+    opened = [_open(*pair) for pair in zip(checkpoints, coefficients, strict=True)]
+    if base is not None:
+        opened.append(_open(base, 1.0 - sum(coefficients)))
+    same = _same_tensors(opened)
+    models = [_once(model, same) for model in opened]
+    shared = None if base is None else models.pop()
     for model in models[1:]:
         _check_alike(models[0], model)
     if shared is not None:
@@ -394,12 +391,8 @@ def _check_alike(first: _Model, other: _Model) -> None:
             f"in {other.path}: only those of the same labels can be merged"
         )
     if changed:
-        LOG.info(
-            "config.json of %s differs in %s: that of %s is kept",
-            other.path,
-            ", ".join(changed),
-            first.path,
-        )
+        differs = f"config.json of {other.path} differs in {', '.join(changed)}"
+        LOG.info("%s: that of %s is kept", differs, first.path)
 
 
 def _labels(config: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """What `consolidate push` does, without the command line: verify, write the card, one commit."""
 
-import hashlib
 import json
 import logging
 import math
@@ -8,19 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (
-    GatedRepoError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
 
 from consolidate.commands.upload_rules import named_code, without_local_paths
 from consolidate.commands.verify import check_fisher_values, verify
@@ -62,6 +57,7 @@ _OURS_TO_REPLACE = re.compile(
     r"fisher/.*|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
     r"|tf_model.*\.h5(\.index\.json)?|flax_model.*\.msgpack(\.index\.json)?|rust_model\.ot"
 )
+_STANDARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)")
 
 
@@ -143,19 +139,18 @@ def push(options: PushOptions) -> PushResult:
         NetworkError: The Hub cannot be reached or fails, or does not hold what was sent.
     """
     _check_options(options)
-    repository, tag, fisher_only = options.repository, options.tag, options.fisher_only
+    tag, fisher_only = options.tag, options.fisher_only
     source = _opened(options.checkpoint, fisher_only)
     api = HfApi(token=options.token, library_name="consolidate")
-    remote, name = NOTHING, repository
-    asked = True
+    name, remote, asked = options.repository, NOTHING, True
     try:
-        name = _full_name(api, repository)
+        name = _full_name(api, options.repository)
         remote = _look(api, name, options.revision, tagged=tag is not None)
     except NetworkError:
         if not options.dry_run:
             raise
-        LOG.info("the Hub could not be asked what %s holds: all files are listed", repository)
-        asked, name = False, repository
+        name, asked = options.repository, False
+        LOG.info("the Hub could not be asked what %s holds: all files are listed", name)
     target = _Target(api, name, remote, asked, options)
     _check_remote(target, fisher_only)
     base_commit = _verified(source, options.base_model)
@@ -174,10 +169,8 @@ def push(options: PushOptions) -> PushResult:
         result = _summary(target, upload, ledger)
         if options.dry_run:
             return result
-        message = options.commit_message or "Push " + ", ".join(
-            task.name for task in ledger.tasks[-5:]
-        )
-        commit, pull_request = _commit(target, source, upload, message)
+        message = "Push " + ", ".join(task.name for task in ledger.tasks[-5:])
+        commit, pull_request = _commit(target, source, upload, options.commit_message or message)
         _check_arrived(target, upload, commit)
         if tag is not None and remote.tags.get(tag) != commit:
             with hub_call(
@@ -242,24 +235,20 @@ def _look(api: HfApi, name: str, revision: str | None, *, tagged: bool) -> Remot
     with _call(name):
         try:
             info = api.model_info(name, timeout=30)
-        except GatedRepoError:
-            raise
         except RepositoryNotFoundError as error:
-            if (
-                error.response.status_code == 401
-                and "Authorization" in error.response.request.headers
-            ):
-                raise  # the token is refused, in words that the client does not know
+            answer = error.response  # to a token that is refused, in words the client does not know
+            refused = answer.status_code == 401 and "Authorization" in answer.request.headers
+            if refused or isinstance(error, GatedRepoError):
+                raise
             return NOTHING
-    head = commit_in(f"{name}: ", info)
-    has_branch = True
+    head, has_branch = commit_in(f"{name}: ", info), True
     if revision is not None:
         with _call(name):
             try:
-                info_of_branch = api.model_info(name, revision=revision, timeout=30)
+                of_branch = api.model_info(name, revision=revision, timeout=30)
+                head = commit_in(f"{name}: ", of_branch)
             except RevisionNotFoundError:
                 has_branch = False
-        head = commit_in(f"{name}: ", info_of_branch) if has_branch else head
     tags = {}
     if tagged:
         with _call(name):
@@ -347,8 +336,7 @@ def _weights(source: Checkpoint, scratch: Path) -> dict[str, Path | bytes]:
     """
     weights = source.weights
     files = list(source.files)
-    standard = all(re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", file.name)
-                   for file in files)  # fmt: skip
+    standard = all(_STANDARD.fullmatch(file.name) for file in files)
     marked = isinstance(weights, TensorFiles) and weights.metadata.get("format") == "pt"
     if not (standard and marked):
         (scratch / "weights").mkdir()
@@ -356,11 +344,9 @@ def _weights(source: Checkpoint, scratch: Path) -> dict[str, Path | bytes]:
     contents: dict[str, Path | bytes] = {file.name: file for file in files}
     if INDEX not in contents:
         tensors = TensorFiles(source.path, files)
-        size = sum(
-            tensors.dtype(name).itemsize * math.prod(tensors.shape(name)) for name in tensors
-        )
+        sizes = (tensors.dtype(at).itemsize * math.prod(tensors.shape(at)) for at in tensors)
         index = {
-            "metadata": {"total_size": size},
+            "metadata": {"total_size": sum(sizes)},
             "weight_map": {name: tensors.file_of(name).name for name in sorted(tensors)},
         }
         contents[INDEX] = (json.dumps(index, ensure_ascii=False, indent=2) + "\n").encode()
@@ -395,9 +381,8 @@ def _others(folder: Path, source: Checkpoint) -> dict[str, Path | bytes]:
 
 
 def _fits(name: str, pattern: str) -> bool:
-    """Whether a path matches, its folders one by one."""
-    parts, patterns = name.split("/"), pattern.split("/")
-    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+    """Whether a path matches as a whole, its folders one by one."""
+    return PurePosixPath("/", name).match(f"/{pattern}")
 
 
 def _existing_card(target: _Target, source: _Source) -> str | None:
@@ -443,12 +428,9 @@ def _upload(target: _Target, source: _Source, contents: Mapping[str, Path | byte
     }
     stale = sorted(p for p in remote.files if _is_stale(p, files, source.fisher_only))
     changed = bool(stale) or set(changes.values()) != {"unchanged"}
-    if target.options.tag in remote.tags and (
-        changed or remote.tags[target.options.tag] != remote.head
-    ):
-        raise UsageError(
-            f"{name} has a tag {target.options.tag!r} already, of another commit: choose another"
-        )
+    tag = target.options.tag
+    if tag in remote.tags and (changed or remote.tags[tag] != remote.head):
+        raise UsageError(f"{name} has a tag {tag!r} already, of another commit: choose another")
     return _Upload(files, changes, stale)
 
 
@@ -474,11 +456,11 @@ def _summary(target: _Target, upload: _Upload, ledger: Ledger) -> PushResult:
     }
 
 
-def _payload(content: Path | bytes) -> str | bytes:
+def _payload(content: Path | bytes) -> Path | bytes:
     """Give what the client hashes and sends: small files as they are now."""
-    if isinstance(content, bytes):
+    if isinstance(content, bytes) or content.suffix == ".safetensors":
         return content
-    return str(content) if content.suffix == ".safetensors" else content.read_bytes()
+    return content.read_bytes()
 
 
 def _stamps(folder: Path, fisher_only: bool) -> dict[Path, tuple[int, ...]]:
@@ -492,21 +474,16 @@ def _stamps(folder: Path, fisher_only: bool) -> dict[Path, tuple[int, ...]]:
 
 
 def _change(there: RepoFile | None, operation: CommitOperationAdd) -> Change:
+    """Compare by size and digest: SHA-256 of a file in LFS, else git's own."""
     if there is None:
         return "new"
-    return "unchanged" if _is_same(there, operation) else "changed"
-
-
-def _is_same(there: RepoFile, operation: CommitOperationAdd) -> bool:
-    """Compare by size and digest: SHA-256 of a file in LFS, else git's own."""
-    info = operation.upload_info
-    if there.size != info.size:
-        return False
-    if there.lfs is not None:
-        return there.lfs.sha256 == info.sha256.hex()
-    with operation.as_file() as file:  # of what is not in LFS: it is small
-        digest = hashlib.sha1(b"blob %d\0" % info.size + file.read())
-    return there.blob_id == digest.hexdigest()
+    same = there.size == operation.upload_info.size
+    if same and there.lfs is not None:
+        same = there.lfs.sha256 == operation.upload_info.sha256.hex()
+    elif same:  # it is small
+        with operation.as_file() as file:
+            same = there.blob_id == git_hash(file.read())
+    return "unchanged" if same else "changed"
 
 
 def _is_stale(path: str, kept: Mapping[str, Any], fisher_only: bool) -> bool:
@@ -567,7 +544,7 @@ def _check_arrived(target: _Target, upload: _Upload, commit: str) -> None:
     wrong = [
         f"{path} {'has another digest' if path in there else 'is missing'}"
         for path, file in upload.files.items()
-        if path not in there or not _is_same(there[path], file)
+        if _change(there.get(path), file) != "unchanged"
     ]
     wrong += [f"{path} is still there" for path in upload.stale if path in there]
     if wrong:

@@ -4,14 +4,16 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from string import Template
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult
+from huggingface_hub import CardData, EvalResult, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
-from huggingface_hub.utils import validate_repo_id, yaml_dump
+from huggingface_hub.utils import validate_repo_id
 
 from consolidate.chain.consistency import side_by_side, side_by_side_text
 from consolidate.training.accuracy_matrix import accuracy_matrix
@@ -61,6 +63,17 @@ class Subject:
         return [name.partition("@")[0] for name in self.base_model]
 
 
+class _Metadata(CardData):
+    """Fields as they stand: ModelCardData would drop what is null, and results it does not know."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class _Card(ModelCard):
+    card_data_class = _Metadata  # type: ignore[assignment]
+
+
 def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
     """Write a card from a ledger, and keep what else stands in the one that is there.
 
@@ -70,35 +83,33 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
     metadata name it.
     """
     existing = existing or ""
-    data, text = _parts(existing)
-    ours = _BLOCK.search(text)
+    windows = 0 < existing.count("\n") == existing.count("\r\n")
+    card = _read(existing.replace("\r\n", "\n") if windows else existing)
+    ours = _BLOCK.search(card.text)
     if ours and not subject.base_model:
-        subject = replace(subject, base_model=_named(ours, data, subject.repository))
-    _merge_metadata(data, ledger, subject)
-    repository = subject.repository
-    begin = BEGIN.format(f"{repository} " if repository else "")
-    block = f"{begin}\n{_body(ledger, subject)}\n{END}"
-    rest = _BLOCK.sub("", text)
-    if _MARK.search(rest) or len(_BLOCK.findall(text)) > 1:
-        of = f" of {repository}" if repository else ""
+        subject = replace(subject, base_model=_named(card, subject.repository))
+    _merge_metadata(vars(card.data), ledger, subject)
+    name = subject.repository
+    block = f"{BEGIN.format(f'{name} ' if name else '')}\n{_body(ledger, subject)}\n{END}"
+    rest, blocks = _BLOCK.subn("", card.text)
+    if _MARK.search(rest) or blocks > 1:
         raise InputError(
-            f"README.md{of}: expected the marks <!-- consolidate:begin … --> "
-            "and <!-- consolidate:end --> once each or not at all: remove those that are too many"
+            f"README.md{f' of {name}' if name else ''}: expected the marks "
+            "<!-- consolidate:begin … --> and <!-- consolidate:end --> once each or not at all: "
+            "remove those that are too many"
         )
     if ours and (rest.strip() or ours[1]):
-        text = _BLOCK.sub(lambda _: block, text)
+        card.text = _BLOCK.sub(lambda _: block, card.text)
     else:
-        heading = f"# {escaped(repository)}\n\n" if repository else ""
-        text = f"{text.rstrip()}\n\n" if rest.strip() else f"\n{heading}"
-        text += f"{block}\n"
-    return f"---\n{yaml_dump(data).rstrip()}\n---\n{text}"
+        heading = f"# {escaped(name)}\n\n" if name else ""
+        start = f"{card.text.rstrip()}\n\n" if rest.strip() else f"\n{heading}"
+        card.text = f"{start}{block}\n"
+    return str(card).replace("\n", "\r\n") if windows else str(card)
 
 
 def named_models(existing: str) -> tuple[str, ...]:
     """Tell whose card this is, if we wrote it: of a folder, what the model there was made from."""
-    data, text = _parts(existing)
-    ours = _BLOCK.search(text)
-    return _named(ours, data, "") if ours else ()
+    return _named(_read(existing))
 
 
 def of_a_folder(existing: str) -> bool:
@@ -109,7 +120,7 @@ def of_a_folder(existing: str) -> bool:
 
 def licence(existing: str) -> dict[str, Any]:
     """Give what the metadata of a card say of the licence."""
-    data, _ = _parts(existing)
+    data = vars(_read(existing).data)
     return {key: data[key] for key in _LICENCE if isinstance(data.get(key), str | list)}
 
 
@@ -122,24 +133,26 @@ def is_repository(name: Any) -> bool:
     return isinstance(name, str)
 
 
-def _parts(existing: str) -> tuple[dict[str, Any], str]:
-    """Cut a card into its metadata and its text."""
-    found = REGEX_YAML_BLOCK.search(existing)
+def _read(existing: str) -> ModelCard:
+    existing = existing.removeprefix("\ufeff")
     try:
-        data = yaml.safe_load(found.group(2) if found else "") or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        found = REGEX_YAML_BLOCK.search(existing)  # of a card without, the library warns
+        card = _Card(existing if found else f"---\n{{}}\n---\n{existing}")
+        str(card)  # fails where a field is called like a method
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"README.md: its metadata are not YAML: {reason}") from None
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise InputError("README.md: its metadata are not a mapping of names to values")
-    return data, existing[found.end() :] if found else existing
+        raise InputError(
+            f"README.md: its metadata are not YAML, or not a mapping of names to values: {reason}"
+        ) from None
+    return card
 
 
-def _named(ours: re.Match[str], data: Mapping[str, Any], repository: str) -> tuple[str, ...]:
-    """Give the models that the model of a card of ours was made from."""
-    if ours[1] not in ("", repository):
-        return (ours[1],) if is_repository(ours[1]) else ()
-    bases = data.get("base_model")
+def _named(card: ModelCard, repository: str = "") -> tuple[str, ...]:
+    """Give the models that the model of a card of ours was made from; none of another card."""
+    ours = _BLOCK.search(card.text)
+    if ours is None:
+        return ()
+    bases = vars(card.data).get("base_model") if ours[1] in ("", repository) else ours[1]
     bases = bases if isinstance(bases, list) else [bases]
     return tuple(bases) if all(map(is_repository, bases)) else ()
 
@@ -159,17 +172,12 @@ def _merge_metadata(data: dict[str, Any], ledger: Ledger, subject: Subject) -> N
         if not subject.fisher_only:
             relation = "finetune" if len(subject.bases) == 1 else "merge"
             data.setdefault("base_model_relation", subject.relation or relation)
-    index = data.pop("model-index", None) or []
-    if not isinstance(index, list) or not all(isinstance(model, dict) for model in index):
-        raise InputError("README.md: model-index of its metadata is not a list of models")
-    if not all(isinstance(model.get("results") or [], list) for model in index):
-        raise InputError("README.md: results in the model-index of its metadata are not a list")
-    index = [kept for model in index if (kept := _without_ours(model))]
+    index = _kept_results(data.pop("model-index", None) or [])
     if not subject.fisher_only and (results := evaluation_results(ledger, subject)):
         name = subject.repository.rpartition("/")[2] or "model"
         ours = eval_results_to_model_index(name, results)[0]
         for result in ours["results"] if not subject.repository else ():
-            del result["source"]["url"]
+            del result["source"]["url"]  # which the library wants beside a name
         same = next((model for model in index if model.get("name") == name), None)
         if same is None:
             index.append(ours)
@@ -179,17 +187,24 @@ def _merge_metadata(data: dict[str, Any], ledger: Ledger, subject: Subject) -> N
         data["model-index"] = index
 
 
-def _without_ours(model: dict[str, Any]) -> dict[str, Any] | None:
-    results = model.get("results")
-    if not isinstance(results, list):
-        return model
+def _kept_results(index: Any) -> list[dict[str, Any]]:
+    """Give a person's results as they stand: as EvalResults they would lose unknown fields."""
+    if not isinstance(index, list) or not all(isinstance(model, dict) for model in index):
+        raise InputError("README.md: model-index of its metadata is not a list of models")
+    kept = []
+    for model in index:
+        results = model.get("results") or []
+        if not isinstance(results, list):
+            raise InputError("README.md: results in the model-index of its metadata are not a list")
+        theirs = [result for result in results if not _is_ours(result)]
+        if theirs or not results:
+            kept.append({**model, "results": theirs} if theirs else model)
+    return kept
 
-    def is_ours(result: Any) -> bool:
-        source = result.get("source") if isinstance(result, dict) else None
-        return isinstance(source, dict) and source.get("name") == SOURCE
 
-    kept = [result for result in results if not is_ours(result)]
-    return {**model, "results": kept} if kept or not results else None
+def _is_ours(result: Any) -> bool:
+    source = result.get("source") if isinstance(result, dict) else None
+    return isinstance(source, dict) and source.get("name") == SOURCE
 
 
 def _library(subject: Subject) -> str:
@@ -205,13 +220,8 @@ def _library(subject: Subject) -> str:
 def evaluation_results(ledger: Ledger, subject: Subject) -> list[EvalResult]:
     """Give the accuracy matrix as the Hub's evaluation results, the model as it is now first."""
     matrix = accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
-    accurate = {
-        name
-        for task in ledger.tasks
-        for scores in task.metrics.values()
-        for name, values in scores.items()
-        if "accuracy" in values
-    }
+    measured = [on.items() for task in ledger.tasks for on in task.metrics.values()]
+    accurate = {name for on in measured for name, scores in on if "accuracy" in scores}
     results = []
     last = len(ledger.tasks) - 1
     for row in [last, *range(last)]:
@@ -228,7 +238,7 @@ def evaluation_results(ledger: Ledger, subject: Subject) -> list[EvalResult]:
                     metric_type=metric,
                     metric_value=score if metric == "accuracy" else -score,
                     metric_name=metric + after,
-                    metric_args={"after_training": matrix.tasks[row]} if row != last else None,
+                    metric_args={"after_training": matrix.tasks[row]} if after else None,
                     source_name=SOURCE,
                     source_url=f"{subject.endpoint}/{subject.repository}",
                 )
@@ -237,70 +247,81 @@ def evaluation_results(ledger: Ledger, subject: Subject) -> list[EvalResult]:
 
 
 def _body(ledger: Ledger, subject: Subject) -> str:
-    parts = [_what(ledger, subject), _use(ledger, subject), _tasks(ledger), _scores(ledger)]
-    return "\n\n".join(filter(None, [*parts, _measured(ledger), _limits(ledger, subject)]))
+    """Fill in card.md, without the parts (two blank lines between them) that need what is None."""
+    matrix, merged = ledger_matrix(ledger), side_by_side_text(side_by_side(ledger))
+    rule = ledger.merge_rule + (f", γ = {ledger.gamma:g}" if ledger.merge_rule == "online" else "")
+    digests = "It holds no digest of any data."
+    if named := [escaped(task.name) for task in ledger.tasks if task.data_digest is not None]:
+        digests = f"It holds a digest of the data of {', '.join(named)}, which confirms a guess "
+        digests += "of them."
+    copied = copies(ledger)
+    unheld = [why for name, why in ledger.unprotected.items() if name not in copied]
+    found = {
+        **_what(subject),
+        **_use(ledger, subject),
+        "names": ", ".join(escaped(task.name) for task in ledger.tasks),
+        "weights": set_digest(ledger.weights),
+        "tasks": _tasks(ledger),
+        "matrix": matrix and matrix_table(matrix_summary(matrix)),
+        "side_by_side": f" {merged}".rstrip(),
+        "measured": _measured(ledger),
+        "values": f"{sum(math.prod(record.shape) for record in ledger.fisher.values()):,}",
+        "dtype": next(iter(ledger.fisher.values())).dtype,
+        "fisher": set_digest(ledger.fisher),
+        "rule": rule,
+        "unheld": len(unheld) or None,
+        "reasons": "; ".join(map(escaped, sorted(set(unheld))[:5])),
+        "place": "this repository" if subject.repository else "`fisher/`",  # the rest is not ours
+        "digests": digests,
+    }
+    parts = map(Template, Path(__file__).with_name("card.md").read_text("utf-8").split("\n\n\n"))
+    return "\n\n".join(
+        part.substitute(found).strip()
+        for part in parts
+        if all(found[name] is not None for name in part.get_identifiers())
+    )
 
 
-def _what(ledger: Ledger, subject: Subject) -> str:
-    names = ", ".join(escaped(task.name) for task in ledger.tasks)
-    digest = set_digest(ledger.weights)
-    if subject.fisher_only:
-        base = subject.bases[0]
-        at = f" at commit `{subject.base_commit}`" if subject.base_commit else ""
-        return (
-            "## A Fisher for fine-tuning without forgetting\n\n"
-            f"This repository holds no weights. It holds the Fisher diagonal of those of "
-            f"[{escaped(base)}]({subject.endpoint}/{base}){at}, whose digest is `{digest}`, and "
-            f"belongs to no others. It tells how much each of them matters for: {names}."
-        )
-    architectures = subject.config.get("architectures")
-    kind = architectures[0] if isinstance(architectures, list) and architectures else "model"
-    if subject.relation == "adapter":
-        kind = "LoRA adapter"
-    links = " and ".join(
+def _what(subject: Subject) -> dict[str, str | None]:
+    """Say what the model is and what it was made from, or whose weights the Fisher belongs to."""
+    links = [
         f"[{escaped(base)}]({subject.endpoint}/{base})" if subject.endpoint else escaped(base)
         for base in subject.bases
-    )
-    made = f" made from {links}" if links else ""
-    return (
-        "## Fine-tuning without forgetting\n\n"
-        f"A {escaped(str(kind))}{made} for: {names}. Beside the weights, in `fisher/`, lies their "
-        "Fisher diagonal: how much each weight matters for these tasks. With it, the model can be "
-        "fine-tuned on something new and keep them, without their data (Elastic Weight "
-        "Consolidation, [Kirkpatrick et al. 2017](https://arxiv.org/abs/1612.00796)). The digest "
-        f"of the weights is `{digest}`."
-    )
-
-
-def _use(ledger: Ledger, subject: Subject) -> str:
-    where, fisher, keyword = subject.repository or "path/to/this/folder", "", ""
+    ]
     if subject.fisher_only:
-        where = subject.bases[0]
-        fisher, keyword = f" --fisher {subject.repository}", f'\n    fisher="{subject.repository}",'
+        at = f" at commit `{subject.base_commit}`" if subject.base_commit else ""
+        return {"weights_of": links[0] + at, "kind": None}
+    architectures = subject.config.get("architectures")
+    kind = architectures[0] if isinstance(architectures, list) and architectures else "model"
+    kind = "LoRA adapter" if subject.relation == "adapter" else escaped(str(kind))
+    made = f" made from {' and '.join(links)}" if links else ""
+    return {"weights_of": None, "kind": kind + made}
+
+
+def _use(ledger: Ledger, subject: Subject) -> dict[str, str]:
+    """Give the parts of a command that goes on from here, in a shell and in Python."""
+    where, option = subject.repository or "path/to/this/folder", {}
+    if subject.fisher_only:
+        where, option = subject.bases[0], {"fisher": subject.repository}
     elif subject.relation == "adapter":
-        base = subject.base_model[0] if subject.base_model else "BASE-MODEL"
-        fisher, keyword = f" --base-model {base}", f'\n    base_model="{base}",'
+        option = {"base-model": next(iter(subject.base_model), "BASE-MODEL")}
     elif _library(subject) != "transformers":
-        fisher, keyword = " --model PACKAGE.MODULE:FACTORY", '\n    model="PACKAGE.MODULE:FACTORY",'
-    strength = next((t.ewc_lambda for t in reversed(ledger.tasks) if t.ewc_lambda), None)
-    if strength is None:
-        shell, python = "auto", '"auto"'
+        option = {"model": "PACKAGE.MODULE:FACTORY"}
+    last = next((t.ewc_lambda for t in reversed(ledger.tasks) if t.ewc_lambda), None)
+    strength = "auto" if last is None else f"{last:g}"
+    note = "λ is that of the last task here; another task may want another (`auto` looks for it)."
+    if last is None:
         note = "`auto` looks for λ, the strength of the penalty; a number saves the search."
-    else:
-        shell = python = f"{strength:g}"
-        note = "λ is that of the last task here; another task may want another (`auto` looks for "
-        note += "it)."
-    return (
-        "```sh\n"
-        f"consolidate finetune {where}{fisher} --data mine.jsonl \\\n"
-        f"    --ewc-lambda {shell} --output-dir my-model\n"
-        "```\n\n"
-        "```python\n"
-        "import consolidate  # of the distribution consolidate-ewc\n\n"
-        f'consolidate.finetune(\n    "{where}", "mine.jsonl",{keyword} ewc_lambda={python},'
-        ' output_dir="my-model"\n)\n'
-        f"```\n\n{note}"
-    )
+    return {
+        "where": where,
+        "shell": "".join(f" --{name} {value}" for name, value in option.items()),
+        "python": "".join(
+            f'\n    {name.replace("-", "_")}="{value}",' for name, value in option.items()
+        ),
+        "strength": strength,
+        "strength_python": '"auto"' if last is None else strength,
+        "strength_note": note,
+    }
 
 
 def _tasks(ledger: Ledger) -> str:
@@ -311,20 +332,7 @@ def _tasks(ledger: Ledger) -> str:
         learned = "(measured only)" if task.penalty is None else learned
         objective, data = escaped(task.objective), escaped(task.data) or "–"
         rows.append([str(number), escaped(task.name), objective, labels, data, learned])
-    return "### Tasks, in the order they were learned\n\n" + table(rows)
-
-
-def _scores(ledger: Ledger) -> str:
-    matrix = ledger_matrix(ledger)
-    if matrix is None:
-        return ""
-    merged = side_by_side_text(side_by_side(ledger))
-    return (
-        "### Scores\n\nOn each task after training on each: accuracy, or minus the mean negative "
-        f"log-likelihood; – was not measured.\n\n{matrix_table(matrix_summary(matrix))} ACC is the "
-        "mean of the last row, BWT the mean gain on the earlier tasks since each was learned, "
-        f"forgetting their mean loss since each was at its best. {merged}"
-    ).rstrip()
+    return table(rows)
 
 
 def _measured(ledger: Ledger) -> str:
@@ -334,36 +342,4 @@ def _measured(ledger: Ledger) -> str:
         estimator = estimator_text(task.estimator, task.mc_samples)
         on = f"{task.examples or 0:,} examples{tokens}"
         rows.append([escaped(task.name), estimator, on, str(task.seed), f"{task.weight:g}"])
-    count = sum(math.prod(record.shape) for record in ledger.fisher.values())
-    dtype = next(iter(ledger.fisher.values())).dtype
-    rule = ledger.merge_rule + (f", γ = {ledger.gamma:g}" if ledger.merge_rule == "online" else "")
-    lines = [
-        "### How the Fisher was measured",
-        "F = (1/units) Σ_x E_y[(∇ log p(y|x))²], squared per example.",
-        table(rows),
-        f"{count:,} values in {dtype}, digest `{set_digest(ledger.fisher)}`; merged {rule}.",
-    ]
-    again = copies(ledger)
-    if unheld := [why for name, why in ledger.unprotected.items() if name not in again]:
-        why = "; ".join(escaped(reason) for reason in sorted(set(unheld))[:5])
-        lines.append(f"{len(unheld)} tensors are not protected: {why}.")
-    return "\n\n".join(lines)
-
-
-def _limits(ledger: Ledger, subject: Subject) -> str:
-    named = [escaped(task.name) for task in ledger.tasks if task.data_digest is not None]
-    digests = (
-        f"It holds a digest of the data of {', '.join(named)}, which confirms a guess of them."
-        if named
-        else "It holds no digest of any data."
-    )
-    place = "this repository" if subject.repository else "`fisher/`"  # the rest is not ours
-    return (
-        "### Limits\n\n"
-        "The penalty is a quadratic around these weights with a diagonal Fisher: it knows nothing "
-        "of how weights act together, holds less well the further the weights move, and holds only "
-        "the tasks above, on data like theirs. How much is kept depends on λ: measure it.\n\n"
-        f"No row of data is in {place}. A Fisher is an average of squared gradients over "
-        "them all the same: with the labels, counts and scores it tells something of the data, and "
-        "may help to tell whether an example was among them. " + digests
-    )
+    return table(rows)

@@ -7,11 +7,12 @@ import os
 import re
 import time
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from posixpath import normpath
+from typing import Any
 
 from consolidate.training.loop import Step
 from consolidate.views.metrics import evaluate_metrics
@@ -20,60 +21,52 @@ from formats.errors import InputError, NetworkError, UsageError
 from formats.fisher_folder import LEDGER_NAME
 from formats.fisher_json import read_ledger
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
 LOG = logging.getLogger("consolidate")
 SECONDS_BETWEEN_SENDS = 10.0
 LONGEST_VALUE = 500  # characters, which every server takes
-METRICS_AT_ONCE, VALUES_AT_ONCE = 1000, 100  # a server takes no more
 SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is gone is noticed in seconds
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE": "1",  # all arrives in the order it was taken
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # which carries the result
     "MLFLOW_DISABLE_TELEMETRY": "true",  # nobody but the store is told
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
-}
-REFUSALS = {
-    "INVALID_PARAMETER_VALUE",
-    "PERMISSION_DENIED",
-    "RESOURCE_DOES_NOT_EXIST",
-    "UNAUTHENTICATED",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # what its thread fails at is told here, without passwords
 }
 
 
 class Tracker:
     """What goes into a run in MLflow; a store that fails costs a note, never the command.
 
-    Without a client nothing is tracked.
+    Without a client nothing may be given to it.
     """
 
-    def __init__(self, command: str, client: "MlflowClient | None" = None, run_id: str = ""):
+    def __init__(self, command: str, client: Any = None, run_id: str = ""):
         self.command = command  # parameters and tags begin with it: several can share a run
         self.enabled = client is not None
         self._client = client
         self._run_id = run_id
-        self._waiting: dict[str, list[tuple[Any, ...]]] = {"params": [], "tags": [], "metrics": []}
+        self._waiting: list[Any] = []  # metrics, the first `_on_its_way` of them being sent
+        self._on_its_way = 0
+        self._sending: Any = None
         self._reported = range(0)  # optimizer steps
         self._sent_at = time.monotonic()
         self._failed = False
 
-    def parameter(self, name: str, value: object) -> None:
-        """Take an option, unless it is None or empty."""
-        self._take("params", f"{self.command}.{name}", _shortened(value))
+    def tell(self, kind: str, values: Mapping[str, object]) -> None:
+        """Send options, which cannot change (`params`), or what is known of the run (`tags`)."""
+        from mlflow.entities import Param, RunTag
 
-    def tag(self, name: str, value: object) -> None:
-        """Take what is known of the run afterwards, unless it is None or empty."""
-        self._take("tags", f"{self.command}.{name}", _shortened(value))
+        entity = {"params": Param, "tags": RunTag}[kind]
+        texts = {_key(f"{self.command}.{name}"): _text(value) for name, value in values.items()}
+        told = {kind: [entity(key, text) for key, text in texts.items() if text]}
+        _went(f"refused {len(told[kind])} {kind}", self._client.log_batch, self._run_id, **told)
 
     def metric(self, name: str, value: float | None, step: int = 0) -> None:
         """Take a number, unless it is None."""
-        self._take("metrics", name, value, round(1000 * time.time()), step)
+        from mlflow.entities import Metric
 
-    def _take(self, kind: str, name: str, value: object, *rest: int) -> None:
-        if self._client is not None and value not in (None, ""):
-            key = re.sub(r"[^\w./ -]", "_", name)[:250]  # as MLflow takes it
-            self._waiting[kind].append((key, value, *rest))
+        if value is not None:
+            self._waiting.append(Metric(_key(name), value, round(1000 * time.time()), step))
 
     def on_step(self, step: Step) -> None:
         """Take what an optimizer step reports, and send it now and then."""
@@ -95,35 +88,19 @@ class Tracker:
             self.metric(name, step[name], step["step"])
 
     def send(self) -> None:
-        """Send what was taken so far; where that fails, say so and keep it for the next time."""
-        if self._client is None:
-            return
-        from mlflow.entities import Metric, Param, RunTag
-
-        try:
-            for kind, entity, most in (
-                ("params", Param, VALUES_AT_ONCE),
-                ("tags", RunTag, VALUES_AT_ONCE),
-                ("metrics", Metric, METRICS_AT_ONCE),
-            ):
-                while batch := self._waiting[kind][:most]:
-                    self._send(kind, [entity(*values) for values in batch])
-                    del self._waiting[kind][:most]
-        except Exception as error:  # whatever a store raises, the command goes on
-            self._failed = True
-            LOG.info("MLflow did not take what was reported: %s; the work goes on", _reason(error))
+        """Let a thread of MLflow's send the metrics taken so far; keep what it could not send."""
+        self._failed = not _went("did not take what was reported", self._send)
         self._sent_at = time.monotonic()
 
-    def _send(self, kind: str, batch: list[Any]) -> None:
-        """Send one batch; leave it out where the server refuses it, as parameters that changed."""
-        assert self._client is not None
-        arguments: dict[str, Any] = {kind: batch}
-        try:
-            self._client.log_batch(self._run_id, **arguments)
-        except Exception as error:
-            if getattr(error, "error_code", None) not in REFUSALS:
-                raise
-            LOG.info("MLflow refused %d %s: %s", len(batch), kind, _reason(error))
+    def _send(self) -> None:
+        sending, self._sending = self._sending, None
+        if sending is not None:  # one at a time: a server that is gone is noticed
+            sending.wait()
+            del self._waiting[: self._on_its_way]
+        self._on_its_way = len(self._waiting)
+        self._sending = self._client.log_batch(
+            self._run_id, metrics=self._waiting, synchronous=False
+        )
 
 
 @contextmanager
@@ -145,10 +122,9 @@ def tracked(command: str, options: Mapping[str, Any], *, enabled: bool) -> Itera
     client, run_id, joined = _begin(mlflow, command)
     tracker = Tracker(command, client, run_id)
     LOG.info("MLflow: %s run %s", "joined" if joined else "began", run_id)
-    for name, value in {**options, **_run_file(options.get("run_file"))}.items():
-        tracker.parameter(name, value)
-    tracker.tag("version", version("consolidate-ewc"))
-    tracker.send()
+    run_file = _run_file(options["path"]) if command == "run" else {}
+    tracker.tell("params", {**options, **run_file})
+    tracker.tell("tags", {"version": version("consolidate-ewc")})
     status = "FINISHED"
     try:
         yield tracker
@@ -157,11 +133,9 @@ def tracked(command: str, options: Mapping[str, Any], *, enabled: bool) -> Itera
         raise
     finally:
         tracker.send()
+        tracker.send()  # which waits for the first, and sends what did not arrive before it
         if not joined:
-            try:
-                mlflow.end_run(status)
-            except Exception as error:
-                LOG.info("MLflow: run %s could not be ended: %s", run_id, _reason(error))
+            _went(f"run {run_id} could not be ended", mlflow.end_run, status)
 
 
 def report(tracker: Tracker, result: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
@@ -183,22 +157,21 @@ def report(tracker: Tracker, result: Mapping[str, Any], numbers: Mapping[str, fl
                 tracker.metric(f"{name}.score", score, learned)
     for name, value in numbers.items():
         tracker.metric(name, value, last)
-    tracker.tag("status", result.get("status"))
-    tracker.tag("commits", result.get("commits"))
+    tags = {"status": result.get("status"), "commits": result.get("commits")}
     if "checkpoint" in result:
-        _tag_output(tracker, Path(result["checkpoint"]))
+        folder = Path(result["checkpoint"])
+        ledger = read_ledger(folder / "fisher" / LEDGER_NAME)
+        tags |= {
+            "checkpoint": folder.absolute().as_uri(),
+            "weights": set_digest(ledger.weights),
+            "fisher": set_digest(ledger.fisher),
+            "trained_from": ledger.tasks[-1].parent,
+            "data_digest": ledger.tasks[-1].data_digest,
+        }
+    tracker.tell("tags", tags)
 
 
-def _tag_output(tracker: Tracker, folder: Path) -> None:
-    ledger = read_ledger(folder / "fisher" / LEDGER_NAME)
-    tracker.tag("checkpoint", folder.absolute().as_uri())
-    tracker.tag("weights", set_digest(ledger.weights))
-    tracker.tag("fisher", set_digest(ledger.fisher))
-    tracker.tag("trained_from", ledger.tasks[-1].parent)
-    tracker.tag("data_digest", ledger.tasks[-1].data_digest)
-
-
-def _begin(mlflow: Any, command: str) -> tuple["MlflowClient", str, bool]:
+def _begin(mlflow: Any, command: str) -> tuple[Any, str, bool]:
     """Open the store and a run in it; say whether the run was there before."""
     uri = mlflow.get_tracking_uri()
     given = os.environ.get("MLFLOW_RUN_ID")
@@ -211,35 +184,47 @@ def _begin(mlflow: Any, command: str) -> tuple["MlflowClient", str, bool]:
     except Exception as error:
         what = f"the run {given} (MLFLOW_RUN_ID)" if given else "a run"
         message = f"--mlflow: {what} cannot be had from {_public(uri)}: {_reason(error)}"
-        code = getattr(error, "error_code", None)
-        far = uri.startswith("http") and code not in REFUSALS
+        refused = getattr(error, "error_code", None) in (
+            *("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"),
+            *("RESOURCE_DOES_NOT_EXIST", "UNAUTHENTICATED"),
+        )
+        far = uri.startswith("http") and not refused
         raise (NetworkError if far else InputError)(message) from None
 
 
-def _run_file(path: str | None) -> dict[str, Any]:
-    """Lay a run file's contents out flat, by names such as ``task.1.ewc-lambda``."""
-    if path is None:
-        return {}
+def _went(what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Tell of whatever a store raises, as what it did; the command goes on."""
     try:
-        nested = tomllib.loads(Path(path).read_text("utf-8"))
+        call(*args, **kwargs)
+    except Exception as error:
+        LOG.info("MLflow %s: %s; the work goes on", what, _reason(error))
+        return False
+    return True
+
+
+def _run_file(path: str | Path) -> dict[str, Any]:
+    try:
+        return _flat("", tomllib.loads(Path(path).read_text("utf-8")))
     except (OSError, ValueError):
         return {}  # the command will say what is wrong with it
-    flat = {}
-
-    def visit(name: str, value: Any) -> None:
-        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-            value = dict(enumerate(value, 1))
-        if isinstance(value, dict):
-            for key, below in value.items():
-                visit(f"{name}.{key}" if name else key, below)
-        else:
-            flat[name] = value
-
-    visit("", nested)
-    return flat
 
 
-def _shortened(value: object) -> str:
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """Lay a run file's contents out flat, by names such as ``task.1.ewc-lambda``."""
+    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+        value = dict(enumerate(value, 1))
+    if not isinstance(value, dict):
+        return {name: value}
+    below = [_flat(f"{name}.{key}" if name else key, below) for key, below in value.items()]
+    return {key: found for flat in below for key, found in flat.items()}
+
+
+def _key(name: str) -> str:
+    """Give a name as MLflow takes it: a path without detours, of few characters."""
+    return normpath("/" + re.sub(r"[^\w./ -]", "_", name)[:250]).lstrip("/")
+
+
+def _text(value: object) -> str:
     """Give a value as text that every server takes; none where there is nothing to tell."""
     if value is None or value in ((), [], {}):
         return ""
@@ -253,8 +238,7 @@ def _shortened(value: object) -> str:
 
 def _reason(error: Exception) -> str:
     """Give an error's first line, without what a client adds on how it was asked."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return _public(lines[0])[:300]
+    return _public([*str(error).splitlines(), type(error).__name__][0])[:300]
 
 
 def _public(text: str) -> str:

@@ -4,6 +4,7 @@ import logging
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,6 @@ def write_card(
     Where the output replaces its source, what a person wrote there stays.
     """
     made = open_checkpoint(staging)
-    named: dict[str, None] = {}
-    for source in sources:
-        named |= dict.fromkeys(_names(source))
-    subject = Subject(
-        config=made.config,
-        base_model=tuple(named),
-        relation=relation if made.adapter is None else "adapter",
-        licence=_licence(sources),
-    )
     existing = None
     for source in sources:
         if target.exists() and source.path.exists() and target.samefile(source.path):
@@ -51,6 +43,12 @@ def write_card(
             if existing is None and (source.path / CARD).is_file():
                 shutil.copyfile(source.path / CARD, staging / CARD)
                 return
+    subject = Subject(
+        config=made.config,
+        base_model=tuple(dict.fromkeys(name for source in sources for name in _names(source))),
+        relation=relation if made.adapter is None else "adapter",
+        licence=_licence(sources),
+    )
     _write(staging, existing, ledger, subject)
 
 
@@ -80,7 +78,7 @@ def _card(source: Checkpoint) -> str | None:
     path = source.path / CARD
     try:
         if path.is_file() and path.stat().st_size <= MAX_CARD_BYTES:
-            return path.read_text(encoding="utf-8")
+            return path.read_bytes().decode()  # its line ends as they are
     except (OSError, UnicodeDecodeError) as error:
         LOG.info("%s cannot be read: %s", path, error)
     return None
@@ -97,29 +95,25 @@ def _licence(sources: Sequence[Checkpoint]) -> dict[str, Any]:
             said.append({})
     if all(one == said[0] for one in said):
         return said[0]
-    LOG.info(
-        "the cards of %s do not say the same licence: the new one says none",
-        ", ".join(str(source.path) for source in sources),
-    )
+    paths = ", ".join(str(source.path) for source in sources)
+    LOG.info("the cards of %s do not say the same licence: the new one says none", paths)
     return {}
 
 
-def _names(source: Checkpoint) -> tuple[str, ...]:
+def _names(source: Checkpoint) -> Sequence[str]:
     """Give the repositories that a checkpoint is, or was made from; never a path."""
+    here: tuple[str, ...] = ()
     if source.adapter is not None:
-        here = () if source.base is None else tuple(commits_of(source.base.path))
         told = source.adapter.get("base_model_name_or_path")
+        if source.base is not None:
+            here = tuple(commits_of(source.base.path))
     else:
-        here = tuple(commits_of(source.path))
         told = source.config.get("_name_or_path")
-        if not here:
-            try:
-                here = named_models(_card(source) or "")
-            except InputError:
-                here = ()
+        with suppress(InputError):
+            here = tuple(commits_of(source.path)) or named_models(_card(source) or "")
     if here:
-        return tuple(name for name in here if is_repository(name))
-    return (told,) if isinstance(told, str) and _is_elsewhere(told, source.path) else ()
+        return [name for name in here if is_repository(name)]
+    return [told] if isinstance(told, str) and _is_elsewhere(told, source.path) else []
 
 
 def _is_elsewhere(name: str, checkpoint: Path) -> bool:

@@ -113,6 +113,23 @@ def test_what_a_person_wrote_is_kept(ledger: Ledger) -> None:
     assert model_card(second, shorter, SUBJECT) == second
 
 
+def test_fields_and_lines_stay_as_a_person_left_them(ledger: Ledger) -> None:
+    theirs = (
+        "---\nzeta: 1\nmodel-index:\n- name: theirs\n  results:\n  - metrics: [{own: 2}]\n"
+        "    source: {name: else}\nlicense:\nlanguage: no\n---\n# Mine\n\nText.  \n"
+    )
+    card = model_card(theirs, ledger, SUBJECT)
+    data = metadata(card)
+    kept = ["zeta", "model-index", "license", "language", "tags", "library_name"]
+    assert list(data) == kept
+    assert (data["license"], data["language"]) == (None, False)
+    assert data["model-index"][0] == yaml.safe_load(theirs.split("---\n")[1])["model-index"][0]
+    windows = model_card(theirs.replace("\n", "\r\n"), ledger, SUBJECT)
+    assert windows == card.replace("\n", "\r\n")
+    assert model_card(windows, ledger, SUBJECT) == windows
+    assert model_card("\ufeff" + theirs, ledger, SUBJECT) == card
+
+
 def test_the_card_of_another_repository_names_the_base(ledger: Ledger) -> None:
     theirs = model_card("---\nlicense: mit\nbase_model: far/away\n---\n", ledger, SUBJECT)
     mine = model_card(theirs, ledger, replace(SUBJECT, repository="me/mine"))
@@ -163,6 +180,7 @@ def test_names_cannot_write_into_the_card(ledger: Ledger) -> None:
     [
         ("---\n[1, 2]\n---\n", "not a mapping"),
         ("---\na: [\n---\n", "not YAML"),
+        ("---\nto_yaml: 1\n---\n", "not callable"),
         ("---\nmodel-index: 3\n---\n", "not a list of models"),
         ("---\nmodel-index: [{name: h, results: 5}]\n---\n", "results in the model-index"),
         ("<!-- consolidate:begin -->\n", "once each or not at all"),

@@ -179,9 +179,11 @@ def test_steps_are_sent_while_they_are_taken(monkeypatch: pytest.MonkeyPatch) ->
         (begun,) = runs()
         for step in taken[2:4]:  # as after a stop: the first two were taken by an earlier command
             tracker.on_step(step)
-            assert points(begun.info.run_id, "loss")[-1] == (step.step, step.loss)
+        first = taken[2]  # which the second waits for
+        assert points(begun.info.run_id, "loss")[0] == (first.step, first.loss)
         tracker.history([vars(step) for step in taken])
     assert sorted(points(begun.info.run_id, "loss")) == [(s.step, s.loss) for s in taken]
+    assert [step for step, _ in points(begun.info.run_id, "loss")][:2] == [3, 4]
     assert len(points(begun.info.run_id, "penalty")) == 5
     assert not points(begun.info.run_id, "gradient_norm")
 
@@ -213,6 +215,29 @@ def test_a_store_that_goes_away_costs_a_note(
         tracker.metric("loss", 1.0)
     assert "MLflow did not take what was reported" in caplog.text
     assert "could not be ended" in caplog.text
+
+
+def test_what_a_store_did_not_take_is_sent_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "runs").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setattr("consolidate.views.mlflow.SECONDS_BETWEEN_SENDS", 0.0)
+    caplog.set_level("INFO", "consolidate")
+    taken = [Step(number, 1 / number, 0.5, 0.1, None) for number in range(1, 6)]
+    with tracked("finetune", {}, enabled=True) as tracker:
+        tracker.on_step(taken[0])
+        tracker.on_step(taken[1])
+        (tmp_path / "runs").rename(tmp_path / "away")
+        for step in taken[2:4]:
+            tracker.on_step(step)
+        (tmp_path / "away").rename(tmp_path / "runs")
+        tracker.history([vars(step) for step in taken])
+    assert "MLflow did not take what was reported" in caplog.text
+    (found,) = runs()
+    assert found.info.status == "FINISHED"
+    steps = {step for step, _ in points(found.info.run_id, "loss")}
+    assert steps == {1, 2, 3, 4, 5}
 
 
 @pytest.mark.parametrize(
