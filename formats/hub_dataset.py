@@ -240,7 +240,7 @@ def _explained(
 
     first = first_line(error).rstrip(".")
     meanings = [meaning for cause in _chain(error) if (meaning := explain(cause, revision))]
-    reasons = dict(reversed(meanings))  # the first of its kind
+    reasons = {type(meaning): meaning for meaning in reversed(meanings)}  # the first of its kind
     if AccessError in reasons:
         return AccessError(f"{name}: {reasons[AccessError]}.")
     not_found = datasets.exceptions.DatasetNotFoundError | RepositoryNotFoundError
@@ -260,7 +260,7 @@ def _explained(
             "Try again later, or name a local file."
         )
     if (meaning := explain(error, revision)) is not None:
-        return meaning[0](f"{name}: {meaning[1]}.")
+        return type(meaning)(f"{name}: {meaning}.")
     available = re.search(r"Should be one of (\[.*\])|Available splits: (\[.*\])", str(error))
     if split is not None and available:
         names = re.findall(r"'([^']+)'", available[0])

@@ -53,15 +53,12 @@ def hub_call(start: str, again: str = "try again", revision: str | None = None) 
         meaning = explain(error, revision)
         if meaning is None:
             raise
-        kind, reason = meaning
-        advice = f"; {again}" if again and issubclass(kind, NetworkError) else ""
-        raise kind(f"{start}{reason}{advice}") from None
+        advice = f"; {again}" if again and isinstance(meaning, NetworkError) else ""
+        raise type(meaning)(f"{start}{meaning}{advice}") from None
 
 
-def explain(
-    error: BaseException, revision: str | None = None
-) -> tuple[type[ConsolidateError], str] | None:
-    """Say what an error that went through the Hub's client means: which of ours, and what happened.
+def explain(error: BaseException, revision: str | None = None) -> ConsolidateError | None:
+    """Give the error of ours that an error means that went through the Hub's client.
 
     None where it is not the client's.
     """
@@ -72,90 +69,86 @@ def explain(
         if (meaning := _meaning(cause, revision)) is not None:
             return meaning
         if isinstance(cause, OSError) and cause.errno is not None:  # the disk's, not the Hub's
-            return None if cause is error else (InputError, str(cause))
+            return None if cause is error else InputError(str(cause))
         cause = cause.__cause__
     if isinstance(error, LocalEntryNotFoundError):
-        return NetworkError, f"the Hub cannot be reached ({_line(str(error))})"
+        return NetworkError(f"the Hub cannot be reached ({_line(str(error))})")
     if isinstance(error, OSError | MemoryError) or not _in_client(error):
         return None
     if type(error) is RuntimeError:  # as hf_xet raises for whatever befell a transfer
-        return NetworkError, f"a transfer failed ({_line(str(error))})"
+        return NetworkError(f"a transfer failed ({_line(str(error))})")
     if isinstance(error, ValueError):  # the client's own words
-        return InputError, f"the Hub's client refuses this: {_line(str(error))}"
-    return InputError, ODD_ANSWER.format(_line(f"{type(error).__name__}: {error}"))
+        return InputError(f"the Hub's client refuses this: {_line(str(error))}")
+    return InputError(ODD_ANSWER.format(_line(f"{type(error).__name__}: {error}")))
 
 
-def _meaning(
-    error: BaseException, revision: str | None
-) -> tuple[type[ConsolidateError], str] | None:
+def _meaning(error: BaseException, revision: str | None) -> ConsolidateError | None:
     if isinstance(error, RevisionNotFoundError) and revision is not None:
-        return InputError, f"the Hub has no revision {revision!r} of it"
+        return InputError(f"the Hub has no revision {revision!r} of it")
     if isinstance(error, HfHubHTTPError):
         return _of_status(error)
     if isinstance(error, OfflineModeIsEnabled):
-        return NetworkError, "the Hub cannot be reached (HF_HUB_OFFLINE switches it off)"
+        return NetworkError("the Hub cannot be reached (HF_HUB_OFFLINE switches it off)")
     if isinstance(error, LocalTokenNotFoundError):
-        return AccessError, "the Hub asks for a login: use `hf auth login`, or set HF_TOKEN"
+        return AccessError("the Hub asks for a login: use `hf auth login`, or set HF_TOKEN")
     if isinstance(error, httpx.LocalProtocolError | UnicodeEncodeError) and _is_odd(get_token()):
-        return AccessError, _refused_token(get_token(), " (it holds characters that no token has)")
+        return AccessError(_refused_token(get_token(), " (it holds characters that no token has)"))
     if isinstance(error, httpx.TimeoutException):
-        return NetworkError, f"the Hub does not answer in time ({type(error).__name__})"
+        return NetworkError(f"the Hub does not answer in time ({type(error).__name__})")
     if isinstance(error, httpx.RequestError | ConnectionError | TimeoutError):
-        return NetworkError, f"the Hub cannot be reached ({type(error).__name__})"
+        return NetworkError(f"the Hub cannot be reached ({type(error).__name__})")
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) and _in_client(error):
-        return NetworkError, (
+        return NetworkError(
             "what answers in place of the Hub is not JSON, as with a proxy or the login page of a "
             "network"
         )
     if isinstance(error, FileMetadataError):
-        return NetworkError, (
+        return NetworkError(
             "the Hub answers without the digest or size of a file, as a proxy or the login page of "
             "a network does"
         )
     if isinstance(error, LocalEntryNotFoundError):
         return None  # what it was raised from tells more
     if isinstance(error, OSError) and error.errno is None and _in_client(error):
-        return NetworkError, f"a download ended early ({_line(str(error))})"
+        return NetworkError(f"a download ended early ({_line(str(error))})")
     return None
 
 
-def _of_status(error: HfHubHTTPError) -> tuple[type[ConsolidateError], str]:
+def _of_status(error: HfHubHTTPError) -> ConsolidateError:
     status = error.response.status_code
     said = f" ({_line(error.server_message)})" if error.server_message else ""
     path = error.response.request.url.path.partition("/resolve/")[2]
     file = f" for {_line(path.partition('/')[2])}" if path else ""
     sent = error.response.request.headers.get("Authorization", "").removeprefix("Bearer ")
     if isinstance(error, GatedRepoError):
-        return AccessError, (
+        return AccessError(
             "it is gated: ask for access on its page and log in with `hf auth login`"
         )
     if status == 401 and sent:
-        return AccessError, _refused_token(sent, said)
+        return AccessError(_refused_token(sent, said))
     if isinstance(error, RepositoryNotFoundError):
-        return InputError, (
+        return InputError(
             "the Hub has no such repository (or a private one: log in with `hf auth login`)"
         )
     if status == 401:
-        return AccessError, (
-            f"the Hub asks for a login{said}: use `hf auth login`, or set HF_TOKEN"
-        )
+        return AccessError(f"the Hub asks for a login{said}: use `hf auth login`, or set HF_TOKEN")
     if status == 403:
-        return AccessError, f"you may not do this{file}{said}: a token with the right to is needed"
+        return AccessError(f"you may not do this{file}{said}: a token with the right to is needed")
     if status == 404:
-        return InputError, f"the Hub has no such repository, branch, commit or file{file}{said}"
+        return InputError(f"the Hub has no such repository, branch, commit or file{file}{said}")
     if status in (409, 412):
-        return InputError, (
+        return InputError(
             f"the repository has changed since it was looked at{said}, and this was refused: look "
             "at what changed, and try again"
         )
     if status == 429:
         wait = error.response.headers.get("Retry-After", "")
-        return NetworkError, (
+        return NetworkError(
             f"the Hub asks for patience{f' of {wait} s' if wait.isdigit() else ''}{said}"
         )
     if 400 <= status < 500 and status != 408:
-        return InputError, f"the Hub refuses this, with status {status}{file}{said}"
-    return NetworkError, f"the Hub answers with status {status}{file}{said}"
+        return InputError(f"the Hub refuses this, with status {status}{file}{said}")
+    return NetworkError(f"the Hub answers with status {status}{file}{said}")
 
 
 def commit_in(start: str, info: DatasetInfo | ModelInfo) -> str:

@@ -118,9 +118,6 @@ class _Upload:
     changes: dict[str, Change]
     stale: list[str]  # files of earlier weights or Fishers, which are deleted
 
-    def new(self) -> list[CommitOperationAdd]:
-        return [file for path, file in self.files.items() if self.changes[path] != "unchanged"]
-
 
 def push(options: PushOptions) -> PushResult:
     """Publish a checkpoint with its Fisher, ledger and card on the Hub, in one commit.
@@ -498,14 +495,12 @@ def _commit(
 ) -> tuple[str, str | None]:
     """Send the files one by one, then commit them; give the commit, and its pull request."""
     api, name, revision, remote = target.api, target.name, target.options.revision, target.remote
-    head, additions = remote.head, upload.new()
+    additions = [file for path, file in upload.files.items() if upload.changes[path] != "unchanged"]
     if not remote.exists:
         with _call(name):
             api.create_repo(name, private=not target.options.public, exist_ok=True)
-            info = api.model_info(name, timeout=30)
-        head = commit_in(f"{name}: ", info)
-        if revision is not None:
-            remote = _look(api, name, revision, tagged=False)
+        remote = _look(api, name, revision, tagged=False)
+    head = remote.head
     if not additions and not upload.stale and head is not None:
         return head, None
     large = [file for file in additions if file.path_in_repo.endswith(".safetensors")]
