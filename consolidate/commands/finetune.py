@@ -256,7 +256,7 @@ def _subject(plan: Plan, start: Start, group: ProcessGroup | None) -> Subject:
 
     def length(examples: Examples) -> int:
         chosen = subset(len(examples), recipe.max_examples, recipe.seed)
-        return run_length(len(chosen), recipe, group)[1]
+        return run_length(len(chosen), recipe, group)
 
     def train_shortly(examples: Examples, steps: int) -> None:
         warmup = round(recipe.warmup_steps * steps / length(examples))
