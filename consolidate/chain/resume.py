@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class KeptWork:
         self._process = place_in(group)[0]
         self.group = group
         self.shard = shard
-        self._due = False
+        self.due = False  # whether it was settled to keep what was done, by the clock or a stop
         self._stop: tuple[float, float] = (0, 0)
         if restart:
             remove_partial(target, self._process)
@@ -82,15 +83,12 @@ class KeptWork:
         late = (group is None or self._process == 0) and self._clock() - self._last >= self._every
         *sums, due, interrupted, terminated = summed(group, *numbers, late, *signals.wishes())
         self._stop = interrupted, terminated
-        self._due = bool(due) or any(self._stop)
+        self.due = bool(due) or self.stops
         return sums
 
-    def due(self) -> bool:
-        """Say whether it was settled to keep what was done, by the clock or because of a stop."""
-        return self._due
-
-    def asked(self) -> bool:
-        """Say whether it was settled to stop."""
+    @property
+    def stops(self) -> bool:
+        """Whether it was settled to stop."""
         return any(self._stop)
 
     def keep(
@@ -131,7 +129,7 @@ class KeptWork:
 
     def stop_if_asked(self, where: str) -> None:
         """Stop where work can resume, if that was settled, and say it: ``after step 3 of 10``."""
-        if self.asked():
+        if self.stops:
             how = "the same command goes on from there" if self._every < math.inf else "not kept"
             LOG.info("stopped %s: %s", where, how)
         signals.stop_together(*self._stop)
@@ -170,25 +168,17 @@ class KeptWork:
             )
 
 
+@dataclass
 class KeptTraining:
     """A training, as part of a command's work; without that, as in a search, nothing is kept."""
 
-    def __init__(
-        self,
-        work: KeptWork | None = None,
-        found: StoredWork | None = None,
-        beside: Mapping[str, Any] | None = None,
-    ):
-        """Prepare to keep a training with what is beside it, which is looked at each time."""
-        self._work = work
-        self._found = found
-        self._beside = beside or {}
-        self.keeps = work is not None
-        self.settle = None if work is None else work.settle
+    work: KeptWork | None = None
+    found: StoredWork | None = None
+    beside: Mapping[str, Any] = field(default_factory=dict)  # looked at each time
 
     def load(self, descent: Descent) -> bool:
         """Resume from what was kept, if something was; say whether."""
-        found, self._found = self._found, None
+        found, self.found = self.found, None
         if found is None or "training" not in found.state:
             return False
         load_training(descent, found.tensors, found.state["training"])
@@ -197,18 +187,18 @@ class KeptTraining:
 
     def after_step(self, descent: Descent, where: str) -> None:
         """Keep the training if that is due, and stop there if that was asked for."""
-        if self._work is not None and self._work.due():
+        if self.work is not None and self.work.due:
             self.keep(descent)
-            self._work.stop_if_asked(where)
+            self.work.stop_if_asked(where)
 
     def keep(self, descent: Descent) -> None:
         """Keep the state of the training after its last step, if it has taken one."""
-        if self._work is None or not descent.steps:
+        if self.work is None or not descent.steps:
             return
         tensors, numbers = training_state(descent)
-        if not self._work.shard:
-            tensors = gather_own(tensors, OWN, self._work.group)
-        self._work.keep(tensors, {**self._beside, "training": numbers}, "training")
+        if not self.work.shard:
+            tensors = gather_own(tensors, OWN, self.work.group)
+        self.work.keep(tensors, {**self.beside, "training": numbers}, "training")
 
     @contextmanager
     def keeping_if_stopped(self, descent: Descent) -> Iterator[None]:
@@ -216,17 +206,17 @@ class KeptTraining:
         try:
             yield
         except signals.STOPS as stop:
-            if self._work is not None and self._work.can_keep(stop, gathers=True):
+            if self.work is not None and self.work.can_keep(stop, gathers=True):
                 self.keep(descent)
             raise
 
     def end(self, descent: Descent, where: str) -> None:
         """Keep the training after its last step and stop there, if that was asked for since."""
-        if self._work is not None:
-            self._work.settle()
-            if self._work.asked():
+        if self.work is not None:
+            self.work.settle()
+            if self.work.stops:
                 self.keep(descent)
-                self._work.stop_if_asked(where)
+                self.work.stop_if_asked(where)
 
 
 class KeptPass:
@@ -263,7 +253,7 @@ class KeptPass:
     def keep(self, partial: PartialPass) -> None:
         """Keep this if it is time to, and stop there if that was asked for."""
         self._work.settle(alone=not self._work.shard)
-        if self._work.due():
+        if self._work.due:
             tensors = {f"pass/{name}": tensor for name, tensor in partial.tensors.items()}
             state = {"levels": partial.levels, "most": partial.most}
             self._work.keep(self._tensors | tensors, self._state | state, "pass", own=True)
@@ -280,6 +270,3 @@ class KeptPass:
         """Keep what was done before the pass, if that is not kept with a part of the pass."""
         if not self._has_kept:
             self._work.keep(self._tensors, self._state, "training")
-
-
-SAVE_EVERY = 5.0  # minutes

@@ -56,7 +56,7 @@ from consolidate.runtime.distributed import (
 )
 from consolidate.training.forgetting import beyond, forgetting
 from consolidate.training.lambda_search import Trial
-from consolidate.training.loop import has_statistics
+from consolidate.training.loop import with_statistics
 from consolidate.views.output_card import write_card
 from consolidate.views.search_plot import plot_search
 from formats.atomic import replace_folder, write_file
@@ -189,7 +189,7 @@ def _estimation(plan: Plan, start: Start) -> Estimation:
 def _running_statistics(plan: Plan, start: Start) -> str | None:
     """Say what becomes of running statistics, and who decided it; None where there are none."""
     given = plan.options.recipe.norm_statistics is not None
-    if not has_statistics(start.model.module):
+    if not with_statistics(start.model.module):
         if given:
             LOG.info("--norm-statistics does nothing: the model keeps no running statistics")
         return None
@@ -256,7 +256,7 @@ def _subject(plan: Plan, start: Start, group: ProcessGroup | None) -> Subject:
 
     def length(examples: Examples) -> int:
         chosen = subset(len(examples), recipe.max_examples, recipe.seed)
-        return run_length(len(chosen), recipe, group)[1]
+        return run_length(len(chosen), recipe, group)
 
     def train_shortly(examples: Examples, steps: int) -> None:
         warmup = round(recipe.warmup_steps * steps / length(examples))

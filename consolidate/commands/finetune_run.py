@@ -4,6 +4,7 @@ import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.resume import KeptTraining, KeptWork
 from consolidate.commands.task_metrics import evaluate_all
-from consolidate.data.examples import Examples, subset
+from consolidate.data.examples import subset
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.lora import end_adapting
 from consolidate.models.model import Model, file_weights
@@ -52,35 +53,33 @@ class Trained:
     metrics: dict[str, dict[str, dict[str, float]]]
 
 
-@dataclass(frozen=True)
-class _Measurements:
-    """What is measured of a training, by the moment: each moment once."""
-
-    start: "Start"
-    recipe: Recipe
-    group: ProcessGroup | None
-    metrics: dict[str, dict[str, dict[str, float]]]
-
-    def take(self, when: str, same_as: str = "") -> None:
-        """Measure at this moment, unless that was done, or at one that is the same."""
-        if not self.start.evaluations or when in self.metrics:
-            return
-        if same_as in self.metrics:
-            self.metrics[when] = self.metrics[same_as]
-            return
-        # A module may draw in eval mode too; training must not see.
-        # Several processes stop together, after a measurement; before the first step at once.
-        waits = self.group is not None and when != "before"
-        with signals.waiting(waits), torch.random.fork_rng():
-            self.metrics[when] = evaluate_all(
-                self.start.model,
-                self.start.evaluations,
-                batch_size=self.recipe.batch_size,
-                with_heads=self.start.with_heads,
-                group=self.group,
-            )
-        for measured, values in self.metrics[when].items():
-            LOG.info("%s: %s %s", when, measured, _in_words(values))
+def _take_metrics(
+    start: "Start",
+    batch_size: int,
+    group: ProcessGroup | None,
+    metrics: dict[str, dict[str, dict[str, float]]],
+    when: str,
+    same_as: str = "",
+) -> None:
+    """Measure at this moment, unless that was done, or at one that is the same."""
+    if not start.evaluations or when in metrics:
+        return
+    if same_as in metrics:
+        metrics[when] = metrics[same_as]
+        return
+    # A module may draw in eval mode too; training must not see.
+    # Several processes stop together, after a measurement; before the first step at once.
+    with signals.waiting(group is not None and when != "before"), torch.random.fork_rng():
+        metrics[when] = evaluate_all(
+            start.model,
+            start.evaluations,
+            batch_size=batch_size,
+            with_heads=start.with_heads,
+            group=group,
+        )
+    for task, values in metrics[when].items():
+        words = [f"{key} {value:.4f}" for key, value in values.items() if key != "score"]
+        LOG.info("%s: %s %s", when, task, ", ".join(words))
 
 
 def train(
@@ -101,17 +100,16 @@ def train(
     model = start.model
     metrics = {} if found is None else dict(found.state.get("metrics", {}))
     beside = {**beside, "metrics": metrics}
-    measurements = _Measurements(start, recipe, group, metrics)
-    weights: Mapping[str, Tensor]
+    take_metrics = partial(_take_metrics, start, recipe.batch_size, group, metrics)
     if found is not None and "trained" in found.state:
         _merge_adapter(start)
         steps = load_trained(model.module, found.tensors)
         LOG.info("going on after the last of %d steps", len(steps))
         weights, mark = stored_weights(model, group), str(found.state["trained"])
     else:
-        measurements.take("before")
+        take_metrics("before")
         kept = KeptTraining(work, found, beside)
-        steps = descend(start, recipe, measurements.take, group, kept, on_step)
+        steps = descend(start, recipe, take_metrics, group, kept, on_step)
         _merge_adapter(start)
         weights = stored_weights(model, group)
         try:
@@ -124,7 +122,7 @@ def train(
         mark = from_first(secrets.token_hex(8), group)
     trained = Trained(mark, weights, steps, metrics)
     try:
-        measurements.take("after")
+        take_metrics("after")
     except signals.STOPS as stop:
         if work.can_keep(stop):
             work.keep(*kept_of(model, trained, beside), "training")
@@ -159,10 +157,10 @@ def descend(
     """
     model = start.model
     chosen = subset(len(start.examples), recipe.max_examples, recipe.seed)
-    _, total = run_length(len(chosen), recipe, group)
+    total = run_length(len(chosen), recipe, group)
     descent = _start_descent(model, recipe, total)
     steps, kept = descent.steps, kept or KeptTraining()
-    with seeded(recipe.seed, group), signals.waiting(kept.keeps):
+    with seeded(recipe.seed, group), signals.waiting(kept.work is not None):
         if kept.load(descent):
             LOG.info("going on from step %d of %d", len(steps), total)
         with progress("training", total, "steps", before=len(steps)) as advance:
@@ -173,9 +171,11 @@ def descend(
                 stand_in = None
                 if is_sharded(model.module):  # the same wherever the epoch is resumed
                     stand_in = start.examples.collate(chosen[: recipe.batch_size], epoch)
+                own = shares(examples, recipe.batch_size, group)
+                micro_batches = (start.examples.collate(s, epoch) if s else None for s in own)
                 for step in training_steps(
                     model.module,
-                    _micro_batches(start.examples, examples, epoch, recipe, group),
+                    micro_batches,
                     get_likelihood(model.objective.likelihood),
                     descent.optimizer,
                     descent.scheduler,
@@ -185,7 +185,7 @@ def descend(
                     first_step=len(steps),
                     group=group,
                     stand_in=stand_in,
-                    sum_loss=kept.settle,
+                    sum_loss=None if kept.work is None else kept.work.settle,
                 ):
                     steps.append(step)
                     advance(1)
@@ -206,7 +206,6 @@ def descend(
 
 
 def _start_descent(model: Model, recipe: Recipe, total: int) -> Descent:
-    """Make the optimizer, its schedule over so many steps and the loss scaler of a recipe."""
     module = model.module
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise UsageError("--freeze leaves no parameter to train")
@@ -244,18 +243,6 @@ def _epochs_left(
             yield epoch, [chosen[i] for i in order[first * step_size : last * step_size]]
 
 
-def _micro_batches(
-    examples: Examples,
-    order: Sequence[int],
-    epoch: int,
-    recipe: Recipe,
-    group: ProcessGroup | None,
-) -> Iterator[tuple[Any, Tensor] | None]:
-    """Yield this process's share of each micro-batch; None where it has none."""
-    for share in shares(order, recipe.batch_size, group):
-        yield examples.collate(share, epoch) if share else None
-
-
 def _is_measured(step: int, total: int, recipe: Recipe) -> bool:
     every = recipe.evaluate_every
     return bool(every and step and (step % every == 0 or step == total))
@@ -263,24 +250,18 @@ def _is_measured(step: int, total: int, recipe: Recipe) -> bool:
 
 def _log(step: Step, total: int, every: int) -> None:
     if step.step % every == 0 or step.step == total:
-        LOG.info(
-            "step %d of %d: loss %.4f, penalty %.4g, learning rate %.3g",
-            step.step,
-            total,
-            step.loss,
-            step.penalty,
-            step.learning_rate,
-        )
+        values = (step.step, total, step.loss, step.penalty, step.learning_rate)
+        LOG.info("step %d of %d: loss %.4f, penalty %.4g, learning rate %.3g", *values)
 
 
-def run_length(count: int, recipe: Recipe, group: ProcessGroup | None = None) -> tuple[int, int]:
-    """Give the epochs and the optimizer steps of a run on so many examples."""
+def run_length(count: int, recipe: Recipe, group: ProcessGroup | None = None) -> int:
+    """Give the optimizer steps of a run on so many examples."""
     per_epoch = -(-count // recipe.step_examples(place_in(group)[1]))
     epochs, most = recipe.epochs, recipe.max_steps
     if epochs is None:
         epochs = 1 if most is None else -(-most // per_epoch)
     total = epochs * per_epoch
-    return epochs, total if most is None else min(total, most)
+    return total if most is None else min(total, most)
 
 
 def stored_weights(model: Model, group: ProcessGroup | None) -> Mapping[str, Tensor]:
@@ -305,31 +286,19 @@ def take_stored_values(model: Model, stored: Mapping[str, Tensor]) -> None:
 
     A model in shards is rounded where it is, and `stored` not looked at.
     """
-    if is_sharded(model.module):
-        _round_shards(model)
-        return
-    state = model.module.state_dict()
+    state, sharded = model.module.state_dict(), is_sharded(model.module)
     for group in model.layout.groups:  # one at a time, as each may have to be made
-        parts = {name: stored[name] for name in group.file_names}
-        for name, values in model.layout.to_module(parts).items():
-            state[name].copy_(values)
-
-
-def _round_shards(model: Model) -> None:
-    """Round the module's values to what the file can hold, in place."""
-    state, weights = model.module.state_dict(), model.checkpoint.weights
-    for group in model.layout.groups:
-        dtypes = {dtype_of(weights, name) for name in group.file_names}
-        if len(dtypes) > 1:
+        if not sharded:
+            parts = {name: stored[name] for name in group.file_names}
+            for name, values in model.layout.to_module(parts).items():
+                state[name].copy_(values)
+            continue
+        dtype, *others = {dtype_of(model.checkpoint.weights, name) for name in group.file_names}
+        if others:
             raise InputError(
                 f"{group.file_names[0]} and others of other dtypes are one tensor in the model, "
                 "which --shard cannot round alike: store them in one dtype"
             )
-        (dtype,) = dtypes
         for name in group.module_names:
             values = local(state[name])
             values.copy_(values.to(dtype))
-
-
-def _in_words(metrics: Mapping[str, float]) -> str:
-    return ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "score")

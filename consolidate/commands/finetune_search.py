@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.examples import Examples, hold_out
 from consolidate.estimation.likelihoods import get_likelihood
-from consolidate.ewc.penalty import WeightPenalty
+from consolidate.ewc.low_rank_penalty import WeightPenalty
 from consolidate.models.model import Model
 from consolidate.options import Search
 from consolidate.results import LambdaSearch
 from consolidate.results import Trial as TrialResult
 from consolidate.runtime.distributed import dealt
-from consolidate.training.evaluation import divergence
+from consolidate.training.evaluation import divergence, tensors_of
 from consolidate.training.forgetting import beyond, forgetting
 from consolidate.training.lambda_search import (
     Trial,
@@ -134,9 +133,7 @@ def search_lambda(
         "ewc_lambda": chosen.ewc_lambda,
         "choose": plan.rule,
         "max_forgetting": plan.max_forgetting,
-        "measured": _measured(
-            plan, plan.new not in subject.held_out, len(search.held_out[plan.new])
-        ),
+        "measured": search.measured(),
         "new_task": plan.new,
         "old_tasks": plan.old,
         "before": search.before,
@@ -172,12 +169,11 @@ class _Search:
         self.examples, self.held_out = self.subject.examples, dict(self.subject.held_out)
         if self.plan.new not in self.held_out:
             self.examples, self.held_out[self.plan.new] = hold_out(self.examples, self.seed)
-        tensors = _tensors(self.subject.model.module)
+        tensors = tensors_of(self.subject.model.module)
         self.values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self.before = self.measure()
 
     def measure(self) -> dict[str, dict[str, float]]:
-        """Measure the model as it is on what is held out."""
         return evaluate_all(
             self.subject.model,
             self.held_out,
@@ -202,12 +198,12 @@ class _Search:
             if self.plan.old:
                 lost = max(forgetting(self.before, metrics, self.plan.old).values())
             else:
-                moved = self._divergence()
+                moved = self.moved()
         except NonFiniteError as error:
             squares = None
             LOG.info("λ = %g diverged: %s", strength, error)
         with torch.no_grad():
-            for name, tensor in _tensors(self.subject.model.module).items():
+            for name, tensor in tensors_of(self.subject.model.module).items():
                 tensor.copy_(self.values[name])
         if metrics is not None:
             scores = ", ".join(f"{name} {found['score']:.4f}" for name, found in metrics.items())
@@ -216,7 +212,6 @@ class _Search:
         return Trial(strength, length, metrics, lost, squares, moved, seconds)
 
     def rule(self) -> Callable[[Sequence[Trial]], Trial]:
-        """Give the rule that chooses among trials."""
         plan = self.plan
         if plan.rule == "mean":
             return by_mean
@@ -224,7 +219,17 @@ class _Search:
             return partial(by_least, max_forgetting=plan.max_forgetting or 0.0)
         return partial(by_most, task=plan.new, before=self.before[plan.new]["score"])
 
-    def _divergence(self) -> float:
+    def measured(self) -> str:
+        """Say what the choice has looked at."""
+        name, old, count = self.plan.new, self.plan.old, len(self.held_out[self.plan.new])
+        given = name in self.subject.held_out
+        new = f"{name} on {count:,} examples "
+        new += "of --validation" if given else "held out of the training data"
+        if old:
+            return f"{', '.join(old)} on --validation, {new}"
+        return f"{new}; no old data, so the penalty and the outputs' KL stand for forgetting"
+
+    def moved(self) -> float:
         """Measure how far the outputs on the new task's held-out inputs have moved."""
         model, examples = self.subject.model, self.held_out[self.plan.new]
         order = dealt(range(len(examples)), self.batch_size, self.group)
@@ -235,15 +240,6 @@ class _Search:
             get_likelihood(model.objective.likelihood),
             self.group,
         )
-
-
-def _measured(plan: Plan, split: bool, count: int) -> str:
-    """Say what the choice has looked at."""
-    source = "held out of the training data" if split else "of --validation"
-    new = f"{plan.new} on {count:,} examples {source}"
-    if plan.old:
-        return f"{', '.join(plan.old)} on --validation, {new}"
-    return f"{new}; no old data, so the penalty and the outputs' KL stand for forgetting"
 
 
 def _tell(plan: Plan, chosen: Trial, whole: Sequence[Trial]) -> None:
@@ -257,7 +253,3 @@ def _tell(plan: Plan, chosen: Trial, whole: Sequence[Trial]) -> None:
 def _place(data: str | Path) -> str:
     path = Path(data)
     return str(path.resolve()) if path.exists() else str(data)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -23,14 +23,23 @@ class Batch:
     indices: Sequence[int]
 
     def __len__(self) -> int:
-        """Return the number of examples."""
         return self.labels.shape[0]
 
     def rows(self, first: int, last: int) -> "Batch":
         """Return a batch of the examples from first on, up to but without last."""
         some = slice(first, last)
-        inputs = _take(self.inputs, some, len(self))
-        labels, indices = self.labels[some], self.indices[some]
+
+        def take(tensor: Tensor) -> Tensor:
+            if tensor.ndim == 0 or (tensor.shape[0] == 1 and len(self) != 1):
+                return tensor
+            if tensor.shape[0] != len(self):
+                raise InputError(
+                    f"An input has shape {tuple(tensor.shape)} in a batch of {len(self)} labels: "
+                    "its first size must be the number of examples, or 1 where they share it."
+                )
+            return tensor[some]
+
+        inputs, labels, indices = _map(take, self.inputs), self.labels[some], self.indices[some]
         return Batch(self.number, self.first + first, inputs, labels, indices)
 
     def example(self, i: int) -> "Batch":
@@ -127,11 +136,17 @@ def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
     The model never sees the labels, except that an encoder-decoder's inputs are made from them
     where they are not given. What it cannot take is refused with the inputs' shapes.
     """
-    args, kwargs = inputs if isinstance(inputs, tuple | list) else (inputs,), {}
-    if isinstance(inputs, Mapping):
-        args, kwargs = (), _with_decoder_inputs(model, inputs, labels)
-    with _taking(inputs):
-        outputs = model(*args, **kwargs)
+    try:
+        if isinstance(inputs, Mapping):
+            outputs = model(**_with_decoder_inputs(model, inputs, labels))
+        else:
+            outputs = model(*(inputs if isinstance(inputs, tuple | list) else [inputs]))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if out_of_memory(error):
+            raise
+        raise InputError(
+            f"The model cannot take {_described(inputs)}: {type(error).__name__}: {error}"
+        ) from error
     if isinstance(outputs, Mapping):
         outputs = outputs.get("logits", outputs)
     elif not isinstance(outputs, Tensor):
@@ -141,35 +156,6 @@ def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
             f"The model returned {type(outputs).__name__}; expected a tensor, or `logits` in it."
         )
     return outputs
-
-
-@contextmanager
-def _taking(inputs: Any) -> Iterator[None]:
-    """Name the inputs where a model's own code raises."""
-    try:
-        yield
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        if out_of_memory(error):
-            raise
-        raise InputError(
-            f"The model cannot take {_described(inputs)}: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _take(inputs: Any, rows: slice, size: int) -> Any:
-    """Return those rows of every tensor that has one row for each of the batch's examples."""
-
-    def take(tensor: Tensor) -> Tensor:
-        if tensor.ndim == 0 or (tensor.shape[0] == 1 and size != 1):
-            return tensor
-        if tensor.shape[0] != size:
-            raise InputError(
-                f"An input has shape {tuple(tensor.shape)} in a batch of {size} labels: its first "
-                "size must be the number of examples, or 1 where they share it."
-            )
-        return tensor[rows]
-
-    return _map(take, inputs)
 
 
 def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -204,8 +190,7 @@ def _with_decoder_inputs(model: Any, inputs: Mapping[str, Any], labels: Tensor) 
     if given or labels.ndim != 2 or not getattr(config, "is_encoder_decoder", False):
         return dict(inputs)
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        with _taking(inputs):
-            shifted = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        shifted = model.prepare_decoder_input_ids_from_labels(labels=labels)
     else:
         first, pad = config.decoder_start_token_id, config.pad_token_id
         if first is None or pad is None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -132,12 +133,8 @@ class Accumulators:
         variance = (ss - 2 * ratio * su + ratio.square() * uu).clamp(min=0) / (n - 1)
         errors = (counts.draws * variance).sqrt() / counts.units / ratio
         matters = ratio > NEGLIGIBLE * ratio.nansum()  # Where none was measured it is NaN.
-        found = zip(self.sums, n.tolist(), errors.tolist(), matters.tolist(), strict=True)
-        return {
-            name: error if measured > 1 else math.inf
-            for name, measured, error, counted in found
-            if counted
-        }
+        errors = torch.where(n > 1, errors, math.inf).tolist()
+        return dict(compress(zip(self.sums, errors, strict=True), matters.tolist()))
 
     def means(self, divisor: int) -> dict[str, Tensor]:
         """Return the totals over the divisor; they are not to be added to any more."""
@@ -161,8 +158,7 @@ class Accumulators:
         for name in self.sums:
             self._totals[name].copy_(tensors[f"total/{name}"])
             self.sums[name].copy_(tensors[f"rest/{name}"])
-        found = zip(self.sums, tensors["reached"].tolist(), strict=True)
-        reached = frozenset(name for name, is_reached in found if is_reached)
+        reached = frozenset(compress(self.sums, tensors["reached"].tolist()))
         self._counts = Counts(tensors["moments"], reached, *tensors["counts"].tolist())
         self._folded = self._counts
 
@@ -173,11 +169,10 @@ class Accumulators:
         reached = [name in counts.reached for name in self.sums]
         numbers = summed(group, *counts.moments.flatten().tolist(), *counts[2:], *reached)
         size = counts.moments.numel()
-        found = zip(self.sums, numbers[size + 4 :], strict=True)
         return Counts(
             torch.tensor(numbers[:size], dtype=torch.float64).view_as(counts.moments),
-            frozenset(name for name, is_reached in found if is_reached),
-            *(int(number) for number in numbers[size : size + 4]),
+            frozenset(compress(self.sums, numbers[size + 4 :])),
+            *map(int, numbers[size : size + 4]),
         )
 
     def _fold(self) -> None:
@@ -195,9 +190,7 @@ class Accumulators:
         u = torch.cat([batch.units for batch in batches]).cpu().double()
         # Of parameters that nothing depends on there are no traces.
         parts = [
-            traces
-            if (traces := batch.traces.get(name)) is not None
-            else torch.zeros_like(batch.units)
+            batch.traces[name] if name in batch.traces else torch.zeros_like(batch.units)
             for name in self.sums
             for batch in batches
         ]

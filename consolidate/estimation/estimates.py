@@ -38,7 +38,6 @@ class FisherDiagonal(dict[str, Tensor]):
     relative_errors: dict[str, float]
 
     def __post_init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the tensors in."""
         self.update(tensors)
 
     def trace(self) -> dict[str, float]:

@@ -35,12 +35,11 @@ class Outer(NamedTuple):
     def add_squares(self, total: Tensor, first: int = 0) -> Tensor:
         """Add Σ_b (Σ_t g_t a_tᵀ)² to total, (m, n) or (m, …); return Σ_mn for each b, (B,)."""
         if self.few:
-            pairs = self.pairs()
+            pairs = pairs_of(self.g, 2)
             return self.add_product(total, pairs, pairs.sum(1))
         total = total.flatten(1)
         left, right = self._factors()
-        measured = _measured(total, first)
-        traces = _unmeasured(right, measured)
+        traces, measured = _to_measure(right, total, first)
         if total.numel() <= SMALL:
             for start in range(0, len(right), CHUNK):
                 some = slice(start, start + CHUNK)
@@ -64,22 +63,18 @@ class Outer(NamedTuple):
         """Whether there are so few positions that their pairs go into one product."""
         return self.g.shape[1] <= FEW_POSITIONS
 
-    def pairs(self) -> Tensor:
-        """Return g_s g_t for each pair of positions, twice where s ≠ t, (B · pairs, m)."""
-        return _pairs(self.g, 2)
-
     def add_product(self, total: Tensor, pairs: Tensor, sums: Tensor) -> Tensor:
         """Add Σ_b Σ_{s≤t} pairs_st (a_s a_t)ᵀ to total.
 
         Args:
             total: (m, n) or (m, …).
-            pairs: What `pairs` returned, or a sum of such over other g.
+            pairs: g_s g_t, twice where s ≠ t, or a sum of such over other g, (B · pairs, m).
             sums: Σ_m pairs, (B · pairs,).
 
         Returns:
             The sum of each example's term, (B,).
         """
-        left, right = pairs, _pairs(self.a)
+        left, right = pairs, pairs_of(self.a)
         traces = _over_pairs(sums * right.sum(1), self.a.shape[0])
         if self.transposed:
             left, right = right, left
@@ -106,23 +101,14 @@ class Summed(NamedTuple):
 
     g: Tensor  # (B, T, m)
 
-    @property
-    def few(self) -> bool:
-        """Whether there are so few positions that their pairs are summed."""
-        return True
-
     def add_to(self, gradient: Tensor, example: int) -> None:
         """Add one example's gradient to a tensor, (m,)."""
         gradient += self.g[example].sum(0)
 
     def add_squares(self, total: Tensor, first: int = 0) -> Tensor:
         """Add Σ_b (Σ_t g_t)² to total, (m,); return Σ_m for each b, (B,)."""
-        pairs = self.pairs()
+        pairs = pairs_of(self.g, 2)
         return self.add_product(total, pairs, pairs.sum(1))
-
-    def pairs(self) -> Tensor:
-        """Return g_s g_t for each pair of positions, twice where s ≠ t, (B · pairs, m)."""
-        return _pairs(self.g, 2)
 
     def add_product(self, total: Tensor, pairs: Tensor, sums: Tensor) -> Tensor:
         """Add Σ_b Σ_{s≤t} pairs_st to total, (m,); return Σ_m of each example's term, (B,)."""
@@ -194,7 +180,7 @@ class Convolved(NamedTuple):
         # Small ones together; where there are many positions each is work enough.
         few = self.g[0, 0].numel() <= GROUPED_POSITIONS
         chunk = max(1, BLOCK // (2 * total.numel())) if few else 1
-        traces = _unmeasured(self.g, _measured(total, first))
+        traces, _ = _to_measure(self.g, total, first)
         for start in range(0, len(self.g), chunk):
             for example, gradient in enumerate(self.of(slice(start, start + chunk)), start):
                 total.addcmul_(gradient, gradient)
@@ -225,16 +211,12 @@ Rule = Callable[[Any, Tensor, Tensor], dict[str, Gradients]]
 """From a layer, its inputs and the gradients at its outputs to its parameters' gradients."""
 
 
-def _measured(total: Tensor, first: int) -> slice:
-    """Return which examples' gradients of that size are summed for the spread, from first on."""
-    return slice(None) if total.numel() <= ALL_MEASURED else slice(first, None, MEASURED)
-
-
-def _unmeasured(batch: Tensor, measured: slice) -> Tensor:
-    """Return traces for each example of a batch, 0 where they are measured, else negative."""
+def _to_measure(batch: Tensor, total: Tensor, first: int) -> tuple[Tensor, slice]:
+    """Return each example's trace, 0 if it is to be measured and else negative, and which are."""
+    measured = slice(None) if total.numel() <= ALL_MEASURED else slice(first, None, MEASURED)
     traces = batch.new_full((len(batch),), -1)
     traces[measured] = 0
-    return traces
+    return traces, measured
 
 
 def square(gradient: Tensor) -> Tensor:
@@ -278,10 +260,10 @@ def add_pairs(total: Tensor, g: Tensor) -> None:
         g = g.squeeze(1)
         total.addcmul_(g, g)
     else:
-        total += _pairs(g, 2)
+        total += pairs_of(g, 2)
 
 
-def _pairs(x: Tensor, weight: int = 1) -> Tensor:
+def pairs_of(x: Tensor, weight: int = 1) -> Tensor:
     """Return x_s x_t, weighted where s ≠ t, for s ≤ t of x (B, T, n): (B · pairs, n), in order."""
     if x.shape[1] == 1:
         return x.squeeze(1).square()

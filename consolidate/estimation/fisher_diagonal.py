@@ -38,14 +38,9 @@ class Estimator(NamedTuple):
     """One of ESTIMATORS, with the options of `fisher_diagonal` that are for it."""
 
     name: str
-    mc_samples: int
+    samples: int | None  # outcomes sampled for each example; None where none are
     seed: int
     max_outcomes: int
-
-    @property
-    def samples(self) -> int | None:
-        """How many outcomes are sampled for each example; None where none are."""
-        return self.mc_samples if self.name in ("mc", "batched") else None
 
 
 def score_vectors(
@@ -75,7 +70,7 @@ def score_vectors(
             yield likelihood.observed_scores(outputs, labels)
         case "mc" | "batched":
             examples, draws = torch.as_tensor(batch.indices), likelihood.draws(outputs)
-            for sample in range(estimator.mc_samples):
+            for sample in range(estimator.samples or 0):
                 drawn = uniforms(estimator.seed, examples, draws, sample)
                 yield likelihood.sampled_scores(outputs, labels, drawn)
 
@@ -147,8 +142,9 @@ def fisher_diagonal(
         NonFiniteError: If outputs or gradients are not finite, naming parameter and batch.
     """
     likelihood = get_likelihood(likelihood)
-    method = Estimator(estimator, mc_samples, seed, max_outcomes)
-    _check_options(method, tolerance, accumulate_dtype)
+    _check_options(estimator, mc_samples, tolerance, accumulate_dtype)
+    samples = mc_samples if estimator in ("mc", "batched") else None
+    method = Estimator(estimator, samples, seed, max_outcomes)
     parameters = _measurable(model)
     scores = Scores(
         partial(_finite_outputs, model),
@@ -186,16 +182,12 @@ def fisher_diagonal(
 
 
 def _check_options(
-    estimator: Estimator, tolerance: float | None, accumulate_dtype: torch.dtype
+    estimator: str, mc_samples: int, tolerance: float | None, accumulate_dtype: torch.dtype
 ) -> None:
-    if estimator.name not in ESTIMATORS:
-        raise UsageError(
-            f"No estimator is named {estimator.name!r}; there are {', '.join(ESTIMATORS)}."
-        )
-    if estimator.mc_samples < 1:
-        raise UsageError(
-            f"mc_samples is {estimator.mc_samples}; at least 1 outcome must be sampled."
-        )
+    if estimator not in ESTIMATORS:
+        raise UsageError(f"No estimator is named {estimator!r}; there are {', '.join(ESTIMATORS)}.")
+    if mc_samples < 1:
+        raise UsageError(f"mc_samples is {mc_samples}; at least 1 outcome must be sampled.")
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise UsageError(f"tolerance is {tolerance}; it must be finite and above 0.")
     if accumulate_dtype not in (torch.float32, torch.float64):
@@ -227,7 +219,6 @@ def _measurable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _finite_outputs(model: nn.Module, batch: Batch) -> Tensor:
-    """Run the model; refuse outputs that are not finite."""
     outputs = model_outputs(model, batch.inputs, batch.labels)
     if not math.isfinite(outputs.detach().sum()) and not outputs.isfinite().all():
         raise NonFiniteError(
@@ -308,12 +299,14 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     Products of float32 are float32's: rounded to TF32 or bfloat16 a batch would not agree with its
     single examples. Modes, buffers, precisions and what requires gradients come back bit for bit.
     """
-    products = _products()
-    precisions = [product.fp32_precision for product in products]
+    settings: list[tuple[Any, str, Any]]
+    settings = [(product, "fp32_precision", "ieee") for product in _products()]
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "use_cache", False):
+        settings.append((config, "use_cache", False))  # It would change when a layer runs again.
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
     trained = [p for p in model.parameters() if p.requires_grad]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    config: Any = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", False)
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     # An embedding with max_norm changes its weight when it is called.
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
@@ -322,11 +315,9 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     copies = [(tensor, tensor.detach().clone()) for tensor in kept]
     try:
         model.requires_grad_(False)
-        if use_cache:
-            config.use_cache = False  # A cache that is kept is changed when a layer runs again.
         torch.backends.mha.set_fastpath_enabled(False)  # It would leave the layers out.
-        for product in products:
-            product.fp32_precision = "ieee"
+        for owner, name, value in settings:
+            setattr(owner, name, value)
         with (
             eval_mode(model),
             torch.inference_mode(False),
@@ -336,10 +327,8 @@ def _measuring(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for product, precision in zip(products, precisions, strict=True):
-            product.fp32_precision = precision
-        if use_cache:
-            config.use_cache = use_cache
+        for owner, name, value in before:
+            setattr(owner, name, value)
         for parameter in trained:
             parameter.requires_grad_(True)
         for module, tensors in buffers:

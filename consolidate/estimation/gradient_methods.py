@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from consolidate.estimation.batches import Batch, out_of_memory, own_errors
 from consolidate.estimation.example_gradients import Gradients, square
-from consolidate.estimation.gradient_checkpointing import checkpointed_layers
 from consolidate.estimation.layer_hooks import (
     Recorder,
     Unit,
@@ -60,12 +59,12 @@ class Plan(NamedTuple):
 class _Probe(NamedTuple):
     """A batch that is run to compare gradients, and what is sent back through it."""
 
+    model: nn.Module
     batch: Batch
     forward: Forward
     dtype: torch.dtype
     vector: Tensor
     kept: tuple[int, int]  # the examples that are run alone too
-    layers_recompute: bool
 
     def sums(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Return autograd's own gradients of the batch."""
@@ -107,8 +106,7 @@ def choose_methods(
             raise
         # One at a time may go through.
         return everything_by_loop._replace(only_single=in_words(error))
-    recompute = bool(checkpointed_layers(model))
-    probe = _Probe(batch, forward, dtype, vector, (0, len(batch) - 1), recompute)
+    probe = _Probe(model, batch, forward, dtype, vector, (0, len(batch) - 1))
     for example in probe.kept:
         alone = forward(batch.example(example))
         if alone.shape != vector[:1].shape:
@@ -259,18 +257,13 @@ def _owners(
 
 def _has_rule(model: nn.Module, owners: dict[str, str], calls: _Calls) -> bool:
     """Return whether all modules that use a parameter have a rule for it, and are called."""
-    modules = {model.get_submodule(path): local for path, local in owners.items()}
-    return all(
-        rule_of(module) is not None and module in calls and local in ("weight", "bias")
-        for module, local in modules.items()
-    )
+    modules = [model.get_submodule(path) for path in owners]
+    known = all(rule_of(module) is not None and module in calls for module in modules)
+    return known and {"weight", "bias"}.issuperset(owners.values())
 
 
 def _units(
-    model: nn.Module,
-    owners: Mapping[str, dict[str, str]],
-    levels: Mapping[str, str],
-    calls: _Calls,
+    model: nn.Module, owners: Mapping[str, dict[str, str]], levels: Mapping[str, str], calls: _Calls
 ) -> list[Unit]:
     """List what to mark: layers with a rule, and the modules that are run again by themselves."""
     by_rule: dict[str, dict[str, str]] = {}
@@ -281,13 +274,12 @@ def _units(
                 by_rule.setdefault(path, {})[local] = name
         elif levels[name] != "loop":
             hosts = {_host(model, path, calls) for path in paths}
-            for host in hosts:
-                if not any(host != other and _inside(host, other) for other in hosts):
+            for host in hosts:  # Not those inside of another.
+                around = (other for other in hosts if other != host)
+                if not any(not other or host.startswith(f"{other}.") for other in around):
                     by_module.setdefault((host, levels[name] == "module"), []).append(name)
-    units = []
-    for path, names in by_rule.items():
-        module = model.get_submodule(path)
-        units.append(Unit(module, names, rule_of(module)))
+    modules = {model.get_submodule(path): names for path, names in by_rule.items()}
+    units = [Unit(module, names, rule_of(module)) for module, names in modules.items()]
     for (path, vmap), inside in by_module.items():
         module = model.get_submodule(path)
         if rows := calls.get(module):
@@ -302,10 +294,6 @@ def _host(model: nn.Module, path: str, calls: _Calls) -> str:
     while path and not calls.get(model.get_submodule(path)):
         path = path.rpartition(".")[0]
     return path
-
-
-def _inside(path: str, other: str) -> bool:
-    return not other or path.startswith(f"{other}.")
 
 
 def _failed(
@@ -334,12 +322,8 @@ def _failed(
 
     try:
         with (
-            closing(Recorder(units, vector.device, probe.dtype)) as recorder,
-            recorder.recording(
-                len(probe.batch),
-                only_marks_need_gradients=True,
-                layers_recompute=probe.layers_recompute,
-            ) as recording,
+            closing(Recorder(probe.model, units, probe.dtype)) as recorder,
+            recorder.recording(len(probe.batch), only_marks_need_gradients=True) as recording,
         ):
             outputs = probe.forward(probe.batch)
             if squared:
@@ -355,11 +339,10 @@ def _failed(
             raise
         return dict.fromkeys(marked, in_words(error))
     largest = max(_largest(value) for value in expected.values())
-    agree = _alike if squared else _equal
 
     def agrees(name: str) -> bool:
         eps = torch.finfo(parameters[name].dtype).eps
-        return agree(found[name], expected[name], eps, largest)
+        return _agree(found[name], expected[name], eps, largest, squared)
 
     return {name: None for name in marked if name in recording.mismatched or not agrees(name)}
 
@@ -370,20 +353,18 @@ def _near(alone: Tensor, together: Tensor) -> bool:
     return bool((alone - together).abs().max() <= tolerance * together.abs().max().clamp(min=1e-6))
 
 
-def _equal(found: Tensor, expected: Tensor, eps: float, largest: float) -> bool:
-    """Return whether sums are equal up to rounding, with the largest of all; overwrites `found`."""
+def _agree(found: Tensor, expected: Tensor, eps: float, largest: float, squared: bool) -> bool:
+    """Return whether sums, or squares, are those expected up to rounding; overwrites `found`.
+
+    `largest` is the largest number expected of any parameter.
+    """
+    rounding = min(100 * eps, eps**0.5)  # gradients that are nothing else, as of a key's bias
+    found.sub_(expected)
+    if squared:  # An example may fall to the other side of a ReLU here and there.
+        floor = rounding**2 * largest * found.numel()
+        return found.abs_().sum().item() <= eps**0.25 * expected.sum().item() + floor
     # Normalisation is often in float32 whatever the weights.
-    tolerance = max(eps**0.5, 1e-6)
-    error = _largest(found.sub_(expected))
-    return error <= tolerance * _largest(expected) + _floor(eps) * largest
-
-
-def _alike(found: Tensor, expected: Tensor, eps: float, largest: float) -> bool:
-    """Return whether squares are those of another batch's gradients; overwrites `found`."""
-    # An example may fall to the other side of a ReLU here and there.
-    error = found.sub_(expected).abs_().sum().item()
-    floor = _floor(eps) ** 2 * largest * found.numel()
-    return error <= eps**0.25 * expected.sum().item() + floor
+    return _largest(found) <= max(eps**0.5, 1e-6) * _largest(expected) + rounding * largest
 
 
 def _largest(values: Tensor) -> float:
@@ -392,8 +373,3 @@ def _largest(values: Tensor) -> float:
         return 0.0
     least, most = values.aminmax()
     return max(-least.item(), most.item())
-
-
-def _floor(eps: float) -> float:
-    """Return the relative size of gradients that are nothing but rounding, as of a key's bias."""
-    return min(100 * eps, eps**0.5)

@@ -25,7 +25,9 @@ from consolidate.estimation.example_gradients import (
     Whole,
     add_pairs,
     add_squares_of_sums,
+    pairs_of,
 )
+from consolidate.estimation.gradient_checkpointing import checkpointed_layers
 
 VMAP_ELEMENTS = 1 << 22  # of per-example gradients that one module makes at a time
 Sink = Callable[[Mapping[str, Gradients], range], None]
@@ -239,10 +241,10 @@ class Squares:
                 continue
             if self._recording.use_counts[name] > 1:
                 self._waiting.setdefault(name, []).append(found)
-            elif isinstance(found, Outer | Summed) and found.few:
+            elif isinstance(found, Summed) or (isinstance(found, Outer) and found.few):
                 if name not in self._products:
                     if id(found.g) not in pairs:
-                        pairs[id(found.g)] = found.pairs()
+                        pairs[id(found.g)] = pairs_of(found.g, 2)
                     self._products[name] = found, pairs[id(found.g)]
                 elif id(found.g) not in pairs:
                     pairs[id(found.g)] = total = self._products[name][1]
@@ -289,10 +291,12 @@ def has_rows(value: Any, size: int) -> bool:
 class Recorder:
     """Marks the calls of units in the forward passes that are recorded, until it is closed."""
 
-    def __init__(self, units: Iterable[Unit], device: torch.device, dtype: torch.dtype):
+    def __init__(self, model: nn.Module, units: Iterable[Unit], dtype: torch.dtype):
         """Watch the units' modules; per-example gradients will be squared in `dtype`."""
+        device = next(model.parameters()).device
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._dtype = dtype
+        self._layers_recompute = bool(checkpointed_layers(model))
         self._recording: Recording | None = None
         self._handles: list[Any] = []
         for unit in units:
@@ -307,18 +311,11 @@ class Recorder:
             handle.remove()
 
     @contextmanager
-    def recording(
-        self, size: int, *, only_marks_need_gradients: bool, layers_recompute: bool
-    ) -> Iterator[Recording]:
+    def recording(self, size: int, *, only_marks_need_gradients: bool) -> Iterator[Recording]:
         """Record a batch of so many examples while it runs, and until it has run backward."""
+        only, recompute = only_marks_need_gradients, self._layers_recompute
         try:
-            self._recording = Recording(
-                size,
-                self._anchor,
-                self._dtype,
-                only_marks_need_gradients,
-                layers_recompute,
-            )
+            self._recording = Recording(size, self._anchor, self._dtype, only, recompute)
             yield self._recording
         finally:
             self._recording = None
@@ -388,33 +385,29 @@ def module_gradients(
     vectors = [g for g in gradients if g is not None]
     own = [t for t, rows in zip(inputs, unit.rows, strict=True) if rows]
 
-    def arguments(example: Iterable[Tensor]) -> tuple[Any, Any]:
+    def arguments(example: list[Tensor]) -> tuple[Any, Any]:
         rows = iter(example)
         alone = [next(rows)[None] if r else t for t, r in zip(inputs, unit.rows, strict=True)]
         assert call.spec is not None
         return tree_unflatten(alone, call.spec)
 
-    def outputs(parameters: dict[str, Tensor], args: Any, kwargs: Any) -> list[Tensor]:
-        output = torch.func.functional_call(unit.module, parameters, args, kwargs)
+    def outputs(parameters: dict[str, Tensor], arguments: tuple[Any, Any]) -> list[Tensor]:
+        output = torch.func.functional_call(unit.module, parameters, *arguments)
         return [tree_flatten(output)[0][i] for i in arrived]
 
     def of_example(example: list[Tensor], vector: list[Tensor]) -> dict[str, Tensor]:
-        args, kwargs = arguments(example)
-        at_outputs = [v[None] for v in vector]
+        alone = arguments(example)
         with falling_back(unit.names.values(), Exception), warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # Where it would be a slow loop.
-            vjp = torch.func.vjp(lambda parameters: outputs(parameters, args, kwargs), values)[1]
-            return vjp(at_outputs)[0]
+            vjp = torch.func.vjp(lambda parameters: outputs(parameters, alone), values)[1]
+            return vjp([v[None] for v in vector])[0]
 
     def run_alone(example: list[Tensor], vector: list[Tensor]) -> dict[str, Tensor]:
-        args, kwargs = arguments(example)
-        at_outputs = [v[None] for v in vector]
         leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
         with falling_back(unit.names.values(), Exception), torch.enable_grad():
-            made = outputs(leaves, args, kwargs)
-            found = torch.autograd.grad(
-                made, list(leaves.values()), at_outputs, materialize_grads=True
-            )
+            made, wanted = outputs(leaves, arguments(example)), list(leaves.values())
+            at_outputs = [v[None] for v in vector]
+            found = torch.autograd.grad(made, wanted, at_outputs, materialize_grads=True)
         return dict(zip(leaves, found, strict=True))
 
     if unit.vmap:

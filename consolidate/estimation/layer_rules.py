@@ -7,6 +7,7 @@ give is trusted by fisher_diagonal only after it has agreed with single examples
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,16 +25,11 @@ from consolidate.estimation.example_gradients import (
 )
 
 
-def linear(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
-    """The outputs are x Wᵀ + b."""
+def linear(module: Any, a: Tensor, g: Tensor, *, transposed: bool = False) -> dict[str, Gradients]:
+    """The outputs are x Wᵀ + b; x W + b where transposed, as in transformers' Conv1D."""
     a, g = _positions(a), _positions(g)  # (B, T, in), (B, T, out)
-    return {"weight": Outer(g, a), "bias": _summed(g)}
-
-
-def conv1d(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
-    """The outputs are x W + b: transformers' transposed Linear."""
-    a, g = _positions(a), _positions(g)
-    return {"weight": Outer(g, a, transposed=True), "bias": _summed(g)}
+    bias = Summed(g) if g.shape[1] <= FEW_POSITIONS else Whole(g.sum(1))
+    return {"weight": Outer(g, a, transposed), "bias": bias}
 
 
 def convolution(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
@@ -71,32 +67,33 @@ def scaled_embedding(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
 def layer_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     """The outputs are x̂ w + b, with x̂ the normalised x."""
     shape = module.normalized_shape
-    return _scaled(functional.layer_norm(a, shape, eps=module.eps), g, shape)
+    return _scaled(functional.layer_norm(a, shape, eps=module.eps), g, (len(g), -1, *shape), 1)
 
 
 def rms_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     """The outputs are x̂ w or x̂ (1 + w), with x̂ = x / √(mean x² + ε)."""
     eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
     shape = module.weight.shape
-    return _scaled(functional.rms_norm(a, shape, eps=eps), g, shape)
+    return _scaled(functional.rms_norm(a, shape, eps=eps), g, (len(g), -1, *shape), 1)
 
 
 def group_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     """The outputs are x̂ w + b, channel by channel."""
-    return _scaled_channels(functional.group_norm(a, module.num_groups, eps=module.eps), g)
+    x = functional.group_norm(a, module.num_groups, eps=module.eps)
+    return _scaled(x, g, (*x.shape[:2], -1), 2)
 
 
 def batch_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     """The outputs are x̂ w + b, channel by channel; in eval mode x̂ is x, scaled and shifted."""
     mean, variance = module.running_mean, module.running_var
     x = functional.batch_norm(a, mean.to(a), variance.to(a), eps=module.eps)
-    return _scaled_channels(x, g)
+    return _scaled(x, g, (*x.shape[:2], -1), 2)
 
 
 # By name, so that nothing is imported for it. A subclass may compute something else.
 RULES: dict[str, Rule] = {
     "torch.nn.modules.linear.Linear": linear,
-    "transformers.pytorch_utils.Conv1D": conv1d,
+    "transformers.pytorch_utils.Conv1D": partial(linear, transposed=True),
     "torch.nn.modules.conv.Conv[12]d": convolution,
     "torch.nn.modules.sparse.Embedding": embedding,
     "transformers.models.*ScaledWordEmbedding": scaled_embedding,
@@ -116,11 +113,6 @@ def rule_of(module: nn.Module) -> Rule | None:
     return next((rule for pattern, rule in RULES.items() if fnmatchcase(name, pattern)), None)
 
 
-def _summed(g: Tensor) -> Gradients:
-    """Return the sum over positions of g (B, T, n)."""
-    return Summed(g) if g.shape[1] <= FEW_POSITIONS else Whole(g.sum(1))
-
-
 def _positions(tensor: Tensor) -> Tensor:
     """Return (B, …, n) as (B, T, n)."""
     if tensor.ndim == 2:
@@ -128,18 +120,9 @@ def _positions(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 3 else tensor.flatten(1, -2)
 
 
-def _scaled(x: Tensor, g: Tensor, shape: Sequence[int]) -> dict[str, Gradients]:
-    """Return the gradients of w and b of that shape in x w + b, where x is (B, …, *shape)."""
-    by_position = (len(g), -1, *shape)
+def _scaled(x: Tensor, g: Tensor, shape: Sequence[int], axis: int) -> dict[str, Gradients]:
+    """Return the gradients of w and b in x w + b, whose positions lie on that axis of shape."""
     return {
-        "weight": Whole((g * x).reshape(by_position).sum(1)),
-        "bias": Whole(g.reshape(by_position).sum(1)),
-    }
-
-
-def _scaled_channels(x: Tensor, g: Tensor) -> dict[str, Gradients]:
-    """Return the gradients of w and b (C,) in x w + b, where x is (B, C, …)."""
-    return {
-        "weight": Whole((g * x).reshape(*x.shape[:2], -1).sum(2)),
-        "bias": Whole(g.reshape(*x.shape[:2], -1).sum(2)),
+        "weight": Whole((g * x).reshape(shape).sum(axis)),
+        "bias": Whole(g.reshape(shape).sum(axis)),
     }

@@ -12,7 +12,6 @@ from torch.distributed import ProcessGroup
 from consolidate.estimation.batches import Batch, out_of_memory, place_of, placed
 from consolidate.estimation.compensated_sums import Accumulators
 from consolidate.estimation.example_gradients import MEASURED
-from consolidate.estimation.gradient_checkpointing import checkpointed_layers
 from consolidate.estimation.gradient_methods import (
     Plan,
     add_gradients,
@@ -80,7 +79,6 @@ class Pass:
         self._note = note or (lambda text: None)
         self._place = place_of(model)
         self._group = group
-        self._layers_recompute = bool(checkpointed_layers(model))
         self._plan: Plan | None = None
         self._recorder: Recorder | None = None  # of what is marked in the plan
         self._watched: dict[str, nn.Parameter] = {}  # those that it knows nothing of
@@ -101,8 +99,6 @@ class Pass:
 
     def relative_errors(self, group: ProcessGroup | None = None) -> dict[str, float]:
         """Return each trace's standard error over the trace, by the names of those that count."""
-        if self.accumulators is None and group is None:
-            return {}
         return self._accumulators().relative_errors(group)
 
     def count(self) -> None:
@@ -186,7 +182,10 @@ class Pass:
             self._most = (len(batch) + 1) // 2
             self._first = None
             self._note(f"no memory for {len(batch)} examples at a time: going on with {self._most}")
-            _free(next(iter(self._parameters.values())).device)
+            gc.collect()  # And what is held for reuse, in pieces too small for what comes.
+            backend: Any = getattr(torch, self._place.device.type, None)
+            if hasattr(backend, "empty_cache"):
+                backend.empty_cache()
         return False
 
     def _add(self, batch: Batch) -> None:
@@ -197,7 +196,7 @@ class Pass:
         if self._scores.whole:
             units, additions = units.sum()[None], 1
             with requiring_gradients(self._parameters):
-                traces = self._add_gradients(self._parameters, batch)
+                traces = add_gradients(self._sums, self._parameters, *self._run(batch))
         else:
             traces, additions = self._add_examples(batch)
         accumulators.end_batch(traces, units, len(batch), where_in_data(batch), additions)
@@ -209,28 +208,16 @@ class Pass:
         if self._first is not None:
             batch = self._placed(self._first)
         if len(batch) > 1:
-            self._plan = choose_methods(
-                self._model,
-                self._parameters,
-                batch,
-                self._scores.forward,
-                self._dtype,
-                self.levels,
-            )
-            self.levels = self._plan.levels
-            self._first = None
-            self._follow(self._plan)
-            self._tell(self._plan)
-
-    def _follow(self, plan: Plan) -> None:
-        """Mark what is marked in the plan, until there is another."""
-        self.close()
-        self._watched, self._by_loop = {}, self._parameters
-        if plan.units:
-            parameters = self._parameters.items()
-            self._recorder = Recorder(plan.units, self._place.device, self._dtype)
-            self._watched = {n: p for n, p in parameters if n not in plan.levels}
-            self._by_loop = {n: p for n, p in parameters if plan.levels.get(n) == "loop"}
+            forward, every = self._scores.forward, self._parameters
+            plan = choose_methods(self._model, every, batch, forward, self._dtype, self.levels)
+            self._plan, self.levels, self._first = plan, plan.levels, None
+            self.close()
+            self._watched, self._by_loop = {}, every
+            if plan.units:  # They are marked until there is another plan.
+                self._recorder = Recorder(self._model, plan.units, self._dtype)
+                self._watched = {n: p for n, p in every.items() if n not in plan.levels}
+                self._by_loop = {n: p for n, p in every.items() if plan.levels.get(n) == "loop"}
+            self._tell(plan)
 
     def _tell(self, plan: Plan) -> None:
         """Name the modules that do not go by the method that was tried first, and why."""
@@ -257,18 +244,17 @@ class Pass:
         additions = 0
         if self._recorder is not None:
             watched = self._watched  # The first batch did not depend on them: this one might.
+            only = not watched
             with (
                 requiring_gradients(watched),
-                self._recorder.recording(
-                    len(batch),
-                    only_marks_need_gradients=not watched,
-                    layers_recompute=self._layers_recompute,
-                ) as recording,
+                self._recorder.recording(len(batch), only_marks_need_gradients=only) as recording,
             ):
                 outputs, vectors = self._run(batch)
                 found = [*_dependencies(outputs, watched), *recording.mismatched]
                 if outputs.requires_grad:
-                    first = _nth_start(batch.number, min(MEASURED, len(batch)))
+                    # Another for each batch, so that no order of data is always met: multiples of
+                    # the golden ratio fill the unit interval evenly and without a period.
+                    first = int(batch.number * 0.6180339887498949 % 1 * min(MEASURED, len(batch)))
                     squares = add_squares(self._sums, recording, outputs, vectors, first)
                     traces, additions = squares.traces, squares.additions
                 del outputs, vectors  # The graph of a whole batch, before others are made.
@@ -276,17 +262,17 @@ class Pass:
                 rest = rest | {name: self._parameters[name] for name in found}
         if rest:
             with requiring_gradients(rest):
-                each = [self._add_gradients(rest, batch.example(i)) for i in range(len(batch))]
-            none = batch.labels.new_zeros(1, dtype=self._dtype)
-            for name in {name for one in each for name in one}:
-                traces[name] = torch.cat([one.get(name, none) for one in each])
+                examples = (batch.example(i) for i in range(len(batch)))
+                each = [add_gradients(self._sums, rest, *self._run(one)) for one in examples]
+            traces |= self._joined(each)
             additions = max(additions, len(batch))
         return traces, additions
 
-    def _add_gradients(
-        self, parameters: Mapping[str, nn.Parameter], batch: Batch
-    ) -> dict[str, Tensor]:
-        return add_gradients(self._sums, parameters, *self._run(batch))
+    def _joined(self, each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Join the traces of single examples, (1,), to one tensor by name: 0 where one has none."""
+        none = torch.zeros(1, dtype=self._dtype, device=self._place.device)
+        names = {name for one in each for name in one}
+        return {name: torch.cat([one.get(name, none) for one in each]) for name in names}
 
     def _run(self, batch: Batch) -> tuple[Tensor, Iterator[Tensor]]:
         outputs = self._scores.forward(batch)
@@ -319,16 +305,7 @@ def _fallen(method: str, error: str | None, now: str, names: Iterable[str]) -> s
     return f"by {method}, the gradients of {first} {why}: going on by {now}"
 
 
-def _nth_start(number: int, count: int) -> int:
-    """Return a number below count, another for each batch, so that no order of data is always met.
-
-    Multiples of the golden ratio fill the unit interval evenly and without a period.
-    """
-    return int(number * 0.6180339887498949 % 1 * count)
-
-
 def _dependencies(outputs: Tensor, parameters: dict[str, nn.Parameter]) -> list[str]:
-    """Return the names of the parameters that outputs depend on."""
     if not parameters or not outputs.requires_grad:
         return []
     gradients = torch.autograd.grad(
@@ -339,11 +316,3 @@ def _dependencies(outputs: Tensor, parameters: dict[str, nn.Parameter]) -> list[
         allow_unused=True,
     )
     return [name for name, g in zip(parameters, gradients, strict=True) if g is not None]
-
-
-def _free(device: torch.device) -> None:
-    """Give back what is held for reuse, in pieces too small for what comes."""
-    gc.collect()
-    backend: Any = getattr(torch, device.type, None)
-    if hasattr(backend, "empty_cache"):
-        backend.empty_cache()

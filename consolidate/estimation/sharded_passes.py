@@ -87,21 +87,16 @@ class ShardedPass(Pass):
                 self._send_back(part)
                 if part is not None:
                     each.append(reached)
-        none = torch.zeros(1, dtype=self._dtype, device=self._place.device)
-        names = {name for one in each for name in one}
-        return {name: torch.cat([one.get(name, none) for one in each]) for name in names}
+        return self._joined(each)
 
     def _send_back(self, part: Batch | None) -> None:
         """Run a part forward and as often backward as the others do; of none, nothing comes."""
-        batch = self._placed(self._some()) if part is None else part
+        if self._stand_in is None:
+            raise InputError("There are fewer batches than processes: start fewer of them.")
+        batch = self._placed(self._stand_in.example(0)) if part is None else part
         outputs = self._scores.forward(batch)
         own = () if part is None else self._scores.vectors(outputs.detach(), batch)
         for vector in in_step(own, self._group):
             if outputs.requires_grad:
                 sent = torch.zeros_like(outputs) if vector is None else vector
                 outputs.backward(sent, retain_graph=True)
-
-    def _some(self) -> Batch:
-        if self._stand_in is None:
-            raise InputError("There are fewer batches than processes: start fewer of them.")
-        return self._stand_in.example(0)

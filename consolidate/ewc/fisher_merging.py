@@ -5,6 +5,8 @@ quadratic with a larger offset, so what is merged stays at constant size.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import reduce
+from itertools import starmap
 from typing import NamedTuple
 
 import torch
@@ -38,7 +40,7 @@ def merge_online(
             terms.append(gamma * total[name].to(torch.float32))
         if name in fisher:
             terms.append(weight * fisher[name].to(torch.float32).cpu())
-        merged[name] = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+        merged[name] = reduce(torch.add, terms)
     return merged
 
 
@@ -76,15 +78,12 @@ def merge_separate(
     for name in dict.fromkeys([*total, *fisher]):
         parts = []
         if name in total:
-            parts.append((total[name].cpu(), anchor[name].cpu()))
+            parts.append((total[name].cpu(), anchor[name].cpu(), 1.0))
         if name in fisher:
-            parts.append((fisher[name].cpu(), weights[name].cpu()))
-        wide = torch.float32
-        for part in parts:
-            wide = torch.promote_types(wide, torch.promote_types(part[0].dtype, part[1].dtype))
-        quadratic = _quadratic(*parts[0], 1.0 if name in total else weight)
-        if len(parts) == 2:
-            quadratic = _sum(quadratic, _quadratic(*parts[1], weight))
+            parts.append((fisher[name].cpu(), weights[name].cpu(), weight))
+        dtypes = [tensor.dtype for part in parts for tensor in part[:2]]
+        wide = reduce(torch.promote_types, dtypes, torch.float32)
+        quadratic = reduce(_sum, starmap(_quadratic, parts))
         merged[name], anchors[name] = quadratic.fisher.to(wide), quadratic.anchor.to(wide)
         growth += quadratic.offset
     return merged, anchors, growth

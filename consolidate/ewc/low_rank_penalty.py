@@ -41,7 +41,7 @@ class MergedPenalty:
     the gradients are s Bᵀ G of A and s G Aᵀ of B (Kirkpatrick et al. 2017, eq. 3, and the chain
     rule). They are taken layer by layer, some rows at a time: W + s B A is never there as a whole.
 
-    It is a `WeightPenalty` without a proximal step: it is no sum over the elements of A and B.
+    It has no proximal step, as it is no sum over the elements of A and B.
     """
 
     def __init__(
@@ -136,7 +136,13 @@ class MergedPenalty:
                 (of_left.T, of_right.T) if term.layer.transposed else (of_right, of_left),
                 strict=True,
             ):
-                _add(parameter, gradient.mul_(factor))
+                if not parameter.requires_grad:
+                    continue
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradient = gradient.mul_(factor).reshape(parameter.shape)
+                # Summed before it is rounded to a narrower type: the smaller one survives.
+                parameter.grad.copy_(gradient + parameter.grad)
 
     def _at_lambda(self) -> Penalty:
         self._beside.ewc_lambda = self.ewc_lambda
@@ -147,6 +153,10 @@ class MergedPenalty:
         if values:
             total = torch.stack([value.to(values[0]) for value in values]).sum()
         return self.ewc_lambda * (total / 2 + self._offset)
+
+
+WeightPenalty = Penalty | MergedPenalty
+"""The penalty on the weights as they are trained, or as adapters change them."""
 
 
 def _factors(layer: LowRank) -> tuple[Tensor, Tensor]:
@@ -169,13 +179,3 @@ def _pieces(term: _Term) -> Iterator[tuple[slice, Tensor, Tensor]]:
         if anchor is not None:
             difference.add_(weight[rows].to(difference) - anchor[rows].to(difference))
         yield rows, difference, fisher[rows].to(difference)
-
-
-def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
-    if not parameter.requires_grad:
-        return
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    gradient = gradient.reshape(parameter.shape)
-    # Summed before it is rounded to a narrower type: the smaller one survives.
-    parameter.grad.copy_(gradient + parameter.grad)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,6 @@ class _Term(NamedTuple):
     fisher: Tensor
     anchor: Tensor
 
-    def beside_parameter(self) -> "_Term":
-        """Return the term with Λ and μ where the parameter is; itself if they are there."""
-        device = self.parameter.device
-        if self.fisher.device == device:
-            return self
-        moved = (converted(t, device, t.dtype) for t in (self.fisher, self.anchor))
-        return _Term(self.parameter, *moved)
-
 
 class _Pull(NamedTuple):
     """1/(s λ) of a proximal step: `floor`, and with Adam `inverse` · √`square` on top of it."""
@@ -38,25 +30,6 @@ class _Pull(NamedTuple):
     inverse: float
     floor: float
     square: Tensor | None
-
-
-class WeightPenalty(Protocol):
-    """What training asks of a penalty, on the weights as they are or as adapters change them."""
-
-    ewc_lambda: float
-    unprotected: list[str]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the penalty holds."""
-
-    def value(self) -> float:
-        """Return the penalty at the present values."""
-
-    def add_gradient_(self) -> None:
-        """Add the penalty's gradient to the parameters'."""
-
-    def value_and_add_gradient_(self) -> Tensor:
-        """Do the same in the same pass over memory, and return the value, 0-dimensional."""
 
 
 class Penalty:
@@ -265,10 +238,12 @@ class Penalty:
 
     def _present(self) -> Iterator[_Term]:
         """Yield the terms of what is trained now."""
-        for i, term in enumerate(self._terms):
-            if term.parameter.requires_grad:
-                if self._device is None:  # the model may have been moved since
-                    self._terms[i] = term.beside_parameter()
+        for i, (parameter, fisher, anchor) in enumerate(self._terms):
+            if parameter.requires_grad:
+                device = parameter.device
+                if self._device is None and fisher.device != device:  # the model was moved since
+                    moved = (converted(t, device, t.dtype) for t in (fisher, anchor))
+                    self._terms[i] = _Term(parameter, *moved)
                 yield self._terms[i]
 
     def _total(self, values: list[Tensor]) -> Tensor:
@@ -331,21 +306,15 @@ def _kept(
 ) -> _Term:
     """Convert Λ and μ; copy what would change with the parameters."""
     device = device or term.parameter.device
+    widest = wide(term.parameter.dtype)
     kept = []
     for tensor in (term.fisher, term.anchor):
         shared = tensor.untyped_storage().data_ptr() in live
-        stored = dtype or narrow(tensor.dtype, term.parameter.dtype)
+        # What is narrower takes less memory, and is widened exactly where it is used.
+        fits = torch.promote_types(tensor.dtype, widest) == widest
+        stored = dtype or (tensor.dtype if fits else widest)
         kept.append(converted(tensor, device, stored, copy=shared))
     return _Term(term.parameter, *kept)
-
-
-def narrow(dtype: torch.dtype, of_parameter: torch.dtype) -> torch.dtype:
-    """Give the type that Λ or μ is kept in: its own, but no wider than the penalty is computed in.
-
-    What is narrower takes less memory, and is widened exactly where it is used.
-    """
-    widest = wide(of_parameter)
-    return dtype if torch.promote_types(dtype, widest) == widest else widest
 
 
 def converted(

@@ -97,12 +97,9 @@ def _points(metrics: Mapping[str, Metrics]) -> list[Point]:
         for when, scores in times.items():
             if when == "before" or when.startswith("step "):
                 step = 0 if when == "before" else int(when.removeprefix("step "))
-                found = {
-                    name: value
-                    for name, values in scores.items()
-                    if name in metrics and (value := score(values)) is not None
-                }
-                points.append(Point(task, step, found))
+                found = {name: score(v) for name, v in scores.items() if name in metrics}
+                known = {name: value for name, value in found.items() if value is not None}
+                points.append(Point(task, step, known))
     return points
 
 

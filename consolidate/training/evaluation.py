@@ -114,10 +114,15 @@ def divergence(
     return total / max(1, units)
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return a module's parameters and buffers by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 @contextmanager
 def _at(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Let a module's parameters and buffers be others for a while, without copying."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = tensors_of(model)
     present = {name: tensor.data for name, tensor in tensors.items()}
     try:
         for name, tensor in tensors.items():

@@ -7,6 +7,7 @@ of the steps. The shorter runs of `coarse_to_fine` say where to look.
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from consolidate.training.forgetting import ROUNDING
 from formats.errors import NonFiniteError, UsageError
@@ -40,6 +41,7 @@ class Trial:
         return sum(values["score"] for values in self.metrics.values()) / len(self.metrics)
 
 
+_strength = attrgetter("ewc_lambda")
 Rule = Callable[[Sequence[Trial]], Trial]  # chooses among trials of as many steps
 Train = Callable[[float, int], Trial]  # trains with a λ for so many steps, and measures
 
@@ -85,15 +87,13 @@ def choose_rule(
     Unless given: ``least`` with a limit on forgetting, ``most`` without old data, else ``mean``.
     """
     measured = set(old) & set(validation)
-    given = choose is not None
+    implied = "" if choose is not None else " (which --max-forgetting implies)"
     if choose is None:
-        choose = "mean" if measured else "most"
-        choose = choose if max_forgetting is None else "least"
+        choose = "least" if max_forgetting is not None else "mean" if measured else "most"
     if choose == "least" and max_forgetting is None:
         raise UsageError("--choose least needs --max-forgetting: what an old task may lose")
     if choose != "most" and not measured:
         names = f", where NAME is one of {', '.join(old)}" if old else ""
-        implied = "" if given else " (which --max-forgetting implies)"
         raise UsageError(
             f"--choose {choose}{implied} needs held-out data of an old task: give --validation "
             f"NAME=DATA{names}, or --choose most, which needs none"
@@ -160,7 +160,3 @@ def _trained(trials: Sequence[Trial]) -> list[Trial]:
             "--max-grad-norm or --penalty-step proximal"
         )
     return trained
-
-
-def _strength(trial: Trial) -> float:
-    return trial.ewc_lambda

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from consolidate.estimation.batches import Place, model_outputs, place_of, placed
 from consolidate.estimation.likelihoods import Likelihood
-from consolidate.ewc.penalty import Penalty, WeightPenalty, check_proximal
+from consolidate.ewc.low_rank_penalty import WeightPenalty
+from consolidate.ewc.penalty import Penalty, check_proximal
 from consolidate.options import Recipe
 from consolidate.runtime.distributed import place_in, sum_, summed
 from consolidate.runtime.shards import is_sharded, whole
@@ -98,13 +99,13 @@ def freeze_statistics(model: nn.Module) -> None:
 
     They are no parameters, so no penalty holds them, and they forget even under an infinite λ.
     """
-    for module in _with_statistics(model):
+    for module in with_statistics(model):
         module.eval()
 
 
-def has_statistics(model: nn.Module) -> bool:
-    """Return whether a model keeps running statistics of what passes through it."""
-    return any(True for _ in _with_statistics(model))
+def with_statistics(model: nn.Module) -> list[_NormBase]:
+    """Return the layers that keep running statistics of what passes through them."""
+    return [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
 
 
 def default_statistics(penalty: str, *, old: bool) -> str:
@@ -113,12 +114,6 @@ def default_statistics(penalty: str, *, old: bool) -> str:
     `old` says whether something can be forgotten: a Fisher, or an old task's data.
     """
     return "frozen" if old or penalty != "none" else "update"
-
-
-def _with_statistics(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        if isinstance(module, _NormBase) and module.track_running_stats:
-            yield module
 
 
 @contextmanager
@@ -283,7 +278,7 @@ def _average_statistics(model: nn.Module, group: ProcessGroup | None) -> None:
     """Give every process the mean of the running statistics that each took of its own share."""
     if group is None:
         return
-    for module in _with_statistics(model):
+    for module in with_statistics(model):
         statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         sum_(statistics, group)
         for buffer in statistics:

@@ -5,7 +5,7 @@ Of a model in shards it is this process's part.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -60,18 +60,16 @@ def load_training(
     optimizer = descent.optimizer
     fresh = optimizer.state_dict()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for number, parameter in enumerate(trained):
-        for at, tensor in tensors.items():
-            kind, _, rest = at.partition("/")
-            key, _, name = rest.partition("/")
-            if kind == "optimizer" and name == names[id(parameter)]:
-                state.setdefault(number, {})[key] = cut_as(tensor, parameter)
+    places = {names[id(parameter)]: at for at, parameter in enumerate(trained)}
+    for path, tensor in tensors.items():
+        if path.startswith("optimizer/"):
+            _, key, name = path.split("/", 2)
+            at = places[name]
+            fresh["state"].setdefault(at, {})[key] = cut_as(tensor, trained[at])
     rates = numbers["schedule"]["_last_lr"]
-    groups = [
-        {**group, "lr": rate} for group, rate in zip(fresh["param_groups"], rates, strict=True)
-    ]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for group, rate in zip(fresh["param_groups"], rates, strict=True):
+        group["lr"] = rate
+    optimizer.load_state_dict(fresh)
     descent.scheduler.load_state_dict({**descent.scheduler.state_dict(), **numbers["schedule"]})
     if descent.scaler.is_enabled():
         descent.scaler.load_state_dict(dict(numbers["scaler"]))
@@ -86,18 +84,9 @@ def trained_tensors(
 
     An adapter that was merged has changed frozen parameters. The history is (steps, 4).
     """
-    history = [
-        [
-            s.loss,
-            s.penalty,
-            s.learning_rate,
-            math.nan if s.gradient_norm is None else s.gradient_norm,
-        ]
-        for s in steps
-    ]
-    return _values(module, frozen) | {
-        "history": torch.tensor(history, dtype=torch.float64).reshape(-1, 4)
-    }
+    history = [[math.nan if v is None else v for v in astuple(step)[1:]] for step in steps]
+    numbers = torch.tensor(history, dtype=torch.float64).reshape(-1, 4)
+    return _values(module, frozen) | {"history": numbers}
 
 
 @torch.no_grad()

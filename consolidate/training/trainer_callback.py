@@ -39,9 +39,8 @@ def penalty_callback(penalty: Penalty, *, step: str = "gradient") -> Any:
         ) from error
 
     class PenaltyCallback(TrainerCallback):
-        def __init__(self) -> None:
-            self.max_grad_norm: float | None = None  # while it is kept from the Trainer
-            self.hook: Any = None
+        max_grad_norm: float | None = None  # while it is kept from the Trainer
+        hook: Any = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             there = {id(parameter) for parameter in kwargs["model"].parameters()}
