@@ -62,8 +62,6 @@ class ImageFolderRows(Rows):
     the class at their top. Files without an image's suffix, and hidden ones, are no rows.
     """
 
-    columns: list[str]
-
     def __init__(self, folder: Path, classes: list[str]) -> None:
         require_pillow()
         self.name = folder.name
@@ -92,11 +90,11 @@ class ImageFolderRows(Rows):
         """Yield one column; labels come without reading an image."""
         return (label for label, _ in self._files) if column == "label" else super().values(column)
 
-    def where(self, i: int, column: str | None = None) -> str:
-        """Return file, row and column in words."""
-        path = self._files[i][1].relative_to(self._folder).as_posix()
-        place = f"{self.name}/{path}, row {i + 1}"
-        return place if column is None else f"{place}, column {column!r}"
+    def _place(self, i: int) -> str:
+        return f"{self.name}/{self._below(self._files[i][1])}, row {i + 1}"
+
+    def _below(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
 
     def label_names(self, column: str) -> list[str] | None:
         """Return the names of the class folders in order."""
@@ -104,7 +102,4 @@ class ImageFolderRows(Rows):
 
     def digest(self) -> str:
         """Return the SHA-256 over JSON lines [path in the folder, file's digest], in row order."""
-        return listing_digest(
-            (path.relative_to(self._folder).as_posix(), file_digest(path))
-            for _, path in self._files
-        )
+        return listing_digest((self._below(path), file_digest(path)) for _, path in self._files)
