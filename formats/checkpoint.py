@@ -168,9 +168,9 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     for standard in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{standard}.index.json"
         if index.exists():
-            return _indexed(index, folder / standard)
+            return _indexed(index)
         if (folder / standard).exists():
-            return (_checked(folder, folder / standard),)
+            return (check_link(folder, folder / standard),)
     names = sorted(
         entry.name
         for entry in folder.iterdir()
@@ -181,7 +181,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             name for name in names if name.endswith(tuple(f"{s}.index.json" for s in suffixes))
         ]
         if len(indexes) == 1:
-            return _indexed(folder / indexes[0], folder / indexes[0].removesuffix(".index.json"))
+            return _indexed(folder / indexes[0])
         models = indexes or [name for name in names if name.endswith(suffixes)]
         if len(models) > 1:
             raise InputError(
@@ -189,12 +189,12 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
                 f"{', …' if len(models) > 5 else ''}); name one of the files instead of the folder"
             )
         if models:
-            return (_checked(folder, folder / models[0]),)
+            return (check_link(folder, folder / models[0]),)
     if (folder / ADAPTER_CONFIG).exists():
         adapters = ("adapter_model.safetensors", "adapter_model.bin")
         for name in adapters:
             if (folder / name).exists():
-                return (_checked(folder, folder / name),)
+                return (check_link(folder, folder / name),)
         raise InputError(f"{folder} has an {ADAPTER_CONFIG}, but no {' or '.join(adapters)}")
     there = sorted(entry.name for entry in folder.iterdir())
     found = ", ".join(there[:8]) + (", …" if len(there) > 8 else "") if there else "nothing"
@@ -204,27 +204,13 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _read_beside(folder: Path, name: str) -> dict[str, Any]:
-    if not (folder / name).exists():
-        return {}
-    check_link(folder, folder / name)
-    return read_json(folder / name)
+    path = folder / name
+    return read_json(check_link(folder, path)) if path.exists() else {}
 
 
-def _indexed(index: Path, single: Path) -> tuple[Path, ...]:
-    folder = index.parent
-    check_link(folder, index)
-    names = sorted(set(read_index(index).values()))
-    if single.exists() and single.name not in names:
-        raise InputError(
-            f"{folder} holds both {single.name} and {index.name}, which does not name it; "
-            "remove the one that does not belong to the checkpoint"
-        )
-    return *(folder / name for name in names), index
-
-
-def _checked(folder: Path, file: Path) -> Path:
-    check_link(folder, file)
-    return file
+def _indexed(index: Path) -> tuple[Path, ...]:
+    weight_map = read_index(check_link(index.parent, index))
+    return *(index.parent / name for name in sorted(set(weight_map.values()))), index
 
 
 def _refuse_quantized(path: Path, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:

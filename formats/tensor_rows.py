@@ -68,13 +68,10 @@ class NpzColumns(LazyTensors):
 
 
 def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
+    major, minor = np.lib.format.read_magic(file)
+    read = getattr(np.lib.format, f"read_array_header_{major}_{minor}", None)
     if read is None:
-        raise ValueError(f"array format {version[0]}.{version[1]} is not known")
+        raise ValueError(f"array format {major}.{minor} is not known")
     shape, _, dtype = read(file)
     return shape, dtype
 
