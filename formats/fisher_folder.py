@@ -162,14 +162,11 @@ def tensor_sets(
     stored: StoredFisher,
 ) -> Iterator[tuple[str, TensorFiles, dict[str, TensorRecord]]]:
     """Give every set of tensors of the folder: its kind, the tensors and the ledger's records."""
-    ledger = stored.ledger
-    yield "fisher", stored.fisher, ledger.fisher
-    if stored.anchor is not None and ledger.anchor is not None:
-        yield "anchor", stored.anchor, ledger.anchor
-    if stored.factors is not None and ledger.factors is not None:
-        yield "factors", stored.factors, ledger.factors
+    for kind in ("fisher", "anchor", "factors"):
+        if (tensors := getattr(stored, kind)) is not None:
+            yield kind, tensors, getattr(stored.ledger, kind)
     for task, head in stored.heads.items():
-        yield "head", head, ledger.heads[task]
+        yield "head", head, stored.ledger.heads[task]
 
 
 def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: str) -> None:

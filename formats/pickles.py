@@ -75,7 +75,7 @@ def _load(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except PermissionError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
@@ -87,8 +87,6 @@ def _load(path: Path) -> Any:
             f"{path} is a pickle that wants to import {wanted[1]}, which is not done, because code "
             "in it would run; where you trust it, load it in torch and save its state_dict() alone"
         ) from error
-    except MemoryError:
-        raise
     except Exception as error:  # a damaged pickle fails in whatever way its bytes happen to ask for
         raise broken(path, "a file of torch.save", _first_line(error)) from error
 
@@ -100,10 +98,8 @@ def _refuse_compressed(path: Path) -> None:
     """
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            if (
-                member.compress_type != zipfile.ZIP_STORED
-                or member.file_size > member.compress_size
-            ):
+            stored = member.compress_type == zipfile.ZIP_STORED
+            if not stored or member.file_size > member.compress_size:
                 raise InputError(
                     f"{path}: its values are compressed ({member.filename!r}), which torch.save "
                     "does not do; load it where you trust it, and save its state_dict() again"

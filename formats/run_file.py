@@ -71,15 +71,14 @@ def read_run_file(path: Path, options: Collection[str]) -> RunFile:
         json.dumps(run.config, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: config cannot be kept as JSON: {error}.") from None
-    numbers: dict[str, int] = {}
-    for number, name in enumerate((task.name for task in run.tasks), 1):
-        other = "a line of [evaluate]" if name in run.evaluate else f"task {numbers.get(name)}"
-        if name in run.evaluate or name in numbers:
+    named = dict.fromkeys(run.evaluate, "a line of [evaluate]")
+    for number, task in enumerate(run.tasks, 1):
+        if other := named.get(task.name):
             raise InputError(
-                f"{path}: task {number} and {other} are both named {name!r}: give one of them "
+                f"{path}: task {number} and {other} are both named {task.name!r}: give one of them "
                 "another name."
             )
-        numbers[name] = number
+        named[task.name] = f"task {number}"
     return replace(
         run,
         start=_resolved(run.start, folder),
