@@ -76,9 +76,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     config = _read_beside(path, "config.json") if is_folder else {}
     last = files[-1]
-    adapter = None
-    if is_folder and _ADAPTER_WEIGHTS.fullmatch(last.name):
-        adapter = _read_beside(path, ADAPTER_CONFIG)
+    of_adapter = is_folder and _ADAPTER_WEIGHTS.fullmatch(last.name)
+    adapter = _read_beside(path, ADAPTER_CONFIG) if of_adapter else None
     stem, is_safetensors, _ = last.name.partition(".safetensors")
     weights: Mapping[str, Tensor]
     weights = open_tensors(path, stem) if is_safetensors else open_pickle(last)
@@ -165,36 +164,38 @@ def other_files(source: Checkpoint) -> Iterator[tuple[Path, Path]]:
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
     """Find the one model in a folder: its file, or its shards followed by the index."""
+    file = check_link(folder, folder / _model_name(folder))
+    if not file.name.endswith(".index.json"):
+        return (file,)
+    return *(folder / name for name in sorted(set(read_index(file).values()))), file
+
+
+def _model_name(folder: Path) -> str:
     for standard in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{standard}.index.json"
-        if index.exists():
-            return _indexed(index)
-        if (folder / standard).exists():
-            return (check_link(folder, folder / standard),)
+        for name in (f"{standard}.index.json", standard):
+            if (folder / name).exists():
+                return name
     names = sorted(
         entry.name
         for entry in folder.iterdir()
         if entry.is_file() and not _NOT_WEIGHTS.fullmatch(entry.name)
     )
     for suffixes in ((".safetensors",), PICKLE_SUFFIXES):
-        indexes = [
-            name for name in names if name.endswith(tuple(f"{s}.index.json" for s in suffixes))
-        ]
-        if len(indexes) == 1:
-            return _indexed(folder / indexes[0])
-        models = indexes or [name for name in names if name.endswith(suffixes)]
+        of_shards = tuple(f"{suffix}.index.json" for suffix in suffixes)
+        models = [name for name in names if name.endswith(of_shards)]
+        models = models or [name for name in names if name.endswith(suffixes)]
         if len(models) > 1:
             raise InputError(
                 f"{folder} holds several models ({', '.join(models[:5])}"
                 f"{', …' if len(models) > 5 else ''}); name one of the files instead of the folder"
             )
         if models:
-            return (check_link(folder, folder / models[0]),)
+            return models[0]
     if (folder / ADAPTER_CONFIG).exists():
         adapters = ("adapter_model.safetensors", "adapter_model.bin")
         for name in adapters:
             if (folder / name).exists():
-                return (check_link(folder, folder / name),)
+                return name
         raise InputError(f"{folder} has an {ADAPTER_CONFIG}, but no {' or '.join(adapters)}")
     there = sorted(entry.name for entry in folder.iterdir())
     found = ", ".join(there[:8]) + (", …" if len(there) > 8 else "") if there else "nothing"
@@ -206,11 +207,6 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 def _read_beside(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     return read_json(check_link(folder, path)) if path.exists() else {}
-
-
-def _indexed(index: Path) -> tuple[Path, ...]:
-    weight_map = read_index(check_link(index.parent, index))
-    return *(index.parent / name for name in sorted(set(weight_map.values()))), index
 
 
 def _refuse_quantized(path: Path, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:

@@ -158,9 +158,7 @@ def read_fisher(folder: str | Path) -> StoredFisher:
     return stored
 
 
-def tensor_sets(
-    stored: StoredFisher,
-) -> Iterator[tuple[str, TensorFiles, dict[str, TensorRecord]]]:
+def tensor_sets(stored: StoredFisher) -> Iterator[tuple[str, TensorFiles, dict[str, TensorRecord]]]:
     """Give every set of tensors of the folder: its kind, the tensors and the ledger's records."""
     for kind in ("fisher", "anchor", "factors"):
         if (tensors := getattr(stored, kind)) is not None:
@@ -229,10 +227,7 @@ def check_values(
 
 
 def _measured(
-    tensors: Mapping[str, Tensor],
-    dtype: torch.dtype | None,
-    what: str,
-    **checks: bool,
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None, what: str, **checks: bool
 ) -> dict[str, TensorRecord]:
     """Record each tensor as it will be stored, and refuse values that may not be."""
     records = {}

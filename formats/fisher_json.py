@@ -46,8 +46,7 @@ TaskName = Annotated[
     ),
 ]
 When = Annotated[
-    str,
-    whole("before|after|(epoch|step) [1-9][0-9]{0,17}", "before, step N, epoch N or after"),
+    str, whole("before|after|(epoch|step) [1-9][0-9]{0,17}", "before, step N, epoch N or after")
 ]
 DataName = Annotated[
     str,
@@ -157,11 +156,10 @@ def check_task_name(name: str) -> None:
 
 def copies(ledger: Ledger) -> dict[str, str]:
     """Give each name under which the weights file stores a tensor again, with the one for both."""
-    named = {name: why.removeprefix(SAME_AS) for name, why in ledger.unprotected.items()}
     return {
         name: first
-        for name, first in named.items()
-        if first != ledger.unprotected[name] and first in ledger.weights
+        for name, why in ledger.unprotected.items()
+        if why.startswith(SAME_AS) and (first := why.removeprefix(SAME_AS)) in ledger.weights
     }
 
 

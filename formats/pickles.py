@@ -119,25 +119,24 @@ def _state_dict(content: Any, path: Path) -> Mapping[Any, Any]:
             f"{path} holds an object of type {type(content).__name__}, not a state dict; "
             "save the model's state_dict() alone"
         )
-    nested = [
-        key
-        for key in _STATE_DICT_KEYS
-        if isinstance(content.get(key), Mapping)
-        and any(isinstance(value, Tensor) for value in content[key].values())
-    ]
+    nested = [key for key in _STATE_DICT_KEYS if _has_tensors(content.get(key))]
     if len(nested) > 1:
         raise InputError(
             f"{path} holds several state dicts ({', '.join(nested)}); save the one to be used alone"
         )
     if nested:
         return content[nested[0]]
-    if not any(isinstance(value, Tensor) for value in content.values()):
+    if not _has_tensors(content):
         keys = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"
         raise InputError(
             f"{path} holds no state dict: expected tensors by name, or one of "
             f"{', '.join(_STATE_DICT_KEYS)}; found {keys}"
         )
     return content
+
+
+def _has_tensors(content: Any) -> bool:
+    return isinstance(content, Mapping) and any(isinstance(v, Tensor) for v in content.values())
 
 
 def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -134,8 +134,8 @@ class JoinedColumns(Mapping[str, Tensor]):
             for part, piece in zip(self._parts, pieces, strict=True):
                 if (piece.dtype, piece.shape[1:]) != (pieces[0].dtype, pieces[0].shape[1:]):
                     raise InputError(
-                        f"{self._folder}: column {column!r} has rows of {describe(pieces[0])} in "
-                        f"{self._parts[0].name} and of {describe(piece)} in {part.name}; "
+                        f"{self._folder}: column {column!r} has rows of {_described(pieces[0])} in "
+                        f"{self._parts[0].name} and of {_described(piece)} in {part.name}; "
                         "the files of one folder must agree."
                     )
             self._joined[column] = torch.cat(pieces)
@@ -148,8 +148,7 @@ class JoinedColumns(Mapping[str, Tensor]):
         return len(self._parts[0].columns)
 
 
-def describe(column: Tensor) -> str:
-    """Return dtype and shape of one row of `column`, (N, …), in words."""
+def _described(column: Tensor) -> str:
     return f"{str(column.dtype).removeprefix('torch.')} of shape {tuple(column.shape[1:])}"
 
 

@@ -252,9 +252,6 @@ def _json_kind(value: Any) -> str:
 def open_json(path: Path) -> Rows:
     """Open a `.json` file: an array of objects, or JSON Lines under another name."""
     with path.open("rb") as file:
-        first = b""
-        for line in file:
-            first = line.removeprefix(_BOM).strip()[:1]
-            if first:
-                break
-    return JsonArrayRows(path) if first == b"[" else JsonLinesRows(path)
+        texts = (line.removeprefix(_BOM).strip() for line in file)
+        first = next(filter(None, texts), b"")
+    return JsonArrayRows(path) if first.startswith(b"[") else JsonLinesRows(path)
