@@ -111,10 +111,7 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
 
 
 def recover(target: Path) -> None:
-    """Complete or roll back what a killed `replace_folder` left of this target.
-
-    Leaves everything alone where another process is at work. Cheap where nothing was left.
-    """
+    """Complete or roll back what a killed `replace_folder` left, unless another is at work."""
     place = _Place(target)
     halfway = [place.commit, place.publish]
     leavings = [place.new, place.old, place.lock, *(halfway if place.mounted else [])]
@@ -134,10 +131,7 @@ def recover(target: Path) -> None:
 
 
 def write_file(path: Path, data: bytes | str) -> None:
-    """Write a file whole: into a temporary sibling, synced, then renamed over the path.
-
-    A link is followed, folders above it are made, and text is stored as UTF-8.
-    """
+    """Write a file whole, by way of a synced sibling; links are followed, parent folders made."""
     path = Path(os.path.realpath(path))
     content = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.consolidate-tmp")
@@ -167,10 +161,7 @@ def has_content(target: Path) -> bool:
 
 
 def partial_path(target: Path, process: int = 0) -> Path:
-    """Name the file beside a target (in it, at a mount point) for what a long run keeps.
-
-    Each of several processes that work together keeps its own.
-    """
+    """Name the file beside a target (in it, at a mount point) for what a process keeps of work."""
     return _Place(target).aside(_PARTIAL if process == 0 else f"{_PARTIAL}-{process}")
 
 
@@ -383,8 +374,7 @@ def _move_in(place: _Place) -> None:
 
 def _publishing_order(entry: Path) -> tuple[bool, bool, str]:
     """Put last what makes a reader take the folder for complete: the index, then the ledger."""
-    ledger = entry.name == "fisher" or entry.name == "fisher.json"
-    return ledger, entry.name.endswith(".index.json"), entry.name
+    return entry.name in ("fisher", "fisher.json"), entry.name.endswith(".index.json"), entry.name
 
 
 def _sync(path: Path) -> None:

@@ -125,11 +125,8 @@ def write_checkpoint(
     card: bool = True,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
-    """Write weights and, beside them, what else the source's folder holds.
+    """Write weights and, beside them, all of the source's folder but `_OF_THE_OLD_WEIGHTS`.
 
-    Every other file and sub-folder is copied: tokenizer, config, licence. Left behind is what
-    belongs to the old weights: weight files of any framework and their indexes, ``fisher/``,
-    optimizer states and sub-folders ``checkpoint-N`` of a training run; also ``.git``, ``.cache``.
     The model card, which tells of the source's weights, is kept where `card` is true.
     """
     alone = source.adapter is not None  # peft reads an adapter from one file

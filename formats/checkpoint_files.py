@@ -11,10 +11,7 @@ MAX_JSON_BYTES = 128 * 2**20
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Give the path of a file that a folder names, if it lies in that folder, not resolved.
-
-    A link may lead elsewhere within the folder or, in a snapshot of the Hub's cache, to its blobs.
-    """
+    """Give the path of a file that a folder names, if it lies in that folder, not resolved."""
     # What is not printable, such as NUL or half a surrogate pair, can fail in any way.
     plain = name.isprintable() and len(name.encode()) <= 255
     if not plain or Path(name).name != name or name in ("", ".."):

@@ -36,10 +36,7 @@ def open_data(
     subset: str | None = None,
     revision: str | None = None,
 ) -> Rows:
-    """Open the data of a task: a file, a folder or, by a string that is no path, a Hub data set.
-
-    A Path is always local. Files are read as rows are asked for.
-    """
+    """Open the data of a task: a file, a folder or, by a string that is no path, a Hub data set."""
     path = Path(spec).expanduser()
     if not path.exists():
         if isinstance(spec, str) and not _looks_like_file(path) and is_hub_id(spec):

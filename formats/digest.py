@@ -94,10 +94,7 @@ def set_digest(records: Mapping[str, TensorRecord]) -> str:
 
 
 def json_digest(content: Any) -> str:
-    """Digest JSON: SHA-256 over it without blanks, keys sorted by code points, in UTF-8.
-
-    A number that is not finite is a `ValueError`.
-    """
+    """Digest JSON in UTF-8 without blanks, keys sorted by code points; a NaN is a `ValueError`."""
     text = json.dumps(
         content, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False
     )

@@ -185,11 +185,7 @@ def ledger_bytes(ledger: Ledger, source: str = "fisher.json") -> bytes:
 
 
 def parse_ledger(data: bytes, source: str = "fisher.json") -> Ledger:
-    """Read a ledger from bytes, strictly.
-
-    Raises InputError where anything is not as the format says, naming the field, and NonFiniteError
-    where a number overflows to infinity.
-    """
+    """Read a ledger from bytes, strictly; a number that overflows is a NonFiniteError."""
     _check_size(data, source)
     try:
         return _to_ledger(strict_json(data), source)
@@ -330,10 +326,7 @@ def _to_set(content: Any, source: str, place: str) -> dict[str, TensorRecord]:
 
 
 def check_names(ledger: Ledger, source: str) -> None:
-    """Refuse a ledger in which a tensor of the weights has neither a Fisher nor a reason, or both.
-
-    The digests are not looked at.
-    """
+    """Refuse a ledger whose weights do not each have either a Fisher or a reason why not."""
     _refuse(_faults_of_names(ledger), source)
 
 

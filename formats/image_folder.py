@@ -31,10 +31,7 @@ def require_pillow() -> None:
 
 
 def decode_image(source: Path | IO[bytes], where: str) -> Any:
-    """Return the image in `source` as a PIL image, turned upright as its EXIF data say.
-
-    Only `IMAGE_FORMATS` are read; `where` is the place in words, for the message.
-    """
+    """Return an image of one of `IMAGE_FORMATS` as PIL's, turned upright as its EXIF data say."""
     require_pillow()
     from PIL import Image, ImageOps, UnidentifiedImageError
 

@@ -46,11 +46,7 @@ def write_partial(
     *,
     publish: bool = True,
 ) -> None:
-    """Keep work, in place of what was kept of it before.
-
-    `state` says how far the work is, `command` all that the result depends on, both as JSON; each
-    of several processes that work together keeps its own.
-    """
+    """Keep the work of a process, as `StoredWork` with JSON, in place of what it kept before."""
     path = partial_path(target, process)
     path.parent.mkdir(parents=True, exist_ok=True)
     discard_prepared(target, process)
@@ -83,14 +79,9 @@ def discard_prepared(target: Path, process: int = 0) -> None:
     _unfinished(partial_path(target, process)).unlink(missing_ok=True)
 
 
-def read_partial(target: Path, process: int = 0) -> StoredWork | None:
-    """Read what was kept of work with this target; None where nothing was."""
-    return _read(partial_path(target, process), whole=True)
-
-
-def read_published(target: Path, process: int = 0) -> StoredWork | None:
-    """Read what `read_partial` would, but for the tensors, whose digest is not looked at."""
-    return _read(partial_path(target, process), whole=False)
+def read_partial(target: Path, process: int = 0, *, whole: bool = True) -> StoredWork | None:
+    """Read what was kept of work, if anything was; not `whole`, without tensors and unchecked."""
+    return _read(partial_path(target, process), whole)
 
 
 def read_prepared(target: Path, process: int = 0) -> StoredWork | None:
@@ -110,7 +101,7 @@ def remove_partial(target: Path, process: int = 0) -> None:
         file.unlink(missing_ok=True)
 
 
-def _read(path: Path, *, whole: bool) -> StoredWork | None:
+def _read(path: Path, whole: bool) -> StoredWork | None:
     if not path.is_file():
         return None
     try:

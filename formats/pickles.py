@@ -15,18 +15,16 @@ from formats.checkpoint_files import broken, check_index, inside, read_index
 from formats.errors import InputError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# What Lightning and plain torch nest a state dict under.
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
+# What DistributedDataParallel and torch.compile add to every name.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 def open_pickle(path: Path) -> dict[str, Tensor]:
     """Read the state dict in a file of `torch.save`, or in those of an index: weights only.
 
-    The state dict is the content itself or what Lightning (``state_dict``) and plain torch
-    (``model_state_dict``, ``model``, ``module``) nest it under. The prefixes ``module.`` and
-    ``_orig_mod.``, which DistributedDataParallel and `torch.compile` add, are taken off where every
-    name has them; other prefixes stay. Files in the zip format are mapped into memory, so that
-    values are read when they are used; writing to a tensor does not change the file.
+    Zip files are mapped: values are read when used, and writing to them leaves the file alone.
     """
     if not path.name.endswith(".index.json"):
         return _without_wrappers(_read(path))
@@ -92,10 +90,7 @@ def _load(path: Path) -> Any:
 
 
 def _refuse_compressed(path: Path) -> None:
-    """Refuse members whose bytes are not the values, which torch maps into memory as if they were.
-
-    Unpacked they could also be of any size.
-    """
+    """Refuse compressed members: torch maps them as they are, and they could be of any size."""
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             stored = member.compress_type == zipfile.ZIP_STORED

@@ -98,10 +98,7 @@ def open_task(
     subset: str | None = None,
     revision: str | None = None,
 ) -> tuple[TaskFile, Rows]:
-    """Open what DATA names on the command line: data, or a `.toml` file that names them.
-
-    What is given wins over what the file says.
-    """
+    """Open data, or what a `.toml` file names; what is given wins over what the file says."""
     given = {"split": split, "subset": subset, "revision": revision}
     if Path(spec).suffix.lower() != ".toml":
         return TaskFile(data=str(spec), **given), open_data(spec, **given)

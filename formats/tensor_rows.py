@@ -15,10 +15,9 @@ from formats.tensors import LazyTensors, open_tensors
 
 
 class NpzColumns(LazyTensors):
-    """The arrays of an `.npz` file as tensors; each is read when it is first asked for."""
+    """The arrays of an `.npz` file as tensors, read when first asked for; none is unpickled."""
 
     def __init__(self, path: Path) -> None:
-        """Read the headers of the arrays, which must be numbers; nothing is ever unpickled."""
         self.path = path
         self._loaded: dict[str, Tensor] = {}
         self.headers = {}
