@@ -107,10 +107,9 @@ class TensorFiles(LazyTensors):
         self._handles: dict[Path, Any] = {}
         room = MAX_HEADER_BYTES
         for file in reversed(files):
-            handle, size = _open(file, room)
-            self._handles[file] = handle
+            self._handles[file], size = _open(file, room)
             room -= size
-            self.metadata = dict(handle.metadata() or {})
+            self.metadata = dict(self._handles[file].metadata() or {})
         for file in files:
             handle = self._handles[file]
             for name in handle.offset_keys():

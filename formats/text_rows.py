@@ -34,8 +34,7 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> InputError:
 class _LineRows(Rows):
     """Rows of a text file by the byte and the line, counted from 1, at which each begins.
 
-    The file is opened anew for each read: no handle to leak, to share after a fork or to move under
-    another thread. A file that has changed since is noticed. A byte order mark is passed over.
+    A file that has changed since it was opened is noticed; a byte order mark is passed over.
     """
 
     def __init__(self, path: Path) -> None:
@@ -154,8 +153,8 @@ class JsonArrayRows(Rows):
 class CsvRows(_LineRows):
     """Comma- or tab-separated values with a header line; every value is a string.
 
-    Fields may be of any length, and may be quoted with `"` to hold delimiters, line ends and
-    doubled quotes. Empty lines are passed over but counted. All rows are checked at the opening.
+    Fields may be quoted, and of any length. Empty lines are passed over but counted; all rows are
+    checked at the opening.
     """
 
     def __init__(self, path: Path, delimiter: str) -> None:
