@@ -52,11 +52,10 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
 @contextmanager
 def replace_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Build a folder aside and put it in place whole when the block ends well.
+    """Build a folder aside and put it in place whole when the block ends well, else not at all.
 
-    A link to a folder is followed: the folder it points to is replaced. Missing parents are made.
-    On any exception the new content is thrown away and the target stays as it was. A target that
-    holds something is replaced only with `overwrite`, and never the home or the current folder.
+    A link to a folder is followed, and missing parents are made. A target that holds something is
+    replaced only with `overwrite`, and never the home or the current folder.
     """
     place = _Place(target)
     with ExitStack() as cleanup:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +51,6 @@ class Checkpoint:
     path: Path
     weights: Mapping[str, Tensor]
     config: dict[str, Any]
-    format: Literal["safetensors", "pickle"]
     files: tuple[Path, ...] = ()
     adapter: dict[str, Any] | None = None
     base: "Checkpoint | None" = None
@@ -60,8 +59,6 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint, reading only the headers of its weights where the format allows.
 
-    In a folder ``model.safetensors`` or its shards are taken, else ``pytorch_model.bin`` or its
-    shards, else the only safetensors model there is, else the only pickle, else an adapter of peft.
     What a killed run left of the folder is completed or rolled back first.
     """
     try:
@@ -84,8 +81,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not weights:
         raise InputError(f"{last} holds no tensors")
     _refuse_quantized(path, weights, config)
-    kind: Literal["safetensors", "pickle"] = "safetensors" if is_safetensors else "pickle"
-    return Checkpoint(path, weights, config, kind, files, adapter)
+    return Checkpoint(path, weights, config, files, adapter)
 
 
 def is_fisher_alone(folder: Path) -> bool:
@@ -105,12 +101,8 @@ def weight_records(weights: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
 def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
     """Refuse weights with a NaN or an infinity, naming the first such tensor."""
     for name in weights:
-        dtype = dtype_of(weights, name)
-        if not dtype.is_floating_point and not dtype.is_complex:
-            continue
         tensor = weights[name]
-        bad = tensor.numel() - int(torch.isfinite(tensor).count_nonzero())
-        if bad:
+        if bad := tensor.numel() - int(torch.isfinite(tensor).count_nonzero()):
             raise NonFiniteError(
                 f"{path}: tensor {name!r} has {bad} of {tensor.numel()} values NaN or infinite; "
                 "use a checkpoint from before the training diverged"
@@ -168,6 +160,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _model_name(folder: Path) -> str:
+    """Name the usual file or index, else the only safetensors model, else pickle, else adapter."""
     for standard in ("model.safetensors", "pytorch_model.bin"):
         for name in (f"{standard}.index.json", standard):
             if (folder / name).exists():

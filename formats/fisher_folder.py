@@ -169,8 +169,7 @@ def tensor_sets(stored: StoredFisher) -> Iterator[tuple[str, TensorFiles, dict[s
 
 def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: str) -> None:
     """Refuse a Fisher that was measured at other weights; every byte of the weights is read."""
-    lines = differences(stored.ledger.weights, weight_records(weights))
-    if lines:
+    if lines := differences(stored.ledger.weights, weight_records(weights)):
         raise InputError(
             f"{stored.folder / LEDGER_NAME} belongs to other weights than {where}: "
             f"{in_one_line(lines, 2)}; measure the Fisher of these weights with "
@@ -183,10 +182,7 @@ def check_intact(
 ) -> None:
     """Refuse tensors of the folder whose bytes are not those of the ledger; all are read."""
     for kind, tensors, records in tensor_sets(stored):
-        if kind not in kinds:
-            continue
-        found = {name: tensor_record(tensors[name]) for name in tensors}
-        if lines := differences(records, found):
+        if kind in kinds and (lines := differences(records, weight_records(tensors))):
             raise InputError(
                 f"{tensors.path} is damaged: {in_one_line(lines, 2)}; measure the Fisher again, or "
                 "fetch it again"

@@ -82,17 +82,14 @@ class Generated:
 
 @dataclass
 class TaskRecord:
-    """One task of the ledger; `docs/format.md` gives every field's meaning and range.
-
-    `examples`, `units` and `estimator` are None together, where it was trained and not measured.
-    """
+    """One task of the ledger; `docs/format.md` gives every field's meaning and range."""
 
     name: TaskName
     objective: Text
     likelihood: Text
     labels: list[str] | None
     unit: Annotated[str, _one_of("example", "token")]
-    examples: Count | None
+    examples: Count | None  # None where it was trained and not measured, as the next two are
     units: Count | None
     estimator: Annotated[str, _one_of(*ESTIMATORS)] | None
     mc_samples: Count | None

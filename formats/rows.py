@@ -22,7 +22,7 @@ class Rows(Sequence[dict[str, Any]]):
     A row is a plain dict with an entry for every name in `columns`. Nothing is kept open between
     two reads, so rows may be read from several threads and after a fork. `name` is the file's or
     folder's own, or the Hub id, `path` the file's; `tensors` has whole columns, (N, …), of tensor
-    files only.
+    files only, so that a batch is one indexing operation.
     """
 
     name: str

@@ -16,13 +16,10 @@ VERSION = 1
 
 
 class StepRecord(Struct, frozen=True):
-    """One step of a run, told by its content: digests and options, no time and no path.
-
-    `made` holds digests of what the step left; None until it is finished.
-    """
+    """One step of a run, told by its content: digests and options, no time and no path."""
 
     made_from: dict[str, Any]
-    made: dict[str, Any] | None
+    made: dict[str, Any] | None  # digests of what it left, once it is finished
 
 
 def write_step_record(path: Path, record: StepRecord) -> None:

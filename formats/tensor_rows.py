@@ -82,10 +82,7 @@ def _kind(dtype: np.dtype[Any]) -> str:
 
 
 class TensorRows(Rows):
-    """Row `i` is entry `i` along the first dimension of every tensor; a label is a 0-dim tensor.
-
-    `tensors` gives whole columns, (N, …), so that a batch is one indexing operation.
-    """
+    """Row `i` is entry `i` along the first dimension of every tensor; a label is a 0-dim tensor."""
 
     tensors: LazyTensors
 
