@@ -110,12 +110,7 @@ def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def write_checkpoint(
-    staging: Path,
-    source: Checkpoint,
-    weights: Mapping[str, Tensor],
-    *,
-    card: bool = True,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    staging: Path, source: Checkpoint, weights: Mapping[str, Tensor], *, card: bool = True
 ) -> None:
     """Write weights and, beside them, all of the source's folder but `_OF_THE_OLD_WEIGHTS`.
 
@@ -127,7 +122,7 @@ def write_checkpoint(
         weights,
         stem="adapter_model" if alone else "model",
         metadata={"format": "pt"},
-        max_shard_size=2**63 - 1 if alone else max_shard_size,
+        max_shard_size=2**63 - 1 if alone else MAX_SHARD_SIZE,
     )
     if not source.path.is_dir():
         return

@@ -91,7 +91,8 @@ def _open_folder(folder: Path, split: str | None) -> Rows:
     inner = [entry for entry in entries if entry.is_dir()]
     if split is not None:
         return _open_split(folder, split, files, inner)
-    splits = list(dict.fromkeys(name for file in files if (name := _split_of(file))))
+    named = (name for file in files for name in _SPLITS if _belongs(file.stem.lower(), name))
+    splits = list(dict.fromkeys(named))
     if not files and all(entry.name.lower() in _SPLITS for entry in inner):
         splits = [entry.name for entry in inner]
     if len(splits) > 1:
@@ -114,11 +115,6 @@ def _open_folder(folder: Path, split: str | None) -> Rows:
         f"{folder} holds no data; found: {found}. Expected files of one kind "
         f"({', '.join(DATA_SUFFIXES)}) or one folder of images for each class."
     )
-
-
-def _split_of(file: Path) -> str | None:
-    stem = file.stem.lower()
-    return next((name for name in _SPLITS if _belongs(stem, name)), None)
 
 
 def _belongs(stem: str, split: str) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from formats.checkpoint_files import broken, check_index, inside, read_index
 from formats.errors import InputError
+from formats.wording import first_line
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # What Lightning and plain torch nest a state dict under.
@@ -104,8 +105,7 @@ def _refuse_compressed(path: Path) -> None:
 def _first_line(error: Exception) -> str:
     """Shorten torch's advice, which is not meant for our users, to what it found."""
     reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-    text = reason[1] if reason else (str(error).strip().splitlines() or [""])[0]
-    return text.split(". ")[0] or type(error).__name__
+    return (reason[1] if reason else first_line(error)).split(". ")[0] or type(error).__name__
 
 
 def _state_dict(content: Any, path: Path) -> Mapping[Any, Any]:

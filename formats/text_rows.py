@@ -193,7 +193,12 @@ class CsvRows(_LineRows):
             if record is None:
                 return position
             if record and not self.columns:
-                self.columns = self._check_header(record, line)
+                self.columns = record
+                if twice := [name for name in record if record.count(name) > 1]:
+                    raise InputError(
+                        f"{self.path}, line {line}: the header names column {twice[0]!r} "
+                        f"{record.count(twice[0])} times. Give each column a name of its own."
+                    )
             elif record and len(record) != len(self.columns):
                 raise InputError(
                     f"{self.path}, line {line}: {len(record)} fields, but the header has "
@@ -202,15 +207,6 @@ class CsvRows(_LineRows):
                 )
             elif record:
                 self._add(start, line)
-
-    def _check_header(self, header: list[str], line: int) -> list[str]:
-        twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
-        if twice:
-            raise InputError(
-                f"{self.path}, line {line}: the header names column {twice[0]!r} "
-                f"{header.count(twice[0])} times. Give each column a name of its own."
-            )
-        return header
 
     def read_row(self, i: int) -> dict[str, Any]:
         """Return row `i`, every value a string."""

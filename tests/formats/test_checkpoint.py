@@ -273,10 +273,11 @@ def test_write_keeps_all_other_files(checkpoint, tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_write_over_the_source_itself(checkpoint):
+def test_write_over_the_source_itself(checkpoint, monkeypatch):
+    monkeypatch.setattr("formats.checkpoint.MAX_SHARD_SIZE", 16)
     source = open_checkpoint(checkpoint)
     with replace_folder(checkpoint, overwrite=True) as staging:
-        write_checkpoint(staging, source, source.weights, max_shard_size=16)
+        write_checkpoint(staging, source, source.weights)
     again = open_checkpoint(checkpoint)
     assert same(again.weights, weights())
     assert len(again.files) == 4
