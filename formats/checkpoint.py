@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +51,6 @@ class Checkpoint:
     path: Path
     weights: Mapping[str, Tensor]
     config: dict[str, Any]
-    format: Literal["safetensors", "pickle"]
     files: tuple[Path, ...] = ()
     adapter: dict[str, Any] | None = None
     base: "Checkpoint | None" = None
@@ -60,8 +59,6 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint, reading only the headers of its weights where the format allows.
 
-    In a folder ``model.safetensors`` or its shards are taken, else ``pytorch_model.bin`` or its
-    shards, else the only safetensors model there is, else the only pickle, else an adapter of peft.
     What a killed run left of the folder is completed or rolled back first.
     """
     try:
@@ -76,17 +73,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     config = _read_beside(path, "config.json") if is_folder else {}
     last = files[-1]
-    adapter = None
-    if is_folder and _ADAPTER_WEIGHTS.fullmatch(last.name):
-        adapter = _read_beside(path, ADAPTER_CONFIG)
+    of_adapter = is_folder and _ADAPTER_WEIGHTS.fullmatch(last.name)
+    adapter = _read_beside(path, ADAPTER_CONFIG) if of_adapter else None
     stem, is_safetensors, _ = last.name.partition(".safetensors")
     weights: Mapping[str, Tensor]
     weights = open_tensors(path, stem) if is_safetensors else open_pickle(last)
     if not weights:
         raise InputError(f"{last} holds no tensors")
     _refuse_quantized(path, weights, config)
-    kind: Literal["safetensors", "pickle"] = "safetensors" if is_safetensors else "pickle"
-    return Checkpoint(path, weights, config, kind, files, adapter)
+    return Checkpoint(path, weights, config, files, adapter)
 
 
 def is_fisher_alone(folder: Path) -> bool:
@@ -106,12 +101,8 @@ def weight_records(weights: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
 def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
     """Refuse weights with a NaN or an infinity, naming the first such tensor."""
     for name in weights:
-        dtype = dtype_of(weights, name)
-        if not dtype.is_floating_point and not dtype.is_complex:
-            continue
         tensor = weights[name]
-        bad = tensor.numel() - int(torch.isfinite(tensor).count_nonzero())
-        if bad:
+        if bad := tensor.numel() - int(torch.isfinite(tensor).count_nonzero()):
             raise NonFiniteError(
                 f"{path}: tensor {name!r} has {bad} of {tensor.numel()} values NaN or infinite; "
                 "use a checkpoint from before the training diverged"
@@ -119,18 +110,10 @@ def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def write_checkpoint(
-    staging: Path,
-    source: Checkpoint,
-    weights: Mapping[str, Tensor],
-    *,
-    card: bool = True,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    staging: Path, source: Checkpoint, weights: Mapping[str, Tensor], *, card: bool = True
 ) -> None:
-    """Write weights and, beside them, what else the source's folder holds.
+    """Write weights and, beside them, all of the source's folder but `_OF_THE_OLD_WEIGHTS`.
 
-    Every other file and sub-folder is copied: tokenizer, config, licence. Left behind is what
-    belongs to the old weights: weight files of any framework and their indexes, ``fisher/``,
-    optimizer states and sub-folders ``checkpoint-N`` of a training run; also ``.git``, ``.cache``.
     The model card, which tells of the source's weights, is kept where `card` is true.
     """
     alone = source.adapter is not None  # peft reads an adapter from one file
@@ -139,7 +122,7 @@ def write_checkpoint(
         weights,
         stem="adapter_model" if alone else "model",
         metadata={"format": "pt"},
-        max_shard_size=2**63 - 1 if alone else max_shard_size,
+        max_shard_size=2**63 - 1 if alone else MAX_SHARD_SIZE,
     )
     if not source.path.is_dir():
         return
@@ -165,36 +148,39 @@ def other_files(source: Checkpoint) -> Iterator[tuple[Path, Path]]:
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
     """Find the one model in a folder: its file, or its shards followed by the index."""
+    file = check_link(folder, folder / _model_name(folder))
+    if not file.name.endswith(".index.json"):
+        return (file,)
+    return *(folder / name for name in sorted(set(read_index(file).values()))), file
+
+
+def _model_name(folder: Path) -> str:
+    """Name the usual file or index, else the only safetensors model, else pickle, else adapter."""
     for standard in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{standard}.index.json"
-        if index.exists():
-            return _indexed(index, folder / standard)
-        if (folder / standard).exists():
-            return (_checked(folder, folder / standard),)
+        for name in (f"{standard}.index.json", standard):
+            if (folder / name).exists():
+                return name
     names = sorted(
         entry.name
         for entry in folder.iterdir()
         if entry.is_file() and not _NOT_WEIGHTS.fullmatch(entry.name)
     )
     for suffixes in ((".safetensors",), PICKLE_SUFFIXES):
-        indexes = [
-            name for name in names if name.endswith(tuple(f"{s}.index.json" for s in suffixes))
-        ]
-        if len(indexes) == 1:
-            return _indexed(folder / indexes[0], folder / indexes[0].removesuffix(".index.json"))
-        models = indexes or [name for name in names if name.endswith(suffixes)]
+        of_shards = tuple(f"{suffix}.index.json" for suffix in suffixes)
+        models = [name for name in names if name.endswith(of_shards)]
+        models = models or [name for name in names if name.endswith(suffixes)]
         if len(models) > 1:
             raise InputError(
                 f"{folder} holds several models ({', '.join(models[:5])}"
                 f"{', …' if len(models) > 5 else ''}); name one of the files instead of the folder"
             )
         if models:
-            return (_checked(folder, folder / models[0]),)
+            return models[0]
     if (folder / ADAPTER_CONFIG).exists():
         adapters = ("adapter_model.safetensors", "adapter_model.bin")
         for name in adapters:
             if (folder / name).exists():
-                return (_checked(folder, folder / name),)
+                return name
         raise InputError(f"{folder} has an {ADAPTER_CONFIG}, but no {' or '.join(adapters)}")
     there = sorted(entry.name for entry in folder.iterdir())
     found = ", ".join(there[:8]) + (", …" if len(there) > 8 else "") if there else "nothing"
@@ -204,27 +190,8 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _read_beside(folder: Path, name: str) -> dict[str, Any]:
-    if not (folder / name).exists():
-        return {}
-    check_link(folder, folder / name)
-    return read_json(folder / name)
-
-
-def _indexed(index: Path, single: Path) -> tuple[Path, ...]:
-    folder = index.parent
-    check_link(folder, index)
-    names = sorted(set(read_index(index).values()))
-    if single.exists() and single.name not in names:
-        raise InputError(
-            f"{folder} holds both {single.name} and {index.name}, which does not name it; "
-            "remove the one that does not belong to the checkpoint"
-        )
-    return *(folder / name for name in names), index
-
-
-def _checked(folder: Path, file: Path) -> Path:
-    check_link(folder, file)
-    return file
+    path = folder / name
+    return read_json(check_link(folder, path)) if path.exists() else {}
 
 
 def _refuse_quantized(path: Path, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:

@@ -11,21 +11,17 @@ MAX_JSON_BYTES = 128 * 2**20
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Give the path of a file that a folder names, if it lies in that folder, not resolved.
-
-    A link may lead elsewhere within the folder or, in a snapshot of the Hub's cache, to its blobs.
-    """
+    """Give the path of a file that a folder names, if it lies in that folder, not resolved."""
     # What is not printable, such as NUL or half a surrogate pair, can fail in any way.
     plain = name.isprintable() and len(name.encode()) <= 255
     if not plain or Path(name).name != name or name in ("", ".."):
         raise InputError(f"{folder}: {name!r} is not the name of a file in this folder")
     path = folder / name
-    check_link(folder, path)
-    return path
+    return check_link(folder, path)
 
 
-def check_link(folder: Path, path: Path) -> None:
-    """Refuse a link that leads out of a checkpoint folder, whose author may be a stranger."""
+def check_link(folder: Path, path: Path) -> Path:
+    """Give a path, but refuse a link out of a checkpoint folder, whose author may be a stranger."""
     root, real = folder.resolve(), path.resolve()
     # MODEL/snapshots/COMMIT/… is how the Hub's cache shows what lies in MODEL/blobs.
     blobs = [above.parent / "blobs" for above in root.parents if above.name == "snapshots"]
@@ -34,10 +30,11 @@ def check_link(folder: Path, path: Path) -> None:
             f"{path} is a link to {real}, outside the checkpoint; "
             "put a copy of the file in its place if you trust it"
         )
+    return path
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Read which file holds which tensor, from a file ``….index.json``."""
+    """Read which file holds which tensor from ``NAME.index.json``, unless it leaves out NAME."""
     index = read_json(path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -45,6 +42,12 @@ def read_index(path: Path) -> dict[str, str]:
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str):
             raise InputError(f"{path}: 'weight_map' gives {file_name!r} as the file of {name!r}")
+    single = path.with_name(path.name.removesuffix(".index.json"))
+    if single.exists() and single.name not in weight_map.values():
+        raise InputError(
+            f"{path.parent} holds both {single.name} and {path.name}, which does not name it; "
+            "remove the one that does not belong to the checkpoint"
+        )
     return weight_map
 
 

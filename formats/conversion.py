@@ -112,10 +112,8 @@ def _found(content: Any, kind: Any, told: re.Match[str]) -> tuple[str, Any]:
 
 
 def _culprit(content: Any, kind: Any, text: str, members: dict[str, Any]) -> str:
-    """Find the member of an object that msgspec refuses; it says [...] instead of the name.
-
-    Of the members, which are part of the content, half are taken away again and again.
-    """
+    """Find the member of an object that msgspec refuses, whose name it gives as [...]."""
+    # the members are part of the content: half of them are taken out again and again
     items = list(members.items())
     while len(items) > 1:
         half = items[: len(items) // 2]

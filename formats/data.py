@@ -36,10 +36,7 @@ def open_data(
     subset: str | None = None,
     revision: str | None = None,
 ) -> Rows:
-    """Open the data of a task: a file, a folder or, by a string that is no path, a Hub data set.
-
-    A Path is always local. Files are read as rows are asked for.
-    """
+    """Open the data of a task: a file, a folder or, by a string that is no path, a Hub data set."""
     path = Path(spec).expanduser()
     if not path.exists():
         if isinstance(spec, str) and not _looks_like_file(path) and is_hub_id(spec):
@@ -94,18 +91,17 @@ def _open_folder(folder: Path, split: str | None) -> Rows:
     inner = [entry for entry in entries if entry.is_dir()]
     if split is not None:
         return _open_split(folder, split, files, inner)
-    if files:
-        splits = dict.fromkeys(name for file in files if (name := _split_of(file)))
-        if len(splits) > 1:
-            raise InputError(
-                f"{folder} holds several splits. Set split to one of: {', '.join(splits)}."
-            )
-        return _open_files(folder, files)
-    if inner and all(entry.name.lower() in _SPLITS for entry in inner):
-        if len(inner) == 1:
-            return _open_folder(inner[0], None)
-        names = ", ".join(entry.name for entry in inner)
+    named = (name for file in files for name in _SPLITS if _belongs(file.stem.lower(), name))
+    splits = list(dict.fromkeys(named))
+    if not files and all(entry.name.lower() in _SPLITS for entry in inner):
+        splits = [entry.name for entry in inner]
+    if len(splits) > 1:
+        names = ", ".join(splits)
         raise InputError(f"{folder} holds several splits. Set split to one of: {names}.")
+    if files:
+        return _open_files(folder, files)
+    if splits:
+        return _open_folder(inner[0], None)
     classes = [entry.name for entry in inner if any(is_image(file) for file in entry.rglob("*"))]
     if classes:
         return ImageFolderRows(folder, classes)
@@ -121,11 +117,6 @@ def _open_folder(folder: Path, split: str | None) -> Rows:
     )
 
 
-def _split_of(file: Path) -> str | None:
-    stem = file.stem.lower()
-    return next((name for name in _SPLITS if _belongs(stem, name)), None)
-
-
 def _belongs(stem: str, split: str) -> bool:
     return stem == split or stem.startswith((f"{split}-", f"{split}_", f"{split}."))
 
@@ -134,8 +125,7 @@ def _open_split(folder: Path, split: str, files: Sequence[Path], inner: Sequence
     for entry in inner:
         if entry.name == split:
             return _open_folder(entry, None)
-    chosen = [file for file in files if _belongs(file.stem, split)]
-    if chosen:
+    if chosen := [file for file in files if _belongs(file.stem, split)]:
         return _open_files(folder, chosen)
     names = ", ".join([*(file.name for file in files), *(entry.name for entry in inner)])
     raise InputError(

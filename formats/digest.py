@@ -94,10 +94,7 @@ def set_digest(records: Mapping[str, TensorRecord]) -> str:
 
 
 def json_digest(content: Any) -> str:
-    """Digest what is JSON: SHA-256 over it without blanks, keys sorted by code points, in UTF-8.
-
-    A number that is not finite is a `ValueError`.
-    """
+    """Digest JSON in UTF-8 without blanks, keys sorted by code points; a NaN is a `ValueError`."""
     text = json.dumps(
         content, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False
     )
@@ -113,31 +110,17 @@ def differences(
         if name not in expected:
             unclaimed.setdefault(found[name], []).append(name)
     lines = []
-    renamed = set()
     for name, record in expected.items():
-        if name not in found:
-            namesakes = unclaimed.get(record)
-            if namesakes:
-                new_name = namesakes.pop(0)
-                renamed.add(new_name)
-                lines.append(f"{name!r} is named {new_name!r} here, with the same bytes")
+        if (there := found.get(name)) is None:
+            if namesakes := unclaimed.get(record):
+                lines.append(f"{name!r} is named {namesakes.pop(0)!r} here, with the same bytes")
             else:
                 lines.append(f"{name!r} is missing")
-        else:
-            lines.extend(_difference(name, record, found[name]))
-    lines.extend(
-        f"{name!r} was not expected"
-        for name in found
-        if name not in expected and name not in renamed
-    )
-    return lines
-
-
-def _difference(name: str, expected: TensorRecord, found: TensorRecord) -> list[str]:
-    if expected.shape != found.shape:
-        return [f"{name!r} has shape {list(found.shape)}, expected {list(expected.shape)}"]
-    if expected.dtype != found.dtype:
-        return [f"{name!r} has dtype {found.dtype}, expected {expected.dtype}"]
-    if expected.sha256 != found.sha256:
-        return [f"{name!r} has the expected dtype and shape, but other values"]
-    return []
+        elif there.shape != record.shape:
+            lines.append(f"{name!r} has shape {list(there.shape)}, expected {list(record.shape)}")
+        elif there.dtype != record.dtype:
+            lines.append(f"{name!r} has dtype {there.dtype}, expected {record.dtype}")
+        elif there.sha256 != record.sha256:
+            lines.append(f"{name!r} has the expected dtype and shape, but other values")
+    left = {name for names in unclaimed.values() for name in names}
+    return lines + [f"{name!r} was not expected" for name in found if name in left]

@@ -48,11 +48,7 @@ class NetworkError(ConsolidateError):
 
 
 class PeerError(ConsolidateError):
-    """Another process of the same run failed, which tells what went wrong itself.
-
-    Attributes:
-        exit_code: That of the other process.
-    """
+    """Another process of the same run failed, with this exit code; it tells what went wrong."""
 
     def __init__(self, exit_code: int, message: str = ""):
         super().__init__(message)

@@ -158,24 +158,18 @@ def read_fisher(folder: str | Path) -> StoredFisher:
     return stored
 
 
-def tensor_sets(
-    stored: StoredFisher,
-) -> Iterator[tuple[str, TensorFiles, dict[str, TensorRecord]]]:
+def tensor_sets(stored: StoredFisher) -> Iterator[tuple[str, TensorFiles, dict[str, TensorRecord]]]:
     """Give every set of tensors of the folder: its kind, the tensors and the ledger's records."""
-    ledger = stored.ledger
-    yield "fisher", stored.fisher, ledger.fisher
-    if stored.anchor is not None and ledger.anchor is not None:
-        yield "anchor", stored.anchor, ledger.anchor
-    if stored.factors is not None and ledger.factors is not None:
-        yield "factors", stored.factors, ledger.factors
+    for kind in ("fisher", "anchor", "factors"):
+        if (tensors := getattr(stored, kind)) is not None:
+            yield kind, tensors, getattr(stored.ledger, kind)
     for task, head in stored.heads.items():
-        yield "head", head, ledger.heads[task]
+        yield "head", head, stored.ledger.heads[task]
 
 
 def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: str) -> None:
     """Refuse a Fisher that was measured at other weights; every byte of the weights is read."""
-    lines = differences(stored.ledger.weights, weight_records(weights))
-    if lines:
+    if lines := differences(stored.ledger.weights, weight_records(weights)):
         raise InputError(
             f"{stored.folder / LEDGER_NAME} belongs to other weights than {where}: "
             f"{in_one_line(lines, 2)}; measure the Fisher of these weights with "
@@ -188,10 +182,7 @@ def check_intact(
 ) -> None:
     """Refuse tensors of the folder whose bytes are not those of the ledger; all are read."""
     for kind, tensors, records in tensor_sets(stored):
-        if kind not in kinds:
-            continue
-        found = {name: tensor_record(tensors[name]) for name in tensors}
-        if lines := differences(records, found):
+        if kind in kinds and (lines := differences(records, weight_records(tensors))):
             raise InputError(
                 f"{tensors.path} is damaged: {in_one_line(lines, 2)}; measure the Fisher again, or "
                 "fetch it again"
@@ -232,10 +223,7 @@ def check_values(
 
 
 def _measured(
-    tensors: Mapping[str, Tensor],
-    dtype: torch.dtype | None,
-    what: str,
-    **checks: bool,
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None, what: str, **checks: bool
 ) -> dict[str, TensorRecord]:
     """Record each tensor as it will be stored, and refuse values that may not be."""
     records = {}

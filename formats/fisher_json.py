@@ -21,10 +21,6 @@ VERSIONS = (1, 2)
 MAX_LEDGER_BYTES = 128 * 2**20
 MAX_TASKS = 4096  # what is drawn of them grows with their square
 ESTIMATORS = ("exact", "mc", "empirical", "batched")
-MERGE_RULES = ("online", "separate")
-PENALTY_ON = ("adapter", "merged")
-UNITS = ("example", "token")
-MATRICES = ("A", "R", "G")
 FISHER_DTYPES = ("F32", "BF16")
 PARAMETER_DTYPES = ("BF16", "F16", "F32", "F64")
 SAME_AS = "the same tensor as "
@@ -37,7 +33,7 @@ _ABSENT = ("penalty_on", "parent", "made_from", "base", *_SECOND)
 """Fields that a file does not have where they are None; all others it has, null or not."""
 
 
-def _one_of(choices: tuple[str, ...]) -> Meta:
+def _one_of(*choices: str) -> Meta:
     return whole("|".join(choices), " or ".join(choices))
 
 
@@ -50,8 +46,7 @@ TaskName = Annotated[
     ),
 ]
 When = Annotated[
-    str,
-    whole("before|after|(epoch|step) [1-9][0-9]{0,17}", "before, step N, epoch N or after"),
+    str, whole("before|after|(epoch|step) [1-9][0-9]{0,17}", "before, step N, epoch N or after")
 ]
 DataName = Annotated[
     str,
@@ -87,19 +82,16 @@ class Generated:
 
 @dataclass
 class TaskRecord:
-    """One task of the ledger; `docs/format.md` gives every field's meaning and range.
-
-    `examples`, `units` and `estimator` are None together, where it was trained and not measured.
-    """
+    """One task of the ledger; `docs/format.md` gives every field's meaning and range."""
 
     name: TaskName
     objective: Text
     likelihood: Text
     labels: list[str] | None
-    unit: Annotated[str, _one_of(UNITS)]
-    examples: Count | None
+    unit: Annotated[str, _one_of("example", "token")]
+    examples: Count | None  # None where it was trained and not measured, as the next two are
     units: Count | None
-    estimator: Annotated[str, _one_of(ESTIMATORS)] | None
+    estimator: Annotated[str, _one_of(*ESTIMATORS)] | None
     mc_samples: Count | None
     seed: Natural
     weight: NotNegative = 1.0
@@ -108,7 +100,7 @@ class TaskRecord:
     generated: Generated | None = None
     ewc_lambda: NotNegative | None = None
     penalty: Text | None = None
-    penalty_on: Annotated[str, _one_of(PENALTY_ON)] | None = None
+    penalty_on: Annotated[str, _one_of("adapter", "merged")] | None = None
     parent: Hex | None = None
     made_from: Hex | None = None
     description: dict[str, Any] | None = None
@@ -119,7 +111,7 @@ class TaskRecord:
 class Block(Struct, frozen=True, forbid_unknown_fields=True):
     """A square matrix of the factor files: which one, of what, over which of their dimensions."""
 
-    matrix: Annotated[str, _one_of(MATRICES)]
+    matrix: Annotated[str, _one_of("A", "R", "G")]
     dims: Annotated[tuple[Natural, ...], Meta(min_length=1)]
     parameters: Annotated[tuple[Text, ...], Meta(min_length=1)]
 
@@ -129,7 +121,7 @@ class Ledger:
     """The whole ledger; `weights`, `fisher` and their like record every tensor beside it."""
 
     tasks: Annotated[list[TaskRecord], Meta(min_length=1, max_length=MAX_TASKS)]
-    merge_rule: Annotated[str, _one_of(MERGE_RULES)] = "online"
+    merge_rule: Annotated[str, _one_of("online", "separate")] = "online"
     gamma: Share = 1.0
     penalty_offset: NotNegative = 0.0
     unprotected: dict[Text, Text] = field(default_factory=dict)
@@ -161,11 +153,10 @@ def check_task_name(name: str) -> None:
 
 def copies(ledger: Ledger) -> dict[str, str]:
     """Give each name under which the weights file stores a tensor again, with the one for both."""
-    named = {name: why.removeprefix(SAME_AS) for name, why in ledger.unprotected.items()}
     return {
         name: first
-        for name, first in named.items()
-        if first != ledger.unprotected[name] and first in ledger.weights
+        for name, why in ledger.unprotected.items()
+        if why.startswith(SAME_AS) and (first := why.removeprefix(SAME_AS)) in ledger.weights
     }
 
 
@@ -186,19 +177,13 @@ def ledger_bytes(ledger: Ledger, source: str = "fisher.json") -> bytes:
         data = json_bytes(_to_json(checked)) + b"\n"
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source} cannot be written: {error}") from None
-    if len(data) > MAX_LEDGER_BYTES:
-        raise InputError(_too_large(source))
+    _check_size(data, source)
     return data
 
 
 def parse_ledger(data: bytes, source: str = "fisher.json") -> Ledger:
-    """Read a ledger from bytes, strictly.
-
-    Raises InputError where anything is not as the format says, naming the field, and NonFiniteError
-    where a number overflows to infinity.
-    """
-    if len(data) > MAX_LEDGER_BYTES:
-        raise InputError(_too_large(source))
+    """Read a ledger from bytes, strictly; a number that overflows is a NonFiniteError."""
+    _check_size(data, source)
     try:
         return _to_ledger(strict_json(data), source)
     except RecursionError:
@@ -219,8 +204,10 @@ def read_ledger(path: Path) -> Ledger:
     return parse_ledger(data, str(path))
 
 
-def _too_large(source: str) -> str:
-    return f"{source} is larger than the {MAX_LEDGER_BYTES // 2**20} MiB a ledger may have"
+def _check_size(data: bytes, source: str) -> None:
+    if len(data) > MAX_LEDGER_BYTES:
+        most = MAX_LEDGER_BYTES // 2**20
+        raise InputError(f"{source} is larger than the {most} MiB a ledger may have")
 
 
 def _to_json(ledger: Ledger) -> dict[str, Any]:
@@ -238,7 +225,10 @@ def _to_json(ledger: Ledger) -> dict[str, Any]:
             if record.get(name, ...) is None:
                 del record[name]
         if "description" in record:
-            record["description"] = _sorted(record["description"])
+            # at every depth, by code points
+            record["description"] = msgspec.to_builtins(
+                record["description"], order="deterministic"
+            )
     front = {"format": FORMAT, "version": needed_version(ledger)}
     front |= {name: content.pop(name) for name in ("merge_rule", "gamma", "penalty_offset")}
     return front | content
@@ -251,12 +241,6 @@ def _plain(value: Any) -> Any:
         if isinstance(value, kind):
             return kind(value)
     raise ValueError(f"it holds a {type(value).__name__}")
-
-
-def _sorted(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _sorted(member) for name, member in sorted(value.items())}
-    return [_sorted(member) for member in value] if isinstance(value, list) else value
 
 
 def _set_to_json(records: Mapping[str, TensorRecord], content: dict[str, Any]) -> dict[str, Any]:
@@ -287,10 +271,9 @@ def _to_ledger(content: Any, source: str) -> Ledger:
         for name, layer in task["layers"].items():
             _check_fields(layer, LayerRecord, version, source, f"{place}.layers[{shown(name)}]")
     found: dict[str, Any] = {
-        name: None
-        if value is None and name in ("anchor", "factors")
-        else _to_set(value, source, f"$.{name}")
+        name: _to_set(value, source, f"$.{name}")
         for name, value in sets.items()
+        if value is not None or name in ("weights", "fisher")
     }
     found["heads"] = {
         name: _to_set(head, source, f"$.heads[{shown(name)}]") for name, head in heads.items()
@@ -340,10 +323,7 @@ def _to_set(content: Any, source: str, place: str) -> dict[str, TensorRecord]:
 
 
 def check_names(ledger: Ledger, source: str) -> None:
-    """Refuse a ledger in which a tensor of the weights has neither a Fisher nor a reason, or both.
-
-    The digests are not looked at.
-    """
+    """Refuse a ledger whose weights do not each have either a Fisher or a reason why not."""
     _refuse(_faults_of_names(ledger), source)
 
 

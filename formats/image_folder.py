@@ -7,9 +7,7 @@ from typing import IO, Any
 from formats.errors import InputError, UsageError
 from formats.rows import Rows, file_digest, listing_digest
 
-IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 # Named to Pillow, which would else go by the content alone: PostScript starts a program.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -31,10 +29,7 @@ def require_pillow() -> None:
 
 
 def decode_image(source: Path | IO[bytes], where: str) -> Any:
-    """Return the image in `source` as a PIL image, turned upright as its EXIF data say.
-
-    Only `IMAGE_FORMATS` are read; `where` is the place in words, for the message.
-    """
+    """Return an image of one of `IMAGE_FORMATS` as PIL's, turned upright as its EXIF data say."""
     require_pillow()
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -61,8 +56,6 @@ class ImageFolderRows(Rows):
     Rows are ordered by class, then by path, both by Unicode code points; deeper folders belong to
     the class at their top. Files without an image's suffix, and hidden ones, are no rows.
     """
-
-    columns: list[str]
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
         require_pillow()
@@ -92,11 +85,11 @@ class ImageFolderRows(Rows):
         """Yield one column; labels come without reading an image."""
         return (label for label, _ in self._files) if column == "label" else super().values(column)
 
-    def where(self, i: int, column: str | None = None) -> str:
-        """Return file, row and column in words."""
-        path = self._files[i][1].relative_to(self._folder).as_posix()
-        place = f"{self.name}/{path}, row {i + 1}"
-        return place if column is None else f"{place}, column {column!r}"
+    def _place(self, i: int) -> str:
+        return f"{self.name}/{self._below(self._files[i][1])}, row {i + 1}"
+
+    def _below(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
 
     def label_names(self, column: str) -> list[str] | None:
         """Return the names of the class folders in order."""
@@ -104,7 +97,4 @@ class ImageFolderRows(Rows):
 
     def digest(self) -> str:
         """Return the SHA-256 over JSON lines [path in the folder, file's digest], in row order."""
-        return listing_digest(
-            (path.relative_to(self._folder).as_posix(), file_digest(path))
-            for _, path in self._files
-        )
+        return listing_digest((self._below(path), file_digest(path)) for _, path in self._files)

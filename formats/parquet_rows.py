@@ -46,8 +46,8 @@ class ParquetRows(Rows):
         twice = [name for name in self.columns if self.columns.count(name) > 1]
         if twice:
             raise InputError(f"{path}: two columns are named {twice[0]!r}. Rename one of them.")
-        self._ends = list(itertools.accumulate(groups))
-        if not self._ends or not self._ends[-1]:
+        self._starts = list(itertools.accumulate(groups, initial=0))
+        if not len(self):
             raise InputError(f"{path} is empty: it has no rows.")
         self._images = [
             field.name
@@ -59,7 +59,7 @@ class ParquetRows(Rows):
         self._cache: OrderedDict[int, Any] = OrderedDict()
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._starts[-1]
 
     def _group(self, g: int) -> Any:
         import pyarrow
@@ -83,9 +83,8 @@ class ParquetRows(Rows):
 
     def read_row(self, i: int) -> dict[str, Any]:
         """Return row `i`."""
-        g = bisect.bisect_right(self._ends, i)
-        start = self._ends[g - 1] if g else 0
-        row: dict[str, Any] = self._group(g).slice(i - start, 1).to_pylist()[0]
+        g = bisect.bisect_right(self._starts, i) - 1
+        row: dict[str, Any] = self._group(g).slice(i - self._starts[g], 1).to_pylist()[0]
         for column in self._images:
             stored = row[column]
             if stored is not None and stored["bytes"] is not None:
@@ -96,7 +95,7 @@ class ParquetRows(Rows):
         """Yield one column, without decoding images where it holds none."""
         if column in self._images or column not in self.columns:
             return super().values(column)
-        groups = (self._group(g).column(column) for g in range(len(self._ends)))
+        groups = (self._group(g).column(column) for g in range(len(self._starts) - 1))
         return (value.as_py() for group in groups for value in group)
 
     def label_names(self, column: str) -> list[str] | None:

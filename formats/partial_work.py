@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from formats.tensors import write_tensor_file
 
 _KEY = "consolidate-partial-work"
 _VERSION = 3
+Json = Mapping[str, Any]
 
 
 class StoredWork(NamedTuple):
@@ -38,38 +38,28 @@ class StoredWork(NamedTuple):
 
 
 def write_partial(
-    target: Path,
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    command: Mapping[str, Any],
-    process: int = 0,
-    *,
-    publish: bool = True,
+    target: Path, tensors: Mapping[str, Tensor], state: Json, command: Json, process: int = 0
 ) -> None:
-    """Keep work, in place of what was kept of it before.
+    """Keep the work of a process, as `StoredWork` with JSON, in place of what it kept before."""
+    try:
+        prepare_partial(target, tensors, state, command, process)
+        publish_partial(target, process)
+    finally:
+        discard_prepared(target, process)
 
-    `state` says how far the work is, `command` all that the result depends on, both as JSON; each
-    of several processes that work together keeps its own.
-    """
-    path = partial_path(target, process)
-    path.parent.mkdir(parents=True, exist_ok=True)
+
+def prepare_partial(
+    target: Path, tensors: Mapping[str, Tensor], state: Json, command: Json, process: int = 0
+) -> None:
+    """Keep the work of a process beside what it kept before, until it is published."""
     discard_prepared(target, process)
+    path = _unfinished(partial_path(target, process))
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"version": _VERSION, "command": command, "state": state}
     text = json.dumps(content | {"digest": _digest(tensors, content)})
-    new = _unfinished(path)
-    try:
-        write_tensor_file(new, tensors, {_KEY: text})
-        with open(new, "rb") as file:
-            os.fsync(file.fileno())
-        if publish:
-            publish_partial(target, process)
-    finally:
-        if publish:
-            discard_prepared(target, process)
-
-
-prepare_partial = partial(write_partial, publish=False)
-"""Keep work beside what was kept of it before, until it is published."""
+    write_tensor_file(path, tensors, {_KEY: text})
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def publish_partial(target: Path, process: int = 0) -> None:
@@ -83,14 +73,9 @@ def discard_prepared(target: Path, process: int = 0) -> None:
     _unfinished(partial_path(target, process)).unlink(missing_ok=True)
 
 
-def read_partial(target: Path, process: int = 0) -> StoredWork | None:
-    """Read what was kept of work with this target; None where nothing was."""
-    return _read(partial_path(target, process), whole=True)
-
-
-def read_published(target: Path, process: int = 0) -> StoredWork | None:
-    """Read what `read_partial` would, but for the tensors, whose digest is not looked at."""
-    return _read(partial_path(target, process), whole=False)
+def read_partial(target: Path, process: int = 0, *, whole: bool = True) -> StoredWork | None:
+    """Read what was kept of work, if anything was; not `whole`, without tensors and unchecked."""
+    return _read(partial_path(target, process), whole)
 
 
 def read_prepared(target: Path, process: int = 0) -> StoredWork | None:
@@ -110,7 +95,7 @@ def remove_partial(target: Path, process: int = 0) -> None:
         file.unlink(missing_ok=True)
 
 
-def _read(path: Path, *, whole: bool) -> StoredWork | None:
+def _read(path: Path, whole: bool) -> StoredWork | None:
     if not path.is_file():
         return None
     try:
@@ -130,7 +115,7 @@ def _read(path: Path, *, whole: bool) -> StoredWork | None:
         ) from None
 
 
-def _digest(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> str:
+def _digest(tensors: Mapping[str, Tensor], content: Json) -> str:
     of_tensors = set_digest({name: tensor_record(tensor) for name, tensor in tensors.items()})
     return hashlib.sha256(f"{of_tensors}\n{json.dumps(content)}".encode()).hexdigest()
 

@@ -13,20 +13,19 @@ from torch import Tensor
 
 from formats.checkpoint_files import broken, check_index, inside, read_index
 from formats.errors import InputError
+from formats.wording import first_line
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# What Lightning and plain torch nest a state dict under.
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
+# What DistributedDataParallel and torch.compile add to every name.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 def open_pickle(path: Path) -> dict[str, Tensor]:
     """Read the state dict in a file of `torch.save`, or in those of an index: weights only.
 
-    The state dict is the content itself or what Lightning (``state_dict``) and plain torch
-    (``model_state_dict``, ``model``, ``module``) nest it under. The prefixes ``module.`` and
-    ``_orig_mod.``, which DistributedDataParallel and `torch.compile` add, are taken off where every
-    name has them; other prefixes stay. Files in the zip format are mapped into memory, so that
-    values are read when they are used; writing to a tensor does not change the file.
+    Zip files are mapped: values are read when used, and writing to them leaves the file alone.
     """
     if not path.name.endswith(".index.json"):
         return _without_wrappers(_read(path))
@@ -75,7 +74,7 @@ def _load(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except PermissionError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
@@ -87,23 +86,16 @@ def _load(path: Path) -> Any:
             f"{path} is a pickle that wants to import {wanted[1]}, which is not done, because code "
             "in it would run; where you trust it, load it in torch and save its state_dict() alone"
         ) from error
-    except MemoryError:
-        raise
     except Exception as error:  # a damaged pickle fails in whatever way its bytes happen to ask for
         raise broken(path, "a file of torch.save", _first_line(error)) from error
 
 
 def _refuse_compressed(path: Path) -> None:
-    """Refuse members whose bytes are not the values, which torch maps into memory as if they were.
-
-    Unpacked they could also be of any size.
-    """
+    """Refuse compressed members: torch maps them as they are, and they could be of any size."""
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            if (
-                member.compress_type != zipfile.ZIP_STORED
-                or member.file_size > member.compress_size
-            ):
+            stored = member.compress_type == zipfile.ZIP_STORED
+            if not stored or member.file_size > member.compress_size:
                 raise InputError(
                     f"{path}: its values are compressed ({member.filename!r}), which torch.save "
                     "does not do; load it where you trust it, and save its state_dict() again"
@@ -113,8 +105,7 @@ def _refuse_compressed(path: Path) -> None:
 def _first_line(error: Exception) -> str:
     """Shorten torch's advice, which is not meant for our users, to what it found."""
     reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-    text = reason[1] if reason else (str(error).strip().splitlines() or [""])[0]
-    return text.split(". ")[0] or type(error).__name__
+    return (reason[1] if reason else first_line(error)).split(". ")[0] or type(error).__name__
 
 
 def _state_dict(content: Any, path: Path) -> Mapping[Any, Any]:
@@ -123,25 +114,24 @@ def _state_dict(content: Any, path: Path) -> Mapping[Any, Any]:
             f"{path} holds an object of type {type(content).__name__}, not a state dict; "
             "save the model's state_dict() alone"
         )
-    nested = [
-        key
-        for key in _STATE_DICT_KEYS
-        if isinstance(content.get(key), Mapping)
-        and any(isinstance(value, Tensor) for value in content[key].values())
-    ]
+    nested = [key for key in _STATE_DICT_KEYS if _has_tensors(content.get(key))]
     if len(nested) > 1:
         raise InputError(
             f"{path} holds several state dicts ({', '.join(nested)}); save the one to be used alone"
         )
     if nested:
         return content[nested[0]]
-    if not any(isinstance(value, Tensor) for value in content.values()):
+    if not _has_tensors(content):
         keys = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"
         raise InputError(
             f"{path} holds no state dict: expected tensors by name, or one of "
             f"{', '.join(_STATE_DICT_KEYS)}; found {keys}"
         )
     return content
+
+
+def _has_tensors(content: Any) -> bool:
+    return isinstance(content, Mapping) and any(isinstance(v, Tensor) for v in content.values())
 
 
 def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+import torch
 from torch import Tensor
 
 from formats.errors import InputError
@@ -21,7 +22,7 @@ class Rows(Sequence[dict[str, Any]]):
     A row is a plain dict with an entry for every name in `columns`. Nothing is kept open between
     two reads, so rows may be read from several threads and after a fork. `name` is the file's or
     folder's own, or the Hub id, `path` the file's; `tensors` has whole columns, (N, …), of tensor
-    files only.
+    files only, so that a batch is one indexing operation.
     """
 
     name: str
@@ -34,10 +35,7 @@ class Rows(Sequence[dict[str, Any]]):
         """Return row `i`, 0 <= i < len(self)."""
 
     def digest(self) -> str:
-        """Return the SHA-256 of the content as 64 hexadecimal digits; the same on every machine.
-
-        For a file it is the digest of its bytes, as `sha256sum` prints it.
-        """
+        """Return the SHA-256 of the content in hexadecimal; for a file, that of its bytes."""
         return file_digest(self.path)
 
     @overload
@@ -57,8 +55,10 @@ class Rows(Sequence[dict[str, Any]]):
 
     def where(self, i: int, column: str | None = None) -> str:
         """Return the place of row `i` in words: "a.npz, row 17, column 'x'"; counted from 1."""
-        place = f"{self.name}, row {i + 1}"
-        return place if column is None else f"{place}, column {column!r}"
+        return self._place(i) if column is None else f"{self._place(i)}, column {column!r}"
+
+    def _place(self, i: int) -> str:
+        return f"{self.name}, row {i + 1}"
 
     def values(self, column: str) -> Iterator[Any]:
         """Yield one column, None where a row lacks it; other columns are not decoded."""
@@ -85,25 +85,25 @@ class JoinedRows(Rows):
         self.name = folder.name
         self.columns = list(first.columns)
         self._parts = list(parts)
-        self._ends = list(itertools.accumulate(len(part) for part in parts))
+        self._starts = list(itertools.accumulate(map(len, parts), initial=0))
         if all(part.tensors is not None for part in parts):
             self.tensors = JoinedColumns(folder, parts)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._starts[-1]
 
-    def _place(self, i: int) -> tuple[Rows, int]:
-        part = bisect.bisect_right(self._ends, i)
-        return self._parts[part], i - (self._ends[part - 1] if part else 0)
+    def _part(self, i: int) -> tuple[Rows, int]:
+        part = bisect.bisect_right(self._starts, i) - 1
+        return self._parts[part], i - self._starts[part]
 
     def read_row(self, i: int) -> dict[str, Any]:
         """Return row `i` of all the files together."""
-        part, j = self._place(i)
+        part, j = self._part(i)
         return part.read_row(j)
 
     def where(self, i: int, column: str | None = None) -> str:
         """Return the file and the row within that file."""
-        part, j = self._place(i)
+        part, j = self._part(i)
         return f"{self.name}/{part.where(j, column)}"
 
     def values(self, column: str) -> Iterator[Any]:
@@ -129,15 +129,13 @@ class JoinedColumns(Mapping[str, Tensor]):
         self._joined: dict[str, Tensor] = {}
 
     def __getitem__(self, column: str) -> Tensor:
-        import torch
-
         if column not in self._joined:
             pieces = [part.tensors[column] for part in self._parts if part.tensors is not None]
             for part, piece in zip(self._parts, pieces, strict=True):
                 if (piece.dtype, piece.shape[1:]) != (pieces[0].dtype, pieces[0].shape[1:]):
                     raise InputError(
-                        f"{self._folder}: column {column!r} has rows of {describe(pieces[0])} in "
-                        f"{self._parts[0].name} and of {describe(piece)} in {part.name}; "
+                        f"{self._folder}: column {column!r} has rows of {_described(pieces[0])} in "
+                        f"{self._parts[0].name} and of {_described(piece)} in {part.name}; "
                         "the files of one folder must agree."
                     )
             self._joined[column] = torch.cat(pieces)
@@ -150,10 +148,8 @@ class JoinedColumns(Mapping[str, Tensor]):
         return len(self._parts[0].columns)
 
 
-def describe(column: Tensor) -> str:
-    """Return dtype and shape of one row of `column`, (N, …), in words."""
-    shape = tuple(column.shape[1:])
-    return f"{str(column.dtype).removeprefix('torch.')} of shape {shape}"
+def _described(column: Tensor) -> str:
+    return f"{str(column.dtype).removeprefix('torch.')} of shape {tuple(column.shape[1:])}"
 
 
 def file_digest(path: Path) -> str:

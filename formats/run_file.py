@@ -16,23 +16,17 @@ from formats.task_file import read_toml, refuse_unknown, resolve
 
 
 class RunTask(Struct, frozen=True):
-    """One `[[task]]` of a run file: `data` and test data are joined to the folder of the file.
-
-    Its Fisher is measured only where `train` is false; `options` are spelled as they are written.
-    """
+    """One `[[task]]` of a run file: `data` and test data are joined to the folder of the file."""
 
     name: TaskName
     data: Text
     evaluate: Text | None = None
-    train: bool = True
-    options: dict[str, Any] = field(default_factory=dict)
+    train: bool = True  # else only its Fisher is measured
+    options: dict[str, Any] = field(default_factory=dict)  # spelled as they are written
 
 
 class RunFile(Struct, frozen=True, rename={"tasks": "task", "output_dir": "output-dir"}):
-    """What a run file says, None where it is silent: local paths are joined to its folder.
-
-    `config` is of a first checkpoint that is made afresh; `defaults` are options of every task.
-    """
+    """What a run file says, None where it is silent: local paths are joined to its folder."""
 
     path: Path
     tasks: list[RunTask]
@@ -41,8 +35,8 @@ class RunFile(Struct, frozen=True, rename={"tasks": "task", "output_dir": "outpu
     fisher: Text | None = None
     output_dir: Path | None = None
     evaluate: dict[str, Text] = field(default_factory=dict)
-    config: dict[str, Any] | None = None
-    defaults: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] | None = None  # of a first checkpoint that is made afresh
+    defaults: dict[str, Any] = field(default_factory=dict)  # options of every task
 
 
 _TASK = ("name", "data", "evaluate", "train")
@@ -71,15 +65,14 @@ def read_run_file(path: Path, options: Collection[str]) -> RunFile:
         json.dumps(run.config, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: config cannot be kept as JSON: {error}.") from None
-    numbers: dict[str, int] = {}
-    for number, name in enumerate((task.name for task in run.tasks), 1):
-        other = "a line of [evaluate]" if name in run.evaluate else f"task {numbers.get(name)}"
-        if name in run.evaluate or name in numbers:
+    named = dict.fromkeys(run.evaluate, "a line of [evaluate]")
+    for number, task in enumerate(run.tasks, 1):
+        if other := named.get(task.name):
             raise InputError(
-                f"{path}: task {number} and {other} are both named {name!r}: give one of them "
+                f"{path}: task {number} and {other} are both named {task.name!r}: give one of them "
                 "another name."
             )
-        numbers[name] = number
+        named[task.name] = f"task {number}"
     return replace(
         run,
         start=_resolved(run.start, folder),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import asdict
 
 from formats.atomic import write_file
 from formats.conversion import converted, strict_json
@@ -15,19 +16,15 @@ VERSION = 1
 
 
 class StepRecord(Struct, frozen=True):
-    """One step of a run, told by its content: digests and options, no time and no path.
-
-    `made` holds digests of what the step left; None until it is finished.
-    """
+    """One step of a run, told by its content: digests and options, no time and no path."""
 
     made_from: dict[str, Any]
-    made: dict[str, Any] | None
+    made: dict[str, Any] | None  # digests of what it left, once it is finished
 
 
 def write_step_record(path: Path, record: StepRecord) -> None:
     """Write a record whole: the same content, the same bytes."""
-    content = {"format": FORMAT, "version": VERSION}
-    content |= {"made_from": record.made_from, "made": record.made}
+    content = {"format": FORMAT, "version": VERSION, **asdict(record)}
     write_file(path, json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
 
 

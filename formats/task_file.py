@@ -91,23 +91,13 @@ def _looks_like_hub_id(data: str) -> bool:
     return is_hub_id(data) and Path(data).suffix.lower() not in DATA_SUFFIXES
 
 
-def open_task(
-    spec: str | Path,
-    *,
-    split: str | None = None,
-    subset: str | None = None,
-    revision: str | None = None,
-) -> tuple[TaskFile, Rows]:
-    """Open what DATA names on the command line: data, or a `.toml` file that names them.
-
-    What is given wins over what the file says.
-    """
-    given = {"split": split, "subset": subset, "revision": revision}
+def open_task(spec: str | Path, *, split: str | None = None) -> tuple[TaskFile, Rows]:
+    """Open data, or what a `.toml` file names; a split that is given wins over the file's."""
     if Path(spec).suffix.lower() != ".toml":
-        return TaskFile(data=str(spec), **given), open_data(spec, **given)
+        return TaskFile(data=str(spec), split=split), open_data(spec, split=split)
     path = Path(spec).expanduser()
     task = read_task_file(path)
-    task = dataclasses.replace(task, **{key: value for key, value in given.items() if value})
+    task = dataclasses.replace(task, split=split or task.split)
     options = {"split": task.split, "subset": task.subset, "revision": task.revision}
     try:
         # a folder of the same name where the command was started is not what the file means

@@ -15,10 +15,9 @@ from formats.tensors import LazyTensors, open_tensors
 
 
 class NpzColumns(LazyTensors):
-    """The arrays of an `.npz` file as tensors; each is read when it is first asked for."""
+    """The arrays of an `.npz` file as tensors, read when first asked for; none is unpickled."""
 
     def __init__(self, path: Path) -> None:
-        """Read the headers of the arrays, which must be numbers; nothing is ever unpickled."""
         self.path = path
         self._loaded: dict[str, Tensor] = {}
         self.headers = {}
@@ -68,13 +67,10 @@ class NpzColumns(LazyTensors):
 
 
 def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
+    major, minor = np.lib.format.read_magic(file)
+    read = getattr(np.lib.format, f"read_array_header_{major}_{minor}", None)
     if read is None:
-        raise ValueError(f"array format {version[0]}.{version[1]} is not known")
+        raise ValueError(f"array format {major}.{minor} is not known")
     shape, _, dtype = read(file)
     return shape, dtype
 
@@ -86,10 +82,7 @@ def _kind(dtype: np.dtype[Any]) -> str:
 
 
 class TensorRows(Rows):
-    """Row `i` is entry `i` along the first dimension of every tensor; a label is a 0-dim tensor.
-
-    `tensors` gives whole columns, (N, …), so that a batch is one indexing operation.
-    """
+    """Row `i` is entry `i` along the first dimension of every tensor; a label is a 0-dim tensor."""
 
     tensors: LazyTensors
 

@@ -107,10 +107,9 @@ class TensorFiles(LazyTensors):
         self._handles: dict[Path, Any] = {}
         room = MAX_HEADER_BYTES
         for file in reversed(files):
-            handle, size = _open(file, room)
-            self._handles[file] = handle
+            self._handles[file], size = _open(file, room)
             room -= size
-            self.metadata = dict(handle.metadata() or {})
+            self.metadata = dict(self._handles[file].metadata() or {})
         for file in files:
             handle = self._handles[file]
             for name in handle.offset_keys():
@@ -173,11 +172,6 @@ def open_tensors(path: Path, stem: str = "model") -> TensorFiles:
         return TensorFiles(path, [inside(path, single.name)])
     weight_map = read_index(index)
     tensors = TensorFiles(path, [inside(path, name) for name in sorted(set(weight_map.values()))])
-    if single.exists() and single not in tensors.files:
-        raise InputError(
-            f"{path} holds both {single.name} and {index.name}, which does not name it; "
-            "remove the one that does not belong to the checkpoint"
-        )
     check_index(index, weight_map, {name: tensors.file_of(name).name for name in tensors})
     return tensors
 

@@ -34,8 +34,7 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> InputError:
 class _LineRows(Rows):
     """Rows of a text file by the byte and the line, counted from 1, at which each begins.
 
-    The file is opened anew for each read: no handle to leak, to share after a fork or to move under
-    another thread. A file that has changed since is noticed.
+    A file that has changed since it was opened is noticed; a byte order mark is passed over.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,11 +43,13 @@ class _LineRows(Rows):
         self._lines = array.array("I")
         with path.open("rb", buffering=_BUFFER) as file:
             self._stamp = _stamp(file)
-            self._starts.append(self._scan(file))
+            position = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+            file.seek(position)
+            self._starts.append(self._scan(file, position))
 
     @abstractmethod
-    def _scan(self, file: IO[bytes]) -> int:
-        """Find where the rows begin; return where the last one ends."""
+    def _scan(self, file: IO[bytes], position: int) -> int:
+        """Find where the rows begin, from a position on; return where the last one ends."""
 
     def _add(self, start: int, line: int) -> None:
         self._starts.append(start)
@@ -57,10 +58,8 @@ class _LineRows(Rows):
     def __len__(self) -> int:
         return len(self._lines)
 
-    def where(self, i: int, column: str | None = None) -> str:
-        """Return file, row, line and column in words."""
-        place = f"{self.name}, row {i + 1} (line {self._lines[i]})"
-        return place if column is None else f"{place}, column {column!r}"
+    def _place(self, i: int) -> str:
+        return f"{super()._place(i)} (line {self._lines[i]})"
 
     def _text(self, i: int) -> str:
         """Return row `i`, with what separates it from the next."""
@@ -88,33 +87,21 @@ class JsonLinesRows(_LineRows):
         super().__init__(path)
         if not len(self):
             raise InputError(f"{path} is empty: expected one JSON object a line.")
-        self.columns = []
         first = [self._parse(i) for i in range(min(len(self), _ROWS_LOOKED_AT_FOR_COLUMNS))]
         self.columns = list(dict.fromkeys(key for row in first for key in row))
         if not self.columns:
             raise InputError(f"{path}: the rows have no columns; they are empty objects.")
 
-    def _scan(self, file: IO[bytes]) -> int:
-        position = 0
+    def _scan(self, file: IO[bytes], position: int) -> int:
         for number, line in enumerate(file, start=1):
-            bom = len(_BOM) if position == 0 and line.startswith(_BOM) else 0
-            if line[bom:].strip():
-                self._add(position + bom, number)
+            if line.strip():
+                self._add(position, number)
             position += len(line)
         return position
 
     def _parse(self, i: int) -> dict[str, Any]:
         # what the scan took for blank lines may follow the row; JSON knows fewer blanks than ASCII
-        text = self._text(i).rstrip(" \t\n\r\v\f")
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            at, why = f"line {self._lines[i]}", str(error)
-            if isinstance(error, json.JSONDecodeError):
-                at, why = f"{at}, character {error.colno}", error.msg
-            raise InputError(
-                f"{self.path}, {at}: not valid JSON ({why}). Expected one JSON object a line."
-            ) from None
+        value = _loads(self._text(i).rstrip(" \t\n\r\v\f"), self.path, self._lines[i])
         if not isinstance(value, dict):
             raise InputError(
                 f"{self.path}, line {self._lines[i]}: expected a JSON object "
@@ -124,7 +111,7 @@ class JsonLinesRows(_LineRows):
 
     def read_row(self, i: int) -> dict[str, Any]:
         """Return row `i`."""
-        return _with_all_columns(self._parse(i), self.columns)
+        return dict.fromkeys(self.columns) | self._parse(i)
 
 
 class JsonArrayRows(Rows):
@@ -140,42 +127,34 @@ class JsonArrayRows(Rows):
             )
         content = path.read_bytes()
         try:
-            rows = json.loads(content.decode("utf-8-sig"))
+            text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             # the codec counts from behind the byte order mark, the file does not
             bom = len(_BOM) if content.startswith(_BOM) else 0
             line = content.count(b"\n", 0, bom + error.start) + 1
             raise _not_utf8(path, line, error) from None
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {error.lineno}, character {error.colno}: not valid JSON "
-                f"({error.msg})."
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not valid JSON ({error}).") from None
-        for i, row in enumerate(rows):
+        self._rows = _loads(text, path)
+        for i, row in enumerate(self._rows):
             if not isinstance(row, dict):
-                raise InputError(
-                    f"{path}, row {i + 1}: expected an object, found {_json_kind(row)}."
-                )
-        self.columns = list(dict.fromkeys(key for row in rows for key in row))
+                found = _json_kind(row)
+                raise InputError(f"{path}, row {i + 1}: expected an object, found {found}.")
+        self.columns = list(dict.fromkeys(key for row in self._rows for key in row))
         if not self.columns:
             raise InputError(f"{path} is empty: expected an array of objects with columns.")
-        self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def read_row(self, i: int) -> dict[str, Any]:
         """Return a copy of row `i`."""
-        return _with_all_columns(self._rows[i], self.columns)
+        return dict.fromkeys(self.columns) | self._rows[i]
 
 
 class CsvRows(_LineRows):
     """Comma- or tab-separated values with a header line; every value is a string.
 
-    Fields may be of any length, and may be quoted with `"` to hold delimiters, line ends and
-    doubled quotes. Empty lines are passed over but counted. All rows are checked at the opening.
+    Fields may be quoted, and of any length. Empty lines are passed over but counted; all rows are
+    checked at the opening.
     """
 
     def __init__(self, path: Path, delimiter: str) -> None:
@@ -191,20 +170,35 @@ class CsvRows(_LineRows):
         if not len(self):
             raise InputError(f"{path} has a header ({', '.join(self.columns)}) but no rows.")
 
-    def _scan(self, file: IO[bytes]) -> int:
-        lines = _Lines(self.path, file)
-        reader = csv.reader(lines, delimiter=self._delimiter, strict=True)
+    def _scan(self, file: IO[bytes], position: int) -> int:
+        number = 0
+
+        def decoded() -> Iterator[str]:
+            nonlocal position, number
+            for number, content in enumerate(file, start=1):
+                position += len(content)
+                try:
+                    text = content.decode()
+                except UnicodeDecodeError as error:
+                    raise _not_utf8(self.path, number, error) from None
+                yield text
+
+        reader = csv.reader(decoded(), delimiter=self._delimiter, strict=True)
         while True:
-            start, line = lines.position, lines.number + 1
+            start, line = position, number + 1
             try:
                 record = next(reader, None)
             except csv.Error as error:
-                why = _explain(error, lines.number)
-                raise InputError(f"{self.path}, line {line}: {why}.") from None
+                raise InputError(f"{self.path}, line {line}: {_explain(error, number)}.") from None
             if record is None:
-                return lines.position
+                return position
             if record and not self.columns:
-                self.columns = self._check_header(record, line)
+                self.columns = record
+                if twice := [name for name in record if record.count(name) > 1]:
+                    raise InputError(
+                        f"{self.path}, line {line}: the header names column {twice[0]!r} "
+                        f"{record.count(twice[0])} times. Give each column a name of its own."
+                    )
             elif record and len(record) != len(self.columns):
                 raise InputError(
                     f"{self.path}, line {line}: {len(record)} fields, but the header has "
@@ -214,41 +208,12 @@ class CsvRows(_LineRows):
             elif record:
                 self._add(start, line)
 
-    def _check_header(self, header: list[str], line: int) -> list[str]:
-        twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
-        if twice:
-            raise InputError(
-                f"{self.path}, line {line}: the header names column {twice[0]!r} "
-                f"{header.count(twice[0])} times. Give each column a name of its own."
-            )
-        return header
-
     def read_row(self, i: int) -> dict[str, Any]:
         """Return row `i`, every value a string."""
         # newline="\n" splits where the scan split, and leaves other line ends inside fields alone
         lines = io.StringIO(self._text(i), newline="\n")
         record = next(csv.reader(lines, delimiter=self._delimiter, strict=True))
         return dict(zip(self.columns, record, strict=True))
-
-
-class _Lines(Iterator[str]):
-    """Lines of a binary file as text; knows the byte position and number of the last line given."""
-
-    def __init__(self, path: Path, file: Any) -> None:
-        self.path = path
-        self._file = file
-        self.position = 0
-        self.number = 0
-
-    def __next__(self) -> str:
-        line: bytes = next(self._file)
-        bom = len(_BOM) if self.position == 0 and line.startswith(_BOM) else 0
-        self.position += len(line)
-        self.number += 1
-        try:
-            return line[bom:].decode()
-        except UnicodeDecodeError as error:
-            raise _not_utf8(self.path, self.number, error) from None
 
 
 def _explain(error: csv.Error, last_line: int) -> str:
@@ -262,8 +227,16 @@ def _explain(error: csv.Error, last_line: int) -> str:
     return f"{message}; a quote inside a quoted field is written twice"
 
 
-def _with_all_columns(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
-    return {**dict.fromkeys(columns), **row}
+def _loads(text: str, path: Path, line: int | None = None) -> Any:
+    """Read the JSON of a line of a file, or of the whole file."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        at, why = "" if line is None else f", line {line}", str(error)
+        if isinstance(error, json.JSONDecodeError):
+            at, why = f", line {line or error.lineno}, character {error.colno}", error.msg
+        hint = "" if line is None else " Expected one JSON object a line."
+        raise InputError(f"{path}{at}: not valid JSON ({why}).{hint}") from None
 
 
 def _json_kind(value: Any) -> str:
@@ -274,9 +247,6 @@ def _json_kind(value: Any) -> str:
 def open_json(path: Path) -> Rows:
     """Open a `.json` file: an array of objects, or JSON Lines under another name."""
     with path.open("rb") as file:
-        first = b""
-        for line in file:
-            first = line.removeprefix(_BOM).strip()[:1]
-            if first:
-                break
-    return JsonArrayRows(path) if first == b"[" else JsonLinesRows(path)
+        texts = (line.removeprefix(_BOM).strip() for line in file)
+        first = next(filter(None, texts), b"")
+    return JsonArrayRows(path) if first.startswith(b"[") else JsonLinesRows(path)

@@ -1,6 +1,7 @@
 """Versions of the programs that wrote a file."""
 
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 
@@ -8,8 +9,6 @@ def program_versions() -> dict[str, str]:
     """Give the versions of the programs that write a ledger."""
     versions = {"python": platform.python_version()}
     for package in ("consolidate-ewc", "safetensors", "torch", "transformers"):
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return versions

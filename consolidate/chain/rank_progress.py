@@ -27,7 +27,6 @@ from formats.partial_work import (
     publish_partial,
     read_partial,
     read_prepared,
-    read_published,
 )
 
 _OF_PROCESS = "process-"
@@ -78,7 +77,7 @@ def start_with_set(
     """
     process, processes = place_in(group)
     marks = []
-    for part in (read_published(target, process), read_prepared(target, process)):
+    for part in (read_partial(target, process, whole=False), read_prepared(target, process)):
         check(part)
         marks.append(0 if part is None else int(part.state.get(_MARK, 0)))
     everywhere = [marks] * processes

@@ -25,7 +25,6 @@ from formats.errors import InputError
 from formats.partial_work import (
     StoredWork,
     read_partial,
-    read_published,
     remove_partial,
     write_partial,
 )
@@ -141,7 +140,7 @@ class KeptWork:
     def remove_own(self) -> None:
         """Throw away what was kept if it is of this command, whose result is there."""
         with suppress(InputError):
-            stored = read_published(self._target, self._process)
+            stored = read_partial(self._target, self._process, whole=False)
             self._refuse_others(stored)
             if stored is not None:
                 self.remove()
