@@ -38,7 +38,7 @@ def encode(
         examples = encode_images(rows, model, columns)
     else:
         examples = encode_texts(rows, model, columns, max_length=max_length, pack=pack, seed=seed)
-    examples._notes += unread_columns(columns, model.objective)
+    examples.notes += unread_columns(columns, model.objective)
     return examples
 
 

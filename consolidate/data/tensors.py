@@ -1,6 +1,7 @@
 """Examples of tensors, for modules of the user's own."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,24 +16,21 @@ from formats.errors import InputError
 from formats.rows import Rows
 
 
+@dataclass(eq=False)
 class TensorExamples(Examples):
     """Rows of two tensors; inputs may be mapped from a file and are cast batch by batch."""
 
-    def __init__(
-        self, inputs: Tensor, labels: Tensor, dtype: torch.dtype, notes: Sequence[str] = ()
-    ) -> None:
-        super().__init__(notes)
-        self._inputs = inputs
-        self._labels = labels
-        self._dtype = dtype
+    inputs: Tensor
+    labels: Tensor
+    dtype: torch.dtype
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
         """Return those rows of both tensors."""
-        chosen = torch.as_tensor(list(indices), dtype=torch.long)
-        return _cast(self._inputs[chosen], self._dtype), self._labels[chosen]
+        chosen = list(indices)
+        return _cast(self.inputs[chosen], self.dtype), self.labels[chosen]
 
 
 def encode_tensors(rows: Rows, model: Model, columns: Columns) -> Examples:
@@ -45,12 +43,12 @@ def encode_tensors(rows: Rows, model: Model, columns: Columns) -> Examples:
     labels = None if rows.tensors is None else _signed(within_int64(rows, column))
     if labels is None or model.objective.name == "multi-label":
         encoded, notes = read_labels(rows, columns, model, outputs.shape[-1])
-        return TensorExamples(inputs, encoded, dtype, notes)
+        return TensorExamples(inputs, encoded, dtype, notes=notes)
     if model.objective.name == "regression":
         return TensorExamples(inputs, _finite(rows, column, labels), dtype)
     reader = Labels(rows, column, model, outputs.shape[-1])
     encoded = _class_numbers(rows, column, labels, reader)
-    return TensorExamples(inputs, encoded, dtype, reader.notes)
+    return TensorExamples(inputs, encoded, dtype, notes=reader.notes)
 
 
 def _class_numbers(rows: Rows, column: str, labels: Tensor, reader: Labels) -> Tensor:
