@@ -87,9 +87,9 @@ def _stacked(rows: Rows, name: str) -> Tensor:
         where = rows.where(i, name)
         value = rows[i].get(name)
         try:
-            tensor = value if isinstance(value, Tensor) else torch.tensor(as_list(value, where))
             if isinstance(value, str):
-                tensor = torch.tensor([float(one) for one in as_list(value, where)])
+                value = [float(one) for one in as_list(value, where)]
+            tensor = value if isinstance(value, Tensor) else torch.tensor(as_list(value, where))
         except (TypeError, ValueError, OverflowError):
             raise InputError(f"{where}: expected numbers, found {value!r:.60}") from None
         values.append(tensor)

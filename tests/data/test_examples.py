@@ -568,6 +568,17 @@ def test_lists_of_numbers_are_tensors_too(own: Any, tmp_path: Path) -> None:
         encode(ragged, own())
 
 
+def test_lists_of_numbers_are_written_as_text_in_csv(own: Any, tmp_path: Path) -> None:
+    text = 'inputs,label\n"0,1,2,3,4,5.5",0\n"[1, 1, 2, 3, 4, 5]",1\n'
+    inputs, labels = first_batch(encode(csv(tmp_path, text), own()))
+    assert inputs.dtype == torch.float32
+    assert inputs.tolist() == [[0, 1, 2, 3, 4, 5.5], [1, 1, 2, 3, 4, 5]]
+    assert labels.tolist() == [0, 1]
+    for cell in ("one,two", "[[1], [2]]"):
+        with pytest.raises(InputError, match=r"row 1 .*column 'inputs': expected numbers"):
+            encode(csv(tmp_path, f'inputs,label\n"{cell}",0\n'), own())
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
