@@ -130,5 +130,5 @@ def _layout(module: nn.Module, source: Checkpoint) -> Layout:
     if source.adapter is not None:
         return adapter_layout(module, shapes)
     if hasattr(module, "save_pretrained"):
-        return transformers_layout(module, shapes)[0]
+        return transformers_layout(module, shapes)
     return same_names_layout(module, shapes)

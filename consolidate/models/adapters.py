@@ -47,7 +47,7 @@ def adapter_layout(module: nn.Module, file_shapes: Mapping[str, tuple[int, ...]]
             )
     groups = [Group((name,), (own[name],), None) for name in file_shapes]
     outside = [name for name, _ in module.named_parameters() if name not in own.values()]
-    return Layout(module, groups, file_shapes, (), outside=outside)
+    return Layout(module, groups, file_shapes, {}, outside=outside)
 
 
 def without_fisher(model: Model, diagonal: Mapping[str, Tensor]) -> list[str]:

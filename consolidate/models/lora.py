@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,27 +26,20 @@ class Lora:
     """A fresh adapter, as `add_lora` makes it."""
 
     rank: int
-    targets: Sequence[str] = ()
+    targets: Sequence[str] = ()  # glob patterns of layers' names, or of their last parts
     alpha: float | None = None  # the rank unless given, so that s = 1
 
 
-def add_lora(
-    module: nn.Module,
-    *,
-    rank: int,
-    targets: Sequence[str] = (),  # glob patterns of layers' names, or of their last parts
-    alpha: float | None = None,
-    seed: int = 0,  # of A
-) -> list[str]:
+def add_lora(module: nn.Module, lora: Lora, seed: int = 0) -> list[str]:
     """Put a fresh LoRA adapter into a module, in place: W + s B A with B = 0 (Hu et al. 2021).
 
-    s = α/r. All else is frozen, so the module computes what it did until B is trained.
+    s = α/r, and `seed` is that of A. All else is frozen, so the module computes what it did until B is trained.
     """
     peft = import_peft()
-    names = _targets(module, targets)
+    names = _targets(module, lora.targets)
     config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
+        r=lora.rank,
+        lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
         target_modules="|".join(map(re.escape, names)),
         fan_in_fan_out=False,
     )
@@ -118,7 +111,7 @@ def adapt(
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     new = {at for name in whole for at in model.layout.module_names(name)}
     kept = [parameter for name, parameter in module.named_parameters() if name in new]
-    names = add_lora(module, **vars(lora), seed=seed)
+    names = add_lora(module, lora, seed)
     held = {id(parameter) for parameter in trainable}
     for name, layer in low_rank_layers(module).items():
         if id(layer.weight) not in held:
@@ -129,7 +122,7 @@ def adapt(
         parameter.requires_grad_(id(parameter) in held)
     own = dict(module.named_parameters())
     for other in _distinct(others):
-        add_lora(other.module, rank=lora.rank, targets=names, alpha=lora.alpha, seed=seed)
+        add_lora(other.module, replace(lora, targets=names), seed)
         for name, parameter in other.module.named_parameters():
             if is_adapter(name):
                 parameter.data = own[name].data

@@ -7,7 +7,7 @@ of every element through it: the positions that come out are the way back.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -38,17 +38,20 @@ class Layout:
         module: nn.Module,  # as loaded: its tied tensors are tied
         groups: Sequence[Group],  # module names may be any of a tied tensor's
         file_shapes: Shapes,  # in the file's order
-        unused: Iterable[str],  # names of the file for which the module has no place
+        unused: Mapping[
+            str, str
+        ],  # what the module has no place for, and the names it was sought by
         outside: Collection[str] = (),  # module names of another file: an adapter's base model
     ) -> None:
         self._file_shapes = dict(file_shapes)
-        self._aliases = _aliases(module)  # any name of a tied tensor is understood
-        self._module_shapes = {
-            name: tuple(tensor.shape)
-            for name, tensor in module.state_dict(keep_vars=True).items()
-            if self._aliases.get(name) == name
-        }
-        self.unused = tuple(unused)
+        self._aliases: dict[str, str] = {}  # any name of a tied tensor -> the first one
+        self._module_shapes: Shapes = {}
+        first = {id(parameter): name for name, parameter in module.named_parameters()}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor):
+                own = self._aliases[name] = first.setdefault(id(tensor), name)
+                self._module_shapes.setdefault(own, tuple(tensor.shape))
+        self.unused = unused
         self.duplicates: dict[str, str] = {}  # second names of tied tensors in the file -> first
         self.groups = self._distinct(groups)
         self._group_of_file = {n: group for group in self.groups for n in group.file_names}
@@ -176,8 +179,6 @@ class Layout:
         )
         try:
             positions = self._positions(group)
-        except InputError:
-            raise
         except Exception as error:  # an operation that refuses integers computes something
             raise InputError(f"{refusal} ({error})") from error
         seen = torch.zeros(elements, dtype=torch.bool)
@@ -225,11 +226,12 @@ def same_names_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
     """Lay out a module whose file has the names of its state dict."""
     state = module.state_dict()
     groups = [Group((name,), (name,), None) for name in file_shapes if name in state]
-    return Layout(module, groups, file_shapes, [name for name in file_shapes if name not in state])
+    unused = {name: name for name in file_shapes if name not in state}
+    return Layout(module, groups, file_shapes, unused)
 
 
-def transformers_layout(module: Any, file_shapes: Shapes) -> tuple[Layout, dict[str, str]]:
-    """Lay out a transformers model as it is loaded; give the name sought for each unused tensor."""
+def transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
+    """Lay out a transformers model as it is loaded."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -244,7 +246,7 @@ def transformers_layout(module: Any, file_shapes: Shapes) -> tuple[Layout, dict[
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     prefix = module.base_model_prefix
     state = module.state_dict()
-    single: dict[str, str] = {}
+    groups: dict[str, Group] = {}
     joint: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
     unused: dict[str, str] = {}
     # Some renamings depend on what was renamed before, so the order has to be transformers' own.
@@ -255,15 +257,15 @@ def transformers_layout(module: Any, file_shapes: Shapes) -> tuple[Layout, dict[
         if renamed not in state:
             unused[name] = renamed
         elif pattern is None:
-            single[name] = renamed
+            groups[name] = Group((name,), (renamed,), None)
         else:
             joint.setdefault(renamed, (by_pattern[pattern], []))[1].append((name, pattern))
-    groups = {name: Group((name,), (renamed,), None) for name, renamed in single.items()}
     for renamed, (converter, sources) in joint.items():
         group = _converted_group(module, renamed, converter, sources, file_shapes)
         groups[group.file_names[0]] = group
     ordered = [groups[name] for name in file_shapes if name in groups]
-    return Layout(module, ordered, file_shapes, [n for n in file_shapes if n in unused]), unused
+    unused = {name: unused[name] for name in file_shapes if name in unused}
+    return Layout(module, ordered, file_shapes, unused)
 
 
 def _converted_group(
@@ -300,16 +302,6 @@ def _converted_group(
         return [made[name] for name in module_names]
 
     return Group(names, module_names, convert)
-
-
-def _aliases(module: nn.Module) -> dict[str, str]:
-    """Each name in the state dict with the first name of the same tensor."""
-    first: dict[int, str] = {id(parameter): name for name, parameter in module.named_parameters()}
-    aliases = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor):
-            aliases[name] = first.setdefault(id(tensor), name)
-    return aliases
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], where: str) -> None:
