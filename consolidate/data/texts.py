@@ -175,7 +175,11 @@ class _Texts:
             raise UsageError(
                 f"--max-length {max_length} is more than the model takes, which is {limit}"
             )
-        self.max_length = max_length or _default_length(self.tokenizer, limit, pack)
+        stated = [
+            n for n in (limit, self.tokenizer.model_max_length) if n is not None and n < 10**9
+        ]
+        longest = min(stated, default=_LONGEST)
+        self.max_length = max_length or (min(longest, _LONGEST_PACK) if pack else longest)
         self.count = 0
         self.truncated = 0
         self.empty = 0
@@ -269,12 +273,6 @@ def _most_tokens(model: Model) -> int | None:
     if config.model_type in _OFFSET_POSITIONS:
         limit -= (config.pad_token_id or 0) + 1
     return limit
-
-
-def _default_length(tokenizer: Any, limit: int | None, pack: bool) -> int:
-    stated = [n for n in (limit, tokenizer.model_max_length) if n is not None and n < 10**9]
-    length = min(stated, default=_LONGEST)
-    return min(length, _LONGEST_PACK) if pack else length
 
 
 def _classified(texts: _Texts, columns: Columns) -> TextExamples:
@@ -404,8 +402,7 @@ def _chats(texts: _Texts, column: str) -> Iterator[_Document]:
             f"{texts.model.checkpoint.path}: the tokenizer has no chat template, which messages "
             "need"
         )
-    for i in range(len(texts.rows)):
-        messages = texts.rows[i].get(column)
+    for i, messages in enumerate(texts.rows.values(column)):
         where = texts.rows.where(i, column)
         if isinstance(messages, str):
             messages = as_list(messages, where)

@@ -33,7 +33,8 @@ class Lora:
 def add_lora(module: nn.Module, lora: Lora, seed: int = 0) -> list[str]:
     """Put a fresh LoRA adapter into a module, in place: W + s B A with B = 0 (Hu et al. 2021).
 
-    s = α/r, and `seed` is that of A. All else is frozen, so the module computes what it did until B is trained.
+    s = α/r, and `seed` is of A. All else is frozen, so the module computes what it did until B is
+    trained.
     """
     peft = import_peft()
     names = _targets(module, lora.targets)
