@@ -257,7 +257,7 @@ def _with_wider_head(load: Load, fitted: Fitted, head: list[str], names: list[st
     rows = {n: len(source.weights[n]) for n in head if len(values[n]) > len(source.weights[n])}
     count = len(fitted.model.labels or []) or min(rows.values())
     LOG.info("output layer widened (%s) by %s", ", ".join(rows), ", ".join(names[count:]))
-    return Fitted(wide, _padded(fitted.before, values, rows), {**fitted.free, **rows})
+    return _widened(fitted, wide, values, rows)
 
 
 def _with_fresh_head(
@@ -290,24 +290,22 @@ def _with_fresh_head(
     return replace(fresh, checkpoint=checkpoint, notes=model.notes), values
 
 
-def _padded(
-    chain: Chain | None, weights: Mapping[str, Tensor], rows: Mapping[str, int]
-) -> Chain | None:
+def _widened(
+    fitted: Fitted, wide: Model, weights: Mapping[str, Tensor], rows: Mapping[str, int]
+) -> Fitted:
     """Give Λ zeros and μ the weights' values in rows that are new, from `rows` on."""
-    if chain is None:
-        return None
-    new = {name: weights[name][count:] for name, count in rows.items() if name in chain.fisher}
-    zeros = {
-        at: torch.zeros_like(values, dtype=chain.fisher[at].dtype) for at, values in new.items()
-    }
-    fisher, anchor = _longer(chain.fisher, zeros), chain.anchor
-    if anchor is not None:
-        anchor = _longer(anchor, {at: values.float() for at, values in new.items()})
-    return FittedChain(chain.ledger, fisher, anchor, chain.heads)
+    chain = fitted.before
+    if chain is not None:
+        new = {name: weights[name][count:] for name, count in rows.items() if name in chain.fisher}
+        fisher = _longer(chain.fisher, {at: torch.zeros_like(new[at]) for at in new})
+        anchor = None if chain.anchor is None else _longer(chain.anchor, new)
+        chain = FittedChain(chain.ledger, fisher, anchor, chain.heads)
+    return Fitted(wide, chain, {**fitted.free, **rows})
 
 
 def _longer(tensors: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Overlaid:
-    return Overlaid(tensors, replaced={at: torch.cat([tensors[at], rows[at]]) for at in rows})
+    joined = {at: torch.cat([tensors[at], rows[at].to(tensors[at].dtype)]) for at in rows}
+    return Overlaid(tensors, replaced=joined)
 
 
 def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str] | None) -> Fitted:
@@ -354,8 +352,7 @@ def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str]
         config["vocab_size"] = wanted
     wide = replace(source, weights=Overlaid(source.weights, replaced=values), config=config)
     rows = dict.fromkeys(files, count)
-    before = _padded(fitted.before, values, rows)
-    return Fitted(load(wide, new_labels=new_labels), before, {**fitted.free, **rows})
+    return _widened(fitted, load(wide, new_labels=new_labels), values, rows)
 
 
 def _outcomes(head: Mapping[str, Tensor], source: Checkpoint) -> int | None:

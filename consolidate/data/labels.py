@@ -190,7 +190,7 @@ def as_integer(value: Any) -> int | None:
 def as_list(value: Any, where: str) -> list[Any]:
     """Return the list that a value is or spells: JSON, or a text with commas."""
     if isinstance(value, Tensor):
-        return value.tolist()
+        return torch.atleast_1d(value).tolist()
     if isinstance(value, list | tuple):
         return list(value)
     if isinstance(value, str):

@@ -89,7 +89,7 @@ def _stacked(rows: Rows, name: str) -> Tensor:
         try:
             if isinstance(value, str):
                 value = [float(one) for one in as_list(value, where)]
-            tensor = value if isinstance(value, Tensor) else torch.tensor(as_list(value, where))
+            tensor = torch.tensor(as_list(value, where))
         except (TypeError, ValueError, OverflowError):
             raise InputError(f"{where}: expected numbers, found {value!r:.60}") from None
         values.append(tensor)

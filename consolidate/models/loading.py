@@ -66,9 +66,6 @@ def load_model(
     return model
 
 
-# --- a user's own module -----------------------------------------------------------------------
-
-
 def _from_factory(
     checkpoint: Checkpoint,
     objective: Objective,
@@ -127,9 +124,6 @@ def _prefix_hint(names: Iterable[str], state: Mapping[str, Any]) -> str:
         f". All begin with {prefix!r}: a factory fits that returns a module with the network as "
         f"its attribute {prefix}"
     )
-
-
-# --- transformers ------------------------------------------------------------------------------
 
 
 class _Lazy:
@@ -318,9 +312,6 @@ def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
     except Exception as error:
         what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
         raise InputError(f"{folder}: the {what} cannot be loaded: {first_line(error)}") from error
-
-
-# --- shared ------------------------------------------------------------------------------------
 
 
 def _label_names(config: Mapping[str, Any]) -> list[str] | None:

@@ -54,17 +54,15 @@ class Layout:
         self.unused = unused
         self.duplicates: dict[str, str] = {}  # second names of tied tensors in the file -> first
         self.groups = self._distinct(groups)
-        self._group_of_file = {n: group for group in self.groups for n in group.file_names}
-        self._group_of_module = {n: group for group in self.groups for n in group.module_names}
+        known = {*outside, *(name for group in self.groups for name in group.module_names)}
         # Parameters that the file lacks, as of a new output layer; buffers stay out of files.
-        self.fresh = tuple(
-            name
-            for name, _ in module.named_parameters()
-            if name not in self._group_of_module and name not in outside
-        )
-        file_order, module_order = [*self._file_shapes, *self.fresh], self._module_shapes
-        self._place_in_file = {name: place for place, name in enumerate(file_order)}
-        self._place_in_module = {name: place for place, name in enumerate(module_order)}
+        self.fresh = tuple(name for name, _ in module.named_parameters() if name not in known)
+        self._file_shapes |= {name: self._module_shapes[name] for name in self.fresh}
+        groups = [*(Group((name,), (name,), None) for name in self.fresh), *self.groups]
+        self._group_of_file = {n: group for group in groups for n in group.file_names}
+        self._group_of_module = {n: group for group in groups for n in group.module_names}
+        self._place_in_file = {name: place for place, name in enumerate(self._file_shapes)}
+        self._place_in_module = {name: place for place, name in enumerate(self._module_shapes)}
         for group in self.groups:
             self._check(group)
 
@@ -74,17 +72,13 @@ class Layout:
 
     def file_names(self, module_name: str) -> list[str]:
         """Return the file's tensors from which a module tensor is made; empty for a lone buffer."""
-        name = self._aliases[module_name]
-        if name in self._group_of_module:
-            return list(self._group_of_module[name].file_names)
-        return [name] if name in self.fresh else []
+        group = self._group_of_module.get(self._aliases[module_name])
+        return [] if group is None else list(group.file_names)
 
     def module_names(self, file_name: str) -> list[str]:
         """Return the module tensors that are made from one of the file; empty for an unused one."""
-        file_name = self.duplicates.get(file_name, file_name)
-        if file_name in self._group_of_file:
-            return list(self._group_of_file[file_name].module_names)
-        return [file_name] if file_name in self.fresh else []
+        group = self._group_of_file.get(self.duplicates.get(file_name, file_name))
+        return [] if group is None else list(group.module_names)
 
     def to_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give tensors of the module, some or all, the names, shapes and order of the file."""
@@ -102,15 +96,13 @@ class Layout:
                 found[group.file_names[0]] = given[group.module_names[0]]
             else:
                 found.update(self._to_file(group, given))
-        found.update({name: given[name] for name in self.fresh if name in given})
         return {name: found[name] for name in sorted(found, key=self._place_in_file.__getitem__)}
 
     def to_module(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give tensors of the file, lazy or not, the names, shapes and order of the module."""
         found: dict[str, Tensor] = {}
-        fresh = frozenset(self.fresh)
         for name in tensors:
-            if name not in self._file_shapes and name not in fresh:
+            if name not in self._file_shapes:
                 raise InputError(f"{name} is no tensor of the model's weights file")
         by_name = self._group_of_file
         # What is given under a second name alone is the tensor all the same.
@@ -130,10 +122,6 @@ class Layout:
                 _check_shape(name, parts[-1], self._file_shapes[name], "the weights file")
             converted = parts if group.convert is None else group.convert(parts)
             found.update(zip(group.module_names, converted, strict=True))
-        for name in fresh:
-            if name in tensors:
-                found[name] = tensors[name]
-                _check_shape(name, found[name], self._module_shapes[name], "the model")
         return {name: found[name] for name in sorted(found, key=self._place_in_module.__getitem__)}
 
     def _distinct(self, groups: Sequence[Group]) -> list[Group]:

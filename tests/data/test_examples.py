@@ -680,6 +680,8 @@ def test_names_of_labels_in_the_data(tmp_path: Path) -> None:
     assert label_names(csv(tmp_path, "label\n0.5\n"), "regression") == []
     rows = jsonl(tmp_path, {"label": [0.5, 1.5]})
     assert label_names(rows, "regression") == ["0", "1"]
+    assert label_names(tensors(tmp_path, label=torch.rand(3)), "regression") == []
+    assert label_names(tensors(tmp_path, label=torch.rand(3, 2)), "regression") == ["0", "1"]
     assert label_names(image_folder(tmp_path / "images"), "image-classification") == ["comp", "rec"]
     with pytest.raises(InputError, match=r"2.*'label': there is no label"):
         label_names(jsonl(tmp_path, {"label": "a"}, {"label": None}), "sequence-classification")
