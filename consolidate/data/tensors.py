@@ -10,6 +10,7 @@ from torch import Tensor
 from consolidate.data.columns import find_column, label_column
 from consolidate.data.examples import Examples
 from consolidate.data.labels import Labels, as_list, read_labels, within_int64
+from consolidate.estimation.batches import eval_mode
 from consolidate.models.model import Model
 from consolidate.options import Columns
 from formats.errors import InputError
@@ -106,18 +107,14 @@ def _outputs_of_first(model: Model, inputs: Tensor, dtype: torch.dtype, where: s
     module = model.module
     first = _cast(inputs[:1], dtype)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    modes = {part: part.training for part in module.modules()}
-    module.eval()  # a batch of one must not touch running statistics
     try:
-        outputs = module(first.to(device))
+        with eval_mode(module):  # a batch of one must not touch running statistics
+            outputs = module(first.to(device))
     except Exception as error:
         raise InputError(
             f"{where}: the model cannot take inputs of shape {list(first.shape)} and dtype "
             f"{str(first.dtype).removeprefix('torch.')}: {error}"
         ) from error
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
     if not isinstance(outputs, Tensor):
         outputs = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
     return outputs

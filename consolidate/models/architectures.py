@@ -87,8 +87,6 @@ def new_head(
     config: Any, cls: Any, objective: Objective, labels: list[str], has_head: bool, where: Path
 ) -> dict[str, Any]:
     """Give a config the labels of a new output layer; return what changes in ``config.json``."""
-    if objective.language:
-        raise UsageError(f"new labels have no meaning for {objective.name}")
     if len(set(labels)) != len(labels):
         raise UsageError(f"the new labels are not distinct: {', '.join(labels)}")
     count = len(labels) if labels or objective.name != "regression" else 1

@@ -14,12 +14,12 @@ from consolidate.models.architectures import architectures, declared_class, new_
 from consolidate.models.factories import make_module
 from consolidate.models.model import Model, freeze_parameters
 from consolidate.models.objectives import Objective, default_objective, get_objective
-from consolidate.models.tensor_names import Layout, same_names_layout, transformers_layout
+from consolidate.models.tensor_names import Layout, layout_of
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint
 from formats.errors import ConsolidateError, InputError
-from formats.tensors import apart, dtype_of, shape_of
+from formats.tensors import apart, dtype_of
 from formats.wording import few, first_line
 
 _TOKENIZER_FILES = (
@@ -78,19 +78,13 @@ def _from_factory(
         module = make_module(factory, checkpoint.config)
     weights = checkpoint.weights
     where = checkpoint.path
-    shapes = {name: shape_of(weights, name) for name in weights}
-    if not shapes:
-        raise InputError(f"{where} holds no tensors")
-    try:
-        layout = same_names_layout(module, shapes)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+    layout = layout_of(module, checkpoint, own=True)
     state = module.state_dict()
     if unused := list(layout.unused):
         raise InputError(
             f"{where}: {_some(unused)} in the file but not in the module of {factory}"
             f"{_near(unused[0], state)}; the names must be those of its state_dict()"
-            f"{_prefix_hint(shapes, state)}"
+            f"{_prefix_hint(weights, state)}"
         )
     loaded = {name for group in layout.groups for name in group.module_names}
     missing = [
@@ -101,7 +95,7 @@ def _from_factory(
     if missing and not head_is_new:
         raise InputError(
             f"{where}: {_some(missing)} in the module of {factory} but not in the file"
-            f"{_near(missing[0], shapes)}; the names must be those of its state_dict()"
+            f"{_near(missing[0], weights)}; the names must be those of its state_dict()"
         )
     _check_duplicates(layout, weights, where)
     own = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -188,11 +182,7 @@ def _from_transformers(
                 f"{where}: {len(mismatched)} tensors have other shapes than config.json says, "
                 f"{name} for one: {list(found)} in the file, {list(expected)} in the model"
             )
-        try:
-            shapes = {name: shape_of(weights, name) for name in weights}
-            layout = transformers_layout(module, shapes)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
+        layout = layout_of(module, checkpoint)
         _check_missing(module, info, objective, declared, new_labels is not None, where)
         dropped = _check_unexpected(module, info, layout, where)
         if dropped:

@@ -11,12 +11,11 @@ from torch import nn
 
 from consolidate.ewc.low_rank_penalty import LowRank
 from consolidate.models.model import Model
+from consolidate.models.tensor_names import NAME, PREFIX, is_adapter
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.errors import InputError, UsageError
 
-NAME = "default"  # of the one adapter in a model, as peft has it
-PREFIX = "base_model.model."  # what peft puts before the module's names
 # Layers whose weights an adapter can change by a product.
 KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
 
@@ -122,7 +121,7 @@ def adapt(
     for parameter in kept:
         parameter.requires_grad_(id(parameter) in held)
     own = dict(module.named_parameters())
-    for other in _distinct(others):
+    for other in dict.fromkeys(others):  # tasks may share one
         add_lora(other.module, replace(lora, targets=names), seed)
         for name, parameter in other.module.named_parameters():
             if is_adapter(name):
@@ -137,12 +136,8 @@ def end_adapting(
     merge_lora(model.module)
     for parameter in frozen:
         parameter.requires_grad_(True)
-    for other in _distinct(others):
+    for other in dict.fromkeys(others):
         remove_lora(other.module)
-
-
-def _distinct(models: Iterable[Model]) -> list[Model]:
-    return list({id(model): model for model in models}.values())
 
 
 def import_peft() -> Any:
@@ -205,9 +200,3 @@ def _targets(module: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 def _last_parts(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-
-
-def is_adapter(name: str) -> bool:
-    """Tell whether a parameter of a module is one of its adapter's."""
-    parts = name.split(".")
-    return "modules_to_save" in parts or any(part.startswith("lora_") for part in parts)

@@ -17,7 +17,7 @@ from formats.errors import UsageError
 from formats.fisher_json import SAME_AS
 
 
-@dataclass
+@dataclass(eq=False)
 class Model:
     """A module that holds a checkpoint's weights."""
 

@@ -7,6 +7,7 @@ of every element through it: the positions that come out are the way back.
 """
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,9 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from formats.checkpoint import Checkpoint
 from formats.errors import InputError
+from formats.tensors import shape_of
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+NAME = "default"  # of the one adapter in a model, as peft has it
+PREFIX = "base_model.model."  # what peft puts before the module's names
 
 
 @dataclass(frozen=True)
@@ -210,6 +216,46 @@ class Layout:
         return [math.prod(self._file_shapes[name]) for name in group.file_names]
 
 
+def layout_of(module: nn.Module, checkpoint: Checkpoint, *, own: bool = False) -> Layout:
+    """Lay out a module, of transformers or a user's own, by the names in its weights file."""
+    shapes = {name: shape_of(checkpoint.weights, name) for name in checkpoint.weights}
+    try:
+        if checkpoint.adapter is not None:
+            return _adapter_layout(module, shapes)
+        return same_names_layout(module, shapes) if own else _transformers_layout(module, shapes)
+    except InputError as error:
+        raise InputError(f"{checkpoint.path}: {error}") from error
+
+
+def is_adapter(name: str) -> bool:
+    """Tell whether a parameter of a module is one of its adapter's."""
+    parts = name.split(".")
+    return "modules_to_save" in parts or any(part.startswith("lora_") for part in parts)
+
+
+def _adapter_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
+    """Lay out the adapter in a module, without the base model, by the names that peft writes."""
+    own = {_file_name(name): name for name, _ in module.named_parameters() if is_adapter(name)}
+    unused = [name for name in file_shapes if name not in own]
+    missing = [name for name in own if name not in file_shapes]
+    for which, names in (("not in the model", unused), ("missing in the file", missing)):
+        if names:
+            raise InputError(
+                f"the adapter does not fit its base model: {names[0]} is {which}, one of "
+                f"{len(names)}"
+            )
+    groups = [Group((name,), (own[name],), None) for name in file_shapes]
+    outside = [name for name, _ in module.named_parameters() if name not in own.values()]
+    return Layout(module, groups, file_shapes, {}, outside=outside)
+
+
+def _file_name(name: str) -> str:
+    """Name a parameter of the adapter as peft does in a file."""
+    name = name.replace(f".modules_to_save.{NAME}.", ".")
+    name = re.sub(rf"(\.lora_\w+)\.{NAME}(?=\.|$)", r"\1", name)
+    return name if name.startswith(PREFIX) else PREFIX + name
+
+
 def same_names_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
     """Lay out a module whose file has the names of its state dict."""
     state = module.state_dict()
@@ -218,7 +264,7 @@ def same_names_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
     return Layout(module, groups, file_shapes, unused)
 
 
-def transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
+def _transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
     """Lay out a transformers model as it is loaded."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
