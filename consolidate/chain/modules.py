@@ -12,9 +12,8 @@ from consolidate.chain.output import refuse_existing
 from consolidate.chain.tasks import add_task, check_held_once
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.ewc.penalty import Penalty
-from consolidate.models.model import Model, file_weights
+from consolidate.models.model import Model, file_weights, layout_of
 from consolidate.models.objectives import get_objective
-from consolidate.models.tensor_names import layout_of
 from formats.atomic import claimed_in_place, replace_folder
 from formats.checkpoint import open_checkpoint
 from formats.errors import InputError

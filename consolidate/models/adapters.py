@@ -11,8 +11,8 @@ from torch import Tensor
 
 from consolidate.models.loading import load_model
 from consolidate.models.lora import import_peft, low_rank_layers
-from consolidate.models.model import Model, freeze_parameters
-from consolidate.models.tensor_names import NAME, layout_of
+from consolidate.models.model import Model, freeze_parameters, layout_of
+from consolidate.models.tensor_names import NAME
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import ADAPTER_CONFIG, Checkpoint

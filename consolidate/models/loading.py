@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from consolidate.estimation.gradient_checkpointing import enable
 from consolidate.models.architectures import architectures, declared_class, new_head
 from consolidate.models.factories import make_module
-from consolidate.models.model import Model, freeze_parameters
+from consolidate.models.model import Model, freeze_parameters, layout_of
 from consolidate.models.objectives import Objective, default_objective, get_objective
-from consolidate.models.tensor_names import Layout, layout_of
+from consolidate.models.tensor_names import Layout
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint

@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from formats.checkpoint import Checkpoint
 from formats.errors import InputError
-from formats.tensors import shape_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -216,24 +214,13 @@ class Layout:
         return [math.prod(self._file_shapes[name]) for name in group.file_names]
 
 
-def layout_of(module: nn.Module, checkpoint: Checkpoint, *, own: bool = False) -> Layout:
-    """Lay out a module, of transformers or a user's own, by the names in its weights file."""
-    shapes = {name: shape_of(checkpoint.weights, name) for name in checkpoint.weights}
-    try:
-        if checkpoint.adapter is not None:
-            return _adapter_layout(module, shapes)
-        return same_names_layout(module, shapes) if own else _transformers_layout(module, shapes)
-    except InputError as error:
-        raise InputError(f"{checkpoint.path}: {error}") from error
-
-
 def is_adapter(name: str) -> bool:
     """Tell whether a parameter of a module is one of its adapter's."""
     parts = name.split(".")
     return "modules_to_save" in parts or any(part.startswith("lora_") for part in parts)
 
 
-def _adapter_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
+def adapter_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
     """Lay out the adapter in a module, without the base model, by the names that peft writes."""
     own = {_file_name(name): name for name, _ in module.named_parameters() if is_adapter(name)}
     unused = [name for name in file_shapes if name not in own]
@@ -264,7 +251,7 @@ def same_names_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
     return Layout(module, groups, file_shapes, unused)
 
 
-def _transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
+def transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
     """Lay out a transformers model as it is loaded."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
