@@ -66,7 +66,6 @@ class Masking:
     special_tokens: Tensor
     vocabulary: int
     seed: int
-    share: float = 0.15
 
     def apply(self, ids: Tensor, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Return masked ids and labels, (B, T), for ids in which padding is special too."""
@@ -77,7 +76,7 @@ class Masking:
         special = torch.isin(ids, self.special_tokens)
         draw = draws[0].masked_fill(special, 2.0)
         least = draw == draw.amin(1, keepdim=True)
-        chosen = ((draw < self.share) | least) & ~special
+        chosen = ((draw < 0.15) | least) & ~special
         labels = ids.masked_fill(~chosen, IGNORED)
         masked = ids.masked_fill(chosen & (draws[1] < 0.8), self.mask_token)
         replaced = chosen & (draws[1] >= 0.9)

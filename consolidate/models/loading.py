@@ -157,9 +157,9 @@ def _from_transformers(
         # The narrowest that holds them all exactly; a user's own module takes each as it is.
         wanted = dtype or reduce(torch.promote_types, stored or [torch.float32])
         if dtype is None and len(stored) > 1:
+            *mixed, one = [str(each).removeprefix("torch.") for each in (*stored, wanted)]
             notes.append(
-                f"the file mixes {', '.join(_dtype_name(d) for d in stored)}; the model runs in "
-                f"{_dtype_name(wanted)}, which holds them all"
+                f"the file mixes {', '.join(mixed)}; the model runs in {one}, which holds them all"
             )
         try:
             module, info = cls.from_pretrained(
@@ -311,10 +311,6 @@ def _label_names(config: Mapping[str, Any]) -> list[str] | None:
     labels = [str(names[str(i)]) for i in range(len(names))]
     # What transformers fills in where nobody gave names says nothing.
     return None if labels == [f"LABEL_{i}" for i in range(len(labels))] else labels
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _some(names: Sequence[str]) -> str:
