@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from consolidate.chain.tasks import Chain, FittedChain
 from consolidate.data.columns import label_column
-from consolidate.data.labels import label_names, label_values, listed, matched_label
+from consolidate.data.labels import label_names, label_values, lacking_labels
 from consolidate.models.architectures import relabelled
 from consolidate.models.model import Model, file_weights
 from consolidate.options import Columns
@@ -24,6 +24,7 @@ from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
 from formats.rows import Rows
 from formats.tensors import Overlaid, dtype_of, shape_of
+from formats.wording import few
 
 LOG = logging.getLogger("consolidate")
 
@@ -70,7 +71,7 @@ def fit_model(
         return _with_new_head(load, fitted, tensors, names(rows, model.objective.name, columns))
     known = _known(model, tensors)
     found = label_values(rows, model.objective.name, columns, used=True)
-    lacking = [name for name in found if matched_label(name, known) is None]
+    lacking = lacking_labels(found, known)
     if not lacking:
         LOG.info("the output layer has all labels of %s: nothing to extend", rows.name)
         return fitted
@@ -125,7 +126,9 @@ def with_head_of(load: Load, source: Checkpoint, chain: Chain, task: str) -> Mod
         (
             records[other].labels
             for other in reversed(list(records))
-            if other in chain.heads and _equal(chain.heads[other], head)
+            if (same := chain.heads.get(other))
+            and list(same) == list(head)
+            and all(torch.equal(same[name], head[name]) for name in head)
         ),
         records[task].labels,
     )
@@ -194,10 +197,10 @@ def _check_labels(rows: Rows, model: Model, columns: Columns) -> None:
     stated = rows.label_names(label_column(rows, columns, model.objective.name))
     if stated is not None and model.labels is None and len(stated) == len(known):
         return  # classes in the data's order, as is said while they are encoded
-    if lacking := [name for name in found if matched_label(name, known) is None]:
+    if lacking := lacking_labels(found, known):
         raise InputError(
-            f"{rows.name} has labels that the model lacks ({listed(lacking)}). Labels of the "
-            f"data: {listed(found)}; of the model: {listed(known)}. With --head new the task "
+            f"{rows.name} has labels that the model lacks ({few(lacking, 20)}). Labels of the "
+            f"data: {few(found, 20)}; of the model: {few(known, 20)}. With --head new the task "
             "gets an output layer of its own, with --head extend the model's is widened"
         )
 
@@ -254,7 +257,7 @@ def _with_wider_head(load: Load, fitted: Fitted, head: list[str], names: list[st
     rows = {n: len(source.weights[n]) for n in head if len(values[n]) > len(source.weights[n])}
     count = len(fitted.model.labels or []) or min(rows.values())
     LOG.info("output layer widened (%s) by %s", ", ".join(rows), ", ".join(names[count:]))
-    return Fitted(wide, _padded(fitted.before, values, rows), {**fitted.free, **rows})
+    return _widened(fitted, wide, values, rows)
 
 
 def _with_fresh_head(
@@ -276,7 +279,7 @@ def _with_fresh_head(
     found = {made.shape(name)[0] for name in head if made.shape(name)}
     if (wanted := len(names) or 1) not in found:
         raise InputError(
-            f"{source.path}: {wanted} outputs are needed, for {listed(names)}, and the model is "
+            f"{source.path}: {wanted} outputs are needed, for {few(names, 20)}, and the model is "
             f"made with {max(found)}: its factory has to read num_labels from config.json, which "
             "is set where it is there"
         )
@@ -287,24 +290,22 @@ def _with_fresh_head(
     return replace(fresh, checkpoint=checkpoint, notes=model.notes), values
 
 
-def _padded(
-    chain: Chain | None, weights: Mapping[str, Tensor], rows: Mapping[str, int]
-) -> Chain | None:
+def _widened(
+    fitted: Fitted, wide: Model, weights: Mapping[str, Tensor], rows: Mapping[str, int]
+) -> Fitted:
     """Give Λ zeros and μ the weights' values in rows that are new, from `rows` on."""
-    if chain is None:
-        return None
-    new = {name: weights[name][count:] for name, count in rows.items() if name in chain.fisher}
-    zeros = {
-        at: torch.zeros_like(values, dtype=chain.fisher[at].dtype) for at, values in new.items()
-    }
-    fisher, anchor = _longer(chain.fisher, zeros), chain.anchor
-    if anchor is not None:
-        anchor = _longer(anchor, {at: values.float() for at, values in new.items()})
-    return FittedChain(chain.ledger, fisher, anchor, chain.heads)
+    chain = fitted.before
+    if chain is not None:
+        new = {name: weights[name][count:] for name, count in rows.items() if name in chain.fisher}
+        fisher = _longer(chain.fisher, {at: torch.zeros_like(new[at]) for at in new})
+        anchor = None if chain.anchor is None else _longer(chain.anchor, new)
+        chain = FittedChain(chain.ledger, fisher, anchor, chain.heads)
+    return Fitted(wide, chain, {**fitted.free, **rows})
 
 
 def _longer(tensors: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Overlaid:
-    return Overlaid(tensors, replaced={at: torch.cat([tensors[at], rows[at]]) for at in rows})
+    joined = {at: torch.cat([tensors[at], rows[at].to(tensors[at].dtype)]) for at in rows}
+    return Overlaid(tensors, replaced=joined)
 
 
 def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str] | None) -> Fitted:
@@ -351,12 +352,7 @@ def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str]
         config["vocab_size"] = wanted
     wide = replace(source, weights=Overlaid(source.weights, replaced=values), config=config)
     rows = dict.fromkeys(files, count)
-    before = _padded(fitted.before, values, rows)
-    return Fitted(load(wide, new_labels=new_labels), before, {**fitted.free, **rows})
-
-
-def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+    return _widened(fitted, load(wide, new_labels=new_labels), values, rows)
 
 
 def _outcomes(head: Mapping[str, Tensor], source: Checkpoint) -> int | None:

@@ -12,17 +12,14 @@ from consolidate.chain.output import refuse_existing
 from consolidate.chain.tasks import add_task, check_held_once
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.ewc.penalty import Penalty
-from consolidate.models.adapters import adapter_layout
-from consolidate.models.model import Model, file_weights
+from consolidate.models.model import Model, file_weights, layout_of
 from consolidate.models.objectives import get_objective
-from consolidate.models.tensor_names import Layout, same_names_layout, transformers_layout
 from formats.atomic import claimed_in_place, replace_folder
-from formats.checkpoint import Checkpoint, open_checkpoint
+from formats.checkpoint import open_checkpoint
 from formats.errors import InputError
 from formats.fisher_folder import write_fisher
 from formats.fisher_json import Ledger, check_task_name
 from formats.hub import locate
-from formats.tensors import shape_of
 
 
 def load_penalty(
@@ -58,7 +55,7 @@ def load_penalty(
     folder = locate(checkpoint, revision)
     source = open_checkpoint(folder)
     stored = stored_fisher(folder / "fisher", source)
-    layout = _layout(module, source)
+    layout = layout_of(module, source, own=not hasattr(module, "save_pretrained"))
     check_held_once(stored.fisher, layout, str(stored.folder))
     anchor = stored.anchor or {name: source.weights[name] for name in stored.fisher}
     return Penalty(
@@ -104,13 +101,14 @@ def store_fisher(
     refuse_existing(target, overwrite=overwrite)
     check_task_name(task)
     with claimed_in_place(Path(checkpoint), "fisher"):
+        own = not hasattr(module, "save_pretrained")
         model = Model(
             module,
             source,
-            get_objective(objective, factory=not hasattr(module, "save_pretrained")),
+            get_objective(objective, factory=own),
             None if labels is None else list(labels),
             None,
-            _layout(module, source),
+            layout_of(module, source, own=own),
         )
         for name, values in file_weights(model).items():
             if not torch.equal(values.cpu(), source.weights[name]):
@@ -123,12 +121,3 @@ def store_fisher(
             ledger = write_fisher(staging, merged, ledger)
             refuse_changed(source.path, ledger.weights, source.path)
         return ledger
-
-
-def _layout(module: nn.Module, source: Checkpoint) -> Layout:
-    shapes = {name: shape_of(source.weights, name) for name in source.weights}
-    if source.adapter is not None:
-        return adapter_layout(module, shapes)
-    if hasattr(module, "save_pretrained"):
-        return transformers_layout(module, shapes)[0]
-    return same_names_layout(module, shapes)

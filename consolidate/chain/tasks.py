@@ -14,7 +14,7 @@ from consolidate.ewc.overlap import fisher_overlap
 from consolidate.models.model import Model, file_weights, unprotected
 from consolidate.models.tensor_names import Layout
 from consolidate.options import Merging
-from formats.checkpoint import Checkpoint, weight_records
+from formats.checkpoint import weight_records
 from formats.digest import TensorRecord, dtype_name, set_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import StoredFisher
@@ -134,6 +134,9 @@ def add_task(
         if all(torch.equal(mu, weights[at].cpu().to(mu.dtype)) for at, mu in anchor.items()):
             anchor = None
         offset += past.ledger.penalty_offset
+    base = past.ledger.base  # of an adapter: compared by now with the base model that it has
+    if before is None and model.checkpoint.base is not None:
+        base = set_digest(weight_records(model.checkpoint.base.weights))
     ledger = Ledger(
         tasks=tasks,
         merge_rule=rule,
@@ -143,7 +146,7 @@ def add_task(
         weights=records or weight_records(weights),
         versions=program_versions(),
         heads=past.ledger.heads,
-        base=_base_digest(before, model.checkpoint),
+        base=base,
     )
     return merged, anchor, ledger
 
@@ -170,13 +173,6 @@ def check_names_to_be(before: Chain | None, model: Model) -> None:
         ),
         where,
     )
-
-
-def _base_digest(before: Chain | None, source: Checkpoint) -> str | None:
-    """Give the digest of an adapter's base model; a chain so far has been compared with it."""
-    if before is not None:
-        return before.ledger.base
-    return None if source.base is None else set_digest(weight_records(source.base.weights))
 
 
 def _weight(asked: float | str, tasks: Sequence[TaskRecord], apart: Collection[str]) -> float:

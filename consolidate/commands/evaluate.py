@@ -81,7 +81,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         for name, (task_file, rows) in opened.items()
     }
     metrics = evaluate_all(model, encoded, batch_size=options.batch_size, with_heads=with_heads)
-    notes = [*model.notes, *(note for examples in encoded.values() for note in examples.notes())]
+    notes = [*model.notes, *(note for examples in encoded.values() for note in examples.notes)]
     for note in notes:
         LOG.info("%s", note)
     return metrics

@@ -233,7 +233,7 @@ def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> MeasuredFisher:
 def log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> None:
     """Log what a user should know of a model, its examples and the Fisher measured on them."""
     factors = [] if model.checkpoint.base is None else without_fisher(model, diagonal)
-    for note in [*model.notes, *examples.notes(), *factors]:
+    for note in [*model.notes, *examples.notes, *factors]:
         LOG.info("%s", note)
     slow = [name for name, method in diagonal.methods.items() if method == "loop"]
     if slow and diagonal.examples > 1:

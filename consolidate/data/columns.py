@@ -8,9 +8,9 @@ from formats.errors import InputError
 from formats.rows import Rows
 
 
-def columns_of(given: Columns | None, named: Mapping[str, str]) -> Columns:
+def columns_of(given: Columns, named: Mapping[str, str]) -> Columns:
     """Take the columns from the options, and from the task file where the options name none."""
-    options = {} if given is None else {k: v for k, v in asdict(given).items() if v is not None}
+    options = {role: name for role, name in asdict(given).items() if name is not None}
     return Columns(**{**named, **options})
 
 

@@ -10,7 +10,7 @@ from consolidate.data.texts import encode_texts
 from consolidate.models.model import Model
 from consolidate.models.objectives import Objective
 from consolidate.options import Columns
-from formats.errors import InputError, UsageError
+from formats.errors import UsageError
 from formats.rows import Rows
 
 
@@ -29,8 +29,6 @@ def encode(
         raise UsageError(f"--pack is for language models, not for {model.objective.name}")
     if max_length is not None and model.objective.modality != "text":
         raise UsageError(f"--max-length is for texts, not for {model.objective.name}")
-    if len(rows) == 0:
-        raise InputError(f"{rows.name} is empty")
     examples: Examples
     if model.objective.modality == "tensor":
         examples = encode_tensors(rows, model, columns)
@@ -38,7 +36,7 @@ def encode(
         examples = encode_images(rows, model, columns)
     else:
         examples = encode_texts(rows, model, columns, max_length=max_length, pack=pack, seed=seed)
-    examples._notes += unread_columns(columns, model.objective)
+    examples.notes += unread_columns(columns, model.objective)
     return examples
 
 

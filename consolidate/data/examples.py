@@ -1,20 +1,22 @@
 """Examples of one task: batches of them, and parts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from formats.errors import InputError, UsageError
+from formats.errors import InputError
 
 
+@dataclass(eq=False)
 class Examples(ABC):
     """Encoded examples; an example's index is its place in the data, in every epoch."""
 
-    def __init__(self, notes: Iterable[str] = ()) -> None:
-        self._notes = list(notes)
+    # What a user should be told: how many texts were truncated, and so on.
+    notes: list[str] = field(default_factory=list, kw_only=True)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -27,54 +29,36 @@ class Examples(ABC):
         Labels are (B,), (B, K) or (B, T), with −100 where nothing is predicted.
         """
 
-    def units(self, i: int) -> int:
-        """Return how many units example `i` counts for: 1, or its predicted tokens."""
-        return 1
-
     def length(self, i: int) -> int:
         """Return the size of example `i` beside others: 1, or its tokens."""
         return 1
-
-    def notes(self) -> list[str]:
-        """Return what a user should be told: how many texts were truncated, and so on."""
-        return list(self._notes)
 
     def batches(
         self, batch_size: int, *, order: Sequence[int] | None = None
     ) -> Iterator[tuple[Any, Tensor]]:
         """Yield the examples, or those of `order`, in batches, of which the last may be smaller."""
-        if batch_size < 1:
-            raise UsageError(f"the batch size must be at least 1, not {batch_size}")
         indices = range(len(self)) if order is None else order
         for start in range(0, len(indices), batch_size):
             yield self.collate(indices[start : start + batch_size])
 
 
+@dataclass(eq=False)
 class Part(Examples):
     """Some of the examples of another; each keeps what it has there, masks included."""
 
-    def __init__(self, whole: Examples, indices: Sequence[int]) -> None:
-        super().__init__()
-        self._whole = whole
-        self._indices = list(indices)
+    whole: Examples
+    indices: Sequence[int]
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
         """Return these of the examples as one batch."""
-        return self._whole.collate([self._indices[i] for i in indices], epoch)
-
-    def units(self, i: int) -> int:
-        """Return how many units example `i` counts for."""
-        return self._whole.units(self._indices[i])
+        return self.whole.collate([self.indices[i] for i in indices], epoch)
 
     def length(self, i: int) -> int:
         """Return the size of example `i` beside others."""
-        return self._whole.length(self._indices[i])
-
-
-HELD_OUT, LEAST_HELD_OUT, MOST_HELD_OUT = 0.1, 50, 5000
+        return self.whole.length(self.indices[i])
 
 
 def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:
@@ -82,7 +66,7 @@ def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:
     count = len(examples)
     if count < 2:
         raise InputError("one example cannot be split: give --validation for the new task")
-    size = min(max(round(HELD_OUT * count), LEAST_HELD_OUT), MOST_HELD_OUT, count // 2)
+    size = min(max(round(0.1 * count), 50), 5000, count // 2)
     held = set(subset(count, size, seed))
     rest = [i for i in range(count) if i not in held]
     return Part(examples, rest), Part(examples, sorted(held))

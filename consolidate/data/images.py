@@ -1,6 +1,7 @@
 """Examples of images, through the image processor that belongs to the checkpoint."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,42 +16,38 @@ from formats.errors import InputError
 from formats.rows import Rows
 
 
+@dataclass(eq=False)
 class ImageExamples(Examples):
     """Images that are read and resized batch by batch; nothing is augmented."""
 
-    def __init__(
-        self, rows: Rows, column: str, labels: Tensor, model: Model, notes: Sequence[str]
-    ) -> None:
-        super().__init__(notes)
-        self._rows = rows
-        self._column = column
-        self._labels = labels
-        self._processor = model.processor
-        self._mode = "L" if getattr(model.module.config, "num_channels", 3) == 1 else "RGB"
-        self._dtype = next(model.module.parameters()).dtype
+    rows: Rows
+    column: str
+    labels: Tensor
+    processor: Any
+    mode: str  # of Pillow
+    dtype: torch.dtype
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
         """Return pixel values, (B, C, H, W), and class numbers, (B,)."""
         images = [self._image(i) for i in indices]
         try:
-            pixels = self._processor(images=images, return_tensors="pt")["pixel_values"]
+            pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
         except Exception as error:
             raise InputError(
-                f"{self._rows.where(indices[0], self._column)}: the image processor refuses the "
+                f"{self.rows.where(indices[0], self.column)}: the image processor refuses the "
                 f"batch that begins here: {error}"
             ) from error
-        chosen = torch.as_tensor(list(indices), dtype=torch.long)
-        return {"pixel_values": pixels.to(self._dtype)}, self._labels[chosen]
+        return {"pixel_values": pixels.to(self.dtype)}, self.labels[list(indices)]
 
     def _image(self, i: int) -> Any:
-        value: Any = self._rows[i].get(self._column)
-        where = self._rows.where(i, self._column)
+        value: Any = self.rows[i].get(self.column)
         if not hasattr(value, "convert"):
+            where = self.rows.where(i, self.column)
             raise InputError(f"{where}: expected an image, found {describe(value)}")
-        return value.convert(self._mode)
+        return value.convert(self.mode)
 
 
 def encode_images(rows: Rows, model: Model, columns: Columns) -> Examples:
@@ -62,4 +59,6 @@ def encode_images(rows: Rows, model: Model, columns: Columns) -> Examples:
         )
     image = find_column(rows, columns, "image", "image", "img")
     labels, notes = read_labels(rows, columns, model, model.outputs)
-    return ImageExamples(rows, image, labels, model, notes)
+    mode = "L" if getattr(model.module.config, "num_channels", 3) == 1 else "RGB"
+    dtype = next(model.module.parameters()).dtype
+    return ImageExamples(rows, image, labels, model.processor, mode, dtype, notes=notes)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from consolidate.models.model import Model
 from consolidate.options import Columns
 from formats.errors import InputError
 from formats.rows import Rows
+from formats.wording import few
 
 
 def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> list[str]:
@@ -55,20 +57,15 @@ def label_values(
     return sorted(found, key=int) if all(n.isdecimal() for n in found) else sorted(found)
 
 
-def matched_label(name: str, known: Sequence[str]) -> int | None:
-    """Find a label of the data among the model's; a number is a name where all of those are."""
-    if name in known:
-        return known.index(name)
-    number = as_integer(name)
-    if number is not None:
-        return number if 0 <= number < len(known) and not _numbers(known) else None
-    alike = [i for i, other in enumerate(known) if other.casefold() == name.casefold()]
-    return alike[0] if len(alike) == 1 else None
-
-
-def listed(names: Sequence[str]) -> str:
-    """List the first twenty names."""
-    return ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+def lacking_labels(found: Iterable[str], known: Sequence[str]) -> list[str]:
+    """Give the labels of the data that a model lacks; a number is a name where all of its are."""
+    numbers = range(0 if _numbers(known) else len(known))
+    alike = Counter(name.casefold() for name in known)
+    return [
+        name
+        for name in found
+        if name not in known and as_integer(name) not in numbers and alike[name.casefold()] != 1
+    ]
 
 
 def _numbers(names: Iterable[str]) -> bool:
@@ -109,8 +106,7 @@ class Labels:
         self._from_data: dict[int, int] = {}  # the data's class numbers -> the model's
         self._all_named = False  # the model's labels are numbers, and numbers are their names
         if stated is not None and self._by_name:
-            folded = self._folded()
-            ids = [self._by_name.get(name, folded.get(name.casefold(), -1)) for name in stated]
+            ids = [self._named(name) for name in stated]
             if any(i >= 0 for i in ids):
                 self._from_data = dict(enumerate(ids))
             else:
@@ -131,19 +127,16 @@ class Labels:
 
     def index(self, value: Any, i: int, *, ignorable: bool = False) -> int:
         """Return the class number of a value in row `i`, which is a number or a name."""
-        if isinstance(value, str) and value in self._by_name:
-            return self._by_name[value]
         number = as_integer(value)
-        if number is not None:
-            if ignorable and number == -100:
-                return number
-            number = self._from_data.get(number, -1 if self._all_named else number)
-            if number < 0 or (self._count is not None and number >= self._count):
-                raise self._refusal(value, i)
+        if isinstance(value, str) and (number is None or value in self._by_name):
+            number = self._named(value)
+        elif ignorable and number == -100:
             return number
-        if isinstance(value, str) and value.casefold() in self._folded():
-            return self._folded()[value.casefold()]
-        raise self._refusal(value, i)
+        elif number is not None:
+            number = self._from_data.get(number, -1 if self._all_named else number)
+        if number is None or number < 0 or (self._count is not None and number >= self._count):
+            raise self._refusal(value, i)
+        return number
 
     def vector(self, value: Any, i: int) -> list[float]:
         """Return K zeros and ones for row `i`, which holds them, or the labels that apply."""
@@ -158,12 +151,12 @@ class Labels:
             vector[self.index(one, i)] = 1.0
         return vector
 
-    def _folded(self) -> dict[str, int]:
-        """Names in lower case, where that keeps them apart."""
-        folded: dict[str, int] = {}
-        for name, i in self._by_name.items():
-            folded[name.casefold()] = -1 if name.casefold() in folded else i
-        return {name: i for name, i in folded.items() if i >= 0}
+    def _named(self, name: str) -> int:
+        """Find a class by its name, in another case where that leaves one; −1 if there is none."""
+        if name in self._by_name:
+            return self._by_name[name]
+        alike = [i for other, i in self._by_name.items() if other.casefold() == name.casefold()]
+        return alike[0] if len(alike) == 1 else -1
 
     def _refusal(self, value: Any, i: int) -> InputError:
         where = self._rows.where(i, self._column)
@@ -174,7 +167,7 @@ class Labels:
             numbers = "" if self._all_named else f" (or their numbers, 0 to {len(names) - 1})"
             return InputError(
                 f"{where}: {value!r} is none of the model's {len(names)} labels, which are "
-                f"{listed(names)}{numbers}"
+                f"{few(names, 20)}{numbers}"
             )
         upto = f"numbers from 0 to {self._count - 1}" if self._count else "numbers from 0"
         hint = "" if as_integer(value) is not None else "; names need id2label in config.json"
@@ -197,7 +190,7 @@ def as_integer(value: Any) -> int | None:
 def as_list(value: Any, where: str) -> list[Any]:
     """Return the list that a value is or spells: JSON, or a text with commas."""
     if isinstance(value, Tensor):
-        return value.tolist()
+        return torch.atleast_1d(value).tolist()
     if isinstance(value, list | tuple):
         return list(value)
     if isinstance(value, str):

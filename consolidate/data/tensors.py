@@ -1,6 +1,7 @@
 """Examples of tensors, for modules of the user's own."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,30 +10,28 @@ from torch import Tensor
 from consolidate.data.columns import find_column, label_column
 from consolidate.data.examples import Examples
 from consolidate.data.labels import Labels, as_list, read_labels, within_int64
+from consolidate.estimation.batches import eval_mode
 from consolidate.models.model import Model
 from consolidate.options import Columns
 from formats.errors import InputError
 from formats.rows import Rows
 
 
+@dataclass(eq=False)
 class TensorExamples(Examples):
     """Rows of two tensors; inputs may be mapped from a file and are cast batch by batch."""
 
-    def __init__(
-        self, inputs: Tensor, labels: Tensor, dtype: torch.dtype, notes: Sequence[str] = ()
-    ) -> None:
-        super().__init__(notes)
-        self._inputs = inputs
-        self._labels = labels
-        self._dtype = dtype
+    inputs: Tensor
+    labels: Tensor
+    dtype: torch.dtype
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
         """Return those rows of both tensors."""
-        chosen = torch.as_tensor(list(indices), dtype=torch.long)
-        return _cast(self._inputs[chosen], self._dtype), self._labels[chosen]
+        chosen = list(indices)
+        return _cast(self.inputs[chosen], self.dtype), self.labels[chosen]
 
 
 def encode_tensors(rows: Rows, model: Model, columns: Columns) -> Examples:
@@ -45,12 +44,12 @@ def encode_tensors(rows: Rows, model: Model, columns: Columns) -> Examples:
     labels = None if rows.tensors is None else _signed(within_int64(rows, column))
     if labels is None or model.objective.name == "multi-label":
         encoded, notes = read_labels(rows, columns, model, outputs.shape[-1])
-        return TensorExamples(inputs, encoded, dtype, notes)
+        return TensorExamples(inputs, encoded, dtype, notes=notes)
     if model.objective.name == "regression":
         return TensorExamples(inputs, _finite(rows, column, labels), dtype)
     reader = Labels(rows, column, model, outputs.shape[-1])
     encoded = _class_numbers(rows, column, labels, reader)
-    return TensorExamples(inputs, encoded, dtype, reader.notes)
+    return TensorExamples(inputs, encoded, dtype, notes=reader.notes)
 
 
 def _class_numbers(rows: Rows, column: str, labels: Tensor, reader: Labels) -> Tensor:
@@ -89,9 +88,9 @@ def _stacked(rows: Rows, name: str) -> Tensor:
         where = rows.where(i, name)
         value = rows[i].get(name)
         try:
-            tensor = value if isinstance(value, Tensor) else torch.tensor(as_list(value, where))
             if isinstance(value, str):
-                tensor = torch.tensor([float(one) for one in as_list(value, where)])
+                value = [float(one) for one in as_list(value, where)]
+            tensor = torch.tensor(as_list(value, where))
         except (TypeError, ValueError, OverflowError):
             raise InputError(f"{where}: expected numbers, found {value!r:.60}") from None
         values.append(tensor)
@@ -108,18 +107,14 @@ def _outputs_of_first(model: Model, inputs: Tensor, dtype: torch.dtype, where: s
     module = model.module
     first = _cast(inputs[:1], dtype)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    modes = {part: part.training for part in module.modules()}
-    module.eval()  # a batch of one must not touch running statistics
     try:
-        outputs = module(first.to(device))
+        with eval_mode(module):  # a batch of one must not touch running statistics
+            outputs = module(first.to(device))
     except Exception as error:
         raise InputError(
             f"{where}: the model cannot take inputs of shape {list(first.shape)} and dtype "
             f"{str(first.dtype).removeprefix('torch.')}: {error}"
         ) from error
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
     if not isinstance(outputs, Tensor):
         outputs = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
     return outputs

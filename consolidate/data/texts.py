@@ -66,7 +66,6 @@ class Masking:
     special_tokens: Tensor
     vocabulary: int
     seed: int
-    share: float = 0.15
 
     def apply(self, ids: Tensor, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Return masked ids and labels, (B, T), for ids in which padding is special too."""
@@ -77,68 +76,50 @@ class Masking:
         special = torch.isin(ids, self.special_tokens)
         draw = draws[0].masked_fill(special, 2.0)
         least = draw == draw.amin(1, keepdim=True)
-        chosen = ((draw < self.share) | least) & ~special
+        chosen = ((draw < 0.15) | least) & ~special
         labels = ids.masked_fill(~chosen, IGNORED)
         masked = ids.masked_fill(chosen & (draws[1] < 0.8), self.mask_token)
         replaced = chosen & (draws[1] >= 0.9)
         return torch.where(replaced, (draws[2] * self.vocabulary).long(), masked), labels
 
 
+@dataclass(eq=False)
 class TextExamples(Examples):
     """Token ids, padded on the right batch by batch."""
 
-    def __init__(
-        self,
-        fields: dict[str, Ragged],  # `input_ids` and maybe `token_type_ids`
-        labels: Ragged | Tensor | None,  # of each text; None where masks make them
-        padding: dict[str, int],  # of each field
-        notes: Iterable[str] = (),
-        *,
-        masking: Masking | None = None,
-        first_label: int = 0,  # the first position of the labels that is predicted
-    ) -> None:
-        super().__init__(notes)
-        self._fields = fields
-        self._labels = labels
-        self._padding = padding
-        self._masking = masking
-        self._first_label = first_label
+    fields: dict[str, Ragged]  # `input_ids` and maybe `token_type_ids`
+    labels: Ragged | Tensor | None  # of each text; None where masks make them
+    padding: dict[str, int]  # of each field
+    masking: Masking | None = None
 
     def __len__(self) -> int:
-        return len(self._fields["input_ids"])
+        return len(self.fields["input_ids"])
 
     def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
         """Return token ids, attention mask and what else the model takes, (B, T), and labels."""
         inputs = {
-            name: _padded([values[i] for i in indices], self._padding[name])
-            for name, values in self._fields.items()
+            name: _padded([values[i] for i in indices], self.padding[name])
+            for name, values in self.fields.items()
         }
-        lengths = torch.tensor([len(self._fields["input_ids"][i]) for i in indices])
+        lengths = torch.tensor([len(self.fields["input_ids"][i]) for i in indices])
         present = torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]
         inputs["attention_mask"] = present.long()
         chosen = torch.as_tensor(list(indices), dtype=torch.long)
-        if self._masking is not None:
+        if self.masking is not None:
             # Padding may be a token that also stands in texts, so it is marked apart.
-            ids = inputs["input_ids"].masked_fill(~present, int(self._masking.special_tokens[0]))
-            masked, labels = self._masking.apply(ids, chosen, epoch)
+            ids = inputs["input_ids"].masked_fill(~present, int(self.masking.special_tokens[0]))
+            masked, labels = self.masking.apply(ids, chosen, epoch)
             inputs["input_ids"] = torch.where(present, masked, inputs["input_ids"])
-        elif isinstance(self._labels, Ragged):
-            labels = _padded([self._labels[i] for i in indices], IGNORED)
+        elif isinstance(self.labels, Ragged):
+            labels = _padded([self.labels[i] for i in indices], IGNORED)
         else:
-            assert self._labels is not None
-            labels = self._labels[chosen]
+            assert self.labels is not None
+            labels = self.labels[chosen]
         return inputs, labels
 
     def length(self, i: int) -> int:
         """Return the number of tokens."""
-        return len(self._fields["input_ids"][i])
-
-    def units(self, i: int) -> int:
-        """Return 1, or how many tokens are predicted (in epoch 0, where masks decide)."""
-        if isinstance(self._labels, Tensor):
-            return 1
-        labels = self._labels[i] if self._labels is not None else self.collate([i])[1][0]
-        return int((labels[self._first_label :] != IGNORED).sum())
+        return len(self.fields["input_ids"][i])
 
 
 def encode_texts(
@@ -160,16 +141,16 @@ def encode_texts(
                 examples = _rewritten(texts, columns)
             case _:
                 examples = _classified(texts, columns)
-    examples._notes[:0] = texts.notes()
+    examples.notes[:0] = texts.notes()
     if pack:
-        examples._notes.append(
+        examples.notes.append(
             f"{len(rows)} texts fill {len(examples)} sequences of {texts.max_length} tokens"
         )
     if len(examples) == 0:
         raise InputError(f"{rows.name}: no row holds anything to predict")
     module: Any = model.module
     known = len(module.get_input_embeddings().weight)
-    token = examples._fields["input_ids"].largest()
+    token = examples.fields["input_ids"].largest()
     if token >= known:
         raise InputError(
             f"{rows.name} has the token {token}, and the model's embedding only {known} rows: the "
@@ -193,7 +174,11 @@ class _Texts:
             raise UsageError(
                 f"--max-length {max_length} is more than the model takes, which is {limit}"
             )
-        self.max_length = max_length or _default_length(self.tokenizer, limit, pack)
+        stated = [
+            n for n in (limit, self.tokenizer.model_max_length) if n is not None and n < 10**9
+        ]
+        longest = min(stated, default=_LONGEST)
+        self.max_length = max_length or (min(longest, _LONGEST_PACK) if pack else longest)
         self.count = 0
         self.truncated = 0
         self.empty = 0
@@ -289,12 +274,6 @@ def _most_tokens(model: Model) -> int | None:
     return limit
 
 
-def _default_length(tokenizer: Any, limit: int | None, pack: bool) -> int:
-    stated = [n for n in (limit, tokenizer.model_max_length) if n is not None and n < 10**9]
-    length = min(stated, default=_LONGEST)
-    return min(length, _LONGEST_PACK) if pack else length
-
-
 def _classified(texts: _Texts, columns: Columns) -> TextExamples:
     rows, model = texts.rows, texts.model
     first, second = _text_columns(rows, columns)
@@ -306,7 +285,7 @@ def _classified(texts: _Texts, columns: Columns) -> TextExamples:
             if not encoded["input_ids"][n]:
                 raise InputError(f"{rows.where(i, first)}: the text is empty")
             texts.keep(encoded, n)
-    return TextExamples(texts.kept, labels, texts.padding, notes)
+    return TextExamples(texts.kept, labels, texts.padding, notes=notes)
 
 
 def _text_columns(rows: Rows, columns: Columns) -> tuple[str, str | None]:
@@ -357,7 +336,7 @@ def _words(texts: _Texts, columns: Columns) -> TextExamples:
                 continue
             labels.append(marked)
             texts.keep(encoded, n)
-    return TextExamples(texts.kept, labels, texts.padding, reader.notes)
+    return TextExamples(texts.kept, labels, texts.padding, notes=reader.notes)
 
 
 def _continued(texts: _Texts, columns: Columns, pack: bool) -> TextExamples:
@@ -382,7 +361,7 @@ def _continued(texts: _Texts, columns: Columns, pack: bool) -> TextExamples:
             continue
         fields["input_ids"].append(ids)
         labels.append(marks)
-    return TextExamples(fields, labels, texts.padding, first_label=1)
+    return TextExamples(fields, labels, texts.padding)
 
 
 _Document = tuple[list[int], list[int]]  # token ids and labels, of the same length
@@ -422,8 +401,7 @@ def _chats(texts: _Texts, column: str) -> Iterator[_Document]:
             f"{texts.model.checkpoint.path}: the tokenizer has no chat template, which messages "
             "need"
         )
-    for i in range(len(texts.rows)):
-        messages = texts.rows[i].get(column)
+    for i, messages in enumerate(texts.rows.values(column)):
         where = texts.rows.where(i, column)
         if isinstance(messages, str):
             messages = as_list(messages, where)

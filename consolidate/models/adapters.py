@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from consolidate.models.loading import load_model
-from consolidate.models.lora import NAME, PREFIX, import_peft, is_adapter, low_rank_layers
-from consolidate.models.model import Model, freeze_parameters
-from consolidate.models.tensor_names import Group, Layout
+from consolidate.models.lora import import_peft, low_rank_layers
+from consolidate.models.model import Model, freeze_parameters, layout_of
+from consolidate.models.tensor_names import NAME
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import ADAPTER_CONFIG, Checkpoint
@@ -32,22 +32,6 @@ def load(checkpoint: Checkpoint, **options: Any) -> Model:
     _attach(model, checkpoint, options.get("dtype"))
     freeze_parameters(model, freeze)
     return model
-
-
-def adapter_layout(module: nn.Module, file_shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-    """Lay out the adapter in a module, without the base model, by the names that peft writes."""
-    own = {_file_name(name): name for name, _ in module.named_parameters() if is_adapter(name)}
-    unused = [name for name in file_shapes if name not in own]
-    missing = [name for name in own if name not in file_shapes]
-    for which, names in (("not in the model", unused), ("missing in the file", missing)):
-        if names:
-            raise InputError(
-                f"the adapter does not fit its base model: {names[0]} is {which}, one of "
-                f"{len(names)}"
-            )
-    groups = [Group((name,), (own[name],), None) for name in file_shapes]
-    outside = [name for name, _ in module.named_parameters() if name not in own.values()]
-    return Layout(module, groups, file_shapes, (), outside=outside)
 
 
 def without_fisher(model: Model, diagonal: Mapping[str, Tensor]) -> list[str]:
@@ -81,8 +65,7 @@ def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
             f"{where}: this peft ({peft.__version__}) does not know {strange[0]!r}: a newer one may"
         )
     module = model.module
-    shapes = {name: shape_of(checkpoint.weights, name) for name in checkpoint.weights}
-    _check_ranks(given, shapes, where)
+    _check_ranks(given, checkpoint.weights, where)
     try:
         config = peft.LoraConfig(
             **{name: value for name, value in given.items() if name in known}
@@ -94,10 +77,7 @@ def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
         raise InputError(
             f"{where} does not fit the base model {checkpoint.base.path}: {error}"
         ) from error
-    try:
-        layout = adapter_layout(module, shapes)
-    except InputError as error:
-        raise InputError(f"{checkpoint.path}: {error}") from error
+    layout = layout_of(module, checkpoint)
     low_rank_layers(module)
     parameters = dict(module.named_parameters())
     with torch.no_grad():
@@ -108,15 +88,10 @@ def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
     model.checkpoint, model.layout = checkpoint, layout
 
 
-def _check_ranks(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path
-) -> None:
+def _check_ranks(config: Mapping[str, Any], weights: Mapping[str, Tensor], where: Path) -> None:
     """Refuse ranks that the file's factors do not have, before layers of them are made."""
-    found = [
-        shape[0]
-        for name, shape in shapes.items()
-        if shape and re.search(r"\.lora_(embedding_)?A(\.|$)", name)
-    ]
+    factors = [name for name in weights if re.search(r"\.lora_(embedding_)?A(\.|$)", name)]
+    found = [shape[0] for name in factors if (shape := shape_of(weights, name))]
     of_layers = config.get("rank_pattern")
     several = list(of_layers.values()) if isinstance(of_layers, dict) else []
     for rank in [config.get("r"), *several]:
@@ -125,10 +100,3 @@ def _check_ranks(
                 f"{where}: the rank is {rank!r}, and the factors in the file have "
                 f"{max(found, default='none')}"
             )
-
-
-def _file_name(name: str) -> str:
-    """Name a parameter of the adapter as peft does in a file."""
-    name = name.replace(f".modules_to_save.{NAME}.", ".")
-    name = re.sub(rf"(\.lora_\w+)\.{NAME}(?=\.|$)", r"\1", name)
-    return name if name.startswith(PREFIX) else PREFIX + name

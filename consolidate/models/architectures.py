@@ -8,6 +8,7 @@ from consolidate.models.objectives import Objective, check_declared, get_objecti
 from consolidate.runtime.quiet import quiet
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
+from formats.wording import first_line
 
 
 def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, list[Any]]:
@@ -37,9 +38,11 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
             "Name the module with --model package.module:factory, or install a newer transformers"
         )
     try:
-        config = transformers.CONFIG_MAPPING[kind].from_dict(
-            {key: _plain(value) for key, value in contents.items() if key != "auto_map"}
-        )
+        cls = transformers.CONFIG_MAPPING[kind]
+        # A copy, in which {"__float__": "Infinity"} is the number that transformers wrote so.
+        plain = cls._decode_special_floats(contents)
+        plain.pop("auto_map", None)
+        config = cls.from_dict(plain)
     except Exception as error:
         raise InputError(
             f"{where}/config.json does not make a {kind} config: {first_line(error)}"
@@ -84,8 +87,6 @@ def new_head(
     config: Any, cls: Any, objective: Objective, labels: list[str], has_head: bool, where: Path
 ) -> dict[str, Any]:
     """Give a config the labels of a new output layer; return what changes in ``config.json``."""
-    if objective.language:
-        raise UsageError(f"new labels have no meaning for {objective.name}")
     if len(set(labels)) != len(labels):
         raise UsageError(f"the new labels are not distinct: {', '.join(labels)}")
     count = len(labels) if labels or objective.name != "regression" else 1
@@ -96,17 +97,16 @@ def new_head(
             f"{where} has an output layer for {config.num_labels} labels already, and {count} new "
             "ones were given: start from a checkpoint without one, or use its labels"
         )
-    names = labels or ["LABEL_0"]
     problem = {
         "regression": "regression",
         "multi-label": "multi_label_classification",
         "sequence-classification": "single_label_classification",
     }.get(objective.name)
-    changes = relabelled({"architectures": [cls.__name__]}, names)
+    changes = relabelled({"architectures": [cls.__name__]}, labels)
     if problem is not None:
         changes["problem_type"] = config.problem_type = problem
     config.num_labels = count
-    config.id2label = dict(enumerate(names))
+    config.id2label = dict(enumerate(changes["label2id"]))
     config.label2id = dict(changes["label2id"])
     return changes
 
@@ -123,17 +123,3 @@ def _check_depth(contents: Mapping[str, Any], tensors: int, where: Path) -> None
                         f"{where}/config.json: {name} is {value}, where the weights are {tensors} "
                         "tensors"
                     )
-
-
-def _plain(value: Any) -> Any:
-    """Copy a value of config.json, in which transformers writes infinity as {"__float__": …}."""
-    if isinstance(value, dict):
-        if value.keys() == {"__float__"}:
-            return float(value["__float__"])
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list) else value
-
-
-def first_line(error: Exception) -> str:
-    """Give the first line of an error that says anything."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

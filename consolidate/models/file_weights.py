@@ -21,10 +21,7 @@ class FileWeights(LazyTensors):
     """
 
     def __init__(self, module: nn.Module, layout: Layout, stored: Mapping[str, Tensor]) -> None:
-        """Look at a module's tensors as they are now; what they hold may change.
-
-        It was loaded from `stored`, and may have been trained since.
-        """
+        # The module was loaded from `stored`, and may have been trained since and later.
         self._layout = layout
         self._stored = stored
         self._state: dict[str, Tensor] = {}

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.estimation.gradient_checkpointing import enable
-from consolidate.models.architectures import architectures, declared_class, first_line, new_head
+from consolidate.models.architectures import architectures, declared_class, new_head
 from consolidate.models.factories import make_module
-from consolidate.models.model import Model, freeze_parameters
+from consolidate.models.model import Model, freeze_parameters, layout_of
 from consolidate.models.objectives import Objective, default_objective, get_objective
-from consolidate.models.tensor_names import Layout, same_names_layout, transformers_layout
+from consolidate.models.tensor_names import Layout
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint
 from formats.errors import ConsolidateError, InputError
-from formats.tensors import apart, dtype_of, shape_of
-from formats.wording import few
+from formats.tensors import apart, dtype_of
+from formats.wording import few, first_line
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -66,9 +66,6 @@ def load_model(
     return model
 
 
-# --- a user's own module -----------------------------------------------------------------------
-
-
 def _from_factory(
     checkpoint: Checkpoint,
     objective: Objective,
@@ -81,19 +78,13 @@ def _from_factory(
         module = make_module(factory, checkpoint.config)
     weights = checkpoint.weights
     where = checkpoint.path
-    shapes = {name: shape_of(weights, name) for name in weights}
-    if not shapes:
-        raise InputError(f"{where} holds no tensors")
-    try:
-        layout = same_names_layout(module, shapes)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+    layout = layout_of(module, checkpoint, own=True)
     state = module.state_dict()
-    if layout.unused:
+    if unused := list(layout.unused):
         raise InputError(
-            f"{where}: {_some(layout.unused)} in the file but not in the module of {factory}"
-            f"{_near(layout.unused[0], state)}; the names must be those of its state_dict()"
-            f"{_prefix_hint(shapes, state)}"
+            f"{where}: {_some(unused)} in the file but not in the module of {factory}"
+            f"{_near(unused[0], state)}; the names must be those of its state_dict()"
+            f"{_prefix_hint(weights, state)}"
         )
     loaded = {name for group in layout.groups for name in group.module_names}
     missing = [
@@ -104,7 +95,7 @@ def _from_factory(
     if missing and not head_is_new:
         raise InputError(
             f"{where}: {_some(missing)} in the module of {factory} but not in the file"
-            f"{_near(missing[0], shapes)}; the names must be those of its state_dict()"
+            f"{_near(missing[0], weights)}; the names must be those of its state_dict()"
         )
     _check_duplicates(layout, weights, where)
     own = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -127,9 +118,6 @@ def _prefix_hint(names: Iterable[str], state: Mapping[str, Any]) -> str:
         f". All begin with {prefix!r}: a factory fits that returns a module with the network as "
         f"its attribute {prefix}"
     )
-
-
-# --- transformers ------------------------------------------------------------------------------
 
 
 class _Lazy:
@@ -169,9 +157,9 @@ def _from_transformers(
         # The narrowest that holds them all exactly; a user's own module takes each as it is.
         wanted = dtype or reduce(torch.promote_types, stored or [torch.float32])
         if dtype is None and len(stored) > 1:
+            *mixed, one = [str(each).removeprefix("torch.") for each in (*stored, wanted)]
             notes.append(
-                f"the file mixes {', '.join(_dtype_name(d) for d in stored)}; the model runs in "
-                f"{_dtype_name(wanted)}, which holds them all"
+                f"the file mixes {', '.join(mixed)}; the model runs in {one}, which holds them all"
             )
         try:
             module, info = cls.from_pretrained(
@@ -188,14 +176,15 @@ def _from_transformers(
             raise InputError(
                 f"{where}: transformers cannot load it as {cls.__name__}: {first_line(error)}"
             ) from error
-        _check_shapes(info, where)
-        try:
-            shapes = {name: shape_of(weights, name) for name in weights}
-            layout, sought = transformers_layout(module, shapes)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
+        if mismatched := sorted(info["mismatched_keys"]):
+            name, found, expected = mismatched[0]
+            raise InputError(
+                f"{where}: {len(mismatched)} tensors have other shapes than config.json says, "
+                f"{name} for one: {list(found)} in the file, {list(expected)} in the model"
+            )
+        layout = layout_of(module, checkpoint)
         _check_missing(module, info, objective, declared, new_labels is not None, where)
-        dropped = _check_unexpected(module, info, layout, sought, where)
+        dropped = _check_unexpected(module, info, layout, where)
         if dropped:
             notes.append(
                 f"{_some(dropped)} in the file but not used by {cls.__name__}; kept as they are"
@@ -209,18 +198,10 @@ def _from_transformers(
         module.config.use_cache = False  # keys and values for generation are only memory here
     if objective.modality == "text" and getattr(module.config, "pad_token_id", None) is None:
         # Classifiers on decoders find the last token by it, and refuse batches without.
-        module.config.pad_token_id = _pad_token(processor)
+        tokens = (getattr(processor, name, None) for name in ("pad_token_id", "eos_token_id"))
+        module.config.pad_token_id = next((token for token in tokens if token is not None), None)
     labels = _label_names(checkpoint.config | changes) if objective.has_labels else None
     return Model(module, checkpoint, objective, labels, processor, layout, notes, changes)
-
-
-def _check_shapes(info: Mapping[str, Any], where: Path) -> None:
-    if info["mismatched_keys"]:
-        name, found, expected = sorted(info["mismatched_keys"])[0]
-        raise InputError(
-            f"{where}: {len(info['mismatched_keys'])} tensors have other shapes than config.json "
-            f"says, {name} for one: {list(found)} in the file, {list(expected)} in the model"
-        )
 
 
 def _check_missing(
@@ -248,12 +229,13 @@ def _check_missing(
 
 
 def _check_unexpected(
-    module: Any, info: Mapping[str, Any], layout: Layout, sought: Mapping[str, str], where: Path
+    module: Any, info: Mapping[str, Any], layout: Layout, where: Path
 ) -> list[str]:
     """Refuse tensors that belong in the model's body; return those of other output layers."""
     body = {name for name, _ in module.base_model.named_children()}
     prefix = f"{module.base_model_prefix}."
-    unexpected = [name for name in layout.unused if sought[name] in info["unexpected_keys"]]
+    sought = layout.unused
+    unexpected = [name for name in sought if sought[name] in info["unexpected_keys"]]
     if inside := [
         name
         for name in unexpected
@@ -322,31 +304,13 @@ def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
         raise InputError(f"{folder}: the {what} cannot be loaded: {first_line(error)}") from error
 
 
-def _pad_token(processor: Any) -> int | None:
-    tokens = (getattr(processor, name, None) for name in ("pad_token_id", "eos_token_id"))
-    return next((int(token) for token in tokens if token is not None), None)
-
-
-# --- shared ------------------------------------------------------------------------------------
-
-
 def _label_names(config: Mapping[str, Any]) -> list[str] | None:
     names = config.get("id2label")
-    if not isinstance(names, Mapping) or not names:
+    if not isinstance(names, Mapping) or names.keys() != set(map(str, range(len(names)))):
         return None
-    try:
-        by_id = {int(key): str(value) for key, value in names.items()}
-    except ValueError:
-        return None
-    if sorted(by_id) != list(range(len(by_id))):
-        return None
-    labels = [by_id[i] for i in range(len(by_id))]
+    labels = [str(names[str(i)]) for i in range(len(names))]
     # What transformers fills in where nobody gave names says nothing.
     return None if labels == [f"LABEL_{i}" for i in range(len(labels))] else labels
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,12 +11,11 @@ from torch import nn
 
 from consolidate.ewc.low_rank_penalty import LowRank
 from consolidate.models.model import Model
+from consolidate.models.tensor_names import NAME, PREFIX, is_adapter
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.errors import InputError, UsageError
 
-NAME = "default"  # of the one adapter in a model, as peft has it
-PREFIX = "base_model.model."  # what peft puts before the module's names
 # Layers whose weights an adapter can change by a product.
 KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
 
@@ -26,27 +25,21 @@ class Lora:
     """A fresh adapter, as `add_lora` makes it."""
 
     rank: int
-    targets: Sequence[str] = ()
+    targets: Sequence[str] = ()  # glob patterns of layers' names, or of their last parts
     alpha: float | None = None  # the rank unless given, so that s = 1
 
 
-def add_lora(
-    module: nn.Module,
-    *,
-    rank: int,
-    targets: Sequence[str] = (),  # glob patterns of layers' names, or of their last parts
-    alpha: float | None = None,
-    seed: int = 0,  # of A
-) -> list[str]:
+def add_lora(module: nn.Module, lora: Lora, seed: int = 0) -> list[str]:
     """Put a fresh LoRA adapter into a module, in place: W + s B A with B = 0 (Hu et al. 2021).
 
-    s = α/r. All else is frozen, so the module computes what it did until B is trained.
+    s = α/r, and `seed` is of A. All else is frozen, so the module computes what it did until B is
+    trained.
     """
     peft = import_peft()
-    names = _targets(module, targets)
+    names = _targets(module, lora.targets)
     config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
+        r=lora.rank,
+        lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
         target_modules="|".join(map(re.escape, names)),
         fan_in_fan_out=False,
     )
@@ -118,7 +111,7 @@ def adapt(
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     new = {at for name in whole for at in model.layout.module_names(name)}
     kept = [parameter for name, parameter in module.named_parameters() if name in new]
-    names = add_lora(module, **vars(lora), seed=seed)
+    names = add_lora(module, lora, seed)
     held = {id(parameter) for parameter in trainable}
     for name, layer in low_rank_layers(module).items():
         if id(layer.weight) not in held:
@@ -128,8 +121,8 @@ def adapt(
     for parameter in kept:
         parameter.requires_grad_(id(parameter) in held)
     own = dict(module.named_parameters())
-    for other in _distinct(others):
-        add_lora(other.module, rank=lora.rank, targets=names, alpha=lora.alpha, seed=seed)
+    for other in dict.fromkeys(others):  # tasks may share one
+        add_lora(other.module, replace(lora, targets=names), seed)
         for name, parameter in other.module.named_parameters():
             if is_adapter(name):
                 parameter.data = own[name].data
@@ -143,12 +136,8 @@ def end_adapting(
     merge_lora(model.module)
     for parameter in frozen:
         parameter.requires_grad_(True)
-    for other in _distinct(others):
+    for other in dict.fromkeys(others):
         remove_lora(other.module)
-
-
-def _distinct(models: Iterable[Model]) -> list[Model]:
-    return list({id(model): model for model in models}.values())
 
 
 def import_peft() -> Any:
@@ -211,9 +200,3 @@ def _targets(module: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 def _last_parts(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-
-
-def is_adapter(name: str) -> bool:
-    """Tell whether a parameter of a module is one of its adapter's."""
-    parts = name.split(".")
-    return "modules_to_save" in parts or any(part.startswith("lora_") for part in parts)

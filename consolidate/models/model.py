@@ -11,13 +11,19 @@ from torch import nn
 
 from consolidate.models.file_weights import FileWeights
 from consolidate.models.objectives import Objective
-from consolidate.models.tensor_names import Layout
+from consolidate.models.tensor_names import (
+    Layout,
+    adapter_layout,
+    same_names_layout,
+    transformers_layout,
+)
 from formats.checkpoint import Checkpoint
-from formats.errors import UsageError
+from formats.errors import InputError, UsageError
 from formats.fisher_json import SAME_AS
+from formats.tensors import shape_of
 
 
-@dataclass
+@dataclass(eq=False)
 class Model:
     """A module that holds a checkpoint's weights."""
 
@@ -40,6 +46,17 @@ class Model:
             return len(self.labels)
         config = getattr(self.module, "config", None)
         return getattr(config, "num_labels", None)
+
+
+def layout_of(module: nn.Module, checkpoint: Checkpoint, *, own: bool = False) -> Layout:
+    """Lay out a module, of transformers or a user's own, by the names in its weights file."""
+    shapes = {name: shape_of(checkpoint.weights, name) for name in checkpoint.weights}
+    try:
+        if checkpoint.adapter is not None:
+            return adapter_layout(module, shapes)
+        return same_names_layout(module, shapes) if own else transformers_layout(module, shapes)
+    except InputError as error:
+        raise InputError(f"{checkpoint.path}: {error}") from error
 
 
 def file_weights(model: Model) -> FileWeights:

@@ -7,7 +7,8 @@ of every element through it: the positions that come out are the way back.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from formats.errors import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+NAME = "default"  # of the one adapter in a model, as peft has it
+PREFIX = "base_model.model."  # what peft puts before the module's names
 
 
 @dataclass(frozen=True)
@@ -38,30 +42,31 @@ class Layout:
         module: nn.Module,  # as loaded: its tied tensors are tied
         groups: Sequence[Group],  # module names may be any of a tied tensor's
         file_shapes: Shapes,  # in the file's order
-        unused: Iterable[str],  # names of the file for which the module has no place
+        unused: Mapping[
+            str, str
+        ],  # what the module has no place for, and the names it was sought by
         outside: Collection[str] = (),  # module names of another file: an adapter's base model
     ) -> None:
         self._file_shapes = dict(file_shapes)
-        self._aliases = _aliases(module)  # any name of a tied tensor is understood
-        self._module_shapes = {
-            name: tuple(tensor.shape)
-            for name, tensor in module.state_dict(keep_vars=True).items()
-            if self._aliases.get(name) == name
-        }
-        self.unused = tuple(unused)
+        self._aliases: dict[str, str] = {}  # any name of a tied tensor -> the first one
+        self._module_shapes: Shapes = {}
+        first = {id(parameter): name for name, parameter in module.named_parameters()}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor):
+                own = self._aliases[name] = first.setdefault(id(tensor), name)
+                self._module_shapes.setdefault(own, tuple(tensor.shape))
+        self.unused = unused
         self.duplicates: dict[str, str] = {}  # second names of tied tensors in the file -> first
         self.groups = self._distinct(groups)
-        self._group_of_file = {n: group for group in self.groups for n in group.file_names}
-        self._group_of_module = {n: group for group in self.groups for n in group.module_names}
+        known = {*outside, *(name for group in self.groups for name in group.module_names)}
         # Parameters that the file lacks, as of a new output layer; buffers stay out of files.
-        self.fresh = tuple(
-            name
-            for name, _ in module.named_parameters()
-            if name not in self._group_of_module and name not in outside
-        )
-        file_order, module_order = [*self._file_shapes, *self.fresh], self._module_shapes
-        self._place_in_file = {name: place for place, name in enumerate(file_order)}
-        self._place_in_module = {name: place for place, name in enumerate(module_order)}
+        self.fresh = tuple(name for name, _ in module.named_parameters() if name not in known)
+        self._file_shapes |= {name: self._module_shapes[name] for name in self.fresh}
+        groups = [*(Group((name,), (name,), None) for name in self.fresh), *self.groups]
+        self._group_of_file = {n: group for group in groups for n in group.file_names}
+        self._group_of_module = {n: group for group in groups for n in group.module_names}
+        self._place_in_file = {name: place for place, name in enumerate(self._file_shapes)}
+        self._place_in_module = {name: place for place, name in enumerate(self._module_shapes)}
         for group in self.groups:
             self._check(group)
 
@@ -71,17 +76,13 @@ class Layout:
 
     def file_names(self, module_name: str) -> list[str]:
         """Return the file's tensors from which a module tensor is made; empty for a lone buffer."""
-        name = self._aliases[module_name]
-        if name in self._group_of_module:
-            return list(self._group_of_module[name].file_names)
-        return [name] if name in self.fresh else []
+        group = self._group_of_module.get(self._aliases[module_name])
+        return [] if group is None else list(group.file_names)
 
     def module_names(self, file_name: str) -> list[str]:
         """Return the module tensors that are made from one of the file; empty for an unused one."""
-        file_name = self.duplicates.get(file_name, file_name)
-        if file_name in self._group_of_file:
-            return list(self._group_of_file[file_name].module_names)
-        return [file_name] if file_name in self.fresh else []
+        group = self._group_of_file.get(self.duplicates.get(file_name, file_name))
+        return [] if group is None else list(group.module_names)
 
     def to_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give tensors of the module, some or all, the names, shapes and order of the file."""
@@ -99,15 +100,13 @@ class Layout:
                 found[group.file_names[0]] = given[group.module_names[0]]
             else:
                 found.update(self._to_file(group, given))
-        found.update({name: given[name] for name in self.fresh if name in given})
         return {name: found[name] for name in sorted(found, key=self._place_in_file.__getitem__)}
 
     def to_module(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give tensors of the file, lazy or not, the names, shapes and order of the module."""
         found: dict[str, Tensor] = {}
-        fresh = frozenset(self.fresh)
         for name in tensors:
-            if name not in self._file_shapes and name not in fresh:
+            if name not in self._file_shapes:
                 raise InputError(f"{name} is no tensor of the model's weights file")
         by_name = self._group_of_file
         # What is given under a second name alone is the tensor all the same.
@@ -127,10 +126,6 @@ class Layout:
                 _check_shape(name, parts[-1], self._file_shapes[name], "the weights file")
             converted = parts if group.convert is None else group.convert(parts)
             found.update(zip(group.module_names, converted, strict=True))
-        for name in fresh:
-            if name in tensors:
-                found[name] = tensors[name]
-                _check_shape(name, found[name], self._module_shapes[name], "the model")
         return {name: found[name] for name in sorted(found, key=self._place_in_module.__getitem__)}
 
     def _distinct(self, groups: Sequence[Group]) -> list[Group]:
@@ -176,8 +171,6 @@ class Layout:
         )
         try:
             positions = self._positions(group)
-        except InputError:
-            raise
         except Exception as error:  # an operation that refuses integers computes something
             raise InputError(f"{refusal} ({error})") from error
         seen = torch.zeros(elements, dtype=torch.bool)
@@ -221,15 +214,45 @@ class Layout:
         return [math.prod(self._file_shapes[name]) for name in group.file_names]
 
 
+def is_adapter(name: str) -> bool:
+    """Tell whether a parameter of a module is one of its adapter's."""
+    parts = name.split(".")
+    return "modules_to_save" in parts or any(part.startswith("lora_") for part in parts)
+
+
+def adapter_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
+    """Lay out the adapter in a module, without the base model, by the names that peft writes."""
+    own = {_file_name(name): name for name, _ in module.named_parameters() if is_adapter(name)}
+    unused = [name for name in file_shapes if name not in own]
+    missing = [name for name in own if name not in file_shapes]
+    for which, names in (("not in the model", unused), ("missing in the file", missing)):
+        if names:
+            raise InputError(
+                f"the adapter does not fit its base model: {names[0]} is {which}, one of "
+                f"{len(names)}"
+            )
+    groups = [Group((name,), (own[name],), None) for name in file_shapes]
+    outside = [name for name, _ in module.named_parameters() if name not in own.values()]
+    return Layout(module, groups, file_shapes, {}, outside=outside)
+
+
+def _file_name(name: str) -> str:
+    """Name a parameter of the adapter as peft does in a file."""
+    name = name.replace(f".modules_to_save.{NAME}.", ".")
+    name = re.sub(rf"(\.lora_\w+)\.{NAME}(?=\.|$)", r"\1", name)
+    return name if name.startswith(PREFIX) else PREFIX + name
+
+
 def same_names_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
     """Lay out a module whose file has the names of its state dict."""
     state = module.state_dict()
     groups = [Group((name,), (name,), None) for name in file_shapes if name in state]
-    return Layout(module, groups, file_shapes, [name for name in file_shapes if name not in state])
+    unused = {name: name for name in file_shapes if name not in state}
+    return Layout(module, groups, file_shapes, unused)
 
 
-def transformers_layout(module: Any, file_shapes: Shapes) -> tuple[Layout, dict[str, str]]:
-    """Lay out a transformers model as it is loaded; give the name sought for each unused tensor."""
+def transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
+    """Lay out a transformers model as it is loaded."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -244,7 +267,7 @@ def transformers_layout(module: Any, file_shapes: Shapes) -> tuple[Layout, dict[
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     prefix = module.base_model_prefix
     state = module.state_dict()
-    single: dict[str, str] = {}
+    groups: dict[str, Group] = {}
     joint: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
     unused: dict[str, str] = {}
     # Some renamings depend on what was renamed before, so the order has to be transformers' own.
@@ -255,15 +278,15 @@ def transformers_layout(module: Any, file_shapes: Shapes) -> tuple[Layout, dict[
         if renamed not in state:
             unused[name] = renamed
         elif pattern is None:
-            single[name] = renamed
+            groups[name] = Group((name,), (renamed,), None)
         else:
             joint.setdefault(renamed, (by_pattern[pattern], []))[1].append((name, pattern))
-    groups = {name: Group((name,), (renamed,), None) for name, renamed in single.items()}
     for renamed, (converter, sources) in joint.items():
         group = _converted_group(module, renamed, converter, sources, file_shapes)
         groups[group.file_names[0]] = group
     ordered = [groups[name] for name in file_shapes if name in groups]
-    return Layout(module, ordered, file_shapes, [n for n in file_shapes if n in unused]), unused
+    unused = {name: unused[name] for name in file_shapes if name in unused}
+    return Layout(module, ordered, file_shapes, unused)
 
 
 def _converted_group(
@@ -300,16 +323,6 @@ def _converted_group(
         return [made[name] for name in module_names]
 
     return Group(names, module_names, convert)
-
-
-def _aliases(module: nn.Module) -> dict[str, str]:
-    """Each name in the state dict with the first name of the same tensor."""
-    first: dict[int, str] = {id(parameter): name for name, parameter in module.named_parameters()}
-    aliases = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor):
-            aliases[name] = first.setdefault(id(tensor), name)
-    return aliases
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], where: str) -> None:

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from consolidate.ewc.low_rank_penalty import LowRank, MergedPenalty
 from consolidate.ewc.penalty import Penalty
-from consolidate.models.lora import add_lora, low_rank_layers
+from consolidate.models.lora import Lora, add_lora, low_rank_layers
 from formats.errors import InputError, NonFiniteError, UsageError
 
 LAMBDA = 3.0
@@ -36,7 +36,7 @@ def adapted(targets: list[str], dtype: torch.dtype = torch.float64, **options: A
     """A network whose adapter is far from zero."""
     torch.manual_seed(1)
     network = Network().to(dtype)
-    add_lora(network, rank=2, targets=targets, **options)
+    add_lora(network, Lora(rank=2, targets=targets, **options))
     for name, parameter in network.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter)

@@ -20,7 +20,7 @@ from consolidate.data.encoding import encode
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.models.adapters import load
-from consolidate.models.lora import add_lora, low_rank_layers, merge_lora
+from consolidate.models.lora import Lora, add_lora, low_rank_layers, merge_lora
 from consolidate.models.model import file_weights
 from consolidate.options import Columns
 from consolidate.views.summary import show_text
@@ -324,7 +324,7 @@ def test_the_merged_penalty_trains_as_the_explicit_one(
     result = finetune(protected, new_task, output_dir=tmp_path / "next", **options)
     model = load(open_checkpoint(protected), dtype=torch.float32)
     stored = read_fisher(protected / "fisher").fisher
-    add_lora(model.module, rank=2, targets=LORA["lora_targets"], alpha=4)
+    add_lora(model.module, Lora(rank=2, targets=LORA["lora_targets"], alpha=4))
     examples = encode(open_task(new_task)[1], model, columns=Columns())
     (batch,) = examples.batches(5)
     likelihood = get_likelihood("next-token-softmax")

@@ -32,7 +32,7 @@ def fused(convert=split) -> Layout:
         Group(("out.bias",), ("out.bias",), None),
         Group(("out.weight",), ("out.weight",), None),
     ]
-    return Layout(Attention(), groups, FILE, [])
+    return Layout(Attention(), groups, FILE, {})
 
 
 def parameters() -> dict[str, torch.Tensor]:
@@ -84,7 +84,7 @@ def test_a_buffer_that_the_file_lacks_stays_out_of_files() -> None:
 
 
 def test_a_parameter_that_the_file_lacks_keeps_its_name() -> None:
-    layout = Layout(Attention(), [Group(("qkv",), PARTS, split)], {"qkv": (2, 9)}, [])
+    layout = Layout(Attention(), [Group(("qkv",), PARTS, split)], {"qkv": (2, 9)}, {})
     assert layout.fresh == ("out.weight", "out.bias")
     values = parameters()
     stored = layout.to_file(values)
@@ -133,7 +133,7 @@ def test_wrong_names_and_shapes_are_refused() -> None:
 
 def test_shapes_of_module_and_file_must_agree() -> None:
     shapes = {name: tuple(t.shape) for name, t in Attention().state_dict().items()}
-    assert same_names_layout(Attention(), shapes).unused == ()
+    assert same_names_layout(Attention(), shapes).unused == {}
     shapes["out.weight"] = (3, 2)
     with pytest.raises(
         InputError, match=r"out\.weight has shape \[3, 2\] in the file and \[2, 3\]"
