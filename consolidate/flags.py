@@ -169,15 +169,19 @@ COMMON = options(
         help="Show the traceback of an error.",
     ),
 )
-METRICS = click.option(
-    "--metrics",
-    metavar="FILE",
-    callback=_place_of_metrics,
-    help="Write the numbers here too, as one flat JSON object, which DVC and CI jobs read.",
+MEASURED = options(
+    click.option(
+        "--metrics",
+        metavar="FILE",
+        callback=_place_of_metrics,
+        help="Write the numbers here too, as one flat JSON object, which DVC and CI jobs read.",
+    ),
+    click.option(
+        "--mlflow",
+        is_flag=True,
+        help="Log options, metrics and digests as a run of MLflow, in the store "
+        "MLFLOW_TRACKING_URI; where MLFLOW_RUN_ID names a run, in that.",
+    ),
+    COMMON,
 )
-MLFLOW = click.option(
-    "--mlflow",
-    is_flag=True,
-    help="Log options, metrics and digests as a run of MLflow, in the store MLFLOW_TRACKING_URI; "
-    "where MLFLOW_RUN_ID names a run, in that.",
-)
+"""Of a command that measures something."""
