@@ -20,44 +20,26 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option beside its name, type and default.
+    """What is known of an option beside its name, type and default."""
 
-    Attributes:
-        help: For `--help`, docstrings and docs/options.md; other options are named as flags.
-        metavar: What stands for the value in `--help`.
-        choices: The values that there are.
-        least: A number is at least this.
-        above: A number is larger than this.
-        most: A number is at most this.
-        below: A number is smaller than this.
-        argument: Whether it is given by position, without a flag.
-        star: Whether it is ``*name`` in Python.
-        dtype: Whether it names a dtype; Python callers may give the torch.dtype.
-        written: Whether it names a file that is written.
-        changes_result: Whether the result is made from its value. Not where it changes nothing, and
-            not where it names content, which is described by digest.
-        in_run_file: Whether it can be set for the tasks of a run file.
-        python: The type in the Python signature, where that is another.
-        python_only: Whether it has no flag.
-        typed: Reads what was typed on the command line, or raises ValueError with what it expects.
-    """
-
-    help: str
-    metavar: str | None = None
+    help: str  # for --help, docstrings and docs/options.md; other options are named as flags
+    metavar: str | None = None  # what stands for the value in --help
     choices: tuple[str, ...] = ()
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
-    argument: bool = False
-    star: bool = False
-    dtype: bool = False
-    written: bool = False
+    least: float | None = None  # a number is at least this
+    above: float | None = None  # and larger than this
+    most: float | None = None  # and at most this
+    below: float | None = None  # and smaller than this
+    argument: bool = False  # given by position, without a flag
+    star: bool = False  # *name in Python
+    dtype: bool = False  # names a dtype; Python callers may give the torch.dtype
+    written: bool = False  # names a file that is written
+    # Whether the result is made from its value. Not where it changes nothing, and not where it
+    # names content, which is described by digest.
     changes_result: bool = True
-    in_run_file: bool = True
-    python: str | None = None
-    python_only: bool = False
-    typed: Callable[[str], Any] | None = None
+    in_run_file: bool = True  # can be set for the tasks of a run file
+    python: str | None = None  # the type in the Python signature, where that is another
+    python_only: bool = False  # has no flag
+    typed: Callable[[str], Any] | None = None  # reads what was typed, or raises ValueError
 
 
 @dataclass(frozen=True)
@@ -84,20 +66,12 @@ def part(default: Any, **naming: Any) -> Any:
 
 
 class Flat(NamedTuple):
-    """One option of a command, as its callers name it.
+    """One option of a command, as its callers name it."""
 
-    Attributes:
-        name: The keyword.
-        path: The names of the fields that lead to it.
-        kinds: The types that a value may have.
-        default: REQUIRED where there is none.
-        option: All else.
-    """
-
-    name: str
-    path: tuple[str, ...]
-    kinds: tuple[Any, ...]
-    default: Any
+    name: str  # the keyword
+    path: tuple[str, ...]  # the names of the fields that lead to it
+    kinds: tuple[Any, ...]  # the types that a value may have
+    default: Any  # REQUIRED where there is none
     option: Option
 
     @property
@@ -147,11 +121,6 @@ def value_of(record: Any, flat: Flat) -> Any:
     for name in flat.path:
         record = getattr(record, name)
     return record
-
-
-def values_of(record: Any) -> dict[str, Any]:
-    """Give all values of a record by flat name."""
-    return {flat.name: value_of(record, flat) for flat in flat_options(type(record))}
 
 
 def gather(record: type[R], given: Mapping[str, Any]) -> R:
@@ -274,8 +243,3 @@ def _range(flat: Flat) -> str:
     if float not in flat.kinds:
         return f"at least {option.least}"
     return f"a finite number {'from' if option.above is None else 'above'} 0"
-
-
-def numbers(text: str) -> Sequence[float]:
-    """Read numbers with commas between them, or a list as a TOML file has it."""
-    return [float(number) for number in text.strip("[]").split(",")]

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from consolidate.fields import flat_options, value_of
-from consolidate.options import FinetuneOptions, FisherOptions
+from consolidate.options import FinetuneOptions, FisherOptions, Merging
+from consolidate.runtime.devices import best_device
+from consolidate.runtime.distributed import all_processes, place_in
 from formats.checkpoint import CARD, Checkpoint, other_files
 from formats.digest import TensorRecord, set_digest
 from formats.rows import Rows, file_digest, listing_digest
@@ -74,15 +76,20 @@ def asked(
 
 
 def description(
-    asked: Mapping[str, Any], checkpoint: Mapping[str, Any], **settled: Any
+    asked: Mapping[str, Any],
+    checkpoint: Mapping[str, Any],
+    device: str | None,
+    merging: Merging,
+    **settled: Any,
 ) -> dict[str, Any]:
     """Describe all that a result is made from: what is asked for, of which checkpoint.
 
-    `settled` are the values of SETTLED.
+    With the values of SETTLED; which device it is counts, and not its number.
     """
+    settled |= {"device": best_device(device).type, "merge_rule": merging.merge_rule}
+    settled |= {"gamma": merging.gamma, "processes": place_in(all_processes())[1]}
     assert settled.keys() <= set(SETTLED)
-    options = {**asked["options"], **{name: plain(value) for name, value in settled.items()}}
-    return {**asked, "checkpoint": checkpoint, "options": options}
+    return {**asked, "checkpoint": checkpoint, "options": asked["options"] | plain(settled)}
 
 
 def module_content(factory: str | None) -> str | None:

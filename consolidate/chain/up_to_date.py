@@ -18,17 +18,11 @@ LOG = logging.getLogger("consolidate")
 
 
 class Output(NamedTuple):
-    """An output that says what it was made from.
-
-    Attributes:
-        checkpoint: The checkpoint.
-        folder: Its Fisher folder.
-        made_from: Digest of all that the result depended on.
-    """
+    """An output that says what it was made from."""
 
     checkpoint: Path
-    folder: Path
-    made_from: str
+    folder: Path  # of its Fisher
+    made_from: str  # digest of all that the result depended on
 
 
 def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
@@ -36,9 +30,9 @@ def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
 
     With `merged` models were merged, and not a task learned or measured.
     """
-    for target in (checkpoint, checkpoint / "fisher"):
-        recover(target)
     folder = checkpoint / "fisher"
+    for target in (checkpoint, folder):
+        recover(target)
     try:
         ledger = read_ledger(folder / LEDGER_NAME)
     except ConsolidateError:

@@ -5,12 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from consolidate.chain.fingerprint import (
-    asked,
-    checkpoint_content,
-    description,
-    rows_content,
-)
+from consolidate.chain.fingerprint import asked, checkpoint_content, description, rows_content
 from consolidate.chain.opening import find_fisher, stored_fisher, with_base
 from consolidate.chain.output import check_output, failed_folder
 from consolidate.chain.tasks import settled_merging, task_name
@@ -21,8 +16,6 @@ from consolidate.data.columns import columns_of
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import Lora
 from consolidate.options import Columns, FinetuneOptions, Merging, Recipe
-from consolidate.runtime.devices import best_device
-from consolidate.runtime.distributed import all_processes, place_in
 from consolidate.training.forgetting import check_gate
 from consolidate.training.loop import default_statistics
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint, weight_records
@@ -104,12 +97,10 @@ class Plan:
         return description(
             asked("finetune", options, rows_content(opened.task_file, opened.rows)),
             opened.content(),
+            options.source.device,
+            opened.merging,
             task=opened.task,
             norm_statistics=self.recipe.norm_statistics,
-            device=best_device(options.source.device).type,
-            processes=place_in(all_processes())[1],
-            merge_rule=opened.merging.merge_rule,
-            gamma=opened.merging.gamma,
         )
 
     def made_from(self) -> str:

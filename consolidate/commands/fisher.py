@@ -1,23 +1,17 @@
 """What `consolidate fisher` does, without the command line: read, measure, write."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming, refuse_changed
-from consolidate.chain.fingerprint import (
-    asked,
-    checkpoint_content,
-    description,
-    rows_content,
-)
+from consolidate.chain.fingerprint import asked, checkpoint_content, description, rows_content
 from consolidate.chain.opening import stored_fisher, with_base
 from consolidate.chain.output import bytes_of, check_output, output_bytes
 from consolidate.chain.resume import KeptPass, KeptWork
@@ -45,7 +39,6 @@ from consolidate.runtime.distributed import (
     as_one,
     from_first,
     is_first,
-    place_in,
     shards_among,
 )
 from consolidate.views.output_card import renew_card
@@ -119,11 +112,9 @@ class Plan:
         return description(
             asked("fisher", self.options, rows_content(self.task_file, self.rows)),
             content | {"fisher": [asdict(task) for task in tasks]},
+            self.options.source.device,
+            self.merging,
             task=task_name(named, self.rows.name, None),
-            device=best_device(self.options.source.device).type,
-            merge_rule=self.merging.merge_rule,
-            gamma=self.merging.gamma,
-            processes=place_in(all_processes())[1],
         )
 
     def made_from(self) -> str:
@@ -167,7 +158,7 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
         model, examples = _load(plan, cut)
         estimation = settled_estimation(options.estimation, model, examples)
         if options.dry_run:
-            return _dry_run(plan, model, examples, estimation, group)
+            return _dry_run(plan, model, examples, estimation)
         work = KeptWork(
             plan.target,
             lambda: plan.description(plan.tasks),
@@ -181,10 +172,9 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
             model,
             examples,
             estimation,
-            label=f"Fisher of {plan.task}",
+            task=plan.task,
             seed=options.seed,
             kept=KeptPass(work, work.start()),
-            group=group,
         )
         result = _write(plan, model, examples, diagonal) if is_first(group) else None
         result = from_first(result, group)
@@ -273,21 +263,18 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples]:
     return model, examples
 
 
-def _dry_run(
-    plan: Plan,
-    model: Model,
-    examples: Examples,
-    estimation: Estimation,
-    group: ProcessGroup | None,
-) -> FisherDryRun:
-    """Say what a pass would take, and what it would leave."""
-    cost = pass_cost(model, examples, estimation, seed=plan.options.seed, group=group)
+def _dry_run(plan: Plan, model: Model, examples: Examples, estimation: Estimation) -> FisherDryRun:
+    """Say what a pass would take, and what it would leave, without headers and the ledger."""
+    cost = pass_cost(model, examples, estimation, seed=plan.options.seed)
     itemsize = {"float32": 4, "float64": 8}[estimation.accumulate_dtype]
+    files = {"fisher.safetensors": 4 * cost["parameters"]}
+    if not plan.in_place:
+        files["model.safetensors"] = bytes_of(plan.source.weights)
     return {
         "status": "dry run",
         "task": plan.task,
         **cost,
-        "files": _file_sizes(cost["parameters"], {} if plan.in_place else plan.source.weights),
+        "files": files,
         "kept": {partial_path(plan.target).name: 2 * itemsize * cost["parameters"]},
     }
 
@@ -338,11 +325,3 @@ def _task_names(folder: Path) -> str:
         return ", ".join(task.name for task in ledger.tasks) + heads
     except ConsolidateError as error:
         return f"tasks unknown ({error})"
-
-
-def _file_sizes(parameters: int, weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Give the bytes of what a pass would leave, without headers and the ledger."""
-    sizes = {"fisher.safetensors": 4 * parameters}
-    if weights:
-        sizes["model.safetensors"] = bytes_of(weights)
-    return sizes

@@ -6,13 +6,11 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup
 
 from consolidate.chain.resume import KeptPass
 from consolidate.data.examples import Examples, subset
@@ -26,11 +24,12 @@ from consolidate.options import EXACT_UP_TO, Estimation
 from consolidate.results import MeasuredFisher, PassCost
 from consolidate.runtime import signals
 from consolidate.runtime.devices import dtype_of_name
-from consolidate.runtime.distributed import dealt, place_in
+from consolidate.runtime.distributed import all_processes, dealt, place_in
 from consolidate.runtime.progress import progress
 from consolidate.runtime.shards import is_sharded
 from formats.errors import UsageError
 from formats.fisher_json import Ledger
+from formats.wording import few
 
 LOG = logging.getLogger("consolidate")
 
@@ -46,32 +45,28 @@ def measure_fisher(
     examples: Examples,
     estimation: Estimation,
     *,
-    label: str,
+    task: str,
     seed: int,
-    kept: KeptPass | None = None,
-    group: ProcessGroup | None = None,
+    kept: KeptPass,
 ) -> FisherDiagonal:
     """Measure the Fisher of encoded examples by a settled estimation, with progress on stderr.
 
-    `kept` is where to resume, and what saves the pass; `group` the processes that share batches.
+    `kept` is where to resume, and what saves the pass, whose batches all processes share.
     """
-    tolerance, max_examples = estimation.tolerance, estimation.max_examples
+    tolerance, max_examples, group = estimation.tolerance, estimation.max_examples, all_processes()
     assert estimation.batch_size is not None
     batch_size = estimation.batch_size
     everything = subset(len(examples), max_examples, seed, shuffled=tolerance is not None)
     if is_sharded(model.module) and estimation.estimator != "batched":
         batch_size = 1  # They go alone, and so come out as evenly as they can.
     order = dealt(everything, batch_size, group)
-    if group is not None:
-        label = f"{label}, process 1 of {group.size()}"
-    start = None if kept is None else kept.start()
+    several = "" if group is None else f", process 1 of {group.size()}"
+    label = f"Fisher of {task}{several}"
+    start = kept.start()
     done = 0 if start is None else start.examples
     if done:
         LOG.info("going on after %d of %d examples", done, len(order))
-    with (
-        signals.waiting(kept is not None),
-        progress(label, len(order), "examples", before=done) as advance,
-    ):
+    with signals.waiting(), progress(label, len(order), "examples", before=done) as advance:
         diagonal = fisher_diagonal(
             model.module,
             examples.batches(batch_size, order=order),
@@ -80,13 +75,12 @@ def measure_fisher(
             indices=order,
             tolerance=tolerance,
             start=start,
-            keep=None if kept is None else kept.keep,
+            keep=kept.keep,
             note=LOG.info,
             progress=advance,
             group=group,
         )
-        if kept is not None:
-            kept.end()
+        kept.end()
     uncertain = max(diagonal.relative_errors.values(), default=0.0)
     if tolerance is not None and uncertain > tolerance:
         LOG.info(
@@ -152,14 +146,7 @@ def default_estimator(model: Model, examples: Examples) -> str:
     return "exact" if outcomes <= EXACT_UP_TO else "mc"
 
 
-def pass_cost(
-    model: Model,
-    examples: Examples,
-    estimation: Estimation,
-    *,
-    seed: int,
-    group: ProcessGroup | None = None,
-) -> PassCost:
+def pass_cost(model: Model, examples: Examples, estimation: Estimation, *, seed: int) -> PassCost:
     """Say what measuring the Fisher of encoded examples would take, from a few batches of them.
 
     Counts, seconds per example and in all, and the most bytes of memory that were in use with the
@@ -168,7 +155,7 @@ def pass_cost(
     batch_size, max_examples = estimation.batch_size, estimation.max_examples
     assert batch_size is not None
     order = subset(len(examples), max_examples, seed)
-    processes = place_in(group)[1]
+    processes = place_in(all_processes())[1]
     shuffled = subset(len(examples), max_examples, seed, shuffled=True)
     sample = shuffled[: batch_size * SAMPLED_BATCHES]
     # The last batch is the longest and not timed.
@@ -240,16 +227,11 @@ def log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> Non
         LOG.info(
             "%d parameters went by one example at a time, which is slow: %s",
             len(slow),
-            _first_three(slow),
+            few(slow, 3),
         )
     if unreached := diagonal.unreached:
         LOG.info(
             "the Fisher of %d parameters is zero, since the loss does not depend on them: %s",
             len(unreached),
-            _first_three(unreached),
+            few(unreached, 3),
         )
-
-
-def _first_three(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
