@@ -17,19 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from consolidate.flags import COMMON, MEASURED, flags_of, record_of
-from consolidate.options import (
-    COMMANDS,
-    EvaluateOptions,
-    FinetuneOptions,
-    FisherOptions,
-    MergeOptions,
-    PushOptions,
-    ReportOptions,
-    RunOptions,
-    ShowOptions,
-    VerifyOptions,
-)
+from consolidate.flags import COMMON, MEASURED, flags_of, options, record_of
+from consolidate.options import COMMANDS
 from consolidate.runtime.signals import Terminated, ask
 from consolidate.runtime.torchrun import rank, stop_with_torchrun, world_size
 from consolidate.views import text as text_view
@@ -199,9 +188,16 @@ class _StderrHandler(logging.Handler):
         tqdm.write(plain(self.format(record)), file=sys.stderr)
 
 
-@cli.command()
-@flags_of(FisherOptions)
-@MEASURED
+def _command(*others: Callable[[Any], Any]) -> Callable[[Any], click.Command]:
+    """Make a command of the function of its name: with the options of its record, and others."""
+
+    def make(function: Any) -> click.Command:
+        return cli.command()(options(flags_of(COMMANDS[function.__name__]), *others)(function))
+
+    return make
+
+
+@_command(MEASURED)
 def fisher(**typed: Any) -> None:
     """Measure the Fisher diagonal of CHECKPOINT and store it beside the weights.
 
@@ -214,9 +210,7 @@ def fisher(**typed: Any) -> None:
     _do(typed, text_view.fisher_text)
 
 
-@cli.command()
-@flags_of(FinetuneOptions)
-@MEASURED
+@_command(MEASURED)
 def finetune(**typed: Any) -> None:
     """Fine-tune CHECKPOINT on a new task, held by the penalty where it matters for the old ones.
 
@@ -229,9 +223,7 @@ def finetune(**typed: Any) -> None:
     _do(typed, text_view.finetune_text)
 
 
-@cli.command()
-@flags_of(EvaluateOptions)
-@MEASURED
+@_command(MEASURED)
 def evaluate(**typed: Any) -> None:
     """Measure CHECKPOINT on each task: loss, and accuracy or perplexity.
 
@@ -240,9 +232,7 @@ def evaluate(**typed: Any) -> None:
     _do(typed, text_view.metrics_text)
 
 
-@cli.command()
-@flags_of(MergeOptions)
-@COMMON
+@_command(COMMON)
 def merge(**typed: Any) -> None:
     """Merge checkpoints of one architecture into one, each weight by how much it matters to whom.
 
@@ -253,9 +243,7 @@ def merge(**typed: Any) -> None:
     _do(typed, text_view.merge_text)
 
 
-@cli.command()
-@flags_of(RunOptions)
-@MEASURED
+@_command(MEASURED)
 def run(**typed: Any) -> None:
     """Train a chain of tasks, one after the other, as TASKS.TOML says.
 
@@ -268,14 +256,14 @@ def run(**typed: Any) -> None:
     _do(typed, text_view.run_text)
 
 
-@cli.command()
-@flags_of(ShowOptions)
-@click.option(
-    "--markdown",
-    is_flag=True,
-    help="Print the matrix alone, as Markdown, for the summary of a CI job.",
+@_command(
+    click.option(
+        "--markdown",
+        is_flag=True,
+        help="Print the matrix alone, as Markdown, for the summary of a CI job.",
+    ),
+    COMMON,
 )
-@COMMON
 def show(markdown: bool, **typed: Any) -> None:
     """Show the ledger of CHECKPOINT, what was forgotten, and where its Fisher lies.
 
@@ -295,9 +283,7 @@ def show(markdown: bool, **typed: Any) -> None:
     _do(typed, show_markdown if markdown else show_text)
 
 
-@cli.command()
-@flags_of(ReportOptions)
-@COMMON
+@_command(COMMON)
 def report(**typed: Any) -> None:
     """Write a page on CHECKPOINT: its tasks, what was kept of each, and where the protection sits.
 
@@ -308,9 +294,7 @@ def report(**typed: Any) -> None:
     _do(typed, lambda result: "\n".join([result["report"], *result["plots"]]))
 
 
-@cli.command()
-@flags_of(VerifyOptions)
-@COMMON
+@_command(COMMON)
 def verify(**typed: Any) -> None:
     """Check every digest, name, shape and value of CHECKPOINT and its Fisher.
 
@@ -320,9 +304,7 @@ def verify(**typed: Any) -> None:
     _do(typed, text_view.verify_text)
 
 
-@cli.command()
-@flags_of(PushOptions)
-@COMMON
+@_command(COMMON)
 def push(**typed: Any) -> None:
     """Publish CHECKPOINT with its Fisher, ledger and model card on the Hub, in one commit.
 
@@ -364,7 +346,7 @@ def _measured(
     with tracked(name, dict(typed), enabled=mlflow and rank() == 0) as tracker:
         other = {"on_step": tracker.on_step} if tracker.enabled and name == "finetune" else {}
         try:
-            result = command(record_of(COMMANDS[name], typed, **other))
+            result = command(record_of(COMMANDS[name], typed | other))
         except ForgettingError as error:
             _report("finetune", error.result, metrics, tracker)
             raise

@@ -128,48 +128,28 @@ def gather(record: type[R], given: Mapping[str, Any]) -> R:
 
     Raises UsageError where a value is out of its range, or no such option or value is known.
     """
-    tree: dict[str, Any] = {}
-    known = {
-        flat.name: flat for flat in (*flat_options(record), *flat_options(record, python=True))
-    }
+    every = (*flat_options(record), *flat_options(record, python=True))
+    known, values = {flat.name: flat for flat in every}, {}
     for name, value in given.items():
         if name not in known:
             raise UsageError(f"there is no option {name!r}")
-        flat = known[name]
-        if is_dataclass(flat.kinds[0]) and value is None:
-            continue
-        below = tree
-        for step in flat.path[:-1]:
-            below = below.setdefault(step, {})
-        below[flat.path[-1]] = checked(flat, value)
-    return _filled(record, tree)
-
-
-def changed(record: R, **values: Any) -> R:
-    """Give a record with other values of some options, by flat name and unchecked."""
-    flats = {flat.name: flat for flat in flat_options(type(record))}
+        if value is not None or not is_dataclass(known[name].kinds[0]):
+            values[name] = checked(known[name], value)
+    required = [name for name, flat in known.items() if flat.default is REQUIRED]
+    for name in required:
+        if name not in values:
+            raise UsageError(f"{name} has to be given")
+    made = record(**{name: values.pop(name) for name in required})
     for name, value in values.items():
-        record = _put(record, flats[name].path, value)
-    return record
+        made = _put(made, known[name].path, value)
+    return made
 
 
 def _put(record: Any, path: tuple[str, ...], value: Any) -> Any:
+    """Give a record with another value of the option at the end of a path."""
     if len(path) > 1:
         value = _put(getattr(record, path[0]), path[1:], value)
     return replace(record, **{path[0]: value})
-
-
-def _filled(record: Any, tree: Mapping[str, Any], default: Any = None) -> Any:
-    given = {}
-    hints = get_type_hints(record)
-    for each in fields(record):
-        if each.name in tree:
-            below = tree[each.name]
-            nested = "part" in each.metadata and isinstance(below, dict)
-            given[each.name] = _filled(hints[each.name], below, each.default) if nested else below
-        elif each.default is REQUIRED:
-            raise UsageError(f"{each.name} has to be given")
-    return record(**given) if default is None else replace(default, **given)
 
 
 def checked(flat: Flat, value: Any) -> Any:

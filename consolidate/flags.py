@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_origin
 
 import click
 
-from consolidate.fields import REQUIRED, Flat, changed, flat_options, gather
+from consolidate.fields import REQUIRED, Flat, flat_options, gather
 
 R = TypeVar("R")
 NEGATED = {"data_digest": "--data-digest/--no-data-digest"}
@@ -80,7 +80,7 @@ def _reading(typed: Callable[[str], Any]) -> Callable[..., Any]:
     return read
 
 
-def record_of(record: type[R], typed: dict[str, Any], **other: Any) -> R:
+def record_of(record: type[R], typed: dict[str, Any]) -> R:
     """Make a command's record of what click has read of its options.
 
     Raises UsageError for a list of NAME=DATA that names one twice.
@@ -89,7 +89,7 @@ def record_of(record: type[R], typed: dict[str, Any], **other: Any) -> R:
         if flat.names_data:
             named = named_data(typed[flat.name], f"--{flat.flag}")
             typed[flat.name] = named or None
-    return changed(gather(record, typed), **other)
+    return gather(record, typed)
 
 
 def named_data(values: Sequence[str], option: str) -> dict[str, str]:

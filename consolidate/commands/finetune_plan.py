@@ -184,7 +184,9 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
         )
     old, evaluate = opened.old_tasks, dict(options.gate.evaluate or {})
     if recipe.norm_statistics is None:
-        something_old = bool(old or evaluate.keys() - {opened.task} or _base_has_fisher(opened))
+        base = opened.source.base
+        base_has_fisher = base is not None and find_fisher(base.path, None) is not None
+        something_old = bool(old or evaluate.keys() - {opened.task} or base_has_fisher)
         statistics = default_statistics(options.penalty.penalty, old=something_old)
         recipe = replace(recipe, norm_statistics=statistics)
     validation, max_forgetting = dict(options.search.validation or {}), options.gate.max_forgetting
@@ -275,9 +277,3 @@ def _penalty_on(options: FinetuneOptions, source: Checkpoint, lora: Lora | None)
         )
     own = source.adapter is not None and find_fisher(source.path, None) is not None
     return given or ("adapter" if own else "merged")
-
-
-def _base_has_fisher(opened: Opened) -> bool:
-    """Return whether a checkpoint is an adapter of weights that have a Fisher."""
-    base = opened.source.base
-    return base is not None and find_fisher(base.path, None) is not None

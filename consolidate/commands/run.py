@@ -173,8 +173,9 @@ def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
             gate = replace(options.gate, evaluate=dict(evaluate))
             penalty = replace(options.penalty, fisher=fisher_at)
             options = replace(options, gate=gate, penalty=penalty)
-            with _said_of(at):
-                _check(options)
+            with _said_of(at):  # refused before the first task is trained
+                check_options(options)
+                settled_merging(None, options.merging)
             steps.append(Step(target, options))
         else:
             if training := of_training(own):
@@ -211,12 +212,6 @@ def _has_fisher(run_file: RunFile, start: Path) -> bool:
                 "give the new one another name"
             )
     return stored_at is not None
-
-
-def _check(options: FinetuneOptions) -> None:
-    """Refuse options of a later task before the first one is trained."""
-    check_options(options)
-    settled_merging(None, options.merging)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_origin
 
-from consolidate.fields import Flat, changed, checked, fits, flat_options, words_of
+from consolidate.fields import Flat, checked, fits, flat_options, words_of
 from consolidate.options import FinetuneOptions, FisherOptions
 from formats.errors import InputError
 from formats.task_file import resolve
@@ -46,10 +46,10 @@ def of_training(options: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def fisher_options(options: FinetuneOptions, **others: Any) -> FisherOptions:
-    """Give the options of `fisher` that measure as `finetune` would; `others` by flat name."""
+def fisher_options(options: FinetuneOptions, *, add: bool = False) -> FisherOptions:
+    """Give the options of `fisher` that measure as `finetune` would."""
     batch_size = options.estimation.batch_size or options.recipe.batch_size
-    measuring = FisherOptions(
+    return FisherOptions(
         checkpoint=options.checkpoint,
         data=options.data,
         output_dir=options.output_dir,
@@ -59,10 +59,10 @@ def fisher_options(options: FinetuneOptions, **others: Any) -> FisherOptions:
         estimation=replace(options.estimation, batch_size=batch_size),
         seed=options.recipe.seed,
         parameters=options.parameters,
+        add=add,
         merging=options.merging,
         saving=options.saving,
     )
-    return changed(measuring, **others)
 
 
 def _read(flat: Flat, value: Any, folder: Path) -> Any:
