@@ -127,7 +127,7 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         forgotten = _forgotten(plan, trained)
         target = failed_folder(plan.target) if forgotten else plan.target
         # The output may replace the source, so all that is read from there comes before it.
-        started_from = set_digest(plan.opened.records())
+        started_from = set_digest(plan.opened.records)
         kept = KeptPass(work, found, *kept_of(start.model, trained, beside))
         with _saving_what_was_learned(work, kept):
             diagonal = measure_fisher(

@@ -5,8 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from consolidate.chain.fingerprint import asked, checkpoint_content, description, rows_content
-from consolidate.chain.opening import find_fisher, stored_fisher, with_base
+from consolidate.chain.fingerprint import asked, description, rows_content
+from consolidate.chain.opening import Inputs, find_fisher, stored_fisher, with_base
 from consolidate.chain.output import check_output, failed_folder
 from consolidate.chain.tasks import settled_merging, task_name
 from consolidate.chain.up_to_date import Output, find_output
@@ -15,57 +15,31 @@ from consolidate.commands.finetune_search import plan_search
 from consolidate.data.columns import columns_of
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import Lora
-from consolidate.options import Columns, FinetuneOptions, Merging, Recipe
+from consolidate.options import Columns, FinetuneOptions, Recipe
 from consolidate.training.forgetting import check_gate
 from consolidate.training.loop import default_statistics
-from formats.checkpoint import Checkpoint, check_finite, open_checkpoint, weight_records
-from formats.digest import TensorRecord, json_digest
+from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
+from formats.digest import json_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher
 from formats.hub import FISHER, commits_of, locate
-from formats.rows import Rows
-from formats.task_file import TaskFile, open_task
+from formats.task_file import open_task
 
 
 @dataclass(frozen=True)
-class Opened:
+class Opened(Inputs):
     """What a run reads, checked before anything of it is loaded."""
 
-    source: Checkpoint
-    before: StoredFisher | None  # the chain so far
-    protecting: StoredFisher | None  # what the penalty is made of: that, or the base model's
+    protecting: StoredFisher | None  # what the penalty is made of: the chain's, or the base model's
     penalty_on: str | None  # "adapter" or "merged" where an adapter is trained with a penalty
-    task_file: TaskFile
-    rows: Rows
     task: str
     objective: str | None
     columns: Columns
-    merging: Merging
 
     @property
     def old_tasks(self) -> list[str]:
         """The names of the tasks of the chain so far."""
-        return [] if self.before is None else [task.name for task in self.before.ledger.tasks]
-
-    def records(self) -> dict[str, TensorRecord]:
-        """Give the digests of the weights; those of a ledger have been compared with them."""
-        if self.before is None:
-            return weight_records(self.source.weights)
-        return self.before.ledger.weights
-
-    def content(self) -> dict[str, Any]:
-        """Describe the checkpoint by content, JSON-ready."""
-        base, protecting = self.source.base, self.protecting
-        own = None if self.before is None else self.before.folder / LEDGER_NAME
-        content = checkpoint_content(self.source, own, self.records())
-        if base is not None:
-            of_base = None if protecting is None or protecting is self.before else protecting
-            content["base"] = checkpoint_content(
-                base,
-                None if of_base is None else of_base.folder / LEDGER_NAME,
-                weight_records(base.weights) if of_base is None else of_base.ledger.weights,
-            )
-        return content
+        return [task.name for task in self.tasks]
 
     def commits(self) -> dict[str, str]:
         """Give the commits of what came from the Hub."""
@@ -96,7 +70,10 @@ class Plan:
         options, opened = self.options, self.opened
         return description(
             asked("finetune", options, rows_content(opened.task_file, opened.rows)),
-            opened.content(),
+            opened.content(
+                None if opened.before is None else opened.before.folder / LEDGER_NAME,
+                None if opened.protecting is opened.before else opened.protecting,
+            ),
             options.source.device,
             opened.merging,
             task=opened.task,

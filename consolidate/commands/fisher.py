@@ -4,15 +4,14 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming, refuse_changed
-from consolidate.chain.fingerprint import asked, checkpoint_content, description, rows_content
-from consolidate.chain.opening import stored_fisher, with_base
+from consolidate.chain.fingerprint import asked, description, rows_content
+from consolidate.chain.opening import Inputs, stored_fisher, with_base
 from consolidate.chain.output import bytes_of, check_output, output_bytes
 from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.chain.tasks import add_task, check_names_to_be, settled_merging, task_name
@@ -30,7 +29,7 @@ from consolidate.data.examples import Examples
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
-from consolidate.options import Estimation, FisherOptions, Merging
+from consolidate.options import Estimation, FisherOptions
 from consolidate.results import FisherDone, FisherDryRun, FisherResult
 from consolidate.runtime import shards
 from consolidate.runtime.devices import best_device, dtype_of_name
@@ -43,36 +42,24 @@ from consolidate.runtime.distributed import (
 )
 from consolidate.views.output_card import renew_card
 from formats.atomic import partial_path, replace_folder
-from formats.checkpoint import (
-    Checkpoint,
-    check_finite,
-    open_checkpoint,
-    weight_records,
-    write_checkpoint,
-)
-from formats.digest import TensorRecord, json_digest
+from formats.checkpoint import check_finite, open_checkpoint, write_checkpoint
+from formats.digest import json_digest
 from formats.errors import ConsolidateError, InputError, UsageError
-from formats.fisher_folder import LEDGER_NAME, StoredFisher, write_fisher
+from formats.fisher_folder import LEDGER_NAME, write_fisher
 from formats.fisher_json import Ledger, TaskRecord, read_ledger
 from formats.hub import FISHER, commits_of, locate
-from formats.rows import Rows
-from formats.task_file import TaskFile, open_task
+from formats.task_file import open_task
 
 LOG = logging.getLogger("consolidate")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Inputs):
     """What a pass will do, after every refusal that needs no model."""
 
     options: FisherOptions
     folder: Path  # of the checkpoint
-    source: Checkpoint
-    before: StoredFisher | None  # the chain that the task is added to
     there: Output | None  # what stands at the target and says what it was made from
-    task_file: TaskFile
-    rows: Rows
-    merging: Merging
 
     @property
     def in_place(self) -> bool:
@@ -90,28 +77,12 @@ class Plan:
         """The task's name."""
         return task_name(self.options.task or self.task_file.name, self.rows.name, self.before)
 
-    @property
-    def tasks(self) -> list[TaskRecord]:
-        """The tasks of the chain so far."""
-        return [] if self.before is None else self.before.ledger.tasks
-
-    @cached_property
-    def records(self) -> dict[str, TensorRecord]:
-        """Digests of the weights; those of a ledger have been compared with them."""
-        if self.before is not None:
-            return self.before.ledger.weights
-        return weight_records(self.source.weights)
-
     def description(self, tasks: Sequence[TaskRecord]) -> dict[str, Any]:
         """Describe all that the result is made from, if these were the tasks before it."""
-        content = checkpoint_content(self.source, None, self.records)
-        if self.source.base is not None:
-            of_base = weight_records(self.source.base.weights)
-            content["base"] = checkpoint_content(self.source.base, None, of_base)
         named = self.options.task or self.task_file.name
         return description(
             asked("fisher", self.options, rows_content(self.task_file, self.rows)),
-            content | {"fisher": [asdict(task) for task in tasks]},
+            self.content(None) | {"fisher": [asdict(task) for task in tasks]},
             self.options.source.device,
             self.merging,
             task=task_name(named, self.rows.name, None),
@@ -211,7 +182,7 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
     before = stored_fisher(folder / "fisher", source) if options.add else None
     merging = settled_merging(before, options.merging)
     task_file, rows = open_task(options.data, split=options.encoding.split)
-    plan = Plan(options, folder, source, before, there, task_file, rows, merging)
+    plan = Plan(source, before, task_file, rows, merging, options, folder, there)
     if there is None:
         try:
             plan.check_target()
@@ -301,7 +272,7 @@ def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagona
         LOG.info("replacing the Fisher of %s", _task_names(target))
     with replace_folder(target, overwrite=overwrite or options.add) as staging:
         if plan.in_place:
-            write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
+            ledger = write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
         else:
             write_checkpoint(staging, source, source.weights)
             # The card too, but for what we wrote in it: the model is the same.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from consolidate.chain.resume import KeptPass
+from consolidate.chain.up_to_date import recorded_fisher
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.batches import model_outputs, place_of, placed
 from consolidate.estimation.estimates import FisherDiagonal
@@ -200,13 +201,7 @@ def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> MeasuredFisher:
     """Give what a command reports of a Fisher that was measured for a ledger's last task."""
     errors = {name: e for name, e in diagonal.relative_errors.items() if math.isfinite(e)}
     return {
-        "task": ledger.tasks[-1].name,
-        "weight": ledger.tasks[-1].weight,
-        "merge_rule": ledger.merge_rule,
-        "gamma": ledger.gamma,
-        "estimator": diagonal.estimator,
-        "examples": diagonal.examples,
-        "units": diagonal.units,
+        **recorded_fisher(ledger),
         "parameters": sum(values.numel() for values in diagonal.values()),
         "trace": sum(diagonal.trace().values()),
         "layers": {
