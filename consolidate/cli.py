@@ -32,11 +32,7 @@ LOG = logging.getLogger("consolidate")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and leave with its exit code.
-
-    Args:
-        arguments: Those of the process unless given.
-    """
+    """Run the command line, by default that of the process, and leave with its exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)

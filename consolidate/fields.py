@@ -124,10 +124,7 @@ def value_of(record: Any, flat: Flat) -> Any:
 
 
 def gather(record: type[R], given: Mapping[str, Any]) -> R:
-    """Make a record from flat keywords, each checked; those not given have their defaults.
-
-    Raises UsageError where a value is out of its range, or no such option or value is known.
-    """
+    """Make a record from flat keywords, each checked; those not given have their defaults."""
     every = (*flat_options(record), *flat_options(record, python=True))
     known, values = {flat.name: flat for flat in every}, {}
     for name, value in given.items():
@@ -153,10 +150,7 @@ def _put(record: Any, path: tuple[str, ...], value: Any) -> Any:
 
 
 def checked(flat: Flat, value: Any) -> Any:
-    """Give a value as the records hold it, or refuse it by the name of its flag.
-
-    Raises UsageError where it is of another type or out of its range.
-    """
+    """Give a value as the records hold it, or refuse it by the name of its flag."""
     option = flat.option
     if option.dtype and value is not None:
         value = str(value).removeprefix("torch.")

@@ -81,10 +81,7 @@ def _reading(typed: Callable[[str], Any]) -> Callable[..., Any]:
 
 
 def record_of(record: type[R], typed: dict[str, Any]) -> R:
-    """Make a command's record of what click has read of its options.
-
-    Raises UsageError for a list of NAME=DATA that names one twice.
-    """
+    """Make a command's record of what click has read of its options."""
     for flat in flat_options(record):
         if flat.names_data:
             named = named_data(typed[flat.name], f"--{flat.flag}")

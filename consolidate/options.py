@@ -168,9 +168,7 @@ class Estimation:
         None, "Labels sampled per example by mc and batched; 1 by default.", least=1
     )
     max_outcomes: int | None = option(
-        None,
-        "Refuse exact above this many backward passes per example; 4096 by default.",
-        least=1,
+        None, "Refuse exact above this many backward passes per example; 4096 by default.", least=1
     )
     max_examples: int | None = option(
         None, "Measure on a seeded random subset of this size.", least=1
@@ -609,9 +607,7 @@ class ShowOptions:
     revision: str | None = _revision()
     top: int = option(10, "How many parameters to list.", least=1)
     csv: str | Path | None = option(
-        None,
-        "Write the accuracy matrix and the curves over training steps here.",
-        metavar="FILE",
+        None, "Write the accuracy matrix and the curves over training steps here.", metavar="FILE"
     )
     plot: str | Path | None = option(
         None, "Draw them here; .png needs matplotlib.", metavar="FILE.png|svg"

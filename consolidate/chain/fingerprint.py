@@ -3,7 +3,8 @@
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from consolidate.fields import flat_options, value_of
 from consolidate.options import FinetuneOptions, FisherOptions, Merging
 from consolidate.runtime.devices import best_device
 from consolidate.runtime.distributed import all_processes, place_in
-from formats.checkpoint import CARD, Checkpoint, other_files
+from formats.checkpoint import CARD, Checkpoint, other_files, weight_records
 from formats.digest import TensorRecord, set_digest
+from formats.fisher_folder import LEDGER_NAME, StoredFisher
+from formats.fisher_json import TaskRecord
 from formats.rows import Rows, file_digest, listing_digest
 from formats.task_file import TaskFile, open_task
 from formats.versions import program_versions
@@ -36,6 +39,38 @@ def checkpoint_content(
         "fisher": None if ledger is None else file_digest(ledger),
         "files": listing_digest((name.as_posix(), file_digest(file)) for file, name in files),
     }
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a task's Fisher is measured from: a checkpoint, the chain so far, and the data."""
+
+    source: Checkpoint
+    before: StoredFisher | None  # the chain so far
+    task_file: TaskFile
+    rows: Rows
+    merging: Merging
+
+    @property
+    def tasks(self) -> list[TaskRecord]:
+        """The tasks of the chain so far."""
+        return [] if self.before is None else self.before.ledger.tasks
+
+    @cached_property
+    def records(self) -> dict[str, TensorRecord]:
+        """Digests of the weights; those of a ledger have been compared with them."""
+        if self.before is not None:
+            return self.before.ledger.weights
+        return weight_records(self.source.weights)
+
+    def content(self, ledger: Path | None, of_base: StoredFisher | None = None) -> dict[str, Any]:
+        """Describe checkpoint and base model by content, each with its ledger where it counts."""
+        content, base = checkpoint_content(self.source, ledger, self.records), self.source.base
+        if base is not None:
+            records = weight_records(base.weights) if of_base is None else of_base.ledger.weights
+            at = None if of_base is None else of_base.folder / LEDGER_NAME
+            content["base"] = checkpoint_content(base, at, records)
+        return content
 
 
 def data_content(spec: str | Path, split: str | None = None) -> dict[str, Any]:

@@ -1,15 +1,12 @@
 """Open a checkpoint with what belongs to it: its base, its Fisher, its tasks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from consolidate.chain.fingerprint import checkpoint_content
-from consolidate.options import Merging
 from formats.checkpoint import ADAPTER_CONFIG, Checkpoint, open_checkpoint, weight_records
-from formats.digest import TensorRecord, set_digest
+from formats.digest import set_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import (
     LEDGER_NAME,
@@ -18,10 +15,8 @@ from formats.fisher_folder import (
     check_intact,
     read_fisher,
 )
-from formats.fisher_json import Ledger, TaskRecord
+from formats.fisher_json import Ledger
 from formats.hub import FISHER, locate
-from formats.rows import Rows
-from formats.task_file import TaskFile
 
 # By what an adapter is more than W + s B A, or not of the base model's own W.
 _OTHER = {
@@ -40,38 +35,6 @@ _OTHER = {
     "megatron_config": "Megatron's layers are parallel ones",
 }
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change W at the start
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a task's Fisher is measured from: a checkpoint, the chain so far, and the data."""
-
-    source: Checkpoint
-    before: StoredFisher | None  # the chain so far
-    task_file: TaskFile
-    rows: Rows
-    merging: Merging
-
-    @property
-    def tasks(self) -> list[TaskRecord]:
-        """The tasks of the chain so far."""
-        return [] if self.before is None else self.before.ledger.tasks
-
-    @cached_property
-    def records(self) -> dict[str, TensorRecord]:
-        """Digests of the weights; those of a ledger have been compared with them."""
-        if self.before is not None:
-            return self.before.ledger.weights
-        return weight_records(self.source.weights)
-
-    def content(self, ledger: Path | None, of_base: StoredFisher | None = None) -> dict[str, Any]:
-        """Describe checkpoint and base model by content, each with its ledger where it counts."""
-        content, base = checkpoint_content(self.source, ledger, self.records), self.source.base
-        if base is not None:
-            records = weight_records(base.weights) if of_base is None else of_base.ledger.weights
-            at = None if of_base is None else of_base.folder / LEDGER_NAME
-            content["base"] = checkpoint_content(base, at, records)
-        return content
 
 
 def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:

@@ -21,7 +21,6 @@ class Output(NamedTuple):
     """An output that says what it was made from."""
 
     checkpoint: Path
-    folder: Path  # of its Fisher
     made_from: str  # digest of all that the result depended on
 
 
@@ -41,7 +40,7 @@ def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
         told = ledger.made_from
     else:
         told = None if ledger.made_from is not None else ledger.tasks[-1].made_from
-    return None if told is None else Output(checkpoint, folder, told)
+    return None if told is None else Output(checkpoint, told)
 
 
 def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher | None:
@@ -53,7 +52,7 @@ def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher 
     if output is None or output.made_from != made_from():
         return None
     try:
-        stored = stored_fisher(output.folder, open_checkpoint(output.checkpoint))
+        stored = stored_fisher(output.checkpoint / "fisher", open_checkpoint(output.checkpoint))
     except ConsolidateError as error:
         LOG.info("%s was made from the same, but is not whole: %s", output.checkpoint, error)
         return None

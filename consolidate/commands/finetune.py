@@ -29,6 +29,7 @@ from consolidate.commands.finetune_search import Subject, search_lambda
 from consolidate.commands.finetune_start import Start, load_start
 from consolidate.commands.measurement import (
     fisher_summary,
+    kept_work,
     log_notes,
     measure_fisher,
     settled_estimation,
@@ -97,7 +98,8 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
     with claiming(Path(options.output_dir)):
         plan = plan_finetune(options, again=again)
-        work = _work(plan)
+        needed = output_bytes(plan.opened.source, whole=True)
+        work = kept_work(options, plan.target, lambda: plan.description, needed)
         if (done := cached(plan.there, plan.made_from)) is not None:
             work.remove_own()
             return _cached(plan, done.ledger)
@@ -148,20 +150,6 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
     if forgotten and is_first(group):
         raise _too_much(forgotten, options, result)
     return result
-
-
-def _work(plan: Plan) -> KeptWork:
-    """Prepare to save progress."""
-    saving = plan.options.saving
-    return KeptWork(
-        plan.target,
-        lambda: plan.description,
-        every=60 * saving.save_every,
-        result_bytes=output_bytes(plan.opened.source, whole=True),
-        restart=saving.restart,
-        group=all_processes(),
-        shard=plan.options.parameters.shard,
-    )
 
 
 def _cached(plan: Plan, ledger: Ledger) -> FinetuneCached:
@@ -341,11 +329,7 @@ def _write(
         data_digest=opened.rows.digest() if digests else None,
         made_from=plan.made_from() if digests else None,
         training=Training(
-            ewc_lambda,
-            options.penalty.penalty,
-            opened.penalty_on,
-            started_from,
-            trained.metrics,
+            ewc_lambda, options.penalty.penalty, opened.penalty_on, started_from, trained.metrics
         ),
         merging=opened.merging,
     )

@@ -5,8 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from consolidate.chain.fingerprint import asked, description, rows_content
-from consolidate.chain.opening import Inputs, find_fisher, stored_fisher, with_base
+from consolidate.chain.fingerprint import Inputs, asked, description, rows_content
+from consolidate.chain.opening import find_fisher, stored_fisher, with_base
 from consolidate.chain.output import check_output, failed_folder
 from consolidate.chain.tasks import settled_merging, task_name
 from consolidate.chain.up_to_date import Output, find_output

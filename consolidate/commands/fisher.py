@@ -5,19 +5,20 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming, refuse_changed
-from consolidate.chain.fingerprint import asked, description, rows_content
-from consolidate.chain.opening import Inputs, stored_fisher, with_base
+from consolidate.chain.fingerprint import Inputs, asked, description, rows_content
+from consolidate.chain.opening import stored_fisher, with_base
 from consolidate.chain.output import bytes_of, check_output, output_bytes
-from consolidate.chain.resume import KeptPass, KeptWork
+from consolidate.chain.resume import KeptPass
 from consolidate.chain.tasks import add_task, check_names_to_be, settled_merging, task_name
 from consolidate.chain.up_to_date import Output, cached, find_output, recorded_fisher
 from consolidate.commands.measurement import (
     fisher_summary,
+    kept_work,
     log_notes,
     measure_fisher,
     pass_cost,
@@ -30,7 +31,7 @@ from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
 from consolidate.options import Estimation, FisherOptions
-from consolidate.results import FisherDone, FisherDryRun, FisherResult
+from consolidate.results import FisherDone, FisherDryRun, FisherResult, MeasuredFisher
 from consolidate.runtime import shards
 from consolidate.runtime.devices import best_device, dtype_of_name
 from consolidate.runtime.distributed import (
@@ -46,7 +47,7 @@ from formats.checkpoint import check_finite, open_checkpoint, write_checkpoint
 from formats.digest import json_digest
 from formats.errors import ConsolidateError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, write_fisher
-from formats.fisher_json import Ledger, TaskRecord, read_ledger
+from formats.fisher_json import TaskRecord, read_ledger
 from formats.hub import FISHER, commits_of, locate
 from formats.task_file import open_task
 
@@ -67,10 +68,14 @@ class Plan(Inputs):
         return self.options.output_dir is None
 
     @property
+    def output(self) -> Path:
+        """The checkpoint that has the Fisher in the end."""
+        return self.folder if self.in_place else Path(str(self.options.output_dir))
+
+    @property
     def target(self) -> Path:
         """The folder that is made or replaced."""
-        output = self.options.output_dir
-        return self.folder / "fisher" if output is None else Path(output)
+        return self.output / "fisher" if self.in_place else self.output
 
     @property
     def task(self) -> str:
@@ -121,7 +126,7 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
     with nullcontext() if options.dry_run else _claim(options, folder):
         plan = plan_fisher(options, folder, again=again)
         if (done := cached(plan.there, plan.made_from)) is not None:
-            return _cached(plan, done.ledger)
+            return _result(plan, "cached", recorded_fisher(done.ledger))
         if not options.dry_run:
             plan.check_target()
             if is_first(group):
@@ -130,15 +135,8 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
         estimation = settled_estimation(options.estimation, model, examples)
         if options.dry_run:
             return _dry_run(plan, model, examples, estimation)
-        work = KeptWork(
-            plan.target,
-            lambda: plan.description(plan.tasks),
-            every=60 * options.saving.save_every,
-            result_bytes=output_bytes(plan.source, whole=not plan.in_place),
-            restart=options.saving.restart,
-            group=group,
-            shard=options.parameters.shard,
-        )
+        needed = output_bytes(plan.source, whole=not plan.in_place)
+        work = kept_work(options, plan.target, lambda: plan.description(plan.tasks), needed)
         diagonal = measure_fisher(
             model,
             examples,
@@ -193,14 +191,13 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
     return plan
 
 
-def _cached(plan: Plan, ledger: Ledger) -> FisherDone:
-    assert plan.there is not None
+def _result(plan: Plan, status: Literal["done", "cached"], fisher: MeasuredFisher) -> FisherDone:
     return {
-        "status": "cached",
-        "checkpoint": str(plan.there.checkpoint),
-        "fisher": str(plan.there.folder),
+        "status": status,
+        "checkpoint": str(plan.output),
+        "fisher": str(plan.output / "fisher"),
         "commits": commits_of(plan.folder),
-        **recorded_fisher(ledger),
+        **fisher,
     }
 
 
@@ -280,13 +277,7 @@ def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagona
             ledger = write_fisher(fisher_at, merged, ledger, anchor=anchor, heads=heads)
             renew_card(staging, ledger)
         refuse_changed(plan.folder if plan.in_place else staging, plan.records, plan.folder)
-    return {
-        "status": "done",
-        "checkpoint": str(plan.folder if plan.in_place else target),
-        "fisher": str(target if plan.in_place else target / "fisher"),
-        "commits": commits_of(plan.folder),
-        **fisher_summary(ledger, diagonal),
-    }
+    return _result(plan, "done", fisher_summary(ledger, diagonal))
 
 
 def _task_names(folder: Path) -> str:

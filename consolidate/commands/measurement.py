@@ -6,13 +6,15 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from consolidate.chain.resume import KeptPass
+from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.chain.up_to_date import recorded_fisher
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.batches import model_outputs, place_of, placed
@@ -21,7 +23,7 @@ from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.adapters import without_fisher
 from consolidate.models.model import Model
-from consolidate.options import EXACT_UP_TO, Estimation
+from consolidate.options import EXACT_UP_TO, Estimation, FinetuneOptions, FisherOptions
 from consolidate.results import MeasuredFisher, PassCost
 from consolidate.runtime import signals
 from consolidate.runtime.devices import dtype_of_name
@@ -39,6 +41,24 @@ MAX_OUTCOMES = 4096
 
 SAMPLED_BATCHES = 3
 """Batches that the time of a whole pass is judged by."""
+
+
+def kept_work(
+    options: FisherOptions | FinetuneOptions,
+    target: Path,
+    description: Callable[[], Mapping[str, Any]],
+    result_bytes: int,
+) -> KeptWork:
+    """Prepare to save the progress of a command beside its target, as its options say."""
+    return KeptWork(
+        target,
+        description,
+        every=60 * options.saving.save_every,
+        result_bytes=result_bytes,
+        restart=options.saving.restart,
+        group=all_processes(),
+        shard=options.parameters.shard,
+    )
 
 
 def measure_fisher(

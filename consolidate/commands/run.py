@@ -124,18 +124,29 @@ def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> Ru
             LOG.info("%s: skipped, it is done", step.name)
         elif not dry_run:
             LOG.info("%s, step %d of %d: %s", step.name, number, len(steps), reason)
-            with _saying_how_to_resume(step.name):
+            try:
                 _make(step, described, restart=restart)
+            except ForgettingError:
+                raise  # the same command would only forget again
+            except BaseException:  # Ctrl-C and SIGTERM too
+                LOG.info(
+                    "stopped in %s: what was done before it is kept, and the same command goes on "
+                    "with it",
+                    step.name,
+                )
+                raise
         undone = undone or (dry_run and reason is not None)
         status: Any = "skipped" if reason is None else "to be done" if dry_run else "done"
         at = str(step.target)
         done.append({"step": step.name, "checkpoint": at, "reason": reason, "status": status})
+    last = steps[-1].target
+    matrix = None if undone else ledger_matrix(read_ledger(last / "fisher" / LEDGER_NAME))
     return {
         "status": "dry run" if dry_run else "done",
         "output_dir": str(output),
         "steps": done,
-        "checkpoint": str(steps[-1].target),
-        "accuracy_matrix": None if undone else _matrix(steps[-1].target),
+        "checkpoint": str(last),
+        "accuracy_matrix": None if matrix is None else matrix_summary(matrix),
     }
 
 
@@ -314,25 +325,6 @@ def _make(step: Step, described: dict[str, Any], *, restart: bool) -> None:
     else:
         finetune(replace(makes, saving=replace(makes.saving, restart=restart)), again=True)
     write_step_record(step.record, StepRecord(described, _identity(step.target)))
-
-
-def _matrix(checkpoint: Path) -> Any:
-    matrix = ledger_matrix(read_ledger(checkpoint / "fisher" / LEDGER_NAME))
-    return None if matrix is None else matrix_summary(matrix)
-
-
-@contextmanager
-def _saying_how_to_resume(step: str) -> Iterator[None]:
-    try:
-        yield
-    except ForgettingError:
-        raise  # the same command would only forget again
-    except BaseException:  # Ctrl-C and SIGTERM too
-        LOG.info(
-            "stopped in %s: what was done before it is kept, and the same command goes on with it",
-            step,
-        )
-        raise
 
 
 @contextmanager
