@@ -72,6 +72,25 @@ class Inputs:
             content["base"] = checkpoint_content(base, at, records)
         return content
 
+    def describe(
+        self,
+        options: FisherOptions | FinetuneOptions,
+        checkpoint: Mapping[str, Any],
+        **settled: Any,
+    ) -> dict[str, Any]:
+        """Describe all that a result is made from: what is asked for, of which checkpoint.
+
+        With the values of SETTLED; of the device the kind counts, and not its number.
+        """
+        wanted, device = (
+            asked(options, rows_content(self.task_file, self.rows)),
+            options.source.device,
+        )
+        settled |= {"device": best_device(device).type, "merge_rule": self.merging.merge_rule}
+        settled |= {"gamma": self.merging.gamma, "processes": place_in(all_processes())[1]}
+        assert settled.keys() <= set(SETTLED)
+        return {**wanted, "checkpoint": checkpoint, "options": wanted["options"] | plain(settled)}
+
 
 def data_content(spec: str | Path, split: str | None = None) -> dict[str, Any]:
     """Describe task data: their name and digest, and what a task file says of them."""
@@ -85,7 +104,6 @@ def rows_content(task_file: TaskFile, rows: Rows) -> dict[str, Any]:
 
 
 def asked(
-    command: str,
     options: FisherOptions | FinetuneOptions,
     data: dict[str, Any],
     content_of: Callable[..., dict[str, Any]] = data_content,
@@ -94,7 +112,7 @@ def asked(
     flats = [flat for flat in flat_options(type(options)) if not flat.option.python_only]
     named = {flat.name: value_of(options, flat) or {} for flat in flats if flat.names_data}
     return {
-        "command": command,
+        "command": "fisher" if isinstance(options, FisherOptions) else "finetune",
         "versions": versions(),
         "data": data,
         **{
@@ -108,23 +126,6 @@ def asked(
             if flat.option.changes_result and flat.name not in SETTLED
         },
     }
-
-
-def description(
-    asked: Mapping[str, Any],
-    checkpoint: Mapping[str, Any],
-    device: str | None,
-    merging: Merging,
-    **settled: Any,
-) -> dict[str, Any]:
-    """Describe all that a result is made from: what is asked for, of which checkpoint.
-
-    With the values of SETTLED; which device it is counts, and not its number.
-    """
-    settled |= {"device": best_device(device).type, "merge_rule": merging.merge_rule}
-    settled |= {"gamma": merging.gamma, "processes": place_in(all_processes())[1]}
-    assert settled.keys() <= set(SETTLED)
-    return {**asked, "checkpoint": checkpoint, "options": asked["options"] | plain(settled)}
 
 
 def module_content(factory: str | None) -> str | None:

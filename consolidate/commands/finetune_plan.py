@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from consolidate.chain.fingerprint import Inputs, asked, description, rows_content
+from consolidate.chain.fingerprint import Inputs
 from consolidate.chain.opening import find_fisher, stored_fisher, with_base
 from consolidate.chain.output import check_output, failed_folder
 from consolidate.chain.tasks import settled_merging, task_name
@@ -68,17 +68,12 @@ class Plan:
     def description(self) -> dict[str, Any]:
         """All that the result is made from, JSON-ready."""
         options, opened = self.options, self.opened
-        return description(
-            asked("finetune", options, rows_content(opened.task_file, opened.rows)),
-            opened.content(
-                None if opened.before is None else opened.before.folder / LEDGER_NAME,
-                None if opened.protecting is opened.before else opened.protecting,
-            ),
-            options.source.device,
-            opened.merging,
-            task=opened.task,
-            norm_statistics=self.recipe.norm_statistics,
+        content = opened.content(
+            None if opened.before is None else opened.before.folder / LEDGER_NAME,
+            None if opened.protecting is opened.before else opened.protecting,
         )
+        statistics = self.recipe.norm_statistics
+        return opened.describe(options, content, task=opened.task, norm_statistics=statistics)
 
     def made_from(self) -> str:
         """Give the digest of the description."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming, refuse_changed
-from consolidate.chain.fingerprint import Inputs, asked, description, rows_content
+from consolidate.chain.fingerprint import Inputs
 from consolidate.chain.opening import stored_fisher, with_base
 from consolidate.chain.output import bytes_of, check_output, output_bytes
 from consolidate.chain.resume import KeptPass
@@ -84,14 +84,9 @@ class Plan(Inputs):
 
     def description(self, tasks: Sequence[TaskRecord]) -> dict[str, Any]:
         """Describe all that the result is made from, if these were the tasks before it."""
-        named = self.options.task or self.task_file.name
-        return description(
-            asked("fisher", self.options, rows_content(self.task_file, self.rows)),
-            self.content(None) | {"fisher": [asdict(task) for task in tasks]},
-            self.options.source.device,
-            self.merging,
-            task=task_name(named, self.rows.name, None),
-        )
+        name = task_name(self.options.task or self.task_file.name, self.rows.name, None)
+        content = self.content(None) | {"fisher": [asdict(task) for task in tasks]}
+        return self.describe(self.options, content, task=name)
 
     def made_from(self) -> str:
         """Give the digest of what the output that is there would be made from."""

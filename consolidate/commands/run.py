@@ -245,9 +245,7 @@ def _asked(step: Step, content_of: Callable[..., dict[str, Any]]) -> dict[str, A
             "module": module_content(makes.factory),
             "options": {"model": makes.factory, "seed": makes.seed},
         }
-    data = content_of(makes.data, makes.encoding.split)
-    command = "fisher" if isinstance(makes, FisherOptions) else "finetune"
-    return asked(command, makes, data, content_of)
+    return asked(makes, content_of(makes.data, makes.encoding.split), content_of)
 
 
 def _description(step: Step, wanted: dict[str, Any]) -> dict[str, Any]:
