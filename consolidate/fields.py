@@ -15,8 +15,6 @@ from formats.errors import UsageError
 
 R = TypeVar("R")
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-
 
 @dataclass(frozen=True)
 class Option:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from consolidate.fields import DTYPES, REQUIRED, option, part
+from consolidate.fields import REQUIRED, option, part
 
 EXACT_UP_TO = 16
 """Outcomes of an example up to which the default estimator is exact, beyond it mc."""
@@ -87,7 +87,7 @@ def _dtype() -> Any:
         None,
         "Dtype of the weights; as stored by default. A Fisher is float32 in any case.",
         dtype=True,
-        choices=DTYPES,
+        choices=("float32", "float64", "bfloat16", "float16"),
     )
 
 

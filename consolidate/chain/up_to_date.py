@@ -46,8 +46,7 @@ def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
 def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher | None:
     """Give the Fisher of an output that is up to date; None where it has to be made.
 
-    Every byte of it and of the weights is compared with the ledger. `made_from` gives the digest
-    of all that the result would depend on.
+    Every byte is compared; `made_from` gives the digest of all that the result would depend on.
     """
     if output is None or output.made_from != made_from():
         return None

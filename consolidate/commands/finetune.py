@@ -37,7 +37,7 @@ from consolidate.commands.measurement import (
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.model import config_of, file_weights
-from consolidate.options import Estimation, FinetuneOptions
+from consolidate.options import FinetuneOptions
 from consolidate.results import (
     FinetuneCached,
     Finetuned,
@@ -108,7 +108,10 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
             LOG.info("%s is what this starts from: it will be replaced", plan.target)
         found = work.start()
         start = load_start(plan, cut)
-        estimation = _estimation(plan, start)
+        measuring = options.estimation
+        batch_size = measuring.batch_size or plan.recipe.batch_size
+        measuring = replace(measuring, batch_size=batch_size)
+        estimation = settled_estimation(measuring, start.model, start.examples, prefix="fisher-")
         statistics = _running_statistics(plan, start)
         search = _searched(plan, start, work, found)
         beside = {"search": search}
@@ -177,13 +180,6 @@ def _known(
         "metrics": task.metrics,
         "fisher": {"folder": str(target / "fisher"), **fisher},
     }
-
-
-def _estimation(plan: Plan, start: Start) -> Estimation:
-    """Settle how the new task's Fisher will be measured."""
-    asked = plan.options.estimation
-    asked = replace(asked, batch_size=asked.batch_size or plan.recipe.batch_size)
-    return settled_estimation(asked, start.model, start.examples, prefix="fisher-")
 
 
 def _running_statistics(plan: Plan, start: Start) -> str | None:

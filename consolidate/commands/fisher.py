@@ -118,7 +118,9 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
     group = all_processes()
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
     folder = _find_checkpoint(options)
-    with nullcontext() if options.dry_run else _claim(options, folder):
+    output = folder if options.output_dir is None else Path(options.output_dir)
+    part = "fisher" if options.output_dir is None else None
+    with nullcontext() if options.dry_run else claiming(output, part=part):
         plan = plan_fisher(options, folder, again=again)
         if (done := cached(plan.there, plan.made_from)) is not None:
             return _result(plan, "cached", recorded_fisher(done.ledger))
@@ -156,12 +158,6 @@ def _find_checkpoint(options: FisherOptions) -> Path:
     if in_place and (not folder.is_dir() or not Path(checkpoint).exists()):
         raise UsageError(f"{checkpoint} is no local folder: say where to write with --output-dir")
     return folder
-
-
-def _claim(options: FisherOptions, folder: Path) -> Any:
-    if options.output_dir is None:
-        return claiming(folder, part="fisher")
-    return claiming(Path(options.output_dir))
 
 
 def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) -> Plan:

@@ -112,7 +112,11 @@ def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> Ru
     start = None if run_file.start is None else locate(run_file.start, run_file.revision)
     steps = _plan(run_file, start, output)
     for step in steps:
-        _refuse_strangers(step)
+        if has_content(step.target) and read_step_record(step.record) is None:
+            raise InputError(
+                f"{step.target} is there, and no run has made it: move it away, or choose another "
+                "output folder"
+            )
     content_of = cache(data_content)
     wanted = {step.name: _asked(step, content_of) for step in steps}  # opens all data
     done: list[RunStep] = []
@@ -294,15 +298,6 @@ def _reason(step: Step, described: Mapping[str, Any]) -> str | None:
     except ConsolidateError as error:
         return f"its checkpoint is damaged: {error}"
     return None
-
-
-def _refuse_strangers(step: Step) -> None:
-    """Refuse a folder that no run has made, before anything is done."""
-    if has_content(step.target) and read_step_record(step.record) is None:
-        raise InputError(
-            f"{step.target} is there, and no run has made it: move it away, or choose another "
-            "output folder"
-        )
 
 
 def _make(step: Step, described: dict[str, Any], *, restart: bool) -> None:

@@ -15,7 +15,6 @@ OPTIONS = {flat.flag: flat for flat in flat_options(FinetuneOptions) if flat.opt
 
 _OF_TRAINING = {"search", "penalty", "adapter", "head", "recipe", "gate"}
 _OF_BOTH = {"seed", "batch_size"}  # of the recipe, and meant for the Fisher too
-_WITHOUT_PENALTY = {"penalty_step", "max_forgetting"}
 
 
 def read_options(written: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -29,12 +28,11 @@ def read_options(written: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def without_penalty(options: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what means nothing for a first task, for which there is no Fisher yet."""
-    of_penalty = {
-        flat.name for flat in OPTIONS.values() if flat.path[0] in ("search", "penalty")
-    } | _WITHOUT_PENALTY
-    return {name: value for name, value in options.items() if name not in of_penalty} | {
-        "penalty": "none"
-    }
+    parts = ("search", "penalty")
+    of_penalty = {flat.name for flat in OPTIONS.values() if flat.path[0] in parts}
+    of_penalty |= {"penalty_step", "max_forgetting"}
+    kept = {name: value for name, value in options.items() if name not in of_penalty}
+    return kept | {"penalty": "none"}
 
 
 def of_training(options: Mapping[str, Any]) -> list[str]:
