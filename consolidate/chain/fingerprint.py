@@ -177,9 +177,10 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
             yield f"the {what} of {name} {how}"
     for name, then, now in _differences(old.get("versions", {}), new["versions"]):
         yield f"the version of {name} {then} → {now}"
-    for name, then, now in _differences(old.get("options", {}), new["options"]):
+    for name, *values in _differences(old.get("options", {}), new["options"]):
         if name in new["options"]:
-            yield f"{name.replace('_', '-')} {_shown(then)} → {_shown(now)}"
+            then, now = ("default" if value is None else value for value in values)
+            yield f"{name.replace('_', '-')} {then} → {now}"
 
 
 _IN_WORDS = {
@@ -195,10 +196,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tup
     for name in {**old, **new}:
         if old.get(name) != new.get(name):
             yield name, old.get(name), new.get(name)
-
-
-def _shown(value: Any) -> str:
-    return "default" if value is None else str(value)
 
 
 def _number(text: str) -> float | int:

@@ -60,10 +60,7 @@ def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher 
 
 
 def recorded_fisher(ledger: Ledger) -> MeasuredFisher:
-    """Give what a ledger knows of its last task's Fisher, as `fisher_summary` does.
-
-    How certain a trace is was not recorded.
-    """
+    """Give what a ledger knows of its last task's Fisher; not how certain its traces are."""
     task = ledger.tasks[-1]
     return {
         "task": task.name,

@@ -134,13 +134,9 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
             return _dry_run(plan, model, examples, estimation)
         needed = output_bytes(plan.source, whole=not plan.in_place)
         work = kept_work(options, plan.target, lambda: plan.description(plan.tasks), needed)
+        kept = KeptPass(work, work.start())
         diagonal = measure_fisher(
-            model,
-            examples,
-            estimation,
-            task=plan.task,
-            seed=options.seed,
-            kept=KeptPass(work, work.start()),
+            model, examples, estimation, task=plan.task, seed=options.seed, kept=kept
         )
         result = _write(plan, model, examples, diagonal) if is_first(group) else None
         result = from_first(result, group)

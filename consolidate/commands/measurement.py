@@ -82,19 +82,20 @@ def measure_fisher(
         batch_size = 1  # They go alone, and so come out as evenly as they can.
     order = dealt(everything, batch_size, group)
     several = "" if group is None else f", process 1 of {group.size()}"
-    label = f"Fisher of {task}{several}"
     start = kept.start()
     done = 0 if start is None else start.examples
     if done:
         LOG.info("going on after %d of %d examples", done, len(order))
-    with signals.waiting(), progress(label, len(order), "examples", before=done) as advance:
+    with (
+        signals.waiting(),
+        progress(f"Fisher of {task}{several}", len(order), "examples", before=done) as advance,
+    ):
         diagonal = fisher_diagonal(
             model.module,
             examples.batches(batch_size, order=order),
             get_likelihood(model.objective.likelihood),
             **_how(estimation, seed),
             indices=order,
-            tolerance=tolerance,
             start=start,
             keep=kept.keep,
             note=LOG.info,
@@ -120,6 +121,7 @@ def _how(estimation: Estimation, seed: int) -> dict[str, Any]:
         "estimator": estimation.estimator,
         "mc_samples": estimation.mc_samples,
         "max_outcomes": estimation.max_outcomes,
+        "tolerance": estimation.tolerance,
         "seed": seed,
         "accumulate_dtype": dtype_of_name(estimation.accumulate_dtype),
         "check": estimation.check,
@@ -198,7 +200,6 @@ def pass_cost(model: Model, examples: Examples, estimation: Estimation, *, seed:
         [*batches, examples.collate(longest)],
         get_likelihood(model.objective.likelihood),
         **_how(estimation, seed),
-        tolerance=estimation.tolerance,
         indices=[*sample, *longest],
         progress=clock,
     )

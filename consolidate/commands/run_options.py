@@ -18,11 +18,7 @@ _OF_BOTH = {"seed", "batch_size"}  # of the recipe, and meant for the Fisher too
 
 
 def read_options(written: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Turn what a run file says into options by flat name; every key is known.
-
-    Paths are relative to `folder`. Raises InputError for a value of another type than the
-    option's, UsageError for one out of its range.
-    """
+    """Turn what a run file says, in known keys, into options by flat name; paths from `folder`."""
     return {OPTIONS[key].name: _read(OPTIONS[key], written[key], folder) for key in written}
 
 
