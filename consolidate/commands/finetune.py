@@ -135,13 +135,9 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         started_from = set_digest(plan.opened.records)
         kept = KeptPass(work, found, *kept_of(start.model, trained, beside))
         with _saving_what_was_learned(work, kept):
+            task, seed = plan.opened.task, plan.recipe.seed
             diagonal = measure_fisher(
-                start.model,
-                start.examples,
-                estimation,
-                task=plan.opened.task,
-                seed=plan.recipe.seed,
-                kept=kept,
+                start.model, start.examples, estimation, task=task, seed=seed, kept=kept
             )
             result = None
             if is_first(group):
