@@ -8,32 +8,17 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from consolidate.flags import (
-    COMMON,
-    METRICS,
-    MLFLOW,
-    flags_of,
-    record_of,
-)
-from consolidate.options import (
-    EvaluateOptions,
-    FinetuneOptions,
-    FisherOptions,
-    MergeOptions,
-    PushOptions,
-    ReportOptions,
-    RunOptions,
-    ShowOptions,
-    VerifyOptions,
-)
+from consolidate.flags import COMMON, MEASURED, flags_of, options, record_of
+from consolidate.options import COMMANDS
 from consolidate.runtime.signals import Terminated, ask
 from consolidate.runtime.torchrun import rank, stop_with_torchrun, world_size
 from consolidate.views import text as text_view
@@ -47,11 +32,7 @@ LOG = logging.getLogger("consolidate")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and leave with its exit code.
-
-    Args:
-        arguments: Those of the process unless given.
-    """
+    """Run the command line, by default that of the process, and leave with its exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
@@ -203,12 +184,17 @@ class _StderrHandler(logging.Handler):
         tqdm.write(plain(self.format(record)), file=sys.stderr)
 
 
-@cli.command()
-@flags_of(FisherOptions)
-@METRICS
-@MLFLOW
-@COMMON
-def fisher(json: bool, metrics: Path | None, mlflow: bool, **typed: Any) -> None:
+def _command(*others: Callable[[Any], Any]) -> Callable[[Any], click.Command]:
+    """Make a command of the function of its name: with the options of its record, and others."""
+
+    def make(function: Any) -> click.Command:
+        return cli.command()(options(flags_of(COMMANDS[function.__name__]), *others)(function))
+
+    return make
+
+
+@_command(MEASURED)
+def fisher(**typed: Any) -> None:
     """Measure the Fisher diagonal of CHECKPOINT and store it beside the weights.
 
     CHECKPOINT is a folder, a .safetensors, .bin, .pt or .ckpt file, or a repository on the
@@ -217,22 +203,11 @@ def fisher(json: bool, metrics: Path | None, mlflow: bool, **typed: Any) -> None
 
     Example: consolidate fisher my-model --data old-task.jsonl --task old
     """
-    from consolidate.commands import fisher as fisher_command
-    from consolidate.views import metrics as metrics_view
-
-    _flush_denormals()
-    with _tracked(mlflow) as tracker:
-        result = fisher_command.fisher(record_of(FisherOptions, typed))
-        _report(result, metrics_view.fisher_metrics, metrics, tracker)
-    _write(result, json, text_view.fisher_text)
+    _do(typed, text_view.fisher_text)
 
 
-@cli.command()
-@flags_of(FinetuneOptions)
-@METRICS
-@MLFLOW
-@COMMON
-def finetune(json: bool, metrics: Path | None, mlflow: bool, **typed: Any) -> None:
+@_command(MEASURED)
+def finetune(**typed: Any) -> None:
     """Fine-tune CHECKPOINT on a new task, held by the penalty where it matters for the old ones.
 
     The output is a whole checkpoint whose Fisher holds the new task as well: the next
@@ -241,63 +216,31 @@ def finetune(json: bool, metrics: Path | None, mlflow: bool, **typed: Any) -> No
     Example: consolidate finetune my-model --data new.jsonl --output-dir my-model-2
     --ewc-lambda 100
     """
-    from consolidate.commands import finetune as finetune_command
-    from consolidate.views import metrics as metrics_view
-
-    _flush_denormals()
-    with _tracked(mlflow) as tracker:
-        try:
-            on_step = tracker.on_step if tracker.enabled else None
-            result = finetune_command.finetune(record_of(FinetuneOptions, typed, on_step=on_step))
-        except ForgettingError as error:
-            _report(error.result, metrics_view.finetune_metrics, metrics, tracker)
-            told = {"exit_code": error.exit_code, "error": str(error)}
-            _write(error.result | told, json, text_view.finetune_text)
-            raise
-        _report(result, metrics_view.finetune_metrics, metrics, tracker)
-    _write(result, json, text_view.finetune_text)
+    _do(typed, text_view.finetune_text)
 
 
-@cli.command()
-@flags_of(EvaluateOptions)
-@METRICS
-@MLFLOW
-@COMMON
-def evaluate(json: bool, metrics: Path | None, mlflow: bool, **typed: Any) -> None:
+@_command(MEASURED)
+def evaluate(**typed: Any) -> None:
     """Measure CHECKPOINT on each task: loss, and accuracy or perplexity.
 
     Example: consolidate evaluate my-model-2 --data old=old-test.jsonl --data new=new-test.jsonl
     """
-    from consolidate.commands import evaluate as evaluate_command
-    from consolidate.views import metrics as metrics_view
-
-    with _tracked(mlflow) as tracker:
-        result = evaluate_command.evaluate(record_of(EvaluateOptions, typed))
-        _report(result, metrics_view.evaluate_metrics, metrics, tracker)
-    _write(result, json, text_view.metrics_text)
+    _do(typed, text_view.metrics_text)
 
 
-@cli.command()
-@flags_of(MergeOptions)
-@COMMON
-def merge(json: bool, **typed: Any) -> None:
+@_command(COMMON)
+def merge(**typed: Any) -> None:
     """Merge checkpoints of one architecture into one, each weight by how much it matters to whom.
 
     Every CHECKPOINT needs its Fisher. The output protects the tasks of all; of one it is a copy.
 
     Example: consolidate merge my-model-a my-model-b --base my-model --output-dir my-model-ab
     """
-    from consolidate.commands import merge as merge_command
-
-    _write(merge_command.merge(record_of(MergeOptions, typed)), json, text_view.merge_text)
+    _do(typed, text_view.merge_text)
 
 
-@cli.command()
-@flags_of(RunOptions)
-@METRICS
-@MLFLOW
-@COMMON
-def run(json: bool, metrics: Path | None, mlflow: bool, **typed: Any) -> None:
+@_command(MEASURED)
+def run(**typed: Any) -> None:
     """Train a chain of tasks, one after the other, as TASKS.TOML says.
 
     A step is skipped if its checkpoint is whole and was made from the same content: the
@@ -306,29 +249,18 @@ def run(json: bool, metrics: Path | None, mlflow: bool, **typed: Any) -> None:
 
     Example: consolidate run tasks.toml --dry-run
     """
-    from consolidate.commands import run as run_command
-    from consolidate.views import metrics as metrics_view
-
-    _flush_denormals()
-    with _tracked(mlflow) as tracker:
-        try:
-            result = run_command.run(record_of(RunOptions, typed))
-        except ForgettingError as error:
-            _report(error.result, metrics_view.finetune_metrics, metrics, tracker)
-            raise
-        _report(result, metrics_view.run_metrics, metrics, tracker)
-    _write(result, json, text_view.run_text)
+    _do(typed, text_view.run_text)
 
 
-@cli.command()
-@flags_of(ShowOptions)
-@click.option(
-    "--markdown",
-    is_flag=True,
-    help="Print the matrix alone, as Markdown, for the summary of a CI job.",
+@_command(
+    click.option(
+        "--markdown",
+        is_flag=True,
+        help="Print the matrix alone, as Markdown, for the summary of a CI job.",
+    ),
+    COMMON,
 )
-@COMMON
-def show(json: bool, markdown: bool, **typed: Any) -> None:
+def show(markdown: bool, **typed: Any) -> None:
     """Show the ledger of CHECKPOINT, what was forgotten, and where its Fisher lies.
 
     The accuracy matrix holds the score on each task after training each: the accuracy, or minus
@@ -338,54 +270,38 @@ def show(json: bool, markdown: bool, **typed: Any) -> None:
     Of a repository on the Hub only the ledger and the headers of the Fisher are fetched; the traces
     are then those that the ledger recorded.
     """
-    from consolidate.commands import show as show_command
     from consolidate.views.summary import show_markdown, show_text
 
-    if markdown and json:
+    if markdown and typed["json"]:
         raise click.UsageError("--json and --markdown exclude each other")
     if markdown and typed["overlap"]:
         raise click.UsageError("--markdown prints the matrix alone; leave --overlap or it out")
-    _write(
-        show_command.show(record_of(ShowOptions, typed)),
-        json,
-        show_markdown if markdown else show_text,
-    )
+    _do(typed, show_markdown if markdown else show_text)
 
 
-@cli.command()
-@flags_of(ReportOptions)
-@COMMON
-def report(json: bool, **typed: Any) -> None:
+@_command(COMMON)
+def report(**typed: Any) -> None:
     """Write a page on CHECKPOINT: its tasks, what was kept of each, and where the protection sits.
 
     The page is one HTML file that needs no network and runs no script.
 
     Example: consolidate report my-model-2 --output report.html
     """
-    from consolidate.commands import report as report_command
-
-    result = report_command.report(record_of(ReportOptions, typed))
-    _write(result, json, lambda result: "\n".join([result["report"], *result["plots"]]))
+    _do(typed, lambda result: "\n".join([result["report"], *result["plots"]]))
 
 
-@cli.command()
-@flags_of(VerifyOptions)
-@COMMON
-def verify(json: bool, **typed: Any) -> None:
+@_command(COMMON)
+def verify(**typed: Any) -> None:
     """Check every digest, name, shape and value of CHECKPOINT and its Fisher.
 
     Also that the ledger fits together: its tasks, and the Fisher's traces with theirs. Of several
     checkpoints, as a run leaves them, each has to descend from the one before.
     """
-    from consolidate.commands import verify as verify_command
-
-    _write(verify_command.verify(record_of(VerifyOptions, typed)), json, text_view.verify_text)
+    _do(typed, text_view.verify_text)
 
 
-@cli.command()
-@flags_of(PushOptions)
-@COMMON
-def push(json: bool, **typed: Any) -> None:
+@_command(COMMON)
+def push(**typed: Any) -> None:
     """Publish CHECKPOINT with its Fisher, ledger and model card on the Hub, in one commit.
 
     Weights, Fisher, configuration without local paths, tokenizer, licence and the code that an
@@ -395,10 +311,43 @@ def push(json: bool, **typed: Any) -> None:
 
     Example: consolidate push my-model-2 user/my-model --dry-run
     """
-    from consolidate.commands import push as push_command
+    _do(typed, text_view.push_text)
 
-    result = push_command.push(record_of(PushOptions, typed))
-    _write(result, json, text_view.push_text)
+
+def _do(typed: dict[str, Any], text: Callable[[Any], str]) -> None:
+    """Do what was typed of the present command, and write what it returns."""
+    name, json = str(click.get_current_context().info_name), typed.pop("json")
+    command = getattr(import_module(f"consolidate.commands.{name}"), name)
+    try:
+        if "mlflow" in typed:
+            result = _measured(name, command, **typed)
+        else:
+            result = command(record_of(COMMANDS[name], typed))
+    except ForgettingError as error:
+        if name == "finetune":
+            told = {"exit_code": error.exit_code, "error": str(error)}
+            _write(error.result | told, json, text)
+        raise
+    _write(result, json, text)
+
+
+def _measured(
+    name: str, command: Callable[[Any], Any], metrics: Path | None, mlflow: bool, **typed: Any
+) -> Any:
+    """Do what was typed of a command that measures something, track it, and report its numbers."""
+    from consolidate.views.mlflow import tracked
+
+    if name != "evaluate":
+        _flush_denormals()
+    with tracked(name, dict(typed), enabled=mlflow and rank() == 0) as tracker:
+        other = {"on_step": tracker.on_step} if tracker.enabled and name == "finetune" else {}
+        try:
+            result = command(record_of(COMMANDS[name], typed | other))
+        except ForgettingError as error:
+            _report("finetune", error.result, metrics, tracker)
+            raise
+        _report(name, result, metrics, tracker)
+        return result
 
 
 def _flush_denormals() -> None:
@@ -418,32 +367,21 @@ def _write(result: Any, json: bool, text: Callable[[Any], str]) -> None:
     click.get_current_context().ensure_object(dict)["written"] = True
 
 
-def _tracked(mlflow: bool) -> AbstractContextManager["Tracker"]:
-    """Track the present command, with what was typed or is so by default."""
-    from consolidate.views.mlflow import tracked
-
-    context = click.get_current_context()
-    typed = {k: v for k, v in context.params.items() if k not in ("json", "metrics", "mlflow")}
-    return tracked(str(context.info_name), typed, enabled=mlflow and rank() == 0)
-
-
 def _report(
-    result: Mapping[str, Any],
-    numbers: Callable[[Any], dict[str, float]],
-    metrics: Path | None,
-    tracker: "Tracker",
+    command: str, result: Mapping[str, Any], metrics: Path | None, tracker: "Tracker"
 ) -> None:
     """Write the numbers of a result, and track them, before anything that prints it can fail."""
-    from consolidate.views.metrics import write_metrics
+    from consolidate.views import metrics as metrics_view
     from consolidate.views.mlflow import report
 
-    if rank() > 0:
+    if rank() > 0 or (metrics is None and not tracker.enabled):
         return
     if result.get("status") == "dry run":
         if metrics is not None:
             LOG.info("a dry run measures nothing: no %s was written", metrics)
         return
+    numbers = getattr(metrics_view, f"{command}_metrics")(result)
     if metrics is not None:
-        write_metrics(metrics, numbers(result))
+        metrics_view.write_metrics(metrics, numbers)
     if tracker.enabled:
-        report(tracker, result, numbers(result))
+        report(tracker, result, numbers)

@@ -15,49 +15,29 @@ from formats.errors import UsageError
 
 R = TypeVar("R")
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option beside its name, type and default.
+    """What is known of an option beside its name, type and default."""
 
-    Attributes:
-        help: For `--help`, docstrings and docs/options.md; other options are named as flags.
-        metavar: What stands for the value in `--help`.
-        choices: The values that there are.
-        least: A number is at least this.
-        above: A number is larger than this.
-        most: A number is at most this.
-        below: A number is smaller than this.
-        argument: Whether it is given by position, without a flag.
-        star: Whether it is ``*name`` in Python.
-        dtype: Whether it names a dtype; Python callers may give the torch.dtype.
-        written: Whether it names a file that is written.
-        changes_result: Whether the result is made from its value. Not where it changes nothing, and
-            not where it names content, which is described by digest.
-        in_run_file: Whether it can be set for the tasks of a run file.
-        python: The type in the Python signature, where that is another.
-        python_only: Whether it has no flag.
-        typed: Reads what was typed on the command line, or raises ValueError with what it expects.
-    """
-
-    help: str
-    metavar: str | None = None
+    help: str  # for --help, docstrings and docs/options.md; other options are named as flags
+    metavar: str | None = None  # what stands for the value in --help
     choices: tuple[str, ...] = ()
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
-    argument: bool = False
-    star: bool = False
-    dtype: bool = False
-    written: bool = False
+    least: float | None = None  # a number is at least this
+    above: float | None = None  # and larger than this
+    most: float | None = None  # and at most this
+    below: float | None = None  # and smaller than this
+    argument: bool = False  # given by position, without a flag
+    star: bool = False  # *name in Python
+    dtype: bool = False  # names a dtype; Python callers may give the torch.dtype
+    written: bool = False  # names a file that is written
+    # Whether the result is made from its value. Not where it changes nothing, and not where it
+    # names content, which is described by digest.
     changes_result: bool = True
-    in_run_file: bool = True
-    python: str | None = None
-    python_only: bool = False
-    typed: Callable[[str], Any] | None = None
+    in_run_file: bool = True  # can be set for the tasks of a run file
+    python: str | None = None  # the type in the Python signature, where that is another
+    python_only: bool = False  # has no flag
+    typed: Callable[[str], Any] | None = None  # reads what was typed, or raises ValueError
 
 
 @dataclass(frozen=True)
@@ -84,20 +64,12 @@ def part(default: Any, **naming: Any) -> Any:
 
 
 class Flat(NamedTuple):
-    """One option of a command, as its callers name it.
+    """One option of a command, as its callers name it."""
 
-    Attributes:
-        name: The keyword.
-        path: The names of the fields that lead to it.
-        kinds: The types that a value may have.
-        default: REQUIRED where there is none.
-        option: All else.
-    """
-
-    name: str
-    path: tuple[str, ...]
-    kinds: tuple[Any, ...]
-    default: Any
+    name: str  # the keyword
+    path: tuple[str, ...]  # the names of the fields that lead to it
+    kinds: tuple[Any, ...]  # the types that a value may have
+    default: Any  # REQUIRED where there is none
     option: Option
 
     @property
@@ -149,65 +121,34 @@ def value_of(record: Any, flat: Flat) -> Any:
     return record
 
 
-def values_of(record: Any) -> dict[str, Any]:
-    """Give all values of a record by flat name."""
-    return {flat.name: value_of(record, flat) for flat in flat_options(type(record))}
-
-
 def gather(record: type[R], given: Mapping[str, Any]) -> R:
-    """Make a record from flat keywords, each checked; those not given have their defaults.
-
-    Raises UsageError where a value is out of its range, or no such option or value is known.
-    """
-    tree: dict[str, Any] = {}
-    known = {
-        flat.name: flat for flat in (*flat_options(record), *flat_options(record, python=True))
-    }
+    """Make a record from flat keywords, each checked; those not given have their defaults."""
+    every = (*flat_options(record), *flat_options(record, python=True))
+    known, values = {flat.name: flat for flat in every}, {}
     for name, value in given.items():
         if name not in known:
             raise UsageError(f"there is no option {name!r}")
-        flat = known[name]
-        if is_dataclass(flat.kinds[0]) and value is None:
-            continue
-        below = tree
-        for step in flat.path[:-1]:
-            below = below.setdefault(step, {})
-        below[flat.path[-1]] = checked(flat, value)
-    return _filled(record, tree)
-
-
-def changed(record: R, **values: Any) -> R:
-    """Give a record with other values of some options, by flat name and unchecked."""
-    flats = {flat.name: flat for flat in flat_options(type(record))}
+        if value is not None or not is_dataclass(known[name].kinds[0]):
+            values[name] = checked(known[name], value)
+    required = [name for name, flat in known.items() if flat.default is REQUIRED]
+    for name in required:
+        if name not in values:
+            raise UsageError(f"{name} has to be given")
+    made = record(**{name: values.pop(name) for name in required})
     for name, value in values.items():
-        record = _put(record, flats[name].path, value)
-    return record
+        made = _put(made, known[name].path, value)
+    return made
 
 
 def _put(record: Any, path: tuple[str, ...], value: Any) -> Any:
+    """Give a record with another value of the option at the end of a path."""
     if len(path) > 1:
         value = _put(getattr(record, path[0]), path[1:], value)
     return replace(record, **{path[0]: value})
 
 
-def _filled(record: Any, tree: Mapping[str, Any], default: Any = None) -> Any:
-    given = {}
-    hints = get_type_hints(record)
-    for each in fields(record):
-        if each.name in tree:
-            below = tree[each.name]
-            nested = "part" in each.metadata and isinstance(below, dict)
-            given[each.name] = _filled(hints[each.name], below, each.default) if nested else below
-        elif each.default is REQUIRED:
-            raise UsageError(f"{each.name} has to be given")
-    return record(**given) if default is None else replace(default, **given)
-
-
 def checked(flat: Flat, value: Any) -> Any:
-    """Give a value as the records hold it, or refuse it by the name of its flag.
-
-    Raises UsageError where it is of another type or out of its range.
-    """
+    """Give a value as the records hold it, or refuse it by the name of its flag."""
     option = flat.option
     if option.dtype and value is not None:
         value = str(value).removeprefix("torch.")
@@ -274,8 +215,3 @@ def _range(flat: Flat) -> str:
     if float not in flat.kinds:
         return f"at least {option.least}"
     return f"a finite number {'from' if option.above is None else 'above'} 0"
-
-
-def numbers(text: str) -> Sequence[float]:
-    """Read numbers with commas between them, or a list as a TOML file has it."""
-    return [float(number) for number in text.strip("[]").split(",")]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_origin
 
 import click
 
-from consolidate.fields import REQUIRED, Flat, changed, flat_options, gather
+from consolidate.fields import REQUIRED, Flat, flat_options, gather
 
 R = TypeVar("R")
 NEGATED = {"data_digest": "--data-digest/--no-data-digest"}
@@ -80,16 +80,13 @@ def _reading(typed: Callable[[str], Any]) -> Callable[..., Any]:
     return read
 
 
-def record_of(record: type[R], typed: dict[str, Any], **other: Any) -> R:
-    """Make a command's record of what click has read of its options.
-
-    Raises UsageError for a list of NAME=DATA that names one twice.
-    """
+def record_of(record: type[R], typed: dict[str, Any]) -> R:
+    """Make a command's record of what click has read of its options."""
     for flat in flat_options(record):
         if flat.names_data:
             named = named_data(typed[flat.name], f"--{flat.flag}")
             typed[flat.name] = named or None
-    return changed(gather(record, typed), **other)
+    return gather(record, typed)
 
 
 def named_data(values: Sequence[str], option: str) -> dict[str, str]:
@@ -169,15 +166,19 @@ COMMON = options(
         help="Show the traceback of an error.",
     ),
 )
-METRICS = click.option(
-    "--metrics",
-    metavar="FILE",
-    callback=_place_of_metrics,
-    help="Write the numbers here too, as one flat JSON object, which DVC and CI jobs read.",
+MEASURED = options(
+    click.option(
+        "--metrics",
+        metavar="FILE",
+        callback=_place_of_metrics,
+        help="Write the numbers here too, as one flat JSON object, which DVC and CI jobs read.",
+    ),
+    click.option(
+        "--mlflow",
+        is_flag=True,
+        help="Log options, metrics and digests as a run of MLflow, in the store "
+        "MLFLOW_TRACKING_URI; where MLFLOW_RUN_ID names a run, in that.",
+    ),
+    COMMON,
 )
-MLFLOW = click.option(
-    "--mlflow",
-    is_flag=True,
-    help="Log options, metrics and digests as a run of MLflow, in the store MLFLOW_TRACKING_URI; "
-    "where MLFLOW_RUN_ID names a run, in that.",
-)
+"""Of a command that measures something."""

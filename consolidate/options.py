@@ -10,32 +10,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from consolidate.fields import DTYPES, REQUIRED, numbers, option, part
+from consolidate.fields import REQUIRED, option, part
 
 EXACT_UP_TO = 16
 """Outcomes of an example up to which the default estimator is exact, beyond it mc."""
 
-
-def read_lambda(text: str) -> Any:
-    """Read λ as it was typed: a number, several with commas between them, or auto."""
-    expected = "expected a number, several with commas between them, or auto"
-    if text == "auto":
-        return text
-    try:
-        found = numbers(text)
-    except ValueError:
-        raise ValueError(expected) from None
-    if not all(0 <= number < float("inf") for number in found):
-        raise ValueError("expected finite numbers from 0")
-    return tuple(found) if len(found) > 1 else found[0]
+_PER_CALL: dict[str, Any] = {"changes_result": False, "in_run_file": False}
+"""What names a place, or is about how one command is run: not for the tasks of a run file."""
 
 
 def read_numbers(text: str) -> tuple[float, ...]:
-    """Read numbers with commas between them, as they were typed."""
+    """Read numbers with commas between them, as they were typed, or a list as TOML has it."""
     try:
-        return tuple(numbers(text))
+        return tuple(float(number) for number in text.strip("[]").split(","))
     except ValueError:
         raise ValueError("expected numbers with commas between them") from None
+
+
+def read_lambda(text: str) -> Any:
+    """Read λ as it was typed: a number, several with commas between them, or auto."""
+    if text == "auto":
+        return text
+    try:
+        found = read_numbers(text)
+    except ValueError as error:
+        raise ValueError("expected a number, several with commas between them, or auto") from error
+    return found if len(found) > 1 else found[0]
 
 
 def read_weight(text: str) -> float | str:
@@ -47,42 +47,27 @@ def read_weight(text: str) -> float | str:
 
 
 def _checkpoint() -> Any:
-    return option(
-        REQUIRED,
-        "A folder, a weights file, or a repository on the Hub.",
-        argument=True,
-        changes_result=False,
-        in_run_file=False,
-    )
+    text = "A folder, a weights file, or a repository on the Hub."
+    return option(REQUIRED, text, argument=True, **_PER_CALL)
 
 
 def _revision() -> Any:
-    return option(
-        None,
-        "Branch, tag or commit of a CHECKPOINT on the Hub.",
-        metavar="REV",
-        changes_result=False,
-        in_run_file=False,
-    )
+    text = "Branch, tag or commit of a CHECKPOINT on the Hub."
+    return option(None, text, metavar="REV", **_PER_CALL)
 
 
 def _output_dir(help: str) -> Any:
-    return option(REQUIRED, help, metavar="DIR", changes_result=False, in_run_file=False)
+    return option(REQUIRED, help, metavar="DIR", **_PER_CALL)
 
 
 def _restart() -> Any:
-    return option(
-        False,
-        "Discard saved progress and start over.",
-        changes_result=False,
-        in_run_file=False,
-    )
+    return option(False, "Discard saved progress and start over.", **_PER_CALL)
 
 
 def _overwrite(
     help: str = "Replace the output that is there. One that is up to date is left as it is.",
 ) -> Any:
-    return option(False, help, changes_result=False, in_run_file=False)
+    return option(False, help, **_PER_CALL)
 
 
 def _task(help: str = "Name of the task; that of the data by default.") -> Any:
@@ -102,7 +87,7 @@ def _dtype() -> Any:
         None,
         "Dtype of the weights; as stored by default. A Fisher is float32 in any case.",
         dtype=True,
-        choices=DTYPES,
+        choices=("float32", "float64", "bfloat16", "float16"),
     )
 
 
@@ -129,8 +114,7 @@ class Source:
         "Base model of a CHECKPOINT that is an adapter of peft; the folder that its config names "
         "by default, if that is there.",
         metavar="PATH|REPO",
-        changes_result=False,
-        in_run_file=False,
+        **_PER_CALL,
     )
     device: str | None = option(
         None, "cpu, cuda, mps, …; the best there is by default.", metavar="DEVICE"
@@ -184,9 +168,7 @@ class Estimation:
         None, "Labels sampled per example by mc and batched; 1 by default.", least=1
     )
     max_outcomes: int | None = option(
-        None,
-        "Refuse exact above this many backward passes per example; 4096 by default.",
-        least=1,
+        None, "Refuse exact above this many backward passes per example; 4096 by default.", least=1
     )
     max_examples: int | None = option(
         None, "Measure on a seeded random subset of this size.", least=1
@@ -342,8 +324,7 @@ class PenaltyOptions:
         None,
         "Take the Fisher from here; from beside the weights by default.",
         metavar="PATH|REPO",
-        changes_result=False,
-        in_run_file=False,
+        **_PER_CALL,
     )
     penalty_on: str | None = option(
         None,
@@ -474,8 +455,7 @@ class Gate:
         "Measure before, after each epoch and at the end; may be repeated. A task of that NAME "
         "that has a head of its own is measured with that.",
         metavar="NAME=DATA",
-        changes_result=False,
-        in_run_file=False,
+        **_PER_CALL,
     )
     max_forgetting: float | None = option(
         None,
@@ -529,8 +509,7 @@ class FinetuneOptions:
         REQUIRED,
         "The new task's data: a file, a folder, a dataset on the Hub, or a task.toml.",
         metavar="DATA",
-        changes_result=False,
-        in_run_file=False,
+        **_PER_CALL,
     )
     output_dir: str | Path = _output_dir("Where the new checkpoint goes.")
     search: Search = part(Search())
@@ -552,8 +531,7 @@ class FinetuneOptions:
         "for the candidates of a search.",
         python="Callable[[Step], None] | None",
         python_only=True,
-        changes_result=False,
-        in_run_file=False,
+        **_PER_CALL,
     )
 
 
@@ -629,9 +607,7 @@ class ShowOptions:
     revision: str | None = _revision()
     top: int = option(10, "How many parameters to list.", least=1)
     csv: str | Path | None = option(
-        None,
-        "Write the accuracy matrix and the curves over training steps here.",
-        metavar="FILE",
+        None, "Write the accuracy matrix and the curves over training steps here.", metavar="FILE"
     )
     plot: str | Path | None = option(
         None, "Draw them here; .png needs matplotlib.", metavar="FILE.png|svg"

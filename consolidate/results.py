@@ -22,9 +22,7 @@ Path = Annotated[str, about("As it was given.")]
 Digest = Annotated[str, about("SHA-256 over names, dtypes, shapes and values.")]
 Count = Annotated[int, Meta(ge=0)]
 Bytes = Annotated[int, about("In bytes.", ge=0)]
-Commits = Annotated[
-    dict[str, str], about("Of repositories on the Hub that were read, the commits.")
-]
+Commits = Annotated[dict[str, str], about("Of repositories on the Hub that were read.")]
 # JSON has no number that is not finite: one of these may be null there.
 Score = Annotated[float, Meta(extra_json_schema={"or null": True})]
 Metrics = Annotated[
@@ -45,14 +43,9 @@ Descent = Literal["weights", "tasks"]
 Format = Literal["consolidate-fisher"]
 Estimator = Annotated[str, one_of("exact", "mc", "empirical", "batched")]
 MergeRule = Annotated[str, one_of("online", "separate")]
-Penalty = Annotated[str, one_of("ewc", "l2", "none")]
 PenaltyOn = Annotated[
     Annotated[str, one_of("adapter", "merged")] | None,
     about("Where an adapter was trained with a penalty: what that held."),
-]
-NormStatistics = Annotated[
-    Annotated[str, one_of("frozen", "update")] | None,
-    about("What became of running statistics; null where the model keeps none."),
 ]
 DoneOrCached = Annotated[
     Literal["done", "cached"], about("cached: the output was there already, made from the same.")
@@ -61,7 +54,6 @@ Change = Annotated[
     Literal["new", "changed", "unchanged", "not compared"],
     about("not compared: a dry run that could not ask the Hub."),
 ]
-Sizes = dict[str, Bytes]
 
 
 class _Of(TypedDict):
@@ -81,9 +73,7 @@ class MeasuredLayer(TypedDict):
     """The Fisher of one parameter."""
 
     trace: float
-    relative_error: Annotated[
-        float | None, about("The standard error of the trace over the trace.")
-    ]
+    relative_error: Annotated[float | None, about("Standard error of the trace over the trace.")]
 
 
 class MeasuredFisher(TypedDict):
@@ -131,8 +121,8 @@ class FisherDryRun(PassCost):
 
     status: Literal["dry run"]
     task: str
-    files: Sizes
-    kept: Sizes
+    files: dict[str, Bytes]
+    kept: dict[str, Bytes]
 
 
 FisherResult = FisherDone | FisherDryRun
@@ -194,10 +184,13 @@ class FinetuneFisher(MeasuredFisher):
 class Finetuned(_Of):
     """What is known of a fine-tuning, whenever it was done."""
 
-    penalty: Penalty
+    penalty: Annotated[str, one_of("ewc", "l2", "none")]
     penalty_on: PenaltyOn
     ewc_lambda: float | None
-    norm_statistics: NormStatistics
+    norm_statistics: Annotated[
+        Annotated[str, one_of("frozen", "update")] | None,
+        about("What became of running statistics; null where the model keeps none."),
+    ]
     metrics: Times
     fisher: FinetuneFisher
 
@@ -312,9 +305,7 @@ class Task(TypedDict):
     penalty: str | None
     penalty_on: PenaltyOn
     parent: str | None
-    made_from: Annotated[
-        str | None, about("Digest of all that the result depended on when the task was added.")
-    ]
+    made_from: Annotated[str | None, about("Digest of all that the result depended on.")]
     metrics: Times
 
 

@@ -44,16 +44,11 @@ another value, and is up to date otherwise.
 
 def api_source() -> str:
     """Return the source of consolidate/api.py."""
-    commands = [_command(name) for name in COMMANDS]
+    commands = [getattr(import_module(f"consolidate.commands.{name}"), name) for name in COMMANDS]
     records = sorted(["Columns", *(record.__name__ for record in COMMANDS.values())])
     returned = sorted({_returned(command) for command in commands})
     imports = API.format(records=",\n    ".join(records), results=",\n    ".join(returned))
     return "\n\n".join([imports, *map(_function, COMMANDS, COMMANDS.values(), commands)])
-
-
-def _command(name: str) -> Callable[..., Any]:
-    command: Callable[..., Any] = getattr(import_module(f"consolidate.commands.{name}"), name)
-    return command
 
 
 def _returned(function: Callable[..., Any]) -> str:

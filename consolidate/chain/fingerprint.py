@@ -3,15 +3,20 @@
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from consolidate.fields import flat_options, value_of
-from consolidate.options import FinetuneOptions, FisherOptions
-from formats.checkpoint import CARD, Checkpoint, other_files
+from consolidate.options import FinetuneOptions, FisherOptions, Merging
+from consolidate.runtime.devices import best_device
+from consolidate.runtime.distributed import all_processes, place_in
+from formats.checkpoint import CARD, Checkpoint, other_files, weight_records
 from formats.digest import TensorRecord, set_digest
+from formats.fisher_folder import LEDGER_NAME, StoredFisher
+from formats.fisher_json import TaskRecord
 from formats.rows import Rows, file_digest, listing_digest
 from formats.task_file import TaskFile, open_task
 from formats.versions import program_versions
@@ -36,6 +41,57 @@ def checkpoint_content(
     }
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a task's Fisher is measured from: a checkpoint, the chain so far, and the data."""
+
+    source: Checkpoint
+    before: StoredFisher | None  # the chain so far
+    task_file: TaskFile
+    rows: Rows
+    merging: Merging
+
+    @property
+    def tasks(self) -> list[TaskRecord]:
+        """The tasks of the chain so far."""
+        return [] if self.before is None else self.before.ledger.tasks
+
+    @cached_property
+    def records(self) -> dict[str, TensorRecord]:
+        """Digests of the weights; those of a ledger have been compared with them."""
+        if self.before is not None:
+            return self.before.ledger.weights
+        return weight_records(self.source.weights)
+
+    def content(self, ledger: Path | None, of_base: StoredFisher | None = None) -> dict[str, Any]:
+        """Describe checkpoint and base model by content, each with its ledger where it counts."""
+        content, base = checkpoint_content(self.source, ledger, self.records), self.source.base
+        if base is not None:
+            records = weight_records(base.weights) if of_base is None else of_base.ledger.weights
+            at = None if of_base is None else of_base.folder / LEDGER_NAME
+            content["base"] = checkpoint_content(base, at, records)
+        return content
+
+    def describe(
+        self,
+        options: FisherOptions | FinetuneOptions,
+        checkpoint: Mapping[str, Any],
+        **settled: Any,
+    ) -> dict[str, Any]:
+        """Describe all that a result is made from: what is asked for, of which checkpoint.
+
+        With the values of SETTLED; of the device the kind counts, and not its number.
+        """
+        wanted, device = (
+            asked(options, rows_content(self.task_file, self.rows)),
+            options.source.device,
+        )
+        settled |= {"device": best_device(device).type, "merge_rule": self.merging.merge_rule}
+        settled |= {"gamma": self.merging.gamma, "processes": place_in(all_processes())[1]}
+        assert settled.keys() <= set(SETTLED)
+        return {**wanted, "checkpoint": checkpoint, "options": wanted["options"] | plain(settled)}
+
+
 def data_content(spec: str | Path, split: str | None = None) -> dict[str, Any]:
     """Describe task data: their name and digest, and what a task file says of them."""
     return rows_content(*open_task(spec, split=split))
@@ -48,7 +104,6 @@ def rows_content(task_file: TaskFile, rows: Rows) -> dict[str, Any]:
 
 
 def asked(
-    command: str,
     options: FisherOptions | FinetuneOptions,
     data: dict[str, Any],
     content_of: Callable[..., dict[str, Any]] = data_content,
@@ -57,7 +112,7 @@ def asked(
     flats = [flat for flat in flat_options(type(options)) if not flat.option.python_only]
     named = {flat.name: value_of(options, flat) or {} for flat in flats if flat.names_data}
     return {
-        "command": command,
+        "command": "fisher" if isinstance(options, FisherOptions) else "finetune",
         "versions": versions(),
         "data": data,
         **{
@@ -71,18 +126,6 @@ def asked(
             if flat.option.changes_result and flat.name not in SETTLED
         },
     }
-
-
-def description(
-    asked: Mapping[str, Any], checkpoint: Mapping[str, Any], **settled: Any
-) -> dict[str, Any]:
-    """Describe all that a result is made from: what is asked for, of which checkpoint.
-
-    `settled` are the values of SETTLED.
-    """
-    assert settled.keys() <= set(SETTLED)
-    options = {**asked["options"], **{name: plain(value) for name, value in settled.items()}}
-    return {**asked, "checkpoint": checkpoint, "options": options}
 
 
 def module_content(factory: str | None) -> str | None:
@@ -134,9 +177,10 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
             yield f"the {what} of {name} {how}"
     for name, then, now in _differences(old.get("versions", {}), new["versions"]):
         yield f"the version of {name} {then} → {now}"
-    for name, then, now in _differences(old.get("options", {}), new["options"]):
+    for name, *values in _differences(old.get("options", {}), new["options"]):
         if name in new["options"]:
-            yield f"{name.replace('_', '-')} {_shown(then)} → {_shown(now)}"
+            then, now = ("default" if value is None else value for value in values)
+            yield f"{name.replace('_', '-')} {then} → {now}"
 
 
 _IN_WORDS = {
@@ -152,10 +196,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tup
     for name in {**old, **new}:
         if old.get(name) != new.get(name):
             yield name, old.get(name), new.get(name)
-
-
-def _shown(value: Any) -> str:
-    return "default" if value is None else str(value)
 
 
 def _number(text: str) -> float | int:

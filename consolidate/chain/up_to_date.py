@@ -18,17 +18,10 @@ LOG = logging.getLogger("consolidate")
 
 
 class Output(NamedTuple):
-    """An output that says what it was made from.
-
-    Attributes:
-        checkpoint: The checkpoint.
-        folder: Its Fisher folder.
-        made_from: Digest of all that the result depended on.
-    """
+    """An output that says what it was made from."""
 
     checkpoint: Path
-    folder: Path
-    made_from: str
+    made_from: str  # digest of all that the result depended on
 
 
 def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
@@ -36,9 +29,9 @@ def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
 
     With `merged` models were merged, and not a task learned or measured.
     """
-    for target in (checkpoint, checkpoint / "fisher"):
-        recover(target)
     folder = checkpoint / "fisher"
+    for target in (checkpoint, folder):
+        recover(target)
     try:
         ledger = read_ledger(folder / LEDGER_NAME)
     except ConsolidateError:
@@ -47,19 +40,18 @@ def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
         told = ledger.made_from
     else:
         told = None if ledger.made_from is not None else ledger.tasks[-1].made_from
-    return None if told is None else Output(checkpoint, folder, told)
+    return None if told is None else Output(checkpoint, told)
 
 
 def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher | None:
     """Give the Fisher of an output that is up to date; None where it has to be made.
 
-    Every byte of it and of the weights is compared with the ledger. `made_from` gives the digest
-    of all that the result would depend on.
+    Every byte is compared; `made_from` gives the digest of all that the result would depend on.
     """
     if output is None or output.made_from != made_from():
         return None
     try:
-        stored = stored_fisher(output.folder, open_checkpoint(output.checkpoint))
+        stored = stored_fisher(output.checkpoint / "fisher", open_checkpoint(output.checkpoint))
     except ConsolidateError as error:
         LOG.info("%s was made from the same, but is not whole: %s", output.checkpoint, error)
         return None
@@ -68,10 +60,7 @@ def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher 
 
 
 def recorded_fisher(ledger: Ledger) -> MeasuredFisher:
-    """Give what a ledger knows of its last task's Fisher, as `fisher_summary` does.
-
-    How certain a trace is was not recorded.
-    """
+    """Give what a ledger knows of its last task's Fisher; not how certain its traces are."""
     task = ledger.tasks[-1]
     return {
         "task": task.name,

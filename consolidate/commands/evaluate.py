@@ -44,7 +44,10 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     """
     checkpoint, revision = options.checkpoint, options.source.revision
     folder = locate(checkpoint, revision, without=VALUES)
-    if (ledger := _ledger(folder / "fisher")) is not None and ledger.heads:
+    at = folder / "fisher" / LEDGER_NAME
+    check_link(at.parent, at)
+    ledger = read_ledger(at) if at.is_file() else None
+    if ledger is not None and ledger.heads:
         folder = locate(checkpoint, revision)  # heads are opened with the rest of the folder
     source = with_base(open_checkpoint(folder), options.source.base_model)
     if ledger is not None:
@@ -81,8 +84,13 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         for name, (task_file, rows) in opened.items()
     }
     metrics = evaluate_all(model, encoded, batch_size=options.batch_size, with_heads=with_heads)
+<<<<<<< HEAD
     notes = [*model.notes, *(note for examples in encoded.values() for note in examples.notes)]
     for note in notes:
+=======
+    of_data = (note for examples in encoded.values() for note in examples.notes())
+    for note in [*model.notes, *of_data]:
+>>>>>>> cut-commands
         LOG.info("%s", note)
     return metrics
 
@@ -97,12 +105,6 @@ def _note_strangers(tasks: Mapping[str, str], stored: StoredFisher, task: str | 
             name,
             ", ".join(stored.heads),
         )
-
-
-def _ledger(folder: Path) -> Ledger | None:
-    path = folder / LEDGER_NAME
-    check_link(folder, path)
-    return read_ledger(path) if path.is_file() else None
 
 
 def _stored_heads(

@@ -10,7 +10,6 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming
 from consolidate.chain.output import failed_folder, output_bytes
@@ -30,6 +29,7 @@ from consolidate.commands.finetune_search import Subject, search_lambda
 from consolidate.commands.finetune_start import Start, load_start
 from consolidate.commands.measurement import (
     fisher_summary,
+    kept_work,
     log_notes,
     measure_fisher,
     settled_estimation,
@@ -37,12 +37,14 @@ from consolidate.commands.measurement import (
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.model import config_of, file_weights
-from consolidate.options import Estimation, FinetuneOptions
+from consolidate.options import FinetuneOptions
 from consolidate.results import (
     FinetuneCached,
+    Finetuned,
     FinetuneDone,
     FinetuneResult,
     LambdaSearch,
+    MeasuredFisher,
     TrainingStep,
 )
 from consolidate.runtime import signals
@@ -96,7 +98,8 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
     with claiming(Path(options.output_dir)):
         plan = plan_finetune(options, again=again)
-        work = _work(plan, group)
+        needed = output_bytes(plan.opened.source, whole=True)
+        work = kept_work(options, plan.target, lambda: plan.description, needed)
         if (done := cached(plan.there, plan.made_from)) is not None:
             work.remove_own()
             return _cached(plan, done.ledger)
@@ -105,9 +108,12 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
             LOG.info("%s is what this starts from: it will be replaced", plan.target)
         found = work.start()
         start = load_start(plan, cut)
-        estimation = _estimation(plan, start)
+        measuring = options.estimation
+        batch_size = measuring.batch_size or plan.recipe.batch_size
+        measuring = replace(measuring, batch_size=batch_size)
+        estimation = settled_estimation(measuring, start.model, start.examples, prefix="fisher-")
         statistics = _running_statistics(plan, start)
-        search = _searched(plan, start, work, found, group)
+        search = _searched(plan, start, work, found)
         beside = {"search": search}
         try:
             trained = train(
@@ -126,21 +132,18 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         forgotten = _forgotten(plan, trained)
         target = failed_folder(plan.target) if forgotten else plan.target
         # The output may replace the source, so all that is read from there comes before it.
-        started_from = set_digest(plan.opened.records())
+        started_from = set_digest(plan.opened.records)
         kept = KeptPass(work, found, *kept_of(start.model, trained, beside))
         with _saving_what_was_learned(work, kept):
+            task, seed = plan.opened.task, plan.recipe.seed
             diagonal = measure_fisher(
-                start.model,
-                start.examples,
-                estimation,
-                label=f"Fisher of {plan.opened.task}",
-                seed=plan.recipe.seed,
-                kept=kept,
-                group=group,
+                start.model, start.examples, estimation, task=task, seed=seed, kept=kept
             )
-            result = _write(plan, start, trained, diagonal, target, started_from, group)
+            result = None
+            if is_first(group):
+                result = _write(plan, start, trained, diagonal, target, started_from, statistics)
+            result = from_first(result, group)
         work.remove()
-    result["norm_statistics"] = statistics
     if search is not None:
         result["lambda_search"] = search
     if forgotten and is_first(group):
@@ -148,42 +151,31 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
     return result
 
 
-def _work(plan: Plan, group: ProcessGroup | None) -> KeptWork:
-    """Prepare to save progress."""
-    saving = plan.options.saving
-    return KeptWork(
-        plan.target,
-        lambda: plan.description,
-        every=60 * saving.save_every,
-        result_bytes=output_bytes(plan.opened.source, whole=True),
-        restart=saving.restart,
-        group=group,
-        shard=plan.options.parameters.shard,
-    )
-
-
 def _cached(plan: Plan, ledger: Ledger) -> FinetuneCached:
-    task, source, target = ledger.tasks[-1], plan.opened.source, plan.target
+    """Report an output that is up to date: what its ledger knows."""
+    source = plan.opened.source
     weights = source.weights if source.base is None else source.base.weights
     kept = any(name.rpartition(".")[2] == "running_mean" for name in weights)
+    statistics = plan.recipe.norm_statistics if kept else None
+    known = _known(plan, plan.target, ledger, recorded_fisher(ledger), statistics)
+    return {"status": "cached", **known}
+
+
+def _known(
+    plan: Plan, target: Path, ledger: Ledger, fisher: MeasuredFisher, statistics: str | None
+) -> Finetuned:
+    """Report what is known of a fine-tuning, whenever it was done."""
+    task = ledger.tasks[-1]
     return {
-        "status": "cached",
         "checkpoint": str(target),
         "commits": plan.opened.commits(),
         "penalty": str(task.penalty),
         "penalty_on": task.penalty_on,
         "ewc_lambda": task.ewc_lambda,
-        "norm_statistics": plan.recipe.norm_statistics if kept else None,
+        "norm_statistics": statistics,
         "metrics": task.metrics,
-        "fisher": {"folder": str(target / "fisher"), **recorded_fisher(ledger)},
+        "fisher": {"folder": str(target / "fisher"), **fisher},
     }
-
-
-def _estimation(plan: Plan, start: Start) -> Estimation:
-    """Settle how the new task's Fisher will be measured."""
-    asked = plan.options.estimation
-    asked = replace(asked, batch_size=asked.batch_size or plan.recipe.batch_size)
-    return settled_estimation(asked, start.model, start.examples, prefix="fisher-")
 
 
 def _running_statistics(plan: Plan, start: Start) -> str | None:
@@ -212,11 +204,7 @@ def _running_statistics(plan: Plan, start: Start) -> str | None:
 
 
 def _searched(
-    plan: Plan,
-    start: Start,
-    work: KeptWork,
-    found: StoredWork | None,
-    group: ProcessGroup | None,
+    plan: Plan, start: Start, work: KeptWork, found: StoredWork | None
 ) -> LambdaSearch | None:
     """Choose λ, draw how, and give the penalty the one chosen; None where one was given.
 
@@ -235,24 +223,24 @@ def _searched(
         with torch.random.fork_rng():  # the run that follows must not see that there was a search
             search = search_lambda(
                 plan.search,
-                _subject(plan, start, group),
+                _subject(plan, start),
                 batch_size=plan.recipe.batch_size,
                 seed=plan.recipe.seed,
                 done=[Trial(**trial) for trial in trials],
                 keep=keep,
-                group=group,
+                group=work.group,
             )
     start.penalty.ewc_lambda = float(search["ewc_lambda"])
     plot = plan.options.search.search_plot
-    if plot is not None and is_first(group):
+    if plot is not None and is_first(work.group):
         plot_search(search, Path(plot))
     return search
 
 
-def _subject(plan: Plan, start: Start, group: ProcessGroup | None) -> Subject:
+def _subject(plan: Plan, start: Start) -> Subject:
     """Give a search what it trains: runs as `train` makes them, each with its own schedule."""
     assert start.penalty is not None  # a search is refused without one
-    recipe = plan.recipe
+    recipe, group = plan.recipe, all_processes()
 
     def length(examples: Examples) -> int:
         chosen = subset(len(examples), recipe.max_examples, recipe.seed)
@@ -316,11 +304,9 @@ def _write(
     diagonal: FisherDiagonal,
     target: Path,
     started_from: str,
-    group: ProcessGroup | None,
+    statistics: str | None,
 ) -> FinetuneDone:
     """Merge the new task's Fisher, write the checkpoint, and report what was done."""
-    if not is_first(group):
-        return from_first(None, group)
     opened, options, loaded = plan.opened, plan.options, start.model
     log_notes(loaded, start.examples, diagonal)
     ewc_lambda = None if start.penalty is None else float(start.penalty.ewc_lambda)
@@ -335,11 +321,7 @@ def _write(
         data_digest=opened.rows.digest() if digests else None,
         made_from=plan.made_from() if digests else None,
         training=Training(
-            ewc_lambda,
-            options.penalty.penalty,
-            opened.penalty_on,
-            started_from,
-            trained.metrics,
+            ewc_lambda, options.penalty.penalty, opened.penalty_on, started_from, trained.metrics
         ),
         merging=opened.merging,
     )
@@ -353,23 +335,15 @@ def _write(
         ledger = write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
         write_card(staging, target, ledger, [opened.source], "finetune")
     steps = trained.steps
-    result: FinetuneDone = {
+    return {
         "status": "done",
-        "checkpoint": str(target),
-        "commits": opened.commits(),
-        "penalty": options.penalty.penalty,
-        "penalty_on": opened.penalty_on,
-        "ewc_lambda": ewc_lambda,
-        "norm_statistics": None,
+        **_known(plan, target, ledger, fisher_summary(ledger, diagonal), statistics),
         "steps": steps[-1].step if steps else 0,
         "loss": steps[-1].loss if steps else None,
         "penalty_value": steps[-1].penalty if steps else None,
         "share_moved": share_moved,
-        "metrics": trained.metrics,
         "history": [cast(TrainingStep, asdict(step)) for step in steps],
-        "fisher": {"folder": str(target / "fisher"), **fisher_summary(ledger, diagonal)},
     }
-    return from_first(result, group)
 
 
 def _share_moved(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> float:

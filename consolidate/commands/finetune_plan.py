@@ -5,12 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from consolidate.chain.fingerprint import (
-    asked,
-    checkpoint_content,
-    description,
-    rows_content,
-)
+from consolidate.chain.fingerprint import Inputs
 from consolidate.chain.opening import find_fisher, stored_fisher, with_base
 from consolidate.chain.output import check_output, failed_folder
 from consolidate.chain.tasks import settled_merging, task_name
@@ -20,59 +15,31 @@ from consolidate.commands.finetune_search import plan_search
 from consolidate.data.columns import columns_of
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import Lora
-from consolidate.options import Columns, FinetuneOptions, Merging, Recipe
-from consolidate.runtime.devices import best_device
-from consolidate.runtime.distributed import all_processes, place_in
+from consolidate.options import Columns, FinetuneOptions, Recipe
 from consolidate.training.forgetting import check_gate
 from consolidate.training.loop import default_statistics
-from formats.checkpoint import Checkpoint, check_finite, open_checkpoint, weight_records
-from formats.digest import TensorRecord, json_digest
+from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
+from formats.digest import json_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher
 from formats.hub import FISHER, commits_of, locate
-from formats.rows import Rows
-from formats.task_file import TaskFile, open_task
+from formats.task_file import open_task
 
 
 @dataclass(frozen=True)
-class Opened:
+class Opened(Inputs):
     """What a run reads, checked before anything of it is loaded."""
 
-    source: Checkpoint
-    before: StoredFisher | None  # the chain so far
-    protecting: StoredFisher | None  # what the penalty is made of: that, or the base model's
+    protecting: StoredFisher | None  # what the penalty is made of: the chain's, or the base model's
     penalty_on: str | None  # "adapter" or "merged" where an adapter is trained with a penalty
-    task_file: TaskFile
-    rows: Rows
     task: str
     objective: str | None
     columns: Columns
-    merging: Merging
 
     @property
     def old_tasks(self) -> list[str]:
         """The names of the tasks of the chain so far."""
-        return [] if self.before is None else [task.name for task in self.before.ledger.tasks]
-
-    def records(self) -> dict[str, TensorRecord]:
-        """Give the digests of the weights; those of a ledger have been compared with them."""
-        if self.before is None:
-            return weight_records(self.source.weights)
-        return self.before.ledger.weights
-
-    def content(self) -> dict[str, Any]:
-        """Describe the checkpoint by content, JSON-ready."""
-        base, protecting = self.source.base, self.protecting
-        own = None if self.before is None else self.before.folder / LEDGER_NAME
-        content = checkpoint_content(self.source, own, self.records())
-        if base is not None:
-            of_base = None if protecting is None or protecting is self.before else protecting
-            content["base"] = checkpoint_content(
-                base,
-                None if of_base is None else of_base.folder / LEDGER_NAME,
-                weight_records(base.weights) if of_base is None else of_base.ledger.weights,
-            )
-        return content
+        return [task.name for task in self.tasks]
 
     def commits(self) -> dict[str, str]:
         """Give the commits of what came from the Hub."""
@@ -101,16 +68,12 @@ class Plan:
     def description(self) -> dict[str, Any]:
         """All that the result is made from, JSON-ready."""
         options, opened = self.options, self.opened
-        return description(
-            asked("finetune", options, rows_content(opened.task_file, opened.rows)),
-            opened.content(),
-            task=opened.task,
-            norm_statistics=self.recipe.norm_statistics,
-            device=best_device(options.source.device).type,
-            processes=place_in(all_processes())[1],
-            merge_rule=opened.merging.merge_rule,
-            gamma=opened.merging.gamma,
+        content = opened.content(
+            None if opened.before is None else opened.before.folder / LEDGER_NAME,
+            None if opened.protecting is opened.before else opened.protecting,
         )
+        statistics = self.recipe.norm_statistics
+        return opened.describe(options, content, task=opened.task, norm_statistics=statistics)
 
     def made_from(self) -> str:
         """Give the digest of the description."""
@@ -193,7 +156,9 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
         )
     old, evaluate = opened.old_tasks, dict(options.gate.evaluate or {})
     if recipe.norm_statistics is None:
-        something_old = bool(old or evaluate.keys() - {opened.task} or _base_has_fisher(opened))
+        base = opened.source.base
+        base_has_fisher = base is not None and find_fisher(base.path, None) is not None
+        something_old = bool(old or evaluate.keys() - {opened.task} or base_has_fisher)
         statistics = default_statistics(options.penalty.penalty, old=something_old)
         recipe = replace(recipe, norm_statistics=statistics)
     validation, max_forgetting = dict(options.search.validation or {}), options.gate.max_forgetting
@@ -284,9 +249,3 @@ def _penalty_on(options: FinetuneOptions, source: Checkpoint, lora: Lora | None)
         )
     own = source.adapter is not None and find_fisher(source.path, None) is not None
     return given or ("adapter" if own else "merged")
-
-
-def _base_has_fisher(opened: Opened) -> bool:
-    """Return whether a checkpoint is an adapter of weights that have a Fisher."""
-    base = opened.source.base
-    return base is not None and find_fisher(base.path, None) is not None

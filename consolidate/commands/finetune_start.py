@@ -73,12 +73,11 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
         frozen = adapt(loaded, plan.lora, whole, with_heads.values(), seed=plan.recipe.seed)
     term = _penalty(plan, fitted)
     if before is not None and plan.options.penalty.penalty != "ewc":
+        online = opened.merging.merge_rule == "online"
         LOG.info(
             "the Fisher of %s does not hold the weights in this run; it is kept, around %s",
-            ", ".join(task.name for task in before.ledger.tasks),
-            "the weights as they will be"
-            if opened.merging.merge_rule == "online"
-            else "its anchor",
+            ", ".join(opened.old_tasks),
+            "the weights as they will be" if online else "its anchor",
         )
     return Start(loaded, before, examples, evaluations, held_out, with_heads, term, frozen)
 

@@ -1,30 +1,24 @@
 """What `consolidate fisher` does, without the command line: read, measure, write."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming, refuse_changed
-from consolidate.chain.fingerprint import (
-    asked,
-    checkpoint_content,
-    description,
-    rows_content,
-)
+from consolidate.chain.fingerprint import Inputs
 from consolidate.chain.opening import stored_fisher, with_base
 from consolidate.chain.output import bytes_of, check_output, output_bytes
-from consolidate.chain.resume import KeptPass, KeptWork
+from consolidate.chain.resume import KeptPass
 from consolidate.chain.tasks import add_task, check_names_to_be, settled_merging, task_name
 from consolidate.chain.up_to_date import Output, cached, find_output, recorded_fisher
 from consolidate.commands.measurement import (
     fisher_summary,
+    kept_work,
     log_notes,
     measure_fisher,
     pass_cost,
@@ -36,8 +30,8 @@ from consolidate.data.examples import Examples
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
-from consolidate.options import Estimation, FisherOptions, Merging
-from consolidate.results import FisherDone, FisherDryRun, FisherResult
+from consolidate.options import Estimation, FisherOptions
+from consolidate.results import FisherDone, FisherDryRun, FisherResult, MeasuredFisher
 from consolidate.runtime import shards
 from consolidate.runtime.devices import best_device, dtype_of_name
 from consolidate.runtime.distributed import (
@@ -45,41 +39,28 @@ from consolidate.runtime.distributed import (
     as_one,
     from_first,
     is_first,
-    place_in,
     shards_among,
 )
 from consolidate.views.output_card import renew_card
 from formats.atomic import partial_path, replace_folder
-from formats.checkpoint import (
-    Checkpoint,
-    check_finite,
-    open_checkpoint,
-    weight_records,
-    write_checkpoint,
-)
-from formats.digest import TensorRecord, json_digest
+from formats.checkpoint import check_finite, open_checkpoint, write_checkpoint
+from formats.digest import json_digest
 from formats.errors import ConsolidateError, InputError, UsageError
-from formats.fisher_folder import LEDGER_NAME, StoredFisher, write_fisher
-from formats.fisher_json import Ledger, TaskRecord, read_ledger
+from formats.fisher_folder import LEDGER_NAME, write_fisher
+from formats.fisher_json import TaskRecord, read_ledger
 from formats.hub import FISHER, commits_of, locate
-from formats.rows import Rows
-from formats.task_file import TaskFile, open_task
+from formats.task_file import open_task
 
 LOG = logging.getLogger("consolidate")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Inputs):
     """What a pass will do, after every refusal that needs no model."""
 
     options: FisherOptions
     folder: Path  # of the checkpoint
-    source: Checkpoint
-    before: StoredFisher | None  # the chain that the task is added to
     there: Output | None  # what stands at the target and says what it was made from
-    task_file: TaskFile
-    rows: Rows
-    merging: Merging
 
     @property
     def in_place(self) -> bool:
@@ -87,44 +68,25 @@ class Plan:
         return self.options.output_dir is None
 
     @property
+    def output(self) -> Path:
+        """The checkpoint that has the Fisher in the end."""
+        return self.folder if self.in_place else Path(str(self.options.output_dir))
+
+    @property
     def target(self) -> Path:
         """The folder that is made or replaced."""
-        output = self.options.output_dir
-        return self.folder / "fisher" if output is None else Path(output)
+        return self.output / "fisher" if self.in_place else self.output
 
     @property
     def task(self) -> str:
         """The task's name."""
         return task_name(self.options.task or self.task_file.name, self.rows.name, self.before)
 
-    @property
-    def tasks(self) -> list[TaskRecord]:
-        """The tasks of the chain so far."""
-        return [] if self.before is None else self.before.ledger.tasks
-
-    @cached_property
-    def records(self) -> dict[str, TensorRecord]:
-        """Digests of the weights; those of a ledger have been compared with them."""
-        if self.before is not None:
-            return self.before.ledger.weights
-        return weight_records(self.source.weights)
-
     def description(self, tasks: Sequence[TaskRecord]) -> dict[str, Any]:
         """Describe all that the result is made from, if these were the tasks before it."""
-        content = checkpoint_content(self.source, None, self.records)
-        if self.source.base is not None:
-            of_base = weight_records(self.source.base.weights)
-            content["base"] = checkpoint_content(self.source.base, None, of_base)
-        named = self.options.task or self.task_file.name
-        return description(
-            asked("fisher", self.options, rows_content(self.task_file, self.rows)),
-            content | {"fisher": [asdict(task) for task in tasks]},
-            task=task_name(named, self.rows.name, None),
-            device=best_device(self.options.source.device).type,
-            merge_rule=self.merging.merge_rule,
-            gamma=self.merging.gamma,
-            processes=place_in(all_processes())[1],
-        )
+        name = task_name(self.options.task or self.task_file.name, self.rows.name, None)
+        content = self.content(None) | {"fisher": [asdict(task) for task in tasks]}
+        return self.describe(self.options, content, task=name)
 
     def made_from(self) -> str:
         """Give the digest of what the output that is there would be made from."""
@@ -156,10 +118,12 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
     group = all_processes()
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
     folder = _find_checkpoint(options)
-    with nullcontext() if options.dry_run else _claim(options, folder):
+    output = folder if options.output_dir is None else Path(options.output_dir)
+    part = "fisher" if options.output_dir is None else None
+    with nullcontext() if options.dry_run else claiming(output, part=part):
         plan = plan_fisher(options, folder, again=again)
         if (done := cached(plan.there, plan.made_from)) is not None:
-            return _cached(plan, done.ledger)
+            return _result(plan, "cached", recorded_fisher(done.ledger))
         if not options.dry_run:
             plan.check_target()
             if is_first(group):
@@ -167,24 +131,12 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
         model, examples = _load(plan, cut)
         estimation = settled_estimation(options.estimation, model, examples)
         if options.dry_run:
-            return _dry_run(plan, model, examples, estimation, group)
-        work = KeptWork(
-            plan.target,
-            lambda: plan.description(plan.tasks),
-            every=60 * options.saving.save_every,
-            result_bytes=output_bytes(plan.source, whole=not plan.in_place),
-            restart=options.saving.restart,
-            group=group,
-            shard=options.parameters.shard,
-        )
+            return _dry_run(plan, model, examples, estimation)
+        needed = output_bytes(plan.source, whole=not plan.in_place)
+        work = kept_work(options, plan.target, lambda: plan.description(plan.tasks), needed)
+        kept = KeptPass(work, work.start())
         diagonal = measure_fisher(
-            model,
-            examples,
-            estimation,
-            label=f"Fisher of {plan.task}",
-            seed=options.seed,
-            kept=KeptPass(work, work.start()),
-            group=group,
+            model, examples, estimation, task=plan.task, seed=options.seed, kept=kept
         )
         result = _write(plan, model, examples, diagonal) if is_first(group) else None
         result = from_first(result, group)
@@ -204,12 +156,6 @@ def _find_checkpoint(options: FisherOptions) -> Path:
     return folder
 
 
-def _claim(options: FisherOptions, folder: Path) -> Any:
-    if options.output_dir is None:
-        return claiming(folder, part="fisher")
-    return claiming(Path(options.output_dir))
-
-
 def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) -> Plan:
     """Open a checkpoint, its Fisher and the data, and refuse what would fail later.
 
@@ -221,7 +167,7 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
     before = stored_fisher(folder / "fisher", source) if options.add else None
     merging = settled_merging(before, options.merging)
     task_file, rows = open_task(options.data, split=options.encoding.split)
-    plan = Plan(options, folder, source, before, there, task_file, rows, merging)
+    plan = Plan(source, before, task_file, rows, merging, options, folder, there)
     if there is None:
         try:
             plan.check_target()
@@ -232,14 +178,13 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
     return plan
 
 
-def _cached(plan: Plan, ledger: Ledger) -> FisherDone:
-    assert plan.there is not None
+def _result(plan: Plan, status: Literal["done", "cached"], fisher: MeasuredFisher) -> FisherDone:
     return {
-        "status": "cached",
-        "checkpoint": str(plan.there.checkpoint),
-        "fisher": str(plan.there.folder),
+        "status": status,
+        "checkpoint": str(plan.output),
+        "fisher": str(plan.output / "fisher"),
         "commits": commits_of(plan.folder),
-        **recorded_fisher(ledger),
+        **fisher,
     }
 
 
@@ -273,21 +218,18 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples]:
     return model, examples
 
 
-def _dry_run(
-    plan: Plan,
-    model: Model,
-    examples: Examples,
-    estimation: Estimation,
-    group: ProcessGroup | None,
-) -> FisherDryRun:
-    """Say what a pass would take, and what it would leave."""
-    cost = pass_cost(model, examples, estimation, seed=plan.options.seed, group=group)
+def _dry_run(plan: Plan, model: Model, examples: Examples, estimation: Estimation) -> FisherDryRun:
+    """Say what a pass would take, and what it would leave, without headers and the ledger."""
+    cost = pass_cost(model, examples, estimation, seed=plan.options.seed)
     itemsize = {"float32": 4, "float64": 8}[estimation.accumulate_dtype]
+    files = {"fisher.safetensors": 4 * cost["parameters"]}
+    if not plan.in_place:
+        files["model.safetensors"] = bytes_of(plan.source.weights)
     return {
         "status": "dry run",
         "task": plan.task,
         **cost,
-        "files": _file_sizes(cost["parameters"], {} if plan.in_place else plan.source.weights),
+        "files": files,
         "kept": {partial_path(plan.target).name: 2 * itemsize * cost["parameters"]},
     }
 
@@ -314,7 +256,7 @@ def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagona
         LOG.info("replacing the Fisher of %s", _task_names(target))
     with replace_folder(target, overwrite=overwrite or options.add) as staging:
         if plan.in_place:
-            write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
+            ledger = write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
         else:
             write_checkpoint(staging, source, source.weights)
             # The card too, but for what we wrote in it: the model is the same.
@@ -322,13 +264,7 @@ def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagona
             ledger = write_fisher(fisher_at, merged, ledger, anchor=anchor, heads=heads)
             renew_card(staging, ledger)
         refuse_changed(plan.folder if plan.in_place else staging, plan.records, plan.folder)
-    return {
-        "status": "done",
-        "checkpoint": str(plan.folder if plan.in_place else target),
-        "fisher": str(target if plan.in_place else target / "fisher"),
-        "commits": commits_of(plan.folder),
-        **fisher_summary(ledger, diagonal),
-    }
+    return _result(plan, "done", fisher_summary(ledger, diagonal))
 
 
 def _task_names(folder: Path) -> str:
@@ -338,11 +274,3 @@ def _task_names(folder: Path) -> str:
         return ", ".join(task.name for task in ledger.tasks) + heads
     except ConsolidateError as error:
         return f"tasks unknown ({error})"
-
-
-def _file_sizes(parameters: int, weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Give the bytes of what a pass would leave, without headers and the ledger."""
-    sizes = {"fisher.safetensors": 4 * parameters}
-    if weights:
-        sizes["model.safetensors"] = bytes_of(weights)
-    return sizes

@@ -6,15 +6,16 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup
 
-from consolidate.chain.resume import KeptPass
+from consolidate.chain.resume import KeptPass, KeptWork
+from consolidate.chain.up_to_date import recorded_fisher
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.batches import model_outputs, place_of, placed
 from consolidate.estimation.estimates import FisherDiagonal
@@ -22,15 +23,16 @@ from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.adapters import without_fisher
 from consolidate.models.model import Model
-from consolidate.options import EXACT_UP_TO, Estimation
+from consolidate.options import EXACT_UP_TO, Estimation, FinetuneOptions, FisherOptions
 from consolidate.results import MeasuredFisher, PassCost
 from consolidate.runtime import signals
 from consolidate.runtime.devices import dtype_of_name
-from consolidate.runtime.distributed import dealt, place_in
+from consolidate.runtime.distributed import all_processes, dealt, place_in
 from consolidate.runtime.progress import progress
 from consolidate.runtime.shards import is_sharded
 from formats.errors import UsageError
 from formats.fisher_json import Ledger
+from formats.wording import few
 
 LOG = logging.getLogger("consolidate")
 
@@ -41,36 +43,52 @@ SAMPLED_BATCHES = 3
 """Batches that the time of a whole pass is judged by."""
 
 
+def kept_work(
+    options: FisherOptions | FinetuneOptions,
+    target: Path,
+    description: Callable[[], Mapping[str, Any]],
+    result_bytes: int,
+) -> KeptWork:
+    """Prepare to save the progress of a command beside its target, as its options say."""
+    return KeptWork(
+        target,
+        description,
+        every=60 * options.saving.save_every,
+        result_bytes=result_bytes,
+        restart=options.saving.restart,
+        group=all_processes(),
+        shard=options.parameters.shard,
+    )
+
+
 def measure_fisher(
     model: Model,
     examples: Examples,
     estimation: Estimation,
     *,
-    label: str,
+    task: str,
     seed: int,
-    kept: KeptPass | None = None,
-    group: ProcessGroup | None = None,
+    kept: KeptPass,
 ) -> FisherDiagonal:
     """Measure the Fisher of encoded examples by a settled estimation, with progress on stderr.
 
-    `kept` is where to resume, and what saves the pass; `group` the processes that share batches.
+    `kept` is where to resume, and what saves the pass, whose batches all processes share.
     """
-    tolerance, max_examples = estimation.tolerance, estimation.max_examples
+    tolerance, max_examples, group = estimation.tolerance, estimation.max_examples, all_processes()
     assert estimation.batch_size is not None
     batch_size = estimation.batch_size
     everything = subset(len(examples), max_examples, seed, shuffled=tolerance is not None)
     if is_sharded(model.module) and estimation.estimator != "batched":
         batch_size = 1  # They go alone, and so come out as evenly as they can.
     order = dealt(everything, batch_size, group)
-    if group is not None:
-        label = f"{label}, process 1 of {group.size()}"
-    start = None if kept is None else kept.start()
+    several = "" if group is None else f", process 1 of {group.size()}"
+    start = kept.start()
     done = 0 if start is None else start.examples
     if done:
         LOG.info("going on after %d of %d examples", done, len(order))
     with (
-        signals.waiting(kept is not None),
-        progress(label, len(order), "examples", before=done) as advance,
+        signals.waiting(),
+        progress(f"Fisher of {task}{several}", len(order), "examples", before=done) as advance,
     ):
         diagonal = fisher_diagonal(
             model.module,
@@ -78,15 +96,13 @@ def measure_fisher(
             get_likelihood(model.objective.likelihood),
             **_how(estimation, seed),
             indices=order,
-            tolerance=tolerance,
             start=start,
-            keep=None if kept is None else kept.keep,
+            keep=kept.keep,
             note=LOG.info,
             progress=advance,
             group=group,
         )
-        if kept is not None:
-            kept.end()
+        kept.end()
     uncertain = max(diagonal.relative_errors.values(), default=0.0)
     if tolerance is not None and uncertain > tolerance:
         LOG.info(
@@ -105,6 +121,7 @@ def _how(estimation: Estimation, seed: int) -> dict[str, Any]:
         "estimator": estimation.estimator,
         "mc_samples": estimation.mc_samples,
         "max_outcomes": estimation.max_outcomes,
+        "tolerance": estimation.tolerance,
         "seed": seed,
         "accumulate_dtype": dtype_of_name(estimation.accumulate_dtype),
         "check": estimation.check,
@@ -152,14 +169,7 @@ def default_estimator(model: Model, examples: Examples) -> str:
     return "exact" if outcomes <= EXACT_UP_TO else "mc"
 
 
-def pass_cost(
-    model: Model,
-    examples: Examples,
-    estimation: Estimation,
-    *,
-    seed: int,
-    group: ProcessGroup | None = None,
-) -> PassCost:
+def pass_cost(model: Model, examples: Examples, estimation: Estimation, *, seed: int) -> PassCost:
     """Say what measuring the Fisher of encoded examples would take, from a few batches of them.
 
     Counts, seconds per example and in all, and the most bytes of memory that were in use with the
@@ -168,7 +178,7 @@ def pass_cost(
     batch_size, max_examples = estimation.batch_size, estimation.max_examples
     assert batch_size is not None
     order = subset(len(examples), max_examples, seed)
-    processes = place_in(group)[1]
+    processes = place_in(all_processes())[1]
     shuffled = subset(len(examples), max_examples, seed, shuffled=True)
     sample = shuffled[: batch_size * SAMPLED_BATCHES]
     # The last batch is the longest and not timed.
@@ -190,7 +200,6 @@ def pass_cost(
         [*batches, examples.collate(longest)],
         get_likelihood(model.objective.likelihood),
         **_how(estimation, seed),
-        tolerance=estimation.tolerance,
         indices=[*sample, *longest],
         progress=clock,
     )
@@ -213,13 +222,7 @@ def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> MeasuredFisher:
     """Give what a command reports of a Fisher that was measured for a ledger's last task."""
     errors = {name: e for name, e in diagonal.relative_errors.items() if math.isfinite(e)}
     return {
-        "task": ledger.tasks[-1].name,
-        "weight": ledger.tasks[-1].weight,
-        "merge_rule": ledger.merge_rule,
-        "gamma": ledger.gamma,
-        "estimator": diagonal.estimator,
-        "examples": diagonal.examples,
-        "units": diagonal.units,
+        **recorded_fisher(ledger),
         "parameters": sum(values.numel() for values in diagonal.values()),
         "trace": sum(diagonal.trace().values()),
         "layers": {
@@ -240,16 +243,11 @@ def log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> Non
         LOG.info(
             "%d parameters went by one example at a time, which is slow: %s",
             len(slow),
-            _first_three(slow),
+            few(slow, 3),
         )
     if unreached := diagonal.unreached:
         LOG.info(
             "the Fisher of %d parameters is zero, since the loss does not depend on them: %s",
             len(unreached),
-            _first_three(unreached),
+            few(unreached, 3),
         )
-
-
-def _first_three(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -112,7 +112,11 @@ def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> Ru
     start = None if run_file.start is None else locate(run_file.start, run_file.revision)
     steps = _plan(run_file, start, output)
     for step in steps:
-        _refuse_strangers(step)
+        if has_content(step.target) and read_step_record(step.record) is None:
+            raise InputError(
+                f"{step.target} is there, and no run has made it: move it away, or choose another "
+                "output folder"
+            )
     content_of = cache(data_content)
     wanted = {step.name: _asked(step, content_of) for step in steps}  # opens all data
     done: list[RunStep] = []
@@ -124,18 +128,29 @@ def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> Ru
             LOG.info("%s: skipped, it is done", step.name)
         elif not dry_run:
             LOG.info("%s, step %d of %d: %s", step.name, number, len(steps), reason)
-            with _saying_how_to_resume(step.name):
+            try:
                 _make(step, described, restart=restart)
+            except ForgettingError:
+                raise  # the same command would only forget again
+            except BaseException:  # Ctrl-C and SIGTERM too
+                LOG.info(
+                    "stopped in %s: what was done before it is kept, and the same command goes on "
+                    "with it",
+                    step.name,
+                )
+                raise
         undone = undone or (dry_run and reason is not None)
         status: Any = "skipped" if reason is None else "to be done" if dry_run else "done"
         at = str(step.target)
         done.append({"step": step.name, "checkpoint": at, "reason": reason, "status": status})
+    last = steps[-1].target
+    matrix = None if undone else ledger_matrix(read_ledger(last / "fisher" / LEDGER_NAME))
     return {
         "status": "dry run" if dry_run else "done",
         "output_dir": str(output),
         "steps": done,
-        "checkpoint": str(steps[-1].target),
-        "accuracy_matrix": None if undone else _matrix(steps[-1].target),
+        "checkpoint": str(last),
+        "accuracy_matrix": None if matrix is None else matrix_summary(matrix),
     }
 
 
@@ -173,8 +188,9 @@ def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
             gate = replace(options.gate, evaluate=dict(evaluate))
             penalty = replace(options.penalty, fisher=fisher_at)
             options = replace(options, gate=gate, penalty=penalty)
-            with _said_of(at):
-                _check(options)
+            with _said_of(at):  # refused before the first task is trained
+                check_options(options)
+                settled_merging(None, options.merging)
             steps.append(Step(target, options))
         else:
             if training := of_training(own):
@@ -213,12 +229,6 @@ def _has_fisher(run_file: RunFile, start: Path) -> bool:
     return stored_at is not None
 
 
-def _check(options: FinetuneOptions) -> None:
-    """Refuse options of a later task before the first one is trained."""
-    check_options(options)
-    settled_merging(None, options.merging)
-
-
 @contextmanager
 def _said_of(place: str) -> Iterator[None]:
     """Begin what is refused with the place in the run file."""
@@ -239,9 +249,7 @@ def _asked(step: Step, content_of: Callable[..., dict[str, Any]]) -> dict[str, A
             "module": module_content(makes.factory),
             "options": {"model": makes.factory, "seed": makes.seed},
         }
-    data = content_of(makes.data, makes.encoding.split)
-    command = "fisher" if isinstance(makes, FisherOptions) else "finetune"
-    return asked(command, makes, data, content_of)
+    return asked(makes, content_of(makes.data, makes.encoding.split), content_of)
 
 
 def _description(step: Step, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -292,15 +300,6 @@ def _reason(step: Step, described: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _refuse_strangers(step: Step) -> None:
-    """Refuse a folder that no run has made, before anything is done."""
-    if has_content(step.target) and read_step_record(step.record) is None:
-        raise InputError(
-            f"{step.target} is there, and no run has made it: move it away, or choose another "
-            "output folder"
-        )
-
-
 def _make(step: Step, described: dict[str, Any], *, restart: bool) -> None:
     """Make a step's checkpoint, then its record."""
     begun = StepRecord(described, None)
@@ -319,25 +318,6 @@ def _make(step: Step, described: dict[str, Any], *, restart: bool) -> None:
     else:
         finetune(replace(makes, saving=replace(makes.saving, restart=restart)), again=True)
     write_step_record(step.record, StepRecord(described, _identity(step.target)))
-
-
-def _matrix(checkpoint: Path) -> Any:
-    matrix = ledger_matrix(read_ledger(checkpoint / "fisher" / LEDGER_NAME))
-    return None if matrix is None else matrix_summary(matrix)
-
-
-@contextmanager
-def _saying_how_to_resume(step: str) -> Iterator[None]:
-    try:
-        yield
-    except ForgettingError:
-        raise  # the same command would only forget again
-    except BaseException:  # Ctrl-C and SIGTERM too
-        LOG.info(
-            "stopped in %s: what was done before it is kept, and the same command goes on with it",
-            step,
-        )
-        raise
 
 
 @contextmanager

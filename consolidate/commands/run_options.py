@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_origin
 
-from consolidate.fields import Flat, changed, checked, fits, flat_options, words_of
+from consolidate.fields import Flat, checked, fits, flat_options, words_of
 from consolidate.options import FinetuneOptions, FisherOptions
 from formats.errors import InputError
 from formats.task_file import resolve
@@ -15,26 +15,20 @@ OPTIONS = {flat.flag: flat for flat in flat_options(FinetuneOptions) if flat.opt
 
 _OF_TRAINING = {"search", "penalty", "adapter", "head", "recipe", "gate"}
 _OF_BOTH = {"seed", "batch_size"}  # of the recipe, and meant for the Fisher too
-_WITHOUT_PENALTY = {"penalty_step", "max_forgetting"}
 
 
 def read_options(written: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Turn what a run file says into options by flat name; every key is known.
-
-    Paths are relative to `folder`. Raises InputError for a value of another type than the
-    option's, UsageError for one out of its range.
-    """
+    """Turn what a run file says, in known keys, into options by flat name; paths from `folder`."""
     return {OPTIONS[key].name: _read(OPTIONS[key], written[key], folder) for key in written}
 
 
 def without_penalty(options: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what means nothing for a first task, for which there is no Fisher yet."""
-    of_penalty = {
-        flat.name for flat in OPTIONS.values() if flat.path[0] in ("search", "penalty")
-    } | _WITHOUT_PENALTY
-    return {name: value for name, value in options.items() if name not in of_penalty} | {
-        "penalty": "none"
-    }
+    parts = ("search", "penalty")
+    of_penalty = {flat.name for flat in OPTIONS.values() if flat.path[0] in parts}
+    of_penalty |= {"penalty_step", "max_forgetting"}
+    kept = {name: value for name, value in options.items() if name not in of_penalty}
+    return kept | {"penalty": "none"}
 
 
 def of_training(options: Mapping[str, Any]) -> list[str]:
@@ -46,10 +40,10 @@ def of_training(options: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def fisher_options(options: FinetuneOptions, **others: Any) -> FisherOptions:
-    """Give the options of `fisher` that measure as `finetune` would; `others` by flat name."""
+def fisher_options(options: FinetuneOptions, *, add: bool = False) -> FisherOptions:
+    """Give the options of `fisher` that measure as `finetune` would."""
     batch_size = options.estimation.batch_size or options.recipe.batch_size
-    measuring = FisherOptions(
+    return FisherOptions(
         checkpoint=options.checkpoint,
         data=options.data,
         output_dir=options.output_dir,
@@ -59,10 +53,10 @@ def fisher_options(options: FinetuneOptions, **others: Any) -> FisherOptions:
         estimation=replace(options.estimation, batch_size=batch_size),
         seed=options.recipe.seed,
         parameters=options.parameters,
+        add=add,
         merging=options.merging,
         saving=options.saving,
     )
-    return changed(measuring, **others)
 
 
 def _read(flat: Flat, value: Any, folder: Path) -> Any:

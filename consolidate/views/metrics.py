@@ -10,7 +10,7 @@ from consolidate.results import FinetuneResult, MeasuredFisher, RunResult
 from consolidate.views.matrix import ledger_matrix
 from formats.atomic import write_file
 from formats.fisher_folder import LEDGER_NAME
-from formats.fisher_json import Ledger, read_ledger
+from formats.fisher_json import read_ledger
 
 
 def fisher_metrics(result: MeasuredFisher) -> dict[str, float]:
@@ -41,15 +41,11 @@ def finetune_metrics(result: FinetuneResult) -> dict[str, float]:
 
 
 def run_metrics(result: FinetuneResult | RunResult) -> dict[str, float]:
-    """Give the numbers of the chain whose last checkpoint a result names."""
-    return chain_metrics(read_ledger(Path(result["checkpoint"]) / "fisher" / LEDGER_NAME))
-
-
-def chain_metrics(ledger: Ledger) -> dict[str, float]:
-    """Give what was measured after the last task, and what was kept of the earlier ones.
+    """Give what was measured after the last task of a chain, and what was kept of the earlier ones.
 
     A name has a dot only where it begins with a task's or a data set's.
     """
+    ledger = read_ledger(Path(result["checkpoint"]) / "fisher" / LEDGER_NAME)
     numbers: dict[str, Any] = evaluate_metrics(ledger.tasks[-1].metrics.get("after", {}))
     matrix = ledger_matrix(ledger)
     if matrix is not None:

@@ -14,7 +14,7 @@ import pytest
 import consolidate
 from consolidate.chain import resume
 from consolidate.commands import finetune as finetune_command
-from consolidate.commands import finetune_run
+from consolidate.commands import finetune_run, measurement
 from consolidate.estimation.passes import PartialPass
 from consolidate.runtime import signals
 from formats.errors import InputError, NonFiniteError
@@ -101,7 +101,7 @@ def test_it_goes_on_from_where_it_was_kept_last(
     timed = partial(resume.KeptWork, clock=lambda: next(times, 62.0))
     break_off(monkeypatch, 4)
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_command, "KeptWork", timed)
+        patch.setattr(measurement, "KeptWork", timed)
         with pytest.raises(Killed):
             consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     steps: list[int] = []

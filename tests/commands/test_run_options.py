@@ -14,8 +14,8 @@ from consolidate.commands.run_options import (
     read_options,
     without_penalty,
 )
-from consolidate.fields import gather, values_of
-from consolidate.options import FinetuneOptions
+from consolidate.fields import flat_options, gather, value_of
+from consolidate.options import FinetuneOptions, FisherOptions
 from formats.errors import InputError, UsageError
 
 # What is the run's own, or the command line's.
@@ -113,6 +113,10 @@ def test_a_task_that_is_only_measured_takes_the_options_of_fisher() -> None:
         "fisher_batch_size": 4, "fisher_check": True, "model": "a:b", "ewc_lambda": 3.0,
     }  # fmt: skip
     assert sorted(of_training(given)) == ["epochs", "ewc-lambda", "max-examples"]
+
+    def values_of(record: FisherOptions) -> dict[str, Any]:
+        return {flat.name: value_of(record, flat) for flat in flat_options(FisherOptions)}
+
     found = values_of(fisher_options(options(**given), add=True))
     expected = {"max_examples": 7, "batch_size": 4, "seed": 1, "check": True, "model": "a:b"}
     expected |= {"add": True, "checkpoint": "a", "data": "b", "output_dir": "c"}

@@ -122,8 +122,6 @@ def test_what_is_typed_becomes_what_the_functions_take(
 @pytest.mark.parametrize(
     ("command", "option", "text"),
     [
-        ("finetune", "--ewc-lambda", "-1"),
-        ("finetune", "--ewc-lambda", "1,inf"),
         ("finetune", "--ewc-lambda", "much"),
         ("fisher", "--task-weight", "heavy"),
         ("merge", "--weights", "1;2"),
@@ -135,3 +133,12 @@ def test_what_cannot_be_read_is_refused_by_the_name_of_the_option(
     with pytest.raises(click.BadParameter) as caught:
         parsed(command, [*REQUIRED[command], option, text])
     assert option in caught.value.format_message()
+
+
+@pytest.mark.parametrize("text", ["-1", "1,inf"])
+def test_numbers_out_of_their_range_are_refused_by_the_name_of_the_option(
+    capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    code, _, err = run(capsys, "finetune", *REQUIRED["finetune"], "--ewc-lambda", text)
+    assert code == 2
+    assert f"--ewc-lambda {float(text.split(',')[-1])}: expected a finite number from 0" in err
