@@ -84,13 +84,8 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         for name, (task_file, rows) in opened.items()
     }
     metrics = evaluate_all(model, encoded, batch_size=options.batch_size, with_heads=with_heads)
-<<<<<<< HEAD
-    notes = [*model.notes, *(note for examples in encoded.values() for note in examples.notes)]
-    for note in notes:
-=======
-    of_data = (note for examples in encoded.values() for note in examples.notes())
+    of_data = (note for examples in encoded.values() for note in examples.notes)
     for note in [*model.notes, *of_data]:
->>>>>>> cut-commands
         LOG.info("%s", note)
     return metrics
 
