@@ -625,7 +625,7 @@ class ShowOptions:
         metavar="FILE",
     )
     plot: str | Path | None = option(
-        None, "Draw them here; .png needs matplotlib.", metavar="FILE.png|svg"
+        None, "Draw them here; needs matplotlib.", metavar="FILE.png|svg"
     )
     overlap: str | Path | None = option(
         None,
