@@ -95,7 +95,6 @@ class HeatMap:
                     text = "–" if value is None else self.write(value)
                     ink = ink_on(shades[i][j]) or colors["muted" if value is None else "ink"]
                     axes.text(j, i, text, color=ink, ha="center", va="center", in_layout=False)
-        axes.spines[:].set_visible(False)
         axes.xaxis.tick_top()
         axes.set_yticks(range(len(self.rows)), shortened(self.rows))
         _name_places(axes, range(len(self.columns)), self.columns, cell, "left")
@@ -133,8 +132,6 @@ class Bars:
         axes.set_yticks(range(len(lengths)), shortened(self.rows))
         axes.xaxis.tick_top()
         axes.grid(axis="x")
-        axes.set_axisbelow(True)
-        axes.spines[:].set_visible(False)
 
 
 @dataclass(frozen=True)
@@ -200,8 +197,8 @@ class Lines:
             for at, note in zip(points, line.notes, strict=False):
                 axes.annotate(note, at, (4, 5), textcoords="offset points")
         if any(line.name for line in self.lines):
-            blank, place = " " * len(drawn), "outside lower left"  # no name could begin with _
-            legend = area.legend(drawn, blank, loc=place, ncols=width // 165)
+            blank = " " * len(drawn)  # a name that begins with _ would be left out
+            legend = area.legend(drawn, blank, loc="outside lower left", ncols=width // 165)
             for text, line in zip(legend.get_texts(), self.lines, strict=True):
                 text.set_text(plain(line.name, _HEAD))
 
@@ -212,8 +209,8 @@ Chart = HeatMap | Bars | Lines
 def check_picture(option: str, path: Path, endings: Sequence[str]) -> None:
     """Refuse, before any work is done, a picture that could not be drawn and written after it."""
     if path.suffix.lower() not in endings:
-        known = f"{', '.join(endings[:-1])} or {endings[-1]}"
-        raise UsageError(f"{option} {path}: the name must end in {known}")
+        *most, last = endings
+        raise UsageError(f"{option} {path}: the name must end in {', '.join(most)} or {last}")
     if not can_draw():
         raise UsageError(f"{option} needs matplotlib: {INSTALL}")
     check_file(path)
@@ -260,15 +257,17 @@ def image(
     return data.getvalue()
 
 
-def _style(colors: Colors, salt: str) -> dict[str, Any]:
+def _style(colors: Colors, salt: str) -> Any:
     """Give matplotlib's settings; no text is ever taken for mathematics."""
     return {
         **dict.fromkeys(("text.color", "xtick.color", "ytick.color"), colors["ink"]),
         **dict.fromkeys(("axes.facecolor", "figure.facecolor"), colors["page"]),
-        **dict.fromkeys(("axes.edgecolor", "grid.color"), colors["grid"]),
-        **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False),
+        **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
         **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
+        "axes.axisbelow": True,
         "axes.labelcolor": colors["muted"],
+        "grid.color": colors["grid"],
+        "legend.frameon": False,
         "font.sans-serif": ["DejaVu Sans", "Verdana"],
         "font.size": 9,
         "svg.fonttype": "none",

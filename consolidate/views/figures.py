@@ -39,10 +39,7 @@ class Figure:
 def figures(
     ledger: Ledger, parameters: Sequence[Parameter], matrix: MatrixSummary | None
 ) -> list[Figure]:
-    """Make those figures that a ledger has the numbers for, with every parameter that `show` gives.
-
-    They are, in this order: matrix, curves, protection, added, overlap.
-    """
+    """Make those that there are numbers for: matrix, curves, protection, added, overlap."""
     known = {parameter["name"]: parameter for parameter in parameters}
     groups = layers([name for name in in_order(ledger) if name in known], ROWS)
     tasks = ledger.tasks[-TASKS:]
@@ -66,10 +63,7 @@ def score_figures(ledger: Ledger, matrix: MatrixSummary | None) -> list[Figure]:
 
 
 def search_charts(search: Mapping[str, Any]) -> list[Chart]:
-    """Chart the whole runs of a search for λ: scores over λ, the new task's against the old ones'.
-
-    Without old data the second has the penalty over λ in place of the old tasks' score.
-    """
+    """Chart a search's whole runs: scores over λ, and what is kept against what is learned."""
     whole = max(trial["steps"] for trial in search["trials"])
     trials = [t for t in search["trials"] if t["steps"] == whole and t["metrics"] is not None]
     trials.sort(key=lambda trial: trial["ewc_lambda"])
@@ -99,20 +93,14 @@ def search_charts(search: Mapping[str, Any]) -> list[Chart]:
 
 
 def in_order(ledger: Ledger) -> list[str]:
-    """List the protected parameters in the order of the weights file, as the tasks' layers have it.
-
-    Those that no task's layers hold come last.
-    """
+    """List the protected parameters in the order of the tasks' layers, that of the file."""
     order = dict.fromkeys(name for task in ledger.tasks for name in task.layers)
     order |= dict.fromkeys(ledger.fisher)
     return [name for name in order if name in ledger.fisher]
 
 
 def layers(names: Sequence[str], most: int) -> dict[str, list[str]]:
-    """Take parameters together by the module they are in, as far up as `most` groups need.
-
-    Where the outermost modules are too many, the last group holds the rest.
-    """
+    """Take parameters together by module, as far up as `most` groups need; the last is the rest."""
     groups = {name: [name] for name in names}
     deepest = min(max(name.count(".") for name in names), 64)
     for depth in range(deepest, 0, -1):

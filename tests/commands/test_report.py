@@ -159,6 +159,8 @@ def test_the_page_tells_the_chain(tmp_path: Path) -> None:
     text = Page(Path(report(folder, output=tmp_path / "r.html")["report"]).read_text()).text
     for words in ("model", "3 tasks", "18 weights", "ewc, λ = 10", "no penalty", "0.950"):
         assert words in text
+    assert r"\n" not in text
+    assert "a column the task it was measured on. Going down" in text
     for words in ("1.running_mean", "no gradient", "consolidate0.1.0", "online, γ = 1"):
         assert words in text
 
