@@ -167,7 +167,7 @@ class Lines:
 
     def _height(self, width: float) -> float:
         turned = _turned([name for _, name in self.ticks], self._room(width))
-        return (300 if turned else 240) + 20 * (len(self.lines) // (width // 165))
+        return (300 if turned else 240) + 20 * (len(self.lines) // (width // 190))
 
     def _draw(self, area: Any, width: float, colors: Colors, dark: bool) -> None:
         values = [value for line in self.lines for _, value in line.points]
@@ -198,7 +198,7 @@ class Lines:
                 axes.annotate(note, at, (4, 5), textcoords="offset points")
         if any(line.name for line in self.lines):
             blank = " " * len(drawn)  # a name that begins with _ would be left out
-            legend = area.legend(drawn, blank, loc="outside lower left", ncols=width // 165)
+            legend = area.legend(drawn, blank, loc="outside lower left", ncols=width // 190)
             for text, line in zip(legend.get_texts(), self.lines, strict=True):
                 text.set_text(plain(line.name, _HEAD))
 

@@ -96,7 +96,7 @@ def test_ink_can_be_read_on_every_colour_of_a_heat_map() -> None:
 
     shades = [share / 1000 for share in range(1001)]
     viridis = colormaps["viridis"]
-    assert min(contrast(to_hex(viridis(shade)), ink_on(shade)) for shade in shades) >= 4.4
+    assert min(contrast(to_hex(viridis(shade)), ink_on(shade)) for shade in shades) >= 4.5
     assert ink_on(-1.0) == ink_on(float("nan")) == ""
 
 
