@@ -82,23 +82,23 @@ class HeatMap:
                 return math.nan if value is None else -1.0
             return _share(math.log10(value) if self.log else value, low, high)
 
-        cells, cell = len(self.rows) * len(self.columns), self._cell(width)
-        axes, right, bottom = area.add_subplot(), len(self.columns) - 0.5, len(self.rows) - 0.5
+        m, n, cell = len(self.rows), len(self.columns), self._cell(width)
+        axes = area.add_subplot()
         shades = [[*map(shade, row)] for row in self.values]
         viridis = colormaps["viridis"].with_extremes(bad=colors["page"], under=colors["grid"])
         image = axes.imshow(shades, viridis, aspect="auto", interpolation="none", vmin=0, vmax=1)
-        axes.vlines([j + 0.5 for j in range(len(self.columns))], -0.5, bottom, colors["page"])
-        axes.hlines([i + 0.5 for i in range(len(self.rows))], -0.5, right, colors["page"])
-        if cell >= _NUMBERED and cells <= _NUMBERS:
+        axes.vlines([j + 0.5 for j in range(n)], -0.5, m - 0.5, colors["page"])
+        axes.hlines([i + 0.5 for i in range(m)], -0.5, n - 0.5, colors["page"])
+        if cell >= _NUMBERED and m * n <= _NUMBERS:
             for i, row in enumerate(self.values):
                 for j, value in enumerate(row):
                     text = "–" if value is None else self.write(value)
                     ink = ink_on(shades[i][j]) or colors["muted" if value is None else "ink"]
                     axes.text(j, i, text, color=ink, ha="center", va="center", in_layout=False)
         axes.xaxis.tick_top()
-        axes.set_yticks(range(len(self.rows)), shortened(self.rows))
-        _name_places(axes, range(len(self.columns)), self.columns, cell, "left")
-        shrink = min(160 / (cell * len(self.columns)), 0.5)
+        axes.set_yticks(range(m), shortened(self.rows))
+        _name_places(axes, range(n), self.columns, cell, "left")
+        shrink = min(160 / (cell * n), 0.5)
         place: dict[str, Any] = {"location": "bottom", "anchor": (0, 1), "pad": 0.02}
         bar = area.colorbar(image, ax=axes, shrink=shrink, aspect=14, **place)
         ends = [f"1e{end}" if self.log else self.write(end) for end in (low, high)]

@@ -102,17 +102,15 @@ def in_order(ledger: Ledger) -> list[str]:
 def layers(names: Sequence[str], most: int) -> dict[str, list[str]]:
     """Take parameters together by module, as far up as `most` groups need; the last is the rest."""
     groups = {name: [name] for name in names}
-    deepest = min(max(name.count(".") for name in names), 64)
-    for depth in range(deepest, 0, -1):
-        if len(groups) <= most:
-            break
+    depth = min(max(name.count(".") for name in names), 64)
+    while len(groups) > most and depth > 0:
         outer: dict[str, list[str]] = {}
         for name in names:
             outer.setdefault(".".join(name.split(".")[:depth]), []).append(name)
         # A stack of a hundred layers would become one group.
         if len(outer) < most / 4 and len(groups) <= 4 * most:
             break
-        groups = outer
+        groups, depth = outer, depth - 1
     if len(groups) <= 4 * most:
         return groups
     own = list(groups.items())
@@ -132,7 +130,7 @@ def _matrix(matrix: MatrixSummary, merged: str) -> Figure | None:
     last = zip(tasks, scores[-1], strict=True)
     latest = ", ".join(f"{task} {_score(value)}" for task, value in last if value is not None)
     said = f"Scores after each of {len(tasks)} tasks. After the last one: {latest or 'none'}."
-    names, values = [name for name, _ in named], [row for _, row in named]
+    names, values = zip(*named, strict=True)
     chart = HeatMap("Accuracy matrix", said, names, tasks, values, _score)
     header = ["after learning", *(f"on {task}" for task in tasks)]
     rows = [[name, *map(_score, row)] for name, row in named]
@@ -162,11 +160,9 @@ def _curves(ledger: Ledger) -> Figure | None:
         if found.keys() & set(names)
     ]
     lines = [Curve(name, sorted(points[name].items())) for name in names]
-    falls = ", ".join(
-        f"{plain(line.name)} from {_score(line.points[0][1])} to {_score(line.points[-1][1])}"
-        for line in lines
-    )
-    said = f"Scores over {len(measured)} tasks: {falls}."
+    ends = [(plain(line.name), line.points[0][1], line.points[-1][1]) for line in lines]
+    falls = [f"{name} from {_score(first)} to {_score(last)}" for name, first, last in ends]
+    said = f"Scores over {len(measured)} tasks: {', '.join(falls)}."
     ticks = [(stage + 0.5, task.name) for stage, task in enumerate(measured)]
     labels, walls = ("while learning", ""), range(len(measured) + 1)
     chart = Lines("Scores while learning", said, lines, ticks, _score, labels, walls)
