@@ -489,7 +489,7 @@ def show(
         revision: Branch, tag or commit of a checkpoint on the Hub.
         top: How many parameters to list.
         csv: Write the accuracy matrix and the curves over training steps here.
-        plot: Draw them here; .png needs matplotlib.
+        plot: Draw them here; needs matplotlib.
         overlap: Another checkpoint: how far its Fisher lies on the same weights, 0 to 1 for each
             layer.
 

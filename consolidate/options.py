@@ -610,7 +610,7 @@ class ShowOptions:
         None, "Write the accuracy matrix and the curves over training steps here.", metavar="FILE"
     )
     plot: str | Path | None = option(
-        None, "Draw them here; .png needs matplotlib.", metavar="FILE.png|svg"
+        None, "Draw them here; needs matplotlib.", metavar="FILE.png|svg"
     )
     overlap: str | Path | None = option(
         None,

@@ -59,8 +59,9 @@ from consolidate.runtime.distributed import (
 from consolidate.training.forgetting import beyond, forgetting
 from consolidate.training.lambda_search import Trial
 from consolidate.training.loop import with_statistics
+from consolidate.views.charts import write_picture
+from consolidate.views.figures import search_charts
 from consolidate.views.output_card import write_card
-from consolidate.views.search_plot import plot_search
 from formats.atomic import replace_folder, write_file
 from formats.checkpoint import write_checkpoint
 from formats.digest import set_digest
@@ -233,7 +234,7 @@ def _searched(
     start.penalty.ewc_lambda = float(search["ewc_lambda"])
     plot = plan.options.search.search_plot
     if plot is not None and is_first(work.group):
-        plot_search(search, Path(plot))
+        write_picture(Path(plot), search_charts(search))
     return search
 
 

@@ -33,7 +33,7 @@ from consolidate.training.lambda_search import (
     coarse_to_fine,
     grid,
 )
-from consolidate.views.search_plot import check_plot
+from consolidate.views.charts import check_picture
 from formats.errors import NonFiniteError, UsageError
 
 LOG = logging.getLogger("consolidate")
@@ -92,7 +92,7 @@ def plan_search(
             "trained on or evaluated on: hold other rows out"
         )
     if asked.search_plot is not None:
-        check_plot(Path(asked.search_plot))
+        check_picture("--search-plot", Path(asked.search_plot), (".png", ".svg", ".pdf"))
     return Plan(strengths, rule, max_forgetting, new, [n for n in ledger if n in validation])
 
 

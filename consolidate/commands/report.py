@@ -1,14 +1,14 @@
 """The report of a checkpoint: one HTML page, and its pictures as files."""
 
+import logging
 import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from consolidate.commands.show import show
 from consolidate.options import ReportOptions, ShowOptions
 from consolidate.results import ReportResult
-from consolidate.views.drawing import MARK, plain, png, svg_file
+from consolidate.views.charts import INSTALL, MARK, can_draw, image, plain
 from consolidate.views.figures import figures
 from consolidate.views.page import report_page
 from formats.atomic import check_file, write_file
@@ -17,6 +17,7 @@ from formats.fisher_folder import LEDGER_NAME
 from formats.fisher_json import read_ledger
 from formats.hub import FISHER, commits_of, locate
 
+LOG = logging.getLogger("consolidate")
 PICTURES = ("matrix", "curves", "protection", "added", "overlap")
 
 
@@ -35,8 +36,8 @@ def report(options: ReportOptions) -> ReportResult:
         NetworkError: The Hub cannot be reached.
     """
     checkpoint, plots = options.checkpoint, options.plots
-    if plots is not None and find_spec("matplotlib") is None:
-        raise UsageError("--plots needs matplotlib: pip install 'consolidate-ewc[plot]'")
+    if plots is not None and not can_draw():
+        raise UsageError(f"--plots needs matplotlib: {INSTALL}")
     folder = locate(checkpoint, options.revision, only=FISHER)
     name = folder.resolve().name if Path(checkpoint).expanduser().exists() else str(checkpoint)
     page = Path(
@@ -50,16 +51,17 @@ def report(options: ReportOptions) -> ReportResult:
     ledger = read_ledger(folder / "fisher" / LEDGER_NAME)
     drawn = figures(ledger, summary["parameters"], summary["accuracy_matrix"])
     content: dict[Path, str | bytes] = {page: report_page(name, summary, drawn)}
-    drawings = {figure.name: figure.drawing for figure in drawn}
-    for path in pictures:
-        if path.stem in drawings:
-            write = svg_file if path.suffix == ".svg" else png
-            content[path] = write(drawings[path.stem])
+    for figure in drawn:
+        for path in pictures:
+            if path.stem == figure.name:
+                content[path] = image([figure.chart], path.suffix[1:], wide=figure.wide)
     for path, data in content.items():
         write_file(path, data)
     for path in pictures:
         if path not in content:  # an earlier report had it, and it is no picture of this one
             path.unlink(missing_ok=True)
+    if not can_draw():
+        LOG.warning("%s has no pictures, which need matplotlib: %s", page, INSTALL)
     return {
         "checkpoint": str(checkpoint),
         "commits": commits_of(folder),

@@ -10,13 +10,10 @@ from consolidate.chain.consistency import side_by_side
 from consolidate.ewc.overlap import layer_overlaps
 from consolidate.options import ShowOptions
 from consolidate.results import FisherDtype, Format, Overlap, Parameter, ShowResult, Task
-from consolidate.views.matrix import (
-    check_view,
-    ledger_matrix,
-    matrix_summary,
-    plot_matrix,
-    write_matrix_csv,
-)
+from consolidate.views.charts import check_picture, write_picture
+from consolidate.views.figures import TASKS, score_figures
+from consolidate.views.matrix import ledger_matrix, matrix_summary, means_text, write_matrix_csv
+from formats.atomic import check_file
 from formats.digest import TensorRecord, differences, set_digest
 from formats.errors import InputError, NetworkError
 from formats.fisher_folder import (
@@ -52,9 +49,9 @@ def show(options: ShowOptions) -> ShowResult:
     checkpoint, csv, plot, top = options.checkpoint, options.csv, options.plot, options.top
     revision, overlap = options.revision, options.overlap
     if csv is not None:
-        check_view(csv, plot=False)
+        check_file(Path(csv))
     if plot is not None:
-        check_view(plot, plot=True)
+        check_picture("--plot", Path(plot), (".png", ".svg"))
     if Path(checkpoint).expanduser().exists():
         folder = locate(checkpoint, revision)
         stored = read_fisher(folder / "fisher")
@@ -72,7 +69,10 @@ def show(options: ShowOptions) -> ShowResult:
     if matrix is not None and csv is not None:
         write_matrix_csv(csv, matrix)
     if summary is not None and plot is not None:
-        plot_matrix(plot, ledger, summary)
+        if len(summary["tasks"]) > TASKS:
+            LOG.info("the plot has the last %d of %d tasks", TASKS, len(summary["tasks"]))
+        charts = [figure.chart for figure in score_figures(ledger, summary)]
+        write_picture(Path(plot), charts, means_text(summary))
     total = sum(trace for trace, _ in measured.values())
     return {
         "checkpoint": str(checkpoint),

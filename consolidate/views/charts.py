@@ -1,205 +1,292 @@
-"""The charts of a report: a heat map, bars on a log scale, and curves over the training."""
+"""The charts of a report, drawn by matplotlib: heat maps, bars on a log scale, lines."""
 
+import io
 import math
-import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-from consolidate.views.drawing import (
-    DASHES,
-    SERIES,
-    Dot,
-    Drawing,
-    Line,
-    Rectangle,
-    Text,
-    heat_color,
-    ink_on,
-    plain,
-    text_width,
+from formats.atomic import check_file, write_file
+from formats.errors import UsageError
+from formats.wording import printable
+
+MARK = "consolidate report"  # in every file that is made here: such a file may be replaced
+INSTALL = "pip install 'consolidate-ewc[plot]'"
+HALF, FULL = 496, 1024  # CSS pixels: beside another picture, and across the page
+
+# What a colour is for -> on a light page, on a dark one. Each can be read on `page` and `card`.
+COLORS = {
+    "page": ("#ffffff", "#14171a"),
+    "card": ("#f4f6f8", "#1e2328"),
+    "grid": ("#d5dade", "#3a4248"),
+    "ink": ("#1b1f23", "#e9edf0"),
+    "muted": ("#56606a", "#a7b1ba"),
+    "link": ("#0b5cad", "#7ab8ff"),
+}
+SERIES = (
+    ("#0b5cad", "#a94100", "#00694f", "#99256f", "#6a5600", "#5b3fb5", "#8c2f2f", "#3d5a6c"),
+    ("#7ab8ff", "#ffa066", "#4fd1a5", "#f08ccb", "#dcc64e", "#bba6ff", "#ff9a9a", "#a9c4d6"),
 )
+_DASHES = ("-", (0, (4, 2)), (0, (1.2, 1.8)), (0, (5, 2, 1.2, 2)))
+_LETTER = 7.2  # CSS pixels of a letter; all texts have one size
+_NAME, _HEAD = 26, 18  # letters of a name beside a row, and above a column or in a legend
+_NUMBERED, _NUMBERS = 46, 500  # the least width of a cell with a number in it; the most numbers
+# What the files say of themselves: nothing of when, so that the same charts give the same bytes.
+_METADATA: Mapping[str, dict[str, str | None]] = {
+    "svg": {"Date": None, "Creator": MARK},
+    "png": {"Software": MARK},
+    "pdf": {"CreationDate": None, "Creator": MARK},
+}
+Colors = Mapping[str, str]
+Write = Callable[[float], str]
 
-WIDTH = 400.0  # of a chart that a phone shows without shrinking much
 
-_ROW = 20.0
-_LOW_ROW = 15.0  # of many
-_NAME = 26  # letters of a name beside a row
-_HEAD = 18  # letters of a name above a column
-_SMALL = 11.0
-_POINTS = 400  # of a curve: more could not be told apart
-_CELL = (14.0, 46.0, 64.0)  # the least width of a cell, that of one with a number in it, the most
+@dataclass(frozen=True)
+class HeatMap:
+    """A table of numbers as coloured cells, with the numbers in them where there is room.
+
+    None has no colour; a zero on a log scale is grey.
+    """
+
+    title: str
+    description: str  # what can be seen in it, for those who cannot
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Sequence[Sequence[float | None]]
+    write: Write
+    log: bool = False
+
+    @property
+    def crowded(self) -> bool:
+        """Whether it needs the width of a page."""
+        return self._cell(HALF) < _NUMBERED
+
+    def _cell(self, width: float) -> float:
+        return (width - 24 - _LETTER * max(map(len, shortened(self.rows)))) / len(self.columns)
+
+    def _height(self, width: float) -> float:
+        rows, heads = len(self.rows), 150 if _turned(self.columns, self._cell(width)) else 80
+        return heads + rows * (15 if rows > 48 else 20 if rows > 12 else 28)
+
+    def _draw(self, area: Any, width: float, colors: Colors, dark: bool) -> None:
+        from matplotlib import colormaps
+
+        known = [value for row in self.values for value in row if value is not None]
+        low, high = decades(known) if self.log else limits(known)
+
+        def shade(value: float | None) -> float:
+            if value is None or (self.log and value <= 0):
+                return math.nan if value is None else -1.0
+            return _share(math.log10(value) if self.log else value, low, high)
+
+        m, n, cell = len(self.rows), len(self.columns), self._cell(width)
+        axes = area.add_subplot()
+        shades = [[*map(shade, row)] for row in self.values]
+        viridis = colormaps["viridis"].with_extremes(bad=colors["page"], under=colors["grid"])
+        image = axes.imshow(shades, viridis, aspect="auto", interpolation="none", vmin=0, vmax=1)
+        axes.vlines([j + 0.5 for j in range(n)], -0.5, m - 0.5, colors["page"])
+        axes.hlines([i + 0.5 for i in range(m)], -0.5, n - 0.5, colors["page"])
+        if cell >= _NUMBERED and m * n <= _NUMBERS:
+            for i, row in enumerate(self.values):
+                for j, value in enumerate(row):
+                    text = "–" if value is None else self.write(value)
+                    ink = ink_on(shades[i][j]) or colors["muted" if value is None else "ink"]
+                    axes.text(j, i, text, color=ink, ha="center", va="center", in_layout=False)
+        axes.xaxis.tick_top()
+        axes.set_yticks(range(m), shortened(self.rows))
+        _name_places(axes, range(n), self.columns, cell, "left")
+        shrink = min(160 / (cell * n), 0.5)
+        place: dict[str, Any] = {"location": "bottom", "anchor": (0, 1), "pad": 0.02}
+        bar = area.colorbar(image, ax=axes, shrink=shrink, aspect=14, **place)
+        ends = [f"1e{end}" if self.log else self.write(end) for end in (low, high)]
+        bar.set_ticks([0, 1], labels=ends, color=colors["muted"])
+        bar.outline.set_visible(False)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A bar for each row on a log scale; a zero has none."""
+
+    title: str
+    description: str
+    rows: Sequence[str]
+    values: Sequence[float]
+    write: Write
+    crowded = False
+
+    def _height(self, width: float) -> float:
+        return 40 + (15 if len(self.rows) > 48 else 20) * len(self.rows)
+
+    def _draw(self, area: Any, width: float, colors: Colors, dark: bool) -> None:
+        low, high = decades(self.values)
+        lengths = [max(_share(math.log10(v), low, high), 0.006) if v else 0 for v in self.values]
+        axes = area.add_subplot(xlim=(0, 1), ylim=(len(lengths) - 0.4, -0.6))
+        drawn = axes.barh(range(len(lengths)), lengths, 0.66, color=SERIES[dark][0])
+        axes.bar_label(drawn, map(self.write, self.values), color=colors["muted"], padding=4)
+        powers = range(low, high + 1, max(1, -(-(high - low) // 5)))
+        ticks = [_share(power, low, high) for power in powers]
+        axes.set_xticks(ticks, [f"1e{power}" for power in powers], color=colors["muted"])
+        axes.set_yticks(range(len(lengths)), shortened(self.rows))
+        axes.xaxis.tick_top()
+        axes.grid(axis="x")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The scores on one task; x counts the tasks that were learned, with fractions between."""
+    """Points in the order of x, with a note at each or none; a guide is a line without dots."""
 
     name: str
     points: Sequence[tuple[float, float]]
+    notes: Sequence[str] = ()
+    guide: bool = False
 
 
-def heat_map(
-    title: str,
-    description: str,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    values: Sequence[Sequence[float | None]],
-    *,
-    limits: tuple[float, float],
-    write: Callable[[float], str],
-    log: bool = False,
-) -> Drawing:
-    """Draw a table of numbers as coloured cells, with the numbers in them where there is room.
+@dataclass(frozen=True)
+class Lines:
+    """Curves over places along x that have names, between walls or not."""
 
-    A cell has no colour where its value is None or, on a log scale, zero.
-    """
-    names = shortened(rows)
-    left = max(text_width(name) for name in names) + 10
-    least, numbered, most = _CELL
-    cell = min(max((WIDTH - left) / len(columns), least), most)
-    if cell < numbered and len(columns) <= 12:
-        cell = numbered
-    heads = [plain(column, _HEAD) for column in columns]
-    flat = all(text_width(head) + 4 <= cell for head in heads)
-    slope = max(text_width(head) for head in heads) * math.sqrt(0.5)
-    top = 40 + (_ROW if flat else slope + 12)
-    height = _row_height(len(rows), 28.0)
-    width = max(left + cell * len(columns) + (0 if flat else slope), left + 180)
-    drawing = Drawing(title, description, width + 4, top + height * len(rows) + 4)
-    drawing.shapes += _color_bar(left, limits, write)
-    for j, head in enumerate(heads):
-        x = left + cell * (j + 0.5)
-        drawing.shapes.append(
-            Text(x, top - 12, head, anchor="middle", tip=columns[j])
-            if flat
-            else Text(x, top - 8, head, turn=-45, tip=columns[j])
-        )
-    for i, (name, row) in enumerate(zip(names, values, strict=True)):
-        y = top + height * (i + 0.5)
-        drawing.shapes.append(Text(left - 8, y, name, anchor="end", tip=rows[i]))
-        for j, value in enumerate(row):
-            x = left + cell * j
-            if value is None:
-                if cell >= numbered:
-                    drawing.shapes.append(Text(x + cell / 2, y, "–", "muted", "middle"))
-                continue
-            color = "grid"
-            if not log or value > 0:
-                color = heat_color(_share(value, *limits, log=log))
-            tip = f"{rows[i]}, {columns[j]}: {write(value)}"
-            box = (x + 0.5, y - height / 2 + 0.5, cell - 1, height - 1)
-            drawing.shapes.append(Rectangle(*box, color, tip))
-            if cell >= numbered:
-                ink = ink_on(color) if color != "grid" else "ink"
-                drawing.shapes.append(Text(x + cell / 2, y, write(value), ink, "middle", tip=tip))
-    return drawing
+    title: str
+    description: str
+    lines: Sequence[Curve]
+    ticks: Sequence[tuple[float, str]]  # those of matplotlib where there are none
+    write: Write
+    labels: tuple[str, str]  # of x and y
+    walls: Sequence[float] = ()
+    zoomed: bool = False  # from the least to the largest value, even where they are shares
 
+    @property
+    def crowded(self) -> bool:
+        """Whether it needs the width of a page."""
+        return len(self.ticks) > 8
 
-def log_bars(
-    title: str,
-    description: str,
-    rows: Sequence[str],
-    values: Sequence[float],
-    *,
-    write: Callable[[float], str],
-) -> Drawing:
-    """Draw a bar for each row on a log scale; a zero has none."""
-    names = shortened(rows)
-    left = max(text_width(name) for name in names) + 10
-    right, top = 62.0, 26.0
-    width = max(WIDTH, left + right + 140)
-    low, high = decades(values)
-    height = _row_height(len(rows), _ROW)
-    drawing = Drawing(title, description, width, top + height * len(rows) + 6)
+    def _room(self, width: float) -> float:
+        return (width - 90) / max(len(self.ticks), 1)
 
-    def place(value: float) -> float:
-        return left + (width - left - right) * _share(value, low, high, log=True)
+    def _height(self, width: float) -> float:
+        turned = _turned([name for _, name in self.ticks], self._room(width))
+        return (300 if turned else 240) + 20 * (len(self.lines) // (width // 190))
 
-    first, last = round(math.log10(low)), round(math.log10(high))
-    for exponent in range(first, last + 1, max(1, -(-(last - first) // 5))):
-        x = place(_power(exponent))
-        drawing.shapes += [
-            Line([(x, top - 6), (x, drawing.height - 4)], "grid"),
-            Text(x, 10, f"1e{exponent}", "muted", "middle", _SMALL),
-        ]
-    for i, (name, value) in enumerate(zip(names, values, strict=True)):
-        y = top + height * (i + 0.5)
-        drawing.shapes.append(Text(left - 8, y, name, anchor="end", tip=rows[i]))
-        end = left
-        if value > 0:
-            end = max(place(value), left + 2)
-            tip = f"{rows[i]}: {write(value)}"
-            drawing.shapes.append(Rectangle(left, y - 6, end - left, 12, "series0", tip))
-        drawing.shapes.append(Text(end + 6, y, write(value), "muted", size=_SMALL))
-    return drawing
+    def _draw(self, area: Any, width: float, colors: Colors, dark: bool) -> None:
+        values = [value for line in self.lines for _, value in line.points]
+        low, high = (min(values), max(values)) if self.zoomed else limits(values)
+        axes = area.add_subplot(ylim=(-0.03, 1.03), xlabel=plain(self.labels[0], 50))
+        written = [self.write(low * (1 - at / 4) + high * (at / 4)) for at in range(5)]
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], written, color=colors["muted"])
+        axes.set_ylabel(self.labels[1])
+        axes.grid(axis="y")
+        for wall in self.walls:
+            axes.axvline(wall, color=colors["grid"], linewidth=0.8, zorder=0)
+        if self.walls:
+            axes.set_xlim(self.walls[0], self.walls[-1])
+        if self.ticks:
+            places, names = zip(*self.ticks, strict=True)
+            _name_places(axes, places, names, self._room(width), "right")
+        dots = all(len(line.points) <= 12 * max(len(self.ticks), 1) for line in self.lines)
+        drawn = []
+        for i, line in enumerate(self.lines):
+            own: dict[str, Any] = {"color": SERIES[dark][i % 8], "linestyle": _DASHES[i // 8 % 4]}
+            if line.guide:
+                own = {"color": colors["muted"], "linestyle": ":"}
+            elif dots:
+                own |= {"marker": "o", "markersize": 4, "clip_on": False}
+            points = [(x, _share(value, low, high)) for x, value in line.points]
+            drawn += axes.plot(*zip(*points, strict=True), **own)
+            for at, note in zip(points, line.notes, strict=False):
+                axes.annotate(note, at, (4, 5), textcoords="offset points")
+        if any(line.name for line in self.lines):
+            blank = " " * len(drawn)  # a name that begins with _ would be left out
+            legend = area.legend(drawn, blank, loc="outside lower left", ncols=width // 190)
+            for text, line in zip(legend.get_texts(), self.lines, strict=True):
+                text.set_text(plain(line.name, _HEAD))
 
 
-def curves(
-    title: str,
-    description: str,
-    stages: Sequence[str],
-    lines: Sequence[Curve],
-    *,
-    limits: tuple[float, float],
-    write: Callable[[float], str],
-) -> Drawing:
-    """Draw the scores over the training, a stage after the other, each of them as wide."""
-    per_row = 2
-    low, high = limits
-    marks = [low * (1 - step / 4) + high * (step / 4) for step in range(5)]
-    left = max(text_width(write(mark), _SMALL) for mark in marks) + 12
-    top, right, bottom = 14.0, 12.0, 190.0
-    legend = 22.0 * -(-len(lines) // per_row)
-    drawing = Drawing(title, description, WIDTH, bottom + 42 + legend)
-
-    def place(x: float, value: float) -> tuple[float, float]:
-        across = left + (WIDTH - left - right) * x / len(stages)
-        return across, bottom - (bottom - top) * _share(value, low, high)
-
-    for mark in marks:
-        y = place(0, mark)[1]
-        drawing.shapes += [
-            Line([(left, y), (WIDTH - right, y)], "grid"),
-            Text(left - 6, y, write(mark), "muted", "end", _SMALL),
-        ]
-    room = (WIDTH - left - right) / len(stages)
-    letters = int(room / (_SMALL * 0.6))
-    for stage, name in enumerate(stages):
-        x = place(stage, low)[0]
-        drawing.shapes.append(Line([(x, top), (x, bottom + 6)], "grid"))
-        if letters >= 3:
-            label = Text(x + room / 2, bottom + 14, plain(name, letters), "muted", "middle", _SMALL)
-            drawing.shapes.append(label)
-    middle = left + (WIDTH - left - right) / 2
-    drawing.shapes.append(Text(middle, bottom + 31, "while learning", "muted", "middle", _SMALL))
-    dotted = all(len(line.points) <= 12 * len(stages) for line in lines)
-    for i, line in enumerate(lines):
-        color, dash = f"series{i % SERIES}", DASHES[i // SERIES % len(DASHES)]
-        thinned = [*line.points[: -1 : len(line.points) // _POINTS + 1], *line.points[-1:]]
-        points = [place(x, value) for x, value in thinned]
-        if len(points) > 1:
-            drawing.shapes.append(Line(points, color, 2, dash, tip=line.name))
-        if dotted:
-            drawing.shapes += [
-                Dot(*at, 3, color, f"{line.name}: {write(value)}")
-                for at, (_, value) in zip(points, thinned, strict=True)
-            ]
-        x = left + (WIDTH - left) / per_row * (i % per_row)
-        y = bottom + 56 + 22 * (i // per_row)
-        drawing.shapes += [
-            Line([(x, y), (x + 22, y)], color, 2, dash),
-            Text(x + 28, y, plain(line.name, 18), tip=line.name),
-        ]
-    return drawing
+Chart = HeatMap | Bars | Lines
 
 
-def decades(values: Sequence[float]) -> tuple[float, float]:
-    """Give the powers of ten around the values that are above zero; 0.1 and 1 where none is."""
-    positive = [math.log10(value) for value in values if value > 0]
-    if not positive:
-        return 0.1, 1.0
-    low = math.floor(min(positive))
-    return _power(low), _power(max(math.ceil(max(positive)), low + 1))
+def check_picture(option: str, path: Path, endings: Sequence[str]) -> None:
+    """Refuse, before any work is done, a picture that could not be drawn and written after it."""
+    if path.suffix.lower() not in endings:
+        *most, last = endings
+        raise UsageError(f"{option} {path}: the name must end in {', '.join(most)} or {last}")
+    if not can_draw():
+        raise UsageError(f"{option} needs matplotlib: {INSTALL}")
+    check_file(path)
+
+
+def can_draw() -> bool:
+    """Say whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def write_picture(path: Path, charts: Sequence[Chart], heading: str = "") -> None:
+    """Draw charts beside each other into a file, of the kind that its name ends with."""
+    write_file(path, image(charts, path.suffix.lower()[1:], heading=heading))
+
+
+def image(
+    charts: Sequence[Chart], kind: str, *, wide: bool = False, dark: bool = False, heading: str = ""
+) -> bytes:
+    """Draw charts beside each other, as svg, pdf or png (two pixels to a CSS pixel)."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    colors = {name: pair[dark] for name, pair in COLORS.items()}
+    widths = [FULL if wide or chart.crowded else HALF for chart in charts]
+    heights = [chart._height(width) for chart, width in zip(charts, widths, strict=True)]
+    size = (sum(widths) or HALF) / 96, (max(heights, default=0) + 30 * bool(heading)) / 96
+    metadata = dict(_METADATA[kind])
+    title = f"{MARK}: {', '.join(chart.title for chart in charts)}"
+    if kind == "svg":
+        metadata["Title"] = title
+        metadata["Description"] = " ".join(plain(chart.description, 600) for chart in charts)
+    data = io.BytesIO()
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a letter that no font here has
+        matplotlib.rcdefaults()  # whatever the user's own are
+        matplotlib.rcParams.update(_style(colors, title))
+        figure = Figure(size, layout="constrained")
+        if heading:
+            figure.suptitle(heading, x=0.01, ha="left", size=9)
+        areas = figure.subfigures(1, len(charts) or 1, squeeze=False, width_ratios=widths or [1])
+        for area, chart, width in zip(areas[0], charts, widths, strict=False):
+            chart._draw(area, width, colors, dark)
+        figure.savefig(data, format=kind, dpi=192, metadata=metadata)
+    return data.getvalue()
+
+
+def _style(colors: Colors, salt: str) -> Any:
+    """Give matplotlib's settings; no text is ever taken for mathematics."""
+    return {
+        **dict.fromkeys(("text.color", "xtick.color", "ytick.color"), colors["ink"]),
+        **dict.fromkeys(("axes.facecolor", "figure.facecolor"), colors["page"]),
+        **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
+        **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
+        "axes.axisbelow": True,
+        "axes.labelcolor": colors["muted"],
+        "grid.color": colors["grid"],
+        "legend.frameon": False,
+        "font.sans-serif": ["DejaVu Sans", "Verdana"],
+        "font.size": 9,
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,  # what the names of shapes are made from
+        "text.parse_math": False,
+    }
+
+
+def decades(values: Sequence[float]) -> tuple[int, int]:
+    """Give the exponents of the powers of ten around the values that are above zero."""
+    exponents = [math.log10(value) for value in values if value > 0] or [-1.0]
+    low = math.floor(min(exponents))
+    return low, max(math.ceil(max(exponents)), low + 1)
+
+
+def limits(values: Sequence[float]) -> tuple[float, float]:
+    """Give the ends of a scale for values: 0 and 1 where they are shares."""
+    low, high = min(values), max(values)
+    return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
 
 
 def shortened(names: Sequence[str]) -> list[str]:
@@ -215,38 +302,34 @@ def shortened(names: Sequence[str]) -> list[str]:
     return [plain(".".join(own[common:]), _NAME) for own in parts]
 
 
-def _row_height(rows: int, most: float) -> float:
-    return most if rows <= 12 else _ROW if rows <= 48 else _LOW_ROW
+def plain(text: str, limit: int = 200) -> str:
+    """Make what is not printable visible, as it could steer a terminal or turn the line around."""
+    visible = printable(text[: 4 * limit])
+    if len(visible) <= limit:
+        return visible
+    end = (limit - 1) // 2
+    return f"{visible[: limit - 1 - end]}…{visible[-end:]}"
 
 
-def _color_bar(
-    left: float, limits: tuple[float, float], write: Callable[[float], str]
-) -> list[Rectangle | Text]:
-    """Draw which colour stands for what, above the cells."""
-    low, high = (write(limit) for limit in limits)
-    start = left + text_width(low, _SMALL) + 8
-    pieces = 24
-    shapes: list[Rectangle | Text] = [
-        Rectangle(start + 3 * i, 6, 3.5, 10, heat_color(i / (pieces - 1))) for i in range(pieces)
-    ]
-    return [
-        Text(left, 11, low, "muted", size=_SMALL),
-        *shapes,
-        Text(start + 3 * pieces + 6, 11, high, "muted", size=_SMALL),
-    ]
+def ink_on(shade: float) -> str:
+    """Give black or white, whichever can be read on a colour of viridis; none beside its scale."""
+    return "" if not shade >= 0 else "#ffffff" if shade < 0.43 else "#000000"
 
 
-def _share(value: float, low: float, high: float, *, log: bool = False) -> float:
+def _name_places(
+    axes: Any, places: Sequence[float], names: Sequence[str], room: float, anchor: str
+) -> None:
+    turn = {"rotation": 45, "rotation_mode": "anchor", "ha": anchor}
+    shown = [plain(name, _HEAD) for name in names]
+    axes.set_xticks(places, shown, **(turn if _turned(names, room) else {}))
+
+
+def _turned(names: Sequence[str], room: float) -> bool:
+    return any(_LETTER * min(len(name), _HEAD) + 6 > room for name in names)
+
+
+def _share(value: float, low: float, high: float) -> float:
     """Say where a value is between two others, from 0 to 1; halves, so that nothing overflows."""
-    if log:
-        value, low, high = math.log10(value), math.log10(low), math.log10(high)
     if high <= low:
         return 0.5
     return min(max((value / 2 - low / 2) / (high / 2 - low / 2), 0.0), 1.0)
-
-
-def _power(exponent: int) -> float:
-    """Give a power of ten, or the end of what a float can hold."""
-    if exponent > sys.float_info.max_10_exp:
-        return sys.float_info.max
-    return 10.0**exponent if exponent > -324 else 5e-324

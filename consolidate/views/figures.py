@@ -3,13 +3,14 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
 
 from consolidate.chain.consistency import side_by_side, side_by_side_text
 from consolidate.results import MatrixSummary, Parameter
 from consolidate.training.accuracy_matrix import Scores, score
-from consolidate.views.charts import Curve, curves, decades, heat_map, log_bars
-from consolidate.views.drawing import Drawing, plain
+from consolidate.views.charts import Bars, Chart, Curve, HeatMap, Lines, decades, limits, plain
 from consolidate.views.markdown import shown
 from formats.fisher_json import Ledger, TaskRecord
 
@@ -24,29 +25,34 @@ Groups = Mapping[str, Sequence[str]]  # names of parameters by that of their lay
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with what it means, and its numbers as a table."""
+    """A chart, and its numbers as a table; how to read it stands in the page."""
 
-    name: str  # of the file of a picture
-    heading: str  # of the section
-    caption: str  # how to read it
-    drawing: Drawing
+    name: str  # of the file of a picture, and of the section of a page
+    chart: Chart
     header: Cells
     rows: list[Cells]  # the first cell of each names the row
     left_out: int = 0  # how many more rows there would be
+    note: str = ""
+    wide: bool = False  # on a page; else there is another beside it
 
 
 def figures(
     ledger: Ledger, parameters: Sequence[Parameter], matrix: MatrixSummary | None
 ) -> list[Figure]:
-    """Make those figures that a ledger has the numbers for, with every parameter that `show` gives.
-
-    They are, in this order: matrix, curves, protection, added, overlap.
-    """
+    """Make those that there are numbers for: matrix, curves, protection, added, overlap."""
     known = {parameter["name"]: parameter for parameter in parameters}
     groups = layers([name for name in in_order(ledger) if name in known], ROWS)
     tasks = ledger.tasks[-TASKS:]
-    others = [_protection(known, groups), _added(tasks, groups), _overlap(tasks, groups)]
-    return [*score_figures(ledger, matrix), *(figure for figure in others if figure is not None)]
+    added = ("added", "Trace that each task added, per layer", tasks, groups, _trace)
+    others = [_protection(known, groups), _by_task(*added, log=True), _overlap(tasks, groups)]
+    found = [*score_figures(ledger, matrix), *(figure for figure in others if figure is not None)]
+    placed = []
+    for crowded, run in groupby(found, key=lambda figure: figure.chart.crowded):
+        own = list(run)
+        even = [i for i in range(0, len(own), 2) if not isinstance(own[i].chart, HeatMap)]
+        alone = [*even, 0][0] if len(own) % 2 else None  # no half of the page stays empty
+        placed += [replace(one, wide=crowded or i == alone) for i, one in enumerate(own)]
+    return placed
 
 
 def score_figures(ledger: Ledger, matrix: MatrixSummary | None) -> list[Figure]:
@@ -56,33 +62,55 @@ def score_figures(ledger: Ledger, matrix: MatrixSummary | None) -> list[Figure]:
     return [figure for figure in found if figure is not None]
 
 
-def in_order(ledger: Ledger) -> list[str]:
-    """List the protected parameters in the order of the weights file, as the tasks' layers have it.
+def search_charts(search: Mapping[str, Any]) -> list[Chart]:
+    """Chart a search's whole runs: scores over λ, and what is kept against what is learned."""
+    whole = max(trial["steps"] for trial in search["trials"])
+    trials = [t for t in search["trials"] if t["steps"] == whole and t["metrics"] is not None]
+    trials.sort(key=lambda trial: trial["ewc_lambda"])
+    new, old, chosen = search["new_task"], search["old_tasks"], search["ewc_lambda"]
+    strengths = [trial["ewc_lambda"] for trial in trials]
+    low, high = decades(strengths)
+    places = [math.log10(strength) if strength > 0 else low - 1.0 for strength in strengths]
+    ticks = [(float(power), f"1e{power}") for power in range(low, high + 1)]
+    if 0 in strengths:
+        ticks.insert(0, (low - 1.0, "0"))
+    scores = {name: [t["metrics"][name]["score"] for t in trials] for name in (*old, new)}
+    lines = [Curve(name, [*zip(places, own, strict=True)]) for name, own in scores.items()]
+    at, known = places[strengths.index(chosen)], [score for own in scores.values() for score in own]
+    lines.append(Curve(f"chosen: {chosen:g}", [(at, end) for end in limits(known)], guide=True))
+    kept, stability = [trial["penalty_per_lambda"] for trial in trials], "½ Σ Λ (θ − μ)²"
+    if old:
+        stability = "stability: mean score on old tasks"
+        kept = [sum(own) / len(old) for own in zip(*(scores[name] for name in old), strict=True)]
+    notes = [f"{strength:g}{' (chosen)' * (strength == chosen)}" for strength in strengths]
+    trade = Curve("", [*zip(scores[new], kept, strict=True)], notes)
+    over, against = ("λ", "score on held-out data"), (f"plasticity: score on {new}", stability)
+    said = f"Of {len(trials)} λ, {chosen:g} was chosen."
+    return [
+        Lines("Scores over λ", said, lines, ticks, _number, over),
+        Lines("Stability over plasticity", "", [trade], (), _number, against, zoomed=True),
+    ]
 
-    Those that no task's layers hold come last.
-    """
+
+def in_order(ledger: Ledger) -> list[str]:
+    """List the protected parameters in the order of the tasks' layers, that of the file."""
     order = dict.fromkeys(name for task in ledger.tasks for name in task.layers)
     order |= dict.fromkeys(ledger.fisher)
     return [name for name in order if name in ledger.fisher]
 
 
 def layers(names: Sequence[str], most: int) -> dict[str, list[str]]:
-    """Take parameters together by the module they are in, as far up as `most` groups need.
-
-    Where the outermost modules are too many, the last group holds the rest.
-    """
+    """Take parameters together by module, as far up as `most` groups need; the last is the rest."""
     groups = {name: [name] for name in names}
-    deepest = min(max(name.count(".") for name in names), 64)
-    for depth in range(deepest, 0, -1):
-        if len(groups) <= most:
-            break
+    depth = min(max(name.count(".") for name in names), 64)
+    while len(groups) > most and depth > 0:
         outer: dict[str, list[str]] = {}
         for name in names:
             outer.setdefault(".".join(name.split(".")[:depth]), []).append(name)
         # A stack of a hundred layers would become one group.
         if len(outer) < most / 4 and len(groups) <= 4 * most:
             break
-        groups = outer
+        groups, depth = outer, depth - 1
     if len(groups) <= 4 * most:
         return groups
     own = list(groups.items())
@@ -97,31 +125,16 @@ def _matrix(matrix: MatrixSummary, merged: str) -> Figure | None:
     named = list(zip(tasks, scores, strict=True))
     if len(matrix["tasks"]) <= TASKS and any(value is not None for value in start):
         named = [("(start)", start), *named]
-    known = [value for _, row in named for value in row if value is not None]
-    if not known:
+    if all(value is None for _, row in named for value in row):
         return None
-    latest = ", ".join(
-        f"{task} {_score(value)}"
-        for task, value in zip(tasks, scores[-1], strict=True)
-        if value is not None
-    )
-    return Figure(
-        "matrix",
-        "What was kept of each task",
-        "A row is what was measured after a task was learned, a column the task it was measured "
-        f"on. Going down a column shows what was forgotten. {_SCORES} {merged}".rstrip(),
-        heat_map(
-            "Accuracy matrix",
-            f"Scores after each of {len(tasks)} tasks. After the last one: {latest or 'none'}.",
-            [name for name, _ in named],
-            tasks,
-            [row for _, row in named],
-            limits=_limits(known),
-            write=_score,
-        ),
-        ["after learning", *(f"on {task}" for task in tasks)],
-        [[name, *(_score(value) for value in row)] for name, row in named],
-    )
+    last = zip(tasks, scores[-1], strict=True)
+    latest = ", ".join(f"{task} {_score(value)}" for task, value in last if value is not None)
+    said = f"Scores after each of {len(tasks)} tasks. After the last one: {latest or 'none'}."
+    names, values = zip(*named, strict=True)
+    chart = HeatMap("Accuracy matrix", said, names, tasks, values, _score)
+    header = ["after learning", *(f"on {task}" for task in tasks)]
+    rows = [[name, *map(_score, row)] for name, row in named]
+    return Figure("matrix", chart, header, rows, note=merged)
 
 
 def _curves(ledger: Ledger) -> Figure | None:
@@ -146,135 +159,68 @@ def _curves(ledger: Ledger) -> Figure | None:
         for task, when, _, found in taken
         if found.keys() & set(names)
     ]
-    known = [value for name in names for value in points[name].values()]
     lines = [Curve(name, sorted(points[name].items())) for name in names]
-    falls = ", ".join(
-        f"{plain(line.name)} from {_score(line.points[0][1])} to {_score(line.points[-1][1])}"
-        for line in lines
-    )
-    return Figure(
-        "curves",
-        "While learning",
-        "The score on each task from before a task to after it; every task is drawn as wide, "
-        f"whatever its steps. {_SCORES}",
-        curves(
-            "Scores while learning",
-            f"Scores over {len(measured)} tasks: {falls}.",
-            [task.name for task in measured],
-            lines,
-            limits=_limits(known),
-            write=_score,
-        ),
-        ["learning", "when", *(f"on {name}" for name in names)],
-        table[:LISTED],
-        max(len(table) - LISTED, 0),
-    )
+    ends = [(plain(line.name), line.points[0][1], line.points[-1][1]) for line in lines]
+    falls = [f"{name} from {_score(first)} to {_score(last)}" for name, first, last in ends]
+    said = f"Scores over {len(measured)} tasks: {', '.join(falls)}."
+    ticks = [(stage + 0.5, task.name) for stage, task in enumerate(measured)]
+    labels, walls = ("while learning", ""), range(len(measured) + 1)
+    chart = Lines("Scores while learning", said, lines, ticks, _score, labels, walls)
+    header = ["learning", "when", *(f"on {name}" for name in names)]
+    return Figure("curves", chart, header, table[:LISTED], max(len(table) - LISTED, 0))
 
 
 def _protection(known: Mapping[str, Parameter], groups: Groups) -> Figure:
     traces = {group: _sum(known[name]["trace"] for name in own) for group, own in groups.items()}
-    top = sorted(traces, key=lambda group: -traces[group])[:3]
     total = _sum(traces.values())
+    top = sorted(traces, key=lambda group: -traces[group])[:3]
+    largest = ", ".join(f"{plain(group)} {traces[group]:.3g}" for group in top)
+    said = f"{len(groups)} layers, log scale. The largest: {largest}."
 
     def cells(name: str) -> Cells:
         own = known[name]
         share = f"{own['trace'] / total:.1%}" if total > 0 else "–"
         return [_number(own["trace"]), share, _number(own["mean"]), _number(own["max"])]
 
-    return Figure(
-        "protection",
-        "Where the protection sits",
-        "The trace of Λ, its sum over a layer's weights, on a log scale: how firmly the penalty "
-        "holds the layer as a whole. The mean, in the table, says how firmly it holds a weight.",
-        log_bars(
-            "Trace of the Fisher per layer",
-            f"{len(groups)} layers, log scale. The largest: "
-            + ", ".join(f"{plain(group)} {traces[group]:.3g}" for group in top)
-            + ".",
-            list(groups),
-            list(traces.values()),
-            write=_number,
-        ),
-        ["parameter", "trace of Λ", "share", "mean per weight", "largest"],
-        *_listed(groups, cells),
-    )
-
-
-def _added(tasks: Sequence[TaskRecord], groups: Groups) -> Figure | None:
-    values = [[_trace(task, own) for task in tasks] for own in groups.values()]
-    known = [value for row in values for value in row if value is not None]
-    if not known:
-        return None
-    sums = ", ".join(
-        f"{task.name} {_sum(row[j] or 0.0 for row in values):.3g}" for j, task in enumerate(tasks)
-    )
-    return Figure(
-        "added",
-        "What each task added",
-        "The trace of each task's own Fisher, times the task's weight, on a log scale. A task that "
-        "is dark all the way down was held little from the start.",
-        heat_map(
-            "Trace that each task added, per layer",
-            f"{len(groups)} layers by {len(tasks)} tasks, log scale. In all: {sums}.",
-            list(groups),
-            [task.name for task in tasks],
-            values,
-            limits=decades(known),
-            write=_short,
-            log=True,
-        ),
-        *_by_task(tasks, groups, _trace),
-    )
+    chart = Bars("Trace of the Fisher per layer", said, [*groups], [*traces.values()], _number)
+    header = ["parameter", "trace of Λ", "share", "mean per weight", "largest"]
+    return Figure("protection", chart, header, *_listed(groups, cells))
 
 
 def _overlap(tasks: Sequence[TaskRecord], groups: Groups) -> Figure | None:
-    later = [
-        task
-        for task in tasks
-        if any(_mean_overlap(task, own) is not None for own in groups.values())
-    ]
-    if not later:
-        return None
-    return Figure(
-        "overlap",
-        "Where tasks want the same weights",
-        "How alike a task's Fisher and the Λ before it are distributed over a layer's weights: 1 "
-        "where they weigh the same ones, 0 where they weigh others. Where it is high, a new task "
-        "has to move what an old one holds. For several parameters together it is their mean, "
-        "weighed by the task's trace.",
-        heat_map(
-            "Overlap of each task's Fisher with the one before it, per layer",
-            f"{len(groups)} layers by {len(later)} tasks, from 0 to 1.",
-            list(groups),
-            [task.name for task in later],
-            [[_mean_overlap(task, own) for task in later] for own in groups.values()],
-            limits=(0.0, 1.0),
-            write=lambda value: f"{value:.2f}",
-        ),
-        *_by_task(later, groups, _mean_overlap),
-    )
+    known = {name for own in groups.values() for name in own}
+    later = [task for task in tasks if _mean_overlap(task, known) is not None]
+    title = "Overlap of each task's Fisher with the one before it, per layer"
+    return _by_task("overlap", title, later, groups, _mean_overlap, log=False)
 
 
 def _by_task(
+    name: str,
+    title: str,
     tasks: Sequence[TaskRecord],
     groups: Groups,
-    value: Callable[[TaskRecord, Sequence[str]], float | None],
-) -> tuple[Cells, list[Cells], int]:
-    """Make a figure's table: a row for each parameter, a column for each task."""
-
-    def cells(name: str) -> Cells:
-        return [_number(value(task, [name])) for task in tasks]
-
-    return ["parameter", *(task.name for task in tasks)], *_listed(groups, cells)
+    measure: Callable[[TaskRecord, Sequence[str]], float | None],
+    *,
+    log: bool,
+) -> Figure | None:
+    """Make a figure of what is known of layers by tasks, from 0 to 1 or on a log scale."""
+    values = [[measure(task, own) for task in tasks] for own in groups.values()]
+    if all(value is None for row in values for value in row):
+        return None
+    names = [task.name for task in tasks]
+    columns = zip(names, zip(*values, strict=True), strict=True)
+    sums = ", ".join(f"{name} {_sum(v or 0.0 for v in own):.3g}" for name, own in columns)
+    scale = f"log scale. In all: {sums}" if log else "from 0 to 1"
+    said = f"{len(groups)} layers by {len(tasks)} tasks, {scale}."
+    chart = HeatMap(title, said, [*groups], names, values, _short if log else "{:.2f}".format, log)
+    rows = _listed(groups, lambda name: [_number(measure(task, [name])) for task in tasks])
+    return Figure(name, chart, ["parameter", *names], *rows)
 
 
 def _listed(groups: Groups, cells: Callable[[str], Cells]) -> tuple[list[Cells], int]:
     """Make a row for each parameter, and say how many there are no rows for."""
     held = [name for own in groups.values() for name in own]
     return [[name, *cells(name)] for name in held[:LISTED]], max(len(held) - LISTED, 0)
-
-
-_SCORES = "Scores are accuracies, else minus the mean negative log-likelihood: more is better."
 
 
 def _scores(measured: Scores) -> dict[str, float]:
@@ -298,20 +244,15 @@ def _trace(task: TaskRecord, names: Sequence[str]) -> float | None:
     return min(task.weight * _sum(known), sys.float_info.max) if known else None
 
 
-def _mean_overlap(task: TaskRecord, names: Sequence[str]) -> float | None:
-    found = [task.layers[name] for name in names if name in task.layers]
-    known = [(layer.trace, layer.overlap) for layer in found if layer.overlap is not None]
+def _mean_overlap(task: TaskRecord, names: Iterable[str]) -> float | None:
+    own = [task.layers[name] for name in names if name in task.layers]
+    known = [(layer.trace, layer.overlap) for layer in own if layer.overlap is not None]
+    largest = max((trace for trace, _ in known), default=0.0)
     if not known:
         return None
-    largest = max(trace for trace, _ in known)
     weights = [trace / largest if largest > 0 else 1.0 for trace, _ in known]
     pairs = zip(weights, known, strict=True)
     return math.fsum(weight * overlap for weight, (_, overlap) in pairs) / math.fsum(weights)
-
-
-def _limits(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
 
 
 def _sum(values: Iterable[float]) -> float:

@@ -1,36 +1,16 @@
-"""The accuracy matrix to look at: as JSON-ready data, a table, CSV and a plot."""
+"""The accuracy matrix to look at: as JSON-ready data, a table and CSV."""
 
 import csv
 import io
-import logging
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
 from consolidate.results import MatrixSummary, Mean
 from consolidate.training.accuracy_matrix import AccuracyMatrix, accuracy_matrix
-from consolidate.views.drawing import beside, png, svg_file
-from consolidate.views.figures import TASKS, score_figures
 from consolidate.views.markdown import escaped, shown, table
-from formats.atomic import check_file, write_file
-from formats.errors import UsageError
+from formats.atomic import write_file
 from formats.fisher_json import Ledger
-
-LOG = logging.getLogger("consolidate")
-PLOTS = (".png", ".svg")
-
-
-def check_view(path: str | Path, *, plot: bool) -> None:
-    """Refuse, before any work is done, a file that could not be written after it."""
-    path = Path(path)
-    if plot and path.suffix.lower() not in PLOTS:
-        raise UsageError(f"--plot {path}: the name must end in {' or '.join(PLOTS)}")
-    if plot and path.suffix.lower() == ".png" and find_spec("matplotlib") is None:
-        raise UsageError(
-            f"--plot {path} needs matplotlib: pip install 'consolidate-ewc[plot]', or name a .svg"
-        )
-    check_file(path)
 
 
 def matrix_summary(matrix: AccuracyMatrix) -> MatrixSummary:
@@ -65,16 +45,6 @@ def write_matrix_csv(path: str | Path, matrix: AccuracyMatrix) -> None:
                 table.writerow([task, f"step {point.step}", *found])
         table.writerow([task, "after", *scores])
     write_file(Path(path), text.getvalue())
-
-
-def plot_matrix(path: str | Path, ledger: Ledger, summary: MatrixSummary) -> None:
-    """Draw the matrix as a heat map, and beside it the scores while learning, as a report does."""
-    figures = score_figures(ledger, summary)
-    picture = beside(means_text(summary), [figure.drawing for figure in figures])
-    if len(summary["tasks"]) > TASKS:
-        LOG.info("the plot has the last %d of %d tasks", TASKS, len(summary["tasks"]))
-    svg = Path(path).suffix.lower() == ".svg"
-    write_file(Path(path), svg_file(picture) if svg else png(picture))
 
 
 def ledger_matrix(ledger: Ledger) -> AccuracyMatrix | None:

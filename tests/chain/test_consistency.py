@@ -165,7 +165,7 @@ def test_tasks_of_the_same_weights_were_learned_side_by_side(tmp_path: Path) -> 
     matrix = ledger_matrix(found)
     assert matrix is not None
     (figure, *_) = score_figures(found, matrix_summary(matrix))
-    assert note in figure.caption
+    assert note in figure.note
     assert note in model_card(None, found, Subject("user/model", {}))
 
 

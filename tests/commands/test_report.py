@@ -1,7 +1,11 @@
 """The report: a page that browsers and screen readers take, whatever the ledger says."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ import consolidate
 from consolidate.api import report
 from consolidate.cli import main
 from consolidate.commands.report import PICTURES
-from consolidate.views.drawing import MARK
+from consolidate.views.charts import MARK
 from formats.errors import InputError, UsageError
 from scripts.screenshots import find_chromium, screenshot
 from support import report_checkpoints as checkpoints
@@ -22,7 +26,8 @@ from support import report_checkpoints as checkpoints
 needs_chromium = pytest.mark.skipif(
     find_chromium() is None, reason="no Chromium on PATH or in the variable CHROMIUM"
 )
-VOID = {"meta", "link", "br"}
+VOID = {"meta", "link", "br", "img"}
+EMBEDDED = "data:image/svg+xml;base64,"
 
 
 class Page(HTMLParser):
@@ -50,6 +55,13 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "style" not in self.open:
             self.text += data
+
+    def pictures(self, kind: str) -> list[bytes]:
+        return [
+            b64decode(picture["src"].removeprefix(EMBEDDED))
+            for picture in self.all("img")
+            if picture["class"] == kind
+        ]
 
     def all(self, *names: str) -> list[dict[str, str]]:
         return [attributes for tag, attributes in self.tags if tag in names]
@@ -92,11 +104,15 @@ def test_the_page_is_well_formed_and_needs_nothing_else(page: Path) -> None:
     found = Page(text)
     assert text.startswith("<!doctype html>")
     assert found.all("html") == [{"lang": "en"}]
-    assert not found.all("script", "iframe", "object", "embed", "form", "base", "img")
+    assert not found.all("script", "iframe", "object", "embed", "form", "base")
     for _, attributes in found.tags:
         assert not any(name.startswith("on") for name in attributes)
         assert re.match(r"#|data:,$", attributes.get("href", "#"))
-        assert not attributes.keys() & {"src", "srcset", "action", "xlink:href"}
+        assert attributes.get("src", EMBEDDED).startswith(EMBEDDED)
+        assert not attributes.keys() & {"srcset", "action", "xlink:href"}
+    for picture in found.pictures("light") + found.pictures("dark"):
+        links = re.findall(rb'(?:href|src)="([^"]*)"', picture)
+        assert all(re.match(rb"#|data:image/png;base64,", link) for link in links)
     assert "url(" not in text
     assert "@import" not in text
     policy = [meta for meta in found.all("meta") if "http-equiv" in meta]
@@ -110,11 +126,10 @@ def test_the_page_can_be_heard_and_used_by_keyboard(page: Path) -> None:
     assert len(names) == len(set(names))
     for link in found.all("a"):
         assert link["href"].removeprefix("#") in names
-    for picture in found.all("svg"):
-        assert picture["role"] == "img"
-        assert set(picture["aria-labelledby"].split()) <= set(names)
-    assert len(found.all("desc")) == len(found.all("svg")) > 0
-    assert len(found.all("caption")) == len(found.all("table")) >= len(found.all("svg"))
+    figures = len(found.all("figure"))
+    assert len(found.pictures("light")) == len(found.pictures("dark")) == figures > 0
+    assert all(len(picture["alt"]) > 20 for picture in found.all("img"))
+    assert len(found.all("caption")) == len(found.all("table")) >= figures
     assert {cell["scope"] for cell in found.all("th")} == {"col", "row"}
     assert len(found.all("main")) == len(found.all("h1")) == len(found.all("nav")) == 1
     for attributes in found.all("div"):
@@ -131,11 +146,12 @@ def test_what_a_ledger_says_is_only_shown(tmp_path: Path) -> None:
     page = Path(report(folder, output=tmp_path / "r.html", plots=tmp_path / "p")["report"])
     text = page.read_text(encoding="utf-8")
     assert "<script" not in text
-    assert "<img" not in text
+    assert "<img src" not in text
     assert r"<script>alert('\"1&\")</script>\x1b[31m\u202e".replace('\\"', '"') in Page(text).text
-    for picture in (tmp_path / "p").glob("*.svg"):
-        root = ElementTree.fromstring(picture.read_text(encoding="utf-8"))
-        assert not [element for element in root.iter() if "script" in element.tag]
+    files = [path.read_bytes() for path in (tmp_path / "p").glob("*.svg")]
+    for picture in [*files, *Page(text).pictures("light"), *Page(text).pictures("dark")]:
+        root = ElementTree.fromstring(picture)
+        assert not [element for element in root.iter() if element.tag.endswith("}script")]
 
 
 def test_the_page_tells_the_chain(tmp_path: Path) -> None:
@@ -143,6 +159,8 @@ def test_the_page_tells_the_chain(tmp_path: Path) -> None:
     text = Page(Path(report(folder, output=tmp_path / "r.html")["report"]).read_text()).text
     for words in ("model", "3 tasks", "18 weights", "ewc, λ = 10", "no penalty", "0.950"):
         assert words in text
+    assert r"\n" not in text
+    assert "a column the task it was measured on. Going down" in text
     for words in ("1.running_mean", "no gradient", "consolidate0.1.0", "online, γ = 1"):
         assert words in text
 
@@ -164,19 +182,67 @@ def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
         assert Path(one).read_bytes() == Path(other).read_bytes()
 
 
+def test_another_process_gives_the_same_bytes(tmp_path: Path) -> None:
+    folder = checkpoints.chain(tmp_path / "model")
+    for seed in ("1", "2"):
+        script = (
+            "from consolidate import report\n"
+            f"report({str(folder)!r}, output='{tmp_path}/{seed}/r.html', plots='{tmp_path}/{seed}')"
+        )
+        settings = {"PYTHONHASHSEED": seed, "MPLCONFIGDIR": str(tmp_path / f"config-{seed}")}
+        (tmp_path / f"config-{seed}").mkdir()
+        (tmp_path / f"config-{seed}" / "matplotlibrc").write_text(f"font.size: 1{seed}")
+        subprocess.run(
+            [sys.executable, "-c", script],
+            check=True,
+            env={**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / s).iterdir()} for s in "12")
+    assert len(first) == 1 + 2 * len(PICTURES)
+    assert first == second
+
+
 def test_pictures_are_those_of_the_page(tmp_path: Path) -> None:
     folder = checkpoints.chain(tmp_path / "model")
     report(folder, output=tmp_path / "r.html", plots=tmp_path / "p")
-    sizes = [
-        svg["viewbox"].split()[2:] for svg in Page((tmp_path / "r.html").read_text()).all("svg")
-    ]
-    assert len(sizes) == len(PICTURES)
-    for name, (width, height) in zip(PICTURES, sizes, strict=True):
-        root = ElementTree.parse(tmp_path / "p" / f"{name}.svg").getroot()
-        assert (root.attrib["width"], root.attrib["height"]) == (width, height)
+    found = Page((tmp_path / "r.html").read_text())
+    assert len(found.pictures("light")) == len(PICTURES)
+    for name, light, dark in zip(
+        PICTURES, found.pictures("light"), found.pictures("dark"), strict=True
+    ):
+        assert (tmp_path / "p" / f"{name}.svg").read_bytes() == light != dark
         with Image.open(tmp_path / "p" / f"{name}.png") as image:
-            assert image.width == pytest.approx(2 * float(width), abs=1)
-            assert image.height == pytest.approx(2 * float(height), abs=1)
+            width = float(ElementTree.fromstring(light).attrib["width"].removesuffix("pt"))
+            assert image.width == pytest.approx(2 * width * 96 / 72, abs=1)
+
+
+def test_no_half_of_a_row_is_empty(page: Path) -> None:
+    columns = 0
+    for section in Page(page.read_text()).all("section"):
+        if section["id"] in PICTURES:
+            assert section.get("class", "") in ("", "wide")
+            wide = "class" in section
+            assert not wide or columns % 2 == 0
+            columns += 2 if wide else 1
+    assert columns % 2 == 0
+
+
+def test_without_matplotlib_the_page_has_its_tables_and_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = checkpoints.chain(tmp_path / "model")
+    report(folder, output=tmp_path / "with.html")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("consolidate.views.charts.find_spec", lambda name: None)
+    report(folder, output=tmp_path / "without.html")
+    assert "pip install 'consolidate-ewc[plot]'" in caplog.text
+    whole, found = (Page((tmp_path / f"{n}.html").read_text()) for n in ("with", "without"))
+    assert not found.all("img")
+    assert "pip install 'consolidate-ewc[plot]'" in found.text
+    assert found.all("details")
+    assert all("open" in details for details in found.all("details"))
+    assert len(found.all("td")) == len(whole.all("td"))
+    assert "pip install" not in whole.text
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path: Path) -> None:
@@ -213,7 +279,7 @@ def test_what_cannot_be_done_is_refused_before(
         report(folder, output=tmp_path / "file" / "r.html")
     with pytest.raises(UsageError, match="--revision is for repositories"):
         report(folder, revision="main")
-    monkeypatch.setattr("consolidate.commands.report.find_spec", lambda name: None)
+    monkeypatch.setattr("consolidate.views.charts.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'consolidate-ewc\[plot\]'"):
         report(folder, output=tmp_path / "r.html", plots=tmp_path / "p")
     assert not (tmp_path / "r.html").exists()

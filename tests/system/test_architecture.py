@@ -54,7 +54,7 @@ TESTED_THROUGH = {
 IMPORT_BY_NAME = {"consolidate.models.factories"}  # what the user typed
 
 EXTRAS = {"transformers", "tokenizers", "datasets", "pyarrow", "pandas", "PIL", "matplotlib"}
-EXTRAS |= {"peft", "mlflow", "torchvision", "sklearn"}
+EXTRAS |= {"peft", "mlflow", "torchvision", "sklearn", "jinja2", "markupsafe"}
 CORE = {"torch", "numpy", "safetensors", "huggingface_hub"}
 INPUT_OUTPUT = {"os", "io", "pathlib", "json", "shutil", "tempfile", "subprocess", "socket"}
 INPUT_OUTPUT |= {"logging", "pickle", "safetensors", "huggingface_hub", "click", "tqdm", "urllib"}

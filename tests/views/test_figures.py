@@ -2,12 +2,13 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from consolidate.api import show
-from consolidate.views.drawing import Rectangle
-from consolidate.views.figures import Figure, figures, in_order, layers
+from consolidate.views.charts import Bars, HeatMap, Lines
+from consolidate.views.figures import Figure, figures, in_order, layers, search_charts
 from formats.fisher_json import TaskRecord, read_ledger
 from support import report_checkpoints as checkpoints
 
@@ -19,9 +20,17 @@ def drawn(folder: Path) -> dict[str, Figure]:
     return {figure.name: figure for figure in found}
 
 
-def tips(figure: Figure) -> list[str]:
-    shapes = figure.drawing.shapes
-    return [shape.tip for shape in shapes if isinstance(shape, Rectangle) and shape.tip]
+def cells(figure: Figure) -> list[str]:
+    chart = figure.chart
+    if isinstance(chart, Bars):
+        pairs = zip(chart.rows, chart.values, strict=True)
+        return [f"{name}: {chart.write(value)}" for name, value in pairs]
+    assert isinstance(chart, HeatMap)
+    return [
+        f"{name}, {column}: {'–' if value is None else chart.write(value)}"
+        for name, row in zip(chart.rows, chart.values, strict=True)
+        for column, value in zip(chart.columns, row, strict=True)
+    ]
 
 
 def test_the_figures_of_a_chain(tmp_path: Path) -> None:
@@ -33,15 +42,15 @@ def test_the_figures_of_a_chain(tmp_path: Path) -> None:
         ["b", "0.700", "0.800", "–"],
         ["c", "0.600", "–", "0.950"],
     ]
-    assert "After the last one: a 0.600, c 0.950" in found["matrix"].drawing.description
+    assert "After the last one: a 0.600, c 0.950" in found["matrix"].chart.description
     assert found["curves"].rows[1] == ["b", "epoch 1", "0.800", "0.600", "–"]
-    assert "a from 0.900 to 0.600" in found["curves"].drawing.description
+    assert "a from 0.900 to 0.600" in found["curves"].chart.description
     protection = {row[0]: row[1:] for row in found["protection"].rows}
     assert list(protection) == ["0.weight", "0.bias", "2.weight"]  # as in the weights
     assert protection["0.bias"] == ["12", "33.3%", "2", "2"]
     added = {row[0]: row[1:] for row in found["added"].rows}
     assert added["0.bias"] == ["1", "20", "0"]  # w Σ F
-    assert tips(found["added"])[3:6] == ["0.bias, a: 1", "0.bias, b: 20", "0.bias, c: 0"]
+    assert cells(found["added"])[3:6] == ["0.bias, a: 1", "0.bias, b: 20", "0.bias, c: 0"]
     assert found["overlap"].header == ["parameter", "b", "c"]
     assert found["overlap"].rows[0] == ["0.weight", "0.25", "0.75"]
 
@@ -86,10 +95,10 @@ def test_hundreds_of_layers_are_taken_by_module(tmp_path: Path) -> None:
     tasks[1].layers["model.layers.0.k.weight"].overlap = 1.0
     found = drawn(checkpoints.write(tmp_path / "m", tasks, names))
     assert len(found["protection"].rows) == 120
-    assert tips(found["protection"])[0] == "model.layers.0: 36"  # 6 values each of 1, 2 and 3
-    assert tips(found["added"])[0] == "model.layers.0, a: 6"
+    assert cells(found["protection"])[0] == "model.layers.0: 36"  # 6 values each of 1, 2 and 3
+    assert cells(found["added"])[0] == "model.layers.0, a: 6"
     # Weighed by the traces 1, 2 and 3: (1 · 0.5 + 2 · 1 + 3 · 0.5) / 6.
-    assert tips(found["overlap"])[0] == "model.layers.0, b: 0.67"
+    assert cells(found["overlap"])[0] == "model.layers.0, b: 0.67"
 
 
 def test_groups_of_parameters() -> None:
@@ -129,3 +138,41 @@ def test_parameters_that_no_task_lists_come_last(tmp_path: Path) -> None:
     only = checkpoints.task("a", layers=checkpoints.layers(["z"], 1.0))
     folder = checkpoints.write(tmp_path / "m", [only], ["a", "z"])
     assert in_order(read_ledger(folder / "fisher" / "fisher.json")) == ["z", "a"]
+
+
+def search(*, old: bool) -> dict[str, Any]:
+    def trial(strength: float, steps: int, new: float) -> dict[str, Any]:
+        metrics = {"new": {"score": new}} | ({"old": {"score": 1 - new}} if old else {})
+        return {
+            "ewc_lambda": strength,
+            "steps": steps,
+            "metrics": metrics,
+            "penalty_per_lambda": 0.1,
+        }
+
+    return {
+        "trials": [
+            trial(1.0, 10, 0.2),
+            trial(10.0, 80, 0.5),
+            trial(0.0, 80, 0.9),
+            {"ewc_lambda": 100.0, "steps": 80, "metrics": None, "penalty_per_lambda": None},
+        ],
+        "new_task": "new",
+        "old_tasks": ["old"] if old else [],
+        "ewc_lambda": 10.0,
+    }
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_search_is_drawn_by_its_whole_runs(old: bool) -> None:
+    scores, trade = search_charts(search(old=old))
+    assert isinstance(scores, Lines)
+    assert isinstance(trade, Lines)
+    assert scores.ticks == [(0.0, "0"), (1.0, "1e1"), (2.0, "1e2")]
+    curves = {line.name: line.points for line in scores.lines}
+    assert list(curves) == [*(["old"] if old else []), "new", "chosen: 10"]
+    assert curves["new"] == [(0.0, 0.9), (1.0, 0.5)]
+    assert [x for x, _ in curves["chosen: 10"]] == [1.0, 1.0]
+    (curve,) = trade.lines
+    assert curve.points == [(0.9, pytest.approx(0.1)), (0.5, 0.5 if old else 0.1)]
+    assert curve.notes == ["0", "10 (chosen)"]
