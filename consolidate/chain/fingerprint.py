@@ -82,12 +82,10 @@ class Inputs:
 
         With the values of SETTLED; of the device the kind counts, and not its number.
         """
-        wanted, device = (
-            asked(options, rows_content(self.task_file, self.rows)),
-            options.source.device,
-        )
-        settled |= {"device": best_device(device).type, "merge_rule": self.merging.merge_rule}
-        settled |= {"gamma": self.merging.gamma, "processes": place_in(all_processes())[1]}
+        wanted = asked(options, rows_content(self.task_file, self.rows))
+        settled["device"] = best_device(options.source.device).type
+        settled["processes"] = place_in(all_processes())[1]
+        settled |= {"merge_rule": self.merging.merge_rule, "gamma": self.merging.gamma}
         assert settled.keys() <= set(SETTLED)
         return {**wanted, "checkpoint": checkpoint, "options": wanted["options"] | plain(settled)}
 

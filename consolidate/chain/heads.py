@@ -134,14 +134,10 @@ def with_head_of(load: Load, source: Checkpoint, chain: Chain, task: str) -> Mod
     )
     if names is None and (count := _outcomes(head, source)) is not None:
         names = [f"LABEL_{i}" for i in range(count)]
-    return load(
-        replace(
-            source,
-            weights=Overlaid(source.weights, replaced=head),
-            config=source.config if names is None else relabelled(source.config, names),
-        ),
-        objective=records[task].objective,
-    )
+    weights = Overlaid(source.weights, replaced=head)
+    config = source.config if names is None else relabelled(source.config, names)
+    checkpoint = replace(source, weights=weights, config=config)
+    return load(checkpoint, objective=records[task].objective)
 
 
 def models_of_tasks(
@@ -266,11 +262,8 @@ def _with_fresh_head(
     """Load a model with a head that is made afresh, and give its values as they are stored."""
     source = model.checkpoint
     objective = model.objective.name  # the number of labels must not decide it anew
-    bare = replace(
-        source,
-        weights=Overlaid(source.weights, without=head),
-        config=relabelled(source.config, names),
-    )
+    weights = Overlaid(source.weights, without=head)
+    bare = replace(source, weights=weights, config=relabelled(source.config, names))
     fresh = load(bare, new_labels=names, objective=objective)
     if set(fresh.layout.fresh) != set(head):
         other = sorted(set(fresh.layout.fresh) ^ set(head))[0]

@@ -186,8 +186,8 @@ class _Texts:
         config = model.module.config
         # Decoders such as GPT-2 would add an embedding for types they were never trained with.
         self.has_types = "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1
-        pad = self.tokenizer.pad_token_id
-        pad = getattr(config, "pad_token_id", None) if pad is None else pad
+        if (pad := self.tokenizer.pad_token_id) is None:
+            pad = getattr(config, "pad_token_id", None)
         self.padding = {
             "input_ids": int(pad or 0),
             "token_type_ids": int(getattr(self.tokenizer, "pad_token_type_id", 0)),
@@ -243,8 +243,7 @@ class _Texts:
 
     def chunks(self) -> Iterator[_Chunk]:
         for start in range(0, len(self.rows), _ROWS_AT_ONCE):
-            stop = min(start + _ROWS_AT_ONCE, len(self.rows))
-            yield [(i, self.rows[i]) for i in range(start, stop)]
+            yield list(enumerate(self.rows[start : start + _ROWS_AT_ONCE], start))
 
     def notes(self) -> list[str]:
         notes = []

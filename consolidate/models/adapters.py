@@ -1,4 +1,4 @@
-"""Checkpoints that are low-rank adapters of peft: read, laid out, put into their base model."""
+"""Checkpoints that are low-rank adapters of peft: read and put into their base model."""
 
 import re
 from collections.abc import Mapping

@@ -279,9 +279,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     # NaN is compared as bits too.
-    return torch.equal(
-        a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
-    )
+    return torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (a, b)))
 
 
 def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:

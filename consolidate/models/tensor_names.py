@@ -42,9 +42,7 @@ class Layout:
         module: nn.Module,  # as loaded: its tied tensors are tied
         groups: Sequence[Group],  # module names may be any of a tied tensor's
         file_shapes: Shapes,  # in the file's order
-        unused: Mapping[
-            str, str
-        ],  # what the module has no place for, and the names it was sought by
+        unused: Mapping[str, str],  # what has no place in the module -> the name it was sought by
         outside: Collection[str] = (),  # module names of another file: an adapter's base model
     ) -> None:
         self._file_shapes = dict(file_shapes)
