@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from consolidate.runtime.distributed import from_first, is_first, place_in, summed
+from consolidate.runtime.distributed import from_all, from_first, is_first, place_in, summed
 from formats.atomic import partial_path
 from formats.errors import InputError
 from formats.partial_work import (
@@ -42,14 +42,19 @@ def gather_own(
     What may differ between processes has names that begin with one of `own`.
     """
     found = dict(tensors)
-    if group is None:
+    number, size = place_in(group)
+    if size == 1:
         return found
-    sent = {name: tensor.cpu() for name, tensor in tensors.items() if name.startswith(own)}
-    parts: list[Any] | None = [None] * group.size() if is_first(group) else None
-    dist.gather_object(sent, parts, 0, group=group)
-    for other, part in enumerate(parts or ()):
-        if other:
-            found |= {f"{_OF_PROCESS}{other}/{name}": tensor for name, tensor in part.items()}
+    for name, tensor in tensors.items():
+        if not name.startswith(own) or not tensor.numel():
+            continue
+        sent = _bytes(tensor)
+        parts = [torch.empty_like(sent) for _ in range(size)] if number == 0 else None
+        dist.gather(sent, parts, 0, group=group)
+        for other, part in enumerate(parts or ()):
+            if other:
+                values = part.view(tensor.dtype).view(tensor.shape)
+                found[f"{_OF_PROCESS}{other}/{name}"] = values
     return found
 
 
@@ -58,10 +63,10 @@ def start_with_first(own: StoredWork | None, group: ProcessGroup | None) -> Stor
     if group is None:
         return own
     common = _from_first(own, group)
-    if is_first(group):
-        return own
+    if own is None or is_first(group):
+        return own if is_first(group) else common
     mark = None if common is None else common.state.get("trained")
-    if own is None or own.state.get("trained") != mark:  # it is of other weights
+    if own.state.get("trained") != mark:  # it is of other weights
         return common
     if common is None:
         return own
@@ -75,14 +80,12 @@ def start_with_set(
 
     Parts of sets without a whole one are refused; None where no set was ever kept.
     """
-    process, processes = place_in(group)
+    process = place_in(group)[0]
     marks = []
     for part in (read_partial(target, process, whole=False), read_prepared(target, process)):
         check(part)
         marks.append(0 if part is None else int(part.state.get(_MARK, 0)))
-    everywhere = [marks] * processes
-    if group is not None:
-        dist.all_gather_object(everywhere, marks, group=group)
+    everywhere = from_all(marks, group)
     whole = set.intersection(*map(set, everywhere)) - {0}
     if not whole:
         if any(published for published, _ in everywhere):
@@ -124,21 +127,23 @@ def write_set(
 
 def _from_first(stored: StoredWork | None, group: ProcessGroup) -> StoredWork | None:
     """Give every process what the first one kept, but for its part of a pass."""
-    number = group.rank()
+    number = place_in(group)[0]
     own: dict[str, Tensor] = {}
-    said: Any = None
+    said = None
     if stored is not None and number == 0:
         own = {n: t for n, t in stored.tensors.items() if not n.startswith(_PASS)}
+        listed = [[n, list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in own.items()]
         state = {n: v for n, v in stored.state.items() if n not in _OF_A_PASS}
-        said = {n: (t.shape, t.dtype) for n, t in own.items()}, state, stored.command
-    if (said := from_first(said, group)) is None:
+        said = [listed, state, stored.command]
+    said = from_first(said, group)
+    if said is None:
         return None
-    forms, state, command = said
+    listed, state, command = said
     received: dict[str, Tensor] = {}
-    for name, (shape, dtype) in forms.items():
-        values = own[name] if number == 0 else torch.empty(shape, dtype=dtype)
+    for name, shape, dtype in listed:
+        values = own[name] if number == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
         if values.numel():
-            dist.broadcast(values.view(-1).view(torch.uint8), 0, group=group)
+            dist.broadcast(_bytes(values), 0, group=group)
         received[name] = values
     for name in [name for name in received if name.startswith(_OF_PROCESS)]:
         values = received.pop(name)
@@ -146,3 +151,8 @@ def _from_first(stored: StoredWork | None, group: ProcessGroup) -> StoredWork | 
         if int(process) == number:
             received[inside] = values
     return StoredWork(received, state, command)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Give the bytes of a tensor on the CPU, in its own memory if it lies there in one piece."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)

@@ -4,10 +4,12 @@
 process that was started alone the group is None, and nothing here does anything.
 """
 
+import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from consolidate.runtime.torchrun import local_rank, rank, world_size
 from formats.errors import PeerError, UsageError
 
 T = TypeVar("T")
+P = ParamSpec("P")
 BUCKET = 1 << 23  # elements summed over the processes at a time: too few to be felt in memory
 _FAILURE = "consolidate/failure"
 _GONE = "another process of this run is gone and did not say why; it may have been killed"
@@ -62,8 +65,15 @@ def process_group() -> Iterator[dist.ProcessGroup | None]:
         dist.destroy_process_group()
 
 
-as_one = process_group()
-"""Run a command in all processes that `torchrun` started: a decorator."""
+def as_one(command: Callable[P, T]) -> Callable[P, T]:
+    """Run a command in all processes that `torchrun` started: a decorator, see `process_group`."""
+
+    @wraps(command)
+    def joined(*arguments: P.args, **options: P.kwargs) -> T:
+        with process_group():
+            return command(*arguments, **options)
+
+    return joined
 
 
 def all_processes() -> dist.ProcessGroup | None:
@@ -148,20 +158,35 @@ def sum_(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> None:
         if tensor.numel() >= BUCKET and tensor.is_contiguous():
             dist.all_reduce(tensor, group=group)
             continue
-        kind = tensor.device, tensor.dtype
-        waiting.setdefault(kind, []).append(tensor)
-        if sum(one.numel() for one in waiting[kind]) >= BUCKET:
-            _sum_together(waiting.pop(kind), group)
+        bucket = waiting.setdefault((tensor.device, tensor.dtype), [])
+        bucket.append(tensor)
+        if sum(one.numel() for one in bucket) >= BUCKET:
+            _sum_together(bucket, group)
+            bucket.clear()
     for bucket in waiting.values():
         _sum_together(bucket, group)
 
 
 def from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
-    """Give every process the value of the first one."""
-    values = [value]
-    if group is not None:
-        dist.broadcast_object_list(values, 0, group=group)
-    return values[0]
+    """Give every process the value of the first one, which JSON can hold."""
+    if group is None:
+        return value
+    text = torch.tensor(list(json.dumps(value).encode()) if is_first(group) else [])
+    size = torch.tensor(len(text))
+    dist.broadcast(size, 0, group=group)
+    text = text.to(torch.uint8) if is_first(group) else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(text, 0, group=group)
+    return json.loads(bytes(text.tolist()))
+
+
+def from_all(numbers: Sequence[int], group: dist.ProcessGroup | None) -> list[list[int]]:
+    """Give every process the numbers of all, in their order; as many in each, below 2⁶³."""
+    if group is None:
+        return [list(numbers)]
+    own = torch.tensor(numbers, dtype=torch.int64)
+    found = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(found, own, group=group)
+    return [one.tolist() for one in found]
 
 
 def is_lost(error: BaseException) -> bool:
@@ -173,6 +198,8 @@ def is_lost(error: BaseException) -> bool:
 
 
 def _sum_together(bucket: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    if not bucket:
+        return
     flat = torch.cat([tensor.flatten() for tensor in bucket])
     dist.all_reduce(flat, group=group)
     for tensor, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):

@@ -100,11 +100,6 @@ def gradients_of(
     seen: set[int] = set()
     handles: list[Any] = []
 
-    def hand_over(name: str, parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None  # FSDP would sum it over the processes
-        assert gradient is not None
-        take(name, gradient.detach())
-
     def prepare(prefix: str, block: nn.Module, args: object) -> None:
         for inside, parameter in block.named_parameters():
             if isinstance(parameter, DTensor):
@@ -112,8 +107,8 @@ def gradients_of(
             name = prefix + inside
             if name in parameters and id(parameter) not in seen:
                 seen.add(id(parameter))
-                hook = partial(hand_over, name)
-                handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                hand_over = partial(_hand_over, name, take)
+                handles.append(parameter.register_post_accumulate_grad_hook(hand_over))
 
     for path, block in model.named_modules():
         if is_sharded(block):
@@ -124,6 +119,12 @@ def gradients_of(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _hand_over(name: str, take: Callable[[str, Tensor], None], parameter: Tensor) -> None:
+    gradient, parameter.grad = parameter.grad, None  # FSDP would sum it over the processes
+    assert gradient is not None
+    take(name, gradient.detach())
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
