@@ -38,11 +38,9 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
             "Name the module with --model package.module:factory, or install a newer transformers"
         )
     try:
-        cls = transformers.CONFIG_MAPPING[kind]
-        # A copy, in which {"__float__": "Infinity"} is the number that transformers wrote so.
-        plain = cls._decode_special_floats(contents)
-        plain.pop("auto_map", None)
-        config = cls.from_dict(plain)
+        config = transformers.CONFIG_MAPPING[kind].from_dict(
+            {key: _plain(value) for key, value in contents.items() if key != "auto_map"}
+        )
     except Exception as error:
         raise InputError(
             f"{where}/config.json does not make a {kind} config: {first_line(error)}"
@@ -123,3 +121,12 @@ def _check_depth(contents: Mapping[str, Any], tensors: int, where: Path) -> None
                         f"{where}/config.json: {name} is {value}, where the weights are {tensors} "
                         "tensors"
                     )
+
+
+def _plain(value: Any) -> Any:
+    """Copy a value of config.json, in which transformers writes infinity as {"__float__": …}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
