@@ -52,10 +52,11 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
 @contextmanager
 def replace_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Build a folder aside and put it in place whole when the block ends well, else not at all.
+    """Build a folder aside and put it in place whole when the block ends well.
 
-    A link to a folder is followed, and missing parents are made. A target that holds something is
-    replaced only with `overwrite`, and never the home or the current folder.
+    A link to a folder is followed: the folder it points to is replaced. Missing parents are made.
+    On any exception the new content is thrown away and the target stays as it was. A target that
+    holds something is replaced only with `overwrite`, and never the home or the current folder.
     """
     place = _Place(target)
     with ExitStack() as cleanup:
@@ -110,17 +111,19 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
 
 
 def recover(target: Path) -> None:
-    """Complete or roll back what a killed `replace_folder` left, unless another is at work."""
+    """Complete or roll back what a killed `replace_folder` left of this target.
+
+    Leaves everything alone where another process is at work. Cheap where nothing was left.
+    """
     place = _Place(target)
-    halfway = [place.commit, place.publish]
-    leavings = [place.new, place.old, place.lock, *(halfway if place.mounted else [])]
-    if not any(map(os.path.exists, leavings)):
+    if not any(map(os.path.exists, place.leavings)):
         return
     try:
         with ExitStack() as cleanup:
             if _lock(place.lock, cleanup) is _Lock.TAKEN:
                 _settle(place)
     except OSError as error:
+        halfway = [place.target / _COMMIT, place.target / _PUBLISH]
         if os.path.isdir(place.target) and not any(map(os.path.exists, halfway)):
             return
         raise InputError(
@@ -130,7 +133,10 @@ def recover(target: Path) -> None:
 
 
 def write_file(path: Path, data: bytes | str) -> None:
-    """Write a file whole, by way of a synced sibling; links are followed, parent folders made."""
+    """Write a file whole: into a temporary sibling, synced, then renamed over the path.
+
+    A link is followed, folders above it are made, and text is stored as UTF-8.
+    """
     path = Path(os.path.realpath(path))
     content = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.consolidate-tmp")
@@ -160,8 +166,15 @@ def has_content(target: Path) -> bool:
 
 
 def partial_path(target: Path, process: int = 0) -> Path:
-    """Name the file beside a target (in it, at a mount point) for what a process keeps of work."""
-    return _Place(target).aside(_PARTIAL if process == 0 else f"{_PARTIAL}-{process}")
+    """Name the file beside a target (in it, at a mount point) for what a long run keeps.
+
+    Each of several processes that work together keeps its own.
+    """
+    place = _Place(target)
+    ending = _PARTIAL if process == 0 else f"{_PARTIAL}-{process}"
+    if place.mounted:
+        return place.target / ending
+    return place.target.with_name(f".{place.target.name}{ending}")
 
 
 def final_path(path: Path) -> Path:
@@ -174,9 +187,14 @@ def final_path(path: Path) -> Path:
 def explain_full_disk(place: Path, needed: int) -> Iterator[None]:
     """Turn a full disk inside the block into an `InputError` that says how much was needed."""
     existing = next((path for path in (place, *place.parents) if os.path.exists(path)), place)
-    free = shutil.disk_usage(existing).free
-    with _explained(place, _FULL, f" ({needed:,} bytes are needed, {free:,} were free)"):
+    try:
+        free = shutil.disk_usage(existing).free
         yield
+    except OSError as error:
+        if error.errno in _FULL:
+            sizes = f" ({needed:,} bytes are needed, {free:,} were free)"
+            raise _full(place, sizes) from error
+        raise
 
 
 class _Place:
@@ -187,13 +205,15 @@ class _Place:
         if not self.target.name:
             raise InputError(f"{target} is the root of the file system; choose another folder")
         self.mounted = _is_mount(self.target)
-        self.new, self.old, self.lock, self.claim = map(self.aside, (_NEW, _OLD, _LOCK, _CLAIM))
-        self.commit, self.publish = self.target / _COMMIT, self.target / _PUBLISH
-
-    def aside(self, name: str) -> Path:
+        self.new, self.old, self.lock, self.claim = (
+            self.target / name
+            if self.mounted
+            else self.target.with_name(f".{self.target.name}{name}")
+            for name in (_NEW, _OLD, _LOCK, _CLAIM)
+        )
+        self.leavings = [self.new, self.old, self.lock]
         if self.mounted:
-            return self.target / name
-        return self.target.with_name(f".{self.target.name}{name}")
+            self.leavings += [self.target / _COMMIT, self.target / _PUBLISH]
 
 
 class _Lock(Enum):
@@ -311,7 +331,7 @@ def _put_in_place(place: _Place) -> None:
     """Commit the staging folder; `_settle` does what is left to do."""
     target = place.target
     if place.mounted:
-        os.rename(place.new, place.commit)
+        os.rename(place.new, target / _COMMIT)
         _sync(target)
         return
     if not target.is_dir() or not any(target.iterdir()):
@@ -344,7 +364,7 @@ def _settle(place: _Place) -> None:
     """Bring the target into its old or its new state, whole, and remove everything else."""
     target, new, old = place.target, place.new, place.old
     if place.mounted:
-        _move_in(place)
+        _move_in(target, old)
     elif old.is_dir() and not target.exists():
         # The old folder is moved away only once the new one is complete.
         os.rename(new if new.is_dir() else old, target)
@@ -354,26 +374,27 @@ def _settle(place: _Place) -> None:
         shutil.rmtree(leaving, ignore_errors=True)
 
 
-def _move_in(place: _Place) -> None:
-    target = place.target
-    if place.commit.is_dir():
-        place.old.mkdir(exist_ok=True)
+def _move_in(target: Path, old: Path) -> None:
+    commit, publish = target / _COMMIT, target / _PUBLISH
+    if commit.is_dir():
+        old.mkdir(exist_ok=True)
         for entry in sorted(target.iterdir()):
             if _is_content(entry.name):
-                os.rename(entry, place.old / entry.name)
+                os.rename(entry, old / entry.name)
         _sync(target)
-        os.rename(place.commit, place.publish)
+        os.rename(commit, publish)
         _sync(target)
-    if place.publish.is_dir():
-        for entry in sorted(place.publish.iterdir(), key=_publishing_order):
+    if publish.is_dir():
+        for entry in sorted(publish.iterdir(), key=_publishing_order):
             os.rename(entry, target / entry.name)
         _sync(target)
-        place.publish.rmdir()
+        publish.rmdir()
 
 
 def _publishing_order(entry: Path) -> tuple[bool, bool, str]:
     """Put last what makes a reader take the folder for complete: the index, then the ledger."""
-    return entry.name in ("fisher", "fisher.json"), entry.name.endswith(".index.json"), entry.name
+    ledger = entry.name == "fisher" or entry.name == "fisher.json"
+    return ledger, entry.name.endswith(".index.json"), entry.name
 
 
 def _sync(path: Path) -> None:
@@ -405,7 +426,7 @@ def _is_mount(target: Path) -> bool:
 
 
 @contextmanager
-def _explained(place: Path, numbers: set[int], sizes: str = "") -> Iterator[None]:
+def _explained(place: Path, numbers: set[int]) -> Iterator[None]:
     """Turn system errors of these numbers inside the block into an `InputError`."""
     try:
         yield
@@ -413,11 +434,15 @@ def _explained(place: Path, numbers: set[int], sizes: str = "") -> Iterator[None
         if error.errno not in numbers:
             raise
         if error.errno in _FULL:
-            raise InputError(
-                f"{final_path(place)}: the disk or the quota is full{sizes}; "
-                "nothing was changed. Make room or choose another folder"
-            ) from error
+            raise _full(place, "") from error
         what = "cannot be written"
         if error.errno in {errno.EBUSY, errno.EXDEV}:
             what = "cannot be replaced as a whole on this file system"
         raise InputError(f"{place} {what}: {error.strerror}; choose another folder") from error
+
+
+def _full(place: Path, sizes: str) -> InputError:
+    return InputError(
+        f"{final_path(place)}: the disk or the quota is full{sizes}; "
+        "nothing was changed. Make room or choose another folder"
+    )
