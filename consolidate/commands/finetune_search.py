@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.examples import Examples, hold_out
 from consolidate.estimation.likelihoods import get_likelihood
-from consolidate.ewc.low_rank_penalty import WeightPenalty
+from consolidate.ewc.penalty import WeightPenalty
 from consolidate.models.model import Model
 from consolidate.options import Search
 from consolidate.results import LambdaSearch

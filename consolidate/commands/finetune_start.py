@@ -16,8 +16,8 @@ from consolidate.chain.tasks import Chain, check_names_to_be
 from consolidate.data.encoding import encode
 from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
-from consolidate.ewc.low_rank_penalty import MergedPenalty, WeightPenalty
-from consolidate.ewc.penalty import Penalty
+from consolidate.ewc.low_rank_penalty import MergedPenalty
+from consolidate.ewc.penalty import Penalty, WeightPenalty
 from consolidate.models.adapters import load
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import adapt, low_rank_layers, other_parameters

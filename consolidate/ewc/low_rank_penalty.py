@@ -155,10 +155,6 @@ class MergedPenalty:
         return self.ewc_lambda * (total / 2 + self._offset)
 
 
-WeightPenalty = Penalty | MergedPenalty
-"""The penalty on the weights as they are trained, or as adapters change them."""
-
-
 def _factors(layer: LowRank) -> tuple[Tensor, Tensor]:
     """Give L (rows, r) and R (r, columns) with W + s L R, in float32 or wider."""
     dtype = wide(torch.promote_types(layer.weight.dtype, layer.a.dtype))

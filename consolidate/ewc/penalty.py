@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,25 @@ class _Pull(NamedTuple):
     inverse: float
     floor: float
     square: Tensor | None
+
+
+class WeightPenalty(Protocol):
+    """What training asks of a penalty, on the weights as they are or as adapters change them."""
+
+    ewc_lambda: float
+    unprotected: list[str]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the penalty holds."""
+
+    def value(self) -> float:
+        """Return the penalty at the present values."""
+
+    def add_gradient_(self) -> None:
+        """Add the penalty's gradient to the parameters'."""
+
+    def value_and_add_gradient_(self) -> Tensor:
+        """Do the same in the same pass over memory, and return the value, 0-dimensional."""
 
 
 class Penalty:

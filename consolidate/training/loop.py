@@ -14,8 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from consolidate.estimation.batches import Place, model_outputs, place_of, placed
 from consolidate.estimation.likelihoods import Likelihood
-from consolidate.ewc.low_rank_penalty import WeightPenalty
-from consolidate.ewc.penalty import Penalty, check_proximal
+from consolidate.ewc.penalty import Penalty, WeightPenalty, check_proximal
 from consolidate.options import Recipe
 from consolidate.runtime.distributed import place_in, sum_, summed
 from consolidate.runtime.shards import is_sharded, whole
