@@ -12,6 +12,8 @@ from consolidate import results
 from consolidate.fields import REQUIRED, Flat, flat_options
 from consolidate.options import COMMANDS
 
+CONTENT = ("data", "fisher", "base_model", "revision")  # what they name is described by digest
+
 API = '''"""The commands as functions, with all their keywords.
 
 Written by scripts/write_docs from consolidate/options.py: change the options there.
@@ -37,8 +39,8 @@ OPTIONS = """# Options
 Every option of every command, written by `scripts/write_docs`.
 One that is `--learning-rate` on the command line is `learning_rate` in Python, `learning-rate` in
 [a run file](run.md) and in the TOML file that `--config` names, and the variable
-`CONSOLIDATE_FINETUNE_LEARNING_RATE`. A result is made again where an option that changes it has
-another value, and is up to date otherwise.
+`CONSOLIDATE_FINETUNE_LEARNING_RATE`. The result of `fisher` and `finetune` is made again where
+an option that changes it has another value, and is up to date otherwise.
 """
 
 
@@ -132,15 +134,16 @@ def options_page() -> str:
     """Return docs/options.md."""
     parts = [OPTIONS]
     for name, record in COMMANDS.items():
-        rows = "\n".join(_rows(record))
-        parts.append(
-            f"## {name}\n\n| option | value | default | changes the result | meaning |\n"
-            f"| --- | --- | --- | --- | --- |\n{rows}\n"
-        )
+        kept = name in ("fisher", "finetune")  # whose outputs are left where they are up to date
+        heads = ["option", "value", "default", *["changes the result"] * kept, "meaning"]
+        rows = [heads, ["---"] * len(heads), *_rows(record, kept)]
+        lines = [" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in rows]
+        table = "\n".join(f"| {line} |" for line in lines)
+        parts.append(f"## {name}\n\n{table}\n")
     return "\n".join(parts)
 
 
-def _rows(record: type) -> Iterator[str]:
+def _rows(record: type, kept: bool) -> Iterator[list[str]]:
     for flat in flat_options(record):
         option = flat.option
         if option.argument or option.python_only:
@@ -148,9 +151,9 @@ def _rows(record: type) -> Iterator[str]:
         default = "" if flat.default in (None, ()) else flat.default
         default = "required" if flat.default is REQUIRED else default
         default = {True: "on", False: ""}[default] if isinstance(default, bool) else default
-        changes = "yes" if option.changes_result or flat.names_data or flat.name == "data" else ""
-        cells = (f"`--{flat.flag}`", _value(flat), str(default), changes, _help(flat))
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        content = flat.names_data or flat.name in CONTENT
+        changes = "yes" if option.changes_result else "by content" if content else ""
+        yield [f"`--{flat.flag}`", _value(flat), str(default), *[changes] * kept, _help(flat)]
 
 
 def _value(flat: Flat) -> str:
