@@ -123,7 +123,8 @@ def fisher(
             task, it counts by the units it was measured on, or has as large a trace.
         output_dir: Write a whole checkpoint here instead of a folder fisher into CHECKPOINT.
         save_every: Save progress every MINUTES beside the output; rerunning the command resumes and
-            gives bit-identical results. 0: as often as possible. SIGTERM and Ctrl-C save too.
+            gives bit-identical results. 0: as often as possible, inf: never. SIGTERM and Ctrl-C
+            save too.
         restart: Discard saved progress and start over.
         overwrite: Replace the output that is there. One that is up to date is left as it is.
         data_digest: Keep a digest of the data in the ledger (kept by default).
@@ -296,7 +297,8 @@ def finetune(
         shard: Each of several processes (torchrun) holds a shard of weights, Fisher and optimizer's
             state (FSDP2): for models that no device holds whole.
         save_every: Save progress every MINUTES beside the output; rerunning the command resumes and
-            gives bit-identical results. 0: as often as possible. SIGTERM and Ctrl-C save too.
+            gives bit-identical results. 0: as often as possible, inf: never. SIGTERM and Ctrl-C
+            save too.
         restart: Discard saved progress and start over.
         overwrite: Replace the output that is there. One that is up to date is left as it is.
         data_digest: Keep a digest of the data in the ledger (kept by default).
@@ -445,7 +447,7 @@ def run(
     """Train a chain of tasks, one after the other, skipping what is done already.
 
     A step is done if its checkpoint is whole and was made from the same content: the checkpoint
-    before it, data, test data, options and version of this program. Times of files mean nothing.
+    before it, data, test data, options and versions of programs. Times of files mean nothing.
     A step that was broken off goes on from what was kept of it, unless it is to be made from
     something else now.
 

@@ -7,7 +7,6 @@ signatures (`api.py`), the keys of run files, range checks, and what a result is
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from numbers import Integral, Real
 from types import UnionType
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -27,6 +26,7 @@ class Option:
     above: float | None = None  # and larger than this
     most: float | None = None  # and at most this
     below: float | None = None  # and smaller than this
+    infinite: bool = False  # infinity is a value too
     argument: bool = False  # given by position, without a flag
     star: bool = False  # *name in Python
     dtype: bool = False  # names a dtype; Python callers may give the torch.dtype
@@ -150,20 +150,28 @@ def _put(record: Any, path: tuple[str, ...], value: Any) -> Any:
 def checked(flat: Flat, value: Any) -> Any:
     """Give a value as the records hold it, or refuse it by the name of its flag."""
     option = flat.option
+    where = flat.name if option.argument else f"--{flat.flag}"
     if option.dtype and value is not None:
         value = str(value).removeprefix("torch.")
-    if not fits(flat.kinds, value) and not option.python_only:
-        raise UsageError(f"--{flat.flag} {value}: expected {words_of(flat)}")
+    if not fits(flat.kinds, value := _plain(value)) and not option.python_only:
+        raise UsageError(f"{where} {value}: expected {words_of(flat)}")
     if option.choices and isinstance(value, str) and value not in option.choices:
         number = "a number, or " if float in flat.kinds else ""
         named = ", ".join(option.choices)
-        raise UsageError(f"--{flat.flag} {value}: expected {number}one of {named}")
+        raise UsageError(f"{where} {value}: expected {number}one of {named}")
     for number in value if isinstance(value, list | tuple) else [value]:
         if fits((float,), number) and _outside(option, number):
-            raise UsageError(f"--{flat.flag} {number}: expected {_range(flat)}")
+            raise UsageError(f"{where} {number}: expected {_range(flat)}")
     if isinstance(value, list):
         return tuple(value)
     return dict(value) if isinstance(value, Mapping) else value
+
+
+def _plain(value: Any) -> Any:
+    """Give Python's own numbers and lists for those of numpy and torch."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def fits(kinds: Sequence[Any], value: Any) -> bool:
@@ -174,10 +182,10 @@ def fits(kinds: Sequence[Any], value: Any) -> bool:
 def _fits(kind: Any, value: Any) -> bool:
     arguments = get_args(kind)
     if kind in (int, float):
-        number = Integral if kind is int else Real
+        number = int if kind is int else int | float
         return isinstance(value, number) and not isinstance(value, bool)
     if get_origin(kind) is tuple:
-        several = isinstance(value, list | tuple) and (bool(value) or arguments[0] is str)
+        several = isinstance(value, list | tuple) and (bool(value) or arguments[0] is not float)
         return several and all(fits(kinds_of(arguments[0]), one) for one in value)
     if get_origin(kind) is dict:
         named = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
@@ -191,14 +199,19 @@ def words_of(flat: Flat) -> str:
         return "a dtype such as 'float32'"
     words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
     words |= {tuple[float, ...]: "a list of numbers", tuple[str, ...]: "a list of strings"}
-    found = [words.get(kind, "a table" if get_origin(kind) is dict else "") for kind in flat.kinds]
+    found = []
+    for kind in flat.kinds:
+        other = "a list" if get_origin(kind) is tuple else ""
+        other = "a table" if get_origin(kind) is dict else other
+        other = f"a {kind.__name__}" if isinstance(kind, type) and is_dataclass(kind) else other
+        found.append(words.get(kind, other))
     return " or ".join(dict.fromkeys(word for word in found if word))
 
 
 def _outside(option: Option, value: float) -> bool:
     bounded = [option.least, option.above, option.most, option.below] != [None] * 4
     return bounded and not (
-        math.isfinite(value)
+        (math.isfinite(value) or (option.infinite and value == math.inf))
         and (option.least is None or value >= option.least)
         and (option.above is None or value > option.above)
         and (option.most is None or value <= option.most)

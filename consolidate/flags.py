@@ -8,7 +8,8 @@ from typing import Any, TypeVar, get_origin
 
 import click
 
-from consolidate.fields import REQUIRED, Flat, flat_options, gather
+from consolidate.fields import REQUIRED, Flat, fits, flat_options, gather, words_of
+from consolidate.options import COMMANDS
 
 R = TypeVar("R")
 NEGATED = {"data_digest": "--data-digest/--no-data-digest"}
@@ -112,16 +113,40 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
         values = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"{path} is not TOML: {error}") from None
-    names = {p.name: p for p in context.command.params if isinstance(p, click.Option)}
-    defaults = {}
+    command = str(context.command.name)
+    names = {str(p.name): p for p in context.command.params if isinstance(p, click.Option)}
+    flats = {flat.name: flat for flat in flat_options(COMMANDS[command])} if names else {}
+    defaults: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
-        if name not in names:
-            near = get_close_matches(name, [str(n) for n in names], 3)
+        if name not in names or name == "config":
+            near = [other.replace("_", "-") for other in get_close_matches(name, names, 3)]
             hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise click.BadParameter(f"{path}: {context.command.name} has no option {key!r}{hint}")
-        defaults[name] = value
+            raise click.BadParameter(f"{path}: {command} has no option {key!r}{hint}")
+        if name in defaults:
+            raise click.BadParameter(f"{path}: {key} is there twice, once with _ for -")
+        defaults[name] = _as_typed(path, key, value, names[name], flats.get(name))
     context.default_map = {**(context.default_map or {}), **defaults}
+
+
+def _as_typed(path: Path, key: str, value: Any, option: click.Option, flat: Flat | None) -> Any:
+    """Give a value of a TOML file as click takes it, or refuse one of another type."""
+    if flat is not None and flat.names_data and isinstance(value, dict):
+        value = [f"{name}={data}" for name, data in value.items()]
+    if option.multiple:
+        expected = "a list of strings"
+        value = [value] if isinstance(value, str) else value
+        right = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    elif option.is_flag or flat is None:
+        expected = "true or false" if option.is_flag else "a string"
+        right = isinstance(value, bool if option.is_flag else str)
+    else:
+        expected = words_of(flat)
+        text = flat.option.typed is not None and isinstance(value, str)
+        right = text or fits(flat.kinds, value)
+    if not right:
+        raise click.BadParameter(f"{path}: {key}: expected {expected}, found {value!r}")
+    return value
 
 
 def _remember(context: click.Context, option: click.Parameter, value: bool) -> bool:

@@ -256,9 +256,10 @@ class Saving:
     save_every: float = option(
         5.0,
         "Save progress every MINUTES beside the output; rerunning the command resumes and gives "
-        "bit-identical results. 0: as often as possible. SIGTERM and Ctrl-C save too.",
+        "bit-identical results. 0: as often as possible, inf: never. SIGTERM and Ctrl-C save too.",
         metavar="MINUTES",
         least=0,
+        infinite=True,
         changes_result=False,
     )
     restart: bool = _restart()

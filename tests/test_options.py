@@ -2,11 +2,13 @@
 
 import ast
 import inspect
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ import consolidate
 from consolidate.cli import cli
 from consolidate.fields import REQUIRED, flat_options, gather, option, part
 from consolidate.flags import flags_of, record_of
-from consolidate.options import COMMANDS, Columns, FinetuneOptions, Recipe
+from consolidate.options import COMMANDS, Columns, FinetuneOptions, MergeOptions, Recipe
 from formats.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +91,9 @@ def test_flat_keywords_become_records() -> None:
         ({"freeze": "encoder.*"}, "--freeze encoder.*: expected a list of strings"),
         ({"evaluate": ["a"]}, "--evaluate ['a']: expected a table"),
         ({"pack": 1}, "--pack 1: expected true or false"),
+        ({"columns": {"label": "y"}}, "--columns {'label': 'y'}: expected a Columns"),
+        ({"checkpoint": None}, "checkpoint None: expected a string"),
+        ({"save_every": float("nan")}, "--save-every nan: expected a finite number from 0"),
         ({"gamma": 1.5}, "--gamma 1.5: expected a number from 0 to 1"),
         ({"momentum": 1.0}, "--momentum 1.0: expected a number from 0 to less than 1"),
         ({"optimizer": "adma"}, "--optimizer adma: expected one of adamw, adam, sgd"),
@@ -100,6 +105,46 @@ def test_a_value_is_refused_by_the_name_of_its_flag(given: dict[str, Any], messa
     with pytest.raises(UsageError) as caught:
         gather(FinetuneOptions, GIVEN | given)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("overwrite = 3", "overwrite: expected true or false, found 3"),
+        ("epochs = 1.5", "epochs: expected an integer, found 1.5"),
+        ('epochs = "2"', "epochs: expected an integer, found '2'"),
+        ("learning-rate = true", "learning-rate: expected a number, found True"),
+        ("evaluate = 3", "evaluate: expected a list of strings, found 3"),
+        ("metrics = 3", "metrics: expected a string, found 3"),
+        ("epochs = 1\nepochs_ = 2", "has no option 'epochs_'; did you mean epochs"),
+        ("ewc-lambda = 1\newc_lambda = 2", "ewc_lambda is there twice"),
+        ('config = "other.toml"', "has no option 'config'"),
+    ],
+)
+def test_a_file_of_options_is_held_to_their_types(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "options.toml").write_text(text)
+    words = [
+        "start",
+        "--data",
+        "x",
+        "--output-dir",
+        "y",
+        "--config",
+        str(tmp_path / "options.toml"),
+    ]
+    with pytest.raises(click.BadParameter, match=re.escape(message)):
+        cli.commands["finetune"].make_context("finetune", words)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    numbers = {"ewc_lambda": [np.float32(1), np.int64(10)], "epochs": np.int64(2)}
+    found = gather(FinetuneOptions, GIVEN | numbers | {"overwrite": np.bool_(True)})
+    assert (found.search.ewc_lambda, found.recipe.epochs) == ((1.0, 10), 2)
+    assert [type(one) for one in found.search.ewc_lambda] == [float, int]
+    assert found.saving.overwrite is True
+    weights = gather(MergeOptions, {"checkpoints": [], "output_dir": "a", "weights": np.ones(2)})
+    assert weights.weights == (1.0, 1.0)
+    assert gather(FinetuneOptions, GIVEN | {"save_every": float("inf")}).saving.save_every > 0
 
 
 def test_a_new_option_needs_no_more_than_its_field() -> None:

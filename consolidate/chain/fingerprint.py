@@ -185,7 +185,7 @@ _IN_WORDS = {
     "checkpoint": "the checkpoint it starts from",
     "command": "whether it is trained",
     "config": "the config",
-    "module": "the source of the module",
+    "module": "the module",
     "data": "the data",
 }
 

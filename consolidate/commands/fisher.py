@@ -128,12 +128,16 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
             plan.check_target()
             if is_first(group):
                 _ = plan.records  # of what is measured, whatever becomes of the files meanwhile
-        model, examples = _load(plan, cut)
+        model, examples, module = _load(plan, cut)
         estimation = settled_estimation(options.estimation, model, examples)
         if options.dry_run:
             return _dry_run(plan, model, examples, estimation)
         needed = output_bytes(plan.source, whole=not plan.in_place)
-        work = kept_work(options, plan.target, lambda: plan.description(plan.tasks), needed)
+        # What the module is made of, its weights and its factory's file do not tell.
+        of_module = {"module": module}
+        work = kept_work(
+            options, plan.target, lambda: plan.description(plan.tasks) | of_module, needed
+        )
         kept = KeptPass(work, work.start())
         diagonal = measure_fisher(
             model, examples, estimation, task=plan.task, seed=options.seed, kept=kept
@@ -188,8 +192,11 @@ def _result(plan: Plan, status: Literal["done", "cached"], fisher: MeasuredFishe
     }
 
 
-def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples]:
-    """Load the model, in shards among the processes of `cut`, and encode the data for it."""
+def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples, str]:
+    """Load the model, in shards among the processes of `cut`, and encode the data for it.
+
+    And give the digest of what the module is made of.
+    """
     options, source, device = plan.options, plan.source, best_device(plan.options.source.device)
     check_finite(source.weights, plan.folder)
     model = load(
@@ -213,9 +220,10 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples]:
     )
     if cut is not None and source.adapter is not None:
         raise UsageError("--shard cuts whole models, not adapters: leave it out")
+    digest = json_digest(repr(model.module))  # the same in shards, whose layers have other names
     if cut is not None:
         shards.shard(model.module, cut, device)
-    return model, examples
+    return model, examples, digest
 
 
 def _dry_run(plan: Plan, model: Model, examples: Examples, estimation: Estimation) -> FisherDryRun:

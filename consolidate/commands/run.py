@@ -82,7 +82,7 @@ def run(options: RunOptions) -> RunResult:
     """Train a chain of tasks, one after the other, skipping what is done already.
 
     A step is done if its checkpoint is whole and was made from the same content: the checkpoint
-    before it, data, test data, options and version of this program. Times of files mean nothing.
+    before it, data, test data, options and versions of programs. Times of files mean nothing.
     A step that was broken off goes on from what was kept of it, unless it is to be made from
     something else now.
 
@@ -302,8 +302,10 @@ def _reason(step: Step, described: Mapping[str, Any]) -> str | None:
 
 def _make(step: Step, described: dict[str, Any], *, restart: bool) -> None:
     """Make a step's checkpoint, then its record."""
-    begun = StepRecord(described, None)
-    if read_step_record(step.record) != begun:
+    begun, record = StepRecord(described, None), read_step_record(step.record)
+    # Of a step that was stopped just before it was recorded as made, there is nothing to do.
+    again = record is not None and record.made is not None
+    if record != begun:
         # Saved progress is of something else. And a checkpoint without its record is known as ours.
         restart = True
         write_step_record(step.record, begun)
@@ -314,9 +316,9 @@ def _make(step: Step, described: dict[str, Any], *, restart: bool) -> None:
             write_tensors(staging, weights, metadata={"format": "pt"})
             write_file(staging / "config.json", json.dumps(makes.config, indent=2) + "\n")
     elif isinstance(makes, FisherOptions):
-        fisher(replace(makes, saving=replace(makes.saving, restart=restart)), again=True)
+        fisher(replace(makes, saving=replace(makes.saving, restart=restart)), again=again)
     else:
-        finetune(replace(makes, saving=replace(makes.saving, restart=restart)), again=True)
+        finetune(replace(makes, saving=replace(makes.saving, restart=restart)), again=again)
     write_step_record(step.record, StepRecord(described, _identity(step.target)))
 
 

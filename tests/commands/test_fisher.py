@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import shutil
@@ -490,3 +491,29 @@ def test_a_dry_run_of_a_single_short_batch(network_checkpoint: Path, write_task:
     assert cost["seconds_per_example"] > 0
     assert cost["files"] == {"fisher.safetensors": 332, "model.safetensors": 332}
     assert not (network_checkpoint / "new").exists()
+
+
+@pytest.mark.usefixtures("often")
+def test_a_pass_of_another_module_is_not_resumed(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though neither its weights nor the file of its factory tell."""
+    (tmp_path / "activation.py").write_text("from torch.nn import ReLU as Activation\n")
+    (tmp_path / "factory.py").write_text(
+        "from torch import nn\n"
+        "import activation\n"
+        "def make(config):\n"
+        "    return nn.Sequential(nn.Linear(6, 8), activation.Activation(), nn.Linear(8, 3))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    weights = load_file(network_checkpoint / "model.safetensors")
+    names = {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert set(weights) == names
+    options = {**LONG, "model": "factory:make"}
+    kill_after(monkeypatch, 40)
+    with pytest.raises(Killed):
+        consolidate.fisher(network_checkpoint, write_task("old", count=100), **options)
+    activation = importlib.import_module("activation")
+    activation.Activation = torch.nn.Tanh
+    with pytest.raises(InputError, match=r"not of this one .the module.*--restart"):
+        consolidate.fisher(network_checkpoint, tmp_path / "old.npz", **options)

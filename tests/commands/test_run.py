@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import consolidate
 from consolidate.api import verify
+from consolidate.commands import finetune_run
 from formats.atomic import claimed, claimed_in_place
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
@@ -500,3 +501,15 @@ def test_a_second_run_of_the_same_chain_is_refused(tasks: Path, tmp_path: Path) 
     with claimed(tmp_path / "out" / "01-a"), pytest.raises(InputError, match="being worked on"):
         consolidate.run(tasks, output_dir=tmp_path / "out")
     assert consolidate.run(tasks, output_dir=tmp_path / "out")["status"] == "done"
+
+
+def test_a_step_that_was_made_and_not_recorded_is_not_made_again(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the process was killed between putting a checkpoint in place and its record."""
+    consolidate.run(tasks)
+    before = tree(tmp_path / "out")
+    unfinish(tmp_path / RECORD)
+    monkeypatch.delattr(finetune_run, "training_steps")
+    assert reasons(consolidate.run(tasks)) == {"03-c": "it was begun and not finished"}
+    assert tree(tmp_path / "out") == before
