@@ -402,7 +402,7 @@ def test_flags_win_over_variables_and_variables_over_the_file(
     config.write_text("max-exampels = 5\n")
     code, _, err = run(capsys, "fisher", "start", "--config", config, "--data", "old.npz")
     assert code == 2
-    assert "max_examples" in err
+    assert "max-examples" in err
 
 
 def test_misspelt_variables_are_told_without_their_values(
