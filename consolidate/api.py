@@ -153,7 +153,7 @@ def finetune(
     output_dir: str | Path,
     ewc_lambda: float | Sequence[float] | str | None = None,
     validation: Mapping[str, str | Path] | None = None,
-    choose: str | None = None,
+    select: str | None = None,
     search_plot: str | Path | None = None,
     penalty: str = "ewc",
     penalty_dtype: torch.dtype | str | None = None,
@@ -227,12 +227,12 @@ def finetune(
         data: The new task's data: a file, a folder, a dataset on the Hub, or a task.toml.
         output_dir: Where the new checkpoint goes.
         ewc_lambda: λ, the strength of the penalty. Several, or auto, are trained from the same
-            start and one of them is chosen: see `validation` and `choose`.
+            start and one of them is chosen: see `validation` and `select`.
         validation: Held-out data to choose λ by, of old tasks and of the new one. A tenth of the
             new task's data is held out where none is given for it.
-        choose: mean: the λ of the largest mean score. least: the smallest that stays under
-            `max_forgetting`. most: the largest that keeps 95% of what the new task gains. By
-            default most without old data, least with `max_forgetting`, else mean.
+        select: best-mean: the λ with the best mean score. smallest: the smallest that stays under
+            `max_forgetting`. largest: the largest that keeps 95% of what the new task gains. By
+            default smallest with `max_forgetting`, largest without old data, else best-mean.
         search_plot: Draw the search as .png, .svg or .pdf (needs matplotlib).
         penalty: ewc: Fisher-weighted penalty; l2: uniform penalty; none: no penalty.
         penalty_dtype: Dtype of Λ and μ in memory; as they are stored by default. One of float32,

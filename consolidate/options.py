@@ -274,7 +274,7 @@ class Search:
     ewc_lambda: float | tuple[float, ...] | str | None = option(
         None,
         "λ, the strength of the penalty. Several, or auto, are trained from the same start and "
-        "one of them is chosen: see --validation and --choose.",
+        "one of them is chosen: see --validation and --select.",
         metavar="X|X,Y,…|auto",
         choices=("auto",),
         least=0,
@@ -287,12 +287,12 @@ class Search:
         metavar="NAME=DATA",
         changes_result=False,
     )
-    choose: str | None = option(
+    select: str | None = option(
         None,
-        "mean: the λ of the largest mean score. least: the smallest that stays under "
-        "--max-forgetting. most: the largest that keeps 95% of what the new task gains. By "
-        "default most without old data, least with --max-forgetting, else mean.",
-        choices=("mean", "least", "most"),
+        "best-mean: the λ with the best mean score. smallest: the smallest that stays under "
+        "--max-forgetting. largest: the largest that keeps 95% of what the new task gains. By "
+        "default smallest with --max-forgetting, largest without old data, else best-mean.",
+        choices=("best-mean", "smallest", "largest"),
     )
     search_plot: str | Path | None = option(
         None,

@@ -155,7 +155,7 @@ class LambdaSearch(TypedDict):
     """A search for λ: what was tried, what was measured, and what was chosen."""
 
     ewc_lambda: Annotated[float, about("What was chosen.")]
-    choose: Annotated[str, one_of("mean", "least", "most")]
+    select: Annotated[str, one_of("best-mean", "smallest", "largest")]
     max_forgetting: float | None
     measured: str
     new_task: str

@@ -85,7 +85,7 @@ def test_flat_keywords_become_records() -> None:
             {"ewc_lambda": {1.0}},
             "--ewc-lambda {1.0}: expected a number or a list of",
         ),
-        ({"choose": "best"}, "--choose best: expected one of mean, least, most"),
+        ({"select": "best"}, "--select best: expected one of best-mean, smallest, largest"),
         ({"epochs": "3"}, "--epochs 3: expected an integer"),
         ({"epochs": True}, "--epochs True: expected an integer"),
         ({"freeze": "encoder.*"}, "--freeze encoder.*: expected a list of strings"),

@@ -125,9 +125,9 @@ def check_options(options: FinetuneOptions) -> None:
     if is_search(options):
         if options.parameters.shard:
             raise UsageError("--shard takes one --ewc-lambda: look for it without")
-    elif search.validation or search.choose or search.search_plot:
+    elif search.validation or search.select or search.search_plot:
         raise UsageError(
-            "--validation, --choose and --search-plot are for a search: give several numbers with "
+            "--validation, --select and --search-plot are for a search: give several numbers with "
             "commas, or auto, as --ewc-lambda"
         )
 

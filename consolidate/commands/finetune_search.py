@@ -26,12 +26,12 @@ from consolidate.training.forgetting import beyond, forgetting
 from consolidate.training.lambda_search import (
     Trial,
     at_an_end,
-    by_least,
-    by_mean,
-    by_most,
+    best_mean,
     choose_rule,
     coarse_to_fine,
     grid,
+    largest,
+    smallest,
 )
 from consolidate.views.charts import check_picture
 from formats.errors import NonFiniteError, UsageError
@@ -78,7 +78,7 @@ def plan_search(
     strengths: Any = asked.ewc_lambda
     validation = asked.validation or {}
     rule = choose_rule(
-        asked.choose, old=ledger, validation=validation, max_forgetting=max_forgetting
+        asked.select, old=ledger, validation=validation, max_forgetting=max_forgetting
     )
     if unknown := [name for name in validation if name not in (*ledger, new)]:
         raise UsageError(
@@ -121,7 +121,7 @@ def search_lambda(
 
     steps, rule = subject.length(search.examples), search.rule()
     if isinstance(plan.strengths, str):
-        trials = coarse_to_fine(trial, rule, steps, reference=plan.rule == "most")
+        trials = coarse_to_fine(trial, rule, steps, reference=plan.rule == "largest")
     else:
         trials = grid(trial, plan.strengths, steps)
     whole = [trial for trial in trials if trial.steps == steps]
@@ -131,7 +131,7 @@ def search_lambda(
     taken = sum(trial.steps for trial in trials)
     return {
         "ewc_lambda": chosen.ewc_lambda,
-        "choose": plan.rule,
+        "select": plan.rule,
         "max_forgetting": plan.max_forgetting,
         "measured": search.measured(),
         "new_task": plan.new,
@@ -213,11 +213,11 @@ class _Search:
 
     def rule(self) -> Callable[[Sequence[Trial]], Trial]:
         plan = self.plan
-        if plan.rule == "mean":
-            return by_mean
-        if plan.rule == "least":
-            return partial(by_least, max_forgetting=plan.max_forgetting or 0.0)
-        return partial(by_most, task=plan.new, before=self.before[plan.new]["score"])
+        if plan.rule == "best-mean":
+            return best_mean
+        if plan.rule == "smallest":
+            return partial(smallest, max_forgetting=plan.max_forgetting or 0.0)
+        return partial(largest, task=plan.new, before=self.before[plan.new]["score"])
 
     def measured(self) -> str:
         """Say what the choice has looked at."""
@@ -243,8 +243,8 @@ class _Search:
 
 
 def _tell(plan: Plan, chosen: Trial, whole: Sequence[Trial]) -> None:
-    limit = plan.max_forgetting
-    if plan.rule == "least" and limit is not None and beyond({"": chosen.forgetting or 0.0}, limit):
+    limit = plan.max_forgetting if plan.rule == "smallest" else None
+    if limit is not None and beyond({"": chosen.forgetting or 0.0}, limit):
         LOG.info("no λ that was tried keeps forgetting to %g: the largest is taken", limit)
     elif at_an_end(chosen.ewc_lambda, whole):
         LOG.info("λ = %g is at an end of what was tried: look beyond it", chosen.ewc_lambda)

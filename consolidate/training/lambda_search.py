@@ -12,7 +12,6 @@ from operator import attrgetter
 from consolidate.training.forgetting import ROUNDING
 from formats.errors import NonFiniteError, UsageError
 
-RULES = ("mean", "least", "most")
 # Shares of the steps, and between the candidates of each quarters of a factor of 10.
 RUNGS = ((1 / 8, 4), (1 / 4, 2), (1, 2))
 FIRST = tuple(range(0, 25, 4))  # 1, 10, …, 10⁶, in quarters of a factor of 10
@@ -46,21 +45,21 @@ Rule = Callable[[Sequence[Trial]], Trial]  # chooses among trials of as many ste
 Train = Callable[[float, int], Trial]  # trains with a λ for so many steps, and measures
 
 
-def by_mean(trials: Sequence[Trial]) -> Trial:
+def best_mean(trials: Sequence[Trial]) -> Trial:
     """Choose the largest mean score; the larger λ where two are equal."""
     return max(_trained(trials), key=lambda trial: (trial.mean, trial.ewc_lambda))
 
 
-def by_least(trials: Sequence[Trial], *, max_forgetting: float) -> Trial:
-    """Choose the least λ with which no old task loses more than it may, else the largest λ."""
+def smallest(trials: Sequence[Trial], *, max_forgetting: float) -> Trial:
+    """Choose the smallest λ with which no old task loses more than allowed, else the largest λ."""
     trained = _trained(trials)
     most = max_forgetting + ROUNDING
     kept = [t for t in trained if t.forgetting is not None and t.forgetting <= most]
     return min(kept, key=_strength) if kept else max(trained, key=_strength)
 
 
-def by_most(trials: Sequence[Trial], *, task: str, before: float) -> Trial:
-    """Choose the largest λ that keeps 95 % of what the new task gains in score, else the least.
+def largest(trials: Sequence[Trial], *, task: str, before: float) -> Trial:
+    """Choose the largest λ that keeps 95 % of what the new task gains in score, else the smallest.
 
     Where nothing is gained on the start it is the largest λ; λ = 0 only shows the gain without.
     """
@@ -76,7 +75,7 @@ def by_most(trials: Sequence[Trial], *, task: str, before: float) -> Trial:
 
 
 def choose_rule(
-    choose: str | None,
+    select: str | None,
     *,
     old: Collection[str],
     validation: Collection[str],
@@ -84,21 +83,23 @@ def choose_rule(
 ) -> str:
     """Decide the name of the rule, and refuse one for which nothing will be measured.
 
-    Unless given: ``least`` with a limit on forgetting, ``most`` without old data, else ``mean``.
+    Unless given: ``smallest`` with a limit on forgetting, ``largest`` without old data, else
+    ``best-mean``.
     """
     measured = set(old) & set(validation)
-    implied = "" if choose is not None else " (which --max-forgetting implies)"
-    if choose is None:
-        choose = "least" if max_forgetting is not None else "mean" if measured else "most"
-    if choose == "least" and max_forgetting is None:
-        raise UsageError("--choose least needs --max-forgetting: what an old task may lose")
-    if choose != "most" and not measured:
+    implied = "" if select is not None else " (which --max-forgetting implies)"
+    if select is None:
+        known = "best-mean" if measured else "largest"
+        select = known if max_forgetting is None else "smallest"
+    if select == "smallest" and max_forgetting is None:
+        raise UsageError("--select smallest needs --max-forgetting: what an old task may lose")
+    if select != "largest" and not measured:
         names = f", where NAME is one of {', '.join(old)}" if old else ""
         raise UsageError(
-            f"--choose {choose}{implied} needs held-out data of an old task: give --validation "
-            f"NAME=DATA{names}, or --choose most, which needs none"
+            f"--select {select}{implied} needs held-out data of an old task: give --validation "
+            f"NAME=DATA{names}, or --select largest, which needs none"
         )
-    return choose
+    return select
 
 
 def grid(train: Train, strengths: Sequence[float], steps: int) -> list[Trial]:

@@ -193,12 +193,12 @@ def search_text(search: LambdaSearch) -> str:
     lines = aligned(rows, right_from=0, least=[12, 6, *(9 for _ in rows[0][2:])])
     lines = [line + note for line, note in zip(lines, notes, strict=True)]
     rule = {
-        "mean": "the largest mean score",
-        "least": f"the least whose forgetting stays under {search['max_forgetting']}",
-        "most": f"the largest that keeps 95% of what {search['new_task']} gains",
-    }[search["choose"]]
+        "best-mean": "the largest mean score",
+        "smallest": f"the smallest whose forgetting stays under {search['max_forgetting']}",
+        "largest": f"the largest that keeps 95% of what {search['new_task']} gains",
+    }[search["select"]]
     cost = search["cost"]
-    lines.append(f"λ = {search['ewc_lambda']:g}, by the rule {search['choose']}: {rule}")
+    lines.append(f"λ = {search['ewc_lambda']:g}, by the rule {search['select']}: {rule}")
     lines.append(f"Measured: {search['measured']}")
     lines.append(
         f"The search took {cost['runs']} runs, {cost['steps']:,} steps, {cost['seconds']:.0f} s: "

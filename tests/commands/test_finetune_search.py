@@ -60,7 +60,7 @@ def test_the_winner_is_what_its_lambda_gives_outright(
     search = found["lambda_search"]
     (chosen,) = [trial for trial in search["trials"] if trial["chosen"]]
     assert chosen["ewc_lambda"] == search["ewc_lambda"] == found["ewc_lambda"]
-    assert search["choose"] == "mean"
+    assert search["select"] == "best-mean"
     means = [t["mean"] for t in search["trials"] if t["steps"] == chosen["steps"]]
     assert chosen["mean"] == max(means)
     for trial in search["trials"]:
@@ -101,7 +101,7 @@ def test_every_candidate_starts_from_the_same_state(
             b,
             output_dir=tmp_path / f"{len(strengths)}",
             ewc_lambda=strengths,
-            choose="most",
+            select="largest",
             validation={"b": held},
             **factory,
         )
@@ -128,7 +128,7 @@ def test_without_old_data_penalty_and_outputs_are_measured(
     b = write_task("b", seed=1, count=120)
     found = finetune(learned, b, output_dir=tmp_path / "out", ewc_lambda=[0, 1, 1e6], **FAST)
     search = found["lambda_search"]
-    assert search["choose"] == "most"
+    assert search["select"] == "largest"
     assert "b on 50 examples held out of the training data; no old data" in search["measured"]
     free, mild, stiff = search["trials"]
     assert free["forgetting"] is None
@@ -146,7 +146,7 @@ def test_the_least_lambda_passes_the_gate_and_a_hopeless_one_does_not(
     found = finetune(
         learned, b, output_dir=tmp_path / "out", ewc_lambda=[0, 1e7], max_forgetting=0.05, **common
     )
-    assert found["lambda_search"]["choose"] == "least"
+    assert found["lambda_search"]["select"] == "smallest"
     assert found["ewc_lambda"] == 1e7
     assert set(found["metrics"]["after"]) == {"a"}  # what the gate was held against
     with caplog.at_level(logging.INFO, "consolidate"), pytest.raises(ForgettingError) as caught:
@@ -236,7 +236,7 @@ def test_the_command_prints_the_curve_and_draws_it(
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     code, out, _ = run(capsys, *words, "--json")
     assert code == 0
-    assert json.loads(out)["lambda_search"]["choose"] == "most"
+    assert json.loads(out)["lambda_search"]["select"] == "largest"
     code, out, _ = run(capsys, *words, "--seed", 1)
     assert code == 0
     assert "KL(old‖new)" in out

@@ -8,12 +8,12 @@ from consolidate.training.lambda_search import (
     MOST_EXTENSIONS,
     Trial,
     at_an_end,
-    by_least,
-    by_mean,
-    by_most,
+    best_mean,
     choose_rule,
     coarse_to_fine,
     grid,
+    largest,
+    smallest,
     strength_at,
 )
 from formats.errors import NonFiniteError, UsageError
@@ -57,8 +57,8 @@ class World:
 @pytest.mark.parametrize("drift", [-1.0, 0.0, 0.5])
 def test_auto_comes_near_the_best_wherever_it_lies(best: float, drift: float) -> None:
     world = World(best, drift=drift)
-    trials = coarse_to_fine(world.train, by_mean, STEPS)
-    chosen = by_mean([t for t in trials if t.steps == STEPS])
+    trials = coarse_to_fine(world.train, best_mean, STEPS)
+    chosen = best_mean([t for t in trials if t.steps == STEPS])
     fine = max(World(best).train(10 ** (k / 20), STEPS).mean for k in range(-80, 200))
     assert fine - chosen.mean < 0.005
     assert len(world.trained) == len(set(world.trained)) == len(trials)
@@ -68,14 +68,14 @@ def test_auto_comes_near_the_best_wherever_it_lies(best: float, drift: float) ->
 
 def test_auto_shortens_the_steps_and_says_where_it_looked() -> None:
     world = World(316, drift=0.0)
-    coarse_to_fine(world.train, by_mean, STEPS)
+    coarse_to_fine(world.train, best_mean, STEPS)
     assert [s for s, steps in world.trained if steps == 100] == [10.0**k for k in range(7)]
     assert {steps for _, steps in world.trained} == {100, 200, 800}
     assert {s for s, steps in world.trained if steps == 800} >= {100, 316, 1000}
 
 
 def test_the_least_lambda_under_a_limit_is_found_between_a_failing_and_a_passing_one() -> None:
-    rule = partial(by_least, max_forgetting=0.02)
+    rule = partial(smallest, max_forgetting=0.02)
     world = World(100)
     trials = [t for t in coarse_to_fine(world.train, rule, STEPS) if t.steps == STEPS]
     chosen = rule(trials)
@@ -87,7 +87,7 @@ def test_the_least_lambda_under_a_limit_is_found_between_a_failing_and_a_passing
 
 
 def test_the_most_lambda_is_measured_against_a_run_without_penalty() -> None:
-    rule = partial(by_most, task="new", before=0.1)
+    rule = partial(largest, task="new", before=0.1)
     world = World(100)
     trials = [
         t for t in coarse_to_fine(world.train, rule, STEPS, reference=True) if t.steps == STEPS
@@ -105,23 +105,23 @@ def test_a_search_that_finds_no_end_is_bounded() -> None:
     def flat(strength: float, steps: int) -> Trial:
         return trial(strength, 0.5, 0.5, steps=steps)
 
-    trials = coarse_to_fine(flat, by_mean, STEPS)
+    trials = coarse_to_fine(flat, best_mean, STEPS)
     assert len(trials) == 7 + 3 + 3 + MOST_EXTENSIONS
     whole = [t for t in trials if t.steps == STEPS]
-    assert at_an_end(by_mean(whole).ewc_lambda, whole)
+    assert at_an_end(best_mean(whole).ewc_lambda, whole)
 
 
 def test_large_lambdas_that_diverge_are_passed_over() -> None:
     world = World(100, drift=0.0, breaks=1000)
-    trials = coarse_to_fine(world.train, by_mean, STEPS)
-    assert by_mean([t for t in trials if t.steps == STEPS]).ewc_lambda == 100
+    trials = coarse_to_fine(world.train, best_mean, STEPS)
+    assert best_mean([t for t in trials if t.steps == STEPS]).ewc_lambda == 100
     with pytest.raises(NonFiniteError, match="every λ"):
-        coarse_to_fine(World(100, breaks=0.0).train, by_mean, STEPS)
+        coarse_to_fine(World(100, breaks=0.0).train, best_mean, STEPS)
 
 
 def test_a_short_run_is_not_shortened_further() -> None:
     world = World(100)
-    coarse_to_fine(world.train, by_mean, 10)
+    coarse_to_fine(world.train, best_mean, 10)
     assert {steps for _, steps in world.trained} == {10}
     assert len(world.trained) == len(set(world.trained))
 
@@ -135,56 +135,56 @@ def test_a_list_is_trained_in_order_and_once() -> None:
 
 def test_the_mean_is_over_tasks_and_ties_go_to_the_larger_lambda() -> None:
     trials = [trial(1, 0.5, 0.9), trial(10, 0.8, 0.6), trial(100, 0.1, 0.1), diverged(1000)]
-    assert by_mean(trials).ewc_lambda == 10
+    assert best_mean(trials).ewc_lambda == 10
     assert trials[0].mean == pytest.approx(0.7)
     assert diverged(1).mean == -math.inf
 
 
 def test_where_nothing_stays_under_the_limit_the_largest_is_taken() -> None:
     trials = [trial(1, lost=0.5), trial(10, lost=0.2), trial(100, lost=0.1), diverged(1000)]
-    assert by_least(trials, max_forgetting=0.2).ewc_lambda == 10
-    assert by_least(trials, max_forgetting=0.05).ewc_lambda == 100
-    assert by_least([trial(1, lost=0.9 - 0.87)], max_forgetting=0.03).ewc_lambda == 1
+    assert smallest(trials, max_forgetting=0.2).ewc_lambda == 10
+    assert smallest(trials, max_forgetting=0.05).ewc_lambda == 100
+    assert smallest([trial(1, lost=0.9 - 0.87)], max_forgetting=0.03).ewc_lambda == 1
 
 
 def test_where_nothing_is_gained_the_largest_is_taken() -> None:
-    rule = partial(by_most, task="new", before=0.6)
+    rule = partial(largest, task="new", before=0.6)
     assert rule([trial(0, new=0.5), trial(1, new=0.5), trial(10, new=0.6)]).ewc_lambda == 10
     assert rule([trial(0, new=0.5), trial(1, new=0.4), trial(10, new=0.3)]).ewc_lambda == 10
     assert rule([trial(0, new=1.0), trial(1, new=0.7), trial(10, new=0.8)]).ewc_lambda == 1
 
 
 @pytest.mark.parametrize(
-    ("choose", "validation", "limit", "expected"),
+    ("select", "validation", "limit", "expected"),
     [
-        (None, ["a"], None, "mean"),
-        (None, ["a", "new"], 0.1, "least"),
-        (None, ["new"], None, "most"),
-        (None, [], None, "most"),
-        ("most", ["a"], 0.1, "most"),
-        ("mean", ["a"], 0.1, "mean"),
+        (None, ["a"], None, "best-mean"),
+        (None, ["a", "new"], 0.1, "smallest"),
+        (None, ["new"], None, "largest"),
+        (None, [], None, "largest"),
+        ("largest", ["a"], 0.1, "largest"),
+        ("best-mean", ["a"], 0.1, "best-mean"),
     ],
 )
 def test_the_rule_follows_from_what_can_be_measured(
-    choose: str | None, validation: list[str], limit: float | None, expected: str
+    select: str | None, validation: list[str], limit: float | None, expected: str
 ) -> None:
-    found = choose_rule(choose, old=["a"], validation=validation, max_forgetting=limit)
+    found = choose_rule(select, old=["a"], validation=validation, max_forgetting=limit)
     assert found == expected
 
 
 @pytest.mark.parametrize(
-    ("choose", "limit", "message"),
+    ("select", "limit", "message"),
     [
-        (None, 0.1, "NAME is one of a, or --choose most"),
-        ("mean", None, "needs held-out data of an old task"),
-        ("least", None, "needs --max-forgetting"),
+        (None, 0.1, "NAME is one of a, or --select largest"),
+        ("best-mean", None, "needs held-out data of an old task"),
+        ("smallest", None, "needs --max-forgetting"),
     ],
 )
 def test_rules_that_have_nothing_to_go_by_are_refused(
-    choose: str | None, limit: float | None, message: str
+    select: str | None, limit: float | None, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        choose_rule(choose, old=["a"], validation=["new"], max_forgetting=limit)
+        choose_rule(select, old=["a"], validation=["new"], max_forgetting=limit)
 
 
 def test_strengths_can_be_typed_again() -> None:
