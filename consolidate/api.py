@@ -452,7 +452,7 @@ def run(
     something else now.
 
     Args:
-        path: The run file; docs/run.md tells what it may say.
+        path: The run file; docs/reference/run-file.md tells what it may say.
         output_dir: Where the checkpoints go; as the file says by default.
         dry_run: Only say what would be done or skipped, and why.
         restart: Discard saved progress and start over.

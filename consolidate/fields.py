@@ -19,7 +19,7 @@ R = TypeVar("R")
 class Option:
     """What is known of an option beside its name, type and default."""
 
-    help: str  # for --help, docstrings and docs/options.md; other options are named as flags
+    help: str  # for --help, docstrings and the options page; other options are named as flags
     metavar: str | None = None  # what stands for the value in --help
     choices: tuple[str, ...] = ()
     least: float | None = None  # a number is at least this

@@ -589,7 +589,7 @@ class RunOptions:
 
     path: str | Path = option(
         REQUIRED,
-        "The run file; docs/run.md tells what it may say.",
+        "The run file; docs/reference/run-file.md tells what it may say.",
         argument=True,
         metavar="TASKS.TOML",
     )

@@ -1,4 +1,4 @@
-"""What the commands return, a record for each; docs/json-schema.json is made from these.
+"""What the commands return, a record for each; the JSON Schema of the docs is made from these.
 
 Results are plain dicts, which `--json` writes as they are.
 """
@@ -286,7 +286,7 @@ class RunResult(TypedDict):
 
 
 class Task(TypedDict):
-    """As in the ledger, which docs/format.md specifies, without its layers."""
+    """As in the ledger, which docs/reference/format.md specifies, without its layers."""
 
     name: str
     objective: str

@@ -82,7 +82,7 @@ class Generated:
 
 @dataclass
 class TaskRecord:
-    """One task of the ledger; `docs/format.md` gives every field's meaning and range."""
+    """One task of the ledger; `docs/reference/format.md` gives every field's meaning and range."""
 
     name: TaskName
     objective: Text

@@ -1,4 +1,4 @@
-"""What is written from `consolidate/options.py`: `consolidate/api.py` and docs/options.md."""
+"""What is written from `consolidate/options.py`: `consolidate/api.py` and the options page."""
 
 import inspect
 import re
@@ -38,7 +38,7 @@ OPTIONS = """# Options
 
 Every option of every command, written by `scripts/write_docs`.
 One that is `--learning-rate` on the command line is `learning_rate` in Python, `learning-rate` in
-[a run file](run.md) and in the TOML file that `--config` names, and the variable
+[a run file](run-file.md) and in the TOML file that `--config` names, and the variable
 `CONSOLIDATE_FINETUNE_LEARNING_RATE`. The result of `fisher` and `finetune` is made again where
 an option that changes it has another value, and is up to date otherwise.
 """
@@ -131,7 +131,7 @@ def _default(flat: Flat) -> str:
 
 
 def options_page() -> str:
-    """Return docs/options.md."""
+    """Return docs/reference/options.md."""
     parts = [OPTIONS]
     for name, record in COMMANDS.items():
         kept = name in ("fisher", "finetune")  # whose outputs are left where they are up to date

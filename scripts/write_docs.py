@@ -93,9 +93,9 @@ def _laid_out(value: Any, margin: str = "") -> str:
 
 
 PAGES = {
-    "docs/cli.md": command_line,
-    "docs/json-schema.json": json_schema,
-    "docs/options.md": options_page,
+    "docs/reference/cli.md": command_line,
+    "docs/reference/json-schema.json": json_schema,
+    "docs/reference/options.md": options_page,
     "consolidate/api.py": api_source,
 }
 

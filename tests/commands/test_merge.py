@@ -37,7 +37,7 @@ def tensors(folder: Path, which: str) -> dict[str, torch.Tensor]:
 
 
 def penalty_at(folder: Path, theta: dict[str, torch.Tensor]) -> float:
-    """The stored penalty as `docs/format.md` has it, without λ."""
+    """The stored penalty as `docs/reference/format.md` has it, without λ."""
     stored = read_fisher(folder / "fisher")
     anchor = tensors(folder, "weights" if stored.anchor is None else "anchor")
     fisher = tensors(folder, "fisher")

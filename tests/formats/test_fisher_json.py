@@ -604,7 +604,7 @@ SECOND = json.loads(ledger_bytes(second()))
 
 
 def test_the_worked_example_of_the_specification() -> None:
-    page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "format.md").read_text(encoding="utf-8")
     rows = re.findall(
         r"^\| `(\w+)` \| `(\w+)` \| (\[.*?\]) \| (.*?) \| `([0-9a-f]+)` \|$", page, re.M
     )
@@ -625,7 +625,7 @@ def test_the_worked_example_of_the_specification() -> None:
 
 
 def test_the_specification_lists_the_fields_in_the_order_written() -> None:
-    page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "format.md").read_text(encoding="utf-8")
     tables = [
         re.findall(r"^\| `(\w+)` \|", table, re.M)
         for table in page[page.index("## The ledger") :].split("| field | type | meaning |")[1:]

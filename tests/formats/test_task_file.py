@@ -148,7 +148,7 @@ def test_errors_in_the_data_name_the_file_that_asked(tmp_path):
 
 
 def test_the_documentation_shows_every_key(tmp_path):
-    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs/reference/data.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     shown = set()
     for block in blocks:

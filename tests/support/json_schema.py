@@ -1,11 +1,11 @@
-"""Holds what `--json` wrote against docs/json-schema.json, by the keywords that it uses."""
+"""Checks what `--json` wrote against the JSON Schema of the docs, by the keywords that it uses."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PATH = Path(__file__).resolve().parents[2] / "docs" / "json-schema.json"
+PATH = Path(__file__).resolve().parents[2] / "docs" / "reference" / "json-schema.json"
 SCHEMA = json.loads(PATH.read_text(encoding="utf-8"))
 KNOWN = {"$ref", "anyOf", "type", "enum", "required", "properties", "additionalProperties"}
 KNOWN |= {"items", "minimum", "maximum", "title", "description"}

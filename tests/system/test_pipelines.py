@@ -1,4 +1,4 @@
-"""The examples of docs/pipelines.md, with the real tools where they are installed."""
+"""The examples of docs/how-to/pipelines.md, with the real tools where they are installed."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "docs" / "pipelines"
+EXAMPLES = ROOT / "docs" / "how-to" / "pipelines"
 BIN = Path(sys.executable).parent
 MEASURE = "Measure what the old task needs"
 ENVIRONMENT = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
