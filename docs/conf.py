@@ -1,8 +1,8 @@
 """Sphinx: README.md and docs/ as a site, for `scripts/site`.
 
 The pages are written for GitHub and can be read there as they are. This file adds what Sphinx wants
-beyond that: a table of contents, from the links of docs/README.md, and the files that HTML inside a
-page refers to.
+beyond that: a table of contents, of the pages that can be reached from docs/README.md (Sphinx warns
+of others), and the files that HTML inside a page refers to.
 """
 
 import re
@@ -42,27 +42,34 @@ linkcheck_allow_unauthorized = True  # a page that asks for a login exists
 linkcheck_timeout = 20
 
 
-def listed(index: Path, root: Path) -> list[str]:
-    """List the pages that an index links to, in its order, relative to the root, without suffix."""
-    links = re.findall(r"\]\(([^)\s#:]+)\.md(?:#[^)]*)?\)", index.read_text(encoding="utf-8"))
-    pages = [(index.parent / link).resolve().relative_to(root) for link in links]
-    return [page.as_posix() for page in dict.fromkeys(pages)]
+def reachable(root: Path) -> list[str]:
+    """List the pages that links lead to from the index, the nearest first, without suffix."""
+    found = [INDEX]
+    for name in found:  # which grows
+        page = root / f"{name}.md"
+        for link in re.findall(
+            r"\]\(([^)\s#:]+)\.md(?:#[^)]*)?\)", page.read_text(encoding="utf-8")
+        ):
+            target = (page.parent / f"{link}.md").resolve()
+            other = target.relative_to(root).with_suffix("").as_posix()
+            if other not in found and target.exists():  # else Sphinx warns of the link
+                found.append(other)
+    return found
 
 
 def add_contents(app: Sphinx, document: nodes.document) -> None:
     """Add to the first page a hidden table of contents, which the theme shows at the side."""
     if app.env.docname != root_doc:
         return
-    groups: dict[str, list[str]] = {"": [INDEX]}
-    for page in listed(app.srcdir / f"{INDEX}.md", app.srcdir):
+    groups: dict[str, list[str]] = {}
+    for page in reachable(app.srcdir):
         if page != root_doc:
             folder = page.removeprefix("docs/").split("/")[0]
             groups.setdefault(FOLDERS.get(folder, ""), []).append(page)
-    groups[""] += ["CHANGELOG", "CONTRIBUTING"]
     for caption, pages in groups.items():
         tree = addnodes.toctree(
-            entries=[(None, page) for page in dict.fromkeys(pages)],
-            includefiles=list(dict.fromkeys(pages)),
+            entries=[(None, page) for page in pages],
+            includefiles=pages,
             caption=caption or None,
             rawcaption=caption,
             parent=root_doc,
