@@ -19,7 +19,7 @@ FENCE = re.compile(r"^(`{3,}).*?^\1$", re.DOTALL | re.MULTILINE)
 
 def build(root: Path, output: Path) -> subprocess.CompletedProcess[str]:
     """Do what scripts/site does."""
-    words = "-b html -c docs -W --keep-going -E -a -q -d".split()
+    words = ["-b", "html", "-c", "docs", "-W", "--keep-going", "-E", "-a", "-q", "-d"]
     command = [sys.executable, "-m", "sphinx", *words, output / ".doctrees", ".", output]
     return subprocess.run(command, cwd=root, capture_output=True, text=True)
 
@@ -59,7 +59,9 @@ def test_broken_links_lost_pages_and_lost_pictures_are_errors(tmp_path: Path) ->
     shutil.rmtree(tmp_path / "docs" / "results")
     (tmp_path / "docs" / "alone.md").write_text("# Alone\n")
     with (tmp_path / "docs" / "README.md").open("a", encoding="utf-8") as index:
-        index.write("\n[a](nothing.md) [b](../README.md#nothing)\n\n<img src='no'><img src=\"x.png\">\n")
+        index.write(
+            "\n[a](nothing.md) [b](../README.md#nothing)\n\n<img src='no'><img src=\"x.png\">\n"
+        )
     done = build(tmp_path, tmp_path / "site")
     assert done.returncode == 1
     for words in (
