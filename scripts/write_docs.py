@@ -13,6 +13,7 @@ import msgspec
 from consolidate.cli import cli
 from consolidate.results import RESULTS
 from scripts.option_pages import api_source, options_page
+from scripts.python_page import python_page
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 96
@@ -96,6 +97,7 @@ PAGES = {
     "docs/reference/cli.md": command_line,
     "docs/reference/json-schema.json": json_schema,
     "docs/reference/options.md": options_page,
+    "docs/reference/python.md": python_page,
     "consolidate/api.py": api_source,
 }
 

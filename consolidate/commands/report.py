@@ -18,7 +18,7 @@ from formats.fisher_json import read_ledger
 from formats.hub import FISHER, commits_of, locate
 
 LOG = logging.getLogger("consolidate")
-PICTURES = ("matrix", "curves", "protection", "added", "overlap")
+PICTURES = ("matrix", "curves", "tradeoff", "protection", "added", "overlap")
 
 
 def report(options: ReportOptions) -> ReportResult:
@@ -54,7 +54,9 @@ def report(options: ReportOptions) -> ReportResult:
     for figure in drawn:
         for path in pictures:
             if path.stem == figure.name:
-                content[path] = image([figure.chart], path.suffix[1:], wide=figure.wide)
+                content[path] = image(
+                    [figure.chart], path.suffix[1:], wide=figure.wide, height=figure.height
+                )
     for path, data in content.items():
         write_file(path, data)
     for path in pictures:

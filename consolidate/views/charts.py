@@ -15,7 +15,7 @@ from formats.wording import printable
 
 MARK = "consolidate report"  # in every file that is made here: such a file may be replaced
 INSTALL = "pip install 'consolidate-ewc[plot]'"
-HALF, FULL = 496, 1024  # CSS pixels: beside another picture, and across the page
+HALF, FULL = 440, 908  # CSS pixels: beside another picture, and across the page (8 / 9 of it)
 
 # What a colour is for -> on a light page, on a dark one. Each can be read on `page` and `card`.
 COLORS = {
@@ -33,7 +33,7 @@ SERIES = (
 _DASHES = ("-", (0, (4, 2)), (0, (1.2, 1.8)), (0, (5, 2, 1.2, 2)))
 _LETTER = 7.2  # CSS pixels of a letter; all texts have one size
 _NAME, _HEAD = 26, 18  # letters of a name beside a row, and above a column or in a legend
-_NUMBERED, _NUMBERS = 46, 500  # the least width of a cell with a number in it; the most numbers
+_NUMBERED, _NUMBERS = 42, 500  # the least width of a cell with a number in it; the most numbers
 # What the files say of themselves: nothing of when, so that the same charts give the same bytes.
 _METADATA: Mapping[str, dict[str, str | None]] = {
     "svg": {"Date": None, "Creator": MARK},
@@ -58,6 +58,8 @@ class HeatMap:
     values: Sequence[Sequence[float | None]]
     write: Write
     log: bool = False
+    labels: tuple[str, str] = ("", "")  # of rows and columns
+    scale: str = ""  # what the colours show
 
     @property
     def crowded(self) -> bool:
@@ -65,11 +67,13 @@ class HeatMap:
         return self._cell(HALF) < _NUMBERED
 
     def _cell(self, width: float) -> float:
-        return (width - 24 - _LETTER * max(map(len, shortened(self.rows)))) / len(self.columns)
+        names = _LETTER * max(map(len, shortened(self.rows))) + 18 * bool(self.labels[0])
+        return (width - 24 - names) / len(self.columns)
 
     def _height(self, width: float) -> float:
         rows, heads = len(self.rows), 150 if _turned(self.columns, self._cell(width)) else 80
-        return heads + rows * (15 if rows > 48 else 20 if rows > 12 else 28)
+        rows_height = rows * (15 if rows > 48 else 20 if rows > 12 else 28)
+        return heads + 18 * bool(self.labels[1]) + rows_height
 
     def _draw(self, area: Any, width: float, colors: Colors, dark: bool) -> None:
         from matplotlib import colormaps
@@ -98,11 +102,14 @@ class HeatMap:
         axes.xaxis.tick_top()
         axes.set_yticks(range(m), shortened(self.rows))
         _name_places(axes, range(n), self.columns, cell, "left")
-        shrink = min(160 / (cell * n), 0.5)
+        axes.xaxis.set_label_position("top")
+        axes.set_ylabel(self.labels[0])
+        axes.set_xlabel(self.labels[1], labelpad=6)
+        shrink = min(200 / (cell * n), 0.6)
         place: dict[str, Any] = {"location": "bottom", "anchor": (0, 1), "pad": 0.02}
         bar = area.colorbar(image, ax=axes, shrink=shrink, aspect=14, **place)
         ends = [f"1e{end}" if self.log else self.write(end) for end in (low, high)]
-        bar.set_ticks([0, 1], labels=ends, color=colors["muted"])
+        bar.set_ticks([0, 0.5, 1], labels=[ends[0], self.scale, ends[1]], color=colors["muted"])
         bar.outline.set_visible(False)
 
 
@@ -115,10 +122,15 @@ class Bars:
     rows: Sequence[str]
     values: Sequence[float]
     write: Write
-    crowded = False
+    label: str = ""  # of the values
+
+    @property
+    def crowded(self) -> bool:
+        """Whether nothing is high enough to stand beside it."""
+        return len(self.rows) > 24
 
     def _height(self, width: float) -> float:
-        return 40 + (15 if len(self.rows) > 48 else 20) * len(self.rows)
+        return 40 + 18 * bool(self.label) + (15 if len(self.rows) > 48 else 20) * len(self.rows)
 
     def _draw(self, area: Any, width: float, colors: Colors, dark: bool) -> None:
         low, high = decades(self.values)
@@ -131,17 +143,21 @@ class Bars:
         axes.set_xticks(ticks, [f"1e{power}" for power in powers], color=colors["muted"])
         axes.set_yticks(range(len(lengths)), shortened(self.rows))
         axes.xaxis.tick_top()
+        axes.xaxis.set_label_position("top")
+        axes.set_xlabel(self.label, labelpad=6)
         axes.grid(axis="x")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points in the order of x, with a note at each or none; a guide is a line without dots."""
+    """Points in an order, with a note at each or none; a guide is a line without dots."""
 
     name: str
     points: Sequence[tuple[float, float]]
     notes: Sequence[str] = ()
     guide: bool = False
+    path: bool = False  # along which something moved: its end has a dot
+    color: int | None = None  # which of the series; by default as it comes
 
 
 @dataclass(frozen=True)
@@ -167,38 +183,56 @@ class Lines:
 
     def _height(self, width: float) -> float:
         turned = _turned([name for _, name in self.ticks], self._room(width))
-        return (300 if turned else 240) + 20 * (len(self.lines) // (width // 190))
+        return (290 if turned else 230) + 20 * self._legend_rows(width)
+
+    def _legend_columns(self, width: float) -> int:
+        longest = max((min(len(line.name), _HEAD) for line in self.lines), default=0)
+        return max(int((width - 20) / (_LETTER * longest + 46)), 1)
+
+    def _legend_rows(self, width: float) -> int:
+        named = sum(1 for line in self.lines if line.name)
+        return -(-named // self._legend_columns(width))
 
     def _draw(self, area: Any, width: float, colors: Colors, dark: bool) -> None:
         values = [value for line in self.lines for _, value in line.points]
-        low, high = (min(values), max(values)) if self.zoomed else limits(values)
+        ends = (min(values), max(values)) if self.zoomed else limits(values)
+        marks = even_steps(*ends)
+        low, high = marks[0], marks[-1]
         axes = area.add_subplot(ylim=(-0.03, 1.03), xlabel=plain(self.labels[0], 50))
-        written = [self.write(low * (1 - at / 4) + high * (at / 4)) for at in range(5)]
-        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], written, color=colors["muted"])
-        axes.set_ylabel(self.labels[1])
+        places = [_share(mark, low, high) for mark in marks]
+        axes.set_yticks(places, map(self.write, marks), color=colors["muted"])
+        axes.set_ylabel(plain(self.labels[1], 40))
         axes.grid(axis="y")
         for wall in self.walls:
             axes.axvline(wall, color=colors["grid"], linewidth=0.8, zorder=0)
         if self.walls:
             axes.set_xlim(self.walls[0], self.walls[-1])
         if self.ticks:
-            places, names = zip(*self.ticks, strict=True)
-            _name_places(axes, places, names, self._room(width), "right")
-        dots = all(len(line.points) <= 12 * max(len(self.ticks), 1) for line in self.lines)
+            at, names = zip(*self.ticks, strict=True)
+            _name_places(axes, at, names, self._room(width), "right")
+        else:
+            axes.grid(axis="x")
+            axes.tick_params(axis="x", labelcolor=colors["muted"])
+        few = all(len(line.points) <= 12 * max(len(self.ticks), 1) for line in self.lines)
         drawn = []
         for i, line in enumerate(self.lines):
-            own: dict[str, Any] = {"color": SERIES[dark][i % 8], "linestyle": _DASHES[i // 8 % 4]}
+            which = i if line.color is None else line.color
+            own: dict[str, Any] = {"color": SERIES[dark][which % 8]}
+            own["linestyle"] = _DASHES[which // 8 % 4]
             if line.guide:
                 own = {"color": colors["muted"], "linestyle": ":"}
-            elif dots:
-                own |= {"marker": "o", "markersize": 4, "clip_on": False}
+            elif few or line.path:
+                own |= {"marker": "o", "markersize": 6 if line.path else 4, "clip_on": False}
+            if line.path:
+                own["markevery"] = [len(line.points) - 1]
             points = [(x, _share(value, low, high)) for x, value in line.points]
             drawn += axes.plot(*zip(*points, strict=True), **own)
-            for at, note in zip(points, line.notes, strict=False):
-                axes.annotate(note, at, (4, 5), textcoords="offset points")
-        if any(line.name for line in self.lines):
+            for place, note in zip(points, line.notes, strict=False):
+                axes.annotate(note, place, (4, 5), textcoords="offset points")
+        if self._legend_rows(width):
             blank = " " * len(drawn)  # a name that begins with _ would be left out
-            legend = area.legend(drawn, blank, loc="outside lower left", ncols=width // 190)
+            columns = self._legend_columns(width)
+            legend = area.legend(drawn, blank, loc="outside upper left", ncols=columns)
             for text, line in zip(legend.get_texts(), self.lines, strict=True):
                 text.set_text(plain(line.name, _HEAD))
 
@@ -226,17 +260,31 @@ def write_picture(path: Path, charts: Sequence[Chart], heading: str = "") -> Non
     write_file(path, image(charts, path.suffix.lower()[1:], heading=heading))
 
 
+def natural_height(chart: Chart, *, wide: bool = False) -> float:
+    """Return how many CSS pixels high a chart is drawn."""
+    return chart._height(FULL if wide or chart.crowded else HALF)
+
+
 def image(
-    charts: Sequence[Chart], kind: str, *, wide: bool = False, dark: bool = False, heading: str = ""
+    charts: Sequence[Chart],
+    kind: str,
+    *,
+    wide: bool = False,
+    dark: bool = False,
+    heading: str = "",
+    height: float = 0.0,
 ) -> bytes:
-    """Draw charts beside each other, as svg, pdf or png (two pixels to a CSS pixel)."""
+    """Draw charts beside each other, as svg, pdf or png (two pixels to a CSS pixel).
+
+    They are as high as the highest of them is by itself, and as `height`.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     colors = {name: pair[dark] for name, pair in COLORS.items()}
     widths = [FULL if wide or chart.crowded else HALF for chart in charts]
     heights = [chart._height(width) for chart, width in zip(charts, widths, strict=True)]
-    size = (sum(widths) or HALF) / 96, (max(heights, default=0) + 30 * bool(heading)) / 96
+    size = (sum(widths) or HALF) / 96, (max([height, *heights]) + 30 * bool(heading)) / 96
     metadata = dict(_METADATA[kind])
     title = f"{MARK}: {', '.join(chart.title for chart in charts)}"
     if kind == "svg":
@@ -287,6 +335,19 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
     """Give the ends of a scale for values: 0 and 1 where they are shares."""
     low, high = min(values), max(values)
     return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+
+
+def even_steps(low: float, high: float) -> list[float]:
+    """Give round numbers in equal steps from at most `low` to at least `high`, about five."""
+    extent = high - low
+    if extent == 0:
+        return [low]
+    if not 1e-300 < extent < 1e300 or extent < 1e-9 * max(abs(low), abs(high)):
+        return [low * (1 - at / 4) + high * (at / 4) for at in range(5)]
+    unit = 10.0 ** math.floor(math.log10(extent / 4))
+    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if extent / (unit * factor) <= 4.001)
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def shortened(names: Sequence[str]) -> list[str]:

@@ -10,7 +10,17 @@ from typing import Any
 from consolidate.chain.consistency import side_by_side, side_by_side_text
 from consolidate.results import MatrixSummary, Parameter
 from consolidate.training.accuracy_matrix import Scores, score
-from consolidate.views.charts import Bars, Chart, Curve, HeatMap, Lines, decades, limits, plain
+from consolidate.views.charts import (
+    Bars,
+    Chart,
+    Curve,
+    HeatMap,
+    Lines,
+    decades,
+    limits,
+    natural_height,
+    plain,
+)
 from consolidate.views.markdown import shown
 from formats.fisher_json import Ledger, TaskRecord
 
@@ -34,31 +44,46 @@ class Figure:
     left_out: int = 0  # how many more rows there would be
     note: str = ""
     wide: bool = False  # on a page; else there is another beside it
+    height: float = 0.0  # at least, in CSS pixels: that of the one beside it
 
 
 def figures(
     ledger: Ledger, parameters: Sequence[Parameter], matrix: MatrixSummary | None
 ) -> list[Figure]:
-    """Make those that there are numbers for: matrix, curves, protection, added, overlap."""
+    """Make those that there are numbers for: of the scores, then protection, added, overlap."""
     known = {parameter["name"]: parameter for parameter in parameters}
     groups = layers([name for name in in_order(ledger) if name in known], ROWS)
     tasks = ledger.tasks[-TASKS:]
     added = ("added", "Trace that each task added, per layer", tasks, groups, _trace)
     others = [_protection(known, groups), _by_task(*added, log=True), _overlap(tasks, groups)]
     found = [*score_figures(ledger, matrix), *(figure for figure in others if figure is not None)]
-    placed = []
+    placed: list[Figure] = []
     for crowded, run in groupby(found, key=lambda figure: figure.chart.crowded):
         own = list(run)
         even = [i for i in range(0, len(own), 2) if not isinstance(own[i].chart, HeatMap)]
         alone = [*even, 0][0] if len(own) % 2 else None  # no half of the page stays empty
-        placed += [replace(one, wide=crowded or i == alone) for i, one in enumerate(own)]
+        if crowded:
+            placed += [replace(one, wide=True) for one in own]
+            continue
+        wide = [] if alone is None else [replace(own.pop(alone), wide=True)]
+        pairs = [_side_by_side(*own[i : i + 2]) for i in range(0, len(own), 2)]
+        halves = [figure for pair in pairs for figure in pair]
+        placed += [*halves[:alone], *wide, *halves[alone or 0 :]] if wide else halves
     return placed
 
 
+def _side_by_side(one: Figure, other: Figure) -> tuple[Figure, Figure]:
+    """Draw two as high as the higher one, but none at more than twice its own height."""
+    heights = [natural_height(figure.chart) for figure in (one, other)]
+    both = [min(max(heights), 2 * height) for height in heights]
+    return replace(one, height=both[0]), replace(other, height=both[1])
+
+
 def score_figures(ledger: Ledger, matrix: MatrixSummary | None) -> list[Figure]:
-    """Make the figures of what was measured on the tasks, matrix and curves, as far as known."""
+    """Make the figures of the scores on the tasks, as far as known: matrix, curves, trade-off."""
     merged = side_by_side_text(side_by_side(ledger))
-    found = [None if matrix is None else _matrix(matrix, merged), _curves(ledger)]
+    matrix_figure = None if matrix is None else _matrix(matrix, merged)
+    found = [matrix_figure, _curves(ledger), _trade_off(ledger)]
     return [figure for figure in found if figure is not None]
 
 
@@ -80,16 +105,21 @@ def search_charts(search: Mapping[str, Any]) -> list[Chart]:
     lines.append(Curve(f"chosen: {chosen:g}", [(at, end) for end in limits(known)], guide=True))
     kept, stability = [trial["penalty_per_lambda"] for trial in trials], "½ Σ Λ (θ − μ)²"
     if old:
-        stability = "stability: mean score on old tasks"
+        stability = "mean score on old tasks"
         kept = [sum(own) / len(old) for own in zip(*(scores[name] for name in old), strict=True)]
     notes = [f"{strength:g}{' (chosen)' * (strength == chosen)}" for strength in strengths]
-    trade = Curve("", [*zip(scores[new], kept, strict=True)], notes)
-    over, against = ("λ", "score on held-out data"), (f"plasticity: score on {new}", stability)
+    path = Curve("", [*zip(scores[new], kept, strict=True)], notes)
     said = f"Of {len(trials)} λ, {chosen:g} was chosen."
+    labels = ("λ", "score on held-out data")
     return [
-        Lines("Scores over λ", said, lines, ticks, _number, over),
-        Lines("Stability over plasticity", "", [trade], (), _number, against, zoomed=True),
+        Lines("Scores over λ", said, lines, ticks, _number, labels),
+        trade_off("Stability over plasticity", "", [path], (f"score on {new}", stability)),
     ]
+
+
+def trade_off(title: str, said: str, curves: Sequence[Curve], labels: tuple[str, str]) -> Lines:
+    """Chart what is kept of old tasks against what is learned of the new one."""
+    return Lines(title, said, curves, (), _number, labels, zoomed=True)
 
 
 def in_order(ledger: Ledger) -> list[str]:
@@ -131,7 +161,8 @@ def _matrix(matrix: MatrixSummary, merged: str) -> Figure | None:
     latest = ", ".join(f"{task} {_score(value)}" for task, value in last if value is not None)
     said = f"Scores after each of {len(tasks)} tasks. After the last one: {latest or 'none'}."
     names, values = zip(*named, strict=True)
-    chart = HeatMap("Accuracy matrix", said, names, tasks, values, _score)
+    labels = ("after learning", "score on")
+    chart = HeatMap("Accuracy matrix", said, names, tasks, values, _score, False, labels, "score")
     header = ["after learning", *(f"on {task}" for task in tasks)]
     rows = [[name, *map(_score, row)] for name, row in named]
     return Figure("matrix", chart, header, rows, note=merged)
@@ -139,8 +170,8 @@ def _matrix(matrix: MatrixSummary, merged: str) -> Figure | None:
 
 def _curves(ledger: Ledger) -> Figure | None:
     measured = [task for task in ledger.tasks if task.metrics][-TASKS:]
-    order = [task.name for task in ledger.tasks]
-    order += sorted({name for task in measured for on in task.metrics.values() for name in on})
+    others = sorted({name for task in measured for on in task.metrics.values() for name in on})
+    order = list(dict.fromkeys([*(task.name for task in ledger.tasks), *others]))
     taken = [
         (task.name, when, stage + progress[when], _scores(scores))
         for stage, task in enumerate(measured)
@@ -151,7 +182,7 @@ def _curves(ledger: Ledger) -> Figure | None:
     for _, _, place, found in taken:
         for name, value in found.items():
             points.setdefault(name, {})[place] = value
-    names = [name for name in dict.fromkeys(order) if name in points][:LINES]
+    names = [name for name in order if name in points][:LINES]
     if not any(len(points[name]) > 1 for name in names):
         return None
     table = [
@@ -159,15 +190,44 @@ def _curves(ledger: Ledger) -> Figure | None:
         for task, when, _, found in taken
         if found.keys() & set(names)
     ]
-    lines = [Curve(name, sorted(points[name].items())) for name in names]
+    lines = [Curve(name, sorted(points[name].items()), color=order.index(name)) for name in names]
     ends = [(plain(line.name), line.points[0][1], line.points[-1][1]) for line in lines]
     falls = [f"{name} from {_score(first)} to {_score(last)}" for name, first, last in ends]
     said = f"Scores over {len(measured)} tasks: {', '.join(falls)}."
     ticks = [(stage + 0.5, task.name) for stage, task in enumerate(measured)]
-    labels, walls = ("while learning", ""), range(len(measured) + 1)
-    chart = Lines("Scores while learning", said, lines, ticks, _score, labels, walls)
+    labels, walls = ("task being learned", "score"), range(len(measured) + 1)
+    chart = Lines("Scores during training", said, lines, ticks, _number, labels, walls)
     header = ["learning", "when", *(f"on {name}" for name in names)]
     return Figure("curves", chart, header, table[:LISTED], max(len(table) - LISTED, 0))
+
+
+def _trade_off(ledger: Ledger) -> Figure | None:
+    """Make the figure of each later task's way: its score, and the mean on the tasks before it."""
+    curves, rows = [], []
+    for i, task in list(enumerate(ledger.tasks))[1:][-LINES:]:
+        progress = _progress(task)
+        times = sorted(task.metrics, key=progress.__getitem__)
+        taken = [(when, _scores(task.metrics[when])) for when in times]
+        # The mean is over the same tasks at each point: those that were always measured.
+        earlier = [t.name for t in ledger.tasks[:i] if all(t.name in found for _, found in taken)]
+        points = [
+            (when, found[task.name], _mean([found[name] for name in earlier]))
+            for when, found in taken
+            if earlier and task.name in found
+        ]
+        if len(points) > 1:
+            way = [(x, y) for _, x, y in points]
+            curves.append(Curve(task.name, way, path=True, color=i))
+            rows += [[task.name, when, _score(x), _score(y)] for when, x, y in points]
+    if not curves:
+        return None
+    ends = [(plain(curve.name), curve.points[-1]) for curve in curves]
+    last = ", ".join(f"{name} {_score(x)} and {_score(y)}" for name, (x, y) in ends)
+    said = f"Score on the new task, and mean score on earlier tasks, at the end of each: {last}."
+    labels = ("score on the new task", "mean score on earlier tasks")
+    chart = trade_off("Stability against plasticity", said, curves, labels)
+    header = ["learning", "when", "score on it", "mean score on earlier tasks"]
+    return Figure("tradeoff", chart, header, rows[:LISTED], max(len(rows) - LISTED, 0))
 
 
 def _protection(known: Mapping[str, Parameter], groups: Groups) -> Figure:
@@ -182,7 +242,9 @@ def _protection(known: Mapping[str, Parameter], groups: Groups) -> Figure:
         share = f"{own['trace'] / total:.1%}" if total > 0 else "–"
         return [_number(own["trace"]), share, _number(own["mean"]), _number(own["max"])]
 
-    chart = Bars("Trace of the Fisher per layer", said, [*groups], [*traces.values()], _number)
+    label = "trace of Λ, log scale"
+    values = [*traces.values()]
+    chart = Bars("Trace of the Fisher per layer", said, [*groups], values, _number, label)
     header = ["parameter", "trace of Λ", "share", "mean per weight", "largest"]
     return Figure("protection", chart, header, *_listed(groups, cells))
 
@@ -212,7 +274,10 @@ def _by_task(
     sums = ", ".join(f"{name} {_sum(v or 0.0 for v in own):.3g}" for name, own in columns)
     scale = f"log scale. In all: {sums}" if log else "from 0 to 1"
     said = f"{len(groups)} layers by {len(tasks)} tasks, {scale}."
-    chart = HeatMap(title, said, [*groups], names, values, _short if log else "{:.2f}".format, log)
+    write = _short if log else "{:.2f}".format
+    shades = "trace, log" if log else "overlap"
+    labels = ("", "task")
+    chart = HeatMap(title, said, [*groups], names, values, write, log, labels, shades)
     rows = _listed(groups, lambda name: [_number(measure(task, [name])) for task in tasks])
     return Figure(name, chart, ["parameter", *names], *rows)
 
@@ -253,6 +318,11 @@ def _mean_overlap(task: TaskRecord, names: Iterable[str]) -> float | None:
     weights = [trace / largest if largest > 0 else 1.0 for trace, _ in known]
     pairs = zip(weights, known, strict=True)
     return math.fsum(weight * overlap for weight, (_, overlap) in pairs) / math.fsum(weights)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Give the mean, of halves so that nothing overflows."""
+    return 2 * math.fsum(value / 2 / len(values) for value in values)
 
 
 def _sum(values: Iterable[float]) -> float:

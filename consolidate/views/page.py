@@ -22,7 +22,7 @@ def report_page(name: str, summary: ShowResult, figures: Sequence[Figure]) -> st
     from markupsafe import Markup
 
     def picture(figure: Figure, dark: bool) -> Markup:
-        drawn = image([figure.chart], "svg", wide=figure.wide, dark=dark)
+        drawn = image([figure.chart], "svg", wide=figure.wide, dark=dark, height=figure.height)
         return Markup(f"data:image/svg+xml;base64,{b64encode(drawn).decode()}")
 
     def written(value: Any) -> Any:

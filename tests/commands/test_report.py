@@ -18,8 +18,10 @@ import consolidate
 from consolidate.api import report
 from consolidate.cli import main
 from consolidate.commands.report import PICTURES
-from consolidate.views.charts import MARK
+from consolidate.views.charts import MARK, natural_height
+from consolidate.views.figures import figures
 from formats.errors import InputError, UsageError
+from formats.fisher_json import read_ledger
 from scripts.screenshots import find_chromium, screenshot
 from support import report_checkpoints as checkpoints
 
@@ -160,7 +162,7 @@ def test_the_page_tells_the_chain(tmp_path: Path) -> None:
     for words in ("model", "3 tasks", "18 weights", "ewc, λ = 10", "no penalty", "0.950"):
         assert words in text
     assert r"\n" not in text
-    assert "a column the task it was measured on. Going down" in text
+    assert "the task the score is on. Read a column downwards" in text
     for words in ("1.running_mean", "no gradient", "consolidate0.1.0", "online, γ = 1"):
         assert words in text
 
@@ -225,6 +227,35 @@ def test_no_half_of_a_row_is_empty(page: Path) -> None:
             assert not wide or columns % 2 == 0
             columns += 2 if wide else 1
     assert columns % 2 == 0
+
+
+def test_pictures_beside_each_other_are_equally_high(tmp_path: Path) -> None:
+    folder = checkpoints.chain(tmp_path / "model")
+    found = Page(Path(report(folder, output=tmp_path / "r.html")["report"]).read_text())
+    heights = [
+        float(ElementTree.fromstring(picture).attrib["height"].removesuffix("pt"))
+        for picture in found.pictures("light")
+    ]
+    sections = [section for section in found.all("section") if section["id"] in PICTURES]
+    assert not any("class" in section for section in sections)  # three rows of two
+    assert heights[0] == heights[1]
+    assert heights[4] == heights[5]
+    assert heights[3] < heights[2] < 1.1 * heights[3]  # bars of three layers, twice as high
+
+
+def test_a_picture_is_not_drawn_out(tmp_path: Path) -> None:
+    names = [f"layer{i}" for i in range(24)]
+    metrics = {"before": checkpoints.on(a=0.9, b=0.1), "after": checkpoints.on(a=0.8, b=0.9)}
+    tasks = [
+        checkpoints.task("a", layers=checkpoints.layers(names, 1.0)),
+        checkpoints.task("b", layers=checkpoints.layers(names, 1.0, 0.5), metrics=metrics),
+    ]
+    summary = consolidate.show(checkpoints.write(tmp_path / "m", tasks, names), top=sys.maxsize)
+    ledger = read_ledger(tmp_path / "m" / "fisher" / "fisher.json")
+    found = figures(ledger, summary["parameters"], summary["accuracy_matrix"])
+    one, other = {f.name: f for f in found}["tradeoff"], {f.name: f for f in found}["protection"]
+    assert one.height == pytest.approx(2 * natural_height(one.chart))
+    assert one.height < other.height == natural_height(other.chart)
 
 
 def test_without_matplotlib_the_page_has_its_tables_and_says_what_is_missing(

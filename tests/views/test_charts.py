@@ -23,6 +23,7 @@ from consolidate.views.charts import (
     Lines,
     check_picture,
     decades,
+    even_steps,
     image,
     ink_on,
     limits,
@@ -196,6 +197,41 @@ def test_the_ends_of_scales() -> None:
     assert decades([0.0]) == (-1, 0)
     assert limits([0.2, 0.4]) == (0.0, 1.0)
     assert limits([-3.0, 0.4]) == (-3.0, 0.4)
+
+
+def test_steps_of_a_scale_are_round() -> None:
+    assert even_steps(0.0, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert even_steps(0.768, 0.981) == [0.7, 0.8, 0.9, 1.0]
+    assert even_steps(-12.5, -0.5) == [-15.0, -10.0, -5.0, 0.0]
+    assert even_steps(2.0, 2.0) == [2.0]
+    for low, high in ((-1e308, 1e308), (0.0, 5e-324), (1e9, 1e9 + 1e-6)):
+        steps = even_steps(low, high)
+        assert (steps[0], steps[-1], len(steps)) == (low, high, 5)
+
+
+def test_axes_have_names() -> None:
+    labels = ("trained on", "score on")
+    heat = HeatMap("", "", ["a"], ["b"], [[0.5]], str, False, labels, "score")
+    assert {*labels, "score"} <= set(words(heat))
+    assert "trace" in words(Bars("", "", ["a"], [1.0], str, "trace"))
+    lines = Lines("", "", [Curve("a", [(0.0, 0.0), (1.0, 1.0)])], (), str, labels)
+    assert set(labels) <= set(words(lines))
+
+
+def test_a_legend_is_in_one_row_where_it_fits() -> None:
+    def chart(names: list[str]) -> Lines:
+        lines = [Curve(name, [(0.0, 0.0), (1.0, 1.0)]) for name in names]
+        return Lines("", "", lines, (), str, ("x", "y"))
+
+    def rows(names: list[str]) -> int:
+        root = ElementTree.fromstring(image([chart(names)], "svg"))
+        found = [text for text in root.iter(f"{SVG}text") if text.text in names]
+        assert len(found) == len(names)
+        return len({text.attrib["y"] for text in found})
+
+    assert rows(["task a", "task b", "task c"]) == 1
+    assert rows([f"a task named {i}" for i in range(5)]) == 3
+    assert inside(chart([f"a task whose name is long: {i}" for i in range(5)]))
 
 
 def test_curves_go_through_their_points() -> None:

@@ -35,7 +35,7 @@ def cells(figure: Figure) -> list[str]:
 
 def test_the_figures_of_a_chain(tmp_path: Path) -> None:
     found = drawn(checkpoints.chain(tmp_path / "model"))
-    assert list(found) == ["matrix", "curves", "protection", "added", "overlap"]
+    assert list(found) == ["matrix", "curves", "tradeoff", "protection", "added", "overlap"]
     assert found["matrix"].header == ["after learning", "on a", "on b", "on c"]
     assert found["matrix"].rows == [
         ["a", "0.900", "0.100", "–"],
@@ -45,6 +45,18 @@ def test_the_figures_of_a_chain(tmp_path: Path) -> None:
     assert "After the last one: a 0.600, c 0.950" in found["matrix"].chart.description
     assert found["curves"].rows[1] == ["b", "epoch 1", "0.800", "0.600", "–"]
     assert "a from 0.900 to 0.600" in found["curves"].chart.description
+    assert found["tradeoff"].rows == [
+        ["b", "before", "0.100", "0.900"],
+        ["b", "epoch 1", "0.600", "0.800"],
+        ["b", "epoch 2", "0.800", "0.700"],
+        ["b", "after", "0.800", "0.700"],
+    ]
+    (curves, way) = (found[name].chart for name in ("curves", "tradeoff"))
+    assert isinstance(curves, Lines)
+    assert isinstance(way, Lines)
+    assert way.lines[0].points == [(0.1, 0.9), (0.6, 0.8), (0.8, 0.7), (0.8, 0.7)]
+    colors = {line.name: line.color for line in curves.lines}
+    assert way.lines[0].color == colors["b"] == 1  # a task has one colour
     protection = {row[0]: row[1:] for row in found["protection"].rows}
     assert list(protection) == ["0.weight", "0.bias", "2.weight"]  # as in the weights
     assert protection["0.bias"] == ["12", "33.3%", "2", "2"]
@@ -53,6 +65,21 @@ def test_the_figures_of_a_chain(tmp_path: Path) -> None:
     assert cells(found["added"])[3:6] == ["0.bias, a: 1", "0.bias, b: 20", "0.bias, c: 0"]
     assert found["overlap"].header == ["parameter", "b", "c"]
     assert found["overlap"].rows[0] == ["0.weight", "0.25", "0.75"]
+
+
+def test_the_mean_on_earlier_tasks_is_over_those_that_were_always_measured(tmp_path: Path) -> None:
+    before, after = checkpoints.on(a=0.9, b=0.7, c=0.1), checkpoints.on(a=0.5, c=0.8)
+    tasks = [
+        *(checkpoints.task(name) for name in "ab"),
+        checkpoints.task("c", metrics={"after": after, "step 2": after, "before": before}),
+        checkpoints.task("d", metrics={"after": checkpoints.on(d=0.5)}),
+    ]
+    found = drawn(checkpoints.write(tmp_path / "m", tasks, ["w"]))["tradeoff"]
+    assert found.rows == [
+        ["c", "before", "0.100", "0.900"],
+        ["c", "after", "0.800", "0.500"],
+        ["c", "step 2", "0.800", "0.500"],
+    ]
 
 
 def test_one_task_that_was_only_measured(tmp_path: Path) -> None:
