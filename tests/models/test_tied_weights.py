@@ -393,7 +393,7 @@ def test_what_no_ledger_can_hold_is_refused_before_the_pass(
     monkeypatch.setattr(
         "consolidate.commands.measurement.fisher_diagonal", None
     )  # no pass may begin
-    with pytest.raises(InputError, match=r"'phase': its weight is C64, which has no gradient"):
+    with pytest.raises(InputError, match=r"'phase': its weight is C64, a dtype without gradients"):
         fisher(
             tmp_path / "phase", write_task("old"), model=f"{__name__}:WithPhase", dry_run=dry_run
         )
