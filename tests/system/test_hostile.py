@@ -363,7 +363,7 @@ def test_code_that_a_config_names_is_not_imported(
         typed += ["--objective", "sequence-classification"]
         code, _, err = run(capsys, *typed)
         assert code == 3
-        assert "the code that its auto_map names is not run" in err
+        assert "the code in its auto_map is never run" in err
         assert not (checkpoint / "harm").exists()
     code, _, _ = run(capsys, *arguments("evaluate", checkpoint, data))
     assert code == 0  # by the code that the user named
