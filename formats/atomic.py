@@ -1,12 +1,12 @@
-"""Files and folders that are put in place whole, or not at all.
+"""Files and folders that are replaced atomically: completely, or not at all.
 
-A folder is built as a hidden sibling of its target, ``.NAME.consolidate-new``, and is put in place
-by one system call. Where the file system cannot exchange two folders, the old one is first moved to
-``.NAME.consolidate-old``; which of the three names exist is the journal: it tells `recover` how far
-a killed run came. A mount point cannot be renamed: there the new content is built inside it, and
-the names `_COMMIT` and `_PUBLISH` say which half of the move is under way. A writer holds a lock
-file, so that nobody takes its work for the leavings of a killed run; the system drops the lock when
-the process ends, however it ends.
+A folder is built as a hidden sibling of its target, ``.NAME.consolidate-new``, and is moved into
+place by one system call. Where the file system cannot exchange two folders, the old one is first
+moved to ``.NAME.consolidate-old``; the names that exist are the journal, which shows `recover` how
+far a killed run came. A mount point cannot be renamed: there the new content is built inside it,
+and the names `_COMMIT` and `_PUBLISH` mark the two halves of the move. A writer locks a lock file,
+so that no other process mistakes its work for that of a killed run; the system releases the lock
+when the process ends.
 """
 
 import ctypes
@@ -52,11 +52,11 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
 @contextmanager
 def replace_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Build a folder aside and put it in place whole when the block ends well.
+    """Build a folder beside its target and move it into place when the block succeeds.
 
-    A link to a folder is followed: the folder it points to is replaced. Missing parents are made.
-    On any exception the new content is thrown away and the target stays as it was. A target that
-    holds something is replaced only with `overwrite`, and never the home or the current folder.
+    A link to a folder is followed: the folder it points to is replaced. Missing parents are
+    created. On any exception the new content is discarded and the target is unchanged. A target
+    that is not empty is replaced only with `overwrite`, the home and current folder never.
     """
     place = _Place(target)
     with ExitStack() as cleanup:
@@ -80,9 +80,9 @@ def replace_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def claimed(target: Path) -> Iterator[None]:
-    """Claim a target for the block, however long its work takes before `replace_folder`.
+    """Claim a target for the block, which may work for long before it calls `replace_folder`.
 
-    A process that dies gives its claim up; the file it leaves behind binds nobody.
+    A process that dies releases its claim; the file that it leaves behind is stale and harmless.
     """
     check_target(target, overwrite=True)
     with ExitStack() as cleanup:
@@ -92,11 +92,11 @@ def claimed(target: Path) -> Iterator[None]:
 
 @contextmanager
 def claimed_in_place(folder: Path, part: str) -> Iterator[None]:
-    """Claim a folder of which one part is to be replaced, so that nobody replaces either."""
+    """Claim a folder and the part of it to be replaced, so that no other process replaces them."""
     check_target(folder / part, overwrite=True)
     place = _Place(folder)
     with ExitStack() as cleanup:
-        # Who may not write beside a folder may not replace it either, but may write into it.
+        # Without permission to write beside a folder one cannot replace it, but may write into it.
         if os.access(place.claim.parent, os.W_OK):
             _claim(place, cleanup)
         _claim(_Place(folder / part), cleanup)
@@ -111,9 +111,9 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
 
 
 def recover(target: Path) -> None:
-    """Complete or roll back what a killed `replace_folder` left of this target.
+    """Complete or roll back a killed `replace_folder` of this target.
 
-    Leaves everything alone where another process is at work. Cheap where nothing was left.
+    Does nothing while another process writes the target. Cheap where nothing was left behind.
     """
     place = _Place(target)
     if not any(map(os.path.exists, place.leavings)):
@@ -127,15 +127,15 @@ def recover(target: Path) -> None:
         if os.path.isdir(place.target) and not any(map(os.path.exists, halfway)):
             return
         raise InputError(
-            f"{place.target} was being replaced when a run was killed, and cannot be restored: "
-            f"{error.strerror}. Make its parent folder writable and try again"
+            f"{place.target}: a run was killed while it replaced this folder, which cannot be "
+            f"restored: {error.strerror}; make its parent folder writable and try again"
         ) from error
 
 
 def write_file(path: Path, data: bytes | str) -> None:
-    """Write a file whole: into a temporary sibling, synced, then renamed over the path.
+    """Write a file atomically: into a temporary sibling, synced, then renamed to the path.
 
-    A link is followed, folders above it are made, and text is stored as UTF-8.
+    Links are followed, missing parents are created, and text is stored as UTF-8.
     """
     path = Path(os.path.realpath(path))
     content = data.encode() if isinstance(data, str) else data
@@ -156,20 +156,17 @@ def write_file(path: Path, data: bytes | str) -> None:
 def check_file(path: Path) -> None:
     """Refuse, before the work, a file that could not be written after it."""
     if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file")
+        raise InputError(f"{path} is a folder; name a file")
     _check_parent(path, Path(os.path.realpath(path)))
 
 
 def has_content(target: Path) -> bool:
-    """Return whether a folder is there and holds anything but what this module keeps in it."""
+    """Return whether a folder exists and contains more than the files of this module."""
     return target.is_dir() and any(_is_content(entry.name) for entry in target.iterdir())
 
 
 def partial_path(target: Path, process: int = 0) -> Path:
-    """Name the file beside a target (in it, at a mount point) for what a long run keeps.
-
-    Each of several processes that work together keeps its own.
-    """
+    """Return the file of a process's saved progress beside a target (in it, at a mount point)."""
     place = _Place(target)
     ending = _PARTIAL if process == 0 else f"{_PARTIAL}-{process}"
     if place.mounted:
@@ -178,7 +175,7 @@ def partial_path(target: Path, process: int = 0) -> Path:
 
 
 def final_path(path: Path) -> Path:
-    """Name the place where a path inside a staging folder will end up."""
+    """Return where a path inside a staging folder will be once it is moved into place."""
     inside = re.compile(rf"(?s)\A\.(.+){re.escape(_NEW)}\Z")
     return Path(*(inside.sub(r"\1", part) for part in path.parts if part != _NEW))
 
@@ -192,7 +189,7 @@ def explain_full_disk(place: Path, needed: int) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            sizes = f" ({needed:,} bytes are needed, {free:,} were free)"
+            sizes = f" ({needed:,} bytes needed, {free:,} were free)"
             raise _full(place, sizes) from error
         raise
 
@@ -219,11 +216,11 @@ class _Place:
 class _Lock(Enum):
     TAKEN = "ours"
     BUSY = "held by another process"
-    UNKNOWN = "not known to this file system"
+    UNKNOWN = "not supported by this file system"
 
 
 def _make_parents(target: Path, cleanup: ExitStack) -> None:
-    """Make the missing parents; those that stay empty are removed again."""
+    """Create the missing parents; those that stay empty are removed again."""
     for folder in reversed(target.parents):
         if not folder.exists():
             folder.mkdir(exist_ok=True)
@@ -249,21 +246,23 @@ def _refuse_content(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise InputError(
-            f"{target} already holds {content[0]!r} ({len(content)} entries in all): "
-            "choose another folder, or replace the whole of it with --overwrite"
+            f"{target} is not empty: found {content[0]!r} ({len(content)} entries in all); "
+            "choose another folder, or replace all of it with --overwrite"
         )
     for what, keep in (("your home", os.path.expanduser("~")), ("the current", ".")):
         if Path(os.path.realpath(keep)).is_relative_to(target):
             raise InputError(
-                f"{target} holds {what} folder and will not be replaced; choose another folder"
+                f"{target} contains {what} folder, which is never replaced; choose another folder"
             )
 
 
 def _check_parent(given: Path, place: Path) -> None:
-    """Refuse a place under the nearest folder that is there, if that cannot be written."""
+    """Refuse a place whose nearest existing parent is not a writable folder."""
     parent = next(folder for folder in place.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{given} cannot be made: {parent} is no folder that can be written")
+        raise InputError(
+            f"{given} cannot be created: {parent} is not a writable folder; choose another place"
+        )
 
 
 def _lock_or_refuse(place: _Place, cleanup: ExitStack) -> None:
@@ -272,9 +271,7 @@ def _lock_or_refuse(place: _Place, cleanup: ExitStack) -> None:
         if _lock(place.lock, cleanup) is not _Lock.BUSY:
             return
         time.sleep(0.05)
-    raise InputError(
-        f"{place.target}: another process is writing this folder; wait until it has ended"
-    )
+    raise InputError(f"{place.target}: another process is writing this folder; wait until it ends")
 
 
 def _claim(place: _Place, cleanup: ExitStack) -> None:
@@ -282,10 +279,11 @@ def _claim(place: _Place, cleanup: ExitStack) -> None:
     with _explained(place.target, _FULL | _FORBIDDEN | {errno.ENOENT}):  # as in /proc
         _make_parents(place.claim, cleanup)
         if _lock(place.claim, cleanup) is _Lock.BUSY:
-            holder = place.claim.read_text() or "another one"
+            number = place.claim.read_text()
+            holder = f"process {number}" if number else "another process"
             raise InputError(
-                f"{place.target} is being worked on by process {holder}, which holds "
-                f"{place.claim}: wait until it has ended, or choose another folder"
+                f"{place.target} is in use by {holder}, which has locked {place.claim}; wait until "
+                "it ends, or choose another folder"
             )
         with suppress(OSError):  # where files cannot be locked, or the disk is full
             if place.claim.exists():
@@ -306,7 +304,7 @@ def _lock(path: Path, cleanup: ExitStack) -> _Lock:
                 path.unlink(missing_ok=True)
                 return _Lock.UNKNOWN
             raise
-        # The holder removes the file before it lets go: then this is the lock of nothing.
+        # The holder deletes the file before it releases it: then this locks a deleted file.
         if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
             cleanup.callback(os.close, descriptor)
             cleanup.callback(path.unlink, missing_ok=True)
@@ -320,7 +318,7 @@ def _make_staging(place: _Place) -> None:
             keep = leaving == place.old and not place.target.exists()
             remedy = f"rename it to {place.target.name}" if keep else "remove it"
             raise InputError(
-                f"{leaving} was left by another run; {remedy} if no other run is at work"
+                f"{leaving} was left by another run; {remedy} if no other run is active"
             )
     place.new.mkdir()
     if place.target.is_dir() and not place.mounted:
@@ -361,7 +359,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _settle(place: _Place) -> None:
-    """Bring the target into its old or its new state, whole, and remove everything else."""
+    """Bring the target into its complete old or new state, and remove everything else."""
     target, new, old = place.target, place.new, place.old
     if place.mounted:
         _move_in(target, old)
@@ -370,7 +368,7 @@ def _settle(place: _Place) -> None:
         os.rename(new if new.is_dir() else old, target)
         _sync(target.parent)
     for leaving in (new, old):
-        # What cannot be removed harms nobody but the next writer, which says so.
+        # What cannot be removed affects only the next writer, which reports it.
         shutil.rmtree(leaving, ignore_errors=True)
 
 
@@ -392,7 +390,7 @@ def _move_in(target: Path, old: Path) -> None:
 
 
 def _publishing_order(entry: Path) -> tuple[bool, bool, str]:
-    """Put last what makes a reader take the folder for complete: the index, then the ledger."""
+    """Sort last what makes the folder complete for a reader: the index, then the ledger."""
     ledger = entry.name == "fisher" or entry.name == "fisher.json"
     return ledger, entry.name.endswith(".index.json"), entry.name
 
@@ -444,5 +442,5 @@ def _explained(place: Path, numbers: set[int]) -> Iterator[None]:
 def _full(place: Path, sizes: str) -> InputError:
     return InputError(
         f"{final_path(place)}: the disk or the quota is full{sizes}; "
-        "nothing was changed. Make room or choose another folder"
+        "nothing was changed; free space or choose another folder"
     )

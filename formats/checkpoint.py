@@ -41,11 +41,11 @@ _PACKED = re.compile(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was opened; the values of its weights are read when asked for.
+    """An open checkpoint, whose weights are read on access.
 
-    `path` is a folder or a bare file, `config` empty where there is none; `files` are the weights
-    and their index. `adapter` is ``adapter_config.json`` where the weights are those of an adapter
-    of peft, None where they are a whole model; `base` its base model, once that is known.
+    `path` is a folder or a bare file; `config` is empty without a ``config.json``; `files` are the
+    weights and their index. `adapter` is the ``adapter_config.json`` of a peft adapter, None for a
+    whole model; `base` is the adapter's base model, once that is known.
     """
 
     path: Path
@@ -59,15 +59,18 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint, reading only the headers of its weights where the format allows.
 
-    What a killed run left of the folder is completed or rolled back first.
+    A killed run's replacement of the folder is completed or rolled back first.
     """
     try:
         recover(path)
         if not path.exists():
-            raise InputError(f"{path} does not exist")
+            raise InputError(f"{path} does not exist; check the path")
         is_folder = path.is_dir()
         if not is_folder and path.suffix not in (".safetensors", *PICKLE_SUFFIXES):
-            raise InputError(f"{path} is no checkpoint: expected a folder or {_KINDS}")
+            raise InputError(
+                f"{path} is not a checkpoint: expected a folder or {_KINDS}, found "
+                f"{path.suffix or 'no suffix'}"
+            )
         files = _weight_files(path) if is_folder else (path,)
     except PermissionError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
@@ -79,13 +82,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     weights: Mapping[str, Tensor]
     weights = open_tensors(path, stem) if is_safetensors else open_pickle(last)
     if not weights:
-        raise InputError(f"{last} holds no tensors")
+        raise InputError(f"{last} contains no tensors; save the checkpoint again")
     _refuse_quantized(path, weights, config)
     return Checkpoint(path, weights, config, files, adapter)
 
 
 def is_fisher_alone(folder: Path) -> bool:
-    """Return whether a folder holds ``fisher/``, as a repository may, and no weights beside it."""
+    """Return whether a folder contains ``fisher/`` and no weights, as a repository may."""
     if not (folder / "fisher" / "fisher.json").is_file():
         return False
     weights = (".safetensors", *PICKLE_SUFFIXES)
@@ -114,7 +117,7 @@ def write_checkpoint(
 ) -> None:
     """Write weights and, beside them, all of the source's folder but `_OF_THE_OLD_WEIGHTS`.
 
-    The model card, which tells of the source's weights, is kept where `card` is true.
+    The model card, which describes the source's weights, is copied where `card` is true.
     """
     alone = source.adapter is not None  # peft reads an adapter from one file
     write_tensors(
@@ -171,7 +174,7 @@ def _model_name(folder: Path) -> str:
         models = models or [name for name in names if name.endswith(suffixes)]
         if len(models) > 1:
             raise InputError(
-                f"{folder} holds several models ({', '.join(models[:5])}"
+                f"{folder}: expected one model, found {len(models)} ({', '.join(models[:5])}"
                 f"{', …' if len(models) > 5 else ''}); name one of the files instead of the folder"
             )
         if models:
@@ -181,11 +184,15 @@ def _model_name(folder: Path) -> str:
         for name in adapters:
             if (folder / name).exists():
                 return name
-        raise InputError(f"{folder} has an {ADAPTER_CONFIG}, but no {' or '.join(adapters)}")
+        raise InputError(
+            f"{folder} has an {ADAPTER_CONFIG}, but no {' or '.join(adapters)}; save the adapter "
+            "again"
+        )
     there = sorted(entry.name for entry in folder.iterdir())
     found = ", ".join(there[:8]) + (", …" if len(there) > 8 else "") if there else "nothing"
     raise InputError(
-        f"{folder} holds no model: expected model.safetensors, its index or {_KINDS}; found {found}"
+        f"{folder} contains no model: expected model.safetensors, its index or {_KINDS}, "
+        f"found {found}"
     )
 
 
@@ -195,26 +202,24 @@ def _read_beside(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _refuse_quantized(path: Path, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
-    remedy = "gradients of quantized weights do not exist; use the checkpoint from before that"
+    remedy = "have no gradients; use the checkpoint from before quantization"
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
-            raise InputError(
-                f"{path}: config.json has a {key}, its weights are quantized; {remedy}"
-            )
+            raise InputError(f"{path}: quantized weights (by the {key} in config.json) {remedy}")
     for name in weights:
         dtype = dtype_of(weights, name)
         narrow = dtype.itemsize == 1 and dtype != torch.bool
         is_weight = dtype.is_floating_point or name.rpartition(".")[2].startswith("weight")
         if _PACKED.fullmatch(name) or (narrow and is_weight):
             found = str(dtype).removeprefix("torch.")
-            raise InputError(f"{path}: tensor {name!r} ({found}) is of quantized weights; {remedy}")
+            raise InputError(f"{path}: quantized weights (tensor {name!r} is {found}) {remedy}")
 
 
 def _files_below(root: Path, entry: Path, above: frozenset[Path]) -> Iterator[tuple[Path, Path]]:
     check_link(root, entry)
     real = entry.resolve()
     if real in above or real == root.resolve():
-        raise InputError(f"{entry} is a link to a folder that holds it; remove it")
+        raise InputError(f"{entry} is a link to a folder that contains it; remove the link")
     if entry.is_file():
         yield entry, entry.relative_to(root)
     elif entry.is_dir():

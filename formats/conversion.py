@@ -34,7 +34,7 @@ _STEP = re.compile(r"\.([^.`\[]+)|\[(\d+|\.\.\.)\]")
 
 
 def strict_json(data: bytes) -> Any:
-    """Read JSON in UTF-8; a key twice, NaN, half of a surrogate pair and the like: `ValueError`."""
+    """Read JSON in UTF-8; a duplicate key, NaN or a lone surrogate raises a `ValueError`."""
 
     def no_constant(token: str) -> None:
         raise ValueError(f"{token} is not a JSON number")
@@ -43,7 +43,7 @@ def strict_json(data: bytes) -> Any:
         members: dict[str, Any] = {}
         for name, value in pairs:
             if name in members:
-                raise ValueError(f"the key {shown(name)} stands twice in one object")
+                raise ValueError(f"the key {shown(name)} appears twice in one object")
             members[name] = value
         return members
 
@@ -65,7 +65,7 @@ def json_bytes(content: Any) -> bytes:
 
 
 def converted(content: Any, kind: type[T], source: str, place: str = "$") -> T:
-    """Convert what was read to the type of its fields, which says all that they may be.
+    """Convert parsed content to `kind`, whose field types state all that is allowed.
 
     Raises InputError, or NonFiniteError for a number that is not finite; both name the file
     `source`, the place in it (`$.tasks[0].name`), what was expected and what was found.
@@ -74,14 +74,14 @@ def converted(content: Any, kind: type[T], source: str, place: str = "$") -> T:
         return msgspec.convert(content, kind)
     except msgspec.ValidationError as error:
         text = str(error)
-    told = _MESSAGE.fullmatch(text)
-    assert told is not None
-    path, found = _found(content, kind, told)
+    match = _MESSAGE.fullmatch(text)
+    assert match is not None
+    path, found = _found(content, kind, match)
     where = at(source, place + path)
-    if told["field"] is not None:
-        what = "is missing" if told["missing"] else "is not known"
-        raise InputError(f"{where}: the field {shown(told['field'])} {what}")
-    expected = told["what"].removeprefix("Expected ").partition(", got ")[0]
+    if match["field"] is not None:
+        what = "is missing" if match["missing"] else "is unknown"
+        raise InputError(f"{where}: the field {shown(match['field'])} {what}")
+    expected = match["what"].removeprefix("Expected ").partition(", got ")[0]
     if expected == "Number out of range" or (isinstance(found, float) and not math.isfinite(found)):
         raise NonFiniteError(f"{where}: expected a finite number, found {shown(found)}")
     for theirs, ours in (PATTERNS | _WORDS).items():
@@ -90,30 +90,30 @@ def converted(content: Any, kind: type[T], source: str, place: str = "$") -> T:
 
 
 def at(source: str, place: str) -> str:
-    """Name a place in a file; the whole of it is the file."""
+    """Name a place in a file; `$`, all of it, is the file itself."""
     return source if place == "$" else f"{source}, {place}"
 
 
-def _found(content: Any, kind: Any, told: re.Match[str]) -> tuple[str, Any]:
-    """Give the place that a message of msgspec means, and what stands there."""
+def _found(content: Any, kind: Any, match: re.Match[str]) -> tuple[str, Any]:
+    """Return the place that msgspec's message names, and the value found there."""
     path, value = "", content
     try:
-        for name, index in _STEP.findall(told["path"] or ""):
+        for name, index in _STEP.findall(match["path"] or ""):
             key = name or (
-                _culprit(content, kind, told[0], value) if index == "..." else int(index)
+                _culprit(content, kind, match[0], value) if index == "..." else int(index)
             )
             path += f".{name}" if name else f"[{shown(key)}]"
             value = value[key]
     except (LookupError, TypeError, AttributeError):
         return "", content  # the name of an unknown field can look like a place
-    if told["key"]:
-        return f"{path}, a name", _culprit(content, kind, told[0], value)
+    if match["key"]:
+        return f"{path}, a name", _culprit(content, kind, match[0], value)
     return path, value
 
 
 def _culprit(content: Any, kind: Any, text: str, members: dict[str, Any]) -> str:
-    """Find the member of an object that msgspec refuses, whose name it gives as [...]."""
-    # the members are part of the content: half of them are taken out again and again
+    """Find by bisection the member that msgspec refuses, whose name it gives only as [...]."""
+    # `members` is a part of `content`, so removing half of them changes what msgspec converts
     items = list(members.items())
     while len(items) > 1:
         half = items[: len(items) // 2]

@@ -1,4 +1,4 @@
-"""Task data by name: a file, a folder or a Hub data set becomes rows."""
+"""Task data by name: the rows of a file, a folder or a Hub dataset."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,7 +36,7 @@ def open_data(
     subset: str | None = None,
     revision: str | None = None,
 ) -> Rows:
-    """Open the data of a task: a file, a folder or, by a string that is no path, a Hub data set."""
+    """Open the data of a task: a file or folder, or a Hub dataset if no such path exists."""
     path = Path(spec).expanduser()
     if not path.exists():
         if isinstance(spec, str) and not _looks_like_file(path) and is_hub_id(spec):
@@ -44,19 +44,22 @@ def open_data(
                 return open_hub(spec, split=split, subset=subset, revision=revision)
             except (InputError, NetworkError) as error:
                 raise type(error)(f"{error}{_near(path)}") from error
-        lost = "" if path.parent.is_dir() else f" There is no folder {path.parent}."
-        raise InputError(f"{spec} does not exist.{lost}{_near(path)}")
+        lost = "" if path.parent.is_dir() else f": there is no folder {path.parent}"
+        raise InputError(f"{spec} does not exist{lost}{_near(path) or '; check the path'}")
     for option, value in (("subset", subset), ("revision", revision)):
         if value is not None:
-            raise UsageError(f"{spec} is local; {option} = {value!r} is for data sets on the Hub.")
+            raise UsageError(
+                f"{spec} is local, and {option} is for datasets on the Hub; leave out "
+                f"{option} = {value!r}"
+            )
     try:
         if path.is_dir():
             return _open_folder(path, split)
         if split is not None:
-            raise UsageError(f"{spec} is one file and has no splits; leave out split = {split!r}.")
+            raise UsageError(f"{spec} is a file and has no splits; leave out split = {split!r}")
         return _open_file(path)
     except OSError as error:
-        raise InputError(f"{error.filename or spec} cannot be read: {error.strerror}.") from error
+        raise InputError(f"{error.filename or spec} cannot be read: {error.strerror}") from error
 
 
 def _looks_like_file(path: Path) -> bool:
@@ -66,15 +69,15 @@ def _looks_like_file(path: Path) -> bool:
 
 def _near(path: Path) -> str:
     near = neighbours(path)
-    return f" In {path.parent} there is: {', '.join(near)}." if near else ""
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _open_file(path: Path) -> Rows:
     if (kind := _KINDS.get(path.suffix.lower())) is not None:
         return kind(path)
     raise InputError(
-        f"{path}: the suffix tells the kind of data, and {path.suffix or 'none'!r} is not known. "
-        f"Known: {', '.join(DATA_SUFFIXES)}, or a folder of images by class."
+        f"{path}: unknown kind of data: expected one of {', '.join(DATA_SUFFIXES)}, or a folder of "
+        f"images by class, found {path.suffix or 'no suffix'}"
     )
 
 
@@ -97,7 +100,7 @@ def _open_folder(folder: Path, split: str | None) -> Rows:
         splits = [entry.name for entry in inner]
     if len(splits) > 1:
         names = ", ".join(splits)
-        raise InputError(f"{folder} holds several splits. Set split to one of: {names}.")
+        raise InputError(f"{folder} contains several splits; set split to one of: {names}")
     if files:
         return _open_files(folder, files)
     if splits:
@@ -107,13 +110,13 @@ def _open_folder(folder: Path, split: str | None) -> Rows:
         return ImageFolderRows(folder, classes)
     if any(is_image(entry) for entry in entries):
         raise InputError(
-            f"{folder} holds images but no class folders. Put the images of each class into "
-            "a folder with the name of the class."
+            f"{folder} contains images but no class folders; put the images of each class into a "
+            "folder with the name of the class"
         )
     found = ", ".join(entry.name for entry in entries[:8]) or "nothing"
     raise InputError(
-        f"{folder} holds no data; found: {found}. Expected files of one kind "
-        f"({', '.join(DATA_SUFFIXES)}) or one folder of images for each class."
+        f"{folder} contains no data: expected files of one kind ({', '.join(DATA_SUFFIXES)}) or "
+        f"one folder of images for each class, found {found}"
     )
 
 
@@ -129,8 +132,8 @@ def _open_split(folder: Path, split: str, files: Sequence[Path], inner: Sequence
         return _open_files(folder, chosen)
     names = ", ".join([*(file.name for file in files), *(entry.name for entry in inner)])
     raise InputError(
-        f"{folder} has no split {split!r}: no folder of that name, no files that begin with it. "
-        f"Found: {names or 'nothing'}."
+        f"{folder} has no split {split!r}: expected a folder of that name or files that begin with "
+        f"it, found {names or 'nothing'}"
     )
 
 
@@ -138,7 +141,7 @@ def _open_files(folder: Path, files: Sequence[Path]) -> Rows:
     kinds = sorted({file.suffix.lower() for file in files})
     if len(kinds) > 1:
         raise InputError(
-            f"{folder} holds files of several kinds ({', '.join(kinds)}). Name one of them, or put "
-            "the files of one kind into a folder of their own."
+            f"{folder} contains files of several kinds ({', '.join(kinds)}); name one file, or put "
+            "the files of one kind into a separate folder"
         )
     return JoinedRows(folder, [_open_file(file) for file in files])

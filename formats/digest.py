@@ -1,4 +1,4 @@
-"""SHA-256 digests of tensors and of sets of tensors, and what differs between two sets."""
+"""SHA-256 digests of tensors and of sets of tensors, and the differences of two sets."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ _CHUNK = 1 << 26
 
 
 class TensorRecord(Struct, frozen=True, forbid_unknown_fields=True):
-    """What identifies a stored tensor besides its name; the dtype is named as in safetensors."""
+    """A stored tensor's dtype, named as in safetensors, its shape and its digest."""
 
     dtype: Annotated[str, whole("[A-Z][A-Z0-9_]{0,15}", "a safetensors dtype such as F32")]
     shape: tuple[Natural, ...]
@@ -104,7 +104,7 @@ def json_digest(content: Any) -> str:
 def differences(
     expected: Mapping[str, TensorRecord], found: Mapping[str, TensorRecord]
 ) -> list[str]:
-    """Say how two sets of tensors differ, a line for each tensor that does, extra ones last."""
+    """Describe how two sets of tensors differ, one line per tensor, unexpected ones last."""
     unclaimed: dict[TensorRecord, list[str]] = {}
     for name in found:
         if name not in expected:
@@ -113,7 +113,7 @@ def differences(
     for name, record in expected.items():
         if (there := found.get(name)) is None:
             if namesakes := unclaimed.get(record):
-                lines.append(f"{name!r} is named {namesakes.pop(0)!r} here, with the same bytes")
+                lines.append(f"{name!r} is stored as {namesakes.pop(0)!r}, with the same bytes")
             else:
                 lines.append(f"{name!r} is missing")
         elif there.shape != record.shape:

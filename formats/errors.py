@@ -1,22 +1,22 @@
-"""The errors a user can meet, each with the exit code its command leaves with."""
+"""The errors that users see, each with the exit code of its command."""
 
 from typing import Any
 
 
 class ConsolidateError(Exception):
-    """A fault told in one or two plain lines; exit code 1 unless a subclass says otherwise."""
+    """An error with a message of one or two lines; exit code 1 unless a subclass has another."""
 
     exit_code = 1
 
 
 class UsageError(ConsolidateError):
-    """What was asked for contradicts itself or cannot be done."""
+    """Options that contradict each other, or that cannot be satisfied."""
 
     exit_code = 2
 
 
 class InputError(ConsolidateError):
-    """A file, a tensor, a row or a disk that does not fit."""
+    """A file, tensor or row that is missing, damaged or unsuitable, or a full disk."""
 
     exit_code = 3
 
@@ -28,10 +28,10 @@ class NonFiniteError(ConsolidateError):
 
 
 class ForgettingError(ConsolidateError):
-    """An old task lost more than `--max-forgetting` allows.
+    """An earlier task lost more than `--max-forgetting` allows.
 
     Attributes:
-        result: What the run returns otherwise, with the status ``forgot too much``.
+        result: The run's result, with the status ``forgot too much``.
     """
 
     exit_code = 5
@@ -42,13 +42,13 @@ class ForgettingError(ConsolidateError):
 
 
 class NetworkError(ConsolidateError):
-    """The network or a remote server failed; trying again may help."""
+    """The network or a remote server failed; a retry may succeed."""
 
     exit_code = 75
 
 
 class PeerError(ConsolidateError):
-    """Another process of the same run failed, with this exit code; it tells what went wrong."""
+    """Another process of the same run failed with this exit code, and reports the reason."""
 
     def __init__(self, exit_code: int, message: str = ""):
         super().__init__(message)

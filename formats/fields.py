@@ -1,4 +1,4 @@
-"""Types of the fields of files, with what they may be; msgspec converts to them."""
+"""Types of the fields of files, with their constraints; msgspec converts to them."""
 
 import sys
 from typing import Annotated
@@ -6,13 +6,13 @@ from typing import Annotated
 from msgspec import Meta
 
 PATTERNS: dict[str, str] = {}
-"""What a message says in place of msgspec's words for a pattern."""
+"""The words that replace msgspec's description of a pattern in a message."""
 
 _MOST = sys.float_info.max
 
 
 def whole(pattern: str, words: str) -> Meta:
-    """Constrain a string to match a pattern from end to end, which `words` tell in a message."""
+    """Constrain a string to match all of a pattern, which `words` describe in a message."""
     meta = Meta(pattern=rf"\A(?:{pattern})\Z")
     PATTERNS[f"`str` matching regex {meta.pattern!r}"] = words
     return meta

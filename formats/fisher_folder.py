@@ -39,10 +39,10 @@ METADATA_KEY = FORMAT
 
 @dataclass(frozen=True)
 class StoredFisher:
-    """A Fisher folder that was opened: its ledger, and its tensors, read one by one when asked for.
+    """An open Fisher folder: its ledger, and its tensors, each read on access.
 
-    `fisher` is Λ by the names of the weights file, `anchor` μ by the same names or None where it is
-    the weights, `factors` matrices by the names of the ledger's blocks, `heads` are by task.
+    `fisher` is Λ by the names of the weights file; `anchor` is μ by the same names, None where it
+    equals the weights; `factors` are matrices by the ledger's block names; `heads` are by task.
     """
 
     folder: Path
@@ -64,22 +64,23 @@ def write_fisher(
     dtype: torch.dtype = torch.float32,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Ledger:
-    """Write a Fisher folder; nothing is written before everything has been checked.
+    """Write a Fisher folder after checking all of it, and return the ledger as written.
 
-    Λ and factors are stored in `dtype`, float32 or bfloat16, an anchor in float32. All records of
-    tensors but those of the weights are measured here; returns the ledger as written.
+    Λ and factors are stored in `dtype`, float32 or bfloat16, an anchor in float32. The records of
+    all tensors but the weights are computed here.
     """
     heads = heads or {}
     if dtype_name(dtype) not in FISHER_DTYPES:
         raise InputError(
-            f"a Fisher is stored as {' or '.join(FISHER_DTYPES)}, not as {dtype_name(dtype)}"
+            f"a Fisher is stored as {' or '.join(FISHER_DTYPES)}, not as {dtype_name(dtype)}; "
+            "choose another dtype"
         )
     if lost := ledger.heads.keys() - heads.keys():
         raise InputError(
-            f"the ledger has an output layer of the task {min(lost)!r}, but none was given"
+            f"the ledger lists a head of task {min(lost)!r}, but `heads` has none; pass its tensors"
         )
     if factors is None and ledger.factors is not None:
-        raise InputError("the ledger has factors, but none were given")
+        raise InputError("the ledger lists factors, but `factors` is None; pass their tensors")
     where = final_path(folder)
     what = f"{where}: the factor"
     ledger = replace(
@@ -116,29 +117,32 @@ def write_fisher(
 
 
 def read_fisher(folder: str | Path) -> StoredFisher:
-    """Open a Fisher folder: the ledger, and the headers of every tensor file against it.
+    """Open a Fisher folder, and check the headers of its tensor files against its ledger.
 
-    Values are neither read nor checked here: `verify` does that.
+    Values are neither read nor checked; `verify` does that.
 
     Args:
         folder: ``CHECKPOINT/fisher``.
 
+    Returns:
+        The ledger, and Λ, μ, factors and heads by name, each tensor read on access.
+
     Raises:
         InputError: The folder or a file is missing, a file does not belong, the version is unknown,
-            or names, shapes, dtypes or metadata are not what the ledger says.
+            or names, shapes, dtypes or metadata differ from the ledger.
         NonFiniteError: A number of the ledger overflows to infinity.
     """
     folder = Path(folder)
     recover(folder)
     if not folder.parent.is_dir():
-        found = "a file, not a checkpoint's folder" if folder.parent.exists() else "no such folder"
-        raise InputError(f"{folder.parent}: {found}")
+        found = "a file" if folder.parent.exists() else "nothing"
+        raise InputError(f"{folder.parent}: expected a checkpoint folder, found {found}")
     if not folder.is_dir():
         raise InputError(
-            f"{folder} is not there: the checkpoint has no Fisher; measure one with "
+            f"{folder} does not exist: the checkpoint has no Fisher; measure it with "
             "`consolidate fisher`"
         )
-    if folder.name == "fisher":  # one of another name is what the user typed
+    if folder.name == "fisher":  # a user who typed another name may well mean a link
         check_link(folder.parent, folder)
     check_link(folder, folder / LEDGER_NAME)
     ledger = read_ledger(folder / LEDGER_NAME)
@@ -159,7 +163,7 @@ def read_fisher(folder: str | Path) -> StoredFisher:
 
 
 def tensor_sets(stored: StoredFisher) -> Iterator[tuple[str, TensorFiles, dict[str, TensorRecord]]]:
-    """Give every set of tensors of the folder: its kind, the tensors and the ledger's records."""
+    """Yield every set of tensors of the folder: its kind, the tensors and the ledger's records."""
     for kind in ("fisher", "anchor", "factors"):
         if (tensors := getattr(stored, kind)) is not None:
             yield kind, tensors, getattr(stored.ledger, kind)
@@ -171,7 +175,7 @@ def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: st
     """Refuse a Fisher that was measured at other weights; every byte of the weights is read."""
     if lines := differences(stored.ledger.weights, weight_records(weights)):
         raise InputError(
-            f"{stored.folder / LEDGER_NAME} belongs to other weights than {where}: "
+            f"{stored.folder / LEDGER_NAME} does not belong to the weights of {where}: "
             f"{in_one_line(lines, 2)}; measure the Fisher of these weights with "
             "`consolidate fisher`"
         )
@@ -180,7 +184,7 @@ def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: st
 def check_intact(
     stored: StoredFisher, *, kinds: Collection[str] = ("fisher", "anchor", "factors", "head")
 ) -> None:
-    """Refuse tensors of the folder whose bytes are not those of the ledger; all are read."""
+    """Refuse tensors of the folder whose bytes differ from the ledger's digests; all are read."""
     for kind, tensors, records in tensor_sets(stored):
         if kind in kinds and (lines := differences(records, weight_records(tensors))):
             raise InputError(
@@ -196,7 +200,7 @@ def in_one_line(lines: list[str], most: int = 5) -> str:
 
 
 def file_metadata(kind: str, version: int, weights_digest: str) -> dict[str, str]:
-    """Give the one metadata entry of a tensor file of this kind, as `tensor_sets` names them."""
+    """Return the one metadata entry of a tensor file; `tensor_sets` names the kinds."""
     content = {"kind": kind, "version": version, "weights": weights_digest}
     return {METADATA_KEY: json.dumps(content, separators=(",", ":"))}
 
@@ -204,28 +208,30 @@ def file_metadata(kind: str, version: int, weights_digest: str) -> dict[str, str
 def check_values(
     tensor: Tensor, where: str, *, not_negative: bool = False, symmetric: bool = False
 ) -> None:
-    """Refuse values that are not finite, or in a Fisher negative, or in a factor not symmetric."""
+    """Refuse values that are not finite, negative in a Fisher, or asymmetric in a factor."""
     if not tensor.is_floating_point():
         return
     # float8 has no isfinite of its own.
     values = tensor if tensor.element_size() > 1 else tensor.float()
     if not_finite := values.numel() - int(torch.isfinite(values).count_nonzero()):
-        raise NonFiniteError(f"{where} has {not_finite} of {values.numel()} values NaN or infinite")
+        raise NonFiniteError(
+            f"{where} has {not_finite} of {values.numel()} values NaN or infinite; measure it again"
+        )
     if not_negative and (negative := int((values < 0).count_nonzero())):
         raise InputError(
-            f"{where} has {negative} of {values.numel()} values below 0, "
-            "which no sum of squares can be"
+            f"{where} has {negative} of {values.numel()} values below 0, which a sum of squares "
+            "cannot be; measure it again"
         )
     if symmetric and not (values.ndim == 2 and torch.equal(values, values.T)):
-        raise InputError(f"{where} is not symmetric")
+        raise InputError(f"{where} is not symmetric; measure it again")
     if symmetric and bool((values.diagonal() < 0).any()):
-        raise InputError(f"{where} has values below 0 on its diagonal")
+        raise InputError(f"{where} has values below 0 on its diagonal; measure it again")
 
 
 def _measured(
     tensors: Mapping[str, Tensor], dtype: torch.dtype | None, what: str, **checks: bool
 ) -> dict[str, TensorRecord]:
-    """Record each tensor as it will be stored, and refuse values that may not be."""
+    """Record each tensor as it will be stored, and refuse forbidden values."""
     records = {}
     for name, tensor in tensors.items():
         stored = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
@@ -235,7 +241,7 @@ def _measured(
 
 
 def _check_files(stored: StoredFisher) -> None:
-    """Refuse files that the format does not know, but for hidden ones."""
+    """Refuse files that the format does not know, except hidden ones."""
     folder, heads = stored.folder, stored.folder / "heads"
     expected = {folder / LEDGER_NAME, *(heads / f"{task}.safetensors" for task in stored.heads)}
     found = list(folder.iterdir())
@@ -248,8 +254,8 @@ def _check_files(stored: StoredFisher) -> None:
     for file in sorted(found):
         if file not in expected and not file.name.startswith("."):
             raise InputError(
-                f"{file} does not belong in a Fisher folder, or its ledger does not know of it: "
-                "move it elsewhere"
+                f"{file} is not part of the Fisher folder: its ledger does not list it; move it "
+                "elsewhere"
             )
 
 
@@ -261,8 +267,8 @@ def _file_names(stem: str, tensors: TensorFiles) -> set[str]:
     for name in sorted(names):
         if not shard.fullmatch(name):
             raise InputError(
-                f"{tensors.path / name}: a shard is named {stem}-0000i-of-0000n.safetensors, "
-                f"and {stem}.safetensors.index.json names another"
+                f"{tensors.path}: {stem}.safetensors.index.json: expected shards named "
+                f"{stem}-0000i-of-0000n.safetensors, found {name}; fetch or save the folder again"
             )
     return names | {f"{stem}.safetensors.index.json"}
 
@@ -280,15 +286,16 @@ def _check_metadata(file: Path, expected: str) -> None:
         for name, value in json.loads(expected).items():
             if isinstance(content, dict) and content.get(name) != value:
                 raise InputError(
-                    f"{file}, metadata: {name} is {content.get(name)!r}, and {LEDGER_NAME} "
-                    f"asks for {value!r}: the files come from different runs"
+                    f"{file}, metadata: expected {name} {value!r} as in {LEDGER_NAME}, found "
+                    f"{content.get(name)!r}: the files come from different runs; measure the "
+                    "Fisher again, or fetch it again"
                 )
     if found != expected:
         raise InputError(f"{file}, metadata: expected {expected}, found {found[:200]!r}")
 
 
 def _check_headers(tensors: TensorFiles, records: Mapping[str, TensorRecord]) -> None:
-    """Compare names, dtypes and shapes, which the headers give without any value being read."""
+    """Compare names, dtypes and shapes, which the headers give without reading any value."""
     headers = {
         name: TensorRecord(
             dtype_name(tensors.dtype(name)),
@@ -302,4 +309,4 @@ def _check_headers(tensors: TensorFiles, records: Mapping[str, TensorRecord]) ->
         path = tensors.files[0] if len(tensors.files) == 1 else tensors.path
         if extra is not None:
             path = tensors.file_of(extra)
-        raise InputError(f"{path} does not hold what {LEDGER_NAME} lists: {in_one_line(lines)}")
+        raise InputError(f"{path} does not match {LEDGER_NAME}: {in_one_line(lines)}")

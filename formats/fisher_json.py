@@ -1,4 +1,4 @@
-"""The ledger of a Fisher folder, `fisher.json`: what was measured and merged, and every digest."""
+"""The ledger of a Fisher folder, `fisher.json`: tasks, merging and the digest of every tensor."""
 
 import math
 import re
@@ -19,18 +19,18 @@ from formats.wording import shown
 FORMAT = "consolidate-fisher"
 VERSIONS = (1, 2)
 MAX_LEDGER_BYTES = 128 * 2**20
-MAX_TASKS = 4096  # what is drawn of them grows with their square
+MAX_TASKS = 4096  # the tables and figures of a chain grow with the square of its tasks
 ESTIMATORS = ("exact", "mc", "empirical", "batched")
 FISHER_DTYPES = ("F32", "BF16")
 PARAMETER_DTYPES = ("BF16", "F16", "F32", "F64")
 SAME_AS = "the same tensor as "
-"""How the reason begins of a tensor that the weights file stores again under a second name."""
+"""Start of the reason given for a tensor that the weights file stores under a second name."""
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SETS = ("weights", "fisher", "anchor", "factors")
 _SECOND = ("factors", "blocks", "generated", "description")
 _ABSENT = ("penalty_on", "parent", "made_from", "base", *_SECOND)
-"""Fields that a file does not have where they are None; all others it has, null or not."""
+"""Fields that are left out of a file where they are None; all others are always present."""
 
 
 def _one_of(*choices: str) -> Meta:
@@ -59,7 +59,7 @@ DataName = Annotated[
 
 @dataclass
 class LayerRecord:
-    """One task's Fisher of one parameter: its trace, and its overlap with what came before."""
+    """One task's Fisher of one parameter: its trace, and its overlap with the earlier tasks."""
 
     trace: NotNegative
     overlap: Share | None = None
@@ -67,7 +67,7 @@ class LayerRecord:
 
 @dataclass
 class Generated:
-    """How a task's data were generated, where the model wrote them itself."""
+    """How a task's data were generated, where the model generated them."""
 
     sequences: Count
     max_length: Count
@@ -89,7 +89,7 @@ class TaskRecord:
     likelihood: Text
     labels: list[str] | None
     unit: Annotated[str, _one_of("example", "token")]
-    examples: Count | None  # None where it was trained and not measured, as the next two are
+    examples: Count | None  # None, as the next two, for a task that was trained and not measured
     units: Count | None
     estimator: Annotated[str, _one_of(*ESTIMATORS)] | None
     mc_samples: Count | None
@@ -109,7 +109,7 @@ class TaskRecord:
 
 
 class Block(Struct, frozen=True, forbid_unknown_fields=True):
-    """A square matrix of the factor files: which one, of what, over which of their dimensions."""
+    """A square matrix of the factor files: its kind, its parameters and their dimensions."""
 
     matrix: Annotated[str, _one_of("A", "R", "G")]
     dims: Annotated[tuple[Natural, ...], Meta(min_length=1)]
@@ -118,7 +118,7 @@ class Block(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass
 class Ledger:
-    """The whole ledger; `weights`, `fisher` and their like record every tensor beside it."""
+    """The whole ledger; `weights`, `fisher` and so on record every tensor beside it."""
 
     tasks: Annotated[list[TaskRecord], Meta(min_length=1, max_length=MAX_TASKS)]
     merge_rule: Annotated[str, _one_of("online", "separate")] = "online"
@@ -143,16 +143,16 @@ class _TensorSet(Struct, forbid_unknown_fields=True):
 
 
 def check_task_name(name: str) -> None:
-    """Refuse a name that cannot be a task's with an InputError that shows it."""
+    """Refuse an invalid task name with an InputError that shows it."""
     if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
         raise InputError(
-            f"{shown(name)} cannot name a task: a name is 1 to 64 of the letters A-Z a-z, digits, "
-            "'.', '_' and '-', and begins with a letter or a digit"
+            f"{shown(name)} is not a task name: expected 1 to 64 letters A-Z a-z, digits, '.', '_' "
+            "and '-', beginning with a letter or a digit"
         )
 
 
 def copies(ledger: Ledger) -> dict[str, str]:
-    """Give each name under which the weights file stores a tensor again, with the one for both."""
+    """Map each second name of a tensor in the weights file to its first name."""
     return {
         name: first
         for name, why in ledger.unprotected.items()
@@ -161,7 +161,7 @@ def copies(ledger: Ledger) -> dict[str, str]:
 
 
 def needed_version(ledger: Ledger) -> int:
-    """Give the version of the format that a ledger is written in: 1 wherever that can hold it."""
+    """Return the format version that a ledger is written in: 1 unless it needs a field of 2."""
     records = (ledger, *ledger.tasks)
     given = any(getattr(record, name, None) is not None for record in records for name in _SECOND)
     return 2 if given or any(task.estimator is None for task in ledger.tasks) else 1
@@ -170,7 +170,7 @@ def needed_version(ledger: Ledger) -> int:
 def ledger_bytes(ledger: Ledger, source: str = "fisher.json") -> bytes:
     """Serialize a ledger: UTF-8 JSON, two spaces of indent, a newline at the end, no timestamps.
 
-    The same content gives the same bytes; what could not be read back is refused as when read.
+    The same content gives the same bytes; a ledger that could not be read back is refused.
     """
     try:
         checked = _to_ledger(_to_json(ledger), source)
@@ -187,7 +187,7 @@ def parse_ledger(data: bytes, source: str = "fisher.json") -> Ledger:
     try:
         return _to_ledger(strict_json(data), source)
     except RecursionError:
-        raise InputError(f"{source} is not a ledger: its JSON is nested too deeply") from None
+        raise InputError(f"{source} is not a ledger: the JSON is nested too deeply") from None
     except ValueError as error:
         raise InputError(f"{source} is not a ledger: {error}") from None
 
@@ -196,7 +196,10 @@ def read_ledger(path: Path) -> Ledger:
     """Read the ledger in a file, as `parse_ledger` does."""
     try:
         if not path.is_file():
-            raise InputError(f"{path} is not there, or is no plain file: it should be the ledger")
+            raise InputError(
+                f"{path}: expected the ledger, found no regular file; measure the Fisher with "
+                "`consolidate fisher`, or fetch it again"
+            )
         with path.open("rb") as file:
             data = file.read(MAX_LEDGER_BYTES + 1)
     except OSError as error:
@@ -207,7 +210,7 @@ def read_ledger(path: Path) -> Ledger:
 def _check_size(data: bytes, source: str) -> None:
     if len(data) > MAX_LEDGER_BYTES:
         most = MAX_LEDGER_BYTES // 2**20
-        raise InputError(f"{source} is larger than the {most} MiB a ledger may have")
+        raise InputError(f"{source} is too large: expected a ledger of at most {most} MiB")
 
 
 def _to_json(ledger: Ledger) -> dict[str, Any]:
@@ -235,12 +238,12 @@ def _to_json(ledger: Ledger) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Give what numpy and torch derive from a type as that type."""
+    """Convert a subclass of str, float or tuple, as numpy and torch have, to its base type."""
     kinds: tuple[type[Any], ...] = (str, float, tuple)
     for kind in kinds:
         if isinstance(value, kind):
             return kind(value)
-    raise ValueError(f"it holds a {type(value).__name__}")
+    raise ValueError(f"expected only types of JSON, found {type(value).__name__}")
 
 
 def _set_to_json(records: Mapping[str, TensorRecord], content: dict[str, Any]) -> dict[str, Any]:
@@ -249,14 +252,12 @@ def _set_to_json(records: Mapping[str, TensorRecord], content: dict[str, Any]) -
 
 def _to_ledger(content: Any, source: str) -> Ledger:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(
-            f'{source} is not a ledger of this tool: it should hold "format": "{FORMAT}".'
-        )
+        raise InputError(f'{source} is not a ledger of consolidate: expected "format": "{FORMAT}"')
     version = content.get("version")
     if type(version) is not int or version not in VERSIONS:
         raise InputError(
-            f"{source} has version {shown(version)} of the format, and this program reads "
-            f"versions {VERSIONS[0]} and {VERSIONS[1]}: a newer release may read it"
+            f"{source}: expected format version {VERSIONS[0]} or {VERSIONS[1]}, found "
+            f"{shown(version)}; try a newer release of consolidate"
         )
     content = {name: value for name, value in content.items() if name not in ("format", "version")}
     _check_fields(content, Ledger, version, source, "$")
@@ -286,7 +287,7 @@ def _to_ledger(content: Any, source: str) -> Ledger:
     if version != (needed := needed_version(ledger)):
         raise InputError(
             f"{source}, $.version: expected {needed}, found {version}: "
-            + ("nothing in the ledger needs it" if needed == 1 else "a task was not measured")
+            + ("no field of the ledger needs it" if needed == 1 else "a task was not measured")
         )
     return ledger
 
@@ -294,7 +295,7 @@ def _to_ledger(content: Any, source: str) -> Ledger:
 def _check_fields(
     content: Mapping[str, Any], kind: type[Any], version: int, source: str, place: str
 ) -> None:
-    """Refuse what msgspec lets pass in a dataclass: fields that are unknown, or left to default."""
+    """Refuse fields that are unknown or missing, which msgspec accepts in a dataclass."""
     names = kind.__dataclass_fields__
     for name in names:
         if name not in content and name not in _ABSENT:
@@ -302,28 +303,30 @@ def _check_fields(
     for name, value in content.items():
         if name not in names or (version == 1 and name in _SECOND):
             raise InputError(
-                f"{at(source, place)}: version {version} of the format has no field {shown(name)}"
+                f"{at(source, place)}: format version {version} has no field {shown(name)}"
             )
         if value is None and name in _ABSENT:
             raise InputError(
-                f"{source}, {place}.{name}: expected a value, or no such field, found null"
+                f"{source}, {place}.{name}: expected a value or no such field, found null"
             )
 
 
 def _to_set(content: Any, source: str, place: str) -> dict[str, TensorRecord]:
     found = converted(content, _TensorSet, source, place)
     if "__metadata__" in found.tensors:
-        raise InputError(f"{source}, {place}.tensors: no tensor may be named '__metadata__'")
+        raise InputError(
+            f"{source}, {place}.tensors: found a tensor named '__metadata__', a reserved name"
+        )
     if found.digest != set_digest(found.tensors):
         raise InputError(
-            f"{source}, {place}.digest: {found.digest} is not the digest of the tensors "
-            "listed under it: the ledger was edited or damaged"
+            f"{source}, {place}.digest: expected {set_digest(found.tensors)}, the digest of the "
+            f"tensors listed under it, found {found.digest}: the ledger was edited or damaged"
         )
     return found.tensors
 
 
 def check_names(ledger: Ledger, source: str) -> None:
-    """Refuse a ledger whose weights do not each have either a Fisher or a reason why not."""
+    """Refuse a ledger with a weight that has neither a Fisher nor a reason for having none."""
     _refuse(_faults_of_names(ledger), source)
 
 
@@ -333,24 +336,24 @@ def _refuse(faults: Iterable[str], source: str) -> None:
 
 
 def _faults(ledger: Ledger) -> Iterator[str]:
-    """Tell what is well-formed field by field and contradicts itself; each may assume the last."""
+    """Yield contradictions between well-formed fields; each may assume that the last is absent."""
     seen: set[str] = set()
     for i, task in enumerate(ledger.tasks):
         if task.name in seen:
-            yield f"$.tasks[{i}].name: the task {task.name!r} is there twice"
+            yield f"$.tasks[{i}].name: the task {task.name!r} is listed twice"
         seen.add(task.name)
         counted = (task.estimator, task.examples, task.units)
         measured = not any(field is None for field in counted)
         if not measured and any((*counted, task.mc_samples, task.layers, task.penalty is None)):
             yield (
-                f"$.tasks[{i}]: estimator, examples and units are null together, in a task that "
-                "was trained and not measured; it has a penalty, no mc_samples and no layers"
+                f"$.tasks[{i}]: expected null for all of estimator, examples and units or for none;"
+                " a task without them has a penalty, no mc_samples and no layers"
             )
         yield from _faults_of_description(task, f"$.tasks[{i}].description")
     yield from _faults_of_description(ledger, "$.description")
     for name, head in ledger.heads.items():
         if name not in seen:
-            yield f"$.heads: {shown(name)} is no task of this ledger"
+            yield f"$.heads: {shown(name)} is not a task of this ledger"
         for tensor, record in head.items():
             if record.dtype not in PARAMETER_DTYPES:
                 dtypes = ", ".join(PARAMETER_DTYPES)
@@ -359,7 +362,7 @@ def _faults(ledger: Ledger) -> Iterator[str]:
     of_adapter = [task.name for task in ledger.tasks if task.penalty_on == "adapter"]
     if ledger.base is None and of_adapter:
         yield (
-            f"the task {of_adapter[0]!r} was held by an adapter's Fisher, but the weights are no "
+            f"the task {of_adapter[0]!r} has an adapter's Fisher, but the weights are not an "
             "adapter's: there is no base"
         )
     if ledger.merge_rule == "separate" and ledger.gamma != 1.0:
@@ -373,8 +376,8 @@ def _faults(ledger: Ledger) -> Iterator[str]:
         yield from _faults_of_set(ledger, ledger.anchor, "anchor", ("F32",))
         for name in ledger.fisher.keys() ^ ledger.anchor.keys():
             yield (
-                f"the tensor {shown(name)} is in only one of fisher and anchor; both must have the "
-                "same names"
+                f"the tensor {shown(name)} is in only one of fisher and anchor: expected the same "
+                "names in both"
             )
     yield from _faults_of_blocks(ledger)
 
@@ -385,13 +388,10 @@ def _faults_of_names(ledger: Ledger) -> Iterator[str]:
         if name not in ledger.weights:
             yield f"$.unprotected: {shown(name)} is not among the weights"
         if name in ledger.fisher:
-            yield f"$.unprotected: {shown(name)} has a Fisher all the same"
+            yield f"$.unprotected: {shown(name)} has a Fisher too: expected one or the other"
     for name in ledger.weights:
         if name not in ledger.fisher and name not in ledger.unprotected:
-            yield (
-                f"the weights hold {shown(name)}, which has neither a Fisher nor a reason under "
-                "unprotected"
-            )
+            yield (f"$.weights: {shown(name)} has neither a Fisher nor a reason under unprotected")
 
 
 def _faults_of_set(
@@ -405,7 +405,7 @@ def _faults_of_set(
         if weight is None:
             yield f"{where} is not among the weights"
         elif weight.dtype not in PARAMETER_DTYPES:
-            yield f"{where}: its weight is {weight.dtype}, which has no gradient"
+            yield f"{where}: its weight is {weight.dtype}, a dtype without gradients"
         elif record.shape != weight.shape:
             shape = list(weight.shape)
             yield f"{where}: expected the weight's shape {shape}, found {list(record.shape)}"
@@ -415,21 +415,21 @@ def _faults_of_description(record: Ledger | TaskRecord, place: str) -> Iterator[
     if record.description is not None:
         digest = json_digest(record.description)
         if digest != record.made_from:
-            yield f"{place}: its digest is {digest}, and made_from is {record.made_from}"
+            yield f"{place}: expected made_from to be its digest {digest}, found {record.made_from}"
 
 
 def _faults_of_blocks(ledger: Ledger) -> Iterator[str]:
-    """Tell of factors without a block each, and of blocks that do not fit their parameters."""
+    """Yield factors without a block, and blocks that do not fit their parameters."""
     factors, blocks = ledger.factors or {}, ledger.blocks or {}
     if (ledger.factors is None) != (ledger.blocks is None) or factors.keys() != blocks.keys():
-        yield "factors and blocks must have the same names"
+        yield "expected the same names in factors and blocks"
     if ledger.factors is not None and len({record.dtype for record in factors.values()}) != 1:
-        yield "$.factors: expected tensors, of one dtype"
+        yield "$.factors: expected at least one tensor, and one dtype for all"
     covered: set[tuple[str, str]] = set()
     for name, block in blocks.items():
         where, record = f"$.blocks[{shown(name)}]", factors[name]
         if list(block.dims) != sorted(set(block.dims)):
-            yield f"{where}.dims: expected them ascending, found {list(block.dims)}"
+            yield f"{where}.dims: expected ascending numbers, found {list(block.dims)}"
         if record.dtype not in FISHER_DTYPES:
             yield f"{where}: expected F32 or BF16, found {record.dtype}"
         for parameter in block.parameters:
@@ -440,14 +440,14 @@ def _faults_of_blocks(ledger: Ledger) -> Iterator[str]:
             covered.add((block.matrix, parameter))
         sizes = _block_sizes(block, [ledger.fisher[p].shape for p in block.parameters])
         if not sizes:
-            yield f"{where}: expected a parameter that has the dimensions {list(block.dims)}"
+            yield f"{where}: expected a parameter with the dimensions {list(block.dims)}"
         for size in sizes:
             if record.shape != (size, size):
                 yield f"{where}: expected the shape {[size, size]}, found {list(record.shape)}"
 
 
 def _block_sizes(block: Block, shapes: list[tuple[int, ...]]) -> set[int]:
-    """Give the sizes that the parameters ask for; a bias is one more input, which is 1."""
+    """Return the sizes that the parameters imply; a bias adds one input, which is 1."""
     weights = [shape for shape in shapes if len(shape) > 1]
     biases = [shape for shape in shapes if len(shape) < 2]
     if not weights or any(block.dims[-1] >= len(shape) for shape in weights):

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a local path, or a repository that is fetched from the Hub."""
+"""Finding a checkpoint: at a local path, or in a repository that is fetched from the Hub."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -23,15 +23,15 @@ from formats.wording import neighbours
 LOG = logging.getLogger("consolidate")
 
 FISHER = ("fisher/*", "fisher*.json", "fisher*.safetensors", "anchor*", "factors*", "heads/*")
-"""What a Fisher is read from; at the root in a repository that holds nothing else."""
+"""The files of a Fisher; they are at the root of a repository that contains nothing else."""
 VALUES = ("fisher/fisher*.safetensors*", "fisher/anchor*", "fisher/factors*")
-"""What is as large as the weights in it."""
+"""Those of them that are as large as the weights."""
 
 OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "*.gguf"]
 OTHER_FRAMEWORKS += ["onnx/*", "openvino/*"]
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt"]
 UNREADABLE = (SafetensorsParsingError, AttributeError, TypeError, LookupError, RecursionError)
-"""What the client raises of a header that is damaged, or JSON of another form."""
+"""What the client raises for a damaged header, or for JSON of another form."""
 
 
 def locate(
@@ -41,15 +41,18 @@ def locate(
     only: Sequence[str] | None = None,
     without: Sequence[str] = (),
 ) -> Path:
-    """Find a checkpoint on disk, or fetch a repository into the client's cache: give its snapshot.
+    """Find a checkpoint on disk, or fetch a repository into the client's cache; return its folder.
 
     A repository is named ``user/model`` or ``user/model@revision``; `only` and `without` are
-    patterns of files to fetch and to leave. Where the Hub cannot be reached, the cache is read.
+    patterns of files to fetch and to skip. Where the Hub cannot be reached, the cache is used.
     """
     path = Path(checkpoint).expanduser()
     if path.exists():
         if revision is not None:
-            raise UsageError(f"{checkpoint} is local; --revision is for repositories on the Hub")
+            raise UsageError(
+                f"{checkpoint} is local, and --revision is for repositories on the Hub; leave it "
+                "out"
+            )
         return path
     name = str(checkpoint)
     if revision is None:
@@ -80,18 +83,18 @@ def locate(
         if failed or isinstance(error, AccessError):
             if (cached := _cached(fetch, without)) is not None:
                 if not is_offline_mode():
-                    LOG.warning("%s: %s; the copy in the cache is read", name, error)
-                return _told(name, cached)
+                    LOG.warning("%s: %s; using the copy in the cache", name, error)
+                return _logged(name, cached)
             if "/" not in name and _near(path):
-                raise InputError(lost) from None  # misspelt, which no other try cures
+                raise InputError(lost) from None  # a typing error, which no retry cures
         start = f"{name}: " if reached else f"{lost}, and "
         advice = "try again" if reached else "check the spelling, or try again"
         raise type(error)(f"{start}{error}{f'; {advice}' if failed else ''}") from None
-    return _told(name, snapshot)
+    return _logged(name, snapshot)
 
 
 def commits_of(*paths: Path | None) -> dict[str, str]:
-    """Give the commit of each repository in whose snapshot, as `locate` finds it, a path lies."""
+    """Return the commits of the repositories whose snapshots, as of `locate`, contain the paths."""
     commits = {}
     for path in paths:
         for snapshot in () if path is None else (path, *path.parents):
@@ -102,9 +105,9 @@ def commits_of(*paths: Path | None) -> dict[str, str]:
 
 
 def remote_headers(name: str, commit: str, stem: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Read the headers of safetensors files on the Hub, and no values, by requests of ranges.
+    """Read the headers of safetensors files on the Hub by range requests, without any values.
 
-    `stem` is such as ``fisher/fisher``, for that file or its shards.
+    `stem` names a file or its shards, such as ``fisher/fisher``.
     """
     api = HfApi()
     headers: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -117,27 +120,29 @@ def remote_headers(name: str, commit: str, stem: str) -> dict[str, tuple[str, tu
             try:
                 found = api.parse_safetensors_file_metadata(name, file, revision=commit)
             except UNREADABLE:
-                raise InputError(f"{name}: the header of {file} cannot be read") from None
+                raise InputError(
+                    f"{name}: the header of {file} is damaged and cannot be read; upload it again"
+                ) from None
         headers |= {
             tensor: (info.dtype, tuple(info.shape)) for tensor, info in found.tensors.items()
         }
     return headers
 
 
-def _told(name: str, snapshot: str) -> Path:
+def _logged(name: str, snapshot: str) -> Path:
     path = Path(snapshot)
     LOG.info("%s is at commit %s", name, path.name)
     return path
 
 
 def _in_a_folder(path: Path) -> bool:
-    """Whether a path that leads nowhere begins with a folder that is there, or names a file."""
+    """Whether a missing path begins with an existing folder, or names a weights file."""
     return path.suffix in (".safetensors", *PICKLE_SUFFIXES) or Path(path.parts[0]).is_dir()
 
 
 def _near(path: Path) -> str:
     near = neighbours(path)
-    return f" (in {path.parent} there is {', '.join(near)})" if near else ""
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def _names(info: ModelInfo) -> list[str]:
@@ -145,12 +150,14 @@ def _names(info: ModelInfo) -> list[str]:
     for name in names:
         parts = PurePosixPath(name).parts if isinstance(name, str) else ("/",)
         if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
-            raise InputError(f"the Hub lists a file named {name!r}, and none of it was fetched")
+            raise InputError(
+                f"the Hub lists a file outside the repository, {name!r}; nothing was fetched"
+            )
     return names
 
 
 def _cached(fetch: Callable[..., str], without: Sequence[str]) -> str | None:
-    # Pickles that were left out do not make a snapshot incomplete.
+    # Skipped pickles do not make a snapshot incomplete.
     for ignored in (OTHER_FRAMEWORKS, OTHER_FRAMEWORKS + PICKLES):
         with suppress(LocalEntryNotFoundError):
             return fetch(ignore_patterns=[*ignored, *without], local_files_only=True)

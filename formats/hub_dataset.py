@@ -1,4 +1,4 @@
-"""Rows of data sets from the Hugging Face Hub or saved on disk, through the `datasets` library."""
+"""Rows of datasets from the Hugging Face Hub or saved on disk, through the `datasets` library."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def is_hub_id(spec: str) -> bool:
-    """Return whether `spec` has the form of a Hub data set's id: `user/name`, or a single name."""
+    """Return whether `spec` has the form of a Hub dataset's id: `user/name`, or a single name."""
     return _ID.fullmatch(spec) is not None and ".." not in spec
 
 
@@ -27,7 +27,7 @@ class HubRows(Rows):
     """The rows of one split, memory-mapped by `datasets`.
 
     Images are decoded here, not by `datasets`, which would read any format that Pillow knows.
-    Audio, video and other files come as they are stored.
+    Audio, video and other files are returned as stored.
     """
 
     def __init__(self, dataset: Any, name: str) -> None:
@@ -35,7 +35,7 @@ class HubRows(Rows):
         self.columns = list(dataset.column_names)
         self._dataset = dataset.with_format("arrow")
         if not len(dataset) or not self.columns:
-            raise InputError(f"{name} is empty: it has no rows.")
+            raise InputError(f"{name} is empty: expected at least one row")
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -49,7 +49,7 @@ class HubRows(Rows):
                 for name, feature in self._dataset.features.items()
             }
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.where(i)} cannot be read ({first_line(error)}).") from None
+            raise InputError(f"{self.where(i)} cannot be read ({first_line(error)})") from None
 
     def values(self, column: str) -> Iterator[Any]:
         """Yield one column; the others are not decoded."""
@@ -67,8 +67,8 @@ class HubRows(Rows):
     def digest(self) -> str:
         """Return the SHA-256 over the rows as JSON lines with sorted keys.
 
-        Bytes (images, audio) enter as their own SHA-256, without the name of the file they came
-        from: the digest depends neither on the cache's place nor on how the data are cut up.
+        Bytes (images, audio) enter as their SHA-256, without the name of their file, so that the
+        digest depends neither on the cache's path nor on how the data are sharded.
         """
         dataset = self._dataset
         for name, feature in dataset.features.items():
@@ -101,7 +101,7 @@ def _plain(value: Any) -> Any:
 
 
 def _decoded(value: Any, feature: Any, where: str) -> Any:
-    """Return what a value stands for, images and JSON inside lists and structs included."""
+    """Decode a stored value, with images and JSON inside lists and structs."""
     if value is None:
         return None
     if isinstance(feature, Mapping):
@@ -124,7 +124,7 @@ def _stored(image: Mapping[str, Any]) -> Path | io.BytesIO:
 
     content, path = image["bytes"], image["path"]
     if content is None and path is None:
-        raise ValueError("an image has neither bytes nor a path")
+        raise ValueError("expected an image with bytes or a path, found neither")
     if content is None and is_local_path(path):
         return Path(path)
     if content is None:
@@ -136,10 +136,10 @@ def _stored(image: Mapping[str, Any]) -> Path | io.BytesIO:
 def open_hub(
     name: str, *, split: str | None = None, subset: str | None = None, revision: str | None = None
 ) -> HubRows:
-    """Open a split of a Hub data set; what is in the cache is opened without the network.
+    """Open a split of a Hub dataset, without the network if it is in the cache.
 
     `name` may also be a local folder that `datasets.load_dataset` understands; `split` may be a
-    slice such as `train[:1000]`, or left out where there is one; `subset` is what some call config.
+    slice such as `train[:1000]`, or None if there is only one; `subset` is also known as config.
     """
     datasets = _import_datasets(name)
     from formats.hub_errors import limit_waiting
@@ -157,13 +157,13 @@ def open_hub(
     if commit is not None and not all(commit in file["filename"] for file in dataset.cache_files):
         raise NetworkError(
             f"{name}: revision {revision} is not in the cache of datasets, and the Hub did not "
-            "give it. Try again later, or leave out the revision to use what is in the cache."
+            "provide it; try again later, or leave out the revision to use the cache"
         )
     return HubRows(dataset, name)
 
 
 def _commit(name: str, revision: str) -> str:
-    """Return the commit that a branch or tag stands for; a commit stands for itself."""
+    """Return the commit of a branch or tag; a commit is returned as it is."""
     import datasets
     from huggingface_hub import HfApi
 
@@ -173,8 +173,8 @@ def _commit(name: str, revision: str) -> str:
         return revision
     if datasets.config.HF_HUB_OFFLINE:
         raise NetworkError(
-            f"{name}: what revision {revision!r} stands for cannot be looked up, because "
-            "HF_HUB_OFFLINE switches the Hub off. Name the commit, or leave out the revision."
+            f"{name}: revision {revision!r} cannot be looked up, because HF_HUB_OFFLINE disables "
+            "the Hub; name the commit, or leave out the revision"
         )
     info = HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, revision=revision)
     return commit_in(f"{name}: ", info)
@@ -192,11 +192,12 @@ def open_saved(folder: Path, *, split: str | None = None) -> HubRows:
         loaded = datasets.load_from_disk(folder)
     except Exception as error:
         raise InputError(
-            f"{folder} cannot be opened as a data set saved by datasets ({first_line(error)})."
+            f"{folder} cannot be opened as a dataset saved by datasets ({first_line(error)}); save "
+            "it again"
         ) from error
     if split is not None and not isinstance(loaded, dict):
         raise UsageError(
-            f"{folder} holds one data set without splits; leave out split = {split!r}."
+            f"{folder} contains one dataset without splits; leave out split = {split!r}"
         )
     return HubRows(_one_split(loaded, str(folder), split), folder.name)
 
@@ -206,7 +207,7 @@ def _import_datasets(what: str) -> Any:
         import datasets
     except ImportError:
         raise UsageError(
-            f"Reading {what} needs datasets: pip install 'consolidate-ewc[datasets]'."
+            f"{what}: reading it needs datasets; pip install 'consolidate-ewc[datasets]'"
         ) from None
     return datasets
 
@@ -219,8 +220,8 @@ def _one_split(loaded: Any, name: str, split: str | None) -> Any:
         return loaded[splits[0]]
     if split in loaded:
         return loaded[split]
-    asked = "it has several splits" if split is None else f"there is no split {split!r}"
-    raise InputError(f"{name}: {asked}. Set split to one of: {', '.join(splits)}.")
+    what = "it has several splits" if split is None else f"there is no split {split!r}"
+    raise InputError(f"{name}: {what}; set split to one of: {', '.join(splits)}")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -232,7 +233,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _explained(
     error: Exception, name: str, split: str | None, revision: str | None
 ) -> ConsolidateError:
-    """Return the error of ours that says what an error of `datasets` means."""
+    """Translate an error of `datasets` into one of this program."""
     import datasets
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -242,32 +243,34 @@ def _explained(
     meanings = [meaning for cause in _chain(error) if (meaning := explain(cause, revision))]
     reasons = {type(meaning): meaning for meaning in reversed(meanings)}  # the first of its kind
     if AccessError in reasons:
-        return AccessError(f"{name}: {reasons[AccessError]}.")
+        return AccessError(f"{name}: {reasons[AccessError]}")
     not_found = datasets.exceptions.DatasetNotFoundError | RepositoryNotFoundError
     if isinstance(error, not_found):
         return InputError(
-            f"{name} is neither a file here nor a data set that can be read on the Hub ({first}). "
-            "Check the name, or log in with: hf auth login"
+            f"{name} is neither a local file nor a readable dataset on the Hub ({first}); check "
+            "the name, or log in with `hf auth login`"
         )
     if NetworkError in reasons:
         if datasets.config.HF_HUB_OFFLINE:
             return NetworkError(
-                f"{name} is neither a file here nor in the cache of datasets, and HF_HUB_OFFLINE "
-                "switches the Hub off. Fetch it once while online, or name a local file."
+                f"{name} is neither a local file nor in the cache of datasets, and HF_HUB_OFFLINE "
+                "disables the Hub; fetch it once while online, or name a local file"
             )
         return NetworkError(
-            f"{name} is not a file here, and {reasons[NetworkError]}. "
-            "Try again later, or name a local file."
+            f"{name} is not a local file, and {reasons[NetworkError]}; "
+            "try again later, or name a local file"
         )
     if (meaning := explain(error, revision)) is not None:
-        return type(meaning)(f"{name}: {meaning}.")
+        return type(meaning)(f"{name}: {meaning}")
     available = re.search(r"Should be one of (\[.*\])|Available splits: (\[.*\])", str(error))
     if split is not None and available:
         names = re.findall(r"'([^']+)'", available[0])
         return InputError(
-            f"{name}: there is no split {split!r}. Set split to one of: {', '.join(names)}."
+            f"{name}: there is no split {split!r}; set split to one of: {', '.join(names)}"
         )
     if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
         names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])
-        return InputError(f"{name}: set subset in a task.toml to one of: {', '.join(names)}.")
-    return InputError(f"{name} cannot be read as a data set ({first}).")
+        return InputError(
+            f"{name} has several subsets; set subset in a task.toml to one of: {', '.join(names)}"
+        )
+    return InputError(f"{name} cannot be read as a dataset ({first})")

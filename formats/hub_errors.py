@@ -1,4 +1,4 @@
-"""What the Hub's client raises, in errors of ours: one place for models, data sets and pushing."""
+"""Errors of the Hub's client, translated for models, datasets and pushing alike."""
 
 import json
 import math
@@ -25,26 +25,25 @@ from huggingface_hub.utils import _http, httpx, set_client_factory
 from formats.errors import ConsolidateError, InputError, NetworkError, UsageError
 
 TIMEOUT = "CONSOLIDATE_HUB_TIMEOUT"
-"""The variable with the seconds that a request may wait without a byte sent or received."""
+"""The environment variable with the seconds that a request may wait without any traffic."""
 DEFAULT_TIMEOUT = 60.0
 
 ODD_ANSWER = (
-    "an answer of the Hub has another form than expected ({}): check HF_ENDPOINT, or update "
+    "a response of the Hub has an unexpected form ({}); check HF_ENDPOINT, or update "
     "huggingface_hub"
 )
 
 
 class AccessError(InputError):
-    """The Hub does not let this token, or a stranger, do this."""
+    """The Hub refuses this to the token, or to a client without a token."""
 
 
 @contextmanager
 def hub_call(start: str, again: str = "try again", revision: str | None = None) -> Iterator[None]:
-    """Raise what a call of the Hub's client raises as an error of ours, which begins with `start`.
+    """Translate what a call of the Hub's client raises into an error that begins with `start`.
 
-    Only calls of the client belong into the block. What our own frames raise in it passes, and so
-    does what the disk refuses. `again` says what to do where another try may help, with a
-    NetworkError; an AccessError says that another token may.
+    Only calls of the client belong into the block. Errors of this program and of the disk pass
+    unchanged. `again` is the advice of a NetworkError, where a retry may succeed.
     """
     limit_waiting()
     try:
@@ -58,14 +57,11 @@ def hub_call(start: str, again: str = "try again", revision: str | None = None) 
 
 
 def explain(error: BaseException, revision: str | None = None) -> ConsolidateError | None:
-    """Give the error of ours that an error means that went through the Hub's client.
-
-    None where it is not the client's.
-    """
+    """Translate an error that the Hub's client raised; None for an error of another origin."""
     if isinstance(error, ConsolidateError):
         return None
     cause: BaseException | None = error
-    while cause is not None:  # the client wraps what went wrong with one file
+    while cause is not None:  # the client wraps the error of a single file
         if (meaning := _meaning(cause, revision)) is not None:
             return meaning
         if isinstance(cause, OSError) and cause.errno is not None:  # the disk's, not the Hub's
@@ -75,40 +71,40 @@ def explain(error: BaseException, revision: str | None = None) -> ConsolidateErr
         return NetworkError(f"the Hub cannot be reached ({_line(str(error))})")
     if isinstance(error, OSError | MemoryError) or not _in_client(error):
         return None
-    if type(error) is RuntimeError:  # as hf_xet raises for whatever befell a transfer
+    if type(error) is RuntimeError:  # hf_xet raises it for any failure of a transfer
         return NetworkError(f"a transfer failed ({_line(str(error))})")
-    if isinstance(error, ValueError):  # the client's own words
-        return InputError(f"the Hub's client refuses this: {_line(str(error))}")
+    if isinstance(error, ValueError):  # the client's own message
+        return InputError(f"the Hub's client refuses the request: {_line(str(error))}")
     return InputError(ODD_ANSWER.format(_line(f"{type(error).__name__}: {error}")))
 
 
 def _meaning(error: BaseException, revision: str | None) -> ConsolidateError | None:
     if isinstance(error, RevisionNotFoundError) and revision is not None:
-        return InputError(f"the Hub has no revision {revision!r} of it")
+        return InputError(f"the Hub has no revision {revision!r} of this repository")
     if isinstance(error, HfHubHTTPError):
         return _of_status(error)
     if isinstance(error, OfflineModeIsEnabled):
-        return NetworkError("the Hub cannot be reached (HF_HUB_OFFLINE switches it off)")
+        return NetworkError("the Hub cannot be reached (HF_HUB_OFFLINE disables it)")
     if isinstance(error, LocalTokenNotFoundError):
-        return AccessError("the Hub asks for a login: use `hf auth login`, or set HF_TOKEN")
+        return AccessError("the Hub requires a login; use `hf auth login`, or set HF_TOKEN")
     if isinstance(error, httpx.LocalProtocolError | UnicodeEncodeError) and _is_odd(get_token()):
-        return AccessError(_refused_token(get_token(), " (it holds characters that no token has)"))
+        return AccessError(_refused_token(get_token(), " (it contains invalid characters)"))
     if isinstance(error, httpx.TimeoutException):
         return NetworkError(f"the Hub does not answer in time ({type(error).__name__})")
     if isinstance(error, httpx.RequestError | ConnectionError | TimeoutError):
         return NetworkError(f"the Hub cannot be reached ({type(error).__name__})")
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) and _in_client(error):
         return NetworkError(
-            "what answers in place of the Hub is not JSON, as with a proxy or the login page of a "
-            "network"
+            "the response is not JSON, as from a proxy or the login page of a network instead of "
+            "the Hub"
         )
     if isinstance(error, FileMetadataError):
         return NetworkError(
-            "the Hub answers without the digest or size of a file, as a proxy or the login page of "
-            "a network does"
+            "the response lacks the digest or size of a file, as from a proxy or the login page of "
+            "a network instead of the Hub"
         )
     if isinstance(error, LocalEntryNotFoundError):
-        return None  # what it was raised from tells more
+        return None  # its cause has a better message
     if isinstance(error, OSError) and error.errno is None and _in_client(error):
         return NetworkError(f"a download ended early ({_line(str(error))})")
     return None
@@ -116,56 +112,59 @@ def _meaning(error: BaseException, revision: str | None) -> ConsolidateError | N
 
 def _of_status(error: HfHubHTTPError) -> ConsolidateError:
     status = error.response.status_code
-    said = f" ({_line(error.server_message)})" if error.server_message else ""
+    detail = f" ({_line(error.server_message)})" if error.server_message else ""
     path = error.response.request.url.path.partition("/resolve/")[2]
     file = f" for {_line(path.partition('/')[2])}" if path else ""
     sent = error.response.request.headers.get("Authorization", "").removeprefix("Bearer ")
     if isinstance(error, GatedRepoError):
         return AccessError(
-            "it is gated: ask for access on its page and log in with `hf auth login`"
+            "the repository is gated: request access on its page and log in with `hf auth login`"
         )
     if status == 401 and sent:
-        return AccessError(_refused_token(sent, said))
+        return AccessError(_refused_token(sent, detail))
     if isinstance(error, RepositoryNotFoundError):
         return InputError(
             "the Hub has no such repository (or a private one: log in with `hf auth login`)"
         )
     if status == 401:
-        return AccessError(f"the Hub asks for a login{said}: use `hf auth login`, or set HF_TOKEN")
+        return AccessError(
+            f"the Hub requires a login{detail}; use `hf auth login`, or set HF_TOKEN"
+        )
     if status == 403:
-        return AccessError(f"you may not do this{file}{said}: a token with the right to is needed")
+        return AccessError(f"the Hub denies permission{file}{detail}; use a token that grants it")
     if status == 404:
-        return InputError(f"the Hub has no such repository, branch, commit or file{file}{said}")
+        return InputError(f"the Hub has no such repository, branch, commit or file{file}{detail}")
     if status in (409, 412):
         return InputError(
-            f"the repository has changed since it was looked at{said}, and this was refused: look "
-            "at what changed, and try again"
+            f"the repository has changed since it was read{detail}, and the request was refused; "
+            "look at what changed, and try again"
         )
     if status == 429:
         wait = error.response.headers.get("Retry-After", "")
         return NetworkError(
-            f"the Hub asks for patience{f' of {wait} s' if wait.isdigit() else ''}{said}"
+            f"the Hub limits the rate of requests{detail}"
+            f"{f'; wait {wait} s' if wait.isdigit() else ''}"
         )
     if 400 <= status < 500 and status != 408:
-        return InputError(f"the Hub refuses this, with status {status}{file}{said}")
-    return NetworkError(f"the Hub answers with status {status}{file}{said}")
+        return InputError(f"the Hub refuses the request with status {status}{file}{detail}")
+    return NetworkError(f"the Hub responds with status {status}{file}{detail}")
 
 
 def commit_in(start: str, info: DatasetInfo | ModelInfo) -> str:
-    """Give the commit that the Hub named in an answer."""
+    """Return the commit in a response of the Hub."""
     if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9A-Fa-f]+", info.sha):
-        raise InputError(f"{start}an answer of the Hub names no commit: check HF_ENDPOINT")
+        raise InputError(f"{start}a response of the Hub names no commit; check HF_ENDPOINT")
     return info.sha
 
 
-def _refused_token(token: str | None, said: str) -> str:
+def _refused_token(token: str | None, detail: str) -> str:
     if token != get_token():
-        where, mend = "--token", "give a valid one, or leave it out after `hf auth login`"
+        where, remedy = "--token", "pass a valid one, or leave it out after `hf auth login`"
     elif os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
-        where, mend = "HF_TOKEN", "set a valid one, or unset it and log in with `hf auth login`"
+        where, remedy = "HF_TOKEN", "set a valid one, or unset it and log in with `hf auth login`"
     else:
-        where, mend = "`hf auth login`", "log in again, or set HF_TOKEN"
-    return f"the Hub does not accept the token of {where}{said}: {mend}"
+        where, remedy = "`hf auth login`", "log in again, or set HF_TOKEN"
+    return f"the Hub rejects the token of {where}{detail}; {remedy}"
 
 
 def _is_odd(token: str | None) -> bool:
@@ -173,7 +172,7 @@ def _is_odd(token: str | None) -> bool:
 
 
 def _in_client(error: BaseException) -> bool:
-    """Whether an error was raised in the client's calls, and not by code of ours."""
+    """Whether an error was raised in the client's calls, and not by this program."""
     modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
     return any(name.split(".")[0] == huggingface_hub.__name__ for name in modules)
 
@@ -184,10 +183,10 @@ def _line(text: str) -> str:
 
 
 def limit_waiting() -> None:
-    """Give requests of the client that have no limit on silence one; on the whole there is none."""
+    """Set a timeout for those requests of the client that have none."""
     # The client opens a new session after a failed connection: hence the factory, not the session.
-    # Some of its calls say themselves that they have no limit: hence each request, not the default.
-    # A factory that the program has set is kept inside.
+    # Some of its calls explicitly set no timeout: hence each request, not the default.
+    # A factory that was set before is wrapped.
     make = _http._GLOBAL_CLIENT_FACTORY
     if hasattr(make, "limits_waiting"):
         return
@@ -218,5 +217,5 @@ def _seconds() -> float:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise UsageError(f"{TIMEOUT} is {given!r}: expected a number of seconds above 0")
+        raise UsageError(f"{TIMEOUT}: expected a number of seconds above 0, found {given!r}")
     return seconds

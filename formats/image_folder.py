@@ -1,4 +1,4 @@
-"""Rows of an image folder with one sub-folder a class, and the decoding of images."""
+"""Rows of an image folder with one subfolder per class, and the decoding of images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,27 +9,27 @@ from formats.rows import Rows, file_digest, listing_digest
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
-# Named to Pillow, which would else go by the content alone: PostScript starts a program.
+# A whitelist for Pillow, which otherwise goes by content alone: PostScript starts a program.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a file's name is that of an image that is read here."""
+    """Return whether a file is an image that can be read, by its name."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def require_pillow() -> None:
-    """Refuse, with a UsageError, to go on without Pillow."""
+    """Raise a UsageError if Pillow is not installed."""
     try:
         import PIL  # noqa: F401
     except ImportError:
         raise UsageError(
-            "Reading images needs Pillow: pip install 'consolidate-ewc[transformers]'."
+            "reading images needs Pillow; pip install 'consolidate-ewc[transformers]'"
         ) from None
 
 
 def decode_image(source: Path | IO[bytes], where: str) -> Any:
-    """Return an image of one of `IMAGE_FORMATS` as PIL's, turned upright as its EXIF data say."""
+    """Decode an image of one of `IMAGE_FORMATS` to a PIL image, rotated by its EXIF data."""
     require_pillow()
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -43,18 +43,20 @@ def decode_image(source: Path | IO[bytes], where: str) -> Any:
         raise
     except UnidentifiedImageError:
         raise InputError(
-            f"{where}: the image cannot be read: it is damaged, or none of "
-            f"{', '.join(IMAGE_FORMATS)}. Save it as PNG or JPEG."
+            f"{where}: the image cannot be read: expected one of {', '.join(IMAGE_FORMATS)}, found "
+            "another format or damaged bytes; save it as PNG or JPEG"
         ) from None
-    except Exception as error:  # a damaged image fails in whatever way its bytes lead to
-        raise InputError(f"{where}: the image cannot be read ({error}).") from None
+    except Exception as error:  # a damaged image can raise anything
+        raise InputError(
+            f"{where}: the image cannot be read ({error}); save it as PNG or JPEG"
+        ) from None
 
 
 class ImageFolderRows(Rows):
-    """One folder of images a class: `image` is a PIL image, `label` the name of the class folder.
+    """One folder of images per class: `image` is a PIL image, `label` the name of the class folder.
 
     Rows are ordered by class, then by path, both by Unicode code points; deeper folders belong to
-    the class at their top. Files without an image's suffix, and hidden ones, are no rows.
+    the class at their top. Files without an image's suffix and hidden files are skipped.
     """
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
@@ -70,7 +72,8 @@ class ImageFolderRows(Rows):
         ]
         if not self._files:
             raise InputError(
-                f"{folder}: the class folders {', '.join(self.classes)} hold no images."
+                f"{folder}: expected images in the class folders {', '.join(self.classes)}, found "
+                "none"
             )
 
     def __len__(self) -> int:
@@ -82,7 +85,7 @@ class ImageFolderRows(Rows):
         return {"image": decode_image(path, str(path)), "label": label}
 
     def values(self, column: str) -> Iterator[Any]:
-        """Yield one column; labels come without reading an image."""
+        """Yield one column; labels are read without the images."""
         return (label for label, _ in self._files) if column == "label" else super().values(column)
 
     def _place(self, i: int) -> str:

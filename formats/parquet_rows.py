@@ -30,7 +30,7 @@ class ParquetRows(Rows):
             import pyarrow.parquet
         except ImportError:
             raise UsageError(
-                f"Reading {path} needs pyarrow: pip install 'consolidate-ewc[datasets]'."
+                f"{path}: reading it needs pyarrow; pip install 'consolidate-ewc[datasets]'"
             ) from None
 
         self.name, self.path = path.name, path
@@ -40,15 +40,16 @@ class ParquetRows(Rows):
                 groups = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise InputError(
-                f"{path} cannot be read as Parquet ({first_line(error)}). Was it copied in full?"
+                f"{path} is not valid Parquet ({first_line(error)}); check that it was copied in "
+                "full"
             ) from None
         self.columns = list(schema.names)
         twice = [name for name in self.columns if self.columns.count(name) > 1]
         if twice:
-            raise InputError(f"{path}: two columns are named {twice[0]!r}. Rename one of them.")
+            raise InputError(f"{path}: two columns are named {twice[0]!r}; rename one of them")
         self._starts = list(itertools.accumulate(groups, initial=0))
         if not len(self):
-            raise InputError(f"{path} is empty: it has no rows.")
+            raise InputError(f"{path} is empty: expected at least one row")
         self._images = [
             field.name
             for field in schema
@@ -65,7 +66,7 @@ class ParquetRows(Rows):
         import pyarrow
         import pyarrow.parquet
 
-        # taken out and put back: a reader in another thread may have dropped it in between
+        # popped and stored again, since another thread may have evicted it in between
         table = self._cache.pop(g, None)
         if table is None:
             try:
@@ -74,7 +75,8 @@ class ParquetRows(Rows):
                 table.validate(full=True)
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise InputError(
-                    f"{self.path}: row group {g + 1} cannot be read ({first_line(error)})."
+                    f"{self.path}: row group {g + 1} is damaged ({first_line(error)}); check that "
+                    "the file was copied in full"
                 ) from None
         self._cache[g] = table
         while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > _CACHE_BYTES:
@@ -92,7 +94,7 @@ class ParquetRows(Rows):
         return row
 
     def values(self, column: str) -> Iterator[Any]:
-        """Yield one column, without decoding images where it holds none."""
+        """Yield one column, without decoding the images of others."""
         if column in self._images or column not in self.columns:
             return super().values(column)
         groups = (self._group(g).column(column) for g in range(len(self._starts) - 1))

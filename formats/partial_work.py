@@ -1,11 +1,11 @@
-"""What a long command keeps beside its target, to go on with when it is killed.
+"""The saved progress of a long command, beside its target, from which it resumes when killed.
 
-One safetensors file. Its metadata is one JSON string: which command it is of, by everything that
-the result depends on, and how far the work was.
+One safetensors file. Its metadata is one JSON string: the command, with everything that its result
+depends on, and how far the work was.
 
-Of several processes each can keep its own part. Parts that belong together are all prepared under
-another name, ``-new``, before the first of them is published, so that one of the two names has a
-part of the same moment for every process, whenever they are killed.
+Each of several processes saves its own part. All parts of one moment are prepared under another
+name, ``-new``, before the first of them is published, so that under one of the two names there is
+a part of the same moment for every process, whenever they are killed.
 """
 
 import glob
@@ -30,7 +30,7 @@ Json = Mapping[str, Any]
 
 
 class StoredWork(NamedTuple):
-    """Work that was broken off: what was computed, how far it was, what its result depends on."""
+    """Interrupted work: what was computed, how far it was, what its result depends on."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
@@ -40,7 +40,7 @@ class StoredWork(NamedTuple):
 def write_partial(
     target: Path, tensors: Mapping[str, Tensor], state: Json, command: Json, process: int = 0
 ) -> None:
-    """Keep the work of a process, as `StoredWork` with JSON, in place of what it kept before."""
+    """Save the progress of a process, replacing what it saved before."""
     try:
         prepare_partial(target, tensors, state, command, process)
         publish_partial(target, process)
@@ -51,7 +51,7 @@ def write_partial(
 def prepare_partial(
     target: Path, tensors: Mapping[str, Tensor], state: Json, command: Json, process: int = 0
 ) -> None:
-    """Keep the work of a process beside what it kept before, until it is published."""
+    """Save the progress of a process beside what it saved before, until it is published."""
     discard_prepared(target, process)
     path = _unfinished(partial_path(target, process))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,34 +63,34 @@ def prepare_partial(
 
 
 def publish_partial(target: Path, process: int = 0) -> None:
-    """Put what was prepared in place of what was kept before."""
+    """Replace the saved progress of a process by what was prepared."""
     path = partial_path(target, process)
     os.replace(_unfinished(path), path)
 
 
 def discard_prepared(target: Path, process: int = 0) -> None:
-    """Throw away what was prepared and not published, if anything was."""
+    """Discard what was prepared and not published, if anything."""
     _unfinished(partial_path(target, process)).unlink(missing_ok=True)
 
 
 def read_partial(target: Path, process: int = 0, *, whole: bool = True) -> StoredWork | None:
-    """Read what was kept of work, if anything was; not `whole`, without tensors and unchecked."""
+    """Read the saved progress, if any; unless `whole`, without tensors and unchecked."""
     return _read(partial_path(target, process), whole)
 
 
 def read_prepared(target: Path, process: int = 0) -> StoredWork | None:
-    """Read what was prepared and not published, without its tensors; None where it is not whole."""
+    """Read what was prepared and not published, without tensors; None where it is incomplete."""
     try:
         return _read(_unfinished(partial_path(target, process)), whole=False)
     except InputError:
-        return None  # broken off while it was written
+        return None  # interrupted while it was written
 
 
 def remove_partial(target: Path, process: int = 0) -> None:
-    """Throw away what was kept of work with this target; process 0 throws away everyone's."""
+    """Discard the saved progress beside a target; process 0 discards that of all processes."""
     path = partial_path(target, process)
-    for kept in path.parent.glob(f"{glob.escape(path.name)}-*") if process == 0 else ():
-        kept.unlink(missing_ok=True)
+    for other in path.parent.glob(f"{glob.escape(path.name)}-*") if process == 0 else ():
+        other.unlink(missing_ok=True)
     for file in (path, _unfinished(path)):
         file.unlink(missing_ok=True)
 
@@ -102,16 +102,16 @@ def _read(path: Path, whole: bool) -> StoredWork | None:
         with safe_open(path, framework="pt") as file:
             stored = json.loads((file.metadata() or {})[_KEY])
             if stored["version"] != _VERSION:
-                raise ValueError("another release of consolidate kept it")
+                raise ValueError("another release of consolidate saved it")
             digest, tensors = stored.pop("digest"), {}
             if whole:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 if digest != _digest(tensors, stored):
-                    raise ValueError("its digest is not that of its content")
+                    raise ValueError("its digest does not match its content")
             return StoredWork(tensors, dict(stored["state"]), dict(stored["command"]))
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(
-            f"{path} cannot be gone on with ({error}): --restart throws it away"
+            f"{path}: the saved progress cannot be resumed ({error}); discard it with --restart"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Tensors in files that `torch.save` wrote, read without running the code such files may hold."""
+"""Tensors in files of `torch.save`, read without running code that such files may contain."""
 
 import re
 import warnings
@@ -16,16 +16,17 @@ from formats.errors import InputError
 from formats.wording import first_line
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# What Lightning and plain torch nest a state dict under.
+# The keys under which Lightning and torch scripts nest a state dict.
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
-# What DistributedDataParallel and torch.compile add to every name.
+# The prefixes that DistributedDataParallel and torch.compile add to every name.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 def open_pickle(path: Path) -> dict[str, Tensor]:
-    """Read the state dict in a file of `torch.save`, or in those of an index: weights only.
+    """Read the state dict in a file of `torch.save`, or in the files of an index: weights only.
 
-    Zip files are mapped: values are read when used, and writing to them leaves the file alone.
+    Zip files are memory-mapped: values are read on access, and writing to them leaves the file
+    unchanged.
     """
     if not path.name.endswith(".index.json"):
         return _without_wrappers(_read(path))
@@ -48,14 +49,19 @@ def _read(path: Path) -> dict[str, Tensor]:
     state_dict = _state_dict(_load(path), path)
     for name, value in state_dict.items():
         if not isinstance(name, str):
-            raise InputError(f"{path}: {name!r} is not the name of a tensor")
+            raise InputError(
+                f"{path}: expected names of tensors, found {name!r}; save the model's state_dict() "
+                "alone"
+            )
         if not isinstance(value, Tensor):
             raise InputError(
-                f"{path}: {name!r} is of type {type(value).__name__}, not a tensor; "
+                f"{path}: {name!r}: expected a tensor, found {type(value).__name__}; "
                 "save the model's state_dict() alone"
             )
         if value.is_quantized:
-            raise InputError(f"{path}: tensor {name!r} is quantized; use the weights before that")
+            raise InputError(
+                f"{path}: tensor {name!r} is quantized; use the weights from before quantization"
+            )
         if value.layout != torch.strided or value.is_meta:
             what = "has no values" if value.is_meta else "is sparse"
             raise InputError(f"{path}: tensor {name!r} {what}; save it as a dense tensor")
@@ -83,27 +89,28 @@ def _load(path: Path) -> Any:
         if not wanted:
             raise broken(path, "a file of torch.save", _first_line(error)) from error
         raise InputError(
-            f"{path} is a pickle that wants to import {wanted[1]}, which is not done, because code "
-            "in it would run; where you trust it, load it in torch and save its state_dict() alone"
+            f"{path}: expected tensors alone, found a pickle that would import {wanted[1]}, which "
+            "could run code; if you trust it, load it in torch and save its state_dict() alone"
         ) from error
-    except Exception as error:  # a damaged pickle fails in whatever way its bytes happen to ask for
+    except Exception as error:  # a damaged pickle can raise anything
         raise broken(path, "a file of torch.save", _first_line(error)) from error
 
 
 def _refuse_compressed(path: Path) -> None:
-    """Refuse compressed members: torch maps them as they are, and they could be of any size."""
+    """Refuse compressed members: torch maps the raw bytes, and their size could be anything."""
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             stored = member.compress_type == zipfile.ZIP_STORED
             if not stored or member.file_size > member.compress_size:
                 raise InputError(
-                    f"{path}: its values are compressed ({member.filename!r}), which torch.save "
-                    "does not do; load it where you trust it, and save its state_dict() again"
+                    f"{path}: expected uncompressed values as torch.save writes them, found "
+                    f"{member.filename!r} compressed; if you trust it, load it and save its "
+                    "state_dict() again"
                 )
 
 
 def _first_line(error: Exception) -> str:
-    """Shorten torch's advice, which is not meant for our users, to what it found."""
+    """Shorten torch's advice, which does not apply here, to the reason."""
     reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
     return (reason[1] if reason else first_line(error)).split(". ")[0] or type(error).__name__
 
@@ -111,21 +118,22 @@ def _first_line(error: Exception) -> str:
 def _state_dict(content: Any, path: Path) -> Mapping[Any, Any]:
     if not isinstance(content, Mapping):
         raise InputError(
-            f"{path} holds an object of type {type(content).__name__}, not a state dict; "
+            f"{path}: expected a state dict, found {type(content).__name__}; "
             "save the model's state_dict() alone"
         )
     nested = [key for key in _STATE_DICT_KEYS if _has_tensors(content.get(key))]
     if len(nested) > 1:
         raise InputError(
-            f"{path} holds several state dicts ({', '.join(nested)}); save the one to be used alone"
+            f"{path}: expected one state dict, found several ({', '.join(nested)}); save the one "
+            "to use alone"
         )
     if nested:
         return content[nested[0]]
     if not _has_tensors(content):
         keys = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"
         raise InputError(
-            f"{path} holds no state dict: expected tensors by name, or one of "
-            f"{', '.join(_STATE_DICT_KEYS)}; found {keys}"
+            f"{path} contains no state dict: expected tensors by name, or one of the keys "
+            f"{', '.join(_STATE_DICT_KEYS)}, found {keys}"
         )
     return content
 

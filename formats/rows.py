@@ -1,4 +1,4 @@
-"""What every kind of task data offers: rows by number, columns by name, places in words."""
+"""The interface of every kind of task data: rows by number, columns by name, places as text."""
 
 import bisect
 import hashlib
@@ -17,12 +17,12 @@ from formats.errors import InputError
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """The rows of one data set, read when they are asked for.
+    """The rows of one dataset, read on access.
 
-    A row is a plain dict with an entry for every name in `columns`. Nothing is kept open between
-    two reads, so rows may be read from several threads and after a fork. `name` is the file's or
-    folder's own, or the Hub id, `path` the file's; `tensors` has whole columns, (N, …), of tensor
-    files only, so that a batch is one indexing operation.
+    A row is a dict with an entry for every name in `columns`. No file stays open between two
+    reads, so rows may be read from several threads and after a fork. `name` is that of the file or
+    folder, or the Hub id, and `path` the file's path; `tensors` has whole columns, (N, …), for
+    tensor files only, so that a batch is one indexing operation.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Rows(Sequence[dict[str, Any]]):
         return self.read_row(index)
 
     def where(self, i: int, column: str | None = None) -> str:
-        """Return the place of row `i` in words: "a.npz, row 17, column 'x'"; counted from 1."""
+        """Return the place of row `i` as text: "a.npz, row 17, column 'x'", counted from 1."""
         return self._place(i) if column is None else f"{self._place(i)}, column {column!r}"
 
     def _place(self, i: int) -> str:
@@ -65,7 +65,7 @@ class Rows(Sequence[dict[str, Any]]):
         return (self.read_row(i).get(column) for i in range(len(self)))
 
     def label_names(self, column: str) -> list[str] | None:
-        """Return the class names of `column` in the order of their ids, where the data say so."""
+        """Return the class names of `column` in the order of their ids, if the data have them."""
         return None
 
 
@@ -77,10 +77,10 @@ class JoinedRows(Rows):
         for part in parts[1:]:
             if set(part.columns) != set(first.columns):
                 raise InputError(
-                    f"{folder}: the files of one folder must have the same columns, but "
-                    f"{first.name} has {', '.join(first.columns)} and {part.name} has "
-                    f"{', '.join(part.columns)}. "
-                    "Name one file instead of the folder, or give the files the same columns."
+                    f"{folder}: expected the same columns in all files, found "
+                    f"{', '.join(first.columns)} in {first.name} and {', '.join(part.columns)} in "
+                    f"{part.name}; name one file instead of the folder, or give the files the same "
+                    "columns"
                 )
         self.name = folder.name
         self.columns = list(first.columns)
@@ -134,9 +134,10 @@ class JoinedColumns(Mapping[str, Tensor]):
             for part, piece in zip(self._parts, pieces, strict=True):
                 if (piece.dtype, piece.shape[1:]) != (pieces[0].dtype, pieces[0].shape[1:]):
                     raise InputError(
-                        f"{self._folder}: column {column!r} has rows of {_described(pieces[0])} in "
-                        f"{self._parts[0].name} and of {_described(piece)} in {part.name}; "
-                        "the files of one folder must agree."
+                        f"{self._folder}, column {column!r}: expected rows of "
+                        f"{_described(pieces[0])} as in {self._parts[0].name}, found rows of "
+                        f"{_described(piece)} in {part.name}; give the files the same dtype and "
+                        "shape"
                     )
             self._joined[column] = torch.cat(pieces)
         return self._joined[column]

@@ -1,4 +1,4 @@
-"""`tasks.toml`: a chain of tasks that one command trains, one after the other."""
+"""`tasks.toml`: a chain of tasks that one command trains in sequence."""
 
 import json
 from collections.abc import Collection
@@ -16,17 +16,17 @@ from formats.task_file import read_toml, refuse_unknown, resolve
 
 
 class RunTask(Struct, frozen=True):
-    """One `[[task]]` of a run file: `data` and test data are joined to the folder of the file."""
+    """One `[[task]]` of a run file; local data and test data are relative to the file."""
 
     name: TaskName
     data: Text
     evaluate: Text | None = None
     train: bool = True  # else only its Fisher is measured
-    options: dict[str, Any] = field(default_factory=dict)  # spelled as they are written
+    options: dict[str, Any] = field(default_factory=dict)  # by their spelling in the file
 
 
 class RunFile(Struct, frozen=True, rename={"tasks": "task", "output_dir": "output-dir"}):
-    """What a run file says, None where it is silent: local paths are joined to its folder."""
+    """The content of a run file, None for what it leaves out; local paths are relative to it."""
 
     path: Path
     tasks: list[RunTask]
@@ -35,7 +35,7 @@ class RunFile(Struct, frozen=True, rename={"tasks": "task", "output_dir": "outpu
     fisher: Text | None = None
     output_dir: Path | None = None
     evaluate: dict[str, Text] = field(default_factory=dict)
-    config: dict[str, Any] | None = None  # of a first checkpoint that is made afresh
+    config: dict[str, Any] | None = None  # of a first checkpoint with new weights
     defaults: dict[str, Any] = field(default_factory=dict)  # options of every task
 
 
@@ -50,7 +50,9 @@ def read_run_file(path: Path, options: Collection[str]) -> RunFile:
     refuse_unknown(str(path), content, _RUN)
     tasks = content.get("task")
     if not isinstance(tasks, list) or not tasks or not all(isinstance(t, dict) for t in tasks):
-        raise InputError(f"{path}: there is no task; each is a table [[task]] with name and data.")
+        raise InputError(
+            f"{path}: expected at least one table [[task]] with name and data, found none"
+        )
     content["task"] = [
         _task(task, f"{path}, task {number}", folder, options)
         for number, task in enumerate(tasks, 1)
@@ -60,17 +62,17 @@ def read_run_file(path: Path, options: Collection[str]) -> RunFile:
     run = converted({"path": path, **content}, RunFile, str(path))
     refuse_unknown(f"{path}, [defaults]", run.defaults, options)
     if run.start is not None and run.config is not None:
-        raise InputError(f"{path}: config has no meaning where there is a start: leave one out.")
+        raise InputError(f"{path}: config cannot be combined with start; leave one of them out")
     try:
         json.dumps(run.config, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: config cannot be kept as JSON: {error}.") from None
+        raise InputError(f"{path}: config cannot be stored as JSON: {error}") from None
     named = dict.fromkeys(run.evaluate, "a line of [evaluate]")
     for number, task in enumerate(run.tasks, 1):
         if other := named.get(task.name):
             raise InputError(
-                f"{path}: task {number} and {other} are both named {task.name!r}: give one of them "
-                "another name."
+                f"{path}: task {number} and {other} are both named {task.name!r}; rename one of "
+                "them"
             )
         named[task.name] = f"task {number}"
     return replace(

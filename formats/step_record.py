@@ -1,4 +1,4 @@
-"""`NN-NAME.json` beside a checkpoint of a run: what it was made from, and what was made."""
+"""`NN-NAME.json` beside a checkpoint of a run: what it was made from, and its result."""
 
 import json
 from pathlib import Path
@@ -16,20 +16,20 @@ VERSION = 1
 
 
 class StepRecord(Struct, frozen=True):
-    """One step of a run, told by its content: digests and options, no time and no path."""
+    """One step of a run, identified by digests and options, without times or paths."""
 
     made_from: dict[str, Any]
-    made: dict[str, Any] | None  # digests of what it left, once it is finished
+    made: dict[str, Any] | None  # digests of its output, once it is finished
 
 
 def write_step_record(path: Path, record: StepRecord) -> None:
-    """Write a record whole: the same content, the same bytes."""
+    """Write a record atomically; the same content gives the same bytes."""
     content = {"format": FORMAT, "version": VERSION, **asdict(record)}
     write_file(path, json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
 
 
 def read_step_record(path: Path) -> StepRecord | None:
-    """Read a record, None where there is none; a file that is no such record is refused."""
+    """Read a record, None where there is none; any other file is refused."""
     if not path.exists():
         return None
     try:
@@ -41,6 +41,6 @@ def read_step_record(path: Path) -> StepRecord | None:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (InputError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(
-            f"{path} is no record of a run that this program wrote: move it away, or choose "
-            "another output folder"
+            f"{path} is not a step record of `consolidate run`; move it away, or choose another "
+            "output folder"
         ) from None

@@ -1,4 +1,4 @@
-"""`task.toml`: where the data of a task are, and how they are read."""
+"""`task.toml`: the data of a task, and how to read them."""
 
 import dataclasses
 import tomllib
@@ -18,7 +18,7 @@ from formats.wording import did_you_mean
 
 @dataclass(frozen=True)
 class TaskFile:
-    """What a `task.toml` says, None where it is silent; local `data` is relative to the file."""
+    """The content of a `task.toml`, None for what it leaves out."""
 
     data: Text
     name: TaskName | None = None
@@ -38,7 +38,7 @@ class TaskFile:
     target_column: Text | None = None
 
     def columns(self) -> dict[str, str]:
-        """Return the columns that are named, by role: {"text": "body", "label": "topic"}."""
+        """Return the named columns by role: {"text": "body", "label": "topic"}."""
         return {
             field.name.removesuffix("_column"): value
             for field in dataclasses.fields(self)
@@ -59,31 +59,31 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8. Save it with the encoding UTF-8.") from None
+        raise InputError(f"{path} is not UTF-8; save it with the encoding UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid TOML: {error}.") from None
+        raise InputError(f"{path} is not valid TOML: {error}") from None
 
 
 def refuse_unknown(where: str, found: Iterable[str], known: Collection[str]) -> None:
-    """Refuse a key that is not known, and offer near ones."""
+    """Refuse an unknown key, and suggest similar ones."""
     for key in found:
         if key not in known:
-            hint = did_you_mean(key, known) or f"Known: {', '.join(known)}."
-            raise InputError(f"{where}: unknown key {key!r}. {hint}")
+            hint = did_you_mean(key, known) or f"expected one of: {', '.join(known)}"
+            raise InputError(f"{where}: unknown key {key!r}; {hint}")
 
 
 def resolve(data: str, folder: Path) -> str:
-    """Give what a file means by a path or Hub id: a path is relative to the file's folder."""
+    """Resolve a path or Hub id in a file; a path is relative to the file's folder."""
     try:
         local = folder / Path(data).expanduser()
         if not local.exists() and _looks_like_hub_id(data):
             return data
-    except (OSError, RuntimeError) as error:  # too long, or the home of somebody unknown
-        raise InputError(f"{data[:80]!r} is not the path of a file: {error}") from None
+    except (OSError, RuntimeError) as error:  # too long, or the home of an unknown user
+        raise InputError(f"{data[:80]!r} is not a valid path: {error}") from None
     if "\0" in data:
-        raise InputError(f"{data[:80]!r} is not the path of a file: it holds a NUL")
+        raise InputError(f"{data[:80]!r} is not a valid path: it contains a NUL")
     return str(local)
 
 
@@ -92,7 +92,7 @@ def _looks_like_hub_id(data: str) -> bool:
 
 
 def open_task(spec: str | Path, *, split: str | None = None) -> tuple[TaskFile, Rows]:
-    """Open data, or what a `.toml` file names; a split that is given wins over the file's."""
+    """Open data, or the data that a `.toml` file names; `split` overrides the file's."""
     if Path(spec).suffix.lower() != ".toml":
         return TaskFile(data=str(spec), split=split), open_data(spec, split=split)
     path = Path(spec).expanduser()
@@ -100,7 +100,7 @@ def open_task(spec: str | Path, *, split: str | None = None) -> tuple[TaskFile, 
     task = dataclasses.replace(task, split=split or task.split)
     options = {"split": task.split, "subset": task.subset, "revision": task.revision}
     try:
-        # a folder of the same name where the command was started is not what the file means
+        # a folder of the same name in the current folder is not what the file refers to
         if _looks_like_hub_id(task.data):
             return task, open_hub(task.data, **options)
         return task, open_data(Path(task.data), **options)

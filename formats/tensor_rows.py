@@ -1,4 +1,4 @@
-"""Rows of tensor files, `.safetensors` and `.npz`: one tensor a column, one entry a row."""
+"""Rows of tensor files, `.safetensors` and `.npz`: one tensor per column, one entry per row."""
 
 import math
 import zipfile
@@ -15,7 +15,7 @@ from formats.tensors import LazyTensors, open_tensors
 
 
 class NpzColumns(LazyTensors):
-    """The arrays of an `.npz` file as tensors, read when first asked for; none is unpickled."""
+    """The arrays of an `.npz` file as tensors, read on first access; none is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,21 +30,21 @@ class NpzColumns(LazyTensors):
                     name = member.removesuffix(".npy")
                     if dtype.hasobject or dtype.kind not in "biufc":
                         raise InputError(
-                            f"{path}: array {name!r} holds {_kind(dtype)} ({dtype}), expected "
-                            "numbers. Save labels as integers, or the data as .jsonl or .csv."
+                            f"{path}: array {name!r}: expected numbers, found {_kind(dtype)} "
+                            f"({dtype}); save labels as integers, or the data as .jsonl or .csv"
                         )
-                    # A shape is a claim: it is held against the bytes before room is made for it.
-                    held = archive.getinfo(member).file_size - start
-                    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != held:
-                        raise ValueError(f"array {name!r} of shape {shape} has {held} bytes")
+                    # The shape is untrusted: it is checked against the bytes before allocation.
+                    size = archive.getinfo(member).file_size - start
+                    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != size:
+                        raise ValueError(f"array {name!r} of shape {shape} has {size} bytes")
                     empty = torch.from_numpy(np.empty(0, dtype.newbyteorder("=")))
                     self.headers[name] = empty.dtype, shape
         except (InputError, MemoryError):
             raise
-        except Exception as error:  # damaged bytes fail in whatever way they happen to ask for
+        except Exception as error:  # damaged bytes can raise anything
             raise InputError(
-                f"{path} cannot be read as .npz ({error}). Was it copied in full, and written by "
-                "numpy.savez?"
+                f"{path} is not a valid .npz file ({error}); check that numpy.savez wrote it and "
+                "that it was copied in full"
             ) from None
 
     def __getitem__(self, column: str) -> Tensor:
@@ -54,14 +54,15 @@ class NpzColumns(LazyTensors):
             try:
                 with np.load(self.path, allow_pickle=False) as archive:
                     values = archive[column]
-                # torch knows the machine's own byte order only
+                # torch only supports the machine's byte order
                 values = values.astype(values.dtype.newbyteorder("="), copy=False)
                 self._loaded[column] = torch.from_numpy(values)
             except MemoryError:
                 raise
             except Exception as error:
                 raise InputError(
-                    f"{self.path}: array {column!r} cannot be read ({error})."
+                    f"{self.path}: array {column!r} is damaged ({error}); check that the file was "
+                    "copied in full"
                 ) from None
         return self._loaded[column]
 
@@ -70,7 +71,7 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     major, minor = np.lib.format.read_magic(file)
     read = getattr(np.lib.format, f"read_array_header_{major}_{minor}", None)
     if read is None:
-        raise ValueError(f"array format {major}.{minor} is not known")
+        raise ValueError(f"unknown array format {major}.{minor}")
     shape, _, dtype = read(file)
     return shape, dtype
 
@@ -78,7 +79,7 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
 def _kind(dtype: np.dtype[Any]) -> str:
     if dtype.hasobject:
         return "Python objects"
-    return "text" if dtype.kind in "SU" else "no numbers"
+    return "text" if dtype.kind in "SU" else "another type"
 
 
 class TensorRows(Rows):
@@ -94,28 +95,28 @@ class TensorRows(Rows):
         shapes = {name: self.tensors.shape(name) for name in self.columns}
         if not shapes:
             raise InputError(
-                f"{path} is empty: expected tensors, one a column, such as inputs and labels."
+                f"{path} is empty: expected one tensor per column, such as inputs and labels"
             )
         for name, shape in shapes.items():
             if not shape:
                 raise InputError(
-                    f"{path}: tensor {name!r} is a single number; expected one entry a row in its "
-                    "first dimension."
+                    f"{path}: tensor {name!r}: expected one entry per row in its first dimension, "
+                    "found a single number"
                 )
         first = self.columns[0]
         self._length = shapes[first][0]
         for name, shape in shapes.items():
             if shape[0] != self._length:
                 raise InputError(
-                    f"{path}: tensor {first!r} has {self._length} rows and {name!r} has "
-                    f"{shape[0]}; the first dimension of all must be the same."
+                    f"{path}: expected the same first dimension in all tensors, found "
+                    f"{self._length} in {first!r} and {shape[0]} in {name!r}"
                 )
         if self._length == 0:
-            raise InputError(f"{path} is empty: its tensors have 0 rows.")
+            raise InputError(f"{path} is empty: its tensors have 0 rows")
 
     def __len__(self) -> int:
         return self._length
 
     def read_row(self, i: int) -> dict[str, Any]:
-        """Return entry `i` of every tensor; views, to be copied before they are changed."""
+        """Return entry `i` of every tensor as views, to copy before writing to them."""
         return {name: column[i] for name, column in self.tensors.items()}

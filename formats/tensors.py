@@ -1,6 +1,6 @@
 """Named tensors in safetensors files: one file, or shards with an index.
 
-Reading maps the files into memory and touches only the headers until a tensor is asked for.
+Files are memory-mapped, and only their headers are read until a tensor is accessed.
 """
 
 import json
@@ -23,12 +23,12 @@ Header = tuple[torch.dtype, tuple[int, ...]]
 
 MAX_SHARD_SIZE = 5 * 10**9
 MAX_HEADER_BYTES = 25 * 10**6
-"""Of all files of a checkpoint together, twice what models of 70,000 tensors need; each tensor of a
-header takes time even if it is empty, and a file of the Hub may not have a larger one either."""
+"""The limit for all files of a checkpoint together, twice what models of 70,000 tensors need: each
+tensor of a header takes time even if it is empty, and the Hub has the same limit for a file."""
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors that are read or computed when asked for; `headers` has their dtypes and shapes."""
+    """Tensors that are read or computed on access; `headers` has their dtypes and shapes."""
 
     headers: dict[str, Header]
 
@@ -51,7 +51,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 class Overlaid(LazyTensors):
-    """Tensors of which some are `replaced` or left out; the order is that of the whole."""
+    """Tensors of which some are `replaced` or left out, in the original order."""
 
     def __init__(
         self,
@@ -74,13 +74,13 @@ class Overlaid(LazyTensors):
         return (self._replaced if name in self._replaced else self._tensors)[name]
 
     def apart(self) -> "Overlaid":
-        """Give the same values in memory of their own, as `apart` does."""
+        """Return the same values in separate memory, as `apart` does."""
         left_out = self._tensors.keys() - self.headers.keys()
         return Overlaid(apart(self._tensors), replaced=apart(self._replaced), without=left_out)
 
 
 class Renamed(LazyTensors):
-    """Some of the tensors of a mapping; `names` leads from the new name to the one there."""
+    """Some of the tensors of a mapping; `names` maps new names to those of the mapping."""
 
     def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
         self._tensors = tensors
@@ -92,10 +92,10 @@ class Renamed(LazyTensors):
 
 
 class TensorFiles(LazyTensors):
-    """The tensors of one or several safetensors files, read one at a time when asked for.
+    """The tensors of one or several safetensors files, each read on access.
 
     A tensor is a private view of the mapped file: writing to it does not change the file. The
-    order is that of the files and, within a file, of the bytes; all headers are checked at once.
+    order is that of the files and, within a file, of the bytes; all headers are checked on opening.
     """
 
     def __init__(self, path: Path, files: list[Path]) -> None:
@@ -117,8 +117,8 @@ class TensorFiles(LazyTensors):
                 dtype = header.get_dtype()
                 if dtype not in DTYPES:
                     raise InputError(
-                        f"{file}: tensor {name!r} has dtype {dtype}, which cannot be read; "
-                        f"readable are {', '.join(DTYPES)}"
+                        f"{file}: tensor {name!r} has an unsupported dtype: expected one of "
+                        f"{', '.join(DTYPES)}, found {dtype}"
                     )
                 if name in self._file_of:
                     raise InputError(
@@ -133,15 +133,17 @@ class TensorFiles(LazyTensors):
         try:
             return self._handles[file].get_tensor(name)
         except (SafetensorError, RuntimeError) as error:
-            raise InputError(f"{file}: tensor {name!r} cannot be read ({error})") from error
+            raise InputError(
+                f"{file}: tensor {name!r} cannot be read ({error}); fetch or save the file again"
+            ) from error
 
     def file_of(self, name: str) -> Path:
-        """Give the file that holds a tensor."""
+        """Return the file that contains a tensor."""
         return self._file_of[name]
 
 
 class _Copies(LazyTensors):
-    """Copies of tensors, made anew each time that one is asked for."""
+    """Copies of tensors, a new one on each access."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -152,9 +154,9 @@ class _Copies(LazyTensors):
 
 
 def apart(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Give the same values in memory of their own, so that a model can be trained in them.
+    """Return the same values in separate memory, in which a model can be trained.
 
-    Of files it is another private map: a page takes memory once it is written to.
+    Files are memory-mapped again: a page takes memory only once it is written to.
     """
     if isinstance(tensors, TensorFiles):
         return TensorFiles(tensors.path, tensors.files)
@@ -162,13 +164,16 @@ def apart(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def open_tensors(path: Path, stem: str = "model") -> TensorFiles:
-    """Open a safetensors file, or the one or the shards named STEM that a folder holds."""
+    """Open a safetensors file, or a folder's file or shards named STEM."""
     if not path.is_dir():
         return TensorFiles(path, [path])
     single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
     if not index.exists():
         if not single.exists():
-            raise InputError(f"{path} holds neither {single.name} nor {index.name}")
+            raise InputError(
+                f"{path}: expected {single.name} or {index.name}, found neither; fetch or save "
+                "the folder again"
+            )
         return TensorFiles(path, [inside(path, single.name)])
     weight_map = read_index(index)
     tensors = TensorFiles(path, [inside(path, name) for name in sorted(set(weight_map.values()))])
@@ -185,11 +190,11 @@ def write_tensors(
     max_shard_size: int = MAX_SHARD_SIZE,
     dtype: torch.dtype | None = None,
 ) -> list[Path]:
-    """Write tensors as ``STEM.safetensors``, or as shards with an index named as the Hub does.
+    """Write tensors as ``STEM.safetensors``, or as shards with an index, named as on the Hub.
 
-    One tensor is in memory at a time. Within a file the wider dtypes come first, so that every
-    tensor is aligned, and otherwise the order is that of `tensors`; the bytes depend on nothing
-    else. Floating tensors are cast to `dtype`, if one is given.
+    One tensor is in memory at a time. Within a file wider dtypes come first, so that every tensor
+    is aligned, and otherwise the order is that of `tensors`; the bytes depend on nothing else.
+    Floating-point tensors are cast to `dtype`, if given.
     """
     headers = {name: _header(tensors, name, dtype) for name in tensors}
     sizes = {name: _size(header) for name, header in headers.items()}
@@ -226,7 +231,7 @@ def write_tensor_file(
 
 
 def header_of(tensors: Mapping[str, Tensor], name: str) -> Header:
-    """Give dtype and shape of a tensor, without reading its values where the mapping is lazy."""
+    """Return dtype and shape of a tensor, without reading its values where the mapping is lazy."""
     if isinstance(tensors, LazyTensors):
         return tensors.headers[name]
     return tensors[name].dtype, tuple(tensors[name].shape)
@@ -243,7 +248,7 @@ def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
 
 
 def _open(file: Path, room: int) -> tuple[Any, int]:
-    """Open a file whose header has at most so many bytes; return it, and how many they are."""
+    """Open a file whose header has at most `room` bytes; return it and the header's size."""
     if not file.is_file():
         what = "is not a file" if file.exists() else "does not exist"
         raise InputError(f"{file} {what}")
@@ -251,8 +256,8 @@ def _open(file: Path, room: int) -> tuple[Any, int]:
         with open(file, "rb") as content:
             size = int.from_bytes(content.read(8), "little")
         if size > room:
-            reason = f"header too large: {size:,} bytes, where {room:,} are left of "
-            reason += f"{MAX_HEADER_BYTES:,} for all headers of a checkpoint"
+            reason = f"header too large: expected at most {room:,} of {MAX_HEADER_BYTES:,} bytes "
+            reason += f"for all headers of a checkpoint, found {size:,}"
             raise broken(file, "a safetensors file", reason)
         return safe_open(file, framework="pt"), size
     except PermissionError as error:

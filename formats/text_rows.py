@@ -1,4 +1,4 @@
-"""Rows of text files: JSON Lines, CSV and TSV, kept in memory as offsets; JSON arrays."""
+"""Rows of text files: JSON Lines, CSV and TSV, indexed by offsets in memory; JSON arrays."""
 
 import array
 import csv
@@ -26,20 +26,20 @@ def _stamp(file: Any) -> tuple[int, int]:
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> InputError:
     return InputError(
-        f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8. "
-        "Save the file with the encoding UTF-8."
+        f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
+        "save the file with the encoding UTF-8"
     )
 
 
 class _LineRows(Rows):
-    """Rows of a text file by the byte and the line, counted from 1, at which each begins.
+    """Rows of a text file, by the byte and the line, counted from 1, at which each begins.
 
-    A file that has changed since it was opened is noticed; a byte order mark is passed over.
+    A file that changes after it was opened is refused; a byte order mark is skipped.
     """
 
     def __init__(self, path: Path) -> None:
         self.name, self.path = path.name, path
-        self._starts = array.array("q")  # and where the last row ends
+        self._starts = array.array("q")  # and the end of the last row
         self._lines = array.array("I")
         with path.open("rb", buffering=_BUFFER) as file:
             self._stamp = _stamp(file)
@@ -49,7 +49,7 @@ class _LineRows(Rows):
 
     @abstractmethod
     def _scan(self, file: IO[bytes], position: int) -> int:
-        """Find where the rows begin, from a position on; return where the last one ends."""
+        """Find the starts of the rows from a position on; return the end of the last one."""
 
     def _add(self, start: int, line: int) -> None:
         self._starts.append(start)
@@ -62,11 +62,11 @@ class _LineRows(Rows):
         return f"{super()._place(i)} (line {self._lines[i]})"
 
     def _text(self, i: int) -> str:
-        """Return row `i`, with what separates it from the next."""
+        """Return row `i`, with its separator."""
         start, end = self._starts[i : i + 2]
         with self.path.open("rb", buffering=0) as file:
             if _stamp(file) != self._stamp:
-                raise InputError(f"{self.path} was changed while it was being read. Start again.")
+                raise InputError(f"{self.path} was changed while it was being read; start again")
             file.seek(start)
             record = file.read(end - start)
         try:
@@ -77,20 +77,20 @@ class _LineRows(Rows):
 
 
 class JsonLinesRows(_LineRows):
-    """One JSON object a line; blank lines are passed over but counted.
+    """One JSON object per line; blank lines are skipped but counted.
 
-    The columns are the keys of the first 100 rows, in the order they are met; a row that lacks one
-    of them has None there, and keys first met later are kept in their rows.
+    The columns are the keys of the first 100 rows in order of appearance; a row that lacks one of
+    them has None there, and keys that first appear later stay in their rows.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         if not len(self):
-            raise InputError(f"{path} is empty: expected one JSON object a line.")
+            raise InputError(f"{path} is empty: expected one JSON object per line")
         first = [self._parse(i) for i in range(min(len(self), _ROWS_LOOKED_AT_FOR_COLUMNS))]
         self.columns = list(dict.fromkeys(key for row in first for key in row))
         if not self.columns:
-            raise InputError(f"{path}: the rows have no columns; they are empty objects.")
+            raise InputError(f"{path}: expected rows with columns, found only empty objects")
 
     def _scan(self, file: IO[bytes], position: int) -> int:
         for number, line in enumerate(file, start=1):
@@ -100,12 +100,12 @@ class JsonLinesRows(_LineRows):
         return position
 
     def _parse(self, i: int) -> dict[str, Any]:
-        # what the scan took for blank lines may follow the row; JSON knows fewer blanks than ASCII
+        # lines that are blank to the scan may follow the row; JSON has less whitespace than ASCII
         value = _loads(self._text(i).rstrip(" \t\n\r\v\f"), self.path, self._lines[i])
         if not isinstance(value, dict):
             raise InputError(
                 f"{self.path}, line {self._lines[i]}: expected a JSON object "
-                f'such as {{"text": "…", "label": 0}}, found {_json_kind(value)}.'
+                f'such as {{"text": "…", "label": 0}}, found {_json_kind(value)}'
             )
         return value
 
@@ -115,21 +115,22 @@ class JsonLinesRows(_LineRows):
 
 
 class JsonArrayRows(Rows):
-    """A small JSON file that is one array of objects, held in memory."""
+    """A small JSON file that is one array of objects, read into memory."""
 
     def __init__(self, path: Path) -> None:
         self.name, self.path = path.name, path
         size = path.stat().st_size
         if size > MAX_JSON_ARRAY_BYTES:
             raise InputError(
-                f"{path} is one JSON array of {size / 2**20:.0f} MiB, which has to be read at once."
-                " Write it as JSON Lines (.jsonl), one object a line, which is read row by row."
+                f"{path} is one JSON array of {size / 2**20:.0f} MiB: expected at most "
+                f"{MAX_JSON_ARRAY_BYTES // 2**20} MiB; save it as JSON Lines (.jsonl), one object "
+                "per line, which is read row by row"
             )
         content = path.read_bytes()
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            # the codec counts from behind the byte order mark, the file does not
+            # the codec counts from after the byte order mark, the file from before it
             bom = len(_BOM) if content.startswith(_BOM) else 0
             line = content.count(b"\n", 0, bom + error.start) + 1
             raise _not_utf8(path, line, error) from None
@@ -137,10 +138,10 @@ class JsonArrayRows(Rows):
         for i, row in enumerate(self._rows):
             if not isinstance(row, dict):
                 found = _json_kind(row)
-                raise InputError(f"{path}, row {i + 1}: expected an object, found {found}.")
+                raise InputError(f"{path}, row {i + 1}: expected an object, found {found}")
         self.columns = list(dict.fromkeys(key for row in self._rows for key in row))
         if not self.columns:
-            raise InputError(f"{path} is empty: expected an array of objects with columns.")
+            raise InputError(f"{path} is empty: expected an array of objects with columns")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -153,22 +154,22 @@ class JsonArrayRows(Rows):
 class CsvRows(_LineRows):
     """Comma- or tab-separated values with a header line; every value is a string.
 
-    Fields may be quoted, and of any length. Empty lines are passed over but counted; all rows are
-    checked at the opening.
+    Fields may be quoted, and of any length. Empty lines are skipped but counted; all rows are
+    checked on opening.
     """
 
     def __init__(self, path: Path, delimiter: str) -> None:
-        # the limit is the process's; the default of 128 KiB is less than one long document
+        # the limit is global; its default of 128 KiB is too small for a long document
         csv.field_size_limit(2**31 - 1)
         self._delimiter = delimiter
         self.columns = []
         super().__init__(path)
         if not self.columns:
             raise InputError(
-                f"{path} is empty: expected a header line with the names of the columns."
+                f"{path} is empty: expected a header line with the names of the columns"
             )
         if not len(self):
-            raise InputError(f"{path} has a header ({', '.join(self.columns)}) but no rows.")
+            raise InputError(f"{path} has a header ({', '.join(self.columns)}) but no rows")
 
     def _scan(self, file: IO[bytes], position: int) -> int:
         number = 0
@@ -189,7 +190,7 @@ class CsvRows(_LineRows):
             try:
                 record = next(reader, None)
             except csv.Error as error:
-                raise InputError(f"{self.path}, line {line}: {_explain(error, number)}.") from None
+                raise InputError(f"{self.path}, line {line}: {_explain(error, number)}") from None
             if record is None:
                 return position
             if record and not self.columns:
@@ -197,20 +198,20 @@ class CsvRows(_LineRows):
                 if twice := [name for name in record if record.count(name) > 1]:
                     raise InputError(
                         f"{self.path}, line {line}: the header names column {twice[0]!r} "
-                        f"{record.count(twice[0])} times. Give each column a name of its own."
+                        f"{record.count(twice[0])} times; give each column a distinct name"
                     )
             elif record and len(record) != len(self.columns):
                 raise InputError(
-                    f"{self.path}, line {line}: {len(record)} fields, but the header has "
-                    f"{len(self.columns)} ({', '.join(self.columns)}). "
-                    "Quote fields that hold the delimiter or a line end."
+                    f"{self.path}, line {line}: expected {len(self.columns)} fields as in the "
+                    f"header ({', '.join(self.columns)}), found {len(record)}; quote fields that "
+                    "contain the delimiter or a line end"
                 )
             elif record:
                 self._add(start, line)
 
     def read_row(self, i: int) -> dict[str, Any]:
         """Return row `i`, every value a string."""
-        # newline="\n" splits where the scan split, and leaves other line ends inside fields alone
+        # newline="\n" splits where the scan split, and keeps other line ends inside fields
         lines = io.StringIO(self._text(i), newline="\n")
         record = next(csv.reader(lines, delimiter=self._delimiter, strict=True))
         return dict(zip(self.columns, record, strict=True))
@@ -223,8 +224,8 @@ def _explain(error: csv.Error, last_line: int) -> str:
             f"a quoted field begins in this row and is never closed (read up to line {last_line})"
         )
     if "new-line character" in message:
-        return "a carriage return stands alone; save the file with the line ends of Unix or Windows"
-    return f"{message}; a quote inside a quoted field is written twice"
+        return "found a lone carriage return; save the file with Unix or Windows line ends"
+    return f"{message}; double each quote inside a quoted field"
 
 
 def _loads(text: str, path: Path, line: int | None = None) -> Any:
@@ -235,17 +236,17 @@ def _loads(text: str, path: Path, line: int | None = None) -> Any:
         at, why = "" if line is None else f", line {line}", str(error)
         if isinstance(error, json.JSONDecodeError):
             at, why = f", line {line or error.lineno}, character {error.colno}", error.msg
-        hint = "" if line is None else " Expected one JSON object a line."
-        raise InputError(f"{path}{at}: not valid JSON ({why}).{hint}") from None
+        hint = "" if line is None else ": expected one JSON object per line"
+        raise InputError(f"{path}{at}: not valid JSON ({why}){hint}") from None
 
 
 def _json_kind(value: Any) -> str:
-    kinds = {list: "an array", dict: "an object", str: "a string", bool: "a truth value"}
+    kinds = {list: "an array", dict: "an object", str: "a string", bool: "a boolean"}
     return "null" if value is None else kinds.get(type(value), "a number")
 
 
 def open_json(path: Path) -> Rows:
-    """Open a `.json` file: an array of objects, or JSON Lines under another name."""
+    """Open a `.json` file: an array of objects, or JSON Lines with another suffix."""
     with path.open("rb") as file:
         texts = (line.removeprefix(_BOM).strip() for line in file)
         first = next(filter(None, texts), b"")

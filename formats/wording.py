@@ -1,4 +1,4 @@
-"""What several messages say alike: any text may be a name, and there may be many."""
+"""Shared parts of messages, safe for any name and any number of names."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -22,24 +22,24 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """Offer the known names nearest to one that is not known; nothing where none is near."""
+    """Suggest the known names that are similar to an unknown one, if there are any."""
     near = get_close_matches(name, known)
-    return f"Did you mean {' or '.join(near)}?" if near else ""
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def neighbours(path: Path) -> list[str]:
-    """Give what has nearly the name of a path that is not there, in its folder."""
+    """List the names in the folder of a missing path that are similar to its own."""
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     return get_close_matches(path.name, names)
 
 
 def first_line(error: BaseException) -> str:
-    """Give the first line of what an error of another library says, or else its kind."""
+    """Return the first line of an error's message, or the error's type if it has none."""
     return str(error).strip().split("\n", 1)[0] or type(error).__name__
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Escape what is not printable: names from files could steer a terminal, or turn a line."""
+    """Escape unprintable characters: names from files could control a terminal or break a line."""
     return "".join(
         c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
     )

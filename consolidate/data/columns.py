@@ -1,4 +1,4 @@
-"""The columns of task data: which holds the text, which the label."""
+"""The columns of task data by role, such as text and label."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,7 +9,7 @@ from formats.rows import Rows
 
 
 def columns_of(given: Columns, named: Mapping[str, str]) -> Columns:
-    """Take the columns from the options, and from the task file where the options name none."""
+    """Return the columns that the options name, and else those of the task file."""
     options = {role: name for role, name in asdict(given).items() if name is not None}
     return Columns(**{**named, **options})
 
@@ -27,14 +27,14 @@ def label_column(rows: Rows, columns: Columns, objective: str) -> str:
 
 
 def find_column(rows: Rows, columns: Columns, role: str, *usual: str) -> str:
-    """Find the column with a role: the one given, else the first usual name, or the role's own."""
+    """Find the column of a role: the given name, else the first usual one that exists."""
     given = getattr(columns, role)
     names = [given] if given is not None else usual or (role,)
     for name in names:
         if name in rows.columns:
             return name
     raise InputError(
-        f"{rows.name} has no column {' or '.join(map(repr, names))}; it has "
-        f"{', '.join(map(repr, rows.columns))}. Name the right one with "
+        f"{rows.name}: expected a column {' or '.join(map(repr, names))}, found "
+        f"{', '.join(map(repr, rows.columns))}; name the column with "
         f"--{role.replace('_', '-')}-column"
     )

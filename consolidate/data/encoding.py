@@ -1,4 +1,4 @@
-"""Examples for a model, from rows of any kind."""
+"""Encoding of rows of any kind as examples for a model."""
 
 from collections.abc import Collection
 from dataclasses import asdict
@@ -26,9 +26,11 @@ def encode(
     """Encode the rows of a task for a model and its objective, checking every label."""
     columns = columns or Columns()
     if pack and model.objective.name not in ("causal-lm", "masked-lm"):
-        raise UsageError(f"--pack is for language models, not for {model.objective.name}")
+        raise UsageError(
+            f"--pack is for language models, not for {model.objective.name}; leave it out"
+        )
     if max_length is not None and model.objective.modality != "text":
-        raise UsageError(f"--max-length is for texts, not for {model.objective.name}")
+        raise UsageError(f"--max-length is for texts, not for {model.objective.name}; leave it out")
     examples: Examples
     if model.objective.modality == "tensor":
         examples = encode_tensors(rows, model, columns)
@@ -41,16 +43,16 @@ def encode(
 
 
 def unread_columns(columns: Columns, objective: Objective) -> list[str]:
-    """Say which of the columns that were named are not read."""
+    """Return a note for each named column that the objective does not use."""
     given = {role: name for role, name in asdict(columns).items() if name is not None}
     return [
-        f"the {role.replace('_', ' ')} column {given[role]!r} is not read for {objective.name}"
+        f"the {role.replace('_', ' ')} column {given[role]!r} is not used for {objective.name}"
         for role in sorted(given.keys() - _read(objective, given))
     ]
 
 
 def _read(objective: Objective, given: Collection[str]) -> set[str]:
-    """Return the roles of the columns that are read where these are given."""
+    """Return the roles of the columns that the objective uses, if these are given."""
     if objective.modality != "text":
         return {"inputs" if objective.modality == "tensor" else "image", "label"}
     match objective.name:

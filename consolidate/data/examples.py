@@ -1,4 +1,4 @@
-"""Examples of one task: batches of them, and parts."""
+"""Examples of one task, in batches and parts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from formats.errors import InputError
 class Examples(ABC):
     """Encoded examples; an example's index is its place in the data, in every epoch."""
 
-    # What a user should be told: how many texts were truncated, and so on.
+    # Notes for the user, such as how many texts were truncated.
     notes: list[str] = field(default_factory=list, kw_only=True)
 
     @abstractmethod
@@ -30,13 +30,13 @@ class Examples(ABC):
         """
 
     def length(self, i: int) -> int:
-        """Return the size of example `i` beside others: 1, or its tokens."""
+        """Return the relative size of example `i`: 1, or its number of tokens."""
         return 1
 
     def batches(
         self, batch_size: int, *, order: Sequence[int] | None = None
     ) -> Iterator[tuple[Any, Tensor]]:
-        """Yield the examples, or those of `order`, in batches, of which the last may be smaller."""
+        """Yield the examples, or those of `order`, in batches; the last may be smaller."""
         indices = range(len(self)) if order is None else order
         for start in range(0, len(indices), batch_size):
             yield self.collate(indices[start : start + batch_size])
@@ -44,7 +44,7 @@ class Examples(ABC):
 
 @dataclass(eq=False)
 class Part(Examples):
-    """Some of the examples of another; each keeps what it has there, masks included."""
+    """Some of the examples of another; each is encoded as there, with the same masks."""
 
     whole: Examples
     indices: Sequence[int]
@@ -53,11 +53,11 @@ class Part(Examples):
         return len(self.indices)
 
     def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
-        """Return these of the examples as one batch."""
+        """Return these examples as one batch."""
         return self.whole.collate([self.indices[i] for i in indices], epoch)
 
     def length(self, i: int) -> int:
-        """Return the size of example `i` beside others."""
+        """Return the relative size of example `i`."""
         return self.whole.length(self.indices[i])
 
 
@@ -65,15 +65,18 @@ def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:
     """Split off a seeded tenth: at least 50 examples, but no more than half, and at most 5,000."""
     count = len(examples)
     if count < 2:
-        raise InputError("one example cannot be split: give --validation for the new task")
+        raise InputError(
+            f"expected at least two examples to split off a validation set, found {count}; pass "
+            "--validation for the new task"
+        )
     size = min(max(round(0.1 * count), 50), 5000, count // 2)
-    held = set(subset(count, size, seed))
-    rest = [i for i in range(count) if i not in held]
-    return Part(examples, rest), Part(examples, sorted(held))
+    held_out = set(subset(count, size, seed))
+    rest = [i for i in range(count) if i not in held_out]
+    return Part(examples, rest), Part(examples, sorted(held_out))
 
 
 def subset(count: int, most: int | None, seed: int, *, shuffled: bool = False) -> list[int]:
-    """Return the indices of a seeded subset of examples, or of all, shuffled or in their order."""
+    """Return the indices of a seeded subset of examples, or of all, shuffled or in order."""
     if not shuffled and (most is None or most >= count):
         return list(range(count))
     generator = torch.Generator().manual_seed(seed)

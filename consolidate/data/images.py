@@ -1,4 +1,4 @@
-"""Examples of images, through the image processor that belongs to the checkpoint."""
+"""Examples of images, encoded by the checkpoint's image processor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from formats.rows import Rows
 
 @dataclass(eq=False)
 class ImageExamples(Examples):
-    """Images that are read and resized batch by batch; nothing is augmented."""
+    """Images that are read and resized batch by batch, without augmentation."""
 
     rows: Rows
     column: str
@@ -38,7 +38,7 @@ class ImageExamples(Examples):
         except Exception as error:
             raise InputError(
                 f"{self.rows.where(indices[0], self.column)}: the image processor refuses the "
-                f"batch that begins here: {error}"
+                f"batch that begins with this row: {error}"
             ) from error
         return {"pixel_values": pixels.to(self.dtype)}, self.labels[list(indices)]
 
@@ -54,8 +54,8 @@ def encode_images(rows: Rows, model: Model, columns: Columns) -> Examples:
     """Encode rows of images; the labels are checked now, the images when they are read."""
     if model.processor is None:
         raise InputError(
-            f"{model.checkpoint.path} holds no preprocessor_config.json, so how images are resized "
-            "and scaled is not known: save the image processor beside the weights"
+            f"{model.checkpoint.path}: expected a preprocessor_config.json with the size and scale "
+            "of images, found none; save the image processor beside the weights"
         )
     image = find_column(rows, columns, "image", "image", "img")
     labels, notes = read_labels(rows, columns, model, model.outputs)

@@ -1,4 +1,4 @@
-"""Labels in the rows of task data: their names, values and numbers."""
+"""Labels in the rows of task data: names, values and class numbers."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from formats.wording import few
 
 
 def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> list[str]:
-    """Name the labels of a new output layer: as the data state, or sorted, or 0 to the largest."""
+    """Name the labels of a new head: by the data's names, or sorted, or 0 to the largest."""
     if objective == "regression":
         column = label_column(rows, columns or Columns(), objective)
         count = len(as_numbers(rows[0].get(column), rows.where(0, column)))
@@ -32,7 +32,7 @@ def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> l
 def label_values(
     rows: Rows, objective: str, columns: Columns | None = None, *, used: bool = False
 ) -> list[str]:
-    """Collect the labels in the data as names: in the order that the data state, or sorted."""
+    """Collect the labels in the data as names, in the order of the data's names, or sorted."""
     column = label_column(rows, columns or Columns(), objective)
     stated = rows.label_names(column)
     if stated is not None and not used:
@@ -46,7 +46,7 @@ def label_values(
         lengths.add(len(row))
         for one in row:
             if one is None or one == "":
-                raise InputError(f"{rows.where(i, column)}: there is no label")
+                raise InputError(f"{rows.where(i, column)}: the label is missing")
             number = as_integer(one)
             if number != -100 or objective != "token-classification":
                 found.add(str(one) if number is None else str(number))
@@ -58,7 +58,7 @@ def label_values(
 
 
 def lacking_labels(found: Iterable[str], known: Sequence[str]) -> list[str]:
-    """Give the labels of the data that a model lacks; a number is a name where all of its are."""
+    """Return the labels that a model lacks; numbers are names if all of the model's names are."""
     numbers = range(0 if _numbers(known) else len(known))
     alike = Counter(name.casefold() for name in known)
     return [
@@ -73,7 +73,7 @@ def _numbers(names: Iterable[str]) -> bool:
 
 
 def within_int64(rows: Rows, column: str) -> Tensor:
-    """Give a column of a tensor file, of which every number fits into int64."""
+    """Return a column of a tensor file, and refuse numbers that do not fit into int64."""
     assert rows.tensors is not None
     values = rows.tensors[column]
     if values.dtype == torch.uint64:
@@ -81,14 +81,14 @@ def within_int64(rows: Rows, column: str) -> Tensor:
         for i in beyond.nonzero()[:1].flatten().tolist():
             largest = max(values[i].flatten().tolist())
             raise InputError(
-                f"{rows.where(i, column)}: {largest} is beyond the largest int64, {2**63 - 1}: "
-                "save smaller numbers"
+                f"{rows.where(i, column)}: expected at most the largest int64, {2**63 - 1}, found "
+                f"{largest}; save smaller numbers"
             )
     return values
 
 
 def _distinct(labels: Tensor) -> list[Any]:
-    """Give the distinct values of a column of labels, (N,) or (N, 1), else its rows."""
+    """Return the distinct values of a column of labels, (N,) or (N, 1), or else its rows."""
     flat = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     return flat.unique().tolist() if flat.ndim == 1 else list(flat)
 
@@ -111,8 +111,9 @@ class Labels:
                 self._from_data = dict(enumerate(ids))
             else:
                 self.notes.append(
-                    f"{rows.name} and the checkpoint name their classes differently "
-                    f"({stated[0]}, {next(iter(self._by_name))}, …): numbers are taken as they are"
+                    f"the class names of {rows.name} and of the checkpoint differ "
+                    f"({stated[0]}, {next(iter(self._by_name))}, …); class numbers are used "
+                    "unchanged"
                 )
         elif self._by_name and _numbers(self._by_name):
             self._from_data = {int(name): i for name, i in self._by_name.items()}
@@ -121,12 +122,12 @@ class Labels:
             # Classes in the data's order, as every loader of image folders numbers them.
             self._by_name = {name: i for i, name in enumerate(stated)}
             self.notes.append(
-                "the checkpoint's labels have no names; the data's classes are taken in their "
+                "the checkpoint's labels have no names; the data's classes are used in their "
                 f"order: {', '.join(stated)}"
             )
 
     def index(self, value: Any, i: int, *, ignorable: bool = False) -> int:
-        """Return the class number of a value in row `i`, which is a number or a name."""
+        """Return the class number of a value in row `i`, a number or a name."""
         number = as_integer(value)
         if isinstance(value, str) and (number is None or value in self._by_name):
             number = self._named(value)
@@ -139,7 +140,7 @@ class Labels:
         return number
 
     def vector(self, value: Any, i: int) -> list[float]:
-        """Return K zeros and ones for row `i`, which holds them, or the labels that apply."""
+        """Return K zeros and ones for row `i`, from such a list or from a list of labels."""
         assert self._count is not None
         values = as_list(value, self._rows.where(i, self._column))
         numbers = [as_integer(one) for one in values]
@@ -152,7 +153,7 @@ class Labels:
         return vector
 
     def _named(self, name: str) -> int:
-        """Find a class by its name, in another case where that leaves one; −1 if there is none."""
+        """Find a class by its name, ignoring case if that is unique; −1 if there is none."""
         if name in self._by_name:
             return self._by_name[name]
         alike = [i for other, i in self._by_name.items() if other.casefold() == name.casefold()]
@@ -161,21 +162,23 @@ class Labels:
     def _refusal(self, value: Any, i: int) -> InputError:
         where = self._rows.where(i, self._column)
         if value is None or value == "":
-            return InputError(f"{where}: there is no label")
+            return InputError(f"{where}: the label is missing")
         if self._by_name:
             names = list(self._by_name)
             numbers = "" if self._all_named else f" (or their numbers, 0 to {len(names) - 1})"
             return InputError(
-                f"{where}: {value!r} is none of the model's {len(names)} labels, which are "
-                f"{few(names, 20)}{numbers}"
+                f"{where}: expected one of the model's {len(names)} labels, {few(names, 20)}"
+                f"{numbers}, found {value!r}"
             )
-        upto = f"numbers from 0 to {self._count - 1}" if self._count else "numbers from 0"
+        upto = f" to {self._count - 1}" if self._count else ""
         hint = "" if as_integer(value) is not None else "; names need id2label in config.json"
-        return InputError(f"{where}: {value!r} is no label of the model, which has {upto}{hint}")
+        return InputError(
+            f"{where}: expected a label of the model, a number from 0{upto}, found {value!r}{hint}"
+        )
 
 
 def as_integer(value: Any) -> int | None:
-    """Return the integer that a value is or spells, None if it is none."""
+    """Return the integer that a value is or spells, None if there is none."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, str):
@@ -198,13 +201,13 @@ def as_list(value: Any, where: str) -> list[Any]:
             try:
                 return list(json.loads(value))
             except ValueError:
-                raise InputError(f"{where}: {value!r} is not a list in JSON") from None
+                raise InputError(f"{where}: expected a list in JSON, found {value!r}") from None
         return [part.strip() for part in value.split(",") if part.strip()]
     raise InputError(f"{where}: expected a list, found {describe(value)}")
 
 
 def as_numbers(value: Any, where: str) -> list[float]:
-    """Return the finite numbers that a value is, holds or spells, at least one."""
+    """Return the finite numbers that a value is, contains or spells, at least one."""
     values = [value] if isinstance(value, bool | int | float) else as_list(value, where)
     try:
         numbers = [float(one) for one in values]
@@ -213,14 +216,14 @@ def as_numbers(value: Any, where: str) -> list[float]:
     if not numbers:
         raise InputError(f"{where}: expected a number, found nothing")
     if not all(map(math.isfinite, numbers)):
-        raise InputError(f"{where}: {value!r} is not finite")
+        raise InputError(f"{where}: expected finite numbers, found {value!r}")
     return numbers
 
 
 def read_labels(
     rows: Rows, columns: Columns, model: Model, count: int | None
 ) -> tuple[Tensor, list[str]]:
-    """Read class numbers, (N,), yes-or-no labels, (N, K), or numbers to predict, and the notes."""
+    """Read class numbers, (N,), binary labels, (N, K), or regression targets, and the notes."""
     column = label_column(rows, columns, model.objective.name)
     if model.objective.name == "regression":
         return _targets(rows, column, model), []
@@ -231,7 +234,7 @@ def read_labels(
 
 
 def _targets(rows: Rows, column: str, model: Model) -> Tensor:
-    """Return the numbers that a regression predicts, (N,) or (N, D) float32."""
+    """Return the targets of a regression, (N,) or (N, D) float32."""
     targets: list[list[float]] = []
     count = model.outputs
     for i, value in enumerate(rows.values(column)):
@@ -246,5 +249,5 @@ def _targets(rows: Rows, column: str, model: Model) -> Tensor:
 
 
 def describe(value: Any) -> str:
-    """Say in a word or two what a value is."""
+    """Return the type and the beginning of a value, for a message."""
     return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

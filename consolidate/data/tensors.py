@@ -1,4 +1,4 @@
-"""Examples of tensors, for modules of the user's own."""
+"""Examples of tensors, for a user's own modules."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from formats.rows import Rows
 
 @dataclass(eq=False)
 class TensorExamples(Examples):
-    """Rows of two tensors; inputs may be mapped from a file and are cast batch by batch."""
+    """Rows of two tensors; inputs may be memory-mapped and are cast batch by batch."""
 
     inputs: Tensor
     labels: Tensor
@@ -35,7 +35,7 @@ class TensorExamples(Examples):
 
 
 def encode_tensors(rows: Rows, model: Model, columns: Columns) -> Examples:
-    """Encode rows of tensors, or of lists of numbers; the model tells how many outputs it has."""
+    """Encode rows of tensors, or of lists of numbers; the first row shows the model's outputs."""
     name = find_column(rows, columns, "inputs", "inputs", "input", "x")
     inputs = _stacked(rows, name) if rows.tensors is None else within_int64(rows, name)
     dtype = next((p.dtype for p in model.module.parameters()), torch.float32)
@@ -56,12 +56,12 @@ def _class_numbers(rows: Rows, column: str, labels: Tensor, reader: Labels) -> T
     flat = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if flat.ndim != 1 or flat.is_complex():
         raise InputError(
-            f"{rows.where(0, column)}: expected one class number a row, found rows of shape "
+            f"{rows.where(0, column)}: expected one class number per row, found rows of shape "
             f"{list(labels.shape[1:])}"
         )
     numbers = flat.long()
     for i in (numbers != flat).nonzero()[:1].flatten().tolist():
-        reader.index(flat[i].item(), i)  # tells what is wrong with it
+        reader.index(flat[i].item(), i)  # raises the error for it
     encoded = torch.empty_like(numbers)
     for number in numbers.unique().tolist():
         rows_of_it = numbers == number
@@ -70,7 +70,7 @@ def _class_numbers(rows: Rows, column: str, labels: Tensor, reader: Labels) -> T
 
 
 def _signed(values: Tensor) -> Tensor:
-    """Give unsigned numbers as int64: few operations know uint16, uint32 and uint64."""
+    """Convert unsigned numbers to int64: few operations support uint16, uint32 and uint64."""
     wide = values.dtype in (torch.uint16, torch.uint32, torch.uint64)
     return values.long() if wide else values
 
@@ -78,7 +78,9 @@ def _signed(values: Tensor) -> Tensor:
 def _finite(rows: Rows, column: str, labels: Tensor) -> Tensor:
     wrong = ~labels.float().isfinite().flatten(1).all(1) if labels.ndim > 1 else ~labels.isfinite()
     for i in wrong.nonzero()[:1].flatten().tolist():
-        raise InputError(f"{rows.where(i, column)}: {labels[i].tolist()} is not finite")
+        raise InputError(
+            f"{rows.where(i, column)}: expected finite numbers, found {labels[i].tolist()}"
+        )
     return labels.float()
 
 
@@ -96,8 +98,8 @@ def _stacked(rows: Rows, name: str) -> Tensor:
         values.append(tensor)
         if tensor.shape != values[0].shape:
             raise InputError(
-                f"{where}: shape {list(tensor.shape)}, where the first row has "
-                f"{list(values[0].shape)}; all rows must have the same"
+                f"{where}: expected the shape {list(values[0].shape)} of the first row, found "
+                f"{list(tensor.shape)}"
             )
     return torch.stack(values)
 
@@ -112,7 +114,7 @@ def _outputs_of_first(model: Model, inputs: Tensor, dtype: torch.dtype, where: s
             outputs = module(first.to(device))
     except Exception as error:
         raise InputError(
-            f"{where}: the model cannot take inputs of shape {list(first.shape)} and dtype "
+            f"{where}: the model does not accept inputs of shape {list(first.shape)} and dtype "
             f"{str(first.dtype).removeprefix('torch.')}: {error}"
         ) from error
     if not isinstance(outputs, Tensor):

@@ -1,4 +1,4 @@
-"""Examples of texts: classified, labelled word by word, continued, filled in or rewritten."""
+"""Examples of texts, for classification, tagging, and causal, masked and seq2seq models."""
 
 import inspect
 from array import array
@@ -24,15 +24,15 @@ from formats.rows import Rows
 IGNORED = -100
 _PAIRS = (("text", "text_pair"), ("premise", "hypothesis"), ("sentence1", "sentence2"))
 _ROWS_AT_ONCE = 1000
-_LONGEST_PACK = 1024  # tokens, unless --max-length says otherwise: models take up to 10⁵
-_LONGEST = 512  # for models that have no limit of their own
-# Positions of these begin behind the padding token's number.
+_LONGEST_PACK = 1024  # tokens, unless --max-length is given: some models accept up to 10⁵
+_LONGEST = 512  # for models without a limit
+# The positions of these models begin after the padding token's id.
 _OFFSET_POSITIONS = ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "mpnet", "longformer")
 _MASKED, _KEPT_OR_RANDOM, _WHICH_TOKEN = 1, 2, 3  # streams of uniforms; 0 samples labels
 
 
 class Ragged:
-    """Sequences of integers of different lengths, in one piece of memory."""
+    """Sequences of integers of different lengths, in one block of memory."""
 
     def __init__(self) -> None:
         self._values = array("i")
@@ -68,7 +68,7 @@ class Masking:
     seed: int
 
     def apply(self, ids: Tensor, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return masked ids and labels, (B, T), for ids in which padding is special too."""
+        """Return masked ids and labels, (B, T); padding must be a special token in `ids`."""
         draws = [
             uniforms(self.seed, indices, ids.shape[1], epoch, stream=stream)
             for stream in (_MASKED, _KEPT_OR_RANDOM, _WHICH_TOKEN)
@@ -88,7 +88,7 @@ class TextExamples(Examples):
     """Token ids, padded on the right batch by batch."""
 
     fields: dict[str, Ragged]  # `input_ids` and maybe `token_type_ids`
-    labels: Ragged | Tensor | None  # of each text; None where masks make them
+    labels: Ragged | Tensor | None  # of each text; None where masking creates them
     padding: dict[str, int]  # of each field
     masking: Masking | None = None
 
@@ -96,7 +96,7 @@ class TextExamples(Examples):
         return len(self.fields["input_ids"])
 
     def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
-        """Return token ids, attention mask and what else the model takes, (B, T), and labels."""
+        """Return token ids, attention mask and the model's other inputs, (B, T), and labels."""
         inputs = {
             name: _padded([values[i] for i in indices], self.padding[name])
             for name, values in self.fields.items()
@@ -106,7 +106,7 @@ class TextExamples(Examples):
         inputs["attention_mask"] = present.long()
         chosen = torch.as_tensor(list(indices), dtype=torch.long)
         if self.masking is not None:
-            # Padding may be a token that also stands in texts, so it is marked apart.
+            # Padding may be a token that also occurs in texts, so it is marked separately.
             ids = inputs["input_ids"].masked_fill(~present, int(self.masking.special_tokens[0]))
             masked, labels = self.masking.apply(ids, chosen, epoch)
             inputs["input_ids"] = torch.where(present, masked, inputs["input_ids"])
@@ -125,9 +125,11 @@ class TextExamples(Examples):
 def encode_texts(
     rows: Rows, model: Model, columns: Columns, *, max_length: int | None, pack: bool, seed: int
 ) -> Examples:
-    """Encode rows of texts as the objective asks."""
+    """Encode rows of texts for the model's objective."""
     if model.processor is None:
-        raise InputError(f"{model.checkpoint.path} holds no tokenizer: save it beside the weights")
+        raise InputError(
+            f"{model.checkpoint.path}: expected a tokenizer, found none; save it beside the weights"
+        )
     texts = _Texts(rows, model, max_length, pack)
     with quiet():
         match model.objective.name:
@@ -147,23 +149,24 @@ def encode_texts(
             f"{len(rows)} texts fill {len(examples)} sequences of {texts.max_length} tokens"
         )
     if len(examples) == 0:
-        raise InputError(f"{rows.name}: no row holds anything to predict")
+        raise InputError(f"{rows.name}: expected at least one row with a prediction, found none")
     module: Any = model.module
     known = len(module.get_input_embeddings().weight)
     token = examples.fields["input_ids"].largest()
     if token >= known:
         raise InputError(
-            f"{rows.name} has the token {token}, and the model's embedding only {known} rows: the "
-            "tokenizer has grown, and `consolidate finetune` widens the embedding for it"
+            f"{rows.name}: expected token ids below {known}, the rows of the model's embedding, "
+            f"found {token}: the tokenizer has grown; widen the embedding with "
+            "`consolidate finetune`"
         )
     return examples
 
 
-_Chunk = list[tuple[int, dict[str, Any]]]  # rows with their numbers
+_Chunk = list[tuple[int, dict[str, Any]]]  # rows with their indices
 
 
 class _Texts:
-    """The tokenizer with what has to be known about the model, and the counts for the notes."""
+    """The tokenizer with the model's limits, and the counts for the notes."""
 
     def __init__(self, rows: Rows, model: Model, max_length: int | None, pack: bool) -> None:
         self.rows = rows
@@ -172,7 +175,8 @@ class _Texts:
         limit = _most_tokens(model)
         if max_length is not None and limit is not None and max_length > limit:
             raise UsageError(
-                f"--max-length {max_length} is more than the model takes, which is {limit}"
+                f"--max-length: expected at most {limit}, the limit of the model, found "
+                f"{max_length}"
             )
         stated = [
             n for n in (limit, self.tokenizer.model_max_length) if n is not None and n < 10**9
@@ -184,7 +188,7 @@ class _Texts:
         self.empty = 0
         accepted = inspect.signature(model.module.forward).parameters
         config = model.module.config
-        # Decoders such as GPT-2 would add an embedding for types they were never trained with.
+        # Decoders such as GPT-2 would add an embedding of types that they were not trained with.
         self.has_types = "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1
         if (pad := self.tokenizer.pad_token_id) is None:
             pad = getattr(config, "pad_token_id", None)
@@ -214,14 +218,14 @@ class _Texts:
         **options: Any,
     ) -> Any:
         """Tokenize, truncate to `max_length` and count what was truncated."""
-        # Translators write another language than they read, with other special tokens.
+        # In translation the target has another language, with other special tokens.
         given = {"text_target": texts} if target else {"text": texts, "text_pair": pairs}
         self.count += len(texts)
         special = self.tokenizer.num_special_tokens_to_add(pair=pairs is not None)
         if self.max_length <= special:
             raise UsageError(
-                f"--max-length {self.max_length} leaves no room for words beside {special} special "
-                "tokens"
+                f"--max-length: expected more than the {special} special tokens, found "
+                f"{self.max_length}"
             )
         options |= {"return_token_type_ids": self.has_types, "return_attention_mask": False}
         full = self.tokenizer(**given, truncation=False, **options)
@@ -234,7 +238,7 @@ class _Texts:
         )
 
     def keep(self, encoded: Any, n: int) -> None:
-        """Keep text `n` of those that were encoded together."""
+        """Store text `n` of those that were encoded together."""
         for name, values in self.kept.items():
             values.append(encoded[name][n])
 
@@ -249,12 +253,11 @@ class _Texts:
         notes = []
         if self.truncated:
             notes.append(
-                f"{self.truncated} of {self.count} texts were longer than {self.max_length} "
-                "tokens and truncated"
+                f"{self.truncated} of {self.count} texts were truncated to {self.max_length} tokens"
             )
         if self.empty:
             notes.append(
-                f"{self.empty} of {len(self.rows)} rows hold nothing to predict and were left out"
+                f"{self.empty} of {len(self.rows)} rows have nothing to predict and were left out"
             )
         return notes
 
@@ -282,7 +285,7 @@ def _classified(texts: _Texts, columns: Columns) -> TextExamples:
         encoded = texts.encode(texts.column(chunk, first), pairs)
         for n, (i, _) in enumerate(chunk):
             if not encoded["input_ids"][n]:
-                raise InputError(f"{rows.where(i, first)}: the text is empty")
+                raise InputError(f"{rows.where(i, first)}: expected a text, found an empty one")
             texts.keep(encoded, n)
     return TextExamples(texts.kept, labels, texts.padding, notes=notes)
 
@@ -302,8 +305,8 @@ def _words(texts: _Texts, columns: Columns) -> TextExamples:
     rows = texts.rows
     if not texts.tokenizer.is_fast:
         raise InputError(
-            f"{texts.model.checkpoint.path}: token classification needs a tokenizer.json, which "
-            "tells the tokens of each word"
+            f"{texts.model.checkpoint.path}: token classification needs a fast tokenizer, which "
+            "maps words to tokens, found none; save tokenizer.json beside the weights"
         )
     column = find_column(rows, columns, "tokens", "tokens", "words")
     labelled = label_column(rows, columns, texts.model.objective.name)
@@ -316,7 +319,8 @@ def _words(texts: _Texts, columns: Columns) -> TextExamples:
             marks = as_list(row.get(labelled), rows.where(i, labelled))
             if len(words) != len(marks):
                 raise InputError(
-                    f"{rows.where(i, labelled)}: {len(marks)} labels for {len(words)} words"
+                    f"{rows.where(i, labelled)}: expected one label per word, found {len(marks)} "
+                    f"labels for {len(words)} words"
                 )
             if not all(isinstance(word, str) for word in words):
                 raise InputError(f"{rows.where(i, column)}: expected words, found {words!r:.60}")
@@ -324,7 +328,7 @@ def _words(texts: _Texts, columns: Columns) -> TextExamples:
             numbers.append([reader.index(mark, i, ignorable=True) for mark in marks])
         encoded = texts.encode(sentences, is_split_into_words=True)
         for n in range(len(chunk)):
-            # The first token of a word has its label, the others have none.
+            # The first token of a word gets its label, the others none.
             marked, before = [], None
             for word in encoded.word_ids(n):
                 is_first = word is not None and word != before
@@ -370,13 +374,13 @@ def _plain(texts: _Texts, column: str) -> Iterator[_Document]:
     end = texts.tokenizer.eos_token_id
     for chunk in texts.chunks():
         for ids in texts.tokenizer(texts.column(chunk, column))["input_ids"]:
-            # A text ends, and what follows in a packed sequence is another.
+            # The end token separates a text from the next one in a packed sequence.
             ended = [*ids, end] if ids and end is not None and ids[-1] != end else list(ids)
             yield ended, list(ended)
 
 
 def _prompted(texts: _Texts, prompt: str, completion: str, pack: bool) -> Iterator[_Document]:
-    """Prompt and completion, of which the completion alone is predicted."""
+    """Yield each prompt with its completion, of which the completion alone is predicted."""
     end = texts.tokenizer.eos_token_id
     for i in range(len(texts.rows)):
         row = texts.rows[i]
@@ -387,7 +391,7 @@ def _prompted(texts: _Texts, prompt: str, completion: str, pack: bool) -> Iterat
         if after and end is not None and after[-1] != end:
             after.append(end)
         if not pack and len(before) + len(after) > texts.max_length:
-            # The prompt's beginning goes first: without a completion there is nothing to learn.
+            # The prompt's beginning is cut first: without a completion there is nothing to learn.
             texts.truncated += 1
             after = after[: max(1, texts.max_length - 1)]
             before = before[max(0, len(before) + len(after) - texts.max_length) :]
@@ -397,8 +401,8 @@ def _prompted(texts: _Texts, prompt: str, completion: str, pack: bool) -> Iterat
 def _chats(texts: _Texts, column: str) -> Iterator[_Document]:
     if not getattr(texts.tokenizer, "chat_template", None):
         raise InputError(
-            f"{texts.model.checkpoint.path}: the tokenizer has no chat template, which messages "
-            "need"
+            f"{texts.model.checkpoint.path}: messages need a chat template, and the tokenizer has "
+            "none; set its chat_template"
         )
     for i, messages in enumerate(texts.rows.values(column)):
         where = texts.rows.where(i, column)
@@ -413,7 +417,7 @@ def _chats(texts: _Texts, column: str) -> Iterator[_Document]:
             written = texts.tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:
             raise InputError(
-                f"{where}: the chat template does not take these messages: {error}"
+                f"{where}: the chat template refuses these messages: {error}"
             ) from error
         ids = texts.ids(written, special=False)
         yield ids, list(ids)
@@ -442,7 +446,10 @@ def _packed(documents: Iterable[_Document], length: int) -> Iterator[_Document]:
 def _filled_in(texts: _Texts, columns: Columns, pack: bool, seed: int) -> TextExamples:
     tokenizer = texts.tokenizer
     if tokenizer.mask_token_id is None:
-        raise InputError(f"{texts.model.checkpoint.path}: the tokenizer has no mask token")
+        raise InputError(
+            f"{texts.model.checkpoint.path}: masked-lm needs a mask token, and the tokenizer has "
+            "none; choose another --objective"
+        )
     column = find_column(texts.rows, columns, "text")
     fields = texts.kept
     special = frozenset(tokenizer.all_special_ids)

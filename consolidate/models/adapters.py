@@ -1,4 +1,4 @@
-"""Checkpoints that are low-rank adapters of peft: read and put into their base model."""
+"""Checkpoints that are low-rank adapters of peft: loaded into their base model."""
 
 import re
 from collections.abc import Mapping
@@ -27,7 +27,10 @@ def load(checkpoint: Checkpoint, **options: Any) -> Model:
         return load_model(checkpoint, **options)
     freeze = options.pop("freeze", ())
     if options.get("new_labels") is not None:
-        raise UsageError(f"{checkpoint.path} is an adapter: a new output layer needs a whole model")
+        raise UsageError(
+            f"{checkpoint.path} is an adapter, and only a whole model can have a new head; start "
+            "from a whole model"
+        )
     model = load_model(checkpoint.base, **options)
     _attach(model, checkpoint, options.get("dtype"))
     freeze_parameters(model, freeze)
@@ -35,7 +38,7 @@ def load(checkpoint: Checkpoint, **options: Any) -> Model:
 
 
 def without_fisher(model: Model, diagonal: Mapping[str, Tensor]) -> list[str]:
-    """Warn of factors without a Fisher because the other is zero, as B is before any training."""
+    """Warn about factors whose Fisher is zero because the other factor is, as before training."""
     names = {id(parameter): name for name, parameter in model.module.named_parameters()}
     lost = [
         names[id(factor)]
@@ -46,9 +49,9 @@ def without_fisher(model: Model, diagonal: Mapping[str, Tensor]) -> list[str]:
     if not lost:
         return []
     note = (
-        f"warning: {len(lost)} of the adapter's factors have no Fisher, since what they are "
-        f"multiplied by is zero, as before any training: {few(lost, 3)}. The penalty "
-        "will not hold them; train the adapter on the task first"
+        f"warning: {len(lost)} of the adapter's factors have no Fisher and are not penalized, "
+        f"because the other factor is zero, as before any training: {few(lost, 3)}; train the "
+        "adapter on the task first"
     )
     return [note]
 
@@ -62,7 +65,8 @@ def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
     given = checkpoint.adapter
     if strange := [name for name, value in given.items() if name not in known and value]:
         raise InputError(
-            f"{where}: this peft ({peft.__version__}) does not know {strange[0]!r}: a newer one may"
+            f"{where}: peft {peft.__version__} does not know the option {strange[0]!r}; install a "
+            "newer peft"
         )
     module = model.module
     _check_ranks(given, checkpoint.weights, where)
@@ -75,7 +79,7 @@ def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
             peft.inject_adapter_in_model(config, module, adapter_name=NAME)
     except Exception as error:
         raise InputError(
-            f"{where} does not fit the base model {checkpoint.base.path}: {error}"
+            f"{where} does not match the base model {checkpoint.base.path}: {error}"
         ) from error
     layout = layout_of(module, checkpoint)
     low_rank_layers(module)
@@ -89,7 +93,7 @@ def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
 
 
 def _check_ranks(config: Mapping[str, Any], weights: Mapping[str, Tensor], where: Path) -> None:
-    """Refuse ranks that the file's factors do not have, before layers of them are made."""
+    """Refuse ranks that differ from those of the file's factors, before layers are allocated."""
     factors = [name for name in weights if re.search(r"\.lora_(embedding_)?A(\.|$)", name)]
     found = [shape[0] for name in factors if (shape := shape_of(weights, name))]
     of_layers = config.get("rank_pattern")
@@ -97,6 +101,6 @@ def _check_ranks(config: Mapping[str, Any], weights: Mapping[str, Tensor], where
     for rank in [config.get("r"), *several]:
         if not isinstance(rank, int) or not 1 <= rank <= max(found, default=0):
             raise InputError(
-                f"{where}: the rank is {rank!r}, and the factors in the file have "
-                f"{max(found, default='none')}"
+                f"{where}: expected the rank of the factors in the file, "
+                f"{max(found, default='none')}, found {rank!r}"
             )

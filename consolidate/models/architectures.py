@@ -1,4 +1,4 @@
-"""Architectures of transformers: which one a checkpoint's config.json names, and its labels."""
+"""Architectures of transformers: the one that a checkpoint's config.json names, and its labels."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +12,14 @@ from formats.wording import first_line
 
 
 def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, list[Any]]:
-    """Find the config object and the model classes that transformers has for a checkpoint."""
+    """Return the config object and the model classes of transformers for a checkpoint."""
     try:
         import transformers
     except ImportError as error:
         raise UsageError(
-            "this checkpoint needs transformers: pip install 'consolidate-ewc[transformers]', or "
-            "name a module of your own with --model package.module:factory"
+            f"{checkpoint.path}: loading it needs transformers; pip install "
+            "'consolidate-ewc[transformers]', or name your own module with --model "
+            "package.module:factory"
         ) from error
     contents = checkpoint.config
     check_declared(contents)
@@ -26,16 +27,16 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
     _check_depth(contents, len(checkpoint.weights), where)
     kind = contents.get("model_type")
     if not contents or kind is None:
-        what = "there is no config.json beside the weights" if not contents else "no model_type"
+        what = "no model_type in config.json" if contents else "no config.json beside the weights"
         raise InputError(
-            f"{where}: {what}, so transformers cannot tell the architecture; name the module with "
+            f"{where}: the architecture is unknown to transformers: {what}; name the module with "
             "--model package.module:factory"
         )
     if kind not in transformers.CONFIG_MAPPING:
-        code = "; the code that its auto_map names is not run" if "auto_map" in contents else ""
+        code = " (the code in its auto_map is never run)" if "auto_map" in contents else ""
         raise InputError(
-            f"{where}: transformers {transformers.__version__} knows no model_type {kind!r}{code}. "
-            "Name the module with --model package.module:factory, or install a newer transformers"
+            f"{where}: transformers {transformers.__version__} has no model_type {kind!r}{code}; "
+            "name the module with --model package.module:factory, or install a newer transformers"
         )
     try:
         config = transformers.CONFIG_MAPPING[kind].from_dict(
@@ -43,7 +44,7 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
         )
     except Exception as error:
         raise InputError(
-            f"{where}/config.json does not make a {kind} config: {first_line(error)}"
+            f"{where}/config.json is not a valid {kind} config: {first_line(error)}"
         ) from error
     assert objective.auto_class is not None
     mapping = getattr(transformers, f"AutoModelFor{objective.auto_class}")._model_mapping
@@ -57,7 +58,7 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
 
 
 def lacks_head(checkpoint: Checkpoint, objective: str) -> bool:
-    """Tell whether a checkpoint lacks the output layer, by the architecture in its config."""
+    """Return whether a checkpoint lacks the head (output layer), by its config's architecture."""
     chosen = get_objective(objective)
     if chosen.language:
         return False
@@ -67,12 +68,12 @@ def lacks_head(checkpoint: Checkpoint, objective: str) -> bool:
 
 
 def declared_class(config: Any) -> str:
-    """Name the class of model that a config says it is of; nothing where it does not say."""
+    """Return the model class that a config names, or an empty string."""
     return str((getattr(config, "architectures", None) or [""])[0])
 
 
 def relabelled(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Give a config the labels of another output layer; without names it has one output."""
+    """Return a config with the labels of another head; without names it has one output."""
     names = names or ["LABEL_0"]
     changed = dict(config) | {
         "id2label": {str(i): name for i, name in enumerate(names)},
@@ -84,16 +85,16 @@ def relabelled(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
 def new_head(
     config: Any, cls: Any, objective: Objective, labels: list[str], has_head: bool, where: Path
 ) -> dict[str, Any]:
-    """Give a config the labels of a new output layer; return what changes in ``config.json``."""
+    """Set the labels of a new head in a config; return the changes to ``config.json``."""
     if len(set(labels)) != len(labels):
-        raise UsageError(f"the new labels are not distinct: {', '.join(labels)}")
+        raise UsageError(f"the new labels must be distinct, found {', '.join(labels)}")
     count = len(labels) if labels or objective.name != "regression" else 1
     if count < 1 or (count < 2 and objective.name not in ("regression", "multi-label")):
-        raise UsageError(f"{objective.name} needs at least two labels, not {count}")
+        raise UsageError(f"{objective.name}: expected at least two labels, found {count}")
     if has_head and config.num_labels != count:
         raise InputError(
-            f"{where} has an output layer for {config.num_labels} labels already, and {count} new "
-            "ones were given: start from a checkpoint without one, or use its labels"
+            f"{where} already has a head: expected its {config.num_labels} labels, found {count} "
+            "new ones; use its labels, or start from a checkpoint without a head"
         )
     problem = {
         "regression": "regression",
@@ -110,7 +111,7 @@ def new_head(
 
 
 def _check_depth(contents: Mapping[str, Any], tensors: int, where: Path) -> None:
-    """Refuse a number of layers that the weights cannot fill, before each of them is built."""
+    """Refuse a number of layers that the weights cannot fill, before the layers are built."""
     for name, value in contents.items():
         if isinstance(value, Mapping):
             _check_depth(value, tensors, where)
@@ -118,8 +119,8 @@ def _check_depth(contents: Mapping[str, Any], tensors: int, where: Path) -> None
             for count in value if isinstance(value, list) else [value]:
                 if isinstance(count, int | float) and count > max(tensors, 1000):
                     raise InputError(
-                        f"{where}/config.json: {name} is {value}, where the weights are {tensors} "
-                        "tensors"
+                        f"{where}/config.json: {name} is {value}, more than the weights can fill, "
+                        f"which are {tensors} tensors"
                     )
 
 

@@ -1,4 +1,4 @@
-"""Factories: a user's own function that makes the module of a checkpoint."""
+"""Factories: a user's own function that creates the module of a checkpoint."""
 
 import difflib
 import importlib
@@ -16,10 +16,10 @@ from formats.errors import ConsolidateError, UsageError
 
 
 def make_module(factory: str, config: dict[str, Any]) -> nn.Module:
-    """Make a user's own module by ``package.module:function``, which may take the config."""
+    """Create a user's own module by ``package.module:function``, which may take the config."""
     module_name, colon, attribute = factory.partition(":")
     if not (module_name and colon and attribute):
-        raise UsageError(f"--model {factory}: write package.module:factory")
+        raise UsageError(f"--model {factory}: expected package.module:factory")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -27,7 +27,8 @@ def make_module(factory: str, config: dict[str, Any]) -> nn.Module:
             target: Any = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             raise UsageError(
-                f"--model {factory}: no module named {error.name} in {here} or on sys.path"
+                f"--model {factory}: no module named {error.name} in {here} or on sys.path; check "
+                "the name"
             ) from error
         except Exception as error:
             raise UsageError(
@@ -40,7 +41,10 @@ def make_module(factory: str, config: dict[str, Any]) -> nn.Module:
                 raise UsageError(f"--model {factory}: {module_name} has no {part}{hint}")
             target = getattr(target, part)
         if not callable(target):
-            raise UsageError(f"--model {factory}: {attribute} cannot be called")
+            raise UsageError(
+                f"--model {factory}: expected a function or class, found "
+                f"{attribute} of type {type(target).__name__}"
+            )
         try:
             made = target(deepcopy(config)) if _takes_config(target) else target()
         except ConsolidateError:
@@ -48,20 +52,20 @@ def make_module(factory: str, config: dict[str, Any]) -> nn.Module:
         except Exception as error:
             raise UsageError(
                 f"--model {factory} failed with {type(error).__name__}: {error}; it is called with "
-                f"the contents of config.json{'' if config else ' (here there are none)'}, or with "
-                "nothing if it takes no argument"
+                f"the content of config.json{'' if config else ' (here empty)'}, or without "
+                "arguments if it takes none"
             ) from error
     finally:
         sys.path.remove(here)
     if not isinstance(made, nn.Module):
         raise UsageError(
-            f"--model {factory} returned a {type(made).__name__}, not a torch.nn.Module"
+            f"--model {factory}: expected a torch.nn.Module, found {type(made).__name__}"
         )
     return made
 
 
 def fresh_weights(factory: str, config: dict[str, Any], seed: int) -> dict[str, Tensor]:
-    """Make a module of the user's own and give its fresh weights, each once where some are tied."""
+    """Create a user's own module and return its initial weights, tied ones once."""
     with untouched_randomness(seed):
         module = make_module(factory, config)
     own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}

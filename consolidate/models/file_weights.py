@@ -1,4 +1,4 @@
-"""A module's present values as the tensors of its weights file, each made when it is asked for."""
+"""A module's current values as the tensors of its weights file, each converted on access."""
 
 from collections.abc import Mapping
 
@@ -9,15 +9,15 @@ from consolidate.runtime.shards import whole
 from formats.tensors import LazyTensors, header_of
 
 MOST_KEPT = 4
-"""Conversions whose results are kept: a layer's experts come out of two or three."""
+"""Conversions whose results are cached: a layer's experts take two or three."""
 
 
 class FileWeights(LazyTensors):
-    """A module's values by the names, in the order, shapes and dtypes of its weights file.
+    """A module's values with the names, order, shapes and dtypes of its weights file.
 
-    Nothing is copied that has the file's dtype and shape. What the module holds as one and the file
-    as many, as the experts of a layer, is kept for a while, since the others will be asked for too.
-    Of a module in shards each tensor is gathered: every process has to ask for the same ones.
+    A tensor with the file's dtype and shape is not copied. A tensor that the file splits, such as
+    the experts of a layer, is cached for a while, since its other parts will be read too. A sharded
+    module's tensors are gathered: every process must read the same ones.
     """
 
     def __init__(self, module: nn.Module, layout: Layout, stored: Mapping[str, Tensor]) -> None:
@@ -43,7 +43,7 @@ class FileWeights(LazyTensors):
         return made[first].to(self.dtype(name)) if first in made else self._stored[name]
 
     def _made(self, name: str) -> dict[str, Tensor]:
-        """Make what the file has of the module's tensors behind one name; of none, nothing."""
+        """Convert the module's tensors behind one name of the file; without any, return none."""
         names = tuple(n for n in self._layout.module_names(name) if n in self._state)
         parts = {n: whole(self._state[n]) for n in names}
         now = [part._version for part in parts.values()]  # counts the changes of its values

@@ -1,4 +1,4 @@
-"""Models: a checkpoint's module with its weights in it, and what is needed to run and save it."""
+"""Models: a checkpoint's module with its weights, and what is needed to run and save it."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,17 +37,17 @@ def load_model(
     checkpoint: Checkpoint,
     *,
     objective: str | None = None,  # by the architecture unless given
-    factory: str | None = None,  # package.module:function; without, transformers makes the module
+    factory: str | None = None,  # package.module:function; else transformers creates the module
     dtype: torch.dtype | None = None,  # of floating-point weights; as stored unless given
     device: str | torch.device = "cpu",
     freeze: Sequence[str] = (),  # glob patterns of parameters, by module or file name
-    new_labels: Sequence[str] | None = None,  # of an output layer that the checkpoint lacks
+    new_labels: Sequence[str] | None = None,  # of a head that the checkpoint lacks
     gradient_checkpointing: bool = False,
-    seed: int = 0,  # of the new output layer's weights
+    seed: int = 0,  # of the new head's weights
 ) -> Model:
-    """Load a checkpoint into its module, in eval mode; every weight is the file's, bit for bit.
+    """Load a checkpoint into its module, in eval mode; every weight is bit-identical to the file.
 
-    Nothing is random but a new output layer, nothing is fetched, and no code of a checkpoint runs.
+    Only a new head is random, nothing is fetched, and no code of a checkpoint runs.
     """
     own = factory is not None
     if objective is None:
@@ -82,9 +82,8 @@ def _from_factory(
     state = module.state_dict()
     if unused := list(layout.unused):
         raise InputError(
-            f"{where}: {_some(unused)} in the file but not in the module of {factory}"
-            f"{_near(unused[0], state)}; the names must be those of its state_dict()"
-            f"{_prefix_hint(weights, state)}"
+            f"{where}: expected the names of the state_dict() of {factory}: {_some(unused)} in the "
+            f"file but not in the module{_near(unused[0], state)}{_prefix_hint(weights, state)}"
         )
     loaded = {name for group in layout.groups for name in group.module_names}
     missing = [
@@ -94,14 +93,14 @@ def _from_factory(
     ]
     if missing and not head_is_new:
         raise InputError(
-            f"{where}: {_some(missing)} in the module of {factory} but not in the file"
-            f"{_near(missing[0], weights)}; the names must be those of its state_dict()"
+            f"{where}: expected the names of the state_dict() of {factory}: {_some(missing)} in "
+            f"the module but not in the file{_near(missing[0], weights)}"
         )
     _check_duplicates(layout, weights, where)
     own = dict(module.named_parameters()) | dict(module.named_buffers())
     with torch.no_grad():
         for name, tensor in layout.to_module(apart(weights)).items():
-            # A memory of the stored type: what is tied stays tied, as it is one object.
+            # Memory of the stored dtype; tied parameters stay tied, as they are one object.
             own[name].data = tensor
     if dtype is not None:
         module.to(dtype)
@@ -110,18 +109,18 @@ def _from_factory(
 
 
 def _prefix_hint(names: Iterable[str], state: Mapping[str, Any]) -> str:
-    """Say what fits names such as Lightning writes them: the attribute that holds the network."""
+    """Explain names as Lightning writes them: with the attribute that holds the network."""
     prefix = next(iter(names)).partition(".")[0]
     if not all(name.removeprefix(f"{prefix}.") in state for name in names):
         return ""
     return (
-        f". All begin with {prefix!r}: a factory fits that returns a module with the network as "
-        f"its attribute {prefix}"
+        f"; all names begin with {prefix!r}: use a factory that returns a module with the network "
+        f"as its attribute {prefix}"
     )
 
 
 class _Lazy:
-    """A tensor of the file that is read when transformers takes its slice."""
+    """A tensor of the file that is read when transformers slices it."""
 
     def __init__(self, weights: Mapping[str, Tensor], name: str) -> None:
         self._weights = weights
@@ -139,7 +138,7 @@ def _from_transformers(
     seed: int,
 ) -> Model:
     weights = checkpoint.weights
-    own = apart(weights)  # training writes into it, and the checkpoint stays as it was
+    own = apart(weights)  # training writes into it, and the checkpoint stays unchanged
     where = checkpoint.path
     notes: list[str] = []
     with untouched_randomness(seed), quiet():
@@ -154,12 +153,12 @@ def _from_transformers(
             changes["problem_type"] = config.problem_type = "multi_label_classification"
         dtypes = dict.fromkeys(dtype_of(weights, name) for name in weights)
         stored = [one for one in dtypes if one.is_floating_point]
-        # The narrowest that holds them all exactly; a user's own module takes each as it is.
+        # The narrowest that represents all exactly; a user's own module keeps each as it is.
         wanted = dtype or reduce(torch.promote_types, stored or [torch.float32])
         if dtype is None and len(stored) > 1:
             *mixed, one = [str(each).removeprefix("torch.") for each in (*stored, wanted)]
             notes.append(
-                f"the file mixes {', '.join(mixed)}; the model runs in {one}, which holds them all"
+                f"the file mixes {', '.join(mixed)}; the model runs in {one}, which represents all"
             )
         try:
             module, info = cls.from_pretrained(
@@ -167,7 +166,7 @@ def _from_transformers(
                 config=config,
                 state_dict={name: _Lazy(own, name) for name in weights},
                 dtype=wanted,
-                ignore_mismatched_sizes=True,  # told below, by the file's names
+                ignore_mismatched_sizes=True,  # reported below, by the file's names
                 output_loading_info=True,
             )
         except ConsolidateError:
@@ -179,25 +178,26 @@ def _from_transformers(
         if mismatched := sorted(info["mismatched_keys"]):
             name, found, expected = mismatched[0]
             raise InputError(
-                f"{where}: {len(mismatched)} tensors have other shapes than config.json says, "
-                f"{name} for one: {list(found)} in the file, {list(expected)} in the model"
+                f"{where}: the shapes of {len(mismatched)} tensors do not match config.json, such "
+                f"as {name}: expected {list(expected)}, found {list(found)} in the file; use the "
+                "config.json that belongs to the weights"
             )
         layout = layout_of(module, checkpoint)
         _check_missing(module, info, objective, declared, new_labels is not None, where)
         dropped = _check_unexpected(module, info, layout, where)
         if dropped:
             notes.append(
-                f"{_some(dropped)} in the file but not used by {cls.__name__}; kept as they are"
+                f"{_some(dropped)} in the file but not used by {cls.__name__}; kept unchanged"
             )
         _check_duplicates(layout, weights, where)
         _check_values(module, layout, weights, where)
         if new_labels is not None and layout.fresh:
-            notes.append(f"new output layer, seed {seed}: {', '.join(layout.fresh)}")
+            notes.append(f"new head, seed {seed}: {', '.join(layout.fresh)}")
         processor = _processor(checkpoint, objective)
     if hasattr(module.config, "use_cache"):
-        module.config.use_cache = False  # keys and values for generation are only memory here
+        module.config.use_cache = False  # the cache for generation would only cost memory
     if objective.modality == "text" and getattr(module.config, "pad_token_id", None) is None:
-        # Classifiers on decoders find the last token by it, and refuse batches without.
+        # Classifiers on decoders need it to find the last token of each row of a batch.
         tokens = (getattr(processor, name, None) for name in ("pad_token_id", "eos_token_id"))
         module.config.pad_token_id = next((token for token in tokens if token is not None), None)
     labels = _label_names(checkpoint.config | changes) if objective.has_labels else None
@@ -222,16 +222,19 @@ def _check_missing(
     name = type(module).__name__
     if len(head) == len(missing) and declared != name:
         raise InputError(
-            f"{where} is a {declared or 'model'} without the output layer of a {name}, which "
-            f"{objective.name} needs: {_some(missing)} missing"
+            f"{where}: {objective.name} needs the head of a {name}, found a "
+            f"{declared or 'model'} without it: {_some(missing)} missing"
         )
-    raise InputError(f"{where}: {_some(missing)} missing in the file, which {name} needs")
+    raise InputError(
+        f"{where}: {_some(missing)} missing in the file, but part of a {name}; save the checkpoint "
+        "again"
+    )
 
 
 def _check_unexpected(
     module: Any, info: Mapping[str, Any], layout: Layout, where: Path
 ) -> list[str]:
-    """Refuse tensors that belong in the model's body; return those of other output layers."""
+    """Refuse unexpected tensors of the model's body; return those of other heads."""
     body = {name for name, _ in module.base_model.named_children()}
     prefix = f"{module.base_model_prefix}."
     sought = layout.unused
@@ -242,12 +245,12 @@ def _check_unexpected(
         if module.base_model is module
         or sought[name].startswith(prefix)
         or sought[name].split(".")[0] in body
-        # A body's pooler feeds other output layers; a model without it has no place for it.
+        # A body's pooler feeds other heads; a model without it has no place for it.
         if "pooler" not in sought[name].split(".")
     ]:
         raise InputError(
             f"{where}: {_some(inside)} in the file but not in {type(module).__name__} as "
-            "config.json describes it"
+            "config.json describes it; use the config.json that belongs to the weights"
         )
     return unexpected
 
@@ -256,29 +259,31 @@ def _check_duplicates(layout: Layout, weights: Mapping[str, Tensor], where: Path
     for second, first in layout.duplicates.items():
         if not _same_bits(weights[second], weights[first]):
             raise InputError(
-                f"{where}: {first} and {second} are one tensor in the model, and differ in the file"
+                f"{where}: {first} and {second} are one tensor in the model: expected equal values "
+                "in the file, found different ones; save the checkpoint again"
             )
 
 
 def _check_values(
     module: nn.Module, layout: Layout, weights: Mapping[str, Tensor], where: Path
 ) -> None:
-    """Hold what transformers loaded against the layout's own reading of the file."""
+    """Check the values that transformers loaded against the layout's own reading of the file."""
     state = module.state_dict()
     for group in layout.groups:
         parts = layout.to_module({name: weights[name] for name in group.file_names})
         for name, expected in parts.items():
             if not _same_bits(state[name], expected.to(state[name].dtype)):
                 raise InputError(
-                    f"{where}: transformers changed the values of {name} while loading, so they "
-                    f"are not those of {group.file_names[0]} in the file"
+                    f"{where}: transformers changed the values of {name} while loading: expected "
+                    f"those of {group.file_names[0]} in the file; try another release of "
+                    "transformers"
                 )
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    # NaN is compared as bits too.
+    # Compared as bytes, since NaN differs from itself.
     return torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (a, b)))
 
 
@@ -288,7 +293,7 @@ def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
     if objective.modality == "image":
         files: tuple[str, ...] = ("preprocessor_config.json", "processor_config.json")
         kind = "AutoImageProcessor"
-        options["backend"] = "pil"  # the same pixels whether torchvision is installed or not
+        options["backend"] = "pil"  # the same pixels with and without torchvision
     else:
         files, kind = _TOKENIZER_FILES, "AutoTokenizer"
     if not any((folder / name).is_file() for name in files):
@@ -307,7 +312,7 @@ def _label_names(config: Mapping[str, Any]) -> list[str] | None:
     if not isinstance(names, Mapping) or names.keys() != set(map(str, range(len(names)))):
         return None
     labels = [str(names[str(i)]) for i in range(len(names))]
-    # What transformers fills in where nobody gave names says nothing.
+    # transformers fills these in where there are no names.
     return None if labels == [f"LABEL_{i}" for i in range(len(labels))] else labels
 
 

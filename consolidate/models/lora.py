@@ -1,4 +1,4 @@
-"""Low-rank adapters in a model that is trained: put in by peft, looked at, merged again."""
+"""Low-rank adapters in a model that is trained: added by peft, inspected, merged."""
 
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -22,7 +22,7 @@ KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
 
 @dataclass(frozen=True)
 class Lora:
-    """A fresh adapter, as `add_lora` makes it."""
+    """The options of a new adapter, for `add_lora`."""
 
     rank: int
     targets: Sequence[str] = ()  # glob patterns of layers' names, or of their last parts
@@ -30,10 +30,10 @@ class Lora:
 
 
 def add_lora(module: nn.Module, lora: Lora, seed: int = 0) -> list[str]:
-    """Put a fresh LoRA adapter into a module, in place: W + s B A with B = 0 (Hu et al. 2021).
+    """Add a new LoRA adapter to a module, in place: W + s B A with B = 0 (Hu et al. 2021).
 
-    s = α/r, and `seed` is of A. All else is frozen, so the module computes what it did until B is
-    trained.
+    s = α/r, and `seed` is that of A. All else is frozen, and the module's outputs are unchanged
+    until B is trained.
     """
     peft = import_peft()
     names = _targets(module, lora.targets)
@@ -49,15 +49,15 @@ def add_lora(module: nn.Module, lora: Lora, seed: int = 0) -> list[str]:
 
 
 def low_rank_layers(module: nn.Module) -> dict[str, LowRank]:
-    """Give the layers that an adapter changes, by the names of their weights without it."""
+    """Return the layers that an adapter changes, by the names of their weights without it."""
     found = {}
     for name, layer in _adapted(module).items():
         base = layer.get_base_layer()
         kind = type(base).__name__
         if kind not in KINDS or getattr(base, "groups", 1) != 1 or NAME in layer.lora_variant:
             raise InputError(
-                f"the adapter's layer {name} ({type(layer).__name__} on {kind}) is not W + s B A, "
-                f"as it is on {', '.join(KINDS)} without groups"
+                f"the adapter's layer {name} is not W + s B A: expected one of {', '.join(KINDS)} "
+                f"without groups, found {type(layer).__name__} on {kind}"
             )
         if kind == "Embedding":
             a, b = layer.lora_embedding_A[NAME], layer.lora_embedding_B[NAME]
@@ -69,7 +69,7 @@ def low_rank_layers(module: nn.Module) -> dict[str, LowRank]:
 
 
 def other_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Give what trains beside the low-rank factors, by its names without the adapter."""
+    """Return the parameters that train beside the low-rank factors, by name without the adapter."""
     return {
         name.replace(f".modules_to_save.{NAME}.", "."): parameter
         for name, parameter in module.named_parameters()
@@ -79,7 +79,7 @@ def other_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def merge_lora(module: nn.Module) -> None:
-    """Put W + s B A in place of W and take the adapter out of a module, in place."""
+    """Replace W by W + s B A and remove the adapter from a module, in place."""
     for layer in low_rank_layers(module).values():
         a, b = (factor.flatten(1).to(layer.weight.dtype) for factor in (layer.a, layer.b))
         change = (b @ a).T if layer.transposed else b @ a
@@ -88,7 +88,7 @@ def merge_lora(module: nn.Module) -> None:
 
 
 def remove_lora(module: nn.Module) -> None:
-    """Take the adapter out of a module, in place: W is what it was."""
+    """Remove the adapter from a module, in place; W is unchanged."""
     for name, layer in _adapted(module).items():
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, layer.get_base_layer())
@@ -103,23 +103,27 @@ def adapt(
     others: Iterable[Model] = (),  # share the weights' memory, and get the same adapter
     seed: int = 0,
 ) -> list[nn.Parameter]:
-    """Put a fresh adapter into a model and return what is frozen for it, for `end_adapting`.
+    """Add a new adapter to a model and return the parameters frozen for it, for `end_adapting`.
 
-    What is new, `whole` by its names in the file, trains as it is beside the adapter.
+    New tensors, `whole` by their names in the file, are trained without an adapter.
     """
     module = model.module
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     new = {at for name in whole for at in model.layout.module_names(name)}
     kept = [parameter for name, parameter in module.named_parameters() if name in new]
     names = add_lora(module, lora, seed)
-    held = {id(parameter) for parameter in trainable}
+    trained = {id(parameter) for parameter in trainable}
     for name, layer in low_rank_layers(module).items():
-        if id(layer.weight) not in held:
-            raise UsageError(f"{name} is frozen by --freeze, and a target of the adapter")
+        if id(layer.weight) not in trained:
+            raise UsageError(
+                f"{name} is frozen by --freeze and a target of the adapter; leave it out of one"
+            )
         if name in new:
-            raise UsageError(f"{name} is new and trains as it is: leave it out of --lora-targets")
+            raise UsageError(
+                f"{name} is new and trained without an adapter; leave it out of --lora-targets"
+            )
     for parameter in kept:
-        parameter.requires_grad_(id(parameter) in held)
+        parameter.requires_grad_(id(parameter) in trained)
     own = dict(module.named_parameters())
     for other in dict.fromkeys(others):  # tasks may share one
         add_lora(other.module, replace(lora, targets=names), seed)
@@ -132,7 +136,7 @@ def adapt(
 def end_adapting(
     model: Model, frozen: Iterable[nn.Parameter], others: Iterable[Model] = ()
 ) -> None:
-    """Merge the adapter into a model's weights, and let what was frozen for it train again."""
+    """Merge the adapter into a model's weights, and unfreeze what was frozen for it."""
     merge_lora(model.module)
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -141,11 +145,11 @@ def end_adapting(
 
 
 def import_peft() -> Any:
-    """Import peft, or say what to install."""
+    """Import peft, or raise a UsageError that names the package to install."""
     try:
         import peft
     except ImportError as error:
-        raise UsageError("adapters need peft: pip install 'consolidate-ewc[peft]'") from error
+        raise UsageError("adapters need peft; pip install 'consolidate-ewc[peft]'") from error
     return peft
 
 
@@ -171,8 +175,8 @@ def _targets(module: nn.Module, patterns: Sequence[str]) -> list[str]:
         kind = getattr(getattr(module, "config", None), "model_type", None)
         if kind not in KNOWN:
             raise UsageError(
-                f"peft names no layers for {'this module' if kind is None else kind}: name them "
-                f"with --lora-targets, such as {', '.join(_last_parts(fitting)[:6])}"
+                f"peft has no default layers for {'this module' if kind is None else kind}; name "
+                f"them with --lora-targets, such as {', '.join(_last_parts(fitting)[:6])}"
             )
         patterns = KNOWN[kind]
     chosen = set()
@@ -180,8 +184,8 @@ def _targets(module: nn.Module, patterns: Sequence[str]) -> list[str]:
         matched = {n for n in fitting if fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}")}
         if not matched:
             raise UsageError(
-                f"--lora-targets {pattern} matches no layer that can have an adapter; there are "
-                f"{', '.join(_last_parts(fitting)[:12])}"
+                f"--lora-targets {pattern} matches no layer that can have an adapter: expected one "
+                f"of {', '.join(_last_parts(fitting)[:12])}"
             )
         chosen |= matched
     uses: dict[int, list[str]] = {}
@@ -192,8 +196,8 @@ def _targets(module: nn.Module, patterns: Sequence[str]) -> list[str]:
         weight = module.get_submodule(name).weight
         if others := [other for other in uses[id(weight)] if other != f"{name}.weight"]:
             raise InputError(
-                f"{name} cannot have an adapter: its weight is {others[0]} too, and would change "
-                "there when the adapter is merged; leave it out of --lora-targets"
+                f"{name} cannot have an adapter: its weight is tied to {others[0]}, which would "
+                "change when the adapter is merged; leave it out of --lora-targets"
             )
     return names
 

@@ -1,4 +1,4 @@
-"""A torch module with what is known of it: its layout, objective and labels."""
+"""A torch module with its layout, objective and labels."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,7 @@ from formats.tensors import shape_of
 
 @dataclass(eq=False)
 class Model:
-    """A module that holds a checkpoint's weights."""
+    """A module with a checkpoint's weights."""
 
     module: nn.Module
     checkpoint: Checkpoint
@@ -33,13 +33,13 @@ class Model:
     labels: list[str] | None  # in the order of their ids; None where they have no names
     processor: Any  # tokenizer or image processor of transformers; None where there is none
     layout: Layout
-    notes: list[str] = field(default_factory=list)  # what a user should be told about the loading
+    notes: list[str] = field(default_factory=list)  # what is reported to the user about loading
     config_changes: dict[str, Any] = field(default_factory=dict)  # see `config_of`
     base_layout: Layout | None = None  # of an adapter: that of its base model
 
     @property
     def outputs(self) -> int | None:
-        """How many classes or values are predicted, where the config says so."""
+        """How many classes or values are predicted, if the config has the number."""
         if self.objective.language:
             return None
         if self.labels is not None:
@@ -49,7 +49,7 @@ class Model:
 
 
 def layout_of(module: nn.Module, checkpoint: Checkpoint, *, own: bool = False) -> Layout:
-    """Lay out a module, of transformers or a user's own, by the names in its weights file."""
+    """Map a module, of transformers or a user's own, to the names in its weights file."""
     shapes = {name: shape_of(checkpoint.weights, name) for name in checkpoint.weights}
     try:
         if checkpoint.adapter is not None:
@@ -60,17 +60,17 @@ def layout_of(module: nn.Module, checkpoint: Checkpoint, *, own: bool = False) -
 
 
 def file_weights(model: Model) -> FileWeights:
-    """Give the module's present values as the weights file's tensors; see `FileWeights`."""
+    """Return the module's current values as tensors of its weights file; see `FileWeights`."""
     return FileWeights(model.module, model.layout, model.checkpoint.weights)
 
 
 def config_of(model: Model) -> dict[str, Any]:
-    """Give the ``config.json`` beside `file_weights`, with the labels of a new output layer."""
+    """Return the ``config.json`` that belongs to `file_weights`, with the labels of a new head."""
     return deepcopy(model.checkpoint.config) | deepcopy(model.config_changes)
 
 
 def unprotected(model: Model, protected: Iterable[str]) -> dict[str, str]:
-    """Say of each tensor of the weights file that has no Fisher why it has none."""
+    """Return the reason for each tensor of the weights file that has no Fisher."""
     have = frozenset(protected)
     parameters = dict(model.module.named_parameters())
     reasons = {}
@@ -106,14 +106,14 @@ def freeze_parameters(model: Model, patterns: Sequence[str]) -> None:
         matched = {p for name, ps in names.items() if fnmatchcase(name, pattern) for p in ps}
         if not matched:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
-            hint = f"; there are {', '.join(near)}, …" if near else ""
+            hint = f"; did you mean {' or '.join(near)}?" if near else "; check the pattern"
             raise UsageError(f"--freeze {pattern} matches no parameter{hint}")
         for name in matched:
             file_names = model.layout.file_names(name)
             left = [n for n in file_names if not fnmatchcase(n, pattern)]
             if left and len(left) < len(file_names) and not fnmatchcase(name, pattern):
                 raise UsageError(
-                    f"--freeze {pattern} matches a part of {name}, which is one parameter of the "
-                    f"model and also holds {left[0]}: match all of it or none"
+                    f"--freeze {pattern} matches only a part of {name}, which is one parameter of "
+                    f"the model and also contains {left[0]}; match all of it or none"
                 )
             parameters[name].requires_grad_(False)

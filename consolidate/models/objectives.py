@@ -1,4 +1,4 @@
-"""What a task predicts: its likelihood, its unit, and the transformers class whose outputs fit."""
+"""What a task predicts: its likelihood, its unit, and the transformers class for it."""
 
 import difflib
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class Objective:
 
     @property
     def has_labels(self) -> bool:
-        """Whether its outcomes are labels with names of their own."""
+        """Whether its outcomes are labels, which can have names."""
         return not self.language and self.name != "regression"
 
 
@@ -62,29 +62,31 @@ _BY_ARCHITECTURE = {
 
 
 def get_objective(name: str, *, factory: bool = False) -> Objective:
-    """Look an objective up by its name; a user's own module, of a factory, takes tensors."""
+    """Return the objective of that name; with a factory, one whose inputs are tensors."""
     if name not in OBJECTIVES:
         near = difflib.get_close_matches(name, OBJECTIVES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise UsageError(f"no objective {name!r}{hint} There are: {', '.join(OBJECTIVES)}")
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(
+            f"unknown objective {name!r}: expected one of {', '.join(OBJECTIVES)}{hint}"
+        )
     objective = OBJECTIVES[name]
     if factory:
         if name not in _OF_TENSORS:
             raise UsageError(
-                f"objective {name} needs a model of transformers; with --model there are: "
-                f"{', '.join(_OF_TENSORS)}"
+                f"objective {name} needs a model of transformers: expected one of "
+                f"{', '.join(_OF_TENSORS)} with --model"
             )
         return replace(objective, auto_class=None, modality="tensor")
     if objective.auto_class is None:
         raise UsageError(
-            f"objective {name} is for a module of your own: name it with --model "
+            f"objective {name} is for your own module; name it with --model "
             "package.module:factory, or choose another objective"
         )
     return objective
 
 
 def check_declared(config: Mapping[str, Any]) -> None:
-    """Refuse a ``config.json`` whose fields on the task have types that transformers cannot use."""
+    """Refuse a ``config.json`` whose task fields have types that transformers cannot use."""
     names = config.get("architectures")
     expected = {
         "architectures": names is None
@@ -94,11 +96,11 @@ def check_declared(config: Mapping[str, Any]) -> None:
         "id2label": isinstance(config.get("id2label"), dict | None),
         "num_labels": isinstance(config.get("num_labels"), int | None),
     }
-    for name, holds in expected.items():
-        if not holds:
+    for name, valid in expected.items():
+        if not valid:
             raise InputError(
-                f"config.json: {name} is of type {type(config[name]).__name__}, which says nothing "
-                "to transformers"
+                f"config.json: {name} is of type {type(config[name]).__name__}, which transformers "
+                "cannot use; save the model again"
             )
 
 
@@ -121,7 +123,7 @@ def default_objective(config: Mapping[str, Any], factory: bool) -> Objective:
             return OBJECTIVES[name]
     what = f"the architecture {architecture}" if architecture else "config.json"
     raise InputError(
-        f"{what} does not say what is predicted: choose with --objective, one of "
-        f"{', '.join(OBJECTIVES)}; a model that transformers does not know is named with "
-        "--model package.module:factory"
+        f"{what} does not determine the objective; choose --objective, one of "
+        f"{', '.join(OBJECTIVES)}, or name a model unknown to transformers with --model "
+        "package.module:factory"
     )

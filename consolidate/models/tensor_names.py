@@ -1,9 +1,9 @@
-"""Which tensors of a weights file are which parameters and buffers of a module, in both directions.
+"""The mapping between the tensors of a weights file and a module's parameters and buffers.
 
 transformers renames, stacks, splits and transposes some tensors while it loads them. Whatever it
-does to the weights θ has to be done to their Fisher Λ and their anchor μ as well, and undone on the
-way back. A conversion is accepted if it is a rearrangement, which is proved by sending the position
-of every element through it: the positions that come out are the way back.
+does to the weights θ must be done to their Fisher Λ and their anchor μ as well, and undone when
+they are stored. A conversion is accepted if it is a permutation of elements, which is proved by
+converting the position of every element: the resulting positions are the inverse.
 """
 
 import math
@@ -26,11 +26,11 @@ PREFIX = "base_model.model."  # what peft puts before the module's names
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of the file that become, together, tensors of the module."""
+    """Tensors of the file that are converted, together, to tensors of the module."""
 
     file_names: tuple[str, ...]
     module_names: tuple[str, ...]
-    # From the file's tensors to the module's; None where one tensor only has another name.
+    # From the file's tensors to the module's; None where a tensor is at most renamed.
     convert: Callable[[Sequence[Tensor]], list[Tensor]] | None
 
 
@@ -42,7 +42,7 @@ class Layout:
         module: nn.Module,  # as loaded: its tied tensors are tied
         groups: Sequence[Group],  # module names may be any of a tied tensor's
         file_shapes: Shapes,  # in the file's order
-        unused: Mapping[str, str],  # what has no place in the module -> the name it was sought by
+        unused: Mapping[str, str],  # tensors without a place in the module -> the name looked up
         outside: Collection[str] = (),  # module names of another file: an adapter's base model
     ) -> None:
         self._file_shapes = dict(file_shapes)
@@ -57,7 +57,7 @@ class Layout:
         self.duplicates: dict[str, str] = {}  # second names of tied tensors in the file -> first
         self.groups = self._distinct(groups)
         known = {*outside, *(name for group in self.groups for name in group.module_names)}
-        # Parameters that the file lacks, as of a new output layer; buffers stay out of files.
+        # Parameters that the file lacks, as those of a new head; new buffers are not stored.
         self.fresh = tuple(name for name, _ in module.named_parameters() if name not in known)
         self._file_shapes |= {name: self._module_shapes[name] for name in self.fresh}
         groups = [*(Group((name,), (name,), None) for name in self.fresh), *self.groups]
@@ -69,26 +69,26 @@ class Layout:
             self._check(group)
 
     def canonical(self, name: str) -> str | None:
-        """Return the name in `named_parameters` of a module tensor, None if there is none such."""
+        """Return a module tensor's name in `named_parameters`, None if there is no such tensor."""
         return self._aliases.get(name)
 
     def file_names(self, module_name: str) -> list[str]:
-        """Return the file's tensors from which a module tensor is made; empty for a lone buffer."""
+        """Return the file's tensors that a module tensor comes from; none for a lone buffer."""
         group = self._group_of_module.get(self._aliases[module_name])
         return [] if group is None else list(group.file_names)
 
     def module_names(self, file_name: str) -> list[str]:
-        """Return the module tensors that are made from one of the file; empty for an unused one."""
+        """Return the module tensors that come from one of the file; none for an unused one."""
         group = self._group_of_file.get(self.duplicates.get(file_name, file_name))
         return [] if group is None else list(group.module_names)
 
     def to_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give tensors of the module, some or all, the names, shapes and order of the file."""
+        """Convert some or all tensors of the module to the names, shapes and order of the file."""
         given: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             canonical = self._aliases.get(name)
             if canonical is None:
-                raise InputError(f"the model has no parameter {name}, so its file has none either")
+                raise InputError(f"{name} is not a parameter of the model; check the name")
             _check_shape(name, tensor, self._module_shapes[canonical], "the model")
             given.setdefault(canonical, tensor)
         found: dict[str, Tensor] = {}
@@ -101,22 +101,22 @@ class Layout:
         return {name: found[name] for name in sorted(found, key=self._place_in_file.__getitem__)}
 
     def to_module(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give tensors of the file, lazy or not, the names, shapes and order of the module."""
+        """Convert tensors of the file, lazy or not, to names, shapes and order of the module."""
         found: dict[str, Tensor] = {}
         for name in tensors:
             if name not in self._file_shapes:
-                raise InputError(f"{name} is no tensor of the model's weights file")
+                raise InputError(f"{name} is not a tensor of the model's weights file")
         by_name = self._group_of_file
-        # What is given under a second name alone is the tensor all the same.
+        # A tensor may be given under its second name alone.
         given = {self.duplicates[name]: name for name in tensors if name in self.duplicates}
         given |= {name: name for name in tensors if name not in self.duplicates}
         for group in dict.fromkeys(by_name[name] for name in given if name in by_name):
             absent = [name for name in group.file_names if name not in given]
             if absent:
                 raise InputError(
-                    f"{absent[0]} is missing: {group.module_names[0]} is made of "
-                    f"{len(group.file_names)} tensors of the file, and only "
-                    f"{len(group.file_names) - len(absent)} are there"
+                    f"{absent[0]} is missing: expected all {len(group.file_names)} tensors of the "
+                    f"file that form {group.module_names[0]}, found "
+                    f"{len(group.file_names) - len(absent)}"
                 )
             parts = []
             for name in group.file_names:
@@ -127,14 +127,14 @@ class Layout:
         return {name: found[name] for name in sorted(found, key=self._place_in_module.__getitem__)}
 
     def _distinct(self, groups: Sequence[Group]) -> list[Group]:
-        """Give modules' tensors their one name, and leave out what a tied tensor has twice."""
+        """Use one name for each module tensor, and drop second copies of tied tensors."""
         stored: dict[tuple[str, ...], list[Group]] = {}
         for group in groups:
             names = tuple(self._aliases[name] for name in group.module_names)
             stored.setdefault(names, []).append(group)
         kept = []
         for names, of_one in stored.items():
-            # The name that torch itself gives a tied tensor wins over the file's order.
+            # torch's own name for a tied tensor takes precedence over the file's order.
             winner = next((group for group in of_one if group.module_names == names), of_one[0])
             kept.append(Group(winner.file_names, names, winner.convert))
             for other in of_one:
@@ -143,8 +143,8 @@ class Layout:
                 if len(other.file_names) != len(winner.file_names):
                     raise InputError(
                         f"{winner.file_names[0]} and {other.file_names[0]} are one tensor in the "
-                        f"model, and in the file {len(winner.file_names)} and "
-                        f"{len(other.file_names)}: store it once"
+                        f"model, but {len(winner.file_names)} and {len(other.file_names)} tensors "
+                        "in the file; store it once"
                     )
                 self.duplicates |= dict(zip(other.file_names, winner.file_names, strict=True))
         return kept
@@ -155,29 +155,31 @@ class Layout:
             found, expected = self._file_shapes[name], self._module_shapes[module_name]
             if found != expected:
                 raise InputError(
-                    f"{name} has shape {list(found)} in the file and {list(expected)} in the "
-                    "model: config.json and the weights do not belong together"
+                    f"the shape of {name} does not match: expected {list(expected)} as in the "
+                    f"model, found {list(found)} in the file; use the config.json that belongs to "
+                    "the weights"
                 )
             return
         elements = sum(self._sizes(group))
         others = len(group.file_names) - 1
         subject = group.file_names[0] + (f" and {others} other tensors" if others else "")
         refusal = (
-            f"{subject} cannot be used: while loading, what becomes "
-            f"{', '.join(group.module_names)} is not merely rearranged, so no Fisher could be "
-            "stored for it"
+            f"{subject} cannot be used: expected a permutation of elements while loading "
+            f"{', '.join(group.module_names)}, found another conversion, for which no Fisher can "
+            "be stored"
         )
         try:
             positions = self._positions(group)
-        except Exception as error:  # an operation that refuses integers computes something
+        except Exception as error:  # an operation that refuses integers is not a permutation
             raise InputError(f"{refusal} ({error})") from error
         seen = torch.zeros(elements, dtype=torch.bool)
         count = 0
         for name, position in zip(group.module_names, positions, strict=True):
             if tuple(position.shape) != self._module_shapes[name]:
                 raise InputError(
-                    f"{group.file_names[0]} and what belongs to it become {name} of shape "
-                    f"{list(position.shape)}, where the model has {list(self._module_shapes[name])}"
+                    f"the shape of {name}, converted from {group.file_names[0]}, does not match: "
+                    f"expected {list(self._module_shapes[name])} as in the model, found "
+                    f"{list(position.shape)}"
                 )
             if position.is_floating_point() or (count := count + position.numel()) > elements:
                 raise InputError(refusal)
@@ -188,7 +190,7 @@ class Layout:
             raise InputError(refusal)
 
     def _positions(self, group: Group) -> list[Tensor]:
-        """For each module tensor, which element of the group's tensors stands where."""
+        """Return, for each module tensor, the positions of its elements in the group's tensors."""
         assert group.convert is not None
         total = sum(self._sizes(group))
         numbers = torch.arange(total, dtype=torch.int32 if total < 2**31 else torch.int64)
@@ -196,7 +198,7 @@ class Layout:
 
     def _to_file(self, group: Group, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         sample = next(given[name] for name in group.module_names if name in given)
-        flat = sample.new_zeros(sum(self._sizes(group)))  # what is not given stays zero
+        flat = sample.new_zeros(sum(self._sizes(group)))  # elements that are not given are zero
         for name, position in zip(group.module_names, self._positions(group), strict=True):
             if name in given:
                 flat[position.flatten().to(flat.device)] = given[name].detach().flatten().to(flat)
@@ -204,7 +206,7 @@ class Layout:
         return {name: part.clone() for name, part in self._parts(group, flat).items()}
 
     def _parts(self, group: Group, flat: Tensor) -> dict[str, Tensor]:
-        """Cut the elements of a group's tensors of the file apart."""
+        """Split the elements of a group into its tensors of the file."""
         parts = zip(group.file_names, flat.split(self._sizes(group)), strict=True)
         return {name: part.reshape(self._file_shapes[name]) for name, part in parts}
 
@@ -213,21 +215,21 @@ class Layout:
 
 
 def is_adapter(name: str) -> bool:
-    """Tell whether a parameter of a module is one of its adapter's."""
+    """Return whether a parameter of a module belongs to its adapter."""
     parts = name.split(".")
     return "modules_to_save" in parts or any(part.startswith("lora_") for part in parts)
 
 
 def adapter_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
-    """Lay out the adapter in a module, without the base model, by the names that peft writes."""
+    """Map the adapter in a module, without the base model, to the names that peft writes."""
     own = {_file_name(name): name for name, _ in module.named_parameters() if is_adapter(name)}
     unused = [name for name in file_shapes if name not in own]
     missing = [name for name in own if name not in file_shapes]
     for which, names in (("not in the model", unused), ("missing in the file", missing)):
         if names:
             raise InputError(
-                f"the adapter does not fit its base model: {names[0]} is {which}, one of "
-                f"{len(names)}"
+                f"the adapter does not match its base model: {names[0]} is {which}, one of "
+                f"{len(names)}; use the base model that it was trained on"
             )
     groups = [Group((name,), (own[name],), None) for name in file_shapes]
     outside = [name for name, _ in module.named_parameters() if name not in own.values()]
@@ -235,14 +237,14 @@ def adapter_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
 
 
 def _file_name(name: str) -> str:
-    """Name a parameter of the adapter as peft does in a file."""
+    """Return the name that peft gives a parameter of the adapter in a file."""
     name = name.replace(f".modules_to_save.{NAME}.", ".")
     name = re.sub(rf"(\.lora_\w+)\.{NAME}(?=\.|$)", r"\1", name)
     return name if name.startswith(PREFIX) else PREFIX + name
 
 
 def same_names_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
-    """Lay out a module whose file has the names of its state dict."""
+    """Map a module to a file with the names of its state dict."""
     state = module.state_dict()
     groups = [Group((name,), (name,), None) for name in file_shapes if name in state]
     unused = {name: name for name in file_shapes if name not in state}
@@ -250,7 +252,7 @@ def same_names_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
 
 
 def transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
-    """Lay out a transformers model as it is loaded."""
+    """Map a transformers model to its file, as transformers loads it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -268,7 +270,7 @@ def transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
     groups: dict[str, Group] = {}
     joint: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
     unused: dict[str, str] = {}
-    # Some renamings depend on what was renamed before, so the order has to be transformers' own.
+    # Some renamings depend on earlier ones, so the order has to be that of transformers.
     for name in sorted(file_shapes, key=dot_natural_key):
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if renamed not in state and name in state:
@@ -309,12 +311,12 @@ def _converted_group(
         made = run([torch.empty(file_shapes[name], device="meta") for name in names])
     except Exception as error:
         raise InputError(
-            f"{names[0]} and {len(names) - 1} tensors that belong to it cannot be converted to "
-            f"{renamed}: {error}"
+            f"{names[0]} and {len(names) - 1} related tensors cannot be converted to {renamed}: "
+            f"{error}"
         ) from error
     module_names = tuple(name for name in made if name in state)
     if not module_names:
-        raise InputError(f"{names[0]} is converted to {', '.join(made)}, which the model lacks")
+        raise InputError(f"{names[0]} is converted to {', '.join(made)}, missing in the model")
 
     def convert(tensors: Sequence[Tensor]) -> list[Tensor]:
         made = run(tensors)
@@ -325,4 +327,7 @@ def _converted_group(
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], where: str) -> None:
     if tuple(tensor.shape) != shape:
-        raise InputError(f"{name} has shape {list(tensor.shape)}, where {where} has {list(shape)}")
+        raise InputError(
+            f"the shape of {name} does not match: expected {list(shape)} as in {where}, found "
+            f"{list(tensor.shape)}"
+        )

@@ -1,4 +1,4 @@
-"""Where the computations run."""
+"""The device that computations run on."""
 
 import torch
 
@@ -7,7 +7,7 @@ from formats.errors import UsageError
 
 
 def best_device(name: str | None = None) -> torch.device:
-    """Give the device of that name, or the best there is; processes have a CUDA device each."""
+    """Return the named device, or the best available; each process has its own CUDA device."""
     if name is None:
         if torch.cuda.is_available():
             name = "cuda"
@@ -16,16 +16,20 @@ def best_device(name: str | None = None) -> torch.device:
         else:
             name = "cpu"
     if name.startswith("cuda:") and world_size() > 1:
-        raise UsageError(f"--device {name} is one device: each process needs its own, as by cuda")
+        raise UsageError(
+            f"--device {name} names one device, but each process needs its own; use --device cuda"
+        )
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name} cannot be used here: {reason}") from None
+        raise UsageError(
+            f"--device {name} cannot be used on this machine: {reason}; choose another device"
+        ) from None
     return device
 
 
 def dtype_of_name(name: str | None) -> torch.dtype | None:
-    """Give the dtype of that name, such as ``float32``; None for none."""
+    """Return the dtype of that name, such as ``float32``; None for None."""
     return None if name is None else getattr(torch, name)

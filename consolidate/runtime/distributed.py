@@ -1,7 +1,7 @@
-"""Several processes that work on one thing: examples dealt among them, and sums over them.
+"""Several processes that work on one task: examples dealt among them, and sums over them.
 
 `torchrun` starts the processes, torch.distributed joins them: gloo for the CPU, NCCL for CUDA. In a
-process that was started alone the group is None, and nothing here does anything.
+process that was started alone the group is None, and everything here is the identity.
 """
 
 import json
@@ -21,16 +21,16 @@ from formats.errors import PeerError, UsageError
 
 T = TypeVar("T")
 P = ParamSpec("P")
-BUCKET = 1 << 23  # elements summed over the processes at a time: too few to be felt in memory
+BUCKET = 1 << 23  # elements summed over the processes at a time: a negligible amount of memory
 _FAILURE = "consolidate/failure"
-_GONE = "another process of this run is gone and did not say why; it may have been killed"
+_GONE = "another process of this run ended without a reason; it may have been killed"
 
 
 @contextmanager
 def process_group() -> Iterator[dist.ProcessGroup | None]:
     """Join the processes that `torchrun` started for the block, unless they are joined already.
 
-    Where one of them fails, it alone raises what went wrong; the others follow with a PeerError.
+    If one of them fails, it alone raises its error; the others raise a PeerError.
     """
     if dist.is_initialized() or world_size() == 1:
         yield all_processes()
@@ -41,19 +41,19 @@ def process_group() -> Iterator[dist.ProcessGroup | None]:
     log = logging.getLogger("consolidate")
     level = log.level
     if rank() > 0:
-        log.setLevel(logging.WARNING)  # the first process tells what all of them do
+        log.setLevel(logging.WARNING)  # the first process reports for all of them
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank() % torch.cuda.device_count())
         dist.init_process_group(backend, store=store, rank=own, world_size=size)
-        summed(dist.group.WORLD, 0)  # who dies while others are being joined is waited for
+        summed(dist.group.WORLD, 0)  # so that a process that dies while joining fails all
         yield dist.group.WORLD
-        summed(dist.group.WORLD, 0)  # none leaves before all have come through
+        summed(dist.group.WORLD, 0)  # so that no process ends before all have succeeded
     except BaseException as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
         try:
             failed = store.compare_set(_FAILURE, "", f"{own} {code}").decode().split()
-        except RuntimeError:  # It was kept by a process that is gone.
+        except RuntimeError:  # The process that hosts the store has ended.
             failed = [str(0 if stopped_together(error) else own), str(code)]
         if int(failed[0]) != own:
             raise PeerError(int(failed[1])) from error
@@ -83,18 +83,20 @@ def all_processes() -> dist.ProcessGroup | None:
 
 
 def shards_among(*, shard: bool, check: bool) -> dist.ProcessGroup | None:
-    """Return the processes that hold shards of a model; None where each holds all of it."""
+    """Return the group over which a model is sharded; None where every process has all of it."""
     if not shard:
         return None
     if all_processes() is None:
-        raise UsageError("--shard needs several processes: start them with torchrun")
+        raise UsageError("--shard needs several processes; start them with torchrun")
     if check:
-        raise UsageError("--check has no meaning with --shard, where each example goes alone")
+        raise UsageError(
+            "--check cannot be combined with --shard, which runs every example alone; leave it out"
+        )
     return all_processes()
 
 
 def is_first(group: dist.ProcessGroup | None) -> bool:
-    """Return whether this is the process that writes and speaks for the group."""
+    """Return whether this is the process that writes and reports for the group."""
     return group is None or group.rank() == 0
 
 
@@ -124,7 +126,7 @@ def shares(
 
 
 def rounds(items: Iterable[T], group: dist.ProcessGroup | None) -> Iterator[tuple[T | None, bool]]:
-    """Yield this process's items, or None while others have more, and whether all have one."""
+    """Yield this process's items, then None while others have more, and whether all have one."""
     size = place_in(group)[1]
     iterator = iter(items)
     while True:
@@ -190,7 +192,7 @@ def from_all(numbers: Sequence[int], group: dist.ProcessGroup | None) -> list[li
 
 
 def is_lost(error: BaseException) -> bool:
-    """Return whether an error says no more than that another process does not answer."""
+    """Return whether an error only means that another process does not respond."""
     words = ("connection closed by peer", "connection reset by peer", "gloo", "nccl")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

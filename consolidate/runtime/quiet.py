@@ -1,4 +1,4 @@
-"""Reports and bars of libraries, kept off the terminal."""
+"""Silence for the log lines and progress bars of libraries."""
 
 import warnings
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' reports and bars off the terminal: what matters is in errors and notes."""
+    """Silence transformers in the block: errors and notes report all that matters."""
     try:
         from transformers.utils import logging
     except ImportError:

@@ -1,4 +1,4 @@
-"""Random numbers that depend on seed and example alone; the global generators stay as they are."""
+"""Random numbers that depend on seed and example alone; global generators are unchanged."""
 
 import random
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @contextmanager
 def untouched_randomness(seed: int) -> Iterator[None]:
-    """Seed the CPU's generators for a block, and put them back as they were."""
+    """Seed the CPU's generators for a block, and restore their state after it."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -51,4 +51,4 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    return (z >> bits) & (2 ** (64 - bits) - 1)  # torch's own >> drags the sign along
+    return (z >> bits) & (2 ** (64 - bits) - 1)  # torch's >> extends the sign

@@ -1,7 +1,7 @@
-"""Models whose parameters lie in shards, one in each process (FSDP2, torch's `fully_shard`).
+"""Models with sharded parameters, one shard in each process (FSDP2, torch's `fully_shard`).
 
-A block's parameters are gathered while it runs and let go afterwards. A tensor that belongs to a
-parameter, such as its gradient, its Λ or its μ, is cut as the parameter is.
+A block's parameters are gathered while it runs and released afterwards. A tensor that belongs to a
+parameter, such as its gradient, its Λ or its μ, is sharded like the parameter.
 """
 
 from collections import Counter
@@ -21,33 +21,33 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 def shard(
     module: nn.Module, group: ProcessGroup, device: torch.device, dtype: torch.dtype | None = None
 ) -> None:
-    """Cut a module's parameters along their first size, and move it to the device by blocks."""
+    """Shard a module's parameters along their first dimension, and move it to the device."""
     mesh = DeviceMesh.from_group(group, device.type)
     for block in _blocks(module):
         fully_shard(block.to(dtype=dtype), mesh=mesh)
     if dtype is not None:
         module.to(dtype=dtype)
-    # Also the rest is let go after the forward pass, so that what is outside is always a shard.
+    # The rest is released after the forward pass too, so that parameters are shards outside of it.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Return whether a module's parameters lie in shards."""
+    """Return whether a module's parameters are sharded."""
     return isinstance(module, FSDPModule)
 
 
 def is_cut(tensor: Tensor) -> bool:
-    """Return whether this process holds a part of a tensor only."""
+    """Return whether this process has only a part of a tensor."""
     return isinstance(tensor, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor, which shares its memory; all of one that is whole."""
+    """Return this process's part of a tensor, in shared memory; all of an unsharded one."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return the part of a tensor that lies beside this process's part of a parameter."""
+    """Return the part of a tensor that matches this process's part of a parameter."""
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
         return local(tensor)
     if tensor.dim() and not any(tensor.stride()):  # one number for all
@@ -58,7 +58,7 @@ def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def cut_as(part: Tensor, parameter: Tensor) -> Tensor:
-    """Return the tensor, cut like a parameter, of which this process holds the part given."""
+    """Return the tensor, sharded like a parameter, of which `part` is this process's part."""
     if not isinstance(parameter, DTensor) or not part.dim():
         return part
     return DTensor.from_local(
@@ -72,21 +72,21 @@ def cut_as(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """Gather a tensor, or the parts of one that is cut `like` another; all processes have to."""
+    """Gather a tensor, or the parts of one sharded `like` another; all processes must call it."""
     if like is not None:
         tensor = cut_as(tensor, like)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sum_of_parts(value: Tensor, parameter: Tensor) -> Tensor:
-    """Sum over the processes what each made, a number, of its part of a parameter."""
+    """Sum over the processes a number that each computed from its part of a parameter."""
     if not isinstance(parameter, DTensor):
         return value
     return whole(DTensor.from_local(value, parameter.device_mesh, [Partial()], run_check=False))
 
 
 def add_shard_(total: Tensor, values: Tensor, parameter: Tensor) -> None:
-    """Add the sum of values over the processes to a total that is cut like a parameter."""
+    """Add the sum of values over the processes to a total that is sharded like a parameter."""
     assert isinstance(parameter, DTensor)
     partial = DTensor.from_local(values, parameter.device_mesh, [Partial()], run_check=False)
     total += local(partial.redistribute(placements=parameter.placements)).to(total.dtype)
@@ -96,7 +96,7 @@ def add_shard_(total: Tensor, values: Tensor, parameter: Tensor) -> None:
 def gradients_of(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Hand over each whole gradient of this process's examples as it comes, and forget it."""
+    """Pass each gradient of this process's examples to `take` when it arrives, then free it."""
     seen: set[int] = set()
     handles: list[Any] = []
 
@@ -128,7 +128,7 @@ def _hand_over(name: str, take: Callable[[str, Tensor], None], parameter: Tensor
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
-    """List what is gathered by itself: the members of the outermost lists of modules."""
+    """List the modules that are gathered one by one: members of the outermost module lists."""
     lists = [m for m in module.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     inside = {id(below) for one in lists for below in one.modules() if below is not one}
     uses = Counter(_uses(module))
@@ -138,7 +138,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
             continue
         for block in one.children():
             own = Counter(_uses(block))
-            # Whether it shares no parameter with what is outside of it.
+            # Whether it shares no parameter with modules outside of it.
             alone = all(uses[at] == count for at, count in own.items())
             if own and alone and any(True for _ in block.children()):  # more than a single layer
                 found.append(block)
@@ -146,6 +146,6 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def _uses(module: nn.Module) -> Iterator[int]:
-    """Yield which parameter it is as often as a module inside has it; what is left out is None."""
+    """Yield the id of each parameter once per module that owns it; None is skipped."""
     for owner in module.modules():
         yield from (id(p) for p in owner._parameters.values() if p is not None)

@@ -1,7 +1,6 @@
-"""Stopping where it costs least: a signal can wait for the next point that work can go on from.
+"""Stopping where it costs least: a signal can wait for the next point that work can resume from.
 
-Of several processes all stop at one such point, or none: each says what it was asked for, and what
-they say is summed.
+Several processes all stop at the same point or not at all: the requests of all are summed.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,21 +12,21 @@ _TOGETHER = "all processes stop here"
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived; unwinds like Ctrl-C, so that nothing half-written stays behind."""
+    """SIGTERM arrived; unwinds like Ctrl-C, so that no half-written file is left behind."""
 
     exit_code = 143
 
 
 STOPS = (KeyboardInterrupt, Terminated)
 
-_waits = False  # whether what is being done now should come to such a point first
+_waits = False  # whether the current work should reach such a point first
 _asked: type[BaseException] | None = None
 
 
 def ask(reason: type[BaseException]) -> bool:
-    """Ask what is being done to stop; False if it does not wait, and the handler is to raise."""
+    """Request a stop; False if the current work does not wait, so that the handler must raise."""
     global _asked
-    # A Ctrl-C waits for nothing that was asked to stop before.
+    # A Ctrl-C after an earlier request does not wait.
     if not _waits or (_asked is not None and reason is KeyboardInterrupt):
         return False
     _asked = _asked or reason
@@ -35,28 +34,28 @@ def ask(reason: type[BaseException]) -> bool:
 
 
 def asked() -> bool:
-    """Say whether this is the time to keep what was done, because a stop is waiting."""
+    """Return whether a stop is pending, so that progress should be saved now."""
     return _asked is not None
 
 
 def wishes() -> tuple[bool, bool]:
-    """Say whether a Ctrl-C and whether a SIGTERM waits, to be summed over processes."""
+    """Return whether a Ctrl-C and whether a SIGTERM is pending, to be summed over processes."""
     return _asked is KeyboardInterrupt, _asked is Terminated
 
 
 def stop_together(interrupted: float, terminated: float) -> None:
-    """Raise in all processes what any of them was asked for, as `stopped_together` tells."""
+    """Raise in all processes what is pending in any, marked for `stopped_together`."""
     if interrupted or terminated:
         raise (Terminated if terminated else KeyboardInterrupt)(_TOGETHER)
 
 
 def stopped_together(stop: BaseException) -> bool:
-    """Say whether all processes stop here: then they can keep what belongs together."""
+    """Return whether all processes stop at this point, and so can save their progress together."""
     return stop.args == (_TOGETHER,)
 
 
 def until_asked(items: Iterable[T]) -> Iterator[T]:
-    """Yield items until a stop waits, as all are in vain then; the first in any case."""
+    """Yield the first item, and the others until a stop is pending, which makes them useless."""
     for number, item in enumerate(items):
         if number and asked():
             return
@@ -64,7 +63,7 @@ def until_asked(items: Iterable[T]) -> Iterator[T]:
 
 
 def stop_if_asked() -> None:
-    """Raise what is waiting, if anything is."""
+    """Raise the pending stop, if there is one."""
     global _asked
     if _asked is not None:
         reason, _asked = _asked, None
@@ -73,7 +72,7 @@ def stop_if_asked() -> None:
 
 @contextmanager
 def waiting(waits: bool = True) -> Iterator[None]:
-    """Let a stop wait for `stop_if_asked` inside the block; with false, for nothing there."""
+    """Let a stop wait for `stop_if_asked` inside the block; if false, raise it at once."""
     global _waits, _asked
     before = _waits
     if not waits:
@@ -82,7 +81,7 @@ def waiting(waits: bool = True) -> Iterator[None]:
         _waits = waits
         yield
     except BaseException:
-        _asked = None  # what is under way ends anyway
+        _asked = None  # the work ends anyway
         raise
     finally:
         _waits = before

@@ -1,4 +1,4 @@
-"""What `torchrun` told this process: which one of how many it is."""
+"""The rank of this process and the number of processes, as set by `torchrun`."""
 
 import ctypes
 import os
@@ -15,17 +15,17 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return which of them this is, from 0; the first speaks and writes for all."""
+    """Return the rank of this process, from 0; the first reports and writes for all."""
     return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
-    """Return which of those on this machine it is, from 0."""
+    """Return the rank of this process on this machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", rank())) if world_size() > 1 else 0
 
 
 def stop_with_torchrun() -> None:
-    """Have this process sent SIGTERM if `torchrun` is killed, which ends nobody; on Linux only."""
-    # What works on alone would keep its work beside that of those who are started again.
+    """Send this process a SIGTERM if `torchrun` is killed, which ends none; on Linux only."""
+    # A process that works on alone would save its progress beside that of a restarted run.
     if world_size() > 1 and "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

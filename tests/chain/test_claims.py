@@ -109,7 +109,7 @@ def test_the_second_of_two_is_refused(
     for second in ((*FISHER, *model), (*ADD, *model), (*FINETUNE, *model), MERGE):
         code, _, err = run_cli(capsys, *second)
         assert code == 3
-        assert f"is being worked on by process {held.process.pid}" in err
+        assert f"is in use by process {held.process.pid}" in err
     code, err = held.release()
     assert code == 0, err
     assert verify("it")["tasks"] == tasks
@@ -166,7 +166,7 @@ def test_of_several_processes_the_first_claims(
     with claimed(place / "it"):
         assert ended(started(2, words, place / "log")) == [3, 3]
     said = (place / "log").read_text() + capfd.readouterr().err
-    assert said.count("is being worked on by process") == 1
+    assert said.count("is in use by process") == 1
     assert ended(started(2, words, place / "log")) == [0, 0]
     assert verify("it")["tasks"] == ["c"]
 
@@ -182,7 +182,7 @@ def test_what_writes_from_python_claims_too(place: Path) -> None:
             network, place / "it", diagonal, task="t", objective="classification", overwrite=True
         )
 
-    with claimed(place / "it"), pytest.raises(InputError, match="is being worked on by process"):
+    with claimed(place / "it"), pytest.raises(InputError, match="is in use by process"):
         store()
     store()
     assert verify("it")["tasks"] == ["t"]

@@ -103,7 +103,7 @@ def test_a_fine_tuning_is_done_once(
     done = consolidate.finetune(network_checkpoint, new, **options)
     before = times(tmp_path)
     (network_checkpoint / "LICENSE").touch()
-    with pytest.raises(InputError, match="already holds"):
+    with pytest.raises(InputError, match="is not empty"):
         consolidate.finetune(network_checkpoint, new, **options, epochs=2)
     shutil.rmtree(out)
     again = consolidate.finetune(network_checkpoint, new, **options, log_every=1)
@@ -136,7 +136,7 @@ def test_a_damaged_output_is_not_taken_for_whole(
     data[-1] ^= 1
     (tmp_path / "out" / what).write_bytes(data)
     caplog.set_level("INFO", "consolidate")
-    with pytest.raises(InputError, match="already holds"):
+    with pytest.raises(InputError, match="is not empty"):
         consolidate.finetune(network_checkpoint, new, **options)
     assert "was made from the same, but is not whole: " in caplog.text
     assert consolidate.finetune(network_checkpoint, new, **options, overwrite=True)["status"] == (
@@ -167,7 +167,7 @@ def test_without_the_datas_digest_nothing_is_cached(
     consolidate.finetune(network_checkpoint, new, **options, data_digest=False)
     ledger = read_fisher(tmp_path / "out" / "fisher").ledger
     assert ledger.tasks[0].made_from is None
-    with pytest.raises(InputError, match="already holds"):
+    with pytest.raises(InputError, match="is not empty"):
         consolidate.finetune(network_checkpoint, new, **options, data_digest=False)
 
 
@@ -187,9 +187,9 @@ def test_a_merge_is_done_once(network_checkpoint: Path, write_task: Write, tmp_p
     assert again == {**done, "status": "cached", "trace": again["trace"]}
     assert again["trace"] == pytest.approx(done["trace"], rel=1e-6)
     check_json("merge", again)
-    with pytest.raises(InputError, match="already holds"):
+    with pytest.raises(InputError, match="is not empty"):
         consolidate.merge(parts, output_dir=out, weights=[1.0, 2.0])
-    with pytest.raises(InputError, match="already holds"):
+    with pytest.raises(InputError, match="is not empty"):
         consolidate.merge(parts[::-1], output_dir=out)
     whole = contents(out)
     assert consolidate.merge(parts, output_dir=out, overwrite=True)["status"] == "cached"
@@ -199,7 +199,7 @@ def test_a_merge_is_done_once(network_checkpoint: Path, write_task: Write, tmp_p
     assert contents(out) == whole
     # The merge says what it was made from, not what its last task was.
     options: dict[str, Any] = {**FAST, "output_dir": out, "penalty": "none"}
-    with pytest.raises(InputError, match="already holds"):
+    with pytest.raises(InputError, match="is not empty"):
         consolidate.finetune(network_checkpoint, tmp_path / "b.npz", **options)
 
 

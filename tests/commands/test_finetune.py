@@ -203,7 +203,7 @@ def test_the_fisher_of_another_model_is_refused(
     weights = load_file(network_checkpoint / "model.safetensors")
     weights["2.bias"] = weights["2.bias"] + 1
     save_file(weights, network_checkpoint / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"belongs to other weights.*2\.bias"):
+    with pytest.raises(InputError, match=r"does not belong to the weights.*2\.bias"):
         consolidate.finetune(
             network_checkpoint,
             write_task("new"),
@@ -221,7 +221,7 @@ def test_an_output_folder_that_holds_something_is_kept(
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     options = {"output_dir": out, "penalty": "none", "max_steps": 1, **FAST}
-    with pytest.raises(InputError, match=r"already holds 'thesis\.txt'"):
+    with pytest.raises(InputError, match=r"is not empty: found 'thesis\.txt'"):
         consolidate.finetune(network_checkpoint, write_task("new"), **options)
     assert contents(out) == {"thesis.txt": b"years of work"}
     with pytest.raises(InputError, match="holds no checkpoint"):
@@ -276,7 +276,7 @@ def test_where_nothing_can_be_written_is_known_before_the_work(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="no folder that can be written"):
+    with pytest.raises(InputError, match="not a writable folder"):
         consolidate.finetune(
             network_checkpoint, write_task("new"), output_dir=tmp_path / "file" / "out",
             penalty="none", epochs=10**9, **FAST,
@@ -410,7 +410,7 @@ def test_running_statistics_follow_the_data_only_where_nothing_is_old(
     assert again["norm_statistics"] == expected
     check_json("finetune", again)
     other = "update" if expected == "frozen" else "frozen"
-    with pytest.raises(InputError, match="already holds"):
+    with pytest.raises(InputError, match="is not empty"):
         consolidate.finetune(start, data["new"], **given | {"norm_statistics": other})
 
 

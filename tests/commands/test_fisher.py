@@ -396,10 +396,10 @@ def test_two_at_work_on_one_target_are_refused_at_the_start(
 ) -> None:
     absent = tmp_path / "absent.npz"  # which would be seen first by one that went on
     with claimed(network_checkpoint / "fisher"):
-        with pytest.raises(InputError, match=f"worked on by process {os.getpid()}"):
+        with pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
             consolidate.fisher(network_checkpoint, absent, **NETWORK)
         consolidate.fisher(network_checkpoint, write_task("old"), **NETWORK, dry_run=True)
-    with claimed(tmp_path / "out"), pytest.raises(InputError, match="worked on by process"):
+    with claimed(tmp_path / "out"), pytest.raises(InputError, match="in use by process"):
         finetune(network_checkpoint, absent, output_dir=tmp_path / "out", penalty="none", **FAST)
 
 

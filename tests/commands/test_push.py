@@ -231,7 +231,7 @@ def test_somebody_else_was_quicker(checkpoint: Path, tmp_path: Path, hub: Hub) -
     hub.meanwhile["POST .*/commit/"] = commit
     variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
     code, _, err = run(tmp_path, "push", checkpoint, "user/model", **variables)
-    assert (code, "has changed since it was looked at" in err) == (3, True)
+    assert (code, "has changed since it was read" in err) == (3, True)
     assert repository.files == theirs
 
 
@@ -312,7 +312,7 @@ def test_the_fisher_of_somebody_elses_weights(
     hub.put("them/other", theirs)
     variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
     code, _, err = run(tmp_path, "push", *only[:-1], "them/other", **variables)
-    assert (code, "belongs to other weights than them/other" in err) == (3, True), err
+    assert (code, "does not belong to the weights of them/other" in err) == (3, True), err
     pushed(tmp_path, hub, checkpoint, "user/whole")
     code, _, err = run(tmp_path, "push", checkpoint, "user/whole", *only[2:], **variables)
     assert (code, "holds weights" in err) == (2, True), err
@@ -384,7 +384,7 @@ def test_a_token_refused_in_other_words_is_not_a_missing_repository(
     hub.fail("^GET /api/models/user/model", 401, **said)
     words = ("push", checkpoint, "user/model", "--dry-run")
     code, _, err = run(checkpoint, *words, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)
-    assert (code, "does not accept the token of HF_TOKEN" in err) == (3, True), err
+    assert (code, "rejects the token of HF_TOKEN" in err) == (3, True), err
 
 
 def test_a_checkpoint_that_is_replaced_meanwhile_is_not_sent(

@@ -303,10 +303,10 @@ def test_what_cannot_be_done_is_refused_before(
     (tmp_path / "bare").mkdir()
     with pytest.raises(InputError, match="the checkpoint has no Fisher"):
         report(tmp_path / "bare", output=tmp_path / "r.html")
-    with pytest.raises(InputError, match="is a folder: name a file"):
+    with pytest.raises(InputError, match="is a folder; name a file"):
         report(folder, output=tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file is no folder that can be written"):
+    with pytest.raises(InputError, match="file is not a writable folder"):
         report(folder, output=tmp_path / "file" / "r.html")
     with pytest.raises(UsageError, match="--revision is for repositories"):
         report(folder, revision="main")

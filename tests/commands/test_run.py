@@ -488,17 +488,17 @@ def test_the_command_line(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFix
     edit(tasks, "epochs", "epoch")
     code, _, err = run_cli(capsys, "run", tasks)
     assert code == 3
-    assert "[defaults]: unknown key 'epoch'. Did you mean epochs?" in err
+    assert "[defaults]: unknown key 'epoch'; did you mean epochs?" in err
 
 
 def test_a_second_run_of_the_same_chain_is_refused(tasks: Path, tmp_path: Path) -> None:
     with (
         claimed_in_place(tmp_path / "out", "steps"),
-        pytest.raises(InputError, match="is being worked on by process"),
+        pytest.raises(InputError, match="is in use by process"),
     ):
         consolidate.run(tasks, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with claimed(tmp_path / "out" / "01-a"), pytest.raises(InputError, match="being worked on"):
+    with claimed(tmp_path / "out" / "01-a"), pytest.raises(InputError, match="in use"):
         consolidate.run(tasks, output_dir=tmp_path / "out")
     assert consolidate.run(tasks, output_dir=tmp_path / "out")["status"] == "done"
 

@@ -161,7 +161,7 @@ def test_a_missing_file(golden: Callable[[str], Path], file: str) -> None:
 def test_a_stray_file(golden: Callable[[str], Path]) -> None:
     folder = golden("anchor")
     (folder / "fisher" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match=r"fisher/model\.safetensors does not belong"):
+    with pytest.raises(InputError, match=r"fisher/model\.safetensors is not part of"):
         verify(folder)
 
 
@@ -254,7 +254,7 @@ def write(folder: Path, theta: dict[str, torch.Tensor], **task: Any) -> None:
 def test_a_checkpoint_without_a_fisher(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
     for command in (show, verify):
-        with pytest.raises(InputError, match="measure one with `consolidate fisher`"):
+        with pytest.raises(InputError, match="measure it with `consolidate fisher`"):
             command(tmp_path)
     with pytest.raises(InputError):
         verify(tmp_path / "none")
@@ -407,5 +407,5 @@ def test_an_overlap_needs_two_of_one_architecture(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"'w' has shape \(2,\) in .* and \(3,\) in"):
         show(tmp_path / "one", overlap=tmp_path / "wider")
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"file: a file, not a checkpoint's folder"):
+    with pytest.raises(InputError, match=r"file: expected a checkpoint folder, found a file"):
         show(tmp_path / "one", overlap=tmp_path / "file")

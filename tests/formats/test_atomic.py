@@ -73,7 +73,7 @@ def test_a_claim_is_one_process_s_until_it_ends_or_dies(tmp_path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         claim = target.with_name(".out.consolidate-claim")
-        why = rf"{target} is being worked on by process {holder.pid}, which holds {claim}"
+        why = rf"{target} is in use by process {holder.pid}, which has locked {claim}"
         with pytest.raises(InputError, match=why), claimed(target):
             pytest.fail("the block must not run")
     finally:
@@ -83,7 +83,7 @@ def test_a_claim_is_one_process_s_until_it_ends_or_dies(tmp_path: Path) -> None:
     with claimed(target), replace_folder(target) as staging:
         fill(staging, "new")
     assert [path.name for path in target.parent.iterdir()] == ["out"]
-    with pytest.raises(InputError, match="by process"), claimed(target), claimed(target):
+    with pytest.raises(InputError, match="in use by"), claimed(target), claimed(target):
         pytest.fail("the block must not run")
 
 
@@ -125,7 +125,7 @@ def test_empty_folder_counts_as_new(tmp_path):
 
 def test_content_is_refused_without_overwrite(tmp_path):
     fill(tmp_path, "old")
-    refused(tmp_path, r"already holds 'config.json'.*--overwrite", overwrite=False)
+    refused(tmp_path, r"is not empty: found 'config.json'.*--overwrite", overwrite=False)
     assert content(tmp_path) == whole("old")
 
 
@@ -138,7 +138,7 @@ def test_content_that_appears_meanwhile_is_refused(tmp_path):
             target.mkdir()
             (target / "precious").write_text("kept")
 
-    with pytest.raises(InputError, match="already holds 'precious'"):
+    with pytest.raises(InputError, match="is not empty: found 'precious'"):
         write_meanwhile()
     assert content(target) == {"precious": "kept"}
     assert os.listdir(tmp_path) == ["out"]
@@ -389,7 +389,7 @@ def test_mount_point(small_disk):
         assert staging.parent == small_disk
         assert final_path(staging / "file") == small_disk / "file"
         fill(staging, "old")
-    refused(small_disk, "already holds", overwrite=False)
+    refused(small_disk, "is not empty", overwrite=False)
     with replace_folder(small_disk, overwrite=True) as staging:
         fill(staging, "new")
         assert content(small_disk)["config.json"] == "old"
@@ -421,7 +421,7 @@ def test_full_disk(small_disk):
 
 
 def test_full_disk_says_how_much_was_needed(small_disk):
-    with pytest.raises(InputError, match=r"/file.*2,097,152 bytes are needed, 1,0\d\d,\d\d\d were"):
+    with pytest.raises(InputError, match=r"/file.*2,097,152 bytes needed, 1,0\d\d,\d\d\d were"):
         write_file(small_disk / "file", bytes(2 << 20))
     assert os.listdir(small_disk) == []
 
@@ -429,7 +429,7 @@ def test_full_disk_says_how_much_was_needed(small_disk):
         with explain_full_disk(staging, 5):
             write_much(staging)
 
-    with pytest.raises(InputError, match=r"disk/out: .*5 bytes are needed"):
+    with pytest.raises(InputError, match=r"disk/out: .*5 bytes needed"):
         build(small_disk / "out", "new", write_counted)
     assert os.listdir(small_disk) == []
 
@@ -472,7 +472,7 @@ def test_recover_without_permission_leaves_leavings_alone(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     recover(target)
     assert content(target) == whole("old")
-    with pytest.raises(InputError, match="gone was being replaced when a run was killed"):
+    with pytest.raises(InputError, match="gone: a run was killed while it replaced this folder"):
         recover(small_disk / "gone")
 
 
@@ -499,9 +499,9 @@ def test_a_file_that_could_not_be_written_is_refused_before(tmp_path):
     (tmp_path / "file").touch()
     check_file(tmp_path / "a" / "b" / "new")
     check_file(tmp_path / "file")
-    with pytest.raises(InputError, match="is a folder: name a file"):
+    with pytest.raises(InputError, match="is a folder; name a file"):
         check_file(tmp_path)
-    with pytest.raises(InputError, match="file is no folder that can be written"):
+    with pytest.raises(InputError, match="file is not a writable folder"):
         check_file(tmp_path / "file" / "a" / "b")
     assert os.listdir(tmp_path) == ["file"]
 

@@ -112,7 +112,7 @@ def test_differences_say_what_differs():
         "'c' has dtype BF16, expected F32",
         "'d' has shape [1, 2], expected [2]",
         "'e' is missing",
-        "'f' is named 'new' here, with the same bytes",
+        "'f' is stored as 'new', with the same bytes",
         "'z' was not expected",
     ]
 
@@ -120,6 +120,6 @@ def test_differences_say_what_differs():
 def test_differences_pair_equal_tensors_once():
     zeros = TensorRecord("F32", (2,), "00")
     assert differences({"a": zeros, "b": zeros}, {"c": zeros}) == [
-        "'a' is named 'c' here, with the same bytes",
+        "'a' is stored as 'c', with the same bytes",
         "'b' is missing",
     ]

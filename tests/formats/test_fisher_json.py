@@ -169,7 +169,7 @@ def test_good_task_names(name: str) -> None:
     ],
 )
 def test_bad_task_names(name: Any) -> None:
-    with pytest.raises(InputError, match="cannot name a task") as caught:
+    with pytest.raises(InputError, match="is not a task name") as caught:
         check_task_name(name)
     assert str(caught.value).isprintable()
     bad = content()
@@ -194,12 +194,12 @@ def changed(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 DAMAGE = {
     "no object": (lambda content: content.clear(), "format"),
     "another format": (changed("format", "fisher"), "format"),
-    "a later version": (changed("version", 3), "version 3 .* reads versions 1 and 2"),
+    "a later version": (changed("version", 3), "expected format version 1 or 2, found 3"),
     "a second version for nothing": (changed("version", 2), r"\$\.version: expected 1, found 2"),
-    "a version that is a string": (changed("version", "1"), "version '1'"),
-    "a version that is true": (changed("version", True), "version true"),
-    "a version that is 1.0": (changed("version", 1.0), r"version 1\.0"),
-    "no version": (changed("version", KeyError), "version null"),
+    "a version that is a string": (changed("version", "1"), "version 1 or 2, found '1'"),
+    "a version that is true": (changed("version", True), "version 1 or 2, found true"),
+    "a version that is 1.0": (changed("version", 1.0), r"version 1 or 2, found 1\.0"),
+    "no version": (changed("version", KeyError), "version 1 or 2, found null"),
     "an unknown field": (changed("extra", 1), "no field 'extra'"),
     "a base that is no digest": (changed("base", "d" * 63), "base: expected a SHA-256"),
     "a penalty on something else": (
@@ -208,7 +208,7 @@ DAMAGE = {
     ),
     "an adapter's penalty without a base": (
         changed("tasks/0/penalty_on", "adapter"),
-        "'a' was held by an adapter's Fisher",
+        "'a' has an adapter's Fisher",
     ),
     "an unknown task field": (changed("tasks/0/extra", 1), r"tasks\[0\]: .*no field 'extra'"),
     "a missing field": (changed("gamma", KeyError), "'gamma' is missing"),
@@ -258,8 +258,8 @@ DAMAGE = {
     "an overlap above 1": (changed("tasks/0/layers/w/overlap", 1.1), r"layers\['w'\].overlap"),
     "an empty reason": (changed("unprotected/count", ""), r"unprotected\['count'\]"),
     "an unprotected stranger": (changed("unprotected/x", "why"), "'x' is not among the weights"),
-    "unprotected and protected": (changed("unprotected/w", "why"), "'w' has a Fisher all the same"),
-    "neither": (changed("unprotected", {}), "'count', which has neither"),
+    "unprotected and protected": (changed("unprotected/w", "why"), "'w' has a Fisher too"),
+    "neither": (changed("unprotected", {}), "'count' has neither"),
     "a shape that is a number": (changed("fisher/tensors/w/shape", 6), "shape: expected a list"),
     "a negative size": (changed("fisher/tensors/w/shape", [-2, -3]), r"shape\[0\]"),
     "an upper-case digest": (changed("fisher/tensors/w/sha256", "A" * 64), "sha256"),
@@ -312,7 +312,7 @@ BUILT = {
         {"anchor": {"w": record(dtype="BF16"), "v": record((4,))}},
         "anchor, the tensor 'w': expected F32",
     ),
-    "a head of no task": ({"heads": {"../x": {"w": record()}}}, "'../x' is no task"),
+    "a head of no task": ({"heads": {"../x": {"w": record()}}}, "'../x' is not a task"),
     "a head of integers": ({"heads": {"a": {"w": record(dtype="I64")}}}, "heads, a, .*found I64"),
     "a tensor named __metadata__": (
         {"weights": {"__metadata__": record(), "w": record(), "v": record((4,))}},
@@ -356,32 +356,41 @@ def test_the_digest_of_a_description_is_over_its_json_without_blanks() -> None:
 
 
 DAMAGE_2 = {
-    "version 1": (changed("version", 1), "version 1 of the format has no field 'factors'"),
+    "version 1": (changed("version", 1), "format version 1 has no field 'factors'"),
     "factors without blocks": (changed("blocks", KeyError), "the same names"),
     "blocks without factors": (changed("factors", KeyError), "the same names"),
     "no factors": (changed("factors", None), r"\$\.factors: .* no such field, found null"),
     "a block less": (changed("blocks/w.R", KeyError), "the same names"),
     "another matrix": (changed("blocks/w.R/matrix", "H"), "matrix: expected A or R or G"),
     "no dimension": (changed("blocks/w.R/dims", []), "dims: expected a list of length >= 1"),
-    "dimensions in disorder": (changed("blocks/w.R/dims", [1, 0]), "dims: expected them ascending"),
-    "a dimension too many": (changed("blocks/w.R/dims", [2]), "has the dimensions"),
+    "dimensions in disorder": (changed("blocks/w.R/dims", [1, 0]), "dims: expected ascending"),
+    "a dimension too many": (changed("blocks/w.R/dims", [2]), "a parameter with the dimensions"),
     "another dimension": (changed("blocks/w.R/dims", [0]), r"the shape \[2, 2\], found \[3, 3\]"),
     "a bias": (changed("blocks/w.R/parameters", ["w", "v"]), r"the shape \[4, 4\], found \[3, 3\]"),
     "a bias of another layer": (changed("blocks/w.G/parameters", ["w", "v"]), r"shape \[4, 4\]"),
-    "biases alone": (changed("blocks/w.R/parameters", ["v"]), "has the dimensions"),
+    "biases alone": (changed("blocks/w.R/parameters", ["v"]), "a parameter with the dimensions"),
     "a parameter without a Fisher": (changed("blocks/w.R/parameters", ["count"]), "has no Fisher"),
     "a parameter twice": (changed("blocks/w.R/parameters", ["w", "w"]), "two matrices R"),
-    "an unknown block field": (changed("blocks/w.R/side", 1), "field 'side' is not known"),
+    "an unknown block field": (changed("blocks/w.R/side", 1), "field 'side' is unknown"),
     "a block without parameters": (changed("blocks/w.R/parameters", KeyError), "is missing"),
-    "an edited description": (changed("description/data", "y"), r"\$\.description: its digest is"),
-    "an edited task": (changed("tasks/0/description", {}), r"\$\.tasks\[0\]\.description: its dig"),
-    "a description of nothing": (changed("made_from", KeyError), "and made_from is None"),
+    "an edited description": (
+        changed("description/data", "y"),
+        r"\$\.description: expected made_from",
+    ),
+    "an edited task": (
+        changed("tasks/0/description", {}),
+        r"\$\.tasks\[0\]\.description: expected",
+    ),
+    "a description of nothing": (
+        changed("made_from", KeyError),
+        "expected made_from .*, found None",
+    ),
     "a description that is a list": (changed("description", []), "description: expected an object"),
     "an unknown field of generation": (changed("tasks/0/generated/top_k", 1), "no field 'top_k'"),
     "a missing field of generation": (changed("tasks/0/generated/prompts", KeyError), "is missing"),
     "no share": (changed("tasks/0/generated/top_p", 0), r"top_p: expected a number > 0"),
     "generated of nothing": (changed("tasks/0/generated", None), "no such field, found null"),
-    "half measured": (changed("tasks/1/examples", 3), r"\$\.tasks\[1\]: .* are null together"),
+    "half measured": (changed("tasks/1/examples", 3), r"\$\.tasks\[1\]: expected null for all"),
     "samples of nothing": (changed("tasks/1/mc_samples", 3), r"no mc_samples"),
     "layers of nothing": (
         changed("tasks/1/layers", {"w": {"trace": 0, "overlap": None}}),
@@ -403,11 +412,11 @@ def test_damage_of_version_2_is_refused_by_file_and_field(what: str) -> None:
 
 @pytest.mark.parametrize("field", ["factors", "blocks", "description"])
 def test_version_1_has_no_field_of_version_2(field: str) -> None:
-    with pytest.raises(InputError, match=f"version 1 of the format has no field '{field}'"):
+    with pytest.raises(InputError, match=f"format version 1 has no field '{field}'"):
         parse(content() | {field: SECOND[field]})
     bad = content()
     bad["tasks"][0] |= {"generated": SECOND["tasks"][0]["generated"]}
-    with pytest.raises(InputError, match=r"tasks\[0\]: version 1 .* no field 'generated'"):
+    with pytest.raises(InputError, match=r"tasks\[0\]: format version 1 has no field 'generated'"):
         parse(bad)
     bad["tasks"] = SECOND["tasks"][1:]
     with pytest.raises(InputError, match=r"\$\.version: expected 2, found 1: a task was not"):
@@ -417,7 +426,7 @@ def test_version_1_has_no_field_of_version_2(field: str) -> None:
 @pytest.mark.parametrize("factors", [{}, {"w.R": record((3, 3), "BF16"), "w.G": record((2, 2))}])
 def test_factors_have_one_dtype(factors: dict[str, TensorRecord]) -> None:
     blocks = {name: block for name, block in (second().blocks or {}).items() if name in factors}
-    with pytest.raises(InputError, match="factors: expected tensors, of one dtype"):
+    with pytest.raises(InputError, match="factors: expected at least one tensor"):
         ledger_bytes(second(factors=factors, blocks=blocks))
     wide = second(factors={"R": record((3, 3), "F64")}, blocks={"R": Block("R", (1,), ("w",))})
     with pytest.raises(InputError, match=r"'R'\]: expected F32 or BF16, found F64"):
@@ -490,7 +499,7 @@ def test_numbers_that_overflow_are_refused(token: str) -> None:
         (b'"consolidate-fisher"', "not a ledger"),
         (b"[]", "not a ledger"),
         (b'{"format": "consolidate-fisher", "version": 1}', "'tasks' is missing"),
-        (b'{"version": 1, "version": 2}', "'version' stands twice"),
+        (b'{"version": 1, "version": 2}', "'version' appears twice"),
     ],
 )
 def test_what_is_no_ledger_is_refused(data: bytes, message: str) -> None:
@@ -521,12 +530,12 @@ def test_an_unknown_field_of_a_record_is_named_whatever_it_is(name: str) -> None
     bad = content()
     bad["weights"]["tensors"]["w"][name] = 1
     bad["fisher"][name] = 1
-    with pytest.raises(InputError, match=r"the field '.*' is not known") as caught:
+    with pytest.raises(InputError, match=r"the field '.*' is unknown") as caught:
         parse(bad)
     assert str(caught.value).startswith("a/fisher.json, $.weights")
     assert str(caught.value).isprintable()
     bad["weights"] = content()["weights"]
-    with pytest.raises(InputError, match=r"the field '.*' is not known") as caught:
+    with pytest.raises(InputError, match=r"the field '.*' is unknown") as caught:
         parse(bad)
     assert str(caught.value).startswith("a/fisher.json, $.fisher")
     assert str(caught.value).isprintable()
@@ -537,7 +546,7 @@ def test_a_ledger_larger_than_the_limit_is_refused_unread(tmp_path: Path) -> Non
     with path.open("wb") as file:
         file.truncate(MAX_LEDGER_BYTES + 2**33)
     start = time.process_time()
-    with pytest.raises(InputError, match=r"fisher\.json is larger than the 128 MiB"):
+    with pytest.raises(InputError, match=r"fisher\.json is too large: .* 128 MiB"):
         read_ledger(path)
     assert time.process_time() - start < 5
 
@@ -546,7 +555,7 @@ def test_many_tasks_are_read_in_linear_time() -> None:
     many = content()
     many["tasks"] = [many["tasks"][0] | {"name": f"t{i}", "layers": {}} for i in range(4_095)]
     many["tasks"].append(many["tasks"][0])
-    with pytest.raises(InputError, match=r"tasks\[4095\].*'t0' is there twice"):
+    with pytest.raises(InputError, match=r"tasks\[4095\].*'t0' is listed twice"):
         parse(many)
     many["tasks"].append(many["tasks"][0])
     with pytest.raises(
@@ -556,9 +565,9 @@ def test_many_tasks_are_read_in_linear_time() -> None:
 
 
 def test_missing_files_and_folders_are_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"none\.json is not there"):
+    with pytest.raises(InputError, match=r"none\.json: expected the ledger"):
         read_ledger(tmp_path / "none.json")
-    with pytest.raises(InputError, match="is no plain file"):
+    with pytest.raises(InputError, match="no regular file"):
         read_ledger(tmp_path)
 
 

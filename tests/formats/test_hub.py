@@ -38,14 +38,14 @@ def test_a_path_that_begins_with_a_folder_here_is_a_missing_path(
     for name in ("runs/x", "weights.pt", "user/model.safetensors"):
         with pytest.raises(InputError, match=f"^{name}: no such file or folder"):
             locate(name)
-    with pytest.raises(InputError, match=r"folder \(in runs there is x-1\)"):
+    with pytest.raises(InputError, match=r"folder \(did you mean x-1\?\)"):
         locate("runs/x_1")
 
 
 def test_a_misspelt_folder_is_told_before_the_network(tmp_path: Path) -> None:
     (tmp_path / "my-model").mkdir()
     for name, status, told in (
-        ("my-modle", 3, " (in . there is my-model)\n"),
+        ("my-modle", 3, " (did you mean my-model?)\n"),
         ("gpt2", 75, ", and the Hub cannot be reached"),
         ("owner/name", 75, ", and the Hub cannot be reached"),
     ):

@@ -129,17 +129,17 @@ def test_the_hub_and_its_cache(tmp_path):
     assert main[0] == 3
     assert several == [
         "InputError",
-        "user/name: it has several splits. Set split to one of: train, test.",
+        "user/name: it has several splits; set split to one of: train, test",
     ]
     assert missing == [
         "InputError",
-        "user/name: there is no split 'dev'. Set split to one of: train, test.",
+        "user/name: there is no split 'dev'; set split to one of: train, test",
     ]
-    assert revision == ["InputError", "user/name: the Hub has no revision 'v9' of it."]
+    assert revision == ["InputError", "user/name: the Hub has no revision 'v9' of this repository"]
     assert lost[0] == "InputError"
-    assert "user/other is neither a file here nor a data set that can be read" in lost[1]
+    assert "user/other is neither a local file nor a readable dataset" in lost[1]
     assert close[0] == "InputError"
-    assert close[1].endswith("In . there is: repository.")
+    assert close[1].endswith("; did you mean repository?")
 
     # what is in the cache needs no network; what is not there fails at once
     started = time.monotonic()
@@ -162,18 +162,18 @@ def test_the_hub_and_its_cache(tmp_path):
     assert other[0] == "NetworkError"
     assert f"revision {'b' * 40} is not in the cache" in other[1]
     assert tag[0] == "NetworkError"
-    assert "what revision 'main' stands for cannot be looked up" in tag[1]
+    assert "revision 'main' cannot be looked up" in tag[1]
     assert absent[0] == "NetworkError"
-    assert "HF_HUB_OFFLINE switches the Hub off" in absent[1]
+    assert "HF_HUB_OFFLINE disables the Hub" in absent[1]
 
 
 def test_a_local_repository_through_load_dataset(tmp_path):
     folder = repository(tmp_path / "repository")
     rows = open_hub(str(folder), split="test")
     assert [row["text"] for row in rows] == ["text 10", "text 11", "text 12"]
-    with pytest.raises(InputError, match="Set split to one of: train, test"):
+    with pytest.raises(InputError, match="set split to one of: train, test"):
         open_hub(str(folder))
-    with pytest.raises(InputError, match=r"no split 'dev'\. Set split to one of: train, test"):
+    with pytest.raises(InputError, match=r"no split 'dev'; set split to one of: train, test"):
         open_hub(str(folder), split="dev")
 
 
@@ -189,14 +189,14 @@ def test_saved_datasets(tmp_path):
     assert rows.label_names("label") == ["no", "yes"]
     assert rows.label_names("text") is None
     assert len(open_data(tmp_path / "one")) == 10
-    with pytest.raises(InputError, match="Set split to one of: train, test"):
+    with pytest.raises(InputError, match="set split to one of: train, test"):
         open_data(tmp_path / "whole")
     with pytest.raises(InputError, match="no split 'dev'"):
         open_data(tmp_path / "whole", split="dev")
     with pytest.raises(UsageError, match="without splits"):
         open_data(tmp_path / "one", split="train")
     (tmp_path / "one" / "dataset_info.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be opened as a data set"):
+    with pytest.raises(InputError, match="cannot be opened as a dataset"):
         open_data(tmp_path / "one")
 
 
@@ -270,5 +270,5 @@ def test_a_hub_that_does_not_answer_is_a_network_error(unreachable):
     process, started = unreachable
     ((kind, message),) = said(process)
     assert kind == "NetworkError"
-    assert message.startswith("user/name is not a file here, and the Hub cannot be reached (")
+    assert message.startswith("user/name is not a local file, and the Hub cannot be reached (")
     assert time.monotonic() - started < 120

@@ -26,7 +26,7 @@ FILE = "/{name}/resolve/.*/config.json$"
 HEADER = "^GET /{name}/resolve/.*/fisher.safetensors$"
 PORTAL = b"<html><h1>Welcome to our hotel</h1></html>"
 DEEP = b"[" * 200_000
-ODD = "has another form"
+ODD = "has an unexpected form"
 
 
 def answer(body: Any, **more: Any) -> Failure:
@@ -48,8 +48,8 @@ def header(text: bytes) -> Failure:
 
 # What is run, the route, what it answers: the exit code, and what is said.
 CASES: list[tuple[str, str, Failure, int, str]] = [
-    ("verify", INFO, status(500), 75, "the Hub answers with status 500"),
-    ("verify", INFO, status(403, message="no"), 3, "you may not do this (no)"),
+    ("verify", INFO, status(500), 75, "the Hub responds with status 500"),
+    ("verify", INFO, status(403, message="no"), 3, "the Hub denies permission (no)"),
     ("verify", INFO, status(418), 3, "status 418"),
     ("verify", INFO, {"status": CUT}, 75, "cannot be reached"),
     ("verify", INFO, answer(PORTAL), 75, "not JSON"),
@@ -59,10 +59,10 @@ CASES: list[tuple[str, str, Failure, int, str]] = [
     ("verify", INFO, info(sha=None), 3, "names no commit"),
     ("verify", INFO, info(sha=["x"]), 3, "names no commit"),
     ("verify", INFO, info(siblings=[5]), 3, ODD),
-    ("verify", INFO, info(siblings=[{"rfilename": 5}]), 3, "a file named 5"),
-    ("verify", INFO, info(siblings=[{"rfilename": "../x"}]), 3, "a file named '../x'"),
-    ("verify", INFO, info(siblings=[{"rfilename": "/x"}]), 3, "a file named '/x'"),
-    ("verify", INFO, info(siblings=[{"rfilename": "x\0"}]), 3, r"a file named 'x\x00'"),
+    ("verify", INFO, info(siblings=[{"rfilename": 5}]), 3, "outside the repository, 5"),
+    ("verify", INFO, info(siblings=[{"rfilename": "../x"}]), 3, "outside the repository, '../x'"),
+    ("verify", INFO, info(siblings=[{"rfilename": "/x"}]), 3, "outside the repository, '/x'"),
+    ("verify", INFO, info(siblings=[{"rfilename": "x\0"}]), 3, r"outside the repository, 'x\x00'"),
     ("verify", LISTING, status(500), 75, "status 500"),
     ("verify", LISTING, answer(PORTAL), 75, "not JSON"),
     ("verify", LISTING, answer({"a": 1}), 3, ODD),
@@ -70,8 +70,8 @@ CASES: list[tuple[str, str, Failure, int, str]] = [
      "../x"),
     ("verify", LISTING, {"status": HANG}, 75, "does not answer in time (ReadTimeout"),
     ("verify", FILE, status(500), 75, "status 500 for config.json"),
-    ("verify", FILE, status(429), 75, "patience"),
-    ("verify", FILE, status(403), 3, "you may not do this"),
+    ("verify", FILE, status(429), 75, "limits the rate"),
+    ("verify", FILE, status(403), 3, "the Hub denies permission"),
     ("verify", FILE, status(404), 3, "file for config.json"),
     ("verify", FILE, answer(b"{}", X_Repo_Commit=loopback_hub.COMMIT), 75, "digest or size"),
     ("verify", FILE, answer(PORTAL), 75, "digest or size"),
@@ -84,7 +84,7 @@ CASES: list[tuple[str, str, Failure, int, str]] = [
     ("show", HEADER, header(b'{"x": {"dtype": "F32", "shape": ["a"], "data_offsets": [0, 4]}}'), 3,
      "header of"),
     ("data", "^HEAD /datasets/{name}/", status(500), 75, "status 500"),
-    ("data", "^HEAD /datasets/{name}/", status(403), 3, "you may not do this"),
+    ("data", "^HEAD /datasets/{name}/", status(403), 3, "the Hub denies permission"),
     ("data", "^GET /api/datasets/{name}", answer(PORTAL), 75, "not JSON"),
     ("data", "^GET /api/datasets/{name}", answer([]), 3, ODD),
     ("push", INFO, answer(PORTAL), 75, "not JSON"),
@@ -204,7 +204,7 @@ def test_a_wrong_token_is_told_as_such(checkpoint: Path, tmp_path: Path, hub: Hu
     hub.put("user/model", checkpoint)
     wrong = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_expired"}
     code, _, err = run_python(tmp_path, "-m", "consolidate", "verify", "user/model", **wrong)
-    told = "the Hub does not accept the token of {} (Invalid credentials in Authorization header)"
+    told = "the Hub rejects the token of {} (Invalid credentials in Authorization header)"
     assert (code, told.format("HF_TOKEN") in err) == (3, True), err
     assert "`hf auth login`" in err
     (tmp_path / "cache").mkdir(exist_ok=True)
@@ -227,9 +227,9 @@ def test_a_wrong_token_is_told_as_such(checkpoint: Path, tmp_path: Path, hub: Hu
 def test_a_hub_that_answers_401_to_everything(tmp_path: Path, hub: Hub) -> None:
     hub.fail("", 401, times=ALWAYS)
     for token, words in (
-        ("", "asks for a login: use `hf auth login`, or set HF_TOKEN"),
-        ("hf_expired", "does not accept the token of HF_TOKEN: set a valid one"),
-        ("hf_\u00e9", "it holds characters that no token has"),
+        ("", "requires a login; use `hf auth login`, or set HF_TOKEN"),
+        ("hf_expired", "rejects the token of HF_TOKEN; set a valid one"),
+        ("hf_\u00e9", "it contains invalid characters"),
     ):
         variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": token}
         code, _, err = run(tmp_path, "verify", "user/model", **variables)
@@ -242,9 +242,9 @@ def test_what_the_cache_holds_is_read_when_the_hub_fails(
     hub.put("user/model", checkpoint)
     assert run(tmp_path, "verify", "user/model", HF_ENDPOINT=hub.address)[0] == 0
     for failure, token, why in (
-        (status(503), TOKEN, "the Hub answers with status 503"),
+        (status(503), TOKEN, "the Hub responds with status 503"),
         (answer(PORTAL), TOKEN, "is not JSON"),
-        (None, "hf_expired", "does not accept the token of HF_TOKEN"),
+        (None, "hf_expired", "rejects the token of HF_TOKEN"),
     ):
         hub.failures.clear()
         if failure is not None:
@@ -254,7 +254,7 @@ def test_what_the_cache_holds_is_read_when_the_hub_fails(
         assert code == 0, err
         assert "user/model: " in err
         assert why in err
-        assert "; the copy in the cache is read" in err
+        assert "; using the copy in the cache" in err
 
 
 def test_a_repository_that_cannot_be_made(checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
@@ -267,7 +267,10 @@ def test_a_repository_that_cannot_be_made(checkpoint: Path, tmp_path: Path, hub:
         assert (code, said in err) == (expected, True), err
         assert "sets no option" not in err
     code, _, err = run_python(tmp_path, *words, **variables, **{LIMIT: "soon"})
-    assert (code, "CONSOLIDATE_HUB_TIMEOUT is 'soon'" in err) == (2, True), err
+    assert (
+        code,
+        "CONSOLIDATE_HUB_TIMEOUT: expected a number of seconds above 0, found 'soon'" in err,
+    ) == (2, True), err
 
 
 def test_a_tag_that_fails_is_set_by_the_next_push(
@@ -302,4 +305,4 @@ def test_a_revision_of_a_dataset_for_which_the_hub_names_no_commit(
     variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
     code, _, err = run_python(tmp_path, "-c", script, **variables)
     assert code == 1
-    assert "InputError: user/rows: an answer of the Hub names no commit" in err
+    assert "InputError: user/rows: a response of the Hub names no commit" in err

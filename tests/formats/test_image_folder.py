@@ -175,5 +175,5 @@ def test_no_format_but_those_documented_is_decoded(kind, write, tmp_path, monkey
     rows.digest()
     with pytest.raises(InputError, match=r"row 1|x\.png") as refused:
         rows[0]
-    assert "none of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP" in str(refused.value)
+    assert "expected one of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP" in str(refused.value)
     assert not mark.exists()

@@ -69,23 +69,23 @@ def test_what_is_left_out(tmp_path: Path) -> None:
 
 TASK = '[[task]]\nname = "a"\ndata = "a.npz"\n'
 REFUSED = {
-    "no task": ("", "there is no task"),
-    "a task that is no table": ('task = "a"', "there is no task"),
+    "no task": ("", "expected at least one table [[task]]"),
+    "a task that is no table": ('task = "a"', "expected at least one table [[task]]"),
     "no name": ('[[task]]\ndata = "a"', "task 1: the field 'name' is missing"),
     "no data": (TASK + '[[task]]\nname = "b"', "task 2: the field 'data' is missing"),
     "a bad name": (
         TASK.replace('"a"', '"a/b"'),
         "task 1, $.name: expected a task name of 1 to 64",
     ),
-    "two of a name": (TASK + TASK, "task 2 and task 1 are both named 'a': give one"),
+    "two of a name": (TASK + TASK, "task 2 and task 1 are both named 'a'; rename one"),
     "a name among evaluate": (
         '[evaluate]\na = "x"\n' + TASK,
-        "task 1 and a line of [evaluate] are both named 'a': give one",
+        "task 1 and a line of [evaluate] are both named 'a'; rename one",
     ),
-    "a typo at the top": ('outputdir = "x"\n' + TASK, "'outputdir'. Did you mean output-dir?"),
-    "a typo in defaults": ("[defaults]\newc-lamda = 1\n" + TASK, "Did you mean ewc-lambda?"),
-    "a typo in a task": (TASK + "epoch = 1", "task 1: unknown key 'epoch'. Did you mean epochs?"),
-    "an underscore": (TASK + "learning_rate = 1", "Did you mean learning-rate?"),
+    "a typo at the top": ('outputdir = "x"\n' + TASK, "'outputdir'; did you mean output-dir?"),
+    "a typo in defaults": ("[defaults]\newc-lamda = 1\n" + TASK, "did you mean ewc-lambda?"),
+    "a typo in a task": (TASK + "epoch = 1", "task 1: unknown key 'epoch'; did you mean epochs?"),
+    "an underscore": (TASK + "learning_rate = 1", "did you mean learning-rate?"),
     "what the run says itself": (TASK + 'overwrite = "b"', "unknown key 'overwrite'"),
     "a number for a text": ("start = 3\n" + TASK, "$.start: expected a string, found 3"),
     "an empty text": ('start = ""\n' + TASK, "$.start: expected a string that is not empty"),
@@ -95,8 +95,8 @@ REFUSED = {
     "a number to evaluate": ("[evaluate]\nx = 3\n" + TASK, "$.evaluate['x']: expected a string"),
     "what was removed": ("evaluate-ahead = true\n" + TASK, "unknown key 'evaluate-ahead'"),
     "a text for a table": ('defaults = "x"\n' + TASK, "$.defaults: expected an object"),
-    "start and config": ('start = "x"\n[config]\na = 1\n' + TASK, "leave one out"),
-    "a config that is no JSON": ("[config]\na = 2020-01-01\n" + TASK, "cannot be kept as JSON"),
+    "start and config": ('start = "x"\n[config]\na = 1\n' + TASK, "leave one of them out"),
+    "a config that is no JSON": ("[config]\na = 2020-01-01\n" + TASK, "cannot be stored as JSON"),
     "no TOML": ("start =", "is not valid TOML"),
 }
 

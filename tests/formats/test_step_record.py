@@ -27,5 +27,5 @@ def test_it_comes_back_and_order_means_nothing(tmp_path: Path) -> None:
 def test_a_stranger_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "01-a.json"
     path.write_text(text, encoding="latin-1")
-    with pytest.raises(InputError, match=r"01-a\.json is no record of a run"):
+    with pytest.raises(InputError, match=r"01-a\.json is not a step record"):
         read_step_record(path)

@@ -112,8 +112,8 @@ def test_plain_data(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('data = "x"\ntext_colum = "a"\n', "unknown key 'text_colum'. Did you mean text_column"),
-        ('data = "x"\n[model]\n', "unknown key 'model'. Known: data, name, "),
+        ('data = "x"\ntext_colum = "a"\n', "unknown key 'text_colum'; did you mean text_column"),
+        ('data = "x"\n[model]\n', "unknown key 'model'; expected one of: data, name, "),
         ('data = "x"\nsplit = 3\n', "$.split: expected a string, found 3"),
         ('data = ""\n', "$.data: expected a string that is not empty, found ''"),
         ('data = ["a", "b"]\n', "$.data: expected a string, found a list of 2"),

@@ -111,7 +111,7 @@ def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "\n\n", "\ufeff", "{}\n{}\n"])
 def test_empty_json_lines_are_refused(tmp_path, content):
-    with pytest.raises(InputError, match=r"is empty|no columns"):
+    with pytest.raises(InputError, match=r"is empty|expected rows with columns"):
         open_data(write(tmp_path / "x.jsonl", content))
 
 
@@ -241,11 +241,17 @@ def test_huge_fields(tmp_path):
         (b"\n\n", "is empty: expected a header"),
         (b"text,label\n\n", "has a header (text, label) but no rows"),
         (b"text,label,text\na,1,b\n", "line 1: the header names column 'text' 2 times"),
-        (b'text,label\n"a\nb",1\nc\n', "line 4: 1 fields, but the header has 2 (text, label)"),
-        (b"text,label\na,1\nb,c,2\n", "line 3: 3 fields, but the header has 2 (text, label)"),
+        (
+            b'text,label\n"a\nb",1\nc\n',
+            "line 4: expected 2 fields as in the header (text, label), found 1",
+        ),
+        (
+            b"text,label\na,1\nb,c,2\n",
+            "line 3: expected 2 fields as in the header (text, label), found 3",
+        ),
         (b'text,label\na,1\n"b,2\nc,3\n', "line 3: a quoted field begins in this row"),
         (b'text,label\n"b"x,2\n', "line 2: "),
-        (b"text,label\ra,1\r", "a carriage return stands alone"),
+        (b"text,label\ra,1\r", "found a lone carriage return"),
         (b"text,label\na,1\nb\xfc,2\n", "line 3: byte 0xfc is not UTF-8"),
     ],
 )

@@ -366,7 +366,7 @@ def test_a_module_of_ones_own_with_tied_weights(tmp_path: Path, write_task: Writ
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_copies_that_differ_are_refused(tmp_path: Path, write_task: Write, dry_run: bool) -> None:
     folder = own(tmp_path / "differ", second_weight=torch.ones(6, 6))
-    message = r"first\.weight and second\.weight are one tensor in the model, and differ"
+    message = r"first\.weight and second\.weight are one tensor in the model: expected equal"
     with pytest.raises(InputError, match=message):
         fisher(folder, write_task("old"), dry_run=dry_run, **OWN)
     assert [path.name for path in folder.iterdir()] == ["net.pt"]
@@ -393,7 +393,7 @@ def test_what_no_ledger_can_hold_is_refused_before_the_pass(
     monkeypatch.setattr(
         "consolidate.commands.measurement.fisher_diagonal", None
     )  # no pass may begin
-    with pytest.raises(InputError, match=r"'phase': its weight is C64, which has no gradient"):
+    with pytest.raises(InputError, match=r"'phase': its weight is C64, a dtype without gradients"):
         fisher(
             tmp_path / "phase", write_task("old"), model=f"{__name__}:WithPhase", dry_run=dry_run
         )

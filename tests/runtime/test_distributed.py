@@ -290,5 +290,5 @@ def test_a_process_that_is_killed_ends_the_others(
     words = (*FISHER[:5], "dying:make", "--data", "a.npz", "--output-dir", "out")
     codes, _, errors = ended(started(2, *words, cwd=tmp_path))
     assert codes == [1, -signal.SIGKILL]
-    assert "another process of this run is gone" in errors
+    assert "another process of this run ended" in errors
     assert errors.count("error:") == 1

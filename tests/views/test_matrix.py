@@ -111,9 +111,9 @@ def test_what_cannot_be_written_is_refused_before(
     with pytest.raises(UsageError, match=r"r\.pdf: the name must end in \.png or \.svg"):
         show(folder, plot=tmp_path / "r.pdf")
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"file is no folder"):
+    with pytest.raises(InputError, match=r"file is not a writable folder"):
         show(folder, csv=tmp_path / "file" / "r.csv")
-    with pytest.raises(InputError, match="is a folder: name a file"):
+    with pytest.raises(InputError, match="is a folder; name a file"):
         show(folder, csv=tmp_path)
     show(folder, csv=tmp_path / "none" / "r.csv")
     assert (tmp_path / "none" / "r.csv").exists()

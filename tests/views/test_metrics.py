@@ -123,4 +123,4 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     no_model = ("finetune", network_checkpoint, "--data", write_task("a"), "--output-dir", "out")
     code, _, err = run(capsys, *no_model, "--metrics", tmp_path)
-    assert (code, err) == (InputError.exit_code, f"error: {tmp_path} is a folder: name a file\n")
+    assert (code, err) == (InputError.exit_code, f"error: {tmp_path} is a folder; name a file\n")
