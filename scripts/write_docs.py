@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, get_args
 
 import click
+import cloup
 import msgspec
 
 from consolidate.cli import cli
@@ -20,7 +21,7 @@ WIDTH = 96
 
 def help_texts(command: click.Command, name: str) -> Iterator[tuple[str, str]]:
     """Yield the full name and the help text of a command, then of the commands below it."""
-    context = click.Context(
+    context = cloup.Context(
         command, info_name=name, terminal_width=WIDTH, color=False, **cli.context_settings
     )
     yield name, command.get_help(context)
@@ -35,7 +36,7 @@ def command_line() -> str:
     """Return the page of the commands."""
     parts = [
         "# Command line\n",
-        "What `--help` says of every command, written by `scripts/write_docs`.\n",
+        "The `--help` of every command, written by `scripts/write_docs`.\n",
     ]
     for name, text in help_texts(cli, "consolidate"):
         lines = "\n".join(line.rstrip() for line in text.splitlines())
