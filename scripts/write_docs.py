@@ -59,10 +59,10 @@ def json_schema() -> str:
         commands[name] = ways[0] if len(ways) == 1 else {"anyOf": ways}
     whole = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "What consolidate writes to stdout with --json",
-        "description": "One object. Under $defs there is one schema for each command, and one for "
-        "a command that failed. A later version may add fields; those that are here stay. Numbers "
-        "that are not finite are null.",
+        "title": "What consolidate prints with --json",
+        "description": "One object. $defs has one schema for each command, and one for a command "
+        "that failed. A later version may add fields; the present ones stay. Numbers that are not "
+        "finite are null.",
         "anyOf": [{"$ref": f"#/$defs/{name}"} for name in commands],
         "$defs": commands | dict(sorted(definitions.items())),
     }

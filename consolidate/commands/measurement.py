@@ -88,7 +88,9 @@ def measure_fisher(
         LOG.info("going on after %d of %d examples", done, len(order))
     with (
         signals.waiting(),
-        progress(f"Fisher of {task}{several}", len(order), "examples", before=done) as advance,
+        progress(
+            f"Fisher of {task}{several}", len(order), "examples", before=done, phase="fisher"
+        ) as advance,
     ):
         diagonal = fisher_diagonal(
             model.module,

@@ -42,6 +42,9 @@ def test_fisher_finetune_evaluate_show_verify(
     assert code == 0
     result = json.loads(text)
     assert result["steps"] == 5
+    assert result["seconds"].keys() == {"training", "evaluation", "fisher"}
+    assert min(result["seconds"].values()) > 0
+    assert "seconds" not in (out / "fisher" / "fisher.json").read_text()
     assert "step 3 of 5: loss" in err
     assert "penalty" in err
     code, text, _ = run(capsys, "evaluate", out, "--data", f"old={old}", "--data", new, *MODEL)
