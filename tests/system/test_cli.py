@@ -1,25 +1,32 @@
+import fcntl
 import json
 import os
+import pty
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 import pytest
 import torch
+import transformers
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from consolidate.cli import cli
 from consolidate.commands import show as show_command
 from consolidate.options import FinetuneOptions
 from formats.errors import InputError
-from support import loopback_hub
+from support import loopback_hub, tiny_models
 from support.command_line import MODEL, run
 from support.json_schema import SCHEMA
 
@@ -730,3 +737,40 @@ def test_quiet_prints_warnings_and_errors_only(
     assert "CONSOLIDATE_FINETUNE_EWC_LAMDA sets no option" in err
     _, _, err = run(capsys, *words, "--output-dir", tmp_path / "c")
     assert "step 1 of 2" in err  # it is not quiet from then on
+
+
+def on_a_terminal(folder: Path, *words: object) -> tuple[int, str]:
+    """Run a command whose stderr is a terminal of 80 columns; give exit code and stderr."""
+    above, below = pty.openpty()
+    fcntl.ioctl(below, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "consolidate", *map(str, words)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=below,
+    )
+    os.close(below)
+    found = b""
+    with suppress(OSError):  # the end
+        while read := os.read(above, 65536):
+            found += read
+    os.close(above)
+    return process.wait(), found.decode()
+
+
+@pytest.mark.slow
+def test_a_terminal_gets_our_bars_and_none_of_a_library(tmp_path: Path) -> None:
+    config = tiny_models.bert_config(num_labels=2)
+    tokenizer = tiny_models.word_tokenizer()
+    tiny_models.save(
+        tmp_path / "start", transformers.BertForSequenceClassification, config, tokenizer
+    )
+    texts = tiny_models.CORPUS * 4
+    Dataset.from_dict({"text": texts, "label": [0, 1] * 10}).to_parquet(tmp_path / "a.parquet")
+    words = ("finetune", "start", "--data", "a.parquet", "--penalty", "none", "--output-dir")
+    code, err = on_a_terminal(tmp_path, *words, "out", "--evaluate", "a=a.parquet")
+    bars = re.findall(r"(?:^|[\r\n])(?:\x1b\[A)?([^\r\n]*?): +\d+%\|", err)
+    assert (code, list(dict.fromkeys(bars))) == (0, ["evaluating", "training", "Fisher of a"]), err
+    assert err.count("%|") == len(bars)
+    assert on_a_terminal(tmp_path, *words, "quiet", "--quiet") == (0, "")
