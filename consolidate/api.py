@@ -67,7 +67,7 @@ def fisher(
     gamma: float | None = None,
     task_weight: float | str = 1.0,
     output_dir: str | Path | None = None,
-    save_every: float = 5.0,
+    save_every_minutes: float = 5.0,
     restart: bool = False,
     overwrite: bool = False,
     data_digest: bool = True,
@@ -123,9 +123,9 @@ def fisher(
         task_weight: Factor of the task's Fisher. units: weight tasks by the units they were
             measured on; trace: give the task the same trace as the first one.
         output_dir: Write a whole checkpoint here. (default: only a folder fisher in the checkpoint)
-        save_every: Save progress every MINUTES beside the output; rerunning the command resumes and
-            gives bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as possible; inf:
-            never.
+        save_every_minutes: Save progress beside the output this often; rerunning the command
+            resumes and gives bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as
+            possible; inf: never.
         restart: Discard saved progress and start over.
         overwrite: Replace an existing output. One that is up to date is kept.
         data_digest: Store a digest of the data in the ledger.
@@ -211,7 +211,7 @@ def finetune(
     lora_alpha: float | None = None,
     evaluate: Mapping[str, str | Path] | None = None,
     max_forgetting: float | None = None,
-    save_every: float = 5.0,
+    save_every_minutes: float = 5.0,
     restart: bool = False,
     overwrite: bool = False,
     data_digest: bool = True,
@@ -319,9 +319,9 @@ def finetune(
             NAME if it has one.
         max_forgetting: Exit with code 5 and save the output as DIR.failed-forgetting if an old task
             in `evaluate` loses more score than this (accuracy, else minus the loss).
-        save_every: Save progress every MINUTES beside the output; rerunning the command resumes and
-            gives bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as possible; inf:
-            never.
+        save_every_minutes: Save progress beside the output this often; rerunning the command
+            resumes and gives bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as
+            possible; inf: never.
         restart: Discard saved progress and start over.
         overwrite: Replace an existing output. One that is up to date is kept.
         data_digest: Store a digest of the data in the ledger.

@@ -270,11 +270,11 @@ class Saving:
 
     TITLE = "Saving and resuming"
 
-    save_every: float = option(
+    save_every_minutes: float = option(
         5.0,
-        "Save progress every MINUTES beside the output; rerunning the command resumes and gives "
+        "Save progress beside the output this often; rerunning the command resumes and gives "
         "bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as possible; inf: never.",
-        metavar="MINUTES",
+        metavar="X",
         least=0,
         infinite=True,
         changes_result=False,

@@ -93,7 +93,10 @@ def test_flat_keywords_become_records() -> None:
         ({"pack": 1}, "--pack 1: expected true or false"),
         ({"columns": {"label": "y"}}, "--columns {'label': 'y'}: expected a Columns"),
         ({"checkpoint": None}, "checkpoint None: expected a string"),
-        ({"save_every": float("nan")}, "--save-every nan: expected a finite number from 0"),
+        (
+            {"save_every_minutes": float("nan")},
+            "--save-every-minutes nan: expected a finite number from 0",
+        ),
         ({"gamma": 1.5}, "--gamma 1.5: expected a number from 0 to 1"),
         ({"momentum": 1.0}, "--momentum 1.0: expected a number from 0 to below 1"),
         ({"optimizer": "adma"}, "--optimizer adma: expected one of adamw, adam, sgd"),
@@ -144,7 +147,12 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert found.saving.overwrite is True
     weights = gather(MergeOptions, {"checkpoints": [], "output_dir": "a", "weights": np.ones(2)})
     assert weights.weights == (1.0, 1.0)
-    assert gather(FinetuneOptions, GIVEN | {"save_every": float("inf")}).saving.save_every > 0
+    assert (
+        gather(
+            FinetuneOptions, GIVEN | {"save_every_minutes": float("inf")}
+        ).saving.save_every_minutes
+        > 0
+    )
 
 
 def test_a_new_option_needs_no_more_than_its_field() -> None:

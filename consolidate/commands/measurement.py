@@ -53,7 +53,7 @@ def kept_work(
     return KeptWork(
         target,
         description,
-        every=60 * options.saving.save_every,
+        every=60 * options.saving.save_every_minutes,
         result_bytes=result_bytes,
         restart=options.saving.restart,
         group=all_processes(),

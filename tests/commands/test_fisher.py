@@ -310,7 +310,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(consolidate.estimation.compensated_sums, "FOLDED_BATCHES", 8)
 
 
-LONG = {**NETWORK, "batch_size": 2, "save_every": 0, "estimator": "mc"}
+LONG = {**NETWORK, "batch_size": 2, "save_every_minutes": 0, "estimator": "mc"}
 
 
 @pytest.mark.usefixtures("often")
