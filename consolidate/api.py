@@ -40,15 +40,19 @@ def fisher(
     data: str | Path,
     *,
     task: str | None = None,
+    columns: Columns | None = None,
+    split: str | None = None,
+    max_length: int | None = None,
+    pack: bool = False,
     objective: str | None = None,
     model: str | None = None,
     revision: str | None = None,
     base_model: str | Path | None = None,
     device: str | None = None,
-    columns: Columns | None = None,
-    split: str | None = None,
-    max_length: int | None = None,
-    pack: bool = False,
+    freeze: Sequence[str] = (),
+    gradient_checkpointing: bool = False,
+    shard: bool = False,
+    dtype: torch.dtype | str | None = None,
     estimator: str | None = None,
     mc_samples: int | None = None,
     max_outcomes: int | None = None,
@@ -58,16 +62,12 @@ def fisher(
     accumulate_dtype: torch.dtype | str = "float32",
     check: bool = False,
     seed: int = 0,
-    dtype: torch.dtype | str | None = None,
-    freeze: Sequence[str] = (),
-    gradient_checkpointing: bool = False,
-    shard: bool = False,
     add: bool = False,
     merge_rule: str | None = None,
     gamma: float | None = None,
     task_weight: float | str = 1.0,
     output_dir: str | Path | None = None,
-    save_every: float = 5.0,
+    save_every_minutes: float = 5.0,
     restart: bool = False,
     overwrite: bool = False,
     data_digest: bool = True,
@@ -79,56 +79,57 @@ def fisher(
 
     Args:
         checkpoint: A folder, a weights file, or a repository on the Hub.
-        data: The task's data: a file, a folder, a dataset on the Hub, or a task.toml.
-        task: Name of the task; that of the data by default.
-        objective: What is predicted; the architecture's own by default. One of sequence-
-            classification, multi-label, token-classification, regression, causal-lm, masked-lm,
-            seq2seq-lm, image-classification, classification.
-        model: Function that makes the torch module, called with the contents of config.json, for
-            models that transformers does not know.
-        revision: Branch, tag or commit of a checkpoint on the Hub.
-        base_model: Base model of a checkpoint that is an adapter of peft; the folder that its
-            config names by default, if that is there.
-        device: cpu, cuda, mps, …; the best there is by default.
-        columns: The names of the columns with each role; None takes the usual ones.
-        split: Split of a dataset that has several.
-        max_length: Truncate texts after this many tokens; the model's own limit by default.
-        pack: Fill sequences with consecutive texts (language models).
+        data: The task's data: file, folder, Hub dataset or task.toml.
+        task: Name of the task. (default: that of the data)
+        columns: Names of the columns by role; None stands for the usual ones.
+        split: Split of a dataset with several splits.
+        max_length: Truncate texts to this many tokens. (default: the model's limit)
+        pack: Fill each sequence with consecutive texts (language models).
+        objective: What the model predicts: sequence-classification, multi-label, token-
+            classification, regression, causal-lm, masked-lm, seq2seq-lm, image-classification or
+            classification. (default: from the architecture)
+        model: Function that builds the torch module from the contents of config.json, for models
+            that transformers does not know.
+        revision: Branch, tag or commit of the checkpoint on the Hub.
+        base_model: Base model of a checkpoint that is a peft adapter. (default: the folder that its
+            config names, if it exists)
+        device: Device: cpu, cuda, mps, … (default: the best available)
+        freeze: Neither train nor measure parameters whose name matches, such as 'encoder.*'.
+        gradient_checkpointing: Recompute layers in the backward pass: less memory, more time, the
+            same result (models of transformers).
+        shard: Shard weights, Fisher and optimizer state over the processes of torchrun (FSDP2), for
+            models too large for one device.
+        dtype: Dtype of the weights; a Fisher is always float32. One of float32, float64, bfloat16,
+            float16. (default: as stored)
         estimator: Labels the Fisher is an expectation over: all of them (exact), sampled from the
-            model (mc), the data's own (empirical), or sampled and squared per batch (batched). By
-            default exact up to 16 outcomes, else mc.
-        mc_samples: Labels sampled per example by mc and batched; 1 by default.
-        max_outcomes: Refuse exact above this many backward passes per example; 4096 by default.
-        max_examples: Measure on a seeded random subset of this size.
-        batch_size: Examples measured at a time; the Fisher is that of single examples. In finetune
-            as `batch_size` by default.
-        tolerance: Read in random order, and stop once the relative standard error of every
-            parameter's trace is at most this, after 64 examples at the earliest.
+            model (mc), the data's own (empirical), or sampled and squared per batch (batched).
+            (default: exact up to 16 outcomes, else mc)
+        mc_samples: Labels sampled per example by mc and batched. (default: 1)
+        max_outcomes: Refuse exact if it needs more backward passes per example than this. (default:
+            4096)
+        max_examples: Measure on a seeded random subset of this size. (default: all)
+        batch_size: Examples measured at a time. Only batched depends on it: the others square
+            gradients per example.
+        tolerance: Read examples in random order and stop once the relative standard error of every
+            parameter's trace is at most this, after 64 examples at the earliest. (default: read
+            all)
         accumulate_dtype: Dtype for squaring and accumulating gradients. One of float32, float64.
         check: Verify per-example gradients on every batch, not only the first.
         seed: Random seed.
-        dtype: Dtype of the weights; as stored by default. A Fisher is float32 in any case. One of
-            float32, float64, bfloat16, float16.
-        freeze: Neither train nor measure the parameters whose name matches, such as 'encoder.*'.
-        gradient_checkpointing: Layers keep only their inputs, and run again in the backward pass:
-            less memory for long examples, more time, the same result. For transformers' models.
-        shard: Each of several processes (torchrun) holds a shard of weights, Fisher and optimizer's
-            state (FSDP2): for models that no device holds whole.
         add: Add another task measured at the same weights.
-        merge_rule: online protects all tasks around the new weights, separate each around the
-            weights it was learned at. As for the task before by default, online at first.
-        gamma: With online: the share of the earlier Fisher that is kept. As before by default, 1 at
-            first.
-        task_weight: Factor of the task's Fisher: a number, or such that, relative to the first
-            task, it counts by the units it was measured on, or has as large a trace.
-        output_dir: Write a whole checkpoint here instead of a folder fisher into CHECKPOINT.
-        save_every: Save progress every MINUTES beside the output; rerunning the command resumes and
-            gives bit-identical results. 0: as often as possible, inf: never. SIGTERM and Ctrl-C
-            save too.
+        merge_rule: online: protect all tasks around the new weights; separate: protect each task
+            around the weights it was learned at. (default: as before, at first online)
+        gamma: Share of the earlier Fisher that online keeps. (default: as before, at first 1)
+        task_weight: Factor of the task's Fisher. units: weight tasks by the units they were
+            measured on; trace: give the task the same trace as the first one.
+        output_dir: Write a whole checkpoint here. (default: only a folder fisher in the checkpoint)
+        save_every_minutes: Save progress beside the output this often; rerunning the command
+            resumes and gives bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as
+            possible; inf: never.
         restart: Discard saved progress and start over.
-        overwrite: Replace the output that is there. One that is up to date is left as it is.
-        data_digest: Keep a digest of the data in the ledger (kept by default).
-        dry_run: Only say what it would take: time, memory, sizes of files. Nothing is written.
+        overwrite: Replace an existing output. One that is up to date is kept.
+        data_digest: Store a digest of the data in the ledger.
+        dry_run: Only report what it would take: time, memory, file sizes.
 
     Returns:
         What was done: the folder, the task, counts, the Fisher's trace and how certain it is by
@@ -151,30 +152,19 @@ def finetune(
     data: str | Path,
     *,
     output_dir: str | Path,
-    ewc_lambda: float | Sequence[float] | str | None = None,
-    validation: Mapping[str, str | Path] | None = None,
-    select: str | None = None,
-    search_plot: str | Path | None = None,
-    penalty: str = "ewc",
-    penalty_dtype: torch.dtype | str | None = None,
-    penalty_device: str | None = None,
-    fisher: str | Path | None = None,
-    penalty_on: str | None = None,
-    lora_rank: int | None = None,
-    lora_targets: Sequence[str] = (),
-    lora_alpha: float | None = None,
     task: str | None = None,
+    columns: Columns | None = None,
+    split: str | None = None,
+    max_length: int | None = None,
+    pack: bool = False,
     objective: str | None = None,
     model: str | None = None,
     revision: str | None = None,
     base_model: str | Path | None = None,
     device: str | None = None,
-    head: str = "keep",
-    head_parameters: Sequence[str] = (),
-    columns: Columns | None = None,
-    split: str | None = None,
-    max_length: int | None = None,
-    pack: bool = False,
+    freeze: Sequence[str] = (),
+    gradient_checkpointing: bool = False,
+    shard: bool = False,
     epochs: int | None = None,
     max_steps: int | None = None,
     max_examples: int | None = None,
@@ -194,15 +184,15 @@ def finetune(
     evaluate_every: int | None = None,
     log_every: int = 50,
     seed: int = 0,
-    evaluate: Mapping[str, str | Path] | None = None,
-    max_forgetting: float | None = None,
-    freeze: Sequence[str] = (),
-    gradient_checkpointing: bool = False,
-    shard: bool = False,
-    save_every: float = 5.0,
-    restart: bool = False,
-    overwrite: bool = False,
-    data_digest: bool = True,
+    ewc_lambda: float | Sequence[float] | str | None = None,
+    validation: Mapping[str, str | Path] | None = None,
+    select: str | None = None,
+    search_plot: str | Path | None = None,
+    penalty: str = "ewc",
+    fisher: str | Path | None = None,
+    penalty_dtype: torch.dtype | str | None = None,
+    penalty_device: str | None = None,
+    penalty_on: str | None = None,
     fisher_estimator: str | None = None,
     fisher_mc_samples: int | None = None,
     fisher_max_outcomes: int | None = None,
@@ -214,6 +204,17 @@ def finetune(
     merge_rule: str | None = None,
     gamma: float | None = None,
     task_weight: float | str = 1.0,
+    head: str = "keep",
+    head_parameters: Sequence[str] = (),
+    lora_rank: int | None = None,
+    lora_targets: Sequence[str] = (),
+    lora_alpha: float | None = None,
+    evaluate: Mapping[str, str | Path] | None = None,
+    max_forgetting: float | None = None,
+    save_every_minutes: float = 5.0,
+    restart: bool = False,
+    overwrite: bool = False,
+    data_digest: bool = True,
     on_step: Callable[[Step], None] | None = None,
 ) -> FinetuneResult:
     """Fine-tune a checkpoint on a new task with a penalty that protects the earlier ones.
@@ -224,104 +225,106 @@ def finetune(
 
     Args:
         checkpoint: A folder, a weights file, or a repository on the Hub.
-        data: The new task's data: a file, a folder, a dataset on the Hub, or a task.toml.
-        output_dir: Where the new checkpoint goes.
-        ewc_lambda: λ, the strength of the penalty. Several, or auto, are trained from the same
-            start and one of them is chosen: see `validation` and `select`.
-        validation: Held-out data to choose λ by, of old tasks and of the new one. A tenth of the
-            new task's data is held out where none is given for it.
-        select: best-mean: the λ with the best mean score. smallest: the smallest that stays under
-            `max_forgetting`. largest: the largest that keeps 95% of what the new task gains. By
-            default smallest with `max_forgetting`, largest without old data, else best-mean.
-        search_plot: Draw the search as .png, .svg or .pdf (needs matplotlib).
-        penalty: ewc: Fisher-weighted penalty; l2: uniform penalty; none: no penalty.
-        penalty_dtype: Dtype of Λ and μ in memory; as they are stored by default. One of float32,
-            bfloat16.
-        penalty_device: Where Λ and μ are; beside the weights by default.
-        fisher: Take the Fisher from here; from beside the weights by default.
-        penalty_on: Where an adapter is trained: adapter protects its own parameters by their
-            Fisher, merged protects W + s·B·A by the Fisher of the whole weights. By default adapter
-            for a checkpoint that is an adapter with a Fisher, else merged.
-        lora_rank: Train a fresh low-rank adapter W + s·B·A in place of the weights W (Hu et al.
-            2021). The output is a whole checkpoint, with the adapter merged (needs peft).
-        lora_targets: Layers that get one, such as '*.q_proj' or q_proj. By default those that peft
-            has for the architecture.
-        lora_alpha: α of s = α/R; R by default, so that s = 1.
-        task: Name of the task; that of the data by default.
-        objective: What is predicted; the architecture's own by default. One of sequence-
-            classification, multi-label, token-classification, regression, causal-lm, masked-lm,
-            seq2seq-lm, image-classification, classification.
-        model: Function that makes the torch module, called with the contents of config.json, for
-            models that transformers does not know.
-        revision: Branch, tag or commit of a checkpoint on the Hub.
-        base_model: Base model of a checkpoint that is an adapter of peft; the folder that its
-            config names by default, if that is there.
-        device: cpu, cuda, mps, …; the best there is by default.
-        head: The output layer: keep it, for data with its labels; new saves it for the tasks that
-            use it and initializes a new, unpenalized one; extend adds rows for new labels.
-        head_parameters: Names of the output layer's parameters; by default those outside the base
-            model of transformers, else those of the last module that has some.
-        columns: The names of the columns with each role; None takes the usual ones.
-        split: Split of a dataset that has several.
-        max_length: Truncate texts after this many tokens; the model's own limit by default.
-        pack: Fill sequences with consecutive texts (language models).
-        epochs: Passes over the data; 1 unless `max_steps` is given.
-        max_steps: Optimizer steps in all; ends the run before `epochs` do.
-        max_examples: Train on a seeded random subset of this size.
+        data: The new task's data: file, folder, Hub dataset or task.toml.
+        output_dir: Where to write the new checkpoint, whose Fisher covers the new task too.
+        task: Name of the task. (default: that of the data)
+        columns: Names of the columns by role; None stands for the usual ones.
+        split: Split of a dataset with several splits.
+        max_length: Truncate texts to this many tokens. (default: the model's limit)
+        pack: Fill each sequence with consecutive texts (language models).
+        objective: What the model predicts: sequence-classification, multi-label, token-
+            classification, regression, causal-lm, masked-lm, seq2seq-lm, image-classification or
+            classification. (default: from the architecture)
+        model: Function that builds the torch module from the contents of config.json, for models
+            that transformers does not know.
+        revision: Branch, tag or commit of the checkpoint on the Hub.
+        base_model: Base model of a checkpoint that is a peft adapter. (default: the folder that its
+            config names, if it exists)
+        device: Device: cpu, cuda, mps, … (default: the best available)
+        freeze: Neither train nor measure parameters whose name matches, such as 'encoder.*'.
+        gradient_checkpointing: Recompute layers in the backward pass: less memory, more time, the
+            same result (models of transformers).
+        shard: Shard weights, Fisher and optimizer state over the processes of torchrun (FSDP2), for
+            models too large for one device.
+        epochs: Passes over the data. (default: 1)
+        max_steps: Optimizer steps in total, in place of `epochs` or to stop earlier.
+        max_examples: Train on a seeded random subset of this size. (default: all)
         batch_size: Examples per batch and process.
         gradient_accumulation_steps: Batches per optimizer step.
-        learning_rate: The peak of the schedule.
-        optimizer: The optimizer, torch's own. One of adamw, adam, sgd.
-        momentum: Of sgd; 0 by default.
-        adam_betas: β₁,β₂ of adam and adamw, the decay rates of their moments; 0.9,0.999 by default.
-        weight_decay: 0 by default: it would pull unprotected weights to zero, task after task.
-        lr_scheduler: After the warm-up. One of constant, linear, cosine.
-        warmup_steps: Steps from zero to the peak.
-        max_grad_norm: Clip the norm of the whole gradient, an added penalty's included.
-        mixed_precision: Autocast of the forward pass; the master weights are float32. One of no,
+        learning_rate: Peak learning rate.
+        optimizer: Optimizer from torch. One of adamw, adam, sgd.
+        momentum: Momentum of sgd. (default: 0)
+        adam_betas: Decay rates β₁,β₂ of the moments of adam and adamw. (default: 0.9,0.999)
+        weight_decay: Weight decay. It pulls unprotected weights to zero, task after task.
+        lr_scheduler: Learning rate after the warm-up; linear and cosine end at zero. One of
+            constant, linear, cosine.
+        warmup_steps: Steps from zero to the peak learning rate.
+        max_grad_norm: Clip the norm of the whole gradient, that of the penalty included. (default:
+            no clipping)
+        mixed_precision: Autocast of the forward pass; the master weights stay float32. One of no,
             bf16, fp16.
-        norm_statistics: Running statistics of batch norms. By default frozen, whatever the penalty;
-            update only without a penalty, a Fisher and another task to evaluate.
-        penalty_step: gradient adds λ Λ (θ − μ) to the gradient; proximal takes the penalty's step
-            implicitly after the optimizer's, stable for every λ.
-        evaluate_every: Measure after so many optimizer steps too, and at the last.
+        norm_statistics: Running statistics of batch norms. One of frozen, update. (default: update
+            without a penalty, a Fisher and other tasks to evaluate, else frozen)
+        penalty_step: gradient: add λΛ(θ − μ) to the gradient; proximal: apply the penalty
+            implicitly after the optimizer's step, stable for every λ.
+        evaluate_every: Evaluate every STEPS optimizer steps too, and at the last step.
         log_every: Log every N optimizer steps.
         seed: Random seed.
-        evaluate: Measure before, after each epoch and at the end. A task of that NAME that has a
-            head of its own is measured with that.
-        max_forgetting: Exit with code 5 and save the output as DIR.failed-forgetting where an old
-            task that `evaluate` names loses more than this in score: accuracy, else minus the loss.
-        freeze: Neither train nor measure the parameters whose name matches, such as 'encoder.*'.
-        gradient_checkpointing: Layers keep only their inputs, and run again in the backward pass:
-            less memory for long examples, more time, the same result. For transformers' models.
-        shard: Each of several processes (torchrun) holds a shard of weights, Fisher and optimizer's
-            state (FSDP2): for models that no device holds whole.
-        save_every: Save progress every MINUTES beside the output; rerunning the command resumes and
-            gives bit-identical results. 0: as often as possible, inf: never. SIGTERM and Ctrl-C
-            save too.
-        restart: Discard saved progress and start over.
-        overwrite: Replace the output that is there. One that is up to date is left as it is.
-        data_digest: Keep a digest of the data in the ledger (kept by default).
+        ewc_lambda: Strength λ of the penalty; several values, or auto, start a search for it.
+        validation: Held-out data to choose λ by, of earlier tasks and of the new one. (default: a
+            tenth of the new task's data)
+        select: Which λ to take. best-mean: the one with the best mean score; smallest: the smallest
+            that stays within `max_forgetting`; largest: the largest that keeps 95% of what the new
+            task gains. (default: smallest with `max_forgetting`, largest without old data, else
+            best-mean)
+        search_plot: Plot the search to a .png, .svg or .pdf file (needs matplotlib).
+        penalty: ewc: Fisher-weighted penalty; l2: uniform penalty; none: no penalty.
+        fisher: Where the Fisher is. (default: in the checkpoint)
+        penalty_dtype: Dtype of Fisher Λ and anchor μ in memory. One of float32, bfloat16. (default:
+            as stored)
+        penalty_device: Device of Λ and μ. (default: that of the weights)
+        penalty_on: What to penalize if an adapter is trained. adapter: its parameters, by their own
+            Fisher; merged: W + s·B·A, by the Fisher of the whole weights. (default: adapter for an
+            adapter with a Fisher, else merged)
         fisher_estimator: Labels the Fisher is an expectation over: all of them (exact), sampled
             from the model (mc), the data's own (empirical), or sampled and squared per batch
-            (batched). By default exact up to 16 outcomes, else mc.
-        fisher_mc_samples: Labels sampled per example by mc and batched; 1 by default.
-        fisher_max_outcomes: Refuse exact above this many backward passes per example; 4096 by
-            default.
-        fisher_max_examples: Measure on a seeded random subset of this size.
-        fisher_batch_size: Examples measured at a time; the Fisher is that of single examples. In
-            finetune as `batch_size` by default.
-        fisher_tolerance: Read in random order, and stop once the relative standard error of every
-            parameter's trace is at most this, after 64 examples at the earliest.
+            (batched). (default: exact up to 16 outcomes, else mc)
+        fisher_mc_samples: Labels sampled per example by mc and batched. (default: 1)
+        fisher_max_outcomes: Refuse exact if it needs more backward passes per example than this.
+            (default: 4096)
+        fisher_max_examples: Measure on a seeded random subset of this size. (default: all)
+        fisher_batch_size: Examples measured at a time. Only batched depends on it: the others
+            square gradients per example. (default: `batch_size`)
+        fisher_tolerance: Read examples in random order and stop once the relative standard error of
+            every parameter's trace is at most this, after 64 examples at the earliest. (default:
+            read all)
         fisher_accumulate_dtype: Dtype for squaring and accumulating gradients. One of float32,
             float64.
         fisher_check: Verify per-example gradients on every batch, not only the first.
-        merge_rule: online protects all tasks around the new weights, separate each around the
-            weights it was learned at. As for the task before by default, online at first.
-        gamma: With online: the share of the earlier Fisher that is kept. As before by default, 1 at
-            first.
-        task_weight: Factor of the task's Fisher: a number, or such that, relative to the first
-            task, it counts by the units it was measured on, or has as large a trace.
+        merge_rule: online: protect all tasks around the new weights; separate: protect each task
+            around the weights it was learned at. (default: as before, at first online)
+        gamma: Share of the earlier Fisher that online keeps. (default: as before, at first 1)
+        task_weight: Factor of the task's Fisher. units: weight tasks by the units they were
+            measured on; trace: give the task the same trace as the first one.
+        head: keep: for data with the same labels; new: save the head for its tasks and initialize a
+            new, unpenalized one; extend: add rows for new labels.
+        head_parameters: Names of the head's parameters. (default: those outside the base model of
+            transformers, else of the last module with any)
+        lora_rank: Train a new low-rank adapter W + s·B·A of rank R in place of the weights W (Hu et
+            al. 2021). The output is a whole checkpoint with the adapter merged (needs peft).
+        lora_targets: Layers to adapt, such as '*.q_proj' or q_proj. (default: those that peft knows
+            for the architecture)
+        lora_alpha: α of s = α/R. (default: R, so that s = 1)
+        evaluate: Evaluate before training, after each epoch and at the end, with the head of task
+            NAME if it has one.
+        max_forgetting: Exit with code 5 and save the output as DIR.failed-forgetting if an old task
+            in `evaluate` loses more score than this (accuracy, else minus the loss).
+        save_every_minutes: Save progress beside the output this often; rerunning the command
+            resumes and gives bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as
+            possible; inf: never.
+        restart: Discard saved progress and start over.
+        overwrite: Replace an existing output. One that is up to date is kept.
+        data_digest: Store a digest of the data in the ledger.
         on_step: Called after each optimizer step with its loss, its penalty and its learning rate;
             not for the candidates of a search.
 
@@ -348,15 +351,15 @@ def evaluate(
     data: str | Path | Mapping[str, str | Path],
     *,
     task: str | None = None,
+    columns: Columns | None = None,
+    split: str | None = None,
+    max_length: int | None = None,
+    pack: bool = False,
     objective: str | None = None,
     model: str | None = None,
     revision: str | None = None,
     base_model: str | Path | None = None,
     device: str | None = None,
-    columns: Columns | None = None,
-    split: str | None = None,
-    max_length: int | None = None,
-    pack: bool = False,
     batch_size: int = 16,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
@@ -365,26 +368,25 @@ def evaluate(
 
     Args:
         checkpoint: A folder, a weights file, or a repository on the Hub.
-        data: The data by task name. A task of that NAME that has a head of its own is measured with
-            that.
-        task: Measure with the output layer of this task, whatever the data is named.
-        objective: What is predicted; the architecture's own by default. One of sequence-
-            classification, multi-label, token-classification, regression, causal-lm, masked-lm,
-            seq2seq-lm, image-classification, classification.
-        model: Function that makes the torch module, called with the contents of config.json, for
-            models that transformers does not know.
-        revision: Branch, tag or commit of a checkpoint on the Hub.
-        base_model: Base model of a checkpoint that is an adapter of peft; the folder that its
-            config names by default, if that is there.
-        device: cpu, cuda, mps, …; the best there is by default.
-        columns: The names of the columns with each role; None takes the usual ones.
-        split: Split of a dataset that has several.
-        max_length: Truncate texts after this many tokens; the model's own limit by default.
-        pack: Fill sequences with consecutive texts (language models).
-        batch_size: Examples at a time.
+        data: Data to evaluate on, with the head of task NAME if it has one.
+        task: Use the head of this task for all data.
+        columns: Names of the columns by role; None stands for the usual ones.
+        split: Split of a dataset with several splits.
+        max_length: Truncate texts to this many tokens. (default: the model's limit)
+        pack: Fill each sequence with consecutive texts (language models).
+        objective: What the model predicts: sequence-classification, multi-label, token-
+            classification, regression, causal-lm, masked-lm, seq2seq-lm, image-classification or
+            classification. (default: from the architecture)
+        model: Function that builds the torch module from the contents of config.json, for models
+            that transformers does not know.
+        revision: Branch, tag or commit of the checkpoint on the Hub.
+        base_model: Base model of a checkpoint that is a peft adapter. (default: the folder that its
+            config names, if it exists)
+        device: Device: cpu, cuda, mps, … (default: the best available)
+        batch_size: Examples per batch.
         seed: Random seed.
-        dtype: Dtype of the weights; as stored by default. A Fisher is float32 in any case. One of
-            float32, float64, bfloat16, float16.
+        dtype: Dtype of the weights; a Fisher is always float32. One of float32, float64, bfloat16,
+            float16. (default: as stored)
 
     Returns:
         The metrics of each task, by name.
@@ -415,10 +417,10 @@ def merge(
 
     Args:
         checkpoints: Folders or repositories on the Hub, each with its Fisher.
-        output_dir: Where the merged checkpoint goes.
-        weights: Coefficients of the checkpoints, in their order; 1 each by default.
+        output_dir: Where to write the merged checkpoint.
+        weights: Coefficients of the checkpoints, in their order. (default: 1 each)
         base: Common ancestor of the checkpoints, with its Fisher; its tasks are counted once.
-        overwrite: Replace the output that is there. One that is up to date is left as it is.
+        overwrite: Replace an existing output. One that is up to date is kept.
 
     Returns:
         What was done: the folder, the models, the tasks, the Fisher's trace and the offset. Where
@@ -452,9 +454,9 @@ def run(
     something else now.
 
     Args:
-        path: The run file; docs/reference/run-file.md tells what it may say.
-        output_dir: Where the checkpoints go; as the file says by default.
-        dry_run: Only say what would be done or skipped, and why.
+        path: The run file: the first checkpoint, the tasks and their options.
+        output_dir: Where to write the checkpoints. (default: as the file says)
+        dry_run: Only report which steps would run or be skipped, and why.
         restart: Discard saved progress and start over.
 
     Returns:
@@ -488,12 +490,12 @@ def show(
 
     Args:
         checkpoint: A folder, a weights file, or a repository on the Hub.
-        revision: Branch, tag or commit of a checkpoint on the Hub.
-        top: How many parameters to list.
-        csv: Write the accuracy matrix and the curves over training steps here.
-        plot: Draw them here; needs matplotlib.
-        overlap: Another checkpoint: how far its Fisher lies on the same weights, 0 to 1 for each
-            layer.
+        revision: Branch, tag or commit of the checkpoint on the Hub.
+        top: Number of parameters to list.
+        csv: Write the accuracy matrix and the curves over training steps to FILE.
+        plot: Plot the accuracy matrix and the curves (needs matplotlib).
+        overlap: Compare with the Fisher of another checkpoint: how far both lie on the same
+            weights, 0 to 1 for each layer.
 
     Returns:
         JSON-ready. A parameter's trace is Σ_i Λ_i; the ``accuracy_matrix`` is None where nothing
@@ -526,10 +528,10 @@ def report(
 
     Args:
         checkpoint: A folder, a weights file, or a repository on the Hub.
-        output: NAME-report.html in the current folder by default.
-        plots: Write the pictures here too, as SVG and PNG; needs matplotlib.
-        revision: Branch, tag or commit of a checkpoint on the Hub.
-        overwrite: Replace files that are there; those of an earlier report are replaced anyway.
+        output: Where to write the report. (default: NAME-report.html in the current folder)
+        plots: Write the figures here too, as SVG and PNG (needs matplotlib).
+        revision: Branch, tag or commit of the checkpoint on the Hub.
+        overwrite: Replace existing files; those of an earlier report are always replaced.
 
     Returns:
         JSON-ready: ``checkpoint``, ``report`` (the page), ``plots`` (the pictures), ``tasks``.
@@ -555,10 +557,9 @@ def verify(
 
     Args:
         checkpoints: A checkpoint, and then others that were made from it, each from the one before.
-        revision: Branch, tag or commit of a checkpoint on the Hub.
-        base_model: Base model of a checkpoint that is an adapter of peft; the folder that its
-            config names by default, if that is there. Of one that holds a Fisher alone: the weights
-            it is of.
+        revision: Branch, tag or commit of the checkpoint on the Hub.
+        base_model: Base model of a checkpoint that is a peft adapter, or the weights that belong to
+            a Fisher alone. (default: the folder that the adapter's config names, if it exists)
 
     Returns:
         JSON-ready: of each set of tensors how many there are, their bytes and the set's digest;
@@ -600,19 +601,19 @@ def push(
 
     Args:
         checkpoint: A folder, a weights file, or a repository on the Hub.
-        repository: Where to, such as user/model; created where it is missing.
+        repository: Where to, such as user/model; created if it does not exist.
         public: Create the repository as public, and allow pushing to a public one.
         create_pr: Open a pull request instead of committing.
-        revision: The branch; created where it is missing.
+        revision: Branch to push to; created if it does not exist.
         commit_message: Message of the commit.
         tag: Tag the commit with this name.
-        token: Token for the Hub; that of `hf auth login` or HF_TOKEN by default.
-        base_model: For the card: what this model was made from. May be repeated, for a merge.
-        fisher_dtype: Dtype of the Fisher, as it is by default; bfloat16 is half as large. One of
-            float32, bfloat16.
+        token: Token for the Hub. (default: that of `hf auth login` or HF_TOKEN)
+        base_model: Model that this one was made from, for the card; several for a merge.
+        fisher_dtype: Dtype of the published Fisher; bfloat16 is half as large. One of float32,
+            bfloat16. (default: as stored)
         fisher_only: Publish the Fisher alone, for the weights in the repository `base_model`.
-        dry_run: Only list what would be sent, with sizes, and what is there already; without a
-            network all of it.
+        dry_run: Only list the files that would be sent, with sizes, and which of them the
+            repository already has (offline: all files).
 
     Returns:
         What was done: the commit, every file with its size and what became of it, and digests.

@@ -1,10 +1,12 @@
-"""The command line: commands, messages, exit codes; the work is done by what it imports."""
+"""The command line: commands, messages and exit codes; other modules do the work."""
 
 import errno
+import inspect
 import logging
 import os
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +18,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+import cloup
 
-from consolidate.flags import COMMON, MEASURED, flags_of, options, record_of
-from consolidate.options import COMMANDS
+from consolidate.flags import flags_of, record_of
+from consolidate.options import COMMANDS, TYPED
+from consolidate.runtime.progress import show_progress
 from consolidate.runtime.signals import Terminated, ask
 from consolidate.runtime.torchrun import rank, stop_with_torchrun, world_size
 from consolidate.views import text as text_view
@@ -29,21 +33,23 @@ if TYPE_CHECKING:
     from consolidate.views.mlflow import Tracker
 
 LOG = logging.getLogger("consolidate")
+MAIN, INSPECT = cloup.Section("Main commands"), cloup.Section("Inspect")
+PUBLISH = cloup.Section("Combine and publish")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line, by default that of the process, and leave with its exit code."""
+    """Run the command line, by default that of the process, and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     stop_with_torchrun()
     for library in ("HF_HUB", "DATASETS"):  # read when they are imported
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if sys.stderr is None:  # it was closed before we began
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if not sys.stderr.isatty():
-        for library in ("HF_HUB", "HF_DATASETS"):
-            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+        _hide_transfers()
     said: dict[str, bool] = {}
     stdout = sys.stdout
     try:
@@ -78,8 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(message, code, said)
 
 
+def _hide_transfers() -> None:
+    """Hide the bars of downloads and uploads; the Hub's client reads this when it is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def _fail(message: str, code: int, said: dict[str, bool]) -> NoReturn:
-    """Say what went wrong, on stdout too where JSON is wanted and nothing stands there yet."""
+    """Report what failed, also as JSON on stdout where that is wanted and nothing was written."""
     kind = "" if code > 128 else "error: "
     click.echo(plain(f"{kind}{message}"), err=True)
     if said.get("json") and not said.get("written"):
@@ -95,10 +106,11 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"{error.filename or 'output'}: no space left", InputError.exit_code
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
         where = error.filename or "output"
-        return f"{where}: a file is larger than may be written (ulimit -f)", InputError.exit_code
+        return f"{where}: the file exceeds the size limit (ulimit -f)", InputError.exit_code
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", InputError.exit_code
-    return f"{type(error).__name__}: {error} (a fault of consolidate; --debug shows where)", 1
+    what = f"{type(error).__name__}: {error}"
+    return f"{what} (internal error, please report it with the output of --debug)", 1
 
 
 def _leave(code: int) -> NoReturn:
@@ -111,20 +123,20 @@ def _leave(code: int) -> NoReturn:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    """Unwind, so that nothing half-written stays; leave at once while something is imported.
+    """Unwind, so that no half-written file remains; exit at once during an import.
 
-    Where work under way can be kept, it is first brought to a point from which it can go on.
+    Work that can be saved first continues to the next point that it can be resumed from.
 
-    Extension modules lose an exception that passes through their import, or make another of it; a
-    finalizer swallows it, so there the signal is sent again a moment later.
+    Extension modules lose or replace an exception that passes through their import; a finalizer
+    swallows it, so there the signal is sent again a moment later.
     """
     reason = KeyboardInterrupt if signum == signal.SIGINT else Terminated
     if several := world_size() > 1:  # torchrun sends on what a terminal has sent to all
         signal.signal(signum, signal.SIG_IGN)
     if ask(reason):
-        leave = b"" if several else b"; Ctrl-C leaves at once"
+        leave = b"" if several else b"; press Ctrl-C again to exit at once"
         if rank() == 0:
-            os.write(2, b"stopping at the next point to go on from%s\n" % leave)
+            os.write(2, b"stopping at the next point to resume from%s\n" % leave)
         return
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -137,21 +149,29 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     raise reason
 
 
-@click.group(
-    context_settings={"auto_envvar_prefix": "CONSOLIDATE", "help_option_names": ["-h", "--help"]}
+@cloup.group(
+    sections=[MAIN, INSPECT, PUBLISH],
+    context_settings=cloup.Context.settings(
+        auto_envvar_prefix="CONSOLIDATE",
+        help_option_names=["-h", "--help"],
+        max_content_width=100,
+        formatter_settings=cloup.HelpFormatter.settings(col1_max_width=26),
+    ),
+    epilog="`consolidate COMMAND --help` lists the options of a command.",
 )
 @click.version_option(package_name="consolidate-ewc", prog_name="consolidate")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Fine-tune checkpoints without forgetting.
+    """Fine-tune checkpoints without forgetting earlier tasks.
 
     Measure the Fisher diagonal of a checkpoint on its task's data, store it beside the weights, and
-    fine-tune on the next task with the Elastic Weight Consolidation penalty.
+    fine-tune on the next task with the Elastic Weight Consolidation (EWC) penalty.
     """
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     LOG.handlers[:] = [handler]
     LOG.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    show_progress(True)
     if world_size() > 1 and context.invoked_subcommand not in ("fisher", "finetune"):
         raise click.UsageError(
             f"{context.invoked_subcommand} runs in one process: start it without torchrun"
@@ -160,7 +180,7 @@ def cli(context: click.Context) -> None:
 
 
 def _note_misspelt_variables() -> None:
-    """Tell of variables that begin like ours and set no option; their values are never shown."""
+    """Warn about variables that begin like ours and set no option; values are never shown."""
     known = {
         f"CONSOLIDATE_{command}_{option.name}".replace("-", "_").upper()
         for command, below in cli.commands.items()
@@ -171,8 +191,8 @@ def _note_misspelt_variables() -> None:
     for name in sorted(os.environ):
         if name.startswith("CONSOLIDATE_") and name not in known:
             near = get_close_matches(name, known, 1, 0.8)
-            hint = f"; the nearest is {near[0]}" if near else ""
-            LOG.info(f"{name} sets no option{hint}")
+            hint = f"; did you mean {near[0]}?" if near else ""
+            LOG.warning(f"the variable {name} sets no option{hint}")
 
 
 class _StderrHandler(logging.Handler):
@@ -184,132 +204,120 @@ class _StderrHandler(logging.Handler):
         tqdm.write(plain(self.format(record)), file=sys.stderr)
 
 
-def _command(*others: Callable[[Any], Any]) -> Callable[[Any], click.Command]:
-    """Make a command of the function of its name: with the options of its record, and others."""
+class _Command(cloup.Command):
+    """A command whose first sentence is listed whole."""
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        return super().get_short_help_str(limit=1000)
+
+
+def _command(section: cloup.Section, example: str = "") -> Callable[[Any], click.Command]:
+    """Make a command of the function of its name, with the options of its records."""
 
     def make(function: Any) -> click.Command:
-        return cli.command()(options(flags_of(COMMANDS[function.__name__]), *others)(function))
+        name, text = function.__name__, inspect.getdoc(function)
+        if example:
+            lines = textwrap.wrap(f"Example: consolidate {example}", 76, break_on_hyphens=False)
+            text = f"{text}\n\n\b\n" + " \\\n  ".join(lines)
+        made = flags_of(COMMANDS[name], *TYPED[name])(function)
+        return cli.command(cls=_Command, section=section, help=text)(made)
 
     return make
 
 
-@_command(MEASURED)
+@_command(MAIN, "fisher my-model --data old-task.jsonl --task old")
 def fisher(**typed: Any) -> None:
     """Measure the Fisher diagonal of CHECKPOINT and store it beside the weights.
 
-    CHECKPOINT is a folder, a .safetensors, .bin, .pt or .ckpt file, or a repository on the
-    Hub. DATA is a .jsonl, .csv, .parquet, .safetensors or .npz file, a folder of images by
-    class, a data set on the Hub, or a task.toml that names these.
-
-    Example: consolidate fisher my-model --data old-task.jsonl --task old
+    CHECKPOINT is a folder, a .safetensors, .bin, .pt or .ckpt file, or a repository on the Hub.
+    DATA is a .jsonl, .csv, .parquet, .safetensors or .npz file, a folder of images by class, a
+    dataset on the Hub, or a task.toml that names one of these.
     """
     _do(typed, text_view.fisher_text)
 
 
-@_command(MEASURED)
+@_command(MAIN, "finetune my-model --data new.jsonl --ewc-lambda 100 --output-dir my-model-2")
 def finetune(**typed: Any) -> None:
-    """Fine-tune CHECKPOINT on a new task, held by the penalty where it matters for the old ones.
-
-    The output is a whole checkpoint whose Fisher holds the new task as well: the next
-    finetune starts from it.
-
-    Example: consolidate finetune my-model --data new.jsonl --output-dir my-model-2
-    --ewc-lambda 100
-    """
+    """Fine-tune CHECKPOINT on a new task with an EWC penalty that protects earlier tasks."""
     _do(typed, text_view.finetune_text)
 
 
-@_command(MEASURED)
+@_command(MAIN, "evaluate my-model-2 --data old=old-test.jsonl --data new=new-test.jsonl")
 def evaluate(**typed: Any) -> None:
-    """Measure CHECKPOINT on each task: loss, and accuracy or perplexity.
-
-    Example: consolidate evaluate my-model-2 --data old=old-test.jsonl --data new=new-test.jsonl
-    """
+    """Measure loss and accuracy or perplexity of CHECKPOINT on each task."""
     _do(typed, text_view.metrics_text)
 
 
-@_command(COMMON)
+@_command(PUBLISH, "merge my-model-a my-model-b --base my-model --output-dir my-model-ab")
 def merge(**typed: Any) -> None:
-    """Merge checkpoints of one architecture into one, each weight by how much it matters to whom.
+    """Merge checkpoints of one architecture by Fisher-weighted averaging.
 
-    Every CHECKPOINT needs its Fisher. The output protects the tasks of all; of one it is a copy.
-
-    Example: consolidate merge my-model-a my-model-b --base my-model --output-dir my-model-ab
+    Every CHECKPOINT needs its Fisher. The output protects the tasks of all of them; the output for
+    a single CHECKPOINT is a copy.
     """
     _do(typed, text_view.merge_text)
 
 
-@_command(MEASURED)
+@_command(MAIN, "run tasks.toml --dry-run")
 def run(**typed: Any) -> None:
-    """Train a chain of tasks, one after the other, as TASKS.TOML says.
+    """Train a sequence of tasks described in TASKS.TOML.
 
-    A step is skipped if its checkpoint is whole and was made from the same content: the
-    checkpoint before it, data, test data and options. So the same command goes on after it was
-    stopped, and after a change it does again only what the change concerns.
-
-    Example: consolidate run tasks.toml --dry-run
+    A step is skipped if its checkpoint is intact and up to date: made from the same checkpoint,
+    data, test data and options. Rerunning the command therefore resumes an interrupted run, and
+    after a change repeats only the steps that the change affects.
     """
     _do(typed, text_view.run_text)
 
 
-@_command(
-    click.option(
-        "--markdown",
-        is_flag=True,
-        help="Print the matrix alone, as Markdown, for the summary of a CI job.",
-    ),
-    COMMON,
-)
-def show(markdown: bool, **typed: Any) -> None:
-    """Show the ledger of CHECKPOINT, what was forgotten, and where its Fisher lies.
+@_command(INSPECT)
+def show(**typed: Any) -> None:
+    """Show the tasks of CHECKPOINT, what was forgotten, and where its Fisher lies.
 
-    The accuracy matrix holds the score on each task after training each: the accuracy, or minus
-    the mean negative log-likelihood. ACC is the mean of its last row, BWT the mean gain on the
-    earlier tasks since each was learned, forgetting the mean loss since each was at its best.
+    The accuracy matrix has the score on each task after training each: accuracy, or minus the mean
+    negative log-likelihood. ACC is the mean of its last row, BWT the mean gain on earlier tasks
+    since each was learned, forgetting the mean loss since each was at its best.
 
-    Of a repository on the Hub only the ledger and the headers of the Fisher are fetched; the traces
-    are then those that the ledger recorded.
+    From a repository on the Hub only the ledger and the headers of the Fisher are downloaded; the
+    traces are then those that the ledger recorded.
     """
     from consolidate.views.summary import show_markdown, show_text
 
+    markdown = typed.pop("markdown")
     if markdown and typed["json"]:
-        raise click.UsageError("--json and --markdown exclude each other")
+        raise click.UsageError("--markdown cannot be combined with --json")
     if markdown and typed["overlap"]:
-        raise click.UsageError("--markdown prints the matrix alone; leave --overlap or it out")
+        raise click.UsageError(
+            "--markdown cannot be combined with --overlap: it prints the accuracy matrix alone"
+        )
     _do(typed, show_markdown if markdown else show_text)
 
 
-@_command(COMMON)
+@_command(INSPECT, "report my-model-2 --output report.html")
 def report(**typed: Any) -> None:
-    """Write a page on CHECKPOINT: its tasks, what was kept of each, and where the protection sits.
+    """Write an HTML report: tasks, accuracy and forgetting, Fisher per layer.
 
-    The page is one HTML file that needs no network and runs no script.
-
-    Example: consolidate report my-model-2 --output report.html
+    The report is one file that needs no network and runs no script.
     """
     _do(typed, lambda result: "\n".join([result["report"], *result["plots"]]))
 
 
-@_command(COMMON)
+@_command(INSPECT)
 def verify(**typed: Any) -> None:
     """Check every digest, name, shape and value of CHECKPOINT and its Fisher.
 
-    Also that the ledger fits together: its tasks, and the Fisher's traces with theirs. Of several
-    checkpoints, as a run leaves them, each has to descend from the one before.
+    The ledger must be consistent too: its tasks, and the Fisher's traces with theirs. Of several
+    checkpoints, such as those of a run, each must be made from the one before.
     """
     _do(typed, text_view.verify_text)
 
 
-@_command(COMMON)
+@_command(PUBLISH, "push my-model-2 user/my-model --dry-run")
 def push(**typed: Any) -> None:
-    """Publish CHECKPOINT with its Fisher, ledger and model card on the Hub, in one commit.
+    """Publish CHECKPOINT with Fisher, ledger and model card on the Hub, in one commit.
 
-    Weights, Fisher, configuration without local paths, tokenizer, licence and the code that an
-    auto_map names are sent; other files are not. A README.md that is there keeps what a person
-    wrote. The repository stays as it was until all has been sent;
-    started again, a push sends what is missing.
-
-    Example: consolidate push my-model-2 user/my-model --dry-run
+    Sends the weights, Fisher, configuration without local paths, tokenizer, licence and the code
+    that an auto_map names, and no other files. An existing README.md keeps what a person wrote. The
+    repository is unchanged until everything has been sent; rerunning a push sends what is missing.
     """
     _do(typed, text_view.push_text)
 
@@ -317,6 +325,10 @@ def push(**typed: Any) -> None:
 def _do(typed: dict[str, Any], text: Callable[[Any], str]) -> None:
     """Do what was typed of the present command, and write what it returns."""
     name, json = str(click.get_current_context().info_name), typed.pop("json")
+    if typed.pop("quiet"):
+        LOG.setLevel(logging.WARNING)
+        show_progress(False)
+        _hide_transfers()
     command = getattr(import_module(f"consolidate.commands.{name}"), name)
     try:
         if "mlflow" in typed:
@@ -351,10 +363,10 @@ def _measured(
 
 
 def _flush_denormals() -> None:
-    """Take numbers too small for a normal float for 0, in all threads that torch will start.
+    """Treat numbers too small for a normal float as 0, in all threads that torch will start.
 
-    Adam's moments of what the data seldom touch decay to them, and a CPU's step then takes many
-    times as long.
+    Adam's moments decay to them for weights that the data seldom touch, and a step on a CPU then
+    takes many times as long.
     """
     import torch
 
@@ -378,7 +390,7 @@ def _report(
         return
     if result.get("status") == "dry run":
         if metrics is not None:
-            LOG.info("a dry run measures nothing: no %s was written", metrics)
+            LOG.info("%s was not written: a dry run measures nothing", metrics)
         return
     numbers = getattr(metrics_view, f"{command}_metrics")(result)
     if metrics is not None:

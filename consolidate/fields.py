@@ -19,7 +19,9 @@ R = TypeVar("R")
 class Option:
     """What is known of an option beside its name, type and default."""
 
-    help: str  # for --help, docstrings and the options page; other options are named as flags
+    help: str  # for --help, docstrings and the page of options; other options are named as flags
+    by_default: str | None = None  # what happens where it is not given, if its default is None
+    group: str | None = None  # its heading in --help, where that is not the title of its record
     metavar: str | None = None  # what stands for the value in --help
     choices: tuple[str, ...] = ()
     least: float | None = None  # a number is at least this
@@ -52,6 +54,9 @@ class Part:
 REQUIRED: Any = object()
 """The default of what has to be given."""
 
+COMMON, OPTIONS, OTHER = "Common options", "Options", "Other options"
+"""Headings in --help: of options that a command names in COMMON, of those without another, last."""
+
 
 def option(default: Any, help: str, **settings: Any) -> Any:
     """Make a field of a record: an option with its default and `Option`'s settings."""
@@ -71,11 +76,17 @@ class Flat(NamedTuple):
     kinds: tuple[Any, ...]  # the types that a value may have
     default: Any  # REQUIRED where there is none
     option: Option
+    group: str  # the heading that --help lists it under
 
     @property
     def names_data(self) -> bool:
         """Whether it holds task data by name."""
         return dict in {get_origin(kind) for kind in self.kinds}
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether its flag can be given more than once."""
+        return isinstance(self.default, tuple) or self.names_data
 
     @property
     def flag(self) -> str:
@@ -88,12 +99,26 @@ def flat_options(record: type, *, python: bool = False) -> Iterator[Flat]:
 
     In Python a record that is one argument there is one option.
     """
-    yield from _flat(record, Part(), (), None, python)
+    common = getattr(record, "COMMON", ())
+    for flat in _flat(record, Part(), (), None, python):
+        yield flat._replace(group=COMMON) if flat.name in common else flat
+
+
+def grouped(record: type) -> dict[str, list[Flat]]:
+    """Give the flags of a command by their headings in --help, those that all use first."""
+    every = [f for f in flat_options(record) if not f.option.argument and not f.option.python_only]
+    every.sort(key=lambda flat: flat.option.group is not None)  # what a record gives away is last
+    titles = [COMMON, *(flat.group for flat in every)]
+    groups = {title: [flat for flat in every if flat.group == title] for title in titles}
+    order = getattr(record, "COMMON", ())
+    groups[COMMON].sort(key=lambda flat: order.index(flat.name))
+    return {title: flats for title, flats in groups.items() if flats}
 
 
 def _flat(
     record: type, naming: Part, path: tuple[str, ...], defaults: Any, python: bool
 ) -> Iterator[Flat]:
+    title = getattr(record, "TITLE", OPTIONS)
     hints = get_type_hints(record)
     for each in fields(record):
         at = (*path, each.name)
@@ -104,9 +129,11 @@ def _flat(
             yield from _flat(hints[each.name], inner, at, default, python)
         elif inner is not None:
             told = Option((hints[each.name].__doc__ or "").strip(), python=f"{each.name.title()}")
-            yield Flat(name, at, (hints[each.name],), default, told)
+            yield Flat(name, at, (hints[each.name],), default, told, title)
         else:
-            yield Flat(name, at, kinds_of(hints[each.name]), default, each.metadata["option"])
+            known: Option = each.metadata["option"]
+            kinds = kinds_of(hints[each.name])
+            yield Flat(name, at, kinds, default, known, known.group or title)
 
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
@@ -133,7 +160,7 @@ def gather(record: type[R], given: Mapping[str, Any]) -> R:
     required = [name for name, flat in known.items() if flat.default is REQUIRED]
     for name in required:
         if name not in values:
-            raise UsageError(f"{name} has to be given")
+            raise UsageError(f"{name} is required")
     made = record(**{name: values.pop(name) for name in required})
     for name, value in values.items():
         made = _put(made, known[name].path, value)
@@ -219,12 +246,53 @@ def _outside(option: Option, value: float) -> bool:
     )
 
 
+def help_text(flat: Flat) -> str:
+    """Give the text of --help: what it does, whether it repeats, its upper bound, its default."""
+    text, notes = flat.option.help, []
+    if flat.default is REQUIRED:
+        notes.append("required")
+    if flat.repeatable:
+        notes.append("repeatable")
+    if flat.option.most is not None or flat.option.below is not None:
+        notes.append(bounds_of(flat.option))
+    if default := default_words(flat):
+        notes.append(f"default: {default}")
+    return f"{text} ({'; '.join(notes)})" if notes else text
+
+
+def default_words(flat: Flat) -> str:
+    """Say what holds where an option is not given; empty where nothing does."""
+    default = flat.default
+    if default is None or default == ():
+        return flat.option.by_default or ""
+    if default is REQUIRED or default is False:
+        return ""
+    if default is True:
+        return "on"
+    if isinstance(default, float):
+        return f"{default:g}".replace("e-0", "e-")
+    return str(default)
+
+
+def bounds_of(option: Option) -> str:
+    """Say which numbers an option takes; empty where it takes all."""
+    least = "" if option.least is None else f"from {option.least:g}"
+    least = least if option.above is None else f"above {option.above:g}"
+    most = "" if option.most is None else f"to {option.most:g}"
+    most = most if option.below is None else f"below {_number(option.below)}"
+    most = f"to {most}" if least and option.below is not None else most
+    return " ".join(filter(None, [least, most]))
+
+
+def _number(value: float) -> str:
+    exponent = math.log2(value) if value > 2**53 else 0.5
+    return f"2^{exponent:.0f}" if exponent.is_integer() else f"{value:g}"
+
+
 def _range(flat: Flat) -> str:
     option = flat.option
-    if option.most is not None:
-        return f"a number from {option.least:g} to {option.most:g}"
-    if option.below is not None:
-        return f"a number from {option.least:g} to less than {option.below:g}"
+    if option.most is not None or option.below is not None:
+        return f"a number {bounds_of(option)}"
     if float not in flat.kinds:
         return f"at least {option.least}"
     return f"a finite number {'from' if option.above is None else 'above'} 0"

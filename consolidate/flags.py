@@ -1,66 +1,110 @@
-"""Options as click knows them: made from the records of `options.py`, and those of all commands."""
+"""Options as click knows them, in the groups of --help: made from the records of `options.py`."""
 
 import tomllib
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import click
+import cloup
+from click.shell_completion import CompletionItem
 
-from consolidate.fields import REQUIRED, Flat, fits, flat_options, gather, words_of
-from consolidate.options import COMMANDS
+from consolidate.fields import (
+    OTHER,
+    REQUIRED,
+    Flat,
+    fits,
+    flat_options,
+    gather,
+    grouped,
+    help_text,
+    kinds_of,
+    words_of,
+)
+from consolidate.options import COMMANDS, TYPED
 
 R = TypeVar("R")
+Command = Callable[..., Any]
 NEGATED = {"data_digest": "--data-digest/--no-data-digest"}
 
 
-def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Make one decorator of several options; `--help` lists them in this order."""
+def flags_of(record: type, *others: type) -> Callable[[Command], Command]:
+    """Give the arguments and options of a command, made from its record and from others.
 
-    def apply(command: Any) -> Any:
-        for decorator in reversed(decorators):
+    They are grouped as --help lists them: options of the same heading together.
+    """
+    arguments = [flat for flat in flat_options(record) if flat.option.argument]
+    groups = grouped_with(record, *others)
+
+    def apply(command: Command) -> Command:
+        made = [_argument(flat) for flat in arguments]
+        # Without a heading, so that they come last; and first here, as --config is read first.
+        made += [_flag(flat, None) for flat in groups.get(OTHER, ())]
+        for title, flats in groups.items():
+            if title != OTHER:
+                group = cloup.OptionGroup(title)
+                made += [_flag(flat, group) for flat in flats]
+        for decorator in reversed(made):
             command = decorator(command)
         return command
 
     return apply
 
 
-def flags_of(record: type) -> Callable[[Any], Any]:
-    """Give the arguments and options of a command, made from its record."""
-    flats = [flat for flat in flat_options(record) if not flat.option.python_only]
-    return options(*(_argument(flat) if flat.option.argument else _flag(flat) for flat in flats))
+def grouped_with(record: type, *others: type) -> dict[str, list[Flat]]:
+    """Give the flags of several records by their headings, those of the others last."""
+    groups = grouped(record)
+    for other in others:
+        for title, flats in grouped(other).items():
+            groups[title] = [*groups.pop(title, []), *flats]
+    return groups
+
+
+class _Option(cloup.Option):
+    """An option whose help says all that is to be said: range and default too."""
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        return {}
 
 
 def _argument(flat: Flat) -> Callable[[Any], Any]:
     several = -1 if get_origin(flat.kinds[0]) is tuple else 1
-    metavar = flat.option.metavar
-    return click.argument(flat.name, nargs=several, required=True, metavar=metavar)
+    return click.argument(
+        flat.name,
+        nargs=several,
+        required=True,
+        metavar=flat.option.metavar,
+        shell_complete=_complete_files if _names_file(flat) else None,
+    )
 
 
-def _flag(flat: Flat) -> Callable[[Any], Any]:
+def _flag(flat: Flat, group: cloup.OptionGroup | None) -> Callable[[Any], Any]:
     option, default = flat.option, flat.default
-    settings: dict[str, Any] = {"help": option.help, "metavar": option.metavar}
+    settings: dict[str, Any] = {"help": help_text(flat), "metavar": option.metavar}
+    settings |= {"cls": _Option, "group": group} | SPECIAL.get(flat.name, {})
     if default is REQUIRED:
         settings["required"] = True
+    if _names_file(flat):
+        settings["shell_complete"] = _complete_files
     if bool in flat.kinds:
-        return click.option(
-            NEGATED.get(flat.name, f"--{flat.flag}"), is_flag=True, default=default, **settings
-        )
-    if isinstance(default, tuple) or flat.names_data:
-        return click.option(f"--{flat.flag}", multiple=True, **settings)
+        name = NEGATED.get(flat.name, f"--{flat.flag}")
+        return cloup.option(name, is_flag=True, default=default, **settings)
+    if flat.repeatable:
+        return cloup.option(f"--{flat.flag}", multiple=True, **settings)
     if default is not REQUIRED and default is not None:
-        settings |= {"default": default, "show_default": True}
+        settings["default"] = default
     if option.typed is not None:
-        settings |= {"callback": _reading(option.typed)}
+        settings["callback"] = _reading(option.typed)
         if not isinstance(default, str | None):
-            settings |= {"default": f"{default:g}"}
+            settings["default"] = f"{default:g}"
     elif option.choices:
         settings["type"] = click.Choice(option.choices)
     elif int in flat.kinds:
         least, below = option.least, option.below
         most = None if below is None else int(below) - 1
         settings["type"] = click.IntRange(None if least is None else int(least), most)
+        settings["metavar"] = option.metavar or "N"
     elif float in flat.kinds:
         settings["type"] = click.FloatRange(
             option.least if option.above is None else option.above,
@@ -68,7 +112,23 @@ def _flag(flat: Flat) -> Callable[[Any], Any]:
             min_open=option.above is not None,
             max_open=option.below is not None,
         )
-    return click.option(f"--{flat.flag}", **settings)
+        settings["metavar"] = option.metavar or "X"
+    return cloup.option(f"--{flat.flag}", **settings)
+
+
+def _names_file(flat: Flat) -> bool:
+    """Tell whether a value, or an entry of it, may be a path."""
+    inner = [
+        get_args(kind) if get_origin(kind) in (tuple, dict) else (kind,) for kind in flat.kinds
+    ]
+    return any(Path in kinds_of(one) for ones in inner for one in ones)
+
+
+def _complete_files(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Let the shell complete the name of a file or folder."""
+    return [CompletionItem(incomplete, type="file")]
 
 
 def _reading(typed: Callable[[str], Any]) -> Callable[..., Any]:
@@ -82,7 +142,7 @@ def _reading(typed: Callable[[str], Any]) -> Callable[..., Any]:
 
 
 def record_of(record: type[R], typed: dict[str, Any]) -> R:
-    """Make a command's record of what click has read of its options."""
+    """Make a command's record from what click has read of its options."""
     for flat in flat_options(record):
         if flat.names_data:
             named = named_data(typed[flat.name], f"--{flat.flag}")
@@ -91,7 +151,7 @@ def record_of(record: type[R], typed: dict[str, Any]) -> R:
 
 
 def named_data(values: Sequence[str], option: str) -> dict[str, str]:
-    """Read NAME=DATA, or DATA alone, which is named like its file."""
+    """Read NAME=DATA, or DATA alone, which is named after its file."""
     named: dict[str, str] = {}
     for value in values:
         name, found, data = value.partition("=")
@@ -100,13 +160,13 @@ def named_data(values: Sequence[str], option: str) -> dict[str, str]:
         if not name or not data:
             raise click.UsageError(f"{option} {value}: expected NAME=DATA")
         if name in named:
-            raise click.UsageError(f"{option}: two data sets are named {name!r}; write NAME=DATA")
+            raise click.UsageError(f"{option}: two datasets are named {name!r}: write NAME=DATA")
         named[name] = data
     return named
 
 
 def _read_config(context: click.Context, option: click.Parameter, path: Path | None) -> None:
-    """Take defaults for the command's options from a TOML file; flags and variables win over it."""
+    """Take defaults of the command's options from a TOML file; flags and variables come first."""
     if path is None:
         return
     try:
@@ -115,7 +175,8 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
         raise click.BadParameter(f"{path} is not TOML: {error}") from None
     command = str(context.command.name)
     names = {str(p.name): p for p in context.command.params if isinstance(p, click.Option)}
-    flats = {flat.name: flat for flat in flat_options(COMMANDS[command])} if names else {}
+    records = (COMMANDS[command], *TYPED[command])
+    flats = {flat.name: flat for record in records for flat in flat_options(record)}
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
@@ -124,22 +185,19 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise click.BadParameter(f"{path}: {command} has no option {key!r}{hint}")
         if name in defaults:
-            raise click.BadParameter(f"{path}: {key} is there twice, once with _ for -")
-        defaults[name] = _as_typed(path, key, value, names[name], flats.get(name))
+            raise click.BadParameter(f"{path}: {key} is given twice, with - and with _")
+        defaults[name] = _as_typed(path, key, value, names[name], flats[name])
     context.default_map = {**(context.default_map or {}), **defaults}
 
 
-def _as_typed(path: Path, key: str, value: Any, option: click.Option, flat: Flat | None) -> Any:
+def _as_typed(path: Path, key: str, value: Any, option: click.Option, flat: Flat) -> Any:
     """Give a value of a TOML file as click takes it, or refuse one of another type."""
-    if flat is not None and flat.names_data and isinstance(value, dict):
+    if flat.names_data and isinstance(value, dict):
         value = [f"{name}={data}" for name, data in value.items()]
     if option.multiple:
         expected = "a list of strings"
         value = [value] if isinstance(value, str) else value
         right = isinstance(value, list) and all(isinstance(one, str) for one in value)
-    elif option.is_flag or flat is None:
-        expected = "true or false" if option.is_flag else "a string"
-        right = isinstance(value, bool if option.is_flag else str)
     else:
         expected = words_of(flat)
         text = flat.option.typed is not None and isinstance(value, str)
@@ -166,44 +224,16 @@ def _place_of_metrics(
     return Path(value)
 
 
-COMMON = options(
-    click.option(
-        "--config",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        is_eager=True,
-        expose_value=False,
-        callback=_read_config,
-        help="TOML file with options of this command; flags and variables win over it.",
-    ),
-    click.option(
-        "--json",
-        is_flag=True,
-        is_eager=True,  # known before anything else is found wrong
-        callback=_remember,
-        help="Write the result as one JSON object.",
-    ),
-    click.option(
-        "--debug",
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=_remember,
-        help="Show the traceback of an error.",
-    ),
-)
-MEASURED = options(
-    click.option(
-        "--metrics",
-        metavar="FILE",
-        callback=_place_of_metrics,
-        help="Write the numbers here too, as one flat JSON object, which DVC and CI jobs read.",
-    ),
-    click.option(
-        "--mlflow",
-        is_flag=True,
-        help="Log options, metrics and digests as a run of MLflow, in the store "
-        "MLFLOW_TRACKING_URI; where MLFLOW_RUN_ID names a run, in that.",
-    ),
-    COMMON,
-)
-"""Of a command that measures something."""
+SPECIAL: dict[str, dict[str, Any]] = {
+    "config": {
+        "type": click.Path(exists=True, dir_okay=False, path_type=Path),
+        "is_eager": True,
+        "expose_value": False,
+        "callback": _read_config,
+    },
+    # known before anything else is found wrong
+    "json": {"is_eager": True, "callback": _remember},
+    "debug": {"is_eager": True, "expose_value": False, "callback": _remember},
+    "metrics": {"callback": _place_of_metrics},
+}
+"""Settings of options that the command line itself follows."""

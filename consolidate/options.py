@@ -1,8 +1,9 @@
 """Every option of every command, once: type, default, bounds, help.
 
-A record holds what one part of the work takes, and what a command takes is a record of records. An
-option that is added here has its flag, variable, TOML key, range check and keyword in Python; what
-uses it is left to write, and `scripts/write_docs` writes the rest.
+A record holds what one part of the work takes, and a command takes a record of records. Its TITLE
+heads its options in --help; those that a command names in COMMON come first. An option that is
+added here has its flag, variable, TOML key, range check and keyword in Python; the code that uses
+it is left to write, and `scripts/write_docs` writes the rest.
 """
 
 from collections.abc import Callable
@@ -10,36 +11,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from consolidate.fields import REQUIRED, option, part
+from consolidate.fields import OTHER, REQUIRED, option, part
 
 EXACT_UP_TO = 16
-"""Outcomes of an example up to which the default estimator is exact, beyond it mc."""
+"""Outcomes per example up to which the default estimator is exact; above it is mc."""
 
 _PER_CALL: dict[str, Any] = {"changes_result": False, "in_run_file": False}
-"""What names a place, or is about how one command is run: not for the tasks of a run file."""
+"""Of an option that names a place or says how one command runs: not for tasks of a run file."""
 
 
 def read_numbers(text: str) -> tuple[float, ...]:
-    """Read numbers with commas between them, as they were typed, or a list as TOML has it."""
+    """Read numbers separated by commas, as typed, or a list as in TOML."""
     try:
         return tuple(float(number) for number in text.strip("[]").split(","))
     except ValueError:
-        raise ValueError("expected numbers with commas between them") from None
+        raise ValueError("expected numbers separated by commas") from None
 
 
 def read_lambda(text: str) -> Any:
-    """Read λ as it was typed: a number, several with commas between them, or auto."""
+    """Read λ as typed: a number, several separated by commas, or auto."""
     if text == "auto":
         return text
     try:
         found = read_numbers(text)
     except ValueError as error:
-        raise ValueError("expected a number, several with commas between them, or auto") from error
+        raise ValueError("expected a number, several separated by commas, or auto") from error
     return found if len(found) > 1 else found[0]
 
 
 def read_weight(text: str) -> float | str:
-    """Read a task's weight as it was typed."""
+    """Read a task's weight as typed."""
     try:
         return text if text in ("units", "trace") else float(text)
     except ValueError:
@@ -52,7 +53,7 @@ def _checkpoint() -> Any:
 
 
 def _revision() -> Any:
-    text = "Branch, tag or commit of a CHECKPOINT on the Hub."
+    text = "Branch, tag or commit of CHECKPOINT on the Hub."
     return option(None, text, metavar="REV", **_PER_CALL)
 
 
@@ -60,74 +61,43 @@ def _output_dir(help: str) -> Any:
     return option(REQUIRED, help, metavar="DIR", **_PER_CALL)
 
 
-def _restart() -> Any:
-    return option(False, "Discard saved progress and start over.", **_PER_CALL)
+def _restart(**settings: Any) -> Any:
+    return option(False, "Discard saved progress and start over.", **_PER_CALL, **settings)
 
 
-def _overwrite(
-    help: str = "Replace the output that is there. One that is up to date is left as it is.",
-) -> Any:
+def _overwrite(help: str = "Replace an existing output. One that is up to date is kept.") -> Any:
     return option(False, help, **_PER_CALL)
 
 
-def _task(help: str = "Name of the task; that of the data by default.") -> Any:
-    return option(None, help, metavar="NAME", in_run_file=False)
+def _task(help: str, by_default: str | None = "that of the data") -> Any:
+    return option(None, help, by_default=by_default, metavar="NAME", in_run_file=False)
 
 
 def _seed() -> Any:
     return option(0, "Random seed.", least=0, below=2**63)
 
 
-def _batch_size(help: str = "Examples at a time.") -> Any:
-    return option(16, help, least=1)
-
-
 def _dtype() -> Any:
     return option(
         None,
-        "Dtype of the weights; as stored by default. A Fisher is float32 in any case.",
+        "Dtype of the weights; a Fisher is always float32.",
+        by_default="as stored",
+        group=Source.TITLE,
         dtype=True,
         choices=("float32", "float64", "bfloat16", "float16"),
     )
 
 
-@dataclass(frozen=True)
-class Source:
-    """Which checkpoint it is, and what module it becomes."""
-
-    objective: str | None = option(
-        None,
-        "What is predicted; the architecture's own by default. One of sequence-classification, "
-        "multi-label, token-classification, regression, causal-lm, masked-lm, seq2seq-lm, "
-        "image-classification, classification.",
-        metavar="NAME",
-    )
-    model: str | None = option(
-        None,
-        "Function that makes the torch module, called with the contents of config.json, for "
-        "models that transformers does not know.",
-        metavar="PACKAGE.MODULE:FACTORY",
-    )
-    revision: str | None = _revision()
-    base_model: str | Path | None = option(
-        None,
-        "Base model of a CHECKPOINT that is an adapter of peft; the folder that its config names "
-        "by default, if that is there.",
-        metavar="PATH|REPO",
-        **_PER_CALL,
-    )
-    device: str | None = option(
-        None, "cpu, cuda, mps, …; the best there is by default.", metavar="DEVICE"
-    )
-
-
 def _column(what: str) -> Any:
-    return option(None, f"Where the {what} is in the data.", metavar="COLUMN")
+    text = f"Column with the {what}."
+    return option(None, text, by_default="its usual name", metavar="COLUMN")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns with each role; None takes the usual ones."""
+    """Names of the columns by role; None stands for the usual ones."""
+
+    TITLE = "Data"
 
     text: str | None = _column("text")
     text_pair: str | None = _column("second text of a pair")
@@ -145,44 +115,109 @@ class Columns:
 class Encoding:
     """How rows become batches."""
 
+    TITLE = "Data"
+
     columns: Columns = part(Columns(), suffix="_column", one_argument=True)
-    split: str | None = option(None, "Split of a dataset that has several.", metavar="NAME")
+    split: str | None = option(None, "Split of a dataset with several splits.", metavar="NAME")
     max_length: int | None = option(
-        None, "Truncate texts after this many tokens; the model's own limit by default.", least=1
+        None, "Truncate texts to this many tokens.", by_default="the model's limit", least=1
     )
-    pack: bool = option(False, "Fill sequences with consecutive texts (language models).")
+    pack: bool = option(False, "Fill each sequence with consecutive texts (language models).")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint, and the module that it is loaded into."""
+
+    TITLE = "Model"
+
+    objective: str | None = option(
+        None,
+        "What the model predicts: sequence-classification, multi-label, token-classification, "
+        "regression, causal-lm, masked-lm, seq2seq-lm, image-classification or classification.",
+        by_default="from the architecture",
+        metavar="NAME",
+    )
+    model: str | None = option(
+        None,
+        "Function that builds the torch module from the contents of config.json, for models that "
+        "transformers does not know.",
+        metavar="PACKAGE.MODULE:FACTORY",
+    )
+    revision: str | None = _revision()
+    base_model: str | Path | None = option(
+        None,
+        "Base model of a CHECKPOINT that is a peft adapter.",
+        by_default="the folder that its config names, if it exists",
+        metavar="PATH|REPO",
+        **_PER_CALL,
+    )
+    device: str | None = option(
+        None, "Device: cpu, cuda, mps, …", by_default="the best available", metavar="DEVICE"
+    )
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Which parameters take part, and how devices hold them."""
+
+    TITLE = Source.TITLE
+
+    freeze: tuple[str, ...] = option(
+        (),
+        "Neither train nor measure parameters whose name matches, such as 'encoder.*'.",
+        metavar="PATTERN",
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "Recompute layers in the backward pass: less memory, more time, the same result (models "
+        "of transformers).",
+    )
+    shard: bool = option(
+        False,
+        "Shard weights, Fisher and optimizer state over the processes of torchrun (FSDP2), for "
+        "models too large for one device.",
+        in_run_file=False,
+    )
 
 
 @dataclass(frozen=True)
 class Estimation:
     """How a Fisher is measured."""
 
+    TITLE = "Fisher"
+
     estimator: str | None = option(
         None,
         "Labels the Fisher is an expectation over: all of them (exact), sampled from the model "
-        "(mc), the data's own (empirical), or sampled and squared per batch (batched). By default "
-        f"exact up to {EXACT_UP_TO} outcomes, else mc.",
+        "(mc), the data's own (empirical), or sampled and squared per batch (batched).",
+        by_default=f"exact up to {EXACT_UP_TO} outcomes, else mc",
         choices=("exact", "mc", "empirical", "batched"),
     )
     mc_samples: int | None = option(
-        None, "Labels sampled per example by mc and batched; 1 by default.", least=1
+        None, "Labels sampled per example by mc and batched.", by_default="1", least=1
     )
     max_outcomes: int | None = option(
-        None, "Refuse exact above this many backward passes per example; 4096 by default.", least=1
+        None,
+        "Refuse exact if it needs more backward passes per example than this.",
+        by_default="4096",
+        least=1,
     )
     max_examples: int | None = option(
-        None, "Measure on a seeded random subset of this size.", least=1
+        None, "Measure on a seeded random subset of this size.", by_default="all", least=1
     )
     batch_size: int | None = option(
         16,
-        "Examples measured at a time; the Fisher is that of single examples. In finetune as "
-        "--batch-size by default.",
+        "Examples measured at a time. Only batched depends on it: the others square gradients "
+        "per example.",
+        by_default="--batch-size",
         least=1,
     )
     tolerance: float | None = option(
         None,
-        "Read in random order, and stop once the relative standard error of every parameter's "
-        "trace is at most this, after 64 examples at the earliest.",
+        "Read examples in random order and stop once the relative standard error of every "
+        "parameter's trace is at most this, after 64 examples at the earliest.",
+        by_default="read all",
         above=0,
     )
     accumulate_dtype: str = option(
@@ -199,49 +234,29 @@ class Estimation:
 
 
 @dataclass(frozen=True)
-class Parameters:
-    """Which parameters take part, and how devices hold them."""
-
-    freeze: tuple[str, ...] = option(
-        (),
-        "Neither train nor measure the parameters whose name matches, such as 'encoder.*'; may be "
-        "repeated.",
-        metavar="PATTERN",
-    )
-    gradient_checkpointing: bool = option(
-        False,
-        "Layers keep only their inputs, and run again in the backward pass: less memory for long "
-        "examples, more time, the same result. For transformers' models.",
-    )
-    shard: bool = option(
-        False,
-        "Each of several processes (torchrun) holds a shard of weights, Fisher and optimizer's "
-        "state (FSDP2): for models that no device holds whole.",
-        in_run_file=False,
-    )
-
-
-@dataclass(frozen=True)
 class Merging:
     """How a task's Fisher is merged with those before it."""
 
+    TITLE = "Merging with earlier tasks"
+
     merge_rule: str | None = option(
         None,
-        "online protects all tasks around the new weights, separate each around the weights it "
-        "was learned at. As for the task before by default, online at first.",
+        "online: protect all tasks around the new weights; separate: protect each task around "
+        "the weights it was learned at.",
+        by_default="as before, at first online",
         choices=("online", "separate"),
     )
     gamma: float | None = option(
         None,
-        "With online: the share of the earlier Fisher that is kept. As before by default, 1 at "
-        "first.",
+        "Share of the earlier Fisher that online keeps.",
+        by_default="as before, at first 1",
         least=0,
         most=1,
     )
     task_weight: float | str = option(
         1.0,
-        "Factor of the task's Fisher: a number, or such that, relative to the first task, it "
-        "counts by the units it was measured on, or has as large a trace.",
+        "Factor of the task's Fisher. units: weight tasks by the units they were measured on; "
+        "trace: give the task the same trace as the first one.",
         metavar="X|units|trace",
         choices=("units", "trace"),
         least=0,
@@ -253,28 +268,31 @@ class Merging:
 class Saving:
     """What is saved on the way, and what is replaced."""
 
-    save_every: float = option(
+    TITLE = "Saving and resuming"
+
+    save_every_minutes: float = option(
         5.0,
-        "Save progress every MINUTES beside the output; rerunning the command resumes and gives "
-        "bit-identical results. 0: as often as possible, inf: never. SIGTERM and Ctrl-C save too.",
-        metavar="MINUTES",
+        "Save progress beside the output this often; rerunning the command resumes and gives "
+        "bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as possible; inf: never.",
+        metavar="X",
         least=0,
         infinite=True,
         changes_result=False,
     )
     restart: bool = _restart()
     overwrite: bool = _overwrite()
-    data_digest: bool = option(True, "Keep a digest of the data in the ledger (kept by default).")
+    data_digest: bool = option(True, "Store a digest of the data in the ledger.")
 
 
 @dataclass(frozen=True)
 class Search:
     """The strength of the penalty, and how it is chosen."""
 
+    TITLE = "Search for λ"
+
     ewc_lambda: float | tuple[float, ...] | str | None = option(
         None,
-        "λ, the strength of the penalty. Several, or auto, are trained from the same start and "
-        "one of them is chosen: see --validation and --select.",
+        "Strength λ of the penalty; several values, or auto, start a search for it.",
         metavar="X|X,Y,…|auto",
         choices=("auto",),
         least=0,
@@ -282,21 +300,22 @@ class Search:
     )
     validation: dict[str, str | Path] | None = option(
         None,
-        "Held-out data to choose λ by, of old tasks and of the new one; may be repeated. A tenth "
-        "of the new task's data is held out where none is given for it.",
+        "Held-out data to choose λ by, of earlier tasks and of the new one.",
+        by_default="a tenth of the new task's data",
         metavar="NAME=DATA",
         changes_result=False,
     )
     select: str | None = option(
         None,
-        "best-mean: the λ with the best mean score. smallest: the smallest that stays under "
-        "--max-forgetting. largest: the largest that keeps 95% of what the new task gains. By "
-        "default smallest with --max-forgetting, largest without old data, else best-mean.",
+        "Which λ to take. best-mean: the one with the best mean score; smallest: the smallest "
+        "that stays within --max-forgetting; largest: the largest that keeps 95% of what the new "
+        "task gains.",
+        by_default="smallest with --max-forgetting, largest without old data, else best-mean",
         choices=("best-mean", "smallest", "largest"),
     )
     search_plot: str | Path | None = option(
         None,
-        "Draw the search as .png, .svg or .pdf (needs matplotlib).",
+        "Plot the search to a .png, .svg or .pdf file (needs matplotlib).",
         metavar="FILE",
         written=True,
         changes_result=False,
@@ -307,54 +326,60 @@ class Search:
 class PenaltyOptions:
     """What the penalty is, and where its tensors are."""
 
+    TITLE = "Penalty"
+
     penalty: str = option(
         "ewc",
         "ewc: Fisher-weighted penalty; l2: uniform penalty; none: no penalty.",
         choices=("ewc", "l2", "none"),
     )
+    fisher: str | Path | None = option(
+        None,
+        "Where the Fisher is.",
+        by_default="in CHECKPOINT",
+        metavar="PATH|REPO",
+        **_PER_CALL,
+    )
     penalty_dtype: str | None = option(
         None,
-        "Dtype of Λ and μ in memory; as they are stored by default.",
+        "Dtype of Fisher Λ and anchor μ in memory.",
+        by_default="as stored",
         dtype=True,
         choices=("float32", "bfloat16"),
     )
     penalty_device: str | None = option(
-        None, "Where Λ and μ are; beside the weights by default.", metavar="DEVICE"
-    )
-    fisher: str | Path | None = option(
-        None,
-        "Take the Fisher from here; from beside the weights by default.",
-        metavar="PATH|REPO",
-        **_PER_CALL,
+        None, "Device of Λ and μ.", by_default="that of the weights", metavar="DEVICE"
     )
     penalty_on: str | None = option(
         None,
-        "Where an adapter is trained: adapter protects its own parameters by their Fisher, merged "
-        "protects W + s·B·A by the Fisher of the whole weights. By default adapter for a "
-        "CHECKPOINT that is an adapter with a Fisher, else merged.",
+        "What to penalize if an adapter is trained. adapter: its parameters, by their own Fisher; "
+        "merged: W + s·B·A, by the Fisher of the whole weights.",
+        by_default="adapter for an adapter with a Fisher, else merged",
         choices=("adapter", "merged"),
     )
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A fresh low-rank adapter, trained in place of the weights."""
+    """A new low-rank adapter, trained in place of the weights."""
+
+    TITLE = "LoRA adapter"
 
     lora_rank: int | None = option(
         None,
-        "Train a fresh low-rank adapter W + s·B·A in place of the weights W (Hu et al. 2021). The "
-        "output is a whole checkpoint, with the adapter merged (needs peft).",
+        "Train a new low-rank adapter W + s·B·A of rank R in place of the weights W (Hu et al. "
+        "2021). The output is a whole checkpoint with the adapter merged (needs peft).",
         metavar="R",
         least=1,
     )
     lora_targets: tuple[str, ...] = option(
         (),
-        "Layers that get one, such as '*.q_proj' or q_proj; may be repeated. By default those "
-        "that peft has for the architecture.",
+        "Layers to adapt, such as '*.q_proj' or q_proj.",
+        by_default="those that peft knows for the architecture",
         metavar="PATTERN",
     )
     lora_alpha: float | None = option(
-        None, "α of s = α/R; R by default, so that s = 1.", metavar="X", above=0
+        None, "α of s = α/R.", by_default="R, so that s = 1", metavar="X", above=0
     )
 
 
@@ -362,83 +387,118 @@ class Adapter:
 class Head:
     """What becomes of the output layer."""
 
+    TITLE = "Head (output layer)"
+
     head: str = option(
         "keep",
-        "The output layer: keep it, for data with its labels; new saves it for the tasks that use "
-        "it and initializes a new, unpenalized one; extend adds rows for new labels.",
+        "keep: for data with the same labels; new: save the head for its tasks and initialize a "
+        "new, unpenalized one; extend: add rows for new labels.",
         choices=("keep", "new", "extend"),
     )
     head_parameters: tuple[str, ...] = option(
         (),
-        "Names of the output layer's parameters; by default those outside the base model of "
-        "transformers, else those of the last module that has some. May be repeated.",
+        "Names of the head's parameters.",
+        by_default="those outside the base model of transformers, else of the last module with any",
         metavar="PATTERN",
     )
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a run descends."""
+class Gate:
+    """What is measured on the way, and what may be lost."""
 
-    epochs: int | None = option(
-        None, "Passes over the data; 1 unless --max-steps is given.", least=1
+    TITLE = "Evaluation"
+
+    evaluate: dict[str, str | Path] | None = option(
+        None,
+        "Evaluate before training, after each epoch and at the end, with the head of task NAME "
+        "if it has one.",
+        metavar="NAME=DATA",
+        **_PER_CALL,
     )
+    max_forgetting: float | None = option(
+        None,
+        "Exit with code 5 and save the output as DIR.failed-forgetting if an old task in "
+        "--evaluate loses more score than this (accuracy, else minus the loss).",
+        metavar="X",
+        least=0,
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run trains."""
+
+    TITLE = "Training"
+
+    epochs: int | None = option(None, "Passes over the data.", by_default="1", least=1)
     max_steps: int | None = option(
-        None, "Optimizer steps in all; ends the run before --epochs do.", least=1
+        None, "Optimizer steps in total, in place of --epochs or to stop earlier.", least=1
     )
     max_examples: int | None = option(
-        None, "Train on a seeded random subset of this size.", least=1
+        None, "Train on a seeded random subset of this size.", by_default="all", least=1
     )
-    batch_size: int = _batch_size("Examples per batch and process.")
+    batch_size: int = option(16, "Examples per batch and process.", least=1)
     gradient_accumulation_steps: int = option(1, "Batches per optimizer step.", least=1)
-    learning_rate: float = option(5e-5, "The peak of the schedule.", above=0)
-    optimizer: str = option(
-        "adamw", "The optimizer, torch's own.", choices=("adamw", "adam", "sgd")
-    )
-    momentum: float | None = option(None, "Of sgd; 0 by default.", least=0, below=1)
+    learning_rate: float = option(5e-5, "Peak learning rate.", above=0)
+    optimizer: str = option("adamw", "Optimizer from torch.", choices=("adamw", "adam", "sgd"))
+    momentum: float | None = option(None, "Momentum of sgd.", by_default="0", least=0, below=1)
     adam_betas: tuple[float, ...] | None = option(
         None,
-        "β₁,β₂ of adam and adamw, the decay rates of their moments; 0.9,0.999 by default.",
+        "Decay rates β₁,β₂ of the moments of adam and adamw.",
+        by_default="0.9,0.999",
         metavar="B1,B2",
         least=0,
         below=1,
         typed=read_numbers,
     )
     weight_decay: float = option(
-        0.0, "0 by default: it would pull unprotected weights to zero, task after task.", least=0
+        0.0, "Weight decay. It pulls unprotected weights to zero, task after task.", least=0
     )
     lr_scheduler: str = option(
-        "constant", "After the warm-up.", choices=("constant", "linear", "cosine")
+        "constant",
+        "Learning rate after the warm-up; linear and cosine end at zero.",
+        choices=("constant", "linear", "cosine"),
     )
-    warmup_steps: int = option(0, "Steps from zero to the peak.", least=0)
+    warmup_steps: int = option(0, "Steps from zero to the peak learning rate.", least=0)
     max_grad_norm: float | None = option(
-        None, "Clip the norm of the whole gradient, an added penalty's included.", above=0
+        None,
+        "Clip the norm of the whole gradient, that of the penalty included.",
+        by_default="no clipping",
+        above=0,
     )
     mixed_precision: str = option(
         "no",
-        "Autocast of the forward pass; the master weights are float32.",
+        "Autocast of the forward pass; the master weights stay float32.",
         choices=("no", "bf16", "fp16"),
     )
     norm_statistics: str | None = option(
         None,
-        "Running statistics of batch norms. By default frozen, whatever the penalty; update only "
-        "without a penalty, a Fisher and another task to evaluate.",
+        "Running statistics of batch norms.",
+        by_default="update without a penalty, a Fisher and other tasks to evaluate, else frozen",
         choices=("frozen", "update"),
     )
     penalty_step: str = option(
         "gradient",
-        "gradient adds λ Λ (θ − μ) to the gradient; proximal takes the penalty's step implicitly "
-        "after the optimizer's, stable for every λ.",
+        "gradient: add λΛ(θ − μ) to the gradient; proximal: apply the penalty implicitly after "
+        "the optimizer's step, stable for every λ.",
+        group=PenaltyOptions.TITLE,
         choices=("gradient", "proximal"),
     )
     evaluate_every: int | None = option(
         None,
-        "Measure after so many optimizer steps too, and at the last.",
+        "Evaluate every STEPS optimizer steps too, and at the last step.",
+        group=Gate.TITLE,
         metavar="STEPS",
         least=1,
     )
     log_every: int = option(
-        50, "Log every N optimizer steps.", metavar="N", least=1, changes_result=False
+        50,
+        "Log every N optimizer steps.",
+        group="Output",
+        metavar="N",
+        least=1,
+        changes_result=False,
     )
     seed: int = _seed()
 
@@ -448,55 +508,49 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Gate:
-    """What is measured on the way, and what may be lost."""
-
-    evaluate: dict[str, str | Path] | None = option(
-        None,
-        "Measure before, after each epoch and at the end; may be repeated. A task of that NAME "
-        "that has a head of its own is measured with that.",
-        metavar="NAME=DATA",
-        **_PER_CALL,
-    )
-    max_forgetting: float | None = option(
-        None,
-        "Exit with code 5 and save the output as DIR.failed-forgetting where an old task that "
-        "--evaluate names loses more than this in score: accuracy, else minus the loss.",
-        metavar="X",
-        least=0,
-    )
-
-
-@dataclass(frozen=True)
 class FisherOptions:
     """The options of `fisher`."""
+
+    COMMON = (
+        "data",
+        "task",
+        "output_dir",
+        "estimator",
+        "max_examples",
+        "batch_size",
+        "seed",
+        "add",
+        "overwrite",
+        "dry_run",
+    )
 
     checkpoint: str | Path = _checkpoint()
     data: str | Path = option(
         REQUIRED,
-        "The task's data: a file, a folder, a dataset on the Hub, or a task.toml.",
+        "The task's data: file, folder, Hub dataset or task.toml.",
         metavar="DATA",
         changes_result=False,
     )
-    task: str | None = _task()
-    source: Source = part(Source())
+    task: str | None = _task("Name of the task.")
     encoding: Encoding = part(Encoding())
+    source: Source = part(Source())
+    parameters: Parameters = part(Parameters())
+    dtype: str | None = _dtype()
     estimation: Estimation = part(Estimation())
     seed: int = _seed()
-    dtype: str | None = _dtype()
-    parameters: Parameters = part(Parameters())
     add: bool = option(False, "Add another task measured at the same weights.")
     merging: Merging = part(Merging())
     output_dir: str | Path | None = option(
         None,
-        "Write a whole checkpoint here instead of a folder fisher into CHECKPOINT.",
+        "Write a whole checkpoint here.",
+        by_default="only a folder fisher in CHECKPOINT",
         metavar="DIR",
         changes_result=False,
     )
     saving: Saving = part(Saving())
     dry_run: bool = option(
         False,
-        "Only say what it would take: time, memory, sizes of files. Nothing is written.",
+        "Only report what it would take: time, memory, file sizes.",
         changes_result=False,
     )
 
@@ -505,27 +559,42 @@ class FisherOptions:
 class FinetuneOptions:
     """The options of `finetune`."""
 
+    COMMON = (
+        "data",
+        "output_dir",
+        "task",
+        "ewc_lambda",
+        "epochs",
+        "learning_rate",
+        "batch_size",
+        "seed",
+        "evaluate",
+        "max_forgetting",
+    )
+
     checkpoint: str | Path = _checkpoint()
     data: str | Path = option(
         REQUIRED,
-        "The new task's data: a file, a folder, a dataset on the Hub, or a task.toml.",
+        "The new task's data: file, folder, Hub dataset or task.toml.",
         metavar="DATA",
         **_PER_CALL,
     )
-    output_dir: str | Path = _output_dir("Where the new checkpoint goes.")
+    output_dir: str | Path = _output_dir(
+        "Where to write the new checkpoint, whose Fisher covers the new task too."
+    )
+    task: str | None = _task("Name of the task.")
+    encoding: Encoding = part(Encoding())
+    source: Source = part(Source())
+    parameters: Parameters = part(Parameters())
+    recipe: Recipe = part(Recipe())
     search: Search = part(Search())
     penalty: PenaltyOptions = part(PenaltyOptions())
-    adapter: Adapter = part(Adapter())
-    task: str | None = _task()
-    source: Source = part(Source())
-    head: Head = part(Head())
-    encoding: Encoding = part(Encoding())
-    recipe: Recipe = part(Recipe())
-    gate: Gate = part(Gate())
-    parameters: Parameters = part(Parameters())
-    saving: Saving = part(Saving())
     estimation: Estimation = part(Estimation(batch_size=None), prefix="fisher_")
     merging: Merging = part(Merging())
+    head: Head = part(Head())
+    adapter: Adapter = part(Adapter())
+    gate: Gate = part(Gate())
+    saving: Saving = part(Saving())
     on_step: Callable[..., None] | None = option(
         None,
         "Called after each optimizer step with its loss, its penalty and its learning rate; not "
@@ -540,20 +609,19 @@ class FinetuneOptions:
 class EvaluateOptions:
     """The options of `evaluate`."""
 
+    COMMON = ("data", "task", "batch_size", "seed")
+
     checkpoint: str | Path = _checkpoint()
     data: dict[str, str | Path] | str | Path = option(
         REQUIRED,
-        "The data by task name; may be repeated. A task of that NAME that has a head of its own "
-        "is measured with that.",
+        "Data to evaluate on, with the head of task NAME if it has one.",
         metavar="[NAME=]DATA",
         python="str | Path | Mapping[str, str | Path]",
     )
-    task: str | None = _task(
-        "Measure with the output layer of this task, whatever the data is named."
-    )
-    source: Source = part(Source())
+    task: str | None = _task("Use the head of this task for all data.", None)
     encoding: Encoding = part(Encoding())
-    batch_size: int = _batch_size()
+    source: Source = part(Source())
+    batch_size: int = option(16, "Examples per batch.", least=1)
     seed: int = _seed()
     dtype: str | None = _dtype()
 
@@ -568,10 +636,11 @@ class MergeOptions:
         argument=True,
         metavar="CHECKPOINT…",
     )
-    output_dir: str | Path = _output_dir("Where the merged checkpoint goes.")
+    output_dir: str | Path = _output_dir("Where to write the merged checkpoint.")
     weights: tuple[float, ...] | None = option(
         None,
-        "Coefficients of the checkpoints, in their order; 1 each by default.",
+        "Coefficients of the checkpoints, in their order.",
+        by_default="1 each",
         metavar="X,Y,…",
         typed=read_numbers,
     )
@@ -589,14 +658,14 @@ class RunOptions:
 
     path: str | Path = option(
         REQUIRED,
-        "The run file; docs/reference/run-file.md tells what it may say.",
+        "The run file: the first checkpoint, the tasks and their options.",
         argument=True,
         metavar="TASKS.TOML",
     )
     output_dir: str | Path | None = option(
-        None, "Where the checkpoints go; as the file says by default.", metavar="DIR"
+        None, "Where to write the checkpoints.", by_default="as the file says", metavar="DIR"
     )
-    dry_run: bool = option(False, "Only say what would be done or skipped, and why.")
+    dry_run: bool = option(False, "Only report which steps would run or be skipped, and why.")
     restart: bool = _restart()
 
 
@@ -606,16 +675,21 @@ class ShowOptions:
 
     checkpoint: str | Path = _checkpoint()
     revision: str | None = _revision()
-    top: int = option(10, "How many parameters to list.", least=1)
+    top: int = option(10, "Number of parameters to list.", least=1)
     csv: str | Path | None = option(
-        None, "Write the accuracy matrix and the curves over training steps here.", metavar="FILE"
+        None,
+        "Write the accuracy matrix and the curves over training steps to FILE.",
+        metavar="FILE",
     )
     plot: str | Path | None = option(
-        None, "Draw them here; needs matplotlib.", metavar="FILE.png|svg"
+        None,
+        "Plot the accuracy matrix and the curves (needs matplotlib).",
+        metavar="FILE.png|svg",
     )
     overlap: str | Path | None = option(
         None,
-        "Another checkpoint: how far its Fisher lies on the same weights, 0 to 1 for each layer.",
+        "Compare with the Fisher of another checkpoint: how far both lie on the same weights, 0 "
+        "to 1 for each layer.",
         metavar="OTHER",
     )
 
@@ -626,14 +700,17 @@ class ReportOptions:
 
     checkpoint: str | Path = _checkpoint()
     output: str | Path | None = option(
-        None, "NAME-report.html in the current folder by default.", metavar="FILE.html"
+        None,
+        "Where to write the report.",
+        by_default="NAME-report.html in the current folder",
+        metavar="FILE.html",
     )
     plots: str | Path | None = option(
-        None, "Write the pictures here too, as SVG and PNG; needs matplotlib.", metavar="DIR"
+        None, "Write the figures here too, as SVG and PNG (needs matplotlib).", metavar="DIR"
     )
     revision: str | None = _revision()
     overwrite: bool = _overwrite(
-        "Replace files that are there; those of an earlier report are replaced anyway."
+        "Replace existing files; those of an earlier report are always replaced."
     )
 
 
@@ -651,8 +728,9 @@ class VerifyOptions:
     revision: str | None = _revision()
     base_model: str | Path | None = option(
         None,
-        "Base model of a CHECKPOINT that is an adapter of peft; the folder that its config names "
-        "by default, if that is there. Of one that holds a Fisher alone: the weights it is of.",
+        "Base model of a CHECKPOINT that is a peft adapter, or the weights that belong to a Fisher "
+        "alone.",
+        by_default="the folder that the adapter's config names, if it exists",
         metavar="PATH|REPO",
     )
 
@@ -664,7 +742,7 @@ class PushOptions:
     checkpoint: str | Path = _checkpoint()
     repository: str = option(
         REQUIRED,
-        "Where to, such as user/model; created where it is missing.",
+        "Where to, such as user/model; created if it does not exist.",
         argument=True,
         metavar="REPO",
     )
@@ -673,21 +751,25 @@ class PushOptions:
     )
     create_pr: bool = option(False, "Open a pull request instead of committing.")
     revision: str | None = option(
-        None, "The branch; created where it is missing.", metavar="BRANCH"
+        None, "Branch to push to; created if it does not exist.", metavar="BRANCH"
     )
     commit_message: str | None = option(None, "Message of the commit.", metavar="TEXT")
     tag: str | None = option(None, "Tag the commit with this name.", metavar="NAME")
     token: str | None = option(
-        None, "Token for the Hub; that of `hf auth login` or HF_TOKEN by default.", metavar="TOKEN"
+        None,
+        "Token for the Hub.",
+        by_default="that of `hf auth login` or HF_TOKEN",
+        metavar="TOKEN",
     )
     base_model: tuple[str, ...] = option(
         (),
-        "For the card: what this model was made from. May be repeated, for a merge.",
+        "Model that this one was made from, for the card; several for a merge.",
         metavar="REPO",
     )
     fisher_dtype: str | None = option(
         None,
-        "Dtype of the Fisher, as it is by default; bfloat16 is half as large.",
+        "Dtype of the published Fisher; bfloat16 is half as large.",
+        by_default="as stored",
         dtype=True,
         choices=("float32", "bfloat16"),
     )
@@ -696,8 +778,54 @@ class PushOptions:
     )
     dry_run: bool = option(
         False,
-        "Only list what would be sent, with sizes, and what is there already; without a network "
-        "all of it.",
+        "Only list the files that would be sent, with sizes, and which of them the repository "
+        "already has (offline: all files).",
+    )
+
+
+@dataclass(frozen=True)
+class Everywhere:
+    """What every command takes on the command line, and has no keyword in Python."""
+
+    TITLE = "Output"
+
+    config: str | Path | None = option(
+        None,
+        "TOML file with options of this command; flags and variables take precedence.",
+        group=OTHER,
+        metavar="FILE",
+    )
+    json: bool = option(False, "Print the result as one JSON object.")
+    quiet: bool = option(False, "Print no progress and no notes; warnings and errors remain.")
+    debug: bool = option(False, "Print the traceback of an error.", group=OTHER)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a command that measures something takes on the command line."""
+
+    TITLE = Everywhere.TITLE
+
+    metrics: str | Path | None = option(
+        None,
+        "Also write the numbers to FILE, as one flat JSON object for DVC and CI jobs.",
+        metavar="FILE",
+    )
+    mlflow: bool = option(
+        False,
+        "Log options, metrics and digests to MLflow, in the store MLFLOW_TRACKING_URI; in the run "
+        "MLFLOW_RUN_ID if that is set.",
+    )
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What `show` takes on the command line."""
+
+    TITLE = Everywhere.TITLE
+
+    markdown: bool = option(
+        False, "Print the accuracy matrix alone, as Markdown for the summary of a CI job."
     )
 
 
@@ -712,3 +840,7 @@ COMMANDS: dict[str, type] = {
     "verify": VerifyOptions,
     "push": PushOptions,
 }
+TYPED: dict[str, tuple[type, ...]] = dict.fromkeys(COMMANDS, (Everywhere,))
+"""What a command takes on the command line alone."""
+TYPED |= dict.fromkeys(("fisher", "finetune", "evaluate", "run"), (Measured, Everywhere))
+TYPED |= {"show": (Matrix, Everywhere)}

@@ -1,4 +1,4 @@
-"""What the commands return, a record for each; the JSON Schema of the docs is made from these.
+"""What the commands return, one record each; the JSON schema is made from these.
 
 Results are plain dicts, which `--json` writes as they are.
 """
@@ -14,16 +14,16 @@ def about(description: str, **bounds: Any) -> Meta:
 
 
 def one_of(*choices: str) -> Meta:
-    """Say which values there are."""
+    """List the possible values."""
     return Meta(extra_json_schema={"enum": list(choices)})
 
 
-Path = Annotated[str, about("As it was given.")]
+Path = Annotated[str, about("As given.")]
 Digest = Annotated[str, about("SHA-256 over names, dtypes, shapes and values.")]
 Count = Annotated[int, Meta(ge=0)]
 Bytes = Annotated[int, about("In bytes.", ge=0)]
-Commits = Annotated[dict[str, str], about("Of repositories on the Hub that were read.")]
-# JSON has no number that is not finite: one of these may be null there.
+Commits = Annotated[dict[str, str], about("Of each Hub repository that was read.")]
+# JSON has no NaN or infinity: one of these may be null there.
 Score = Annotated[float, Meta(extra_json_schema={"or null": True})]
 Metrics = Annotated[
     dict[str, Score],
@@ -32,10 +32,10 @@ Metrics = Annotated[
 Evaluations = dict[str, Metrics]
 Times = Annotated[
     dict[str, Evaluations],
-    about("By time: before, step N, epoch N, after; then by data set and metric."),
+    about("By time (before, step N, epoch N, after), then by dataset and metric."),
 ]
 BaseDigest = Annotated[
-    str | None, about("Digest of the base model, where the weights are an adapter's.")
+    str | None, about("Digest of the base model if the weights are an adapter's.")
 ]
 Anchor = Literal["the weights", "fisher/anchor"]
 FisherDtype = Literal["F32", "BF16"]
@@ -45,14 +45,12 @@ Estimator = Annotated[str, one_of("exact", "mc", "empirical", "batched")]
 MergeRule = Annotated[str, one_of("online", "separate")]
 PenaltyOn = Annotated[
     Annotated[str, one_of("adapter", "merged")] | None,
-    about("Where an adapter was trained with a penalty: what that held."),
+    about("What the penalty applied to, if an adapter was trained with one."),
 ]
-DoneOrCached = Annotated[
-    Literal["done", "cached"], about("cached: the output was there already, made from the same.")
-]
+DoneOrCached = Annotated[Literal["done", "cached"], about("cached: the output was up to date.")]
 Change = Annotated[
     Literal["new", "changed", "unchanged", "not compared"],
-    about("not compared: a dry run that could not ask the Hub."),
+    about("not compared: a dry run that could not reach the Hub."),
 ]
 
 
@@ -62,11 +60,11 @@ class _Of(TypedDict):
 
 
 class ErrorResult(TypedDict):
-    """A command that did not do what was asked; the process leaves with exit_code."""
+    """A command that failed; the process exits with exit_code."""
 
     status: Literal["failed"]
     exit_code: Literal[1, 2, 3, 4, 5, 75, 130, 143]
-    error: Annotated[str, about("What stderr says, without `error: `.")]
+    error: Annotated[str, about("The message on stderr, without `error: `.")]
 
 
 class MeasuredLayer(TypedDict):
@@ -77,22 +75,22 @@ class MeasuredLayer(TypedDict):
 
 
 class MeasuredFisher(TypedDict):
-    """The Fisher of one task, as it was measured."""
+    """The Fisher of one task, as measured."""
 
     task: str
-    weight: Annotated[float, about("What the task's Fisher was multiplied by.")]
+    weight: Annotated[float, about("Factor of the task's Fisher.")]
     merge_rule: MergeRule
     gamma: float
     estimator: Estimator
     examples: Count
     units: Annotated[int, about("Examples, or predicted tokens.", ge=0)]
-    parameters: Annotated[int, about("How many values were measured.", ge=0)]
-    trace: Annotated[float, about("Of the task's Fisher, the sum of its values.")]
+    parameters: Annotated[int, about("Number of measured values.", ge=0)]
+    trace: Annotated[float, about("Sum of the values of the task's Fisher.")]
     layers: dict[str, MeasuredLayer]
     methods: NotRequired[
         Annotated[
             dict[str, Count],
-            about("Parameters by rule, by recomputing a module, by a loop; not if cached."),
+            about("Parameters by rule, by recomputing a module, by a loop; absent if cached."),
         ]
     ]
 
@@ -102,6 +100,7 @@ class FisherDone(MeasuredFisher, _Of):
 
     status: DoneOrCached
     fisher: Path
+    seconds: NotRequired[Annotated[float, about("Of the pass, in this call; absent if cached.")]]
 
 
 class PassCost(TypedDict):
@@ -133,7 +132,7 @@ class Trial(TypedDict):
 
     ewc_lambda: float
     steps: Count
-    metrics: Annotated[Evaluations | None, about("null: it diverged.")]
+    metrics: Annotated[Evaluations | None, about("null if it diverged.")]
     forgetting: float | None
     penalty_per_lambda: float | None
     divergence: float | None
@@ -152,9 +151,9 @@ class SearchCost(TypedDict):
 
 
 class LambdaSearch(TypedDict):
-    """A search for λ: what was tried, what was measured, and what was chosen."""
+    """A search for λ: the candidates, their metrics, and the chosen one."""
 
-    ewc_lambda: Annotated[float, about("What was chosen.")]
+    ewc_lambda: Annotated[float, about("The chosen λ.")]
     select: Annotated[str, one_of("best-mean", "smallest", "largest")]
     max_forgetting: float | None
     measured: str
@@ -175,45 +174,54 @@ class TrainingStep(TypedDict):
     gradient_norm: float | None
 
 
+class PhaseSeconds(TypedDict):
+    """Wall time of each phase, in this call: not that of an interrupted one, nor of a search."""
+
+    training: Annotated[float, about("Without the evaluations in between.")]
+    evaluation: float
+    fisher: float
+
+
 class FinetuneFisher(MeasuredFisher):
-    """The new task's Fisher, and where it is stored."""
+    """The new task's Fisher, and its folder."""
 
     folder: Path
 
 
 class Finetuned(_Of):
-    """What is known of a fine-tuning, whenever it was done."""
+    """What is known of a fine-tuning run, done now or earlier."""
 
     penalty: Annotated[str, one_of("ewc", "l2", "none")]
     penalty_on: PenaltyOn
     ewc_lambda: float | None
     norm_statistics: Annotated[
         Annotated[str, one_of("frozen", "update")] | None,
-        about("What became of running statistics; null where the model keeps none."),
+        about("What happened to running statistics; null if the model has none."),
     ]
     metrics: Times
     fisher: FinetuneFisher
 
 
 class FinetuneCached(Finetuned):
-    """The output was there already, made from the same: what its ledger knows."""
+    """The output was up to date: what its ledger records."""
 
     status: Literal["cached"]
 
 
 class FinetuneDone(Finetuned):
-    """A fine-tuning that was done now."""
+    """A fine-tuning run that was done now."""
 
     status: Annotated[
         Literal["done", "forgot too much"],
-        about("forgot too much: the process leaves with 5, and the output is kept aside."),
+        about("forgot too much: exit code 5, and the output is saved separately."),
     ]
-    exit_code: NotRequired[Annotated[Literal[5], about("Of `--json`, where it forgot too much.")]]
-    error: NotRequired[Annotated[str, about("Of `--json`, where it forgot too much.")]]
+    exit_code: NotRequired[Annotated[Literal[5], about("With `--json`, if it forgot too much.")]]
+    error: NotRequired[Annotated[str, about("With `--json`, if it forgot too much.")]]
     steps: Count
     loss: Annotated[float | None, about("Of the last step, per unit.")]
     penalty_value: Annotated[float | None, about("Before the last step.")]
-    share_moved: Annotated[float, about("Of the weights, from 0 to 1.", ge=0, le=1)]
+    share_moved: Annotated[float, about("Share of the weights that changed, 0 to 1.", ge=0, le=1)]
+    seconds: PhaseSeconds
     history: list[TrainingStep]
     lambda_search: NotRequired[LambdaSearch]
 
@@ -224,7 +232,7 @@ EvaluateResult = Annotated[dict[str, Metrics], about("The metrics of each data s
 
 
 class MergeResult(_Of):
-    """Several checkpoints made into one."""
+    """A checkpoint that several were merged into."""
 
     status: DoneOrCached
     fisher: Path
@@ -239,15 +247,15 @@ class MergeResult(_Of):
 
 
 class Mean(TypedDict):
-    """A mean over those of its terms that were measured."""
+    """A mean over the terms that were measured."""
 
     value: float | None
-    terms: Annotated[int, about("How many were measured.", ge=0)]
-    of: Annotated[int, about("How many there are.", ge=0)]
+    terms: Annotated[int, about("Number of measured terms.", ge=0)]
+    of: Annotated[int, about("Number of all terms.", ge=0)]
 
 
 class Point(TypedDict):
-    """The scores after so many optimizer steps of a task."""
+    """The scores after a number of optimizer steps of a task."""
 
     task: str
     step: Count
@@ -255,7 +263,7 @@ class Point(TypedDict):
 
 
 class MatrixSummary(TypedDict):
-    """scores[i][j] is the score on task j after training task i; null where not measured."""
+    """scores[i][j] is the score on task j after training task i; null if not measured."""
 
     tasks: list[str]
     scores: list[list[float | None]]
@@ -286,7 +294,7 @@ class RunResult(TypedDict):
 
 
 class Task(TypedDict):
-    """As in the ledger, which docs/reference/format.md specifies, without its layers."""
+    """A task as in the ledger, which the file format specifies, without its layers."""
 
     name: str
     objective: str
@@ -305,12 +313,12 @@ class Task(TypedDict):
     penalty: str | None
     penalty_on: PenaltyOn
     parent: str | None
-    made_from: Annotated[str | None, about("Digest of all that the result depended on.")]
+    made_from: Annotated[str | None, about("Digest of everything that the result depends on.")]
     metrics: Times
 
 
 class WeightsTotals(TypedDict):
-    """The weights that a Fisher is of."""
+    """The weights that a Fisher belongs to."""
 
     tensors: Count
     digest: Digest
@@ -325,14 +333,14 @@ class FisherTotals(WeightsTotals):
 
 
 class Parameter(TypedDict):
-    """How firmly a parameter is protected."""
+    """How strongly a parameter is protected."""
 
     name: str
     shape: list[int]
     trace: float
     mean: float
     max: float | None
-    share: Annotated[float, about("Of the whole trace, from 0 to 1.", ge=0, le=1)]
+    share: Annotated[float, about("Share of the whole trace, 0 to 1.", ge=0, le=1)]
 
 
 class LayerOverlap(TypedDict):
@@ -353,7 +361,7 @@ class Overlap(_With):
 
 
 class ShowResult(_Of):
-    """What a checkpoint's ledger and Fisher say."""
+    """What a checkpoint's ledger and Fisher contain."""
 
     format: Format
     version: int
@@ -366,20 +374,20 @@ class ShowResult(_Of):
     base: BaseDigest
     anchor: Anchor
     heads: list[str]
-    parameters: Annotated[list[Parameter], about("Those with the largest trace, --top many.")]
+    parameters: Annotated[list[Parameter], about("Those with the largest trace, as many as --top.")]
     parameters_left_out: Count
-    unprotected: Annotated[dict[str, str], about("By parameter, why it is not protected.")]
+    unprotected: Annotated[dict[str, str], about("Why a parameter is not protected, by name.")]
     versions: dict[str, str]
     accuracy_matrix: MatrixSummary | None
     side_by_side: Annotated[
         list[list[str]],
-        about("Groups of tasks that were learned from the same weights, and merged."),
+        about("Groups of tasks that were learned from the same weights and merged."),
     ]
     overlap: Overlap | None
 
 
 class TensorSet(WeightsTotals):
-    """Tensors of one kind that were read whole."""
+    """Tensors of one kind, all of them read."""
 
     bytes: Count
 
@@ -391,7 +399,7 @@ class VerifyResult(_Of):
     base: BaseDigest
     base_model: Annotated[
         str | None,
-        about("Where the base model is that was compared, or the weights of a Fisher alone."),
+        about("Path of the base model, or of the weights of a Fisher alone, if compared."),
     ]
     weights: TensorSet
     fisher: TensorSet
@@ -402,7 +410,7 @@ class VerifyResult(_Of):
     later: NotRequired[
         Annotated[
             list["VerifyResult"],
-            about("The checkpoints after the first, each from the one before."),
+            about("The checkpoints after the first, each made from the one before."),
         ]
     ]
     descends_by: NotRequired[Descent]
@@ -438,7 +446,7 @@ class PushResult(TypedDict):
     fisher: Digest
     files: list[PushedFile]
     deleted: list[str]
-    code: Annotated[list[str], about("Those of the files that are code, which an auto_map names.")]
+    code: Annotated[list[str], about("The files that are code, named by an auto_map.")]
 
 
 RESULTS: dict[str, Any] = {
@@ -453,4 +461,4 @@ RESULTS: dict[str, Any] = {
     "verify": VerifyResult,
     "push": PushResult,
 }
-"""What `--json` may write, by command; the object of one that failed."""
+"""What `--json` may print, by command, and the object of a command that failed."""

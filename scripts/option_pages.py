@@ -1,16 +1,17 @@
-"""What is written from `consolidate/options.py`: `consolidate/api.py` and the options page."""
+"""What is written from `consolidate/options.py`: `consolidate/api.py` and the page of options."""
 
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from importlib import import_module
 from types import UnionType
 from typing import Any, get_args, get_origin
 
 from consolidate import results
-from consolidate.fields import REQUIRED, Flat, flat_options
-from consolidate.options import COMMANDS
+from consolidate.fields import REQUIRED, Flat, bounds_of, default_words, flat_options
+from consolidate.flags import grouped_with
+from consolidate.options import COMMANDS, TYPED
 
 CONTENT = ("data", "fisher", "base_model", "revision")  # what they name is described by digest
 
@@ -36,11 +37,12 @@ from consolidate.training.loop import Step
 
 OPTIONS = """# Options
 
-Every option of every command, written by `scripts/write_docs`.
-One that is `--learning-rate` on the command line is `learning_rate` in Python, `learning-rate` in
-[a run file](run-file.md) and in the TOML file that `--config` names, and the variable
-`CONSOLIDATE_FINETUNE_LEARNING_RATE`. The result of `fisher` and `finetune` is made again where
-an option that changes it has another value, and is up to date otherwise.
+Every option of every command, in the groups of `--help`, written by `scripts/write_docs`.
+`--learning-rate` on the command line is `learning_rate` in Python, `learning-rate` in
+[a run file](run-file.md) and in the TOML file of `--config`, and the environment variable
+`CONSOLIDATE_FINETUNE_LEARNING_RATE`. The options of the groups Output and Other options have no
+keyword in Python, `--log-every` excepted. `fisher` and `finetune` make a result again if an option
+that changes it has another value; otherwise the result is up to date.
 """
 
 
@@ -91,9 +93,11 @@ def _parameter(flat: Flat) -> str:
 
 
 def _argument(flat: Flat) -> str:
-    text = re.sub(r"--([a-z][a-z-]*[a-z])", lambda m: f"`{m[1].replace('-', '_')}`", _help(flat))
-    text = re.sub(r"; may be repeated(?=[.])|\s*May be repeated\.", "", text)
-    text = f"{flat.name}: {text.replace('a CHECKPOINT', 'a checkpoint')}"
+    default = f" (default: {flat.option.by_default})" if flat.option.by_default else ""
+    text = _help(flat) + (default if flat.default in (None, ()) else "")
+    text = re.sub(r"--([a-z][a-z-]*[a-z])", lambda m: f"`{m[1].replace('-', '_')}`", text)
+    text = text.replace("a CHECKPOINT", "a checkpoint").replace("CHECKPOINT", "the checkpoint")
+    text = f"{flat.name}: {text}"
     return textwrap.fill(text, 96, initial_indent="    ", subsequent_indent=" " * 8) + "\n"
 
 
@@ -131,29 +135,29 @@ def _default(flat: Flat) -> str:
 
 
 def options_page() -> str:
-    """Return docs/reference/options.md."""
+    """Return the page of options."""
     parts = [OPTIONS]
     for name, record in COMMANDS.items():
-        kept = name in ("fisher", "finetune")  # whose outputs are left where they are up to date
+        parts.append(f"## {name}\n")
+        typed = {flat.name for other in TYPED[name] for flat in flat_options(other)}
+        kept = name in ("fisher", "finetune")  # whose outputs are kept while they are up to date
         heads = ["option", "value", "default", *["changes the result"] * kept, "meaning"]
-        rows = [heads, ["---"] * len(heads), *_rows(record, kept)]
-        lines = [" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in rows]
-        table = "\n".join(f"| {line} |" for line in lines)
-        parts.append(f"## {name}\n\n{table}\n")
+        for title, flats in grouped_with(record, *TYPED[name]).items():
+            rows = [heads, ["---"] * len(heads), *(_row(flat, kept, typed) for flat in flats)]
+            lines = [" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in rows]
+            parts.append(f"**{title}**\n")
+            parts.append("".join(f"| {line} |\n" for line in lines))
     return "\n".join(parts)
 
 
-def _rows(record: type, kept: bool) -> Iterator[list[str]]:
-    for flat in flat_options(record):
-        option = flat.option
-        if option.argument or option.python_only:
-            continue
-        default = "" if flat.default in (None, ()) else flat.default
-        default = "required" if flat.default is REQUIRED else default
-        default = {True: "on", False: ""}[default] if isinstance(default, bool) else default
-        content = flat.names_data or flat.name in CONTENT
-        changes = "yes" if option.changes_result else "by content" if content else ""
-        yield [f"`--{flat.flag}`", _value(flat), str(default), *[changes] * kept, _help(flat)]
+def _row(flat: Flat, kept: bool, typed: Collection[str]) -> list[str]:
+    default = "required" if flat.default is REQUIRED else default_words(flat)
+    content = flat.names_data or flat.name in CONTENT
+    changes = "yes" if flat.option.changes_result else "by content" if content else ""
+    changes = "" if flat.name in typed else changes
+    repeated = "; repeatable" * flat.repeatable
+    value = f"{_value(flat)}{repeated}"
+    return [f"`--{flat.flag}`", value, default, *[changes] * kept, flat.option.help]
 
 
 def _value(flat: Flat) -> str:
@@ -164,15 +168,5 @@ def _value(flat: Flat) -> str:
         return ", ".join(option.choices)
     words = {int: "integer", float: "number"}
     kind = next((words[kind] for kind in flat.kinds if kind in words), "")
-    bounds = [
-        f"{word} {bound:g}" if bound < 2**53 else ""
-        for word, bound in (
-            ("from", option.least),
-            ("above", option.above),
-            ("to", option.most),
-            ("below", option.below),
-        )
-        if bound is not None
-    ]
-    shown = option.metavar if option.typed or not kind else " ".join([kind, *filter(None, bounds)])
+    shown = option.metavar if option.typed or not kind else f"{kind} {bounds_of(option)}".strip()
     return shown or "text"

@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, get_args
 
 import click
+import cloup
 import msgspec
 
 from consolidate.cli import cli
@@ -21,7 +22,7 @@ WIDTH = 96
 
 def help_texts(command: click.Command, name: str) -> Iterator[tuple[str, str]]:
     """Yield the full name and the help text of a command, then of the commands below it."""
-    context = click.Context(
+    context = cloup.Context(
         command, info_name=name, terminal_width=WIDTH, color=False, **cli.context_settings
     )
     yield name, command.get_help(context)
@@ -36,7 +37,7 @@ def command_line() -> str:
     """Return the page of the commands."""
     parts = [
         "# Command line\n",
-        "What `--help` says of every command, written by `scripts/write_docs`.\n",
+        "The `--help` of every command, written by `scripts/write_docs`.\n",
     ]
     for name, text in help_texts(cli, "consolidate"):
         lines = "\n".join(line.rstrip() for line in text.splitlines())
@@ -59,10 +60,10 @@ def json_schema() -> str:
         commands[name] = ways[0] if len(ways) == 1 else {"anyOf": ways}
     whole = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "What consolidate writes to stdout with --json",
-        "description": "One object. Under $defs there is one schema for each command, and one for "
-        "a command that failed. A later version may add fields; those that are here stay. Numbers "
-        "that are not finite are null.",
+        "title": "What consolidate prints with --json",
+        "description": "One object. $defs has one schema for each command, and one for a command "
+        "that failed. A later version may add fields; the present ones stay. Numbers that are not "
+        "finite are null.",
         "anyOf": [{"$ref": f"#/$defs/{name}"} for name in commands],
         "$defs": commands | dict(sorted(definitions.items())),
     }

@@ -42,7 +42,7 @@ def test_defaults_on_the_command_line_are_those_of_python(name: str, tmp_path: P
     words = ["start", "--data", "x"] + ["--output-dir", "y"] * (name == "finetune")
     above = click.Context(cli, info_name="consolidate")
     typed = cli.commands[name].make_context(name, words, parent=above).params
-    for other in ("json", "metrics", "mlflow"):
+    for other in ("json", "quiet", "metrics", "mlflow"):
         typed.pop(other)
     data = {"x": "x"} if name == "evaluate" else "x"
     given: dict[str, Any] = {"checkpoint": "start", "data": data}
@@ -93,9 +93,12 @@ def test_flat_keywords_become_records() -> None:
         ({"pack": 1}, "--pack 1: expected true or false"),
         ({"columns": {"label": "y"}}, "--columns {'label': 'y'}: expected a Columns"),
         ({"checkpoint": None}, "checkpoint None: expected a string"),
-        ({"save_every": float("nan")}, "--save-every nan: expected a finite number from 0"),
+        (
+            {"save_every_minutes": float("nan")},
+            "--save-every-minutes nan: expected a finite number from 0",
+        ),
         ({"gamma": 1.5}, "--gamma 1.5: expected a number from 0 to 1"),
-        ({"momentum": 1.0}, "--momentum 1.0: expected a number from 0 to less than 1"),
+        ({"momentum": 1.0}, "--momentum 1.0: expected a number from 0 to below 1"),
         ({"optimizer": "adma"}, "--optimizer adma: expected one of adamw, adam, sgd"),
         ({"fisher_accumulate_dtype": torch.float16}, "--fisher-accumulate-dtype float16: expected"),
         ({"learnin_rate": 1.0}, "there is no option 'learnin_rate'"),
@@ -117,7 +120,7 @@ def test_a_value_is_refused_by_the_name_of_its_flag(given: dict[str, Any], messa
         ("evaluate = 3", "evaluate: expected a list of strings, found 3"),
         ("metrics = 3", "metrics: expected a string, found 3"),
         ("epochs = 1\nepochs_ = 2", "has no option 'epochs_'; did you mean epochs"),
-        ("ewc-lambda = 1\newc_lambda = 2", "ewc_lambda is there twice"),
+        ("ewc-lambda = 1\newc_lambda = 2", "ewc_lambda is given twice"),
         ('config = "other.toml"', "has no option 'config'"),
     ],
 )
@@ -144,7 +147,12 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert found.saving.overwrite is True
     weights = gather(MergeOptions, {"checkpoints": [], "output_dir": "a", "weights": np.ones(2)})
     assert weights.weights == (1.0, 1.0)
-    assert gather(FinetuneOptions, GIVEN | {"save_every": float("inf")}).saving.save_every > 0
+    assert (
+        gather(
+            FinetuneOptions, GIVEN | {"save_every_minutes": float("inf")}
+        ).saving.save_every_minutes
+        > 0
+    )
 
 
 def test_a_new_option_needs_no_more_than_its_field() -> None:

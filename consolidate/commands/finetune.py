@@ -56,6 +56,7 @@ from consolidate.runtime.distributed import (
     is_lost,
     shards_among,
 )
+from consolidate.runtime.progress import seconds_of, start_timing
 from consolidate.training.forgetting import beyond, forgetting
 from consolidate.training.lambda_search import Trial
 from consolidate.training.loop import with_statistics
@@ -116,6 +117,7 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         statistics = _running_statistics(plan, start)
         search = _searched(plan, start, work, found)
         beside = {"search": search}
+        start_timing()
         try:
             trained = train(
                 start,
@@ -343,6 +345,11 @@ def _write(
         "loss": steps[-1].loss if steps else None,
         "penalty_value": steps[-1].penalty if steps else None,
         "share_moved": share_moved,
+        "seconds": {
+            "training": seconds_of("training"),
+            "evaluation": seconds_of("evaluation"),
+            "fisher": seconds_of("fisher"),
+        },
         "history": [cast(TrainingStep, asdict(step)) for step in steps],
     }
 

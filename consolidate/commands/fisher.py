@@ -41,6 +41,7 @@ from consolidate.runtime.distributed import (
     is_first,
     shards_among,
 )
+from consolidate.runtime.progress import seconds_of, start_timing
 from consolidate.views.output_card import renew_card
 from formats.atomic import partial_path, replace_folder
 from formats.checkpoint import check_finite, open_checkpoint, write_checkpoint
@@ -139,6 +140,7 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
             options, plan.target, lambda: plan.description(plan.tasks) | of_module, needed
         )
         kept = KeptPass(work, work.start())
+        start_timing()
         diagonal = measure_fisher(
             model, examples, estimation, task=plan.task, seed=options.seed, kept=kept
         )
@@ -272,7 +274,8 @@ def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagona
             ledger = write_fisher(fisher_at, merged, ledger, anchor=anchor, heads=heads)
             renew_card(staging, ledger)
         refuse_changed(plan.folder if plan.in_place else staging, plan.records, plan.folder)
-    return _result(plan, "done", fisher_summary(ledger, diagonal))
+    done = _result(plan, "done", fisher_summary(ledger, diagonal))
+    return {**done, "seconds": seconds_of("fisher")}
 
 
 def _task_names(folder: Path) -> str:

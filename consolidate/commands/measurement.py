@@ -53,7 +53,7 @@ def kept_work(
     return KeptWork(
         target,
         description,
-        every=60 * options.saving.save_every,
+        every=60 * options.saving.save_every_minutes,
         result_bytes=result_bytes,
         restart=options.saving.restart,
         group=all_processes(),
@@ -88,7 +88,9 @@ def measure_fisher(
         LOG.info("going on after %d of %d examples", done, len(order))
     with (
         signals.waiting(),
-        progress(f"Fisher of {task}{several}", len(order), "examples", before=done) as advance,
+        progress(
+            f"Fisher of {task}{several}", len(order), "examples", before=done, phase="fisher"
+        ) as advance,
     ):
         diagonal = fisher_diagonal(
             model.module,

@@ -46,6 +46,8 @@ def report(options: ReportOptions) -> ReportResult:
     pictures = _pictures(plots)
     for path in (page, *pictures):
         _check_free(path, overwrite=options.overwrite)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--output {page}: the name must end in .html, as the report is HTML")
 
     summary = show(ShowOptions(folder, top=sys.maxsize))
     ledger = read_ledger(folder / "fisher" / LEDGER_NAME)

@@ -22,13 +22,17 @@ def evaluate_all(
 ) -> dict[str, dict[str, float]]:
     """Measure a loaded model on the encoded examples of each task, some with another head."""
     metrics = {}
-    for name, examples in tasks.items():
-        measured = (with_heads or {}).get(name, model)
-        own = [part for part in shares(range(len(examples)), batch_size, group) if part]
-        with progress(f"evaluating {name}", sum(map(len, own)), "examples") as advance:
+    own = {
+        name: [part for part in shares(range(len(examples)), batch_size, group) if part]
+        for name, examples in tasks.items()
+    }
+    total = sum(len(part) for parts in own.values() for part in parts)
+    with progress("evaluating", total, "examples", phase="evaluation") as advance:
+        for name, examples in tasks.items():
+            measured = (with_heads or {}).get(name, model)
             metrics[name] = measure(
                 measured.module,
-                (examples.collate(part) for part in own),
+                (examples.collate(part) for part in own[name]),
                 get_likelihood(measured.objective.likelihood),
                 language=measured.objective.language,
                 progress=advance,

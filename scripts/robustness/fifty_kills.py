@@ -39,8 +39,8 @@ what the undisturbed one left: weights, Fisher, ledger and all other files. *Dif
 files that differ, are missing or are left over, and processes that left as they should not.
 
 The networks are a perceptron on the handwritten digits of scikit-learn, with dropout, and a tiny
-BERT. Everything is kept as often as can be (`--save-every 0`), and the totals of a Fisher are
-folded every {folded} batches instead of 16, so that there is something to go on from in a short
+BERT. Everything is kept as often as can be (`--save-every-minutes 0`), and the totals of a Fisher
+are folded every {folded} batches instead of 16, so that there is something to go on from in a short
 pass. The processes are forks of one that has imported torch, so that the moments fall into the
 work. `torchrun` starts its two anew, with 16 batches, and there the moments are counted from the
 first forward pass.
@@ -68,7 +68,7 @@ def perceptron(config):
 FOLDED_BATCHES = 4
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 SIGNALS = ("SIGKILL", "SIGKILL of one", "SIGTERM")
-MLP = "--model perceptron_of_digits:perceptron --device cpu --save-every 0"
+MLP = "--model perceptron_of_digits:perceptron --device cpu --save-every-minutes 0"
 CHAIN = """
 output-dir = "{output}"
 
@@ -78,7 +78,7 @@ kind = "perceptron"
 [defaults]
 model = "perceptron_of_digits:perceptron"
 device = "cpu"
-save-every = 0
+save-every-minutes = 0
 optimizer = "adam"
 learning-rate = 0.003
 ewc-lambda = 30
@@ -128,8 +128,8 @@ COMMANDS = [
     ),
     Command(
         "`fisher --tolerance`, BERT",
-        "fisher bert --data texts.jsonl --save-every 0 --batch-size 2 --tolerance 0.02 --check "
-        "--output-dir OUT",
+        "fisher bert --data texts.jsonl --save-every-minutes 0 --batch-size 2 --tolerance 0.02 "
+        "--check --output-dir OUT",
         4,
     ),
     Command(
@@ -147,7 +147,7 @@ COMMANDS = [
     ),
     Command(
         "`finetune --penalty-step proximal`, BERT",
-        "finetune bert-learned --data more.jsonl --save-every 0 --ewc-lambda 10 --epochs 3 "
+        "finetune bert-learned --data more.jsonl --save-every-minutes 0 --ewc-lambda 10 --epochs 3 "
         "--batch-size 4 --gradient-accumulation-steps 2 --penalty-step proximal --optimizer sgd "
         "--momentum 0.9 --output-dir OUT",
         5,

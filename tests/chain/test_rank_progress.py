@@ -94,7 +94,7 @@ def test_torchrun_is_stopped_and_goes_on(found: Found) -> None:
         assert stopped["codes"] == [code]
         lines = stopped["said"].splitlines()
         assert lines.count("stopped after step 3 of 6: the same command goes on from there") == 1
-        assert lines.count("stopping at the next point to go on from") == 1
+        assert lines.count("stopping at the next point to resume from") == 1
         assert lines.count("terminated") == 1
         assert "going on from step 3 of 6" in found["whole_models"][f"resumed from {name}"]["said"]
         assert found["whole_models"][f"same from {name}"]

@@ -26,7 +26,7 @@ from support.networks import FAST, NETWORK
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]
-COMMON: dict[str, Any] = {**FAST, "save_every": 0, "log_every": 1, "ewc_lambda": 10.0}
+COMMON: dict[str, Any] = {**FAST, "save_every_minutes": 0, "log_every": 1, "ewc_lambda": 10.0}
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_it_goes_on_from_where_it_was_kept_last(
     learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new = write_task("new", seed=1)
-    options = {**COMMON, "epochs": 3, "save_every": 1}
+    options = {**COMMON, "epochs": 3, "save_every_minutes": 1}
     consolidate.finetune(learned, new, output_dir=tmp_path / "whole", **options)
     times = iter([0.0, 1.0, 60.0])  # seconds: at the start and after two steps
     timed = partial(resume.KeptWork, clock=lambda: next(times, 62.0))
@@ -151,7 +151,7 @@ def test_what_was_learned_is_kept_when_the_rest_is_interrupted(
         raise signals.Terminated
 
     new = write_task("new", seed=1)
-    options = {**COMMON, "save_every": 10**6}
+    options = {**COMMON, "save_every_minutes": 10**6}
     consolidate.finetune(learned, new, output_dir=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         patch.setattr(finetune_command, during, interrupted)
@@ -178,7 +178,7 @@ def test_a_pass_that_is_stopped_is_kept_as_far_as_it_came(
         keep(kept, partial)
 
     new = write_task("new", seed=1, count=100)
-    options = {**COMMON, "fisher_batch_size": 2, "save_every": 10**6}
+    options = {**COMMON, "fisher_batch_size": 2, "save_every_minutes": 10**6}
     consolidate.finetune(learned, new, output_dir=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         patch.setattr(resume.KeptPass, "keep", keep_and_stop)
@@ -283,7 +283,7 @@ def test_a_measurement_that_is_interrupted_is_made_again(
     learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     new = write_task("new", seed=1)
-    options = {**COMMON, "save_every": 10**6, "epochs": 2, "evaluate": {"new": new}}
+    options = {**COMMON, "save_every_minutes": 10**6, "epochs": 2, "evaluate": {"new": new}}
     options |= {"evaluate_every": 2}
     whole = consolidate.finetune(learned, new, output_dir=tmp_path / "whole", **options)
     measure, count = finetune_run.evaluate_all, list(whole["metrics"]).index(moment)
@@ -373,7 +373,7 @@ def test_a_process_that_is_stopped_goes_on(
     words = ["finetune", "start", "--data", "new.npz", "--model", f"{module}:network"]
     words += ["--ewc-lambda", "10", "--epochs", "3", "--optimizer", "adam"]
     # A signal that can be handled keeps what was done; against SIGKILL it has to be kept before.
-    words += ["--save-every", "0" if sent == "SIGKILL" else "60"]
+    words += ["--save-every-minutes", "0" if sent == "SIGKILL" else "60"]
 
     def run_here(out: str) -> tuple[int, str, str]:
         here = (tmp_path, *words, "--output-dir", out)

@@ -549,7 +549,7 @@ def test_the_last_step_is_measured_too(
         ({"mixed_precision": "fp8"}, "--mixed-precision fp8"),
         ({"epochs": 0}, "--epochs 0: expected at least 1"),
         ({"adam_betas": [0.9]}, "--adam-betas 0.9: expected two numbers"),
-        ({"adam_betas": [0.9, 1.0]}, "--adam-betas 1.0: expected a number from 0 to less than 1"),
+        ({"adam_betas": [0.9, 1.0]}, "--adam-betas 1.0: expected a number from 0 to below 1"),
         ({"adam_betas": [0.9, 0.9], "optimizer": "sgd"}, "--adam-betas has no meaning with --opt"),
         ({"ewc_lambda": -1.0}, "--ewc-lambda -1.0: expected a finite number from 0"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0: expected a finite number above 0"),

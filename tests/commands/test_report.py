@@ -308,6 +308,9 @@ def test_what_cannot_be_done_is_refused_before(
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file is not a writable folder"):
         report(folder, output=tmp_path / "file" / "r.html")
+    for name in ("r.txt", "r"):
+        with pytest.raises(UsageError, match=f"{name}: the name must end in .html"):
+            report(folder, output=tmp_path / name)
     with pytest.raises(UsageError, match="--revision is for repositories"):
         report(folder, revision="main")
     monkeypatch.setattr("consolidate.views.charts.find_spec", lambda name: None)

@@ -319,7 +319,7 @@ def test_a_step_that_was_broken_off_goes_on_unless_it_is_another(
     caplog: pytest.LogCaptureFixture,
     changed: bool,
 ) -> None:
-    edit(tasks, "epochs = 3", "epochs = 3\nsave-every = 0")
+    edit(tasks, "epochs = 3", "epochs = 3\nsave-every-minutes = 0")
     break_off(monkeypatch, 5)
     with pytest.raises(Killed):
         consolidate.run(tasks)

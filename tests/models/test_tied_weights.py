@@ -292,7 +292,12 @@ def test_a_run_with_tied_weights_resumes_to_the_same_bytes(
     folder = stored_as("both", saved(tmp_path / "once", "bert"), "bert", tmp_path / "both")
     old, new = data(tmp_path, "bert", "old"), data(tmp_path, "bert", "new")
     fisher(folder, old)
-    options: dict[str, Any] = {"max_steps": 3, "batch_size": 4, "ewc_lambda": 10.0, "save_every": 0}
+    options: dict[str, Any] = {
+        "max_steps": 3,
+        "batch_size": 4,
+        "ewc_lambda": 10.0,
+        "save_every_minutes": 0,
+    }
     finetune(folder, new, output_dir=tmp_path / "whole", **options)
     break_off(monkeypatch, 2)
     with pytest.raises(Killed):

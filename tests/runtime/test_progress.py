@@ -12,7 +12,7 @@ from contextlib import suppress
 import pytest
 
 from consolidate.runtime import progress as module
-from consolidate.runtime.progress import progress
+from consolidate.runtime.progress import progress, seconds_of, show_progress, start_timing
 
 
 def shown(monkeypatch: pytest.MonkeyPatch) -> bytes:
@@ -38,6 +38,39 @@ def test_a_terminal_gets_a_bar_that_goes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert b"\rpassing:" in found
     assert found.endswith(b"\r")  # it was wiped
     assert not re.search(rb"\x1b\[[0-9;]*m", found)
+
+
+def test_nothing_is_shown_where_it_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_shown", True)
+    show_progress(False)
+    assert shown(monkeypatch) == b""
+    show_progress(True)
+    found = shown(monkeypatch).decode()
+    assert "0/3 [00:00<?, ? rows/s]" in found  # with the rate and the remaining time
+
+
+def test_the_seconds_of_a_phase_are_without_those_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    for _ in range(2):
+        start_timing()
+        assert seconds_of("training") == 0
+        passes(100)
+        with progress("training", 2, "steps"):
+            passes(1)
+            with progress("evaluating", 1, "rows", phase="evaluation"):
+                passes(10)
+            passes(2)
+        passes(100)
+        with suppress(KeyError), progress("evaluating", 1, "rows", phase="evaluation"):
+            passes(20)
+            raise KeyError
+        passes(100)
+        assert (seconds_of("training"), seconds_of("evaluation")) == (3, 30)
 
 
 def test_elsewhere_there_is_a_line_now_and_then(

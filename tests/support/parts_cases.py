@@ -25,7 +25,8 @@ from support.folders import contents
 from support.networks import Network
 from support.together import ended, started
 
-COMMON = "--model support.parts_cases:network --device cpu --save-every {every} --output-dir {out}"
+COMMON = "--model support.parts_cases:network --device cpu --output-dir {out} "
+COMMON += "--save-every-minutes {every}"
 FINETUNE = "finetune start --data new.npz --ewc-lambda 10 --epochs 2 --batch-size 6 "
 FINETUNE += "--gradient-accumulation-steps 2 --optimizer adam --learning-rate 0.01 --log-every 1 "
 FINETUNE += "--fisher-batch-size 2 --evaluate old=old.npz --evaluate-every 3 " + COMMON

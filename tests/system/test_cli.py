@@ -1,23 +1,32 @@
+import fcntl
 import json
 import os
+import pty
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+import click
 import pytest
 import torch
+import transformers
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from consolidate.cli import cli
 from consolidate.commands import show as show_command
+from consolidate.options import FinetuneOptions
 from formats.errors import InputError
-from support import loopback_hub
+from support import loopback_hub, tiny_models
 from support.command_line import MODEL, run
 from support.json_schema import SCHEMA
 
@@ -40,6 +49,9 @@ def test_fisher_finetune_evaluate_show_verify(
     assert code == 0
     result = json.loads(text)
     assert result["steps"] == 5
+    assert result["seconds"].keys() == {"training", "evaluation", "fisher"}
+    assert min(result["seconds"].values()) > 0
+    assert "seconds" not in (out / "fisher" / "fisher.json").read_text()
     assert "step 3 of 5: loss" in err
     assert "penalty" in err
     code, text, _ = run(capsys, "evaluate", out, "--data", f"old={old}", "--data", new, *MODEL)
@@ -52,7 +64,7 @@ def test_fisher_finetune_evaluate_show_verify(
     assert [layer["overlap"] for layer in layers] == pytest.approx([1.0] * len(layers))
     code, _, err = run(capsys, "show", out, "--overlap", out, "--markdown")
     assert code == 2
-    assert "--markdown prints the matrix alone" in err
+    assert "it prints the accuracy matrix alone" in err
     code, text, _ = run(capsys, "show", out)
     assert code == 0
     code, text, _ = run(capsys, "verify", out)
@@ -223,7 +235,9 @@ def test_a_fault_of_ours_leaves_with_1_and_says_so(
     monkeypatch.setattr(show_command, "show", show)
     code, out, err = run(capsys, "show", "a", "--json")
     assert (code, json.loads(out)["exit_code"]) == (1, 1)
-    assert err.startswith("error: IndexError: list index out of range (a fault of consolidate;")
+    assert err.startswith(
+        "error: IndexError: list index out of range (internal error, please report it"
+    )
 
 
 def test_a_process_of_a_pipeline_sees_plain_lines_and_is_asked_nothing(
@@ -414,9 +428,11 @@ def test_misspelt_variables_are_told_without_their_values(
     code, _, err = run(capsys, "verify", network_checkpoint)
     assert code == 3
     near, none = err.splitlines()[:2]
-    assert near.startswith("CONSOLIDATE_FINETUNE_EWC_LAMDA sets no option; the nearest is ")
-    assert near.endswith(" CONSOLIDATE_FINETUNE_EWC_LAMBDA")
-    assert none == "CONSOLIDATE_QUXQUUX sets no option"
+    assert near.startswith(
+        "the variable CONSOLIDATE_FINETUNE_EWC_LAMDA sets no option; did you mean "
+    )
+    assert near.endswith(" CONSOLIDATE_FINETUNE_EWC_LAMBDA?")
+    assert none == "the variable CONSOLIDATE_QUXQUUX sets no option"
     assert "MAX_EXAMPLES" not in err
     assert "secret" not in err
 
@@ -600,5 +616,161 @@ def test_a_file_beyond_the_limit_of_the_system_is_told_as_a_full_disk_is(
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400)),
     )
     assert done.returncode == InputError.exit_code, done.stderr
-    assert "a file is larger than may be written (ulimit -f)" in done.stderr
+    assert "the file exceeds the size limit (ulimit -f)" in done.stderr
     assert not (network_checkpoint / "fisher").exists()
+
+
+@pytest.mark.parametrize("columns", ["80", "100"])
+def test_the_options_that_everybody_uses_are_on_the_first_screen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, _ = run(capsys, "finetune", "--help")
+    first = out.splitlines()[:24]
+    shown = [line.split()[0] for line in first if line.startswith("  --")]
+    assert code == 0
+    assert "Common options:" in first
+    assert shown == [f"--{name.replace('_', '-')}" for name in FinetuneOptions.COMMON]
+    assert len(shown) == 10
+    assert max(map(len, out.splitlines())) < int(columns)
+
+
+def test_help_lists_every_option_once_under_its_heading(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, command in cli.commands.items():
+        _, out, _ = run(capsys, name, "--help")
+        sections = [part.splitlines() for part in re.split(r"\n\n(?=\S)", out)[1:]]
+        headings = [lines[0] for lines in sections]
+        assert len(headings) == len(set(headings))
+        assert headings[-1] == "Other options:"
+        listed = [
+            line.split()[0] for lines in sections for line in lines if line.startswith("  --")
+        ]
+        flags = [o.opts[0] for o in command.params if isinstance(o, click.Option)]
+        assert sorted(listed) == sorted(flags)
+
+
+def test_the_commands_are_listed_in_sections(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(capsys, "--help")
+    sections = dict(re.findall(r"^(\S.*):\n((?:  .*\n)+)", out, re.MULTILINE))
+    named = {
+        title: [line.split()[0] for line in text.splitlines() if line[2] != " "]
+        for title, text in sections.items()
+    }
+    assert named["Main commands"] == ["fisher", "finetune", "evaluate", "run"]
+    assert named["Inspect"] == ["show", "report", "verify"]
+    assert named["Combine and publish"] == ["merge", "push"]
+    assert "..." not in "".join(out.splitlines()[1:])  # no sentence is cut
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("consolidate fine", ["plain,finetune"]),
+        ("consolidate finetune --evaluate-", ["plain,--evaluate-every"]),
+        ("consolidate finetune my-model --penalty ", ["plain,ewc", "plain,l2", "plain,none"]),
+        ("consolidate finetune my-model --data dat", ["file,dat"]),
+        ("consolidate verify my-mo", ["file,my-mo"]),
+        ("consolidate show --config ", ["file,"]),
+    ],
+)
+def test_the_shell_completes_without_torch(words: str, expected: list[str]) -> None:
+    script = (
+        "import sys\n"
+        "from consolidate.cli import main\n"
+        "try:\n"
+        "    main([])\n"
+        "finally:\n"
+        "    print(sorted({'torch', 'numpy', 'huggingface_hub'} & {*sys.modules}))\n"
+    )
+    count = len(words.split(" ")) - 1
+    asked = {"_CONSOLIDATE_COMPLETE": "bash_complete", "COMP_WORDS": words}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **asked, "COMP_CWORD": str(count)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [*expected, "[]"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_has_a_script(shell: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "consolidate"],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "_CONSOLIDATE_COMPLETE": f"{shell}_source",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"_CONSOLIDATE_COMPLETE={shell}_complete" in done.stdout
+
+
+def test_quiet_prints_warnings_and_errors_only(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # so that it is as it was at the end
+    words = ("finetune", network_checkpoint, "--data", write_task("new"), *MODEL)
+    words += ("--penalty", "none", "--max-steps", 2, "--log-every", 1)
+    code, loud, err = run(capsys, *words, "--output-dir", tmp_path / "a")
+    assert (code, "step 1 of 2" in err) == (0, True)
+    code, quiet, err = run(capsys, *words, "--output-dir", tmp_path / "b", "--quiet")
+    assert (code, err) == (0, "")
+    assert quiet == loud.replace(str(tmp_path / "a"), str(tmp_path / "b"))
+    monkeypatch.setenv("CONSOLIDATE_FINETUNE_EWC_LAMDA", "1")
+    code, out, err = run(capsys, *words, "--output-dir", tmp_path / "b", "--quiet", "--seed", 1)
+    assert (code, out) == (InputError.exit_code, "")
+    assert [line.split(":")[0] for line in err.splitlines()][-1] == "error"
+    assert "CONSOLIDATE_FINETUNE_EWC_LAMDA sets no option" in err
+    _, _, err = run(capsys, *words, "--output-dir", tmp_path / "c")
+    assert "step 1 of 2" in err  # it is not quiet from then on
+
+
+def on_a_terminal(folder: Path, *words: object) -> tuple[int, str]:
+    """Run a command whose stderr is a terminal of 80 columns; give exit code and stderr."""
+    above, below = pty.openpty()
+    fcntl.ioctl(below, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "consolidate", *map(str, words)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=below,
+    )
+    os.close(below)
+    found = b""
+    with suppress(OSError):  # the end
+        while read := os.read(above, 65536):
+            found += read
+    os.close(above)
+    return process.wait(), found.decode()
+
+
+@pytest.mark.slow
+def test_a_terminal_gets_our_bars_and_none_of_a_library(tmp_path: Path) -> None:
+    config = tiny_models.bert_config(num_labels=2)
+    tokenizer = tiny_models.word_tokenizer()
+    tiny_models.save(
+        tmp_path / "start", transformers.BertForSequenceClassification, config, tokenizer
+    )
+    texts = tiny_models.CORPUS * 4
+    Dataset.from_dict({"text": texts, "label": [0, 1] * 10}).to_parquet(tmp_path / "a.parquet")
+    words = ("finetune", "start", "--data", "a.parquet", "--penalty", "none", "--output-dir")
+    code, err = on_a_terminal(tmp_path, *words, "out", "--evaluate", "a=a.parquet")
+    bars = re.findall(r"(?:^|[\r\n])(?:\x1b\[A)?([^\r\n]*?): +\d+%\|", err)
+    assert (code, list(dict.fromkeys(bars))) == (0, ["evaluating", "training", "Fisher of a"]), err
+    assert err.count("%|") == len(bars)
+    assert on_a_terminal(tmp_path, *words, "quiet", "--quiet") == (0, "")

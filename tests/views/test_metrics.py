@@ -71,7 +71,7 @@ def test_the_numbers_of_fisher_evaluate_and_run(
     words = ("fisher", network_checkpoint, "--data", "a.npz", *MODEL, "--metrics", "m.json")
     code, _, err = run(capsys, *words, "--dry-run")
     assert code == 0
-    assert "a dry run measures nothing: no m.json was written" in err
+    assert "m.json was not written: a dry run measures nothing" in err
     assert not file.exists()
     assert run(capsys, *words)[0] == 0
     numbers = read(file)
