@@ -163,6 +163,7 @@ def finetune(
     lora_rank: int | None = None,
     lora_targets: Sequence[str] = (),
     lora_alpha: float | None = None,
+    interpolate: float | str | None = None,
     task: str | None = None,
     objective: str | None = None,
     model: str | None = None,
@@ -247,6 +248,10 @@ def finetune(
         lora_targets: Layers that get one, such as '*.q_proj' or q_proj. By default those that peft
             has for the architecture.
         lora_alpha: α of s = α/R; R by default, so that s = 1.
+        interpolate: α: save the weights μ + α (θ − μ) between the start μ and the trained θ, and
+            measure them and their Fisher. auto: try 0.1, 0.2, …, 1 on held-out data, and take the α
+            of the best mean score where `validation` has old tasks, else the smallest that keeps
+            95% of what the new task gains.
         task: Name of the task; that of the data by default.
         objective: What is predicted; the architecture's own by default. One of sequence-
             classification, multi-label, token-classification, regression, causal-lm, masked-lm,

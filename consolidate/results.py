@@ -165,6 +165,47 @@ class LambdaSearch(TypedDict):
     cost: SearchCost
 
 
+class AlphaTrial(TypedDict):
+    """The weights at one α, between the start of a training and its end."""
+
+    alpha: float
+    metrics: Annotated[Evaluations | None, about("null: the loss is not finite.")]
+    forgetting: float | None
+    mean: float | None
+    chosen: bool
+
+
+class AlphaSearch(TypedDict):
+    """How α was chosen: what was measured at each."""
+
+    alpha: Annotated[float, about("What was chosen.")]
+    rule: Annotated[
+        str,
+        one_of("best-mean", "kept-gain"),
+        about("kept-gain: the smallest α that keeps 95% of what the new task gains."),
+    ]
+    measured: str
+    new_task: str
+    old_tasks: list[str]
+    before: Evaluations
+    trials: list[AlphaTrial]
+
+
+class CurvePoint(TypedDict):
+    """The score on each task at one α; at 0 before training."""
+
+    alpha: float
+    scores: dict[str, float]
+
+
+class Interpolation(TypedDict):
+    """Where the weights are between the start of a training and its end."""
+
+    alpha: Annotated[float, about("From 0, the start, to 1, what was trained.", ge=0, le=1)]
+    method: Annotated[str, one_of("plain", "fisher")]
+    curve: Annotated[list[CurvePoint], about("What α was chosen by; empty where it was given.")]
+
+
 class TrainingStep(TypedDict):
     """What one optimizer step reported."""
 
@@ -191,6 +232,7 @@ class Finetuned(_Of):
         Annotated[str, one_of("frozen", "update")] | None,
         about("What became of running statistics; null where the model keeps none."),
     ]
+    interpolation: Interpolation | None
     metrics: Times
     fisher: FinetuneFisher
 
@@ -216,6 +258,7 @@ class FinetuneDone(Finetuned):
     share_moved: Annotated[float, about("Of the weights, from 0 to 1.", ge=0, le=1)]
     history: list[TrainingStep]
     lambda_search: NotRequired[LambdaSearch]
+    alpha_search: NotRequired[AlphaSearch]
 
 
 FinetuneResult = FinetuneDone | FinetuneCached
@@ -305,6 +348,7 @@ class Task(TypedDict):
     penalty: str | None
     penalty_on: PenaltyOn
     parent: str | None
+    interpolation: Interpolation | None
     made_from: Annotated[str | None, about("Digest of all that the result depended on.")]
     metrics: Times
 

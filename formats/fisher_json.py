@@ -287,9 +287,9 @@ def _to_ledger(content: Any, source: str) -> Ledger:
         if "generated" in task:
             _check_fields(task["generated"], Generated, version, source, f"{place}.generated")
         if "interpolation" in task:
-            where, found = f"{place}.interpolation", task["interpolation"]
-            _check_fields(found, Interpolation, version, source, where)
-            for j, point in enumerate(found["curve"]):
+            where, way = f"{place}.interpolation", task["interpolation"]
+            _check_fields(way, Interpolation, version, source, where)
+            for j, point in enumerate(way["curve"]):
                 _check_fields(point, CurvePoint, version, source, f"{where}.curve[{j}]")
         for name, layer in task["layers"].items():
             _check_fields(layer, LayerRecord, version, source, f"{place}.layers[{shown(name)}]")

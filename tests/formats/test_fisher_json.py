@@ -386,13 +386,18 @@ DAMAGE_2 = {
     "a missing field of generation": (changed("tasks/0/generated/prompts", KeyError), "is missing"),
     "no share": (changed("tasks/0/generated/top_p", 0), r"top_p: expected a number > 0"),
     "an unknown field of interpolation": (
-        changed("tasks/1/interpolation/beta", 1), r"interpolation: .* has no field 'beta'"
+        changed("tasks/1/interpolation/beta", 1),
+        r"interpolation: .* has no field 'beta'",
     ),
     "an unknown field of a curve": (
-        changed("tasks/1/interpolation/curve/0/x", 1), r"curve\[0\]: .* has no field 'x'"
+        changed("tasks/1/interpolation/curve/0/x", 1),
+        r"curve\[0\]: .* has no field 'x'",
     ),
     "another interpolation": (changed("tasks/1/interpolation/method", "x"), "plain or fisher"),
-    "beyond the end": (changed("tasks/1/interpolation/alpha", 1.5), "alpha: expected a number <= 1"),
+    "beyond the end": (
+        changed("tasks/1/interpolation/alpha", 1.5),
+        "alpha: expected a number <= 1",
+    ),
     "interpolation without training": (
         changed("tasks/0/interpolation", {"alpha": 1.0, "method": "plain", "curve": []}),
         r"tasks\[0\]\.interpolation: the task was only measured",
