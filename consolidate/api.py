@@ -193,6 +193,7 @@ def finetune(
     penalty_dtype: torch.dtype | str | None = None,
     penalty_device: str | None = None,
     penalty_on: str | None = None,
+    interpolate: float | str | None = None,
     fisher_estimator: str | None = None,
     fisher_mc_samples: int | None = None,
     fisher_max_outcomes: int | None = None,
@@ -286,6 +287,10 @@ def finetune(
         penalty_on: What to penalize if an adapter is trained. adapter: its parameters, by their own
             Fisher; merged: W + s·B·A, by the Fisher of the whole weights. (default: adapter for an
             adapter with a Fisher, else merged)
+        interpolate: α: save the weights μ + α (θ − μ) between the start μ and the trained θ, and
+            measure them and their Fisher. auto: try 0.1, 0.2, …, 1 on held-out data, and take the α
+            of the best mean score where `validation` has old tasks, else the smallest that keeps
+            95% of what the new task gains.
         fisher_estimator: Labels the Fisher is an expectation over: all of them (exact), sampled
             from the model (mc), the data's own (empirical), or sampled and squared per batch
             (batched). (default: exact up to 16 outcomes, else mc)

@@ -39,6 +39,14 @@ def read_lambda(text: str) -> Any:
     return found if len(found) > 1 else found[0]
 
 
+def read_alpha(text: str) -> float | str:
+    """Read α as it was typed."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise ValueError("expected a number from 0 to 1, or auto") from None
+
+
 def read_weight(text: str) -> float | str:
     """Read a task's weight as typed."""
     try:
@@ -384,6 +392,24 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Interpolating:
+    """How far the weights go from the start to what was trained."""
+
+    interpolate: float | str | None = option(
+        None,
+        "α: save the weights μ + α (θ − μ) between the start μ and the trained θ, and measure them "
+        "and their Fisher. auto: try 0.1, 0.2, …, 1 on held-out data, and take the α of the best "
+        "mean score where --validation has old tasks, else the smallest that keeps 95% of what "
+        "the new task gains.",
+        metavar="X|auto",
+        choices=("auto",),
+        least=0,
+        most=1,
+        typed=read_alpha,
+    )
+
+
+@dataclass(frozen=True)
 class Head:
     """What becomes of the output layer."""
 
@@ -589,6 +615,7 @@ class FinetuneOptions:
     recipe: Recipe = part(Recipe())
     search: Search = part(Search())
     penalty: PenaltyOptions = part(PenaltyOptions())
+    interpolating: Interpolating = part(Interpolating())
     estimation: Estimation = part(Estimation(batch_size=None), prefix="fisher_")
     merging: Merging = part(Merging())
     head: Head = part(Head())

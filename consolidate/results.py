@@ -164,6 +164,47 @@ class LambdaSearch(TypedDict):
     cost: SearchCost
 
 
+class AlphaTrial(TypedDict):
+    """The weights at one α, between the start of a training and its end."""
+
+    alpha: float
+    metrics: Annotated[Evaluations | None, about("null: the loss is not finite.")]
+    forgetting: float | None
+    mean: float | None
+    chosen: bool
+
+
+class AlphaSearch(TypedDict):
+    """How α was chosen: what was measured at each."""
+
+    alpha: Annotated[float, about("What was chosen.")]
+    rule: Annotated[
+        str,
+        one_of("best-mean", "kept-gain"),
+        about("kept-gain: the smallest α that keeps 95% of what the new task gains."),
+    ]
+    measured: str
+    new_task: str
+    old_tasks: list[str]
+    before: Evaluations
+    trials: list[AlphaTrial]
+
+
+class CurvePoint(TypedDict):
+    """The score on each task at one α; at 0 before training."""
+
+    alpha: float
+    scores: dict[str, float]
+
+
+class Interpolation(TypedDict):
+    """Where the weights are between the start of a training and its end."""
+
+    alpha: Annotated[float, about("From 0, the start, to 1, what was trained.", ge=0, le=1)]
+    method: Annotated[str, one_of("plain", "fisher")]
+    curve: Annotated[list[CurvePoint], about("What α was chosen by; empty where it was given.")]
+
+
 class TrainingStep(TypedDict):
     """What one optimizer step reported."""
 
@@ -198,6 +239,7 @@ class Finetuned(_Of):
         Annotated[str, one_of("frozen", "update")] | None,
         about("What happened to running statistics; null if the model has none."),
     ]
+    interpolation: Interpolation | None
     metrics: Times
     fisher: FinetuneFisher
 
@@ -224,6 +266,7 @@ class FinetuneDone(Finetuned):
     seconds: PhaseSeconds
     history: list[TrainingStep]
     lambda_search: NotRequired[LambdaSearch]
+    alpha_search: NotRequired[AlphaSearch]
 
 
 FinetuneResult = FinetuneDone | FinetuneCached
@@ -313,6 +356,7 @@ class Task(TypedDict):
     penalty: str | None
     penalty_on: PenaltyOn
     parent: str | None
+    interpolation: Interpolation | None
     made_from: Annotated[str | None, about("Digest of everything that the result depends on.")]
     metrics: Times
 

@@ -28,7 +28,7 @@ SAME_AS = "the same tensor as "
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SETS = ("weights", "fisher", "anchor", "factors")
-_SECOND = ("factors", "blocks", "generated", "description")
+_SECOND = ("factors", "blocks", "generated", "interpolation", "description")
 _ABSENT = ("penalty_on", "parent", "made_from", "base", *_SECOND)
 """Fields that are left out of a file where they are None; all others are always present."""
 
@@ -81,6 +81,23 @@ class Generated:
 
 
 @dataclass
+class CurvePoint:
+    """The score on each task at one α."""
+
+    alpha: Share
+    scores: dict[Text, Number]
+
+
+@dataclass
+class Interpolation:
+    """How far the weights go from the start of a training to its end, and what α was chosen by."""
+
+    alpha: Share
+    method: Annotated[str, _one_of("plain", "fisher")]
+    curve: list[CurvePoint]  # empty where α was given
+
+
+@dataclass
 class TaskRecord:
     """One task of the ledger; `docs/reference/format.md` gives every field's meaning and range."""
 
@@ -102,6 +119,7 @@ class TaskRecord:
     penalty: Text | None = None
     penalty_on: Annotated[str, _one_of("adapter", "merged")] | None = None
     parent: Hex | None = None
+    interpolation: Interpolation | None = None
     made_from: Hex | None = None
     description: dict[str, Any] | None = None
     metrics: dict[When, dict[Text, dict[Text, Number]]] = field(default_factory=dict)
@@ -269,6 +287,11 @@ def _to_ledger(content: Any, source: str) -> Ledger:
         _check_fields(task, TaskRecord, version, source, place)
         if "generated" in task:
             _check_fields(task["generated"], Generated, version, source, f"{place}.generated")
+        if "interpolation" in task:
+            where, way = f"{place}.interpolation", task["interpolation"]
+            _check_fields(way, Interpolation, version, source, where)
+            for j, point in enumerate(way["curve"]):
+                _check_fields(point, CurvePoint, version, source, f"{where}.curve[{j}]")
         for name, layer in task["layers"].items():
             _check_fields(layer, LayerRecord, version, source, f"{place}.layers[{shown(name)}]")
     found: dict[str, Any] = {
@@ -349,6 +372,8 @@ def _faults(ledger: Ledger) -> Iterator[str]:
                 f"$.tasks[{i}]: expected null for all of estimator, examples and units or for none;"
                 " a task without them has a penalty, no mc_samples and no layers"
             )
+        if task.interpolation is not None and task.penalty is None:
+            yield f"$.tasks[{i}].interpolation: the task was only measured, there is no training"
         yield from _faults_of_description(task, f"$.tasks[{i}].description")
     yield from _faults_of_description(ledger, "$.description")
     for name, head in ledger.heads.items():

@@ -19,6 +19,7 @@ from formats.digest import TensorRecord, dtype_name, set_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import StoredFisher
 from formats.fisher_json import (
+    Interpolation,
     LayerRecord,
     Ledger,
     TaskRecord,
@@ -38,6 +39,7 @@ class Training:
     penalty_on: str | None = None
     parent: str | None = None  # set digest of the weights that training began from
     metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    interpolation: Interpolation | None = None
 
 
 @dataclass(frozen=True)

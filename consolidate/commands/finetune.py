@@ -16,17 +16,19 @@ from consolidate.chain.output import failed_folder, output_bytes
 from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.chain.tasks import Training, add_task
 from consolidate.chain.up_to_date import cached, recorded_fisher
+from consolidate.commands.finetune_interpolation import Interpolator
 from consolidate.commands.finetune_plan import Plan, check_options, plan_finetune
 from consolidate.commands.finetune_run import (
+    UNMOVED,
     Trained,
     descend,
     kept_of,
     run_length,
-    take_stored_values,
     train,
 )
 from consolidate.commands.finetune_search import Subject, search_lambda
 from consolidate.commands.finetune_start import Start, load_start
+from consolidate.commands.finetune_weights import take_stored_values
 from consolidate.commands.measurement import (
     fisher_summary,
     kept_work,
@@ -37,7 +39,7 @@ from consolidate.commands.measurement import (
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.model import config_of, file_weights
-from consolidate.options import FinetuneOptions
+from consolidate.options import Estimation, FinetuneOptions
 from consolidate.results import (
     FinetuneCached,
     Finetuned,
@@ -47,6 +49,7 @@ from consolidate.results import (
     MeasuredFisher,
     TrainingStep,
 )
+from consolidate.results import Interpolation as InterpolationResult
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import (
     all_processes,
@@ -110,12 +113,10 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
             LOG.info("%s is what this starts from: it will be replaced", plan.target)
         found = work.start()
         start = load_start(plan, cut)
-        measuring = options.estimation
-        batch_size = measuring.batch_size or plan.recipe.batch_size
-        measuring = replace(measuring, batch_size=batch_size)
-        estimation = settled_estimation(measuring, start.model, start.examples, prefix="fisher-")
+        estimation = _estimation(plan, start)
         statistics = _running_statistics(plan, start)
         search = _searched(plan, start, work, found)
+        moving = _interpolator(plan, start, found)
         beside = {"search": search}
         start_timing()
         try:
@@ -125,7 +126,8 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
                 plan.target,
                 work=work,
                 found=found,
-                beside=beside,
+                search=search,
+                interpolator=moving,
                 group=group,
                 on_step=options.on_step,
             )
@@ -136,7 +138,8 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         target = failed_folder(plan.target) if forgotten else plan.target
         # The output may replace the source, so all that is read from there comes before it.
         started_from = set_digest(plan.opened.records)
-        kept = KeptPass(work, found, *kept_of(start.model, trained, beside))
+        found = None if found is not None and UNMOVED in found.state else found
+        kept = KeptPass(work, found, *kept_of(start.model, trained))
         with _saving_what_was_learned(work, kept):
             task, seed = plan.opened.task, plan.recipe.seed
             diagonal = measure_fisher(
@@ -144,11 +147,14 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
             )
             result = None
             if is_first(group):
-                result = _write(plan, start, trained, diagonal, target, started_from, statistics)
+                training = _training(plan, start, trained, started_from, moving)
+                result = _write(plan, start, trained, diagonal, target, training, statistics)
             result = from_first(result, group)
         work.remove()
     if search is not None:
         result["lambda_search"] = search
+    if moving is not None and (chosen := moving.search()) is not None:
+        result["alpha_search"] = chosen
     if forgotten and is_first(group):
         raise _too_much(forgotten, options, result)
     return result
@@ -169,6 +175,7 @@ def _known(
 ) -> Finetuned:
     """Report what is known of a fine-tuning, whenever it was done."""
     task = ledger.tasks[-1]
+    between = task.interpolation
     return {
         "checkpoint": str(target),
         "commits": plan.opened.commits(),
@@ -176,9 +183,17 @@ def _known(
         "penalty_on": task.penalty_on,
         "ewc_lambda": task.ewc_lambda,
         "norm_statistics": statistics,
+        "interpolation": None if between is None else cast(InterpolationResult, asdict(between)),
         "metrics": task.metrics,
         "fisher": {"folder": str(target / "fisher"), **fisher},
     }
+
+
+def _estimation(plan: Plan, start: Start) -> Estimation:
+    """Settle how the new task's Fisher is measured."""
+    asked = plan.options.estimation
+    asked = replace(asked, batch_size=asked.batch_size or plan.recipe.batch_size)
+    return settled_estimation(asked, start.model, start.examples, prefix="fisher-")
 
 
 def _running_statistics(plan: Plan, start: Start) -> str | None:
@@ -238,6 +253,14 @@ def _searched(
     if plot is not None and is_first(work.group):
         write_picture(Path(plot), search_charts(search))
     return search
+
+
+def _interpolator(plan: Plan, start: Start, found: StoredWork | None) -> Interpolator | None:
+    """Prepare to interpolate, from where that was interrupted; None where it was not asked for."""
+    if plan.interpolation is None:
+        return None
+    state = None if found is None else found.state.get("interpolation")
+    return Interpolator(plan.interpolation, start, plan.recipe, all_processes(), state)
 
 
 def _subject(plan: Plan, start: Start) -> Subject:
@@ -300,19 +323,28 @@ def _saving_what_was_learned(work: KeptWork, kept: KeptPass) -> Iterator[None]:
         raise
 
 
+def _training(
+    plan: Plan, start: Start, trained: Trained, parent: str, moving: Interpolator | None
+) -> Training:
+    """Say for the ledger how the task was learned, from the weights with the digest `parent`."""
+    ewc_lambda = None if start.penalty is None else float(start.penalty.ewc_lambda)
+    kind, on = plan.options.penalty.penalty, plan.opened.penalty_on
+    between = None if moving is None else moving.record()
+    return Training(ewc_lambda, kind, on, parent, trained.metrics, between)
+
+
 def _write(
     plan: Plan,
     start: Start,
     trained: Trained,
     diagonal: FisherDiagonal,
     target: Path,
-    started_from: str,
+    training: Training,
     statistics: str | None,
 ) -> FinetuneDone:
     """Merge the new task's Fisher, write the checkpoint, and report what was done."""
     opened, options, loaded = plan.opened, plan.options, start.model
     log_notes(loaded, start.examples, diagonal)
-    ewc_lambda = None if start.penalty is None else float(start.penalty.ewc_lambda)
     digests = options.saving.data_digest
     merged, anchor, ledger = add_task(
         start.before,
@@ -323,9 +355,7 @@ def _write(
         data=opened.rows.name,
         data_digest=opened.rows.digest() if digests else None,
         made_from=plan.made_from() if digests else None,
-        training=Training(
-            ewc_lambda, options.penalty.penalty, opened.penalty_on, started_from, trained.metrics
-        ),
+        training=training,
         merging=opened.merging,
     )
     once = Overlaid(trained.weights, without=loaded.layout.duplicates)

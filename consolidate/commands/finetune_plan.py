@@ -11,7 +11,7 @@ from consolidate.chain.output import check_output, failed_folder
 from consolidate.chain.tasks import settled_merging, task_name
 from consolidate.chain.up_to_date import Output, find_output
 from consolidate.commands.finetune_search import Plan as SearchPlan
-from consolidate.commands.finetune_search import plan_search
+from consolidate.commands.finetune_search import check_held_out, plan_search
 from consolidate.data.columns import columns_of
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import Lora
@@ -47,6 +47,15 @@ class Opened(Inputs):
 
 
 @dataclass(frozen=True)
+class InterpolationPlan:
+    """How far the weights go from the start to what was trained."""
+
+    alpha: float | None  # None: chosen on held-out data
+    new: str
+    old: list[str]  # tasks of the ledger with held-out data
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will do, after every refusal that needs no model."""
 
@@ -56,6 +65,7 @@ class Plan:
     evaluate: dict[str, str | Path]
     validation: dict[str, str | Path]
     search: SearchPlan | None
+    interpolation: InterpolationPlan | None
     lora: Lora | None
     there: Output | None  # what stands at the target and says what it was made from
 
@@ -125,10 +135,20 @@ def check_options(options: FinetuneOptions) -> None:
     if is_search(options):
         if options.parameters.shard:
             raise UsageError("--shard takes one --ewc-lambda: look for it without")
-    elif search.validation or search.select or search.search_plot:
+    elif search.select or search.search_plot:
         raise UsageError(
-            "--validation, --select and --search-plot are for a search: give several numbers with "
-            "commas, or auto, as --ewc-lambda"
+            "--select and --search-plot are for a search: give several numbers with commas, or "
+            "auto, as --ewc-lambda"
+        )
+    elif search.validation and options.interpolating.interpolate != "auto":
+        raise UsageError(
+            "--validation is for a search: give several numbers with commas, or auto, as "
+            "--ewc-lambda, or --interpolate auto"
+        )
+    if options.interpolating.interpolate is not None and options.parameters.shard:
+        raise UsageError(
+            "--interpolate cannot be combined with --shard, where no process has whole weights: "
+            "leave one of them out"
         )
 
 
@@ -162,20 +182,28 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
         statistics = default_statistics(options.penalty.penalty, old=something_old)
         recipe = replace(recipe, norm_statistics=statistics)
     validation, max_forgetting = dict(options.search.validation or {}), options.gate.max_forgetting
-    search = None
+    search, interpolation = None, _plan_interpolation(options, opened)
     if is_search(options):
         search = plan_search(
-            options.search,
-            max_forgetting=max_forgetting,
-            other_data=[options.data, *evaluate.values()],
-            new=opened.task,
-            ledger=old,
+            options.search, max_forgetting=max_forgetting, new=opened.task, ledger=old
         )
-        if max_forgetting is not None and not set(old) & set(evaluate):
-            evaluate |= {name: validation[name] for name in search.old}
+    others = [options.data, *evaluate.values()]
+    check_held_out(validation, other_data=others, new=opened.task, ledger=old)
     if max_forgetting is not None:
+        if not set(old) & set(evaluate):
+            evaluate |= {name: validation[name] for name in old if name in validation}
         check_gate(old, evaluate)
-    return Plan(options, opened, recipe, evaluate, validation, search, lora, there)
+    return Plan(options, opened, recipe, evaluate, validation, search, interpolation, lora, there)
+
+
+def _plan_interpolation(options: FinetuneOptions, opened: Opened) -> InterpolationPlan | None:
+    """Plan which α is taken, or how it is chosen; None where nothing is interpolated."""
+    alpha = options.interpolating.interpolate
+    if alpha is None:
+        return None
+    held_out = options.search.validation or {}
+    old = [name for name in opened.old_tasks if name in held_out]
+    return InterpolationPlan(None if isinstance(alpha, str) else alpha, opened.task, old)
 
 
 def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> Opened:

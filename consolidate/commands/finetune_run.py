@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +13,18 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.resume import KeptTraining, KeptWork
+from consolidate.commands.finetune_weights import stored_weights, take_stored_values
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.examples import subset
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.lora import end_adapting
-from consolidate.models.model import Model, file_weights
+from consolidate.models.model import Model
 from consolidate.options import Recipe
+from consolidate.results import LambdaSearch
 from consolidate.runtime import signals
-from consolidate.runtime.distributed import from_first, is_first, place_in, shares
+from consolidate.runtime.distributed import from_first, place_in, shares
 from consolidate.runtime.progress import progress
-from consolidate.runtime.shards import is_sharded, local
+from consolidate.runtime.shards import is_sharded
 from consolidate.training.loop import (
     Step,
     data_order,
@@ -33,14 +35,17 @@ from consolidate.training.loop import (
 )
 from consolidate.training.state import Descent, load_trained, trained_tensors
 from formats.checkpoint import check_finite
-from formats.errors import InputError, NonFiniteError, UsageError
+from formats.errors import NonFiniteError, UsageError
 from formats.partial_work import StoredWork
-from formats.tensors import dtype_of
 
 if TYPE_CHECKING:
+    from consolidate.commands.finetune_interpolation import Interpolator
     from consolidate.commands.finetune_start import Start
 
 LOG = logging.getLogger("consolidate")
+
+UNMOVED = "before interpolation"
+"""Marks what was kept after the last step, while α was chosen."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Trained:
     weights: Mapping[str, Tensor]  # by the names of the weights file, as they will be stored
     steps: list[Step]
     metrics: dict[str, dict[str, dict[str, float]]]
+    beside: Mapping[str, Any]  # what is kept with it, JSON-ready
 
 
 def _take_metrics(
@@ -89,45 +95,62 @@ def train(
     *,
     work: KeptWork,
     found: StoredWork | None,
-    beside: Mapping[str, Any],
+    search: LambdaSearch | None,
+    interpolator: "Interpolator | None" = None,
     group: ProcessGroup | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Trained:
     """Train from the model's present weights, and give it the weights as they will be stored.
 
-    `beside` is JSON-ready, and kept with the training; `target` is the weights' name in a message.
+    `search` is kept with the training; `target` is the weights' name in a message.
     """
     model = start.model
-    metrics = {} if found is None else dict(found.state.get("metrics", {}))
-    beside = {**beside, "metrics": metrics}
+    state = {} if found is None else found.state
+    metrics = dict(state.get("metrics", {}))
+    beside: dict[str, Any] = {"search": search, "metrics": metrics}
+    if interpolator is not None:
+        beside["interpolation"] = interpolator.state
     take_metrics = partial(_take_metrics, start, recipe.batch_size, group, metrics)
-    if found is not None and "trained" in found.state:
+    if found is not None and "trained" in state:
         _merge_adapter(start)
-        steps = load_trained(model.module, found.tensors)
-        LOG.info("going on after the last of %d steps", len(steps))
-        weights, mark = stored_weights(model, group), str(found.state["trained"])
+        steps, mark = load_trained(model.module, found.tensors), str(state["trained"])
+        LOG.info("resuming after the last of %d steps", len(steps))
     else:
         take_metrics("before")
+        if interpolator is not None:
+            interpolator.measure_start()
+            start = replace(start, examples=interpolator.examples)
         kept = KeptTraining(work, found, beside)
         steps = descend(start, recipe, take_metrics, group, kept, on_step)
         _merge_adapter(start)
-        weights = stored_weights(model, group)
-        try:
-            check_finite(weights, target)
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                f"training diverged: {error}; lower --learning-rate or --ewc-lambda"
-            ) from None
-        take_stored_values(model, weights)
         mark = from_first(secrets.token_hex(8), group)
-    trained = Trained(mark, weights, steps, metrics)
+    if "trained" not in state or UNMOVED in state:
+        if interpolator is not None:
+            ended = Trained(mark, {}, steps, metrics, {**beside, UNMOVED: True})
+            interpolator.apply(work, *kept_of(model, ended))
+            mark = from_first(secrets.token_hex(8), group)
+        _take_finite_values(model, target, group)
+    weights = stored_weights(model, group)
+    trained = Trained(mark, weights, steps, metrics, beside)
     try:
         take_metrics("after")
     except signals.STOPS as stop:
         if work.can_keep(stop):
-            work.keep(*kept_of(model, trained, beside), "training")
+            work.keep(*kept_of(model, trained), "training")
         raise
     return trained
+
+
+def _take_finite_values(model: Model, target: Path, group: ProcessGroup | None) -> None:
+    """Give the model its values as they will be stored, and refuse those that are not finite."""
+    weights = stored_weights(model, group)
+    try:
+        check_finite(weights, target)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"training diverged: {error}; lower --learning-rate or --ewc-lambda"
+        ) from None
+    take_stored_values(model, weights)
 
 
 def _merge_adapter(start: "Start") -> None:
@@ -135,12 +158,9 @@ def _merge_adapter(start: "Start") -> None:
         end_adapting(start.model, start.frozen, start.with_heads.values())
 
 
-def kept_of(
-    model: Model, trained: Trained, beside: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Give what is kept of a training that has ended, tensors and JSON, and what is kept beside."""
-    tensors = trained_tensors(model.module, trained.steps)
-    return tensors, {**beside, "metrics": trained.metrics, "trained": trained.mark}
+def kept_of(model: Model, trained: Trained) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Give what is kept of a training that has ended, tensors and JSON."""
+    return trained_tensors(model.module, trained.steps), {**trained.beside, "trained": trained.mark}
 
 
 def descend(
@@ -162,7 +182,7 @@ def descend(
     steps, kept = descent.steps, kept or KeptTraining()
     with seeded(recipe.seed, group), signals.waiting(kept.work is not None):
         if kept.load(descent):
-            LOG.info("going on from step %d of %d", len(steps), total)
+            LOG.info("resuming from step %d of %d", len(steps), total)
         with progress("training", total, "steps", before=len(steps)) as advance:
             if _is_measured(len(steps), total, recipe):
                 with kept.keeping_if_stopped(descent):
@@ -262,43 +282,3 @@ def run_length(count: int, recipe: Recipe, group: ProcessGroup | None = None) ->
         epochs = 1 if most is None else -(-most // per_epoch)
     total = epochs * per_epoch
     return total if most is None else min(total, most)
-
-
-def stored_weights(model: Model, group: ProcessGroup | None) -> Mapping[str, Tensor]:
-    """Give the module's present values as the weights file's tensors, by file name.
-
-    Of a model in shards the first process has them all on the CPU, the others have none.
-    """
-    weights = file_weights(model)
-    if not is_sharded(model.module):
-        return weights
-    gathered = {}
-    for name in weights:
-        values = weights[name]
-        if is_first(group):
-            gathered[name] = values.cpu()
-    return gathered
-
-
-@torch.no_grad()
-def take_stored_values(model: Model, stored: Mapping[str, Tensor]) -> None:
-    """Give the module the values as they are stored: F is measured at exactly these.
-
-    A model in shards is rounded where it is, and `stored` not looked at.
-    """
-    state, sharded = model.module.state_dict(), is_sharded(model.module)
-    for group in model.layout.groups:  # one at a time, as each may have to be made
-        if not sharded:
-            parts = {name: stored[name] for name in group.file_names}
-            for name, values in model.layout.to_module(parts).items():
-                state[name].copy_(values)
-            continue
-        dtype, *others = {dtype_of(model.checkpoint.weights, name) for name in group.file_names}
-        if others:
-            raise InputError(
-                f"{group.file_names[0]} and others of other dtypes are one tensor in the model, "
-                "which --shard cannot round alike: store them in one dtype"
-            )
-        for name in group.module_names:
-            values = local(state[name])
-            values.copy_(values.to(dtype))

@@ -64,22 +64,27 @@ class Subject:
 
 
 def plan_search(
-    asked: Search,
-    *,
-    max_forgetting: float | None,
-    other_data: Collection[str | Path],
-    new: str,
-    ledger: Sequence[str],
+    asked: Search, *, max_forgetting: float | None, new: str, ledger: Sequence[str]
 ) -> Plan:
-    """Refuse what would fail later or would choose by data that it should not see.
-
-    `ledger` are the old tasks, and `other_data` what is trained on and evaluated on.
-    """
+    """Refuse what would fail later; `ledger` are the old tasks."""
     strengths: Any = asked.ewc_lambda
     validation = asked.validation or {}
     rule = choose_rule(
         asked.select, old=ledger, validation=validation, max_forgetting=max_forgetting
     )
+    if asked.search_plot is not None:
+        check_picture("--search-plot", Path(asked.search_plot), (".png", ".svg", ".pdf"))
+    return Plan(strengths, rule, max_forgetting, new, [n for n in ledger if n in validation])
+
+
+def check_held_out(
+    validation: Mapping[str, str | Path],
+    *,
+    other_data: Collection[str | Path],
+    new: str,
+    ledger: Sequence[str],
+) -> None:
+    """Refuse to choose λ or α by data that are trained on or evaluated on, or of unknown tasks."""
     if unknown := [name for name in validation if name not in (*ledger, new)]:
         raise UsageError(
             f"--validation {unknown[0]}: expected the new task, {new}, or one that the ledger "
@@ -88,12 +93,9 @@ def plan_search(
     others = {_place(data) for data in other_data}
     if twice := [name for name, data in validation.items() if _place(data) in others]:
         raise UsageError(
-            f"--validation {twice[0]}={validation[twice[0]]}: λ cannot be chosen by data that are "
-            "trained on or evaluated on: hold other rows out"
+            f"--validation {twice[0]}={validation[twice[0]]}: λ and α cannot be chosen by data "
+            "that are trained on or evaluated on: hold other rows out"
         )
-    if asked.search_plot is not None:
-        check_picture("--search-plot", Path(asked.search_plot), (".png", ".svg", ".pdf"))
-    return Plan(strengths, rule, max_forgetting, new, [n for n in ledger if n in validation])
 
 
 def search_lambda(

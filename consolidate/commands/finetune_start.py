@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,10 +43,11 @@ class Start:
     before: Chain | None  # as the model has a place for it
     examples: Examples
     evaluations: dict[str, Examples]
-    held_out: dict[str, Examples]  # to choose λ by
+    held_out: dict[str, Examples]  # to choose λ and α by
     with_heads: dict[str, Model]  # by evaluation, of tasks with a head of their own
     penalty: WeightPenalty | None
     frozen: list[nn.Parameter] | None = None  # for a fresh adapter; None where there is none
+    fresh: Mapping[str, int] = field(default_factory=dict)  # by file name, the first new row
 
 
 def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
@@ -79,7 +80,10 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
             ", ".join(opened.old_tasks),
             "the weights as they will be" if online else "its anchor",
         )
-    return Start(loaded, before, examples, evaluations, held_out, with_heads, term, frozen)
+    fresh = dict(fitted.free)
+    if plan.options.head.head != "extend":  # which keeps the rows that are there
+        fresh |= dict.fromkeys(loaded.layout.fresh, 0)
+    return Start(loaded, before, examples, evaluations, held_out, with_heads, term, frozen, fresh)
 
 
 def _fit(plan: "Plan", *, whole: bool) -> tuple[Fitted, partial[Model]]:

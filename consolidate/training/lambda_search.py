@@ -7,7 +7,7 @@ of the steps. The shorter runs of `coarse_to_fine` say where to look.
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from typing import Protocol, TypeVar
 
 from consolidate.training.forgetting import ROUNDING
 from formats.errors import NonFiniteError, UsageError
@@ -33,45 +33,69 @@ class Trial:
     seconds: float
 
     @property
+    def protection(self) -> float:
+        """λ; 0 only shows what the new task gains without a penalty."""
+        return self.ewc_lambda
+
+    @property
     def mean(self) -> float:
         """The mean score over the tasks; −∞ where training diverged."""
-        if self.metrics is None:
-            return -math.inf
-        return sum(values["score"] for values in self.metrics.values()) / len(self.metrics)
+        return mean_score(self.metrics)
 
 
-_strength = attrgetter("ewc_lambda")
+class Candidate(Protocol):
+    """What the rules choose among: a λ or an α, with what was measured."""
+
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, float]] | None:
+        """Of held-out data by task; None where it diverged."""
+
+    @property
+    def forgetting(self) -> float | None:
+        """The most that an old task lost in score; None where it was not measured."""
+
+    @property
+    def protection(self) -> float:
+        """At least 0, the larger the closer to the start; 0 only shows the gain without."""
+
+    @property
+    def mean(self) -> float:
+        """The mean score over the tasks; −∞ where it diverged."""
+
+
+C = TypeVar("C", bound=Candidate)
 Rule = Callable[[Sequence[Trial]], Trial]  # chooses among trials of as many steps
 Train = Callable[[float, int], Trial]  # trains with a λ for so many steps, and measures
 
 
-def best_mean(trials: Sequence[Trial]) -> Trial:
-    """Choose the largest mean score; the larger λ where two are equal."""
-    return max(_trained(trials), key=lambda trial: (trial.mean, trial.ewc_lambda))
+def best_mean(candidates: Sequence[C]) -> C:
+    """Choose the largest mean score; the larger λ, or smaller α, where two are equal."""
+    return max(_measured(candidates), key=lambda one: (one.mean, one.protection))
 
 
-def smallest(trials: Sequence[Trial], *, max_forgetting: float) -> Trial:
-    """Choose the smallest λ with which no old task loses more than allowed, else the largest λ."""
-    trained = _trained(trials)
+def smallest(candidates: Sequence[C], *, max_forgetting: float) -> C:
+    """Choose the smallest λ with which no old task loses more than it may, else the largest λ."""
+    measured = _measured(candidates)
     most = max_forgetting + ROUNDING
-    kept = [t for t in trained if t.forgetting is not None and t.forgetting <= most]
-    return min(kept, key=_strength) if kept else max(trained, key=_strength)
+    kept = [one for one in measured if one.forgetting is not None and one.forgetting <= most]
+    return min(kept, key=_protection) if kept else max(measured, key=_protection)
 
 
-def largest(trials: Sequence[Trial], *, task: str, before: float) -> Trial:
-    """Choose the largest λ that keeps 95 % of what the new task gains in score, else the smallest.
+def largest(candidates: Sequence[C], *, task: str, before: float) -> C:
+    """Choose the largest λ, or smallest α, that keeps 95 % of what the new task gains in score.
 
-    Where nothing is gained on the start it is the largest λ; λ = 0 only shows the gain without.
+    Where none does it is the smallest λ, or α = 1. Where nothing is gained on the start it is the
+    largest λ, or smallest α. λ = 0 only shows the gain without a penalty.
     """
-    trained = _trained(trials)
-    scores = {t.ewc_lambda: t.metrics[task]["score"] for t in trained if t.metrics is not None}
-    held = [t for t in trained if t.ewc_lambda > 0] or trained
-    gain = max(scores.values()) - before
+    measured = _measured(candidates)
+    scores = [one.metrics[task]["score"] for one in measured if one.metrics is not None]
+    held = [one for one in measured if one.protection > 0] or measured
+    gain = max(scores) - before
     if gain <= 0:
-        return max(held, key=_strength)
+        return max(held, key=_protection)
     enough = before + KEPT_GAIN * gain
-    kept = [t for t in held if scores[t.ewc_lambda] >= enough]
-    return max(kept, key=_strength) if kept else min(held, key=_strength)
+    kept = [one for one in held if one.metrics and one.metrics[task]["score"] >= enough]
+    return max(kept, key=_protection) if kept else min(held, key=_protection)
 
 
 def choose_rule(
@@ -115,7 +139,7 @@ def coarse_to_fine(
     Seven powers of 10 for an eighth of the steps; the one chosen and its neighbours by √10 for a
     quarter; the one chosen of these and its neighbours for all. Where the chosen one is the least
     or the largest of its rung, the rung grows in that direction, by at most 6 candidates in all.
-    With `reference` λ = 0 is trained in each rung too, as `by_most` needs it.
+    With `reference` λ = 0 is trained in each rung too, as `largest` needs it.
     """
     trials: dict[tuple[float, int], Trial] = {}
 
@@ -153,11 +177,22 @@ def at_an_end(chosen: float, trials: Sequence[Trial]) -> bool:
     return chosen > 0 and chosen in (min(strengths), max(strengths))
 
 
-def _trained(trials: Sequence[Trial]) -> list[Trial]:
-    trained = [trial for trial in trials if trial.metrics is not None]
-    if not trained:
+def mean_score(metrics: Mapping[str, Mapping[str, float]] | None) -> float:
+    """Return the mean score over the tasks; −∞ of a candidate that diverged."""
+    if metrics is None:
+        return -math.inf
+    return sum(values["score"] for values in metrics.values()) / len(metrics)
+
+
+def _protection(candidate: Candidate) -> float:
+    return candidate.protection
+
+
+def _measured(candidates: Sequence[C]) -> list[C]:
+    measured = [one for one in candidates if one.metrics is not None]
+    if not measured:
         raise NonFiniteError(
             "training diverged with every λ that was tried: lower --learning-rate, or use "
             "--max-grad-norm or --penalty-step proximal"
         )
-    return trained
+    return measured

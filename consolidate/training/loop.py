@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _NormBase
 
-from consolidate.estimation.batches import Place, model_outputs, place_of, placed
+from consolidate.estimation.batches import Place, eval_mode, model_outputs, place_of, placed
 from consolidate.estimation.likelihoods import Likelihood
 from consolidate.ewc.penalty import Penalty, WeightPenalty, check_proximal
 from consolidate.options import Recipe
@@ -105,6 +105,55 @@ def freeze_statistics(model: nn.Module) -> None:
 def with_statistics(model: nn.Module) -> list[_NormBase]:
     """Return the layers that keep running statistics of what passes through them."""
     return [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+
+
+@torch.no_grad()
+def remeasure_statistics(
+    model: nn.Module, batches: Iterable[Pair], group: ProcessGroup | None = None
+) -> None:
+    """Measure running statistics again at the present weights, in place: means over `batches`.
+
+    Each batch counts by its examples. All else runs in eval mode, so that dropout has no part.
+    Counters of batches stay as they are.
+
+    Args:
+        model: Comes back with the modes that its modules had.
+        batches: Pairs (inputs, labels). One of a single example, which has no variance, is left
+            out where there are others.
+        group: Processes that share the batches; all get the same means.
+    """
+    norms = with_statistics(model)
+    momenta = [norm.momentum for norm in norms]
+    counts = [None if (n := norm.num_batches_tracked) is None else n.clone() for norm in norms]
+    place, seen = place_of(model), 0
+    try:
+        with eval_mode(model):
+            for norm in norms:
+                norm.train()
+            for inputs, labels in _not_alone(batches):
+                seen += len(labels)
+                for norm in norms:
+                    norm.momentum = len(labels) / seen
+                model_outputs(model, *placed(place, inputs, labels))
+    finally:
+        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+            norm.momentum = momentum
+            if count is not None and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.copy_(count)
+    _average_statistics(model, group, seen)
+
+
+def _not_alone(batches: Iterable[Pair]) -> Iterator[Pair]:
+    """Leave out batches of one example, unless all are."""
+    alone, others = None, False
+    for batch in batches:
+        if len(batch[1]) > 1:
+            others = True
+            yield batch
+        else:
+            alone = batch
+    if alone is not None and not others:
+        yield alone
 
 
 def default_statistics(penalty: str, *, old: bool) -> str:
@@ -273,15 +322,24 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup | Non
 
 
 @torch.no_grad()
-def _average_statistics(model: nn.Module, group: ProcessGroup | None) -> None:
-    """Give every process the mean of the running statistics that each took of its own share."""
+def _average_statistics(
+    model: nn.Module, group: ProcessGroup | None, weight: float | None = None
+) -> None:
+    """Give every process the mean of the running statistics that each took of its own share.
+
+    `weight` is what this process's count in the mean; all count alike unless given.
+    """
     if group is None:
         return
+    total = None if weight is None else summed(group, weight)[0]
     for module in with_statistics(model):
         statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        if weight is not None:
+            for buffer in statistics:
+                buffer *= weight
         sum_(statistics, group)
         for buffer in statistics:
-            buffer /= group.size()
+            buffer /= total or group.size()
 
 
 def _grouped(batches: Iterable[Pair | None], size: int) -> Iterator[Sequence[Pair | None]]:

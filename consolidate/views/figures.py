@@ -83,7 +83,7 @@ def score_figures(ledger: Ledger, matrix: MatrixSummary | None) -> list[Figure]:
     """Make the figures of the scores on the tasks, as far as known: matrix, curves, trade-off."""
     merged = side_by_side_text(side_by_side(ledger))
     matrix_figure = None if matrix is None else _matrix(matrix, merged)
-    found = [matrix_figure, _curves(ledger), _trade_off(ledger)]
+    found = [matrix_figure, _curves(ledger), _trade_off(ledger), _between(ledger)]
     return [figure for figure in found if figure is not None]
 
 
@@ -228,6 +228,38 @@ def _trade_off(ledger: Ledger) -> Figure | None:
     chart = trade_off("Stability against plasticity", said, curves, labels)
     header = ["learning", "when", "score on it", "mean score on earlier tasks"]
     return Figure("tradeoff", chart, header, rows[:LISTED], max(len(rows) - LISTED, 0))
+
+
+def _between(ledger: Ledger) -> Figure | None:
+    """Draw the latest curve over α, and list all."""
+    chosen = [
+        (task.name, task.interpolation)
+        for task in ledger.tasks[-TASKS:]
+        if task.interpolation is not None and task.interpolation.curve
+    ]
+    if not chosen:
+        return None
+    learned, latest = chosen[-1]
+    names = list(latest.curve[0].scores)[:LINES]
+    lines = [
+        Curve(name, [(at.alpha, at.scores[name]) for at in latest.curve if name in at.scores])
+        for name in names
+    ]
+    scores = [score for line in lines for _, score in line.points]
+    chosen_at = f"chosen: {latest.alpha:g}"
+    lines.append(Curve(chosen_at, [(latest.alpha, end) for end in limits(scores)], guide=True))
+    ticks = [(0.0, "0, the start"), *((i / 10, f"{i / 10:g}") for i in (2, 4, 6, 8)), (1.0, "1")]
+    said = f"After learning {learned}, α = {latest.alpha:g} was chosen of {len(latest.curve) - 1}."
+    chart = Lines("Scores over α", said, lines, ticks, _score, ("α", "score on held-out data"))
+    every = dict.fromkeys(name for _, one in chosen for at in one.curve for name in at.scores)
+    columns = [*every][:LINES]
+    rows = [
+        [task, f"{at.alpha:g}", *(_score(at.scores.get(name)) for name in columns)]
+        for task, one in chosen
+        for at in one.curve
+    ]
+    header = ["learning", "α", *(f"on {name}" for name in columns)]
+    return Figure("between", chart, header, rows[:LISTED], max(len(rows) - LISTED, 0))
 
 
 def _protection(known: Mapping[str, Parameter], groups: Groups) -> Figure:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from consolidate.results import (
+    AlphaSearch,
     EvaluateResult,
     FinetuneResult,
     FisherDryRun,
@@ -89,6 +90,8 @@ def finetune_text(result: FinetuneResult) -> str:
     lines = []
     if result["status"] != "cached" and "lambda_search" in result:
         lines += [search_text(result["lambda_search"]), ""]
+    if result["status"] != "cached" and "alpha_search" in result:
+        lines += [alpha_text(result["alpha_search"]), ""]
     if metrics := result["metrics"]:
         measured = {
             f"{task}, {when}": values
@@ -104,6 +107,8 @@ def finetune_text(result: FinetuneResult) -> str:
             f"penalty {result['penalty_value']:.4g}; {result['share_moved']:.1%} of the weights "
             "moved"
         )
+    if (between := result["interpolation"]) is not None:
+        lines.append(f"Weights and Fisher are at α = {between['alpha']:g} from the start")
     lines.append(_measured_text(result["fisher"]["folder"], result["fisher"]))
     return "\n".join(lines)
 
@@ -204,6 +209,30 @@ def search_text(search: LambdaSearch) -> str:
         f"The search took {cost['runs']} runs, {cost['steps']:,} steps, {cost['seconds']:.0f} s: "
         f"{cost['full_runs']:.1f} times the run that follows, which is on all of the training data"
     )
+    return "\n".join(lines)
+
+
+def alpha_text(search: AlphaSearch) -> str:
+    """Write the scores over α as a table, with what was chosen and by what."""
+    tasks = [*search["old_tasks"], search["new_task"]]
+    titles = ("mean", "forgetting") if search["old_tasks"] else ()
+    start = [f"{search['before'][task]['score']:.4f}" for task in tasks]
+    rows = [["α", *tasks, *titles], ["start", *start, *("" for _ in titles)]]
+    notes = ["", ""]
+    for trial in search["trials"]:
+        cells = [""] * (len(tasks) + len(titles))
+        if trial["metrics"] is not None:
+            cells = [f"{trial['metrics'][task]['score']:.4f}" for task in tasks]
+            cells += [f"{trial[name]:.4f}" for name in titles]  # type: ignore[literal-required]
+        rows.append([f"{trial['alpha']:g}", *cells])
+        notes.append("  chosen" if trial["chosen"] else "")
+        notes[-1] = notes[-1] if trial["metrics"] is not None else "  loss not finite"
+    lines = aligned(rows, right_from=0, least=[12, *(9 for _ in rows[0][1:])])
+    lines = [line + note for line, note in zip(lines, notes, strict=True)]
+    kept = f"the smallest that keeps 95% of what {search['new_task']} gains"
+    rule = "the best mean score" if search["rule"] == "best-mean" else kept
+    lines.append(f"α = {search['alpha']:g}: {rule}")
+    lines.append(f"Measured: {search['measured']}")
     return "\n".join(lines)
 
 

@@ -39,11 +39,11 @@ def test_whole_models_go_on_to_the_same_bytes(found: Found) -> None:
     assert found["undisturbed"]["codes"] == [0, 0]
     assert found["killed"]["codes"] == [1, -signal.SIGKILL]
     assert found["killed"]["left"] == [".out.consolidate-partial"]
-    assert "going on from step 2 of 6" in found["terminated"]["said"]
-    assert "going on from step 4 of 6" in found["interrupted"]["said"]
-    assert "going on from step 6 of 6" in found["killed measuring"]["said"]
+    assert "resuming from step 2 of 6" in found["terminated"]["said"]
+    assert "resuming from step 4 of 6" in found["interrupted"]["said"]
+    assert "resuming from step 6 of 6" in found["killed measuring"]["said"]
     assert found["killed measuring"]["codes"] == [1, -signal.SIGKILL]
-    assert "going on after the last of 6 steps" in found["resumed"]["said"]
+    assert "resuming after the last of 6 steps" in found["resumed"]["said"]
     assert "going on after 24 of 26 examples" in found["resumed"]["said"]
     assert found["resumed"]["codes"] == [0, 0]
     assert found["same"]
@@ -96,7 +96,7 @@ def test_torchrun_is_stopped_and_goes_on(found: Found) -> None:
         assert lines.count("stopped after step 3 of 6: the same command goes on from there") == 1
         assert lines.count("stopping at the next point to resume from") == 1
         assert lines.count("terminated") == 1
-        assert "going on from step 3 of 6" in found["whole_models"][f"resumed from {name}"]["said"]
+        assert "resuming from step 3 of 6" in found["whole_models"][f"resumed from {name}"]["said"]
         assert found["whole_models"][f"same from {name}"]
 
 
@@ -105,10 +105,10 @@ def test_shards_go_on_to_the_same_bytes(found: Found) -> None:
     # Of the third moment one part was published and the other prepared only.
     assert found["killed"]["codes"] == [1, -signal.SIGKILL]
     assert ".out.consolidate-partial-1-new" in found["killed"]["left"]
-    assert "going on from step 3 of 6" in found["terminated"]["said"]
+    assert "resuming from step 3 of 6" in found["terminated"]["said"]
     assert found["terminated"]["codes"] == [143, 143]
-    assert "going on from step 6 of 6" in found["killed measuring"]["said"]
-    assert "going on after the last of 6 steps" in found["resumed"]["said"]
+    assert "resuming from step 6 of 6" in found["killed measuring"]["said"]
+    assert "resuming after the last of 6 steps" in found["resumed"]["said"]
     assert "going on after 12 of 15 examples" in found["resumed"]["said"]
     assert found["resumed"]["codes"] == [0, 0]
     assert found["same"]

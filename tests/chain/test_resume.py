@@ -83,7 +83,7 @@ def test_a_training_goes_on_to_the_same_bytes(
         assert not (tmp_path / "killed").exists()
         assert (tmp_path / ".killed.consolidate-partial").exists()
     resumed = consolidate.finetune(start, new, output_dir=tmp_path / "killed", **options)
-    assert [f"going on from step {step} of {whole['steps']}" in caplog.text for step in steps] == [
+    assert [f"resuming from step {step} of {whole['steps']}" in caplog.text for step in steps] == [
         True
     ] * len(steps)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
@@ -136,7 +136,7 @@ def test_a_pass_for_the_fisher_goes_on_without_training_again(
     caplog.clear()
     resumed = consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     assert caplog.messages == [
-        "going on after the last of 14 steps",
+        "resuming after the last of 14 steps",
         "going on after 64 of 100 examples",
     ]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -399,6 +399,6 @@ def test_a_process_that_is_stopped_goes_on(
         ]
     resumed, _, err = run_here("out")
     assert resumed == 0
-    assert f"going on from step {kept} of 12\n" in err
+    assert f"resuming from step {kept} of 12\n" in err
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not list(tmp_path.glob(".out*"))

@@ -187,7 +187,7 @@ def test_data_are_not_used_twice_and_names_are_known(
         finetune(learned, b, validation={"a": held}, evaluate={"test": held}, **common)
     with pytest.raises(UsageError, match=r"expected the new task, b, or one .* holds: a$"):
         finetune(learned, b, validation={"c": held}, **common)
-    with pytest.raises(UsageError, match="are for a search"):
+    with pytest.raises(UsageError, match="--validation is for a search"):
         finetune(learned, b, validation={"a": held}, **common | {"ewc_lambda": 1.0})
     with pytest.raises(UsageError, match="no meaning with --penalty none"):
         finetune(learned, b, penalty="none", **common)

@@ -21,7 +21,9 @@ from formats.errors import ConsolidateError, InputError, NonFiniteError
 from formats.fisher_json import (
     MAX_LEDGER_BYTES,
     Block,
+    CurvePoint,
     Generated,
+    Interpolation,
     LayerRecord,
     Ledger,
     TaskRecord,
@@ -75,8 +77,10 @@ def second(**changes: Any) -> Ledger:
     description = {"options": {"é": 1.0, "b": [1, None]}, "data": "x"}
     generated = Generated(3, 8, 1, 0.9, 0, None, None, 2, 0)
     done = {"made_from": json_digest(description), "description": description}
+    curve = [CurvePoint(0, {"a": -1.5}), CurvePoint(0.5, {"a": 0.25})]
+    between = unmeasured("b", interpolation=Interpolation(0.5, "plain", curve))
     fields: dict[str, Any] = {
-        "tasks": [task(generated=generated, **done), unmeasured("b")],
+        "tasks": [task(generated=generated, **done), between],
         "factors": {"w.R": record((3, 3), "BF16"), "w.G": record((2, 2), "BF16")},
         "blocks": {"w.R": Block("R", (1,), ("w",)), "w.G": Block("G", (0,), ("w",))},
         **done,
@@ -340,6 +344,7 @@ def test_version_2_comes_back_and_is_written_where_it_is_needed() -> None:
         {"tasks": [unmeasured("b")]},
         {"tasks": [task(generated=full.tasks[0].generated)]},
         {"tasks": full.tasks[:1]},
+        {"tasks": [task(penalty="none", interpolation=Interpolation(0.5, "fisher", []))]},
         {"description": full.description},
         {"factors": full.factors, "blocks": full.blocks},
     ):
@@ -389,6 +394,23 @@ DAMAGE_2 = {
     "an unknown field of generation": (changed("tasks/0/generated/top_k", 1), "no field 'top_k'"),
     "a missing field of generation": (changed("tasks/0/generated/prompts", KeyError), "is missing"),
     "no share": (changed("tasks/0/generated/top_p", 0), r"top_p: expected a number > 0"),
+    "an unknown field of interpolation": (
+        changed("tasks/1/interpolation/beta", 1),
+        r"interpolation: .* has no field 'beta'",
+    ),
+    "an unknown field of a curve": (
+        changed("tasks/1/interpolation/curve/0/x", 1),
+        r"curve\[0\]: .* has no field 'x'",
+    ),
+    "another interpolation": (changed("tasks/1/interpolation/method", "x"), "plain or fisher"),
+    "beyond the end": (
+        changed("tasks/1/interpolation/alpha", 1.5),
+        "alpha: expected a number <= 1",
+    ),
+    "interpolation without training": (
+        changed("tasks/0/interpolation", {"alpha": 1.0, "method": "plain", "curve": []}),
+        r"tasks\[0\]\.interpolation: the task was only measured",
+    ),
     "generated of nothing": (changed("tasks/0/generated", None), "no such field, found null"),
     "half measured": (changed("tasks/1/examples", 3), r"\$\.tasks\[1\]: expected null for all"),
     "samples of nothing": (changed("tasks/1/mc_samples", 3), r"no mc_samples"),
@@ -419,6 +441,10 @@ def test_version_1_has_no_field_of_version_2(field: str) -> None:
     with pytest.raises(InputError, match=r"tasks\[0\]: format version 1 has no field 'generated'"):
         parse(bad)
     bad["tasks"] = SECOND["tasks"][1:]
+    with pytest.raises(InputError, match=r"tasks\[0\]: version 1 .* no field 'interpolation'"):
+        parse(bad)
+    bad["tasks"] = [{**SECOND["tasks"][1]}]
+    del bad["tasks"][0]["interpolation"]
     with pytest.raises(InputError, match=r"\$\.version: expected 2, found 1: a task was not"):
         parse(bad)
 
@@ -641,6 +667,7 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
     ]
     whole = second(base="d" * 64)
     whole.tasks[0].penalty, whole.tasks[0].penalty_on = "ewc", "adapter"
+    whole.tasks[0].interpolation = whole.tasks[1].interpolation
     written = json.loads(ledger_bytes(whole))
     first = written["tasks"][0]
     expected = [
@@ -650,6 +677,8 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
         first,
         first["layers"]["w"],
         first["generated"],
+        first["interpolation"],
+        first["interpolation"]["curve"][0],
         written["blocks"]["w.R"],
     ]
     assert tables == [list(fields) for fields in expected]

@@ -28,7 +28,7 @@ LONGEST_PATH = 12  # modules below the program's first line, each of which impor
 TESTED_THROUGH = {
     "chain/test_tasks": "chain.modules chain.opening chain.output",
     "commands/test_finetune": "commands.finetune_plan commands.finetune_run"
-    " commands.finetune_start",
+    " commands.finetune_start commands.finetune_weights",
     "commands/test_fisher": "commands.measurement runtime.devices",
     "chain/test_heads": "commands.evaluate commands.task_metrics",
     "chain/test_resume": "training.state",

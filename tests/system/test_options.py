@@ -14,6 +14,7 @@ from support.command_line import run
 # What the type alone does not tell: the words of a flag, and what stands in a TOML file.
 VALUES: dict[str, tuple[str, Any]] = {
     "ewc-lambda": ("1,10", [1, 10]),
+    "interpolate": ("0.25", 0.25),
     "adam-betas": ("0.5,0.75", [0.5, 0.75]),
     "task-weight": ("2.5", 2.5),
     "weights": ("1,0.5", [1, 0.5]),

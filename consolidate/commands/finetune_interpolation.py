@@ -1,0 +1,262 @@
+"""Weights between the start of a fine-tuning and its end: α as given, or chosen by scores."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from consolidate.chain.resume import KeptWork
+from consolidate.commands.finetune_weights import stored_weights, take_stored_values
+from consolidate.commands.task_metrics import evaluate_all
+from consolidate.data.examples import hold_out, subset
+from consolidate.ewc.interpolation import interpolated
+from consolidate.options import Recipe
+from consolidate.results import AlphaSearch
+from consolidate.runtime import signals
+from consolidate.runtime.distributed import shares
+from consolidate.training.forgetting import forgetting
+from consolidate.training.lambda_search import best_mean, largest, mean_score
+from consolidate.training.loop import remeasure_statistics, with_statistics
+from formats.errors import NonFiniteError
+from formats.fisher_json import CurvePoint, Interpolation
+
+if TYPE_CHECKING:
+    from consolidate.commands.finetune_plan import InterpolationPlan
+    from consolidate.commands.finetune_start import Start
+
+LOG = logging.getLogger("consolidate")
+
+GRID = tuple(i / 10 for i in range(1, 11))
+"""The α that are tried; 1 is what was trained."""
+
+Metrics = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One α, with what was measured of the weights there."""
+
+    alpha: float
+    metrics: Metrics | None  # of held-out data by task; None: the loss is not finite
+    forgetting: float | None  # the most that an old task lost in score; None: not measured
+
+    @property
+    def protection(self) -> float:
+        """The smaller α, the closer to the start."""
+        return 1 / self.alpha
+
+    @property
+    def mean(self) -> float:
+        """The mean score over the tasks; −∞ where the loss is not finite."""
+        return mean_score(self.metrics)
+
+
+class Interpolator:
+    """Puts θ_α = μ + α (θ − μ) in place of what was trained, and chooses α where none was given.
+
+    Frozen parameters are where they began, so they stay. A fresh head and new rows are as trained.
+    Running statistics that follow the data are measured again at each α < 1.
+    """
+
+    def __init__(
+        self,
+        plan: "InterpolationPlan",
+        start: "Start",
+        recipe: Recipe,
+        group: ProcessGroup | None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Hold data of the new task out where α is chosen and none are given.
+
+        `state` is what was kept of the same interpolation, which was interrupted.
+        """
+        self.plan, self._start, self._recipe, self._group = plan, start, recipe, group
+        self.state = {"trials": [], **(state or {})}  # JSON-ready
+        self.examples, self._held_out = start.examples, dict(start.held_out)
+        self._given = plan.new in self._held_out
+        if plan.alpha is None and not self._given:
+            self.examples, self._held_out[plan.new] = hold_out(start.examples, recipe.seed)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether α is to be chosen."""
+        return self.plan.alpha is None
+
+    def measure_start(self) -> None:
+        """Measure the held-out data before the first step, where α is chosen by them."""
+        if self.chooses and "before" not in self.state:
+            self.state["before"] = self._measure(waits=False)
+
+    def apply(
+        self, work: KeptWork, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]
+    ) -> None:
+        """Give the model θ_α, choosing α first where it is not given.
+
+        `tensors` and `saved` are what is kept of the end of training while α is chosen.
+        """
+        alpha = self.plan.alpha
+        if alpha is None:
+            trained = _clones(self._start.model.module)
+            kept = {**tensors, **{name: t for name, t in trained.items() if name in tensors}}
+            trials = self.state["trials"]
+            try:
+                for one in GRID[len(trials) :]:
+                    trials.append(asdict(self._trial(one)))
+                    _put_back(self._start.model.module, trained)
+                    work.settle()
+                    if work.due:
+                        work.keep(kept, saved, "interpolation")
+                    work.stop_if_asked(f"after α = {one:g}")
+            except signals.STOPS as stop:
+                if work.can_keep(stop):
+                    work.keep(kept, saved, "interpolation")
+                raise
+            alpha = self._choose([Trial(**trial) for trial in trials])
+        self._move(alpha)
+        self.state["alpha"] = alpha
+
+    def record(self) -> Interpolation:
+        """Give what the ledger records."""
+        curve = []
+        if self.chooses:
+            points = [(0.0, self.state["before"])]
+            points += [(t["alpha"], t["metrics"]) for t in self.state["trials"]]
+            curve = [
+                CurvePoint(alpha, {name: values["score"] for name, values in metrics.items()})
+                for alpha, metrics in points
+                if metrics is not None
+            ]
+        return Interpolation(self.state["alpha"], "plain", curve)
+
+    def search(self) -> AlphaSearch | None:
+        """Give the search as a result; None where α was given."""
+        if not self.chooses:
+            return None
+        trials = [Trial(**trial) for trial in self.state["trials"]]
+        return {
+            "alpha": self.state["alpha"],
+            "rule": self._rule,
+            "measured": self._measured(),
+            "new_task": self.plan.new,
+            "old_tasks": self.plan.old,
+            "before": self.state["before"],
+            "trials": [
+                {
+                    "alpha": trial.alpha,
+                    "metrics": trial.metrics,
+                    "forgetting": trial.forgetting,
+                    "mean": trial.mean if trial.metrics else None,
+                    "chosen": trial.alpha == self.state["alpha"],
+                }
+                for trial in trials
+            ],
+        }
+
+    @property
+    def _rule(self) -> str:
+        return "best-mean" if self.plan.old else "kept-gain"
+
+    def _choose(self, trials: Sequence[Trial]) -> float:
+        if all(trial.metrics is None for trial in trials):
+            raise NonFiniteError(
+                "training diverged: the loss on held-out data is finite for no α; lower "
+                "--learning-rate or --ewc-lambda"
+            )
+        if self.plan.old:
+            chosen = best_mean(trials)
+        else:
+            before = self.state["before"][self.plan.new]["score"]
+            chosen = largest(trials, task=self.plan.new, before=before)
+        LOG.info("α = %g chosen of %d", chosen.alpha, len(trials))
+        return chosen.alpha
+
+    def _trial(self, alpha: float) -> Trial:
+        """Measure the weights at α as they would be stored."""
+        self._move(alpha)
+        metrics = lost = None
+        try:
+            metrics = self._measure(waits=True)
+        except NonFiniteError as error:
+            LOG.info("α = %g: %s", alpha, error)
+        if metrics is not None:
+            if self.plan.old:
+                lost = max(forgetting(self.state["before"], metrics, self.plan.old).values())
+            scores = ", ".join(f"{name} {found['score']:.4f}" for name, found in metrics.items())
+            LOG.info("α = %g: %s", alpha, scores)
+        return Trial(alpha, metrics, lost)
+
+    def _measure(self, *, waits: bool) -> Metrics:
+        # A module may draw in eval mode too; training must not see.
+        waits = waits and self._group is not None
+        with signals.waiting(waits), torch.random.fork_rng():
+            return evaluate_all(
+                self._start.model,
+                self._held_out,
+                batch_size=self._recipe.batch_size,
+                with_heads=self._start.with_heads,
+                group=self._group,
+            )
+
+    @torch.no_grad()
+    def _move(self, alpha: float) -> None:
+        """Put θ_α, as it will be stored, in place of θ; α = 1 leaves everything as trained."""
+        if alpha == 1:
+            self._round()
+            return
+        model = self._start.model
+        layout, stored = model.layout, model.checkpoint.weights
+        for name, parameter in model.module.named_parameters():
+            files = layout.file_names(name) if parameter.requires_grad else []
+            first_new = min(
+                (n for f in files if (n := self._start.fresh.get(f)) is not None), default=None
+            )
+            if files and first_new != 0:
+                start = layout.to_module({file: stored[file] for file in files})[name]
+                moved = interpolated(start, parameter, alpha, first_new=first_new)
+                parameter.copy_(moved)
+        self._round()
+        if self._recipe.norm_statistics == "update" and with_statistics(model.module):
+            remeasure_statistics(model.module, self._batches(), self._group)
+            self._round()
+
+    def _round(self) -> None:
+        model = self._start.model
+        take_stored_values(model, stored_weights(model, self._group))
+
+    def _batches(self) -> Iterator[tuple[Any, Tensor]]:
+        """Yield this process's share of what was trained on, in random order."""
+        recipe, examples = self._recipe, self.examples
+        order = subset(len(examples), recipe.max_examples, recipe.seed, shuffled=True)
+        for part in shares(order, recipe.batch_size, self._group):
+            if part:
+                yield examples.collate(part)
+
+    def _measured(self) -> str:
+        """Say what the choice has looked at."""
+        name, old, count = self.plan.new, self.plan.old, len(self._held_out[self.plan.new])
+        where = "of --validation" if self._given else "held out of the training data"
+        new = f"{name} on {count:,} examples {where}"
+        return f"{', '.join(old)} on --validation, {new}" if old else f"{new}; no old data"
+
+
+def _clones(module: nn.Module) -> dict[str, Tensor]:
+    """Copy what changes between two α, by the names under which it is kept."""
+    parameters = {
+        f"value/{name}": p.detach().clone()
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    }
+    return parameters | {f"buffer/{name}": b.clone() for name, b in module.named_buffers()}
+
+
+@torch.no_grad()
+def _put_back(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(values[f"value/{name}"])
+    for name, buffer in module.named_buffers():
+        buffer.copy_(values[f"buffer/{name}"])

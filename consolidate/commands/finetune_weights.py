@@ -1,0 +1,53 @@
+"""The weights of a model that is trained, as they will be stored."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from consolidate.models.model import Model, file_weights
+from consolidate.runtime.distributed import is_first
+from consolidate.runtime.shards import is_sharded, local
+from formats.errors import InputError
+from formats.tensors import dtype_of
+
+
+def stored_weights(model: Model, group: ProcessGroup | None) -> Mapping[str, Tensor]:
+    """Give the module's present values as the weights file's tensors, by file name.
+
+    Of a model in shards the first process has them all on the CPU, the others have none.
+    """
+    weights = file_weights(model)
+    if not is_sharded(model.module):
+        return weights
+    gathered = {}
+    for name in weights:
+        values = weights[name]
+        if is_first(group):
+            gathered[name] = values.cpu()
+    return gathered
+
+
+@torch.no_grad()
+def take_stored_values(model: Model, stored: Mapping[str, Tensor]) -> None:
+    """Give the module the values as they are stored: F is measured at exactly these.
+
+    A model in shards is rounded where it is, and `stored` not looked at.
+    """
+    state, sharded = model.module.state_dict(), is_sharded(model.module)
+    for group in model.layout.groups:  # one at a time, as each may have to be made
+        if not sharded:
+            parts = {name: stored[name] for name in group.file_names}
+            for name, values in model.layout.to_module(parts).items():
+                state[name].copy_(values)
+            continue
+        dtype, *others = {dtype_of(model.checkpoint.weights, name) for name in group.file_names}
+        if others:
+            raise InputError(
+                f"{group.file_names[0]} and others of other dtypes are one tensor in the model, "
+                "which --shard cannot round alike: store them in one dtype"
+            )
+        for name in group.module_names:
+            values = local(state[name])
+            values.copy_(values.to(dtype))
