@@ -248,7 +248,7 @@ def test_auto_takes_the_best_mean_score_and_reports_the_curve(
     page = tmp_path / "report.html"
     report(out, output=page)
     text = page.read_text()
-    assert "Between the start and what was trained" in text
+    assert "Between the start and the trained weights" in text
     assert f"<td>{curve[3]['scores']['a']:.3f}</td>" in text
 
 
