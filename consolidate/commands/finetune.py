@@ -117,7 +117,6 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         statistics = _running_statistics(plan, start)
         search = _searched(plan, start, work, found)
         moving = _interpolator(plan, start, found)
-        beside = {"search": search}
         start_timing()
         try:
             trained = train(

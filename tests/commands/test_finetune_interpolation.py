@@ -315,7 +315,7 @@ def test_a_run_that_is_killed_anywhere_resumes_to_the_same_bytes(
     old, new = write_task("old"), write_task("new", seed=1, count=120)
     start = normed(tmp_path / "normed", old)
     options = {**FAST, "model": "support.networks:Network", "ewc_lambda": 10.0, "epochs": 2}
-    options |= {"save_every": 0, "interpolate": "auto", "evaluate": {"test": new}, **WAYS[way]}
+    options |= {"save_every_minutes": 0, "interpolate": "auto", "evaluate": {"test": new}, **WAYS[way]}
     whole = finetune(start, new, output_dir=tmp_path / "whole", **options)
 
     def again() -> Any:
@@ -367,7 +367,7 @@ def test_a_signal_while_alpha_is_chosen_keeps_the_training(
     learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     b = write_task("b", seed=1, count=120)
-    options = {**COMMON, "save_every": 10**6, "interpolate": "auto"}
+    options = {**COMMON, "save_every_minutes": 10**6, "interpolate": "auto"}
     finetune(learned, b, output_dir=tmp_path / "whole", **options)
     whole = finetune_interpolation.evaluate_all
     calls: list[int] = []
