@@ -142,7 +142,7 @@ def main() -> None:
     """Do all of it in the folder named on the command line, quickstart-output/ by default."""
     parser = argparse.ArgumentParser(prog="scripts/quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "quickstart-output")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="put table and plot into README.md")
     options = parser.parse_args()
     folder = options.folder.resolve()
     try:
@@ -164,6 +164,7 @@ def main() -> None:
     plot(results, folder / "accuracy.png")
     if options.readme:
         write_readme(results, ROOT / "README.md")
+        plot(results, ROOT / "docs" / "images" / "quickstart.png")
     print(f"\n{table(results)}\n\nplot: {folder / 'accuracy.png'}")
 
 

@@ -4,10 +4,9 @@ A page's blocks marked `sh` and `python` run in order, in one folder and one nam
 `toml` whose first line is `# NAME.toml` are written to that file on the way. The folder
 holds what the examples speak of (see `workspace`), and nothing is reset between blocks: a command
 may use what an earlier one wrote. `<!-- not run: REASON -->` in the line before leaves a block out.
+A block marked `text` after `<!-- output -->` is what the commands before it print, but for numbers.
 """
 
-import csv
-import json
 import os
 import re
 import shlex
@@ -22,10 +21,16 @@ import pytest
 from support import in_process, loopback_hub
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-RUN = [page for page in PAGES if page.name != "cli.md" and page.parent.name != "results"]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+TOY = DOCS / "how-to" / "README.md"  # makes the folder in which the others run
+GENERATED = {DOCS / "reference" / name for name in ("cli.md", "options.md", "python.md")}
+RESULTS = {page for page in PAGES if DOCS / "results" in page.parents}
+OURS = [page for page in PAGES if page not in GENERATED | RESULTS]  # written by hand
+RUN = [page for page in OURS if page != TOY]
 BLOCK = re.compile(
-    r"^(<!-- not run: .+ -->\n)?```(sh|python|toml)\n(.*?)^```$", re.DOTALL | re.MULTILINE
+    r"^(<!-- not run: .+ -->\n|<!-- output -->\n)?```(sh|python|toml|text)\n(.*?)^```$",
+    re.DOTALL | re.MULTILINE,
 )
 CALLED_BY_PEFT = "`is_gradient_checkpointing` is deprecated"  # by peft 0.21 in transformers 5.24
 NOT_OURS = {"git", "pip", "cd", "npm", "python", "torchrun"}  # what a block may say beside us
@@ -39,79 +44,19 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
     """Languages and code; Python is moved down to the lines that it has on the page."""
     text = page.read_text(encoding="utf-8")
     for block in BLOCK.finditer(text):
-        skipped, language, code = block.groups()
-        if not skipped:
+        mark, language, code = block.groups()
+        if mark == ("<!-- output -->\n" if language == "text" else None):
             above = text.count("\n", 0, block.start(3)) if language == "python" else 0
             yield language, "\n" * above + code
-
-
-def write_sentences(folder: Path) -> None:
-    """Tasks with the same labels: opinions on food, then on films, then on trains."""
-    things = {
-        "old": ("soup", "bread", "cheese", "salad"),
-        "new": ("film", "plot", "actor", "scene"),
-        "third": ("train", "seat", "view", "ride"),
-    }
-    words = {"good": ("fine", "lovely", "superb"), "bad": ("awful", "dull", "poor")}
-    for task, nouns in things.items():
-        rows = [
-            {"text": f"the {noun} was {word}", "label": label}
-            for noun in nouns
-            for label, adjectives in words.items()
-            for word in adjectives
-        ]
-        for name, chosen in ((task, rows), (f"{task}-task", rows), (f"{task}-test", rows[::3])):
-            lines = [json.dumps(row) + "\n" for row in chosen]
-            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-            with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, ["text", "label"])
-                writer.writeheader()
-                writer.writerows(chosen)
-
-
-def write_topics(folder: Path) -> None:
-    """A task with other labels."""
-    topics = {"food": ("soup", "bread"), "film": ("plot", "actor"), "rail": ("train", "seat")}
-    rows = [
-        {"text": f"the {noun} was fine", "label": label}
-        for label, nouns in topics.items()
-        for noun in nouns
-    ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "topics.jsonl").write_text(lines, encoding="utf-8")
-
-
-def write_text_classifier(folder: Path) -> None:
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
-
-    folder.mkdir()
-    sentences = (
-        "the was soup bread cheese salad film plot actor scene fine lovely superb awful dull"
-    )
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sentences.split(), "poor"]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        id2label={0: "bad", 1: "good"},
-        label2id={"bad": 0, "good": 1},
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
 
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files of the examples.
 
-    my-model (a text classifier), {old,new}{,-task,-test}.{jsonl,csv}; and the quickstart's: start
-    (a network, by `--model network:mlp`) and {a,b}-{train,test}.npz.
+    Those that the how-to guides start from, made by the block on that page: my-model (a text
+    classifier), {old,new,third}-{task,test}.jsonl, topics.jsonl; and the quickstart's: start (a
+    network, by `--model network:mlp`) and {a,b}-{train,test}.npz.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -119,13 +64,14 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     quickstart.write_data(tmp_path)
     quickstart.train_start(tmp_path, epochs=1)
-    write_sentences(tmp_path)
-    write_topics(tmp_path)
-    write_text_classifier(tmp_path / "my-model")
+    for _, code in blocks(TOY):
+        exec(compile(code, TOY, "exec"), {})
     return tmp_path
 
 
-def run_shell(block: str, folder: Path, hub: loopback_hub.Hub) -> None:
+def run_shell(block: str, folder: Path, hub: loopback_hub.Hub) -> str:
+    """Run a block's commands; return what they write to stdout."""
+    printed = []
     variables = loopback_hub.environment(
         folder, HF_ENDPOINT=hub.address, HF_TOKEN=loopback_hub.TOKEN
     )
@@ -139,8 +85,16 @@ def run_shell(block: str, folder: Path, hub: loopback_hub.Hub) -> None:
         if words[0] in NOT_OURS or words[:2] == ["hf", "auth"] or words[0].startswith(".venv/"):
             continue
         assert words[0] == "consolidate", f"nobody knows how to check: {line}"
-        code, _, err = in_process.consolidate(folder, *words[1:], variables=variables)
+        code, out, err = in_process.consolidate(folder, *words[1:], variables=variables)
         assert code == 0, f"{line}\n{err}"
+        printed.append(out)
+    return "".join(printed)
+
+
+def form(text: str) -> str:
+    """Leave out numbers and digests, and how many spaces there are."""
+    text = re.sub(r"\b[0-9a-f]{12,}\b|[-−]?\d[\d,.]*(e[-+]\d+)?", "#", text)
+    return "\n".join(" ".join(line.split()) for line in text.splitlines())
 
 
 def test_the_command_is_installed() -> None:
@@ -152,9 +106,12 @@ def test_the_command_is_installed() -> None:
 @pytest.mark.parametrize("page", [p for p in RUN if list(blocks(p))], ids=relative)
 def test_examples_run(page: Path, workspace: Path, hub: loopback_hub.Hub) -> None:
     namespace: dict[str, object] = {"__name__": "__main__"}
+    printed = ""
     for language, code in blocks(page):
         if language == "sh":
-            run_shell(code, workspace, hub)
+            printed = run_shell(code, workspace, hub)
+        elif language == "text":
+            assert form(code) in form(printed), f"the block before prints\n{printed}"
         elif language == "toml":
             if name := re.match(r"# (\w+\.toml)\n", code):
                 (workspace / name[1]).write_text(code, encoding="utf-8")
@@ -164,28 +121,46 @@ def test_examples_run(page: Path, workspace: Path, hub: loopback_hub.Hub) -> Non
                 exec(compile(code, page, "exec"), namespace)
 
 
+def prose(page: Path) -> str:
+    """The page without its blocks of code."""
+    text = page.read_text(encoding="utf-8")
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def headings(page: Path) -> list[str]:
+    return re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+
+
 def anchors(page: Path) -> set[str]:
     """What GitHub makes of a page's headings."""
-    text = re.sub(
-        r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
-    )
-    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings(page)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_links_lead_somewhere(page: Path) -> None:
-    text = re.sub(
-        r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
-    )
-    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]+`", "", text)):
+    text = re.sub(r"`[^`\n]+`", "`", prose(page))
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"", text)
+    for link in ("".join(found) for found in links):
         if re.match(r"[a-z]+:", link):
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
+        assert not path.startswith("/"), f"{relative(page)}: {link} is not relative"
         assert target.exists(), f"{relative(page)} links to {link}"
         if anchor:
             assert anchor in anchors(target), f"{relative(page)} links to {link}"
+
+
+@pytest.mark.parametrize("page", OURS, ids=relative)
+def test_headings_are_unique(page: Path) -> None:
+    assert sorted(headings(page)) == sorted(set(headings(page)))
+
+
+def test_the_readme_is_short_and_narrow_as_are_the_pages_beside_it() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    for page in ROOT.glob("*.md"):
+        for line in prose(page).splitlines():
+            assert len(line) <= 100 or line.startswith("|"), f"{relative(page)}: {line}"
 
 
 def test_the_page_of_the_command_line_is_current() -> None:
