@@ -150,7 +150,8 @@ def _paragraphs(text: str) -> Iterator[str]:
     code = False
     for paragraph in filter(str.strip, text.split("\n\n")):
         if paragraph.startswith("    "):
-            yield _code(textwrap.dedent(paragraph).rstrip(), "py" if code else "text")
+            block = textwrap.dedent(paragraph).rstrip()
+            yield _code(block.replace("…", "...")) if code else _code(block, "text")
             continue
         code = paragraph.rstrip().endswith("::")
         flat = " ".join(paragraph.split())

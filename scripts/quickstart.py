@@ -1,8 +1,8 @@
-"""The main job on real data in a minute: learn A, measure its Fisher, learn B and keep A.
+"""Learn task A, measure its Fisher, learn task B without forgetting A, on real data in a minute.
 
 Task A is scikit-learn's handwritten digits, task B the same digits with their pixels permuted. A
-small network is trained on A in plain torch, as any checkpoint from elsewhere might have been; the
-rest is the command line. Everything stays in the output folder, where the commands can be repeated.
+small network is trained on A in plain torch, like any checkpoint from elsewhere; the rest is the
+command line. The output folder keeps everything, so that the commands can be repeated there.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def train_start(folder: Path, epochs: int = 20) -> None:
 
 
 def consolidate(folder: Path, *arguments: str) -> dict[str, Any]:
-    """Run a command in the folder and return what its `--json` says; leave where it fails."""
+    """Run a command in the folder and return its `--json` result; exit if it fails."""
     print("  " + shlex.join(["consolidate", *arguments]), flush=True)
     done = subprocess.run(
         [Path(sys.executable).with_name("consolidate"), *arguments, "--json"],
@@ -97,7 +97,7 @@ def consolidate(folder: Path, *arguments: str) -> dict[str, Any]:
     )
     if done.returncode:
         sys.stderr.write(done.stderr)
-        sys.exit(f"scripts/quickstart: that command left with exit code {done.returncode}")
+        sys.exit(f"scripts/quickstart: that command exited with code {done.returncode}")
     return json.loads(done.stdout)
 
 
@@ -142,7 +142,7 @@ def main() -> None:
     """Do all of it in the folder named on the command line, quickstart-output/ by default."""
     parser = argparse.ArgumentParser(prog="scripts/quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "quickstart-output")
-    parser.add_argument("--readme", action="store_true", help="put table and plot into README.md")
+    parser.add_argument("--readme", action="store_true", help="write table and plot into README.md")
     options = parser.parse_args()
     folder = options.folder.resolve()
     try:
@@ -151,7 +151,7 @@ def main() -> None:
         print("Training a small network on task A, the digits")
         train_start(folder)
     except OSError as error:
-        sys.exit(f"scripts/quickstart: {error}\nName a folder that can be written to.")
+        sys.exit(f"scripts/quickstart: {error}\nName a writable folder.")
     print(f"Running, in {folder}:")
     consolidate(
         folder,

@@ -1,7 +1,7 @@
-"""Make the pictures of README: three tasks are learned one after the other, and reported.
+"""Make the pictures of the docs: learn three tasks one after the other, and report on them.
 
 The tasks are scikit-learn's handwritten digits, as they are and with their pixels permuted twice.
-The pictures are taken by headless Chromium; CHROMIUM names it where it is not on PATH.
+Headless Chromium takes the pictures; the variable CHROMIUM names it if it is not on PATH.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from scripts.quickstart import NETWORK, SIZES, write_data
 
@@ -39,6 +40,9 @@ TASKS += "".join(
 TERMINAL = """<!doctype html><meta charset="utf-8"><style>
 body{margin:0;background:#14171a;color:#e9edf0;padding:18px 22px}
 pre{margin:0;font:14px/1.45 "DejaVu Sans Mono",monospace}</style><pre>"""
+
+FRAME = """<!doctype html><body style="margin:0"><iframe src="{page}#matrix"
+style="border:0;width:390px;height:1060px"></iframe>"""
 
 
 def find_chromium() -> str | None:
@@ -90,6 +94,13 @@ def screenshot(
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+def shrink(picture: Path) -> None:
+    """Write a picture with a palette of 256 colours, in a third of the bytes."""
+    with Image.open(picture) as image:
+        small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+    small.save(picture, optimize=True)
+
+
 def write_tasks(folder: Path) -> None:
     """Write the digits, two permutations of them, the network and tasks.toml."""
     write_data(folder)
@@ -103,7 +114,7 @@ def write_tasks(folder: Path) -> None:
 
 
 def run(folder: Path, command: str) -> str:
-    """Run a command of ours in the folder; return what it writes to stdout."""
+    """Run a command in the folder; return its stdout."""
     print(command, flush=True)
     words = [str(Path(sys.executable).with_name("consolidate")), *command.split()[1:]]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
@@ -129,11 +140,15 @@ def main() -> None:
         page = folder / "report.html"
         screenshot(page, images / "report-light.png", width=1080, height=1440)
         screenshot(page, images / "report-dark.png", width=1080, height=1440, dark=True)
-        screenshot(page, images / "report-phone.png", width=390, height=1440)
+        phone = folder / "phone.html"  # a window has a least width, a frame has none
+        phone.write_text(FRAME.format(page=page.name), encoding="utf-8")
+        screenshot(phone, images / "report-phone.png", width=390, height=1060, scale=1.5)
         terminal, text = folder / "terminal.html", html.escape("\n".join(lines).rstrip())
         terminal.write_text(f"{TERMINAL}{text}</pre>", encoding="utf-8")
         height = 40 + 20 * (text.count("\n") + 1)
         screenshot(terminal, images / "terminal.png", width=960, height=height)
+        for name in ("report-light", "report-dark", "report-phone", "terminal"):
+            shrink(images / f"{name}.png")
 
 
 if __name__ == "__main__":

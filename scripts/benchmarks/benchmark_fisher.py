@@ -1,12 +1,12 @@
-"""Time, memory and error of the Fisher diagonal beside other tools: writes docs/results/fisher.md.
+"""Compare time, memory and error of the Fisher diagonal with other tools: docs/results/fisher.md.
 
-The other tools are optional; those that are missing or fail are listed with their message:
+The other tools are optional; the page lists those that are missing or fail, with their message:
 
     pip install backpack-for-pytorch nngeometry opacus asdfghjkl laplace-torch
 
 curvlinops comes with laplace-torch. All tools of a workload take turns in one process, so that a
-slower spell of the machine meets them all. Memory is measured in a process of its own, in which
-freed memory goes back to the system.
+slow period of the machine affects them all. Memory is measured in a separate process that returns
+freed memory to the system.
 """
 
 import argparse
@@ -78,42 +78,42 @@ ABSENT = {"is not installed": "missing", "has no exact Fisher": "none"}
 TEXT = """
 # The Fisher diagonal beside a training pass
 
-Exact per-example Fisher diagonals of one batch: of the data's labels (`empirical`), and in the last
-workload of all ten classes (`exact`). Every ratio is wall time over a plain forward and backward
-pass of the same model and batch in the same process; the tools take turns, medians of at least
-{rounds} rounds. *Forward + input gradients* is the floor: what is left of a training pass when no
-weight is given a gradient.{quick}
+Exact per-example Fisher diagonals of one batch: with the data's labels (`empirical`), and in the
+last workload over all ten classes (`exact`). A ratio is wall time over a plain forward and backward
+pass of the same model and batch in the same process. The tools take turns; medians of at least
+{rounds} rounds. *Forward + input gradients* is the lower bound: a training pass without gradients
+of weights.{quick}
 
 {summary}
 
-*At most* and *aim* are the goals of this project, for two cores. *Wrong*: parameters whose result
-is off by more than {wrong:g} from the batch-of-one loop's in float64, and so another quantity. *In
-part*: some parameters are left out. *Fails*: see [below](#what-fails). *None*: the tool has no such
-function.
+*At most* and *aim* are the goals of this project, for two cores. *Wrong*: the result of N
+parameters differs by more than {wrong:g} from a batch-of-one loop in float64, so it is another
+quantity. *In part*: some parameters are missing. *Fails*: see [below](#what-fails). *None*: the
+tool has no such function.
 
-consolidate is timed in the middle of a pass. The first batch of every pass is compared with single
-examples, which costs once what *a pass of one batch* takes longer.
+consolidate is timed in the middle of a pass. The first batch of every pass is verified against
+single examples; *a pass of one batch* includes this cost, which occurs once per pass.
 
 ## Where the time goes
 
-One batch of each under torch's profiler, which itself slows down what calls much; milliseconds by
-kind of operation, *plain* for the forward and backward pass. *Between* is wall time outside of all
+One batch of each under torch's profiler, which slows down code with many calls. Milliseconds by
+kind of operation; *plain* is the forward and backward pass. *Between* is wall time outside of all
 operations: Python.
 
 {profiles}
 
-What stands between these figures and the aims:
+Why the aims are not reached:
 
-- **Products.** A plain pass makes a layer's weight gradient in one product over all rows of the
-  batch. Here each example has its own, T rows deep, so that it runs at a lower rate, and it must be
-  squared and added, which is one more time through a matrix of the layer's size for each example.
-  A kernel that squares a product while it is in registers would save that; plain torch has none.
-- **Convolutions.** The same, only more so: at 4 × 4 positions an example's gradient of a 512 × 512
-  kernel has 16 terms for each of 2.4 million elements, and is bound by memory.
-- **Calls.** A batch of the MLP is {mlp} of work in a plain pass, made by some fifty operations. The
-  squares of what goes in and out of three layers, and their sums, are forty more; they are little
-  arithmetic, and what calling them costs does not grow with the batch: at 1,024 examples the ratio
-  is lower.
+- **Products.** A plain pass computes the weight gradient of a layer in one product over all rows of
+  the batch. Here each example has its own product, T rows deep, which runs at a lower rate, and
+  squaring and adding it reads a matrix of the layer's size once more for each example. A kernel
+  that squares a product while it is in registers would save this; plain torch has none.
+- **Convolutions.** The same, more strongly: at 4 × 4 positions, one example's gradient of a
+  512 × 512 kernel has 16 terms for each of 2.4 million elements and is bound by memory.
+- **Calls.** A batch of the MLP takes {mlp} in a plain pass, in about fifty operations. Squaring the
+  inputs and output gradients of three layers and summing them are forty more. They are little
+  arithmetic, and the cost of the calls does not grow with the batch: at 1,024 examples the ratio is
+  lower.
 
 {details}
 
@@ -123,25 +123,25 @@ What stands between these figures and the aims:
 
 ## How it was measured
 
-- **Time**: of a pass in the middle of others. What takes less than {short} s is run up to {repeats}
-  times in a row, the first of which is not counted. Tools that need less than {brief:g} s for a
-  turn of that take turns for another {seconds:g} s.
+- **Time**: a pass in the middle of others. A pass of less than {short} s runs up to {repeats} times
+  in a row, and the first is not counted. Tools whose turn takes less than {brief:g} s take turns
+  for another {seconds:g} s.
 - **Error**: the largest over parameters of max |F − F₀| / max |F₀| against a batch-of-one loop in
   float64, on {few} examples; once in float32, as timed, and once with everything in float64, also
-  where the model's code asks for float32 by name (blank where a tool fails at that). In float32
-  some inputs of a ReLU or a max-pool fall on the other side, so only the second column tells a
-  wrong formula from rounding.
-- **Memory**: the growth of the process's peak resident memory over its state before the pass,
-  results included (Linux only), in a process of its own where freed memory goes back to the system
-  ({returned} instead of what is stated below).
-- Threads wait for one another as they do by default, which is to spin a while. Where they are told
-  to sleep (`OMP_WAIT_POLICY=PASSIVE`) each parallel operation costs tens of microseconds more, and
-  whatever calls many of them becomes slower, consolidate too.
-- transformers' models are wrapped to take one tensor, since other tools expect that. All are in
+  where the model's code asks for float32 by name (blank if a tool fails at this). In float32 some
+  inputs of a ReLU or a max-pool change sign or rank, so only the second column separates a wrong
+  formula from rounding.
+- **Memory**: the growth of the process's peak resident memory during the pass, results included
+  (Linux only), in a separate process that returns freed memory to the system ({returned} instead of
+  the values below).
+- Threads wait for one another by spinning, the default. With `OMP_WAIT_POLICY=PASSIVE` they sleep,
+  each parallel operation costs tens of microseconds more, and tools with many operations become
+  slower, consolidate too.
+- Models of transformers are wrapped to take one tensor, as other tools expect. All models are in
   eval mode with random weights; the inputs are noise.
-- BackPACK's converter is used where its plain form refuses. laplace and vmap take 8 examples at
-  once, on the MLP's empirical Fisher 32. curvlinops itself has no exact diagonal, only random
-  estimates of one.
+- BackPACK's converter is used if its plain form refuses a model. laplace and vmap take 8 examples
+  at once, and 32 for the MLP's empirical Fisher. curvlinops itself has no exact diagonal, only
+  random estimates of one.
 """
 
 
@@ -201,7 +201,7 @@ def measure(
         tools: By name, the unit of the ratios first.
         quick: At tiny sizes.
         rounds: How often each tool is timed.
-        seconds: How long those go on that take little.
+        seconds: How long fast tools take further turns.
 
     Returns:
         What was found, by the tools' names.
@@ -243,7 +243,7 @@ def take_turns(rows: Iterable[Row]) -> None:
 def check(
     rows: dict[str, Row], workload: Workload, model: nn.Module, inputs: Tensor, labels: Tensor
 ) -> None:
-    """Hold every tool's squares on a few examples against the float64 loop's."""
+    """Compare every tool's squares on a few examples with the float64 loop's."""
     exact_model, exact_inputs = double(model, inputs)
     kinds = (workload.likelihood, workload.estimator)
     with Double():
@@ -432,10 +432,10 @@ def quiet() -> None:
 def main() -> None:
     """Measure all workloads and write the page."""
     parser = start(__doc__.splitlines()[0])
-    some = "may be repeated; a choice writes into experiments-output/"
+    some = "may be repeated; with it the page goes to experiments-output/"
     parser.add_argument("--workload", action="append", choices=WORKLOADS, help=some)
     parser.add_argument("--tool", action="append", choices=TOOLS, help=some)
-    parser.add_argument("--seconds", type=float, help="time for more turns of what takes little")
+    parser.add_argument("--seconds", type=float, help="further turns of fast tools")
     parser.add_argument("--rounds", type=int, help="turns of each tool")
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

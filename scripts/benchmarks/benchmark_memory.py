@@ -1,7 +1,7 @@
-"""Peak memory of the commands against what theory asks for: writes docs/results/memory.md.
+"""Compare peak memory of the commands with theory: writes docs/results/memory.md.
 
-A model like Llama with random bfloat16 weights is made and the commands are run on it, each as a
-process of its own, whose memory is read from /proc while it runs.
+A model like Llama with random bfloat16 weights is made, and each command runs on it in its own
+process, whose memory is read from /proc.
 """
 
 import argparse
@@ -30,20 +30,20 @@ from scripts.benchmarks.harness import (
 TEXT = """
 # Peak memory
 
-Models like Llama with random bfloat16 weights: {sizes}; a vocabulary of 32,000, embedding and
-output layer apart. Each command runs as a process of its own on {sequences} sequences of {tokens}
-tokens. Its memory is read from `/proc/PID/status` every {interval:.0f} ms: *peak* is the most that
-anonymous and shared memory (`RssAnon` + `RssShmem`) come to. Pages of mapped files (`RssFile`:
-weights, Λ and μ, which the system takes back when it needs room) are listed apart; a page that two
-maps show counts twice there.{quick}
+Models like Llama with random bfloat16 weights: {sizes}; a vocabulary of 32,000, untied embedding
+and output layer. Each command runs in its own process on {sequences} sequences of {tokens} tokens.
+Its memory is read from `/proc/PID/status` every {interval:.0f} ms: *peak* is the maximum of
+anonymous plus shared memory (`RssAnon` + `RssShmem`). Pages of mapped files (`RssFile`: weights, Λ
+and μ, which the system reclaims when it needs memory) are listed separately; a page mapped twice
+counts twice there.{quick}
 
-*Theory* is the bytes that the algorithm has to hold, times the parameters. *Above it* are the
-interpreter with torch and transformers ({base:.2f} GB, of a model with nothing in it), what is made
-of the largest tensor for a moment, activations, and freed memory that the allocator keeps.
+*Theory* is the bytes per parameter that the algorithm needs, times the parameters. *Above it* are
+the interpreter with torch and transformers ({base:.2f} GB, measured with an empty model), temporary
+copies of the largest tensor, activations, and freed memory that the allocator keeps.
 
 {table}
 
-Bytes a parameter, after {base:.2f} GB are taken off: {each}.
+Bytes per parameter, less {base:.2f} GB: {each}.
 
 {theory}
 
@@ -53,7 +53,7 @@ Bytes a parameter, after {base:.2f} GB are taken off: {each}.
 """
 
 THEORY = {
-    "fisher": (8, "Σ of squares (4) and what rounding took of them (4); the weights are mapped"),
+    "fisher": (8, "sums of squares (4) and their compensation (4); the weights are mapped"),
     "fisher, checkpointed": (8, "as `fisher`; activations of one layer at a time"),
     "evaluate": (0, "the weights are mapped"),
     "verify": (0, "one tensor at a time, from the maps"),
@@ -68,8 +68,8 @@ THEORY = {
 """Bytes a parameter that each part has to hold, and of what."""
 
 GRADIENTS = """\
-Where autograd's own gradients are taken, by the estimator `batched` or for examples that are run
-one at a time, these come on top of a Fisher pass, in the type of the weights."""
+If the gradients are autograd's own (estimator `batched`, or examples measured one at a time), they
+add to a Fisher pass, in the dtype of the weights."""
 
 COMMANDS = list(dict.fromkeys(part.partition(":")[0] for part in THEORY))
 SEQUENCES, TOKENS, STEPS = 3, 16, 2
@@ -224,7 +224,7 @@ def page(found: Mapping[str, Measured], quick: bool) -> str:
                 "peak, GB",
                 "theory, GB",
                 "above it, GB",
-                "bytes a parameter",
+                "bytes per parameter",
                 "theory",
                 "mapped, GB",
                 "seconds",
@@ -232,7 +232,7 @@ def page(found: Mapping[str, Measured], quick: bool) -> str:
             table,
         ),
         each="; ".join(each),
-        theory="What theory counts, in bytes a parameter:\n\n"
+        theory="What theory counts, in bytes per parameter:\n\n"
         + "\n".join(f"- {part}: {count}. {why}." for part, (count, why) in THEORY.items())
         + f"\n\n{GRADIENTS}",
         moved=f"Of the weights, as stored in bfloat16, {STEPS} steps of SGD with a learning rate "
@@ -247,7 +247,10 @@ def main() -> None:
     """Measure what was not measured yet, or what is asked for, and write the page of all of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--size", action="append", choices=SIZES, help="measure this one, again if need be"
+        "--size",
+        action="append",
+        choices=SIZES,
+        help="measure this model, even if it was measured before",
     )
     parser.add_argument("--command", action="append", choices=COMMANDS, help="run only these")
     parser.add_argument(

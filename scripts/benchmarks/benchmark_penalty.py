@@ -1,7 +1,7 @@
-"""Time of a training step with the penalty over one without: writes docs/results/penalty.md.
+"""Compare the time of a training step with and without the penalty: docs/results/penalty.md.
 
-All forms of a step take turns on one model and one optimizer, so that a slower spell of the machine
-and the place of tensors in memory meet them all.
+All forms of a step take turns on one model and one optimizer, so that slow periods of the machine
+and the placement of tensors in memory affect them all.
 """
 
 import gc
@@ -29,18 +29,17 @@ TEXT = """
 # The penalty beside the training step
 
 Wall time of a whole optimizer step (`zero_grad`, forward, backward, penalty, `optimizer.step`) over
-the same step without a penalty. All forms take turns in one process, in an order that is drawn
-anew each round, on one model with one optimizer; ratios of medians of at least {rounds}
-rounds.{quick}
+the same step without a penalty. All forms take turns in one process, in a new random order each
+round, on one model with one optimizer; ratios of medians of at least {rounds} rounds.{quick}
 
 {summary}
 
 {details}
 
 *Gradient* is `penalty.add_gradient_()` after `backward`, *proximal* is `penalty.proximal_step_`
-after the optimizer's step. *Autograd* is the form that everyone writes,
-`loss + λ/2 · Σ (Λ * (θ − μ) ** 2).sum()` before `backward`. Λ and μ are float32 unless another type
-is named; the Fisher is noise, and the weights lie off their anchor.
+after the optimizer's step. *Autograd* is the usual form,
+`loss + λ/2 · Σ (Λ * (θ − μ) ** 2).sum()` before `backward`. Λ and μ are float32 unless another
+dtype is named; the Fisher is noise, and the weights differ from their anchor.
 """
 
 Step = Callable[[], None]
@@ -114,7 +113,7 @@ def measure(
         optimizer_name: A key of OPTIMIZERS.
         quick: At tiny sizes.
         rounds: How often each form is timed, at least.
-        seconds: How long the rounds go on, at least.
+        seconds: How long the rounds take, at least.
     """
     workload = WORKLOADS[name]
     torch.manual_seed(0)

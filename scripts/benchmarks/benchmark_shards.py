@@ -1,4 +1,4 @@
-"""Peak memory of each process where a model lies in shards: writes docs/results/shards.md.
+"""Measure the peak memory of each process of a sharded model: writes docs/results/shards.md.
 
 A model like Llama with random bfloat16 weights is made, and `torchrun` starts the commands in one,
 two and four processes, whose memory is read from /proc while they run.
@@ -27,30 +27,29 @@ from scripts.benchmarks.harness import (
 )
 
 TEXT = """
-# Memory of shards
+# Memory of sharded models
 
 A model like Llama with random bfloat16 weights: {parameters:,} parameters, {layers} layers of
 {block:,} parameters and {outside:,} outside of them (a vocabulary of {vocabulary:,}). Each command
-runs in {processes} processes on the CPU, joined by gloo, on {sequences} sequences of {tokens}
-tokens. Every {interval:.0f} ms anonymous and shared memory (`RssAnon` + `RssShmem`) are read, pages
-of mapped files left out. One process alone holds the whole model, without `--shard`: its weights, Λ
-and μ stay in the mapped files.{quick}
+runs in {processes} processes on the CPU, connected by gloo, on {sequences} sequences of {tokens}
+tokens. Anonymous plus shared memory (`RssAnon` + `RssShmem`) is read every {interval:.0f} ms,
+without pages of mapped files. A single process has the whole model, without `--shard`: its weights,
+Λ and μ stay in the mapped files.{quick}
 
 {table}
 
-- *Largest*: of the process that came to the most. *Above*: less what a process has where the model
-  has nothing in it ({base} GB). *Bytes × processes*: that, times the processes, over the
-  parameters. *Of the others*: the same of the largest but the first, which also gathers what is
-  stored.
-- *Theory*: the bytes a parameter that all processes hold together, and after the + what each has
-  whole at a time: one layer and its gradients, which count as often as there are processes.
+- *Largest*: the process with the highest peak. *Above*: this less the memory with an empty model
+  ({base} GB). *Bytes × processes*: that times the number of processes, over the parameters. *Of the
+  others*: the same without the first process, which also gathers what is stored.
+- *Theory*: the bytes per parameter over all processes together; after the +, what each process has
+  unsharded at a time: one layer and its gradients, counted once per process.
 
 {theory}
 
-Here the memory of the device and that of the host are one. So a process has beside its shards what
-on a GPU stays in the host's memory: the first one the weights as stored, F and the merged Λ, all
-of them whole, and each of them what gloo sends and receives. On a GPU torch's allocator keeps what
-was freed, and NCCL has buffers of its own: neither was measured.
+On the CPU, device and host memory are the same. So beside its shards a process has what stays in
+host memory with a GPU: the first one the stored weights, F and the merged Λ, all unsharded, and
+each one the buffers of gloo. On a GPU torch's allocator keeps freed memory, and NCCL has its own
+buffers; neither was measured.
 
 {commands}
 """
@@ -67,13 +66,16 @@ class Theory(NamedTuple):
 
 THEORY = {
     "fisher": Theory(
-        8, 10, 4, "weights in bfloat16 (2, whole: mapped), Σ of squares (4), what rounding took (4)"
+        8,
+        10,
+        4,
+        "weights in bfloat16 (2, unsharded: mapped), sums of squares (4), compensation (4)",
     ),
     "finetune, SGD: training": Theory(
-        8, 14, 8, "float32 weights (4), gradients (4), Λ (4) and μ (2; both mapped where whole)"
+        8, 14, 8, "float32 weights (4), gradients (4), Λ (4) and μ (2; both mapped if unsharded)"
     ),
     "finetune, SGD: then its Fisher": Theory(
-        12, 18, 8, "float32 weights (4), sums (8), Λ (4) and μ (2; both mapped where whole)"
+        12, 18, 8, "float32 weights (4), sums (8), Λ (4) and μ (2; both mapped if unsharded)"
     ),
     "finetune, AdamW: training": Theory(16, 22, 8, "as SGD, and two moments (8)"),
     "finetune, AdamW: then its Fisher": Theory(12, 18, 8, "as after SGD"),
@@ -103,10 +105,10 @@ def measure(
 
     Args:
         folder: For the checkpoints.
-        empty: Whether the model has nothing in it. Then only what a process has of its own is of
+        empty: Whether the model is empty. Then only the memory of a process without a model is of
             interest, by the command that does most.
         processes: How many are started.
-        done: What was measured before. Only the Fisher that the others need is measured anew.
+        done: What was measured before. Only the Fisher that the others need is measured again.
     """
     size, vocabulary = (EMPTY, 100) if empty else (MODEL, VOCABULARY)
     counted = make_checkpoint(folder / "old", size, 0, vocabulary)
@@ -152,7 +154,7 @@ def parameters_of(size: Size, vocabulary: int) -> tuple[int, int, int]:
 
 
 def base_of(runs: Sequence[Run], processes: int) -> int:
-    """Return the most that one of so many processes has where the model has nothing in it."""
+    """Return the most memory that one of N processes has with an empty model."""
     empty = [run for run in runs if run.empty and run.processes == processes]
     return max(own for run in empty for peaks in run.peaks.values() for own in peaks)
 
@@ -203,7 +205,7 @@ def page(runs: Sequence[Run], quick: bool) -> str:
         quick=" **A quick run of an empty model: its figures mean nothing.**" * quick,
         table=markdown([*header, "theory"], rows),
         base=f"{min(bases):.2f} to {max(bases):.2f}",
-        theory="What theory counts, of one process and of shards:\n\n"
+        theory="What theory counts, for one process and for shards:\n\n"
         + "\n".join(f"- {part}: {t.whole}, {t.shards}. {t.why}." for part, t in THEORY.items()),
         commands=f"The commands, in {counts[-1]} processes:\n\n```text\n"
         + "\n".join(lines)
@@ -214,8 +216,8 @@ def page(runs: Sequence[Run], quick: bool) -> str:
 def main() -> None:
     """Measure what was not measured yet, and write the page of all of it."""
     parser = argparse.ArgumentParser(
-        description=f"{__doc__.splitlines()[0]} What is done is kept in experiments-output/ while "
-        "the rest is not, and the same command goes on from there."
+        description=f"{__doc__.splitlines()[0]} Finished parts are saved in "
+        "experiments-output/; the same command resumes from them."
     )
     parser.add_argument(
         "--quick", action="store_true", help="an empty model alone; writes into experiments-output/"

@@ -31,10 +31,10 @@ line. The network is an MLP 64-64-64-10 trained on ten Gaussian clusters to an a
 
 {table}
 
-`mc` falls with the square root of its samples per example. `batched` falls with the square root of
-the number of batches that are squared, and it hardly matters how many examples are in each: one
-pass in batches of {examples} is one of them, and has an error of {once:.2f} where one pass of `mc`
-over the same examples has {mc_once:.2f}.
+The error of `mc` falls with the square root of the samples per example. The error of `batched`
+falls with the square root of the number of squared batches, whatever their size: one pass in
+batches of {examples} squares one batch and has an error of {once:.2f}; one pass of `mc` over the
+same examples has {mc_once:.2f}.
 """
 
 

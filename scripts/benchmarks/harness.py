@@ -1,7 +1,7 @@
 """What the benchmarks share: workloads, the slow reference, clocks, memory, conditions, pages.
 
-Every figure can be had again by one command, which stands on its page. Full runs write into
-docs/results/, quick ones into experiments-output/.
+One command reproduces every figure of a page, and stands on it. Full runs write into docs/results/,
+quick ones into experiments-output/.
 """
 
 import argparse
@@ -55,7 +55,7 @@ Panel = tuple[str, str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
 
 
 def start(description: str) -> argparse.ArgumentParser:
-    """Begin a benchmark's command line; the process starts anew where STABLE is not set."""
+    """Begin a benchmark's command line; the process restarts if STABLE is not set."""
     if not STABLE.keys() <= os.environ.keys():
         arguments = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, arguments, {**STABLE, **os.environ})
@@ -64,7 +64,7 @@ def start(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="tiny sizes that only show that everything works; writes into experiments-output/",
+        help="tiny sizes, only to see that everything works; the page goes to experiments-output/",
     )
     return parser
 
@@ -339,7 +339,7 @@ print(sum(p.numel() for p in model.parameters()))
 
 
 def write_texts(path: Path, seed: int, sequences: int, tokens: int) -> None:
-    """Write texts of so many random tokens each, the end of text included."""
+    """Write texts of N random tokens each, the end of text included."""
     draw = random.Random(seed)
     texts = [
         " ".join(f"w{draw.randrange(2, 100)}" for _ in range(tokens - 1)) for _ in range(sequences)

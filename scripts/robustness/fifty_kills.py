@@ -29,29 +29,29 @@ from formats.partial_work import read_partial
 from scripts.benchmarks.harness import ROOT, markdown, write_page
 
 TEXT = """
-# Killed and started again
+# Killed and restarted
 
-Each command was run once undisturbed. Then it was started again and again, each time killed at a
-random moment (SIGKILL, and SIGTERM in every fifth), and started with the same words until it was
-done. Of two processes that `torchrun` started SIGKILL takes both and `torchrun`, or as often one of
-the two alone; SIGTERM is sent to `torchrun`. What a command leaves is compared byte for byte with
-what the undisturbed one left: weights, Fisher, ledger and all other files. *Differences* counts
-files that differ, are missing or are left over, and processes that left as they should not.
+Each command ran once without interruption. Then it was killed at random moments (by SIGKILL, every
+fifth time by SIGTERM) and started again with the same arguments until it was done. With two
+processes under `torchrun`, SIGKILL ends both and `torchrun`, or equally often one of the two alone;
+SIGTERM is sent to `torchrun`. The output is compared byte for byte with that of the uninterrupted
+run: weights, Fisher, ledger and all other files. *Differences* counts files that differ, are
+missing or are left over, and processes with an unexpected exit code.
 
-The networks are a perceptron on the handwritten digits of scikit-learn, with dropout, and a tiny
-BERT. Everything is kept as often as can be (`--save-every-minutes 0`), and the totals of a Fisher
-are folded every {folded} batches instead of 16, so that there is something to go on from in a short
-pass. The processes are forks of one that has imported torch, so that the moments fall into the
-work. `torchrun` starts its two anew, with 16 batches, and there the moments are counted from the
-first forward pass.
+The networks are a perceptron with dropout on the handwritten digits of scikit-learn, and a tiny
+BERT. Progress is saved as often as possible (`--save-every-minutes 0`), and the sums of a Fisher are
+rounded every {folded} batches instead of 16, so that a short pass has progress to resume from. The
+processes are forks of one that has imported torch, so that the kills fall into the work. `torchrun`
+starts two new processes, with 16 batches; there the moments are counted from the first forward
+pass.
 
 {table}
 
-Where the kills fell, by what was kept on the disk:
+Where the kills fell, by the saved progress on disk:
 
 {phases}
 
-Seed {seed}. {done} times a command was done before its moment had come; these are not counted.
+Seed {seed}. {done} times a command was done before it was killed; these are not counted.
 """
 MODULE = """
 from pathlib import Path
@@ -279,7 +279,7 @@ def phase(out: Path) -> str:
     except InputError as error:  # would be a fault: the next start refuses it
         return f"damaged: {error}"
     if kept is None:
-        return "nothing kept yet"
+        return "nothing saved yet"
     for key, words in (
         ("levels", "Fisher"),
         ("trained", "after training"),
@@ -320,7 +320,7 @@ def strike(child: int, processes: int, random: Random) -> tuple[str, int | None,
         random: Of the signal, and of who gets it.
 
     Returns:
-        Which of SIGNALS, how it left, and how it should.
+        Which of SIGNALS, its exit code, and the usual one.
     """
     workers = workers_of(child) if processes > 1 else []
     if random.random() < 0.2:
@@ -340,7 +340,7 @@ def strike(child: int, processes: int, random: Random) -> tuple[str, int | None,
 
 
 def kill(command: Command, kills: int, random: Random, seconds: float, expected: Path) -> Log:
-    """Kill a command so many times, in rounds that each end with a comparison.
+    """Kill a command N times, in rounds that each end with a comparison.
 
     Args:
         command: What is started again and again.
@@ -373,11 +373,11 @@ def kill(command: Command, kills: int, random: Random, seconds: float, expected:
                 code = 0
                 continue
             if left != usual:
-                log.differences.append(f"left with {left} after {name}")
+                log.differences.append(f"exited with {left} after {name}")
             log.kills[name] += 1
             log.phases[phase(out)] += 1
         if code != 0:
-            log.differences.append(f"left with {code}: {Path('log.txt').read_text()[-300:]}")
+            log.differences.append(f"exited with {code}: {Path('log.txt').read_text()[-300:]}")
         found, wanted = contents(out), contents(expected)
         wanted = {f"out{name.removeprefix('expected')}": data for name, data in wanted.items()}
         names = sorted({*found, *wanted})
@@ -394,7 +394,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=KILLS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="few; writes into experiments-output/")
+    parser.add_argument(
+        "--quick", action="store_true", help="few kills; the page goes to experiments-output/"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     before = Path.cwd()

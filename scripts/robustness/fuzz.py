@@ -1,4 +1,4 @@
-"""Feed mutated files to every reader: writes fuzz.md, and fails where anything but a refusal comes.
+"""Feed damaged files to every reader: writes fuzz.md, and fails on anything but a refusal.
 
 Each case is a copy of small real files with one of them damaged, read in this process. A reader
 may succeed or raise a ConsolidateError whose message is plain; another exception, a minute of
@@ -64,12 +64,12 @@ CPU_SECONDS, MEMORY = 60, 6 * 2**30
 TEXT = """
 # Damaged files
 
-{count:,} small real files, each damaged by seed: bits flipped, ends cut off, pieces moved, numbers
-made huge, negative or NaN, keys doubled and removed, control characters, nesting. Each is read by
-what the commands read it with; *refused* is a plain error, *read* means that the damage was
-harmless or cannot be seen. A fault is any other exception, {seconds} s of computing, more than
-{memory} GiB beyond what the program takes at rest, a line that could steer a terminal, or a file
-that reading changed.
+{count:,} small real files, each with seeded damage: flipped bits, cut ends, moved pieces, huge,
+negative or NaN numbers, repeated and removed keys, control characters, deep nesting. The functions
+that the commands use read each one. *Refused* is a plain error; *read* means that the damage was
+harmless or cannot be detected. A fault is any other exception, {seconds} s of computing, more than
+{memory} GiB above the program's own memory, a line with control characters for a terminal, or a
+file that reading changed.
 
 {table}
 
@@ -176,7 +176,7 @@ def write_pickle(folder: Path) -> list[str]:
 
 
 def write_pass(folder: Path) -> list[str]:
-    """Write what a pass that was broken off leaves."""
+    """Write the saved progress of an interrupted pass."""
     write_partial(folder / "fisher", {"w": torch.ones(3)}, {"done": 3}, {"seed": 0})
     return [path.name for path in folder.iterdir()]
 
@@ -310,7 +310,7 @@ def read_examples(factory: str | None, open_it: Callable[[Path], Any], folder: P
 
 
 def read_task(folder: Path) -> None:
-    """Read a task.toml and the data it names; a data set on the Hub is left there."""
+    """Read a task.toml and the data it names; a dataset on the Hub is not read."""
     task = read_task_file(folder / "task.toml")
     if Path(task.data).exists() or not is_hub_id(task.data):
         read_rows(open_data, Path(task.data))
@@ -480,7 +480,7 @@ def _short(error: BaseException) -> str:
 
 
 def fuzz(count: int, seed: int, keep: Path | None) -> tuple[dict[str, Counter[str]], list[Fault]]:
-    """Run so many cases, spread evenly over the kinds.
+    """Run N cases, spread evenly over the kinds.
 
     Args:
         count: Cases in all.
@@ -527,8 +527,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=12_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="a folder for the files of faults")
-    parser.add_argument("--quick", action="store_true", help="few; writes into experiments-output/")
+    parser.add_argument("--keep", type=Path, help="folder for the files of faults")
+    parser.add_argument(
+        "--quick", action="store_true", help="few cases; the page goes to experiments-output/"
+    )
     options = parser.parse_args()
     count = 200 if options.quick else options.count
     logging.disable(logging.WARNING)
