@@ -116,7 +116,7 @@ def fisher(
         accumulate_dtype: Dtype for squaring and accumulating gradients. One of float32, float64.
         check: Verify per-example gradients on every batch, not only the first.
         seed: Random seed.
-        add: Add another task measured at the same weights.
+        add: Add the task to the Fisher that the checkpoint already has.
         merge_rule: online: protect all tasks around the new weights; separate: protect each task
             around the weights it was learned at. (default: as before, at first online)
         gamma: Share of the earlier Fisher that online keeps. (default: as before, at first 1)

@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -217,8 +218,9 @@ def _command(section: cloup.Section, example: str = "") -> Callable[[Any], click
     def make(function: Any) -> click.Command:
         name, text = function.__name__, inspect.getdoc(function)
         if example:
-            lines = textwrap.wrap(f"Example: consolidate {example}", 76, break_on_hyphens=False)
-            text = f"{text}\n\n\b\n" + " \\\n  ".join(lines)
+            words = f"Example: consolidate {example}".replace(" ", "\xa0").replace("\xa0--", " --")
+            lines = textwrap.wrap(words, 76, break_on_hyphens=False)
+            text = f"{text}\n\n\b\n" + " \\\n  ".join(lines).replace("\xa0", " ")
         made = flags_of(COMMANDS[name], *TYPED[name])(function)
         return cli.command(cls=_Command, section=section, help=text)(made)
 
@@ -329,12 +331,14 @@ def _do(typed: dict[str, Any], text: Callable[[Any], str]) -> None:
         LOG.setLevel(logging.WARNING)
         show_progress(False)
         _hide_transfers()
+    followed = {way: typed.pop(way) for way in ("metrics", "mlflow") if way in typed}
+    options: Any = record_of(COMMANDS[name], dict(typed))
     command = getattr(import_module(f"consolidate.commands.{name}"), name)
     try:
-        if "mlflow" in typed:
-            result = _measured(name, command, **typed)
+        if followed:
+            result = _measured(name, command, options, typed, **followed)
         else:
-            result = command(record_of(COMMANDS[name], typed))
+            result = command(options)
     except ForgettingError as error:
         if name == "finetune":
             told = {"exit_code": error.exit_code, "error": str(error)}
@@ -344,17 +348,24 @@ def _do(typed: dict[str, Any], text: Callable[[Any], str]) -> None:
 
 
 def _measured(
-    name: str, command: Callable[[Any], Any], metrics: Path | None, mlflow: bool, **typed: Any
+    name: str,
+    command: Callable[[Any], Any],
+    options: Any,
+    typed: Mapping[str, Any],
+    *,
+    metrics: Path | None,
+    mlflow: bool,
 ) -> Any:
-    """Do what was typed of a command that measures something, track it, and report its numbers."""
+    """Do a command that measures something, track it, and report its numbers."""
     from consolidate.views.mlflow import tracked
 
     if name != "evaluate":
         _flush_denormals()
-    with tracked(name, dict(typed), enabled=mlflow and rank() == 0) as tracker:
-        other = {"on_step": tracker.on_step} if tracker.enabled and name == "finetune" else {}
+    with tracked(name, typed, enabled=mlflow and rank() == 0) as tracker:
+        if tracker.enabled and name == "finetune":
+            options = replace(options, on_step=tracker.on_step)
         try:
-            result = command(record_of(COMMANDS[name], typed | other))
+            result = command(options)
         except ForgettingError as error:
             _report("finetune", error.result, metrics, tracker)
             raise

@@ -100,19 +100,10 @@ def _flag(flat: Flat, group: cloup.OptionGroup | None) -> Callable[[Any], Any]:
             settings["default"] = f"{default:g}"
     elif option.choices:
         settings["type"] = click.Choice(option.choices)
-    elif int in flat.kinds:
-        least, below = option.least, option.below
-        most = None if below is None else int(below) - 1
-        settings["type"] = click.IntRange(None if least is None else int(least), most)
-        settings["metavar"] = option.metavar or "N"
-    elif float in flat.kinds:
-        settings["type"] = click.FloatRange(
-            option.least if option.above is None else option.above,
-            option.most if option.below is None else option.below,
-            min_open=option.above is not None,
-            max_open=option.below is not None,
-        )
-        settings["metavar"] = option.metavar or "X"
+    else:  # the record checks the range
+        for kind, metavar in ((int, "N"), (float, "X")):
+            if kind in flat.kinds:
+                settings |= {"type": kind, "metavar": option.metavar or metavar}
     return cloup.option(f"--{flat.flag}", **settings)
 
 

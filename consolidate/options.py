@@ -564,7 +564,7 @@ class FisherOptions:
     dtype: str | None = _dtype()
     estimation: Estimation = part(Estimation())
     seed: int = _seed()
-    add: bool = option(False, "Add another task measured at the same weights.")
+    add: bool = option(False, "Add the task to the Fisher that CHECKPOINT already has.")
     merging: Merging = part(Merging())
     output_dir: str | Path | None = option(
         None,

@@ -177,9 +177,10 @@ def test_a_new_option_needs_no_more_than_its_field() -> None:
 
     assert parse("a") == Command("a")
     assert parse("a", "--outer-strength", "2") == Command("a", Inner(2.0))
-    with pytest.raises(click.BadParameter) as caught:
+    with pytest.raises(
+        UsageError, match=r"--outer-strength 0\.0: expected a finite number above 0"
+    ):
         parse("a", "--outer-strength", "0")
-    assert "--outer-strength" in caught.value.format_message()
 
 
 def test_no_option_is_written_into_a_signature_again() -> None:

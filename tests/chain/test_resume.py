@@ -37,11 +37,11 @@ def learned(network_checkpoint: Path, write_task: Write) -> Path:
 
 
 def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two results are the same but for the place."""
+    """Whether two results are the same but for the place and the time."""
 
     def bare(result: dict[str, Any]) -> dict[str, Any]:
         fisher = {**result["fisher"], "folder": None}
-        return {**result, "checkpoint": None, "fisher": fisher}
+        return {**result, "checkpoint": None, "seconds": None, "fisher": fisher}
 
     return bare(one) == bare(other)
 

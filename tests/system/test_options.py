@@ -50,9 +50,9 @@ def value_of(option: click.Option) -> tuple[list[str], str, Any]:
     text, value = VALUES.get(flag.removeprefix("--"), ("words", "words"))
     if isinstance(option.type, click.Choice):
         text = value = option.type.choices[-1]
-    elif isinstance(option.type, click.IntRange):
+    elif option.type is click.INT:
         text, value = "3", 3
-    elif isinstance(option.type, click.FloatRange):
+    elif option.type is click.FLOAT:
         text, value = "0.25", 0.25
     return [flag, text], text, value
 
