@@ -114,7 +114,7 @@ class Accumulators:
     def sum_over(self, group: ProcessGroup | None) -> None:
         """Add the sums of the other processes; nothing may be added after that."""
         self._fold()
-        if not self._cut:  # Shards hold the sums of all.
+        if not self._cut:  # A shard already has the sums of all.
             sum_(self._totals.values(), group)
             sum_(self.sums.values(), group)
         self._counts = self._summed(group)

@@ -51,7 +51,7 @@ class Plan(NamedTuple):
     """How each parameter's per-example gradients are computed."""
 
     levels: dict[str, str]  # what `method_of` takes, by the names of what outputs depend on
-    units: list[Unit]  # what is marked for parameters that do not use the loop
+    units: list[Unit]  # the marked units, of parameters that do not use the loop
     failures: dict[str, Failure]  # the first method that failed, for those with one
     only_single: str | None = None  # why the model refuses several examples; None if it does not
 
@@ -364,7 +364,7 @@ def _agree(found: Tensor, expected: Tensor, eps: float, largest: float, squared:
     if squared:  # An example may fall on the other side of a ReLU.
         floor = rounding**2 * largest * found.numel()
         return found.abs_().sum().item() <= eps**0.25 * expected.sum().item() + floor
-    # Normalisation is often in float32 whatever the weights.
+    # Normalization is often in float32, whatever the dtype of the weights.
     return _largest(found) <= max(eps**0.5, 1e-6) * _largest(expected) + rounding * largest
 
 

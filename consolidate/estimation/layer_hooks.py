@@ -122,7 +122,7 @@ class Recording:
                 self.use_counts[name] = self.use_counts.get(name, 0) + 1
         inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
         call = Call(unit, inputs, spec, marked)
-        # A tensor that gradients reach on their way to an earlier mark needs none of its own.
+        # A tensor that gradients reach on their way to an earlier mark needs no mark.
         reached = self.only_marks_need_gradients and output_spec is None and output.requires_grad
         if reached and not self.layers_recompute and not output._is_view():
             if self.recording_forward:
