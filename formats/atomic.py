@@ -182,7 +182,7 @@ def final_path(path: Path) -> Path:
 
 @contextmanager
 def explain_full_disk(place: Path, needed: int) -> Iterator[None]:
-    """Turn a full disk inside the block into an `InputError` that says how much was needed."""
+    """Turn a full disk inside the block into an `InputError` with the bytes needed and free."""
     existing = next((path for path in (place, *place.parents) if os.path.exists(path)), place)
     try:
         free = shutil.disk_usage(existing).free
@@ -215,7 +215,7 @@ class _Place:
 
 class _Lock(Enum):
     TAKEN = "ours"
-    BUSY = "held by another process"
+    BUSY = "locked by another process"
     UNKNOWN = "not supported by this file system"
 
 

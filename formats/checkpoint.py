@@ -141,7 +141,7 @@ def write_checkpoint(
 
 
 def other_files(source: Checkpoint) -> Iterator[tuple[Path, Path]]:
-    """Give each file that `write_checkpoint` keeps beside the weights, and its name there."""
+    """Yield each file that `write_checkpoint` copies beside the weights, and its name there."""
     root = source.path
     used = {file.name for file in source.files}
     for entry in sorted(root.iterdir()):

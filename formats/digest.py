@@ -57,7 +57,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def little_endian_chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """Give the bytes of a tensor as a file stores them, row-major, at most 64 MiB a time."""
+    """Yield the bytes of a tensor as a file stores them, row-major, at most 64 MiB at a time."""
     dtype_name(tensor.dtype)
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     array = plain.reshape(-1).view(torch.uint8).numpy()

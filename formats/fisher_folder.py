@@ -211,7 +211,7 @@ def check_values(
     """Refuse values that are not finite, negative in a Fisher, or asymmetric in a factor."""
     if not tensor.is_floating_point():
         return
-    # float8 has no isfinite of its own.
+    # isfinite does not support float8.
     values = tensor if tensor.element_size() > 1 else tensor.float()
     if not_finite := values.numel() - int(torch.isfinite(values).count_nonzero()):
         raise NonFiniteError(

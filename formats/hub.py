@@ -151,7 +151,7 @@ def _names(info: ModelInfo) -> list[str]:
         parts = PurePosixPath(name).parts if isinstance(name, str) else ("/",)
         if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
             raise InputError(
-                f"the Hub lists a file outside the repository, {name!r}; nothing was fetched"
+                f"the Hub lists a file with the invalid name {name!r}; nothing was fetched"
             )
     return names
 

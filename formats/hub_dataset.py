@@ -153,7 +153,7 @@ def open_hub(
     except Exception as error:
         raise _explained(error, name, split, revision) from error
     dataset = _one_split(loaded, name, None)
-    # datasets falls back to whatever the cache holds; its folders are named by the commit
+    # datasets falls back to any version in the cache; its folders are named by the commit
     if commit is not None and not all(commit in file["filename"] for file in dataset.cache_files):
         raise NetworkError(
             f"{name}: revision {revision} is not in the cache of datasets, and the Hub did not "

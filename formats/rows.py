@@ -121,7 +121,7 @@ class JoinedRows(Rows):
 
 
 class JoinedColumns(Mapping[str, Tensor]):
-    """Whole columns of several tensor files, joined when a column is first asked for."""
+    """Whole columns of several tensor files, joined on first access."""
 
     def __init__(self, folder: Path, parts: Sequence[Rows]) -> None:
         self._folder = folder

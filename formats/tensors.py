@@ -42,11 +42,11 @@ class LazyTensors(Mapping[str, Tensor]):
         return name in self.headers
 
     def dtype(self, name: str) -> torch.dtype:
-        """Give the dtype of a tensor."""
+        """Return the dtype of a tensor."""
         return self.headers[name][0]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Give the shape of a tensor."""
+        """Return the shape of a tensor."""
         return self.headers[name][1]
 
 
@@ -238,12 +238,12 @@ def header_of(tensors: Mapping[str, Tensor], name: str) -> Header:
 
 
 def dtype_of(tensors: Mapping[str, Tensor], name: str) -> torch.dtype:
-    """Give the dtype of a tensor, as `header_of`."""
+    """Return the dtype of a tensor, as `header_of`."""
     return header_of(tensors, name)[0]
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """Give the shape of a tensor, as `header_of`."""
+    """Return the shape of a tensor, as `header_of`."""
     return header_of(tensors, name)[1]
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def program_versions() -> dict[str, str]:
-    """Give the versions of the programs that write a ledger."""
+    """Return the versions of the programs that write a ledger."""
     versions = {"python": platform.python_version()}
     for package in ("consolidate-ewc", "safetensors", "torch", "transformers"):
         with suppress(PackageNotFoundError):

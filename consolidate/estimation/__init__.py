@@ -1,1 +1,1 @@
-"""The Fisher diagonal; `definition` says in six lines what all else here computes faster."""
+"""The Fisher diagonal; `definition` states it in six lines, the other modules compute it faster."""

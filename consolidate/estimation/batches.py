@@ -1,4 +1,4 @@
-"""Batches of examples, and what a model makes of them."""
+"""Batches of examples, and a model's outputs for them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from formats.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Examples, with their indices in the data set."""
+    """Examples, with their indices in the dataset."""
 
     number: int  # of the batch, and of its first example, in the order of reading
     first: int
@@ -26,7 +26,7 @@ class Batch:
         return self.labels.shape[0]
 
     def rows(self, first: int, last: int) -> "Batch":
-        """Return a batch of the examples from first on, up to but without last."""
+        """Return a batch of the examples from first up to, but excluding, last."""
         some = slice(first, last)
 
         def take(tensor: Tensor) -> Tensor:
@@ -34,8 +34,8 @@ class Batch:
                 return tensor
             if tensor.shape[0] != len(self):
                 raise InputError(
-                    f"An input has shape {tuple(tensor.shape)} in a batch of {len(self)} labels: "
-                    "its first size must be the number of examples, or 1 where they share it."
+                    f"input of shape {tuple(tensor.shape)} in a batch of {len(self)} labels: "
+                    "expected the number of examples as its first size, or 1 if they share it"
                 )
             return tensor[some]
 
@@ -48,7 +48,7 @@ class Batch:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether a device, or the system, had no memory left for a tensor."""
+    """Return whether a device, or the system, ran out of memory for a tensor."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in words)
@@ -56,14 +56,14 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class HookError(Exception):
-    """A hook of ours raised while a model ran: no error of the model's, nor of its inputs."""
+    """An error in a hook of this package while a model ran, not in the model or its inputs."""
 
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Tell errors of our code inside a model's run from the model's.
+    """Distinguish errors of this package's code inside a model's run from those of the model.
 
-    Torch's RuntimeErrors about its tensors, which may be of any kind, count as the model's.
+    RuntimeErrors of torch, which can have any cause, count as the model's.
     """
     try:
         yield
@@ -76,27 +76,28 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     inputs: Any
     if isinstance(batch, Mapping):
         if "labels" not in batch:
-            raise InputError(f'A batch has no "labels"; it has {", ".join(map(str, batch))}.')
+            raise InputError(
+                f'batch with the keys {", ".join(map(str, batch))}: expected one named "labels"'
+            )
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         labels = batch["labels"]
     elif isinstance(batch, tuple | list) and len(batch) == 2:
         inputs, labels = batch
     else:
         raise InputError(
-            'A batch is a pair (inputs, labels) or a mapping with "labels", '
-            f"found {type(batch).__name__}."
+            f"batch of type {type(batch).__name__}: expected a pair (inputs, labels) or a mapping "
+            'with "labels"'
         )
     if not isinstance(labels, Tensor) or labels.ndim == 0:
         raise InputError(
-            "The labels of a batch are a tensor with one row per example, "
-            f"found {type(labels).__name__}."
+            f"labels of type {type(labels).__name__}: expected a tensor with one row per example"
         )
     return inputs, labels
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode, and each of its modules back in its own afterwards."""
+    """Put a module in eval mode for a block, and restore the mode of each submodule after it."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -133,8 +134,8 @@ def placed(place: Place, inputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
 def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
     """Return what the likelihood is computed from, (B, …): the output tensor, or its `logits`.
 
-    The model never sees the labels, except that an encoder-decoder's inputs are made from them
-    where they are not given. What it cannot take is refused with the inputs' shapes.
+    The model never sees the labels, except that missing decoder inputs of an encoder-decoder are
+    made from them. Inputs that the model does not accept are refused with their shapes.
     """
     try:
         if isinstance(inputs, Mapping):
@@ -145,7 +146,7 @@ def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
         if out_of_memory(error):
             raise
         raise InputError(
-            f"The model cannot take {_described(inputs)}: {type(error).__name__}: {error}"
+            f"the model does not accept {_described(inputs)}: {type(error).__name__}: {error}"
         ) from error
     if isinstance(outputs, Mapping):
         outputs = outputs.get("logits", outputs)
@@ -153,7 +154,7 @@ def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
         outputs = getattr(outputs, "logits", outputs)
     if not isinstance(outputs, Tensor):
         raise InputError(
-            f"The model returned {type(outputs).__name__}; expected a tensor, or `logits` in it."
+            f"model output of type {type(outputs).__name__}: expected a tensor, or `logits` in it"
         )
     return outputs
 
@@ -182,7 +183,7 @@ def _described(inputs: Any) -> str:
 
 
 def _with_decoder_inputs(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
-    """Give an encoder-decoder the labels, one to the right, as its decoder's inputs."""
+    """Use the labels, shifted right by one, as the inputs of an encoder-decoder's decoder."""
     given = any(
         inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")
     )
@@ -195,8 +196,9 @@ def _with_decoder_inputs(model: Any, inputs: Mapping[str, Any], labels: Tensor) 
         first, pad = config.decoder_start_token_id, config.pad_token_id
         if first is None or pad is None:
             raise InputError(
-                "The decoder's inputs are made from the labels, for which config.json must have "
-                f"`decoder_start_token_id` and `pad_token_id`; they are {first} and {pad}."
+                "the decoder's inputs are made from the labels, which needs "
+                f"`decoder_start_token_id` and `pad_token_id`: found {first} and {pad}; set both "
+                "in config.json"
             )
         start = torch.full_like(labels[:, :1], first)
         shifted = torch.cat([start, labels[:, :-1]], 1)

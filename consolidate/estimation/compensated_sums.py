@@ -1,4 +1,4 @@
-"""Sums of squared gradients over many examples, and how far the examples spread."""
+"""Sums of squared gradients over many examples, and the spread of the examples."""
 
 import math
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ from consolidate.runtime.shards import is_cut, local
 from formats.errors import NonFiniteError
 
 FOLDED_BATCHES, FOLDED_ADDITIONS = 16, 1000
-"""After so many batches or additions to one element what was added goes into the totals."""
+"""The batches, or additions to one element, after which the sums are folded into the totals."""
 
 NEGLIGIBLE = 1e-7
-"""The share of the whole trace below which a parameter's own is taken for rounding noise.
+"""The share of the whole trace below which a parameter's trace counts as rounding noise.
 
-That of a bias which a softmax does not see, as of BERT's keys, comes to 10⁻⁸ of the whole or less
-in bfloat16, to 10⁻¹⁷ in float32, and how it spreads means nothing."""
+For a bias that does not change a softmax, such as those of BERT's keys, the share is 10⁻⁸ or less
+in bfloat16 and 10⁻¹⁷ in float32, and its spread is meaningless."""
 
 
 class Counts(NamedTuple):
-    """What has been read, and the moments of traces s over draws: examples, or whole batches."""
+    """Counts of what was read, and moments of the traces s over draws: examples, or batches."""
 
     moments: Tensor  # Σ 1, Σ s, Σ u, Σ s², Σ s u and Σ u² where s was measured, (6, parameters)
     reached: frozenset[str] = frozenset()  # the parameters that any output depended on
@@ -42,11 +42,11 @@ class _Batch(NamedTuple):
 
 
 class Accumulators:
-    """Σ squares of each parameter's gradients, in totals that lose nothing to rounding (Kahan).
+    """Σ squares of each parameter's gradients, in totals with compensated rounding (Kahan).
 
-    Squares are added to `sums`. These are folded into the totals now and then; what rounding takes
-    stays in them for the next time. Where a batch fails half way, `rewind` goes back to the last
-    fold. Of a parameter in shards only this process's part is held, summed over all processes.
+    Squares are added to `sums`, which are folded into the totals at intervals; the rounding error
+    remains in `sums` for the next fold. Where a batch fails half way, `rewind` returns to the last
+    fold. Of a sharded parameter there is only this process's part, summed over all processes.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype):
@@ -63,7 +63,7 @@ class Accumulators:
 
     @property
     def counts(self) -> Counts:
-        """What the totals and the sums hold; a trace that is not finite raises."""
+        """The counts of the totals and the sums; a trace that is not finite raises."""
         if self._waiting:
             self._count(self._waiting)
             self._waiting = []
@@ -71,7 +71,7 @@ class Accumulators:
 
     @property
     def examples(self) -> int:
-        """The number of examples that the totals and the sums hold."""
+        """The number of examples in the totals and the sums."""
         return self._counts.examples + sum(batch.examples for batch in self._waiting)
 
     def end_batch(
@@ -89,14 +89,14 @@ class Accumulators:
                 negative where it was not measured.
             units: The units of each draw, (draws,).
             examples: The number of examples in the batch.
-            where: What the batch is called in a message.
+            where: The name of the batch in a message.
             additions: How many numbers were added to an element, one after the other.
         """
         self._additions += additions
         self._waiting.append(_Batch(traces, units, examples, where))
 
     def fold_if_due(self) -> bool:
-        """Move the sums into the totals if much was added since the last time; say whether."""
+        """Fold the sums into the totals if enough was added since the last fold; return whether."""
         batches = self._counts.batches + len(self._waiting) - self._folded.batches
         due = batches >= FOLDED_BATCHES or self._additions >= FOLDED_ADDITIONS
         if due:
@@ -104,7 +104,7 @@ class Accumulators:
         return due
 
     def rewind(self) -> None:
-        """Forget what was added since the last fold, and what rounding took there."""
+        """Discard what was added since the last fold, and its rounding error."""
         for values in self.sums.values():
             values.zero_()
         self._waiting.clear()
@@ -112,15 +112,15 @@ class Accumulators:
         self._counts = self._folded
 
     def sum_over(self, group: ProcessGroup | None) -> None:
-        """Add what other processes have added to theirs; nothing is to be added after that."""
+        """Add the sums of the other processes; nothing may be added after that."""
         self._fold()
-        if not self._cut:  # Shards hold the sums of all.
+        if not self._cut:  # A shard already has the sums of all.
             sum_(self._totals.values(), group)
             sum_(self.sums.values(), group)
         self._counts = self._summed(group)
 
     def relative_errors(self, group: ProcessGroup | None = None) -> dict[str, float]:
-        """Return the standard error of each trace, over the trace, of what all processes hold.
+        """Return the relative standard error of each trace, over the draws of all processes.
 
         Left out are traces of zero, and those below NEGLIGIBLE of the whole, which are noise.
         The trace is a ratio, R = Σ s / Σ u. Where n draws were measured, the residuals d = s − R u
@@ -137,13 +137,13 @@ class Accumulators:
         return dict(compress(zip(self.sums, errors, strict=True), matters.tolist()))
 
     def means(self, divisor: int) -> dict[str, Tensor]:
-        """Return the totals over the divisor; they are not to be added to any more."""
+        """Return the totals over the divisor; nothing may be added to them afterwards."""
         self._fold()
-        # Sums over pairs of positions round to a little below 0 where a gradient is nothing.
+        # Sums over pairs of positions can round to a little below 0 where a gradient is 0.
         return {name: total.div_(divisor).clamp_(min=0) for name, total in self._totals.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all that `load` needs, of a moment when nothing was added since the last fold."""
+        """Return all that `load` needs; call it directly after a fold."""
         moments, reached, *numbers = self._counts
         return {
             **{f"total/{name}": values for name, values in self._totals.items()},
@@ -154,7 +154,7 @@ class Accumulators:
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `tensors` returned."""
+        """Resume from what `tensors` returned."""
         for name in self.sums:
             self._totals[name].copy_(tensors[f"total/{name}"])
             self.sums[name].copy_(tensors[f"rest/{name}"])
@@ -179,7 +179,7 @@ class Accumulators:
         first, counts = self._folded.batches + 1, self.counts
         for name, total in self._totals.items():
             new = total + self.sums[name]
-            self.sums[name] += total.sub_(new)  # What rounding took.
+            self.sums[name] += total.sub_(new)  # The rounding error.
             self._totals[name] = new
             if not math.isfinite(new.sum()) and not new.isfinite().all():
                 raise _not_finite(name, f"one of the batches {first} to {counts.batches}")
@@ -188,7 +188,7 @@ class Accumulators:
 
     def _count(self, batches: list[_Batch]) -> None:
         u = torch.cat([batch.units for batch in batches]).cpu().double()
-        # Of parameters that nothing depends on there are no traces.
+        # Parameters that no output depends on have no traces.
         parts = [
             batch.traces[name] if name in batch.traces else torch.zeros_like(batch.units)
             for name in self.sums
@@ -216,6 +216,6 @@ class Accumulators:
 
 def _not_finite(name: str, where: str) -> NonFiniteError:
     return NonFiniteError(
-        f"The gradient of {name!r} is not finite in {where}: look for infinite weights or inputs, "
-        "or use a wider dtype."
+        f"the gradient of {name!r} is not finite in {where}; look for infinite weights or inputs, "
+        "or use a wider dtype"
     )

@@ -1,4 +1,4 @@
-"""The Fisher diagonal by its definition, plain and slow: all else here computes it faster."""
+"""The Fisher diagonal by its definition, plain and slow; the other modules compute it faster."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar

@@ -1,4 +1,4 @@
-"""A Fisher diagonal, with what it was estimated from."""
+"""A Fisher diagonal, with the counts and options of its estimate."""
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass
@@ -18,12 +18,12 @@ class FisherDiagonal(dict[str, Tensor]):
         mc_samples: Sampled outcomes per example; None where nothing is sampled.
         seed: The seed of the sampled outcomes.
         unreached: Names of parameters that no output depended on; their Fisher is zero.
-        methods: How the per-example gradients of each of the others were had, one of METHODS;
-            empty for `batched`.
-        relative_errors: The standard error of each tensor's trace over that trace, from the spread
-            over the examples, or every fourth of a batch where a layer has many positions
-            (`batched`: over the batches); infinite where there was only one, missing where the
-            trace is zero or below 10⁻⁷ of the whole: rounding noise, as of BERT's key biases.
+        methods: How the per-example gradients of each other parameter were computed, one of
+            METHODS; empty for `batched`.
+        relative_errors: The relative standard error of each tensor's trace, from the spread over
+            the examples, or every fourth of a batch where a layer has many positions (`batched`:
+            over the batches); infinite where there was only one, missing where the trace is zero
+            or below 10⁻⁷ of the whole: rounding noise, such as that of BERT's key biases.
     """
 
     tensors: InitVar[Mapping[str, Tensor]]

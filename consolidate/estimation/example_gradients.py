@@ -1,7 +1,7 @@
-"""Per-example gradients of a batch, in the forms they come in, and the sums of their squares.
+"""Per-example gradients of a batch, in factored forms, and the sums of their squares.
 
-Whoever adds squares to a total returns their sum for each example as well, its share of the
-trace; a negative number stands where it was not measured.
+Functions that add squares to a total also return their sum for each example, its share of the
+trace; a negative number marks an example that was not measured.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 FEW_POSITIONS = 4  # up to here Σ_b (Σ_t g_t a_tᵀ)² is one product over pairs of positions
-THIN = 64  # rows or columns below which addmm_ may add term by term, which loses digits to a sum
-GROUPED_POSITIONS = 512  # up to here several examples go through a convolution as its groups
-SMALL = 1 << 18  # elements of a gradient up to which several are made at a time, to call less
-CHUNK = 16  # so many, then; a multiple of MEASURED
-BLOCK = 1 << 20  # elements of a larger one that are made, squared and added while in the cache
+THIN = 64  # rows or columns below which addmm_ may add term by term, with larger rounding errors
+GROUPED_POSITIONS = 512  # up to here several examples are the groups of one convolution
+SMALL = 1 << 18  # elements of a gradient up to which several are computed in one call
+CHUNK = 16  # the number of these; a multiple of MEASURED
+BLOCK = 1 << 20  # elements of a larger one that are computed, squared and added while in the cache
 MEASURED = 4  # of many positions every fourth example's gradient is summed for the spread,
 ALL_MEASURED = 1 << 14  # unless it has no more elements than that
 
@@ -60,7 +60,7 @@ class Outer(NamedTuple):
 
     @property
     def few(self) -> bool:
-        """Whether there are so few positions that their pairs go into one product."""
+        """Whether there are few enough positions to put their pairs into one product."""
         return self.g.shape[1] <= FEW_POSITIONS
 
     def add_product(self, total: Tensor, pairs: Tensor, sums: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Outer(NamedTuple):
 
 
 class Summed(NamedTuple):
-    """Gradients that are sums over a few positions, Σ_t g_t: products with inputs that are 1."""
+    """Gradients that are sums over a few positions, Σ_t g_t: products with inputs of 1."""
 
     g: Tensor  # (B, T, m)
 
@@ -153,7 +153,7 @@ class Convolved(NamedTuple):
     groups: int
 
     def of(self, examples: slice) -> Tensor:
-        """Return the gradients of some examples, (B, *kernel): to a convolution they are groups."""
+        """Return the gradients of some examples, (B, *kernel), as the groups of a convolution."""
         g, a = self.g[examples], self.a[examples]
         size, rank = len(g), len(self.stride)
         gradients = torch.ops.aten.convolution_backward(
@@ -177,7 +177,7 @@ class Convolved(NamedTuple):
 
     def add_squares(self, total: Tensor, first: int = 0) -> Tensor:
         """Add Σ_b gradient² to total, (m, n / groups, *kernel); return each example's sum, (B,)."""
-        # Small ones together; where there are many positions each is work enough.
+        # Small ones together; with many positions each is large enough for a call.
         few = self.g[0, 0].numel() <= GROUPED_POSITIONS
         chunk = max(1, BLOCK // (2 * total.numel())) if few else 1
         traces, _ = _to_measure(self.g, total, first)
@@ -190,7 +190,7 @@ class Convolved(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """Gradients as they are, for parameters small enough."""
+    """Explicit gradients, for parameters that are small enough."""
 
     gradients: Tensor  # (B, …)
 
@@ -212,7 +212,7 @@ Rule = Callable[[Any, Tensor, Tensor], dict[str, Gradients]]
 
 
 def _to_measure(batch: Tensor, total: Tensor, first: int) -> tuple[Tensor, slice]:
-    """Return each example's trace, 0 if it is to be measured and else negative, and which are."""
+    """Return initial traces, 0 for examples to measure and negative for others, and their slice."""
     measured = slice(None) if total.numel() <= ALL_MEASURED else slice(first, None, MEASURED)
     traces = batch.new_full((len(batch),), -1)
     traces[measured] = 0

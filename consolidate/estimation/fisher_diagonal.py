@@ -2,8 +2,8 @@
 
     F = (1/units) Σ_x E_y[(∇_θ log p(y|x, θ))²]
 
-The four estimators differ only in which vectors are sent back through the network, which
-`score_vectors` lists, and in whether an example or a batch is what gets squared.
+The four estimators differ only in the vectors that are backpropagated, which `score_vectors`
+yields, and in whether gradients are squared per example or per batch.
 """
 
 import math
@@ -31,7 +31,7 @@ from formats.errors import InputError, NonFiniteError, UsageError
 ESTIMATORS = ("exact", "mc", "empirical", "batched")
 
 LEAST_EXAMPLES = 64
-"""No pass is ended by a tolerance before so many examples: few show too little of their spread."""
+"""The examples before which no tolerance ends a pass: fewer show too little of their spread."""
 
 
 class Estimator(NamedTuple):
@@ -46,15 +46,18 @@ class Estimator(NamedTuple):
 def score_vectors(
     estimator: Estimator, likelihood: Likelihood, outputs: Tensor, batch: Batch
 ) -> Iterator[Tensor]:
-    """Yield the gradients of log p at the outputs whose squares, sent back, make the Fisher.
+    """Yield vectors v at the outputs, (B, …), whose (Jᵀ v)² are summed to the Fisher.
 
     Those of `batched` are summed over the batch before they are squared.
 
     Args:
-        estimator: Which one is measured.
+        estimator: The estimator and its options.
         likelihood: log p.
-        outputs: Of the model for the batch, (B, …), detached.
+        outputs: The model's outputs for the batch, (B, …), detached.
         batch: B examples.
+
+    Raises:
+        UsageError: If `exact` has too many outcomes.
     """
     labels = batch.labels
     likelihood.check_labels(outputs, labels)
@@ -62,8 +65,8 @@ def score_vectors(
         case "exact":
             if (outcomes := likelihood.outcomes(outputs, labels)) > estimator.max_outcomes:
                 raise UsageError(
-                    f"The exact Fisher would take {outcomes} backward passes per example, more "
-                    f"than {estimator.max_outcomes}: use the estimator mc, or raise the limit."
+                    f"the exact Fisher needs {outcomes} backward passes per example, more than "
+                    f"{estimator.max_outcomes}; use the estimator mc, or raise max_outcomes"
                 )
             yield from likelihood.exact_scores(outputs, labels)
         case "empirical":
@@ -96,49 +99,50 @@ def fisher_diagonal(
 ) -> FisherDiagonal:
     """Measure F = (1/units) Σ_x E_y[(∇_θ log p(y|x, θ))²] for every trainable parameter.
 
-    The model is used in eval mode and comes back bit for bit: modes, buffers and gradients. Only
-    `batched` depends on how the examples were cut into batches. Layers with a rule of their own
-    (`layer_rules`) take a batch at once; other modules are run again alone, and what is left takes
-    one example after the other. What the first batch does not prove right goes the slower way. A
-    batch that the memory does not suffice for is taken in halves.
+    The model is run in eval mode and is unchanged afterwards, bit for bit: modes, buffers and
+    gradients. Only `batched` depends on how the examples were split into batches. Layers with a
+    rule (`layer_rules`) process a batch at once, other modules are run again alone, and everything
+    else falls back to one example at a time. The first batch is verified against single examples:
+    parameters that fail use a slower method. A batch that runs out of memory is split in half.
 
     Args:
         model: Any module; its output is a tensor or has `logits`. Names are those of
             `named_parameters()`, so tied parameters appear once; those that do not require
             gradients are skipped.
         batches: Pairs (inputs, labels), or mappings with "labels". Inputs are a tensor, a tuple of
-            positional or a mapping of keyword arguments. Tensors hold one example per row; what
-            has a first size of 1 or is no tensor is shared by all examples of its batch.
+            positional or a mapping of keyword arguments. Tensors have one example per row; an input
+            whose first size is 1, or that is not a tensor, is shared by all examples of its batch.
         likelihood: A name in LIKELIHOODS, or an object with those methods.
-        estimator: `exact` takes the expectation over y in closed form; `mc` samples y from the
-            model; `empirical` takes the data's labels; `batched` samples y and squares the sum over
-            each batch, Σ_batches (Σ_{x∈batch} ∇ log p)²: unbiased, one backward pass a batch.
+        estimator: `exact` computes the expectation over y in closed form; `mc` samples y from the
+            model; `empirical` uses the data's labels; `batched` samples y and squares the sum over
+            each batch, Σ_batches (Σ_{x∈batch} ∇ log p)²: unbiased, one backward pass per batch.
         mc_samples: Sampled outcomes per example, for `mc` and `batched`.
-        seed: Seed of the sampled outcomes, which depend on it, on the example's index and on the
-            position alone.
-        max_outcomes: `exact` is refused above this many outcomes per example.
-        accumulate_dtype: Type of the result and of the sums behind it.
-        indices: Index of each example in its data set, in reading order; by default 0, 1, 2 …
+        seed: Random seed of the sampled outcomes, which depend only on it, on the example's index
+            and on the position.
+        max_outcomes: The largest number of outcomes per example for `exact`.
+        accumulate_dtype: Dtype of the result and of its sums, float32 or float64.
+        indices: Index of each example in its dataset, in reading order; by default 0, 1, 2 …
         progress: Called after each batch with the number of its examples.
-        check: Whether every batch is held against single examples and autograd, not only the first.
-        tolerance: End the pass once each of the `relative_errors` is at most this, after
-            LEAST_EXAMPLES at the earliest; the batches should come in random order.
-        start: Where to go on. The batches are the same again; those that it has are only read.
-        keep: Called now and then with what `start` takes, valid until it returns.
-        note: Takes what should be known at once, such as that the memory does not suffice.
-        group: Processes that the batches were dealt to, one by one in turn (`dealt`). Each is given
-            its own, with their indices, and gets the Fisher of all. With a tolerance they are asked
-            before each round of batches, not before each batch. A model in shards goes one example
-            after the other, each process is given its part by `keep`, all at the same time, `check`
-            does nothing, and the first process alone is given the tensors.
+        check: Whether every batch is verified against single examples and autograd, not only the
+            first.
+        tolerance: End the pass once each of the `relative_errors` is at most this, after at least
+            LEAST_EXAMPLES; the batches should come in random order.
+        start: The pass to resume, with the same batches; those that it has added are only read.
+        keep: Called at intervals with a value for `start`, which is valid until `keep` returns.
+        note: Called with messages for the user, such as that memory ran out.
+        group: Processes among which the batches were dealt, one by one in turn (`dealt`). Each is
+            given its own batches, with their indices, and gets the Fisher of all. With a tolerance
+            they agree before each round of batches, not before each batch. A sharded model
+            processes one example at a time, every process gets its part by `keep`, all at the same
+            time, `check` does nothing, and only the first process gets the tensors.
 
     Returns:
-        The Fisher diagonal and its counts.
+        The Fisher diagonal by parameter name, in `accumulate_dtype`, and its counts.
 
     Raises:
         UsageError: If an option is unknown or out of range, or `exact` has too many outcomes.
-        InputError: If there is no example, nothing to differentiate, a batch does not fit the
-            model, or the memory does not suffice for a single example.
+        InputError: If there is no example or nothing to differentiate, if a batch does not fit the
+            model, or if a single example runs out of memory.
         NonFiniteError: If outputs or gradients are not finite, naming parameter and batch.
     """
     likelihood = get_likelihood(likelihood)
@@ -185,13 +189,15 @@ def _check_options(
     estimator: str, mc_samples: int, tolerance: float | None, accumulate_dtype: torch.dtype
 ) -> None:
     if estimator not in ESTIMATORS:
-        raise UsageError(f"No estimator is named {estimator!r}; there are {', '.join(ESTIMATORS)}.")
+        raise UsageError(
+            f"unknown estimator {estimator!r}: expected one of ({', '.join(ESTIMATORS)})"
+        )
     if mc_samples < 1:
-        raise UsageError(f"mc_samples is {mc_samples}; at least 1 outcome must be sampled.")
+        raise UsageError(f"mc_samples is {mc_samples}: expected at least 1")
     if tolerance is not None and not 0 < tolerance < math.inf:
-        raise UsageError(f"tolerance is {tolerance}; it must be finite and above 0.")
+        raise UsageError(f"tolerance is {tolerance}: expected a finite number above 0")
     if accumulate_dtype not in (torch.float32, torch.float64):
-        raise UsageError(f"accumulate_dtype is {accumulate_dtype}; it is float32 or float64.")
+        raise UsageError(f"accumulate_dtype is {accumulate_dtype}: expected float32 or float64")
 
 
 def _measurable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -200,20 +206,23 @@ def _measurable(model: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(module, torch.jit.ScriptModule):
             raise InputError(
                 f"{name or 'the model'!r} is a torch.jit.ScriptModule, whose layers cannot be "
-                "looked into: give the module that it was compiled from."
+                "inspected; pass the module that it was compiled from"
             )
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise InputError(
-                f"{name!r} ({type(module).__name__}) keeps no running statistics and normalises by "
-                "those of the batch, so no example has a gradient of its own."
+                f"{name!r} ({type(module).__name__}) has no running statistics and normalizes by "
+                "those of the batch, so single examples have no gradient; use a model with running "
+                "statistics"
             )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
-        raise InputError("The model has no parameter that requires gradients: nothing to measure.")
+        raise InputError(
+            "the model has no parameter that requires gradients; unfreeze those to be measured"
+        )
     if complex_ones := [name for name, p in parameters.items() if p.is_complex()]:
         raise InputError(
-            f"The parameter {complex_ones[0]!r} is complex, and its Fisher would be a matrix: hold "
-            "its real and imaginary part as two parameters, or leave it out."
+            f"the parameter {complex_ones[0]!r} is complex, and its Fisher would be a matrix; "
+            "store its real and imaginary part as two parameters, or freeze it"
         )
     return parameters
 
@@ -222,8 +231,8 @@ def _finite_outputs(model: nn.Module, batch: Batch) -> Tensor:
     outputs = model_outputs(model, batch.inputs, batch.labels)
     if not math.isfinite(outputs.detach().sum()) and not outputs.isfinite().all():
         raise NonFiniteError(
-            f"The model's outputs are not finite in batch {batch.number}: look for NaN or infinite "
-            "weights or inputs, or use a wider dtype."
+            f"the model's outputs are not finite in batch {batch.number}; look for NaN or infinite "
+            "weights or inputs, or use a wider dtype"
         )
     return outputs
 
@@ -231,16 +240,22 @@ def _finite_outputs(model: nn.Module, batch: Batch) -> Tensor:
 def _result(
     measured: Pass, estimator: Estimator, parameters: dict[str, nn.Parameter]
 ) -> FisherDiagonal:
-    """Divide the sums of a pass that is over, and say what they were made of."""
+    """Divide the sums of a finished pass, and return them with its counts."""
     if measured.accumulators is None or measured.examples == 0:
-        raise InputError("There is no example to measure the Fisher on: the batches are empty.")
+        raise InputError(
+            "the batches are empty: expected at least one example to measure the Fisher on"
+        )
     counts = measured.accumulators.counts
     if counts.units == 0:
         raise InputError(
-            f"None of the {counts.examples} examples has a position that is predicted."
+            f"none of the {counts.examples} examples has a predicted position: expected at least "
+            "one label other than -100"
         )
     if not counts.reached:
-        raise InputError("The model's outputs do not depend on any parameter that is trained.")
+        raise InputError(
+            "the model's outputs do not depend on any parameter that requires gradients; unfreeze "
+            "those to be measured"
+        )
     levels = measured.levels or {}
     return FisherDiagonal(
         measured.means(counts.units * (estimator.samples or 1)),
@@ -260,9 +275,9 @@ def _result(
 
 
 def _is_settled(measured: Pass, tolerance: float, behind: bool, group: ProcessGroup | None) -> bool:
-    """Say whether every trace is certain enough, alike in every process.
+    """Return whether every trace is certain enough, with the same answer in every process.
 
-    `behind` says that this one still reads what the pass had before: it would have ended there.
+    `behind` means that this process still reads what the resumed pass had added before.
     """
     measured.count()
     any_behind, examples = summed(group, behind, measured.examples)
@@ -283,7 +298,7 @@ def _numbered(
             continue
         last = first + size
         if indices is not None and len(indices) < last:
-            raise InputError(f"{len(indices)} indices were given for {last} examples.")
+            raise InputError(f"{len(indices)} indices for {last} examples: expected one for each")
         numbers = range(first, last) if indices is None else indices[first:last]
         width = width or size
         others = round_ * (processes - 1) + process  # batches that they have read before this one
@@ -296,8 +311,8 @@ def _numbered(
 def _measuring(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode with its parameters' gradients off, others' on.
 
-    Products of float32 are float32's: rounded to TF32 or bfloat16 a batch would not agree with its
-    single examples. Modes, buffers, precisions and what requires gradients come back bit for bit.
+    Products of float32 use full precision: in TF32 or bfloat16 a batch would not agree with its
+    single examples. Modes, buffers, precisions and `requires_grad` are restored bit for bit.
     """
     settings: list[tuple[Any, str, Any]]
     settings = [(product, "fp32_precision", "ieee") for product in _products()]
@@ -315,7 +330,7 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     copies = [(tensor, tensor.detach().clone()) for tensor in kept]
     try:
         model.requires_grad_(False)
-        torch.backends.mha.set_fastpath_enabled(False)  # It would leave the layers out.
+        torch.backends.mha.set_fastpath_enabled(False)  # It would bypass the layers.
         for owner, name, value in settings:
             setattr(owner, name, value)
         with (
@@ -341,7 +356,7 @@ def _measuring(model: nn.Module) -> Iterator[None]:
 
 
 def _products() -> list[Any]:
-    """Return torch's settings of how products of float32 are taken; none are known before 2.9."""
+    """Return torch's settings for the precision of float32 products; none exist before 2.9."""
     backends = torch.backends
     kinds = [(backends.cuda, "matmul"), (backends.mkldnn, "matmul")]
     kinds += [(of, kind) for of in (backends.cudnn, backends.mkldnn) for kind in ("conv", "rnn")]

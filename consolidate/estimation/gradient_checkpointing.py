@@ -1,7 +1,7 @@
-"""Gradient checkpointing: layers keep only their inputs, and run again in the backward pass.
+"""Gradient checkpointing: layers store only their inputs, and run again in the backward pass.
 
-The layers are transformers' own, which checkpoint themselves in training mode alone. The Fisher is
-measured in eval mode, so there their forward pass is wrapped.
+The layers are those of transformers, which checkpoint themselves only in training mode. The Fisher
+is measured in eval mode, so their forward pass is wrapped there.
 """
 
 from collections.abc import Iterator
@@ -15,24 +15,24 @@ from formats.errors import UsageError
 
 
 def enable(module: nn.Module) -> None:
-    """Let a model's layers keep only their inputs, and run again when gradients pass."""
+    """Let a model's layers store only their inputs, and run again in the backward pass."""
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     switches: list[Any] = [getattr(module, name) for name in names if hasattr(module, name)]
     if not switches:
         raise UsageError(
-            "--gradient-checkpointing needs a model of transformers, or one that has its method "
-            f"{names[-1]}: {type(module).__name__} has none"
+            "--gradient-checkpointing needs a model of transformers, or one with its method "
+            f"{names[-1]}, which {type(module).__name__} lacks; leave the option out"
         )
     try:
         switches[0]({"use_reentrant": False})
     except ValueError as error:
         raise UsageError(f"--gradient-checkpointing: {error}") from None
-    # What reentrant checkpoints need would tell layers that gradients are wanted at their inputs.
+    # It serves reentrant checkpoints, and would make layers compute gradients at their inputs.
     getattr(module, "disable_input_require_grads", lambda: None)()
 
 
 def checkpointed_layers(module: nn.Module) -> list[nn.Module]:
-    """Return the layers that keep only their inputs, not stacks of them that have the switch."""
+    """Return the layers that store only their inputs, without stacks of them with the switch."""
     return [
         layer
         for layer in module.modules()
@@ -43,7 +43,7 @@ def checkpointed_layers(module: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def checkpointing_in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Let those layers do in eval mode what they do in training mode."""
+    """Let those layers checkpoint in eval mode as they do in training mode."""
     layers = checkpointed_layers(module)
     try:
         for layer in layers:

@@ -1,4 +1,4 @@
-"""Which method computes each parameter's per-example gradients, found out on a first batch.
+"""The choice of a method for each parameter's per-example gradients, made on a first batch.
 
     rule      from the inputs and outputs of its layers, for the whole batch at once
     module    by running its module again, alone, for each example
@@ -31,17 +31,17 @@ from formats.errors import InputError
 
 METHODS = ("rule", "module", "loop")
 
-MOST_WAITING = 1 << 26  # elements of gradients kept for a parameter that several modules use
+MOST_WAITING = 1 << 26  # elements of gradients stored for a parameter that several modules use
 _LEVELS = ("rule", "module", "module by itself", "loop")  # With vmap, and without.
 
 _Calls = dict[nn.Module, tuple[bool, ...] | None]
-"""The modules called, with which of their inputs have a row per example; None where no such."""
+"""The called modules, with which of their inputs have a row per example; None if none has."""
 
 Forward = Callable[[Batch], Tensor]  # from a batch to the model's outputs
 
 
 class Failure(NamedTuple):
-    """Why a parameter does not go by a method."""
+    """Why a parameter does not use a method."""
 
     method: str
     error: str | None  # what was raised; None where gradients were not those of single examples
@@ -51,13 +51,13 @@ class Plan(NamedTuple):
     """How each parameter's per-example gradients are computed."""
 
     levels: dict[str, str]  # what `method_of` takes, by the names of what outputs depend on
-    units: list[Unit]  # what is marked for those that do not go by the loop
+    units: list[Unit]  # the marked units, of parameters that do not use the loop
     failures: dict[str, Failure]  # the first method that failed, for those with one
-    only_single: str | None = None  # why the model cannot take several examples; None where it can
+    only_single: str | None = None  # why the model refuses several examples; None if it does not
 
 
 class _Probe(NamedTuple):
-    """A batch that is run to compare gradients, and what is sent back through it."""
+    """A batch that is run to compare gradients, and the vector that is backpropagated."""
 
     model: nn.Module
     batch: Batch
@@ -72,7 +72,7 @@ class _Probe(NamedTuple):
             return _gradients(self.forward(self.batch), self.vector, parameters, self.dtype)
 
     def squares(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Return the squares of the gradients of those examples that are run alone, added up."""
+        """Return the sum of squared gradients over the examples that are run alone."""
         squares = {name: torch.zeros_like(p, dtype=self.dtype) for name, p in parameters.items()}
         for example in self.kept:
             with requiring_gradients(parameters):
@@ -91,12 +91,13 @@ def choose_methods(
 ) -> Plan:
     """Choose how each parameter's per-example gradients are computed.
 
-    A random vector is sent back through the whole batch of two examples or more. Each parameter's
-    sum over the examples must be autograd's own gradient, so that nothing is missing. Of the first
-    and the last example the squares must be those of the two run alone: squares tell what sums do
-    not, rows that were taken for another example's, as in time-first layouts.
+    A random vector is backpropagated through the whole batch of two or more examples. Each
+    parameter's sum over the examples must equal autograd's gradient, so that nothing is missing.
+    The squares of the first and the last example must equal those of the two run alone: squares
+    show, and sums do not, rows that belong to another example, as in time-first layouts.
 
-    `levels` are a former plan's, to start from. A model that draws random numbers is refused.
+    `levels` are those of an earlier plan, to start from. A model that draws random numbers is
+    refused.
     """
     everything_by_loop = Plan(dict.fromkeys(parameters, "loop"), [], {})
     try:
@@ -104,7 +105,7 @@ def choose_methods(
     except (RuntimeError, InputError) as error:
         if out_of_memory(error):
             raise
-        # One at a time may go through.
+        # One at a time may succeed.
         return everything_by_loop._replace(only_single=in_words(error))
     probe = _Probe(model, batch, forward, dtype, vector, (0, len(batch) - 1))
     for example in probe.kept:
@@ -115,11 +116,11 @@ def choose_methods(
         if not _near(alone, together[example : example + 1]):
             if not _near(forward(batch), together):
                 raise InputError(
-                    "The model gives other outputs each time that it is run on the same batch: "
-                    "it draws random numbers in eval mode too (a functional dropout without "
-                    "`training=self.training`, for one). Make it deterministic there."
+                    "the model's outputs differ between two runs on the same batch: it draws "
+                    "random numbers in eval mode (such as a functional dropout without "
+                    "`training=self.training`); make it deterministic in eval mode"
                 )
-            # Examples that change one another's outputs: each alone is what can be measured.
+            # Examples change one another's outputs, so only single examples can be measured.
             return everything_by_loop._replace(
                 failures=dict.fromkeys(expected, Failure("rule", None))
             )
@@ -128,7 +129,7 @@ def choose_methods(
     owners = _owners(model, reached, calls)
     for name, paths in owners.items():
         if levels[name] == "rule" and not _has_rule(model, paths, calls):
-            # What several modules give would have to wait for the last of them.
+            # Gradients from several modules would have to wait for the last of them.
             waits = len(paths) > 1 and reached[name].numel() * len(batch.labels) > MOST_WAITING
             levels[name] = "loop" if waits else "module"
     failures: dict[str, Failure] = {}
@@ -146,7 +147,7 @@ def choose_methods(
                 failures[name] = failure
         levels |= {name: slower(levels[name]) for name in failed}
         if squared or not failed:
-            # One of the two at a time: each is as large as the model.
+            # Only one of the two exists at a time, as each is as large as the model.
             squared = not failed
             expected.clear()
             expected = probe.squares(reached) if squared else probe.sums(reached)
@@ -158,13 +159,13 @@ def method_of(level: str) -> str:
 
 
 def slower(level: str) -> str:
-    """Return the next of a plan's levels, which needs less of a module."""
+    """Return the next of a plan's levels, which requires less of a module."""
     return _LEVELS[_LEVELS.index(level) + 1]
 
 
 @contextmanager
 def requiring_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Switch gradients on for these parameters, and off again."""
+    """Enable gradients of these parameters for a block."""
     try:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -180,7 +181,7 @@ def add_gradients(
     outputs: Tensor,
     vectors: Iterable[Tensor],
 ) -> dict[str, Tensor]:
-    """Add Σ_vectors (Jᵀ vector)² to sums; return each one's own sum, (1,), by the names reached."""
+    """Add Σ_vectors (Jᵀ vector)² to sums; return the sum of each, (1,), by the names reached."""
     traces: dict[str, Tensor] = {}
     for vector in vectors if outputs.requires_grad else ():
         gradients = torch.autograd.grad(
@@ -202,7 +203,7 @@ def _scout(
     forward: Forward,
     dtype: torch.dtype,
 ) -> tuple[_Calls, Tensor, Tensor, dict[str, Tensor]]:
-    """Run the batch; return what was called, outputs, a random vector, and its gradients."""
+    """Run the batch; return the calls, the outputs, a random vector, and its gradients."""
     size = len(batch.labels)
     calls: _Calls = {}
 
@@ -240,7 +241,7 @@ def _owners(
 ) -> dict[str, dict[str, str]]:
     """Return the modules that use each parameter: their paths, with the parameter's name there.
 
-    Modules that own a parameter are never called where others use it: those count if none is.
+    Owners that are not called count only if no owner of the parameter is called.
     """
     names = {id(p): name for name, p in parameters.items()}
     owners: dict[str, dict[str, str]] = {name: {} for name in parameters}
@@ -265,7 +266,7 @@ def _has_rule(model: nn.Module, owners: dict[str, str], calls: _Calls) -> bool:
 def _units(
     model: nn.Module, owners: Mapping[str, dict[str, str]], levels: Mapping[str, str], calls: _Calls
 ) -> list[Unit]:
-    """List what to mark: layers with a rule, and the modules that are run again by themselves."""
+    """List the units to mark: layers with a rule, and modules that are run again alone."""
     by_rule: dict[str, dict[str, str]] = {}
     by_module: dict[tuple[str, bool], list[str]] = {}
     for name, paths in owners.items():
@@ -274,7 +275,7 @@ def _units(
                 by_rule.setdefault(path, {})[local] = name
         elif levels[name] != "loop":
             hosts = {_host(model, path, calls) for path in paths}
-            for host in hosts:  # Not those inside of another.
+            for host in hosts:  # Except those inside another.
                 around = (other for other in hosts if other != host)
                 if not any(not other or host.startswith(f"{other}.") for other in around):
                     by_module.setdefault((host, levels[name] == "module"), []).append(name)
@@ -290,7 +291,7 @@ def _units(
 
 
 def _host(model: nn.Module, path: str, calls: _Calls) -> str:
-    """Return the path of the nearest module around this one that was called with whole rows."""
+    """Return the path of the nearest enclosing module that was called with a row per example."""
     while path and not calls.get(model.get_submodule(path)):
         path = path.rpartition(".")[0]
     return path
@@ -303,10 +304,10 @@ def _failed(
     expected: Mapping[str, Tensor],
     squared: bool,
 ) -> dict[str, str | None]:
-    """Return the marked parameters whose gradients are not the expected ones, and what was raised.
+    """Return the marked parameters whose gradients are not as expected, and what was raised.
 
-    What is expected is the probe's `squares` or its `sums`. RuntimeErrors of torch mean that the
-    model or its layers are not what a method takes them for.
+    Expected are the probe's `squares` or its `sums`. A RuntimeError of torch means that the model
+    or its layers do not meet the assumptions of a method.
     """
     marked = {name for unit in units for name in unit.names.values()}
     if not marked:
@@ -348,27 +349,27 @@ def _failed(
 
 
 def _near(alone: Tensor, together: Tensor) -> bool:
-    """Return whether outputs are the same up to rounding."""
+    """Return whether outputs are equal up to rounding."""
     tolerance = 10 * torch.finfo(alone.dtype).eps ** 0.5
     return bool((alone - together).abs().max() <= tolerance * together.abs().max().clamp(min=1e-6))
 
 
 def _agree(found: Tensor, expected: Tensor, eps: float, largest: float, squared: bool) -> bool:
-    """Return whether sums, or squares, are those expected up to rounding; overwrites `found`.
+    """Return whether sums, or squares, are as expected up to rounding; overwrites `found`.
 
     `largest` is the largest number expected of any parameter.
     """
-    rounding = min(100 * eps, eps**0.5)  # gradients that are nothing else, as of a key's bias
+    rounding = min(100 * eps, eps**0.5)  # for gradients that are only rounding, as a key bias has
     found.sub_(expected)
-    if squared:  # An example may fall to the other side of a ReLU here and there.
+    if squared:  # An example may fall on the other side of a ReLU.
         floor = rounding**2 * largest * found.numel()
         return found.abs_().sum().item() <= eps**0.25 * expected.sum().item() + floor
-    # Normalisation is often in float32 whatever the weights.
+    # Normalization is often in float32, whatever the dtype of the weights.
     return _largest(found) <= max(eps**0.5, 1e-6) * _largest(expected) + rounding * largest
 
 
 def _largest(values: Tensor) -> float:
-    """Return max |values|, without a copy of them; 0 of none."""
+    """Return max |values| without copying them; 0 if there are none."""
     if not values.numel():
         return 0.0
     least, most = values.aminmax()

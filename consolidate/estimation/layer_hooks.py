@@ -1,8 +1,8 @@
-"""Per-example gradients of a whole batch, taken layer by layer while one backward pass goes by.
+"""Per-example gradients of a whole batch, computed layer by layer during one backward pass.
 
 Every call of a layer is marked in the graph. When the gradient at its outputs arrives there, the
-layer's rule, or the layer run again by itself, makes its parameters' gradients of each example, and
-they are squared and added at once: none of them outlives its layer.
+layer's rule, or the layer run again alone, computes its parameters' gradients of each example,
+which are squared and added at once: none of them outlives its layer.
 """
 
 import warnings
@@ -29,13 +29,13 @@ from consolidate.estimation.example_gradients import (
 )
 from consolidate.estimation.gradient_checkpointing import checkpointed_layers
 
-VMAP_ELEMENTS = 1 << 22  # of per-example gradients that one module makes at a time
+VMAP_ELEMENTS = 1 << 22  # of per-example gradients that one module computes at a time
 Sink = Callable[[Mapping[str, Gradients], range], None]
 """Takes per-example gradients of a call's parameters, by name, and which examples they are of."""
 
 
 class Unit(NamedTuple):
-    """A module, and those of its parameters whose gradients are taken at its calls."""
+    """A module, and its parameters whose gradients are computed at its calls."""
 
     module: nn.Module
     names: dict[str, str]  # The model's names by the module's.
@@ -53,13 +53,13 @@ class UnitError(Exception):
 
 
 def in_words(error: Exception) -> str:
-    """Return the type of an error and the first line of what it says."""
+    """Return the type of an error and the first line of its message."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @contextmanager
 def falling_back(names: Iterable[str], *kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of these kinds into a UnitError, except that the memory does not suffice."""
+    """Turn errors of these kinds into a UnitError, except running out of memory."""
     try:
         yield
     except kinds as error:
@@ -79,13 +79,13 @@ class Call(NamedTuple):
 
 @dataclass(eq=False)
 class Recording:
-    """The marked calls of one forward pass, and where their gradients go in a backward pass."""
+    """The marked calls of one forward pass, and the sink of their gradients in a backward pass."""
 
     size: int  # of the batch, in examples
     anchor: Tensor  # what to differentiate by, so that gradients pass by every mark
     dtype: torch.dtype  # that gradients are computed in
     only_marks_need_gradients: bool  # and no parameter of the model
-    layers_recompute: bool  # in the backward pass, and give back what is needed there
+    layers_recompute: bool  # in the backward pass, instead of storing what it needs
     use_counts: dict[str, int] = field(default_factory=dict)  # of each parameter, by name
     mismatched: set[str] = field(default_factory=set)  # with a call without a row per example
     sink: Sink | None = None  # while a backward pass runs
@@ -93,16 +93,16 @@ class Recording:
     rerunning_unit: bool = False
 
     def backward(self, outputs: Tensor, vector: Tensor, sink: Sink, *, keep: bool) -> None:
-        """Send a vector back from the outputs, and every parameter's gradients to the sink."""
+        """Backpropagate a vector from the outputs, and pass all parameters' gradients to `sink`."""
         self.recording_forward = False
         self.sink = sink
         try:
             torch.autograd.grad(outputs, self.anchor, vector, retain_graph=keep, allow_unused=True)
         finally:
-            self.sink = None  # It holds on to this.
+            self.sink = None  # It refers to this recording.
 
     def mark(self, unit: Unit, args: Any, kwargs: Any, output: Any) -> Any:
-        """Return a call's output, marked; None where it need not be another tensor."""
+        """Return a call's output, marked; None where the output needs no replacement."""
         inputs, spec = [*args, *kwargs.values()], None
         if unit.rule is None:
             inputs, spec = tree_flatten((args, dict(kwargs)))
@@ -122,7 +122,7 @@ class Recording:
                 self.use_counts[name] = self.use_counts.get(name, 0) + 1
         inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
         call = Call(unit, inputs, spec, marked)
-        # A tensor that gradients reach on their way to an earlier mark needs none of its own.
+        # A tensor that gradients reach on their way to an earlier mark needs no mark.
         reached = self.only_marks_need_gradients and output_spec is None and output.requires_grad
         if reached and not self.layers_recompute and not output._is_view():
             if self.recording_forward:
@@ -154,7 +154,7 @@ class Recording:
         if unit.rule is not None:
             (a,), (g,) = call.inputs, (g for g in gradients if g is not None)
             a = a.to(self.dtype) if a.is_floating_point() else a
-            # It was found by the class's name, and the module may be built otherwise.
+            # The rule was found by the class's name, and the module may differ from that class.
             with falling_back(unit.names.values(), RuntimeError, AttributeError):
                 found = unit.rule(unit.module, a, g.to(self.dtype))
             yield found, range(self.size)
@@ -176,7 +176,7 @@ class Recording:
         if unit.rule is not None:
             if len(inputs) != 1 or len(outputs) != 1 or not has_rows(inputs[0], self.size):
                 return False
-            # A single example without a row of its own may have as many channels as there are rows.
+            # An example without a batch dimension may have as many channels as there are rows.
             weight: Any = unit.module.weight
             return outputs[0].ndim >= max(2, weight.ndim)
         return len(inputs) == len(unit.rows) and all(
@@ -188,14 +188,14 @@ _SAVED = object()  # stands for a tensor that autograd keeps
 
 
 class _Mark(torch.autograd.Function):
-    """Passes tensors on; in a backward pass the recording is given their gradients."""
+    """The identity, which passes the gradients in a backward pass to the recording."""
 
     @staticmethod
     def forward(
         ctx: Any, recording: Recording, call: Call, anchor: Tensor, *tensors: Tensor
     ) -> Any:
         if recording.layers_recompute:
-            # A checkpoint forgets what is saved this way, and has it made again.
+            # A checkpoint drops what is saved this way, and recomputes it.
             ctx.save_for_backward(*(t for t in call.inputs if isinstance(t, Tensor)))
             left = [_SAVED if isinstance(t, Tensor) else t for t in call.inputs]
             call = call._replace(inputs=left)
@@ -215,14 +215,14 @@ class _Mark(torch.autograd.Function):
 class Squares:
     """A sink that adds squares of per-example gradients, also of parameters used several times.
 
-    What few positions give is summed over vectors before the one product with the inputs, which
-    the vectors share. What a parameter's several uses give waits for the last of them.
+    Terms of few positions are summed over vectors before the one product with the inputs, which
+    the vectors share. Gradients of a parameter's several uses wait for the last of them.
     """
 
     def __init__(self, sums: Mapping[str, Tensor], recording: Recording, first: int = 0):
         self.sums = sums  # where to add, by name
         self.shared = False  # whether there are several vectors
-        self.traces: dict[str, Tensor] = {}  # what each example added in all, by name
+        self.traces: dict[str, Tensor] = {}  # the total that each example added, by name
         self.additions = 1  # to an element, one after the other
         self._recording = recording
         self._first = first
@@ -231,9 +231,9 @@ class Squares:
         self._one_by_one = False
 
     def __call__(self, gradients: Mapping[str, Gradients], examples: range) -> None:
-        """Take per-example gradients of one call's parameters, by one vector.
+        """Add per-example gradients of one call's parameters for one vector.
 
-        Those of `few` positions, and those that wait for a last use, are of all examples.
+        Those of `few` positions, and those that wait for a last use, cover all examples.
         """
         pairs: dict[int, Tensor] = {}  # A layer's weight and bias share them.
         for name, found in gradients.items():
@@ -284,7 +284,7 @@ class Squares:
 
 
 def has_rows(value: Any, size: int) -> bool:
-    """Return whether this is a tensor with a row for each of that many examples."""
+    """Return whether a value is a tensor with one row for each of `size` examples."""
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
 
 
@@ -306,13 +306,13 @@ class Recorder:
                 self._handles.append(unit.module.register_forward_pre_hook(self._spread))
 
     def close(self) -> None:
-        """Leave the modules as they were."""
+        """Remove the hooks from the modules."""
         for handle in self._handles:
             handle.remove()
 
     @contextmanager
     def recording(self, size: int, *, only_marks_need_gradients: bool) -> Iterator[Recording]:
-        """Record a batch of so many examples while it runs, and until it has run backward."""
+        """Record a batch of `size` examples during its forward and backward pass."""
         only, recompute = only_marks_need_gradients, self._layers_recompute
         try:
             self._recording = Recording(size, self._anchor, self._dtype, only, recompute)
@@ -328,7 +328,7 @@ class Recorder:
             return recording.mark(unit, args, kwargs, output)
 
     def _spread(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # Ids of shape (1, T) are shared by the batch, and so would be the gradient at their rows.
+        # Ids of shape (1, T) are shared by the batch, and their gradient would be shared too.
         recording = self._recording
         if recording is None or recording.rerunning_unit or len(args) != 1:
             return args
@@ -350,10 +350,10 @@ def add_squares(
     Parameters with a call that does not have one row per example are left out.
 
     Args:
-        sums: Where to add.
+        sums: The totals to add to, by name.
         recording: The recorded forward pass.
         outputs: Its outputs, (B, …).
-        vectors: What to send back, each like outputs.
+        vectors: The vectors to backpropagate, each like outputs.
         first: The first example whose share is measured where not all are.
     """
     squares = Squares(sums, recording, first)
@@ -372,7 +372,7 @@ def add_squares(
 def module_gradients(
     call: Call, inputs: list[Any], gradients: list[Tensor | None]
 ) -> dict[str, Tensor]:
-    """Return one module's per-example gradients by its own names, from running it again.
+    """Return one module's per-example gradients, by the module's names, from running it again.
 
     Args:
         call: The call to repeat.
@@ -398,7 +398,7 @@ def module_gradients(
     def of_example(example: list[Tensor], vector: list[Tensor]) -> dict[str, Tensor]:
         alone = arguments(example)
         with falling_back(unit.names.values(), Exception), warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # Where it would be a slow loop.
+            warnings.simplefilter("error", UserWarning)  # vmap warns of a slow loop.
             vjp = torch.func.vjp(lambda parameters: outputs(parameters, alone), values)[1]
             return vjp([v[None] for v in vector])[0]
 

@@ -1,8 +1,8 @@
-"""Per-example gradients of a whole batch at once, from what goes in and out of its layers.
+"""Per-example gradients of a whole batch at once, from the inputs and outputs of its layers.
 
-A layer's inputs A and the gradients G at its outputs give each example's weight gradient without a
-backward pass of its own. One small rule per layer type says how; RULES lists them. What the rules
-give is trusted by fisher_diagonal only after it has agreed with single examples.
+A layer's inputs A and the gradients G at its outputs determine each example's weight gradient
+without a separate backward pass. There is one small rule per layer type; RULES lists them.
+fisher_diagonal uses a rule only after its results agree with single examples.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def linear(module: Any, a: Tensor, g: Tensor, *, transposed: bool = False) -> di
 
 
 def convolution(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
-    """The outputs are w ∗ x + b, channels first, x padded in whatever way."""
+    """The outputs are w ∗ x + b, channels first, with any padding of x."""
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     a = functional.pad(a, module._reversed_padding_repeated_twice, mode)
     if module.groups == 1 and g[0, 0].numel() <= FEW_POSITIONS:
@@ -52,7 +52,7 @@ def convolution(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
 
 
 def embedding(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
-    """The outputs are W[ids]; the padding row learns nothing."""
+    """The outputs are W[ids]; the padding row has no gradient."""
     ids, g = a.long().reshape(len(a), -1), _positions(g)  # (B, T), (B, T, n)
     if module.padding_idx is not None:
         g = g * (ids != module.padding_idx)[..., None]
@@ -90,7 +90,7 @@ def batch_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     return _scaled(x, g, (*x.shape[:2], -1), 2)
 
 
-# By name, so that nothing is imported for it. A subclass may compute something else.
+# By name, which needs no import. A subclass may compute something else.
 RULES: dict[str, Rule] = {
     "torch.nn.modules.linear.Linear": linear,
     "transformers.pytorch_utils.Conv1D": partial(linear, transposed=True),

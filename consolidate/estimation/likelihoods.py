@@ -1,8 +1,8 @@
 """log p(y|x) from a model's outputs, and its derivative: the same for the loss and for the Fisher.
 
 The Fisher of a task is E_y[(Jᵀ s)²] with J the Jacobian of the outputs and s = ∂log p/∂outputs the
-score. Every likelihood here states its scores as vectors to be sent back through the network, so
-that estimators differ in nothing but the vectors they ask for.
+score. Every likelihood returns its scores as vectors to backpropagate, so that estimators differ
+only in the vectors that they use.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ IGNORED = -100  # the label of a position that is not predicted, as transformers
 
 
 class Likelihood(Protocol):
-    """What the Fisher, the loss and the evaluation ask of a likelihood.
+    """What the Fisher, the loss and the evaluation require of a likelihood.
 
     B is the number of examples; outputs are the model's, (B, …) floating point; labels are (B, …).
     Sums over an example's positions are one number: a sequence is one example with one score.
@@ -42,13 +42,13 @@ class Likelihood(Protocol):
         """Return how many units each example counts for, (B,) int64: 1, or its predicted tokens."""
 
     def correct(self, outputs: Tensor, labels: Tensor) -> Tensor | None:
-        """Return how many units of each example are predicted right, (B,); None: no such notion."""
+        """Return how many units of each example are predicted right, (B,); None if undefined."""
 
     def outcomes(self, outputs: Tensor, labels: Tensor) -> int:
-        """Return how many outcomes the closed form runs over."""
+        """Return how many outcomes the closed form sums over."""
 
     def draws(self, outputs: Tensor) -> int:
-        """Return how many uniform numbers sampling takes for each example."""
+        """Return how many uniform numbers sampling needs for each example."""
 
     def exact_scores(self, outputs: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """Yield vectors v, each like outputs, with Σ_v (Jᵀ v)² = E_y[(Jᵀ s)²] per example."""
@@ -56,7 +56,7 @@ class Likelihood(Protocol):
     def sampled_scores(self, outputs: Tensor, labels: Tensor, uniforms: Tensor) -> Tensor:
         """Return the score of outcomes drawn from the model, like outputs.
 
-        Labels matter only for which positions they mark as ignored; uniforms are (B, draws).
+        Labels only mark the ignored positions; uniforms are (B, draws).
         """
 
     def observed_scores(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -82,7 +82,8 @@ class Softmax:
         _check_shape(self.name, labels, outputs.shape[:-1])
         if labels.dtype.is_floating_point or labels.dtype.is_complex:
             raise InputError(
-                f"The {self.name} likelihood needs integer labels, found {labels.dtype}."
+                f"likelihood {self.name}: expected integer labels, found {labels.dtype}; use class "
+                "indices"
             )
         classes = outputs.shape[-1]
         if not self.tokens and labels.numel():
@@ -96,8 +97,8 @@ class Softmax:
             where = wrong.nonzero()[0].tolist()
             position = f", position {where[1]}" if self.tokens else ""
             raise InputError(
-                f"Label {labels[tuple(where)].item()} (example {where[0]} of the batch{position}) "
-                f"is outside 0…{classes - 1}: the model has {classes} outputs."
+                f"label {labels[tuple(where)].item()} (example {where[0]} of the batch{position}) "
+                f"is out of range: expected 0 to {classes - 1}, as the model has {classes} outputs"
             )
 
     def negative_log_likelihood(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -137,8 +138,8 @@ class Softmax:
     def exact_scores(self, outputs: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """Yield the columns of the Cholesky factor of diag(p) − ppᵀ, for one position at a time.
 
-        The score of class c is 1_c − p, and its covariance is diag(p) − ppᵀ. Any factor of it will
-        do; this one has C − 1 columns where √p_c (1_c − p) has C. With the tails r_k = Σ_{j≥k} p_j
+        The score of class c is 1_c − p, and its covariance is diag(p) − ppᵀ. Any factor of it is
+        valid; this one has C − 1 columns where √p_c (1_c − p) has C. With tails r_k = Σ_{j≥k} p_j
         column k is √(p_k r_{k+1} / r_k) (1_k − Σ_{j>k} p_j/r_{k+1} 1_j)  (Tanabe & Sagae 1992).
         Scores of different positions are uncorrelated, so their squares add up.
         """
@@ -159,7 +160,7 @@ class Softmax:
         """Return 1_y − p with y drawn from p, zero at ignored positions."""
         logits, targets = self._by_position(outputs, labels)
         predicted = targets != IGNORED
-        # Numbered among the predicted ones, a position keeps its number whatever the padding.
+        # Numbered among the predicted ones, a position's number does not depend on the padding.
         numbers = (predicted.cumsum(1) - 1).clamp_min(0)
         draws = uniforms.to(_precise(logits)).gather(1, numbers)
         sampled = torch.stack(
@@ -191,7 +192,7 @@ class Softmax:
 
 
 class _Columns:
-    """What likelihoods have in common whose outputs (B, …) stand for independent labels."""
+    """The common part of likelihoods whose outputs (B, …) belong to independent labels."""
 
     def units(self, labels: Tensor) -> Tensor:
         """Return 1 for each example, (B,)."""
@@ -208,7 +209,7 @@ class _Columns:
 
 @dataclass(frozen=True)
 class Bernoulli(_Columns):
-    """K independent yes-or-no labels, p = sigmoid(outputs): outputs and labels (B, K)."""
+    """K independent binary labels, p = sigmoid(outputs): outputs and labels (B, K)."""
 
     name: str = "bernoulli"
 
@@ -220,8 +221,8 @@ class Bernoulli(_Columns):
         if wrong.any():
             example, label = wrong.nonzero()[0].tolist()
             raise InputError(
-                f"Label {label} of example {example} of the batch is "
-                f"{labels[example, label].item()}: yes-or-no labels are 0 or 1."
+                f"label {label} of example {example} of the batch is "
+                f"{labels[example, label].item()}: expected 0 or 1"
             )
 
     def negative_log_likelihood(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -275,7 +276,9 @@ class Gaussian(_Columns):
             _check_shape(self.name, labels, outputs.shape)
         if not labels.isfinite().all():
             example = (~labels.isfinite()).nonzero()[0][0].item()
-            raise InputError(f"The label of example {example} of the batch is not finite.")
+            raise InputError(
+                f"the label of example {example} of the batch is not finite; correct or remove it"
+            )
 
     def negative_log_likelihood(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return ½‖labels − outputs‖², (B,)."""
@@ -286,7 +289,7 @@ class Gaussian(_Columns):
         return (_wide(old) - _wide(new)).square().flatten(1).sum(1) / 2
 
     def correct(self, outputs: Tensor, labels: Tensor) -> None:
-        """Return None: a number is never simply right."""
+        """Return None: a prediction of a number is not right or wrong."""
 
     def exact_scores(self, outputs: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """Yield 1_d for each number d."""
@@ -318,12 +321,12 @@ LIKELIHOODS: dict[str, Likelihood] = {
 
 
 def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
-    """Return the likelihood of that name; an object that is one already comes back as it is."""
+    """Return the likelihood of that name; an object that is a likelihood is returned unchanged."""
     if not isinstance(likelihood, str):
         return likelihood
     if likelihood not in LIKELIHOODS:
         raise UsageError(
-            f"No likelihood is named {likelihood!r}; there are {', '.join(LIKELIHOODS)}."
+            f"unknown likelihood {likelihood!r}: expected one of ({', '.join(LIKELIHOODS)})"
         )
     return LIKELIHOODS[likelihood]
 
@@ -333,7 +336,7 @@ def _draw(p: Tensor, uniforms: Tensor) -> Tensor:
     # float32 would lose the classes of a large vocabulary that are less likely than 1e-7.
     sums = p.to(uniforms.dtype).cumsum(-1)
     total = sums[:, -1]
-    # Strictly below the total, so that what is found always has a probability above zero.
+    # Strictly below the total, so that the sampled class always has a probability above zero.
     threshold = torch.minimum(uniforms * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(sums, threshold[:, None], right=True)[:, 0]
 
@@ -352,7 +355,7 @@ def _wide(outputs: Tensor) -> Tensor:
 
 
 def _precise(like: Tensor) -> Tensor:
-    """Return an empty tensor on that device with the widest type it has, as a target for `to`."""
+    """Return an empty tensor on that device in its widest float type, as a target for `to`."""
     wide = torch.float32 if like.device.type == "mps" else torch.float64
     return torch.empty(0, dtype=wide, device=like.device)
 
@@ -360,14 +363,14 @@ def _precise(like: Tensor) -> Tensor:
 def _check_outputs(name: str, outputs: Tensor, *axes: str) -> None:
     if outputs.ndim != len(axes):
         raise InputError(
-            f"The {name} likelihood needs outputs of shape ({', '.join(axes)}); "
-            f"the model gave {tuple(outputs.shape)}."
+            f"likelihood {name}: expected outputs of shape ({', '.join(axes)}), "
+            f"found {tuple(outputs.shape)}; choose another likelihood or model"
         )
 
 
 def _check_shape(name: str, labels: Tensor, expected: torch.Size) -> None:
     if labels.shape != expected:
         raise InputError(
-            f"The {name} likelihood needs labels of shape {tuple(expected)} for these outputs, "
-            f"found {tuple(labels.shape)}."
+            f"likelihood {name}: expected labels of shape {tuple(expected)} for these outputs, "
+            f"found {tuple(labels.shape)}; reshape the labels"
         )

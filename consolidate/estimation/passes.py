@@ -1,4 +1,4 @@
-"""One pass over a data set: squares of per-example gradients, added batch by batch."""
+"""One pass over a dataset: squares of per-example gradients, added batch by batch."""
 
 import gc
 from collections import deque
@@ -25,10 +25,10 @@ from formats.errors import InputError
 
 
 class Scores(NamedTuple):
-    """What is sent back through the network."""
+    """What is backpropagated through the network."""
 
     forward: Callable[[Batch], Tensor]  # from a batch to the model's outputs
-    vectors: Callable[[Tensor, Batch], Iterator[Tensor]]  # from these, detached, to ∇ log p there
+    vectors: Callable[[Tensor, Batch], Iterator[Tensor]]  # from detached outputs to ∇ log p there
     units: Callable[[Tensor], Tensor]  # from labels to the units of each example
     whole: bool  # whether gradients are summed over the batch before they are squared
 
@@ -38,7 +38,7 @@ class PartialPass(NamedTuple):
 
     tensors: dict[str, Tensor]  # the sums so far, and what was counted
     levels: dict[str, str] | None  # the parameters' methods; None while that is not known
-    most: int | None  # examples that the memory suffices for; None while it suffices for all
+    most: int | None  # examples that fit into memory; None while all do
 
     @property
     def examples(self) -> int:
@@ -49,8 +49,8 @@ class PartialPass(NamedTuple):
 class Pass:
     """Σ over batches of the squares of per-example gradients.
 
-    A batch that the memory does not suffice for is taken in halves. What fails half way is taken
-    back, with all since the last fold, and done again.
+    A batch that runs out of memory is split in half. A batch that fails half way is undone,
+    together with all others since the last fold, and added again.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Pass:
     ):
         """Prepare to measure `parameters`, whose gradients are off, or to resume another pass.
 
-        With `check` the methods are chosen anew on every batch; `dtype` is that of the sums.
+        With `check` the methods are chosen again on every batch; `dtype` is that of the sums.
         """
         self.accumulators: Accumulators | None = None  # until the first batch
         self.levels: dict[str, str] | None = None  # the parameters' methods; likewise
@@ -81,7 +81,7 @@ class Pass:
         self._group = group
         self._plan: Plan | None = None
         self._recorder: Recorder | None = None  # of what is marked in the plan
-        self._watched: dict[str, nn.Parameter] = {}  # those that it knows nothing of
+        self._watched: dict[str, nn.Parameter] = {}  # those that are not in the plan
         self._by_loop = self._parameters
         self._first: Batch | None = None
         self._most: int | None = None
@@ -98,41 +98,41 @@ class Pass:
         return 0 if self.accumulators is None else self.accumulators.examples
 
     def relative_errors(self, group: ProcessGroup | None = None) -> dict[str, float]:
-        """Return each trace's standard error over the trace, by the names of those that count."""
+        """Return the relative standard error of each trace that is not negligible, by name."""
         return self._accumulators().relative_errors(group)
 
     def count(self) -> None:
-        """Count what was added: sums round alike only where that is done at the same batches."""
+        """Count what was added, at fixed batches, so that the sums are rounded identically."""
         if self.accumulators is not None:
             _ = self.accumulators.counts
 
     def sum_over_processes(self) -> None:
-        """Add what the passes of other processes have added; no batch is taken after that."""
+        """Add the sums of the other processes; no batch may be added after that."""
         if self._group is not None:
             self._accumulators().sum_over(self._group)
 
     def wait(self) -> None:
-        """Let other processes take a batch, where this one has none left."""
+        """Let other processes add a batch when this one has none left."""
 
     def means(self, divisor: int) -> dict[str, Tensor]:
-        """Return the sums over the divisor, by name; nothing is added after that."""
+        """Return the sums over the divisor, by name; nothing may be added after that."""
         return self._accumulators().means(divisor)
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks from the model."""
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
 
     def see(self, batch: Batch) -> None:
-        """Look at a batch that the other pass has taken, and chose the methods on if it could."""
+        """Read a batch that the resumed pass has added, and on which it may have chosen methods."""
         if self._first is None and self.levels is not None and len(batch) > 1:
             self._first = batch.rows(0, max(self._most or len(batch), 2))
 
     def take(self, batch: Batch, keep: Callable[[PartialPass], None] | None = None) -> None:
         """Add a batch, on any device; raise where outputs or gradients are not finite.
 
-        `keep` is called where another pass can resume; what it is given is valid until it returns.
+        `keep` is called where another pass can resume; its argument is valid until it returns.
         """
         waiting = deque([batch])
         while waiting:
@@ -153,7 +153,7 @@ class Pass:
                     keep(PartialPass(self.accumulators.tensors(), self.levels, self._most))
 
     def _added(self, batch: Batch) -> bool:
-        """Add a batch; where it fails and another try may do, prepare that and return false."""
+        """Add a batch; if it fails and a retry may succeed, prepare the retry and return false."""
         failed: set[str] = set()
         raised = ""
         try:
@@ -164,7 +164,7 @@ class Pass:
         except Exception as error:
             if not out_of_memory(error):
                 raise
-        # By now the traceback is gone, which would hold on to the graph.
+        # By now the traceback is freed, which refers to the graph.
         if failed:
             self._plan = None
             before = self.levels or {}
@@ -175,14 +175,14 @@ class Pass:
             self._note(f"batch {batch.number}: {fallen}")
         elif len(batch) == 1:
             raise InputError(
-                f"Batch {batch.number}: the memory does not suffice for a single example. Shorten "
-                "the examples, free memory, or use a smaller dtype or another device."
+                f"batch {batch.number}: out of memory with a single example; shorten the examples, "
+                "free memory, or use a smaller dtype or another device"
             )
         else:
             self._most = (len(batch) + 1) // 2
             self._first = None
-            self._note(f"no memory for {len(batch)} examples at a time: going on with {self._most}")
-            gc.collect()  # And what is held for reuse, in pieces too small for what comes.
+            self._note(f"out of memory with {len(batch)} examples: continuing with {self._most}")
+            gc.collect()  # And the cached memory, in pieces too small for the next batch.
             backend: Any = getattr(torch, self._place.device.type, None)
             if hasattr(backend, "empty_cache"):
                 backend.empty_cache()
@@ -213,17 +213,17 @@ class Pass:
             self._plan, self.levels, self._first = plan, plan.levels, None
             self.close()
             self._watched, self._by_loop = {}, every
-            if plan.units:  # They are marked until there is another plan.
+            if plan.units:  # They stay marked until the next plan.
                 self._recorder = Recorder(self._model, plan.units, self._dtype)
                 self._watched = {n: p for n, p in every.items() if n not in plan.levels}
                 self._by_loop = {n: p for n, p in every.items() if plan.levels.get(n) == "loop"}
             self._tell(plan)
 
     def _tell(self, plan: Plan) -> None:
-        """Name the modules that do not go by the method that was tried first, and why."""
+        """Report the modules that do not use the method that was tried first, and why."""
         notes = []
         if (why := plan.only_single) is not None:
-            notes = [f"the model takes one example at a time only ({why}): going on by loop"]
+            notes = [f"the model accepts only one example at a time ({why}): continuing by loop"]
         names: dict[tuple[str, str | None, str], list[str]] = {}
         for name, (method, error) in plan.failures.items():
             if (now := method_of(plan.levels[name])) != method:
@@ -237,13 +237,13 @@ class Pass:
     def _add_examples(self, batch: Batch) -> tuple[dict[str, Tensor], int]:
         """Add Σ_examples Σ_vectors (Jᵀ vector)²: what the plan marks at once, the rest one by one.
 
-        Returns what each example added in all, by name, and how often was added to an element.
+        Returns the total that each example added, by name, and the additions to an element.
         """
         rest = self._by_loop
         traces: dict[str, Tensor] = {}
         additions = 0
         if self._recorder is not None:
-            watched = self._watched  # The first batch did not depend on them: this one might.
+            watched = self._watched  # The first batch did not depend on them, but this one may.
             only = not watched
             with (
                 requiring_gradients(watched),
@@ -252,12 +252,12 @@ class Pass:
                 outputs, vectors = self._run(batch)
                 found = [*_dependencies(outputs, watched), *recording.mismatched]
                 if outputs.requires_grad:
-                    # Another for each batch, so that no order of data is always met: multiples of
-                    # the golden ratio fill the unit interval evenly and without a period.
+                    # Another for each batch, so that it is independent of periods in the data:
+                    # multiples of the golden ratio fill the unit interval evenly.
                     first = int(batch.number * 0.6180339887498949 % 1 * min(MEASURED, len(batch)))
                     squares = add_squares(self._sums, recording, outputs, vectors, first)
                     traces, additions = squares.traces, squares.additions
-                del outputs, vectors  # The graph of a whole batch, before others are made.
+                del outputs, vectors  # The graph of a whole batch, before others are created.
             if found:
                 rest = rest | {name: self._parameters[name] for name in found}
         if rest:
@@ -269,7 +269,7 @@ class Pass:
         return traces, additions
 
     def _joined(self, each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Join the traces of single examples, (1,), to one tensor by name: 0 where one has none."""
+        """Join the traces of single examples, (1,), to one tensor by name, 0 where missing."""
         none = torch.zeros(1, dtype=self._dtype, device=self._place.device)
         names = {name for one in each for name in one}
         return {name: torch.cat([one.get(name, none) for one in each]) for name in names}
@@ -298,11 +298,11 @@ def where_in_data(batch: Batch) -> str:
 
 
 def _fallen(method: str, error: str | None, now: str, names: Iterable[str]) -> str:
-    """Tell of parameters that they go by another method now, and why."""
+    """Describe which parameters now use another method, and why."""
     modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
     first = ", ".join(modules[:5]) + (", …" if len(modules) > 5 else "")
-    why = "are not those of single examples" if error is None else f"cannot be taken ({error})"
-    return f"by {method}, the gradients of {first} {why}: going on by {now}"
+    why = "differ from single examples" if error is None else f"cannot be computed ({error})"
+    return f"by {method}, the gradients of {first} {why}: continuing by {now}"
 
 
 def _dependencies(outputs: Tensor, parameters: dict[str, nn.Parameter]) -> list[str]:

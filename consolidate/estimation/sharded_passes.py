@@ -1,8 +1,8 @@
-"""One pass over a data set with a model in shards: each process its own examples, in step.
+"""One pass over a dataset with a sharded model: each process has its own examples, in step.
 
 Every process runs every block as often as the others, since its parameters are gathered from all.
-An example's gradients arrive one parameter after the other, are squared, summed over the processes,
-and each keeps its shard.
+An example's gradients arrive one parameter after the other, are squared and summed over the
+processes, and each process stores its shard.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ class ShardedPass(Pass):
     _stand_in: Batch | None = None
 
     def see(self, batch: Batch) -> None:
-        """Look at a batch that the other pass has taken."""
+        """Read a batch that the resumed pass has added."""
         self._stand_in = self._stand_in or batch
 
     def take(self, batch: Batch, keep: Callable[[PartialPass], None] | None = None) -> None:
         """Add a batch, while the other processes add theirs.
 
-        `keep` is given only if every process has taken a batch: then all are there at once.
+        `keep` is given only if every process has added a batch, so that all call it together.
         """
         self._stand_in = self._stand_in or batch
         batch = self._placed(batch)
@@ -46,19 +46,19 @@ class ShardedPass(Pass):
             if not out_of_memory(error):
                 raise
             raise InputError(
-                f"Batch {batch.number}: the memory does not suffice. Shorten the examples, use a "
-                "smaller dtype, or more processes."
+                f"batch {batch.number}: out of memory; shorten the examples, use a smaller dtype, "
+                "or more processes"
             ) from error
         self._accumulators().end_batch(traces, units, len(batch), where_in_data(batch), len(parts))
         if self._accumulators().fold_if_due() and keep is not None:
             keep(PartialPass(self._accumulators().tensors(), None, None))
 
     def wait(self) -> None:
-        """Run along while other processes take a batch, without adding anything."""
+        """Run in step while other processes add a batch, without adding anything."""
         self._add_parts([])
 
     def means(self, divisor: int) -> dict[str, Tensor]:
-        """Return the sums over the divisor, whole, by name, in the first process; else nothing."""
+        """Return the gathered sums over the divisor, by name; only in the first process."""
         found = {}
         for name, values in super().means(divisor).items():
             gathered = whole(values, self._parameters[name])
@@ -67,7 +67,7 @@ class ShardedPass(Pass):
         return found
 
     def _add_parts(self, parts: list[Batch]) -> dict[str, Tensor]:
-        """Add the squares of what each part gives in all; return their traces, (parts,)."""
+        """Add the squares of each part's gradients; return their traces, (parts,)."""
         each: list[dict[str, Tensor]] = []
         sums = self._sums
         reached: dict[str, Tensor] = {}
@@ -90,9 +90,9 @@ class ShardedPass(Pass):
         return self._joined(each)
 
     def _send_back(self, part: Batch | None) -> None:
-        """Run a part forward and as often backward as the others do; of none, nothing comes."""
+        """Run a part forward and as often backward as the others; without a part, add nothing."""
         if self._stand_in is None:
-            raise InputError("There are fewer batches than processes: start fewer of them.")
+            raise InputError("there are fewer batches than processes; start fewer processes")
         batch = self._placed(self._stand_in.example(0)) if part is None else part
         outputs = self._scores.forward(batch)
         own = () if part is None else self._scores.vectors(outputs.detach(), batch)

@@ -1,7 +1,7 @@
-"""Merging Fishers: of a new task into what earlier tasks left behind, and of several models.
+"""Merging Fishers: of a new task with those of earlier tasks, and of several models.
 
-A penalty is a quadratic ½ Σ_i Λ_i (θ_i − μ_i)² + offset, λ aside. A sum of quadratics is one
-quadratic with a larger offset, so what is merged stays at constant size.
+A penalty is a quadratic ½ Σ_i Λ_i (θ_i − μ_i)² + offset, apart from λ. A sum of quadratics is one
+quadratic with a larger offset, so the merged penalty has constant size.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ def merge_online(
     Args:
         total: Λ_{t−1} by parameter name.
         fisher: F_t by parameter name; a parameter it lacks (frozen, say) keeps γ Λ_{t−1}.
-        gamma: γ in [0, 1], how much of the past is kept.
+        gamma: γ in [0, 1], the weight of the earlier tasks.
         weight: w_t ≥ 0, the new task's weight.
 
     Returns:
@@ -69,8 +69,8 @@ def merge_separate(
         weight: w_t ≥ 0, the new task's weight.
 
     Returns:
-        Λ_t and μ_t, in float32 or in float64 where what they are made of is, in the order of
-        `total`, then of `fisher`; and what the offset grows by.
+        Λ_t and μ_t, in float32, or in float64 where an input is, in the order of `total`, then of
+        `fisher`; and the growth of the offset.
     """
     merged: dict[str, Tensor] = {}
     anchors: dict[str, Tensor] = {}
@@ -90,16 +90,16 @@ def merge_separate(
 
 
 class ModelTensor(NamedTuple):
-    """What `merge_models` needs of one tensor of a model."""
+    """The input of `merge_models` for one tensor of a model."""
 
-    coefficient: float  # c, which its Λ is weighed by
+    coefficient: float  # c, the weight of its Λ
     weights: Tensor  # θ
     fisher: Tensor | None = None  # Λ; 0 where it has none
     anchor: Tensor | None = None  # μ; θ unless given
 
 
 class MergedTensor(NamedTuple):
-    """What `merge_models` makes of one tensor: θ, Λ and μ in float64, and the offset's growth."""
+    """The output of `merge_models` for one tensor: θ, Λ, μ in float64, and the offset's growth."""
 
     weights: Tensor
     fisher: Tensor
@@ -110,19 +110,19 @@ class MergedTensor(NamedTuple):
 def merge_models(models: Iterable[ModelTensor], base: ModelTensor | None = None) -> MergedTensor:
     """Merge one tensor of several models, read one after the other (Matena & Raffel 2022).
 
-    Λ = Σ c_k Λ_k, θ = Σ c_k Λ_k θ_k / Λ, μ = Σ c_k Λ_k μ_k / Λ, and where Λ = 0 the mean weighed by
-    c_k. The penalty is the sum of the models' penalties,
+    Λ = Σ c_k Λ_k, θ = Σ c_k Λ_k θ_k / Λ, μ = Σ c_k Λ_k μ_k / Λ, and where Λ = 0 the mean weighted
+    by c_k. The penalty is the sum of the models' penalties,
 
         ½ Λ (θ − μ)² + growth = Σ_k c_k ½ Λ_k (θ − μ_k)²        for every θ.
 
-    A base whose Λ is contained in each Λ_k takes part with the coefficient 1 − Σ c_k, so that it
-    is held once, and has no part in the mean. All of this is free of order, and associative but
-    for that mean.
+    A base whose Λ is contained in each Λ_k enters with the coefficient 1 − Σ c_k, so that it
+    counts once, and does not enter the mean. The result does not depend on the order, and is
+    associative except for that mean.
 
     Args:
         models: The models' tensors, of one shape, c_k > 0.
-        base: The tensor of the model that they share, its coefficient ignored; no value of its Λ
-            may be above a model's.
+        base: The tensor of their common ancestor, its coefficient ignored; no value of its Λ may
+            be above a model's.
 
     Returns:
         The merged tensor; the sum over all tensors of its offset, with Σ c_k of the models' own, is
@@ -162,7 +162,7 @@ def _sum(a: _Quadratic, b: _Quadratic, share: float = 1.0) -> _Quadratic:
 
 
 def _quadratics(model: ModelTensor) -> tuple[_Quadratic, _Quadratic]:
-    """Give a model's quadratic around its weights, and the one around its anchor."""
+    """Return a model's quadratic around its weights, and the one around its anchor."""
     fisher = torch.zeros_like(model.weights) if model.fisher is None else model.fisher
     theta = _quadratic(fisher, model.weights, model.coefficient)
     if model.anchor is None:

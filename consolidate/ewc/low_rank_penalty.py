@@ -1,4 +1,4 @@
-"""The penalty on weights that low-rank adapters change, passed on to the adapters' factors."""
+"""The penalty on weights that low-rank adapters change, applied to the adapters' factors."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -37,11 +37,11 @@ class _Term(NamedTuple):
 class MergedPenalty:
     """(λ/2) Σ Λ (W + s B A − μ)² over the layers whose weights low-rank adapters change.
 
-    The weights W are frozen, and what trains is A and B. With G = λ Λ (W + s B A − μ), elementwise,
+    The weights W are frozen, and A and B are trained. With G = λ Λ (W + s B A − μ), elementwise,
     the gradients are s Bᵀ G of A and s G Aᵀ of B (Kirkpatrick et al. 2017, eq. 3, and the chain
-    rule). They are taken layer by layer, some rows at a time: W + s B A is never there as a whole.
+    rule). They are computed layer by layer, some rows at a time: W + s B A never exists as a whole.
 
-    It has no proximal step, as it is no sum over the elements of A and B.
+    There is no proximal step, as the penalty is not a sum over the elements of A and B.
     """
 
     def __init__(
@@ -58,18 +58,24 @@ class MergedPenalty:
     ):
         """Match Fisher and anchor with the layers, by the names and shapes of their weights.
 
-        Tensors that have the dtype and the device already are kept as they are, not copied, and
-        must not be written to afterwards.
+        Tensors that already have the dtype and the device are stored without a copy, and must not
+        be written to afterwards.
 
         Args:
-            layers: By the name of their weight.
-            fisher: Λ, finite and not negative; that of other weights is not looked at.
-            anchor: μ; None where it is W, which then takes no memory.
+            layers: The adapted layers by the name of their weight.
+            fisher: Λ by weight name, in the weights' shapes, finite and not negative; that of
+                other weights is ignored.
+            anchor: μ by weight name, in the same shapes; None where it is W, which takes no memory.
             ewc_lambda: λ, finite and not negative.
             offset: A constant, times λ in every value: `penalty_offset` of a ledger.
-            beside: The penalty on parameters that train as they are; its λ is not looked at.
-            dtype: Of Λ and μ as they are kept: float32, or wider where W is, unless given.
-            device: Where Λ and μ are kept; each beside its weight unless given.
+            beside: The penalty on parameters that are trained without an adapter; its λ is ignored.
+            dtype: The stored dtype of Λ and μ: float32, or wider where W is, unless given.
+            device: The device of Λ and μ; that of each weight unless given.
+
+        Raises:
+            UsageError: If λ is negative or not finite, or `dtype` is not floating.
+            InputError: If no layer has a Fisher, a shape does not match, or a Fisher is negative.
+            NonFiniteError: If a Fisher or an anchor is not finite.
         """
         check_strength(ewc_lambda, dtype)
         self.ewc_lambda = ewc_lambda
@@ -87,18 +93,18 @@ class MergedPenalty:
             self._terms.append(_Term(layer, kept[0], None if anchor is None else kept[1]))
         if not self._terms:
             raise InputError(
-                "The Fisher holds none of the weights that the adapter changes: "
+                "the Fisher contains none of the weights that the adapter changes: "
                 f"{', '.join(list(layers)[:3])}"
             )
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the penalty holds: A and B of each layer, and those beside."""
+        """Return the penalized parameters: A and B of each layer, and those beside."""
         factors = [factor for term in self._terms for factor in (term.layer.a, term.layer.b)]
         return factors + self._beside.parameters()
 
     @torch.no_grad()
     def value(self) -> float:
-        """Return (λ/2) Σ Λ (W + s B A − μ)² + λ · offset at the present values."""
+        """Return (λ/2) Σ Λ (W + s B A − μ)² + λ · offset at the current values."""
         values = [
             torch.sum(difference * difference * fisher)
             for term in self._terms
@@ -115,7 +121,7 @@ class MergedPenalty:
 
     @torch.no_grad()
     def value_and_add_gradient_(self) -> Tensor:
-        """Do what `add_gradient_` does, and return the penalty's value at the present values."""
+        """Do what `add_gradient_` does, and return the penalty's value at the current values."""
         pieces = self._adding_gradient()
         total = self._total([torch.dot(pull.flatten(), far.flatten()) for pull, far in pieces])
         return total + self._at_lambda().value_and_add_gradient_().to(total)
@@ -156,14 +162,14 @@ class MergedPenalty:
 
 
 def _factors(layer: LowRank) -> tuple[Tensor, Tensor]:
-    """Give L (rows, r) and R (r, columns) with W + s L R, in float32 or wider."""
+    """Return L (rows, r) and R (r, columns) of W + s L R, in float32 or wider."""
     dtype = wide(torch.promote_types(layer.weight.dtype, layer.a.dtype))
     a, b = (factor.detach().flatten(1).to(dtype) for factor in (layer.a, layer.b))
     return (a.T, b.T) if layer.transposed else (b, a)
 
 
 def _pieces(term: _Term) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Cut a layer by rows: which they are, W + s L R − μ, and Λ beside it."""
+    """Split a layer by rows: yield the slice, and its W + s L R − μ and Λ."""
     left, right = _factors(term.layer)
     weight, fisher = term.layer.weight.detach().flatten(1), term.fisher.flatten(1)
     anchor = None if term.anchor is None else term.anchor.flatten(1)

@@ -1,4 +1,4 @@
-"""How far two Fishers lie on the same weights (Kirkpatrick et al. 2017, figure 3C)."""
+"""The overlap of two Fishers: how far they weight the same parameters (Kirkpatrick et al. 2017)."""
 
 from collections.abc import Iterable, Mapping
 
@@ -10,8 +10,8 @@ def fisher_overlap(a: Tensor, b: Tensor) -> float:
     """Return Σ √(â b̂), â and b̂ scaled to unit trace: 1 − ½‖√â − √b̂‖², Kirkpatrick et al. 2017.
 
     Args:
-        a: The Fisher diagonal of one task, any shape.
-        b: That of another task, the same shape.
+        a: The Fisher diagonal of one task, any shape, floating point.
+        b: That of another task, of the same shape.
 
     Returns:
         Between 0 (disjoint) and 1 (equal up to scale); 0 where either is zero everywhere.
@@ -20,7 +20,7 @@ def fisher_overlap(a: Tensor, b: Tensor) -> float:
 
 
 def _overlap(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Return the overlap over all tensors of a layer, read one after the other, scaled together."""
+    """Return the overlap over all tensors of a layer, scaled together and read one at a time."""
     shared = first = second = 0.0
     for a, b in ((_wide(one), _wide(other)) for one, other in pairs):
         first += a.sum(dtype=torch.float64).item()
@@ -35,11 +35,11 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def layer_overlaps(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the overlap of two Fishers in each layer: the module that holds the parameters.
+    """Return the overlap of two Fishers in each layer, the module that owns the parameters.
 
     Args:
         one: The Fisher diagonal of one task by parameter name.
-        other: That of another; names that one of them lacks are left out.
+        other: That of another; names that are not in both are left out.
 
     Returns:
         The overlap by layer, in the order of `one`.

@@ -1,4 +1,4 @@
-"""The penalty (λ/2) Σ Λ (θ − μ)², taken in place and in pieces, with no autograd graph."""
+"""The penalty (λ/2) Σ Λ (θ − μ)², computed in place and in pieces, without an autograd graph."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +12,7 @@ from formats.errors import InputError, NonFiniteError, UsageError
 
 NamedParameters = nn.Module | Iterable[tuple[str, nn.Parameter]]
 STEPS = ("gradient", "proximal")
-CPU_PIECE = 2**16  # elements for a thread: what is made of them stays in its cache until it is used
+CPU_PIECE = 2**16  # elements per thread: intermediate results stay in its cache until used
 DEVICE_PIECE = 2**24
 SMALLEST, LARGEST = 1e-37, 1e38  # within float32
 TINY = torch.finfo(torch.float32).tiny
@@ -33,16 +33,16 @@ class _Pull(NamedTuple):
 
 
 class WeightPenalty(Protocol):
-    """What training asks of a penalty, on the weights as they are or as adapters change them."""
+    """What training requires of a penalty, on the weights or on their change by adapters."""
 
     ewc_lambda: float
     unprotected: list[str]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the penalty holds."""
+        """Return the penalized parameters."""
 
     def value(self) -> float:
-        """Return the penalty at the present values."""
+        """Return the penalty at the current values."""
 
     def add_gradient_(self) -> None:
         """Add the penalty's gradient to the parameters'."""
@@ -83,21 +83,21 @@ class Penalty:
     ):
         """Match Fisher and anchor with the parameters.
 
-        Tensors that have the dtype and the device already are kept as they are, not copied: those
-        of a safetensors file stay in the mapped file. They must not be written to afterwards.
+        Tensors that already have the dtype and the device are stored without a copy: those of a
+        safetensors file stay in the mapped file. They must not be written to afterwards.
 
         Args:
-            parameters: A module, or pairs of name and parameter. What does not require gradients is
-                left alone.
-            fisher: Λ by parameter name, of the parameters' shapes, finite and not negative.
-            anchor: μ by parameter name, of the same shapes; by default the parameters' present
-                values. What shares memory with the parameters is copied.
+            parameters: A module, or pairs of name and parameter. Parameters that do not require
+                gradients are ignored.
+            fisher: Λ by parameter name, in the parameters' shapes, finite and not negative.
+            anchor: μ by parameter name, in the same shapes; by default the parameters' current
+                values. Tensors that share memory with the parameters are copied.
             ewc_lambda: λ, finite and not negative.
             offset: A constant, times λ in every value: `penalty_offset` of a ledger.
-            dtype: Of Λ and μ as they are kept; unless given their own, at most float32, or wider
-                where the parameter is. torch.bfloat16 rounds μ too, which is exact where the
-                weights came in bfloat16. The penalty is computed in float32 or wider all the same.
-            device: Where Λ and μ are kept, ``cpu`` for one; each beside its parameter unless given.
+            dtype: The stored dtype of Λ and μ; by default their own, at most float32, or wider
+                where the parameter is. torch.bfloat16 rounds μ too, which is exact if the weights
+                are bfloat16. The penalty is computed in float32 or wider in any case.
+            device: The device of Λ and μ, such as ``cpu``; that of each parameter unless given.
 
         Raises:
             UsageError: If λ is negative or not finite, or `dtype` is not floating.
@@ -108,8 +108,8 @@ class Penalty:
         known = _named(parameters)
         if unknown := [name for name in fisher if name not in known]:
             raise InputError(
-                f"The Fisher holds {unknown[0]!r} ({len(unknown)} such names), which is no "
-                "parameter of this model: it belongs to another model or to other names."
+                f"the Fisher contains {unknown[0]!r} ({len(unknown)} such names), which is not a "
+                "parameter of this model; use the Fisher of this model, with its names"
             )
         trained = {name: p for name, p in known.items() if p.requires_grad}
         self.ewc_lambda = ewc_lambda
@@ -123,7 +123,7 @@ class Penalty:
                 self._terms.append(_kept(_Term(parameter, *tensors), dtype, self._device, live))
         protected = {id(term.parameter) for term in self._terms}
         if len(protected) < len(self._terms):
-            raise InputError("A tied parameter is given under two names: it would count twice.")
+            raise InputError("a tied parameter has two names and would count twice; pass it once")
         self.unprotected = [name for name, p in trained.items() if id(p) not in protected]
 
     @classmethod
@@ -144,12 +144,12 @@ class Penalty:
         return cls(trained.items(), ones, anchor, ewc_lambda=ewc_lambda, dtype=dtype, device=device)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the penalty holds."""
+        """Return the penalized parameters."""
         return [term.parameter for term in self._terms]
 
     @torch.no_grad()
     def value(self) -> float:
-        """Return (λ/2) Σ Λ (θ − μ)² + λ · offset at the parameters' present values."""
+        """Return (λ/2) Σ Λ (θ − μ)² + λ · offset at the parameters' current values."""
         values = [
             _weighed(theta - anchor, fisher)
             for term in self._present()
@@ -165,29 +165,29 @@ class Penalty:
 
     @torch.no_grad()
     def value_and_add_gradient_(self) -> Tensor:
-        """Do what `add_gradient_` does for a quarter more of time, and return the present value."""
+        """Do what `add_gradient_` does, in a quarter more time, and return the current value."""
         return self._total([_weighed(*piece) for piece in self._adding_gradient()])
 
     @torch.no_grad()
     def proximal_step_(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Take the penalty's own step, implicitly, after the optimizer took the loss's.
+        """Take the penalty's step, implicitly, after the optimizer's step on the loss.
 
             θ ← argmin_z (λ/2) Σ Λ (z − μ)² + Σ (z − θ)² / (2 s) = (θ + s λ Λ μ) / (1 + s λ Λ)
 
-        with the optimizer's own rate s of each parameter: η (1 − dampening)/(1 − momentum) for SGD
-        and η / (√v̂ + ε), bias-corrected, for Adam and AdamW. Where the loss's step comes to rest,
-        the sum of loss and penalty does; and it is stable for every λ, whereas the gradient form
-        diverges where s λ Λ > 2. What is not the optimizer's, or was not stepped yet by Adam, is
-        left alone.
+        with the optimizer's rate s of each parameter: η (1 − dampening)/(1 − momentum) for SGD and
+        η / (√v̂ + ε), bias-corrected, for Adam and AdamW. Its fixed points are stationary points of
+        loss plus penalty; and it is stable for every λ, whereas the gradient form diverges where
+        s λ Λ > 2. Parameters that are not the optimizer's, or that Adam has not stepped yet, are
+        unchanged.
 
-        It may be called, or registered once, which is needed under a GradScaler that may skip the
+        Call it, or register it once, which is needed under a GradScaler that may skip the
         optimizer's step: ``optimizer.register_step_post_hook(penalty.proximal_step_)``.
 
         Args:
             optimizer: torch's SGD, Adam or AdamW.
 
         Raises:
-            UsageError: The optimizer is another one, whose rate is not known.
+            UsageError: If the optimizer is another one, whose rate is unknown.
         """
         for _ in self._stepping(optimizer):
             pass
@@ -204,8 +204,7 @@ class Penalty:
             parameter = term.parameter
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            # A sparse gradient stays sparse, as SparseAdam needs it: rows that have not moved add
-            # nothing to it.
+            # A sparse gradient stays sparse, as SparseAdam requires: unchanged rows add nothing.
             sparse = parameter.grad if parameter.grad.is_sparse else None
             dense = parameter.grad if sparse is None else torch.zeros_like(parameter)
             for theta, fisher, anchor, gradient in _pieces(term, local(dense)):
@@ -227,7 +226,7 @@ class Penalty:
         check_proximal(optimizer)
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         if getattr(optimizer, "found_inf", False):
-            groups = {}  # A GradScaler calls a fused optimizer even where that is to skip its step.
+            groups = {}  # A GradScaler calls a fused optimizer even if it must skip its step.
         for term in self._present():
             group = groups.get(id(term.parameter))
             state = optimizer.state.get(term.parameter, {})
@@ -239,7 +238,7 @@ class Penalty:
                 yield theta, fisher, anchor
 
     def _pull(self, group: dict[str, Any], state: dict[str, Any]) -> _Pull | None:
-        """Give what a parameter is pulled back by; None where it is not pulled."""
+        """Return the pull on a parameter; None if there is none."""
         rate, floor, square = float(group["lr"]), 1.0, None
         if "betas" in group:
             # Adam: 1/s = (√v + ε √c) / (η √c) with the bias correction c = 1 − β₂ᵗ.
@@ -253,10 +252,10 @@ class Penalty:
         if rate * self.ewc_lambda == 0:
             return None
         inverse = min(1 / (rate * self.ewc_lambda), LARGEST)
-        return _Pull(inverse, max(floor * inverse, SMALLEST), square)  # keeps 0 / 0 away
+        return _Pull(inverse, max(floor * inverse, SMALLEST), square)  # avoids 0 / 0
 
     def _present(self) -> Iterator[_Term]:
-        """Yield the terms of what is trained now."""
+        """Yield the terms of the parameters that currently require gradients."""
         for i, (parameter, fisher, anchor) in enumerate(self._terms):
             if parameter.requires_grad:
                 device = parameter.device
@@ -283,53 +282,53 @@ def _named(parameters: NamedParameters) -> dict[str, nn.Parameter]:
 def check_strength(ewc_lambda: float, dtype: torch.dtype | None) -> None:
     """Refuse a λ that is negative or not finite, and a dtype of Λ and μ that is not floating."""
     if not (math.isfinite(ewc_lambda) and ewc_lambda >= 0):
-        raise UsageError(f"ewc_lambda is {ewc_lambda}; it must be finite and not negative.")
+        raise UsageError(f"ewc_lambda is {ewc_lambda}: expected a finite number, 0 or above")
     if dtype is not None and not dtype.is_floating_point:
-        raise UsageError(f"Λ and μ cannot be kept in {dtype}: use float32 or bfloat16.")
+        raise UsageError(f"Λ and μ cannot be stored in {dtype}; use float32 or bfloat16")
 
 
 def check_proximal(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer whose per-parameter rate is not known: all but SGD, Adam and AdamW."""
+    """Refuse an optimizer whose per-parameter rate is unknown: all but SGD, Adam and AdamW."""
     if not isinstance(optimizer, torch.optim.SGD | torch.optim.Adam):  # AdamW is an Adam
         raise UsageError(
-            f"The proximal step knows the rate of SGD, Adam and AdamW, not of "
-            f"{type(optimizer).__name__}: take the penalty's gradient instead."
+            f"the proximal step supports SGD, Adam and AdamW, not "
+            f"{type(optimizer).__name__}; use the penalty's gradient instead"
         )
 
 
 def checked_tensors(
     name: str, parameter: nn.Parameter, fisher: Tensor, anchors: Mapping[str, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Give Λ and μ of a parameter θ, without gradients; θ itself where there are no anchors.
+    """Return Λ and μ of a parameter θ, without gradients; μ is θ itself if there are no anchors.
 
-    What is not of its shape, not finite, or a negative Λ is refused.
+    Tensors of another shape or with values that are not finite, and a negative Λ, are refused.
     """
     if anchors is not None and name not in anchors:
-        raise InputError(f"The anchor holds no {name!r}, which the Fisher protects.")
+        raise InputError(f"the anchor lacks {name!r}, which has a Fisher; pass its anchor too")
     anchor = parameter if anchors is None else anchors[name]
     for kind, tensor in (("Fisher", fisher), ("anchor", anchor)):
         if tensor.shape != parameter.shape:
             raise InputError(
-                f"The {kind} of {name!r} has shape {tuple(tensor.shape)}, the parameter "
-                f"{tuple(parameter.shape)}: they belong to different models."
+                f"the {kind} of {name!r} has shape {tuple(tensor.shape)}: expected "
+                f"{tuple(parameter.shape)} as the parameter; use the Fisher of this model"
             )
         if not tensor.isfinite().all():
-            raise NonFiniteError(f"The {kind} of {name!r} holds values that are not finite.")
+            raise NonFiniteError(f"the {kind} of {name!r} has values that are NaN or infinite")
     if (fisher < 0).any():
-        raise InputError(f"The Fisher of {name!r} holds negative values.")
+        raise InputError(f"the Fisher of {name!r} has negative values; measure it again")
     return cut_like(fisher.detach(), parameter), cut_like(anchor.detach(), parameter)
 
 
 def _kept(
     term: _Term, dtype: torch.dtype | None, device: torch.device | None, live: set[int]
 ) -> _Term:
-    """Convert Λ and μ; copy what would change with the parameters."""
+    """Convert Λ and μ; copy tensors that share memory with the parameters."""
     device = device or term.parameter.device
     widest = wide(term.parameter.dtype)
     kept = []
     for tensor in (term.fisher, term.anchor):
         shared = tensor.untyped_storage().data_ptr() in live
-        # What is narrower takes less memory, and is widened exactly where it is used.
+        # A narrower dtype takes less memory, and is widened exactly on use.
         fits = torch.promote_types(tensor.dtype, widest) == widest
         stored = dtype or (tensor.dtype if fits else widest)
         kept.append(converted(tensor, device, stored, copy=shared))
@@ -339,19 +338,19 @@ def _kept(
 def converted(
     tensor: Tensor, device: torch.device, dtype: torch.dtype, *, copy: bool = False
 ) -> Tensor:
-    """Move a tensor as `Tensor.to` does; one number that stands for all elements stays one."""
+    """Move a tensor as `Tensor.to` does; an expanded single number stays a single number."""
     if tensor.dim() and not any(tensor.stride()):  # one number for all, as in l2
         return tensor.as_strided((), ()).to(device, dtype, copy=copy).expand(tensor.shape)
     return tensor.to(device, dtype, copy=copy)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Give the type that a parameter's penalty is computed in: float32, or its own if wider."""
+    """Return the dtype that a parameter's penalty is computed in: float32, or its own if wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _pieces(term: _Term, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut a term's tensors and others of their shape alike, if their elements lie in one order.
+    """Split a term's tensors and others of their shape into pieces, if their layouts agree.
 
     Yields θ; Λ and μ, on its device in float32 or wider; and the others.
     """
@@ -374,7 +373,7 @@ def _pull_back(
     """Take a piece's proximal step: the part w = Λ / (Λ + 1/(s λ)) of the way to μ."""
     weight = fisher + pull.floor
     if square is not None:
-        # Roots of 0, which rows have that no example touched, take 20 times as long on a CPU.
+        # Roots of 0, as in rows that no example touched, take 20 times as long on a CPU.
         weight.add_(square.to(weight).clamp(min=TINY).sqrt_(), alpha=pull.inverse)
     torch.div(fisher, weight, out=weight)
     if theta.dtype == weight.dtype:

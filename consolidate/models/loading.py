@@ -109,7 +109,7 @@ def _from_factory(
 
 
 def _prefix_hint(names: Iterable[str], state: Mapping[str, Any]) -> str:
-    """Explain names as Lightning writes them: with the attribute that holds the network."""
+    """Explain names as Lightning writes them: with the network's attribute as a prefix."""
     prefix = next(iter(names)).partition(".")[0]
     if not all(name.removeprefix(f"{prefix}.") in state for name in names):
         return ""

@@ -270,7 +270,7 @@ def transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
     groups: dict[str, Group] = {}
     joint: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
     unused: dict[str, str] = {}
-    # Some renamings depend on earlier ones, so the order has to be that of transformers.
+    # Some renamings depend on earlier ones, so the order must be that of transformers.
     for name in sorted(file_shapes, key=dot_natural_key):
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if renamed not in state and name in state:

@@ -35,7 +35,7 @@ def process_group() -> Iterator[dist.ProcessGroup | None]:
     if dist.is_initialized() or world_size() == 1:
         yield all_processes()
         return
-    # NCCL cannot sum what lies on the CPU.
+    # NCCL cannot sum tensors on the CPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, own, size = next(dist.rendezvous("env://"))
     log = logging.getLogger("consolidate")
@@ -170,7 +170,7 @@ def sum_(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> None:
 
 
 def from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
-    """Give every process the value of the first one, which JSON can hold."""
+    """Send the value of the first process, serializable as JSON, to all processes."""
     if group is None:
         return value
     text = torch.tensor(list(json.dumps(value).encode()) if is_first(group) else [])
@@ -182,7 +182,7 @@ def from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
 
 
 def from_all(numbers: Sequence[int], group: dist.ProcessGroup | None) -> list[list[int]]:
-    """Give every process the numbers of all, in their order; as many in each, below 2⁶³."""
+    """Gather equally many numbers below 2⁶³ from every process, in the order of the processes."""
     if group is None:
         return [list(numbers)]
     own = torch.tensor(numbers, dtype=torch.int64)

@@ -254,7 +254,11 @@ def test_regression(tmp_path: Path) -> None:
     assert model.objective.name == "regression"
     labels = first_batch(encode(csv(tmp_path, "text,label\na,1.5\nb,-2\n"), model))[1]
     assert labels.tolist() == [1.5, -2.0]
-    for wrong, message in [("many", "expected numbers"), ("nan", "finite numbers"), ("", "a number")]:
+    for wrong, message in [
+        ("many", "expected numbers"),
+        ("nan", "finite numbers"),
+        ("", "a number"),
+    ]:
         with pytest.raises(InputError, match=rf"train\.csv.*'label'.*{message}"):
             encode(csv(tmp_path, f"text,label\na,{wrong}\n"), model)
 

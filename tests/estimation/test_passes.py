@@ -91,8 +91,8 @@ def test_without_memory_batches_are_halved_and_nothing_is_lost(estimator, error,
     assert found.methods == expected.methods
     assert found.relative_errors == pytest.approx(expected.relative_errors, rel=1e-4)
     assert notes == [
-        "no memory for 8 examples at a time: going on with 4",
-        "no memory for 4 examples at a time: going on with 2",
+        "out of memory with 8 examples: continuing with 4",
+        "out of memory with 4 examples: continuing with 2",
     ]
     assert sum(seen) == 93
 
@@ -114,7 +114,7 @@ def test_memory_may_run_out_in_the_middle(estimator):
 def test_without_memory_for_one_example_nothing_helps():
     model = network()
     model[0].register_forward_hook(fail_when(lambda x: True, OUT_OF_MEMORY[0], backward=False))
-    with pytest.raises(InputError, match="Batch 1: the memory does not suffice for a single"):
+    with pytest.raises(InputError, match="batch 1: out of memory with a single"):
         fisher_diagonal(model, batches([3, 3]), "softmax")
 
 
@@ -135,7 +135,7 @@ def test_another_error_is_told():
     model[0].register_forward_hook(
         fail_when(lambda x: len(x) > 2, RuntimeError("a fault"), backward=False)
     )
-    with pytest.raises(InputError, match=r"take float32 \[4, 5\]: RuntimeError: a fault"):
+    with pytest.raises(InputError, match=r"accept float32 \[4, 5\]: RuntimeError: a fault"):
         fisher_diagonal(model, batches([2, 4]), "softmax")
 
 
@@ -172,8 +172,8 @@ def test_a_module_that_fails_later_goes_the_slower_way(monkeypatch):
     assert found.examples == 20
     (note,) = notes
     assert note == (
-        "batch 4: by module, the gradients of 1 cannot be taken (ValueError: not now): going on by "
-        "module, one example at a time"
+        "batch 4: by module, the gradients of 1 cannot be computed (ValueError: not now): "
+        "continuing by module, one example at a time"
     )
 
 
@@ -197,8 +197,8 @@ def test_a_module_that_disagrees_is_named():
     assert found.methods["inner.weight"] != "rule"
     assert found.methods["head.weight"] == "rule"
     assert len(notes) == 1
-    assert notes[0].startswith("by rule, the gradients of inner are not those of single examples")
-    assert notes[0].endswith(f"going on by {found.methods['inner.weight']}")
+    assert notes[0].startswith("by rule, the gradients of inner differ from single examples")
+    assert notes[0].endswith(f"continuing by {found.methods['inner.weight']}")
 
 
 class Asking(nn.Module):
@@ -222,8 +222,8 @@ def test_a_module_that_raises_when_it_is_run_again_is_named_with_the_exception()
     assert found.methods["0.weight"] == "loop"
     (note,) = notes
     assert note == (
-        "by module, the gradients of 0 cannot be taken (TypeError: the weight must be a "
-        "Parameter): going on by loop"
+        "by module, the gradients of 0 cannot be computed (TypeError: the weight must be a "
+        "Parameter): continuing by loop"
     )
 
 
@@ -241,7 +241,9 @@ def test_a_model_that_takes_one_example_only_is_told_once(check):
     notes: list[str] = []
     fisher_diagonal(OneAtATime(), batches([4] * 3), "softmax", note=notes.append, check=check)
     assert len(notes) == 1
-    assert notes[0].startswith("the model takes one example at a time only (InputError: The model")
+    assert notes[0].startswith(
+        "the model accepts only one example at a time (InputError: the model"
+    )
     assert "shape '[1, 5]' is invalid" in notes[0]
 
 
@@ -330,8 +332,8 @@ def test_a_rule_that_does_not_fit_the_module_is_named(monkeypatch):
     assert found.methods["0.weight"] == "module"
     (note,) = notes
     assert note == (
-        "by rule, the gradients of 4, 0 cannot be taken (AttributeError: 'Linear' object has no "
-        "attribute 'no_such_scale'): going on by module"
+        "by rule, the gradients of 4, 0 cannot be computed (AttributeError: 'Linear' object has no "
+        "attribute 'no_such_scale'): continuing by module"
     )
 
 
@@ -414,4 +416,4 @@ print(notes[0])
 def test_memory_that_really_runs_out():
     done = subprocess.run([sys.executable, "-c", REAL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("no memory for 5000 examples at a time: going on with 2500")
+    assert done.stdout.startswith("out of memory with 5000 examples: continuing with 2500")
