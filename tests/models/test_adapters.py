@@ -131,21 +131,23 @@ def test_the_base_model_is_found_or_named(gpt2: Path, tmp_path: Path):
     with pytest.raises(InputError, match=r"gpt2'.*name the base model with --base-model"):
         opened(folder)
     assert opened(folder, moved).base.path == moved
-    with pytest.raises(UsageError, match="is no adapter"):
+    with pytest.raises(UsageError, match="is not an adapter"):
         opened(moved, moved)
-    with pytest.raises(InputError, match="is an adapter itself"):
+    with pytest.raises(
+        InputError, match="expected a whole model as the base model, found an adapter"
+    ):
         opened(folder, folder)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora is set.*DoRA scales"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"lora_bias": True}, "lora_bias is set"),
-        ({"init_lora_weights": "pissa"}, "'pissa', which changes the base model's weights too"),
-        ({"target_parameters": ["w"]}, "target_parameters is set"),
+        ({"use_dora": True}, "found use_dora .DoRA scales"),
+        ({"peft_type": "IA3"}, "peft_type 'LORA', found 'IA3'"),
+        ({"bias": "all"}, "bias 'none', found 'all'"),
+        ({"lora_bias": True}, "found lora_bias"),
+        ({"init_lora_weights": "pissa"}, "'pissa', which also changes the base model's weights"),
+        ({"target_parameters": ["w"]}, "found target_parameters"),
         ({"use_newest": True}, "does not know 'use_newest'"),
         ({"r": 1}, r"has shape \[2, 16\] in the file and \[1, 16\]"),
         ({"r": 10**12}, "the rank is 1000000000000, and the factors in the file have 2"),
@@ -208,7 +210,7 @@ def test_the_fisher_of_an_adapter_is_that_of_its_parameters(gpt2: Path, tmp_path
     for name, values in expected.items():
         torch.testing.assert_close(stored.fisher[name], (values / units).float())
     assert stored.ledger.base == set_digest(weight_records(open_checkpoint(gpt2).weights))
-    assert "an adapter's, on the base model" in show_text(show(folder))
+    assert "an adapter of the base model" in show_text(show(folder))
     assert verify(folder)["weights"]["tensors"] == len(names)
     assert f"its base model is in {gpt2}: {stored.ledger.base}" in verify_text(verify(folder))
     metrics = evaluate(folder, {"texts": task}, dtype=torch.float64)["texts"]
@@ -244,21 +246,23 @@ def test_a_fisher_on_another_base_model_is_refused(gpt2: Path, tmp_path: Path, t
     tensors = load_file(gpt2 / "model.safetensors")
     tensors["transformer.wpe.weight"][0, 0] += 1
     save_file(tensors, gpt2 / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"was measured on a base model with the digest"):
+    with pytest.raises(InputError, match=r"measured on another base model: expected the digest"):
         fisher(folder, task, task="more", add=True)
     with pytest.raises(InputError, match=r"name the right one with --base-model"):
         evaluate(folder, {"texts": task})
     moved = gpt2.rename(tmp_path / "elsewhere")
-    assert f"base model {base} was not looked at" in verify_text(verify(folder))
-    with pytest.raises(InputError, match=r"was measured on a base model with the digest"):
+    assert f"base model {base} was not checked" in verify_text(verify(folder))
+    with pytest.raises(InputError, match=r"measured on another base model: expected the digest"):
         verify(folder, base_model=moved)
     (folder / "adapter_config.json").unlink()
     (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"is of an adapter, and .* is a whole model"):
+    with pytest.raises(
+        InputError, match=r"expected the Fisher of a whole model, .* found that of an adapter"
+    ):
         verify(folder)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="means of factors are no means of weights"):
+    with pytest.raises(InputError, match="found an adapter, whose factors cannot be averaged"):
         merge([folder, folder], output_dir=tmp_path / "merged")
 
 
@@ -479,7 +483,7 @@ def test_a_new_output_layer_trains_whole_beside_the_adapter(tmp_path: Path):
             {"lora_rank": None, "lora_targets": (), "lora_alpha": None, "penalty_on": "merged"},
             "is for adapters",
         ),
-        ({"base_model": "x"}, "is no adapter"),
+        ({"base_model": "x"}, "is not an adapter"),
         ({"freeze": ["*c_attn*"]}, "frozen by --freeze, and a target"),
         ({"lora_rank": 0}, "--lora-rank 0"),
         ({"lora_alpha": -1.0}, "--lora-alpha"),
