@@ -391,6 +391,7 @@ def evaluate(
 
     Raises:
         InputError: Something in the checkpoint or the data does not fit.
+        UsageError: No dataset is given.
         NonFiniteError: NaN or infinity in the weights.
     """
     given = locals()

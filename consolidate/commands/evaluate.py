@@ -17,7 +17,7 @@ from consolidate.results import EvaluateResult
 from consolidate.runtime.devices import best_device, dtype_of_name
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from formats.checkpoint_files import check_link
-from formats.errors import InputError
+from formats.errors import InputError, UsageError
 from formats.fisher_folder import (
     LEDGER_NAME,
     StoredFisher,
@@ -40,9 +40,12 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
 
     Raises:
         InputError: Something in the checkpoint or the data does not fit.
+        UsageError: No dataset is given.
         NonFiniteError: NaN or infinity in the weights.
     """
     checkpoint, revision, data = options.checkpoint, options.source.revision, options.data
+    if isinstance(data, Mapping) and not data:
+        raise UsageError("data: expected at least one dataset, such as {NAME: DATA}, found none")
     folder = locate(checkpoint, revision, without=VALUES)
     at = folder / "fisher" / LEDGER_NAME
     check_link(at.parent, at)

@@ -296,6 +296,11 @@ def test_one_data_set_needs_no_name(network_checkpoint: Path, write_task: Write)
     assert set(evaluate(network_checkpoint, write_task("new"), **NETWORK)) == {"new"}
 
 
+def test_no_data_set_is_refused(network_checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="data: expected at least one dataset"):
+        evaluate(network_checkpoint, {}, **NETWORK)
+
+
 def test_every_batch_can_be_checked(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
