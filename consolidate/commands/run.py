@@ -123,7 +123,7 @@ def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> Ru
     for number, step in enumerate(steps, 1):
         described = wanted[step.name] if undone else _description(step, wanted[step.name])
         reason = _reason(step, described)
-        if reason is None:
+        if reason is None and not dry_run:  # the result of a dry run lists the steps
             LOG.info("%s: skipped, up to date", step.name)
         elif not dry_run:
             LOG.info("%s, step %d of %d: %s", step.name, number, len(steps), reason)

@@ -473,6 +473,15 @@ def test_a_folder_that_no_run_has_made_is_kept(tasks: Path, tmp_path: Path) -> N
     assert tree(tmp_path / "out") == {"02-b/mine.txt": b"mine"}
 
 
+def test_a_dry_run_lists_a_finished_step_once(
+    tasks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    consolidate.run(tasks)
+    code, text, err = run_cli(capsys, "run", tasks, "--dry-run")
+    assert (code, err) == (0, "")
+    assert text.count("01-a  skipped\n") == 1
+
+
 def test_the_command_line(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text, err = run_cli(capsys, "run", tasks, "--dry-run")
     assert (code, err) == (0, "")
