@@ -40,12 +40,15 @@ from consolidate.training.loop import default_statistics
 from consolidate.views.matrix import ledger_matrix, matrix_summary
 from formats.atomic import has_content, replace_folder, write_file
 from formats.checkpoint import open_checkpoint, weight_records
+from formats.data import DATA_SUFFIXES
 from formats.errors import ConsolidateError, ForgettingError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME
 from formats.fisher_json import read_ledger
 from formats.hub import locate
+from formats.hub_dataset import is_hub_id
 from formats.run_file import RunFile, read_run_file
 from formats.step_record import StepRecord, read_step_record, write_step_record
+from formats.task_file import open_task, read_task_file
 from formats.tensors import write_tensors
 
 LOG = logging.getLogger("consolidate")
@@ -108,6 +111,7 @@ def run(options: RunOptions) -> RunResult:
 
 
 def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> RunResult:
+    _check_data(run_file)
     start = None if run_file.start is None else locate(run_file.start, run_file.revision)
     steps = _plan(run_file, start, output)
     for step in steps:
@@ -151,6 +155,28 @@ def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> Ru
         "checkpoint": str(last),
         "accuracy_matrix": None if matrix is None else matrix_summary(matrix),
     }
+
+
+def _check_data(run_file: RunFile) -> None:
+    """Refuse data that do not exist before anything is downloaded or read."""
+    where = run_file.path
+    places = {f"{where}, [evaluate], {name}": data for name, data in run_file.evaluate.items()}
+    for number, task in enumerate(run_file.tasks, 1):
+        at = f"{where}, task {number} ({task.name})"
+        places |= {f"{at}: data": task.data, f"{at}: evaluate": task.evaluate or ""}
+    for place, data in places.items():
+        with _located(place):
+            if data and _is_missing(data):
+                open_task(data)  # refuses it, with the names that are near
+
+
+def _is_missing(data: str) -> bool:
+    """Whether data can only be a local file or folder, and do not exist."""
+    if Path(data).suffix.lower() == ".toml" and Path(data).expanduser().is_file():
+        data = read_task_file(Path(data).expanduser()).data
+    path = Path(data).expanduser()
+    may_be_on_hub = is_hub_id(data) and path.suffix.lower() not in (*DATA_SUFFIXES, ".toml")
+    return not (path.exists() or may_be_on_hub)
 
 
 def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:

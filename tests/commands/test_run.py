@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file
 
 import consolidate
+import consolidate.commands.run
 from consolidate.api import verify
 from consolidate.commands import finetune_run
 from formats.atomic import claimed, claimed_in_place
@@ -439,10 +440,12 @@ REFUSED: dict[str, tuple[str, str, type[Exception], str]] = {
         r"task 3 \(c\): --merge-rule sum",
     ),
     "a third task without its data": (
-        'data = "c.npz"', 'data = "d.npz"', InputError, r"d\.npz does not exist",
+        'data = "c.npz"', 'data = "d.npz"', InputError,
+        r"tasks\.toml, task 3 \(c\): data: .*d\.npz does not exist",
     ),
     "test data that are missing": (
-        '"c-test.npz"', '"d-test.npz"', InputError, r"d-test\.npz does not exist",
+        '"c-test.npz"', '"d-test.npz"', InputError,
+        r"task 3 \(c\): evaluate: .*d-test\.npz does not exist",
     ),
     "epochs where nothing is trained": (
         '"c-test.npz"\n', '"c-test.npz"\ntrain = false\nepochs = 2\n', UsageError,
@@ -461,6 +464,25 @@ def test_refused_before_the_first_step(tasks: Path, tmp_path: Path, case: str) -
     with pytest.raises(kind, match=message):
         consolidate.run(tasks)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('data = "c.npz"', 'data = "c.toml"', r"task 3 \(c\): data: .*gone\.npz does not exist"),
+        ('data = "c.npz"', 'data = "c.csv"', r"task 3 \(c\): data: .*c\.csv does not exist"),
+        ('name = "c"', 'name = "a"', "task 3 and task 1 are both named 'a'"),
+    ],
+)
+def test_missing_data_are_refused_before_anything_is_read(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, message: str
+) -> None:
+    (tmp_path / "c.toml").write_text('data = "gone.npz"')
+    edit(tasks, old, new)
+    for name in ("locate", "data_content"):
+        monkeypatch.delattr(consolidate.commands.run, name)
+    with pytest.raises(InputError, match=message):
+        consolidate.run(tasks)
 
 
 def test_a_folder_that_no_run_has_made_is_kept(tasks: Path, tmp_path: Path) -> None:
