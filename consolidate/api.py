@@ -132,12 +132,12 @@ def fisher(
         dry_run: Only report what it would take: time, memory, file sizes.
 
     Returns:
-        What was done: the folder, the task, counts, the Fisher's trace and how certain it is by
-        parameter; with `dry_run`, what it would take. A Fisher that is up to date is left as it
-        is, and the ``status`` is ``cached``.
+        Folder, task, counts, and the Fisher's trace with its relative standard error by parameter;
+        with `dry_run`, the estimated cost. A Fisher that is up to date is kept, and the ``status``
+        is ``cached``.
 
     Raises:
-        InputError: Something in the checkpoint or the data does not fit.
+        InputError: The checkpoint or the data are not as expected.
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in the weights or in the Fisher.
     """
@@ -369,7 +369,7 @@ def evaluate(
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
 ) -> EvaluateResult:
-    """Measure a checkpoint on each task: loss, and accuracy or perplexity.
+    """Evaluate a checkpoint on each task: loss, and accuracy or perplexity.
 
     Args:
         checkpoint: A folder, a weights file, or a repository on the Hub.
@@ -398,6 +398,7 @@ def evaluate(
 
     Raises:
         InputError: Something in the checkpoint or the data does not fit.
+        UsageError: No dataset is given.
         NonFiniteError: NaN or infinity in the weights.
     """
     given = locals()
@@ -417,8 +418,8 @@ def merge(
     """Merge checkpoints of one architecture, and their Fishers, into one checkpoint.
 
     Λ = Σ c_k Λ_k, θ = Σ c_k Λ_k θ_k / Λ, μ = Σ c_k Λ_k μ_k / Λ (Matena & Raffel 2022), and where
-    Λ = 0 the mean weighed by c_k. With a base, Σ c_k − 1 times its own is taken from each of the
-    sums, so that what all hold of it is held once. Other files are the first checkpoint's.
+    Λ = 0 the mean weighted by c_k. With a base, Σ c_k − 1 times its terms are subtracted from each
+    sum, so that the tasks of the base count once. Other files are the first checkpoint's.
 
     Args:
         checkpoints: Folders or repositories on the Hub, each with its Fisher.
@@ -428,14 +429,13 @@ def merge(
         overwrite: Replace an existing output. One that is up to date is kept.
 
     Returns:
-        What was done: the folder, the models, the tasks, the Fisher's trace and the offset. Where
-        the output is there, whole and made from the same, nothing is done, and the ``status`` is
-        ``cached``.
+        The folder, the models, the tasks, the Fisher's trace and the offset. If the output is up to
+        date, nothing is done, and the ``status`` is ``cached``.
 
     Raises:
-        InputError: A checkpoint has no Fisher, is damaged, is of another architecture, or holds a
-            task that another one holds; or the base is not what they share.
-        UsageError: The coefficients are not positive numbers, one a checkpoint.
+        InputError: A checkpoint has no Fisher, is damaged, is of another architecture, or has a
+            task that another one has; or the base is not their common ancestor.
+        UsageError: The coefficients are not positive numbers, one per checkpoint.
         NonFiniteError: NaN or infinity in weights or Fisher.
     """
     given = locals()
@@ -451,12 +451,11 @@ def run(
     dry_run: bool = False,
     restart: bool = False,
 ) -> RunResult:
-    """Train a chain of tasks, one after the other, skipping what is done already.
+    """Train a chain of tasks, one after the other, skipping the steps that are up to date.
 
-    A step is done if its checkpoint is whole and was made from the same content: the checkpoint
-    before it, data, test data, options and versions of programs. Times of files mean nothing.
-    A step that was broken off goes on from what was kept of it, unless it is to be made from
-    something else now.
+    A step is up to date if its checkpoint is intact and was made from the same content: the
+    checkpoint before it, data, test data, options and versions of programs. Times of files are
+    ignored. An interrupted step resumes from its saved progress, unless its inputs changed.
 
     Args:
         path: The run file: the first checkpoint, the tasks and their options.
@@ -465,13 +464,13 @@ def run(
         restart: Discard saved progress and start over.
 
     Returns:
-        The steps with what was done and why, the last checkpoint, and the accuracy matrix.
+        The steps with their status and the reason, the last checkpoint, and the accuracy matrix.
 
     Raises:
-        InputError: Something in the file, a checkpoint or the data does not fit, or a folder is in
-            the way that no run has made.
+        InputError: The run file, a checkpoint or the data are not as expected, or a step's folder
+            exists that no run has made.
         UsageError: Options contradict each other.
-        NonFiniteError: As `finetune`, as is ForgettingError.
+        NonFiniteError, ForgettingError: As for `finetune`.
     """
     given = locals()
     from consolidate.commands import run as command
@@ -488,10 +487,10 @@ def show(
     plot: str | Path | None = None,
     overlap: str | Path | None = None,
 ) -> ShowResult:
-    """Summarize the ledger and the Fisher of a checkpoint; nothing is compared with the weights.
+    """Summarize the ledger and the Fisher of a checkpoint, without checking the weights.
 
-    Of a repository on the Hub only the ledger and the headers of the Fisher are read. The traces
-    are then those of the ledger, Σ_t γ^(T − t) w_t tr F_t, and the largest values are not known.
+    From a repository on the Hub only the ledger and the headers of the Fisher are read. The traces
+    are then those of the ledger, Σ_t γ^(T − t) w_t tr F_t, and the largest values are unknown.
 
     Args:
         checkpoint: A folder, a weights file, or a repository on the Hub.
@@ -503,15 +502,15 @@ def show(
             weights, 0 to 1 for each layer.
 
     Returns:
-        JSON-ready. A parameter's trace is Σ_i Λ_i; the ``accuracy_matrix`` is None where nothing
-        was measured; ``overlap``, None unless asked for, is that of `fisher_overlap` over all
+        JSON-ready. A parameter's trace is Σ_i Λ_i; the ``accuracy_matrix`` is None if nothing was
+        measured; ``overlap``, None unless requested, is that of `fisher_overlap` over all
         parameters of a module.
 
     Raises:
-        InputError: There is no Fisher folder, `read_fisher` refuses it, there is nothing to write
-            to `csv` or `plot`, or no place for it; or the two Fishers share no parameter, or one
-            that has another shape.
-        UsageError: `plot` is no kind of plot that is known, or matplotlib is missing.
+        InputError: There is no Fisher folder, `read_fisher` refuses it, there are no scores for
+            `csv` or `plot`, or these cannot be written; or the two Fishers share no parameter, or
+            one with different shapes.
+        UsageError: `plot` has an unknown suffix, or matplotlib is missing.
     """
     given = locals()
     from consolidate.commands import show as command
@@ -527,9 +526,9 @@ def report(
     revision: str | None = None,
     overwrite: bool = False,
 ) -> ReportResult:
-    """Write what a checkpoint's ledger and Fisher say as one HTML page that needs no network.
+    """Write an HTML report of a checkpoint's ledger and Fisher, one page that needs no network.
 
-    Files that an earlier report made are replaced, others only with `overwrite`.
+    Files of an earlier report are replaced, others only with `overwrite`.
 
     Args:
         checkpoint: A folder, a weights file, or a repository on the Hub.
@@ -539,12 +538,12 @@ def report(
         overwrite: Replace existing files; those of an earlier report are always replaced.
 
     Returns:
-        JSON-ready: ``checkpoint``, ``report`` (the page), ``plots`` (the pictures), ``tasks``.
+        JSON-ready: ``checkpoint``, ``report`` (the page), ``plots`` (the files), ``tasks``.
 
     Raises:
-        UsageError: `plots` without matplotlib, or a revision of a local path.
-        InputError: There is no such checkpoint or no Fisher in it, `read_fisher` refuses it, or a
-            file is in the way or cannot be written.
+        UsageError: `plots` without matplotlib, or a revision with a local path.
+        InputError: There is no checkpoint or no Fisher in it, `read_fisher` refuses it, or a file
+            already exists or cannot be written.
         NetworkError: The Hub cannot be reached.
     """
     given = locals()
@@ -558,7 +557,7 @@ def verify(
     revision: str | None = None,
     base_model: str | Path | None = None,
 ) -> VerifyResult:
-    """Check every digest, name, shape and value, and that what the ledger tells fits together.
+    """Check every digest, name, shape and value, and the consistency of the ledger.
 
     Args:
         checkpoints: A checkpoint, and then others that were made from it, each from the one before.
@@ -567,15 +566,15 @@ def verify(
             a Fisher alone. (default: the folder that the adapter's config names, if it exists)
 
     Returns:
-        JSON-ready: of each set of tensors how many there are, their bytes and the set's digest;
-        ``other_files`` that no digest covers; and under ``later`` the same of the others, with
-        ``descends_by``: ``weights``, or ``tasks`` where the ledger has no digest of the parent.
+        JSON-ready: for each set of tensors their number, bytes and the set's digest;
+        ``other_files`` that no digest covers; and in ``later`` the same for the other checkpoints,
+        with ``descends_by``: ``weights``, or ``tasks`` if the ledger has no digest of the parent.
 
     Raises:
-        InputError: Anything that is missing, extra, renamed, resized, of another dtype, with other
-            bytes, or negative in the Fisher; each finding names the file and the tensor. Or the
-            ledger contradicts itself, the Fisher's traces, or the checkpoint before.
-        NonFiniteError: Values that are NaN or infinite, and nothing else is wrong.
+        InputError: Anything missing, extra, renamed, resized, of another dtype, with other bytes,
+            or negative in the Fisher; each finding names the file and the tensor. Or the ledger
+            contradicts itself, the Fisher's traces, or the previous checkpoint.
+        NonFiniteError: Values are NaN or infinite, and nothing else is wrong.
     """
     given = locals()
     from consolidate.commands import verify as command
@@ -600,9 +599,9 @@ def push(
 ) -> PushResult:
     """Publish a checkpoint with its Fisher, ledger and card on the Hub, in one commit.
 
-    The checkpoint is verified before anything is sent, and what the repository holds after. A
-    commit is made only upon the one that was looked at; until it is made the repository is as it
-    was, and a push that is started again sends what is missing.
+    The checkpoint is verified before anything is sent, and the repository's contents after. The
+    commit is made only if the repository has not changed meanwhile. Until then the repository is
+    unchanged, and pushing again sends only what is missing.
 
     Args:
         checkpoint: A folder, a weights file, or a repository on the Hub.
@@ -621,13 +620,13 @@ def push(
             repository already has (offline: all files).
 
     Returns:
-        What was done: the commit, every file with its size and what became of it, and digests.
+        The commit, every file with its size and change, and digests.
 
     Raises:
         UsageError: The options contradict each other or the repository.
-        InputError: The checkpoint is not intact, or the Hub refuses.
+        InputError: The checkpoint is damaged, or the Hub refuses.
         NonFiniteError: NaN or infinity in the weights or in the Fisher.
-        NetworkError: The Hub cannot be reached or fails, or does not hold what was sent.
+        NetworkError: The Hub cannot be reached or fails, or does not have what was sent.
     """
     given = locals()
     from consolidate.commands import push as command

@@ -1,4 +1,4 @@
-"""One command at a time on a checkpoint: claims on what is written, and a last look at weights."""
+"""Claims on outputs, so that one command at a time writes there; a last check of the weights."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -15,27 +15,26 @@ from formats.fisher_folder import in_one_line
 
 @contextmanager
 def claiming(target: Path, *, part: str | None = None) -> Iterator[None]:
-    """Claim what a command writes, in the first process; the others begin once it has it."""
+    """Claim a command's output in the first process; the other processes wait for the claim."""
     group = all_processes()
     claim: Any = nullcontext()
     if is_first(group):
         claim = claimed(target) if part is None else claimed_in_place(target, part)
     with claim:
-        summed(group, 0)  # or one could open what the claim was waited for to replace
+        summed(group, 0)  # else another process could open an output that is being replaced
         yield
 
 
 def refuse_changed(weights: Path, records: Mapping[str, TensorRecord], measured: Path) -> None:
     """Refuse to put a Fisher beside weights that are no longer those it was measured at.
 
-    Other tools do not heed a claim. Every byte is read again, since sizes and times of files do not
-    tell of all that may be done to them (through maps into memory, or on a network file system),
-    and that is little beside a pass over data.
+    Other tools ignore a claim. Every byte is read again, since sizes and times of files miss some
+    writes (through memory maps, or on a network file system); that costs little beside a pass.
     """
     lines = differences(records, weight_records(open_checkpoint(weights).weights))
     if lines:
         raise InputError(
-            f"{measured}: its weights changed while their Fisher was measured "
-            f"({in_one_line(lines, 2)}), and nothing was written: start again once nothing else "
-            "writes there"
+            f"{measured}: the weights changed while their Fisher was measured "
+            f"({in_one_line(lines, 2)}); nothing was written: run the command again once nothing "
+            "else writes there"
         )

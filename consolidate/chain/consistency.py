@@ -1,4 +1,4 @@
-"""Whether what ledgers tell fits together: tasks, traces of Λ, and who descends from whom."""
+"""Consistency of ledgers: tasks, traces of Λ, and which checkpoint descends from which."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,11 @@ _TINY = 1e-30
 
 
 def contradictions(ledger: Ledger, traces: Mapping[str, float]) -> list[str]:
-    """Say in plain lines where a ledger contradicts itself or the Fisher beside it.
+    """List where a ledger contradicts itself or the Fisher beside it.
 
-    Λ is a sum with weights from 0 to 1 of all w F, in which the last counts whole:
-    w_T tr F_T ≤ tr Λ ≤ Σ_t w_t tr F_t; and online with γ = 1 the last but one counts whole too,
-    unless the output layer is another one since. For two tasks that is an equality. Of a task that
-    was not measured F is 0.
+    Λ = Σ_t c_t w_t F_t with 0 ≤ c_t ≤ 1 and c_T = 1, so w_T tr F_T ≤ tr Λ ≤ Σ_t w_t tr F_t. With
+    `online` and γ = 1 also c_{T−1} = 1, unless the head is new since then; for two tasks that is an
+    equality. F = 0 for a task that was not measured.
     """
     lines = [line for task in ledger.tasks for line in _of_task(task)]
     last = ledger.tasks[-1]
@@ -26,12 +25,12 @@ def contradictions(ledger: Ledger, traces: Mapping[str, float]) -> list[str]:
         if name not in ledger.fisher
     ]
     lines += [
-        f"{name!r} is said to be the same tensor as {first!r}, and they differ in the weights"
+        f"{name!r} is listed as the same tensor as {first!r}, but their weights differ"
         for name, first in copies(ledger).items()
         if ledger.weights[name] != ledger.weights[first]
     ]
     fresh = {name for head in ledger.heads.values() for name in head}
-    told = all(task.layers or task.estimator is None for task in ledger.tasks)
+    all_known = all(task.layers or task.estimator is None for task in ledger.tasks)
     for name, trace in traces.items():
         parts = [
             task.weight * task.layers[name].trace if name in task.layers else 0.0
@@ -39,26 +38,27 @@ def contradictions(ledger: Ledger, traces: Mapping[str, float]) -> list[str]:
         ]
         whole = 2 if (ledger.merge_rule, ledger.gamma) == ("online", 1.0) else 1
         least = math.fsum(parts[-1:] if name in fresh else parts[-whole:])
-        most = math.fsum(parts) if told else math.inf
+        most = math.fsum(parts) if all_known else math.inf
         slack = len(parts) * _ROUNDING[ledger.fisher[name].dtype] * max(trace, least) + _TINY
         if not least - slack <= trace <= most + slack:
             expected = f"{least:.6g}" if least == most else f"{least:.6g} to {most:.6g}"
             lines.append(
-                f"the Fisher of {name!r} has the trace {trace:.6g}, where the traces of its tasks "
-                f"give {expected}"
+                f"the Fisher of {name!r}: expected a trace of {expected} from the traces of its "
+                f"tasks, found {trace:.6g}"
             )
     return lines
 
 
 def descent(earlier: Ledger, later: Ledger) -> tuple[str, list[str]]:
-    """Tell whether one checkpoint's tasks go on from another's."""
+    """Say by what one checkpoint descends from another, and list what contradicts it."""
     for i, task in enumerate(earlier.tasks):
         if i >= len(later.tasks):
             return "tasks", [f"the task {task.name!r} is missing"]
         if later.tasks[i] != task:
             other = later.tasks[i].name
-            what = "has another record" if other == task.name else f"is {other!r} here"
-            return "tasks", [f"the task {task.name!r} {what}"]
+            if other == task.name:
+                return "tasks", [f"the record of the task {task.name!r} differs"]
+            return "tasks", [f"task {i + 1}: expected {task.name!r}, found {other!r}"]
     before, after = set_digest(earlier.weights), set_digest(later.weights)
     for task in later.tasks[len(earlier.tasks) :]:
         if task.parent is not None:
@@ -67,12 +67,12 @@ def descent(earlier: Ledger, later: Ledger) -> tuple[str, list[str]]:
         if task.penalty is not None:
             return "tasks", []  # by a program that does not write the parent
     if after != before:
-        return "weights", ["the weights are others, although no task was trained"]
+        return "weights", ["the weights differ, although no task was trained"]
     return "weights", []
 
 
 def side_by_side(ledger: Ledger) -> list[list[str]]:
-    """Find the tasks that were learned from the same weights, and not one after the other."""
+    """Find the tasks that were trained from the same weights, not one after the other."""
     groups: dict[str, list[str]] = {}
     for task in ledger.tasks:
         if task.parent is not None:
@@ -83,7 +83,7 @@ def side_by_side(ledger: Ledger) -> list[list[str]]:
 def _of_task(task: TaskRecord) -> list[str]:
     sampled = task.estimator in ("mc", "batched")
     checks = {
-        f"counts {task.units} units in {task.examples} examples, and an example is its unit": (
+        f"has {task.units} units in {task.examples} examples, although its unit is the example": (
             task.unit != "example" or task.units == task.examples
         ),
         f"gives mc_samples with the estimator {task.estimator}": sampled or task.mc_samples is None,
@@ -105,11 +105,11 @@ def _of_task(task: TaskRecord) -> list[str]:
 
 
 def side_by_side_text(groups: Sequence[Sequence[str]]) -> str:
-    """Say what the rows of an accuracy matrix are of such tasks."""
+    """Explain the rows of such tasks in an accuracy matrix."""
     if not groups:
         return ""
     named = "; ".join(", ".join(names) for names in groups)
     return (
-        f"Learned side by side, from the same weights, and merged: {named}. Their rows are of the "
+        f"Trained in parallel from the same weights, then merged: {named}. Their rows are of the "
         "checkpoints before the merge; `consolidate evaluate` measures the merged one."
     )

@@ -1,4 +1,4 @@
-"""What the result of a command is made from, told by content: digests, options, versions."""
+"""Describe what a result is made from, by content: digests, options, versions."""
 
 import json
 import sys
@@ -28,9 +28,9 @@ SETTLED = ("task", "norm_statistics", "device", "merge_rule", "gamma", "processe
 def checkpoint_content(
     source: Checkpoint, ledger: Path | None, records: Mapping[str, TensorRecord]
 ) -> dict[str, Any]:
-    """Describe a checkpoint: its tensors, its Fisher, and the files beside them but for the card.
+    """Describe a checkpoint: its tensors, its Fisher, and the other files except the model card.
 
-    Whoever writes into a model card has changed nothing that a result depends on.
+    No result depends on the card.
     """
     others = other_files(source) if source.path.is_dir() else iter(())
     files = ((file, name) for file, name in others if name != Path(CARD))
@@ -78,9 +78,9 @@ class Inputs:
         checkpoint: Mapping[str, Any],
         **settled: Any,
     ) -> dict[str, Any]:
-        """Describe all that a result is made from: what is asked for, of which checkpoint.
+        """Describe all that a result is made from: the options and the checkpoint.
 
-        With the values of SETTLED; of the device the kind counts, and not its number.
+        With the values of SETTLED; the kind of the device counts, not its number.
         """
         wanted = asked(options, rows_content(self.task_file, self.rows))
         settled["device"] = best_device(options.source.device).type
@@ -91,14 +91,14 @@ class Inputs:
 
 
 def data_content(spec: str | Path, split: str | None = None) -> dict[str, Any]:
-    """Describe task data: their name and digest, and what a task file says of them."""
+    """Describe task data: name, digest, and the fields of the task file."""
     return rows_content(*open_task(spec, split=split))
 
 
 def rows_content(task_file: TaskFile, rows: Rows) -> dict[str, Any]:
-    """Describe task data that are open, as `data_content` does."""
-    said = {key: value for key, value in asdict(task_file).items() if key != "data" and value}
-    return {"name": rows.name, "digest": rows.digest(), **said}
+    """Describe opened task data, as `data_content` does."""
+    stated = {key: value for key, value in asdict(task_file).items() if key != "data" and value}
+    return {"name": rows.name, "digest": rows.digest(), **stated}
 
 
 def asked(
@@ -106,7 +106,7 @@ def asked(
     data: dict[str, Any],
     content_of: Callable[..., dict[str, Any]] = data_content,
 ) -> dict[str, Any]:
-    """Describe what a command is asked for, as far as that is known without the checkpoint."""
+    """Describe what a command was asked to do, as far as known without the checkpoint."""
     flats = [flat for flat in flat_options(type(options)) if not flat.option.python_only]
     named = {flat.name: value_of(options, flat) or {} for flat in flats if flat.names_data}
     return {
@@ -127,7 +127,7 @@ def asked(
 
 
 def module_content(factory: str | None) -> str | None:
-    """Give the digest of the source that a factory is in; the weights do not tell it."""
+    """Give the digest of a factory's source file, which the weights do not determine."""
     if factory is None:
         return None
     sys.path.insert(0, str(Path.cwd()))
@@ -142,7 +142,7 @@ def module_content(factory: str | None) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """Give the value of an option as JSON knows it."""
+    """Give the value of an option as JSON types."""
 
     def known(value: object) -> Any:
         if is_dataclass(value) and not isinstance(value, type):
@@ -161,7 +161,7 @@ def versions() -> dict[str, str]:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Say in words how two descriptions differ, as far as the new one goes; empty if they agree."""
+    """List how two descriptions differ, in the keys that the new one has; empty if they agree."""
     return "; ".join(_changes(old, new))
 
 
@@ -171,10 +171,10 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
             yield what
     for key, what in (("evaluate", "test data"), ("validation", "validation data")):
         for name, then, now in _differences(old.get(key, {}), new.get(key, {})):
-            how = "is new" if then is None else "is left out" if now is None else "differs"
-            yield f"the {what} of {name} {how}"
+            how = " added" if then is None else " removed" if now is None else ""
+            yield f"{what} of {name}{how}"
     for name, then, now in _differences(old.get("versions", {}), new["versions"]):
-        yield f"the version of {name} {then} → {now}"
+        yield f"version of {name} {then} → {now}"
     for name, *values in _differences(old.get("options", {}), new["options"]):
         if name in new["options"]:
             then, now = ("default" if value is None else value for value in values)
@@ -182,11 +182,11 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
 
 
 _IN_WORDS = {
-    "checkpoint": "the checkpoint it starts from",
-    "command": "whether it is trained",
-    "config": "the config",
-    "module": "the module",
-    "data": "the data",
+    "checkpoint": "checkpoint it starts from",
+    "command": "trained or only measured",
+    "config": "config",
+    "module": "source of the module",
+    "data": "data",
 }
 
 

@@ -1,6 +1,6 @@
-"""Output layers of tasks ("heads") and vocabularies: fresh ones, wider ones, earlier ones put back.
+"""Heads (output layers) of tasks and vocabularies: new ones, wider ones, saved ones restored.
 
-With a head per task the trunk is shared and protected, and the heads of earlier tasks lie in
+With a head per task the trunk is shared and protected, and the heads of earlier tasks are saved in
 ``fisher/heads/``, one file for each task whose head is no longer in the weights.
 """
 
@@ -36,9 +36,9 @@ Load = Callable[..., Model]
 class Fitted:
     """A model that has an output for every label and a row for every token of the new task."""
 
-    model: Model  # its checkpoint's weights are where training starts, fresh rows included
-    before: Chain | None  # of the model's shapes: without a new head, and Λ = 0 in new rows
-    free: dict[str, int]  # by file name, the first row that no earlier task has a part in
+    model: Model  # its checkpoint's weights are where training starts, new rows included
+    before: Chain | None  # in the model's shapes: without a replaced head; Λ = 0 in new rows
+    free: dict[str, int]  # by file name, the first row that no earlier task uses
 
 
 def fit_model(
@@ -52,9 +52,11 @@ def fit_model(
     patterns: Sequence[str] = (),  # of the head's parameters
     new_labels: Sequence[str] | None = None,  # of a checkpoint that has no head yet
 ) -> Fitted:
-    """Load a model for a new task, with the output layer and the vocabulary that the task needs."""
+    """Load a model for a new task, with the head and the vocabulary that the task needs."""
     if source.adapter is not None and head != "keep":
-        raise UsageError(f"--head {head} needs a whole model, and {source.path} is an adapter")
+        raise UsageError(
+            f"{source.path} is an adapter, and --head {head} needs a whole model: leave --head out"
+        )
     model = load(source, new_labels=new_labels)
     fitted = _with_wider_vocabulary(load, Fitted(model, before, {}), new_labels)
     model = fitted.model
@@ -64,7 +66,10 @@ def fit_model(
         _check_labels(rows, model, columns)
         return fitted
     if model.objective.language or (head == "extend" and not model.objective.has_labels):
-        raise UsageError(f"--head {head} has no meaning for {model.objective.name}: no labels")
+        raise UsageError(
+            f"--head {head} cannot be combined with the objective {model.objective.name}, which "
+            "has no labels: leave --head out"
+        )
     tensors = head_tensors(model, patterns)
     if head == "new":
         names = label_names if model.objective.name == "regression" else label_values
@@ -73,16 +78,16 @@ def fit_model(
     found = label_values(rows, model.objective.name, columns, used=True)
     lacking = lacking_labels(found, known)
     if not lacking:
-        LOG.info("the output layer has all labels of %s: nothing to extend", rows.name)
+        LOG.info("the head already has all labels of %s: nothing to extend", rows.name)
         return fitted
     return _with_wider_head(load, fitted, tensors, [*known, *lacking])
 
 
 def head_tensors(model: Model, patterns: Sequence[str] = ()) -> list[str]:
-    """Name the tensors of the output layer in the weights file, in its order.
+    """Name the tensors of the head in the weights file, in the file's order.
 
-    Without patterns they are all parameters outside the base model of a transformers model, and of
-    another module those of its last module, in the order of definition, that has any of its own.
+    Without patterns these are all parameters outside the base model of a transformers model; for
+    other modules, those of the last submodule, in the order of definition, that has its own.
     """
     module, layout = model.module, model.layout
     names = {name for name, _ in module.named_parameters()}
@@ -95,7 +100,10 @@ def head_tensors(model: Model, patterns: Sequence[str] = ()) -> list[str]:
                 if any(fnmatchcase(n, pattern) for n in (name, *layout.file_names(name)))
             }
             if not matched:
-                raise UsageError(f"--head-parameters {pattern} matches no parameter")
+                raise UsageError(
+                    f"--head-parameters {pattern} matches no parameter; the model has "
+                    f"{few(sorted(names), 4)}"
+                )
             chosen |= matched
     elif isinstance(base := getattr(module, "base_model", None), nn.Module):
         body = {id(parameter) for parameter in base.parameters()}
@@ -106,22 +114,23 @@ def head_tensors(model: Model, patterns: Sequence[str] = ()) -> list[str]:
     for file in files:
         if rest := [name for name in layout.module_names(file) if name not in chosen]:
             raise InputError(
-                f"{model.checkpoint.path}: {file} holds a part of the output layer and {rest[0]}: "
-                "they cannot be kept apart"
+                f"{model.checkpoint.path}: the tensor {file!r} has both a part of the head and "
+                f"{rest[0]!r}, so they cannot be separated: name others with --head-parameters"
             )
     return [name for name in [*model.checkpoint.weights, *layout.fresh] if name in files]
 
 
 def with_head_of(load: Load, source: Checkpoint, chain: Chain, task: str) -> Model:
-    """Load a checkpoint with the head of an earlier task that was put aside, bit for bit."""
+    """Load a checkpoint with the saved head of an earlier task, bit for bit."""
     head = chain.heads[task]
     for name in head:
         if name not in source.weights:
             raise InputError(
-                f"{source.path} has no tensor {name!r}, which the output layer of {task!r} has"
+                f"{source.path}: the weights have no tensor {name!r}, which the saved head of "
+                f"{task!r} replaces: use the weights that this Fisher was measured at"
             )
     records = {record.name: record for record in chain.ledger.tasks}
-    # Tasks that shared the head up to when it was put aside: the last one knew all of its labels.
+    # Several tasks can share a saved head: the last of them has all of its labels.
     names = next(
         (
             records[other].labels
@@ -143,7 +152,7 @@ def with_head_of(load: Load, source: Checkpoint, chain: Chain, task: str) -> Mod
 def models_of_tasks(
     load: Load, model: Model, chain: Chain, tasks: Mapping[str, str]
 ) -> dict[str, Model]:
-    """Load a model again with each head that was put aside, on the same trunk in memory."""
+    """Load a model again with each saved head, on the same trunk in memory."""
     used = [task for task in dict.fromkeys(tasks.values()) if task in chain.heads]
     models = {}
     for task in used:
@@ -168,9 +177,9 @@ def _last_layer(module: nn.Module) -> set[str]:
     shapes = [tuple(parameter.shape) for parameter in parameters.values()]
     if len({shape[:1] for shape in shapes}) != 1 or all(len(shape) < 2 for shape in shapes):
         raise UsageError(
-            f"the last module with parameters of its own is {prefix or 'the model itself'} "
-            f"({', '.join(parameters)}), which is no layer with a row for each outcome: name the "
-            "output layer's with --head-parameters PATTERN"
+            f"the head was not found: the last module with parameters is "
+            f"{prefix or 'the model itself'} ({', '.join(parameters)}), which does not have a row "
+            "for each outcome: name the head's parameters with --head-parameters PATTERN"
         )
     return set(parameters)
 
@@ -188,16 +197,16 @@ def _check_labels(rows: Rows, model: Model, columns: Columns) -> None:
     try:
         known = _known(model, head_tensors(model))
     except UsageError:
-        return  # the numbers are held against the model's outputs while they are encoded
+        return  # encoding checks the numbers against the model's outputs
     found = label_values(rows, model.objective.name, columns, used=True)
     stated = rows.label_names(label_column(rows, columns, model.objective.name))
     if stated is not None and model.labels is None and len(stated) == len(known):
-        return  # classes in the data's order, as is said while they are encoded
+        return  # classes in the data's order, which encoding reports
     if lacking := lacking_labels(found, known):
         raise InputError(
-            f"{rows.name} has labels that the model lacks ({few(lacking, 20)}). Labels of the "
-            f"data: {few(found, 20)}; of the model: {few(known, 20)}. With --head new the task "
-            "gets an output layer of its own, with --head extend the model's is widened"
+            f"{rows.name}: the model lacks the labels {few(lacking, 20)}: expected some of "
+            f"{few(known, 20)}, found {few(found, 20)}: --head new gives the task its own head, "
+            "--head extend adds rows for the new labels"
         )
 
 
@@ -206,12 +215,12 @@ def _with_new_head(load: Load, fitted: Fitted, head: list[str], names: list[str]
     source = model.checkpoint
     fresh, _ = _with_fresh_head(load, model, head, names)
     if before is None:
-        LOG.info("the output layer so far is not kept, since no task of a ledger uses it")
+        LOG.info("the old head is not saved, since no task of a ledger uses it")
         return replace(fitted, model=fresh)
-    put_aside = {name: source.weights[name] for name in head}
+    saved = {name: source.weights[name] for name in head}
     users = [task.name for task in before.ledger.tasks if task.name not in before.heads]
     LOG.info(
-        "new output layer (%s) for %s; that of %s is kept in fisher/heads",
+        "new head (%s) for %s; the head of %s is saved in fisher/heads",
         ", ".join(head),
         ", ".join(names) or "one number",
         ", ".join(users),
@@ -219,9 +228,9 @@ def _with_new_head(load: Load, fitted: Fitted, head: list[str], names: list[str]
     offset = before.ledger.penalty_offset
     anchor = before.anchor
     if anchor is not None:
-        # The head no longer moves, and with it this part of the tasks' penalties.
+        # The saved head no longer moves, so its part of the penalty is constant.
         offset += 0.5 * math.fsum(
-            float((before.fisher[n].double() * (put_aside[n].double() - anchor[n]) ** 2).sum())
+            float((before.fisher[n].double() * (saved[n].double() - anchor[n]) ** 2).sum())
             for n in head
             if n in before.fisher
         )
@@ -230,7 +239,7 @@ def _with_new_head(load: Load, fitted: Fitted, head: list[str], names: list[str]
         replace(before.ledger, penalty_offset=offset),
         Overlaid(before.fisher, without=head),
         anchor,
-        {**before.heads, **dict.fromkeys(users, put_aside)},
+        {**before.heads, **dict.fromkeys(users, saved)},
     )
     return Fitted(fresh, chain, {**fitted.free, **dict.fromkeys(head, 0)})
 
@@ -252,29 +261,31 @@ def _with_wider_head(load: Load, fitted: Fitted, head: list[str], names: list[st
             state[name].copy_(tensor)
     rows = {n: len(source.weights[n]) for n in head if len(values[n]) > len(source.weights[n])}
     count = len(fitted.model.labels or []) or min(rows.values())
-    LOG.info("output layer widened (%s) by %s", ", ".join(rows), ", ".join(names[count:]))
+    LOG.info("head extended (%s) with the labels %s", ", ".join(rows), ", ".join(names[count:]))
     return _widened(fitted, wide, values, rows)
 
 
 def _with_fresh_head(
     load: Load, model: Model, head: list[str], names: list[str]
 ) -> tuple[Model, dict[str, Tensor]]:
-    """Load a model with a head that is made afresh, and give its values as they are stored."""
+    """Load a model with a newly initialized head, and give its values as they are stored."""
     source = model.checkpoint
-    objective = model.objective.name  # the number of labels must not decide it anew
+    objective = model.objective.name  # the number of labels must not change it
     weights = Overlaid(source.weights, without=head)
     bare = replace(source, weights=weights, config=relabelled(source.config, names))
     fresh = load(bare, new_labels=names, objective=objective)
     if set(fresh.layout.fresh) != set(head):
         other = sorted(set(fresh.layout.fresh) ^ set(head))[0]
-        raise InputError(f"{source.path}: with new labels the model differs in {other} as well")
+        raise InputError(
+            f"{source.path}: expected new labels to change only the head ({', '.join(head)}), "
+            f"found a difference in {other!r}: name all of the head with --head-parameters"
+        )
     made = file_weights(fresh)
     found = {made.shape(name)[0] for name in head if made.shape(name)}
     if (wanted := len(names) or 1) not in found:
         raise InputError(
-            f"{source.path}: {wanted} outputs are needed, for {few(names, 20)}, and the model is "
-            f"made with {max(found)}: its factory has to read num_labels from config.json, which "
-            "is set where it is there"
+            f"{source.path}: expected a model with {wanted} outputs ({few(names, 20)}), found "
+            f"{max(found)}: put num_labels into config.json and make the factory read it"
         )
     dtypes = {name: dtype_of(source.weights, name) for name in head}
     values = {name: made[name].cpu().to(dtypes[name], copy=True) for name in head}
@@ -286,7 +297,7 @@ def _with_fresh_head(
 def _widened(
     fitted: Fitted, wide: Model, weights: Mapping[str, Tensor], rows: Mapping[str, int]
 ) -> Fitted:
-    """Give Λ zeros and μ the weights' values in rows that are new, from `rows` on."""
+    """Extend Λ with zeros, and μ with the weights' values, in the new rows from `rows` on."""
     chain = fitted.before
     if chain is not None:
         new = {name: weights[name][count:] for name, count in rows.items() if name in chain.fisher}
@@ -302,7 +313,7 @@ def _longer(tensors: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Overla
 
 
 def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str] | None) -> Fitted:
-    """Add rows, the mean of the old, for tokens that the tokenizer has and the embedding lacks."""
+    """Add rows, the mean of the old ones, for tokens that the embedding lacks."""
     model = fitted.model
     if model.objective.modality != "text" or model.processor is None:
         return fitted
@@ -316,8 +327,8 @@ def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str]
     layout, source = model.layout, model.checkpoint
     if source.adapter is not None:
         raise InputError(
-            f"{source.path}: the tokenizer has {wanted} tokens and the base model {count}, and an "
-            "adapter has no rows for them: use the tokenizer of the base model"
+            f"{source.path}: expected a tokenizer with the {count} tokens of the base model, found "
+            f"{wanted}, and an adapter cannot add rows: use the tokenizer of the base model"
         )
     files = {
         file
@@ -332,7 +343,7 @@ def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str]
         mean = old.float().mean(0, keepdim=True).to(old.dtype)
         values[name] = torch.cat([old, mean.expand(wanted - count, *old.shape[1:])])
     LOG.info(
-        "the tokenizer has %d tokens and the embedding %d rows: %s widened by the mean of the rows",
+        "the tokenizer has %d tokens, the embedding %d rows: %s extended with the mean of its rows",
         wanted,
         count,
         ", ".join(sorted(files)),
@@ -349,7 +360,7 @@ def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str]
 
 
 def _outcomes(head: Mapping[str, Tensor], source: Checkpoint) -> int | None:
-    """Tell how many outcomes a head without label names has; None where nothing says so."""
+    """Give the number of outcomes of a head without label names; None if it is not known."""
     for name in head:
         if shape_of(head, name) != shape_of(source.weights, name):
             return shape_of(head, name)[0]

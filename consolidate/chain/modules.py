@@ -31,20 +31,21 @@ def load_penalty(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Penalty:
-    """Make the penalty that holds a module to a checkpoint, for a training loop of one's own.
+    """Make the penalty that keeps a module close to a checkpoint, for your own training loop.
 
-    μ is read from the checkpoint, so it does not matter how far the module has moved from it. Λ and
-    μ stay in the mapped files where these have the dtype and the device: do not write into them
-    while the penalty is used (replacing them, as safetensors does, is safe).
+    The penalty is λ ((1/2) Σ_i Λ_i (θ_i − μ_i)² + offset), with Λ, μ and offset of the checkpoint,
+    however far θ, the module, has moved from it. Λ and μ stay memory-mapped where the files have
+    the wanted dtype and device: do not write into these files while the penalty is in use
+    (replacing them, as safetensors does, is safe).
 
     Args:
-        module: With the parameters of the checkpoint: a model of transformers, or any module whose
-            ``state_dict()`` has the names of the weights file.
-        checkpoint: A folder with a Fisher, or a repository on the Hub.
+        module: A transformers model, or any module whose ``state_dict()`` has the names and shapes
+            of the weights file.
+        checkpoint: Folder with a Fisher, or repository on the Hub.
         ewc_lambda: λ, the strength.
-        revision: Of a checkpoint on the Hub.
-        dtype: Of Λ and μ as they are kept, as for `Penalty`.
-        device: Where Λ and μ are kept, as for `Penalty`.
+        revision: Branch, tag or commit of a checkpoint on the Hub.
+        dtype: Dtype of Λ and μ in memory, as for `Penalty`.
+        device: Device of Λ and μ, as for `Penalty`.
 
     Returns:
         The penalty; call `add_gradient_` once per optimizer step.
@@ -79,22 +80,22 @@ def store_fisher(
     labels: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> Ledger:
-    """Store what `fisher_diagonal` measured beside the weights it was measured at.
+    """Store a Fisher measured by `fisher_diagonal` beside the weights it was measured at.
 
     Args:
-        module: Which it was measured with; its weights are the checkpoint's.
-        checkpoint: A local folder.
-        diagonal: The Fisher by the module's parameter names.
-        task: The task's name in the ledger.
+        module: Module it was measured with, which has the checkpoint's weights.
+        checkpoint: Local folder.
+        diagonal: Fisher by the module's parameter names, in their shapes.
+        task: Name of the task in the ledger.
         objective: What was predicted, such as ``classification``.
         labels: Names of the classes.
-        overwrite: Replace the Fisher that is there.
+        overwrite: Replace an existing Fisher.
 
     Returns:
         The ledger as written to ``fisher/fisher.json``.
 
     Raises:
-        InputError: There is a Fisher already, or the module's weights are not the checkpoint's.
+        InputError: A Fisher already exists, or the module's weights are not the checkpoint's.
     """
     source = with_base(open_checkpoint(Path(checkpoint)), None)
     target = Path(checkpoint) / "fisher"
@@ -113,8 +114,8 @@ def store_fisher(
         for name, values in file_weights(model).items():
             if not torch.equal(values.cpu(), source.weights[name]):
                 raise InputError(
-                    f"{name!r} in the module is not what {source.path} holds: save the weights "
-                    "first"
+                    f"{source.path}: the tensor {name!r} differs from the module's: save the "
+                    "module's weights there first"
                 )
         merged, _, ledger = add_task(None, model, source.weights, diagonal, name=task)
         with replace_folder(target, overwrite=overwrite) as staging:

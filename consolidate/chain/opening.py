@@ -1,6 +1,8 @@
 """Open a checkpoint with what belongs to it: its base, its Fisher, its tasks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,23 +20,36 @@ from formats.fisher_folder import (
 from formats.fisher_json import Ledger
 from formats.hub import FISHER, locate
 
-# By what an adapter is more than W + s B A, or not of the base model's own W.
+# What makes an adapter more than W + s B A with the base model's own W, by option.
 _OTHER = {
     "use_dora": "DoRA scales W + s B A by columns",
     "use_bdlora": "BD-LoRA has block-diagonal factors",
     "use_qalora": "QA-LoRA pools its inputs",
     "arrow_config": "Arrow routes between adapters",
     "alora_invocation_tokens": "aLoRA acts on a part of the text",
-    "velora_config": "VeLoRA compresses what goes into A",
+    "velora_config": "VeLoRA compresses the inputs of A",
     "monteclora_config": "MonteCLoRA samples its weights",
-    "kasa_config": "KaSA has singular values of its own and cuts those of W",
+    "kasa_config": "KaSA adds singular values and truncates those of W",
     "lora_bias": "lora_bias adds a bias",
-    "target_parameters": "target_parameters changes tensors that are no layer's weight",
+    "target_parameters": "target_parameters adapts tensors other than layer weights",
     "layer_replication": "layer_replication repeats layers of the base model",
     "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
-    "megatron_config": "Megatron's layers are parallel ones",
+    "megatron_config": "Megatron's layers are parallel",
 }
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change W at the start
+
+
+_VERIFIED: ContextVar[Path | None] = ContextVar("verified", default=None)
+
+
+@contextmanager
+def already_verified(checkpoint: Path | None) -> Iterator[None]:
+    """Let `stored_fisher` trust the ledger of a checkpoint that was verified just before."""
+    token = _VERIFIED.set(checkpoint)
+    try:
+        yield
+    finally:
+        _VERIFIED.reset(token)
 
 
 def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
@@ -42,10 +57,13 @@ def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist: run `consolidate fisher` first")
     stored = read_fisher(folder)
-    check_belongs(stored, source.weights, str(source.path))
+    verified = source.path == _VERIFIED.get()
+    if not verified:
+        check_belongs(stored, source.weights, str(source.path))
     check_kind(stored, source)
     check_base(stored.ledger, folder, source)
-    check_intact(stored)
+    if not verified:
+        check_intact(stored)
     return stored
 
 
@@ -58,7 +76,10 @@ def find_fisher(checkpoint: Path, elsewhere: str | Path | None) -> Path | None:
     for candidate in (folder / "fisher", folder):
         if (candidate / "fisher.json").is_file():
             return candidate
-    raise InputError(f"{elsewhere} holds no Fisher: neither fisher/fisher.json nor fisher.json")
+    raise InputError(
+        f"{elsewhere}: no Fisher found: expected fisher/fisher.json or fisher.json; run "
+        "`consolidate fisher` first, or name another folder"
+    )
 
 
 def check_base(ledger: Ledger, folder: Path, source: Checkpoint) -> None:
@@ -68,9 +89,9 @@ def check_base(ledger: Ledger, folder: Path, source: Checkpoint) -> None:
     found = set_digest(weight_records(source.base.weights))
     if found != ledger.base:
         raise InputError(
-            f"{folder / LEDGER_NAME} was measured on a base model with the digest "
-            f"{str(ledger.base)[:12]}…, and {source.base.path} has {found[:12]}…: name the "
-            "right one with --base-model"
+            f"{folder / LEDGER_NAME} was measured on another base model: expected the digest "
+            f"{str(ledger.base)[:12]}…, found {found[:12]}… in {source.base.path}: name the right "
+            "one with --base-model"
         )
 
 
@@ -79,32 +100,36 @@ def check_kind(stored: StoredFisher, source: Checkpoint) -> None:
     if (stored.ledger.base is None) != (source.adapter is None):
         kinds = ("a whole model", "an adapter")
         raise InputError(
-            f"{stored.folder / LEDGER_NAME} is of {kinds[stored.ledger.base is not None]}, and "
-            f"{source.path} is {kinds[source.adapter is not None]}"
+            f"{stored.folder / LEDGER_NAME}: expected the Fisher of "
+            f"{kinds[source.adapter is not None]}, as {source.path} is one, found that of "
+            f"{kinds[stored.ledger.base is not None]}: measure it with `consolidate fisher`"
         )
 
 
 def with_base(source: Checkpoint, base_model: str | Path | None) -> Checkpoint:
-    """Open the base model of a checkpoint that is an adapter: the one given, or that it names."""
+    """Open the base model of an adapter: the one given, else the one its config names."""
     if source.adapter is None:
         if base_model is not None:
-            raise UsageError(f"{source.path} is no adapter, so it has no --base-model")
+            raise UsageError(f"{source.path} is not an adapter: leave --base-model out")
         return source
     _check_plain(source.adapter, source.path)
     if base_model is None and (base_model := named_base(source)) is None:
         named = source.adapter.get("base_model_name_or_path")
         raise InputError(
-            f"{source.path / ADAPTER_CONFIG} names {named!r} as its base model, which is no "
-            "folder here: name the base model with --base-model"
+            f"{source.path / ADAPTER_CONFIG}: the base model {named!r} is not a local folder: name "
+            "the base model with --base-model"
         )
     base = open_checkpoint(locate(base_model, without=FISHER))
     if base.adapter is not None:
-        raise InputError(f"{base.path}, the base model of {source.path}, is an adapter itself")
+        raise InputError(
+            f"{source.path}: expected a whole model as the base model, found an adapter, "
+            f"{base.path}: name the right one with --base-model"
+        )
     return replace(source, base=base, config=base.config)
 
 
 def named_base(source: Checkpoint) -> str | None:
-    """Give the base model that an adapter's config names, if that is there."""
+    """Give the base model that an adapter's config names, if it exists."""
     named = (source.adapter or {}).get("base_model_name_or_path")
     return named if isinstance(named, str) and named and Path(named).exists() else None
 
@@ -114,14 +139,18 @@ def _check_plain(config: Mapping[str, Any], path: Path) -> None:
     where = path / ADAPTER_CONFIG
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise InputError(f"{where}: peft_type is {kind!r}, and only adapters of LORA are supported")
+        raise InputError(f"{where}: expected peft_type 'LORA', found {kind!r}: use a LoRA adapter")
     for option, why in _OTHER.items():
         if config.get(option):
-            raise InputError(f"{where}: {option} is set, so it is not plain LoRA ({why})")
+            raise InputError(
+                f"{where}: expected plain LoRA, found {option} ({why}): use a plain LoRA adapter"
+            )
     if config.get("bias", "none") != "none":
-        raise InputError(f"{where}: bias is {config['bias']!r}, and only 'none' is supported")
+        raise InputError(
+            f"{where}: expected bias 'none', found {config['bias']!r}: use an adapter without"
+        )
     if (start := config.get("init_lora_weights")) not in _PLAIN_STARTS:
         raise InputError(
-            f"{where}: init_lora_weights is {start!r}, which changes the base model's weights too; "
-            "convert the adapter to plain LoRA with peft first"
+            f"{where}: init_lora_weights is {start!r}, which also changes the base model's "
+            "weights: convert the adapter to plain LoRA with peft first"
         )

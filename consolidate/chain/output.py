@@ -1,4 +1,4 @@
-"""Where an output goes: what may be replaced, and the room that it takes."""
+"""Where an output goes: what may be replaced, and the disk space needed."""
 
 import math
 import shutil
@@ -18,7 +18,7 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
     """Refuse, before any work is done, a target that must not be replaced."""
     if target.name == "fisher" and (target / LEDGER_NAME).is_file() and not overwrite:
         raise InputError(
-            f"{target} exists already: --overwrite replaces it, --add adds another task measured "
+            f"{target} already exists: --overwrite replaces it, --add adds another task measured "
             "at the same weights"
         )
     check_target(target, overwrite=overwrite)
@@ -29,32 +29,34 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
             open_checkpoint(target)
         except InputError:
             raise InputError(
-                f"{target} is not replaced, since it holds no checkpoint: remove it yourself, or "
-                "choose another folder"
+                f"{target} already exists and is not a checkpoint, so it is not replaced: remove "
+                "it yourself, or choose another folder"
             ) from None
     if (target / ".git").exists():
-        raise InputError(f"{target} is not replaced, since it is a git repository")
+        raise InputError(
+            f"{target} is a git repository, so it is not replaced: choose another folder"
+        )
 
 
 def check_output(target: Path, source: Checkpoint, *, overwrite: bool, whole: bool) -> None:
-    """Refuse before the work what would fail after it: something in the way, or no room."""
+    """Refuse before the work what would fail after it: an existing target, or too little space."""
     refuse_existing(target, overwrite=overwrite)
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     needed = output_bytes(source, whole=whole)
     free = shutil.disk_usage(parent).free
     if free < needed:
         partial = partial_path(target)
-        kept = f" ({partial} of an unfinished pass takes some)" if partial.is_file() else ""
+        saved = f" ({partial} is saved progress)" if partial.is_file() else ""
         raise InputError(
-            f"{parent} has room for {free:,} bytes, and {needed:,} are needed: make room{kept}, or "
-            "choose another folder"
+            f"{parent}: not enough disk space: expected {needed:,} bytes, found {free:,}: free "
+            f"some{saved}, or choose another folder"
         )
 
 
 def output_bytes(source: Checkpoint, *, whole: bool) -> int:
     """Give the bytes of a Fisher with its ledger, and of the weights where they are written."""
     fisher = 4 * sum(math.prod(shape_of(source.weights, name)) for name in source.weights)
-    records = 1024 * (1 + len(source.weights))  # more than headers and ledger say of a tensor
+    records = 1024 * (1 + len(source.weights))  # more than headers and ledger take for a tensor
     return fisher + records + (bytes_of(source.weights) if whole else 0)
 
 
@@ -66,6 +68,6 @@ def bytes_of(weights: Mapping[str, Tensor]) -> int:
 
 
 def failed_folder(target: Path) -> Path:
-    """Name the folder beside a target where the output goes that has forgotten too much."""
+    """Name the folder beside a target for an output that exceeds --max-forgetting."""
     place = target if target.name not in ("", "..") else target.resolve()
     return place.with_name(f"{place.name}.failed-forgetting")

@@ -1,10 +1,9 @@
-"""What several processes keep of their work: by the first for all, or each its own part.
+"""Saved progress of several processes: saved by the first for all, or by each for its own part.
 
-Where each process has the whole model, the first one keeps what all have, and what only one has,
-such as its random numbers, is sent to it. Parts of a pass for the Fisher are kept by each process
-when it is time for it. Where each has a shard, all keep theirs at the same moment: a set, whose
-parts bear the same mark. One that was begun and not ended counts for nothing; the one before it is
-there until all parts of it are.
+Where each process has the whole model, the first one saves what all have in common; what differs,
+such as random states, is sent to it. Each process saves its part of a pass for the Fisher on its
+own. Where the model is sharded, all processes save at the same moment: a set, whose parts have the
+same mark. An incomplete set is ignored; the one before it is kept until the new one is complete.
 """
 
 import time
@@ -37,9 +36,9 @@ _PASS, _OF_A_PASS = "pass/", ("levels", "most")
 def gather_own(
     tensors: Mapping[str, Tensor], own: tuple[str, ...], group: ProcessGroup | None
 ) -> dict[str, Tensor]:
-    """Give the first process what the others alone have, as ``process-1/NAME`` beside its own.
+    """Send the first process what only the others have, as ``process-1/NAME`` beside its own.
 
-    What may differ between processes has names that begin with one of `own`.
+    Names of tensors that differ between processes begin with one of `own`.
     """
     found = dict(tensors)
     number, size = place_in(group)
@@ -59,14 +58,14 @@ def gather_own(
 
 
 def start_with_first(own: StoredWork | None, group: ProcessGroup | None) -> StoredWork | None:
-    """Begin with what the first process kept for all, and with this one's part of a pass."""
+    """Resume from what the first process saved for all, and from this one's part of a pass."""
     if group is None:
         return own
     common = _from_first(own, group)
     if own is None or is_first(group):
         return own if is_first(group) else common
     mark = None if common is None else common.state.get("trained")
-    if own.state.get("trained") != mark:  # it is of other weights
+    if own.state.get("trained") != mark:  # measured at other weights
         return common
     if common is None:
         return own
@@ -76,9 +75,9 @@ def start_with_first(own: StoredWork | None, group: ProcessGroup | None) -> Stor
 def start_with_set(
     target: Path, check: Callable[[StoredWork | None], object], group: ProcessGroup | None
 ) -> StoredWork | None:
-    """Begin with this process's part of the newest set of which every process has its part.
+    """Resume from this process's part of the newest complete set.
 
-    Parts of sets without a whole one are refused; None where no set was ever kept.
+    Parts without any complete set are refused; None where no set was ever saved.
     """
     process = place_in(group)[0]
     marks = []
@@ -90,8 +89,8 @@ def start_with_set(
     if not whole:
         if any(published for published, _ in everywhere):
             raise InputError(
-                f"{partial_path(target)} and its like do not belong together, as not every process "
-                "has its part of one moment: put them back, or --restart throws them away"
+                f"{partial_path(target)}: expected saved progress of one moment from every "
+                "process, but parts are missing: restore their files, or discard all with --restart"
             )
         return None
     if max(whole) != marks[0]:
@@ -107,9 +106,9 @@ def write_set(
     check: Callable[[], None],
     group: ProcessGroup | None,
 ) -> None:
-    """Keep this process's part of a set, while the others keep theirs: all of them, or none.
+    """Save this process's part of a set, while the others save theirs: all of them, or none.
 
-    `check` raises an InputError where there is no room.
+    `check` raises an InputError where disk space is lacking.
     """
     process = place_in(group)[0]
     mark = from_first(time.time_ns(), group)
@@ -121,24 +120,24 @@ def write_set(
         failure = error
     if summed(group, failure is not None)[0]:
         discard_prepared(target, process)
-        raise failure or InputError("another process cannot keep its part")
+        raise failure or InputError("another process could not save its part")
     publish_partial(target, process)
 
 
 def _from_first(stored: StoredWork | None, group: ProcessGroup) -> StoredWork | None:
-    """Give every process what the first one kept, but for its part of a pass."""
+    """Give every process what the first one saved, except its part of a pass."""
     number = place_in(group)[0]
     own: dict[str, Tensor] = {}
-    said = None
+    sent = None
     if stored is not None and number == 0:
         own = {n: t for n, t in stored.tensors.items() if not n.startswith(_PASS)}
         listed = [[n, list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in own.items()]
         state = {n: v for n, v in stored.state.items() if n not in _OF_A_PASS}
-        said = [listed, state, stored.command]
-    said = from_first(said, group)
-    if said is None:
+        sent = [listed, state, stored.command]
+    sent = from_first(sent, group)
+    if sent is None:
         return None
-    listed, state, command = said
+    listed, state, command = sent
     received: dict[str, Tensor] = {}
     for name, shape, dtype in listed:
         values = own[name] if number == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
@@ -154,5 +153,5 @@ def _from_first(stored: StoredWork | None, group: ProcessGroup) -> StoredWork | 
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """Give the bytes of a tensor on the CPU, in its own memory if it lies there in one piece."""
+    """Give the bytes of a tensor on the CPU, without a copy if it is contiguous there."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)

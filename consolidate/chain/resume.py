@@ -1,4 +1,4 @@
-"""What is kept of long work beside its target, so that the same command can resume it."""
+"""Saved progress of long work beside its target, from which the same command resumes."""
 
 import logging
 import math
@@ -33,7 +33,7 @@ LOG = logging.getLogger("consolidate")
 
 
 class KeptWork:
-    """What is kept of a command's work beside its target."""
+    """Saved progress of a command beside its target."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class KeptWork:
         shard: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Prepare to keep work that `description` describes, JSON-ready, asked for only if needed.
+        """Prepare to save progress of work that `description` describes; called only if needed.
 
         `every` is in seconds; `result_bytes` are left free on the disk for the result.
         """
@@ -60,13 +60,13 @@ class KeptWork:
         self._process = place_in(group)[0]
         self.group = group
         self.shard = shard
-        self.due = False  # whether it was settled to keep what was done, by the clock or a stop
+        self.due = False  # whether to save now, as the processes agreed, by the clock or a stop
         self._stop: tuple[float, float] = (0, 0)
         if restart:
             remove_partial(target, self._process)
 
     def start(self) -> StoredWork | None:
-        """Return where work of the same command was interrupted, and refuse that of another."""
+        """Return saved progress of the same command, and refuse that of another."""
         if self.shard:
             return start_with_set(self._target, self._refuse_others, self.group)
         stored = read_partial(self._target, self._process)
@@ -74,9 +74,9 @@ class KeptWork:
         return start_with_first(stored, self.group)
 
     def settle(self, *numbers: float, alone: bool = False) -> list[float]:
-        """Settle, alike in all processes, whether to keep what was done and whether to stop.
+        """Agree among all processes whether to save progress and whether to stop.
 
-        Other numbers are summed on this occasion, and returned; with `alone`, of this process only.
+        Other numbers are summed at the same time, and returned; with `alone`, of this process only.
         """
         group = None if alone else self.group
         late = (group is None or self._process == 0) and self._clock() - self._last >= self._every
@@ -87,7 +87,7 @@ class KeptWork:
 
     @property
     def stops(self) -> bool:
-        """Whether it was settled to stop."""
+        """Whether the processes agreed to stop."""
         return any(self._stop)
 
     def keep(
@@ -98,9 +98,9 @@ class KeptWork:
         *,
         own: bool = False,
     ) -> None:
-        """Keep this; where that fails the work goes on, and nothing more is kept.
+        """Save this; where that fails the work continues, and no more progress is saved.
 
-        With `own` each process keeps its own, and not the first one for all.
+        With `own` each process saves its own part, not the first one for all.
         """
         if self._every == math.inf or not (own or self.shard or self._process == 0):
             return
@@ -114,31 +114,32 @@ class KeptWork:
                 self._leave_room(size, what)
                 write_partial(self._target, tensors, state, command, self._process)
         except (InputError, OSError) as error:
-            LOG.info("what was done so far cannot be kept, and the %s goes on: %s", what, error)
+            LOG.info("progress cannot be saved, and the %s continues without: %s", what, error)
             self._every = math.inf
         self._last = self._clock()
 
     def can_keep(self, stop: BaseException, *, gathers: bool = False) -> bool:
-        """Say whether what was done can be kept where a stop has come.
+        """Say whether progress can be saved at a stop.
 
-        Where not all processes stop, only what the first has can be, without what others send it.
+        Where not all processes stop, only what the first one has can be saved.
         """
         together = self.group is None or signals.stopped_together(stop)
         return together or not (gathers or self.shard)
 
     def stop_if_asked(self, where: str) -> None:
-        """Stop where work can resume, if that was settled, and say it: ``after step 3 of 10``."""
+        """Stop where work can resume, if that was agreed, and log where: ``after step 3 of 10``."""
         if self.stops:
-            how = "the same command goes on from there" if self._every < math.inf else "not kept"
+            saves = self._every < math.inf
+            how = "the same command resumes from there" if saves else "no progress is saved"
             LOG.info("stopped %s: %s", where, how)
         signals.stop_together(*self._stop)
 
     def remove(self) -> None:
-        """Throw away what was kept, once the result is written."""
+        """Discard saved progress, once the result is written."""
         remove_partial(self._target, self._process)
 
     def remove_own(self) -> None:
-        """Throw away what was kept if it is of this command, whose result is there."""
+        """Discard saved progress if it is of this command, whose result exists."""
         with suppress(InputError):
             stored = read_partial(self._target, self._process, whole=False)
             self._refuse_others(stored)
@@ -149,8 +150,8 @@ class KeptWork:
         if stored is not None and (changed := changes(stored.command, self._command())):
             path = partial_path(self._target, self._process)
             raise InputError(
-                f"{path} is of a run that was broken off, but not of this one ({changed}): start "
-                "that command again, or --restart throws it away"
+                f"{path} holds saved progress of another run (changed: {changed}): start that "
+                "command again, or discard it with --restart"
             )
 
     def _leave_room(self, size: int, what: str) -> None:
@@ -162,21 +163,21 @@ class KeptWork:
         free = shutil.disk_usage(place).free + replaced
         if free < size + self._result_bytes:
             raise InputError(
-                f"{place} has room for {free:,} bytes, and beside the {size:,} of the half-done "
-                f"{what} the result needs {self._result_bytes:,}"
+                f"{place}: not enough disk space: expected {size:,} bytes for the {what} so far "
+                f"and {self._result_bytes:,} for the result, found {free:,}"
             )
 
 
 @dataclass
 class KeptTraining:
-    """A training, as part of a command's work; without that, as in a search, nothing is kept."""
+    """A training, as part of a command's work; without it, as in a search, nothing is saved."""
 
     work: KeptWork | None = None
     found: StoredWork | None = None
-    beside: Mapping[str, Any] = field(default_factory=dict)  # looked at each time
+    beside: Mapping[str, Any] = field(default_factory=dict)  # read each time
 
     def load(self, descent: Descent) -> bool:
-        """Resume from what was kept, if something was; say whether."""
+        """Resume from saved progress, if there is any; return whether."""
         found, self.found = self.found, None
         if found is None or "training" not in found.state:
             return False
@@ -185,13 +186,13 @@ class KeptTraining:
         return True
 
     def after_step(self, descent: Descent, where: str) -> None:
-        """Keep the training if that is due, and stop there if that was asked for."""
+        """Save the training if that is due, and stop there if that was requested."""
         if self.work is not None and self.work.due:
             self.keep(descent)
             self.work.stop_if_asked(where)
 
     def keep(self, descent: Descent) -> None:
-        """Keep the state of the training after its last step, if it has taken one."""
+        """Save the state of the training after its last step, if it has taken one."""
         if self.work is None or not descent.steps:
             return
         tensors, numbers = training_state(descent)
@@ -201,7 +202,7 @@ class KeptTraining:
 
     @contextmanager
     def keeping_if_stopped(self, descent: Descent) -> Iterator[None]:
-        """Keep the training where a stop comes inside the block, such as in a measurement."""
+        """Save the training at a stop inside the block, such as in a measurement."""
         try:
             yield
         except signals.STOPS as stop:
@@ -210,7 +211,7 @@ class KeptTraining:
             raise
 
     def end(self, descent: Descent, where: str) -> None:
-        """Keep the training after its last step and stop there, if that was asked for since."""
+        """Save the training after its last step and stop there, if that was requested since."""
         if self.work is not None:
             self.work.settle()
             if self.work.stops:
@@ -228,17 +229,17 @@ class KeptPass:
         tensors: Mapping[str, Tensor] | None = None,
         state: Mapping[str, Any] | None = None,
     ):
-        """Prepare to keep a pass, with the tensors and the state of what was done before it."""
+        """Prepare to save a pass, with the tensors and the state of the work before it."""
         self._work = work
         self._found = found
         self._tensors, self._state = dict(tensors or {}), dict(state or {})
-        if not work.shard and place_in(work.group)[0] > 0:  # the first keeps what is before it
+        if not work.shard and place_in(work.group)[0] > 0:  # the first saves what comes before it
             self._tensors = {}
             self._state = {name: v for name, v in self._state.items() if name == "trained"}
         self._has_kept = found is not None and "levels" in found.state
 
     def start(self) -> PartialPass | None:
-        """Return where the pass was interrupted; None where it was not begun."""
+        """Return saved progress of the pass; None if there is none."""
         found, self._found = self._found, None
         if found is None or "levels" not in found.state:
             return None
@@ -250,7 +251,7 @@ class KeptPass:
         return PartialPass(tensors, found.state["levels"], found.state["most"])
 
     def keep(self, partial: PartialPass) -> None:
-        """Keep this if it is time to, and stop there if that was asked for."""
+        """Save this if that is due, and stop there if that was requested."""
         self._work.settle(alone=not self._work.shard)
         if self._work.due:
             tensors = {f"pass/{name}": tensor for name, tensor in partial.tensors.items()}
@@ -260,12 +261,12 @@ class KeptPass:
         self._work.stop_if_asked(f"after {partial.examples} examples")
 
     def end(self) -> None:
-        """Stop after the pass if that was asked for, where all processes do so together."""
+        """Stop after the pass if that was requested, where all processes stop together."""
         if self._work.shard:
             self._work.settle()
             self._work.stop_if_asked("after the pass")
 
     def keep_what_was_before(self) -> None:
-        """Keep what was done before the pass, if that is not kept with a part of the pass."""
+        """Save the work before the pass, if it is not saved with a part of the pass."""
         if not self._has_kept:
             self._work.keep(self._tensors, self._state, "training")

@@ -1,4 +1,4 @@
-"""Add a task to a chain: its name, how Fishers merge, the new ledger."""
+"""Add a task to a chain: its name, the merged Fisher, the new ledger."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ from formats.versions import program_versions
 
 @dataclass(frozen=True)
 class Training:
-    """What the ledger says of how a task was learned; nothing of one that was only measured."""
+    """What the ledger records of how a task was trained; empty if it was only measured."""
 
     ewc_lambda: float | None = None
     penalty: str | None = None
@@ -44,7 +44,7 @@ class Training:
 
 @dataclass(frozen=True)
 class FittedChain:
-    """The tasks so far as the model to be trained has a place for them, as `StoredFisher` else."""
+    """The tasks so far in the shapes of the model to be trained; used like `StoredFisher`."""
 
     ledger: Ledger
     fisher: Mapping[str, Tensor]
@@ -56,24 +56,24 @@ Chain = StoredFisher | FittedChain
 
 
 def task_name(name: str | None, data: str, before: Chain | None) -> str:
-    """Choose the name of a new task: the one given, else one made from the data's."""
+    """Choose the name of a new task: the one given, else one made from the name of the data."""
     if name is None:
         name = "".join(c if c.isascii() and c.isalnum() else "-" for c in Path(data).stem)
         name = name.strip("-")[:64] or "task"
     check_task_name(name)
     if before is not None and name in [task.name for task in before.ledger.tasks]:
-        raise UsageError(f"the ledger has a task {name!r} already: choose another name with --task")
+        raise UsageError(f"the ledger already has a task {name!r}: choose another name with --task")
     return name
 
 
 def settled_merging(before: Chain | None, asked: Merging) -> Merging:
-    """Choose the merge rule and γ of a new task: as asked for, else as in the chain so far."""
+    """Choose the merge rule and γ of a new task: those given, else those of the chain so far."""
     so_far = Ledger([]) if before is None else before.ledger
     rule, gamma = asked.merge_rule or so_far.merge_rule, asked.gamma
     if rule == "separate":
         if gamma not in (None, 1.0):
             raise UsageError(
-                f"--gamma {gamma} has no meaning with --merge-rule separate, which keeps every "
+                f"--gamma {gamma} cannot be combined with --merge-rule separate, which keeps every "
                 "task whole: leave it out, or use --merge-rule online"
             )
         return replace(asked, merge_rule=rule, gamma=1.0)
@@ -136,7 +136,7 @@ def add_task(
         if all(torch.equal(mu, weights[at].cpu().to(mu.dtype)) for at, mu in anchor.items()):
             anchor = None
         offset += past.ledger.penalty_offset
-    base = past.ledger.base  # of an adapter: compared by now with the base model that it has
+    base = past.ledger.base  # of an adapter: already compared with its base model
     if before is None and model.checkpoint.base is not None:
         base = set_digest(weight_records(model.checkpoint.base.weights))
     ledger = Ledger(
@@ -154,7 +154,7 @@ def add_task(
 
 
 def check_names_to_be(before: Chain | None, model: Model) -> None:
-    """Refuse, before a pass, what the ledger after it could not say of each tensor's protection."""
+    """Refuse, before a pass, a model whose protection the ledger after it could not record."""
     where = str(model.checkpoint.path)
     trained = [name for name, p in model.module.named_parameters() if p.requires_grad]
     weights, past = file_weights(model), {} if before is None else before.fisher
@@ -188,20 +188,20 @@ def _weight(asked: float | str, tasks: Sequence[TaskRecord], apart: Collection[s
     if asked == "units":
         units = [task.units for task in tasks if task.units is not None]
         return scale * units[-1] / units[0]
-    # What is in a head that the first has for itself is not common to both.
+    # A saved head of the first task is not common to both.
     common = (first.layers.keys() & new.layers.keys()) - set(apart)
     past, present = (math.fsum(task.layers[at].trace for at in common) for task in (first, new))
-    # A Fisher of zero holds nothing at any weight, and no weight can match it.
+    # A Fisher of zero protects nothing at any weight, and no weight can match it.
     return scale * (past / present if past > 0 and present > 0 else 1.0)
 
 
 def check_held_once(fisher: Iterable[str], layout: Layout, where: str) -> None:
-    """Refuse two Fishers of names that are one tensor in the model."""
-    held: dict[str, str] = {}
+    """Refuse two Fishers whose names are one tensor in the model."""
+    seen: dict[str, str] = {}
     for name in fisher:
-        other = held.setdefault(layout.duplicates.get(name, name), name)
+        other = seen.setdefault(layout.duplicates.get(name, name), name)
         if other != name:
             raise InputError(
-                f"{where}: {other} and {name} are one tensor in the model, and have two Fishers: "
-                "use a model in which they are two, or measure the Fisher anew"
+                f"{where}: {other} and {name} are one tensor in the model, but have two Fishers: "
+                "use a model in which they are two tensors, or measure the Fisher again"
             )

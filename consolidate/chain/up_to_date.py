@@ -1,4 +1,4 @@
-"""Outputs that are there already, whole, and made from the same: nothing is to be done."""
+"""Outputs that are up to date: intact, and made from the same inputs."""
 
 import logging
 import math
@@ -18,16 +18,16 @@ LOG = logging.getLogger("consolidate")
 
 
 class Output(NamedTuple):
-    """An output that says what it was made from."""
+    """An output with a record of what it was made from."""
 
     checkpoint: Path
-    made_from: str  # digest of all that the result depended on
+    made_from: str  # digest of everything that the result depends on
 
 
 def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
-    """Find what a command has left, as far as its ledger says what it was made from.
+    """Find a command's output whose ledger records what it was made from.
 
-    With `merged` models were merged, and not a task learned or measured.
+    `merged`: the command merged models, and did not learn or measure a task.
     """
     folder = checkpoint / "fisher"
     for target in (checkpoint, folder):
@@ -37,30 +37,32 @@ def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
     except ConsolidateError:
         return None
     if merged:
-        told = ledger.made_from
+        digest = ledger.made_from
     else:
-        told = None if ledger.made_from is not None else ledger.tasks[-1].made_from
-    return None if told is None else Output(checkpoint, told)
+        digest = None if ledger.made_from is not None else ledger.tasks[-1].made_from
+    return None if digest is None else Output(checkpoint, digest)
 
 
 def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher | None:
     """Give the Fisher of an output that is up to date; None where it has to be made.
 
-    Every byte is compared; `made_from` gives the digest of all that the result would depend on.
+    Every byte is compared; `made_from` gives the digest of everything the result would depend on.
     """
     if output is None or output.made_from != made_from():
         return None
     try:
         stored = stored_fisher(output.checkpoint / "fisher", open_checkpoint(output.checkpoint))
     except ConsolidateError as error:
-        LOG.info("%s was made from the same, but is not whole: %s", output.checkpoint, error)
+        LOG.info(
+            "%s has the same inputs but is damaged, and is not reused: %s", output.checkpoint, error
+        )
         return None
     LOG.info("%s is up to date: nothing to do", output.checkpoint)
     return stored
 
 
 def recorded_fisher(ledger: Ledger) -> MeasuredFisher:
-    """Give what a ledger knows of its last task's Fisher; not how certain its traces are."""
+    """Give what a ledger records of its last task's Fisher, which excludes its standard errors."""
     task = ledger.tasks[-1]
     return {
         "task": task.name,

@@ -1,4 +1,4 @@
-"""What `consolidate evaluate` does, without the command line: a checkpoint measured on tasks."""
+"""What `consolidate evaluate` does, without the command line: evaluate a checkpoint on tasks."""
 
 import logging
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from consolidate.results import EvaluateResult
 from consolidate.runtime.devices import best_device, dtype_of_name
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from formats.checkpoint_files import check_link
-from formats.errors import InputError
+from formats.errors import InputError, UsageError
 from formats.fisher_folder import (
     LEDGER_NAME,
     StoredFisher,
@@ -33,27 +33,29 @@ LOG = logging.getLogger("consolidate")
 
 
 def evaluate(options: EvaluateOptions) -> EvaluateResult:
-    """Measure a checkpoint on each task: loss, and accuracy or perplexity.
+    """Evaluate a checkpoint on each task: loss, and accuracy or perplexity.
 
     Returns:
         The metrics of each task, by name.
 
     Raises:
         InputError: Something in the checkpoint or the data does not fit.
+        UsageError: No dataset is given.
         NonFiniteError: NaN or infinity in the weights.
     """
-    checkpoint, revision = options.checkpoint, options.source.revision
+    checkpoint, revision, data = options.checkpoint, options.source.revision, options.data
+    if isinstance(data, Mapping) and not data:
+        raise UsageError("data: expected at least one dataset, such as {NAME: DATA}, found none")
     folder = locate(checkpoint, revision, without=VALUES)
     at = folder / "fisher" / LEDGER_NAME
     check_link(at.parent, at)
     ledger = read_ledger(at) if at.is_file() else None
     if ledger is not None and ledger.heads:
-        folder = locate(checkpoint, revision)  # heads are opened with the rest of the folder
+        folder = locate(checkpoint, revision)  # saved heads need the whole folder
     source = with_base(open_checkpoint(folder), options.source.base_model)
     if ledger is not None:
         check_base(ledger, folder / "fisher", source)
     check_finite(source.weights, folder)
-    data = options.data
     if not isinstance(data, Mapping):
         data = {Path(data).stem: data}
     stored = _stored_heads(folder / "fisher", ledger, source, options.task)
@@ -91,12 +93,12 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
 
 
 def _note_strangers(tasks: Mapping[str, str], stored: StoredFisher, task: str | None) -> None:
-    """Say which data are measured with the output layer in the weights for want of a task."""
+    """Log which datasets are evaluated with the head in the weights for lack of a task."""
     known = {record.name for record in stored.ledger.tasks}
     for name in [name for name in tasks if task is None and name not in known]:
         LOG.info(
-            "%s is no task of the ledger: it is measured with the output layer in the weights, "
-            "and with that of an earlier task where --task names one (%s)",
+            "%s is not a task of the ledger and is evaluated with the head in the weights; --task "
+            "selects the saved head of an earlier task (%s)",
             name,
             ", ".join(stored.heads),
         )
@@ -105,15 +107,17 @@ def _note_strangers(tasks: Mapping[str, str], stored: StoredFisher, task: str | 
 def _stored_heads(
     folder: Path, ledger: Ledger | None, source: Checkpoint, task: str | None
 ) -> StoredFisher | None:
-    """Open the Fisher folder if there are heads in it, and compare them and the weights with it."""
+    """Open the Fisher folder if it has saved heads, and check these and the weights against it."""
     if ledger is None:
         if task is not None:
-            raise InputError(f"{folder} is not there, so nothing is known of the task {task!r}")
+            raise InputError(
+                f"{folder} does not exist, so it has no task {task!r}: leave --task out"
+            )
         return None
     names = [record.name for record in ledger.tasks]
     if task is not None and task not in names:
         raise InputError(
-            f"{folder / LEDGER_NAME} has no task {task!r}; its tasks are {', '.join(names)}"
+            f"{folder / LEDGER_NAME}: expected as --task one of {', '.join(names)}, found {task!r}"
         )
     if not ledger.heads:
         return None

@@ -61,16 +61,16 @@ class Plan(Inputs):
 
     options: FisherOptions
     folder: Path  # of the checkpoint
-    there: Output | None  # what stands at the target and says what it was made from
+    there: Output | None  # output at the target with a record of what it was made from
 
     @property
     def in_place(self) -> bool:
-        """Whether the Fisher is put into the checkpoint that it is of."""
+        """Whether the Fisher is written into its own checkpoint."""
         return self.options.output_dir is None
 
     @property
     def output(self) -> Path:
-        """The checkpoint that has the Fisher in the end."""
+        """The checkpoint that the Fisher is written to."""
         return self.folder if self.in_place else Path(str(self.options.output_dir))
 
     @property
@@ -84,18 +84,18 @@ class Plan(Inputs):
         return task_name(self.options.task or self.task_file.name, self.rows.name, self.before)
 
     def description(self, tasks: Sequence[TaskRecord]) -> dict[str, Any]:
-        """Describe all that the result is made from, if these were the tasks before it."""
+        """Describe all that the result is made from, given the tasks before it."""
         name = task_name(self.options.task or self.task_file.name, self.rows.name, None)
         content = self.content(None) | {"fisher": [asdict(task) for task in tasks]}
         return self.describe(self.options, content, task=name)
 
     def made_from(self) -> str:
-        """Give the digest of what the output that is there would be made from."""
+        """Give the digest of what an existing output would be made from."""
         earlier = self.tasks[:-1] if self.in_place else self.tasks  # its own task is the last
         return json_digest(self.description(earlier))
 
     def check_target(self) -> None:
-        """Refuse a target that is in the way."""
+        """Refuse an existing target that must not be replaced."""
         overwrite = self.options.saving.overwrite or (self.options.add and self.in_place)
         check_output(self.target, self.source, overwrite=overwrite, whole=not self.in_place)
 
@@ -107,12 +107,12 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
     F_i = (1/N) Σ_x E_{y ~ p(y|x, θ)} [(∂ log p(y|x, θ)/∂θ_i)²], summed over units of each example.
 
     Returns:
-        What was done: the folder, the task, counts, the Fisher's trace and how certain it is by
-        parameter; with `dry_run`, what it would take. A Fisher that is up to date is left as it
-        is, and the ``status`` is ``cached``.
+        Folder, task, counts, and the Fisher's trace with its relative standard error by parameter;
+        with `dry_run`, the estimated cost. A Fisher that is up to date is kept, and the ``status``
+        is ``cached``.
 
     Raises:
-        InputError: Something in the checkpoint or the data does not fit.
+        InputError: The checkpoint or the data are not as expected.
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in the weights or in the Fisher.
     """
@@ -128,13 +128,13 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
         if not options.dry_run:
             plan.check_target()
             if is_first(group):
-                _ = plan.records  # of what is measured, whatever becomes of the files meanwhile
+                _ = plan.records  # digests of what is measured, even if the files change meanwhile
         model, examples, module = _load(plan, cut)
         estimation = settled_estimation(options.estimation, model, examples)
         if options.dry_run:
             return _dry_run(plan, model, examples, estimation)
         needed = output_bytes(plan.source, whole=not plan.in_place)
-        # What the module is made of, its weights and its factory's file do not tell.
+        # Neither its weights nor its factory's file determine what the module is made of.
         of_module = {"module": module}
         work = kept_work(
             options, plan.target, lambda: plan.description(plan.tasks) | of_module, needed
@@ -151,21 +151,25 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
 
 
 def _find_checkpoint(options: FisherOptions) -> Path:
-    """Find the checkpoint's folder, after what contradicts itself was refused."""
+    """Find the checkpoint's folder, after refusing options that contradict each other."""
     in_place = options.output_dir is None
     if in_place and options.add and options.saving.overwrite:
-        raise UsageError("--add and --overwrite exclude each other: keep the Fisher or replace it")
+        raise UsageError(
+            "--add cannot be combined with --overwrite: add to the Fisher or replace it"
+        )
     checkpoint = options.checkpoint
     folder = locate(checkpoint, options.source.revision, without=() if options.add else FISHER)
     if in_place and (not folder.is_dir() or not Path(checkpoint).exists()):
-        raise UsageError(f"{checkpoint} is no local folder: say where to write with --output-dir")
+        raise UsageError(
+            f"{checkpoint} is not a local folder: name the folder to write to with --output-dir"
+        )
     return folder
 
 
 def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) -> Plan:
     """Open a checkpoint, its Fisher and the data, and refuse what would fail later.
 
-    With `again` it is not looked at whether the output is up to date.
+    With `again` it is not checked whether the output is up to date.
     """
     source = with_base(open_checkpoint(folder), options.source.base_model)
     output = folder if options.output_dir is None else Path(options.output_dir)
@@ -180,7 +184,7 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
         except InputError as error:
             if not options.dry_run:
                 raise
-            LOG.info("the pass itself would be refused: %s", error)
+            LOG.info("without --dry-run this would be refused: %s", error)
     return plan
 
 
@@ -195,10 +199,7 @@ def _result(plan: Plan, status: Literal["done", "cached"], fisher: MeasuredFishe
 
 
 def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples, str]:
-    """Load the model, in shards among the processes of `cut`, and encode the data for it.
-
-    And give the digest of what the module is made of.
-    """
+    """Load the model, sharded among the processes of `cut`, encode the data, digest the module."""
     options, source, device = plan.options, plan.source, best_device(plan.options.source.device)
     check_finite(source.weights, plan.folder)
     model = load(
@@ -211,7 +212,7 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples, str]:
         gradient_checkpointing=options.parameters.gradient_checkpointing,
     )
     check_names_to_be(plan.before, model)
-    _ = plan.task  # a name that the chain has already is refused before the pass
+    _ = plan.task  # refuse a name that the chain already has before the pass
     examples = encode(
         plan.rows,
         model,
@@ -221,15 +222,17 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples, str]:
         seed=options.seed,
     )
     if cut is not None and source.adapter is not None:
-        raise UsageError("--shard cuts whole models, not adapters: leave it out")
-    digest = json_digest(repr(model.module))  # the same in shards, whose layers have other names
+        raise UsageError(
+            f"{plan.folder} is an adapter, and --shard needs a whole model: leave --shard out"
+        )
+    digest = json_digest(repr(model.module))  # before sharding, which renames layers
     if cut is not None:
         shards.shard(model.module, cut, device)
     return model, examples, digest
 
 
 def _dry_run(plan: Plan, model: Model, examples: Examples, estimation: Estimation) -> FisherDryRun:
-    """Say what a pass would take, and what it would leave, without headers and the ledger."""
+    """Estimate the cost of a pass and the sizes of its files, without headers and the ledger."""
     cost = pass_cost(model, examples, estimation, seed=plan.options.seed)
     itemsize = {"float32": 4, "float64": 8}[estimation.accumulate_dtype]
     files = {"fisher.safetensors": 4 * cost["parameters"]}
@@ -245,7 +248,7 @@ def _dry_run(plan: Plan, model: Model, examples: Examples, estimation: Estimatio
 
 
 def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagonal) -> FisherDone:
-    """Merge the task's Fisher, write it beside its weights, and report what was done."""
+    """Merge the task's Fisher, write it beside its weights, and return what was done."""
     options, source, target = plan.options, plan.source, plan.target
     overwrite, digests = options.saving.overwrite, options.saving.data_digest
     log_notes(model, examples, diagonal)
@@ -269,7 +272,7 @@ def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagona
             ledger = write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
         else:
             write_checkpoint(staging, source, source.weights)
-            # The card too, but for what we wrote in it: the model is the same.
+            # The card is kept except for our block: the model is the same.
             fisher_at = staging / "fisher"
             ledger = write_fisher(fisher_at, merged, ledger, anchor=anchor, heads=heads)
             renew_card(staging, ledger)
@@ -281,7 +284,7 @@ def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagona
 def _task_names(folder: Path) -> str:
     try:
         ledger = read_ledger(folder / LEDGER_NAME)
-        heads = f" and the output layers of {', '.join(ledger.heads)}" if ledger.heads else ""
+        heads = f" and the saved heads of {', '.join(ledger.heads)}" if ledger.heads else ""
         return ", ".join(task.name for task in ledger.tasks) + heads
     except ConsolidateError as error:
         return f"tasks unknown ({error})"

@@ -1,4 +1,4 @@
-"""Measuring the Fisher of a task's encoded examples: which of them, how, and what that takes."""
+"""Measure the Fisher of a task's encoded examples: subset, estimator, cost."""
 
 import logging
 import math
@@ -37,10 +37,10 @@ from formats.wording import few
 LOG = logging.getLogger("consolidate")
 
 MAX_OUTCOMES = 4096
-"""``exact`` is refused above so many backward passes per example, unless told otherwise."""
+"""Most backward passes per example of ``exact``, unless ``max_outcomes`` is given."""
 
 SAMPLED_BATCHES = 3
-"""Batches that the time of a whole pass is judged by."""
+"""Batches from which the time of a whole pass is estimated."""
 
 
 def kept_work(
@@ -49,7 +49,7 @@ def kept_work(
     description: Callable[[], Mapping[str, Any]],
     result_bytes: int,
 ) -> KeptWork:
-    """Prepare to save the progress of a command beside its target, as its options say."""
+    """Prepare to save the progress of a command beside its target, by its options."""
     return KeptWork(
         target,
         description,
@@ -72,20 +72,20 @@ def measure_fisher(
 ) -> FisherDiagonal:
     """Measure the Fisher of encoded examples by a settled estimation, with progress on stderr.
 
-    `kept` is where to resume, and what saves the pass, whose batches all processes share.
+    `kept` resumes and saves the pass, whose batches are divided among all processes.
     """
     tolerance, max_examples, group = estimation.tolerance, estimation.max_examples, all_processes()
     assert estimation.batch_size is not None
     batch_size = estimation.batch_size
     everything = subset(len(examples), max_examples, seed, shuffled=tolerance is not None)
     if is_sharded(model.module) and estimation.estimator != "batched":
-        batch_size = 1  # They go alone, and so come out as evenly as they can.
+        batch_size = 1  # examples go one by one, which divides them most evenly
     order = dealt(everything, batch_size, group)
     several = "" if group is None else f", process 1 of {group.size()}"
     start = kept.start()
     done = 0 if start is None else start.examples
     if done:
-        LOG.info("going on after %d of %d examples", done, len(order))
+        LOG.info("resuming after %d of %d examples", done, len(order))
     with (
         signals.waiting(),
         progress(
@@ -108,17 +108,17 @@ def measure_fisher(
     uncertain = max(diagonal.relative_errors.values(), default=0.0)
     if tolerance is not None and uncertain > tolerance:
         LOG.info(
-            "all %d examples were read, and the least certain trace is known to ± %.2g only, "
-            "not to the tolerance of %g",
+            "--tolerance %g was not reached: with all %d examples the largest relative standard "
+            "error of a trace is %.2g",
+            tolerance,
             diagonal.examples,
             uncertain,
-            tolerance,
         )
     return diagonal
 
 
 def _how(estimation: Estimation, seed: int) -> dict[str, Any]:
-    """Give what `fisher_diagonal` is told of the way to measure."""
+    """Give the arguments of `fisher_diagonal` that choose the estimator."""
     return {
         "estimator": estimation.estimator,
         "mc_samples": estimation.mc_samples,
@@ -133,10 +133,10 @@ def _how(estimation: Estimation, seed: int) -> dict[str, Any]:
 def settled_estimation(
     estimation: Estimation, model: Model, examples: Examples, *, prefix: str = ""
 ) -> Estimation:
-    """Choose the estimator where none was named, and fill in what depends on it.
+    """Choose the estimator if none is given, and fill in the defaults that depend on it.
 
-    Raises UsageError where an option that was given does nothing with the estimator; `prefix` is
-    that of the options' names.
+    Raises UsageError for a given option that the estimator does not use; `prefix` is that of the
+    options' names.
     """
     chosen = estimation.estimator or default_estimator(model, examples)
     for option, given, sensible in (
@@ -147,7 +147,7 @@ def settled_estimation(
         if given and chosen not in sensible:
             which = "" if estimation.estimator else ", the default for this model"
             raise UsageError(
-                f"--{prefix}{option} has no meaning with --{prefix}estimator {chosen}{which}: "
+                f"--{prefix}{option} cannot be combined with --{prefix}estimator {chosen}{which}: "
                 f"leave it out, or use {' or '.join(sensible)}"
             )
     return replace(
@@ -172,10 +172,10 @@ def default_estimator(model: Model, examples: Examples) -> str:
 
 
 def pass_cost(model: Model, examples: Examples, estimation: Estimation, *, seed: int) -> PassCost:
-    """Say what measuring the Fisher of encoded examples would take, from a few batches of them.
+    """Estimate the cost of measuring the Fisher of encoded examples from a few batches of them.
 
-    Counts, seconds per example and in all, and the most bytes of memory that were in use with the
-    longest examples in a batch. Each of several processes looks for itself.
+    Counts, seconds per example and in total, and the peak memory in bytes with the longest examples
+    in a batch. Each of several processes estimates for itself.
     """
     batch_size, max_examples = estimation.batch_size, estimation.max_examples
     assert batch_size is not None
@@ -221,7 +221,7 @@ def pass_cost(model: Model, examples: Examples, estimation: Estimation, *, seed:
 
 
 def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> MeasuredFisher:
-    """Give what a command reports of a Fisher that was measured for a ledger's last task."""
+    """Summarize the Fisher that was measured for a ledger's last task."""
     errors = {name: e for name, e in diagonal.relative_errors.items() if math.isfinite(e)}
     return {
         **recorded_fisher(ledger),
@@ -236,14 +236,14 @@ def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> MeasuredFisher:
 
 
 def log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> None:
-    """Log what a user should know of a model, its examples and the Fisher measured on them."""
+    """Log notes on a model, its examples and the Fisher measured on them."""
     factors = [] if model.checkpoint.base is None else without_fisher(model, diagonal)
     for note in [*model.notes, *examples.notes, *factors]:
         LOG.info("%s", note)
     slow = [name for name, method in diagonal.methods.items() if method == "loop"]
     if slow and diagonal.examples > 1:
         LOG.info(
-            "%d parameters went by one example at a time, which is slow: %s",
+            "%d parameters were measured one example at a time, which is slow: %s",
             len(slow),
             few(slow, 3),
         )

@@ -1,4 +1,4 @@
-"""Merging whole checkpoints, tensor by tensor: weights, Fishers, anchors and ledgers."""
+"""Merge whole checkpoints, tensor by tensor: weights, Fishers, anchors and ledgers."""
 
 import logging
 import math
@@ -48,18 +48,17 @@ def merge(options: MergeOptions) -> MergeResult:
     """Merge checkpoints of one architecture, and their Fishers, into one checkpoint.
 
     Λ = Σ c_k Λ_k, θ = Σ c_k Λ_k θ_k / Λ, μ = Σ c_k Λ_k μ_k / Λ (Matena & Raffel 2022), and where
-    Λ = 0 the mean weighed by c_k. With a base, Σ c_k − 1 times its own is taken from each of the
-    sums, so that what all hold of it is held once. Other files are the first checkpoint's.
+    Λ = 0 the mean weighted by c_k. With a base, Σ c_k − 1 times its terms are subtracted from each
+    sum, so that the tasks of the base count once. Other files are the first checkpoint's.
 
     Returns:
-        What was done: the folder, the models, the tasks, the Fisher's trace and the offset. Where
-        the output is there, whole and made from the same, nothing is done, and the ``status`` is
-        ``cached``.
+        The folder, the models, the tasks, the Fisher's trace and the offset. If the output is up to
+        date, nothing is done, and the ``status`` is ``cached``.
 
     Raises:
-        InputError: A checkpoint has no Fisher, is damaged, is of another architecture, or holds a
-            task that another one holds; or the base is not what they share.
-        UsageError: The coefficients are not positive numbers, one a checkpoint.
+        InputError: A checkpoint has no Fisher, is damaged, is of another architecture, or has a
+            task that another one has; or the base is not their common ancestor.
+        UsageError: The coefficients are not positive numbers, one per checkpoint.
         NonFiniteError: NaN or infinity in weights or Fisher.
     """
     with claiming(Path(options.output_dir)):
@@ -108,42 +107,46 @@ def _coefficients(weights: Sequence[float] | None, count: int) -> list[float]:
         raise UsageError("merge needs at least one checkpoint")
     coefficients = [1.0] * count if weights is None else [float(c) for c in weights]
     if len(coefficients) != count:
-        gives = f"--weights gives {len(coefficients)} numbers for {count} checkpoints"
-        raise UsageError(f"{gives}: expected one each")
+        gives = f"--weights: expected {count} numbers, one per checkpoint"
+        raise UsageError(f"{gives}, found {len(coefficients)}")
     for coefficient in coefficients:
         if not (math.isfinite(coefficient) and coefficient > 0):
-            raise UsageError(f"--weights: {coefficient} is not above 0; leave that checkpoint out")
+            raise UsageError(
+                f"--weights: expected numbers above 0, found {coefficient}: leave that "
+                "checkpoint out"
+            )
     return coefficients
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A checkpoint that takes part, with its Fisher and its coefficient.
+    """A checkpoint to merge, with its Fisher and its coefficient.
 
-    `weights`, `fisher` and `anchor` hold a tensor that the file has under several names once, under
-    the name that all models have for it here.
+    `weights`, `fisher` and `anchor` have a tensor that the file has under several names only once,
+    under the name that is used for it in all models.
     """
 
     path: Path
     source: Checkpoint
     stored: StoredFisher
     coefficient: float
-    names: Mapping[str, str]  # in the file, by name here
-    same: Mapping[str, str]  # each name of a tensor that is there several times, with that here
+    names: Mapping[str, str]  # in the file, by common name
+    same: Mapping[str, str]  # the common name of each tensor with several names
 
     @cached_property
     def weights(self) -> Mapping[str, Tensor]:
-        return self._here(self.source.weights)
+        return self._renamed_tensors(self.source.weights)
 
     @cached_property
     def fisher(self) -> Mapping[str, Tensor]:
-        return self._here(self.stored.fisher)
+        return self._renamed_tensors(self.stored.fisher)
 
     @cached_property
     def anchor(self) -> Mapping[str, Tensor] | None:
-        return None if self.stored.anchor is None else self._here(self.stored.anchor)
+        anchor = self.stored.anchor
+        return None if anchor is None else self._renamed_tensors(anchor)
 
-    def _here(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _renamed_tensors(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return Renamed(tensors, {at: name for at, name in self.names.items() if name in tensors})
 
     @property
@@ -151,14 +154,14 @@ class _Model:
         return {task.name: _renamed(task, self.same) for task in self.stored.ledger.tasks}
 
     def content(self) -> dict[str, Any]:
-        """Describe it by content, JSON-ready."""
+        """Describe this checkpoint by content, JSON-ready."""
         ledger = self.stored.ledger
         return checkpoint_content(self.source, self.stored.folder / LEDGER_NAME, ledger.weights)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is merged: models that fit each other, the base they share, and the tasks of all."""
+    """What is merged: compatible models, their base, and the tasks of all."""
 
     models: list[_Model]
     base: _Model | None
@@ -222,7 +225,7 @@ def _write(
             },
             weights=weight_records(open_checkpoint(staging).weights),
             versions=program_versions(),
-            made_from=None if plan.alone else plan.made_from(),  # of one it is a copy
+            made_from=None if plan.alone else plan.made_from(),  # of one model: a copy
         )
         anchor = merged.anchor if anchored else None
         fisher = staging / "fisher"
@@ -233,7 +236,7 @@ def _write(
 
 
 class _Tensors(LazyTensors):
-    """The merged weights, Fisher or anchor, computed when asked for."""
+    """The merged weights, Fisher or anchor, computed on access."""
 
     def __init__(
         self,
@@ -261,27 +264,28 @@ class _Tensors(LazyTensors):
 
 
 class _Merged:
-    """The merged tensors by the names of the first model, a chunk of one at a time in memory."""
+    """The merged tensors by the names of the first model, one chunk at a time in memory."""
 
     def __init__(self, models: Sequence[_Model], base: _Model | None) -> None:
         self.models = models
         self.base = base
         first = models[0]
         weights, same = first.source.weights, first.same
-        # Each name in the first model's file, with the one there that stands for it.
+        # Each name in the first model's file, with the name there that represents it.
         self.file_names = {name: first.names[same.get(name, name)] for name in weights}
-        held = [
+        protected = [
             name
-            for name, stands in self.file_names.items()
-            if name == stands and any(same.get(name, name) in model.fisher for model in models)
+            for name, representative in self.file_names.items()
+            if name == representative
+            and any(same.get(name, name) in model.fisher for model in models)
         ]
         dtypes = {name: dtype_of(weights, name) for name in weights}
         self.weights = _Tensors(self, "weights", list(weights), dtypes)
-        self.fisher = _Tensors(self, "fisher", held, {})
-        self.anchor = _Tensors(self, "anchor", held, {})
+        self.fisher = _Tensors(self, "fisher", protected, {})
+        self.anchor = _Tensors(self, "anchor", protected, {})
 
     def parts(self, name: str) -> Iterator[tuple[int, MergedTensor]]:
-        """Merge a tensor chunk by chunk, each with where in the tensor it starts."""
+        """Merge a tensor chunk by chunk; yield the start of each chunk with it."""
         count = math.prod(self.weights.shape(name))
         at = self.models[0].same.get(name, name)
         for start in range(0, count, _CHUNK):
@@ -308,8 +312,8 @@ def _open(checkpoint: str | Path, coefficient: float) -> _Model:
     source = open_checkpoint(path)
     if source.adapter is not None:
         raise InputError(
-            f"{path} is an adapter, and means of factors are no means of weights: merge whole "
-            "models"
+            f"{path}: expected a whole model, found an adapter, whose factors cannot be averaged: "
+            "merge whole models"
         )
     stored = stored_fisher(path / "fisher", source)
     check_finite(source.weights, path)
@@ -318,12 +322,12 @@ def _open(checkpoint: str | Path, coefficient: float) -> _Model:
 
 
 def _renamed(task: TaskRecord, names: Mapping[str, str]) -> TaskRecord:
-    """Give a task's layers other names."""
+    """Rename a task's layers."""
     return replace(task, layers={names.get(at, at): layer for at, layer in task.layers.items()})
 
 
 def _same_tensors(models: Sequence[_Model]) -> dict[str, str]:
-    """Give each name of what some file has under several names the one used for it here."""
+    """Map the names of each tensor that some file has under several names to the common one."""
     same: dict[str, str] = {}
     for model in models:
         for name, first in copies(model.stored.ledger).items():
@@ -334,7 +338,7 @@ def _same_tensors(models: Sequence[_Model]) -> dict[str, str]:
 
 
 def _once(model: _Model, same: Mapping[str, str]) -> _Model:
-    """Hold what the file has under several names by one, that of its Fisher if it has one."""
+    """Keep one name of a tensor with several, that of its Fisher if it has one."""
     ledger = model.stored.ledger
     again = copies(ledger)
     names: dict[str, str] = {}
@@ -346,7 +350,7 @@ def _once(model: _Model, same: Mapping[str, str]) -> _Model:
         differ = ledger.weights[name] != ledger.weights[other]
         if differ or (name in ledger.fisher and other in ledger.fisher):
             raise InputError(
-                f"{other} and {name} are one tensor in another model, and two in {model.path}: "
+                f"{model.path}: {other} and {name} are two tensors here, and one in another model: "
                 + _ALIKE
             )
         if name in ledger.fisher or (other in again and other not in ledger.fisher):
@@ -355,7 +359,7 @@ def _once(model: _Model, same: Mapping[str, str]) -> _Model:
 
 
 def _check_alike(first: _Model, other: _Model) -> None:
-    """Refuse another architecture: other names, shapes or dtypes, or buffers that disagree."""
+    """Refuse another architecture: other names, shapes, dtypes or buffers."""
     ours, theirs = first.weights, other.weights
     for here, there in ((other, first), (first, other)):
         for name in there.weights:
@@ -369,30 +373,30 @@ def _check_alike(first: _Model, other: _Model) -> None:
         if dtypes[0] != dtypes[1]:
             found = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise InputError(
-                f"the tensor {name!r} of {first.path} and {other.path} is {found}: save them in "
+                f"the tensor {name!r} in {first.path} and {other.path} is {found}: save them in "
                 "one dtype"
             )
         if not dtypes[0].is_floating_point and not torch.equal(ours[name], theirs[name]):
             raise InputError(
-                f"the tensor {name!r} of whole numbers differs in {first.path} and {other.path}: "
-                "it has no mean, so make it the same in both"
+                f"the integer tensor {name!r} differs in {first.path} and {other.path} and cannot "
+                "be averaged: make it the same in both"
             )
     one, two = first.source.config, other.source.config
     changed = [key for key in {**one, **two} if one.get(key) != two.get(key)]
     for key in ("model_type", "architectures"):
         if key in changed:
             raise InputError(
-                f"config.json gives {one.get(key)} as {key} in {first.path}, and {two.get(key)} in "
+                f"config.json: {key} is {one.get(key)} in {first.path} and {two.get(key)} in "
                 f"{other.path}: {_ALIKE}"
             )
     if "id2label" in changed:
         raise InputError(
-            f"the output layers have the labels {_labels(one)} in {first.path} and {_labels(two)} "
-            f"in {other.path}: only those of the same labels can be merged"
+            f"config.json: the labels are {_labels(one)} in {first.path} and {_labels(two)} in "
+            f"{other.path}: only heads with the same labels can be merged"
         )
     if changed:
         differs = f"config.json of {other.path} differs in {', '.join(changed)}"
-        LOG.info("%s: that of %s is kept", differs, first.path)
+        LOG.info("%s: that of %s is used", differs, first.path)
 
 
 def _labels(config: Mapping[str, Any]) -> str:
@@ -407,15 +411,15 @@ def _check_base(models: Sequence[_Model], base: _Model) -> None:
             moved = any(name in base.stored.fisher for name in head)
             if moved and task in base.tasks and task not in base.stored.heads:
                 raise InputError(
-                    f"{model.path} has put the output layer of {task} aside, which is still in the "
-                    f"weights of the base {base.path}: merge checkpoints that were fine-tuned from "
-                    "one with the new output layer, with that as --base"
+                    f"{model.path} has saved the head of {task}, which is still in the weights of "
+                    f"the base {base.path}: name as --base a checkpoint with the new head, from "
+                    "which all were fine-tuned"
                 )
     for name in base.fisher:
         if name not in first.weights:
             raise InputError(
-                f"{first.path} has no tensor {name!r}, which the base {base.path} has: it was not "
-                "fine-tuned from there"
+                f"{first.path} has no tensor {name!r}, which the base {base.path} has: name as "
+                "--base a checkpoint that it was fine-tuned from"
             )
         _check_shape(name, first, base)
 
@@ -432,7 +436,7 @@ def _check_shape(name: str, first: _Model, other: _Model) -> None:
 def _joined(
     models: Sequence[_Model], base: _Model | None
 ) -> tuple[list[TaskRecord], dict[str, TensorFiles]]:
-    """Join the ledgers' tasks, each weighed by its model, and give their heads; the base's once."""
+    """Join the ledgers' tasks, weighted by model, and their saved heads; the base's once."""
     shared = {} if base is None else base.tasks
     heads = {} if base is None else dict(base.stored.heads)
     tasks = dict(shared)
@@ -440,32 +444,32 @@ def _joined(
     for model in models:
         for name, task in shared.items():
             if model.tasks.get(name) != task:
-                what = "other facts about the" if name in model.tasks else "no"
+                what = "another record of the" if name in model.tasks else "no"
                 raise InputError(
-                    f"{model.stored.folder} holds {what} task {name!r} of the base: --base must be "
-                    "a checkpoint that it was fine-tuned from"
+                    f"{model.stored.folder} has {what} task {name!r} of the base: name as --base a "
+                    "checkpoint that it was fine-tuned from"
                 )
         own = {name: task for name, task in model.tasks.items() if name not in shared}
         if twice := [name for name in own if name in tasks]:
             other = holder[twice[0]]
             if all(own[name] == other.tasks[name] for name in twice):
-                advice = "the last checkpoint that both come from, with --base"
+                advice = "name their last common ancestor with --base"
             else:
-                advice = "another --task where they are not the same, and measure it again"
+                advice = "if they are different tasks, measure one again under another --task"
             raise InputError(
-                f"{other.path} and {model.path} both hold the tasks {', '.join(twice)}, which "
-                f"would count twice: name {advice}"
+                f"{other.path} and {model.path} both have the tasks {', '.join(twice)}, which "
+                f"would count twice: {advice}"
             )
         for name, task in own.items():
             tasks[name] = replace(task, weight=task.weight * model.coefficient)
             holder[name] = model
-        # Children may have put aside the head of a shared task that is still in the base's weights.
+        # Children may have saved the head of a shared task that is still in the base's weights.
         heads = model.stored.heads | heads
     return [_renamed(task, models[0].names) for task in tasks.values()], heads
 
 
 def _survey(merged: _Merged) -> tuple[float, float, bool]:
-    """Give the offset, the trace, and whether μ is not the weights; refuse a base not contained."""
+    """Give the offset, the trace, and whether μ differs from the weights; check the base."""
     parts = [*merged.models, *([] if merged.base is None else [merged.base])]
     offset = math.fsum(part.coefficient * part.stored.ledger.penalty_offset for part in parts)
     trace = 0.0
@@ -492,6 +496,6 @@ def _check_contained(model: _Model, base: _Model, name: str) -> None:
     if below := int((whole < shared).sum()):
         raise InputError(
             f"{model.stored.folder}: the Fisher of {name!r} is below that of the base {base.path} "
-            f"in {below} of {shared.numel()} values, so it was merged with γ below 1, and how much "
-            "of the base is in it cannot be told: fine-tune with --gamma 1"
+            f"in {below} of {shared.numel()} values, so γ was below 1 and the share of the base in "
+            "it is unknown: fine-tune with --gamma 1"
         )

@@ -42,9 +42,9 @@ from formats.tensors import TensorFiles, write_tensors
 
 LOG = logging.getLogger("consolidate")
 INDEX = "model.safetensors.index.json"
-AGAIN = "push again, which sends what is missing"
+AGAIN = "push again, which sends only what is missing"
 
-# What a model is used with; anything else in a folder may be data or a secret, and stays there.
+# Files that a model needs; anything else in a folder may be data or a secret, and is not sent.
 PUBLISHED = (
     *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "*.spm", "*.tiktoken"),
@@ -66,20 +66,20 @@ class Remote:
     """A repository as it is before a push."""
 
     exists: bool
-    private: bool | None  # whether only some can see it; None where it is not there
-    head: str | None  # the commit that is built upon; None where there is none
-    has_branch: bool  # whether the branch is there; the head is the default branch's otherwise
-    files: dict[str, RepoFile]  # what the head holds, by path
+    private: bool | None  # None if it does not exist
+    head: str | None  # the parent of the next commit; None if there is none
+    has_branch: bool  # whether the branch exists; else the head is the default branch's
+    files: dict[str, RepoFile]  # at the head, by path
     tags: dict[str, str]  # the commits of its tags, by name
 
 
 NOTHING = Remote(False, None, None, True, {}, {})
-"""A repository that is not there."""
+"""A repository that does not exist."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What is published, as it was when it was looked at first."""
+    """What is published, with the state of its files at the start."""
 
     folder: Path
     fisher_only: bool
@@ -87,53 +87,53 @@ class _Source:
     stored: StoredFisher
 
     def refuse_written(self, done: str) -> None:
-        """Refuse to go on with a checkpoint that was written to since it was looked at."""
+        """Refuse to continue with a checkpoint that was written to since the start."""
         try:
             same = _stamps(self.folder, self.fisher_only) == self.stamps
         except (FileNotFoundError, InputError):
             same = False
         if not same:
             raise InputError(
-                f"{self.folder} was written to while it was read, and nothing was {done}: push "
-                "again once nothing writes there"
+                f"{self.folder} changed while it was being read; nothing was {done}: push again "
+                "once nothing else writes there"
             )
 
 
 @dataclass(frozen=True)
 class _Target:
-    """Where it goes, and how."""
+    """The repository, as the Hub reports it, and the options."""
 
     api: HfApi
     name: str
     remote: Remote
-    asked: bool  # whether the Hub could say what is there
+    asked: bool  # whether the Hub could be asked for its contents
     options: PushOptions
 
 
 @dataclass(frozen=True)
 class _Upload:
-    """What the repository will hold, and how that differs from what it holds now."""
+    """The files the repository will have, and how they differ from those it has now."""
 
     files: dict[str, CommitOperationAdd]
     changes: dict[str, Change]
-    stale: list[str]  # files of earlier weights or Fishers, which are deleted
+    stale: list[str]  # files of earlier weights or Fishers, to be deleted
 
 
 def push(options: PushOptions) -> PushResult:
     """Publish a checkpoint with its Fisher, ledger and card on the Hub, in one commit.
 
-    The checkpoint is verified before anything is sent, and what the repository holds after. A
-    commit is made only upon the one that was looked at; until it is made the repository is as it
-    was, and a push that is started again sends what is missing.
+    The checkpoint is verified before anything is sent, and the repository's contents after. The
+    commit is made only if the repository has not changed meanwhile. Until then the repository is
+    unchanged, and pushing again sends only what is missing.
 
     Returns:
-        What was done: the commit, every file with its size and what became of it, and digests.
+        The commit, every file with its size and change, and digests.
 
     Raises:
         UsageError: The options contradict each other or the repository.
-        InputError: The checkpoint is not intact, or the Hub refuses.
+        InputError: The checkpoint is damaged, or the Hub refuses.
         NonFiniteError: NaN or infinity in the weights or in the Fisher.
-        NetworkError: The Hub cannot be reached or fails, or does not hold what was sent.
+        NetworkError: The Hub cannot be reached or fails, or does not have what was sent.
     """
     _check_options(options)
     tag, fisher_only = options.tag, options.fisher_only
@@ -147,7 +147,7 @@ def push(options: PushOptions) -> PushResult:
         if not options.dry_run:
             raise
         name, asked = options.repository, False
-        LOG.info("the Hub could not be asked what %s holds: all files are listed", name)
+        LOG.info("the Hub could not be asked for the contents of %s: all files are listed", name)
     target = _Target(api, name, remote, asked, options)
     _check_remote(target, fisher_only)
     base_commit = _verified(source, options.base_model)
@@ -171,8 +171,8 @@ def push(options: PushOptions) -> PushResult:
         _check_arrived(target, upload, commit)
         if tag is not None and remote.tags.get(tag) != commit:
             with hub_call(
-                f"{name}: the commit {commit} is there, but the tag {tag!r} is not: ",
-                "push again, which sets the tag alone",
+                f"{name}: the commit {commit} was made, but not the tag {tag!r}: ",
+                "push again, which sets only the tag",
             ):
                 api.create_tag(name, tag=tag, revision=commit)
     result["status"] = "unchanged" if commit == remote.head else "done"
@@ -181,18 +181,26 @@ def push(options: PushOptions) -> PushResult:
 
 
 def _check_options(options: PushOptions) -> None:
-    """Refuse what contradicts itself, before anything is read; the token is never shown."""
+    """Refuse options that contradict each other, before anything is read; never show the token."""
     create_pr, tag, token = options.create_pr, options.tag, options.token
     if create_pr and options.revision not in (None, "main"):
-        raise UsageError("--create-pr opens a pull request to main: leave --revision out")
+        raise UsageError(
+            "--create-pr opens a pull request to main and cannot be combined with --revision: "
+            "leave one of them out"
+        )
     if create_pr and tag is not None:
-        raise UsageError("--tag names a commit of a branch: leave it or --create-pr out")
+        raise UsageError(
+            "--tag names a commit of a branch and cannot be combined with --create-pr: leave one "
+            "of them out"
+        )
     if token is not None and not re.fullmatch(r"[!-~]+", token):
-        raise UsageError("--token is no token: it is empty, or holds blanks or other characters")
+        raise UsageError(
+            "--token: expected an access token of the Hub, found an empty or invalid text"
+        )
     if options.fisher_only and len(options.base_model) != 1:
         raise UsageError(
-            "--fisher-only needs one --base-model REPO: the repository with the weights that the "
-            "Fisher belongs to"
+            "--fisher-only needs one --base-model REPO, the repository with the weights that the "
+            f"Fisher belongs to; found {len(options.base_model)}"
         )
     for name in options.base_model:
         _check_name(name.partition("@")[0], "--base-model ")
@@ -200,15 +208,15 @@ def _check_options(options: PushOptions) -> None:
 
 def _check_name(name: str, what: str = "") -> None:
     if not is_repository(name):
-        raise UsageError(f"{what}{name!r} cannot be a repository: expected one such as user/model")
+        raise UsageError(f"{what}{name!r} is not a repository name: expected USER/MODEL")
 
 
 def _opened(checkpoint: str | Path, fisher_only: bool) -> _Source:
     folder = locate(checkpoint)
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: a checkpoint with its Fisher is needed")
+        raise InputError(f"{folder} is not a folder: expected a checkpoint with its Fisher")
     if not fisher_only and open_checkpoint(folder).adapter is not None:
-        raise InputError(f"{folder} is an adapter, and only whole models can be published")
+        raise InputError(f"{folder} is an adapter: only whole models can be published")
     stamps = _stamps(folder, fisher_only)
     return _Source(folder, fisher_only, stamps, read_fisher(folder / "fisher"))
 
@@ -233,7 +241,7 @@ def _look(api: HfApi, name: str, revision: str | None, *, tagged: bool) -> Remot
         try:
             info = api.model_info(name, timeout=30)
         except RepositoryNotFoundError as error:
-            answer = error.response  # to a token that is refused, in words the client does not know
+            answer = error.response  # the client does not know the answer to a refused token
             refused = answer.status_code == 401 and "Authorization" in answer.request.headers
             if refused or isinstance(error, GatedRepoError):
                 raise
@@ -270,27 +278,32 @@ def _files_at(api: HfApi, name: str, commit: str, start: str) -> dict[str, RepoF
 def _check_remote(target: _Target, fisher_only: bool) -> None:
     name, remote = target.name, target.remote
     if not remote.exists and target.options.create_pr:
-        raise InputError(f"{name}: no such repository on the Hub to open a pull request in")
+        raise InputError(
+            f"{name} does not exist on the Hub, so --create-pr cannot open a pull request there: "
+            "leave it out to create the repository"
+        )
     if remote.exists and not remote.private and not target.options.public:
-        raise UsageError(f"{name} can be seen by all: say with --public that this may be, too")
+        raise UsageError(
+            f"{name} is public: push there with --public, or name a private repository"
+        )
     if remote.private and target.options.public:
-        LOG.info("%s is private and stays so: its settings on the Hub change that", name)
+        LOG.info("%s stays private despite --public: change that in its settings on the Hub", name)
     if fisher_only and any(_WEIGHTS.fullmatch(path) for path in remote.files):
         raise UsageError(
-            f"{name} holds weights, and --fisher-only is for a repository without: push the whole "
-            "checkpoint (weights that are there already are not sent again)"
+            f"{name} has weights, and --fisher-only is for repositories without: push the whole "
+            "checkpoint (weights that are up to date there are not sent again)"
         )
 
 
 def _verified(source: _Source, base_model: Sequence[str]) -> str | None:
-    """Check every byte; of a Fisher alone give the commit of the repository with its weights."""
+    """Check every byte; with --fisher-only give the commit of the repository with the weights."""
     if not source.fisher_only:
         LOG.info("verifying %s", source.folder)
         verify(VerifyOptions((source.folder,)))
         return None
     base = base_model[0]
     weights = locate(base, without=FISHER)
-    LOG.info("checking that %s has the weights that the Fisher is of", base)
+    LOG.info("checking that %s has the weights that the Fisher belongs to", base)
     check_intact(source.stored)
     check_fisher_values(source.stored)
     check_belongs(source.stored, open_checkpoint(weights).weights, base)
@@ -300,7 +313,7 @@ def _verified(source: _Source, base_model: Sequence[str]) -> str | None:
 def _contents(
     source: _Source, fisher_dtype: torch.dtype | None, scratch: Path
 ) -> tuple[dict[str, Path | bytes], Ledger]:
-    """Give the file or the bytes of every path but the card's, and the ledger among them."""
+    """Give the file or the bytes for every path except the card's, and the ledger."""
     contents: dict[str, Path | bytes] = {}
     if not source.fisher_only:
         checkpoint = open_checkpoint(source.folder)
@@ -351,7 +364,7 @@ def _weights(source: Checkpoint, scratch: Path) -> dict[str, Path | bytes]:
 
 
 def _others(folder: Path, source: Checkpoint) -> dict[str, Path | bytes]:
-    """Give configuration, tokenizer, licence and named code; tell of what is left out."""
+    """Give configuration, tokenizer, licence and named code; log what is left out."""
     code = named_code(folder)
     used = {file.name for file in source.files} | {CARD, "fisher"}
     contents: dict[str, Path | bytes] = {}
@@ -370,8 +383,8 @@ def _others(folder: Path, source: Checkpoint) -> dict[str, Path | bytes]:
             left_out.append(entry.name)
     if left_out:
         LOG.info(
-            "left out, as neither weights, configuration, tokenizer, licence nor code that an "
-            "auto_map needs: %s",
+            "not sent, as neither weights, configuration, tokenizer, licence nor code needed by an "
+            "auto_map: %s",
             in_one_line([repr(name) for name in left_out]).replace(";", ","),
         )
     return contents
@@ -383,9 +396,9 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _existing_card(target: _Target, source: _Source) -> str | None:
-    """Read the card that is there: the repository's, else the checkpoint's own."""
+    """Read the existing card: the repository's, else the checkpoint's."""
     own = source.folder / CARD
-    # Beside a Fisher alone it is the card of somebody else's weights.
+    # With --fisher-only it is the card of somebody else's weights.
     has_own = own.is_file() and not source.fisher_only
     there = target.remote.files.get(CARD)
     if there is not None:
@@ -396,28 +409,30 @@ def _existing_card(target: _Target, source: _Source) -> str | None:
     else:
         return None
     if size > MAX_CARD_BYTES:
-        raise InputError(f"{where} is larger than {MAX_CARD_BYTES // 2**20} MiB")
+        raise InputError(
+            f"{where}: expected at most {MAX_CARD_BYTES:,} bytes, found {size:,}: shorten it"
+        )
     if there is not None:
         with _call(target.name):
             card = target.api.hf_hub_download(target.name, CARD, revision=target.remote.head)
         data = Path(card).read_bytes()
         if has_own and own.read_bytes() != data:
-            LOG.info("the text of %s is that in the repository, not that of %s", where, own)
+            LOG.info("%s keeps the text in the repository, not that of %s", where, own)
     else:
         data = own.read_bytes()
-        LOG.info("the card keeps the text of %s", own)
+        LOG.info("the model card keeps the text of %s", own)
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise InputError(f"{where} is not text in UTF-8: mend it or take it away") from None
+        raise InputError(f"{where}: expected text in UTF-8: correct or remove it") from None
 
 
 def _upload(target: _Target, source: _Source, contents: Mapping[str, Path | bytes]) -> _Upload:
-    """Digest all that is to be sent, and compare it with what is there."""
+    """Digest all that is to be sent, and compare it with the repository's files."""
     name, remote = target.name, target.remote
     files = {path: CommitOperationAdd(path, _payload(c)) for path, c in contents.items()}
     for file in files.values():
-        _ = file.upload_info.sha256  # which the client may put off until it sends
+        _ = file.upload_info.sha256  # which the client may postpone until it sends
     source.refuse_written("sent")
     changes = {
         path: _change(remote.files.get(path), file) if target.asked else "not compared"
@@ -427,12 +442,14 @@ def _upload(target: _Target, source: _Source, contents: Mapping[str, Path | byte
     changed = bool(stale) or set(changes.values()) != {"unchanged"}
     tag = target.options.tag
     if tag in remote.tags and (changed or remote.tags[tag] != remote.head):
-        raise UsageError(f"{name} has a tag {tag!r} already, of another commit: choose another")
+        raise UsageError(
+            f"{name} already has a tag {tag!r} of another commit: choose another --tag"
+        )
     return _Upload(files, changes, stale)
 
 
 def _summary(target: _Target, upload: _Upload, ledger: Ledger) -> PushResult:
-    """Say what would be done."""
+    """Summarize what a push would do."""
     private = target.remote.private
     return {
         "status": "dry run",
@@ -454,14 +471,14 @@ def _summary(target: _Target, upload: _Upload, ledger: Ledger) -> PushResult:
 
 
 def _payload(content: Path | bytes) -> Path | bytes:
-    """Give what the client hashes and sends: small files as they are now."""
+    """Give what the client hashes and sends: the contents of small files, as of now."""
     if isinstance(content, bytes) or content.suffix == ".safetensors":
         return content
     return content.read_bytes()
 
 
 def _stamps(folder: Path, fisher_only: bool) -> dict[Path, tuple[int, ...]]:
-    """Tell which files hold the Fisher and its weights, and when they were written last."""
+    """List the files of the Fisher and its weights, with times of their last change."""
     weights = () if fisher_only else open_checkpoint(folder).files
     stamps: dict[Path, tuple[int, ...]] = {}
     for file in (*weights, *sorted((folder / "fisher").rglob("*"))):
@@ -477,14 +494,14 @@ def _change(there: RepoFile | None, operation: CommitOperationAdd) -> Change:
     same = there.size == operation.upload_info.size
     if same and there.lfs is not None:
         same = there.lfs.sha256 == operation.upload_info.sha256.hex()
-    elif same:  # it is small
+    elif same:  # a small file
         with operation.as_file() as file:
             same = there.blob_id == git_hash(file.read())
     return "unchanged" if same else "changed"
 
 
 def _is_stale(path: str, kept: Mapping[str, Any], fisher_only: bool) -> bool:
-    """Whether a file is of earlier weights or of an earlier Fisher, which loaders might take."""
+    """Whether a file is of earlier weights or an earlier Fisher, which loaders might load."""
     if path in kept or not _OURS_TO_REPLACE.fullmatch(path):
         return False
     return path.startswith("fisher/") or not fisher_only
@@ -519,7 +536,7 @@ def _commit(
     if not remote.has_branch and revision is not None:
         with _call(name):
             api.create_branch(name, branch=revision, revision=head)
-    # What was sent after a replacement would be of another checkpoint.
+    # Files sent after a replacement would belong to another checkpoint.
     source.refuse_written("committed")
     with _call(name):
         done = api.create_commit(
@@ -534,7 +551,7 @@ def _commit(
 
 
 def _check_arrived(target: _Target, upload: _Upload, commit: str) -> None:
-    made = f"{target.name}: the commit {commit} is made, and could not be checked: "
+    made = f"{target.name}: the commit {commit} was made, but could not be checked: "
     there = _files_at(target.api, target.name, commit, made)
     wrong = [
         f"{path} {'has another digest' if path in there else 'is missing'}"
@@ -544,6 +561,6 @@ def _check_arrived(target: _Target, upload: _Upload, commit: str) -> None:
     wrong += [f"{path} is still there" for path in upload.stale if path in there]
     if wrong:
         raise NetworkError(
-            f"{target.name} at {commit} does not hold what was sent: {in_one_line(wrong)}; push "
+            f"{target.name} at {commit} differs from what was sent: {in_one_line(wrong)}: push "
             "again"
         )

@@ -1,4 +1,4 @@
-"""The report of a checkpoint: one HTML page, and its pictures as files."""
+"""The report of a checkpoint: one HTML page, and its plots as files."""
 
 import logging
 import re
@@ -22,17 +22,17 @@ PICTURES = ("matrix", "curves", "tradeoff", "protection", "added", "overlap")
 
 
 def report(options: ReportOptions) -> ReportResult:
-    """Write what a checkpoint's ledger and Fisher say as one HTML page that needs no network.
+    """Write an HTML report of a checkpoint's ledger and Fisher, one page that needs no network.
 
-    Files that an earlier report made are replaced, others only with `overwrite`.
+    Files of an earlier report are replaced, others only with `overwrite`.
 
     Returns:
-        JSON-ready: ``checkpoint``, ``report`` (the page), ``plots`` (the pictures), ``tasks``.
+        JSON-ready: ``checkpoint``, ``report`` (the page), ``plots`` (the files), ``tasks``.
 
     Raises:
-        UsageError: `plots` without matplotlib, or a revision of a local path.
-        InputError: There is no such checkpoint or no Fisher in it, `read_fisher` refuses it, or a
-            file is in the way or cannot be written.
+        UsageError: `plots` without matplotlib, or a revision with a local path.
+        InputError: There is no checkpoint or no Fisher in it, `read_fisher` refuses it, or a file
+            already exists or cannot be written.
         NetworkError: The Hub cannot be reached.
     """
     checkpoint, plots = options.checkpoint, options.plots
@@ -62,10 +62,10 @@ def report(options: ReportOptions) -> ReportResult:
     for path, data in content.items():
         write_file(path, data)
     for path in pictures:
-        if path not in content:  # an earlier report had it, and it is no picture of this one
+        if path not in content:  # of an earlier report
             path.unlink(missing_ok=True)
     if not can_draw():
-        LOG.warning("%s has no pictures, which need matplotlib: %s", page, INSTALL)
+        LOG.warning("%s has no plots, which need matplotlib: %s", page, INSTALL)
     return {
         "checkpoint": str(checkpoint),
         "commits": commits_of(folder),
@@ -76,7 +76,7 @@ def report(options: ReportOptions) -> ReportResult:
 
 
 def _pictures(plots: str | Path | None) -> list[Path]:
-    """Name the files that `plots` may come to hold."""
+    """Name the files that may be written to `plots`."""
     if plots is None:
         return []
     folder = Path(plots).expanduser()
@@ -84,13 +84,13 @@ def _pictures(plots: str | Path | None) -> list[Path]:
 
 
 def _check_free(path: Path, *, overwrite: bool) -> None:
-    """Refuse, before any work is done, a file that could not be written or should not be."""
+    """Refuse, before any work, a file that cannot or must not be written."""
     check_file(path)
     if path.exists() and not overwrite:
         with path.open("rb") as file:
             start = file.read(1024)
         if MARK.encode() not in start:
             raise InputError(
-                f"{path} is there already and is no report of ours: choose another name, or "
-                "replace it with --overwrite"
+                f"{path} already exists and is not a report by consolidate: choose another name, "
+                "or replace it with --overwrite"
             )

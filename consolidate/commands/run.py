@@ -1,4 +1,4 @@
-"""What `consolidate run` does: a chain of tasks, each step made once from the same content."""
+"""What `consolidate run` does: a chain of tasks, each step made once from the same inputs."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from consolidate.chain.fingerprint import (
     module_content,
     versions,
 )
-from consolidate.chain.opening import find_fisher
+from consolidate.chain.opening import already_verified, find_fisher
 from consolidate.chain.tasks import settled_merging
 from consolidate.commands.finetune import finetune
 from consolidate.commands.finetune_plan import check_options, plan_finetune
@@ -40,12 +40,15 @@ from consolidate.training.loop import default_statistics
 from consolidate.views.matrix import ledger_matrix, matrix_summary
 from formats.atomic import has_content, replace_folder, write_file
 from formats.checkpoint import open_checkpoint, weight_records
+from formats.data import DATA_SUFFIXES
 from formats.errors import ConsolidateError, ForgettingError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME
 from formats.fisher_json import read_ledger
 from formats.hub import locate
+from formats.hub_dataset import is_hub_id
 from formats.run_file import RunFile, read_run_file
 from formats.step_record import StepRecord, read_step_record, write_step_record
+from formats.task_file import open_task, read_task_file
 from formats.tensors import write_tensors
 
 LOG = logging.getLogger("consolidate")
@@ -53,7 +56,7 @@ LOG = logging.getLogger("consolidate")
 
 @dataclass(frozen=True)
 class Fresh:
-    """Fresh weights for a chain to start from: what makes them."""
+    """New weights for a chain to start from: what makes them."""
 
     factory: str
     config: dict[str, Any]
@@ -74,32 +77,31 @@ class Step:
 
     @property
     def record(self) -> Path:
-        """The file beside the folder that says what it was made from."""
+        """The file beside the folder that records what it was made from."""
         return self.target.with_name(f"{self.name}.json")
 
 
 def run(options: RunOptions) -> RunResult:
-    """Train a chain of tasks, one after the other, skipping what is done already.
+    """Train a chain of tasks, one after the other, skipping the steps that are up to date.
 
-    A step is done if its checkpoint is whole and was made from the same content: the checkpoint
-    before it, data, test data, options and versions of programs. Times of files mean nothing.
-    A step that was broken off goes on from what was kept of it, unless it is to be made from
-    something else now.
+    A step is up to date if its checkpoint is intact and was made from the same content: the
+    checkpoint before it, data, test data, options and versions of programs. Times of files are
+    ignored. An interrupted step resumes from its saved progress, unless its inputs changed.
 
     Returns:
-        The steps with what was done and why, the last checkpoint, and the accuracy matrix.
+        The steps with their status and the reason, the last checkpoint, and the accuracy matrix.
 
     Raises:
-        InputError: Something in the file, a checkpoint or the data does not fit, or a folder is in
-            the way that no run has made.
+        InputError: The run file, a checkpoint or the data are not as expected, or a step's folder
+            exists that no run has made.
         UsageError: Options contradict each other.
-        NonFiniteError: As `finetune`, as is ForgettingError.
+        NonFiniteError, ForgettingError: As for `finetune`.
     """
     run_file = read_run_file(Path(options.path), tuple(OPTIONS))
     given = options.output_dir or run_file.output_dir
     if given is None:
         raise UsageError(
-            f"{options.path}: say where the checkpoints go: output-dir = … or --output-dir"
+            f"{options.path}: no folder for the checkpoints: set output-dir there, or --output-dir"
         )
     output = Path(given)
     # Before any step's record is written. The claim of a step is its command's.
@@ -109,23 +111,27 @@ def run(options: RunOptions) -> RunResult:
 
 
 def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> RunResult:
+    _check_data(run_file)
     start = None if run_file.start is None else locate(run_file.start, run_file.revision)
     steps = _plan(run_file, start, output)
     for step in steps:
         if has_content(step.target) and read_step_record(step.record) is None:
             raise InputError(
-                f"{step.target} is there, and no run has made it: move it away, or choose another "
-                "output folder"
+                f"{step.target} already exists and was not made by `consolidate run`: move it "
+                "away, or choose another output folder"
             )
     content_of = cache(data_content)
     wanted = {step.name: _asked(step, content_of) for step in steps}  # opens all data
     done: list[RunStep] = []
     undone = False
+    verified = None  # the checkpoint of the step before, if every byte of it was just compared
     for number, step in enumerate(steps, 1):
-        described = wanted[step.name] if undone else _description(step, wanted[step.name])
+        with already_verified(verified):  # a step that is made reads all of it again
+            described = wanted[step.name] if undone else _description(step, wanted[step.name])
         reason = _reason(step, described)
-        if reason is None:
-            LOG.info("%s: skipped, it is done", step.name)
+        verified = step.target if reason is None else None
+        if reason is None and not dry_run:  # the result of a dry run lists the steps
+            LOG.info("%s: skipped, up to date", step.name)
         elif not dry_run:
             LOG.info("%s, step %d of %d: %s", step.name, number, len(steps), reason)
             try:
@@ -134,7 +140,7 @@ def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> Ru
                 raise  # the same command would only forget again
             except BaseException:  # Ctrl-C and SIGTERM too
                 LOG.info(
-                    "stopped in %s: what was done before it is kept, and the same command goes on "
+                    "stopped in %s: the steps before it are complete, and the same command resumes "
                     "with it",
                     step.name,
                 )
@@ -154,10 +160,32 @@ def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> Ru
     }
 
 
+def _check_data(run_file: RunFile) -> None:
+    """Refuse data that do not exist before anything is downloaded or read."""
+    where = run_file.path
+    places = {f"{where}, [evaluate], {name}": data for name, data in run_file.evaluate.items()}
+    for number, task in enumerate(run_file.tasks, 1):
+        at = f"{where}, task {number} ({task.name})"
+        places |= {f"{at}: data": task.data, f"{at}: evaluate": task.evaluate or ""}
+    for place, data in places.items():
+        with _located(place):
+            if data and _is_missing(data):
+                open_task(data)  # refuses it, with the names that are near
+
+
+def _is_missing(data: str) -> bool:
+    """Whether data can only be a local file or folder, and do not exist."""
+    if Path(data).suffix.lower() == ".toml" and Path(data).expanduser().is_file():
+        data = read_task_file(Path(data).expanduser()).data
+    path = Path(data).expanduser()
+    may_be_on_hub = is_hub_id(data) and path.suffix.lower() not in (*DATA_SUFFIXES, ".toml")
+    return not (path.exists() or may_be_on_hub)
+
+
 def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
-    """Give the steps in their order, after all that can be checked beforehand."""
+    """Give the steps in order, after all checks that are possible beforehand."""
     where, folder = str(run_file.path), run_file.path.parent
-    with _said_of(f"{where}, [defaults]"):
+    with _located(f"{where}, [defaults]"):
         defaults = read_options(run_file.defaults, folder)
     steps, has_fisher, place = [], False, start
     if start is None:
@@ -169,7 +197,7 @@ def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
     seen: list[str] = []
     for number, task in enumerate(run_file.tasks, 1):
         at = f"{where}, task {number} ({task.name})"
-        with _said_of(at):
+        with _located(at):
             own = read_options(task.options, folder)
         seen.append(task.name)
         fisher_at = run_file.fisher if number == 1 else None
@@ -180,7 +208,7 @@ def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
         if not evaluate:
             values.pop("evaluate_every", None)
         if free and not has_fisher and start is None and evaluate.keys() - {task.name}:
-            # Fresh weights have learned nothing that other data could be of.
+            # New weights know nothing that other test data could measure.
             values.setdefault("norm_statistics", default_statistics("none", old=False))
         given = {"checkpoint": place, "data": task.data, "output_dir": target, "task": task.name}
         options = gather(FinetuneOptions, values | given | {"overwrite": True})
@@ -188,50 +216,55 @@ def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
             gate = replace(options.gate, evaluate=dict(evaluate))
             penalty = replace(options.penalty, fisher=fisher_at)
             options = replace(options, gate=gate, penalty=penalty)
-            with _said_of(at):  # refused before the first task is trained
+            with _located(at):  # refused before the first task is trained
                 check_options(options)
                 settled_merging(None, options.merging)
             steps.append(Step(target, options))
         else:
             if training := of_training(own):
-                raise UsageError(f"{at}: {min(training)} has no meaning with train = false")
+                raise UsageError(
+                    f"{at}: {min(training)} cannot be combined with train = false: leave it out"
+                )
             if fisher_at is not None:
-                raise UsageError(f"{at}: with train = false a start has its Fisher beside it")
+                raise UsageError(
+                    f"{at}: train = false cannot be combined with fisher: leave it out, and name a "
+                    "start with its own Fisher"
+                )
             steps.append(Step(target, fisher_options(options, add=has_fisher)))
         has_fisher, place = True, target
     return steps
 
 
 def _fresh(run_file: RunFile, defaults: Mapping[str, Any]) -> Fresh:
-    """Say how the weights are made that a run without a start begins with."""
+    """Describe the new weights that a run without a start begins with."""
     where, folder = str(run_file.path), run_file.path.parent
     if run_file.revision is not None or run_file.fisher is not None:
-        raise UsageError(f"{where}: revision and fisher are those of a start: name it")
+        raise UsageError(f"{where}: revision and fisher need a start: set start, or leave them out")
     options = {**defaults, **read_options(run_file.tasks[0].options, folder)}
     if "model" not in options:
         raise UsageError(
-            f"{where}: there is nothing to begin with: name a checkpoint as start, or a "
-            "factory that makes the module as model"
+            f"{where}: no model to start from: set start to a checkpoint, or model to a factory "
+            "(PACKAGE.MODULE:FACTORY)"
         )
     return Fresh(options["model"], run_file.config or {}, options.get("seed", 0))
 
 
 def _has_fisher(run_file: RunFile, start: Path) -> bool:
-    """Tell whether a start has a Fisher, which must not hold a task of the run already."""
+    """Return whether a start has a Fisher; refuse one with a task of the run."""
     stored_at = find_fisher(start, run_file.fisher)
     known = [t.name for t in read_ledger(stored_at / LEDGER_NAME).tasks] if stored_at else []
     for task in run_file.tasks:
         if task.name in known:
             raise InputError(
-                f"{run_file.path}: {run_file.start} has learned a task {task.name!r} already: "
+                f"{run_file.path}: the start {run_file.start} already has a task {task.name!r}: "
                 "give the new one another name"
             )
     return stored_at is not None
 
 
 @contextmanager
-def _said_of(place: str) -> Iterator[None]:
-    """Begin what is refused with the place in the run file."""
+def _located(place: str) -> Iterator[None]:
+    """Begin error messages with the place in the run file."""
     try:
         yield
     except (InputError, UsageError) as error:
@@ -239,7 +272,7 @@ def _said_of(place: str) -> Iterator[None]:
 
 
 def _asked(step: Step, content_of: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """Describe a step as far as that is known before the step before it is made."""
+    """Describe a step as far as known before the previous step is made."""
     makes = step.makes
     if isinstance(makes, Fresh):
         return {
@@ -253,7 +286,7 @@ def _asked(step: Step, content_of: Callable[..., dict[str, Any]]) -> dict[str, A
 
 
 def _description(step: Step, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Describe all that a step is made from."""
+    """Describe everything that a step is made from."""
     makes = step.makes
     if isinstance(makes, FinetuneOptions):
         return plan_finetune(makes, again=True).description
@@ -266,7 +299,7 @@ def _description(step: Step, wanted: dict[str, Any]) -> dict[str, Any]:
 def _identity(checkpoint: Path) -> dict[str, Any]:
     """Give the digests of a checkpoint: its tensors, its Fisher, and the files beside them.
 
-    The ledger holds those of all tensors; whether they are so is for `verify` to say.
+    Those of the tensors are taken from the ledger, which `verify` checks.
     """
     source = open_checkpoint(checkpoint)
     stored_at = find_fisher(checkpoint, None)
@@ -277,24 +310,24 @@ def _identity(checkpoint: Path) -> dict[str, Any]:
 
 
 def _reason(step: Step, described: Mapping[str, Any]) -> str | None:
-    """Say why a step is to be done; None where it is done."""
+    """Say why a step has to be done; None if it is up to date."""
     record = read_step_record(step.record)
     if record is None:
-        return "it is new"
+        return "new"
     if record.made is None:
-        return "it was begun and not finished"
+        return "not finished"
     changed = [changes(record.made_from, described)]
     if "checkpoint" in record.made_from and "checkpoint" not in described:
-        changed.insert(0, "the checkpoint it starts from")  # which will be made again
+        changed.insert(0, "checkpoint it starts from")  # a step before it is made again
     if any(changed):
         return f"changed: {'; '.join(filter(None, changed))}"
     if not has_content(step.target):
-        return "its checkpoint is gone"
+        return "its checkpoint is missing"
     try:
         if find_fisher(step.target, None) is not None:
             verify(VerifyOptions((step.target,)))
         if _identity(step.target) != record.made:
-            return "its checkpoint is not what was made"
+            return "its checkpoint was changed"
     except ConsolidateError as error:
         return f"its checkpoint is damaged: {error}"
     return None
@@ -302,13 +335,13 @@ def _reason(step: Step, described: Mapping[str, Any]) -> str | None:
 
 def _make(step: Step, described: dict[str, Any], *, restart: bool) -> None:
     """Make a step's checkpoint, then its record."""
-    begun, record = StepRecord(described, None), read_step_record(step.record)
-    # Of a step that was stopped just before it was recorded as made, there is nothing to do.
+    unfinished, record = StepRecord(described, None), read_step_record(step.record)
+    # A step that was stopped just before it was recorded as made has nothing left to do.
     again = record is not None and record.made is not None
-    if record != begun:
-        # Saved progress is of something else. And a checkpoint without its record is known as ours.
+    if record != unfinished:
+        # Saved progress has other inputs. And the record marks a checkpoint as made by a run.
         restart = True
-        write_step_record(step.record, begun)
+        write_step_record(step.record, unfinished)
     makes = step.makes
     if isinstance(makes, Fresh):
         weights = fresh_weights(makes.factory, makes.config, makes.seed)
@@ -324,7 +357,7 @@ def _make(step: Step, described: dict[str, Any], *, restart: bool) -> None:
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Let a factory be found beside the run file, after all other places."""
+    """Make modules beside the run file importable, after all other places."""
     sys.path.append(str(folder))
     try:
         yield

@@ -18,12 +18,12 @@ _OF_BOTH = {"seed", "batch_size"}  # of the recipe, and meant for the Fisher too
 
 
 def read_options(written: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Turn what a run file says, in known keys, into options by flat name; paths from `folder`."""
+    """Turn known keys of a run file into options by flat name; paths are relative to `folder`."""
     return {OPTIONS[key].name: _read(OPTIONS[key], written[key], folder) for key in written}
 
 
 def without_penalty(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what means nothing for a first task, for which there is no Fisher yet."""
+    """Remove the options of the penalty, for a first task, which has no Fisher yet."""
     parts = ("search", "penalty")
     of_penalty = {flat.name for flat in OPTIONS.values() if flat.path[0] in parts}
     of_penalty |= {"penalty_step", "max_forgetting"}
@@ -32,7 +32,7 @@ def without_penalty(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_training(options: Mapping[str, Any]) -> list[str]:
-    """Name the options, by key, that mean nothing where a Fisher is only measured."""
+    """Name the options, by key, that cannot be used where a Fisher is only measured."""
     return [
         flat.flag
         for flat in OPTIONS.values()

@@ -1,4 +1,4 @@
-"""What a checkpoint's Fisher folder says."""
+"""Summarize a checkpoint's Fisher folder."""
 
 import logging
 import math
@@ -30,21 +30,21 @@ Measured = dict[str, tuple[float, float | None]]  # trace and largest value, by 
 
 
 def show(options: ShowOptions) -> ShowResult:
-    """Summarize the ledger and the Fisher of a checkpoint; nothing is compared with the weights.
+    """Summarize the ledger and the Fisher of a checkpoint, without checking the weights.
 
-    Of a repository on the Hub only the ledger and the headers of the Fisher are read. The traces
-    are then those of the ledger, Σ_t γ^(T − t) w_t tr F_t, and the largest values are not known.
+    From a repository on the Hub only the ledger and the headers of the Fisher are read. The traces
+    are then those of the ledger, Σ_t γ^(T − t) w_t tr F_t, and the largest values are unknown.
 
     Returns:
-        JSON-ready. A parameter's trace is Σ_i Λ_i; the ``accuracy_matrix`` is None where nothing
-        was measured; ``overlap``, None unless asked for, is that of `fisher_overlap` over all
+        JSON-ready. A parameter's trace is Σ_i Λ_i; the ``accuracy_matrix`` is None if nothing was
+        measured; ``overlap``, None unless requested, is that of `fisher_overlap` over all
         parameters of a module.
 
     Raises:
-        InputError: There is no Fisher folder, `read_fisher` refuses it, there is nothing to write
-            to `csv` or `plot`, or no place for it; or the two Fishers share no parameter, or one
-            that has another shape.
-        UsageError: `plot` is no kind of plot that is known, or matplotlib is missing.
+        InputError: There is no Fisher folder, `read_fisher` refuses it, there are no scores for
+            `csv` or `plot`, or these cannot be written; or the two Fishers share no parameter, or
+            one with different shapes.
+        UsageError: `plot` has an unknown suffix, or matplotlib is missing.
     """
     checkpoint, csv, plot, top = options.checkpoint, options.csv, options.plot, options.top
     revision, overlap = options.revision, options.overlap
@@ -63,14 +63,14 @@ def show(options: ShowOptions) -> ShowResult:
     summary = None if matrix is None else matrix_summary(matrix)
     if summary is None and (csv is not None or plot is not None):
         raise InputError(
-            f"{checkpoint}: its ledger has no scores on its tasks; name the test data after the "
-            "tasks when they are learned (`consolidate finetune --evaluate TASK=DATA`)"
+            f"{checkpoint}: the ledger has no scores on its tasks: name the test data after the "
+            "tasks when these are trained (`consolidate finetune --evaluate TASK=DATA`)"
         )
     if matrix is not None and csv is not None:
         write_matrix_csv(csv, matrix)
     if summary is not None and plot is not None:
         if len(summary["tasks"]) > TASKS:
-            LOG.info("the plot has the last %d of %d tasks", TASKS, len(summary["tasks"]))
+            LOG.info("the plot shows the last %d of %d tasks", TASKS, len(summary["tasks"]))
         charts = [figure.chart for figure in score_figures(ledger, summary)]
         write_picture(Path(plot), charts, means_text(summary))
     total = sum(trace for trace, _ in measured.values())
@@ -116,15 +116,15 @@ def _overlap(checkpoint: str | Path, revision: str | None, other: str | Path) ->
     shared = [name for name in one if name in two]
     if not shared:
         raise InputError(
-            f"{checkpoint} and {other}: their Fishers share no parameter ({next(iter(one))!r}, "
-            f"{next(iter(two))!r}): an overlap needs two of one architecture"
+            f"{checkpoint} and {other}: the Fishers share no parameter ({next(iter(one))!r}, "
+            f"{next(iter(two))!r}): --overlap needs a model of the same architecture"
         )
     for name in shared:
         shapes = [tuple(fisher[name].shape) for fisher in (one, two)]
         if shapes[0] != shapes[1]:
             raise InputError(
                 f"the Fisher of {name!r} has shape {shapes[0]} in {checkpoint} and {shapes[1]} in "
-                f"{other}: an overlap needs two of one architecture"
+                f"{other}: --overlap needs a model of the same architecture"
             )
     layers = layer_overlaps(one, two).items()
     return {
@@ -143,7 +143,7 @@ def _measured(stored: StoredFisher) -> Measured:
 
 
 def _recorded(ledger: Ledger) -> Measured:
-    """Sum the traces of the tasks, but for those of output layers that were put aside."""
+    """Sum the traces of the tasks, except those of saved heads."""
     found: Measured = {}
     for name in ledger.fisher:
         trace = 0.0
@@ -156,7 +156,7 @@ def _recorded(ledger: Ledger) -> Measured:
 
 
 def _parameters(ledger: Ledger, measured: Measured, total: float) -> list[Parameter]:
-    """Describe the parameters, that of the largest trace first."""
+    """Describe the parameters, in order of decreasing trace."""
     shapes = {name: ledger.fisher[name].shape for name in measured}
     found: list[Parameter] = [
         {
@@ -173,17 +173,19 @@ def _parameters(ledger: Ledger, measured: Measured, total: float) -> list[Parame
 
 
 def _remote_ledger(checkpoint: str | Path, revision: str | None) -> tuple[Path, Ledger]:
-    """Fetch the ledger of a repository, and hold the headers of its Fisher against it."""
+    """Fetch the ledger of a repository, and check the headers of its Fisher against it."""
     folder = locate(checkpoint, revision, only=[f"fisher/{LEDGER_NAME}"])
     path = folder / "fisher" / LEDGER_NAME
     if not path.is_file():
-        raise InputError(f"{checkpoint} on the Hub holds no Fisher: it has no fisher/{LEDGER_NAME}")
+        raise InputError(
+            f"{checkpoint} on the Hub has no fisher/{LEDGER_NAME}: name a checkpoint with a Fisher"
+        )
     ledger = read_ledger(path)
     ((name, commit),) = commits_of(folder).items()
     try:
         headers = remote_headers(name, commit, "fisher/fisher")
     except NetworkError:
-        LOG.info("%s: shown from the cache; the headers of its Fisher were not read", name)
+        LOG.info("%s: shown from the cache; the headers of the Fisher were not checked", name)
         return folder, ledger
     found = {
         tensor: TensorRecord(
@@ -193,7 +195,7 @@ def _remote_ledger(checkpoint: str | Path, revision: str | None) -> tuple[Path, 
     }
     if lines := differences(ledger.fisher, found):
         raise InputError(
-            f"{name}: fisher/fisher*.safetensors does not hold what {LEDGER_NAME} lists: "
+            f"{name}: fisher/fisher*.safetensors is not what {LEDGER_NAME} lists: "
             f"{in_one_line(lines)}"
         )
     return folder, ledger

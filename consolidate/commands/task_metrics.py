@@ -1,4 +1,4 @@
-"""Measure a model on each of several tasks."""
+"""Evaluate a model on several tasks."""
 
 from collections.abc import Mapping
 
@@ -20,7 +20,7 @@ def evaluate_all(
     with_heads: Mapping[str, Model] | None = None,
     group: ProcessGroup | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Measure a loaded model on the encoded examples of each task, some with another head."""
+    """Evaluate a loaded model on the encoded examples of each task, some with a saved head."""
     metrics = {}
     own = {
         name: [part for part in shares(range(len(examples)), batch_size, group) if part]

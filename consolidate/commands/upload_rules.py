@@ -1,4 +1,4 @@
-"""What `push` leaves out of a checkpoint's files: local paths, and code that nothing names."""
+"""What `push` leaves out of a checkpoint's files: local paths, and unused code."""
 
 import ast
 import json
@@ -23,22 +23,22 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def without_local_paths(path: Path) -> Path | bytes:
-    """Empty the local paths in a configuration file; the file itself stays as it is.
+    """Give a configuration file without local paths; the file itself is not changed.
 
     transformers writes where a model, a tokenizer or their parts were loaded from: the name of a
-    repository, which stays, or a path on the author's machine. Gives the path where there is
-    nothing to empty, else the bytes to send in its place.
+    repository, which is kept, or a path on the author's machine. Returns the path if the file has
+    no local paths, else the bytes to send instead.
     """
     content = read_json(path)
     emptied = list(dict.fromkeys(_empty(content)))
     if not emptied:
         return path
-    LOG.info("%s is sent without the local paths in: %s", path, ", ".join(emptied))
+    LOG.info("%s is sent without the local paths in %s", path, ", ".join(emptied))
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _empty(value: Any) -> Iterator[str]:
-    """Empty the local paths in place, and yield the keys they stood under."""
+    """Remove the local paths in place, and yield their keys."""
     if isinstance(value, list):
         for one in value:
             yield from _empty(one)
@@ -56,7 +56,7 @@ def _empty(value: Any) -> Iterator[str]:
 
 
 def _is_elsewhere(name: str) -> bool:
-    """Whether a name is that of a repository, and not of a folder here or of a training's step."""
+    """Whether a name is that of a repository, not of a local folder or a training's checkpoint."""
     of_a_training = _CHECKPOINT.fullmatch(name.rpartition("/")[2])
     return is_repository(name) and not of_a_training and not Path(name).exists()
 
@@ -82,7 +82,7 @@ def named_code(folder: Path) -> set[str]:
         waiting += _imported(folder, name)
     if missing:
         LOG.info(
-            "code that an auto_map needs is missing in %s: %s",
+            "code needed by an auto_map is missing in %s: %s",
             folder,
             in_one_line(sorted({repr(name) for name in missing})).replace(";", ","),
         )
@@ -111,8 +111,8 @@ def _imported(folder: Path, name: str) -> Iterator[str]:
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InputError(
-            f"{path}: an auto_map names this code, and what it imports cannot be told ({error}): "
-            "mend it, or take it out of auto_map"
+            f"{path}: an auto_map names this code, but it cannot be parsed for imports ({error}): "
+            "correct it, or remove it from auto_map"
         ) from None
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or not node.level:
@@ -121,14 +121,14 @@ def _imported(folder: Path, name: str) -> Iterator[str]:
             module = base.joinpath(*(node.module or "").split("."))
             known = list(_files_of(folder, module))
             if node.module and not known:
-                yield f"{module.as_posix()}.py"  # told of as missing
+                yield f"{module.as_posix()}.py"  # reported as missing
             yield from known
             for alias in node.names:  # maybe modules too
                 yield from _files_of(folder, module / alias.name)
 
 
 def _files_of(folder: Path, module: Path) -> Iterator[str]:
-    """Yield those of a module's files that are there: its own, and those of packages above it."""
+    """Yield the existing files of a module: its own, and those of packages above it."""
     packages = [above / "__init__.py" for above in (module, *module.parents) if above.name]
     for file in (*packages, module.with_name(f"{module.name}.py") if module.name else module):
         if (folder / file).is_file():

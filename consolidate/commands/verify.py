@@ -1,4 +1,4 @@
-"""Whether every byte of a checkpoint and its Fisher holds, and what their ledger tells."""
+"""Verify every byte of a checkpoint and its Fisher, and the consistency of the ledger."""
 
 import os
 from collections.abc import Mapping
@@ -28,18 +28,18 @@ from formats.tensors import TensorFiles
 
 
 def verify(options: VerifyOptions) -> VerifyResult:
-    """Check every digest, name, shape and value, and that what the ledger tells fits together.
+    """Check every digest, name, shape and value, and the consistency of the ledger.
 
     Returns:
-        JSON-ready: of each set of tensors how many there are, their bytes and the set's digest;
-        ``other_files`` that no digest covers; and under ``later`` the same of the others, with
-        ``descends_by``: ``weights``, or ``tasks`` where the ledger has no digest of the parent.
+        JSON-ready: for each set of tensors their number, bytes and the set's digest;
+        ``other_files`` that no digest covers; and in ``later`` the same for the other checkpoints,
+        with ``descends_by``: ``weights``, or ``tasks`` if the ledger has no digest of the parent.
 
     Raises:
-        InputError: Anything that is missing, extra, renamed, resized, of another dtype, with other
-            bytes, or negative in the Fisher; each finding names the file and the tensor. Or the
-            ledger contradicts itself, the Fisher's traces, or the checkpoint before.
-        NonFiniteError: Values that are NaN or infinite, and nothing else is wrong.
+        InputError: Anything missing, extra, renamed, resized, of another dtype, with other bytes,
+            or negative in the Fisher; each finding names the file and the tensor. Or the ledger
+            contradicts itself, the Fisher's traces, or the previous checkpoint.
+        NonFiniteError: Values are NaN or infinite, and nothing else is wrong.
     """
     if not options.checkpoints:
         raise UsageError("verify needs at least one checkpoint")
@@ -77,7 +77,7 @@ def _verify_one(
     alone = is_fisher_alone(folder)
     if alone and base_model is None:
         raise InputError(
-            f"{folder} holds a Fisher and no weights: name those that it is of with --base-model"
+            f"{folder} has a Fisher but no weights: name the model it belongs to with --base-model"
         )
     source = open_checkpoint(locate(str(base_model), without=FISHER) if alone else folder)
     of_adapter = None if alone else base_model
@@ -93,8 +93,8 @@ def _verify_one(
         "weights", source.weights, stored.ledger.weights, findings, weights_path
     )
     if alone and findings:
-        hint = f"{weights_path} does not hold the weights that the Fisher in {folder} is of"
-        findings.insert(0, InputError(f"{hint}: name the right ones with --base-model"))
+        hint = f"{weights_path} does not have the weights that the Fisher in {folder} belongs to"
+        findings.insert(0, InputError(f"{hint}: name the right model with --base-model"))
     others, heads = {}, {}
     for kind, tensors, records in tensor_sets(stored):
         found = _verify_set(kind, tensors, records, findings, tensors.path)
@@ -125,7 +125,7 @@ def _verify_one(
 
 
 def _other_files(root: Path, source: Checkpoint) -> list[str]:
-    """Name the files beside weights and Fisher, links to folders not followed, hidden ones not."""
+    """Name the files beside weights and Fisher; hidden ones and links to folders are skipped."""
     others = []
     for at, folders, names in os.walk(root):
         folder = Path(at)
@@ -146,7 +146,7 @@ def _verify_set(
     findings: list[ConsolidateError],
     path: Path,
 ) -> TensorSet:
-    """Read every tensor once; note wrong values, then what differs from the ledger."""
+    """Read every tensor once; list wrong values, then differences from the ledger."""
     found: dict[str, TensorRecord] = {}
     size = 0
     for name in tensors:

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: what the ledger says, beside what a person wrote."""
+"""The model card of a checkpoint: facts from the ledger beside what a person wrote."""
 
 import math
 import re
@@ -26,7 +26,7 @@ from formats.fisher_json import Ledger, copies
 from formats.wording import few
 
 MAX_CARD_BYTES = 2**20
-BEGIN = "<!-- consolidate:begin {}(from here to the end mark, each push writes anew) -->"
+BEGIN = "<!-- consolidate:begin {}(each push rewrites everything up to the end mark) -->"
 END = "<!-- consolidate:end -->"
 SOURCE = "consolidate ledger"
 TAGS = ("consolidate", "ewc")
@@ -48,14 +48,14 @@ _PIPELINES = {
 class Subject:
     """What a card is about, besides its ledger."""
 
-    repository: str = ""  # user/model; empty of a folder that was not pushed
+    repository: str = ""  # user/model; empty for a folder that was not pushed
     config: Mapping[str, Any] = field(default_factory=dict)  # the contents of config.json
-    base_model: tuple[str, ...] = ()  # the repositories of the models that this one was made from
-    base_commit: str | None = None  # of the weights that a Fisher alone belongs to
+    base_model: tuple[str, ...] = ()  # repositories of the models it was made from
+    base_commit: str | None = None  # of the weights that a Fisher without weights belongs to
     fisher_only: bool = False
-    endpoint: str = ""  # the address of the Hub; empty where nothing is to be linked
-    relation: str | None = None  # finetune, merge or adapter; by the number of bases unless given
-    licence: Mapping[str, Any] = field(default_factory=dict)  # where the card does not say it
+    endpoint: str = ""  # the address of the Hub; empty for no links
+    relation: str | None = None  # finetune, merge or adapter; default by the number of bases
+    licence: Mapping[str, Any] = field(default_factory=dict)  # used if the card has none
 
     @property
     def bases(self) -> list[str]:
@@ -64,7 +64,7 @@ class Subject:
 
 
 class _Metadata(CardData):
-    """Fields as they stand: ModelCardData would drop what is null, and results it does not know."""
+    """Fields unchanged: ModelCardData would drop nulls, and results it does not know."""
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -75,12 +75,12 @@ class _Card(ModelCard):
 
 
 def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
-    """Write a card from a ledger, and keep what else stands in the one that is there.
+    """Write a card from a ledger, and keep everything else in an existing card.
 
-    Ours is what stands between two marks, and of the metadata the tags, the results from the
-    ledger and what is not there yet. A card of ours of another repository came with its model: that
-    one is the base model, unless another is named. In a card of a folder that was not pushed, the
-    metadata name it.
+    Written here are the block between two marks, and in the metadata the tags, the results from
+    the ledger and missing fields. A block with the name of another repository came with its model,
+    which is then the base model unless one is named; in a card of a folder that was not pushed,
+    the metadata name it.
     """
     existing = existing or ""
     windows = 0 < existing.count("\n") == existing.count("\r\n")
@@ -96,7 +96,7 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
         raise InputError(
             f"README.md{f' of {name}' if name else ''}: expected the marks "
             "<!-- consolidate:begin … --> and <!-- consolidate:end --> once each or not at all: "
-            "remove those that are too many"
+            "remove the others"
         )
     if ours and (rest.strip() or ours[1]):
         card.text = _BLOCK.sub(lambda _: block, card.text)
@@ -108,18 +108,18 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
 
 
 def named_models(existing: str) -> tuple[str, ...]:
-    """Tell whose card this is, if we wrote it: of a folder, what the model there was made from."""
+    """Name the repository of a card with our block; for a folder, the model's bases."""
     return _named(_read(existing))
 
 
 def of_a_folder(existing: str) -> bool:
-    """Return whether we wrote a card, of a folder that was not pushed since."""
+    """Return whether a card has our block, of a folder that was not pushed since."""
     ours = _BLOCK.search(existing)
     return ours is not None and not ours[1]
 
 
 def licence(existing: str) -> dict[str, Any]:
-    """Give what the metadata of a card say of the licence."""
+    """Give the licence fields in the metadata of a card."""
     data = vars(_read(existing).data)
     return {key: data[key] for key in _LICENCE if isinstance(data.get(key), str | list)}
 
@@ -136,19 +136,19 @@ def is_repository(name: Any) -> bool:
 def _read(existing: str) -> ModelCard:
     existing = existing.removeprefix("\ufeff")
     try:
-        found = REGEX_YAML_BLOCK.search(existing)  # of a card without, the library warns
+        found = REGEX_YAML_BLOCK.search(existing)  # the library warns about a card without
         card = _Card(existing if found else f"---\n{{}}\n---\n{existing}")
-        str(card)  # fails where a field is called like a method
+        str(card)  # fails if a field has the name of a method
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"README.md: its metadata are not YAML, or not a mapping of names to values: {reason}"
+            f"README.md: expected metadata in YAML, names mapped to values: {reason}"
         ) from None
     return card
 
 
 def _named(card: ModelCard, repository: str = "") -> tuple[str, ...]:
-    """Give the models that the model of a card of ours was made from; none of another card."""
+    """Give the models that a card with our block names as bases; none for other cards."""
     ours = _BLOCK.search(card.text)
     if ours is None:
         return ()
@@ -177,7 +177,7 @@ def _merge_metadata(data: dict[str, Any], ledger: Ledger, subject: Subject) -> N
         name = subject.repository.rpartition("/")[2] or "model"
         ours = eval_results_to_model_index(name, results)[0]
         for result in ours["results"] if not subject.repository else ():
-            del result["source"]["url"]  # which the library wants beside a name
+            del result["source"]["url"]  # the library requires one beside a name
         same = next((model for model in index if model.get("name") == name), None)
         if same is None:
             index.append(ours)
@@ -188,14 +188,14 @@ def _merge_metadata(data: dict[str, Any], ledger: Ledger, subject: Subject) -> N
 
 
 def _kept_results(index: Any) -> list[dict[str, Any]]:
-    """Give a person's results as they stand: as EvalResults they would lose unknown fields."""
+    """Give a person's results unchanged: as EvalResults they would lose unknown fields."""
     if not isinstance(index, list) or not all(isinstance(model, dict) for model in index):
-        raise InputError("README.md: model-index of its metadata is not a list of models")
+        raise InputError("README.md: expected a list of models as model-index of the metadata")
     kept = []
     for model in index:
         results = model.get("results") or []
         if not isinstance(results, list):
-            raise InputError("README.md: results in the model-index of its metadata are not a list")
+            raise InputError("README.md: expected a list as results in model-index of the metadata")
         theirs = [result for result in results if not _is_ours(result)]
         if theirs or not results:
             kept.append({**model, "results": theirs} if theirs else model)
@@ -208,7 +208,7 @@ def _is_ours(result: Any) -> bool:
 
 
 def _library(subject: Subject) -> str:
-    """Name the library that loads the repository, as the Hub calls it."""
+    """Give the Hub's name of the library that loads the repository."""
     if subject.fisher_only:
         return "consolidate"
     if subject.relation == "adapter":
@@ -218,7 +218,7 @@ def _library(subject: Subject) -> str:
 
 
 def evaluation_results(ledger: Ledger, subject: Subject) -> list[EvalResult]:
-    """Give the accuracy matrix as the Hub's evaluation results, the model as it is now first."""
+    """Give the accuracy matrix as evaluation results of the Hub, the present model first."""
     matrix = accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
     measured = [on.items() for task in ledger.tasks for on in task.metrics.values()]
     accurate = {name for on in measured for name, scores in on if "accuracy" in scores}
@@ -247,15 +247,15 @@ def evaluation_results(ledger: Ledger, subject: Subject) -> list[EvalResult]:
 
 
 def _body(ledger: Ledger, subject: Subject) -> str:
-    """Fill in card.md, without the parts (two blank lines between them) that need what is None."""
+    """Fill in card.md; parts, separated by two blank lines, are left out if a field is None."""
     matrix, merged = ledger_matrix(ledger), side_by_side_text(side_by_side(ledger))
     rule = ledger.merge_rule + (f", γ = {ledger.gamma:g}" if ledger.merge_rule == "online" else "")
-    digests = "It holds no digest of any data."
+    digests = "The ledger has no digest of any data."
     if named := [escaped(task.name) for task in ledger.tasks if task.data_digest is not None]:
-        digests = f"It holds a digest of the data of {', '.join(named)}, which confirms a guess "
-        digests += "of them."
+        digests = f"The ledger has a digest of the data of {', '.join(named)}, which can confirm "
+        digests += "a guess of the exact data."
     copied = copies(ledger)
-    unheld = [why for name, why in ledger.unprotected.items() if name not in copied]
+    unprotected = [why for name, why in ledger.unprotected.items() if name not in copied]
     found = {
         **_what(subject),
         **_use(ledger, subject),
@@ -269,9 +269,9 @@ def _body(ledger: Ledger, subject: Subject) -> str:
         "dtype": next(iter(ledger.fisher.values())).dtype,
         "fisher": set_digest(ledger.fisher),
         "rule": rule,
-        "unheld": len(unheld) or None,
-        "reasons": "; ".join(map(escaped, sorted(set(unheld))[:5])),
-        "place": "this repository" if subject.repository else "`fisher/`",  # the rest is not ours
+        "unprotected": len(unprotected) or None,
+        "reasons": "; ".join(map(escaped, sorted(set(unprotected))[:5])),
+        "place": "this repository" if subject.repository else "`fisher/`",
         "digests": digests,
     }
     parts = map(Template, Path(__file__).with_name("card.md").read_text("utf-8").split("\n\n\n"))
@@ -283,7 +283,7 @@ def _body(ledger: Ledger, subject: Subject) -> str:
 
 
 def _what(subject: Subject) -> dict[str, str | None]:
-    """Say what the model is and what it was made from, or whose weights the Fisher belongs to."""
+    """Name the model and what it was made from, or the weights that the Fisher belongs to."""
     links = [
         f"[{escaped(base)}]({subject.endpoint}/{base})" if subject.endpoint else escaped(base)
         for base in subject.bases
@@ -299,7 +299,7 @@ def _what(subject: Subject) -> dict[str, str | None]:
 
 
 def _use(ledger: Ledger, subject: Subject) -> dict[str, str]:
-    """Give the parts of a command that goes on from here, in a shell and in Python."""
+    """Give the parts of a command that continues from here, in a shell and in Python."""
     where, option = subject.repository or "path/to/this/folder", {}
     if subject.fisher_only:
         where, option = subject.bases[0], {"fisher": subject.repository}
@@ -309,9 +309,9 @@ def _use(ledger: Ledger, subject: Subject) -> dict[str, str]:
         option = {"model": "PACKAGE.MODULE:FACTORY"}
     last = next((t.ewc_lambda for t in reversed(ledger.tasks) if t.ewc_lambda), None)
     strength = "auto" if last is None else f"{last:g}"
-    note = "λ is that of the last task here; another task may want another (`auto` looks for it)."
+    note = "λ is that of the last task here; others may need another (`auto` searches for it)."
     if last is None:
-        note = "`auto` looks for λ, the strength of the penalty; a number saves the search."
+        note = "`auto` searches for λ, the strength of the penalty; a number skips the search."
     return {
         "where": where,
         "shell": "".join(f" --{name} {value}" for name, value in option.items()),

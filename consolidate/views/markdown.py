@@ -1,4 +1,4 @@
-"""Tables, in plain text and in Markdown, as a model card and the summary of a CI job show them."""
+"""Tables, in plain text and in Markdown, for model cards and summaries of CI jobs."""
 
 import re
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ _SPECIAL = re.compile(r"([\\`*_\[\]#|<>~$:@])")
 
 
 def escaped(text: str) -> str:
-    """Escape a name of the ledger, so that Markdown and HTML show it as it is."""
+    """Escape a name from the ledger, so that Markdown and HTML show it unchanged."""
     line = "".join(c if c.isprintable() else "�" for c in text)[:200]
     marked = _SPECIAL.sub(r"\\\1", line.strip().replace("&", "\0"))
     return marked.replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\0", "&amp;")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Write rows as a table."""
+    """Format rows as a Markdown table."""
     header, *body = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([header, f"|{' --- |' * len(rows[0])}", *body])
 
@@ -22,7 +22,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def aligned(
     rows: Sequence[Sequence[str]], *, right_from: int | None = None, least: Sequence[int] = ()
 ) -> list[str]:
-    """Align columns, of some width at least; those from `right_from` on stand to the right."""
+    """Align columns to a minimum width; those from `right_from` on to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     widths[: len(least)] = map(max, widths, least)
     left = len(widths) if right_from is None else right_from
@@ -36,5 +36,5 @@ def aligned(
 
 
 def shown(value: float | None, form: str) -> str:
-    """Write a number; a dash where it is not known."""
+    """Format a number; a dash if it is not known."""
     return "–" if value is None else format(value, form)

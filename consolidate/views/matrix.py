@@ -1,4 +1,4 @@
-"""The accuracy matrix to look at: as JSON-ready data, a table and CSV."""
+"""The accuracy matrix as JSON-ready data, a table and CSV."""
 
 import csv
 import io
@@ -30,9 +30,9 @@ def matrix_summary(matrix: AccuracyMatrix) -> MatrixSummary:
 def write_matrix_csv(path: str | Path, matrix: AccuracyMatrix) -> None:
     """Write the matrix and the curves as CSV, in the order of time.
 
-    The columns are ``training`` (a task), ``when`` and one for each task that may have been
-    evaluated. The rows whose ``when`` is ``after`` are R; those of ``before`` the start, and of
-    ``step N`` the curves. What was not measured is empty.
+    The columns are ``training`` (a task), ``when`` and the score on each task. Rows with ``after``
+    are R, the row with ``before`` is the start, rows with ``step N`` are the curves. What was not
+    measured is empty.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -48,24 +48,24 @@ def write_matrix_csv(path: str | Path, matrix: AccuracyMatrix) -> None:
 
 
 def ledger_matrix(ledger: Ledger) -> AccuracyMatrix | None:
-    """Give the accuracy matrix of a ledger's tasks; None where no score on them was taken."""
+    """Give the accuracy matrix of a ledger's tasks; None if no score on them was measured."""
     matrix = accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
     known = any(score is not None for row in [matrix.start, *matrix.scores] for score in row)
     return matrix if known or any(point.scores for point in matrix.points) else None
 
 
 def means(summary: MatrixSummary) -> dict[str, Mean]:
-    """Give the means over the matrix by what they are called."""
+    """Give the means over the matrix by name."""
     return {"ACC": summary["acc"], "BWT": summary["bwt"], "forgetting": summary["forgetting"]}
 
 
 def partly(mean: Mean) -> str:
-    """Say that a mean is over a part only, where it is."""
+    """Note a mean over only some of its terms; empty if it is over all."""
     return f" (over {mean['terms']} of {mean['of']})" if mean["terms"] < mean["of"] else ""
 
 
 def matrix_rows(summary: MatrixSummary) -> list[list[str]]:
-    """Lay the matrix out as a table, its header first; what was not measured is a dash."""
+    """Give the rows of the matrix, header first; a dash where nothing was measured."""
     named = zip(["(start)", *summary["tasks"]], [summary["start"], *summary["scores"]], strict=True)
     rows = [[name, *(shown(score, ".4f") for score in scores)] for name, scores in named]
     without = all(score is None for score in summary["start"])
@@ -73,7 +73,7 @@ def matrix_rows(summary: MatrixSummary) -> list[list[str]]:
 
 
 def means_text(summary: MatrixSummary) -> str:
-    """Give ACC, BWT and forgetting on one line, and say where they are over a part only."""
+    """Give ACC, BWT and forgetting on one line, and note means over only some terms."""
     found = {
         title: "–" if mean["value"] is None else f"{mean['value']:.4f}{partly(mean)}"
         for title, mean in means(summary).items()
@@ -82,7 +82,7 @@ def means_text(summary: MatrixSummary) -> str:
 
 
 def matrix_table(summary: MatrixSummary) -> str:
-    """Write an accuracy matrix as a table, and ACC, BWT and forgetting beneath it."""
+    """Format an accuracy matrix as a Markdown table, with ACC, BWT and forgetting below."""
     header, *rows = matrix_rows(summary)
     named = [[escaped(name), *scores] for name, *scores in rows]
     scores = table([["after ↓ on →", *map(escaped, header[1:])], *named])

@@ -1,4 +1,4 @@
-"""Metrics as a flat JSON file, which DVC, MLflow and a CI job read: a name and a number."""
+"""Metrics as a flat JSON file of names and numbers, for DVC, MLflow and CI jobs."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from formats.fisher_json import read_ledger
 
 
 def fisher_metrics(result: MeasuredFisher) -> dict[str, float]:
-    """Give the numbers of a Fisher: counts, the trace, the worst relative error of a layer's."""
+    """Give the numbers of a Fisher: counts, trace, largest relative error of a layer."""
     errors = [layer["relative_error"] for layer in result["layers"].values()]
     return _finite(
         {
@@ -28,7 +28,7 @@ def fisher_metrics(result: MeasuredFisher) -> dict[str, float]:
 
 
 def finetune_metrics(result: FinetuneResult) -> dict[str, float]:
-    """Give the numbers of a run, and of the chain that it ends."""
+    """Give the numbers of a fine-tuning, and of its chain."""
     numbers: dict[str, float | None] = {"ewc_lambda": result["ewc_lambda"]}
     if result["status"] != "cached":
         numbers |= {
@@ -41,9 +41,9 @@ def finetune_metrics(result: FinetuneResult) -> dict[str, float]:
 
 
 def run_metrics(result: FinetuneResult | RunResult) -> dict[str, float]:
-    """Give what was measured after the last task of a chain, and what was kept of the earlier ones.
+    """Give the metrics after the last task of a chain, with ACC, BWT and forgetting.
 
-    A name has a dot only where it begins with a task's or a data set's.
+    A name has a dot only if it begins with the name of a task or dataset.
     """
     ledger = read_ledger(Path(result["checkpoint"]) / "fisher" / LEDGER_NAME)
     numbers: dict[str, Any] = evaluate_metrics(ledger.tasks[-1].metrics.get("after", {}))

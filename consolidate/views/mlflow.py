@@ -25,19 +25,19 @@ LOG = logging.getLogger("consolidate")
 SECONDS_BETWEEN_SENDS = 10.0
 LONGEST_VALUE = 500  # characters, which every server takes
 SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is gone is noticed in seconds
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a lost server is noticed in seconds
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE": "1",  # all arrives in the order it was taken
+    "MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE": "1",  # everything arrives in order
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # which carries the result
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # nobody but the store is told
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # what its thread fails at is told here, without passwords
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # nothing goes to anyone but the store
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # failures of its thread are logged here, without passwords
 }
 
 
 class Tracker:
-    """What goes into a run in MLflow; a store that fails costs a note, never the command.
+    """A run in MLflow; a store that fails is logged and never stops the command.
 
-    Without a client nothing may be given to it.
+    Without a client only `enabled` may be used.
     """
 
     def __init__(self, command: str, client: Any = None, run_id: str = ""):
@@ -52,25 +52,25 @@ class Tracker:
         self._sent_at = time.monotonic()
         self._failed = False
 
-    def tell(self, kind: str, values: Mapping[str, object]) -> None:
-        """Send options, which cannot change (`params`), or what is known of the run (`tags`)."""
+    def record(self, kind: str, values: Mapping[str, object]) -> None:
+        """Send options, which cannot change (`params`), or facts about the run (`tags`)."""
         from mlflow.entities import Param, RunTag
 
         entity = {"params": Param, "tags": RunTag}[kind]
         texts = {_key(f"{self.command}.{name}"): _text(value) for name, value in values.items()}
-        told = {kind: [entity(key, text) for key, text in texts.items() if text]}
-        _went(f"refused {len(told[kind])} {kind}", self._client.log_batch, self._run_id, **told)
+        sent = {kind: [entity(key, text) for key, text in texts.items() if text]}
+        _went(f"refused {len(sent[kind])} {kind}", self._client.log_batch, self._run_id, **sent)
 
     def metric(self, name: str, value: float | None, step: int = 0) -> None:
-        """Take a number, unless it is None."""
+        """Queue a number, unless it is None."""
         from mlflow.entities import Metric
 
         if value is not None:
             self._waiting.append(Metric(_key(name), value, round(1000 * time.time()), step))
 
     def on_step(self, step: Step) -> None:
-        """Take what an optimizer step reports, and send it now and then."""
-        if self._failed:  # `history` has it at the end
+        """Queue what an optimizer step reports, and send the queue now and then."""
+        if self._failed:  # `history` sends it at the end
             return
         self._reported = range(self._reported.start or step.step, step.step + 1)
         self._take_step(vars(step))
@@ -78,7 +78,7 @@ class Tracker:
             self.send()
 
     def history(self, steps: Iterable[Mapping[str, Any]]) -> None:
-        """Take the steps that were not reported when they were taken."""
+        """Queue the steps that `on_step` has not reported."""
         for step in steps:
             if step["step"] not in self._reported:
                 self._take_step(step)
@@ -88,13 +88,13 @@ class Tracker:
             self.metric(name, step[name], step["step"])
 
     def send(self) -> None:
-        """Let a thread of MLflow's send the metrics taken so far; keep what it could not send."""
-        self._failed = not _went("did not take what was reported", self._send)
+        """Send the queued metrics in a thread of MLflow; keep what could not be sent."""
+        self._failed = not _went("did not accept the metrics", self._send)
         self._sent_at = time.monotonic()
 
     def _send(self) -> None:
         sending, self._sending = self._sending, None
-        if sending is not None:  # one at a time: a server that is gone is noticed
+        if sending is not None:  # one at a time, so that a lost server is noticed
             sending.wait()
             del self._waiting[: self._on_its_way]
         self._on_its_way = len(self._waiting)
@@ -105,10 +105,10 @@ class Tracker:
 
 @contextmanager
 def tracked(command: str, options: Mapping[str, Any], *, enabled: bool) -> Iterator[Tracker]:
-    """Track a command as a run in MLflow: that which MLFLOW_RUN_ID names, else one of its own.
+    """Track a command as a run in MLflow: the one that MLFLOW_RUN_ID names, else a new one.
 
-    The store is that of MLFLOW_TRACKING_URI, the experiment that of MLFLOW_EXPERIMENT_NAME. A run
-    of its own ends with the command, as finished, failed or killed; a joined one is left open.
+    The store is that of MLFLOW_TRACKING_URI, the experiment that of MLFLOW_EXPERIMENT_NAME. A new
+    run ends with the command, as finished, failed or killed; a joined one is left open.
     """
     if not enabled:
         yield Tracker(command)
@@ -121,10 +121,10 @@ def tracked(command: str, options: Mapping[str, Any], *, enabled: bool) -> Itera
         raise UsageError("--mlflow needs mlflow: pip install 'consolidate-ewc[mlflow]'") from None
     client, run_id, joined = _begin(mlflow, command)
     tracker = Tracker(command, client, run_id)
-    LOG.info("MLflow: %s run %s", "joined" if joined else "began", run_id)
+    LOG.info("MLflow: %s run %s", "joined" if joined else "started", run_id)
     run_file = _run_file(options["path"]) if command == "run" else {}
-    tracker.tell("params", {**options, **run_file})
-    tracker.tell("tags", {"version": version("consolidate-ewc")})
+    tracker.record("params", {**options, **run_file})
+    tracker.record("tags", {"version": version("consolidate-ewc")})
     status = "FINISHED"
     try:
         yield tracker
@@ -133,13 +133,13 @@ def tracked(command: str, options: Mapping[str, Any], *, enabled: bool) -> Itera
         raise
     finally:
         tracker.send()
-        tracker.send()  # which waits for the first, and sends what did not arrive before it
+        tracker.send()  # waits for the first, and sends what it did not
         if not joined:
             _went(f"run {run_id} could not be ended", mlflow.end_run, status)
 
 
 def report(tracker: Tracker, result: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
-    """Give a tracker what a command returned: curves, metrics, digests, and where the output is."""
+    """Report what a command returned: curves, metrics, digests, and where the output is."""
     if tracker.command == "evaluate":
         result = {}
     steps = result.get("steps", 0)
@@ -147,7 +147,7 @@ def report(tracker: Tracker, result: Mapping[str, Any], numbers: Mapping[str, fl
     tracker.history(result.get("history", ()))
     for when, scores in result.get("metrics", {}).items():
         number = {"before": "0"}.get(when) or when.removeprefix("step ")
-        if number.isdigit():  # of an epoch it is not told after how many steps it ended
+        if number.isdigit():  # the result does not say after how many steps an epoch ended
             for name, value in evaluate_metrics(scores).items():
                 tracker.metric(name, value, int(number))
     if (matrix := result.get("accuracy_matrix")) is not None:
@@ -168,11 +168,11 @@ def report(tracker: Tracker, result: Mapping[str, Any], numbers: Mapping[str, fl
             "trained_from": ledger.tasks[-1].parent,
             "data_digest": ledger.tasks[-1].data_digest,
         }
-    tracker.tell("tags", tags)
+    tracker.record("tags", tags)
 
 
 def _begin(mlflow: Any, command: str) -> tuple[Any, str, bool]:
-    """Open the store and a run in it; say whether the run was there before."""
+    """Open the store and a run in it; return whether the run existed before."""
     uri = mlflow.get_tracking_uri()
     given = os.environ.get("MLFLOW_RUN_ID")
     try:
@@ -182,8 +182,8 @@ def _begin(mlflow: Any, command: str) -> tuple[Any, str, bool]:
         name = os.environ.get("MLFLOW_RUN_NAME") or f"consolidate {command}"
         return client, mlflow.start_run(run_name=name).info.run_id, False
     except Exception as error:
-        what = f"the run {given} (MLFLOW_RUN_ID)" if given else "a run"
-        message = f"--mlflow: {what} cannot be had from {_public(uri)}: {_reason(error)}"
+        what = f"open the run {given} (MLFLOW_RUN_ID)" if given else "start a run"
+        message = f"--mlflow: cannot {what} in {_public(uri)}: {_reason(error)}"
         refused = getattr(error, "error_code", None) in (
             *("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"),
             *("RESOURCE_DOES_NOT_EXIST", "UNAUTHENTICATED"),
@@ -193,11 +193,11 @@ def _begin(mlflow: Any, command: str) -> tuple[Any, str, bool]:
 
 
 def _went(what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
-    """Tell of whatever a store raises, as what it did; the command goes on."""
+    """Call a store and log whatever it raises, so that the command continues."""
     try:
         call(*args, **kwargs)
     except Exception as error:
-        LOG.info("MLflow %s: %s; the work goes on", what, _reason(error))
+        LOG.info("MLflow %s: %s; the command continues", what, _reason(error))
         return False
     return True
 
@@ -206,11 +206,11 @@ def _run_file(path: str | Path) -> dict[str, Any]:
     try:
         return _flat("", tomllib.loads(Path(path).read_text("utf-8")))
     except (OSError, ValueError):
-        return {}  # the command will say what is wrong with it
+        return {}  # the command reports what is wrong with it
 
 
 def _flat(name: str, value: Any) -> dict[str, Any]:
-    """Lay a run file's contents out flat, by names such as ``task.1.ewc-lambda``."""
+    """Flatten a run file's contents to names such as ``task.1.ewc-lambda``."""
     if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
         value = dict(enumerate(value, 1))
     if not isinstance(value, dict):
@@ -220,12 +220,12 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
 
 
 def _key(name: str) -> str:
-    """Give a name as MLflow takes it: a path without detours, of few characters."""
+    """Give a name that MLflow accepts: a normalized path of at most 250 characters."""
     return normpath("/" + re.sub(r"[^\w./ -]", "_", name)[:250]).lstrip("/")
 
 
 def _text(value: object) -> str:
-    """Give a value as text that every server takes; none where there is nothing to tell."""
+    """Give a value as text that every server accepts; empty if there is nothing to send."""
     if value is None or value in ((), [], {}):
         return ""
     text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
@@ -237,10 +237,10 @@ def _text(value: object) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Give an error's first line, without what a client adds on how it was asked."""
+    """Give an error's first line, without credentials and details of the request."""
     return _public([*str(error).splitlines(), type(error).__name__][0])[:300]
 
 
 def _public(text: str) -> str:
-    """Leave out the name and password that an address can have."""
+    """Remove user name and password from addresses."""
     return re.sub(r"(?<=://)[^/\s@]*@", "", text)

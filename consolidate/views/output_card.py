@@ -1,4 +1,4 @@
-"""The model card of a checkpoint that a command makes, which is not that of what it is made of."""
+"""The model card of a checkpoint that a command writes; it differs from those of its sources."""
 
 import logging
 import re
@@ -30,10 +30,10 @@ _OF_A_TRAINING = re.compile(r"checkpoint-\d+")
 def write_card(
     staging: Path, target: Path, ledger: Ledger, sources: Sequence[Checkpoint], relation: str
 ) -> None:
-    """Write the card that `push` would write, as far as it is known where that will be.
+    """Write the card that `push` would write, as far as known without a repository.
 
-    Of the sources' cards only what they say of the licence is taken, and the names of repositories.
-    Where the output replaces its source, what a person wrote there stays.
+    Only licences and names of repositories are taken from the sources' cards. Where the output
+    replaces its source, what a person wrote there is kept.
     """
     made = open_checkpoint(staging)
     existing = None
@@ -53,9 +53,9 @@ def write_card(
 
 
 def renew_card(staging: Path, ledger: Ledger) -> None:
-    """Write anew what is ours in the card of a checkpoint that was copied with another Fisher.
+    """Rewrite our block in the card of a checkpoint that was copied with another Fisher.
 
-    A card that we did not write, or that was pushed, stays as it is.
+    A card without our block, or that was pushed, stays unchanged.
     """
     made = open_checkpoint(staging)
     card = _card(made)
@@ -67,8 +67,8 @@ def renew_card(staging: Path, ledger: Ledger) -> None:
 def _write(staging: Path, existing: str | None, ledger: Ledger, subject: Subject) -> None:
     try:
         card = model_card(existing, ledger, subject)
-    except InputError as error:  # which is no reason to lose what was computed
-        LOG.info("the card stays as it is: %s", error)
+    except InputError as error:  # no reason to lose the result
+        LOG.info("the model card is left unchanged: %s", error)
         card = existing or ""
     write_file(staging / CARD, card)
 
@@ -78,42 +78,42 @@ def _card(source: Checkpoint) -> str | None:
     path = source.path / CARD
     try:
         if path.is_file() and path.stat().st_size <= MAX_CARD_BYTES:
-            return path.read_bytes().decode()  # its line ends as they are
+            return path.read_bytes().decode()  # line ends unchanged
     except (OSError, UnicodeDecodeError) as error:
         LOG.info("%s cannot be read: %s", path, error)
     return None
 
 
 def _licence(sources: Sequence[Checkpoint]) -> dict[str, Any]:
-    """Give the licence that all sources say they have."""
-    said = []
+    """Give the licence that all sources state."""
+    stated = []
     for source in sources:
         try:
-            said.append(licence(_card(source) or ""))
+            stated.append(licence(_card(source) or ""))
         except InputError as error:
-            LOG.info("the licence of %s is not known: %s", source.path, error)
-            said.append({})
-    if all(one == said[0] for one in said):
-        return said[0]
+            LOG.info("the licence of %s cannot be read: %s", source.path, error)
+            stated.append({})
+    if all(one == stated[0] for one in stated):
+        return stated[0]
     paths = ", ".join(str(source.path) for source in sources)
-    LOG.info("the cards of %s do not say the same licence: the new one says none", paths)
+    LOG.info("the model cards of %s state different licences: the new one states none", paths)
     return {}
 
 
 def _names(source: Checkpoint) -> Sequence[str]:
-    """Give the repositories that a checkpoint is, or was made from; never a path."""
+    """Name the repositories that a checkpoint is, or was made from; never a path."""
     here: tuple[str, ...] = ()
     if source.adapter is not None:
-        told = source.adapter.get("base_model_name_or_path")
+        named = source.adapter.get("base_model_name_or_path")
         if source.base is not None:
             here = tuple(commits_of(source.base.path))
     else:
-        told = source.config.get("_name_or_path")
+        named = source.config.get("_name_or_path")
         with suppress(InputError):
             here = tuple(commits_of(source.path)) or named_models(_card(source) or "")
     if here:
         return [name for name in here if is_repository(name)]
-    return [told] if isinstance(told, str) and _is_elsewhere(told, source.path) else []
+    return [named] if isinstance(named, str) and _is_elsewhere(named, source.path) else []
 
 
 def _is_elsewhere(name: str, checkpoint: Path) -> bool:

@@ -12,7 +12,7 @@ _WIDTH = 72
 
 
 def show_text(summary: ShowResult) -> str:
-    """Lay out what `show` returns as plain text, control characters in names escaped."""
+    """Format what `show` returns as plain text, control characters in names escaped."""
     fisher = summary["fisher"]
     rule = f"{summary['merge_rule']}, γ = {summary['gamma']:g}"
     if summary["penalty_offset"]:
@@ -45,12 +45,12 @@ def show_text(summary: ShowResult) -> str:
 
 
 def matrix_text(matrix: MatrixSummary) -> str:
-    """Lay out an accuracy matrix as plain text, with ACC, BWT and forgetting under it."""
+    """Format an accuracy matrix as plain text, with ACC, BWT and forgetting below."""
     return "\n".join([*_table(matrix_rows(matrix), right_from=1), means_text(matrix)])
 
 
 def by_reason(unprotected: Mapping[str, str]) -> dict[str, list[str]]:
-    """Give the parameters that are not protected for each reason."""
+    """Group the parameters that are not protected by reason."""
     reasons: dict[str, list[str]] = {}
     for name, reason in unprotected.items():
         reasons.setdefault(reason, []).append(name)
@@ -99,45 +99,45 @@ def _overlap(overlap: Overlap) -> list[str]:
     header = ["layer", f"overlap with the Fisher of {_plain(overlap['with'])}"]
     lines = _table([header, *rows], right_from=1)
     if left := overlap["left_out"]:
-        lines.append(f"in one of them only: {few([*map(_plain, left)], 4)}")
+        lines.append(f"in only one of the two: {few([*map(_plain, left)], 4)}")
     return lines
 
 
 def _weights_text(summary: ShowResult) -> str:
-    """Say which weights the Fisher is of, and whether they are an adapter's."""
-    text = f"of the weights {summary['weights']['digest'][:12]}…"
+    """Give the digest of the weights, and of the base model of an adapter."""
+    text = f"weights: {summary['weights']['digest'][:12]}…"
     if summary["base"] is None:
         return text
-    return f"{text}, an adapter's, on the base model {summary['base'][:12]}…"
+    return f"{text}, an adapter of the base model {summary['base'][:12]}…"
 
 
 def _heads(summary: ShowResult) -> list[str]:
-    """Say which tasks have an output layer of their own, where any has."""
+    """List the tasks with a saved head, if any."""
     if not summary["heads"]:
         return []
     own = ", ".join(summary["heads"])
     rest = [task["name"] for task in summary["tasks"] if task["name"] not in summary["heads"]]
-    return [f"heads of their own: {own}; in the weights: {', '.join(rest) or 'of no task'}"]
+    return [f"saved heads: {own}; head in the weights: {', '.join(rest) or 'of no task'}"]
 
 
 def estimator_text(estimator: str | None, samples: int | None) -> str:
-    """Say with what a Fisher was measured: the estimator, and the samples where it draws any."""
+    """Name the estimator of a Fisher, with its number of samples if it draws any."""
     sampled = estimator in ("mc", "batched") and samples is not None
     return f"{estimator} × {samples}" if sampled else estimator or "not measured"
 
 
 def penalty_text(penalty: str | None, penalty_on: str | None, ewc_lambda: float | None) -> str:
-    """Say what a task was learned with; a dash where it was only measured."""
+    """Name the penalty that a task was trained with; a dash if it was only measured."""
     if penalty is None:
         return "–"
     if ewc_lambda is None:
         return "no penalty"
-    held = {None: "", "adapter": " on the adapter", "merged": " on merged weights"}
-    return f"{penalty}{held[penalty_on]}, λ = {ewc_lambda:g}"
+    place = {None: "", "adapter": " on the adapter", "merged": " on merged weights"}
+    return f"{penalty}{place[penalty_on]}, λ = {ewc_lambda:g}"
 
 
 def learned_text(task: Task) -> str:
-    """Say what a task of `show` was learned with."""
+    """Name the penalty that a task of `show` was trained with."""
     return penalty_text(task["penalty"], task["penalty_on"], task["ewc_lambda"])
 
 
@@ -162,17 +162,17 @@ def _table(rows: list[list[str]], *, right_from: int | None = None) -> list[str]
 
 
 def _plain(text: str) -> str:
-    """Escape what is not printable, and cut what is very long."""
+    """Escape what is not printable, and truncate what is very long."""
     text = printable(text)
     return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
 
 
 def show_markdown(summary: ShowResult) -> str:
-    """Write what `show` returns for the summary of a CI job: the matrix under a heading."""
+    """Format what `show` returns for the summary of a CI job: the matrix under a heading."""
     tasks = ", ".join(escaped(task["name"]) for task in summary["tasks"])
     matrix = summary["accuracy_matrix"]
-    scores = "No scores on its tasks are known." if matrix is None else matrix_table(matrix)
+    scores = "No scores on its tasks were measured." if matrix is None else matrix_table(matrix)
     merged = side_by_side_text(summary["side_by_side"])
     return (
-        f"### {escaped(summary['checkpoint'])}\n\nIt has learned {tasks}.\n\n{scores} {merged}"
+        f"### {escaped(summary['checkpoint'])}\n\nTasks: {tasks}.\n\n{scores} {merged}"
     ).rstrip()

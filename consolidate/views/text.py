@@ -1,4 +1,4 @@
-"""What a command's result looks like on stdout: as JSON, or as text."""
+"""Print the results of commands: as JSON, or as text."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from formats.wording import few, printable
 
 
 def plain(text: str) -> str:
-    """Escape what is not printable in a message, whose line breaks stay."""
+    """Escape what is not printable in a message, except line breaks."""
     return printable(text, keep="\n")
 
 
@@ -42,7 +42,7 @@ def _finite(value: Any) -> Any:
 
 
 def fisher_text(result: FisherResult) -> str:
-    """Say what was measured, or, of a dry run, what it would take."""
+    """Summarize what was measured, or what a dry run estimated."""
     if result["status"] == "dry run":
         return _cost_text(result)
     return _measured_text(result["fisher"], result)
@@ -68,7 +68,7 @@ def _cost_text(cost: FisherDryRun) -> str:
     if cost["peak_device_memory"] is not None:
         memory += f", and {cost['peak_device_memory'] / 1e9:.2f} GB on the device"
     each = cost["seconds_per_example"]
-    files, kept = (
+    files, saved = (
         ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.items())
         for sizes in (cost["files"], cost["kept"])
     )
@@ -77,16 +77,16 @@ def _cost_text(cost: FisherDryRun) -> str:
             f"parameters   {cost['parameters']:,}",
             f"examples     {cost['examples']:,}, {cost['estimator']}",
             f"time         {cost['seconds']:,.0f} s, {1000 * each:.3g} ms per example",
-            f"memory       {memory} at most",
+            f"memory       at most {memory}",
             f"files        {files}",
-            f"in between   {kept}, where there is room for it as well",
-            "Nothing was written: this was a dry run on a few batches.",
+            f"progress     {saved}, if there is room for it as well",
+            "Dry run on a few batches: nothing was written.",
         ]
     )
 
 
 def finetune_text(result: FinetuneResult) -> str:
-    """Say how a run ended: the search for λ, the metrics, loss and penalty, the Fisher."""
+    """Summarize a fine-tuning: the search for λ, the metrics, loss and penalty, the Fisher."""
     lines = []
     if result["status"] != "cached" and "lambda_search" in result:
         lines += [search_text(result["lambda_search"]), ""]
@@ -100,7 +100,7 @@ def finetune_text(result: FinetuneResult) -> str:
         }
         lines += [metrics_text(measured), ""]
     if result["status"] == "cached":
-        lines.append(f"{result['checkpoint']}: it was there already, made from the same")
+        lines.append(f"{result['checkpoint']}: up to date, nothing to do")
     else:
         lines.append(
             f"{result['checkpoint']}: {result['steps']} steps, loss {result['loss']:.4f}, "
@@ -114,10 +114,10 @@ def finetune_text(result: FinetuneResult) -> str:
 
 
 def merge_text(result: MergeResult) -> str:
-    """Say what was merged into what."""
+    """Summarize a merge: models, tasks, parameters."""
     models = ", ".join(result["models"])
     alone = len(result["models"]) == 1 and result["base"] is None
-    done = f"a copy of {models}, as nothing was to be merged" if alone else f"merged from {models}"
+    done = f"a copy of {models}, the only model" if alone else f"merged from {models}"
     return (
         f"{result['checkpoint']}: {done}; tasks "
         f"{', '.join(result['tasks'])}; {result['parameters']:,} parameters, "
@@ -126,7 +126,7 @@ def merge_text(result: MergeResult) -> str:
 
 
 def run_text(result: RunResult) -> str:
-    """Say of each step whether it was done, and what was kept of each task."""
+    """List the status of each step, then the accuracy matrix."""
     from consolidate.views.summary import matrix_text
 
     lines = []
@@ -134,14 +134,14 @@ def run_text(result: RunResult) -> str:
         reason = "" if step["reason"] is None else f": {step['reason']}"
         lines.append(f"{step['step']}  {step['status']}{reason}")
     if result["status"] == "dry run":
-        return "\n".join([*lines, "Nothing was done: this was a dry run."])
+        return "\n".join([*lines, "Dry run: nothing was done."])
     if result["accuracy_matrix"] is not None:
         lines += ["", matrix_text(result["accuracy_matrix"]), ""]
-    return "\n".join([*lines, f"the last checkpoint: {result['checkpoint']}"])
+    return "\n".join([*lines, f"last checkpoint: {result['checkpoint']}"])
 
 
 def verify_text(summary: VerifyResult) -> str:
-    """Say what was compared, and that it holds."""
+    """List what was compared, and state that it is intact."""
     sets = {"weights": summary["weights"], "fisher": summary["fisher"]}
     if "anchor" in summary:
         sets["anchor"] = summary["anchor"]
@@ -153,23 +153,23 @@ def verify_text(summary: VerifyResult) -> str:
         for kind, found in sets.items()
     ]
     if others := summary["other_files"]:
-        lines.append(f"no digest covers {few(others, 6)}")
+        lines.append(f"not covered by a digest: {few(others, 6)}")
     other = summary["base_model"]
     if summary["base"] is not None and other is None:
-        lines.append(f"it is an adapter; its base model {summary['base']} was not looked at")
+        lines.append(f"it is an adapter; its base model {summary['base']} was not checked")
     elif other is not None:
         what = "the weights are" if summary["base"] is None else "its base model is"
         lines.append(f"{what} in {other}: {summary['base'] or summary['weights']['digest']}")
     lines.append(f"{summary['checkpoint']} is intact")
-    told = {"weights": "the digest of its weights", "tasks": "its tasks alone"}
+    by = {"weights": "the digest of its weights", "tasks": "its tasks alone"}
     for found in summary.get("later", ()):
         lines += ["", verify_text(found)]
-        lines.append(f"and descends from the one before, by {told[found['descends_by']]}")
+        lines.append(f"and descends from the previous checkpoint, by {by[found['descends_by']]}")
     return "\n".join(lines)
 
 
 def metrics_text(metrics: EvaluateResult) -> str:
-    """Lay metrics out as a table, a row for each task."""
+    """Format metrics as a table, a row for each task."""
     columns = [
         c for c in ("loss", "accuracy", "perplexity") if any(c in m for m in metrics.values())
     ]
@@ -180,7 +180,7 @@ def metrics_text(metrics: EvaluateResult) -> str:
 
 
 def search_text(search: LambdaSearch) -> str:
-    """Write a search as a table, with what was chosen, by what, and what it cost."""
+    """Format a search for λ as a table, with the λ selected, the rule and the cost."""
     tasks = [*search["old_tasks"], search["new_task"]]
     titles = {"mean": "mean", "forgetting": "forgetting"}
     if not search["old_tasks"]:
@@ -194,7 +194,7 @@ def search_text(search: LambdaSearch) -> str:
             cells = [f"{measured[task]['score']:.4f}" for task in tasks]
             cells += [f"{trial[name]:.4g}" for name in titles]  # type: ignore[literal-required]
         rows.append([f"{trial['ewc_lambda']:g}", str(trial["steps"]), *cells])
-        notes.append("  diverged" if measured is None else "  chosen" if trial["chosen"] else "")
+        notes.append("  diverged" if measured is None else "  selected" if trial["chosen"] else "")
     lines = aligned(rows, right_from=0, least=[12, 6, *(9 for _ in rows[0][2:])])
     lines = [line + note for line, note in zip(lines, notes, strict=True)]
     rule = {
@@ -203,11 +203,11 @@ def search_text(search: LambdaSearch) -> str:
         "largest": f"the largest that keeps 95% of what {search['new_task']} gains",
     }[search["select"]]
     cost = search["cost"]
-    lines.append(f"λ = {search['ewc_lambda']:g}, by the rule {search['select']}: {rule}")
+    lines.append(f"λ = {search['ewc_lambda']:g}, selected by {search['select']}: {rule}")
     lines.append(f"Measured: {search['measured']}")
     lines.append(
         f"The search took {cost['runs']} runs, {cost['steps']:,} steps, {cost['seconds']:.0f} s: "
-        f"{cost['full_runs']:.1f} times the run that follows, which is on all of the training data"
+        f"{cost['full_runs']:.1f} times the final run, which trains on all of the data"
     )
     return "\n".join(lines)
 
@@ -237,25 +237,25 @@ def alpha_text(search: AlphaSearch) -> str:
 
 
 def push_text(result: PushResult) -> str:
-    """List the files with their sizes and what became of them, then where they are."""
+    """List the files with size and change, then where they are."""
     files = result["files"]
     lines = [f"{file['size']:>15,}  {file['change']:<12}  {file['path']}" for file in files]
     lines += [f"{'':>15}  {'deleted':<12}  {path}" for path in result["deleted"]]
     total = sum(file["size"] for file in files)
     missing = sum(file["size"] for file in files if file["change"] != "unchanged")
-    told = f"bytes in all, {missing:,} of them new"
+    summary = f"bytes in total, {missing:,} of them new or changed"
     if any(file["change"] == "not compared" for file in files):
-        told = "bytes in all; what of them is there already is not known"
-    lines.append(f"{total:>15,}  {told}")
+        summary = "bytes in total; not compared with the Hub"
+    lines.append(f"{total:>15,}  {summary}")
     if result["code"]:
-        lines.append(f"Code that an auto_map needs: {', '.join(result['code'])}")
+        lines.append(f"Code needed by an auto_map: {', '.join(result['code'])}")
     seen = "private" if result["private"] else "public"
     if result["status"] == "dry run":
-        lines.append(f"Nothing was sent to {result['repository']} ({seen}): this was a dry run.")
+        lines.append(f"Dry run: nothing was sent to {result['repository']} ({seen}).")
     elif result["pull_request"] is not None:
         lines.append(f"{result['pull_request']}: commit {result['commit']}")
     else:
-        same = ", which holds all of it already" if result["status"] == "unchanged" else ""
+        same = ", up to date" if result["status"] == "unchanged" else ""
         named = f", tag {result['tag']}" if result["tag"] else ""
         lines.append(f"{result['url']} ({seen}): commit {result['commit']}{named}{same}")
     return "\n".join(lines)

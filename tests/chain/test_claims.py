@@ -146,7 +146,7 @@ def test_weights_that_another_tool_changes(
     change(Path("it/model.safetensors"))
     code, err = held.release()
     assert code == 3
-    assert "it: its weights changed while their Fisher was measured" in err
+    assert "it: the weights changed while their Fisher was measured" in err
     assert Path("it/fisher/fisher.json").read_bytes() == ledger
 
 
@@ -155,7 +155,7 @@ def test_a_whole_checkpoint_of_weights_that_change_is_not_written(hold: Hold) ->
     rewrite(Path("it/model.safetensors"))
     code, err = held.release()
     assert code == 3
-    assert "it: its weights changed while their Fisher was measured" in err
+    assert "it: the weights changed while their Fisher was measured" in err
     assert not Path("out").exists()
 
 

@@ -44,7 +44,7 @@ def ledger(*tasks: TaskRecord, digit: str = "0", dtype: str = "F32", **changes: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"units": 4}, "counts 4 units in 3 examples"),
+        ({"units": 4}, "has 4 units in 3 examples"),
         ({"mc_samples": 2}, "gives mc_samples with the estimator exact"),
         ({"estimator": "mc"}, "gives no mc_samples with the estimator mc"),
         ({"ewc_lambda": 1.0}, "gives ewc_lambda, but was trained without a penalty"),
@@ -89,14 +89,14 @@ def test_the_trace_lies_between_what_its_tasks_give(
         assert contradictions(chain, {"w": trace}) == []
     for trace in (0.0, least * (1 - 1e-4), most * (1 + 1e-4)):
         (line,) = contradictions(chain, {"w": trace})
-        assert f"'w' has the trace {trace:.6g}, where" in line
-        assert f"give {least:g} to {most:g}" in line
+        assert f"'w': expected a trace of {least:g} to {most:g} from " in line
+        assert line.endswith(f"found {trace:.6g}")
 
 
 def test_of_two_tasks_the_trace_is_known() -> None:
     chain = ledger(task("a", 1.0), task("b", 3.0))
     assert contradictions(chain, {"w": 4.0}) == []
-    assert "give 4" in contradictions(chain, {"w": 3.9})[0]
+    assert "expected a trace of 4 from" in contradictions(chain, {"w": 3.9})[0]
     rounded = ledger(task("a", 1.0), task("b", 3.0), dtype="BF16")
     assert contradictions(rounded, {"w": 3.99}) == []
     assert contradictions(rounded, {"w": 3.9})
@@ -110,7 +110,7 @@ def test_a_task_that_was_not_measured_adds_nothing() -> None:
     nothing = {"examples": None, "units": None, "estimator": None, "penalty": "none", "layers": {}}
     chain = ledger(task("a", 1.0), task("b", 3.0), task("c", **nothing))
     assert contradictions(chain, {"w": 4.0}) == []
-    assert "give 3 to 4" in contradictions(chain, {"w": 4.1})[0]
+    assert "expected a trace of 3 to 4 from" in contradictions(chain, {"w": 4.1})[0]
     faded = ledger(task("a", 1.0), task("c", **nothing), gamma=0.5)
     assert contradictions(faded, {"w": 0.5}) == []
 
@@ -129,8 +129,8 @@ def test_descent() -> None:
     assert line.endswith(f"not from {set_digest(second.weights)[:12]}…")
     assert descent(second, first) == ("tasks", ["the task 'b' is missing"])
     other = ledger(task("a", seed=1), trained)
-    assert descent(first, other) == ("tasks", ["the task 'a' has another record"])
-    assert descent(first, ledger(task("x"), trained))[1] == ["the task 'a' is 'x' here"]
+    assert descent(first, other) == ("tasks", ["the record of the task 'a' differs"])
+    assert descent(first, ledger(task("x"), trained))[1] == ["task 1: expected 'a', found 'x'"]
 
 
 def test_descent_without_a_parent() -> None:
@@ -141,7 +141,7 @@ def test_descent_without_a_parent() -> None:
     for later in (ledger(task("a"), digit="1"), ledger(task("a"), task("b"), digit="1")):
         assert descent(first, later) == (
             "weights",
-            ["the weights are others, although no task was trained"],
+            ["the weights differ, although no task was trained"],
         )
     trained = replace(unknown, parent=set_digest(record()))
     assert descent(first, ledger(task("a"), task("m"), trained, digit="1")) == ("weights", [])
@@ -159,7 +159,7 @@ def test_tasks_of_the_same_weights_were_learned_side_by_side(tmp_path: Path) -> 
     ]
     assert side_by_side(ledger(*merged)) == [["a", "b"]]
     folder = write(tmp_path / "model", merged, ["w"])
-    note = "Learned side by side, from the same weights, and merged: a, b. Their rows are of"
+    note = "Trained in parallel from the same weights, then merged: a, b. Their rows are of"
     assert note in show_text(show(folder))
     found = read_ledger(folder / "fisher" / "fisher.json")
     matrix = ledger_matrix(found)

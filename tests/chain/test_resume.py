@@ -137,7 +137,7 @@ def test_a_pass_for_the_fisher_goes_on_without_training_again(
     resumed = consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     assert caplog.messages == [
         "resuming after the last of 14 steps",
-        "going on after 64 of 100 examples",
+        "resuming after 64 of 100 examples",
     ]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert alike(resumed, whole)
@@ -187,7 +187,7 @@ def test_a_pass_that_is_stopped_is_kept_as_far_as_it_came(
     caplog.set_level("INFO", "consolidate")
     caplog.clear()
     consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
-    assert "going on after 32 of 100 examples" in caplog.messages
+    assert "resuming after 32 of 100 examples" in caplog.messages
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -259,18 +259,18 @@ def test_what_has_changed_is_said(
         consolidate.finetune(learned, new, **options)
     kept = (tmp_path / ".out.consolidate-partial").read_bytes()
     for changed, message in (
-        ({"learning_rate": 0.1}, r"not of this one \(learning-rate 0.01 → 0.1\): start "),
-        ({"epochs": 7, "seed": 1}, r"\(epochs default → 7; seed 0 → 1\)"),
-        ({"evaluate": {}}, r"\(the test data of old is left out\)"),
+        ({"learning_rate": 0.1}, r"another run \(changed: learning-rate 0.01 → 0.1\): start "),
+        ({"epochs": 7, "seed": 1}, r"\(changed: epochs default → 7; seed 0 → 1\)"),
+        ({"evaluate": {}}, r"\(changed: test data of old removed\)"),
     ):
         with pytest.raises(InputError, match=message + ".*--restart"):
             consolidate.finetune(learned, new, **{**options, **changed})
     write_task("new", seed=2)
-    with pytest.raises(InputError, match=r"not of this one \(the data\)"):
+    with pytest.raises(InputError, match=r"another run \(changed: data\)"):
         consolidate.finetune(learned, new, **options)
     write_task("new", seed=1)
     consolidate.fisher(learned, old, **NETWORK, estimator="mc", overwrite=True)
-    with pytest.raises(InputError, match=r"\(the checkpoint it starts from\)"):
+    with pytest.raises(InputError, match=r"\(changed: checkpoint it starts from\)"):
         consolidate.finetune(learned, new, **options)
     assert (tmp_path / ".out.consolidate-partial").read_bytes() == kept
     result = consolidate.finetune(learned, new, **options, restart=True)
@@ -322,7 +322,10 @@ def test_a_training_goes_on_where_it_cannot_be_kept(
         learned, write_task("new", seed=1), output_dir=tmp_path / "out", **COMMON
     )
     assert result["steps"] == 4
-    assert caplog.text.count("cannot be kept, and the training goes on: the disk is full") == 1
+    assert (
+        caplog.text.count("cannot be saved, and the training continues without: the disk is full")
+        == 1
+    )
 
 
 def test_a_training_that_diverges_is_not_kept(
@@ -394,7 +397,7 @@ def test_a_process_that_is_stopped_goes_on(
     assert not (tmp_path / "out").exists()
     if code > 0:
         assert [line for line in stopped.stderr.splitlines() if line][-2:] == [
-            "stopped after step 6 of 12: the same command goes on from there",
+            "stopped after step 6 of 12: the same command resumes from there",
             {"SIGINT": "interrupted", "SIGTERM": "terminated"}[sent],
         ]
     resumed, _, err = run_here("out")

@@ -80,13 +80,13 @@ def test_another_fisher_is_refused_as_before(network_checkpoint: Path, write_tas
     consolidate.fisher(network_checkpoint, data, **NETWORK)
     before = contents(network_checkpoint)
     for changed in ({"seed": 1}, {"task": "other"}, {"batch_size": 5}, {"freeze": ["0.*"]}):
-        with pytest.raises(InputError, match="exists already: --overwrite replaces it"):
+        with pytest.raises(InputError, match="already exists: --overwrite replaces it"):
             consolidate.fisher(network_checkpoint, data, **NETWORK, **changed)
     write_task("old", seed=3)
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         consolidate.fisher(network_checkpoint, data, **NETWORK)
     assert contents(network_checkpoint) == before
-    with pytest.raises(UsageError, match="--add and --overwrite exclude each other"):
+    with pytest.raises(UsageError, match="--add cannot be combined with --overwrite"):
         consolidate.fisher(network_checkpoint, data, **NETWORK, add=True, overwrite=True)
 
 
@@ -139,7 +139,7 @@ def test_a_damaged_output_is_not_taken_for_whole(
     caplog.set_level("INFO", "consolidate")
     with pytest.raises(InputError, match="is not empty"):
         consolidate.finetune(network_checkpoint, new, **options)
-    assert "was made from the same, but is not whole: " in caplog.text
+    assert "has the same inputs but is damaged, and is not reused: " in caplog.text
     assert consolidate.finetune(network_checkpoint, new, **options, overwrite=True)["status"] == (
         "done"
     )
@@ -219,7 +219,7 @@ def test_the_command_says_so(
     assert code == 0
     code, text, err = run(capsys, *words, "--metrics", metrics)
     assert code == 0
-    assert f"{tmp_path / 'out'}: it was there already, made from the same\n" in text
+    assert f"{tmp_path / 'out'}: up to date, nothing to do\n" in text
     assert "exact Fisher of 'new' over 60 examples" in text
     assert "is up to date: nothing to do" in err
     assert metrics.exists()

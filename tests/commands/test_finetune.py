@@ -185,7 +185,7 @@ def test_a_fisher_from_elsewhere(
             **FAST,
         )
     assert contents(tmp_path / "by-published") == contents(tmp_path / "by-start")
-    with pytest.raises(InputError, match="holds no Fisher"):
+    with pytest.raises(InputError, match="no Fisher found: expected"):
         consolidate.finetune(
             network_checkpoint,
             new,
@@ -224,7 +224,7 @@ def test_an_output_folder_that_holds_something_is_kept(
     with pytest.raises(InputError, match=r"is not empty: found 'thesis\.txt'"):
         consolidate.finetune(network_checkpoint, write_task("new"), **options)
     assert contents(out) == {"thesis.txt": b"years of work"}
-    with pytest.raises(InputError, match="holds no checkpoint"):
+    with pytest.raises(InputError, match="is not a checkpoint"):
         consolidate.finetune(network_checkpoint, write_task("new"), **options, overwrite=True)
     assert contents(out) == {"thesis.txt": b"years of work"}
     (out / "thesis.txt").unlink()
@@ -293,7 +293,7 @@ def test_a_disk_that_is_too_small_is_known_before_the_work(
         pytest.skip("a tmpfs cannot be mounted here")
     try:
         (disk / "full").write_bytes(bytes(4096))
-        with pytest.raises(InputError, match="has room for 0 bytes, and 5,784 are needed"):
+        with pytest.raises(InputError, match="expected 5,784 bytes, found 0"):
             consolidate.finetune(
                 network_checkpoint, write_task("new"), output_dir=disk / "out", penalty="none",
                 epochs=10**9, **FAST,

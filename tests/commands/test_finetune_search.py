@@ -229,7 +229,7 @@ def test_the_command_prints_the_curve_and_draws_it(
     code, out, err = run(capsys, *words, "--validation", f"a={held}")
     assert code == 0, err
     assert "          λ   steps          a          b       mean  forgetting" in out
-    assert out.count("  chosen\n") == 1
+    assert out.count("  selected\n") == 1
     assert "Measured: a on --validation, b on 30 examples held out of the training data" in out
     assert "The search took 2 runs, 16 steps" in out
     assert "λ = 100, 8 steps: a" in err

@@ -124,7 +124,7 @@ def test_a_fisher_that_is_there_is_kept(network_checkpoint: Path, write_task: Wr
     before = contents(network_checkpoint)
     with pytest.raises(InputError, match=r"--overwrite replaces it, --add adds"):
         consolidate.fisher(network_checkpoint, second, **NETWORK)
-    with pytest.raises(UsageError, match=r"exclude each other"):
+    with pytest.raises(UsageError, match=r"cannot be combined with"):
         consolidate.fisher(network_checkpoint, second, **NETWORK, add=True, overwrite=True)
     assert contents(network_checkpoint) == before
     one = fisher_of(network_checkpoint)
@@ -134,7 +134,7 @@ def test_a_fisher_that_is_there_is_kept(network_checkpoint: Path, write_task: Wr
     other = fisher_of(network_checkpoint)
     for name in one:
         torch.testing.assert_close(both[name], one[name] + other[name])
-    with pytest.raises(UsageError, match="a task 'second' already"):
+    with pytest.raises(UsageError, match="already has a task 'second'"):
         consolidate.fisher(network_checkpoint, second, **NETWORK, add=True)
 
 
@@ -248,13 +248,13 @@ def test_a_fisher_of_ones_own_is_stored_like_the_command_does(
     assert (network_checkpoint / "fisher" / "fisher.safetensors").read_bytes() == own
     with torch.no_grad():
         network[0].bias += 1
-    with pytest.raises(InputError, match=r"0\.bias.*save the weights first"):
+    with pytest.raises(InputError, match=r"0\.bias' differs from the module's: save"):
         consolidate.store_fisher(network, network_checkpoint, diagonal, overwrite=True, **options)
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         consolidate.store_fisher(network, network_checkpoint, diagonal, **options)
 
 
-MC = "--{}mc-samples has no meaning with --{}estimator {}"
+MC = "--{}mc-samples cannot be combined with --{}estimator {}"
 
 
 @pytest.mark.parametrize(
@@ -263,8 +263,14 @@ MC = "--{}mc-samples has no meaning with --{}estimator {}"
         ({"mc_samples": 1}, MC + ", the default for this model: leave it out, or use mc or batch"),
         ({"estimator": "exact", "mc_samples": 2}, MC + ": leave"),
         ({"estimator": "empirical", "mc_samples": 2}, MC + ": leave"),
-        ({"estimator": "mc", "max_outcomes": 4096}, "max-outcomes has no meaning .*, or use exact"),
-        ({"estimator": "batched", "check": True}, "check has no meaning .*or use exact or mc or"),
+        (
+            {"estimator": "mc", "max_outcomes": 4096},
+            "max-outcomes cannot be combined .*, or use exact",
+        ),
+        (
+            {"estimator": "batched", "check": True},
+            "check cannot be combined .*or use exact or mc or",
+        ),
     ],
 )
 def test_options_that_do_nothing_with_the_estimator(
@@ -288,6 +294,11 @@ def test_options_that_do_nothing_with_the_estimator(
 
 def test_one_data_set_needs_no_name(network_checkpoint: Path, write_task: Write) -> None:
     assert set(evaluate(network_checkpoint, write_task("new"), **NETWORK)) == {"new"}
+
+
+def test_no_data_set_is_refused(network_checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="data: expected at least one dataset"):
+        evaluate(network_checkpoint, {}, **NETWORK)
 
 
 def test_every_batch_can_be_checked(
@@ -340,7 +351,7 @@ def test_the_same_command_goes_on_to_the_same_bytes(
     resumed = consolidate.fisher(
         network_checkpoint, data, **LONG, **options, output_dir=tmp_path / "killed"
     )
-    assert "going on after 48 of" in caplog.text
+    assert "resuming after 48 of" in caplog.text
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     unlike = dict.fromkeys(("checkpoint", "fisher", "seconds"))
     assert {**resumed, **unlike} == {**whole, **unlike}
@@ -355,9 +366,9 @@ def test_another_command_does_not_go_on(
     kill_after(monkeypatch, 40)
     with pytest.raises(Killed):
         consolidate.fisher(network_checkpoint, data, **LONG)
-    with pytest.raises(InputError, match=r"not of this one .seed 0 → 1.*--restart"):
+    with pytest.raises(InputError, match=r"another run .changed: seed 0 → 1.*--restart"):
         consolidate.fisher(network_checkpoint, data, **LONG, seed=1)
-    with pytest.raises(InputError, match=r"not of this one .the data"):
+    with pytest.raises(InputError, match=r"another run .changed: data"):
         consolidate.fisher(network_checkpoint, write_task("old", seed=3, count=100), **LONG)
     assert list(network_checkpoint.glob(".*"))
     result = consolidate.fisher(network_checkpoint, data, **LONG, seed=1, restart=True)
@@ -383,7 +394,7 @@ def test_what_is_kept_of_a_pass_leaves_room_for_its_result(
         caplog.set_level("INFO", "consolidate")
         consolidate.fisher(network_checkpoint, write_task("old"), **LONG, output_dir=disk / "out")
         assert consolidate.verify(disk / "out")["tasks"] == ["old"]
-        assert "of the half-done pass the result needs" in caplog.text
+        assert "bytes for the pass so far and" in caplog.text
         assert [file.name for file in disk.iterdir()] == ["out"]
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -433,7 +444,9 @@ def test_a_pass_goes_on_where_it_cannot_be_kept(
     caplog.set_level("INFO", "consolidate")
     result = consolidate.fisher(network_checkpoint, write_task("old"), **LONG)
     assert result["examples"] == 60
-    assert caplog.text.count("cannot be kept, and the pass goes on: the disk is full") == 1
+    assert (
+        caplog.text.count("cannot be saved, and the pass continues without: the disk is full") == 1
+    )
 
 
 def test_a_tolerance_reads_in_random_order(network_checkpoint: Path, write_task: Write) -> None:
@@ -513,5 +526,5 @@ def test_a_pass_of_another_module_is_not_resumed(
         consolidate.fisher(network_checkpoint, write_task("old", count=100), **options)
     activation = importlib.import_module("activation")
     activation.Activation = torch.nn.Tanh
-    with pytest.raises(InputError, match=r"not of this one .the module.*--restart"):
+    with pytest.raises(InputError, match=r"another run .changed: source of the module.*--restart"):
         consolidate.fisher(network_checkpoint, tmp_path / "old.npz", **options)

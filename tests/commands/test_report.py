@@ -285,11 +285,13 @@ def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     left = {path.name for path in plots.iterdir()}
     assert left == {"added.png", "added.svg", "protection.png", "protection.svg"}
     (plots / "matrix.png").write_bytes(b"mine")
-    with pytest.raises(InputError, match=r"matrix\.png is there already .* --overwrite"):
+    with pytest.raises(
+        InputError, match=r"matrix\.png already exists and is not a report .* --overwrite"
+    ):
         report(chain, output=tmp_path / "no.html", plots=plots)
     assert not (tmp_path / "no.html").exists()
     output.write_text("notes")
-    with pytest.raises(InputError, match=r"r\.html is there already"):
+    with pytest.raises(InputError, match=r"r\.html already exists"):
         report(chain, output=output)
     assert output.read_text() == "notes"
     report(chain, output=output, overwrite=True)

@@ -16,7 +16,10 @@ import transformers
 from safetensors.torch import load_file
 
 import consolidate
+import consolidate.commands.run
 from consolidate.api import verify
+from consolidate.chain import opening
+from consolidate.chain.opening import check_intact
 from consolidate.commands import finetune_run
 from formats.atomic import claimed, claimed_in_place
 from formats.errors import InputError, UsageError
@@ -125,6 +128,28 @@ def test_the_second_run_does_nothing_and_times_mean_nothing(tasks: Path, tmp_pat
     assert {f: f.stat().st_mtime_ns for f in written} == written
 
 
+def test_a_finished_step_is_read_once(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consolidate.run(tasks)
+    read: list[Path] = []
+
+    def counted(stored: Any) -> None:
+        read.append(stored.folder.parent)
+        check_intact(stored)
+
+    monkeypatch.setattr(opening, "check_intact", counted)
+    consolidate.run(tasks)
+    assert read == []  # each was verified, byte by byte
+    edit(tasks, '"c-test.npz"\n', '"c-test.npz"\nseed = 1\n')
+    consolidate.run(tasks)
+    assert read == [tmp_path / "out" / "02-b"]  # by the training that starts from it
+    data = bytearray((tmp_path / "out" / "02-b" / "fisher" / "fisher.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "out" / "02-b" / "fisher" / "fisher.safetensors").write_bytes(data)
+    assert "02-b/fisher" in reasons(consolidate.run(tasks, dry_run=True))["02-b"]
+
+
 def test_a_changed_lambda_does_again_what_comes_after_it(tasks: Path, tmp_path: Path) -> None:
     consolidate.run(tasks)
     edit(tasks, '"b-test.npz"\n', '"b-test.npz"\newc-lambda = 30\n')
@@ -134,7 +159,7 @@ def test_a_changed_lambda_does_again_what_comes_after_it(tasks: Path, tmp_path: 
     assert (dry["status"], dry["accuracy_matrix"]) == ("dry run", None)
     assert reasons(dry) == {
         "02-b": "changed: ewc-lambda 10 → 30",
-        "03-c": "changed: the checkpoint it starts from",
+        "03-c": "changed: checkpoint it starts from",
     }
     done = consolidate.run(tasks)
     assert reasons(done) == reasons(dry)
@@ -172,11 +197,11 @@ def unfinish(path: Path) -> None:
 CHANGES: dict[str, tuple[Callable[[Path, Write], object], dict[str, str]]] = {
     "data": (
         lambda folder, write: write("b", seed=9),
-        {"02-b": "changed: the data", "03-c": "changed: the checkpoint it starts from"},
+        {"02-b": "changed: data", "03-c": "changed: checkpoint it starts from"},
     ),
     "test data": (
         lambda folder, write: write("c-test", seed=9),
-        {"03-c": "changed: the test data of c differs"},
+        {"03-c": "changed: test data of c"},
     ),
     "an option back to its default": (
         lambda folder, write: edit(folder / "tasks.toml", '"c.npz"', '"c.npz"\nepochs = 1'),
@@ -205,25 +230,25 @@ CHANGES: dict[str, tuple[Callable[[Path, Write], object], dict[str, str]]] = {
     "the config": (
         lambda folder, write: edit(folder / "tasks.toml", "[6, 8, 3]", "[6, 9, 3]"),
         {
-            "00-start": "changed: the config",
-            **dict.fromkeys(["01-a", "02-b", "03-c"], "changed: the checkpoint it starts from"),
+            "00-start": "changed: config",
+            **dict.fromkeys(["01-a", "02-b", "03-c"], "changed: checkpoint it starts from"),
         },
     ),
     "a checkpoint that is gone": (
         lambda folder, write: shutil.rmtree(folder / "out" / "03-c"),
-        {"03-c": "its checkpoint is gone"},
+        {"03-c": "its checkpoint is missing"},
     ),
     "a Fisher that is gone": (
         lambda folder, write: shutil.rmtree(folder / "out" / "03-c" / "fisher"),
-        {"03-c": "its checkpoint is not what was made"},
+        {"03-c": "its checkpoint was changed"},
     ),
     "a record that is not finished": (
         lambda folder, write: unfinish(folder / RECORD),
-        {"03-c": "it was begun and not finished"},
+        {"03-c": "not finished"},
     ),
     "another version": (
         lambda folder, write: edit(folder / RECORD, '"torch": "', '"torch": "9.'),
-        {"03-c": f"changed: the version of torch 9.{torch.__version__} → {torch.__version__}"},
+        {"03-c": f"changed: version of torch 9.{torch.__version__} → {torch.__version__}"},
     ),
 }  # fmt: skip
 
@@ -300,7 +325,7 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(
     assert stopped.returncode == code
     assert not (tmp_path / "kill").exists()
     if code > 0:
-        assert "stopped in 02-b: what was done before it is kept" in stopped.stderr
+        assert "stopped in 02-b: the steps before it are complete" in stopped.stderr
         assert "Traceback" not in stopped.stderr
     assert statuses(consolidate.run(tasks)) == {
         "00-start": "skipped",
@@ -328,7 +353,7 @@ def test_a_step_that_was_broken_off_goes_on_unless_it_is_another(
     caplog.set_level("INFO", "consolidate")
     result = consolidate.run(tasks)
     assert ("going on from step 5 of 12" in caplog.text) != changed
-    assert reasons(result)["01-a"] == "it was begun and not finished"
+    assert reasons(result)["01-a"] == "not finished"
     consolidate.run(tasks, output_dir=tmp_path / "whole")
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
@@ -392,7 +417,7 @@ def test_tiny_bert_from_a_measured_start(tmp_path: Path) -> None:
     assert reasons(consolidate.run(tmp_path / "tasks.toml")) == {}
     edit(tmp_path / "start" / "tokenizer_config.json", "{", '{"a": 1, ')
     again = consolidate.run(tmp_path / "tasks.toml", dry_run=True)
-    assert reasons(again)["01-cats"] == "changed: the checkpoint it starts from"
+    assert reasons(again)["01-cats"] == "changed: checkpoint it starts from"
 
 
 def test_a_start_with_a_fisher_and_test_data_of_its_own_task(
@@ -417,14 +442,14 @@ def test_a_start_with_a_fisher_and_test_data_of_its_own_task(
     assert result["accuracy_matrix"]["scores"][1][0] is not None
     edit(tasks, '[evaluate]\nold = "old.npz"\n', "")
     edit(tasks, 'name = "a"', 'name = "old"')
-    with pytest.raises(InputError, match="has learned a task 'old' already: give"):
+    with pytest.raises(InputError, match="already has a task 'old': give"):
         consolidate.run(tasks)
 
 
 REFUSED: dict[str, tuple[str, str, type[Exception], str]] = {
-    "no output folder": ('output-dir = "out"', "", UsageError, "say where the checkpoints go"),
+    "no output folder": ('output-dir = "out"', "", UsageError, "no folder for the checkpoints"),
     "nothing to begin with": (
-        'model = "support.networks:make_network"', "", UsageError, "as start, or",
+        'model = "support.networks:make_network"', "", UsageError, "no model to start from",
     ),
     "a third task's typo in a value": (
         '"c-test.npz"\n', '"c-test.npz"\noptimizer = "adamm"\n', UsageError,
@@ -439,17 +464,19 @@ REFUSED: dict[str, tuple[str, str, type[Exception], str]] = {
         r"task 3 \(c\): --merge-rule sum",
     ),
     "a third task without its data": (
-        'data = "c.npz"', 'data = "d.npz"', InputError, r"d\.npz does not exist",
+        'data = "c.npz"', 'data = "d.npz"', InputError,
+        r"tasks\.toml, task 3 \(c\): data: .*d\.npz does not exist",
     ),
     "test data that are missing": (
-        '"c-test.npz"', '"d-test.npz"', InputError, r"d-test\.npz does not exist",
+        '"c-test.npz"', '"d-test.npz"', InputError,
+        r"task 3 \(c\): evaluate: .*d-test\.npz does not exist",
     ),
     "epochs where nothing is trained": (
         '"c-test.npz"\n', '"c-test.npz"\ntrain = false\nepochs = 2\n', UsageError,
-        "epochs has no meaning with train = false",
+        "epochs cannot be combined with train = false",
     ),
     "a revision of nothing": (
-        "[config]", 'revision = "x"\n[config]', UsageError, "are those of a start",
+        "[config]", 'revision = "x"\n[config]', UsageError, "revision and fisher need a start",
     ),
 }  # fmt: skip
 
@@ -463,26 +490,54 @@ def test_refused_before_the_first_step(tasks: Path, tmp_path: Path, case: str) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('data = "c.npz"', 'data = "c.toml"', r"task 3 \(c\): data: .*gone\.npz does not exist"),
+        ('data = "c.npz"', 'data = "c.csv"', r"task 3 \(c\): data: .*c\.csv does not exist"),
+        ('name = "c"', 'name = "a"', "task 3 and task 1 are both named 'a'"),
+    ],
+)
+def test_missing_data_are_refused_before_anything_is_read(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, message: str
+) -> None:
+    (tmp_path / "c.toml").write_text('data = "gone.npz"')
+    edit(tasks, old, new)
+    for name in ("locate", "data_content"):
+        monkeypatch.delattr(consolidate.commands.run, name)
+    with pytest.raises(InputError, match=message):
+        consolidate.run(tasks)
+
+
 def test_a_folder_that_no_run_has_made_is_kept(tasks: Path, tmp_path: Path) -> None:
     mine = tmp_path / "out" / "02-b" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     for dry_run in (True, False):
-        with pytest.raises(InputError, match="02-b is there, and no run has made it"):
+        with pytest.raises(InputError, match="02-b already exists and was not made by"):
             consolidate.run(tasks, dry_run=dry_run)
     assert tree(tmp_path / "out") == {"02-b/mine.txt": b"mine"}
+
+
+def test_a_dry_run_lists_a_finished_step_once(
+    tasks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    consolidate.run(tasks)
+    code, text, err = run_cli(capsys, "run", tasks, "--dry-run")
+    assert (code, err) == (0, "")
+    assert text.count("01-a  skipped\n") == 1
 
 
 def test_the_command_line(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text, err = run_cli(capsys, "run", tasks, "--dry-run")
     assert (code, err) == (0, "")
-    assert "01-a  to be done: it is new\n" in text
-    assert text.endswith("Nothing was done: this was a dry run.\n")
+    assert "01-a  to be done: new\n" in text
+    assert text.endswith("Dry run: nothing was done.\n")
     code, text, err = run_cli(capsys, "run", tasks, "--output-dir", tmp_path / "other")
     assert code == 0
-    assert "02-b, step 3 of 4: it is new" in err
+    assert "02-b, step 3 of 4: new" in err
     assert "after \\ on       a       b       c" in text
-    assert text.endswith(f"the last checkpoint: {tmp_path / 'other' / '03-c'}\n")
+    assert text.endswith(f"last checkpoint: {tmp_path / 'other' / '03-c'}\n")
     code, text, _ = run_cli(capsys, "run", tasks, "--output-dir", tmp_path / "other", "--json")
     assert statuses(json.loads(text))["03-c"] == "skipped"
     edit(tasks, "epochs", "epoch")
@@ -511,5 +566,5 @@ def test_a_step_that_was_made_and_not_recorded_is_not_made_again(
     before = tree(tmp_path / "out")
     unfinish(tmp_path / RECORD)
     monkeypatch.delattr(finetune_run, "training_steps")
-    assert reasons(consolidate.run(tasks)) == {"03-c": "it was begun and not finished"}
+    assert reasons(consolidate.run(tasks)) == {"03-c": "not finished"}
     assert tree(tmp_path / "out") == before

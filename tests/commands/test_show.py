@@ -66,7 +66,7 @@ def test_a_fisher_alone_is_compared_with_the_weights_that_are_named(
     weights.mkdir()
     shutil.copy(whole / "model.safetensors", weights)
     (alone / "README.md").touch()
-    with pytest.raises(InputError, match=r"a Fisher and no weights.*with --base-model"):
+    with pytest.raises(InputError, match=r"a Fisher but no weights.*with --base-model"):
         verify(alone)
     found = verify(alone, base_model=weights)
     expected = verify(whole) | {"checkpoint": str(alone), "base_model": str(weights)}
@@ -75,8 +75,8 @@ def test_a_fisher_alone_is_compared_with_the_weights_that_are_named(
     flip(weights / "model.safetensors", "hidden.weight")
     with pytest.raises(InputError, match=r"weights/model\.safetensors: 'hidden\.weight'") as wrong:
         verify(alone, base_model=weights)
-    assert "does not hold the weights that the Fisher in" in str(wrong.value)
-    with pytest.raises(UsageError, match="is no adapter, so it has no --base-model"):
+    assert "does not have the weights that the Fisher in" in str(wrong.value)
+    with pytest.raises(UsageError, match="is not an adapter: leave --base-model out"):
         verify(whole, base_model=weights)
 
 
@@ -280,7 +280,7 @@ def test_a_ledger_whose_traces_are_not_those_of_the_fisher(golden: Callable[[str
     ledger = read_ledger(path)
     ledger.tasks[0].layers["hidden.bias"].trace = 5.0
     path.write_bytes(ledger_bytes(ledger))
-    with pytest.raises(InputError, match=r"fisher\.json: .*'hidden\.bias' has the trace 4\.25"):
+    with pytest.raises(InputError, match=r"fisher\.json: .*'hidden\.bias'.* found 4\.25"):
         verify(folder)
 
 
@@ -393,7 +393,7 @@ def test_show_tells_the_overlap_of_two_fishers_by_layer(tmp_path: Path) -> None:
     assert found["overlap"]["left_out"] == ["head.weight"]
     text = show_text(found)
     assert f"{first:.3f}" in text
-    assert "in one of them only: head.weight" in text
+    assert "in only one of the two: head.weight" in text
     assert show(tmp_path / "one")["overlap"] is None
 
 

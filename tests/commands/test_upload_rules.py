@@ -122,7 +122,7 @@ def test_code_is_what_auto_maps_name_and_what_that_imports(
     write_code(tmp_path)
     with caplog.at_level(logging.INFO, "consolidate"):
         assert named_code(tmp_path) == SENT
-    assert "code that an auto_map needs is missing in" in caplog.text
+    assert "code needed by an auto_map is missing in" in caplog.text
     assert "'lost.py'" in caplog.text
     assert "nothing" not in caplog.text
     (tmp_path / "words.py").write_text("def (")
@@ -171,7 +171,7 @@ def test_what_arrives(network_checkpoint: Path, write_task: Any, hub: Hub, tmp_p
         return out, err
 
     out, err = pushed("--dry-run")
-    assert f"Code that an auto_map needs: {', '.join(sorted(SENT))}\n" in out
+    assert f"Code needed by an auto_map: {', '.join(sorted(SENT))}\n" in out
     assert "'train_secrets.py'" in err
     assert set(json.loads(pushed("--json")[0])["code"]) == SENT
     files = hub.repositories["user/model"].files

@@ -160,13 +160,13 @@ def test_a_header_on_the_hub_that_the_ledger_does_not_list(
     hub.put("user/name", wide)
     code, _, err = run(tmp_path, "show", "user/name", HF_ENDPOINT=hub.address)
     assert code == 3, err
-    assert "does not hold what fisher.json lists" in err
+    assert "is not what fisher.json lists" in err
     assert "'0.weight' has shape [2]" in err
     for file in (wide / "fisher").iterdir():
         file.unlink()
     hub.put("user/bare", wide)
     code, _, err = run(tmp_path, "show", "user/bare", HF_ENDPOINT=hub.address)
-    assert (code, "holds no Fisher" in err) == (3, True), err
+    assert (code, "has no fisher/fisher.json" in err) == (3, True), err
 
 
 def test_a_stranger_keeps_the_old_task_without_its_data(

@@ -281,7 +281,7 @@ def test_a_tag_that_fails_is_set_by_the_next_push(
     words = ("push", checkpoint, "user/model", "--tag", "v1")
     code, _, err = run(tmp_path, *words, **variables)
     commit = hub.repositories["user/model"].branches["main"]
-    told = f"user/model: the commit {commit} is there, but the tag 'v1' is not: "
+    told = f"user/model: the commit {commit} was made, but not the tag 'v1': "
     assert (code, told in err, "tags are for owners" in err) == (3, True, True), err
     code, _, err = run(tmp_path, *words, **variables)
     assert (code, hub.repositories["user/model"].tags) == (0, {"v1": commit}), err

@@ -131,9 +131,11 @@ def test_the_base_model_is_found_or_named(gpt2: Path, tmp_path: Path):
     with pytest.raises(InputError, match=r"gpt2'.*name the base model with --base-model"):
         opened(folder)
     assert opened(folder, moved).base.path == moved
-    with pytest.raises(UsageError, match="is no adapter"):
+    with pytest.raises(UsageError, match="is not an adapter"):
         opened(moved, moved)
-    with pytest.raises(InputError, match="is an adapter itself"):
+    with pytest.raises(
+        InputError, match="expected a whole model as the base model, found an adapter"
+    ):
         opened(folder, folder)
 
 
@@ -208,7 +210,7 @@ def test_the_fisher_of_an_adapter_is_that_of_its_parameters(gpt2: Path, tmp_path
     for name, values in expected.items():
         torch.testing.assert_close(stored.fisher[name], (values / units).float())
     assert stored.ledger.base == set_digest(weight_records(open_checkpoint(gpt2).weights))
-    assert "an adapter's, on the base model" in show_text(show(folder))
+    assert "an adapter of the base model" in show_text(show(folder))
     assert verify(folder)["weights"]["tensors"] == len(names)
     assert f"its base model is in {gpt2}: {stored.ledger.base}" in verify_text(verify(folder))
     metrics = evaluate(folder, {"texts": task}, dtype=torch.float64)["texts"]
@@ -244,21 +246,23 @@ def test_a_fisher_on_another_base_model_is_refused(gpt2: Path, tmp_path: Path, t
     tensors = load_file(gpt2 / "model.safetensors")
     tensors["transformer.wpe.weight"][0, 0] += 1
     save_file(tensors, gpt2 / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"was measured on a base model with the digest"):
+    with pytest.raises(InputError, match=r"measured on another base model: expected the digest"):
         fisher(folder, task, task="more", add=True)
     with pytest.raises(InputError, match=r"name the right one with --base-model"):
         evaluate(folder, {"texts": task})
     moved = gpt2.rename(tmp_path / "elsewhere")
-    assert f"base model {base} was not looked at" in verify_text(verify(folder))
-    with pytest.raises(InputError, match=r"was measured on a base model with the digest"):
+    assert f"base model {base} was not checked" in verify_text(verify(folder))
+    with pytest.raises(InputError, match=r"measured on another base model: expected the digest"):
         verify(folder, base_model=moved)
     (folder / "adapter_config.json").unlink()
     (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"is of an adapter, and .* is a whole model"):
+    with pytest.raises(
+        InputError, match=r"expected the Fisher of a whole model, .* found that of an adapter"
+    ):
         verify(folder)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="means of factors are no means of weights"):
+    with pytest.raises(InputError, match="found an adapter, whose factors cannot be averaged"):
         merge([folder, folder], output_dir=tmp_path / "merged")
 
 

@@ -430,7 +430,7 @@ def test_a_ledger_that_calls_two_tensors_one_is_found_out(
     text = path.read_text()
     assert text.count('"frozen"') == 1
     path.write_text(text.replace('"frozen"', '"the same tensor as second.bias"'))
-    with pytest.raises(InputError, match="is said to be the same tensor as 'second"):
+    with pytest.raises(InputError, match="is listed as the same tensor as 'second"):
         verify(folder)
 
 

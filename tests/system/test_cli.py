@@ -107,15 +107,14 @@ def test_a_dry_run_and_a_tolerance(
     assert code == 0
     assert "parameters   83\nexamples     300, exact\n" in text
     assert "files        fisher.safetensors 0.0 MB\n" in text
-    assert "in between   .fisher.consolidate-partial 0.0 MB, where there is room" in text
+    assert "progress     .fisher.consolidate-partial 0.0 MB, if there is room" in text
     assert not (network_checkpoint / "fisher").exists()
     code, text, _ = run(capsys, *words, "--tolerance", "0.2", "--accumulate-dtype", "float64")
     assert code == 0
     assert re.search(r"trace [\d.]+ \(at worst ± [\d.]+%, of \d\.(weight|bias)\)", text)
     code, text, err = run(capsys, *words, "--overwrite", "--tolerance", "1e-9", "--json")
     assert code == 0
-    assert "all 300 examples were read" in err
-    assert "not to the tolerance of 1e-09" in err
+    assert "--tolerance 1e-09 was not reached: with all 300 examples" in err
     result = json.loads(text)
     assert result["examples"] == 300
     assert 0 < result["layers"]["0.weight"]["relative_error"] < 1
@@ -130,7 +129,9 @@ def test_a_dry_run_beside_a_fisher_says_so_and_goes_on(
     code, text, err = run(capsys, *words, "--dry-run")
     assert code == 0
     assert "parameters   83\n" in text
-    told = f"the pass itself would be refused: {network_checkpoint / 'fisher'} exists already"
+    told = (
+        f"without --dry-run this would be refused: {network_checkpoint / 'fisher'} already exists"
+    )
     assert told in err
     code, _, err = run(capsys, *words, "--dry-run", "--overwrite")
     assert (code, "refused" in err) == (0, False)
@@ -284,7 +285,7 @@ def test_merge(
     out = tmp_path / "copy"
     code, text, _ = run(capsys, "merge", tmp_path / "a", "--output-dir", out)
     assert code == 0
-    assert f"copy: a copy of {tmp_path / 'a'}, as nothing was to be merged; tasks a;" in text
+    assert f"copy: a copy of {tmp_path / 'a'}, the only model; tasks a;" in text
     out = tmp_path / "weighed"
     assert run(capsys, "verify", out)[0] == run(capsys, "show", out)[0] == 0
 
@@ -470,7 +471,7 @@ def test_a_signal_ends_the_run_and_leaves_what_it_goes_on_from(
     err = process.communicate(timeout=60)[1]
     assert process.returncode == code
     assert "Traceback" not in err
-    assert "the same command goes on from there" in err
+    assert "the same command resumes from there" in err
     assert sorted({*tmp_path.rglob("*")} - {*before}) == [tmp_path / ".out.consolidate-partial"]
 
 

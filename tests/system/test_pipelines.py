@@ -79,7 +79,7 @@ def test_the_workflow_passes_and_fails_by_the_gate(folder: Path) -> None:
         numbers = json.loads((folder / "metrics.json").read_text())
         heading, learned, header, *_, means = filter(None, summary.read_text().split("\n"))
         assert heading == ("### next" if code == 0 else "### next.failed-forgetting")
-        assert learned == "It has learned A, B."
+        assert learned == "Tasks: A, B."
         assert header == "| after ↓ on → | A | B |"
         assert means.startswith(f"ACC {numbers['acc']:.4f}, BWT {numbers['bwt']:.4f}")
         assert (folder / "next").is_dir() == (code == 0)

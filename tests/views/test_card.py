@@ -178,11 +178,14 @@ def test_names_cannot_write_into_the_card(ledger: Ledger) -> None:
 @pytest.mark.parametrize(
     ("existing", "message"),
     [
-        ("---\n[1, 2]\n---\n", "not a mapping"),
-        ("---\na: [\n---\n", "not YAML"),
+        ("---\n[1, 2]\n---\n", "names mapped to values"),
+        ("---\na: [\n---\n", "expected metadata in YAML"),
         ("---\nto_yaml: 1\n---\n", "not callable"),
-        ("---\nmodel-index: 3\n---\n", "not a list of models"),
-        ("---\nmodel-index: [{name: h, results: 5}]\n---\n", "results in the model-index"),
+        ("---\nmodel-index: 3\n---\n", "expected a list of models"),
+        (
+            "---\nmodel-index: [{name: h, results: 5}]\n---\n",
+            "expected a list as results in model-index",
+        ),
         ("<!-- consolidate:begin -->\n", "once each or not at all"),
         ("<!-- consolidate:begin --><!-- consolidate:end -->" * 2, "once each or not at all"),
     ],

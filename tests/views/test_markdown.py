@@ -42,7 +42,7 @@ def test_a_checkpoint_without_scores_says_so() -> None:
         "side_by_side": [],
     }
     assert show_markdown(summary) == (
-        "### a &lt;b&gt;\n\nIt has learned c.\n\nNo scores on its tasks are known."
+        "### a &lt;b&gt;\n\nTasks: c.\n\nNo scores on its tasks were measured."
     )
     text = show_markdown(summary | {"accuracy_matrix": MATRIX})
-    assert text.endswith(f"It has learned c.\n\n{matrix_table(MATRIX)}")
+    assert text.endswith(f"Tasks: c.\n\n{matrix_table(MATRIX)}")

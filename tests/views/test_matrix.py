@@ -101,7 +101,7 @@ def test_a_plot_of_many_tasks_says_which(caplog: pytest.LogCaptureFixture, tmp_p
     folder = checkpoints.write(tmp_path / "model", tasks, ["w"])
     with caplog.at_level("INFO", "consolidate"):
         show(folder, plot=tmp_path / "r.svg")
-    assert "the plot has the last 40 of 41 tasks" in caplog.text
+    assert "the plot shows the last 40 of 41 tasks" in caplog.text
 
 
 def test_what_cannot_be_written_is_refused_before(

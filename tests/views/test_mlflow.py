@@ -70,7 +70,7 @@ def test_a_fine_tuning_is_a_run_with_its_curves_and_digests(
     assert code == 0, err
     result = json.loads(text)
     measured, trained = runs()
-    assert f"MLflow: began run {trained.info.run_id}\n" in err
+    assert f"MLflow: started run {trained.info.run_id}\n" in err
     assert (measured.info.run_name, measured.info.status) == ("consolidate fisher", "FINISHED")
     assert measured.data.params["fisher.data"] == str(old)
     assert measured.data.metrics["trace"] > 0
@@ -213,7 +213,7 @@ def test_a_store_that_goes_away_costs_a_note(
     with tracked("fisher", {}, enabled=True) as tracker:
         shutil.rmtree(tmp_path / "runs")
         tracker.metric("loss", 1.0)
-    assert "MLflow did not take what was reported" in caplog.text
+    assert "MLflow did not accept the metrics" in caplog.text
     assert "could not be ended" in caplog.text
 
 
@@ -233,7 +233,7 @@ def test_what_a_store_did_not_take_is_sent_at_the_end(
             tracker.on_step(step)
         (tmp_path / "away").rename(tmp_path / "runs")
         tracker.history([vars(step) for step in taken])
-    assert "MLflow did not take what was reported" in caplog.text
+    assert "MLflow did not accept the metrics" in caplog.text
     (found,) = runs()
     assert found.info.status == "FINISHED"
     steps = {step for step, _ in points(found.info.run_id, "loss")}

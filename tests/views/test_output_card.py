@@ -179,7 +179,7 @@ def test_a_push_renews_what_is_ours(base: Path, hub: Hub, tmp_path: Path) -> Non
     code, _, err = run(tmp_path, *push, **with_hub)
     assert code == 0, err
     sent = hub.repositories["user/model"].files["README.md"].decode()
-    assert "\n# user/model\n\n<!-- consolidate:begin user/model (from here" in sent
+    assert "\n# user/model\n\n<!-- consolidate:begin user/model (each push" in sent
     assert f"made from [them/base]({hub.address}/them/base)" in sent
     assert "consolidate finetune user/model --model" in sent
     assert "path/to/this/folder" not in sent
@@ -188,7 +188,7 @@ def test_a_push_renews_what_is_ours(base: Path, hub: Hub, tmp_path: Path) -> Non
     assert run(tmp_path, *push, **with_hub)[0] == 0
     sent = hub.repositories["user/model"].files["README.md"].decode()
     assert "My words." in sent
-    assert "consolidate:begin user/model (from here" in sent
+    assert "consolidate:begin user/model (each push" in sent
 
 
 def test_a_base_from_the_hub_is_named(base: Path, hub: Hub, tmp_path: Path) -> None:
