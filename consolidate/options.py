@@ -364,6 +364,11 @@ class Adapter:
     lora_alpha: float | None = option(
         None, "α of s = α/R; R by default, so that s = 1.", metavar="X", above=0
     )
+    lora_train_head: bool = option(
+        False,
+        "Train the head of --head keep whole beside the adapter (modules_to_save in peft), "
+        "penalized by its Fisher; frozen by default. A new or extended head trains in any case.",
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from consolidate.chain.heads import Fitted, fit_model, models_of_tasks
+from consolidate.chain.heads import Fitted, fit_model, head_tensors, models_of_tasks
 from consolidate.chain.tasks import Chain, check_names_to_be
 from consolidate.data.encoding import encode
 from consolidate.data.examples import Examples
@@ -70,7 +70,7 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     held_out = _encode_named(plan, plan.validation, loaded, with_heads)
     frozen = None
     if plan.lora is not None:
-        whole = {*fitted.free, *loaded.layout.fresh}
+        whole = {*fitted.free, *loaded.layout.fresh, *_head(plan, loaded)}
         frozen = adapt(loaded, plan.lora, whole, with_heads.values(), seed=plan.recipe.seed)
     term = _penalty(plan, fitted)
     if before is not None and plan.options.penalty.penalty != "ewc":
@@ -84,6 +84,21 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     if plan.options.head.head != "extend":  # which keeps the rows that are there
         fresh |= dict.fromkeys(loaded.layout.fresh, 0)
     return Start(loaded, before, examples, evaluations, held_out, with_heads, term, frozen, fresh)
+
+
+def _head(plan: "Plan", model: Model) -> list[str]:
+    """Name the tensors of a kept head that trains whole beside an adapter; say where it is frozen.
+
+    There is none where all of it is an output layer over the vocabulary.
+    """
+    head = plan.options.head
+    if head.head != "keep":
+        return []
+    if plan.options.adapter.lora_train_head:
+        return head_tensors(model, head.head_parameters)
+    if not model.objective.language and not model.layout.fresh:
+        LOG.info("the head is frozen: --lora-train-head trains it beside the adapter")
+    return []
 
 
 def _fit(plan: "Plan", *, whole: bool) -> tuple[Fitted, partial[Model]]:

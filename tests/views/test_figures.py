@@ -35,7 +35,7 @@ def cells(figure: Figure) -> list[str]:
 
 def test_the_figures_of_a_chain(tmp_path: Path) -> None:
     found = drawn(checkpoints.chain(tmp_path / "model"))
-    assert list(found) == ["matrix", "curves", "protection", "added", "overlap"]
+    assert list(found) == ["matrix", "curves", "between", "protection", "added", "overlap"]
     assert found["matrix"].header == ["after learning", "on a", "on b", "on c"]
     assert found["matrix"].rows == [
         ["a", "0.900", "0.100", "–"],
@@ -45,6 +45,9 @@ def test_the_figures_of_a_chain(tmp_path: Path) -> None:
     assert "After the last one: a 0.600, c 0.950" in found["matrix"].chart.description
     assert found["curves"].rows[1] == ["b", "epoch 1", "0.800", "0.600", "–"]
     assert "a from 0.900 to 0.600" in found["curves"].chart.description
+    assert found["between"].header == ["learning", "α", "on b", "on c"]
+    assert found["between"].rows[1] == ["c", "0.5", "0.700", "0.875"]
+    assert "After learning c, α = 0.5 was chosen of 2" in found["between"].chart.description
     protection = {row[0]: row[1:] for row in found["protection"].rows}
     assert list(protection) == ["0.weight", "0.bias", "2.weight"]  # as in the weights
     assert protection["0.bias"] == ["12", "33.3%", "2", "2"]
