@@ -163,6 +163,7 @@ def finetune(
     lora_rank: int | None = None,
     lora_targets: Sequence[str] = (),
     lora_alpha: float | None = None,
+    lora_train_head: bool = False,
     interpolate: float | str | None = None,
     task: str | None = None,
     objective: str | None = None,
@@ -248,6 +249,9 @@ def finetune(
         lora_targets: Layers that get one, such as '*.q_proj' or q_proj. By default those that peft
             has for the architecture.
         lora_alpha: α of s = α/R; R by default, so that s = 1.
+        lora_train_head: Train the head of `head` keep whole beside the adapter (modules_to_save in
+            peft), penalized by its Fisher; frozen by default. A new or extended head trains in any
+            case.
         interpolate: α: save the weights μ + α (θ − μ) between the start μ and the trained θ, and
             measure them and their Fisher. auto: try 0.1, 0.2, …, 1 on held-out data, and take the α
             of the best mean score where `validation` has old tasks, else the smallest that keeps

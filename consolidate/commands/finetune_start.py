@@ -87,18 +87,27 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
 
 
 def _head(plan: "Plan", model: Model) -> list[str]:
-    """Name the tensors of a kept head that trains whole beside an adapter; say where it is frozen.
-
-    There is none where all of it is an output layer over the vocabulary.
-    """
+    """Name the tensors of a kept head that trains whole beside an adapter; tell where none does."""
     head = plan.options.head
     if head.head != "keep":
         return []
-    if plan.options.adapter.lora_train_head:
-        return head_tensors(model, head.head_parameters)
-    if not model.objective.language and not model.layout.fresh:
-        LOG.info("the head is frozen: --lora-train-head trains it beside the adapter")
-    return []
+    if not plan.options.adapter.lora_train_head:
+        if not model.objective.language and not model.layout.fresh:
+            LOG.info("the head is frozen: --lora-train-head trains it beside the adapter")
+        return []
+    names = head_tensors(model, head.head_parameters)
+    if not names:
+        raise UsageError(
+            f"{model.checkpoint.path} has no head of its own to train, as its output is tied to "
+            "other weights: leave --lora-train-head out"
+        )
+    parameters = dict(model.module.named_parameters())
+    parts = [parameters[at] for name in names for at in model.layout.module_names(name)]
+    if not any(part.requires_grad for part in parts):
+        raise UsageError(
+            "--freeze freezes the head, which --lora-train-head is to train: leave one of them out"
+        )
+    return names
 
 
 def _fit(plan: "Plan", *, whole: bool) -> tuple[Fitted, partial[Model]]:

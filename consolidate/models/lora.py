@@ -105,7 +105,7 @@ def adapt(
 ) -> list[nn.Parameter]:
     """Put a fresh adapter into a model and return what is frozen for it, for `end_adapting`.
 
-    What is new, `whole` by its names in the file, trains as it is beside the adapter.
+    `whole`, by names in the file, trains in full beside the adapter: what is new, or the head.
     """
     module = model.module
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -117,7 +117,7 @@ def adapt(
         if id(layer.weight) not in held:
             raise UsageError(f"{name} is frozen by --freeze, and a target of the adapter")
         if name in new:
-            raise UsageError(f"{name} is new and trains as it is: leave it out of --lora-targets")
+            raise UsageError(f"{name} trains whole: leave it out of --lora-targets")
     for parameter in kept:
         parameter.requires_grad_(id(parameter) in held)
     own = dict(module.named_parameters())
