@@ -210,6 +210,7 @@ def finetune(
     lora_rank: int | None = None,
     lora_targets: Sequence[str] = (),
     lora_alpha: float | None = None,
+    lora_train_head: bool = False,
     evaluate: Mapping[str, str | Path] | None = None,
     max_forgetting: float | None = None,
     save_every_minutes: float = 5.0,
@@ -320,6 +321,8 @@ def finetune(
         lora_targets: Layers to adapt, such as '*.q_proj' or q_proj. (default: those that peft knows
             for the architecture)
         lora_alpha: α of s = α/R. (default: R, so that s = 1)
+        lora_train_head: Train the head of `head` keep in full beside the adapter, penalized by its
+            Fisher (modules_to_save in peft). A new or extended head is always trained.
         evaluate: Evaluate before training, after each epoch and at the end, with the head of task
             NAME if it has one.
         max_forgetting: Exit with code 5 and save the output as DIR.failed-forgetting if an old task

@@ -389,11 +389,18 @@ class Adapter:
     lora_alpha: float | None = option(
         None, "α of s = α/R.", by_default="R, so that s = 1", metavar="X", above=0
     )
+    lora_train_head: bool = option(
+        False,
+        "Train the head of --head keep in full beside the adapter, penalized by its Fisher "
+        "(modules_to_save in peft). A new or extended head is always trained.",
+    )
 
 
 @dataclass(frozen=True)
 class Interpolating:
     """How far the weights go from the start to what was trained."""
+
+    TITLE = "Interpolation"
 
     interpolate: float | str | None = option(
         None,

@@ -89,7 +89,7 @@ class Interpolator:
     def measure_start(self) -> None:
         """Measure the held-out data before the first step, where α is chosen by them."""
         if self.chooses and "before" not in self.state:
-            self.state["before"] = self._measure(waits=False)
+            self.state["before"] = self._measure()
 
     def apply(
         self, work: KeptWork, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]
@@ -104,13 +104,15 @@ class Interpolator:
             kept = {**tensors, **{name: t for name, t in trained.items() if name in tensors}}
             trials = self.state["trials"]
             try:
-                for one in GRID[len(trials) :]:
-                    trials.append(asdict(self._trial(one)))
-                    _put_back(self._start.model.module, trained)
-                    work.settle()
-                    if work.due:
-                        work.keep(kept, saved, "interpolation")
-                    work.stop_if_asked(f"after α = {one:g}")
+                # Several processes stop together, after an α or a measurement.
+                with signals.waiting(self._group is not None):
+                    for one in GRID[len(trials) :]:
+                        trials.append(asdict(self._trial(one)))
+                        _put_back(self._start.model.module, trained)
+                        work.settle()
+                        if work.due:
+                            work.keep(kept, saved, "interpolation")
+                        work.stop_if_asked(f"after α = {one:g}")
             except signals.STOPS as stop:
                 if work.can_keep(stop):
                     work.keep(kept, saved, "interpolation")
@@ -179,7 +181,7 @@ class Interpolator:
         self._move(alpha)
         metrics = lost = None
         try:
-            metrics = self._measure(waits=True)
+            metrics = self._measure()
         except NonFiniteError as error:
             LOG.info("α = %g: %s", alpha, error)
         if metrics is not None:
@@ -189,10 +191,8 @@ class Interpolator:
             LOG.info("α = %g: %s", alpha, scores)
         return Trial(alpha, metrics, lost)
 
-    def _measure(self, *, waits: bool) -> Metrics:
-        # A module may draw in eval mode too; training must not see.
-        waits = waits and self._group is not None
-        with signals.waiting(waits), torch.random.fork_rng():
+    def _measure(self) -> Metrics:
+        with torch.random.fork_rng():  # a module may draw in eval mode too; training must not see
             return evaluate_all(
                 self._start.model,
                 self._held_out,

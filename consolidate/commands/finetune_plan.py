@@ -107,7 +107,9 @@ def check_options(options: FinetuneOptions) -> None:
     ewc_lambda = options.search.ewc_lambda
     free = penalty.penalty == "none" and "with --penalty none"
     plain = recipe.optimizer != "sgd" and f"with --optimizer {recipe.optimizer}"
-    kept = options.head.head == "keep" and "with --head keep"
+    trains_head = adapter.lora_train_head
+    kept = options.head.head == "keep" and not trains_head and "with --head keep"
+    trained = options.head.head != "keep" and f"with --head {options.head.head}, whose head trains"
     whole = adapter.lora_rank is None and "without --lora-rank"
     for option, given, without in (
         ("ewc-lambda", ewc_lambda is not None, free),
@@ -119,6 +121,7 @@ def check_options(options: FinetuneOptions) -> None:
         ("head-parameters", bool(options.head.head_parameters), kept),
         ("lora-targets", bool(adapter.lora_targets), whole),
         ("lora-alpha", adapter.lora_alpha is not None, whole),
+        ("lora-train-head", trains_head, whole or trained),
     ):
         if given and without:
             raise UsageError(f"--{option} has no meaning {without}: leave one of them out")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from consolidate.chain.heads import Fitted, fit_model, models_of_tasks
+from consolidate.chain.heads import Fitted, fit_model, head_tensors, models_of_tasks
 from consolidate.chain.tasks import Chain, check_names_to_be
 from consolidate.data.encoding import encode
 from consolidate.data.examples import Examples
@@ -70,7 +70,7 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     held_out = _encode_named(plan, plan.validation, loaded, with_heads)
     frozen = None
     if plan.lora is not None:
-        whole = {*fitted.free, *loaded.layout.fresh}
+        whole = {*fitted.free, *loaded.layout.fresh, *_head(plan, loaded)}
         frozen = adapt(loaded, plan.lora, whole, with_heads.values(), seed=plan.recipe.seed)
     term = _penalty(plan, fitted)
     if before is not None and plan.options.penalty.penalty != "ewc":
@@ -84,6 +84,30 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     if plan.options.head.head != "extend":  # which keeps the rows that are there
         fresh |= dict.fromkeys(loaded.layout.fresh, 0)
     return Start(loaded, before, examples, evaluations, held_out, with_heads, term, frozen, fresh)
+
+
+def _head(plan: "Plan", model: Model) -> list[str]:
+    """Name the tensors of a kept head that trains whole beside an adapter; tell where none does."""
+    head = plan.options.head
+    if head.head != "keep":
+        return []
+    if not plan.options.adapter.lora_train_head:
+        if not model.objective.language and not model.layout.fresh:
+            LOG.info("the head is frozen: --lora-train-head trains it beside the adapter")
+        return []
+    names = head_tensors(model, head.head_parameters)
+    if not names:
+        raise UsageError(
+            f"{model.checkpoint.path} has no head of its own to train, as its output is tied to "
+            "other weights: leave --lora-train-head out"
+        )
+    parameters = dict(model.module.named_parameters())
+    parts = [parameters[at] for name in names for at in model.layout.module_names(name)]
+    if not any(part.requires_grad for part in parts):
+        raise UsageError(
+            "--freeze freezes the head, which --lora-train-head is to train: leave one of them out"
+        )
+    return names
 
 
 def _fit(plan: "Plan", *, whole: bool) -> tuple[Fitted, partial[Model]]:

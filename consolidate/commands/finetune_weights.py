@@ -36,18 +36,21 @@ def take_stored_values(model: Model, stored: Mapping[str, Tensor]) -> None:
     A model in shards is rounded where it is, and `stored` not looked at.
     """
     state, sharded = model.module.state_dict(), is_sharded(model.module)
-    for group in model.layout.groups:  # one at a time, as each may have to be made
+    layout, at_start = model.layout, model.checkpoint.weights
+    parts = [(group.file_names, group.module_names) for group in layout.groups]
+    parts += [((name,), (name,)) for name in layout.fresh if name in at_start]
+    for file_names, module_names in parts:  # one at a time, as each may have to be made
         if not sharded:
-            parts = {name: stored[name] for name in group.file_names}
-            for name, values in model.layout.to_module(parts).items():
+            own = {name: stored[name] for name in file_names}
+            for name, values in layout.to_module(own).items():
                 state[name].copy_(values)
             continue
-        dtype, *others = {dtype_of(model.checkpoint.weights, name) for name in group.file_names}
+        dtype, *others = {dtype_of(at_start, name) for name in file_names}
         if others:
             raise InputError(
-                f"{group.file_names[0]} and others of other dtypes are one tensor in the model, "
-                "which --shard cannot round alike: store them in one dtype"
+                f"{file_names[0]} and others of other dtypes are one tensor in the model, which "
+                "--shard cannot round alike: store them in one dtype"
             )
-        for name in group.module_names:
+        for name in module_names:
             values = local(state[name])
             values.copy_(values.to(dtype))

@@ -18,7 +18,7 @@ from formats.fisher_json import read_ledger
 from formats.hub import FISHER, commits_of, locate
 
 LOG = logging.getLogger("consolidate")
-PICTURES = ("matrix", "curves", "tradeoff", "protection", "added", "overlap")
+PICTURES = ("matrix", "curves", "tradeoff", "between", "protection", "added", "overlap")
 
 
 def report(options: ReportOptions) -> ReportResult:

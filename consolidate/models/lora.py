@@ -105,7 +105,7 @@ def adapt(
 ) -> list[nn.Parameter]:
     """Add a new adapter to a model and return the parameters frozen for it, for `end_adapting`.
 
-    New tensors, `whole` by their names in the file, are trained without an adapter.
+    `whole`, by names in the file, trains in full beside the adapter: new tensors, or the head.
     """
     module = model.module
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -120,7 +120,7 @@ def adapt(
             )
         if name in new:
             raise UsageError(
-                f"{name} is new and trained without an adapter; leave it out of --lora-targets"
+                f"{name} is trained in full, without an adapter; leave it out of --lora-targets"
             )
     for parameter in kept:
         parameter.requires_grad_(id(parameter) in trained)

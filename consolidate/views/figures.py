@@ -248,9 +248,16 @@ def _between(ledger: Ledger) -> Figure | None:
     scores = [score for line in lines for _, score in line.points]
     chosen_at = f"chosen: {latest.alpha:g}"
     lines.append(Curve(chosen_at, [(latest.alpha, end) for end in limits(scores)], guide=True))
-    ticks = [(0.0, "0, the start"), *((i / 10, f"{i / 10:g}") for i in (2, 4, 6, 8)), (1.0, "1")]
+    ticks = [(0.0, "0"), *((i / 10, f"{i / 10:g}") for i in (2, 4, 6, 8)), (1.0, "1")]
     said = f"After learning {learned}, α = {latest.alpha:g} was chosen of {len(latest.curve) - 1}."
-    chart = Lines("Scores over α", said, lines, ticks, _score, ("α", "score on held-out data"))
+    chart = Lines(
+        "Scores over α",
+        said,
+        lines,
+        ticks,
+        _score,
+        ("α: from the start, 0, to what was trained, 1", "score on held-out data"),
+    )
     every = dict.fromkeys(name for _, one in chosen for at in one.curve for name in at.scores)
     columns = [*every][:LINES]
     rows = [

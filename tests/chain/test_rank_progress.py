@@ -104,6 +104,20 @@ def test_torchrun_is_stopped_and_goes_on(found: Found) -> None:
         assert found["whole_models"][f"same from {name}"]
 
 
+def test_processes_that_choose_alpha_go_on_to_the_same_bytes(found: Found) -> None:
+    found = found["interpolated"]
+    assert found["undisturbed"]["codes"] == found["resumed"]["codes"] == [0, 0]
+    tried = [f"α = {i / 10:g}: new" for i in range(1, 11)]
+    assert [found["undisturbed"]["said"].count(one) for one in tried] == [1] * 10
+    assert found["terminated"]["codes"] == [143, 143]
+    stops = [found[name]["said"] for name in ("terminated", "killed again", "killed measuring")]
+    assert [any(one in said for one in tried) for said in stops] == [True] * 3
+    assert "resuming after the last of 4 steps" in found["killed again"]["said"]
+    assert all(said.count("after: old") == 0 for said in stops[:2])
+    assert "resuming after the last of 4 steps" in found["resumed"]["said"]
+    assert found["same"]
+
+
 def test_shards_go_on_to_the_same_bytes(found: Found) -> None:
     found = found["shards"]
     # Of the third moment one part was published and the other prepared only.

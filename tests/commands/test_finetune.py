@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -627,3 +628,45 @@ def test_gradients_and_optimizer_are_gone_before_the_fisher_is_measured(
     assert result["share_moved"] > 0.9
     assert len(made) == 1
     assert seen == [None] * 4
+
+
+@pytest.mark.parametrize("head", ["new", "extend"])
+def test_the_fisher_of_a_fresh_head_is_measured_at_the_stored_weights(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, head: str
+) -> None:
+    weights = load_file(network_checkpoint / "model.safetensors")
+    narrow = {name: values.bfloat16() for name, values in weights.items()}
+    save_file(narrow, network_checkpoint / "model.safetensors", {"format": "pt"})
+    config = json.loads((network_checkpoint / "config.json").read_text())
+    (network_checkpoint / "config.json").write_text(json.dumps({**config, "num_labels": 3}))
+    options = {**FAST, "model": f"{__name__}:headed"}
+    fisher(network_checkpoint, write_task("old"), model=options["model"])
+    data = np.load(write_task("new", seed=1))
+    np.savez(tmp_path / "more.npz", inputs=data["inputs"], labels=data["labels"] + 2)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def look(model: Any, *arguments: Any, **settings: Any) -> Any:
+        seen.append({name: p.detach().clone() for name, p in model.module.named_parameters()})
+        return measure(model, *arguments, **settings)
+
+    measure, out = finetune_command.measure_fisher, tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune_command, "measure_fisher", look)
+        consolidate.finetune(
+            network_checkpoint,
+            tmp_path / "more.npz",
+            output_dir=out,
+            ewc_lambda=1.0,
+            head=head,
+            **options,
+        )
+    stored = load_file(out / "model.safetensors")
+    assert len(stored["2.bias"]) == (3 if head == "new" else 5)
+    for name, values in seen[0].items():
+        assert torch.equal(stored[name].float(), values), name
+
+
+def headed(config: dict[str, Any]) -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, config["num_labels"])
+    )

@@ -352,7 +352,7 @@ def test_a_step_that_was_broken_off_goes_on_unless_it_is_another(
         edit(tasks, "epochs = 3", "epochs = 2")
     caplog.set_level("INFO", "consolidate")
     result = consolidate.run(tasks)
-    assert ("going on from step 5 of 12" in caplog.text) != changed
+    assert ("resuming from step 5 of 12" in caplog.text) != changed
     assert reasons(result)["01-a"] == "not finished"
     consolidate.run(tasks, output_dir=tmp_path / "whole")
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")

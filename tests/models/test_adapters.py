@@ -30,6 +30,8 @@ from formats.digest import set_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
 from formats.task_file import open_task
+from support.faults import Killed, break_off
+from support.folders import contents
 from support.tiny_models import (
     bert_config,
     byte_tokenizer,
@@ -467,7 +469,7 @@ def test_a_new_output_layer_trains_whole_beside_the_adapter(tmp_path: Path):
     assert moved[1] < 0.2 * moved[0]
     options |= {"lora_targets": ["classifier"], "task": "more"}
     with pytest.raises(
-        UsageError, match=r"classifier\.weight is new.*leave it out of --lora-targets"
+        UsageError, match=r"classifier\.weight is trained in full.*leave it out of --lora-targets"
     ):
         finetune(base, paths[1], output_dir=tmp_path / "no", head="new", **options)
 
@@ -561,3 +563,90 @@ def test_a_module_of_the_users_own_takes_an_adapter(
     options |= {"lora_targets": ()}
     with pytest.raises(UsageError, match="name them with --lora-targets, such as 0, 2"):
         finetune(network_checkpoint, write_task("new", 1), output_dir=tmp_path / "no", **options)
+
+
+def test_the_head_trains_whole_beside_the_adapter_where_it_is_asked_to(
+    network_checkpoint: Path,
+    write_task: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    new = write_task("new", 1)
+    options: dict[str, Any] = {"model": "support.networks:make_network"}
+    fisher(network_checkpoint, write_task("old"), task="old", **options)
+    options |= {"lora_rank": 2, "lora_targets": ["0"], "task": "new", "epochs": 3}
+    options |= {"learning_rate": 0.01, "save_every": 0, "ewc_lambda": 0.0}
+
+    def trained(name: str, **changes: Any) -> dict[str, torch.Tensor]:
+        finetune(network_checkpoint, new, output_dir=tmp_path / name, **options | changes)
+        stored = open_checkpoint(tmp_path / name).weights
+        return {tensor: stored[tensor] for tensor in stored}
+
+    old = open_checkpoint(network_checkpoint).weights
+    with caplog.at_level("INFO", "consolidate"):
+        frozen = trained("frozen")
+        assert caplog.text.count("the head is frozen: --lora-train-head trains it") == 1
+        free = trained("free", lora_train_head=True)
+    assert caplog.text.count("the head is frozen") == 1
+    assert [name for name in old if not torch.equal(old[name], frozen[name])] == ["0.weight"]
+    moved = [name for name in old if not torch.equal(old[name], free[name])]
+    assert moved == ["0.weight", "2.bias", "2.weight"]
+    assert torch.linalg.matrix_rank(free["0.weight"] - old["0.weight"], rtol=1e-4) == 2
+    # penalized by its Fisher, as the merged weights are
+    held = trained("held", lora_train_head=True, ewc_lambda=1e4)
+    distances = [sum((end[n] - old[n]).abs().sum() for n in moved[1:]) for end in (held, free)]
+    assert distances[0] < 0.3 * distances[1]
+    after, before = (
+        read_fisher(p / "fisher").fisher for p in (tmp_path / "held", network_checkpoint)
+    )
+    assert after.keys() == before.keys()  # all is measured
+    assert verify(network_checkpoint, tmp_path / "held")["later"][0]["descends_by"] == "weights"
+
+    names = ["2.bias"]
+    chosen = trained("named", lora_train_head=True, head_parameters=names)
+    assert [n for n in old if not torch.equal(old[n], chosen[n])] == ["0.weight", *names]
+    # and it resumes to the same bytes
+    break_off(monkeypatch, 5)
+    with pytest.raises(Killed):
+        trained("killed", lora_train_head=True)
+    again = trained("killed", lora_train_head=True)
+    assert all(torch.equal(again[name], free[name]) for name in old)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "free")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"lora_rank": None, "lora_targets": ()},
+            "--lora-train-head has no meaning without --lora",
+        ),
+        ({"head": "new"}, "--lora-train-head has no meaning with --head new, whose head trains"),
+        ({"lora_targets": ["0", "2"]}, r"2\.weight is trained in full.*leave it out of --lora-targets"),
+        ({"freeze": ["2.*"]}, "--freeze freezes the head, which --lora-train-head is to train"),
+        ({"head_parameters": ["3.*"]}, r"--head-parameters 3\.\* matches no parameter"),
+    ],
+)
+def test_a_head_that_cannot_train_is_refused(
+    network_checkpoint: Path,
+    write_task: Callable[..., Path],
+    tmp_path: Path,
+    options: dict[str, Any],
+    message: str,
+):
+    given: dict[str, Any] = {"model": "support.networks:make_network", "penalty": "none"}
+    given |= {"lora_rank": 2, "lora_targets": ["0"], "lora_train_head": True}
+    with pytest.raises(UsageError, match=message):
+        finetune(
+            network_checkpoint, write_task("new"), output_dir=tmp_path / "out", **given | options
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_is_the_embedding_cannot_train_beside_the_adapter(
+    protected: Path, new_task: Path, tmp_path: Path
+):
+    options = TRAINING | LORA | {"ewc_lambda": 1.0, "lora_train_head": True}
+    with pytest.raises(UsageError, match="no head of its own to train"):
+        finetune(protected, new_task, output_dir=tmp_path / "out", **options)

@@ -146,6 +146,20 @@ def whole_models() -> dict[str, Any]:
     return found
 
 
+def interpolated() -> dict[str, Any]:
+    """Stop and kill processes while α is chosen, and before."""
+    line = FINETUNE + " --interpolate auto --validation new=held.npz --norm-statistics update"
+    line += " --max-examples 48"
+    found: dict[str, Any] = {"undisturbed": run(line, out="whole-i")}
+    found["killed"] = run(line, stop="SIGKILL-1-training-5")
+    found["terminated"] = run(line, every=60, stop="SIGTERM-1-evaluating-20")
+    found["killed again"] = run(line, stop="SIGKILL-0-evaluating-20")
+    found["killed measuring"] = run(line, stop="SIGKILL-1-measuring-14")
+    found["resumed"] = run(line)
+    found["same"] = same("out", "whole-i")
+    return found
+
+
 def shards() -> dict[str, Any]:
     """Kill and stop processes that each have a shard."""
     line = FINETUNE + " --shard --fisher-max-examples 30"
@@ -193,13 +207,13 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     compensated_sums.FOLDED_BATCHES = 4
     random = np.random.default_rng(0)
-    for name, count in (("old", 20), ("new", 50)):
+    for name, count in (("old", 20), ("new", 50), ("held", 24)):
         labels = random.integers(0, 3, count)
         inputs = random.normal(size=(count, 6)) + 2 * labels[:, None]
         np.savez(f"{name}.npz", inputs=inputs.astype(np.float32), labels=labels)
     normed(folder / "start", folder / "old.npz")
     found = {}
-    for case in (whole_models, shards, fisher):
+    for case in (whole_models, interpolated, shards, fisher):
         found[case.__name__] = case()
         for left in folder.glob("out*"):
             left.rename(folder / f"of-{case.__name__}-{left.name}")

@@ -7,7 +7,7 @@ import torch
 
 from formats.checkpoint import weight_records
 from formats.fisher_folder import write_fisher
-from formats.fisher_json import LayerRecord, Ledger, TaskRecord
+from formats.fisher_json import CurvePoint, Interpolation, LayerRecord, Ledger, TaskRecord
 
 HOSTILE = '<script>alert(\'"1&")</script>\x1b[31m\u202e<img src=http://example.invalid/x>'
 
@@ -73,6 +73,15 @@ def chain(folder: Path) -> Path:
                 layers=layers(names, 0.0, 0.75),
                 metrics={"after": on(a=0.6, c=0.95)},
                 penalty="none",
+                interpolation=Interpolation(
+                    0.5,
+                    "plain",
+                    [
+                        CurvePoint(0.0, {"b": 0.75, "c": 0.25}),
+                        CurvePoint(0.5, {"b": 0.7, "c": 0.875}),
+                        CurvePoint(1.0, {"b": 0.5, "c": 0.9}),
+                    ],
+                ),
             ),
         ],
         names,

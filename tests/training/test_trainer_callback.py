@@ -231,11 +231,18 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         trainer(model, tmp_path, optimizer, callback).train()
 
 
-def test_adapters_of_peft_are_held_like_any_parameter(tmp_path: Path):
-    config = peft.LoraConfig(r=2, target_modules=["layers.0", "layers.2"], init_lora_weights=False)
+@pytest.mark.parametrize("head", [False, True])
+def test_adapters_of_peft_are_held_like_any_parameter(tmp_path: Path, head: bool):
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["layers.0"] if head else ["layers.0", "layers.2"],
+        modules_to_save=["layers.2"] if head else None,
+        init_lora_weights=False,
+    )
     model = peft.get_peft_model(Network(), config).double()
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 4
+    assert any("modules_to_save" in name for name, _ in trained) == head
     before = trained[0][1].detach().clone()
     reference = copy.deepcopy(model)
     by_hand(reference, torch.optim.SGD(reference.parameters(), lr=0.1), max_grad_norm=0.5)

@@ -35,7 +35,8 @@ def cells(figure: Figure) -> list[str]:
 
 def test_the_figures_of_a_chain(tmp_path: Path) -> None:
     found = drawn(checkpoints.chain(tmp_path / "model"))
-    assert list(found) == ["matrix", "curves", "tradeoff", "protection", "added", "overlap"]
+    names = ["matrix", "curves", "tradeoff", "between", "protection", "added", "overlap"]
+    assert list(found) == names
     assert found["matrix"].header == ["after learning", "on a", "on b", "on c"]
     assert found["matrix"].rows == [
         ["a", "0.900", "0.100", "–"],
@@ -57,6 +58,9 @@ def test_the_figures_of_a_chain(tmp_path: Path) -> None:
     assert way.lines[0].points == [(0.1, 0.9), (0.6, 0.8), (0.8, 0.7), (0.8, 0.7)]
     colors = {line.name: line.color for line in curves.lines}
     assert way.lines[0].color == colors["b"] == 1  # a task has one colour
+    assert found["between"].header == ["learning", "α", "on b", "on c"]
+    assert found["between"].rows[1] == ["c", "0.5", "0.700", "0.875"]
+    assert "After learning c, α = 0.5 was chosen of 2" in found["between"].chart.description
     protection = {row[0]: row[1:] for row in found["protection"].rows}
     assert list(protection) == ["0.weight", "0.bias", "2.weight"]  # as in the weights
     assert protection["0.bias"] == ["12", "33.3%", "2", "2"]
