@@ -315,7 +315,12 @@ def test_a_run_that_is_killed_anywhere_resumes_to_the_same_bytes(
     old, new = write_task("old"), write_task("new", seed=1, count=120)
     start = normed(tmp_path / "normed", old)
     options = {**FAST, "model": "support.networks:Network", "ewc_lambda": 10.0, "epochs": 2}
-    options |= {"save_every_minutes": 0, "interpolate": "auto", "evaluate": {"test": new}, **WAYS[way]}
+    options |= {
+        "save_every_minutes": 0,
+        "interpolate": "auto",
+        "evaluate": {"test": new},
+        **WAYS[way],
+    }
     whole = finetune(start, new, output_dir=tmp_path / "whole", **options)
 
     def again() -> Any:

@@ -622,8 +622,14 @@ def test_the_head_trains_whole_beside_the_adapter_where_it_is_asked_to(
             {"lora_rank": None, "lora_targets": ()},
             "--lora-train-head has no meaning without --lora",
         ),
-        ({"head": "new"}, "--lora-train-head has no meaning with --head new, whose head trains"),
-        ({"lora_targets": ["0", "2"]}, r"2\.weight is trained in full.*leave it out of --lora-targets"),
+        (
+            {"head": "new"},
+            "--lora-train-head has no meaning with --head new, whose head trains",
+        ),
+        (
+            {"lora_targets": ["0", "2"]},
+            r"2\.weight is trained in full.*leave it out of --lora-targets",
+        ),
         ({"freeze": ["2.*"]}, "--freeze freezes the head, which --lora-train-head is to train"),
         ({"head_parameters": ["3.*"]}, r"--head-parameters 3\.\* matches no parameter"),
     ],
