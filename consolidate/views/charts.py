@@ -46,7 +46,7 @@ Write = Callable[[float], str]
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A table of numbers as coloured cells, with the numbers in them where there is room.
+    """A table of numbers as coloured cells, with the numbers in cells that are wide enough.
 
     None has no colour; a zero on a log scale is grey.
     """
@@ -126,7 +126,7 @@ class Bars:
 
     @property
     def crowded(self) -> bool:
-        """Whether nothing is high enough to stand beside it."""
+        """Whether it needs the width of a page: it is higher than any other chart."""
         return len(self.rows) > 24
 
     def _height(self, width: float) -> float:
@@ -150,7 +150,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points in an order, with a note at each or none; a guide is a line without dots."""
+    """Connected points, with or without a note at each; a guide is a line without dots."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -162,7 +162,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Lines:
-    """Curves over places along x that have names, between walls or not."""
+    """Curves over named or numbered places along x, with or without walls between them."""
 
     title: str
     description: str
@@ -241,7 +241,7 @@ Chart = HeatMap | Bars | Lines
 
 
 def check_picture(option: str, path: Path, endings: Sequence[str]) -> None:
-    """Refuse, before any work is done, a picture that could not be drawn and written after it."""
+    """Raise, before any work is done, if a picture cannot be drawn or written at its end."""
     if path.suffix.lower() not in endings:
         *most, last = endings
         raise UsageError(f"{option} {path}: the name must end in {', '.join(most)} or {last}")
@@ -251,17 +251,17 @@ def check_picture(option: str, path: Path, endings: Sequence[str]) -> None:
 
 
 def can_draw() -> bool:
-    """Say whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
 def write_picture(path: Path, charts: Sequence[Chart], heading: str = "") -> None:
-    """Draw charts beside each other into a file, of the kind that its name ends with."""
+    """Draw charts side by side into a file; its suffix decides the format."""
     write_file(path, image(charts, path.suffix.lower()[1:], heading=heading))
 
 
 def natural_height(chart: Chart, *, wide: bool = False) -> float:
-    """Return how many CSS pixels high a chart is drawn."""
+    """Return the height of a chart by itself, in CSS pixels."""
     return chart._height(FULL if wide or chart.crowded else HALF)
 
 
@@ -274,9 +274,9 @@ def image(
     heading: str = "",
     height: float = 0.0,
 ) -> bytes:
-    """Draw charts beside each other, as svg, pdf or png (two pixels to a CSS pixel).
+    """Draw charts side by side, as svg, pdf or png (two pixels per CSS pixel).
 
-    They are as high as the highest of them is by itself, and as `height`.
+    The picture has the height of the highest chart, and at least `height`.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -306,7 +306,7 @@ def image(
 
 
 def _style(colors: Colors, salt: str) -> Any:
-    """Give matplotlib's settings; no text is ever taken for mathematics."""
+    """Return the settings of matplotlib; no text is parsed as mathematics."""
     return {
         **dict.fromkeys(("text.color", "xtick.color", "ytick.color"), colors["ink"]),
         **dict.fromkeys(("axes.facecolor", "figure.facecolor"), colors["page"]),
@@ -325,20 +325,20 @@ def _style(colors: Colors, salt: str) -> Any:
 
 
 def decades(values: Sequence[float]) -> tuple[int, int]:
-    """Give the exponents of the powers of ten around the values that are above zero."""
+    """Return the exponents of the powers of ten around the values above zero."""
     exponents = [math.log10(value) for value in values if value > 0] or [-1.0]
     low = math.floor(min(exponents))
     return low, max(math.ceil(max(exponents)), low + 1)
 
 
 def limits(values: Sequence[float]) -> tuple[float, float]:
-    """Give the ends of a scale for values: 0 and 1 where they are shares."""
+    """Return the ends of a scale: 0 and 1 for values between them, else least and largest."""
     low, high = min(values), max(values)
     return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
 
 
 def even_steps(low: float, high: float) -> list[float]:
-    """Give round numbers in equal steps from at most `low` to at least `high`, about five."""
+    """Return about five round numbers in equal steps, from at most `low` to at least `high`."""
     extent = high - low
     if extent == 0:
         return [low]
@@ -351,7 +351,7 @@ def even_steps(low: float, high: float) -> list[float]:
 
 
 def shortened(names: Sequence[str]) -> list[str]:
-    """Cut names of parameters to what fits beside a row: what all begin with goes first."""
+    """Shorten names of parameters to fit beside a row, first by their common beginning."""
     parts = [name.split(".") for name in names]
     common = 0
     while len(names) > 1 and all(
@@ -364,7 +364,7 @@ def shortened(names: Sequence[str]) -> list[str]:
 
 
 def plain(text: str, limit: int = 200) -> str:
-    """Make what is not printable visible, as it could steer a terminal or turn the line around."""
+    """Escape characters that are not printable, which could control a terminal."""
     visible = printable(text[: 4 * limit])
     if len(visible) <= limit:
         return visible
@@ -373,7 +373,7 @@ def plain(text: str, limit: int = 200) -> str:
 
 
 def ink_on(shade: float) -> str:
-    """Give black or white, whichever can be read on a colour of viridis; none beside its scale."""
+    """Return black or white, the readable one on a colour of viridis; "" off its scale."""
     return "" if not shade >= 0 else "#ffffff" if shade < 0.43 else "#000000"
 
 
@@ -390,7 +390,7 @@ def _turned(names: Sequence[str], room: float) -> bool:
 
 
 def _share(value: float, low: float, high: float) -> float:
-    """Say where a value is between two others, from 0 to 1; halves, so that nothing overflows."""
+    """Return where a value is between two others, from 0 to 1; halved so that nothing overflows."""
     if high <= low:
         return 0.5
     return min(max((value / 2 - low / 2) / (high / 2 - low / 2), 0.0), 1.0)

@@ -1,4 +1,4 @@
-"""What a report draws of a ledger and the traces of Λ: charts, and tables of the same numbers."""
+"""The figures of a report, from ledger and traces of Λ: charts, and tables of their numbers."""
 
 import math
 import sys
@@ -24,8 +24,8 @@ from consolidate.views.charts import (
 from consolidate.views.markdown import shown
 from formats.fisher_json import Ledger, TaskRecord
 
-TASKS = 40  # the latest so many are drawn and listed
-ROWS = 48  # of a chart over layers: where there are more parameters, they are taken by module
+TASKS = 40  # at most, the latest, are drawn and listed
+ROWS = 48  # of a chart over layers: more parameters are grouped by module
 LISTED = 1000  # rows of a table
 LINES = 16  # curves
 
@@ -35,7 +35,7 @@ Groups = Mapping[str, Sequence[str]]  # names of parameters by that of their lay
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, and its numbers as a table; how to read it stands in the page."""
+    """A chart, and its numbers as a table; the page explains how to read it."""
 
     name: str  # of the file of a picture, and of the section of a page
     chart: Chart
@@ -50,7 +50,7 @@ class Figure:
 def figures(
     ledger: Ledger, parameters: Sequence[Parameter], matrix: MatrixSummary | None
 ) -> list[Figure]:
-    """Make those that there are numbers for: of the scores, then protection, added, overlap."""
+    """Return the figures that have numbers: of the scores, then protection, added, overlap."""
     known = {parameter["name"]: parameter for parameter in parameters}
     groups = layers([name for name in in_order(ledger) if name in known], ROWS)
     tasks = ledger.tasks[-TASKS:]
@@ -73,14 +73,14 @@ def figures(
 
 
 def _side_by_side(one: Figure, other: Figure) -> tuple[Figure, Figure]:
-    """Draw two as high as the higher one, but none at more than twice its own height."""
+    """Give two figures the height of the higher one, but none more than twice its own."""
     heights = [natural_height(figure.chart) for figure in (one, other)]
     both = [min(max(heights), 2 * height) for height in heights]
     return replace(one, height=both[0]), replace(other, height=both[1])
 
 
 def score_figures(ledger: Ledger, matrix: MatrixSummary | None) -> list[Figure]:
-    """Make the figures of the scores on the tasks, as far as known: matrix, curves, trade-off."""
+    """Return the figures of the known scores on the tasks: matrix, curves, trade-off."""
     merged = side_by_side_text(side_by_side(ledger))
     matrix_figure = None if matrix is None else _matrix(matrix, merged)
     found = [matrix_figure, _curves(ledger), _trade_off(ledger), _between(ledger)]
@@ -88,7 +88,7 @@ def score_figures(ledger: Ledger, matrix: MatrixSummary | None) -> list[Figure]:
 
 
 def search_charts(search: Mapping[str, Any]) -> list[Chart]:
-    """Chart a search's whole runs: scores over λ, and what is kept against what is learned."""
+    """Chart the full runs of a search: scores over λ, and stability against plasticity."""
     whole = max(trial["steps"] for trial in search["trials"])
     trials = [t for t in search["trials"] if t["steps"] == whole and t["metrics"] is not None]
     trials.sort(key=lambda trial: trial["ewc_lambda"])
@@ -118,19 +118,19 @@ def search_charts(search: Mapping[str, Any]) -> list[Chart]:
 
 
 def trade_off(title: str, said: str, curves: Sequence[Curve], labels: tuple[str, str]) -> Lines:
-    """Chart what is kept of old tasks against what is learned of the new one."""
+    """Chart stability against plasticity: the scores on old tasks over that on the new one."""
     return Lines(title, said, curves, (), _number, labels, zoomed=True)
 
 
 def in_order(ledger: Ledger) -> list[str]:
-    """List the protected parameters in the order of the tasks' layers, that of the file."""
+    """List the protected parameters in the order of the weights file."""
     order = dict.fromkeys(name for task in ledger.tasks for name in task.layers)
     order |= dict.fromkeys(ledger.fisher)
     return [name for name in order if name in ledger.fisher]
 
 
 def layers(names: Sequence[str], most: int) -> dict[str, list[str]]:
-    """Take parameters together by module, as far up as `most` groups need; the last is the rest."""
+    """Group parameters by module, at most about `most` groups; the last one has the rest."""
     groups = {name: [name] for name in names}
     depth = min(max(name.count(".") for name in names), 64)
     while len(groups) > most and depth > 0:
@@ -202,7 +202,7 @@ def _curves(ledger: Ledger) -> Figure | None:
 
 
 def _trade_off(ledger: Ledger) -> Figure | None:
-    """Make the figure of each later task's way: its score, and the mean on the tasks before it."""
+    """Return the path of each later task: its score, and the mean score on the tasks before."""
     curves, rows = [], []
     for i, task in list(enumerate(ledger.tasks))[1:][-LINES:]:
         progress = _progress(task)
@@ -304,7 +304,7 @@ def _by_task(
     *,
     log: bool,
 ) -> Figure | None:
-    """Make a figure of what is known of layers by tasks, from 0 to 1 or on a log scale."""
+    """Return a figure of a measure by layer and task, from 0 to 1 or on a log scale."""
     values = [[measure(task, own) for task in tasks] for own in groups.values()]
     if all(value is None for row in values for value in row):
         return None
@@ -322,7 +322,7 @@ def _by_task(
 
 
 def _listed(groups: Groups, cells: Callable[[str], Cells]) -> tuple[list[Cells], int]:
-    """Make a row for each parameter, and say how many there are no rows for."""
+    """Return a row for each parameter, and the number of parameters left out."""
     held = [name for own in groups.values() for name in own]
     return [[name, *cells(name)] for name in held[:LISTED]], max(len(held) - LISTED, 0)
 
@@ -333,7 +333,7 @@ def _scores(measured: Scores) -> dict[str, float]:
 
 
 def _progress(task: TaskRecord) -> dict[str, float]:
-    """Say how far into a task each thing was measured, from 0 to 1."""
+    """Return how far into a task each evaluation was, from 0 to 1."""
     last = {"epoch": 1, "step": 1}
     numbered = [(when, *when.split(" ")) for when in task.metrics if " " in when]
     for _, kind, number in numbered:
@@ -343,7 +343,7 @@ def _progress(task: TaskRecord) -> dict[str, float]:
 
 
 def _trace(task: TaskRecord, names: Sequence[str]) -> float | None:
-    """Give w Σ F over parameters, as far as the ledger knows it."""
+    """Return w Σ F over the parameters whose trace is in the ledger."""
     known = [task.layers[name].trace for name in names if name in task.layers]
     return min(task.weight * _sum(known), sys.float_info.max) if known else None
 
@@ -360,12 +360,12 @@ def _mean_overlap(task: TaskRecord, names: Iterable[str]) -> float | None:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Give the mean, of halves so that nothing overflows."""
+    """Return the mean; halved first so that nothing overflows."""
     return 2 * math.fsum(value / 2 / len(values) for value in values)
 
 
 def _sum(values: Iterable[float]) -> float:
-    """Add numbers from 0; a sum that no float can hold is the largest of them."""
+    """Return the sum of numbers from 0; the largest float if it overflows."""
     return min(sum(values), sys.float_info.max)
 
 

@@ -14,7 +14,7 @@ from formats.wording import few
 
 
 def report_page(name: str, summary: ShowResult, figures: Sequence[Figure]) -> str:
-    """Write the page, without pictures where matplotlib is missing; what a ledger says is escaped.
+    """Return the page, without pictures if matplotlib is missing; all text is escaped.
 
     The template is report.html.jinja, beside this module.
     """

@@ -39,11 +39,11 @@ run: weights, Fisher, ledger and all other files. *Differences* counts files tha
 missing or are left over, and processes with an unexpected exit code.
 
 The networks are a perceptron with dropout on the handwritten digits of scikit-learn, and a tiny
-BERT. Progress is saved as often as possible (`--save-every-minutes 0`), and the sums of a Fisher are
-rounded every {folded} batches instead of 16, so that a short pass has progress to resume from. The
-processes are forks of one that has imported torch, so that the kills fall into the work. `torchrun`
-starts two new processes, with 16 batches; there the moments are counted from the first forward
-pass.
+BERT. Progress is saved as often as possible (`--save-every-minutes 0`), and the sums of a Fisher
+are rounded every {folded} batches instead of 16, so that a short pass has progress to resume from.
+The processes are forks of one that has imported torch, so that the kills fall into the work.
+`torchrun` starts two new processes, with 16 batches; there the moments are counted from the first
+forward pass.
 
 {table}
 
