@@ -1,6 +1,6 @@
 """Elastic Weight Consolidation for checkpoints: measure the Fisher, store it, train with it.
 
-The public names stand in ``__init__.pyi``. Each is imported when it is first used, so that
+The public names are in ``__init__.pyi``. Each is imported when it is first used, so that
 `consolidate --help` does not wait for torch.
 """
 
@@ -21,8 +21,8 @@ try:
     import formats.errors  # noqa: F401
 except ImportError:
     raise ImportError(
-        "the package 'formats' that Python finds is not the one of consolidate-ewc: another "
-        "package or a file formats.py on sys.path hides it; rename that one, or start elsewhere"
+        "another package or file named 'formats' on sys.path hides that of consolidate-ewc: "
+        "rename it, or run from another folder"
     ) from None
 
 

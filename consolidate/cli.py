@@ -47,42 +47,42 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for library in ("HF_HUB", "DATASETS"):  # read when they are imported
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    if sys.stderr is None:  # it was closed before we began
+    if sys.stderr is None:  # closed before the start
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if not sys.stderr.isatty():
         _hide_transfers()
-    said: dict[str, bool] = {}
+    state: dict[str, bool] = {}
     stdout = sys.stdout
     try:
-        code = cli(arguments, prog_name="consolidate", standalone_mode=False, obj=said)
-        _leave(code if isinstance(code, int) else 0)
+        code = cli(arguments, prog_name="consolidate", standalone_mode=False, obj=state)
+        _exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
-        if rank() > 0:  # The first process says the same.
-            _leave(error.exit_code)
+        if rank() > 0:  # the first process reports it
+            _exit(error.exit_code)
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
-        if "--json" in arguments:  # what stands behind a wrong option is not read
-            said["json"] = True
-        _fail(f"{error.format_message()}{hint}", error.exit_code, said)
+        if "--json" in arguments:  # options after a wrong one are not parsed
+            state["json"] = True
+        _fail(f"{error.format_message()}{hint}", error.exit_code, state)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted", 130, said)
+        _fail("interrupted", 130, state)
     except Terminated:
-        _fail("terminated", Terminated.exit_code, said)
+        _fail("terminated", Terminated.exit_code, state)
     except PeerError as error:
         if not str(error):
-            _leave(error.exit_code)
-        _fail(str(error), error.exit_code, said)
+            _exit(error.exit_code)
+        _fail(str(error), error.exit_code, state)
     except SystemExit:
         if sys.stdout is stdout:
             raise
-        _leave(141)  # click has wrapped a pipe that was closed, and would leave with 1
+        _exit(141)  # click wraps a closed pipe, and would exit with 1
     except Exception as error:
-        if said.get("debug"):
+        if state.get("debug"):
             traceback.print_exc()
         message, code = _explain(error)
         if len(message) > 2000:  # a name in a file can be as long as the file
             message = f"{message[:1500]} … {message[-400:]}"
-        _fail(message, code, said)
+        _fail(message, code, state)
 
 
 def _hide_transfers() -> None:
@@ -90,14 +90,14 @@ def _hide_transfers() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _fail(message: str, code: int, said: dict[str, bool]) -> NoReturn:
+def _fail(message: str, code: int, state: dict[str, bool]) -> NoReturn:
     """Report what failed, also as JSON on stdout where that is wanted and nothing was written."""
     kind = "" if code > 128 else "error: "
     click.echo(plain(f"{kind}{message}"), err=True)
-    if said.get("json") and not said.get("written"):
+    if state.get("json") and not state.get("written"):
         with suppress(OSError):  # stderr has it
             click.echo(json_text({"status": "failed", "exit_code": code, "error": message}))
-    _leave(code)
+    _exit(code)
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -114,9 +114,9 @@ def _explain(error: Exception) -> tuple[str, int]:
     return f"{what} (internal error, please report it with the output of --debug)", 1
 
 
-def _leave(code: int) -> NoReturn:
+def _exit(code: int) -> NoReturn:
     try:
-        if sys.stdout is not None:  # it was closed before we began
+        if sys.stdout is not None:  # closed before the start
             sys.stdout.flush()
     except OSError:
         code = code or 141
@@ -135,9 +135,9 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     if several := world_size() > 1:  # torchrun sends on what a terminal has sent to all
         signal.signal(signum, signal.SIG_IGN)
     if ask(reason):
-        leave = b"" if several else b"; press Ctrl-C again to exit at once"
+        how = b"" if several else b"; press Ctrl-C again to exit at once"
         if rank() == 0:
-            os.write(2, b"stopping at the next point to resume from%s\n" % leave)
+            os.write(2, b"stopping at the next point to resume from%s\n" % how)
         return
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -188,7 +188,7 @@ def _note_misspelt_variables() -> None:
         for option in below.params
         if isinstance(option, click.Option)
     }
-    known.add("CONSOLIDATE_HUB_TIMEOUT")  # read where the Hub is asked
+    known.add("CONSOLIDATE_HUB_TIMEOUT")  # read by formats/hub.py
     for name in sorted(os.environ):
         if name.startswith("CONSOLIDATE_") and name not in known:
             near = get_close_matches(name, known, 1, 0.8)
@@ -341,8 +341,8 @@ def _do(typed: dict[str, Any], text: Callable[[Any], str]) -> None:
             result = command(options)
     except ForgettingError as error:
         if name == "finetune":
-            told = {"exit_code": error.exit_code, "error": str(error)}
-            _write(error.result | told, json, text)
+            failed = {"exit_code": error.exit_code, "error": str(error)}
+            _write(error.result | failed, json, text)
         raise
     _write(result, json, text)
 

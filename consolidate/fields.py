@@ -20,9 +20,9 @@ class Option:
     """What is known of an option beside its name, type and default."""
 
     help: str  # for --help, docstrings and the page of options; other options are named as flags
-    by_default: str | None = None  # what happens where it is not given, if its default is None
-    group: str | None = None  # its heading in --help, where that is not the title of its record
-    metavar: str | None = None  # what stands for the value in --help
+    by_default: str | None = None  # what a default of None or () stands for, in words
+    group: str | None = None  # its heading in --help, if not the title of its record
+    metavar: str | None = None  # the value in --help
     choices: tuple[str, ...] = ()
     least: float | None = None  # a number is at least this
     above: float | None = None  # and larger than this
@@ -33,11 +33,11 @@ class Option:
     star: bool = False  # *name in Python
     dtype: bool = False  # names a dtype; Python callers may give the torch.dtype
     written: bool = False  # names a file that is written
-    # Whether the result is made from its value. Not where it changes nothing, and not where it
-    # names content, which is described by digest.
+    # Whether the result depends on its value. Not if it changes nothing, and not if it names
+    # content, which is described by digest.
     changes_result: bool = True
     in_run_file: bool = True  # can be set for the tasks of a run file
-    python: str | None = None  # the type in the Python signature, where that is another
+    python: str | None = None  # the type in the Python signature, if another
     python_only: bool = False  # has no flag
     typed: Callable[[str], Any] | None = None  # reads what was typed, or raises ValueError
 
@@ -97,7 +97,7 @@ class Flat(NamedTuple):
 def flat_options(record: type, *, python: bool = False) -> Iterator[Flat]:
     """Yield the options of a record and of the records in it, in their order.
 
-    In Python a record that is one argument there is one option.
+    A record that is one argument in Python is one option with `python`.
     """
     common = getattr(record, "COMMON", ())
     for flat in _flat(record, Part(), (), None, python):
@@ -221,7 +221,7 @@ def _fits(kind: Any, value: Any) -> bool:
 
 
 def words_of(flat: Flat) -> str:
-    """Say which types of values an option takes."""
+    """Give the types of an option's values in words."""
     if flat.option.dtype:
         return "a dtype such as 'float32'"
     words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
@@ -247,7 +247,7 @@ def _outside(option: Option, value: float) -> bool:
 
 
 def help_text(flat: Flat) -> str:
-    """Give the text of --help: what it does, whether it repeats, its upper bound, its default."""
+    """Give the text of --help: what the option does, its range if bounded above, its default."""
     text, notes = flat.option.help, []
     if flat.default is REQUIRED:
         notes.append("required")
@@ -261,7 +261,7 @@ def help_text(flat: Flat) -> str:
 
 
 def default_words(flat: Flat) -> str:
-    """Say what holds where an option is not given; empty where nothing does."""
+    """Give the default in words; empty if there is none."""
     default = flat.default
     if default is None or default == ():
         return flat.option.by_default or ""
@@ -275,7 +275,7 @@ def default_words(flat: Flat) -> str:
 
 
 def bounds_of(option: Option) -> str:
-    """Say which numbers an option takes; empty where it takes all."""
+    """Give the range of a number in words; empty if it has no bounds."""
     least = "" if option.least is None else f"from {option.least:g}"
     least = least if option.above is None else f"above {option.above:g}"
     most = "" if option.most is None else f"to {option.most:g}"

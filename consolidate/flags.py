@@ -62,7 +62,7 @@ def grouped_with(record: type, *others: type) -> dict[str, list[Flat]]:
 
 
 class _Option(cloup.Option):
-    """An option whose help says all that is to be said: range and default too."""
+    """An option whose help text is complete, with its range and default."""
 
     def get_help_extra(self, ctx: click.Context) -> Any:
         return {}
@@ -199,7 +199,7 @@ def _as_typed(path: Path, key: str, value: Any, option: click.Option, flat: Flat
 
 
 def _remember(context: click.Context, option: click.Parameter, value: bool) -> bool:
-    """Let `main` know how to report what fails."""
+    """Record for `main` how to report a failure."""
     context.ensure_object(dict)[option.name] = value
     return value
 

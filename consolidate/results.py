@@ -120,8 +120,8 @@ class FisherDryRun(PassCost):
 
     status: Literal["dry run"]
     task: str
-    files: dict[str, Bytes]
-    kept: dict[str, Bytes]
+    files: Annotated[dict[str, Bytes], about("Files of the result.")]
+    kept: Annotated[dict[str, Bytes], about("Saved progress, which is removed at the end.")]
 
 
 FisherResult = FisherDone | FisherDryRun

@@ -1,4 +1,4 @@
-"""Write what is made from the code, or check that it is current."""
+"""Write the files that are generated from the code, or check that they are up to date."""
 
 import json
 import sys
@@ -114,7 +114,7 @@ def run(arguments: list[str]) -> int:
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         if arguments:
-            print(f"{name} is not what the code says: run scripts/write_docs", file=sys.stderr)
+            print(f"{name} is not up to date: run scripts/write_docs", file=sys.stderr)
             code = 1
         else:
             path.write_text(text, encoding="utf-8")

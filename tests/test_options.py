@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import click
+import cloup
 import numpy as np
 import pytest
 import torch
 
 import consolidate
 from consolidate.cli import cli
-from consolidate.fields import REQUIRED, flat_options, gather, option, part
+from consolidate.fields import OTHER, REQUIRED, flat_options, gather, help_text, option, part
 from consolidate.flags import flags_of, record_of
-from consolidate.options import COMMANDS, Columns, FinetuneOptions, MergeOptions, Recipe
+from consolidate.options import COMMANDS, TYPED, Columns, FinetuneOptions, MergeOptions, Recipe
 from formats.errors import UsageError
+from scripts.option_pages import options_page
 
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN = {"checkpoint": "a", "data": "b", "output_dir": "c"}
@@ -52,9 +54,56 @@ def test_defaults_on_the_command_line_are_those_of_python(name: str, tmp_path: P
 
 
 def test_every_name_stands_once() -> None:
+    for command, record in COMMANDS.items():
+        records = (record, *TYPED[command])
+        names = [flat.name for one in records for flat in flat_options(one)]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_page_of_options_has_those_of_help_under_the_same_headings(name: str) -> None:
+    (section,) = re.findall(rf"^## {name}\n(.*?)(?=^## |\Z)", options_page(), re.M | re.S)
+    shown: dict[str, list[str]] = {}
+    for title, flag in re.findall(r"^\*\*(.+)\*\*$|^\| `--([\w-]+)` ", section, re.M):
+        if title:
+            shown[title] = []
+        else:
+            shown[list(shown)[-1]].append(flag)
+    expected: dict[str, list[str]] = {}
+    for param in cli.commands[name].params:
+        if isinstance(param, cloup.Option):
+            title = OTHER if param.group is None else param.group.title
+            expected.setdefault(title, []).append(param.opts[0].removeprefix("--"))
+    assert shown == expected
+    assert ("from 0 to below 2^63" in section) == ("`--seed`" in section)
+
+
+def test_help_says_the_default_and_what_a_value_may_be() -> None:
+    texts = {flat.flag: help_text(flat) for flat in flat_options(FinetuneOptions)}
+    assert texts["learning-rate"] == "Peak learning rate. (default: 5e-5)"
+    assert texts["gamma"].endswith(". (from 0 to 1; default: as before, at first 1)")
+    assert texts["momentum"] == "Momentum of sgd. (from 0 to below 1; default: 0)"
+    assert texts["output-dir"].endswith(". (required)")
+    assert texts["evaluate"].endswith(". (repeatable)")
+    assert texts["data-digest"].endswith(". (default: on)")
+    assert texts["fisher-batch-size"].endswith(". (default: --batch-size)")
+    measured = {flat.flag: help_text(flat) for flat in flat_options(COMMANDS["fisher"])}
+    assert measured["batch-size"].endswith(". (default: 16)")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_texts_are_sentences(name: str) -> None:
+    for record in (COMMANDS[name], *TYPED[name]):
+        for flat in flat_options(record):
+            assert re.match(r"[A-Zα-ωλ]|[a-z][a-z-]*: ", flat.option.help), flat.option.help
+            assert flat.option.help.endswith((".", "…")), flat.option.help
+            assert "by default" not in flat.option.help, flat.option.help
+
+
+def test_a_command_names_its_own_options_as_common() -> None:
     for record in COMMANDS.values():
         names = [flat.name for flat in flat_options(record)]
-        assert len(names) == len(set(names))
+        assert set(getattr(record, "COMMON", ())) <= set(names)
 
 
 def test_flat_keywords_become_records() -> None:
