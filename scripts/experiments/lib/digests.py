@@ -14,7 +14,7 @@ MESSAGES = {"warn", "print", "exit", "debug", "info", "warning", "error", "note"
 
 
 class _Meaning(ast.NodeTransformer):
-    """Leave out what does not change a result: docstrings, annotations, texts of messages."""
+    """Leave out what does not change a result: docstrings, annotations, messages, local names."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         """Drop a string that stands alone, as docstrings do."""
@@ -28,8 +28,14 @@ class _Meaning(ast.NodeTransformer):
         return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        """Drop the annotation of what is returned."""
+        """Drop the annotation of what is returned, and number the local variables."""
         node.returns = None
+        taken = {one.arg for one in ast.walk(node.args) if isinstance(one, ast.arg)}
+        names = [one for part in node.body for one in ast.walk(part) if isinstance(one, ast.Name)]
+        local = [one.id for one in names if isinstance(one.ctx, ast.Store) and one.id not in taken]
+        numbers = {name: f"local {i}" for i, name in enumerate(dict.fromkeys(local))}
+        for one in names:
+            one.id = numbers.get(one.id, one.id)
         return self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
