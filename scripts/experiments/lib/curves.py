@@ -140,15 +140,17 @@ def _drawn(seed: int, curve: Curve, level: float, times: int, draws: int) -> Flo
     means = []
     for task, rows in enumerate((curve.learned, curve.kept)):
         weights = _weights(seed, task, rows.shape[1], times * draws)
-        means.append((weights @ rows.T / rows.shape[1]).reshape(times, draws, -1))
+        means.append(
+            (weights @ rows.T.astype(np.float32) / rows.shape[1]).reshape(times, draws, -1)
+        )
     return kept_at(means[0], means[1], level)
 
 
-@lru_cache(32)
-def _weights(seed: int, task: int, rows: int, draws: int) -> Floats:
+@lru_cache(10)
+def _weights(seed: int, task: int, rows: int, draws: int) -> NDArray[np.float32]:
     """Say how often each row is drawn, (draws, rows): alike for every method."""
     generator = np.random.default_rng([seed, task])
-    return generator.multinomial(rows, np.full(rows, 1 / rows), size=draws).astype(float)
+    return generator.multinomial(rows, np.full(rows, 1 / rows), size=draws).astype(np.float32)
 
 
 def best_learned(methods: Sequence[Mapping[int, Curve]]) -> float:

