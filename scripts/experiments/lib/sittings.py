@@ -16,8 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +36,8 @@ from scripts.experiments.lib.records import (
     read_records,
 )
 
+PACKAGES = ("consolidate-ewc", "torch")
+"""Whose versions are recorded."""
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "docs" / "results" / "paper"
 QUICK = ROOT / "experiments-output" / "paper-quick" / "paper"
@@ -61,22 +65,46 @@ Table = Callable[[Sequence[tuple[Experiment, list[Row]]], Path, bool], None]
 """Writes what stands beside all pages, from their rows, into a folder; from whether it is quick."""
 
 
-def main(*experiments: Experiment, table: Table | None = None) -> None:
+class Kind(NamedTuple):
+    """A family of experiments other than the paper's.
+
+    Attributes:
+        what: They are, in the help.
+        results: The folder of records and pages.
+        quick: That of quick runs.
+        page: As PAGE.
+        data_help: What `--data-dir` is.
+        bound: Gives an experiment what the command line says, or exits.
+        packages: Whose versions are recorded.
+    """
+
+    what: str
+    results: Path
+    quick: Path
+    page: str
+    data_help: str
+    bound: Callable[[Experiment, argparse.Namespace], Experiment]
+    packages: tuple[str, ...]
+
+
+def main(*experiments: Experiment, table: Table | None = None, kind: Kind | None = None) -> None:
     """Read the command line of one experiment, or of all, and run what is not done yet.
 
     Args:
         *experiments: Whose units.
         table: Writes the table of all of them.
+        kind: Which experiments they are; the paper's unless given.
     """
+    kind = kind or _paper()
     parser = argparse.ArgumentParser(
-        description="Run the paper's experiments that are not done yet, and write their pages."
+        description=f"Run {kind.what} that are not done yet, and write their pages."
     )
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes, in seconds, to experiments-output/"
     )
     parser.add_argument("--report", action="store_true", help="only write the pages")
     parser.add_argument("--plan", action="store_true", help="only list what is not done yet")
-    parser.add_argument("--data-dir", type=Path, help="a folder with the four IDX files of MNIST")
+    parser.add_argument("--data-dir", type=Path, help=kind.data_help)
     parser.add_argument(
         "--jobs", type=_positive, default=2, help="units at a time, each on one thread"
     )
@@ -94,7 +122,7 @@ def main(*experiments: Experiment, table: Table | None = None) -> None:
     options = parser.parse_args()
     some = [one for one in experiments if table is None or one.name in options.only]
     try:
-        _obey(options, some, experiments, table)
+        _obey(options, some, experiments, table, kind)
     except KeyboardInterrupt:
         print("stopped; what is done is kept: start again to go on", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -110,23 +138,39 @@ def _obey(
     some: Sequence[Experiment],
     experiments: Sequence[Experiment],
     table: Table | None,
+    kind: Kind,
 ) -> None:
-    folder = QUICK if options.quick else RESULTS
+    folder = kind.quick if options.quick else kind.results
     if options.plan:
         print(outlook(some, folder, quick=options.quick, jobs=options.jobs), flush=True)
         return
     if not options.report:
         until = time.monotonic() + 60 * options.minutes if options.minutes is not None else None
         run(
-            some,
+            [kind.bound(one, options) for one in some],
             folder,
             quick=options.quick,
             jobs=options.jobs,
             until=until,
             fetch=lambda: mnist_files.fetch(options.data_dir),
+            packages=kind.packages,
         )
         print(outlook(some, folder, quick=options.quick, jobs=options.jobs), file=sys.stderr)
-    write_pages(experiments if table else some, folder, quick=options.quick, table=table)
+    write_pages(
+        experiments if table else some, folder, quick=options.quick, table=table, page=kind.page
+    )
+
+
+def _paper() -> Kind:
+    return Kind(
+        what="the paper's experiments",
+        results=RESULTS,
+        quick=QUICK,
+        page=PAGE,
+        data_help="a folder with the four IDX files of MNIST",
+        bound=lambda experiment, _: experiment,
+        packages=PACKAGES,
+    )
 
 
 def run(
@@ -137,6 +181,7 @@ def run(
     jobs: int = 1,
     until: float | None = None,
     fetch: Callable[[], object] = mnist_files.fetch,
+    packages: Sequence[str] = PACKAGES,
 ) -> None:
     """Do every unit that has no record, and record it.
 
@@ -147,12 +192,14 @@ def run(
         jobs: Units at a time, each in a process of its own; one is done in this process.
         until: No unit is begun after this time of `time.monotonic`.
         fetch: Sees that MNIST is there, or exits; called before the first unit that needs it.
+        packages: Whose versions are recorded.
 
     Raises:
         PermissionError: The folder cannot be written; nothing is begun.
         SystemExit: A unit failed; all others that could be done are, and recorded. Or a unit's
             process was killed.
     """
+    measured = partial(timed, packages=tuple(packages))
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written")
@@ -160,7 +207,7 @@ def run(
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, context, _begin_worker) as pool:
             try:
-                _run(experiments, folder, quick, jobs, until, fetch, pool)
+                _run(experiments, folder, quick, jobs, until, fetch, pool, measured)
             except BrokenProcessPool:
                 raise SystemExit(
                     "a unit's process was ended from outside, perhaps for want of memory; what is "
@@ -171,7 +218,7 @@ def run(
                     worker.terminate()
                 raise
     else:
-        _run(experiments, folder, quick, 1, until, fetch, None)
+        _run(experiments, folder, quick, 1, until, fetch, None, measured)
 
 
 def _begin_worker() -> None:
@@ -211,7 +258,9 @@ def _run(
     until: float | None,
     fetch: Callable[[], object],
     pool: Executor | None,
+    measured: Callable[[Callable[[Unit], Figures], Unit], Record] | None = None,
 ) -> None:
+    measured = measured or timed
     running: dict[Future[Record], tuple[Experiment, Unit]] = {}
     failed: dict[str, str] = {}
     fetched = False
@@ -240,11 +289,11 @@ def _run(
             if pool is None:
                 future: Future[Record] = Future()
                 try:
-                    future.set_result(timed(experiment.measure, unit))
+                    future.set_result(measured(experiment.measure, unit))
                 except Exception as error:
                     future.set_exception(error)
             else:
-                future = pool.submit(timed, experiment.measure, unit)
+                future = pool.submit(measured, experiment.measure, unit)
             running[future] = experiment, unit
         if not running:
             break
@@ -274,9 +323,11 @@ def undone(experiment: Experiment, folder: Path, quick: bool) -> list[Unit]:
     return [unit for unit in experiment.plan(records, quick) if unit.digest not in done]
 
 
-def timed(measure: Callable[[Unit], Figures], unit: Unit) -> Record:
+def timed(
+    measure: Callable[[Unit], Figures], unit: Unit, packages: Sequence[str] = PACKAGES
+) -> Record:
     """Do one unit on one thread, with its times and versions."""
-    versions = {name: version(name) for name in ("consolidate-ewc", "torch")}
+    versions = {name: version(name) for name in packages}
     versions["threads"] = "1"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -334,7 +385,12 @@ def outlook(experiments: Sequence[Experiment], folder: Path, *, quick: bool, job
 
 
 def write_pages(
-    experiments: Sequence[Experiment], folder: Path, *, quick: bool, table: Table | None
+    experiments: Sequence[Experiment],
+    folder: Path,
+    *,
+    quick: bool,
+    table: Table | None,
+    page: str = PAGE,
 ) -> None:
     """Write the pages of experiments, and the table of all of them.
 
@@ -343,19 +399,23 @@ def write_pages(
         folder: Of the records.
         quick: Whether the pages say that their figures mean nothing.
         table: As of `main`.
+        page: As PAGE.
     """
-    rows = [(one, write_page(one, folder, quick=quick)) for one in experiments]
+    rows = [(one, write_page(one, folder, quick=quick, template=page)) for one in experiments]
     if table is not None:
         table(rows, folder, quick)
 
 
-def write_page(experiment: Experiment, folder: Path, *, quick: bool = False) -> list[Row]:
+def write_page(
+    experiment: Experiment, folder: Path, *, quick: bool = False, template: str = PAGE
+) -> list[Row]:
     """Write an experiment's page, CSV and pictures from its records.
 
     Args:
         experiment: Whose.
         folder: Of the records and of what is written.
         quick: Whether the page says that its figures mean nothing.
+        template: As PAGE.
 
     Returns:
         The experiment's part of the table.
@@ -370,7 +430,7 @@ def write_page(experiment: Experiment, folder: Path, *, quick: bool = False) -> 
     if findings.text:  # else there are searches only, and no figures to link
         page = folder / f"{experiment.name}.md"
         others = len(records) - len(known)
-        text = _page(experiment, known, others, len(units), findings, quick)
+        text = _page(experiment, known, others, len(units), findings, quick, template)
         page.write_text(text, encoding="utf-8")
         print(page)
     return findings.rows
@@ -383,6 +443,7 @@ def _page(
     units: int,
     findings: Findings,
     quick: bool,
+    template: str,
 ) -> str:
     versions = {
         f"{name} {number}"
@@ -390,7 +451,7 @@ def _page(
         for name, number in record.versions.items()
         if name != "threads"
     }
-    return PAGE.format(
+    return template.format(
         title=experiment.title,
         name=experiment.name,
         quick=QUICK_NOTE * quick,
@@ -423,5 +484,14 @@ def _busy(records: Sequence[Record]) -> str:
 
 
 def _few(unit: Unit) -> str:
-    keys = ("merge_rule", "task_weight", "estimator", "fisher_batch", "ewc_lambda", "against")
+    keys = (
+        "rate",
+        "strength",
+        "merge_rule",
+        "task_weight",
+        "estimator",
+        "fisher_batch",
+        "ewc_lambda",
+        "against",
+    )
     return ", ".join(str(unit.settings[k]) for k in ("setting", *keys) if k in unit.settings)

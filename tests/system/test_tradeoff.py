@@ -1,0 +1,325 @@
+"""The trade-off of old and new tasks: curves, digests of code, plans, and a quick run."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scripts.experiments.lib.curves import (
+    Curve,
+    best_learned,
+    difference,
+    estimate,
+    kept_at,
+    unpacked,
+)
+from scripts.experiments.lib.digests import code_digest, meaning
+from scripts.experiments.lib.grids import GRIDS
+from scripts.experiments.lib.records import Record, append_record, read_records
+from scripts.experiments.lib.tuning import Done, fit, packed
+from scripts.experiments.tasks import tradeoff
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def slow_kept_at(points: list[tuple[float, float]], level: float) -> float:
+    """Take the points that no other beats in both, and the straight line over the level."""
+    front = sorted(
+        {
+            one
+            for one in points
+            if not any(
+                other != one and other[0] >= one[0] and other[1] >= one[1] for other in points
+            )
+        }
+    )
+    if level > front[-1][0]:
+        return math.nan
+    if level <= front[0][0]:
+        return front[0][1]
+    for (x0, y0), (x1, y1) in zip(front, front[1:], strict=False):
+        if x0 < level <= x1:
+            return y0 + (level - x0) / (x1 - x0) * (y1 - y0)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_curve_is_read_as_its_upper_envelope_is(seed: int) -> None:
+    chance = random.Random(seed)
+    digits = 1 if seed % 3 else 9  # few digits: points that are equal in one or in both
+    points = [
+        (round(chance.random(), digits), round(chance.random(), digits))
+        for _ in range(chance.randint(1, 8))
+    ]
+    learned, kept = np.array(points).T
+    for level in (*np.linspace(-0.1, 1.1, 25), *learned):
+        found = float(kept_at(learned, kept, float(level)))
+        assert found == pytest.approx(slow_kept_at(points, float(level)), nan_ok=True, abs=1e-12)
+
+
+def test_many_curves_are_read_at_once_as_each_alone() -> None:
+    chance = np.random.default_rng(0)
+    learned, kept = chance.random((2, 3, 50, 4))
+    found = kept_at(learned, kept, 0.6)
+    for at in np.ndindex(3, 50):
+        alone = kept_at(learned[at], kept[at], 0.6)
+        np.testing.assert_equal(found[at], alone)
+
+
+def curves(*, gain: float, seeds: int, rows: int = 400) -> dict[int, Curve]:
+    """Make two points a seed; the old score is higher by `gain` of the same rows."""
+    found = {}
+    for seed in range(seeds):
+        chance = np.random.default_rng(seed)
+        new, old = chance.random((2, rows))
+        learned = np.array([new < 0.6, new < 0.9], dtype=float)
+        kept = np.array([old < 0.8 + gain, old < 0.5 + gain], dtype=float)
+        found[seed] = Curve(learned, kept)
+    return found
+
+
+def test_a_difference_is_paired_by_seed_and_row() -> None:
+    ours, theirs = curves(gain=0.05, seeds=4), curves(gain=0.0, seeds=3)
+    found = difference(ours, theirs, 0.75)
+    apart = [
+        slow_kept_at(list(zip(*ours[seed].means(), strict=True)), 0.75)
+        - slow_kept_at(list(zip(*theirs[seed].means(), strict=True)), 0.75)
+        for seed in range(3)
+    ]
+    assert found.value == pytest.approx(np.mean(apart), abs=1e-12)
+    assert (found.seeds, found.of) == (3, 3)
+    assert found.error < estimate(theirs, 0.75).error  # what both share falls out
+    assert difference(ours, ours, 0.75)[:2] == (0.0, 0.0)
+
+
+def test_the_error_of_one_seed_is_that_of_its_rows() -> None:
+    [curve] = curves(gain=0.0, seeds=1, rows=2000).values()
+    # At the lower end, which is one point: the error of a share.
+    level = float(curve.means()[0][1])
+    found = estimate({0: curve}, level - 1e-9, draws=2000)
+    # The level is fixed while the rows are drawn, so the new score's error adds to the old one's.
+    share = curve.means()[1][1]
+    assert math.sqrt(share * (1 - share) / 2000) * 0.9 < found.error < 0.05
+
+
+def test_a_level_that_is_not_learned_is_not_reached() -> None:
+    some = curves(gain=0.0, seeds=2)
+    best = best_learned([some])
+    assert best == pytest.approx(np.mean([one.means()[0][1] for one in some.values()]))
+    found = estimate(some, 0.99)
+    assert math.isnan(found.value) and (found.seeds, found.of) == (0, 2)
+    assert estimate(some, 0.2).bound and not estimate(some, 0.75).bound
+
+
+@pytest.mark.parametrize("count", [1, 8, 13])
+def test_outcomes_are_written_and_read_again(count: int) -> None:
+    bits = [float(i % 3 == 0) for i in range(count)]
+    np.testing.assert_array_equal(unpacked(packed(bits), count), bits)
+    losses = [1 / 3 + i for i in range(count)]
+    np.testing.assert_allclose(unpacked(packed(losses), count), losses, rtol=5e-5)
+
+
+SOURCE = '''"""A module."""
+from consolidate.ewc.penalty import Penalty
+
+LIMIT = 3
+
+def double(value: float, note=print) -> float:
+    """Return twice the value."""
+    twice = 2 * value
+    if value > LIMIT:
+        raise ValueError(f"{value} is too large")  # says so
+    note("doubled")
+    return twice
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("A module.", "Another text."),
+        ("Return twice the value.", "Double it."),
+        ('f"{value} is too large"', '"More than " + str(LIMIT)'),
+        ('"doubled"', '"done"'),
+        ("  # says so", ""),
+        ("value: float, note=print", "value, note=print"),
+        (") -> float:", "):"),
+        ("twice", "doubled"),
+    ],
+)
+def test_the_digest_does_not_depend_on_words(old: str, new: str) -> None:
+    assert old in SOURCE
+    assert meaning(SOURCE.replace(old, new)) == meaning(SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("2 * value", "3 * value"), ("return twice", "return value"), ("value > LIMIT", "value >= LIMIT"), ("= 3", "= 4"),
+     ("ValueError", "TypeError")],
+)  # fmt: skip
+def test_the_digest_depends_on_code(old: str, new: str) -> None:
+    assert old in SOURCE
+    assert meaning(SOURCE.replace(old, new)) != meaning(SOURCE)
+
+
+def test_the_digest_is_of_what_a_method_uses_and_of_nothing_else(tmp_path: Path) -> None:
+    files = {
+        "scripts/experiments/lib/loop.py": "STEPS = 3\n",
+        "scripts/experiments/methods/one.py": "from scripts.experiments.lib import loop\n",
+        "scripts/experiments/methods/two.py": "from consolidate.ewc.penalty import Penalty\n",
+        "consolidate/ewc/penalty.py": "Penalty = 1\n",
+        "consolidate/ewc/other.py": "OTHER = 1\n",
+        "consolidate/estimation/fisher.py": "FISHER = 1\n",
+        "consolidate/cli.py": "CLI = 1\n",
+    }
+
+    def digests(**changes: str) -> list[str]:
+        for name, text in (files | changes).items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        code_digest.cache_clear()
+        names = ("one", "two")
+        return [
+            code_digest(f"scripts/experiments/methods/{name}.py", root=tmp_path) for name in names
+        ]
+
+    try:
+        before = digests()
+        assert digests(**{"scripts/experiments/methods/three.py": "THREE = 3\n"}) == before
+        assert digests(**{"consolidate/cli.py": "CLI = 2\n"}) == before
+        loop = digests(**{"scripts/experiments/lib/loop.py": "STEPS = 4\n"})
+        assert loop[0] != before[0] and loop[1] == before[1]
+        for name in ("ewc/other", "estimation/fisher"):
+            other = digests(**{f"consolidate/{name}.py": "OTHER = 2\n"})
+            assert other[0] == before[0] and other[1] != before[1]
+    finally:
+        code_digest.cache_clear()
+
+
+def test_only_methods_with_a_penalty_depend_on_the_packages_of_the_penalty() -> None:
+    from scripts.experiments.lib.digests import _files
+
+    for setting, grids in GRIDS.items():
+        for method in grids:
+            names = tradeoff.setting_file(setting), tradeoff.method_file(method)
+            files = _files(names, ROOT)
+            assert "scripts/experiments/lib/tuning.py" in files
+            penalized = method in ("ewc", "l2", "lora_ewc")
+            assert ("consolidate/ewc/penalty.py" in files) == penalized, method
+            assert not files & {
+                "scripts/experiments/lib/pages.py",
+                "scripts/experiments/lib/grids.py",
+                "scripts/experiments/lib/curves.py",
+                "scripts/experiments/tasks/tradeoff.py",
+            }
+
+
+def fake(unit: tradeoff.Unit, validation: float = 0.5) -> Record:
+    return Record(unit, {"validation": validation}, 1.0, {})
+
+
+def test_the_rate_is_that_of_the_best_validation_score_and_the_smallest_of_equal_ones() -> None:
+    search = tradeoff.searched("newsgroups", "l2", False)
+    assert tradeoff.curve("newsgroups", "l2", 1, [fake(one) for one in search[:2]], False) == []
+    for scores, best in (((0.5, 0.7, 0.7), 1), ((0.7, 0.1, 0.2), 0), ((0.1, 0.2, 0.3), 2)):
+        records = [fake(*pair) for pair in zip(search, scores, strict=True)]
+        units = tradeoff.curve("newsgroups", "l2", 1, records[::-1], False)
+        assert {one.settings["rate"] for one in units} == {search[best].settings["rate"]}
+        assert [one.settings["strength"] for one in units] == list(
+            GRIDS["newsgroups"]["l2"].strengths
+        )
+
+
+def test_early_units_compare_the_main_methods() -> None:
+    records: list[Record] = []
+    for _ in range(2):
+        done = {record.unit.digest for record in records}
+        records += [fake(u) for u in tradeoff.plan("newsgroups", records, False)
+                    if u.digest not in done]  # fmt: skip
+    units = tradeoff.plan("newsgroups", records, False)
+    assert len({one.digest for one in units}) == len(units)
+    methods = [one.method for one in units]
+    first = max(methods.index(name) for name in tradeoff.MAIN)
+    assert not {*methods[: first + 1]} - {*tradeoff.MAIN}
+    assert [one.seed for one in units] == sorted(
+        [one.seed for one in units], key=lambda seed: seed > 2
+    )
+
+
+def test_records_of_other_code_are_left_off_the_page_and_done_again(tmp_path: Path) -> None:
+    experiment = tradeoff.EXPERIMENTS[0]
+    [unit, *_] = experiment.plan([], False)
+    other = tradeoff.Unit(
+        unit.experiment, unit.method, unit.seed, {**unit.settings, "code": "0" * 16}
+    )
+    append_record(tmp_path / "newsgroups.jsonl", fake(other))
+    seen: list[Record] = []
+
+    def report(records: list[Record], folder: Path) -> tradeoff.Findings:
+        seen.extend(records)
+        return tradeoff.Findings("Nothing.", [])
+
+    tradeoff.sittings.write_page(experiment._replace(report=report), tmp_path)
+    assert seen == []
+    assert "1 more, of settings tried before" in (tmp_path / "newsgroups.md").read_text()
+    assert unit in tradeoff.sittings.undone(experiment, tmp_path, False)
+
+
+def test_training_ends_where_the_loss_is_not_finite() -> None:
+    model = torch.nn.Linear(1, 1)
+    before = model.weight.item()
+    seen = []
+
+    def loss(model: torch.nn.Module, batch: float) -> torch.Tensor:
+        seen.append(batch)
+        return model(torch.ones(1, 1)).sum() * batch
+
+    done = fit(model, iter([1.0, math.nan, 1.0]), loss, rate=0.5, steps=3)
+    assert isinstance(done, Done) and done.steps == 1 and len(seen) == 2
+    # One step of Adam is one rate.
+    assert model.weight.item() == pytest.approx(before - 0.5, abs=1e-6)
+
+
+def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts/experiments/tasks/tradeoff.py", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_missing_data_are_named(tmp_path: Path) -> None:
+    done = run("--only", "newsgroups", "--data-dir", tmp_path)
+    assert done.returncode == 1
+    assert "20newsgroups-train.tab" in done.stderr and "--only" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "--data-dir is missing" in run("--only", "newsgroups").stderr
+
+
+@pytest.mark.slow
+def test_a_quick_run_makes_every_curve_and_its_page(tmp_path: Path) -> None:
+    from scripts.experiments.lib import kept, sittings
+
+    kept.FOLDER = tmp_path / "kept"
+    experiments = [one for one in tradeoff.EXPERIMENTS if one.name == "newsgroups"]
+    sittings.run(experiments, tmp_path, quick=True)
+    records = read_records(tmp_path / "newsgroups.jsonl")
+    # Again, with what is kept: the same figures but for times.
+    unit = next(record for record in records if record.unit.method == "lora_ewc").unit
+    again = partial(tradeoff.measure, "newsgroups", raw=None)(unit)
+    [first] = [record.figures for record in records if record.unit == unit]
+    assert json.dumps(again["points"]) == json.dumps(first["points"])
+    sittings.write_pages(experiments, tmp_path, quick=True, table=None, page=tradeoff.PAGE)
+    page = (tmp_path / "newsgroups.md").read_text(encoding="utf-8")
+    assert (tmp_path / "newsgroups.png").exists() and "its figures mean nothing" in page
+    for title in tradeoff.pages.TITLES.values():
+        assert f"| {title}" in page
