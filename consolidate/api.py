@@ -165,6 +165,7 @@ def finetune(
     lora_alpha: float | None = None,
     lora_train_head: bool = False,
     interpolate: float | str | None = None,
+    interpolation: str = "plain",
     task: str | None = None,
     objective: str | None = None,
     model: str | None = None,
@@ -256,6 +257,8 @@ def finetune(
             measure them and their Fisher. auto: try 0.1, 0.2, …, 1 on held-out data, and take the α
             of the best mean score where `validation` has old tasks, else the smallest that keeps
             95% of what the new task gains.
+        interpolation: plain: α for all weights; fisher: each weight's start and end weighted by the
+            Fishers of the earlier tasks and of the new one, for which a second pass measures it.
         task: Name of the task; that of the data by default.
         objective: What is predicted; the architecture's own by default. One of sequence-
             classification, multi-label, token-classification, regression, causal-lm, masked-lm,
