@@ -194,6 +194,7 @@ def finetune(
     penalty_device: str | None = None,
     penalty_on: str | None = None,
     interpolate: float | str | None = None,
+    interpolation: str = "plain",
     fisher_estimator: str | None = None,
     fisher_mc_samples: int | None = None,
     fisher_max_outcomes: int | None = None,
@@ -292,6 +293,8 @@ def finetune(
             measure them and their Fisher. auto: try 0.1, 0.2, …, 1 on held-out data, and take the α
             of the best mean score where `validation` has old tasks, else the smallest that keeps
             95% of what the new task gains.
+        interpolation: plain: α for all weights; fisher: each weight's start and end weighted by the
+            Fishers of the earlier tasks and of the new one, for which a second pass measures it.
         fisher_estimator: Labels the Fisher is an expectation over: all of them (exact), sampled
             from the model (mc), the data's own (empirical), or sampled and squared per batch
             (batched). (default: exact up to 16 outcomes, else mc)

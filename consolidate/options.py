@@ -414,6 +414,12 @@ class Interpolating:
         most=1,
         typed=read_alpha,
     )
+    interpolation: str = option(
+        "plain",
+        "plain: α for all weights; fisher: each weight's start and end weighted by the Fishers "
+        "of the earlier tasks and of the new one, for which a second pass measures it.",
+        choices=("plain", "fisher"),
+    )
 
 
 @dataclass(frozen=True)

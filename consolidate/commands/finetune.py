@@ -19,7 +19,6 @@ from consolidate.chain.up_to_date import cached, recorded_fisher
 from consolidate.commands.finetune_interpolation import Interpolator
 from consolidate.commands.finetune_plan import Plan, check_options, plan_finetune
 from consolidate.commands.finetune_run import (
-    UNMOVED,
     Trained,
     descend,
     kept_of,
@@ -28,7 +27,7 @@ from consolidate.commands.finetune_run import (
 )
 from consolidate.commands.finetune_search import Subject, search_lambda
 from consolidate.commands.finetune_start import Start, load_start
-from consolidate.commands.finetune_weights import take_stored_values
+from consolidate.commands.finetune_weights import UNMOVED, take_stored_values
 from consolidate.commands.measurement import (
     fisher_summary,
     kept_work,
@@ -116,7 +115,9 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         estimation = _estimation(plan, start)
         statistics = _running_statistics(plan, start)
         search = _searched(plan, start, work, found)
-        moving = _interpolator(plan, start, found)
+        moving = None
+        if plan.interpolation is not None:
+            moving = Interpolator(plan.interpolation, start, plan.recipe, estimation, group, found)
         start_timing()
         try:
             trained = train(
@@ -252,14 +253,6 @@ def _searched(
     if plot is not None and is_first(work.group):
         write_picture(Path(plot), search_charts(search))
     return search
-
-
-def _interpolator(plan: Plan, start: Start, found: StoredWork | None) -> Interpolator | None:
-    """Prepare to interpolate, from where that was interrupted; None where it was not asked for."""
-    if plan.interpolation is None:
-        return None
-    state = None if found is None else found.state.get("interpolation")
-    return Interpolator(plan.interpolation, start, plan.recipe, all_processes(), state)
 
 
 def _subject(plan: Plan, start: Start) -> Subject:

@@ -1,6 +1,7 @@
 """Weights between the start of a fine-tuning and its end: α as given, or chosen by scores."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from consolidate.chain.resume import KeptWork
-from consolidate.commands.finetune_weights import stored_weights, take_stored_values
+from consolidate.chain.resume import KeptPass, KeptWork
+from consolidate.commands.finetune_weights import UNMOVED, stored_weights, take_stored_values
+from consolidate.commands.measurement import measure_fisher
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.examples import hold_out, subset
-from consolidate.ewc.interpolation import interpolated
-from consolidate.options import Recipe
+from consolidate.ewc.interpolation import fisher_share, interpolated
+from consolidate.options import Estimation, Recipe
 from consolidate.results import AlphaSearch
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import shares
@@ -23,6 +25,7 @@ from consolidate.training.lambda_search import best_mean, largest, mean_score
 from consolidate.training.loop import remeasure_statistics, with_statistics
 from formats.errors import NonFiniteError
 from formats.fisher_json import CurvePoint, Interpolation
+from formats.partial_work import StoredWork
 
 if TYPE_CHECKING:
     from consolidate.commands.finetune_plan import InterpolationPlan
@@ -32,6 +35,8 @@ LOG = logging.getLogger("consolidate")
 
 GRID = tuple(i / 10 for i in range(1, 11))
 """The α that are tried; 1 is what was trained."""
+
+_FISHER = "fisher/"
 
 Metrics = dict[str, dict[str, float]]
 
@@ -67,15 +72,21 @@ class Interpolator:
         plan: "InterpolationPlan",
         start: "Start",
         recipe: Recipe,
+        estimation: Estimation,
         group: ProcessGroup | None,
-        state: Mapping[str, Any] | None = None,
+        found: StoredWork | None = None,
     ) -> None:
         """Hold data of the new task out where α is chosen and none are given.
 
-        `state` is what was kept of the same interpolation, which was interrupted.
+        `estimation` is of the new task's Fisher; `found` is what was kept of the same work, which
+        was interrupted.
         """
         self.plan, self._start, self._recipe, self._group = plan, start, recipe, group
+        self._estimation, self._found = estimation, found
+        state = None if found is None else found.state.get("interpolation")
         self.state = {"trials": [], **(state or {})}  # JSON-ready
+        self._fisher: dict[str, Tensor] = {}  # F at θ, by the module's names
+        self._scale = 1.0  # of F
         self.examples, self._held_out = start.examples, dict(start.held_out)
         self._given = plan.new in self._held_out
         if plan.alpha is None and not self._given:
@@ -99,6 +110,9 @@ class Interpolator:
         `tensors` and `saved` are what is kept of the end of training while α is chosen.
         """
         alpha = self.plan.alpha
+        if self.plan.method == "fisher":
+            self._measure_fisher(work, tensors, saved)
+            tensors = {**tensors, **{f"{_FISHER}{n}": f for n, f in self._fisher.items()}}
         if alpha is None:
             trained = _clones(self._start.model.module)
             kept = {**tensors, **{name: t for name, t in trained.items() if name in tensors}}
@@ -132,7 +146,7 @@ class Interpolator:
                 for alpha, metrics in points
                 if metrics is not None
             ]
-        return Interpolation(self.state["alpha"], "plain", curve)
+        return Interpolation(self.state["alpha"], self.plan.method, curve)
 
     def search(self) -> AlphaSearch | None:
         """Give the search as a result; None where α was given."""
@@ -216,12 +230,51 @@ class Interpolator:
             )
             if files and first_new != 0:
                 start = layout.to_module({file: stored[file] for file in files})[name]
-                moved = interpolated(start, parameter, alpha, first_new=first_new)
+                share = self._share(name, files, alpha)
+                moved = interpolated(start, parameter, share, first_new=first_new)
                 parameter.copy_(moved)
         self._round()
         if self._recipe.norm_statistics == "update" and with_statistics(model.module):
             remeasure_statistics(model.module, self._batches(), self._group)
             self._round()
+
+    def _measure_fisher(
+        self, work: KeptWork, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]
+    ) -> None:
+        """Measure F at the trained weights, on what the new task's Fisher is measured on."""
+        start, found, before = self._start, self._found, self._start.before
+        assert before is not None  # the plan has refused by now
+        at_end = found if found is not None and UNMOVED in found.state else None
+        kept = {} if at_end is None else at_end.tensors
+        self._fisher = {
+            n.removeprefix(_FISHER): t for n, t in kept.items() if n.startswith(_FISHER)
+        }
+        if not self._fisher:
+            diagonal = measure_fisher(
+                start.model,
+                start.examples,
+                self._estimation,
+                task=f"{self.plan.new}, before interpolation",
+                seed=self._recipe.seed,
+                kept=KeptPass(work, at_end, tensors, saved),
+            )
+            self._fisher = {name: values.cpu() for name, values in diagonal.items()}
+        layout = start.model.layout
+        both = [n for n in self._fisher if all(f in before.fisher for f in layout.file_names(n))]
+        files = dict.fromkeys(file for name in both for file in layout.file_names(name))
+        old = math.fsum(float(before.fisher[file].double().sum()) for file in files)
+        new = math.fsum(float(self._fisher[name].double().sum()) for name in both)
+        self._scale = old / new if old > 0 and new > 0 else 1.0
+
+    def _share(self, name: str, files: Sequence[str], alpha: float) -> float | Tensor:
+        """Give the share of θ in a parameter: one for each weight where both Fishers are known."""
+        before = self._start.before
+        if name not in self._fisher or before is None:
+            return alpha
+        if any(file not in before.fisher for file in files):
+            return alpha
+        old = self._start.model.layout.to_module({file: before.fisher[file] for file in files})
+        return fisher_share(old[name], self._fisher[name], alpha, scale=self._scale)
 
     def _round(self) -> None:
         model = self._start.model

@@ -51,6 +51,7 @@ class InterpolationPlan:
     """How far the weights go from the start to what was trained."""
 
     alpha: float | None  # None: chosen on held-out data
+    method: str  # plain, or fisher
     new: str
     old: list[str]  # tasks of the ledger with held-out data
 
@@ -148,7 +149,12 @@ def check_options(options: FinetuneOptions) -> None:
             "--validation is for a search: give several numbers with commas, or auto, as "
             "--ewc-lambda, or --interpolate auto"
         )
-    if options.interpolating.interpolate is not None and options.parameters.shard:
+    interpolating = options.interpolating
+    if interpolating.interpolation != "plain" and interpolating.interpolate is None:
+        raise UsageError(
+            f"--interpolation {interpolating.interpolation} needs --interpolate: give α, or auto"
+        )
+    if interpolating.interpolate is not None and options.parameters.shard:
         raise UsageError(
             "--interpolate cannot be combined with --shard, where no process has whole weights: "
             "leave one of them out"
@@ -201,12 +207,18 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
 
 def _plan_interpolation(options: FinetuneOptions, opened: Opened) -> InterpolationPlan | None:
     """Plan which α is taken, or how it is chosen; None where nothing is interpolated."""
-    alpha = options.interpolating.interpolate
+    alpha, method = options.interpolating.interpolate, options.interpolating.interpolation
     if alpha is None:
         return None
+    if method == "fisher" and opened.before is None:
+        raise InputError(
+            f"--interpolation fisher needs the Fisher of earlier tasks, and {opened.source.path} "
+            "has none: run `consolidate fisher` first, or leave it out"
+        )
     held_out = options.search.validation or {}
     old = [name for name in opened.old_tasks if name in held_out]
-    return InterpolationPlan(None if isinstance(alpha, str) else alpha, opened.task, old)
+    chosen = None if isinstance(alpha, str) else alpha
+    return InterpolationPlan(chosen, method, opened.task, old)
 
 
 def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> Opened:

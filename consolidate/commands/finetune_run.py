@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.resume import KeptTraining, KeptWork
-from consolidate.commands.finetune_weights import stored_weights, take_stored_values
+from consolidate.commands.finetune_weights import UNMOVED, stored_weights, take_stored_values
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.examples import subset
 from consolidate.estimation.likelihoods import get_likelihood
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
     from consolidate.commands.finetune_start import Start
 
 LOG = logging.getLogger("consolidate")
-
-UNMOVED = "before interpolation"
-"""Marks what was kept after the last step, while α was chosen."""
 
 
 @dataclass(frozen=True)

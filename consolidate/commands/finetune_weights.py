@@ -12,6 +12,9 @@ from consolidate.runtime.shards import is_sharded, local
 from formats.errors import InputError
 from formats.tensors import dtype_of
 
+UNMOVED = "before interpolation"
+"""Marks progress that was saved after the last step and before the weights are interpolated."""
+
 
 def stored_weights(model: Model, group: ProcessGroup | None) -> Mapping[str, Tensor]:
     """Give the module's present values as the weights file's tensors, by file name.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,7 @@ from torch import nn
 from consolidate.api import evaluate, finetune, fisher, report, show
 from consolidate.commands import finetune_interpolation
 from consolidate.runtime import signals
-from formats.errors import ForgettingError, NonFiniteError, UsageError
+from formats.errors import ForgettingError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
 from support.checkpoints import measured_by_hand, normed
 from support.command_line import run
@@ -166,8 +167,6 @@ def test_running_statistics_are_measured_again_where_they_follow_the_data(
     finetune(network_checkpoint, b, output_dir=tmp_path / "whole", **options)
     finetune(network_checkpoint, b, output_dir=tmp_path / "half", interpolate=0.5, **options)
     half, whole = weights(tmp_path / "half"), weights(tmp_path / "whole")
-    import numpy as np
-
     inputs = torch.from_numpy(np.load(b)["inputs"])
     order = torch.randperm(49, generator=torch.Generator().manual_seed(0))[:48]
     hidden = nn.functional.linear(inputs[order], half["0.weight"], half["0.bias"])
@@ -181,8 +180,6 @@ def test_running_statistics_are_measured_again_where_they_follow_the_data(
 def test_what_is_new_is_as_trained(
     learned: Path, write_task: Write, tmp_path: Path, head: str
 ) -> None:
-    import numpy as np
-
     b = write_task("b", seed=1)
     data = np.load(b)
     np.savez(tmp_path / "b.npz", inputs=data["inputs"], labels=data["labels"] + 2)
@@ -303,6 +300,7 @@ def test_the_gate_is_on_what_is_stored(learned: Path, write_task: Write, tmp_pat
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "by Fishers": {"interpolation": "fisher"},
     "an adapter": {"lora_rank": 2, "lora_targets": ["last"]},
     "statistics": {"norm_statistics": "update"},
 }
@@ -368,6 +366,88 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int, tried: list[flo
     monkeypatch.setattr(finetune_interpolation.Interpolator, "_trial", broken)
 
 
+def test_weighted_by_the_fishers(learned: Path, write_task: Write, tmp_path: Path) -> None:
+    b = write_task("b", seed=1)
+    options = {**COMMON, "epochs": 10}
+    finetune(learned, b, output_dir=tmp_path / "whole", **options)
+    options |= {"interpolate": 0.3, "interpolation": "fisher"}
+    found = finetune(learned, b, output_dir=tmp_path / "out", **options)
+    mu, theta, out = weights(learned), weights(tmp_path / "whole"), weights(tmp_path / "out")
+    old = {name: values.double() for name, values in fisher_of(learned).items()}
+    new = {name: values.double() for name, values in measured_by_hand(theta, b).items()}
+    sums = [sum(values.sum() for values in one.values()) for one in (old, new)]
+    for name, values in out.items():
+        shares = 0.7 * old[name] / sums[0], 0.3 * new[name] / sums[1]
+        mean = (shares[0] * mu[name] + shares[1] * theta[name]) / sum(shares)
+        plain = mu[name] + 0.3 * (theta[name] - mu[name])
+        expected = torch.where(sum(shares) > 0, mean, plain.double())
+        torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-6)
+    assert found["interpolation"] == {"alpha": 0.3, "method": "fisher", "curve": []}
+    # The Fisher in the output is that of the weights in the output.
+    for name, values in measured_by_hand(out, b).items():
+        merged = fisher_of(tmp_path / "out")[name]
+        torch.testing.assert_close(merged, old[name].float() + values, rtol=1e-4, atol=1e-8)
+
+
+def test_frozen_weights_and_new_rows_in_a_weighted_interpolation(
+    learned: Path, write_task: Write, tmp_path: Path
+) -> None:
+    b = write_task("b", seed=1)
+    data = np.load(b)
+    np.savez(tmp_path / "b.npz", inputs=data["inputs"], labels=data["labels"] + 2)
+    config = json.loads((learned / "config.json").read_text())
+    (learned / "config.json").write_text(json.dumps({**config, "num_labels": 3}))
+    options = {**COMMON, "model": f"{__name__}:headed", "head": "extend", "freeze": ["0.bias"]}
+    data_file = tmp_path / "b.npz"
+    finetune(learned, data_file, output_dir=tmp_path / "whole", **options)
+    options |= {"interpolate": 0.5, "interpolation": "fisher"}
+    finetune(learned, data_file, output_dir=tmp_path / "out", **options)
+    theta, out = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert torch.equal(out["0.bias"], weights(learned)["0.bias"])
+    assert torch.equal(out["2.weight"][3:], theta["2.weight"][3:])
+    assert not torch.equal(out["2.weight"][:3], theta["2.weight"][:3])
+
+
+@pytest.mark.parametrize("alpha", [0.5, "auto"])
+def test_the_pass_before_a_weighted_interpolation_resumes_too(
+    learned: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    alpha: Any,
+) -> None:
+    monkeypatch.setattr("consolidate.estimation.compensated_sums.FOLDED_BATCHES", 4)
+    b, held = write_task("b", seed=1, count=100), write_task("held", seed=1)
+    options = {**COMMON, "epochs": 2, "save_every": 0, "fisher_batch_size": 4}
+    options |= {"interpolate": alpha, "interpolation": "fisher"}
+    if alpha == "auto":
+        options["validation"] = {"b": held}
+    finetune(learned, b, output_dir=tmp_path / "whole", **options)
+    caplog.set_level("INFO", "consolidate")
+    for examples in (40, 60):
+        kill_after(monkeypatch, examples)  # in the pass before, twice
+        with pytest.raises(Killed):
+            finetune(learned, b, output_dir=tmp_path / "out", **options)
+    measure, calls = finetune_interpolation.measure_fisher, []
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        calls.append("before")
+        found = measure(*arguments, **settings)
+        kill_after(monkeypatch, 40)  # in the pass after it
+        return found
+
+    monkeypatch.setattr(finetune_interpolation, "measure_fisher", counted)
+    caplog.clear()
+    with pytest.raises(Killed):
+        finetune(learned, b, output_dir=tmp_path / "out", **options)
+    assert "going on after 48 of 100 examples" in caplog.text
+    monkeypatch.setattr(finetune_interpolation, "measure_fisher", None)  # is not needed again
+    finetune(learned, b, output_dir=tmp_path / "out", **options)
+    assert calls == ["before"]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_signal_while_alpha_is_chosen_keeps_the_training(
     learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,9 +498,19 @@ def test_wrong_use_is_refused(learned: Path, write_task: Write, tmp_path: Path) 
         finetune(learned, b, interpolate="auto", validation={"b": b}, **common)
     with pytest.raises(UsageError, match=r"expected the new task, b, or one .* holds: a$"):
         finetune(learned, b, interpolate="auto", validation={"c": held}, **common)
+    with pytest.raises(UsageError, match="--interpolation fisher needs --interpolate"):
+        finetune(learned, b, interpolation="fisher", **common)
     with pytest.raises(UsageError, match="--interpolate cannot be combined with --shard"):
         finetune(learned, b, interpolate=0.5, shard=True, **common)
     assert not (tmp_path / "out").exists()
+
+
+def test_weighting_needs_the_fisher_of_earlier_tasks(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    options = {**FAST, "penalty": "none", "interpolate": 0.5, "interpolation": "fisher"}
+    with pytest.raises(InputError, match=r"needs the Fisher of earlier tasks, and .* has none"):
+        finetune(network_checkpoint, write_task("b"), output_dir=tmp_path / "out", **options)
 
 
 def test_what_diverged_is_refused(

@@ -1,6 +1,6 @@
 import torch
 
-from consolidate.ewc.interpolation import interpolated
+from consolidate.ewc.interpolation import fisher_share, interpolated
 
 
 def pair(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,3 +47,29 @@ def test_the_ends_are_not_written_to() -> None:
     interpolated(start, trained, 1.0)[:] = 0
     assert torch.equal(start, before[0])
     assert torch.equal(trained, before[1])
+
+
+def test_the_share_by_fishers_gives_their_weighted_mean() -> None:
+    start, trained = pair()
+    old, new = (values.abs() for values in pair())
+    for alpha, scale in ((0.1, 1.0), (0.5, 3.0), (0.9, 0.2)):
+        share = fisher_share(old, new, alpha, scale=scale)
+        weights = (1 - alpha) * old, alpha * scale * new
+        expected = (weights[0] * start + weights[1] * trained) / sum(weights)
+        torch.testing.assert_close(interpolated(start, trained, share), expected)
+
+
+def test_where_both_fishers_vanish_it_is_plain() -> None:
+    old = torch.tensor([0.0, 0.0, 2.0, 1.0])
+    new = torch.tensor([0.0, 3.0, 0.0, 1.0])
+    assert fisher_share(old, new, 0.25).tolist() == [0.25, 1.0, 0.0, 0.25]
+    assert fisher_share(old, new, 0.0).tolist() == [0.0] * 4
+    assert fisher_share(old, new, 1.0).tolist() == [1.0] * 4
+
+
+def test_shares_of_0_and_1_give_the_ends_to_the_bit() -> None:
+    start, trained = pair(torch.float32)
+    share = torch.tensor([0.0, 1.0, 0.0]).expand(5, 3)
+    values = interpolated(start, trained, share)
+    assert torch.equal(values[:, 1], trained[:, 1])
+    assert torch.equal(values[:, ::2], start[:, ::2])

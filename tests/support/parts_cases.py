@@ -157,6 +157,13 @@ def interpolated() -> dict[str, Any]:
     found["killed measuring"] = run(line, stop="SIGKILL-1-measuring-14")
     found["resumed"] = run(line)
     found["same"] = same("out", "whole-i")
+    line = line.replace("--norm-statistics update", "--interpolation fisher")
+    found["weighted"] = run(line, out="whole-w")
+    found["killed before"] = run(line, out="out-w", stop="SIGKILL-1-measuring-14")
+    found["killed between"] = run(line, out="out-w", stop="SIGKILL-0-evaluating-9")
+    found["killed after"] = run(line, out="out-w", stop="SIGKILL-1-measuring-14")
+    found["resumed weighted"] = run(line, out="out-w")
+    found["same weighted"] = same("out-w", "whole-w")
     return found
 
 
