@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         trainer(model, tmp_path, optimizer, penalty_callback(penalty)).train()
     penalty = Penalty(model, *fisher_and_anchor(model), ewc_lambda=LAMBDA)
     callback = penalty_callback(penalty, step="proximal")
-    with pytest.raises(UsageError, match="not of RMSprop"):
+    with pytest.raises(UsageError, match="not RMSprop"):
         trainer(model, tmp_path, optimizer, callback).train()
 
 
