@@ -1,12 +1,11 @@
 """The trade-off of old and new tasks: curves, digests of code, plans, and a quick run."""
 
+import argparse
+import dataclasses
 import json
 import math
-import os
 import random
-import subprocess
-import sys
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,7 @@ def slow_kept_at(points: list[tuple[float, float]], level: float) -> float:
         return math.nan
     if level <= front[0][0]:
         return front[0][1]
-    for (x0, y0), (x1, y1) in zip(front, front[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(front):
         if x0 < level <= x1:
             return y0 + (level - x0) / (x1 - x0) * (y1 - y0)
     raise AssertionError
@@ -115,8 +114,9 @@ def test_a_level_that_is_not_learned_is_not_reached() -> None:
     best = best_learned([some])
     assert best == pytest.approx(np.mean([one.means()[0][1] for one in some.values()]))
     found = estimate(some, 0.99)
-    assert math.isnan(found.value) and (found.seeds, found.of) == (0, 2)
-    assert estimate(some, 0.2).bound and not estimate(some, 0.75).bound
+    assert math.isnan(found.value)
+    assert (found.seeds, found.of) == (0, 2)
+    assert [estimate(some, level).bound for level in (0.2, 0.75)] == [True, False]
 
 
 @pytest.mark.parametrize("count", [1, 8, 13])
@@ -162,9 +162,14 @@ def test_the_digest_does_not_depend_on_words(old: str, new: str) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("2 * value", "3 * value"), ("return twice", "return value"), ("value > LIMIT", "value >= LIMIT"), ("= 3", "= 4"),
-     ("ValueError", "TypeError")],
-)  # fmt: skip
+    [
+        ("2 * value", "3 * value"),
+        ("return twice", "return value"),
+        ("value > LIMIT", "value >= LIMIT"),
+        ("= 3", "= 4"),
+        ("ValueError", "TypeError"),
+    ],
+)
 def test_the_digest_depends_on_code(old: str, new: str) -> None:
     assert old in SOURCE
     assert meaning(SOURCE.replace(old, new)) != meaning(SOURCE)
@@ -175,7 +180,7 @@ def test_the_digest_is_of_what_a_method_uses_and_of_nothing_else(tmp_path: Path)
         "scripts/experiments/lib/loop.py": "STEPS = 3\n",
         "scripts/experiments/methods/one.py": "from scripts.experiments.lib import loop\n",
         "scripts/experiments/methods/two.py": "from consolidate.ewc.penalty import Penalty\n",
-        "consolidate/ewc/penalty.py": "Penalty = 1\n",
+        "consolidate/ewc/penalty.py": "from consolidate.ewc import other\nPenalty = 1\n",
         "consolidate/ewc/other.py": "OTHER = 1\n",
         "consolidate/estimation/fisher.py": "FISHER = 1\n",
         "consolidate/cli.py": "CLI = 1\n",
@@ -196,10 +201,10 @@ def test_the_digest_is_of_what_a_method_uses_and_of_nothing_else(tmp_path: Path)
         assert digests(**{"scripts/experiments/methods/three.py": "THREE = 3\n"}) == before
         assert digests(**{"consolidate/cli.py": "CLI = 2\n"}) == before
         loop = digests(**{"scripts/experiments/lib/loop.py": "STEPS = 4\n"})
-        assert loop[0] != before[0] and loop[1] == before[1]
-        for name in ("ewc/other", "estimation/fisher"):
-            other = digests(**{f"consolidate/{name}.py": "OTHER = 2\n"})
-            assert other[0] == before[0] and other[1] != before[1]
+        assert [a == b for a, b in zip(loop, before, strict=True)] == [False, True]
+        other = digests(**{"consolidate/ewc/other.py": "OTHER = 2\n"})
+        assert [a == b for a, b in zip(other, before, strict=True)] == [True, False]
+        assert digests(**{"consolidate/estimation/fisher.py": "FISHER = 2\n"}) == before
     finally:
         code_digest.cache_clear()
 
@@ -283,43 +288,78 @@ def test_training_ends_where_the_loss_is_not_finite() -> None:
         return model(torch.ones(1, 1)).sum() * batch
 
     done = fit(model, iter([1.0, math.nan, 1.0]), loss, rate=0.5, steps=3)
-    assert isinstance(done, Done) and done.steps == 1 and len(seen) == 2
+    assert isinstance(done, Done)
+    assert (done.steps, len(seen)) == (1, 2)
     # One step of Adam is one rate.
     assert model.weight.item() == pytest.approx(before - 0.5, abs=1e-6)
 
 
-def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts/experiments/tasks/tradeoff.py", *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-
-
 def test_missing_data_are_named(tmp_path: Path) -> None:
-    done = run("--only", "newsgroups", "--data-dir", tmp_path)
-    assert done.returncode == 1
-    assert "20newsgroups-train.tab" in done.stderr and "--only" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "--data-dir is missing" in run("--only", "newsgroups").stderr
+    words = argparse.Namespace(quick=False, report=False, plan=False, data_dir=None)
+    experiment = tradeoff.EXPERIMENTS[0]
+    with pytest.raises(SystemExit, match="--data-dir is missing"):
+        tradeoff.bound(experiment, words)
+    words.data_dir = tmp_path
+    with pytest.raises(SystemExit, match=r"20newsgroups-train.tab.* is not there.*--only"):
+        tradeoff.bound(experiment, words)
+    words.plan = True
+    assert tradeoff.bound(experiment, words) == experiment
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which starts and Fishers are kept."""
+    from scripts.experiments.lib import chain_tuning, kept
+
+    for module in (kept, chain_tuning):
+        monkeypatch.setattr(module, "FOLDER", tmp_path / "kept")
+    return tmp_path
+
+
+def points(setting: str, method: str, strength: float, **settings: object) -> dict[str, object]:
+    """Measure a quick unit at one rate."""
+    unit = tradeoff.unit(setting, method, 1e-3, strength, 0, True)
+    figures = tradeoff.measure(
+        setting, dataclasses.replace(unit, settings={**unit.settings, **settings}), raw=None
+    )
+    return figures["points"]
+
+
+@pytest.mark.parametrize("setting", tradeoff.SETTINGS)
+def test_methods_agree_where_they_are_the_same(setting: str, folder: Path) -> None:
+    free = points(setting, "free", 1e-3)
+    for method in ("l2", "ewc", "distill", "replay"):
+        assert points(setting, method, 0.0, alphas=[1.0]) == free, method
+    assert points(setting, "fewer_steps", 1.0) == free
+    assert points(setting, "lora", 1e-3) == points(setting, "lora_ewc", 0.0)
+    assert points(setting, "lora", 1e-3) != free
+    if tradeoff.is_chain(setting):
+        assert points(setting, "interpolation", 1.0) == free
+        assert points(setting, "interpolation", 0.5) != free
+    else:
+        mixed = points(setting, "interpolation", 1.0, alphas=[1.0, 0.0])
+        assert mixed["1"] == free["1"]
+        unit = tradeoff.unit(setting, "free", 1e-3, 1e-3, 0, True)
+        start = tradeoff.measure(setting, unit, raw=None)["start"]
+        assert {part: mixed["0"][part] for part in start} == start
 
 
 @pytest.mark.slow
-def test_a_quick_run_makes_every_curve_and_its_page(tmp_path: Path) -> None:
-    from scripts.experiments.lib import kept, sittings
+@pytest.mark.parametrize("name", tradeoff.SETTINGS)
+def test_a_quick_run_makes_every_curve_and_its_page(name: str, folder: Path) -> None:
+    from scripts.experiments.lib import sittings
 
-    kept.FOLDER = tmp_path / "kept"
-    experiments = [one for one in tradeoff.EXPERIMENTS if one.name == "newsgroups"]
-    sittings.run(experiments, tmp_path, quick=True)
-    records = read_records(tmp_path / "newsgroups.jsonl")
+    experiments = [one for one in tradeoff.EXPERIMENTS if one.name == name]
+    sittings.run(experiments, folder, quick=True)
+    records = read_records(folder / f"{name}.jsonl")
     # Again, with what is kept: the same figures but for times.
     unit = next(record for record in records if record.unit.method == "lora_ewc").unit
-    again = partial(tradeoff.measure, "newsgroups", raw=None)(unit)
+    again = tradeoff.measure(name, unit, raw=None)
     [first] = [record.figures for record in records if record.unit == unit]
     assert json.dumps(again["points"]) == json.dumps(first["points"])
-    sittings.write_pages(experiments, tmp_path, quick=True, table=None, page=tradeoff.PAGE)
-    page = (tmp_path / "newsgroups.md").read_text(encoding="utf-8")
-    assert (tmp_path / "newsgroups.png").exists() and "its figures mean nothing" in page
-    for title in tradeoff.pages.TITLES.values():
-        assert f"| {title}" in page
+    sittings.write_pages(experiments, folder, quick=True, table=None, page=tradeoff.PAGE)
+    page = (folder / f"{name}.md").read_text(encoding="utf-8")
+    assert (folder / f"{name}.png").exists()
+    assert "its figures mean nothing" in page
+    for method, title in tradeoff.pages.TITLES.items():
+        assert f"| {title}" in page or (method == "ewc_interpolated" and tradeoff.is_chain(name))

@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-PACKAGES = ("consolidate/estimation", "consolidate/ewc")
-"""What a file imports of these counts as a whole: their files call each other."""
+FOLLOWED = ("scripts/experiments/", "consolidate/estimation/", "consolidate/ewc/")
+"""Where imports are followed: what is there decides a result. Other files count alone."""
 MESSAGES = {"warn", "print", "exit", "debug", "info", "warning", "error", "note"}
 """What is called by such a name, or by one of an error or a warning, gets texts to be read."""
 
@@ -87,9 +87,8 @@ def code_digest(*names: str, root: Path = ROOT) -> str:
     """Return the SHA-256, 16 digits, of files of code and of what they use of this project.
 
     Args:
-        *names: Paths from the root. What they import of `scripts.experiments` and `consolidate` is
-            followed through the former; of the latter, PACKAGES count as a whole, and other files
-            alone.
+        *names: Paths from the root. The files of `consolidate` and `scripts.experiments` that they
+            import count too, and through those of FOLLOWED what these import.
         root: Of the project.
     """
     files = _files(names, root)
@@ -110,16 +109,11 @@ def _files(names: tuple[str, ...], root: Path) -> set[str]:
             continue
         found.add(name)
         for module in _imports((root / name).read_text(encoding="utf-8")):
-            path = module.replace(".", "/")
-            if path == "consolidate" or path.startswith(PACKAGES):
-                folders = [root / package for package in PACKAGES]
-                found.update(
-                    str(file.relative_to(root)) for one in folders for file in one.glob("*.py")
-                )
-            elif path.startswith("consolidate/"):
-                found.add(f"{path}.py")
-            elif path.startswith("scripts/experiments/") and (root / f"{path}.py").is_file():
-                ahead.append(f"{path}.py")
+            path = module.replace(".", "/") + ".py"
+            if path.startswith(FOLLOWED) and (root / path).is_file():
+                ahead.append(path)
+            elif path.startswith("consolidate/") and (root / path).is_file():
+                found.add(path)
     return found
 
 
@@ -130,5 +124,5 @@ def _imports(source: str) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
-            if node.module.startswith("scripts."):  # of a package, its modules
+            if node.module.startswith(("scripts.", "consolidate.")):  # of a package, its modules
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)

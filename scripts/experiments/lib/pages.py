@@ -420,7 +420,8 @@ def draw(setting: Setting, folder: Path) -> None:
         for level in levels(setting):
             axis.axvline(factor * level, color="grey", linestyle=":", linewidth=1)
         axis.set_xlabel(f"{page.score} on the new task")
-        axis.legend(fontsize="x-small", loc="lower left")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="x-small", loc="lower left")
     axes[0].set_ylabel(f"{page.score} on the old task")
     save_picture(figure, folder, setting.name)
 

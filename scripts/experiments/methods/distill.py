@@ -12,7 +12,8 @@ from scripts.experiments.lib.tuning import Done, Job, fit
 def tune(job: Job) -> Done:
     """Train all weights on the loss and on the divergence from what the start says."""
     setting, strength = job.setting, job.strength
-    teacher = job.start().eval()
+    with torch.random.fork_rng():  # dropout is drawn as without a teacher
+        teacher = job.start().eval()
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         with torch.no_grad():
