@@ -138,6 +138,7 @@ def double(value: float, note=print) -> float:
     if value > LIMIT:
         raise ValueError(f"{value} is too large")  # says so
     note("doubled")
+    self.tell(f"doubled {value} once")
     return twice
 '''
 
@@ -149,10 +150,12 @@ def double(value: float, note=print) -> float:
         ("Return twice the value.", "Double it."),
         ('f"{value} is too large"', '"More than " + str(LIMIT)'),
         ('"doubled"', '"done"'),
+        ("doubled {value} once", "twice {value} is made"),
         ("  # says so", ""),
         ("value: float, note=print", "value, note=print"),
         (") -> float:", "):"),
         ("twice", "doubled"),
+        ("    twice =", "    twice: float ="),
     ],
 )
 def test_the_digest_does_not_depend_on_words(old: str, new: str) -> None:

@@ -22,6 +22,12 @@ class _Meaning(ast.NodeTransformer):
             return None
         return self.generic_visit(node)
 
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        """Drop a text of several words, which is for readers."""
+        if isinstance(node.value, str) and " " in node.value.strip():
+            node.value = ""
+        return node
+
     def visit_arg(self, node: ast.arg) -> ast.AST:
         """Drop an argument's annotation."""
         node.annotation = None
@@ -39,9 +45,11 @@ class _Meaning(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        """Keep the name, which may be a field, and the value."""
+        """Take a value as if it were assigned without an annotation; keep a field's name."""
         node.annotation = ast.Constant(None)
-        return self.generic_visit(node)
+        if node.value is None:
+            return self.generic_visit(node)
+        return self.generic_visit(ast.Assign([node.target], node.value))
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Drop the arguments of errors and of what prints or warns."""
