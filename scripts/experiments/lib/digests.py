@@ -23,8 +23,8 @@ class _Meaning(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
-        """Drop a text of several words, which is for readers."""
-        if isinstance(node.value, str) and " " in node.value.strip():
+        """Drop a text with a space in it, which is for readers."""
+        if isinstance(node.value, str) and " " in node.value:
             node.value = ""
         return node
 
