@@ -44,15 +44,15 @@ linkcheck_timeout = 20
 
 def reachable(root: Path) -> list[str]:
     """List the pages that links lead to from the index, the nearest first, without suffix."""
-    found = [INDEX]
-    for name in found:  # which grows
+    found, link = [INDEX], re.compile(r"\]\(([^)\s#:]+\.md)(?:#[^)]*)?\)")
+    for name in found:  # grows meanwhile
         page = root / f"{name}.md"
-        for link in re.findall(
-            r"\]\(([^)\s#:]+)\.md(?:#[^)]*)?\)", page.read_text(encoding="utf-8")
-        ):
-            target = (page.parent / f"{link}.md").resolve()
+        for path in link.findall(page.read_text(encoding="utf-8")):
+            target = (page.parent / path).resolve()
+            if not target.is_file() or not target.is_relative_to(root):
+                continue  # Sphinx warns of it
             other = target.relative_to(root).with_suffix("").as_posix()
-            if other not in found and target.exists():  # else Sphinx warns of the link
+            if other not in found:
                 found.append(other)
     return found
 
