@@ -419,7 +419,7 @@ def test_the_pass_before_a_weighted_interpolation_resumes_too(
 ) -> None:
     monkeypatch.setattr("consolidate.estimation.compensated_sums.FOLDED_BATCHES", 4)
     b, held = write_task("b", seed=1, count=100), write_task("held", seed=1)
-    options = {**COMMON, "epochs": 2, "save_every": 0, "fisher_batch_size": 4}
+    options = {**COMMON, "epochs": 2, "save_every_minutes": 0, "fisher_batch_size": 4}
     options |= {"interpolate": alpha, "interpolation": "fisher"}
     if alpha == "auto":
         options["validation"] = {"b": held}

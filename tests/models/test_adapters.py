@@ -576,7 +576,7 @@ def test_the_head_trains_whole_beside_the_adapter_where_it_is_asked_to(
     options: dict[str, Any] = {"model": "support.networks:make_network"}
     fisher(network_checkpoint, write_task("old"), task="old", **options)
     options |= {"lora_rank": 2, "lora_targets": ["0"], "task": "new", "epochs": 3}
-    options |= {"learning_rate": 0.01, "save_every": 0, "ewc_lambda": 0.0}
+    options |= {"learning_rate": 0.01, "save_every_minutes": 0, "ewc_lambda": 0.0}
 
     def trained(name: str, **changes: Any) -> dict[str, torch.Tensor]:
         finetune(network_checkpoint, new, output_dir=tmp_path / name, **options | changes)

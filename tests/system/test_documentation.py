@@ -64,8 +64,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     quickstart.write_data(tmp_path)
     quickstart.train_start(tmp_path, epochs=1)
-    for _, code in blocks(TOY):
-        exec(compile(code, TOY, "exec"), {})
+    for language, code in blocks(TOY):
+        if language == "python":
+            exec(compile(code, TOY, "exec"), {})
     return tmp_path
 
 
