@@ -250,9 +250,9 @@ def finetune(
         lora_targets: Layers that get one, such as '*.q_proj' or q_proj. By default those that peft
             has for the architecture.
         lora_alpha: α of s = α/R; R by default, so that s = 1.
-        lora_train_head: Train the head of `head` keep whole beside the adapter (modules_to_save in
-            peft), penalized by its Fisher; frozen by default. A new or extended head trains in any
-            case.
+        lora_train_head: Train the head of `head` keep in full beside the adapter (modules_to_save
+            in peft), penalized by its Fisher; frozen by default. A new or extended head trains in
+            any case.
         interpolate: α: save the weights μ + α (θ − μ) between the start μ and the trained θ, and
             measure them and their Fisher. auto: try 0.1, 0.2, …, 1 on held-out data, and take the α
             of the best mean score where `validation` has old tasks, else the smallest that keeps
@@ -339,15 +339,15 @@ def finetune(
 
     Returns:
         What was done: steps, loss, penalty, the share of weights that moved, metrics, history;
-        and the search, if there was one, under ``lambda_search``. An output that is up to date is
-        left as it is, and the ``status`` is ``cached``: what the ledger knows.
+        the searches, if any, under ``lambda_search`` and ``alpha_search``. An output that is up to
+        date is not written again: the ``status`` is ``cached``, with what the ledger records.
 
     Raises:
         InputError: Something in the checkpoint, its Fisher or the data does not fit.
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in weights, loss or Fisher; nothing is written.
-        ForgettingError: An old task lost more than `max_forgetting`; the output is kept beside
-            `output_dir`, under its name with ``.failed-forgetting``.
+        ForgettingError: An old task lost more than `max_forgetting`; the output is saved as
+            `output_dir` with ``.failed-forgetting`` behind its name.
     """
     given = locals()
     from consolidate.commands import finetune as command

@@ -366,7 +366,7 @@ class Adapter:
     )
     lora_train_head: bool = option(
         False,
-        "Train the head of --head keep whole beside the adapter (modules_to_save in peft), "
+        "Train the head of --head keep in full beside the adapter (modules_to_save in peft), "
         "penalized by its Fisher; frozen by default. A new or extended head trains in any case.",
     )
 
