@@ -341,15 +341,15 @@ def finetune(
 
     Returns:
         What was done: steps, loss, penalty, the share of weights that moved, metrics, history;
-        and the search, if there was one, under ``lambda_search``. An output that is up to date is
-        left as it is, and the ``status`` is ``cached``: what the ledger knows.
+        the searches, if any, under ``lambda_search`` and ``alpha_search``. An output that is up to
+        date is not written again: the ``status`` is ``cached``, with what the ledger records.
 
     Raises:
         InputError: Something in the checkpoint, its Fisher or the data does not fit.
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in weights, loss or Fisher; nothing is written.
-        ForgettingError: An old task lost more than `max_forgetting`; the output is kept beside
-            `output_dir`, under its name with ``.failed-forgetting``.
+        ForgettingError: An old task lost more than `max_forgetting`; the output is saved as
+            `output_dir` with ``.failed-forgetting`` behind its name.
     """
     given = locals()
     from consolidate.commands import finetune as command

@@ -87,15 +87,15 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
 
     Returns:
         What was done: steps, loss, penalty, the share of weights that moved, metrics, history;
-        and the search, if there was one, under ``lambda_search``. An output that is up to date is
-        left as it is, and the ``status`` is ``cached``: what the ledger knows.
+        the searches, if any, under ``lambda_search`` and ``alpha_search``. An output that is up to
+        date is not written again: the ``status`` is ``cached``, with what the ledger records.
 
     Raises:
         InputError: Something in the checkpoint, its Fisher or the data does not fit.
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in weights, loss or Fisher; nothing is written.
-        ForgettingError: An old task lost more than `max_forgetting`; the output is kept beside
-            `output_dir`, under its name with ``.failed-forgetting``.
+        ForgettingError: An old task lost more than `max_forgetting`; the output is saved as
+            `output_dir` with ``.failed-forgetting`` behind its name.
     """
     check_options(options)
     group = all_processes()
@@ -109,7 +109,9 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
             return _cached(plan, done.ledger)
         plan.check_target()
         if plan.target.exists() and plan.target.samefile(plan.opened.source.path):
-            LOG.info("%s is what this starts from: it will be replaced", plan.target)
+            LOG.info(
+                "%s is the checkpoint that training starts from: it will be replaced", plan.target
+            )
         found = work.start()
         start = load_start(plan, cut)
         estimation = _estimation(plan, start)
@@ -161,7 +163,7 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
 
 
 def _cached(plan: Plan, ledger: Ledger) -> FinetuneCached:
-    """Report an output that is up to date: what its ledger knows."""
+    """Report an output that is up to date, from its ledger."""
     source = plan.opened.source
     weights = source.weights if source.base is None else source.base.weights
     kept = any(name.rpartition(".")[2] == "running_mean" for name in weights)
@@ -173,7 +175,7 @@ def _cached(plan: Plan, ledger: Ledger) -> FinetuneCached:
 def _known(
     plan: Plan, target: Path, ledger: Ledger, fisher: MeasuredFisher, statistics: str | None
 ) -> Finetuned:
-    """Report what is known of a fine-tuning, whenever it was done."""
+    """Report a fine-tuning from its ledger, now or later."""
     task = ledger.tasks[-1]
     between = task.interpolation
     return {
@@ -197,14 +199,14 @@ def _estimation(plan: Plan, start: Start) -> Estimation:
 
 
 def _running_statistics(plan: Plan, start: Start) -> str | None:
-    """Say what becomes of running statistics, and who decided it; None where there are none."""
+    """Report what becomes of running statistics, and why; None where there are none."""
     given = plan.options.recipe.norm_statistics is not None
     if not with_statistics(start.model.module):
         if given:
-            LOG.info("--norm-statistics does nothing: the model keeps no running statistics")
+            LOG.info("--norm-statistics has no effect: the model has no running statistics")
         return None
     value = plan.recipe.norm_statistics
-    does = "stay as they are" if value == "frozen" else "follow the new data"
+    does = "stay frozen" if value == "frozen" else "follow the new data"
     by = f": --norm-statistics {value}"
     if not given:
         without, other = ("with", "update") if value == "frozen" else ("without", "frozen")
@@ -212,7 +214,7 @@ def _running_statistics(plan: Plan, start: Start) -> str | None:
             f", the default {without} a penalty, a Fisher or an old task: --norm-statistics "
             f"{other} changes that"
         )
-    LOG.info("running statistics of normalisation layers %s%s", does, by)
+    LOG.info("running statistics of normalization layers %s%s", does, by)
     if plan.options.parameters.gradient_checkpointing and value == "update":
         raise UsageError(
             "--gradient-checkpointing runs layers twice, which would update running statistics "
@@ -224,7 +226,7 @@ def _running_statistics(plan: Plan, start: Start) -> str | None:
 def _searched(
     plan: Plan, start: Start, work: KeptWork, found: StoredWork | None
 ) -> LambdaSearch | None:
-    """Choose λ, draw how, and give the penalty the one chosen; None where one was given.
+    """Search for λ, plot the search, and give the penalty its λ; None where λ was given.
 
     Candidates that were trained before an interruption are not trained again.
     """
@@ -256,7 +258,7 @@ def _searched(
 
 
 def _subject(plan: Plan, start: Start) -> Subject:
-    """Give a search what it trains: runs as `train` makes them, each with its own schedule."""
+    """Give a search what it trains: runs like those of `train`, each with its own schedule."""
     assert start.penalty is not None  # a search is refused without one
     recipe, group = plan.recipe, all_processes()
 
@@ -283,7 +285,7 @@ def _subject(plan: Plan, start: Start) -> Subject:
 
 
 def _forgotten(plan: Plan, trained: Trained) -> dict[str, float]:
-    """Give the old tasks that lost more than they may, and how much."""
+    """Give the old tasks that lost more than allowed, and how much."""
     limit = plan.options.gate.max_forgetting
     if limit is None:
         return {}
@@ -298,7 +300,7 @@ def _too_much(
     return ForgettingError(
         f"forgot too much: {losses} in score, and --max-forgetting is "
         f"{options.gate.max_forgetting:g}\n"
-        f"The output is kept in {result['checkpoint']}; nothing was written to "
+        f"The output was saved in {result['checkpoint']}; nothing was written to "
         f"{options.output_dir}",
         {**result, "status": "forgot too much"},
     )
@@ -306,7 +308,7 @@ def _too_much(
 
 @contextmanager
 def _saving_what_was_learned(work: KeptWork, kept: KeptPass) -> Iterator[None]:
-    """Save what was trained where the rest is interrupted."""
+    """Save the trained weights where the rest is interrupted."""
     try:
         yield
     except BaseException as error:
@@ -318,7 +320,7 @@ def _saving_what_was_learned(work: KeptWork, kept: KeptPass) -> Iterator[None]:
 def _training(
     plan: Plan, start: Start, trained: Trained, parent: str, moving: Interpolator | None
 ) -> Training:
-    """Say for the ledger how the task was learned, from the weights with the digest `parent`."""
+    """Give what the ledger records of the training; `parent` is the digest of the start."""
     ewc_lambda = None if start.penalty is None else float(start.penalty.ewc_lambda)
     kind, on = plan.options.penalty.penalty, plan.opened.penalty_on
     between = None if moving is None else moving.record()

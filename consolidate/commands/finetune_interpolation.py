@@ -78,8 +78,7 @@ class Interpolator:
     ) -> None:
         """Hold data of the new task out where α is chosen and none are given.
 
-        `estimation` is of the new task's Fisher; `found` is what was kept of the same work, which
-        was interrupted.
+        `estimation` is that of the new task's Fisher; `found` is saved progress of the same work.
         """
         self.plan, self._start, self._recipe, self._group = plan, start, recipe, group
         self._estimation, self._found = estimation, found
@@ -107,7 +106,7 @@ class Interpolator:
     ) -> None:
         """Give the model θ_α, choosing α first where it is not given.
 
-        `tensors` and `saved` are what is kept of the end of training while α is chosen.
+        `tensors` and `saved` are the progress at the end of training, saved while α is chosen.
         """
         alpha = self.plan.alpha
         if self.plan.method == "fisher":
@@ -289,7 +288,7 @@ class Interpolator:
                 yield examples.collate(part)
 
     def _measured(self) -> str:
-        """Say what the choice has looked at."""
+        """Report what the choice is based on."""
         name, old, count = self.plan.new, self.plan.old, len(self._held_out[self.plan.new])
         where = "of --validation" if self._given else "held out of the training data"
         new = f"{name} on {count:,} examples {where}"
@@ -297,7 +296,7 @@ class Interpolator:
 
 
 def _clones(module: nn.Module) -> dict[str, Tensor]:
-    """Copy what changes between two α, by the names under which it is kept."""
+    """Copy what changes between two α, by its names in saved progress."""
     parameters = {
         f"value/{name}": p.detach().clone()
         for name, p in module.named_parameters()

@@ -28,7 +28,7 @@ from formats.task_file import open_task
 
 @dataclass(frozen=True)
 class Opened(Inputs):
-    """What a run reads, checked before anything of it is loaded."""
+    """What a run reads, checked before anything is loaded."""
 
     protecting: StoredFisher | None  # what the penalty is made of: the chain's, or the base model's
     penalty_on: str | None  # "adapter" or "merged" where an adapter is trained with a penalty
@@ -58,17 +58,17 @@ class InterpolationPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do, after every refusal that needs no model."""
+    """What a run will do, after every check that needs no model."""
 
     options: FinetuneOptions
     opened: Opened
-    recipe: Recipe  # with what becomes of running statistics settled
+    recipe: Recipe  # with `norm_statistics` settled
     evaluate: dict[str, str | Path]
     validation: dict[str, str | Path]
     search: SearchPlan | None
     interpolation: InterpolationPlan | None
     lora: Lora | None
-    there: Output | None  # what stands at the target and says what it was made from
+    there: Output | None  # the output at the target, with what it was made from
 
     @property
     def target(self) -> Path:
@@ -77,7 +77,7 @@ class Plan:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """All that the result is made from, JSON-ready."""
+        """All that the result depends on, JSON-ready."""
         options, opened = self.options, self.opened
         content = opened.content(
             None if opened.before is None else opened.before.folder / LEDGER_NAME,
@@ -91,7 +91,7 @@ class Plan:
         return json_digest(self.description)
 
     def check_target(self) -> None:
-        """Refuse a target that is in the way, or the folder beside it for what forgets too much."""
+        """Refuse a target that is in the way, or the folder for a run that forgets too much."""
         source, overwrite = self.opened.source, self.options.saving.overwrite
         check_output(self.target, source, overwrite=overwrite, whole=True)
         if self.options.gate.max_forgetting is None:
@@ -99,33 +99,38 @@ class Plan:
         try:
             check_output(failed_folder(self.target), source, overwrite=overwrite, whole=True)
         except InputError as error:
-            raise InputError(f"a run that --max-forgetting fails is kept, and {error}") from None
+            raise InputError(f"a run that fails --max-forgetting is saved, and {error}") from None
 
 
 def check_options(options: FinetuneOptions) -> None:
-    """Refuse with UsageError options that no run could have, whatever the checkpoint and data."""
+    """Refuse with UsageError options that contradict each other for any checkpoint and data."""
     penalty, recipe, adapter = options.penalty, options.recipe, options.adapter
     ewc_lambda = options.search.ewc_lambda
-    free = penalty.penalty == "none" and "with --penalty none"
-    plain = recipe.optimizer != "sgd" and f"with --optimizer {recipe.optimizer}"
+    free = penalty.penalty == "none" and "--penalty none"
+    plain = recipe.optimizer != "sgd" and f"--optimizer {recipe.optimizer}"
     trains_head = adapter.lora_train_head
-    kept = options.head.head == "keep" and not trains_head and "with --head keep"
-    trained = options.head.head != "keep" and f"with --head {options.head.head}, whose head trains"
-    whole = adapter.lora_rank is None and "without --lora-rank"
-    for option, given, without in (
+    kept = options.head.head == "keep" and not trains_head and "--head keep"
+    trained = options.head.head != "keep" and f"--head {options.head.head}, which trains its head"
+    whole = adapter.lora_rank is None
+    for option, given, other in (
         ("ewc-lambda", ewc_lambda is not None, free),
         ("penalty-step", recipe.penalty_step != "gradient", free),
         ("penalty-dtype", penalty.penalty_dtype is not None, free),
         ("penalty-device", penalty.penalty_device is not None, free),
         ("momentum", recipe.momentum is not None, plain),
-        ("adam-betas", recipe.adam_betas is not None, not plain and "with --optimizer sgd"),
+        ("adam-betas", recipe.adam_betas is not None, not plain and "--optimizer sgd"),
         ("head-parameters", bool(options.head.head_parameters), kept),
-        ("lora-targets", bool(adapter.lora_targets), whole),
-        ("lora-alpha", adapter.lora_alpha is not None, whole),
-        ("lora-train-head", trains_head, whole or trained),
+        ("lora-train-head", trains_head, not whole and trained),
     ):
-        if given and without:
-            raise UsageError(f"--{option} has no meaning {without}: leave one of them out")
+        if given and other:
+            raise UsageError(f"--{option} cannot be combined with {other}: leave one of them out")
+    for option, given in (
+        ("lora-targets", bool(adapter.lora_targets)),
+        ("lora-alpha", adapter.lora_alpha is not None),
+        ("lora-train-head", trains_head),
+    ):
+        if given and whole:
+            raise UsageError(f"--{option} needs --lora-rank: give both, or leave it out")
     if recipe.adam_betas is not None and len(recipe.adam_betas) != 2:
         found = ",".join(map(str, recipe.adam_betas))
         raise UsageError(f"--adam-betas {found}: expected two numbers, β₁ and β₂")
@@ -134,11 +139,11 @@ def check_options(options: FinetuneOptions) -> None:
             f"--penalty {penalty.penalty} needs --ewc-lambda: the strength has no default"
         )
     if recipe.evaluate_every is not None and not options.gate.evaluate:
-        raise UsageError("--evaluate-every needs data to measure: name them with --evaluate")
+        raise UsageError("--evaluate-every needs test data: name it with --evaluate NAME=DATA")
     search = options.search
     if is_search(options):
         if options.parameters.shard:
-            raise UsageError("--shard takes one --ewc-lambda: look for it without")
+            raise UsageError("--shard needs one --ewc-lambda: search for λ without --shard")
     elif search.select or search.search_plot:
         raise UsageError(
             "--select and --search-plot are for a search: give several numbers with commas, or "
@@ -170,7 +175,7 @@ def is_search(options: FinetuneOptions) -> bool:
 def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
     """Open checkpoint, Fisher and data, and refuse what would fail later.
 
-    With `again` it is not looked at whether the output is up to date.
+    With `again` an output that is up to date does not count.
     """
     adapter, recipe, target = options.adapter, options.recipe, Path(options.output_dir)
     lora = None
@@ -180,8 +185,8 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
     opened = _open(options, lora, target if there is None else None)
     if opened.penalty_on == "merged" and recipe.penalty_step == "proximal":
         raise UsageError(
-            "--penalty-step proximal has no meaning with the penalty on merged weights, whose "
-            "minimum in A and B cannot be told element by element: use gradient"
+            "--penalty-step proximal cannot be combined with the penalty on merged weights, which "
+            "is no sum over the elements of A and B: use gradient"
         )
     old, evaluate = opened.old_tasks, dict(options.gate.evaluate or {})
     if recipe.norm_statistics is None:
@@ -222,7 +227,7 @@ def _plan_interpolation(options: FinetuneOptions, opened: Opened) -> Interpolati
 
 
 def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> Opened:
-    """Open what is read; a target that has to be free is refused as soon as it can be."""
+    """Open what is read; refuse a target that is in the way as early as possible."""
     penalty, asked_source = options.penalty, options.source
     kind, fisher = penalty.penalty, penalty.fisher
     folder = locate(
@@ -245,8 +250,8 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
     if protecting is None and kind == "ewc":
         if asked_source.model is None and objective and lacks_head(source, objective):
             raise InputError(
-                f"{where[0]} has no output layer for {objective} yet: let it learn a first task "
-                "with --penalty none"
+                f"{where[0]} has no head for {objective} yet: train a first task with "
+                "--penalty none"
             )
         raise InputError(
             f"{where[0]} holds no Fisher: run `consolidate fisher {where[1]} --data OLD_DATA` "
@@ -270,20 +275,20 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
 
 
 def _penalty_on(options: FinetuneOptions, source: Checkpoint, lora: Lora | None) -> str | None:
-    """Choose what the penalty is on where an adapter is trained."""
+    """Decide which weights are penalized where an adapter is trained."""
     given, kind = options.penalty.penalty_on, options.penalty.penalty
     if lora is not None and source.adapter is not None:
         raise UsageError(f"{source.path} is an adapter already: leave --lora-rank out")
     if lora is None and source.adapter is None:
         if given is not None:
             raise UsageError(
-                f"--penalty-on {given} is for adapters: use it with --lora-rank, or a checkpoint "
-                "that is one"
+                f"--penalty-on {given} is for adapters: use it with --lora-rank, or with a "
+                "checkpoint that is an adapter"
             )
         return None
     if kind == "none":
         if given is not None:
-            raise UsageError("--penalty-on has no meaning with --penalty none: leave it out")
+            raise UsageError("--penalty-on cannot be combined with --penalty none: leave it out")
         return None
     if given == "adapter" and lora is not None and kind == "ewc":
         raise UsageError(

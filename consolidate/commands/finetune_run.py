@@ -1,4 +1,4 @@
-"""How a fine-tuning descends: its recipe, its steps, and what is measured on the way."""
+"""The training of a fine-tuning: its steps, and what is measured on the way."""
 
 import logging
 import secrets
@@ -49,11 +49,11 @@ LOG = logging.getLogger("consolidate")
 class Trained:
     """Where a run ended."""
 
-    mark: str  # of this end; what several processes keep after it belongs together by it
+    mark: str  # random, of this end: marks what several processes save after it
     weights: Mapping[str, Tensor]  # by the names of the weights file, as they will be stored
     steps: list[Step]
     metrics: dict[str, dict[str, dict[str, float]]]
-    beside: Mapping[str, Any]  # what is kept with it, JSON-ready
+    beside: Mapping[str, Any]  # what is saved with it, JSON-ready
 
 
 def _take_metrics(
@@ -64,7 +64,7 @@ def _take_metrics(
     when: str,
     same_as: str = "",
 ) -> None:
-    """Measure at this moment, unless that was done, or at one that is the same."""
+    """Measure at this moment, unless that was done; one that is the same is not measured again."""
     if not start.evaluations or when in metrics:
         return
     if same_as in metrics:
@@ -97,9 +97,9 @@ def train(
     group: ProcessGroup | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Trained:
-    """Train from the model's present weights, and give it the weights as they will be stored.
+    """Train from the model's present weights, and round them as they will be stored.
 
-    `search` is kept with the training; `target` is the weights' name in a message.
+    `search` is saved with the progress; `target` names the weights in a message.
     """
     model = start.model
     state = {} if found is None else found.state
@@ -156,7 +156,7 @@ def _merge_adapter(start: "Start") -> None:
 
 
 def kept_of(model: Model, trained: Trained) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Give what is kept of a training that has ended, tensors and JSON."""
+    """Give the saved progress of a training that has ended, tensors and JSON."""
     return trained_tensors(model.module, trained.steps), {**trained.beside, "trained": trained.mark}
 
 
@@ -245,9 +245,9 @@ def _start_descent(model: Model, recipe: Recipe, total: int) -> Descent:
 def _epochs_left(
     chosen: Sequence[int], recipe: Recipe, total: int, group: ProcessGroup | None, taken: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield the epochs that are not over after `taken` steps, with what is left of their examples.
+    """Yield the epochs that are not over after `taken` steps, with the examples left in them.
 
-    An epoch of which only the measurement at its end may be left comes with no examples.
+    An epoch that has only the measurement at its end left comes with no examples.
     """
     step_size = recipe.step_examples(place_in(group)[1])
     per_epoch = -(-len(chosen) // step_size)
@@ -272,7 +272,7 @@ def _log(step: Step, total: int, every: int) -> None:
 
 
 def run_length(count: int, recipe: Recipe, group: ProcessGroup | None = None) -> int:
-    """Give the optimizer steps of a run on so many examples."""
+    """Count the optimizer steps of a run on `count` examples."""
     per_epoch = -(-count // recipe.step_examples(place_in(group)[1]))
     epochs, most = recipe.epochs, recipe.max_steps
     if epochs is None:

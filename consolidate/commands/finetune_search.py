@@ -52,13 +52,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is trained again and again; a search leaves it as it was."""
+    """What the candidates are trained from; a search restores it."""
 
     model: Model
     penalty: WeightPenalty
     examples: Examples  # of the new task
     held_out: Mapping[str, Examples]
-    with_heads: Mapping[str, Model]  # what old tasks with a head of their own are measured with
+    with_heads: Mapping[str, Model]  # to measure old tasks with their own heads
     train: Callable[[Examples, int], None]  # from the present values, for some steps
     length: Callable[[Examples], int]  # the steps of a whole run
 
@@ -87,8 +87,8 @@ def check_held_out(
     """Refuse to choose λ or α by data that are trained on or evaluated on, or of unknown tasks."""
     if unknown := [name for name in validation if name not in (*ledger, new)]:
         raise UsageError(
-            f"--validation {unknown[0]}: expected the new task, {new}, or one that the ledger "
-            f"holds{': ' if ledger else ''}{', '.join(ledger)}"
+            f"--validation {unknown[0]}: expected the new task, {new}, or a task of the ledger: "
+            f"{', '.join(ledger) or 'there is none'}"
         )
     others = {_place(data) for data in other_data}
     if twice := [name for name, data in validation.items() if _place(data) in others]:
@@ -110,8 +110,8 @@ def search_lambda(
 ) -> LambdaSearch:
     """Train the candidates from the same start, measure them, and choose one.
 
-    The subject comes back with the values it had, its penalty with the λ that was chosen. `done`
-    are trials of the same search that was interrupted; `keep` is called with each new one.
+    The subject's values are restored, and its penalty gets the λ that was chosen. `done` are trials
+    of the same search, which was interrupted; `keep` is called with each new one.
     """
     search = _Search(plan, subject, batch_size, seed, group)
     known = {(trial.ewc_lambda, trial.steps): trial for trial in done}
@@ -158,7 +158,7 @@ def search_lambda(
 
 @dataclass
 class _Search:
-    """A search with what was measured before it."""
+    """A search, with what was measured at the start."""
 
     plan: Plan
     subject: Subject
@@ -167,7 +167,7 @@ class _Search:
     group: ProcessGroup | None
 
     def __post_init__(self) -> None:
-        """Hold data of the new task out where none is given, and measure the start."""
+        """Hold out data of the new task where none is given, and measure the start."""
         self.examples, self.held_out = self.subject.examples, dict(self.subject.held_out)
         if self.plan.new not in self.held_out:
             self.examples, self.held_out[self.plan.new] = hold_out(self.examples, self.seed)
@@ -185,7 +185,7 @@ class _Search:
         )
 
     def trial(self, strength: float, length: int) -> Trial:
-        """Train a candidate for so many steps, measure it, and go back to the start."""
+        """Train a candidate for `length` steps, measure it, and restore the start."""
         began = time.monotonic()
         penalty = self.subject.penalty
         penalty.ewc_lambda = strength
@@ -222,7 +222,7 @@ class _Search:
         return partial(largest, task=plan.new, before=self.before[plan.new]["score"])
 
     def measured(self) -> str:
-        """Say what the choice has looked at."""
+        """Report what the choice is based on."""
         name, old, count = self.plan.new, self.plan.old, len(self.held_out[self.plan.new])
         given = name in self.subject.held_out
         new = f"{name} on {count:,} examples "

@@ -40,7 +40,7 @@ class Start:
     """What a run starts from; training changes the model in place."""
 
     model: Model
-    before: Chain | None  # as the model has a place for it
+    before: Chain | None  # fitted to the model
     examples: Examples
     evaluations: dict[str, Examples]
     held_out: dict[str, Examples]  # to choose λ and α by
@@ -53,7 +53,7 @@ class Start:
 def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     """Load the model, encode the data for it, and make the penalty around its weights.
 
-    `shards_among` are processes that each hold a shard; None where each holds the whole model.
+    `shards_among` are processes that have a shard each; None where each has the whole model.
     """
     opened = plan.opened
     fitted, load_as = _fit(plan, whole=shards_among is None)
@@ -76,9 +76,9 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     if before is not None and plan.options.penalty.penalty != "ewc":
         online = opened.merging.merge_rule == "online"
         LOG.info(
-            "the Fisher of %s does not hold the weights in this run; it is kept, around %s",
+            "the Fisher of %s protects no weights in this run; the output keeps it, around %s",
             ", ".join(opened.old_tasks),
-            "the weights as they will be" if online else "its anchor",
+            "the new weights" if online else "its anchor",
         )
     fresh = dict(fitted.free)
     if plan.options.head.head != "extend":  # which keeps the rows that are there
@@ -87,7 +87,7 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
 
 
 def _head(plan: "Plan", model: Model) -> list[str]:
-    """Name the tensors of a kept head that trains whole beside an adapter; tell where none does."""
+    """Name the tensors of a kept head that trains whole beside an adapter; report a frozen one."""
     head = plan.options.head
     if head.head != "keep":
         return []
@@ -111,7 +111,7 @@ def _head(plan: "Plan", model: Model) -> list[str]:
 
 
 def _fit(plan: "Plan", *, whole: bool) -> tuple[Fitted, partial[Model]]:
-    """Load the model with an output layer for the data's labels; and give the way to load it."""
+    """Load the model with a head for the data's labels, and give the function that loads it."""
     options, opened = plan.options, plan.opened
     source, objective, factory = opened.source, opened.objective, options.source.model
     new_labels = None
@@ -148,11 +148,11 @@ def _shard(
 ) -> None:
     """Give each process its shard of the model."""
     if plan.lora is not None or plan.opened.source.adapter is not None:
-        raise UsageError("--shard cuts whole models, not adapters: leave it out")
+        raise UsageError("--shard is for whole models, not for adapters: leave it out")
     if with_heads:
         raise UsageError(
-            f"--shard cannot measure {next(iter(with_heads))}, which has an output layer of "
-            "its own: evaluate it afterwards"
+            f"--shard cannot measure {next(iter(with_heads))}, which has a task-specific head: "
+            "evaluate it afterwards"
         )
     shard(model.module, among, best_device(plan.options.source.device), torch.float32)
 
@@ -160,7 +160,7 @@ def _shard(
 def _encode_named(
     plan: "Plan", data: Mapping[str, str | Path], model: Model, with_heads: Mapping[str, Model]
 ) -> dict[str, Examples]:
-    """Encode the data of evaluations, each for the model that it is measured with."""
+    """Encode test data, each for the model that it is measured with."""
     encoded = {}
     for name, spec in data.items():
         task_file, rows = open_task(spec)
@@ -208,7 +208,7 @@ def _penalty(plan: "Plan", fitted: Fitted) -> WeightPenalty | None:
         )
     if penalty.unprotected:
         LOG.info(
-            "the penalty does not hold %d parameters, which have no Fisher: %s",
+            "%d parameters have no Fisher and are not penalized: %s",
             len(penalty.unprotected),
             ", ".join(sorted(penalty.unprotected)[:5]),
         )

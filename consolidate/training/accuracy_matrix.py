@@ -1,4 +1,4 @@
-"""The accuracy matrix of a chain of tasks: what was kept of each, and what was forgotten."""
+"""The accuracy matrix of a chain of tasks, and measures of forgetting."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured after so many optimizer steps of a task; step 0 is before the first."""
+    """Scores after `step` optimizer steps of a task; step 0 is before the first."""
 
     task: str
     step: int
@@ -67,7 +67,7 @@ class AccuracyMatrix:
 
 
 def accuracy_matrix(metrics: Mapping[str, Metrics]) -> AccuracyMatrix:
-    """Arrange what a ledger says was measured: a task's row is what stands under its `after`.
+    """Arrange the metrics of a ledger: a task's row holds its metrics under `after`.
 
     A task that was only measured has no `after`: its row is what the next one found `before`.
     """

@@ -27,10 +27,10 @@ def measure(
     progress: Callable[[int], None] = lambda count: None,
     group: ProcessGroup | None = None,
 ) -> dict[str, float]:
-    """Measure a model on a task, in eval mode; it comes back with the modes its modules had.
+    """Measure a model on a task in eval mode; the modes of its modules are restored.
 
-    Processes that share the batches each get the metrics of all. A model in shards runs as often in
-    each. Where a stop waits in one, all stop after the measurement.
+    Processes that share the batches all get the metrics over all batches. A sharded model runs
+    equally often in each. Where a signal to stop waits in one, all stop after the measurement.
 
     Args:
         model: Any module.
@@ -94,11 +94,11 @@ def divergence(
     """Measure how far a model's outputs have moved: the mean of KL(p_old ‖ p_new) in nats per unit.
 
     Args:
-        model: With its new values; compared in eval mode, and it comes back as it was.
+        model: With its new values; compared in eval mode, and restored.
         old: The values of its parameters and buffers before, by name.
         batches: Pairs (inputs, labels). The labels only mark what is predicted.
         likelihood: The likelihood whose distributions are compared.
-        group: Processes that the batches were dealt to; each gets the mean of all.
+        group: Processes that share the batches; each gets the mean over all.
     """
     total = units = 0.0
     place = place_of(model)
@@ -121,7 +121,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _at(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let a module's parameters and buffers be others for a while, without copying."""
+    """Exchange a module's parameters and buffers for the block, without copying."""
     tensors = tensors_of(model)
     present = {name: tensor.data for name, tensor in tensors.items()}
     try:

@@ -1,4 +1,4 @@
-"""How much of the old tasks a run has lost, and the gate that is set on it."""
+"""How much of the old tasks a run has lost, and the limit on it."""
 
 from collections.abc import Collection, Mapping
 
@@ -18,7 +18,7 @@ def forgetting(before: Scores, after: Scores, tasks: Collection[str]) -> dict[st
 
 
 def check_gate(old: Collection[str], measured: Collection[str]) -> None:
-    """Refuse a gate that no measured old task can be held against."""
+    """Refuse a limit that no measured old task can be checked against."""
     if not old:
         raise UsageError("--max-forgetting needs old tasks, and the checkpoint has no ledger")
     if not set(old) & set(measured):
@@ -29,5 +29,5 @@ def check_gate(old: Collection[str], measured: Collection[str]) -> None:
 
 
 def beyond(lost: Mapping[str, float], max_forgetting: float) -> dict[str, float]:
-    """Give the tasks that lost more than they may, with what they lost."""
+    """Give the tasks that lost more than allowed, with what they lost."""
     return {name: loss for name, loss in lost.items() if loss > max_forgetting + ROUNDING}

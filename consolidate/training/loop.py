@@ -24,7 +24,7 @@ FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch has Adam as one 
 MIXED_PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Pair = tuple[Any, Tensor]  # inputs and labels
 APART = 0x9E3779B97F4A7C15
-"""Between the seeds of two processes: the golden ratio's, far from any that a user would choose."""
+"""Between the seeds of two processes: from the golden ratio, as no user would choose it."""
 
 REMEDY = "lower --learning-rate or --ewc-lambda, or use --max-grad-norm"
 
@@ -94,16 +94,16 @@ def data_order(count: int, seed: int) -> Iterator[list[int]]:
 
 
 def freeze_statistics(model: nn.Module) -> None:
-    """Keep running statistics as they are: put every normalisation that has them in eval mode.
+    """Freeze running statistics: put every normalization layer that has them in eval mode.
 
-    They are no parameters, so no penalty holds them, and they forget even under an infinite λ.
+    They are no parameters, so no penalty protects them, and they forget even under an infinite λ.
     """
     for module in with_statistics(model):
         module.eval()
 
 
 def with_statistics(model: nn.Module) -> list[_NormBase]:
-    """Return the layers that keep running statistics of what passes through them."""
+    """Return the layers that have running statistics."""
     return [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
 
 
@@ -166,9 +166,9 @@ def default_statistics(penalty: str, *, old: bool) -> str:
 
 @contextmanager
 def seeded(seed: int, group: ProcessGroup | None = None) -> Iterator[None]:
-    """Seed torch's global generators (dropout knows no other) and put them back afterwards.
+    """Seed torch's global generators, which dropout draws from, and restore them afterwards.
 
-    Each process of a group draws other numbers.
+    Each process of a group draws different numbers.
     """
     with torch.random.fork_rng():
         torch.manual_seed((seed + place_in(group)[0] * APART) % 2**63)
@@ -295,8 +295,8 @@ def _proximal(penalty: WeightPenalty | None, optimizer: torch.optim.Optimizer) -
         return None
     if not isinstance(penalty, Penalty):
         raise UsageError(
-            "The penalty on merged weights has no proximal step: its minimum in A and B cannot be "
-            "told element by element. Take its gradient instead."
+            "The penalty on merged weights has no proximal step, as it is no sum over the elements "
+            "of A and B: take its gradient instead."
         )
     check_proximal(optimizer)
     return penalty

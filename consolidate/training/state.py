@@ -1,6 +1,6 @@
 """The state of a training as plain tensors and numbers, from which it resumes to the same bits.
 
-Of a model in shards it is this process's part.
+Of a sharded model it is this process's part.
 """
 
 import math
@@ -80,9 +80,9 @@ def load_training(
 def trained_tensors(
     module: nn.Module, steps: Sequence[Step], *, frozen: bool = True
 ) -> dict[str, Tensor]:
-    """Give what is left of a training at its end, uncopied: values, frozen ones too, and history.
+    """Give a training's result, uncopied: values, those of frozen parameters too, and history.
 
-    An adapter that was merged has changed frozen parameters. The history is (steps, 4).
+    Merging an adapter changes frozen parameters. The history is (steps, 4).
     """
     history = [[math.nan if v is None else v for v in astuple(step)[1:]] for step in steps]
     numbers = torch.tensor(history, dtype=torch.float64).reshape(-1, 4)
@@ -111,7 +111,7 @@ def _values(module: nn.Module, frozen: bool) -> dict[str, Tensor]:
 
 
 def _generators(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the kinds of devices whose generators dropout draws from, each with its functions."""
+    """Yield the device types whose generators dropout draws from, each with its functions."""
     yield "cpu", torch
     kind = next(module.parameters()).device.type
     if kind != "cpu":

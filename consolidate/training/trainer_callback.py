@@ -9,12 +9,12 @@ from formats.errors import UsageError
 
 
 def penalty_callback(penalty: Penalty, *, step: str = "gradient") -> Any:
-    """Make the callback that holds a `transformers.Trainer` to a penalty.
+    """Make the callback that adds a penalty to a `transformers.Trainer`.
 
     Once per optimizer step, when all micro-batches have been accumulated, it unscales the gradients
     if the Trainer has not, adds the penalty's, and clips the sum to the ``max_grad_norm`` of the
-    TrainingArguments; the Trainer itself, which would clip the loss's gradient alone, is kept from
-    clipping. The penalty's value is logged as ``penalty`` beside ``loss`` and ``grad_norm``, which
+    TrainingArguments. The Trainer itself does not clip, as it would clip the loss's gradient
+    alone. The penalty's value is logged as ``penalty`` beside ``loss`` and ``grad_norm``, which
     remain the task's own.
 
     Args:
@@ -26,7 +26,7 @@ def penalty_callback(penalty: Penalty, *, step: str = "gradient") -> Any:
 
     Raises:
         UsageError: `step` is neither, or transformers is not installed; or, when training begins,
-            the penalty holds parameters that the model does not have, or the optimizer's rate is
+            the penalty is on parameters that the model does not have, or the optimizer's rate is
             not known.
     """
     if step not in STEPS:
@@ -39,14 +39,14 @@ def penalty_callback(penalty: Penalty, *, step: str = "gradient") -> Any:
         ) from error
 
     class PenaltyCallback(TrainerCallback):
-        max_grad_norm: float | None = None  # while it is kept from the Trainer
+        max_grad_norm: float | None = None  # while the Trainer has 0
         hook: Any = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             there = {id(parameter) for parameter in kwargs["model"].parameters()}
             if any(id(parameter) not in there for parameter in penalty.parameters()):
                 raise UsageError(
-                    "the penalty holds parameters that are not the trained model's: make it for "
+                    "the penalty is on parameters that are not the trained model's: make it for "
                     "the model that the Trainer is given, after any change of its modules"
                 )
             self.remove_hook()  # of a run that was interrupted

@@ -312,7 +312,7 @@ def test_a_head_that_no_task_uses_is_not_kept(
         finetune(start, pairs(2, 3), task="b", output_dir=tmp_path / "b", **options)
     assert "the old head is not saved" in caplog.text
     assert not read_fisher(tmp_path / "b" / "fisher").heads
-    with pytest.raises(UsageError, match="no meaning with --head keep"):
+    with pytest.raises(UsageError, match="cannot be combined with --head keep"):
         finetune(
             start, pairs(0, 1), output_dir=tmp_path / "c", head_parameters=["2.*"], ewc_lambda=1.0,
             **MODEL,

@@ -134,14 +134,17 @@ def test_proximal_steps_hold_where_the_gradient_diverges(
     ("options", "message"),
     [
         ({}, "needs --ewc-lambda"),
-        ({"penalty": "none", "ewc_lambda": 1.0}, "no meaning with --penalty none"),
-        ({"penalty": "none", "penalty_step": "proximal"}, "no meaning with --penalty none"),
-        ({"penalty": "none", "penalty_device": "cpu"}, "penalty-device has no meaning with --pena"),
+        ({"penalty": "none", "ewc_lambda": 1.0}, "cannot be combined with --penalty none"),
+        ({"penalty": "none", "penalty_step": "proximal"}, "cannot be combined with --penalty none"),
+        ({"penalty": "none", "penalty_device": "cpu"}, "penalty-device cannot be combined with"),
         (
             {"penalty": "none", "penalty_dtype": torch.float32},
-            "penalty-dtype has no meaning with --penalty none",
+            "penalty-dtype cannot be combined with --penalty none",
         ),
-        ({"penalty": "none", "momentum": 0.0}, "momentum has no meaning with --optimizer adamw"),
+        (
+            {"penalty": "none", "momentum": 0.0},
+            "momentum cannot be combined with --optimizer adamw",
+        ),
         ({"ewc_lambda": 1.0, "penalty_step": "implicit"}, "expected one of gradient, proximal"),
     ],
 )
@@ -375,9 +378,9 @@ def test_running_statistics_stay_through_fisher_and_a_penalty(
     [
         ((), {}, "update", "follow the new data, the default without a penalty, a Fisher or an"),
         (("new",), {}, "update", "--norm-statistics frozen changes that"),
-        (("new", "old"), {}, "frozen", "stay as they are, the default with a penalty, a Fisher or"),
+        (("new", "old"), {}, "frozen", "stay frozen, the default with a penalty, a Fisher or"),
         (("old",), {"norm_statistics": "update"}, "update", "data: --norm-statistics update"),
-        ((), {"penalty": "l2", "ewc_lambda": 1.0}, "frozen", "stay as they are, the default with"),
+        ((), {"penalty": "l2", "ewc_lambda": 1.0}, "frozen", "stay frozen, the default with"),
     ],
 )
 def test_running_statistics_follow_the_data_only_where_nothing_is_old(
@@ -454,7 +457,10 @@ def test_a_checkpoint_can_replace_itself(
         network_checkpoint, write_task("new"), output_dir=network_checkpoint, overwrite=True,
         penalty="none", **FAST,
     )  # fmt: skip
-    assert f"{network_checkpoint} is what this starts from: it will be replaced" in caplog.text
+    assert (
+        f"{network_checkpoint} is the checkpoint that training starts from: it will be replaced"
+        in caplog.text
+    )
     end = load_file(network_checkpoint / "model.safetensors")
     moved = sum((start[name] != end[name]).sum().item() for name in start)
     assert result["share_moved"] == moved / sum(values.numel() for values in start.values()) > 0.5
@@ -533,7 +539,7 @@ def test_the_last_step_is_measured_too(
 ) -> None:
     data = write_task("only")
     options: dict[str, Any] = {**FAST, "penalty": "none", "max_steps": 5, "evaluate_every": 3}
-    with pytest.raises(UsageError, match="--evaluate-every needs data to measure"):
+    with pytest.raises(UsageError, match="--evaluate-every needs test data"):
         consolidate.finetune(network_checkpoint, data, output_dir=tmp_path / "out", **options)
     result = consolidate.finetune(
         network_checkpoint, data, output_dir=tmp_path / "out", **options, evaluate={"only": data}
@@ -551,7 +557,7 @@ def test_the_last_step_is_measured_too(
         ({"epochs": 0}, "--epochs 0: expected at least 1"),
         ({"adam_betas": [0.9]}, "--adam-betas 0.9: expected two numbers"),
         ({"adam_betas": [0.9, 1.0]}, "--adam-betas 1.0: expected a number from 0 to below 1"),
-        ({"adam_betas": [0.9, 0.9], "optimizer": "sgd"}, "--adam-betas has no meaning with --opt"),
+        ({"adam_betas": [0.9, 0.9], "optimizer": "sgd"}, "--adam-betas cannot be combined with"),
         ({"ewc_lambda": -1.0}, "--ewc-lambda -1.0: expected a finite number from 0"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0: expected a finite number above 0"),
         ({"weight_decay": float("nan")}, "--weight-decay nan: expected a finite number from 0"),
@@ -599,7 +605,7 @@ def test_statistics_that_are_not_there_are_told(
         network_checkpoint, write_task("new"), output_dir=tmp_path / "out", penalty="none",
         norm_statistics="frozen", **FAST,
     )  # fmt: skip
-    assert "--norm-statistics does nothing: the model keeps no running statistics" in caplog.text
+    assert "--norm-statistics has no effect: the model has no running statistics" in caplog.text
 
 
 def test_gradients_and_optimizer_are_gone_before_the_fisher_is_measured(

@@ -496,7 +496,7 @@ def test_wrong_use_is_refused(learned: Path, write_task: Write, tmp_path: Path) 
         finetune(learned, b, interpolate=0.5, validation={"a": held}, **common)
     with pytest.raises(UsageError, match="cannot be chosen by data that are trained on"):
         finetune(learned, b, interpolate="auto", validation={"b": b}, **common)
-    with pytest.raises(UsageError, match=r"expected the new task, b, or one .* holds: a$"):
+    with pytest.raises(UsageError, match=r"expected the new task, b, or a task of the ledger: a$"):
         finetune(learned, b, interpolate="auto", validation={"c": held}, **common)
     with pytest.raises(UsageError, match="--interpolation fisher needs --interpolate"):
         finetune(learned, b, interpolation="fisher", **common)

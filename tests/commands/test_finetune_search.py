@@ -185,11 +185,11 @@ def test_data_are_not_used_twice_and_names_are_known(
         finetune(learned, b, validation={"b": str(b)}, **common)
     with pytest.raises(UsageError, match="cannot be chosen by data that are trained on"):
         finetune(learned, b, validation={"a": held}, evaluate={"test": held}, **common)
-    with pytest.raises(UsageError, match=r"expected the new task, b, or one .* holds: a$"):
+    with pytest.raises(UsageError, match=r"expected the new task, b, or a task of the ledger: a$"):
         finetune(learned, b, validation={"c": held}, **common)
     with pytest.raises(UsageError, match="--validation is for a search"):
         finetune(learned, b, validation={"a": held}, **common | {"ewc_lambda": 1.0})
-    with pytest.raises(UsageError, match="no meaning with --penalty none"):
+    with pytest.raises(UsageError, match="cannot be combined with --penalty none"):
         finetune(learned, b, penalty="none", **common)
     one = write_task("one", count=1)
     with pytest.raises(InputError, match=r"at least two examples to split off .*, found 1"):

@@ -457,7 +457,7 @@ REFUSED: dict[str, tuple[str, str, type[Exception], str]] = {
     ),
     "a third task with a strength and no penalty": (
         '"c-test.npz"\n', '"c-test.npz"\npenalty = "none"\newc-lambda = 1\n', UsageError,
-        r"task 3 \(c\): --ewc-lambda has no meaning with --penalty none",
+        r"task 3 \(c\): --ewc-lambda cannot be combined with --penalty none",
     ),
     "a third task's merge rule": (
         '"c-test.npz"\n', '"c-test.npz"\nmerge-rule = "sum"\n', UsageError,

@@ -478,9 +478,12 @@ def test_a_new_output_layer_trains_whole_beside_the_adapter(tmp_path: Path):
     ("options", "message"),
     [
         ({"penalty_on": "adapter"}, "a fresh one has none"),
-        ({"penalty": "none", "ewc_lambda": None, "penalty_on": "merged"}, "no meaning with --pen"),
-        ({"penalty_step": "proximal"}, "--penalty-step proximal has no meaning"),
-        ({"lora_rank": None}, "--lora-targets has no meaning without --lora-rank"),
+        (
+            {"penalty": "none", "ewc_lambda": None, "penalty_on": "merged"},
+            "cannot be combined with --pen",
+        ),
+        ({"penalty_step": "proximal"}, "--penalty-step proximal cannot be combined"),
+        ({"lora_rank": None}, "--lora-targets needs --lora-rank"),
         (
             {"lora_rank": None, "lora_targets": (), "lora_alpha": None, "penalty_on": "merged"},
             "is for adapters",
@@ -620,16 +623,10 @@ def test_the_head_trains_whole_beside_the_adapter_where_it_is_asked_to(
     [
         (
             {"lora_rank": None, "lora_targets": ()},
-            "--lora-train-head has no meaning without --lora",
+            "--lora-train-head needs --lora-rank",
         ),
-        (
-            {"head": "new"},
-            "--lora-train-head has no meaning with --head new, whose head trains",
-        ),
-        (
-            {"lora_targets": ["0", "2"]},
-            r"2\.weight is trained in full.*leave it out of --lora-targets",
-        ),
+        ({"head": "new"}, "--lora-train-head cannot be combined with --head new, which trains"),
+        ({"lora_targets": ["0", "2"]}, r"2\.weight is trained in full.*leave it out"),
         ({"freeze": ["2.*"]}, "--freeze freezes the head, which --lora-train-head is to train"),
         ({"head_parameters": ["3.*"]}, r"--head-parameters 3\.\* matches no parameter"),
     ],
