@@ -116,6 +116,6 @@ def bert_classifier(folder: Path | None, labels: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     if folder is None:
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        config = BertConfig(**sizes, vocab_size=300, intermediate_size=64, num_labels=labels)
+        config = BertConfig(**sizes, vocab_size=300, intermediate_size=64, num_labels=labels)  # type: ignore[arg-type,call-arg]
         return BertForSequenceClassification(config)
     return BertForSequenceClassification.from_pretrained(folder, num_labels=labels)

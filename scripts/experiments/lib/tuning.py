@@ -134,7 +134,7 @@ def fit(
         value = loss(model, batch)
         if not value.isfinite():
             break
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         if after_backward is not None:
             after_backward()
         optimizer.step()

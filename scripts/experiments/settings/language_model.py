@@ -52,7 +52,7 @@ class Setting:
         self.seed = seed
         self.model: Path | None = raw / MODEL
         tokenizer = Tokenizer.from_file(str(self.model / "tokenizer.json"))
-        end = tokenizer.token_to_id("<|endoftext|>")
+        end: int = tokenizer.encode("<|endoftext|>").ids[0]
         chance = random.Random(seed)
 
         def rows(documents: Sequence[str], count: int) -> list[list[int]]:
@@ -88,6 +88,7 @@ class Setting:
         from transformers import AutoModelForCausalLM
 
         transformers.logging.set_verbosity_error()
+        assert self.model is not None
         model: nn.Module = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
         return model
 
@@ -160,7 +161,8 @@ class Quick(Setting):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(self.seed)
-        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2}
+        sizes["num_attention_heads"] = 2
         return LlamaForCausalLM(
             LlamaConfig(**sizes, vocab_size=256, intermediate_size=32, tie_word_embeddings=True)
         )

@@ -53,7 +53,8 @@ class Heads(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, task: int) -> Tensor:
         """Return the logits of a task's classes."""
         pooled = self.bert(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-        logits: Tensor = self.heads[task](self.dropout(pooled))
+        head: nn.Module = self.heads[task]
+        logits: Tensor = head(self.dropout(pooled))
         return logits
 
     def all_heads(self, input_ids: Tensor, attention_mask: Tensor, count: int) -> Tensor:
@@ -111,7 +112,8 @@ class Stage:
         """Return what the old tasks' heads say, one head under the other."""
         inputs = {key: value for key, value in batch[0][0].items() if key != "task"}
         with torch.autocast("cpu", torch.bfloat16):
-            found: Tensor = model.all_heads(**inputs, count=self.number)
+            assert isinstance(model, Heads)
+            found = model.all_heads(**inputs, count=self.number)
         return found.float()
 
     def loss_of(self, logits: Tensor, batch: Any) -> Tensor:
@@ -187,8 +189,8 @@ class Chain:
         torch.manual_seed(self.seed)
         if self.encoder is not None:
             return Heads(BertModel.from_pretrained(self.encoder), 384, self.classes)
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        bert = BertModel(BertConfig(**sizes, vocab_size=300, intermediate_size=64))
+        sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2}
+        bert = BertModel(BertConfig(**sizes, hidden_size=32, vocab_size=300, intermediate_size=64))
         return Heads(bert, 32, self.classes)
 
 
