@@ -2,9 +2,10 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -38,7 +39,7 @@ from consolidate.commands.measurement import (
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.model import config_of, file_weights
-from consolidate.options import Estimation, FinetuneOptions
+from consolidate.options import FinetuneOptions
 from consolidate.results import (
     FinetuneCached,
     Finetuned,
@@ -114,12 +115,10 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
             )
         found = work.start()
         start = load_start(plan, cut)
-        estimation = _estimation(plan, start)
+        measure = _measuring(plan, start)
         statistics = _running_statistics(plan, start)
         search = _searched(plan, start, work, found)
-        moving = None
-        if plan.interpolation is not None:
-            moving = Interpolator(plan.interpolation, start, plan.recipe, estimation, group, found)
+        moving = _interpolator(plan, start, measure, found)
         start_timing()
         try:
             trained = train(
@@ -143,10 +142,7 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         found = None if found is not None and UNMOVED in found.state else found
         kept = KeptPass(work, found, *kept_of(start.model, trained))
         with _saving_what_was_learned(work, kept):
-            task, seed = plan.opened.task, plan.recipe.seed
-            diagonal = measure_fisher(
-                start.model, start.examples, estimation, task=task, seed=seed, kept=kept
-            )
+            diagonal = measure(task=plan.opened.task, kept=kept)
             result = None
             if is_first(group):
                 training = _training(plan, start, trained, started_from, moving)
@@ -191,11 +187,24 @@ def _known(
     }
 
 
-def _estimation(plan: Plan, start: Start) -> Estimation:
-    """Settle how the new task's Fisher is measured."""
+def _measuring(plan: Plan, start: Start) -> Callable[..., FisherDiagonal]:
+    """Settle how the new task's Fisher is measured; to call with ``task`` and ``kept``."""
     asked = plan.options.estimation
     asked = replace(asked, batch_size=asked.batch_size or plan.recipe.batch_size)
-    return settled_estimation(asked, start.model, start.examples, prefix="fisher-")
+    estimation = settled_estimation(asked, start.model, start.examples, prefix="fisher-")
+    return partial(measure_fisher, start.model, start.examples, estimation, seed=plan.recipe.seed)
+
+
+def _interpolator(
+    plan: Plan,
+    start: Start,
+    measure: Callable[..., FisherDiagonal],
+    found: StoredWork | None,
+) -> Interpolator | None:
+    """Prepare to interpolate; None where it was not asked for."""
+    if plan.interpolation is None:
+        return None
+    return Interpolator(plan.interpolation, start, plan.recipe, measure, all_processes(), found)
 
 
 def _running_statistics(plan: Plan, start: Start) -> str | None:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,10 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.commands.finetune_weights import UNMOVED, stored_weights, take_stored_values
-from consolidate.commands.measurement import measure_fisher
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.examples import hold_out, subset
 from consolidate.ewc.interpolation import fisher_share, interpolated
-from consolidate.options import Estimation, Recipe
+from consolidate.options import Recipe
 from consolidate.results import AlphaSearch
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import shares
@@ -72,16 +71,17 @@ class Interpolator:
         plan: "InterpolationPlan",
         start: "Start",
         recipe: Recipe,
-        estimation: Estimation,
+        measure: Callable[..., Mapping[str, Tensor]],
         group: ProcessGroup | None,
         found: StoredWork | None = None,
     ) -> None:
         """Hold data of the new task out where α is chosen and none are given.
 
-        `estimation` is that of the new task's Fisher; `found` is saved progress of the same work.
+        `measure` is `measure_fisher` on the new task's examples, with task and kept left to give;
+        `found` is saved progress of the same work.
         """
         self.plan, self._start, self._recipe, self._group = plan, start, recipe, group
-        self._estimation, self._found = estimation, found
+        self._pass, self._found = measure, found
         state = None if found is None else found.state.get("interpolation")
         self.state = {"trials": [], **(state or {})}  # JSON-ready
         self._fisher: dict[str, Tensor] = {}  # F at θ, by the module's names
@@ -249,14 +249,8 @@ class Interpolator:
             n.removeprefix(_FISHER): t for n, t in kept.items() if n.startswith(_FISHER)
         }
         if not self._fisher:
-            diagonal = measure_fisher(
-                start.model,
-                start.examples,
-                self._estimation,
-                task=f"{self.plan.new}, before interpolation",
-                seed=self._recipe.seed,
-                kept=KeptPass(work, at_end, tensors, saved),
-            )
+            task = f"{self.plan.new}, before interpolation"
+            diagonal = self._pass(task=task, kept=KeptPass(work, at_end, tensors, saved))
             self._fisher = {name: values.cpu() for name, values in diagonal.items()}
         layout = start.model.layout
         both = [n for n in self._fisher if all(f in before.fisher for f in layout.file_names(n))]

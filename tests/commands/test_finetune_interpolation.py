@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from consolidate.api import evaluate, finetune, fisher, report, show
+from consolidate.commands import finetune as finetune_command
 from consolidate.commands import finetune_interpolation
 from consolidate.runtime import signals
 from formats.errors import ForgettingError, InputError, NonFiniteError, UsageError
@@ -429,22 +430,22 @@ def test_the_pass_before_a_weighted_interpolation_resumes_too(
         kill_after(monkeypatch, examples)  # in the pass before, twice
         with pytest.raises(Killed):
             finetune(learned, b, output_dir=tmp_path / "out", **options)
-    measure, calls = finetune_interpolation.measure_fisher, []
+    measure, passes = finetune_command.measure_fisher, []
 
     def counted(*arguments: Any, **settings: Any) -> Any:
-        calls.append("before")
+        passes.append(settings["task"])
         found = measure(*arguments, **settings)
-        kill_after(monkeypatch, 40)  # in the pass after it
+        if settings["task"] == "b, before interpolation":
+            kill_after(monkeypatch, 40)  # in the pass after it
         return found
 
-    monkeypatch.setattr(finetune_interpolation, "measure_fisher", counted)
+    monkeypatch.setattr(finetune_command, "measure_fisher", counted)
     caplog.clear()
     with pytest.raises(Killed):
         finetune(learned, b, output_dir=tmp_path / "out", **options)
     assert "going on after 48 of 100 examples" in caplog.text
-    monkeypatch.setattr(finetune_interpolation, "measure_fisher", None)  # is not needed again
     finetune(learned, b, output_dir=tmp_path / "out", **options)
-    assert calls == ["before"]
+    assert passes == ["b, before interpolation", "b", "b"]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -653,3 +653,41 @@ def test_a_head_that_is_the_embedding_cannot_train_beside_the_adapter(
     options = TRAINING | LORA | {"ewc_lambda": 1.0, "lora_train_head": True}
     with pytest.raises(UsageError, match="no head of its own to train"):
         finetune(protected, new_task, output_dir=tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("kind", ["whole", "an adapter"])
+@pytest.mark.parametrize("method", ["plain", "fisher"])
+def test_tied_weights_of_transformers_and_adapters_are_interpolated(
+    gpt2: Path, task: Path, new_task: Path, tmp_path: Path, kind: str, method: str
+):
+    start, file = gpt2, "model.safetensors"
+    if kind == "an adapter":
+        start = peft_adapter(tmp_path / "adapter", gpt2, target_modules=["c_attn"])
+        file = "adapter_model.safetensors"
+    fisher(start, task, task="old", estimator="empirical", batch_size=5)
+    options = TRAINING | {"ewc_lambda": 1.0}
+    finetune(start, new_task, output_dir=tmp_path / "whole", **options)
+    finetune(
+        start,
+        new_task,
+        output_dir=tmp_path / "half",
+        interpolate=0.5,
+        interpolation=method,
+        **options,
+    )
+    mu, theta, half = (load_file(f / file) for f in (start, tmp_path / "whole", tmp_path / "half"))
+    assert half.keys() == mu.keys()
+    moved = False
+    for name in mu:
+        low, high = torch.minimum(mu[name], theta[name]), torch.maximum(mu[name], theta[name])
+        assert ((low - 1e-6 <= half[name]) & (half[name] <= high + 1e-6)).all(), name
+        if method == "plain":
+            torch.testing.assert_close(half[name], mu[name].lerp(theta[name], 0.5))
+        else:
+            plain = mu[name].lerp(theta[name], 0.5)
+            moved = moved or not torch.allclose(half[name], plain, rtol=1e-4, atol=1e-6)
+    assert moved == (method == "fisher")
+    verify(tmp_path / "half")
+    if kind == "whole":
+        tied = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "half")
+        assert tied.lm_head.weight is tied.transformer.wte.weight
