@@ -68,6 +68,19 @@ TEXT_CHAIN = {
     "ewc": Grid(CHAIN_RATES, (3e3, 1e4, 3e4, 1e5)),
     "lora_ewc": Grid((1e-3, 3e-3, 1e-2), (3e3, 1e4, 3e4, 1e5)),
 }
+TAGGING = {
+    "free": Grid((3e-5, 1e-4, 3e-4, 1e-3)),
+    "fewer_steps": Grid(CHAIN_RATES, (0.05, 0.15, 0.3, 0.6)),
+    "l2": Grid(CHAIN_RATES, (0.1, 0.3, 1.0, 3.0)),
+    "interpolation": Grid(CHAIN_RATES, (1.0,), (0.5, 0.2, 0.35, 0.65, 0.8)),
+    "lora": Grid((3e-4, 1e-3, 3e-3, 1e-2)),
+    "freeze": Grid(CHAIN_RATES, (0, 2, 4, 5)),
+    "distill": Grid(CHAIN_RATES, (0.3, 1.0, 3.0, 10.0)),
+    "replay": Grid(CHAIN_RATES, (0.1, 0.3, 1.0, 3.0)),
+    "joint": Grid(CHAIN_RATES),
+    "ewc": Grid(CHAIN_RATES, (1e4, 3e4, 1e5, 3e5), (1.0, 0.75, 0.5)),
+    "lora_ewc": Grid((3e-4, 1e-3, 3e-3), (1e4, 3e4, 1e5, 3e5)),
+}
 SMALL_RATES = (3e-4, 1e-3, 3e-3)
 PERMUTATIONS = {
     "free": Grid((1e-4, 3e-4, 1e-3, 3e-3)),
@@ -79,13 +92,14 @@ PERMUTATIONS = {
     "distill": Grid(SMALL_RATES, (0.3, 1.0, 3.0, 10.0)),
     "replay": Grid(SMALL_RATES, (0.1, 0.3, 1.0, 3.0)),
     "joint": Grid(SMALL_RATES),
-    "ewc": Grid(SMALL_RATES, (10.0, 30.0, 100.0, 300.0)),
-    "lora_ewc": Grid((1e-3, 3e-3, 1e-2), (10.0, 30.0, 100.0, 300.0)),
+    "ewc": Grid(SMALL_RATES, (3.0, 10.0, 30.0, 100.0)),
+    "lora_ewc": Grid((1e-3, 3e-3, 1e-2), (3.0, 10.0, 30.0, 100.0)),
 }
 GRIDS = {
     "newsgroups": NEWSGROUPS,
     "language_model": LANGUAGE_MODEL,
     "text_chain": TEXT_CHAIN,
     "permutations": PERMUTATIONS,
+    "tagging": TAGGING,
 }
 FISHER_METHODS = ("ewc", "lora_ewc")

@@ -47,12 +47,26 @@ from scripts.experiments.lib.grids import (
     OTHERS,
     SEEDS,
 )
-from scripts.experiments.lib.records import Experiment, Figures, Findings, Record, Unit, best
+from scripts.experiments.lib.records import (
+    Experiment,
+    Figures,
+    Findings,
+    Record,
+    Unit,
+    best,
+    read_records,
+)
 from scripts.experiments.lib.tuning import measure_two_tasks
-from scripts.experiments.settings import language_model, newsgroups, permutations, text_chain
+from scripts.experiments.settings import (
+    language_model,
+    newsgroups,
+    permutations,
+    tagging,
+    text_chain,
+)
 
 SETTINGS: dict[str, ModuleType] = {
-    one.NAME: one for one in (newsgroups, language_model, text_chain, permutations)
+    one.NAME: one for one in (newsgroups, language_model, text_chain, permutations, tagging)
 }
 PAGE = """# {title}
 
@@ -79,7 +93,8 @@ SECONDS = {
     "newsgroups": (68.0, 36.0, 0.0),
     "language_model": (245.0, 95.0, 0.0),
     "text_chain": (200.0, 70.0, 120.0),
-    "permutations": (19.0, 1.0, 20.0),
+    "permutations": (6.0, 1.0, 1.0),
+    "tagging": (45.0, 18.0, 0.0),
 }
 """Of the processor: a training without a penalty, a scoring, and the Fishers of a chain."""
 SLOWER = {"distill": 1.35, "replay": 1.25, "joint": 2.0, "ewc": 1.05, "l2": 1.05, "lora": 0.8}
@@ -228,28 +243,35 @@ def seconds(unit: Unit) -> float:
 
 def report(name: str, records: Sequence[Record], folder: Path) -> Findings:
     """Draw the curves of a setting, and say what is kept at equal new scores."""
-    setting = pages.sorted_out(name, records, partial(_digests, name, records))
     if not records:
         return Findings("", [])
+    setting = sorted_out(name, records)
     pages.draw(setting, folder)
     pages.write_figures(setting, folder)
     by_digest = {record.unit.digest: record for record in records}
-    quick = records[0].unit.settings["data"] == "quick"
     searches = {
         method: [
             by_digest[one.digest]
-            for one in searched(name, method, quick)
+            for one in searched(name, method, is_quick(records))
             if one.digest in by_digest
         ]
         for method in MAIN + OTHERS
-        if method in GRIDS[name]
     }
     return Findings(pages.page_text(setting, searches), [])
 
 
-def _digests(name: str, records: Sequence[Record], method: str, seed: int) -> list[str]:
-    quick = records[0].unit.settings["data"] == "quick"
-    return [one.digest for one in curve(name, method, seed, records, quick)]
+def sorted_out(name: str, records: Sequence[Record]) -> pages.Setting:
+    """Put the records of a setting into curves."""
+
+    def units(method: str, seed: int) -> list[str]:
+        return [one.digest for one in curve(name, method, seed, records, is_quick(records))]
+
+    return pages.sorted_out(name, records, units)
+
+
+def is_quick(records: Sequence[Record]) -> bool:
+    """Say whether records are those of a quick run."""
+    return records[0].unit.settings["data"] == "quick"
 
 
 def bound(experiment: Experiment, options: argparse.Namespace) -> Experiment:
@@ -295,9 +317,26 @@ KIND = sittings.Kind(
 )
 
 
-def write_table(rows: Any, folder: Path, quick: bool) -> None:
-    """Write the table over all settings."""
-    del rows, folder, quick
+def write_table(
+    rows: Sequence[tuple[Experiment, Sequence[Any]]], folder: Path, quick: bool
+) -> None:
+    """Write the page over all settings, beside the folder of theirs.
+
+    Args:
+        rows: The settings.
+        folder: Of the records.
+        quick: Whether the page says that its figures mean nothing.
+    """
+    settings: dict[str, pages.Setting | None] = {}
+    for experiment, _ in rows:
+        name = experiment.name
+        records = read_records(folder / f"{name}.jsonl")
+        planned = {one.digest for one in sittings.all_units(experiment, records, quick)}
+        known = [record for record in records if record.unit.digest in planned]
+        settings[name] = sorted_out(name, known) if known else None
+    page = folder.parent / "tradeoff.md"
+    page.write_text(pages.overview(settings, quick), encoding="utf-8")
+    print(page)
 
 
 if __name__ == "__main__":
