@@ -1,6 +1,6 @@
 """LoRA of rank 8 on every linear layer, and the head: the curve is over the learning rate."""
 
-from scripts.experiments.lib.adapters import adapt
+from scripts.experiments.lib.low_rank import adapt
 from scripts.experiments.lib.tuning import Done, Job, fit
 
 

@@ -3,7 +3,7 @@
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty
 from consolidate.models.lora import low_rank_layers, other_parameters
-from scripts.experiments.lib.adapters import adapt
+from scripts.experiments.lib.low_rank import adapt
 from scripts.experiments.lib.ours import fisher
 from scripts.experiments.lib.tuning import Done, Job, fit
 
