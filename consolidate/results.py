@@ -271,7 +271,7 @@ class FinetuneDone(Finetuned):
 
 FinetuneResult = FinetuneDone | FinetuneCached
 
-EvaluateResult = Annotated[dict[str, Metrics], about("The metrics of each data set, by name.")]
+EvaluateResult = Annotated[dict[str, Metrics], about("The metrics of each dataset, by name.")]
 
 
 class MergeResult(_Of):

@@ -19,7 +19,7 @@ UNMOVED = "before interpolation"
 def stored_weights(model: Model, group: ProcessGroup | None) -> Mapping[str, Tensor]:
     """Give the module's present values as the weights file's tensors, by file name.
 
-    Of a model in shards the first process has them all on the CPU, the others have none.
+    The first process has all of a sharded model on the CPU, the others have none.
     """
     weights = file_weights(model)
     if not is_sharded(model.module):

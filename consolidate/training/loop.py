@@ -213,8 +213,8 @@ def training_steps(
         penalty: None trains on the task alone.
         scaler: The loss scaler that fp16 needs.
         first_step: Optimizer steps taken before.
-        group: Processes that share the micro-batches: as many of them in each. A model in shards
-            runs as often in each of them, on `stand_in` where there is no other batch.
+        group: Processes that share the micro-batches: as many of them in each. A sharded model runs
+            as often in each of them, on `stand_in` where there is no other batch.
         stand_in: A batch, which adds nothing; the first one unless given.
         sum_loss: Sums the loss of a step over the processes, and with it what else they have to
             say; the sum alone unless given.
