@@ -36,7 +36,7 @@ def stored_weights(model: Model, group: ProcessGroup | None) -> Mapping[str, Ten
 def take_stored_values(model: Model, stored: Mapping[str, Tensor]) -> None:
     """Give the module the values as they are stored: F is measured at exactly these.
 
-    A model in shards is rounded where it is, and `stored` not looked at.
+    A sharded model is rounded where it is, and `stored` is not used.
     """
     state, sharded = model.module.state_dict(), is_sharded(model.module)
     layout, at_start = model.layout, model.checkpoint.weights
