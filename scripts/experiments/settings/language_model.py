@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from scripts.experiments.lib.brown import plain_text
-from scripts.experiments.lib.texts import data_digest, read_table
+from scripts.experiments.lib.tokenized import data_digest, read_table
 from scripts.experiments.lib.tuning import Task
 
 NAME = "language_model"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scripts.experiments.lib.texts import (
+from scripts.experiments.lib.tokenized import (
     Classifier,
     Text,
     bert_classifier,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from scripts.experiments.lib.networks import mlp
-from scripts.experiments.lib.texts import data_digest
+from scripts.experiments.lib.tokenized import data_digest
 from scripts.experiments.lib.tuning import Setting, Task
 
 NAME = "permutations"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from scripts.experiments.lib.texts import EVALUATED, bert_layers, data_digest
+from scripts.experiments.lib.tokenized import EVALUATED, bert_layers, data_digest
 from scripts.experiments.lib.tuning import Task
 
 NAME = "tagging"

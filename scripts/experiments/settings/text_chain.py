@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from scripts.experiments.lib.texts import EVALUATED, data_digest, padded, read_table, tokenized
+from scripts.experiments.lib.tokenized import EVALUATED, data_digest, padded, read_table, tokenized
 from scripts.experiments.lib.tuning import Setting, Task
 
 NAME = "text_chain"
