@@ -514,7 +514,7 @@ def test_new_tokens_widen_the_vocabulary(tmp_path: Path, caplog: pytest.LogCaptu
     tokenizer.save_pretrained(folder)
     new = tmp_path / "new.jsonl"
     new.write_text(json.dumps({"text": "<new> cat <more>"}) + "\n")
-    with pytest.raises(InputError, match=f"the token {rows + 1}, .* only {rows} rows"):
+    with pytest.raises(InputError, match=f"token ids below {rows}.*found {rows + 1}"):
         evaluate(folder, {"new": new})
     out = tmp_path / "out"
     with caplog.at_level("INFO", logger="consolidate"):

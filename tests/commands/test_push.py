@@ -178,7 +178,7 @@ FAILURES: list[tuple[str, dict[str, Any], int, str]] = [
     ("POST .*/commit/", {"status": 409}, 3, "has changed since"),
     ("POST .*/commit/", {"status": 412}, 3, "has changed since"),
     ("POST .*/commit/", {"status": 413, "message": "too \x1b large"}, 3, "status 413"),
-    ("POST .*/commit/", {"status": 429, "Retry_After": "7"}, 75, "patience of 7 s"),
+    ("POST .*/commit/", {"status": 429, "Retry_After": "7"}, 75, "wait 7 s; push again"),
     ("POST .*/commit/", {"status": 500}, 75, "status 500"),
     ("POST .*/commit/", {"status": 0}, 75, "cannot be reached"),
     ("PUT", {"status": 403}, 3, "may not"),

@@ -303,7 +303,7 @@ def test_what_cannot_be_drawn_is_refused_before_the_work(
     with pytest.raises(UsageError, match=r"curve\.txt: the name must end in \.png, \.svg or \.pdf"):
         check_picture("--search-plot", tmp_path / "curve.txt", endings)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file is no folder"):
+    with pytest.raises(InputError, match="file is not a writable folder"):
         check_picture("--search-plot", tmp_path / "file" / "curve.png", endings)
     made = tmp_path / "to be made" / "curve.PNG"
     check_picture("--search-plot", made, endings)
