@@ -443,7 +443,7 @@ def test_the_pass_before_a_weighted_interpolation_resumes_too(
     caplog.clear()
     with pytest.raises(Killed):
         finetune(learned, b, output_dir=tmp_path / "out", **options)
-    assert "going on after 48 of 100 examples" in caplog.text
+    assert "resuming after 48 of 100 examples" in caplog.text
     finetune(learned, b, output_dir=tmp_path / "out", **options)
     assert passes == ["b, before interpolation", "b", "b"]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

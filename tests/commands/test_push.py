@@ -181,7 +181,7 @@ FAILURES: list[tuple[str, dict[str, Any], int, str]] = [
     ("POST .*/commit/", {"status": 429, "Retry_After": "7"}, 75, "wait 7 s; push again"),
     ("POST .*/commit/", {"status": 500}, 75, "status 500"),
     ("POST .*/commit/", {"status": 0}, 75, "cannot be reached"),
-    ("PUT", {"status": 403}, 3, "may not"),
+    ("PUT", {"status": 403}, 3, "denies permission"),
 ]  # fmt: skip
 
 
