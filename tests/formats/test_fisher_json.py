@@ -441,7 +441,9 @@ def test_version_1_has_no_field_of_version_2(field: str) -> None:
     with pytest.raises(InputError, match=r"tasks\[0\]: format version 1 has no field 'generated'"):
         parse(bad)
     bad["tasks"] = SECOND["tasks"][1:]
-    with pytest.raises(InputError, match=r"tasks\[0\]: format version 1 has no field 'interpolation'"):
+    with pytest.raises(
+        InputError, match=r"tasks\[0\]: format version 1 has no field 'interpolation'"
+    ):
         parse(bad)
     bad["tasks"] = [{**SECOND["tasks"][1]}]
     del bad["tasks"][0]["interpolation"]
