@@ -222,9 +222,7 @@ def test_every_module_has_a_test_file_or_is_said_to_be_tested_through_another() 
 
 
 def test_no_script_bears_the_name_of_a_module() -> None:
-    # A method of an experiment bears the name of what it measures.
-    files = [f for f in (ROOT / "scripts").rglob("*.py") if f.parent.name != "methods"]
-    scripts = {path.stem for path in files} - {"__init__"}
+    scripts = {path.stem for path in (ROOT / "scripts").rglob("*.py")} - {"__init__"}
     assert not scripts & {path.stem for path in MODULES}
 
 

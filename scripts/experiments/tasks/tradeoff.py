@@ -102,7 +102,7 @@ SLOWER = {"distill": 1.35, "replay": 1.25, "joint": 2.0, "ewc": 1.05, "l2": 1.05
 
 def method_file(name: str) -> str:
     """Return the path of a method's code from the root."""
-    return f"scripts/experiments/methods/{name}.py"
+    return f"scripts/experiments/methods/by_{name}.py"
 
 
 def setting_file(name: str) -> str:
@@ -206,7 +206,7 @@ def measure(name: str, unit: Unit, *, raw: Path | None) -> Figures:
                 f"{found}, expected {module.DATA}; take the versions that tradeoff.py states"
             )
         setting = _setting(name, raw, unit.seed)
-    tune = import_module(f"scripts.experiments.methods.{unit.method}").tune
+    tune = import_module(f"scripts.experiments.methods.by_{unit.method}").tune
     start, fisher = (
         f"{code_digest(*files)}-{unit.settings['data']}"
         for files in ((setting_file(name),), (setting_file(name), FISHER_FILE))

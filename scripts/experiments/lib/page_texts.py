@@ -1,0 +1,198 @@
+"""Texts of the pages of the trade-off."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+TITLES = {
+    "lora": "LoRA, rank 8",
+    "interpolation": "interpolation with the start",
+    "free": "no penalty, several learning rates",
+    "l2": "L2 penalty around the start",
+    "ewc": "EWC",
+    "fewer_steps": "no penalty, fewer steps",
+    "freeze": "frozen embeddings and lower layers",
+    "distill": "distillation from the start",
+    "lora_ewc": "LoRA, rank 8, with EWC",
+    "replay": "replay of 1 % of the old data",
+    "joint": "joint training on all old data",
+    "ewc_interpolated": "EWC, then interpolation",
+}
+
+
+class Scale(NamedTuple):
+    """How scores of a setting are written."""
+
+    factor: float  # from a score to the unit
+    unit: str
+    below: tuple[float, ...]  # levels: the best new score less these, in the unit
+    digits: int
+
+
+POINTS = Scale(100.0, "points", (2.0, 5.0), 1)
+NATS = Scale(1.0, "nats", (0.02, 0.05), 3)
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page says of its setting."""
+
+    title: str
+    text: str
+    rows: tuple[int, int]  # test rows of the old and of the new task
+    score: str  # on the axes
+    scale: Scale = POINTS
+
+
+PRECISION = """
+All methods multiply matrices in bfloat16; weights, Fisher and penalty are in float32.
+"""
+PAGES = {
+    "newsgroups": Page(
+        title="20 Newsgroups: the same four labels, other groups",
+        rows=(1000, 1000),
+        score="accuracy",
+        text=f"""
+Model: the encoder MiniLM (22.7 million weights) with one classification head. Old task: the
+top-level names comp, rec, sci and talk on nine groups of 20 Newsgroups; 1,600 texts, two epochs,
+AdamW, learning rate 1e-4 with linear decay. New task: the same four labels on eight other groups;
+1,600 texts in batches of 16, one epoch (100 steps). Texts are truncated at 64 tokens. Each task has
+300 validation texts and 1,000 test texts; every seed draws its own. The Fisher is exact, measured
+on 400 training texts of the old task. {PRECISION}
+""",
+    ),
+    "language_model": Page(
+        title="A language model, from edited prose to Usenet",
+        rows=(120, 120),
+        score="log-likelihood per token",
+        scale=NATS,
+        text=f"""
+Model: SmolLM2-135M-Instruct as published (4 bits per weight, expanded to float32). Old task: edited
+prose of three kinds in equal parts, namely news and science from the Brown corpus and State of the
+Union addresses. The model is not fine-tuned on it: it measures what the published model loses. New
+task: messages of rec.sport.hockey, in lower case and without punctuation; 60 steps of 4 rows of 128
+tokens. The score is the mean log-likelihood per token in nats. Each task has 36 validation rows and
+120 test rows; every seed draws other documents. The Fisher (`mc`, one sampled text per row) is
+measured on 60 training rows of the old task. Both tasks are running text, which the instruction-
+tuned model does not expect, so the new task can also improve the old score. {PRECISION}
+""",
+    ),
+    "text_chain": Page(
+        title="Reuters, then spam, then 20 Newsgroups: a head for each",
+        rows=(2000, 2000),
+        score="accuracy",
+        text=f"""
+Model: the encoder MiniLM (22.7 million weights) with a task-specific head for each of three tasks.
+Every method starts from the same checkpoint, which has learned the eight topics of Reuters R8 (two
+epochs, AdamW, learning rate 1e-4 with linear decay). It then learns to tell spam from other mail
+(one epoch) and the twenty groups of 20 Newsgroups (three epochs): 1,500 texts per task, truncated
+at 48 tokens, batches of 16. Old score: mean accuracy on Reuters and spam after the last task. New
+score: mean accuracy on spam and 20 Newsgroups, each right after it was learned. Each task has 300
+validation texts and 1,000 test texts; every seed draws its own. Fishers are exact, on 1,000
+training texts, scaled to the trace of the first and added up; the penalty is centred on the weights
+before each task. Interpolation is applied after each task. {PRECISION}
+""",
+    ),
+    "permutations": Page(
+        title="Ten permutations of MNIST: a small network",
+        rows=(4500, 4500),
+        score="accuracy",
+        text="""
+Model: a network of 784–256–256–10 units from random weights. Every method starts from the same
+network, which has learned MNIST (200 steps of 64 images, AdamW, learning rate 1e-3 with linear
+decay). It then learns nine permutations of the pixels, 200 steps each, with the same ten outputs.
+Old score: mean accuracy on the first nine tasks after the last one. New score: mean accuracy on the
+last nine, each right after it was learned. Each task has 300 validation images and 500 test images;
+every seed draws its own images and permutations. Fishers are exact, on 1,000 training images,
+scaled to the trace of the first and added up; the penalty is centred on the weights before each
+task. Interpolation is applied after each task. Nobody fine-tunes such a network; the page shows the
+methods in the setting that papers on forgetting use.
+""",
+    ),
+    "tagging": Page(
+        title="Parts of speech in the Brown corpus: another genre",
+        rows=(1000, 1000),
+        score="accuracy per word",
+        text=f"""
+Model: the encoder MiniLM (22.7 million weights) with one token-classification head. Old task: the
+40 most frequent parts of speech, and one label for the others, in news of the Brown corpus; 1,600
+sentences, two epochs, AdamW, learning rate 3e-4 with linear decay. New task: the same tags in
+romances; 1,600 sentences in batches of 16, one epoch (100 steps). Sentences are truncated at 64
+tokens. Each task has 300 validation sentences and 1,000 test sentences from files that training
+does not see; the score is the mean over sentences of the share of correct tags; every seed draws
+other files. The Fisher (`mc`, one sampled tag per word) is measured on 400 training sentences of
+the old task. {PRECISION}
+""",
+    ),
+}
+TEXT = """{setting}
+
+## Choosing the learning rate
+
+Every method has its own search: three learning rates with seed 0, at the third of its strengths
+(interpolation: half of the way), compared by the mean of the two validation scores; the smallest
+rate wins a tie. All strengths then run with that rate and every seed. Where the curve is one of
+learning rates there is no search. Test scores choose nothing.
+
+{done}
+
+## How much is forgotten
+
+{forgotten}
+
+## The curves
+
+![Score on the old task against score on the new task]({name}.png)
+
+Means over seeds on test rows; in brackets the number of seeds. Bands are one standard error of the
+old score over seeds. Dotted lines are the levels of the next section. Replay and joint training see
+data of the old task, which the other methods do not: they are references, not rivals.
+
+## Old score at equal new score
+
+{levels}
+
+Each seed's curve is its upper envelope, interpolated linearly between neighbouring points and never
+extrapolated. "Not reached": no point learns that much. "≥": in some seed every point learns more,
+and the old score of the one that learns least stands in. In brackets, the seeds that reach the
+level out of those that are done. Differences are paired by seed and test row. Errors are standard errors
+from a bootstrap over seeds and test rows.
+
+## The search for the learning rate
+
+{search}
+
+## All points
+
+Means over seeds, in {unit}; seconds are processor time of training on one core.
+
+{tried}
+
+## What was not tried
+
+{untried}
+"""
+UNTRIED = """
+Other ranks and targets of LoRA; OSFT and other projections; replay of text that the model
+generates; optimizers other than AdamW; EWC by proximal steps; other numbers of steps on the new
+task, except by the method with fewer steps; larger models.
+"""
+OVERVIEW = """# What is kept against what is learned
+
+Fine-tuning makes a model forget, and every method against forgetting also limits what the model
+learns. The pages below measure both sides for EWC and for what a user would choose instead: whole
+curves, with a separate search of the learning rate for every method. One command produces
+everything and resumes after an interruption:
+
+```sh
+.venv/bin/python scripts/experiments/tasks/tradeoff.py --plan     # how long it takes
+.venv/bin/python scripts/experiments/tasks/tradeoff.py --data-dir tradeoff-data
+```
+
+The table gives the old score at equal new score: the best new score of any method, less a margin.
+In brackets, the seeds that reach it out of those that are done. Each page has the curves, and the
+differences with their errors.{quick}
+
+{table}
+
+{pages}
+"""
