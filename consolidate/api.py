@@ -529,6 +529,7 @@ def report(
     *,
     output: str | Path | None = None,
     plots: str | Path | None = None,
+    search: str | Path | None = None,
     revision: str | None = None,
     overwrite: bool = False,
 ) -> ReportResult:
@@ -540,6 +541,7 @@ def report(
         checkpoint: A folder, a weights file, or a repository on the Hub.
         output: Where to write the report. (default: NAME-report.html in the current folder)
         plots: Write the figures here too, as SVG and PNG (needs matplotlib).
+        search: Show the search for λ in this JSON output of `finetune`.
         revision: Branch, tag or commit of the checkpoint on the Hub.
         overwrite: Replace existing files; those of an earlier report are always replaced.
 
@@ -549,7 +551,7 @@ def report(
     Raises:
         UsageError: `plots` without matplotlib, or a revision with a local path.
         InputError: There is no checkpoint or no Fisher in it, `read_fisher` refuses it, or a file
-            already exists or cannot be written.
+            already exists or cannot be written, or `search` has no search for this checkpoint.
         NetworkError: The Hub cannot be reached.
     """
     given = locals()

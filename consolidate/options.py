@@ -748,6 +748,11 @@ class ReportOptions:
     plots: str | Path | None = option(
         None, "Write the figures here too, as SVG and PNG (needs matplotlib).", metavar="DIR"
     )
+    search: str | Path | None = option(
+        None,
+        "Show the search for λ in this JSON output of `finetune`.",
+        metavar="RESULT.json",
+    )
     revision: str | None = _revision()
     overwrite: bool = _overwrite(
         "Replace existing files; those of an earlier report are always replaced."

@@ -64,8 +64,8 @@ from consolidate.training.forgetting import beyond, forgetting
 from consolidate.training.lambda_search import Trial
 from consolidate.training.loop import with_statistics
 from consolidate.views.charts import write_picture
-from consolidate.views.figures import search_charts
 from consolidate.views.output_card import write_card
+from consolidate.views.search_figures import search_charts
 from formats.atomic import replace_folder, write_file
 from formats.checkpoint import write_checkpoint
 from formats.digest import set_digest

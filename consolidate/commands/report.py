@@ -5,12 +5,14 @@ import re
 import sys
 from pathlib import Path
 
+from consolidate.commands.report_search import read_search
 from consolidate.commands.show import show
 from consolidate.options import ReportOptions, ShowOptions
 from consolidate.results import ReportResult
 from consolidate.views.charts import INSTALL, MARK, can_draw, image, plain
 from consolidate.views.figures import figures
 from consolidate.views.page import report_page
+from consolidate.views.search_figures import search_figures
 from formats.atomic import check_file, write_file
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME
@@ -18,7 +20,10 @@ from formats.fisher_json import read_ledger
 from formats.hub import FISHER, commits_of, locate
 
 LOG = logging.getLogger("consolidate")
-PICTURES = ("matrix", "curves", "tradeoff", "between", "protection", "added", "overlap")
+PICTURES = (
+    *("matrix", "curves", "tradeoff", "between", "search", "search-tradeoff"),
+    *("protection", "added", "overlap"),
+)
 
 
 def report(options: ReportOptions) -> ReportResult:
@@ -32,7 +37,7 @@ def report(options: ReportOptions) -> ReportResult:
     Raises:
         UsageError: `plots` without matplotlib, or a revision with a local path.
         InputError: There is no checkpoint or no Fisher in it, `read_fisher` refuses it, or a file
-            already exists or cannot be written.
+            already exists or cannot be written, or `search` has no search for this checkpoint.
         NetworkError: The Hub cannot be reached.
     """
     checkpoint, plots = options.checkpoint, options.plots
@@ -51,7 +56,9 @@ def report(options: ReportOptions) -> ReportResult:
 
     summary = show(ShowOptions(folder, top=sys.maxsize))
     ledger = read_ledger(folder / "fisher" / LEDGER_NAME)
-    drawn = figures(ledger, summary["parameters"], summary["accuracy_matrix"])
+    search = None if options.search is None else read_search(Path(options.search), ledger, name)
+    searched = [] if search is None else search_figures(search)
+    drawn = figures(ledger, summary["parameters"], summary["accuracy_matrix"], searched)
     content: dict[Path, str | bytes] = {page: report_page(name, summary, drawn)}
     for figure in drawn:
         for path in pictures:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
 
 from consolidate.chain.consistency import side_by_side, side_by_side_text
 from consolidate.results import MatrixSummary, Parameter
@@ -16,7 +15,6 @@ from consolidate.views.charts import (
     Curve,
     HeatMap,
     Lines,
-    decades,
     limits,
     natural_height,
     plain,
@@ -48,15 +46,18 @@ class Figure:
 
 
 def figures(
-    ledger: Ledger, parameters: Sequence[Parameter], matrix: MatrixSummary | None
+    ledger: Ledger,
+    parameters: Sequence[Parameter],
+    matrix: MatrixSummary | None,
+    search: Sequence[Figure] = (),
 ) -> list[Figure]:
-    """Return the figures that have numbers: of the scores, then protection, added, overlap."""
+    """Place the figures that have numbers: scores, a search, protection, added, overlap."""
     known = {parameter["name"]: parameter for parameter in parameters}
     groups = layers([name for name in in_order(ledger) if name in known], ROWS)
     tasks = ledger.tasks[-TASKS:]
     added = ("added", "Trace that each task added, per layer", tasks, groups, _trace)
     others = [_protection(known, groups), _by_task(*added, log=True), _overlap(tasks, groups)]
-    found = [*score_figures(ledger, matrix), *(figure for figure in others if figure is not None)]
+    found = [*score_figures(ledger, matrix), *search, *(one for one in others if one is not None)]
     placed: list[Figure] = []
     for crowded, run in groupby(found, key=lambda figure: figure.chart.crowded):
         own = list(run)
@@ -87,39 +88,9 @@ def score_figures(ledger: Ledger, matrix: MatrixSummary | None) -> list[Figure]:
     return [figure for figure in found if figure is not None]
 
 
-def search_charts(search: Mapping[str, Any]) -> list[Chart]:
-    """Chart the full runs of a search: scores over λ, and stability against plasticity."""
-    whole = max(trial["steps"] for trial in search["trials"])
-    trials = [t for t in search["trials"] if t["steps"] == whole and t["metrics"] is not None]
-    trials.sort(key=lambda trial: trial["ewc_lambda"])
-    new, old, chosen = search["new_task"], search["old_tasks"], search["ewc_lambda"]
-    strengths = [trial["ewc_lambda"] for trial in trials]
-    low, high = decades(strengths)
-    places = [math.log10(strength) if strength > 0 else low - 1.0 for strength in strengths]
-    ticks = [(float(power), f"1e{power}") for power in range(low, high + 1)]
-    if 0 in strengths:
-        ticks.insert(0, (low - 1.0, "0"))
-    scores = {name: [t["metrics"][name]["score"] for t in trials] for name in (*old, new)}
-    lines = [Curve(name, [*zip(places, own, strict=True)]) for name, own in scores.items()]
-    at, known = places[strengths.index(chosen)], [score for own in scores.values() for score in own]
-    lines.append(Curve(f"chosen: {chosen:g}", [(at, end) for end in limits(known)], guide=True))
-    kept, stability = [trial["penalty_per_lambda"] for trial in trials], "½ Σ Λ (θ − μ)²"
-    if old:
-        stability = "mean score on old tasks"
-        kept = [sum(own) / len(old) for own in zip(*(scores[name] for name in old), strict=True)]
-    notes = [f"{strength:g}{' (chosen)' * (strength == chosen)}" for strength in strengths]
-    path = Curve("", [*zip(scores[new], kept, strict=True)], notes)
-    said = f"Of {len(trials)} λ, {chosen:g} was chosen."
-    labels = ("λ", "score on held-out data")
-    return [
-        Lines("Scores over λ", said, lines, ticks, _number, labels),
-        trade_off("Stability over plasticity", "", [path], (f"score on {new}", stability)),
-    ]
-
-
 def trade_off(title: str, said: str, curves: Sequence[Curve], labels: tuple[str, str]) -> Lines:
     """Chart stability against plasticity: the scores on old tasks over that on the new one."""
-    return Lines(title, said, curves, (), _number, labels, zoomed=True)
+    return Lines(title, said, curves, (), number, labels, zoomed=True)
 
 
 def in_order(ledger: Ledger) -> list[str]:
@@ -196,7 +167,7 @@ def _curves(ledger: Ledger) -> Figure | None:
     said = f"Scores over {len(measured)} tasks: {', '.join(falls)}."
     ticks = [(stage + 0.5, task.name) for stage, task in enumerate(measured)]
     labels, walls = ("task being learned", "score"), range(len(measured) + 1)
-    chart = Lines("Scores during training", said, lines, ticks, _number, labels, walls)
+    chart = Lines("Scores during training", said, lines, ticks, number, labels, walls)
     header = ["learning", "when", *(f"on {name}" for name in names)]
     return Figure("curves", chart, header, table[:LISTED], max(len(table) - LISTED, 0))
 
@@ -279,11 +250,11 @@ def _protection(known: Mapping[str, Parameter], groups: Groups) -> Figure:
     def cells(name: str) -> Cells:
         own = known[name]
         share = f"{own['trace'] / total:.1%}" if total > 0 else "–"
-        return [_number(own["trace"]), share, _number(own["mean"]), _number(own["max"])]
+        return [number(own["trace"]), share, number(own["mean"]), number(own["max"])]
 
     label = "trace of Λ, log scale"
     values = [*traces.values()]
-    chart = Bars("Trace of the Fisher per layer", said, [*groups], values, _number, label)
+    chart = Bars("Trace of the Fisher per layer", said, [*groups], values, number, label)
     header = ["parameter", "trace of Λ", "share", "mean per weight", "largest"]
     return Figure("protection", chart, header, *_listed(groups, cells))
 
@@ -317,7 +288,7 @@ def _by_task(
     shades = "trace, log" if log else "overlap"
     labels = ("", "task")
     chart = HeatMap(title, said, [*groups], names, values, write, log, labels, shades)
-    rows = _listed(groups, lambda name: [_number(measure(task, [name])) for task in tasks])
+    rows = _listed(groups, lambda name: [number(measure(task, [name])) for task in tasks])
     return Figure(name, chart, ["parameter", *names], *rows)
 
 
@@ -373,7 +344,8 @@ def _score(value: float | None) -> str:
     return shown(value, ".4g" if value is not None and abs(value) >= 10 else ".3f")
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Write a number in three digits; a dash if it is not known."""
     return shown(value, ".3g")
 
 

@@ -18,7 +18,7 @@ from consolidate.results import (
     RunResult,
     VerifyResult,
 )
-from consolidate.views.markdown import aligned
+from consolidate.views.markdown import aligned, shown
 from formats.wording import few, printable
 
 
@@ -181,21 +181,10 @@ def metrics_text(metrics: EvaluateResult) -> str:
 
 def search_text(search: LambdaSearch) -> str:
     """Format a search for λ as a table, with the λ selected, the rule and the cost."""
-    tasks = [*search["old_tasks"], search["new_task"]]
-    titles = {"mean": "mean", "forgetting": "forgetting"}
-    if not search["old_tasks"]:
-        titles = {"divergence": "KL(old‖new)"}
-    titles["penalty_per_lambda"] = "penalty / λ"
-    rows, notes = [["λ", "steps", *tasks, *titles.values()]], [""]
-    for trial in sorted(search["trials"], key=lambda t: (t["steps"], t["ewc_lambda"])):
-        measured = trial["metrics"]
-        cells = [""] * (len(tasks) + len(titles))
-        if measured is not None:
-            cells = [f"{measured[task]['score']:.4f}" for task in tasks]
-            cells += [f"{trial[name]:.4g}" for name in titles]  # type: ignore[literal-required]
-        rows.append([f"{trial['ewc_lambda']:g}", str(trial["steps"]), *cells])
-        notes.append("  diverged" if measured is None else "  selected" if trial["chosen"] else "")
-    lines = aligned(rows, right_from=0, least=[12, 6, *(9 for _ in rows[0][2:])])
+    rows = search_rows(search)
+    notes = ["", *(f"  {row[-1]}".rstrip() for row in rows[1:])]
+    least = [12, 6, *(9 for _ in rows[0][3:])]
+    lines = aligned([row[:-1] for row in rows], right_from=0, least=least)
     lines = [line + note for line, note in zip(lines, notes, strict=True)]
     rule = {
         "best-mean": "the largest mean score",
@@ -210,6 +199,25 @@ def search_text(search: LambdaSearch) -> str:
         f"{cost['full_runs']:.1f} times the final run, which trains on all of the data"
     )
     return "\n".join(lines)
+
+
+def search_rows(search: Mapping[str, Any]) -> list[list[str]]:
+    """List the trials of a search below a header; the last cell is the outcome of each."""
+    tasks = [*search["old_tasks"], search["new_task"]]
+    titles = {"mean": "mean", "forgetting": "forgetting"}
+    if not search["old_tasks"]:
+        titles = {"divergence": "KL(old‖new)"}
+    titles["penalty_per_lambda"] = "penalty / λ"
+    rows = [["λ", "steps", *tasks, *titles.values(), "outcome"]]
+    for trial in sorted(search["trials"], key=lambda t: (t["steps"], t["ewc_lambda"])):
+        measured = trial["metrics"]
+        cells = [""] * (len(tasks) + len(titles))
+        if measured is not None:
+            cells = [f"{measured[task]['score']:.4f}" for task in tasks]
+            cells += [shown(trial[name], ".4g") for name in titles]
+        outcome = "diverged" if measured is None else "selected" if trial["chosen"] else ""
+        rows.append([f"{trial['ewc_lambda']:g}", str(trial["steps"]), *cells, outcome])
+    return rows
 
 
 def alpha_text(search: AlphaSearch) -> str:

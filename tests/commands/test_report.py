@@ -98,7 +98,10 @@ CHECKPOINTS: dict[str, Any] = {
 @pytest.fixture(params=CHECKPOINTS)
 def page(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     folder = CHECKPOINTS[request.param](tmp_path / "model")
-    return Path(report(folder, output=tmp_path / "r.html")["report"])
+    search = None
+    if request.param == "chain":
+        search = checkpoints.write_search(tmp_path / "search.json")
+    return Path(report(folder, output=tmp_path / "r.html", search=search)["report"])
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else(page: Path) -> None:
@@ -174,8 +177,11 @@ def test_without_scores_it_says_how_to_take_them(tmp_path: Path) -> None:
 
 def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
     folder = checkpoints.chain(tmp_path / "model")
-    first = report(folder, output=tmp_path / "1" / "r.html", plots=tmp_path / "1")
-    second = consolidate.report(folder, output=tmp_path / "2" / "r.html", plots=tmp_path / "2")
+    search = checkpoints.write_search(tmp_path / "search.json")
+    first, second = (
+        command(folder, output=at / "r.html", plots=at, search=search)
+        for command, at in ((report, tmp_path / "1"), (consolidate.report, tmp_path / "2"))
+    )
     assert first["tasks"] == ["a", "b", "c"]
     assert len(first["plots"]) == 2 * len(PICTURES)
     for one, other in zip(
@@ -186,10 +192,12 @@ def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_another_process_gives_the_same_bytes(tmp_path: Path) -> None:
     folder = checkpoints.chain(tmp_path / "model")
+    search = checkpoints.write_search(tmp_path / "search.json")
     for seed in ("1", "2"):
         script = (
             "from consolidate import report\n"
-            f"report({str(folder)!r}, output='{tmp_path}/{seed}/r.html', plots='{tmp_path}/{seed}')"
+            f"report({str(folder)!r}, output='{tmp_path}/{seed}/r.html', plots='{tmp_path}/{seed}',"
+            f" search={str(search)!r})"
         )
         settings = {"PYTHONHASHSEED": seed, "MPLCONFIGDIR": str(tmp_path / f"config-{seed}")}
         (tmp_path / f"config-{seed}").mkdir()
@@ -206,7 +214,8 @@ def test_another_process_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_pictures_are_those_of_the_page(tmp_path: Path) -> None:
     folder = checkpoints.chain(tmp_path / "model")
-    report(folder, output=tmp_path / "r.html", plots=tmp_path / "p")
+    search = checkpoints.write_search(tmp_path / "search.json")
+    report(folder, output=tmp_path / "r.html", plots=tmp_path / "p", search=search)
     found = Page((tmp_path / "r.html").read_text())
     assert len(found.pictures("light")) == len(PICTURES)
     for name, light, dark in zip(

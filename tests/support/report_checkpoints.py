@@ -1,5 +1,6 @@
 """Checkpoints to report on: a Fisher folder whose ledger is as a test wants it, and no weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,35 @@ def hostile(folder: Path) -> Path:
         versions={HOSTILE: HOSTILE},
         unprotected={HOSTILE + "2": HOSTILE},
     )
+
+
+def _trial(ewc_lambda: float, a: float, b: float, **fields: Any) -> dict[str, Any]:
+    metrics = {"a": {"score": a}, "b": {"score": b}}
+    return {
+        "ewc_lambda": ewc_lambda,
+        "steps": 20,
+        "metrics": metrics,
+        "forgetting": 0.9 - a,
+        "penalty_per_lambda": 1 / ewc_lambda,
+        "divergence": None,
+        "mean": (a + b) / 2,
+        "chosen": False,
+        **fields,
+    }
+
+
+SEARCH: dict[str, Any] = {
+    "lambda_search": {
+        "ewc_lambda": 10.0,
+        "new_task": "b",
+        "old_tasks": ["a"],
+        "trials": [_trial(1.0, 0.5, 0.85), _trial(10.0, 0.7, 0.8, chosen=True)],
+    }
+}
+"""What a report reads of the result of the search that `chain` learned its task b with."""
+
+
+def write_search(path: Path) -> Path:
+    """Write the result of the search of `chain`."""
+    path.write_text(json.dumps(SEARCH), encoding="utf-8")
+    return path

@@ -86,9 +86,13 @@ def run_shell(block: str, folder: Path, hub: loopback_hub.Hub) -> str:
         if words[0] in NOT_OURS or words[:2] == ["hf", "auth"] or words[0].startswith(".venv/"):
             continue
         assert words[0] == "consolidate", f"nobody knows how to check: {line}"
+        words, target = (words[:-2], words[-1]) if words[-2:-1] == [">"] else (words, None)
         code, out, err = in_process.consolidate(folder, *words[1:], variables=variables)
         assert code == 0, f"{line}\n{err}"
-        printed.append(out)
+        if target is None:
+            printed.append(out)
+        else:
+            (folder / target).write_text(out, encoding="utf-8")
     return "".join(printed)
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from consolidate.api import show
 from consolidate.views.charts import Bars, HeatMap, Lines
-from consolidate.views.figures import Figure, figures, in_order, layers, search_charts
+from consolidate.views.figures import Figure, figures, in_order, layers
+from consolidate.views.search_figures import search_charts
 from formats.fisher_json import TaskRecord, read_ledger
 from support import report_checkpoints as checkpoints
 
