@@ -35,6 +35,7 @@ TESTED_THROUGH = {
     "commands/test_show": "commands.verify views.summary",
     "commands/test_report": "views.page",
     "commands/test_forgetting": "training.forgetting",
+    "views/test_figures": "views.search_figures",
     "data/test_examples": "data.columns data.encoding data.images data.labels data.tensors"
     " data.texts",
     "estimation/test_fisher_diagonal": "estimation.batches estimation.estimates",
