@@ -116,7 +116,11 @@ def test_a_level_that_is_not_learned_is_not_reached() -> None:
     found = estimate(some, 0.99)
     assert math.isnan(found.value)
     assert (found.seeds, found.of) == (0, 2)
-    assert [estimate(some, level).bound for level in (0.2, 0.75)] == [True, False]
+    assert [estimate(some, level).bound for level in (0.2, 0.75)] == ["≥", ""]
+    low = {seed: Curve(curve.learned - 0.5, curve.kept) for seed, curve in some.items()}
+    assert difference(some, low, 0.3).bound == "≥"
+    assert difference(low, some, 0.3).bound == "≤"
+    assert difference(some, some, 0.3).bound == "~"
 
 
 @pytest.mark.parametrize("count", [1, 8, 13])
