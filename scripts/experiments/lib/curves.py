@@ -112,8 +112,8 @@ def difference(
         values[seed] = first - second
         first_draws, second_draws = (_drawn(seed, one, level, len(seeds), draws) for one in pair)
         drawn[seed] = first_draws - second_draws
-    ends = tuple(bounded({seed: some[seed] for seed in seeds}, level) for some in (ours, theirs))
-    bound = {(True, False): "≥", (False, True): "≤", (True, True): "~"}.get(ends, "")
+    ends = [bounded({seed: some[seed] for seed in seeds}, level) for some in (ours, theirs)]
+    bound = {"01": "≤", "10": "≥", "11": "~"}.get("".join(str(int(end)) for end in ends), "")
     return _averaged(values, drawn, draws)._replace(bound=bound)
 
 
