@@ -95,11 +95,11 @@ def _laid_out(value: Any, margin: str = "") -> str:
 
 
 PAGES = {
+    "consolidate/api.py": api_source,  # the first, as the page of Python imports it
     "docs/reference/cli.md": command_line,
     "docs/reference/json-schema.json": json_schema,
     "docs/reference/options.md": options_page,
     "docs/reference/python.md": python_page,
-    "consolidate/api.py": api_source,
 }
 
 

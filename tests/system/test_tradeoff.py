@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import math
 import random
 from itertools import pairwise
@@ -22,7 +21,7 @@ from scripts.experiments.lib.curves import (
 )
 from scripts.experiments.lib.digests import code_digest, meaning
 from scripts.experiments.lib.grids import GRIDS
-from scripts.experiments.lib.records import Record, append_record, read_records
+from scripts.experiments.lib.records import Record, append_record, read_records, rounded
 from scripts.experiments.lib.tuning import Done, fit, packed
 from scripts.experiments.tasks import tradeoff
 
@@ -116,7 +115,11 @@ def test_a_level_that_is_not_learned_is_not_reached() -> None:
     found = estimate(some, 0.99)
     assert math.isnan(found.value)
     assert (found.seeds, found.of) == (0, 2)
-    assert [estimate(some, level).bound for level in (0.2, 0.75)] == [True, False]
+    assert [estimate(some, level).bound for level in (0.2, 0.75)] == ["≥", ""]
+    low = {seed: Curve(curve.learned - 0.5, curve.kept) for seed, curve in some.items()}
+    assert difference(some, low, 0.3).bound == "≥"
+    assert difference(low, some, 0.3).bound == "≤"
+    assert difference(some, some, 0.3).bound == "~"
 
 
 @pytest.mark.parametrize("count", [1, 8, 13])
@@ -361,7 +364,7 @@ def test_a_quick_run_makes_every_curve_and_its_page(name: str, folder: Path) -> 
     unit = next(record for record in records if record.unit.method == "lora_ewc").unit
     again = tradeoff.measure(name, unit, raw=None)
     [first] = [record.figures for record in records if record.unit == unit]
-    assert json.dumps(again["points"]) == json.dumps(first["points"])
+    assert rounded(again["points"]) == first["points"]
     sittings.write_pages(
         experiments, folder, quick=True, table=tradeoff.write_table, page=tradeoff.PAGE
     )

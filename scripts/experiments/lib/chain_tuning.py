@@ -1,6 +1,7 @@
 """Fine-tuning on several tasks in turn: what is kept of all, what is learned of each."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +40,7 @@ def measure_chain(
     chain: Chain,
     tune: Callable[[Job], Done],
     settings: Mapping[str, Any],
-    names: tuple[str, str],
+    names: tuple[str, str, str],
     fisher: Fisher | None,
     *,
     back: bool = False,
@@ -50,7 +51,8 @@ def measure_chain(
         chain: Of one seed.
         tune: The method, at each task.
         settings: `rate` and `strength`.
-        names: Of the start, and of this unit alone: under these things are kept.
+        names: Of the start, of the first task's Fisher, and of this unit alone: under these things
+            are kept.
         fisher: Of one task; given where the method uses one. They are summed, each with the trace
             of the first, and hold the weights where they are before a task.
         back: Whether `strength` is the share of the way that is gone at each task.
@@ -59,8 +61,9 @@ def measure_chain(
         The figures of the record: `kept` is the mean over the tasks but the last at the end,
         `learned` the mean over the tasks but the first, each when it was learned.
     """
-    start, own = names
-    weights, first = kept(f"{chain.name}-{chain.seed}-{start}-start", lambda: _first(chain))
+    start, first_fisher, own = names
+    begin = f"{chain.name}-{chain.seed}"
+    weights, first = kept(f"{begin}-{start}-start", lambda: _first(chain))
     total: dict[str, Tensor] = {}
     trace, steps, seconds = 0.0, 0, 0.0
     when_learned: list[dict[str, list[float]]] = [first]
@@ -76,15 +79,18 @@ def measure_chain(
         model = at_start()
         job = Job(
             stage, model, settings["rate"], settings["strength"], at_start,
-            f"{chain.name}-{chain.seed}-{own}-fisher",
+            f"{begin}-{own}-fisher-{number}",
         )  # fmt: skip
         if fisher is not None:
-            found = fisher(job, number - 1)
+            found = (
+                kept(f"{begin}-{first_fisher}-first", partial(_first_fisher, fisher, job))[0]
+                if number == 1  # the same for every method and strength
+                else fisher(job, number - 1)
+            )
             size = sum(float(tensor.sum(dtype=torch.float64)) for tensor in found.values())
             trace = trace or size
             for name, tensor in found.items():
                 total[name] = total.get(name, 0) + tensor * (trace / size)
-            job.fisher_name = f"{job.fisher_name}-{number}"
             kept(job.fisher_name, lambda: (total, None))
         torch.manual_seed(1000 * chain.seed + number)
         done = tune(job)
@@ -99,7 +105,8 @@ def measure_chain(
         model.load_state_dict(weights, strict=False)
         when_learned.append(_outcomes(chain, model, number))
         if fisher is not None:
-            (FOLDER / f"{job.fisher_name}.safetensors").unlink()
+            for kind in ("safetensors", "lock"):
+                (FOLDER / f"{job.fisher_name}.{kind}").unlink()
     last = [_outcomes(chain, model, number) for number in range(len(chain.tasks) - 1)]
     return _figures(last, when_learned, steps, seconds)
 
@@ -111,6 +118,10 @@ def _first(chain: Chain) -> tuple[Mapping[str, Tensor], Any]:
     job = Job(stage, model, chain.first_rate, 0.0, chain.fresh, "")
     fit(model, job.new_batches(), stage.loss, rate=chain.first_rate, steps=stage.steps)
     return dict(model.named_parameters()), _outcomes(chain, model, 0)
+
+
+def _first_fisher(fisher: Fisher, job: Job) -> tuple[Mapping[str, Tensor], None]:
+    return fisher(job, 0), None
 
 
 def _outcomes(chain: Chain, model: nn.Module, number: int) -> dict[str, list[float]]:

@@ -32,7 +32,7 @@ class Estimate(NamedTuple):
     error: float
     seeds: int
     of: int
-    bound: bool = False  # in some seed the whole curve learns more: at least this much is kept
+    bound: str = ""  # "≥", "≤" or "~" where in some seed a whole curve learns more than the level
 
 
 def kept_at(learned: Floats, kept: Floats, level: float) -> Floats:
@@ -75,9 +75,9 @@ def _at(values: Floats, places: NDArray[np.intp]) -> Floats:
     return np.take_along_axis(values, places[..., None], -1)[..., 0]
 
 
-def bounded(learned: Floats, level: float) -> bool:
-    """Say whether every point learns more than the level, so that it is kept at least."""
-    return bool(learned.min() > level)
+def bounded(curves: Mapping[int, Curve], level: float) -> bool:
+    """Say whether in some seed every point learns more than the level: at least that is kept."""
+    return any(curve.means()[0].min() > level for curve in curves.values())
 
 
 DRAWS = 400
@@ -94,8 +94,7 @@ def estimate(curves: Mapping[int, Curve], level: float, draws: int = DRAWS) -> E
     """
     values = {seed: float(kept_at(*curve.means(), level)) for seed, curve in curves.items()}
     drawn = {seed: _drawn(seed, curve, level, len(curves), draws) for seed, curve in curves.items()}
-    bound = any(bounded(curve.means()[0], level) for curve in curves.values())
-    return _averaged(values, drawn, draws)._replace(bound=bound)
+    return _averaged(values, drawn, draws)._replace(bound="≥" * bounded(curves, level))
 
 
 def difference(
@@ -113,7 +112,9 @@ def difference(
         values[seed] = first - second
         first_draws, second_draws = (_drawn(seed, one, level, len(seeds), draws) for one in pair)
         drawn[seed] = first_draws - second_draws
-    return _averaged(values, drawn, draws)
+    ends = [bounded({seed: some[seed] for seed in seeds}, level) for some in (ours, theirs)]
+    bound = {"01": "≤", "10": "≥", "11": "~"}.get("".join(str(int(end)) for end in ends), "")
+    return _averaged(values, drawn, draws)._replace(bound=bound)
 
 
 def _averaged(values: Mapping[int, float], drawn: Mapping[int, Floats], draws: int) -> Estimate:

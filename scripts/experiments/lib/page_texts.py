@@ -153,9 +153,10 @@ data of the old task, which the other methods do not: they are references, not r
 
 Each seed's curve is its upper envelope, interpolated linearly between neighbouring points and never
 extrapolated. "Not reached": no point learns that much. "≥": in some seed every point learns more,
-and the old score of the one that learns least stands in. In brackets, the seeds that reach the
-level out of those that are done. Differences are paired by seed and test row. Errors are standard
-errors from a bootstrap over seeds and test rows.
+and the old score of the one that learns least stands in; a difference to such a figure has "≤", and
+"~" where both are. In brackets, the seeds that reach the level out of those that are done.
+Differences are paired by seed and test row. Errors are standard errors from a bootstrap over seeds
+and test rows.
 
 ## The search for the learning rate
 

@@ -124,7 +124,7 @@ def written(found: Estimate, scale: Scale, *, sign: bool = False) -> str:
     value, error = scale.factor * found.value, scale.factor * found.error
     text = signed(value, scale.digits) if sign else f"{value:.{scale.digits}f}"
     spread = "" if math.isnan(error) else f" ± {error:.{scale.digits}f}"
-    return f"{'≥ ' * found.bound}{text}{spread} ({found.seeds}/{found.of})"
+    return f"{found.bound}{' ' * bool(found.bound)}{text}{spread} ({found.seeds}/{found.of})"
 
 
 def level_table(setting: Setting, level: float) -> str:

@@ -207,16 +207,17 @@ def measure(name: str, unit: Unit, *, raw: Path | None) -> Figures:
             )
         setting = _setting(name, raw, unit.seed)
     tune = import_module(f"scripts.experiments.methods.by_{unit.method}").tune
+    fisher_file = CHAIN_FISHER_FILE if is_chain(name) else FISHER_FILE
     start, fisher = (
         f"{code_digest(*files)}-{unit.settings['data']}"
-        for files in ((setting_file(name),), (setting_file(name), FISHER_FILE))
+        for files in ((setting_file(name),), (setting_file(name), fisher_file))
     )
     if is_chain(name):
         return measure_chain(
             setting,
             tune,
             unit.settings,
-            (start, unit.digest),
+            (start, fisher, unit.digest),
             task_fisher if unit.method in FISHER_METHODS else None,
             back=unit.method == "interpolation",
         )
