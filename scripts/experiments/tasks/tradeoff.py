@@ -90,9 +90,9 @@ CHAIN_FISHER_FILE = "scripts/experiments/lib/chain_fisher.py"
 
 
 SECONDS = {
-    "newsgroups": (68.0, 36.0, 0.0),
+    "newsgroups": (66.0, 26.0, 0.0),
     "language_model": (245.0, 95.0, 0.0),
-    "text_chain": (200.0, 70.0, 120.0),
+    "text_chain": (200.0, 50.0, 90.0),
     "permutations": (6.0, 1.0, 1.0),
     "tagging": (45.0, 18.0, 0.0),
 }
