@@ -101,8 +101,8 @@ def fisher(
             models too large for one device.
         dtype: Dtype of the weights; a Fisher is always float32. One of float32, float64, bfloat16,
             float16. (default: as stored)
-        estimator: Labels the Fisher is an expectation over: all of them (exact), sampled from the
-            model (mc), the data's own (empirical), or sampled and squared per batch (batched).
+        estimator: Labels to take the expectation over: all (exact), sampled from the model (mc),
+            the data's own (empirical), or sampled, with gradients squared per batch (batched).
             (default: exact up to 16 outcomes, else mc)
         mc_samples: Labels sampled per example by mc and batched. (default: 1)
         max_outcomes: Refuse exact if it needs more backward passes per example than this. (default:
@@ -118,8 +118,8 @@ def fisher(
         seed: Random seed.
         add: Add the task to the Fisher that the checkpoint already has.
         merge_rule: online: protect all tasks around the new weights; separate: protect each task
-            around the weights it was learned at. (default: as before, at first online)
-        gamma: Share of the earlier Fisher that online keeps. (default: as before, at first 1)
+            around the weights it was learned at. (default: the chain's, else online)
+        gamma: Share of the earlier Fisher that online keeps. (default: the chain's, else 1)
         task_weight: Factor of the task's Fisher. units: weight tasks by the units they were
             measured on; trace: give the task the same trace as the first one.
         output_dir: Write a whole checkpoint here. (default: only a folder fisher in the checkpoint)
@@ -262,19 +262,19 @@ def finetune(
         lr_scheduler: Learning rate after the warm-up; linear and cosine end at zero. One of
             constant, linear, cosine.
         warmup_steps: Steps from zero to the peak learning rate.
-        max_grad_norm: Clip the norm of the whole gradient, that of the penalty included. (default:
-            no clipping)
+        max_grad_norm: Clip the norm of the gradient, including the penalty's. (default: no
+            clipping)
         mixed_precision: Autocast of the forward pass; the master weights stay float32. One of no,
             bf16, fp16.
-        norm_statistics: Running statistics of batch norms. One of frozen, update. (default: update
-            without a penalty, a Fisher and other tasks to evaluate, else frozen)
+        norm_statistics: Running statistics of batch norms. One of frozen, update. (default: frozen
+            with a penalty, a Fisher or an old task to evaluate, else update)
         penalty_step: gradient: add λΛ(θ − μ) to the gradient; proximal: apply the penalty
             implicitly after the optimizer's step, stable for every λ.
         evaluate_every: Evaluate every STEPS optimizer steps too, and at the last step.
         log_every: Log every N optimizer steps.
         seed: Random seed.
         ewc_lambda: Strength λ of the penalty; several values, or auto, start a search for it.
-        validation: Held-out data to choose λ by, of earlier tasks and of the new one. (default: a
+        validation: Held-out data to choose λ on, of earlier tasks and of the new one. (default: a
             tenth of the new task's data)
         select: Which λ to take. best-mean: the one with the best mean score; smallest: the smallest
             that stays within `max_forgetting`; largest: the largest that keeps 95% of what the new
@@ -286,17 +286,17 @@ def finetune(
         penalty_dtype: Dtype of Fisher Λ and anchor μ in memory. One of float32, bfloat16. (default:
             as stored)
         penalty_device: Device of Λ and μ. (default: that of the weights)
-        penalty_on: What to penalize if an adapter is trained. adapter: its parameters, by their own
-            Fisher; merged: W + s·B·A, by the Fisher of the whole weights. (default: adapter for an
-            adapter with a Fisher, else merged)
+        penalty_on: What to penalize if an adapter is trained. adapter: its parameters, with their
+            own Fisher; merged: W + s·B·A, with the Fisher of the whole weights. (default: adapter
+            for an adapter with a Fisher, else merged)
         interpolate: α: save the weights μ + α (θ − μ) between the start μ and the trained θ, and
             measure them and their Fisher. auto: try 0.1, 0.2, …, 1 on held-out data, and take the α
             of the best mean score where `validation` has old tasks, else the smallest that keeps
             95% of what the new task gains.
         interpolation: plain: α for all weights; fisher: each weight's start and end weighted by the
-            Fishers of the earlier tasks and of the new one, for which a second pass measures it.
-        fisher_estimator: Labels the Fisher is an expectation over: all of them (exact), sampled
-            from the model (mc), the data's own (empirical), or sampled and squared per batch
+            Fishers of the earlier tasks and of the new one, measured in one more pass.
+        fisher_estimator: Labels to take the expectation over: all (exact), sampled from the model
+            (mc), the data's own (empirical), or sampled, with gradients squared per batch
             (batched). (default: exact up to 16 outcomes, else mc)
         fisher_mc_samples: Labels sampled per example by mc and batched. (default: 1)
         fisher_max_outcomes: Refuse exact if it needs more backward passes per example than this.
@@ -311,21 +311,21 @@ def finetune(
             float64.
         fisher_check: Verify per-example gradients on every batch, not only the first.
         merge_rule: online: protect all tasks around the new weights; separate: protect each task
-            around the weights it was learned at. (default: as before, at first online)
-        gamma: Share of the earlier Fisher that online keeps. (default: as before, at first 1)
+            around the weights it was learned at. (default: the chain's, else online)
+        gamma: Share of the earlier Fisher that online keeps. (default: the chain's, else 1)
         task_weight: Factor of the task's Fisher. units: weight tasks by the units they were
             measured on; trace: give the task the same trace as the first one.
         head: keep: for data with the same labels; new: save the head for its tasks and initialize a
             new, unpenalized one; extend: add rows for new labels.
-        head_parameters: Names of the head's parameters. (default: those outside the base model of
-            transformers, else of the last module with any)
+        head_parameters: Names of the head's parameters. (default: those outside transformers' base
+            model, else the last module that has any)
         lora_rank: Train a new low-rank adapter W + s·B·A of rank R in place of the weights W (Hu et
             al. 2021). The output is a whole checkpoint with the adapter merged (needs peft).
         lora_targets: Layers to adapt, such as '*.q_proj' or q_proj. (default: those that peft knows
             for the architecture)
         lora_alpha: α of s = α/R. (default: R, so that s = 1)
-        lora_train_head: Train the head of `head` keep in full beside the adapter, penalized by its
-            Fisher (modules_to_save in peft). A new or extended head is always trained.
+        lora_train_head: Train the head of `head` keep in full beside the adapter, penalized with
+            its Fisher (modules_to_save in peft). A new or extended head is always trained.
         evaluate: Evaluate before training, after each epoch and at the end, with the head of task
             NAME if it has one.
         max_forgetting: Exit with code 5 and save the output as DIR.failed-forgetting if an old task
@@ -504,8 +504,8 @@ def show(
         top: Number of parameters to list.
         csv: Write the accuracy matrix and the curves over training steps to FILE.
         plot: Plot the accuracy matrix and the curves (needs matplotlib).
-        overlap: Compare with the Fisher of another checkpoint: how far both lie on the same
-            weights, 0 to 1 for each layer.
+        overlap: Compare with the Fisher of another checkpoint: their overlap, from 0 to 1, for each
+            layer.
 
     Returns:
         JSON-ready. A parameter's trace is Σ_i Λ_i; the ``accuracy_matrix`` is None if nothing was

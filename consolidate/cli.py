@@ -273,11 +273,11 @@ def run(**typed: Any) -> None:
 
 @_command(INSPECT)
 def show(**typed: Any) -> None:
-    """Show the tasks of CHECKPOINT, what was forgotten, and where its Fisher lies.
+    """Show the tasks of CHECKPOINT, what was forgotten, and its Fisher traces.
 
     The accuracy matrix has the score on each task after training each: accuracy, or minus the mean
-    negative log-likelihood. ACC is the mean of its last row, BWT the mean gain on earlier tasks
-    since each was learned, forgetting the mean loss since each was at its best.
+    negative log-likelihood. ACC is the mean of its last row, BWT the mean change on earlier tasks
+    since each was learned; forgetting is the mean drop from each one's best.
 
     From a repository on the Hub only the ledger and the headers of the Fisher are downloaded; the
     traces are then those that the ledger recorded.
@@ -307,8 +307,8 @@ def report(**typed: Any) -> None:
 def verify(**typed: Any) -> None:
     """Check every digest, name, shape and value of CHECKPOINT and its Fisher.
 
-    The ledger must be consistent too: its tasks, and the Fisher's traces with theirs. Of several
-    checkpoints, such as those of a run, each must be made from the one before.
+    The ledger's tasks must be consistent, and their traces match the Fisher. Several checkpoints,
+    such as those of a run, must each descend from the one before.
     """
     _do(typed, text_view.verify_text)
 
@@ -317,8 +317,8 @@ def verify(**typed: Any) -> None:
 def push(**typed: Any) -> None:
     """Publish CHECKPOINT with Fisher, ledger and model card on the Hub, in one commit.
 
-    Sends the weights, Fisher, configuration without local paths, tokenizer, licence and the code
-    that an auto_map names, and no other files. An existing README.md keeps what a person wrote. The
+    Sends only the weights, Fisher, tokenizer, licence, code that an auto_map names, and
+    configuration (local paths removed). An existing README.md keeps what a person wrote. The
     repository is unchanged until everything has been sent; rerunning a push sends what is missing.
     """
     _do(typed, text_view.push_text)

@@ -197,8 +197,8 @@ class Estimation:
 
     estimator: str | None = option(
         None,
-        "Labels the Fisher is an expectation over: all of them (exact), sampled from the model "
-        "(mc), the data's own (empirical), or sampled and squared per batch (batched).",
+        "Labels to take the expectation over: all (exact), sampled from the model (mc), the data's "
+        "own (empirical), or sampled, with gradients squared per batch (batched).",
         by_default=f"exact up to {EXACT_UP_TO} outcomes, else mc",
         choices=("exact", "mc", "empirical", "batched"),
     )
@@ -251,13 +251,13 @@ class Merging:
         None,
         "online: protect all tasks around the new weights; separate: protect each task around "
         "the weights it was learned at.",
-        by_default="as before, at first online",
+        by_default="the chain's, else online",
         choices=("online", "separate"),
     )
     gamma: float | None = option(
         None,
         "Share of the earlier Fisher that online keeps.",
-        by_default="as before, at first 1",
+        by_default="the chain's, else 1",
         least=0,
         most=1,
     )
@@ -308,7 +308,7 @@ class Search:
     )
     validation: dict[str, str | Path] | None = option(
         None,
-        "Held-out data to choose λ by, of earlier tasks and of the new one.",
+        "Held-out data to choose λ on, of earlier tasks and of the new one.",
         by_default="a tenth of the new task's data",
         metavar="NAME=DATA",
         changes_result=False,
@@ -360,8 +360,8 @@ class PenaltyOptions:
     )
     penalty_on: str | None = option(
         None,
-        "What to penalize if an adapter is trained. adapter: its parameters, by their own Fisher; "
-        "merged: W + s·B·A, by the Fisher of the whole weights.",
+        "What to penalize if an adapter is trained. adapter: its parameters, with their own "
+        "Fisher; merged: W + s·B·A, with the Fisher of the whole weights.",
         by_default="adapter for an adapter with a Fisher, else merged",
         choices=("adapter", "merged"),
     )
@@ -391,7 +391,7 @@ class Adapter:
     )
     lora_train_head: bool = option(
         False,
-        "Train the head of --head keep in full beside the adapter, penalized by its Fisher "
+        "Train the head of --head keep in full beside the adapter, penalized with its Fisher "
         "(modules_to_save in peft). A new or extended head is always trained.",
     )
 
@@ -417,7 +417,7 @@ class Interpolating:
     interpolation: str = option(
         "plain",
         "plain: α for all weights; fisher: each weight's start and end weighted by the Fishers "
-        "of the earlier tasks and of the new one, for which a second pass measures it.",
+        "of the earlier tasks and of the new one, measured in one more pass.",
         choices=("plain", "fisher"),
     )
 
@@ -437,7 +437,7 @@ class Head:
     head_parameters: tuple[str, ...] = option(
         (),
         "Names of the head's parameters.",
-        by_default="those outside the base model of transformers, else of the last module with any",
+        by_default="those outside transformers' base model, else the last module that has any",
         metavar="PATTERN",
     )
 
@@ -502,7 +502,7 @@ class Recipe:
     warmup_steps: int = option(0, "Steps from zero to the peak learning rate.", least=0)
     max_grad_norm: float | None = option(
         None,
-        "Clip the norm of the whole gradient, that of the penalty included.",
+        "Clip the norm of the gradient, including the penalty's.",
         by_default="no clipping",
         above=0,
     )
@@ -514,7 +514,7 @@ class Recipe:
     norm_statistics: str | None = option(
         None,
         "Running statistics of batch norms.",
-        by_default="update without a penalty, a Fisher and other tasks to evaluate, else frozen",
+        by_default="frozen with a penalty, a Fisher or an old task to evaluate, else update",
         choices=("frozen", "update"),
     )
     penalty_step: str = option(
@@ -728,8 +728,8 @@ class ShowOptions:
     )
     overlap: str | Path | None = option(
         None,
-        "Compare with the Fisher of another checkpoint: how far both lie on the same weights, 0 "
-        "to 1 for each layer.",
+        "Compare with the Fisher of another checkpoint: their overlap, from 0 to 1, for each "
+        "layer.",
         metavar="OTHER",
     )
 

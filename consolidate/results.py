@@ -165,7 +165,7 @@ class LambdaSearch(TypedDict):
 
 
 class AlphaTrial(TypedDict):
-    """The weights at one α, between the start of a training and its end."""
+    """The weights at one α, between the start and the end of training."""
 
     alpha: float
     metrics: Annotated[Evaluations | None, about("null: the loss is not finite.")]
@@ -198,11 +198,11 @@ class CurvePoint(TypedDict):
 
 
 class Interpolation(TypedDict):
-    """Where the weights are between the start of a training and its end."""
+    """Where the weights are between the start and the end of training."""
 
     alpha: Annotated[float, about("From 0, the start, to 1, what was trained.", ge=0, le=1)]
     method: Annotated[str, one_of("plain", "fisher")]
-    curve: Annotated[list[CurvePoint], about("What α was chosen by; empty where it was given.")]
+    curve: Annotated[list[CurvePoint], about("What α was chosen from; empty where it was given.")]
 
 
 class TrainingStep(TypedDict):

@@ -53,3 +53,8 @@ class PeerError(ConsolidateError):
     def __init__(self, exit_code: int, message: str = ""):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def install(extra: str) -> str:
+    """Return the command that installs an extra of this package."""
+    return f"pip install 'consolidate-ewc[{extra}]', or '.[{extra}]' in a clone"

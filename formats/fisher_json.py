@@ -90,7 +90,7 @@ class CurvePoint:
 
 @dataclass
 class Interpolation:
-    """How far the weights go from the start of a training to its end, and what α was chosen by."""
+    """How far the weights go from the start of training to its end, and what α was chosen from."""
 
     alpha: Share
     method: Annotated[str, _one_of("plain", "fisher")]

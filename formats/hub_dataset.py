@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from formats.errors import ConsolidateError, InputError, NetworkError, UsageError
+from formats.errors import ConsolidateError, InputError, NetworkError, UsageError, install
 from formats.image_folder import decode_image
 from formats.rows import Rows
 from formats.wording import first_line
@@ -206,9 +206,7 @@ def _import_datasets(what: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UsageError(
-            f"{what}: reading it needs datasets; pip install 'consolidate-ewc[datasets]'"
-        ) from None
+        raise UsageError(f"{what}: reading it needs datasets: {install('datasets')}") from None
     return datasets
 
 

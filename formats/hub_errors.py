@@ -95,13 +95,12 @@ def _meaning(error: BaseException, revision: str | None) -> ConsolidateError | N
         return NetworkError(f"the Hub cannot be reached ({type(error).__name__})")
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) and _in_client(error):
         return NetworkError(
-            "the response is not JSON, as from a proxy or the login page of a network instead of "
-            "the Hub"
+            "the response is not JSON: it may come from a proxy or a network's login page"
         )
     if isinstance(error, FileMetadataError):
         return NetworkError(
-            "the response lacks the digest or size of a file, as from a proxy or the login page of "
-            "a network instead of the Hub"
+            "the response lacks the digest or size of a file: it may come from a proxy or a "
+            "network's login page"
         )
     if isinstance(error, LocalEntryNotFoundError):
         return None  # its cause has a better message

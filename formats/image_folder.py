@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from formats.errors import InputError, UsageError
+from formats.errors import InputError, UsageError, install
 from formats.rows import Rows, file_digest, listing_digest
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -23,9 +23,7 @@ def require_pillow() -> None:
     try:
         import PIL  # noqa: F401
     except ImportError:
-        raise UsageError(
-            "reading images needs Pillow; pip install 'consolidate-ewc[transformers]'"
-        ) from None
+        raise UsageError(f"reading images needs Pillow: {install('transformers')}") from None
 
 
 def decode_image(source: Path | IO[bytes], where: str) -> Any:

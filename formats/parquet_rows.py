@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from formats.errors import InputError, UsageError
+from formats.errors import InputError, UsageError, install
 from formats.image_folder import decode_image
 from formats.rows import Rows
 from formats.wording import first_line
@@ -29,9 +29,7 @@ class ParquetRows(Rows):
             import pyarrow
             import pyarrow.parquet
         except ImportError:
-            raise UsageError(
-                f"{path}: reading it needs pyarrow; pip install 'consolidate-ewc[datasets]'"
-            ) from None
+            raise UsageError(f"{path}: reading it needs pyarrow: {install('datasets')}") from None
 
         self.name, self.path = path.name, path
         try:

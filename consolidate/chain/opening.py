@@ -101,8 +101,8 @@ def check_kind(stored: StoredFisher, source: Checkpoint) -> None:
         kinds = ("a whole model", "an adapter")
         raise InputError(
             f"{stored.folder / LEDGER_NAME}: expected the Fisher of "
-            f"{kinds[source.adapter is not None]}, as {source.path} is one, found that of "
-            f"{kinds[stored.ledger.base is not None]}: measure it with `consolidate fisher`"
+            f"{kinds[source.adapter is not None]} for {source.path}, found that of "
+            f"{kinds[stored.ledger.base is not None]}: run `consolidate fisher`"
         )
 
 

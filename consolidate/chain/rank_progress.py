@@ -89,8 +89,8 @@ def start_with_set(
     if not whole:
         if any(published for published, _ in everywhere):
             raise InputError(
-                f"{partial_path(target)}: expected saved progress of one moment from every "
-                "process, but parts are missing: restore their files, or discard all with --restart"
+                f"{partial_path(target)}: no saved progress is complete over all processes: "
+                "restore the missing files, or discard it with --restart"
             )
         return None
     if max(whole) != marks[0]:

@@ -170,7 +170,7 @@ class KeptWork:
 
 @dataclass
 class KeptTraining:
-    """A training, as part of a command's work; without it, as in a search, nothing is saved."""
+    """A training run, as part of a command's work; without it, as in a search, nothing is saved."""
 
     work: KeptWork | None = None
     found: StoredWork | None = None

@@ -117,7 +117,7 @@ def _stored_heads(
     names = [record.name for record in ledger.tasks]
     if task is not None and task not in names:
         raise InputError(
-            f"{folder / LEDGER_NAME}: expected as --task one of {', '.join(names)}, found {task!r}"
+            f"{folder / LEDGER_NAME}: --task {task}: expected one of {', '.join(names)}"
         )
     if not ledger.heads:
         return None

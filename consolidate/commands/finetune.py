@@ -171,7 +171,7 @@ def _cached(plan: Plan, ledger: Ledger) -> FinetuneCached:
 def _known(
     plan: Plan, target: Path, ledger: Ledger, fisher: MeasuredFisher, statistics: str | None
 ) -> Finetuned:
-    """Report a fine-tuning from its ledger, now or later."""
+    """Report a fine-tuning run from its ledger, now or later."""
     task = ledger.tasks[-1]
     between = task.interpolation
     return {

@@ -1,4 +1,4 @@
-"""Weights between the start of a fine-tuning and its end: α as given, or chosen by scores."""
+"""Weights between the start and the end of fine-tuning: α as given, or chosen by scores."""
 
 import logging
 import math
@@ -97,7 +97,7 @@ class Interpolator:
         return self.plan.alpha is None
 
     def measure_start(self) -> None:
-        """Measure the held-out data before the first step, where α is chosen by them."""
+        """Measure the held-out data before the first step, where α is chosen on them."""
         if self.chooses and "before" not in self.state:
             self.state["before"] = self._measure()
 
@@ -178,7 +178,7 @@ class Interpolator:
     def _choose(self, trials: Sequence[Trial]) -> float:
         if all(trial.metrics is None for trial in trials):
             raise NonFiniteError(
-                "training diverged: the loss on held-out data is finite for no α; lower "
+                "training diverged: no α has a finite loss on held-out data; lower "
                 "--learning-rate or --ewc-lambda"
             )
         if self.plan.old:

@@ -1,4 +1,4 @@
-"""What a fine-tuning is about to do: options checked, checkpoint, Fisher and data opened."""
+"""What a fine-tuning run is about to do: options checked, checkpoint, Fisher and data opened."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -99,7 +99,7 @@ class Plan:
         try:
             check_output(failed_folder(self.target), source, overwrite=overwrite, whole=True)
         except InputError as error:
-            raise InputError(f"a run that fails --max-forgetting is saved, and {error}") from None
+            raise InputError(f"--max-forgetting cannot save a failed run: {error}") from None
 
 
 def check_options(options: FinetuneOptions) -> None:
@@ -146,13 +146,12 @@ def check_options(options: FinetuneOptions) -> None:
             raise UsageError("--shard needs one --ewc-lambda: search for λ without --shard")
     elif search.select or search.search_plot:
         raise UsageError(
-            "--select and --search-plot are for a search: give several numbers with commas, or "
-            "auto, as --ewc-lambda"
+            "--select and --search-plot need a search: give --ewc-lambda several numbers or auto"
         )
     elif search.validation and options.interpolating.interpolate != "auto":
         raise UsageError(
-            "--validation is for a search: give several numbers with commas, or auto, as "
-            "--ewc-lambda, or --interpolate auto"
+            "--validation needs a search: give --ewc-lambda several numbers or auto, or "
+            "--interpolate auto"
         )
     interpolating = options.interpolating
     if interpolating.interpolation != "plain" and interpolating.interpolate is None:
@@ -186,7 +185,7 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
     if opened.penalty_on == "merged" and recipe.penalty_step == "proximal":
         raise UsageError(
             "--penalty-step proximal cannot be combined with the penalty on merged weights, which "
-            "is no sum over the elements of A and B: use gradient"
+            "is not separable in A and B: use gradient"
         )
     old, evaluate = opened.old_tasks, dict(options.gate.evaluate or {})
     if recipe.norm_statistics is None:

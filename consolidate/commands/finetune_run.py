@@ -1,4 +1,4 @@
-"""The training of a fine-tuning: its steps, and what is measured on the way."""
+"""Training within `finetune`: its steps, and what is measured on the way."""
 
 import logging
 import secrets
@@ -156,7 +156,7 @@ def _merge_adapter(start: "Start") -> None:
 
 
 def kept_of(model: Model, trained: Trained) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Give the saved progress of a training that has ended, tensors and JSON."""
+    """Give the saved progress of a training run that has ended, tensors and JSON."""
     return trained_tensors(model.module, trained.steps), {**trained.beside, "trained": trained.mark}
 
 

@@ -1,4 +1,4 @@
-"""A search for λ around a fine-tuning: what is held out, trained, measured and reported."""
+"""A search for λ around fine-tuning: what is held out, trained, measured and reported."""
 
 import logging
 import math
@@ -84,7 +84,7 @@ def check_held_out(
     new: str,
     ledger: Sequence[str],
 ) -> None:
-    """Refuse to choose λ or α by data that are trained on or evaluated on, or of unknown tasks."""
+    """Refuse to choose λ or α on data that are trained on or evaluated on, or of unknown tasks."""
     if unknown := [name for name in validation if name not in (*ledger, new)]:
         raise UsageError(
             f"--validation {unknown[0]}: expected the new task, {new}, or a task of the ledger: "
@@ -93,8 +93,8 @@ def check_held_out(
     others = {_place(data) for data in other_data}
     if twice := [name for name, data in validation.items() if _place(data) in others]:
         raise UsageError(
-            f"--validation {twice[0]}={validation[twice[0]]}: λ and α cannot be chosen by data "
-            "that are trained on or evaluated on: hold other rows out"
+            f"--validation {twice[0]}={validation[twice[0]]}: λ and α cannot be chosen on "
+            "training or --evaluate data: hold out other rows"
         )
 
 

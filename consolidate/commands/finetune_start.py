@@ -1,4 +1,4 @@
-"""What a fine-tuning starts from: the model loaded, the data encoded, the penalty made."""
+"""What a fine-tuning run starts from: the model loaded, the data encoded, the penalty made."""
 
 import logging
 from collections.abc import Mapping

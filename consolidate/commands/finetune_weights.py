@@ -51,8 +51,8 @@ def take_stored_values(model: Model, stored: Mapping[str, Tensor]) -> None:
         dtype, *others = {dtype_of(at_start, name) for name in file_names}
         if others:
             raise InputError(
-                f"{file_names[0]} and others of other dtypes are one tensor in the model, which "
-                "--shard cannot round alike: store them in one dtype"
+                f"--shard: the tensors that form one parameter with {file_names[0]} differ in "
+                "dtype: store them in one dtype"
             )
         for name in module_names:
             values = local(state[name])

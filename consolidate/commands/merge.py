@@ -411,15 +411,14 @@ def _check_base(models: Sequence[_Model], base: _Model) -> None:
             moved = any(name in base.stored.fisher for name in head)
             if moved and task in base.tasks and task not in base.stored.heads:
                 raise InputError(
-                    f"{model.path} has saved the head of {task}, which is still in the weights of "
-                    f"the base {base.path}: name as --base a checkpoint with the new head, from "
-                    "which all were fine-tuned"
+                    f"the head of {task} is saved in {model.path} but in use in the base "
+                    f"{base.path}: set --base to a common ancestor with the new head"
                 )
     for name in base.fisher:
         if name not in first.weights:
             raise InputError(
-                f"{first.path} has no tensor {name!r}, which the base {base.path} has: name as "
-                "--base a checkpoint that it was fine-tuned from"
+                f"{first.path} has no tensor {name!r}, which the base {base.path} has: set "
+                "--base to a checkpoint that it was fine-tuned from"
             )
         _check_shape(name, first, base)
 
@@ -446,7 +445,7 @@ def _joined(
             if model.tasks.get(name) != task:
                 what = "another record of the" if name in model.tasks else "no"
                 raise InputError(
-                    f"{model.stored.folder} has {what} task {name!r} of the base: name as --base a "
+                    f"{model.stored.folder} has {what} task {name!r} of the base: set --base to a "
                     "checkpoint that it was fine-tuned from"
                 )
         own = {name: task for name, task in model.tasks.items() if name not in shared}

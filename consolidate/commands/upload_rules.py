@@ -56,7 +56,7 @@ def _empty(value: Any) -> Iterator[str]:
 
 
 def _is_elsewhere(name: str) -> bool:
-    """Whether a name is that of a repository, not of a local folder or a training's checkpoint."""
+    """Whether a name is that of a repository, not of a local folder or a Trainer checkpoint."""
     of_a_training = _CHECKPOINT.fullmatch(name.rpartition("/")[2])
     return is_repository(name) and not of_a_training and not Path(name).exists()
 

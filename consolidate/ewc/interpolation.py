@@ -1,4 +1,4 @@
-"""Weights on the way from the start of a training to its end."""
+"""Weights on the way from the start of training to its end."""
 
 import torch
 from torch import Tensor

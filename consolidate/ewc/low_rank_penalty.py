@@ -41,7 +41,7 @@ class MergedPenalty:
     the gradients are s Bᵀ G of A and s G Aᵀ of B (Kirkpatrick et al. 2017, eq. 3, and the chain
     rule). They are computed layer by layer, some rows at a time: W + s B A never exists as a whole.
 
-    There is no proximal step, as the penalty is not a sum over the elements of A and B.
+    There is no proximal step, as the penalty is not separable in A and B.
     """
 
     def __init__(

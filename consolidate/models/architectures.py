@@ -7,7 +7,7 @@ from typing import Any
 from consolidate.models.objectives import Objective, check_declared, get_objective
 from consolidate.runtime.quiet import quiet
 from formats.checkpoint import Checkpoint
-from formats.errors import InputError, UsageError
+from formats.errors import InputError, UsageError, install
 from formats.wording import first_line
 
 
@@ -17,9 +17,8 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
         import transformers
     except ImportError as error:
         raise UsageError(
-            f"{checkpoint.path}: loading it needs transformers; pip install "
-            "'consolidate-ewc[transformers]', or name your own module with --model "
-            "package.module:factory"
+            f"{checkpoint.path}: loading it needs transformers: {install('transformers')}; or name "
+            "your own module with --model package.module:factory"
         ) from error
     contents = checkpoint.config
     check_declared(contents)
@@ -119,8 +118,8 @@ def _check_depth(contents: Mapping[str, Any], tensors: int, where: Path) -> None
             for count in value if isinstance(value, list) else [value]:
                 if isinstance(count, int | float) and count > max(tensors, 1000):
                     raise InputError(
-                        f"{where}/config.json: {name} is {value}, more than the weights can fill, "
-                        f"which are {tensors} tensors"
+                        f"{where}/config.json: {name} is {value}, too many for weights of "
+                        f"{tensors} tensors"
                     )
 
 

@@ -14,7 +14,7 @@ from consolidate.models.model import Model
 from consolidate.models.tensor_names import NAME, PREFIX, is_adapter
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
-from formats.errors import InputError, UsageError
+from formats.errors import InputError, UsageError, install
 
 # Layers whose weights an adapter can change by a product.
 KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
@@ -149,7 +149,7 @@ def import_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise UsageError("adapters need peft; pip install 'consolidate-ewc[peft]'") from error
+        raise UsageError(f"adapters need peft: {install('peft')}") from error
     return peft
 
 

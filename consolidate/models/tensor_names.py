@@ -316,7 +316,7 @@ def _converted_group(
         ) from error
     module_names = tuple(name for name in made if name in state)
     if not module_names:
-        raise InputError(f"{names[0]} is converted to {', '.join(made)}, missing in the model")
+        raise InputError(f"{names[0]} converts to {', '.join(made)}, which the model lacks")
 
     def convert(tensors: Sequence[Tensor]) -> list[Tensor]:
         made = run(tensors)

@@ -51,7 +51,7 @@ def measure(
         for batch in in_step(signals.until_asked(batches), group if is_sharded(model) else None):
             last = batch or last
             if last is None:
-                raise InputError("there are fewer examples than processes: start fewer of them")
+                raise InputError("there are fewer examples than processes: start fewer processes")
             inputs, labels = placed(place, *last)
             outputs = model_outputs(model, inputs, labels)
             if batch is None:  # it ran along

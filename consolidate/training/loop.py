@@ -96,7 +96,7 @@ def data_order(count: int, seed: int) -> Iterator[list[int]]:
 def freeze_statistics(model: nn.Module) -> None:
     """Freeze running statistics: put every normalization layer that has them in eval mode.
 
-    They are no parameters, so no penalty protects them, and they forget even under an infinite λ.
+    They are not parameters, so no penalty protects them, and they forget even under an infinite λ.
     """
     for module in with_statistics(model):
         module.eval()
@@ -208,7 +208,7 @@ def training_steps(
         optimizer: Any torch optimizer that needs no closure.
         scheduler: Stepped once per optimizer step.
         recipe: Its `penalty_step`, `gradient_accumulation_steps`, `max_grad_norm` (which clips the
-            norm of the whole gradient, that of the penalty included where it is added),
+            norm of the gradient, including the penalty's where it is added),
             `mixed_precision` (the autocast of the forward pass) and `norm_statistics`.
         penalty: None trains on the task alone.
         scaler: The loss scaler that fp16 needs.
@@ -295,8 +295,8 @@ def _proximal(penalty: WeightPenalty | None, optimizer: torch.optim.Optimizer) -
         return None
     if not isinstance(penalty, Penalty):
         raise UsageError(
-            "The penalty on merged weights has no proximal step, as it is no sum over the elements "
-            "of A and B: take its gradient instead."
+            "The penalty on merged weights has no proximal step, as it is not separable in A "
+            "and B: take its gradient instead."
         )
     check_proximal(optimizer)
     return penalty

@@ -1,4 +1,4 @@
-"""The state of a training as plain tensors and numbers, from which it resumes to the same bits.
+"""The state of training as plain tensors and numbers, from which it resumes to the same bits.
 
 Of a sharded model it is this process's part.
 """
@@ -30,7 +30,7 @@ class Descent:
 
 
 def training_state(descent: Descent) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Give the state of a training between two steps: tensors, without copying, and the rest.
+    """Give the state of training between two steps: tensors, without copying, and the rest.
 
     They are values, the optimizer's state by parameter name, random number generators and history;
     and JSON-ready numbers of the schedule and the loss scaler.
@@ -54,7 +54,7 @@ def training_state(descent: Descent) -> tuple[dict[str, Tensor], dict[str, Any]]
 def load_training(
     descent: Descent, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Resume a training, which has taken no step yet, from what `training_state` gave."""
+    """Resume training, which has taken no step yet, from what `training_state` gave."""
     descent.steps[:] = load_trained(descent.module, tensors)
     names = {id(parameter): name for name, parameter in descent.module.named_parameters()}
     optimizer = descent.optimizer
@@ -80,7 +80,7 @@ def load_training(
 def trained_tensors(
     module: nn.Module, steps: Sequence[Step], *, frozen: bool = True
 ) -> dict[str, Tensor]:
-    """Give a training's result, uncopied: values, those of frozen parameters too, and history.
+    """Give the result of training, uncopied: history, and values, also of frozen parameters.
 
     Merging an adapter changes frozen parameters. The history is (steps, 4).
     """

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from consolidate.ewc.penalty import STEPS, Penalty, check_proximal
-from formats.errors import UsageError
+from formats.errors import UsageError, install
 
 
 def penalty_callback(penalty: Penalty, *, step: str = "gradient") -> Any:
@@ -34,9 +34,7 @@ def penalty_callback(penalty: Penalty, *, step: str = "gradient") -> Any:
     try:
         from transformers import TrainerCallback
     except ImportError as error:
-        raise UsageError(
-            "the callback needs transformers: pip install 'consolidate-ewc[transformers]'"
-        ) from error
+        raise UsageError(f"the callback needs transformers: {install('transformers')}") from error
 
     class PenaltyCallback(TrainerCallback):
         max_grad_norm: float | None = None  # while the Trainer has 0

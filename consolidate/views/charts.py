@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from formats.atomic import check_file, write_file
-from formats.errors import UsageError
+from formats.errors import UsageError, install
 from formats.wording import printable
 
 MARK = "consolidate report"  # in every file that is made here: such a file may be replaced
-INSTALL = "pip install 'consolidate-ewc[plot]'"
+INSTALL = install("plot")
 HALF, FULL = 440, 908  # CSS pixels: beside another picture, and across the page (8 / 9 of it)
 
 # What a colour is for -> on a light page, on a dark one. Each can be read on `page` and `card`.

@@ -28,7 +28,7 @@ def fisher_metrics(result: MeasuredFisher) -> dict[str, float]:
 
 
 def finetune_metrics(result: FinetuneResult) -> dict[str, float]:
-    """Give the numbers of a fine-tuning, and of its chain."""
+    """Give the numbers of a fine-tuning run, and of its chain."""
     numbers: dict[str, float | None] = {"ewc_lambda": result["ewc_lambda"]}
     if result["status"] != "cached":
         numbers |= {

@@ -17,7 +17,7 @@ from typing import Any
 from consolidate.training.loop import Step
 from consolidate.views.metrics import evaluate_metrics
 from formats.digest import set_digest
-from formats.errors import InputError, NetworkError, UsageError
+from formats.errors import InputError, NetworkError, UsageError, install
 from formats.fisher_folder import LEDGER_NAME
 from formats.fisher_json import read_ledger
 
@@ -118,7 +118,7 @@ def tracked(command: str, options: Mapping[str, Any], *, enabled: bool) -> Itera
     try:
         import mlflow
     except ImportError:
-        raise UsageError("--mlflow needs mlflow: pip install 'consolidate-ewc[mlflow]'") from None
+        raise UsageError(f"--mlflow needs mlflow: {install('mlflow')}") from None
     client, run_id, joined = _begin(mlflow, command)
     tracker = Tracker(command, client, run_id)
     LOG.info("MLflow: %s run %s", "joined" if joined else "started", run_id)

@@ -86,7 +86,7 @@ def _cost_text(cost: FisherDryRun) -> str:
 
 
 def finetune_text(result: FinetuneResult) -> str:
-    """Summarize a fine-tuning: the search for λ, the metrics, loss and penalty, the Fisher."""
+    """Summarize a fine-tuning run: the search for λ, the metrics, loss and penalty, the Fisher."""
     lines = []
     if result["status"] != "cached" and "lambda_search" in result:
         lines += [search_text(result["lambda_search"]), ""]

@@ -139,7 +139,8 @@ def test_shards_go_on_to_the_same_bytes(found: Found) -> None:
 
 
 def test_parts_without_the_others_are_refused(found: Found) -> None:
-    assert refused(found["shards"]["incomplete"], "but parts are missing")
+    said = "no saved progress is complete over all processes: restore the missing files"
+    assert refused(found["shards"]["incomplete"], said)
 
 
 def test_where_one_part_cannot_be_kept_none_is(found: Found) -> None:

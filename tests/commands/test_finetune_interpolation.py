@@ -493,9 +493,9 @@ def test_wrong_use_is_refused(learned: Path, write_task: Write, tmp_path: Path) 
     common: dict[str, Any] = {"output_dir": tmp_path / "out", **COMMON}
     with pytest.raises(UsageError, match="expected a number, or one of auto"):
         finetune(learned, b, interpolate="best", **common)
-    with pytest.raises(UsageError, match="--validation is for a search"):
+    with pytest.raises(UsageError, match="--validation needs a search"):
         finetune(learned, b, interpolate=0.5, validation={"a": held}, **common)
-    with pytest.raises(UsageError, match="cannot be chosen by data that are trained on"):
+    with pytest.raises(UsageError, match="cannot be chosen on training or --evaluate data"):
         finetune(learned, b, interpolate="auto", validation={"b": b}, **common)
     with pytest.raises(UsageError, match=r"expected the new task, b, or a task of the ledger: a$"):
         finetune(learned, b, interpolate="auto", validation={"c": held}, **common)
@@ -528,7 +528,7 @@ def test_what_diverged_is_refused(
         monkeypatch.setattr(finetune_interpolation, "evaluate_all", broken)
 
     monkeypatch.setattr(finetune_interpolation.Interpolator, "measure_start", then_broken)
-    with pytest.raises(NonFiniteError, match="finite for no α"):
+    with pytest.raises(NonFiniteError, match="no α has a finite loss"):
         finetune(learned, b, output_dir=tmp_path / "out", interpolate="auto", **COMMON)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))

@@ -181,13 +181,13 @@ def test_data_are_not_used_twice_and_names_are_known(
 ) -> None:
     b, held = write_task("b", seed=1), write_task("held")
     common: dict[str, Any] = {"output_dir": tmp_path / "out", "ewc_lambda": [1, 10], **FAST}
-    with pytest.raises(UsageError, match="cannot be chosen by data that are trained on"):
+    with pytest.raises(UsageError, match="cannot be chosen on training or --evaluate data"):
         finetune(learned, b, validation={"b": str(b)}, **common)
-    with pytest.raises(UsageError, match="cannot be chosen by data that are trained on"):
+    with pytest.raises(UsageError, match="cannot be chosen on training or --evaluate data"):
         finetune(learned, b, validation={"a": held}, evaluate={"test": held}, **common)
     with pytest.raises(UsageError, match=r"expected the new task, b, or a task of the ledger: a$"):
         finetune(learned, b, validation={"c": held}, **common)
-    with pytest.raises(UsageError, match="--validation is for a search"):
+    with pytest.raises(UsageError, match="--validation needs a search"):
         finetune(learned, b, validation={"a": held}, **common | {"ewc_lambda": 1.0})
     with pytest.raises(UsageError, match="cannot be combined with --penalty none"):
         finetune(learned, b, penalty="none", **common)

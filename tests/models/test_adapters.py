@@ -259,7 +259,7 @@ def test_a_fisher_on_another_base_model_is_refused(gpt2: Path, tmp_path: Path, t
     (folder / "adapter_config.json").unlink()
     (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
     with pytest.raises(
-        InputError, match=r"expected the Fisher of a whole model, .* found that of an adapter"
+        InputError, match=r"expected the Fisher of a whole model for .*, found that of an adapter"
     ):
         verify(folder)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")

@@ -76,5 +76,5 @@ def test_targets_that_cannot_be_are_refused(gpt2: Path):
 def test_without_peft_it_says_what_to_install(gpt2: Path, monkeypatch: pytest.MonkeyPatch):
     module = load(open_checkpoint(gpt2)).module
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UsageError, match=r"pip install 'consolidate-ewc\[peft\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'consolidate-ewc\[peft\]', or '\.\[peft\]'"):
         add_lora(module, Lora(rank=2))
