@@ -60,7 +60,7 @@ seeds that are done and its standard error:
 {table}
 
 `consolidate show ONE --overlap OTHER` prints the same measure of the Fishers that two checkpoints
-hold: after a chain these are sums over its tasks, each measured at its own weights.
+have: after a chain these are sums over its tasks, each measured at its own weights.
 """
 
 

@@ -65,8 +65,8 @@ WIDTHS = (400, 700)
 RATES, LOWER_RATES, STRENGTHS = (-4.0, -3.0), (-5.0, -4.0), (1.0, 3.0)  # powers of ten
 JOINT_COUNTS = (1, 3, 6, 10)
 TEXT = """
-Task after task is another permutation of MNIST's pixels, ten in all; one network with one output
-layer. Mean test accuracy over all tasks seen so far, against their number, mean over the seeds that
+Task after task is another permutation of MNIST's pixels, ten in all; one network with one
+head. Mean test accuracy over all tasks seen so far, against their number, mean over the seeds that
 are done and its standard error. Joint training, which sees all tasks at once, from random weights
 for each number of tasks, is the ceiling:
 
@@ -76,17 +76,17 @@ for each number of tasks, is the ceiling:
 
 {kept}Separate anchors' penalties have a sum that is centred at a mean of the weights after each
 task, weighted by the Fishers, where no task was ever learned; online it is centred at the last
-weights, which all tasks before have held already (Huszár 2017). Whether that is why they fall
-behind was not settled. [With a smaller learning rate and more steps](published-tables.md) they do
-so by less.
+weights, which the penalties of earlier tasks have shaped already (Huszár 2017). Whether that is why
+they fall behind was not settled. [With a smaller learning rate and more steps](published-tables.md)
+they do so by less.
 
 {steps:,} steps of 256 a task with Adam, inputs standardised, the exact Fisher of 2,000 images, the
 penalty by proximal steps; products in bfloat16, weights, Fisher and penalty in float32. SGD in the
 paper's sense, without a penalty, is Adam here too. Dropout is 0.2 on the inputs and 0.5 on hidden
 units; early stopping looks at the mean validation error over all tasks seen every 50 steps, ends a
 task after more than 5 rises in a row, and takes the best weights of those looks. In the paper EWC
-has both too, and a task 100 epochs; here {steps:,} steps are {epochs:.1f}. Adam starts anew with
-each task, but for the row that says otherwise, which has gradient steps of the penalty.
+has both too, and a task 100 epochs; here {steps:,} steps are {epochs:.1f}. Adam starts from scratch
+with each task, but for the row that says otherwise, which has gradient steps of the penalty.
 
 **The search.** As in the paper learning rate (1e-4 … 1e-3, log-uniform; the paper's begin at 1e-5),
 width (two layers of {widths}; the paper's go to 2000) and λ (10 … 10³, log-uniform) are drawn at

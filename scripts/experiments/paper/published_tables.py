@@ -64,7 +64,7 @@ class Setting(NamedTuple):
     reasons: dict[str, str]
 
 
-MOMENTS = "Adam starts anew with each task; the published program keeps its moments"
+MOMENTS = "Adam starts from scratch with each task; the published program keeps its moments"
 FEW = "the published setting; three seeds"
 SHORT = "λ from a short search; the published one takes the best of a grid on the test set"
 TEN, SPLIT, INCREMENTAL, AVALANCHE = (
@@ -167,11 +167,11 @@ SETTINGS = (
     ),
 )  # fmt: skip
 TEXT = """
-Each benchmark with its published network, optimizer, rate, steps and batches; what differs is said
-below. The last 5,000 of the 60,000 images are held out everywhere, and λ is chosen on them, by the
-mean over all tasks after the last, with one seed at a fraction of the steps; never on the test set.
-The Fisher is exact, on 2,000 images of a task unless said otherwise. Mean test accuracy over all
-tasks after the last, mean over seeds and its standard error:
+Each benchmark with its published network, optimizer, rate, steps and batches; what differs is
+listed below. The last 5,000 of the 60,000 images are held out everywhere, and λ is chosen on them,
+by the mean over all tasks after the last, with one seed at a fraction of the steps; never on the
+test set. The Fisher is exact, on 2,000 images of a task unless said otherwise. Mean test accuracy
+over all tasks after the last, mean over seeds and its standard error:
 
 {table}
 
@@ -182,20 +182,21 @@ tasks after the last, mean over seeds and its standard error:
   tasks permuted, as in its program with all seeds but 0; Fisher on 10,000 images of a task;
   products in bfloat16, weights, Fisher and penalty in float32; the rule online has equal-trace
   weights. Its program keeps Adam's moments from task to task. In the rows that do not say so,
-  each task starts anew, as in `consolidate finetune`, with proximal steps of the penalty.
+  Adam starts from scratch with each task, as in `consolidate finetune`, with proximal steps of the
+  penalty.
 - *{split}* ([van de Ven 2025](https://arxiv.org/abs/2502.11756), task-incremental): 2 × 400
-  units, Adam at 1e-3, 2,000 steps of 128, images in [0, 1], which digits make a task drawn anew
+  units, Adam at 1e-3, 2,000 steps of 128, images in [0, 1], which digits make a task drawn
   for each seed, the Fisher on all images of a task: what a task that is well learned has of it
   comes from a few. The published λ is the best of a grid on the test set, over 30 seeds. Its
   program keeps Adam's moments too.
 - *{incremental}*: the same, where the task is not known when an image is tested, with the Fisher
-  on 2,000 images, and Adam anew with each task; published is about what chance between tasks gives.
-  **This is a limit of the method:** nothing in it makes the outputs of old and new digits
-  comparable.
+  on 2,000 images, and Adam from scratch with each task; published is about what chance between
+  tasks gives. **This is a limit of the method:** nothing in it makes the outputs of old
+  and new digits comparable.
 - *{avalanche}* (ContinualAI's continual-learning-baselines): 1 × 512 units, SGD at 1e-3, 10 epochs
   in batches of 256, the first task not permuted. Its Fisher is the square of the batch's mean
   gradient, with λ = 1. No penalty does as well: the smallest λ of the grid is found, and larger
-  ones cost the new tasks more than they hold of the old.
+  ones cost the new tasks more than they keep of the old.
 
 The searches:
 

@@ -38,7 +38,7 @@ embedding, an example a row.
 (Gaussian likelihood, σ² = 1), `merge_online` adds it to the total, and loss and penalty
 ½(y − w·x)² + ½ Σ Λ (w − w₋)² (λ = 1) are minimised: one step of SGD at rate 1 and
 `Penalty.proximal_step_`, which is the exact minimiser here, because ‖x‖ = 1 makes the loss's
-curvature along x one. Step t holds with the Fisher of the t patterns up to and with the new one,
+curvature along x one. Step t uses the Fisher of the t patterns up to and with the new one,
 t/n, as the paper does, not (t − 1)/n: a linear network's Fisher does not depend on the weights,
 so it is known before the step. Gradient descent is the same step with Λ = 1 (`Penalty.l2`) and
 λ = 1/n for ever, and with α = 1/2, EWC's rate at t = n, λ = 1.
@@ -180,7 +180,7 @@ def theory(method: str, n: int, steps: int) -> dict[str, np.ndarray]:
 
 
 def deviations(record: Record) -> dict[str, tuple[float, float]]:
-    """Hold a simulation against theory.
+    """Compare a simulation with theory.
 
     Args:
         record: Of one method.

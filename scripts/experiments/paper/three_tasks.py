@@ -64,7 +64,7 @@ SMALL_BASE = Method(
 )  # fmt: skip
 TEXT = """
 Task A is MNIST, B and C are the same digits under two permutations of the pixels. A network
-784–400–400–10 with one output layer learns them one after the other, with the settings of table S1:
+784–400–400–10 with one head learns them one after the other, with the settings of table S1:
 SGD at 1e-3, 20 epochs a task, no dropout, no early stopping. What the paper does not say is set
 here: momentum 0.9, batches of 64, inputs standardised, the exact Fisher of 2,000 images, tasks
 merged by the rule online, the penalty's step proximal. Test accuracy on each task while A, B and
@@ -138,7 +138,7 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
     """Draw the curves, and write the accuracies after the last task."""
     done = {title: chosen(records, method=title) for title in PENALTIES.values()}
     reason = f"kept: within {100 * NEAR:g} points of the best of the three"
-    reasons = {"L2": f"{reason}; here λ is the best for the mean of all three, theirs is not told"}
+    reasons = {"L2": f"{reason}; here λ is the best for the mean of all three, theirs is unknown"}
     rows, claims = [], []
     for title, found in done.items():
         row = Row(f"three permutations: {title}, accuracy on A / B / C after C", SHOWN[title])

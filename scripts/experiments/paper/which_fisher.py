@@ -49,12 +49,12 @@ PUBLISHED = {"exact": 0.9912, "mc": 0.9912, "empirical": 0.9912, SQUARED_BATCH: 
 TEXT = """
 Split MNIST, a head for each task: five pairs of digits, a network 784–400–400–10 of which each
 task uses its two outputs, inputs standardised, {steps} steps of {batch_size} a task with Adam at
-{learning_rate:g}, anew with each task (products in bfloat16, weights, Fisher and penalty in
+{learning_rate:g}, from scratch with each task (products in bfloat16, weights, Fisher and penalty in
 float32), the penalty by proximal steps, tasks merged online. The
 Fisher of each task's first {fisher_examples:,} images is taken in batches of {small} and of
 {large}: exact, mc (one sample), empirical (the data's labels), batched (sampled labels, the square
 of a batch's sum over the number of examples), and the square of the batch's mean gradient of the
-data's labels, which is no Fisher, and what most software ships. The published figures
+data's labels, which is not a Fisher, and what most software ships. The published figures
 ([van de Ven 2025](https://arxiv.org/abs/2502.11756)) are the best of a grid on the test set, as
 those here are, after 2,000 steps a task, with inputs in [0, 1], the Fisher of all images of a task,
 and Adam's moments kept from task to task. Mean test accuracy over {seeds} seeds after the fifth

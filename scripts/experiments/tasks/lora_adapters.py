@@ -1,4 +1,4 @@
-"""LoRA on a language model that brings its Fisher: held as merged weights, as an adapter, or not.
+"""LoRA on a language model that brings its Fisher: the penalty on merged weights, adapter, or none.
 
 The texts are those of language_model.py; the model is a small one, trained here on task A, so that
 all of it takes minutes on one core. Needs `pip install peft` too.

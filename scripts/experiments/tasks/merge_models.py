@@ -39,9 +39,9 @@ TEXT = """
 
 A network 784–400–400–10 learns MNIST (the start). From there one model learns the digits turned
 {angle:.0f}° to the left and another the digits turned as far to the right. `consolidate
-merge left right --base start` makes one model of the two: each weight is their mean, weighed by
-their Fishers, what both hold of the start counted once. Accuracy on the 10,000 test images of each
-task:
+merge left right --base start` makes one model of the two: each weight is their mean, weighted
+by their Fishers, and the start, which both share, is counted once. Accuracy on the 10,000 test
+images of each task:
 
 {results}
 

