@@ -33,6 +33,7 @@ include_patterns = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**.md"
 highlight_language = "text"
 myst_disable_syntax = ["myst_block_break", "myst_line_comment", "myst_role", "myst_target"]
 myst_heading_anchors = 6
+smartquotes = False  # it makes one dash of the two before an option
 html_theme = "furo"
 html_title = project
 html_copy_source = False

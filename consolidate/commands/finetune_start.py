@@ -76,7 +76,7 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     if before is not None and plan.options.penalty.penalty != "ewc":
         online = opened.merging.merge_rule == "online"
         LOG.info(
-            "the Fisher of %s protects no weights in this run; the output keeps it, around %s",
+            "the penalty does not use the Fisher of %s; the output keeps it, around %s",
             ", ".join(opened.old_tasks),
             "the new weights" if online else "its anchor",
         )

@@ -42,7 +42,10 @@ from formats.tensors import TensorFiles, write_tensors
 
 LOG = logging.getLogger("consolidate")
 INDEX = "model.safetensors.index.json"
-AGAIN = "push again, which sends only what is missing"
+AGAIN = (
+    "push again, which sends only what is missing; if uploads keep failing, set "
+    "HF_HUB_DISABLE_XET=1"
+)
 
 # Files that a model needs; anything else in a folder may be data or a secret, and is not sent.
 PUBLISHED = (
@@ -383,8 +386,7 @@ def _others(folder: Path, source: Checkpoint) -> dict[str, Path | bytes]:
             left_out.append(entry.name)
     if left_out:
         LOG.info(
-            "not sent, as neither weights, configuration, tokenizer, licence nor code needed by an "
-            "auto_map: %s",
+            "not sent: %s (only weights, configuration, tokenizer, licence and code of an auto_map are)",
             in_one_line([repr(name) for name in left_out]).replace(";", ","),
         )
     return contents

@@ -223,7 +223,8 @@ def _check_missing(
     if len(head) == len(missing) and declared != name:
         raise InputError(
             f"{where}: {objective.name} needs the head of a {name}, found a "
-            f"{declared or 'model'} without it: {_some(missing)} missing"
+            f"{declared or 'model'} without it: {_some(missing)} missing; `consolidate finetune "
+            "--penalty none` trains one"
         )
     raise InputError(
         f"{where}: {_some(missing)} missing in the file, but part of a {name}; save the checkpoint "
