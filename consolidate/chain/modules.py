@@ -16,7 +16,7 @@ from consolidate.models.model import Model, file_weights, layout_of
 from consolidate.models.objectives import get_objective
 from formats.atomic import claimed_in_place, replace_folder
 from formats.checkpoint import open_checkpoint
-from formats.errors import InputError
+from formats.errors import InputError, UsageError
 from formats.fisher_folder import write_fisher
 from formats.fisher_json import Ledger, check_task_name
 from formats.hub import locate
@@ -51,7 +51,8 @@ def load_penalty(
         The penalty; call `add_gradient_` once per optimizer step.
 
     Raises:
-        InputError: There is no Fisher, or it does not belong to the weights or to the module.
+        InputError: There is no Fisher, it does not belong to the weights or to the module, or it
+            protects none of the module's trainable parameters.
     """
     folder = locate(checkpoint, revision)
     source = open_checkpoint(folder)
@@ -59,7 +60,7 @@ def load_penalty(
     layout = layout_of(module, source, own=not hasattr(module, "save_pretrained"))
     check_held_once(stored.fisher, layout, str(stored.folder))
     anchor = stored.anchor or {name: source.weights[name] for name in stored.fisher}
-    return Penalty(
+    penalty = Penalty(
         module,
         layout.to_module(stored.fisher),
         layout.to_module(anchor),
@@ -68,6 +69,12 @@ def load_penalty(
         dtype=dtype,
         device=device,
     )
+    if not penalty.parameters():
+        raise InputError(
+            f"{stored.folder} protects no trainable parameter of the module: unfreeze some; for an "
+            "adapter of peft measure the Fisher of the adapter's own parameters"
+        )
+    return penalty
 
 
 def store_fisher(
@@ -96,7 +103,13 @@ def store_fisher(
 
     Raises:
         InputError: A Fisher already exists, or the module's weights are not the checkpoint's.
+        UsageError: `diagonal` is not what `fisher_diagonal` returns.
     """
+    if not isinstance(diagonal, FisherDiagonal):
+        raise UsageError(
+            f"diagonal: expected a FisherDiagonal, as fisher_diagonal returns it, found "
+            f"{type(diagonal).__name__}"
+        )
     source = with_base(open_checkpoint(Path(checkpoint)), None)
     target = Path(checkpoint) / "fisher"
     refuse_existing(target, overwrite=overwrite)

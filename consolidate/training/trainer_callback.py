@@ -25,12 +25,14 @@ def penalty_callback(penalty: Penalty, *, step: str = "gradient") -> Any:
         A ``transformers.TrainerCallback``, for ``Trainer(…, callbacks=[…])``.
 
     Raises:
-        UsageError: `step` is neither, or transformers is not installed; or, when training begins,
-            the penalty is on parameters that the model does not have, or the optimizer's rate is
-            not known.
+        UsageError: `penalty` is not a penalty, `step` is neither, or transformers is not installed;
+            or, when training begins, the penalty is on parameters that the model does not have, or
+            the optimizer's rate is not known.
     """
     if step not in STEPS:
         raise UsageError(f"step {step!r}: expected one of {', '.join(STEPS)}")
+    if not hasattr(penalty, "add_gradient_"):
+        raise UsageError(f"penalty: expected a Penalty, found {type(penalty).__name__}")
     try:
         from transformers import TrainerCallback
     except ImportError as error:

@@ -201,6 +201,9 @@ def test_the_penalty_in_a_loop_of_ones_own(network_checkpoint: Path, write_task:
         network, network_checkpoint, ewc_lambda=2.0, dtype=torch.bfloat16, device="cpu"
     )
     assert narrow.value() == pytest.approx(expected, rel=0.1)
+    network.requires_grad_(False)
+    with pytest.raises(InputError, match=r"fisher protects no trainable parameter .* unfreeze"):
+        consolidate.load_penalty(network, network_checkpoint, ewc_lambda=2.0)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps are read from /proc")
@@ -252,6 +255,8 @@ def test_a_fisher_of_ones_own_is_stored_like_the_command_does(
         consolidate.store_fisher(network, network_checkpoint, diagonal, overwrite=True, **options)
     with pytest.raises(InputError, match="already exists"):
         consolidate.store_fisher(network, network_checkpoint, diagonal, **options)
+    with pytest.raises(UsageError, match="expected a FisherDiagonal.*found dict"):
+        consolidate.store_fisher(network, network_checkpoint, dict(diagonal), **options)
 
 
 MC = "--{}mc-samples cannot be combined with --{}estimator {}"

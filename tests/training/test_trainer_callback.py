@@ -220,6 +220,8 @@ def test_a_run_that_was_interrupted_clips_as_before(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     model, other = Network(), Network()
     penalty = Penalty(other, *fisher_and_anchor(other), ewc_lambda=LAMBDA)
+    with pytest.raises(UsageError, match="expected a Penalty, found str"):
+        penalty_callback("my-model")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"'implicit'.*gradient, proximal"):
         penalty_callback(penalty, step="implicit")
     optimizer = torch.optim.RMSprop(model.parameters())
