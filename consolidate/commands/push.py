@@ -386,7 +386,8 @@ def _others(folder: Path, source: Checkpoint) -> dict[str, Path | bytes]:
             left_out.append(entry.name)
     if left_out:
         LOG.info(
-            "not sent: %s (only weights, configuration, tokenizer, licence and code of an auto_map are)",
+            "not sent: %s (only weights, configuration, tokenizer, licence and the code of an "
+            "auto_map are)",
             in_one_line([repr(name) for name in left_out]).replace(";", ","),
         )
     return contents

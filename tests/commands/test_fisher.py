@@ -255,7 +255,7 @@ def test_a_fisher_of_ones_own_is_stored_like_the_command_does(
         consolidate.store_fisher(network, network_checkpoint, diagonal, overwrite=True, **options)
     with pytest.raises(InputError, match="already exists"):
         consolidate.store_fisher(network, network_checkpoint, diagonal, **options)
-    with pytest.raises(UsageError, match="expected a FisherDiagonal.*found dict"):
+    with pytest.raises(UsageError, match=r"expected a FisherDiagonal.*found dict"):
         consolidate.store_fisher(network, network_checkpoint, dict(diagonal), **options)
 
 
