@@ -99,7 +99,7 @@ def fisher(
             same result (models of transformers).
         shard: Shard weights, Fisher and optimizer state over the processes of torchrun (FSDP2), for
             models too large for one device.
-        dtype: Dtype of the weights; a Fisher is always float32. One of float32, float64, bfloat16,
+        dtype: Dtype of the weights, not of the Fisher (float32). One of float32, float64, bfloat16,
             float16. (default: as stored)
         estimator: Labels to take the expectation over: all (exact), sampled from the model (mc),
             the data's own (empirical), or sampled, with gradients squared per batch (batched).
@@ -120,8 +120,8 @@ def fisher(
         merge_rule: online: protect all tasks around the new weights; separate: protect each task
             around the weights it was learned at. (default: the chain's, else online)
         gamma: Share of the earlier Fisher that online keeps. (default: the chain's, else 1)
-        task_weight: Factor of the task's Fisher. units: weight tasks by the units they were
-            measured on; trace: give the task the same trace as the first one.
+        task_weight: Factor of the task's Fisher. units: weight by the number of examples or tokens;
+            trace: give the task the same trace as the first one.
         output_dir: Write a whole checkpoint here. (default: only a folder fisher in the checkpoint)
         save_every_minutes: Save progress beside the output this often; rerunning the command
             resumes and gives bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as
@@ -313,8 +313,8 @@ def finetune(
         merge_rule: online: protect all tasks around the new weights; separate: protect each task
             around the weights it was learned at. (default: the chain's, else online)
         gamma: Share of the earlier Fisher that online keeps. (default: the chain's, else 1)
-        task_weight: Factor of the task's Fisher. units: weight tasks by the units they were
-            measured on; trace: give the task the same trace as the first one.
+        task_weight: Factor of the task's Fisher. units: weight by the number of examples or tokens;
+            trace: give the task the same trace as the first one.
         head: keep: for data with the same labels; new: save the head for its tasks and initialize a
             new, unpenalized one; extend: add rows for new labels.
         head_parameters: Names of the head's parameters. (default: those outside transformers' base
@@ -396,7 +396,7 @@ def evaluate(
         device: Device: cpu, cuda, mps, … (default: the best available)
         batch_size: Examples per batch.
         seed: Random seed.
-        dtype: Dtype of the weights; a Fisher is always float32. One of float32, float64, bfloat16,
+        dtype: Dtype of the weights, not of the Fisher (float32). One of float32, float64, bfloat16,
             float16. (default: as stored)
 
     Returns:
@@ -623,7 +623,7 @@ def push(
         base_model: Model that this one was made from, for the card; several for a merge.
         fisher_dtype: Dtype of the published Fisher; bfloat16 is half as large. One of float32,
             bfloat16. (default: as stored)
-        fisher_only: Publish the Fisher alone, for the weights in the repository `base_model`.
+        fisher_only: Publish the Fisher alone; `base_model` names the weights' repository.
         dry_run: Only list the files that would be sent, with sizes, and which of them the
             repository already has (offline: all files).
 

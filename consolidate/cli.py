@@ -163,7 +163,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 @click.version_option(package_name="consolidate-ewc", prog_name="consolidate")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Fine-tune checkpoints without forgetting earlier tasks.
+    """Fine-tune checkpoints, forgetting less of earlier tasks.
 
     Measure the Fisher diagonal of a checkpoint on its task's data, store it beside the weights, and
     fine-tune on the next task with the Elastic Weight Consolidation (EWC) penalty.
@@ -275,9 +275,9 @@ def run(**typed: Any) -> None:
 def show(**typed: Any) -> None:
     """Show the tasks of CHECKPOINT, what was forgotten, and its Fisher traces.
 
-    The accuracy matrix has the score on each task after training each: accuracy, or minus the mean
-    negative log-likelihood. ACC is the mean of its last row, BWT the mean change on earlier tasks
-    since each was learned; forgetting is the mean drop from each one's best.
+    Row i of the accuracy matrix has every task's score after task i was learned: accuracy, or mean
+    log-likelihood. ACC is the mean of its last row, BWT the mean change on earlier tasks since each
+    was learned; forgetting is the mean drop from each one's best.
 
     From a repository on the Hub only the ledger and the headers of the Fisher are downloaded; the
     traces are then those that the ledger recorded.
@@ -317,7 +317,7 @@ def verify(**typed: Any) -> None:
 def push(**typed: Any) -> None:
     """Publish CHECKPOINT with Fisher, ledger and model card on the Hub, in one commit.
 
-    Sends only the weights, Fisher, tokenizer, licence, code that an auto_map names, and
+    Sends only weights, Fisher, ledger, card, tokenizer, licence, code that an auto_map names, and
     configuration (local paths removed). An existing README.md keeps what a person wrote. The
     repository is unchanged until everything has been sent; rerunning a push sends what is missing.
     """

@@ -88,7 +88,7 @@ def _seed() -> Any:
 def _dtype() -> Any:
     return option(
         None,
-        "Dtype of the weights; a Fisher is always float32.",
+        "Dtype of the weights, not of the Fisher (float32).",
         by_default="as stored",
         group=Source.TITLE,
         dtype=True,
@@ -263,7 +263,7 @@ class Merging:
     )
     task_weight: float | str = option(
         1.0,
-        "Factor of the task's Fisher. units: weight tasks by the units they were measured on; "
+        "Factor of the task's Fisher. units: weight by the number of examples or tokens; "
         "trace: give the task the same trace as the first one.",
         metavar="X|units|trace",
         choices=("units", "trace"),
@@ -819,7 +819,7 @@ class PushOptions:
         choices=("float32", "bfloat16"),
     )
     fisher_only: bool = option(
-        False, "Publish the Fisher alone, for the weights in the repository --base-model."
+        False, "Publish the Fisher alone; --base-model names the weights' repository."
     )
     dry_run: bool = option(
         False,
