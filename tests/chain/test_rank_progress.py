@@ -119,7 +119,7 @@ def test_processes_that_choose_alpha_go_on_to_the_same_bytes(found: Found) -> No
     for name in ("killed before", "killed between", "killed after"):
         assert sorted(found[name]["codes"]) == [-signal.SIGKILL, 1], found[name]["said"]
     assert "α = 0.1: new" not in found["killed before"]["said"]
-    assert "going on after 24 of 26 examples" in found["killed between"]["said"]
+    assert "resuming after 24 of 26 examples" in found["killed between"]["said"]
     assert "of 10" in found["killed after"]["said"]
     assert found["same weighted"]
 

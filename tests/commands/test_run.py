@@ -523,6 +523,7 @@ def test_a_dry_run_lists_a_finished_step_once(
     tasks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     consolidate.run(tasks)
+    capsys.readouterr()
     code, text, err = run_cli(capsys, "run", tasks, "--dry-run")
     assert (code, err) == (0, "")
     assert text.count("01-a  skipped\n") == 1
