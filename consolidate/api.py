@@ -127,7 +127,7 @@ def fisher(
             resumes and gives bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as
             possible; inf: never.
         restart: Discard saved progress and start over.
-        overwrite: Replace an existing output. One that is up to date is kept.
+        overwrite: Replace an existing output unless it is up to date.
         data_digest: Store a digest of the data in the ledger.
         dry_run: Only report what it would take: time, memory, file sizes.
 
@@ -250,7 +250,7 @@ def finetune(
         shard: Shard weights, Fisher and optimizer state over the processes of torchrun (FSDP2), for
             models too large for one device.
         epochs: Passes over the data. (default: 1)
-        max_steps: Optimizer steps in total, in place of `epochs` or to stop earlier.
+        max_steps: Stop after this many optimizer steps, before `epochs` end.
         max_examples: Train on a seeded random subset of this size. (default: all)
         batch_size: Examples per batch and process.
         gradient_accumulation_steps: Batches per optimizer step.
@@ -334,7 +334,7 @@ def finetune(
             resumes and gives bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as
             possible; inf: never.
         restart: Discard saved progress and start over.
-        overwrite: Replace an existing output. One that is up to date is kept.
+        overwrite: Replace an existing output unless it is up to date.
         data_digest: Store a digest of the data in the ledger.
         on_step: Called after each optimizer step with its loss, its penalty and its learning rate;
             not for the candidates of a search.
@@ -432,7 +432,7 @@ def merge(
         output_dir: Where to write the merged checkpoint.
         weights: Coefficients of the checkpoints, in their order. (default: 1 each)
         base: Common ancestor of the checkpoints, with its Fisher; its tasks are counted once.
-        overwrite: Replace an existing output. One that is up to date is kept.
+        overwrite: Replace an existing output unless it is up to date.
 
     Returns:
         The folder, the models, the tasks, the Fisher's trace and the offset. If the output is up to

@@ -73,7 +73,7 @@ def _restart(**settings: Any) -> Any:
     return option(False, "Discard saved progress and start over.", **_PER_CALL, **settings)
 
 
-def _overwrite(help: str = "Replace an existing output. One that is up to date is kept.") -> Any:
+def _overwrite(help: str = "Replace an existing output unless it is up to date.") -> Any:
     return option(False, help, **_PER_CALL)
 
 
@@ -472,7 +472,7 @@ class Recipe:
 
     epochs: int | None = option(None, "Passes over the data.", by_default="1", least=1)
     max_steps: int | None = option(
-        None, "Optimizer steps in total, in place of --epochs or to stop earlier.", least=1
+        None, "Stop after this many optimizer steps, before --epochs end.", least=1
     )
     max_examples: int | None = option(
         None, "Train on a seeded random subset of this size.", by_default="all", least=1
