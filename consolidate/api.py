@@ -99,8 +99,8 @@ def fisher(
             same result (models of transformers).
         shard: Shard weights, Fisher and optimizer state over the processes of torchrun (FSDP2), for
             models too large for one device.
-        dtype: Dtype of the weights, not of the Fisher (float32). One of float32, float64, bfloat16,
-            float16. (default: as stored)
+        dtype: Dtype of the weights; a Fisher is measured in float32. One of float32, float64,
+            bfloat16, float16. (default: as stored)
         estimator: Labels to take the expectation over: all (exact), sampled from the model (mc),
             the data's own (empirical), or sampled, with gradients squared per batch (batched).
             (default: exact up to 16 outcomes, else mc)
@@ -118,8 +118,9 @@ def fisher(
         seed: Random seed.
         add: Add the task to the Fisher that the checkpoint already has.
         merge_rule: online: protect all tasks around the new weights; separate: protect each task
-            around the weights it was learned at. (default: the chain's, else online)
-        gamma: Share of the earlier Fisher that online keeps. (default: the chain's, else 1)
+            around the weights it was learned at. (default: that of the earlier tasks, else online)
+        gamma: Share of the earlier Fisher that online keeps. (default: that of the earlier tasks,
+            else 1)
         task_weight: Factor of the task's Fisher. units: weight by the number of examples or tokens;
             trace: give the task the same trace as the first one.
         output_dir: Write a whole checkpoint here. (default: only a folder fisher in the checkpoint)
@@ -252,7 +253,7 @@ def finetune(
         epochs: Passes over the data. (default: 1)
         max_steps: Stop after this many optimizer steps, before `epochs` end.
         max_examples: Train on a seeded random subset of this size. (default: all)
-        batch_size: Examples per batch and process.
+        batch_size: Examples per batch on each process.
         gradient_accumulation_steps: Batches per optimizer step.
         learning_rate: Peak learning rate.
         optimizer: Optimizer from torch. One of adamw, adam, sgd.
@@ -311,12 +312,13 @@ def finetune(
             float64.
         fisher_check: Verify per-example gradients on every batch, not only the first.
         merge_rule: online: protect all tasks around the new weights; separate: protect each task
-            around the weights it was learned at. (default: the chain's, else online)
-        gamma: Share of the earlier Fisher that online keeps. (default: the chain's, else 1)
+            around the weights it was learned at. (default: that of the earlier tasks, else online)
+        gamma: Share of the earlier Fisher that online keeps. (default: that of the earlier tasks,
+            else 1)
         task_weight: Factor of the task's Fisher. units: weight by the number of examples or tokens;
             trace: give the task the same trace as the first one.
-        head: keep: for data with the same labels; new: save the head for its tasks and initialize a
-            new, unpenalized one; extend: add rows for new labels.
+        head: keep: for data with the same labels; new: keep the present head for its tasks,
+            initialize a new, unpenalized one; extend: add rows for new labels.
         head_parameters: Names of the head's parameters. (default: those outside transformers' base
             model, else the last module that has any)
         lora_rank: Train a new low-rank adapter W + s·B·A of rank R in place of the weights W (Hu et
@@ -396,8 +398,8 @@ def evaluate(
         device: Device: cpu, cuda, mps, … (default: the best available)
         batch_size: Examples per batch.
         seed: Random seed.
-        dtype: Dtype of the weights, not of the Fisher (float32). One of float32, float64, bfloat16,
-            float16. (default: as stored)
+        dtype: Dtype of the weights; a Fisher is measured in float32. One of float32, float64,
+            bfloat16, float16. (default: as stored)
 
     Returns:
         The metrics of each task, by name.

@@ -88,7 +88,7 @@ def _seed() -> Any:
 def _dtype() -> Any:
     return option(
         None,
-        "Dtype of the weights, not of the Fisher (float32).",
+        "Dtype of the weights; a Fisher is measured in float32.",
         by_default="as stored",
         group=Source.TITLE,
         dtype=True,
@@ -251,13 +251,13 @@ class Merging:
         None,
         "online: protect all tasks around the new weights; separate: protect each task around "
         "the weights it was learned at.",
-        by_default="the chain's, else online",
+        by_default="that of the earlier tasks, else online",
         choices=("online", "separate"),
     )
     gamma: float | None = option(
         None,
         "Share of the earlier Fisher that online keeps.",
-        by_default="the chain's, else 1",
+        by_default="that of the earlier tasks, else 1",
         least=0,
         most=1,
     )
@@ -430,8 +430,8 @@ class Head:
 
     head: str = option(
         "keep",
-        "keep: for data with the same labels; new: save the head for its tasks and initialize a "
-        "new, unpenalized one; extend: add rows for new labels.",
+        "keep: for data with the same labels; new: keep the present head for its tasks, initialize "
+        "a new, unpenalized one; extend: add rows for new labels.",
         choices=("keep", "new", "extend"),
     )
     head_parameters: tuple[str, ...] = option(
@@ -477,7 +477,7 @@ class Recipe:
     max_examples: int | None = option(
         None, "Train on a seeded random subset of this size.", by_default="all", least=1
     )
-    batch_size: int = option(16, "Examples per batch and process.", least=1)
+    batch_size: int = option(16, "Examples per batch on each process.", least=1)
     gradient_accumulation_steps: int = option(1, "Batches per optimizer step.", least=1)
     learning_rate: float = option(5e-5, "Peak learning rate.", above=0)
     optimizer: str = option("adamw", "Optimizer from torch.", choices=("adamw", "adam", "sgd"))

@@ -81,7 +81,7 @@ def test_the_page_of_options_has_those_of_help_under_the_same_headings(name: str
 def test_help_says_the_default_and_what_a_value_may_be() -> None:
     texts = {flat.flag: help_text(flat) for flat in flat_options(FinetuneOptions)}
     assert texts["learning-rate"] == "Peak learning rate. (default: 5e-5)"
-    assert texts["gamma"].endswith(". (from 0 to 1; default: the chain's, else 1)")
+    assert texts["gamma"].endswith(". (from 0 to 1; default: that of the earlier tasks, else 1)")
     assert texts["momentum"] == "Momentum of sgd. (from 0 to below 1; default: 0)"
     assert texts["output-dir"].endswith(". (required)")
     assert texts["evaluate"].endswith(". (repeatable)")
