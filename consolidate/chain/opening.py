@@ -1,8 +1,6 @@
 """Open a checkpoint with what belongs to it: its base, its Fisher, its tasks."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,31 +37,15 @@ _OTHER = {
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change W at the start
 
 
-_VERIFIED: ContextVar[Path | None] = ContextVar("verified", default=None)
-
-
-@contextmanager
-def already_verified(checkpoint: Path | None) -> Iterator[None]:
-    """Let `stored_fisher` trust the ledger of a checkpoint that was verified just before."""
-    token = _VERIFIED.set(checkpoint)
-    try:
-        yield
-    finally:
-        _VERIFIED.reset(token)
-
-
 def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
     """Read a Fisher folder after comparing every byte of it and of its weights with its ledger."""
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist: run `consolidate fisher` first")
     stored = read_fisher(folder)
-    verified = source.path == _VERIFIED.get()
-    if not verified:
-        check_belongs(stored, source.weights, str(source.path))
+    check_belongs(stored, source.weights, str(source.path))
     check_kind(stored, source)
     check_base(stored.ledger, folder, source)
-    if not verified:
-        check_intact(stored)
+    check_intact(stored)
     return stored
 
 

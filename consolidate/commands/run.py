@@ -19,7 +19,7 @@ from consolidate.chain.fingerprint import (
     module_content,
     versions,
 )
-from consolidate.chain.opening import already_verified, find_fisher
+from consolidate.chain.opening import find_fisher
 from consolidate.chain.tasks import settled_merging
 from consolidate.commands.finetune import finetune
 from consolidate.commands.finetune_plan import check_options, plan_finetune
@@ -124,12 +124,9 @@ def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> Ru
     wanted = {step.name: _asked(step, content_of) for step in steps}  # opens all data
     done: list[RunStep] = []
     undone = False
-    verified = None  # the checkpoint of the step before, if every byte of it was just compared
     for number, step in enumerate(steps, 1):
-        with already_verified(verified):  # a step that is made reads all of it again
-            described = wanted[step.name] if undone else _description(step, wanted[step.name])
+        described = wanted[step.name] if undone else _description(step, wanted[step.name])
         reason = _reason(step, described)
-        verified = step.target if reason is None else None
         if reason is None and not dry_run:  # the result of a dry run lists the steps
             LOG.info("%s: skipped, up to date", step.name)
         elif not dry_run:

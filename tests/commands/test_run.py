@@ -18,8 +18,6 @@ from safetensors.torch import load_file
 import consolidate
 import consolidate.commands.run
 from consolidate.api import verify
-from consolidate.chain import opening
-from consolidate.chain.opening import check_intact
 from consolidate.commands import finetune_run
 from formats.atomic import claimed, claimed_in_place
 from formats.errors import InputError, UsageError
@@ -126,28 +124,6 @@ def test_the_second_run_does_nothing_and_times_mean_nothing(tasks: Path, tmp_pat
     assert result["accuracy_matrix"]["tasks"] == ["a", "b", "c"]
     assert tree(tmp_path / "out") == before
     assert {f: f.stat().st_mtime_ns for f in written} == written
-
-
-def test_a_finished_step_is_read_once(
-    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    consolidate.run(tasks)
-    read: list[Path] = []
-
-    def counted(stored: Any) -> None:
-        read.append(stored.folder.parent)
-        check_intact(stored)
-
-    monkeypatch.setattr(opening, "check_intact", counted)
-    consolidate.run(tasks)
-    assert read == []  # each was verified, byte by byte
-    edit(tasks, '"c-test.npz"\n', '"c-test.npz"\nseed = 1\n')
-    consolidate.run(tasks)
-    assert read == [tmp_path / "out" / "02-b"]  # by the training that starts from it
-    data = bytearray((tmp_path / "out" / "02-b" / "fisher" / "fisher.safetensors").read_bytes())
-    data[-1] ^= 1
-    (tmp_path / "out" / "02-b" / "fisher" / "fisher.safetensors").write_bytes(data)
-    assert "02-b/fisher" in reasons(consolidate.run(tasks, dry_run=True))["02-b"]
 
 
 def test_a_changed_lambda_does_again_what_comes_after_it(tasks: Path, tmp_path: Path) -> None:
