@@ -24,7 +24,7 @@ import cloup
 from consolidate.flags import flags_of, record_of
 from consolidate.options import COMMANDS, TYPED
 from consolidate.runtime.progress import show_progress
-from consolidate.runtime.signals import Terminated, ask
+from consolidate.runtime.signals import Terminated, ask, asked
 from consolidate.runtime.torchrun import rank, stop_with_torchrun, world_size
 from consolidate.views import text as text_view
 from consolidate.views.text import json_text, plain
@@ -134,9 +134,10 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     reason = KeyboardInterrupt if signum == signal.SIGINT else Terminated
     if several := world_size() > 1:  # torchrun sends on what a terminal has sent to all
         signal.signal(signum, signal.SIG_IGN)
+    first = not asked()  # Linux can send one for each thread of a torchrun that is killed
     if ask(reason):
         how = b"" if several else b"; press Ctrl-C again to exit at once"
-        if rank() == 0:
+        if rank() == 0 and first:
             os.write(2, b"stopping at the next point to resume from%s\n" % how)
         return
     while frame is not None:

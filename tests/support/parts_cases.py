@@ -115,6 +115,8 @@ def by_torchrun(line: str, name: str) -> dict[str, Any]:
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m consolidate"
     done = subprocess.run(
         [sys.executable, *torchrun.split(), *line.format(out="out", every=60).split()],
+        # A store that ended with torchrun is warned of in pieces, between and within other lines.
+        env=os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"},
         capture_output=True,
         text=True,
         check=False,
