@@ -23,7 +23,7 @@ from scripts.experiments.lib.digests import code_digest, meaning
 from scripts.experiments.lib.grids import GRIDS
 from scripts.experiments.lib.records import Record, append_record, read_records, rounded
 from scripts.experiments.lib.tuning import Done, fit, packed
-from scripts.experiments.tasks import tradeoff
+from scripts.experiments.tasks import confirm_tradeoff, tradeoff
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -282,6 +282,39 @@ def test_records_of_other_code_are_left_off_the_page_and_done_again(tmp_path: Pa
     assert seen == []
     assert "1 more, of settings tried before" in (tmp_path / "newsgroups.md").read_text()
     assert unit in tradeoff.sittings.undone(experiment, tmp_path, False)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_records_of_earlier_code_are_confirmed_by_a_repeated_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool
+) -> None:
+    units = [tradeoff.unit("newsgroups", "free", rate, rate, 0, False) for rate in (1e-4, 3e-5)]
+    path = tmp_path / "newsgroups.jsonl"
+    for seconds, unit in enumerate(units):
+        earlier = dataclasses.replace(unit, settings={**unit.settings, "code": "0" * 16})
+        figures = {"validation": 0.5, "tuning_seconds": float(seconds)}
+        append_record(path, Record(earlier, figures, 10.0 - seconds, {}))
+    measured = []
+
+    def measure(name: str, unit: tradeoff.Unit, *, raw: Path) -> dict[str, float]:
+        measured.append(unit)
+        return {"validation": 0.5 if same else 0.25, "tuning_seconds": 7.0}
+
+    monkeypatch.setattr(tradeoff, "measure", measure)
+    for _ in range(2):  # the second time nothing is left to repeat
+        confirm_tradeoff.confirm("newsgroups", path, tmp_path)
+    assert measured == [units[1]]  # the quickest
+    records = {record.unit.digest: record for record in read_records(path)}
+    assert (units[0].digest in records) == same
+    assert records[units[1].digest].made_by is None
+    assert len(records) == 3
+    if same:
+        assert records[units[0].digest].made_by == "0" * 16
+        assert "1 of them were made by earlier code (0000000000000000)" in _page_text(records)
+
+
+def _page_text(records: dict[str, Record]) -> str:
+    return tradeoff.sittings._earlier(list(records.values()))
 
 
 def test_training_ends_where_the_loss_is_not_finite() -> None:

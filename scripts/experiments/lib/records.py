@@ -44,6 +44,7 @@ class Record:
     seconds: float  # by the clock
     versions: dict[str, str]
     processor_seconds: float | None = None
+    made_by: str | None = None  # the digest of earlier code, whose figures were confirmed since
 
 
 class RecordsError(Exception):
@@ -119,6 +120,7 @@ def read_records(path: Path) -> list[Record]:
                 found["seconds"],
                 found["versions"],
                 found.get("processor_seconds"),
+                found.get("made_by"),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise RecordsError(
@@ -133,6 +135,21 @@ def read_records(path: Path) -> list[Record]:
     return list(records.values())
 
 
+def line(record: Record) -> bytes:
+    """Write a record as a line of a file of records."""
+    found = {
+        "digest": record.unit.digest,
+        **asdict(record.unit),
+        "figures": rounded(record.figures),
+        "seconds": round(record.seconds, 1),
+        "processor_seconds": rounded(record.processor_seconds),
+        "versions": record.versions,
+    }
+    if record.made_by is not None:
+        found["made_by"] = record.made_by
+    return json.dumps(found, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
 def append_record(path: Path, record: Record) -> None:
     """Add a line to a file of records, in place of one that was not written to its end.
 
@@ -141,15 +158,7 @@ def append_record(path: Path, record: Record) -> None:
         record: What is added.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = {
-        "digest": record.unit.digest,
-        **asdict(record.unit),
-        "figures": rounded(record.figures),
-        "seconds": round(record.seconds, 1),
-        "processor_seconds": rounded(record.processor_seconds),
-        "versions": record.versions,
-    }
-    text = json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    text = line(record)
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)

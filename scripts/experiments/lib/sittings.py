@@ -460,8 +460,19 @@ def _page(
         units=units,
         minutes=sum(record.seconds for record in records) / 60,
         busy=_busy(records),
-        others=f" {others} more, of settings tried before, are not shown." if others else "",
+        others=_earlier(records)
+        + (f" {others} more, of settings tried before, are not shown." if others else ""),
         versions=", ".join(sorted(versions)),
+    )
+
+
+def _earlier(records: Sequence[Record]) -> str:
+    made = [record.made_by for record in records if record.made_by is not None]
+    if not made:
+        return ""
+    return (
+        f" {len(made)} of them were made by earlier code ({', '.join(sorted(set(made)))}), whose "
+        "figures a repeated unit of each method confirmed."
     )
 
 

@@ -78,7 +78,9 @@ PAGE = """# {title}
 {minutes:.1f} minutes by the clock over all units, one thread each{busy}; {versions}.{others}
 
 The digests of code and data are part of what a unit is: what other code or data made is not shown,
-and is done again. The first command runs what {name}.jsonl lacks:
+and is done again. Where code changed that should not matter, `confirm_tradeoff.py` repeats a unit
+of each method with the new code; a method's records stay if all its figures are the same, and name
+the code that made them. The first command runs what {name}.jsonl lacks:
 
 ```sh
 .venv/bin/python scripts/experiments/tasks/tradeoff.py --only {name} --data-dir tradeoff-data
