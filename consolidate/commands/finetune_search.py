@@ -31,6 +31,9 @@ from consolidate.training.lambda_search import (
     coarse_to_fine,
     grid,
     largest,
+    more_by_gain,
+    more_by_limit,
+    more_by_mean,
     smallest,
 )
 from consolidate.views.charts import check_picture
@@ -123,7 +126,14 @@ def search_lambda(
 
     steps, rule = subject.length(search.examples), search.rule()
     if isinstance(plan.strengths, str):
-        trials = coarse_to_fine(trial, rule, steps, reference=plan.rule == "largest")
+        trials = coarse_to_fine(
+            trial,
+            rule,
+            search.more(),
+            steps,
+            begin=2 if plan.rule == "best-mean" else 1,
+            reference=plan.rule == "largest",
+        )
     else:
         trials = grid(trial, plan.strengths, steps)
     whole = [trial for trial in trials if trial.steps == steps]
@@ -220,6 +230,15 @@ class _Search:
         if plan.rule == "smallest":
             return partial(smallest, max_forgetting=plan.max_forgetting or 0.0)
         return partial(largest, task=plan.new, before=self.before[plan.new]["score"])
+
+    def more(self) -> Callable[[Sequence[Trial]], int]:
+        """Give what asks for further whole runs."""
+        plan = self.plan
+        if plan.rule == "best-mean":
+            return more_by_mean
+        if plan.rule == "smallest":
+            return partial(more_by_limit, max_forgetting=plan.max_forgetting or 0.0)
+        return partial(more_by_gain, task=plan.new, before=self.before[plan.new]["score"])
 
     def measured(self) -> str:
         """Report what the choice is based on."""

@@ -1,11 +1,11 @@
 """The search for λ: which strengths are tried for how many steps, and which one is chosen.
 
 Short runs forget less than long ones, so a λ is only chosen among those that were trained for all
-of the steps. The shorter runs of `coarse_to_fine` say where to look.
+of the steps. The shorter runs of `coarse_to_fine` show where to look.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -13,9 +13,11 @@ from consolidate.training.forgetting import ROUNDING
 from formats.errors import NonFiniteError, UsageError
 
 # Shares of the steps, and between the candidates of each quarters of a factor of 10.
-RUNGS = ((1 / 8, 4), (1 / 4, 2), (1, 2))
+SHORT = ((1 / 16, 4), (1 / 8, 2))
 FIRST = tuple(range(0, 25, 4))  # 1, 10, …, 10⁶, in quarters of a factor of 10
-MOST_EXTENSIONS = 6  # candidates in all beyond the range that a rung began with
+MOST_EXTENSIONS = 3  # candidates in all beyond the range of the short runs
+MOST_WHOLE = 4  # whole runs beyond those begun with, until the rule asks for no more
+NOTABLE = 0.01  # in mean score
 LEAST_STEPS = 20  # of a shortened run
 KEPT_GAIN = 0.95
 
@@ -65,6 +67,7 @@ class Candidate(Protocol):
 
 C = TypeVar("C", bound=Candidate)
 Rule = Callable[[Sequence[Trial]], Trial]  # chooses among trials of as many steps
+More = Callable[[Sequence[Trial]], int]  # whether whole runs ask for another: −1, 0 or +1
 Train = Callable[[float, int], Trial]  # trains with a λ for so many steps, and measures
 
 
@@ -131,38 +134,85 @@ def grid(train: Train, strengths: Sequence[float], steps: int) -> list[Trial]:
     return [train(strength, steps) for strength in sorted(set(strengths))]
 
 
-def coarse_to_fine(
-    train: Train, choose: Rule, steps: int, *, reference: bool = False
-) -> list[Trial]:
-    """Look for λ from 1 to 10⁶ with an eighth of the steps, then nearer by with more.
+def more_by_mean(whole: Sequence[Trial]) -> int:
+    """Ask for whole runs beyond the best one while its only neighbour is clearly worse."""
+    order = sorted(whole, key=_protection)
+    best = best_mean(order)
+    if best is order[-1] and best.mean - order[-2].mean > NOTABLE:
+        return 1
+    if best is order[0] and best.mean - order[1].mean > NOTABLE:
+        return -1
+    return 0
 
-    Seven powers of 10 for an eighth of the steps; the one chosen and its neighbours by √10 for a
-    quarter; the one chosen of these and its neighbours for all. Where the chosen one is the least
-    or the largest of its rung, the rung grows in that direction, by at most 6 candidates in all.
-    With `reference` λ = 0 is trained in each rung too, as `largest` needs it.
+
+def more_by_limit(whole: Sequence[Trial], *, max_forgetting: float) -> int:
+    """Ask for whole runs until one keeps to the limit on forgetting and a weaker one does not."""
+    most = max_forgetting + ROUNDING
+    keeps = {one.forgetting is not None and one.forgetting <= most for one in whole}
+    return 0 if len(keeps) == 2 else -1 if keeps.pop() else 1
+
+
+def more_by_gain(whole: Sequence[Trial], *, task: str, before: float) -> int:
+    """Ask for whole runs with weaker penalties until one keeps 95 % of the gain."""
+    score = {one.protection: one.metrics[task]["score"] for one in whole if one.metrics}
+    gain = max(score.values(), default=before) - before
+    kept = [strength for strength in score if score[strength] >= before + KEPT_GAIN * gain]
+    return 0 if gain <= 0 or any(kept) else -1
+
+
+def coarse_to_fine(
+    train: Train, choose: Rule, more: More, steps: int, *, begin: int = 1, reference: bool = False
+) -> list[Trial]:
+    """Look for λ in short runs, then take whole ones: about 3 times the steps of one in all.
+
+    Seven powers of 10 from 1 to 10⁶ for a sixteenth of the steps; the one chosen and its neighbours
+    by √10 for an eighth. Where the chosen one is the least or the largest, the range grows in that
+    direction, by at most 3 candidates in all, and not while nothing changes there. The one chosen
+    last is trained for all of the steps, with `begin` = 2 the better of its neighbours too; then
+    the next beyond these by √10 while `more` asks for it (−1: smaller, +1: larger, 0: none), at
+    most 4. With `reference`, as `largest` needs it, λ = 0 is trained for each length too.
     """
     trials: dict[tuple[float, int], Trial] = {}
 
-    def trained(strengths: Mapping[int, float], length: int) -> Iterator[Trial]:
-        for strength in [0.0] * reference + [strengths[k] for k in sorted(strengths)]:
-            if (strength, length) not in trials:
-                trials[strength, length] = train(strength, length)
-            yield trials[strength, length]
+    def at(strength: float, length: int) -> Trial:
+        if (strength, length) not in trials:
+            trials[strength, length] = train(strength, length)
+        return trials[strength, length]
 
-    exponents, extensions = set(FIRST), MOST_EXTENSIONS
-    for rung, (share, spacing) in enumerate(RUNGS):
+    def trained(quarters: int, length: int) -> Trial:
+        return at(strength_at(quarters), length)
+
+    def best_of(candidates: Sequence[int], length: int) -> int:
+        found = {k: trained(k, length) for k in sorted(candidates)}
+        best = choose([*found.values(), *([at(0.0, length)] if reference else [])])
+        return next(k for k, trial in found.items() if trial is best)
+
+    candidates, extensions, best, length, spacing = FIRST, MOST_EXTENSIONS, 0, 0, 0
+    for share, spacing in SHORT:
+        if trials:
+            candidates = (best - spacing, best, best + spacing)
         length = min(steps, max(LEAST_STEPS, math.ceil(share * steps)))
         while True:
-            strengths = {k: strength_at(k) for k in exponents}
-            best = choose(list(trained(strengths, length))).ewc_lambda
-            centre = next(k for k in exponents if strengths[k] == best)
-            if min(exponents) < centre < max(exponents) or extensions == 0:
+            best = best_of(candidates, length)
+            outward = {min(candidates): -spacing, max(candidates): spacing}.get(best, 0)
+            nearer = trained(best - outward, length)
+            if not outward or not extensions or nearer.metrics == trained(best, length).metrics:
                 break
-            exponents.add(centre + (spacing if centre == max(exponents) else -spacing))
-            extensions -= 1
-        if rung + 1 < len(RUNGS):
-            nearer = RUNGS[rung + 1][1]
-            exponents = {centre - nearer, centre, centre + nearer}
+            candidates, extensions = (*candidates, best + outward), extensions - 1
+
+    places = [best]
+    if begin == 2:
+        near = [k for k in (best - spacing, best + spacing) if k in candidates]
+        near = [k for k in near if trained(k, length).metrics is not None]
+        places += [best_of(near, length)] if near else []
+    without = [at(0.0, steps)] if reference else []
+    whole = [*without, *(trained(k, steps) for k in places)]
+    for _ in range(MOST_WHOLE):
+        direction = more(whole)
+        if direction == 0:
+            break
+        places.append((max if direction > 0 else min)(places) + direction * spacing)
+        whole.append(trained(places[-1], steps))
     return list(trials.values())
 
 

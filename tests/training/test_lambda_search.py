@@ -6,6 +6,7 @@ import pytest
 
 from consolidate.training.lambda_search import (
     MOST_EXTENSIONS,
+    MOST_WHOLE,
     Trial,
     at_an_end,
     best_mean,
@@ -13,6 +14,9 @@ from consolidate.training.lambda_search import (
     coarse_to_fine,
     grid,
     largest,
+    more_by_gain,
+    more_by_limit,
+    more_by_mean,
     smallest,
     strength_at,
 )
@@ -53,31 +57,49 @@ class World:
         return trial(strength, 0.9 - lost, 0.1 + learned, steps=steps, lost=lost)
 
 
+def by_mean(world: World, steps: int = STEPS) -> list[Trial]:
+    return coarse_to_fine(world.train, best_mean, more_by_mean, steps, begin=2)
+
+
 @pytest.mark.parametrize("best", [1e-2, 1, 20, 316, 1e4, 3e6, 1e8])
 @pytest.mark.parametrize("drift", [-1.0, 0.0, 0.5])
 def test_auto_comes_near_the_best_wherever_it_lies(best: float, drift: float) -> None:
     world = World(best, drift=drift)
-    trials = coarse_to_fine(world.train, best_mean, STEPS)
+    trials = by_mean(world)
     chosen = best_mean([t for t in trials if t.steps == STEPS])
     fine = max(World(best).train(10 ** (k / 20), STEPS).mean for k in range(-80, 200))
-    assert fine - chosen.mean < 0.005
+    assert fine - chosen.mean < 0.01
     assert len(world.trained) == len(set(world.trained)) == len(trials)
     cost = sum(steps for _, steps in world.trained) / STEPS
-    assert cost <= 7 / 8 + 3 / 4 + 3 + MOST_EXTENSIONS
+    # In these worlds half a decade costs points, so both neighbours are trained for all steps.
+    assert cost <= 7 / 16 + 3 / 8 + MOST_EXTENSIONS / 8 + 2 + MOST_WHOLE
+    if drift == 0 and 1 < best < 1e6:
+        assert cost <= 7 / 16 + 3 / 8 + 2 + 2
 
 
-def test_auto_shortens_the_steps_and_says_where_it_looked() -> None:
-    world = World(316, drift=0.0)
-    coarse_to_fine(world.train, best_mean, STEPS)
-    assert [s for s, steps in world.trained if steps == 100] == [10.0**k for k in range(7)]
-    assert {steps for _, steps in world.trained} == {100, 200, 800}
-    assert {s for s, steps in world.trained if steps == 800} >= {100, 316, 1000}
+def test_auto_takes_two_whole_runs_where_half_a_decade_makes_no_difference() -> None:
+    def smooth(strength: float, steps: int) -> Trial:
+        world.trained.append((strength, steps))
+        at = math.log10(strength) - 2.9
+        return trial(strength, 0.9 - 0.02 * at * at, 0.9, steps=steps)
+
+    world = World(1)
+    coarse_to_fine(smooth, best_mean, more_by_mean, STEPS, begin=2)
+    assert [s for s, steps in world.trained if steps == 50] == [10.0**k for k in range(7)]
+    assert [s for s, steps in world.trained if steps == 100] == [316, 1000, 3160]
+    assert [s for s, steps in world.trained if steps == 800] == [1000, 316]
+    assert {steps for _, steps in world.trained} == {50, 100, 800}
 
 
-def test_the_least_lambda_under_a_limit_is_found_between_a_failing_and_a_passing_one() -> None:
-    rule = partial(smallest, max_forgetting=0.02)
-    world = World(100)
-    trials = [t for t in coarse_to_fine(world.train, rule, STEPS) if t.steps == STEPS]
+@pytest.mark.parametrize("drift", [-1.0, 0.0, 0.5])
+def test_the_least_lambda_under_a_limit_is_found_between_a_failing_and_a_passing_one(
+    drift: float,
+) -> None:
+    limit = {"max_forgetting": 0.02}
+    rule, more = partial(smallest, **limit), partial(more_by_limit, **limit)
+    world = World(100, drift=drift)
+    trials = coarse_to_fine(world.train, rule, more, STEPS)
+    trials = [t for t in trials if t.steps == STEPS]
     chosen = rule(trials)
     assert chosen.forgetting is not None
     assert chosen.forgetting <= 0.02
@@ -86,42 +108,58 @@ def test_the_least_lambda_under_a_limit_is_found_between_a_failing_and_a_passing
     assert all(t.forgetting is not None and t.forgetting > 0.02 for t in below)
 
 
-def test_the_most_lambda_is_measured_against_a_run_without_penalty() -> None:
+@pytest.mark.parametrize("drift", [-1.0, 0.0, 0.5])
+def test_the_largest_lambda_is_measured_against_a_run_without_penalty(drift: float) -> None:
     rule = partial(largest, task="new", before=0.1)
-    world = World(100)
-    trials = [
-        t for t in coarse_to_fine(world.train, rule, STEPS, reference=True) if t.steps == STEPS
-    ]
-    chosen = rule(trials)
-    assert (0.0, STEPS) in world.trained
+    more = partial(more_by_gain, task="new", before=0.1)
+    world = World(100, drift=drift)
+    trials = coarse_to_fine(world.train, rule, more, STEPS, reference=True)
+    chosen = rule([t for t in trials if t.steps == STEPS])
+    assert {(0.0, steps) for steps in (50, 100, STEPS)} <= set(world.trained)
     assert chosen.metrics is not None
     assert chosen.metrics["new"]["score"] >= 0.1 + 0.95 * 0.8
-    above = [t for t in trials if t.ewc_lambda > chosen.ewc_lambda]
-    assert above
-    assert all(t.metrics is not None and t.metrics["new"]["score"] < 0.86 for t in above)
+    whole = [t.ewc_lambda for t in trials if t.steps == STEPS]
+    assert min(one for one in whole if one > 0) == chosen.ewc_lambda
 
 
-def test_a_search_that_finds_no_end_is_bounded() -> None:
+def test_a_range_in_which_nothing_changes_does_not_grow() -> None:
     def flat(strength: float, steps: int) -> Trial:
         return trial(strength, 0.5, 0.5, steps=steps)
 
-    trials = coarse_to_fine(flat, best_mean, STEPS)
-    assert len(trials) == 7 + 3 + 3 + MOST_EXTENSIONS
+    trials = coarse_to_fine(flat, best_mean, more_by_mean, STEPS, begin=2)
+    assert max(t.ewc_lambda for t in trials) <= 1e6 * 10**0.5 + 1e4
     whole = [t for t in trials if t.steps == STEPS]
+    assert len(whole) == 2
     assert at_an_end(best_mean(whole).ewc_lambda, whole)
+
+
+def test_a_search_that_finds_no_end_is_bounded() -> None:
+    def rising(strength: float, steps: int) -> Trial:
+        return trial(strength, math.log10(strength), 0.5, steps=steps)
+
+    trials = coarse_to_fine(rising, best_mean, more_by_mean, STEPS, begin=2)
+    assert len(trials) == 7 + 3 + MOST_EXTENSIONS + 2 + MOST_WHOLE
+
+    def forgets(strength: float, steps: int) -> Trial:
+        return trial(strength, 0.1, 0.5, steps=steps, lost=0.5)
+
+    rule = partial(smallest, max_forgetting=0.02)
+    more = partial(more_by_limit, max_forgetting=0.02)
+    trials = coarse_to_fine(forgets, rule, more, STEPS)
+    assert len([t for t in trials if t.steps == STEPS]) == 1 + MOST_WHOLE
 
 
 def test_large_lambdas_that_diverge_are_passed_over() -> None:
     world = World(100, drift=0.0, breaks=1000)
-    trials = coarse_to_fine(world.train, best_mean, STEPS)
+    trials = by_mean(world)
     assert best_mean([t for t in trials if t.steps == STEPS]).ewc_lambda == 100
     with pytest.raises(NonFiniteError, match="every λ"):
-        coarse_to_fine(World(100, breaks=0.0).train, best_mean, STEPS)
+        by_mean(World(100, breaks=0.0))
 
 
 def test_a_short_run_is_not_shortened_further() -> None:
     world = World(100)
-    coarse_to_fine(world.train, best_mean, 10)
+    by_mean(world, 10)
     assert {steps for _, steps in world.trained} == {10}
     assert len(world.trained) == len(set(world.trained))
 
