@@ -384,6 +384,8 @@ def _faults(ledger: Ledger) -> Iterator[str]:
             )
         if task.interpolation is not None and task.penalty is None:
             yield f"$.tasks[{i}].interpolation: the task was only measured, there is no training"
+        if task.loss_on is not None and task.unit != "token":
+            yield f"$.tasks[{i}].loss_on: expected it with the unit token only"
         yield from _faults_of_description(task, f"$.tasks[{i}].description")
     yield from _faults_of_description(ledger, "$.description")
     for name, head in ledger.heads.items():
