@@ -40,7 +40,7 @@ class Chats:
         self.tokenizer = tokenizer
         self.rows = rows
         self.source = source  # the checkpoint
-        self.how: list[str] = []  # the assistant's tokens were found
+        self.how: list[str] = []  # what is said of the template's way
 
     def documents(self, column: str, loss_on: str) -> Iterator[Document]:
         """Write the chats in a column: all of each is predicted, or the assistant's turns alone."""
@@ -142,6 +142,8 @@ class Chats:
                 f"{chat.where}: the chat template writes {len(text):,} characters: expected at "
                 f"most {MAX_CHARACTERS:,}; correct the template, or split the chat"
             )
+        if chat.tools and "tools" not in self.tokenizer.get_chat_template(tools=chat.tools):
+            self._note("without the tools, which the chat template does not use")
         return text
 
     def _apply(self, chat: _Chat, **options: Any) -> Any:

@@ -112,6 +112,11 @@ def test_tools_are_given_to_the_template(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
     assert texts[0].startswith('<T>[{"type": "function", "function": {"name": "look"')
     assert texts[2] == texts[3] == texts[4] == texts[0].partition("\n")[2]
+    assert "without the tools" not in encode(rows, model).notes[0]
+    model.processor.chat_template = PLAIN.partition("{% endif %}")[2]
+    assert encode(rows, model, loss_on="all").notes == [
+        "a.jsonl: loss on all tokens, without the tools, which the chat template does not use"
+    ]
     for wrong, found in (("look", "'look'"), ([1], "1 in the list"), ({}, "an object of 0")):
         rows = jsonl(tmp_path / "b.jsonl", {"messages": ONE}, {"messages": ONE, "tools": wrong})
         message = rf"b\.jsonl, row 2.*'tools': expected a list of tools as JSON schemas, .*{found}"
@@ -129,6 +134,14 @@ def test_chats_of_a_table_are_json(tmp_path: Path) -> None:
         (tmp_path / "b.csv").write_text(f"messages\n{wrong}\n")
         with pytest.raises(InputError, match=f"expected a list of messages .* found ({found})"):
             encode(open_data(tmp_path / "b.csv"), model)
+
+
+def test_prefixes_find_what_the_template_marks(tmp_path: Path) -> None:
+    model = gpt2(tmp_path, MARKED)
+    rows = jsonl(tmp_path / "a.jsonl", *ROWS, {"messages": [*ONE, *ONE[1:]], "tools": TOOLS})
+    marked = documents(rows, model, loss_on="assistant")
+    model.processor.chat_template = PLAIN
+    assert documents(rows, model, loss_on="assistant") == marked
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
@@ -447,3 +460,18 @@ def test_training_follows_the_turns_of_the_assistant(
     scores = consolidate.evaluate(start, data, loss_on="assistant")
     assert scores["a"]["loss"] == pytest.approx(expected, rel=1e-5)
     assert consolidate.evaluate(start, data)["a"]["loss"] != pytest.approx(expected, rel=1e-3)
+
+
+def test_a_chain_takes_it_from_its_run_file(tmp_path: Path) -> None:
+    gpt2(tmp_path, MARKED)
+    jsonl(tmp_path / "a.jsonl", {"messages": SEVERAL}, {"messages": ONE})
+    path = tmp_path / "tasks.toml"
+    head = 'output-dir = "out"\nstart = "model"\n[defaults]\nmax-steps = 1\nfreeze = ["*.h.*"]\n'
+    path.write_text(f'{head}loss-on = "assistant"\n[[task]]\nname = "a"\ndata = "a.jsonl"\n')
+    first = consolidate.run(path)
+    assert ledger(Path(first["checkpoint"])).tasks[0].loss_on == "assistant"
+    assert [step["status"] for step in consolidate.run(path)["steps"]][-1] == "skipped"
+    path.write_text(path.read_text().replace('"assistant"', '"all"'))
+    (*_, step) = consolidate.run(path, dry_run=True)["steps"]
+    assert step["status"] == "to be done"
+    assert "loss-on assistant → all" in str(step["reason"])
