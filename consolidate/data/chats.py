@@ -40,7 +40,7 @@ class Chats:
         self.tokenizer = tokenizer
         self.rows = rows
         self.source = source  # the checkpoint
-        self.how: list[str] = []  # what is said of the template's way
+        self.how: list[str] = []  # notes on what the template does
 
     def documents(self, column: str, loss_on: str) -> Iterator[Document]:
         """Write the chats in a column: all of each is predicted, or the assistant's turns alone."""
@@ -84,11 +84,11 @@ class Chats:
         return Document(ids, list(ids))
 
     def _of_assistant(self, chat: _Chat) -> Document:
-        self._text(chat)  # refuse what is too long
-        template = self.tokenizer.get_chat_template(tools=chat.tools)
+        template = self._template(chat)
         # Only a fast tokenizer knows which characters a token stands for.
         if _MASK.search(template) and self.tokenizer.is_fast:
             self._note("as the chat template marks them")
+            self._text(chat)  # refuse what is too long
             written = self._apply(chat, return_dict=True, return_assistant_tokens_mask=True)
             ids, mask = list(written["input_ids"]), written["assistant_masks"]
             marks = zip(ids, mask, strict=True)
@@ -136,22 +136,29 @@ class Chats:
 
     def _text(self, chat: _Chat, *, asks: bool = False) -> str:
         """Write the chat; `asks`: with the header of the assistant's next answer."""
+        template = self._template(chat)
         text: str = self._apply(chat, tokenize=False, add_generation_prompt=asks)
         if len(text) > MAX_CHARACTERS:
             raise InputError(
                 f"{chat.where}: the chat template writes {len(text):,} characters: expected at "
                 f"most {MAX_CHARACTERS:,}; correct the template, or split the chat"
             )
-        if chat.tools and "tools" not in self.tokenizer.get_chat_template(tools=chat.tools):
+        if chat.tools and "tools" not in template:
             self._note("without the tools, which the chat template does not use")
         return text
 
-    def _apply(self, chat: _Chat, **options: Any) -> Any:
+    def _template(self, chat: _Chat) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
             raise InputError(
                 f"{self.source}: messages need a chat template, and the tokenizer has none; set "
                 "its chat_template"
             )
+        try:
+            return str(self.tokenizer.get_chat_template(tools=chat.tools))
+        except ValueError as error:  # several templates, and none is the default
+            raise InputError(f"{self.source}: {error}") from error
+
+    def _apply(self, chat: _Chat, **options: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(chat.messages, tools=chat.tools, **options)
         except Exception as error:  # what a template may raise has no bounds

@@ -117,6 +117,17 @@ def test_tools_are_given_to_the_template(tmp_path: Path) -> None:
     assert encode(rows, model, loss_on="all").notes == [
         "a.jsonl: loss on all tokens, without the tools, which the chat template does not use"
     ]
+    assert (
+        encode(rows, model, loss_on="assistant")
+        .notes[0]
+        .endswith("generation %} mask, without the tools, which the chat template does not use")
+    )
+    model.processor.chat_template = {"tool_use": PLAIN, "other": PLAIN}
+    with pytest.raises(InputError, match="model: This model has multiple chat templates"):
+        encode(rows, model)
+    model.processor.chat_template = {"tool_use": PLAIN, "default": "none"}
+    kinds = [model.processor.decode(ids)[:3] for ids, _ in documents(rows, model)]
+    assert kinds == ["<T>", "<T>", "non", "non", "<us"]
     for wrong, found in (("look", "'look'"), ([1], "1 in the list"), ({}, "an object of 0")):
         rows = jsonl(tmp_path / "b.jsonl", {"messages": ONE}, {"messages": ONE, "tools": wrong})
         message = rf"b\.jsonl, row 2.*'tools': expected a list of tools as JSON schemas, .*{found}"
