@@ -44,6 +44,7 @@ def fisher(
     split: str | None = None,
     max_length: int | None = None,
     pack: bool = False,
+    loss_on: str | None = None,
     objective: str | None = None,
     model: str | None = None,
     revision: str | None = None,
@@ -85,6 +86,9 @@ def fisher(
         split: Split of a dataset with several splits.
         max_length: Truncate texts to this many tokens. (default: the model's limit)
         pack: Fill each sequence with consecutive texts (language models).
+        loss_on: Tokens that a causal language model predicts: the assistant's turns of chats, the
+            completions of prompts, or all. (default: completion for prompts with completions, else
+            all)
         objective: What the model predicts: sequence-classification, multi-label, token-
             classification, regression, causal-lm, masked-lm, seq2seq-lm, image-classification or
             classification. (default: from the architecture)
@@ -158,6 +162,7 @@ def finetune(
     split: str | None = None,
     max_length: int | None = None,
     pack: bool = False,
+    loss_on: str | None = None,
     objective: str | None = None,
     model: str | None = None,
     revision: str | None = None,
@@ -236,6 +241,9 @@ def finetune(
         split: Split of a dataset with several splits.
         max_length: Truncate texts to this many tokens. (default: the model's limit)
         pack: Fill each sequence with consecutive texts (language models).
+        loss_on: Tokens that a causal language model predicts: the assistant's turns of chats, the
+            completions of prompts, or all. (default: completion for prompts with completions, else
+            all)
         objective: What the model predicts: sequence-classification, multi-label, token-
             classification, regression, causal-lm, masked-lm, seq2seq-lm, image-classification or
             classification. (default: from the architecture)
@@ -368,6 +376,7 @@ def evaluate(
     split: str | None = None,
     max_length: int | None = None,
     pack: bool = False,
+    loss_on: str | None = None,
     objective: str | None = None,
     model: str | None = None,
     revision: str | None = None,
@@ -387,6 +396,9 @@ def evaluate(
         split: Split of a dataset with several splits.
         max_length: Truncate texts to this many tokens. (default: the model's limit)
         pack: Fill each sequence with consecutive texts (language models).
+        loss_on: Tokens that a causal language model predicts: the assistant's turns of chats, the
+            completions of prompts, or all. (default: completion for prompts with completions, else
+            all)
         objective: What the model predicts: sequence-classification, multi-label, token-
             classification, regression, causal-lm, masked-lm, seq2seq-lm, image-classification or
             classification. (default: from the architecture)

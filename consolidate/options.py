@@ -131,6 +131,13 @@ class Encoding:
         None, "Truncate texts to this many tokens.", by_default="the model's limit", least=1
     )
     pack: bool = option(False, "Fill each sequence with consecutive texts (language models).")
+    loss_on: str | None = option(
+        None,
+        "Tokens that a causal language model predicts: the assistant's turns of chats, the "
+        "completions of prompts, or all.",
+        by_default="completion for prompts with completions, else all",
+        choices=("assistant", "completion", "all"),
+    )
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,17 @@ class MeasuredFisher(TypedDict):
     ]
 
 
-class FisherDone(MeasuredFisher, _Of):
+class EncodedAs(TypedDict):
+    """How the rows of a task became examples."""
+
+    loss_on: Annotated[
+        Annotated[str, one_of("assistant", "completion", "all")] | None,
+        about("Tokens that are predicted; null if the model is not a causal language model."),
+    ]
+    max_length: Annotated[int | None, about("`--max-length`; null if it was not given.")]
+
+
+class FisherDone(MeasuredFisher, EncodedAs, _Of):
     """A Fisher that was measured and stored."""
 
     status: DoneOrCached
@@ -229,7 +239,7 @@ class FinetuneFisher(MeasuredFisher):
     folder: Path
 
 
-class Finetuned(_Of):
+class Finetuned(EncodedAs, _Of):
     """What is known of a fine-tuning run, done now or earlier."""
 
     penalty: Annotated[str, one_of("ewc", "l2", "none")]
@@ -349,6 +359,8 @@ class Task(TypedDict):
     estimator: str | None
     mc_samples: int | None
     seed: int
+    loss_on: Annotated[str | None, about("null: the default of the task's rows.")]
+    max_length: Annotated[int | None, about("null: the model's limit.")]
     weight: float
     data: str
     data_digest: str | None

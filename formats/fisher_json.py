@@ -28,7 +28,15 @@ SAME_AS = "the same tensor as "
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SETS = ("weights", "fisher", "anchor", "factors")
-_SECOND = ("factors", "blocks", "generated", "interpolation", "description")
+_SECOND = (
+    "factors",
+    "blocks",
+    "loss_on",
+    "max_length",
+    "generated",
+    "interpolation",
+    "description",
+)
 _ABSENT = ("penalty_on", "parent", "made_from", "base", *_SECOND)
 """Fields that are left out of a file where they are None; all others are always present."""
 
@@ -111,6 +119,8 @@ class TaskRecord:
     estimator: Annotated[str, _one_of(*ESTIMATORS)] | None
     mc_samples: Count | None
     seed: Natural
+    loss_on: Annotated[str, _one_of("assistant", "completion", "all")] | None = None
+    max_length: Count | None = None
     weight: NotNegative = 1.0
     data: DataName = ""
     data_digest: Hex | None = None
@@ -374,6 +384,8 @@ def _faults(ledger: Ledger) -> Iterator[str]:
             )
         if task.interpolation is not None and task.penalty is None:
             yield f"$.tasks[{i}].interpolation: the task was only measured, there is no training"
+        if task.loss_on is not None and task.unit != "token":
+            yield f"$.tasks[{i}].loss_on: expected it with the unit token only"
         yield from _faults_of_description(task, f"$.tasks[{i}].description")
     yield from _faults_of_description(ledger, "$.description")
     for name, head in ledger.heads.items():

@@ -43,6 +43,14 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """What the ledger records of how a task's rows became examples; None: as by default."""
+
+    loss_on: str | None = None
+    max_length: int | None = None
+
+
+@dataclass(frozen=True)
 class FittedChain:
     """The tasks so far in the shapes of the model to be trained; used like `StoredFisher`."""
 
@@ -92,6 +100,7 @@ def add_task(
     made_from: str | None = None,
     records: dict[str, TensorRecord] | None = None,  # of `weights`, where they are known already
     training: Training | None = None,
+    encoded: Encoded | None = None,
     merging: Merging | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, Ledger]:
     """Merge a task's Fisher into the chain so far: Λ, μ or None where it is the weights, ledger."""
@@ -111,6 +120,7 @@ def add_task(
         estimator=diagonal.estimator,
         mc_samples=diagonal.mc_samples,
         seed=diagonal.seed,
+        **vars(encoded or Encoded()),
         data=data,
         data_digest=data_digest,
         made_from=made_from,

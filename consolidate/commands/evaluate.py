@@ -81,12 +81,13 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
             columns=columns_of(options.encoding.columns, task_file.columns()),
             max_length=options.encoding.max_length,
             pack=options.encoding.pack,
+            loss_on=options.encoding.loss_on,
             seed=options.seed,
         )
         for name, (task_file, rows) in opened.items()
     }
     metrics = evaluate_all(model, encoded, batch_size=options.batch_size, with_heads=with_heads)
-    of_data = (note for examples in encoded.values() for note in examples.notes)
+    of_data = (note for examples in encoded.values() for note in examples.notes_on())
     for note in [*model.notes, *of_data]:
         LOG.info("%s", note)
     return metrics

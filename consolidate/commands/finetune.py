@@ -30,6 +30,8 @@ from consolidate.commands.finetune_search import Subject, search_lambda
 from consolidate.commands.finetune_start import Start, load_start
 from consolidate.commands.finetune_weights import UNMOVED, take_stored_values
 from consolidate.commands.measurement import (
+    encoded_as,
+    encoding_record,
     fisher_summary,
     kept_work,
     log_notes,
@@ -177,6 +179,7 @@ def _known(
     return {
         "checkpoint": str(target),
         "commits": plan.opened.commits(),
+        **encoded_as(ledger, plan.opened.rows, plan.opened.columns),
         "penalty": str(task.penalty),
         "penalty_on": task.penalty_on,
         "ewc_lambda": task.ewc_lambda,
@@ -347,7 +350,8 @@ def _write(
 ) -> FinetuneDone:
     """Merge the new task's Fisher, write the checkpoint, and report what was done."""
     opened, options, loaded = plan.opened, plan.options, start.model
-    log_notes(loaded, start.examples, diagonal)
+    used = subset(len(start.examples), plan.recipe.max_examples, plan.recipe.seed)
+    log_notes(loaded, start.examples, diagonal, used)
     digests = options.saving.data_digest
     merged, anchor, ledger = add_task(
         start.before,
@@ -359,6 +363,7 @@ def _write(
         data_digest=opened.rows.digest() if digests else None,
         made_from=plan.made_from() if digests else None,
         training=training,
+        encoded=encoding_record(options.encoding, opened.rows, opened.columns),
         merging=opened.merging,
     )
     once = Overlaid(trained.weights, without=loaded.layout.duplicates)

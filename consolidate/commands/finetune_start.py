@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.heads import Fitted, fit_model, head_tensors, models_of_tasks
 from consolidate.chain.tasks import Chain, check_names_to_be
+from consolidate.data.columns import can_have_loss
 from consolidate.data.encoding import encode
 from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
@@ -65,7 +66,8 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
         with_heads = models_of_tasks(load_as, loaded, before, tasks)
     if shards_among is not None:
         _shard(plan, loaded, with_heads, shards_among)
-    examples = _encode(plan, opened.rows, loaded, opened.columns)
+    loss_on = plan.options.encoding.loss_on
+    examples = _encode(plan, opened.rows, loaded, opened.columns, loss_on)
     evaluations = _encode_named(plan, plan.evaluate, loaded, with_heads)
     held_out = _encode_named(plan, plan.validation, loaded, with_heads)
     frozen = None
@@ -166,14 +168,26 @@ def _encode_named(
         task_file, rows = open_task(spec)
         # A task file of its own knows better than the options, which are the new task's.
         columns = Columns(**{**asdict(plan.opened.columns), **task_file.columns()})
-        encoded[name] = _encode(plan, rows, with_heads.get(name, model), columns)
+        loss_on = plan.options.encoding.loss_on
+        if loss_on is not None and not can_have_loss(rows, columns, loss_on):
+            LOG.info("%s has no tokens for --loss-on %s: the default is used", name, loss_on)
+            loss_on = None
+        encoded[name] = _encode(plan, rows, with_heads.get(name, model), columns, loss_on)
     return encoded
 
 
-def _encode(plan: "Plan", rows: Rows, model: Model, columns: Columns) -> Examples:
-    encoding, seed = plan.options.encoding, plan.recipe.seed
+def _encode(
+    plan: "Plan", rows: Rows, model: Model, columns: Columns, loss_on: str | None
+) -> Examples:
+    encoding = plan.options.encoding
     return encode(
-        rows, model, columns=columns, max_length=encoding.max_length, pack=encoding.pack, seed=seed
+        rows,
+        model,
+        columns=columns,
+        max_length=encoding.max_length,
+        pack=encoding.pack,
+        loss_on=loss_on,
+        seed=plan.recipe.seed,
     )
 
 

@@ -17,6 +17,8 @@ from consolidate.chain.resume import KeptPass
 from consolidate.chain.tasks import add_task, check_names_to_be, settled_merging, task_name
 from consolidate.chain.up_to_date import Output, cached, find_output, recorded_fisher
 from consolidate.commands.measurement import (
+    encoded_as,
+    encoding_record,
     fisher_summary,
     kept_work,
     log_notes,
@@ -26,11 +28,11 @@ from consolidate.commands.measurement import (
 )
 from consolidate.data.columns import columns_of
 from consolidate.data.encoding import encode
-from consolidate.data.examples import Examples
+from consolidate.data.examples import Examples, subset
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
-from consolidate.options import Estimation, FisherOptions
+from consolidate.options import Columns, Estimation, FisherOptions
 from consolidate.results import FisherDone, FisherDryRun, FisherResult, MeasuredFisher
 from consolidate.runtime import shards
 from consolidate.runtime.devices import best_device, dtype_of_name
@@ -48,7 +50,7 @@ from formats.checkpoint import check_finite, open_checkpoint, write_checkpoint
 from formats.digest import json_digest
 from formats.errors import ConsolidateError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, write_fisher
-from formats.fisher_json import TaskRecord, read_ledger
+from formats.fisher_json import Ledger, TaskRecord, read_ledger
 from formats.hub import FISHER, commits_of, locate
 from formats.task_file import open_task
 
@@ -77,6 +79,11 @@ class Plan(Inputs):
     def target(self) -> Path:
         """The folder that is made or replaced."""
         return self.output / "fisher" if self.in_place else self.output
+
+    @property
+    def columns(self) -> Columns:
+        """The columns of the data by role."""
+        return columns_of(self.options.encoding.columns, self.task_file.columns())
 
     @property
     def task(self) -> str:
@@ -124,7 +131,7 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
     with nullcontext() if options.dry_run else claiming(output, part=part):
         plan = plan_fisher(options, folder, again=again)
         if (done := cached(plan.there, plan.made_from)) is not None:
-            return _result(plan, "cached", recorded_fisher(done.ledger))
+            return _result(plan, "cached", done.ledger, recorded_fisher(done.ledger))
         if not options.dry_run:
             plan.check_target()
             if is_first(group):
@@ -188,12 +195,15 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
     return plan
 
 
-def _result(plan: Plan, status: Literal["done", "cached"], fisher: MeasuredFisher) -> FisherDone:
+def _result(
+    plan: Plan, status: Literal["done", "cached"], ledger: Ledger, fisher: MeasuredFisher
+) -> FisherDone:
     return {
         "status": status,
         "checkpoint": str(plan.output),
         "fisher": str(plan.output / "fisher"),
         "commits": commits_of(plan.folder),
+        **encoded_as(ledger, plan.rows, plan.columns),
         **fisher,
     }
 
@@ -216,9 +226,10 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples, str]:
     examples = encode(
         plan.rows,
         model,
-        columns=columns_of(options.encoding.columns, plan.task_file.columns()),
+        columns=plan.columns,
         max_length=options.encoding.max_length,
         pack=options.encoding.pack,
+        loss_on=options.encoding.loss_on,
         seed=options.seed,
     )
     if cut is not None and source.adapter is not None:
@@ -251,7 +262,8 @@ def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagona
     """Merge the task's Fisher, write it beside its weights, and return what was done."""
     options, source, target = plan.options, plan.source, plan.target
     overwrite, digests = options.saving.overwrite, options.saving.data_digest
-    log_notes(model, examples, diagonal)
+    used = subset(len(examples), options.estimation.max_examples, options.seed)
+    log_notes(model, examples, diagonal, used)
     merged, anchor, ledger = add_task(
         plan.before,
         model,
@@ -262,6 +274,7 @@ def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagona
         data=plan.rows.name,
         data_digest=plan.rows.digest() if digests else None,
         made_from=json_digest(plan.description(plan.tasks)) if digests else None,
+        encoded=encoding_record(options.encoding, plan.rows, plan.columns),
         merging=plan.merging,
     )
     heads = None if plan.before is None else plan.before.heads
@@ -277,7 +290,7 @@ def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagona
             ledger = write_fisher(fisher_at, merged, ledger, anchor=anchor, heads=heads)
             renew_card(staging, ledger)
         refuse_changed(plan.folder if plan.in_place else staging, plan.records, plan.folder)
-    done = _result(plan, "done", fisher_summary(ledger, diagonal))
+    done = _result(plan, "done", ledger, fisher_summary(ledger, diagonal))
     return {**done, "seconds": seconds_of("fisher")}
 
 

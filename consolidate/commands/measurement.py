@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from consolidate.chain.resume import KeptPass, KeptWork
+from consolidate.chain.tasks import Encoded
 from consolidate.chain.up_to_date import recorded_fisher
+from consolidate.data.columns import default_loss
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.batches import model_outputs, place_of, placed
 from consolidate.estimation.estimates import FisherDiagonal
@@ -23,8 +25,15 @@ from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.adapters import without_fisher
 from consolidate.models.model import Model
-from consolidate.options import EXACT_UP_TO, Estimation, FinetuneOptions, FisherOptions
-from consolidate.results import MeasuredFisher, PassCost
+from consolidate.options import (
+    EXACT_UP_TO,
+    Columns,
+    Encoding,
+    Estimation,
+    FinetuneOptions,
+    FisherOptions,
+)
+from consolidate.results import EncodedAs, MeasuredFisher, PassCost
 from consolidate.runtime import signals
 from consolidate.runtime.devices import dtype_of_name
 from consolidate.runtime.distributed import all_processes, dealt, place_in
@@ -32,6 +41,7 @@ from consolidate.runtime.progress import progress
 from consolidate.runtime.shards import is_sharded
 from formats.errors import UsageError
 from formats.fisher_json import Ledger
+from formats.rows import Rows
 from formats.wording import few
 
 LOG = logging.getLogger("consolidate")
@@ -235,10 +245,25 @@ def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> MeasuredFisher:
     }
 
 
-def log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> None:
-    """Log notes on a model, its examples and the Fisher measured on them."""
+def encoding_record(encoding: Encoding, rows: Rows, columns: Columns) -> Encoded:
+    """Give what the ledger records of how rows became examples."""
+    usual = encoding.loss_on == default_loss(rows, columns)
+    return Encoded(None if usual else encoding.loss_on, encoding.max_length)
+
+
+def encoded_as(ledger: Ledger, rows: Rows, columns: Columns) -> EncodedAs:
+    """Report how the rows of a ledger's last task became examples, now or earlier."""
+    task = ledger.tasks[-1]
+    usual = default_loss(rows, columns) if task.objective == "causal-lm" else None
+    return {"loss_on": task.loss_on or usual, "max_length": task.max_length}
+
+
+def log_notes(
+    model: Model, examples: Examples, diagonal: FisherDiagonal, used: Sequence[int]
+) -> None:
+    """Log notes on a model, the examples used and the Fisher measured on them."""
     factors = [] if model.checkpoint.base is None else without_fisher(model, diagonal)
-    for note in [*model.notes, *examples.notes, *factors]:
+    for note in [*model.notes, *examples.notes_on(used), *factors]:
         LOG.info("%s", note)
     slow = [name for name, method in diagonal.methods.items() if method == "loop"]
     if slow and diagonal.examples > 1:

@@ -26,6 +26,33 @@ def label_column(rows: Rows, columns: Columns, objective: str) -> str:
     return find_column(rows, columns, "label", *LABEL_COLUMNS.get(objective, ("label", "labels")))
 
 
+def kind_of_rows(rows: Rows, columns: Columns) -> str:
+    """Return what a causal language model reads: chats, completions (of prompts) or texts."""
+    has, named = frozenset(rows.columns), columns.text is not None
+    if columns.messages is not None or (not named and "messages" in has):
+        return "chats"
+    given = columns.prompt is not None or columns.completion is not None
+    if given or (not named and {"prompt", "completion"} <= has):
+        return "completions"
+    return "texts"
+
+
+def default_loss(rows: Rows, columns: Columns) -> str:
+    """Return what the loss of a causal language model is on by default."""
+    return "completion" if kind_of_rows(rows, columns) == "completions" else "all"
+
+
+def can_have_loss(rows: Rows, columns: Columns, loss_on: str) -> bool:
+    """Return whether the first row has what the loss is to be on; the others may differ."""
+    match kind_of_rows(rows, columns):
+        case "chats":
+            return loss_on != "completion"
+        case "completions":
+            prompt = find_column(rows, columns, "prompt")
+            return loss_on != "assistant" or isinstance(rows[0].get(prompt), list)
+    return loss_on == "all"
+
+
 def find_column(rows: Rows, columns: Columns, role: str, *usual: str) -> str:
     """Find the column of a role: the given name, else the first usual one that exists."""
     given = getattr(columns, role)

@@ -21,6 +21,7 @@ def encode(
     columns: Columns | None = None,
     max_length: int | None = None,
     pack: bool = False,
+    loss_on: str | None = None,
     seed: int = 0,
 ) -> Examples:
     """Encode the rows of a task for a model and its objective, checking every label."""
@@ -28,6 +29,10 @@ def encode(
     if pack and model.objective.name not in ("causal-lm", "masked-lm"):
         raise UsageError(
             f"--pack is for language models, not for {model.objective.name}; leave it out"
+        )
+    if loss_on is not None and model.objective.name != "causal-lm":
+        raise UsageError(
+            f"--loss-on is for causal language models, not for {model.objective.name}; leave it out"
         )
     if max_length is not None and model.objective.modality != "text":
         raise UsageError(f"--max-length is for texts, not for {model.objective.name}; leave it out")
@@ -37,7 +42,9 @@ def encode(
     elif model.objective.modality == "image":
         examples = encode_images(rows, model, columns)
     else:
-        examples = encode_texts(rows, model, columns, max_length=max_length, pack=pack, seed=seed)
+        examples = encode_texts(
+            rows, model, columns, max_length=max_length, pack=pack, loss_on=loss_on, seed=seed
+        )
     examples.notes += unread_columns(columns, model.objective)
     return examples
 

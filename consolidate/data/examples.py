@@ -15,7 +15,7 @@ from formats.errors import InputError
 class Examples(ABC):
     """Encoded examples; an example's index is its place in the data, in every epoch."""
 
-    # Notes for the user, such as how many texts were truncated.
+    # Notes for the user, such as which columns are not read.
     notes: list[str] = field(default_factory=list, kw_only=True)
 
     @abstractmethod
@@ -32,6 +32,10 @@ class Examples(ABC):
     def length(self, i: int) -> int:
         """Return the relative size of example `i`: 1, or its number of tokens."""
         return 1
+
+    def notes_on(self, used: Sequence[int] | None = None) -> list[str]:
+        """Return the notes on the examples that are used, or on all."""
+        return self.notes
 
     def batches(
         self, batch_size: int, *, order: Sequence[int] | None = None
@@ -59,6 +63,11 @@ class Part(Examples):
     def length(self, i: int) -> int:
         """Return the relative size of example `i`."""
         return self.whole.length(self.indices[i])
+
+    def notes_on(self, used: Sequence[int] | None = None) -> list[str]:
+        """Return the notes on the examples of this part that are used."""
+        used = range(len(self)) if used is None else used
+        return self.whole.notes_on([self.indices[i] for i in used])
 
 
 def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:

@@ -1,129 +1,42 @@
 """Examples of texts, for classification, tagging, and causal, masked and seq2seq models."""
 
 import inspect
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from consolidate.data.columns import find_column, label_column
+from consolidate.data.chats import Chats, Document, loss_text, unsuitable
+from consolidate.data.columns import default_loss, find_column, kind_of_rows, label_column
 from consolidate.data.examples import Examples
 from consolidate.data.labels import Labels, as_list, describe, read_labels
+from consolidate.data.text_examples import Masking, Ragged, TextExamples
+from consolidate.estimation.likelihoods import IGNORED
 from consolidate.models.model import Model
 from consolidate.options import Columns
 from consolidate.runtime.quiet import quiet
-from consolidate.runtime.randomness import uniforms
 from formats.errors import InputError, UsageError
 from formats.rows import Rows
 
-IGNORED = -100
 _PAIRS = (("text", "text_pair"), ("premise", "hypothesis"), ("sentence1", "sentence2"))
 _ROWS_AT_ONCE = 1000
 _LONGEST_PACK = 1024  # tokens, unless --max-length is given: some models accept up to 10⁵
 _LONGEST = 512  # for models without a limit
 # The positions of these models begin after the padding token's id.
 _OFFSET_POSITIONS = ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "mpnet", "longformer")
-_MASKED, _KEPT_OR_RANDOM, _WHICH_TOKEN = 1, 2, 3  # streams of uniforms; 0 samples labels
-
-
-class Ragged:
-    """Sequences of integers of different lengths, in one block of memory."""
-
-    def __init__(self) -> None:
-        self._values = array("i")
-        self._ends = array("q", [0])
-
-    def append(self, values: Iterable[int]) -> None:
-        """Add a sequence at the end."""
-        self._values.extend(values)
-        self._ends.append(len(self._values))
-
-    def largest(self) -> int:
-        """Return the largest integer of all; −1 where there is none."""
-        return max(self._values, default=-1)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, i: int) -> Tensor:
-        values = np.frombuffer(self._values, dtype=np.intc)[self._ends[i] : self._ends[i + 1]]
-        return torch.from_numpy(values.astype(np.int64))
-
-
-@dataclass(frozen=True)
-class Masking:
-    """Which tokens a masked language model predicts: 15%, of them 80% masked and 10% replaced.
-
-    Devlin et al. 2019, section 3.1. At least one token of each text is predicted.
-    """
-
-    mask_token: int
-    special_tokens: Tensor
-    vocabulary: int
-    seed: int
-
-    def apply(self, ids: Tensor, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return masked ids and labels, (B, T); padding must be a special token in `ids`."""
-        draws = [
-            uniforms(self.seed, indices, ids.shape[1], epoch, stream=stream)
-            for stream in (_MASKED, _KEPT_OR_RANDOM, _WHICH_TOKEN)
-        ]
-        special = torch.isin(ids, self.special_tokens)
-        draw = draws[0].masked_fill(special, 2.0)
-        least = draw == draw.amin(1, keepdim=True)
-        chosen = ((draw < 0.15) | least) & ~special
-        labels = ids.masked_fill(~chosen, IGNORED)
-        masked = ids.masked_fill(chosen & (draws[1] < 0.8), self.mask_token)
-        replaced = chosen & (draws[1] >= 0.9)
-        return torch.where(replaced, (draws[2] * self.vocabulary).long(), masked), labels
-
-
-@dataclass(eq=False)
-class TextExamples(Examples):
-    """Token ids, padded on the right batch by batch."""
-
-    fields: dict[str, Ragged]  # `input_ids` and maybe `token_type_ids`
-    labels: Ragged | Tensor | None  # of each text; None where masking creates them
-    padding: dict[str, int]  # of each field
-    masking: Masking | None = None
-
-    def __len__(self) -> int:
-        return len(self.fields["input_ids"])
-
-    def collate(self, indices: Sequence[int], epoch: int = 0) -> tuple[Any, Tensor]:
-        """Return token ids, attention mask and the model's other inputs, (B, T), and labels."""
-        inputs = {
-            name: _padded([values[i] for i in indices], self.padding[name])
-            for name, values in self.fields.items()
-        }
-        lengths = torch.tensor([len(self.fields["input_ids"][i]) for i in indices])
-        present = torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]
-        inputs["attention_mask"] = present.long()
-        chosen = torch.as_tensor(list(indices), dtype=torch.long)
-        if self.masking is not None:
-            # Padding may be a token that also occurs in texts, so it is marked separately.
-            ids = inputs["input_ids"].masked_fill(~present, int(self.masking.special_tokens[0]))
-            masked, labels = self.masking.apply(ids, chosen, epoch)
-            inputs["input_ids"] = torch.where(present, masked, inputs["input_ids"])
-        elif isinstance(self.labels, Ragged):
-            labels = _padded([self.labels[i] for i in indices], IGNORED)
-        else:
-            assert self.labels is not None
-            labels = self.labels[chosen]
-        return inputs, labels
-
-    def length(self, i: int) -> int:
-        """Return the number of tokens."""
-        return len(self.fields["input_ids"][i])
 
 
 def encode_texts(
-    rows: Rows, model: Model, columns: Columns, *, max_length: int | None, pack: bool, seed: int
+    rows: Rows,
+    model: Model,
+    columns: Columns,
+    *,
+    max_length: int | None,
+    pack: bool,
+    loss_on: str | None,
+    seed: int,
 ) -> Examples:
     """Encode rows of texts for the model's objective."""
     if model.processor is None:
@@ -136,20 +49,25 @@ def encode_texts(
             case "token-classification":
                 examples = _words(texts, columns)
             case "causal-lm":
-                examples = _continued(texts, columns, pack)
+                examples = _continued(texts, columns, pack, loss_on)
             case "masked-lm":
                 examples = _filled_in(texts, columns, pack, seed)
             case "seq2seq-lm":
                 examples = _rewritten(texts, columns)
             case _:
                 examples = _classified(texts, columns)
+    if len(examples) == 0:
+        raise texts.nothing_to_predict()
     examples.notes[:0] = texts.notes()
+    sequences = examples.fields["input_ids"]
+    if texts.all_unknown(sequences[i].tolist() for i in range(len(sequences))):
+        if model.objective.language:
+            raise texts.unknown_tokens()
+        examples.notes.append(str(texts.unknown_tokens()))
     if pack:
         examples.notes.append(
             f"{len(rows)} texts fill {len(examples)} sequences of {texts.max_length} tokens"
         )
-    if len(examples) == 0:
-        raise InputError(f"{rows.name}: expected at least one row with a prediction, found none")
     module: Any = model.module
     known = len(module.get_input_embeddings().weight)
     token = examples.fields["input_ids"].largest()
@@ -183,9 +101,10 @@ class _Texts:
         ]
         longest = min(stated, default=_LONGEST)
         self.max_length = max_length or (min(longest, _LONGEST_PACK) if pack else longest)
-        self.count = 0
-        self.truncated = 0
-        self.empty = 0
+        self.cut = bytearray()
+        self.empty = 0  # rows without anything to predict
+        self.cut_off = 0  # of these, rows that had it before they were truncated
+        self.example: tuple[str, str] | None = None  # the first text, and where it is
         accepted = inspect.signature(model.module.forward).parameters
         config = model.module.config
         # Decoders such as GPT-2 would add an embedding of types that they were not trained with.
@@ -207,6 +126,8 @@ class _Texts:
             raise InputError(
                 f"{self.rows.where(i, column)}: expected a text, found {describe(value)}"
             )
+        if self.example is None and value.strip():
+            self.example = self.rows.where(i, column), value
         return value
 
     def encode(
@@ -216,11 +137,10 @@ class _Texts:
         *,
         target: bool = False,
         **options: Any,
-    ) -> Any:
-        """Tokenize, truncate to `max_length` and count what was truncated."""
+    ) -> tuple[Any, set[int]]:
+        """Tokenize, truncate to `max_length`, and return which texts were truncated."""
         # In translation the target has another language, with other special tokens.
         given = {"text_target": texts} if target else {"text": texts, "text_pair": pairs}
-        self.count += len(texts)
         special = self.tokenizer.num_special_tokens_to_add(pair=pairs is not None)
         if self.max_length <= special:
             raise UsageError(
@@ -229,18 +149,29 @@ class _Texts:
             )
         options |= {"return_token_type_ids": self.has_types, "return_attention_mask": False}
         full = self.tokenizer(**given, truncation=False, **options)
-        long = [n for n, ids in enumerate(full["input_ids"]) if len(ids) > self.max_length]
+        long = {n for n, ids in enumerate(full["input_ids"]) if len(ids) > self.max_length}
         if not long:
-            return full
-        self.truncated += len(long)
-        return self.tokenizer(
+            return full, long
+        encoded = self.tokenizer(
             **given, truncation="longest_first", max_length=self.max_length, **options
         )
+        return encoded, long
 
-    def keep(self, encoded: Any, n: int) -> None:
-        """Store text `n` of those that were encoded together."""
+    def keep(self, encoded: Any, n: int, cut: int) -> None:
+        """Store text `n` of those that were encoded together, of which `cut` were truncated."""
         for name, values in self.kept.items():
             values.append(encoded[name][n])
+        self.cut.append(cut)
+
+    def examples(
+        self,
+        labels: Ragged | Tensor | None,
+        fields: dict[str, Ragged] | None = None,
+        **more: Any,
+    ) -> TextExamples:
+        """Return what was stored, in `kept` or in `fields`, as examples."""
+        more |= {"cut": self.cut, "max_length": self.max_length}
+        return TextExamples(fields or self.kept, labels, self.padding, **more)
 
     def ids(self, text: str, *, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -250,20 +181,48 @@ class _Texts:
             yield list(enumerate(self.rows[start : start + _ROWS_AT_ONCE], start))
 
     def notes(self) -> list[str]:
-        notes = []
-        if self.truncated:
-            notes.append(
-                f"{self.truncated} of {self.count} texts were truncated to {self.max_length} tokens"
-            )
-        if self.empty:
-            notes.append(
-                f"{self.empty} of {len(self.rows)} rows have nothing to predict and were left out"
-            )
-        return notes
+        if not self.empty:
+            return []
+        note = f"{self.empty} of {len(self.rows)} rows have nothing to predict and were left out"
+        if self.cut_off:
+            note += f"; {self.cut_off} of them since {self.max_length} tokens do not reach it"
+        return [note]
 
+    def nothing_to_predict(self) -> InputError:
+        """Return the reason why no row is left."""
+        if self.cut_off:
+            return InputError(
+                f"{self.rows.name}: truncation to {self.max_length} tokens cut off all that is "
+                f"predicted in {self.cut_off} of {len(self.rows)} rows; raise --max-length"
+            )
+        if self.example is not None and self.all_unknown(
+            [self.ids(self.example[1], special=False)]
+        ):
+            return self.unknown_tokens()
+        return InputError(
+            f"{self.rows.name}: expected at least one row with a prediction, found none"
+        )
 
-def _padded(sequences: list[Tensor], value: int) -> Tensor:
-    return pad_sequence(sequences, batch_first=True, padding_value=value)  # (B, T)
+    def all_unknown(self, sequences: Iterable[Iterable[int]]) -> bool:
+        """Return whether no token of any sequence is of the vocabulary, save special ones."""
+        unknown, special = self.tokenizer.unk_token_id, set(self.tokenizer.all_special_ids)
+        found = False
+        for ids in map(set, sequences):
+            if not special.issuperset(ids):
+                return False
+            found |= not ids or unknown in ids
+        return found
+
+    def unknown_tokens(self) -> InputError:
+        """Return that the tokenizer knows nothing of the texts."""
+        where, such = self.rows.name, ""
+        if self.example is not None:
+            where, such = self.example[0], f", such as {self.example[1][:40]!r},"
+        return InputError(
+            f"{where}: all tokens of all texts{such} are unknown to the tokenizer in "
+            f"{self.model.checkpoint.path}, which is probably that of another model; save the "
+            "model's own tokenizer beside the weights"
+        )
 
 
 def _most_tokens(model: Model) -> int | None:
@@ -282,12 +241,12 @@ def _classified(texts: _Texts, columns: Columns) -> TextExamples:
     labels, notes = read_labels(rows, columns, model, model.outputs)
     for chunk in texts.chunks():
         pairs = None if second is None else texts.column(chunk, second)
-        encoded = texts.encode(texts.column(chunk, first), pairs)
+        encoded, long = texts.encode(texts.column(chunk, first), pairs)
         for n, (i, _) in enumerate(chunk):
             if not encoded["input_ids"][n]:
                 raise InputError(f"{rows.where(i, first)}: expected a text, found an empty one")
-            texts.keep(encoded, n)
-    return TextExamples(texts.kept, labels, texts.padding, notes=notes)
+            texts.keep(encoded, n, n in long)
+    return texts.examples(labels, notes=notes)
 
 
 def _text_columns(rows: Rows, columns: Columns) -> tuple[str, str | None]:
@@ -326,7 +285,7 @@ def _words(texts: _Texts, columns: Columns) -> TextExamples:
                 raise InputError(f"{rows.where(i, column)}: expected words, found {words!r:.60}")
             sentences.append(words)
             numbers.append([reader.index(mark, i, ignorable=True) for mark in marks])
-        encoded = texts.encode(sentences, is_split_into_words=True)
+        encoded, long = texts.encode(sentences, is_split_into_words=True)
         for n in range(len(chunk)):
             # The first token of a word gets its label, the others none.
             marked, before = [], None
@@ -338,109 +297,105 @@ def _words(texts: _Texts, columns: Columns) -> TextExamples:
                 texts.empty += 1
                 continue
             labels.append(marked)
-            texts.keep(encoded, n)
-    return TextExamples(texts.kept, labels, texts.padding, notes=reader.notes)
+            texts.keep(encoded, n, n in long)
+    return texts.examples(labels, notes=reader.notes)
 
 
-def _continued(texts: _Texts, columns: Columns, pack: bool) -> TextExamples:
-    rows = texts.rows
-    has = frozenset(rows.columns)
-    named = columns.text is not None
-    chats = columns.messages is not None or (not named and "messages" in has)
-    prompted = columns.prompt is not None or columns.completion is not None
-    prompted |= not named and {"prompt", "completion"} <= has
-    if chats:
-        documents = _chats(texts, find_column(rows, columns, "messages"))
-    elif prompted:
+def _continued(texts: _Texts, columns: Columns, pack: bool, loss_on: str | None) -> TextExamples:
+    rows, kind = texts.rows, kind_of_rows(texts.rows, columns)
+    used = loss_on or default_loss(rows, columns)
+    chats = Chats(texts.tokenizer, rows, texts.model.checkpoint.path)
+    if kind == "chats":
+        documents = chats.documents(find_column(rows, columns, "messages"), used)
+    elif kind == "completions":
         prompt, completion = (find_column(rows, columns, at) for at in ("prompt", "completion"))
-        documents = _prompted(texts, prompt, completion, pack)
+        documents = _prompted(texts, chats, prompt, completion, used)
     else:
-        documents = _plain(texts, find_column(rows, columns, "text"))
+        documents = _plain(texts, find_column(rows, columns, "text"), used)
     fields, labels = {"input_ids": Ragged()}, Ragged()
     blocks = _packed(documents, texts.max_length) if pack else _cut(documents, texts)
-    for ids, marks in blocks:
-        if all(mark == IGNORED for mark in marks[1:]):
+    for ids, marks, cut in blocks:
+        if not _predicts(marks):
             texts.empty += not pack
             continue
         fields["input_ids"].append(ids)
         labels.append(marks)
-    return TextExamples(fields, labels, texts.padding)
+        texts.cut.append(cut)
+    if used == "assistant" and not len(labels) and not texts.cut_off:
+        raise InputError(
+            f"{rows.name}: --loss-on assistant: expected turns with the role 'assistant', which a "
+            "template with {% generation %} has to mark, found none in any row; correct the roles "
+            "or the template, or use --loss-on all"
+        )
+    examples = texts.examples(labels, fields)
+    if kind != "texts":  # of which all is predicted
+        examples.notes.append(f"{rows.name}: {loss_text(used, chats.how)}")
+    if kind == "chats" and loss_on is None:
+        examples.notes[-1] += "; --loss-on assistant takes the assistant's turns alone"
+    return examples
 
 
-_Document = tuple[list[int], list[int]]  # token ids and labels, of the same length
+def _predicts(labels: list[int]) -> bool:
+    return any(label != IGNORED for label in labels[1:])  # nothing stands before the first token
 
 
-def _plain(texts: _Texts, column: str) -> Iterator[_Document]:
+_Block = tuple[list[int], list[int], bool]  # token ids, labels, whether they were truncated
+
+
+def _plain(texts: _Texts, column: str, loss_on: str = "all") -> Iterator[Document]:
     end = texts.tokenizer.eos_token_id
+    if loss_on != "all":
+        raise unsuitable(texts.rows.where(0, column), loss_on, "a text")
     for chunk in texts.chunks():
         for ids in texts.tokenizer(texts.column(chunk, column))["input_ids"]:
             # The end token separates a text from the next one in a packed sequence.
             ended = [*ids, end] if ids and end is not None and ids[-1] != end else list(ids)
-            yield ended, list(ended)
+            yield Document(ended, list(ended))
 
 
-def _prompted(texts: _Texts, prompt: str, completion: str, pack: bool) -> Iterator[_Document]:
-    """Yield each prompt with its completion, of which the completion alone is predicted."""
+def _prompted(
+    texts: _Texts, chats: Chats, prompt: str, completion: str, loss_on: str
+) -> Iterator[Document]:
     end = texts.tokenizer.eos_token_id
     for i in range(len(texts.rows)):
         row = texts.rows[i]
+        if isinstance(row.get(prompt), list):
+            yield chats.completed(i, row, prompt, completion, loss_on)
+            continue
         before = texts.ids(texts.text(row, i, prompt), special=True)
         if before and before[-1] == end and len(before) > 1:
             before.pop()
         after = texts.ids(texts.text(row, i, completion), special=False)
+        if loss_on == "assistant":
+            raise unsuitable(texts.rows.where(i, completion), loss_on, "a text")
         if after and end is not None and after[-1] != end:
             after.append(end)
-        if not pack and len(before) + len(after) > texts.max_length:
-            # The prompt's beginning is cut first: without a completion there is nothing to learn.
-            texts.truncated += 1
-            after = after[: max(1, texts.max_length - 1)]
-            before = before[max(0, len(before) + len(after) - texts.max_length) :]
-        yield before + after, [IGNORED] * len(before) + after
+        ids = before + after
+        labels = ids if loss_on == "all" else [IGNORED] * len(before) + after
+        yield Document(ids, list(labels), prompt=len(before))
 
 
-def _chats(texts: _Texts, column: str) -> Iterator[_Document]:
-    if not getattr(texts.tokenizer, "chat_template", None):
-        raise InputError(
-            f"{texts.model.checkpoint.path}: messages need a chat template, and the tokenizer has "
-            "none; set its chat_template"
-        )
-    for i, messages in enumerate(texts.rows.values(column)):
-        where = texts.rows.where(i, column)
-        if isinstance(messages, str):
-            messages = as_list(messages, where)
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            raise InputError(
-                f"{where}: expected a list of messages with role and content, found "
-                f"{describe(messages)}"
-            )
-        try:
-            written = texts.tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:
-            raise InputError(
-                f"{where}: the chat template refuses these messages: {error}"
-            ) from error
-        ids = texts.ids(written, special=False)
-        yield ids, list(ids)
+def _cut(documents: Iterable[Document], texts: _Texts) -> Iterator[_Block]:
+    most = texts.max_length
+    for ids, labels, prompt in documents:
+        # The prompt's beginning is cut first: without a completion there is nothing to learn.
+        start = min(max(len(ids) - most, 0), max(prompt - 1, 0))
+        kept = labels[start : start + most]
+        texts.cut_off += _predicts(labels) and not _predicts(kept)
+        yield ids[start : start + most], kept, len(ids) > most
 
 
-def _cut(documents: Iterable[_Document], texts: _Texts) -> Iterator[_Document]:
-    for ids, labels in documents:
-        texts.count += 1
-        texts.truncated += len(ids) > texts.max_length
-        yield ids[: texts.max_length], labels[: texts.max_length]
-
-
-def _packed(documents: Iterable[_Document], length: int) -> Iterator[_Document]:
+def _packed(documents: Iterable[Document], length: int) -> Iterator[_Block]:
     ids: list[int] = []
     labels: list[int] = []
-    for more_ids, more_labels in documents:
+    for more_ids, more_labels, _ in documents:
         ids += more_ids
         labels += more_labels
         while len(ids) >= length:
-            yield ids[:length], labels[:length]
+            yield ids[:length], labels[:length], False
             del ids[:length], labels[:length]
     if ids:
-        yield ids, labels
+        yield ids, labels, False
 
 
 def _filled_in(texts: _Texts, columns: Columns, pack: bool, seed: int) -> TextExamples:
@@ -455,19 +410,20 @@ def _filled_in(texts: _Texts, columns: Columns, pack: bool, seed: int) -> TextEx
     special = frozenset(tokenizer.all_special_ids)
     if pack:
         fields = {"input_ids": Ragged()}
-        for ids, _ in _packed(_plain(texts, column), texts.max_length):
+        for ids, _, cut in _packed(_plain(texts, column), texts.max_length):
             if not special.issuperset(ids):
                 fields["input_ids"].append(ids)
+                texts.cut.append(cut)
     else:
         for chunk in texts.chunks():
-            encoded = texts.encode(texts.column(chunk, column))
+            encoded, long = texts.encode(texts.column(chunk, column))
             for n, ids in enumerate(encoded["input_ids"]):
                 if special.issuperset(ids):
                     texts.empty += 1
                     continue
-                texts.keep(encoded, n)
+                texts.keep(encoded, n, n in long)
     masking = Masking(tokenizer.mask_token_id, torch.tensor(sorted(special)), len(tokenizer), seed)
-    return TextExamples(fields, None, texts.padding, masking=masking)
+    return texts.examples(None, fields, masking=masking)
 
 
 def _rewritten(texts: _Texts, columns: Columns) -> TextExamples:
@@ -478,12 +434,12 @@ def _rewritten(texts: _Texts, columns: Columns) -> TextExamples:
     target = find_column(rows, columns, "target", "target", "completion", "summary")
     labels = Ragged()
     for chunk in texts.chunks():
-        encoded = texts.encode(texts.column(chunk, source))
-        written = texts.encode(texts.column(chunk, target), target=True)
+        encoded, long = texts.encode(texts.column(chunk, source))
+        written, long_targets = texts.encode(texts.column(chunk, target), target=True)
         for n in range(len(chunk)):
             if not written["input_ids"][n]:
                 texts.empty += 1
                 continue
             labels.append(written["input_ids"][n])
-            texts.keep(encoded, n)
-    return TextExamples(texts.kept, labels, texts.padding)
+            texts.keep(encoded, n, (n in long) + (n in long_targets))
+    return texts.examples(labels, texts_each=2)

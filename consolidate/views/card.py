@@ -19,7 +19,7 @@ from consolidate.chain.consistency import side_by_side, side_by_side_text
 from consolidate.training.accuracy_matrix import accuracy_matrix
 from consolidate.views.markdown import escaped, table
 from consolidate.views.matrix import ledger_matrix, matrix_summary, matrix_table
-from consolidate.views.summary import estimator_text, penalty_text
+from consolidate.views.summary import encoding_text, estimator_text, penalty_text
 from formats.digest import set_digest
 from formats.errors import InputError
 from formats.fisher_json import Ledger, copies
@@ -341,5 +341,6 @@ def _measured(ledger: Ledger) -> str:
         tokens = f", {task.units or 0:,} tokens" if task.unit == "token" else ""
         estimator = estimator_text(task.estimator, task.mc_samples)
         on = f"{task.examples or 0:,} examples{tokens}"
+        on += encoding_text(task.loss_on, task.max_length)
         rows.append([escaped(task.name), estimator, on, str(task.seed), f"{task.weight:g}"])
     return table(rows)

@@ -9,7 +9,7 @@ from consolidate.views.charts import COLORS, INSTALL, MARK, can_draw, image, pla
 from consolidate.views.figures import LISTED, TASKS, Figure
 from consolidate.views.markdown import shown
 from consolidate.views.matrix import means, partly
-from consolidate.views.summary import by_reason, estimator_text, learned_text
+from consolidate.views.summary import by_reason, encoding_text, estimator_text, learned_text
 from formats.wording import few
 
 
@@ -35,7 +35,7 @@ def report_page(name: str, summary: ShowResult, figures: Sequence[Figure]) -> st
         trim_blocks=True,
         undefined=StrictUndefined,
     )
-    used = (_count, _some, estimator_text, means, partly, learned_text, shown)
+    used = (_count, _some, encoding_text, estimator_text, means, partly, learned_text, shown)
     environment.globals |= {function.__name__.strip("_"): function for function in used}
     return environment.get_template("report.html.jinja").render(
         name=plain(name),

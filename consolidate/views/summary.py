@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from consolidate.chain.consistency import side_by_side_text
+from consolidate.data.chats import loss_text
 from consolidate.results import MatrixSummary, Overlap, ShowResult, Task
 from consolidate.views.markdown import aligned, escaped, shown
 from consolidate.views.matrix import matrix_rows, matrix_table, means_text
@@ -63,7 +64,8 @@ def _tasks(tasks: list[Task]) -> list[str]:
         [
             task["name"],
             task["objective"],
-            f"{task['units'] or 0:,} {task['unit']}s",
+            f"{task['units'] or 0:,} {task['unit']}s"
+            + encoding_text(task["loss_on"], task["max_length"]),
             estimator_text(task["estimator"], task["mc_samples"]),
             str(task["seed"]),
             f"{task['weight']:g}",
@@ -124,6 +126,12 @@ def estimator_text(estimator: str | None, samples: int | None) -> str:
     """Name the estimator of a Fisher, with its number of samples if it draws any."""
     sampled = estimator in ("mc", "batched") and samples is not None
     return f"{estimator} × {samples}" if sampled else estimator or "not measured"
+
+
+def encoding_text(loss_on: str | None, max_length: int | None) -> str:
+    """Say how rows became examples, to follow a number of units; nothing where by default."""
+    loss = "" if loss_on is None else f", {loss_text(loss_on)}"
+    return loss + ("" if max_length is None else f", max length {max_length:,}")
 
 
 def penalty_text(penalty: str | None, penalty_on: str | None, ewc_lambda: float | None) -> str:

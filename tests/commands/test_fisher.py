@@ -45,8 +45,8 @@ def test_a_note_names_three_parameters_and_counts_the_others(
         relative_errors={},
     )
     model: Any = SimpleNamespace(notes=[], checkpoint=SimpleNamespace(base=None))
-    examples: Any = SimpleNamespace(notes=[])
-    measurement_command.log_notes(model, examples, diagonal)
+    examples: Any = SimpleNamespace(notes_on=lambda used: [])
+    measurement_command.log_notes(model, examples, diagonal, [])
     slow, zero = caplog.messages
     assert slow.endswith("which is slow: layer.0, layer.1, layer.2 and 54 more")
     assert zero.endswith("on them: layer.57, layer.58, layer.59")

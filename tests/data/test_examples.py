@@ -9,9 +9,11 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 
+import consolidate
 from consolidate.data.encoding import encode, unread_columns
-from consolidate.data.examples import Examples, Part, hold_out
+from consolidate.data.examples import Examples, Part, hold_out, subset
 from consolidate.data.labels import label_names, label_values
 from consolidate.estimation.batches import model_outputs
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
@@ -193,18 +195,82 @@ def test_long_texts_are_truncated_and_counted(tmp_path: Path) -> None:
     texts = ["the cat sat on the mat", "rain", "a dog ate my homework"]
     rows = jsonl(tmp_path, *({"text": text, "label": 0} for text in texts))
     examples = encode(rows, model, max_length=5)
-    assert examples.notes == ["2 of 3 texts were truncated to 5 tokens"]
+    assert examples.notes_on() == ["2 of 3 texts were truncated to 5 tokens"]
     inputs, _ = first_batch(examples)
     assert inputs["input_ids"].shape == (3, 5)
     assert (inputs["input_ids"][[0, 2], -1] == model.processor.sep_token_id).all()
     rows = jsonl(tmp_path, {"text": "cat " * 50, "label": 0})
     examples = encode(rows, model)  # what the model takes
     assert first_batch(examples)[0]["input_ids"].shape == (1, 40)
-    assert examples.notes == ["1 of 1 texts were truncated to 40 tokens"]
+    assert examples.notes_on() == ["1 of 1 texts were truncated to 40 tokens"]
     with pytest.raises(UsageError, match="expected at most 40, the limit of the model, found 41"):
         encode(rows, model, max_length=41)
     with pytest.raises(UsageError, match="expected more than the 2 special tokens, found 2"):
         encode(rows, model, max_length=2)
+
+
+def test_truncated_texts_are_counted_among_those_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="consolidate")
+    model = bert(tmp_path, **LABELS)
+    lengths = (1, 1, 9, 1, 1, 9, 1, 9)
+    rows = jsonl(tmp_path, *({"text": "cat " * n, "label": 0} for n in lengths))
+    examples = encode(rows, model, max_length=5)
+    assert examples.notes_on([1, 2, 5]) == ["2 of 3 texts were truncated to 5 tokens"]
+    assert examples.notes_on([0, 1]) == []
+    assert Part(examples, [7, 0]).notes_on() == ["1 of 2 texts were truncated to 5 tokens"]
+    chosen = subset(8, 3, seed=2)
+    long = sum(lengths[i] > 5 for i in chosen)
+    assert 0 < long < 3
+    consolidate.fisher(
+        tmp_path / "model", tmp_path / "train.jsonl", max_length=5, max_examples=3, seed=2
+    )
+    assert f"{long} of 3 texts were truncated to 5 tokens" in caplog.messages
+    consolidate.finetune(
+        tmp_path / "model",
+        tmp_path / "train.jsonl",
+        output_dir=tmp_path / "out",
+        penalty="none",
+        max_length=5,
+        max_examples=3,
+        fisher_max_examples=2,
+        seed=2,
+        task="b",
+    )
+    assert caplog.messages.count(f"{long} of 3 texts were truncated to 5 tokens") == 2
+
+
+def test_texts_that_the_tokenizer_does_not_know(tmp_path: Path) -> None:
+    foreign = ({"text": "", "label": 0}, {"text": "привет мир", "label": 0})
+    message = (
+        r"train\.jsonl, row 2.*'text': all tokens of all texts, such as 'привет мир', are unknown "
+        r"to the tokenizer in .*model, which is probably that of another model"
+    )
+    model = bert(tmp_path / "masked", "MaskedLM")
+    for pack in (False, True):
+        with pytest.raises(InputError, match=message):
+            encode(jsonl(tmp_path, *foreign), model, pack=pack)
+    some = encode(jsonl(tmp_path, *foreign, {"text": "the cat"}), model)
+    assert some.notes == ["2 of 3 rows have nothing to predict and were left out"]
+    # a causal model would learn to write unknown tokens
+    words = word_tokenizer()
+    words.eos_token = "[SEP]"
+    save(tmp_path / "causal" / "model", transformers.GPT2LMHeadModel, gpt2_config(), words)
+    model = load_model(open_checkpoint(tmp_path / "causal" / "model"))
+    with pytest.raises(InputError, match=message):
+        encode(jsonl(tmp_path, *foreign), model)
+    assert len(encode(jsonl(tmp_path, *foreign, {"text": "the cat"}), model)) == 3
+    # a tokenizer that drops what it does not know
+    letters = Tokenizer(models.BPE({"a": 0, "b": 1, "<e>": 2}, []))
+    model.processor = transformers.PreTrainedTokenizerFast(tokenizer_object=letters)
+    with pytest.raises(InputError, match=message):
+        encode(jsonl(tmp_path, *foreign), model)
+    # labels can be learned all the same
+    classifier = bert(tmp_path / "labels", **LABELS)
+    (note,) = encode(jsonl(tmp_path, foreign[1]), classifier).notes
+    assert note.startswith("train.jsonl, row 1")
+    assert "unknown to the tokenizer" in note
 
 
 def test_positions_that_begin_behind_the_padding_token(tmp_path: Path) -> None:
@@ -336,7 +402,8 @@ def test_the_completion_alone_is_predicted(tmp_path: Path) -> None:
     inputs, labels = first_batch(short)
     assert inputs["input_ids"].tolist() == [before[-1:] + after]
     assert labels.tolist() == [[-100, *after]]
-    assert short.notes == [f"1 of 1 texts were truncated to {len(after) + 1} tokens"]
+    cut = f"1 of 1 texts were truncated to {len(after) + 1} tokens"
+    assert short.notes_on() == [cut, "train.jsonl: loss on the completions"]
 
 
 def test_chats_are_written_by_the_template(tmp_path: Path) -> None:
@@ -444,7 +511,9 @@ def test_one_text_becomes_another(tmp_path: Path) -> None:
     examples = encode(rows, model)
     inputs, labels = first_batch(examples)
     assert labels[0].tolist() == [*tokenizer("a dog")["input_ids"], *[-100] * 3]
-    assert encode(rows, model, max_length=5).notes == ["1 of 4 texts were truncated to 5 tokens"]
+    assert encode(rows, model, max_length=5).notes_on() == [
+        "1 of 4 texts were truncated to 5 tokens"
+    ]
     assert model_outputs(model.module, inputs, labels).shape == (2, 7, len(tokenizer))
 
 

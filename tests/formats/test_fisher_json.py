@@ -79,6 +79,7 @@ def second(**changes: Any) -> Ledger:
     done = {"made_from": json_digest(description), "description": description}
     curve = [CurvePoint(0, {"a": -1.5}), CurvePoint(0.5, {"a": 0.25})]
     between = unmeasured("b", interpolation=Interpolation(0.5, "plain", curve))
+    between.unit, between.loss_on, between.max_length = "token", "assistant", 64
     fields: dict[str, Any] = {
         "tasks": [task(generated=generated, **done), between],
         "factors": {"w.R": record((3, 3), "BF16"), "w.G": record((2, 2), "BF16")},
@@ -345,6 +346,8 @@ def test_version_2_comes_back_and_is_written_where_it_is_needed() -> None:
         {"tasks": [task(generated=full.tasks[0].generated)]},
         {"tasks": full.tasks[:1]},
         {"tasks": [task(penalty="none", interpolation=Interpolation(0.5, "fisher", []))]},
+        {"tasks": [task(unit="token", loss_on="completion")]},
+        {"tasks": [task(max_length=1)]},
         {"description": full.description},
         {"factors": full.factors, "blocks": full.blocks},
     ):
@@ -393,6 +396,17 @@ DAMAGE_2 = {
     "a description that is a list": (changed("description", []), "description: expected an object"),
     "an unknown field of generation": (changed("tasks/0/generated/top_k", 1), "no field 'top_k'"),
     "a missing field of generation": (changed("tasks/0/generated/prompts", KeyError), "is missing"),
+    "a missing length of generation": (
+        changed("tasks/0/generated/max_length", KeyError),
+        "is missing",
+    ),
+    "the loss on something else": (
+        changed("tasks/1/loss_on", "user"),
+        "assistant or completion or all",
+    ),
+    "the loss on no tokens": (changed("tasks/1/unit", "example"), "loss_on: .* the unit token"),
+    "no loss": (changed("tasks/1/loss_on", None), "no such field, found null"),
+    "texts of no length": (changed("tasks/1/max_length", 0), r"max_length: expected .* >= 1"),
     "no share": (changed("tasks/0/generated/top_p", 0), r"top_p: expected a number > 0"),
     "an unknown field of interpolation": (
         changed("tasks/1/interpolation/beta", 1),
@@ -440,12 +454,17 @@ def test_version_1_has_no_field_of_version_2(field: str) -> None:
     bad["tasks"][0] |= {"generated": SECOND["tasks"][0]["generated"]}
     with pytest.raises(InputError, match=r"tasks\[0\]: format version 1 has no field 'generated'"):
         parse(bad)
-    bad["tasks"] = SECOND["tasks"][1:]
+    for name in ("loss_on", "max_length"):
+        bad["tasks"] = [{**content()["tasks"][0], name: SECOND["tasks"][1][name]}]
+        with pytest.raises(InputError, match=f"format version 1 has no field '{name}'"):
+            parse(bad)
+    bad["tasks"] = copy.deepcopy(SECOND["tasks"][1:])
+    for name in ("loss_on", "max_length"):
+        del bad["tasks"][0][name]
     with pytest.raises(
         InputError, match=r"tasks\[0\]: format version 1 has no field 'interpolation'"
     ):
         parse(bad)
-    bad["tasks"] = [{**SECOND["tasks"][1]}]
     del bad["tasks"][0]["interpolation"]
     with pytest.raises(InputError, match=r"\$\.version: expected 2, found 1: a task was not"):
         parse(bad)
@@ -670,6 +689,7 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
     whole = second(base="d" * 64)
     whole.tasks[0].penalty, whole.tasks[0].penalty_on = "ewc", "adapter"
     whole.tasks[0].interpolation = whole.tasks[1].interpolation
+    whole.tasks[0].unit, whole.tasks[0].loss_on, whole.tasks[0].max_length = "token", "all", 64
     written = json.loads(ledger_bytes(whole))
     first = written["tasks"][0]
     expected = [

@@ -37,7 +37,7 @@ TESTED_THROUGH = {
     "commands/test_forgetting": "training.forgetting",
     "views/test_figures": "views.search_figures",
     "data/test_examples": "data.columns data.encoding data.images data.labels data.tensors"
-    " data.texts",
+    " data.text_examples data.texts",
     "estimation/test_fisher_diagonal": "estimation.batches estimation.estimates",
     "estimation/test_layer_rules": "estimation.example_gradients estimation.gradient_methods",
     "estimation/test_passes": "estimation.layer_hooks",
