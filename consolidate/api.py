@@ -44,6 +44,11 @@ def fisher(
     split: str | None = None,
     max_length: int | None = None,
     pack: bool = False,
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    image_interpolation: str | None = None,
     objective: str | None = None,
     model: str | None = None,
     revision: str | None = None,
@@ -85,6 +90,16 @@ def fisher(
         split: Split of a dataset with several splits.
         max_length: Truncate texts to this many tokens. (default: the model's limit)
         pack: Fill each sequence with consecutive texts (language models).
+        image_size: Height and width of the model's input images, in pixels. (default: from
+            config.json or preprocessor_config.json)
+        crop_pct: Resize the shorter side to the size divided by this, then crop the center.
+            (default: from the same file, else 1)
+        image_mean: Mean to subtract from pixels in [0, 1], one for all channels or one for each.
+            (default: from the same file)
+        image_std: Standard deviation to divide by, one for all channels or one for each. (default:
+            from the same file)
+        image_interpolation: Interpolation of the resizing. One of nearest, bilinear, bicubic, box,
+            hamming, lanczos. (default: from the same file, else bilinear)
         objective: What the model predicts: sequence-classification, multi-label, token-
             classification, regression, causal-lm, masked-lm, seq2seq-lm, image-classification or
             classification. (default: from the architecture)
@@ -158,6 +173,11 @@ def finetune(
     split: str | None = None,
     max_length: int | None = None,
     pack: bool = False,
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    image_interpolation: str | None = None,
     objective: str | None = None,
     model: str | None = None,
     revision: str | None = None,
@@ -236,6 +256,16 @@ def finetune(
         split: Split of a dataset with several splits.
         max_length: Truncate texts to this many tokens. (default: the model's limit)
         pack: Fill each sequence with consecutive texts (language models).
+        image_size: Height and width of the model's input images, in pixels. (default: from
+            config.json or preprocessor_config.json)
+        crop_pct: Resize the shorter side to the size divided by this, then crop the center.
+            (default: from the same file, else 1)
+        image_mean: Mean to subtract from pixels in [0, 1], one for all channels or one for each.
+            (default: from the same file)
+        image_std: Standard deviation to divide by, one for all channels or one for each. (default:
+            from the same file)
+        image_interpolation: Interpolation of the resizing. One of nearest, bilinear, bicubic, box,
+            hamming, lanczos. (default: from the same file, else bilinear)
         objective: What the model predicts: sequence-classification, multi-label, token-
             classification, regression, causal-lm, masked-lm, seq2seq-lm, image-classification or
             classification. (default: from the architecture)
@@ -368,6 +398,11 @@ def evaluate(
     split: str | None = None,
     max_length: int | None = None,
     pack: bool = False,
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    image_interpolation: str | None = None,
     objective: str | None = None,
     model: str | None = None,
     revision: str | None = None,
@@ -387,6 +422,16 @@ def evaluate(
         split: Split of a dataset with several splits.
         max_length: Truncate texts to this many tokens. (default: the model's limit)
         pack: Fill each sequence with consecutive texts (language models).
+        image_size: Height and width of the model's input images, in pixels. (default: from
+            config.json or preprocessor_config.json)
+        crop_pct: Resize the shorter side to the size divided by this, then crop the center.
+            (default: from the same file, else 1)
+        image_mean: Mean to subtract from pixels in [0, 1], one for all channels or one for each.
+            (default: from the same file)
+        image_std: Standard deviation to divide by, one for all channels or one for each. (default:
+            from the same file)
+        image_interpolation: Interpolation of the resizing. One of nearest, bilinear, bicubic, box,
+            hamming, lanczos. (default: from the same file, else bilinear)
         objective: What the model predicts: sequence-classification, multi-label, token-
             classification, regression, causal-lm, masked-lm, seq2seq-lm, image-classification or
             classification. (default: from the architecture)

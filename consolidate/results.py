@@ -95,11 +95,29 @@ class MeasuredFisher(TypedDict):
     ]
 
 
+class ImagePreprocessing(TypedDict):
+    """How images became inputs of a user's own module."""
+
+    size: Annotated[list[Count], about("Height and width of the model's input.")]
+    resize: Annotated[
+        list[Count] | None,
+        about("Height and width to resize to before the center crop; null: no resizing."),
+    ]
+    crop_mode: Annotated[
+        str, one_of("center", "squash"), about("center: the ratio of the sides is kept.")
+    ]
+    interpolation: str
+    mean: list[float]
+    std: list[float]
+    channels: Count
+
+
 class FisherDone(MeasuredFisher, _Of):
     """A Fisher that was measured and stored."""
 
     status: DoneOrCached
     fisher: Path
+    images: NotRequired[ImagePreprocessing]
     seconds: NotRequired[Annotated[float, about("Of the pass, in this call; absent if cached.")]]
 
 
@@ -263,6 +281,7 @@ class FinetuneDone(Finetuned):
     loss: Annotated[float | None, about("Of the last step, per unit.")]
     penalty_value: Annotated[float | None, about("Before the last step.")]
     share_moved: Annotated[float, about("Share of the weights that changed, 0 to 1.", ge=0, le=1)]
+    images: NotRequired[ImagePreprocessing]
     seconds: PhaseSeconds
     history: list[TrainingStep]
     lambda_search: NotRequired[LambdaSearch]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from consolidate.chain.heads import models_of_tasks
 from consolidate.chain.opening import check_base, with_base
+from consolidate.commands.measurement import log_images
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.columns import columns_of
 from consolidate.data.encoding import encode
@@ -81,10 +82,12 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
             columns=columns_of(options.encoding.columns, task_file.columns()),
             max_length=options.encoding.max_length,
             pack=options.encoding.pack,
+            images=options.encoding.images,
             seed=options.seed,
         )
         for name, (task_file, rows) in opened.items()
     }
+    log_images(*encoded.values())
     metrics = evaluate_all(model, encoded, batch_size=options.batch_size, with_heads=with_heads)
     of_data = (note for examples in encoded.values() for note in examples.notes)
     for note in [*model.notes, *of_data]:

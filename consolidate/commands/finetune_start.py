@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.heads import Fitted, fit_model, head_tensors, models_of_tasks
 from consolidate.chain.tasks import Chain, check_names_to_be
+from consolidate.commands.measurement import log_images
 from consolidate.data.encoding import encode
 from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
@@ -68,6 +69,7 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     examples = _encode(plan, opened.rows, loaded, opened.columns)
     evaluations = _encode_named(plan, plan.evaluate, loaded, with_heads)
     held_out = _encode_named(plan, plan.validation, loaded, with_heads)
+    log_images(examples, *evaluations.values(), *held_out.values())
     frozen = None
     if plan.lora is not None:
         whole = {*fitted.free, *loaded.layout.fresh, *_head(plan, loaded)}
@@ -173,7 +175,13 @@ def _encode_named(
 def _encode(plan: "Plan", rows: Rows, model: Model, columns: Columns) -> Examples:
     encoding, seed = plan.options.encoding, plan.recipe.seed
     return encode(
-        rows, model, columns=columns, max_length=encoding.max_length, pack=encoding.pack, seed=seed
+        rows,
+        model,
+        columns=columns,
+        max_length=encoding.max_length,
+        pack=encoding.pack,
+        images=encoding.images,
+        seed=seed,
     )
 
 

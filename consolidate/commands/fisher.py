@@ -19,6 +19,7 @@ from consolidate.chain.up_to_date import Output, cached, find_output, recorded_f
 from consolidate.commands.measurement import (
     fisher_summary,
     kept_work,
+    log_images,
     log_notes,
     measure_fisher,
     pass_cost,
@@ -219,8 +220,10 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples, str]:
         columns=columns_of(options.encoding.columns, plan.task_file.columns()),
         max_length=options.encoding.max_length,
         pack=options.encoding.pack,
+        images=options.encoding.images,
         seed=options.seed,
     )
+    log_images(examples)
     if cut is not None and source.adapter is not None:
         raise UsageError(
             f"{plan.folder} is an adapter, and --shard needs a whole model: leave --shard out"
@@ -278,6 +281,8 @@ def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagona
             renew_card(staging, ledger)
         refuse_changed(plan.folder if plan.in_place else staging, plan.records, plan.folder)
     done = _result(plan, "done", fisher_summary(ledger, diagonal))
+    if examples.preprocessing is not None:
+        done["images"] = examples.preprocessing.describe()
     return {**done, "seconds": seconds_of("fisher")}
 
 

@@ -16,6 +16,9 @@ from consolidate.options import Columns
 from formats.errors import InputError
 from formats.rows import Rows
 
+INPUTS = ("inputs", "input", "x")
+"""Usual names of the column with the input tensor."""
+
 
 @dataclass(eq=False)
 class TensorExamples(Examples):
@@ -36,10 +39,10 @@ class TensorExamples(Examples):
 
 def encode_tensors(rows: Rows, model: Model, columns: Columns) -> Examples:
     """Encode rows of tensors, or of lists of numbers; the first row shows the model's outputs."""
-    name = find_column(rows, columns, "inputs", "inputs", "input", "x")
+    name = find_column(rows, columns, "inputs", *INPUTS)
     inputs = _stacked(rows, name) if rows.tensors is None else within_int64(rows, name)
-    dtype = next((p.dtype for p in model.module.parameters()), torch.float32)
-    outputs = _outputs_of_first(model, inputs, dtype, rows.where(0, name))
+    dtype = module_dtype(model)
+    outputs = outputs_of_first(model, _cast(inputs[:1], dtype), rows.where(0, name))
     column = label_column(rows, columns, model.objective.name)
     labels = None if rows.tensors is None else _signed(within_int64(rows, column))
     if labels is None or model.objective.name == "multi-label":
@@ -94,7 +97,8 @@ def _stacked(rows: Rows, name: str) -> Tensor:
                 value = [float(one) for one in as_list(value, where)]
             tensor = torch.tensor(as_list(value, where))
         except (TypeError, ValueError, OverflowError):
-            raise InputError(f"{where}: expected numbers, found {value!r:.60}") from None
+            hint = "; name images with --image-column" if hasattr(value, "convert") else ""
+            raise InputError(f"{where}: expected numbers, found {value!r:.60}{hint}") from None
         values.append(tensor)
         if tensor.shape != values[0].shape:
             raise InputError(
@@ -104,10 +108,15 @@ def _stacked(rows: Rows, name: str) -> Tensor:
     return torch.stack(values)
 
 
+def module_dtype(model: Model) -> torch.dtype:
+    """Return the dtype of the module's first parameter, which its inputs are cast to."""
+    return next((p.dtype for p in model.module.parameters()), torch.float32)
+
+
 @torch.no_grad()
-def _outputs_of_first(model: Model, inputs: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+def outputs_of_first(model: Model, first: Tensor, where: str, hint: str = "") -> Tensor:
+    """Run the module on the inputs of the first row, (1, …), and return its outputs."""
     module = model.module
-    first = _cast(inputs[:1], dtype)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     try:
         with eval_mode(module):  # a batch of one must not touch running statistics
@@ -115,7 +124,7 @@ def _outputs_of_first(model: Model, inputs: Tensor, dtype: torch.dtype, where: s
     except Exception as error:
         raise InputError(
             f"{where}: the model does not accept inputs of shape {list(first.shape)} and dtype "
-            f"{str(first.dtype).removeprefix('torch.')}: {error}"
+            f"{str(first.dtype).removeprefix('torch.')}: {error}{hint}"
         ) from error
     if not isinstance(outputs, Tensor):
         outputs = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
