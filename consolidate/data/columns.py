@@ -37,4 +37,6 @@ def find_column(rows: Rows, columns: Columns, role: str, *usual: str) -> str:
         f"{rows.name}: expected a column {' or '.join(map(repr, names))}, found "
         f"{', '.join(map(repr, rows.columns))}; name the column with "
         f"--{role.replace('_', '-')}-column"
+        + ", or that of images with --image-column"
+        * (role == "inputs")
     )

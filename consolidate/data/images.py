@@ -52,6 +52,8 @@ def _converted(image: Any, mode: str, where: str) -> Any:
     """Convert to grey or RGB as Pillow does, without alpha; of 16 bits the upper 8 are taken."""
     from PIL import Image
 
+    if image.mode == "I" and image.format in ("PPM", "PNG"):  # which have no more than 16 bits
+        image = image.convert("I;16")
     if image.mode.startswith("I;16"):  # Pillow would clip it at 255
         upper = 0 if image.mode == "I;16B" else 1
         image = Image.frombytes("L", image.size, image.tobytes()[upper::2])

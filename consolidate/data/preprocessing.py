@@ -22,9 +22,7 @@ _TIMM = {  # what timm takes where its own config says nothing
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
 }
-_HOW = """\
-name it with --image-size, or add input_size to config.json as timm writes it, or a \
-preprocessor_config.json"""
+_KEYS = {"size": "input_size", "mean": "mean", "std": "std"}  # of timm
 
 
 @dataclass(frozen=True)
@@ -157,30 +155,40 @@ def read_preprocessing(
         where = str(folder / "config.json")
         found = _of_config(config, where)
     size = found.size if given.image_size is None else (given.image_size, given.image_size)
-    if size is None:
-        raise InputError(f"{folder}: the size of the model's input images is not stated; {_HOW}")
-    scale = _scale(found, size, given)
+    numbers = {"mean": given.image_mean or found.mean, "std": given.image_std or found.std}
+    _check_stated({"size": size, **numbers}, folder)
+    assert size is not None
     channels = found.channels or _channels_of(module)
     if channels not in (1, 3):
         raise InputError(f"{where}: expected a model of 1 or 3 channels, found {channels}")
     values: dict[str, tuple[float, ...]] = {}
-    for name, flag in (("mean", given.image_mean), ("std", given.image_std)):
-        numbers, of = (getattr(found, name), where) if flag is None else (flag, f"--image-{name}")
-        if numbers is None:
+    for name, each in numbers.items():
+        assert each is not None
+        if len(each) not in (1, channels):
+            of = where if getattr(given, f"image_{name}") is None else f"--image-{name}"
             raise InputError(
-                f"{folder}: the {name} of the model's input images is not stated; name it with "
-                f"--image-{name}, or add {name} to config.json (0 and 1 leave pixels in [0, 1])"
+                f"{of}: {name}: expected 1 or {channels} numbers, one a channel, found {len(each)}"
             )
-        if len(numbers) not in (1, channels):
-            raise InputError(
-                f"{of}: {name}: expected 1 or {channels} numbers, one a channel, found "
-                f"{len(numbers)}"
-            )
-        values[name] = tuple(numbers) * (channels if len(numbers) == 1 else 1)
+        values[name] = tuple(each) * (channels if len(each) == 1 else 1)
     if min(values["std"]) <= 0:
         raise InputError(f"{where}: std: expected numbers above 0, found {values['std']}")
     interpolation = given.image_interpolation or found.interpolation or "bilinear"
+    scale = _scale(found, size, given)
     return Preprocessing(size, scale, found.squash, interpolation, channels=channels, **values)
+
+
+def _check_stated(values: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to guess what neither options nor files state."""
+    missing = [name for name, value in values.items() if value is None]
+    if not missing:
+        return
+    names, keys = ", ".join(missing), ", ".join(_KEYS[name] for name in missing)
+    flags = ", ".join(f"--image-{name}" for name in missing)
+    raise InputError(
+        f"{folder}: expected the {names} of the model's input images in {PROCESSOR_FILE} or "
+        f"config.json, found none; name them with {flags}, or add {keys} to config.json, as timm "
+        "writes them (mean 0 and std 1 leave pixels in [0, 1])"
+    )
 
 
 def _scale(found: _Settings, size: tuple[int, int], given: Images) -> tuple[int, int] | None:

@@ -92,13 +92,17 @@ def _stacked(rows: Rows, name: str) -> Tensor:
     for i in range(len(rows)):
         where = rows.where(i, name)
         value = rows[i].get(name)
+        if hasattr(value, "convert"):
+            raise InputError(
+                f"{where}: expected numbers, found an image; name the column of images with "
+                "--image-column"
+            )
         try:
             if isinstance(value, str):
                 value = [float(one) for one in as_list(value, where)]
             tensor = torch.tensor(as_list(value, where))
         except (TypeError, ValueError, OverflowError):
-            hint = "; name images with --image-column" if hasattr(value, "convert") else ""
-            raise InputError(f"{where}: expected numbers, found {value!r:.60}{hint}") from None
+            raise InputError(f"{where}: expected numbers, found {value!r:.60}") from None
         values.append(tensor)
         if tensor.shape != values[0].shape:
             raise InputError(

@@ -167,9 +167,15 @@ SIZE: dict[str, Any] = {"input_size": [3, 8, 8], "mean": [0.5], "std": [0.5]}
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, r"the size .* not stated; name it with --image-size, or add input_size"),
-        ({"input_size": [3, 8, 8]}, r"the mean .* --image-mean, or add mean to config\.json"),
-        ({"input_size": [3, 8, 8], "mean": 0}, r"the std .* --image-std"),
+        ({}, r"size, mean, std of .* --image-size, --image-mean, --image-std, or add input_size"),
+        (
+            {"input_size": [3, 8, 8]},
+            r"the mean, std .* --image-mean, --image-std, or add mean, std to",
+        ),
+        (
+            {"input_size": [3, 8, 8], "mean": 0},
+            r"the std of .* name them with --image-std, or add std to",
+        ),
         (SIZE | {"mean": [0.5, 0.5]}, r"config\.json: mean: expected 1 or 3 numbers.* found 2"),
         (SIZE | {"std": [0.0]}, "std: expected numbers above 0"),
         (SIZE | {"std": "x"}, "std: expected a list of numbers, found 'x'"),
