@@ -7,10 +7,9 @@ from pathlib import Path
 
 from consolidate.chain.heads import models_of_tasks
 from consolidate.chain.opening import check_base, with_base
-from consolidate.commands.measurement import log_images
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.columns import columns_of
-from consolidate.data.encoding import encode
+from consolidate.data.encoding import encode, log_images
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
 from consolidate.options import EvaluateOptions

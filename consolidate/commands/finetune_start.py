@@ -13,8 +13,7 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.heads import Fitted, fit_model, head_tensors, models_of_tasks
 from consolidate.chain.tasks import Chain, check_names_to_be
-from consolidate.commands.measurement import log_images
-from consolidate.data.encoding import encode
+from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
 from consolidate.ewc.low_rank_penalty import MergedPenalty

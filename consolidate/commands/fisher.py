@@ -19,14 +19,13 @@ from consolidate.chain.up_to_date import Output, cached, find_output, recorded_f
 from consolidate.commands.measurement import (
     fisher_summary,
     kept_work,
-    log_images,
     log_notes,
     measure_fisher,
     pass_cost,
     settled_estimation,
 )
 from consolidate.data.columns import columns_of
-from consolidate.data.encoding import encode
+from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load

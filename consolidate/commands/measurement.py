@@ -235,12 +235,6 @@ def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> MeasuredFisher:
     }
 
 
-def log_images(*encoded: Examples) -> None:
-    """Log how images become inputs of a user's own module, once."""
-    for how in dict.fromkeys(str(one.preprocessing) for one in encoded if one.preprocessing):
-        LOG.info("images: %s", how)
-
-
 def log_notes(model: Model, examples: Examples, diagonal: FisherDiagonal) -> None:
     """Log notes on a model, its examples and the Fisher measured on them."""
     factors = [] if model.checkpoint.base is None else without_fisher(model, diagonal)

@@ -14,6 +14,8 @@ def columns_of(given: Columns, named: Mapping[str, str]) -> Columns:
     return Columns(**{**named, **options})
 
 
+INPUT_COLUMNS = ("inputs", "input", "x")
+"""The usual names of the input tensor."""
 LABEL_COLUMNS = {
     "token-classification": ("labels", "ner_tags", "tags", "label"),
     "multi-label": ("labels", "label"),

@@ -1,5 +1,6 @@
 """Encoding of rows of any kind as examples for a model."""
 
+import logging
 from collections.abc import Collection
 from dataclasses import asdict, replace
 
@@ -12,6 +13,8 @@ from consolidate.models.objectives import Objective
 from consolidate.options import Columns, Images
 from formats.errors import UsageError
 from formats.rows import Rows
+
+LOG = logging.getLogger("consolidate")
 
 
 def encode(
@@ -61,6 +64,12 @@ def _check_images(images: Images | None, objective: Objective, own_images: bool)
             "preprocessor_config.json"
         )
     raise UsageError(f"{flag} is for images, found data without an image column; leave it out")
+
+
+def log_images(*encoded: Examples) -> None:
+    """Log how images become inputs of a user's own module, once."""
+    for how in dict.fromkeys(str(one.preprocessing) for one in encoded if one.preprocessing):
+        LOG.info("images: %s", how)
 
 
 def unread_columns(columns: Columns, objective: Objective) -> list[str]:

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consolidate.data.columns import find_column
+from consolidate.data.columns import INPUT_COLUMNS, find_column
 from consolidate.data.examples import Examples
 from consolidate.data.labels import describe, read_labels
 from consolidate.data.preprocessing import read_preprocessing
-from consolidate.data.tensors import INPUTS, module_dtype, outputs_of_first
-from consolidate.models.model import Model
+from consolidate.models.model import Model, module_dtype, outputs_of_first
 from consolidate.options import Columns, Images
 from formats.errors import InputError
 from formats.rows import Rows
@@ -71,7 +70,7 @@ def holds_images(rows: Rows, columns: Columns) -> bool:
     """Return whether data for a user's own module are images, by their columns."""
     if columns.image is not None or columns.inputs is not None or rows.tensors is not None:
         return columns.inputs is None and columns.image is not None
-    return not set(INPUTS) & set(rows.columns) and bool(set(_USUAL) & set(rows.columns))
+    return not set(INPUT_COLUMNS) & set(rows.columns) and bool(set(_USUAL) & set(rows.columns))
 
 
 def encode_images(rows: Rows, model: Model, columns: Columns) -> Examples:

@@ -7,17 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consolidate.data.columns import find_column, label_column
+from consolidate.data.columns import INPUT_COLUMNS, find_column, label_column
 from consolidate.data.examples import Examples
 from consolidate.data.labels import Labels, as_list, read_labels, within_int64
-from consolidate.estimation.batches import eval_mode
-from consolidate.models.model import Model
+from consolidate.models.model import Model, module_dtype, outputs_of_first
 from consolidate.options import Columns
 from formats.errors import InputError
 from formats.rows import Rows
-
-INPUTS = ("inputs", "input", "x")
-"""Usual names of the column with the input tensor."""
 
 
 @dataclass(eq=False)
@@ -39,7 +35,7 @@ class TensorExamples(Examples):
 
 def encode_tensors(rows: Rows, model: Model, columns: Columns) -> Examples:
     """Encode rows of tensors, or of lists of numbers; the first row shows the model's outputs."""
-    name = find_column(rows, columns, "inputs", *INPUTS)
+    name = find_column(rows, columns, "inputs", *INPUT_COLUMNS)
     inputs = _stacked(rows, name) if rows.tensors is None else within_int64(rows, name)
     dtype = module_dtype(model)
     outputs = outputs_of_first(model, _cast(inputs[:1], dtype), rows.where(0, name))
@@ -110,29 +106,6 @@ def _stacked(rows: Rows, name: str) -> Tensor:
                 f"{list(tensor.shape)}"
             )
     return torch.stack(values)
-
-
-def module_dtype(model: Model) -> torch.dtype:
-    """Return the dtype of the module's first parameter, which its inputs are cast to."""
-    return next((p.dtype for p in model.module.parameters()), torch.float32)
-
-
-@torch.no_grad()
-def outputs_of_first(model: Model, first: Tensor, where: str, hint: str = "") -> Tensor:
-    """Run the module on the inputs of the first row, (1, …), and return its outputs."""
-    module = model.module
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    try:
-        with eval_mode(module):  # a batch of one must not touch running statistics
-            outputs = module(first.to(device))
-    except Exception as error:
-        raise InputError(
-            f"{where}: the model does not accept inputs of shape {list(first.shape)} and dtype "
-            f"{str(first.dtype).removeprefix('torch.')}: {error}{hint}"
-        ) from error
-    if not isinstance(outputs, Tensor):
-        outputs = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
-    return outputs
 
 
 def _cast(inputs: Tensor, dtype: torch.dtype) -> Tensor:

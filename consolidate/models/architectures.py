@@ -82,7 +82,7 @@ def relabelled(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
     others = {"num_labels": len(names), "num_classes": len(names), "label_names": list(names)}
     changed |= {key: value for key, value in others.items() if key in config}
     for inner in ("model_args", "pretrained_cfg"):
-        if isinstance(part := config.get(inner), Mapping):
+        if isinstance(part := config.get(inner), dict):
             changed[inner] = part | {key: value for key, value in others.items() if key in part}
     return changed
 
