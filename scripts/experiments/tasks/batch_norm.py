@@ -50,12 +50,12 @@ SHIFTS = {"negative": "negatives", "turned": "digits turned by 90°"}
 STATISTICS = ("frozen", "update")
 LAMBDAS = (30.0, 1000.0, 5000.0, 25_000.0)
 TEXT = """
-A residual network with batch norm ({parameters:,} parameters, 10 convolutions) learns {train_a:,}
-digits of MNIST until its training accuracy is {converged} (task A). Then it learns {train_b:,}
-other digits, changed (task B), with running statistics frozen or updated, without a penalty and
-with EWC. Accuracy on {test:,} test images of each task, mean over {seeds} seeds with its standard
-error. λ is the one with the best mean accuracy over both tasks on {validation:,} validation images,
-chosen by seed and cell.
+A residual network with batch norm ({parameters:,} parameters, 10 convolutions) has learned
+{train_a:,} digits of MNIST (task A; training accuracy {converged} on the worst seed). Then it
+learns {train_b:,} other digits, changed (task B), with running statistics frozen or updated, without a
+penalty and with EWC. Accuracy on {test:,} test images of each task, mean over {seeds} seeds with
+its standard error. λ is the one of {lambdas} with the best mean accuracy over both tasks on
+{validation:,} validation images, chosen by seed and cell.
 
 {tables}
 
@@ -299,7 +299,8 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
         **{name: given[name] for name in ("train_a", "train_b", "validation", "test", "fisher")},
         **{name: given[name] for name in ("steps_a", "steps_b", "batch")},
         parameters=sum(p.numel() for p in ResidualNetwork(given["width"]).parameters()),
-        converged=f"{min(record.figures['converged'] for record in records):.1%} or more",
+        converged=f"{min(record.figures['converged'] for record in records):.1%}",
+        lambdas=", ".join(f"{value:g}" for value in LAMBDAS),
         seeds=len({record.unit.seed for record in records}),
         tables="\n\n".join(tables),
         verdict=_verdict(found),
