@@ -155,26 +155,46 @@ def read_preprocessing(
         where = str(folder / "config.json")
         found = _of_config(config, where)
     size = found.size if given.image_size is None else (given.image_size, given.image_size)
-    numbers = {"mean": given.image_mean or found.mean, "std": given.image_std or found.std}
-    _check_stated({"size": size, **numbers}, folder)
+    _check_stated(
+        {
+            "size": size,
+            "mean": given.image_mean or found.mean,
+            "std": given.image_std or found.std,
+        },
+        folder,
+    )
     assert size is not None
-    channels = found.channels or _channels_of(module)
+    stated = _Keys(config, str(folder / "config.json")).count("in_chans", "num_channels")
+    channels = found.channels or stated or _channels_of(module)
     if channels not in (1, 3):
         raise InputError(f"{where}: expected a model of 1 or 3 channels, found {channels}")
-    values: dict[str, tuple[float, ...]] = {}
-    for name, each in numbers.items():
-        assert each is not None
-        if len(each) not in (1, channels):
-            of = where if getattr(given, f"image_{name}") is None else f"--image-{name}"
-            raise InputError(
-                f"{of}: {name}: expected 1 or {channels} numbers, one a channel, found {len(each)}"
-            )
-        values[name] = tuple(each) * (channels if len(each) == 1 else 1)
-    if min(values["std"]) <= 0:
-        raise InputError(f"{where}: std: expected numbers above 0, found {values['std']}")
+    mean = _by_channel("mean", given.image_mean, found.mean, channels, where)
+    std = _by_channel("std", given.image_std, found.std, channels, where)
+    if min(std) <= 0:
+        of = f"{where}: std" if given.image_std is None else "--image-std"
+        raise InputError(f"{of}: expected numbers above 0, found {list(std)}")
     interpolation = given.image_interpolation or found.interpolation or "bilinear"
     scale = _scale(found, size, given)
-    return Preprocessing(size, scale, found.squash, interpolation, channels=channels, **values)
+    return Preprocessing(size, scale, found.squash, interpolation, mean, std, channels)
+
+
+def _by_channel(
+    name: str,
+    given: tuple[float, ...] | None,
+    found: tuple[float, ...] | None,
+    channels: int,
+    where: str,
+) -> tuple[float, ...]:
+    """Return the numbers of an option, or of a file, one for each channel."""
+    numbers = given or found or ()
+    if len(numbers) == 1:
+        return tuple(numbers) * channels
+    if len(numbers) != channels:
+        of = f"{where}: {name}" if given is None else f"--image-{name}"
+        raise InputError(
+            f"{of}: expected 1 or {channels} numbers, one a channel, found {len(numbers)}"
+        )
+    return tuple(numbers)
 
 
 def _check_stated(values: Mapping[str, Any], folder: Path) -> None:

@@ -140,6 +140,11 @@ def test_options_come_first() -> None:
     )
 
 
+def test_a_flag_that_does_not_fit_is_named() -> None:
+    with pytest.raises(InputError, match=r"^--image-mean: expected 1 or 3 numbers.* found 2$"):
+        read(SIZE, image_mean=(0.5, 0.5))
+
+
 def test_timm_fills_in_what_its_config_leaves_out() -> None:
     ours = read({"pretrained_cfg": {"input_size": [3, 224, 224]}})
     theirs = timm.data.resolve_data_config(pretrained_cfg={"input_size": (3, 224, 224)})
@@ -159,6 +164,13 @@ def test_channels_are_those_of_the_config_or_the_first_convolution(
     given = Images(image_size=8, image_mean=(0.5,), image_std=(0.5,))
     network = nn.Sequential(nn.Identity(), nn.Conv2d(1, 4, 3), nn.Conv2d(4, 5, 3))
     assert read_preprocessing(Path(), config, given, network).channels == channels
+
+
+def test_a_processor_leaves_the_channels_to_the_config(tmp_path: Path) -> None:
+    values = {"size": {"height": 8, "width": 8}, "image_mean": [0.5], "image_std": [0.5]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    assert read({"num_channels": 1}, tmp_path).channels == 1
+    assert read({}, tmp_path).channels == 3
 
 
 SIZE: dict[str, Any] = {"input_size": [3, 8, 8], "mean": [0.5], "std": [0.5]}

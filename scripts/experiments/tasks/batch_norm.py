@@ -52,10 +52,10 @@ LAMBDAS = (30.0, 1000.0, 5000.0, 25_000.0)
 TEXT = """
 A residual network with batch norm ({parameters:,} parameters, 10 convolutions) has learned
 {train_a:,} digits of MNIST (task A; training accuracy {converged} on the worst seed). Then it
-learns {train_b:,} other digits, changed (task B), with running statistics frozen or updated, without a
-penalty and with EWC. Accuracy on {test:,} test images of each task, mean over {seeds} seeds with
-its standard error. λ is the one of {lambdas} with the best mean accuracy over both tasks on
-{validation:,} validation images, chosen by seed and cell.
+learns {train_b:,} other digits, changed (task B), with running statistics frozen or updated,
+without a penalty and with EWC. Accuracy on {test:,} test images of each task, mean over {seeds}
+seeds with its standard error. λ is the one of {lambdas} with the best mean accuracy over both
+tasks on {validation:,} validation images, chosen by seed and cell.
 
 {tables}
 
