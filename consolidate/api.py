@@ -45,6 +45,11 @@ def fisher(
     max_length: int | None = None,
     pack: bool = False,
     loss_on: str | None = None,
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    image_interpolation: str | None = None,
     objective: str | None = None,
     model: str | None = None,
     revision: str | None = None,
@@ -89,6 +94,16 @@ def fisher(
         loss_on: Tokens that a causal language model predicts: the assistant's turns of chats, the
             completions of prompts, or all. (default: completion for prompts with completions, else
             all)
+        image_size: Height and width of the model's input images, in pixels. (default: from
+            config.json or preprocessor_config.json)
+        crop_pct: Resize the shorter side to the size divided by this, then crop the center.
+            (default: from the same file, else 1)
+        image_mean: Mean to subtract from pixels in [0, 1], one for all channels or one for each.
+            (default: from the same file)
+        image_std: Standard deviation to divide by, one for all channels or one for each. (default:
+            from the same file)
+        image_interpolation: Interpolation of the resizing. One of nearest, bilinear, bicubic, box,
+            hamming, lanczos. (default: from the same file, else bilinear)
         objective: What the model predicts: sequence-classification, multi-label, token-
             classification, regression, causal-lm, masked-lm, seq2seq-lm, image-classification or
             classification. (default: from the architecture)
@@ -163,6 +178,11 @@ def finetune(
     max_length: int | None = None,
     pack: bool = False,
     loss_on: str | None = None,
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    image_interpolation: str | None = None,
     objective: str | None = None,
     model: str | None = None,
     revision: str | None = None,
@@ -244,6 +264,16 @@ def finetune(
         loss_on: Tokens that a causal language model predicts: the assistant's turns of chats, the
             completions of prompts, or all. (default: completion for prompts with completions, else
             all)
+        image_size: Height and width of the model's input images, in pixels. (default: from
+            config.json or preprocessor_config.json)
+        crop_pct: Resize the shorter side to the size divided by this, then crop the center.
+            (default: from the same file, else 1)
+        image_mean: Mean to subtract from pixels in [0, 1], one for all channels or one for each.
+            (default: from the same file)
+        image_std: Standard deviation to divide by, one for all channels or one for each. (default:
+            from the same file)
+        image_interpolation: Interpolation of the resizing. One of nearest, bilinear, bicubic, box,
+            hamming, lanczos. (default: from the same file, else bilinear)
         objective: What the model predicts: sequence-classification, multi-label, token-
             classification, regression, causal-lm, masked-lm, seq2seq-lm, image-classification or
             classification. (default: from the architecture)
@@ -377,6 +407,11 @@ def evaluate(
     max_length: int | None = None,
     pack: bool = False,
     loss_on: str | None = None,
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    image_interpolation: str | None = None,
     objective: str | None = None,
     model: str | None = None,
     revision: str | None = None,
@@ -399,6 +434,16 @@ def evaluate(
         loss_on: Tokens that a causal language model predicts: the assistant's turns of chats, the
             completions of prompts, or all. (default: completion for prompts with completions, else
             all)
+        image_size: Height and width of the model's input images, in pixels. (default: from
+            config.json or preprocessor_config.json)
+        crop_pct: Resize the shorter side to the size divided by this, then crop the center.
+            (default: from the same file, else 1)
+        image_mean: Mean to subtract from pixels in [0, 1], one for all channels or one for each.
+            (default: from the same file)
+        image_std: Standard deviation to divide by, one for all channels or one for each. (default:
+            from the same file)
+        image_interpolation: Interpolation of the resizing. One of nearest, bilinear, bicubic, box,
+            hamming, lanczos. (default: from the same file, else bilinear)
         objective: What the model predicts: sequence-classification, multi-label, token-
             classification, regression, causal-lm, masked-lm, seq2seq-lm, image-classification or
             classification. (default: from the architecture)

@@ -13,6 +13,8 @@ from typing import Any
 
 from consolidate.fields import OTHER, REQUIRED, option, part
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+"""Of images, as Pillow and timm name them."""
 EXACT_UP_TO = 16
 """Outcomes per example up to which the default estimator is exact; above it is mc."""
 
@@ -119,6 +121,45 @@ class Columns:
     target: str | None = _column("target text (sequence to sequence)")
 
 
+def _numbers(help: str, by_default: str) -> Any:
+    return option(None, help, by_default=by_default, metavar="X,…", typed=read_numbers)
+
+
+@dataclass(frozen=True)
+class Images:
+    """How images become inputs of a user's own module; None stands for what the checkpoint says."""
+
+    TITLE = "Images (with --model)"
+
+    image_size: int | None = option(
+        None,
+        "Height and width of the model's input images, in pixels.",
+        by_default="from config.json or preprocessor_config.json",
+        least=1,
+    )
+    crop_pct: float | None = option(
+        None,
+        "Resize the shorter side to the size divided by this, then crop the center.",
+        by_default="from the same file, else 1",
+        above=0,
+        most=1,
+    )
+    image_mean: tuple[float, ...] | None = _numbers(
+        "Mean to subtract from pixels in [0, 1], one for all channels or one for each.",
+        "from the same file",
+    )
+    image_std: tuple[float, ...] | None = _numbers(
+        "Standard deviation to divide by, one for all channels or one for each.",
+        "from the same file",
+    )
+    image_interpolation: str | None = option(
+        None,
+        "Interpolation of the resizing.",
+        by_default="from the same file, else bilinear",
+        choices=INTERPOLATIONS,
+    )
+
+
 @dataclass(frozen=True)
 class Encoding:
     """How rows become batches."""
@@ -138,6 +179,7 @@ class Encoding:
         by_default="completion for prompts with completions, else all",
         choices=("assistant", "completion", "all"),
     )
+    images: Images = part(Images())
 
 
 @dataclass(frozen=True)

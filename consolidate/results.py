@@ -105,11 +105,29 @@ class EncodedAs(TypedDict):
     max_length: Annotated[int | None, about("`--max-length`; null if it was not given.")]
 
 
+class ImagePreprocessing(TypedDict):
+    """How images became inputs of a user's own module."""
+
+    size: Annotated[list[Count], about("Height and width of the model's input.")]
+    resize: Annotated[
+        list[Count] | None,
+        about("Height and width to resize to before the center crop; null: no resizing."),
+    ]
+    crop_mode: Annotated[
+        str, one_of("center", "squash"), about("center: the ratio of the sides is kept.")
+    ]
+    interpolation: str
+    mean: list[float]
+    std: list[float]
+    channels: Count
+
+
 class FisherDone(MeasuredFisher, EncodedAs, _Of):
     """A Fisher that was measured and stored."""
 
     status: DoneOrCached
     fisher: Path
+    images: NotRequired[ImagePreprocessing]
     seconds: NotRequired[Annotated[float, about("Of the pass, in this call; absent if cached.")]]
 
 
@@ -273,6 +291,7 @@ class FinetuneDone(Finetuned):
     loss: Annotated[float | None, about("Of the last step, per unit.")]
     penalty_value: Annotated[float | None, about("Before the last step.")]
     share_moved: Annotated[float, about("Share of the weights that changed, 0 to 1.", ge=0, le=1)]
+    images: NotRequired[ImagePreprocessing]
     seconds: PhaseSeconds
     history: list[TrainingStep]
     lambda_search: NotRequired[LambdaSearch]

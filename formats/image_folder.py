@@ -80,7 +80,7 @@ class ImageFolderRows(Rows):
     def read_row(self, i: int) -> dict[str, Any]:
         """Return image and label `i`."""
         label, path = self._files[i]
-        return {"image": decode_image(path, str(path)), "label": label}
+        return {"image": decode_image(path, f"{path}, row {i + 1}"), "label": label}
 
     def values(self, column: str) -> Iterator[Any]:
         """Yield one column; labels are read without the images."""

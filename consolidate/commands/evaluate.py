@@ -9,7 +9,7 @@ from consolidate.chain.heads import models_of_tasks
 from consolidate.chain.opening import check_base, with_base
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.columns import columns_of
-from consolidate.data.encoding import encode
+from consolidate.data.encoding import encode, log_images
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
 from consolidate.options import EvaluateOptions
@@ -82,10 +82,12 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
             max_length=options.encoding.max_length,
             pack=options.encoding.pack,
             loss_on=options.encoding.loss_on,
+            images=options.encoding.images,
             seed=options.seed,
         )
         for name, (task_file, rows) in opened.items()
     }
+    log_images(*encoded.values())
     metrics = evaluate_all(model, encoded, batch_size=options.batch_size, with_heads=with_heads)
     of_data = (note for examples in encoded.values() for note in examples.notes_on())
     for note in [*model.notes, *of_data]:

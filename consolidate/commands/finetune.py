@@ -376,7 +376,7 @@ def _write(
         ledger = write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
         write_card(staging, target, ledger, [opened.source], "finetune")
     steps = trained.steps
-    return {
+    done: FinetuneDone = {
         "status": "done",
         **_known(plan, target, ledger, fisher_summary(ledger, diagonal), statistics),
         "steps": steps[-1].step if steps else 0,
@@ -390,6 +390,9 @@ def _write(
         },
         "history": [cast(TrainingStep, asdict(step)) for step in steps],
     }
+    if start.examples.preprocessing is not None:
+        done["images"] = start.examples.preprocessing.describe()
+    return done
 
 
 def _share_moved(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> float:

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from consolidate.chain.heads import Fitted, fit_model, head_tensors, models_of_tasks
 from consolidate.chain.tasks import Chain, check_names_to_be
 from consolidate.data.columns import can_have_loss
-from consolidate.data.encoding import encode
+from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
 from consolidate.ewc.low_rank_penalty import MergedPenalty
@@ -70,6 +70,7 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     examples = _encode(plan, opened.rows, loaded, opened.columns, loss_on)
     evaluations = _encode_named(plan, plan.evaluate, loaded, with_heads)
     held_out = _encode_named(plan, plan.validation, loaded, with_heads)
+    log_images(examples, *evaluations.values(), *held_out.values())
     frozen = None
     if plan.lora is not None:
         whole = {*fitted.free, *loaded.layout.fresh, *_head(plan, loaded)}
@@ -187,6 +188,7 @@ def _encode(
         max_length=encoding.max_length,
         pack=encoding.pack,
         loss_on=loss_on,
+        images=encoding.images,
         seed=plan.recipe.seed,
     )
 

@@ -27,7 +27,7 @@ from consolidate.commands.measurement import (
     settled_estimation,
 )
 from consolidate.data.columns import columns_of
-from consolidate.data.encoding import encode
+from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
@@ -230,8 +230,10 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples, str]:
         max_length=options.encoding.max_length,
         pack=options.encoding.pack,
         loss_on=options.encoding.loss_on,
+        images=options.encoding.images,
         seed=options.seed,
     )
+    log_images(examples)
     if cut is not None and source.adapter is not None:
         raise UsageError(
             f"{plan.folder} is an adapter, and --shard needs a whole model: leave --shard out"
@@ -291,6 +293,8 @@ def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagona
             renew_card(staging, ledger)
         refuse_changed(plan.folder if plan.in_place else staging, plan.records, plan.folder)
     done = _result(plan, "done", ledger, fisher_summary(ledger, diagonal))
+    if examples.preprocessing is not None:
+        done["images"] = examples.preprocessing.describe()
     return {**done, "seconds": seconds_of("fisher")}
 
 

@@ -14,6 +14,8 @@ def columns_of(given: Columns, named: Mapping[str, str]) -> Columns:
     return Columns(**{**named, **options})
 
 
+INPUT_COLUMNS = ("inputs", "input", "x")
+"""The usual names of the input tensor."""
 LABEL_COLUMNS = {
     "token-classification": ("labels", "ner_tags", "tags", "label"),
     "multi-label": ("labels", "label"),
@@ -64,4 +66,6 @@ def find_column(rows: Rows, columns: Columns, role: str, *usual: str) -> str:
         f"{rows.name}: expected a column {' or '.join(map(repr, names))}, found "
         f"{', '.join(map(repr, rows.columns))}; name the column with "
         f"--{role.replace('_', '-')}-column"
+        + ", or that of images with --image-column"
+        * (role == "inputs")
     )

@@ -1,17 +1,20 @@
 """Encoding of rows of any kind as examples for a model."""
 
+import logging
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from consolidate.data.examples import Examples
-from consolidate.data.images import encode_images
+from consolidate.data.images import encode_images, encode_own_images, holds_images
 from consolidate.data.tensors import encode_tensors
 from consolidate.data.texts import encode_texts
 from consolidate.models.model import Model
 from consolidate.models.objectives import Objective
-from consolidate.options import Columns
+from consolidate.options import Columns, Images
 from formats.errors import UsageError
 from formats.rows import Rows
+
+LOG = logging.getLogger("consolidate")
 
 
 def encode(
@@ -22,10 +25,14 @@ def encode(
     max_length: int | None = None,
     pack: bool = False,
     loss_on: str | None = None,
+    images: Images | None = None,
     seed: int = 0,
 ) -> Examples:
     """Encode the rows of a task for a model and its objective, checking every label."""
     columns = columns or Columns()
+    objective = model.objective
+    own_images = objective.modality == "tensor" and holds_images(rows, columns)
+    _check_images(images, objective, own_images)
     if pack and model.objective.name not in ("causal-lm", "masked-lm"):
         raise UsageError(
             f"--pack is for language models, not for {model.objective.name}; leave it out"
@@ -37,7 +44,10 @@ def encode(
     if max_length is not None and model.objective.modality != "text":
         raise UsageError(f"--max-length is for texts, not for {model.objective.name}; leave it out")
     examples: Examples
-    if model.objective.modality == "tensor":
+    if own_images:
+        objective = replace(objective, modality="image")
+        examples = encode_own_images(rows, model, columns, images or Images())
+    elif model.objective.modality == "tensor":
         examples = encode_tensors(rows, model, columns)
     elif model.objective.modality == "image":
         examples = encode_images(rows, model, columns)
@@ -45,8 +55,28 @@ def encode(
         examples = encode_texts(
             rows, model, columns, max_length=max_length, pack=pack, loss_on=loss_on, seed=seed
         )
-    examples.notes += unread_columns(columns, model.objective)
+    examples.notes += unread_columns(columns, objective)
     return examples
+
+
+def _check_images(images: Images | None, objective: Objective, own_images: bool) -> None:
+    """Refuse options on images where there are none, or where a processor's file decides."""
+    given = [name for name, value in asdict(images or Images()).items() if value is not None]
+    if own_images or not given:
+        return
+    flag = f"--{given[0].replace('_', '-')}"
+    if objective.modality == "image":
+        raise UsageError(
+            f"{flag} is for models named by --model; for a model of transformers change its "
+            "preprocessor_config.json"
+        )
+    raise UsageError(f"{flag} is for images, found data without an image column; leave it out")
+
+
+def log_images(*encoded: Examples) -> None:
+    """Log how images become inputs of a user's own module, once."""
+    for how in dict.fromkeys(str(one.preprocessing) for one in encoded if one.preprocessing):
+        LOG.info("images: %s", how)
 
 
 def unread_columns(columns: Columns, objective: Objective) -> list[str]:

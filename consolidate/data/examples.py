@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consolidate.data.preprocessing import Preprocessing
 from formats.errors import InputError
 
 
@@ -17,6 +18,8 @@ class Examples(ABC):
 
     # Notes for the user, such as which columns are not read.
     notes: list[str] = field(default_factory=list, kw_only=True)
+    # How images become inputs of a user's own module; None for everything else.
+    preprocessing: Preprocessing | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def __len__(self) -> int:

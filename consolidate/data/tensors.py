@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consolidate.data.columns import find_column, label_column
+from consolidate.data.columns import INPUT_COLUMNS, find_column, label_column
 from consolidate.data.examples import Examples
 from consolidate.data.labels import Labels, as_list, read_labels, within_int64
-from consolidate.estimation.batches import eval_mode
-from consolidate.models.model import Model
+from consolidate.models.model import Model, module_dtype, outputs_of_first
 from consolidate.options import Columns
 from formats.errors import InputError
 from formats.rows import Rows
@@ -36,10 +35,10 @@ class TensorExamples(Examples):
 
 def encode_tensors(rows: Rows, model: Model, columns: Columns) -> Examples:
     """Encode rows of tensors, or of lists of numbers; the first row shows the model's outputs."""
-    name = find_column(rows, columns, "inputs", "inputs", "input", "x")
+    name = find_column(rows, columns, "inputs", *INPUT_COLUMNS)
     inputs = _stacked(rows, name) if rows.tensors is None else within_int64(rows, name)
-    dtype = next((p.dtype for p in model.module.parameters()), torch.float32)
-    outputs = _outputs_of_first(model, inputs, dtype, rows.where(0, name))
+    dtype = module_dtype(model)
+    outputs = outputs_of_first(model, _cast(inputs[:1], dtype), rows.where(0, name))
     column = label_column(rows, columns, model.objective.name)
     labels = None if rows.tensors is None else _signed(within_int64(rows, column))
     if labels is None or model.objective.name == "multi-label":
@@ -89,6 +88,11 @@ def _stacked(rows: Rows, name: str) -> Tensor:
     for i in range(len(rows)):
         where = rows.where(i, name)
         value = rows[i].get(name)
+        if hasattr(value, "convert"):
+            raise InputError(
+                f"{where}: expected numbers, found an image; name the column of images with "
+                "--image-column"
+            )
         try:
             if isinstance(value, str):
                 value = [float(one) for one in as_list(value, where)]
@@ -102,24 +106,6 @@ def _stacked(rows: Rows, name: str) -> Tensor:
                 f"{list(tensor.shape)}"
             )
     return torch.stack(values)
-
-
-@torch.no_grad()
-def _outputs_of_first(model: Model, inputs: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    module = model.module
-    first = _cast(inputs[:1], dtype)
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    try:
-        with eval_mode(module):  # a batch of one must not touch running statistics
-            outputs = module(first.to(device))
-    except Exception as error:
-        raise InputError(
-            f"{where}: the model does not accept inputs of shape {list(first.shape)} and dtype "
-            f"{str(first.dtype).removeprefix('torch.')}: {error}"
-        ) from error
-    if not isinstance(outputs, Tensor):
-        outputs = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
-    return outputs
 
 
 def _cast(inputs: Tensor, dtype: torch.dtype) -> Tensor:

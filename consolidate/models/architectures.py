@@ -78,7 +78,13 @@ def relabelled(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }
-    return changed | ({"num_labels": len(names)} if "num_labels" in config else {})
+    # The count and the names by their other keys too, at the top and where timm repeats them.
+    others = {"num_labels": len(names), "num_classes": len(names), "label_names": list(names)}
+    changed |= {key: value for key, value in others.items() if key in config}
+    for inner in ("model_args", "pretrained_cfg"):
+        if isinstance(part := config.get(inner), dict):
+            changed[inner] = part | {key: value for key, value in others.items() if key in part}
+    return changed
 
 
 def new_head(

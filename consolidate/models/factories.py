@@ -4,7 +4,7 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from consolidate.runtime.randomness import untouched_randomness
 from formats.errors import ConsolidateError, UsageError
+
+TIMM = "timm:create_model"
+"""The factory whose arguments are read from timm's own config."""
 
 
 def make_module(factory: str, config: dict[str, Any]) -> nn.Module:
@@ -46,7 +49,7 @@ def make_module(factory: str, config: dict[str, Any]) -> nn.Module:
                 f"{attribute} of type {type(target).__name__}"
             )
         try:
-            made = target(deepcopy(config)) if _takes_config(target) else target()
+            made = _call(factory, target, deepcopy(config))
         except ConsolidateError:
             raise
         except Exception as error:
@@ -70,6 +73,27 @@ def fresh_weights(factory: str, config: dict[str, Any], seed: int) -> dict[str, 
         module = make_module(factory, config)
     own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     return {name: tensor for name, tensor in module.state_dict().items() if name in own}
+
+
+def _call(factory: str, target: Callable[..., Any], config: dict[str, Any]) -> Any:
+    """Call a factory with the config if it takes one; timm's with what its own config states."""
+    if factory == TIMM:
+        return target(**timm_arguments(config))
+    return target(config) if _takes_config(target) else target()
+
+
+def timm_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `timm.create_model` from a config.json as `save_for_hf` writes it."""
+    name, inside = config.get("architecture"), config.get("pretrained_cfg")
+    if not isinstance(name, str):
+        raise UsageError(
+            f"--model {TIMM}: expected a config.json with the key architecture, as "
+            f"timm.models.save_for_hf writes it, found {name!r}"
+        )
+    arguments = {"pretrained_cfg": inside} if isinstance(inside, Mapping) else {}
+    if "num_classes" in config:
+        arguments["num_classes"] = config["num_classes"]
+    return {"model_name": name, **arguments, **(config.get("model_args") or {})}
 
 
 def _takes_config(target: Callable[..., Any]) -> bool:

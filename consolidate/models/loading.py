@@ -310,6 +310,8 @@ def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
 
 def _label_names(config: Mapping[str, Any]) -> list[str] | None:
     names = config.get("id2label")
+    if names is None and isinstance(stated := config.get("label_names"), list):  # timm's key
+        return [str(name) for name in stated]
     if not isinstance(names, Mapping) or names.keys() != set(map(str, range(len(names)))):
         return None
     labels = [str(names[str(i)]) for i in range(len(names))]

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from consolidate.estimation.batches import eval_mode
 from consolidate.models.file_weights import FileWeights
 from consolidate.models.objectives import Objective
 from consolidate.models.tensor_names import (
@@ -117,3 +119,26 @@ def freeze_parameters(model: Model, patterns: Sequence[str]) -> None:
                     f"the model and also contains {left[0]}; match all of it or none"
                 )
             parameters[name].requires_grad_(False)
+
+
+def module_dtype(model: Model) -> torch.dtype:
+    """Return the dtype of the module's first parameter, which its inputs are cast to."""
+    return next((p.dtype for p in model.module.parameters()), torch.float32)
+
+
+@torch.no_grad()
+def outputs_of_first(model: Model, first: Tensor, where: str, hint: str = "") -> Tensor:
+    """Run the module on the inputs of the first row, (1, …), and return its outputs."""
+    module = model.module
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    try:
+        with eval_mode(module):  # a batch of one must not touch running statistics
+            outputs = module(first.to(device))
+    except Exception as error:
+        raise InputError(
+            f"{where}: the model does not accept inputs of shape {list(first.shape)} and dtype "
+            f"{str(first.dtype).removeprefix('torch.')}: {error}{hint}"
+        ) from error
+    if not isinstance(outputs, Tensor):
+        outputs = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+    return outputs

@@ -72,9 +72,10 @@ def get_objective(name: str, *, factory: bool = False) -> Objective:
     objective = OBJECTIVES[name]
     if factory:
         if name not in _OF_TENSORS:
+            images = "; classification reads images too" * (objective.modality == "image")
             raise UsageError(
                 f"objective {name} needs a model of transformers: expected one of "
-                f"{', '.join(_OF_TENSORS)} with --model"
+                f"{', '.join(_OF_TENSORS)} with --model{images}"
             )
         return replace(objective, auto_class=None, modality="tensor")
     if objective.auto_class is None:

@@ -71,7 +71,7 @@ def test_a_damaged_image_is_named(tmp_path, content):
     path = root / "dog" / "1.png"
     path.write_bytes(path.read_bytes()[:40] if content == "half" else content)
     rows = open_data(root)
-    with pytest.raises(InputError, match=f"{path}: the image cannot be read"):
+    with pytest.raises(InputError, match=f"{path}, row 4: the image cannot be read"):
         rows[3]
 
 

@@ -71,6 +71,8 @@ def test_own_modules_take_tensors() -> None:
     assert get_objective("regression").modality == "text"
     with pytest.raises(UsageError, match="needs a model of transformers"):
         get_objective("causal-lm", factory=True)
+    with pytest.raises(UsageError, match="with --model; classification reads images too"):
+        get_objective("image-classification", factory=True)
     with pytest.raises(UsageError, match="--model"):
         get_objective("classification")
     with pytest.raises(UsageError, match="did you mean causal-lm"):

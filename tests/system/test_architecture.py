@@ -36,13 +36,13 @@ TESTED_THROUGH = {
     "commands/test_report": "views.page",
     "commands/test_forgetting": "training.forgetting",
     "views/test_figures": "views.search_figures",
-    "data/test_examples": "data.columns data.encoding data.images data.labels data.tensors"
-    " data.text_examples data.texts",
+    "data/test_examples": "data.columns data.encoding data.labels data.tensors data.text_examples"
+    " data.texts",
     "estimation/test_fisher_diagonal": "estimation.batches estimation.estimates",
     "estimation/test_layer_rules": "estimation.example_gradients estimation.gradient_methods",
     "estimation/test_passes": "estimation.layer_hooks",
     "runtime/test_distributed": "estimation.sharded_passes runtime.torchrun",
-    "models/test_loading": "models.architectures models.factories models.model runtime.quiet",
+    "models/test_loading": "models.architectures models.model runtime.quiet",
     "formats/test_tensors": "checkpoint_files",
     "formats/test_data": "rows",
     "formats/test_fisher_json": "conversion fields versions wording",

@@ -18,6 +18,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "adam-betas": ("0.5,0.75", [0.5, 0.75]),
     "task-weight": ("2.5", 2.5),
     "weights": ("1,0.5", [1, 0.5]),
+    "image-mean": ("0.5,0.25,0", [0.5, 0.25, 0]),
+    "image-std": ("0.5", [0.5]),
 }
 REQUIRED = {
     "fisher": ["start", "--data", "x"],
