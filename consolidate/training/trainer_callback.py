@@ -49,6 +49,11 @@ def penalty_callback(penalty: Penalty, *, step: str = "gradient") -> Any:
                     "the penalty is on parameters that are not the trained model's: make it for "
                     "the model that the Trainer is given, after any change of its modules"
                 )
+            if not any(parameter.requires_grad for parameter in penalty.parameters()):
+                raise UsageError(
+                    "the model trains none of the penalized parameters, as after peft has frozen "
+                    "them: add the adapter first (get_peft_model), then load the penalty"
+                )
             self.remove_hook()  # of a run that was interrupted
             if step == "proximal":
                 inner = _inner(kwargs["optimizer"])

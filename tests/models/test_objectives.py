@@ -62,7 +62,7 @@ def test_the_architecture_names_the_objective(config: dict, name: str) -> None:
 
 
 def test_an_architecture_that_names_none() -> None:
-    with pytest.raises(InputError, match="architecture BertModel does not .* --objective"):
+    with pytest.raises(InputError, match=r"architecture BertModel does not .* --objective"):
         default_objective({"architectures": ["BertModel"]}, factory=False)
 
 

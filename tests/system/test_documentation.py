@@ -32,8 +32,11 @@ BLOCK = re.compile(
     r"^(<!-- not run: .+ -->\n|<!-- output -->\n)?```(sh|python|toml|text)\n(.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
-CALLED_BY_PEFT = "`is_gradient_checkpointing` is deprecated"  # by peft 0.21 in transformers 5.24
-NOT_OURS = {"git", "pip", "cd", "npm", "python", "torchrun"}  # what a block may say beside us
+OF_OTHERS = (  # what peft 0.21 and trl 1.16 call in transformers 5.24
+    "`is_gradient_checkpointing` is deprecated",
+    "`gradient_checkpointing` is deprecated",
+)
+NOT_OURS = {"accelerate", "git", "pip", "cd", "npm", "python", "torchrun"}  # what a block may say beside us
 
 
 def relative(page: Path) -> str:
@@ -122,7 +125,8 @@ def test_examples_run(page: Path, workspace: Path, hub: loopback_hub.Hub) -> Non
                 (workspace / name[1]).write_text(code, encoding="utf-8")
         else:
             with warnings.catch_warnings():  # those of pytest stay: a warning is an error
-                warnings.filterwarnings("ignore", CALLED_BY_PEFT, FutureWarning)
+                for message in OF_OTHERS:
+                    warnings.filterwarnings("ignore", message, FutureWarning)
                 exec(compile(code, page, "exec"), namespace)
 
 
