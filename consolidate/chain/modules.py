@@ -15,6 +15,7 @@ from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty, unwrapped
 from consolidate.models.lora import (
+    adapted_module,
     has_adapter,
     low_rank_layers,
     other_parameters,
@@ -79,7 +80,7 @@ def load_penalty(
     storage: dict[str, Any] = {"ewc_lambda": ewc_lambda, "dtype": dtype, "device": device}
     offset = stored.ledger.penalty_offset
     if adapted:
-        base = module.get_base_model() if hasattr(module, "get_base_model") else module
+        base = adapted_module(module)
         beside = {name: p for name, p in other_parameters(base).items() if name in fisher}
         own = {name: fisher[name] for name in beside}
         whole = Penalty(beside.items(), own, anchor, **storage)

@@ -151,14 +151,23 @@ def has_adapter(module: nn.Module) -> bool:
     return "peft" in sys.modules and bool(_adapted(module))
 
 
+def adapted_module(module: Any) -> nn.Module:
+    """Return the adapted module that a PeftModel wraps, or the module itself."""
+    base: nn.Module = module.get_base_model() if hasattr(module, "get_base_model") else module
+    return base
+
+
 def without_adapter(module: nn.Module) -> nn.Module:
     """Return the module as it was before peft adapted it, on the meta device: names and shapes."""
-    base = module.get_base_model() if hasattr(module, "get_base_model") else module
+    base = adapted_module(module)
     tensors = [*base.parameters(), *base.buffers()]
     memo: dict[int, Any] = {id(t): t.to("meta") for t in tensors}
     memo |= {id(p): nn.Parameter(memo[id(p)], p.requires_grad) for p in base.parameters()}
     plain: nn.Module = deepcopy(base, memo)
     remove_lora(plain)
+    for name, wrapper in list(plain.named_modules()):
+        if isinstance(wrapper, import_peft().utils.ModulesToSaveWrapper):
+            plain.set_submodule(name, wrapper.original_module)
     return plain
 
 

@@ -36,7 +36,15 @@ OF_OTHERS = (  # what peft 0.21 and trl 1.16 call in transformers 5.24
     "`is_gradient_checkpointing` is deprecated",
     "`gradient_checkpointing` is deprecated",
 )
-NOT_OURS = {"accelerate", "git", "pip", "cd", "npm", "python", "torchrun"}  # what a block may say beside us
+NOT_OURS = {
+    "accelerate",
+    "git",
+    "pip",
+    "cd",
+    "npm",
+    "python",
+    "torchrun",
+}  # what a block may say beside us
 
 
 def relative(page: Path) -> str:
