@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import click
 import cloup
-from click.shell_completion import CompletionItem
+from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
 from consolidate.fields import (
     OTHER,
@@ -86,7 +86,8 @@ def _flag(flat: Flat, group: cloup.OptionGroup | None) -> Callable[[Any], Any]:
     if default is REQUIRED:
         settings["required"] = True
     if _names_file(flat):
-        settings["shell_complete"] = _complete_files
+        named = any(get_origin(kind) is dict for kind in flat.kinds)
+        settings["shell_complete"] = _complete_named_files if named else _complete_files
     if bool in flat.kinds:
         name = NEGATED.get(flat.name, f"--{flat.flag}")
         return cloup.option(name, is_flag=True, default=default, **settings)
@@ -120,6 +121,42 @@ def _complete_files(
 ) -> list[CompletionItem]:
     """Let the shell complete the name of a file or folder."""
     return [CompletionItem(incomplete, type="file")]
+
+
+def _complete_named_files(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """List the files that may stand after the `=` of NAME=DATA."""
+    name, equals, start = incomplete.partition("=")
+    folder, _, begun = start.rpartition("/")
+    if not equals:
+        return []
+    place = Path(f"{folder}/" if "/" in start else ".").expanduser()
+    entries = sorted(place.iterdir()) if place.is_dir() else []
+    before = start.removesuffix(begun) if begun else start
+    return [
+        CompletionItem(f"{name}={before}{entry.name}{'/' if entry.is_dir() else ''}", after=equals)
+        for entry in entries
+        if entry.name.startswith(begun) and (begun or not entry.name.startswith("."))
+    ]
+
+
+class _Bash(BashComplete):
+    """Bash, for which `NAME=DATA` is three words, and which completes files itself."""
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        args, incomplete = super().get_completion_args()
+        words = [*args, incomplete]
+        while "=" in words[1:]:
+            at = words.index("=", 1)
+            words[at - 1 : at + 2] = ["".join(words[at - 1 : at + 2])]
+        return words[:-1], words[-1]
+
+    def format_completion(self, item: CompletionItem) -> str:
+        return "file," if item.after else super().format_completion(item)
+
+
+add_completion_class(_Bash)
 
 
 def _reading(typed: Callable[[str], Any]) -> Callable[..., Any]:

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from consolidate.chain.tasks import Chain, FittedChain
 from consolidate.data.columns import label_column
-from consolidate.data.labels import label_names, label_values, lacking_labels
+from consolidate.data.labels import (
+    label_names,
+    label_values,
+    lacking_labels,
+    place_of_label,
+)
 from consolidate.models.architectures import relabelled
 from consolidate.models.model import Model, file_weights
 from consolidate.options import Columns
@@ -203,8 +208,9 @@ def _check_labels(rows: Rows, model: Model, columns: Columns) -> None:
     if stated is not None and model.labels is None and len(stated) == len(known):
         return  # classes in the data's order, which encoding reports
     if lacking := lacking_labels(found, known):
+        first = place_of_label(rows, model.objective.name, columns, lacking)
         raise InputError(
-            f"{rows.name}: the model lacks the labels {few(lacking, 20)}: expected some of "
+            f"{first}: the model lacks the labels {few(lacking, 20)}: expected some of "
             f"{few(known, 20)}, found {few(found, 20)}: --head new gives the task its own head, "
             "--head extend adds rows for the new labels"
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,15 @@ from consolidate.chain.opening import stored_fisher, with_base
 from consolidate.chain.output import refuse_existing
 from consolidate.chain.tasks import add_task, check_held_once
 from consolidate.estimation.estimates import FisherDiagonal
-from consolidate.ewc.penalty import Penalty
+from consolidate.ewc.low_rank_penalty import MergedPenalty
+from consolidate.ewc.penalty import Penalty, unwrapped
+from consolidate.models.lora import (
+    adapted_module,
+    has_adapter,
+    low_rank_layers,
+    other_parameters,
+    without_adapter,
+)
 from consolidate.models.model import Model, file_weights, layout_of
 from consolidate.models.objectives import get_objective
 from formats.atomic import claimed_in_place, replace_folder
@@ -30,7 +39,7 @@ def load_penalty(
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> Penalty:
+) -> Penalty | MergedPenalty:
     """Make the penalty that keeps a module close to a checkpoint, for your own training loop.
 
     The penalty is λ ((1/2) Σ_i Λ_i (θ_i − μ_i)² + offset), with Λ, μ and offset of the checkpoint,
@@ -48,7 +57,9 @@ def load_penalty(
         device: Device of Λ and μ, as for `Penalty`.
 
     Returns:
-        The penalty; call `add_gradient_` once per optimizer step.
+        The penalty; call `add_gradient_` once per optimizer step. For a module with a LoRA adapter
+        of peft and a whole checkpoint it is on the weights W + s B A, as of
+        ``finetune --penalty-on merged``; for a checkpoint that is an adapter, on A and B.
 
     Raises:
         InputError: There is no Fisher, it does not belong to the weights or to the module, or it
@@ -57,22 +68,28 @@ def load_penalty(
     folder = locate(checkpoint, revision)
     source = open_checkpoint(folder)
     stored = stored_fisher(folder / "fisher", source)
-    layout = layout_of(module, source, own=not hasattr(module, "save_pretrained"))
+    module = unwrapped(module)
+    adapted = source.adapter is None and has_adapter(module)
+    plain = without_adapter(module) if adapted else module
+    layout = layout_of(plain, source, own=not hasattr(plain, "save_pretrained"))
     check_held_once(stored.fisher, layout, str(stored.folder))
-    anchor = stored.anchor or {name: source.weights[name] for name in stored.fisher}
-    penalty = Penalty(
-        module,
-        layout.to_module(stored.fisher),
-        layout.to_module(anchor),
-        ewc_lambda=ewc_lambda,
-        offset=stored.ledger.penalty_offset,
-        dtype=dtype,
-        device=device,
+    fisher = layout.to_module(stored.fisher)
+    anchor = layout.to_module(
+        stored.anchor or {name: source.weights[name] for name in stored.fisher}
     )
+    storage: dict[str, Any] = {"ewc_lambda": ewc_lambda, "dtype": dtype, "device": device}
+    offset = stored.ledger.penalty_offset
+    if adapted:
+        base = adapted_module(module)
+        beside = {name: p for name, p in other_parameters(base).items() if name in fisher}
+        own = {name: fisher[name] for name in beside}
+        whole = Penalty(beside.items(), own, anchor, **storage)
+        layers = low_rank_layers(base)
+        return MergedPenalty(layers, fisher, anchor, offset=offset, beside=whole, **storage)
+    penalty = Penalty(module, fisher, anchor, offset=offset, **storage)
     if not penalty.parameters():
         raise InputError(
-            f"{stored.folder} protects no trainable parameter of the module: unfreeze some; for an "
-            "adapter of peft measure the Fisher of the adapter's own parameters"
+            f"{stored.folder} protects no trainable parameter of the module: unfreeze some"
         )
     return penalty
 

@@ -257,8 +257,9 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
             "first, or name one with --fisher"
         )
     merging = settled_merging(before, options.merging)
-    check_finite(source.weights, folder)
     task_file, rows = open_task(options.data, split=options.encoding.split)
+    task = task_name(options.task or task_file.name, rows.name, before)
+    check_finite(source.weights, folder)  # reads them all
     return Opened(
         source=source,
         before=before,
@@ -266,7 +267,7 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
         penalty_on=penalty_on,
         task_file=task_file,
         rows=rows,
-        task=task_name(options.task or task_file.name, rows.name, before),
+        task=task,
         objective=objective or task_file.objective,
         columns=columns_of(options.encoding.columns, task_file.columns()),
         merging=merging,

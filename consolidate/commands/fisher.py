@@ -136,6 +136,7 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
             plan.check_target()
             if is_first(group):
                 _ = plan.records  # digests of what is measured, even if the files change meanwhile
+        _ = plan.task  # refuse a name that the chain already has before anything is loaded
         model, examples, module = _load(plan, cut)
         estimation = settled_estimation(options.estimation, model, examples)
         if options.dry_run:
@@ -222,7 +223,6 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples, str]:
         gradient_checkpointing=options.parameters.gradient_checkpointing,
     )
     check_names_to_be(plan.before, model)
-    _ = plan.task  # refuse a name that the chain already has before the pass
     examples = encode(
         plan.rows,
         model,

@@ -1,8 +1,9 @@
 """Encoding of rows of any kind as examples for a model."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, replace
+from typing import Any
 
 from consolidate.data.examples import Examples
 from consolidate.data.images import encode_images, encode_own_images, holds_images
@@ -11,6 +12,7 @@ from consolidate.data.texts import encode_texts
 from consolidate.models.model import Model
 from consolidate.models.objectives import Objective
 from consolidate.options import Columns, Images
+from consolidate.runtime.progress import progress
 from formats.errors import UsageError
 from formats.rows import Rows
 
@@ -52,9 +54,18 @@ def encode(
     elif model.objective.modality == "image":
         examples = encode_images(rows, model, columns)
     else:
-        examples = encode_texts(
-            rows, model, columns, max_length=max_length, pack=pack, loss_on=loss_on, seed=seed
-        )
+        with progress(f"reading {rows.name}", len(rows), "rows") as advance:
+            # Labels are a column too, read before the texts.
+            counted = _Counted(rows, advance, by_column=model.objective.language)
+            examples = encode_texts(
+                counted,
+                model,
+                columns,
+                max_length=max_length,
+                pack=pack,
+                loss_on=loss_on,
+                seed=seed,
+            )
     examples.notes += unread_columns(columns, objective)
     return examples
 
@@ -77,6 +88,39 @@ def log_images(*encoded: Examples) -> None:
     """Log how images become inputs of a user's own module, once."""
     for how in dict.fromkeys(str(one.preprocessing) for one in encoded if one.preprocessing):
         LOG.info("images: %s", how)
+
+
+class _Counted(Rows):
+    """Rows that count how many have been read, whole or by a column."""
+
+    def __init__(self, rows: Rows, advance: Callable[[int], None], *, by_column: bool) -> None:
+        self._rows, self._advance, self._read = rows, advance, 0
+        self._by_column = by_column
+        self.name, self.columns, self.tensors = rows.name, rows.columns, rows.tensors
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read_row(self, i: int) -> dict[str, Any]:
+        self._count(i)
+        return self._rows.read_row(i)
+
+    def values(self, column: str) -> Iterator[Any]:
+        for i, value in enumerate(self._rows.values(column)):
+            if self._by_column:
+                self._count(i)
+            yield value
+
+    def where(self, i: int, column: str | None = None) -> str:
+        return self._rows.where(i, column)
+
+    def label_names(self, column: str) -> list[str] | None:
+        return self._rows.label_names(column)
+
+    def _count(self, i: int) -> None:
+        if i >= self._read:
+            self._advance(i + 1 - self._read)
+            self._read = i + 1
 
 
 def unread_columns(columns: Columns, objective: Objective) -> list[str]:

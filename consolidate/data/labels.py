@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,22 @@ def label_values(
     if objective == "multi-label" and found <= {"0", "1"} and len(lengths) == 1:
         return [str(i) for i in range(lengths.pop())]  # rows of K zeros and ones
     return sorted(found, key=int) if all(n.isdecimal() for n in found) else sorted(found)
+
+
+def place_of_label(
+    rows: Rows, objective: str, columns: Columns | None, names: Collection[str]
+) -> str:
+    """Name the first row that has one of these labels, as `label_values` names them."""
+    column = label_column(rows, columns or Columns(), objective)
+    stated = rows.label_names(column) or []
+    wanted = {*names, *(str(i) for i, name in enumerate(stated) if name in names)}
+    for i, value in enumerate(rows.values(column)):
+        several = objective in ("multi-label", "token-classification")
+        for one in as_list(value, rows.where(i, column)) if several else [value]:
+            number = as_integer(one)
+            if (str(one) if number is None else str(number)) in wanted:
+                return rows.where(i, column)
+    return rows.name
 
 
 def lacking_labels(found: Iterable[str], known: Sequence[str]) -> list[str]:

@@ -15,6 +15,11 @@ STEPS = ("gradient", "proximal")
 CPU_PIECE = 2**16  # elements per thread: intermediate results stay in its cache until used
 DEVICE_PIECE = 2**24
 SMALLEST, LARGEST = 1e-37, 1e38  # within float32
+WRAPPERS = {  # class -> its name of the module inside, which begins all names of parameters
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -105,7 +110,7 @@ class Penalty:
             NonFiniteError: If a Fisher or an anchor is not finite.
         """
         check_strength(ewc_lambda, dtype)
-        known = _named(parameters)
+        known = _named(parameters, fisher)
         if unknown := [name for name in fisher if name not in known]:
             raise InputError(
                 f"the Fisher contains {unknown[0]!r} ({len(unknown)} such names), which is not a "
@@ -137,7 +142,9 @@ class Penalty:
         device: torch.device | str | None = None,
     ) -> "Penalty":
         """Return (λ/2) Σ (θ − μ)², that is Λ = 1 for every trainable parameter."""
-        trained = {name: p for name, p in _named(parameters).items() if p.requires_grad}
+        trained = {
+            name: p for name, p in _named(parameters, anchor or ()).items() if p.requires_grad
+        }
         ones = {
             name: torch.ones((), device=p.device).expand(p.shape) for name, p in trained.items()
         }
@@ -273,10 +280,20 @@ class Penalty:
         return self.ewc_lambda * (total / 2 + self._offset)
 
 
-def _named(parameters: NamedParameters) -> dict[str, nn.Parameter]:
-    if isinstance(parameters, nn.Module):
-        parameters = parameters.named_parameters()
-    return dict(parameters)
+def _named(parameters: NamedParameters, wanted: Iterable[str]) -> dict[str, nn.Parameter]:
+    if not isinstance(parameters, nn.Module):
+        return dict(parameters)
+    known = dict(parameters.named_parameters())
+    if any(name not in known for name in wanted):
+        known = dict(unwrapped(parameters).named_parameters())
+    return known
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside DistributedDataParallel, DataParallel and torch.compile."""
+    while (child := WRAPPERS.get(type(module).__name__)) is not None:
+        module = getattr(module, child)
+    return module
 
 
 def check_strength(ewc_lambda: float, dtype: torch.dtype | None) -> None:

@@ -1,7 +1,9 @@
 """Low-rank adapters in a model that is trained: added by peft, inspected, merged."""
 
 import re
+import sys
 from collections.abc import Collection, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -142,6 +144,31 @@ def end_adapting(
         parameter.requires_grad_(True)
     for other in dict.fromkeys(others):
         remove_lora(other.module)
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Return whether a module has layers with a LoRA adapter of peft."""
+    return "peft" in sys.modules and bool(_adapted(module))
+
+
+def adapted_module(module: Any) -> nn.Module:
+    """Return the adapted module that a PeftModel wraps, or the module itself."""
+    base: nn.Module = module.get_base_model() if hasattr(module, "get_base_model") else module
+    return base
+
+
+def without_adapter(module: nn.Module) -> nn.Module:
+    """Return the module as it was before peft adapted it, on the meta device: names and shapes."""
+    base = adapted_module(module)
+    tensors = [*base.parameters(), *base.buffers()]
+    memo: dict[int, Any] = {id(t): t.to("meta") for t in tensors}
+    memo |= {id(p): nn.Parameter(memo[id(p)], p.requires_grad) for p in base.parameters()}
+    plain: nn.Module = deepcopy(base, memo)
+    remove_lora(plain)
+    for name, wrapper in list(plain.named_modules()):
+        if isinstance(wrapper, import_peft().utils.ModulesToSaveWrapper):
+            plain.set_submodule(name, wrapper.original_module)
+    return plain
 
 
 def import_peft() -> Any:

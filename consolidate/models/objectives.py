@@ -122,6 +122,12 @@ def default_objective(config: Mapping[str, Any], factory: bool) -> Objective:
     for ending, name in _BY_ARCHITECTURE.items():
         if architecture.endswith(ending):
             return OBJECTIVES[name]
+    if not architecture and "model_type" not in config:
+        what = "config.json names no architecture" if config else "there is no config.json"
+        raise InputError(
+            f"{what}: name the function that makes the model with --model package.module:factory; "
+            "a model of transformers needs the config.json that save_pretrained writes"
+        )
     what = f"the architecture {architecture}" if architecture else "config.json"
     raise InputError(
         f"{what} does not determine the objective; choose --objective, one of "

@@ -4,11 +4,12 @@ from typing import Any
 
 from torch import nn
 
+from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import STEPS, Penalty, check_proximal
 from formats.errors import UsageError, install
 
 
-def penalty_callback(penalty: Penalty, *, step: str = "gradient") -> Any:
+def penalty_callback(penalty: Penalty | MergedPenalty, *, step: str = "gradient") -> Any:
     """Make the callback that adds a penalty to a `transformers.Trainer`.
 
     Once per optimizer step, when all micro-batches have been accumulated, it unscales the gradients
@@ -18,7 +19,7 @@ def penalty_callback(penalty: Penalty, *, step: str = "gradient") -> Any:
     remain the task's own.
 
     Args:
-        penalty: Made for the model that is trained.
+        penalty: Made for the model that is trained, after an adapter was added to it.
         step: ``gradient``, or ``proximal``, which needs SGD, Adam or AdamW; then the Trainer clips.
 
     Returns:
@@ -26,13 +27,19 @@ def penalty_callback(penalty: Penalty, *, step: str = "gradient") -> Any:
 
     Raises:
         UsageError: `penalty` is not a penalty, `step` is neither, or transformers is not installed;
-            or, when training begins, the penalty is on parameters that the model does not have, or
-            the optimizer's rate is not known.
+            or, when training begins, the penalty is on parameters that the model does not have or
+            that are frozen, or the optimizer's rate is not known.
     """
     if step not in STEPS:
         raise UsageError(f"step {step!r}: expected one of {', '.join(STEPS)}")
     if not hasattr(penalty, "add_gradient_"):
         raise UsageError(f"penalty: expected a Penalty, found {type(penalty).__name__}")
+    proximal = getattr(penalty, "proximal_step_", None)
+    if step == "proximal" and proximal is None:
+        raise UsageError(
+            "step 'proximal' cannot be combined with the penalty on merged weights, which is not "
+            "separable in A and B: use gradient"
+        )
     try:
         from transformers import TrainerCallback
     except ImportError as error:
@@ -49,11 +56,16 @@ def penalty_callback(penalty: Penalty, *, step: str = "gradient") -> Any:
                     "the penalty is on parameters that are not the trained model's: make it for "
                     "the model that the Trainer is given, after any change of its modules"
                 )
+            if not any(parameter.requires_grad for parameter in penalty.parameters()):
+                raise UsageError(
+                    "the model trains none of the penalized parameters, as after peft has frozen "
+                    "them: add the adapter first (get_peft_model), then load the penalty"
+                )
             self.remove_hook()  # of a run that was interrupted
             if step == "proximal":
                 inner = _inner(kwargs["optimizer"])
                 check_proximal(inner)
-                self.hook = inner.register_step_post_hook(penalty.proximal_step_)
+                self.hook = inner.register_step_post_hook(proximal)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # A run that was interrupted within a step has not put it back.

@@ -137,7 +137,14 @@ def run_text(result: RunResult) -> str:
         return "\n".join([*lines, "Dry run: nothing was done."])
     if result["accuracy_matrix"] is not None:
         lines += ["", matrix_text(result["accuracy_matrix"]), ""]
-    return "\n".join([*lines, f"last checkpoint: {result['checkpoint']}"])
+    lines.append(f"last checkpoint: {result['checkpoint']}")
+    if all(step["status"] == "skipped" for step in result["steps"]):
+        count = len(result["steps"])
+        lines.append(
+            f"Nothing to do: {f'all {count} steps are' if count > 1 else 'the only step is'} up to "
+            f"date. To repeat a step, delete its folder in {result['output_dir']}."
+        )
+    return "\n".join(lines)
 
 
 def verify_text(summary: VerifyResult) -> str:

@@ -240,8 +240,11 @@ def test_extending_holds_old_rows_and_frees_new_ones(
 ) -> None:
     old_data, new_data = pairs(0, 1), pairs(1, 2)
     consolidate.fisher(start, old_data, task="a", merge_rule=rule, **MODEL)
+    row = np.load(new_data)["labels"].tolist().index(2) + 1
     with pytest.raises(
-        InputError, match=r"lacks the labels 2: expected some of 0, 1, found 1, 2: "
+        InputError,
+        match=rf"t1-2\.npz, row {row}, column 'labels': the model lacks the labels 2: "
+        "expected some of 0, 1, found 1, 2: ",
     ):
         finetune(start, new_data, output_dir=tmp_path / "b", ewc_lambda=1.0, **FAST)
     finetune(
@@ -407,7 +410,8 @@ def test_a_classifier_of_transformers_gets_new_and_wider_heads(
     first = evaluate(classifier, {"old": old})["old"]
     with pytest.raises(
         InputError,
-        match=r"lacks the labels art, news, sport: expected some of .*, found art, news, sport:",
+        match=r"topics\.jsonl, row 1 \(line 1\), column 'label': the model lacks the labels art, "
+        r"news, sport: expected some of .*, found art, news, sport:",
     ):
         finetune(classifier, topics, output_dir=tmp_path / "b", ewc_lambda=1.0)
     finetune(

@@ -515,6 +515,11 @@ def test_the_command_line(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "02-b, step 3 of 4: new" in err
     assert "after \\ on       a       b       c" in text
     assert text.endswith(f"last checkpoint: {tmp_path / 'other' / '03-c'}\n")
+    code, text, _ = run_cli(capsys, "run", tasks, "--output-dir", tmp_path / "other")
+    assert text.endswith(
+        "Nothing to do: all 4 steps are up to date. To repeat a step, delete its folder in "
+        f"{tmp_path / 'other'}.\n"
+    )
     code, text, _ = run_cli(capsys, "run", tasks, "--output-dir", tmp_path / "other", "--json")
     assert statuses(json.loads(text))["03-c"] == "skipped"
     edit(tasks, "epochs", "epoch")

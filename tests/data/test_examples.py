@@ -1,4 +1,6 @@
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -388,6 +390,23 @@ def test_packing_fills_sequences(tmp_path: Path) -> None:
     assert examples.notes == [f"5 texts fill {len(blocks)} sequences of 9 tokens"]
     with pytest.raises(UsageError, match="--pack is for language models"):
         encode(rows, bert(tmp_path / "bert"), pack=True)
+
+
+@pytest.mark.parametrize("kind", [bert, gpt2])
+def test_reading_shows_how_far_it_has_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    shown: list[Any] = []
+
+    @contextmanager
+    def counted(*label: Any) -> Iterator[Callable[[int], None]]:
+        shown.append(label)
+        yield shown.append
+
+    monkeypatch.setattr("consolidate.data.encoding.progress", counted)
+    rows = jsonl(tmp_path, *[{"text": "the cat", "label": i % 2} for i in range(5)])
+    encode(rows, kind(tmp_path))
+    assert shown == [("reading train.jsonl", 5, "rows"), 1, 1, 1, 1, 1]
 
 
 def test_the_completion_alone_is_predicted(tmp_path: Path) -> None:

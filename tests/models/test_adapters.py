@@ -552,6 +552,33 @@ def test_the_penalty_of_an_adapter_is_loaded_for_a_model_of_peft(
     assert penalty.value() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_penalty_of_the_whole_weights_is_loaded_for_a_model_of_peft(
+    gpt2: Path, task: Path, wrapped: bool, whole: bool
+):
+    fisher(gpt2, task, task="old", estimator="empirical")
+    options: dict[str, Any] = {"modules_to_save": ["ln_f"]} if whole else {}
+    start = peft.LoraConfig(
+        r=2, target_modules=["c_attn", "wpe"], init_lora_weights=False, fan_in_fan_out=True,
+        **options,
+    )  # fmt: skip
+    with torch.random.fork_rng(), by_peft():
+        torch.manual_seed(3)
+        model = peft.get_peft_model(transformers.GPT2LMHeadModel.from_pretrained(gpt2), start)
+    for name, parameter in model.named_parameters():
+        if "ln_f.modules_to_save" in name:
+            parameter.data += 0.5
+    penalty = load_penalty(torch.nn.DataParallel(model) if wrapped else model, gpt2, ewc_lambda=2.0)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for p in penalty.parameters()} == trained
+    assert penalty.unprotected == []
+    value = penalty.value()
+    with by_peft():
+        merged = model.merge_and_unload().requires_grad_(True)
+    assert load_penalty(merged, gpt2, ewc_lambda=2.0).value() == pytest.approx(value, rel=1e-5)
+
+
 def test_a_module_of_the_users_own_takes_an_adapter(
     network_checkpoint: Path, write_task: Callable[..., Path], tmp_path: Path
 ):

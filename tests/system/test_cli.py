@@ -22,7 +22,7 @@ import transformers
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from consolidate.cli import cli
+from consolidate.cli import cli, main
 from consolidate.commands import show as show_command
 from consolidate.options import FinetuneOptions
 from formats.errors import InputError
@@ -676,6 +676,8 @@ def test_the_commands_are_listed_in_sections(
         ("consolidate finetune my-model --data dat", ["file,dat"]),
         ("consolidate verify my-mo", ["file,my-mo"]),
         ("consolidate show --config ", ["file,"]),
+        ("consolidate finetune my-model --evaluate old = pypro", ["file,"]),
+        ("consolidate finetune my-model --evaluate = old = ./pypro", ["file,"]),
     ],
 )
 def test_the_shell_completes_without_torch(words: str, expected: list[str]) -> None:
@@ -697,6 +699,30 @@ def test_the_shell_completes_without_torch(words: str, expected: list[str]) -> N
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [*expected, "[]"]
+
+
+def test_zsh_and_fish_complete_the_file_of_a_named_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    for name in ("data/a.jsonl", "data/b.csv", "data/.hidden"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for begun, expected in {
+        "old=": ["old=data/"],
+        "old=da": ["old=data/"],
+        "old=no-such": [],
+        "old": [],
+        "old=data/": ["old=data/a.jsonl", "old=data/b.csv", "old=data/more/"],
+        f"old={tmp_path}/data/a": [f"old={tmp_path}/data/a.jsonl"],
+    }.items():
+        monkeypatch.setenv("_CONSOLIDATE_COMPLETE", "fish_complete")
+        monkeypatch.setenv("COMP_WORDS", f"consolidate evaluate my-model --data {begun}")
+        monkeypatch.setenv("COMP_CWORD", begun)
+        with pytest.raises(SystemExit):
+            main([])
+        lines = capsys.readouterr().out.split()
+        assert lines == [f"plain,{each}" for each in expected]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

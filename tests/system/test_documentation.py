@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from support import in_process, loopback_hub
 
@@ -32,8 +34,19 @@ BLOCK = re.compile(
     r"^(<!-- not run: .+ -->\n|<!-- output -->\n)?```(sh|python|toml|text)\n(.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
-CALLED_BY_PEFT = "`is_gradient_checkpointing` is deprecated"  # by peft 0.21 in transformers 5.24
-NOT_OURS = {"git", "pip", "cd", "npm", "python", "torchrun"}  # what a block may say beside us
+OF_OTHERS = (  # what peft 0.21 and trl 1.16 call in transformers 5.24
+    "`is_gradient_checkpointing` is deprecated",
+    "`gradient_checkpointing` is deprecated",
+)
+NOT_OURS = {
+    "accelerate",
+    "git",
+    "pip",
+    "cd",
+    "npm",
+    "python",
+    "torchrun",
+}  # what a block may say beside us
 
 
 def relative(page: Path) -> str:
@@ -122,8 +135,41 @@ def test_examples_run(page: Path, workspace: Path, hub: loopback_hub.Hub) -> Non
                 (workspace / name[1]).write_text(code, encoding="utf-8")
         else:
             with warnings.catch_warnings():  # those of pytest stay: a warning is an error
-                warnings.filterwarnings("ignore", CALLED_BY_PEFT, FutureWarning)
+                for message in OF_OTHERS:
+                    warnings.filterwarnings("ignore", message, FutureWarning)
                 exec(compile(code, page, "exec"), namespace)
+
+
+@pytest.mark.slow
+def test_the_loop_for_accelerate_in_two_processes(workspace: Path, hub: loopback_hub.Hub) -> None:
+    text = (DOCS / "how-to" / "accelerate.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(# train\.py\n.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    measure, start, check = re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    code += (  # what each process ends with, to compare
+        "end = accelerator.unwrap_model(trained).state_dict()\n"
+        "torch.save(end, f'end-{accelerator.process_index}.pt')\n"
+    )
+    (workspace / "train.py").write_text(code, encoding="utf-8")
+    run_shell(measure, workspace, hub)
+    command, *words = shlex.split(start.splitlines()[-1], comments=True)
+    assert command == "torchrun"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *words],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("penalty ") == 1
+    run_shell(check, workspace, hub)
+    ends = [torch.load(workspace / f"end-{i}.pt") for i in range(2)]
+    written = load_file(workspace / "my-model-2" / "model.safetensors")
+    before = load_file(workspace / "my-model" / "model.safetensors")
+    for name, tensor in written.items():
+        assert torch.equal(tensor, ends[0][name])
+        assert torch.equal(tensor, ends[1][name])
+    assert not torch.equal(written["classifier.weight"], before["classifier.weight"])
 
 
 def prose(page: Path) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty
 from consolidate.training.trainer_callback import penalty_callback
 from formats.errors import UsageError
@@ -224,6 +225,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         penalty_callback("my-model")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"'implicit'.*gradient, proximal"):
         penalty_callback(penalty, step="implicit")
+    merged = MergedPenalty.__new__(MergedPenalty)
+    with pytest.raises(UsageError, match="not separable in A and B"):
+        penalty_callback(merged, step="proximal")
     optimizer = torch.optim.RMSprop(model.parameters())
     with pytest.raises(UsageError, match="not the trained model's"):
         trainer(model, tmp_path, optimizer, penalty_callback(penalty)).train()
@@ -261,3 +265,28 @@ def test_adapters_of_peft_are_held_like_any_parameter(tmp_path: Path, head: bool
     trainer(model, tmp_path, optimizer, callback, max_grad_norm=0.5).train()
     assert_alike(model, reference, **EXACT)
     assert not torch.equal(trained[0][1], before)
+
+
+def test_a_penalty_on_weights_that_an_adapter_has_frozen_is_refused(tmp_path: Path) -> None:
+    model = Network().float()
+    fisher, anchor = fisher_and_anchor(model)
+    penalty = Penalty(model, fisher, anchor, ewc_lambda=LAMBDA)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.1)
+    with pytest.raises(UsageError, match=r"frozen them: add the adapter first"):
+        trainer(adapted, tmp_path, optimizer, penalty_callback(penalty)).train()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_a_wrapped_model_has_the_names_of_the_one_inside(wrap: Any) -> None:
+    model = Network()
+    fisher, anchor = fisher_and_anchor(model)
+    wrapped = Penalty(wrap(model), fisher, anchor, ewc_lambda=LAMBDA)
+    assert wrapped.value() == Penalty(model, fisher, anchor, ewc_lambda=LAMBDA).value() > 0
+    alike = Penalty.l2(wrap(model), anchor, ewc_lambda=LAMBDA)
+    assert alike.value() == Penalty.l2(model, anchor, ewc_lambda=LAMBDA).value() > 0
+    # A Fisher that was measured with the wrapper's names fits the wrapper.
+    prefix = "module." if wrap is nn.DataParallel else "_orig_mod."
+    own = ({f"{prefix}{name}": value for name, value in each.items()} for each in (fisher, anchor))
+    assert Penalty(wrap(model), *own, ewc_lambda=LAMBDA).value() == wrapped.value()
