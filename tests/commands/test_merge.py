@@ -127,18 +127,10 @@ def test_what_was_merged_is_verified_shown_and_trained_on(
         assert penalty_at(last, theta) == pytest.approx(explicit, rel=1e-5)
 
 
-@pytest.mark.parametrize("rule", ["online", "separate"])
-def test_merging_one_is_the_identity(family: dict[str, Path], tmp_path: Path, rule: str) -> None:
-    data = tmp_path / "task-b.npz"
-    start = tmp_path / "start"
-    finetune(
-        family["a"], data, output_dir=tmp_path / "one", ewc_lambda=1.0, merge_rule=rule,
-        freeze=["0.bias"], **FAST,
-    )  # fmt: skip
-    consolidate.merge([tmp_path / "one"], output_dir=tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "one")
-    assert ("fisher/anchor.safetensors" in contents(tmp_path / "out")) == (rule == "separate")
-    assert contents(tmp_path / "out")["LICENSE"] == contents(start)["LICENSE"]
+def test_one_checkpoint_cannot_be_merged(strangers: list[Path], tmp_path: Path) -> None:
+    for some in ([], strangers[:1]):
+        with pytest.raises(UsageError, match=f"at least two checkpoints, found {len(some)}; to"):
+            consolidate.merge(some, output_dir=tmp_path / "out", base=strangers[1])
 
 
 def test_children_of_one_base_are_merged_with_it_and_refused_without(

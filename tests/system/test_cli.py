@@ -617,7 +617,8 @@ def test_a_file_beyond_the_limit_of_the_system_is_told_as_a_full_disk_is(
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400)),
     )
     assert done.returncode == InputError.exit_code, done.stderr
-    assert "the file exceeds the size limit (ulimit -f)" in done.stderr
+    file = network_checkpoint / "fisher" / "fisher.safetensors"
+    assert f"{file}: the file exceeds the size limit (ulimit -f)" in done.stderr
     assert not (network_checkpoint / "fisher").exists()
 
 
@@ -774,3 +775,15 @@ def test_a_terminal_gets_our_bars_and_none_of_a_library(tmp_path: Path) -> None:
     assert (code, list(dict.fromkeys(bars))) == (0, ["evaluating", "training", "Fisher of a"]), err
     assert err.count("%|") == len(bars)
     assert on_a_terminal(tmp_path, *words, "quiet", "--quiet") == (0, "")
+
+
+def test_too_little_memory_is_no_internal_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("Unable to allocate 4.00 GiB")
+
+    monkeypatch.setattr("consolidate.commands.show.show", fail)
+    code, _, err = run(capsys, "show", "x")
+    assert code == InputError.exit_code
+    assert err.startswith("error: not enough memory (Unable to allocate 4.00 GiB); raise the limit")
