@@ -106,14 +106,9 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         plan = plan_finetune(options, again=again)
         needed = output_bytes(plan.opened.source, whole=True)
         work = kept_work(options, plan.target, lambda: plan.description, needed)
-        if (done := cached(plan.there, plan.made_from)) is not None:
+        if (done := _done_before(plan)) is not None:
             work.remove_own()
-            return _cached(plan, done.ledger)
-        if (failed := failed_before(plan)) is not None:
-            again_failed = _cached(failed.plan, failed.ledger)
-            if is_first(all_processes()):
-                raise _too_much(failed.forgotten, options, again_failed)
-            return again_failed
+            return done
         plan.check_target()
         if plan.target.exists() and plan.target.samefile(plan.opened.source.path):
             LOG.info(
@@ -161,6 +156,18 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         result["alpha_search"] = chosen
     if forgotten and is_first(group):
         raise _too_much(forgotten, options, result)
+    return result
+
+
+def _done_before(plan: Plan) -> FinetuneCached | None:
+    """Report an output that is up to date; one that forgot too much is refused again."""
+    if (done := cached(plan.there, plan.made_from)) is not None:
+        return _cached(plan, done.ledger)
+    if (failed := failed_before(plan)) is None:
+        return None
+    result = _cached(failed.plan, failed.ledger)
+    if is_first(all_processes()):
+        raise _too_much(failed.forgotten, plan.options, result)
     return result
 
 
