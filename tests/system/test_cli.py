@@ -282,10 +282,9 @@ def test_merge(
     code, text, _ = run(capsys, *together, "--output-dir", out, "--weights", "2,0.5", "--json")
     assert code == 0
     assert json.loads(text)["weights"] == [2, 0.5]
-    out = tmp_path / "copy"
-    code, text, _ = run(capsys, "merge", tmp_path / "a", "--output-dir", out)
-    assert code == 0
-    assert f"copy: a copy of {tmp_path / 'a'}, the only model; tasks a;" in text
+    code, _, err = run(capsys, "merge", tmp_path / "a", "--output-dir", tmp_path / "copy")
+    assert code == 2
+    assert "merge needs at least two checkpoints, found 1" in err
     out = tmp_path / "weighed"
     assert run(capsys, "verify", out)[0] == run(capsys, "show", out)[0] == 0
 
@@ -321,7 +320,7 @@ def test_merge(
         (("finetune", "start", "--data", "old.npz"), 2, "--output-dir"),
         (("show", "start"), 3, "fisher"),
         (("verify", "start"), 3, "fisher"),
-        (("merge", "start", "--output-dir", "o"), 3, "fisher"),
+        (("merge", "start", "start", "--output-dir", "o"), 3, "fisher"),
         (("merge", "start", "--output-dir", "o", "--weights", "1;2"), 2, "--weights"),
         (("merge", "--output-dir", "o"), 2, "CHECKPOINT"),
         (
