@@ -103,6 +103,10 @@ def _fail(message: str, code: int, state: dict[str, bool]) -> NoReturn:
 def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, ConsolidateError):
         return str(error), error.exit_code
+    if isinstance(error, MemoryError):
+        what = f" ({error})" if str(error) else ""
+        advice = "raise the limit (ulimit -v), use another machine, or a smaller --batch-size"
+        return f"not enough memory{what}; {advice}", InputError.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.filename or 'output'}: no space left", InputError.exit_code
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
@@ -255,8 +259,7 @@ def evaluate(**typed: Any) -> None:
 def merge(**typed: Any) -> None:
     """Merge checkpoints of one architecture by Fisher-weighted averaging.
 
-    Every CHECKPOINT needs its Fisher. The output protects the tasks of all of them; the output for
-    a single CHECKPOINT is a copy.
+    Every CHECKPOINT needs its Fisher. The output protects the tasks of all of them.
     """
     _do(typed, text_view.merge_text)
 

@@ -276,6 +276,8 @@ class FinetuneCached(Finetuned):
     """The output was up to date: what its ledger records."""
 
     status: Literal["cached"]
+    exit_code: NotRequired[Annotated[Literal[5], about("With `--json`, if it forgot too much.")]]
+    error: NotRequired[Annotated[str, about("With `--json`, if it forgot too much.")]]
 
 
 class FinetuneDone(Finetuned):

@@ -17,10 +17,11 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
 from pathlib import Path
+from typing import TypeVar
 
 from formats.errors import InputError
 
@@ -34,6 +35,10 @@ _LOCK = ".consolidate-lock"
 _PARTIAL = ".consolidate-partial"
 _CLAIM = ".consolidate-claim"
 _NOT_CONTENT = {_NEW, _OLD, _COMMIT, _PUBLISH, _LOCK, _CLAIM, "lost+found"}
+
+_READS = 5  # of a folder that is replaced again and again
+
+T = TypeVar("T")
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -132,6 +137,35 @@ def recover(target: Path) -> None:
         ) from error
 
 
+def unreplaced(path: Path, read: Callable[[], T]) -> T:
+    """Read a checkpoint, and again if it was replaced meanwhile.
+
+    A folder is replaced in one step, but its files are opened one after the other, so that some
+    can be the old ones.
+    """
+    for _ in range(_READS - 1):
+        before = _identity(path)
+        try:
+            return read()
+        except (InputError, OSError):
+            if _identity(path) == before:
+                raise
+    return read()
+
+
+def _identity(path: Path) -> list[tuple[int, int, int] | None]:
+    """Identify a folder and its Fisher, either of which can be replaced."""
+    found: list[tuple[int, int, int] | None] = []
+    for part in (path, path / "fisher"):
+        try:
+            status = os.stat(part)
+        except OSError:
+            found.append(None)
+        else:  # an inode's number is used again, with another time
+            found.append((status.st_dev, status.st_ino, status.st_ctime_ns))
+    return found
+
+
 def write_file(path: Path, data: bytes | str) -> None:
     """Write a file atomically: into a temporary sibling, synced, then renamed to the path.
 
@@ -191,6 +225,12 @@ def explain_full_disk(place: Path, needed: int) -> Iterator[None]:
         if error.errno in _FULL:
             sizes = f" ({needed:,} bytes needed, {free:,} were free)"
             raise _full(place, sizes) from error
+        if error.errno == errno.EFBIG:
+            path = final_path(Path(error.filename or place))
+            raise InputError(
+                f"{path}: the file exceeds the size limit (ulimit -f); nothing was changed; raise "
+                "the limit"
+            ) from error
         raise
 
 
@@ -201,6 +241,13 @@ class _Place:
         self.target = Path(os.path.realpath(target))
         if not self.target.name:
             raise InputError(f"{target} is the root of the file system; choose another folder")
+        try:
+            str(self.target).encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(self.target).decode(errors="backslashreplace")
+            raise InputError(
+                f"{shown}: the path is not UTF-8, and safetensors reads no other; rename the folder"
+            ) from None
         self.mounted = _is_mount(self.target)
         self.new, self.old, self.lock, self.claim = (
             self.target / name
@@ -237,6 +284,8 @@ def _is_content(name: str) -> bool:
 
 
 def _refuse_content(target: Path, overwrite: bool) -> None:
+    if os.path.islink(target):  # although resolved
+        raise InputError(f"{target} is a link that leads to itself; remove it")
     if not target.exists():
         return
     if not target.is_dir():
@@ -266,19 +315,26 @@ def _check_parent(given: Path, place: Path) -> None:
 
 
 def _lock_or_refuse(place: _Place, cleanup: ExitStack) -> None:
-    # A reader in `recover` holds the lock for a moment.
+    if _lock_soon(place.lock, cleanup) is _Lock.BUSY:
+        raise InputError(
+            f"{place.target}: another process is writing this folder; wait until it ends"
+        )
+
+
+def _lock_soon(path: Path, cleanup: ExitStack) -> _Lock:
+    # A reader in `recover`, or who removes stale claims, holds the lock for a moment.
     for _ in range(20):
-        if _lock(place.lock, cleanup) is not _Lock.BUSY:
-            return
+        if (found := _lock(path, cleanup)) is not _Lock.BUSY:
+            break
         time.sleep(0.05)
-    raise InputError(f"{place.target}: another process is writing this folder; wait until it ends")
+    return found
 
 
 def _claim(place: _Place, cleanup: ExitStack) -> None:
     """Hold the claim on a place until `cleanup` closes, or refuse."""
     with _explained(place.target, _FULL | _FORBIDDEN | {errno.ENOENT}):  # as in /proc
         _make_parents(place.claim, cleanup)
-        if _lock(place.claim, cleanup) is _Lock.BUSY:
+        if _lock_soon(place.claim, cleanup) is _Lock.BUSY:
             number = place.claim.read_text()
             holder = f"process {number}" if number else "another process"
             raise InputError(
@@ -288,6 +344,14 @@ def _claim(place: _Place, cleanup: ExitStack) -> None:
         with suppress(OSError):  # where files cannot be locked, or the disk is full
             if place.claim.exists():
                 place.claim.write_text(str(os.getpid()))
+        _remove_stale_claims(place.claim.parent)
+
+
+def _remove_stale_claims(folder: Path) -> None:
+    """Remove the claims in a folder that killed commands left: nobody locks them."""
+    for path in folder.glob(f".*{_CLAIM}"):
+        with suppress(OSError), ExitStack() as moment:
+            _lock(path, moment)
 
 
 def _lock(path: Path, cleanup: ExitStack) -> _Lock:

@@ -1,5 +1,6 @@
 """Checkpoints on disk: a folder or a bare file, its weights by name, and everything beside them."""
 
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from formats.atomic import explain_full_disk, recover
-from formats.checkpoint_files import check_link, read_index, read_json
+from formats.atomic import explain_full_disk, recover, unreplaced
+from formats.checkpoint_files import check_link, read_index, read_json, real_path
 from formats.digest import TensorRecord, tensor_record
 from formats.errors import InputError, NonFiniteError
 from formats.pickles import PICKLE_SUFFIXES, open_pickle
@@ -61,6 +62,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     A killed run's replacement of the folder is completed or rolled back first.
     """
+    return unreplaced(path, lambda: _open(path))
+
+
+def _open(path: Path) -> Checkpoint:
     try:
         recover(path)
         if not path.exists():
@@ -161,7 +166,7 @@ def _model_name(folder: Path) -> str:
     """Name the usual file or index, else the only safetensors model, else pickle, else adapter."""
     for standard in ("model.safetensors", "pytorch_model.bin"):
         for name in (f"{standard}.index.json", standard):
-            if (folder / name).exists():
+            if os.path.lexists(folder / name):
                 return name
     names = sorted(
         entry.name
@@ -198,7 +203,7 @@ def _model_name(folder: Path) -> str:
 
 def _read_beside(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
-    return read_json(check_link(folder, path)) if path.exists() else {}
+    return read_json(check_link(folder, path)) if os.path.lexists(path) else {}
 
 
 def _refuse_quantized(path: Path, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
@@ -217,8 +222,8 @@ def _refuse_quantized(path: Path, weights: Mapping[str, Tensor], config: dict[st
 
 def _files_below(root: Path, entry: Path, above: frozenset[Path]) -> Iterator[tuple[Path, Path]]:
     check_link(root, entry)
-    real = entry.resolve()
-    if real in above or real == root.resolve():
+    real = real_path(entry)
+    if real in above or real == real_path(root):
         raise InputError(f"{entry} is a link to a folder that contains it; remove the link")
     if entry.is_file():
         yield entry, entry.relative_to(root)

@@ -1,6 +1,8 @@
 """The files of a checkpoint: the links among them, their JSON, and the index of the shards."""
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ def inside(folder: Path, name: str) -> Path:
 
 def check_link(folder: Path, path: Path) -> Path:
     """Return the path, and refuse a link out of a checkpoint folder, which may be untrusted."""
-    root, real = folder.resolve(), path.resolve()
+    root, real = real_path(folder), real_path(path)
     # In the Hub's cache MODEL/snapshots/COMMIT/… are links into MODEL/blobs.
     blobs = [above.parent / "blobs" for above in root.parents if above.name == "snapshots"]
     if not any(real.is_relative_to(allowed) for allowed in (root, *blobs[:1])):
@@ -34,6 +36,18 @@ def check_link(folder: Path, path: Path) -> Path:
             "replace it by a copy of the file if you trust it"
         )
     return path
+
+
+def real_path(path: Path) -> Path:
+    """Return the path without links; one that leads to itself is refused."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InputError(
+                f"{path} is a link that leads to itself; replace it by what it should be"
+            ) from None
+    return Path(os.path.realpath(path))
 
 
 def read_index(path: Path) -> dict[str, str]:

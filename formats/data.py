@@ -8,7 +8,7 @@ from formats.errors import InputError, NetworkError, UsageError
 from formats.hub_dataset import is_hub_id, is_saved_dataset, open_hub, open_saved
 from formats.image_folder import ImageFolderRows, is_image
 from formats.parquet_rows import ParquetRows
-from formats.rows import JoinedRows, Rows
+from formats.rows import JoinedRows, Rows, check_regular
 from formats.tensor_rows import TensorRows
 from formats.text_rows import CsvRows, JsonLinesRows, open_json
 from formats.wording import neighbours
@@ -39,6 +39,8 @@ def open_data(
     """Open the data of a task: a file or folder, or a Hub dataset if no such path exists."""
     path = Path(spec).expanduser()
     if not path.exists():
+        if path.is_symlink():
+            raise InputError(f"{spec} is a broken link; correct what it points to")
         if isinstance(spec, str) and not _looks_like_file(path) and is_hub_id(spec):
             try:
                 return open_hub(spec, split=split, subset=subset, revision=revision)
@@ -74,7 +76,7 @@ def _near(path: Path) -> str:
 
 def _open_file(path: Path) -> Rows:
     if (kind := _KINDS.get(path.suffix.lower())) is not None:
-        return kind(path)
+        return kind(check_regular(path))
     raise InputError(
         f"{path}: unknown kind of data: expected one of {', '.join(DATA_SUFFIXES)}, or a folder of "
         f"images by class, found {path.suffix or 'no suffix'}"

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from formats.atomic import final_path, recover, write_file
+from formats.atomic import final_path, recover, unreplaced, write_file
 from formats.checkpoint import weight_records
 from formats.checkpoint_files import check_link
 from formats.digest import TensorRecord, differences, dtype_name, set_digest, tensor_record
@@ -133,6 +133,10 @@ def read_fisher(folder: str | Path) -> StoredFisher:
         NonFiniteError: A number of the ledger overflows to infinity.
     """
     folder = Path(folder)
+    return unreplaced(folder.parent, lambda: _read(folder))
+
+
+def _read(folder: Path) -> StoredFisher:
     recover(folder)
     if not folder.parent.is_dir():
         found = "a file" if folder.parent.exists() else "nothing"

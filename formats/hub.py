@@ -16,7 +16,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from formats.checkpoint import PICKLE_SUFFIXES
+from formats.checkpoint_files import MAX_JSON_BYTES
 from formats.errors import InputError, NetworkError, UsageError
+from formats.fisher_json import MAX_LEDGER_BYTES
 from formats.hub_errors import AccessError, commit_in, hub_call
 from formats.wording import neighbours
 
@@ -63,6 +65,8 @@ def locate(
     except HFValidationError:
         name = ""
     lost = f"{checkpoint}: no such file or folder{_near(path)}"
+    if path.is_symlink():
+        raise InputError(f"{checkpoint} is a broken link; correct what it points to")
     if not name or path.is_absolute() or name.startswith(".") or _in_a_folder(path):
         raise InputError(lost)
     wanted = None if only is None else list(only)
@@ -70,10 +74,11 @@ def locate(
     reached = False
     try:
         with hub_call("", again="", revision=revision):
-            info = HfApi().model_info(name, revision=revision, timeout=10)
+            info = HfApi().model_info(name, revision=revision, timeout=10, files_metadata=True)
         reached = True
         commit_in("", info)
         files = _names(info)
+        _refuse_large(info)
         safe = any("/" not in file and file.endswith(".safetensors") for file in files)
         ignored = [*OTHER_FRAMEWORKS, *(PICKLES if safe else []), *without]
         with hub_call("", again="", revision=revision):
@@ -85,9 +90,11 @@ def locate(
                 if not is_offline_mode():
                     LOG.warning("%s: %s; using the copy in the cache", name, error)
                 return _logged(name, cached)
-            if "/" not in name and _near(path):
+            if _near(path):
                 raise InputError(lost) from None  # a typing error, which no retry cures
         start = f"{name}: " if reached else f"{lost}, and "
+        if failed and is_offline_mode():  # the same command would fail again
+            raise InputError(f"{start}{error}; check the spelling, or unset it") from None
         advice = "try again" if reached else "check the spelling, or try again"
         raise type(error)(f"{start}{error}{f'; {advice}' if failed else ''}") from None
     return _logged(name, snapshot)
@@ -142,6 +149,9 @@ def _in_a_folder(path: Path) -> bool:
 
 def _near(path: Path) -> str:
     near = neighbours(path)
+    if len(path.parts) == 2:  # "run/a" for "runs/a"
+        folders = [Path(name) / path.name for name in neighbours(path.parent)]
+        near += [str(other) for other in folders if other.exists()]
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
@@ -154,6 +164,19 @@ def _names(info: ModelInfo) -> list[str]:
                 f"the Hub lists a file with the invalid name {name!r}; nothing was fetched"
             )
     return names
+
+
+def _refuse_large(info: ModelInfo) -> None:
+    """Refuse a ledger or a config of a size that would be refused once it was fetched."""
+    for file in info.siblings or []:
+        size, name = file.size, PurePosixPath(file.rfilename).name
+        most = MAX_LEDGER_BYTES if name == "fisher.json" else MAX_JSON_BYTES
+        known = name in ("fisher.json", "config.json", "adapter_config.json")
+        if (known or name.endswith(".index.json")) and isinstance(size, int) and size > most:
+            raise InputError(
+                f"{file.rfilename}: expected at most {most:,} bytes, found {size:,}; nothing was "
+                "fetched"
+            )
 
 
 def _cached(fetch: Callable[..., str], without: Sequence[str]) -> str | None:

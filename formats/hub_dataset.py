@@ -250,7 +250,7 @@ def _explained(
         )
     if NetworkError in reasons:
         if datasets.config.HF_HUB_OFFLINE:
-            return NetworkError(
+            return InputError(
                 f"{name} is neither a local file nor in the cache of datasets, and HF_HUB_OFFLINE "
                 "disables the Hub; fetch it once while online, or name a local file"
             )

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from formats.errors import InputError, UsageError, install
-from formats.rows import Rows, file_digest, listing_digest
+from formats.rows import Rows, check_regular, file_digest, listing_digest
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -32,12 +32,14 @@ def decode_image(source: Path | IO[bytes], where: str) -> Any:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
+        if isinstance(source, Path):
+            check_regular(source)
         with Image.open(source, formats=IMAGE_FORMATS) as image:
             image.load()
             if image.getexif().get(Image.ExifTags.Base.Orientation, 1) != 1:
                 return ImageOps.exif_transpose(image)
             return image
-    except MemoryError:
+    except (InputError, MemoryError):
         raise
     except UnidentifiedImageError:
         raise InputError(

@@ -4,7 +4,7 @@ import bisect
 import io
 import itertools
 import json
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,9 @@ class ParquetRows(Rows):
                 "full"
             ) from None
         self.columns = list(schema.names)
-        twice = [name for name in self.columns if self.columns.count(name) > 1]
-        if twice:
-            raise InputError(f"{path}: two columns are named {twice[0]!r}; rename one of them")
+        for name, times in Counter(self.columns).most_common(1):
+            if times > 1:
+                raise InputError(f"{path}: two columns are named {name!r}; rename one of them")
         self._starts = list(itertools.accumulate(groups, initial=0))
         if not len(self):
             raise InputError(f"{path} is empty: expected at least one row")

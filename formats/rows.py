@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import operator
+import stat
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -153,9 +154,21 @@ def _described(column: Tensor) -> str:
     return f"{str(column.dtype).removeprefix('torch.')} of shape {tuple(column.shape[1:])}"
 
 
+def check_regular(path: Path) -> Path:
+    """Return the path, and refuse a pipe or a device, on which reading could wait without end."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = ("pipe", stat.S_ISFIFO), ("device", stat.S_ISCHR), ("folder", stat.S_ISDIR)
+        kind = next((name for name, is_kind in kinds if is_kind(mode)), "special file")
+        raise InputError(
+            f"{path}: expected a regular file, found a {kind}; save the content in a file first"
+        )
+    return path
+
+
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, read in pieces."""
-    with path.open("rb") as file:
+    with check_regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -13,6 +13,7 @@ from formats.errors import InputError, UsageError
 from formats.fields import Text
 from formats.fisher_json import TaskName
 from formats.hub_dataset import is_hub_id, open_hub
+from formats.rows import check_regular
 from formats.wording import did_you_mean
 
 
@@ -57,7 +58,7 @@ def read_task_file(path: Path) -> TaskFile:
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file; InputError where it is missing, not UTF-8 or not TOML."""
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        return tomllib.loads(check_regular(path).read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError:

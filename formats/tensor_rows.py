@@ -13,6 +13,9 @@ from formats.errors import InputError
 from formats.rows import Rows
 from formats.tensors import LazyTensors, open_tensors
 
+_PLAUSIBLE_BYTES = 2**29
+_PLAUSIBLE_RATIO = 100
+
 
 class NpzColumns(LazyTensors):
     """The arrays of an `.npz` file as tensors, read on first access; none is unpickled."""
@@ -23,11 +26,17 @@ class NpzColumns(LazyTensors):
         self.headers = {}
         try:
             with zipfile.ZipFile(path) as archive:
+                _refuse_bomb(path, archive)
                 for member in archive.namelist():
                     with archive.open(member) as file:
                         shape, dtype = _npy_header(file)
                         start = file.tell()
                     name = member.removesuffix(".npy")
+                    if name in self.headers:
+                        raise InputError(
+                            f"{path}: array {name!r}: expected it once, found it twice; save the "
+                            "file again"
+                        )
                     if dtype.hasobject or dtype.kind not in "biufc":
                         raise InputError(
                             f"{path}: array {name!r}: expected numbers, found {_kind(dtype)} "
@@ -65,6 +74,18 @@ class NpzColumns(LazyTensors):
                     "copied in full"
                 ) from None
         return self._loaded[column]
+
+
+def _refuse_bomb(path: Path, archive: zipfile.ZipFile) -> None:
+    """Refuse a small file that would take much memory: deflated zeros shrink a thousandfold."""
+    members = archive.infolist()
+    stored, held = (sum(getattr(m, of) for m in members) for of in ("compress_size", "file_size"))
+    if held > _PLAUSIBLE_BYTES and held > _PLAUSIBLE_RATIO * stored:
+        raise InputError(
+            f"{path}: expected arrays of at most {_PLAUSIBLE_RATIO} times their compressed size, "
+            f"found {held:,} bytes in {stored:,}; if you trust the file, save it by numpy.savez, "
+            "which does not compress"
+        )
 
 
 def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -6,6 +6,7 @@ Files are memory-mapped, and only their headers are read until a tensor is acces
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ MAX_SHARD_SIZE = 5 * 10**9
 MAX_HEADER_BYTES = 25 * 10**6
 """The limit for all files of a checkpoint together, twice what models of 70,000 tensors need: each
 tensor of a header takes time even if it is empty, and the Hub has the same limit for a file."""
+
+MAX_TENSORS = 100_000
+"""Each takes a tenth of a millisecond, and the largest models have 70,000."""
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -110,6 +114,12 @@ class TensorFiles(LazyTensors):
             self._handles[file], size = _open(file, room)
             room -= size
             self.metadata = dict(self._handles[file].metadata() or {})
+        count = sum(len(handle.keys()) for handle in self._handles.values())
+        if count > MAX_TENSORS:
+            raise InputError(
+                f"{path}: expected at most {MAX_TENSORS:,} tensors, found {count:,}; join "
+                "small ones"
+            )
         for file in files:
             handle = self._handles[file]
             for name in handle.offset_keys():
@@ -297,7 +307,7 @@ def _write_file(
         }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "xb") as file:
+    with _naming(path), open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             dtype, shape = headers[name]
@@ -306,3 +316,13 @@ def _write_file(
                 raise ValueError(f"{final_path(path)}: {name!r} changed while being written")
             for chunk in little_endian_chunks(tensor):
                 file.write(chunk)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in a system error of writing to it, which has no name."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -195,10 +196,11 @@ class CsvRows(_LineRows):
                 return position
             if record and not self.columns:
                 self.columns = record
-                if twice := [name for name in record if record.count(name) > 1]:
+                name, times = Counter(record).most_common(1)[0]
+                if times > 1:
                     raise InputError(
-                        f"{self.path}, line {line}: the header names column {twice[0]!r} "
-                        f"{record.count(twice[0])} times; give each column a distinct name"
+                        f"{self.path}, line {line}: the header names column {name!r} "
+                        f"{times} times; give each column a distinct name"
                     )
             elif record and len(record) != len(self.columns):
                 raise InputError(

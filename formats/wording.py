@@ -30,7 +30,7 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
 def neighbours(path: Path) -> list[str]:
     """List the names in the folder of a missing path that are similar to its own."""
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return get_close_matches(path.name, names)
+    return get_close_matches(path.name, [name for name in names if name != path.name])
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from consolidate.chain.claims import refuse_changed
-from consolidate.chain.opening import stored_fisher, with_base
+from consolidate.chain.opening import with_base, with_fisher
 from consolidate.chain.output import refuse_existing
 from consolidate.chain.tasks import add_task, check_held_once
 from consolidate.estimation.estimates import FisherDiagonal
@@ -66,8 +66,7 @@ def load_penalty(
             protects none of the module's trainable parameters.
     """
     folder = locate(checkpoint, revision)
-    source = open_checkpoint(folder)
-    stored = stored_fisher(folder / "fisher", source)
+    source, stored = with_fisher(folder)
     module = unwrapped(module)
     adapted = source.adapter is None and has_adapter(module)
     plain = without_adapter(module) if adapted else module

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from formats.atomic import unreplaced
 from formats.checkpoint import ADAPTER_CONFIG, Checkpoint, open_checkpoint, weight_records
 from formats.digest import set_digest
 from formats.errors import InputError, UsageError
@@ -47,6 +48,16 @@ def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
     check_base(stored.ledger, folder, source)
     check_intact(stored)
     return stored
+
+
+def with_fisher(path: Path) -> tuple[Checkpoint, StoredFisher]:
+    """Open a checkpoint and the Fisher beside it, both old or both new if it is being replaced."""
+
+    def read() -> tuple[Checkpoint, StoredFisher]:
+        source = open_checkpoint(path)
+        return source, stored_fisher(path / "fisher", source)
+
+    return unreplaced(path, read)
 
 
 def find_fisher(checkpoint: Path, elsewhere: str | Path | None) -> Path | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from formats.atomic import check_target, has_content, partial_path
-from formats.checkpoint import Checkpoint, open_checkpoint
+from formats.checkpoint import Checkpoint, open_checkpoint, other_files
 from formats.errors import InputError
 from formats.fisher_folder import LEDGER_NAME
 from formats.tensors import dtype_of, shape_of
@@ -41,6 +41,8 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
 def check_output(target: Path, source: Checkpoint, *, overwrite: bool, whole: bool) -> None:
     """Refuse before the work what would fail after it: an existing target, or too little space."""
     refuse_existing(target, overwrite=overwrite)
+    if whole and source.path.is_dir():
+        list(other_files(source))  # refuses a link that could not be copied
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     needed = output_bytes(source, whole=whole)
     free = shutil.disk_usage(parent).free

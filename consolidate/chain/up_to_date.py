@@ -6,10 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from consolidate.chain.opening import stored_fisher
+from consolidate.chain.opening import with_fisher
 from consolidate.results import MeasuredFisher
 from formats.atomic import recover
-from formats.checkpoint import open_checkpoint
 from formats.errors import ConsolidateError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher
 from formats.fisher_json import Ledger, read_ledger
@@ -51,7 +50,7 @@ def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher 
     if output is None or output.made_from != made_from():
         return None
     try:
-        stored = stored_fisher(output.checkpoint / "fisher", open_checkpoint(output.checkpoint))
+        stored = with_fisher(output.checkpoint)[1]
     except ConsolidateError as error:
         LOG.info(
             "%s has the same inputs but is damaged, and is not reused: %s", output.checkpoint, error

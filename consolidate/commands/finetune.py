@@ -17,6 +17,7 @@ from consolidate.chain.output import failed_folder, output_bytes
 from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.chain.tasks import Training, add_task
 from consolidate.chain.up_to_date import cached, recorded_fisher
+from consolidate.commands.finetune_gate import failed_before
 from consolidate.commands.finetune_interpolation import Interpolator
 from consolidate.commands.finetune_plan import Plan, check_options, plan_finetune
 from consolidate.commands.finetune_run import (
@@ -107,9 +108,9 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         plan = plan_finetune(options, again=again)
         needed = output_bytes(plan.opened.source, whole=True)
         work = kept_work(options, plan.target, lambda: plan.description, needed)
-        if (done := cached(plan.there, plan.made_from)) is not None:
+        if (done := _done_before(plan)) is not None:
             work.remove_own()
-            return _cached(plan, done.ledger)
+            return done
         plan.check_target()
         if plan.target.exists() and plan.target.samefile(plan.opened.source.path):
             LOG.info(
@@ -157,6 +158,18 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         result["alpha_search"] = chosen
     if forgotten and is_first(group):
         raise _too_much(forgotten, options, result)
+    return result
+
+
+def _done_before(plan: Plan) -> FinetuneCached | None:
+    """Report an output that is up to date; one that forgot too much is refused again."""
+    if (done := cached(plan.there, plan.made_from)) is not None:
+        return _cached(plan, done.ledger)
+    if (failed := failed_before(plan)) is None:
+        return None
+    result = _cached(failed.plan, failed.ledger)
+    if is_first(all_processes()):
+        raise _too_much(failed.forgotten, plan.options, result)
     return result
 
 
@@ -306,15 +319,16 @@ def _forgotten(plan: Plan, trained: Trained) -> dict[str, float]:
 
 
 def _too_much(
-    forgotten: Mapping[str, float], options: FinetuneOptions, result: FinetuneDone
+    forgotten: Mapping[str, float], options: FinetuneOptions, result: FinetuneResult
 ) -> ForgettingError:
+    status = "cached" if result["status"] == "cached" else "forgot too much"
     losses = ", ".join(f"{name} lost {by:.4f}" for name, by in forgotten.items())
     return ForgettingError(
         f"forgot too much: {losses} in score, and --max-forgetting is "
         f"{options.gate.max_forgetting:g}\n"
         f"The output was saved in {result['checkpoint']}; nothing was written to "
         f"{options.output_dir}",
-        {**result, "status": "forgot too much"},
+        {**result, "status": status},
     )
 
 

@@ -18,6 +18,7 @@ from consolidate.models.lora import Lora
 from consolidate.options import Columns, FinetuneOptions, Recipe
 from consolidate.training.forgetting import check_gate
 from consolidate.training.loop import default_statistics
+from formats.atomic import unreplaced
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from formats.digest import json_digest
 from formats.errors import InputError, UsageError
@@ -181,7 +182,8 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
     if adapter.lora_rank is not None:
         lora = Lora(adapter.lora_rank, adapter.lora_targets, adapter.lora_alpha)
     there = None if again else find_output(target)
-    opened = _open(options, lora, target if there is None else None)
+    place = target if there is None else None
+    opened = unreplaced(Path(options.checkpoint), lambda: _open(options, lora, place))
     if opened.penalty_on == "merged" and recipe.penalty_step == "proximal":
         raise UsageError(
             "--penalty-step proximal cannot be combined with the penalty on merged weights, which "

@@ -22,7 +22,7 @@ from consolidate.options import MergeOptions
 from consolidate.results import MergeResult
 from consolidate.runtime.progress import progress
 from consolidate.views.output_card import write_card
-from formats.atomic import replace_folder
+from formats.atomic import replace_folder, unreplaced
 from formats.checkpoint import (
     Checkpoint,
     check_finite,
@@ -103,8 +103,10 @@ def _merge(options: MergeOptions) -> MergeResult:
 
 
 def _coefficients(weights: Sequence[float] | None, count: int) -> list[float]:
-    if not count:
-        raise UsageError("merge needs at least one checkpoint")
+    if count < 2:
+        raise UsageError(
+            f"merge needs at least two checkpoints, found {count}; to copy one, copy its folder"
+        )
     coefficients = [1.0] * count if weights is None else [float(c) for c in weights]
     if len(coefficients) != count:
         gives = f"--weights: expected {count} numbers, one per checkpoint"
@@ -172,11 +174,6 @@ class _Plan:
     def everything(self) -> list[_Model]:
         return self.models if self.base is None else [*self.models, self.base]
 
-    @property
-    def alone(self) -> bool:
-        """Whether the output is a copy."""
-        return len(self.models) == 1 and self.base is None
-
     def made_from(self) -> str:
         return json_digest(
             {
@@ -210,28 +207,27 @@ def _write(
     plan: _Plan, merged: "_Merged", target: Path, offset: float, *, anchored: bool, overwrite: bool
 ) -> Ledger:
     """Write the merged checkpoint and give its ledger."""
-    first = plan.models[0].stored.ledger
+    first = plan.models[0].stored.ledger.unprotected
     with replace_folder(target, overwrite=overwrite) as staging:
-        write_checkpoint(staging, plan.models[0].source, merged.weights, card=plan.alone)
+        write_checkpoint(staging, plan.models[0].source, merged.weights, card=False)
         ledger = Ledger(
             tasks=plan.tasks,
-            merge_rule=first.merge_rule if plan.alone else "separate",
-            gamma=first.gamma if plan.alone else 1.0,
+            merge_rule="separate",
+            gamma=1.0,
             penalty_offset=offset,
             unprotected={
-                name: first.unprotected[name] if at == name else SAME_AS + at
+                name: first[name] if at == name else SAME_AS + at
                 for name, at in merged.file_names.items()
                 if name not in merged.fisher
             },
             weights=weight_records(open_checkpoint(staging).weights),
             versions=program_versions(),
-            made_from=None if plan.alone else plan.made_from(),  # of one model: a copy
+            made_from=plan.made_from(),
         )
         anchor = merged.anchor if anchored else None
         fisher = staging / "fisher"
         ledger = write_fisher(fisher, merged.fisher, ledger, anchor=anchor, heads=plan.heads)
-        if not plan.alone:
-            write_card(staging, target, ledger, [model.source for model in plan.models], "merge")
+        write_card(staging, target, ledger, [model.source for model in plan.models], "merge")
     return ledger
 
 
@@ -309,6 +305,10 @@ def _chunk(model: _Model, name: str, chunk: slice) -> ModelTensor:
 def _open(checkpoint: str | Path, coefficient: float) -> _Model:
     """Open a checkpoint and its Fisher, and check their digests and values."""
     path = locate(checkpoint)
+    return unreplaced(path, lambda: _open_folder(path, coefficient))
+
+
+def _open_folder(path: Path, coefficient: float) -> _Model:
     source = open_checkpoint(path)
     if source.adapter is not None:
         raise InputError(

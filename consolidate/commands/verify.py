@@ -11,6 +11,7 @@ from consolidate.chain.consistency import contradictions, descent
 from consolidate.chain.opening import check_base, check_kind, named_base, with_base
 from consolidate.options import VerifyOptions
 from consolidate.results import Descent, TensorSet, VerifyResult
+from formats.atomic import unreplaced
 from formats.checkpoint import Checkpoint, is_fisher_alone, open_checkpoint
 from formats.digest import TensorRecord, differences, set_digest, tensor_record
 from formats.errors import ConsolidateError, InputError, NonFiniteError, UsageError
@@ -74,6 +75,12 @@ def _verify_one(
     checkpoint: str | Path, revision: str | None, base_model: str | Path | None
 ) -> tuple[VerifyResult, Ledger]:
     folder = locate(checkpoint, revision)
+    return unreplaced(folder, lambda: _verify_folder(folder, checkpoint, base_model))
+
+
+def _verify_folder(
+    folder: Path, checkpoint: str | Path, base_model: str | Path | None
+) -> tuple[VerifyResult, Ledger]:
     alone = is_fisher_alone(folder)
     if alone and base_model is None:
         raise InputError(

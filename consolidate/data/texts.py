@@ -12,6 +12,7 @@ from consolidate.data.chats import Chats, Document, loss_text, unsuitable
 from consolidate.data.columns import default_loss, find_column, kind_of_rows, label_column
 from consolidate.data.examples import Examples
 from consolidate.data.labels import Labels, as_list, describe, read_labels
+from consolidate.data.text_bounds import T, shortened, stated_length
 from consolidate.data.text_examples import Masking, Ragged, TextExamples
 from consolidate.estimation.likelihoods import IGNORED
 from consolidate.models.model import Model
@@ -96,11 +97,11 @@ class _Texts:
                 f"--max-length: expected at most {limit}, the limit of the model, found "
                 f"{max_length}"
             )
-        stated = [
-            n for n in (limit, self.tokenizer.model_max_length) if n is not None and n < 10**9
-        ]
+        of_tokenizer = stated_length(self.tokenizer, model.checkpoint.path)
+        stated = [n for n in (limit, of_tokenizer) if n is not None and n < 10**9]
         longest = min(stated, default=_LONGEST)
         self.max_length = max_length or (min(longest, _LONGEST_PACK) if pack else longest)
+        self.whole = pack  # all tokens of all texts are kept
         self.cut = bytearray()
         self.empty = 0  # rows without anything to predict
         self.cut_off = 0  # of these, rows that had it before they were truncated
@@ -120,7 +121,7 @@ class _Texts:
     def column(self, chunk: _Chunk, column: str) -> list[str]:
         return [self.text(row, i, column) for i, row in chunk]
 
-    def text(self, row: dict[str, Any], i: int, column: str) -> str:
+    def text(self, row: dict[str, Any], i: int, column: str, *, last: bool = False) -> str:
         value = row.get(column)
         if not isinstance(value, str):
             raise InputError(
@@ -128,7 +129,17 @@ class _Texts:
             )
         if self.example is None and value.strip():
             self.example = self.rows.where(i, column), value
-        return value
+        return self.shortened(value, last=last)
+
+    def shortened(self, value: T, *, last: bool = False, **options: Any) -> T:
+        """Return what the tokens that are kept depend on: at the end where `last`."""
+        if self.whole:
+            return value
+        objective = self.model.objective.name
+        # `_cut` truncates the texts of causal models, and the tokenizer all others.
+        last |= self.tokenizer.truncation_side == "left" and objective != "causal-lm"
+        kinds = ("text", "text_target") if objective == "seq2seq-lm" else ("text",)
+        return shortened(self.tokenizer, value, self.max_length, last=last, kinds=kinds, **options)
 
     def encode(
         self,
@@ -283,7 +294,7 @@ def _words(texts: _Texts, columns: Columns) -> TextExamples:
                 )
             if not all(isinstance(word, str) for word in words):
                 raise InputError(f"{rows.where(i, column)}: expected words, found {words!r:.60}")
-            sentences.append(words)
+            sentences.append(texts.shortened(words, is_split_into_words=True))
             numbers.append([reader.index(mark, i, ignorable=True) for mark in marks])
         encoded, long = texts.encode(sentences, is_split_into_words=True)
         for n in range(len(chunk)):
@@ -362,7 +373,7 @@ def _prompted(
         if isinstance(row.get(prompt), list):
             yield chats.completed(i, row, prompt, completion, loss_on)
             continue
-        before = texts.ids(texts.text(row, i, prompt), special=True)
+        before = texts.ids(texts.text(row, i, prompt, last=True), special=True)
         if before and before[-1] == end and len(before) > 1:
             before.pop()
         after = texts.ids(texts.text(row, i, completion), special=False)

@@ -115,11 +115,8 @@ def finetune_text(result: FinetuneResult) -> str:
 
 def merge_text(result: MergeResult) -> str:
     """Summarize a merge: models, tasks, parameters."""
-    models = ", ".join(result["models"])
-    alone = len(result["models"]) == 1 and result["base"] is None
-    done = f"a copy of {models}, the only model" if alone else f"merged from {models}"
     return (
-        f"{result['checkpoint']}: {done}; tasks "
+        f"{result['checkpoint']}: merged from {', '.join(result['models'])}; tasks "
         f"{', '.join(result['tasks'])}; {result['parameters']:,} parameters, "
         f"trace {result['trace']:.4g}"
     )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import consolidate.commands.finetune
 from consolidate.api import finetune, verify
 from consolidate.chain.output import failed_folder
 from consolidate.training.forgetting import beyond, forgetting
@@ -50,7 +51,7 @@ def test_the_folder_in_use_has_a_name_too(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_forgot_too_much_is_kept_aside(
-    learned: Path, write_task: Write, tmp_path: Path
+    learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, failed = tmp_path / "out", tmp_path / "out.failed-forgetting"
     a, b = write_task("a"), write_task("b", seed=1)
@@ -66,8 +67,16 @@ def test_what_forgot_too_much_is_kept_aside(
     lost = result["metrics"]["before"]["a"]["score"] - result["metrics"]["after"]["a"]["score"]
     assert lost > 0.03
 
-    with pytest.raises(InputError, match=r"out\.failed-forgetting"):  # before the work
-        finetune(learned, b, output_dir=out, max_forgetting=0.03, **common)
+    with monkeypatch.context() as patch:  # the same command again: the same answer, at once
+        patch.setattr(consolidate.commands.finetune, "train", None)
+        with pytest.raises(ForgettingError) as again:
+            finetune(learned, b, output_dir=out, max_forgetting=0.03, **common)
+        assert str(again.value) == str(caught.value)
+        assert again.value.result["status"] == "cached"
+        assert again.value.result["checkpoint"] == str(failed)
+        assert again.value.result["metrics"] == result["metrics"]
+        with pytest.raises(InputError, match=r"out\.failed-forgetting"):  # before the work
+            finetune(learned, b, output_dir=out, max_forgetting=0.02, **common)
     kept = finetune(learned, b, output_dir=out, max_forgetting=lost, overwrite=True, **common)
     assert (kept["status"], kept["checkpoint"]) == ("done", str(out))
     with pytest.raises(ForgettingError):
@@ -93,14 +102,16 @@ def test_the_command_leaves_with_5_and_prints_what_it_did(
     capsys: pytest.CaptureFixture[str], learned: Path, write_task: Write, tmp_path: Path
 ) -> None:
     a, b = write_task("a"), write_task("b", seed=1)
-    code, out, err = run(
-        capsys, "finetune", learned, "--data", b, "--output-dir", tmp_path / "out",
-        "--model", FAST["model"], "--optimizer", "adam", "--learning-rate", 0.01, "--epochs", 20,
-        "--penalty", "none", "--evaluate", f"a={a}", "--max-forgetting", 0.03, "--json",
-    )  # fmt: skip
-    assert code == 5
-    told = json.loads(out)  # one object
-    assert (told["status"], told["exit_code"]) == ("forgot too much", 5)
-    assert f"error: {told['error']}" in err
-    assert told["error"].startswith("forgot too much: a lost")
-    assert "Traceback" not in err
+    for status in ("forgot too much", "cached"):
+        code, out, err = run(
+            capsys, "finetune", learned, "--data", b, "--output-dir", tmp_path / "out",
+            "--model", FAST["model"], "--optimizer", "adam", "--learning-rate", 0.01,
+            "--epochs", 20, "--penalty", "none", "--evaluate", f"a={a}", "--max-forgetting", 0.03,
+            "--json",
+        )  # fmt: skip
+        assert code == 5
+        told = json.loads(out)  # one object
+        assert (told["status"], told["exit_code"]) == (status, 5)
+        assert f"error: {told['error']}" in err
+        assert told["error"].startswith("forgot too much: a lost")
+        assert "Traceback" not in err

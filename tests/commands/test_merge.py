@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 import consolidate
 from consolidate.api import finetune
 from consolidate.commands import merge as merge_command
+from formats.atomic import replace_folder
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher, write_fisher
+from formats.fisher_json import read_ledger
 from formats.tensors import TensorFiles
 from support.networks import make_network
 
@@ -127,18 +129,10 @@ def test_what_was_merged_is_verified_shown_and_trained_on(
         assert penalty_at(last, theta) == pytest.approx(explicit, rel=1e-5)
 
 
-@pytest.mark.parametrize("rule", ["online", "separate"])
-def test_merging_one_is_the_identity(family: dict[str, Path], tmp_path: Path, rule: str) -> None:
-    data = tmp_path / "task-b.npz"
-    start = tmp_path / "start"
-    finetune(
-        family["a"], data, output_dir=tmp_path / "one", ewc_lambda=1.0, merge_rule=rule,
-        freeze=["0.bias"], **FAST,
-    )  # fmt: skip
-    consolidate.merge([tmp_path / "one"], output_dir=tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "one")
-    assert ("fisher/anchor.safetensors" in contents(tmp_path / "out")) == (rule == "separate")
-    assert contents(tmp_path / "out")["LICENSE"] == contents(start)["LICENSE"]
+def test_one_checkpoint_cannot_be_merged(strangers: list[Path], tmp_path: Path) -> None:
+    for some in ([], strangers[:1]):
+        with pytest.raises(UsageError, match=f"at least two checkpoints, found {len(some)}; to"):
+            consolidate.merge(some, output_dir=tmp_path / "out", base=strangers[1])
 
 
 def test_children_of_one_base_are_merged_with_it_and_refused_without(
@@ -395,3 +389,39 @@ def test_chunks_are_put_together(
     assert whole == chunks
     assert ledgers[0] == ledgers[1]
     assert offsets[0] == pytest.approx(offsets[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("command", ["verify", "merge", "finetune"])
+def test_a_checkpoint_that_is_replaced_while_it_is_opened(
+    strangers: list[Path],
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    first, other, third = strangers
+    copy = Path(shutil.copytree(first, tmp_path / "copy"))
+    left = 1
+
+    def replacing(path: Path) -> Any:
+        nonlocal left
+        left -= copy in path.parents
+        if left == 0 and copy in path.parents:
+            with replace_folder(copy, overwrite=True) as staging:
+                shutil.copytree(other, staging, dirs_exist_ok=True)
+        return read_ledger(path)
+
+    monkeypatch.setattr("formats.fisher_folder.read_ledger", replacing)
+    if command == "verify":
+        assert consolidate.verify(copy) == consolidate.verify(other) | {"checkpoint": str(copy)}
+        return
+    if command == "merge":
+        consolidate.merge([copy, third], output_dir=tmp_path / "out")
+    else:
+        finetune(
+            copy, write_task("new"), output_dir=tmp_path / "out", ewc_lambda=1.0, task="new", **FAST
+        )
+    assert left < 0
+    learned = [task.name for task in read_fisher(tmp_path / "out" / "fisher").ledger.tasks]
+    of_other = [task.name for task in read_fisher(other / "fisher").ledger.tasks]
+    assert learned[:1] == of_other[:1]

@@ -12,9 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import formats.fisher_folder
 from consolidate.api import show, verify
 from consolidate.views.summary import show_text
 from consolidate.views.text import verify_text
+from formats.atomic import replace_folder
 from formats.digest import tensor_record
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import write_fisher
@@ -409,3 +411,29 @@ def test_an_overlap_needs_two_of_one_architecture(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file: expected a checkpoint folder, found a file"):
         show(tmp_path / "one", overlap=tmp_path / "file")
+
+
+@pytest.mark.parametrize("read", [show, verify])
+def test_a_checkpoint_that_is_replaced_while_it_is_read(
+    golden: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    read: Callable[[Path], Any],
+) -> None:
+    folder, other = golden("anchor"), golden("unsharded")
+    expected = read(other) | {"checkpoint": str(folder)}
+    original, left = formats.fisher_folder.open_tensors, 2
+
+    def replacing(*arguments: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            with replace_folder(folder, overwrite=True) as staging:
+                shutil.copytree(other, staging, dirs_exist_ok=True)
+        return original(*arguments)
+
+    monkeypatch.setattr(formats.fisher_folder, "open_tensors", replacing)
+    assert read(folder) == expected
+    assert left < 0
+    flip(folder / "model.safetensors", "hidden.weight")
+    with pytest.raises(InputError, match="other values"):
+        verify(folder)

@@ -1,8 +1,10 @@
+import fcntl
 import json
 import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,13 @@ import pytest
 from formats.atomic import (
     _exchange,
     check_file,
+    check_target,
     claimed,
     explain_full_disk,
     final_path,
     recover,
     replace_folder,
+    unreplaced,
     write_file,
 )
 from formats.errors import InputError
@@ -525,3 +529,70 @@ def test_final_path(tmp_path):
     with replace_folder(tmp_path / "my.out") as staging:
         assert final_path(staging / "fisher" / "x") == tmp_path / "my.out" / "fisher" / "x"
     assert final_path(Path("plain/.hidden")) == Path("plain/.hidden")
+
+
+def test_a_target_that_is_a_link_to_itself_is_refused_before_the_work(tmp_path):
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(InputError, match="out is a link that leads to itself; remove it"):
+        check_target(tmp_path / "out")
+
+
+def test_a_name_that_safetensors_cannot_open_is_refused_before_the_work(tmp_path):
+    with pytest.raises(InputError, match=r"bad\\xff: the path is not UTF-8"):
+        check_target(tmp_path / os.fsdecode(b"bad\xff"))
+
+
+def test_claims_that_killed_commands_left_are_removed_by_the_next(tmp_path):
+    stale, other = tmp_path / ".dead.consolidate-claim", tmp_path / ".dead.consolidate-lock"
+    stale.write_text("1")
+    other.write_text("")
+    with claimed(tmp_path / "held"):
+        with claimed(tmp_path / "out"):
+            found = {path.name for path in tmp_path.iterdir()}
+        names = {".held.consolidate-claim", ".out.consolidate-claim", other.name}
+        assert found == names  # a claim that somebody holds stays
+    assert os.listdir(tmp_path) == [other.name]
+
+
+def test_a_claim_waits_for_who_removes_stale_ones(tmp_path):
+    path = tmp_path / ".out.consolidate-claim"
+    path.touch()
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        timer = threading.Timer(0.2, lambda: fcntl.flock(file, fcntl.LOCK_UN))
+        timer.start()
+        with claimed(tmp_path / "out"):
+            assert path.read_text() == str(os.getpid())
+        timer.join()
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(tmp_path):
+    target = tmp_path / "out"
+    build(target, "old")
+    reads = []
+
+    def read():
+        reads.append(content(target))
+        if len(reads) < 3:
+            build(target, "new")
+            raise InputError("the files do not belong together")
+        return reads[-1]
+
+    assert unreplaced(target, read) == whole("new")
+    assert len(reads) == 3
+
+    def damaged():
+        reads.append({})
+        raise InputError("damaged")
+
+    with pytest.raises(InputError, match="damaged"):
+        unreplaced(target, damaged)
+    assert len(reads) == 4  # nothing was replaced: once is enough
+
+    def always():
+        build(target, "new")
+        damaged()
+
+    with pytest.raises(InputError, match="damaged"):
+        unreplaced(target, always)
+    assert len(reads) == 9

@@ -374,3 +374,18 @@ def test_records_name_every_tensor_in_order():
     records = weight_records(tensors)
     assert list(records) == list(tensors)
     assert records["a.bias"] == tensor_record(tensors["a.bias"])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "sub"])
+def test_a_link_that_leads_to_itself_is_named(checkpoint, tmp_path, name):
+    (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / name).symlink_to(name)
+    with pytest.raises(InputError, match=rf"{name} is a link that leads to itself"):
+        write_checkpoint(tmp_path, (opened := open_checkpoint(checkpoint)), opened.weights)
+
+
+def test_a_link_to_nothing_is_not_skipped(checkpoint):
+    (checkpoint / "config.json").unlink(missing_ok=True)
+    (checkpoint / "config.json").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"config\.json cannot be read: No such file"):
+        open_checkpoint(checkpoint)

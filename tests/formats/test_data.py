@@ -184,3 +184,25 @@ def test_a_column_is_what_its_rows_hold(tmp_path: Path) -> None:
 def test_what_looks_like_a_file_is_not_sought_on_the_hub(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="does not exist"):
         open_data(name)
+
+
+SUFFIXES = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".safetensors", ".npz"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_pipe_or_a_device_is_refused_before_it_is_opened(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="expected a regular file, found a pipe"):
+        open_data(path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match="expected a regular file, found a device"):
+        open_data(path)
+
+
+def test_a_link_to_nothing_or_to_itself_is_named(tmp_path):
+    for name, to in (("loop.jsonl", "loop.jsonl"), ("gone.jsonl", "nowhere")):
+        (tmp_path / name).symlink_to(to)
+        with pytest.raises(InputError, match=f"{name} is a broken link"):
+            open_data(tmp_path / name)

@@ -44,10 +44,12 @@ def test_a_path_that_begins_with_a_folder_here_is_a_missing_path(
 
 def test_a_misspelt_folder_is_told_before_the_network(tmp_path: Path) -> None:
     (tmp_path / "my-model").mkdir()
+    (tmp_path / "run" / "a").mkdir(parents=True)
     for name, status, told in (
         ("my-modle", 3, " (did you mean my-model?)\n"),
-        ("gpt2", 75, ", and the Hub cannot be reached"),
-        ("owner/name", 75, ", and the Hub cannot be reached"),
+        ("runs/a", 3, " (did you mean run/a?)\n"),
+        ("gpt2", 3, ", and the Hub cannot be reached"),  # no retry cures HF_HUB_OFFLINE
+        ("owner/name", 3, ", and the Hub cannot be reached"),
     ):
         code, _, err = run(tmp_path, "evaluate", name, "--data", "x.jsonl", HF_HUB_OFFLINE="1")
         first = f"error: {name}: no such file or folder{told}"
@@ -91,8 +93,8 @@ def test_a_repository_with_its_fisher_is_fine_tuned_without_the_old_data(
     code, _, err = run(
         tmp_path, "evaluate", "user/absent", "--data", new, *model, HF_HUB_OFFLINE="1"
     )
-    assert code == 75
-    assert "check the spelling, or try again" in err
+    assert code == 3
+    assert "check the spelling, or unset it" in err
 
 
 def test_a_local_path_has_no_revision(tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ def test_only_what_is_needed_is_fetched(wide: Path, tmp_path: Path, hub: Hub) ->
         code, _, err = run(tmp_path, *words, HF_HUB_OFFLINE="1")
         assert code == 0, err
     code, _, err = run(tmp_path, "verify", "user/name", HF_HUB_OFFLINE="1")
-    assert code == 75, err  # the Fisher itself was never fetched
+    assert code == 3, err  # the Fisher itself was never fetched
     code, out, err = run(tmp_path, "verify", "user/name@main", "--json", **variables)
     assert code == 0, err
     assert json.loads(out)["commits"] == remote["commits"]
@@ -205,3 +207,32 @@ def test_a_stranger_keeps_the_old_task_without_its_data(
     assert accuracy["held"]["old"] > 0.85
     assert accuracy["held"]["old"] > accuracy["free"]["old"] + 0.1
     assert accuracy["held"]["new"] > 0.85
+
+
+def test_a_misspelt_folder_without_a_network(tmp_path: Path) -> None:
+    (tmp_path / "run" / "a").mkdir(parents=True)
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    for name, status in (("runs/a", 3), ("owner/name", 75)):
+        code, _, err = run(tmp_path, "verify", name, **nowhere)
+        assert code == status, err
+
+
+def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="loop is a broken link"):
+        locate(tmp_path / "loop")
+
+
+def test_a_ledger_that_is_too_large_is_not_fetched(
+    wide: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (wide / "fisher" / "fisher.json").stat().st_size
+    hub.put("user/name", wide)
+    monkeypatch.setattr("formats.hub.MAX_LEDGER_BYTES", size - 1)
+    for words in (("show", "user/name"), ("verify", "user/name")):
+        code, _, err = run(tmp_path, *words, HF_ENDPOINT=hub.address)
+        assert code == 3, err
+        assert f"fisher.json: expected at most {size - 1:,} bytes, found {size:,}" in err
+    assert hub.sent["fisher/fisher.json"] == hub.sent["model.safetensors"] == 0
+    monkeypatch.setattr("formats.hub.MAX_LEDGER_BYTES", size)
+    assert run(tmp_path, "show", "user/name", HF_ENDPOINT=hub.address)[0] == 0

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -177,3 +178,12 @@ def test_no_format_but_those_documented_is_decoded(kind, write, tmp_path, monkey
         rows[0]
     assert "expected one of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP" in str(refused.value)
     assert not mark.exists()
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "pets" / "cat").mkdir(parents=True)
+    os.mkfifo(tmp_path / "pets" / "cat" / "x.png")
+    rows = open_data(tmp_path / "pets")
+    for read in (lambda: rows[0], rows.digest):
+        with pytest.raises(InputError, match=r"x\.png: expected a regular file, found a pipe"):
+            read()

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -155,3 +156,10 @@ def test_the_documentation_shows_every_key(tmp_path):
         read_task_file(task(tmp_path, block))
         shown |= tomllib.loads(block).keys()
     assert shown == set(TaskFile.__annotations__)
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+    path = tmp_path / "task.toml"
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="expected a regular file, found a pipe"):
+        read_task_file(path)

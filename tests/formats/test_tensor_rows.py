@@ -165,3 +165,33 @@ def test_npz_loads_one_array_at_a_time(tmp_path):
     rows = open_data(path)
     rows.tensors["a"]
     assert list(rows.tensors._loaded) == ["a"]
+
+
+def npy(values):
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("second", ["labels", "labels.npy"])
+def test_an_array_that_is_there_twice_is_refused(tmp_path, second):
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("labels.npy", npy(np.zeros(5)))
+        archive.writestr(second, npy(np.zeros(40)))
+    with pytest.raises(InputError, match="array 'labels': expected it once, found it twice"):
+        open_data(path)
+
+
+def test_a_small_file_that_holds_very_much_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, x=np.zeros(200_000), labels=np.zeros(200_000, dtype=np.int64))
+    assert len(open_data(path)) == 200_000  # constant columns are no reason, if they are small
+    monkeypatch.setattr("formats.tensor_rows._PLAUSIBLE_BYTES", 10**6)
+    with pytest.raises(InputError, match=r"at most 100 times.*found 3,200,256 bytes in \d,\d"):
+        open_data(path)
+    np.savez(path, x=np.zeros(200_000))
+    assert len(open_data(path)) == 200_000
+    np.savez_compressed(path, x=np.random.default_rng(0).normal(size=200_000))
+    assert len(open_data(path)) == 200_000

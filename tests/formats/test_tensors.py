@@ -428,3 +428,12 @@ def test_a_header_that_is_too_large_is_not_read(tmp_path):
         InputError, match=r"header too large: expected at most 25,000,000 of .*, found 84,000,000"
     ):
         open_tensors(file)
+
+
+def test_more_tensors_than_any_model_has_are_refused(tmp_path, monkeypatch):
+    write_tensors(tmp_path, {f"x{i}": torch.ones(1) for i in range(9)}, metadata=PT)
+    monkeypatch.setattr("formats.tensors.MAX_TENSORS", 9)
+    assert len(open_tensors(tmp_path)) == 9
+    monkeypatch.setattr("formats.tensors.MAX_TENSORS", 8)
+    with pytest.raises(InputError, match="expected at most 8 tensors, found 9"):
+        open_tensors(tmp_path)

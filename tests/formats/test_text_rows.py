@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import pickle
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -300,3 +301,15 @@ def test_csv_agrees_with_reading_it_whole(tmp_path, records, line_end):
     path = write(tmp_path / "x.csv", text.getvalue())
     rows = CsvRows(path, ",")
     assert [tuple(row.values()) for row in rows] == records
+
+
+def test_a_header_of_very_many_columns_is_checked_in_linear_time(tmp_path):
+    names = [f"c{i}" for i in range(200_000)]
+    path = tmp_path / "wide.csv"
+    path.write_text(",".join(names) + "\n" + ",".join("1" for _ in names) + "\n")
+    started = time.process_time()
+    assert open_data(path).columns == names
+    assert time.process_time() - started < 20  # it took minutes
+    path.write_text(",".join([*names, "c7"]) + "\n")
+    with pytest.raises(InputError, match="the header names column 'c7' 2 times"):
+        open_data(path)

@@ -220,7 +220,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def info(self, query: Any, kind: str, name: str, revision: str = "main") -> None:
         if found := self.at(kind, name, revision):
             repository, commit = found
-            siblings = [{"rfilename": path} for path in repository.commits[commit]]
+            sized = "blobs" in query
+            siblings = [
+                {"rfilename": path} | ({"size": len(content)} if sized else {})
+                for path, content in repository.commits[commit].items()
+            ]
             self.reply_json(
                 {"id": name, "sha": commit, "private": repository.private, "siblings": siblings}
             )

@@ -34,7 +34,7 @@ TESTED_THROUGH = {
     "chain/test_resume": "training.state",
     "commands/test_show": "commands.verify views.summary",
     "commands/test_report": "views.page",
-    "commands/test_forgetting": "training.forgetting",
+    "commands/test_forgetting": "commands.finetune_gate training.forgetting",
     "views/test_figures": "views.search_figures",
     "data/test_examples": "data.columns data.encoding data.labels data.tensors data.text_examples"
     " data.texts",

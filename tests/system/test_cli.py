@@ -282,10 +282,9 @@ def test_merge(
     code, text, _ = run(capsys, *together, "--output-dir", out, "--weights", "2,0.5", "--json")
     assert code == 0
     assert json.loads(text)["weights"] == [2, 0.5]
-    out = tmp_path / "copy"
-    code, text, _ = run(capsys, "merge", tmp_path / "a", "--output-dir", out)
-    assert code == 0
-    assert f"copy: a copy of {tmp_path / 'a'}, the only model; tasks a;" in text
+    code, _, err = run(capsys, "merge", tmp_path / "a", "--output-dir", tmp_path / "copy")
+    assert code == 2
+    assert "merge needs at least two checkpoints, found 1" in err
     out = tmp_path / "weighed"
     assert run(capsys, "verify", out)[0] == run(capsys, "show", out)[0] == 0
 
@@ -321,7 +320,7 @@ def test_merge(
         (("finetune", "start", "--data", "old.npz"), 2, "--output-dir"),
         (("show", "start"), 3, "fisher"),
         (("verify", "start"), 3, "fisher"),
-        (("merge", "start", "--output-dir", "o"), 3, "fisher"),
+        (("merge", "start", "start", "--output-dir", "o"), 3, "fisher"),
         (("merge", "start", "--output-dir", "o", "--weights", "1;2"), 2, "--weights"),
         (("merge", "--output-dir", "o"), 2, "CHECKPOINT"),
         (
@@ -617,7 +616,8 @@ def test_a_file_beyond_the_limit_of_the_system_is_told_as_a_full_disk_is(
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400)),
     )
     assert done.returncode == InputError.exit_code, done.stderr
-    assert "the file exceeds the size limit (ulimit -f)" in done.stderr
+    file = network_checkpoint / "fisher" / "fisher.safetensors"
+    assert f"{file}: the file exceeds the size limit (ulimit -f)" in done.stderr
     assert not (network_checkpoint / "fisher").exists()
 
 
@@ -800,3 +800,15 @@ def test_a_terminal_gets_our_bars_and_none_of_a_library(tmp_path: Path) -> None:
     assert (code, list(dict.fromkeys(bars))) == (0, ["evaluating", "training", "Fisher of a"]), err
     assert err.count("%|") == len(bars)
     assert on_a_terminal(tmp_path, *words, "quiet", "--quiet") == (0, "")
+
+
+def test_too_little_memory_is_no_internal_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("Unable to allocate 4.00 GiB")
+
+    monkeypatch.setattr("consolidate.commands.show.show", fail)
+    code, _, err = run(capsys, "show", "x")
+    assert code == InputError.exit_code
+    assert err.startswith("error: not enough memory (Unable to allocate 4.00 GiB); raise the limit")

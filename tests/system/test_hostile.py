@@ -6,6 +6,7 @@ The claims are big and the files small; every command runs with little memory an
 import json
 import os
 import resource
+import shutil
 import signal
 import zipfile
 from collections.abc import Callable, Iterator
@@ -32,12 +33,14 @@ EVIL = "w\x1b[2J\x1b]0;title\x07\r\u202e\x9b"
 
 @pytest.fixture
 def checkpoint(network_checkpoint: Path, write_task: Callable[..., Path]) -> Path:
-    fisher(
-        network_checkpoint,
-        write_task("old"),
-        objective="classification",
-        model="support.networks:make_network",
-    )
+    other = Path(shutil.copytree(network_checkpoint, network_checkpoint.with_name("other")))
+    for folder, task in ((network_checkpoint, "old"), (other, "other")):
+        fisher(
+            folder,
+            write_task(task),
+            objective="classification",
+            model="support.networks:make_network",
+        )
     return network_checkpoint
 
 
@@ -72,7 +75,7 @@ def arguments(command: str, checkpoint: Path, data: Path) -> list[object]:
             *("finetune", checkpoint, "--data", data, "--task", "next"),
             *(*MODEL, "--ewc-lambda", 1, *output),
         ],
-        "merge": ["merge", checkpoint, *output],
+        "merge": ["merge", checkpoint, checkpoint.with_name("other"), *output],
     }[command]
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import math
 import random
 from itertools import pairwise
@@ -21,7 +22,14 @@ from scripts.experiments.lib.curves import (
 )
 from scripts.experiments.lib.digests import code_digest, meaning
 from scripts.experiments.lib.grids import GRIDS
-from scripts.experiments.lib.records import Record, append_record, read_records, rounded
+from scripts.experiments.lib.records import (
+    Record,
+    RecordsError,
+    Unit,
+    append_record,
+    read_records,
+    rounded,
+)
 from scripts.experiments.lib.tuning import Done, fit, packed
 from scripts.experiments.tasks import confirm_tradeoff, tradeoff
 
@@ -407,3 +415,19 @@ def test_a_quick_run_makes_every_curve_and_its_page(name: str, folder: Path) -> 
     assert "its figures mean nothing" in page
     for method, title in tradeoff.pages.TITLES.items():
         assert f"| {title}" in page or (method == "ewc_interpolated" and tradeoff.is_chain(name))
+
+
+def test_figures_that_were_changed_by_hand_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    figures = {"old": 0.123456789, "curve": [[1, -0.0], [2, 3e-20]], "by_step": {10: 0.5}}
+    append_record(file, Record(Unit("x", "ewc", 0, {}), figures, 1.0, {}))
+    (record,) = read_records(file)
+    assert record.figures["old"] == 0.123457
+    text = file.read_text()
+    file.write_text(text.replace("0.123457", "0.223457"))
+    with pytest.raises(RecordsError, match="line 1: the digest of the figures is not that"):
+        read_records(file)
+    line = json.loads(text)
+    del line["figures_digest"]  # as lines were written before
+    file.write_text(json.dumps(line) + "\n")
+    assert read_records(file) == [record]

@@ -155,8 +155,6 @@ def test_a_merge_names_what_it_was_made_from(base: Path, tmp_path: Path) -> None
     assert data["base_model"] == ["them/one", "them/two"]
     assert data["base_model_relation"] == "merge"
     assert "license" not in data  # they do not say the same
-    consolidate.merge([one], output_dir=tmp_path / "copy")
-    assert card(tmp_path / "copy") == card(one)
 
 
 def test_the_same_weights_keep_their_card(base: Path, tmp_path: Path) -> None:

@@ -131,16 +131,32 @@ def read_records(path: Path) -> list[Record]:
                 f"{path}, line {number}: the digest is {found.get('digest')}, that of the settings "
                 f"is {unit.digest}: they were changed by hand; take the line out"
             )
+        if found.get("figures_digest", figures_digest(record.figures)) != figures_digest(
+            record.figures
+        ):
+            raise RecordsError(
+                f"{path}, line {number}: the digest of the figures is not that of the line: they "
+                "were changed by hand; take the line out"
+            )
         records.setdefault(unit.digest, record)
     return list(records.values())
 
 
+def figures_digest(figures: Figures) -> str:
+    """SHA-256 of the canonical JSON of the figures of a line, the first 16 digits."""
+    stored = json.loads(json.dumps(figures))  # numbers as keys become strings
+    text = json.dumps(stored, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def line(record: Record) -> bytes:
     """Write a record as a line of a file of records."""
+    figures = rounded(record.figures)
     found = {
         "digest": record.unit.digest,
         **asdict(record.unit),
-        "figures": rounded(record.figures),
+        "figures": figures,
+        "figures_digest": figures_digest(figures),  # lines from before have none
         "seconds": round(record.seconds, 1),
         "processor_seconds": rounded(record.processor_seconds),
         "versions": record.versions,
