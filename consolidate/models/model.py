@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,13 +14,14 @@ from consolidate.models.objectives import Objective
 from consolidate.models.tensor_names import (
     Layout,
     adapter_layout,
+    full_names,
     same_names_layout,
     transformers_layout,
 )
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
 from formats.fisher_json import SAME_AS
-from formats.tensors import shape_of
+from formats.tensors import Renamed, shape_of
 
 
 @dataclass(eq=False)
@@ -36,6 +37,7 @@ class Model:
     notes: list[str] = field(default_factory=list)  # what is reported to the user about loading
     config_changes: dict[str, Any] = field(default_factory=dict)  # see `config_of`
     base_layout: Layout | None = None  # of an adapter: that of its base model
+    new_names: dict[str, str] = field(default_factory=dict)  # see `with_full_names`
 
     @property
     def outputs(self) -> int | None:
@@ -57,6 +59,21 @@ def layout_of(module: nn.Module, checkpoint: Checkpoint, *, own: bool = False) -
         return same_names_layout(module, shapes) if own else transformers_layout(module, shapes)
     except InputError as error:
         raise InputError(f"{checkpoint.path}: {error}") from error
+
+
+def with_full_names(model: Model) -> Model:
+    """Name the weights of a model that was stored without a head as transformers writes them.
+
+    `new_names` of the result has the changed names by those of the checkpoint's file.
+    """
+    source = model.checkpoint
+    changed = full_names(model.module, source.weights)
+    if not changed:
+        return model
+    names = {changed.get(name, name): name for name in source.weights}
+    named = replace(source, weights=Renamed(source.weights, names))
+    layout = layout_of(model.module, named)
+    return replace(model, checkpoint=named, layout=layout, new_names=changed)
 
 
 def file_weights(model: Model) -> FileWeights:
@@ -99,6 +116,11 @@ def freeze_parameters(model: Model, patterns: Sequence[str]) -> None:
         canonical = model.layout.canonical(name)
         if canonical in parameters:
             names.setdefault(name, set()).add(str(canonical))
+    # A base model's own names too, as its checkpoint without a head has them.
+    body = f"{getattr(model.module, 'base_model_prefix', '')}."
+    for name in parameters:
+        if len(body) > 1 and name.startswith(body):
+            names.setdefault(name.removeprefix(body), set()).add(name)
     for name in [*model.checkpoint.weights, *model.layout.fresh]:
         found = [n for n in model.layout.module_names(name) if n in parameters]
         names.setdefault(name, set()).update(found)

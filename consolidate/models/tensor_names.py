@@ -254,27 +254,16 @@ def same_names_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
 def transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
     """Map a transformers model to its file, as transformers loads it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import WeightConverter
 
     mapping = get_model_conversion_mapping(module)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    prefix = module.base_model_prefix
     state = module.state_dict()
     groups: dict[str, Group] = {}
     joint: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
     unused: dict[str, str] = {}
-    # Some renamings depend on earlier ones, so the order must be that of transformers.
-    for name in sorted(file_shapes, key=dot_natural_key):
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if renamed not in state and name in state:
-            renamed, pattern = rename_source_key(name, [], [], prefix, state)
+    for name, (renamed, pattern) in _looked_up(module, file_shapes, mapping).items():
         if renamed not in state:
             unused[name] = renamed
         elif pattern is None:
@@ -287,6 +276,57 @@ def transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
     ordered = [groups[name] for name in file_shapes if name in groups]
     unused = {name: unused[name] for name in file_shapes if name in unused}
     return Layout(module, ordered, file_shapes, unused)
+
+
+def full_names(module: Any, names: Collection[str]) -> dict[str, str]:
+    """Give the names that transformers writes for tensors of a file without a head.
+
+    A base model alone is stored without the prefix that its names have in a model with a head.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    prefix, state = module.base_model_prefix, module.state_dict()
+    full = {f"{prefix}.{name}": name for name in names}
+    if module.base_model is module or full.keys() & set(names):
+        return {}
+    found = _looked_up(module, names, get_model_conversion_mapping(module))
+    again = _looked_up(module, full, get_model_conversion_mapping(module))
+    plain = _looked_up(module, names, get_model_conversion_mapping(module), add_prefix=False)
+    body = module.base_model._modules  # also those that are None, such as a pooler
+    changed = {}
+    for longer, name in full.items():
+        at = found[name][0]
+        if at not in state:  # not used, or an index that is no longer stored
+            bare = name.split(".")[0] in body
+        else:
+            bare = found[name] == again[longer] and at == f"{prefix}.{plain[name][0]}"
+        if bare:
+            changed[name] = longer
+    return changed
+
+
+def _looked_up(
+    module: Any, names: Collection[str], mapping: Sequence[Any], *, add_prefix: bool = True
+) -> dict[str, tuple[str, str | None]]:
+    """Give, for each name of a file, the module's and the pattern of its conversion, if any."""
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = module.state_dict()
+    base = (module.base_model_prefix, state) if add_prefix else (None, None)
+    found = {}
+    # Some renamings depend on earlier ones, so the order must be that of transformers.
+    for name in sorted(names, key=dot_natural_key):
+        found[name] = rename_source_key(name, renamings, converters, *base)
+        if found[name][0] not in state and name in state:
+            found[name] = rename_source_key(name, [], [], *base)
+    return found
 
 
 def _converted_group(
