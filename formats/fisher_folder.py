@@ -190,20 +190,19 @@ def under_other_names(
     stored: StoredFisher, found: Mapping[str, TensorRecord], where: str
 ) -> str | None:
     """Explain weights that are a Fisher's under other names, and name the command for them."""
-    fit = renaming(stored.ledger, found)
-    if stored.ledger.base is not None or not fit.is_pure:
+    fit, ledger = renaming(stored.ledger, found), stored.folder / LEDGER_NAME
+    if stored.ledger.base is not None or not (fit.is_pure or fit.is_impure):
         return None
+    same = f"the tensors of {ledger} under other names ({fit.examples()})"
+    if fit.is_impure:
+        return f"{where} has {same}, but {fit.faults()}"
+    if not fit.examples():
+        apart = [*(f"without {n!r}" for n in fit.left_out), *(f"and {n!r}" for n in fit.extra)]
+        same = f"the tensors of {ledger} {in_one_line(apart, 2)}"
     beside = stored.folder.parent if stored.folder.name == "fisher" else stored.folder
     of = "" if beside == Path(where) else f" --fisher-of {quote(str(beside))}"
-    same = f"the same tensors under other names ({fit.examples()})"
-    if not fit.examples():
-        apart = [
-            *(f"without {name!r}" for name in fit.left_out),
-            *(f"and {n!r}" for n in fit.extra),
-        ]
-        same = f"the same tensors {in_one_line(apart, 2)}"
     return (
-        f"{where} has {same} as {stored.folder / LEDGER_NAME}: carry the Fisher over with "
+        f"{where} has {same}: carry the Fisher over with "
         f"`consolidate remap {quote(where)}{of} --output-dir DIR`"
     )
 

@@ -35,6 +35,27 @@ class Renaming:
         """Whether nothing but names changed, as far as the Fisher needs it."""
         return bool(self.names) and not self.missing and not self.changed
 
+    @property
+    def is_impure(self) -> bool:
+        """Whether most tensors have other names, and some differ in more than that."""
+        other = sum(old != new for old, new in self.names.items())
+        return not self.is_pure and other > len(self.changed) + len(self.missing)
+
+    def faults(self) -> str:
+        """Name a few of the tensors with other values, or without a counterpart, and what to do."""
+        pairs = [
+            repr(old) + (f" (now {new!r})" if old != new else "")
+            for old, new in self.changed.items()
+        ]
+        if pairs:
+            what = f"other values of {few(pairs, 2)}; if it was trained since,"
+        else:
+            what = (
+                f"no tensor with the dtype, shape and bytes of {few(self.missing, 3)}, which the "
+                "Fisher protects; save it again with that, or"
+            )
+        return f"{what} measure its Fisher with `consolidate fisher`"
+
     def examples(self) -> str:
         """Name a few of the tensors with another name; empty if there are none."""
         other = [f"{old!r} is now {new!r}" for old, new in self.names.items() if old != new]

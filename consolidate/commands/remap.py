@@ -34,7 +34,6 @@ from formats.hub import commits_of, locate
 from formats.renaming import Renaming, renamed, renaming
 from formats.tensors import Renamed, dtype_of
 from formats.versions import program_versions
-from formats.wording import few
 
 NOT_COVERED = "not among the weights that the Fisher was measured at"
 """The reason of a tensor that only the renamed checkpoint has."""
@@ -136,8 +135,9 @@ def _opened(options: RemapOptions) -> tuple[Checkpoint, StoredFisher]:
     try:
         folder = find_fisher(path, of)
     except InputError as error:
-        swapped = f": {path} has one, so swap the two" if beside.is_file() else ""
-        raise InputError(f"--fisher-of {error}{swapped}") from None
+        swapped = beside.is_file() and Path(str(of)).is_dir()
+        hint = f"; {path} has one: swap the two" if swapped else ""
+        raise InputError(f"--fisher-of {error}{hint}") from None
     assert folder is not None
     stored = read_fisher(folder)
     if stored.ledger.base is not None:
@@ -159,19 +159,9 @@ def _planned(source: Checkpoint, stored: StoredFisher) -> _Plan:
 def _check_pure(fit: Renaming, path: Path, stored: StoredFisher) -> None:
     """Refuse weights that differ in more than names from those of the Fisher, or unclear names."""
     ledger = stored.folder / LEDGER_NAME
-    if fit.changed:
-        pairs = [
-            repr(old) + (f" as {new!r}" if old != new else "") for old, new in fit.changed.items()
-        ]
+    if not fit.is_pure:
         raise InputError(
-            f"{path} differs in more than names from the weights of {ledger}: it has "
-            f"{few(pairs, 2)} with other values; if they were trained since, measure their Fisher "
-            "with `consolidate fisher`"
-        )
-    if fit.missing:
-        raise InputError(
-            f"{path} has no tensor with the dtype, shape and bytes of {few(fit.missing, 3)}, which "
-            f"{ledger} protects: use the checkpoint that has all of them under other names"
+            f"{path} differs in more than names from the weights of {ledger}: {fit.faults()}"
         )
     if fit.unclear:
         olds, news = fit.unclear[0]

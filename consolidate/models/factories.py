@@ -46,15 +46,18 @@ def make_module(factory: str, config: dict[str, Any]) -> nn.Module:
                 f"{attribute} of type {type(target).__name__}"
             )
         try:
-            made = target(deepcopy(config)) if _takes_config(target) else target()
+            made = target(_with_count(config)) if _takes_config(target) else target()
         except ConsolidateError:
             raise
-        except Exception as error:
+        except KeyError as error:
+            if "num_labels" in config or error.args != ("num_labels",):
+                raise _failed(factory, config, error) from error
             raise UsageError(
-                f"--model {factory} failed with {type(error).__name__}: {error}; it is called with "
-                f"the content of config.json{'' if config else ' (here empty)'}, or without "
-                "arguments if it takes none"
+                f"--model {factory} reads num_labels, and config.json has neither num_labels nor "
+                'id2label: add "num_labels", the number of outputs'
             ) from error
+        except Exception as error:
+            raise _failed(factory, config, error) from error
     finally:
         sys.path.remove(here)
     if not isinstance(made, nn.Module):
@@ -70,6 +73,21 @@ def fresh_weights(factory: str, config: dict[str, Any], seed: int) -> dict[str, 
         module = make_module(factory, config)
     own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     return {name: tensor for name, tensor in module.state_dict().items() if name in own}
+
+
+def _with_count(config: dict[str, Any]) -> dict[str, Any]:
+    """Copy a config, with the number of its labels where only their names are given."""
+    names = config.get("id2label")
+    count = {"num_labels": len(names)} if isinstance(names, dict) and names else {}
+    return count | deepcopy(config)
+
+
+def _failed(factory: str, config: dict[str, Any], error: Exception) -> UsageError:
+    return UsageError(
+        f"--model {factory} failed with {type(error).__name__}: {error}; it is called with the "
+        f"content of config.json{'' if config else ' (here empty)'}, or without arguments if it "
+        "takes none"
+    )
 
 
 def _takes_config(target: Callable[..., Any]) -> bool:

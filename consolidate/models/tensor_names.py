@@ -44,6 +44,7 @@ class Layout:
         file_shapes: Shapes,  # in the file's order
         unused: Mapping[str, str],  # tensors without a place in the module -> the name looked up
         outside: Collection[str] = (),  # module names of another file: an adapter's base model
+        outer: str = "",  # what all names of the file begin with, see `outer_prefix`
     ) -> None:
         self._file_shapes = dict(file_shapes)
         self._aliases: dict[str, str] = {}  # any name of a tied tensor -> the first one
@@ -58,9 +59,10 @@ class Layout:
         self.groups = self._distinct(groups)
         known = {*outside, *(name for group in self.groups for name in group.module_names)}
         # Parameters that the file lacks, as those of a new head; new buffers are not stored.
-        self.fresh = tuple(name for name, _ in module.named_parameters() if name not in known)
-        self._file_shapes |= {name: self._module_shapes[name] for name in self.fresh}
-        groups = [*(Group((name,), (name,), None) for name in self.fresh), *self.groups]
+        fresh = [name for name, _ in module.named_parameters() if name not in known]
+        self.fresh = tuple(outer + name for name in fresh)
+        self._file_shapes |= {outer + name: self._module_shapes[name] for name in fresh}
+        groups = [*(Group((outer + name,), (name,), None) for name in fresh), *self.groups]
         self._group_of_file = {n: group for group in groups for n in group.file_names}
         self._group_of_module = {n: group for group in groups for n in group.module_names}
         self._place_in_file = {name: place for place, name in enumerate(self._file_shapes)}
@@ -260,10 +262,13 @@ def transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     state = module.state_dict()
+    outer = outer_prefix(file_shapes, module.base_model_prefix)
+    names = [name.removeprefix(outer) for name in file_shapes]
     groups: dict[str, Group] = {}
     joint: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
     unused: dict[str, str] = {}
-    for name, (renamed, pattern) in _looked_up(module, file_shapes, mapping).items():
+    for own, (renamed, pattern) in _looked_up(module, names, mapping).items():
+        name = outer + own
         if renamed not in state:
             unused[name] = renamed
         elif pattern is None:
@@ -275,7 +280,22 @@ def transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
         groups[group.file_names[0]] = group
     ordered = [groups[name] for name in file_shapes if name in groups]
     unused = {name: unused[name] for name in file_shapes if name in unused}
-    return Layout(module, ordered, file_shapes, unused)
+    return Layout(module, ordered, file_shapes, unused, outer=outer)
+
+
+def outer_prefix(names: Collection[str], base_model_prefix: str) -> str:
+    """Give what a wrapper puts before all names, as DistributedDataParallel and compile do."""
+    outer = ""
+    while True:
+        inner = [name.removeprefix(outer) for name in names]
+        first = inner[0].partition(".")[0] + "."
+        # Many models of transformers have an attribute `model` of their own.
+        known = first in ("module.", "_orig_mod.") or (
+            first == "model." and any(n.startswith(f"model.{base_model_prefix}.") for n in inner)
+        )
+        if not known or not all(name.startswith(first) for name in inner):
+            return outer
+        outer += first
 
 
 def full_names(module: Any, names: Collection[str]) -> dict[str, str]:
@@ -286,14 +306,17 @@ def full_names(module: Any, names: Collection[str]) -> dict[str, str]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     prefix, state = module.base_model_prefix, module.state_dict()
-    full = {f"{prefix}.{name}": name for name in names}
-    if module.base_model is module or full.keys() & set(names):
-        return {}
-    found = _looked_up(module, names, get_model_conversion_mapping(module))
-    again = _looked_up(module, full, get_model_conversion_mapping(module))
-    plain = _looked_up(module, names, get_model_conversion_mapping(module), add_prefix=False)
+    outer = outer_prefix(names, prefix)
+    inner = [name.removeprefix(outer) for name in names]
+    full = {f"{prefix}.{name}": name for name in inner}
+    if module.base_model is module or full.keys() & set(inner):
+        full = {}
+    mappings = (get_model_conversion_mapping(module) for _ in range(3))  # they have a state
+    found = _looked_up(module, inner, next(mappings))
+    again = _looked_up(module, full, next(mappings))
+    plain = _looked_up(module, inner, next(mappings), add_prefix=False)
     body = module.base_model._modules  # also those that are None, such as a pooler
-    changed = {}
+    changed = {outer + name: name for name in inner if outer}
     for longer, name in full.items():
         at = found[name][0]
         if at not in state:  # not used, or an index that is no longer stored
@@ -301,7 +324,7 @@ def full_names(module: Any, names: Collection[str]) -> dict[str, str]:
         else:
             bare = found[name] == again[longer] and at == f"{prefix}.{plain[name][0]}"
         if bare:
-            changed[name] = longer
+            changed[outer + name] = longer
     return changed
 
 
