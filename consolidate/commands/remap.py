@@ -18,7 +18,13 @@ from consolidate.options import RemapOptions
 from consolidate.results import RemapResult
 from consolidate.views.output_card import renew_card
 from formats.atomic import replace_folder
-from formats.checkpoint import Checkpoint, open_checkpoint, weight_records, write_checkpoint
+from formats.checkpoint import (
+    Checkpoint,
+    check_finite,
+    open_checkpoint,
+    weight_records,
+    write_checkpoint,
+)
 from formats.digest import TensorRecord, differences, json_digest
 from formats.errors import InputError
 from formats.fisher_folder import (
@@ -153,6 +159,7 @@ def _planned(source: Checkpoint, stored: StoredFisher) -> _Plan:
     records = weight_records(source.weights)
     fit = renaming(stored.ledger, records)
     _check_pure(fit, source.path, stored)
+    check_finite(source.weights, source.path)
     return _Plan(source, records, stored, fit)
 
 

@@ -315,12 +315,11 @@ def full_names(module: Any, names: Collection[str]) -> dict[str, str]:
     found = _looked_up(module, inner, next(mappings))
     again = _looked_up(module, full, next(mappings))
     plain = _looked_up(module, inner, next(mappings), add_prefix=False)
-    body = module.base_model._modules  # also those that are None, such as a pooler
     changed = {outer + name: name for name in inner if outer}
     for longer, name in full.items():
         at = found[name][0]
-        if at not in state:  # not used, or an index that is no longer stored
-            bare = name.split(".")[0] in body
+        if at not in state:  # not used, as a pooler that is None here
+            bare = hasattr(module.base_model, name.split(".")[0])
         else:
             bare = found[name] == again[longer] and at == f"{prefix}.{plain[name][0]}"
         if bare:

@@ -24,8 +24,8 @@ from formats.fisher_json import ledger_bytes, read_ledger
 from support.command_line import run
 
 MODEL = ("--objective", "classification", "--model", "support.networks:make_network")
-READ_WEIGHTS = ("verify", "evaluate", "fisher", "finetune", "merge")
-READ_FISHER = ("show", "verify", "finetune", "merge")
+READ_WEIGHTS = ("verify", "evaluate", "fisher", "finetune", "merge", "remap")
+READ_FISHER = ("show", "verify", "finetune", "merge", "remap")
 ALL = ("show", *READ_WEIGHTS)
 EVIL = "w\x1b[2J\x1b]0;title\x07\r\u202e\x9b"
 
@@ -73,6 +73,7 @@ def arguments(command: str, checkpoint: Path, data: Path) -> list[object]:
             *(*MODEL, "--ewc-lambda", 1, *output),
         ],
         "merge": ["merge", checkpoint, *output],
+        "remap": ["remap", checkpoint, *output],
     }[command]
 
 
