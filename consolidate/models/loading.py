@@ -181,20 +181,7 @@ def _from_transformers(
             raise InputError(
                 f"{where}: transformers cannot load it as {cls.__name__}: {first_line(error)}"
             ) from error
-        if mismatched := sorted(info["mismatched_keys"]):
-            name, found, expected = mismatched[0]
-            unknown = not checkpoint.config.keys() & {"num_labels", "id2label"}
-            if unknown and tuple(expected) == (config.num_labels, *found[1:]):
-                raise InputError(
-                    f"{where}: config.json has neither num_labels nor id2label, so transformers "
-                    f"expects {expected[0]} outputs, and {name} has {found[0]} rows: add "
-                    f'"num_labels": {found[0]} to config.json'
-                )
-            raise InputError(
-                f"{where}: the shapes of {len(mismatched)} tensors do not match config.json, such "
-                f"as {name}: expected {list(expected)}, found {list(found)} in the file; use the "
-                "config.json that belongs to the weights"
-            )
+        _check_shapes(info, config, checkpoint)
         layout = layout_of(module, checkpoint)
         _check_missing(module, info, objective, declared, new_labels is not None, where)
         dropped = _check_unexpected(module, info, layout, where)
@@ -216,6 +203,25 @@ def _from_transformers(
     labels = _label_names(checkpoint.config | changes) if objective.has_labels else None
     model = Model(module, checkpoint, objective, labels, processor, layout, notes, changes)
     return model if new_labels is None else with_full_names(model)
+
+
+def _check_shapes(info: Mapping[str, Any], config: Any, checkpoint: Checkpoint) -> None:
+    where = checkpoint.path
+    if not (mismatched := sorted(info["mismatched_keys"])):
+        return
+    name, found, expected = mismatched[0]
+    unknown = not checkpoint.config.keys() & {"num_labels", "id2label"}
+    if unknown and tuple(expected) == (config.num_labels, *found[1:]):
+        raise InputError(
+            f"{where}: config.json has neither num_labels nor id2label, so transformers "
+            f"expects {expected[0]} outputs, and {name} has {found[0]} rows: add "
+            f'"num_labels": {found[0]} to config.json'
+        )
+    raise InputError(
+        f"{where}: the shapes of {len(mismatched)} tensors do not match config.json, such "
+        f"as {name}: expected {list(expected)}, found {list(found)} in the file; use the "
+        "config.json that belongs to the weights"
+    )
 
 
 def _check_missing(
