@@ -132,19 +132,17 @@ def _opened(options: RemapOptions) -> tuple[Checkpoint, StoredFisher]:
             f"{path}: expected a whole model, found an adapter: measure the Fisher of its present "
             "names with `consolidate fisher`"
         )
-    beside, of = path / "fisher" / LEDGER_NAME, options.fisher_of
-    if of is None and not beside.is_file():
+    try:
+        folder = find_fisher(path, options.fisher_of)
+    except InputError as error:
+        swapped = (path / "fisher").is_dir() and Path(str(options.fisher_of)).is_dir()
+        hint = f"; {path} has one: swap the two" if swapped else ""
+        raise InputError(f"--fisher-of {error}{hint}") from None
+    if folder is None:
         raise InputError(
             f"{path} has no Fisher: name the checkpoint with the old names, which has one, with "
             "--fisher-of"
         )
-    try:
-        folder = find_fisher(path, of)
-    except InputError as error:
-        swapped = beside.is_file() and Path(str(of)).is_dir()
-        hint = f"; {path} has one: swap the two" if swapped else ""
-        raise InputError(f"--fisher-of {error}{hint}") from None
-    assert folder is not None
     stored = read_fisher(folder)
     if stored.ledger.base is not None:
         raise InputError(

@@ -296,7 +296,7 @@ CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
     "a deep ledger": (lambda f: deep(f, "fisher/fisher.json"), READ_FISHER, "too deeply"),
     "a deep config": (lambda f: deep(f, "config.json"), READ_WEIGHTS, "is not valid JSON"),
     "a huge config": (huge_config, READ_WEIGHTS, "at most 128 MiB"),
-    "a tensor whose name steers": (evil_name, READ_WEIGHTS, r"\x1b[2J"),
+    "a tensor whose name steers": (evil_name, READ_WEIGHTS[:-1], r"\x1b[2J"),
     "a ledger whose field steers": (evil_ledger, READ_FISHER, r"\x1b[2J"),
 }
 
