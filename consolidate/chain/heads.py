@@ -18,7 +18,7 @@ from consolidate.chain.tasks import Chain, FittedChain
 from consolidate.data.columns import label_column
 from consolidate.data.labels import label_names, label_values, lacking_labels
 from consolidate.models.architectures import relabelled
-from consolidate.models.model import Model, file_weights
+from consolidate.models.model import Model, file_weights, with_full_names
 from consolidate.options import Columns
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
@@ -59,8 +59,9 @@ def fit_model(
             f"{source.path} is an adapter, and --head {head} needs a whole model: leave --head out"
         )
     model = load(source, new_labels=new_labels)
-    if before is not None and model.new_names:
-        before = _with_names(before, model.new_names)
+    if new_labels is not None:
+        model, names = with_full_names(model)
+        before = before if before is None or not names else _with_names(before, names)
     fitted = _with_wider_vocabulary(load, Fitted(model, before, {}), new_labels)
     model = fitted.model
     if new_labels is not None:

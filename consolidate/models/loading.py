@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from consolidate.estimation.gradient_checkpointing import enable
 from consolidate.models.architectures import architectures, declared_class, new_head
 from consolidate.models.factories import make_module
-from consolidate.models.model import Model, freeze_parameters, layout_of, with_full_names
+from consolidate.models.model import Model, freeze_parameters, layout_of
 from consolidate.models.objectives import Objective, default_objective, get_objective
 from consolidate.models.tensor_names import Layout, outer_prefix
 from consolidate.runtime.quiet import quiet
@@ -201,8 +201,7 @@ def _from_transformers(
         tokens = (getattr(processor, name, None) for name in ("pad_token_id", "eos_token_id"))
         module.config.pad_token_id = next((token for token in tokens if token is not None), None)
     labels = _label_names(checkpoint.config | changes) if objective.has_labels else None
-    model = Model(module, checkpoint, objective, labels, processor, layout, notes, changes)
-    return model if new_labels is None else with_full_names(model)
+    return Model(module, checkpoint, objective, labels, processor, layout, notes, changes)
 
 
 def _check_shapes(info: Mapping[str, Any], config: Any, checkpoint: Checkpoint) -> None:

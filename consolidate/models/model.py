@@ -37,7 +37,6 @@ class Model:
     notes: list[str] = field(default_factory=list)  # what is reported to the user about loading
     config_changes: dict[str, Any] = field(default_factory=dict)  # see `config_of`
     base_layout: Layout | None = None  # of an adapter: that of its base model
-    new_names: dict[str, str] = field(default_factory=dict)  # see `with_full_names`
 
     @property
     def outputs(self) -> int | None:
@@ -61,19 +60,19 @@ def layout_of(module: nn.Module, checkpoint: Checkpoint, *, own: bool = False) -
         raise InputError(f"{checkpoint.path}: {error}") from error
 
 
-def with_full_names(model: Model) -> Model:
+def with_full_names(model: Model) -> tuple[Model, dict[str, str]]:
     """Name the weights of a model that was stored without a head as transformers writes them.
 
-    `new_names` of the result has the changed names by those of the checkpoint's file.
+    The second result has the changed names by those of the checkpoint's file.
     """
     source = model.checkpoint
     changed = full_names(model.module, source.weights)
     if not changed:
-        return model
+        return model, {}
     names = {changed.get(name, name): name for name in source.weights}
     named = replace(source, weights=Renamed(source.weights, names))
     layout = layout_of(model.module, named)
-    return replace(model, checkpoint=named, layout=layout, new_names=changed)
+    return replace(model, checkpoint=named, layout=layout), changed
 
 
 def file_weights(model: Model) -> FileWeights:

@@ -346,6 +346,13 @@ def test_what_from_pretrained_and_save_pretrained_make_of_mixed_names(tmp_path: 
         verify(start, to)
         made.append(tensors(to))
     assert all(torch.equal(made[1][n], made[0][n.removeprefix("bert.")]) for n in made[1])
+    # Another head leaves the mixed names as they are.
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "the mat", "label": "x"}\n{"text": "a day", "label": "y"}\n')
+    to = tmp_path / "other"
+    finetune(old, other, task="two", output_dir=to, ewc_lambda=10.0, max_steps=1, head="new")
+    assert verify(old, to)["later"][0]["heads"].keys() == {"one"}
+    assert open_checkpoint(to).weights.keys() == open_checkpoint(old).weights.keys()
 
 
 def test_on_the_command_line(

@@ -16,7 +16,7 @@ from torch import nn
 
 from consolidate.models.architectures import lacks_head
 from consolidate.models.loading import load_model
-from consolidate.models.model import config_of, file_weights, unprotected
+from consolidate.models.model import config_of, file_weights, unprotected, with_full_names
 from formats.checkpoint import open_checkpoint, write_checkpoint
 from formats.errors import InputError, UsageError
 from support.tiny_models import (
@@ -283,11 +283,12 @@ def test_a_bare_encoder_gets_a_new_output_layer(tmp_path: Path) -> None:
     assert model.outputs == 3
     assert model.layout.fresh == ("classifier.weight", "classifier.bias")
     assert any("classifier.weight" in note for note in model.notes)
+    model, names = with_full_names(model)
     weights = file_weights(model)
     # The names that transformers writes for the class with the head.
     model.module.save_pretrained(tmp_path / "written")
     assert set(weights) == set(load_file(tmp_path / "written" / "model.safetensors"))
-    assert model.new_names == {name: f"bert.{name}" for name in checkpoint.weights}
+    assert names == {name: f"bert.{name}" for name in checkpoint.weights}
     assert float(weights["classifier.weight"].std()) > 0
     again = load_model(checkpoint, **options)
     other = load_model(checkpoint, **options, seed=1)
@@ -336,7 +337,7 @@ def test_every_bare_model_gets_the_names_of_its_class_with_a_head(
     cls, config, objective = BARE[name]
     checkpoint = open_checkpoint(save(tmp_path / "bare", cls, config))
     options: dict[str, Any] = {"objective": objective or "sequence-classification"}
-    model = load_model(checkpoint, **options, new_labels=["a", "b", "c"])
+    model, _ = with_full_names(load_model(checkpoint, **options, new_labels=["a", "b", "c"]))
     model.module.save_pretrained(tmp_path / "written")
     written = set(open_checkpoint(tmp_path / "written").weights)
     weights = file_weights(model)
@@ -392,7 +393,7 @@ def test_a_bare_encoder_with_a_wrapper_in_front_gets_plain_names(tmp_path: Path)
     weights = load_file(folder / "model.safetensors")
     save_file({f"module.{name}": t for name, t in weights.items()}, folder / "model.safetensors")
     options = {"objective": "sequence-classification", "new_labels": ["a", "b"]}
-    model = load_model(open_checkpoint(folder), **options)
+    model, _ = with_full_names(load_model(open_checkpoint(folder), **options))
     expected = [*(f"bert.{name}" for name in weights), "classifier.weight", "classifier.bias"]
     assert sorted(file_weights(model)) == sorted(expected)
 
