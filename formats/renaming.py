@@ -38,8 +38,9 @@ class Renaming:
     @property
     def is_impure(self) -> bool:
         """Whether most tensors have other names, and some differ in more than that."""
-        other = sum(old != new for old, new in self.names.items())
-        return not self.is_pure and other > len(self.changed) + len(self.missing)
+        there = {*self.names.values(), *self.changed.values(), *self.extra}
+        gone = sum(old not in there for old in self.names)
+        return not self.is_pure and gone > len(self.changed) + len(self.missing)
 
     def faults(self) -> str:
         """Name a few of the tensors with other values, or without a counterpart, and what to do."""
