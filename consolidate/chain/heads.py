@@ -60,8 +60,9 @@ def fit_model(
         )
     model = load(source, new_labels=new_labels)
     if new_labels is not None:
-        model, names = with_full_names(model)
-        before = before if before is None or not names else _with_names(before, names)
+        model, changed = with_full_names(model)
+        if before is not None and changed:
+            before = _with_names(before, changed)
     fitted = _with_wider_vocabulary(load, Fitted(model, before, {}), new_labels)
     model = fitted.model
     if new_labels is not None:
