@@ -4,6 +4,7 @@ from consolidate.api import finetune as finetune
 from consolidate.api import fisher as fisher
 from consolidate.api import merge as merge
 from consolidate.api import push as push
+from consolidate.api import remap as remap
 from consolidate.api import report as report
 from consolidate.api import run as run
 from consolidate.api import show as show

@@ -16,6 +16,7 @@ from consolidate.options import (
     FisherOptions,
     MergeOptions,
     PushOptions,
+    RemapOptions,
     ReportOptions,
     RunOptions,
     ShowOptions,
@@ -27,6 +28,7 @@ from consolidate.results import (
     FisherResult,
     MergeResult,
     PushResult,
+    RemapResult,
     ReportResult,
     RunResult,
     ShowResult,
@@ -507,6 +509,43 @@ def merge(
     from consolidate.commands import merge as command
 
     return command.merge(gather(MergeOptions, given))
+
+
+def remap(
+    checkpoint: str | Path,
+    *,
+    output_dir: str | Path,
+    fisher_of: str | Path | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> RemapResult:
+    """Carry Fisher, anchor, saved heads and ledger over to the same weights under other names.
+
+    Tensors are paired by dtype, shape and bytes; several that are alike, such as norms of ones, by
+    where the other tensors of their module went, then by the longest common suffix of their names.
+
+    Args:
+        checkpoint: A folder, a weights file, or a repository on the Hub.
+        output_dir: Where to write the checkpoint with its Fisher.
+        fisher_of: Checkpoint with the old names, whose Fisher is carried over. (default: the
+            checkpoint itself, with a fisher folder copied beside its weights)
+        revision: Branch, tag or commit of the checkpoint on the Hub.
+        overwrite: Replace an existing output unless it is up to date.
+
+    Returns:
+        The folder, the tasks, and the new name of each tensor of the ledger; the tensors that only
+        one of the two checkpoints has. If the output is up to date, nothing is done, and the
+        ``status`` is ``cached``.
+
+    Raises:
+        InputError: There is no Fisher or it is damaged, values differ, a tensor with a Fisher is
+            missing, or alike tensors cannot be told apart by their names.
+        NonFiniteError: NaN or infinity in the Fisher.
+    """
+    given = locals()
+    from consolidate.commands import remap as command
+
+    return command.remap(gather(RemapOptions, given))
 
 
 def run(

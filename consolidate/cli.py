@@ -264,6 +264,16 @@ def merge(**typed: Any) -> None:
     _do(typed, text_view.merge_text)
 
 
+@_command(PUBLISH, "remap renamed-model --fisher-of my-model --output-dir my-model-2")
+def remap(**typed: Any) -> None:
+    """Carry the Fisher over to the same weights under other names.
+
+    CHECKPOINT has the new names. Its tensors are paired with those of the Fisher by their bytes,
+    and where several are alike by their names; other values are refused.
+    """
+    _do(typed, text_view.remap_text)
+
+
 @_command(MAIN, "run tasks.toml --dry-run")
 def run(**typed: Any) -> None:
     """Train a sequence of tasks described in TASKS.TOML.

@@ -742,6 +742,22 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
+class RemapOptions:
+    """The options of `remap`."""
+
+    checkpoint: str | Path = _checkpoint()
+    output_dir: str | Path = _output_dir("Where to write the checkpoint with its Fisher.")
+    fisher_of: str | Path | None = option(
+        None,
+        "Checkpoint with the old names, whose Fisher is carried over.",
+        by_default="CHECKPOINT itself, with a fisher folder copied beside its weights",
+        metavar="PATH|REPO",
+    )
+    revision: str | None = _revision()
+    overwrite: bool = _overwrite()
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """The options of `run`."""
 
@@ -928,6 +944,7 @@ COMMANDS: dict[str, type] = {
     "finetune": FinetuneOptions,
     "evaluate": EvaluateOptions,
     "merge": MergeOptions,
+    "remap": RemapOptions,
     "run": RunOptions,
     "show": ShowOptions,
     "report": ReportOptions,

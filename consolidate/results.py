@@ -320,6 +320,24 @@ class MergeResult(_Of):
     anchor: Anchor
 
 
+class RemapResult(_Of):
+    """A checkpoint with the Fisher of the same weights under other names."""
+
+    status: DoneOrCached
+    fisher: Path
+    renamed: Annotated[Path, about("The checkpoint with the new names.")]
+    fisher_of: Annotated[Path, about("The folder of the Fisher that was carried over.")]
+    tasks: list[str]
+    names: Annotated[dict[str, str], about("The new name of each tensor of the ledger.")]
+    left_out: Annotated[
+        list[str],
+        about("Tensors without a Fisher that only the checkpoint with the old names has."),
+    ]
+    not_covered: Annotated[
+        list[str], about("Tensors that only the checkpoint with the new names has.")
+    ]
+
+
 class Mean(TypedDict):
     """A mean over the terms that were measured."""
 
@@ -532,6 +550,7 @@ RESULTS: dict[str, Any] = {
     "finetune": FinetuneResult,
     "evaluate": EvaluateResult,
     "merge": MergeResult,
+    "remap": RemapResult,
     "run": RunResult,
     "show": ShowResult,
     "report": ReportResult,

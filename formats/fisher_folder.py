@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from formats.fisher_json import (
     needed_version,
     read_ledger,
 )
+from formats.renaming import renaming
 from formats.tensors import (
     MAX_SHARD_SIZE,
     TensorFiles,
@@ -177,12 +179,36 @@ def tensor_sets(stored: StoredFisher) -> Iterator[tuple[str, TensorFiles, dict[s
 
 def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: str) -> None:
     """Refuse a Fisher that was measured at other weights; every byte of the weights is read."""
-    if lines := differences(stored.ledger.weights, weight_records(weights)):
+    found = weight_records(weights)
+    if lines := differences(stored.ledger.weights, found):
+        if (why := under_other_names(stored, found, where)) is not None:
+            raise InputError(why)
         raise InputError(
             f"{stored.folder / LEDGER_NAME} does not belong to the weights of {where}: "
             f"{in_one_line(lines, 2)}; measure the Fisher of these weights with "
             "`consolidate fisher`"
         )
+
+
+def under_other_names(
+    stored: StoredFisher, found: Mapping[str, TensorRecord], where: str
+) -> str | None:
+    """Explain weights that are a Fisher's under other names, and name the command for them."""
+    fit, ledger = renaming(stored.ledger, found), stored.folder / LEDGER_NAME
+    if stored.ledger.base is not None or not (fit.is_pure or fit.is_impure):
+        return None
+    same = f"the tensors of {ledger} under other names ({fit.examples()})"
+    if fit.is_impure:
+        return f"{where} has {same}, but {fit.faults()}"
+    if not fit.examples():
+        apart = [*(f"without {n!r}" for n in fit.left_out), *(f"and {n!r}" for n in fit.extra)]
+        same = f"the tensors of {ledger} {in_one_line(apart, 2)}"
+    beside = stored.folder.parent if stored.folder.name == "fisher" else stored.folder
+    of = "" if beside == Path(where) else f" --fisher-of {quote(str(beside))}"
+    return (
+        f"{where} has {same}: carry the Fisher over with "
+        f"`consolidate remap {quote(where)}{of} --output-dir DIR`"
+    )
 
 
 def check_intact(

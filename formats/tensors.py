@@ -94,6 +94,10 @@ class Renamed(LazyTensors):
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self._names[name]]
 
+    def apart(self) -> "Renamed":
+        """Return the same values in separate memory, as `apart` does."""
+        return Renamed(apart(self._tensors), self._names)
+
 
 class TensorFiles(LazyTensors):
     """The tensors of one or several safetensors files, each read on access.
@@ -170,7 +174,7 @@ def apart(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """
     if isinstance(tensors, TensorFiles):
         return TensorFiles(tensors.path, tensors.files)
-    return tensors.apart() if isinstance(tensors, Overlaid) else _Copies(tensors)
+    return tensors.apart() if isinstance(tensors, Overlaid | Renamed) else _Copies(tensors)
 
 
 def open_tensors(path: Path, stem: str = "model") -> TensorFiles:

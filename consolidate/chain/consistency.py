@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from formats.digest import set_digest
 from formats.fisher_json import Ledger, TaskRecord, copies
+from formats.renaming import renaming
 
 _ROUNDING = {"F32": 2.0**-20, "BF16": 2.0**-8}  # of a merge, relative, with room to spare
 _TINY = 1e-30
@@ -54,7 +56,7 @@ def descent(earlier: Ledger, later: Ledger) -> tuple[str, list[str]]:
     for i, task in enumerate(earlier.tasks):
         if i >= len(later.tasks):
             return "tasks", [f"the task {task.name!r} is missing"]
-        if later.tasks[i] != task:
+        if later.tasks[i] != task and not _same_but_names(task, later.tasks[i]):
             other = later.tasks[i].name
             if other == task.name:
                 return "tasks", [f"the record of the task {task.name!r} differs"]
@@ -66,7 +68,7 @@ def descent(earlier: Ledger, later: Ledger) -> tuple[str, list[str]]:
             return "weights", [] if task.parent == before else [f"{found}, not from {before[:12]}…"]
         if task.penalty is not None:
             return "tasks", []  # by a program that does not write the parent
-    if after != before:
+    if after != before and not renaming(earlier, later.weights).is_pure:
         return "weights", ["the weights differ, although no task was trained"]
     return "weights", []
 
@@ -78,6 +80,12 @@ def side_by_side(ledger: Ledger) -> list[list[str]]:
         if task.parent is not None:
             groups.setdefault(task.parent, []).append(task.name)
     return [names for names in groups.values() if len(names) > 1]
+
+
+def _same_but_names(task: TaskRecord, other: TaskRecord) -> bool:
+    """Whether two records differ at most in the names of tensors, as after `consolidate remap`."""
+    layers = [list(each.layers.values()) for each in (task, other)]
+    return layers[0] == layers[1] and replace(task, layers={}) == replace(other, layers={})
 
 
 def _of_task(task: TaskRecord) -> list[str]:

@@ -23,12 +23,13 @@ from consolidate.data.labels import (
     place_of_label,
 )
 from consolidate.models.architectures import relabelled
-from consolidate.models.model import Model, file_weights
+from consolidate.models.model import Model, file_weights, with_full_names
 from consolidate.options import Columns
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
+from formats.renaming import renamed
 from formats.rows import Rows
-from formats.tensors import Overlaid, dtype_of, shape_of
+from formats.tensors import Overlaid, Renamed, dtype_of, shape_of
 from formats.wording import few
 
 LOG = logging.getLogger("consolidate")
@@ -63,6 +64,10 @@ def fit_model(
             f"{source.path} is an adapter, and --head {head} needs a whole model: leave --head out"
         )
     model = load(source, new_labels=new_labels)
+    if new_labels is not None:
+        model, changed = with_full_names(model)
+        if before is not None and changed:
+            before = _with_names(before, changed)
     fitted = _with_wider_vocabulary(load, Fitted(model, before, {}), new_labels)
     model = fitted.model
     if new_labels is not None:
@@ -363,6 +368,20 @@ def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str]
     wide = replace(source, weights=Overlaid(source.weights, replaced=values), config=config)
     rows = dict.fromkeys(files, count)
     return _widened(fitted, load(wide, new_labels=new_labels), values, rows)
+
+
+def _with_names(chain: Chain, names: Mapping[str, str]) -> FittedChain:
+    """Give a chain by the names that the weights have beside a new head."""
+
+    def of(tensors: Mapping[str, Tensor]) -> Renamed:
+        return Renamed(tensors, {names.get(name, name): name for name in tensors})
+
+    return FittedChain(
+        renamed(chain.ledger, names),
+        of(chain.fisher),
+        None if chain.anchor is None else of(chain.anchor),
+        {task: of(head) for task, head in chain.heads.items()},
+    )
 
 
 def _outcomes(head: Mapping[str, Tensor], source: Checkpoint) -> int | None:

@@ -41,7 +41,8 @@ def take_stored_values(model: Model, stored: Mapping[str, Tensor]) -> None:
     state, sharded = model.module.state_dict(), is_sharded(model.module)
     layout, at_start = model.layout, model.checkpoint.weights
     parts = [(group.file_names, group.module_names) for group in layout.groups]
-    parts += [((name,), (name,)) for name in layout.fresh if name in at_start]
+    fresh = (name for name in layout.fresh if name in at_start)
+    parts += [((name,), tuple(layout.module_names(name))) for name in fresh]
     for file_names, module_names in parts:  # one at a time, as each may have to be made
         if not sharded:
             own = {name: stored[name] for name in file_names}

@@ -12,7 +12,7 @@ from consolidate.chain.opening import check_base, check_kind, named_base, with_b
 from consolidate.options import VerifyOptions
 from consolidate.results import Descent, TensorSet, VerifyResult
 from formats.atomic import unreplaced
-from formats.checkpoint import Checkpoint, is_fisher_alone, open_checkpoint
+from formats.checkpoint import Checkpoint, is_fisher_alone, open_checkpoint, weight_records
 from formats.digest import TensorRecord, differences, set_digest, tensor_record
 from formats.errors import ConsolidateError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import (
@@ -22,6 +22,7 @@ from formats.fisher_folder import (
     in_one_line,
     read_fisher,
     tensor_sets,
+    under_other_names,
 )
 from formats.fisher_json import Ledger
 from formats.hub import FISHER, commits_of, locate
@@ -99,7 +100,10 @@ def _verify_folder(
     of_weights = _verify_set(
         "weights", source.weights, stored.ledger.weights, findings, weights_path
     )
-    if alone and findings:
+    if findings and (why := _renamed(stored, source)) is not None:
+        not_finite = [each for each in findings if isinstance(each, NonFiniteError)]
+        findings = [InputError(why), *not_finite]
+    elif alone and findings:
         hint = f"{weights_path} does not have the weights that the Fisher in {folder} belongs to"
         findings.insert(0, InputError(f"{hint}: name the right model with --base-model"))
     others, heads = {}, {}
@@ -129,6 +133,11 @@ def _verify_folder(
         "other_files": _other_files(folder, source),
     }
     return cast(VerifyResult, summary), stored.ledger
+
+
+def _renamed(stored: StoredFisher, source: Checkpoint) -> str | None:
+    """Explain weights that are those of the ledger under other names; None if they are not."""
+    return under_other_names(stored, weight_records(source.weights), str(source.path))
 
 
 def _other_files(root: Path, source: Checkpoint) -> list[str]:

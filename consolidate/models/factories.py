@@ -49,15 +49,18 @@ def make_module(factory: str, config: dict[str, Any]) -> nn.Module:
                 f"{attribute} of type {type(target).__name__}"
             )
         try:
-            made = _call(factory, target, deepcopy(config))
+            made = _call(factory, target, config)
         except ConsolidateError:
             raise
-        except Exception as error:
+        except KeyError as error:
+            if "num_labels" in config or error.args != ("num_labels",):
+                raise _failed(factory, config, error) from error
             raise UsageError(
-                f"--model {factory} failed with {type(error).__name__}: {error}; it is called with "
-                f"the content of config.json{'' if config else ' (here empty)'}, or without "
-                "arguments if it takes none"
+                f"--model {factory} reads num_labels, and config.json has neither num_labels nor "
+                'id2label: add "num_labels", the number of outputs'
             ) from error
+        except Exception as error:
+            raise _failed(factory, config, error) from error
     finally:
         sys.path.remove(here)
     if not isinstance(made, nn.Module):
@@ -78,8 +81,8 @@ def fresh_weights(factory: str, config: dict[str, Any], seed: int) -> dict[str, 
 def _call(factory: str, target: Callable[..., Any], config: dict[str, Any]) -> Any:
     """Call a factory with the config if it takes one; timm's with what its own config states."""
     if factory == TIMM:
-        return target(**timm_arguments(config))
-    return target(config) if _takes_config(target) else target()
+        return target(**timm_arguments(deepcopy(config)))
+    return target(_with_count(config)) if _takes_config(target) else target()
 
 
 def timm_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +97,21 @@ def timm_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     if "num_classes" in config:
         arguments["num_classes"] = config["num_classes"]
     return {"model_name": name, **arguments, **(config.get("model_args") or {})}
+
+
+def _with_count(config: dict[str, Any]) -> dict[str, Any]:
+    """Copy a config, with the number of its labels where only their names are given."""
+    names = config.get("id2label")
+    count = {"num_labels": len(names)} if isinstance(names, dict) and names else {}
+    return count | deepcopy(config)
+
+
+def _failed(factory: str, config: dict[str, Any], error: Exception) -> UsageError:
+    return UsageError(
+        f"--model {factory} failed with {type(error).__name__}: {error}; it is called with the "
+        f"content of config.json{'' if config else ' (here empty)'}, or without arguments if it "
+        "takes none"
+    )
 
 
 def _takes_config(target: Callable[..., Any]) -> bool:

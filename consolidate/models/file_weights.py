@@ -30,7 +30,9 @@ class FileWeights(LazyTensors):
                 self._state.setdefault(own, tensor)
         fresh = (name for name in layout.fresh if name not in stored)
         self.headers = {name: header_of(stored, name) for name in stored}
-        self.headers |= {name: header_of(self._state, name) for name in fresh}
+        self.headers |= {
+            name: header_of(self._state, layout.module_names(name)[0]) for name in fresh
+        }
         self._kept: dict[tuple[str, ...], tuple[list[int], dict[str, Tensor]]] = {}
 
     def __getitem__(self, name: str) -> Tensor:

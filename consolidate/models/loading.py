@@ -14,7 +14,7 @@ from consolidate.models.architectures import architectures, declared_class, new_
 from consolidate.models.factories import make_module
 from consolidate.models.model import Model, freeze_parameters, layout_of
 from consolidate.models.objectives import Objective, default_objective, get_objective
-from consolidate.models.tensor_names import Layout
+from consolidate.models.tensor_names import Layout, outer_prefix
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint
@@ -160,11 +160,17 @@ def _from_transformers(
             notes.append(
                 f"the file mixes {', '.join(mixed)}; the model runs in {one}, which represents all"
             )
+        outer = outer_prefix(weights, cls.base_model_prefix)
+        if outer:
+            notes.append(
+                f"all names of the file begin with {outer}, and transformers itself reads them "
+                "only without it"
+            )
         try:
             module, info = cls.from_pretrained(
                 None,
                 config=config,
-                state_dict={name: _Lazy(own, name) for name in weights},
+                state_dict={name.removeprefix(outer): _Lazy(own, name) for name in weights},
                 dtype=wanted,
                 ignore_mismatched_sizes=True,  # reported below, by the file's names
                 output_loading_info=True,
@@ -175,13 +181,7 @@ def _from_transformers(
             raise InputError(
                 f"{where}: transformers cannot load it as {cls.__name__}: {first_line(error)}"
             ) from error
-        if mismatched := sorted(info["mismatched_keys"]):
-            name, found, expected = mismatched[0]
-            raise InputError(
-                f"{where}: the shapes of {len(mismatched)} tensors do not match config.json, such "
-                f"as {name}: expected {list(expected)}, found {list(found)} in the file; use the "
-                "config.json that belongs to the weights"
-            )
+        _check_shapes(info, config, checkpoint)
         layout = layout_of(module, checkpoint)
         _check_missing(module, info, objective, declared, new_labels is not None, where)
         dropped = _check_unexpected(module, info, layout, where)
@@ -202,6 +202,25 @@ def _from_transformers(
         module.config.pad_token_id = next((token for token in tokens if token is not None), None)
     labels = _label_names(checkpoint.config | changes) if objective.has_labels else None
     return Model(module, checkpoint, objective, labels, processor, layout, notes, changes)
+
+
+def _check_shapes(info: Mapping[str, Any], config: Any, checkpoint: Checkpoint) -> None:
+    where = checkpoint.path
+    if not (mismatched := sorted(info["mismatched_keys"])):
+        return
+    name, found, expected = mismatched[0]
+    unknown = not checkpoint.config.keys() & {"num_labels", "id2label"}
+    if unknown and tuple(expected) == (config.num_labels, *found[1:]):
+        raise InputError(
+            f"{where}: config.json has neither num_labels nor id2label, so transformers "
+            f"expects {expected[0]} outputs, and {name} has {found[0]} rows: add "
+            f'"num_labels": {found[0]} to config.json'
+        )
+    raise InputError(
+        f"{where}: the shapes of {len(mismatched)} tensors do not match config.json, such "
+        f"as {name}: expected {list(expected)}, found {list(found)} in the file; use the "
+        "config.json that belongs to the weights"
+    )
 
 
 def _check_missing(

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,13 +16,14 @@ from consolidate.models.objectives import Objective
 from consolidate.models.tensor_names import (
     Layout,
     adapter_layout,
+    full_names,
     same_names_layout,
     transformers_layout,
 )
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
 from formats.fisher_json import SAME_AS
-from formats.tensors import shape_of
+from formats.tensors import Renamed, shape_of
 
 
 @dataclass(eq=False)
@@ -59,6 +60,21 @@ def layout_of(module: nn.Module, checkpoint: Checkpoint, *, own: bool = False) -
         return same_names_layout(module, shapes) if own else transformers_layout(module, shapes)
     except InputError as error:
         raise InputError(f"{checkpoint.path}: {error}") from error
+
+
+def with_full_names(model: Model) -> tuple[Model, dict[str, str]]:
+    """Name the weights of a model that was stored without a head as transformers writes them.
+
+    The second result has the changed names by those of the checkpoint's file.
+    """
+    source = model.checkpoint
+    changed = full_names(model.module, source.weights)
+    if not changed:
+        return model, {}
+    names = {changed.get(name, name): name for name in source.weights}
+    named = replace(source, weights=Renamed(source.weights, names))
+    layout = layout_of(model.module, named)
+    return replace(model, checkpoint=named, layout=layout), changed
 
 
 def file_weights(model: Model) -> FileWeights:
@@ -101,6 +117,11 @@ def freeze_parameters(model: Model, patterns: Sequence[str]) -> None:
         canonical = model.layout.canonical(name)
         if canonical in parameters:
             names.setdefault(name, set()).add(str(canonical))
+    # A base model's own names too, as its checkpoint without a head has them.
+    body = f"{getattr(model.module, 'base_model_prefix', '')}."
+    for name in parameters:
+        if len(body) > 1 and name.startswith(body):
+            names.setdefault(name.removeprefix(body), set()).add(name)
     for name in [*model.checkpoint.weights, *model.layout.fresh]:
         found = [n for n in model.layout.module_names(name) if n in parameters]
         names.setdefault(name, set()).update(found)

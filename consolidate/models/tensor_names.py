@@ -44,6 +44,7 @@ class Layout:
         file_shapes: Shapes,  # in the file's order
         unused: Mapping[str, str],  # tensors without a place in the module -> the name looked up
         outside: Collection[str] = (),  # module names of another file: an adapter's base model
+        outer: str = "",  # what all names of the file begin with, see `outer_prefix`
     ) -> None:
         self._file_shapes = dict(file_shapes)
         self._aliases: dict[str, str] = {}  # any name of a tied tensor -> the first one
@@ -58,9 +59,10 @@ class Layout:
         self.groups = self._distinct(groups)
         known = {*outside, *(name for group in self.groups for name in group.module_names)}
         # Parameters that the file lacks, as those of a new head; new buffers are not stored.
-        self.fresh = tuple(name for name, _ in module.named_parameters() if name not in known)
-        self._file_shapes |= {name: self._module_shapes[name] for name in self.fresh}
-        groups = [*(Group((name,), (name,), None) for name in self.fresh), *self.groups]
+        fresh = [name for name, _ in module.named_parameters() if name not in known]
+        self.fresh = tuple(outer + name for name in fresh)
+        self._file_shapes |= {outer + name: self._module_shapes[name] for name in fresh}
+        groups = [*(Group((outer + name,), (name,), None) for name in fresh), *self.groups]
         self._group_of_file = {n: group for group in groups for n in group.file_names}
         self._group_of_module = {n: group for group in groups for n in group.module_names}
         self._place_in_file = {name: place for place, name in enumerate(self._file_shapes)}
@@ -254,27 +256,19 @@ def same_names_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
 def transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
     """Map a transformers model to its file, as transformers loads it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import WeightConverter
 
     mapping = get_model_conversion_mapping(module)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    prefix = module.base_model_prefix
     state = module.state_dict()
+    outer = outer_prefix(file_shapes, module.base_model_prefix)
+    names = [name.removeprefix(outer) for name in file_shapes]
     groups: dict[str, Group] = {}
     joint: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
     unused: dict[str, str] = {}
-    # Some renamings depend on earlier ones, so the order must be that of transformers.
-    for name in sorted(file_shapes, key=dot_natural_key):
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if renamed not in state and name in state:
-            renamed, pattern = rename_source_key(name, [], [], prefix, state)
+    for own, (renamed, pattern) in _looked_up(module, names, mapping).items():
+        name = outer + own
         if renamed not in state:
             unused[name] = renamed
         elif pattern is None:
@@ -286,7 +280,75 @@ def transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
         groups[group.file_names[0]] = group
     ordered = [groups[name] for name in file_shapes if name in groups]
     unused = {name: unused[name] for name in file_shapes if name in unused}
-    return Layout(module, ordered, file_shapes, unused)
+    return Layout(module, ordered, file_shapes, unused, outer=outer)
+
+
+def outer_prefix(names: Collection[str], base_model_prefix: str) -> str:
+    """Give what a wrapper puts before all names, as DistributedDataParallel and compile do."""
+    outer = ""
+    while True:
+        inner = [name.removeprefix(outer) for name in names]
+        first = inner[0].partition(".")[0] + "."
+        # Many models of transformers have an attribute `model` of their own.
+        known = first in ("module.", "_orig_mod.") or (
+            first == "model." and any(n.startswith(f"model.{base_model_prefix}.") for n in inner)
+        )
+        if not known or not all(name.startswith(first) for name in inner):
+            return outer
+        outer += first
+
+
+def full_names(module: Any, names: Collection[str]) -> dict[str, str]:
+    """Give the names that transformers writes for tensors of a file without a head.
+
+    A base model alone is stored without the prefix that its names have in a model with a head.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    prefix, state = module.base_model_prefix, module.state_dict()
+    outer = outer_prefix(names, prefix)
+    inner = [name.removeprefix(outer) for name in names]
+    full = {f"{prefix}.{name}": name for name in inner}
+    if module.base_model is module or full.keys() & set(inner):
+        full = {}
+    mappings = (get_model_conversion_mapping(module) for _ in range(3))  # they have a state
+    found = _looked_up(module, inner, next(mappings))
+    again = _looked_up(module, full, next(mappings))
+    plain = _looked_up(module, inner, next(mappings), add_prefix=False)
+    changed = {outer + name: name for name in inner if outer}
+    for longer, name in full.items():
+        at = found[name][0]
+        if at not in state:  # not used, as a pooler that is None here
+            bare = hasattr(module.base_model, name.split(".")[0])
+        else:
+            bare = found[name] == again[longer] and at == f"{prefix}.{plain[name][0]}"
+        if bare:
+            changed[outer + name] = longer
+    return changed
+
+
+def _looked_up(
+    module: Any, names: Collection[str], mapping: Sequence[Any], *, add_prefix: bool = True
+) -> dict[str, tuple[str, str | None]]:
+    """Give, for each name of a file, the module's and the pattern of its conversion, if any."""
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = module.state_dict()
+    base = (module.base_model_prefix, state) if add_prefix else (None, None)
+    found = {}
+    # Some renamings depend on earlier ones, so the order must be that of transformers.
+    for name in sorted(names, key=dot_natural_key):
+        found[name] = rename_source_key(name, renamings, converters, *base)
+        if found[name][0] not in state and name in state:
+            found[name] = rename_source_key(name, [], [], *base)
+    return found
 
 
 def _converted_group(

@@ -15,6 +15,7 @@ from consolidate.results import (
     MeasuredFisher,
     MergeResult,
     PushResult,
+    RemapResult,
     RunResult,
     VerifyResult,
 )
@@ -120,6 +121,23 @@ def merge_text(result: MergeResult) -> str:
         f"{', '.join(result['tasks'])}; {result['parameters']:,} parameters, "
         f"trace {result['trace']:.4g}"
     )
+
+
+def remap_text(result: RemapResult) -> str:
+    """Summarize a remap: how many names changed, and what only one of the checkpoints has."""
+    names = result["names"]
+    other = [f"{old} is now {new}" for old, new in names.items() if old != new]
+    of, tasks = result["fisher_of"], ", ".join(result["tasks"])
+    count = f"{len(other):,} of {len(names):,} tensors have another name"
+    lines = [
+        f"{result['checkpoint']}: {of} for the weights of {result['renamed']}; tasks {tasks}",
+        f"{count}: {few(other, 2)}" if other else count,
+    ]
+    if left_out := result["left_out"]:
+        lines.append(f"left out, without a Fisher and not in the weights: {few(left_out, 4)}")
+    if extra := result["not_covered"]:
+        lines.append(f"not covered by the Fisher: {few(extra, 4)}")
+    return "\n".join(lines)
 
 
 def run_text(result: RunResult) -> str:

@@ -20,6 +20,7 @@ from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
 from support import tiny_models
 from support.checkpoints import Write, measured_by_hand
+from support.faults import Killed, break_off
 from support.folders import contents, fisher_of
 from support.json_schema import check_json
 from support.networks import FAST, NETWORK, make_network, normed_network
@@ -446,6 +447,57 @@ def test_a_bare_encoder_learns_a_first_task(tmp_path: Path) -> None:
             encoder, data, output_dir=tmp_path / "held", ewc_lambda=1.0,
             objective="sequence-classification",
         )  # fmt: skip
+
+
+def test_a_bare_model_takes_its_fisher_to_the_names_beside_a_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder without a head, whose output is tied, measured first as a language model."""
+    start = tiny_models.save(
+        tmp_path / "start",
+        transformers.GPT2Model,
+        tiny_models.gpt2_config(),
+        tiny_models.byte_tokenizer(pad_token="<|endoftext|>"),
+    )
+    data = tmp_path / "animals.csv"
+    data.write_text("text,label\n" + "the cat sat,cat\na dog ate,dog\n" * 8)
+    consolidate.fisher(start, data, objective="causal-lm", task="language")
+    bare = read_fisher(start / "fisher")
+    assert "wte.weight" in bare.fisher
+    options: dict[str, Any] = {
+        "output_dir": tmp_path / "out",
+        "objective": "sequence-classification",
+        "penalty": "none",
+        "task": "animals",
+        "merge_rule": "separate",
+        "batch_size": 4,
+        "epochs": 2,
+        "save_every_minutes": 0,
+    }
+    consolidate.finetune(start, data, **options)
+    stored = read_fisher(tmp_path / "out" / "fisher")
+    names = {name: f"transformer.{name}" for name in bare.ledger.weights}
+    assert set(stored.fisher) == {*names.values(), "score.weight"}
+    first, second = stored.ledger.tasks
+    assert first.layers == {names[at]: layer for at, layer in bare.ledger.tasks[0].layers.items()}
+    assert second.parent == set_digest(bare.ledger.weights)
+    assert stored.anchor is not None
+    for name in bare.fisher:
+        assert bool((stored.fisher[names[name]] >= bare.fisher[name]).all()), name
+    assert [one["tasks"] for one in consolidate.verify(start, tmp_path / "out")["later"]]
+    # Again from the same start, and after an interruption.
+    assert consolidate.finetune(start, data, **options)["status"] == "cached"
+    options["output_dir"] = tmp_path / "again"
+    break_off(monkeypatch, step=3)
+    with pytest.raises(Killed):
+        consolidate.finetune(start, data, **options)
+    consolidate.finetune(start, data, **options)
+    for file in ("model.safetensors", "fisher/fisher.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+    consolidate.finetune(
+        tmp_path / "out", data, output_dir=tmp_path / "next", task="more", ewc_lambda=1.0
+    )
+    consolidate.verify(start, tmp_path / "out", tmp_path / "next")
 
 
 def test_a_checkpoint_can_replace_itself(

@@ -4,6 +4,7 @@ import random
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 
 from consolidate.models.architectures import lacks_head
 from consolidate.models.loading import load_model
-from consolidate.models.model import config_of, file_weights, unprotected
+from consolidate.models.model import config_of, file_weights, unprotected, with_full_names
 from formats.checkpoint import open_checkpoint, write_checkpoint
 from formats.errors import InputError, UsageError
 from support.tiny_models import (
@@ -282,10 +283,12 @@ def test_a_bare_encoder_gets_a_new_output_layer(tmp_path: Path) -> None:
     assert model.outputs == 3
     assert model.layout.fresh == ("classifier.weight", "classifier.bias")
     assert any("classifier.weight" in note for note in model.notes)
+    model, names = with_full_names(model)
     weights = file_weights(model)
-    # The file's own names for what it has, the module's for what is new.
-    assert list(weights) == [*checkpoint.weights, "classifier.weight", "classifier.bias"]
-    assert "embeddings.word_embeddings.weight" in weights
+    # The names that transformers writes for the class with the head.
+    model.module.save_pretrained(tmp_path / "written")
+    assert set(weights) == set(load_file(tmp_path / "written" / "model.safetensors"))
+    assert names == {name: f"bert.{name}" for name in checkpoint.weights}
     assert float(weights["classifier.weight"].std()) > 0
     again = load_model(checkpoint, **options)
     other = load_model(checkpoint, **options, seed=1)
@@ -308,6 +311,104 @@ def test_a_bare_encoder_gets_a_new_output_layer(tmp_path: Path) -> None:
     assert not lacks_head(open_checkpoint(out), "sequence-classification")
     assert load_model(open_checkpoint(out)).labels == ["comp", "rec", "sci"]
     assert checkpoint.config.get("id2label") is None
+
+
+BARE = {
+    "bert": (transformers.BertModel, bert_config(), "token-classification"),
+    "distilbert": (transformers.DistilBertModel, transformers.DistilBertConfig(**DISTIL), ""),
+    "gpt2": (transformers.GPT2Model, gpt2_config(pad_token_id=0), ""),
+    "llama": (transformers.LlamaModel, transformers.LlamaConfig(**LLAMA, pad_token_id=0), ""),
+    "mixtral": (transformers.MixtralModel, mixtral_config(), ""),
+    "bart": (transformers.BartModel, transformers.BartConfig(**BART), ""),
+    "t5": (transformers.T5Model, transformers.T5Config(**T5), ""),
+    "vit": (transformers.ViTModel, transformers.ViTConfig(**VIT), "image-classification"),
+    "resnet": (
+        transformers.ResNetModel,
+        transformers.ResNetConfig(**RESNET),
+        "image-classification",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(BARE))
+def test_every_bare_model_gets_the_names_of_its_class_with_a_head(
+    name: str, tmp_path: Path
+) -> None:
+    cls, config, objective = BARE[name]
+    checkpoint = open_checkpoint(save(tmp_path / "bare", cls, config))
+    options: dict[str, Any] = {"objective": objective or "sequence-classification"}
+    model, _ = with_full_names(load_model(checkpoint, **options, new_labels=["a", "b", "c"]))
+    model.module.save_pretrained(tmp_path / "written")
+    written = set(open_checkpoint(tmp_path / "written").weights)
+    weights = file_weights(model)
+    assert written <= set(weights)
+    beside = {*model.layout.unused, *model.layout.duplicates}
+    assert set(weights) - written <= beside
+    prefix = f"{model.module.base_model_prefix}."
+    assert all(name.startswith(prefix) for name in beside)
+    # The same module comes of it.
+    out = tmp_path / "out"
+    out.mkdir()
+    save_file(dict(weights), out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config_of(model)))
+    again = load_model(open_checkpoint(out), **options)
+    for at, value in model.module.state_dict().items():
+        assert same_bits(again.module.state_dict()[at], value), at
+
+
+def test_a_head_is_frozen_and_named_by_the_names_of_the_bare_model_too(tmp_path: Path) -> None:
+    folder = save(tmp_path, transformers.BertModel, bert_config())
+    model = load_model(
+        open_checkpoint(folder),
+        objective="sequence-classification",
+        new_labels=["a", "b"],
+        freeze=["encoder.*", "bert.pooler.*"],
+    )
+    trained = {name for name, p in model.module.named_parameters() if p.requires_grad}
+    assert "classifier.weight" in trained
+    assert "bert.embeddings.word_embeddings.weight" in trained
+    assert not any(".encoder." in name or ".pooler." in name for name in trained)
+
+
+@pytest.mark.parametrize("outer", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("kind", ["bert", "mixtral"])
+def test_names_with_a_wrapper_in_front_load_and_stay(outer: str, kind: str, tmp_path: Path) -> None:
+    cls, config = {
+        "bert": (transformers.BertForSequenceClassification, bert_config(num_labels=3)),
+        "mixtral": (transformers.MixtralForCausalLM, mixtral_config()),
+    }[kind]
+    folder = save(tmp_path, cls, config)
+    plain = load_model(open_checkpoint(folder)).module.state_dict()
+    weights = load_file(folder / "model.safetensors")
+    save_file({outer + name: t for name, t in weights.items()}, folder / "model.safetensors")
+    assert_round_trip(folder)
+    model = load_model(open_checkpoint(folder))
+    assert any(f"begin with {outer}, " in note for note in model.notes)
+    assert all(same_bits(tensor, plain[at]) for at, tensor in model.module.state_dict().items())
+    assert outer + next(iter(weights)) in model.layout.to_file(dict(model.module.state_dict()))
+
+
+def test_a_bare_encoder_with_a_wrapper_in_front_gets_plain_names(tmp_path: Path) -> None:
+    folder = save(tmp_path, transformers.BertModel, bert_config())
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"module.{name}": t for name, t in weights.items()}, folder / "model.safetensors")
+    options = {"objective": "sequence-classification", "new_labels": ["a", "b"]}
+    model, _ = with_full_names(load_model(open_checkpoint(folder), **options))
+    expected = [*(f"bert.{name}" for name in weights), "classifier.weight", "classifier.bias"]
+    assert sorted(file_weights(model)) == sorted(expected)
+
+
+def test_the_number_of_labels_that_a_config_lacks_is_named(tmp_path: Path) -> None:
+    config = bert_config(num_labels=4)
+    folder = save(tmp_path, transformers.BertForSequenceClassification, config)
+    written = json.loads((folder / "config.json").read_text())
+    for key in ("id2label", "label2id", "num_labels"):
+        written.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(written))
+    with pytest.raises(InputError, match=r'classifier.* has 4 rows: add "num_labels": 4 to config'):
+        load_model(open_checkpoint(folder))
+    change_config(folder, num_labels=4)
+    assert load_model(open_checkpoint(folder)).outputs == 4
 
 
 def test_a_new_output_layer_does_not_excuse_a_missing_body(tmp_path: Path) -> None:
@@ -558,6 +659,18 @@ def test_the_factory_gets_the_config_but_cannot_change_it(networks: Path) -> Non
     assert model.module.stem.weight.dtype == torch.float64
     assert file_weights(model)["stem.weight"].dtype == torch.float32
     assert_round_trip(folder, factory="own_networks:Net")
+
+
+def test_a_factory_is_given_the_number_of_its_labels(networks: Path) -> None:
+    (networks / "counted.py").write_text(
+        "from torch import nn\n\ndef make(config):\n    return nn.Linear(2, config['num_labels'])\n"
+    )
+    save_file(dict(nn.Linear(2, 3).state_dict()), networks / "model.safetensors")
+    (networks / "config.json").write_text('{"id2label": {"0": "a", "1": "b", "2": "c"}}')
+    assert load_model(open_checkpoint(networks), factory="counted:make").outputs == 3
+    (networks / "config.json").write_text('{"hidden": 2}')
+    with pytest.raises(UsageError, match=r'has neither num_labels nor id2label: add "num_labels"'):
+        load_model(open_checkpoint(networks), factory="counted:make")
 
 
 def test_own_half_precision_weights_stay_as_stored(networks: Path) -> None:

@@ -663,7 +663,7 @@ def test_the_commands_are_listed_in_sections(
     }
     assert named["Main commands"] == ["fisher", "finetune", "evaluate", "run"]
     assert named["Inspect"] == ["show", "report", "verify"]
-    assert named["Combine and publish"] == ["merge", "push"]
+    assert named["Combine and publish"] == ["merge", "remap", "push"]
     assert "..." not in "".join(out.splitlines()[1:])  # no sentence is cut
 
 

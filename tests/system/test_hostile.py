@@ -25,8 +25,8 @@ from formats.fisher_json import ledger_bytes, read_ledger
 from support.command_line import run
 
 MODEL = ("--objective", "classification", "--model", "support.networks:make_network")
-READ_WEIGHTS = ("verify", "evaluate", "fisher", "finetune", "merge")
-READ_FISHER = ("show", "verify", "finetune", "merge")
+READ_WEIGHTS = ("verify", "evaluate", "fisher", "finetune", "merge", "remap")
+READ_FISHER = ("show", "verify", "finetune", "merge", "remap")
 ALL = ("show", *READ_WEIGHTS)
 EVIL = "w\x1b[2J\x1b]0;title\x07\r\u202e\x9b"
 
@@ -76,6 +76,7 @@ def arguments(command: str, checkpoint: Path, data: Path) -> list[object]:
             *(*MODEL, "--ewc-lambda", 1, *output),
         ],
         "merge": ["merge", checkpoint, checkpoint.with_name("other"), *output],
+        "remap": ["remap", checkpoint, *output],
     }[command]
 
 
@@ -298,7 +299,7 @@ CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
     "a deep ledger": (lambda f: deep(f, "fisher/fisher.json"), READ_FISHER, "too deeply"),
     "a deep config": (lambda f: deep(f, "config.json"), READ_WEIGHTS, "is not valid JSON"),
     "a huge config": (huge_config, READ_WEIGHTS, "at most 128 MiB"),
-    "a tensor whose name steers": (evil_name, READ_WEIGHTS, r"\x1b[2J"),
+    "a tensor whose name steers": (evil_name, READ_WEIGHTS[:-1], r"\x1b[2J"),
     "a ledger whose field steers": (evil_ledger, READ_FISHER, r"\x1b[2J"),
 }
 

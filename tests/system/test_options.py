@@ -26,6 +26,7 @@ REQUIRED = {
     "finetune": ["start", "--data", "x", "--output-dir", "y"],
     "evaluate": ["start", "--data", "x"],
     "merge": ["start", "--output-dir", "y"],
+    "remap": ["start", "--output-dir", "y"],
     "run": ["tasks.toml"],
     "show": ["start"],
     "report": ["start"],
