@@ -142,7 +142,9 @@ class Recording:
         try:
             self.rerunning_unit = True
             for found, examples in self._example_gradients(call, gradients):
-                self.sink({name: found[local] for local, name in call.unit.names.items()}, examples)
+                named = {name: found[local] for local, name in call.unit.names.items()}
+                with falling_back(named, RuntimeError):  # None but its own parameters.
+                    self.sink(named, examples)
         finally:
             self.rerunning_unit = False
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from consolidate.estimation.example_gradients import Rows
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from support.modules import Checkpointed, Experts, Images, Tagger, assert_close, cut, network, tiny
 
@@ -517,6 +518,35 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.other(self.layer(self.other(x).tanh())).tanh()
+
+
+class Turned(nn.Module):
+    """A module whose gradients of single examples are strided, not contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("btm,mt->bmt", x, self.weight).tanh().mT
+
+
+def test_gradients_that_are_not_contiguous():
+    goes_by_module(Mean(nn.Sequential(nn.Linear(5, 5), Turned())), labelled(7, 6, 5), "body.1")
+
+
+def test_an_error_in_adding_squares_is_of_its_own_layer_only(monkeypatch):
+    def refuse(*args: object) -> None:
+        raise RuntimeError("view size is not compatible")
+
+    monkeypatch.setattr(Rows, "add_squares", refuse)
+    model = nn.Sequential(nn.Embedding(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    batches = cut(torch.tensor([1, 4, 1, 0, 5]), torch.tensor([0, 1, 2, 0, 1]), 3)
+    notes: list[str] = []
+    found = fisher_diagonal(model, batches, "softmax", note=notes.append)
+    assert found.methods == all_by("rule", model) | {"0.weight": "module"}
+    assert "of 0 cannot be computed (RuntimeError: view size is not compatible)" in notes[0]
 
 
 def test_weights_tied_between_rules_and_modules():
