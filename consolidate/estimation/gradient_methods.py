@@ -145,6 +145,8 @@ def choose_methods(
         if squared and not failed:
             return Plan(levels, units, failures)
         for name, raised in failed.items():
+            if levels[name] == _USED:
+                continue  # No layer's rule failed.
             failure = Failure(method_of(levels[name]), raised)
             if failures.get(name, failure).method == failure.method:
                 failures[name] = failure

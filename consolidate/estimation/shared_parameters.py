@@ -140,7 +140,7 @@ class Shared(Tensor):
                 for t in call.leaves
                 if isinstance(t, Tensor) and not isinstance(t, Shared) and t.requires_grad
             ]
-            # A layer of attention knows which dimension the examples are, also of the model's input.
+            # An attention knows which dimension the examples are, also of the inputs.
             if activations or (recording.time_first and call.name == "linear"):
                 found = _with(call, shared, activations)
             else:  # What this saves is no layer's: a checkpoint would recompute it in between.
@@ -190,7 +190,7 @@ def _alone(call: _Function, shared: list[Shared]) -> Any:
     recording = first.recording
     if call.in_place:
         return None
-    if call.name == "embedding":
+    if call.name in ("embedding", "__getitem__"):
         looked_up = _lookup(call)
         if looked_up is not None:
             return looked_up
@@ -262,14 +262,22 @@ def _repeated(call: _Function, one: Shared, out: Tensor) -> Shared | None:
 
 def _lookup(call: _Function) -> Shared | None:
     """Return the rows of a table."""
-    ids, table = call.argument(0, "input"), call.argument(1, "weight")
-    changing = call.argument(3, "max_norm") is not None or call.argument(5, "scale_grad_by_freq")
-    if isinstance(ids, Shared) or not isinstance(table, Shared) or not table.root or changing:
+    changing, padding = False, None
+    if call.name == "embedding":
+        ids, table = call.argument(0, "input"), call.argument(1, "weight")
+        changing = call.argument(3, "max_norm") is not None
+        changing |= bool(call.argument(5, "scale_grad_by_freq"))
+        padding = call.argument(2, "padding_idx")
+    else:
+        table, ids = (call.argument(place, "") for place in (0, 1))
+    integers = type(ids) is Tensor and ids.dtype in (torch.int32, torch.int64)
+    if not integers or not isinstance(table, Shared) or not table.root or changing:
         return None
     (source,) = table.sources
-    padding = call.argument(2, "padding_idx")
-    if padding is not None and padding < 0:
-        padding += len(table.face)
+    if source.ids is not None or table.face.ndim != 2:
+        return None
+    ids = ids % len(table.face)  # They may count from the end.
+    padding = None if padding is None else padding % len(table.face)
     rows = call.on({}).detach().requires_grad_()
     found = Source(source.name, rows, ids, padding)
     return Shared.of(table.recording, (found,), rows, root=True)

@@ -167,13 +167,22 @@ class Places(nn.Embedding):
         return super().forward(ids + (x[..., 0] > 0).long())
 
 
-@pytest.mark.parametrize("padding", [None, 1, -4])
-def test_lookups_for_each_example(padding):
+class Indexed(nn.Embedding):
+    """The same by an index, some from the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight[torch.arange(x.shape[1]).repeat(len(x), 1) - (x[..., 0] > 0).long()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "padding"), [(Places, None), (Places, 1), (Places, -4), (Indexed, None)]
+)
+def test_lookups_for_each_example(kind, padding):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)
-            self.first, self.places = nn.Linear(5, 5), Places(6, 5, padding_idx=padding)
+            self.first, self.places = nn.Linear(5, 5), kind(6, 5, padding_idx=padding)
 
         def forward(self, x: Tensor) -> Tensor:
             return (self.first(x) + self.places(x).to(x)).tanh()
