@@ -35,9 +35,9 @@ for each example, which can cost more than its share. *Not used*: the outputs do
 
 {others}
 
-Experts, recurrent scans (Mamba, the linear attention of Qwen 3.5) and parametrized weights (the
-position convolution of Wav2Vec2) have no rule. The gradient of an expert's weight needs the tokens
-that were routed to it, which only its own code knows.
+Three kinds of weights have no rule: those of experts, whose gradients need the tokens routed to
+each, which only their own code knows; convolutions whose weight the code reshapes (Mamba, Qwen
+3.5); and parametrized weights (the position convolution of Wav2Vec2).
 """
 
 
