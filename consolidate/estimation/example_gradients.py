@@ -169,7 +169,7 @@ class Convolved(NamedTuple):
             size * self.groups,
             [False, True, False],
         )[1]
-        return gradients.view(size, *self.kernel)
+        return gradients.reshape(size, *self.kernel)
 
     def add_to(self, gradient: Tensor, example: int) -> None:
         """Add one example's gradient to a tensor."""
@@ -202,7 +202,11 @@ class Whole(NamedTuple):
         """Add Σ_b gradients² to total; return each example's sum, (B,)."""
         squares = self.gradients.square()
         total += squares.sum(0)
-        return squares.view(len(squares), -1).sum(1)
+        return squares.reshape(len(squares), -1).sum(1)
+
+
+class Pulled(Whole):
+    """Explicit gradients of one use of a parameter; those of several uses can be added early."""
 
 
 Gradients = Outer | Summed | Convolved | Rows | Whole

@@ -1,6 +1,7 @@
 """The choice of a method for each parameter's per-example gradients, made on a first batch.
 
-    rule      from the inputs and outputs of its layers, for the whole batch at once
+    rule      from the inputs and outputs of its layers, or of the functions that use it, for the
+              whole batch at once
     module    by running its module again, alone, for each example
     loop      by running the model for each example
 
@@ -26,13 +27,15 @@ from consolidate.estimation.layer_hooks import (
     has_rows,
     in_words,
 )
-from consolidate.estimation.layer_rules import rule_of
+from consolidate.estimation.layer_rules import folds, rule_of
 from formats.errors import InputError
 
 METHODS = ("rule", "module", "loop")
 
 MOST_WAITING = 1 << 26  # elements of gradients stored for a parameter that several modules use
-_LEVELS = ("rule", "module", "module by itself", "loop")  # With vmap, and without.
+_DENSE = torch.contiguous_format  # also where convolutions have their channels last
+_USED = "rule where used"  # by functions, not by a layer
+_LEVELS = ("rule", _USED, "module", "module by itself", "loop")  # With vmap, and without.
 
 _Calls = dict[nn.Module, tuple[bool, ...] | None]
 """The called modules, with which of their inputs have a row per example; None if none has."""
@@ -131,7 +134,7 @@ def choose_methods(
         if levels[name] == "rule" and not _has_rule(model, paths, calls):
             # Gradients from several modules would have to wait for the last of them.
             waits = len(paths) > 1 and reached[name].numel() * len(batch.labels) > MOST_WAITING
-            levels[name] = "loop" if waits else "module"
+            levels[name] = "loop" if waits else _USED
     failures: dict[str, Failure] = {}
     squared = False
     while True:
@@ -142,6 +145,8 @@ def choose_methods(
         if squared and not failed:
             return Plan(levels, units, failures)
         for name, raised in failed.items():
+            if levels[name] == _USED:
+                continue  # No layer's rule failed.
             failure = Failure(method_of(levels[name]), raised)
             if failures.get(name, failure).method == failure.method:
                 failures[name] = failure
@@ -268,11 +273,13 @@ def _units(
 ) -> list[Unit]:
     """List the units to mark: layers with a rule, and modules that are run again alone."""
     by_rule: dict[str, dict[str, str]] = {}
+    where_used: dict[str, dict[str, str]] = {}
     by_module: dict[tuple[str, bool], list[str]] = {}
     for name, paths in owners.items():
-        if levels[name] == "rule":
+        if levels[name] in ("rule", _USED):
+            units_by_path = by_rule if levels[name] == "rule" else where_used
             for path, local in paths.items():
-                by_rule.setdefault(path, {})[local] = name
+                units_by_path.setdefault(path, {})[local] = name
         elif levels[name] != "loop":
             hosts = {_host(model, path, calls) for path in paths}
             for host in hosts:  # Except those inside another.
@@ -280,7 +287,11 @@ def _units(
                 if not any(not other or host.startswith(f"{other}.") for other in around):
                     by_module.setdefault((host, levels[name] == "module"), []).append(name)
     modules = {model.get_submodule(path): names for path, names in by_rule.items()}
-    units = [Unit(module, names, rule_of(module)) for module, names in modules.items()]
+    units = [
+        Unit(m, names, rule_of(m), folds=folds(m), spread=calls.get(m) is None)
+        for m, names in modules.items()
+    ]
+    units += [Unit(model.get_submodule(p), names, shared=True) for p, names in where_used.items()]
     for (path, vmap), inside in by_module.items():
         module = model.get_submodule(path)
         if rows := calls.get(module):
@@ -313,7 +324,7 @@ def _failed(
     if not marked:
         return {}
     vector = probe.vector
-    found = {name: torch.zeros_like(expected[name]) for name in marked}
+    found = {n: torch.zeros_like(expected[n], memory_format=_DENSE) for n in marked}
 
     def add(gradients: Mapping[str, Gradients], examples: range) -> None:
         with falling_back(gradients, RuntimeError):
@@ -338,7 +349,10 @@ def _failed(
     except (RuntimeError, InputError) as error:
         if out_of_memory(error):
             raise
-        return dict.fromkeys(marked, in_words(error))
+        # A tensor that is followed, or ids with more rows, are not what a model may expect.
+        suspect = [u for u in units if u.shared] or [u for u in units if u.spread]
+        names = {name for unit in suspect for name in unit.names.values()}
+        return dict.fromkeys(names or marked, in_words(error))
     largest = max(_largest(value) for value in expected.values())
 
     def agrees(name: str) -> bool:

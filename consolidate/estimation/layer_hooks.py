@@ -20,6 +20,7 @@ from consolidate.estimation.batches import out_of_memory, own_errors
 from consolidate.estimation.example_gradients import (
     Gradients,
     Outer,
+    Pulled,
     Rule,
     Summed,
     Whole,
@@ -28,6 +29,8 @@ from consolidate.estimation.example_gradients import (
     pairs_of,
 )
 from consolidate.estimation.gradient_checkpointing import checkpointed_layers
+from consolidate.estimation.layer_rules import linear
+from consolidate.estimation.shared_parameters import Shared, Source, Use
 
 VMAP_ELEMENTS = 1 << 22  # of per-example gradients that one module computes at a time
 Sink = Callable[[Mapping[str, Gradients], range], None]
@@ -42,6 +45,9 @@ class Unit(NamedTuple):
     rule: Rule | None = None
     rows: tuple[bool, ...] = ()  # Without a rule: which of its inputs have one row per example,
     vmap: bool = False  # and whether it can be run for several examples by vmap.
+    folds: bool = False  # With a rule: whether an example may have several rows, in order.
+    shared: bool = False  # Whether the parameters are followed to where functions use them.
+    spread: bool = False  # Whether its ids were shared by all examples.
 
 
 class UnitError(Exception):
@@ -68,6 +74,12 @@ def falling_back(names: Iterable[str], *kinds: type[Exception]) -> Iterator[None
         raise UnitError(names, error) from error
 
 
+class _Function(NamedTuple):
+    """Stands for a layer where a function is called with its weight."""
+
+    weight: Tensor
+
+
 class Call(NamedTuple):
     """One call of a unit, on the way to the model's outputs."""
 
@@ -91,6 +103,7 @@ class Recording:
     sink: Sink | None = None  # while a backward pass runs
     recording_forward: bool = True
     rerunning_unit: bool = False
+    time_first: bool = False  # inside an attention of torch, whose examples are columns
 
     def backward(self, outputs: Tensor, vector: Tensor, sink: Sink, *, keep: bool) -> None:
         """Backpropagate a vector from the outputs, and pass all parameters' gradients to `sink`."""
@@ -135,42 +148,88 @@ class Recording:
             outputs[i] = tensor
         return tree_unflatten(outputs, output_spec)
 
-    def receive(self, call: Call, gradients: Sequence[Tensor | None]) -> None:
+    def mark_linear(self, names: dict[str, str], weight: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        """Return the output of `linear` with a parameter, marked."""
+        layer: Any = _Function(weight)
+        marked = self.mark(Unit(layer, names, linear, folds=True), (x,), {}, out)
+        return out if marked is None else marked
+
+    def mark_use(self, use: Use) -> Tensor:
+        """Return a copy for each example of what parameters share, marked."""
+        value = use.value.detach()
+        if self.recording_forward:
+            for source in use.sources:
+                self.use_counts[source.name] = self.use_counts.get(source.name, 0) + 1
+        copies = value.expand(self.size, *value.shape[1:])
+        marked: Tensor = _Mark.apply(self, use, self.anchor, copies)[0]
+        return marked
+
+    def mismatch(self, names: Iterable[str]) -> None:
+        """Note parameters with a use that cannot be followed."""
+        if self.recording_forward:
+            self.mismatched.update(names)
+
+    def receive(self, call: Call | Use, gradients: Sequence[Tensor | None]) -> None:
         """Pass the gradients of a call's parameters on to the sink, given those at its outputs."""
         if self.sink is None or all(g is None for g in gradients):
             return
         try:
             self.rerunning_unit = True
-            for found, examples in self._example_gradients(call, gradients):
-                self.sink({name: found[local] for local, name in call.unit.names.items()}, examples)
+            if isinstance(call, Use):
+                each = self._gradients_of_use(call, gradients)
+            else:
+                each = self._example_gradients(call, gradients)
+            for found, examples in each:
+                with falling_back(found, RuntimeError):  # None but its own parameters.
+                    self.sink(found, examples)
         finally:
             self.rerunning_unit = False
 
     def _example_gradients(
         self, call: Call, gradients: Sequence[Tensor | None]
     ) -> Iterator[tuple[Mapping[str, Gradients], range]]:
-        """Yield per-example gradients by the module's names, some examples at a time, and which."""
+        """Yield per-example gradients by the model's names, some examples at a time, and which."""
         unit = call.unit
         if unit.rule is not None:
             (a,), (g,) = call.inputs, (g for g in gradients if g is not None)
             a = a.to(self.dtype) if a.is_floating_point() else a
+            if len(a) != self.size:
+                a, g = (t.reshape(self.size, -1, *t.shape[1:]) for t in (a, g))
             # The rule was found by the class's name, and the module may differ from that class.
             with falling_back(unit.names.values(), RuntimeError, AttributeError):
                 found = unit.rule(unit.module, a, g.to(self.dtype))
-            yield found, range(self.size)
+            yield {name: found[local] for local, name in unit.names.items()}, range(self.size)
             return
         elements = sum(unit.module.get_parameter(local).numel() for local in unit.names)
-        several = any(self.use_counts[name] > 1 for name in unit.names.values())
-        chunk = self.size if several else max(1, VMAP_ELEMENTS // max(1, elements))
+        chunk = self._chunk(elements, unit.names.values())
         for start in range(0, self.size, chunk):
             examples = range(start, min(start + chunk, self.size))
             rows = slice(examples.start, examples.stop)
             inputs = [t[rows] if r else t for t, r in zip(call.inputs, unit.rows, strict=True)]
             vectors = [None if g is None else g[rows] for g in gradients]
             made = module_gradients(call, inputs, vectors)
-            yield {local: Whole(each.to(self.dtype)) for local, each in made.items()}, examples
+            yield (
+                {unit.names[local]: Whole(each.to(self.dtype)) for local, each in made.items()},
+                examples,
+            )
+
+    def _gradients_of_use(
+        self, use: Use, gradients: Sequence[Tensor | None]
+    ) -> Iterator[tuple[Mapping[str, Gradients], range]]:
+        names = [source.name for source in use.sources]
+        (g,) = (g for g in gradients if g is not None)
+        elements = sum(source.leaf.numel() for source in use.sources)
+        with falling_back(names, RuntimeError):
+            yield from use.gradients(g, self._chunk(elements, names), self.dtype)
+
+    def _chunk(self, elements: int, names: Iterable[str]) -> int:
+        """Return for how many examples explicit gradients are computed at a time."""
+        several = any(self.use_counts[name] > 1 for name in names)
+        return self.size if several else max(1, VMAP_ELEMENTS // max(1, elements))
 
     def _fits(self, unit: Unit, inputs: list[Any], outputs: list[Tensor]) -> bool:
+        if unit.folds and self._is_folded(inputs, outputs):
+            return True
         if not outputs or not all(has_rows(t, self.size) for t in outputs):
             return False
         if unit.rule is not None:
@@ -182,6 +241,16 @@ class Recording:
         return len(inputs) == len(unit.rows) and all(
             has_rows(t, self.size) for t, rows in zip(inputs, unit.rows, strict=True) if rows
         )
+
+    def _is_folded(self, inputs: list[Any], outputs: list[Tensor]) -> bool:
+        """Return whether examples may have several rows each, as windows of an image have."""
+        tensors = [*inputs, *outputs]
+        if len(tensors) != 2 or not all(isinstance(t, Tensor) and t.ndim > 1 for t in tensors):
+            return False
+        rows = {len(t) for t in tensors}
+        # Inputs without a graph are constants, which may happen to have that many rows.
+        several = all(r > self.size and r % self.size == 0 for r in rows)
+        return len(rows) == 1 and several and inputs[0].requires_grad
 
 
 _SAVED = object()  # stands for a tensor that autograd keeps
@@ -240,7 +309,11 @@ class Squares:
             if name in self._recording.mismatched:
                 continue
             if self._recording.use_counts[name] > 1:
-                self._waiting.setdefault(name, []).append(found)
+                waiting = self._waiting.setdefault(name, [])
+                if waiting and isinstance(found, Pulled) and isinstance(waiting[-1], Pulled):
+                    waiting[-1].gradients.add_(found.gradients)
+                else:
+                    waiting.append(found)
             elif isinstance(found, Summed) or (isinstance(found, Outer) and found.few):
                 if name not in self._products:
                     if id(found.g) not in pairs:
@@ -291,7 +364,7 @@ def has_rows(value: Any, size: int) -> bool:
 class Recorder:
     """Marks the calls of units in the forward passes that are recorded, until it is closed."""
 
-    def __init__(self, model: nn.Module, units: Iterable[Unit], dtype: torch.dtype):
+    def __init__(self, model: nn.Module, units: Sequence[Unit], dtype: torch.dtype):
         """Watch the units' modules; per-example gradients will be squared in `dtype`."""
         device = next(model.parameters()).device
         self._anchor = torch.zeros((), device=device, requires_grad=True)
@@ -299,7 +372,10 @@ class Recorder:
         self._layers_recompute = bool(checkpointed_layers(model))
         self._recording: Recording | None = None
         self._handles: list[Any] = []
+        self._shared = [unit for unit in units if unit.shared]
         for unit in units:
+            if unit.shared:
+                continue
             mark = partial(self._mark, unit)
             self._handles.append(unit.module.register_forward_hook(mark, with_kwargs=True))
             if isinstance(unit.module, nn.Embedding):
@@ -316,9 +392,27 @@ class Recorder:
         only, recompute = only_marks_need_gradients, self._layers_recompute
         try:
             self._recording = Recording(size, self._anchor, self._dtype, only, recompute)
-            yield self._recording
+            with self._following(self._recording):
+                yield self._recording
         finally:
             self._recording = None
+
+    @contextmanager
+    def _following(self, recording: Recording) -> Iterator[None]:
+        """Put tensors that are followed in place of the parameters without a layer's rule."""
+        places = [(u.module, local, name) for u in self._shared for local, name in u.names.items()]
+        before = [(module, local, module._parameters[local]) for module, local, _ in places]
+        made: dict[str, Any] = {}
+        try:
+            for module, local, name in places:
+                if name not in made:
+                    leaf = module.get_parameter(local).detach().requires_grad_()
+                    made[name] = Shared.of(recording, (Source(name, leaf),), leaf, root=True)
+                module._parameters[local] = made[name]
+            yield
+        finally:
+            for module, local, parameter in before:
+                module._parameters[local] = parameter
 
     def _mark(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         recording = self._recording

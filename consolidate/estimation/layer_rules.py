@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -77,6 +78,13 @@ def rms_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     return _scaled(functional.rms_norm(a, shape, eps=eps), g, (len(g), -1, *shape), 1)
 
 
+def channels_first_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
+    """The outputs are x̂ w + b with the channels first, x̂ normalized over them at each place."""
+    if getattr(module, "data_format", "channels_first") != "channels_first":
+        return layer_norm(module, a, g)
+    return layer_norm(module, a.movedim(1, -1), g.movedim(1, -1))
+
+
 def group_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     """The outputs are x̂ w + b, channel by channel."""
     x = functional.group_norm(a, module.num_groups, eps=module.eps)
@@ -90,20 +98,42 @@ def batch_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     return _scaled(x, g, (*x.shape[:2], -1), 2)
 
 
+def activated_batch_norm(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
+    """The outputs are f(x̂ w + b), with f an activation."""
+    with torch.enable_grad():
+        options = (module.running_mean, module.running_var, module.weight, module.bias)
+        mean, variance, weight, bias = (t.to(a) for t in options)
+        normalized = functional.batch_norm(a, mean, variance, weight, bias, eps=module.eps)
+        normalized = normalized.detach().requires_grad_()
+        outputs = module.act(module.drop(normalized * 1))  # The activation may be in place.
+        (at_norm,) = torch.autograd.grad(outputs, normalized, g)
+    return batch_norm(module, a, at_norm)
+
+
 # By name, which needs no import. A subclass may compute something else.
 RULES: dict[str, Rule] = {
     "torch.nn.modules.linear.Linear": linear,
+    "timm.layers.linear.Linear": linear,
     "transformers.pytorch_utils.Conv1D": partial(linear, transposed=True),
     "torch.nn.modules.conv.Conv[12]d": convolution,
     "torch.nn.modules.sparse.Embedding": embedding,
     "transformers.models.*ScaledWordEmbedding": scaled_embedding,
     "torch.nn.modules.normalization.LayerNorm": layer_norm,
+    "timm.layers.norm.LayerNorm": layer_norm,
+    "timm.layers.norm.LayerNorm2d": channels_first_norm,
+    "torchvision.models.convnext.LayerNorm2d": channels_first_norm,
+    "transformers.models.*ConvNext*LayerNorm": channels_first_norm,
     "torch.nn.modules.normalization.RMSNorm": rms_norm,
+    "timm.layers.norm.RmsNorm": rms_norm,
     "transformers.models.*RMSNorm": rms_norm,
     "transformers.models.*T5LayerNorm": rms_norm,
     "torch.nn.modules.normalization.GroupNorm": group_norm,
     "torch.nn.modules.batchnorm.BatchNorm[12]d": batch_norm,
+    "timm.layers.norm_act.BatchNormAct2d": activated_batch_norm,
 }
+
+# Those that may be called with several rows for each example.
+_FOLDING: tuple[Rule, ...] = (linear, layer_norm, rms_norm)
 
 
 def rule_of(module: nn.Module) -> Rule | None:
@@ -111,6 +141,11 @@ def rule_of(module: nn.Module) -> Rule | None:
     kind = type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
     return next((rule for pattern, rule in RULES.items() if fnmatchcase(name, pattern)), None)
+
+
+def folds(module: nn.Module) -> bool:
+    """Return whether a module's rule takes several rows for each example, in order."""
+    return rule_of(module) in _FOLDING
 
 
 def _positions(tensor: Tensor) -> Tensor:

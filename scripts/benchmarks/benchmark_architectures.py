@@ -123,11 +123,25 @@ def vision(model: nn.Module | str, name: str | None = "pixel_values", **options:
     return Network(model, inputs, torch.randint(3, (BATCH,)), "softmax")
 
 
-def torchvision(name: str) -> Network:
+def torchvision(name: str, **options: Any) -> Network:
     """Make one of torchvision's networks for images."""
     from torchvision import models
 
-    return vision(getattr(models, name)(num_classes=3), None)
+    return vision(getattr(models, name)(num_classes=3, **options), None)
+
+
+def timm(name: str, **options: Any) -> Network:
+    """Make one of timm's networks for images."""
+    from timm import create_model
+
+    return vision(create_model(name, num_classes=3, **options), None)
+
+
+def speech(name: str, **options: Any) -> Network:
+    """Make a model that classifies sounds."""
+    model = made(name, "ForSequenceClassification", {"num_labels": 3, **options})
+    sounds = torch.randn(BATCH, 400)
+    return Network(model, {"input_values": sounds}, torch.randint(3, (BATCH,)), "softmax")
 
 
 class TextEmbedding(nn.Module):
@@ -181,6 +195,8 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "DeBERTa-v2": lambda: classifier(
         "DebertaV2", **SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"]
     ),
+    "MPNet": lambda: classifier("MPNet", **SIZES),
+    "ELECTRA": lambda: classifier("Electra", **SIZES, embedding_size=16),
     "ALBERT": lambda: classifier("Albert", **SIZES, embedding_size=16),
     "T5": lambda: translator(
         "T5", vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
@@ -195,7 +211,10 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "GPT-2": lambda: causal(
         "GPT2", vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64
     ),
+    "GPT-NeoX": lambda: causal("GPTNeoX", **SIZES),
     "Llama": lambda: causal("Llama", **DECODER),
+    "Mistral": lambda: causal("Mistral", **DECODER),
+    "Qwen 2": lambda: causal("Qwen2", **DECODER),
     "Qwen 3": lambda: causal("Qwen3", **DECODER),
     "Qwen 3.5": lambda: causal(
         "Qwen3_5",
@@ -211,6 +230,15 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "Mixtral": lambda: causal(
         "Mixtral", **DECODER, num_local_experts=4, num_experts_per_tok=2, **EAGER
     ),
+    "Qwen 3, experts": lambda: causal(
+        "Qwen3Moe",
+        **DECODER,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        **EAGER,
+    ),
+    "Phi 3": lambda: causal("Phi3", **{**DECODER, "pad_token_id": 0}),
     "Mamba": lambda: causal(
         "Mamba", vocab_size=VOCABULARY, hidden_size=32, state_size=8, num_hidden_layers=2
     ),
@@ -240,6 +268,51 @@ NETWORKS: dict[str, Callable[[], Network]] = {
         eos_token_id=2,
         decoder_start_token_id=1,
     ),
+    "Wav2Vec2": lambda: speech(
+        "Wav2Vec2",
+        **{name: size for name, size in SIZES.items() if name != "vocab_size"},
+        conv_dim=[8, 8],
+        conv_stride=[5, 2],
+        conv_kernel=[10, 3],
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        classifier_proj_size=16,
+    ),
+    "ResNet (timm)": lambda: timm("resnet26"),
+    "ConvNeXt (timm)": lambda: timm("convnext_atto"),
+    "EfficientNet (timm)": lambda: timm("efficientnet_b0"),
+    "MobileNet v3 (timm)": lambda: timm("mobilenetv3_small_050"),
+    "ViT (timm)": lambda: timm("vit_tiny_patch16_224", img_size=PIXELS, depth=2),
+    "Swin (timm)": lambda: timm(
+        "swin_tiny_patch4_window7_224",
+        img_size=PIXELS,
+        embed_dim=16,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        window_size=4,
+    ),
+    "ResNet (torchvision)": lambda: torchvision("resnet18"),
+    "DenseNet (torchvision)": lambda: torchvision(
+        "DenseNet", growth_rate=4, block_config=(2, 2), num_init_features=8
+    ),
+    "ViT (torchvision)": lambda: torchvision(
+        "VisionTransformer",
+        image_size=PIXELS,
+        patch_size=16,
+        num_layers=2,
+        num_heads=4,
+        hidden_dim=32,
+        mlp_dim=48,
+    ),
+    "Swin (torchvision)": lambda: torchvision(
+        "SwinTransformer",
+        patch_size=[4, 4],
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[2, 4],
+        window_size=[4, 4],
+    ),
+    "ConvNeXt (torchvision)": lambda: torchvision("convnext_tiny"),
     "MobileNet v3 (torchvision)": lambda: torchvision("mobilenet_v3_small"),
     "EfficientNet b0 (torchvision)": lambda: torchvision("efficientnet_b0"),
     "TransformerEncoder": lambda: sequence(nn.TransformerEncoder),
