@@ -248,7 +248,7 @@ def finetune(**typed: Any) -> None:
 @_command(MAIN, "evaluate my-model-2 --data old=old-test.jsonl --data new=new-test.jsonl")
 def evaluate(**typed: Any) -> None:
     """Measure loss and accuracy or perplexity of CHECKPOINT on each task."""
-    _do(typed, text_view.metrics_text)
+    _do(typed, text_view.evaluate_text)
 
 
 @_command(PUBLISH, "merge my-model-a my-model-b --base my-model --output-dir my-model-ab")

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.heads import Fitted, fit_model, head_tensors, models_of_tasks
 from consolidate.chain.tasks import Chain, check_names_to_be
+from consolidate.data.benchmarks import Benchmark, open_benchmark
 from consolidate.data.encoding import encode
 from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
@@ -42,7 +43,7 @@ class Start:
     model: Model
     before: Chain | None  # fitted to the model
     examples: Examples
-    evaluations: dict[str, Examples]
+    evaluations: dict[str, Examples | Benchmark]
     held_out: dict[str, Examples]  # to choose λ and α by
     with_heads: dict[str, Model]  # by evaluation, of tasks with a head of their own
     penalty: WeightPenalty | None
@@ -56,6 +57,10 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     `shards_among` are processes that have a shard each; None where each has the whole model.
     """
     opened = plan.opened
+    benchmarks = {
+        name: open_benchmark(spec, limit=plan.options.gate.benchmark_limit, seed=plan.recipe.seed)
+        for name, spec in plan.benchmarks.items()
+    }
     fitted, load_as = _fit(plan, whole=shards_among is None)
     loaded, before = fitted.model, fitted.before
     check_names_to_be(before, loaded)
@@ -66,7 +71,13 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     if shards_among is not None:
         _shard(plan, loaded, with_heads, shards_among)
     examples = _encode(plan, opened.rows, loaded, opened.columns)
-    evaluations = _encode_named(plan, plan.evaluate, loaded, with_heads)
+    for name, benchmark in benchmarks.items():
+        benchmark.check(with_heads.get(name, loaded))
+    rows = {name: spec for name, spec in plan.evaluate.items() if name not in benchmarks}
+    encoded = _encode_named(plan, rows, loaded, with_heads)
+    evaluations = {
+        name: benchmarks[name] if name in benchmarks else encoded[name] for name in plan.evaluate
+    }
     held_out = _encode_named(plan, plan.validation, loaded, with_heads)
     frozen = None
     if plan.lora is not None:

@@ -15,6 +15,7 @@ from posixpath import normpath
 from typing import Any
 
 from consolidate.training.loop import Step
+from consolidate.views.matrix import columns_and_rows
 from consolidate.views.metrics import evaluate_metrics
 from formats.digest import set_digest
 from formats.errors import InputError, NetworkError, UsageError, install
@@ -152,8 +153,9 @@ def report(tracker: Tracker, result: Mapping[str, Any], numbers: Mapping[str, fl
                 tracker.metric(name, value, int(number))
     if (matrix := result.get("accuracy_matrix")) is not None:
         last = len(matrix["tasks"])
-        for learned, row in enumerate([matrix["start"], *matrix["scores"]]):
-            for name, score in zip(matrix["tasks"], row, strict=True):
+        names, rows = columns_and_rows(matrix)
+        for learned, row in enumerate(rows):
+            for name, score in zip(names, row, strict=True):
                 tracker.metric(f"{name}.score", score, learned)
     for name, value in numbers.items():
         tracker.metric(name, value, last)
