@@ -29,9 +29,7 @@ from consolidate.estimation.batches import eval_mode, out_of_memory
 from consolidate.models.model import Model
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import (
-    from_all,
     from_first,
-    is_first,
     is_lost,
     place_in,
     summed,
@@ -94,27 +92,22 @@ class Benchmark:
     ) -> dict[str, float]:
         """Score a model; its modes, its tokenizer and the state of random generators are restored.
 
-        Processes share the examples, and all get the metrics over all.
+        Processes share the requests to the model, and all get the metrics over all.
 
         Args:
             model: A language model, as `check` accepts it.
             batch_size: Requests at a time.
-            progress: Called with a number of examples, in all `len(self)` of this process's share.
+            progress: Called with a number of examples, in all `len(self)`.
             group: The processes, each with the whole model.
 
         Returns:
             The metrics by the harness's names, and ``score``, the one that ``record.metric`` names.
         """
-        number, size = place_in(group)
-        if len(self) < size:
-            raise InputError(
-                f"{self.data} has fewer examples than processes: start fewer processes"
-            )
-        done = _Share(len(range(number, len(self), size)), progress)
+        done = _Share(len(self), progress)
         with _harness(self.data, self.seed, model.module), eval_mode(model.module):
-            measured = self._run(model, batch_size, done, group)
+            metrics = self._run(model, batch_size, done, group)
         done.finish()
-        metrics: dict[str, float] = from_first(measured, group)
+        metrics = from_first(metrics, group)  # a task's own code may differ between processes
         signals.stop_together(*summed(group, *signals.wishes()))
         negated = self.record.metric.startswith(MINUS)
         name = self.record.metric.removeprefix(MINUS)
@@ -127,8 +120,8 @@ class Benchmark:
 
     def _run(
         self, model: Model, batch_size: int, done: "_Share", group: ProcessGroup | None
-    ) -> dict[str, float] | None:
-        """Score this process's examples; the first process gets the metrics over all."""
+    ) -> dict[str, float]:
+        """Run the harness, and give the metrics of the task or group."""
         from lm_eval.evaluator import evaluate
 
         for task in self.loaded["tasks"].values():
@@ -143,8 +136,6 @@ class Benchmark:
             bootstrap_iters=0,
             log_samples=False,
         )
-        if not is_first(group):
-            return None
         numbers = {
             key.removesuffix(",none"): value
             for key, value in found["results"][self.record.task].items()
@@ -189,13 +180,16 @@ def open_benchmark(data: str | Path, *, limit: int | None, seed: int) -> Benchma
 
 
 def _load_file(data: str | Path) -> Mapping[str, Any]:
-    """Load a task file alone; a group may name tasks of the harness."""
+    """Load a task file alone, with its local data wherever the current folder is."""
     from lm_eval.tasks import TaskManager
 
     path = task_path(data)
     config = task_config(path)
-    whole = "group" in config and "class" not in config
-    manager = _all_tasks() if whole else TaskManager(include_defaults=False)
+    if "group" in config and "class" not in config:
+        raise InputError(
+            f"{data} is a group, which lm-eval reads by name alone: name the file of one task"
+        )
+    manager = TaskManager(include_defaults=False)
     loaded: Mapping[str, Any]
     if (files := local_data_files(config, path)) is None:
         loaded = manager.load([str(path)])
@@ -247,7 +241,7 @@ def _score_of(data: str | Path, tasks: Sequence[Any], group: Any) -> str:
     for better, sign in ((True, ""), (False, MINUS)):
         for name in listed:
             if higher.get(name) is better:
-                first = _filters(tasks[0], None if group is None else group, name)[0]
+                first = _filters(tasks[0], group, name)[0]
                 return f"{sign}{name}" if first == "none" else f"{sign}{name},{first}"
     raise InputError(
         f"{data}: higher_is_better is not known for {few(listed, 5) or 'any metric'}: set it in "
@@ -326,36 +320,33 @@ class _Module:
 def _harness_model(
     seen: _Module, tokenizer: Any, backend: str, batch_size: int, group: ProcessGroup | None
 ) -> Any:
-    """Make the harness's model of ours, which deals the examples among the processes."""
+    """Make the harness's model of ours; processes share the requests and get all answers."""
     from lm_eval.models.huggingface import HFLM
 
-    class InMemory(HFLM):
-        """What the harness needs of several processes, by the group that ours are in."""
+    number, size = place_in(group)
 
+    def shared(answer: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
+        count = len(requests)
+        own = requests[count * number // size : count * (number + 1) // size]
+        seen.done.expect(len(own))
+        answers = answer(own) if own else []
+        if group is None:
+            return answers
+        parts: list[Any] = [None] * size
+        dist.all_gather_object(parts, answers, group=group)
+        return [one for part in parts for one in part]
+
+    class InMemory(HFLM):
         def loglikelihood(self, requests: Any, **options: Any) -> Any:
-            seen.done.expect(len(requests))
-            return super().loglikelihood(requests, **options)
+            return shared(super().loglikelihood, requests)
+
+        def loglikelihood_rolling(self, requests: Any, **options: Any) -> Any:
+            return shared(super().loglikelihood_rolling, requests)
 
         def generate_until(self, requests: Any, **options: Any) -> Any:
-            seen.done.expect(len(requests))
-            return super().generate_until(requests, **options)
+            return shared(super().generate_until, requests)
 
-        def all_gather(self, tensor: Any) -> Any:
-            return torch.tensor([one for (one,) in from_all([int(tensor)], group)])
-
-        def gather_object(self, obj: Any, dst: int = 0) -> Any:
-            if group is None:
-                return [obj]
-            gathered = [None] * group.size() if group.rank() == dst else None
-            dist.gather_object(obj, gathered, dst=dst, group=group)
-            return gathered
-
-        def barrier(self) -> None:
-            summed(group, 0)
-
-    made = InMemory(pretrained=seen, tokenizer=tokenizer, backend=backend, batch_size=batch_size)
-    made._rank, made._world_size = place_in(group)
-    return made
+    return InMemory(pretrained=seen, tokenizer=tokenizer, backend=backend, batch_size=batch_size)
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from consolidate.views.charts import (
     natural_height,
     plain,
 )
-from consolidate.views.markdown import shown
-from consolidate.views.matrix import benchmarks_text, columns_and_rows
+from consolidate.views.markdown import benchmarks_text, shown
+from consolidate.views.matrix import columns_and_rows
 from formats.fisher_json import Ledger, TaskRecord
 
 TASKS = 40  # at most, the latest, are drawn and listed

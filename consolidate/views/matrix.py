@@ -2,12 +2,11 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
-from consolidate.results import Benchmark, MatrixSummary, Mean, Task
+from consolidate.results import MatrixSummary, Mean
 from consolidate.training.accuracy_matrix import AccuracyMatrix, accuracy_matrix
 from consolidate.views.markdown import escaped, shown, table
 from formats.atomic import write_file
@@ -71,21 +70,6 @@ def ledger_matrix(ledger: Ledger) -> AccuracyMatrix | None:
     known = any(score is not None for row in [matrix.start, *matrix.scores] for score in row)
     known = known or bool(matrix.benchmarks)
     return matrix if known or any(point.scores for point in matrix.points) else None
-
-
-def benchmarks_text(benchmarks: Mapping[str, Benchmark]) -> list[str]:
-    """Say what the score on each benchmark is, a line each."""
-    return [
-        f"{name}: the score is {found['metric']} of {found['task']}"
-        + (f", version {found['version']}" if found["version"] is not None else "")
-        + f", on {found['examples']:,} examples (lm-eval {found['harness']})"
-        for name, found in benchmarks.items()
-    ]
-
-
-def benchmarks_of(tasks: Iterable[Task]) -> dict[str, Benchmark]:
-    """Give the benchmarks of all tasks by name, as they were last."""
-    return {name: found for task in tasks for name, found in (task["benchmarks"] or {}).items()}
 
 
 def means(summary: MatrixSummary) -> dict[str, Mean]:

@@ -19,8 +19,7 @@ from consolidate.results import (
     RunResult,
     VerifyResult,
 )
-from consolidate.views.markdown import aligned, shown
-from consolidate.views.matrix import benchmarks_text
+from consolidate.views.markdown import aligned, benchmarks_text, shown
 from formats.wording import few, printable
 
 
