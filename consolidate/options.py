@@ -875,6 +875,11 @@ class Measured:
         "Log options, metrics and digests to MLflow, in the store MLFLOW_TRACKING_URI; in the run "
         "MLFLOW_RUN_ID if that is set.",
     )
+    wandb: bool = option(
+        False,
+        "Log options, metrics and digests to Weights & Biases, in the project WANDB_PROJECT; on "
+        "disk with WANDB_MODE=offline.",
+    )
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ TESTED_THROUGH = {
     "system/test_cli": "errors __main__",
     "system/test_json_schema": "results",
     "test_options": "api fields flags options",
+    "views/test_mlflow": "views.tracking",
     "views/test_text": "wording",
 }
 
