@@ -85,8 +85,8 @@ class Plan:
     @property
     def old_tasks(self) -> list[str]:
         """What may not be forgotten: the tasks of the chain so far, and other benchmarks."""
-        old = self.opened.old_tasks
-        return [*old, *(self.benchmarks.keys() - {*old, self.opened.task})]
+        known = [*self.opened.old_tasks, self.opened.task]
+        return [*known[:-1], *(name for name in self.benchmarks if name not in known)]
 
     @cached_property
     def description(self) -> dict[str, Any]:

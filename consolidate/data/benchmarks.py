@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -141,7 +142,7 @@ class Benchmark:
             for key, value in found["results"][self.record.task].items()
             if key not in ("name", "alias", "sample_len", "sample_count")
             and "_stderr" not in key
-            and isinstance(value, int | float)
+            and isinstance(value, Real)
         }
         return {key: float(value) for key, value in numbers.items()}
 
@@ -379,8 +380,10 @@ def _harness(data: str | Path, seed: int, module: Any = None) -> Iterator[None]:
 
 def _explained(data: str | Path, error: Exception) -> ConsolidateError:
     """Translate an error of the harness, or of the task's own code."""
-    if isinstance(error, ImportError):
-        return UsageError(f"{data}: {first_line(error)}; lm-eval comes with {install('lm-eval')}")
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        return UsageError(
+            f"{data}: {first_line(error)}: install it, or all of lm-eval: {install('lm-eval')}"
+        )
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(meaning := explain(cause), NetworkError):
