@@ -242,6 +242,7 @@ def finetune(
     lora_train_head: bool = False,
     evaluate: Mapping[str, str | Path] | None = None,
     max_forgetting: float | None = None,
+    benchmark_limit: int | None = None,
     save_every_minutes: float = 5.0,
     restart: bool = False,
     overwrite: bool = False,
@@ -369,9 +370,12 @@ def finetune(
         lora_train_head: Train the head of `head` keep in full beside the adapter, penalized with
             its Fisher (modules_to_save in peft). A new or extended head is always trained.
         evaluate: Evaluate before training, after each epoch and at the end, with the head of task
-            NAME if it has one.
+            NAME if it has one. DATA may be a benchmark, lm-eval:TASK.
         max_forgetting: Exit with code 5 and save the output as DIR.failed-forgetting if an old task
-            in `evaluate` loses more score than this (accuracy, else minus the loss).
+            in `evaluate`, or a benchmark, loses more score than this (accuracy, else minus the
+            loss).
+        benchmark_limit: Score a benchmark on its first N examples, those of a group on N of each
+            task. (default: all)
         save_every_minutes: Save progress beside the output this often; rerunning the command
             resumes and gives bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as
             possible; inf: never.
@@ -420,6 +424,7 @@ def evaluate(
     base_model: str | Path | None = None,
     device: str | None = None,
     batch_size: int = 16,
+    benchmark_limit: int | None = None,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
 ) -> EvaluateResult:
@@ -427,7 +432,9 @@ def evaluate(
 
     Args:
         checkpoint: A folder, a weights file, or a repository on the Hub.
-        data: Data to evaluate on, with the head of task NAME if it has one.
+        data: Data to evaluate on, with the head of task NAME if it has one. A language model can be
+            scored on a benchmark of EleutherAI's harness: lm-eval:TASK, by a task's name or the
+            path of a task file (.yaml; its functions are run).
         task: Use the head of this task for all data.
         columns: Names of the columns by role; None stands for the usual ones.
         split: Split of a dataset with several splits.
@@ -456,6 +463,8 @@ def evaluate(
             config names, if it exists)
         device: Device: cpu, cuda, mps, … (default: the best available)
         batch_size: Examples per batch.
+        benchmark_limit: Score a benchmark on its first N examples, those of a group on N of each
+            task. (default: all)
         seed: Random seed.
         dtype: Dtype of the weights; a Fisher is measured in float32. One of float32, float64,
             bfloat16, float16. (default: as stored)

@@ -10,9 +10,10 @@ import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -31,7 +32,7 @@ from consolidate.views.text import json_text, plain
 from formats.errors import ConsolidateError, ForgettingError, InputError, PeerError
 
 if TYPE_CHECKING:
-    from consolidate.views.mlflow import Tracker
+    from consolidate.views.tracking import Tracker
 
 LOG = logging.getLogger("consolidate")
 MAIN, INSPECT = cloup.Section("Main commands"), cloup.Section("Inspect")
@@ -252,7 +253,7 @@ def finetune(**typed: Any) -> None:
 @_command(MAIN, "evaluate my-model-2 --data old=old-test.jsonl --data new=new-test.jsonl")
 def evaluate(**typed: Any) -> None:
     """Measure loss and accuracy or perplexity of CHECKPOINT on each task."""
-    _do(typed, text_view.metrics_text)
+    _do(typed, text_view.evaluate_text)
 
 
 @_command(PUBLISH, "merge my-model-a my-model-b --base my-model --output-dir my-model-ab")
@@ -345,7 +346,7 @@ def _do(typed: dict[str, Any], text: Callable[[Any], str]) -> None:
         LOG.setLevel(logging.WARNING)
         show_progress(False)
         _hide_transfers()
-    followed = {way: typed.pop(way) for way in ("metrics", "mlflow") if way in typed}
+    followed = {way: typed.pop(way) for way in ("metrics", "mlflow", "wandb") if way in typed}
     options: Any = record_of(COMMANDS[name], dict(typed))
     command = getattr(import_module(f"consolidate.commands.{name}"), name)
     try:
@@ -368,23 +369,31 @@ def _measured(
     typed: Mapping[str, Any],
     *,
     metrics: Path | None,
-    mlflow: bool,
+    **stores: bool,
 ) -> Any:
     """Do a command that measures something, track it, and report its numbers."""
-    from consolidate.views.mlflow import tracked
+    from consolidate.views.tracking import tracked
 
     if name != "evaluate":
         _flush_denormals()
-    with tracked(name, typed, enabled=mlflow and rank() == 0) as tracker:
-        if tracker.enabled and name == "finetune":
-            options = replace(options, on_step=tracker.on_step)
+    wanted = [store for store, given in stores.items() if given and rank() == 0]
+    modules = [import_module(f"consolidate.views.{store}") for store in wanted]
+    with ExitStack() as stack:
+        trackers = [stack.enter_context(tracked(name, typed, m.open_run)) for m in modules]
+        if trackers and name == "finetune":
+            options = replace(options, on_step=partial(_on_step, trackers))
         try:
             result = command(options)
         except ForgettingError as error:
-            _report("finetune", error.result, metrics, tracker)
+            _report("finetune", error.result, metrics, trackers)
             raise
-        _report(name, result, metrics, tracker)
+        _report(name, result, metrics, trackers)
         return result
+
+
+def _on_step(trackers: Sequence["Tracker"], step: Any) -> None:
+    for tracker in trackers:
+        tracker.on_step(step)
 
 
 def _flush_denormals() -> None:
@@ -405,13 +414,13 @@ def _write(result: Any, json: bool, text: Callable[[Any], str]) -> None:
 
 
 def _report(
-    command: str, result: Mapping[str, Any], metrics: Path | None, tracker: "Tracker"
+    command: str, result: Mapping[str, Any], metrics: Path | None, trackers: Sequence["Tracker"]
 ) -> None:
     """Write the numbers of a result, and track them, before anything that prints it can fail."""
     from consolidate.views import metrics as metrics_view
-    from consolidate.views.mlflow import report
+    from consolidate.views.tracking import report
 
-    if rank() > 0 or (metrics is None and not tracker.enabled):
+    if rank() > 0 or (metrics is None and not trackers):
         return
     if result.get("status") == "dry run":
         if metrics is not None:
@@ -420,5 +429,5 @@ def _report(
     numbers = getattr(metrics_view, f"{command}_metrics")(result)
     if metrics is not None:
         metrics_view.write_metrics(metrics, numbers)
-    if tracker.enabled:
+    for tracker in trackers:
         report(tracker, result, numbers)

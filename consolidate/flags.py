@@ -23,6 +23,7 @@ from consolidate.fields import (
     words_of,
 )
 from consolidate.options import COMMANDS, TYPED
+from formats.benchmark import data_name
 
 R = TypeVar("R")
 Command = Callable[..., Any]
@@ -184,7 +185,7 @@ def named_data(values: Sequence[str], option: str) -> dict[str, str]:
     for value in values:
         name, found, data = value.partition("=")
         if not found or Path(value).exists():
-            name, data = Path(value).stem, value
+            name, data = data_name(value), value
         if not name or not data:
             raise click.UsageError(f"{option} {value}: expected NAME=DATA")
         if name in named:

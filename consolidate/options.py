@@ -98,6 +98,16 @@ def _dtype() -> Any:
     )
 
 
+def _benchmark_limit() -> Any:
+    return option(
+        None,
+        "Score a benchmark on its first N examples, those of a group on N of each task.",
+        by_default="all",
+        metavar="N",
+        least=1,
+    )
+
+
 def _column(what: str) -> Any:
     text = f"Column with the {what}."
     return option(None, text, by_default="its usual name", metavar="COLUMN")
@@ -500,17 +510,18 @@ class Gate:
     evaluate: dict[str, str | Path] | None = option(
         None,
         "Evaluate before training, after each epoch and at the end, with the head of task NAME "
-        "if it has one.",
+        "if it has one. DATA may be a benchmark, lm-eval:TASK.",
         metavar="NAME=DATA",
         **_PER_CALL,
     )
     max_forgetting: float | None = option(
         None,
         "Exit with code 5 and save the output as DIR.failed-forgetting if an old task in "
-        "--evaluate loses more score than this (accuracy, else minus the loss).",
+        "--evaluate, or a benchmark, loses more score than this (accuracy, else minus the loss).",
         metavar="X",
         least=0,
     )
+    benchmark_limit: int | None = _benchmark_limit()
 
 
 @dataclass(frozen=True)
@@ -703,7 +714,9 @@ class EvaluateOptions:
     checkpoint: str | Path = _checkpoint()
     data: dict[str, str | Path] | str | Path = option(
         REQUIRED,
-        "Data to evaluate on, with the head of task NAME if it has one.",
+        "Data to evaluate on, with the head of task NAME if it has one. A language model can be "
+        "scored on a benchmark of EleutherAI's harness: lm-eval:TASK, by a task's name or the "
+        "path of a task file (.yaml; its functions are run).",
         metavar="[NAME=]DATA",
         python="str | Path | Mapping[str, str | Path]",
     )
@@ -711,6 +724,7 @@ class EvaluateOptions:
     encoding: Encoding = part(Encoding())
     source: Source = part(Source())
     batch_size: int = option(16, "Examples per batch.", least=1)
+    benchmark_limit: int | None = _benchmark_limit()
     seed: int = _seed()
     dtype: str | None = _dtype()
 
@@ -925,6 +939,11 @@ class Measured:
         False,
         "Log options, metrics and digests to MLflow, in the store MLFLOW_TRACKING_URI; in the run "
         "MLFLOW_RUN_ID if that is set.",
+    )
+    wandb: bool = option(
+        False,
+        "Log options, metrics and digests to Weights & Biases, in the project WANDB_PROJECT; on "
+        "disk with WANDB_MODE=offline.",
     )
 
 

@@ -233,6 +233,18 @@ class Interpolation(TypedDict):
     curve: Annotated[list[CurvePoint], about("What α was chosen from; empty where it was given.")]
 
 
+class Benchmark(TypedDict):
+    """A task of EleutherAI's evaluation harness that a model was scored on."""
+
+    harness: Annotated[str, about("Version of lm-eval.")]
+    task: str
+    version: str | None
+    metric: Annotated[str, about("Which metric is the score; `minus …` if lower is better.")]
+    examples: Count
+    limit: int | None
+    digest: Annotated[str | None, about("SHA-256 of a local task file, its functions and data.")]
+
+
 class TrainingStep(TypedDict):
     """What one optimizer step reported."""
 
@@ -269,6 +281,7 @@ class Finetuned(EncodedAs, _Of):
     ]
     interpolation: Interpolation | None
     metrics: Times
+    benchmarks: Annotated[dict[str, Benchmark], about("Those among the datasets, by name.")]
     fisher: FinetuneFisher
 
 
@@ -302,7 +315,10 @@ class FinetuneDone(Finetuned):
 
 FinetuneResult = FinetuneDone | FinetuneCached
 
-EvaluateResult = Annotated[dict[str, Metrics], about("The metrics of each dataset, by name.")]
+EvaluateResult = Annotated[
+    dict[str, dict[str, Score | Benchmark]],
+    about("The metrics of each dataset, by name; with `benchmark` where it is one."),
+]
 
 
 class MergeResult(_Of):
@@ -362,8 +378,12 @@ class MatrixSummary(TypedDict):
     start: list[float | None]
     acc: Mean
     bwt: Mean
-    forgetting: Mean
+    forgetting: Annotated[Mean, about("Over the earlier tasks and the benchmarks.")]
     points: Annotated[list[Point], about("The curves over the optimizer steps of each task.")]
+    benchmarks: Annotated[
+        dict[str, list[float | None]],
+        about("Of benchmarks that are no tasks: the score at the start and after each task."),
+    ]
 
 
 class RunStep(TypedDict):
@@ -410,6 +430,7 @@ class Task(TypedDict):
     interpolation: Interpolation | None
     made_from: Annotated[str | None, about("Digest of everything that the result depends on.")]
     metrics: Times
+    benchmarks: dict[str, Benchmark] | None
 
 
 class WeightsTotals(TypedDict):

@@ -35,6 +35,7 @@ _SECOND = (
     "max_length",
     "generated",
     "interpolation",
+    "benchmarks",
     "description",
 )
 _ABSENT = ("penalty_on", "parent", "made_from", "base", *_SECOND)
@@ -106,6 +107,19 @@ class Interpolation:
 
 
 @dataclass
+class BenchmarkRecord:
+    """A benchmark that a task's training was evaluated on, and which metric is its score."""
+
+    harness: Text  # the version of lm-eval
+    task: Text
+    version: Text | None
+    metric: Text
+    examples: Count
+    limit: Count | None
+    digest: Hex | None  # of a local task file with its functions and data
+
+
+@dataclass
 class TaskRecord:
     """One task of the ledger; `docs/reference/format.md` gives every field's meaning and range."""
 
@@ -133,6 +147,7 @@ class TaskRecord:
     made_from: Hex | None = None
     description: dict[str, Any] | None = None
     metrics: dict[When, dict[Text, dict[Text, Number]]] = field(default_factory=dict)
+    benchmarks: dict[Text, BenchmarkRecord] | None = None  # by name in metrics
     layers: dict[Text, LayerRecord] = field(default_factory=dict)
 
 
@@ -302,6 +317,9 @@ def _to_ledger(content: Any, source: str) -> Ledger:
             _check_fields(way, Interpolation, version, source, where)
             for j, point in enumerate(way["curve"]):
                 _check_fields(point, CurvePoint, version, source, f"{where}.curve[{j}]")
+        for name, benchmark in task.get("benchmarks", {}).items():
+            where = f"{place}.benchmarks[{shown(name)}]"
+            _check_fields(benchmark, BenchmarkRecord, version, source, where)
         for name, layer in task["layers"].items():
             _check_fields(layer, LayerRecord, version, source, f"{place}.layers[{shown(name)}]")
     found: dict[str, Any] = {
@@ -386,6 +404,10 @@ def _faults(ledger: Ledger) -> Iterator[str]:
             yield f"$.tasks[{i}].interpolation: the task was only measured, there is no training"
         if task.loss_on is not None and task.unit != "token":
             yield f"$.tasks[{i}].loss_on: expected it with the unit token only"
+        measured_on = {name for found in task.metrics.values() for name in found}
+        for name in task.benchmarks or ():
+            if name not in measured_on:
+                yield f"$.tasks[{i}].benchmarks: {shown(name)} is not in metrics"
         yield from _faults_of_description(task, f"$.tasks[{i}].description")
     yield from _faults_of_description(ledger, "$.description")
     for name, head in ledger.heads.items():

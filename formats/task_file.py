@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from formats.benchmark import PREFIX, benchmark_task, is_task_file
 from formats.conversion import converted
 from formats.data import DATA_SUFFIXES, Rows, open_data
 from formats.errors import InputError, UsageError
@@ -76,7 +77,9 @@ def refuse_unknown(where: str, found: Iterable[str], known: Collection[str]) -> 
 
 
 def resolve(data: str, folder: Path) -> str:
-    """Resolve a path or Hub id in a file; a path is relative to the file's folder."""
+    """Resolve a path, Hub id or benchmark in a file; a path is relative to the file's folder."""
+    if (task := benchmark_task(data)) is not None:
+        return f"{PREFIX}{folder / Path(task).expanduser()}" if is_task_file(task) else data
     try:
         local = folder / Path(data).expanduser()
         if not local.exists() and _looks_like_hub_id(data):
@@ -92,12 +95,22 @@ def _looks_like_hub_id(data: str) -> bool:
     return is_hub_id(data) and Path(data).suffix.lower() not in DATA_SUFFIXES
 
 
+def _refuse_benchmark(data: str | Path) -> None:
+    if benchmark_task(data) is not None:
+        raise UsageError(
+            f"{data} is a benchmark, which is only for evaluation: name it with --evaluate "
+            "(--data of `evaluate`), and rows here"
+        )
+
+
 def open_task(spec: str | Path, *, split: str | None = None) -> tuple[TaskFile, Rows]:
     """Open data, or the data that a `.toml` file names; `split` overrides the file's."""
+    _refuse_benchmark(spec)
     if Path(spec).suffix.lower() != ".toml":
         return TaskFile(data=str(spec), split=split), open_data(spec, split=split)
     path = Path(spec).expanduser()
     task = read_task_file(path)
+    _refuse_benchmark(task.data)
     task = dataclasses.replace(task, split=split or task.split)
     options = {"split": task.split, "subset": task.subset, "revision": task.revision}
     try:

@@ -44,7 +44,7 @@ def test_defaults_on_the_command_line_are_those_of_python(name: str, tmp_path: P
     words = ["start", "--data", "x"] + ["--output-dir", "y"] * (name == "finetune")
     above = click.Context(cli, info_name="consolidate")
     typed = cli.commands[name].make_context(name, words, parent=above).params
-    for other in ("json", "quiet", "metrics", "mlflow"):
+    for other in ("json", "quiet", "metrics", "mlflow", "wandb"):
         typed.pop(other)
     data = {"x": "x"} if name == "evaluate" else "x"
     given: dict[str, Any] = {"checkpoint": "start", "data": data}

@@ -9,10 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from consolidate.data.benchmark_files import benchmark_content
 from consolidate.fields import flat_options, value_of
 from consolidate.options import FinetuneOptions, FisherOptions, Merging
 from consolidate.runtime.devices import best_device
 from consolidate.runtime.distributed import all_processes, place_in
+from formats.benchmark import benchmark_task
 from formats.checkpoint import CARD, Checkpoint, other_files, weight_records
 from formats.digest import TensorRecord, set_digest
 from formats.fisher_folder import LEDGER_NAME, StoredFisher
@@ -114,7 +116,10 @@ def asked(
         "versions": versions(),
         "data": data,
         **{
-            role: {name: content_of(spec) for name, spec in specs.items()}
+            role: {
+                name: content_of(spec) if benchmark_task(spec) is None else benchmark_content(spec)
+                for name, spec in specs.items()
+            }
             for role, specs in named.items()
         },
         "module": module_content(options.source.model),

@@ -19,6 +19,7 @@ from formats.digest import TensorRecord, dtype_name, set_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import StoredFisher
 from formats.fisher_json import (
+    BenchmarkRecord,
     Interpolation,
     LayerRecord,
     Ledger,
@@ -40,6 +41,7 @@ class Training:
     parent: str | None = None  # set digest of the weights that training began from
     metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     interpolation: Interpolation | None = None
+    benchmarks: dict[str, BenchmarkRecord] | None = None  # by name in metrics
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,25 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from consolidate.chain.heads import models_of_tasks
 from consolidate.chain.opening import check_base, with_base
 from consolidate.commands.task_metrics import evaluate_all
+from consolidate.data.benchmarks import Benchmark, open_benchmark
 from consolidate.data.columns import columns_of
 from consolidate.data.encoding import encode, log_images
+from consolidate.data.examples import Examples
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
 from consolidate.options import EvaluateOptions
+from consolidate.results import Benchmark as BenchmarkResult
 from consolidate.results import EvaluateResult
 from consolidate.runtime.devices import best_device, dtype_of_name
+from formats.benchmark import benchmark_task, data_name
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from formats.checkpoint_files import check_link
 from formats.errors import InputError, UsageError
@@ -57,9 +63,15 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         check_base(ledger, folder / "fisher", source)
     check_finite(source.weights, folder)
     if not isinstance(data, Mapping):
-        data = {Path(data).stem: data}
+        data = {data_name(data): data}
     stored = _stored_heads(folder / "fisher", ledger, source, options.task)
-    opened = {name: open_task(spec, split=options.encoding.split) for name, spec in data.items()}
+    benchmarks = {
+        name: open_benchmark(spec, limit=options.benchmark_limit, seed=options.seed)
+        for name, spec in data.items()
+        if benchmark_task(spec) is not None
+    }
+    rows = {name: spec for name, spec in data.items() if name not in benchmarks}
+    opened = {name: open_task(spec, split=options.encoding.split) for name, spec in rows.items()}
     objectives = (task_file.objective for task_file, _ in opened.values() if task_file.objective)
     load_as = partial(
         load,
@@ -74,6 +86,8 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         tasks = {name: options.task or name for name in data}
         _note_strangers(tasks, stored, options.task)
         with_heads = models_of_tasks(load_as, model, stored, tasks)
+    for name, benchmark in benchmarks.items():
+        benchmark.check(with_heads.get(name, model))
     encoded = {
         name: encode(
             rows,
@@ -88,11 +102,16 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         for name, (task_file, rows) in opened.items()
     }
     log_images(*encoded.values())
-    metrics = evaluate_all(model, encoded, batch_size=options.batch_size, with_heads=with_heads)
+    tests: dict[str, Examples | Benchmark] = {**encoded, **benchmarks}
+    tests = {name: tests[name] for name in data}
+    metrics = evaluate_all(model, tests, batch_size=options.batch_size, with_heads=with_heads)
     of_data = (note for examples in encoded.values() for note in examples.notes_on())
     for note in [*model.notes, *of_data]:
         LOG.info("%s", note)
-    return metrics
+    result: EvaluateResult = {name: dict(values) for name, values in metrics.items()}
+    for name, benchmark in benchmarks.items():
+        result[name]["benchmark"] = cast(BenchmarkResult, asdict(benchmark.record))
+    return result
 
 
 def _note_strangers(tasks: Mapping[str, str], stored: StoredFisher, task: str | None) -> None:

@@ -39,10 +39,12 @@ from consolidate.commands.measurement import (
     measure_fisher,
     settled_estimation,
 )
+from consolidate.data.benchmarks import Benchmark
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.model import config_of, file_weights
 from consolidate.options import FinetuneOptions
+from consolidate.results import Benchmark as BenchmarkResult
 from consolidate.results import (
     FinetuneCached,
     Finetuned,
@@ -199,6 +201,7 @@ def _known(
         "norm_statistics": statistics,
         "interpolation": None if between is None else cast(InterpolationResult, asdict(between)),
         "metrics": task.metrics,
+        "benchmarks": cast(dict[str, BenchmarkResult], asdict(task)["benchmarks"] or {}),
         "fisher": {"folder": str(target / "fisher"), **fisher},
     }
 
@@ -314,7 +317,7 @@ def _forgotten(plan: Plan, trained: Trained) -> dict[str, float]:
     limit = plan.options.gate.max_forgetting
     if limit is None:
         return {}
-    lost = forgetting(trained.metrics["before"], trained.metrics["after"], plan.opened.old_tasks)
+    lost = forgetting(trained.metrics["before"], trained.metrics["after"], plan.old_tasks)
     return beyond(lost, limit)
 
 
@@ -350,7 +353,8 @@ def _training(
     ewc_lambda = None if start.penalty is None else float(start.penalty.ewc_lambda)
     kind, on = plan.options.penalty.penalty, plan.opened.penalty_on
     between = None if moving is None else moving.record()
-    return Training(ewc_lambda, kind, on, parent, trained.metrics, between)
+    found = {n: e.record for n, e in start.evaluations.items() if isinstance(e, Benchmark)}
+    return Training(ewc_lambda, kind, on, parent, trained.metrics, between, found or None)
 
 
 def _write(

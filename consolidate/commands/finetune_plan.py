@@ -19,6 +19,7 @@ from consolidate.options import Columns, FinetuneOptions, Recipe
 from consolidate.training.forgetting import check_gate
 from consolidate.training.loop import default_statistics
 from formats.atomic import unreplaced
+from formats.benchmark import benchmark_task
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from formats.digest import json_digest
 from formats.errors import InputError, UsageError
@@ -75,6 +76,18 @@ class Plan:
     def target(self) -> Path:
         """Where the new checkpoint goes."""
         return Path(self.options.output_dir)
+
+    @property
+    def benchmarks(self) -> dict[str, str | Path]:
+        """The benchmarks to evaluate on, by name."""
+        named = self.evaluate.items()
+        return {name: data for name, data in named if benchmark_task(data) is not None}
+
+    @property
+    def old_tasks(self) -> list[str]:
+        """What may not be forgotten: the tasks of the chain so far, and other benchmarks."""
+        known = [*self.opened.old_tasks, self.opened.task]
+        return [*known[:-1], *(name for name in self.benchmarks if name not in known)]
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -154,6 +167,9 @@ def check_options(options: FinetuneOptions) -> None:
             "--validation needs a search: give --ewc-lambda several numbers or auto, or "
             "--interpolate auto"
         )
+    evaluated = (options.gate.evaluate or {}).values()
+    if options.parameters.shard and any(benchmark_task(data) is not None for data in evaluated):
+        raise UsageError("--shard cannot run a benchmark of lm-eval: evaluate it afterwards")
     interpolating = options.interpolating
     if interpolating.interpolation != "plain" and interpolating.interpolate is None:
         raise UsageError(
@@ -204,11 +220,12 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
         )
     others = [options.data, *evaluate.values()]
     check_held_out(validation, other_data=others, new=opened.task, ledger=old)
+    plan = Plan(options, opened, recipe, evaluate, validation, search, interpolation, lora, there)
     if max_forgetting is not None:
-        if not set(old) & set(evaluate):
+        if not set(plan.old_tasks) & set(evaluate):
             evaluate |= {name: validation[name] for name in old if name in validation}
-        check_gate(old, evaluate)
-    return Plan(options, opened, recipe, evaluate, validation, search, interpolation, lora, there)
+        check_gate(plan.old_tasks, evaluate)
+    return plan
 
 
 def _plan_interpolation(options: FinetuneOptions, opened: Opened) -> InterpolationPlan | None:

@@ -37,6 +37,7 @@ from consolidate.training.lambda_search import (
     smallest,
 )
 from consolidate.views.charts import check_picture
+from formats.benchmark import benchmark_task
 from formats.errors import NonFiniteError, UsageError
 
 LOG = logging.getLogger("consolidate")
@@ -88,6 +89,12 @@ def check_held_out(
     ledger: Sequence[str],
 ) -> None:
     """Refuse to choose λ or α on data that are trained on or evaluated on, or of unknown tasks."""
+    for name, data in validation.items():
+        if benchmark_task(data) is not None:
+            raise UsageError(
+                f"--validation {name}={data}: λ and α are chosen on rows, not on a benchmark: name "
+                "it with --evaluate"
+            )
     if unknown := [name for name in validation if name not in (*ledger, new)]:
         raise UsageError(
             f"--validation {unknown[0]}: expected the new task, {new}, or a task of the ledger: "

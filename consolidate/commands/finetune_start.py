@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.heads import Fitted, fit_model, head_tensors, models_of_tasks
 from consolidate.chain.tasks import Chain, check_names_to_be
+from consolidate.data.benchmarks import Benchmark, open_benchmark
 from consolidate.data.columns import can_have_loss
 from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples
@@ -43,7 +44,7 @@ class Start:
     model: Model
     before: Chain | None  # fitted to the model
     examples: Examples
-    evaluations: dict[str, Examples]
+    evaluations: dict[str, Examples | Benchmark]
     held_out: dict[str, Examples]  # to choose λ and α by
     with_heads: dict[str, Model]  # by evaluation, of tasks with a head of their own
     penalty: WeightPenalty | None
@@ -57,6 +58,10 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     `shards_among` are processes that have a shard each; None where each has the whole model.
     """
     opened = plan.opened
+    benchmarks = {
+        name: open_benchmark(spec, limit=plan.options.gate.benchmark_limit, seed=plan.recipe.seed)
+        for name, spec in plan.benchmarks.items()
+    }
     fitted, load_as = _fit(plan, whole=shards_among is None)
     loaded, before = fitted.model, fitted.before
     check_names_to_be(before, loaded)
@@ -68,9 +73,15 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
         _shard(plan, loaded, with_heads, shards_among)
     loss_on = plan.options.encoding.loss_on
     examples = _encode(plan, opened.rows, loaded, opened.columns, loss_on)
-    evaluations = _encode_named(plan, plan.evaluate, loaded, with_heads)
+    for name, benchmark in benchmarks.items():
+        benchmark.check(with_heads.get(name, loaded))
+    rows = {name: spec for name, spec in plan.evaluate.items() if name not in benchmarks}
+    encoded = _encode_named(plan, rows, loaded, with_heads)
+    evaluations = {
+        name: benchmarks[name] if name in benchmarks else encoded[name] for name in plan.evaluate
+    }
     held_out = _encode_named(plan, plan.validation, loaded, with_heads)
-    log_images(examples, *evaluations.values(), *held_out.values())
+    log_images(examples, *encoded.values(), *held_out.values())
     frozen = None
     if plan.lora is not None:
         whole = {*fitted.free, *loaded.layout.fresh, *_head(plan, loaded)}

@@ -32,6 +32,7 @@ from consolidate.commands.run_options import (
     without_penalty,
 )
 from consolidate.commands.verify import verify
+from consolidate.data.benchmark_files import benchmark_content
 from consolidate.fields import gather
 from consolidate.models.factories import fresh_weights
 from consolidate.options import FinetuneOptions, FisherOptions, RunOptions, VerifyOptions
@@ -39,6 +40,7 @@ from consolidate.results import RunResult, RunStep
 from consolidate.training.loop import default_statistics
 from consolidate.views.matrix import ledger_matrix, matrix_summary
 from formats.atomic import has_content, replace_folder, write_file
+from formats.benchmark import benchmark_task
 from formats.checkpoint import open_checkpoint, weight_records
 from formats.data import DATA_SUFFIXES
 from formats.errors import ConsolidateError, ForgettingError, InputError, UsageError
@@ -166,7 +168,9 @@ def _check_data(run_file: RunFile) -> None:
         places |= {f"{at}: data": task.data, f"{at}: evaluate": task.evaluate or ""}
     for place, data in places.items():
         with _located(place):
-            if data and _is_missing(data):
+            if benchmark_task(data) is not None and not place.endswith(": data"):
+                benchmark_content(data)  # refuses what is not there
+            elif data and _is_missing(data):
                 open_task(data)  # refuses it, with the names that are near
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch.distributed import ProcessGroup
 
+from consolidate.data.benchmarks import Benchmark
 from consolidate.data.examples import Examples
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.model import Model
@@ -14,13 +15,13 @@ from consolidate.training.evaluation import measure
 
 def evaluate_all(
     model: Model,
-    tasks: Mapping[str, Examples],
+    tasks: Mapping[str, Examples | Benchmark],
     *,
     batch_size: int,
     with_heads: Mapping[str, Model] | None = None,
     group: ProcessGroup | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Evaluate a loaded model on the encoded examples of each task, some with a saved head."""
+    """Evaluate a loaded model on each task's examples or benchmark, some with a saved head."""
     metrics = {}
     own = {
         name: [part for part in shares(range(len(examples)), batch_size, group) if part]
@@ -30,6 +31,11 @@ def evaluate_all(
     with progress("evaluating", total, "examples", phase="evaluation") as advance:
         for name, examples in tasks.items():
             measured = (with_heads or {}).get(name, model)
+            if isinstance(examples, Benchmark):
+                metrics[name] = examples.measure(
+                    measured, batch_size=batch_size, progress=advance, group=group
+                )
+                continue
             metrics[name] = measure(
                 measured.module,
                 (examples.collate(part) for part in own[name]),

@@ -1,8 +1,8 @@
 """The accuracy matrix of a chain of tasks, and measures of forgetting."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 Scores = Mapping[str, Mapping[str, float]]  # name of what was evaluated -> metric -> value
 Metrics = Mapping[str, Scores]  # before, step N, epoch N, after -> scores
@@ -23,7 +23,7 @@ class Point:
 
     task: str
     step: int
-    scores: dict[str, float]  # by the name of the task they are on
+    scores: dict[str, float]  # by the name of the task or benchmark they are on
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class AccuracyMatrix:
     scores: list[list[float | None]]  # R, row by row
     start: list[float | None]  # the scores before the first task was learned, (T,)
     points: list[Point]  # the curves over training steps, in the order of time
+    # of benchmarks that are no tasks, by name: the score at the start and after each task, (T + 1,)
+    benchmarks: dict[str, list[float | None]] = field(default_factory=dict)
 
     def acc(self) -> Mean:
         """Return the average accuracy, ACC = (1/T) Σ_j R[T, j] (Lopez-Paz & Ranzato 2017)."""
@@ -52,44 +54,52 @@ class AccuracyMatrix:
         """Return the average forgetting; below 0 where earlier tasks were improved.
 
         F = (1/(T − 1)) Σ_{j<T} (max_{i<T} R[i, j] − R[T, j]), Chaudhry et al. 2018, the largest
-        taken of the rows where task j was measured.
+        taken of the rows where task j was measured. A benchmark that is no task is a term too,
+        with the start among its rows.
         """
         return _mean(self.forgotten().values())
 
     def forgotten(self) -> dict[str, float | None]:
-        """Return the terms of `forgetting` by task, the last task left out."""
+        """Return the terms of `forgetting` by task or benchmark, the last task left out."""
         terms = {}
-        for j, task in enumerate(self.tasks[:-1]):
-            past = [row[j] for row in self.scores[:-1]]
-            best = max((score for score in past if score is not None), default=None)
-            terms[task] = _difference(best, self.scores[-1][j])
+        columns = {task: [row[j] for row in self.scores] for j, task in enumerate(self.tasks[:-1])}
+        for name, scores in {**columns, **self.benchmarks}.items():
+            best = max((score for score in scores[:-1] if score is not None), default=None)
+            terms[name] = _difference(best, scores[-1])
         return terms
 
 
-def accuracy_matrix(metrics: Mapping[str, Metrics]) -> AccuracyMatrix:
+def accuracy_matrix(
+    metrics: Mapping[str, Metrics], benchmarks: Collection[str] = ()
+) -> AccuracyMatrix:
     """Arrange the metrics of a ledger: a task's row holds its metrics under `after`.
 
     A task that was only measured has no `after`: its row is what the next one found `before`.
     """
     tasks, measured = list(metrics), list(metrics.values())
 
-    def row(scores: Scores) -> list[float | None]:
-        return [score(scores[task]) if task in scores else None for task in tasks]
+    def on(name: str, scores: Scores) -> float | None:
+        return score(scores[name]) if name in scores else None
 
-    rows = []
+    times = [measured[0].get("before", {})]
     for own, following in zip(measured, [*measured[1:], {}], strict=True):
-        rows.append(row(own.get("after") or following.get("before", {})))
-    return AccuracyMatrix(tasks, rows, row(measured[0].get("before", {})), _points(metrics))
+        times.append(own.get("after") or following.get("before", {}))
+    others = [name for name in dict.fromkeys(benchmarks) if name not in metrics]
+    start, *rows = [[on(name, scores) for name in tasks] for scores in times]
+    on_others = {name: [on(name, scores) for scores in times] for name in others}
+    return AccuracyMatrix(tasks, rows, start, _points(metrics, {*tasks, *others}), on_others)
 
 
 def score(values: Mapping[str, float]) -> float | None:
     """Give the score among the metrics of one evaluation: the accuracy, else minus the loss."""
+    if "score" in values:
+        return values["score"]
     if "accuracy" in values:
         return values["accuracy"]
-    return -values["loss"] if "loss" in values else values.get("score")
+    return -values["loss"] if "loss" in values else None
 
 
-def _points(metrics: Mapping[str, Metrics]) -> list[Point]:
+def _points(metrics: Mapping[str, Metrics], names: Collection[str]) -> list[Point]:
     points = []
     for task, times in metrics.items():
         if not any(when.startswith("step ") for when in times):
@@ -97,7 +107,7 @@ def _points(metrics: Mapping[str, Metrics]) -> list[Point]:
         for when, scores in times.items():
             if when == "before" or when.startswith("step "):
                 step = 0 if when == "before" else int(when.removeprefix("step "))
-                found = {name: score(v) for name, v in scores.items() if name in metrics}
+                found = {name: score(v) for name, v in scores.items() if name in names}
                 known = {name: value for name, value in found.items() if value is not None}
                 points.append(Point(task, step, known))
     return points

@@ -16,9 +16,14 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
 
 from consolidate.chain.consistency import side_by_side, side_by_side_text
-from consolidate.training.accuracy_matrix import accuracy_matrix
 from consolidate.views.markdown import escaped, table
-from consolidate.views.matrix import ledger_matrix, matrix_summary, matrix_table
+from consolidate.views.matrix import (
+    chain_matrix,
+    columns_and_rows,
+    ledger_matrix,
+    matrix_summary,
+    matrix_table,
+)
 from consolidate.views.summary import encoding_text, estimator_text, penalty_text
 from formats.digest import set_digest
 from formats.errors import InputError
@@ -219,26 +224,34 @@ def _library(subject: Subject) -> str:
 
 def evaluation_results(ledger: Ledger, subject: Subject) -> list[EvalResult]:
     """Give the accuracy matrix as evaluation results of the Hub, the present model first."""
-    matrix = accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
+    names, (_, *rows) = columns_and_rows(matrix_summary(chain_matrix(ledger)))
+    tasks = {task.name: task for task in ledger.tasks}
+    benchmarks = {n: b for task in ledger.tasks for n, b in (task.benchmarks or {}).items()}
     measured = [on.items() for task in ledger.tasks for on in task.metrics.values()]
     accurate = {name for on in measured for name, scores in on if "accuracy" in scores}
     results = []
     last = len(ledger.tasks) - 1
     for row in [last, *range(last)]:
-        for task, score in zip(ledger.tasks, matrix.scores[row], strict=True):
+        for name, score in zip(names, rows[row], strict=True):
             if score is None:
                 continue
-            metric = "accuracy" if task.name in accurate else "loss"
-            after = f", after training on {matrix.tasks[row]}" if row != last else ""
+            task, benchmark = tasks.get(name, ledger.tasks[row]), benchmarks.get(name)
+            dataset = task.data if task.data.count("/") == 1 else name
+            metric = "accuracy" if name in accurate else "minus loss"
+            if benchmark is not None:
+                dataset, metric = benchmark.task, benchmark.metric
+            value = -score if metric.startswith("minus ") else score
+            metric = metric.removeprefix("minus ")
+            after = f", after training on {ledger.tasks[row].name}" if row != last else ""
             results.append(
                 EvalResult(
                     task_type=_PIPELINES.get(task.objective, "other"),
-                    dataset_type=task.data if task.data.count("/") == 1 else task.name,
-                    dataset_name=task.name,
+                    dataset_type=dataset,
+                    dataset_name=name,
                     metric_type=metric,
-                    metric_value=score if metric == "accuracy" else -score,
+                    metric_value=value,
                     metric_name=metric + after,
-                    metric_args={"after_training": matrix.tasks[row]} if after else None,
+                    metric_args={"after_training": ledger.tasks[row].name} if after else None,
                     source_name=SOURCE,
                     source_url=f"{subject.endpoint}/{subject.repository}",
                 )

@@ -3,11 +3,12 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
+from typing import cast
 
 from consolidate.chain.consistency import side_by_side, side_by_side_text
-from consolidate.results import MatrixSummary, Parameter
+from consolidate.results import Benchmark, MatrixSummary, Parameter
 from consolidate.training.accuracy_matrix import Scores, score
 from consolidate.views.charts import (
     Bars,
@@ -19,7 +20,8 @@ from consolidate.views.charts import (
     natural_height,
     plain,
 )
-from consolidate.views.markdown import shown
+from consolidate.views.markdown import benchmarks_text, shown
+from consolidate.views.matrix import columns_and_rows
 from formats.fisher_json import Ledger, TaskRecord
 
 TASKS = 40  # at most, the latest, are drawn and listed
@@ -83,6 +85,9 @@ def _side_by_side(one: Figure, other: Figure) -> tuple[Figure, Figure]:
 def score_figures(ledger: Ledger, matrix: MatrixSummary | None) -> list[Figure]:
     """Return the figures of the known scores on the tasks: matrix, curves, trade-off."""
     merged = side_by_side_text(side_by_side(ledger))
+    benchmarks = {n: b for task in ledger.tasks for n, b in (task.benchmarks or {}).items()}
+    lines = benchmarks_text({name: cast(Benchmark, asdict(b)) for name, b in benchmarks.items()})
+    merged = " ".join(filter(None, [merged, *(f"{line}." for line in lines)]))
     matrix_figure = None if matrix is None else _matrix(matrix, merged)
     found = [matrix_figure, _curves(ledger), _trade_off(ledger), _between(ledger)]
     return [figure for figure in found if figure is not None]
@@ -120,17 +125,17 @@ def layers(names: Sequence[str], most: int) -> dict[str, list[str]]:
 
 
 def _matrix(matrix: MatrixSummary, merged: str) -> Figure | None:
-    tasks = matrix["tasks"][-TASKS:]
-    scores = [row[-TASKS:] for row in matrix["scores"][-TASKS:]]
-    start = matrix["start"][-TASKS:]
-    named = list(zip(tasks, scores, strict=True))
+    columns, (start, *scores) = columns_and_rows(matrix)
+    tasks = columns[-TASKS:]
+    scores, start = [row[-TASKS:] for row in scores[-TASKS:]], start[-TASKS:]
+    named = list(zip(matrix["tasks"][-TASKS:], scores, strict=True))
     if len(matrix["tasks"]) <= TASKS and any(value is not None for value in start):
         named = [("(start)", start), *named]
     if all(value is None for _, row in named for value in row):
         return None
     last = zip(tasks, scores[-1], strict=True)
     latest = ", ".join(f"{task} {_score(value)}" for task, value in last if value is not None)
-    said = f"Scores after each of {len(tasks)} tasks. After the last one: {latest or 'none'}."
+    said = f"Scores after each of {len(named)} tasks. After the last one: {latest or 'none'}."
     names, values = zip(*named, strict=True)
     labels = ("after learning", "score on")
     chart = HeatMap("Accuracy matrix", said, names, tasks, values, _score, False, labels, "score")

@@ -1,7 +1,9 @@
-"""Tables, in plain text and in Markdown, for model cards and summaries of CI jobs."""
+"""Tables and lines, in plain text and in Markdown, for model cards and summaries of CI jobs."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from consolidate.results import Benchmark, Task
 
 _SPECIAL = re.compile(r"([\\`*_\[\]#|<>~$:@])")
 
@@ -38,3 +40,18 @@ def aligned(
 def shown(value: float | None, form: str) -> str:
     """Format a number; a dash if it is not known."""
     return "–" if value is None else format(value, form)
+
+
+def benchmarks_text(benchmarks: Mapping[str, Benchmark]) -> list[str]:
+    """Say what the score on each benchmark is, a line each."""
+    return [
+        f"{name}: the score is {found['metric']} of {found['task']}"
+        + (f", version {found['version']}" if found["version"] is not None else "")
+        + f", on {found['examples']:,} examples (lm-eval {found['harness']})"
+        for name, found in benchmarks.items()
+    ]
+
+
+def benchmarks_of(tasks: Iterable[Task]) -> dict[str, Benchmark]:
+    """Give the benchmarks of all tasks by name, as they were last."""
+    return {name: found for task in tasks for name, found in (task["benchmarks"] or {}).items()}

@@ -23,6 +23,7 @@ def matrix_summary(matrix: AccuracyMatrix) -> MatrixSummary:
         "bwt": asdict(matrix.bwt()),
         "forgetting": asdict(matrix.forgetting()),
         "points": [asdict(point) for point in matrix.points],
+        "benchmarks": matrix.benchmarks,
     }
     return cast(MatrixSummary, summary)
 
@@ -30,27 +31,44 @@ def matrix_summary(matrix: AccuracyMatrix) -> MatrixSummary:
 def write_matrix_csv(path: str | Path, matrix: AccuracyMatrix) -> None:
     """Write the matrix and the curves as CSV, in the order of time.
 
-    The columns are ``training`` (a task), ``when`` and the score on each task. Rows with ``after``
-    are R, the row with ``before`` is the start, rows with ``step N`` are the curves. What was not
-    measured is empty.
+    The columns are ``training`` (a task), ``when`` and the score on each task and benchmark. Rows
+    with ``after`` are R, the row with ``before`` is the start, rows with ``step N`` are the curves.
+    What was not measured is empty.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["training", "when", *matrix.tasks])
-    table.writerow([matrix.tasks[0], "before", *matrix.start])
-    for task, scores in zip(matrix.tasks, matrix.scores, strict=True):
+    names, (start, *rows) = columns_and_rows(matrix_summary(matrix))
+    table.writerow(["training", "when", *names])
+    table.writerow([matrix.tasks[0], "before", *start])
+    for task, scores in zip(matrix.tasks, rows, strict=True):
         for point in matrix.points:
             if point.task == task and point.step:
-                found = (point.scores.get(name) for name in matrix.tasks)
+                found = (point.scores.get(name) for name in names)
                 table.writerow([task, f"step {point.step}", *found])
         table.writerow([task, "after", *scores])
     write_file(Path(path), text.getvalue())
 
 
+def columns_and_rows(summary: MatrixSummary) -> tuple[list[str], list[list[float | None]]]:
+    """Give the tasks and then the benchmarks, and the scores on them: at the start, after each."""
+    rows = [
+        [*scores, *(on[i] for on in summary["benchmarks"].values())]
+        for i, scores in enumerate([summary["start"], *summary["scores"]])
+    ]
+    return [*summary["tasks"], *summary["benchmarks"]], rows
+
+
+def chain_matrix(ledger: Ledger) -> AccuracyMatrix:
+    """Give the accuracy matrix of a ledger's tasks and benchmarks."""
+    benchmarks = [name for task in ledger.tasks for name in task.benchmarks or ()]
+    return accuracy_matrix({task.name: task.metrics for task in ledger.tasks}, benchmarks)
+
+
 def ledger_matrix(ledger: Ledger) -> AccuracyMatrix | None:
     """Give the accuracy matrix of a ledger's tasks; None if no score on them was measured."""
-    matrix = accuracy_matrix({task.name: task.metrics for task in ledger.tasks})
+    matrix = chain_matrix(ledger)
     known = any(score is not None for row in [matrix.start, *matrix.scores] for score in row)
+    known = known or bool(matrix.benchmarks)
     return matrix if known or any(point.scores for point in matrix.points) else None
 
 
@@ -66,10 +84,11 @@ def partly(mean: Mean) -> str:
 
 def matrix_rows(summary: MatrixSummary) -> list[list[str]]:
     """Give the rows of the matrix, header first; a dash where nothing was measured."""
-    named = zip(["(start)", *summary["tasks"]], [summary["start"], *summary["scores"]], strict=True)
-    rows = [[name, *(shown(score, ".4f") for score in scores)] for name, scores in named]
-    without = all(score is None for score in summary["start"])
-    return [["after \\ on", *summary["tasks"]], *rows[without:]]
+    names, scores = columns_and_rows(summary)
+    named = zip(["(start)", *summary["tasks"]], scores, strict=True)
+    rows = [[name, *(shown(score, ".4f") for score in row)] for name, row in named]
+    without = all(score is None for score in scores[0])
+    return [["after \\ on", *names], *rows[without:]]
 
 
 def means_text(summary: MatrixSummary) -> str:

@@ -55,10 +55,15 @@ def run_metrics(result: FinetuneResult | RunResult) -> dict[str, float]:
     return _finite(numbers)
 
 
-def evaluate_metrics(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def evaluate_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Give the metrics of each task under one name, ``TASK.METRIC``."""
     return _finite(
-        {f"{task}.{name}": v for task, values in metrics.items() for name, v in values.items()}
+        {
+            f"{task}.{name}": value
+            for task, values in metrics.items()
+            for name, value in values.items()
+            if name != "benchmark"
+        }
     )
 
 

@@ -5,8 +5,12 @@ from collections.abc import Mapping
 from consolidate.chain.consistency import side_by_side_text
 from consolidate.data.chats import loss_text
 from consolidate.results import MatrixSummary, Overlap, ShowResult, Task
-from consolidate.views.markdown import aligned, escaped, shown
-from consolidate.views.matrix import matrix_rows, matrix_table, means_text
+from consolidate.views.markdown import aligned, benchmarks_of, benchmarks_text, escaped, shown
+from consolidate.views.matrix import (
+    matrix_rows,
+    matrix_table,
+    means_text,
+)
 from formats.wording import few, printable
 
 _WIDTH = 72
@@ -34,6 +38,7 @@ def show_text(summary: ShowResult) -> str:
         lines += ["", *_table([["after training", "when", "on task", "metrics"], *metrics])]
     if summary["accuracy_matrix"] is not None:
         lines += ["", matrix_text(summary["accuracy_matrix"])]
+        lines += map(printable, benchmarks_text(benchmarks_of(summary["tasks"])))
         if note := side_by_side_text(summary["side_by_side"]):
             lines.append(note)
     if summary["overlap"] is not None:

@@ -3,10 +3,11 @@
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from consolidate.results import (
     AlphaSearch,
+    Benchmark,
     EvaluateResult,
     FinetuneResult,
     FisherDryRun,
@@ -19,7 +20,7 @@ from consolidate.results import (
     RunResult,
     VerifyResult,
 )
-from consolidate.views.markdown import aligned, shown
+from consolidate.views.markdown import aligned, benchmarks_text, shown
 from formats.wording import few, printable
 
 
@@ -99,7 +100,7 @@ def finetune_text(result: FinetuneResult) -> str:
             for when in ("before", "after")
             for task, values in metrics[when].items()
         }
-        lines += [metrics_text(measured), ""]
+        lines += [metrics_text(measured), *benchmarks_text(result["benchmarks"]), ""]
     if result["status"] == "cached":
         lines.append(f"{result['checkpoint']}: up to date, nothing to do")
     else:
@@ -190,11 +191,20 @@ def verify_text(summary: VerifyResult) -> str:
     return "\n".join(lines)
 
 
-def metrics_text(metrics: EvaluateResult) -> str:
-    """Format metrics as a table, a row for each task."""
-    columns = [
-        c for c in ("loss", "accuracy", "perplexity") if any(c in m for m in metrics.values())
-    ]
+def evaluate_text(result: EvaluateResult) -> str:
+    """Format the metrics of each dataset, and say what the score on a benchmark is."""
+    benchmarks = {name: m["benchmark"] for name, m in result.items() if "benchmark" in m}
+    lines = benchmarks_text(cast(Mapping[str, Benchmark], benchmarks))
+    return "\n".join([metrics_text(result), *lines])
+
+
+def metrics_text(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Format metrics as a table, a row for each task; of a benchmark the score alone."""
+    own = ("loss", "accuracy", "perplexity")
+    columns = [c for c in own if any(c in m for m in metrics.values())]
+    if any("loss" not in m for m in metrics.values()):
+        columns.append("score")
+        metrics = {t: m if "loss" in m else {"score": m["score"]} for t, m in metrics.items()}
     rows = [["task", *columns]]
     for task, values in metrics.items():
         rows.append([task, *(f"{values[c]:.4f}" if c in values else "–" for c in columns)])

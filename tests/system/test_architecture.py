@@ -36,6 +36,7 @@ TESTED_THROUGH = {
     "commands/test_report": "views.page",
     "commands/test_forgetting": "commands.finetune_gate training.forgetting",
     "views/test_figures": "views.search_figures",
+    "data/test_benchmarks": "data.benchmark_files benchmark",
     "data/test_examples": "data.columns data.encoding data.labels data.tensors data.text_examples"
     " data.texts",
     "estimation/test_fisher_diagonal": "estimation.batches estimation.estimates",
@@ -49,13 +50,14 @@ TESTED_THROUGH = {
     "system/test_cli": "errors __main__",
     "system/test_json_schema": "results",
     "test_options": "api fields flags options",
+    "views/test_mlflow": "views.tracking",
     "views/test_text": "wording",
 }
 
 IMPORT_BY_NAME = {"consolidate.models.factories"}  # what the user typed
 
 EXTRAS = {"transformers", "tokenizers", "datasets", "pyarrow", "pandas", "PIL", "matplotlib"}
-EXTRAS |= {"peft", "mlflow", "torchvision", "sklearn", "jinja2", "markupsafe"}
+EXTRAS |= {"peft", "mlflow", "torchvision", "sklearn", "jinja2", "markupsafe", "lm_eval", "wandb"}
 CORE = {"torch", "numpy", "safetensors", "huggingface_hub"}
 INPUT_OUTPUT = {"os", "io", "pathlib", "json", "shutil", "tempfile", "subprocess", "socket"}
 INPUT_OUTPUT |= {"logging", "pickle", "safetensors", "huggingface_hub", "click", "tqdm", "urllib"}
