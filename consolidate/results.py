@@ -205,6 +205,24 @@ class Interpolation(TypedDict):
     curve: Annotated[list[CurvePoint], about("What α was chosen from; empty where it was given.")]
 
 
+class Comparison(TypedDict):
+    """What the penalty saved: the same run with it and without it."""
+
+    new_task: str
+    old_tasks: Annotated[list[str], about("Those that were measured.")]
+    measured: Annotated[str, about("On which data: those of --evaluate, or of a search for λ.")]
+    before: Evaluations
+    with_penalty: Evaluations
+    without_penalty: Annotated[Evaluations | None, about("null if it diverged.")]
+
+
+class Forgotten(TypedDict):
+    """The scores of an old task before and after a training."""
+
+    before: Score
+    after: Score
+
+
 class TrainingStep(TypedDict):
     """What one optimizer step reported."""
 
@@ -241,7 +259,10 @@ class Finetuned(_Of):
     ]
     interpolation: Interpolation | None
     metrics: Times
-    fisher: FinetuneFisher
+    forgotten: Annotated[
+        dict[str, Forgotten], about("Scores of the old tasks that were evaluated.")
+    ]
+    fisher: Annotated[FinetuneFisher | None, about("null: not measured, with --no-fisher.")]
 
 
 class FinetuneCached(Finetuned):
@@ -267,6 +288,7 @@ class FinetuneDone(Finetuned):
     history: list[TrainingStep]
     lambda_search: NotRequired[LambdaSearch]
     alpha_search: NotRequired[AlphaSearch]
+    comparison: NotRequired[Annotated[Comparison, about("With --compare-none.")]]
 
 
 FinetuneResult = FinetuneDone | FinetuneCached
@@ -350,6 +372,7 @@ class Task(TypedDict):
     mc_samples: int | None
     seed: int
     weight: float
+    weight_by: Annotated[str | None, about("units or trace, for a task that is not measured yet.")]
     data: str
     data_digest: str | None
     ewc_lambda: float | None

@@ -26,9 +26,12 @@ PARAMETER_DTYPES = ("BF16", "F16", "F32", "F64")
 SAME_AS = "the same tensor as "
 """Start of the reason given for a tensor that the weights file stores under a second name."""
 
+UNKNOWN = "unknown"
+"""The penalty of a task that another program trained."""
+
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SETS = ("weights", "fisher", "anchor", "factors")
-_SECOND = ("factors", "blocks", "generated", "interpolation", "description")
+_SECOND = ("factors", "blocks", "generated", "interpolation", "description", "weight_by")
 _ABSENT = ("penalty_on", "parent", "made_from", "base", *_SECOND)
 """Fields that are left out of a file where they are None; all others are always present."""
 
@@ -112,6 +115,7 @@ class TaskRecord:
     mc_samples: Count | None
     seed: Natural
     weight: NotNegative = 1.0
+    weight_by: Annotated[str, _one_of("units", "trace")] | None = None  # until it is measured
     data: DataName = ""
     data_digest: Hex | None = None
     generated: Generated | None = None
@@ -124,6 +128,11 @@ class TaskRecord:
     description: dict[str, Any] | None = None
     metrics: dict[When, dict[Text, dict[Text, Number]]] = field(default_factory=dict)
     layers: dict[Text, LayerRecord] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> bool:
+        """Whether the task has a Fisher in Λ."""
+        return self.estimator is not None
 
 
 class Block(Struct, frozen=True, forbid_unknown_fields=True):
@@ -182,7 +191,7 @@ def needed_version(ledger: Ledger) -> int:
     """Return the format version that a ledger is written in: 1 unless it needs a field of 2."""
     records = (ledger, *ledger.tasks)
     given = any(getattr(record, name, None) is not None for record in records for name in _SECOND)
-    return 2 if given or any(task.estimator is None for task in ledger.tasks) else 1
+    return 2 if given or any(not task.measured for task in ledger.tasks) else 1
 
 
 def ledger_bytes(ledger: Ledger, source: str = "fisher.json") -> bytes:
@@ -372,6 +381,8 @@ def _faults(ledger: Ledger) -> Iterator[str]:
                 f"$.tasks[{i}]: expected null for all of estimator, examples and units or for none;"
                 " a task without them has a penalty, no mc_samples and no layers"
             )
+        if measured and task.weight_by is not None:
+            yield f"$.tasks[{i}].weight_by: the task was measured, so its weight is a number"
         if task.interpolation is not None and task.penalty is None:
             yield f"$.tasks[{i}].interpolation: the task was only measured, there is no training"
         yield from _faults_of_description(task, f"$.tasks[{i}].description")

@@ -2,12 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from formats.digest import set_digest
 from formats.fisher_json import Ledger, TaskRecord, copies
 
 _ROUNDING = {"F32": 2.0**-20, "BF16": 2.0**-8}  # of a merge, relative, with room to spare
 _TINY = 1e-30
+_OF_A_MEASUREMENT = (
+    *("examples", "units", "estimator", "mc_samples", "seed", "weight", "weight_by"),
+    *("data", "data_digest", "made_from", "description", "layers"),
+)
 
 
 def contradictions(ledger: Ledger, traces: Mapping[str, float]) -> list[str]:
@@ -30,7 +35,7 @@ def contradictions(ledger: Ledger, traces: Mapping[str, float]) -> list[str]:
         if ledger.weights[name] != ledger.weights[first]
     ]
     fresh = {name for head in ledger.heads.values() for name in head}
-    all_known = all(task.layers or task.estimator is None for task in ledger.tasks)
+    all_known = all(task.layers or not task.measured for task in ledger.tasks)
     for name, trace in traces.items():
         parts = [
             task.weight * task.layers[name].trace if name in task.layers else 0.0
@@ -54,7 +59,7 @@ def descent(earlier: Ledger, later: Ledger) -> tuple[str, list[str]]:
     for i, task in enumerate(earlier.tasks):
         if i >= len(later.tasks):
             return "tasks", [f"the task {task.name!r} is missing"]
-        if later.tasks[i] != task:
+        if later.tasks[i] != task and _measured_later(task, later.tasks[i]) != later.tasks[i]:
             other = later.tasks[i].name
             if other == task.name:
                 return "tasks", [f"the record of the task {task.name!r} differs"]
@@ -69,6 +74,13 @@ def descent(earlier: Ledger, later: Ledger) -> tuple[str, list[str]]:
     if after != before:
         return "weights", ["the weights differ, although no task was trained"]
     return "weights", []
+
+
+def _measured_later(task: TaskRecord, measured: TaskRecord) -> TaskRecord:
+    """Give a task that was not measured with what its measurement records."""
+    if task.measured:
+        return task
+    return replace(task, **{name: getattr(measured, name) for name in _OF_A_MEASUREMENT})
 
 
 def side_by_side(ledger: Ledger) -> list[list[str]]:

@@ -338,8 +338,8 @@ def _tasks(ledger: Ledger) -> str:
 def _measured(ledger: Ledger) -> str:
     rows = [["task", "expectation over the labels", "measured on", "seed", "weight"]]
     for task in ledger.tasks:
-        tokens = f", {task.units or 0:,} tokens" if task.unit == "token" else ""
+        tokens = f", {task.units:,} tokens" if task.unit == "token" and task.units else ""
         estimator = estimator_text(task.estimator, task.mc_samples)
-        on = f"{task.examples or 0:,} examples{tokens}"
+        on = "–" if task.examples is None else f"{task.examples:,} examples{tokens}"
         rows.append([escaped(task.name), estimator, on, str(task.seed), f"{task.weight:g}"])
     return table(rows)

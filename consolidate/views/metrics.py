@@ -45,7 +45,10 @@ def run_metrics(result: FinetuneResult | RunResult) -> dict[str, float]:
 
     A name has a dot only if it begins with the name of a task or dataset.
     """
-    ledger = read_ledger(Path(result["checkpoint"]) / "fisher" / LEDGER_NAME)
+    place = Path(result["checkpoint"]) / "fisher" / LEDGER_NAME
+    if not place.is_file():  # no task was measured
+        return evaluate_metrics(result.get("metrics", {}).get("after", {}))
+    ledger = read_ledger(place)
     numbers: dict[str, Any] = evaluate_metrics(ledger.tasks[-1].metrics.get("after", {}))
     matrix = ledger_matrix(ledger)
     if matrix is not None:

@@ -6,6 +6,7 @@ from consolidate.chain.consistency import side_by_side_text
 from consolidate.results import MatrixSummary, Overlap, ShowResult, Task
 from consolidate.views.markdown import aligned, escaped, shown
 from consolidate.views.matrix import matrix_rows, matrix_table, means_text
+from formats.fisher_json import UNKNOWN
 from formats.wording import few, printable
 
 _WIDTH = 72
@@ -63,7 +64,7 @@ def _tasks(tasks: list[Task]) -> list[str]:
         [
             task["name"],
             task["objective"],
-            f"{task['units'] or 0:,} {task['unit']}s",
+            _units(task),
             estimator_text(task["estimator"], task["mc_samples"]),
             str(task["seed"]),
             f"{task['weight']:g}",
@@ -74,6 +75,10 @@ def _tasks(tasks: list[Task]) -> list[str]:
         for task in tasks
     ]
     return _table([[*header, "learned with", "trained from", "data"], *rows])
+
+
+def _units(task: Task) -> str:
+    return "–" if task["units"] is None else f"{task['units']:,} {task['unit']}s"
 
 
 def _parameters(summary: ShowResult) -> list[str]:
@@ -130,6 +135,8 @@ def penalty_text(penalty: str | None, penalty_on: str | None, ewc_lambda: float 
     """Name the penalty that a task was trained with; a dash if it was only measured."""
     if penalty is None:
         return "–"
+    if penalty == UNKNOWN:
+        return "trained elsewhere"
     if ewc_lambda is None:
         return "no penalty"
     place = {None: "", "adapter": " on the adapter", "merged": " on merged weights"}
