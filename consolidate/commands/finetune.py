@@ -14,13 +14,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming
-from consolidate.chain.output import failed_folder, output_bytes
+from consolidate.chain.output import (
+    discard_measured,
+    failed_folder,
+    measured_folder,
+    output_bytes,
+)
 from consolidate.chain.resume import KeptPass, KeptWork
-from consolidate.chain.tasks import Training, add_task
+from consolidate.chain.tasks import Training, add_task, pending_task
 from consolidate.chain.up_to_date import cached, recorded_fisher
 from consolidate.commands.finetune_compare import completed, train_without_penalty
 from consolidate.commands.finetune_interpolation import Interpolator
-from consolidate.commands.finetune_measure import discard_measured, with_last_task
 from consolidate.commands.finetune_plan import Plan, check_options, plan_finetune
 from consolidate.commands.finetune_run import (
     Trained,
@@ -32,6 +36,7 @@ from consolidate.commands.finetune_run import (
 from consolidate.commands.finetune_search import Subject, search_lambda
 from consolidate.commands.finetune_start import Start, load_start
 from consolidate.commands.finetune_weights import UNMOVED, take_stored_values
+from consolidate.commands.fisher import measure_last
 from consolidate.commands.measurement import (
     fisher_summary,
     kept_work,
@@ -39,10 +44,11 @@ from consolidate.commands.measurement import (
     measure_fisher,
     settled_estimation,
 )
+from consolidate.commands.run_options import fisher_options
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.model import config_of, file_weights
-from consolidate.options import FinetuneOptions
+from consolidate.options import FinetuneOptions, Merging
 from consolidate.results import (
     FinetuneCached,
     Finetuned,
@@ -116,7 +122,7 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
             LOG.info(
                 "%s is the checkpoint that training starts from: it will be replaced", plan.target
             )
-        return _finetune(with_last_task(plan, cut), work, cut)
+        return _finetune(_with_last_task(plan, cut), work, cut)
 
 
 def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneDone:
@@ -172,6 +178,40 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
     if forgotten and is_first(group):
         raise _too_much(forgotten, options, result)
     return result
+
+
+def _with_last_task(plan: Plan, cut: ProcessGroup | None) -> Plan:
+    """Measure the last task if --measure names it, else report one that has no Fisher.
+
+    The Fisher is kept beside the output until that is written, so that it is measured once however
+    often the run is interrupted. It is measured as the training that left it out would have.
+    """
+    task, options = pending_task(plan.opened.before), plan.options
+    if task is None:
+        return plan
+    if not options.measuring.measure:
+        LOG.info(
+            "%s was not measured, and nothing protects it now: --measure %s=DATA measures it first",
+            task.name,
+            task.name,
+        )
+        return plan
+    opened = plan.opened
+    ((name, data),) = options.measuring.measure.items()
+    asked = replace(
+        fisher_options(options),
+        data=data,
+        task=name,
+        output_dir=None,
+        add=False,
+        dtype="float32",  # like the master weights of a training
+        merging=Merging(),
+        saving=replace(options.saving, overwrite=True),
+    )
+    assert opened.before is not None  # it has the task
+    folder = measured_folder(plan.target)
+    measured = measure_last(asked, opened.source, opened.before, folder, cut)
+    return replace(plan, measured=measured)
 
 
 def _cached(plan: Plan, ledger: Ledger) -> FinetuneCached:

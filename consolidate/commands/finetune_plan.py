@@ -123,6 +123,7 @@ def check_options(options: FinetuneOptions) -> None:
         ("penalty-step", recipe.penalty_step != "gradient", free),
         ("penalty-dtype", penalty.penalty_dtype is not None, free),
         ("penalty-device", penalty.penalty_device is not None, free),
+        ("compare-none", options.gate.compare_none, free),
         ("momentum", recipe.momentum is not None, plain),
         ("adam-betas", recipe.adam_betas is not None, not plain and "--optimizer sgd"),
         ("head-parameters", bool(options.head.head_parameters), kept),
@@ -145,8 +146,6 @@ def check_options(options: FinetuneOptions) -> None:
             f"--penalty {penalty.penalty} needs --ewc-lambda: the strength has no default"
         )
     _check_measuring(options)
-    if options.gate.compare_none and free:
-        raise UsageError("--compare-none cannot be combined with --penalty none: leave it out")
     if recipe.evaluate_every is not None and not options.gate.evaluate:
         raise UsageError("--evaluate-every needs test data: name it with --evaluate NAME=DATA")
     search = options.search
@@ -180,9 +179,9 @@ def _check_measuring(options: FinetuneOptions) -> None:
     used = measuring.measure or options.interpolating.interpolation == "fisher"
     if measuring.no_fisher and not used and fisher != Estimation(batch_size=None):
         default = Estimation(batch_size=None)
-        given = next(n for n, value in vars(fisher).items() if value != getattr(default, n))
+        name = next(n for n, value in vars(fisher).items() if value != getattr(default, n))
         raise UsageError(
-            f"--fisher-{given.replace('_', '-')} cannot be combined with --no-fisher: leave one of "
+            f"--fisher-{name.replace('_', '-')} cannot be combined with --no-fisher: leave one of "
             "them out"
         )
     if not options.gate.compare_none:

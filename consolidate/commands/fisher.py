@@ -53,10 +53,16 @@ from consolidate.runtime.distributed import (
 from consolidate.runtime.progress import seconds_of, start_timing
 from consolidate.views.output_card import renew_card
 from formats.atomic import partial_path, replace_folder
-from formats.checkpoint import check_finite, open_checkpoint, write_checkpoint
+from formats.checkpoint import Checkpoint, check_finite, open_checkpoint, write_checkpoint
 from formats.digest import json_digest
 from formats.errors import ConsolidateError, InputError, UsageError
-from formats.fisher_folder import LEDGER_NAME, write_fisher
+from formats.fisher_folder import (
+    LEDGER_NAME,
+    StoredFisher,
+    check_intact,
+    read_fisher,
+    write_fisher,
+)
 from formats.fisher_json import Ledger, TaskRecord, read_ledger
 from formats.hub import FISHER, commits_of, locate
 from formats.rows import file_digest
@@ -197,6 +203,48 @@ def measure(plan: Plan, cut: ProcessGroup | None) -> FisherResult:
     return result
 
 
+def measure_last(
+    options: FisherOptions,
+    source: Checkpoint,
+    before: StoredFisher,
+    folder: Path,
+    cut: ProcessGroup | None,
+) -> StoredFisher:
+    """Measure the last task of a chain, which has no Fisher, and write the Fisher to `folder`.
+
+    One that was written there before an interruption is taken, unless that is refused.
+    """
+    task_file, rows = open_task(options.data)
+    plan = Plan(
+        source=source,
+        before=before,
+        task_file=task_file,
+        rows=rows,
+        merging=settled_merging(before, Merging()),
+        options=options,
+        folder=source.path,
+        there=None,
+        completes=True,
+        alone=folder,
+    )
+    if options.saving.restart or not _is_written(plan):
+        measure(plan, cut)
+    return read_fisher(folder)
+
+
+def _is_written(plan: Plan) -> bool:
+    """Return whether the Fisher alone is there, whole and made from the same."""
+    try:
+        stored = read_fisher(plan.target)
+        if stored.ledger.tasks[-1].made_from != plan.made_from():
+            return False
+        check_intact(stored)
+    except ConsolidateError:
+        return False
+    LOG.info("%s was measured before the interruption", plan.task)
+    return True
+
+
 def _find_checkpoint(options: FisherOptions) -> Path:
     """Find the checkpoint's folder, after refusing options that contradict each other."""
     in_place = options.output_dir is None
@@ -229,16 +277,16 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
     name = task_name(options.task or task_file.name, rows.name, None)
     last = None if options.after is not None else _last_task(folder)
     # In place, one that was measured since may be up to date.
-    completes = last is not None and last.name == name and last.penalty is not None
-    completes = completes and (not last.measured or (options.output_dir is None and not again))
-    if last is not None and not (last.measured or completes):
-        _hint_at_unmeasured(options, last, name)
+    completes = last is not None and _completes(last, name, options, again=again)
+    if last is not None and not last.measured:
+        if completes:
+            _refuse_merging(options, last)
+        else:
+            _hint_at_unmeasured(options, last, name)
     before = stored_fisher(folder / "fisher", source) if options.add or completes else None
     origin = None
     if options.after is not None:
         origin = open_origin(options.after, source, options.source.base_model)
-    if completes and not last.measured:
-        _refuse_merging(options, last)
     asked = Merging() if completes else options.merging
     merging = settled_merging(before if origin is None else origin.stored, asked)
     plan = Plan(source, before, task_file, rows, merging, options, folder, there, origin, completes)
@@ -260,6 +308,16 @@ def _last_task(folder: Path) -> TaskRecord | None:
         return read_ledger(folder / "fisher" / LEDGER_NAME).tasks[-1]
     except ConsolidateError:
         return None
+
+
+def _completes(last: TaskRecord, name: str, options: FisherOptions, *, again: bool) -> bool:
+    """Return whether the task to measure is the last of the ledger, which has no Fisher yet.
+
+    Or had none: in place, one that was measured since may be up to date.
+    """
+    if last.name != name or last.penalty is None:
+        return False
+    return not last.measured or (options.output_dir is None and not again)
 
 
 def _hint_at_unmeasured(options: FisherOptions, last: TaskRecord, name: str) -> None:

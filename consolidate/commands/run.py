@@ -233,7 +233,8 @@ def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
                     "start with its own Fisher"
                 )
             steps.append(Step(target, fisher_options(options, add=has_fisher)))
-        has_fisher, place = has_fisher or not values.get("no_fisher"), target
+        trained_only = task.train and bool(values.get("no_fisher"))
+        has_fisher, place = has_fisher or not trained_only, target
     return steps
 
 

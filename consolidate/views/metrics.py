@@ -37,7 +37,11 @@ def finetune_metrics(result: FinetuneResult) -> dict[str, float]:
             "penalty_value": result["penalty_value"],
             "share_moved": result["share_moved"],
         }
-    return _finite(numbers) | run_metrics(result)
+    return (
+        _finite(numbers)
+        | evaluate_metrics(result["metrics"].get("after", {}))
+        | run_metrics(result)
+    )
 
 
 def run_metrics(result: FinetuneResult | RunResult) -> dict[str, float]:
@@ -47,7 +51,7 @@ def run_metrics(result: FinetuneResult | RunResult) -> dict[str, float]:
     """
     place = Path(result["checkpoint"]) / "fisher" / LEDGER_NAME
     if not place.is_file():  # no task was measured
-        return evaluate_metrics(result.get("metrics", {}).get("after", {}))
+        return {}
     ledger = read_ledger(place)
     numbers: dict[str, Any] = evaluate_metrics(ledger.tasks[-1].metrics.get("after", {}))
     matrix = ledger_matrix(ledger)

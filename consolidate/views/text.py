@@ -123,11 +123,8 @@ def finetune_text(result: FinetuneResult) -> str:
 
 def comparison_text(comparison: Comparison) -> list[str]:
     """Write what the old tasks lose without a penalty, and what the penalty saved of each."""
-    before, kept, free = (
-        comparison[run]  # type: ignore[literal-required]
-        for run in ("before", "with_penalty", "without_penalty")
-    )
-    if free is None:
+    before, kept = comparison["before"], comparison["with_penalty"]
+    if (free := comparison["without_penalty"]) is None:
         return ["without a penalty: training diverged"]
     old = comparison["old_tasks"]
     lost = {n: {"before": before[n]["score"], "after": free[n]["score"]} for n in old}
