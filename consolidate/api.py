@@ -567,7 +567,8 @@ def report(
     Raises:
         UsageError: `plots` without matplotlib, or a revision with a local path.
         InputError: There is no checkpoint or no Fisher in it, `read_fisher` refuses it, or a file
-            already exists or cannot be written, or `search` has no search for this checkpoint.
+            already exists or cannot be written, or `search` or `comparison` is not of this
+            checkpoint.
         NetworkError: The Hub cannot be reached.
     """
     given = locals()

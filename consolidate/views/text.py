@@ -136,6 +136,22 @@ def comparison_text(comparison: Comparison) -> list[str]:
     ]
 
 
+def comparison_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
+    """List the scores with and without the penalty, a row for each task, old ones first."""
+    runs = [comparison[run] for run in ("before", "with_penalty", "without_penalty")]
+    rows = []
+    for name in (*comparison["old_tasks"], comparison["new_task"]):
+        if any(run is not None and name not in run for run in runs):
+            continue  # the new task may not have been evaluated
+        cells = ["diverged" if r is None else score_text(r[name]["score"], r[name]) for r in runs]
+        kept, free = runs[1][name], runs[2]
+        saved = "–"
+        if free is not None:
+            saved = points(kept["score"] - free[name]["score"], kept, sign=True)
+        rows.append([name, *cells, saved])
+    return rows
+
+
 def _lost(scores: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> str:
     """Write the scores of tasks before and after; `metrics` tell which of them are accuracies."""
     return ", ".join(
