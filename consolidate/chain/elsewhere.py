@@ -51,9 +51,12 @@ class Origin:
         }
         head = head_tensors(model) if others or self._has_other_labels(model) else []
         if strange := [n for n in others if n not in head]:
+            first = strange[0]
+            ends = (n for n in trained if n.endswith(f".{first}") or first.endswith(f".{n}"))
+            renamed = next((f" (it may be {n!r} there)" for n in ends if first not in trained), "")
             raise InputError(
-                f"{model.checkpoint.path} was not trained from {self.source.path}: "
-                f"{strange[0]!r} {others[strange[0]]}; expected its tensors, but for a new head"
+                f"{model.checkpoint.path} does not have the tensors of {self.source.path}: "
+                f"{first!r} {others[first]}{renamed}; only a head may be new"
             )
         rest = [name for name in old if name not in stored.fisher]
         anchor: Mapping[str, Tensor] = stored.anchor or Overlaid(old, without=rest)

@@ -190,7 +190,10 @@ def _known(model: Model, head: Sequence[str]) -> list[str]:
     return model.labels or [str(i) for i in range(count)]
 
 
-def check_labels(rows: Rows, model: Model, columns: Columns) -> None:
+NEW_LABELS = "--head new gives the task its own head, --head extend adds rows for the new labels"
+
+
+def check_labels(rows: Rows, model: Model, columns: Columns, *, remedy: str = NEW_LABELS) -> None:
     """Refuse data with labels that the model does not know by name."""
     if not model.objective.has_labels or model.objective.name == "multi-label":
         return  # a row of zeros and ones has no names
@@ -205,8 +208,7 @@ def check_labels(rows: Rows, model: Model, columns: Columns) -> None:
     if lacking := lacking_labels(found, known):
         raise InputError(
             f"{rows.name}: the model lacks the labels {few(lacking, 20)}: expected some of "
-            f"{few(known, 20)}, found {few(found, 20)}: --head new gives the task its own head, "
-            "--head extend adds rows for the new labels"
+            f"{few(known, 20)}, found {few(found, 20)}: {remedy}"
         )
 
 

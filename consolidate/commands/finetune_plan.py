@@ -257,13 +257,13 @@ def _check_measure(options: FinetuneOptions, opened: Opened) -> None:
     if last.name == name and not last.measured:
         return
     records = {task.name: task for task in opened.tasks}
-    if name not in records:
-        why = f"is not in the ledger, whose last task is {last.name}"
-    elif records[name].measured:
-        why = "was measured already"
+    if name in records and not records[name].measured:
+        why = f"the task can no longer be measured, as {last.name} was learned since"
+    elif last.measured:
+        why = f"the last task of the ledger, {last.name}, was measured already"
     else:
-        why = f"can no longer be measured: {last.name} was learned at other weights since"
-    raise UsageError(f"--measure {name}: the task {why}: leave --measure out")
+        raise UsageError(f"--measure {name}: expected {last.name}, the task that was not measured")
+    raise UsageError(f"--measure {name}: {why}: leave --measure out")
 
 
 def _plan_interpolation(options: FinetuneOptions, opened: Opened) -> InterpolationPlan | None:

@@ -401,7 +401,8 @@ def _check_task(plan: Plan, task: TaskRecord, model: Model, columns: Columns) ->
             f"{task.name} was trained with the objective {task.objective}, not "
             f"{model.objective.name}: leave --objective out"
         )
-    check_labels(plan.rows, model, columns)
+    remedy = f"the Fisher of {task.name} is measured on data of that task"
+    check_labels(plan.rows, model, columns, remedy=remedy)
     if task.data_digest not in (None, plan.rows.digest()):
         LOG.info(
             "%s was trained on other rows (%s) than %s: its Fisher is measured on the latter",

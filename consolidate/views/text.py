@@ -169,10 +169,10 @@ def score_text(score: float, metrics: Mapping[str, float]) -> str:
 
 def points(difference: float, metrics: Mapping[str, float], *, sign: bool = False) -> str:
     """Write a difference of scores: of accuracies in percentage points."""
-    signed = "+" if sign else ""
-    if "accuracy" not in metrics:
-        return f"{difference:{signed}.3f}".replace("-", "−")
-    return f"{100 * difference:{signed}.1f} points".replace("-", "−")
+    accurate = "accuracy" in metrics
+    value = round(100 * difference, 1) if accurate else round(difference, 3)
+    text = f"{value or 0.0:{'+' if sign and value else ''}.{1 if accurate else 3}f}"
+    return text.replace("-", "−") + (" points" if accurate else "")
 
 
 def merge_text(result: MergeResult) -> str:

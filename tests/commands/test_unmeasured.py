@@ -119,6 +119,8 @@ def test_what_the_weight_is_computed_by_is_kept_until_it_is_measured(
     place = out / "fisher/fisher.json"
     assert read_ledger(place).tasks[1].weight_by == "trace"
     fisher(out, b, task="b", **NETWORK)
+    with pytest.raises(UsageError, match="the last task of the ledger, b, was measured already"):
+        finetune(out, b, output_dir=tmp_path / "x", task="c", measure={"b": b}, **COMMON)
     task = read_ledger(place).tasks[1]
     assert (task.weight_by, task.measured) == (None, True)
     assert task.weight not in (0.0, 1.0)
@@ -140,7 +142,7 @@ def test_training_goes_on_without_it_and_says_so(
     assert result["history"][0]["penalty"] > 0  # around the weights of a
     ledger = read_fisher(out / "fisher").ledger
     assert [task.measured for task in ledger.tasks] == [True, False, True]
-    with pytest.raises(UsageError, match="b: the task can no longer be measured: c was learned"):
+    with pytest.raises(UsageError, match="b: the task can no longer be measured, as c was learned"):
         finetune(out, c, output_dir=tmp_path / "x", task="d", measure={"b": c}, **COMMON)
     assert verify(learned, unmeasured, out)["tasks"] == ["a"]
 
@@ -164,11 +166,15 @@ def test_twice_in_a_row(unmeasured: Path, write_task: Write, tmp_path: Path) -> 
         (
             {"x": "b"},
             UsageError,
-            "--measure x: the task is not in the ledger, whose last task is b",
+            "--measure x: expected b, the task that was not measured",
         ),
-        ({"a": "a"}, UsageError, "--measure a: the task was measured already: leave"),
+        ({"a": "a"}, UsageError, "--measure a: expected b, the task that was not measured"),
         ({"b": "b", "a": "a"}, UsageError, "--measure a: expected one task"),
-        ({"b": "named"}, InputError, r"the model lacks the labels"),
+        (
+            {"b": "named"},
+            InputError,
+            r"model lacks the labels 7.*: the Fisher of b is measured on data",
+        ),
         ({"b": "missing"}, InputError, "missing"),
     ],
 )
