@@ -78,7 +78,7 @@ def second(**changes: Any) -> Ledger:
     generated = Generated(3, 8, 1, 0.9, 0, None, None, 2, 0)
     done = {"made_from": json_digest(description), "description": description}
     curve = [CurvePoint(0, {"a": -1.5}), CurvePoint(0.5, {"a": 0.25})]
-    between = unmeasured("b", interpolation=Interpolation(0.5, "plain", curve), weight_by="trace")
+    between = unmeasured("b", interpolation=Interpolation(0.5, "plain", curve))
     fields: dict[str, Any] = {
         "tasks": [task(generated=generated, **done), between],
         "factors": {"w.R": record((3, 3), "BF16"), "w.G": record((2, 2), "BF16")},
@@ -670,6 +670,7 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
     whole = second(base="d" * 64)
     whole.tasks[0].penalty, whole.tasks[0].penalty_on = "ewc", "adapter"
     whole.tasks[0].interpolation = whole.tasks[1].interpolation
+    whole.tasks[1].weight_by = "trace"
     written = json.loads(ledger_bytes(whole))
     first, second_task = written["tasks"]
     fields = [*first]  # but for what only a task that was not measured has
