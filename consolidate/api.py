@@ -71,6 +71,7 @@ def fisher(
     check: bool = False,
     seed: int = 0,
     add: bool = False,
+    after: str | Path | None = None,
     merge_rule: str | None = None,
     gamma: float | None = None,
     task_weight: float | str = 1.0,
@@ -138,6 +139,8 @@ def fisher(
         check: Verify per-example gradients on every batch, not only the first.
         seed: Random seed.
         add: Add the task to the Fisher that the checkpoint already has.
+        after: Merge the task with those of this checkpoint, from which another program trained the
+            checkpoint.
         merge_rule: online: protect all tasks around the new weights; separate: protect each task
             around the weights it was learned at. (default: that of the earlier tasks, else online)
         gamma: Share of the earlier Fisher that online keeps. (default: that of the earlier tasks,
@@ -231,6 +234,8 @@ def finetune(
     fisher_tolerance: float | None = None,
     fisher_accumulate_dtype: torch.dtype | str = "float32",
     fisher_check: bool = False,
+    no_fisher: bool = False,
+    measure: Mapping[str, str | Path] | None = None,
     merge_rule: str | None = None,
     gamma: float | None = None,
     task_weight: float | str = 1.0,
@@ -243,6 +248,7 @@ def finetune(
     evaluate: Mapping[str, str | Path] | None = None,
     max_forgetting: float | None = None,
     benchmark_limit: int | None = None,
+    compare_none: bool = False,
     save_every_minutes: float = 5.0,
     restart: bool = False,
     overwrite: bool = False,
@@ -352,6 +358,10 @@ def finetune(
         fisher_accumulate_dtype: Dtype for squaring and accumulating gradients. One of float32,
             float64.
         fisher_check: Verify per-example gradients on every batch, not only the first.
+        no_fisher: Do not measure the new task's Fisher: the ledger lists the task as not measured.
+            The next finetune can measure it with `measure`.
+        measure: First measure the last task of the checkpoint, which `no_fisher` left unmeasured,
+            on its data, with the options of this command.
         merge_rule: online: protect all tasks around the new weights; separate: protect each task
             around the weights it was learned at. (default: that of the earlier tasks, else online)
         gamma: Share of the earlier Fisher that online keeps. (default: that of the earlier tasks,
@@ -376,6 +386,8 @@ def finetune(
             loss).
         benchmark_limit: Score a benchmark on its first N examples, those of a group on N of each
             task. (default: all)
+        compare_none: Also train without a penalty, and report what the penalty saved of the old
+            tasks in `evaluate`. A search for λ that tried 0 has trained that already.
         save_every_minutes: Save progress beside the output this often; rerunning the command
             resumes and gives bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as
             possible; inf: never.
@@ -637,6 +649,7 @@ def report(
     output: str | Path | None = None,
     plots: str | Path | None = None,
     search: str | Path | None = None,
+    comparison: str | Path | None = None,
     revision: str | None = None,
     overwrite: bool = False,
 ) -> ReportResult:
@@ -649,6 +662,7 @@ def report(
         output: Where to write the report. (default: NAME-report.html in the current folder)
         plots: Write the figures here too, as SVG and PNG (needs matplotlib).
         search: Show the search for λ in this JSON output of `finetune`.
+        comparison: Show what the penalty saved, from this JSON output of `finetune `compare_none``.
         revision: Branch, tag or commit of the checkpoint on the Hub.
         overwrite: Replace existing files; those of an earlier report are always replaced.
 
@@ -658,7 +672,8 @@ def report(
     Raises:
         UsageError: `plots` without matplotlib, or a revision with a local path.
         InputError: There is no checkpoint or no Fisher in it, `read_fisher` refuses it, or a file
-            already exists or cannot be written, or `search` has no search for this checkpoint.
+            already exists or cannot be written, or `search` or `comparison` is not of this
+            checkpoint.
         NetworkError: The Hub cannot be reached.
     """
     given = locals()

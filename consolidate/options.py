@@ -301,6 +301,26 @@ class Estimation:
 
 
 @dataclass(frozen=True)
+class Measuring:
+    """Which Fishers a run measures besides training."""
+
+    TITLE = Estimation.TITLE
+
+    no_fisher: bool = option(
+        False,
+        "Do not measure the new task's Fisher: the ledger lists the task as not measured. The next "
+        "finetune can measure it with --measure.",
+    )
+    measure: dict[str, str | Path] | None = option(
+        None,
+        "First measure the last task of CHECKPOINT, which --no-fisher left unmeasured, on its "
+        "data, with the options of this command.",
+        metavar="NAME=DATA",
+        changes_result=False,
+    )
+
+
+@dataclass(frozen=True)
 class Merging:
     """How a task's Fisher is merged with those before it."""
 
@@ -522,6 +542,12 @@ class Gate:
         least=0,
     )
     benchmark_limit: int | None = _benchmark_limit()
+    compare_none: bool = option(
+        False,
+        "Also train without a penalty, and report what the penalty saved of the old tasks in "
+        "--evaluate. A search for λ that tried 0 has trained that already.",
+        **_PER_CALL,
+    )
 
 
 @dataclass(frozen=True)
@@ -638,6 +664,14 @@ class FisherOptions:
     estimation: Estimation = part(Estimation())
     seed: int = _seed()
     add: bool = option(False, "Add the task to the Fisher that CHECKPOINT already has.")
+    after: str | Path | None = option(
+        None,
+        "Merge the task with those of this checkpoint, from which another program trained "
+        "CHECKPOINT.",
+        group=Merging.TITLE,
+        metavar="OLD",
+        changes_result=False,
+    )
     merging: Merging = part(Merging())
     output_dir: str | Path | None = option(
         None,
@@ -690,6 +724,7 @@ class FinetuneOptions:
     penalty: PenaltyOptions = part(PenaltyOptions())
     interpolating: Interpolating = part(Interpolating())
     estimation: Estimation = part(Estimation(batch_size=None), prefix="fisher_")
+    measuring: Measuring = part(Measuring())
     merging: Merging = part(Merging())
     head: Head = part(Head())
     adapter: Adapter = part(Adapter())
@@ -830,6 +865,11 @@ class ReportOptions:
     search: str | Path | None = option(
         None,
         "Show the search for λ in this JSON output of `finetune`.",
+        metavar="RESULT.json",
+    )
+    comparison: str | Path | None = option(
+        None,
+        "Show what the penalty saved, from this JSON output of `finetune --compare-none`.",
         metavar="RESULT.json",
     )
     revision: str | None = _revision()

@@ -245,6 +245,24 @@ class Benchmark(TypedDict):
     digest: Annotated[str | None, about("SHA-256 of a local task file, its functions and data.")]
 
 
+class Comparison(TypedDict):
+    """What the penalty saved: the same run with it and without it."""
+
+    new_task: str
+    old_tasks: Annotated[list[str], about("Those that were measured.")]
+    measured: Annotated[str, about("On which data: those of --evaluate, or of a search for λ.")]
+    before: Evaluations
+    with_penalty: Evaluations
+    without_penalty: Annotated[Evaluations | None, about("null if it diverged.")]
+
+
+class Forgotten(TypedDict):
+    """The scores of an old task before and after a training."""
+
+    before: Score
+    after: Score
+
+
 class TrainingStep(TypedDict):
     """What one optimizer step reported."""
 
@@ -282,7 +300,10 @@ class Finetuned(EncodedAs, _Of):
     interpolation: Interpolation | None
     metrics: Times
     benchmarks: Annotated[dict[str, Benchmark], about("Those among the datasets, by name.")]
-    fisher: FinetuneFisher
+    forgotten: Annotated[
+        dict[str, Forgotten], about("Scores of the old tasks that were evaluated.")
+    ]
+    fisher: Annotated[FinetuneFisher | None, about("null: not measured, with --no-fisher.")]
 
 
 class FinetuneCached(Finetuned):
@@ -311,6 +332,7 @@ class FinetuneDone(Finetuned):
     history: list[TrainingStep]
     lambda_search: NotRequired[LambdaSearch]
     alpha_search: NotRequired[AlphaSearch]
+    comparison: NotRequired[Annotated[Comparison, about("With --compare-none.")]]
 
 
 FinetuneResult = FinetuneDone | FinetuneCached
@@ -421,6 +443,7 @@ class Task(TypedDict):
     loss_on: Annotated[str | None, about("null: the default of the task's rows.")]
     max_length: Annotated[int | None, about("null: the model's limit.")]
     weight: float
+    weight_by: Annotated[str | None, about("units or trace, for a task that is not measured yet.")]
     data: str
     data_digest: str | None
     ewc_lambda: float | None

@@ -26,6 +26,9 @@ PARAMETER_DTYPES = ("BF16", "F16", "F32", "F64")
 SAME_AS = "the same tensor as "
 """Start of the reason given for a tensor that the weights file stores under a second name."""
 
+UNKNOWN = "unknown"
+"""The penalty of a task that another program trained."""
+
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SETS = ("weights", "fisher", "anchor", "factors")
 _SECOND = (
@@ -33,6 +36,7 @@ _SECOND = (
     "blocks",
     "loss_on",
     "max_length",
+    "weight_by",
     "generated",
     "interpolation",
     "benchmarks",
@@ -136,6 +140,7 @@ class TaskRecord:
     loss_on: Annotated[str, _one_of("assistant", "completion", "all")] | None = None
     max_length: Count | None = None
     weight: NotNegative = 1.0
+    weight_by: Annotated[str, _one_of("units", "trace")] | None = None  # until it is measured
     data: DataName = ""
     data_digest: Hex | None = None
     generated: Generated | None = None
@@ -149,6 +154,11 @@ class TaskRecord:
     metrics: dict[When, dict[Text, dict[Text, Number]]] = field(default_factory=dict)
     benchmarks: dict[Text, BenchmarkRecord] | None = None  # by name in metrics
     layers: dict[Text, LayerRecord] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> bool:
+        """Whether the task has a Fisher in Λ."""
+        return self.estimator is not None
 
 
 class Block(Struct, frozen=True, forbid_unknown_fields=True):
@@ -207,7 +217,7 @@ def needed_version(ledger: Ledger) -> int:
     """Return the format version that a ledger is written in: 1 unless it needs a field of 2."""
     records = (ledger, *ledger.tasks)
     given = any(getattr(record, name, None) is not None for record in records for name in _SECOND)
-    return 2 if given or any(task.estimator is None for task in ledger.tasks) else 1
+    return 2 if given or any(not task.measured for task in ledger.tasks) else 1
 
 
 def ledger_bytes(ledger: Ledger, source: str = "fisher.json") -> bytes:
@@ -400,6 +410,8 @@ def _faults(ledger: Ledger) -> Iterator[str]:
                 f"$.tasks[{i}]: expected null for all of estimator, examples and units or for none;"
                 " a task without them has a penalty, no mc_samples and no layers"
             )
+        if measured and task.weight_by is not None:
+            yield f"$.tasks[{i}].weight_by: the task was measured, so its weight is a number"
         if task.interpolation is not None and task.penalty is None:
             yield f"$.tasks[{i}].interpolation: the task was only measured, there is no training"
         if task.loss_on is not None and task.unit != "token":

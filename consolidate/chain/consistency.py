@@ -10,6 +10,10 @@ from formats.renaming import renaming
 
 _ROUNDING = {"F32": 2.0**-20, "BF16": 2.0**-8}  # of a merge, relative, with room to spare
 _TINY = 1e-30
+_OF_A_MEASUREMENT = (
+    *("examples", "units", "estimator", "mc_samples", "seed", "weight", "weight_by"),
+    *("loss_on", "max_length", "data", "data_digest", "made_from", "description", "layers"),
+)
 
 
 def contradictions(ledger: Ledger, traces: Mapping[str, float]) -> list[str]:
@@ -32,7 +36,7 @@ def contradictions(ledger: Ledger, traces: Mapping[str, float]) -> list[str]:
         if ledger.weights[name] != ledger.weights[first]
     ]
     fresh = {name for head in ledger.heads.values() for name in head}
-    all_known = all(task.layers or task.estimator is None for task in ledger.tasks)
+    all_known = all(task.layers or not task.measured for task in ledger.tasks)
     for name, trace in traces.items():
         parts = [
             task.weight * task.layers[name].trace if name in task.layers else 0.0
@@ -56,7 +60,8 @@ def descent(earlier: Ledger, later: Ledger) -> tuple[str, list[str]]:
     for i, task in enumerate(earlier.tasks):
         if i >= len(later.tasks):
             return "tasks", [f"the task {task.name!r} is missing"]
-        if later.tasks[i] != task and not _same_but_names(task, later.tasks[i]):
+        known = (task, _measured_later(task, later.tasks[i]))
+        if later.tasks[i] not in known and not _same_but_names(task, later.tasks[i]):
             other = later.tasks[i].name
             if other == task.name:
                 return "tasks", [f"the record of the task {task.name!r} differs"]
@@ -71,6 +76,13 @@ def descent(earlier: Ledger, later: Ledger) -> tuple[str, list[str]]:
     if after != before and not renaming(earlier, later.weights).is_pure:
         return "weights", ["the weights differ, although no task was trained"]
     return "weights", []
+
+
+def _measured_later(task: TaskRecord, measured: TaskRecord) -> TaskRecord:
+    """Give a task that was not measured with what its measurement records."""
+    if task.measured:
+        return task
+    return replace(task, **{name: getattr(measured, name) for name in _OF_A_MEASUREMENT})
 
 
 def side_by_side(ledger: Ledger) -> list[list[str]]:

@@ -73,7 +73,7 @@ def fit_model(
     if new_labels is not None:
         return fitted
     if head == "keep":
-        _check_labels(rows, model, columns)
+        check_labels(rows, model, columns)
         return fitted
     if model.objective.language or (head == "extend" and not model.objective.has_labels):
         raise UsageError(
@@ -200,7 +200,10 @@ def _known(model: Model, head: Sequence[str]) -> list[str]:
     return model.labels or [str(i) for i in range(count)]
 
 
-def _check_labels(rows: Rows, model: Model, columns: Columns) -> None:
+NEW_LABELS = "--head new gives the task its own head, --head extend adds rows for the new labels"
+
+
+def check_labels(rows: Rows, model: Model, columns: Columns, *, remedy: str = NEW_LABELS) -> None:
     """Refuse data with labels that the model does not know by name."""
     if not model.objective.has_labels or model.objective.name == "multi-label":
         return  # a row of zeros and ones has no names
@@ -216,8 +219,7 @@ def _check_labels(rows: Rows, model: Model, columns: Columns) -> None:
         first = place_of_label(rows, model.objective.name, columns, lacking)
         raise InputError(
             f"{first}: the model lacks the labels {few(lacking, 20)}: expected some of "
-            f"{few(known, 20)}, found {few(found, 20)}: --head new gives the task its own head, "
-            "--head extend adds rows for the new labels"
+            f"{few(known, 20)}, found {few(found, 20)}: {remedy}"
         )
 
 
@@ -236,23 +238,28 @@ def _with_new_head(load: Load, fitted: Fitted, head: list[str], names: list[str]
         ", ".join(names) or "one number",
         ", ".join(users),
     )
-    offset = before.ledger.penalty_offset
-    anchor = before.anchor
+    free = {**fitted.free, **dict.fromkeys(head, 0)}
+    return Fitted(fresh, with_saved_head(before, saved), free)
+
+
+def with_saved_head(before: Chain, head: Mapping[str, Tensor]) -> FittedChain:
+    """Save the head in the weights for the tasks that use it; it is no longer part of Λ and μ."""
+    offset, anchor = before.ledger.penalty_offset, before.anchor
     if anchor is not None:
         # The saved head no longer moves, so its part of the penalty is constant.
         offset += 0.5 * math.fsum(
-            float((before.fisher[n].double() * (saved[n].double() - anchor[n]) ** 2).sum())
+            float((before.fisher[n].double() * (head[n].double() - anchor[n]) ** 2).sum())
             for n in head
             if n in before.fisher
         )
         anchor = Overlaid(anchor, without=head)
-    chain = FittedChain(
+    users = [task.name for task in before.ledger.tasks if task.name not in before.heads]
+    return FittedChain(
         replace(before.ledger, penalty_offset=offset),
         Overlaid(before.fisher, without=head),
         anchor,
-        {**before.heads, **dict.fromkeys(users, saved)},
+        {**before.heads, **dict.fromkeys(users, head)},
     )
-    return Fitted(fresh, chain, {**fitted.free, **dict.fromkeys(head, 0)})
 
 
 def _with_wider_head(load: Load, fitted: Fitted, head: list[str], names: list[str]) -> Fitted:

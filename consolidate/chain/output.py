@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from consolidate.runtime.distributed import all_processes, is_first
 from formats.atomic import check_target, has_content, partial_path
 from formats.checkpoint import Checkpoint, open_checkpoint, other_files
 from formats.errors import InputError
@@ -71,5 +72,21 @@ def bytes_of(weights: Mapping[str, Tensor]) -> int:
 
 def failed_folder(target: Path) -> Path:
     """Name the folder beside a target for an output that exceeds --max-forgetting."""
-    place = target if target.name not in ("", "..") else target.resolve()
+    place = _named(target)
     return place.with_name(f"{place.name}.failed-forgetting")
+
+
+def measured_folder(target: Path) -> Path:
+    """Name the folder beside a target for the Fisher that is measured before training."""
+    place = _named(target)
+    return place.with_name(f".{place.name}.measured")
+
+
+def discard_measured(target: Path) -> None:
+    """Remove that folder, once nothing resumes from it."""
+    if is_first(all_processes()):
+        shutil.rmtree(measured_folder(target), ignore_errors=True)
+
+
+def _named(target: Path) -> Path:
+    return target if target.name not in ("", "..") else target.resolve()

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,11 +91,19 @@ def settled_merging(before: Chain | None, asked: Merging) -> Merging:
     return replace(asked, merge_rule=rule, gamma=so_far.gamma if gamma is None else gamma)
 
 
+def pending_task(chain: Chain | None, name: str | None = None) -> TaskRecord | None:
+    """Give the last task of a chain if it was trained and not measured, and has this name."""
+    if chain is None:
+        return None
+    last = chain.ledger.tasks[-1]
+    return None if last.measured or name not in (None, last.name) else last
+
+
 def add_task(
     before: Chain | None,
     model: Model,
     weights: Mapping[str, Tensor],  # what is stored of the model
-    diagonal: FisherDiagonal,
+    diagonal: FisherDiagonal | None,  # None: the task is listed as not measured
     *,
     name: str,
     data: str = "",
@@ -105,49 +114,59 @@ def add_task(
     encoded: Encoded | None = None,
     merging: Merging | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, Ledger]:
-    """Merge a task's Fisher into the chain so far: Λ, μ or None where it is the weights, ledger."""
+    """Merge a task's Fisher into the chain so far: Λ, μ or None where it is the weights, ledger.
+
+    The last task of the chain, if it has this name, is measured now: it is merged as its training
+    asked, and keeps what is recorded of it.
+    """
+    past = before or FittedChain(Ledger([]), {}, None, {})
+    tasks, pending = past.ledger.tasks, pending_task(before, name)
+    if pending is not None:
+        asked = Merging(task_weight=pending.weight_by or pending.weight)
+        tasks, merging = tasks[:-1], settled_merging(before, asked)
     merging = settled_merging(before, merging or Merging())
     rule, gamma = str(merging.merge_rule), float(merging.gamma or 0)
-    past = before or FittedChain(Ledger([]), {}, None, {})
     total = past.fisher
-    fisher = model.layout.to_file(diagonal)
+    fisher = {} if diagonal is None else model.layout.to_file(diagonal)
     record = TaskRecord(
         name=name,
         objective=model.objective.name,
         likelihood=model.objective.likelihood,
         labels=model.labels,
         unit=model.objective.unit,
-        examples=diagonal.examples,
-        units=diagonal.units,
-        estimator=diagonal.estimator,
-        mc_samples=diagonal.mc_samples,
-        seed=diagonal.seed,
+        examples=None,
+        units=None,
+        estimator=None,
+        mc_samples=None,
+        seed=0,
+        **vars(training or Training()),
+    )
+    record = replace(
+        record if pending is None else pending,
         **vars(encoded or Encoded()),
         data=data,
         data_digest=data_digest,
         made_from=made_from,
-        layers={
-            at: LayerRecord(
-                trace=float(values.double().sum()),
-                overlap=fisher_overlap(values, total[at]) if at in total else None,
-            )
-            for at, values in fisher.items()
-        },
-        **vars(training or Training()),
+        layers=_layers(fisher, total),
+        **_how_measured(diagonal),
     )
-    tasks = [*past.ledger.tasks, record]
-    record.weight = _weight(merging.task_weight, tasks, past.heads.get(tasks[0].name, ()))
+    tasks = [*tasks, record]
+    apart = past.heads.get(tasks[0].name, ())
+    record.weight, record.weight_by = _weight(merging.task_weight, tasks, apart)
+    anchor, offset = None, 0.0
     # Either rule can follow the other: weights merged `online` are where the anchor was, and
     # `online` moves the anchor of a `separate` chain to the new weights, so that the offset is 0.
-    anchor, offset = None, 0.0
-    if rule == "online":
+    where = past.anchor or model.checkpoint.weights
+    if diagonal is None:
+        merged = {at: total[at] for at in total}
+        anchor, offset = {at: where[at] for at in total}, past.ledger.penalty_offset
+    elif rule == "online":
         merged = merge_online(total, fisher, gamma=gamma, weight=record.weight)
     else:
-        where = past.anchor or model.checkpoint.weights
         merged, anchor, offset = merge_separate(total, where, fisher, weights, weight=record.weight)
-        if all(torch.equal(mu, weights[at].cpu().to(mu.dtype)) for at, mu in anchor.items()):
-            anchor = None
         offset += past.ledger.penalty_offset
+    if anchor is not None and _same(anchor, weights):
+        anchor = None
     base = past.ledger.base  # of an adapter: already compared with its base model
     if before is None and model.checkpoint.base is not None:
         base = set_digest(weight_records(model.checkpoint.base.weights))
@@ -163,6 +182,31 @@ def add_task(
         base=base,
     )
     return merged, anchor, ledger
+
+
+def _how_measured(diagonal: FisherDiagonal | None) -> dict[str, Any]:
+    """Give what the ledger records of a measurement."""
+    if diagonal is None:
+        return {}
+    names = ("examples", "units", "estimator", "mc_samples", "seed")
+    return {name: getattr(diagonal, name) for name in names}
+
+
+def _layers(fisher: Mapping[str, Tensor], total: Mapping[str, Tensor]) -> dict[str, LayerRecord]:
+    return {
+        at: LayerRecord(
+            trace=float(values.double().sum()),
+            overlap=fisher_overlap(values, total[at]) if at in total else None,
+        )
+        for at, values in fisher.items()
+    }
+
+
+def _same(anchor: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
+    return all(
+        at in weights and torch.equal(mu, weights[at].cpu().to(mu.dtype))
+        for at, mu in anchor.items()
+    )
 
 
 def check_names_to_be(before: Chain | None, model: Model) -> None:
@@ -189,10 +233,21 @@ def check_names_to_be(before: Chain | None, model: Model) -> None:
     )
 
 
-def _weight(asked: float | str, tasks: Sequence[TaskRecord], apart: Collection[str]) -> float:
-    """Give the last task's weight: a number, or w_1 n_t/n_1 by units, or w_1 tr F_1 / tr F_t."""
+def _weight(
+    asked: float | str, tasks: Sequence[TaskRecord], apart: Collection[str]
+) -> tuple[float, str | None]:
+    """Give the last task's weight: a number, or w_1 n_t/n_1 by units, or w_1 tr F_1 / tr F_t.
+
+    Of a task that is not measured yet, also what the weight will be computed by.
+    """
     if not isinstance(asked, str):
-        return float(asked)
+        return float(asked), None
+    if not tasks[-1].measured:
+        return 1.0, asked
+    return _computed_weight(asked, tasks, apart), None
+
+
+def _computed_weight(asked: str, tasks: Sequence[TaskRecord], apart: Collection[str]) -> float:
     first, new = tasks[0], tasks[-1]
     if first is new:
         return 1.0

@@ -60,9 +60,14 @@ def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher 
     return stored
 
 
-def recorded_fisher(ledger: Ledger) -> MeasuredFisher:
-    """Give what a ledger records of its last task's Fisher, which excludes its standard errors."""
+def recorded_fisher(ledger: Ledger) -> MeasuredFisher | None:
+    """Give what a ledger records of its last task's Fisher, which excludes its standard errors.
+
+    None where the task was not measured.
+    """
     task = ledger.tasks[-1]
+    if not task.measured:
+        return None
     return {
         "task": task.name,
         "weight": task.weight,

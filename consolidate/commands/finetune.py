@@ -11,12 +11,19 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming
-from consolidate.chain.output import failed_folder, output_bytes
+from consolidate.chain.output import (
+    discard_measured,
+    failed_folder,
+    measured_folder,
+    output_bytes,
+)
 from consolidate.chain.resume import KeptPass, KeptWork
-from consolidate.chain.tasks import Training, add_task
+from consolidate.chain.tasks import Training, add_task, pending_task
 from consolidate.chain.up_to_date import cached, recorded_fisher
+from consolidate.commands.finetune_compare import completed, train_without_penalty
 from consolidate.commands.finetune_gate import failed_before
 from consolidate.commands.finetune_interpolation import Interpolator
 from consolidate.commands.finetune_plan import Plan, check_options, plan_finetune
@@ -30,6 +37,7 @@ from consolidate.commands.finetune_run import (
 from consolidate.commands.finetune_search import Subject, search_lambda
 from consolidate.commands.finetune_start import Start, load_start
 from consolidate.commands.finetune_weights import UNMOVED, take_stored_values
+from consolidate.commands.fisher import measure_last
 from consolidate.commands.measurement import (
     encoded_as,
     encoding_record,
@@ -39,11 +47,12 @@ from consolidate.commands.measurement import (
     measure_fisher,
     settled_estimation,
 )
+from consolidate.commands.run_options import fisher_options
 from consolidate.data.benchmarks import Benchmark
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.model import config_of, file_weights
-from consolidate.options import FinetuneOptions
+from consolidate.options import FinetuneOptions, Merging
 from consolidate.results import Benchmark as BenchmarkResult
 from consolidate.results import (
     FinetuneCached,
@@ -65,7 +74,7 @@ from consolidate.runtime.distributed import (
     shards_among,
 )
 from consolidate.runtime.progress import seconds_of, start_timing
-from consolidate.training.forgetting import beyond, forgetting
+from consolidate.training.forgetting import beyond, forgetting, scores_of
 from consolidate.training.lambda_search import Trial
 from consolidate.training.loop import with_statistics
 from consolidate.views.charts import write_picture
@@ -104,7 +113,6 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
             `output_dir` with ``.failed-forgetting`` behind its name.
     """
     check_options(options)
-    group = all_processes()
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
     with claiming(Path(options.output_dir)):
         plan = plan_finetune(options, again=again)
@@ -112,52 +120,66 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         work = kept_work(options, plan.target, lambda: plan.description, needed)
         if (done := _done_before(plan)) is not None:
             work.remove_own()
+            discard_measured(plan.target)
             return done
         plan.check_target()
         if plan.target.exists() and plan.target.samefile(plan.opened.source.path):
             LOG.info(
                 "%s is the checkpoint that training starts from: it will be replaced", plan.target
             )
-        found = work.start()
-        start = load_start(plan, cut)
-        measure = _measuring(plan, start)
-        statistics = _running_statistics(plan, start)
-        search = _searched(plan, start, work, found)
-        moving = _interpolator(plan, start, measure, found)
-        start_timing()
-        try:
-            trained = train(
-                start,
-                plan.recipe,
-                plan.target,
-                work=work,
-                found=found,
-                search=search,
-                interpolator=moving,
-                group=group,
-                on_step=options.on_step,
-            )
-        except NonFiniteError:
-            work.remove()  # it would only diverge again
-            raise
-        forgotten = _forgotten(plan, trained)
-        target = failed_folder(plan.target) if forgotten else plan.target
-        # The output may replace the source, so all that is read from there comes before it.
-        started_from = set_digest(plan.opened.records)
-        found = None if found is not None and UNMOVED in found.state else found
-        kept = KeptPass(work, found, *kept_of(start.model, trained))
-        with _saving_what_was_learned(work, kept):
+        return _finetune(_with_last_task(plan, cut), work, cut)
+
+
+def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneDone:
+    """Train, measure and write what a plan says, sharded among the processes of `cut`."""
+    options, group = plan.options, work.group
+    found = work.start()
+    start = load_start(plan, cut)
+    measure = _measuring(plan, start)
+    statistics = _running_statistics(plan, start)
+    search = _searched(plan, start, work, found)
+    comparison, found = train_without_penalty(plan, start, work, found, search)
+    moving = _interpolator(plan, start, measure, found)
+    start_timing()
+    try:
+        trained = train(
+            start,
+            plan.recipe,
+            plan.target,
+            work=work,
+            found=found,
+            search=search,
+            comparison=comparison,
+            interpolator=moving,
+            group=group,
+            on_step=options.on_step,
+        )
+    except NonFiniteError:
+        work.remove()  # it would only diverge again
+        raise
+    forgotten = _forgotten(plan, trained)
+    target = failed_folder(plan.target) if forgotten else plan.target
+    # The output may replace the source, so all that is read from there comes before it.
+    started_from = set_digest(plan.opened.records)
+    found = None if found is not None and UNMOVED in found.state else found
+    kept = KeptPass(work, found, *kept_of(start.model, trained))
+    with _saving_what_was_learned(work, kept):
+        diagonal = None
+        if not options.measuring.no_fisher:
             diagonal = measure(task=plan.opened.task, kept=kept)
-            result = None
-            if is_first(group):
-                training = _training(plan, start, trained, started_from, moving)
-                result = _write(plan, start, trained, diagonal, target, training, statistics)
-            result = from_first(result, group)
-        work.remove()
+        result = None
+        if is_first(group):
+            training = _training(plan, start, trained, started_from, moving)
+            result = _write(plan, start, trained, diagonal, target, training, statistics)
+        result = from_first(result, group)
+    work.remove()
+    discard_measured(plan.target)
     if search is not None:
         result["lambda_search"] = search
     if moving is not None and (chosen := moving.search()) is not None:
         result["alpha_search"] = chosen
+    if comparison is not None:
+        result["comparison"] = completed(comparison, trained.metrics)
     if forgotten and is_first(group):
         raise _too_much(forgotten, options, result)
     return result
@@ -175,18 +197,58 @@ def _done_before(plan: Plan) -> FinetuneCached | None:
     return result
 
 
+def _with_last_task(plan: Plan, cut: ProcessGroup | None) -> Plan:
+    """Measure the last task if --measure names it, else report one that has no Fisher.
+
+    The Fisher is kept beside the output until that is written, so that it is measured once however
+    often the run is interrupted. It is measured as the training that left it out would have.
+    """
+    task, options = pending_task(plan.opened.before), plan.options
+    if task is None:
+        return plan
+    if not options.measuring.measure:
+        LOG.info(
+            "%s was not measured, and nothing protects it now: --measure %s=DATA measures it first",
+            task.name,
+            task.name,
+        )
+        return plan
+    opened = plan.opened
+    ((name, data),) = options.measuring.measure.items()
+    asked = replace(
+        fisher_options(options),
+        data=data,
+        task=name,
+        output_dir=None,
+        add=False,
+        dtype="float32",  # like the master weights of a training
+        merging=Merging(),
+        saving=replace(options.saving, overwrite=True),
+    )
+    assert opened.before is not None  # it has the task
+    folder = measured_folder(plan.target)
+    measured = measure_last(asked, opened.source, opened.before, folder, cut)
+    return replace(plan, measured=measured)
+
+
 def _cached(plan: Plan, ledger: Ledger) -> FinetuneCached:
     """Report an output that is up to date, from its ledger."""
     source = plan.opened.source
     weights = source.weights if source.base is None else source.base.weights
     kept = any(name.rpartition(".")[2] == "running_mean" for name in weights)
     statistics = plan.recipe.norm_statistics if kept else None
+    if plan.options.gate.compare_none:
+        LOG.info("--compare-none: nothing is trained, as %s is up to date", plan.target)
     known = _known(plan, plan.target, ledger, recorded_fisher(ledger), statistics)
     return {"status": "cached", **known}
 
 
 def _known(
-    plan: Plan, target: Path, ledger: Ledger, fisher: MeasuredFisher, statistics: str | None
+    plan: Plan,
+    target: Path,
+    ledger: Ledger,
+    fisher: MeasuredFisher | None,
+    statistics: str | None,
 ) -> Finetuned:
     """Report a fine-tuning run from its ledger, now or later."""
     task = ledger.tasks[-1]
@@ -202,7 +264,8 @@ def _known(
         "interpolation": None if between is None else cast(InterpolationResult, asdict(between)),
         "metrics": task.metrics,
         "benchmarks": cast(dict[str, BenchmarkResult], asdict(task)["benchmarks"] or {}),
-        "fisher": {"folder": str(target / "fisher"), **fisher},
+        "forgotten": scores_of(task.metrics, plan.old_tasks),
+        "fisher": None if fisher is None else {"folder": str(target / "fisher"), **fisher},
     }
 
 
@@ -361,15 +424,16 @@ def _write(
     plan: Plan,
     start: Start,
     trained: Trained,
-    diagonal: FisherDiagonal,
+    diagonal: FisherDiagonal | None,
     target: Path,
     training: Training,
     statistics: str | None,
 ) -> FinetuneDone:
     """Merge the new task's Fisher, write the checkpoint, and report what was done."""
     opened, options, loaded = plan.opened, plan.options, start.model
-    used = subset(len(start.examples), plan.recipe.max_examples, plan.recipe.seed)
-    log_notes(loaded, start.examples, diagonal, used)
+    if diagonal is not None:
+        used = subset(len(start.examples), plan.recipe.max_examples, plan.recipe.seed)
+        log_notes(loaded, start.examples, diagonal, used)
     digests = options.saving.data_digest
     merged, anchor, ledger = add_task(
         start.before,
@@ -388,15 +452,20 @@ def _write(
     share_moved = _share_moved(loaded.checkpoint.weights, once)
     heads = None if start.before is None else start.before.heads
     with replace_folder(target, overwrite=options.saving.overwrite) as staging:
-        write_checkpoint(staging, opened.source, trained.weights, card=False)
+        write_checkpoint(staging, opened.source, trained.weights, card=not merged)
         if opened.source.adapter is None and config_of(loaded) != opened.source.config:
             write_file(staging / "config.json", json.dumps(config_of(loaded), indent=2) + "\n")
-        ledger = write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
-        write_card(staging, target, ledger, [opened.source], "finetune")
-    steps = trained.steps
+        if merged:
+            ledger = write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
+            write_card(staging, target, ledger, [opened.source], "finetune")
+        else:
+            LOG.info("%s has no Fisher and no ledger, as no task was measured", target)
+    steps, fisher = trained.steps, None
+    if diagonal is not None:
+        fisher = fisher_summary(ledger, diagonal)
     done: FinetuneDone = {
         "status": "done",
-        **_known(plan, target, ledger, fisher_summary(ledger, diagonal), statistics),
+        **_known(plan, target, ledger, fisher, statistics),
         "steps": steps[-1].step if steps else 0,
         "loss": steps[-1].loss if steps else None,
         "penalty_value": steps[-1].penalty if steps else None,

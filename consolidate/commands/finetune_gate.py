@@ -26,7 +26,7 @@ def failed_before(plan: Plan) -> Failed | None:
     metrics = stored.ledger.tasks[-1].metrics
     if not {"before", "after"} <= metrics.keys():
         return None
-    lost = forgetting(metrics["before"], metrics["after"], plan.opened.old_tasks)
+    lost = forgetting(metrics["before"], metrics["after"], plan.old_tasks)
     if not (forgotten := beyond(lost, limit)):
         return None
     there = replace(plan, options=replace(plan.options, output_dir=folder))

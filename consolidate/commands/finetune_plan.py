@@ -15,8 +15,8 @@ from consolidate.commands.finetune_search import check_held_out, plan_search
 from consolidate.data.columns import columns_of
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import Lora
-from consolidate.options import Columns, FinetuneOptions, Recipe
-from consolidate.training.forgetting import check_gate
+from consolidate.options import Columns, Estimation, FinetuneOptions, Recipe
+from consolidate.training.forgetting import check_compared, check_gate
 from consolidate.training.loop import default_statistics
 from formats.atomic import unreplaced
 from formats.benchmark import benchmark_task
@@ -71,6 +71,12 @@ class Plan:
     interpolation: InterpolationPlan | None
     lora: Lora | None
     there: Output | None  # the output at the target, with what it was made from
+    measured: StoredFisher | None = None  # the chain with its last task measured by this run
+
+    @property
+    def before(self) -> StoredFisher | None:
+        """The chain that the new task is merged with."""
+        return self.measured or self.opened.before
 
     @property
     def target(self) -> Path:
@@ -131,6 +137,7 @@ def check_options(options: FinetuneOptions) -> None:
         ("penalty-step", recipe.penalty_step != "gradient", free),
         ("penalty-dtype", penalty.penalty_dtype is not None, free),
         ("penalty-device", penalty.penalty_device is not None, free),
+        ("compare-none", options.gate.compare_none, free),
         ("momentum", recipe.momentum is not None, plain),
         ("adam-betas", recipe.adam_betas is not None, not plain and "--optimizer sgd"),
         ("head-parameters", bool(options.head.head_parameters), kept),
@@ -152,6 +159,7 @@ def check_options(options: FinetuneOptions) -> None:
         raise UsageError(
             f"--penalty {penalty.penalty} needs --ewc-lambda: the strength has no default"
         )
+    _check_measuring(options)
     if recipe.evaluate_every is not None and not options.gate.evaluate:
         raise UsageError("--evaluate-every needs test data: name it with --evaluate NAME=DATA")
     search = options.search
@@ -180,6 +188,27 @@ def check_options(options: FinetuneOptions) -> None:
             "--interpolate cannot be combined with --shard, where no process has whole weights: "
             "leave one of them out"
         )
+
+
+def _check_measuring(options: FinetuneOptions) -> None:
+    """Refuse what only a Fisher needs where none is measured, and what one run cannot compare."""
+    fisher, measuring = options.estimation, options.measuring
+    used = measuring.measure or options.interpolating.interpolation == "fisher"
+    if measuring.no_fisher and not used and fisher != Estimation(batch_size=None):
+        default = Estimation(batch_size=None)
+        name = next(n for n, value in vars(fisher).items() if value != getattr(default, n))
+        raise UsageError(
+            f"--fisher-{name.replace('_', '-')} cannot be combined with --no-fisher: leave one of "
+            "them out"
+        )
+    if not options.gate.compare_none:
+        return
+    for other, given in (
+        ("--interpolate", options.interpolating.interpolate is not None),
+        ("--shard", options.parameters.shard),
+    ):
+        if given:
+            raise UsageError(f"--compare-none cannot be combined with {other}: train twice instead")
 
 
 def is_search(options: FinetuneOptions) -> bool:
@@ -218,6 +247,9 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
         search = plan_search(
             options.search, max_forgetting=max_forgetting, new=opened.task, ledger=old
         )
+    _check_measure(options, opened)
+    if options.gate.compare_none:
+        check_compared(old, evaluate)
     others = [options.data, *evaluate.values()]
     check_held_out(validation, other_data=others, new=opened.task, ledger=old)
     plan = Plan(options, opened, recipe, evaluate, validation, search, interpolation, lora, there)
@@ -226,6 +258,31 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
             evaluate |= {name: validation[name] for name in old if name in validation}
         check_gate(plan.old_tasks, evaluate)
     return plan
+
+
+def _check_measure(options: FinetuneOptions, opened: Opened) -> None:
+    """Refuse to measure any task but the last, if it was not measured."""
+    if not options.measuring.measure:
+        return
+    name, *others = options.measuring.measure
+    if others:
+        raise UsageError(f"--measure {others[0]}: expected one task, the last of the ledger")
+    if opened.before is None:
+        raise InputError(
+            f"--measure {name}: {opened.source.path} has no ledger: measure its first task with "
+            "`consolidate fisher`"
+        )
+    last = opened.tasks[-1]
+    if last.name == name and not last.measured:
+        return
+    records = {task.name: task for task in opened.tasks}
+    if name in records and not records[name].measured:
+        why = f"the task can no longer be measured, as {last.name} was learned since"
+    elif last.measured:
+        why = f"the last task of the ledger, {last.name}, was measured already"
+    else:
+        raise UsageError(f"--measure {name}: expected {last.name}, the task that was not measured")
+    raise UsageError(f"--measure {name}: {why}: leave --measure out")
 
 
 def _plan_interpolation(options: FinetuneOptions, opened: Opened) -> InterpolationPlan | None:

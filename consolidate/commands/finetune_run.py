@@ -20,7 +20,7 @@ from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.lora import end_adapting
 from consolidate.models.model import Model
 from consolidate.options import Recipe
-from consolidate.results import LambdaSearch
+from consolidate.results import Comparison, LambdaSearch
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import from_first, place_in, shares
 from consolidate.runtime.progress import progress
@@ -93,18 +93,21 @@ def train(
     work: KeptWork,
     found: StoredWork | None,
     search: LambdaSearch | None,
+    comparison: Comparison | None = None,
     interpolator: "Interpolator | None" = None,
     group: ProcessGroup | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Trained:
     """Train from the model's present weights, and round them as they will be stored.
 
-    `search` is saved with the progress; `target` names the weights in a message.
+    `search` and `comparison` are saved with the progress; `target` names the weights in a message.
     """
     model = start.model
     state = {} if found is None else found.state
     metrics = dict(state.get("metrics", {}))
     beside: dict[str, Any] = {"search": search, "metrics": metrics}
+    if comparison is not None:
+        beside["comparison"] = comparison
     if interpolator is not None:
         beside["interpolation"] = interpolator.state
     take_metrics = partial(_take_metrics, start, recipe.batch_size, group, metrics)

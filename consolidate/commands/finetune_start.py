@@ -147,7 +147,7 @@ def _fit(plan: "Plan", *, whole: bool) -> tuple[Fitted, partial[Model]]:
     fitted = fit_model(
         load_as,
         source,
-        opened.before,
+        plan.before,
         opened.rows,
         opened.columns,
         head=options.head.head,

@@ -3,18 +3,27 @@
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming, refuse_changed
+from consolidate.chain.elsewhere import Origin, open_origin, refuse_untrained
 from consolidate.chain.fingerprint import Inputs
+from consolidate.chain.heads import check_labels
 from consolidate.chain.opening import stored_fisher, with_base
 from consolidate.chain.output import bytes_of, check_output, output_bytes
 from consolidate.chain.resume import KeptPass
-from consolidate.chain.tasks import add_task, check_names_to_be, settled_merging, task_name
+from consolidate.chain.tasks import (
+    Chain,
+    add_task,
+    check_names_to_be,
+    pending_task,
+    settled_merging,
+    task_name,
+)
 from consolidate.chain.up_to_date import Output, cached, find_output, recorded_fisher
 from consolidate.commands.measurement import (
     encoded_as,
@@ -32,7 +41,7 @@ from consolidate.data.examples import Examples, subset
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
-from consolidate.options import Columns, Estimation, FisherOptions
+from consolidate.options import Columns, Estimation, FisherOptions, Merging
 from consolidate.results import FisherDone, FisherDryRun, FisherResult, MeasuredFisher
 from consolidate.runtime import shards
 from consolidate.runtime.devices import best_device, dtype_of_name
@@ -46,12 +55,19 @@ from consolidate.runtime.distributed import (
 from consolidate.runtime.progress import seconds_of, start_timing
 from consolidate.views.output_card import renew_card
 from formats.atomic import partial_path, replace_folder
-from formats.checkpoint import check_finite, open_checkpoint, write_checkpoint
+from formats.checkpoint import Checkpoint, check_finite, open_checkpoint, write_checkpoint
 from formats.digest import json_digest
 from formats.errors import ConsolidateError, InputError, UsageError
-from formats.fisher_folder import LEDGER_NAME, write_fisher
+from formats.fisher_folder import (
+    LEDGER_NAME,
+    StoredFisher,
+    check_intact,
+    read_fisher,
+    write_fisher,
+)
 from formats.fisher_json import Ledger, TaskRecord, read_ledger
 from formats.hub import FISHER, commits_of, locate
+from formats.rows import file_digest
 from formats.task_file import open_task
 
 LOG = logging.getLogger("consolidate")
@@ -64,6 +80,9 @@ class Plan(Inputs):
     options: FisherOptions
     folder: Path  # of the checkpoint
     there: Output | None  # output at the target with a record of what it was made from
+    origin: Origin | None = None  # what another program trained the checkpoint from
+    completes: bool = False  # the last task of the chain is the one to measure
+    alone: Path | None = None  # where the Fisher goes, if neither beside its weights nor with them
 
     @property
     def in_place(self) -> bool:
@@ -78,7 +97,15 @@ class Plan(Inputs):
     @property
     def target(self) -> Path:
         """The folder that is made or replaced."""
-        return self.output / "fisher" if self.in_place else self.output
+        beside = self.output / "fisher" if self.in_place else self.output
+        return self.alone or beside
+
+    @property
+    def replaces(self) -> bool:
+        """Whether an existing Fisher is replaced by one that has its tasks too."""
+        return self.options.saving.overwrite or (
+            self.in_place and (self.options.add or self.completes)
+        )
 
     @property
     def columns(self) -> Columns:
@@ -88,23 +115,43 @@ class Plan(Inputs):
     @property
     def task(self) -> str:
         """The task's name."""
-        return task_name(self.options.task or self.task_file.name, self.rows.name, self.before)
+        others = None if self.completes else self.before
+        if self.origin is not None:
+            others = self.origin.stored
+        return task_name(self.options.task or self.task_file.name, self.rows.name, others)
+
+    @property
+    def earlier(self) -> list[TaskRecord]:
+        """The tasks before this one."""
+        if self.origin is not None:
+            return self.origin.stored.ledger.tasks
+        return self.tasks[:-1] if self.completes else self.tasks
 
     def description(self, tasks: Sequence[TaskRecord]) -> dict[str, Any]:
         """Describe all that the result is made from, given the tasks before it."""
         name = task_name(self.options.task or self.task_file.name, self.rows.name, None)
         content = self.content(None) | {"fisher": [asdict(task) for task in tasks]}
+        if self.origin is not None:
+            content["after"] = file_digest(self.origin.stored.folder / LEDGER_NAME)
         return self.describe(self.options, content, task=name)
 
     def made_from(self) -> str:
         """Give the digest of what an existing output would be made from."""
-        earlier = self.tasks[:-1] if self.in_place else self.tasks  # its own task is the last
+        added = self.in_place and self.options.add and not self.completes
+        earlier = self.earlier[:-1] if added else self.earlier  # its own task is the last
         return json_digest(self.description(earlier))
 
     def check_target(self) -> None:
         """Refuse an existing target that must not be replaced."""
-        overwrite = self.options.saving.overwrite or (self.options.add and self.in_place)
-        check_output(self.target, self.source, overwrite=overwrite, whole=not self.in_place)
+        whole = not self.in_place
+        check_output(self.target, self.source, overwrite=self.replaces, whole=whole)
+
+    def afresh(self) -> "Plan":
+        """Give the plan without a task that turned out to be measured already."""
+        if not self.completes or pending_task(self.before) is not None:
+            return self
+        merging = settled_merging(None, self.options.merging)
+        return replace(self, before=None, merging=merging, completes=False)
 
 
 @as_one
@@ -123,7 +170,6 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in the weights or in the Fisher.
     """
-    group = all_processes()
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
     folder = _find_checkpoint(options)
     output = folder if options.output_dir is None else Path(options.output_dir)
@@ -131,36 +177,89 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
     with nullcontext() if options.dry_run else claiming(output, part=part):
         plan = plan_fisher(options, folder, again=again)
         if (done := cached(plan.there, plan.made_from)) is not None:
-            return _result(plan, "cached", done.ledger, recorded_fisher(done.ledger))
-        if not options.dry_run:
-            plan.check_target()
-            if is_first(group):
-                _ = plan.records  # digests of what is measured, even if the files change meanwhile
-        _ = plan.task  # refuse a name that the chain already has before anything is loaded
-        model, examples, module = _load(plan, cut)
-        estimation = settled_estimation(options.estimation, model, examples)
-        if options.dry_run:
-            return _dry_run(plan, model, examples, estimation)
-        needed = output_bytes(plan.source, whole=not plan.in_place)
-        # Neither its weights nor its factory's file determine what the module is made of.
-        of_module = {"module": module}
-        work = kept_work(
-            options, plan.target, lambda: plan.description(plan.tasks) | of_module, needed
-        )
-        kept = KeptPass(work, work.start())
-        start_timing()
-        diagonal = measure_fisher(
-            model, examples, estimation, task=plan.task, seed=options.seed, kept=kept
-        )
-        result = _write(plan, model, examples, diagonal) if is_first(group) else None
-        result = from_first(result, group)
-        work.remove()
-        return result
+            return _result(plan, "cached", done.ledger, _recorded(done.ledger))
+        return measure(plan.afresh(), cut)
+
+
+def measure(plan: Plan, cut: ProcessGroup | None) -> FisherResult:
+    """Do what a plan says, sharded among the processes of `cut`; with a dry run only estimate."""
+    options, group = plan.options, all_processes()
+    if not options.dry_run:
+        plan.check_target()
+        if is_first(group):
+            _ = plan.records  # digests of what is measured, even if the files change meanwhile
+    _ = plan.task  # refuse a name that the chain already has before anything is loaded
+    model, examples, module = _load(plan, cut)
+    estimation = settled_estimation(options.estimation, model, examples)
+    if options.dry_run:
+        return _dry_run(plan, model, examples, estimation)
+    chain: Chain | None = plan.before if plan.origin is None else plan.origin.chain(model)
+    needed = output_bytes(plan.source, whole=not plan.in_place)
+    # Neither its weights nor its factory's file determine what the module is made of.
+    of_module = {"module": module}
+    work = kept_work(
+        options, plan.target, lambda: plan.description(plan.earlier) | of_module, needed
+    )
+    kept = KeptPass(work, work.start())
+    start_timing()
+    diagonal = measure_fisher(
+        model, examples, estimation, task=plan.task, seed=options.seed, kept=kept
+    )
+    result = _write(plan, model, examples, diagonal, chain) if is_first(group) else None
+    result = from_first(result, group)
+    work.remove()
+    return result
+
+
+def measure_last(
+    options: FisherOptions,
+    source: Checkpoint,
+    before: StoredFisher,
+    folder: Path,
+    cut: ProcessGroup | None,
+) -> StoredFisher:
+    """Measure the last task of a chain, which has no Fisher, and write the Fisher to `folder`.
+
+    One that was written there before an interruption is taken, unless that is refused.
+    """
+    task_file, rows = open_task(options.data)
+    plan = Plan(
+        source=source,
+        before=before,
+        task_file=task_file,
+        rows=rows,
+        merging=settled_merging(before, Merging()),
+        options=options,
+        folder=source.path,
+        there=None,
+        completes=True,
+        alone=folder,
+    )
+    if options.saving.restart or not _is_written(plan):
+        measure(plan, cut)
+    return read_fisher(folder)
+
+
+def _is_written(plan: Plan) -> bool:
+    """Return whether the Fisher alone is there, whole and made from the same."""
+    try:
+        stored = read_fisher(plan.target)
+        if stored.ledger.tasks[-1].made_from != plan.made_from():
+            return False
+        check_intact(stored)
+    except ConsolidateError:
+        return False
+    LOG.info("%s was measured before the interruption", plan.task)
+    return True
 
 
 def _find_checkpoint(options: FisherOptions) -> Path:
     """Find the checkpoint's folder, after refusing options that contradict each other."""
     in_place = options.output_dir is None
+    if options.after is not None and options.add:
+        raise UsageError(
+            "--after cannot be combined with --add: merge with the tasks of one checkpoint"
+        )
     if in_place and options.add and options.saving.overwrite:
         raise UsageError(
             "--add cannot be combined with --overwrite: add to the Fisher or replace it"
@@ -182,10 +281,25 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
     source = with_base(open_checkpoint(folder), options.source.base_model)
     output = folder if options.output_dir is None else Path(options.output_dir)
     there = None if again or options.dry_run else find_output(output)
-    before = stored_fisher(folder / "fisher", source) if options.add else None
-    merging = settled_merging(before, options.merging)
     task_file, rows = open_task(options.data, split=options.encoding.split)
-    plan = Plan(source, before, task_file, rows, merging, options, folder, there)
+    name = task_name(options.task or task_file.name, rows.name, None)
+    last = None if options.after is not None else _last_task(folder)
+    # In place, one that was measured since may be up to date.
+    completes = last is not None and _completes(last, name, options, again=again)
+    if last is not None and not last.measured:
+        if completes:
+            _refuse_merging(options, last)
+        else:
+            _hint_at_unmeasured(options, last, name)
+    before = stored_fisher(folder / "fisher", source) if options.add or completes else None
+    origin = None
+    if options.after is not None:
+        origin = open_origin(options.after, source, options.source.base_model)
+    asked = Merging() if completes else options.merging
+    merging = settled_merging(before if origin is None else origin.stored, asked)
+    plan = Plan(source, before, task_file, rows, merging, options, folder, there, origin, completes)
+    if origin is not None:
+        refuse_untrained(origin, plan.records, source.path)
     if there is None:
         try:
             plan.check_target()
@@ -194,6 +308,48 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
                 raise
             LOG.info("without --dry-run this would be refused: %s", error)
     return plan
+
+
+def _last_task(folder: Path) -> TaskRecord | None:
+    """Give the last task of a checkpoint's ledger; None where there is no readable one."""
+    try:
+        return read_ledger(folder / "fisher" / LEDGER_NAME).tasks[-1]
+    except ConsolidateError:
+        return None
+
+
+def _completes(last: TaskRecord, name: str, options: FisherOptions, *, again: bool) -> bool:
+    """Return whether the task to measure is the last of the ledger, which has no Fisher yet.
+
+    Or had none: in place, one that was measured since may be up to date.
+    """
+    if last.name != name or last.penalty is None:
+        return False
+    return not last.measured or (options.output_dir is None and not again)
+
+
+def _hint_at_unmeasured(options: FisherOptions, last: TaskRecord, name: str) -> None:
+    """Refuse to write another task beside a task that is not measured, unless that was asked."""
+    if options.output_dir is None and not (options.add or options.saving.overwrite):
+        raise InputError(
+            f"{options.checkpoint}: expected data of {last.name!r}, whose Fisher was not measured, "
+            f"found a task {name!r}: --task {last.name} measures it, --add adds another task"
+        )
+
+
+def _refuse_merging(options: FisherOptions, task: TaskRecord) -> None:
+    """Refuse to merge a task that was trained otherwise than its training asked."""
+    if options.merging != Merging():
+        raise UsageError(
+            f"--merge-rule, --gamma and --task-weight of {task.name} are those of its training: "
+            "leave them out"
+        )
+
+
+def _recorded(ledger: Ledger) -> MeasuredFisher:
+    recorded = recorded_fisher(ledger)
+    assert recorded is not None  # `fisher` has written it
+    return recorded
 
 
 def _result(
@@ -213,9 +369,13 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples, str]:
     """Load the model, sharded among the processes of `cut`, encode the data, digest the module."""
     options, source, device = plan.options, plan.source, best_device(plan.options.source.device)
     check_finite(source.weights, plan.folder)
+    pending = pending_task(plan.before) if plan.completes else None
+    objective = options.source.objective or plan.task_file.objective
+    if pending is not None and objective is None:
+        objective = pending.objective
     model = load(
         source,
-        objective=options.source.objective or plan.task_file.objective,
+        objective=objective,
         factory=options.source.model,
         dtype=dtype_of_name(options.dtype),
         device="cpu" if cut else device,
@@ -223,6 +383,8 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples, str]:
         gradient_checkpointing=options.parameters.gradient_checkpointing,
     )
     check_names_to_be(plan.before, model)
+    if pending is not None:
+        _check_task(plan, pending, model, plan.columns)
     examples = encode(
         plan.rows,
         model,
@@ -244,6 +406,24 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples, str]:
     return model, examples, digest
 
 
+def _check_task(plan: Plan, task: TaskRecord, model: Model, columns: Columns) -> None:
+    """Refuse data that cannot be those that a task was trained on; report other rows."""
+    if model.objective.name != task.objective:
+        raise UsageError(
+            f"{task.name} was trained with the objective {task.objective}, not "
+            f"{model.objective.name}: leave --objective out"
+        )
+    remedy = f"the Fisher of {task.name} is measured on data of that task"
+    check_labels(plan.rows, model, columns, remedy=remedy)
+    if task.data_digest not in (None, plan.rows.digest()):
+        LOG.info(
+            "%s was trained on other rows (%s) than %s: its Fisher is measured on the latter",
+            task.name,
+            task.data,
+            plan.rows.name,
+        )
+
+
 def _dry_run(plan: Plan, model: Model, examples: Examples, estimation: Estimation) -> FisherDryRun:
     """Estimate the cost of a pass and the sizes of its files, without headers and the ledger."""
     cost = pass_cost(model, examples, estimation, seed=plan.options.seed)
@@ -260,14 +440,16 @@ def _dry_run(plan: Plan, model: Model, examples: Examples, estimation: Estimatio
     }
 
 
-def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagonal) -> FisherDone:
+def _write(
+    plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagonal, chain: Chain | None
+) -> FisherDone:
     """Merge the task's Fisher, write it beside its weights, and return what was done."""
     options, source, target = plan.options, plan.source, plan.target
     overwrite, digests = options.saving.overwrite, options.saving.data_digest
     used = subset(len(examples), options.estimation.max_examples, options.seed)
     log_notes(model, examples, diagonal, used)
     merged, anchor, ledger = add_task(
-        plan.before,
+        chain,
         model,
         source.weights,
         diagonal,
@@ -275,14 +457,15 @@ def _write(plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagona
         name=plan.task,
         data=plan.rows.name,
         data_digest=plan.rows.digest() if digests else None,
-        made_from=json_digest(plan.description(plan.tasks)) if digests else None,
+        made_from=json_digest(plan.description(plan.earlier)) if digests else None,
+        training=None if plan.origin is None else plan.origin.training(),
         encoded=encoding_record(options.encoding, plan.rows, plan.columns),
         merging=plan.merging,
     )
-    heads = None if plan.before is None else plan.before.heads
-    if overwrite and (target / LEDGER_NAME).is_file():
+    heads = None if chain is None else chain.heads
+    if overwrite and not plan.completes and (target / LEDGER_NAME).is_file():
         LOG.info("replacing the Fisher of %s", _task_names(target))
-    with replace_folder(target, overwrite=overwrite or options.add) as staging:
+    with replace_folder(target, overwrite=plan.replaces or options.add) as staging:
         if plan.in_place:
             ledger = write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
         else:

@@ -233,8 +233,10 @@ def pass_cost(model: Model, examples: Examples, estimation: Estimation, *, seed:
 def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> MeasuredFisher:
     """Summarize the Fisher that was measured for a ledger's last task."""
     errors = {name: e for name, e in diagonal.relative_errors.items() if math.isfinite(e)}
+    recorded = recorded_fisher(ledger)
+    assert recorded is not None  # it was measured by now
     return {
-        **recorded_fisher(ledger),
+        **recorded,
         "parameters": sum(values.numel() for values in diagonal.values()),
         "trace": sum(diagonal.trace().values()),
         "layers": {

@@ -15,6 +15,7 @@ from consolidate.chain.claims import claiming
 from consolidate.chain.fingerprint import checkpoint_content, plain, versions
 from consolidate.chain.opening import stored_fisher
 from consolidate.chain.output import refuse_existing
+from consolidate.chain.tasks import pending_task
 from consolidate.chain.up_to_date import cached, find_output
 from consolidate.commands.verify import check_fisher_values
 from consolidate.ewc.fisher_merging import MergedTensor, ModelTensor, merge_models
@@ -193,6 +194,7 @@ def _planned(
     opened = [_open(*pair) for pair in zip(checkpoints, coefficients, strict=True)]
     if base is not None:
         opened.append(_open(base, 1.0 - sum(coefficients)))
+    _refuse_unmeasured(opened)
     same = _same_tensors(opened)
     models = [_once(model, same) for model in opened]
     shared = None if base is None else models.pop()
@@ -201,6 +203,16 @@ def _planned(
     if shared is not None:
         _check_base(models, shared)
     return _Plan(models, shared, *_joined(models, shared))
+
+
+def _refuse_unmeasured(opened: Sequence["_Model"]) -> None:
+    """Refuse models whose last task has no Fisher yet: it can only be measured at their weights."""
+    for model in opened if len(opened) > 1 else ():
+        if (task := pending_task(model.stored)) is not None:
+            raise InputError(
+                f"{model.path}: the Fisher of {task.name!r} was not measured, so merging would not "
+                f"protect it: run `consolidate fisher {model.path} --data DATA --task {task.name}`"
+            )
 
 
 def _write(

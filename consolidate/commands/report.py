@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from consolidate.commands.report_search import read_search
+from consolidate.commands.report_search import FoundComparison, read_comparison, read_search
 from consolidate.commands.show import show
 from consolidate.options import ReportOptions, ShowOptions
 from consolidate.results import ReportResult
@@ -37,7 +37,8 @@ def report(options: ReportOptions) -> ReportResult:
     Raises:
         UsageError: `plots` without matplotlib, or a revision with a local path.
         InputError: There is no checkpoint or no Fisher in it, `read_fisher` refuses it, or a file
-            already exists or cannot be written, or `search` has no search for this checkpoint.
+            already exists or cannot be written, or `search` or `comparison` is not of this
+            checkpoint.
         NetworkError: The Hub cannot be reached.
     """
     checkpoint, plots = options.checkpoint, options.plots
@@ -57,9 +58,12 @@ def report(options: ReportOptions) -> ReportResult:
     summary = show(ShowOptions(folder, top=sys.maxsize))
     ledger = read_ledger(folder / "fisher" / LEDGER_NAME)
     search = None if options.search is None else read_search(Path(options.search), ledger, name)
+    compared: FoundComparison | None = None
+    if options.comparison is not None:
+        compared = read_comparison(Path(options.comparison), ledger, name)
     searched = [] if search is None else search_figures(search)
     drawn = figures(ledger, summary["parameters"], summary["accuracy_matrix"], searched)
-    content: dict[Path, str | bytes] = {page: report_page(name, summary, drawn)}
+    content: dict[Path, str | bytes] = {page: report_page(name, summary, drawn, compared)}
     for figure in drawn:
         for path in pictures:
             if path.stem == figure.name:

@@ -1,7 +1,7 @@
-"""The search for λ that a report shows: read from a result of `finetune`, and checked."""
+"""What a report shows of a result of `finetune`, checked: a search for λ, a comparison."""
 
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from formats.conversion import converted, strict_json
 from formats.errors import InputError
@@ -14,6 +14,10 @@ _REMEDY = "give what `consolidate finetune --json` wrote"
 
 class _Measured(TypedDict):
     score: Number
+
+
+class _Scored(_Measured):
+    accuracy: NotRequired[Number]
 
 
 class _Trial(TypedDict):
@@ -36,16 +40,57 @@ class FoundSearch(TypedDict):
     trials: list[_Trial]
 
 
-def read_search(path: Path, ledger: Ledger, checkpoint: str) -> FoundSearch:
-    """Read the search for λ in a result of `finetune`; refuse one that the ledger does not know."""
+class FoundComparison(TypedDict):
+    """What a report reads of `consolidate.results.Comparison`."""
+
+    new_task: Text
+    old_tasks: list[Text]
+    measured: Text
+    before: dict[Text, _Scored]
+    with_penalty: dict[Text, _Scored]
+    without_penalty: dict[Text, _Scored] | None
+
+
+def read_comparison(path: Path, ledger: Ledger, checkpoint: str) -> FoundComparison:
+    """Read the comparison with no penalty in a result; refuse one of another checkpoint."""
+    where, content = f"--comparison {path}", _read("--comparison", path)
+    if "comparison" not in content:
+        raise InputError(
+            f"{where}: expected an object with `comparison`, found none; {_REMEDY} with "
+            "--compare-none (one that was up to date reports no comparison)"
+        )
+    place = "$.comparison"
+    found = converted(content["comparison"], FoundComparison, where, place)
+    last = ledger.tasks[-1]
+    after = converted(content.get("metrics"), dict[Text, Any], where, "$.metrics").get("after")
+    if found["new_task"] != last.name or after != last.metrics.get("after"):
+        raise InputError(
+            f"{where}: this result is of the task {printable(found['new_task'])!r} with other "
+            f"scores than {checkpoint} has of {last.name!r}; give the result of the finetune that "
+            f"wrote {checkpoint}"
+        )
+    runs = [found["before"], found["with_penalty"], found["without_penalty"]]
+    for run in filter(None, runs):
+        if missing := sorted({*found["old_tasks"]} - run.keys()):
+            raise InputError(f"{where}, {place}: expected a score on {missing[0]!r}, found none")
+    return found
+
+
+def _read(option: str, path: Path) -> dict[str, Any]:
     path = path.expanduser()
     try:
         content: Any = strict_json(path.read_bytes())
     except OSError as error:
-        raise InputError(f"--search {path} cannot be read: {error.strerror}") from error
+        raise InputError(f"{option} {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"--search {path} is not valid JSON: {error}; {_REMEDY}") from error
-    if not isinstance(content, dict) or "lambda_search" not in content:
+        raise InputError(f"{option} {path} is not valid JSON: {error}; {_REMEDY}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def read_search(path: Path, ledger: Ledger, checkpoint: str) -> FoundSearch:
+    """Read the search for λ in a result of `finetune`; refuse one that the ledger does not know."""
+    content = _read("--search", path)
+    if "lambda_search" not in content:
         raise InputError(
             f"--search {path}: expected an object with `lambda_search`, found none; {_REMEDY} "
             "that searched (one that was up to date reports no search)"

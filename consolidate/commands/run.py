@@ -29,6 +29,7 @@ from consolidate.commands.run_options import (
     fisher_options,
     of_training,
     read_options,
+    without_estimation,
     without_penalty,
 )
 from consolidate.commands.verify import verify
@@ -149,7 +150,9 @@ def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> Ru
         at = str(step.target)
         done.append({"step": step.name, "checkpoint": at, "reason": reason, "status": status})
     last = steps[-1].target
-    matrix = None if undone else ledger_matrix(read_ledger(last / "fisher" / LEDGER_NAME))
+    ledger = last / "fisher" / LEDGER_NAME  # of a chain without any Fisher there is none
+    known = ledger.is_file() and not undone
+    matrix = ledger_matrix(read_ledger(ledger)) if known else None
     return {
         "status": "dry run" if dry_run else "done",
         "output_dir": str(output),
@@ -206,6 +209,8 @@ def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
         target = output / f"{number:02d}-{task.name}"
         free = own.get("penalty", "ewc" if has_fisher else "none") == "none"
         values = (without_penalty(defaults) if free else defaults) | own
+        if values.get("no_fisher") and not values.get("measure"):
+            values = without_estimation(values, kept=own)
         if not evaluate:
             values.pop("evaluate_every", None)
         if free and not has_fisher and start is None and evaluate.keys() - {task.name}:
@@ -232,7 +237,8 @@ def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
                     "start with its own Fisher"
                 )
             steps.append(Step(target, fisher_options(options, add=has_fisher)))
-        has_fisher, place = True, target
+        trained_only = task.train and bool(values.get("no_fisher"))
+        has_fisher, place = has_fisher or not trained_only, target
     return steps
 
 

@@ -13,7 +13,7 @@ from formats.task_file import resolve
 OPTIONS = {flat.flag: flat for flat in flat_options(FinetuneOptions) if flat.option.in_run_file}
 """What a run file may set for a task, by key."""
 
-_OF_TRAINING = {"search", "penalty", "adapter", "head", "recipe", "gate"}
+_OF_TRAINING = {"search", "penalty", "adapter", "head", "recipe", "gate", "measuring"}
 _OF_BOTH = {"seed", "batch_size"}  # of the recipe, and meant for the Fisher too
 
 
@@ -29,6 +29,12 @@ def without_penalty(options: Mapping[str, Any]) -> dict[str, Any]:
     of_penalty |= {"penalty_step", "max_forgetting"}
     kept = {name: value for name, value in options.items() if name not in of_penalty}
     return kept | {"penalty": "none"}
+
+
+def without_estimation(options: Mapping[str, Any], *, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove the options of a Fisher that is not measured, except those `kept`."""
+    of_fisher = {flat.name for flat in OPTIONS.values() if flat.path[0] == "estimation"}
+    return {name: v for name, v in options.items() if name not in of_fisher or name in kept}
 
 
 def of_training(options: Mapping[str, Any]) -> list[str]:

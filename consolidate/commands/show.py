@@ -148,7 +148,8 @@ def _recorded(ledger: Ledger) -> Measured:
     for name in ledger.fisher:
         trace = 0.0
         for task in ledger.tasks:
-            trace *= ledger.gamma
+            if task.measured:
+                trace *= ledger.gamma
             if name in task.layers and name not in ledger.heads.get(task.name, ()):
                 trace += task.weight * task.layers[name].trace
         found[name] = trace, None

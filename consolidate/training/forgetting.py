@@ -1,6 +1,7 @@
 """How much of the old tasks a run has lost, and the limit on it."""
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from formats.errors import UsageError
 
@@ -17,6 +18,16 @@ def forgetting(before: Scores, after: Scores, tasks: Collection[str]) -> dict[st
     }
 
 
+def scores_of(metrics: Mapping[str, Scores], tasks: Collection[str]) -> dict[str, Any]:
+    """Give the scores of old tasks before and after a training, as far as they were measured."""
+    before, after = metrics.get("before", {}), metrics.get("after", {})
+    return {
+        name: {"before": before[name]["score"], "after": values["score"]}
+        for name, values in after.items()
+        if name in tasks and name in before
+    }
+
+
 def check_gate(old: Collection[str], measured: Collection[str]) -> None:
     """Refuse a limit that no measured old task can be checked against."""
     if not old:
@@ -25,6 +36,15 @@ def check_gate(old: Collection[str], measured: Collection[str]) -> None:
         raise UsageError(
             "--max-forgetting needs data of an old task to measure: give --evaluate NAME=DATA, "
             f"where NAME is one of {', '.join(old)}"
+        )
+
+
+def check_compared(old: Collection[str], measured: Collection[str]) -> None:
+    """Refuse a comparison without a measured old task."""
+    if not set(old) & set(measured):
+        names = f"where NAME is one of {', '.join(old)}" if old else "and the ledger has no task"
+        raise UsageError(
+            f"--compare-none needs test data of an old task: give --evaluate NAME=DATA, {names}"
         )
 
 

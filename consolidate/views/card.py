@@ -351,9 +351,11 @@ def _tasks(ledger: Ledger) -> str:
 def _measured(ledger: Ledger) -> str:
     rows = [["task", "expectation over the labels", "measured on", "seed", "weight"]]
     for task in ledger.tasks:
-        tokens = f", {task.units or 0:,} tokens" if task.unit == "token" else ""
+        tokens = f", {task.units:,} tokens" if task.unit == "token" and task.units else ""
         estimator = estimator_text(task.estimator, task.mc_samples)
-        on = f"{task.examples or 0:,} examples{tokens}"
-        on += encoding_text(task.loss_on, task.max_length)
+        on = "–"
+        if task.examples is not None:
+            on = f"{task.examples:,} examples{tokens}"
+            on += encoding_text(task.loss_on, task.max_length)
         rows.append([escaped(task.name), estimator, on, str(task.seed), f"{task.weight:g}"])
     return table(rows)

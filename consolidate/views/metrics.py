@@ -37,7 +37,11 @@ def finetune_metrics(result: FinetuneResult) -> dict[str, float]:
             "penalty_value": result["penalty_value"],
             "share_moved": result["share_moved"],
         }
-    return _finite(numbers) | run_metrics(result)
+    return (
+        _finite(numbers)
+        | evaluate_metrics(result["metrics"].get("after", {}))
+        | run_metrics(result)
+    )
 
 
 def run_metrics(result: FinetuneResult | RunResult) -> dict[str, float]:
@@ -45,7 +49,10 @@ def run_metrics(result: FinetuneResult | RunResult) -> dict[str, float]:
 
     A name has a dot only if it begins with the name of a task or dataset.
     """
-    ledger = read_ledger(Path(result["checkpoint"]) / "fisher" / LEDGER_NAME)
+    place = Path(result["checkpoint"]) / "fisher" / LEDGER_NAME
+    if not place.is_file():  # no task was measured
+        return {}
+    ledger = read_ledger(place)
     numbers: dict[str, Any] = evaluate_metrics(ledger.tasks[-1].metrics.get("after", {}))
     matrix = ledger_matrix(ledger)
     if matrix is not None:

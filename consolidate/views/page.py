@@ -1,7 +1,7 @@
 """The page of a report: one HTML file that needs nothing else, neither a network nor a script."""
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from consolidate.results import ShowResult
@@ -10,10 +10,16 @@ from consolidate.views.figures import LISTED, TASKS, Figure
 from consolidate.views.markdown import shown
 from consolidate.views.matrix import means, partly
 from consolidate.views.summary import by_reason, encoding_text, estimator_text, learned_text
+from consolidate.views.text import comparison_rows
 from formats.wording import few
 
 
-def report_page(name: str, summary: ShowResult, figures: Sequence[Figure]) -> str:
+def report_page(
+    name: str,
+    summary: ShowResult,
+    figures: Sequence[Figure],
+    comparison: Mapping[str, Any] | None = None,
+) -> str:
     """Return the page, without pictures if matplotlib is missing; all text is escaped.
 
     The template is report.html.jinja, beside this module.
@@ -41,6 +47,7 @@ def report_page(name: str, summary: ShowResult, figures: Sequence[Figure]) -> st
         name=plain(name),
         summary=summary,
         figures=figures,
+        compared=[] if comparison is None else comparison_rows(comparison),
         pictures={
             figure.name: [picture(figure, dark) for dark in (False, True)]
             for figure in figures

@@ -6,11 +6,8 @@ from consolidate.chain.consistency import side_by_side_text
 from consolidate.data.chats import loss_text
 from consolidate.results import MatrixSummary, Overlap, ShowResult, Task
 from consolidate.views.markdown import aligned, benchmarks_of, benchmarks_text, escaped, shown
-from consolidate.views.matrix import (
-    matrix_rows,
-    matrix_table,
-    means_text,
-)
+from consolidate.views.matrix import matrix_rows, matrix_table, means_text
+from formats.fisher_json import UNKNOWN
 from formats.wording import few, printable
 
 _WIDTH = 72
@@ -69,8 +66,7 @@ def _tasks(tasks: list[Task]) -> list[str]:
         [
             task["name"],
             task["objective"],
-            f"{task['units'] or 0:,} {task['unit']}s"
-            + encoding_text(task["loss_on"], task["max_length"]),
+            _units(task),
             estimator_text(task["estimator"], task["mc_samples"]),
             str(task["seed"]),
             f"{task['weight']:g}",
@@ -81,6 +77,13 @@ def _tasks(tasks: list[Task]) -> list[str]:
         for task in tasks
     ]
     return _table([[*header, "learned with", "trained from", "data"], *rows])
+
+
+def _units(task: Task) -> str:
+    if task["units"] is None:
+        return "–"
+    encoded = encoding_text(task["loss_on"], task["max_length"])
+    return f"{task['units']:,} {task['unit']}s{encoded}"
 
 
 def _parameters(summary: ShowResult) -> list[str]:
@@ -143,6 +146,8 @@ def penalty_text(penalty: str | None, penalty_on: str | None, ewc_lambda: float 
     """Name the penalty that a task was trained with; a dash if it was only measured."""
     if penalty is None:
         return "–"
+    if penalty == UNKNOWN:
+        return "trained elsewhere"
     if ewc_lambda is None:
         return "no penalty"
     place = {None: "", "adapter": " on the adapter", "merged": " on merged weights"}

@@ -8,6 +8,7 @@ from typing import Any, cast
 from consolidate.results import (
     AlphaSearch,
     Benchmark,
+    Comparison,
     EvaluateResult,
     FinetuneResult,
     FisherDryRun,
@@ -111,8 +112,69 @@ def finetune_text(result: FinetuneResult) -> str:
         )
     if (between := result["interpolation"]) is not None:
         lines.append(f"Weights and Fisher are at α = {between['alpha']:g} from the start")
-    lines.append(_measured_text(result["fisher"]["folder"], result["fisher"]))
+    if (fisher := result["fisher"]) is not None:
+        lines.append(_measured_text(fisher["folder"], fisher))
+    else:
+        lines.append("The Fisher of the new task was not measured")
+    if forgotten := result["forgotten"]:
+        lines.append(f"forgotten: {_lost(forgotten, result['metrics']['after'])}")
+    if result["status"] != "cached" and "comparison" in result:
+        lines += comparison_text(result["comparison"])
     return "\n".join(lines)
+
+
+def comparison_text(comparison: Comparison) -> list[str]:
+    """Write what the old tasks lose without a penalty, and what the penalty saved of each."""
+    before, kept = comparison["before"], comparison["with_penalty"]
+    if (free := comparison["without_penalty"]) is None:
+        return ["without a penalty: training diverged"]
+    old = comparison["old_tasks"]
+    lost = {n: {"before": before[n]["score"], "after": free[n]["score"]} for n in old}
+    saved = ", ".join(f"{points(kept[n]['score'] - free[n]['score'], kept[n])} of {n}" for n in old)
+    where = "" if comparison["measured"] == "--evaluate" else f" (on {comparison['measured']})"
+    return [
+        f"without a penalty: {_lost(lost, free)}",
+        f"the penalty saved {saved}{where}",
+    ]
+
+
+def comparison_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
+    """List the scores with and without the penalty, a row for each task, old ones first."""
+    runs = [comparison[run] for run in ("before", "with_penalty", "without_penalty")]
+    rows = []
+    for name in (*comparison["old_tasks"], comparison["new_task"]):
+        if any(run is not None and name not in run for run in runs):
+            continue  # the new task may not have been evaluated
+        cells = ["diverged" if r is None else score_text(r[name]["score"], r[name]) for r in runs]
+        kept, free = runs[1][name], runs[2]
+        saved = "–"
+        if free is not None:
+            saved = points(kept["score"] - free[name]["score"], kept, sign=True)
+        rows.append([name, *cells, saved])
+    return rows
+
+
+def _lost(scores: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """Write the scores of tasks before and after; `metrics` tell which of them are accuracies."""
+    return ", ".join(
+        f"{name} {score_text(on['before'], metrics[name])} → "
+        f"{score_text(on['after'], metrics[name])} "
+        f"({points(on['after'] - on['before'], metrics[name], sign=True)})"
+        for name, on in scores.items()
+    )
+
+
+def score_text(score: float, metrics: Mapping[str, float]) -> str:
+    """Write a score: an accuracy in percent, else minus the loss."""
+    return f"{100 * score:.1f}" if "accuracy" in metrics else f"{score:.3f}".replace("-", "−")
+
+
+def points(difference: float, metrics: Mapping[str, float], *, sign: bool = False) -> str:
+    """Write a difference of scores: of accuracies in percentage points."""
+    accurate = "accuracy" in metrics
+    value = round(100 * difference, 1) if accurate else round(difference, 3)
+    text = f"{value or 0.0:{'+' if sign and value else ''}.{1 if accurate else 3}f}"
+    return text.replace("-", "−") + (" points" if accurate else "")
 
 
 def merge_text(result: MergeResult) -> str:

@@ -156,9 +156,10 @@ def report(tracker: Tracker, result: Mapping[str, Any], numbers: Mapping[str, fl
     tags = {"status": result.get("status"), "commits": result.get("commits")}
     if "checkpoint" in result:
         folder = Path(result["checkpoint"])
+        tags["checkpoint"] = folder.absolute().as_uri()
+    if "checkpoint" in result and (folder / "fisher" / LEDGER_NAME).is_file():
         ledger = read_ledger(folder / "fisher" / LEDGER_NAME)
         tags |= {
-            "checkpoint": folder.absolute().as_uri(),
             "weights": set_digest(ledger.weights),
             "fisher": set_digest(ledger.fisher),
             "trained_from": ledger.tasks[-1].parent,

@@ -20,7 +20,18 @@ from formats.errors import InputError, UsageError
 
 # What is the run's own, or the command line's.
 OURS = {"data", "output-dir", "task", "evaluate", "overwrite", "revision", "fisher", "base-model"}
-OURS |= {"config", "json", "quiet", "metrics", "mlflow", "wandb", "restart", "debug", "shard"}
+OURS |= {
+    "config",
+    "json",
+    "quiet",
+    "metrics",
+    "mlflow",
+    "wandb",
+    "restart",
+    "debug",
+    "shard",
+    "compare-none",
+}
 
 
 def read(**written: Any) -> dict[str, Any]:

@@ -690,18 +690,22 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
     whole.tasks[0].penalty, whole.tasks[0].penalty_on = "ewc", "adapter"
     whole.tasks[0].interpolation = whole.tasks[1].interpolation
     whole.tasks[0].unit, whole.tasks[0].loss_on, whole.tasks[0].max_length = "token", "all", 64
+    whole.tasks[1].weight_by = "trace"
     written = json.loads(ledger_bytes(whole))
-    first = written["tasks"][0]
+    first, unmeasured = written["tasks"]
+    fields = [*first]
+    before = [*unmeasured][[*unmeasured].index("weight_by") - 1]
+    fields.insert(fields.index(before) + 1, "weight_by")
     expected = [
         written,
         written["weights"],
         written["weights"]["tensors"]["w"],
-        first,
+        fields,
         first["layers"]["w"],
         first["generated"],
         first["interpolation"],
         first["interpolation"]["curve"][0],
         written["blocks"]["w.R"],
     ]
-    assert tables == [list(fields) for fields in expected]
+    assert tables == [list(one) for one in expected]
     assert f"{MAX_LEDGER_BYTES:,} bytes" in page

@@ -1,0 +1,138 @@
+"""What the penalty saves: the same training without it, from the same start."""
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from consolidate.chain.resume import KeptTraining, KeptWork
+from consolidate.commands.finetune_run import descend, run_length
+from consolidate.commands.finetune_weights import stored_weights, take_stored_values
+from consolidate.commands.task_metrics import evaluate_all
+from consolidate.data.examples import subset
+from consolidate.results import Comparison, LambdaSearch
+from consolidate.runtime import signals
+from consolidate.training.evaluation import tensors_of
+from formats.errors import NonFiniteError
+from formats.partial_work import StoredWork
+
+if TYPE_CHECKING:
+    from consolidate.commands.finetune_plan import Plan
+    from consolidate.commands.finetune_start import Start
+
+LOG = logging.getLogger("consolidate")
+
+_COMPARING = "comparing"
+"""Marks saved progress of the run without a penalty."""
+
+Metrics = dict[str, dict[str, float]]
+
+
+def train_without_penalty(
+    plan: "Plan",
+    start: "Start",
+    work: KeptWork,
+    found: StoredWork | None,
+    search: LambdaSearch | None,
+) -> tuple[Comparison | None, StoredWork | None]:
+    """Compare with no penalty, if that was asked; give also the saved progress of what follows.
+
+    The comparison lacks what the run with a penalty ends at. The model comes back as it was.
+    """
+    comparing = found is not None and _COMPARING in found.state
+    rest = None if comparing else found
+    if not plan.options.gate.compare_none:
+        return None, rest
+    if search is not None and (compared := _of_search(search)) is not None:
+        LOG.info("the search for λ has trained λ = 0: no further run without a penalty")
+        return compared, rest
+    if rest is not None and "comparison" in rest.state:
+        return rest.state["comparison"], rest
+    with torch.random.fork_rng():  # the run that follows must not see it
+        without = _train(plan, start, work, found if comparing else None, search)
+    compared = _comparison(plan, {}, without)
+    work.keep({}, {"search": search, "comparison": compared}, "comparison")
+    return compared, None
+
+
+def completed(comparison: Comparison, metrics: dict[str, Metrics]) -> Comparison:
+    """Give a comparison with what the run with a penalty measured, unless a search did."""
+    if comparison["with_penalty"]:
+        return comparison
+    return {**comparison, "before": metrics["before"], "with_penalty": metrics["after"]}
+
+
+def _comparison(plan: "Plan", with_penalty: Metrics, without: Metrics | None) -> Comparison:
+    return {
+        "new_task": plan.opened.task,
+        "old_tasks": [name for name in plan.opened.old_tasks if name in plan.evaluate],
+        "measured": "--evaluate",
+        "before": {},
+        "with_penalty": with_penalty,
+        "without_penalty": without,
+    }
+
+
+def _of_search(search: LambdaSearch) -> Comparison | None:
+    """Compare the λ that a search chose with λ = 0, if it has trained that on all steps."""
+    most = max(trial["steps"] for trial in search["trials"])
+    whole = {t["ewc_lambda"]: t["metrics"] for t in search["trials"] if t["steps"] == most}
+    chosen = whole.get(search["ewc_lambda"])
+    if not search["old_tasks"] or 0 not in whole or chosen is None:
+        return None
+    return {
+        "new_task": search["new_task"],
+        "old_tasks": search["old_tasks"],
+        "measured": search["measured"],
+        "before": search["before"],
+        "with_penalty": chosen,
+        "without_penalty": whole[0],
+    }
+
+
+def _train(
+    plan: "Plan",
+    start: "Start",
+    work: KeptWork,
+    found: StoredWork | None,
+    search: LambdaSearch | None,
+) -> Metrics | None:
+    """Train without a penalty and measure; None where it diverges."""
+    LOG.info("training without a penalty, for comparison")
+    model, recipe, group = start.model, plan.recipe, work.group
+    values = {name: t.detach().clone() for name, t in tensors_of(model.module).items()}
+    chosen = subset(len(start.examples), recipe.max_examples, recipe.seed)
+    last = f"step {run_length(len(chosen), recipe, group)}"
+    measured: Metrics = {}
+
+    def measure(when: str, same_as: str = "") -> None:
+        if same_as != last:
+            return
+        if start.frozen is None:  # else the weights are what they were, and the adapter is float32
+            take_stored_values(model, stored_weights(model, group))
+        # As in the run that follows: a module may draw, and several processes stop together.
+        with signals.waiting(group is not None), torch.random.fork_rng():
+            measured.update(
+                evaluate_all(
+                    model,
+                    start.evaluations,
+                    batch_size=recipe.batch_size,
+                    with_heads=start.with_heads,
+                    group=group,
+                )
+            )
+
+    beside: dict[str, Any] = {"search": search, _COMPARING: True}
+    kept = KeptTraining(work, found, beside)
+    diverged = None
+    try:
+        descend(replace(start, penalty=None), recipe, measure, group, kept)
+    except NonFiniteError as error:
+        diverged = error
+        LOG.info("without a penalty training diverged: %s", error)
+    finally:
+        with torch.no_grad():
+            for name, tensor in tensors_of(model.module).items():
+                tensor.copy_(values[name])
+    return None if diverged is not None else measured
