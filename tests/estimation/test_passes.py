@@ -149,7 +149,7 @@ class Moody(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch._C._functorch.is_batchedtensor(x) and Moody.refuses:
             raise ValueError("not now")
-        return x * self.gain
+        return torch.lerp(torch.zeros_like(x), x, self.gain)  # It has no rule.
 
     refuses = False
 
@@ -282,7 +282,7 @@ def test_a_large_module_goes_in_chunks(monkeypatch):
 def test_the_spread_is_that_of_all_chunks(monkeypatch, chunk):
     data = batches([8, 8, 5])
     expected = fisher_diagonal(network(), data, "softmax")
-    assert expected.methods["2.gain"] == "module"
+    assert expected.methods["2.gain"] == "rule"  # Taken back from its uses in chunks.
     monkeypatch.setattr(layer_hooks, "VMAP_ELEMENTS", 4 * chunk)
     found = fisher_diagonal(network(), data, "softmax")
     assert found.methods == expected.methods
