@@ -20,6 +20,7 @@ from formats.digest import TensorRecord, json_digest, set_digest, tensor_record
 from formats.errors import ConsolidateError, InputError, NonFiniteError
 from formats.fisher_json import (
     MAX_LEDGER_BYTES,
+    BenchmarkRecord,
     Block,
     CurvePoint,
     Generated,
@@ -690,6 +691,7 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
     whole.tasks[0].penalty, whole.tasks[0].penalty_on = "ewc", "adapter"
     whole.tasks[0].interpolation = whole.tasks[1].interpolation
     whole.tasks[0].unit, whole.tasks[0].loss_on, whole.tasks[0].max_length = "token", "all", 64
+    whole.tasks[0].benchmarks = {"a": BenchmarkRecord("0.4.13", "arc", "1", "acc", 8, 8, None)}
     whole.tasks[1].weight_by = "trace"
     written = json.loads(ledger_bytes(whole))
     first, unmeasured = written["tasks"]
@@ -703,6 +705,7 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
         fields,
         first["layers"]["w"],
         first["generated"],
+        first["benchmarks"]["a"],
         first["interpolation"],
         first["interpolation"]["curve"][0],
         written["blocks"]["w.R"],
