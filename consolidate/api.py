@@ -380,7 +380,7 @@ def finetune(
         lora_train_head: Train the head of `head` keep in full beside the adapter, penalized with
             its Fisher (modules_to_save in peft). A new or extended head is always trained.
         evaluate: Evaluate before training, after each epoch and at the end, with the head of task
-            NAME if it has one. DATA may be a benchmark, lm-eval:TASK.
+            NAME if any. DATA may be lm-eval:TASK.
         max_forgetting: Exit with code 5 and save the output as DIR.failed-forgetting if an old task
             in `evaluate`, or a benchmark, loses more score than this (accuracy, else minus the
             loss).

@@ -530,7 +530,7 @@ class Gate:
     evaluate: dict[str, str | Path] | None = option(
         None,
         "Evaluate before training, after each epoch and at the end, with the head of task NAME "
-        "if it has one. DATA may be a benchmark, lm-eval:TASK.",
+        "if any. DATA may be lm-eval:TASK.",
         metavar="NAME=DATA",
         **_PER_CALL,
     )

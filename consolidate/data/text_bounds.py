@@ -31,7 +31,7 @@ def begin(value: T, tokens: Callable[[T], int], most: int, *, last: bool = False
     a token is returned whole. Of others the part grows until it has 2·`most` tokens, and ends at a
     space, if it has one. So the tokens that are kept are those of the whole text: always where the
     tokenizer splits at spaces first, and for others unless a token depends on text that is `most`
-    tokens away, as only a unigram model does, in one letter repeated tens of thousands of times.
+    tokens away, as only a unigram model's may, in repeated letters or spaces.
     """
     size = max(_LEAST, _UNITS * most)
     while len(value) > size:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import consolidate
-from consolidate.api import evaluate, finetune, fisher, merge, remap, verify
+from consolidate.api import evaluate, finetune, fisher, remap, verify
 from formats.checkpoint import open_checkpoint
 from formats.errors import InputError
 from formats.fisher_folder import read_fisher, write_fisher
@@ -163,7 +163,7 @@ def test_an_output_that_is_up_to_date_is_kept(old: Path, new: Path, tmp_path: Pa
     assert contents(out) == before
     # Of another Fisher, or damaged, it is not: then only --overwrite replaces it.
     other = tmp_path / "other"
-    merge([old], output_dir=other)
+    shutil.copytree(old, other)
     stored = read_fisher(other / "fisher")
     write_fisher(tmp_path / "half", stored.fisher, stored.ledger, anchor=None)
     shutil.rmtree(other / "fisher")
@@ -182,7 +182,7 @@ def test_an_output_that_is_up_to_date_is_kept(old: Path, new: Path, tmp_path: Pa
 def test_shards_and_a_bfloat16_fisher(old: Path, tmp_path: Path) -> None:
     stored = read_fisher(old / "fisher")
     half = tmp_path / "half"
-    merge([old], output_dir=half)
+    shutil.copytree(old, half)
     shutil.rmtree(half / "fisher")
     write_fisher(
         half / "fisher", stored.fisher, stored.ledger, anchor=stored.anchor,

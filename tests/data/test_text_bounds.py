@@ -48,12 +48,7 @@ def written(rng: random.Random, count: int, pieces: list[str] = PIECES) -> str:
 
 def trained(kind: str) -> Any:
     special = ["<unk>", "<s>", "</s>"]
-    if kind == "unigram":
-        tokenizer = Tokenizer(models.Unigram())
-        trainer: Any = trainers.UnigramTrainer(
-            vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False
-        )
-    elif kind == "wordpiece":
+    if kind == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
         trainer = trainers.WordPieceTrainer(
             vocab_size=120, special_tokens=special, show_progress=False
@@ -81,7 +76,6 @@ TOKENIZERS = {
     "bytes": byte_tokenizer,
     "wordpiece": lambda: trained("wordpiece"),
     "bpe": lambda: trained("bpe"),
-    "unigram": lambda: trained("unigram"),
 }
 
 
@@ -94,7 +88,7 @@ def test_the_tokens_kept_are_those_of_the_whole_text(
     monkeypatch.setattr(text_bounds, "_UNITS", 2)
     tokenizer, rng, cut = TOKENIZERS[name](), random.Random(1), 0
     for _ in range(150):
-        pieces = PIECES if name in ("unigram", "wordpiece") else RUNS
+        pieces = PIECES if name == "wordpiece" else RUNS
         text, most = written(rng, rng.randint(1, 200), pieces), rng.randint(8, 30)
         part = shortened(tokenizer, text, most, last=last, kinds=("text",))
         cut += len(part) < len(text)

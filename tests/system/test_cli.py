@@ -159,9 +159,9 @@ def test_what_every_command_writes_as_json_is_as_its_schema_tells(
         ("fisher", "start", "--data", "a.npz", *MODEL, "--dry-run"),
         ("fisher", "start", "--data", "a.npz", *MODEL),
         ("finetune", "start", *finetune, "--ewc-lambda", 1, "--output-dir", "2"),
-        ("finetune", "start", *finetune, "--ewc-lambda", "1,2", "--output-dir", "3"),
+        ("finetune", "start", *finetune, "--ewc-lambda", "1,2", "--task", "c", "--output-dir", "3"),
         ("evaluate", "2", "--data", "a.npz", *MODEL),
-        ("merge", "2", "--output-dir", "m"),
+        ("merge", "2", "3", "--base", "start", "--output-dir", "m"),
         ("run", "tasks.toml", "--dry-run"),
         ("run", "tasks.toml"),
         ("show", "2"),
@@ -785,6 +785,9 @@ def on_a_terminal(folder: Path, *words: object) -> tuple[int, str]:
     return process.wait(), found.decode()
 
 
+BARS = ["reading a.parquet", "evaluating", "training", "Fisher of a"]
+
+
 @pytest.mark.slow
 def test_a_terminal_gets_our_bars_and_none_of_a_library(tmp_path: Path) -> None:
     config = tiny_models.bert_config(num_labels=2)
@@ -797,7 +800,7 @@ def test_a_terminal_gets_our_bars_and_none_of_a_library(tmp_path: Path) -> None:
     words = ("finetune", "start", "--data", "a.parquet", "--penalty", "none", "--output-dir")
     code, err = on_a_terminal(tmp_path, *words, "out", "--evaluate", "a=a.parquet")
     bars = re.findall(r"(?:^|[\r\n])(?:\x1b\[A)?([^\r\n]*?): +\d+%\|", err)
-    assert (code, list(dict.fromkeys(bars))) == (0, ["evaluating", "training", "Fisher of a"]), err
+    assert (code, list(dict.fromkeys(bars))) == (0, BARS), err
     assert err.count("%|") == len(bars)
     assert on_a_terminal(tmp_path, *words, "quiet", "--quiet") == (0, "")
 
