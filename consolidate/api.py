@@ -387,7 +387,7 @@ def finetune(
         benchmark_limit: Score a benchmark on its first N examples, those of a group on N of each
             task. (default: all)
         compare_none: Also train without a penalty, and report what the penalty saved of the old
-            tasks in `evaluate`. A search for λ that tried 0 has trained that already.
+            tasks in `evaluate`.
         save_every_minutes: Save progress beside the output this often; rerunning the command
             resumes and gives bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as
             possible; inf: never.

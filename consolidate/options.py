@@ -146,6 +146,7 @@ class Images:
         "Height and width of the model's input images, in pixels.",
         by_default="from config.json or preprocessor_config.json",
         least=1,
+        most=8192,
     )
     crop_pct: float | None = option(
         None,
@@ -545,7 +546,7 @@ class Gate:
     compare_none: bool = option(
         False,
         "Also train without a penalty, and report what the penalty saved of the old tasks in "
-        "--evaluate. A search for λ that tried 0 has trained that already.",
+        "--evaluate.",
         **_PER_CALL,
     )
 

@@ -250,7 +250,6 @@ class Comparison(TypedDict):
 
     new_task: str
     old_tasks: Annotated[list[str], about("Those that were measured.")]
-    measured: Annotated[str, about("On which data: those of --evaluate, or of a search for λ.")]
     before: Evaluations
     with_penalty: Evaluations
     without_penalty: Annotated[Evaluations | None, about("null if it diverged.")]

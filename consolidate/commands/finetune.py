@@ -228,6 +228,7 @@ def _with_last_task(plan: Plan, cut: ProcessGroup | None) -> Plan:
     assert opened.before is not None  # it has the task
     folder = measured_folder(plan.target)
     measured = measure_last(asked, opened.source, opened.before, folder, cut)
+    LOG.info("the Fisher of %s was measured on %s, and protects it", name, data)
     return replace(plan, measured=measured)
 
 

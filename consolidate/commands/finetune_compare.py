@@ -44,50 +44,27 @@ def train_without_penalty(
     rest = None if comparing else found
     if not plan.options.gate.compare_none:
         return None, rest
-    if search is not None and (compared := _of_search(search)) is not None:
-        LOG.info("the search for λ has trained λ = 0: no further run without a penalty")
-        return compared, rest
     if rest is not None and "comparison" in rest.state:
         return rest.state["comparison"], rest
     with torch.random.fork_rng():  # the run that follows must not see it
         without = _train(plan, start, work, found if comparing else None, search)
-    compared = _comparison(plan, {}, without)
+    compared = _comparison(plan, without)
     work.keep({}, {"search": search, "comparison": compared}, "comparison")
     return compared, None
 
 
 def completed(comparison: Comparison, metrics: dict[str, Metrics]) -> Comparison:
-    """Give a comparison with what the run with a penalty measured, unless a search did."""
-    if comparison["with_penalty"]:
-        return comparison
+    """Give a comparison with what the run with a penalty measured."""
     return {**comparison, "before": metrics["before"], "with_penalty": metrics["after"]}
 
 
-def _comparison(plan: "Plan", with_penalty: Metrics, without: Metrics | None) -> Comparison:
+def _comparison(plan: "Plan", without: Metrics | None) -> Comparison:
     return {
         "new_task": plan.opened.task,
         "old_tasks": [name for name in plan.opened.old_tasks if name in plan.evaluate],
-        "measured": "--evaluate",
         "before": {},
-        "with_penalty": with_penalty,
+        "with_penalty": {},
         "without_penalty": without,
-    }
-
-
-def _of_search(search: LambdaSearch) -> Comparison | None:
-    """Compare the λ that a search chose with λ = 0, if it has trained that on all steps."""
-    most = max(trial["steps"] for trial in search["trials"])
-    whole = {t["ewc_lambda"]: t["metrics"] for t in search["trials"] if t["steps"] == most}
-    chosen = whole.get(search["ewc_lambda"])
-    if not search["old_tasks"] or 0 not in whole or chosen is None:
-        return None
-    return {
-        "new_task": search["new_task"],
-        "old_tasks": search["old_tasks"],
-        "measured": search["measured"],
-        "before": search["before"],
-        "with_penalty": chosen,
-        "without_penalty": whole[0],
     }
 
 

@@ -45,7 +45,6 @@ class FoundComparison(TypedDict):
 
     new_task: Text
     old_tasks: list[Text]
-    measured: Text
     before: dict[Text, _Scored]
     with_penalty: dict[Text, _Scored]
     without_penalty: dict[Text, _Scored] | None

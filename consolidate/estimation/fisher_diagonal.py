@@ -208,6 +208,11 @@ def _measurable(model: nn.Module) -> dict[str, nn.Parameter]:
                 f"{name or 'the model'!r} is a torch.jit.ScriptModule, whose layers cannot be "
                 "inspected; pass the module that it was compiled from"
             )
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise InputError(
+                f"{name or 'the model'!r} was compiled by torch.compile, which does not run the "
+                "hooks that follow its layers; pass the module that it was compiled from"
+            )
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise InputError(
                 f"{name!r} ({type(module).__name__}) has no running statistics and normalizes by "

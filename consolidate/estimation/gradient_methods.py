@@ -27,7 +27,7 @@ from consolidate.estimation.layer_hooks import (
     has_rows,
     in_words,
 )
-from consolidate.estimation.layer_rules import folds, rule_of
+from consolidate.estimation.layer_rules import rule_of
 from formats.errors import InputError
 
 METHODS = ("rule", "module", "loop")
@@ -67,12 +67,14 @@ class _Probe(NamedTuple):
     forward: Forward
     dtype: torch.dtype
     vector: Tensor
+    signs: Tensor  # ±1 for each example
     kept: tuple[int, int]  # the examples that are run alone too
 
     def sums(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Return autograd's own gradients of the batch."""
+        """Return autograd's own gradients of the batch, each example with its sign."""
+        signed = _signed(self.vector, self.signs)
         with requiring_gradients(parameters):
-            return _gradients(self.forward(self.batch), self.vector, parameters, self.dtype)
+            return _gradients(self.forward(self.batch), signed, parameters, self.dtype)
 
     def squares(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Return the sum of squared gradients over the examples that are run alone."""
@@ -95,22 +97,23 @@ def choose_methods(
     """Choose how each parameter's per-example gradients are computed.
 
     A random vector is backpropagated through the whole batch of two or more examples. Each
-    parameter's sum over the examples must equal autograd's gradient, so that nothing is missing.
-    The squares of the first and the last example must equal those of the two run alone: squares
-    show, and sums do not, rows that belong to another example, as in time-first layouts.
+    parameter's sum over the examples, each with a random sign, must equal autograd's gradient of
+    the vector with these signs: nothing is missing, and no row belongs to an example of the other
+    sign, as in time-first layouts. The squares of the first and the last example must equal those
+    of the two run alone.
 
     `levels` are those of an earlier plan, to start from. A model that draws random numbers is
     refused.
     """
     everything_by_loop = Plan(dict.fromkeys(parameters, "loop"), [], {})
     try:
-        calls, together, vector, expected = _scout(model, parameters, batch, forward, dtype)
+        calls, together, vector, signs, expected = _scout(model, parameters, batch, forward, dtype)
     except (RuntimeError, InputError) as error:
         if out_of_memory(error):
             raise
         # One at a time may succeed.
         return everything_by_loop._replace(only_single=in_words(error))
-    probe = _Probe(model, batch, forward, dtype, vector, (0, len(batch) - 1))
+    probe = _Probe(model, batch, forward, dtype, vector, signs, (0, len(batch) - 1))
     for example in probe.kept:
         alone = forward(batch.example(example))
         if alone.shape != vector[:1].shape:
@@ -207,8 +210,8 @@ def _scout(
     batch: Batch,
     forward: Forward,
     dtype: torch.dtype,
-) -> tuple[_Calls, Tensor, Tensor, dict[str, Tensor]]:
-    """Run the batch; return the calls, the outputs, a random vector, and its gradients."""
+) -> tuple[_Calls, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Run the batch; return calls, outputs, a random vector, random signs, and the gradients."""
     size = len(batch.labels)
     calls: _Calls = {}
 
@@ -225,11 +228,18 @@ def _scout(
             outputs = forward(batch)
             generator = torch.Generator().manual_seed(0)
             vector = torch.randn(outputs.shape, generator=generator).to(outputs)
-            sums = _gradients(outputs, vector, parameters, dtype)
+            signs = torch.randint(2, (size,), generator=generator) * 2 - 1
+            signs[-1] = -signs[0]  # else all could be the same
+            sums = _gradients(outputs, _signed(vector, signs), parameters, dtype)
     finally:
         for handle in handles:
             handle.remove()
-    return calls, outputs.detach(), vector, sums
+    return calls, outputs.detach(), vector, signs, sums
+
+
+def _signed(vector: Tensor, signs: Tensor) -> Tensor:
+    """Return a vector for the outputs with the sign of each example."""
+    return vector * signs.to(vector).view(-1, *[1] * (vector.ndim - 1))
 
 
 def _gradients(
@@ -288,8 +298,7 @@ def _units(
                     by_module.setdefault((host, levels[name] == "module"), []).append(name)
     modules = {model.get_submodule(path): names for path, names in by_rule.items()}
     units = [
-        Unit(m, names, rule_of(m), folds=folds(m), spread=calls.get(m) is None)
-        for m, names in modules.items()
+        Unit(m, names, rule_of(m), spread=calls.get(m) is None) for m, names in modules.items()
     ]
     units += [Unit(model.get_submodule(p), names, shared=True) for p, names in where_used.items()]
     for (path, vmap), inside in by_module.items():
@@ -329,8 +338,12 @@ def _failed(
     def add(gradients: Mapping[str, Gradients], examples: range) -> None:
         with falling_back(gradients, RuntimeError):
             for name, of_name in gradients.items():
-                for example in range(len(examples)):
-                    of_name.add_to(found[name], example)
+                for sign in (1, -1):
+                    own = [i for i, at in enumerate(examples) if probe.signs[at] == sign]
+                    found[name].mul_(sign)
+                    for example in own:
+                        of_name.add_to(found[name], example)
+                    found[name].mul_(sign)
 
     try:
         with (

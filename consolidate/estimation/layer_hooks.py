@@ -45,7 +45,6 @@ class Unit(NamedTuple):
     rule: Rule | None = None
     rows: tuple[bool, ...] = ()  # Without a rule: which of its inputs have one row per example,
     vmap: bool = False  # and whether it can be run for several examples by vmap.
-    folds: bool = False  # With a rule: whether an example may have several rows, in order.
     shared: bool = False  # Whether the parameters are followed to where functions use them.
     spread: bool = False  # Whether its ids were shared by all examples.
 
@@ -151,7 +150,7 @@ class Recording:
     def mark_linear(self, names: dict[str, str], weight: Tensor, x: Tensor, out: Tensor) -> Tensor:
         """Return the output of `linear` with a parameter, marked."""
         layer: Any = _Function(weight)
-        marked = self.mark(Unit(layer, names, linear, folds=True), (x,), {}, out)
+        marked = self.mark(Unit(layer, names, linear), (x,), {}, out)
         return out if marked is None else marked
 
     def mark_use(self, use: Use) -> Tensor:
@@ -193,8 +192,6 @@ class Recording:
         if unit.rule is not None:
             (a,), (g,) = call.inputs, (g for g in gradients if g is not None)
             a = a.to(self.dtype) if a.is_floating_point() else a
-            if len(a) != self.size:
-                a, g = (t.reshape(self.size, -1, *t.shape[1:]) for t in (a, g))
             # The rule was found by the class's name, and the module may differ from that class.
             with falling_back(unit.names.values(), RuntimeError, AttributeError):
                 found = unit.rule(unit.module, a, g.to(self.dtype))
@@ -228,8 +225,6 @@ class Recording:
         return self.size if several else max(1, VMAP_ELEMENTS // max(1, elements))
 
     def _fits(self, unit: Unit, inputs: list[Any], outputs: list[Tensor]) -> bool:
-        if unit.folds and self._is_folded(inputs, outputs):
-            return True
         if not outputs or not all(has_rows(t, self.size) for t in outputs):
             return False
         if unit.rule is not None:
@@ -241,16 +236,6 @@ class Recording:
         return len(inputs) == len(unit.rows) and all(
             has_rows(t, self.size) for t, rows in zip(inputs, unit.rows, strict=True) if rows
         )
-
-    def _is_folded(self, inputs: list[Any], outputs: list[Tensor]) -> bool:
-        """Return whether examples may have several rows each, as windows of an image have."""
-        tensors = [*inputs, *outputs]
-        if len(tensors) != 2 or not all(isinstance(t, Tensor) and t.ndim > 1 for t in tensors):
-            return False
-        rows = {len(t) for t in tensors}
-        # Inputs without a graph are constants, which may happen to have that many rows.
-        several = all(r > self.size and r % self.size == 0 for r in rows)
-        return len(rows) == 1 and several and inputs[0].requires_grad
 
 
 _SAVED = object()  # stands for a tensor that autograd keeps

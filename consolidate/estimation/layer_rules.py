@@ -132,20 +132,12 @@ RULES: dict[str, Rule] = {
     "timm.layers.norm_act.BatchNormAct2d": activated_batch_norm,
 }
 
-# Those that may be called with several rows for each example.
-_FOLDING: tuple[Rule, ...] = (linear, layer_norm, rms_norm)
-
 
 def rule_of(module: nn.Module) -> Rule | None:
     """Return the rule for a module of exactly this type."""
     kind = type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
     return next((rule for pattern, rule in RULES.items() if fnmatchcase(name, pattern)), None)
-
-
-def folds(module: nn.Module) -> bool:
-    """Return whether a module's rule takes several rows for each example, in order."""
-    return rule_of(module) in _FOLDING
 
 
 def _positions(tensor: Tensor) -> Tensor:

@@ -129,6 +129,10 @@ class Shared(Tensor):
                 return call.on({})
         # These functions call others, which are followed.
         if call.name == "multi_head_attention_forward" and not recording.time_first:
+            query = call.argument(0, "query")
+            if query.ndim != 3 or query.shape[1] != recording.size:
+                recording.mismatch(source.name for s in shared for source in s.sources)
+                return call.on({})
             try:
                 recording.time_first = True
                 return _inside(func)(*args, **(kwargs or {}))
@@ -296,8 +300,7 @@ def _with(call: _Function, shared: list[Shared], activations: list[Tensor]) -> A
     rows = {t.shape[0] for t in activations if t.ndim == ndim and ndim}
     if len(rows) != 1 or any(t.ndim != ndim for t in activations):
         return None
-    (length,) = rows
-    if length % recording.size or not length:
+    if rows != {recording.size}:
         return None
     if call.name == "cat":
         dim = call.argument(1, "dim", 0)
@@ -307,26 +310,21 @@ def _with(call: _Function, shared: list[Shared], activations: list[Tensor]) -> A
         ndim < 3 or any(s.ndim < 2 for s in shared)
     ):
         return None
-    copies = {id(s): _spread(s, ndim, length) for s in shared}
+    copies = {id(s): _spread(s, ndim) for s in shared}
     if any(copy is None for copy in copies.values()):
         return None
     return call.on({key: copy for key, copy in copies.items() if copy is not None})
 
 
-def _spread(shared: Shared, ndim: int, length: int) -> Tensor | None:
-    """Return a tensor with a copy for each of `length` rows of activations; None if it cannot."""
+def _spread(shared: Shared, ndim: int) -> Tensor | None:
+    """Return a tensor with a copy for each example; None if it cannot have one."""
     size = shared.recording.size
     if shared.after is None:
-        copies, rows = _copies(shared, ndim), length
-    else:
-        if shared.ndim != ndim or len(shared.face) != length or shared.rows % size:
-            return None
-        copies, rows = _copies(shared, shared.value.ndim), shared.rows
-    if copies is None or len(copies) != size:
+        return _copies(shared, ndim)
+    if shared.ndim != ndim or len(shared.face) != size or shared.rows != size:
         return None
-    if rows != size:  # Several rows for each example, in order.
-        copies = copies[:, None].expand(size, rows // size, *copies.shape[1:]).flatten(0, 1)
-    return copies if shared.after is None else shared.after(copies)
+    copies = _copies(shared, shared.value.ndim)
+    return None if copies is None else shared.after(copies)
 
 
 def _copies(shared: Shared, ndim: int) -> Tensor | None:

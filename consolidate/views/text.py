@@ -131,10 +131,9 @@ def comparison_text(comparison: Comparison) -> list[str]:
     old = comparison["old_tasks"]
     lost = {n: {"before": before[n]["score"], "after": free[n]["score"]} for n in old}
     saved = ", ".join(f"{points(kept[n]['score'] - free[n]['score'], kept[n])} of {n}" for n in old)
-    where = "" if comparison["measured"] == "--evaluate" else f" (on {comparison['measured']})"
     return [
         f"without a penalty: {_lost(lost, free)}",
-        f"the penalty saved {saved}{where}",
+        f"the penalty saved {saved}",
     ]
 
 

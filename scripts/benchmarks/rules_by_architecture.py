@@ -35,9 +35,11 @@ for each example, which can cost more than its share. *Not used*: the outputs do
 
 {others}
 
-Three kinds of weights have no rule: those of experts, whose gradients need the tokens routed to
-each, which only their own code knows; convolutions whose weight the code reshapes (Mamba, Qwen
-3.5); and parametrized weights (the position convolution of Wav2Vec2).
+Four kinds of weights have no rule: those of experts, whose gradients need the tokens routed to
+each, which only their own code knows; those of layers that see tokens, windows or heads of all
+examples in one dimension (routers, Swin's attention, DeBERTa's positions), where it is not known
+which row belongs to which example; convolutions whose weight the code reshapes (Mamba, Qwen 3.5);
+and parametrized weights (the position convolution of Wav2Vec2).
 """
 
 

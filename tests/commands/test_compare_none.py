@@ -196,27 +196,14 @@ def test_one_that_diverges_is_reported(
     assert "<td>diverged</td>" in (tmp_path / "r.html").read_text()
 
 
-def test_a_search_that_tried_no_penalty_is_the_comparison(
-    learned: Path, write_task: Write, tmp_path: Path, caplog: Any
+def test_beside_a_search_the_whole_run_is_compared(
+    learned: Path, write_task: Write, tmp_path: Path
 ) -> None:
-    caplog.set_level("INFO", "consolidate")
-    held = {"a": write_task("held", count=40), "b": write_task("held-b", seed=1, count=40)}
+    held = {"a": write_task("held", count=40)}
     options = {"ewc_lambda": (0.0, 100.0), "validation": held}
     result = compared(learned, tmp_path / "out", write_task, **options)
-    said = "the search for λ has trained λ = 0: no further run without a penalty"
-    assert caplog.messages.count(said) == 1
-    free, chosen = result["lambda_search"]["trials"]
-    assert chosen["chosen"]
-    comparison = result["comparison"]
-    assert comparison["without_penalty"] == free["metrics"]
-    assert comparison["with_penalty"] == chosen["metrics"]
-    assert comparison["measured"] == result["lambda_search"]["measured"]
-    assert f"(on {comparison['measured']})" in finetune_text(result).splitlines()[-1]
-    caplog.clear()
-    options = {"ewc_lambda": (10.0, 100.0), "validation": held}
-    other = compared(learned, tmp_path / "other", write_task, **options)
-    assert said not in caplog.messages
-    assert other["comparison"]["measured"] == "--evaluate"
+    alone = compared(learned, tmp_path / "alone", write_task, ewc_lambda=result["ewc_lambda"])
+    assert result["comparison"] == alone["comparison"]
 
 
 def test_the_report_shows_both(

@@ -457,6 +457,9 @@ def test_inputs_of_another_width_are_an_input_error(size):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_compiled_modules_are_refused():
+    optimized = nn.Sequential(torch.compile(nn.Linear(5, 3)))
+    with pytest.raises(InputError, match=r"'0' was compiled by torch\.compile"):
+        fisher_diagonal(optimized, [], "softmax")
     compiled = torch.jit.script(nn.Linear(5, 3))
     for model, name in ((compiled, "the model"), (nn.Sequential(compiled), "0")):
         with pytest.raises(InputError, match=f"'{name}' is a torch.jit.ScriptModule"):
