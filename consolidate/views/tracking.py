@@ -192,7 +192,8 @@ def plain(value: object) -> object:
 
 def reason(error: Exception) -> str:
     """Give an error's first line, without credentials and details of the request."""
-    return public([*str(error).splitlines(), type(error).__name__][0])[:300]
+    line = public([*str(error).splitlines(), type(error).__name__][0])
+    return line if len(line) <= 300 else f"{line[:200]} … {line[-98:]}"
 
 
 def public(text: str) -> str:
