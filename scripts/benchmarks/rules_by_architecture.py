@@ -19,7 +19,7 @@ from consolidate.estimation.gradient_methods import METHODS
 from scripts.benchmarks.benchmark_architectures import BATCH, NETWORKS, made, patterns
 from scripts.benchmarks.harness import installed, markdown, start, take, write_page
 
-UNUSED = "not used"  # by the small model's outputs
+UNUSED = "frozen or not used"  # by the outputs of the small model
 TEXT = """
 # Which parameters are measured by a rule
 
@@ -27,7 +27,8 @@ The share of parameters that each [method](../explanation/fisher.md#how-whole-ba
 measures. The methods are chosen by the first batch of a small model with random weights, in batches
 of 3, 3 and 2; the parameters are counted in the library's default configuration, by their names.
 Both are exact, and no time is measured: where a parameter goes *by module*, its module runs again
-for each example, which can cost more than its share. *Not used*: the outputs do not depend on it.
+for each example, which can cost more than its share.
+*Frozen or not used*: `requires_grad` is False, or the outputs do not depend on it.
 
 {table}
 
@@ -192,7 +193,7 @@ def main() -> None:
             if method in names:
                 others.append(f"- {title}, {method}: {patterns(names[method])}")
         print(*rows[-1], file=sys.stderr)
-    header = ["", "million parameters", *(f"by {method}, %" for method in METHODS), "not used, %"]
+    header = ["", "million parameters", *(f"by {method}, %" for method in METHODS), f"{UNUSED}, %"]
     text = TEXT.format(table=markdown(header, rows), others="\n".join(others) or "Nothing.")
     packages = [name for name in ("transformers", "timm", "torchvision") if installed(name)]
     quick = bool(options.quick or options.only)

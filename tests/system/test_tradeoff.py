@@ -34,6 +34,7 @@ from scripts.experiments.lib.tuning import Done, fit, packed
 from scripts.experiments.tasks import confirm_tradeoff, tradeoff
 
 ROOT = Path(__file__).resolve().parents[2]
+INSTALLED = tradeoff.sittings.installed(tradeoff.KIND.packages)
 
 
 def slow_kept_at(points: list[tuple[float, float]], level: float) -> float:
@@ -301,7 +302,7 @@ def test_records_of_earlier_code_are_confirmed_by_a_repeated_unit(
     for seconds, unit in enumerate(units):
         earlier = dataclasses.replace(unit, settings={**unit.settings, "code": "0" * 16})
         figures = {"validation": 0.5, "tuning_seconds": float(seconds)}
-        append_record(path, Record(earlier, figures, 10.0 - seconds, {}))
+        append_record(path, Record(earlier, figures, 10.0 - seconds, INSTALLED))
     measured = []
 
     def measure(name: str, unit: tradeoff.Unit, *, raw: Path) -> dict[str, float]:
@@ -319,6 +320,49 @@ def test_records_of_earlier_code_are_confirmed_by_a_repeated_unit(
     if same:
         assert records[units[0].digest].made_by == "0" * 16
         assert "1 of them were made by earlier code (0000000000000000)" in _page_text(records)
+
+
+def test_a_confirmed_record_does_not_confirm_those_of_another_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = (1e-4, 3e-5, 1e-5)
+    first, second, third = (
+        tradeoff.unit("newsgroups", "free", rate, rate, 0, False) for rate in rates
+    )
+    path = tmp_path / "newsgroups.jsonl"
+    made = [("1", first, 2.0), ("1", second, 1.0), ("0", first, 3.0), ("0", third, 4.0)]
+    for code, unit, seconds in made:
+        earlier = dataclasses.replace(unit, settings={**unit.settings, "code": code * 16})
+        append_record(path, Record(earlier, {"validation": 0.5}, seconds, INSTALLED))
+    measured = []
+
+    def measure(name: str, unit: tradeoff.Unit, *, raw: Path) -> dict[str, float]:
+        measured.append(unit)
+        return {"validation": 0.25 if unit == third else 0.5}
+
+    monkeypatch.setattr(tradeoff, "measure", measure)
+    confirm_tradeoff.confirm("newsgroups", path, tmp_path)
+    # Of code 1 the second is repeated, the first confirmed; code 0 needs a unit of its own.
+    assert measured == [second, third]
+    records = {record.unit.digest: record for record in read_records(path)}
+    assert records[first.digest].made_by == "1" * 16
+    assert records[third.digest].made_by is None
+    assert records[third.digest].figures == {"validation": 0.25}
+
+
+def test_records_of_other_versions_are_not_confirmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "newsgroups.jsonl"
+    for rate, versions in ((1e-4, INSTALLED), (3e-5, {**INSTALLED, "torch": "1.0"})):
+        unit = tradeoff.unit("newsgroups", "free", rate, rate, 0, False)
+        earlier = dataclasses.replace(unit, settings={**unit.settings, "code": "0" * 16})
+        append_record(path, Record(earlier, {"validation": 0.5}, 1.0, versions))
+    before = path.read_bytes()
+    monkeypatch.setattr(tradeoff, "measure", lambda *_, **__: pytest.fail("it was measured"))
+    confirm_tradeoff.confirm("newsgroups", path, tmp_path)
+    assert "code 0000000000000000 ran with other versions" in capsys.readouterr().out
+    assert path.read_bytes() == before
 
 
 def _page_text(records: dict[str, Record]) -> str:

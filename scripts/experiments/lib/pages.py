@@ -307,6 +307,7 @@ def page_text(setting: Setting, searches: Mapping[str, Sequence[Record]]) -> str
         unit=page.scale.unit,
         forgotten=forgotten(setting),
         levels="\n\n".join(tables) or "No curve is complete yet.",
+        limits=page.limits.strip() + "\n\n" * bool(page.limits),
         search=search_table(searches) if any(searches.values()) else "Not begun.",
         tried=tried_table(setting),
         untried=UNTRIED.strip(),

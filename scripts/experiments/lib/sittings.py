@@ -323,12 +323,16 @@ def undone(experiment: Experiment, folder: Path, quick: bool) -> list[Unit]:
     return [unit for unit in experiment.plan(records, quick) if unit.digest not in done]
 
 
+def installed(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions that a record states: of the packages, and the number of threads."""
+    return {name: version(name) for name in packages} | {"threads": "1"}
+
+
 def timed(
     measure: Callable[[Unit], Figures], unit: Unit, packages: Sequence[str] = PACKAGES
 ) -> Record:
     """Do one unit on one thread, with its times and versions."""
-    versions = {name: version(name) for name in packages}
-    versions["threads"] = "1"
+    versions = installed(packages)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     # Moments of rarely used weights decay to denormal numbers, at up to 80 times the time a step.

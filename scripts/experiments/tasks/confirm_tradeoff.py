@@ -5,7 +5,11 @@
 Of every method and setting whose records are of one earlier code, the quickest unit is done again.
 If all its figures are the same to the last digit kept, the others get the digest of the present
 code, and name the code that made them; if one differs, all stay as they are, and tradeoff.py does
-them again. The machine, the threads and the versions of packages must be those of the records.
+them again. The machine must be that of the records. Records of other versions of packages or
+another number of threads than those of now are left as they are, and named.
+
+One unit stands for all seeds, rates and strengths of a method: a change of code that acts only in
+others of them is not noticed.
 """
 
 import argparse
@@ -26,7 +30,7 @@ from scripts.experiments.lib.records import (
     read_records,
     rounded,
 )
-from scripts.experiments.lib.sittings import timed
+from scripts.experiments.lib.sittings import installed, timed
 from scripts.experiments.tasks import tradeoff
 
 Key = tuple[str, str]
@@ -52,12 +56,18 @@ def outdated(name: str, records: Iterable[Record]) -> dict[Key, list[Record]]:
 
 
 def repeated(name: str, key: Key, records: Sequence[Record]) -> tuple[Record, Record] | None:
-    """Return a record of earlier code and the present one's, if both have done the same unit."""
+    """Return a record of earlier code and the present one's, if both have done the same unit.
+
+    The present code's has really been made by it, with the same versions of packages: no record
+    of yet another code that was confirmed.
+    """
     by_digest = {record.unit.digest: record for record in records}
     for record in records:
         unit = record.unit
         same = by_digest.get(now(unit).digest)
-        if (unit.method, unit.settings["code"]) == key and same not in (None, record):
+        if (unit.method, unit.settings["code"]) != key or same in (None, record):
+            continue
+        if same.made_by is None and same.versions == record.versions:
             return record, same
     return None
 
@@ -87,8 +97,15 @@ def confirm(name: str, path: Path, raw: Path) -> None:
         path: Its file of records.
         raw: The folder of raw data.
     """
-    for key, others in outdated(name, read_records(path)).items():
+    versions = installed(tradeoff.KIND.packages)
+    for key in outdated(name, read_records(path)):
         method, code = key
+        others = outdated(name, read_records(path)).get(key)
+        if not others:  # those of another code were confirmed for the same units
+            continue
+        if any(record.versions != versions for record in others):
+            print(f"{name}: {method}: code {code} ran with other versions: to be done again")
+            continue
         if repeated(name, key, read_records(path)) is None:
             unit = now(others[0].unit)
             measure = partial(tradeoff.measure, name, raw=raw)
@@ -100,8 +117,9 @@ def confirm(name: str, path: Path, raw: Path) -> None:
         if before != after:
             print(f"{name}: {method}: other figures than those of code {code}: to be done again")
             continue
+        more = len(outdated(name, records).get(key, ()))
         write_file(path, b"".join(map(line, carried(records, key))))
-        print(f"{name}: {method}: the same figures: {len(others) - 1} more records are confirmed")
+        print(f"{name}: {method}: the same figures: {more} more records are confirmed")
 
 
 def main() -> None:
