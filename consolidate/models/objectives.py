@@ -58,6 +58,7 @@ _BY_ARCHITECTURE = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForConditionalGeneration": "seq2seq-lm",
+    "MTModel": "seq2seq-lm",  # Marian
 }
 
 

@@ -54,6 +54,7 @@ def test_language_models_have_no_labels() -> None:
         ({"architectures": ["LlamaForCausalLM"]}, "causal-lm"),
         ({"architectures": ["BertForMaskedLM"]}, "masked-lm"),
         ({"architectures": ["T5ForConditionalGeneration"]}, "seq2seq-lm"),
+        ({"architectures": ["MarianMTModel"]}, "seq2seq-lm"),
         ({"architectures": ["ResNetForImageClassification"]}, "image-classification"),
     ],
 )
