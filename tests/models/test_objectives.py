@@ -67,6 +67,12 @@ def test_an_architecture_that_names_none() -> None:
         default_objective({"architectures": ["BertModel"]}, factory=False)
 
 
+def test_a_model_type_that_transformers_lacks() -> None:
+    config = {"model_type": "tcn", "architectures": ["TCN"]}
+    with pytest.raises(InputError, match=r"has no model_type 'tcn'; name the module with --model"):
+        default_objective(config, factory=False)
+
+
 def test_own_modules_take_tensors() -> None:
     objective = default_objective({}, factory=True)
     assert (objective.name, objective.modality, objective.auto_class) == (
