@@ -170,7 +170,7 @@ def test_columns_by_name(tmp_path: Path) -> None:
         InputError, match=r"expected a column 'text' or 'sentence', found 'body', 'topic'"
     ):
         encode(rows, model)
-    with pytest.raises(InputError, match=r"expected a column 'topik'.*--label-column"):
+    with pytest.raises(InputError, match=r"'topik'.*; did you mean topic\? name .* --label-column"):
         encode(rows, model, columns=Columns(text="body", label="topik"))
     examples = encode(rows, model, columns=Columns(text="body", label="topic"))
     assert first_batch(examples)[1].tolist() == [2]
