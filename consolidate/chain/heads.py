@@ -209,7 +209,7 @@ def check_labels(rows: Rows, model: Model, columns: Columns, *, remedy: str = NE
         return  # a row of zeros and ones has no names
     try:
         known = _known(model, head_tensors(model))
-    except UsageError:
+    except (InputError, UsageError):  # without a head of its own, as when it is tied
         return  # encoding checks the numbers against the model's outputs
     found = label_values(rows, model.objective.name, columns, used=True)
     stated = rows.label_names(label_column(rows, columns, model.objective.name))

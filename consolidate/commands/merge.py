@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ from formats.versions import program_versions
 LOG = logging.getLogger("consolidate")
 _CHUNK = 1 << 16  # elements in float64 at a time: they stay in the cache, however large the tensor
 
+_COUNTER = "num_batches_tracked"  # of batch norm: the largest is taken
 _ALIKE = "only checkpoints of one architecture can be merged"
 
 
@@ -262,7 +263,11 @@ class _Tensors(LazyTensors):
 
     def __getitem__(self, name: str) -> Tensor:
         if not self.dtype(name).is_floating_point:
-            return self._merged.models[0].source.weights[name]
+            models = self._merged.models
+            if name.endswith(_COUNTER):
+                at = models[0].same.get(name, name)
+                return reduce(torch.maximum, (model.weights[at] for model in models))
+            return models[0].source.weights[name]
         made = torch.empty(self.shape(name), dtype=self.dtype(name))
         flat = made.view(-1)
         for start, part in self._merged.parts(name):
@@ -388,7 +393,8 @@ def _check_alike(first: _Model, other: _Model) -> None:
                 f"the tensor {name!r} in {first.path} and {other.path} is {found}: save them in "
                 "one dtype"
             )
-        if not dtypes[0].is_floating_point and not torch.equal(ours[name], theirs[name]):
+        mergeable = dtypes[0].is_floating_point or name.endswith(_COUNTER)
+        if not mergeable and not torch.equal(ours[name], theirs[name]):
             raise InputError(
                 f"the integer tensor {name!r} differs in {first.path} and {other.path} and cannot "
                 "be averaged: make it the same in both"

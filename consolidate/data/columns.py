@@ -6,6 +6,7 @@ from dataclasses import asdict
 from consolidate.options import Columns
 from formats.errors import InputError
 from formats.rows import Rows
+from formats.wording import did_you_mean
 
 
 def columns_of(given: Columns, named: Mapping[str, str]) -> Columns:
@@ -62,9 +63,10 @@ def find_column(rows: Rows, columns: Columns, role: str, *usual: str) -> str:
     for name in names:
         if name in rows.columns:
             return name
+    near = did_you_mean(given or "", rows.columns)
     raise InputError(
         f"{rows.name}: expected a column {' or '.join(map(repr, names))}, found "
-        f"{', '.join(map(repr, rows.columns))}; name the column with "
+        f"{', '.join(map(repr, rows.columns))}; {near + ' ' * bool(near)}name the column with "
         f"--{role.replace('_', '-')}-column"
         + ", or that of images with --image-column"
         * (role == "inputs")

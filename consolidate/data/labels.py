@@ -48,6 +48,12 @@ def label_values(
             if one is None or one == "":
                 raise InputError(f"{rows.where(i, column)}: the label is missing")
             number = as_integer(one)
+            if not several and _is_target(one):
+                if rows.tensors is not None and isinstance(one, float):  # of any row
+                    numbers = rows.tensors[column].flatten()
+                    i = int((numbers != numbers.long()).nonzero()[0])
+                    one = numbers[i].item()
+                raise no_class(rows.where(i, column), one)
             if number != -100 or objective != "token-classification":
                 found.add(str(one) if number is None else str(number))
     if stated is not None:
@@ -107,6 +113,19 @@ def _distinct(labels: Tensor) -> list[Any]:
     """Return the distinct values of a column of labels, (N,) or (N, 1), or else its rows."""
     flat = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     return flat.unique().tolist() if flat.ndim == 1 else list(flat)
+
+
+_TARGETS = "; for numbers as targets use --objective regression"
+
+
+def no_class(where: str, value: Any) -> InputError:
+    """Return the error for numbers where a class is expected, as in the data of a regression."""
+    if isinstance(value, float):
+        found = f"{value:.6g}"
+    else:
+        shape = list(value.shape) if isinstance(value, Tensor) else [len(value)]
+        found = f"rows of shape {shape}"
+    return InputError(f"{where}: expected one class number per row, found {found}{_TARGETS}")
 
 
 class Labels:
@@ -179,15 +198,19 @@ class Labels:
         where = self._rows.where(i, self._column)
         if value is None or value == "":
             return InputError(f"{where}: the label is missing")
+        if isinstance(value, list | tuple) and _is_target(value):
+            return no_class(where, value)
+        targets = _TARGETS if _is_target(value) else ""
         if self._by_name:
             names = list(self._by_name)
             numbers = "" if self._all_named else f" (or their numbers, 0 to {len(names) - 1})"
             return InputError(
                 f"{where}: expected one of the model's {len(names)} labels, {few(names, 20)}"
-                f"{numbers}, found {value!r}"
+                f"{numbers}, found {value!r}{targets}"
             )
         upto = f" to {self._count - 1}" if self._count else ""
-        hint = "" if as_integer(value) is not None else "; names need id2label in config.json"
+        name = as_integer(value) is None and not targets
+        hint = "; names need id2label in config.json" if name else targets
         return InputError(
             f"{where}: expected a label of the model, a number from 0{upto}, found {value!r}{hint}"
         )
@@ -204,6 +227,15 @@ def as_integer(value: Any) -> int | None:
             return None
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     return int(value) if whole else None
+
+
+def _is_target(value: Any) -> bool:
+    """Whether a value is several numbers, or one with a fraction, as in data of a regression."""
+    if isinstance(value, Tensor):
+        return value.numel() > 1
+    if isinstance(value, list | tuple):
+        return len(value) > 1 and all(isinstance(one, int | float) for one in value)
+    return isinstance(value, float) and not value.is_integer()
 
 
 def as_list(value: Any, where: str) -> list[Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from consolidate.data.columns import INPUT_COLUMNS, find_column, label_column
 from consolidate.data.examples import Examples
-from consolidate.data.labels import Labels, as_list, read_labels, within_int64
+from consolidate.data.labels import Labels, as_list, no_class, read_labels, within_int64
 from consolidate.models.model import Model, module_dtype, outputs_of_first
 from consolidate.options import Columns
 from formats.errors import InputError
@@ -54,10 +54,7 @@ def encode_tensors(rows: Rows, model: Model, columns: Columns) -> Examples:
 def _class_numbers(rows: Rows, column: str, labels: Tensor, reader: Labels) -> Tensor:
     flat = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if flat.ndim != 1 or flat.is_complex():
-        raise InputError(
-            f"{rows.where(0, column)}: expected one class number per row, found rows of shape "
-            f"{list(labels.shape[1:])}"
-        )
+        raise no_class(rows.where(0, column), labels[0])
     numbers = flat.long()
     for i in (numbers != flat).nonzero()[:1].flatten().tolist():
         reader.index(flat[i].item(), i)  # raises the error for it

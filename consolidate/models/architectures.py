@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from consolidate.models.objectives import Objective, check_declared, get_objective
+from consolidate.models.objectives import Objective, check_declared, check_model_type, get_objective
 from consolidate.runtime.quiet import quiet
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError, install
@@ -31,12 +31,7 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
             f"{where}: the architecture is unknown to transformers: {what}; name the module with "
             "--model package.module:factory"
         )
-    if kind not in transformers.CONFIG_MAPPING:
-        code = " (the code in its auto_map is never run)" if "auto_map" in contents else ""
-        raise InputError(
-            f"{where}: transformers {transformers.__version__} has no model_type {kind!r}{code}; "
-            "name the module with --model package.module:factory, or install a newer transformers"
-        )
+    check_model_type(contents, str(where))
     try:
         config = transformers.CONFIG_MAPPING[kind].from_dict(
             {key: _plain(value) for key, value in contents.items() if key != "auto_map"}

@@ -14,7 +14,7 @@ from consolidate.models.architectures import architectures, declared_class, new_
 from consolidate.models.factories import make_module
 from consolidate.models.model import Model, freeze_parameters, layout_of
 from consolidate.models.objectives import Objective, default_objective, get_objective
-from consolidate.models.tensor_names import Layout, outer_prefix
+from consolidate.models.tensor_names import Layout, computed_names, outer_prefix
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint
@@ -183,6 +183,9 @@ def _from_transformers(
             ) from error
         _check_shapes(info, config, checkpoint)
         layout = layout_of(module, checkpoint)
+        for name, parameter in module.named_parameters():
+            if not layout.file_names(name) and name in computed_names(module):
+                parameter.requires_grad_(False)  # no file has it, so training must not change it
         _check_missing(module, info, objective, declared, new_labels is not None, where)
         dropped = _check_unexpected(module, info, layout, where)
         if dropped:

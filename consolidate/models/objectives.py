@@ -58,6 +58,7 @@ _BY_ARCHITECTURE = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForConditionalGeneration": "seq2seq-lm",
+    "MTModel": "seq2seq-lm",  # Marian
 }
 
 
@@ -105,6 +106,21 @@ def check_declared(config: Mapping[str, Any]) -> None:
             )
 
 
+def check_model_type(config: Mapping[str, Any], where: str = "config.json") -> None:
+    """Refuse a ``model_type`` that transformers does not have, where it is installed."""
+    try:
+        import transformers
+    except ImportError:
+        return
+    kind = config.get("model_type")
+    if kind is not None and kind not in transformers.CONFIG_MAPPING:
+        code = " (the code in its auto_map is never run)" if "auto_map" in config else ""
+        raise InputError(
+            f"{where}: transformers {transformers.__version__} has no model_type {kind!r}{code}; "
+            "name the module with --model package.module:factory, or install a newer transformers"
+        )
+
+
 def default_objective(config: Mapping[str, Any], factory: bool) -> Objective:
     """Choose the objective by the architecture's name, ``problem_type`` and number of labels."""
     problem = config.get("problem_type")
@@ -128,6 +144,7 @@ def default_objective(config: Mapping[str, Any], factory: bool) -> Objective:
             f"{what}: name the function that makes the model with --model package.module:factory; "
             "a model of transformers needs the config.json that save_pretrained writes"
         )
+    check_model_type(config)
     what = f"the architecture {architecture}" if architecture else "config.json"
     raise InputError(
         f"{what} does not determine the objective; choose --objective, one of "

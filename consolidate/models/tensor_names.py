@@ -43,7 +43,7 @@ class Layout:
         groups: Sequence[Group],  # module names may be any of a tied tensor's
         file_shapes: Shapes,  # in the file's order
         unused: Mapping[str, str],  # tensors without a place in the module -> the name looked up
-        outside: Collection[str] = (),  # module names of another file: an adapter's base model
+        outside: Collection[str] = (),  # module names of another file (an adapter's base) or none
         outer: str = "",  # what all names of the file begin with, see `outer_prefix`
     ) -> None:
         self._file_shapes = dict(file_shapes)
@@ -280,7 +280,12 @@ def transformers_layout(module: Any, file_shapes: Shapes) -> Layout:
         groups[group.file_names[0]] = group
     ordered = [groups[name] for name in file_shapes if name in groups]
     unused = {name: unused[name] for name in file_shapes if name in unused}
-    return Layout(module, ordered, file_shapes, unused, outer=outer)
+    return Layout(module, ordered, file_shapes, unused, computed_names(module), outer)
+
+
+def computed_names(module: Any) -> set[str]:
+    """Name the parameters that transformers computes and stores in no file, as sinusoids."""
+    return set(getattr(module, "_keys_to_ignore_on_save", None) or ())
 
 
 def outer_prefix(names: Collection[str], base_model_prefix: str) -> str:

@@ -117,7 +117,7 @@ def finetune_text(result: FinetuneResult) -> str:
     else:
         lines.append("The Fisher of the new task was not measured")
     if forgotten := result["forgotten"]:
-        lines.append(f"forgotten: {_lost(forgotten, result['metrics']['after'])}")
+        lines.append(f"old tasks: {_lost(forgotten, result['metrics']['after'])}")
     if result["status"] != "cached" and "comparison" in result:
         lines += comparison_text(result["comparison"])
     return "\n".join(lines)
@@ -130,7 +130,11 @@ def comparison_text(comparison: Comparison) -> list[str]:
         return ["without a penalty: training diverged"]
     old = comparison["old_tasks"]
     lost = {n: {"before": before[n]["score"], "after": free[n]["score"]} for n in old}
-    saved = ", ".join(f"{points(kept[n]['score'] - free[n]['score'], kept[n])} of {n}" for n in old)
+    saved = ", ".join(
+        f"{points(kept[n]['score'] - free[n]['score'], kept[n])} "
+        f"{'in the loss ' * _is_loss(kept[n])}of {n}"
+        for n in old
+    )
     return [
         f"without a penalty: {_lost(lost, free)}",
         f"the penalty saved {saved}",
@@ -154,13 +158,20 @@ def comparison_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _lost(scores: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """Write the scores of tasks before and after; `metrics` tell which of them are accuracies."""
-    return ", ".join(
-        f"{name} {score_text(on['before'], metrics[name])} → "
-        f"{score_text(on['after'], metrics[name])} "
-        f"({points(on['after'] - on['before'], metrics[name], sign=True)})"
-        for name, on in scores.items()
-    )
+    """Write the scores of tasks before and after; where a score is minus the loss, the loss."""
+    written = []
+    for name, on in scores.items():
+        values, loss = metrics[name], _is_loss(metrics[name])
+        before, after = (-on[at] if loss else on[at] for at in ("before", "after"))
+        written.append(
+            f"{'loss of ' * loss}{name} {score_text(before, values)} → "
+            f"{score_text(after, values)} ({points(after - before, values, sign=True)})"
+        )
+    return ", ".join(written)
+
+
+def _is_loss(metrics: Mapping[str, float]) -> bool:
+    return "loss" in metrics and "accuracy" not in metrics  # and a benchmark has its own score
 
 
 def score_text(score: float, metrics: Mapping[str, float]) -> str:

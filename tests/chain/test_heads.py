@@ -47,6 +47,21 @@ def head_first(config: dict[str, Any]) -> nn.Module:
     return network
 
 
+def tied_network(config: dict[str, Any]) -> nn.Module:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = nn.Linear(6, 6, bias=False)
+            self.out = nn.Linear(6, 6)
+            self.out.weight = self.emb.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.out(torch.tanh(self.emb(x)))
+            return made
+
+    return Network()
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Path:
     folder = tmp_path / "start"
@@ -73,6 +88,24 @@ def pairs(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+def test_a_tied_head_is_kept(pairs: Callable[..., Path], tmp_path: Path) -> None:
+    start = tmp_path / "tied"
+    start.mkdir()
+    weights = tied_network({}).state_dict()
+    del weights["out.weight"]
+    save_file(weights, start / "model.safetensors", {"format": "pt"})
+    tied = {**FAST, "model": f"{__name__}:tied_network"}
+    data = pairs(0, 1, 5)
+    consolidate.fisher(start, data, task="a", model=tied["model"])
+    out = tmp_path / "out"
+    finetune(start, pairs(2, 3), task="b", output_dir=out, ewc_lambda=1, head="keep", **tied)
+    assert not torch.equal(weights_of(out)["emb.weight"], weights["emb.weight"])
+    with pytest.raises(InputError, match="cannot be separated"):
+        finetune(out, data, output_dir=tmp_path / "new", ewc_lambda=1, head="new", **tied)
+    with pytest.raises(InputError, match="a number from 0 to 5"):
+        finetune(start, pairs(6, 7), task="c", output_dir=tmp_path / "c", ewc_lambda=1, **tied)
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ def test_what_is_printed(learned: Path, write_task: Write, tmp_path: Path) -> No
     result = compared(learned, tmp_path / "out", write_task)
     *_, lost, without, saved = finetune_text(result).splitlines()
     shape = r"a \d+\.\d → \d+\.\d \([+−]?\d+\.\d points\)"
-    assert re.fullmatch(f"forgotten: {shape}", lost)
+    assert re.fullmatch(f"old tasks: {shape}", lost)
     assert re.fullmatch(f"without a penalty: {shape}", without)
     assert re.fullmatch(r"the penalty saved \d+\.\d points of a", saved)
     again = compared(learned, tmp_path / "out", write_task)
@@ -89,13 +89,30 @@ def test_scores_that_are_no_accuracy_are_not_in_points() -> None:
     assert points(0.0421, {"accuracy": 0.5}, sign=True) == "+4.2 points"
 
 
+def test_a_score_that_is_minus_the_loss_is_printed_as_the_loss() -> None:
+    def on(loss: float) -> dict[str, Any]:
+        return {"lm": {"loss": loss, "score": -loss}, "bench": {"score": 0.5}}
+
+    comparison: Any = {
+        "old_tasks": ["lm", "bench"],
+        "measured": "--evaluate",
+        "before": on(1.374),
+        "with_penalty": on(1.333),
+        "without_penalty": on(1.5),
+    }
+    without, saved = comparison_text(comparison)
+    unchanged = "bench 0.500 → 0.500 (0.000)"
+    assert without == f"without a penalty: loss of lm 1.374 → 1.500 (+0.126), {unchanged}"
+    assert saved == "the penalty saved 0.167 in the loss of lm, 0.000 of bench"
+
+
 def test_nothing_is_said_without_data_of_an_old_task(
     learned: Path, write_task: Write, tmp_path: Path
 ) -> None:
     b = write_task("b", seed=1)
     result = finetune(learned, b, output_dir=tmp_path / "out", evaluate={"b": b}, **COMMON)
     assert result["forgotten"] == {}
-    assert "forgotten" not in finetune_text(result)
+    assert "old tasks" not in finetune_text(result)
 
 
 @pytest.mark.parametrize(

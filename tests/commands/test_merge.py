@@ -276,6 +276,23 @@ def test_buffers_are_averaged_or_must_agree(tmp_path: Path) -> None:
         consolidate.merge([a, d], output_dir=tmp_path / "out-2")
 
 
+def test_the_largest_count_of_batches_is_taken(tmp_path: Path) -> None:
+    name = "norm.num_batches_tracked"
+    a, b, c = (
+        store(
+            tmp_path / task,
+            {"weight": torch.ones(1), name: torch.tensor(count)},
+            {"weight": torch.ones(1)},
+            task,
+        )
+        for task, count in (("a", 5), ("b", 9), ("c", 7))
+    )
+    consolidate.merge([a, b, c], output_dir=tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")[name]
+    assert (merged.item(), merged.dtype) == (9, torch.int64)
+    consolidate.verify(tmp_path / "out")
+
+
 def test_a_parameter_that_one_model_does_not_hold_is_the_others(tmp_path: Path) -> None:
     first, second = {"w": torch.tensor([1.0]), "v": torch.tensor([1.0])}, {
         "w": torch.tensor([2.0]), "v": torch.tensor([2.0]),

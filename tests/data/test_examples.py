@@ -170,7 +170,7 @@ def test_columns_by_name(tmp_path: Path) -> None:
         InputError, match=r"expected a column 'text' or 'sentence', found 'body', 'topic'"
     ):
         encode(rows, model)
-    with pytest.raises(InputError, match=r"expected a column 'topik'.*--label-column"):
+    with pytest.raises(InputError, match=r"'topik'.*; did you mean topic\? name .* --label-column"):
         encode(rows, model, columns=Columns(text="body", label="topik"))
     examples = encode(rows, model, columns=Columns(text="body", label="topic"))
     assert first_batch(examples)[1].tolist() == [2]
@@ -689,6 +689,26 @@ def test_lists_of_numbers_are_written_as_text_in_csv(own: Any, tmp_path: Path) -
 def test_class_numbers_are_checked(labels: Any, message: str, own: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         encode(tensors(tmp_path, inputs=torch.rand(3, 6), labels=labels), own())
+
+
+def test_numbers_where_classes_are_expected(own: Any, tmp_path: Path) -> None:
+    where, hint = (
+        r"row {}( \(line \d\))?, column 'label'",
+        "for numbers as targets use --objective regression",
+    )
+    wrong = {
+        "several": (torch.rand(3, 3), [[0.5, 1.5, 2.5]] * 3, 1, r"rows of shape \[3\]"),
+        "one": (torch.tensor([1, 0.5, 0.25]), [1, 0.5, 0.25], 2, "0.5"),
+    }
+    for stored, written, row, found in wrong.values():
+        in_tensors = tensors(tmp_path, inputs=torch.rand(3, 6), label=stored)
+        lines = [{"inputs": [0.5] * 6, "label": value} for value in written]
+        message = where.format(row) + f": expected one class number per row, found {found}; {hint}"
+        for rows in (in_tensors, jsonl(tmp_path, *lines)):
+            with pytest.raises(InputError, match=message):
+                label_values(rows, "classification", used=True)
+            with pytest.raises(InputError, match=f"{where.format(row)}.* {found}; {hint}"):
+                encode(rows, own())
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])

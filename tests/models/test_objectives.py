@@ -54,6 +54,7 @@ def test_language_models_have_no_labels() -> None:
         ({"architectures": ["LlamaForCausalLM"]}, "causal-lm"),
         ({"architectures": ["BertForMaskedLM"]}, "masked-lm"),
         ({"architectures": ["T5ForConditionalGeneration"]}, "seq2seq-lm"),
+        ({"architectures": ["MarianMTModel"]}, "seq2seq-lm"),
         ({"architectures": ["ResNetForImageClassification"]}, "image-classification"),
     ],
 )
@@ -64,6 +65,12 @@ def test_the_architecture_names_the_objective(config: dict, name: str) -> None:
 def test_an_architecture_that_names_none() -> None:
     with pytest.raises(InputError, match=r"architecture BertModel does not .* --objective"):
         default_objective({"architectures": ["BertModel"]}, factory=False)
+
+
+def test_a_model_type_that_transformers_lacks() -> None:
+    config = {"model_type": "tcn", "architectures": ["TCN"]}
+    with pytest.raises(InputError, match=r"has no model_type 'tcn'; name the module with --model"):
+        default_objective(config, factory=False)
 
 
 def test_own_modules_take_tensors() -> None:

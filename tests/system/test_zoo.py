@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import consolidate
 from support import loopback_hub, tiny_models
 
 MODULES = """
@@ -122,6 +123,29 @@ def encoder_and_decoder(folder: Path) -> tuple[str, list[Path], list[str]]:
     tiny_models.save(folder / "start", transformers.T5ForConditionalGeneration, config, tokenizer)
     pairs = texts(folder, lambda text: {"prompt": text, "completion": text.upper()})
     return "start", pairs, []
+
+
+def test_positions_that_no_file_has_are_neither_measured_nor_trained(tmp_path: Path) -> None:
+    tokenizer = tiny_models.byte_tokenizer(pad_token="<|endoftext|>")
+    ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 0}
+    sizes = {"d_model": 16, "max_position_embeddings": 40, "forced_eos_token_id": 0}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 24}
+    config = transformers.MarianConfig(vocab_size=len(tokenizer), **sizes, **ids)
+    start = tiny_models.save(tmp_path / "start", transformers.MarianMTModel, config, tokenizer)
+    old, new, _ = texts(tmp_path, lambda text: {"prompt": text, "completion": text.upper()})
+    consolidate.fisher(start, old, task="old")
+    out = tmp_path / "out"
+    consolidate.finetune(start, new, task="new", output_dir=out, ewc_lambda=1, learning_rate=0.1)
+    consolidate.verify(out)
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, out))
+    assert list(after) == list(before)
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+    assert not any(
+        "embed_positions" in name for name in load_file(out / "fisher/fisher.safetensors")
+    )
+    ledger = json.loads((out / "fisher" / "fisher.json").read_text())
+    assert "embed_positions" not in json.dumps(ledger)
 
 
 @pytest.mark.slow
