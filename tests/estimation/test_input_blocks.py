@@ -160,19 +160,21 @@ def test_a_convolution_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         agrees(Images(layer, width), unequal(numbers(11, *shape)))
 
 
-def test_strips_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(input_blocks, "STRIP", 2)
-    agrees(Positions(nn.Linear(7, 5)), unequal(numbers(11, 4, 7)))
-
-
-def test_wide_layers_whose_strips_are_added_in_place() -> None:
-    torch.manual_seed(0)
-    x = numbers(6, 3, 300)
-    found = measured(Positions(nn.Linear(300, 80), 80), unequal(x, (4, 2)))
-    model = Positions(nn.Linear(300, 80), 80)
-    found = measured(model, unequal(x, (4, 2)))
-    expected = measured(model, alone(unequal(x, (4, 2))))
-    assert_blocks_close(found.factors, expected.factors, 1e-12)
+def test_a_matrix_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only the upper triangle is computed, and products are added in place."""
+    monkeypatch.setattr(input_blocks, "LEAF", 64)
+    monkeypatch.setattr(input_blocks, "THIN", 8)
+    for bias in (True, False):
+        for positions in (1, 3, 90):
+            torch.manual_seed(0)
+            model = Positions(nn.Linear(150, 80, bias=bias), 80)
+            batches = unequal(numbers(6, positions, 150), (4, 2))
+            found, expected = measured(model, batches), measured(model, alone(batches))
+            assert_blocks_close(found.factors, expected.factors, 1e-12)
+            total = input_matrices(model, batches, "softmax", "exact", found.blocks)
+            assert_blocks_close(
+                found.factors, {name: value / 6 for name, value in total.items()}, 1e-12
+            )
 
 
 class Padded(nn.Module):
@@ -594,7 +596,7 @@ def test_a_block_that_is_not_finite_is_named() -> None:
     sums = Accumulators(
         parameters, torch.float32, {"layer.weight.R": InputBlock(("layer.weight",), (1,))}
     )
-    sums.blocks["layer.weight.R"][0, 1] = torch.inf
+    sums.blocks["layer.weight.R"][1] = torch.inf
     sums.end_batch({}, torch.ones(1), 1, "batch 1")
     with pytest.raises(NonFiniteError, match=r"'layer\.weight' is not finite in one of the"):
         sums.means(1)
