@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"'implicit'.*gradient, proximal"):
         penalty_callback(penalty, step="implicit")
     merged = MergedPenalty.__new__(MergedPenalty)
-    with pytest.raises(UsageError, match="not separable in A and B"):
+    with pytest.raises(UsageError, match="not separable"):
         penalty_callback(merged, step="proximal")
     optimizer = torch.optim.RMSprop(model.parameters())
     with pytest.raises(UsageError, match="not the trained model's"):
