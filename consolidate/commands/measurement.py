@@ -32,6 +32,7 @@ from consolidate.options import (
     Estimation,
     FinetuneOptions,
     FisherOptions,
+    Parameters,
 )
 from consolidate.results import EncodedAs, MeasuredFisher, PassCost
 from consolidate.runtime import signals
@@ -78,6 +79,7 @@ def measure_fisher(
     *,
     task: str,
     seed: int,
+    structure: str,
     kept: KeptPass,
 ) -> FisherDiagonal:
     """Measure the Fisher of encoded examples by a settled estimation, with progress on stderr.
@@ -106,7 +108,7 @@ def measure_fisher(
             model.module,
             examples.batches(batch_size, order=order),
             get_likelihood(model.objective.likelihood),
-            **_how(estimation, seed),
+            **_how(estimation, structure, seed),
             indices=order,
             start=start,
             keep=kept.keep,
@@ -127,7 +129,7 @@ def measure_fisher(
     return diagonal
 
 
-def _how(estimation: Estimation, seed: int) -> dict[str, Any]:
+def _how(estimation: Estimation, structure: str, seed: int) -> dict[str, Any]:
     """Give the arguments of `fisher_diagonal` that choose the estimator."""
     return {
         "estimator": estimation.estimator,
@@ -135,9 +137,25 @@ def _how(estimation: Estimation, seed: int) -> dict[str, Any]:
         "max_outcomes": estimation.max_outcomes,
         "tolerance": estimation.tolerance,
         "seed": seed,
+        "structure": structure,
         "accumulate_dtype": dtype_of_name(estimation.accumulate_dtype),
         "check": estimation.check,
     }
+
+
+def check_structure(
+    structure: str, estimation: Estimation, parameters: Parameters, *, prefix: str = ""
+) -> None:
+    """Refuse what cannot measure factors; `prefix` is that of the estimation's options."""
+    for option, given in (
+        ("shard", parameters.shard),
+        (f"{prefix}estimator batched", estimation.estimator == "batched"),
+    ):
+        if given and structure == "inputs":
+            raise UsageError(
+                f"--{option} cannot be combined with --structure inputs: leave it out, or give "
+                "--structure diagonal"
+            )
 
 
 def settled_estimation(
@@ -181,11 +199,13 @@ def default_estimator(model: Model, examples: Examples) -> str:
     return "exact" if outcomes <= EXACT_UP_TO else "mc"
 
 
-def pass_cost(model: Model, examples: Examples, estimation: Estimation, *, seed: int) -> PassCost:
+def pass_cost(
+    model: Model, examples: Examples, estimation: Estimation, structure: str, *, seed: int
+) -> tuple[PassCost, int]:
     """Estimate the cost of measuring the Fisher of encoded examples from a few batches of them.
 
     Counts, seconds per example and in total, and the peak memory in bytes with the longest examples
-    in a batch. Each of several processes estimates for itself.
+    in a batch; and the elements of all factors. Each of several processes estimates for itself.
     """
     batch_size, max_examples = estimation.batch_size, estimation.max_examples
     assert batch_size is not None
@@ -211,7 +231,7 @@ def pass_cost(model: Model, examples: Examples, estimation: Estimation, *, seed:
         model.module,
         [*batches, examples.collate(longest)],
         get_likelihood(model.objective.likelihood),
-        **_how(estimation, seed),
+        **_how(estimation, structure, seed),
         indices=[*sample, *longest],
         progress=clock,
     )
@@ -219,8 +239,9 @@ def pass_cost(model: Model, examples: Examples, estimation: Estimation, *, seed:
     checked, *others = [after - before for before, after in pairwise(times)][: len(batches)]
     each = sum(others) / (len(sample) - batch_size) if others else checked / len(sample)
     unit = 1 if sys.platform == "darwin" else 1024
-    return {
+    cost: PassCost = {
         "estimator": str(estimation.estimator),
+        "structure": structure,
         "examples": len(order),
         "parameters": sum(values.numel() for values in diagonal.values()),
         "seconds_per_example": each,
@@ -228,6 +249,7 @@ def pass_cost(model: Model, examples: Examples, estimation: Estimation, *, seed:
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "peak_device_memory": torch.cuda.max_memory_allocated(device) if cuda else None,
     }
+    return cost, sum(matrix.numel() for matrix in diagonal.factors.values())
 
 
 def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> MeasuredFisher:
