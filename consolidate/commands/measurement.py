@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.chain.tasks import Encoded
@@ -41,7 +42,7 @@ from consolidate.runtime.distributed import all_processes, dealt, place_in
 from consolidate.runtime.progress import progress
 from consolidate.runtime.shards import is_sharded
 from formats.errors import UsageError
-from formats.fisher_json import Ledger
+from formats.fisher_json import Ledger, covered
 from formats.rows import Rows
 from formats.wording import few
 
@@ -289,6 +290,8 @@ def log_notes(
     factors = [] if model.checkpoint.base is None else without_fisher(model, diagonal)
     for note in [*model.notes, *examples.notes_on(used), *factors]:
         LOG.info("%s", note)
+    if diagonal.blocks:
+        LOG.info("%s", _coverage(model.module, diagonal))
     slow = [name for name, method in diagonal.methods.items() if method == "loop"]
     if slow and diagonal.examples > 1:
         LOG.info(
@@ -302,3 +305,29 @@ def log_notes(
             len(unreached),
             few(unreached, 3),
         )
+
+
+def _coverage(module: nn.Module, diagonal: FisherDiagonal) -> str:
+    """Report how many layers have a matrix, and which large weights have the diagonal alone."""
+    size = sum(matrix.numel() for matrix in diagonal.factors.values())
+    text = f"the matrices of {len(diagonal.blocks)} layers (of {size:,} values) protect them"
+    have = covered(diagonal.blocks)
+    others = [n for n, values in diagonal.items() if values.ndim > 1 and n not in have]
+    others.sort(key=lambda name: -diagonal[name].numel())
+    if not others:
+        return text
+    reasons = [f"{name} ({_why_diagonal(module, name)})" for name in others]
+    return f"{text}; by the diagonal alone {few(reasons, 3)}"
+
+
+def _why_diagonal(module: nn.Module, name: str) -> str:
+    """Say in few words why a weight has no matrix of its layer's inputs."""
+    weight = module.get_parameter(name)
+    users = [m for m in module.modules() if any(p is weight for p in m._parameters.values())]
+    kind = type(users[0]).__name__
+    if sum(p is weight for m in users for p in m._parameters.values()) > 1:
+        return "tied"
+    if getattr(users[0], "groups", 1) != 1:
+        return "a grouped convolution"
+    many = kind in ("Linear", "Conv1D") or kind.startswith("Conv")
+    return "more than 4 times as many inputs as outputs" if many else f"in {kind}"
