@@ -12,6 +12,7 @@ from torch import Tensor
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.ewc import factor_merging
 from consolidate.models.tensor_names import Layout, renamed_factors
+from consolidate.options import Estimation, Parameters
 from formats.errors import UsageError
 from formats.fisher_json import Block, Ledger, covered
 from formats.tensors import Overlaid, shape_of
@@ -114,6 +115,21 @@ def penalty_of_blocks(chain: "Chain", weights: Mapping[str, Tensor]) -> float:
     return total
 
 
+def check_structure(
+    structure: str, estimation: Estimation, parameters: Parameters, *, prefix: str = ""
+) -> None:
+    """Refuse what cannot measure factors; `prefix` is that of the estimation's options."""
+    for option, given in (
+        ("shard", parameters.shard),
+        (f"{prefix}estimator batched", estimation.estimator == "batched"),
+    ):
+        if given and structure == "inputs":
+            raise UsageError(
+                f"--{option} cannot be combined with --structure inputs: leave it out, or give "
+                "--structure diagonal"
+            )
+
+
 def check_continued(before: "Chain | None", new: bool) -> None:
     """Refuse a task with factors on a chain whose tasks were measured without them."""
     if new and before is not None and factors_of(before) is None and before.fisher:
@@ -145,15 +161,11 @@ def module_factors(
     }
 
 
-def measured_factors(
-    diagonal: FisherDiagonal, layout: Layout, structure: str | None = None
-) -> Factors:
-    """Give the factors of a measurement by the file's names; none with the structure diagonal.
+def measured_factors(diagonal: FisherDiagonal, layout: Layout) -> Factors:
+    """Give the factors of a measurement by the file's names.
 
     Layers whose weights the file stores in another form have none.
     """
-    if structure == "diagonal":
-        return Factors({}, {})
     alone = layout.stored_alone()
     lost = [b.parameters[0] for b in diagonal.blocks.values() if not set(b.parameters) <= {*alone}]
     _report_lost(lost, "the file stores these weights in another form")
