@@ -114,10 +114,14 @@ def test_bfloat16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("max_shard_size", [10**9, 36])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_factors_come_back(tmp_path: Path, max_shard_size: int, dtype: torch.dtype) -> None:
-    given = with_factors()
+    given = with_factors() | {"factor_anchor": {"a": weights()["a"] / 3}}
+    given["ledger"].factor_offset = 0.25
     folder = write(tmp_path / "fisher", max_shard_size=max_shard_size, dtype=dtype, **given)
     stored = read_fisher(folder)
     assert stored.factors is not None
+    assert stored.factor_anchor is not None
+    assert torch.equal(stored.factor_anchor["a"], given["factor_anchor"]["a"])
+    assert stored.ledger.factor_offset == 0.25
     assert needed_version(stored.ledger) == 2
     assert stored.ledger.blocks == given["ledger"].blocks
     for name, values in given["factors"].items():
