@@ -242,6 +242,8 @@ def verify_text(summary: VerifyResult) -> str:
         sets["anchor"] = summary["anchor"]
     if "factors" in summary:
         sets["factors"] = summary["factors"]
+    if "factor_anchor" in summary:
+        sets["factor anchor"] = summary["factor_anchor"]
     sets |= {f"head of {task}": head for task, head in summary["heads"].items()}
     lines = [
         f"{kind}: {found['tensors']:,} tensors, {found['bytes']:,} bytes, {found['digest']}"
