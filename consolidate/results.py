@@ -43,6 +43,7 @@ FisherDtype = Literal["F32", "BF16"]
 Descent = Literal["weights", "tasks"]
 Format = Literal["consolidate-fisher"]
 Estimator = Annotated[str, one_of("exact", "mc", "empirical", "batched")]
+Structure = Annotated[str, one_of("diagonal", "inputs")]
 MergeRule = Annotated[str, one_of("online", "separate")]
 PenaltyOn = Annotated[
     Annotated[str, one_of("adapter", "merged")] | None,
@@ -75,6 +76,13 @@ class MeasuredLayer(TypedDict):
     relative_error: Annotated[float | None, about("Standard error of the trace over the trace.")]
 
 
+class FactorTotals(TypedDict):
+    """The matrices beside a Fisher."""
+
+    layers: Annotated[int, about("Layers that have one.", ge=0)]
+    bytes: Bytes
+
+
 class MeasuredFisher(TypedDict):
     """The Fisher of one task, as measured."""
 
@@ -87,6 +95,8 @@ class MeasuredFisher(TypedDict):
     units: Annotated[int, about("Examples, or predicted tokens.", ge=0)]
     parameters: Annotated[int, about("Number of measured values.", ge=0)]
     trace: Annotated[float, about("Sum of the values of the task's Fisher.")]
+    structure: Structure
+    factors: Annotated[FactorTotals | None, about("Of all tasks; null with the diagonal alone.")]
     layers: dict[str, MeasuredLayer]
     methods: NotRequired[
         Annotated[
@@ -136,6 +146,7 @@ class PassCost(TypedDict):
     """What a pass over data takes."""
 
     estimator: Estimator
+    structure: Structure
     examples: Count
     parameters: Count
     seconds_per_example: float

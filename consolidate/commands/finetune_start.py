@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from consolidate.chain.factors import module_factors
 from consolidate.chain.heads import Fitted, fit_model, head_tensors, models_of_tasks
 from consolidate.chain.tasks import Chain, check_names_to_be
 from consolidate.data.benchmarks import Benchmark, open_benchmark
@@ -18,6 +19,7 @@ from consolidate.data.columns import can_have_loss
 from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
+from consolidate.ewc.block_penalty import BlockPenalty
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty, WeightPenalty
 from consolidate.models.adapters import load
@@ -226,13 +228,7 @@ def _penalty(plan: "Plan", fitted: Fitted) -> WeightPenalty | None:
         return Penalty(model.module, alike, **storage)
     else:
         assert stored is not None  # the plan has refused by now
-        # What stays in the mapped files takes no memory of its own.
-        anchor = stored.anchor or {name: model.checkpoint.weights[name] for name in stored.fisher}
-        to_module = model.layout.to_module
-        offset = stored.ledger.penalty_offset
-        penalty = Penalty(
-            model.module, to_module(stored.fisher), to_module(anchor), offset=offset, **storage
-        )
+        penalty = _fisher_penalty(model, stored, with_factors=opened.uses_factors, **storage)
     if penalty.unprotected:
         LOG.info(
             "%d parameters have no Fisher and are not penalized: %s",
@@ -240,6 +236,22 @@ def _penalty(plan: "Plan", fitted: Fitted) -> WeightPenalty | None:
             ", ".join(sorted(penalty.unprotected)[:5]),
         )
     return penalty
+
+
+def _fisher_penalty(
+    model: Model, stored: Chain, *, with_factors: bool, **storage: Any
+) -> WeightPenalty:
+    """Protect a model's weights by the Fisher of the earlier tasks."""
+    # What stays in the mapped files takes no memory of its own.
+    weights, to_module = model.checkpoint.weights, model.layout.to_module
+    anchor = stored.anchor or {name: weights[name] for name in stored.fisher}
+    fisher, around = to_module(stored.fisher), to_module(anchor)
+    factors = module_factors(stored, model.layout, weights) if with_factors else None
+    if factors is None:
+        offset = stored.ledger.penalty_offset
+        return Penalty(model.module, fisher, around, offset=offset, **storage)
+    LOG.info("the penalty of %d layers is that of their inputs", len(factors["blocks"]))
+    return BlockPenalty(model.module, fisher, around, **factors, **storage)
 
 
 def _merged_penalty(
