@@ -96,7 +96,7 @@ def factors_text(factors: FactorTotals | None) -> list[str]:
     count = f"{factors['tensors']} {'matrix' if factors['tensors'] == 1 else 'matrices'}"
     offset = f", offset {factors['offset']:.6g}" if factors["offset"] else ""
     text = (
-        f"factors: {count} of {factors['dtype']}, {_size(factors['bytes'])}, for "
+        f"factors: {count} of {factors['dtype']}, {size_text(factors['bytes'])}, for "
         f"{factors['values']:,} of the values, {factors['share']:.1%} of the trace; anchor: "
         f"{factors['anchor']}{offset}"
     )
@@ -107,13 +107,14 @@ def protected_by(factors: FactorTotals | None) -> dict[str, str]:
     """Describe the matrix that stands for a parameter, by the parameter's name."""
     matrices = [] if factors is None else factors["matrices"]
     return {
-        name: f"{matrix['matrix']} {matrix['size']}×{matrix['size']}, {_size(matrix['bytes'])}"
+        name: f"{matrix['matrix']} {matrix['size']}×{matrix['size']}, {size_text(matrix['bytes'])}"
         for matrix in matrices
         for name in matrix["parameters"]
     }
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Write a number of bytes."""
     return f"{count:,} bytes" if count < 100_000 else f"{count / 1e6:,.1f} MB"
 
 
