@@ -69,6 +69,7 @@ def fisher(
     tolerance: float | None = None,
     accumulate_dtype: torch.dtype | str = "float32",
     check: bool = False,
+    structure: str | None = None,
     seed: int = 0,
     add: bool = False,
     after: str | Path | None = None,
@@ -137,6 +138,9 @@ def fisher(
             all)
         accumulate_dtype: Dtype for squaring and accumulating gradients. One of float32, float64.
         check: Verify per-example gradients on every batch, not only the first.
+        structure: diagonal: a value for each weight. inputs: for each linear or convolutional layer
+            also the matrix of its inputs, which the penalty then uses instead; takes up to 4 times
+            the memory of the weights. (default: that of the earlier tasks, else diagonal)
         seed: Random seed.
         add: Add the task to the Fisher that the checkpoint already has.
         after: Merge the task with those of this checkpoint, from which another program trained the
@@ -226,6 +230,7 @@ def finetune(
     penalty_on: str | None = None,
     interpolate: float | str | None = None,
     interpolation: str = "plain",
+    structure: str | None = None,
     fisher_estimator: str | None = None,
     fisher_mc_samples: int | None = None,
     fisher_max_outcomes: int | None = None,
@@ -343,6 +348,9 @@ def finetune(
             95% of what the new task gains.
         interpolation: plain: α for all weights; fisher: each weight's start and end weighted by the
             Fishers of the earlier tasks and of the new one, measured in one more pass.
+        structure: diagonal: a value for each weight. inputs: for each linear or convolutional layer
+            also the matrix of its inputs, which the penalty then uses instead; takes up to 4 times
+            the memory of the weights. (default: that of the earlier tasks, else diagonal)
         fisher_estimator: Labels to take the expectation over: all (exact), sampled from the model
             (mc), the data's own (empirical), or sampled, with gradients squared per batch
             (batched). (default: exact up to 16 outcomes, else mc)

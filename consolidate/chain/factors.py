@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from consolidate.estimation.estimates import FisherDiagonal
-from consolidate.ewc.factor_merging import merge_factors_online, merge_factors_separate
+from consolidate.ewc import factor_merging
 from consolidate.models.tensor_names import Layout, renamed_factors
 from formats.errors import UsageError
 from formats.fisher_json import Block, Ledger, covered
@@ -175,12 +175,12 @@ def merged_factors(
     past = factors_of(before) or Factors({}, {})
     if not past.blocks and before.factors:
         _report_lost(before.fisher, "its factors are of another kind")
-    kept = {
-        name: block
-        for name, block in {**past.blocks, **new.blocks}.items()
-        if _continues(past.blocks.get(name), set(before.fisher), block)
-        and _continues(new.blocks.get(name), set(measured), block)
-    }
+    kept = {}
+    for name in dict.fromkeys([*past.blocks, *new.blocks]):
+        both = [side.blocks[name] for side in (past, new) if name in side.blocks]
+        whole = max(both, key=lambda block: len(block.parameters))
+        if _fits(past, name, whole, before.fisher) and _fits(new, name, whole, measured):
+            kept[name] = whole
     lost = [block.parameters[0] for name, block in past.blocks.items() if name not in kept]
     _report_lost(lost, "the new task was measured without a block for them")
     if not kept:
@@ -188,17 +188,20 @@ def merged_factors(
     total = {name: past.matrices[name] for name in past.blocks if name in kept}
     found = {name: new.matrices[name] for name in new.blocks if name in kept}
     if rule == "online":
-        merged = merge_factors_online(total, found, gamma=gamma, weight=weight)
+        merged = factor_merging.online(total, found, gamma=gamma, weight=weight)
         return MergedFactors(merged, kept, None, 0.0)
-    merged, anchor, growth = merge_factors_separate(
+    merged, anchor, growth = factor_merging.separate(
         total, where, found, weights, kept, weight=weight
     )
     return MergedFactors(merged, kept, anchor, growth)
 
 
-def _continues(block: Block | None, measured: Collection[str], other: Block) -> bool:
-    """Whether one side has this very block, or has measured none of its parameters."""
-    return not set(measured) & set(other.parameters) if block is None else block == other
+def _fits(side: Factors, name: str, whole: Block, measured: Collection[str]) -> bool:
+    """Whether one side has this block, but for parameters that it has not measured."""
+    block = side.blocks.get(name)
+    own = () if block is None else block.parameters
+    alike = block is None or (block.dims, own) == (whole.dims, whole.parameters[: len(own)])
+    return alike and not any(at in measured for at in whole.parameters[len(own) :])
 
 
 def _ordered(block: Block, fisher: Mapping[str, Tensor]) -> Block | None:

@@ -28,7 +28,7 @@ from consolidate.options import Merging
 from formats.atomic import claimed_in_place, replace_folder
 from formats.checkpoint import open_checkpoint
 from formats.errors import InputError, UsageError
-from formats.fisher_folder import LEDGER_NAME, write_fisher
+from formats.fisher_folder import LEDGER_NAME
 from formats.fisher_json import Ledger, check_task_name, read_ledger
 from formats.hub import locate
 
@@ -170,12 +170,11 @@ def store_fisher(
         if origin is not None:
             before, training = origin.chain(model), origin.training()
             task_name(task, "", before)  # refuses one that the ledger has
-        merged, anchor, ledger = add_task(
+        added = add_task(
             before, model, source.weights, diagonal, name=task, training=training, merging=merging
         )
-        heads = None if before is None else before.heads
         with replace_folder(target, overwrite=overwrite) as staging:
-            ledger = write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
+            ledger = added.write(staging)
             refuse_changed(source.path, ledger.weights, source.path)
         return ledger
 

@@ -30,6 +30,7 @@ from consolidate.options import Columns
 from consolidate.runtime.devices import best_device, dtype_of_name
 from consolidate.runtime.shards import shard
 from formats.errors import UsageError
+from formats.fisher_json import covered
 from formats.rows import Rows
 from formats.task_file import open_task
 
@@ -220,7 +221,8 @@ def _penalty(plan: "Plan", fitted: Fitted) -> WeightPenalty | None:
     if opened.penalty_on == "merged":
         of_base = model.base_layout is not None
         chain = opened.protecting if of_base else stored
-        penalty = _merged_penalty(asked.penalty, fitted, chain, **storage)
+        uses = opened.uses_factors
+        penalty = _merged_penalty(asked.penalty, fitted, chain, with_factors=uses, **storage)
     elif asked.penalty == "l2":
         if not fitted.free:
             return Penalty.l2(model.module, **storage)
@@ -255,33 +257,59 @@ def _fisher_penalty(
 
 
 def _merged_penalty(
-    kind: str, fitted: Fitted, stored: Chain | None, **storage: Any
+    kind: str, fitted: Fitted, stored: Chain | None, *, with_factors: bool, **storage: Any
 ) -> MergedPenalty:
     """Protect the weights that an adapter changes, and what trains beside it, by a whole Fisher."""
     model = fitted.model
     layers, others = low_rank_layers(model.module), other_parameters(model.module)
     held = {**{name: layer.weight for name, layer in layers.items()}, **others}
-    anchor = None
     if kind == "l2":
-        fisher, offset = _alike(fitted, held), 0.0
+        fisher = _alike(fitted, held)
+        own = {name: values for name, values in fisher.items() if name in others}
+        whole = Penalty(others.items(), own, **storage)
+        return MergedPenalty(layers, fisher, beside=whole, **storage)
+    assert stored is not None  # finetune has refused by now
+    layout, source = model.base_layout or model.layout, model.checkpoint
+    found = None
+    if with_factors:
+        weights = source.weights if source.base is None else source.base.weights
+        found = module_factors(stored, layout, weights)
+    factors = found or {"offset": stored.ledger.penalty_offset, "factors": {}, "blocks": {}}
+    of_layers = {n: b for n, b in factors["blocks"].items() if b.parameters[0] in layers}
+    of_others = {n: b for n, b in factors["blocks"].items() if {*b.parameters} <= {*others}}
+    names = [*held, *covered(of_layers)]
+    files = {file for name in names for file in layout.file_names(name)}
+
+    def of_held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return layout.to_module({name: tensors[name] for name in tensors if name in files})
+
+    fisher, anchor = of_held(stored.fisher), None
+    if stored.anchor is not None:
+        anchor = of_held(stored.anchor)
+    if found is not None and (anchor is not None or stored.factor_anchor is not None):
+        storage["factor_anchor"] = found["factor_anchor"]
+    matrices, own = factors["factors"], {n: f for n, f in fisher.items() if n in others}
+    beside: WeightPenalty
+    if of_others:
+        chosen = {name: matrices[name] for name in of_others}
+        beside = BlockPenalty(
+            others.items(), own, anchor, factors=chosen, blocks=of_others, **storage
+        )
     else:
-        assert stored is not None  # finetune has refused by now
-        layout = model.base_layout or model.layout
-        files = {file for name in held for file in layout.file_names(name)}
-
-        def of_held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return layout.to_module({name: tensors[name] for name in tensors if name in files})
-
-        fisher, offset = of_held(stored.fisher), stored.ledger.penalty_offset
-        if stored.anchor is not None:
-            anchor = of_held(stored.anchor)
-    beside = Penalty(
-        others.items(),
-        {name: values for name, values in fisher.items() if name in others},
+        plain = {name: value for name, value in storage.items() if name != "factor_anchor"}
+        beside = Penalty(others.items(), own, anchor, **plain)
+    if found is not None:
+        LOG.info("the penalty of %d layers is that of their inputs", len(of_layers | of_others))
+    return MergedPenalty(
+        layers,
+        fisher,
         anchor,
+        offset=factors["offset"],
+        beside=beside,
+        factors={name: matrices[name] for name in of_layers},
+        blocks=of_layers,
         **storage,
     )
-    return MergedPenalty(layers, fisher, anchor, offset=offset, beside=beside, **storage)
 
 
 def _alike(fitted: Fitted, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

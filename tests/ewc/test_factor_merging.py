@@ -298,16 +298,13 @@ def test_float32_comes_out_of_float32_and_is_near_the_exact_sum() -> None:
 
 
 def test_rounding_to_float32_does_not_send_the_anchor_far_away() -> None:
-    # Without the limit, noise of 10⁻⁸ in R over an eigenvalue of 10⁻⁹ moves M by ten times W.
-    generator = torch.Generator().manual_seed(0)
+    # Rounded, the first R has the eigenvalue −2⁻²⁵ along (1, −1), the second (1 + 2⁻⁶) 2⁻²⁵.
     block = {"w.R": Block("R", (1,), ("w",))}
-    factors, weights = [], []
-    for _ in range(2):
-        root = torch.randn(60, 12, generator=generator, dtype=torch.float64)
-        factors.append({"w.R": (root[:, None] * root).sum(2).float()})
-        weights.append({"w": torch.randn(5, 60, generator=generator)})
-    _, anchor, _ = separate(factors[0], weights[0], factors[1], weights[1], block)
-    assert float(anchor["w"].abs().max()) < 30
+    first = {"w.R": torch.tensor([[1.0, 1.0], [1.0, 1 - 2**-24]])}
+    second = {"w.R": (2**-26 + 2**-32) * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])}
+    before, after = {"w": torch.tensor([[0.0, 0.0]])}, {"w": torch.tensor([[1.0, -1.0]])}
+    _, anchor, _ = separate(first, before, second, after, block)
+    torch.testing.assert_close(anchor["w"], after["w"])
 
 
 def test_online_decays_and_adds() -> None:
