@@ -548,7 +548,7 @@ def remap(
     revision: str | None = None,
     overwrite: bool = False,
 ) -> RemapResult:
-    """Carry Fisher, anchor, saved heads and ledger over to the same weights under other names.
+    """Carry a Fisher with anchor, factors, heads and ledger over to the same weights, renamed.
 
     Tensors are paired by dtype, shape and bytes; several that are alike, such as norms of ones, by
     where the other tensors of their module went, then by the longest common suffix of their names.
@@ -635,9 +635,10 @@ def show(
             layer.
 
     Returns:
-        JSON-ready. A parameter's trace is Σ_i Λ_i; the ``accuracy_matrix`` is None if nothing was
-        measured; ``overlap``, None unless requested, is that of `fisher_overlap` over all
-        parameters of a module.
+        JSON-ready. A parameter's trace is Σ_i Λ_i, and ``factors`` are None where the Fisher is a
+        diagonal alone; the ``accuracy_matrix`` is None if nothing was measured; ``overlap``, None
+        unless requested, is that of `fisher_overlap` of the diagonals, over all parameters of a
+        module.
 
     Raises:
         InputError: There is no Fisher folder, `read_fisher` refuses it, there are no scores for
@@ -711,7 +712,8 @@ def verify(
     Raises:
         InputError: Anything missing, extra, renamed, resized, of another dtype, with other bytes,
             or negative in the Fisher; each finding names the file and the tensor. Or the ledger
-            contradicts itself, the Fisher's traces, or the previous checkpoint.
+            contradicts itself, the Fisher's traces, or the previous checkpoint; or a factor is
+            asymmetric, has a negative eigenvalue, or another trace than the Fisher it stands for.
         NonFiniteError: Values are NaN or infinite, and nothing else is wrong.
     """
     given = locals()
@@ -732,6 +734,7 @@ def push(
     token: str | None = None,
     base_model: Sequence[str] = (),
     fisher_dtype: torch.dtype | str | None = None,
+    structure: str | None = None,
     fisher_only: bool = False,
     dry_run: bool = False,
 ) -> PushResult:
@@ -753,6 +756,8 @@ def push(
         base_model: Model that this one was made from, for the card; several for a merge.
         fisher_dtype: Dtype of the published Fisher; bfloat16 is half as large. One of float32,
             bfloat16. (default: as stored)
+        structure: Structure of the published Fisher; diagonal leaves its factors out. One of
+            diagonal, inputs. (default: as stored)
         fisher_only: Publish the Fisher alone; `base_model` names the weights' repository.
         dry_run: Only list the files that would be sent, with sizes, and which of them the
             repository already has (offline: all files).

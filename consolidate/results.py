@@ -496,7 +496,7 @@ class Factor(TypedDict):
     share: Share
 
 
-class FactorTotals(WeightsTotals):
+class ShownFactors(WeightsTotals):
     """All matrices beside the diagonal, and what they protect in its place."""
 
     bytes: Bytes
@@ -547,7 +547,7 @@ class ShowResult(_Of):
     penalty_offset: float
     tasks: list[Task]
     fisher: FisherTotals
-    factors: FactorTotals | None
+    factors: ShownFactors | None
     weights: WeightsTotals
     base: BaseDigest
     anchor: Anchor

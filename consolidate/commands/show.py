@@ -12,11 +12,11 @@ from consolidate.ewc.overlap import layer_overlaps
 from consolidate.options import ShowOptions
 from consolidate.results import (
     Factor,
-    FactorTotals,
     FisherDtype,
     Format,
     Overlap,
     Parameter,
+    ShownFactors,
     ShowResult,
     Task,
 )
@@ -194,7 +194,7 @@ def _parameters(ledger: Ledger, measured: Measured, total: float) -> list[Parame
     return sorted(found, key=lambda parameter: -parameter["trace"])
 
 
-def _factors(ledger: Ledger, traces: Mapping[str, float]) -> FactorTotals | None:
+def _factors(ledger: Ledger, traces: Mapping[str, float]) -> ShownFactors | None:
     """Describe the matrices beside Λ: what each stands for, and how large they are."""
     if ledger.factors is None or ledger.blocks is None:
         return None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from consolidate.chain.consistency import side_by_side_text
 from consolidate.data.chats import loss_text
-from consolidate.results import FactorTotals, MatrixSummary, Overlap, ShowResult, Task
+from consolidate.results import MatrixSummary, Overlap, ShownFactors, ShowResult, Task
 from consolidate.views.markdown import aligned, benchmarks_of, benchmarks_text, escaped, shown
 from consolidate.views.matrix import matrix_rows, matrix_table, means_text
 from formats.fisher_json import UNKNOWN
@@ -89,7 +89,7 @@ def _units(task: Task) -> str:
     return f"{task['units']:,} {task['unit']}s{encoded}"
 
 
-def factors_text(factors: FactorTotals | None) -> list[str]:
+def factors_text(factors: ShownFactors | None) -> list[str]:
     """Give the number, size and share of the matrices beside the diagonal, on at most one line."""
     if factors is None:
         return []
@@ -103,7 +103,7 @@ def factors_text(factors: FactorTotals | None) -> list[str]:
     return [text]
 
 
-def protected_by(factors: FactorTotals | None) -> dict[str, str]:
+def protected_by(factors: ShownFactors | None) -> dict[str, str]:
     """Describe the matrix that stands for a parameter, by the parameter's name."""
     matrices = [] if factors is None else factors["matrices"]
     return {

@@ -331,7 +331,7 @@ def test_factors_are_pushed_rounded_or_left_out(
         remote.files["fisher/factors.safetensors"]
         == (folder / "fisher" / "factors.safetensors").read_bytes()
     )
-    assert b"The factors reveal more than a diagonal" in remote.files["README.md"]
+    assert b"The factors (2 matrices) reveal more than the diagonal" in remote.files["README.md"]
     variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
     code, out, err = run(tmp_path, "show", "user/one", "--json", **variables)
     assert code == 0, err
@@ -351,7 +351,7 @@ def test_factors_are_pushed_rounded_or_left_out(
     less = pushed(tmp_path, hub, folder, "user/one", "--structure", "diagonal")
     assert set(less["deleted"]) == files
     assert not any("factor" in path for path in remote.files)
-    assert b"The factors reveal" not in remote.files["README.md"]
+    assert b"reveal more than the diagonal" not in remote.files["README.md"]
     fetched = downloaded(tmp_path, hub, "user/one", "diagonal")
     assert verify(fetched)["fisher"] == verify(folder)["fisher"]
     ledger = read_fisher(fetched / "fisher").ledger
@@ -373,7 +373,7 @@ def test_factors_that_cannot_be_pushed(tmp_path: Path, hub: Hub) -> None:
     folder = factor_checkpoints.write(tmp_path / "one", without=("0.weight.R", "2.weight.R"))
     with pytest.raises(UsageError, match=r"--structure inputs: .*fisher has no factors"):
         push(folder, "user/one", structure="inputs")
-    with pytest.raises(UsageError, match="expected diagonal or inputs"):
+    with pytest.raises(UsageError, match="expected one of diagonal, inputs"):
         push(folder, "user/one", structure="kronecker")
     assert not hub.requests
 
