@@ -6,14 +6,16 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from formats.digest import dtype_name
 from formats.fisher_folder import StoredFisher
 
-ROUNDING = {"F32": 2.0**-16, "BF16": 2.0**-8}
-"""Of a matrix, relative to its Frobenius norm: a negative eigenvalue up to this is rounding."""
+ROUNDING = 2.0**-8
+"""Of a matrix, relative to its Frobenius norm: a negative eigenvalue up to this is rounding.
 
-SAME_TRACE = {"F32": 2.0**-10, "BF16": 2.0**-7}
-"""Relative difference of tr R and the sum of Λ; either is a sum of many rounded numbers."""
+That is the rounding to bfloat16, in which an earlier task may have been stored, whatever the dtype.
+"""
+
+SAME_TRACE = 2.0**-7
+"""Relative difference of tr R and the sum of Λ, likewise: both may have been rounded."""
 
 EXACT_SIZE = 2048  # rows up to which a matrix is factored, in about half a second
 STEPS = 32  # of Lanczos beyond that, each a product with the matrix
@@ -41,9 +43,7 @@ def factor_contradictions(stored: StoredFisher, traces: Mapping[str, float]) -> 
             continue
         expected = math.fsum(traces[parameter] for parameter in block.parameters)
         found = float(matrix.diagonal().double().sum())
-        dtypes = (dtype_name(matrix.dtype), stored.ledger.fisher[block.parameters[0]].dtype)
-        slack = max(SAME_TRACE[dtype] for dtype in dtypes) * max(expected, found) + _TINY
-        if abs(found - expected) > slack:
+        if abs(found - expected) > SAME_TRACE * max(expected, found) + _TINY:
             yield (
                 f"{factors.file_of(name)}: {name!r}: expected the trace {expected:.6g}, that of "
                 f"the Fisher of {' and '.join(block.parameters)}, found {found:.6g}; measure it "
@@ -64,14 +64,13 @@ def broken_bound(matrix: Tensor) -> float | None:
     norm = math.sqrt(math.fsum(float(r.double().square().sum()) for r in matrix.split(_ROWS)))
     if norm <= _TINY:
         return None
-    slack = ROUNDING[dtype_name(matrix.dtype)]
     if len(matrix) <= EXACT_SIZE:
         shifted = matrix.double() / norm
-        shifted.diagonal().add_(slack)
+        shifted.diagonal().add_(ROUNDING)
         broken = bool(torch.linalg.cholesky_ex(shifted).info)
     else:
-        broken = _smallest_ritz_value(matrix.float() / norm) < -slack
-    return -slack * norm if broken else None
+        broken = _smallest_ritz_value(matrix.float() / norm) < -ROUNDING
+    return -ROUNDING * norm if broken else None
 
 
 def _smallest_ritz_value(matrix: Tensor) -> float:

@@ -364,9 +364,10 @@ def test_factors_are_pushed_rounded_or_left_out(
         words = ("finetune", start, "--data", new, *MODEL, "--ewc-lambda", 10, "--overwrite")
         code, _, err = run(tmp_path, *words, "--output-dir", "out", **variables)
         assert code == 0, err
-        there = verify(tmp_path / "out")
-        assert there["tasks"] == ["old", "new"]
-        assert ("factors" in there) == (start == "user/half")
+        ledger = read_fisher(tmp_path / "out" / "fisher").ledger
+        assert [task.name for task in ledger.tasks] == ["old", "new"]
+        assert (ledger.factors is not None) == (start == "user/half")
+    assert verify(tmp_path / "out")["tasks"] == ["old", "new"]
 
 
 def test_factors_that_cannot_be_pushed(tmp_path: Path, hub: Hub) -> None:

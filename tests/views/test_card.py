@@ -60,7 +60,11 @@ def with_factors(ledger: Ledger) -> Ledger:
 def test_factors_are_described_with_what_they_reveal(ledger: Ledger) -> None:
     plain, card = (model_card(None, each, SUBJECT) for each in (ledger, with_factors(ledger)))
     said = "1 matrix in BF16 (18 bytes), for 6 of these values"
-    for words in (said, "`--structure diagonal`", "The factors (1 matrix) reveal more than the diagonal"):
+    for words in (
+        said,
+        "`--structure diagonal`",
+        "The factors (1 matrix) reveal more than the diagonal",
+    ):
         assert words in card
         assert words not in plain
     assert "with a diagonal Fisher: it ignores how weights act together, becomes" in plain
