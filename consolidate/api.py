@@ -514,8 +514,10 @@ def merge(
     """Merge checkpoints of one architecture, and their Fishers, into one checkpoint.
 
     Λ = Σ c_k Λ_k, θ = Σ c_k Λ_k θ_k / Λ, μ = Σ c_k Λ_k μ_k / Λ (Matena & Raffel 2022), and where
-    Λ = 0 the mean weighted by c_k. With a base, Σ c_k − 1 times its terms are subtracted from each
-    sum, so that the tasks of the base count once. Other files are the first checkpoint's.
+    Λ = 0 the mean weighted by c_k. A layer that all have a factor of takes R = Σ c_k R_k, and W
+    where W R = Σ c_k W_k R_k (Jin et al. 2023). With a base, Σ c_k − 1 times its terms are
+    subtracted from each sum, so that the tasks of the base count once. Other files are the first
+    checkpoint's.
 
     Args:
         checkpoints: Folders or repositories on the Hub, each with its Fisher.
@@ -525,8 +527,9 @@ def merge(
         overwrite: Replace an existing output unless it is up to date.
 
     Returns:
-        The folder, the models, the tasks, the Fisher's trace and the offset. If the output is up to
-        date, nothing is done, and the ``status`` is ``cached``.
+        The folder, the models, the tasks, the Fisher's trace, the offset, the factors, and the
+        layers ``without_factors``, which some of the checkpoints have factors of. If the output is
+        up to date, nothing is done, and the ``status`` is ``cached``.
 
     Raises:
         InputError: A checkpoint has no Fisher, is damaged, is of another architecture, or has a

@@ -367,6 +367,10 @@ class MergeResult(_Of):
     trace: float
     penalty_offset: float
     anchor: Anchor
+    factors: Annotated[FactorTotals | None, about("Null with the diagonal alone.")]
+    without_factors: Annotated[
+        list[str], about("Weights that some of the models, not all, have a factor of.")
+    ]
 
 
 class RemapResult(_Of):
