@@ -60,10 +60,10 @@ class Origin:
             )
         rest = [name for name in old if name not in stored.fisher]
         anchor: Mapping[str, Tensor] = stored.anchor or Overlaid(old, without=rest)
-        of_factors = stored.factor_anchor
+        of_factors: Mapping[str, Tensor] | None = stored.factor_anchor
         if stored.factors is not None and of_factors is None:
-            others = set(old) - covered(stored.ledger.blocks or {})
-            of_factors = Overlaid(old, without=others)
+            alone = set(old) - covered(stored.ledger.blocks or {})
+            of_factors = Overlaid(old, without=alone)
         chain = FittedChain(
             stored.ledger, stored.fisher, anchor, stored.heads, stored.factors, of_factors
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.ewc import factor_merging
 from consolidate.models.tensor_names import Layout, renamed_factors
+from consolidate.options import Estimation, Parameters
 from formats.errors import UsageError
 from formats.fisher_json import Block, Ledger, covered
 from formats.tensors import Overlaid, shape_of
@@ -75,17 +76,20 @@ def offset_with_factors(ledger: Ledger) -> float:
     return ledger.penalty_offset if ledger.factor_offset is None else ledger.factor_offset
 
 
-def without_blocks(chain: "Chain", parameters: Collection[str], why: str) -> dict[str, Any]:
+def without_blocks(
+    chain: "Chain", parameters: Collection[str], why: str | None = None
+) -> dict[str, Any]:
     """Give `ledger`, `factors` and `factor_anchor` of a chain without the blocks of parameters.
 
-    Those keep the diagonal, which is reported with the reason.
+    With a reason it is reported that those keep the diagonal.
     """
     ledger, given = chain.ledger, ("factors", "factor_anchor")
     if chain.factors is None:
         return {"ledger": ledger} | {name: getattr(chain, name) for name in given}
     blocks = ledger.blocks or {}
     lost = [name for name, block in blocks.items() if set(block.parameters) & set(parameters)]
-    _report_lost([blocks[name].parameters[0] for name in lost], why)
+    if why is not None:
+        _report_lost([blocks[name].parameters[0] for name in lost], why)
     left = {name: block for name, block in blocks.items() if name not in lost}
     gone = covered(blocks) - covered(left)
     anchor = chain.factor_anchor
@@ -96,19 +100,34 @@ def without_blocks(chain: "Chain", parameters: Collection[str], why: str) -> dic
     }
 
 
-def penalty_of_blocks(chain: "Chain", weights: Mapping[str, Tensor], of: Collection[str]) -> float:
-    """Return Σ ½ tr(D R Dᵀ)/out over the blocks of some parameters, apart from λ."""
+def penalty_of_blocks(chain: "Chain", weights: Mapping[str, Tensor]) -> float:
+    """Return Σ ½ tr(D R Dᵀ)/out over the blocks of these weights, apart from λ."""
     factors, anchor = factors_of(chain), chain.factor_anchor
     if factors is None or anchor is None:
         return 0.0
     total = 0.0
     for name, block in factors.blocks.items():
-        if set(block.parameters) <= set(of):
+        if set(block.parameters) <= set(weights):
             far = [weights[n].double() - anchor[n].double() for n in block.parameters]
             rows = _rows(far, block)
             matrix = factors.matrices[name].double()
             total += float(((rows @ matrix) * rows).sum()) / (2 * len(rows))
     return total
+
+
+def check_structure(
+    structure: str, estimation: Estimation, parameters: Parameters, *, prefix: str = ""
+) -> None:
+    """Refuse what cannot measure factors; `prefix` is that of the estimation's options."""
+    for option, given in (
+        ("shard", parameters.shard),
+        (f"{prefix}estimator batched", estimation.estimator == "batched"),
+    ):
+        if given and structure == "inputs":
+            raise UsageError(
+                f"--{option} cannot be combined with --structure inputs: leave it out, or give "
+                "--structure diagonal"
+            )
 
 
 def check_continued(before: "Chain | None", new: bool) -> None:
@@ -142,15 +161,11 @@ def module_factors(
     }
 
 
-def measured_factors(
-    diagonal: FisherDiagonal, layout: Layout, structure: str | None = None
-) -> Factors:
-    """Give the factors of a measurement by the file's names; none with the structure diagonal.
+def measured_factors(diagonal: FisherDiagonal, layout: Layout) -> Factors:
+    """Give the factors of a measurement by the file's names.
 
     Layers whose weights the file stores in another form have none.
     """
-    if structure == "diagonal":
-        return Factors({}, {})
     alone = layout.stored_alone()
     lost = [b.parameters[0] for b in diagonal.blocks.values() if not set(b.parameters) <= {*alone}]
     _report_lost(lost, "the file stores these weights in another form")
@@ -176,7 +191,9 @@ def merged_factors(
     if not past.blocks and before.factors:
         _report_lost(before.fisher, "its factors are of another kind")
     kept = {}
-    for name in dict.fromkeys([*past.blocks, *new.blocks]):
+    place = {name: i for i, name in enumerate(weights)}
+    names = {**past.blocks, **new.blocks}
+    for name in sorted(names, key=lambda name: place[names[name].parameters[0]]):
         both = [side.blocks[name] for side in (past, new) if name in side.blocks]
         whole = max(both, key=lambda block: len(block.parameters))
         if _fits(past, name, whole, before.fisher) and _fits(new, name, whole, measured):
@@ -189,11 +206,12 @@ def merged_factors(
     found = {name: new.matrices[name] for name in new.blocks if name in kept}
     if rule == "online":
         merged = factor_merging.online(total, found, gamma=gamma, weight=weight)
-        return MergedFactors(merged, kept, None, 0.0)
+        return MergedFactors({name: merged[name] for name in kept}, kept, None, 0.0)
     merged, anchor, growth = factor_merging.separate(
         total, where, found, weights, kept, weight=weight
     )
-    return MergedFactors(merged, kept, anchor, growth)
+    around = {at: anchor[at] for block in kept.values() for at in block.parameters}
+    return MergedFactors({name: merged[name] for name in kept}, kept, around, growth)
 
 
 def _fits(side: Factors, name: str, whole: Block, measured: Collection[str]) -> bool:

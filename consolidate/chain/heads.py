@@ -248,7 +248,7 @@ def with_saved_head(before: Chain, head: Mapping[str, Tensor]) -> FittedChain:
     """Save the head in the weights for the tasks that use it; it is no longer part of Λ and μ."""
     offset, anchor = before.ledger.penalty_offset, before.anchor
     factor_offset = None
-    left = without_blocks(before, head, "the head is new")
+    left = without_blocks(before, head)
     if before.factors is not None:
         factor_offset = offset_with_factors(before.ledger)
         alone = [name for name in head if name not in covered(before.ledger.blocks or {})]

@@ -161,17 +161,13 @@ def add_task(
     training: Training | None = None,
     encoded: Encoded | None = None,
     merging: Merging | None = None,
-    structure: str | None = None,
 ) -> Added:
     """Merge a task's Fisher into the chain so far.
 
     The last task of the chain, if it has this name, is measured now: it is merged as its training
-    asked, and keeps what is recorded of it. The structure `diagonal` leaves the factors of the
-    chain out.
+    asked, and keeps what is recorded of it.
     """
     past = before or FittedChain(Ledger([]), {}, None, {})
-    if structure == "diagonal":
-        past = without_factors(past)
     tasks, pending = past.ledger.tasks, pending_task(before, name)
     if pending is not None:
         asked = Merging(task_weight=pending.weight_by or pending.weight)
@@ -206,7 +202,7 @@ def add_task(
     if diagonal is None:
         merged = _unmeasured(past, model, weights)
     else:
-        new = measured_factors(diagonal, model.layout, structure)
+        new = measured_factors(diagonal, model.layout)
         check_continued(before, bool(new.blocks))
         merged = _merged(past, model, weights, fisher, new, merging, record.weight)
     base = past.ledger.base  # of an adapter: already compared with its base model
@@ -229,13 +225,15 @@ def add_task(
     return Added(ledger, merged, past.heads)
 
 
-def without_factors(chain: Chain) -> FittedChain:
-    """Give a chain with the diagonal alone."""
-    if chain.factors is not None:
-        names = few([task.name for task in chain.ledger.tasks], 5)
-        LOG.info("the factors of %s are neither used nor kept: the diagonal protects all", names)
-    none = dict.fromkeys(("factors", "blocks", "factor_anchor", "factor_offset"))
-    ledger = replace(chain.ledger, **none)
+def with_structure(chain: Chain | None, structure: str) -> Chain | None:
+    """Give a chain as a task of this structure continues it: `diagonal` leaves the factors out."""
+    if structure != "diagonal" or chain is None or chain.factors is None:
+        return chain
+    names = few([task.name for task in chain.ledger.tasks], 5)
+    LOG.info("the factors of %s are neither used nor kept: the diagonal protects all", names)
+    ledger = replace(
+        chain.ledger, factors=None, blocks=None, factor_anchor=None, factor_offset=None
+    )
     return FittedChain(ledger, chain.fisher, chain.anchor, chain.heads)
 
 
@@ -280,7 +278,7 @@ def _merged(
         merged = merge_online(past.fisher, fisher, gamma=gamma, weight=weight)
         return Merged(merged, None, 0.0, factors)
     covered = set() if factors is None else Factors(*factors[:2]).covered
-    parts = [
+    parts: list[tuple[dict[str, Tensor], dict[str, Tensor], float]] = [
         merge_separate(
             {at: past.fisher[at] for at in past.fisher if (at in covered) == has_block},
             where,
@@ -291,7 +289,8 @@ def _merged(
         for has_block in (False, True)
     ]
     order = dict.fromkeys([*past.fisher, *fisher])
-    merged, anchor = ({n: (parts[n in covered][i])[n] for n in order} for i in range(2))
+    merged = {name: parts[name in covered][0][name] for name in order}
+    anchor = {name: parts[name in covered][1][name] for name in order}
     growth, by_diagonal = (part[2] for part in parts)
     offset = past.ledger.penalty_offset + (growth + by_diagonal)
     with_factors = offset

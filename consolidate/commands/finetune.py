@@ -21,7 +21,7 @@ from consolidate.chain.output import (
     output_bytes,
 )
 from consolidate.chain.resume import KeptPass, KeptWork
-from consolidate.chain.tasks import Training, add_task, pending_task
+from consolidate.chain.tasks import Training, add_task, pending_task, with_structure
 from consolidate.chain.up_to_date import cached, recorded_fisher
 from consolidate.commands.finetune_compare import completed, train_without_penalty
 from consolidate.commands.finetune_gate import failed_before
@@ -443,7 +443,7 @@ def _write(
         log_notes(loaded, start.examples, diagonal, used)
     digests = options.saving.data_digest
     added = add_task(
-        start.before,
+        with_structure(start.before, opened.structure),
         loaded,
         trained.weights,
         diagonal,
@@ -454,7 +454,6 @@ def _write(
         training=training,
         encoded=encoding_record(options.encoding, opened.rows, opened.columns),
         merging=opened.merging,
-        structure=opened.structure,
     )
     ledger, merged = added.ledger, added.merged.fisher
     once = Overlaid(trained.weights, without=loaded.layout.duplicates)

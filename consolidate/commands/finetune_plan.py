@@ -5,7 +5,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from consolidate.chain.factors import check_continued, factors_of, settled_structure
+from consolidate.chain.factors import (
+    check_continued,
+    check_structure,
+    factors_of,
+    settled_structure,
+)
 from consolidate.chain.fingerprint import Inputs
 from consolidate.chain.opening import find_fisher, stored_fisher, with_base
 from consolidate.chain.output import check_output, failed_folder
@@ -13,7 +18,6 @@ from consolidate.chain.tasks import settled_merging, task_name
 from consolidate.chain.up_to_date import Output, find_output
 from consolidate.commands.finetune_search import Plan as SearchPlan
 from consolidate.commands.finetune_search import check_held_out, plan_search
-from consolidate.commands.measurement import check_structure
 from consolidate.data.columns import columns_of
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import Lora

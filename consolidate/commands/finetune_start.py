@@ -289,15 +289,8 @@ def _merged_penalty(
     if found is not None and (anchor is not None or stored.factor_anchor is not None):
         storage["factor_anchor"] = found["factor_anchor"]
     matrices, own = factors["factors"], {n: f for n, f in fisher.items() if n in others}
-    beside: WeightPenalty
-    if of_others:
-        chosen = {name: matrices[name] for name in of_others}
-        beside = BlockPenalty(
-            others.items(), own, anchor, factors=chosen, blocks=of_others, **storage
-        )
-    else:
-        plain = {name: value for name, value in storage.items() if name != "factor_anchor"}
-        beside = Penalty(others.items(), own, anchor, **plain)
+    chosen = {name: matrices[name] for name in of_others}
+    beside = BlockPenalty(others.items(), own, anchor, factors=chosen, blocks=of_others, **storage)
     if found is not None:
         LOG.info("the penalty of %d layers is that of their inputs", len(of_layers | of_others))
     return MergedPenalty(

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming, refuse_changed
 from consolidate.chain.elsewhere import Origin, open_origin, refuse_untrained
-from consolidate.chain.factors import check_continued, settled_structure
+from consolidate.chain.factors import check_continued, check_structure, settled_structure
 from consolidate.chain.fingerprint import Inputs
 from consolidate.chain.heads import check_labels
 from consolidate.chain.opening import stored_fisher, with_base
@@ -24,10 +24,10 @@ from consolidate.chain.tasks import (
     pending_task,
     settled_merging,
     task_name,
+    with_structure,
 )
 from consolidate.chain.up_to_date import Output, cached, find_output, recorded_fisher
 from consolidate.commands.measurement import (
-    check_structure,
     encoded_as,
     encoding_record,
     fisher_summary,
@@ -484,7 +484,7 @@ def _write(
     used = subset(len(examples), options.estimation.max_examples, options.seed)
     log_notes(model, examples, diagonal, used)
     added = add_task(
-        chain,
+        with_structure(chain, plan.structure),
         model,
         source.weights,
         diagonal,
@@ -496,7 +496,6 @@ def _write(
         training=None if plan.origin is None else plan.origin.training(),
         encoded=encoding_record(options.encoding, plan.rows, plan.columns),
         merging=plan.merging,
-        structure=plan.structure,
     )
     if overwrite and not plan.completes and (target / LEDGER_NAME).is_file():
         LOG.info("replacing the Fisher of %s", _task_names(target))

@@ -33,7 +33,6 @@ from consolidate.options import (
     Estimation,
     FinetuneOptions,
     FisherOptions,
-    Parameters,
 )
 from consolidate.results import EncodedAs, MeasuredFisher, PassCost
 from consolidate.runtime import signals
@@ -142,21 +141,6 @@ def _how(estimation: Estimation, structure: str, seed: int) -> dict[str, Any]:
         "accumulate_dtype": dtype_of_name(estimation.accumulate_dtype),
         "check": estimation.check,
     }
-
-
-def check_structure(
-    structure: str, estimation: Estimation, parameters: Parameters, *, prefix: str = ""
-) -> None:
-    """Refuse what cannot measure factors; `prefix` is that of the estimation's options."""
-    for option, given in (
-        ("shard", parameters.shard),
-        (f"{prefix}estimator batched", estimation.estimator == "batched"),
-    ):
-        if given and structure == "inputs":
-            raise UsageError(
-                f"--{option} cannot be combined with --structure inputs: leave it out, or give "
-                "--structure diagonal"
-            )
 
 
 def settled_estimation(
