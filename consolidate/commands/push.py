@@ -332,7 +332,9 @@ def _contents(
     diagonal = options.structure == "diagonal" and stored.factors is not None
     if dtype is not None or diagonal:
         fisher = scratch / "fisher"
-        none: dict[str, Any] = dict.fromkeys(("factors", "blocks", "factor_anchor", "factor_offset"))
+        none: dict[str, Any] = dict.fromkeys(
+            ("factors", "blocks", "factor_anchor", "factor_offset")
+        )
         write_fisher(
             fisher,
             stored.fisher,
