@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("consolidate")
 
+USES = "the penalty uses the matrices of %d layers, and the diagonal elsewhere"
+
 
 @dataclass(frozen=True)
 class Start:
@@ -252,7 +254,7 @@ def _fisher_penalty(
     if factors is None:
         offset = stored.ledger.penalty_offset
         return Penalty(model.module, fisher, around, offset=offset, **storage)
-    LOG.info("the penalty of %d layers is that of their inputs", len(factors["blocks"]))
+    LOG.info(USES, len(factors["blocks"]))
     return BlockPenalty(model.module, fisher, around, **factors, **storage)
 
 
@@ -292,7 +294,7 @@ def _merged_penalty(
     chosen = {name: matrices[name] for name in of_others}
     beside = BlockPenalty(others.items(), own, anchor, factors=chosen, blocks=of_others, **storage)
     if found is not None:
-        LOG.info("the penalty of %d layers is that of their inputs", len(of_layers | of_others))
+        LOG.info(USES, len(of_layers | of_others))
     return MergedPenalty(
         layers,
         fisher,

@@ -294,14 +294,14 @@ def log_notes(
 def _coverage(module: nn.Module, diagonal: FisherDiagonal) -> str:
     """Report how many layers have a matrix, and which large weights have the diagonal alone."""
     size = sum(matrix.numel() for matrix in diagonal.factors.values())
-    text = f"the matrices of {len(diagonal.blocks)} layers (of {size:,} values) protect them"
+    text = f"{len(diagonal.blocks)} layers are protected by matrices ({size:,} values)"
     have = covered(diagonal.blocks)
     others = [n for n, values in diagonal.items() if values.ndim > 1 and n not in have]
     others.sort(key=lambda name: -diagonal[name].numel())
     if not others:
         return text
     reasons = [f"{name} ({_why_diagonal(module, name)})" for name in others]
-    return f"{text}; by the diagonal alone {few(reasons, 3)}"
+    return f"{text}, by the diagonal alone {few(reasons, 3)}"
 
 
 def _why_diagonal(module: nn.Module, name: str) -> str:

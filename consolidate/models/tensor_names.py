@@ -11,14 +11,16 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
 from formats.errors import InputError
-from formats.fisher_json import Block
+
+if TYPE_CHECKING:
+    from formats.fisher_json import Block
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -142,14 +144,14 @@ class Layout:
         return own | {second: own[first] for second, first in seconds if first in own}
 
     def factors_to_file(
-        self, factors: Mapping[str, Tensor], blocks: Mapping[str, Block]
-    ) -> tuple[dict[str, Tensor], dict[str, Block]]:
+        self, factors: Mapping[str, Tensor], blocks: Mapping[str, "Block"]
+    ) -> tuple[dict[str, Tensor], dict[str, "Block"]]:
         """Name matrices and their parameters as in the file, without those of converted tensors."""
         return renamed_factors(factors, blocks, self.stored_alone())
 
     def factors_to_module(
-        self, factors: Mapping[str, Tensor], blocks: Mapping[str, Block]
-    ) -> tuple[dict[str, Tensor], dict[str, Block]]:
+        self, factors: Mapping[str, Tensor], blocks: Mapping[str, "Block"]
+    ) -> tuple[dict[str, Tensor], dict[str, "Block"]]:
         """Name matrices and their parameters as in the module, likewise."""
         return renamed_factors(factors, blocks, self.loaded_alone())
 
@@ -242,8 +244,8 @@ class Layout:
 
 
 def renamed_factors(
-    factors: Mapping[str, Tensor], blocks: Mapping[str, Block], names: Mapping[str, str]
-) -> tuple[dict[str, Tensor], dict[str, Block]]:
+    factors: Mapping[str, Tensor], blocks: Mapping[str, "Block"], names: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, "Block"]]:
     """Give matrices whose parameters all have a new name, each named after the first of them."""
     matrices, renamed = {}, {}
     for name, block in blocks.items():
