@@ -20,7 +20,7 @@ from consolidate.chain.output import refuse_existing
 from consolidate.chain.tasks import pending_task
 from consolidate.chain.up_to_date import cached, factor_totals, find_output
 from consolidate.commands.merge_blocks import BlockSource, MergedBlocks, shared_blocks
-from consolidate.commands.verify import check_fisher_values
+from consolidate.commands.verify import check_factors, check_fisher_values
 from consolidate.ewc.fisher_merging import MergedTensor, ModelTensor, merge_models
 from consolidate.models.tensor_names import renamed_factors
 from consolidate.options import MergeOptions
@@ -410,6 +410,7 @@ def _open_folder(path: Path, coefficient: float) -> _Model:
     stored = stored_fisher(path / "fisher", source)
     check_finite(source.weights, path)
     check_fisher_values(stored)
+    check_factors(stored)
     return _Model(path, source, stored, coefficient, {name: name for name in source.weights}, {})
 
 

@@ -77,6 +77,8 @@ def check_fisher_values(stored: StoredFisher) -> None:
 
 def check_factors(stored: StoredFisher) -> None:
     """Refuse matrices beside Λ that have a negative eigenvalue, or another trace than Λ."""
+    if stored.factors is None:
+        return
     if lines := list(factor_contradictions(stored, _traces(stored))):
         raise InputError(in_one_line(lines))
 

@@ -492,6 +492,17 @@ def test_layers_with_factors_are_merged_by_them(tmp_path: Path, anchored: bool) 
     assert again == result | {"status": "cached", "trace": again["trace"]}
 
 
+def test_a_factor_with_a_negative_eigenvalue_is_refused(tmp_path: Path) -> None:
+    a, b = (factor_checkpoints.write(tmp_path / name, name) for name in "ab")
+    factor_checkpoints.rewrite(
+        b, lambda t: t["0.weight.R"].sub_(0.2).diagonal().add_(0.2), "factors"
+    )
+    with pytest.raises(
+        InputError, match=r"b/fisher/factors.*'0\.weight\.R' has an eigenvalue below"
+    ):
+        consolidate.merge([a, b], output_dir=tmp_path / "out")
+
+
 def test_merging_a_model_with_itself_changes_no_weight(tmp_path: Path) -> None:
     a = factor_checkpoints.write(tmp_path / "a", "a")
     b = factor_checkpoints.write(tmp_path / "b", "b")  # the same weights
