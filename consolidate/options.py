@@ -956,6 +956,12 @@ class PushOptions:
         dtype=True,
         choices=("float32", "bfloat16"),
     )
+    structure: str | None = option(
+        None,
+        "Structure of the published Fisher; diagonal leaves its factors out.",
+        by_default="as stored",
+        choices=("diagonal", "inputs"),
+    )
     fisher_only: bool = option(
         False, "Publish the Fisher alone; --base-model names the weights' repository."
     )

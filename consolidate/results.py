@@ -38,6 +38,7 @@ BaseDigest = Annotated[
     str | None, about("Digest of the base model if the weights are an adapter's.")
 ]
 Anchor = Literal["the weights", "fisher/anchor"]
+FactorAnchor = Literal["the weights", "fisher/factor_anchor"]
 FisherDtype = Literal["F32", "BF16"]
 Descent = Literal["weights", "tasks"]
 Format = Literal["consolidate-fisher"]
@@ -366,6 +367,10 @@ class MergeResult(_Of):
     trace: float
     penalty_offset: float
     anchor: Anchor
+    factors: Annotated[FactorTotals | None, about("Null with the diagonal alone.")]
+    without_factors: Annotated[
+        list[str], about("Weights that some of the models, not all, have a factor of.")
+    ]
 
 
 class RemapResult(_Of):
@@ -481,6 +486,32 @@ class FisherTotals(WeightsTotals):
     trace: float
 
 
+Share = Annotated[float, about("Share of the whole trace, 0 to 1.", ge=0, le=1)]
+
+
+class Factor(TypedDict):
+    """A matrix beside the diagonal."""
+
+    name: str
+    matrix: Annotated[str, about("Its kind: R, A or G.")]
+    size: Annotated[int, about("Rows, and columns.", ge=1)]
+    bytes: Bytes
+    parameters: Annotated[list[str], about("The parameters that it stands for.")]
+    share: Share
+
+
+class ShownFactors(WeightsTotals):
+    """All matrices beside the diagonal, and what they protect in its place."""
+
+    bytes: Bytes
+    dtype: FisherDtype
+    values: Annotated[int, about("Weights that they protect.", ge=0)]
+    share: Share
+    anchor: FactorAnchor
+    offset: Annotated[float, about("In place of penalty_offset where they are used.")]
+    matrices: list[Factor]
+
+
 class Parameter(TypedDict):
     """How strongly a parameter is protected."""
 
@@ -489,7 +520,8 @@ class Parameter(TypedDict):
     trace: float
     mean: float
     max: float | None
-    share: Annotated[float, about("Share of the whole trace, 0 to 1.", ge=0, le=1)]
+    share: Share
+    factor: Annotated[str | None, about("The matrix that stands for it; null: its diagonal does.")]
 
 
 class LayerOverlap(TypedDict):
@@ -503,7 +535,7 @@ _With = TypedDict("_With", {"with": str})  # no field of a class can be called s
 
 
 class Overlap(_With):
-    """How far this Fisher and that of another checkpoint lie on the same weights."""
+    """How far this diagonal and that of another checkpoint lie on the same weights."""
 
     layers: list[LayerOverlap]
     left_out: list[str]
@@ -519,6 +551,7 @@ class ShowResult(_Of):
     penalty_offset: float
     tasks: list[Task]
     fisher: FisherTotals
+    factors: ShownFactors | None
     weights: WeightsTotals
     base: BaseDigest
     anchor: Anchor
@@ -554,6 +587,7 @@ class VerifyResult(_Of):
     fisher: TensorSet
     anchor: NotRequired[TensorSet]
     factors: NotRequired[TensorSet]
+    factor_anchor: NotRequired[TensorSet]
     heads: dict[str, TensorSet]
     other_files: list[str]
     later: NotRequired[
