@@ -79,12 +79,7 @@ def smoke() -> None:
         *("--output-dir", "next", "--ewc-lambda", "10", "--epochs", "2"),
     )
     expect(tuned["penalty_value"] > 0, "a penalty above 0")
-    expect(result("verify", "next")["status"] == "verified", "a checkpoint that verifies")
-    again = result(
-        *("finetune", "start", *model, "--data", "new.npz", "--task", "new"),
-        *("--output-dir", "next", "--ewc-lambda", "10", "--epochs", "2"),
-    )
-    expect(again["status"] == "cached", "an output that is up to date")
+    expect(result("verify", "next")["tasks"] == ["old", "new"], "two tasks that verify")
     weights = Path("next/model.safetensors")
     damaged = bytearray(weights.read_bytes())
     damaged[-1] ^= 1
