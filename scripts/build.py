@@ -1,18 +1,21 @@
-"""Builds the sdist and the wheel of the current commit in dist/, and checks what a release promises.
+"""Builds the sdist and the wheel of the current commit in dist/, and checks both.
 
 Both are built twice, in fresh copies of the commit that differ in folder, umask, time zone and hash
 seed; the bytes must be equal. `twine check` reads their metadata. The sdist must hold the files of
 the commit, the wheel the two packages. `--smoke` also installs the wheel into an empty environment
-and runs scripts/smoke.py there. The tools have the versions of the dependency group `release`.
+and runs scripts/smoke.py there. The tools have the versions of the dependency group `release`; the
+bytes depend on them, and on Python's zlib. Needs git and Python 3.11 or newer, nothing else.
 """
 
 import argparse
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -32,8 +35,14 @@ def main() -> None:
     """Build, check, and copy the two files to dist/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--smoke", action="store_true", help="install the wheel and run smoke.py")
+    parser.add_argument("--bill", type=Path, help="with --smoke: write a bill of materials here")
+    parser.add_argument("--tag", help="of the release: v and the version that the changelog names")
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="instead of dist/")
     options = parser.parse_args()
+    if options.bill and not options.smoke:
+        parser.error("--bill lists the environment that --smoke makes")
+    if options.tag:
+        check_tag(options.tag)
     changed = git("status", "--porcelain").strip()
     if changed:
         print(f"Not in the commit, so not built:\n{changed}", file=sys.stderr)
@@ -52,7 +61,9 @@ def main() -> None:
         if options.smoke:
             empty = make_environment(work / "empty", str(wheel))
             run(empty, "-I", str(ROOT / "scripts" / "smoke.py"), cwd=work)
-        options.output.mkdir(exist_ok=True)
+            if options.bill:
+                write_bill(tools, empty, options.bill)
+        options.output.mkdir(parents=True, exist_ok=True)
         for path in sorted(first.iterdir()):
             (options.output / path.name).write_bytes(path.read_bytes())
             print(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}")
@@ -93,9 +104,7 @@ def build(tools: Path, folder: Path, surroundings: dict[str, str | int]) -> Path
         ["tar", "-xf", archive, "-C", source],
         [tools, "-m", "build", "--no-isolation", "--outdir", output, source],
     ):
-        done = subprocess.run(
-            command, env=environment, umask=umask, text=True, capture_output=True
-        )
+        done = subprocess.run(command, env=environment, umask=umask, text=True, capture_output=True)
         if done.returncode:
             sys.exit(f"scripts/build: failed:\n{done.stdout}{done.stderr}")
     return output
@@ -146,6 +155,27 @@ def check_wheel(path: Path) -> None:
             f"scripts/build: {path.name}: pure: {pure}, strange: {strange}, missing: {missing}"
         )
     print(f"{path.name}: pure, {len(names)} files, {path.stat().st_size:,} bytes")
+
+
+def check_tag(tag: str) -> None:
+    """Stop where a tag is not the version, or the changelog has no section for it."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    if tag != f"v{version}":
+        sys.exit(f"scripts/build: the tag is {tag}, the version in pyproject.toml {version}")
+    if f"\n## [{version}] – " not in (ROOT / "CHANGELOG.md").read_text("utf-8"):
+        sys.exit(f"scripts/build: CHANGELOG.md has no section [{version}] with a date")
+
+
+def write_bill(tools: Path, empty: Path, path: Path) -> None:
+    """Write the CycloneDX bill of materials of an environment: each package with its version."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run(
+        tools,
+        *("-m", "cyclonedx_py", "environment", "--output-reproducible", "--output-format", "JSON"),
+        *("--pyproject", str(ROOT / "pyproject.toml"), "--output-file", str(path), str(empty)),
+    )
+    found = json.loads(path.read_text("utf-8"))
+    print(f"{path.name}: CycloneDX {found['specVersion']}, {len(found['components'])} packages")
 
 
 if __name__ == "__main__":
