@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -162,8 +163,9 @@ def check_tag(tag: str) -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
     if tag != f"v{version}":
         sys.exit(f"scripts/build: the tag is {tag}, the version in pyproject.toml {version}")
-    if f"\n## [{version}] – " not in (ROOT / "CHANGELOG.md").read_text("utf-8"):
-        sys.exit(f"scripts/build: CHANGELOG.md has no section [{version}] with a date")
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    if not re.search(rf"^## \[{re.escape(version)}\] – \d{{4}}-\d\d-\d\d$", changes, re.M):
+        sys.exit(f"scripts/build: CHANGELOG.md has no section [{version}] with the release's date")
 
 
 def write_bill(tools: Path, empty: Path, path: Path) -> None:
