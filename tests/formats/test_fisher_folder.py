@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from formats import fisher_json
 from formats.atomic import replace_folder
 from formats.checkpoint import weight_records
 from formats.digest import TensorRecord
@@ -152,6 +153,14 @@ def test_damaged_factors_are_refused(golden: Any) -> None:
     rewrite(file, **{name: whole}, metadata={METADATA_KEY: '{"kind":"factors","version":1}'})
     with pytest.raises(InputError, match=r"expected version 2 as in fisher\.json, found 1"):
         read_fisher(folder)
+
+
+def test_a_reader_of_the_diagonal_alone_refuses_factors_by_their_version(
+    golden: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fisher_json, "VERSIONS", (1, 1))
+    with pytest.raises(InputError, match=r"found 2; try a newer release of consolidate"):
+        read_fisher(golden("version-2-factors"))
 
 
 @pytest.mark.parametrize(
