@@ -27,8 +27,8 @@ NOT_IN_SDIST = (".ci/", ".gitattributes", ".github/", ".pre-commit-config.yaml")
 MADE = {"PKG-INFO"}  # in the sdist, but not of the commit
 IN_WHEEL = ("consolidate/", "formats/")
 SURROUNDINGS = (
-    {"umask": 0o022, "TZ": "UTC", "PYTHONHASHSEED": "1", "LC_ALL": "C"},
-    {"umask": 0o077, "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "2", "LC_ALL": "C.UTF-8"},
+    (0o022, {"TZ": "UTC", "PYTHONHASHSEED": "1", "LC_ALL": "C"}),
+    (0o077, {"TZ": "Asia/Tokyo", "PYTHONHASHSEED": "2", "LC_ALL": "C.UTF-8"}),
 )
 
 
@@ -51,8 +51,8 @@ def main() -> None:
         work = Path(folder)
         tools = make_environment(work / "tools", "--group", f"{ROOT / 'pyproject.toml'}:release")
         first, second = (
-            build(tools, work / f"{number}{'-' * number}", surroundings)
-            for number, surroundings in enumerate(SURROUNDINGS)
+            build(tools, work / f"{number}{'-' * number}", umask, variables)
+            for number, (umask, variables) in enumerate(SURROUNDINGS)
         )
         compare(first, second)
         run(tools, "-m", "twine", "check", "--strict", *sorted(map(str, first.iterdir())))
@@ -91,19 +91,16 @@ def make_environment(folder: Path, *packages: str) -> Path:
     return python
 
 
-def build(tools: Path, folder: Path, surroundings: dict[str, str | int]) -> Path:
+def build(tools: Path, folder: Path, umask: int, variables: dict[str, str]) -> Path:
     """Build the sdist, and the wheel from it, in a fresh copy of the commit."""
-    umask = surroundings["umask"]
-    assert isinstance(umask, int)
     folder.mkdir()
     archive, source, output = (folder / name for name in ("commit.tar", "source", "built"))
     git("archive", f"--output={archive}", "HEAD")
     source.mkdir()
-    variables = {name: str(value) for name, value in surroundings.items() if name != "umask"}
     environment = os.environ | variables | {"SOURCE_DATE_EPOCH": commit_time()}
     for command in (
-        ["tar", "-xf", archive, "-C", source],
-        [tools, "-m", "build", "--no-isolation", "--outdir", output, source],
+        ["tar", "-xf", str(archive), "-C", str(source)],
+        [str(tools), "-m", "build", "--no-isolation", "--outdir", str(output), str(source)],
     ):
         done = subprocess.run(command, env=environment, umask=umask, text=True, capture_output=True)
         if done.returncode:
