@@ -1,10 +1,8 @@
 """Double DQN with weights that all games share, and gains and biases of each game's own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -143,6 +141,7 @@ class Agent:
 
     Attributes:
         network: What acts and learns.
+        target: Its copy, which says what later rewards are worth.
         penalty: Added to the loss's gradients, where there is one.
         updates: Steps of the optimizer so far.
     """
@@ -161,7 +160,7 @@ class Agent:
         self.updates = 0
         self._learning = learning
         self._scale = scale
-        self._target = deepcopy(network).requires_grad_(False)
+        self.target = deepcopy(network).requires_grad_(False)
         self._optimizer = torch.optim.Adam(
             network.parameters(), learning.learning_rate, eps=learning.adam_epsilon, fused=True
         )
@@ -170,8 +169,8 @@ class Agent:
     def enter(self, context: int) -> None:
         """Play and learn in a context from now on; the target network is what the network is."""
         self.network.enter(context)
-        self._target.load_state_dict(self.network.state_dict())
-        self._target.enter(context)
+        self.target.load_state_dict(self.network.state_dict())
+        self.target.enter(context)
 
     def epsilon(self, steps: int) -> float:
         """Return the share of random actions after so many steps of a game."""
@@ -184,12 +183,12 @@ class Agent:
         actions = self.best(states)
         chance = self.random.random(len(states)) < epsilon
         if chance.any():
-            some = self.random.integers(self.network_actions, size=len(states))
+            some = self.random.integers(self.actions, size=len(states))
             actions = np.where(chance, some, actions)
         return actions
 
     @property
-    def network_actions(self) -> int:
+    def actions(self) -> int:
         """How many actions there are."""
         head = self.network.heads[0]
         assert isinstance(head, nn.Linear)
@@ -222,39 +221,29 @@ class Agent:
         self._optimizer.step()
         self.updates += 1
         if self.updates % learning.target_updates == 0:
-            self._target.load_state_dict(self.network.state_dict())
+            self.target.load_state_dict(self.network.state_dict())
 
     @torch.no_grad()
     def _wanted(self, some: Transitions) -> Tensor:
         """Return r + γ Q'(s', argmax Q(s', ·)), r alone where the episode ended."""
         following = self.given(some.following)
         best = self.network(following).argmax(1, keepdim=True)
-        later = self._target(following).gather(1, best)[:, 0]
+        later = self.target(following).gather(1, best)[:, 0]
         goes_on = torch.from_numpy(~some.ended)
         rewards = torch.from_numpy(some.rewards).clamp(-1, 1)
         return torch.addcmul(rewards, later, goes_on, value=self._learning.discount)
 
-    def minibatches(self, buffer: Buffer, count: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield states of a buffer as batches for the Fisher, whose labels have no meaning."""
+    def minibatches(
+        self, buffer: Buffer, count: int, size: int, *, classes: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield states of a buffer as batches for the Fisher, with labels that are not used."""
+        labels = torch.zeros(size, dtype=torch.int64)
+        if not classes:
+            labels = torch.zeros(size, self.actions)
         for _ in range(count):
-            states = self.given(buffer.sample(size, self.random).states)
-            yield states, torch.zeros(size, self.network_actions)
+            yield self.given(buffer.sample(size, self.random).states), labels
 
 
-def layer_of(name: str) -> str:
-    """Return the layer to which a shared parameter belongs."""
-    kind, layer, *_ = name.split(".")
-    return "head" if kind == "heads" else layer
-
-
-def grouped(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return names of shared parameters by layer."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(layer_of(name), []).append(name)
-    return groups
-
-
-def weights_of(parameters: dict[str, Any]) -> dict[str, Tensor]:
+def weights_of(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Return copies of parameters."""
     return {name: p.detach().clone() for name, p in parameters.items()}
