@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray

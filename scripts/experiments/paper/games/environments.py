@@ -1,7 +1,6 @@
 """The games: MinAtar's of 10 × 10 cells, and Atari's of 84 × 84 grey pixels."""
 
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -90,12 +89,13 @@ class Atari:
 
     def __init__(self, name: str, seed: int):
         import ale_py
+        from ale_py import roms
 
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         self._game = ale_py.ALEInterface()
         self._game.setInt("random_seed", seed)
         self._game.setFloat("repeat_action_probability", 0.0)
-        self._game.loadROM(ale_py.roms.get_rom_path(name))
+        self._game.loadROM(roms.get_rom_path(name))
         self._actions = self._game.getLegalActionSet()
         self._random = np.random.default_rng(seed)
 
@@ -141,17 +141,6 @@ def make_game(suite: str, name: str, view: str, seed: int) -> Game:
     if name not in GAMES[suite]:
         raise ValueError(f"unknown game {name!r}: expected one of {', '.join(GAMES[suite])}")
     return MinAtar(name, view, seed) if suite == MINATAR else Atari(name, seed)
-
-
-def check_installed(suite: str) -> None:
-    """Exit with one line where the suite's package is missing."""
-    package = PACKAGES[suite]
-    try:
-        version(package)
-    except PackageNotFoundError:
-        raise SystemExit(
-            f"games: {package} is not installed; pip install --group games, from the root"
-        ) from None
 
 
 class Copies:

@@ -39,6 +39,7 @@ from scripts.experiments.paper.games.recogniser import (
 )
 from scripts.experiments.paper.weight_noise import SHAPED, UNIFORM, deviations
 
+SEARCH = "search"
 SINGLE = "a single game"
 JOINT = "joint training"
 NONE = "no protection"
@@ -69,7 +70,7 @@ class Settings:
     likelihood: str = GAUSSIAN
     temperature: float = 0.1  # τ of softmax(Q/τ)
     fisher_batches: int = 100
-    fisher_batch: int = 32
+    fisher_states: int = 32
     least_steps: int = 2000  # in a context since its Fisher was measured, to measure it again
     window: int = 16
     prior: float = 0.02
@@ -376,7 +377,7 @@ class Run:
         soft = settings.likelihood == SOFTMAX
         temperature = settings.temperature if soft else 1.0
         batches = self.agent.minibatches(
-            context.buffer, settings.fisher_batches, settings.fisher_batch, classes=soft
+            context.buffer, settings.fisher_batches, settings.fisher_states, classes=soft
         )
         try:
             found = fisher_diagonal(Tempered(network, temperature), batches, settings.likelihood)
