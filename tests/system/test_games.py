@@ -355,7 +355,7 @@ def test_the_penalty_is_the_sum_over_all_other_games(likelihood: str) -> None:
     penalty, other = run.agent.penalty, run.contexts[1 - run.context]
     assert penalty is not None
     expected = 5.0 * sum(
-        float((other.fisher[name] * (p - other.anchor[name]).square()).sum())
+        float((other.fisher[name] * (p.detach() - other.anchor[name]).square()).sum())
         for name, p in shared.items()
     )
     assert penalty.value() == pytest.approx(expected, rel=1e-4)

@@ -46,6 +46,7 @@ class Buffer:
         self._rewards = np.zeros((self._length, copies), np.float32)
         self._ended = np.zeros((self._length, copies), bool)
         self._age = np.zeros((self._length, copies), np.int64)  # frames before in the episode
+        self._cut = np.zeros(self._length, bool)  # steps that the next one does not follow
         self._count = 0  # steps that were ever stored, of each copy
 
     @property
@@ -54,7 +55,8 @@ class Buffer:
         return self._frames.nbytes
 
     def __len__(self) -> int:
-        return max(0, self._count - 1 - self._oldest()) * self._frames.shape[1]
+        whole = self._count - 1 - self._oldest() - int(self._cut.sum())
+        return max(0, whole) * self._frames.shape[1]
 
     def add(
         self,
@@ -75,18 +77,21 @@ class Buffer:
         """
         at = self._count % self._length
         before = self._age[at - 1] if self._count else self._age[at]
-        self._frames[at] = frames
+        self._frames[at], self._cut[at] = frames, False
         self._actions[at], self._rewards[at], self._ended[at] = actions, rewards, ended
         self._age[at] = np.where(fresh, 0, np.minimum(before + 1, self._history))
         self._count += 1
 
     def cut(self) -> None:
-        """Drop the newest step, whose successor never comes: the next one is of another time."""
-        self._count = max(0, self._count - 1)
+        """Leave the newest step out, for its successor never comes: the next is of another time."""
+        if self._count:
+            self._cut[(self._count - 1) % self._length] = True
 
     def sample(self, count: int, random: np.random.Generator) -> Transitions:
         """Draw transitions, each as likely as any other, with replacement."""
         steps = random.integers(self._oldest(), self._count - 1, count)
+        while (cut := self._cut[steps % self._length]).any():
+            steps[cut] = random.integers(self._oldest(), self._count - 1, int(cut.sum()))
         copies = random.integers(self._frames.shape[1], size=count)
         at = steps % self._length
         return Transitions(
@@ -98,8 +103,7 @@ class Buffer:
         )
 
     def _oldest(self) -> int:
-        # What a cut has freed in a full ring holds a newer step than its place says: one more.
-        return max(0, self._count - self._length + self._history)
+        return max(0, self._count - self._length + self._history - 1)
 
     def _states(self, steps: NDArray[np.int64], copies: NDArray[np.int64]) -> Frame:
         at = steps % self._length

@@ -5,6 +5,7 @@ switches decays, and in each context a distribution of frames in which all pixel
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -177,7 +178,7 @@ def recognition(games: Sequence[int], contexts: Sequence[int], steps: int) -> Re
     switches = np.flatnonzero(np.diff(played)) + 1
     changes = np.flatnonzero(np.diff(seen)) + 1
     delays = []
-    for begin, end in zip(switches, [*switches[1:], len(played)], strict=True):
+    for begin, end in pairwise([*switches, len(played)]):
         after = changes[(changes >= begin) & (changes < end)]
         if len(after):
             delays.append(int(after[0] - begin) * steps)
