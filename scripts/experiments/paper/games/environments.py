@@ -78,7 +78,7 @@ class MinAtar:
     def _frame(self) -> Frame:
         state: NDArray[np.bool_] = self._game.state()  # (10, 10, n)
         if self._view == OCCUPIED:
-            return state.any(2)[None].view(np.uint8)
+            return np.asarray(state.any(2), np.uint8)[None]
         frame = np.zeros(VIEWS[CHANNELS].shape, np.uint8)
         frame[: state.shape[2]] = state.transpose(2, 0, 1)
         return frame
@@ -95,7 +95,10 @@ class Atari:
         self._game = ale_py.ALEInterface()
         self._game.setInt("random_seed", seed)
         self._game.setFloat("repeat_action_probability", 0.0)
-        self._game.loadROM(roms.get_rom_path(name))
+        path = roms.get_rom_path(name)
+        if path is None:
+            raise ValueError(f"unknown game {name!r}: ale-py has no such ROM")
+        self._game.loadROM(path)
         self._actions = self._game.getLegalActionSet()
         self._random = np.random.default_rng(seed)
 

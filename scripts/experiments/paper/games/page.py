@@ -43,18 +43,19 @@ LEAST = 3  # times random: a single agent below has not learned its game
 TITLES = {CHANNELS: "ten channels", OCCUPIED: "occupied or not", GREY: "grey, 84 × 84"}
 Looks = NDArray[np.float64]
 TEXT = """
-{games} games in sequence, {visits} visits to each in a random order, {stretch:,} steps a visit on
-average ({low:,} to {high:,}); all methods see the same stretches. Double DQN with one screen's
-{network}; weights are shared by all games, each game has its own gains and biases in every layer,
-its own replay buffer of {capacity:,} steps and its own ε, which falls from 1 to {epsilon:g} in its
-first {epsilon_steps:,} steps. {copies} copies of a game step together, and one minibatch of
-{batch_size} is learned for {copies} steps. Adam at {learning_rate:g}, γ {discount:g}, rewards
-clipped to ±1, target network copied every {target_updates} updates.
+{s[games]} games in sequence, {s[visits]} visits to each in a random order, {s[stretch]:,} steps a
+visit on average ({low:,} to {high:,}); all methods see the same stretches. Double DQN sees one
+screen, or the last four where cells are only occupied or not: {network}. All games share the
+weights; each has its own gains and biases in every layer, its own replay buffer of {s[capacity]:,}
+steps and its own ε, which falls from 1 to {s[epsilon]:g} in its first {s[epsilon_steps]:,} steps.
+{s[copies]} copies of a game step together, and one minibatch of {s[batch_size]} is learned for
+{s[copies]} steps. Adam at {s[learning_rate]:g}, γ {s[discount]:g}, rewards clipped to ±1, target
+network copied every {s[target_updates]} updates.
 
 A game's score is (return − random) / (single − random), clipped to 0 … 1, where single is an agent
 that plays this game alone for as many steps (mean of its last three looks and of the seeds). A
-return is the mean of {look_copies} episodes, of at most {look_steps} steps, without random actions.
-Seeds that are done: {done} of {seeds}.
+return is the mean of {s[look_copies]} episodes of at most {s[look_steps]} steps, without random
+actions. Seeds that are done: {done} of {seeds}.
 
 ![Sum of scores over training]({name}.png)
 
@@ -70,12 +71,12 @@ Curves and visits of seed 0. The returns of agents that play one game alone, and
 
 ## Protection
 
-At each switch the Fisher of the game that was left is measured on {fisher_batches} minibatches of
-{fisher_states} states of its buffer, in place of what an earlier visit had measured; the penalty is
-the sum over all other games, put together by the rule separate. A game's own gains and biases are
-outside both. L2 is the same with a Fisher of 1. DQN has no likelihood: `gaussian` takes all Q
-values as means of variance 1, `softmax` takes Q/τ as logits, τ = {temperature:g}. λ and likelihood
-are those with the best mean score over a run of {searched}, two visits each, one seed
+At each switch the Fisher of the game that was left is measured on {s[fisher_batches]} minibatches
+of {s[fisher_states]} states of its buffer, in place of what an earlier visit had measured; the
+penalty is the sum over all other games, merged by the rule separate. A game's own gains and biases
+are outside both. L2 is the same with a Fisher of 1. DQN has no likelihood: `gaussian` takes all Q
+values as means of variance 1, `softmax` takes Q/τ as logits, τ = {s[temperature]:g}. λ and the
+likelihood are those with the best mean score over a run of {searched}, two visits each, one seed
 ({cost:.1f} hours of processor time in all); they are fixed for all rows:
 
 {search}
@@ -156,13 +157,14 @@ def _whole(
     apart = {view: _apart(main, view) for view in _views(main)}
     said = "; ".join(f"{', '.join(some)} ({TITLES[v]})" for v, some in apart.items() if some)
     network = ", ".join(
-        [f"{n} convolutions {k} × {k}" for n, k, _ in settings.convolutions]
+        [f"a convolution of {n} channels, {k} × {k}" for n, k, _ in settings.convolutions]
         + [f"a hidden layer of {settings.hidden}"]
     )
     searches = chosen(records, method=SEARCH)
     hours = sum(r.processor_seconds or r.seconds for r in searches) / 3600
+    apart_text = f" Apart, since a single agent stays under {LEAST} times random: {said}."
     return TEXT.format(
-        **{**vars(settings), **vars(settings.learning), "games": len(settings.games)},
+        s={**vars(settings), **vars(settings.learning), "games": len(settings.games)},
         low=min(lengths),
         high=max(lengths),
         network=network,
@@ -171,9 +173,7 @@ def _whole(
         name=name,
         table=_table(main),
         counted=" or ".join(str(len(settings.games) - len(some)) for some in apart.values()),
-        apart=f" Apart, since a single agent stays under {LEAST} times random: {said}."
-        if said
-        else "",
+        apart=apart_text if said else "",
         singles=_singles(main),
         searched=" and ".join(searches[0].unit.settings["games"]) if searches else "–",
         cost=hours,
@@ -261,7 +261,8 @@ def _table(records: Sequence[Record]) -> str:
         for method in METHODS:
             _, sums = _sums(records, view, method)
             if len(sums):
-                speed = [r.figures["steps a second"] for r in chosen(records, method=method)]
+                some = chosen(records, method=method, view=view)
+                speed = [r.figures["steps a second"] for r in some]
                 lines.append([
                     f"{method} ({TITLES[view]})",
                     _with_error(mean([float(line.mean()) for line in sums])),
@@ -393,8 +394,8 @@ def _recognition(records: Sequence[Record], folder: Path, name: str) -> str:
     by_name: dict[str, list[Figures]] = {}
     for record in some:
         for which, found in record.figures["recognition"].items():
-            leading = which == record.unit.settings["view"]
-            title = which if leading else f"{which}, watching {record.unit.settings['view']}"
+            view = record.unit.settings["view"]
+            title = which if which.startswith(view) else f"{which}, on the play of {view}"
             by_name.setdefault(title, []).append(found)
     lines = []
     for which, found in by_name.items():

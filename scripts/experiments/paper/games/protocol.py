@@ -196,7 +196,7 @@ class Recognised:
         self._games.append(game)
         self._found[self._view].append(self.leading.context)
         for name, (view, one) in self._watching.items():
-            seen = frame.any(0, keepdims=True) if view != self._view else frame
+            seen = frame.max(0, keepdims=True) if view != self._view else frame
             one.observe(pixels_of(seen, view))
             self._found[name].append(one.context)
         if self._view != GREY:
