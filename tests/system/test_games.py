@@ -433,6 +433,51 @@ def test_scores_are_clipped_and_games_that_are_not_learned_stand_apart() -> None
     assert page.scores([1.0], 2.0, 1.0).tolist() == [0.0]
 
 
+def played(returns: dict[str, float], seeds: int = 2) -> list[Record]:
+    """Records of single agents, whose return is 10 (random: 1), and of rows with these returns."""
+    games_ = ("breakout", "freeway", "seaquest")
+    settings = replace(games.BASE, games=games_, noise=(0.01, 0.1))
+    records = []
+    for seed in range(seeds):
+        for game in games_:
+            one = protocol.settings_of(replace(settings, games=(game,)))
+            end = 2.0 if game == "seaquest" else 10.0  # that one is not learned
+            noisy = {page.UNIFORM: [9.0, 1.0], page.SHAPED: [10.0, 5.0 + seed]}
+            figures = {"random": 1.0, "end": end, "looks": [[8, end]], "noise": noisy}
+            records.append(done(Unit("games", protocol.SINGLE, seed, one), **figures))
+        for method, value in returns.items():
+            one = protocol.settings_of(replace(settings, noise=()))
+            looks = [[step, value, value + seed, 50.0] for step in (4, 8)]
+            stretches = [[0, 3], [1, 2], [2, 3]]
+            figures = {"looks": looks, "stretches": stretches, "steps a second": 1000.0}
+            if method == protocol.RECOGNISED:
+                found = recognition([0, 0, 1, 1], [0, 0, 0, 1], 4)._asdict()
+                figures |= {"contexts": [[0, 0], [12, 1]], "recognition": {CHANNELS: found}}
+            records.append(done(Unit("games", method, seed, one), **figures))
+    return records
+
+
+def test_the_page_says_what_holds(tmp_path: Path) -> None:
+    records = played({protocol.NONE: 2.0, protocol.EWC: 7.0, protocol.RECOGNISED: 6.5})
+    found = games.EXPERIMENT.report(records, tmp_path)
+    verdicts = {row.figure.removeprefix("games: "): row.difference for row in found.rows}
+    assert verdicts == {
+        "no protection, sum of scores": "holds",
+        "L2, sum of scores": "–",
+        "EWC, true labels, sum of scores": "holds",
+        "EWC, recogniser, sum of scores": "does not hold",
+        "noise shaped by the Fisher harms less than uniform": "holds",
+    }
+    assert "| EWC, true labels (ten channels) | 1.39 ± 0.06 | 1.39 ± 0.06 |" in found.text
+    assert "sums over 2 games" in found.text
+    assert "under 3 times random: seaquest (ten channels)." in found.text
+    assert "| channels | 0.750 | 2.0 | 2 of 2 | 4 | 0.0 |" in found.text
+    assert "{" not in found.text
+    for part in ("", "-each", "-noise", "-contexts"):
+        assert f"](games{part}.png)" in found.text
+        assert (tmp_path / f"games{part}.png").stat().st_size > 1000
+
+
 def test_without_records_there_is_no_page(tmp_path: Path) -> None:
     found = games.EXPERIMENT.report([], tmp_path)
     assert not found.text

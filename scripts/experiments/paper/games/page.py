@@ -382,7 +382,8 @@ def _overlap(records: Sequence[Record], folder: Path, name: str) -> str:
         axis.set_xticks(range(len(games)), games, rotation=60, fontsize="x-small")
         axis.set_yticks(range(len(games)), games, fontsize="x-small")
         for (i, j), value in np.ndenumerate(table):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color="w")
+            colour = "k" if value > 0.6 else "w"
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
     save_picture(figure, folder, f"{name}-overlap")
     return OVERLAP.format(name=name, overlaps=", ".join(said)).strip()
 
@@ -431,6 +432,7 @@ def _draw_contexts(records: Sequence[Record], folder: Path, name: str) -> None:
         axis.set_title(TITLES[record.unit.settings["view"]], fontsize="medium")
         axis.set_xlabel("steps")
         axis.set_ylabel("context")
+        axis.yaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize="xx-small")
     save_picture(figure, folder, f"{name}-contexts")
 

@@ -180,7 +180,10 @@ class Recognised:
 
         self._view = settings.view
         self.leading = new(settings.view, settings.window)
-        self._watching = {f"{settings.view}, windows of 4": (settings.view, new(settings.view, 4))}
+        self._watching = {}
+        if settings.view != GREY:
+            name = f"{settings.view}, windows of 4"
+            self._watching[name] = (settings.view, new(settings.view, 4))
         if settings.view == CHANNELS:
             self._watching[OCCUPIED] = (OCCUPIED, new(OCCUPIED, settings.window))
         self._last: list[Frame] = []
