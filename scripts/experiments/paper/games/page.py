@@ -190,7 +190,7 @@ def _whole(
 
 def references(records: Sequence[Record], view: str) -> dict[str, tuple[float, float]]:
     """Return the returns of random actions and of a single agent by game, means over seeds."""
-    found = {}
+    found: dict[str, list[Figures]] = {}
     for record in chosen(records, method=SINGLE, view=view):
         found.setdefault(record.unit.settings["games"][0], []).append(record.figures)
     return {
