@@ -144,10 +144,10 @@ TEXT = """{setting}
 
 ## Choosing the learning rate
 
-Every method has its own search: three learning rates with seed 0, at the third of its strengths
-(interpolation: half of the way), compared by the mean of the two validation scores; the smallest
-rate wins a tie. All strengths then run with that rate and every seed. Where the curve is one of
-learning rates there is no search. Test scores choose nothing.
+Every method has its own search: three learning rates with seed 0, at the third of four strengths
+or the second of three (interpolation: half of the way), compared by the mean of the two validation
+scores; the smallest rate wins a tie. All strengths then run with that rate and every seed. Where
+the curve is one of learning rates there is no search. Test scores choose nothing.
 
 {done}
 
@@ -190,7 +190,7 @@ Means over seeds, in {unit}; seconds are processor time of training on one core.
 {untried}
 """
 UNTRIED = """
-Other ranks and targets of LoRA; OSFT and other projections; replay of text that the model
+other ranks and targets of LoRA; OSFT and other projections; replay of text that the model
 generates; optimizers other than AdamW; EWC by proximal steps; other numbers of steps on the new
 task, except by the method with fewer steps; larger models.
 """
@@ -214,4 +214,16 @@ that grows with the tasks](tradeoff/permutations.md#what-ewcs-gain-over-l2-is-du
 {table}
 
 {pages}
+
+## What training without a penalty forgets
+
+Where it forgets nothing, no method can show anything. Old score on test rows before the new task,
+less the one after it, mean over seeds; in chains, the mean over tasks of the score when the task
+was learned, less the one at the end.
+
+{forgotten}
+
+## What was not tried
+
+{untried}
 """

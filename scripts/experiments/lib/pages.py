@@ -1,6 +1,7 @@
 """Pages of the trade-off: curves, tables and text, of the records alone."""
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from scripts.experiments.lib.curves import (
     estimate,
     unpacked,
 )
-from scripts.experiments.lib.grids import GRIDS, MAIN, OTHERS, REFERENCES
+from scripts.experiments.lib.grids import GRIDS, MAIN, OTHERS, REFERENCES, left_out, seeds
 from scripts.experiments.lib.page_texts import (
     OVERVIEW,
     PAGES,
@@ -56,11 +57,11 @@ Units = Callable[[str, int], Sequence[str]]
 def sorted_out(name: str, records: Sequence[Record], units: Units) -> Setting:
     """Put the records of a setting into curves."""
     by_digest = {record.unit.digest: record for record in records}
-    seeds = sorted({record.unit.seed for record in records})
+    numbers = sorted({record.unit.seed for record in records})
     found: dict[str, dict[int, list[Record]]] = {}
     for method in MAIN + OTHERS:
         found[method] = {}
-        for seed in seeds:
+        for seed in numbers:
             digests = units(method, seed) if method in GRIDS[name] else ()
             if digests and all(digest in by_digest for digest in digests):
                 found[method][seed] = [by_digest[digest] for digest in digests]
@@ -172,7 +173,6 @@ def tried_table(setting: Setting) -> str:
     for method, by_seed in setting.records.items():
         if not by_seed:
             continue
-        seeds = len(by_seed)
         for at, record in enumerate(next(iter(by_seed.values()))):
             given = record.unit.settings
             for alpha in sorted(given["alphas"], reverse=True):
@@ -188,7 +188,7 @@ def tried_table(setting: Setting) -> str:
                         *(f"{scale.factor * value:.{scale.digits}f}" for value in means),
                         f"{record.figures['steps']}",
                         f"{seconds:.0f}",
-                        f"{seeds}",
+                        f"{len(by_seed)}",
                     ]
                 )
     header = ["", "rate", "strength", "share", "old, validation", "new, validation"]
@@ -222,6 +222,26 @@ def forgotten(setting: Setting) -> str:
         f"Where training without a penalty forgets nothing, no method can show anything. Mean "
         f"test scores over {len(records)} seed{'s' * (len(records) > 1)}:\n\n{table}"
     )
+
+
+def forgotten_by_rate(setting: Setting | None) -> list[str] | None:
+    """Write what training without a penalty forgets at each rate; None while that is not known."""
+    by_seed = setting.records["free"] if setting is not None else {}
+    if setting is None or not by_seed:
+        return None
+    scale = PAGES[setting.name].scale
+    records = list(by_seed.values())
+    cells = []
+    for at, record in enumerate(records[0]):
+        lost = [
+            some[at].figures["forgetting"]
+            if "forgetting" in some[at].figures
+            else some[at].figures["start"]["test"][0] - _point(some[at], 1.0)["test"][0]
+            for some in records
+        ]
+        value = signed(scale.factor * float(np.mean(lost)), scale.digits).removeprefix("+")
+        cells.append(f"{value} at {record.unit.settings['rate']:g}")
+    return [setting.name, scale.unit, ", ".join(cells), str(len(records))]
 
 
 def forgotten_in_chains(setting: Setting) -> str:
@@ -260,12 +280,12 @@ def draw(setting: Setting, folder: Path) -> None:
             means = np.array([curve.means() for curve in curves.values()]) * factor
             learned, kept = means.mean(0)
             order = np.argsort(learned, kind="stable")
-            seeds = len(means)
-            error = means[:, 1].std(0, ddof=1) / seeds**0.5 if seeds > 1 else np.zeros(len(order))
+            count = len(means)
+            error = means[:, 1].std(0, ddof=1) / count**0.5 if count > 1 else np.zeros(len(order))
             colour = COLOUR[method]
             axis.plot(
                 learned[order], kept[order], marker="o", markersize=4, color=colour,
-                label=f"{TITLES[method]} ({seeds})",
+                label=f"{TITLES[method]} ({count})",
             )  # fmt: skip
             axis.fill_between(
                 learned[order], (kept - error)[order], (kept + error)[order],
@@ -289,7 +309,11 @@ def page_text(setting: Setting, searches: Mapping[str, Sequence[Record]]) -> str
         f"of any method less {below:g} {page.scale.unit}:\n\n{level_table(setting, level)}"
         for level, below in zip(at, page.scale.below, strict=False)
     ]
-    counts = [f"{TITLES[method]}: {len(curves)}" for method, curves in setting.curves.items()]
+    counts = [
+        f"{TITLES[method]}: {len(curves)}"
+        for method, curves in setting.curves.items()
+        if curves or method in GRIDS[setting.name]
+    ]
     share = chosen_share(setting.records["ewc"])
     shares = (
         " EWC's models are also scored between the start and the end; `EWC, then interpolation` "
@@ -310,8 +334,16 @@ def page_text(setting: Setting, searches: Mapping[str, Sequence[Record]]) -> str
         limits=page.limits.strip() + "\n\n" * bool(page.limits),
         search=search_table(searches) if any(searches.values()) else "Not begun.",
         tried=tried_table(setting),
-        untried=UNTRIED.strip(),
+        untried=f"Here: {_left_out(setting.name)}\n\nIn no setting: {UNTRIED.strip()}",
     )
+
+
+def _left_out(name: str) -> str:
+    """Name the methods that other settings have and this one has not, and how many seeds it has."""
+    words = f"{seeds(name)} seeds"
+    if missing := left_out(name):
+        words += "; to limit the cost, without these: " + "; ".join(TITLES[one] for one in missing)
+    return words + "."
 
 
 def write_figures(setting: Setting, folder: Path) -> None:
@@ -362,8 +394,21 @@ def overview(settings: Mapping[str, Setting | None], quick: bool) -> str:
         else f"- [{PAGES[name].title}](tradeoff/{name}.md)"
         for name, setting in settings.items()
     ]
+    lost = [line for setting in settings.values() if (line := forgotten_by_rate(setting))]
     return OVERVIEW.format(
+        forgotten=markdown(["", "unit", "forgotten, at each learning rate", "seeds"], lost)
+        if lost
+        else "Nothing is measured yet.",
+        untried="\n".join(_filled(f"- {name}: {_left_out(name)}") for name in settings)
+        + "\n\n"
+        + _filled(f"In no setting: {' '.join(UNTRIED.split())}"),
         quick=" **A quick run at tiny sizes: its figures mean nothing.**" * quick,
         table=markdown(header, rows) if columns else "No curve is complete yet.",
         pages="\n".join(links),
     )
+
+
+def _filled(text: str) -> str:
+    """Break a paragraph, or an item of a list, into lines."""
+    indent = "  " * text.startswith("- ")
+    return textwrap.fill(text, 99, break_on_hyphens=False, subsequent_indent=indent)

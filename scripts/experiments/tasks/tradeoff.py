@@ -40,12 +40,13 @@ from scripts.experiments.lib.chain_fisher import task_fisher
 from scripts.experiments.lib.chain_tuning import measure_chain
 from scripts.experiments.lib.digests import code_digest
 from scripts.experiments.lib.grids import (
+    FIRST,
     FIRST_SEEDS,
     FISHER_METHODS,
     GRIDS,
     MAIN,
     OTHERS,
-    SEEDS,
+    seeds,
 )
 from scripts.experiments.lib.records import (
     Experiment,
@@ -171,17 +172,17 @@ def curve(
 
 def plan(setting: str, records: Sequence[Record], quick: bool) -> list[Unit]:
     """List what is to be done: searches, then curves, a strength of every method in turn."""
-    grids = GRIDS[setting]
-    first, last = range(FIRST_SEEDS), range(FIRST_SEEDS, SEEDS)
-    rounds = [(MAIN, first), (OTHERS, first), (MAIN, last), (OTHERS, last)]
-    if quick:
-        rounds = [(MAIN + OTHERS, range(2))]
+    others = tuple(name for name in MAIN if name not in FIRST)
+    rounds = [(FIRST, range(2)), (others, range(2)), (OTHERS, range(2))]
+    if not quick:
+        parts = (range(FIRST_SEEDS), range(FIRST_SEEDS, seeds(setting)))
+        rounds = [(group, part) for part in parts for group in (FIRST, others, OTHERS)]
     units: dict[str, Unit] = {}
-    for group, seeds in rounds:
-        methods = [name for name in group if name in grids]
+    for group, part in rounds:
+        methods = [name for name in group if part and name in GRIDS[setting]]
         for name in methods:
             units.update({one.digest: one for one in searched(setting, name, quick)})
-        for seed in seeds:
+        for seed in part:
             curves = [curve(setting, name, seed, records, quick) for name in methods]
             for i in range(max(map(len, curves), default=0)):
                 units.update({one[i].digest: one[i] for one in curves if i < len(one)})
@@ -259,6 +260,7 @@ def report(name: str, records: Sequence[Record], folder: Path) -> Findings:
             if one.digest in by_digest
         ]
         for method in MAIN + OTHERS
+        if method in GRIDS[name]
     }
     return Findings(pages.page_text(setting, searches), [])
 
