@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from consolidate.estimation.fisher_diagonal import fisher_diagonal
+from scripts.experiments.lib.block_fisher import block_fisher, block_of
 from scripts.experiments.lib.curves import (
     Curve,
     best_learned,
@@ -30,7 +32,8 @@ from scripts.experiments.lib.records import (
     read_records,
     rounded,
 )
-from scripts.experiments.lib.tuning import Done, fit, packed
+from scripts.experiments.lib.tuning import Done, Job, fit, packed
+from scripts.experiments.methods import by_inputs, by_l2, by_l2_growing
 from scripts.experiments.tasks import confirm_tradeoff, tradeoff
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -232,7 +235,7 @@ def test_only_methods_with_a_penalty_depend_on_the_packages_of_the_penalty() -> 
             names = tradeoff.setting_file(setting), tradeoff.method_file(method)
             files = _files(names, ROOT)
             assert "scripts/experiments/lib/tuning.py" in files
-            penalized = method in ("ewc", "l2", "lora_ewc")
+            penalized = method in ("ewc", "inputs", "l2", "l2_growing", "lora_ewc")
             assert ("consolidate/ewc/penalty.py" in files) == penalized, method
             assert not files & {
                 "scripts/experiments/lib/pages.py",
@@ -267,7 +270,7 @@ def test_early_units_compare_the_main_methods() -> None:
     units = tradeoff.plan("newsgroups", records, False)
     assert len({one.digest for one in units}) == len(units)
     methods = [one.method for one in units]
-    first = max(methods.index(name) for name in tradeoff.MAIN)
+    first = max(methods.index(name) for name in tradeoff.MAIN if name in methods)
     assert not {*methods[: first + 1]} - {*tradeoff.MAIN}
     assert [one.seed for one in units] == sorted(
         [one.seed for one in units], key=lambda seed: seed > 2
@@ -447,13 +450,14 @@ def points(setting: str, method: str, strength: float, **settings: object) -> di
 def test_methods_agree_where_they_are_the_same(setting: str, folder: Path) -> None:
     tried = GRIDS[setting]
     free = points(setting, "free", 1e-3)
-    for method in tried.keys() & {"l2", "ewc", "distill"}:
+    for method in tried.keys() & {"l2", "l2_growing", "ewc", "inputs", "distill"}:
         assert points(setting, method, 0.0, alphas=[1.0]) == free, method
     if "fewer_steps" in tried:
         assert points(setting, "fewer_steps", 1.0) == free
     if "lora_ewc" in tried:
         assert points(setting, "lora", 1e-3) == points(setting, "lora_ewc", 0.0)
-    assert points(setting, "lora", 1e-3) != free
+    adapted = "lora" if "lora" in tried else "lora_convolutions"
+    assert points(setting, adapted, 1e-3) != free
     if tradeoff.is_chain(setting):
         assert points(setting, "interpolation", 1.0) == free
         assert points(setting, "interpolation", 0.5) != free
@@ -463,6 +467,65 @@ def test_methods_agree_where_they_are_the_same(setting: str, folder: Path) -> No
         unit = tradeoff.unit(setting, "free", 1e-3, 1e-3, 0, True)
         start = tradeoff.measure(setting, unit, raw=None)["start"]
         assert {part: mixed["0"][part] for part in start} == start
+
+
+def quick_job(setting: str, strength: float = 0.0, number: int = 2) -> Job:
+    """Make a job with a model of its own, in a chain at the task of this number."""
+    module = tradeoff.SETTINGS[setting]
+    quick = module.Quick(Path(), 0)
+    stage = quick.stage(number) if tradeoff.is_chain(setting) else quick
+    return Job(stage, quick.fresh(), 1e-2, strength, quick.fresh, "")
+
+
+@pytest.mark.parametrize("setting", tradeoff.SETTINGS)
+def test_matrices_that_were_kept_are_of_the_parameters_that_the_library_names(setting: str) -> None:
+    job = quick_job(setting)
+    found = fisher_diagonal(
+        job.model,
+        job.setting.fisher_batches(),
+        job.setting.likelihood,
+        estimator=job.setting.estimator,
+        structure="inputs",
+    )
+    assert found.blocks
+    blocks = {name: block_of(name, matrix, job.model) for name, matrix in found.factors.items()}
+    assert blocks == found.blocks
+
+
+def test_the_matrices_of_a_chain_are_summed_with_the_trace_of_the_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, measured = [], []
+    tune, measure = by_inputs.tune, tradeoff.task_block_fisher
+
+    def watched(job: Job) -> Done:
+        seen.append(block_fisher(job))
+        return tune(job)
+
+    def noted(job: Job, number: int) -> dict[str, torch.Tensor]:
+        measured.append(dict(measure(job, number)))
+        return measured[-1]
+
+    monkeypatch.setattr(by_inputs, "tune", watched)
+    monkeypatch.setattr(tradeoff, "task_block_fisher", noted)
+    points("permutations", "inputs", 30.0)
+    assert len(seen) == len(measured) == 2
+    traces = [sum(one[name].sum() for name in seen[0].diagonal) for one in measured]
+    for name, matrix in seen[1].factors.items():
+        expected = measured[0][name] + measured[1][name] * (traces[0] / traces[1])
+        torch.testing.assert_close(matrix, expected, msg=name)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_growing_penalty_is_that_of_lambda_times_the_tasks_before(number: int) -> None:
+    jobs = [quick_job("permutations", strength, number) for strength in (0.5, 0.5 * number)]
+    for job, method in zip(jobs, (by_l2_growing, by_l2), strict=True):
+        method.tune(job)
+    first, second = (job.model.state_dict() for job in jobs)
+    start = jobs[0].start().state_dict()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+        assert not torch.equal(first[name], start[name])
 
 
 @pytest.mark.slow
@@ -486,10 +549,9 @@ def test_a_quick_run_makes_every_curve_and_its_page(name: str, folder: Path) -> 
     assert (folder / f"{name}.png").exists()
     assert "its figures mean nothing" in page
     for method, title in tradeoff.pages.TITLES.items():
-        shown = method in GRIDS[name] or (
-            method == "ewc_interpolated" and not tradeoff.is_chain(name)
-        )
-        assert (f"\n| {title} " in page) == shown, method
+        interpolated = method.endswith("_interpolated") and not tradeoff.is_chain(name)
+        shown = method in GRIDS[name] or interpolated
+        assert (f"\n| {title} |" in page or f"\n| {title} (sees" in page) == shown, method
     _, _, untried = page.partition("## What was not tried")
     for method in left_out(name):
         assert tradeoff.pages.TITLES[method] in untried.replace("\n", " "), method

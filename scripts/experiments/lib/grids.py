@@ -5,10 +5,10 @@ No part of the digests of code: each unit states its own rate and strength.
 
 from typing import NamedTuple
 
-FIRST = ("lora", "interpolation")
+FIRST = ("lora", "lora_convolutions", "interpolation")
 """What a user would choose instead of a penalty: done before the other methods in each round."""
-MAIN = (*FIRST, "free", "l2", "ewc")
-OTHERS = ("fewer_steps", "freeze", "distill", "lora_ewc", "replay", "joint")
+MAIN = (*FIRST, "free", "l2", "ewc", "inputs")
+OTHERS = ("l2_growing", "fewer_steps", "freeze", "distill", "lora_ewc", "replay", "joint")
 REFERENCES = ("replay", "joint")
 """What has rows of the old task, which the others do not."""
 SEEDS = {"newsgroups": 5, "permutations": 5}
@@ -40,6 +40,7 @@ NEWSGROUPS = {
     "replay": Grid(RATES, (0.1, 0.3, 1.0, 3.0)),
     "joint": Grid(RATES),
     "ewc": Grid(RATES, (1e4, 3e4, 1e5, 3e5), (1.0, 0.75, 0.5)),
+    "inputs": Grid(RATES, (1e4, 3e4, 1e5, 4e5), (1.0, 0.75, 0.5)),
     "lora_ewc": Grid((3e-4, 1e-3, 3e-3), (1e4, 3e4, 1e5, 3e5)),
 }
 LANGUAGE_MODEL = {
@@ -49,6 +50,7 @@ LANGUAGE_MODEL = {
     "lora": Grid((1e-4, 3e-4, 1e-3, 3e-3)),
     "replay": Grid(RATES, (0.1, 0.3, 1.0, 3.0)),
     "ewc": Grid(RATES, (1e2, 3e2, 1e3, 3e3), (1.0, 0.75, 0.5)),
+    "inputs": Grid(RATES, (2e2, 1e3, 3e3, 1e4), (1.0, 0.75, 0.5)),
 }
 SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)
 """Of the way that is gone at each task of a chain: each is a chain of its own."""
@@ -60,6 +62,7 @@ TEXT_CHAIN = {
     "lora": Grid((3e-4, 1e-3, 3e-3, 1e-2)),
     "replay": Grid(CHAIN_RATES, (0.1, 0.3, 1.0, 3.0)),
     "ewc": Grid(CHAIN_RATES, (3e3, 1e4, 3e4, 1e5)),
+    "inputs": Grid(CHAIN_RATES, (3e3, 1e4, 3e4, 1e5)),
 }
 TAGGING = {
     "free": Grid(CHAIN_RATES),
@@ -67,6 +70,16 @@ TAGGING = {
     "interpolation": Grid(CHAIN_RATES, (1.0,), (0.5, 0.2, 0.35, 0.65, 0.8)),
     "lora": Grid((3e-4, 1e-3, 3e-3)),
     "ewc": Grid(CHAIN_RATES, (1e4, 5e4, 2.5e5), (1.0, 0.75, 0.5)),
+    "inputs": Grid(CHAIN_RATES, (1e4, 5e4, 2.5e5), (1.0, 0.75, 0.5)),
+}
+PICTURE_RATES = (1e-3, 3e-3, 1e-2)
+VISION = {
+    "free": Grid(PICTURE_RATES),
+    "l2": Grid(PICTURE_RATES, (0.03, 0.1, 0.5)),
+    "interpolation": Grid(PICTURE_RATES, (1.0,), (0.5, 0.2, 0.35, 0.65, 0.8)),
+    "lora_convolutions": Grid((3e-3, 1e-2, 3e-2)),
+    "ewc": Grid(PICTURE_RATES, (3e2, 3e3, 3e4), (1.0, 0.75, 0.5)),
+    "inputs": Grid(PICTURE_RATES, (3e2, 3e3, 3e4), (1.0, 0.75, 0.5)),
 }
 SMALL_RATES = (3e-4, 1e-3, 3e-3)
 PERMUTATIONS = {
@@ -80,6 +93,8 @@ PERMUTATIONS = {
     "replay": Grid(SMALL_RATES, (0.1, 0.3, 1.0, 3.0)),
     "joint": Grid(SMALL_RATES),
     "ewc": Grid(SMALL_RATES, (3.0, 10.0, 30.0, 100.0)),
+    "l2_growing": Grid(SMALL_RATES, (0.003, 0.01, 0.03, 0.1)),
+    "inputs": Grid(SMALL_RATES, (30.0, 100.0, 300.0, 1000.0)),
     "lora_ewc": Grid((1e-3, 3e-3, 1e-2), (3.0, 10.0, 30.0, 100.0)),
 }
 GRIDS = {
@@ -88,8 +103,11 @@ GRIDS = {
     "text_chain": TEXT_CHAIN,
     "permutations": PERMUTATIONS,
     "tagging": TAGGING,
+    "vision": VISION,
 }
 FISHER_METHODS = ("ewc", "lora_ewc")
+BLOCK_METHODS = ("inputs",)
+"""What uses the Fisher with the structure `inputs`; FISHER_METHODS use the diagonal alone."""
 
 
 def seeds(setting: str) -> int:
@@ -99,4 +117,10 @@ def seeds(setting: str) -> int:
 
 def left_out(setting: str) -> list[str]:
     """List the methods that are tried elsewhere and not in a setting."""
-    return [name for name in MAIN + OTHERS if name not in GRIDS[setting]]
+    grids = GRIDS[setting]
+    other = {"lora", "lora_convolutions"}  # one is in place of the other
+    return [
+        name
+        for name in MAIN + OTHERS
+        if name not in grids and not (name in other and other & grids.keys())
+    ]

@@ -23,22 +23,23 @@ from scripts.experiments.lib.page_texts import (
     PAGES,
     TEXT,
     TITLES,
+    TRIAL,
     UNTRIED,
     Scale,
 )
 from scripts.experiments.lib.pictures import COLOURS, panels, save_picture, write_csv
 from scripts.experiments.lib.records import Record, mean, signed
 
-OURS = ("ewc", "ewc_interpolated", "lora_ewc")
+OURS = ("ewc", "inputs", "ewc_interpolated", "inputs_interpolated", "lora_ewc")
+EVERYWHERE = {"ewc": COLOURS[6], "inputs": COLOURS[5]}
+"""In every panel, in the same colours."""
 PANELS = (
-    ("lora", "interpolation", "free", "l2", "ewc"),
-    ("fewer_steps", "freeze", "distill", "ewc"),
-    ("ewc", "ewc_interpolated", "lora_ewc", "replay", "joint"),
+    ("lora", "lora_convolutions", "interpolation", "free", "l2"),
+    ("l2_growing", "fewer_steps", "freeze", "distill"),
+    ("ewc_interpolated", "inputs_interpolated", "lora_ewc", "replay", "joint"),
 )
-COLOUR = {"ewc": COLOURS[6]} | {
-    name: colour
-    for names in PANELS
-    for name, colour in zip([one for one in names if one != "ewc"], COLOURS, strict=False)
+COLOUR = EVERYWHERE | {
+    name: colour for names in PANELS for name, colour in zip(names, COLOURS, strict=False)
 }
 
 
@@ -74,10 +75,12 @@ def sorted_out(name: str, records: Sequence[Record], units: Units) -> Setting:
             else:
                 points = [(record, 1.0) for record in some]
             curves[method][seed] = _curve(points, rows)
-    share = chosen_share(found["ewc"])
-    for seed, some in found["ewc"].items():
-        if share is not None:
-            curves["ewc_interpolated"][seed] = _curve([(one, share) for one in some], rows)
+    for method in EVERYWHERE:
+        share = chosen_share(found[method])
+        for seed, some in found[method].items():
+            if share is not None:
+                points = [(one, share) for one in some]
+                curves[f"{method}_interpolated"][seed] = _curve(points, rows)
     return Setting(name, curves, found)
 
 
@@ -271,9 +274,10 @@ def draw(setting: Setting, folder: Path) -> None:
     """Draw every curve that is whole, with a band over seeds."""
     page = PAGES[setting.name]
     factor = page.scale.factor
-    figure, axes = panels(len(PANELS), width=4.6, height=4.2, sharex=True, sharey=True)
-    for axis, methods in zip(axes, PANELS, strict=True):
-        for method in methods:
+    shown = [names for names in PANELS if any(setting.curves[one] for one in names)]
+    figure, axes = panels(max(1, len(shown)), width=4.6, height=4.2, sharex=True, sharey=True)
+    for axis, methods in zip(axes, shown, strict=False):
+        for method in (*methods, *EVERYWHERE):
             curves = setting.curves[method]
             if not curves:
                 continue
@@ -314,12 +318,11 @@ def page_text(setting: Setting, searches: Mapping[str, Sequence[Record]]) -> str
         for method, curves in setting.curves.items()
         if curves or method in GRIDS[setting.name]
     ]
-    share = chosen_share(setting.records["ewc"])
-    shares = (
-        " EWC's models are also scored between the start and the end; `EWC, then interpolation` "
-        f"is the curve at {share:g} of the way, which has the best mean validation score."
-        if share is not None
-        else ""
+    shares = "".join(
+        f" `{TITLES[f'{method}_interpolated']}` is the curve at {share:g} of the way from the "
+        "start, the share with the best mean validation score."
+        for method in EVERYWHERE
+        if (share := chosen_share(setting.records[method])) is not None
     )
     return TEXT.format(
         setting=page.text.strip(),
@@ -331,10 +334,30 @@ def page_text(setting: Setting, searches: Mapping[str, Sequence[Record]]) -> str
         unit=page.scale.unit,
         forgotten=forgotten(setting),
         levels="\n\n".join(tables) or "No curve is complete yet.",
-        limits=page.limits.strip() + "\n\n" * bool(page.limits),
+        limits=page.limits.strip().replace("{growing}", _growing(setting))
+        + "\n\n" * bool(page.limits),
         search=search_table(searches) if any(searches.values()) else "Not begun.",
         tried=tried_table(setting),
         untried=f"Here: {_left_out(setting.name)}\n\nIn no setting: {UNTRIED.strip()}",
+    )
+
+
+def _growing(setting: Setting) -> str:
+    """Say what EWC gains over L2, and over L2 that grows as EWC's penalty does."""
+    curves = setting.curves
+    if not curves["l2_growing"] or not curves["ewc"]:
+        return TRIAL.strip()
+    scale = PAGES[setting.name].scale
+    gains = [
+        " and ".join(
+            written(difference(curves["ewc"], curves[name], level), scale, sign=True)
+            for level in levels(setting)
+        )
+        for name in ("l2", "l2_growing")
+    ]
+    return (
+        f"EWC gains {gains[1]} {scale.unit} over it at the two levels, and {gains[0]} over L2 with "
+        "one λ."
     )
 
 
