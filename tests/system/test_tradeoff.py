@@ -7,12 +7,14 @@ import math
 import random
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
+from scripts.experiments.lib import tempered_fisher
 from scripts.experiments.lib.block_fisher import block_fisher, block_of
 from scripts.experiments.lib.curves import (
     Curve,
@@ -23,7 +25,7 @@ from scripts.experiments.lib.curves import (
     unpacked,
 )
 from scripts.experiments.lib.digests import code_digest, meaning
-from scripts.experiments.lib.grids import FIRST, GRIDS, left_out
+from scripts.experiments.lib.grids import CANDIDATES, FIRST, GRIDS, left_out
 from scripts.experiments.lib.records import (
     Record,
     RecordsError,
@@ -33,7 +35,7 @@ from scripts.experiments.lib.records import (
     rounded,
 )
 from scripts.experiments.lib.tuning import Done, Job, fit, packed
-from scripts.experiments.methods import by_inputs, by_l2, by_l2_growing
+from scripts.experiments.methods import by_ewc_floor, by_inputs, by_l2, by_l2_growing
 from scripts.experiments.tasks import confirm_tradeoff, tradeoff
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +84,9 @@ def test_many_curves_are_read_at_once_as_each_alone() -> None:
     for at in np.ndindex(3, 50):
         alone = kept_at(learned[at], kept[at], 0.6)
         np.testing.assert_equal(found[at], alone)
+
+
+OURS = ("ewc", "inputs", "ewc_floor", "ewc_tempered")
 
 
 def curves(*, gain: float, seeds: int, rows: int = 400) -> dict[int, Curve]:
@@ -235,7 +240,7 @@ def test_only_methods_with_a_penalty_depend_on_the_packages_of_the_penalty() -> 
             names = tradeoff.setting_file(setting), tradeoff.method_file(method)
             files = _files(names, ROOT)
             assert "scripts/experiments/lib/tuning.py" in files
-            penalized = method in ("ewc", "inputs", "l2", "l2_growing", "lora_ewc")
+            penalized = method.startswith(("ewc", "inputs", "l2", "lora_ewc"))
             assert ("consolidate/ewc/penalty.py" in files) == penalized, method
             assert not files & {
                 "scripts/experiments/lib/pages.py",
@@ -298,7 +303,9 @@ def test_each_round_begins_with_lora_and_interpolation() -> None:
 def test_a_setting_has_as_many_seeds_as_it_can_afford(setting: str, count: int) -> None:
     [experiment] = [one for one in tradeoff.EXPERIMENTS if one.name == setting]
     units = tradeoff.sittings.all_units(experiment, [], False)
-    assert {unit.seed for unit in units} == set(range(count))
+    for method in GRIDS[setting]:
+        numbers = {unit.seed for unit in units if unit.method == method}
+        assert numbers == set(range(3 if method in CANDIDATES else count)), method
     assert {unit.method for unit in units} == GRIDS[setting].keys()
 
 
@@ -450,7 +457,7 @@ def points(setting: str, method: str, strength: float, **settings: object) -> di
 def test_methods_agree_where_they_are_the_same(setting: str, folder: Path) -> None:
     tried = GRIDS[setting]
     free = points(setting, "free", 1e-3)
-    for method in tried.keys() & {"l2", "l2_growing", "ewc", "inputs", "distill"}:
+    for method in tried.keys() & {"l2", "l2_growing", "distill", *OURS}:
         assert points(setting, method, 0.0, alphas=[1.0]) == free, method
     if "fewer_steps" in tried:
         assert points(setting, "fewer_steps", 1.0) == free
@@ -526,6 +533,51 @@ def test_the_growing_penalty_is_that_of_lambda_times_the_tasks_before(number: in
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
         assert not torch.equal(first[name], start[name])
+
+
+def test_the_floor_is_a_tenth_of_the_mean_for_every_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = quick_job("tagging")
+    generator = torch.Generator().manual_seed(0)
+    found = {
+        name: torch.rand(p.shape, generator=generator) for name, p in job.model.named_parameters()
+    }
+    mean = torch.cat([one.flatten() for one in found.values()]).mean()
+    seen = []
+
+    class Watched(by_ewc_floor.Penalty):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            seen.append(arguments[1])
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(by_ewc_floor, "Penalty", Watched)
+    monkeypatch.setattr(by_ewc_floor, "fisher", lambda _: found)
+    by_ewc_floor.tune(job)
+    for name, one in found.items():
+        torch.testing.assert_close(seen[0][name], one + 0.1 * mean)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_tempered_fisher_is_that_of_softened_outputs(temperature: float) -> None:
+    job = quick_job("newsgroups")
+    job.setting.fisher_rows = 3
+    found = tempered_fisher.measured(job, temperature)
+    model = job.start().eval()
+    parameters = dict(model.named_parameters())
+    expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    [(inputs, _)] = job.setting.fisher_batches()
+    for i in range(3):
+        one = {key: value[i : i + 1] for key, value in inputs.items()}
+        log_p = (model(**one).logits[0] / temperature).log_softmax(0)
+        for outcome in log_p:
+            gradients = torch.autograd.grad(
+                outcome, parameters.values(), retain_graph=True, materialize_grads=True
+            )
+            for name, gradient in zip(parameters, gradients, strict=True):
+                expected[name] += temperature**2 * outcome.detach().exp() * gradient**2 / 3
+    for name, one in found.items():
+        torch.testing.assert_close(one, expected[name], rtol=1e-3, atol=1e-9, msg=name)
 
 
 @pytest.mark.slow

@@ -17,8 +17,17 @@ from scripts.experiments.lib.curves import (
     estimate,
     unpacked,
 )
-from scripts.experiments.lib.grids import GRIDS, MAIN, OTHERS, REFERENCES, left_out, seeds
+from scripts.experiments.lib.grids import (
+    CANDIDATES,
+    GRIDS,
+    MAIN,
+    OTHERS,
+    REFERENCES,
+    left_out,
+    seeds,
+)
 from scripts.experiments.lib.page_texts import (
+    CANDIDATE_TEXT,
     OVERVIEW,
     PAGES,
     TEXT,
@@ -37,6 +46,7 @@ PANELS = (
     ("lora", "lora_convolutions", "interpolation", "free", "l2"),
     ("l2_growing", "fewer_steps", "freeze", "distill"),
     ("ewc_interpolated", "inputs_interpolated", "lora_ewc", "replay", "joint"),
+    CANDIDATES,
 )
 COLOUR = EVERYWHERE | {
     name: colour for names in PANELS for name, colour in zip(names, COLOURS, strict=False)
@@ -331,6 +341,7 @@ def page_text(setting: Setting, searches: Mapping[str, Sequence[Record]]) -> str
         + "; ".join(counts)
         + "."
         + shares,
+        candidates=CANDIDATE_TEXT * any(setting.curves[name] for name in CANDIDATES),
         unit=page.scale.unit,
         forgotten=forgotten(setting),
         levels="\n\n".join(tables) or "No curve is complete yet.",

@@ -131,6 +131,8 @@ def fisher_file(setting: str, method: str) -> str:
     """Return the path of the code that measures a method's Fisher."""
     if method in BLOCK_METHODS:
         return BLOCK_FISHER_FILE
+    if method == "ewc_tempered":
+        return "scripts/experiments/lib/tempered_fisher.py"
     return CHAIN_FISHER_FILE if is_chain(setting) else FISHER_FILE
 
 
@@ -203,7 +205,8 @@ def plan(setting: str, records: Sequence[Record], quick: bool) -> list[Unit]:
         for name in methods:
             units.update({one.digest: one for one in searched(setting, name, quick)})
         for seed in part:
-            curves = [curve(setting, name, seed, records, quick) for name in methods]
+            some = [name for name in methods if seed < seeds(setting, name)]
+            curves = [curve(setting, name, seed, records, quick) for name in some]
             for i in range(max(map(len, curves), default=0)):
                 units.update({one[i].digest: one[i] for one in curves if i < len(one)})
     return list(units.values())
