@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from consolidate.estimation.input_blocks import InputBlock, whole_matrix, zero_blocks
 from consolidate.runtime.distributed import sum_, summed
 from consolidate.runtime.shards import is_cut, local
 from formats.errors import NonFiniteError
@@ -44,18 +45,27 @@ class _Batch(NamedTuple):
 class Accumulators:
     """Σ squares of each parameter's gradients, in totals with compensated rounding (Kahan).
 
-    Squares are added to `sums`, which are folded into the totals at intervals; the rounding error
-    remains in `sums` for the next fold. Where a batch fails half way, `rewind` returns to the last
-    fold. Of a sharded parameter there is only this process's part, summed over all processes.
+    Squares are added to `sums`, and products to the matrices of `blocks`, which are folded into the
+    totals at intervals; the rounding error remains there for the next fold. Where a batch fails
+    half way, `rewind` returns to the last fold. Of a sharded parameter there is only this process's
+    part, summed over all processes.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype):
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        dtype: torch.dtype,
+        blocks: Mapping[str, InputBlock] | None = None,
+    ):
         self.sums = {
             name: torch.zeros(local(p).shape, dtype=dtype, device=p.device)
             for name, p in parameters.items()
         }
+        self.blocks = zero_blocks(blocks or {}, parameters, dtype)  # Only their upper triangles.
+        self._weights = {name: block.parameters[0] for name, block in (blocks or {}).items()}
         self._cut = any(is_cut(p) for p in parameters.values())
         self._totals = {name: values.clone() for name, values in self.sums.items()}
+        self._block_totals = {name: values.clone() for name, values in self.blocks.items()}
         self._counts = Counts(torch.zeros(6, len(parameters), dtype=torch.float64))
         self._folded = self._counts
         self._waiting: list[_Batch] = []  # Not looked at yet: that would wait for the device.
@@ -105,7 +115,7 @@ class Accumulators:
 
     def rewind(self) -> None:
         """Discard what was added since the last fold, and its rounding error."""
-        for values in self.sums.values():
+        for values in (*self.sums.values(), *self.blocks.values()):
             values.zero_()
         self._waiting.clear()
         self._additions = 0
@@ -115,8 +125,8 @@ class Accumulators:
         """Add the sums of the other processes; nothing may be added after that."""
         self._fold()
         if not self._cut:  # A shard already has the sums of all.
-            sum_(self._totals.values(), group)
-            sum_(self.sums.values(), group)
+            for values in (self._totals, self.sums, self._block_totals, self.blocks):
+                sum_(values.values(), group)
         self._counts = self._summed(group)
 
     def relative_errors(self, group: ProcessGroup | None = None) -> dict[str, float]:
@@ -142,12 +152,18 @@ class Accumulators:
         # Sums over pairs of positions can round to a little below 0 where a gradient is 0.
         return {name: total.div_(divisor).clamp_(min=0) for name, total in self._totals.items()}
 
+    def block_means(self, divisor: int) -> dict[str, Tensor]:
+        """Return the blocks' matrices over the divisor; call it after `means`."""
+        return {name: whole_matrix(t.div_(divisor)) for name, t in self._block_totals.items()}
+
     def tensors(self) -> dict[str, Tensor]:
         """Return all that `load` needs; call it directly after a fold."""
         moments, reached, *numbers = self._counts
         return {
             **{f"total/{name}": values for name, values in self._totals.items()},
             **{f"rest/{name}": values for name, values in self.sums.items()},
+            **{f"block-total/{name}": values for name, values in self._block_totals.items()},
+            **{f"block-rest/{name}": values for name, values in self.blocks.items()},
             "moments": moments,
             "reached": torch.tensor([name in reached for name in self.sums]),
             "counts": torch.tensor(numbers),
@@ -158,6 +174,9 @@ class Accumulators:
         for name in self.sums:
             self._totals[name].copy_(tensors[f"total/{name}"])
             self.sums[name].copy_(tensors[f"rest/{name}"])
+        for name in self.blocks:
+            self._block_totals[name].copy_(tensors[f"block-total/{name}"])
+            self.blocks[name].copy_(tensors[f"block-rest/{name}"])
         reached = frozenset(compress(self.sums, tensors["reached"].tolist()))
         self._counts = Counts(tensors["moments"], reached, *tensors["counts"].tolist())
         self._folded = self._counts
@@ -177,12 +196,14 @@ class Accumulators:
 
     def _fold(self) -> None:
         first, counts = self._folded.batches + 1, self.counts
-        for name, total in self._totals.items():
-            new = total + self.sums[name]
-            self.sums[name] += total.sub_(new)  # The rounding error.
-            self._totals[name] = new
-            if not math.isfinite(new.sum()) and not new.isfinite().all():
-                raise _not_finite(name, f"one of the batches {first} to {counts.batches}")
+        for sums, totals in ((self.sums, self._totals), (self.blocks, self._block_totals)):
+            for name, total in totals.items():
+                new = total + sums[name]
+                sums[name] += total.sub_(new)  # The rounding error.
+                totals[name] = new
+                if not math.isfinite(new.sum()) and not new.isfinite().all():
+                    parameter = self._weights[name] if totals is self._block_totals else name
+                    raise _not_finite(parameter, f"one of the batches {first} to {counts.batches}")
         self._additions = 0
         self._folded = counts
 

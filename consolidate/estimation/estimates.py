@@ -1,10 +1,12 @@
-"""A Fisher diagonal, with the counts and options of its estimate."""
+"""A Fisher diagonal, with its blocks and the counts and options of its estimate."""
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, InitVar, dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 
 import torch
 from torch import Tensor
+
+from formats.fisher_json import Block
 
 
 @dataclass(eq=False, repr=False)
@@ -24,6 +26,10 @@ class FisherDiagonal(dict[str, Tensor]):
             the examples, or every fourth of a batch where a layer has many positions (`batched`:
             over the batches); infinite where there was only one, missing where the trace is zero
             or below 10⁻⁷ of the whole: rounding noise, such as that of BERT's key biases.
+        factors: With the structure `inputs`, the matrix R of each covered layer by block name,
+            (n, n), exactly symmetric; else empty.
+        blocks: The layer's parameters, and the dimensions of its weight that R ranges over, by the
+            same names.
     """
 
     tensors: InitVar[Mapping[str, Tensor]]
@@ -36,6 +42,8 @@ class FisherDiagonal(dict[str, Tensor]):
     unreached: list[str]
     methods: dict[str, str]
     relative_errors: dict[str, float]
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    blocks: dict[str, Block] = field(default_factory=dict)
 
     def __post_init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.update(tensors)

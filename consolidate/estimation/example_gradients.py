@@ -171,6 +171,10 @@ class Convolved(NamedTuple):
         )[1]
         return gradients.reshape(size, *self.kernel)
 
+    def patches(self, examples: slice) -> Tensor:
+        """Return what the kernel sees at each position, (B, T, n × kernel), without groups."""
+        return patches_of(self.a[examples], self.kernel[2:], self.stride, self.dilation)
+
     def add_to(self, gradient: Tensor, example: int) -> None:
         """Add one example's gradient to a tensor."""
         gradient += self.of(slice(example, example + 1))[0]
@@ -221,6 +225,18 @@ def _to_measure(batch: Tensor, total: Tensor, first: int) -> tuple[Tensor, slice
     traces = batch.new_full((len(batch),), -1)
     traces[measured] = 0
     return traces, measured
+
+
+def patches_of(
+    a: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """Return what a kernel sees of a, (B, n, *in), at each of T positions: (B, T, n × kernel)."""
+    rank = len(kernel)
+    for axis in range(rank):
+        reach = (kernel[axis] - 1) * dilation[axis] + 1
+        a = a.unfold(2 + axis, reach, stride[axis])[..., :: dilation[axis]]
+    a = a.movedim(1, rank + 1)  # (B, *out, n, *kernel)
+    return a.reshape(len(a), a.shape[1 : rank + 1].numel(), -1)
 
 
 def square(gradient: Tensor) -> Tensor:

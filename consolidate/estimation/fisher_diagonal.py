@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from consolidate.estimation.batches import Batch, eval_mode, model_outputs, split_batch
+from consolidate.estimation.covered_layers import covered_layers
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.estimation.gradient_checkpointing import checkpointing_in_eval_mode
 from consolidate.estimation.gradient_methods import method_of
+from consolidate.estimation.input_blocks import InputBlock
 from consolidate.estimation.likelihoods import Likelihood, get_likelihood
 from consolidate.estimation.passes import PartialPass, Pass, Scores
 from consolidate.estimation.sharded_passes import ShardedPass
@@ -27,8 +29,11 @@ from consolidate.runtime.distributed import place_in, rounds, summed
 from consolidate.runtime.randomness import uniforms
 from consolidate.runtime.shards import is_sharded
 from formats.errors import InputError, NonFiniteError, UsageError
+from formats.fisher_json import Block
 
 ESTIMATORS = ("exact", "mc", "empirical", "batched")
+
+STRUCTURES = ("diagonal", "inputs")
 
 LEAST_EXAMPLES = 64
 """The examples before which no tolerance ends a pass: fewer show too little of their spread."""
@@ -84,6 +89,7 @@ def fisher_diagonal(
     likelihood: str | Likelihood,
     *,
     estimator: str = "exact",
+    structure: str = "diagonal",
     mc_samples: int = 1,
     seed: int = 0,
     max_outcomes: int = 4096,
@@ -116,6 +122,11 @@ def fisher_diagonal(
         estimator: `exact` computes the expectation over y in closed form; `mc` samples y from the
             model; `empirical` uses the data's labels; `batched` samples y and squares the sum over
             each batch, Σ_batches (Σ_{x∈batch} ∇ log p)²: unbiased, one backward pass per batch.
+        structure: `inputs` also measures, for each linear or convolutional layer with the gradients
+            J = Σ_t g_t [a_t, 1]ᵀ of one example, R = (1/units) Σ_x E_y[Jᵀ J] in `factors`, whose
+            trace is the sum of F over weight and bias. Covered are layers without groups, whose
+            weight is not tied, and where R has at most four times its elements. Not with `batched`
+            or a sharded model.
         mc_samples: Sampled outcomes per example, for `mc` and `batched`.
         seed: Random seed of the sampled outcomes, which depend only on it, on the example's index
             and on the position.
@@ -137,16 +148,18 @@ def fisher_diagonal(
             time, `check` does nothing, and only the first process gets the tensors.
 
     Returns:
-        The Fisher diagonal by parameter name, in `accumulate_dtype`, and its counts.
+        The Fisher diagonal by parameter name, and its factors by block name, in
+        `accumulate_dtype`, and its counts.
 
     Raises:
-        UsageError: If an option is unknown or out of range, or `exact` has too many outcomes.
+        UsageError: If an option is unknown or out of range, if the structure `inputs` cannot be
+            measured, or if `exact` has too many outcomes.
         InputError: If there is no example or nothing to differentiate, if a batch does not fit the
             model, or if a single example runs out of memory.
         NonFiniteError: If outputs or gradients are not finite, naming parameter and batch.
     """
     likelihood = get_likelihood(likelihood)
-    _check_options(estimator, mc_samples, tolerance, accumulate_dtype)
+    _check_options(estimator, structure, mc_samples, tolerance, accumulate_dtype)
     samples = mc_samples if estimator in ("mc", "batched") else None
     method = Estimator(estimator, samples, seed, max_outcomes)
     parameters = _measurable(model)
@@ -157,10 +170,13 @@ def fisher_diagonal(
         whole=estimator == "batched",
     )
     sharded = is_sharded(model)
+    blocks = _blocks(model, parameters, sharded, note) if structure == "inputs" else {}
     prepare = partial(ShardedPass if sharded else Pass, model, parameters, scores, accumulate_dtype)
     with (
         _measuring(model),
-        closing(prepare(check=check, note=note, start=start, group=group)) as measured,
+        closing(
+            prepare(check=check, note=note, start=start, group=group, blocks=blocks)
+        ) as measured,
     ):
         done, seen = measured.examples, 0
         for batch, all_have_one in rounds(
@@ -182,15 +198,28 @@ def fisher_diagonal(
             if progress is not None:
                 progress(len(batch))
         measured.sum_over_processes()
-    return _result(measured, method, parameters)
+    return _result(measured, method, parameters, blocks)
 
 
 def _check_options(
-    estimator: str, mc_samples: int, tolerance: float | None, accumulate_dtype: torch.dtype
+    estimator: str,
+    structure: str,
+    mc_samples: int,
+    tolerance: float | None,
+    accumulate_dtype: torch.dtype,
 ) -> None:
     if estimator not in ESTIMATORS:
         raise UsageError(
             f"unknown estimator {estimator!r}: expected one of ({', '.join(ESTIMATORS)})"
+        )
+    if structure not in STRUCTURES:
+        raise UsageError(
+            f"unknown structure {structure!r}: expected one of ({', '.join(STRUCTURES)})"
+        )
+    if structure == "inputs" and estimator == "batched":
+        raise UsageError(
+            "the structure inputs cannot be combined with the estimator batched, which has no "
+            "gradients of single examples; use the estimator mc"
         )
     if mc_samples < 1:
         raise UsageError(f"mc_samples is {mc_samples}: expected at least 1")
@@ -232,6 +261,28 @@ def _measurable(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
+def _blocks(
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    sharded: bool,
+    note: Callable[[str], None] | None,
+) -> dict[str, InputBlock]:
+    """Return the blocks of the structure `inputs`; refuse a sharded model."""
+    if sharded:
+        raise UsageError(
+            "the structure inputs cannot be combined with a sharded model; use the structure "
+            "diagonal, or do not shard the model"
+        )
+    blocks = covered_layers(model, parameters)
+    if not blocks and note is not None:
+        note(
+            "structure inputs: no layer is covered, so only the diagonal is measured (covered are "
+            "linear layers and convolutions without groups, not tied, whose inputs are at most 4 "
+            "times their outputs)"
+        )
+    return blocks
+
+
 def _finite_outputs(model: nn.Module, batch: Batch) -> Tensor:
     outputs = model_outputs(model, batch.inputs, batch.labels)
     if not math.isfinite(outputs.detach().sum()) and not outputs.isfinite().all():
@@ -243,7 +294,10 @@ def _finite_outputs(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _result(
-    measured: Pass, estimator: Estimator, parameters: dict[str, nn.Parameter]
+    measured: Pass,
+    estimator: Estimator,
+    parameters: dict[str, nn.Parameter],
+    blocks: dict[str, InputBlock],
 ) -> FisherDiagonal:
     """Divide the sums of a finished pass, and return them with its counts."""
     if measured.accumulators is None or measured.examples == 0:
@@ -262,8 +316,9 @@ def _result(
             "those to be measured"
         )
     levels = measured.levels or {}
+    divisor = counts.units * (estimator.samples or 1)
     return FisherDiagonal(
-        measured.means(counts.units * (estimator.samples or 1)),
+        measured.means(divisor),
         examples=counts.examples,
         units=counts.units,
         estimator=estimator.name,
@@ -276,6 +331,8 @@ def _result(
             if name in counts.reached and estimator.name != "batched"
         },
         relative_errors=measured.relative_errors(),
+        factors=measured.block_means(divisor),
+        blocks={key: Block("R", block.dims, block.parameters) for key, block in blocks.items()},
     )
 
 

@@ -8,7 +8,7 @@
 A parameter takes the first of them that agrees with single examples and with autograd.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
@@ -18,8 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from consolidate.estimation.batches import Batch, out_of_memory, own_errors
 from consolidate.estimation.example_gradients import Gradients, square
+from consolidate.estimation.input_blocks import BlockSums, InputBlock, with_partners, zero_blocks
 from consolidate.estimation.layer_hooks import (
     Recorder,
+    Recording,
     Unit,
     UnitError,
     add_squares,
@@ -69,6 +71,7 @@ class _Probe(NamedTuple):
     vector: Tensor
     signs: Tensor  # ±1 for each example
     kept: tuple[int, int]  # the examples that are run alone too
+    blocks: Mapping[str, InputBlock]  # of parameters that the outputs depend on
 
     def sums(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Return autograd's own gradients of the batch, each example with its sign."""
@@ -76,14 +79,19 @@ class _Probe(NamedTuple):
         with requiring_gradients(parameters):
             return _gradients(self.forward(self.batch), signed, parameters, self.dtype)
 
-    def squares(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Return the sum of squared gradients over the examples that are run alone."""
+    def squares(
+        self, parameters: Mapping[str, nn.Parameter]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the squared gradients and the blocks of the examples that are run alone."""
         squares = {name: torch.zeros_like(p, dtype=self.dtype) for name, p in parameters.items()}
+        products = zero_blocks(self.blocks, parameters, self.dtype)
+        blocks = BlockSums(self.blocks, products, parameters, self.dtype)
         for example in self.kept:
             with requiring_gradients(parameters):
                 outputs = self.forward(self.batch.example(example))
-                add_gradients(squares, parameters, outputs, [self.vector[example : example + 1]])
-        return squares
+                vector = self.vector[example : example + 1]
+                add_gradients(squares, parameters, outputs, [vector], blocks)
+        return squares, products
 
 
 def choose_methods(
@@ -93,6 +101,7 @@ def choose_methods(
     forward: Forward,
     dtype: torch.dtype,
     levels: Mapping[str, str] | None = None,
+    blocks: Mapping[str, InputBlock] | None = None,
 ) -> Plan:
     """Choose how each parameter's per-example gradients are computed.
 
@@ -100,7 +109,7 @@ def choose_methods(
     parameter's sum over the examples, each with a random sign, must equal autograd's gradient of
     the vector with these signs: nothing is missing, and no row belongs to an example of the other
     sign, as in time-first layouts. The squares of the first and the last example must equal those
-    of the two run alone.
+    of the two run alone, and so must their part of each block; its parameters have one method.
 
     `levels` are those of an earlier plan, to start from. A model that draws random numbers is
     refused.
@@ -113,7 +122,8 @@ def choose_methods(
             raise
         # One at a time may succeed.
         return everything_by_loop._replace(only_single=in_words(error))
-    probe = _Probe(model, batch, forward, dtype, vector, signs, (0, len(batch) - 1))
+    known = {k: b for k, b in (blocks or {}).items() if b.parameters[0] in expected}
+    probe = _Probe(model, batch, forward, dtype, vector, signs, (0, len(batch) - 1), known)
     for example in probe.kept:
         alone = forward(batch.example(example))
         if alone.shape != vector[:1].shape:
@@ -139,12 +149,15 @@ def choose_methods(
             waits = len(paths) > 1 and reached[name].numel() * len(batch.labels) > MOST_WAITING
             levels[name] = "loop" if waits else _USED
     failures: dict[str, Failure] = {}
-    squared = False
+    squared, products = False, dict[str, Tensor]()
     while True:
         units = _units(model, owners, levels, calls)
         marked = {name for unit in units for name in unit.names.values()}
         levels = {n: level if n in marked else "loop" for n, level in levels.items()}
-        failed = _failed(units, reached, probe, expected, squared)
+        failed = _failed(units, reached, probe, expected, products if squared else None)
+        for name in [*failed]:
+            of_block = with_partners([name], probe.blocks) & levels.keys()
+            failed |= {n: failed[name] for n in of_block if levels[n] == levels[name]}
         if squared and not failed:
             return Plan(levels, units, failures)
         for name, raised in failed.items():
@@ -158,7 +171,11 @@ def choose_methods(
             # Only one of the two exists at a time, as each is as large as the model.
             squared = not failed
             expected.clear()
-            expected = probe.squares(reached) if squared else probe.sums(reached)
+            products.clear()
+            if squared:
+                expected, products = probe.squares(reached)
+            else:
+                expected = probe.sums(reached)
 
 
 def method_of(level: str) -> str:
@@ -188,15 +205,21 @@ def add_gradients(
     parameters: Mapping[str, nn.Parameter],
     outputs: Tensor,
     vectors: Iterable[Tensor],
+    blocks: BlockSums | None = None,
 ) -> dict[str, Tensor]:
-    """Add Σ_vectors (Jᵀ vector)² to sums; return the sum of each, (1,), by the names reached."""
+    """Add Σ_vectors (Jᵀ vector)² to sums; return the sum of each, (1,), by the names reached.
+
+    Parameters that are not in `sums` count only for `blocks`; the outputs are then of one example.
+    """
     traces: dict[str, Tensor] = {}
     for vector in vectors if outputs.requires_grad else ():
         gradients = torch.autograd.grad(
             outputs, list(parameters.values()), vector, retain_graph=True, allow_unused=True
         )
+        if blocks is not None:
+            blocks.add_example(dict(zip(parameters, gradients, strict=True)))
         for name, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
+            if gradient is not None and name in sums:
                 gradient = gradient.to_dense().to(sums[name].dtype)
                 sums[name].addcmul_(gradient, gradient)
                 trace = square(gradient)[None]
@@ -322,18 +345,20 @@ def _failed(
     parameters: Mapping[str, nn.Parameter],
     probe: _Probe,
     expected: Mapping[str, Tensor],
-    squared: bool,
+    products: Mapping[str, Tensor] | None,
 ) -> dict[str, str | None]:
     """Return the marked parameters whose gradients are not as expected, and what was raised.
 
-    Expected are the probe's `squares` or its `sums`. A RuntimeError of torch means that the model
-    or its layers do not meet the assumptions of a method.
+    Expected are the probe's `squares`, with the blocks' `products`, or its `sums`, without. A
+    RuntimeError of torch means that the model or its layers do not meet the assumptions of a
+    method.
     """
     marked = {name for unit in units for name in unit.names.values()}
     if not marked:
         return {}
-    vector = probe.vector
+    vector, squared = probe.vector, products is not None
     found = {n: torch.zeros_like(expected[n], memory_format=_DENSE) for n in marked}
+    made: dict[str, Tensor] = {}  # of blocks
 
     def add(gradients: Mapping[str, Gradients], examples: range) -> None:
         with falling_back(gradients, RuntimeError):
@@ -354,7 +379,10 @@ def _failed(
             if squared:
                 kept = torch.zeros_like(vector)
                 kept[list(probe.kept)] = vector[list(probe.kept)]
-                add_squares(found, recording, outputs, [kept])
+                blocks = recorded_blocks(probe.blocks, recording, parameters.keys() - marked)
+                made = zero_blocks(blocks, parameters, probe.dtype)
+                sums = BlockSums(blocks, made, parameters, probe.dtype)
+                add_squares(found, recording, outputs, [kept], blocks=sums)
             else:
                 recording.backward(outputs, vector, add, keep=False)
     except UnitError as error:
@@ -372,7 +400,27 @@ def _failed(
         eps = torch.finfo(parameters[name].dtype).eps
         return _agree(found[name], expected[name], eps, largest, squared)
 
-    return {name: None for name in marked if name in recording.mismatched or not agrees(name)}
+    wrong = {name for name in marked if name in recording.mismatched or not agrees(name)}
+    for key, block in made.items():
+        eps = torch.finfo(parameters[probe.blocks[key].parameters[0]].dtype).eps
+        if not _blocks_agree(block, (products or {})[key], eps, largest):
+            wrong |= marked & {*probe.blocks[key].parameters}
+    return dict.fromkeys(wrong)
+
+
+def recorded_blocks(
+    blocks: Mapping[str, InputBlock], recording: Recording, one_by_one: Collection[str]
+) -> dict[str, InputBlock]:
+    """Return the blocks whose parameters' gradients in a recorded batch arrive together.
+
+    `one_by_one` are parameters that the recording does not follow, and outputs depend on.
+    """
+    missing = {*one_by_one, *recording.mismatched}
+    return {
+        key: block
+        for key, block in blocks.items()
+        if missing.isdisjoint(block.parameters) and not recording.apart(block.parameters)
+    }
 
 
 def _near(alone: Tensor, together: Tensor) -> bool:
@@ -393,6 +441,13 @@ def _agree(found: Tensor, expected: Tensor, eps: float, largest: float, squared:
         return found.abs_().sum().item() <= eps**0.25 * expected.sum().item() + floor
     # Normalization is often in float32, whatever the dtype of the weights.
     return _largest(found) <= max(eps**0.5, 1e-6) * _largest(expected) + rounding * largest
+
+
+def _blocks_agree(found: Tensor, expected: Tensor, eps: float, largest: float) -> bool:
+    """Return whether a block is as expected up to rounding, like squares; overwrites `found`."""
+    floor = min(100 * eps, eps**0.5) ** 2 * largest * found.numel()
+    wanted = torch.linalg.vector_norm(expected, 1).item()
+    return found.sub_(expected).abs_().sum().item() <= eps**0.25 * wanted + floor
 
 
 def _largest(values: Tensor) -> float:

@@ -29,6 +29,7 @@ from consolidate.estimation.example_gradients import (
     pairs_of,
 )
 from consolidate.estimation.gradient_checkpointing import checkpointed_layers
+from consolidate.estimation.input_blocks import BlockSums
 from consolidate.estimation.layer_rules import linear
 from consolidate.estimation.shared_parameters import Shared, Source, Use
 
@@ -99,6 +100,7 @@ class Recording:
     layers_recompute: bool  # in the backward pass, instead of storing what it needs
     use_counts: dict[str, int] = field(default_factory=dict)  # of each parameter, by name
     mismatched: set[str] = field(default_factory=set)  # with a call without a row per example
+    calls: list[set[str]] = field(default_factory=list)  # The parameters of each, by name.
     sink: Sink | None = None  # while a backward pass runs
     recording_forward: bool = True
     rerunning_unit: bool = False
@@ -129,9 +131,7 @@ class Recording:
                 self.mismatched.update(unit.names.values())
             return None
         # Calls that a checkpoint runs again look the same in the graph, but nothing arrives there.
-        if self.recording_forward:
-            for name in unit.names.values():
-                self.use_counts[name] = self.use_counts.get(name, 0) + 1
+        self._count(unit.names.values())
         inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
         call = Call(unit, inputs, spec, marked)
         # A tensor that gradients reach on their way to an earlier mark needs no mark.
@@ -156,12 +156,22 @@ class Recording:
     def mark_use(self, use: Use) -> Tensor:
         """Return a copy for each example of what parameters share, marked."""
         value = use.value.detach()
-        if self.recording_forward:
-            for source in use.sources:
-                self.use_counts[source.name] = self.use_counts.get(source.name, 0) + 1
+        self._count(source.name for source in use.sources)
         copies = value.expand(self.size, *value.shape[1:])
         marked: Tensor = _Mark.apply(self, use, self.anchor, copies)[0]
         return marked
+
+    def _count(self, names: Iterable[str]) -> None:
+        names = list(names)
+        if self.recording_forward:
+            self.calls.append(set(names))
+            for name in names:
+                self.use_counts[name] = self.use_counts.get(name, 0) + 1
+
+    def apart(self, parameters: Iterable[str]) -> bool:
+        """Return whether gradients of some of these parameters arrive without those of others."""
+        used = {name for name in parameters if name in self.use_counts}
+        return any(not call.isdisjoint(used) and not used <= call for call in self.calls)
 
     def mismatch(self, names: Iterable[str]) -> None:
         """Note parameters with a use that cannot be followed."""
@@ -273,8 +283,15 @@ class Squares:
     the vectors share. Gradients of a parameter's several uses wait for the last of them.
     """
 
-    def __init__(self, sums: Mapping[str, Tensor], recording: Recording, first: int = 0):
+    def __init__(
+        self,
+        sums: Mapping[str, Tensor],
+        recording: Recording,
+        first: int = 0,
+        blocks: BlockSums | None = None,
+    ):
         self.sums = sums  # where to add, by name
+        self.blocks = blocks  # where to add the products of the same gradients
         self.shared = False  # whether there are several vectors
         self.traces: dict[str, Tensor] = {}  # the total that each example added, by name
         self.additions = 1  # to an element, one after the other
@@ -290,6 +307,10 @@ class Squares:
         Those of `few` positions, and those that wait for a last use, cover all examples.
         """
         pairs: dict[int, Tensor] = {}  # A layer's weight and bias share them.
+        if self.blocks is not None:
+            counts = self._recording.use_counts
+            once = {name: found for name, found in gradients.items() if counts[name] == 1}
+            self.blocks.add(once, len(examples))
         for name, found in gradients.items():
             if name in self._recording.mismatched:
                 continue
@@ -316,6 +337,8 @@ class Squares:
     def end_vector(self) -> None:
         """Add what waited for a parameter's last use."""
         size = self._recording.size
+        if self.blocks is not None:
+            self.blocks.add_uses(self._waiting, size)
         for name, uses in self._waiting.items():
             self._one_by_one = True
             traces = add_squares_of_sums(self.sums[name], uses, size, self._first)
@@ -423,6 +446,7 @@ def add_squares(
     outputs: Tensor,
     vectors: Iterable[Tensor],
     first: int = 0,
+    blocks: BlockSums | None = None,
 ) -> Squares:
     """Add Σ_vectors Σ_examples (Jᵀ vector)² to sums, in the parameters' shapes by name.
 
@@ -434,13 +458,16 @@ def add_squares(
         outputs: Its outputs, (B, …).
         vectors: The vectors to backpropagate, each like outputs.
         first: The first example whose share is measured where not all are.
+        blocks: Where to add Σ Jᵀ J of layers, whose parameters' gradients arrive together.
     """
-    squares = Squares(sums, recording, first)
+    squares = Squares(sums, recording, first, blocks)
     vectors = iter(vectors)
     vector = next(vectors, None)
     while vector is not None:
         following = next(vectors, None)
         squares.shared |= following is not None
+        if blocks is not None:
+            blocks.shared, blocks.last = squares.shared, following is None
         recording.backward(outputs, vector, squares, keep=following is not None)
         squares.end_vector()
         vector = following

@@ -23,6 +23,7 @@ from consolidate.estimation.example_gradients import (
     Rule,
     Summed,
     Whole,
+    patches_of,
 )
 
 
@@ -38,13 +39,7 @@ def convolution(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     a = functional.pad(a, module._reversed_padding_repeated_twice, mode)
     if module.groups == 1 and g[0, 0].numel() <= FEW_POSITIONS:
-        patches, rank = a, len(module.kernel_size)
-        for axis in range(rank):
-            reach = (module.kernel_size[axis] - 1) * module.dilation[axis] + 1
-            patches = patches.unfold(2 + axis, reach, module.stride[axis])
-            patches = patches[..., :: module.dilation[axis]]
-        patches = patches.movedim(1, rank + 1)  # (B, *out, in, *kernel)
-        patches = patches.reshape(len(g), g[0, 0].numel(), -1)
+        patches = patches_of(a, module.kernel_size, module.stride, module.dilation)
         weight: Gradients = Outer(g.flatten(2).mT, patches)
     else:
         kernel = module.weight.shape

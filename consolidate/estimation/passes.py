@@ -1,4 +1,4 @@
-"""One pass over a dataset: squares of per-example gradients, added batch by batch."""
+"""One pass over a dataset: squares of per-example gradients, and blocks, added batch by batch."""
 
 import gc
 from collections import deque
@@ -17,9 +17,11 @@ from consolidate.estimation.gradient_methods import (
     add_gradients,
     choose_methods,
     method_of,
+    recorded_blocks,
     requiring_gradients,
     slower,
 )
+from consolidate.estimation.input_blocks import BlockSums, InputBlock, with_partners
 from consolidate.estimation.layer_hooks import Recorder, UnitError, add_squares
 from formats.errors import InputError
 
@@ -47,7 +49,7 @@ class PartialPass(NamedTuple):
 
 
 class Pass:
-    """Σ over batches of the squares of per-example gradients.
+    """Σ over batches of the squares of per-example gradients, and of the products in blocks.
 
     A batch that runs out of memory is split in half. A batch that fails half way is undone,
     together with all others since the last fold, and added again.
@@ -64,15 +66,18 @@ class Pass:
         note: Callable[[str], None] | None = None,
         start: PartialPass | None = None,
         group: ProcessGroup | None = None,
+        blocks: Mapping[str, InputBlock] | None = None,
     ):
         """Prepare to measure `parameters`, whose gradients are off, or to resume another pass.
 
         With `check` the methods are chosen again on every batch; `dtype` is that of the sums.
+        `blocks` are those of `covered_layers`, which are measured too.
         """
         self.accumulators: Accumulators | None = None  # until the first batch
         self.levels: dict[str, str] | None = None  # the parameters' methods; likewise
         self._model = model
         self._parameters = dict(parameters)
+        self._blocks = dict(blocks or {})
         self._scores = scores
         self._dtype = dtype
         self._check = check
@@ -89,8 +94,7 @@ class Pass:
         self._told: set[str] = set()
         if start is not None:
             self.levels, self._most = start.levels, start.most
-            self.accumulators = Accumulators(parameters, dtype)
-            self.accumulators.load(start.tensors)
+            self._accumulators().load(start.tensors)
 
     @property
     def examples(self) -> int:
@@ -117,6 +121,10 @@ class Pass:
     def means(self, divisor: int) -> dict[str, Tensor]:
         """Return the sums over the divisor, by name; nothing may be added after that."""
         return self._accumulators().means(divisor)
+
+    def block_means(self, divisor: int) -> dict[str, Tensor]:
+        """Return the blocks' matrices over the divisor, by name; call it after `means`."""
+        return self._accumulators().block_means(divisor)
 
     def close(self) -> None:
         """Remove the hooks from the model."""
@@ -168,6 +176,7 @@ class Pass:
         if failed:
             self._plan = None
             before = self.levels or {}
+            failed = with_partners(failed, self._blocks) & before.keys()
             self.levels = {n: slower(v) if n in failed else v for n, v in before.items()}
             level = before[min(failed)]  # They share one.
             now = slower(level).replace(" by itself", ", one example at a time")
@@ -209,7 +218,9 @@ class Pass:
             batch = self._placed(self._first)
         if len(batch) > 1:
             forward, every = self._scores.forward, self._parameters
-            plan = choose_methods(self._model, every, batch, forward, self._dtype, self.levels)
+            plan = choose_methods(
+                self._model, every, batch, forward, self._dtype, self.levels, self._blocks
+            )
             self._plan, self.levels, self._first = plan, plan.levels, None
             self.close()
             self._watched, self._by_loop = {}, every
@@ -239,7 +250,7 @@ class Pass:
 
         Returns the total that each example added, by name, and the additions to an element.
         """
-        rest = self._by_loop
+        rest, blocks = self._by_loop, self._blocks
         traces: dict[str, Tensor] = {}
         additions = 0
         if self._recorder is not None:
@@ -251,22 +262,37 @@ class Pass:
             ):
                 outputs, vectors = self._run(batch)
                 found = [*_dependencies(outputs, watched), *recording.mismatched]
+                together = recorded_blocks(blocks, recording, [*rest, *found])
+                blocks = {key: b for key, b in blocks.items() if key not in together}
                 if outputs.requires_grad:
                     # Another for each batch, so that it is independent of periods in the data:
                     # multiples of the golden ratio fill the unit interval evenly.
                     first = int(batch.number * 0.6180339887498949 % 1 * min(MEASURED, len(batch)))
-                    squares = add_squares(self._sums, recording, outputs, vectors, first)
+                    sums = self._block_sums(together)
+                    squares = add_squares(self._sums, recording, outputs, vectors, first, sums)
                     traces, additions = squares.traces, squares.additions
                 del outputs, vectors  # The graph of a whole batch, before others are created.
             if found:
                 rest = rest | {name: self._parameters[name] for name in found}
-        if rest:
-            with requiring_gradients(rest):
-                examples = (batch.example(i) for i in range(len(batch)))
-                each = [add_gradients(self._sums, rest, *self._run(one)) for one in examples]
+        if rest or blocks:
+            squares_of = {name: self._sums[name] for name in rest}
+            members = {
+                name: self._parameters[name] for b in blocks.values() for name in b.parameters
+            }
+            sums = self._block_sums(blocks)
+            with requiring_gradients(rest | members):
+                each = [
+                    add_gradients(squares_of, rest | members, *self._run(batch.example(i)), sums)
+                    for i in range(len(batch))
+                ]
             traces |= self._joined(each)
             additions = max(additions, len(batch))
         return traces, additions
+
+    def _block_sums(self, blocks: Mapping[str, InputBlock]) -> BlockSums | None:
+        if not blocks:
+            return None
+        return BlockSums(blocks, self._accumulators().blocks, self._parameters, self._dtype)
 
     def _joined(self, each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Join the traces of single examples, (1,), to one tensor by name, 0 where missing."""
@@ -284,7 +310,7 @@ class Pass:
 
     def _accumulators(self) -> Accumulators:
         if self.accumulators is None:
-            self.accumulators = Accumulators(self._parameters, self._dtype)
+            self.accumulators = Accumulators(self._parameters, self._dtype, self._blocks)
         return self.accumulators
 
     @property

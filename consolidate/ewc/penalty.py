@@ -110,7 +110,7 @@ class Penalty:
             NonFiniteError: If a Fisher or an anchor is not finite.
         """
         check_strength(ewc_lambda, dtype)
-        known = _named(parameters, fisher)
+        known = named(parameters, fisher)
         if unknown := [name for name in fisher if name not in known]:
             raise InputError(
                 f"the Fisher contains {unknown[0]!r} ({len(unknown)} such names), which is not a "
@@ -120,12 +120,14 @@ class Penalty:
         self.ewc_lambda = ewc_lambda
         self._offset = offset
         self._device = None if device is None else torch.device(device)
-        live = {local(parameter).untyped_storage().data_ptr() for parameter in known.values()}
+        live = storages(known.values())
         self._terms: list[_Term] = []
         for name, parameter in trained.items():
             if name in fisher:
                 tensors = checked_tensors(name, parameter, fisher[name], anchor)
-                self._terms.append(_kept(_Term(parameter, *tensors), dtype, self._device, live))
+                place = self._device or parameter.device
+                stored = (kept(tensor, parameter, dtype, place, live) for tensor in tensors)
+                self._terms.append(_Term(parameter, *stored))
         protected = {id(term.parameter) for term in self._terms}
         if len(protected) < len(self._terms):
             raise InputError("a tied parameter has two names and would count twice; pass it once")
@@ -143,7 +145,7 @@ class Penalty:
     ) -> "Penalty":
         """Return (λ/2) Σ (θ − μ)², that is Λ = 1 for every trainable parameter."""
         trained = {
-            name: p for name, p in _named(parameters, anchor or ()).items() if p.requires_grad
+            name: p for name, p in named(parameters, anchor or ()).items() if p.requires_grad
         }
         ones = {
             name: torch.ones((), device=p.device).expand(p.shape) for name, p in trained.items()
@@ -280,7 +282,8 @@ class Penalty:
         return self.ewc_lambda * (total / 2 + self._offset)
 
 
-def _named(parameters: NamedParameters, wanted: Iterable[str]) -> dict[str, nn.Parameter]:
+def named(parameters: NamedParameters, wanted: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Return parameters by name, without the prefix of a wrapper if the wanted names have none."""
     if not isinstance(parameters, nn.Module):
         return dict(parameters)
     known = dict(parameters.named_parameters())
@@ -336,20 +339,24 @@ def checked_tensors(
     return cut_like(fisher.detach(), parameter), cut_like(anchor.detach(), parameter)
 
 
-def _kept(
-    term: _Term, dtype: torch.dtype | None, device: torch.device | None, live: set[int]
-) -> _Term:
-    """Convert Λ and μ; copy tensors that share memory with the parameters."""
-    device = device or term.parameter.device
-    widest = wide(term.parameter.dtype)
-    kept = []
-    for tensor in (term.fisher, term.anchor):
-        shared = tensor.untyped_storage().data_ptr() in live
-        # A narrower dtype takes less memory, and is widened exactly on use.
-        fits = torch.promote_types(tensor.dtype, widest) == widest
-        stored = dtype or (tensor.dtype if fits else widest)
-        kept.append(converted(tensor, device, stored, copy=shared))
-    return _Term(term.parameter, *kept)
+def storages(tensors: Iterable[Tensor]) -> set[int]:
+    """Return the addresses of the memory that tensors are in."""
+    return {local(tensor).untyped_storage().data_ptr() for tensor in tensors}
+
+
+def kept(
+    tensor: Tensor,
+    parameter: nn.Parameter,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    live: set[int],
+) -> Tensor:
+    """Convert Λ or μ of a parameter; copy a tensor whose memory is live, as the parameters' is."""
+    shared = tensor.untyped_storage().data_ptr() in live
+    widest = wide(parameter.dtype)
+    # A narrower dtype takes less memory, and is widened exactly on use.
+    fits = torch.promote_types(tensor.dtype, widest) == widest
+    return converted(tensor, device, dtype or (tensor.dtype if fits else widest), copy=shared)
 
 
 def converted(

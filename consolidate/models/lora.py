@@ -66,7 +66,8 @@ def low_rank_layers(module: nn.Module) -> dict[str, LowRank]:
         else:
             a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
         transposed = kind in ("Conv1D", "Embedding")
-        found[f"{name}.weight"] = LowRank(base.weight, a, b, layer.scaling[NAME], transposed)
+        bias = getattr(base, "bias", None)
+        found[f"{name}.weight"] = LowRank(base.weight, a, b, layer.scaling[NAME], transposed, bias)
     return found
 
 
