@@ -61,7 +61,7 @@ class Accumulators:
             name: torch.zeros(local(p).shape, dtype=dtype, device=p.device)
             for name, p in parameters.items()
         }
-        self.blocks = zero_blocks(blocks or {}, parameters, dtype)  # Only their upper triangles.
+        self.blocks = zero_blocks(blocks or {}, parameters, dtype)  # flat
         self._weights = {name: block.parameters[0] for name, block in (blocks or {}).items()}
         self._cut = any(is_cut(p) for p in parameters.values())
         self._totals = {name: values.clone() for name, values in self.sums.items()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from consolidate.estimation.example_gradients import THIN, Convolved, Gradients, Outer, Whole
 
-STRIP = 256  # rows of a matrix that are computed at a time, from the diagonal on
+LEAF = 256  # rows up to which a square on the diagonal is computed whole, not its upper triangle
 CHUNK_ELEMENTS = 1 << 23  # of inputs, or of explicit gradients, that are in one product
 
 
@@ -28,29 +28,32 @@ class InputBlock(NamedTuple):
     dims: tuple[int, ...]  # of the weight, those of the inputs: all but the outputs'
 
 
-def block_sizes(
-    blocks: Mapping[str, InputBlock], parameters: Mapping[str, nn.Parameter]
-) -> dict[str, int]:
-    """Return the number of rows of each matrix: the inputs, and 1 for a bias."""
-    return {
-        name: width(parameters[block.parameters[0]], block.dims) + len(block.parameters) - 1
-        for name, block in blocks.items()
-    }
-
-
 def zero_blocks(
     blocks: Mapping[str, InputBlock], parameters: Mapping[str, nn.Parameter], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return matrices of zeros by the blocks' names, where their weights are."""
-    return {
-        name: torch.zeros(n, n, dtype=dtype, device=parameters[blocks[name].parameters[0]].device)
-        for name, n in block_sizes(blocks, parameters).items()
-    }
+    """Return sums of zero by the blocks' names, on the devices of their weights.
+
+    Each is flat: n × n elements for the inputs, of which only the upper triangle is used, then the
+    n + 1 of the last column where there is a bias. So the rows of the matrix stay aligned.
+    """
+    sums = {}
+    for name, (members, dims) in blocks.items():
+        weight = parameters[members[0]]
+        n = width(weight, dims)
+        size = n * n + (n + 1) * (len(members) - 1)
+        sums[name] = torch.zeros(size, dtype=dtype, device=weight.device)
+    return sums
 
 
-def whole_matrix(upper: Tensor) -> Tensor:
-    """Return the exactly symmetric matrix of which the upper triangle was summed."""
-    matrix = upper.triu() + upper.triu(1).T
+def whole_matrix(sums: Tensor) -> Tensor:
+    """Return the exactly symmetric matrix, (n, n) or with a bias (n + 1, n + 1), of flat sums."""
+    n = math.isqrt(sums.numel())  # Of n² + n + 1 too.
+    last = sums[n * n :]
+    matrix = sums.new_zeros(n + bool(len(last)), n + bool(len(last)))
+    matrix[:n, :n] = sums[: n * n].view(n, n).triu()
+    if len(last):
+        matrix[:, n] = last
+    matrix += matrix.triu(1).T
     matrix.diagonal().clamp_(min=0)  # It can round to a little below 0 where a gradient is 0.
     return matrix
 
@@ -139,7 +142,7 @@ class BlockSums:
                 last = pairs[some].sum(2).flatten() if biased else None
                 self._add_product(weight, a.reshape(-1, n), products, last)
                 if last is not None:
-                    self._sums[weight][n, n] += last.sum()
+                    self._sums[weight][-1] += last.sum()
 
     def _add_explicit(self, weight: str, gradients: Tensor, bias: Tensor | None) -> None:
         """Add from gradients in the weight's shape, (B, …), and those of the bias, (B, out)."""
@@ -152,20 +155,14 @@ class BlockSums:
         last = None if bias is None else bias.flatten()
         self._add_product(weight, rows, rows, last)
         if last is not None:
-            self._sums[weight][-1, -1] += last.dot(last)
+            self._sums[weight][-1] += last.dot(last)
 
     def _add_product(self, weight: str, left: Tensor, right: Tensor, last: Tensor | None) -> None:
-        """Add leftᵀ right, (n, n), and leftᵀ last beside it: strips from the diagonal on."""
-        total, n = self._sums[weight], left.shape[1]
-        for start in range(0, n, STRIP):
-            rows = slice(start, min(start + STRIP, n))
-            strip, one, other = total[rows, start:n], left[:, rows].T, right[:, start:]
-            if min(strip.shape) < THIN:
-                strip += one @ other
-            else:
-                strip.addmm_(one, other)
+        """Add leftᵀ right, (n, n), and leftᵀ last beside it."""
+        sums, n = self._sums[weight], left.shape[1]
+        _add_upper(sums[: n * n].view(n, n), left, right)
         if last is not None:
-            total[:n, n] += left.T @ last
+            sums[n * n : -1] += left.T @ last
 
     def _explicit(self, name: str, uses: Sequence[Gradients], examples: slice) -> Tensor:
         """Return the sum over the uses of some examples' gradients, (…, *parameter)."""
@@ -186,6 +183,20 @@ class BlockSums:
 
 def _outers(uses: Sequence[Gradients]) -> list[tuple[Tensor, Tensor]]:
     return [(use.g, use.a) for use in uses if isinstance(use, Outer)]
+
+
+def _add_upper(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add the upper triangle of leftᵀ right, (n, n), and what is cheap to compute with it."""
+    n = len(total)
+    if n < THIN:
+        total += left.T @ right
+    elif n <= LEAF:
+        total.addmm_(left.T, right)
+    else:
+        half = -(-n // 32) * 16  # so that rows stay aligned
+        total[:half, half:].addmm_(left[:, :half].T, right[:, half:])
+        _add_upper(total[:half, :half], left[:, :half], right[:, :half])
+        _add_upper(total[half:, half:], left[:, half:], right[:, half:])
 
 
 def width(weight: Tensor, dims: Sequence[int]) -> int:

@@ -100,7 +100,8 @@ class Recording:
     layers_recompute: bool  # in the backward pass, instead of storing what it needs
     use_counts: dict[str, int] = field(default_factory=dict)  # of each parameter, by name
     mismatched: set[str] = field(default_factory=set)  # with a call without a row per example
-    calls: list[set[str]] = field(default_factory=list)  # The parameters of each, by name.
+    calls: dict[str, list[int]] = field(default_factory=dict)  # the numbers of each one's, by name
+    made: int = 0  # calls in all
     sink: Sink | None = None  # while a backward pass runs
     recording_forward: bool = True
     rerunning_unit: bool = False
@@ -162,16 +163,16 @@ class Recording:
         return marked
 
     def _count(self, names: Iterable[str]) -> None:
-        names = list(names)
         if self.recording_forward:
-            self.calls.append(set(names))
+            self.made += 1
             for name in names:
                 self.use_counts[name] = self.use_counts.get(name, 0) + 1
+                self.calls.setdefault(name, []).append(self.made)
 
     def apart(self, parameters: Iterable[str]) -> bool:
         """Return whether gradients of some of these parameters arrive without those of others."""
-        used = {name for name in parameters if name in self.use_counts}
-        return any(not call.isdisjoint(used) and not used <= call for call in self.calls)
+        used = [self.calls[name] for name in parameters if name in self.calls]
+        return any(calls != used[0] for calls in used)
 
     def mismatch(self, names: Iterable[str]) -> None:
         """Note parameters with a use that cannot be followed."""

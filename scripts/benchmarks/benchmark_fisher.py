@@ -91,8 +91,10 @@ parameters differs by more than {wrong:g} from a batch-of-one loop in float64, s
 quantity. *In part*: some parameters are missing. *Fails*: see [below](#what-fails). *None*: the
 tool has no such function.
 
-consolidate is timed in the middle of a pass. The first batch of every pass is verified against
-single examples; *a pass of one batch* includes this cost, which occurs once per pass.
+consolidate is timed in the middle of a pass. *Structure `inputs`* also measures a matrix over the
+inputs of every layer that is covered, beside the diagonal. The first batch of every pass is
+verified against single examples; *a pass of one batch* includes this cost, which occurs once per
+pass.
 
 ## Where the time goes
 

@@ -99,7 +99,7 @@ def input_gradients(case: Case) -> Timed:
     return clocked(run)
 
 
-def ours(case: Case) -> Timed:
+def ours(case: Case, structure: str = "diagonal") -> Timed:
     """Time batches in the middle of a pass: what each but the first one costs."""
     times: list[float] = []
 
@@ -112,7 +112,7 @@ def ours(case: Case) -> Timed:
 
     def timed() -> tuple[float, Squares]:
         # The mean over equal batches, times one.
-        found = _ours(case, batches())
+        found = _ours(case, batches(), structure)
         return settled(times), found
 
     return timed
@@ -123,12 +123,18 @@ def ours_alone(case: Case) -> Timed:
     return clocked(lambda: _ours(case, [(case.inputs, case.labels)]))
 
 
-def _ours(case: Case, batches: Any) -> Squares:
+def ours_with_blocks(case: Case) -> Timed:
+    """Time the same batches with the structure `inputs`."""
+    return ours(case, "inputs")
+
+
+def _ours(case: Case, batches: Any, structure: str = "diagonal") -> Squares:
     found = consolidate.fisher_diagonal(
         case.model,
         batches,
         case.likelihood,
         estimator=case.estimator,
+        structure=structure,
         accumulate_dtype=next(case.model.parameters()).dtype,
     )
     scale = len(case.labels) * found.units / found.examples
@@ -357,6 +363,7 @@ TOOLS = {
     "forward": Tool(forward_only, "forward only", fisher=False),
     "inputs": Tool(input_gradients, "forward + input gradients", fisher=False),
     "ours": Tool(ours, "**consolidate**"),
+    "blocks": Tool(ours_with_blocks, "consolidate, structure `inputs`"),
     "alone": Tool(ours_alone, "consolidate, a pass of one batch, checks included"),
     "loop": Tool(one_by_one, "batch-of-one loop"),
     "vmap": Tool(vmap, "vmap(grad), chunked"),

@@ -153,12 +153,14 @@ FISHERS: Cases = {
         group, network, vectors(26), "softmax", estimator="batched", seed=7
     ),
     "one batch": lambda group: measured(group, network, vectors(3), "softmax"),
+    "inputs": lambda group: measured(group, network, vectors(30), "softmax", structure="inputs"),
 }
 
 
 def told(diagonal: FisherDiagonal) -> dict[str, Any]:
     """Give all that a Fisher says of itself, and its tensors."""
-    return {"tensors": dict(diagonal), **vars(diagonal)}
+    counts = vars(diagonal) | {"factors": None, "blocks": list(diagonal.blocks)}
+    return {"tensors": {**diagonal, **diagonal.factors}, **counts}
 
 
 def settled(group: ProcessGroup | None) -> list[int]:
