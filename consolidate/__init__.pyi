@@ -13,6 +13,7 @@ from consolidate.chain.modules import load_penalty as load_penalty
 from consolidate.chain.modules import store_fisher as store_fisher
 from consolidate.estimation.estimates import FisherDiagonal as FisherDiagonal
 from consolidate.estimation.fisher_diagonal import fisher_diagonal as fisher_diagonal
+from consolidate.ewc.block_penalty import BlockPenalty as BlockPenalty
 from consolidate.ewc.fisher_merging import merge_online as merge_online
 from consolidate.ewc.fisher_merging import merge_separate as merge_separate
 from consolidate.ewc.overlap import fisher_overlap as fisher_overlap

@@ -1,11 +1,11 @@
 """The penalty of a torch module, and its Fisher stored, without a command."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from consolidate.chain.claims import refuse_changed
 from consolidate.chain.elsewhere import open_origin
@@ -13,23 +13,24 @@ from consolidate.chain.opening import stored_fisher, with_base, with_fisher
 from consolidate.chain.output import refuse_existing
 from consolidate.chain.tasks import Chain, add_task, check_held_once, task_name
 from consolidate.estimation.estimates import FisherDiagonal
+from consolidate.ewc.block_penalty import BlockPenalty
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty, unwrapped
 from consolidate.models.lora import (
     adapted_module,
     has_adapter,
     low_rank_layers,
-    other_parameters,
     without_adapter,
 )
 from consolidate.models.model import Model, file_weights, layout_of
 from consolidate.models.objectives import get_objective
+from consolidate.models.tensor_names import NAME, Layout
 from consolidate.options import Merging
 from formats.atomic import claimed_in_place, replace_folder
 from formats.checkpoint import open_checkpoint
 from formats.errors import InputError, UsageError
-from formats.fisher_folder import LEDGER_NAME, write_fisher
-from formats.fisher_json import Ledger, check_task_name, read_ledger
+from formats.fisher_folder import LEDGER_NAME, StoredFisher, write_fisher
+from formats.fisher_json import Block, Ledger, check_task_name, read_ledger
 from formats.hub import locate
 
 
@@ -38,25 +39,28 @@ def load_penalty(
     checkpoint: str | Path,
     *,
     ewc_lambda: float,
+    structure: str | None = None,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> Penalty | MergedPenalty:
+) -> Penalty | BlockPenalty | MergedPenalty:
     """Make the penalty that keeps a module close to a checkpoint, for your own training loop.
 
     The penalty is λ ((1/2) Σ_i Λ_i (θ_i − μ_i)² + offset), with Λ, μ and offset of the checkpoint,
-    however far θ, the module, has moved from it. Λ and μ stay memory-mapped where the files have
-    the wanted dtype and device: do not write into these files while the penalty is in use
-    (replacing them, as safetensors does, is safe).
+    however far θ, the module, has moved from it; for layers with a matrix R it is that of
+    `BlockPenalty`. Λ, μ and R stay memory-mapped where the files have the wanted dtype and device:
+    do not write into these files while the penalty is in use (replacing them, as safetensors does,
+    is safe).
 
     Args:
         module: A transformers model, or any module whose ``state_dict()`` has the names and shapes
             of the weights file.
         checkpoint: Folder with a Fisher, or repository on the Hub.
         ewc_lambda: λ, the strength.
+        structure: ``diagonal``, or ``inputs`` for the matrices R too; default: what is stored.
         revision: Branch, tag or commit of a checkpoint on the Hub.
-        dtype: Dtype of Λ and μ in memory, as for `Penalty`.
-        device: Device of Λ and μ, as for `Penalty`.
+        dtype: Dtype of Λ, μ and R in memory, as for `BlockPenalty`.
+        device: Device of Λ, μ and R, as for `Penalty`.
 
     Returns:
         The penalty; call `add_gradient_` once per optimizer step. For a module with a LoRA adapter
@@ -64,9 +68,13 @@ def load_penalty(
         ``finetune --penalty-on merged``; for a checkpoint that is an adapter, on A and B.
 
     Raises:
-        InputError: There is no Fisher, it does not belong to the weights or to the module, or it
-            protects none of the module's trainable parameters.
+        InputError: There is no Fisher, it does not belong to the weights or to the module, it
+            protects none of the module's trainable parameters, or it has no matrices R and
+            `structure` is ``inputs``.
+        UsageError: `structure` is neither.
     """
+    if structure not in (None, "diagonal", "inputs"):
+        raise UsageError(f"structure {structure!r}: expected 'diagonal' or 'inputs'")
     folder = locate(checkpoint, revision)
     source, stored = with_fisher(folder)
     module = unwrapped(module)
@@ -79,20 +87,101 @@ def load_penalty(
         stored.anchor or {name: source.weights[name] for name in stored.fisher}
     )
     storage: dict[str, Any] = {"ewc_lambda": ewc_lambda, "dtype": dtype, "device": device}
-    offset = stored.ledger.penalty_offset
+    factors = None
+    if structure != "diagonal":
+        factors = _module_factors(stored, layout, source.weights)
+    if structure == "inputs" and factors is None:
+        raise InputError(
+            f"{stored.folder} has no factors that fit the module: measure the Fisher with "
+            "`consolidate fisher --structure inputs`, or use structure='diagonal'"
+        )
+    storage |= factors or {"offset": stored.ledger.penalty_offset}
     if adapted:
-        base = adapted_module(module)
-        beside = {name: p for name, p in other_parameters(base).items() if name in fisher}
-        own = {name: fisher[name] for name in beside}
-        whole = Penalty(beside.items(), own, anchor, **storage)
-        layers = low_rank_layers(base)
-        return MergedPenalty(layers, fisher, anchor, offset=offset, beside=whole, **storage)
-    penalty = Penalty(module, fisher, anchor, offset=offset, **storage)
+        return _merged_penalty(adapted_module(module), fisher, anchor, **storage)
+    kind = Penalty if factors is None else BlockPenalty
+    penalty: Penalty | BlockPenalty = kind(module, fisher, anchor, **storage)
     if not penalty.parameters():
         raise InputError(
             f"{stored.folder} protects no trainable parameter of the module: unfreeze some"
         )
     return penalty
+
+
+def _module_factors(
+    stored: StoredFisher, layout: Layout, weights: Mapping[str, Tensor]
+) -> dict[str, Any] | None:
+    """Give the arguments of a `BlockPenalty` that are stored factors, by the module's names.
+
+    A layer whose tensors the module has in another form keeps the diagonal, and so do all where the
+    matrices are of another kind than R. None where no layer has factors.
+    """
+    factors: dict[str, Tensor] = {}
+    blocks: dict[str, Block] = {}
+    around: dict[str, Tensor] = {}
+    for name, block in (stored.ledger.blocks or {}).items():
+        assert stored.factors is not None
+        # The weight before its bias.
+        parameters = sorted(block.parameters, key=lambda at: len(stored.fisher.shape(at)) < 2)
+        names = [layout.module_names(at) for at in parameters]
+        alone = [at[0] for at in names if len(at) == 1 and len(layout.file_names(at[0])) == 1]
+        if block.matrix != "R" or len(alone) < len(names):
+            continue
+        where = getattr(stored, "factor_anchor", None) or weights
+        tensors = {at: where[at] for at in parameters}
+        loaded = layout.to_module(tensors)
+        if any(loaded[at] is not mu for at, mu in zip(alone, tensors.values(), strict=True)):
+            continue  # converted
+        around |= loaded
+        factors[f"{alone[0]}.R"] = stored.factors[name]
+        blocks[f"{alone[0]}.R"] = Block("R", block.dims, tuple(alone))
+    if not blocks:
+        return None
+    offset = getattr(stored.ledger, "factor_offset", None)
+    offset = stored.ledger.penalty_offset if offset is None else offset
+    return {"factors": factors, "blocks": blocks, "factor_anchor": around, "offset": offset}
+
+
+def _merged_penalty(
+    base: nn.Module,
+    fisher: Mapping[str, Tensor],
+    anchor: Mapping[str, Tensor],
+    *,
+    offset: float,
+    factors: Mapping[str, Tensor] | None = None,
+    blocks: Mapping[str, Block] | None = None,
+    factor_anchor: Mapping[str, Tensor] | None = None,
+    **storage: Any,
+) -> MergedPenalty:
+    """Protect the weights that an adapter changes, and what trains beside it."""
+    plain = {
+        name.replace(f".modules_to_save.{NAME}.", "."): p for name, p in base.named_parameters()
+    }
+    layers, given = low_rank_layers(base), factors or {}
+    blocks = blocks or {}
+    of_layers = {name: b for name, b in blocks.items() if b.parameters[0] in layers}
+    taken = {*layers, *(at for block in of_layers.values() for at in block.parameters)}
+    known = {at: p for at, p in plain.items() if at in fisher and at not in taken}
+    of_others = {name: b for name, b in blocks.items() if set(b.parameters) <= known.keys()}
+    beside = BlockPenalty(
+        known.items(),
+        {name: fisher[name] for name in known},
+        anchor,
+        factors={name: given[name] for name in of_others},
+        blocks=of_others,
+        factor_anchor=factor_anchor,
+        **storage,
+    )
+    return MergedPenalty(
+        layers,
+        fisher,
+        anchor,
+        offset=offset,
+        beside=beside,
+        factors={name: given[name] for name in of_layers},
+        blocks=of_layers,
+        factor_anchor=factor_anchor,
+        **storage,
+    )
 
 
 def store_fisher(
@@ -118,7 +207,8 @@ def store_fisher(
     Args:
         module: Module it was measured with, which has the checkpoint's weights.
         checkpoint: Local folder.
-        diagonal: Fisher by the module's parameter names, in their shapes.
+        diagonal: Fisher by the module's parameter names, in their shapes, with its factors if it
+            has any.
         task: Name of the task in the ledger.
         objective: What was predicted, such as ``classification``.
         labels: Names of the classes.

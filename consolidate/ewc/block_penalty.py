@@ -85,7 +85,7 @@ class BlockPenalty:
                 difference.
             fisher: Λ by parameter name, in the parameters' shapes, also of the layers with an R.
             anchor: μ by parameter name, in the same shapes; by default the parameters' current
-                values.
+                values. Tensors that share memory with the parameters are copied.
             factors: R by block name, n × n: symmetric, with the trace of Λ over its parameters,
                 within 1 %.
             blocks: The weight, perhaps with its bias, that each R is of, by the same names.
@@ -222,9 +222,10 @@ def row_pieces(count: int, matrix: Tensor) -> Iterator[slice]:
 
 def times(difference: Tensor, matrix: Tensor) -> Tensor:
     """ΔW R, in bfloat16 where R is: ΔW is rounded to it, and so is the product."""
-    if matrix.dtype == torch.bfloat16:
-        return (difference.to(matrix.dtype) @ matrix).to(difference.dtype)
-    return difference @ matrix.to(difference.dtype)
+    with torch.autocast(difference.device.type, enabled=False):
+        if matrix.dtype == torch.bfloat16:
+            return (difference.to(matrix.dtype) @ matrix).to(difference.dtype)
+        return difference @ matrix.to(difference.dtype)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ from typing import Any
 
 from torch import nn
 
-from consolidate.ewc.low_rank_penalty import MergedPenalty
-from consolidate.ewc.penalty import STEPS, Penalty, check_proximal
+from consolidate.ewc.penalty import STEPS, WeightPenalty, check_proximal
 from formats.errors import UsageError, install
 
 
-def penalty_callback(penalty: Penalty | MergedPenalty, *, step: str = "gradient") -> Any:
+def penalty_callback(penalty: WeightPenalty, *, step: str = "gradient") -> Any:
     """Make the callback that adds a penalty to a `transformers.Trainer`.
 
     Once per optimizer step, when all micro-batches have been accumulated, it unscales the gradients
@@ -37,8 +36,8 @@ def penalty_callback(penalty: Penalty | MergedPenalty, *, step: str = "gradient"
     proximal = getattr(penalty, "proximal_step_", None)
     if step == "proximal" and proximal is None:
         raise UsageError(
-            "step 'proximal' cannot be combined with the penalty on merged weights, which is not "
-            "separable in A and B: use gradient"
+            "step 'proximal' cannot be combined with a penalty on merged weights or by blocks, "
+            "which is not separable: use gradient"
         )
     try:
         from transformers import TrainerCallback

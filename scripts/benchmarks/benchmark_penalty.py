@@ -8,16 +8,25 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from consolidate.ewc.penalty import Penalty
-from scripts.benchmarks.harness import WORKLOADS, Workload, markdown, nll, start, write_page
+from consolidate.ewc.block_penalty import BlockPenalty
+from consolidate.ewc.penalty import Penalty, WeightPenalty
+from formats.fisher_json import Block
+from scripts.benchmarks import harness
+from scripts.benchmarks.harness import Workload, markdown, nll, start, write_page
 
-NAMES = ("mlp", "bert")
+NAMES = ("mlp", "bert", "minilm")
+WORKLOADS = harness.WORKLOADS | {
+    "minilm": replace(
+        harness.WORKLOADS["bert"], title="BERT 6×384 as MiniLM, T = 64, batch 16", shape=(16, 64)
+    )
+}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW,
     "SGD": torch.optim.SGD,
@@ -38,8 +47,10 @@ round, on one model with one optimizer; ratios of medians of at least {rounds} r
 
 *Gradient* is `penalty.add_gradient_()` after `backward`, *proximal* is `penalty.proximal_step_`
 after the optimizer's step. *Autograd* is the usual form,
-`loss + λ/2 · Σ (Λ * (θ − μ) ** 2).sum()` before `backward`. Λ and μ are float32 unless another
-dtype is named; the Fisher is noise, and the weights differ from their anchor.
+`loss + λ/2 · Σ (Λ * (θ − μ) ** 2).sum()` before `backward`. *Blocks* is `add_gradient_()` of a
+`BlockPenalty` with a matrix R for every linear layer: one product out × n × n for each, whatever
+the batch. Λ, μ and R are float32 unless another dtype is named; the Fisher is noise, and the
+weights differ from their anchor.
 """
 
 Step = Callable[[], None]
@@ -62,6 +73,11 @@ def forms(
     anchor = {name: p.detach() + 1e-3 * torch.randn_like(p) for name, p in parameters.items()}
     penalty = Penalty(model, fisher, anchor, ewc_lambda=LAMBDA)
     narrow = Penalty(model, fisher, anchor, ewc_lambda=LAMBDA, dtype=torch.bfloat16)
+    covered = of_blocks(model, fisher)
+    by_blocks, narrow_blocks = (
+        BlockPenalty(model, fisher, anchor, **covered, ewc_lambda=LAMBDA, dtype=dtype)
+        for dtype in (None, torch.bfloat16)
+    )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
@@ -71,7 +87,7 @@ def forms(
         loss().backward()
         optimizer.step()
 
-    def gradient(penalty: Penalty) -> Step:
+    def gradient(penalty: WeightPenalty) -> Step:
         def step() -> None:
             loss().backward()
             penalty.add_gradient_()
@@ -98,9 +114,32 @@ def forms(
         "gradient": gradient(penalty),
         "gradient and value": gradient_and_value,
         "gradient, bfloat16": gradient(narrow),
+        "blocks": gradient(by_blocks),
+        "blocks, bfloat16": gradient(narrow_blocks),
         "proximal": proximal,
         "autograd": autograd,
     }
+
+
+def of_blocks(model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return noise as the R of every linear layer that is not too narrow, and the blocks.
+
+    Args:
+        model: Whose layers are covered.
+        fisher: By parameter name; each R gets its trace.
+    """
+    factors, blocks = {}, {}
+    for layer, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module.in_features > 4 * module.out_features:
+            continue
+        ends = tuple(f"{layer}.{name}" for name, _ in module.named_parameters())
+        n = module.in_features + len(ends) - 1
+        noise = torch.rand(n, n)
+        matrix = (noise + noise.T) / 2
+        matrix *= float(sum(fisher[end].sum() for end in ends) / matrix.trace())
+        factors[f"{layer}.weight.R"] = matrix
+        blocks[f"{layer}.weight.R"] = Block("R", (1,), ends)
+    return {"factors": factors, "blocks": blocks}
 
 
 def measure(

@@ -253,6 +253,15 @@ def test_factors_in_bfloat16_are_multiplied_in_bfloat16() -> None:
     torch.testing.assert_close(model.bare.weight.grad, expected.detach())
 
 
+def test_it_is_the_same_inside_autocast() -> None:
+    model = network(torch.float32)
+    known, anchor = measured(model), moved(model)
+    penalty = BlockPenalty(model, anchor=anchor, **known, ewc_lambda=LAMBDA)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = penalty.value()
+    assert inside == penalty.value()
+
+
 def test_no_further_copy_is_made_of_what_is_given() -> None:
     model = network(torch.float32)
     known, anchor = measured(model), moved(model)

@@ -26,7 +26,7 @@ LONGEST_PATH = 13  # modules below the program's first line, each of which impor
 
 # Modules without a test file of their name, by what tests them.
 TESTED_THROUGH = {
-    "chain/test_tasks": "chain.modules chain.opening chain.output",
+    "chain/test_tasks": "chain.opening chain.output",
     "commands/test_finetune": "commands.finetune_plan commands.finetune_run"
     " commands.finetune_start commands.finetune_weights",
     "commands/test_unmeasured": "chain.elsewhere",

@@ -19,7 +19,8 @@ def test_the_benchmark_of_the_penalty_writes_its_page(
     monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "benchmark_penalty.py"), "--quick"])
     benchmark_penalty.main()
     page = (tmp_path / "penalty.md").read_text(encoding="utf-8")
-    for form in ("gradient", "gradient and value", "gradient, bfloat16", "proximal", "autograd"):
+    forms = ("gradient", "gradient and value", "gradient, bfloat16", "proximal", "autograd")
+    for form in (*forms, "blocks", "blocks, bfloat16"):
         assert page.count(f"\n| {form} | ") == len(benchmark_penalty.OPTIMIZERS)
     assert "A quick run" in page
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from consolidate.ewc.block_penalty import BlockPenalty
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty
 from consolidate.training.trainer_callback import penalty_callback
 from formats.errors import UsageError
+from formats.fisher_json import Block
 
 LAMBDA = 4.0
 EXAMPLES = 6
@@ -43,6 +45,19 @@ def examples() -> list[dict[str, Any]]:
 def fisher_and_anchor(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     fisher = {name: torch.full_like(p, 0.5) for name, p in model.named_parameters()}
     return fisher, {name: p.detach() + 0.3 for name, p in model.named_parameters()}
+
+
+def by_blocks(model: nn.Module) -> BlockPenalty:
+    """As the penalty of `fisher_and_anchor`: 0.5 · out · I in place of 0.5 for each layer."""
+    factors, blocks = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            one = torch.eye(module.in_features + 1, dtype=torch.float64)
+            factors[f"{name}.weight.R"] = 0.5 * module.out_features * one
+            blocks[f"{name}.weight.R"] = Block("R", (1,), (f"{name}.weight", f"{name}.bias"))
+    return BlockPenalty(
+        model, *fisher_and_anchor(model), factors=factors, blocks=blocks, ewc_lambda=LAMBDA
+    )
 
 
 def trainer(
@@ -111,12 +126,14 @@ EXACT = {"rtol": 1e-12, "atol": 1e-14}
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("blocks", [False, True])
 def test_the_trainer_takes_the_steps_of_a_loop_by_hand(
-    tmp_path: Path, kind: Any, accumulate: int, max_grad_norm: float | None
+    tmp_path: Path, kind: Any, accumulate: int, max_grad_norm: float | None, blocks: bool
 ) -> None:
     model = Network()
     twin = copy.deepcopy(model)
-    penalty = Penalty(model, *fisher_and_anchor(model), ewc_lambda=LAMBDA)
+    diagonal = Penalty(model, *fisher_and_anchor(model), ewc_lambda=LAMBDA)
+    penalty = by_blocks(model) if blocks else diagonal
     runner = trainer(
         model,
         tmp_path,
@@ -225,9 +242,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         penalty_callback("my-model")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"'implicit'.*gradient, proximal"):
         penalty_callback(penalty, step="implicit")
-    merged = MergedPenalty.__new__(MergedPenalty)
-    with pytest.raises(UsageError, match="not separable in A and B"):
-        penalty_callback(merged, step="proximal")
+    for inseparable in (MergedPenalty.__new__(MergedPenalty), by_blocks(model)):
+        with pytest.raises(UsageError, match="not separable"):
+            penalty_callback(inseparable, step="proximal")
     optimizer = torch.optim.RMSprop(model.parameters())
     with pytest.raises(UsageError, match="not the trained model's"):
         trainer(model, tmp_path, optimizer, penalty_callback(penalty)).train()
