@@ -7,11 +7,15 @@ import math
 import random
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from consolidate.estimation.fisher_diagonal import fisher_diagonal
+from scripts.experiments.lib import tempered_fisher
+from scripts.experiments.lib.block_fisher import block_fisher, block_of
 from scripts.experiments.lib.curves import (
     Curve,
     best_learned,
@@ -21,7 +25,7 @@ from scripts.experiments.lib.curves import (
     unpacked,
 )
 from scripts.experiments.lib.digests import code_digest, meaning
-from scripts.experiments.lib.grids import GRIDS
+from scripts.experiments.lib.grids import CANDIDATES, FIRST, GRIDS, left_out
 from scripts.experiments.lib.records import (
     Record,
     RecordsError,
@@ -30,7 +34,8 @@ from scripts.experiments.lib.records import (
     read_records,
     rounded,
 )
-from scripts.experiments.lib.tuning import Done, fit, packed
+from scripts.experiments.lib.tuning import Done, Job, fit, packed
+from scripts.experiments.methods import by_ewc_floor, by_inputs, by_l2, by_l2_growing
 from scripts.experiments.tasks import confirm_tradeoff, tradeoff
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +84,9 @@ def test_many_curves_are_read_at_once_as_each_alone() -> None:
     for at in np.ndindex(3, 50):
         alone = kept_at(learned[at], kept[at], 0.6)
         np.testing.assert_equal(found[at], alone)
+
+
+OURS = ("ewc", "inputs", "ewc_floor", "ewc_tempered")
 
 
 def curves(*, gain: float, seeds: int, rows: int = 400) -> dict[int, Curve]:
@@ -232,7 +240,7 @@ def test_only_methods_with_a_penalty_depend_on_the_packages_of_the_penalty() -> 
             names = tradeoff.setting_file(setting), tradeoff.method_file(method)
             files = _files(names, ROOT)
             assert "scripts/experiments/lib/tuning.py" in files
-            penalized = method in ("ewc", "l2", "lora_ewc")
+            penalized = method.startswith(("ewc", "inputs", "l2", "lora_ewc"))
             assert ("consolidate/ewc/penalty.py" in files) == penalized, method
             assert not files & {
                 "scripts/experiments/lib/pages.py",
@@ -267,11 +275,38 @@ def test_early_units_compare_the_main_methods() -> None:
     units = tradeoff.plan("newsgroups", records, False)
     assert len({one.digest for one in units}) == len(units)
     methods = [one.method for one in units]
-    first = max(methods.index(name) for name in tradeoff.MAIN)
+    first = max(methods.index(name) for name in tradeoff.MAIN if name in methods)
     assert not {*methods[: first + 1]} - {*tradeoff.MAIN}
     assert [one.seed for one in units] == sorted(
         [one.seed for one in units], key=lambda seed: seed > 2
     )
+
+
+def test_each_round_begins_with_lora_and_interpolation() -> None:
+    records: list[Record] = []
+    while new := [
+        fake(u)
+        for u in tradeoff.plan("newsgroups", records, False)
+        if u.digest not in {record.unit.digest for record in records}
+    ]:
+        records += new
+    methods = [
+        [one.method for one in tradeoff.plan("newsgroups", records, False) if one.seed in part]
+        for part in (range(3), range(3, 5))
+    ]
+    for some in methods:
+        places = [at for at, name in enumerate(some) if name in FIRST]
+        assert places == list(range(len(places)))
+
+
+@pytest.mark.parametrize(("setting", "count"), [("newsgroups", 5), ("language_model", 3)])
+def test_a_setting_has_as_many_seeds_as_it_can_afford(setting: str, count: int) -> None:
+    [experiment] = [one for one in tradeoff.EXPERIMENTS if one.name == setting]
+    units = tradeoff.sittings.all_units(experiment, [], False)
+    for method in GRIDS[setting]:
+        numbers = {unit.seed for unit in units if unit.method == method}
+        assert numbers == set(range(3 if method in CANDIDATES else count)), method
+    assert {unit.method for unit in units} == GRIDS[setting].keys()
 
 
 def test_records_of_other_code_are_left_off_the_page_and_done_again(tmp_path: Path) -> None:
@@ -420,12 +455,16 @@ def points(setting: str, method: str, strength: float, **settings: object) -> di
 
 @pytest.mark.parametrize("setting", tradeoff.SETTINGS)
 def test_methods_agree_where_they_are_the_same(setting: str, folder: Path) -> None:
+    tried = GRIDS[setting]
     free = points(setting, "free", 1e-3)
-    for method in ("l2", "ewc", "distill"):
+    for method in tried.keys() & {"l2", "l2_growing", "distill", *OURS}:
         assert points(setting, method, 0.0, alphas=[1.0]) == free, method
-    assert points(setting, "fewer_steps", 1.0) == free
-    assert points(setting, "lora", 1e-3) == points(setting, "lora_ewc", 0.0)
-    assert points(setting, "lora", 1e-3) != free
+    if "fewer_steps" in tried:
+        assert points(setting, "fewer_steps", 1.0) == free
+    if "lora_ewc" in tried:
+        assert points(setting, "lora", 1e-3) == points(setting, "lora_ewc", 0.0)
+    adapted = "lora" if "lora" in tried else "lora_convolutions"
+    assert points(setting, adapted, 1e-3) != free
     if tradeoff.is_chain(setting):
         assert points(setting, "interpolation", 1.0) == free
         assert points(setting, "interpolation", 0.5) != free
@@ -437,6 +476,110 @@ def test_methods_agree_where_they_are_the_same(setting: str, folder: Path) -> No
         assert {part: mixed["0"][part] for part in start} == start
 
 
+def quick_job(setting: str, strength: float = 0.0, number: int = 2) -> Job:
+    """Make a job with a model of its own, in a chain at the task of this number."""
+    module = tradeoff.SETTINGS[setting]
+    quick = module.Quick(Path(), 0)
+    stage = quick.stage(number) if tradeoff.is_chain(setting) else quick
+    return Job(stage, quick.fresh(), 1e-2, strength, quick.fresh, "")
+
+
+@pytest.mark.parametrize("setting", tradeoff.SETTINGS)
+def test_matrices_that_were_kept_are_of_the_parameters_that_the_library_names(setting: str) -> None:
+    job = quick_job(setting)
+    found = fisher_diagonal(
+        job.model,
+        job.setting.fisher_batches(),
+        job.setting.likelihood,
+        estimator=job.setting.estimator,
+        structure="inputs",
+    )
+    assert found.blocks
+    blocks = {name: block_of(name, matrix, job.model) for name, matrix in found.factors.items()}
+    assert blocks == found.blocks
+
+
+def test_the_matrices_of_a_chain_are_summed_with_the_trace_of_the_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, measured = [], []
+    tune, measure = by_inputs.tune, tradeoff.task_block_fisher
+
+    def watched(job: Job) -> Done:
+        seen.append(block_fisher(job))
+        return tune(job)
+
+    def noted(job: Job, number: int) -> dict[str, torch.Tensor]:
+        measured.append(dict(measure(job, number)))
+        return measured[-1]
+
+    monkeypatch.setattr(by_inputs, "tune", watched)
+    monkeypatch.setattr(tradeoff, "task_block_fisher", noted)
+    points("permutations", "inputs", 30.0)
+    assert len(seen) == len(measured) == 2
+    traces = [sum(one[name].sum() for name in seen[0].diagonal) for one in measured]
+    for name, matrix in seen[1].factors.items():
+        expected = measured[0][name] + measured[1][name] * (traces[0] / traces[1])
+        torch.testing.assert_close(matrix, expected, msg=name)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_growing_penalty_is_that_of_lambda_times_the_tasks_before(number: int) -> None:
+    jobs = [quick_job("permutations", strength, number) for strength in (0.5, 0.5 * number)]
+    for job, method in zip(jobs, (by_l2_growing, by_l2), strict=True):
+        method.tune(job)
+    first, second = (job.model.state_dict() for job in jobs)
+    start = jobs[0].start().state_dict()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+        assert not torch.equal(first[name], start[name])
+
+
+def test_the_floor_is_a_tenth_of_the_mean_for_every_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = quick_job("tagging")
+    generator = torch.Generator().manual_seed(0)
+    found = {
+        name: torch.rand(p.shape, generator=generator) for name, p in job.model.named_parameters()
+    }
+    mean = torch.cat([one.flatten() for one in found.values()]).mean()
+    seen = []
+
+    class Watched(by_ewc_floor.Penalty):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            seen.append(arguments[1])
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(by_ewc_floor, "Penalty", Watched)
+    monkeypatch.setattr(by_ewc_floor, "fisher", lambda _: found)
+    by_ewc_floor.tune(job)
+    for name, one in found.items():
+        torch.testing.assert_close(seen[0][name], one + 0.1 * mean)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_tempered_fisher_is_that_of_softened_outputs(temperature: float) -> None:
+    job = quick_job("newsgroups")
+    job.setting.fisher_rows = 3
+    found = tempered_fisher.measured(job, temperature)
+    model = job.start().eval()
+    parameters = dict(model.named_parameters())
+    expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    [(inputs, _)] = job.setting.fisher_batches()
+    for i in range(3):
+        one = {key: value[i : i + 1] for key, value in inputs.items()}
+        log_p = (model(**one).logits[0] / temperature).log_softmax(0)
+        for outcome in log_p:
+            gradients = torch.autograd.grad(
+                outcome, parameters.values(), retain_graph=True, materialize_grads=True
+            )
+            for name, gradient in zip(parameters, gradients, strict=True):
+                expected[name] += temperature**2 * outcome.detach().exp() * gradient**2 / 3
+    for name, one in found.items():
+        torch.testing.assert_close(one, expected[name], rtol=1e-3, atol=1e-9, msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tradeoff.SETTINGS)
 def test_a_quick_run_makes_every_curve_and_its_page(name: str, folder: Path) -> None:
@@ -446,7 +589,7 @@ def test_a_quick_run_makes_every_curve_and_its_page(name: str, folder: Path) -> 
     sittings.run(experiments, folder, quick=True)
     records = read_records(folder / f"{name}.jsonl")
     # Again, with what is kept: the same figures but for times.
-    unit = next(record for record in records if record.unit.method == "lora_ewc").unit
+    unit = next(record for record in records if record.unit.method == "ewc").unit
     again = tradeoff.measure(name, unit, raw=None)
     [first] = [record.figures for record in records if record.unit == unit]
     assert rounded(again["points"]) == first["points"]
@@ -458,7 +601,12 @@ def test_a_quick_run_makes_every_curve_and_its_page(name: str, folder: Path) -> 
     assert (folder / f"{name}.png").exists()
     assert "its figures mean nothing" in page
     for method, title in tradeoff.pages.TITLES.items():
-        assert f"| {title}" in page or (method == "ewc_interpolated" and tradeoff.is_chain(name))
+        interpolated = method.endswith("_interpolated") and not tradeoff.is_chain(name)
+        shown = method in GRIDS[name] or interpolated
+        assert (f"\n| {title} |" in page or f"\n| {title} (sees" in page) == shown, method
+    _, _, untried = page.partition("## What was not tried")
+    for method in left_out(name):
+        assert tradeoff.pages.TITLES[method] in untried.replace("\n", " "), method
 
 
 def test_figures_that_were_changed_by_hand_are_refused(tmp_path: Path) -> None:

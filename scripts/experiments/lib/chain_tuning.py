@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.models.lora import merge_lora
+from scripts.experiments.lib.block_fisher import SUFFIX
 from scripts.experiments.lib.kept import FOLDER, kept
 from scripts.experiments.lib.tuning import PARTS, Done, Job, Setting, Task, fit, packed
 
@@ -87,7 +88,11 @@ def measure_chain(
                 if number == 1  # the same for every method and strength
                 else fisher(job, number - 1)
             )
-            size = sum(float(tensor.sum(dtype=torch.float64)) for tensor in found.values())
+            size = sum(
+                float(tensor.sum(dtype=torch.float64))
+                for name, tensor in found.items()
+                if not name.endswith(SUFFIX)  # whose traces are in the diagonal
+            )
             trace = trace or size
             for name, tensor in found.items():
                 total[name] = total.get(name, 0) + tensor * (trace / size)

