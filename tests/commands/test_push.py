@@ -367,7 +367,7 @@ def test_factors_are_pushed_rounded_or_left_out(
         ledger = read_fisher(tmp_path / "out" / "fisher").ledger
         assert [task.name for task in ledger.tasks] == ["old", "new"]
         assert (ledger.factors is not None) == (start == "user/half")
-    assert verify(tmp_path / "out")["tasks"] == ["old", "new"]
+        assert verify(tmp_path / "out")["tasks"] == ["old", "new"]
 
 
 def test_factors_that_cannot_be_pushed(tmp_path: Path, hub: Hub) -> None:
