@@ -59,8 +59,8 @@ STRENGTHS = {
     (EWC, SOFTMAX): (1.0, 10.0, 100.0, 1000.0),
     (L2, GAUSSIAN): (0.001, 0.01, 0.1),
 }
-SPEED = {MINATAR: 1000.0, ATARI: 60.0}
-"""Steps a second of one core, as measured: of these networks, with a step of learning in four."""
+SPEED = {MINATAR: 1000.0, ATARI: 30.0}
+"""Steps a second of one core: measured for MinAtar, at most so many for Atari."""
 
 BASE = Settings(
     games=GAMES[MINATAR], window=64, prior=0.5, noise=(0.003, 0.01, 0.02, 0.03, 0.05, 0.1)
