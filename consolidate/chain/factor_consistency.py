@@ -26,12 +26,13 @@ _ROWS = 256  # in float64 at a time
 def factor_contradictions(stored: StoredFisher, traces: Mapping[str, float]) -> Iterator[str]:
     """Yield each matrix with a negative eigenvalue, and each R of another trace than Λ.
 
-    A, R and G are sums of squares, so none has an eigenvalue below 0 but by rounding, and
-    tr R = Σ Λ over the parameters that it covers.
+    A, R and G are sums of squares, so none has an eigenvalue below 0 but by rounding. Where all
+    are R, as `consolidate` writes and uses them, tr R = Σ Λ over the parameters that it covers.
     """
     blocks, factors = stored.ledger.blocks, stored.factors
     if blocks is None or factors is None:
         return
+    all_inputs = all(block.matrix == "R" for block in blocks.values())
     for name, block in blocks.items():
         matrix = factors[name]
         if (least := broken_bound(matrix)) is not None:
@@ -39,7 +40,7 @@ def factor_contradictions(stored: StoredFisher, traces: Mapping[str, float]) -> 
                 f"{factors.file_of(name)}: {name!r} has an eigenvalue below {least:.3g}, which a "
                 "sum of squares cannot have, nor rounding explain; measure it again"
             )
-        if block.matrix != "R":
+        if not all_inputs:
             continue
         expected = math.fsum(traces[parameter] for parameter in block.parameters)
         found = float(matrix.diagonal().double().sum())

@@ -18,7 +18,8 @@ VERSIONS = {canonicalize_name(name): version for name, version in (x.split("==")
 
 
 def requirements() -> list[Requirement]:
-    lists = [PROJECT["project"]["dependencies"], *PROJECT["dependency-groups"].values()]
+    groups = PROJECT["dependency-groups"]  # what builds a release is pinned there, not installed
+    lists = [PROJECT["project"]["dependencies"], groups["dev"], groups["games"]]
     lists += PROJECT["project"]["optional-dependencies"].values()
     lists.append(re.findall(r"'([a-z-]+>=[^']+)'", (ROOT / "scripts/environment").read_text()))
     # What is not a text includes another group.

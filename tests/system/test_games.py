@@ -1,4 +1,4 @@
-"""Games in sequence: the recogniser, the buffer, the network, the protocol and the page."""
+"""Games in sequence: the recogniser, the buffer, the network, the protocol and the games_page."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from scripts.experiments.lib import sittings
 from scripts.experiments.lib.records import Record, Unit
-from scripts.experiments.paper.games import games, page, protocol
+from scripts.experiments.paper.games import games, games_page, protocol
 from scripts.experiments.paper.games.agent import Agent, Layout, Learning, Network
 from scripts.experiments.paper.games.buffer import Buffer
 from scripts.experiments.paper.games.environments import (
@@ -426,11 +426,11 @@ def test_rows_wait_for_the_search_and_take_what_it_has_found() -> None:
 
 
 def test_scores_are_clipped_and_games_that_are_not_learned_stand_apart() -> None:
-    assert page.scores([-1.0, 2.0, 3.0, 9.0], 1.0, 5.0).tolist() == [0.0, 0.25, 0.5, 1.0]
-    assert page.learned(1.0, 3.0)
-    assert not page.learned(1.0, 2.9)
-    assert not page.learned(0.0, 0.0)
-    assert page.scores([1.0], 2.0, 1.0).tolist() == [0.0]
+    assert games_page.scores([-1.0, 2.0, 3.0, 9.0], 1.0, 5.0).tolist() == [0.0, 0.25, 0.5, 1.0]
+    assert games_page.learned(1.0, 3.0)
+    assert not games_page.learned(1.0, 2.9)
+    assert not games_page.learned(0.0, 0.0)
+    assert games_page.scores([1.0], 2.0, 1.0).tolist() == [0.0]
 
 
 def played(returns: dict[str, float], seeds: int = 2) -> list[Record]:
@@ -442,7 +442,7 @@ def played(returns: dict[str, float], seeds: int = 2) -> list[Record]:
         for game in games_:
             one = protocol.settings_of(replace(settings, games=(game,)))
             end = 2.0 if game == "seaquest" else 10.0  # that one is not learned
-            noisy = {page.UNIFORM: [9.0, 1.0], page.SHAPED: [10.0, 5.0 + seed]}
+            noisy = {games_page.UNIFORM: [9.0, 1.0], games_page.SHAPED: [10.0, 5.0 + seed]}
             figures = {"random": 1.0, "end": end, "looks": [[8, end]], "noise": noisy}
             records.append(done(Unit("games", protocol.SINGLE, seed, one), **figures))
         for method, value in returns.items():

@@ -26,7 +26,7 @@ from scripts.experiments.paper.games.environments import (
     PACKAGES,
     REPEATS,
 )
-from scripts.experiments.paper.games.page import REACHED, report
+from scripts.experiments.paper.games.games_page import REACHED, report
 from scripts.experiments.paper.games.protocol import (
     EWC,
     GAUSSIAN,
