@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -343,7 +344,9 @@ def _claim(place: _Place, cleanup: ExitStack) -> None:
             )
         with suppress(OSError):  # where files cannot be locked, or the disk is full
             if place.claim.exists():
-                place.claim.write_text(str(os.getpid()))
+                write = os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+                with open(os.open(place.claim, write), "w") as claim:
+                    claim.write(str(os.getpid()))
         _remove_stale_claims(place.claim.parent)
 
 
@@ -354,10 +357,24 @@ def _remove_stale_claims(folder: Path) -> None:
             _lock(path, moment)
 
 
+def _is_own_file(path: Path) -> bool:
+    """Say whether a file has no other name; one that was just removed counts as such."""
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        return not stat.S_ISREG(found.st_mode) or found.st_nlink < 2
+    return True
+
+
 def _lock(path: Path, cleanup: ExitStack) -> _Lock:
     """Take the lock file until `cleanup` closes, if nobody holds it."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # A stranger's checkpoint may bring a link of this name, to a file of the user's.
+        if path.is_symlink() or (path.exists() and not _is_own_file(path)):
+            raise InputError(
+                f"{path} is a link: expected a file that only this folder holds; remove it"
+            )
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -73,7 +73,7 @@ def write_fisher(
 ) -> Ledger:
     """Write a Fisher folder after checking all of it, and return the ledger as written.
 
-    Λ and factors are stored in `dtype`, float32 or bfloat16, anchors in float32. The records of all
+    Λ is stored in `dtype`, float32 or bfloat16, factors and anchors in float32. The records of all
     tensors but the weights are computed here.
     """
     heads = heads or {}
@@ -89,7 +89,8 @@ def write_fisher(
     sets: dict[str, tuple[Mapping[str, Tensor] | None, torch.dtype, str, dict[str, bool]]] = {
         "fisher": (fisher, dtype, "Fisher", {"not_negative": True}),
         "anchor": (anchor, torch.float32, "anchor", {}),
-        "factors": (factors, dtype, "factor", {"symmetric": True}),
+        # Rounded to bfloat16 they would have negative eigenvalues, which push weights away.
+        "factors": (factors, torch.float32, "factor", {"symmetric": True}),
         "factor_anchor": (factor_anchor, torch.float32, "factor anchor", {}),
     }
     for kind in ("factors", "factor_anchor"):

@@ -228,6 +228,8 @@ def _ordered(block: Block, fisher: Mapping[str, Tensor]) -> Block | None:
     biases = [name for name in block.parameters if name not in weights]
     if block.matrix != "R" or len(weights) != 1 or len(biases) > 1:
         return None
+    if len(block.dims) != len(shape_of(fisher, weights[0])) - 1:
+        return None  # a row of the matrix would not be an output
     return msgspec.structs.replace(block, parameters=(*weights, *biases))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from consolidate.chain.claims import claiming
+from consolidate.chain.factor_consistency import check_factors
 from consolidate.chain.factors import Factors, factors_of, offset_with_factors
 from consolidate.chain.fingerprint import checkpoint_content, plain, versions
 from consolidate.chain.opening import stored_fisher
@@ -20,7 +21,7 @@ from consolidate.chain.output import refuse_existing
 from consolidate.chain.tasks import pending_task
 from consolidate.chain.up_to_date import cached, factor_totals, find_output
 from consolidate.commands.merge_blocks import BlockSource, MergedBlocks, shared_blocks
-from consolidate.commands.verify import check_factors, check_fisher_values
+from consolidate.commands.verify import check_fisher_values
 from consolidate.ewc.fisher_merging import MergedTensor, ModelTensor, merge_models
 from consolidate.models.tensor_names import renamed_factors
 from consolidate.options import MergeOptions

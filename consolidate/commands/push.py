@@ -16,8 +16,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
+from consolidate.chain.factor_consistency import check_factors
 from consolidate.commands.upload_rules import named_code, without_local_paths
-from consolidate.commands.verify import check_factors, check_fisher_values, verify
+from consolidate.commands.verify import check_fisher_values, verify
 from consolidate.options import PushOptions, VerifyOptions
 from consolidate.results import Change, PushResult
 from consolidate.runtime.devices import dtype_of_name

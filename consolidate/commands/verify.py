@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor
 
 from consolidate.chain.consistency import contradictions, descent
-from consolidate.chain.factor_consistency import factor_contradictions
+from consolidate.chain.factor_consistency import factor_contradictions, traces_of
 from consolidate.chain.opening import check_base, check_kind, named_base, with_base
 from consolidate.options import VerifyOptions
 from consolidate.results import Descent, TensorSet, VerifyResult
@@ -75,14 +75,6 @@ def check_fisher_values(stored: StoredFisher) -> None:
             check_values(tensors[name], where, not_negative=kind == "fisher", symmetric=symmetric)
 
 
-def check_factors(stored: StoredFisher) -> None:
-    """Refuse matrices beside Λ that have a negative eigenvalue, or another trace than Λ."""
-    if stored.factors is None:
-        return
-    if lines := list(factor_contradictions(stored, _traces(stored))):
-        raise InputError(in_one_line(lines))
-
-
 def _verify_one(
     checkpoint: str | Path, revision: str | None, base_model: str | Path | None
 ) -> tuple[VerifyResult, Ledger]:
@@ -125,7 +117,7 @@ def _verify_folder(
         else:
             others[kind] = found
     if not findings:  # else the traces are of damaged values
-        traces = _traces(stored)
+        traces = traces_of(stored)
         where = stored.folder / LEDGER_NAME
         lines = contradictions(stored.ledger, traces)
         findings.extend(InputError(f"{where}: {line}") for line in lines)
@@ -145,10 +137,6 @@ def _verify_folder(
         "other_files": _other_files(folder, source),
     }
     return cast(VerifyResult, summary), stored.ledger
-
-
-def _traces(stored: StoredFisher) -> dict[str, float]:
-    return {name: float(stored.fisher[name].double().sum()) for name in stored.fisher}
 
 
 def _renamed(stored: StoredFisher, source: Checkpoint) -> str | None:

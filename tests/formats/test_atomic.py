@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from formats.atomic import (
     check_file,
     check_target,
     claimed,
+    claimed_in_place,
     explain_full_disk,
     final_path,
     recover,
@@ -596,3 +598,30 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(tmp_path):
     with pytest.raises(InputError, match="damaged"):
         unreplaced(target, always)
     assert len(reads) == 9
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        (
+            ".fisher.consolidate-claim",
+            lambda folder: claimed_in_place(folder, "fisher").__enter__(),
+        ),
+        (".fisher.consolidate-lock", lambda folder: recover(folder / "fisher")),
+    ],
+)
+def test_a_link_in_place_of_a_claim_or_lock_is_refused(
+    tmp_path: Path, kind: str, use: Callable[[Path], object], hard: bool
+) -> None:
+    name = f".fisher.consolidate-{kind}"
+    theirs, checkpoint = tmp_path / "theirs", tmp_path / "checkpoint"
+    theirs.write_text("what the user has")
+    (checkpoint / ".fisher.consolidate-old").mkdir(parents=True)
+    if hard:
+        (checkpoint / name).hardlink_to(theirs)
+    else:
+        (checkpoint / name).symlink_to(theirs)
+    with pytest.raises(InputError, match="is a link"):
+        use(checkpoint)
+    assert theirs.read_text() == "what the user has"
