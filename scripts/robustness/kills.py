@@ -261,8 +261,14 @@ def apart(function: Any, *arguments: Any) -> None:
         raise RuntimeError(f"{function.__name__}{arguments} failed")
 
 
+_CODES: dict[int, int] = {}
+"""Of the processes of the last command that have ended."""
+
+
 def started(words: Sequence[str], folder: Path, processes: int = 1, hub: str = "") -> list[int]:
     """Start a command in a folder, in forks of this process; gives their numbers."""
+
+    _CODES.clear()
 
     def begin() -> None:
         os.chdir(folder)
@@ -293,14 +299,15 @@ def started(words: Sequence[str], folder: Path, processes: int = 1, hub: str = "
 def ended(children: Sequence[int], seconds: float) -> list[int | None]:
     """Wait so long for processes; gives their exit codes, None for those that run on."""
     until = time.monotonic() + seconds
-    codes: dict[int, int | None] = dict.fromkeys(children)
     while True:
-        for child in [child for child, code in codes.items() if code is None]:
-            number, status = os.waitpid(child, os.WNOHANG)
-            if number:
-                codes[child] = os.waitstatus_to_exitcode(status)
-        if None not in codes.values() or time.monotonic() >= until:
-            return list(codes.values())
+        for child in children:
+            if child not in _CODES:
+                number, status = os.waitpid(child, os.WNOHANG)
+                if number:
+                    _CODES[child] = os.waitstatus_to_exitcode(status)
+        codes = [_CODES.get(child) for child in children]
+        if None not in codes or time.monotonic() >= until:
+            return codes
         time.sleep(0.002)
 
 
