@@ -1,42 +1,56 @@
-"""Feed damaged files to every reader: writes fuzz.md, and fails on anything but a refusal.
+"""Feed damaged files to every reader, under an audit hook, and record what comes of it.
 
-Each case is a copy of small real files with one of them damaged, read in this process. A reader
-may succeed or raise a ConsolidateError whose message is plain; another exception, a minute of
-computing, more memory than is allowed and a file that reading changed are faults.
+Each case is a copy of small real files with one of them damaged, read in a fork of this process. A
+reader may succeed or raise a ConsolidateError whose message is plain. All else is a fault: another
+exception, too much time or memory, a process that dies, a file that reading changed, an import from
+the case's folder, another process, a socket, a file written outside.
 """
 
 import argparse
 import csv
 import faulthandler
+import importlib
+import io
 import json
 import logging
+import os
 import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
+import tomllib
 import traceback
 import warnings
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
+import jinja2
 import numpy as np
 import torch
+import yaml
 from huggingface_hub.utils import yaml_dump
+from safetensors.torch import save_file
 from torch import nn
 
 from consolidate.api import report, show, verify
+from consolidate.commands.report_search import read_search
 from consolidate.commands.run_options import OPTIONS, read_options
+from consolidate.data.benchmark_files import task_config, task_file_digest
 from consolidate.data.encoding import encode
+from consolidate.data.preprocessing import read_preprocessing
+from consolidate.models import adapters
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
+from consolidate.options import Images
 from consolidate.views.card import Subject, model_card
 from consolidate.views.summary import show_text
 from formats.checkpoint import check_finite, open_checkpoint, weight_records
@@ -50,40 +64,60 @@ from formats.run_file import read_run_file
 from formats.step_record import StepRecord, read_step_record, write_step_record
 from formats.task_file import read_task_file
 from formats.tensors import write_tensors
-from scripts.benchmarks.harness import installed, markdown, write_page
+from scripts.benchmarks.harness import installed
 from scripts.robustness.mutations import (
     mutated_bytes,
     mutated_json,
+    mutated_lines,
+    mutated_middle,
+    mutated_png,
     mutated_safetensors,
+    mutated_table,
     mutated_text,
+    mutated_toml,
+    mutated_zip,
 )
+from scripts.robustness.records import Record, add_record, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
-CPU_SECONDS, MEMORY = 60, 6 * 2**30
-TEXT = """
-# Damaged files
-
-{count:,} small real files, each with seeded damage: flipped bits, cut ends, moved pieces, huge,
-negative or NaN numbers, repeated and removed keys, control characters, deep nesting. The functions
-that the commands use read each one. *Refused* is a plain error; *read* means that the damage was
-harmless or cannot be detected. A fault is any other exception, {seconds} s of computing, more than
-{memory} GiB above the program's own memory, a line with control characters for a terminal, or a
-file that reading changed.
-
-{table}
-
-Seed: {seed}.
-
-## Faults
-
-{faults}
-"""
+INPUTS = 100_000
+CHUNK = 500
+CPU_SECONDS, MEMORY = 20, 2 * 2**30
+FACTORY = "scripts.robustness.inputs:network"
+CONVOLUTION = "scripts.robustness.inputs:convolution"
+IMAGES = {
+    "png": mutated_png,
+    "jpg": mutated_middle,
+    "gif": mutated_middle,
+    "bmp": mutated_middle,
+    "tiff": mutated_middle,
+    "webp": mutated_middle,
+    "ppm": mutated_middle,
+}
 ROWS = [
     {"text": "the cat sat on the mat", "label": 0, "more": [1, 2.5, None]},
     {"text": "a dog ate my homework", "label": 1, "more": []},
     {"text": "été 🙂 again", "label": 0, "more": [3.0]},
 ]
+CHATS = [
+    {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]},
+    {"messages": [{"role": "user", "content": "a dog"}, {"role": "assistant", "content": "ate"}]},
+]
+TEMPLATE = """{% for message in messages %}{{ message['role'] + ' ' + message['content'] }}
+{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"""
+SEARCH = {
+    "lambda_search": {
+        "ewc_lambda": 1.0,
+        "new_task": "digits",
+        "old_tasks": ["letters"],
+        "trials": [
+            {"ewc_lambda": 1.0, "steps": 3, "forgetting": 0.1, "penalty_per_lambda": 0.2,
+             "divergence": None, "mean": 0.5, "chosen": True,
+             "metrics": {"digits": {"score": 0.5}, "letters": {"score": 0.5}}}
+        ],
+    }
+}  # fmt: skip
 
 
 class TooLongError(BaseException):
@@ -102,24 +136,23 @@ class Kind:
         write: Writes good files into an empty folder and names those that may be damaged.
         mutate: Damages the bytes of one.
         readers: What reads the folder.
+        parse: What a plain parser of the format does with the bytes; it raises where it refuses.
     """
 
     write: Callable[[Path], list[str]]
     mutate: Callable[[bytes, Random], bytes]
     readers: tuple[Callable[[Path], Any], ...]
-
-
-class Fault(NamedTuple):
-    """What should not have happened."""
-
-    kind: str
-    case: int
-    what: str
+    parse: Callable[[bytes], Any]
 
 
 def network(config: dict[str, Any]) -> nn.Module:
-    """Make the network of `scripts.robustness.fuzz:network`, as a user's factory would."""
+    """Make the network of `FACTORY`, as a user's factory would."""
     return nn.Sequential(nn.Linear(int(config["inputs"]), 3), nn.ReLU(), nn.Linear(3, 2))
+
+
+def convolution(config: dict[str, Any]) -> nn.Module:
+    """Make the network of `CONVOLUTION`."""
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def golden(name: str, files: list[str], folder: Path) -> list[str]:
@@ -202,20 +235,106 @@ def write_rows(suffix: str, folder: Path) -> list[str]:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
         case "npz":
             np.savez(file, inputs=inputs, labels=labels)
-        case "npz, compressed":
+        case "npz, deflated":
             file = folder / "data.npz"
             np.savez_compressed(file, inputs=inputs, labels=labels)
         case "safetensors":
             tensors = {"inputs": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
             write_tensors(folder, tensors, stem="data", metadata={})
-        case "png":
+        case _:  # images in folders by class
             from PIL import Image
 
+            pixels = np.random.default_rng(0).integers(0, 255, (6, 6, 3), dtype=np.uint8)
             for name in ("cat", "dog"):
                 (folder / name).mkdir()
-                Image.new("RGB", (6, 6), "red").save(folder / name / "1.png")
-            return ["cat/1.png"]
+                Image.fromarray(pixels).save(folder / name / f"1.{suffix}")
+            return [f"cat/1.{suffix}"]
     return [file.name]
+
+
+def write_bert_data(damaged: str, folder: Path) -> list[str]:
+    """Write a tiny model of transformers with data, one of whose files is damaged."""
+    write_bert(folder)
+    write_rows("jsonl", folder)
+    return [damaged]
+
+
+def write_chat_model(folder: Path) -> list[str]:
+    """Write a tiny language model with a chat template, and chats."""
+    import transformers
+
+    write_bert(folder)
+    (folder / "model.safetensors").unlink()
+    config = transformers.GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=40)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    return ["chat_template.jinja"]
+
+
+def write_adapter(folder: Path) -> list[str]:
+    """Write an adapter as peft does, and its base model."""
+    (folder / "base").mkdir()
+    write_bert(folder / "base")
+    start = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_"
+    factors = {f"{start}A.weight": torch.ones(2, 8), f"{start}B.weight": torch.ones(8, 2)}
+    save_file(factors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 2, "lora_alpha": 4}
+    config |= {"target_modules": ["query"], "bias": "none", "lora_dropout": 0.0}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return ["adapter_config.json"]
+
+
+def write_convolution(name: str, folder: Path) -> list[str]:
+    """Write a network for images, and images; `name` says how images become inputs."""
+    (folder / "rows").mkdir()
+    write_rows("png", folder / "rows")
+    torch.manual_seed(0)
+    write_tensors(folder, convolution({}).state_dict(), metadata={"format": "pt"})
+    timm = {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
+    timm |= {"interpolation": "bicubic", "crop_mode": "center", "num_classes": 2}
+    (folder / "config.json").write_text(json.dumps({"pretrained_cfg": timm}))
+    if name != "config.json":
+        found = {"size": {"shortest_edge": 8}, "crop_size": {"height": 6, "width": 6}}
+        found |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+        found |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
+        (folder / name).write_text(json.dumps(found))
+    return [name]
+
+
+def write_saved(folder: Path) -> list[str]:
+    """Write a dataset as `datasets` saves it to disk."""
+    import datasets
+
+    with _quiet_datasets():
+        datasets.Dataset.from_list(ROWS).save_to_disk(folder / "rows")
+    return [f"rows/{path.name}" for path in (folder / "rows").iterdir()]
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    yield
+
+
+def write_benchmark(folder: Path) -> list[str]:
+    """Write a benchmark's task file and another that it includes."""
+    (folder / "base.yaml").write_text("task: base\ntest_split: test\noutput_type: multiple_choice\n")
+    (folder / "task.yaml").write_text(
+        "include: base.yaml\ntask: mine\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        "    test: data.jsonl\ndoc_to_text: '{{text}}'\ndoc_to_choice: [no, yes]\n"
+    )
+    write_rows("jsonl", folder)
+    return ["task.yaml", "base.yaml"]
+
+
+def write_search(folder: Path) -> list[str]:
+    """Write the JSON result of a search for λ beside the checkpoint that it found."""
+    golden("anchor", [], folder)
+    (folder / "result.json").write_text(json.dumps(SEARCH))
+    return ["result.json"]
 
 
 def write_task(folder: Path) -> list[str]:
@@ -346,10 +465,90 @@ def repair_digests(ledger: Any) -> None:
             continue
 
 
+def parse_safetensors(data: bytes) -> None:
+    """Read the length of the header, and the header as a JSON object."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 + length or not isinstance(json.loads(data[8 : 8 + length]), dict):
+        raise ValueError
+
+
+def parse_lines(data: bytes) -> None:
+    """Read JSON Lines."""
+    for line in data.decode("utf-8-sig").splitlines():
+        if line.strip():
+            json.loads(line)
+
+
+def parse_table(delimiter: str, data: bytes) -> None:
+    """Read CSV or TSV."""
+    text = io.StringIO(data.decode("utf-8-sig"), newline="")
+    for _ in csv.reader(text, delimiter=delimiter, strict=True):
+        pass
+
+
+def parse_zip(data: bytes) -> None:
+    """Read an archive, with its checksums."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if archive.testzip() is not None:
+            raise ValueError
+
+
+def parse_parquet(data: bytes) -> None:
+    """Read the description of a Parquet file."""
+    import pyarrow.parquet
+
+    pyarrow.parquet.ParquetFile(io.BytesIO(data)).close()
+
+
+def parse_image(data: bytes) -> None:
+    """Read the kind and the size of an image."""
+    from PIL import Image
+
+    Image.open(io.BytesIO(data)).close()
+
+
+def parse_saved(data: bytes) -> None:
+    """Read one file of a saved dataset: JSON, or the schema of an Arrow stream."""
+    import pyarrow
+
+    if data[:1] in b"{[":
+        json.loads(data)
+    else:
+        pyarrow.ipc.open_stream(io.BytesIO(data))
+
+
+def parse_toml(data: bytes) -> None:
+    """Read TOML."""
+    tomllib.loads(data.decode("utf-8-sig"))
+
+
+def parse_template(data: bytes) -> None:
+    """Read a template of jinja."""
+    jinja2.Environment().parse(data.decode())
+
+
+def mutated_saved(data: bytes, random: Random) -> bytes:
+    """Damage one file of a saved dataset."""
+    return (mutated_json if data[:1] in b"{[" else mutated_middle)(data, random)
+
+
+def mutated_config(data: bytes, random: Random) -> bytes:
+    """Damage a config of transformers; a third of them name code in the folder."""
+    damaged = mutated_json(data, random)
+    if random.random() < 0.33:
+        code = b'{"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForSequenceClassification": '
+        damaged = damaged.replace(b"{", code + b'"evil.Evil"}, ', 1)
+    return damaged
+
+
 def kinds() -> dict[str, Kind]:
-    """Give every kind of file, those whose reader is installed."""
+    """Give every kind of file that is read."""
+    return {**_kinds_of_checkpoints(), **_kinds_of_models(), **_kinds_of_data()}
+
+
+def _kinds_of_checkpoints() -> dict[str, Kind]:
     whole = (read_weights, read_shown, verify)
-    told = (*whole, read_reported, read_new_card)
+    told = (*whole, read_new_card)
     ledger = partial(mutated_json, repair=repair_digests)
     one = "fisher/fisher.json"
     index = ["model.safetensors.index.json", "fisher/fisher.safetensors.index.json"]
@@ -357,61 +556,198 @@ def kinds() -> dict[str, Kind]:
     heads = ["fisher/heads/digits.safetensors", "fisher/fisher.safetensors"]
     heads += ["fisher/anchor.safetensors", "model.safetensors"]
     shards = ["model-00002-of-00003.safetensors", "fisher/anchor-00001-of-00002.safetensors"]
-    found = {
-        "header of weights and Fisher": Kind(
-            partial(golden, "anchor", heads), mutated_safetensors, whole
+    factors = [f"fisher/factors-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    tensors = (mutated_safetensors, whole, parse_safetensors)
+    return {
+        "weights, Fisher, head, anchor": Kind(partial(golden, "anchor", heads), *tensors),
+        "shard": Kind(partial(golden, "sharded", shards), *tensors),
+        "factors": Kind(partial(golden, "version-2", factors), *tensors),
+        "adapter": Kind(
+            partial(golden, "adapter", ["adapter_model.safetensors", "fisher/fisher.safetensors"]),
+            *tensors,
         ),
-        "header of a shard": Kind(partial(golden, "sharded", shards), mutated_safetensors, whole),
-        "index": Kind(partial(golden, "sharded", index), mutated_json, whole),
-        "ledger": Kind(partial(golden, "anchor", [one]), ledger, told),
-        "ledger, bfloat16": Kind(partial(golden, "bfloat16", [one]), ledger, told),
-        "model card": Kind(write_card, mutated_text, (read_card,)),
-        "pickle": Kind(write_pickle, mutated_bytes, (read_weights,)),
-        "config.json": Kind(
-            write_network,
-            mutated_json,
-            (read_weights, partial(read_model, "scripts.robustness.fuzz:network")),
+        "index": Kind(partial(golden, "sharded", index), mutated_json, whole, json.loads),
+        "ledger": Kind(
+            partial(golden, "anchor", [one]), ledger, (*told, read_reported), json.loads
         ),
-        "task.toml": Kind(write_task, mutated_text, (read_task,)),
-        "tasks.toml": Kind(write_run, mutated_text, (read_run,)),
+        "ledger, version 2": Kind(partial(golden, "version-2", [one]), ledger, told, json.loads),
+        "ledger of an adapter": Kind(partial(golden, "adapter", [one]), ledger, told, json.loads),
+        "model card": Kind(write_card, mutated_text, (read_card,), bytes.decode),
+        "pickle": Kind(write_pickle, mutated_zip, (read_weights,), parse_zip),
+        "tasks.toml": Kind(write_run, mutated_toml, (read_run,), parse_toml),
         "record of a step": Kind(
-            write_step, mutated_json, (lambda folder: read_step_record(folder / "01-one.json"),)
+            write_step,
+            mutated_json,
+            (lambda folder: read_step_record(folder / "01-one.json"),),
+            json.loads,
         ),
-        "broken-off pass": Kind(
+        "saved progress": Kind(
             write_pass,
             mutated_safetensors,
             (lambda folder: read_partial(folder / "fisher"),),
+            parse_safetensors,
+        ),
+        "result of a search": Kind(write_search, mutated_json, (read_found,), json.loads),
+    }
+
+
+def _kinds_of_models() -> dict[str, Kind]:
+    loaded = (partial(read_model, None),)
+    tokenized = (read_encoded,)
+    own = (read_weights, partial(read_model, FACTORY))
+    images = (read_images,)
+    found = {
+        "config.json, own network": Kind(write_network, mutated_json, own, json.loads),
+        "config.json, images": Kind(
+            partial(write_convolution, "config.json"), mutated_json, images, json.loads
+        ),
+        "preprocessor_config.json": Kind(
+            partial(write_convolution, "preprocessor_config.json"), mutated_json, images, json.loads
         ),
     }
-    texts = {"jsonl": mutated_text, "json": mutated_json, "csv": mutated_text, "tsv": mutated_text}
-    tensors = {
-        "npz": mutated_bytes,
-        "npz, compressed": mutated_bytes,
-        "safetensors": mutated_safetensors,
-    }
-    has_models = installed("transformers")
-    if has_models:
-        readers = (partial(read_model, None),)
-        found["config.json of transformers"] = Kind(write_bert, mutated_json, readers)
-    if installed("pyarrow"):
-        texts["parquet"] = mutated_bytes
-    for suffix, mutate in (texts | tensors).items():
-        opened = partial(_open_rows, suffix.partition(",")[0])
-        both: list[Callable[[Path], Any]] = [partial(read_rows, opened)]
-        if suffix in tensors:
-            both.append(partial(read_examples, "scripts.robustness.fuzz:network", opened))
-        elif has_models:
-            both.append(partial(read_examples, None, opened))
-        found[suffix] = Kind(partial(write_rows, suffix), mutate, tuple(both))
-    if installed("Pillow"):
-        found["image"] = Kind(
-            partial(write_rows, "png"), mutated_bytes, (partial(read_rows, open_data),)
+    if installed("transformers"):
+        found |= {
+            "config.json, transformers": Kind(write_bert, mutated_config, loaded, json.loads),
+            "tokenizer_config.json": Kind(
+                partial(write_bert_data, "tokenizer_config.json"),
+                mutated_json,
+                tokenized,
+                json.loads,
+            ),
+            "tokenizer.json": Kind(
+                partial(write_bert_data, "tokenizer.json"), mutated_json, tokenized, json.loads
+            ),
+            "chat template": Kind(write_chat_model, mutated_text, tokenized, parse_template),
+        }
+    if installed("peft"):
+        found["adapter_config.json"] = Kind(
+            write_adapter, mutated_json, (read_adapter,), json.loads
         )
+    return found
+
+
+def _kinds_of_data() -> dict[str, Kind]:
+    with_text = installed("transformers")
+    text = (partial(read_examples, None),) if with_text else ()
+    tensors = (partial(read_examples, FACTORY),)
+    found = {
+        "task.toml": Kind(write_task, mutated_toml, (read_task,), parse_toml),
+        "benchmark's YAML": Kind(write_benchmark, mutated_text, (read_benchmark,), yaml.safe_load),
+    }
+    for suffix, mutate, parse, encoded in (
+        ("jsonl", mutated_lines, parse_lines, text),
+        ("json", mutated_json, json.loads, text),
+        ("csv", mutated_table, partial(parse_table, ","), text),
+        ("tsv", mutated_table, partial(parse_table, "\t"), text),
+        ("parquet", mutated_middle, parse_parquet, text),
+        ("npz", mutated_zip, parse_zip, tensors),
+        ("npz, deflated", mutated_zip, parse_zip, tensors),
+        ("safetensors", mutated_safetensors, parse_safetensors, tensors),
+    ):
+        if suffix != "parquet" or installed("pyarrow"):
+            opened = partial(_open_rows, suffix.partition(",")[0])
+            readers = [partial(read_rows, opened), *(partial(e, opened) for e in encoded)]
+            found[suffix] = Kind(partial(write_rows, suffix), mutate, tuple(readers), parse)
+    if installed("Pillow"):
+        opened = (partial(read_rows, open_data),)
+        for suffix, mutate in IMAGES.items():
+            written = partial(write_rows, suffix)
+            found[f"image, {suffix}"] = Kind(written, mutate, opened, parse_image)
+    if installed("datasets"):
+        opened = (partial(read_rows, lambda folder: open_data(folder / "rows")),)
+        found["saved dataset"] = Kind(write_saved, mutated_saved, opened, parse_saved)
     return found
 
 
 def _open_rows(suffix: str, folder: Path) -> Any:
     return open_data(folder / f"data.{suffix}")
+
+
+def read_encoded(folder: Path) -> None:
+    """Load a model with its tokenizer and encode the data beside it."""
+    examples = encode(open_data(folder / "data.jsonl"), load_model(open_checkpoint(folder)))
+    for _ in examples.batches(2):
+        pass
+
+
+def read_images(folder: Path) -> None:
+    """Load a network for images, and make its inputs from images."""
+    checkpoint = open_checkpoint(folder)
+    how = read_preprocessing(folder, checkpoint.config, Images(), convolution({}))
+    rows = open_data(folder / "rows")
+    how.pixels([rows[0]["image"]], rows.where(0, "image"))
+
+
+def read_adapter(folder: Path) -> None:
+    """Load an adapter into its base model."""
+    checkpoint, base = open_checkpoint(folder), open_checkpoint(folder / "base")
+    if checkpoint.adapter is not None:
+        adapters.load(replace(checkpoint, base=base, config=base.config))
+
+
+def read_benchmark(folder: Path) -> None:
+    """Read a benchmark's task file; no function of it is run."""
+    task_config(folder / "task.yaml")
+    task_file_digest(folder / "task.yaml")
+
+
+def read_found(folder: Path) -> None:
+    """Read the result of a search for λ, as the report does."""
+    ledger = read_fisher(folder / "fisher").ledger
+    tasks = [replace(task, ewc_lambda=1.0) for task in ledger.tasks]
+    read_search(folder / "result.json", replace(ledger, tasks=tasks), "model")
+
+
+class Watch:
+    """An audit hook that refuses, during a case, what no reader of a file may do.
+
+    Refused are imports and code from the case's folder, other processes, sockets, classes of a
+    pickle, and files written or removed outside `folder`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.found, self.on = os.path.realpath(folder), "", False
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Look at an event; the interpreter calls this."""
+        if not self.on or not (refused := self.refused(event, arguments)):
+            return
+        self.found = self.found or refused
+        raise HarmError(refused)
+
+    def refused(self, event: str, arguments: tuple[Any, ...]) -> str:
+        """Say what is wrong with an event; empty where nothing is."""
+        start = event.partition(".")[0]
+        if start in ("socket", "subprocess", "pty", "ftplib", "urllib", "webbrowser"):
+            return f"{event}{arguments!r:.100}"
+        if event in PROCESSES or event == "pickle.find_class":
+            return f"{event}{arguments!r:.100}"
+        if event == "exec" and self.inside(getattr(arguments[0], "co_filename", "")):
+            return f"code of the case's folder: {arguments[0].co_filename}"
+        if event == "import" and len(arguments) > 1 and self.inside(arguments[1] or ""):
+            return f"import of {arguments[1]}"
+        if event == "open":
+            path, mode, flags = arguments
+            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+            if writes and not isinstance(path, int) and not self.inside(path):
+                return f"{path!r} is written"
+        if event in CHANGES and not all(map(self.inside, arguments[: CHANGES[event]])):
+            return f"{event}{arguments!r:.100}"
+        return ""
+
+    def inside(self, path: Any) -> bool:
+        """Whether a path is in the folder, or the null device."""
+        if isinstance(path, int) or path == os.devnull:
+            return True
+        real = os.path.realpath(os.fsdecode(path)) if path else ""
+        return real == self.folder or real.startswith(self.folder + os.sep)
+
+
+PROCESSES = {"os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn"}
+CHANGES = {"os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.link": 2}
+CHANGES |= {"os.symlink": 2, "os.truncate": 1, "os.chmod": 1, "os.chown": 1, "os.utime": 1}
+CHANGES |= {"shutil.rmtree": 1, "shutil.move": 2, "os.listxattr": 0, "os.setxattr": 1}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -449,26 +785,60 @@ def check_message(error: ConsolidateError) -> None:
         raise HarmError(f"a message that could steer a terminal: {str(error)!r}")
 
 
-def run_case(kind: Kind, work: Path, name: str, random: Random) -> tuple[str, str]:
-    """Damage one file of a folder and read it; returns read, refused or fault, and what it was."""
-    (work / name).write_bytes(kind.mutate((work / name).read_bytes(), random))
+def run_case(
+    kind: Kind, work: Path, name: str, random: Random, watch: Watch | None = None
+) -> tuple[str, bool, str]:
+    """Damage one file of a folder and read it.
+
+    Returns:
+        Read, refused or fault; whether a plain parser takes the file; what the fault was.
+    """
+    data = kind.mutate((work / name).read_bytes(), random)
+    (work / name).write_bytes(data)
     before = contents(work)
-    outcome = "read"
+    outcome, past = "read", parses(kind, data)
     for reader in kind.readers:
+        harm = ""
         try:
-            with limited():
+            with limited(), watched(watch):
                 reader(work)
         except ConsolidateError as error:
             outcome = "refused"
             try:
                 check_message(error)
-            except HarmError as harm:
-                return "fault", str(harm)
+            except HarmError as unplain:
+                harm = str(unplain)
         except (Exception, TooLongError, HarmError) as error:
-            return "fault", _short(error)
-        if contents(work) != before:
-            return "fault", "reading changed a file"
-    return outcome, ""
+            harm = _short(error)
+        if watch is not None and watch.found:  # even if the reader went on
+            harm, watch.found = watch.found, ""
+        if not harm and contents(work) != before:
+            harm = "reading changed a file"
+        if harm:
+            return "fault", past, harm
+    return outcome, past, ""
+
+
+def parses(kind: Kind, data: bytes) -> bool:
+    """Whether the format's plain parser takes the bytes."""
+    try:
+        kind.parse(data)
+    except (Exception, RecursionError):
+        return False
+    return True
+
+
+@contextmanager
+def watched(watch: Watch | None) -> Iterator[None]:
+    """Watch the block."""
+    if watch is None:
+        yield
+        return
+    watch.on = True
+    try:
+        yield
+    finally:
+        watch.on = False
 
 
 def _short(error: BaseException) -> str:
@@ -479,88 +849,139 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__} at {places}: {' '.join(str(error).split())[:150]}"
 
 
-def fuzz(count: int, seed: int, keep: Path | None) -> tuple[dict[str, Counter[str]], list[Fault]]:
-    """Run N cases, spread evenly over the kinds.
+def run_cases(kind: Kind, key: str, cases: Sequence[int], send: Callable[[Any], None]) -> None:
+    """Run cases in a fork, whose memory is bounded, and send what comes of each."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory(prefix="inputs-") as temporary:
+        tempfile.tempdir = temporary
+        original, work = Path(temporary, "original"), Path(temporary, "case")
+        original.mkdir()
+        files = kind.write(original)
+        (original / "evil.py").write_text("raise SystemExit('code of the folder ran')\n")
+        good = contents(original)
+        for reader in kind.readers:
+            reader(original)  # what is not damaged is read
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        watch = Watch(Path(temporary))
+        for case in cases:
+            shutil.copytree(original, work)
+            random = Random(f"{key} {case}")
+            send(run_case(kind, work, random.choice(files), random, watch))
+            shutil.rmtree(work)
+        if contents(original) != good:
+            send(("fault", False, "the original was changed"))
+        tempfile.tempdir = None
 
-    Args:
-        count: Cases in all.
-        seed: Of the damage; a case depends on the seed, its kind and its number only.
-        keep: Where the files of faults are copied.
 
-    Returns:
-        By kind how often each outcome came; and the faults.
+def in_fork(kind: Kind, key: str, cases: Sequence[int]) -> list[tuple[str, bool, str]]:
+    """Run cases in forks of this process; a fork that dies is a fault of the case it was at."""
+    found: list[tuple[str, bool, str]] = []
+    while len(found) < len(cases):
+        reading, writing = os.pipe()
+        if (child := os.fork()) == 0:
+            os.close(reading)
+            with open(writing, "w", encoding="utf-8", errors="replace") as pipe:
+
+                def send(outcome: Any, pipe: Any = pipe) -> None:
+                    pipe.write(json.dumps(outcome) + "\n")
+                    pipe.flush()
+
+                try:
+                    run_cases(kind, key, cases[len(found) :], send)
+                    os._exit(0)
+                except BaseException as error:
+                    traceback.print_exception(error)
+                finally:
+                    os._exit(1)
+        os.close(writing)
+        with open(reading, encoding="utf-8") as pipe:
+            before = len(found)
+            found += [tuple(json.loads(line)) for line in pipe]
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code and len(found) < len(cases):
+            found.append(("fault", False, f"the process ended with {code}"))
+            if len(found) == before + 1 and before == 0 and code == 1:
+                raise RuntimeError(f"{key}: the undamaged files cannot be read")
+    return found
+
+
+def attack(
+    path: Path,
+    count: int,
+    seed: int,
+    deadline: float,
+    chosen: Mapping[str, Kind] | None = None,
+    chunk: int = CHUNK,
+) -> list[Record]:
+    """Read N damaged files, evenly over the kinds, unless the time is over; add to the records.
+
+    A case depends on the seed, its kind and its number only.
     """
-    outcomes: dict[str, Counter[str]] = {}
-    faults: list[Fault] = []
-    found = kinds()
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
-        for k, (name, kind) in enumerate(found.items()):
-            original = Path(temporary) / f"original-{k}"
-            original.mkdir()
-            files = kind.write(original)
-            good = contents(original)
-            for reader in kind.readers:
-                reader(original)  # what is not damaged is read
-            outcomes[name] = Counter()
-            began = time.process_time()
-            for case in range(count // len(found) + (k < count % len(found))):
-                work = Path(temporary) / "case"
-                shutil.copytree(original, work)
-                random = Random(f"{seed} {name} {case}")
-                outcome, what = run_case(kind, work, random.choice(files), random)
-                outcomes[name][outcome] += 1
-                if outcome == "fault":
-                    faults.append(Fault(name, case, what))
-                    if keep is not None:
-                        shutil.copytree(work, keep / f"{k}-{case}", dirs_exist_ok=True)
-                shutil.rmtree(work)
-            if contents(original) != good:
-                faults.append(Fault(name, -1, "the original was changed"))
-            spent = time.process_time() - began
-            if count:
-                print(f"{name}: {dict(outcomes[name])}, {spent:.0f} s", file=sys.stderr)
-    return outcomes, faults
+    import_all()
+    torch.set_num_threads(1)
+    records, found = read_records(path), kinds() if chosen is None else chosen
+    each = -(-count // len(found))
+    done = Counter[str]()
+    for record in records:
+        if record["seed"] == seed:
+            done[record["kind"]] += record["cases"]
+    while time.monotonic() < deadline:
+        name = min(found, key=lambda kind: done[kind])
+        if (first := done[name]) >= each:
+            break
+        began = time.monotonic()
+        cases = range(first, min(each, first + chunk))
+        outcomes = in_fork(found[name], f"{seed} {name}", cases)
+        counts = Counter(outcome for outcome, _, _ in outcomes)
+        record = {
+            "kind": name,
+            "seed": seed,
+            "first": first,
+            "cases": len(cases),
+            "read": counts["read"],
+            "refused": counts["refused"],
+            "past": sum(past for _, past, _ in outcomes),
+            "faults": [
+                [first + case, what]
+                for case, (outcome, _, what) in enumerate(outcomes)
+                if outcome == "fault"
+            ],
+            "seconds": round(time.monotonic() - began, 2),
+        }
+        for case, what in record["faults"]:
+            print(f"{name}, case {case}: {what}", file=sys.stderr)
+        done[name] += len(cases)
+        records.append(record)
+        add_record(path, record)
+    return records
+
+
+def import_all() -> None:
+    """Import what the readers import late, so that no case does."""
+    names = ["matplotlib.backends.backend_agg", "PIL.Image", "pyarrow.parquet", "datasets", "peft"]
+    names += ["transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2"]
+    for name in names:
+        if installed(name.partition(".")[0].replace("PIL", "Pillow")):
+            importlib.import_module(name)
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].logging.disable_progress_bar()
 
 
 def main() -> int:
-    """Fuzz, and write the page."""
+    """Read damaged files, and print the faults."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=12_000)
+    parser.add_argument("records", type=Path)
+    parser.add_argument("--count", type=int, default=INPUTS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="folder for the files of faults")
-    parser.add_argument(
-        "--quick", action="store_true", help="few cases; the page goes to experiments-output/"
-    )
+    parser.add_argument("--minutes", type=float, default=180)
+    parser.add_argument("--kind", action="append", help="only this kind of file")
     options = parser.parse_args()
-    count = 200 if options.quick else options.count
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    fuzz(0, options.seed, None)  # imports all that is needed
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    outcomes, faults = fuzz(count, options.seed, options.keep)
-    for fault in faults:
-        print(f"{fault.kind}, case {fault.case}: {fault.what}", file=sys.stderr)
-    columns = ("refused", "read", "fault")
-    rows = [[name, *(f"{n[column]:,}" for column in columns)] for name, n in outcomes.items()]
-    total = Counter[str]()
-    for counts in outcomes.values():
-        total += counts
-    rows.append(["**all**", *(f"{total[column]:,}" for column in columns)])
-    table = markdown(["", "refused", "read", "faults"], rows)
-    lines = [f"- {fault.kind}, case {fault.case}: `{fault.what}`" for fault in faults]
-    text = TEXT.format(
-        count=count,
-        seed=options.seed,
-        seconds=CPU_SECONDS,
-        memory=MEMORY // 2**30,
-        table=table,
-        faults="\n".join(lines) or "None.",
-    )
-    packages = ["numpy", "pyarrow", "Pillow", "transformers"]
-    write_page("fuzz", text, quick=options.quick, packages=packages)
-    return 1 if faults else 0
+    deadline = time.monotonic() + 60 * options.minutes
+    chosen = {k: v for k, v in kinds().items() if k in options.kind} if options.kind else None
+    records = attack(options.records, options.count, options.seed, deadline, chosen)
+    return any(record["faults"] for record in records)
 
 
 if __name__ == "__main__":

@@ -484,22 +484,26 @@ def strike(children: Sequence[int], command: Command, random: Random) -> tuple[s
         with suppress(ProcessLookupError):
             os.kill(child, number)
     name = number.name + (" of one of two" if len(hit) < len(children) else "")
+    if command.processes > 1 and len(hit) < len(children):  # as torchrun stops the others
+        ended(children, 0.3)
+        for child in set(children) - set(hit) - _CODES.keys():
+            os.kill(child, signal.SIGTERM)
     codes = ended(children, 60)
-    stopped = {-signal.SIGKILL} if number is signal.SIGKILL else {128 + signal.SIGTERM}
+    terminated = {128 + signal.SIGTERM, -signal.SIGTERM}  # the latter before a handler is set
+    stopped = {-signal.SIGKILL} if number is signal.SIGKILL else terminated
     wrong = []
     for child, code in zip(children, codes, strict=True):
         # 1: the other process of the same run is gone; 3: another command has claimed the output.
-        usual = {0, *stopped} if child in hit else {0, 1} if command.processes > 1 else {0, 3}
-        if command.processes > 1 and number is signal.SIGTERM:
+        usual = {0, 3} if command.twice else {0, 1, *terminated} if command.processes > 1 else {0}
+        if child in hit:
             usual |= stopped
-        if command.twice:
-            usual |= {3}
         if code is None:
             os.kill(child, signal.SIGKILL)
             ended([child], 60)
             wrong.append(f"a process still ran 60 s after {name}")
         elif code not in usual:
-            wrong.append(f"exited with {code} after {name}")
+            said = Path("log.txt").read_text()[-500:]
+            wrong.append(f"exited with {code} after {name}: {said}")
     return name, wrong
 
 

@@ -223,7 +223,7 @@ def mutated_zip(data: bytes, random: Random) -> bytes:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         kind = archive.infolist()[0].compress_type
         members = {name: archive.read(name) for name in archive.namelist()}
-    name = random.choice([*members, *(n for n in members if n.endswith("data.pkl")) or members])
+    name = random.choice([*members, *(name for name in members if name.endswith("data.pkl"))])
     chance = random.random()
     if chance < 0.1:
         del members[name]
