@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from consolidate.options import Columns
 from consolidate.runtime.quiet import quiet
 from formats.errors import InputError, UsageError
 from formats.rows import Rows
+from formats.wording import first_line
 
 _PAIRS = (("text", "text_pair"), ("premise", "hypothesis"), ("sentence1", "sentence2"))
 _ROWS_AT_ONCE = 1000
@@ -45,7 +47,7 @@ def encode_texts(
             f"{model.checkpoint.path}: expected a tokenizer, found none; save it beside the weights"
         )
     texts = _Texts(rows, model, max_length, pack)
-    with quiet():
+    with quiet(), _tokenizing(model):
         match model.objective.name:
             case "token-classification":
                 examples = _words(texts, columns)
@@ -79,6 +81,20 @@ def encode_texts(
             "`consolidate finetune`"
         )
     return examples
+
+
+@contextmanager
+def _tokenizing(model: Model) -> Iterator[None]:
+    """Explain errors of the tokenizers library, which raises plain Exceptions."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise InputError(
+            f"{model.checkpoint.path}: the tokenizer cannot encode the texts ({first_line(error)}); "
+            "save the model's own tokenizer beside the weights"
+        ) from error
 
 
 _Chunk = list[tuple[int, dict[str, Any]]]  # rows with their indices

@@ -33,14 +33,11 @@ def reader_of(target: str, folder: Path) -> tuple[Callable[[bytes], None], Any, 
     from formats.data import open_data
     from formats.run_file import read_run_file
     from formats.task_file import read_task_file
-    from formats.tensors import open_tensors
     from scripts.robustness import inputs, mutations
 
     def headers(data: bytes) -> None:
         (folder / "model.safetensors").write_bytes(data)
-        tensors = open_tensors(folder)
-        for name in tensors:
-            _ = tensors[name]
+        inputs.read_weights(folder)
 
     def rows(data: bytes) -> None:
         suffix = ("jsonl", "json", "csv", "tsv")[data[0] % 4] if data else "csv"

@@ -73,8 +73,10 @@ from scripts.robustness.mutations import (
     mutated_png,
     mutated_safetensors,
     mutated_table,
+    mutated_template,
     mutated_text,
     mutated_toml,
+    mutated_yaml,
     mutated_zip,
 )
 from scripts.robustness.records import Record, add_record, read_records
@@ -617,7 +619,7 @@ def _kinds_of_models() -> dict[str, Kind]:
             "tokenizer.json": Kind(
                 partial(write_bert_data, "tokenizer.json"), mutated_json, tokenized, json.loads
             ),
-            "chat template": Kind(write_chat_model, mutated_text, tokenized, parse_template),
+            "chat template": Kind(write_chat_model, mutated_template, tokenized, parse_template),
         }
     if installed("peft"):
         found["adapter_config.json"] = Kind(
@@ -632,7 +634,7 @@ def _kinds_of_data() -> dict[str, Kind]:
     tensors = (partial(read_examples, FACTORY),)
     found = {
         "task.toml": Kind(write_task, mutated_toml, (read_task,), parse_toml),
-        "benchmark's YAML": Kind(write_benchmark, mutated_text, (read_benchmark,), yaml.safe_load),
+        "benchmark's YAML": Kind(write_benchmark, mutated_yaml, (read_benchmark,), yaml.safe_load),
     }
     for suffix, mutate, parse, encoded in (
         ("jsonl", mutated_lines, parse_lines, text),
@@ -795,7 +797,7 @@ def run_case(
     """
     data = kind.mutate((work / name).read_bytes(), random)
     (work / name).write_bytes(data)
-    before = contents(work)
+    before = stamps(work)
     outcome, past = "read", parses(kind, data)
     for reader in kind.readers:
         harm = ""
@@ -812,11 +814,21 @@ def run_case(
             harm = _short(error)
         if watch is not None and watch.found:  # even if the reader went on
             harm, watch.found = watch.found, ""
-        if not harm and contents(work) != before:
+        if not harm and stamps(work) != before:
             harm = "reading changed a file"
         if harm:
             return "fault", past, harm
     return outcome, past, ""
+
+
+def stamps(folder: Path) -> list[tuple[str, int, int, int]]:
+    """List all files with what a change of them changes: number, size and time."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            status = os.lstat(path := os.path.join(parent, name))
+            found.append((path, status.st_ino, status.st_size, status.st_mtime_ns))
+    return sorted(found)
 
 
 def parses(kind: Kind, data: bytes) -> bool:
@@ -865,19 +877,32 @@ def run_cases(kind: Kind, key: str, cases: Sequence[int], send: Callable[[Any], 
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         watch = Watch(Path(temporary))
+        shutil.copytree(original, work)
         for case in cases:
-            shutil.copytree(original, work)
             random = Random(f"{key} {case}")
-            send(run_case(kind, work, random.choice(files), random, watch))
-            shutil.rmtree(work)
+            name = random.choice(files)
+            found = run_case(kind, work, name, random, watch)
+            send(found)
+            if found[0] == "fault":
+                shutil.rmtree(work)
+                shutil.copytree(original, work)
+            else:  # nothing else was changed
+                shutil.copyfile(original / name, work / name)
         if contents(original) != good:
             send(("fault", False, "the original was changed"))
         tempfile.tempdir = None
 
 
-def in_fork(kind: Kind, key: str, cases: Sequence[int]) -> list[tuple[str, bool, str]]:
-    """Run cases in forks of this process; a fork that dies is a fault of the case it was at."""
+def in_fork(
+    kind: Kind, key: str, cases: Sequence[int]
+) -> tuple[list[tuple[str, bool, str]], float]:
+    """Run cases in forks of this process; a fork that dies is a fault of the case it was at.
+
+    Returns:
+        What `run_case` returned of each; the seconds of computing that they took.
+    """
     found: list[tuple[str, bool, str]] = []
+    cpu = 0.0
     while len(found) < len(cases):
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
@@ -899,12 +924,13 @@ def in_fork(kind: Kind, key: str, cases: Sequence[int]) -> list[tuple[str, bool,
         with open(reading, encoding="utf-8") as pipe:
             before = len(found)
             found += [tuple(json.loads(line)) for line in pipe]
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        _, status, used = os.wait4(child, 0)
+        code, cpu = os.waitstatus_to_exitcode(status), cpu + used.ru_utime + used.ru_stime
         if code and len(found) < len(cases):
             found.append(("fault", False, f"the process ended with {code}"))
             if len(found) == before + 1 and before == 0 and code == 1:
                 raise RuntimeError(f"{key}: the undamaged files cannot be read")
-    return found
+    return found, cpu
 
 
 def attack(
@@ -931,9 +957,8 @@ def attack(
         name = min(found, key=lambda kind: done[kind])
         if (first := done[name]) >= each:
             break
-        began = time.monotonic()
         cases = range(first, min(each, first + chunk))
-        outcomes = in_fork(found[name], f"{seed} {name}", cases)
+        outcomes, cpu = in_fork(found[name], f"{seed} {name}", cases)
         counts = Counter(outcome for outcome, _, _ in outcomes)
         record = {
             "kind": name,
@@ -948,7 +973,7 @@ def attack(
                 for case, (outcome, _, what) in enumerate(outcomes)
                 if outcome == "fault"
             ],
-            "seconds": round(time.monotonic() - began, 2),
+            "cpu": round(cpu, 2),
         }
         for case, what in record["faults"]:
             print(f"{name}, case {case}: {what}", file=sys.stderr)

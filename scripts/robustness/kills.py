@@ -263,6 +263,8 @@ def apart(function: Any, *arguments: Any) -> None:
 
 _CODES: dict[int, int] = {}
 """Of the processes of the last command that have ended."""
+_CPU = [0.0]
+"""Seconds of computing of all that have ended."""
 
 
 def started(words: Sequence[str], folder: Path, processes: int = 1, hub: str = "") -> list[int]:
@@ -302,9 +304,10 @@ def ended(children: Sequence[int], seconds: float) -> list[int | None]:
     while True:
         for child in children:
             if child not in _CODES:
-                number, status = os.waitpid(child, os.WNOHANG)
+                number, status, used = os.wait4(child, os.WNOHANG)
                 if number:
                     _CODES[child] = os.waitstatus_to_exitcode(status)
+                    _CPU[0] += used.ru_utime + used.ru_stime
         codes = [_CODES.get(child) for child in children]
         if None not in codes or time.monotonic() >= until:
             return codes
@@ -511,7 +514,7 @@ def one_round(command: Command, number: int, seed: int, whole: Whole) -> Record:
     """Start a command until it is done, kill it at random moments before, and compare."""
     random, kills, early = Random(f"{seed} {command.name} {number}"), [], 0
     differences: list[str] = []
-    began = time.monotonic()
+    began, _CPU[0] = time.monotonic(), 0.0
     with round_folder("round", command) as folder, pushed_to(command) as hub:
         code: int | None = None
         while code is None and len(kills) < 30 and not differences:
@@ -546,6 +549,7 @@ def one_round(command: Command, number: int, seed: int, whole: Whole) -> Record:
         "early": early,
         "differences": differences,
         "seconds": round(time.monotonic() - began, 2),
+        "cpu": round(_CPU[0], 2),
     }
 
 

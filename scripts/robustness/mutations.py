@@ -14,6 +14,8 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+import yaml
+
 NUMBERS: tuple[str, ...] = (
     "-1",
     "0",
@@ -180,6 +182,54 @@ def _toml(value: Any) -> str:
 
 def _quoted(text: Any) -> str:
     return json.dumps(str(text).encode("utf-8", "replace").decode()).replace("\x7f", "\\u007F")
+
+
+def mutated_yaml(data: bytes, random: Random) -> bytes:
+    """Damage YAML, mostly so that it is YAML still, with wrong content."""
+    if random.random() < 0.4:
+        return mutated_text(data, random)
+    content = {"content": yaml.safe_load(data)}
+    for _ in range(random.randint(1, 3)):
+        if places := list(_places(content)):
+            _change(*random.choice(places), random)
+    text = yaml.safe_dump(content.get("content"), allow_unicode=True)
+    return re.sub(": '(.*)'", random.choice((r": \1", r": '\1'")), text).encode("utf-8", "replace")
+
+
+def mutated_template(data: bytes, random: Random) -> bytes:
+    """Damage a template of jinja: mostly by an expression or a statement somewhere in it."""
+    if random.random() < 0.3:
+        return mutated_text(data, random)
+    pieces = re.split(rb"({[{%].*?[%}]})", data)
+    at = random.randrange(len(pieces))
+    if random.random() < 0.3:
+        pieces[at] = b""
+    pieces.insert(at, random.choice(EXPRESSIONS).encode())
+    return b"".join(pieces)
+
+
+# None that computes without end: nothing bounds the time of a template.
+EXPRESSIONS: tuple[str, ...] = (
+    "{% for a in range(300) %}{% for b in range(300) %}x{% endfor %}{% endfor %}",
+    "{{ 'a' * 10**9 }}",
+    "{{ range(10**9) | list }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__.os.popen('id') }}",
+    "{% include 'config.json' %}",
+    "{% import 'evil.py' as evil %}",
+    "{{ raise_exception('no') }}",
+    "{{ messages[10]['content'] }}",
+    "{{ none.x.y }}",
+    "{{ 1 / 0 }}",
+    "{{ messages | tojson }}",
+    "{{ '%s' % messages }}",
+    "{{ '\\x1b[2J\u202e' }}",
+    "{% set ns = namespace(x=0) %}",
+    "{% generation %}x{% endgeneration %}",
+    "{{ strftime_now('%Y') }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ messages.append(1) }}",
+)
 
 
 def mutated_lines(data: bytes, random: Random) -> bytes:
