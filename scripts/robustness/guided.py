@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -63,7 +64,9 @@ def reader_of(target: str, folder: Path) -> tuple[Callable[[bytes], None], Any, 
         for path in sorted(inputs.GOLDEN.rglob("*.safetensors")):
             good.append(path.read_bytes())
         return read, mutations.mutated_safetensors, good
-    for first, name in enumerate(("jsonl", "json", "csv", "tsv") if target == "rows" else ("t", "r")):
+    for first, name in enumerate(
+        ("jsonl", "json", "csv", "tsv") if target == "rows" else ("t", "r")
+    ):
         work = Path(tempfile.mkdtemp(dir=folder))
         write = {"t": inputs.write_task, "r": inputs.write_run}.get(name)
         files = write(work) if write else inputs.write_rows(name, work)
@@ -87,10 +90,8 @@ def fuzz(target: str, corpus: Path, seconds: int, seed: int) -> None:
         (corpus / f"good-{number}").write_bytes(data)
 
     def once(data: bytes) -> None:
-        try:
+        with suppress(ConsolidateError):
             read(data)
-        except ConsolidateError:
-            pass
 
     def change(data: bytes, most: int, number: int) -> bytes:
         random = Random(number)
@@ -133,7 +134,9 @@ def attack(path: Path, corpora: Path, minutes: float, seed: int) -> bool:
         found = PROGRESS.findall(ran.stderr)
         new = sorted({f.name for f in corpora.glob("fault-*")} - before)
         executions, coverage, features, size = map(int, found[-1] if found else (0, 0, 0, 0))
-        said = [line for line in ran.stderr.splitlines() if re.match(r"\s*(\w+Error|===|==\d)", line)]
+        said = [
+            line for line in ran.stderr.splitlines() if re.match(r"\s*(\w+Error|===|==\d)", line)
+        ]
         record = {
             "target": target,
             "seed": seed + len(done),

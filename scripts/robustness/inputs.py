@@ -66,7 +66,6 @@ from formats.task_file import read_task_file
 from formats.tensors import write_tensors
 from scripts.benchmarks.harness import installed
 from scripts.robustness.mutations import (
-    mutated_bytes,
     mutated_json,
     mutated_lines,
     mutated_middle,
@@ -323,7 +322,9 @@ def _quiet_datasets() -> Iterator[None]:
 
 def write_benchmark(folder: Path) -> list[str]:
     """Write a benchmark's task file and another that it includes."""
-    (folder / "base.yaml").write_text("task: base\ntest_split: test\noutput_type: multiple_choice\n")
+    (folder / "base.yaml").write_text(
+        "task: base\ntest_split: test\noutput_type: multiple_choice\n"
+    )
     (folder / "task.yaml").write_text(
         "include: base.yaml\ntask: mine\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
         "    test: data.jsonl\ndoc_to_text: '{{text}}'\ndoc_to_choice: [no, yes]\n"
@@ -730,7 +731,7 @@ class Watch:
         if event == "import" and len(arguments) > 1 and self.inside(arguments[1] or ""):
             return f"import of {arguments[1]}"
         if event == "open":
-            path, mode, flags = arguments
+            path, _, flags = arguments
             writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
             if writes and not isinstance(path, int) and not self.inside(path):
                 return f"{path!r} is written"

@@ -189,7 +189,6 @@ COMMANDS = [
 
 def prepare(folder: Path) -> None:
     """Write models and data into a folder, and change into it."""
-    import huggingface_hub.hf_api
     import transformers
     from safetensors.torch import load_file, save_file
     from sklearn.datasets import load_digits
@@ -269,7 +268,6 @@ _CPU = [0.0]
 
 def started(words: Sequence[str], folder: Path, processes: int = 1, hub: str = "") -> list[int]:
     """Start a command in a folder, in forks of this process; gives their numbers."""
-
     _CODES.clear()
 
     def begin() -> None:
