@@ -92,8 +92,8 @@ def _tokenizing(model: Model) -> Iterator[None]:
         if type(error) is not Exception:
             raise
         raise InputError(
-            f"{model.checkpoint.path}: the tokenizer cannot encode the texts ({first_line(error)}); "
-            "save the model's own tokenizer beside the weights"
+            f"{model.checkpoint.path}: the tokenizer cannot encode the texts "
+            f"({first_line(error)}); save the model's own tokenizer beside the weights"
         ) from error
 
 
