@@ -264,6 +264,8 @@ _CODES: dict[int, int] = {}
 """Of the processes of the last command that have ended."""
 _CPU = [0.0]
 """Seconds of computing of all that have ended."""
+_PORT = [0]
+"""Of the Hub; 0 before the first one."""
 
 
 def started(words: Sequence[str], folder: Path, processes: int = 1, hub: str = "") -> list[int]:
@@ -336,8 +338,9 @@ def phase(folder: Path, whole: Whole) -> str:
         ):
             if kept is not None and key in kept.state:
                 return words
-    if contents(folder) == {name: data for name, data in whole.after.items() if ":" not in name}:
-        return "done" if whole.after != whole.before else NOTHING
+    local = {name: data for name, data in whole.after.items() if not name.startswith("hub:")}
+    if contents(folder) == local != whole.before:
+        return "done"
     if any('"made": null' not in step.read_text() for step in folder.glob("out/*.json")
            if step.name[:2].isdigit()):  # fmt: skip
         return "between two tasks"
@@ -362,7 +365,7 @@ def broken(folder: Path, whole: Whole) -> list[str]:
         chain = any(name.startswith("out/01-") for name in whole.after)
         for name in found:
             parts = Path(name).parts
-            if not any(part.startswith(".") for part in parts) and ":" not in name:
+            if not any(part.startswith(".") for part in parts) and not name.startswith("hub:"):
                 depth = 2 if chain else 1
                 if len(parts) > depth or not chain:
                     units.setdefault("/".join(parts[:depth]), {})
@@ -385,20 +388,22 @@ def broken(folder: Path, whole: Whole) -> list[str]:
 
 @contextmanager
 def pushed_to(command: Command) -> Iterator[str]:
-    """Run a new Hub in a process of its own for the block; gives its address."""
+    """Run a new Hub in a process of its own for the block, always at the same address, returned."""
     if not command.hub:
         yield ""
         return
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
-        with loopback_hub.running() as hub:
+        with loopback_hub.running(_PORT[0]) as hub:
             hub.slow = 0.004  # so that uploads take some time
             os.write(writing, hub.address.encode())
             signal.pause()
         os._exit(0)
     os.close(writing)
     try:
-        yield os.read(reading, 100).decode()
+        address = os.read(reading, 100).decode()
+        _PORT[0] = int(address.rpartition(":")[2])  # the card names the address
+        yield address
     finally:
         os.close(reading)
         os.kill(child, signal.SIGKILL)
@@ -455,11 +460,12 @@ def undisturbed(command: Command) -> Whole:
 
 
 def wait_for_moment(
-    children: Sequence[int], folder: Path, whole: Whole, random: Random
+    children: Sequence[int], folder: Path, whole: Whole, random: Random, longer: float
 ) -> list[int | None]:
     """Wait until a random moment; gives the exit codes of those that ended before.
 
-    Three of four moments count from when there is saved progress, the rest from the start.
+    Three of four moments count from when there is saved progress, the rest from the start; up to
+    `longer` times what the undisturbed run took.
     """
     if whole.saved and random.random() < 0.75:
         until = time.monotonic() + 60
@@ -467,8 +473,8 @@ def wait_for_moment(
             if None not in (codes := ended(children, 0)):
                 return codes
             time.sleep(0.002)
-        return ended(children, random.uniform(0, whole.saved))
-    return ended(children, random.uniform(0, whole.seconds))
+        return ended(children, random.uniform(0, longer * whole.saved))
+    return ended(children, random.uniform(0, longer * whole.seconds))
 
 
 def strike(children: Sequence[int], command: Command, random: Random) -> tuple[str, list[str]]:
@@ -519,7 +525,8 @@ def one_round(command: Command, number: int, seed: int, whole: Whole) -> Record:
             children = started(command.words, folder, command.processes, hub)
             if command.twice:
                 children += started(command.words, folder)
-            codes = wait_for_moment(children, folder, whole, random)
+            longer = 1 + len(kills) / 5  # the machine may be slower by now
+            codes = wait_for_moment(children, folder, whole, random, longer)
             running = [child for child, code in zip(children, codes, strict=True) if code is None]
             if not running:
                 code, early = max(code or 0 for code in codes if code != 3 or not command.twice), 1
