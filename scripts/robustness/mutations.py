@@ -396,7 +396,7 @@ def _change(holder: Any, key: Any, random: Random) -> None:
         case 2:
             holder[key] = [value] if random.random() < 0.5 else {str(key): value}
         case 3 if isinstance(value, int | float):
-            holder[key] = random.choice((-value, value + 1, value * 10**9, value / 3, str(value)))
+            holder[key] = random.choice((-value, value + 1, value * 10**9, value // 3, str(value)))
         case _:
             holder[key] = copy.deepcopy(random.choice(VALUES))
     return None
