@@ -950,13 +950,16 @@ def attack(
     torch.set_num_threads(1)
     records, found = read_records(path), kinds() if chosen is None else chosen
     each = -(-count // len(found))
-    done = Counter[str]()
+    done: dict[str, dict[int, int]] = {name: {} for name in found}  # the first case: how many
     for record in records:
         if record["seed"] == seed:
-            done[record["kind"]] += record["cases"]
+            done.setdefault(record["kind"], {})[record["first"]] = record["cases"]
     while time.monotonic() < deadline:
-        name = min(found, key=lambda kind: done[kind])
-        if (first := done[name]) >= each:
+        name = min(found, key=lambda kind: sum(done[kind].values()))
+        first = 0
+        while first in done[name]:
+            first += done[name][first]
+        if first >= each:
             break
         cases = range(first, min(each, first + chunk))
         outcomes, cpu = in_fork(found[name], f"{seed} {name}", cases)
@@ -978,7 +981,7 @@ def attack(
         }
         for case, what in record["faults"]:
             print(f"{name}, case {case}: {what}", file=sys.stderr)
-        done[name] += len(cases)
+        done[name][first] = len(cases)
         records.append(record)
         add_record(path, record)
     return records

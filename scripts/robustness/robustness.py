@@ -105,13 +105,15 @@ Not mended here: the Hub's client names a file in its cache after the server's E
 scripts/robustness/all
 ```
 
-{machine}. {kill_minutes:.0f} minutes of computing for the kills (by the clock {kill_clock:.0f}, on a
-shared machine), {input_minutes:.0f} for the files. Seed {seed}.
+{machine}. {kill_minutes:.0f} minutes of computing for the kills (by the clock {kill_clock:.0f}, on
+a shared machine), {input_minutes:.0f} for the files. Seed {seed}.
 """
 MENDED = """- A command killed while it wrote a file, such as the record of a step of `run`, left
   `.NAME.….consolidate-tmp` beside it for ever; the next write of that file removes it.
 - A tokenizer that lacks the token for unknown words raised a plain `Exception`, reported as an
-  internal error; it is refused with the folder's name."""
+  internal error; it is refused with the folder's name.
+- An integer too large for a float, as a number in `tasks.toml`, ended in an internal error; it is
+  refused."""
 
 
 def kill_part(records: Sequence[Record]) -> dict[str, object]:
