@@ -112,7 +112,7 @@ def test_a_value_out_of_its_range() -> None:
         read(epochs=0)
     with pytest.raises(UsageError, match="--penalty-dtype nn: expected one of float32, bfloat16"):
         read(penalty_dtype="nn")
-    with pytest.raises(UsageError, match="--seed 10+: expected"):
+    with pytest.raises(UsageError, match=r"--seed 10+: expected"):
         read(seed=10**400)
 
 

@@ -21,7 +21,7 @@ SAMPLE = ("`fisher`, perceptron", "the same `finetune` twice at once", "`push` t
 def test_killed_commands_leave_the_bytes_of_the_undisturbed_run(tmp_path: Path) -> None:
     commands = [command for command in kills.COMMANDS if command.name in SAMPLE]
     path = tmp_path / "kills.jsonl"
-    found = kills.attack(path, 4, 0, time.monotonic() + 120, commands)
+    found = kills.attack(path, 4, 0, time.monotonic() + 900, commands)
     assert {record["command"] for record in found} == set(SAMPLE)
     assert sum(len(record["kills"]) for record in found) >= 4
     assert [record["differences"] for record in found] == [[]] * len(found)
@@ -49,7 +49,7 @@ def test_what_is_different_after_a_kill_is_told(tmp_path: Path) -> None:
 
 
 def test_damaged_files_of_every_kind_are_read_or_refused(tmp_path: Path) -> None:
-    path, end = tmp_path / "inputs.jsonl", time.monotonic() + 240
+    path, end = tmp_path / "inputs.jsonl", time.monotonic() + 900
     count = 4 * len(inputs.kinds())
     found = inputs.attack(path, count, 20, end)
     assert [record for record in found if record["faults"]] == []
