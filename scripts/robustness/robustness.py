@@ -73,8 +73,12 @@ the header) takes the file. Faults are
 
 {input_table}
 
-Nothing bounds the time that a chat template computes: it is a program, if one without access to
-anything, so templates with endless loops are not among the files.
+Known, and not mended:
+
+- Nothing bounds the time that a chat template computes: it is a program, if one without access to
+  anything. Templates with endless loops are not among the files.
+- `tokenizers` itself prints names of unknown options of a token in `tokenizer_config.json` on
+  stdout, control characters included.
 
 ## Search guided by coverage
 
@@ -112,8 +116,11 @@ MENDED = """- A command killed while it wrote a file, such as the record of a st
   `.NAME.….consolidate-tmp` beside it for ever; the next write of that file removes it.
 - A tokenizer that lacks the token for unknown words raised a plain `Exception`, reported as an
   internal error; it is refused with the folder's name.
-- An integer too large for a float, as a number in `tasks.toml`, ended in an internal error; it is
-  refused."""
+- An integer too large for a float, as a number in `tasks.toml` or a length in
+  `tokenizer_config.json`, ended in an internal error; it is refused, or no limit.
+- `preprocessor_config.json` and the image settings in `config.json`: a `rescale_factor` of another
+  type, brackets nested 200,000 deep, and sizes beyond 16,384 pixels ended in an internal error;
+  they are refused."""
 
 
 def kill_part(records: Sequence[Record]) -> dict[str, object]:
