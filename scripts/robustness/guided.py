@@ -8,6 +8,7 @@ is a fault, and ends the search.
 import argparse
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -119,7 +120,7 @@ def attack(path: Path, corpora: Path, minutes: float, seed: int) -> bool:
             continue
         corpus = corpora / target.replace(" ", "-")
         before = {f.name for f in corpora.glob("fault-*")}
-        began = time.monotonic()
+        began, used = time.monotonic(), _computed()
         command = [sys.executable, "-m", "scripts.robustness.guided", target, str(corpus)]
         ran = subprocess.run(
             [*command, str(seconds), str(seed + len(done))],
@@ -141,6 +142,7 @@ def attack(path: Path, corpora: Path, minutes: float, seed: int) -> bool:
             "target": target,
             "seed": seed + len(done),
             "seconds": round(time.monotonic() - began),
+            "cpu": round(_computed() - used),
             "executions": executions,
             "coverage": coverage,
             "features": features,
@@ -152,6 +154,12 @@ def attack(path: Path, corpora: Path, minutes: float, seed: int) -> bool:
             print(f"{target}: {fault}", file=sys.stderr)
             faults = True
     return faults
+
+
+def _computed() -> float:
+    """Give the seconds that the processes started here have computed."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> int:

@@ -193,9 +193,10 @@ def guided_part(records: Sequence[Record]) -> dict[str, object]:
         last = max((record["coverage"] for record in own), default=0)
         executions = sum(record["executions"] for record in own)
         faults = sum(len(record["faults"]) for record in own)
-        cells = [f"{minutes[-1]:.1f}", f"{executions:,}", str(last), str(faults)]
+        computed = f"{sum(record['cpu'] for record in own) / 60:.1f}"
+        cells = [f"{minutes[-1]:.1f}", computed, f"{executions:,}", str(last), str(faults)]
         rows.append([target, *cells])
-    header = ["", "minutes", "files", "edges covered", "faults"]
+    header = ["", "minutes", "of computing", "files", "edges covered", "faults"]
     table = markdown(header, rows) if records else "It was not run: Atheris is not installed."
     return {
         "guided_table": table,
