@@ -111,7 +111,7 @@ def fuzz(target: str, corpus: Path, seconds: int, seed: int) -> None:
 
 
 def attack(path: Path, corpora: Path, minutes: float, seed: int) -> bool:
-    """Search each target for N minutes in all, what is recorded counted; tell of faults."""
+    """Search each target for N minutes in all, what is recorded counted; report faults."""
     faults = False
     for target in TARGETS:
         done = [r for r in read_records(path) if r["target"] == target]

@@ -897,7 +897,7 @@ def run_cases(kind: Kind, key: str, cases: Sequence[int], send: Callable[[Any], 
 def in_fork(
     kind: Kind, key: str, cases: Sequence[int]
 ) -> tuple[list[tuple[str, bool, str]], float]:
-    """Run cases in forks of this process; a fork that dies is a fault of the case it was at.
+    """Run cases in forks of this process; a fork that dies counts as a fault, of the case that it read.
 
     Returns:
         What `run_case` returned of each; the seconds of computing that they took.

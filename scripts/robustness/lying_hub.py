@@ -169,7 +169,7 @@ from consolidate.cli import _explain
 from formats.data import open_data
 
 def run(number, what, name, checkpoint, rows):
-    told[number] = "nothing was said in 40 s", None
+    told[number] = "no answer in 40 s", None
     try:
         if what.startswith("push"):
             push(checkpoint, name, tag="v1" if "--tag" in what else None)
@@ -221,7 +221,7 @@ def batch(hub: Hub, checkpoint: Path) -> Failure:
 
 
 def outcomes(folder: Path, checkpoint: Path) -> list[Record]:
-    """Run every case; gives the exit code, what is said, and what was changed that must not be."""
+    """Run every case; gives the exit code, the message, and what was changed that must not be."""
     rows = folder / "rows"
     rows.mkdir()
     (rows / "train.jsonl").write_text('{"text": "a", "label": 0}\n')
