@@ -897,7 +897,7 @@ def run_cases(kind: Kind, key: str, cases: Sequence[int], send: Callable[[Any], 
 def in_fork(
     kind: Kind, key: str, cases: Sequence[int]
 ) -> tuple[list[tuple[str, bool, str]], float]:
-    """Run cases in forks of this process; a fork that dies counts as a fault, of the case that it read.
+    """Run cases in forks of this process; one that dies counts as a fault of the case it read.
 
     Returns:
         What `run_case` returned of each; the seconds of computing that they took.
@@ -946,7 +946,8 @@ def attack(
 
     A case depends on the seed, its kind and its number only.
     """
-    import_all()
+    if chosen is None:
+        import_all()
     torch.set_num_threads(1)
     records, found = read_records(path), kinds() if chosen is None else chosen
     each = -(-count // len(found))
@@ -1008,6 +1009,7 @@ def main() -> int:
     parser.add_argument("--kind", action="append", help="only this kind of file")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
+    import_all()
     chosen = {k: v for k, v in kinds().items() if k in options.kind} if options.kind else None
     records = attack(options.records, options.count, options.seed, deadline, chosen)
     return any(record["faults"] for record in records)

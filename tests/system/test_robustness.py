@@ -62,7 +62,10 @@ def test_damaged_files_of_every_kind_are_read_or_refused(tmp_path: Path) -> None
 HARM: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another exception": (lambda f: json.loads((f / "a.json").read_bytes()), "JSONDecodeError at "),
     "a changed file": (lambda f: (f / "a.json").write_text("{}"), "reading changed a file"),
-    "a file outside": (lambda f: Path("/tmp/outside-of-all").touch(), "'/tmp/outside-of-all' is w"),
+    "a file outside": (
+        lambda f: Path("/tmp/outside-of-all").write_text(""),
+        "'/tmp/outside-of-all' is w",
+    ),
     "a process": (lambda f: subprocess.run(["true"], check=False), "subprocess.Popen"),
     "a command": (lambda f: os.system("true"), "os.system"),
     "a socket": (lambda f: socket.socket(), "socket.__new__"),
@@ -90,7 +93,7 @@ def test_a_fault_is_told(what: str, tmp_path: Path) -> None:
             harmful(folder)
 
     kind = inputs.Kind(write, cut, (read,), json.loads)
-    found = inputs.attack(tmp_path / "r.jsonl", 3, 0, time.monotonic() + 60, {what: kind})
+    found = inputs.attack(tmp_path / "r.jsonl", 3, 0, time.monotonic() + 900, {what: kind})
     assert [case for case, _ in found[0]["faults"]] == [0, 1, 2]
     assert found[0]["faults"][0][1].startswith(expected), found[0]["faults"]
     assert not Path("/tmp/outside-of-all").exists()
