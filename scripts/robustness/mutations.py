@@ -148,7 +148,9 @@ def mutated_safetensors(data: bytes, random: Random) -> bytes:
     if chance < 0.25:
         return mutated_bytes(data, random)
     if chance < 0.35:
-        claim = random.choice((0, 1, length - 1, length + 1, 10**8, 2**31, 2**60, 2**64 - 1))
+        claim = random.choice(
+            (0, 1, max(length, 1) - 1, length + 1, 10**8, 2**31, 2**60, 2**64 - 1)
+        )
         return claim.to_bytes(8, "little") + header + values
     header = mutated_json(header, random)
     if random.random() < 0.2:

@@ -120,7 +120,10 @@ MENDED = """- A command killed while it wrote a file, such as the record of a st
   `tokenizer_config.json`, ended in an internal error; it is refused, or no limit.
 - `preprocessor_config.json` and the image settings in `config.json`: a `rescale_factor` of another
   type, brackets nested 200,000 deep, and sizes beyond 16,384 pixels ended in an internal error;
-  they are refused."""
+  they are refused.
+- Damaged offsets in a dataset saved by `datasets` ended the process with a segmentation fault, in
+  native code; the whole table is validated first.
+- Half a surrogate pair in a text of a `.jsonl` file ended in an internal error; it is refused."""
 
 
 def kill_part(records: Sequence[Record]) -> dict[str, object]:
