@@ -123,7 +123,9 @@ MENDED = """- A command killed while it wrote a file, such as the record of a st
   they are refused.
 - Damaged offsets in a dataset saved by `datasets` ended the process with a segmentation fault, in
   native code; the whole table is validated first.
-- Half a surrogate pair in a text of a `.jsonl` file ended in an internal error; it is refused."""
+- Half a surrogate pair in a text of a `.jsonl` file ended in an internal error; it is refused.
+- `output-dir = "~NAME/…"` in `tasks.toml`, of a user who does not exist, ended in an internal
+  error; it is refused."""
 
 
 def kill_part(records: Sequence[Record]) -> dict[str, object]:

@@ -1,7 +1,7 @@
 import io
 import json
-import struct
 import os
+import struct
 import subprocess
 import sys
 import time
