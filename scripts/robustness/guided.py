@@ -20,7 +20,7 @@ from random import Random
 from typing import Any
 
 from scripts.benchmarks.harness import ROOT, installed
-from scripts.robustness.records import add_record, read_records
+from scripts.robustness.records import Record, add_record, read_records
 
 TARGETS = ("safetensors headers", "rows", "TOML")
 PROGRESS = re.compile(r"#(\d+)\s+\S+\s+cov: (\d+) ft: (\d+) corp: (\d+)")
@@ -136,7 +136,7 @@ def attack(path: Path, corpora: Path, minutes: float, seed: int) -> bool:
         said = [
             line for line in ran.stderr.splitlines() if re.match(r"\s*(\w+Error|===|==\d)", line)
         ]
-        record = {
+        record: Record = {
             "target": target,
             "seed": seed + len(done),
             "seconds": round(time.monotonic() - began),

@@ -296,7 +296,7 @@ def write_convolution(name: str, folder: Path) -> list[str]:
     timm |= {"interpolation": "bicubic", "crop_mode": "center", "num_classes": 2}
     (folder / "config.json").write_text(json.dumps({"pretrained_cfg": timm}))
     if name != "config.json":
-        found = {"size": {"shortest_edge": 8}, "crop_size": {"height": 6, "width": 6}}
+        found: Record = {"size": {"shortest_edge": 8}, "crop_size": {"height": 6, "width": 6}}
         found |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
         found |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
         (folder / name).write_text(json.dumps(found))
@@ -652,13 +652,13 @@ def _kinds_of_data() -> dict[str, Kind]:
             readers = [partial(read_rows, opened), *(partial(e, opened) for e in encoded)]
             found[suffix] = Kind(partial(write_rows, suffix), mutate, tuple(readers), parse)
     if installed("Pillow"):
-        opened = (partial(read_rows, open_data),)
+        whole = (partial(read_rows, open_data),)
         for suffix, mutate in IMAGES.items():
             written = partial(write_rows, suffix)
-            found[f"image, {suffix}"] = Kind(written, mutate, opened, parse_image)
+            found[f"image, {suffix}"] = Kind(written, mutate, whole, parse_image)
     if installed("datasets"):
-        opened = (partial(read_rows, lambda folder: open_data(folder / "rows")),)
-        found["saved dataset"] = Kind(write_saved, mutated_saved, opened, parse_saved)
+        whole = (partial(read_rows, lambda folder: open_data(folder / "rows")),)
+        found["saved dataset"] = Kind(write_saved, mutated_saved, whole, parse_saved)
     return found
 
 

@@ -516,7 +516,8 @@ def strike(children: Sequence[int], command: Command, random: Random) -> tuple[s
 
 def one_round(command: Command, number: int, seed: int, whole: Whole) -> Record:
     """Start a command until it is done, kill it at random moments before, and compare."""
-    random, kills, early = Random(f"{seed} {command.name} {number}"), [], 0
+    random, early = Random(f"{seed} {command.name} {number}"), 0
+    kills: list[list[str]] = []
     differences: list[str] = []
     began, _CPU[0] = time.monotonic(), 0.0
     with round_folder("round", command) as folder, pushed_to(command) as hub:

@@ -165,7 +165,8 @@ def mutated_toml(data: bytes, random: Random) -> bytes:
     content = tomllib.loads(data.decode())
     for _ in range(random.randint(1, 3)):
         if places := list(_places(content)):
-            _change(*random.choice(places), random)
+            holder, key = random.choice(places)
+            _change(holder, key, random)
     return "".join(f"{_quoted(k)} = {_toml(v)}\n" for k, v in content.items()).encode()
 
 
@@ -193,7 +194,8 @@ def mutated_yaml(data: bytes, random: Random) -> bytes:
     content = {"content": yaml.safe_load(data)}
     for _ in range(random.randint(1, 3)):
         if places := list(_places(content)):
-            _change(*random.choice(places), random)
+            holder, key = random.choice(places)
+            _change(holder, key, random)
     text = yaml.safe_dump(content.get("content"), allow_unicode=True)
     return re.sub(": '(.*)'", random.choice((r": \1", r": '\1'")), text).encode("utf-8", "replace")
 
@@ -318,7 +320,15 @@ def _mutated_npy(data: bytes, random: Random) -> bytes:
 
 def _with_opcode(data: bytes, random: Random) -> bytes:
     """Put an instruction into a pickle: names of functions, calls, sizes."""
-    codes = (b"cos\nsystem\n", b"cbuiltins\neval\n", b"ctorch\nload\n", b"R", b"b", b"(", b"t")
+    codes: tuple[bytes, ...] = (
+        b"cos\nsystem\n",
+        b"cbuiltins\neval\n",
+        b"ctorch\nload\n",
+        b"R",
+        b"b",
+        b"(",
+        b"t",
+    )
     codes += (b"\x8a\xff" + b"\xff" * 255, b"B\xff\xff\xff\x7f", b"h\xfe", b"Q", b"0", b"2", b".")
     at = random.randrange(len(data) + 1)
     return data[:at] + random.choice(codes) + data[at:]
