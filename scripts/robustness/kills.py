@@ -514,7 +514,7 @@ def strike(children: Sequence[int], command: Command, random: Random) -> tuple[s
     return name, wrong
 
 
-def one_round(command: Command, number: int, seed: int, whole: Whole) -> Record:
+def one_round(command: Command, number: int, seed: int, whole: Whole, pace: float = 1.0) -> Record:
     """Start a command until it is done, kill it at random moments before, and compare."""
     random, early = Random(f"{seed} {command.name} {number}"), 0
     kills: list[list[str]] = []
@@ -526,7 +526,7 @@ def one_round(command: Command, number: int, seed: int, whole: Whole) -> Record:
             children = started(command.words, folder, command.processes, hub)
             if command.twice:
                 children += started(command.words, folder)
-            longer = 1 + len(kills) / 5  # the machine may be slower by now
+            longer = pace * (1 + len(kills) / 5)  # the machine may be slower by now
             codes = wait_for_moment(children, folder, whole, random, longer)
             running = [child for child, code in zip(children, codes, strict=True) if code is None]
             if not running:
@@ -579,6 +579,7 @@ def attack(
     torch.set_num_threads(1)
     records, before = read_records(path), Path.cwd()
     wholes: dict[str, Whole] = {}
+    paces: dict[str, float] = {}  # how long a command takes by now, against its undisturbed run
     environment = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         try:
@@ -593,7 +594,10 @@ def attack(
                 if command.name not in wholes:
                     wholes[command.name] = undisturbed(command)
                 number = sum(r["command"] == command.name and r["seed"] == seed for r in records)
-                record = one_round(command, number, seed, wholes[command.name])
+                pace = paces.get(command.name, 1.0)
+                record = one_round(command, number, seed, wholes[command.name], pace)
+                change = 0.7 if not record["kills"] else 1.2 if len(record["kills"]) > 3 else 1.0
+                paces[command.name] = pace * change
                 records.append(record)
                 add_record(path, record)
                 for difference in record["differences"]:
