@@ -897,7 +897,7 @@ def run_cases(kind: Kind, key: str, cases: Sequence[int], send: Callable[[Any], 
 def in_fork(
     kind: Kind, key: str, cases: Sequence[int]
 ) -> tuple[list[tuple[str, bool, str]], float]:
-    """Run cases in forks of this process; one that dies counts as a fault of the case it read.
+    """Run cases in forks of this process; the case at which one dies has a fault.
 
     Returns:
         What `run_case` returned of each; the seconds of computing that they took.

@@ -58,8 +58,8 @@ ended there, so what it had not yet written was missing. It is not explained yet
 A perceptron with dropout on the handwritten digits of scikit-learn, and a tiny BERT. Progress is
 saved as often as possible (`--save-every-minutes 0`), and the sums of a Fisher are rounded every 4
 batches instead of 16, so that a short pass has progress to resume from. The processes are forks of
-one that has imported torch. {early} times a command was done before it was killed; these are not
-counted. Not killed: the machine, GPUs, `evaluate`, `show` and `verify`, which write nothing.
+one that has imported torch. A round ends when a command is done before its next kill.
+Not killed: the machine, GPUs, `evaluate`, `show` and `verify`, which write nothing.
 
 ## Damaged files
 
@@ -158,7 +158,6 @@ def kill_part(records: Sequence[Record]) -> dict[str, object]:
         "saved": total[4],
         "differences": total[6],
         "phases": ", ".join(f"{where} {count}" for where, count in phases.most_common()),
-        "early": sum(record["early"] for record in records),
         "kill_minutes": sum(record["cpu"] for record in records) / 60,
         "kill_clock": sum(record["seconds"] for record in records) / 60,
     }
