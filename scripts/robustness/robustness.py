@@ -107,6 +107,9 @@ Not mended here: the Hub's client names a file in its cache after the server's E
 
 ## Faults that were found and mended
 
+Files among which one of these faults was found were read again, 500 at a time, with the mended
+program; the first records of them are not kept. The four parts were started one by one.
+
 {mended}
 
 ## Conditions
