@@ -13,7 +13,7 @@ from scripts.write_docs import help_texts
 ROOT = Path(__file__).resolve().parents[2]
 GLOSSARY = ROOT / "docs" / "reference" / "glossary.md"
 DOCS = [p for p in sorted(ROOT.glob("docs/**/*.md")) if p != GLOSSARY and "results" not in p.parts]
-MEASURED = ("fisher*", "memory", "penalty", "shards", "fuzz", "resume")  # by the scripts below
+MEASURED = ("fisher*", "memory", "penalty", "shards", "robustness")  # by the scripts below
 DOCS += [page for name in MEASURED for page in sorted(ROOT.glob(f"docs/results/{name}.md"))]
 PAGES = [
     ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
