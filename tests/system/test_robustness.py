@@ -18,6 +18,7 @@ from scripts.robustness.records import add_record, read_records
 SAMPLE = ("`fisher`, perceptron", "the same `finetune` twice at once", "`push` to a Hub")
 
 
+@pytest.mark.slow
 def test_killed_commands_leave_the_bytes_of_the_undisturbed_run(tmp_path: Path) -> None:
     commands = [command for command in kills.COMMANDS if command.name in SAMPLE]
     path = tmp_path / "kills.jsonl"
