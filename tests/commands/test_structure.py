@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 import consolidate
 from consolidate.api import finetune, fisher
 from consolidate.api import run as run_chain
-from formats.errors import UsageError
+from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
 from support.command_line import MODEL, run
+from support.factor_checkpoints import rewrite
 from support.faults import Killed, break_off, kill_after
 from support.folders import contents
 from support.networks import FAST, NETWORK
@@ -197,3 +198,18 @@ def test_the_command_line_reports_factors(
     found = json.loads(out)
     assert code == 0
     assert (found["structure"], found["factors"]["layers"]) == ("inputs", 2)
+
+
+def test_a_matrix_that_would_push_the_weights_away_is_refused_before_training(
+    learned: Path, write_task: Write, tmp_path: Path
+) -> None:
+    def with_a_negative_eigenvalue(tensors: dict[str, torch.Tensor]) -> None:
+        matrix = tensors[min(tensors)]
+        size = matrix.diagonal().mean()  # the trace and a diagonal of at least 0 stay
+        matrix.copy_(torch.eye(len(matrix)) * size)
+        matrix[0, 1] = matrix[1, 0] = -3 * size
+
+    rewrite(learned, with_a_negative_eigenvalue, "factors")
+    with pytest.raises(InputError, match="has an eigenvalue below"):
+        finetune(learned, write_task("b"), output_dir=tmp_path / "out", **COMMON)
+    assert not (tmp_path / "out").exists()
