@@ -83,9 +83,10 @@ def measured_folder(target: Path) -> Path:
 
 
 def discard_measured(target: Path) -> None:
-    """Remove that folder, once nothing resumes from it."""
-    if is_first(all_processes()):
-        shutil.rmtree(measured_folder(target), ignore_errors=True)
+    """Remove that folder, once nothing resumes from it; one without a ledger is somebody's own."""
+    folder = measured_folder(target)
+    if is_first(all_processes()) and (folder / LEDGER_NAME).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _named(target: Path) -> Path:

@@ -526,3 +526,13 @@ def test_several_processes(
         torch.testing.assert_close(two[name], values, rtol=1e-4, atol=1e-7)
     assert verify(learned, unmeasured, tmp_path / "two")["tasks"] == ["a"]
     assert not list(tmp_path.glob(".two*"))
+
+
+def test_a_folder_of_the_users_own_beside_the_output_stays(
+    learned: Path, write_task: Write, tmp_path: Path
+) -> None:
+    own = tmp_path / ".out.measured"
+    own.mkdir()
+    (own / "notes.txt").write_text("mine")
+    finetune(learned, write_task("b"), output_dir=tmp_path / "out", **COMMON)
+    assert (own / "notes.txt").read_text() == "mine"
