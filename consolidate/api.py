@@ -69,6 +69,7 @@ def fisher(
     tolerance: float | None = None,
     accumulate_dtype: torch.dtype | str = "float32",
     check: bool = False,
+    structure: str | None = None,
     seed: int = 0,
     add: bool = False,
     after: str | Path | None = None,
@@ -137,6 +138,9 @@ def fisher(
             all)
         accumulate_dtype: Dtype for squaring and accumulating gradients. One of float32, float64.
         check: Verify per-example gradients on every batch, not only the first.
+        structure: diagonal: a value for each weight. inputs: for each linear or convolutional layer
+            also the matrix of its inputs, which the penalty then uses instead; takes up to 4 times
+            the memory of the weights. (default: that of the earlier tasks, else diagonal)
         seed: Random seed.
         add: Add the task to the Fisher that the checkpoint already has.
         after: Merge the task with those of this checkpoint, from which another program trained the
@@ -226,6 +230,7 @@ def finetune(
     penalty_on: str | None = None,
     interpolate: float | str | None = None,
     interpolation: str = "plain",
+    structure: str | None = None,
     fisher_estimator: str | None = None,
     fisher_mc_samples: int | None = None,
     fisher_max_outcomes: int | None = None,
@@ -343,6 +348,9 @@ def finetune(
             95% of what the new task gains.
         interpolation: plain: α for all weights; fisher: each weight's start and end weighted by the
             Fishers of the earlier tasks and of the new one, measured in one more pass.
+        structure: diagonal: a value for each weight. inputs: for each linear or convolutional layer
+            also the matrix of its inputs, which the penalty then uses instead; takes up to 4 times
+            the memory of the weights. (default: that of the earlier tasks, else diagonal)
         fisher_estimator: Labels to take the expectation over: all (exact), sampled from the model
             (mc), the data's own (empirical), or sampled, with gradients squared per batch
             (batched). (default: exact up to 16 outcomes, else mc)
@@ -506,8 +514,10 @@ def merge(
     """Merge checkpoints of one architecture, and their Fishers, into one checkpoint.
 
     Λ = Σ c_k Λ_k, θ = Σ c_k Λ_k θ_k / Λ, μ = Σ c_k Λ_k μ_k / Λ (Matena & Raffel 2022), and where
-    Λ = 0 the mean weighted by c_k. With a base, Σ c_k − 1 times its terms are subtracted from each
-    sum, so that the tasks of the base count once. Other files are the first checkpoint's.
+    Λ = 0 the mean weighted by c_k. A layer that all have a factor of takes R = Σ c_k R_k, and W
+    where W R = Σ c_k W_k R_k (Jin et al. 2023). With a base, Σ c_k − 1 times its terms are
+    subtracted from each sum, so that the tasks of the base count once. Other files are the first
+    checkpoint's.
 
     Args:
         checkpoints: Folders or repositories on the Hub, each with its Fisher.
@@ -517,8 +527,9 @@ def merge(
         overwrite: Replace an existing output unless it is up to date.
 
     Returns:
-        The folder, the models, the tasks, the Fisher's trace and the offset. If the output is up to
-        date, nothing is done, and the ``status`` is ``cached``.
+        The folder, the models, the tasks, the Fisher's trace, the offset, the factors, and the
+        layers ``without_factors``, which some of the checkpoints have factors of. If the output is
+        up to date, nothing is done, and the ``status`` is ``cached``.
 
     Raises:
         InputError: A checkpoint has no Fisher, is damaged, is of another architecture, or has a
@@ -540,7 +551,7 @@ def remap(
     revision: str | None = None,
     overwrite: bool = False,
 ) -> RemapResult:
-    """Carry Fisher, anchor, saved heads and ledger over to the same weights under other names.
+    """Carry a Fisher with anchor, factors, heads and ledger over to the same weights, renamed.
 
     Tensors are paired by dtype, shape and bytes; several that are alike, such as norms of ones, by
     where the other tensors of their module went, then by the longest common suffix of their names.
@@ -627,9 +638,10 @@ def show(
             layer.
 
     Returns:
-        JSON-ready. A parameter's trace is Σ_i Λ_i; the ``accuracy_matrix`` is None if nothing was
-        measured; ``overlap``, None unless requested, is that of `fisher_overlap` over all
-        parameters of a module.
+        JSON-ready. A parameter's trace is Σ_i Λ_i, and ``factors`` are None where the Fisher is a
+        diagonal alone; the ``accuracy_matrix`` is None if nothing was measured; ``overlap``, None
+        unless requested, is that of `fisher_overlap` of the diagonals, over all parameters of a
+        module.
 
     Raises:
         InputError: There is no Fisher folder, `read_fisher` refuses it, there are no scores for
@@ -703,7 +715,8 @@ def verify(
     Raises:
         InputError: Anything missing, extra, renamed, resized, of another dtype, with other bytes,
             or negative in the Fisher; each finding names the file and the tensor. Or the ledger
-            contradicts itself, the Fisher's traces, or the previous checkpoint.
+            contradicts itself, the Fisher's traces, or the previous checkpoint; or a factor is
+            asymmetric, has a negative eigenvalue, or another trace than the Fisher it stands for.
         NonFiniteError: Values are NaN or infinite, and nothing else is wrong.
     """
     given = locals()
@@ -724,6 +737,7 @@ def push(
     token: str | None = None,
     base_model: Sequence[str] = (),
     fisher_dtype: torch.dtype | str | None = None,
+    structure: str | None = None,
     fisher_only: bool = False,
     dry_run: bool = False,
 ) -> PushResult:
@@ -745,6 +759,8 @@ def push(
         base_model: Model that this one was made from, for the card; several for a merge.
         fisher_dtype: Dtype of the published Fisher; bfloat16 is half as large. One of float32,
             bfloat16. (default: as stored)
+        structure: Structure of the published Fisher; diagonal leaves its factors out. One of
+            diagonal, inputs. (default: as stored)
         fisher_only: Publish the Fisher alone; `base_model` names the weights' repository.
         dry_run: Only list the files that would be sent, with sizes, and which of them the
             repository already has (offline: all files).

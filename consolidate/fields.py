@@ -5,6 +5,7 @@ signatures (`api.py`), the keys of run files, range checks, and what a result is
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import UnionType
@@ -187,7 +188,7 @@ def checked(flat: Flat, value: Any) -> Any:
         named = ", ".join(option.choices)
         raise UsageError(f"{where} {value}: expected {number}one of {named}")
     for number in value if isinstance(value, list | tuple) else [value]:
-        if fits((float,), number) and _outside(option, number):
+        if fits((int, float), number) and _outside(option, number):
             raise UsageError(f"{where} {number}: expected {_range(flat)}")
     if isinstance(value, list):
         return tuple(value)
@@ -210,7 +211,8 @@ def _fits(kind: Any, value: Any) -> bool:
     arguments = get_args(kind)
     if kind in (int, float):
         number = int if kind is int else int | float
-        return isinstance(value, number) and not isinstance(value, bool)
+        wide = kind is float and isinstance(value, int) and abs(value) > sys.float_info.max
+        return isinstance(value, number) and not isinstance(value, bool) and not wide
     if get_origin(kind) is tuple:
         several = isinstance(value, list | tuple) and (bool(value) or arguments[0] is not float)
         return several and all(fits(kinds_of(arguments[0]), one) for one in value)
@@ -238,7 +240,7 @@ def words_of(flat: Flat) -> str:
 def _outside(option: Option, value: float) -> bool:
     bounded = [option.least, option.above, option.most, option.below] != [None] * 4
     return bounded and not (
-        (math.isfinite(value) or (option.infinite and value == math.inf))
+        (isinstance(value, int) or math.isfinite(value) or (option.infinite and value == math.inf))
         and (option.least is None or value >= option.least)
         and (option.above is None or value > option.above)
         and (option.most is None or value <= option.most)

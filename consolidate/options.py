@@ -302,6 +302,22 @@ class Estimation:
 
 
 @dataclass(frozen=True)
+class Curvature:
+    """What of the Fisher is measured, stored and used."""
+
+    TITLE = Estimation.TITLE
+
+    structure: str | None = option(
+        None,
+        "diagonal: a value for each weight. inputs: for each linear or convolutional layer also "
+        "the matrix of its inputs, which the penalty then uses instead; takes up to 4 times the "
+        "memory of the weights.",
+        by_default="that of the earlier tasks, else diagonal",
+        choices=("diagonal", "inputs"),
+    )
+
+
+@dataclass(frozen=True)
 class Measuring:
     """Which Fishers a run measures besides training."""
 
@@ -663,6 +679,7 @@ class FisherOptions:
     parameters: Parameters = part(Parameters())
     dtype: str | None = _dtype()
     estimation: Estimation = part(Estimation())
+    curvature: Curvature = part(Curvature())
     seed: int = _seed()
     add: bool = option(False, "Add the task to the Fisher that CHECKPOINT already has.")
     after: str | Path | None = option(
@@ -724,6 +741,7 @@ class FinetuneOptions:
     search: Search = part(Search())
     penalty: PenaltyOptions = part(PenaltyOptions())
     interpolating: Interpolating = part(Interpolating())
+    curvature: Curvature = part(Curvature())
     estimation: Estimation = part(Estimation(batch_size=None), prefix="fisher_")
     measuring: Measuring = part(Measuring())
     merging: Merging = part(Merging())
@@ -937,6 +955,12 @@ class PushOptions:
         by_default="as stored",
         dtype=True,
         choices=("float32", "bfloat16"),
+    )
+    structure: str | None = option(
+        None,
+        "Structure of the published Fisher; diagonal leaves its factors out.",
+        by_default="as stored",
+        choices=("diagonal", "inputs"),
     )
     fisher_only: bool = option(
         False, "Publish the Fisher alone; --base-model names the weights' repository."

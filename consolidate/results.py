@@ -38,10 +38,12 @@ BaseDigest = Annotated[
     str | None, about("Digest of the base model if the weights are an adapter's.")
 ]
 Anchor = Literal["the weights", "fisher/anchor"]
+FactorAnchor = Literal["the weights", "fisher/factor_anchor"]
 FisherDtype = Literal["F32", "BF16"]
 Descent = Literal["weights", "tasks"]
 Format = Literal["consolidate-fisher"]
 Estimator = Annotated[str, one_of("exact", "mc", "empirical", "batched")]
+Structure = Annotated[str, one_of("diagonal", "inputs")]
 MergeRule = Annotated[str, one_of("online", "separate")]
 PenaltyOn = Annotated[
     Annotated[str, one_of("adapter", "merged")] | None,
@@ -74,6 +76,13 @@ class MeasuredLayer(TypedDict):
     relative_error: Annotated[float | None, about("Standard error of the trace over the trace.")]
 
 
+class FactorTotals(TypedDict):
+    """The matrices beside a Fisher."""
+
+    layers: Annotated[int, about("Layers that have one.", ge=0)]
+    bytes: Bytes
+
+
 class MeasuredFisher(TypedDict):
     """The Fisher of one task, as measured."""
 
@@ -86,6 +95,8 @@ class MeasuredFisher(TypedDict):
     units: Annotated[int, about("Examples, or predicted tokens.", ge=0)]
     parameters: Annotated[int, about("Number of measured values.", ge=0)]
     trace: Annotated[float, about("Sum of the values of the task's Fisher.")]
+    structure: Structure
+    factors: Annotated[FactorTotals | None, about("Of all tasks; null with the diagonal alone.")]
     layers: dict[str, MeasuredLayer]
     methods: NotRequired[
         Annotated[
@@ -135,6 +146,7 @@ class PassCost(TypedDict):
     """What a pass over data takes."""
 
     estimator: Estimator
+    structure: Structure
     examples: Count
     parameters: Count
     seconds_per_example: float
@@ -355,6 +367,10 @@ class MergeResult(_Of):
     trace: float
     penalty_offset: float
     anchor: Anchor
+    factors: Annotated[FactorTotals | None, about("Null with the diagonal alone.")]
+    without_factors: Annotated[
+        list[str], about("Weights that some of the models, not all, have a factor of.")
+    ]
 
 
 class RemapResult(_Of):
@@ -470,6 +486,32 @@ class FisherTotals(WeightsTotals):
     trace: float
 
 
+Share = Annotated[float, about("Share of the whole trace, 0 to 1.", ge=0, le=1)]
+
+
+class Factor(TypedDict):
+    """A matrix beside the diagonal."""
+
+    name: str
+    matrix: Annotated[str, about("Its kind: R, A or G.")]
+    size: Annotated[int, about("Rows, and columns.", ge=1)]
+    bytes: Bytes
+    parameters: Annotated[list[str], about("The parameters that it stands for.")]
+    share: Share
+
+
+class ShownFactors(WeightsTotals):
+    """All matrices beside the diagonal, and what they protect in its place."""
+
+    bytes: Bytes
+    dtype: FisherDtype
+    values: Annotated[int, about("Weights that they protect.", ge=0)]
+    share: Share
+    anchor: FactorAnchor
+    offset: Annotated[float, about("In place of penalty_offset where they are used.")]
+    matrices: list[Factor]
+
+
 class Parameter(TypedDict):
     """How strongly a parameter is protected."""
 
@@ -478,7 +520,8 @@ class Parameter(TypedDict):
     trace: float
     mean: float
     max: float | None
-    share: Annotated[float, about("Share of the whole trace, 0 to 1.", ge=0, le=1)]
+    share: Share
+    factor: Annotated[str | None, about("The matrix that stands for it; null: its diagonal does.")]
 
 
 class LayerOverlap(TypedDict):
@@ -492,7 +535,7 @@ _With = TypedDict("_With", {"with": str})  # no field of a class can be called s
 
 
 class Overlap(_With):
-    """How far this Fisher and that of another checkpoint lie on the same weights."""
+    """How far this diagonal and that of another checkpoint lie on the same weights."""
 
     layers: list[LayerOverlap]
     left_out: list[str]
@@ -508,6 +551,7 @@ class ShowResult(_Of):
     penalty_offset: float
     tasks: list[Task]
     fisher: FisherTotals
+    factors: ShownFactors | None
     weights: WeightsTotals
     base: BaseDigest
     anchor: Anchor
@@ -543,6 +587,7 @@ class VerifyResult(_Of):
     fisher: TensorSet
     anchor: NotRequired[TensorSet]
     factors: NotRequired[TensorSet]
+    factor_anchor: NotRequired[TensorSet]
     heads: dict[str, TensorSet]
     other_files: list[str]
     later: NotRequired[

@@ -12,10 +12,12 @@ when the process ends.
 import ctypes
 import errno
 import fcntl
+import glob
 import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,6 +36,7 @@ _PUBLISH = ".consolidate-publish"
 _LOCK = ".consolidate-lock"
 _PARTIAL = ".consolidate-partial"
 _CLAIM = ".consolidate-claim"
+_TEMPORARY = ".consolidate-tmp"
 _NOT_CONTENT = {_NEW, _OLD, _COMMIT, _PUBLISH, _LOCK, _CLAIM, "lost+found"}
 
 _READS = 5  # of a folder that is replaced again and again
@@ -169,21 +172,23 @@ def _identity(path: Path) -> list[tuple[int, int, int] | None]:
 def write_file(path: Path, data: bytes | str) -> None:
     """Write a file atomically: into a temporary sibling, synced, then renamed to the path.
 
-    Links are followed, missing parents are created, and text is stored as UTF-8.
+    Links are followed, missing parents are created, and text is stored as UTF-8. Temporary siblings
+    of this path that killed commands left are removed.
     """
     path = Path(os.path.realpath(path))
     content = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.consolidate-tmp")
-    with _explained(path, _FORBIDDEN), explain_full_disk(path, len(content)):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
+    with _explained(path, _FORBIDDEN), explain_full_disk(path, len(content)), ExitStack() as moment:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        moment.callback(temporary.unlink, missing_ok=True)
+        lock = _lock_soon(temporary, moment)  # a sibling that is not locked was left
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+        if lock is _Lock.TAKEN:
+            _remove_stale(path.parent, f".{glob.escape(path.name)}.*{_TEMPORARY}")
         _sync(path.parent)
 
 
@@ -343,21 +348,37 @@ def _claim(place: _Place, cleanup: ExitStack) -> None:
             )
         with suppress(OSError):  # where files cannot be locked, or the disk is full
             if place.claim.exists():
-                place.claim.write_text(str(os.getpid()))
-        _remove_stale_claims(place.claim.parent)
+                write = os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+                with open(os.open(place.claim, write), "w") as claim:
+                    claim.write(str(os.getpid()))
+        _remove_stale(place.claim.parent, f".*{_CLAIM}")
 
 
-def _remove_stale_claims(folder: Path) -> None:
-    """Remove the claims in a folder that killed commands left: nobody locks them."""
-    for path in folder.glob(f".*{_CLAIM}"):
-        with suppress(OSError), ExitStack() as moment:
+def _remove_stale(folder: Path, pattern: str) -> None:
+    """Remove the files in a folder that killed commands left: nobody locks them."""
+    for path in folder.glob(pattern):
+        with suppress(OSError, InputError), ExitStack() as moment:
             _lock(path, moment)
+
+
+def _is_own_file(path: Path) -> bool:
+    """Say whether a file has no other name; one that was just removed counts as such."""
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        return not stat.S_ISREG(found.st_mode) or found.st_nlink < 2
+    return True
 
 
 def _lock(path: Path, cleanup: ExitStack) -> _Lock:
     """Take the lock file until `cleanup` closes, if nobody holds it."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # A stranger's checkpoint may bring a link of this name, to a file of the user's.
+        if path.is_symlink() or (path.exists() and not _is_own_file(path)):
+            raise InputError(
+                f"{path} is a link: expected a file that only this folder holds; remove it"
+            )
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -37,6 +37,8 @@ from formats.tensors import (
 
 LEDGER_NAME = "fisher.json"
 METADATA_KEY = FORMAT
+SETS = ("fisher", "anchor", "factors", "factor_anchor")
+"""The sets of tensors that have files of their kind's name."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class StoredFisher:
     """An open Fisher folder: its ledger, and its tensors, each read on access.
 
     `fisher` is Λ by the names of the weights file; `anchor` is μ by the same names, None where it
-    equals the weights; `factors` are matrices by the ledger's block names; `heads` are by task.
+    equals the weights; `factors` are matrices by the ledger's block names, `factor_anchor` what
+    their penalty is around, None where it equals the weights; `heads` are by task.
     """
 
     folder: Path
@@ -53,6 +56,7 @@ class StoredFisher:
     anchor: TensorFiles | None
     heads: dict[str, TensorFiles] = field(default_factory=dict)
     factors: TensorFiles | None = None
+    factor_anchor: TensorFiles | None = None
 
 
 def write_fisher(
@@ -63,13 +67,14 @@ def write_fisher(
     anchor: Mapping[str, Tensor] | None = None,
     heads: Mapping[str, Mapping[str, Tensor]] | None = None,
     factors: Mapping[str, Tensor] | None = None,
+    factor_anchor: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Ledger:
     """Write a Fisher folder after checking all of it, and return the ledger as written.
 
-    Λ and factors are stored in `dtype`, float32 or bfloat16, an anchor in float32. The records of
-    all tensors but the weights are computed here.
+    Λ is stored in `dtype`, float32 or bfloat16, factors and anchors in float32. The records of all
+    tensors but the weights are computed here.
     """
     heads = heads or {}
     if dtype_name(dtype) not in FISHER_DTYPES:
@@ -81,26 +86,28 @@ def write_fisher(
         raise InputError(
             f"the ledger lists a head of task {min(lost)!r}, but `heads` has none; pass its tensors"
         )
-    if factors is None and ledger.factors is not None:
-        raise InputError("the ledger lists factors, but `factors` is None; pass their tensors")
+    sets: dict[str, tuple[Mapping[str, Tensor] | None, torch.dtype, str, dict[str, bool]]] = {
+        "fisher": (fisher, dtype, "Fisher", {"not_negative": True}),
+        "anchor": (anchor, torch.float32, "anchor", {}),
+        # Rounded to bfloat16 they would have negative eigenvalues, which push weights away.
+        "factors": (factors, torch.float32, "factor", {"symmetric": True}),
+        "factor_anchor": (factor_anchor, torch.float32, "factor anchor", {}),
+    }
+    for kind in ("factors", "factor_anchor"):
+        if sets[kind][0] is None and getattr(ledger, kind) is not None:
+            raise InputError(f"the ledger lists {kind}, but `{kind}` is None; pass their tensors")
     where = final_path(folder)
-    what = f"{where}: the factor"
-    ledger = replace(
-        ledger,
-        fisher=_measured(fisher, dtype, f"{where}: the Fisher", not_negative=True),
-        anchor=None if anchor is None else _measured(anchor, torch.float32, f"{where}: the anchor"),
-        factors=None if factors is None else _measured(factors, dtype, what, symmetric=True),
-        heads={task: _measured(head, None, f"{where}: {task}") for task, head in heads.items()},
-    )
+    records: dict[str, Any] = {
+        kind: None if t is None else _measured(t, cast, f"{where}: the {what}", **checks)
+        for kind, (t, cast, what, checks) in sets.items()
+    }
+    records["heads"] = {t: _measured(head, None, f"{where}: {t}") for t, head in heads.items()}
+    ledger = replace(ledger, **records)
     data = ledger_bytes(ledger, str(where / LEDGER_NAME))
     of = needed_version(ledger), set_digest(ledger.weights)
 
     folder.mkdir(exist_ok=True)
-    for stem, tensors, cast in (
-        ("fisher", fisher, dtype),
-        ("anchor", anchor, torch.float32),
-        ("factors", factors, dtype),
-    ):
+    for stem, (tensors, cast, *_) in sets.items():
         if tensors is not None:
             write_tensors(
                 folder,
@@ -127,7 +134,8 @@ def read_fisher(folder: str | Path) -> StoredFisher:
         folder: ``CHECKPOINT/fisher``.
 
     Returns:
-        The ledger, and Λ, μ, factors and heads by name, each tensor read on access.
+        The ledger, and Λ, μ, factors with their anchor and heads by name, each tensor read on
+        access.
 
     Raises:
         InputError: The folder or a file is missing, a file does not belong, the version is unknown,
@@ -152,12 +160,12 @@ def _read(folder: Path) -> StoredFisher:
         check_link(folder.parent, folder)
     check_link(folder, folder / LEDGER_NAME)
     ledger = read_ledger(folder / LEDGER_NAME)
-    fisher = open_tensors(folder, "fisher")
-    anchor = None if ledger.anchor is None else open_tensors(folder, "anchor")
-    factors = None if ledger.factors is None else open_tensors(folder, "factors")
+    sets: dict[str, Any] = {
+        kind: None if getattr(ledger, kind) is None else open_tensors(folder, kind) for kind in SETS
+    }
     check_link(folder, folder / "heads")
     heads = {task: open_tensors(folder / "heads", task) for task in ledger.heads}
-    stored = StoredFisher(folder, ledger, fisher, anchor, heads, factors)
+    stored = StoredFisher(folder, ledger, heads=heads, **sets)
     _check_files(stored)
     of = needed_version(ledger), set_digest(ledger.weights)
     for kind, tensors, records in tensor_sets(stored):
@@ -170,7 +178,7 @@ def _read(folder: Path) -> StoredFisher:
 
 def tensor_sets(stored: StoredFisher) -> Iterator[tuple[str, TensorFiles, dict[str, TensorRecord]]]:
     """Yield every set of tensors of the folder: its kind, the tensors and the ledger's records."""
-    for kind in ("fisher", "anchor", "factors"):
+    for kind in SETS:
         if (tensors := getattr(stored, kind)) is not None:
             yield kind, tensors, getattr(stored.ledger, kind)
     for task, head in stored.heads.items():
@@ -211,9 +219,7 @@ def under_other_names(
     )
 
 
-def check_intact(
-    stored: StoredFisher, *, kinds: Collection[str] = ("fisher", "anchor", "factors", "head")
-) -> None:
+def check_intact(stored: StoredFisher, *, kinds: Collection[str] = (*SETS, "head")) -> None:
     """Refuse tensors of the folder whose bytes differ from the ledger's digests; all are read."""
     for kind, tensors, records in tensor_sets(stored):
         if kind in kinds and (lines := differences(records, weight_records(tensors))):

@@ -30,10 +30,12 @@ UNKNOWN = "unknown"
 """The penalty of a task that another program trained."""
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_SETS = ("weights", "fisher", "anchor", "factors")
+_SETS = ("weights", "fisher", "anchor", "factors", "factor_anchor")
 _SECOND = (
     "factors",
     "blocks",
+    "factor_anchor",
+    "factor_offset",
     "loss_on",
     "max_length",
     "weight_by",
@@ -183,6 +185,8 @@ class Ledger:
     anchor: dict[str, TensorRecord] | None = None
     factors: dict[str, TensorRecord] | None = None
     blocks: dict[Text, Block] | None = None
+    factor_anchor: dict[str, TensorRecord] | None = None  # None: the weights, as for the anchor
+    factor_offset: NotNegative | None = None  # None: the penalty offset
     heads: dict[Text, dict[str, TensorRecord]] = field(default_factory=dict)
     versions: dict[Text, Text] = field(default_factory=dict)
     base: Hex | None = None
@@ -211,6 +215,11 @@ def copies(ledger: Ledger) -> dict[str, str]:
         for name, why in ledger.unprotected.items()
         if why.startswith(SAME_AS) and (first := why.removeprefix(SAME_AS)) in ledger.weights
     }
+
+
+def covered(blocks: Mapping[str, Block]) -> set[str]:
+    """Name the parameters that matrices cover."""
+    return {name for block in blocks.values() for name in block.parameters}
 
 
 def needed_version(ledger: Ledger) -> int:
@@ -451,6 +460,7 @@ def _faults(ledger: Ledger) -> Iterator[str]:
                 "names in both"
             )
     yield from _faults_of_blocks(ledger)
+    yield from _faults_of_factor_penalty(ledger)
 
 
 def _faults_of_names(ledger: Ledger) -> Iterator[str]:
@@ -496,7 +506,7 @@ def _faults_of_blocks(ledger: Ledger) -> Iterator[str]:
         yield "expected the same names in factors and blocks"
     if ledger.factors is not None and len({record.dtype for record in factors.values()}) != 1:
         yield "$.factors: expected at least one tensor, and one dtype for all"
-    covered: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str]] = set()
     for name, block in blocks.items():
         where, record = f"$.blocks[{shown(name)}]", factors[name]
         if list(block.dims) != sorted(set(block.dims)):
@@ -506,15 +516,30 @@ def _faults_of_blocks(ledger: Ledger) -> Iterator[str]:
         for parameter in block.parameters:
             if parameter not in ledger.fisher:
                 yield f"{where}.parameters: {shown(parameter)} has no Fisher"
-            if (block.matrix, parameter) in covered:
+            if (block.matrix, parameter) in seen:
                 yield f"{where}: {shown(parameter)} has two matrices {block.matrix}"
-            covered.add((block.matrix, parameter))
+            seen.add((block.matrix, parameter))
         sizes = _block_sizes(block, [ledger.fisher[p].shape for p in block.parameters])
         if not sizes:
             yield f"{where}: expected a parameter with the dimensions {list(block.dims)}"
         for size in sizes:
             if record.shape != (size, size):
                 yield f"{where}: expected the shape {[size, size]}, found {list(record.shape)}"
+
+
+def _faults_of_factor_penalty(ledger: Ledger) -> Iterator[str]:
+    """Yield an anchor or an offset that no factor needs, and an anchor of other parameters."""
+    if ledger.blocks is None:
+        for name in ("factor_anchor", "factor_offset"):
+            if getattr(ledger, name) is not None:
+                yield f"$.{name}: expected it only where there are factors"
+    elif ledger.factor_anchor is not None:
+        yield from _faults_of_set(ledger, ledger.factor_anchor, "factor_anchor", ("F32",))
+        for name in sorted(covered(ledger.blocks) ^ ledger.factor_anchor.keys()):
+            yield (
+                f"the tensor {shown(name)} is in only one of factor_anchor and the parameters of "
+                "blocks: expected the same names in both"
+            )
 
 
 def _block_sizes(block: Block, shapes: list[tuple[int, ...]]) -> set[int]:

@@ -24,9 +24,9 @@ from formats.wording import neighbours
 
 LOG = logging.getLogger("consolidate")
 
-FISHER = ("fisher/*", "fisher*.json", "fisher*.safetensors", "anchor*", "factors*", "heads/*")
+FISHER = ("fisher/*", "fisher*.json", "fisher*.safetensors", "anchor*", "factor*", "heads/*")
 """The files of a Fisher; they are at the root of a repository that contains nothing else."""
-VALUES = ("fisher/fisher*.safetensors*", "fisher/anchor*", "fisher/factors*")
+VALUES = ("fisher/fisher*.safetensors*", "fisher/anchor*", "fisher/factor*")
 """Those of them that are as large as the weights."""
 
 OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "*.gguf"]

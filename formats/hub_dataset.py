@@ -190,6 +190,8 @@ def open_saved(folder: Path, *, split: str | None = None) -> HubRows:
     datasets = _import_datasets(str(folder))
     try:
         loaded = datasets.load_from_disk(folder)
+        for rows in loaded.values() if isinstance(loaded, dict) else [loaded]:
+            rows.data.validate(full=True)  # damaged offsets would be read beyond the memory
     except Exception as error:
         raise InputError(
             f"{folder} cannot be opened as a dataset saved by datasets ({first_line(error)}); save "

@@ -111,6 +111,7 @@ def renamed(ledger: Ledger, names: Mapping[str, str]) -> Ledger:
         fisher=of(ledger.fisher),
         anchor=None if ledger.anchor is None else of(ledger.anchor),
         blocks=blocks or None,
+        factor_anchor=None if ledger.factor_anchor is None else of(ledger.factor_anchor),
         heads={task: of(head) for task, head in ledger.heads.items()},
     )
 

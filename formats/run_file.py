@@ -12,7 +12,7 @@ from formats.conversion import converted
 from formats.errors import InputError
 from formats.fields import Text
 from formats.fisher_json import TaskName
-from formats.task_file import read_toml, refuse_unknown, resolve
+from formats.task_file import expanded, read_toml, refuse_unknown, resolve
 
 
 class RunTask(Struct, frozen=True):
@@ -58,7 +58,7 @@ def read_run_file(path: Path, options: Collection[str]) -> RunFile:
         for number, task in enumerate(tasks, 1)
     ]
     if (output := content.get("output-dir")) and isinstance(output, str):
-        content["output-dir"] = folder / Path(output).expanduser()
+        content["output-dir"] = folder / expanded(output, f"{path}: output-dir: ")
     run = converted({"path": path, **content}, RunFile, str(path))
     refuse_unknown(f"{path}, [defaults]", run.defaults, options)
     if run.start is not None and run.config is not None:

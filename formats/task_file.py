@@ -76,15 +76,23 @@ def refuse_unknown(where: str, found: Iterable[str], known: Collection[str]) -> 
             raise InputError(f"{where}: unknown key {key!r}; {hint}")
 
 
+def expanded(path: str, where: str = "") -> Path:
+    """Return a path with the user's home folder in place of ~; InputError for an unknown user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{where}{path[:80]!r} is not a valid path: {error}") from None
+
+
 def resolve(data: str, folder: Path) -> str:
     """Resolve a path, Hub id or benchmark in a file; a path is relative to the file's folder."""
     if (task := benchmark_task(data)) is not None:
-        return f"{PREFIX}{folder / Path(task).expanduser()}" if is_task_file(task) else data
+        return f"{PREFIX}{folder / expanded(task)}" if is_task_file(task) else data
     try:
-        local = folder / Path(data).expanduser()
+        local = folder / expanded(data)
         if not local.exists() and _looks_like_hub_id(data):
             return data
-    except (OSError, RuntimeError) as error:  # too long, or the home of an unknown user
+    except OSError as error:  # too long
         raise InputError(f"{data[:80]!r} is not a valid path: {error}") from None
     if "\0" in data:
         raise InputError(f"{data[:80]!r} is not a valid path: it contains a NUL")

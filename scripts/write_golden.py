@@ -132,6 +132,20 @@ def factors() -> tuple[dict[str, Tensor], dict[str, Block]]:
     return {name: column @ column.T for name, column in values.items()}, blocks
 
 
+def input_factors() -> tuple[dict[str, Tensor], dict[str, Block]]:
+    """Give the matrices that a penalty uses: each has the trace that Λ has over its parameters."""
+    measured, found = fisher(), {}
+    blocks = {
+        "hidden.weight.R": Block("R", (1,), ("hidden.weight", "hidden.bias")),
+        "output.weight.R": Block("R", (1,), ("output.weight",)),
+    }
+    for name, block in blocks.items():
+        weight, *bias = (measured[parameter] for parameter in block.parameters)
+        diagonal = torch.cat([weight.sum(0), *(values.sum()[None] for values in bias)])
+        found[name] = torch.full((len(diagonal),) * 2, 0.125).fill_diagonal_(0) + diagonal.diag()
+    return found, blocks
+
+
 def write(
     folder: Path,
     ledger: Ledger,
@@ -140,6 +154,7 @@ def write(
     anchor: dict[str, Tensor] | None = None,
     heads: dict[str, dict[str, Tensor]] | None = None,
     factors: dict[str, Tensor] | None = None,
+    factor_anchor: dict[str, Tensor] | None = None,
     max_shard_size: int = 10**9,
     stem: str = "model",
 ) -> None:
@@ -164,6 +179,7 @@ def write(
         anchor=anchor,
         heads=heads,
         factors=factors,
+        factor_anchor=factor_anchor,
         dtype=dtype,
         max_shard_size=max_shard_size,
     )
@@ -215,6 +231,20 @@ def write_all(folder: Path) -> None:
         ),
         factors=matrices,
         max_shard_size=100,
+    )
+    matrices, blocks = input_factors()
+    write(
+        folder / "version-2-factors",
+        Ledger(
+            [first_task(), second_task()],
+            merge_rule="separate",
+            penalty_offset=0.03125,
+            blocks=blocks,
+            factor_offset=0.046875,
+        ),
+        anchor=mu,
+        factors=matrices,
+        factor_anchor={name: values * 0.25 for name, values in mu.items()},
     )
     write(folder / "version-2-task", Ledger([first_task(), unmeasured_task()]))
 

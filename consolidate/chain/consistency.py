@@ -45,7 +45,9 @@ def contradictions(ledger: Ledger, traces: Mapping[str, float]) -> list[str]:
         whole = 2 if (ledger.merge_rule, ledger.gamma) == ("online", 1.0) else 1
         least = math.fsum(parts[-1:] if name in fresh else parts[-whole:])
         most = math.fsum(parts) if all_known else math.inf
-        slack = len(parts) * _ROUNDING[ledger.fisher[name].dtype] * max(trace, least) + _TINY
+        # An earlier task may have been stored in bfloat16 and continued in float32.
+        dtype = ledger.fisher[name].dtype if len(parts) == 1 else "BF16"
+        slack = len(parts) * _ROUNDING[dtype] * max(trace, least) + _TINY
         if not least - slack <= trace <= most + slack:
             expected = f"{least:.6g}" if least == most else f"{least:.6g} to {most:.6g}"
             lines.append(

@@ -15,7 +15,7 @@ from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.digest import set_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import StoredFisher
-from formats.fisher_json import UNKNOWN
+from formats.fisher_json import UNKNOWN, covered
 from formats.hub import locate
 from formats.tensors import Overlaid, shape_of
 from formats.wording import few
@@ -60,7 +60,13 @@ class Origin:
             )
         rest = [name for name in old if name not in stored.fisher]
         anchor: Mapping[str, Tensor] = stored.anchor or Overlaid(old, without=rest)
-        chain = FittedChain(stored.ledger, stored.fisher, anchor, stored.heads)
+        of_factors: Mapping[str, Tensor] | None = stored.factor_anchor
+        if stored.factors is not None and of_factors is None:
+            alone = set(old) - covered(stored.ledger.blocks or {})
+            of_factors = Overlaid(old, without=alone)
+        chain = FittedChain(
+            stored.ledger, stored.fisher, anchor, stored.heads, stored.factors, of_factors
+        )
         if (task := pending_task(stored)) is not None:
             LOG.info("%s was not measured, and stays so: its Fisher is not part of Λ", task.name)
         if saved := {name: old[name] for name in head if name in old}:

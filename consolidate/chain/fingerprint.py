@@ -23,7 +23,7 @@ from formats.rows import Rows, file_digest, listing_digest
 from formats.task_file import TaskFile, open_task
 from formats.versions import program_versions
 
-SETTLED = ("task", "norm_statistics", "device", "merge_rule", "gamma", "processes")
+SETTLED = ("task", "norm_statistics", "device", "merge_rule", "gamma", "structure", "processes")
 """Options that are known only once the checkpoint is open, and the number of processes."""
 
 
@@ -52,6 +52,7 @@ class Inputs:
     task_file: TaskFile
     rows: Rows
     merging: Merging
+    structure: str  # of what is measured
 
     @property
     def tasks(self) -> list[TaskRecord]:
@@ -88,6 +89,7 @@ class Inputs:
         settled["device"] = best_device(options.source.device).type
         settled["processes"] = place_in(all_processes())[1]
         settled |= {"merge_rule": self.merging.merge_rule, "gamma": self.merging.gamma}
+        settled["structure"] = self.structure
         assert settled.keys() <= set(SETTLED)
         return {**wanted, "checkpoint": checkpoint, "options": wanted["options"] | plain(settled)}
 

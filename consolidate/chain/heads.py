@@ -6,7 +6,7 @@ With a head per task the trunk is shared and protected, and the heads of earlier
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from consolidate.chain.factors import offset_with_factors, penalty_of_blocks, without_blocks
 from consolidate.chain.tasks import Chain, FittedChain
 from consolidate.data.columns import label_column
 from consolidate.data.labels import (
@@ -27,6 +28,7 @@ from consolidate.models.model import Model, file_weights, with_full_names
 from consolidate.options import Columns
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
+from formats.fisher_json import covered
 from formats.renaming import renamed
 from formats.rows import Rows
 from formats.tensors import Overlaid, Renamed, dtype_of, shape_of
@@ -245,20 +247,34 @@ def _with_new_head(load: Load, fitted: Fitted, head: list[str], names: list[str]
 def with_saved_head(before: Chain, head: Mapping[str, Tensor]) -> FittedChain:
     """Save the head in the weights for the tasks that use it; it is no longer part of Λ and μ."""
     offset, anchor = before.ledger.penalty_offset, before.anchor
+    factor_offset = None
+    left = without_blocks(before, head)
+    if before.factors is not None:
+        factor_offset = offset_with_factors(before.ledger)
+        alone = [name for name in head if name not in covered(before.ledger.blocks or {})]
+        factor_offset += _penalty_of(before, head, alone) + penalty_of_blocks(before, head)
     if anchor is not None:
         # The saved head no longer moves, so its part of the penalty is constant.
-        offset += 0.5 * math.fsum(
-            float((before.fisher[n].double() * (head[n].double() - anchor[n]) ** 2).sum())
-            for n in head
-            if n in before.fisher
-        )
+        offset += _penalty_of(before, head, head)
         anchor = Overlaid(anchor, without=head)
     users = [task.name for task in before.ledger.tasks if task.name not in before.heads]
+    offsets = {"penalty_offset": offset, "factor_offset": factor_offset}
     return FittedChain(
-        replace(before.ledger, penalty_offset=offset),
-        Overlaid(before.fisher, without=head),
-        anchor,
-        {**before.heads, **dict.fromkeys(users, head)},
+        fisher=Overlaid(before.fisher, without=head),
+        anchor=anchor,
+        heads={**before.heads, **dict.fromkeys(users, head)},
+        **{**left, "ledger": replace(left["ledger"], **offsets)},
+    )
+
+
+def _penalty_of(before: Chain, head: Mapping[str, Tensor], names: Collection[str]) -> float:
+    """Return Σ ½ Λ (θ − μ)² over some tensors of a head."""
+    if (anchor := before.anchor) is None:
+        return 0.0
+    return 0.5 * math.fsum(
+        float((before.fisher[n].double() * (head[n].double() - anchor[n]) ** 2).sum())
+        for n in names
+        if n in before.fisher
     )
 
 
@@ -321,7 +337,8 @@ def _widened(
         new = {name: weights[name][count:] for name, count in rows.items() if name in chain.fisher}
         fisher = _longer(chain.fisher, {at: torch.zeros_like(new[at]) for at in new})
         anchor = None if chain.anchor is None else _longer(chain.anchor, new)
-        chain = FittedChain(chain.ledger, fisher, anchor, chain.heads)
+        left = without_blocks(chain, rows, "it has new rows")
+        chain = FittedChain(fisher=fisher, anchor=anchor, heads=chain.heads, **left)
     return Fitted(wide, chain, {**fitted.free, **rows})
 
 
@@ -388,6 +405,8 @@ def _with_names(chain: Chain, names: Mapping[str, str]) -> FittedChain:
         of(chain.fisher),
         None if chain.anchor is None else of(chain.anchor),
         {task: of(head) for task, head in chain.heads.items()},
+        chain.factors,
+        None if chain.factor_anchor is None else of(chain.factor_anchor),
     )
 
 

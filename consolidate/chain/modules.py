@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from consolidate.chain.claims import refuse_changed
 from consolidate.chain.elsewhere import open_origin
+from consolidate.chain.factors import module_factors
 from consolidate.chain.opening import stored_fisher, with_base, with_fisher
 from consolidate.chain.output import refuse_existing
 from consolidate.chain.tasks import Chain, add_task, check_held_once, task_name
@@ -24,12 +25,12 @@ from consolidate.models.lora import (
 )
 from consolidate.models.model import Model, file_weights, layout_of
 from consolidate.models.objectives import get_objective
-from consolidate.models.tensor_names import NAME, Layout
+from consolidate.models.tensor_names import NAME
 from consolidate.options import Merging
 from formats.atomic import claimed_in_place, replace_folder
 from formats.checkpoint import open_checkpoint
 from formats.errors import InputError, UsageError
-from formats.fisher_folder import LEDGER_NAME, StoredFisher, write_fisher
+from formats.fisher_folder import LEDGER_NAME
 from formats.fisher_json import Block, Ledger, check_task_name, read_ledger
 from formats.hub import locate
 
@@ -89,7 +90,7 @@ def load_penalty(
     storage: dict[str, Any] = {"ewc_lambda": ewc_lambda, "dtype": dtype, "device": device}
     factors = None
     if structure != "diagonal":
-        factors = _module_factors(stored, layout, source.weights)
+        factors = module_factors(stored, layout, source.weights)
     if structure == "inputs" and factors is None:
         raise InputError(
             f"{stored.folder} has no factors that fit the module: measure the Fisher with "
@@ -105,40 +106,6 @@ def load_penalty(
             f"{stored.folder} protects no trainable parameter of the module: unfreeze some"
         )
     return penalty
-
-
-def _module_factors(
-    stored: StoredFisher, layout: Layout, weights: Mapping[str, Tensor]
-) -> dict[str, Any] | None:
-    """Give the arguments of a `BlockPenalty` that are stored factors, by the module's names.
-
-    A layer whose tensors the module has in another form keeps the diagonal, and so do all where the
-    matrices are of another kind than R. None where no layer has factors.
-    """
-    factors: dict[str, Tensor] = {}
-    blocks: dict[str, Block] = {}
-    around: dict[str, Tensor] = {}
-    for name, block in (stored.ledger.blocks or {}).items():
-        assert stored.factors is not None
-        # The weight before its bias.
-        parameters = sorted(block.parameters, key=lambda at: len(stored.fisher.shape(at)) < 2)
-        names = [layout.module_names(at) for at in parameters]
-        alone = [at[0] for at in names if len(at) == 1 and len(layout.file_names(at[0])) == 1]
-        if block.matrix != "R" or len(alone) < len(names):
-            continue
-        where = getattr(stored, "factor_anchor", None) or weights
-        tensors = {at: where[at] for at in parameters}
-        loaded = layout.to_module(tensors)
-        if any(loaded[at] is not mu for at, mu in zip(alone, tensors.values(), strict=True)):
-            continue  # converted
-        around |= loaded
-        factors[f"{alone[0]}.R"] = stored.factors[name]
-        blocks[f"{alone[0]}.R"] = Block("R", block.dims, tuple(alone))
-    if not blocks:
-        return None
-    offset = getattr(stored.ledger, "factor_offset", None)
-    offset = stored.ledger.penalty_offset if offset is None else offset
-    return {"factors": factors, "blocks": blocks, "factor_anchor": around, "offset": offset}
 
 
 def _merged_penalty(
@@ -260,12 +227,11 @@ def store_fisher(
         if origin is not None:
             before, training = origin.chain(model), origin.training()
             task_name(task, "", before)  # refuses one that the ledger has
-        merged, anchor, ledger = add_task(
+        added = add_task(
             before, model, source.weights, diagonal, name=task, training=training, merging=merging
         )
-        heads = None if before is None else before.heads
         with replace_folder(target, overwrite=overwrite) as staging:
-            ledger = write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
+            ledger = added.write(staging)
             refuse_changed(source.path, ledger.weights, source.path)
         return ledger
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from consolidate.chain.factor_consistency import check_factors
 from formats.atomic import unreplaced
 from formats.checkpoint import ADAPTER_CONFIG, Checkpoint, open_checkpoint, weight_records
 from formats.digest import set_digest
@@ -47,6 +48,7 @@ def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
     check_kind(stored, source)
     check_base(stored.ledger, folder, source)
     check_intact(stored)
+    check_factors(stored)  # a negative eigenvalue would push the weights away
     return stored
 
 

@@ -1,5 +1,6 @@
 """Add a task to a chain: its name, the merged Fisher, the new ledger."""
 
+import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consolidate.chain.factors import (
+    Factors,
+    MergedFactors,
+    check_continued,
+    factors_of,
+    measured_factors,
+    merged_factors,
+    offset_with_factors,
+)
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.ewc.fisher_merging import merge_online, merge_separate
 from consolidate.ewc.overlap import fisher_overlap
@@ -18,7 +28,7 @@ from consolidate.options import Merging
 from formats.checkpoint import weight_records
 from formats.digest import TensorRecord, dtype_name, set_digest
 from formats.errors import InputError, UsageError
-from formats.fisher_folder import StoredFisher
+from formats.fisher_folder import StoredFisher, write_fisher
 from formats.fisher_json import (
     BenchmarkRecord,
     Interpolation,
@@ -30,6 +40,9 @@ from formats.fisher_json import (
 )
 from formats.tensors import shape_of
 from formats.versions import program_versions
+from formats.wording import few
+
+LOG = logging.getLogger("consolidate")
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,41 @@ class FittedChain:
     fisher: Mapping[str, Tensor]
     anchor: Mapping[str, Tensor] | None
     heads: Mapping[str, Mapping[str, Tensor]]
+    factors: Mapping[str, Tensor] | None = None
+    factor_anchor: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The Fisher of all tasks; an anchor is None where it is the weights."""
+
+    fisher: Mapping[str, Tensor]
+    anchor: Mapping[str, Tensor] | None
+    offset: float
+    factors: MergedFactors | None = None
+    factor_offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Added:
+    """A chain with a new task, as it is to be written."""
+
+    ledger: Ledger
+    merged: Merged
+    heads: Mapping[str, Mapping[str, Tensor]]
+
+    def write(self, folder: Path) -> Ledger:
+        """Write the Fisher folder, and return the ledger as written."""
+        factors = self.merged.factors
+        return write_fisher(
+            folder,
+            self.merged.fisher,
+            self.ledger,
+            anchor=self.merged.anchor,
+            heads=self.heads,
+            factors=None if factors is None else factors.matrices,
+            factor_anchor=None if factors is None else factors.anchor,
+        )
 
 
 Chain = StoredFisher | FittedChain
@@ -113,8 +161,8 @@ def add_task(
     training: Training | None = None,
     encoded: Encoded | None = None,
     merging: Merging | None = None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, Ledger]:
-    """Merge a task's Fisher into the chain so far: Λ, μ or None where it is the weights, ledger.
+) -> Added:
+    """Merge a task's Fisher into the chain so far.
 
     The last task of the chain, if it has this name, is measured now: it is merged as its training
     asked, and keeps what is recorded of it.
@@ -125,8 +173,6 @@ def add_task(
         asked = Merging(task_weight=pending.weight_by or pending.weight)
         tasks, merging = tasks[:-1], settled_merging(before, asked)
     merging = settled_merging(before, merging or Merging())
-    rule, gamma = str(merging.merge_rule), float(merging.gamma or 0)
-    total = past.fisher
     fisher = {} if diagonal is None else model.layout.to_file(diagonal)
     record = TaskRecord(
         name=name,
@@ -147,41 +193,119 @@ def add_task(
         data=data,
         data_digest=data_digest,
         made_from=made_from,
-        layers=_layers(fisher, total),
+        layers=_layers(fisher, past.fisher),
         **_how_measured(diagonal),
     )
     tasks = [*tasks, record]
     apart = past.heads.get(tasks[0].name, ())
     record.weight, record.weight_by = _weight(merging.task_weight, tasks, apart)
-    anchor, offset = None, 0.0
-    # Either rule can follow the other: weights merged `online` are where the anchor was, and
-    # `online` moves the anchor of a `separate` chain to the new weights, so that the offset is 0.
-    where = past.anchor or model.checkpoint.weights
     if diagonal is None:
-        merged = {at: total[at] for at in total}
-        anchor, offset = {at: where[at] for at in total}, past.ledger.penalty_offset
-    elif rule == "online":
-        merged = merge_online(total, fisher, gamma=gamma, weight=record.weight)
+        merged = _unmeasured(past, model, weights)
     else:
-        merged, anchor, offset = merge_separate(total, where, fisher, weights, weight=record.weight)
-        offset += past.ledger.penalty_offset
-    if anchor is not None and _same(anchor, weights):
-        anchor = None
+        new = measured_factors(diagonal, model.layout)
+        check_continued(before, bool(new.blocks))
+        merged = _merged(past, model, weights, fisher, new, merging, record.weight)
     base = past.ledger.base  # of an adapter: already compared with its base model
     if before is None and model.checkpoint.base is not None:
         base = set_digest(weight_records(model.checkpoint.base.weights))
+    factors, own = merged.factors, merged.factor_offset != merged.offset
     ledger = Ledger(
         tasks=tasks,
-        merge_rule=rule,
-        gamma=gamma,
-        penalty_offset=offset,
-        unprotected=unprotected(model, merged),
+        merge_rule=str(merging.merge_rule),
+        gamma=float(merging.gamma or 0),
+        penalty_offset=merged.offset,
+        unprotected=unprotected(model, merged.fisher),
         weights=records or weight_records(weights),
+        blocks=None if factors is None else factors.blocks,
+        factor_offset=merged.factor_offset if factors is not None and own else None,
         versions=program_versions(),
         heads=past.ledger.heads,
         base=base,
     )
-    return merged, anchor, ledger
+    return Added(ledger, merged, past.heads)
+
+
+def with_structure(chain: Chain | None, structure: str) -> Chain | None:
+    """Give a chain as a task of this structure continues it: `diagonal` leaves the factors out."""
+    if structure != "diagonal" or chain is None or chain.factors is None:
+        return chain
+    names = few([task.name for task in chain.ledger.tasks], 5)
+    LOG.info("the factors of %s are neither used nor kept: the diagonal protects all", names)
+    ledger = replace(
+        chain.ledger, factors=None, blocks=None, factor_anchor=None, factor_offset=None
+    )
+    return FittedChain(ledger, chain.fisher, chain.anchor, chain.heads)
+
+
+def _unmeasured(past: Chain, model: Model, weights: Mapping[str, Tensor]) -> Merged:
+    """Give the Fisher of a chain whose last task is not measured: it stays around its anchor."""
+    where = past.anchor or model.checkpoint.weights
+    anchor, factors = {at: where[at] for at in past.fisher}, None
+    if (own := factors_of(past)) is not None and own.blocks:
+        there = past.factor_anchor or model.checkpoint.weights
+        around = {at: there[at] for at in own.covered}
+        factors = MergedFactors(own.matrices, dict(own.blocks), _moved(around, weights), 0.0)
+    fisher = {at: past.fisher[at] for at in past.fisher}
+    offsets = past.ledger.penalty_offset, offset_with_factors(past.ledger)
+    return Merged(fisher, _moved(anchor, weights), offsets[0], factors, offsets[1])
+
+
+def _merged(
+    past: Chain,
+    model: Model,
+    weights: Mapping[str, Tensor],
+    fisher: Mapping[str, Tensor],
+    new: Factors,
+    merging: Merging,
+    weight: float,
+) -> Merged:
+    """Merge a task's Fisher and its factors with those of the chain."""
+    # Either rule can follow the other: weights merged `online` are where the anchor was, and
+    # `online` moves the anchor of a `separate` chain to the new weights, so that the offset is 0.
+    where, there = past.anchor or model.checkpoint.weights, past.factor_anchor
+    factors = merged_factors(
+        past,
+        new,
+        weights,
+        there or model.checkpoint.weights,
+        fisher,
+        rule=str(merging.merge_rule),
+        gamma=float(merging.gamma or 0),
+        weight=weight,
+    )
+    if merging.merge_rule == "online":
+        gamma = float(merging.gamma or 0)
+        merged = merge_online(past.fisher, fisher, gamma=gamma, weight=weight)
+        return Merged(merged, None, 0.0, factors)
+    covered = set() if factors is None else Factors(*factors[:2]).covered
+    parts: list[tuple[dict[str, Tensor], dict[str, Tensor], float]] = [
+        merge_separate(
+            {at: past.fisher[at] for at in past.fisher if (at in covered) == has_block},
+            where,
+            {at: values for at, values in fisher.items() if (at in covered) == has_block},
+            weights,
+            weight=weight,
+        )
+        for has_block in (False, True)
+    ]
+    order = dict.fromkeys([*past.fisher, *fisher])
+    merged = {name: parts[name in covered][0][name] for name in order}
+    anchor = {name: parts[name in covered][1][name] for name in order}
+    growth, by_diagonal = (part[2] for part in parts)
+    offset = past.ledger.penalty_offset + (growth + by_diagonal)
+    with_factors = offset
+    if factors is not None:
+        around = None if factors.anchor is None else _moved(factors.anchor, weights)
+        factors = factors._replace(anchor=around)
+        with_factors = offset_with_factors(past.ledger) + growth + factors.growth
+    return Merged(merged, _moved(anchor, weights), offset, factors, with_factors)
+
+
+def _moved(
+    anchor: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> Mapping[str, Tensor] | None:
+    """Give an anchor; None where it is the weights."""
+    return None if _same(anchor, weights) else anchor
 
 
 def _how_measured(diagonal: FisherDiagonal | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from consolidate.chain.opening import with_fisher
-from consolidate.results import MeasuredFisher
+from consolidate.results import FactorTotals, MeasuredFisher
 from formats.atomic import recover
 from formats.errors import ConsolidateError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher
@@ -60,6 +60,16 @@ def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher 
     return stored
 
 
+def factor_totals(ledger: Ledger) -> FactorTotals | None:
+    """Count the matrices that a ledger records."""
+    if ledger.factors is None:
+        return None
+    size = {"F32": 4, "BF16": 2}
+    found = ledger.factors.values()
+    total = sum(size[record.dtype] * math.prod(record.shape) for record in found)
+    return {"layers": len(found), "bytes": total}
+
+
 def recorded_fisher(ledger: Ledger) -> MeasuredFisher | None:
     """Give what a ledger records of its last task's Fisher, which excludes its standard errors.
 
@@ -78,6 +88,8 @@ def recorded_fisher(ledger: Ledger) -> MeasuredFisher | None:
         "units": task.units or 0,
         "parameters": sum(math.prod(ledger.fisher[name].shape) for name in task.layers),
         "trace": math.fsum(layer.trace for layer in task.layers.values()),
+        "structure": "diagonal" if ledger.factors is None else "inputs",
+        "factors": factor_totals(ledger),
         "layers": {
             name: {"trace": layer.trace, "relative_error": None}
             for name, layer in task.layers.items()

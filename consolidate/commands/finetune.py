@@ -21,7 +21,7 @@ from consolidate.chain.output import (
     output_bytes,
 )
 from consolidate.chain.resume import KeptPass, KeptWork
-from consolidate.chain.tasks import Training, add_task, pending_task
+from consolidate.chain.tasks import Training, add_task, pending_task, with_structure
 from consolidate.chain.up_to_date import cached, recorded_fisher
 from consolidate.commands.finetune_compare import completed, train_without_penalty
 from consolidate.commands.finetune_gate import failed_before
@@ -84,7 +84,6 @@ from formats.atomic import replace_folder, write_file
 from formats.checkpoint import write_checkpoint
 from formats.digest import set_digest
 from formats.errors import ForgettingError, NonFiniteError, UsageError
-from formats.fisher_folder import write_fisher
 from formats.fisher_json import Ledger
 from formats.partial_work import StoredWork
 from formats.tensors import Overlaid
@@ -275,7 +274,14 @@ def _measuring(plan: Plan, start: Start) -> Callable[..., FisherDiagonal]:
     asked = plan.options.estimation
     asked = replace(asked, batch_size=asked.batch_size or plan.recipe.batch_size)
     estimation = settled_estimation(asked, start.model, start.examples, prefix="fisher-")
-    return partial(measure_fisher, start.model, start.examples, estimation, seed=plan.recipe.seed)
+    return partial(
+        measure_fisher,
+        start.model,
+        start.examples,
+        estimation,
+        seed=plan.recipe.seed,
+        structure=plan.opened.structure,
+    )
 
 
 def _interpolator(
@@ -436,8 +442,8 @@ def _write(
         used = subset(len(start.examples), plan.recipe.max_examples, plan.recipe.seed)
         log_notes(loaded, start.examples, diagonal, used)
     digests = options.saving.data_digest
-    merged, anchor, ledger = add_task(
-        start.before,
+    added = add_task(
+        with_structure(start.before, opened.structure),
         loaded,
         trained.weights,
         diagonal,
@@ -449,15 +455,15 @@ def _write(
         encoded=encoding_record(options.encoding, opened.rows, opened.columns),
         merging=opened.merging,
     )
+    ledger, merged = added.ledger, added.merged.fisher
     once = Overlaid(trained.weights, without=loaded.layout.duplicates)
     share_moved = _share_moved(loaded.checkpoint.weights, once)
-    heads = None if start.before is None else start.before.heads
     with replace_folder(target, overwrite=options.saving.overwrite) as staging:
         write_checkpoint(staging, opened.source, trained.weights, card=not merged)
         if opened.source.adapter is None and config_of(loaded) != opened.source.config:
             write_file(staging / "config.json", json.dumps(config_of(loaded), indent=2) + "\n")
         if merged:
-            ledger = write_fisher(staging / "fisher", merged, ledger, anchor=anchor, heads=heads)
+            ledger = added.write(staging / "fisher")
             write_card(staging, target, ledger, [opened.source], "finetune")
         else:
             LOG.info("%s has no Fisher and no ledger, as no task was measured", target)

@@ -250,7 +250,8 @@ class Interpolator:
         }
         if not self._fisher:
             task = f"{self.plan.new}, before interpolation"
-            diagonal = self._pass(task=task, kept=KeptPass(work, at_end, tensors, saved))
+            kept_pass = KeptPass(work, at_end, tensors, saved)
+            diagonal = self._pass(task=task, kept=kept_pass, structure="diagonal")
             self._fisher = {name: values.cpu() for name, values in diagonal.items()}
         layout = start.model.layout
         both = [n for n in self._fisher if all(f in before.fisher for f in layout.file_names(n))]

@@ -5,6 +5,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from consolidate.chain.factors import (
+    check_continued,
+    check_structure,
+    factors_of,
+    settled_structure,
+)
 from consolidate.chain.fingerprint import Inputs
 from consolidate.chain.opening import find_fisher, stored_fisher, with_base
 from consolidate.chain.output import check_output, failed_folder
@@ -37,6 +43,11 @@ class Opened(Inputs):
     task: str
     objective: str | None
     columns: Columns
+
+    @property
+    def uses_factors(self) -> bool:
+        """Whether the penalty, if it is of the Fisher, is made of its factors."""
+        return self.structure == "inputs" and factors_of(self.protecting) is not None
 
     @property
     def old_tasks(self) -> list[str]:
@@ -229,6 +240,7 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
     there = None if again else find_output(target)
     place = target if there is None else None
     opened = unreplaced(Path(options.checkpoint), lambda: _open(options, lora, place))
+    _check_structure(options, opened)
     if opened.penalty_on == "merged" and recipe.penalty_step == "proximal":
         raise UsageError(
             "--penalty-step proximal cannot be combined with the penalty on merged weights, which "
@@ -258,6 +270,26 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
             evaluate |= {name: validation[name] for name in old if name in validation}
         check_gate(plan.old_tasks, evaluate)
     return plan
+
+
+def _check_structure(options: FinetuneOptions, opened: Opened) -> None:
+    """Refuse a structure that the Fisher lacks, and what cannot be combined with it."""
+    structure, protecting = opened.structure, opened.protecting
+    check_structure(structure, options.estimation, options.parameters, prefix="fisher-")
+    of_fisher = options.penalty.penalty == "ewc" and protecting is not None
+    if options.curvature.structure == "inputs" and of_fisher and not opened.uses_factors:
+        assert protecting is not None
+        raise InputError(
+            f"{protecting.folder} has no factors, which --structure inputs needs: measure it again "
+            "with `consolidate fisher --structure inputs`, or leave --structure out"
+        )
+    if structure == "inputs":
+        check_continued(opened.before, True)
+    if of_fisher and opened.uses_factors and options.recipe.penalty_step == "proximal":
+        raise UsageError(
+            "--penalty-step proximal cannot be combined with --structure inputs, whose penalty is "
+            "not separable: use gradient, or give --structure diagonal"
+        )
 
 
 def _check_measure(options: FinetuneOptions, opened: Opened) -> None:
@@ -347,6 +379,7 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
         objective=objective or task_file.objective,
         columns=columns_of(options.encoding.columns, task_file.columns()),
         merging=merging,
+        structure=settled_structure(options.curvature.structure, before or protecting),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from consolidate.chain.factors import module_factors
 from consolidate.chain.heads import Fitted, fit_model, head_tensors, models_of_tasks
 from consolidate.chain.tasks import Chain, check_names_to_be
 from consolidate.data.benchmarks import Benchmark, open_benchmark
@@ -18,6 +19,7 @@ from consolidate.data.columns import can_have_loss
 from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
+from consolidate.ewc.block_penalty import BlockPenalty
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty, WeightPenalty
 from consolidate.models.adapters import load
@@ -28,6 +30,7 @@ from consolidate.options import Columns
 from consolidate.runtime.devices import best_device, dtype_of_name
 from consolidate.runtime.shards import shard
 from formats.errors import UsageError
+from formats.fisher_json import covered
 from formats.rows import Rows
 from formats.task_file import open_task
 
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from consolidate.commands.finetune_plan import Plan
 
 LOG = logging.getLogger("consolidate")
+
+USES = "the penalty uses the matrices of %d layers, and the diagonal elsewhere"
 
 
 @dataclass(frozen=True)
@@ -218,7 +223,8 @@ def _penalty(plan: "Plan", fitted: Fitted) -> WeightPenalty | None:
     if opened.penalty_on == "merged":
         of_base = model.base_layout is not None
         chain = opened.protecting if of_base else stored
-        penalty = _merged_penalty(asked.penalty, fitted, chain, **storage)
+        uses = opened.uses_factors
+        penalty = _merged_penalty(asked.penalty, fitted, chain, with_factors=uses, **storage)
     elif asked.penalty == "l2":
         if not fitted.free:
             return Penalty.l2(model.module, **storage)
@@ -226,13 +232,7 @@ def _penalty(plan: "Plan", fitted: Fitted) -> WeightPenalty | None:
         return Penalty(model.module, alike, **storage)
     else:
         assert stored is not None  # the plan has refused by now
-        # What stays in the mapped files takes no memory of its own.
-        anchor = stored.anchor or {name: model.checkpoint.weights[name] for name in stored.fisher}
-        to_module = model.layout.to_module
-        offset = stored.ledger.penalty_offset
-        penalty = Penalty(
-            model.module, to_module(stored.fisher), to_module(anchor), offset=offset, **storage
-        )
+        penalty = _fisher_penalty(model, stored, with_factors=opened.uses_factors, **storage)
     if penalty.unprotected:
         LOG.info(
             "%d parameters have no Fisher and are not penalized: %s",
@@ -242,34 +242,69 @@ def _penalty(plan: "Plan", fitted: Fitted) -> WeightPenalty | None:
     return penalty
 
 
+def _fisher_penalty(
+    model: Model, stored: Chain, *, with_factors: bool, **storage: Any
+) -> WeightPenalty:
+    """Protect a model's weights by the Fisher of the earlier tasks."""
+    # What stays in the mapped files takes no memory of its own.
+    weights, to_module = model.checkpoint.weights, model.layout.to_module
+    anchor = stored.anchor or {name: weights[name] for name in stored.fisher}
+    fisher, around = to_module(stored.fisher), to_module(anchor)
+    factors = module_factors(stored, model.layout, weights) if with_factors else None
+    if factors is None:
+        offset = stored.ledger.penalty_offset
+        return Penalty(model.module, fisher, around, offset=offset, **storage)
+    LOG.info(USES, len(factors["blocks"]))
+    return BlockPenalty(model.module, fisher, around, **factors, **storage)
+
+
 def _merged_penalty(
-    kind: str, fitted: Fitted, stored: Chain | None, **storage: Any
+    kind: str, fitted: Fitted, stored: Chain | None, *, with_factors: bool, **storage: Any
 ) -> MergedPenalty:
     """Protect the weights that an adapter changes, and what trains beside it, by a whole Fisher."""
     model = fitted.model
     layers, others = low_rank_layers(model.module), other_parameters(model.module)
     held = {**{name: layer.weight for name, layer in layers.items()}, **others}
-    anchor = None
     if kind == "l2":
-        fisher, offset = _alike(fitted, held), 0.0
-    else:
-        assert stored is not None  # finetune has refused by now
-        layout = model.base_layout or model.layout
-        files = {file for name in held for file in layout.file_names(name)}
+        fisher = _alike(fitted, held)
+        own = {name: values for name, values in fisher.items() if name in others}
+        whole = Penalty(others.items(), own, **storage)
+        return MergedPenalty(layers, fisher, beside=whole, **storage)
+    assert stored is not None  # finetune has refused by now
+    layout, source = model.base_layout or model.layout, model.checkpoint
+    found = None
+    if with_factors:
+        weights = source.weights if source.base is None else source.base.weights
+        found = module_factors(stored, layout, weights)
+    factors = found or {"offset": stored.ledger.penalty_offset, "factors": {}, "blocks": {}}
+    of_layers = {n: b for n, b in factors["blocks"].items() if b.parameters[0] in layers}
+    of_others = {n: b for n, b in factors["blocks"].items() if {*b.parameters} <= {*others}}
+    names = [*held, *covered(of_layers)]
+    files = {file for name in names for file in layout.file_names(name)}
 
-        def of_held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return layout.to_module({name: tensors[name] for name in tensors if name in files})
+    def of_held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return layout.to_module({name: tensors[name] for name in tensors if name in files})
 
-        fisher, offset = of_held(stored.fisher), stored.ledger.penalty_offset
-        if stored.anchor is not None:
-            anchor = of_held(stored.anchor)
-    beside = Penalty(
-        others.items(),
-        {name: values for name, values in fisher.items() if name in others},
+    fisher, anchor = of_held(stored.fisher), None
+    if stored.anchor is not None:
+        anchor = of_held(stored.anchor)
+    if found is not None and (anchor is not None or stored.factor_anchor is not None):
+        storage["factor_anchor"] = found["factor_anchor"]
+    matrices, own = factors["factors"], {n: f for n, f in fisher.items() if n in others}
+    chosen = {name: matrices[name] for name in of_others}
+    beside = BlockPenalty(others.items(), own, anchor, factors=chosen, blocks=of_others, **storage)
+    if found is not None:
+        LOG.info(USES, len(of_layers | of_others))
+    return MergedPenalty(
+        layers,
+        fisher,
         anchor,
+        offset=factors["offset"],
+        beside=beside,
+        factors={name: matrices[name] for name in of_layers},
+        blocks=of_layers,
         **storage,
     )
-    return MergedPenalty(layers, fisher, anchor, offset=offset, beside=beside, **storage)
 
 
 def _alike(fitted: Fitted, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming, refuse_changed
 from consolidate.chain.elsewhere import Origin, open_origin, refuse_untrained
+from consolidate.chain.factors import check_continued, check_structure, settled_structure
 from consolidate.chain.fingerprint import Inputs
 from consolidate.chain.heads import check_labels
 from consolidate.chain.opening import stored_fisher, with_base
@@ -23,6 +24,7 @@ from consolidate.chain.tasks import (
     pending_task,
     settled_merging,
     task_name,
+    with_structure,
 )
 from consolidate.chain.up_to_date import Output, cached, find_output, recorded_fisher
 from consolidate.commands.measurement import (
@@ -63,7 +65,6 @@ from formats.fisher_folder import (
     StoredFisher,
     check_intact,
     read_fisher,
-    write_fisher,
 )
 from formats.fisher_json import Ledger, TaskRecord, read_ledger
 from formats.hub import FISHER, commits_of, locate
@@ -151,7 +152,8 @@ class Plan(Inputs):
         if not self.completes or pending_task(self.before) is not None:
             return self
         merging = settled_merging(None, self.options.merging)
-        return replace(self, before=None, merging=merging, completes=False)
+        structure = settled_structure(self.options.curvature.structure, None)
+        return replace(self, before=None, merging=merging, structure=structure, completes=False)
 
 
 @as_one
@@ -203,7 +205,13 @@ def measure(plan: Plan, cut: ProcessGroup | None) -> FisherResult:
     kept = KeptPass(work, work.start())
     start_timing()
     diagonal = measure_fisher(
-        model, examples, estimation, task=plan.task, seed=options.seed, kept=kept
+        model,
+        examples,
+        estimation,
+        task=plan.task,
+        seed=options.seed,
+        structure=plan.structure,
+        kept=kept,
     )
     result = _write(plan, model, examples, diagonal, chain) if is_first(group) else None
     result = from_first(result, group)
@@ -229,6 +237,7 @@ def measure_last(
         task_file=task_file,
         rows=rows,
         merging=settled_merging(before, Merging()),
+        structure=settled_structure(options.curvature.structure, before),
         options=options,
         folder=source.path,
         there=None,
@@ -296,8 +305,21 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
     if options.after is not None:
         origin = open_origin(options.after, source, options.source.base_model)
     asked = Merging() if completes else options.merging
-    merging = settled_merging(before if origin is None else origin.stored, asked)
-    plan = Plan(source, before, task_file, rows, merging, options, folder, there, origin, completes)
+    chain = before if origin is None else origin.stored
+    structure = _settled_structure(options, chain, completes=completes)
+    plan = Plan(
+        source=source,
+        before=before,
+        task_file=task_file,
+        rows=rows,
+        merging=settled_merging(chain, asked),
+        structure=structure,
+        options=options,
+        folder=folder,
+        there=there,
+        origin=origin,
+        completes=completes,
+    )
     if origin is not None:
         refuse_untrained(origin, plan.records, source.path)
     if there is None:
@@ -308,6 +330,17 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
                 raise
             LOG.info("without --dry-run this would be refused: %s", error)
     return plan
+
+
+def _settled_structure(
+    options: FisherOptions, chain: StoredFisher | None, *, completes: bool
+) -> str:
+    """Choose the structure, and refuse one that the chain or another option excludes."""
+    structure = settled_structure(options.curvature.structure, chain)
+    check_structure(structure, options.estimation, options.parameters)
+    if structure == "inputs" and not completes:
+        check_continued(chain, True)
+    return structure
 
 
 def _last_task(folder: Path) -> TaskRecord | None:
@@ -426,9 +459,11 @@ def _check_task(plan: Plan, task: TaskRecord, model: Model, columns: Columns) ->
 
 def _dry_run(plan: Plan, model: Model, examples: Examples, estimation: Estimation) -> FisherDryRun:
     """Estimate the cost of a pass and the sizes of its files, without headers and the ledger."""
-    cost = pass_cost(model, examples, estimation, seed=plan.options.seed)
+    cost, factors = pass_cost(model, examples, estimation, plan.structure, seed=plan.options.seed)
     itemsize = {"float32": 4, "float64": 8}[estimation.accumulate_dtype]
     files = {"fisher.safetensors": 4 * cost["parameters"]}
+    if factors:
+        files["factors.safetensors"] = 4 * factors
     if not plan.in_place:
         files["model.safetensors"] = bytes_of(plan.source.weights)
     return {
@@ -436,7 +471,7 @@ def _dry_run(plan: Plan, model: Model, examples: Examples, estimation: Estimatio
         "task": plan.task,
         **cost,
         "files": files,
-        "kept": {partial_path(plan.target).name: 2 * itemsize * cost["parameters"]},
+        "kept": {partial_path(plan.target).name: 2 * itemsize * (cost["parameters"] + factors)},
     }
 
 
@@ -448,8 +483,8 @@ def _write(
     overwrite, digests = options.saving.overwrite, options.saving.data_digest
     used = subset(len(examples), options.estimation.max_examples, options.seed)
     log_notes(model, examples, diagonal, used)
-    merged, anchor, ledger = add_task(
-        chain,
+    added = add_task(
+        with_structure(chain, plan.structure),
         model,
         source.weights,
         diagonal,
@@ -462,17 +497,15 @@ def _write(
         encoded=encoding_record(options.encoding, plan.rows, plan.columns),
         merging=plan.merging,
     )
-    heads = None if chain is None else chain.heads
     if overwrite and not plan.completes and (target / LEDGER_NAME).is_file():
         LOG.info("replacing the Fisher of %s", _task_names(target))
     with replace_folder(target, overwrite=plan.replaces or options.add) as staging:
         if plan.in_place:
-            ledger = write_fisher(staging, merged, ledger, anchor=anchor, heads=heads)
+            ledger = added.write(staging)
         else:
             write_checkpoint(staging, source, source.weights)
             # The card is kept except for our block: the model is the same.
-            fisher_at = staging / "fisher"
-            ledger = write_fisher(fisher_at, merged, ledger, anchor=anchor, heads=heads)
+            ledger = added.write(staging / "fisher")
             renew_card(staging, ledger)
         refuse_changed(plan.folder if plan.in_place else staging, plan.records, plan.folder)
     done = _result(plan, "done", ledger, fisher_summary(ledger, diagonal))

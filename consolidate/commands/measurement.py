@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.chain.tasks import Encoded
@@ -40,7 +41,7 @@ from consolidate.runtime.distributed import all_processes, dealt, place_in
 from consolidate.runtime.progress import progress
 from consolidate.runtime.shards import is_sharded
 from formats.errors import UsageError
-from formats.fisher_json import Ledger
+from formats.fisher_json import Ledger, covered
 from formats.rows import Rows
 from formats.wording import few
 
@@ -78,6 +79,7 @@ def measure_fisher(
     *,
     task: str,
     seed: int,
+    structure: str,
     kept: KeptPass,
 ) -> FisherDiagonal:
     """Measure the Fisher of encoded examples by a settled estimation, with progress on stderr.
@@ -106,7 +108,7 @@ def measure_fisher(
             model.module,
             examples.batches(batch_size, order=order),
             get_likelihood(model.objective.likelihood),
-            **_how(estimation, seed),
+            **_how(estimation, structure, seed),
             indices=order,
             start=start,
             keep=kept.keep,
@@ -127,7 +129,7 @@ def measure_fisher(
     return diagonal
 
 
-def _how(estimation: Estimation, seed: int) -> dict[str, Any]:
+def _how(estimation: Estimation, structure: str, seed: int) -> dict[str, Any]:
     """Give the arguments of `fisher_diagonal` that choose the estimator."""
     return {
         "estimator": estimation.estimator,
@@ -135,6 +137,7 @@ def _how(estimation: Estimation, seed: int) -> dict[str, Any]:
         "max_outcomes": estimation.max_outcomes,
         "tolerance": estimation.tolerance,
         "seed": seed,
+        "structure": structure,
         "accumulate_dtype": dtype_of_name(estimation.accumulate_dtype),
         "check": estimation.check,
     }
@@ -181,11 +184,13 @@ def default_estimator(model: Model, examples: Examples) -> str:
     return "exact" if outcomes <= EXACT_UP_TO else "mc"
 
 
-def pass_cost(model: Model, examples: Examples, estimation: Estimation, *, seed: int) -> PassCost:
+def pass_cost(
+    model: Model, examples: Examples, estimation: Estimation, structure: str, *, seed: int
+) -> tuple[PassCost, int]:
     """Estimate the cost of measuring the Fisher of encoded examples from a few batches of them.
 
     Counts, seconds per example and in total, and the peak memory in bytes with the longest examples
-    in a batch. Each of several processes estimates for itself.
+    in a batch; and the elements of all factors. Each of several processes estimates for itself.
     """
     batch_size, max_examples = estimation.batch_size, estimation.max_examples
     assert batch_size is not None
@@ -211,7 +216,7 @@ def pass_cost(model: Model, examples: Examples, estimation: Estimation, *, seed:
         model.module,
         [*batches, examples.collate(longest)],
         get_likelihood(model.objective.likelihood),
-        **_how(estimation, seed),
+        **_how(estimation, structure, seed),
         indices=[*sample, *longest],
         progress=clock,
     )
@@ -219,8 +224,9 @@ def pass_cost(model: Model, examples: Examples, estimation: Estimation, *, seed:
     checked, *others = [after - before for before, after in pairwise(times)][: len(batches)]
     each = sum(others) / (len(sample) - batch_size) if others else checked / len(sample)
     unit = 1 if sys.platform == "darwin" else 1024
-    return {
+    cost: PassCost = {
         "estimator": str(estimation.estimator),
+        "structure": structure,
         "examples": len(order),
         "parameters": sum(values.numel() for values in diagonal.values()),
         "seconds_per_example": each,
@@ -228,6 +234,7 @@ def pass_cost(model: Model, examples: Examples, estimation: Estimation, *, seed:
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "peak_device_memory": torch.cuda.max_memory_allocated(device) if cuda else None,
     }
+    return cost, sum(matrix.numel() for matrix in diagonal.factors.values())
 
 
 def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> MeasuredFisher:
@@ -267,6 +274,8 @@ def log_notes(
     factors = [] if model.checkpoint.base is None else without_fisher(model, diagonal)
     for note in [*model.notes, *examples.notes_on(used), *factors]:
         LOG.info("%s", note)
+    if diagonal.blocks:
+        LOG.info("%s", _coverage(model.module, diagonal))
     slow = [name for name, method in diagonal.methods.items() if method == "loop"]
     if slow and diagonal.examples > 1:
         LOG.info(
@@ -280,3 +289,29 @@ def log_notes(
             len(unreached),
             few(unreached, 3),
         )
+
+
+def _coverage(module: nn.Module, diagonal: FisherDiagonal) -> str:
+    """Report how many layers have a matrix, and which large weights have the diagonal alone."""
+    size = sum(matrix.numel() for matrix in diagonal.factors.values())
+    text = f"{len(diagonal.blocks)} layers are protected by matrices ({size:,} values)"
+    have = covered(diagonal.blocks)
+    others = [n for n, values in diagonal.items() if values.ndim > 1 and n not in have]
+    others.sort(key=lambda name: -diagonal[name].numel())
+    if not others:
+        return text
+    reasons = [f"{name} ({_why_diagonal(module, name)})" for name in others]
+    return f"{text}, by the diagonal alone {few(reasons, 3)}"
+
+
+def _why_diagonal(module: nn.Module, name: str) -> str:
+    """Say in few words why a weight has no matrix of its layer's inputs."""
+    weight = module.get_parameter(name)
+    users = [m for m in module.modules() if any(p is weight for p in m._parameters.values())]
+    kind = type(users[0]).__name__
+    if sum(p is weight for m in users for p in m._parameters.values()) > 1:
+        return "tied"
+    if getattr(users[0], "groups", 1) != 1:
+        return "a grouped convolution"
+    many = kind in ("Linear", "Conv1D") or kind.startswith("Conv")
+    return "more than 4 times as many inputs as outputs" if many else f"in {kind}"

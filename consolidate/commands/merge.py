@@ -2,23 +2,28 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from consolidate.chain.claims import claiming
+from consolidate.chain.factor_consistency import check_factors
+from consolidate.chain.factors import Factors, factors_of, offset_with_factors
 from consolidate.chain.fingerprint import checkpoint_content, plain, versions
 from consolidate.chain.opening import stored_fisher
 from consolidate.chain.output import refuse_existing
 from consolidate.chain.tasks import pending_task
-from consolidate.chain.up_to_date import cached, find_output
+from consolidate.chain.up_to_date import cached, factor_totals, find_output
+from consolidate.commands.merge_blocks import BlockSource, MergedBlocks, shared_blocks
 from consolidate.commands.verify import check_fisher_values
 from consolidate.ewc.fisher_merging import MergedTensor, ModelTensor, merge_models
+from consolidate.models.tensor_names import renamed_factors
 from consolidate.options import MergeOptions
 from consolidate.results import MergeResult
 from consolidate.runtime.progress import progress
@@ -34,7 +39,7 @@ from formats.checkpoint import (
 from formats.digest import json_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher, write_fisher
-from formats.fisher_json import SAME_AS, Ledger, TaskRecord, copies
+from formats.fisher_json import SAME_AS, Block, Ledger, TaskRecord, copies
 from formats.hub import commits_of, locate
 from formats.tensors import LazyTensors, Renamed, TensorFiles, dtype_of, shape_of
 from formats.versions import program_versions
@@ -50,12 +55,15 @@ def merge(options: MergeOptions) -> MergeResult:
     """Merge checkpoints of one architecture, and their Fishers, into one checkpoint.
 
     Λ = Σ c_k Λ_k, θ = Σ c_k Λ_k θ_k / Λ, μ = Σ c_k Λ_k μ_k / Λ (Matena & Raffel 2022), and where
-    Λ = 0 the mean weighted by c_k. With a base, Σ c_k − 1 times its terms are subtracted from each
-    sum, so that the tasks of the base count once. Other files are the first checkpoint's.
+    Λ = 0 the mean weighted by c_k. A layer that all have a factor of takes R = Σ c_k R_k, and W
+    where W R = Σ c_k W_k R_k (Jin et al. 2023). With a base, Σ c_k − 1 times its terms are
+    subtracted from each sum, so that the tasks of the base count once. Other files are the first
+    checkpoint's.
 
     Returns:
-        The folder, the models, the tasks, the Fisher's trace and the offset. If the output is up to
-        date, nothing is done, and the ``status`` is ``cached``.
+        The folder, the models, the tasks, the Fisher's trace, the offset, the factors, and the
+        layers ``without_factors``, which some of the checkpoints have factors of. If the output is
+        up to date, nothing is done, and the ``status`` is ``cached``.
 
     Raises:
         InputError: A checkpoint has no Fisher, is damaged, is of another architecture, or has a
@@ -91,6 +99,8 @@ def _merge(options: MergeOptions) -> MergeResult:
             "trace": trace,
             "penalty_offset": ledger.penalty_offset,
             "anchor": "fisher/anchor" if anchored else "the weights",
+            "factors": factor_totals(ledger),
+            "without_factors": plan.without_factors,
         }
 
     if (done := cached(there, plan.made_from)) is not None:
@@ -98,10 +108,8 @@ def _merge(options: MergeOptions) -> MergeResult:
         return result("cached", done.ledger, trace, anchored=done.anchor is not None)
     if there is not None:
         refuse_existing(target, overwrite=options.overwrite)
-    merged = _Merged(plan.models, plan.base)
-    offset, trace, anchored = _survey(merged)
-    ledger = _write(plan, merged, target, offset, anchored=anchored, overwrite=options.overwrite)
-    return result("done", ledger, trace, anchored=anchored)
+    ledger, trace = _write(plan, target, overwrite=options.overwrite)
+    return result("done", ledger, trace, anchored=ledger.anchor is not None)
 
 
 def _coefficients(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -153,6 +161,20 @@ class _Model:
     def _renamed_tensors(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return Renamed(tensors, {at: name for at, name in self.names.items() if name in tensors})
 
+    @cached_property
+    def factors(self) -> Factors:
+        """The matrices R by common names; none where they are of another kind."""
+        found = factors_of(self.stored) or Factors({}, {})
+        return Factors(*renamed_factors(*found, {n: self.same.get(n, n) for n in found.covered}))
+
+    def block_source(self) -> BlockSource:
+        """Give what its layers are merged from."""
+        mu = self.stored.factor_anchor
+        anchor = None if mu is None else Renamed(mu, {self.same.get(n, n): n for n in mu})
+        return BlockSource(
+            self.path, self.coefficient, self.factors, self.fisher, self.weights, anchor
+        )
+
     @property
     def tasks(self) -> dict[str, TaskRecord]:
         return {task.name: _renamed(task, self.same) for task in self.stored.ledger.tasks}
@@ -171,6 +193,8 @@ class _Plan:
     base: _Model | None
     tasks: list[TaskRecord]
     heads: dict[str, TensorFiles]
+    blocks: dict[str, Block]
+    without_factors: list[str]  # weights of layers that some of the models have a block of
 
     @property
     def everything(self) -> list[_Model]:
@@ -203,7 +227,9 @@ def _planned(
         _check_alike(models[0], model)
     if shared is not None:
         _check_base(models, shared)
-    return _Plan(models, shared, *_joined(models, shared))
+    parts = models if shared is None else [*models, shared]
+    blocks = shared_blocks([model.block_source() for model in parts])
+    return _Plan(models, shared, *_joined(models, shared), *blocks)
 
 
 def _refuse_unmeasured(opened: Sequence["_Model"]) -> None:
@@ -216,18 +242,22 @@ def _refuse_unmeasured(opened: Sequence["_Model"]) -> None:
             )
 
 
-def _write(
-    plan: _Plan, merged: "_Merged", target: Path, offset: float, *, anchored: bool, overwrite: bool
-) -> Ledger:
-    """Write the merged checkpoint and give its ledger."""
+def _write(plan: _Plan, target: Path, *, overwrite: bool) -> tuple[Ledger, float]:
+    """Write the merged checkpoint; give its ledger and the trace of Λ."""
     first = plan.models[0].stored.ledger.unprotected
     with replace_folder(target, overwrite=overwrite) as staging:
+        solved = staging / ".blocks"
+        merged = _Merged(plan.models, plan.base, plan.blocks)
+        merged.layers.solve(solved)
+        found = _survey(merged)
         write_checkpoint(staging, plan.models[0].source, merged.weights, card=False)
         ledger = Ledger(
             tasks=plan.tasks,
             merge_rule="separate",
             gamma=1.0,
-            penalty_offset=offset,
+            penalty_offset=found.offset,
+            blocks=merged.blocks or None,
+            factor_offset=found.factor_offset if merged.blocks else None,
             unprotected={
                 name: first[name] if at == name else SAME_AS + at
                 for name, at in merged.file_names.items()
@@ -237,11 +267,19 @@ def _write(
             versions=program_versions(),
             made_from=plan.made_from(),
         )
-        anchor = merged.anchor if anchored else None
-        fisher = staging / "fisher"
-        ledger = write_fisher(fisher, merged.fisher, ledger, anchor=anchor, heads=plan.heads)
+        ledger = write_fisher(
+            staging / "fisher",
+            merged.fisher,
+            ledger,
+            anchor=merged.anchor if found.anchored else None,
+            heads=plan.heads,
+            factors=merged.factors if merged.blocks else None,
+            factor_anchor=merged.factor_anchor if merged.layers.anchored else None,
+        )
+        if solved.is_dir():
+            shutil.rmtree(solved)
         write_card(staging, target, ledger, [model.source for model in plan.models], "merge")
-    return ledger
+    return ledger, found.trace
 
 
 class _Tensors(LazyTensors):
@@ -268,6 +306,9 @@ class _Tensors(LazyTensors):
                 at = models[0].same.get(name, name)
                 return reduce(torch.maximum, (model.weights[at] for model in models))
             return models[0].source.weights[name]
+        layers, at = self._merged.layers, self._merged.common(name)
+        if self._field == "weights" and at in layers.covered:
+            return layers.weight(at)
         made = torch.empty(self.shape(name), dtype=self.dtype(name))
         flat = made.view(-1)
         for start, part in self._merged.parts(name):
@@ -276,10 +317,28 @@ class _Tensors(LazyTensors):
         return made
 
 
-class _Merged:
-    """The merged tensors by the names of the first model, one chunk at a time in memory."""
+class _Computed(LazyTensors):
+    """Tensors of layers, each computed by a function on access."""
 
-    def __init__(self, models: Sequence[_Model], base: _Model | None) -> None:
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], compute: Callable[[str], Tensor]
+    ) -> None:
+        self._compute = compute
+        self.headers = {name: (torch.float32, shape) for name, shape in shapes.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._compute(name).float()
+
+
+class _Merged:
+    """The merged tensors by the names of the first model, one chunk or layer at a time in memory.
+
+    `blocks` are those of layers that all models have a matrix R of, by common names.
+    """
+
+    def __init__(
+        self, models: Sequence[_Model], base: _Model | None, blocks: Mapping[str, Block]
+    ) -> None:
         self.models = models
         self.base = base
         first = models[0]
@@ -296,11 +355,28 @@ class _Merged:
         self.weights = _Tensors(self, "weights", list(weights), dtypes)
         self.fisher = _Tensors(self, "fisher", protected, {})
         self.anchor = _Tensors(self, "anchor", protected, {})
+        shared = None if base is None else base.block_source()
+        self.layers = MergedBlocks([model.block_source() for model in models], shared, blocks)
+        _, self.blocks = renamed_factors(dict.fromkeys(blocks, torch.empty(0)), blocks, first.names)
+        of_matrix = {new: old for old, new in zip(blocks, self.blocks, strict=True)}
+        of_anchor = {first.names[at]: at for at in self.layers.covered}
+        self.factors = _Computed(
+            {new: (self.layers.size(old),) * 2 for new, old in of_matrix.items()},
+            lambda name: self.layers.matrix(of_matrix[name]),
+        )
+        self.factor_anchor = _Computed(
+            {name: shape_of(weights, name) for name in weights if name in of_anchor},
+            lambda name: self.layers.anchor(of_anchor[name]),
+        )
+
+    def common(self, name: str) -> str:
+        """Give the name that all models share for a tensor of the first."""
+        return self.models[0].same.get(name, name)
 
     def parts(self, name: str) -> Iterator[tuple[int, MergedTensor]]:
         """Merge a tensor chunk by chunk; yield the start of each chunk with it."""
         count = math.prod(self.weights.shape(name))
-        at = self.models[0].same.get(name, name)
+        at = self.common(name)
         for start in range(0, count, _CHUNK):
             chunk = slice(start, start + _CHUNK)
             base = None
@@ -335,6 +411,7 @@ def _open_folder(path: Path, coefficient: float) -> _Model:
     stored = stored_fisher(path / "fisher", source)
     check_finite(source.weights, path)
     check_fisher_values(stored)
+    check_factors(stored)
     return _Model(path, source, stored, coefficient, {name: name for name in source.weights}, {})
 
 
@@ -485,26 +562,41 @@ def _joined(
     return [_renamed(task, models[0].names) for task in tasks.values()], heads
 
 
-def _survey(merged: _Merged) -> tuple[float, float, bool]:
-    """Give the offset, the trace, and whether μ differs from the weights; check the base."""
+class _Survey(NamedTuple):
+    offset: float
+    factor_offset: float
+    trace: float
+    anchored: bool  # whether μ differs from the weights
+
+
+def _survey(merged: _Merged) -> _Survey:
+    """Give the offsets, the trace, and whether μ differs from the weights; check the base."""
     parts = [*merged.models, *([] if merged.base is None else [merged.base])]
-    offset = math.fsum(part.coefficient * part.stored.ledger.penalty_offset for part in parts)
+    ledgers = [(part.coefficient, part.stored.ledger) for part in parts]
+    offset = math.fsum(c * ledger.penalty_offset for c, ledger in ledgers)
+    of_factors = math.fsum(c * offset_with_factors(ledger) for c, ledger in ledgers)
+    of_factors += merged.layers.growth
     trace = 0.0
     anchored = False
     with progress("merging", len(merged.fisher), "tensors") as advance:
         for name in merged.fisher:
-            at = merged.models[0].same.get(name, name)
+            at = merged.common(name)
+            layer = merged.weights[name].view(-1) if at in merged.layers.covered else None
             if merged.base is not None and at in merged.base.fisher:
                 for model in merged.models:
                     _check_contained(model, merged.base, at)
-            for _, part in merged.parts(name):
+            for start, part in merged.parts(name):
                 offset += part.offset
                 trace += float(part.fisher.sum())
-                weights = part.weights.to(merged.weights.dtype(name)).float()
-                anchored = anchored or not torch.equal(part.anchor.float(), weights)
+                weights = part.weights.to(merged.weights.dtype(name))
+                if layer is None:
+                    of_factors += part.offset
+                else:
+                    weights = layer[start : start + weights.numel()]
+                anchored = anchored or not torch.equal(part.anchor.float(), weights.float())
             advance(1)
     # Only `online` children of a base fall below 0: they moved its anchor, each elsewhere.
-    return max(offset, 0.0), trace, anchored
+    return _Survey(max(offset, 0.0), max(of_factors, 0.0), trace, anchored)
 
 
 def _check_contained(model: _Model, base: _Model, name: str) -> None:

@@ -6,17 +6,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
+from consolidate.chain.factor_consistency import check_factors
 from consolidate.commands.upload_rules import named_code, without_local_paths
 from consolidate.commands.verify import check_fisher_values, verify
 from consolidate.options import PushOptions, VerifyOptions
@@ -38,7 +38,7 @@ from formats.fisher_folder import (
 from formats.fisher_json import Ledger
 from formats.hub import FISHER, commits_of, locate
 from formats.hub_errors import ODD_ANSWER, commit_in, hub_call
-from formats.tensors import TensorFiles, write_tensors
+from formats.tensors import TensorFiles, dtype_of, write_tensors
 
 LOG = logging.getLogger("consolidate")
 INDEX = "model.safetensors.index.json"
@@ -141,6 +141,11 @@ def push(options: PushOptions) -> PushResult:
     _check_options(options)
     tag, fisher_only = options.tag, options.fisher_only
     source = _opened(options.checkpoint, fisher_only)
+    if options.structure == "inputs" and source.stored.factors is None:
+        raise UsageError(
+            f"--structure inputs: {source.stored.folder} has no factors: measure them with "
+            "`consolidate fisher --structure inputs`, or leave the option out"
+        )
     api = HfApi(token=options.token, library_name="consolidate")
     name, remote, asked = options.repository, NOTHING, True
     try:
@@ -155,7 +160,7 @@ def push(options: PushOptions) -> PushResult:
     _check_remote(target, fisher_only)
     base_commit = _verified(source, options.base_model)
     with TemporaryDirectory(prefix="consolidate-push-") as scratch:
-        contents, ledger = _contents(source, dtype_of_name(options.fisher_dtype), Path(scratch))
+        contents, ledger = _contents(source, options, Path(scratch))
         subject = Subject(
             repository=name,
             config={} if fisher_only else open_checkpoint(source.folder).config,
@@ -309,12 +314,13 @@ def _verified(source: _Source, base_model: Sequence[str]) -> str | None:
     LOG.info("checking that %s has the weights that the Fisher belongs to", base)
     check_intact(source.stored)
     check_fisher_values(source.stored)
+    check_factors(source.stored)
     check_belongs(source.stored, open_checkpoint(weights).weights, base)
     return next(iter(commits_of(weights).values()), None)
 
 
 def _contents(
-    source: _Source, fisher_dtype: torch.dtype | None, scratch: Path
+    source: _Source, options: PushOptions, scratch: Path
 ) -> tuple[dict[str, Path | bytes], Ledger]:
     """Give the file or the bytes for every path except the card's, and the ledger."""
     contents: dict[str, Path | bytes] = {}
@@ -323,15 +329,22 @@ def _contents(
         contents |= _weights(checkpoint, scratch)
         contents |= _others(source.folder, checkpoint)
     fisher, stored = source.folder / "fisher", source.stored
-    if fisher_dtype is not None:
+    dtype = dtype_of_name(options.fisher_dtype)
+    diagonal = options.structure == "diagonal" and stored.factors is not None
+    if dtype is not None or diagonal:
         fisher = scratch / "fisher"
+        none: dict[str, Any] = dict.fromkeys(
+            ("factors", "blocks", "factor_anchor", "factor_offset")
+        )
         write_fisher(
             fisher,
             stored.fisher,
-            stored.ledger,
+            replace(stored.ledger, **none) if diagonal else stored.ledger,
             anchor=stored.anchor,
             heads=stored.heads,
-            dtype=fisher_dtype,
+            factors=None if diagonal else stored.factors,
+            factor_anchor=None if diagonal else stored.factor_anchor,
+            dtype=dtype or dtype_of(stored.fisher, next(iter(stored.fisher))),
         )
         stored = read_fisher(fisher)
     for file in sorted(fisher.rglob("*")):

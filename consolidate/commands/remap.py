@@ -14,6 +14,7 @@ from consolidate.chain.opening import find_fisher
 from consolidate.chain.output import check_output
 from consolidate.chain.up_to_date import cached, find_output
 from consolidate.commands.verify import check_fisher_values
+from consolidate.models.tensor_names import renamed_factors
 from consolidate.options import RemapOptions
 from consolidate.results import RemapResult
 from consolidate.views.output_card import renew_card
@@ -35,7 +36,7 @@ from formats.fisher_folder import (
     read_fisher,
     write_fisher,
 )
-from formats.fisher_json import SAME_AS, Ledger
+from formats.fisher_json import SAME_AS, Block, Ledger
 from formats.hub import commits_of, locate
 from formats.renaming import Renaming, renamed, renaming
 from formats.tensors import Renamed, dtype_of
@@ -46,7 +47,7 @@ NOT_COVERED = "not among the weights that the Fisher was measured at"
 
 
 def remap(options: RemapOptions) -> RemapResult:
-    """Carry Fisher, anchor, saved heads and ledger over to the same weights under other names.
+    """Carry a Fisher with anchor, factors, heads and ledger over to the same weights, renamed.
 
     Tensors are paired by dtype, shape and bytes; several that are alike, such as norms of ones, by
     where the other tensors of their module went, then by the longest common suffix of their names.
@@ -97,6 +98,12 @@ class _Plan:
         names = {new: old for old, new in self.fit.names.items()}
         return {new: names[new] for new in self.source.weights if new in names}
 
+    @cached_property
+    def factors(self) -> tuple[dict[str, Tensor], dict[str, Block]]:
+        """The matrices and what they are of, by new names, each named after a parameter."""
+        blocks = self.stored.ledger.blocks or {}
+        return renamed_factors(self.stored.factors or {}, blocks, self.fit.names)
+
     def ledger(self) -> Ledger:
         """Give the ledger by the checkpoint's names; the Fisher's records are still to come."""
         ledger = renamed(self.stored.ledger, self.fit.names)
@@ -105,6 +112,7 @@ class _Plan:
             ledger,
             unprotected=reasons | {name: self._why(name) for name in self.fit.extra},
             weights=self.records,
+            blocks=self.factors[1] or None,
             versions=program_versions(),
             made_from=self.made_from(),
             description=None,
@@ -189,7 +197,8 @@ def _write(plan: _Plan, target: Path, *, overwrite: bool) -> Ledger:
             plan.ledger(),
             anchor=None if stored.anchor is None else plan.of(stored.anchor),
             heads={task: plan.of(head) for task, head in stored.heads.items()},
-            factors=stored.factors,
+            factors=plan.factors[0] or None,
+            factor_anchor=None if stored.factor_anchor is None else plan.of(stored.factor_anchor),
             dtype=dtype_of(stored.fisher, next(iter(stored.fisher))),
         )
         renew_card(staging, ledger)

@@ -13,6 +13,7 @@ from consolidate.views.charts import INSTALL, MARK, can_draw, image, plain
 from consolidate.views.figures import figures
 from consolidate.views.page import report_page
 from consolidate.views.search_figures import search_figures
+from consolidate.views.summary import protected_by
 from formats.atomic import check_file, write_file
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME
@@ -62,7 +63,13 @@ def report(options: ReportOptions) -> ReportResult:
     if options.comparison is not None:
         compared = read_comparison(Path(options.comparison), ledger, name)
     searched = [] if search is None else search_figures(search)
-    drawn = figures(ledger, summary["parameters"], summary["accuracy_matrix"], searched)
+    drawn = figures(
+        ledger,
+        summary["parameters"],
+        summary["accuracy_matrix"],
+        searched,
+        protected_by(summary["factors"]),
+    )
     content: dict[Path, str | bytes] = {page: report_page(name, summary, drawn, compared)}
     for figure in drawn:
         for path in pictures:

@@ -57,6 +57,7 @@ def fisher_options(options: FinetuneOptions, *, add: bool = False) -> FisherOpti
         source=options.source,
         encoding=options.encoding,
         estimation=replace(options.estimation, batch_size=batch_size),
+        curvature=options.curvature,
         seed=options.recipe.seed,
         parameters=options.parameters,
         add=add,

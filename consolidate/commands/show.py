@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -9,12 +10,21 @@ from typing import cast
 from consolidate.chain.consistency import side_by_side
 from consolidate.ewc.overlap import layer_overlaps
 from consolidate.options import ShowOptions
-from consolidate.results import FisherDtype, Format, Overlap, Parameter, ShowResult, Task
+from consolidate.results import (
+    Factor,
+    FisherDtype,
+    Format,
+    Overlap,
+    Parameter,
+    ShownFactors,
+    ShowResult,
+    Task,
+)
 from consolidate.views.charts import check_picture, write_picture
 from consolidate.views.figures import TASKS, score_figures
 from consolidate.views.matrix import ledger_matrix, matrix_summary, means_text, write_matrix_csv
 from formats.atomic import check_file
-from formats.digest import TensorRecord, differences, set_digest
+from formats.digest import DTYPES, TensorRecord, differences, set_digest
 from formats.errors import InputError, NetworkError
 from formats.fisher_folder import (
     LEDGER_NAME,
@@ -22,7 +32,14 @@ from formats.fisher_folder import (
     in_one_line,
     read_fisher,
 )
-from formats.fisher_json import FORMAT, Ledger, TaskRecord, needed_version, read_ledger
+from formats.fisher_json import (
+    FORMAT,
+    Ledger,
+    TaskRecord,
+    covered,
+    needed_version,
+    read_ledger,
+)
 from formats.hub import FISHER, commits_of, locate, remote_headers
 
 LOG = logging.getLogger("consolidate")
@@ -36,9 +53,10 @@ def show(options: ShowOptions) -> ShowResult:
     are then those of the ledger, Σ_t γ^(T − t) w_t tr F_t, and the largest values are unknown.
 
     Returns:
-        JSON-ready. A parameter's trace is Σ_i Λ_i; the ``accuracy_matrix`` is None if nothing was
-        measured; ``overlap``, None unless requested, is that of `fisher_overlap` over all
-        parameters of a module.
+        JSON-ready. A parameter's trace is Σ_i Λ_i, and ``factors`` are None where the Fisher is a
+        diagonal alone; the ``accuracy_matrix`` is None if nothing was measured; ``overlap``, None
+        unless requested, is that of `fisher_overlap` of the diagonals, over all parameters of a
+        module.
 
     Raises:
         InputError: There is no Fisher folder, `read_fisher` refuses it, there are no scores for
@@ -90,6 +108,7 @@ def show(options: ShowOptions) -> ShowResult:
             "trace": total,
             "digest": set_digest(ledger.fisher),
         },
+        "factors": _factors(ledger, {n: trace for n, (trace, _) in measured.items()}),
         "weights": {"tensors": len(ledger.weights), "digest": set_digest(ledger.weights)},
         "base": ledger.base,
         "anchor": "the weights" if ledger.anchor is None else "fisher/anchor",
@@ -159,6 +178,7 @@ def _recorded(ledger: Ledger) -> Measured:
 def _parameters(ledger: Ledger, measured: Measured, total: float) -> list[Parameter]:
     """Describe the parameters, in order of decreasing trace."""
     shapes = {name: ledger.fisher[name].shape for name in measured}
+    factors = {at: name for name, b in (ledger.blocks or {}).items() for at in b.parameters}
     found: list[Parameter] = [
         {
             "name": name,
@@ -167,10 +187,46 @@ def _parameters(ledger: Ledger, measured: Measured, total: float) -> list[Parame
             "mean": trace / math.prod(shapes[name]) if math.prod(shapes[name]) else 0.0,
             "max": largest,
             "share": trace / total if total > 0 else 0.0,
+            "factor": factors.get(name),
         }
         for name, (trace, largest) in measured.items()
     ]
     return sorted(found, key=lambda parameter: -parameter["trace"])
+
+
+def _factors(ledger: Ledger, traces: Mapping[str, float]) -> ShownFactors | None:
+    """Describe the matrices beside Λ: what each stands for, and how large they are."""
+    if ledger.factors is None or ledger.blocks is None:
+        return None
+    total = sum(traces.values())
+    matrices: list[Factor] = []
+    for name, block in ledger.blocks.items():
+        record = ledger.factors[name]
+        own = sum(traces[at] for at in block.parameters)
+        matrices.append(
+            {
+                "name": name,
+                "matrix": block.matrix,
+                "size": record.shape[0],
+                "bytes": math.prod(record.shape) * DTYPES[record.dtype].itemsize,
+                "parameters": list(block.parameters),
+                "share": own / total if total > 0 else 0.0,
+            }
+        )
+    protected = covered(ledger.blocks)
+    own = sum(traces[name] for name in protected)
+    offset = ledger.factor_offset
+    return {
+        "tensors": len(matrices),
+        "digest": set_digest(ledger.factors),
+        "bytes": sum(matrix["bytes"] for matrix in matrices),
+        "dtype": cast(FisherDtype, next(iter(ledger.factors.values())).dtype),
+        "values": sum(math.prod(ledger.fisher[name].shape) for name in protected),
+        "share": min(own / total, 1.0) if total > 0 else 0.0,
+        "anchor": "the weights" if ledger.factor_anchor is None else "fisher/factor_anchor",
+        "offset": ledger.penalty_offset if offset is None else offset,
+        "matrices": sorted(matrices, key=lambda matrix: -matrix["share"]),
+    }
 
 
 def _remote_ledger(checkpoint: str | Path, revision: str | None) -> tuple[Path, Ledger]:
@@ -183,20 +239,21 @@ def _remote_ledger(checkpoint: str | Path, revision: str | None) -> tuple[Path, 
         )
     ledger = read_ledger(path)
     ((name, commit),) = commits_of(folder).items()
-    try:
-        headers = remote_headers(name, commit, "fisher/fisher")
-    except NetworkError:
-        LOG.info("%s: shown from the cache; the headers of the Fisher were not checked", name)
-        return folder, ledger
-    found = {
-        tensor: TensorRecord(
-            dtype, shape, ledger.fisher[tensor].sha256 if tensor in ledger.fisher else ""
-        )
-        for tensor, (dtype, shape) in headers.items()
-    }
-    if lines := differences(ledger.fisher, found):
-        raise InputError(
-            f"{name}: fisher/fisher*.safetensors is not what {LEDGER_NAME} lists: "
-            f"{in_one_line(lines)}"
-        )
+    for kind, records in (("fisher", ledger.fisher), ("factors", ledger.factors or {})):
+        if not records:
+            continue
+        try:
+            headers = remote_headers(name, commit, f"fisher/{kind}")
+        except NetworkError:
+            LOG.info("%s: shown from the cache; the headers of the Fisher were not checked", name)
+            return folder, ledger
+        found = {
+            tensor: TensorRecord(dtype, shape, records[tensor].sha256 if tensor in records else "")
+            for tensor, (dtype, shape) in headers.items()
+        }
+        if lines := differences(records, found):
+            raise InputError(
+                f"{name}: fisher/{kind}*.safetensors is not what {LEDGER_NAME} lists: "
+                f"{in_one_line(lines)}"
+            )
     return folder, ledger

@@ -8,6 +8,7 @@ from typing import cast
 from torch import Tensor
 
 from consolidate.chain.consistency import contradictions, descent
+from consolidate.chain.factor_consistency import factor_contradictions, traces_of
 from consolidate.chain.opening import check_base, check_kind, named_base, with_base
 from consolidate.options import VerifyOptions
 from consolidate.results import Descent, TensorSet, VerifyResult
@@ -40,7 +41,8 @@ def verify(options: VerifyOptions) -> VerifyResult:
     Raises:
         InputError: Anything missing, extra, renamed, resized, of another dtype, with other bytes,
             or negative in the Fisher; each finding names the file and the tensor. Or the ledger
-            contradicts itself, the Fisher's traces, or the previous checkpoint.
+            contradicts itself, the Fisher's traces, or the previous checkpoint; or a factor is
+            asymmetric, has a negative eigenvalue, or another trace than the Fisher it stands for.
         NonFiniteError: Values are NaN or infinite, and nothing else is wrong.
     """
     if not options.checkpoints:
@@ -65,11 +67,12 @@ def verify(options: VerifyOptions) -> VerifyResult:
 
 
 def check_fisher_values(stored: StoredFisher) -> None:
-    """Refuse values in a Fisher folder that are not finite, or negative in the Fisher itself."""
+    """Refuse values in a Fisher folder that `check_values` refuses."""
     for kind, tensors, _ in tensor_sets(stored):
         for name in tensors:
             where = f"{tensors.path}: {kind} of {name!r}"
-            check_values(tensors[name], where, not_negative=kind == "fisher")
+            symmetric = kind == "factors"
+            check_values(tensors[name], where, not_negative=kind == "fisher", symmetric=symmetric)
 
 
 def _verify_one(
@@ -114,10 +117,11 @@ def _verify_folder(
         else:
             others[kind] = found
     if not findings:  # else the traces are of damaged values
-        traces = {name: float(stored.fisher[name].double().sum()) for name in stored.fisher}
+        traces = traces_of(stored)
         where = stored.folder / LEDGER_NAME
         lines = contradictions(stored.ledger, traces)
         findings.extend(InputError(f"{where}: {line}") for line in lines)
+        findings.extend(map(InputError, factor_contradictions(stored, traces)))
     if findings:
         worst = all(isinstance(finding, NonFiniteError) for finding in findings)
         raise (NonFiniteError if worst else InputError)(in_one_line([*map(str, findings)]))
@@ -171,7 +175,8 @@ def _verify_set(
         size += tensor.numel() * tensor.element_size()
         try:
             where = f"{_file(tensors, name, path)}: {name!r}"
-            symmetric = kind == "factors"
+            damaged = name in records and records[name] != found[name]  # then reported once
+            symmetric = kind == "factors" and not damaged
             check_values(tensor, where, not_negative=kind == "fisher", symmetric=symmetric)
         except ConsolidateError as finding:
             findings.append(finding)

@@ -76,6 +76,8 @@ def local_data_files(config: Mapping[str, Any], path: Path) -> Any:
 
 def _read(path: Path, seen: set[Path]) -> tuple[dict[str, Any], list[Path]]:
     """Read a task file with those that it includes; list them, and the files of functions."""
+    if "\0" in str(path):
+        raise InputError(f"{path.parent}: include: expected the name of a file, found a NUL in it")
     if path.resolve() in seen:
         raise InputError(f"{path} includes itself")
     seen.add(path.resolve())

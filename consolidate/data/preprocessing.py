@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +23,7 @@ _TIMM = {  # what timm takes where its own config says nothing
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
 }
+_MOST_PIXELS = 2**14  # a side; more is damage, and takes memory without bounds
 _KEYS = {"size": "input_size", "mean": "mean", "std": "std"}  # of timm
 
 
@@ -175,6 +177,11 @@ def read_preprocessing(
         raise InputError(f"{of}: expected numbers above 0, found {list(std)}")
     interpolation = given.image_interpolation or found.interpolation or "bilinear"
     scale = _scale(found, size, given)
+    if scale is not None and max(scale) > _MOST_PIXELS:
+        raise InputError(
+            f"{where}: expected images resized to at most {_MOST_PIXELS} pixels a side before the "
+            "crop, found more; correct the size, or crop_pct"
+        )
     return Preprocessing(size, scale, found.squash, interpolation, mean, std, channels)
 
 
@@ -219,7 +226,12 @@ def _scale(found: _Settings, size: tuple[int, int], given: Images) -> tuple[int,
     if share is None and found.scale is not None and found.size is not None:
         each = zip(size, found.scale, found.size, strict=True)
         return _pair(wanted * before // after for wanted, before, after in each)
-    return _pair(math.floor(side / (share or 1.0)) for side in size)
+    return _pair(_before_crop(side, share or 1.0) for side in size)
+
+
+def _before_crop(side: int, share: float) -> int:
+    """Return the side of which a crop is this share; more than is accepted where it overflows."""
+    return math.floor(min(side / share, 2.0 * _MOST_PIXELS))
 
 
 def _pair(sides: Iterator[int]) -> tuple[int, int]:
@@ -230,7 +242,7 @@ def _pair(sides: Iterator[int]) -> tuple[int, int]:
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON, found something else: {error}") from None
     if not isinstance(found, Mapping):
         raise InputError(f"{path}: expected an object, found a {type(found).__name__}")
@@ -274,7 +286,8 @@ def _of_processor(values: Mapping[str, Any], where: str) -> _Settings:
     if not {"size", "crop_size"} & values.keys():
         return _of_config(values, where)
     factor = values.get("rescale_factor", 1 / 255)
-    if not values.get("do_rescale", True) or not math.isclose(factor, 1 / 255):
+    usual = _is_number(factor) and math.isclose(factor, 1 / 255)
+    if not values.get("do_rescale", True) or not usual:
         raise keys.refusal(
             "rescale_factor", "do_rescale with 1/255, as pixels are scaled to [0, 1]"
         )
@@ -289,7 +302,7 @@ def _of_processor(values: Mapping[str, Any], where: str) -> _Settings:
     share, crop = keys.share("crop_pct"), keys.sides("crop_size") if crops else None
     if share is not None and short is not None:  # of ConvNeXT: from 384 on it crops nothing
         squash, crop = short >= 384, scale
-        scale = scale if squash else _pair(math.floor(side / share) for side in (short, short))
+        scale = scale if squash else _pair(_before_crop(side, share) for side in (short, short))
     if not squash and crop is None:
         raise keys.refusal("size", "height and width, or do_center_crop with crop_size")
     plain = not values.get("do_normalize", True)
@@ -373,11 +386,12 @@ class _Keys:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 def _is_side(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST_PIXELS
 
 
 def _channels_of(module: nn.Module) -> int:

@@ -1,6 +1,5 @@
 """Bounds on texts: how many tokens are kept, and how much of a text is tokenized for them."""
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ def stated_length(tokenizer: Any, folder: Path) -> int | None:
             f"{folder / 'tokenizer_config.json'}: model_max_length: expected a number from 1, "
             f"found {found!r:.40}; correct it"
         )
-    return int(found) if math.isfinite(found) and found < 10**9 else None
+    return int(found) if found < 10**9 else None
 
 
 def begin(value: T, tokens: Callable[[T], int], most: int, *, last: bool = False) -> T:

@@ -1,7 +1,9 @@
 """Examples of texts, for classification, tagging, and causal, masked and seq2seq models."""
 
 import inspect
+import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +22,9 @@ from consolidate.options import Columns
 from consolidate.runtime.quiet import quiet
 from formats.errors import InputError, UsageError
 from formats.rows import Rows
+from formats.wording import first_line
 
+_NO_INPUT = re.compile(r"(Text|PreTokenized)\w*Input\w* must be")  # of the tokenizers library
 _PAIRS = (("text", "text_pair"), ("premise", "hypothesis"), ("sentence1", "sentence2"))
 _ROWS_AT_ONCE = 1000
 _LONGEST_PACK = 1024  # tokens, unless --max-length is given: some models accept up to 10⁵
@@ -45,7 +49,7 @@ def encode_texts(
             f"{model.checkpoint.path}: expected a tokenizer, found none; save it beside the weights"
         )
     texts = _Texts(rows, model, max_length, pack)
-    with quiet():
+    with quiet(), _tokenizing(rows, model):
         match model.objective.name:
             case "token-classification":
                 examples = _words(texts, columns)
@@ -79,6 +83,26 @@ def encode_texts(
             "`consolidate finetune`"
         )
     return examples
+
+
+@contextmanager
+def _tokenizing(rows: Rows, model: Model) -> Iterator[None]:
+    """Explain errors of the tokenizers library: plain Exceptions, and of texts it cannot take."""
+    try:
+        yield
+    except Exception as error:
+        of_input = isinstance(error, TypeError) and _NO_INPUT.match(str(error))
+        if type(error) is not Exception and not of_input:
+            raise
+        if of_input:  # of a str, which can only be so
+            raise InputError(
+                f"{rows.name}: expected Unicode characters in the texts, found half a surrogate "
+                r"pair, such as \ud800; correct or remove it"
+            ) from error
+        raise InputError(
+            f"{model.checkpoint.path}: the tokenizer cannot encode the texts "
+            f"({first_line(error)}); save the model's own tokenizer beside the weights"
+        ) from error
 
 
 _Chunk = list[tuple[int, dict[str, Any]]]  # rows with their indices

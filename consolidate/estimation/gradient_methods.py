@@ -34,6 +34,9 @@ from formats.errors import InputError
 
 METHODS = ("rule", "module", "loop")
 
+WEIGHTS = (1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
+"""Of examples in sums that are compared; powers of two, by which sums scale without rounding."""
+
 MOST_WAITING = 1 << 26  # elements of gradients stored for a parameter that several modules use
 _DENSE = torch.contiguous_format  # also where convolutions have their channels last
 _USED = "rule where used"  # by functions, not by a layer
@@ -69,15 +72,15 @@ class _Probe(NamedTuple):
     forward: Forward
     dtype: torch.dtype
     vector: Tensor
-    signs: Tensor  # ±1 for each example
+    weights: Tensor  # one of WEIGHTS for each example
     kept: tuple[int, int]  # the examples that are run alone too
     blocks: Mapping[str, InputBlock]  # of parameters that the outputs depend on
 
     def sums(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Return autograd's own gradients of the batch, each example with its sign."""
-        signed = _signed(self.vector, self.signs)
+        """Return autograd's own gradients of the batch, each example with its weight."""
+        weighted = _weighted(self.vector, self.weights)
         with requiring_gradients(parameters):
-            return _gradients(self.forward(self.batch), signed, parameters, self.dtype)
+            return _gradients(self.forward(self.batch), weighted, parameters, self.dtype)
 
     def squares(
         self, parameters: Mapping[str, nn.Parameter]
@@ -106,24 +109,29 @@ def choose_methods(
     """Choose how each parameter's per-example gradients are computed.
 
     A random vector is backpropagated through the whole batch of two or more examples. Each
-    parameter's sum over the examples, each with a random sign, must equal autograd's gradient of
-    the vector with these signs: nothing is missing, and no row belongs to an example of the other
-    sign, as in time-first layouts. The squares of the first and the last example must equal those
-    of the two run alone, and so must their part of each block; its parameters have one method.
+    parameter's sum over the examples, each with a random weight, must equal autograd's gradient of
+    the vector with these weights: nothing is missing, and no row belongs to an example of another
+    weight, such as a neighbour, as in time-first layouts or where tokens are routed. The squares of
+    two examples must equal those of the two run alone, and so must their part of each block; its
+    parameters have one method. Weights, vector and the two examples depend on the batch's number.
 
     `levels` are those of an earlier plan, to start from. A model that draws random numbers is
     refused.
     """
     everything_by_loop = Plan(dict.fromkeys(parameters, "loop"), [], {})
     try:
-        calls, together, vector, signs, expected = _scout(model, parameters, batch, forward, dtype)
+        calls, together, vector, weights, expected = _scout(
+            model, parameters, batch, forward, dtype
+        )
     except (RuntimeError, InputError) as error:
         if out_of_memory(error):
             raise
         # One at a time may succeed.
         return everything_by_loop._replace(only_single=in_words(error))
     known = {k: b for k, b in (blocks or {}).items() if b.parameters[0] in expected}
-    probe = _Probe(model, batch, forward, dtype, vector, signs, (0, len(batch) - 1), known)
+    first = (batch.number - 1) % len(batch)
+    kept = first, (first - 1) % len(batch)
+    probe = _Probe(model, batch, forward, dtype, vector, weights, kept, known)
     for example in probe.kept:
         alone = forward(batch.example(example))
         if alone.shape != vector[:1].shape:
@@ -234,7 +242,7 @@ def _scout(
     forward: Forward,
     dtype: torch.dtype,
 ) -> tuple[_Calls, Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Run the batch; return calls, outputs, a random vector, random signs, and the gradients."""
+    """Run the batch; return calls, outputs, a random vector, random weights, and the gradients."""
     size = len(batch.labels)
     calls: _Calls = {}
 
@@ -249,20 +257,25 @@ def _scout(
     try:
         with requiring_gradients(parameters):
             outputs = forward(batch)
-            generator = torch.Generator().manual_seed(0)
+            generator = torch.Generator().manual_seed(batch.number)
             vector = torch.randn(outputs.shape, generator=generator).to(outputs)
-            signs = torch.randint(2, (size,), generator=generator) * 2 - 1
-            signs[-1] = -signs[0]  # else all could be the same
-            sums = _gradients(outputs, _signed(vector, signs), parameters, dtype)
+            weights = _weights(size, generator)
+            sums = _gradients(outputs, _weighted(vector, weights), parameters, dtype)
     finally:
         for handle in handles:
             handle.remove()
-    return calls, outputs.detach(), vector, signs, sums
+    return calls, outputs.detach(), vector, weights, sums
 
 
-def _signed(vector: Tensor, signs: Tensor) -> Tensor:
-    """Return a vector for the outputs with the sign of each example."""
-    return vector * signs.to(vector).view(-1, *[1] * (vector.ndim - 1))
+def _weights(size: int, generator: torch.Generator) -> Tensor:
+    """Return one of WEIGHTS for each example, never that of its neighbour."""
+    steps = torch.randint(1, len(WEIGHTS), (size,), generator=generator)
+    return torch.tensor(WEIGHTS)[steps.cumsum(0) % len(WEIGHTS)]
+
+
+def _weighted(vector: Tensor, weights: Tensor) -> Tensor:
+    """Return a vector for the outputs with the weight of each example."""
+    return vector * weights.to(vector).view(-1, *[1] * (vector.ndim - 1))
 
 
 def _gradients(
@@ -363,12 +376,14 @@ def _failed(
     def add(gradients: Mapping[str, Gradients], examples: range) -> None:
         with falling_back(gradients, RuntimeError):
             for name, of_name in gradients.items():
-                for sign in (1, -1):
-                    own = [i for i, at in enumerate(examples) if probe.signs[at] == sign]
-                    found[name].mul_(sign)
+                for weight in WEIGHTS:
+                    own = [i for i, at in enumerate(examples) if probe.weights[at] == weight]
+                    if not own:
+                        continue
+                    found[name].div_(weight)
                     for example in own:
                         of_name.add_to(found[name], example)
-                    found[name].mul_(sign)
+                    found[name].mul_(weight)
 
     try:
         with (

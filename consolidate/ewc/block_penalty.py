@@ -93,9 +93,8 @@ class BlockPenalty:
             ewc_lambda: λ, finite and not negative.
             offset: A constant, times λ in every value: `factor_offset` of a ledger, or
                 `penalty_offset` where it has none.
-            dtype: The stored dtype of Λ, μ and R, as for `Penalty`, but of R float32, or wider
-                where the parameter is, unless given. With torch.bfloat16 the product ΔW R is in
-                bfloat16, to which ΔW is rounded: twice as fast on a CPU with avx512_bf16.
+            dtype: The stored dtype of Λ and μ, as for `Penalty`. R is float32, or wider where the
+                parameter is: rounded to bfloat16 it has negative eigenvalues, which push away.
             device: The device of Λ, μ and R; that of each parameter unless given.
 
         Raises:
@@ -118,7 +117,7 @@ class BlockPenalty:
                 continue
             anchors = checked_anchors(name, block, matrix, ends, fisher, anchor, factor_anchor)
             place = self._device or ends[0].device
-            matrix = matrix.to(place, dtype or wide(ends[0].dtype))
+            matrix = matrix.to(place, wide(ends[0].dtype))
             pairs = zip(anchors, ends, strict=True)
             anchors = tuple(kept(mu, end, dtype, place, live) for mu, end in pairs)
             self._terms.append(_Term(ends, anchors, block.dims, matrix))
@@ -221,10 +220,8 @@ def row_pieces(count: int, matrix: Tensor) -> Iterator[slice]:
 
 
 def times(difference: Tensor, matrix: Tensor) -> Tensor:
-    """ΔW R, in bfloat16 where R is: ΔW is rounded to it, and so is the product."""
+    """ΔW R, in full precision within autocast too."""
     with torch.autocast(difference.device.type, enabled=False):
-        if matrix.dtype == torch.bfloat16:
-            return (difference.to(matrix.dtype) @ matrix).to(difference.dtype)
         return difference @ matrix.to(difference.dtype)
 
 

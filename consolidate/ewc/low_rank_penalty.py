@@ -104,8 +104,8 @@ class MergedPenalty:
             blocks: The weight, perhaps with its bias, that each R is of, by the same names. A bias
                 counts as it is, and gets a gradient if it requires one.
             factor_anchor: μ of weights and biases with an R, where it is not that in `anchor`.
-            dtype: The stored dtype of Λ, μ and R: float32, or wider where W is, unless given. With
-                torch.bfloat16 the products with R are in bfloat16.
+            dtype: The stored dtype of Λ and μ: float32, or wider where W is, unless given. R is
+                float32, or wider where W is.
             device: The device of Λ, μ and R; that of each weight unless given.
 
         Raises:
@@ -282,7 +282,7 @@ def _block_term(
     if len(anchors) > 1:
         assert layer.bias is not None
         bias_anchor = kept(anchors[1], layer.bias, dtype, place, storages([layer.bias]))
-    matrix = matrix.to(place, dtype or precise)
+    matrix = matrix.to(place, precise)
     return _BlockTerm(layer, block.dims, matrix, anchor, bias_anchor)
 
 

@@ -11,12 +11,16 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from formats.errors import InputError
+
+if TYPE_CHECKING:
+    from formats.fisher_json import Block
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -128,6 +132,29 @@ class Layout:
             found.update(zip(group.module_names, converted, strict=True))
         return {name: found[name] for name in sorted(found, key=self._place_in_module.__getitem__)}
 
+    def stored_alone(self) -> dict[str, str]:
+        """Map the module tensors that the file has in the same form to their names in it."""
+        own = {n: g.file_names[0] for n, g in self._group_of_module.items() if g.convert is None}
+        return {name: own[at] for name, at in self._aliases.items() if at in own}
+
+    def loaded_alone(self) -> dict[str, str]:
+        """Map the file's tensors that the module has in the same form to their names in it."""
+        own = {n: g.module_names[0] for n, g in self._group_of_file.items() if g.convert is None}
+        seconds = self.duplicates.items()
+        return own | {second: own[first] for second, first in seconds if first in own}
+
+    def factors_to_file(
+        self, factors: Mapping[str, Tensor], blocks: Mapping[str, "Block"]
+    ) -> tuple[dict[str, Tensor], dict[str, "Block"]]:
+        """Name matrices and their parameters as in the file, without those of converted tensors."""
+        return renamed_factors(factors, blocks, self.stored_alone())
+
+    def factors_to_module(
+        self, factors: Mapping[str, Tensor], blocks: Mapping[str, "Block"]
+    ) -> tuple[dict[str, Tensor], dict[str, "Block"]]:
+        """Name matrices and their parameters as in the module, likewise."""
+        return renamed_factors(factors, blocks, self.loaded_alone())
+
     def _distinct(self, groups: Sequence[Group]) -> list[Group]:
         """Use one name for each module tensor, and drop second copies of tied tensors."""
         stored: dict[tuple[str, ...], list[Group]] = {}
@@ -214,6 +241,20 @@ class Layout:
 
     def _sizes(self, group: Group) -> list[int]:
         return [math.prod(self._file_shapes[name]) for name in group.file_names]
+
+
+def renamed_factors(
+    factors: Mapping[str, Tensor], blocks: Mapping[str, "Block"], names: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, "Block"]]:
+    """Give matrices whose parameters all have a new name, each named after the first of them."""
+    matrices, renamed = {}, {}
+    for name, block in blocks.items():
+        if all(parameter in names for parameter in block.parameters):
+            parameters = tuple(names[parameter] for parameter in block.parameters)
+            at = f"{parameters[0]}.{block.matrix}"
+            matrices[at] = factors[name]
+            renamed[at] = msgspec.structs.replace(block, parameters=parameters)
+    return matrices, renamed
 
 
 def is_adapter(name: str) -> bool:

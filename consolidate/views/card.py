@@ -24,10 +24,10 @@ from consolidate.views.matrix import (
     matrix_summary,
     matrix_table,
 )
-from consolidate.views.summary import encoding_text, estimator_text, penalty_text
-from formats.digest import set_digest
+from consolidate.views.summary import encoding_text, estimator_text, penalty_text, size_text
+from formats.digest import DTYPES, set_digest
 from formats.errors import InputError
-from formats.fisher_json import Ledger, copies
+from formats.fisher_json import Ledger, copies, covered
 from formats.wording import few
 
 MAX_CARD_BYTES = 2**20
@@ -269,9 +269,12 @@ def _body(ledger: Ledger, subject: Subject) -> str:
         digests += "a guess of the exact data."
     copied = copies(ledger)
     unprotected = [why for name, why in ledger.unprotected.items() if name not in copied]
+    several = len(subject.base_model) > 1 or subject.relation == "merge" or side_by_side(ledger)
     found = {
         **_what(subject),
         **_use(ledger, subject),
+        **_factors(ledger),
+        "tasks_heading": "Tasks of the merged models" if several else "Tasks, in training order",
         "names": ", ".join(escaped(task.name) for task in ledger.tasks),
         "weights": set_digest(ledger.weights),
         "tasks": _tasks(ledger),
@@ -293,6 +296,24 @@ def _body(ledger: Ledger, subject: Subject) -> str:
         for part in parts
         if all(found[name] is not None for name in part.get_identifiers())
     )
+
+
+def _factors(ledger: Ledger) -> dict[str, str | None]:
+    """Describe the matrices beside Λ; those that a ledger has none for are None."""
+    named = dict.fromkeys(("factors", "matrices", "factors_dtype", "factors_size", "covered"))
+    if not ledger.factors or not ledger.blocks:
+        return {**named, "structure": "a diagonal Fisher: it ignores how weights act together"}
+    sizes = [math.prod(r.shape) * DTYPES[r.dtype].itemsize for r in ledger.factors.values()]
+    values = sum(math.prod(ledger.fisher[name].shape) for name in covered(ledger.blocks))
+    return {
+        "factors": set_digest(ledger.factors),
+        "matrices": f"{len(sizes)} {'matrix' if len(sizes) == 1 else 'matrices'}",
+        "factors_dtype": next(iter(ledger.factors.values())).dtype,
+        "factors_size": size_text(sum(sizes)),
+        "covered": f"{values:,}",
+        "structure": "a Fisher that is diagonal or, in a covered layer, the same matrix for each "
+        "output: it ignores most of how weights act together",
+    }
 
 
 def _what(subject: Subject) -> dict[str, str | None]:

@@ -52,13 +52,21 @@ def figures(
     parameters: Sequence[Parameter],
     matrix: MatrixSummary | None,
     search: Sequence[Figure] = (),
+    factors: Mapping[str, str] | None = None,
 ) -> list[Figure]:
-    """Place the figures that have numbers: scores, a search, protection, added, overlap."""
+    """Place the figures that have numbers: scores, a search, protection, added, overlap.
+
+    `factors` describe the matrices that protect parameters in place of Λ, if there are any.
+    """
     known = {parameter["name"]: parameter for parameter in parameters}
     groups = layers([name for name in in_order(ledger) if name in known], ROWS)
     tasks = ledger.tasks[-TASKS:]
     added = ("added", "Trace that each task added, per layer", tasks, groups, _trace)
-    others = [_protection(known, groups), _by_task(*added, log=True), _overlap(tasks, groups)]
+    others = [
+        _protection(known, groups, factors or {}),
+        _by_task(*added, log=True),
+        _overlap(tasks, groups),
+    ]
     found = [*score_figures(ledger, matrix), *search, *(one for one in others if one is not None)]
     placed: list[Figure] = []
     for crowded, run in groupby(found, key=lambda figure: figure.chart.crowded):
@@ -245,7 +253,9 @@ def _between(ledger: Ledger) -> Figure | None:
     return Figure("between", chart, header, rows[:LISTED], max(len(rows) - LISTED, 0))
 
 
-def _protection(known: Mapping[str, Parameter], groups: Groups) -> Figure:
+def _protection(
+    known: Mapping[str, Parameter], groups: Groups, factors: Mapping[str, str]
+) -> Figure:
     traces = {group: _sum(known[name]["trace"] for name in own) for group, own in groups.items()}
     total = _sum(traces.values())
     top = sorted(traces, key=lambda group: -traces[group])[:3]
@@ -255,12 +265,14 @@ def _protection(known: Mapping[str, Parameter], groups: Groups) -> Figure:
     def cells(name: str) -> Cells:
         own = known[name]
         share = f"{own['trace'] / total:.1%}" if total > 0 else "–"
-        return [number(own["trace"]), share, number(own["mean"]), number(own["max"])]
+        numbers = [number(own["trace"]), share, number(own["mean"]), number(own["max"])]
+        return [*numbers, factors.get(name, "diagonal")] if factors else numbers
 
     label = "trace of Λ, log scale"
     values = [*traces.values()]
     chart = Bars("Trace of the Fisher per layer", said, [*groups], values, number, label)
     header = ["parameter", "trace of Λ", "share", "mean per weight", "largest"]
+    header += ["protected by"] if factors else []
     return Figure("protection", chart, header, *_listed(groups, cells))
 
 

@@ -9,7 +9,13 @@ from consolidate.views.charts import COLORS, INSTALL, MARK, can_draw, image, pla
 from consolidate.views.figures import LISTED, TASKS, Figure
 from consolidate.views.markdown import shown
 from consolidate.views.matrix import means, partly
-from consolidate.views.summary import by_reason, encoding_text, estimator_text, learned_text
+from consolidate.views.summary import (
+    by_reason,
+    encoding_text,
+    estimator_text,
+    factors_text,
+    learned_text,
+)
 from consolidate.views.text import comparison_rows
 from formats.wording import few
 
@@ -54,6 +60,7 @@ def report_page(
             if can_draw()
         },
         first=max(len(summary["tasks"]) - TASKS, 0),
+        factors=factors_text(summary["factors"]),
         reasons=by_reason(summary["unprotected"]).items(),
         listed=LISTED,
         most=TASKS,

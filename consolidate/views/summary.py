@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from consolidate.chain.consistency import side_by_side_text
 from consolidate.data.chats import loss_text
-from consolidate.results import MatrixSummary, Overlap, ShowResult, Task
+from consolidate.results import MatrixSummary, Overlap, ShownFactors, ShowResult, Task
 from consolidate.views.markdown import aligned, benchmarks_of, benchmarks_text, escaped, shown
 from consolidate.views.matrix import matrix_rows, matrix_table, means_text
 from formats.fisher_json import UNKNOWN
@@ -24,6 +24,7 @@ def show_text(summary: ShowResult) -> str:
         f"Fisher: {fisher['values']:,} values in {fisher['tensors']} tensors of {fisher['dtype']}",
         f"trace: {fisher['trace']:.6g}",
         f"merged: {rule}; anchor: {summary['anchor']}",
+        *factors_text(summary["factors"]),
         _weights_text(summary),
         *_heads(summary),
         "",
@@ -40,6 +41,8 @@ def show_text(summary: ShowResult) -> str:
             lines.append(note)
     if summary["overlap"] is not None:
         lines += ["", *_overlap(summary["overlap"])]
+        if summary["factors"] is not None:
+            lines.append("the overlap is that of the diagonals; factors are not compared")
     if summary["unprotected"]:
         lines += ["", "not protected:"]
         for reason, names in by_reason(summary["unprotected"]).items():
@@ -86,7 +89,37 @@ def _units(task: Task) -> str:
     return f"{task['units']:,} {task['unit']}s{encoded}"
 
 
+def factors_text(factors: ShownFactors | None) -> list[str]:
+    """Give the number, size and share of the matrices beside the diagonal, on at most one line."""
+    if factors is None:
+        return []
+    count = f"{factors['tensors']} {'matrix' if factors['tensors'] == 1 else 'matrices'}"
+    offset = f", offset {factors['offset']:.6g}" if factors["offset"] else ""
+    text = (
+        f"factors: {count} of {factors['dtype']}, {size_text(factors['bytes'])}, for "
+        f"{factors['values']:,} of the values, {factors['share']:.1%} of the trace; anchor: "
+        f"{factors['anchor']}{offset}"
+    )
+    return [text]
+
+
+def protected_by(factors: ShownFactors | None) -> dict[str, str]:
+    """Describe the matrix that stands for a parameter, by the parameter's name."""
+    matrices = [] if factors is None else factors["matrices"]
+    return {
+        name: f"{matrix['matrix']} {matrix['size']}×{matrix['size']}, {size_text(matrix['bytes'])}"
+        for matrix in matrices
+        for name in matrix["parameters"]
+    }
+
+
+def size_text(count: int) -> str:
+    """Write a number of bytes."""
+    return f"{count:,} bytes" if count < 100_000 else f"{count / 1e6:,.1f} MB"
+
+
 def _parameters(summary: ShowResult) -> list[str]:
+    by = protected_by(summary["factors"])
     rows = [
         [
             parameter["name"],
@@ -95,10 +128,12 @@ def _parameters(summary: ShowResult) -> list[str]:
             f"{parameter['mean']:.4g}",
             shown(parameter["max"], ".4g"),
             f"{parameter['share']:.1%}",
+            *([by.get(parameter["name"], "diagonal")] if by else []),
         ]
         for parameter in summary["parameters"]
     ]
     header = ["parameter", "shape", "trace", "mean", "largest", "share"]
+    header += ["protected by"] if by else []
     left_out = summary["parameters_left_out"]
     more = [f"and {left_out} more"] if left_out else []
     return [*_table([header, *rows], right_from=2), *more]

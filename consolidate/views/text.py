@@ -188,11 +188,14 @@ def points(difference: float, metrics: Mapping[str, float], *, sign: bool = Fals
 
 
 def merge_text(result: MergeResult) -> str:
-    """Summarize a merge: models, tasks, parameters."""
+    """Summarize a merge: models, tasks, parameters, layers with factors."""
+    layers = (
+        "" if result["factors"] is None else f", factors of {result['factors']['layers']} layers"
+    )
     return (
         f"{result['checkpoint']}: merged from {', '.join(result['models'])}; tasks "
         f"{', '.join(result['tasks'])}; {result['parameters']:,} parameters, "
-        f"trace {result['trace']:.4g}"
+        f"trace {result['trace']:.4g}{layers}"
     )
 
 
@@ -242,6 +245,8 @@ def verify_text(summary: VerifyResult) -> str:
         sets["anchor"] = summary["anchor"]
     if "factors" in summary:
         sets["factors"] = summary["factors"]
+    if "factor_anchor" in summary:
+        sets["factor anchor"] = summary["factor_anchor"]
     sets |= {f"head of {task}": head for task, head in summary["heads"].items()}
     lines = [
         f"{kind}: {found['tensors']:,} tensors, {found['bytes']:,} bytes, {found['digest']}"

@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 import consolidate
 from consolidate.api import finetune
 from consolidate.commands import merge as merge_command
+from consolidate.views.text import merge_text
 from formats.atomic import replace_folder
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher, write_fisher
-from formats.fisher_json import read_ledger
+from formats.fisher_json import Block, read_ledger
 from formats.tensors import TensorFiles
+from support import factor_checkpoints
 from support.networks import make_network
 
 Write = Callable[..., Path]
@@ -442,3 +444,121 @@ def test_a_checkpoint_that_is_replaced_while_it_is_opened(
     learned = [task.name for task in read_fisher(tmp_path / "out" / "fisher").ledger.tasks]
     of_other = [task.name for task in read_fisher(other / "fisher").ledger.tasks]
     assert learned[:1] == of_other[:1]
+
+
+def of_layer(folder: Path, block: Block) -> torch.Tensor:
+    """[W, b] of a layer."""
+    weight, bias = (tensors(folder, "weights")[name] for name in block.parameters)
+    return torch.cat([weight, bias[:, None]], 1)
+
+
+def factors_of(folder: Path) -> dict[str, torch.Tensor]:
+    loaded = load_file(folder / "fisher" / "factors.safetensors")
+    return {name: values.double() for name, values in loaded.items()}
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_layers_with_factors_are_merged_by_them(tmp_path: Path, anchored: bool) -> None:
+    folders = [
+        factor_checkpoints.write(tmp_path / name, name, seed=seed, anchored=anchored)
+        for seed, name in enumerate("ab")
+    ]
+    out, swapped = tmp_path / "out", tmp_path / "swapped"
+    result = consolidate.merge(folders, output_dir=out, weights=[2, 0.5])
+    assert result["factors"] == {"layers": 2, "bytes": 4 * (7 * 7 + 9 * 9)}
+    assert result["without_factors"] == []
+    assert "factors of 2 layers" in merge_text(result)
+    assert not list(out.glob(".*"))
+    for name, block in factor_checkpoints.BLOCKS.items():
+        a, b = (factors_of(folder)[name] for folder in folders)
+        total = 2 * a + 0.5 * b
+        torch.testing.assert_close(factors_of(out)[name], total, rtol=1e-6, atol=1e-9)
+        w, v = (of_layer(folder, block) for folder in folders)
+        pulls = 2 * w @ a + 0.5 * v @ b
+        torch.testing.assert_close(of_layer(out, block) @ total, pulls, rtol=1e-4, atol=1e-6)
+    for theta in thetas(out):
+        one, two = (factor_checkpoints.penalty_at(folder, theta) for folder in folders)
+        merged = factor_checkpoints.penalty_at(out, theta)
+        assert merged == pytest.approx(2 * one + 0.5 * two, rel=1e-5)
+        one, two = (penalty_at(folder, theta) for folder in folders)
+        assert penalty_at(out, theta) == pytest.approx(2 * one + 0.5 * two, rel=1e-5)
+    checked = consolidate.verify(out)
+    assert ("factor_anchor" in checked) == anchored
+    consolidate.merge(folders[::-1], output_dir=swapped, weights=[0.5, 2])
+    for which in ("weights", "fisher"):
+        for name, values in tensors(swapped, which).items():
+            torch.testing.assert_close(values, tensors(out, which)[name], rtol=1e-4, atol=1e-5)
+    again = consolidate.merge(folders, output_dir=out, weights=[2, 0.5])
+    assert again == result | {"status": "cached", "trace": again["trace"]}
+
+
+def test_a_factor_with_a_negative_eigenvalue_is_refused(tmp_path: Path) -> None:
+    a, b = (factor_checkpoints.write(tmp_path / name, name) for name in "ab")
+    factor_checkpoints.rewrite(
+        b, lambda t: t["0.weight.R"].sub_(0.2).diagonal().add_(0.2), "factors"
+    )
+    with pytest.raises(
+        InputError, match=r"b/fisher/factors.*'0\.weight\.R' has an eigenvalue below"
+    ):
+        consolidate.merge([a, b], output_dir=tmp_path / "out")
+
+
+def test_merging_a_model_with_itself_changes_no_weight(tmp_path: Path) -> None:
+    a = factor_checkpoints.write(tmp_path / "a", "a")
+    b = factor_checkpoints.write(tmp_path / "b", "b")  # the same weights
+    consolidate.merge([a, b], output_dir=tmp_path / "out")
+    for name, values in tensors(tmp_path / "out", "weights").items():
+        assert torch.equal(values, tensors(a, "weights")[name])
+
+
+def test_layers_that_one_model_has_no_factor_of_lose_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = factor_checkpoints.write(tmp_path / "a", "a")
+    b = factor_checkpoints.write(tmp_path / "b", "b", seed=1, without=("0.weight.R",))
+    c = factor_checkpoints.write(tmp_path / "c", "c", seed=2, without=("0.weight.R", "2.weight.R"))
+    for number, others in enumerate(([a, b], [b, a])):
+        out = tmp_path / f"out-{number}"
+        result = consolidate.merge(others, output_dir=out)
+        assert result["without_factors"] == ["0.weight"]
+        assert factors_of(out).keys() == {"2.weight.R"}
+        assert f"{b} has no factor of 0.weight: these are merged by the diagonal" in caplog.text
+        plain = tmp_path / f"plain-{number}"
+        consolidate.merge([c, *others], output_dir=plain)
+        assert read_fisher(plain / "fisher").factors is None
+        consolidate.verify(out)
+        consolidate.verify(plain)
+    weights, fishers = ([tensors(x, which) for x in (a, b)] for which in ("weights", "fisher"))
+    total = fishers[0]["0.weight"] + fishers[1]["0.weight"]
+    mean = sum(f["0.weight"] * w["0.weight"] for f, w in zip(fishers, weights, strict=True)) / total
+    found = tensors(tmp_path / "out-0", "weights")["0.weight"]
+    torch.testing.assert_close(found, torch.where(total > 0, mean, found), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["online", "separate"])
+def test_factors_of_children_and_their_base_count_once(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, rule: str
+) -> None:
+    base, old = tmp_path / "base", write_task("old")
+    consolidate.fisher(network_checkpoint, old, output_dir=base, structure="inputs", **NETWORK)
+    children, alone = [], []
+    for seed, name in enumerate("ab", start=1):
+        data = write_task(f"task-{name}", seed=seed)
+        children.append(tmp_path / name)
+        finetune(base, data, output_dir=children[-1], ewc_lambda=10.0, merge_rule=rule, **FAST)
+        alone.append(tmp_path / f"{name}-alone")
+        shutil.copytree(children[-1], alone[-1], ignore=shutil.ignore_patterns("fisher"))
+        consolidate.fisher(alone[-1], data, structure="inputs", **NETWORK)
+    out = tmp_path / "out"
+    consolidate.merge(children, output_dir=out, base=base)
+    assert consolidate.verify(out)["factors"]["tensors"] == 2
+    for name, merged in factors_of(out).items():
+        a, b, start = (factors_of(folder)[name] for folder in (*children, base))
+        torch.testing.assert_close(merged, a + b - start, rtol=1e-5, atol=1e-8)
+    if rule == "separate":
+        for theta in thetas(out):
+            each = [factor_checkpoints.penalty_at(folder, theta) for folder in (base, *alone)]
+            assert factor_checkpoints.penalty_at(out, theta) == pytest.approx(sum(each), rel=1e-4)
+    last = tmp_path / "last"
+    finetune(out, write_task("next", seed=9), output_dir=last, ewc_lambda=10.0, **FAST)
+    assert consolidate.verify(last)["factors"]["tensors"] == 2

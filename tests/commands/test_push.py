@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from consolidate.api import fisher, push, verify
 from consolidate.views.text import push_text
 from formats.errors import ConsolidateError, UsageError
-from support import in_process, loopback_hub
+from formats.fisher_folder import read_fisher
+from support import factor_checkpoints, in_process, loopback_hub
 from support.loopback_hub import COMMIT, TOKEN, Hub, environment, run, run_python
 from support.networks import SIZES, make_network
 
@@ -316,6 +317,82 @@ def test_the_fisher_of_somebody_elses_weights(
     pushed(tmp_path, hub, checkpoint, "user/whole")
     code, _, err = run(tmp_path, "push", checkpoint, "user/whole", *only[2:], **variables)
     assert (code, "has weights" in err) == (2, True), err
+
+
+def test_factors_are_pushed_rounded_or_left_out(
+    write_task: Write, tmp_path: Path, hub: Hub
+) -> None:
+    folder = factor_checkpoints.write(tmp_path / "one", anchored=True)
+    files = {f"fisher/{kind}.safetensors" for kind in ("factors", "factor_anchor")}
+    done = pushed(tmp_path, hub, folder, "user/one")
+    assert files <= {file["path"] for file in done["files"]}
+    remote = hub.repositories["user/one"]
+    assert (
+        remote.files["fisher/factors.safetensors"]
+        == (folder / "fisher" / "factors.safetensors").read_bytes()
+    )
+    assert b"The factors (2 matrices) reveal more than the diagonal" in remote.files["README.md"]
+    variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+    code, out, err = run(tmp_path, "show", "user/one", "--json", **variables)
+    assert code == 0, err
+    assert json.loads(out)["factors"]["bytes"] == 4 * (7 * 7 + 9 * 9)
+    assert not hub.asked("^GET /user/one/resolve/.*/fisher/factor[^ ]* .*whole")
+    code, out, err = run(tmp_path, "verify", "user/one", **variables)
+    assert (code, "factor anchor: 4 tensors" in out) == (0, True), err
+
+    pushed(tmp_path, hub, folder, "user/half", "--fisher-dtype", "bfloat16")
+    fetched = downloaded(tmp_path, hub, "user/half", "half")
+    checked = verify(fetched)
+    assert checked["factors"]["bytes"] == 4 * (7 * 7 + 9 * 9)
+    exact = load_file(folder / "fisher" / "factors.safetensors")
+    for name, values in load_file(fetched / "fisher" / "factors.safetensors").items():
+        assert torch.equal(values, exact[name])
+
+    less = pushed(tmp_path, hub, folder, "user/one", "--structure", "diagonal")
+    assert set(less["deleted"]) == files
+    assert not any("factor" in path for path in remote.files)
+    assert b"reveal more than the diagonal" not in remote.files["README.md"]
+    fetched = downloaded(tmp_path, hub, "user/one", "diagonal")
+    assert verify(fetched)["fisher"] == verify(folder)["fisher"]
+    ledger = read_fisher(fetched / "fisher").ledger
+    assert (ledger.factors, ledger.blocks, ledger.factor_offset) == (None, None, None)
+    assert ledger.penalty_offset == 0.25
+    assert json.loads(remote.files["fisher/fisher.json"])["version"] == 1
+
+    new = write_task("new", seed=4)
+    for start in ("user/half", "user/one"):
+        words = ("finetune", start, "--data", new, *MODEL, "--ewc-lambda", 10, "--overwrite")
+        code, _, err = run(tmp_path, *words, "--output-dir", "out", **variables)
+        assert code == 0, err
+        ledger = read_fisher(tmp_path / "out" / "fisher").ledger
+        assert [task.name for task in ledger.tasks] == ["old", "new"]
+        assert (ledger.factors is not None) == (start == "user/half")
+        assert verify(tmp_path / "out")["tasks"] == ["old", "new"]
+
+
+def test_factors_that_cannot_be_pushed(tmp_path: Path, hub: Hub) -> None:
+    folder = factor_checkpoints.write(tmp_path / "one", without=("0.weight.R", "2.weight.R"))
+    with pytest.raises(UsageError, match=r"--structure inputs: .*fisher has no factors"):
+        push(folder, "user/one", structure="inputs")
+    with pytest.raises(UsageError, match="expected one of diagonal, inputs"):
+        push(folder, "user/one", structure="kronecker")
+    assert not hub.requests
+
+
+def test_the_factors_of_somebody_elses_weights(tmp_path: Path, hub: Hub) -> None:
+    folder, theirs = factor_checkpoints.write(tmp_path / "one"), tmp_path / "theirs"
+    shutil.copytree(folder, theirs, ignore=shutil.ignore_patterns("fisher"))
+    hub.put("them/model", theirs)
+    only = (folder, "me/fisher", "--fisher-only", "--base-model", "them/model")
+    pushed(tmp_path, hub, *only, "--fisher-dtype", "bfloat16")
+    variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+    words = ("verify", "me/fisher", "--base-model", "them/model", "--json")
+    code, out, err = run(tmp_path, *words, **variables)
+    assert code == 0, err
+    assert json.loads(out)["factors"]["tensors"] == 2
+    factor_checkpoints.rewrite(folder, lambda t: t["0.weight.R"].mul_(2), "factors")
+    code, _, err = run(tmp_path, "push", *only, **variables)
+    assert (code, "'0.weight.R': expected the trace" in err) == (3, True), err
 
 
 LOADERS = """

@@ -15,9 +15,9 @@ from consolidate.api import evaluate, finetune, fisher, remap, verify
 from formats.checkpoint import open_checkpoint
 from formats.errors import InputError
 from formats.fisher_folder import read_fisher, write_fisher
-from formats.fisher_json import SAME_AS
+from formats.fisher_json import SAME_AS, Block
 from formats.tensors import write_tensors
-from support import tiny_models
+from support import factor_checkpoints, tiny_models
 from support.command_line import run
 from support.networks import make_network
 
@@ -96,6 +96,34 @@ def test_everything_goes_to_the_new_names(old: Path, new: Path, tmp_path: Path) 
     assert verify(out)["tasks"] == ["one", "two"]
     [descends] = verify(old, out)["later"]
     assert descends["descends_by"] == "weights"
+
+
+def test_factors_go_along_and_are_named_after_their_parameters(tmp_path: Path) -> None:
+    old = factor_checkpoints.write(tmp_path / "old", anchored=True, dtype=torch.bfloat16)
+    new = rewritten(old, tmp_path / "new", lambda name: f"net.{name}")
+    out = tmp_path / "out"
+    remap(new, fisher_of=old, output_dir=out)
+    for which in ("fisher/factors", "fisher/factor_anchor", "fisher/anchor"):
+        there, found = tensors(old, which), tensors(out, which)
+        assert found.keys() == {f"net.{name}" for name in there}
+        assert all(torch.equal(found[f"net.{name}"], there[name]) for name in there)
+    before, after = (read_fisher(folder / "fisher").ledger for folder in (old, out))
+    assert after.factor_offset == before.factor_offset == 0.5
+    assert after.blocks == {
+        "net.0.weight.R": Block("R", (1,), ("net.0.weight", "net.0.bias")),
+        "net.2.weight.R": Block("R", (1,), ("net.2.weight", "net.2.bias")),
+    }
+    assert verify(out)["factors"]["tensors"] == 2
+    assert remap(new, fisher_of=old, output_dir=out)["status"] == "cached"
+
+
+def test_a_factor_that_is_not_symmetric_is_refused(tmp_path: Path) -> None:
+    old = factor_checkpoints.write(tmp_path / "old")
+    factor_checkpoints.rewrite(old, lambda t: t["2.weight.R"][0, 1].add_(1.0), "factors")
+    new = rewritten(old, tmp_path / "new", lambda name: f"net.{name}")
+    with pytest.raises(InputError, match=r"factors of '2\.weight\.R' is not symmetric"):
+        remap(new, fisher_of=old, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_training_goes_on_as_under_the_old_names(

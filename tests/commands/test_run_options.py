@@ -93,6 +93,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ({"epochs": True}, "epochs: expected an integer, found True"),
         ({"epochs": 1.5}, "epochs: expected an integer, found 1.5"),
         ({"learning_rate": "fast"}, "learning-rate: expected a number, found 'fast'"),
+        ({"learning_rate": 10**400}, f"learning-rate: expected a number, found {10**400}"),
         ({"pack": 1}, "pack: expected true or false, found 1"),
         ({"penalty_dtype": 32}, "penalty-dtype: expected a dtype such as 'float32', found 32"),
         ({"freeze": [1]}, "freeze: expected a list of strings, found [1]"),
@@ -111,6 +112,8 @@ def test_a_value_out_of_its_range() -> None:
         read(epochs=0)
     with pytest.raises(UsageError, match="--penalty-dtype nn: expected one of float32, bfloat16"):
         read(penalty_dtype="nn")
+    with pytest.raises(UsageError, match=r"--seed 10+: expected"):
+        read(seed=10**400)
 
 
 def test_a_first_task_is_trained_freely() -> None:

@@ -1,6 +1,7 @@
 """`show` tells what is there; `verify` finds every damage and names the file and the tensor."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from formats.digest import tensor_record
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import write_fisher
 from formats.fisher_json import Ledger, TaskRecord, ledger_bytes, read_ledger
+from support import factor_checkpoints
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
@@ -329,9 +331,11 @@ def test_show_counts_and_ranks(tmp_path: Path) -> None:
     found = show(tmp_path, top=2)
     assert found["fisher"]["trace"] == 8
     assert found["fisher"]["values"] == 7
+    big = {"shape": [1, 2], "trace": 6.0, "mean": 3.0, "max": 4.0, "share": 0.75}
+    small = {"shape": [2], "trace": 2.0, "mean": 1.0, "max": 1.0, "share": 0.25}
     assert found["parameters"] == [
-        {"name": "big", "shape": [1, 2], "trace": 6.0, "mean": 3.0, "max": 4.0, "share": 0.75},
-        {"name": "small", "shape": [2], "trace": 2.0, "mean": 1.0, "max": 1.0, "share": 0.25},
+        {"name": "big", **big, "factor": None},
+        {"name": "small", **small, "factor": None},
     ]
     assert found["parameters_left_out"] == 1
     json.dumps(found, allow_nan=False)
@@ -438,3 +442,101 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(
     flip(folder / "model.safetensors", "hidden.weight")
     with pytest.raises(InputError, match="other values"):
         verify(folder)
+
+
+DAMAGED_FACTORS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "asymmetric": (
+        lambda tensors: tensors["0.weight.R"][0, 1].add_(1.0),
+        r"factors\.safetensors: '0\.weight\.R' is not symmetric",
+    ),
+    "a negative eigenvalue": (
+        lambda tensors: tensors["0.weight.R"].sub_(0.2).diagonal().add_(0.2),
+        r"factors\.safetensors: '0\.weight\.R' has an eigenvalue below -",
+    ),
+    "a negative diagonal": (
+        lambda tensors: tensors["0.weight.R"][0, 0].neg_(),
+        r"factors\.safetensors: '0\.weight\.R' has values below 0 on its diagonal",
+    ),
+    "another scale": (
+        lambda tensors: tensors["2.weight.R"].mul_(2),
+        r"'2\.weight\.R': expected the trace 1\.\d+, that of the Fisher of 2\.weight and 2\.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED_FACTORS)
+def test_factors_that_no_sum_of_squares_can_be(tmp_path: Path, what: str) -> None:
+    folder = factor_checkpoints.write(tmp_path / "a")
+    verify(folder)
+    change, message = DAMAGED_FACTORS[what]
+    factor_checkpoints.rewrite(folder, change, "factors")
+    with pytest.raises(InputError, match=message):
+        verify(folder)
+
+
+def test_factors_that_are_not_finite(tmp_path: Path) -> None:
+    folder = factor_checkpoints.write(tmp_path / "a", anchored=True)
+    for kind, name in (("factors", "0.weight.R"), ("factor_anchor", "0.bias")):
+        factor_checkpoints.rewrite(folder, lambda t, n=name: t[n].fill_(torch.nan), kind)
+        with pytest.raises(NonFiniteError, match=rf"{kind}\.safetensors: '{name}' has"):
+            verify(folder)
+        shutil.rmtree(folder)
+        factor_checkpoints.write(folder, anchored=True)
+
+
+@pytest.mark.parametrize("kind", ["factors", "factor_anchor"])
+def test_a_damaged_a_missing_and_another_models_factor_file(tmp_path: Path, kind: str) -> None:
+    folder = factor_checkpoints.write(tmp_path / "a", anchored=True)
+    other = factor_checkpoints.write(tmp_path / "b", seed=1, anchored=True)
+    file, name = folder / "fisher" / f"{kind}.safetensors", "0.weight"
+    name += ".R" * (kind == "factors")
+    flip(file, name)
+    with pytest.raises(InputError) as caught:
+        verify(folder)
+    assert str(caught.value) == (
+        f"{file}: '{name}' has the expected dtype and shape, but other values"
+    )
+    shutil.copy(other / "fisher" / file.name, file)
+    with pytest.raises(InputError, match=rf"{kind}\.safetensors, metadata: expected weights '"):
+        verify(folder)
+    file.unlink()
+    with pytest.raises(InputError, match=rf"expected {kind}\.safetensors or .*, found neither"):
+        verify(folder)
+
+
+def test_factors_are_counted_and_shown(tmp_path: Path) -> None:
+    folder = factor_checkpoints.write(tmp_path / "a", without=("2.weight.R",), anchored=True)
+    checked = verify(folder)
+    assert (checked["factors"]["tensors"], checked["factors"]["bytes"]) == (1, 7 * 7 * 4)
+    assert (checked["factor_anchor"]["tensors"], checked["factor_anchor"]["bytes"]) == (2, 56 * 4)
+    assert "factor anchor: 2 tensors, 224 bytes" in verify_text(checked)
+    found = show(folder)
+    factors = found["factors"]
+    assert factors is not None
+    assert factors["digest"] == checked["factors"]["digest"]
+    assert (factors["values"], factors["bytes"], factors["offset"]) == (56, 196, 0.5)
+    assert factors["anchor"] == "fisher/factor_anchor"
+    [matrix] = factors["matrices"]
+    assert matrix["parameters"] == ["0.weight", "0.bias"]
+    assert matrix["share"] == factors["share"]
+    shares = {each["name"]: (each["factor"], each["share"]) for each in found["parameters"]}
+    assert sum(share for at, share in shares.values() if at) == pytest.approx(factors["share"])
+    assert {name for name, (at, _) in shares.items() if at == "0.weight.R"} == {
+        "0.weight",
+        "0.bias",
+    }
+    text = show_text(found)
+    assert "factors: 1 matrix of F32, 196 bytes, for 56 of the values," in text
+    assert re.search(r"^0\.weight .* R 7×7, 196 bytes$", text, re.MULTILINE)
+    assert re.search(r"^2\.weight .* diagonal$", text, re.MULTILINE)
+    compared = show_text(show(folder, overlap=folder))
+    assert compared.endswith("the overlap is that of the diagonals; factors are not compared")
+
+
+def test_without_factors_nothing_is_said_of_them(golden: Callable[[str], Path]) -> None:
+    found = show(golden("anchor"))
+    assert found["factors"] is None
+    assert {each["factor"] for each in found["parameters"]} == {None}
+    assert "protected by" not in show_text(found)
+    assert "factors:" not in show_text(found)
+    assert "of the diagonals" not in show_text(show(golden("unsharded"), overlap=golden("sharded")))

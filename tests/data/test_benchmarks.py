@@ -402,12 +402,14 @@ def own_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_files_that_are_none(llama: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "broken.yaml").write_text("task: [a\nb: c")
     (folder / "loop.yaml").write_text("task: a\ninclude: loop.yaml")
+    (folder / "nul.yaml").write_text('task: a\ninclude: "x\\0y"')
     (folder / "list.yaml").write_text("- a\n- b")
     (folder / "tasks.toml").write_text(f'data = "lm-eval:{folder}/choice.yaml"')
     for name, code, message in (
         ("choise.yaml", 3, "choise.yaml does not exist; did you mean choice.yaml"),
         ("broken.yaml", 3, "broken.yaml, line 2 is not valid YAML"),
         ("loop.yaml", 3, "loop.yaml includes itself"),
+        ("nul.yaml", 3, "include: expected the name of a file, found a NUL in it"),
         ("list.yaml", 3, "list.yaml is not a task of lm-eval: expected the key task"),
     ):
         words = ("evaluate", llama, "--data", f"lm-eval:{folder}/{name}")

@@ -268,6 +268,14 @@ def test_texts_that_the_tokenizer_does_not_know(tmp_path: Path) -> None:
     model.processor = transformers.PreTrainedTokenizerFast(tokenizer_object=letters)
     with pytest.raises(InputError, match=message):
         encode(jsonl(tmp_path, *foreign), model)
+    # a tokenizer whose own vocabulary lacks the token for what it does not know
+    lacking = Tokenizer(models.WordLevel({"the": 0}, unk_token="[UNK]"))
+    model.processor = transformers.PreTrainedTokenizerFast(tokenizer_object=lacking)
+    with pytest.raises(InputError, match=r"model: the tokenizer cannot encode .*\[UNK\]"):
+        encode(jsonl(tmp_path, *foreign), model)
+    model = bert(tmp_path / "half", **LABELS)
+    with pytest.raises(InputError, match=r"train\.jsonl: expected Unicode .* half a surrogate"):
+        encode(jsonl(tmp_path, {"text": "the \ud800 cat", "label": 0}), model)
     # labels can be learned all the same
     classifier = bert(tmp_path / "labels", **LABELS)
     (note,) = encode(jsonl(tmp_path, foreign[1]), classifier).notes

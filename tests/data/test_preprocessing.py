@@ -173,6 +173,20 @@ def test_a_processor_leaves_the_channels_to_the_config(tmp_path: Path) -> None:
     assert read({}, tmp_path).channels == 3
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"crop_size": 8, "rescale_factor": "x"}', "rescale_factor: expected .*, found 'x'"),
+        ('{"crop_size": 8, "rescale_factor": [1]}', r"rescale_factor: expected .*, found \[1\]"),
+        ("[" * 200_000, "expected JSON, found something else"),
+    ],
+)
+def test_a_processor_that_is_damaged(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        read({}, tmp_path)
+
+
 SIZE: dict[str, Any] = {"input_size": [3, 8, 8], "mean": [0.5], "std": [0.5]}
 
 
@@ -197,6 +211,9 @@ SIZE: dict[str, Any] = {"input_size": [3, 8, 8], "mean": [0.5], "std": [0.5]}
         (SIZE | {"crop_pct": 1.5}, "crop_pct: expected a number above 0 and at most 1, found 1.5"),
         (SIZE | {"crop_mode": "border"}, "crop_mode: expected center or squash, found 'border'"),
         (SIZE | {"interpolation": "random"}, "interpolation: expected one of nearest, bilinear"),
+        (SIZE | {"std": [10**400]}, "std: expected a list of numbers, found "),
+        (SIZE | {"input_size": [3, 8, 2**31]}, r"input_size: expected \[channels, height, width\]"),
+        (SIZE | {"crop_pct": 5e-324}, "expected images resized to at most 16384 pixels a side"),
         ({"crop_size": [1, 2, 3]}, "crop_size: expected a number of pixels, or height and width"),
     ],
 )

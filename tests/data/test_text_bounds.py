@@ -185,7 +185,9 @@ def test_a_tokenizer_whose_longest_text_is_no_number(tmp_path: Path, stated: Any
         encode(jsonl(tmp_path, {"text": "a", "label": "good"}), model)
 
 
-@pytest.mark.parametrize(("stated", "kept"), [(None, 40), (1e30, 40), (8.0, 8), (8, 8)])
+@pytest.mark.parametrize(
+    ("stated", "kept"), [(None, 40), (1e30, 40), (10**400, 40), (8.0, 8), (8, 8)]
+)
 def test_a_tokenizer_that_states_its_longest_text(tmp_path: Path, stated: Any, kept: int) -> None:
     model = bert(tmp_path, model_max_length=stated)
     examples = encode(jsonl(tmp_path, {"text": LONG, "label": "good"}), model)

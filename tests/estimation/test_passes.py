@@ -400,7 +400,7 @@ x, y = torch.randn(6000, 4), torch.randint(2, (6000,))
 sizes = [500] * 2 + [5000]
 expected = fisher_diagonal(model, zip(x.split(500), y.split(500)), "softmax", estimator="mc")
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (used + 120 * 2**20,) * 2)
 notes = []
 found = fisher_diagonal(
     model, zip(x.split(sizes), y.split(sizes)), "softmax", estimator="mc", note=notes.append

@@ -130,6 +130,30 @@ def test_tokens_without_padding_are_no_examples(lengths):
     agrees_with_one_at_a_time(Packed(), batches, "softmax")
 
 
+class Routed(nn.Module):
+    """Tokens that an expert takes, as in a mixture of experts; the others skip it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.expert, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        taken = (tokens[:, 0] > 0).nonzero()[:, 0]
+        made = torch.zeros_like(tokens).index_add(0, taken, self.expert(tokens[taken]).tanh())
+        return self.head(made.view(x.shape).sum(1) + x.sum(1))
+
+
+@pytest.mark.parametrize("giver", range(6))
+def test_as_many_routed_tokens_as_examples(giver):
+    x = torch.randn(8, 3, 6, generator=torch.Generator().manual_seed(0)).double()
+    x[..., 0] = -x[..., 0].abs()
+    x[:, 0, 0] = 1.0  # the expert takes one token of each example,
+    x[giver, 0, 0], x[giver + 1, 1, 0] = -1.0, 1.0  # but two of one, and none of its neighbour
+    agrees_with_one_at_a_time(Routed(), [(x, torch.arange(8) % 3)], "softmax")
+
+
 class TimeFirst(nn.Module):
     """An embedding whose rows are positions, and examples its columns."""
 
@@ -143,7 +167,7 @@ class TimeFirst(nn.Module):
 
 
 def test_as_many_positions_as_examples_with_repeated_tokens_between():
-    # The first and the last example are the same either way: only signs tell the others apart.
+    # The first and the last example are the same either way: only weights tell the others apart.
     ids = torch.tensor([[12, 13, 14, 15], [7, 7, 7, 8], [9, 9, 9, 9], [16, 17, 18, 19]])
     agrees_with_one_at_a_time(TimeFirst(), [(ids, torch.tensor([0, 1, 2, 0]))], "softmax")
 

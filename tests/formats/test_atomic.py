@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from formats.atomic import (
     check_file,
     check_target,
     claimed,
+    claimed_in_place,
     explain_full_disk,
     final_path,
     recover,
@@ -510,6 +512,19 @@ def test_a_file_that_could_not_be_written_is_refused_before(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_write_file_removes_what_killed_commands_left(tmp_path):
+    path, left = tmp_path / "a[1].json", tmp_path / ".a[1].json.01234567.consolidate-tmp"
+    left.write_text("cut sho")
+    other = tmp_path / ".a1.json.01234567.consolidate-tmp"
+    other.write_text("of another file")
+    busy = tmp_path / ".a[1].json.89abcdef.consolidate-tmp"
+    with open(busy, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as long as its writer runs
+        write_file(path, "{}")
+        assert sorted(tmp_path.iterdir()) == sorted([path, other, busy])
+    assert path.read_text() == "{}"
+
+
 def test_write_file_follows_a_link(tmp_path):
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -596,3 +611,27 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(tmp_path):
     with pytest.raises(InputError, match="damaged"):
         unreplaced(target, always)
     assert len(reads) == 9
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "use"),
+    [
+        ("claim", lambda folder: claimed_in_place(folder, "fisher").__enter__()),
+        ("lock", lambda folder: recover(folder / "fisher")),
+    ],
+)
+def test_a_link_in_place_of_a_claim_or_lock_is_refused(
+    tmp_path: Path, kind: str, use: Callable[[Path], object], hard: bool
+) -> None:
+    name = f".fisher.consolidate-{kind}"
+    theirs, checkpoint = tmp_path / "theirs", tmp_path / "checkpoint"
+    theirs.write_text("what the user has")
+    (checkpoint / ".fisher.consolidate-old").mkdir(parents=True)
+    if hard:
+        (checkpoint / name).hardlink_to(theirs)
+    else:
+        (checkpoint / name).symlink_to(theirs)
+    with pytest.raises(InputError, match="is a link"):
+        use(checkpoint)
+    assert theirs.read_text() == "what the user has"

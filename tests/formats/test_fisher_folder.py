@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from formats import fisher_json
 from formats.atomic import replace_folder
 from formats.checkpoint import weight_records
 from formats.digest import TensorRecord
@@ -114,14 +115,18 @@ def test_bfloat16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("max_shard_size", [10**9, 36])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_factors_come_back(tmp_path: Path, max_shard_size: int, dtype: torch.dtype) -> None:
-    given = with_factors()
+    given = with_factors() | {"factor_anchor": {"a": weights()["a"] / 3}}
+    given["ledger"].factor_offset = 0.25
     folder = write(tmp_path / "fisher", max_shard_size=max_shard_size, dtype=dtype, **given)
     stored = read_fisher(folder)
     assert stored.factors is not None
+    assert stored.factor_anchor is not None
+    assert torch.equal(stored.factor_anchor["a"], given["factor_anchor"]["a"])
+    assert stored.ledger.factor_offset == 0.25
     assert needed_version(stored.ledger) == 2
     assert stored.ledger.blocks == given["ledger"].blocks
     for name, values in given["factors"].items():
-        assert torch.equal(stored.factors[name], values.to(dtype))
+        assert torch.equal(stored.factors[name], values)
     check_intact(stored)
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as handle:
@@ -148,6 +153,14 @@ def test_damaged_factors_are_refused(golden: Any) -> None:
     rewrite(file, **{name: whole}, metadata={METADATA_KEY: '{"kind":"factors","version":1}'})
     with pytest.raises(InputError, match=r"expected version 2 as in fisher\.json, found 1"):
         read_fisher(folder)
+
+
+def test_a_reader_of_the_diagonal_alone_refuses_factors_by_their_version(
+    golden: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fisher_json, "VERSIONS", (1, 1))
+    with pytest.raises(InputError, match=r"found 2; try a newer release of consolidate"):
+        read_fisher(golden("version-2-factors"))
 
 
 @pytest.mark.parametrize(

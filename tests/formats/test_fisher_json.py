@@ -85,6 +85,8 @@ def second(**changes: Any) -> Ledger:
         "tasks": [task(generated=generated, **done), between],
         "factors": {"w.R": record((3, 3), "BF16"), "w.G": record((2, 2), "BF16")},
         "blocks": {"w.R": Block("R", (1,), ("w",)), "w.G": Block("G", (0,), ("w",))},
+        "factor_anchor": {"w": record()},
+        "factor_offset": 0.5,
         **done,
     }
     return ledger(**(fields | changes))
@@ -341,7 +343,8 @@ def test_version_2_comes_back_and_is_written_where_it_is_needed() -> None:
     assert ledger_bytes(parse_ledger(data)) == data
     assert needed_version(full) == json.loads(data)["version"] == 2
     assert needed_version(ledger()) == json.loads(ledger_bytes(ledger()))["version"] == 1
-    plain = {"factors": None, "blocks": None, "description": None, "tasks": [task()]}
+    factors = dict.fromkeys(("factors", "blocks", "factor_anchor", "factor_offset"))
+    plain: dict[str, Any] = {**factors, "description": None, "tasks": [task()]}
     for part in (
         {"tasks": [unmeasured("b")]},
         {"tasks": [task(generated=full.tasks[0].generated)]},
@@ -351,6 +354,7 @@ def test_version_2_comes_back_and_is_written_where_it_is_needed() -> None:
         {"tasks": [task(max_length=1)]},
         {"description": full.description},
         {"factors": full.factors, "blocks": full.blocks},
+        {name: getattr(full, name) for name in factors},
     ):
         some = second(**(plain | part))
         assert json.loads(ledger_bytes(some))["version"] == 2
@@ -381,6 +385,8 @@ DAMAGE_2 = {
     "a parameter without a Fisher": (changed("blocks/w.R/parameters", ["count"]), "has no Fisher"),
     "a parameter twice": (changed("blocks/w.R/parameters", ["w", "w"]), "two matrices R"),
     "an unknown block field": (changed("blocks/w.R/side", 1), "field 'side' is unknown"),
+    "a negative offset": (changed("factor_offset", -1.0), "factor_offset: expected a number >= 0"),
+    "no offset": (changed("factor_offset", None), "no such field, found null"),
     "a block without parameters": (changed("blocks/w.R/parameters", KeyError), "is missing"),
     "an edited description": (
         changed("description/data", "y"),
@@ -447,7 +453,9 @@ def test_damage_of_version_2_is_refused_by_file_and_field(what: str) -> None:
     assert str(caught.value).startswith("a/fisher.json")
 
 
-@pytest.mark.parametrize("field", ["factors", "blocks", "description"])
+@pytest.mark.parametrize(
+    "field", ["factors", "blocks", "factor_anchor", "factor_offset", "description"]
+)
 def test_version_1_has_no_field_of_version_2(field: str) -> None:
     with pytest.raises(InputError, match=f"format version 1 has no field '{field}'"):
         parse(content() | {field: SECOND[field]})
@@ -481,12 +489,29 @@ def test_factors_have_one_dtype(factors: dict[str, TensorRecord]) -> None:
         ledger_bytes(wide)
 
 
+def test_what_the_factors_penalty_is_around_belongs_to_factors() -> None:
+    of_all = {"w": record(), "v": record((4,))}
+    for changes, message in (
+        ({"factor_anchor": of_all}, "'v' is in only one of factor_anchor and the parameters of"),
+        ({"factor_anchor": {}}, "'w' is in only one of factor_anchor and the parameters of"),
+        ({"factor_anchor": {"w": record(dtype="BF16")}}, "factor_anchor.*expected F32, found BF16"),
+        ({"factor_anchor": {"w": record((3, 2))}}, r"factor_anchor.*expected the weight's shape"),
+        ({"factors": None, "blocks": None}, r"\$\.factor_anchor: expected it only where there are"),
+        (
+            {"factors": None, "blocks": None, "factor_anchor": None},
+            r"\$\.factor_offset: expected it only where there are factors",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            ledger_bytes(second(**changes))
+
+
 def test_a_convolution_and_its_bias() -> None:
     shapes = {"c": record((4, 3, 2, 2)), "v": record((4,))}
     blocks = {"A": Block("A", (1, 2, 3), ("c", "v")), "G": Block("G", (0,), ("c", "v"))}
     factors = {"A": record((13, 13)), "G": record((4, 4))}
     fields = {"weights": shapes, "fisher": shapes, "unprotected": {}, "blocks": blocks}
-    whole = second(factors=factors, **fields)
+    whole = second(factors=factors, factor_anchor=shapes, **fields)
     assert parse_ledger(ledger_bytes(whole)) == whole
 
 

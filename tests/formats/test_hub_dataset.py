@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import time
@@ -195,6 +196,13 @@ def test_saved_datasets(tmp_path):
         open_data(tmp_path / "whole", split="dev")
     with pytest.raises(UsageError, match="without splits"):
         open_data(tmp_path / "one", split="train")
+    (arrow,) = (tmp_path / "one").glob("*.arrow")
+    whole_bytes, offsets = arrow.read_bytes(), struct.pack("<3i", 6, 12, 18)
+    assert whole_bytes.count(offsets) == 1
+    arrow.write_bytes(whole_bytes.replace(offsets, struct.pack("<3i", 6, 2**30, 18)))
+    with pytest.raises(InputError, match="cannot be opened as a dataset"):
+        open_data(tmp_path / "one")
+    arrow.write_bytes(whole_bytes)
     (tmp_path / "one" / "dataset_info.json").write_text("{")
     with pytest.raises(InputError, match="cannot be opened as a dataset"):
         open_data(tmp_path / "one")

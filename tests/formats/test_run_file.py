@@ -92,6 +92,10 @@ REFUSED = {
     "a text for yes or no": (TASK + 'train = "x"', "task 1, $.train: expected true or false"),
     "a number for a folder": ("output-dir = 3\n" + TASK, "output-dir: expected a path, found 3"),
     "an empty folder": ('output-dir = ""\n' + TASK, "output-dir: expected a path, found ''"),
+    "nobody's folder": (
+        'output-dir = "~no-such-user/x"\n' + TASK,
+        "is not a valid path: Could not",
+    ),
     "a number to evaluate": ("[evaluate]\nx = 3\n" + TASK, "$.evaluate['x']: expected a string"),
     "what was removed": ("evaluate-ahead = true\n" + TASK, "unknown key 'evaluate-ahead'"),
     "a text for a table": ('defaults = "x"\n' + TASK, "$.defaults: expected an object"),

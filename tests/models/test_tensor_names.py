@@ -4,6 +4,7 @@ from torch import nn
 
 from consolidate.models.tensor_names import Group, Layout, same_names_layout
 from formats.errors import InputError
+from formats.fisher_json import Block
 
 
 class Attention(nn.Module):
@@ -51,6 +52,29 @@ def test_a_transposed_and_fused_tensor_goes_round() -> None:
     assert list(back) == list(values)  # in the module's order
     for name in values:
         assert torch.equal(back[name], values[name])
+
+
+def test_matrices_follow_tensors_that_are_at_most_renamed() -> None:
+    groups = [
+        Group(("qkv",), PARTS, split),
+        Group(("dense.b",), ("out.bias",), None),
+        Group(("dense.w",), ("out.weight",), None),
+    ]
+    shapes = {"qkv": (2, 9), "dense.b": (2,), "dense.w": (2, 3)}
+    layout = Layout(Attention(), groups, shapes, {})
+    blocks = {
+        "q.weight.R": Block("R", (1,), ("q.weight",)),
+        "out.weight.R": Block("R", (1,), ("out.weight", "out.bias")),
+    }
+    factors = {"q.weight.R": torch.eye(2), "out.weight.R": torch.eye(4)}
+    matrices, named = layout.factors_to_file(factors, blocks)
+    assert named == {"dense.w.R": Block("R", (1,), ("dense.w", "dense.b"))}
+    assert matrices["dense.w.R"] is factors["out.weight.R"]
+    back, again = layout.factors_to_module(matrices, named)
+    assert again == {"out.weight.R": blocks["out.weight.R"]}
+    assert list(back) == ["out.weight.R"]
+    converted = {"qkv.R": Block("R", (1,), ("qkv",))}
+    assert layout.factors_to_module({"qkv.R": torch.eye(9)}, converted) == ({}, {})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64, torch.bool])

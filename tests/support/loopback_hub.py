@@ -524,10 +524,10 @@ class _Server(http.server.ThreadingHTTPServer):
 
 
 @contextmanager
-def running() -> Iterator[Hub]:
-    """Run an empty Hub."""
+def running(port: int = 0) -> Iterator[Hub]:
+    """Run an empty Hub; port 0 is any that is free."""
     hub = Hub()
-    server = _Server(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
+    server = _Server(("127.0.0.1", port), type("Bound", (Handler,), {"hub": hub}))
     hub.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()

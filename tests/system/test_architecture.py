@@ -36,6 +36,7 @@ TESTED_THROUGH = {
     "chain/test_resume": "training.state",
     "commands/test_show": "commands.verify views.summary",
     "commands/test_report": "views.page",
+    "commands/test_merge": "commands.merge_blocks",
     "commands/test_forgetting": "commands.finetune_gate training.forgetting",
     "views/test_figures": "views.search_figures",
     "data/test_benchmarks": "data.benchmark_files benchmark",
@@ -214,7 +215,7 @@ def test_no_test_module_is_imported_by_another() -> None:
 def test_every_module_has_a_test_file_or_is_said_to_be_tested_through_another() -> None:
     known = {(folder_of(path) or "system", path.stem) for path in MODULES}
     beside = {"commands/test_forgetting", "models/test_tied_weights"}
-    beside |= {"commands/test_unmeasured", "commands/test_compare_none"}
+    beside |= {"commands/test_unmeasured", "commands/test_compare_none", "commands/test_structure"}
     for test in (ROOT / "tests").glob("*/test_*.py"):
         name = f"{test.parent.name}/{test.stem}"
         module = (test.parent.name, test.stem.removeprefix("test_"))

@@ -18,10 +18,12 @@ VERSIONS = {canonicalize_name(name): version for name, version in (x.split("==")
 
 
 def requirements() -> list[Requirement]:
-    lists = [PROJECT["project"]["dependencies"], PROJECT["dependency-groups"]["dev"]]
+    groups = PROJECT["dependency-groups"]  # what builds a release is pinned there, not installed
+    lists = [PROJECT["project"]["dependencies"], groups["dev"], groups["games"]]
     lists += PROJECT["project"]["optional-dependencies"].values()
     lists.append(re.findall(r"'([a-z-]+>=[^']+)'", (ROOT / "scripts/environment").read_text()))
-    found = [Requirement(text) for texts in lists for text in texts]
+    # What is not a text includes another group.
+    found = [Requirement(text) for texts in lists for text in texts if isinstance(text, str)]
     return [one for one in found if one.name not in (PROJECT["project"]["name"], "pip")]
 
 

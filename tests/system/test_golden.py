@@ -15,7 +15,7 @@ from formats.fisher_json import needed_version
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 FIRST = ["adapter", "anchor", "bfloat16", "made-from", "sharded", "unsharded"]
-SECOND = ["version-2", "version-2-task"]
+SECOND = ["version-2", "version-2-factors", "version-2-task"]
 NAMES = FIRST + SECOND
 WRITE = runpy.run_path(str(ROOT / "scripts" / "write_golden.py"))
 
@@ -41,16 +41,22 @@ def test_it_loads_and_verifies(name: str) -> None:
         torch.testing.assert_close(stored.fisher[key].float(), values, rtol=2**-8, atol=0)
         if name != "bfloat16":
             assert torch.equal(stored.fisher[key], values)
-    assert (stored.anchor is not None) == (name in ("anchor", "sharded"))
+    assert (stored.anchor is not None) == (name in ("anchor", "sharded", "version-2-factors"))
     if stored.anchor is not None:
         for key in stored.fisher:
             assert torch.equal(stored.anchor[key], checkpoint.weights[key] / 2)
     assert (stored.ledger.base is None) == (checkpoint.adapter is None) == (name != "adapter")
-    assert (stored.factors is not None) == (name == "version-2")
+    assert (stored.factors is not None) == (name in ("version-2", "version-2-factors"))
     if stored.factors is not None:
-        assert len(stored.factors.files) == 2
-        for key, values in WRITE["factors"]()[0].items():
+        assert len(stored.factors.files) == (2 if name == "version-2" else 1)
+        made = "factors" if name == "version-2" else "input_factors"
+        for key, values in WRITE[made]()[0].items():
             assert torch.equal(stored.factors[key], values)
+    assert (stored.factor_anchor is not None) == (name == "version-2-factors")
+    if stored.factor_anchor is not None:
+        assert stored.ledger.factor_offset == 0.046875
+        for key in ("hidden.weight", "hidden.bias", "output.weight"):
+            assert torch.equal(stored.factor_anchor[key], checkpoint.weights[key] / 8)
     assert needed_version(stored.ledger) == (1 if name in FIRST else 2)
     assert list(stored.heads) == (["digits"] if name == "anchor" else [])
     assert verify(GOLDEN / name)["weights"]["tensors"] == 5
@@ -69,4 +75,4 @@ def test_the_present_writer_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_they_stay_small() -> None:
-    assert sum(len(data) for data in files(GOLDEN).values()) < 50_000
+    assert sum(len(data) for data in files(GOLDEN).values()) < 60_000

@@ -13,9 +13,11 @@ from scripts.write_docs import help_texts
 ROOT = Path(__file__).resolve().parents[2]
 GLOSSARY = ROOT / "docs" / "reference" / "glossary.md"
 DOCS = [p for p in sorted(ROOT.glob("docs/**/*.md")) if p != GLOSSARY and "results" not in p.parts]
-MEASURED = ("fisher*", "memory", "penalty", "shards", "fuzz", "resume")  # by the scripts below
+MEASURED = ("fisher*", "memory", "penalty", "shards", "robustness")  # by the scripts below
 DOCS += [page for name in MEASURED for page in sorted(ROOT.glob(f"docs/results/{name}.md"))]
-PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + DOCS
+PAGES = [
+    ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+] + DOCS
 TEMPLATES = [p for p in sorted(ROOT.glob("consolidate/**/*.*")) if p.suffix in (".jinja", ".md")]
 FOLDERS = ("consolidate/**", "formats/**", "scripts", "scripts/benchmarks", "scripts/robustness")
 SOURCES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))

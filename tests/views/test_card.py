@@ -10,7 +10,7 @@ import yaml
 from consolidate.views.card import SOURCE, Subject, model_card
 from formats.digest import TensorRecord
 from formats.errors import InputError
-from formats.fisher_json import Ledger, TaskRecord
+from formats.fisher_json import Block, Ledger, TaskRecord
 
 SUBJECT = Subject(
     "user/model", {"model_type": "bert", "architectures": ["BertModel"]}, endpoint="hub:"
@@ -50,6 +50,38 @@ def ledger() -> Ledger:
         fisher={"w": record},
         unprotected={"b": "frozen"},
     )
+
+
+def with_factors(ledger: Ledger) -> Ledger:
+    factors = {"w.R": TensorRecord("BF16", (3, 3), "1" * 64)}
+    return replace(ledger, factors=factors, blocks={"w.R": Block("R", (1,), ("w",))})
+
+
+def test_factors_are_described_with_what_they_reveal(ledger: Ledger) -> None:
+    plain, card = (model_card(None, each, SUBJECT) for each in (ledger, with_factors(ledger)))
+    said = "1 matrix in BF16 (18 bytes), for 6 of these values"
+    for words in (
+        said,
+        "`--structure diagonal`",
+        "The factors (1 matrix) reveal more than the diagonal",
+    ):
+        assert words in card
+        assert words not in plain
+    assert "with a diagonal Fisher: it ignores how weights act together, becomes" in plain
+    assert "with a Fisher that is diagonal or, in a covered layer, the same matrix" in card
+
+
+def test_tasks_of_merged_models_are_in_no_order(ledger: Ledger) -> None:
+    assert "### Tasks, in training order\n" in model_card(None, ledger, SUBJECT)
+    parents = [replace(each, penalty="ewc", parent="b" * 64) for each in ledger.tasks]
+    for merged, subject in (
+        (ledger, replace(SUBJECT, relation="merge")),
+        (ledger, replace(SUBJECT, base_model=("them/one", "them/two"))),
+        (replace(ledger, tasks=parents), SUBJECT),
+    ):
+        card = model_card(None, merged, subject)
+        assert "### Tasks of the merged models\n" in card
+        assert "training order" not in card
 
 
 def metadata(card: str) -> dict[str, Any]:

@@ -84,7 +84,7 @@ TAGGING = {
 PICTURE_RATES = (1e-3, 3e-3, 1e-2)
 VISION = {
     "free": Grid(PICTURE_RATES),
-    "l2": Grid(PICTURE_RATES, (0.03, 0.1, 0.5)),
+    "l2": Grid(PICTURE_RATES, (0.003, 0.015, 0.06)),
     "interpolation": Grid(PICTURE_RATES, (1.0,), (0.5, 0.2, 0.35, 0.65, 0.8)),
     "lora_convolutions": Grid((3e-3, 1e-2, 3e-2)),
     "ewc": Grid(PICTURE_RATES, (3e1, 3e2, 3e3), (1.0, 0.75, 0.5)),

@@ -83,6 +83,7 @@ class Experiment(NamedTuple):
         measure: Does one unit.
         report: From the records to the findings; writes NAME.csv and .png into the folder.
         alone: Whether nothing else may be done at the same time, which its times would tell.
+        packages: That it needs beside the others, and whose versions are recorded too.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Experiment(NamedTuple):
     measure: Callable[[Unit], Figures]
     report: Callable[[Sequence[Record], Path], Findings]
     alone: bool = False
+    packages: tuple[str, ...] = ()
 
 
 def read_records(path: Path) -> list[Record]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -258,7 +258,7 @@ def _run(
     until: float | None,
     fetch: Callable[[], object],
     pool: Executor | None,
-    measured: Callable[[Callable[[Unit], Figures], Unit], Record] | None = None,
+    measured: Callable[..., Record] | None = None,
 ) -> None:
     measured = measured or timed
     running: dict[Future[Record], tuple[Experiment, Unit]] = {}
@@ -277,6 +277,9 @@ def _run(
             busy = [one for one, _ in running.values()]
             if len(busy) == jobs or (busy and any(one.alone for one in (experiment, *busy))):
                 break
+            if missing := _missing(experiment):
+                failed[experiment.name] = missing
+                continue
             if unit.settings.get("data") == mnist_files.MNIST and not fetched:
                 if mnist_files.MNIST in failed:
                     continue
@@ -289,11 +292,11 @@ def _run(
             if pool is None:
                 future: Future[Record] = Future()
                 try:
-                    future.set_result(measured(experiment.measure, unit))
+                    future.set_result(measured(experiment.measure, unit, more=experiment.packages))
                 except Exception as error:
                     future.set_exception(error)
             else:
-                future = pool.submit(measured, experiment.measure, unit)
+                future = pool.submit(measured, experiment.measure, unit, more=experiment.packages)
             running[future] = experiment, unit
         if not running:
             break
@@ -316,6 +319,19 @@ def _run(
         raise SystemExit("not done:\n" + "\n".join(failed.values()))
 
 
+def _missing(experiment: Experiment) -> str | None:
+    """Return what to do where a package that an experiment needs is not installed."""
+    for package in experiment.packages:
+        try:
+            version(package)
+        except PackageNotFoundError:
+            return (
+                f"{experiment.name}: the package {package} is not installed; in the root of the "
+                "repository run scripts/environment dev"
+            )
+    return None
+
+
 def undone(experiment: Experiment, folder: Path, quick: bool) -> list[Unit]:
     """List the units that are known by now and have no record."""
     records = read_records(folder / f"{experiment.name}.jsonl")
@@ -329,10 +345,13 @@ def installed(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def timed(
-    measure: Callable[[Unit], Figures], unit: Unit, packages: Sequence[str] = PACKAGES
+    measure: Callable[[Unit], Figures],
+    unit: Unit,
+    packages: Sequence[str] = PACKAGES,
+    more: Sequence[str] = (),
 ) -> Record:
-    """Do one unit on one thread, with its times and versions."""
-    versions = installed(packages)
+    """Do one unit on one thread, with its times and the versions of packages."""
+    versions = installed((*packages, *more))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     # Moments of rarely used weights decay to denormal numbers, at up to 80 times the time a step.
@@ -509,4 +528,6 @@ def _few(unit: Unit) -> str:
         "ewc_lambda",
         "against",
     )
-    return ", ".join(str(unit.settings[k]) for k in ("setting", *keys) if k in unit.settings)
+    return ", ".join(
+        str(unit.settings[k]) for k in ("setting", "view", *keys) if k in unit.settings
+    )

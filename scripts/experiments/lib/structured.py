@@ -71,7 +71,7 @@ def factors_of(
                 for name, a in at.items():
                     positions[name] += len(a)
                     biased = torch.cat([a, a.new_ones(len(a), 1)], 1)
-                    g = layers[name].weight.new_zeros([len(layers[name].weight)] * 2)
+                    g = model.get_parameter(name).new_zeros([seen[name][1].shape[-1]] * 2)
                     found.setdefault(name, Factors(torch.zeros_like(biased.T @ biased), g))
                     found[name].inputs.add_(biased.T @ biased)
                 log_p = logits.log_softmax(0)

@@ -26,7 +26,7 @@ def measured(job: Job, temperature: float) -> Mapping[str, Tensor]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith(setting.head):
-                parameter /= temperature
+                parameter.div_(temperature)
     found = fisher_diagonal(
         model,
         setting.fisher_batches(),

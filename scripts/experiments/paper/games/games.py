@@ -1,0 +1,245 @@
+"""Games in sequence (Kirkpatrick et al. 2017, figure 4): five of MinAtar, or ten of Atari.
+
+    scripts/experiments/all --only games           the five, all rows and seeds
+    python scripts/experiments/paper/games/games.py --suite atari --plan
+
+With `--suite atari` the same program plays Atari's games with the published network and buffers.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from scripts.experiments.lib.records import Experiment, Figures, Record, Unit, best
+from scripts.experiments.lib.sittings import main
+from scripts.experiments.paper.games.agent import PUBLISHED, Learning
+from scripts.experiments.paper.games.environments import (
+    ATARI,
+    CHANNELS,
+    GAMES,
+    GREY,
+    MINATAR,
+    OCCUPIED,
+    PACKAGES,
+    REPEATS,
+)
+from scripts.experiments.paper.games.games_page import REACHED, report
+from scripts.experiments.paper.games.protocol import (
+    EWC,
+    GAUSSIAN,
+    HEADS,
+    JOINT,
+    L2,
+    NONE,
+    PROTECTED,
+    RECOGNISED,
+    SEARCH,
+    SHARED,
+    SINGLE,
+    SOFTMAX,
+    Settings,
+    from_record,
+    measure_sequence,
+    measure_single,
+    settings_of,
+)
+
+NAME, ATARI_NAME = "games", "games-atari"
+SEEDS = 3
+ROWS = {
+    CHANNELS: (JOINT, NONE, L2, EWC, RECOGNISED, SHARED, HEADS),
+    OCCUPIED: (NONE, EWC, RECOGNISED),
+}
+SEARCHED = ("breakout", "space_invaders")
+STRENGTHS = {
+    (EWC, GAUSSIAN): (1.0, 10.0, 100.0, 1000.0),
+    (EWC, SOFTMAX): (1.0, 10.0, 100.0, 1000.0),
+    (L2, GAUSSIAN): (0.001, 0.01, 0.1),
+}
+SPEED = {MINATAR: 1000.0, ATARI: 30.0}
+"""Steps a second of one core: measured for MinAtar, at most so many for Atari."""
+
+BASE = Settings(
+    games=GAMES[MINATAR], window=64, prior=0.5, noise=(0.003, 0.01, 0.02, 0.03, 0.05, 0.1)
+)
+SMALL = replace(
+    BASE,
+    games=SEARCHED,
+    visits=2,
+    stretch=200,
+    capacity=400,
+    convolutions=((4, 3, 1),),
+    hidden=16,
+    learning=Learning(least=100, epsilon_steps=200, target_updates=20),
+    fisher_batches=2,
+    least_steps=100,
+    window=4,
+    contexts=4,
+    looks=4,
+    look_copies=2,
+    look_steps=20,
+    noise=(0.01, 0.1),
+    noise_draws=1,
+)
+ATARI_BASE = Settings(
+    suite=ATARI,
+    view=GREY,
+    games=GAMES[ATARI],
+    visits=3,
+    stretch=REACHED // REPEATS // 3 // 4 * 4,
+    convolutions=PUBLISHED.convolutions,
+    hidden=PUBLISHED.hidden,
+    learning=Learning(
+        learning_rate=2.5e-4, target_updates=7500 // 4, least=50_000, epsilon=0.01,
+        epsilon_steps=1_000_000,
+    ),
+    ewc_lambda=400.0,
+    window=4,
+    prior=1 / 16,
+    looks=300,
+    look_steps=4500,
+)  # fmt: skip
+MACHINERY = replace(
+    ATARI_BASE, games=("breakout", "pong"), visits=2, stretch=1200, capacity=4000,
+    learning=replace(ATARI_BASE.learning, least=200, epsilon_steps=1000), fisher_batches=10,
+    least_steps=500, contexts=4, looks=2, look_copies=2, look_steps=100,
+)  # fmt: skip
+SMALL_ATARI = replace(
+    MACHINERY, stretch=24, capacity=100, fisher_batches=1, least_steps=12, look_copies=1,
+    look_steps=5, learning=replace(MACHINERY.learning, least=12, epsilon_steps=50), hidden=32,
+)  # fmt: skip
+
+
+def plan(records: Sequence[Record], quick: bool) -> list[Unit]:
+    """List the single games, the search on two of them, and once it is done all rows."""
+    base, seeds = (SMALL, 1) if quick else (BASE, SEEDS)
+    units = [_atari_unit(quick)]
+    for view in ROWS:
+        for game in base.games:
+            one = replace(base, view=view, games=(game,))
+            units += [_unit(SINGLE, one, seed) for seed in range(seeds)]
+    done = {record.unit.digest: record for record in records}
+    references = []
+    for game in SEARCHED:
+        unit = _unit(SINGLE, replace(base, view=CHANNELS, games=(game,)), 0)
+        if unit.digest not in done:
+            return units
+        figures = done[unit.digest].figures
+        references.append([figures.get("random", 0.0), figures.get("end", 1.0)])
+    found: dict[str, Settings] = {}
+    for method in (EWC, L2):
+        search = [
+            _unit(SEARCH, one, 0, searched=method, references=references)
+            for one in _searched(base, method, quick)
+        ]
+        units += search
+        if all(unit.digest in done for unit in search):
+            found[method] = from_record(best([done[unit.digest] for unit in search]).unit.settings)
+    for view, methods in ROWS.items():
+        for method in methods:
+            chosen = found.get(L2 if method == L2 else EWC)
+            one = replace(base, view=view, noise=())
+            if method in PROTECTED:
+                if chosen is None:
+                    continue
+                one = replace(one, ewc_lambda=chosen.ewc_lambda, likelihood=chosen.likelihood)
+            units += [_unit(method, one, seed) for seed in range(seeds)]
+    return units
+
+
+def _searched(base: Settings, method: str, quick: bool) -> list[Settings]:
+    two = replace(base, games=SEARCHED, visits=2, looks=base.looks // 3 or 1, noise=())
+    return [
+        replace(two, ewc_lambda=strength, likelihood=likelihood)
+        for (searched, likelihood), strengths in STRENGTHS.items()
+        for strength in (strengths[:1] if quick else strengths)
+        if searched == method
+    ]
+
+
+def _unit(method: str, settings: Settings, seed: int, name: str = NAME, **others: Any) -> Unit:
+    return Unit(name, method, seed, {**others, **settings_of(settings)})
+
+
+def _atari_unit(quick: bool) -> Unit:
+    return _unit(RECOGNISED, SMALL_ATARI if quick else MACHINERY, 0)
+
+
+def plan_atari(records: Sequence[Record], quick: bool) -> list[Unit]:
+    """List Atari's rows in the published size, or two games for seconds."""
+    if quick:
+        return [_unit(RECOGNISED, SMALL_ATARI, 0, ATARI_NAME)]
+    singles = [
+        _unit(SINGLE, replace(ATARI_BASE, games=(game,)), 0, ATARI_NAME) for game in GAMES[ATARI]
+    ]
+    rows = [_unit(method, ATARI_BASE, 0, ATARI_NAME) for method in (NONE, EWC, RECOGNISED)]
+    return singles + rows
+
+
+def cost(unit: Unit) -> float:
+    """Return about how long a unit takes on one core."""
+    settings = from_record(unit.settings)
+    games, visits = len(settings.games), settings.visits
+    steps = games * visits * settings.stretch
+    looked = settings.looks * settings.look_copies * settings.look_steps * games
+    looked += len(settings.noise) * 2 * settings.noise_draws * (
+        settings.look_copies * settings.look_steps
+    )  # fmt: skip
+    frames = steps / SPEED[settings.suite]
+    return frames + looked * (40e-6 if settings.suite == MINATAR else 3e-3)
+
+
+def measure(unit: Unit) -> Figures:
+    """Play one row with one seed, or a single game, or a trial of the search."""
+    settings = from_record(unit.settings)
+    began = time.process_time()
+    if unit.method == SINGLE:
+        figures = measure_single(settings, unit.seed)
+    elif unit.method == SEARCH:
+        figures = measure_sequence(settings, unit.settings["searched"], unit.seed)
+        figures = {"looks": figures["looks"], "steps": figures["steps"]}
+        scores = [
+            min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.0
+            for look in figures["looks"]
+            for value, (low, high) in zip(look[1:], unit.settings["references"], strict=True)
+        ]
+        figures["validation"] = sum(scores) / len(scores)
+    else:
+        figures = measure_sequence(settings, unit.method, unit.seed)
+    figures["steps a second"] = figures["steps"] / (time.process_time() - began)
+    return figures
+
+
+def _experiment(name: str, suites: tuple[str, ...]) -> Experiment:
+    return Experiment(
+        name,
+        "Games in sequence" if name == NAME else "Atari's games in sequence",
+        cost,
+        plan if name == NAME else plan_atari,
+        measure,
+        partial(report, name=name, seeds=SEEDS if name == NAME else 1),
+        packages=tuple(PACKAGES[suite] for suite in suites),
+    )
+
+
+EXPERIMENT = _experiment(NAME, (MINATAR, ATARI))
+ATARI_EXPERIMENT = _experiment(ATARI_NAME, (ATARI,))
+
+
+def suite_of(arguments: list[str]) -> str:
+    """Take `--suite NAME` out of the arguments; exits where there is no such suite."""
+    if "--suite" not in arguments:
+        return MINATAR
+    at = arguments.index("--suite")
+    suite = arguments[at + 1] if at + 1 < len(arguments) else ""
+    if suite not in GAMES:
+        sys.exit(f"--suite: expected {' or '.join(GAMES)}, found {suite!r}")
+    del arguments[at : at + 2]
+    return suite
+
+
+if __name__ == "__main__":
+    main(ATARI_EXPERIMENT if suite_of(sys.argv) == ATARI else EXPERIMENT)

@@ -1,0 +1,529 @@
+"""Games in sequence: the recogniser, the buffer, the network, the protocol and the games_page."""
+
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from scripts.experiments.lib import sittings
+from scripts.experiments.lib.records import Record, Unit
+from scripts.experiments.paper.games import games, games_page, protocol
+from scripts.experiments.paper.games.agent import Agent, Layout, Learning, Network
+from scripts.experiments.paper.games.buffer import Buffer
+from scripts.experiments.paper.games.environments import (
+    CHANNELS,
+    GAMES,
+    GREY,
+    MINATAR,
+    OCCUPIED,
+    VIEWS,
+    Copies,
+    make_game,
+)
+from scripts.experiments.paper.games.recogniser import (
+    Recogniser,
+    highest_channel,
+    pixels_of,
+    recognition,
+)
+
+# The recogniser
+
+
+def stream(
+    order: Sequence[int], frames: int, *, flips: float = 0.02, pixels: int = 60, seed: int = 0
+) -> tuple[list[int], list[NDArray[np.int64]]]:
+    """Show games one after the other, each a fixed picture of which some pixels flip."""
+    random = np.random.default_rng(seed)
+    pictures = random.integers(2, size=(max(order) + 1, pixels))
+    played = [game for game in order for _ in range(frames)]
+    return played, [pictures[game] ^ (random.random(pixels) < flips) for game in played]
+
+
+def recognise(frames: Sequence[NDArray[np.int64]], **options: Any) -> list[int]:
+    chosen = {"window": 4, "prior": 0.5, "most": 6, **options}
+    one = Recogniser(len(frames[0]), 2, **chosen)
+    found = []
+    for frame in frames:
+        one.observe(frame)
+        found.append(one.context)
+    return found
+
+
+def slow_posteriors(frames: Sequence[NDArray[np.int64]], *, window: int, prior: float, most: int
+) -> Iterator[list[float]]:  # fmt: skip
+    """Do what the recogniser does pixel by pixel, from the frames that each context has kept."""
+    kept: list[list[Any]] = []
+    weights = [1.0]
+    pending: list[Any] = []
+    for t, frame in enumerate(frames, 1):
+        states = [*kept, []] if len(kept) < most else kept
+        rate = 1 / (t + 1)
+        moved = [
+            (1 - rate) * w + (rate * (1 - w) / (len(weights) - 1) if len(weights) > 1 else rate)
+            for w in weights
+        ]
+        logs = []
+        for weight, state in zip(moved, states, strict=True):
+            seen = [*state, *pending]
+            log = math.log(weight)
+            for i, value in enumerate(frame):
+                count = sum(1 for one in seen if one[i] == value)
+                log += math.log((count + prior) / (len(seen) + 2 * prior))
+            logs.append(log)
+        top = max(logs)
+        whole = sum(math.exp(log - top) for log in logs)
+        weights = [math.exp(log - top) / whole for log in logs]
+        yield weights
+        pending.append(frame)
+        if len(pending) == window:
+            best = max(range(len(weights)), key=weights.__getitem__)
+            if best == len(kept):
+                kept.append(pending)
+                if len(kept) < most:
+                    share = 1 / (t + 1)
+                    weights = [w * (1 - share) for w in weights] + [share]
+            else:
+                kept[best] = kept[best] + pending
+            pending = []
+
+
+@pytest.mark.parametrize("most", [2, 6])
+def test_the_posterior_is_that_of_a_slow_reference(most: int) -> None:
+    _, frames = stream([0, 1, 0, 2], 7, flips=0.3, pixels=6)
+    options = {"window": 3, "prior": 0.3, "most": most}
+    one = Recogniser(6, 2, **options)  # type: ignore[arg-type]
+    for frame, slow in zip(frames, slow_posteriors(frames, **options), strict=True):  # type: ignore[arg-type]
+        ended = one.observe(frame)
+        found = one.posterior()
+        if not ended or len(found) == len(slow):
+            assert found == pytest.approx(slow, rel=1e-9, abs=1e-12)
+
+
+def test_each_new_game_is_a_new_context_and_one_that_returns_is_known() -> None:
+    played, frames = stream([0, 1, 0, 2, 1, 2, 0], 80)
+    found = recognition(played, recognise(frames), 4)
+    assert found.contexts == 3
+    assert found.found == found.switches == 6
+    assert found.false_alarms == 0
+    assert found.purity > 0.95
+    assert found.delay is not None
+    assert found.delay <= 4 * 4
+
+
+def test_noise_alone_is_one_context() -> None:
+    played, frames = stream([0], 400, flips=0.2)
+    assert recognition(played, recognise(frames, window=8), 1)[1:4] == (1, 0, 0)
+
+
+def test_games_beyond_the_most_contexts_go_to_known_ones() -> None:
+    _, frames = stream([0, 1, 2, 3], 60)
+    assert max(recognise(frames, most=2)) == 1
+
+
+def test_only_the_best_context_keeps_the_frames_of_a_window() -> None:
+    _, frames = stream([0, 1, 0], 40)
+    one = Recogniser(60, 2, window=4, prior=0.5, most=6)
+    for frame in frames:
+        one.observe(frame)
+    assert one._frames[: one.states].tolist() == [80, 40, 0]
+    assert one._counts.sum((1, 2))[: one.states].tolist() == [4800, 2400, 0]
+
+
+def test_measures_of_recognition() -> None:
+    #         0  1  2  3  4  5  6  7  8  9
+    played = [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
+    found = [0, 0, 2, 0, 0, 1, 1, 1, 1, 1]
+    one = recognition(played, found, 4)
+    assert one.purity == 0.7  # context 0: game 0; 1: game 1; 2: game 0
+    assert (one.contexts, one.switches, one.found) == (3, 2, 1)
+    assert one.delay == 4.0
+    assert one.false_alarms == 2
+
+
+def test_the_baseline_and_the_pixels_of_frames() -> None:
+    frames = np.zeros((3, 10, 4, 4), np.uint8)
+    frames[1, 6, 2, 2] = 1
+    assert highest_channel(frames) == 6
+    assert pixels_of(frames, CHANNELS).shape == (3, 160)
+    grey = np.full((1, 84, 84), 255, np.uint8)
+    grey[0, 0, 0] = 0
+    assert pixels_of(grey, GREY)[:2].tolist() == [11, 15]
+
+
+# The buffer
+
+
+@pytest.mark.parametrize("history", [1, 3])
+@pytest.mark.parametrize("steps", [9, 40])
+def test_transitions_are_what_was_played(history: int, steps: int) -> None:
+    buffer = Buffer(24, 2, (1, 1, 1), history)
+    random = np.random.default_rng(0)
+    episodes: list[list[int]] = [[], []]
+    before: list[tuple[int, ...]] = [(), ()]  # the states whose successors come now
+    follows: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for step in range(steps):
+        fresh = np.array([not episode for episode in episodes])
+        ended = random.random(2) < 0.2
+        numbers = np.array([10 + 2 * step, 11 + 2 * step])
+        for copy, number in enumerate(numbers.tolist()):
+            episodes[copy].append(number)
+            state = tuple(([0] * history + episodes[copy])[-history:])
+            if before[copy]:
+                follows[before[copy]] = state
+            before[copy] = () if ended[copy] else state
+            if ended[copy]:
+                episodes[copy] = []
+        frames = numbers.astype(np.uint8).reshape(2, 1, 1, 1)
+        buffer.add(frames, fresh, numbers, np.ones(2, np.float32), ended)
+        if step in (7, 20):  # of the newest step the successor never comes
+            buffer.cut()
+            episodes, before = [[], []], [(), ()]
+    found = buffer.sample(500, random)
+    assert 4 <= len(buffer) <= 24
+    oldest = 10 + 2 * (steps - 12)
+    for row, action in enumerate(found.actions.tolist()):
+        state = tuple(found.states[row, :, 0, 0].tolist())
+        assert action == state[-1] >= oldest
+        if not found.ended[row]:
+            assert tuple(found.following[row, :, 0, 0].tolist()) == follows[state]
+
+
+def test_a_buffer_without_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="a buffer of 10 steps is too small for 4 copies"):
+        Buffer(10, 4, (1, 2, 2), 4)
+
+
+# The network
+
+
+def network(**options: Any) -> Network:
+    torch.manual_seed(0)
+    return Network(VIEWS[CHANNELS], Layout(((4, 3, 1),), 8), 3, **options)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_contexts_by_row_are_those_of_the_whole_batch(heads: bool) -> None:
+    one = network(own_heads=heads)
+    with torch.no_grad():
+        for p in one.own_parameters():
+            p.normal_()
+    states = torch.rand(4, 10, 10, 10)
+    rows = torch.tensor([0, 2, 1, 2])
+    one.enter(rows)
+    together = one(states)
+    for row, context in enumerate(rows.tolist()):
+        one.enter(context)
+        torch.testing.assert_close(one(states[row : row + 1])[0], together[row])
+
+
+@pytest.mark.parametrize(
+    ("options", "shared", "own"),
+    [
+        ({}, 3, 3 * 2 * 3),
+        ({"shared_gains": True}, 3 + 2 * 3, 0),
+        ({"own_heads": True}, 2, 3 * 2 * 3 + 3),
+    ],
+)
+def test_what_is_shared_and_what_is_a_game_s_own(
+    options: dict[str, bool], shared: int, own: int
+) -> None:
+    one = network(**options)
+    assert (len(one.shared()), len(one.own_parameters())) == (shared, own)
+
+
+def filled(copies: int = 2) -> Buffer:
+    random = np.random.default_rng(0)
+    buffer = Buffer(100, copies, VIEWS[CHANNELS].shape, 1)
+    for _ in range(30):
+        buffer.add(
+            (random.random((copies, 10, 10, 10)) < 0.1).astype(np.uint8), np.zeros(copies, bool),
+            random.integers(6, size=copies), random.random(copies, np.float32) * 3 - 1,
+            random.random(copies) < 0.1,
+        )  # fmt: skip
+    return buffer
+
+
+def test_learning_leaves_the_gains_of_other_games_alone() -> None:
+    one = network()
+    agent = Agent(one, Learning(least=10, target_updates=5), 1.0, 0)
+    before = {name: p.clone() for name, p in one.named_parameters()}
+    for context in (1, 2):
+        agent.enter(context)
+        for _ in range(7):
+            agent.learn(filled())
+    for name, p in one.named_parameters():
+        changed = not p.equal(before[name])
+        assert changed == (not name.startswith("gains") or name[-1] != "0"), name
+
+
+def test_what_is_wanted_is_that_of_double_dqn() -> None:
+    agent = Agent(network(), Learning(), 1.0, 0)
+    with torch.no_grad():
+        for p in agent.target.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    some = filled().sample(20, agent.random)
+    wanted = agent._wanted(some)
+    for row in range(20):
+        following = torch.from_numpy(some.following[row : row + 1]).float()
+        with torch.no_grad():
+            best = int(agent.network(following)[0].argmax())
+            later = 0.0 if some.ended[row] else float(agent.target(following)[0, best])
+        assert float(wanted[row]) == pytest.approx(
+            max(-1.0, min(1.0, float(some.rewards[row]))) + 0.99 * later, rel=1e-4, abs=1e-6
+        )
+
+
+def test_epsilon_falls_with_the_steps_of_a_game() -> None:
+    agent = Agent(network(), Learning(epsilon=0.1, epsilon_steps=100), 1.0, 0)
+    found = [agent.epsilon(steps) for steps in (0, 50, 100, 1000)]
+    assert found == pytest.approx([1.0, 0.55, 0.1, 0.1])
+
+
+# The games
+
+
+@pytest.mark.parametrize("name", GAMES[MINATAR])
+@pytest.mark.parametrize("view", [CHANNELS, OCCUPIED])
+def test_frames_have_the_shape_that_the_view_says(name: str, view: str) -> None:
+    copies = Copies(
+        [make_game(MINATAR, name, view, seed) for seed in range(2)], VIEWS[view].history
+    )
+    again = Copies([make_game(MINATAR, name, view, seed) for seed in range(2)], VIEWS[view].history)
+    shape = VIEWS[view].shape
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        actions = random.integers(6, size=2)
+        copies.act(actions)
+        again.act(actions)
+        assert copies.frames.shape == (2, *shape)
+        assert copies.states.shape == (2, shape[0] * VIEWS[view].history, *shape[1:])
+        assert copies.frames.max() == 1
+        assert (copies.states == again.states).all()
+        assert (copies.states[:, -shape[0] :] == copies.frames).all()
+
+
+def test_an_unknown_game_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="unknown game 'chess': expected one of asterix, breakout"):
+        make_game(MINATAR, "chess", CHANNELS, 0)
+
+
+# The protocol
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_all_games_come_back_as_often_and_as_long(seed: int) -> None:
+    settings = replace(games.BASE, stretch=1000)
+    found = protocol.schedule(settings, seed)
+    assert found == protocol.schedule(replace(settings, view=OCCUPIED), seed)
+    for game in range(5):
+        own = [steps for other, steps in found if other == game]
+        assert len(own) == 3
+        assert sum(own) == 3000
+        assert all(700 < steps < 1400 and steps % 4 == 0 for steps in own)
+    assert all(a.game != b.game for a, b in itertools.pairwise(found))
+
+
+def test_settings_survive_a_record() -> None:
+    assert protocol.from_record(protocol.settings_of(games.BASE)) == games.BASE
+
+
+def tiny(**options: Any) -> protocol.Settings:
+    chosen = {"stretch": 120, "noise": (), "ewc_lambda": 10.0, "look_steps": 8, "looks": 3}
+    return replace(games.SMALL, **{**chosen, **options})
+
+
+@pytest.mark.parametrize("likelihood", [protocol.GAUSSIAN, protocol.SOFTMAX])
+def test_the_penalty_is_the_sum_over_all_other_games(likelihood: str) -> None:
+    run = protocol.Run(tiny(likelihood=likelihood), protocol.EWC, 0)
+    run.play(protocol.schedule(run.settings, 0))
+    assert set(run.contexts) == {0, 1}
+    shared = run.agent.network.shared()
+    assert all(set(one.fisher) == set(shared) for one in run.contexts.values())
+    assert all(
+        max(float(f.max()) for f in one.fisher.values()) > 0 for one in run.contexts.values()
+    )
+    penalty, other = run.agent.penalty, run.contexts[1 - run.context]
+    assert penalty is not None
+    expected = 5.0 * sum(
+        float((other.fisher[name] * (p.detach() - other.anchor[name]).square()).sum())
+        for name, p in shared.items()
+    )
+    assert penalty.value() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_fisher_is_measured_again_when_its_game_is_left_again() -> None:
+    run = protocol.Run(tiny(), protocol.EWC, 0)
+    stretches = protocol.schedule(run.settings, 0)
+    run.play(stretches[:2])
+    first = run.contexts[stretches[0].game]
+    fisher, anchor = dict(first.fisher), dict(first.anchor)
+    run.play(stretches[2:])
+    assert not any(first.fisher[name].equal(values) for name, values in fisher.items())
+    assert not any(first.anchor[name].equal(values) for name, values in anchor.items())
+
+
+def test_a_run_with_the_recogniser_measures_all_that_the_page_needs() -> None:
+    found = protocol.measure_sequence(tiny(), protocol.RECOGNISED, 0)
+    assert found["steps"] == 480
+    assert [len(look) for look in found["looks"]] == [3] * len(found["looks"])
+    assert set(found["recognition"]) == {
+        CHANNELS, "channels, windows of 4", OCCUPIED, "channels, highest channel in use",
+    }  # fmt: skip
+    assert found["recognition"][CHANNELS]["switches"] == 3
+    assert found["contexts"][0] == [0, 0]
+
+
+def test_joint_training_plays_all_games_in_turn() -> None:
+    run = protocol.Run(tiny(), protocol.JOINT, 0)
+    run.play_jointly(240)
+    assert {game: one.steps for game, one in run.contexts.items()} == {0: 120, 1: 120}
+    assert run.agent.penalty is None
+
+
+def test_the_same_seed_gives_the_same_figures() -> None:
+    one, other = (protocol.measure_sequence(tiny(), protocol.EWC, 3) for _ in range(2))
+    assert one["looks"] == other["looks"]
+    assert one["overlaps"] == other["overlaps"]
+
+
+# The experiment
+
+
+def done(unit: Unit, **figures: Any) -> Record:
+    return Record(unit, {"validation": 0.0, **figures}, 1.0, {})
+
+
+def test_rows_wait_for_the_search_and_take_what_it_has_found() -> None:
+    records: dict[str, Record] = {}
+    while new := [
+        unit for unit in games.plan([*records.values()], False) if unit.digest not in records
+    ]:
+        for unit in new:
+            value = 0.5 if unit.settings["ewc_lambda"] in (100.0, 0.01) else 0.1
+            if unit.settings["likelihood"] == protocol.SOFTMAX:
+                value += 0.1
+            records[unit.digest] = done(unit, validation=value, random=1.0, end=4.0)
+    units = games.plan([*records.values()], False)
+    assert len(units) == len({unit.digest for unit in units})
+    rows = {unit.method: unit.settings for unit in units if unit.method in protocol.PROTECTED}
+    assert {rows[m]["ewc_lambda"] for m in protocol.PROTECTED if m != protocol.L2} == {100.0}
+    assert rows[protocol.EWC]["likelihood"] == protocol.SOFTMAX
+    assert rows[protocol.L2]["ewc_lambda"] == 0.01
+    searched = [unit for unit in units if unit.method == protocol.SEARCH]
+    assert all(unit.settings["references"] == [[1.0, 4.0]] * 2 for unit in searched)
+    hours = sum(games.cost(unit) for unit in units) / 3600
+    assert hours < 2 * 10  # of two cores
+
+
+def test_scores_are_clipped_and_games_that_are_not_learned_stand_apart() -> None:
+    assert games_page.scores([-1.0, 2.0, 3.0, 9.0], 1.0, 5.0).tolist() == [0.0, 0.25, 0.5, 1.0]
+    assert games_page.learned(1.0, 3.0)
+    assert not games_page.learned(1.0, 2.9)
+    assert not games_page.learned(0.0, 0.0)
+    assert games_page.scores([1.0], 2.0, 1.0).tolist() == [0.0]
+
+
+def played(returns: dict[str, float], seeds: int = 2) -> list[Record]:
+    """Records of single agents, whose return is 10 (random: 1), and of rows with these returns."""
+    games_ = ("breakout", "freeway", "seaquest")
+    settings = replace(games.BASE, games=games_, noise=(0.01, 0.1))
+    records = []
+    for seed in range(seeds):
+        for game in games_:
+            one = protocol.settings_of(replace(settings, games=(game,)))
+            end = 2.0 if game == "seaquest" else 10.0  # that one is not learned
+            noisy = {games_page.UNIFORM: [9.0, 1.0], games_page.SHAPED: [10.0, 5.0 + seed]}
+            figures = {"random": 1.0, "end": end, "looks": [[8, end]], "noise": noisy}
+            records.append(done(Unit("games", protocol.SINGLE, seed, one), **figures))
+        for method, value in returns.items():
+            one = protocol.settings_of(replace(settings, noise=()))
+            looks = [[step, value, value + seed, 50.0] for step in (4, 8)]
+            stretches = [[0, 3], [1, 2], [2, 3]]
+            figures = {"looks": looks, "stretches": stretches, "steps a second": 1000.0}
+            if method == protocol.RECOGNISED:
+                found = recognition([0, 0, 1, 1], [0, 0, 0, 1], 4)._asdict()
+                figures |= {"contexts": [[0, 0], [12, 1]], "recognition": {CHANNELS: found}}
+            records.append(done(Unit("games", method, seed, one), **figures))
+    return records
+
+
+def test_the_page_says_what_holds(tmp_path: Path) -> None:
+    records = played({protocol.NONE: 2.0, protocol.EWC: 7.0, protocol.RECOGNISED: 6.5})
+    found = games.EXPERIMENT.report(records, tmp_path)
+    verdicts = {row.figure.removeprefix("games: "): row.difference for row in found.rows}
+    assert verdicts == {
+        "no protection, sum of scores": "holds",
+        "L2, sum of scores": "–",
+        "EWC, true labels, sum of scores": "holds",
+        "EWC, recogniser, sum of scores": "does not hold",
+        "noise shaped by the Fisher harms less than uniform": "holds",
+    }
+    assert "| EWC, true labels (ten channels) | 1.39 ± 0.06 | 1.39 ± 0.06 |" in found.text
+    assert "sums over 2 games" in found.text
+    assert "under 3 times random: seaquest (ten channels)." in found.text
+    assert "| channels | 0.750 | 2.0 | 2 of 2 | 4 | 0.0 |" in found.text
+    assert "{" not in found.text
+    for part in ("", "-each", "-noise", "-contexts"):
+        assert f"](games{part}.png)" in found.text
+        assert (tmp_path / f"games{part}.png").stat().st_size > 1000
+
+
+def test_without_records_there_is_no_page(tmp_path: Path) -> None:
+    found = games.EXPERIMENT.report([], tmp_path)
+    assert not found.text
+    assert not list(tmp_path.iterdir())
+    assert {row.here for row in found.rows} == {"not run yet"}
+
+
+def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "minatar":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(sittings, "version", version)
+    with pytest.raises(SystemExit) as ended:
+        sittings.run([games.EXPERIMENT], tmp_path, quick=True)
+    assert str(ended.value) == (
+        "not done:\ngames: the package minatar is not installed; in the root of the repository "
+        "run scripts/environment dev"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_suite_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="--suite: expected minatar or atari, found 'chess'"):
+        games.suite_of(["games.py", "--suite", "chess"])
+    arguments = ["games.py", "--suite", "atari", "--plan"]
+    assert games.suite_of(arguments) == "atari"
+    assert arguments == ["games.py", "--plan"]
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    one = games.EXPERIMENT._replace(
+        plan=lambda records, quick: [Unit("games", protocol.SINGLE, 0, {})],
+        measure=lambda unit: {},
+        packages=(),
+    )
+    monkeypatch.setattr(sittings, "append_record", full)
+    monkeypatch.setattr(sittings, "QUICK", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["games.py", "--quick", "--jobs=1"])
+    with pytest.raises(
+        SystemExit, match=r"\A\[Errno 28\] No space left .*; what is done is kept\Z"
+    ):
+        sittings.main(one)
