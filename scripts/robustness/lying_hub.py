@@ -285,7 +285,7 @@ def attack(path: Path) -> list[Record]:
         Path(temporary, "work").mkdir()
         found = outcomes(Path(temporary, "work"), checkpoint)
     for record in found:
-        record["message"] = record["message"].replace(temporary, "")
+        record["message"] = record["message"].replace(f"{temporary}/", "")
         add_record(path, record)
     return found
 
