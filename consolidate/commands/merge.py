@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from consolidate.chain.claims import claiming
-from consolidate.chain.factor_consistency import check_factors
 from consolidate.chain.factors import Factors, factors_of, offset_with_factors
 from consolidate.chain.fingerprint import checkpoint_content, plain, versions
 from consolidate.chain.opening import stored_fisher
@@ -411,7 +410,6 @@ def _open_folder(path: Path, coefficient: float) -> _Model:
     stored = stored_fisher(path / "fisher", source)
     check_finite(source.weights, path)
     check_fisher_values(stored)
-    check_factors(stored)
     return _Model(path, source, stored, coefficient, {name: name for name in source.weights}, {})
 
 
