@@ -60,7 +60,7 @@ def load_penalty(
         ewc_lambda: λ, the strength.
         structure: ``diagonal``, or ``inputs`` for the matrices R too; default: what is stored.
         revision: Branch, tag or commit of a checkpoint on the Hub.
-        dtype: Dtype of Λ, μ and R in memory, as for `BlockPenalty`.
+        dtype: Dtype of Λ and μ in memory, as for `Penalty`; R stays in float32 or wider.
         device: Device of Λ, μ and R, as for `Penalty`.
 
     Returns:

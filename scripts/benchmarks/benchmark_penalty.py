@@ -74,10 +74,7 @@ def forms(
     penalty = Penalty(model, fisher, anchor, ewc_lambda=LAMBDA)
     narrow = Penalty(model, fisher, anchor, ewc_lambda=LAMBDA, dtype=torch.bfloat16)
     covered = of_blocks(model, fisher)
-    by_blocks, narrow_blocks = (
-        BlockPenalty(model, fisher, anchor, **covered, ewc_lambda=LAMBDA, dtype=dtype)
-        for dtype in (None, torch.bfloat16)
-    )
+    by_blocks = BlockPenalty(model, fisher, anchor, **covered, ewc_lambda=LAMBDA)
 
     def loss() -> Tensor:
         optimizer.zero_grad()
@@ -115,7 +112,6 @@ def forms(
         "gradient and value": gradient_and_value,
         "gradient, bfloat16": gradient(narrow),
         "blocks": gradient(by_blocks),
-        "blocks, bfloat16": gradient(narrow_blocks),
         "proximal": proximal,
         "autograd": autograd,
     }

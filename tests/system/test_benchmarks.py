@@ -20,7 +20,7 @@ def test_the_benchmark_of_the_penalty_writes_its_page(
     benchmark_penalty.main()
     page = (tmp_path / "penalty.md").read_text(encoding="utf-8")
     forms = ("gradient", "gradient and value", "gradient, bfloat16", "proximal", "autograd")
-    for form in (*forms, "blocks", "blocks, bfloat16"):
+    for form in (*forms, "blocks"):
         assert page.count(f"\n| {form} | ") == len(benchmark_penalty.OPTIMIZERS)
     assert "A quick run" in page
 
