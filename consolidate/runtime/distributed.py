@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from consolidate.runtime.signals import stopped_together
+from consolidate.runtime.signals import stopped_at_once, stopped_together
 from consolidate.runtime.torchrun import local_rank, rank, world_size
 from formats.errors import PeerError, UsageError
 
@@ -37,7 +37,8 @@ def process_group() -> Iterator[dist.ProcessGroup | None]:
         return
     # NCCL cannot sum tensors on the CPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store, own, size = next(dist.rendezvous("env://"))
+    with stopped_at_once():
+        store, own, size = next(dist.rendezvous("env://"))
     log = logging.getLogger("consolidate")
     level = log.level
     if rank() > 0:
@@ -45,8 +46,9 @@ def process_group() -> Iterator[dist.ProcessGroup | None]:
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-        dist.init_process_group(backend, store=store, rank=own, world_size=size)
-        summed(dist.group.WORLD, 0)  # so that a process that dies while joining fails all
+        with stopped_at_once():
+            dist.init_process_group(backend, store=store, rank=own, world_size=size)
+            summed(dist.group.WORLD, 0)  # so that a process that dies while joining fails all
         yield dist.group.WORLD
         summed(dist.group.WORLD, 0)  # so that no process ends before all have succeeded
     except BaseException as error:

@@ -3,6 +3,8 @@
 Several processes all stop at the same point or not at all: the requests of all are summed.
 """
 
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -18,6 +20,7 @@ class Terminated(BaseException):
 
 
 STOPS = (KeyboardInterrupt, Terminated)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _waits = False  # whether the current work should reach such a point first
 _asked: type[BaseException] | None = None
@@ -87,3 +90,20 @@ def waiting(waits: bool = True) -> Iterator[None]:
         _waits = before
     if not before:
         stop_if_asked()
+
+
+@contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """Let signals end the process inside the block, which waits where no handler of Python runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    found = {number: signal.getsignal(number) for number in _SIGNALS}
+    handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

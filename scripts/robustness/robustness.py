@@ -51,10 +51,6 @@ sends it; of two commands at once likewise.
 
 Where the kills fell: {phases}.
 
-All {differences} differences are of one round of `fisher` with two processes: one was killed, and
-the other, on SIGTERM, still ran 60 s later (`torchrun` sends SIGKILL after 30 s). The round was
-ended there, so what it had not yet written was missing. It is not explained yet.
-
 A perceptron with dropout on the handwritten digits of scikit-learn, and a tiny BERT. Progress is
 saved as often as possible (`--save-every-minutes 0`), and the sums of a Fisher are rounded every 4
 batches instead of 16, so that a short pass has progress to resume from. The processes are forks of
@@ -121,7 +117,11 @@ scripts/robustness/all
 {machine}. {kill_minutes:.0f} minutes of computing for the kills (by the clock {kill_clock:.0f}, on
 a shared machine), {input_minutes:.0f} for the files. Seed {seed}.
 """
-MENDED = """- A command killed while it wrote a file, such as the record of a step of `run`, left
+MENDED = """- A process of two that waited for the other, killed while it joined, did not end on SIGTERM:
+  joining waits in code of torch, where no handler of Python runs. `torchrun` sends SIGKILL after 30
+  s. While a process joins, signals now end it at once; nothing is saved then. Found in one of 737
+  rounds.
+- A command killed while it wrote a file, such as the record of a step of `run`, left
   `.NAME.….consolidate-tmp` beside it for ever; the next write of that file removes it.
 - A tokenizer that lacks the token for unknown words raised a plain `Exception`, reported as an
   internal error; it is refused with the folder's name.

@@ -292,3 +292,17 @@ def test_a_process_that_is_killed_ends_the_others(
     assert codes == [1, -signal.SIGKILL]
     assert "another process of this run ended" in errors
     assert errors.count("error:") == 1
+
+
+def test_sigterm_ends_a_process_that_waits_for_one_that_never_joins(tmp_path: Path) -> None:
+    (tmp_path / "waiting.py").write_text(
+        "import signal, threading\n"
+        "from consolidate.runtime.distributed import process_group\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('never called'))\n"
+        "threading.Timer(1, signal.raise_signal, [signal.SIGTERM]).start()\n"
+        "with process_group():\n"
+        "    pass\n"
+    )
+    waiting = started(2, "waiting.py", cwd=tmp_path)
+    waiting[1].kill()
+    assert ended(waiting)[0] == [-signal.SIGTERM, -signal.SIGKILL]
