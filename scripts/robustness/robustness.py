@@ -117,10 +117,10 @@ scripts/robustness/all
 {machine}. {kill_minutes:.0f} minutes of computing for the kills (by the clock {kill_clock:.0f}, on
 a shared machine), {input_minutes:.0f} for the files. Seed {seed}.
 """
-MENDED = """- A process of two that waited for the other, killed while it joined, did not end on SIGTERM:
-  joining waits in code of torch, where no handler of Python runs. `torchrun` sends SIGKILL after 30
-  s. While a process joins, signals now end it at once; nothing is saved then. Found in one of 737
-  rounds.
+MENDED = """- A process of two that waited for the other, killed while it joined, did not end on
+  SIGTERM: joining waits in code of torch, where no handler of Python runs. `torchrun` sends SIGKILL
+  after 30 s. While a process joins, signals now end it at once; nothing is saved then. Found in one
+  of 737 rounds.
 - A command killed while it wrote a file, such as the record of a step of `run`, left
   `.NAME.….consolidate-tmp` beside it for ever; the next write of that file removes it.
 - A tokenizer that lacks the token for unknown words raised a plain `Exception`, reported as an
