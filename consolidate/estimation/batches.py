@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.estimation.likelihoods import IGNORED
+from consolidate.runtime.distributed import is_lost
 from formats.errors import InputError
 
 
@@ -143,7 +144,7 @@ def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
         else:
             outputs = model(*(inputs if isinstance(inputs, tuple | list) else [inputs]))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        if out_of_memory(error):
+        if out_of_memory(error) or is_lost(error):
             raise
         raise InputError(
             f"the model does not accept {_described(inputs)}: {type(error).__name__}: {error}"

@@ -20,6 +20,7 @@ from consolidate.models.tensor_names import (
     same_names_layout,
     transformers_layout,
 )
+from consolidate.runtime.distributed import is_lost
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
 from formats.fisher_json import SAME_AS
@@ -156,6 +157,8 @@ def outputs_of_first(model: Model, first: Tensor, where: str, hint: str = "") ->
         with eval_mode(module):  # a batch of one must not touch running statistics
             outputs = module(first.to(device))
     except Exception as error:
+        if is_lost(error):  # another process of a sharded model
+            raise
         raise InputError(
             f"{where}: the model does not accept inputs of shape {list(first.shape)} and dtype "
             f"{str(first.dtype).removeprefix('torch.')}: {error}{hint}"

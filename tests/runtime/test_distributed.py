@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import consolidate
 from consolidate.api import finetune, fisher
+from consolidate.estimation.batches import model_outputs
+from consolidate.models.model import Model, outputs_of_first
 from consolidate.runtime.distributed import (
     dealt,
     from_first,
@@ -306,3 +309,17 @@ def test_sigterm_ends_a_process_that_waits_for_one_that_never_joins(tmp_path: Pa
     waiting = started(2, "waiting.py", cwd=tmp_path)
     waiting[1].kill()
     assert ended(waiting)[0] == [-signal.SIGTERM, -signal.SIGKILL]
+
+
+def test_a_killed_process_of_a_sharded_model_is_not_reported_as_wrong_inputs() -> None:
+    class Lost(nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset")
+
+    inputs = torch.ones(1, 2)
+    model = Model.__new__(Model)
+    model.module = Lost()
+    with pytest.raises(RuntimeError, match="Connection reset"):
+        outputs_of_first(model, inputs, "a.npz, row 1")
+    with pytest.raises(RuntimeError, match="Connection reset"):
+        model_outputs(model.module, inputs, torch.zeros(1))
