@@ -136,11 +136,19 @@ class Plan(Inputs):
             content["after"] = file_digest(self.origin.stored.folder / LEDGER_NAME)
         return self.describe(self.options, content, task=name)
 
-    def made_from(self) -> str:
-        """Give the digest of what an existing output would be made from."""
+    def made_of(self) -> dict[str, Any]:
+        """Describe what an existing output would be made from."""
         added = self.in_place and self.options.add and not self.completes
         earlier = self.earlier[:-1] if added else self.earlier  # its own task is the last
-        return json_digest(self.description(earlier))
+        return self.description(earlier)
+
+    def made_from(self) -> str:
+        """Give the digest of what an existing output would be made from."""
+        return json_digest(self.made_of())
+
+    def without_module(self) -> dict[str, Any]:
+        """Describe the same without the module, which saved progress describes as it is loaded."""
+        return {key: value for key, value in self.made_of().items() if key != "module"}
 
     def check_target(self) -> None:
         """Refuse an existing target that must not be replaced."""
@@ -179,6 +187,7 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
     with nullcontext() if options.dry_run else claiming(output, part=part):
         plan = plan_fisher(options, folder, again=again)
         if (done := cached(plan.there, plan.made_from)) is not None:
+            kept_work(options, plan.target, plan.without_module, 0).remove_own()
             return _result(plan, "cached", done.ledger, _recorded(done.ledger))
         return measure(plan.afresh(), cut)
 

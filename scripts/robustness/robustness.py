@@ -121,6 +121,8 @@ MENDED = """- A process of two that waited for the other, killed while it joined
   SIGTERM: joining waits in code of torch, where no handler of Python runs. `torchrun` sends SIGKILL
   after 30 s. While a process joins, signals now end it at once; nothing is saved then. Found in one
   of 737 rounds.
+- `fisher` killed after it had written its result and before it removed its saved progress left
+  that file for ever: the next start found the result up to date. It now removes it.
 - A process of a sharded model whose peer was killed reported that the model does not accept its
   inputs, with exit code 3; it is now reported as what it is, with 1.
 - A command killed while it wrote a file, such as the record of a step of `run`, left

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import consolidate
 import formats.checkpoint
 from consolidate.api import evaluate, finetune
+from consolidate.chain.resume import KeptWork
 from consolidate.commands import measurement as measurement_command
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.runtime import devices
@@ -361,6 +362,31 @@ def test_the_same_command_goes_on_to_the_same_bytes(
     unlike = dict.fromkeys(("checkpoint", "fisher", "seconds"))
     assert {**resumed, **unlike} == {**whole, **unlike}
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("options", [{"overwrite": True}, {"add": True, "task": "two"}])
+def test_progress_left_by_a_kill_after_the_result_was_written_is_removed(
+    network_checkpoint: Path,
+    write_task: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    data = write_task("old", count=60)
+    if "add" in options:
+        consolidate.fisher(network_checkpoint, write_task("one"), **LONG)
+
+    def killed(work: KeptWork) -> None:
+        raise Killed
+
+    with monkeypatch.context() as context:
+        context.setattr(KeptWork, "remove", killed)
+        with pytest.raises(Killed):
+            consolidate.fisher(network_checkpoint, data, **LONG, **options)
+    assert (network_checkpoint / ".fisher.consolidate-partial").exists()
+    again = consolidate.fisher(network_checkpoint, data, **LONG, **options)
+    assert again["status"] == "cached"
+    assert not list(network_checkpoint.glob(".*"))
 
 
 @pytest.mark.usefixtures("often")
