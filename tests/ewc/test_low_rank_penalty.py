@@ -74,7 +74,7 @@ EVERYTHING = ["words", "conv", "linear", "turned"]
 def test_gradients_and_value_are_those_of_the_explicit_penalty(
     elsewhere: bool, piece: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("consolidate.ewc.low_rank_penalty.CPU_PIECE", piece)
+    monkeypatch.setattr("consolidate.ewc.penalty.CPU_PIECE", piece)
     network = adapted(EVERYTHING, alpha=5)
     layers = low_rank_layers(network)
     assert sorted(layers) == sorted(f"{name}.weight" for name in EVERYTHING)
@@ -210,8 +210,8 @@ def dense_penalty(
 def test_blocks_pull_the_factors_as_the_dense_penalty_does(
     where: str, bias: bool, trained_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("consolidate.ewc.block_penalty.CPU_PIECE", 1)
-    monkeypatch.setattr("consolidate.ewc.block_penalty.LEAST_ROWS", 2)
+    monkeypatch.setattr("consolidate.ewc.penalty.CPU_PIECE", 1)
+    monkeypatch.setattr("consolidate.ewc.low_rank_penalty.LEAST_ROWS", 2)
     network = adapted(EVERYTHING, alpha=5)
     layers = low_rank_layers(network)
     fisher, blocks, factors = blocks_and_factors(network, bias=bias)

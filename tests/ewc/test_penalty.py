@@ -125,13 +125,13 @@ def test_no_third_copy_is_made_of_what_is_given():
     model = Tied()
     fisher, anchor = positive(model), positive(model)
     penalty = Penalty(model, fisher, anchor, ewc_lambda=1.0)
-    for (parameter, *kept), (name, expected) in zip(
-        penalty._terms, model.named_parameters(), strict=True
-    ):
-        assert parameter is expected
+    for term, (name, expected) in zip(penalty._terms, model.named_parameters(), strict=True):
+        assert term.parameters[0] is expected
         given = fisher[name], anchor[name]
-        assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in given]
-    ones = [term.fisher for term in Penalty.l2(model, ewc_lambda=1.0, dtype=torch.bfloat16)._terms]
+        assert [t.data_ptr() for t in term.stored] == [t.data_ptr() for t in given]
+    ones = [
+        term.stored[0] for term in Penalty.l2(model, ewc_lambda=1.0, dtype=torch.bfloat16)._terms
+    ]
     assert all(one.untyped_storage().nbytes() == 2 for one in ones)
 
 
@@ -139,7 +139,7 @@ def test_fisher_and_anchor_in_bfloat16():
     model = Tied()
     fisher, anchor = positive(model), {n: p * 0.9 for n, p in model.state_dict().items()}
     penalty = Penalty(model, fisher, anchor, ewc_lambda=3.0, dtype=torch.bfloat16, device="cpu")
-    assert all(t.dtype == torch.bfloat16 for term in penalty._terms for t in term[1:])
+    assert all(t.dtype == torch.bfloat16 for term in penalty._terms for t in term.stored)
     rounded = [
         {name: tensor.bfloat16() for name, tensor in tensors.items()}
         for tensors in (fisher, anchor)
@@ -601,10 +601,10 @@ def test_a_narrow_anchor_is_kept_as_it_is_and_pulls_as_if_it_were_wide():
         value = penalty.value_and_add_gradient_().item()
         found.append([value, *(p.grad.clone() for p in model.parameters())])
         for term, name in zip(penalty._terms, anchor, strict=True):
-            assert term.anchor.data_ptr() == anchor[name].data_ptr()
+            assert term.stored[1].data_ptr() == anchor[name].data_ptr()
     assert found[0][0] == found[1][0] > 0
     assert all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:], strict=True))
     # What is wider than the penalty is computed in is rounded once, and for all.
     doubles = {name: p.double() for name, p in wide.items()}
     penalty = Penalty(model, fisher, doubles, ewc_lambda=3.0)
-    assert all(term.anchor.dtype == torch.float32 for term in penalty._terms)
+    assert all(term.stored[1].dtype == torch.float32 for term in penalty._terms)
