@@ -49,13 +49,10 @@ def by_autograd(
     return loss.item(), dict(zip(fisher, gradients, strict=True))
 
 
-def test_value_and_gradient_are_those_of_the_formula_with_its_half():
-    model = Tied()
-    fisher = positive(model)
-    penalty = Penalty(model, fisher, ewc_lambda=3.0)
-    assert penalty.value() == 0
-    anchor = move(model)
-    value, gradients = by_autograd(model, fisher, anchor, 3.0)
+def assert_by_autograd(
+    penalty: Penalty, model: nn.Module, fisher: dict[str, Tensor], anchor: dict[str, Tensor]
+) -> None:
+    value, gradients = by_autograd(model, fisher, anchor, penalty.ewc_lambda)
     assert penalty.value() == pytest.approx(value, rel=1e-6)
     found = penalty.value_and_add_gradient_()
     assert found.shape == ()
@@ -63,6 +60,14 @@ def test_value_and_gradient_are_those_of_the_formula_with_its_half():
     assert found.item() == pytest.approx(value, rel=1e-6)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad.double(), gradients[name], rtol=1e-6, atol=1e-7)
+
+
+def test_value_and_gradient_are_those_of_the_formula_with_its_half():
+    model = Tied()
+    fisher = positive(model)
+    penalty = Penalty(model, fisher, ewc_lambda=3.0)
+    assert penalty.value() == 0
+    assert_by_autograd(penalty, model, fisher, move(model))
     assert penalty.unprotected == []
     assert penalty.ewc_lambda == 3.0
 
@@ -144,11 +149,7 @@ def test_fisher_and_anchor_in_bfloat16():
         {name: tensor.bfloat16() for name, tensor in tensors.items()}
         for tensors in (fisher, anchor)
     ]
-    value, gradients = by_autograd(model, *rounded, 3.0)
-    assert penalty.value() == pytest.approx(value, rel=1e-6)
-    assert penalty.value_and_add_gradient_().item() == pytest.approx(value, rel=1e-6)
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad.double(), gradients[name], rtol=1e-6, atol=1e-7)
+    assert_by_autograd(penalty, model, *rounded)
     with pytest.raises(UsageError, match=r"stored in torch.int8"):
         Penalty(model, fisher, ewc_lambda=1.0, dtype=torch.int8)
 
@@ -160,13 +161,8 @@ def test_tensors_that_are_taken_in_pieces(monkeypatch):
     fisher = positive(model)
     fisher["1.weight"] = torch.tensor(0.5).expand(6, 4)
     penalty = Penalty(model, fisher, ewc_lambda=3.0)
-    anchor = move(model)
-    value, gradients = by_autograd(model, fisher, anchor, 3.0)
-    assert penalty.value() == pytest.approx(value, rel=1e-6)
     model[1].weight.grad = torch.zeros(4, 6).T  # laid out otherwise than its parameter
-    assert penalty.value_and_add_gradient_().item() == pytest.approx(value, rel=1e-6)
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad.double(), gradients[name], rtol=1e-6, atol=1e-7)
+    assert_by_autograd(penalty, model, fisher, move(model))
 
 
 def test_nothing_is_written_to_fisher_or_anchor():
