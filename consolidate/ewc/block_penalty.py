@@ -7,23 +7,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from consolidate.ewc.penalty import (
+from consolidate.ewc.matching import (
     NamedParameters,
+    check_once,
+    check_strength,
+    checked_tensors,
+    kept,
+    named,
+    storages,
+    wide,
+)
+from consolidate.ewc.penalty import (
     Penalty,
     Pieces,
     SumPenalty,
     Term,
     add_,
-    check_once,
-    check_strength,
-    checked_tensors,
     gradients,
-    kept,
-    named,
     piece_size,
     present,
-    storages,
-    wide,
 )
 from consolidate.runtime.shards import is_cut
 from formats.errors import InputError, NonFiniteError, UsageError

@@ -17,19 +17,15 @@ from consolidate.ewc.block_penalty import (
     row_pieces,
     times,
 )
-from consolidate.ewc.penalty import (
-    Pieces,
-    SumPenalty,
-    WeightPenalty,
-    add_,
+from consolidate.ewc.matching import (
     check_strength,
     checked_tensors,
     converted,
-    gradients,
     kept,
     storages,
     wide,
 )
+from consolidate.ewc.penalty import Pieces, SumPenalty, WeightPenalty, add_, gradients
 from formats.errors import InputError
 
 if TYPE_CHECKING:
