@@ -72,7 +72,8 @@ def _entry(name: str, it: Any, level: str) -> Iterator[str]:
     if not is_dataclass(it):
         yield from _prose(inspect.getdoc(it.__init__) or "")
     yield from _prose(attributes + about)
-    for own, member in vars(it).items():
+    ours = [kind for kind in reversed(it.__mro__) if kind.__module__.startswith("consolidate.")]
+    for own, member in {own: m for kind in ours for own, m in vars(kind).items()}.items():
         function = getattr(member, "__func__", member)
         if inspect.isfunction(function) and not own.startswith("_"):
             yield from _entry(f"{name}.{own}", function, f"{level}#")

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
-import torch
 from torch import Tensor
 
 from consolidate.estimation.estimates import FisherDiagonal
@@ -35,6 +34,13 @@ class Factors(NamedTuple):
         """The parameters that have a block."""
         return covered(dict(self.blocks))
 
+    def fits(self, name: str, whole: Block, measured: Collection[str]) -> bool:
+        """Whether this block is here, but for parameters that were not measured, whose R is 0."""
+        block = self.blocks.get(name)
+        own = () if block is None else block.parameters
+        alike = block is None or (block.dims, own) == (whole.dims, whole.parameters[: len(own)])
+        return alike and not any(at in measured for at in whole.parameters[len(own) :])
+
 
 class MergedFactors(NamedTuple):
     """Matrices after a task was added, by names of the weights file."""
@@ -61,14 +67,9 @@ def factors_of(chain: "Chain | None") -> Factors | None:
     return Factors(*renamed_factors(chain.factors, known, same))
 
 
-def structure_of(chain: "Chain | None") -> str:
-    """Name the structure that a chain's Fisher has."""
-    return "diagonal" if factors_of(chain) is None else "inputs"
-
-
 def settled_structure(asked: str | None, chain: "Chain | None") -> str:
     """Choose the structure of a new task's Fisher: the one asked for, else that of the chain."""
-    return asked or structure_of(chain)
+    return asked or ("diagonal" if factors_of(chain) is None else "inputs")
 
 
 def offset_with_factors(ledger: Ledger) -> float:
@@ -109,7 +110,7 @@ def penalty_of_blocks(chain: "Chain", weights: Mapping[str, Tensor]) -> float:
     for name, block in factors.blocks.items():
         if set(block.parameters) <= set(weights):
             far = [weights[n].double() - anchor[n].double() for n in block.parameters]
-            rows = _rows(far, block)
+            (rows,) = factor_merging.joined([far], block.dims)
             matrix = factors.matrices[name].double()
             total += float(((rows @ matrix) * rows).sum()) / (2 * len(rows))
     return total
@@ -194,9 +195,8 @@ def merged_factors(
     place = {name: i for i, name in enumerate(weights)}
     names = {**past.blocks, **new.blocks}
     for name in sorted(names, key=lambda name: place[names[name].parameters[0]]):
-        both = [side.blocks[name] for side in (past, new) if name in side.blocks]
-        whole = max(both, key=lambda block: len(block.parameters))
-        if _fits(past, name, whole, before.fisher) and _fits(new, name, whole, measured):
+        whole = whole_block(name, (past, new))
+        if past.fits(name, whole, before.fisher) and new.fits(name, whole, measured):
             kept[name] = whole
     lost = [block.parameters[0] for name, block in past.blocks.items() if name not in kept]
     _report_lost(lost, "the new task was measured without a block for them")
@@ -214,12 +214,10 @@ def merged_factors(
     return MergedFactors({name: merged[name] for name in kept}, kept, around, growth)
 
 
-def _fits(side: Factors, name: str, whole: Block, measured: Collection[str]) -> bool:
-    """Whether one side has this block, but for parameters that it has not measured."""
-    block = side.blocks.get(name)
-    own = () if block is None else block.parameters
-    alike = block is None or (block.dims, own) == (whole.dims, whole.parameters[: len(own)])
-    return alike and not any(at in measured for at in whole.parameters[len(own) :])
+def whole_block(name: str, sides: Iterable[Factors]) -> Block:
+    """Give a block of several sides, with its bias if one of them has it."""
+    blocks = [side.blocks[name] for side in sides if name in side.blocks]
+    return max(blocks, key=lambda block: len(block.parameters))
 
 
 def _ordered(block: Block, fisher: Mapping[str, Tensor]) -> Block | None:
@@ -231,14 +229,6 @@ def _ordered(block: Block, fisher: Mapping[str, Tensor]) -> Block | None:
     if len(block.dims) != len(shape_of(fisher, weights[0])) - 1:
         return None  # a row of the matrix would not be an output
     return msgspec.structs.replace(block, parameters=(*weights, *biases))
-
-
-def _rows(tensors: list[Tensor], block: Block) -> Tensor:
-    """Flatten a weight to out × inputs, with its bias as the last column."""
-    weight, *bias = tensors
-    others = [d for d in range(weight.ndim) if d not in block.dims]
-    rows = weight.permute(*others, *block.dims).flatten(0, len(others) - 1).flatten(1)
-    return torch.cat([rows, *(b[:, None] for b in bias)], dim=1)
 
 
 def _report_lost(weights: Iterable[str], why: str) -> None:

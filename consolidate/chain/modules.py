@@ -16,7 +16,8 @@ from consolidate.chain.tasks import Chain, add_task, check_held_once, task_name
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.ewc.block_penalty import BlockPenalty
 from consolidate.ewc.low_rank_penalty import MergedPenalty
-from consolidate.ewc.penalty import Penalty, unwrapped
+from consolidate.ewc.matching import unwrapped
+from consolidate.ewc.penalty import Penalty
 from consolidate.models.lora import (
     adapted_module,
     has_adapter,

@@ -3,7 +3,7 @@
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
@@ -19,7 +19,7 @@ from consolidate.chain.opening import stored_fisher
 from consolidate.chain.output import refuse_existing
 from consolidate.chain.tasks import pending_task
 from consolidate.chain.up_to_date import cached, factor_totals, find_output
-from consolidate.commands.merge_blocks import BlockSource, MergedBlocks, shared_blocks
+from consolidate.commands.merge_blocks import BlockSource, Computed, MergedBlocks, shared_blocks
 from consolidate.commands.verify import check_fisher_values
 from consolidate.ewc.fisher_merging import MergedTensor, ModelTensor, merge_models
 from consolidate.models.tensor_names import renamed_factors
@@ -192,7 +192,7 @@ class _Plan:
     base: _Model | None
     tasks: list[TaskRecord]
     heads: dict[str, TensorFiles]
-    blocks: dict[str, Block]
+    blocks: dict[str, Block]  # of layers that all have a matrix R of, by common names
     without_factors: list[str]  # weights of layers that some of the models have a block of
 
     @property
@@ -220,14 +220,13 @@ def _planned(
         opened.append(_open(base, 1.0 - sum(coefficients)))
     _refuse_unmeasured(opened)
     same = _same_tensors(opened)
-    models = [_once(model, same) for model in opened]
-    shared = None if base is None else models.pop()
+    everything = [_once(model, same) for model in opened]
+    models, shared = everything[: len(checkpoints)], None if base is None else everything[-1]
     for model in models[1:]:
         _check_alike(models[0], model)
     if shared is not None:
         _check_base(models, shared)
-    parts = models if shared is None else [*models, shared]
-    blocks = shared_blocks([model.block_source() for model in parts])
+    blocks = shared_blocks([model.block_source() for model in everything])
     return _Plan(models, shared, *_joined(models, shared), *blocks)
 
 
@@ -246,9 +245,9 @@ def _write(plan: _Plan, target: Path, *, overwrite: bool) -> tuple[Ledger, float
     first = plan.models[0].stored.ledger.unprotected
     with replace_folder(target, overwrite=overwrite) as staging:
         solved = staging / ".blocks"
-        merged = _Merged(plan.models, plan.base, plan.blocks)
+        merged = _Merged(plan)
         merged.layers.solve(solved)
-        found = _survey(merged)
+        found = _survey(merged, plan.everything)
         write_checkpoint(staging, plan.models[0].source, merged.weights, card=False)
         ledger = Ledger(
             tasks=plan.tasks,
@@ -316,28 +315,11 @@ class _Tensors(LazyTensors):
         return made
 
 
-class _Computed(LazyTensors):
-    """Tensors of layers, each computed by a function on access."""
-
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], compute: Callable[[str], Tensor]
-    ) -> None:
-        self._compute = compute
-        self.headers = {name: (torch.float32, shape) for name, shape in shapes.items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._compute(name).float()
-
-
 class _Merged:
-    """The merged tensors by the names of the first model, one chunk or layer at a time in memory.
+    """Merged tensors by the names of the first model, one chunk or layer at a time in memory."""
 
-    `blocks` are those of layers that all models have a matrix R of, by common names.
-    """
-
-    def __init__(
-        self, models: Sequence[_Model], base: _Model | None, blocks: Mapping[str, Block]
-    ) -> None:
+    def __init__(self, plan: _Plan) -> None:
+        models, base, blocks = plan.models, plan.base, plan.blocks
         self.models = models
         self.base = base
         first = models[0]
@@ -359,12 +341,12 @@ class _Merged:
         _, self.blocks = renamed_factors(dict.fromkeys(blocks, torch.empty(0)), blocks, first.names)
         of_matrix = {new: old for old, new in zip(blocks, self.blocks, strict=True)}
         of_anchor = {first.names[at]: at for at in self.layers.covered}
-        self.factors = _Computed(
-            {new: (self.layers.size(old),) * 2 for new, old in of_matrix.items()},
+        self.factors = Computed(
+            {new: (torch.float32, (self.layers.size(old),) * 2) for new, old in of_matrix.items()},
             lambda name: self.layers.matrix(of_matrix[name]),
         )
-        self.factor_anchor = _Computed(
-            {name: shape_of(weights, name) for name in weights if name in of_anchor},
+        self.factor_anchor = Computed(
+            {n: (torch.float32, shape_of(weights, n)) for n in weights if n in of_anchor},
             lambda name: self.layers.anchor(of_anchor[name]),
         )
 
@@ -567,10 +549,9 @@ class _Survey(NamedTuple):
     anchored: bool  # whether μ differs from the weights
 
 
-def _survey(merged: _Merged) -> _Survey:
+def _survey(merged: _Merged, everything: Sequence[_Model]) -> _Survey:
     """Give the offsets, the trace, and whether μ differs from the weights; check the base."""
-    parts = [*merged.models, *([] if merged.base is None else [merged.base])]
-    ledgers = [(part.coefficient, part.stored.ledger) for part in parts]
+    ledgers = [(model.coefficient, model.stored.ledger) for model in everything]
     offset = math.fsum(c * ledger.penalty_offset for c, ledger in ledgers)
     of_factors = math.fsum(c * offset_with_factors(ledger) for c, ledger in ledgers)
     of_factors += merged.layers.growth

@@ -1,22 +1,31 @@
 """The penalty on layers that have a matrix R: I ⊗ R/out in place of the diagonal."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from consolidate.ewc.penalty import (
-    CPU_PIECE,
-    DEVICE_PIECE,
+from consolidate.ewc.matching import (
     NamedParameters,
-    Penalty,
+    check_once,
     check_strength,
     checked_tensors,
     kept,
     named,
     storages,
     wide,
+)
+from consolidate.ewc.penalty import (
+    Penalty,
+    Pieces,
+    SumPenalty,
+    Term,
+    add_,
+    gradients,
+    piece_size,
+    present,
 )
 from consolidate.runtime.shards import is_cut
 from formats.errors import InputError, NonFiniteError, UsageError
@@ -29,25 +38,7 @@ SAME_TRACE = 0.01  # Λ and R may be stored in bfloat16, which has a relative er
 NOTHING = 1e-30  # a trace below this comes from numbers that float32 rounds to 0
 
 
-class _Term(NamedTuple):
-    ends: tuple[nn.Parameter, ...]  # the weight, and the bias where R has a row for it
-    anchors: tuple[Tensor, ...]
-    dims: tuple[int, ...]  # of the weight, that R ranges over
-    matrix: Tensor
-
-
-class _Piece(NamedTuple):
-    rows: slice
-    difference: Tensor  # ΔW of these rows
-    pull: Tensor  # ΔW R
-    out: int  # rows of the whole
-
-    def value(self) -> Tensor:
-        """tr(ΔW R ΔWᵀ) / out of these rows."""
-        return inner(self.difference, self.pull) / self.out
-
-
-class BlockPenalty:
+class BlockPenalty(SumPenalty):
     """(λ/2) Σ tr(ΔW R ΔWᵀ) / out over the layers with a matrix R, the diagonal for the rest.
 
     ΔW = [W, b] − [W, b]_anchor is the change of a layer, out × in, or out × (in + 1) with its bias.
@@ -109,7 +100,7 @@ class BlockPenalty:
         known = named(parameters, [*fisher, *covered])
         self.ewc_lambda = ewc_lambda
         self._device = None if device is None else torch.device(device)
-        self._terms: list[_Term] = []
+        self._terms: list[Term] = []
         live = storages(known.values())
         for name, block in blocks.items():
             ends, matrix = checked_block(name, block, factors, known)
@@ -119,102 +110,55 @@ class BlockPenalty:
             place = self._device or ends[0].device
             matrix = matrix.to(place, wide(ends[0].dtype))
             pairs = zip(anchors, ends, strict=True)
-            anchors = tuple(kept(mu, end, dtype, place, live) for mu, end in pairs)
-            self._terms.append(_Term(ends, anchors, block.dims, matrix))
-        rest = {name: fisher[name] for name in fisher if name not in covered}
-        self._rest = Penalty(
+            mus = (kept(mu, end, dtype, place, live) for mu, end in pairs)
+            self._terms.append(Term(ends, (matrix, *mus), block.dims))
+        rest = Penalty(
             known.items(),
-            rest,
+            {name: fisher[name] for name in fisher if name not in covered},
             anchor,
             ewc_lambda=ewc_lambda,
             offset=offset,
             dtype=dtype,
             device=device,
         )
-        self.unprotected = [name for name in self._rest.unprotected if name not in covered]
-        every = self.parameters()
-        if len({id(parameter) for parameter in every}) < len(every):
-            raise InputError("a tied parameter has two names and would count twice; pass it once")
+        self._beside = (rest,)
+        self.unprotected = [name for name in rest.unprotected if name not in covered]
+        check_once(self.parameters())
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the penalized parameters."""
-        ends = [end for term in self._terms for end in term.ends if end.requires_grad]
-        return ends + self._rest.parameters()
-
-    @torch.no_grad()
-    def value(self) -> float:
-        """Return the penalty, with λ · offset, at the parameters' current values."""
-        values = [piece.value() for term in self._present() for piece in _pieces(term)]
-        return self._total(values).item() + self._at_lambda().value()
-
-    @torch.no_grad()
-    def add_gradient_(self) -> None:
-        """Add λ/out · ΔW R and λ Λ (θ − μ) to the gradients, creating them where there are none."""
-        for _ in self._adding_gradient():
-            pass
-        self._at_lambda().add_gradient_()
-
-    @torch.no_grad()
-    def value_and_add_gradient_(self) -> Tensor:
-        """Do what `add_gradient_` does, and return the value, from the same products."""
-        total = self._total([piece.value() for piece in self._adding_gradient()])
-        return total + self._at_lambda().value_and_add_gradient_().to(total)
-
-    def _adding_gradient(self) -> Iterator[_Piece]:
-        """Add the gradient of the blocks, yielding each piece meanwhile."""
-        for term in self._present():
-            gradients = [
-                (by_row(gradient_of(end), term.dims), columns)
-                for end, columns in zip(term.ends, columns_of(term.ends, term.dims), strict=True)
-                if end.requires_grad
-            ]
-            for piece in _pieces(term):
-                for gradient, columns in gradients:
-                    add_(gradient[piece.rows], piece.pull[:, columns], self.ewc_lambda / piece.out)
-                yield piece
-
-    def _present(self) -> Iterator[_Term]:
-        """Yield the terms of which a parameter currently requires gradients."""
-        for i, term in enumerate(self._terms):
-            if not any(end.requires_grad for end in term.ends):
-                continue
-            device = term.ends[0].device
-            if self._device is None and term.matrix.device != device:  # the model was moved since
-                anchors = tuple(mu.to(device) for mu in term.anchors)
-                self._terms[i] = term._replace(anchors=anchors, matrix=term.matrix.to(device))
-            yield self._terms[i]
-
-    def _at_lambda(self) -> Penalty:
-        self._rest.ewc_lambda = self.ewc_lambda
-        return self._rest
-
-    def _total(self, values: list[Tensor]) -> Tensor:
-        if not values:
-            return torch.zeros(())
-        return self.ewc_lambda / 2 * torch.stack([value.to(values[0]) for value in values]).sum()
+    def _pieces(self, *, adding: bool) -> Pieces:
+        for term in present(self._terms, self._device):
+            ends = term.parameters
+            out, matrix = len(by_row(ends[0], term.dims)), term.stored[0].to(ends[0].device)
+            columns = zip(ends, columns_of(ends, term.dims), strict=True)
+            trained = {end: inside for end, inside in columns if adding and end.requires_grad}
+            with gradients(trained) as dense:
+                into = [by_row(gradient, term.dims) for gradient in dense]
+                for rows in row_pieces(out, matrix, LEAST_ROWS):
+                    difference = _difference(term, rows)
+                    pull = times(difference, matrix)
+                    for gradient, inside in zip(into, trained.values(), strict=True):
+                        add_(gradient[rows], pull[:, inside], self.ewc_lambda / out)
+                    yield partial(_value, difference, pull, out)
 
 
-def _pieces(term: _Term) -> Iterator[_Piece]:
-    """Split a term by rows; yield ΔW and ΔW R, in float32 or wider."""
-    weight = term.ends[0]
-    device, dtype = weight.device, wide(weight.dtype)
-    matrix = term.matrix.to(device)
-    thetas = [by_row(end.detach(), term.dims) for end in term.ends]
-    anchors = [by_row(mu, term.dims) for mu in term.anchors]
-    for rows in row_pieces(len(thetas[0]), matrix):
-        parts = [
-            theta[rows].to(dtype) - mu[rows].to(device, dtype)
-            for theta, mu in zip(thetas, anchors, strict=True)
-        ]
-        flat = [part.flatten(1) for part in parts]
-        difference = torch.cat(flat, 1) if len(flat) > 1 else flat[0]
-        yield _Piece(rows, difference, times(difference, matrix), len(thetas[0]))
+def _difference(term: Term, rows: slice) -> Tensor:
+    """ΔW of some rows, in float32 or wider."""
+    weight, parts = term.parameters[0], []
+    for end, anchor in zip(term.parameters, term.stored[1:], strict=True):
+        theta, mu = (by_row(tensor.detach(), term.dims)[rows] for tensor in (end, anchor))
+        dtype = wide(weight.dtype)
+        parts.append((theta.to(dtype) - mu.to(weight.device, dtype)).flatten(1))
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
-def row_pieces(count: int, matrix: Tensor) -> Iterator[slice]:
-    """Split rows so that the intermediate results of a piece fit the cache."""
-    size = CPU_PIECE * torch.get_num_threads() if matrix.is_cpu else DEVICE_PIECE
-    step = max(LEAST_ROWS, size // len(matrix))
+def _value(difference: Tensor, pull: Tensor, out: int) -> Tensor:
+    """tr(ΔW R ΔWᵀ) / out of some rows."""
+    return inner(difference, pull) / out
+
+
+def row_pieces(count: int, like: Tensor, least: int = 1) -> Iterator[slice]:
+    """Split rows as long as those of a matrix so that the results of a piece fit the cache."""
+    step = max(least, piece_size(like) // like.shape[1])
     for first in range(0, count, step):
         yield slice(first, min(first + step, count))
 
@@ -242,23 +186,6 @@ def columns_of(ends: Sequence[Tensor], dims: tuple[int, ...]) -> list[slice]:
     """Return the columns of ΔW that a weight, and then its bias, take."""
     inside = by_row(ends[0], dims)[0].numel()
     return [slice(inside), slice(inside, inside + 1)][: len(ends)]
-
-
-def gradient_of(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter's gradient, made first where there is none."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
-
-
-def add_(gradient: Tensor, pull: Tensor, factor: float) -> None:
-    """Add a multiple of a pull, some rows in a row each, to a gradient."""
-    pull = pull.reshape(gradient.shape)
-    if gradient.dtype == pull.dtype:
-        gradient.add_(pull, alpha=factor)
-    else:
-        # Summed before it is rounded to a narrower type: the smaller one survives.
-        gradient.copy_((pull * factor).add_(gradient))
 
 
 def covered_parameters(factors: Mapping[str, Tensor], blocks: Mapping[str, "Block"]) -> set[str]:

@@ -43,7 +43,7 @@ def online(
     total, factors = dict(total), dict(factors)
     for name in total.keys() & factors.keys():
         size = max(len(total[name]), len(factors[name]))
-        total[name], factors[name] = _of_size(total[name], size), _of_size(factors[name], size)
+        total[name], factors[name] = of_size(total[name], size), of_size(factors[name], size)
     return merge_online(total, factors, gamma=gamma, weight=weight)
 
 
@@ -183,13 +183,13 @@ def _sum(
     """
     terms = iter(terms)
     first = next(terms)
-    start = _joined(first.layers, dims)
-    total = first.coefficient * _of_size(first.matrix.cpu().double(), start.shape[2])
+    start = joined(first.layers, dims)
+    total = first.coefficient * of_size(first.matrix.cpu().double(), start.shape[2])
     pulls, mean = torch.zeros_like(start), torch.zeros_like(start)
     shares, squares, epsilon = first.share, 0.0, _epsilon(first.matrix)
     for term in terms:
-        difference = _joined(term.layers, dims) - start
-        matrix = term.coefficient * _of_size(term.matrix.cpu().double(), start.shape[2])
+        difference = joined(term.layers, dims) - start
+        matrix = term.coefficient * of_size(term.matrix.cpu().double(), start.shape[2])
         pull = difference @ matrix
         total, pulls, shares = total + matrix, pulls + pull, shares + term.share
         mean += term.share * difference
@@ -220,7 +220,7 @@ def _epsilon(matrix: Tensor) -> float:
     return torch.finfo(torch.promote_types(matrix.dtype, torch.float32)).eps
 
 
-def _of_size(matrix: Tensor, size: int) -> Tensor:
+def of_size(matrix: Tensor, size: int) -> Tensor:
     """Give R a row and a column of 0 for a bias that it has none for."""
     missing = size - len(matrix)
     if missing < 0:
@@ -231,7 +231,7 @@ def _of_size(matrix: Tensor, size: int) -> Tensor:
     return functional.pad(matrix, (0, missing, 0, missing)) if missing else matrix
 
 
-def _joined(layers: Sequence[tuple[Tensor, ...]], dims: tuple[int, ...]) -> Tensor:
+def joined(layers: Iterable[Sequence[Tensor]], dims: tuple[int, ...]) -> Tensor:
     """Return [W, b] of each layer, out × n, in float64."""
     return torch.stack(
         [
@@ -242,7 +242,7 @@ def _joined(layers: Sequence[tuple[Tensor, ...]], dims: tuple[int, ...]) -> Tens
 
 
 def _split(layer: Tensor, like: Sequence[Tensor], dims: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Undo `_joined` for one layer."""
+    """Undo `joined` for one layer."""
     ends = []
     for end, columns in zip(like, columns_of(like, dims), strict=True):
         made = torch.empty(end.shape, dtype=layer.dtype)

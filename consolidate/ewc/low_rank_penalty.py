@@ -1,26 +1,23 @@
 """The penalty on weights that low-rank adapters change, applied to the adapters' factors."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from consolidate.ewc.block_penalty import (
+    LEAST_ROWS,
     by_row,
     checked_anchors,
     checked_block,
-    columns_of,
     covered_parameters,
     inner,
     row_pieces,
     times,
 )
-from consolidate.ewc.penalty import (
-    CPU_PIECE,
-    DEVICE_PIECE,
-    Penalty,
-    WeightPenalty,
+from consolidate.ewc.matching import (
     check_strength,
     checked_tensors,
     converted,
@@ -28,6 +25,7 @@ from consolidate.ewc.penalty import (
     storages,
     wide,
 )
+from consolidate.ewc.penalty import Pieces, SumPenalty, WeightPenalty, add_, gradients
 from formats.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,20 +44,23 @@ class LowRank(NamedTuple):
 
 
 class _Term(NamedTuple):
+    """A layer with its Λ, in the weight's shape, or with R over some dimensions of the weight."""
+
     layer: LowRank
     fisher: Tensor
     anchor: Tensor | None  # None where it is W
+    dims: tuple[int, ...] = ()  # none with Λ
+    bias_anchor: Tensor | None = None  # None where R has no row for the bias
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """A and B, and the bias where R has a row for it."""
+        layer = self.layer
+        bias = () if self.bias_anchor is None or layer.bias is None else (layer.bias,)
+        return (layer.a, layer.b, *bias)
 
 
-class _BlockTerm(NamedTuple):
-    layer: LowRank
-    dims: tuple[int, ...]
-    matrix: Tensor
-    anchor: Tensor | None  # None where it is W
-    bias_anchor: Tensor | None  # None where R has no row for the bias
-
-
-class MergedPenalty:
+class MergedPenalty(SumPenalty):
     """(λ/2) Σ Λ (W + s B A − μ)² over the layers whose weights low-rank adapters change.
 
     The weights W are frozen, and A and B are trained. With G = λ Λ (W + s B A − μ), elementwise,
@@ -116,133 +117,99 @@ class MergedPenalty:
         """
         check_strength(ewc_lambda, dtype)
         self.ewc_lambda = ewc_lambda
-        self._beside: WeightPenalty = beside or Penalty((), {}, ewc_lambda=ewc_lambda)
+        self._beside = () if beside is None else (beside,)
         self.unprotected = [name for name in layers if name not in fisher]
-        self.unprotected += self._beside.unprotected
+        self.unprotected += [name for other in self._beside for name in other.unprotected]
         self._offset = offset
-        self._terms = []
-        self._block_terms = []
+        self._terms: list[_Term] = []
         factors, blocks = factors or {}, blocks or {}
         covered = covered_parameters(factors, blocks)
+        for name, layer in layers.items():
+            if name in fisher and name not in covered:
+                tensors = checked_tensors(name, layer.weight, fisher[name], anchor)
+                place = layer.weight.device if device is None else torch.device(device)
+                stored = [converted(t, place, dtype or wide(layer.weight.dtype)) for t in tensors]
+                self._terms.append(_Term(layer, stored[0], None if anchor is None else stored[1]))
         for name, block in blocks.items():
             if (adapted := layers.get(block.parameters[0])) is not None:
                 ends, matrix = _checked_ends(name, block, factors, adapted)
                 mus = checked_anchors(name, block, matrix, ends, fisher, anchor, factor_anchor)
-                self._block_terms.append(_block_term(adapted, block, matrix, mus, dtype, device))
-        for name, layer in layers.items():
-            if name not in fisher or name in covered:
-                continue
-            tensors = checked_tensors(name, layer.weight, fisher[name], anchor)
-            place = layer.weight.device if device is None else torch.device(device)
-            stored = [converted(t, place, dtype or wide(layer.weight.dtype)) for t in tensors]
-            self._terms.append(_Term(layer, stored[0], None if anchor is None else stored[1]))
-        if not (self._terms or self._block_terms):
+                self._terms.append(_block_term(adapted, block, matrix, mus, dtype, device))
+        if not self._terms:
             raise InputError(
                 "the Fisher contains none of the weights that the adapter changes: "
                 f"{', '.join(list(layers)[:3])}"
             )
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the penalized parameters: A and B of each layer, and those beside."""
-        layers = [term.layer for term in self._terms]
-        layers += [term.layer for term in self._block_terms]
-        own = [factor for layer in layers for factor in (layer.a, layer.b)]
-        biases = [term.layer.bias for term in self._block_terms if term.bias_anchor is not None]
-        own += [bias for bias in biases if bias is not None and bias.requires_grad]
-        return own + self._beside.parameters()
-
-    @torch.no_grad()
-    def value(self) -> float:
-        """Return (λ/2) Σ Λ (W + s B A − μ)² + λ · offset at the current values."""
-        values = [
-            torch.sum(difference * difference * fisher)
-            for term in self._terms
-            for _, difference, fisher in _pieces(term)
-        ]
-        values += [_block_gradients(term)[0] for term in self._block_terms]
-        return self._total(values).item() + self._at_lambda().value()
-
-    @torch.no_grad()
-    def add_gradient_(self) -> None:
-        """Add s Bᵀ G and s G Aᵀ to the gradients of A and B, creating them where there are none."""
-        for _ in self._adding_gradient():
-            pass
-        self._at_lambda().add_gradient_()
-
-    @torch.no_grad()
-    def value_and_add_gradient_(self) -> Tensor:
-        """Do what `add_gradient_` does, and return the penalty's value at the current values."""
-        pieces = self._adding_gradient()
-        total = self._total([inner(*piece) for piece in pieces])
-        return total + self._at_lambda().value_and_add_gradient_().to(total)
-
-    def _adding_gradient(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Add the gradient; yield pairs whose products are the value, apart from λ/2, meanwhile."""
+    def _pieces(self, *, adding: bool) -> Pieces:
         for term in self._terms:
-            left, right = _factors(term.layer)
-            of_left, of_right = torch.empty_like(left), torch.zeros_like(right)
-            for rows, difference, fisher in _pieces(term):
-                pull = fisher * difference
-                of_left[rows] = pull @ right.T
-                of_right.addmm_(left[rows].T, pull)
-                yield pull, difference
-            factor = self.ewc_lambda * term.layer.scale
-            if term.layer.transposed:
-                of_left, of_right = of_right.T, of_left.T
-            _add(term.layer.a, of_right.mul_(factor))
-            _add(term.layer.b, of_left.mul_(factor))
-        for block in self._block_terms:
-            layer, rank = block.layer, len(block.layer.a)
-            value, of_p, of_q = _block_gradients(block)
-            inside = columns_of((layer.weight,), block.dims)[0]
-            _add(layer.a, of_q[:rank, inside] * self.ewc_lambda)
-            _add(layer.b, of_p[:, :rank] * (self.ewc_lambda * layer.scale))
-            if block.bias_anchor is not None:
-                assert layer.bias is not None
-                _add(layer.bias, of_p[:, rank] * self.ewc_lambda)
-            yield value, torch.ones_like(value)
+            p, q, scale = _factors(term)
+            of_p, of_q = torch.empty_like(p), torch.zeros_like(q)
+            if term.dims and term.anchor is None:
+                # D = P Q, so no matrix of W's shape is made: P Q R = P (Q R).
+                pulled = times(q, term.fisher.to(q.device)).div_(len(p))
+                squares, cross = p.T @ p, pulled @ q.T
+                of_p, of_q = p @ cross, squares @ pulled
+                yield partial(inner, squares, cross)
+            else:
+                for rows, difference, pull in _rows(term, p, q, scale):
+                    if adding:
+                        of_p[rows] = pull @ q.T
+                        of_q.addmm_(p[rows].T, pull)
+                    yield partial(inner, pull, difference)
+            if adding:
+                self._add(term, of_p, of_q, scale)
 
-    def _at_lambda(self) -> WeightPenalty:
-        self._beside.ewc_lambda = self.ewc_lambda
-        return self._beside
-
-    def _total(self, values: list[Tensor]) -> Tensor:
-        total = torch.zeros(())
-        if values:
-            total = torch.stack([value.to(values[0]) for value in values]).sum()
-        return self.ewc_lambda * (total / 2 + self._offset)
+    def _add(self, term: _Term, of_p: Tensor, of_q: Tensor, scale: float) -> None:
+        """Add to the gradients of A, B and the bias that are not frozen."""
+        layer, strength = term.layer, self.ewc_lambda
+        if layer.transposed and not term.dims:
+            of_p, of_q = of_q.T, of_p.T
+        rank, inside = layer.a.flatten(1).shape
+        of_a, of_b = of_q[:rank, :inside] * (strength * scale), of_p[:, :rank]
+        parts = (of_a, of_b * (strength * layer.scale), of_p[:, rank:] * strength)
+        pairs = zip(term.parameters, parts, strict=False)
+        trained = {parameter: part for parameter, part in pairs if parameter.requires_grad}
+        with gradients(trained) as dense:
+            for gradient, part in zip(dense, trained.values(), strict=True):
+                add_(gradient, part, 1.0)
 
 
-def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add to a parameter's gradient, creating it where there is none, unless it is frozen."""
-    if not parameter.requires_grad:
-        return
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    # Summed before it is rounded to a narrower type: the smaller one survives.
-    parameter.grad.copy_(gradient.reshape(parameter.shape) + parameter.grad)
+def _factors(term: _Term) -> tuple[Tensor, Tensor, float]:
+    """Return P, Q and s of the difference D = s P Q + W − μ, in float32 or wider.
 
-
-def _factors(layer: LowRank) -> tuple[Tensor, Tensor]:
-    """Return L (rows, r) and R (r, columns) of W + s L R, in float32 or wider."""
+    With Λ its rows are those of W: P and Q are B and A, or Aᵀ and Bᵀ. With R they are the outputs:
+    P = [s B, Δb] and Q = [[A, 0], [0, 1]], without their last where R has no row for the bias.
+    """
+    layer = term.layer
     dtype = wide(torch.promote_types(layer.weight.dtype, layer.a.dtype))
     a, b = (factor.detach().flatten(1).to(dtype) for factor in (layer.a, layer.b))
-    return (a.T, b.T) if layer.transposed else (b, a)
+    if not term.dims:
+        return (a.T, b.T, layer.scale) if layer.transposed else (b, a, layer.scale)
+    b = b * layer.scale
+    if term.bias_anchor is not None:
+        assert layer.bias is not None
+        change = layer.bias.detach().to(b) - term.bias_anchor.to(b)
+        b, a = torch.cat([b, change[:, None]], 1), torch.block_diag(a, a.new_ones(1, 1))
+    return b, a, 1.0
 
 
-def _pieces(term: _Term) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Split a layer by rows: yield the slice, and its W + s L R − μ and Λ."""
-    left, right = _factors(term.layer)
-    weight, fisher = term.layer.weight.detach().flatten(1), term.fisher.flatten(1)
-    anchor = None if term.anchor is None else term.anchor.flatten(1)
-    size = CPU_PIECE * torch.get_num_threads() if left.is_cpu else DEVICE_PIECE
-    step = max(1, size // right.shape[1])
-    for first in range(0, len(left), step):
-        rows = slice(first, min(first + step, len(left)))
-        difference = (left[rows] @ right).mul_(term.layer.scale)
-        if anchor is not None:
-            difference.add_(weight[rows].to(difference) - anchor[rows].to(difference))
-        yield rows, difference, fisher[rows].to(difference)
+def _rows(
+    term: _Term, p: Tensor, q: Tensor, scale: float
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Split a layer by rows: yield the slice, its D, and Λ D or D R / out."""
+    weight = term.layer.weight.detach()
+    dims = term.dims or tuple(range(1, weight.ndim))
+    fisher = term.fisher.to(q.device) if term.dims else term.fisher.flatten(1)
+    for rows in row_pieces(len(p), q, LEAST_ROWS if term.dims else 1):
+        difference = (p[rows] @ q).mul_(scale)
+        if term.anchor is not None:
+            theta, mu = (by_row(t, dims)[rows].to(q).flatten(1) for t in (weight, term.anchor))
+            difference[:, : theta.shape[1]] += theta - mu
+        if term.dims:
+            yield rows, difference, times(difference, fisher).div_(len(p))
+        else:
+            yield rows, difference, fisher[rows].to(difference) * difference
 
 
 def _checked_ends(
@@ -268,7 +235,7 @@ def _block_term(
     anchors: tuple[Tensor, ...],
     dtype: torch.dtype | None,
     device: torch.device | str | None,
-) -> _BlockTerm:
+) -> _Term:
     """Convert R and μ; leave out a μ that is W."""
     weight = layer.weight
     place = weight.device if device is None else torch.device(device)
@@ -282,37 +249,4 @@ def _block_term(
     if len(anchors) > 1:
         assert layer.bias is not None
         bias_anchor = kept(anchors[1], layer.bias, dtype, place, storages([layer.bias]))
-    matrix = matrix.to(place, precise)
-    return _BlockTerm(layer, block.dims, matrix, anchor, bias_anchor)
-
-
-def _block_gradients(term: _BlockTerm) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tr(D R Dᵀ)/out and its half's gradients of P and Q, where D = P Q + W − μ.
-
-    P = [s B, Δb] and Q = [[A, 0], [0, 1]], without their last where R has no row for the bias.
-    Where μ is W, no matrix of W's shape is made: P Q R = P (Q R).
-    """
-    layer = term.layer
-    dtype = wide(torch.promote_types(layer.weight.dtype, layer.a.dtype))
-    p, q = (factor.detach().flatten(1).to(dtype) for factor in (layer.b, layer.a))
-    p = p * layer.scale
-    if term.bias_anchor is not None:
-        assert layer.bias is not None
-        change = layer.bias.detach().to(p) - term.bias_anchor.to(p)
-        p, q = torch.cat([p, change[:, None]], 1), torch.block_diag(q, q.new_ones(1, 1))
-    matrix, out = term.matrix.to(q.device), len(p)
-    if term.anchor is None:
-        pulled = times(q, matrix).div_(out)
-        squares, cross = p.T @ p, pulled @ q.T
-        return inner(squares, cross), p @ cross, squares @ pulled
-    value, of_p, of_q = q.new_zeros(()), torch.empty_like(p), torch.zeros_like(q)
-    weight, anchor = (by_row(t.detach(), term.dims) for t in (layer.weight, term.anchor))
-    inside = columns_of((layer.weight,), term.dims)[0]
-    for rows in row_pieces(out, matrix):
-        difference = p[rows] @ q
-        difference[:, inside] += (weight[rows].to(q) - anchor[rows].to(q)).flatten(1)
-        pull = times(difference, matrix).div_(out)
-        of_p[rows] = pull @ q.T
-        of_q.addmm_(p[rows].T, pull)
-        value += inner(difference, pull)
-    return value, of_p, of_q
+    return _Term(layer, matrix.to(place, precise), anchor, block.dims, bias_anchor)

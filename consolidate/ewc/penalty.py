@@ -1,32 +1,43 @@
 """The penalty (λ/2) Σ Λ (θ − μ)², computed in place and in pieces, without an autograd graph."""
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from consolidate.runtime.shards import cut_like, local, sum_of_parts
-from formats.errors import InputError, NonFiniteError, UsageError
+from consolidate.ewc.matching import (
+    NamedParameters,
+    check_once,
+    check_strength,
+    checked_tensors,
+    converted,
+    kept,
+    named,
+    storages,
+    wide,
+)
+from consolidate.runtime.shards import local, sum_of_parts
+from formats.errors import InputError, UsageError
 
-NamedParameters = nn.Module | Iterable[tuple[str, nn.Parameter]]
 STEPS = ("gradient", "proximal")
 CPU_PIECE = 2**16  # elements per thread: intermediate results stay in its cache until used
 DEVICE_PIECE = 2**24
 SMALLEST, LARGEST = 1e-37, 1e38  # within float32
-WRAPPERS = {  # class -> its name of the module inside, which begins all names of parameters
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-}
 TINY = torch.finfo(torch.float32).tiny
 
 
-class _Term(NamedTuple):
-    parameter: nn.Parameter
-    fisher: Tensor
-    anchor: Tensor
+class Term(NamedTuple):
+    """Parameters that are penalized together, and the tensors stored for them."""
+
+    parameters: tuple[nn.Parameter, ...]
+    stored: tuple[Tensor, ...]
+    dims: tuple[int, ...] = ()  # of a weight that has a matrix R: those that R ranges over
+
+
+Pieces = Iterator[Callable[[], Tensor]]  # each computes 2/λ times its part of the value, once
 
 
 class _Pull(NamedTuple):
@@ -56,7 +67,64 @@ class WeightPenalty(Protocol):
         """Do the same in the same pass over memory, and return the value, 0-dimensional."""
 
 
-class Penalty:
+class SumPenalty:
+    """The sum over the pieces of some terms, and over other penalties: what all penalties share.
+
+    A subclass has `_pieces`, which adds the gradient on the way if asked to.
+    """
+
+    ewc_lambda: float
+    unprotected: list[str]
+    _terms: list[Any]
+    _offset = 0.0
+    _beside: Sequence[WeightPenalty] = ()  # on other parameters, at the same λ
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the penalized parameters."""
+        own = [p for term in self._terms for p in term.parameters if p.requires_grad]
+        return own + [p for other in self._beside for p in other.parameters()]
+
+    @torch.no_grad()
+    def value(self) -> float:
+        """Return the penalty, with λ · offset, at the parameters' current values."""
+        own = self._total(self._pieces(adding=False)).item()
+        return own + sum(other.value() for other in self._others())
+
+    @torch.no_grad()
+    def add_gradient_(self) -> None:
+        """Add the penalty's gradient to the parameters', creating it where there is none."""
+        for _ in self._pieces(adding=True):
+            pass
+        for other in self._others():
+            other.add_gradient_()
+
+    @torch.no_grad()
+    def value_and_add_gradient_(self) -> Tensor:
+        """Do what `add_gradient_` does, in at most a quarter more time, and return the value."""
+        total = self._total(self._pieces(adding=True))
+        for other in self._others():
+            total = total + other.value_and_add_gradient_().to(total)
+        return total
+
+    def _pieces(self, *, adding: bool) -> Pieces:
+        raise NotImplementedError
+
+    def _others(self) -> Sequence[WeightPenalty]:
+        for other in self._beside:
+            other.ewc_lambda = self.ewc_lambda
+        return self._beside
+
+    def _total(self, pieces: Pieces) -> Tensor:
+        values = [piece() for piece in pieces]
+        total = torch.zeros(())
+        if values:
+            dtype = max((value.dtype for value in values), key=lambda dtype: dtype.itemsize)
+            total = torch.stack([value.to(values[0].device, dtype) for value in values]).sum()
+            total = sum_of_parts(total, self._terms[0].parameters[0])
+        return self.ewc_lambda * (total / 2 + self._offset)
+
+
+class Penalty(SumPenalty):
     """(λ/2) Σ_i Λ_i (θ_i − μ_i)² over the parameters that have a Fisher (Kirkpatrick et al. 2017).
 
     Once per optimizer step, after the loss's gradients are accumulated and unscaled and before they
@@ -121,16 +189,15 @@ class Penalty:
         self._offset = offset
         self._device = None if device is None else torch.device(device)
         live = storages(known.values())
-        self._terms: list[_Term] = []
+        self._terms: list[Term] = []
         for name, parameter in trained.items():
             if name in fisher:
                 tensors = checked_tensors(name, parameter, fisher[name], anchor)
                 place = self._device or parameter.device
-                stored = (kept(tensor, parameter, dtype, place, live) for tensor in tensors)
-                self._terms.append(_Term(parameter, *stored))
-        protected = {id(term.parameter) for term in self._terms}
-        if len(protected) < len(self._terms):
-            raise InputError("a tied parameter has two names and would count twice; pass it once")
+                stored = tuple(kept(tensor, parameter, dtype, place, live) for tensor in tensors)
+                self._terms.append(Term((parameter,), stored))
+        check_once(self.parameters())
+        protected = {id(parameter) for parameter in self.parameters()}
         self.unprotected = [name for name, p in trained.items() if id(p) not in protected]
 
     @classmethod
@@ -151,31 +218,6 @@ class Penalty:
             name: torch.ones((), device=p.device).expand(p.shape) for name, p in trained.items()
         }
         return cls(trained.items(), ones, anchor, ewc_lambda=ewc_lambda, dtype=dtype, device=device)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the penalized parameters."""
-        return [term.parameter for term in self._terms]
-
-    @torch.no_grad()
-    def value(self) -> float:
-        """Return (λ/2) Σ Λ (θ − μ)² + λ · offset at the parameters' current values."""
-        values = [
-            _weighed(theta - anchor, fisher)
-            for term in self._present()
-            for theta, fisher, anchor in _pieces(term)
-        ]
-        return self._total(values).item()
-
-    @torch.no_grad()
-    def add_gradient_(self) -> None:
-        """Add λ Λ (θ − μ) to each parameter's gradient, creating it where there is none."""
-        for _ in self._adding_gradient():
-            pass
-
-    @torch.no_grad()
-    def value_and_add_gradient_(self) -> Tensor:
-        """Do what `add_gradient_` does, in a quarter more time, and return the current value."""
-        return self._total([_weighed(*piece) for piece in self._adding_gradient()])
 
     @torch.no_grad()
     def proximal_step_(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -205,28 +247,18 @@ class Penalty:
     def proximal_step_and_value_(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """Do what `proximal_step_` does, and return the penalty's value after it."""
         pieces = self._stepping(optimizer)
-        return self._total([_weighed(theta - anchor, fisher) for theta, fisher, anchor in pieces])
+        return self._total(
+            partial(_weighed, theta - anchor, fisher) for theta, fisher, anchor in pieces
+        )
 
-    def _adding_gradient(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Add the gradient, yielding each piece's θ − μ, which may be overwritten, and Λ."""
-        for term in self._present():
-            parameter = term.parameter
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            # A sparse gradient stays sparse, as SparseAdam requires: unchanged rows add nothing.
-            sparse = parameter.grad if parameter.grad.is_sparse else None
-            dense = parameter.grad if sparse is None else torch.zeros_like(parameter)
-            for theta, fisher, anchor, gradient in _pieces(term, local(dense)):
-                difference = theta - anchor
-                if gradient.dtype == difference.dtype:
-                    gradient.addcmul_(fisher, difference, value=self.ewc_lambda)
-                else:
-                    # Summed before it is rounded to a narrower type: the smaller one survives.
-                    pull = difference * fisher
-                    gradient.copy_(pull.mul_(self.ewc_lambda).add_(gradient))
-                yield difference, fisher
-            if sparse is not None:
-                sparse.add_(dense.to_sparse(sparse.sparse_dim()))
+    def _pieces(self, *, adding: bool) -> Pieces:
+        for term in present(self._terms, self._device):
+            with gradients(term.parameters if adding else ()) as dense:
+                for theta, fisher, anchor, *gradient in _cut(term, *map(local, dense)):
+                    difference = theta - anchor
+                    for total in gradient:
+                        _add_pull_(total, difference, fisher, self.ewc_lambda)
+                    yield partial(_weighed, difference, fisher)
 
     def _stepping(
         self, optimizer: torch.optim.Optimizer
@@ -236,12 +268,13 @@ class Penalty:
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         if getattr(optimizer, "found_inf", False):
             groups = {}  # A GradScaler calls a fused optimizer even if it must skip its step.
-        for term in self._present():
-            group = groups.get(id(term.parameter))
-            state = optimizer.state.get(term.parameter, {})
+        for term in present(self._terms, self._device):
+            (parameter,) = term.parameters
+            group = groups.get(id(parameter))
+            state = optimizer.state.get(parameter, {})
             pull = None if group is None else self._pull(group, state)
             squares = [] if pull is None or pull.square is None else [local(pull.square)]
-            for theta, fisher, anchor, *square in _pieces(term, *squares):
+            for theta, fisher, anchor, *square in _cut(term, *squares):
                 if pull is not None:
                     _pull_back(theta, fisher, anchor, pull, *square)
                 yield theta, fisher, anchor
@@ -263,49 +296,6 @@ class Penalty:
         inverse = min(1 / (rate * self.ewc_lambda), LARGEST)
         return _Pull(inverse, max(floor * inverse, SMALLEST), square)  # avoids 0 / 0
 
-    def _present(self) -> Iterator[_Term]:
-        """Yield the terms of the parameters that currently require gradients."""
-        for i, (parameter, fisher, anchor) in enumerate(self._terms):
-            if parameter.requires_grad:
-                device = parameter.device
-                if self._device is None and fisher.device != device:  # the model was moved since
-                    moved = (converted(t, device, t.dtype) for t in (fisher, anchor))
-                    self._terms[i] = _Term(parameter, *moved)
-                yield self._terms[i]
-
-    def _total(self, values: list[Tensor]) -> Tensor:
-        total = torch.zeros(())
-        if values:
-            dtype = max((value.dtype for value in values), key=lambda dtype: dtype.itemsize)
-            total = torch.stack([value.to(values[0].device, dtype) for value in values]).sum()
-            total = sum_of_parts(total, self._terms[0].parameter)
-        return self.ewc_lambda * (total / 2 + self._offset)
-
-
-def named(parameters: NamedParameters, wanted: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Return parameters by name, without the prefix of a wrapper if the wanted names have none."""
-    if not isinstance(parameters, nn.Module):
-        return dict(parameters)
-    known = dict(parameters.named_parameters())
-    if any(name not in known for name in wanted):
-        known = dict(unwrapped(parameters).named_parameters())
-    return known
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside DistributedDataParallel, DataParallel and torch.compile."""
-    while (child := WRAPPERS.get(type(module).__name__)) is not None:
-        module = getattr(module, child)
-    return module
-
-
-def check_strength(ewc_lambda: float, dtype: torch.dtype | None) -> None:
-    """Refuse a λ that is negative or not finite, and a dtype of Λ and μ that is not floating."""
-    if not (math.isfinite(ewc_lambda) and ewc_lambda >= 0):
-        raise UsageError(f"ewc_lambda is {ewc_lambda}: expected a finite number, 0 or above")
-    if dtype is not None and not dtype.is_floating_point:
-        raise UsageError(f"Λ and μ cannot be stored in {dtype}; use float32 or bfloat16")
-
 
 def check_proximal(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer whose per-parameter rate is unknown: all but SGD, Adam and AdamW."""
@@ -316,79 +306,75 @@ def check_proximal(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def checked_tensors(
-    name: str, parameter: nn.Parameter, fisher: Tensor, anchors: Mapping[str, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """Return Λ and μ of a parameter θ, without gradients; μ is θ itself if there are no anchors.
+def present(terms: list[Term], device: torch.device | None) -> Iterator[Term]:
+    """Yield the terms of which a parameter currently requires gradients.
 
-    Tensors of another shape or with values that are not finite, and a negative Λ, are refused.
+    Without a device, what is stored follows a model that was moved since.
     """
-    if anchors is not None and name not in anchors:
-        raise InputError(f"the anchor lacks {name!r}, which has a Fisher; pass its anchor too")
-    anchor = parameter if anchors is None else anchors[name]
-    for kind, tensor in (("Fisher", fisher), ("anchor", anchor)):
-        if tensor.shape != parameter.shape:
-            raise InputError(
-                f"the {kind} of {name!r} has shape {tuple(tensor.shape)}: expected "
-                f"{tuple(parameter.shape)} as the parameter; use the Fisher of this model"
-            )
-        if not tensor.isfinite().all():
-            raise NonFiniteError(f"the {kind} of {name!r} has values that are NaN or infinite")
-    if (fisher < 0).any():
-        raise InputError(f"the Fisher of {name!r} has negative values; measure it again")
-    return cut_like(fisher.detach(), parameter), cut_like(anchor.detach(), parameter)
+    for i, term in enumerate(terms):
+        if any(parameter.requires_grad for parameter in term.parameters):
+            place = term.parameters[0].device
+            if device is None and term.stored[0].device != place:
+                moved = tuple(converted(t, place, t.dtype) for t in term.stored)
+                terms[i] = term._replace(stored=moved)
+            yield terms[i]
 
 
-def storages(tensors: Iterable[Tensor]) -> set[int]:
-    """Return the addresses of the memory that tensors are in."""
-    return {local(tensor).untyped_storage().data_ptr() for tensor in tensors}
+@contextmanager
+def gradients(parameters: Collection[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """Give the dense gradients of parameters to add to, creating them where there are none."""
+    dense = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        sparse = parameter.grad.is_sparse
+        dense.append(torch.zeros_like(parameter) if sparse else parameter.grad)
+    yield dense
+    for parameter, added in zip(parameters, dense, strict=True):
+        # A sparse gradient stays sparse, as SparseAdam requires: unchanged rows add nothing.
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad.add_(added.to_sparse(parameter.grad.sparse_dim()))
 
 
-def kept(
-    tensor: Tensor,
-    parameter: nn.Parameter,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    live: set[int],
-) -> Tensor:
-    """Convert Λ or μ of a parameter; copy a tensor whose memory is live, as the parameters' is."""
-    shared = tensor.untyped_storage().data_ptr() in live
-    widest = wide(parameter.dtype)
-    # A narrower dtype takes less memory, and is widened exactly on use.
-    fits = torch.promote_types(tensor.dtype, widest) == widest
-    return converted(tensor, device, dtype or (tensor.dtype if fits else widest), copy=shared)
+def piece_size(tensor: Tensor) -> int:
+    """Return how many elements to take at a time, so that intermediate results fit the cache."""
+    return CPU_PIECE * torch.get_num_threads() if tensor.is_cpu else DEVICE_PIECE
 
 
-def converted(
-    tensor: Tensor, device: torch.device, dtype: torch.dtype, *, copy: bool = False
-) -> Tensor:
-    """Move a tensor as `Tensor.to` does; an expanded single number stays a single number."""
-    if tensor.dim() and not any(tensor.stride()):  # one number for all, as in l2
-        return tensor.as_strided((), ()).to(device, dtype, copy=copy).expand(tensor.shape)
-    return tensor.to(device, dtype, copy=copy)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that a parameter's penalty is computed in: float32, or its own if wider."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _pieces(term: _Term, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split a term's tensors and others of their shape into pieces, if their layouts agree.
+def _cut(term: Term, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split a parameter's tensors and others of its shape into pieces, if their layouts agree.
 
     Yields θ; Λ and μ, on its device in float32 or wider; and the others.
     """
-    parameter = local(term.parameter.detach())
+    parameter = local(term.parameters[0].detach())
     device, dtype = parameter.device, wide(parameter.dtype)
-    tensors = (parameter, term.fisher, term.anchor, *others)
+    tensors = (parameter, *term.stored, *others)
     cut: Iterable[tuple[Tensor, ...]] = [tensors]
-    size = CPU_PIECE * torch.get_num_threads() if parameter.is_cpu else DEVICE_PIECE
+    size = piece_size(parameter)
     if parameter.numel() > size and all(
         tensor.is_contiguous() or not any(tensor.stride()) for tensor in tensors
     ):
         cut = zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
     for theta, fisher, anchor, *rest in cut:
         yield theta, fisher.to(device, dtype), anchor.to(device, dtype), *rest
+
+
+def _add_pull_(gradient: Tensor, difference: Tensor, fisher: Tensor, ewc_lambda: float) -> None:
+    """Add λ Λ (θ − μ) to a gradient."""
+    if gradient.dtype == difference.dtype:
+        gradient.addcmul_(fisher, difference, value=ewc_lambda)
+    else:
+        add_(gradient, difference * fisher, ewc_lambda)
+
+
+def add_(gradient: Tensor, pull: Tensor, factor: float) -> None:
+    """Add a multiple of a pull, of as many elements, to a gradient."""
+    pull = pull.reshape(gradient.shape)
+    if gradient.dtype == pull.dtype:
+        gradient.add_(pull, alpha=factor)
+    else:
+        # Summed before it is rounded to a narrower type: the smaller one survives.
+        gradient.copy_((pull * factor).add_(gradient))
 
 
 def _pull_back(

@@ -122,7 +122,7 @@ def test_factors_stay_in_the_mapped_file(with_factors: Path) -> None:
             start, end = (int(address, 16) for address in line.split()[0].split("-"))
             places[range(start, end)] = Path(line.split()[-1]).name
     (term,) = penalty._terms
-    for tensor, file in ((term.matrix, "factors"), *((mu, "model") for mu in term.anchors)):
+    for tensor, file in zip(term.stored, ("factors", "model", "model"), strict=False):
         (found,) = (name for place, name in places.items() if tensor.data_ptr() in place)
         assert found == f"{file}.safetensors"
 

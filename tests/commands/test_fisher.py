@@ -221,7 +221,7 @@ def test_fisher_and_anchor_stay_in_the_mapped_files(
             start, end = (int(address, 16) for address in line.split()[0].split("-"))
             mapped[range(start, end)] = Path(line.split()[-1])
     for term in penalty._terms:
-        for tensor, file in ((term.fisher, "fisher/fisher"), (term.anchor, "model")):
+        for tensor, file in zip(term.stored, ("fisher/fisher", "model"), strict=True):
             (found,) = (path for place, path in mapped.items() if tensor.data_ptr() in place)
             assert found == network_checkpoint / f"{file}.safetensors"
     # A model that is saved over the one that is held to does not take the anchor along.

@@ -100,7 +100,7 @@ def explicit(model: nn.Module, known: dict[str, Any], anchor: dict[str, Tensor])
 def test_value_and_gradient_are_those_of_the_explicit_matrix(
     piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("consolidate.ewc.block_penalty.CPU_PIECE", piece)
+    monkeypatch.setattr("consolidate.ewc.penalty.CPU_PIECE", piece)
     monkeypatch.setattr("consolidate.ewc.block_penalty.LEAST_ROWS", piece)
     model = network()
     known, anchor = measured(model), moved(model)
@@ -243,7 +243,7 @@ def test_factors_are_not_rounded_with_the_rest() -> None:
     known, anchor = measured(model), moved(model)
     wide = BlockPenalty(model, anchor=anchor, **known, ewc_lambda=LAMBDA)
     narrow = BlockPenalty(model, anchor=anchor, **known, ewc_lambda=LAMBDA, dtype=torch.bfloat16)
-    assert {term.matrix.dtype for term in narrow._terms} == {torch.float32}
+    assert {term.stored[0].dtype for term in narrow._terms} == {torch.float32}
     assert narrow.value() == pytest.approx(wide.value(), rel=0.02)
     assert narrow.value() != wide.value()
 
@@ -262,9 +262,8 @@ def test_no_further_copy_is_made_of_what_is_given() -> None:
     known, anchor = measured(model), moved(model)
     penalty = BlockPenalty(model, anchor=anchor, **known, ewc_lambda=LAMBDA)
     for term, (name, block) in zip(penalty._terms, known["blocks"].items(), strict=True):
-        assert term.matrix.data_ptr() == known["factors"][name].data_ptr()
-        found = [mu.data_ptr() for mu in term.anchors]
-        assert found == [anchor[at].data_ptr() for at in block.parameters]
+        given = [known["factors"][name], *(anchor[at] for at in block.parameters)]
+        assert [t.data_ptr() for t in term.stored] == [t.data_ptr() for t in given]
 
 
 def test_a_parameter_without_a_fisher_is_named() -> None:

@@ -1,5 +1,6 @@
+"""Merging Fishers; the laws that hold for any numbers are in system/test_laws_of_merging.py."""
+
 from collections.abc import Sequence
-from itertools import permutations
 from typing import NamedTuple
 
 import pytest
@@ -79,15 +80,6 @@ def value(chain: Chain, theta: dict[str, Tensor]) -> float:
     )
 
 
-def sum_of_values(tasks: Sequence[Task], theta: dict[str, Tensor]) -> Tensor:
-    terms = [
-        task.weight * (fisher * (theta[name] - task.weights[name]) ** 2).sum() / 2
-        for task in tasks
-        for name, fisher in task.fisher.items()
-    ]
-    return torch.stack(terms).sum()
-
-
 def models_merged(
     chains: Sequence[Chain],
     coefficients: Sequence[float] | None = None,
@@ -158,32 +150,10 @@ def test_gamma_zero_forgets_exactly() -> None:
     assert all(torch.equal(merged[name], alone[name]) for name in alone)
 
 
-@pytest.mark.parametrize("count", [1, 2, 7])
-def test_separate_is_the_explicit_sum_of_the_penalties(count: int) -> None:
-    tasks = random_tasks(count)
-    chain = separate(tasks)
-    for seed in range(5):
-        theta = random_values(torch.Generator().manual_seed(seed))
-        leaves = {name: values.requires_grad_() for name, values in theta.items()}
-        explicit = sum_of_values(tasks, leaves)
-        explicit.backward()
-        with torch.no_grad():
-            assert value(chain, leaves) == pytest.approx(float(explicit), rel=1e-12)
-            for name, leaf in leaves.items():
-                gradient = chain.fisher[name] * (leaf - chain.anchor[name])
-                torch.testing.assert_close(gradient, leaf.grad, **CLOSE)
-
-
 def test_where_nothing_is_held_separate_is_anchored_at_the_latest_weights() -> None:
     tasks = random_tasks(3)
     chain = separate(tasks)
     assert torch.equal(chain.anchor["a"][0], tasks[-1].weights["a"][0])
-
-
-def test_separate_is_free_of_order() -> None:
-    tasks = random_tasks(4)
-    for order in permutations(tasks):
-        assert_same_penalty(separate(order), separate(tasks))
 
 
 def test_separate_keeps_a_parameter_that_the_task_did_not_train() -> None:
@@ -241,19 +211,6 @@ def test_merged_models_hold_the_weighed_sum_of_their_penalties() -> None:
         mean = sum(c * chain.weights[name] for c, chain in pairs) / sum(coefficients)
         expected = torch.where(fisher > 0, weighed / fisher.clamp(min=1e-300), mean)
         torch.testing.assert_close(merged.weights[name], expected, **CLOSE)
-
-
-def test_merging_models_is_associative_and_free_of_order() -> None:
-    a, b, c = (separate(random_tasks(2, seed)) for seed in range(3))
-    together = models_merged([a, b, c])
-    for order in permutations([a, b, c]):
-        by_pairs = models_merged([models_merged(order[:2]), order[2]])
-        for merged in (models_merged(order), by_pairs):
-            assert_same_penalty(merged, together)
-            for name, fisher in together.fisher.items():
-                torch.testing.assert_close(
-                    merged.weights[name][fisher > 0], together.weights[name][fisher > 0], **CLOSE
-                )
 
 
 def test_merging_models_of_a_task_each_is_separate() -> None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from consolidate.ewc.low_rank_penalty import LowRank, MergedPenalty
-from consolidate.ewc.penalty import Penalty
 from consolidate.models.lora import Lora, add_lora, low_rank_layers
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_json import Block
@@ -74,7 +73,7 @@ EVERYTHING = ["words", "conv", "linear", "turned"]
 def test_gradients_and_value_are_those_of_the_explicit_penalty(
     elsewhere: bool, piece: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("consolidate.ewc.low_rank_penalty.CPU_PIECE", piece)
+    monkeypatch.setattr("consolidate.ewc.penalty.CPU_PIECE", piece)
     network = adapted(EVERYTHING, alpha=5)
     layers = low_rank_layers(network)
     assert sorted(layers) == sorted(f"{name}.weight" for name in EVERYTHING)
@@ -99,21 +98,6 @@ def test_gradients_and_value_are_those_of_the_explicit_penalty(
     assert float(value) == pytest.approx(whole, rel=1e-12)
     assert penalty.value() == pytest.approx(float(value), rel=1e-12)
     assert all(p.grad is None for n, p in network.named_parameters() if not p.requires_grad)
-
-
-def test_the_penalty_is_that_of_the_merged_weights():
-    network = adapted(EVERYTHING)
-    layers, fisher = low_rank_layers(network), random_fisher(network)
-    anchor = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    by_factors = MergedPenalty(layers, fisher, ewc_lambda=LAMBDA).value()
-    merged = {
-        name: nn.Parameter(
-            layer.weight.detach() + network.get_submodule(name[:-7]).get_delta_weight("default")
-        )
-        for name, layer in layers.items()
-    }
-    whole = Penalty(merged.items(), fisher, anchor, ewc_lambda=LAMBDA).value()
-    assert by_factors == pytest.approx(whole, rel=1e-12)
 
 
 def test_frozen_factors_get_no_gradient_and_narrow_ones_are_summed_before_rounding():
@@ -210,8 +194,8 @@ def dense_penalty(
 def test_blocks_pull_the_factors_as_the_dense_penalty_does(
     where: str, bias: bool, trained_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("consolidate.ewc.block_penalty.CPU_PIECE", 1)
-    monkeypatch.setattr("consolidate.ewc.block_penalty.LEAST_ROWS", 2)
+    monkeypatch.setattr("consolidate.ewc.penalty.CPU_PIECE", 1)
+    monkeypatch.setattr("consolidate.ewc.low_rank_penalty.LEAST_ROWS", 2)
     network = adapted(EVERYTHING, alpha=5)
     layers = low_rank_layers(network)
     fisher, blocks, factors = blocks_and_factors(network, bias=bias)

@@ -42,6 +42,7 @@ TESTED_THROUGH = {
     "data/test_benchmarks": "data.benchmark_files benchmark",
     "data/test_examples": "data.columns data.encoding data.labels data.tensors data.text_examples"
     " data.texts",
+    "ewc/test_penalty": "ewc.matching",
     "estimation/test_fisher_diagonal": "estimation.batches estimation.estimates",
     "estimation/test_input_blocks": "estimation.covered_layers",
     "estimation/test_layer_rules": "estimation.example_gradients estimation.gradient_methods",
