@@ -30,6 +30,7 @@ from consolidate.runtime.torchrun import rank, stop_with_torchrun, world_size
 from consolidate.views import text as text_view
 from consolidate.views.text import json_text, plain
 from formats.errors import ConsolidateError, ForgettingError, InputError, PeerError
+from formats.wording import first_line
 
 if TYPE_CHECKING:
     from consolidate.views.tracking import Tracker
@@ -104,8 +105,8 @@ def _fail(message: str, code: int, state: dict[str, bool]) -> NoReturn:
 def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, ConsolidateError):
         return str(error), error.exit_code
-    if isinstance(error, MemoryError):
-        what = f" ({error})" if str(error) else ""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _no_memory(error)):
+        what = f" ({first_line(error)})" if str(error) else ""
         advice = "raise the limit (ulimit -v), use another machine, or a smaller --batch-size"
         return f"not enough memory{what}; {advice}", InputError.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -117,6 +118,12 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"{error.filename}: {error.strerror}", InputError.exit_code
     what = f"{type(error).__name__}: {error}"
     return f"{what} (internal error, please report it with the output of --debug)", 1
+
+
+def _no_memory(error: RuntimeError) -> bool:
+    from consolidate.estimation.batches import out_of_memory  # with torch, which raised it
+
+    return out_of_memory(error)
 
 
 def _exit(code: int) -> NoReturn:

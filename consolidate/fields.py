@@ -188,6 +188,9 @@ def checked(flat: Flat, value: Any) -> Any:
         named = ", ".join(option.choices)
         raise UsageError(f"{where} {value}: expected {number}one of {named}")
     for number in value if isinstance(value, list | tuple) else [value]:
+        bits = 128 if float in flat.kinds else 63  # of the largest float32, or integer of torch
+        if fits((int, float), number) and 2**bits <= abs(number) < math.inf:
+            raise UsageError(f"{where} {number}: expected a number below 2^{bits}")
         if fits((int, float), number) and _outside(option, number):
             raise UsageError(f"{where} {number}: expected {_range(flat)}")
     if isinstance(value, list):

@@ -37,6 +37,8 @@ _LOCK = ".consolidate-lock"
 _PARTIAL = ".consolidate-partial"
 _CLAIM = ".consolidate-claim"
 _TEMPORARY = ".consolidate-tmp"
+_LONGEST_OF_FOLDER = len(f"..failed-forgetting{_PARTIAL}-9999-new")
+_LONGEST_OF_FILE = len(f"..01234567{_TEMPORARY}")
 _NOT_CONTENT = {_NEW, _OLD, _COMMIT, _PUBLISH, _LOCK, _CLAIM, "lost+found"}
 
 _READS = 5  # of a folder that is replaced again and again
@@ -114,6 +116,7 @@ def claimed_in_place(folder: Path, part: str) -> Iterator[None]:
 def check_target(target: Path, *, overwrite: bool = False) -> None:
     """Refuse, before any work is done, a target that `replace_folder` would refuse after it."""
     place = _Place(target)
+    _check_name(place.target, _LONGEST_OF_FOLDER)
     _refuse_content(place.target, overwrite)
     _check_parent(target, place.target)
 
@@ -194,9 +197,11 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 def check_file(path: Path) -> None:
     """Refuse, before the work, a file that could not be written after it."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"{path} is a folder; name a file")
-    _check_parent(path, Path(os.path.realpath(path)))
+    place = Path(os.path.realpath(path))
+    _check_name(place, _LONGEST_OF_FILE)
+    _check_parent(path, place)
 
 
 def has_content(target: Path) -> bool:
@@ -308,6 +313,17 @@ def _refuse_content(target: Path, overwrite: bool) -> None:
             raise InputError(
                 f"{target} contains {what} folder, which is never replaced; choose another folder"
             )
+
+
+def _check_name(place: Path, ending: int) -> None:
+    """Refuse a name to which the longest ending of a hidden sibling cannot be added."""
+    parent = next(folder for folder in place.parents if folder.exists())
+    size, limit = len(os.fsencode(place.name)), os.pathconf(parent, "PC_NAME_MAX")
+    if 0 <= limit < size + ending:
+        raise InputError(
+            f"{place}: the name has {size} bytes: expected at most {limit - ending}, since the "
+            "names of temporary files beside it are longer; choose a shorter name"
+        )
 
 
 def _check_parent(given: Path, place: Path) -> None:

@@ -134,6 +134,11 @@ def test_flat_keywords_become_records() -> None:
             {"ewc_lambda": {1.0}},
             "--ewc-lambda {1.0}: expected a number or a list of",
         ),
+        ({"ewc_lambda": 1e308}, r"--ewc-lambda 1e+308: expected a number below 2^128"),
+        (
+            {"gradient_accumulation_steps": 10**24},
+            f"--gradient-accumulation-steps {10**24}: expected a number below 2^63",
+        ),
         ({"select": "best"}, "--select best: expected one of best-mean, smallest, largest"),
         ({"epochs": "3"}, "--epochs 3: expected an integer"),
         ({"epochs": True}, "--epochs True: expected an integer"),

@@ -58,6 +58,7 @@ from consolidate.runtime.progress import seconds_of, start_timing
 from consolidate.views.output_card import renew_card
 from formats.atomic import partial_path, replace_folder
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint, write_checkpoint
+from formats.checkpoint_files import check_link
 from formats.digest import json_digest
 from formats.errors import ConsolidateError, InputError, UsageError
 from formats.fisher_folder import (
@@ -153,6 +154,8 @@ class Plan(Inputs):
     def check_target(self) -> None:
         """Refuse an existing target that must not be replaced."""
         whole = not self.in_place
+        if not whole:
+            check_link(self.folder, self.folder / "fisher")  # which readers refuse
         check_output(self.target, self.source, overwrite=self.replaces, whole=whole)
 
     def afresh(self) -> "Plan":

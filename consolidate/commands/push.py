@@ -329,22 +329,26 @@ def _contents(
         contents |= _weights(checkpoint, scratch)
         contents |= _others(source.folder, checkpoint)
     fisher, stored = source.folder / "fisher", source.stored
-    dtype = dtype_of_name(options.fisher_dtype)
+    as_stored = dtype_of(stored.fisher, next(iter(stored.fisher)))
+    dtype = dtype_of_name(options.fisher_dtype) or as_stored
     diagonal = options.structure == "diagonal" and stored.factors is not None
-    if dtype is not None or diagonal:
+    if dtype != as_stored or diagonal:
         fisher = scratch / "fisher"
-        none: dict[str, Any] = dict.fromkeys(
-            ("factors", "blocks", "factor_anchor", "factor_offset")
-        )
+        left_out = ("factors", "blocks", "factor_anchor", "factor_offset") if diagonal else ()
+        ledger = replace(
+            stored.ledger,
+            **dict.fromkeys((*left_out, "made_from", "description")),
+            tasks=[replace(t, made_from=None, description=None) for t in stored.ledger.tasks],
+        )  # no command writes it as it is now, so that it is never up to date
         write_fisher(
             fisher,
             stored.fisher,
-            replace(stored.ledger, **none) if diagonal else stored.ledger,
+            ledger,
             anchor=stored.anchor,
             heads=stored.heads,
             factors=None if diagonal else stored.factors,
             factor_anchor=None if diagonal else stored.factor_anchor,
-            dtype=dtype or dtype_of(stored.fisher, next(iter(stored.fisher))),
+            dtype=dtype,
         )
         stored = read_fisher(fisher)
     for file in sorted(fisher.rglob("*")):

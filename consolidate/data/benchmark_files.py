@@ -129,6 +129,11 @@ def _located(value: Any, path: Path) -> Any:
         return [_located(inner, path) for inner in value]
     if not isinstance(value, str) or "://" in value:
         return value
+    if glob.has_magic(value) and (Path(value).is_absolute() or ".." in Path(value).parts):
+        raise InputError(
+            f"{path}: data_files: {value} is a pattern that leaves the folder: expected one below "
+            "it, without .. in it; name the files themselves, or move the task file above them"
+        )
     for folder in (Path.cwd(), path.absolute().parent):
         if glob.glob(str(folder / value), recursive=True):
             return str(folder / value)

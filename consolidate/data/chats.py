@@ -2,10 +2,12 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 from consolidate.estimation.likelihoods import IGNORED
@@ -16,6 +18,39 @@ from formats.wording import shown
 MAX_CHARACTERS = 16 * 2**20
 """Longest chat that a template may write: a template is content of the checkpoint."""
 
+MAX_LINES = 2**21
+"""Most lines of its compiled code that a template may run for one chat: real ones run about 100 a
+message. Counted, not timed, so that it is the same chat that is refused on every machine."""
+
+_DAY = {
+    "%Y": "2024",
+    "%y": "24",
+    "%m": "07",
+    "%-m": "7",
+    "%B": "July",
+    "%b": "Jul",
+    "%d": "26",
+    "%-d": "26",
+    "%e": "26",
+    "%j": "208",
+    "%A": "Friday",
+    "%a": "Fri",
+    "%F": "2024-07-26",
+    "%H": "00",
+    "%I": "12",
+    "%M": "00",
+    "%S": "00",
+    "%p": "AM",
+}
+"""The day that the templates of Llama 3 write where they find no clock."""
+
+# A template's own macro hides the clock of transformers. Its line ends with a block, whose newline
+# is trimmed, so that the template below begins a line as before.
+_NO_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace({code!r}, {value!r})" for code, value in _DAY.items())
+    + " }}{% endmacro %}\n"
+)
 _MASK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -159,12 +194,47 @@ class Chats:
             raise InputError(f"{self.source}: {error}") from error
 
     def _apply(self, chat: _Chat, **options: Any) -> Any:
+        template = self._template(chat)
+        if "strftime_now" in template:  # else every day would encode the same rows otherwise
+            template = _NO_CLOCK + template
+            self._note(f"with {_DAY['%F']} as the chat template's current date")
         try:
-            return self.tokenizer.apply_chat_template(chat.messages, tools=chat.tools, **options)
+            with self._bounded(chat):
+                return self.tokenizer.apply_chat_template(
+                    chat.messages, tools=chat.tools, chat_template=template, **options
+                )
+        except InputError:
+            raise
         except Exception as error:  # what a template may raise has no bounds
             raise InputError(
                 f"{chat.where}: the chat template refuses these messages: {error}"
             ) from error
+
+    @contextmanager
+    def _bounded(self, chat: _Chat) -> Iterator[None]:
+        """Refuse a chat for which the template runs too many lines."""
+        lines = 0
+
+        def line(frame: FrameType, event: str, argument: object) -> Any:
+            nonlocal lines
+            lines += 1
+            if lines > MAX_LINES:
+                raise InputError(
+                    f"{chat.where}: the chat template of {self.source} runs more than "
+                    f"{MAX_LINES:,} lines for this chat: does a loop in it end? correct the "
+                    "template, or split the chat"
+                )
+            return line
+
+        def call(frame: FrameType, event: str, argument: object) -> Any:
+            return line if frame.f_code.co_filename == "<template>" else None
+
+        before = sys.gettrace()
+        sys.settrace(call)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
 
     def _note(self, how: str) -> None:
         if how not in self.how:

@@ -20,6 +20,7 @@ from consolidate.estimation.likelihoods import IGNORED
 from consolidate.models.model import Model
 from consolidate.options import Columns
 from consolidate.runtime.quiet import quiet
+from consolidate.runtime.randomness import untouched_randomness
 from formats.errors import InputError, UsageError
 from formats.rows import Rows
 from formats.wording import first_line
@@ -49,7 +50,8 @@ def encode_texts(
             f"{model.checkpoint.path}: expected a tokenizer, found none; save it beside the weights"
         )
     texts = _Texts(rows, model, max_length, pack)
-    with quiet(), _tokenizing(rows, model):
+    # A chat template may draw.
+    with quiet(), untouched_randomness(seed), _tokenizing(rows, model):
         match model.objective.name:
             case "token-classification":
                 examples = _words(texts, columns)

@@ -15,7 +15,7 @@ from consolidate.models.factories import make_module
 from consolidate.models.model import Model, freeze_parameters, layout_of
 from consolidate.models.objectives import Objective, default_objective, get_objective
 from consolidate.models.tensor_names import Layout, computed_names, outer_prefix
-from consolidate.runtime.quiet import quiet
+from consolidate.runtime.quiet import quiet, silent_stdout
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint
 from formats.errors import ConsolidateError, InputError
@@ -324,7 +324,8 @@ def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
     import transformers
 
     try:
-        return getattr(transformers, kind).from_pretrained(str(folder), **options)
+        with silent_stdout():  # where tokenizers prints names of options that it does not know
+            return getattr(transformers, kind).from_pretrained(str(folder), **options)
     except Exception as error:
         what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
         raise InputError(f"{folder}: the {what} cannot be loaded: {first_line(error)}") from error

@@ -139,6 +139,17 @@ def test_a_fisher_that_is_there_is_kept(network_checkpoint: Path, write_task: Wr
         consolidate.fisher(network_checkpoint, second, model="nowhere:made", add=True)
 
 
+def test_a_fisher_folder_that_is_a_link_out_of_the_checkpoint_is_not_written(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    """No command would read it."""
+    (tmp_path / "elsewhere").mkdir()
+    (network_checkpoint / "fisher").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"fisher is a link to .*elsewhere, outside"):
+        consolidate.fisher(network_checkpoint, write_task("old"), **NETWORK)
+    assert contents(tmp_path / "elsewhere") == {}
+
+
 def test_nan_in_the_weights_is_named(network_checkpoint: Path, write_task: Write) -> None:
     weights = load_file(network_checkpoint / "model.safetensors")
     weights["0.bias"][2] = float("nan")

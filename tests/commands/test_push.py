@@ -127,6 +127,20 @@ def test_one_commit_holds_all_of_it(checkpoint: Path, tmp_path: Path, hub: Hub) 
         assert torch.equal(values, exact[name].bfloat16())
 
 
+def test_a_fisher_that_was_rounded_for_the_hub_is_not_up_to_date(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, hub: Hub
+) -> None:
+    options: dict[str, Any] = {"model": "support.networks:make_network", "overwrite": True}
+    for dtype, status in (("float32", "cached"), ("bfloat16", "done")):
+        fisher(network_checkpoint, write_task("old"), **options)
+        pushed(tmp_path, hub, network_checkpoint, "user/model", "--fisher-dtype", dtype)
+        for name, content in hub.repositories["user/model"].files.items():
+            if name.startswith("fisher/"):
+                (network_checkpoint / name).write_bytes(content)
+        again = fisher(network_checkpoint, write_task("old"), **options)
+        assert again["status"] == status
+
+
 def test_what_is_refused_before_anything_is_sent(
     checkpoint: Path, tmp_path: Path, hub: Hub
 ) -> None:

@@ -378,6 +378,11 @@ def test_a_classifier_is_refused(folder: Path, tmp_path: Path) -> None:
         ({"test_split": "none"}, "fails with KeyError"),
         ({"metric_list": []}, "higher_is_better is not known for any metric"),
         ({"dataset_kwargs": {"data_files": "x.jsonl"}}, "data_files: x.jsonl does not exist"),
+        (
+            {"dataset_kwargs": {"data_files": "/**/x.jsonl"}},
+            r"data_files: /\*\*.* is a pattern that",
+        ),
+        ({"dataset_kwargs": {"data_files": ["a/../../**"]}}, r"data_files: a/\.\./.* is a pattern"),
         ({"output_type": "talk"}, "fails with .*talk"),
         ({"group": "g"}, "is a group, which lm-eval reads by name alone"),
     ],

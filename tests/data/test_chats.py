@@ -1,4 +1,6 @@
+import datetime
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +296,56 @@ def test_a_template_cannot_write_without_end(
     for loss_on in ("all", "assistant"):
         with pytest.raises(InputError, match=r"row 1.*writes 1,001 characters: expected at most"):
             encode(rows, model, loss_on=loss_on)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}",
+        "{% for i in range(10**5) %}{% for j in range(10**5) if i > j %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+        "{% for i in [[], []] recursive %}{{ loop([[], []]) if depth != 99 }}{% endfor %}",
+    ],
+    ids=["loops", "filtered", "macro", "recursive"],
+)
+@pytest.mark.parametrize("loss_on", ["all", "assistant"])
+def test_a_template_cannot_compute_without_end(
+    template: str, loss_on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chats, "MAX_LINES", 1000)
+    model = gpt2(tmp_path, MARKED)
+    rows = jsonl(tmp_path / "a.jsonl", {"messages": ONE})
+    encode(rows, model, loss_on=loss_on)
+    model.processor.chat_template = MARKED + template
+    before = sys.gettrace()
+    with pytest.raises(InputError, match=r"row 1.*template of .*model runs more than 1,000 lines"):
+        encode(rows, model, loss_on=loss_on)
+    assert sys.gettrace() is before
+
+
+def test_neither_the_day_nor_chance_changes_what_a_template_writes(tmp_path: Path) -> None:
+    """As the templates of Llama 3 ask for the date: by a clock where there is one."""
+    dated = (
+        "\n  {%- if strftime_now is defined %}\n  {%- set date = strftime_now('%d %b %Y') %}"
+        "\n  {%- else %}\n  {%- set date = '26 Jul 2024' %}\n  {%- endif %}\n"
+        "Today Date: {{ date }} {{ strftime_now('%Y-%m-%d') + '.' }} {{ range(10**4) | random }}\n"
+    )
+    model = gpt2(tmp_path, dated + PLAIN)
+    rows = jsonl(tmp_path / "a.jsonl", {"messages": ONE})
+    first, second = (documents(rows, model)[0][0] for _ in range(2))
+    assert first == second
+    text = model.processor.decode(first)
+    assert text.startswith("Today Date: 26 Jul 2024 2024-07-26. ")
+    assert "2024-07-26 as the chat template's current date" in encode(rows, model).notes[0]
+    # All but the date is as the template writes it.
+    plain = gpt2(tmp_path / "plain", " \n  {% if true %}\n a{% endif %}\n" + PLAIN)
+    clock = gpt2(
+        tmp_path / "clock", " \n  {% if true %}\n a{% endif %}\n" + PLAIN + "{# strftime_now #}"
+    )
+    assert documents(rows, plain) == documents(rows, clock)
+    for code, written in chats._DAY.items():
+        if not code.startswith("%-") and code != "%p":
+            assert datetime.date(2024, 7, 26).strftime(code) == written
 
 
 ROWS: list[dict[str, Any]] = [

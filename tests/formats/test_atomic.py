@@ -18,6 +18,7 @@ from formats.atomic import (
     claimed_in_place,
     explain_full_disk,
     final_path,
+    partial_path,
     recover,
     replace_folder,
     unreplaced,
@@ -555,6 +556,27 @@ def test_a_target_that_is_a_link_to_itself_is_refused_before_the_work(tmp_path):
 def test_a_name_that_safetensors_cannot_open_is_refused_before_the_work(tmp_path):
     with pytest.raises(InputError, match=r"bad\\xff: the path is not UTF-8"):
         check_target(tmp_path / os.fsdecode(b"bad\xff"))
+
+
+def test_a_name_too_long_for_its_hidden_siblings_is_refused_before_the_work(tmp_path):
+    most = os.pathconf(tmp_path, "PC_NAME_MAX")
+    for size in (most, most - 20, most + 10):
+        with pytest.raises(InputError, match=rf"the name has {size} bytes: expected at most \d+"):
+            check_target(tmp_path / "a" / ("n" * size))
+        with pytest.raises(InputError, match=rf"the name has {size} bytes: expected at most \d+"):
+            check_file(tmp_path / ("n" * size))
+    assert os.listdir(tmp_path) == []
+    longest = tmp_path / ("n" * (most - 48))
+    check_target(longest)
+    failed = longest.with_name(f"{longest.name}.failed-forgetting")
+    partial = partial_path(failed, 9999)
+    partial.with_name(f"{partial.name}-new").touch()
+    with replace_folder(longest) as new:
+        (new / "file").touch()
+    with claimed(longest):
+        pass
+    check_file(tmp_path / ("f" * (most - 26)))
+    write_file(tmp_path / ("f" * (most - 26)), "x")
 
 
 def test_claims_that_killed_commands_left_are_removed_by_the_next(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import random
 import socket
 import sys
@@ -780,6 +781,20 @@ def test_names_of_the_file_are_read_by_safe_open(tmp_path: Path) -> None:
         assert set(file.keys()) == set(weights)
         for name in file.keys():  # noqa: SIM118
             assert same_bits(file.get_tensor(name), weights[name])
+
+
+def test_tokenizers_prints_nothing_on_stdout(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = save(tmp_path, transformers.GPT2LMHeadModel, gpt2_config(), byte_tokenizer())
+    token = {"content": "<|endoftext|>", "special": True, "un\x1b[31mknown": 1}
+    path = folder / "tokenizer_config.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps(known | {"added_tokens_decoder": {"0": token}}))
+    capfd.readouterr()
+    assert load_model(open_checkpoint(folder)).processor.eos_token == "<|endoftext|>"
+    os.write(1, b"not silenced")
+    assert capfd.readouterr().out == "not silenced"
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps are read from /proc")

@@ -1,6 +1,9 @@
 """Golden checkpoints: they load, they verify, and today's writer makes the same bytes."""
 
+import io
 import runpy
+import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,21 @@ def files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+@pytest.mark.skipif(not (ROOT / ".gitattributes").exists(), reason="not in the sdist")
+def test_git_changes_no_line_end(tmp_path: Path) -> None:
+    """Else a checkout with core.autocrlf has other golden files, and builds other wheels."""
+    (tmp_path / ".gitattributes").write_bytes((ROOT / ".gitattributes").read_bytes())
+    (tmp_path / "card.md").write_bytes(b"a\nb\n")
+    words = ["-c", "core.autocrlf=true", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run(["git", *words, *command], cwd=tmp_path, check=True)
+    built = subprocess.check_output(["git", *words, "archive", "HEAD", "card.md"], cwd=tmp_path)
+    with tarfile.open(fileobj=io.BytesIO(built)) as archive:
+        card = archive.extractfile("card.md")
+        assert card is not None
+        assert card.read() == b"a\nb\n"
 
 
 def test_none_is_forgotten() -> None:
