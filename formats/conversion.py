@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import threading
 from typing import Any, TypeVar
 
 import msgspec
@@ -31,6 +32,9 @@ _MESSAGE = re.compile(
     re.DOTALL,
 )
 _STEP = re.compile(r"\.([^.`\[]+)|\[(\d+|\.\.\.)\]")
+# msgspec 0.20 to 0.22 examine a type at its first use, and a second thread that uses it meanwhile
+# crashes the process.
+_ALONE = threading.Lock()
 
 
 def strict_json(data: bytes) -> Any:
@@ -71,7 +75,8 @@ def converted(content: Any, kind: type[T], source: str, place: str = "$") -> T:
     `source`, the place in it (`$.tasks[0].name`), what was expected and what was found.
     """
     try:
-        return msgspec.convert(content, kind)
+        with _ALONE:
+            return msgspec.convert(content, kind)
     except msgspec.ValidationError as error:
         text = str(error)
     match = _MESSAGE.fullmatch(text)

@@ -262,7 +262,7 @@ def shortfalls(found: dict[str, object], options: argparse.Namespace) -> str:
 
 
 def write_page(folder: Path, page: Path, options: argparse.Namespace) -> bool:
-    """Write the page from the records; returns whether anything was different or a fault."""
+    """Write the page; returns whether anything was wrong, or a part has no record."""
     names = ("kills", "inputs", "guided", "hub")
     parts = (kill_part, input_part, guided_part, hub_part)
     found: dict[str, object] = {}
@@ -284,7 +284,8 @@ def write_page(folder: Path, page: Path, options: argparse.Namespace) -> bool:
     lines = [line for part in text.split("\n") for line in _wrapped(part)]
     page.write_text("\n".join(lines), encoding="utf-8")
     print(page)
-    return any(found[key] for key in ("differences", "faults", "found", "wrong"))
+    wrong = any(found[key] for key in ("differences", "faults", "found", "wrong"))
+    return wrong or not all(found[key] for key in ("kills", "inputs", "cases"))
 
 
 def _wrapped(line: str) -> list[str]:

@@ -362,7 +362,12 @@ ROWS: list[dict[str, Any]] = [
     [
         ("assistant", ROWS, {"assistant_only_loss": True}),
         ("assistant", ROWS, {"assistant_only_loss": True, "max_length": 30}),
-        ("assistant", [{**row, "tools": TOOLS} for row in ROWS], {"assistant_only_loss": True}),
+        # As a text: datasets before 5 fill in the keys that are missing.
+        (
+            "assistant",
+            [{**row, "tools": json.dumps(TOOLS)} for row in ROWS],
+            {"assistant_only_loss": True},
+        ),
         (None, ROWS, {}),
         (None, [{"prompt": SEVERAL[:4], "completion": SEVERAL[4:]}], {}),
         (
@@ -398,7 +403,8 @@ def test_labels_are_those_of_trl(
         processing_class=model.processor,
     )
     length = config.get("max_length", 150)
-    expected = [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+    batches = [trainer.data_collator([row]) for row in trainer.train_dataset]
+    expected = [(one["input_ids"][0].tolist(), one["labels"][0].tolist()) for one in batches]
     found = documents(jsonl(tmp_path / "a.jsonl", *rows), model, loss_on=loss_on, max_length=length)
     assert found == expected
 

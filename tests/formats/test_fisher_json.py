@@ -5,8 +5,10 @@ import hashlib
 import json
 import math
 import re
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from formats.conversion import converted
 from formats.digest import TensorRecord, json_digest, set_digest, tensor_record
 from formats.errors import ConsolidateError, InputError, NonFiniteError
 from formats.fisher_json import (
@@ -737,3 +740,31 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
     ]
     assert tables == [list(one) for one in expected]
     assert f"{MAX_LEDGER_BYTES:,} bytes" in page
+
+
+EXAMINED: list[str] = []
+
+
+def slowly() -> type[int]:
+    EXAMINED.append("x")
+    time.sleep(0.1)
+    return int
+
+
+@dataclass
+class Slow:
+    x: "slowly()"  # type: ignore[valid-type]  # msgspec evaluates it, in Python
+
+
+def test_a_type_is_examined_by_one_thread_while_others_wait() -> None:
+    found: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(converted({"x": 1}, Slow, "a").x))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [1] * 4
+    assert EXAMINED == ["x"]

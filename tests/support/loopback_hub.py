@@ -519,6 +519,8 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
 
 
 class _Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128  # tests connect in 60 threads at once; the default is 5
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of connections that a client or a test cut."""
 

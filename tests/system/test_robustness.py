@@ -162,3 +162,12 @@ def test_the_page_is_that_of_the_records(monkeypatch: pytest.MonkeyPatch, tmp_pa
     page = folder.with_suffix(".md").read_text(encoding="utf-8")
     assert "| `fisher`, perceptron | 1 | 1 | 0 | 0 | 1 | 1 | 1 |" in page
     assert "Short of what was asked for: kills, files, guided search." in page
+
+    (folder / "kills.jsonl").unlink()
+    add_record(folder / "kills.jsonl", record | {"differences": []})
+    assert robustness.main() == 1  # nothing was wrong, but two parts did not run
+    read = {"kind": "a", "cases": 1, "read": 1, "refused": 0, "past": 1, "faults": [], "cpu": 1.0}
+    add_record(folder / "inputs.jsonl", read)
+    answered = {"command": "show", "exit": 3, "right": True, "changed": []}
+    add_record(folder / "hub.jsonl", answered)
+    assert robustness.main() == 0
