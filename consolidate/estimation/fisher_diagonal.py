@@ -23,7 +23,7 @@ from consolidate.estimation.gradient_checkpointing import checkpointing_in_eval_
 from consolidate.estimation.gradient_methods import method_of
 from consolidate.estimation.input_blocks import InputBlock
 from consolidate.estimation.likelihoods import Likelihood, get_likelihood
-from consolidate.estimation.passes import PartialPass, Pass, Scores
+from consolidate.estimation.passes import PartialPass, Pass, Scores, where_in_data
 from consolidate.estimation.sharded_passes import ShardedPass
 from consolidate.runtime.distributed import place_in, rounds, summed
 from consolidate.runtime.randomness import uniforms
@@ -299,8 +299,8 @@ def _finite_outputs(model: nn.Module, batch: Batch) -> Tensor:
     outputs = model_outputs(model, batch.inputs, batch.labels)
     if not math.isfinite(outputs.detach().sum()) and not outputs.isfinite().all():
         raise NonFiniteError(
-            f"the model's outputs are not finite in batch {batch.number}; look for NaN or infinite "
-            "weights or inputs, or use a wider dtype"
+            f"the model's outputs are not finite in {where_in_data(batch)}; look for NaN or "
+            "infinite weights or inputs, or use a wider dtype"
         )
     return outputs
 
