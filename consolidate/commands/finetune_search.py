@@ -260,7 +260,7 @@ class _Search:
     def moved(self) -> float:
         """Measure how far the outputs on the new task's held-out inputs have moved."""
         model, examples = self.subject.model, self.held_out[self.plan.new]
-        order = dealt(range(len(examples)), self.batch_size, self.group)
+        order = dealt(examples.longest_first(), self.batch_size, self.group)
         return divergence(
             model.module,
             self.values,

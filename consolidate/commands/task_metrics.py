@@ -1,6 +1,6 @@
 """Evaluate a model on several tasks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch.distributed import ProcessGroup
 
@@ -24,7 +24,7 @@ def evaluate_all(
     """Evaluate a loaded model on each task's examples or benchmark, some with a saved head."""
     metrics = {}
     own = {
-        name: [part for part in shares(range(len(examples)), batch_size, group) if part]
+        name: [part for part in shares(_order(examples), batch_size, group) if part]
         for name, examples in tasks.items()
     }
     total = sum(len(part) for parts in own.values() for part in parts)
@@ -45,3 +45,9 @@ def evaluate_all(
                 group=group,
             )
     return metrics
+
+
+def _order(examples: Examples | Benchmark) -> Sequence[int]:
+    if isinstance(examples, Benchmark):
+        return range(len(examples))
+    return examples.longest_first()

@@ -36,6 +36,20 @@ class Examples(ABC):
         """Return the relative size of example `i`: 1, or its number of tokens."""
         return 1
 
+    def longest_first(
+        self, order: Sequence[int] | None = None, window: int | None = None
+    ) -> Sequence[int]:
+        """Sort an order of all examples, or each window of it, so that batches need little padding.
+
+        Examples of one length keep their order; where all have one, the order itself is returned.
+        """
+        order = range(len(self)) if order is None else order
+        if len({self.length(i) for i in order}) < 2:
+            return order
+        window = window or len(order)
+        windows = (order[start : start + window] for start in range(0, len(order), window))
+        return [i for some in windows for i in sorted(some, key=self.length, reverse=True)]
+
     def notes_on(self, used: Sequence[int] | None = None) -> list[str]:
         """Return the notes on the examples that are used, or on all."""
         return self.notes

@@ -33,6 +33,10 @@ class Ragged:
         """Return the largest integer of all; −1 where there is none."""
         return max(self._values, default=-1)
 
+    def length(self, i: int) -> int:
+        """Return the length of sequence `i`."""
+        return self._ends[i + 1] - self._ends[i]
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 
@@ -90,7 +94,7 @@ class TextExamples(Examples):
             name: _padded([values[i] for i in indices], self.padding[name])
             for name, values in self.fields.items()
         }
-        lengths = torch.tensor([len(self.fields["input_ids"][i]) for i in indices])
+        lengths = torch.tensor([self.length(i) for i in indices])
         present = torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]
         inputs["attention_mask"] = present.long()
         chosen = torch.as_tensor(list(indices), dtype=torch.long)
@@ -108,7 +112,7 @@ class TextExamples(Examples):
 
     def length(self, i: int) -> int:
         """Return the number of tokens."""
-        return len(self.fields["input_ids"][i])
+        return self.fields["input_ids"].length(i)
 
     def notes_on(self, used: Sequence[int] | None = None) -> list[str]:
         """Return the notes, with how many texts of the examples used were truncated."""

@@ -17,8 +17,7 @@ from formats.errors import InputError
 class Batch:
     """Examples, with their indices in the dataset."""
 
-    number: int  # of the batch, and of its first example, in the order of reading
-    first: int
+    number: int  # in the order of reading
     inputs: Any
     labels: Tensor
     indices: Sequence[int]
@@ -41,7 +40,7 @@ class Batch:
             return tensor[some]
 
         inputs, labels, indices = _map(take, self.inputs), self.labels[some], self.indices[some]
-        return Batch(self.number, self.first + first, inputs, labels, indices)
+        return Batch(self.number, inputs, labels, indices)
 
     def example(self, i: int) -> "Batch":
         """Return a batch of example i alone."""

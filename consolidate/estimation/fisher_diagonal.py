@@ -23,7 +23,7 @@ from consolidate.estimation.gradient_checkpointing import checkpointing_in_eval_
 from consolidate.estimation.gradient_methods import method_of
 from consolidate.estimation.input_blocks import InputBlock
 from consolidate.estimation.likelihoods import Likelihood, get_likelihood
-from consolidate.estimation.passes import PartialPass, Pass, Scores
+from consolidate.estimation.passes import PartialPass, Pass, Scores, where_in_data
 from consolidate.estimation.sharded_passes import ShardedPass
 from consolidate.runtime.distributed import place_in, rounds, summed
 from consolidate.runtime.randomness import uniforms
@@ -98,6 +98,7 @@ def fisher_diagonal(
     progress: Callable[[int], None] | None = None,
     check: bool = False,
     tolerance: float | None = None,
+    tolerance_every: int = 1,
     start: PartialPass | None = None,
     keep: Callable[[PartialPass], None] | None = None,
     note: Callable[[str], None] | None = None,
@@ -138,6 +139,8 @@ def fisher_diagonal(
             first.
         tolerance: End the pass once each of the `relative_errors` is at most this, after at least
             LEAST_EXAMPLES; the batches should come in random order.
+        tolerance_every: Compare with the tolerance after this many batches of each process. Within
+            as many, examples may be sorted, such as by length.
         start: The pass to resume, with the same batches; those that it has added are only read.
         keep: Called at intervals with a value for `start`, which is valid until `keep` returns.
         note: Called with messages for the user, such as that memory ran out.
@@ -159,7 +162,8 @@ def fisher_diagonal(
         NonFiniteError: If outputs or gradients are not finite, naming parameter and batch.
     """
     likelihood = get_likelihood(likelihood)
-    _check_options(estimator, structure, mc_samples, tolerance, accumulate_dtype)
+    _check_options(estimator, structure, mc_samples, accumulate_dtype)
+    _check_tolerance(tolerance, tolerance_every)
     samples = mc_samples if estimator in ("mc", "batched") else None
     method = Estimator(estimator, samples, seed, max_outcomes)
     parameters = _measurable(model)
@@ -179,11 +183,15 @@ def fisher_diagonal(
         ) as measured,
     ):
         done, seen = measured.examples, 0
-        for batch, all_have_one in rounds(
-            _numbered(batches, indices, group), group if sharded or tolerance is not None else None
-        ):
+        in_step = group if sharded or tolerance is not None else None
+        numbered = _numbered(batches, indices, group)
+        for round_, (batch, all_have_one) in enumerate(rounds(numbered, in_step)):
             # Before a batch, not after it, so that a resumed pass ends where it would have.
-            if tolerance is not None and _is_settled(measured, tolerance, seen < done, group):
+            if (
+                tolerance is not None
+                and round_ % tolerance_every == 0
+                and _is_settled(measured, tolerance, seen < done, group)
+            ):
                 break
             if batch is None:
                 measured.wait()
@@ -205,7 +213,6 @@ def _check_options(
     estimator: str,
     structure: str,
     mc_samples: int,
-    tolerance: float | None,
     accumulate_dtype: torch.dtype,
 ) -> None:
     if estimator not in ESTIMATORS:
@@ -223,10 +230,15 @@ def _check_options(
         )
     if mc_samples < 1:
         raise UsageError(f"mc_samples is {mc_samples}: expected at least 1")
-    if tolerance is not None and not 0 < tolerance < math.inf:
-        raise UsageError(f"tolerance is {tolerance}: expected a finite number above 0")
     if accumulate_dtype not in (torch.float32, torch.float64):
         raise UsageError(f"accumulate_dtype is {accumulate_dtype}: expected float32 or float64")
+
+
+def _check_tolerance(tolerance: float | None, every: int) -> None:
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise UsageError(f"tolerance is {tolerance}: expected a finite number above 0")
+    if every < 1:
+        raise UsageError(f"tolerance_every is {every}: expected at least 1")
 
 
 def _measurable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -287,8 +299,8 @@ def _finite_outputs(model: nn.Module, batch: Batch) -> Tensor:
     outputs = model_outputs(model, batch.inputs, batch.labels)
     if not math.isfinite(outputs.detach().sum()) and not outputs.isfinite().all():
         raise NonFiniteError(
-            f"the model's outputs are not finite in batch {batch.number}; look for NaN or infinite "
-            "weights or inputs, or use a wider dtype"
+            f"the model's outputs are not finite in {where_in_data(batch)}; look for NaN or "
+            "infinite weights or inputs, or use a wider dtype"
         )
     return outputs
 
@@ -352,9 +364,9 @@ def _is_settled(measured: Pass, tolerance: float, behind: bool, group: ProcessGr
 def _numbered(
     batches: Iterable[Any], indices: Sequence[int] | None, group: ProcessGroup | None
 ) -> Iterator[Batch]:
-    """Yield the batches that are not empty, with their places in the order of reading."""
+    """Yield the batches that are not empty, with their numbers in the order of reading."""
     process, processes = place_in(group)
-    first = width = 0
+    first = 0
     for round_, (inputs, labels) in enumerate(map(split_batch, batches)):
         if not (size := labels.shape[0]):
             continue
@@ -362,10 +374,7 @@ def _numbered(
         if indices is not None and len(indices) < last:
             raise InputError(f"{len(indices)} indices for {last} examples: expected one for each")
         numbers = range(first, last) if indices is None else indices[first:last]
-        width = width or size
-        others = round_ * (processes - 1) + process  # batches that they have read before this one
-        number = 1 + round_ + others
-        yield Batch(number, first + others * width, inputs, labels, numbers)
+        yield Batch(1 + round_ * processes + process, inputs, labels, numbers)
         first = last
 
 

@@ -306,7 +306,7 @@ class Pass:
 
     def _placed(self, batch: Batch) -> Batch:
         inputs, labels = placed(self._place, batch.inputs, batch.labels)
-        return Batch(batch.number, batch.first, inputs, labels, batch.indices)
+        return Batch(batch.number, inputs, labels, batch.indices)
 
     def _accumulators(self) -> Accumulators:
         if self.accumulators is None:
@@ -319,8 +319,12 @@ class Pass:
 
 
 def where_in_data(batch: Batch) -> str:
-    """Name a batch in a message."""
-    return f"batch {batch.number} (examples {batch.first} to {batch.first + len(batch) - 1})"
+    """Name a batch in a message, and its examples by their places in the data."""
+    indices = [*batch.indices]
+    which = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
+    if indices == [*range(indices[0], indices[0] + len(indices))]:
+        which = f"{indices[0]} to {indices[-1]}"
+    return f"batch {batch.number} (examples {which})"
 
 
 def _fallen(method: str, error: str | None, now: str, names: Iterable[str]) -> str:

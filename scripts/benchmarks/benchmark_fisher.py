@@ -32,6 +32,8 @@ import torch
 from torch import Tensor, nn
 
 import consolidate
+from consolidate.data.examples import Examples
+from consolidate.data.text_examples import Ragged, TextExamples
 from scripts.benchmarks.competitors import REPEATS, SHORT, TOOLS, Case, Timed, Tool
 from scripts.benchmarks.harness import (
     WORKLOADS,
@@ -41,6 +43,7 @@ from scripts.benchmarks.harness import (
     forward_backward,
     installed,
     markdown,
+    quick_size,
     relative_errors,
     squares_one_by_one,
     start,
@@ -72,6 +75,7 @@ KINDS = {
 
 BRIEF = 1.0  # seconds of a turn, below which a tool has more of them
 FEW = 4  # examples that errors are measured on
+TEXTS = 256  # of unlike lengths
 WRONG = 1e-6  # error in float64 above which it is another quantity
 ABSENT = {"is not installed": "missing", "has no exact Fisher": "none"}
 
@@ -118,6 +122,15 @@ Why the aims are not reached:
   lower.
 
 {details}
+
+## Texts of unlike lengths
+
+A whole pass (`empirical`, checks included) over {texts} random texts of 8 to 512 tokens in batches
+of 16, by a BERT of random weights: in the order of the data, where each batch is padded to its
+longest text, and by length, as `consolidate fisher` reads them. The two take turns; medians of
+{rounds} rounds of processor time.
+
+{lengths}
 
 ## What fails
 
@@ -406,6 +419,49 @@ def detail(name: str, rows: dict[str, Row]) -> str:
     return f"### {WORKLOADS[name].title}\n\n{turns} turns of a plain pass.\n\n{table}"
 
 
+def texts_of_unlike_lengths(count: int) -> TextExamples:
+    """Make texts of random tokens with two labels, in lengths like those of messages."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randn(count, generator=generator).exp().mul(160).long().clamp(8, 512)
+    ids = Ragged()
+    for length in lengths.tolist():
+        ids.append(torch.randint(1000, 30000, (length,), generator=generator).tolist())
+    labels = torch.arange(count) % 2
+    return TextExamples({"input_ids": ids}, labels, {"input_ids": 0})
+
+
+def by_length(model: nn.Module, examples: Examples, rounds: int) -> dict[str, list[float]]:
+    """Return the processor time of each round's whole pass, by the order of reading."""
+    orders = {"as given": range(len(examples)), "by length": examples.longest_first()}
+    times: dict[str, list[float]] = {title: [] for title in orders}
+    for _ in range(rounds):
+        for title, order in orders.items():
+            began = time.process_time()
+            batches = examples.batches(16, order=order)
+            consolidate.fisher_diagonal(model, batches, "softmax", estimator="empirical")
+            times[title].append(time.process_time() - began)
+    return times
+
+
+def lengths_table(quick: bool, rounds: int) -> str:
+    """Write the processor time of a pass over texts of unlike lengths, in both orders."""
+    import transformers
+
+    width = quick_size(384, 16, quick)
+    config = transformers.BertConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=quick_size(6, 1, quick),
+        num_attention_heads=quick_size(12, 2, quick),
+    )
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    times = by_length(model, texts_of_unlike_lengths(quick_size(TEXTS, 40, quick)), rounds)
+    seconds = {title: statistics.median(every) for title, every in times.items()}
+    rows = [[t, f"{s:.2f}", f"{s / seconds['as given']:.2f}"] for t, s in seconds.items()]
+    return markdown(["order", "processor time, s", "ratio"], rows)
+
+
 def failures(tables: dict[str, dict[str, Row]]) -> str:
     """List who fails on what, with the message."""
     lines = [
@@ -470,6 +526,8 @@ def main() -> None:
             wrong=WRONG,
             details="\n\n".join(detail(name, rows) for name, rows in tables.items()),
             failures=failures(tables),
+            texts=quick_size(TEXTS, 40, options.quick),
+            lengths=lengths_table(options.quick, rounds),
             few=FEW,
             short=SHORT,
             repeats=REPEATS,

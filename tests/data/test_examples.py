@@ -853,3 +853,22 @@ def test_a_part_keeps_order_and_epochs() -> None:
     part = Part(Numbers(9), [7, 2, 5])
     assert part.collate([2, 0], epoch=3)[1].tolist() == [3005, 3007]
     assert [part.length(i) for i in range(3)] == [1, 1, 1]
+
+
+class Sized(Numbers):
+    """Examples whose lengths are the digits of their indices."""
+
+    def length(self, i: int) -> int:
+        return i % 10
+
+
+def test_the_longest_come_first() -> None:
+    examples = Sized(25)
+    order = [3, 14, 9, 4, 1, 12, 22, 0]
+    assert examples.longest_first(order) == [9, 14, 4, 3, 12, 22, 1, 0]
+    assert examples.longest_first(order, 3) == [9, 14, 3, 4, 12, 1, 22, 0]
+    assert Part(examples, order).longest_first() == [2, 1, 3, 0, 5, 6, 4, 7]
+    assert examples.longest_first()[:4] == [9, 19, 8, 18]
+    for alike in ([3, 13, 23], []):
+        assert examples.longest_first(alike, 2) is alike
+    assert Numbers(5).longest_first() == range(5)

@@ -655,6 +655,16 @@ def test_a_tolerance_ends_no_pass_before_64_examples():
     assert found.examples == 50
 
 
+def test_a_tolerance_is_compared_at_intervals():
+    x, y = data(3000)
+    options = {"tolerance": 0.1, "tolerance_every": 6}
+    found = fisher_diagonal(network(), cut(x, y, 10), "softmax", **options)
+    at_once = fisher_diagonal(network(), cut(x, y, 10), "softmax", tolerance=0.1)
+    assert found.examples == -(-at_once.examples // 60) * 60
+    with pytest.raises(UsageError, match="tolerance_every is 0"):
+        fisher_diagonal(network(), [data(3)], "softmax", tolerance=0.1, tolerance_every=0)
+
+
 @pytest.mark.parametrize("tolerance", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_tolerance_is_a_number_above_zero(tolerance):
     with pytest.raises(UsageError, match="tolerance is"):
@@ -735,6 +745,12 @@ def test_numbers_that_are_not_finite():
 
     with pytest.raises(NonFiniteError, match=r"'w' is not finite in batch 1 \(examples 0 to 2\)"):
         fisher_diagonal(Root(), cut(x.abs(), y, 3), "softmax")
+    places = [*range(30, 18, -1)]
+    message = r"'w' is not finite in batch 1 \(examples 30, 29, 28, 27, 26, 25, 24, 23, …\)"
+    with pytest.raises(NonFiniteError, match=message):
+        fisher_diagonal(
+            Root(), cut(x.abs().repeat(2, 1), y.repeat(2), 9), "softmax", indices=places
+        )
 
 
 def test_a_label_out_of_range_is_named():
