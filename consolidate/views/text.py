@@ -118,9 +118,31 @@ def finetune_text(result: FinetuneResult) -> str:
         lines.append("The Fisher of the new task was not measured")
     if forgotten := result["forgotten"]:
         lines.append(f"old tasks: {_lost(forgotten, result['metrics']['after'])}")
+    lines += _nats_text(result)
     if result["status"] != "cached" and "comparison" in result:
         lines += comparison_text(result["comparison"])
     return "\n".join(lines)
+
+
+def _nats_text(result: FinetuneResult) -> list[str]:
+    """Write how much loss the old tasks gained, as predicted and as measured, on at most a line."""
+    found = []
+    if result["status"] != "cached" and result["predicted_nats"] is not None:
+        weights = result["task_weights"]
+        found.append(f"predicted {_nats(result['predicted_nats'])}")
+        if [*weights.values()] != [1.0]:
+            terms = [f"{weight:.3g} × {name}" for name, weight in weights.items()]
+            found[0] += f" in all, of {few(terms, 4)}"
+    if measured := result["measured_nats"]:
+        each = ", ".join(f"{_nats(lost)} of {name}" for name, lost in measured.items())
+        found.append(f"measured {each}")
+    elif found:
+        found.append("not measured")
+    return [f"old loss, mean nats: {'; '.join(found)}"] if found else []
+
+
+def _nats(lost: float) -> str:
+    return f"{lost:+.3g}".replace("-", "−")
 
 
 def comparison_text(comparison: Comparison) -> list[str]:
