@@ -116,18 +116,18 @@ def finetune_text(result: FinetuneResult) -> str:
         lines.append(_measured_text(fisher["folder"], fisher))
     else:
         lines.append("The Fisher of the new task was not measured")
+    lines += nats_text(result)
     if forgotten := result["forgotten"]:
         lines.append(f"old tasks: {_lost(forgotten, result['metrics']['after'])}")
-    lines += _nats_text(result)
     if result["status"] != "cached" and "comparison" in result:
         lines += comparison_text(result["comparison"])
     return "\n".join(lines)
 
 
-def _nats_text(result: FinetuneResult) -> list[str]:
+def nats_text(result: Mapping[str, Any]) -> list[str]:
     """Write how much loss the old tasks gained, as predicted and as measured, on at most a line."""
     found = []
-    if result["status"] != "cached" and result["predicted_nats"] is not None:
+    if result.get("predicted_nats") is not None:
         weights = result["task_weights"]
         found.append(f"predicted {_nats(result['predicted_nats'])}")
         if [*weights.values()] != [1.0]:
