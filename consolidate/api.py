@@ -406,7 +406,8 @@ def finetune(
             not for the candidates of a search.
 
     Returns:
-        What was done: steps, loss, penalty, the share of weights that moved, metrics, history;
+        What was done: steps, loss, penalty, the share of weights that moved, the nats of old loss
+        that the Fisher predicts and those that were measured, metrics, history;
         the searches, if any, under ``lambda_search`` and ``alpha_search``. An output that is up to
         date is not written again: the ``status`` is ``cached``, with what the ledger records.
 

@@ -314,6 +314,13 @@ class Finetuned(EncodedAs, _Of):
     forgotten: Annotated[
         dict[str, Forgotten], about("Scores of the old tasks that were evaluated.")
     ]
+    measured_nats: Annotated[
+        dict[str, Score],
+        about(
+            "Rise of the mean negative log-likelihood, per example or token, of each old task "
+            "that was evaluated."
+        ),
+    ]
     fisher: Annotated[FinetuneFisher | None, about("null: not measured, with --no-fisher.")]
 
 
@@ -338,6 +345,17 @@ class FinetuneDone(Finetuned):
     loss: Annotated[float | None, about("Of the last step, per unit.")]
     penalty_value: Annotated[float | None, about("Before the last step.")]
     share_moved: Annotated[float, about("Share of the weights that changed, 0 to 1.", ge=0, le=1)]
+    predicted_nats: Annotated[
+        Score | None,
+        about(
+            "What the Fisher predicts of measured_nats, to second order: ½ Σ Λ Δ² at λ = 1, the "
+            "sum over the old tasks times task_weights; null without a Fisher of earlier tasks."
+        ),
+    ]
+    task_weights: Annotated[
+        dict[str, float],
+        about("Weight of each old task in predicted_nats: that of the ledger, times powers of γ."),
+    ]
     images: NotRequired[ImagePreprocessing]
     seconds: PhaseSeconds
     history: list[TrainingStep]

@@ -74,7 +74,7 @@ from consolidate.runtime.distributed import (
     shards_among,
 )
 from consolidate.runtime.progress import seconds_of, start_timing
-from consolidate.training.forgetting import beyond, forgetting, scores_of
+from consolidate.training.forgetting import beyond, forgetting, nats_lost, scores_of
 from consolidate.training.lambda_search import Trial
 from consolidate.training.loop import with_statistics
 from consolidate.views.charts import write_picture
@@ -100,7 +100,8 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
     it.
 
     Returns:
-        What was done: steps, loss, penalty, the share of weights that moved, metrics, history;
+        What was done: steps, loss, penalty, the share of weights that moved, the nats of old loss
+        that the Fisher predicts and those that were measured, metrics, history;
         the searches, if any, under ``lambda_search`` and ``alpha_search``. An output that is up to
         date is not written again: the ``status`` is ``cached``, with what the ledger records.
 
@@ -156,6 +157,7 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
     except NonFiniteError:
         work.remove()  # it would only diverge again
         raise
+    predicted = None if start.forecast is None else start.forecast.nats()
     forgotten = _forgotten(plan, trained)
     target = failed_folder(plan.target) if forgotten else plan.target
     # The output may replace the source, so all that is read from there comes before it.
@@ -169,7 +171,7 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
         result = None
         if is_first(group):
             training = _training(plan, start, trained, started_from, moving)
-            result = _write(plan, start, trained, diagonal, target, training, statistics)
+            result = _write(plan, start, trained, diagonal, target, training, statistics, predicted)
         result = from_first(result, group)
     work.remove()
     discard_measured(plan.target)
@@ -251,8 +253,9 @@ def _known(
     statistics: str | None,
 ) -> Finetuned:
     """Report a fine-tuning run from its ledger, now or later."""
-    task = ledger.tasks[-1]
+    task, protecting = ledger.tasks[-1], plan.opened.protecting
     between = task.interpolation
+    of_base = [] if protecting is None else [old.name for old in protecting.ledger.tasks]
     return {
         "checkpoint": str(target),
         "commits": plan.opened.commits(),
@@ -265,6 +268,7 @@ def _known(
         "metrics": task.metrics,
         "benchmarks": cast(dict[str, BenchmarkResult], asdict(task)["benchmarks"] or {}),
         "forgotten": scores_of(task.metrics, plan.old_tasks),
+        "measured_nats": nats_lost(task.metrics, [*plan.old_tasks, *of_base]),
         "fisher": None if fisher is None else {"folder": str(target / "fisher"), **fisher},
     }
 
@@ -435,6 +439,7 @@ def _write(
     target: Path,
     training: Training,
     statistics: str | None,
+    predicted: float | None,
 ) -> FinetuneDone:
     """Merge the new task's Fisher, write the checkpoint, and report what was done."""
     opened, options, loaded = plan.opened, plan.options, start.model
@@ -477,6 +482,8 @@ def _write(
         "loss": steps[-1].loss if steps else None,
         "penalty_value": steps[-1].penalty if steps else None,
         "share_moved": share_moved,
+        "predicted_nats": predicted,
+        "task_weights": {} if start.forecast is None else start.forecast.weights(),
         "seconds": {
             "training": seconds_of("training"),
             "evaluation": seconds_of("evaluation"),

@@ -29,6 +29,7 @@ from consolidate.models.model import Model
 from consolidate.options import Columns
 from consolidate.runtime.devices import best_device, dtype_of_name
 from consolidate.runtime.shards import shard
+from consolidate.training.forgetting import Forecast
 from formats.errors import UsageError
 from formats.fisher_json import covered
 from formats.rows import Rows
@@ -55,6 +56,7 @@ class Start:
     penalty: WeightPenalty | None
     frozen: list[nn.Parameter] | None = None  # for a fresh adapter; None where there is none
     fresh: Mapping[str, int] = field(default_factory=dict)  # by file name, the first new row
+    forecast: Forecast | None = None  # None: no Fisher of earlier tasks
 
 
 def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
@@ -87,6 +89,7 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     }
     held_out = _encode_named(plan, plan.validation, loaded, with_heads)
     log_images(examples, *encoded.values(), *held_out.values())
+    forecast = _forecast(plan, fitted)  # before an adapter freezes the weights
     frozen = None
     if plan.lora is not None:
         whole = {*fitted.free, *loaded.layout.fresh, *_head(plan, loaded)}
@@ -102,7 +105,9 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     fresh = dict(fitted.free)
     if plan.options.head.head != "extend":  # which keeps the rows that are there
         fresh |= dict.fromkeys(loaded.layout.fresh, 0)
-    return Start(loaded, before, examples, evaluations, held_out, with_heads, term, frozen, fresh)
+    return Start(
+        loaded, before, examples, evaluations, held_out, with_heads, term, frozen, fresh, forecast
+    )
 
 
 def _head(plan: "Plan", model: Model) -> list[str]:
@@ -242,8 +247,25 @@ def _penalty(plan: "Plan", fitted: Fitted) -> WeightPenalty | None:
     return penalty
 
 
+def _forecast(plan: "Plan", fitted: Fitted) -> Forecast | None:
+    """Prepare to predict what the earlier tasks lose, whatever the penalty of the run is."""
+    opened, chain = plan.opened, fitted.before
+    how: dict[str, Any] = {"ewc_lambda": 1.0, "device": "cpu", "quiet": True}
+    how["with_factors"] = opened.uses_factors
+    if opened.protecting is not opened.before and plan.options.penalty.penalty == "ewc":
+        assert opened.protecting is not None  # of the base model, under an adapter that stays one
+        # Made now: what trains beside the adapter is where it begins.
+        merged = _merged_penalty("ewc", fitted, opened.protecting, **how)
+        return Forecast(opened.protecting.ledger, lambda: merged, merged.value())
+    if chain is None or not chain.fisher:
+        return None
+    # Made when it is used: what the file stores in another form is copied for it.
+    make = partial(_fisher_penalty, fitted.model, chain, **how)
+    return Forecast(chain.ledger, make, make().value())
+
+
 def _fisher_penalty(
-    model: Model, stored: Chain, *, with_factors: bool, **storage: Any
+    model: Model, stored: Chain, *, with_factors: bool, quiet: bool = False, **storage: Any
 ) -> WeightPenalty:
     """Protect a model's weights by the Fisher of the earlier tasks."""
     # What stays in the mapped files takes no memory of its own.
@@ -254,12 +276,19 @@ def _fisher_penalty(
     if factors is None:
         offset = stored.ledger.penalty_offset
         return Penalty(model.module, fisher, around, offset=offset, **storage)
-    LOG.info(USES, len(factors["blocks"]))
+    if not quiet:
+        LOG.info(USES, len(factors["blocks"]))
     return BlockPenalty(model.module, fisher, around, **factors, **storage)
 
 
 def _merged_penalty(
-    kind: str, fitted: Fitted, stored: Chain | None, *, with_factors: bool, **storage: Any
+    kind: str,
+    fitted: Fitted,
+    stored: Chain | None,
+    *,
+    with_factors: bool,
+    quiet: bool = False,
+    **storage: Any,
 ) -> MergedPenalty:
     """Protect the weights that an adapter changes, and what trains beside it, by a whole Fisher."""
     model = fitted.model
@@ -293,7 +322,7 @@ def _merged_penalty(
     matrices, own = factors["factors"], {n: f for n, f in fisher.items() if n in others}
     chosen = {name: matrices[name] for name in of_others}
     beside = BlockPenalty(others.items(), own, anchor, factors=chosen, blocks=of_others, **storage)
-    if found is not None:
+    if found is not None and not quiet:
         LOG.info(USES, len(of_layers | of_others))
     return MergedPenalty(
         layers,

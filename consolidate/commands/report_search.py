@@ -40,6 +40,14 @@ class FoundSearch(TypedDict):
     trials: list[_Trial]
 
 
+class FoundNats(TypedDict):
+    """What a report reads of the nats of old loss in `consolidate.results.FinetuneDone`."""
+
+    predicted_nats: Number | None
+    task_weights: dict[Text, NotNegative]
+    measured_nats: dict[Text, Number]
+
+
 class FoundComparison(TypedDict):
     """What a report reads of `consolidate.results.Comparison`."""
 
@@ -48,6 +56,7 @@ class FoundComparison(TypedDict):
     before: dict[Text, _Scored]
     with_penalty: dict[Text, _Scored]
     without_penalty: dict[Text, _Scored] | None
+    nats: NotRequired[FoundNats]
 
 
 def read_comparison(path: Path, ledger: Ledger, checkpoint: str) -> FoundComparison:
@@ -72,6 +81,7 @@ def read_comparison(path: Path, ledger: Ledger, checkpoint: str) -> FoundCompari
     for run in filter(None, runs):
         if missing := sorted({*found["old_tasks"]} - run.keys()):
             raise InputError(f"{where}, {place}: expected a score on {missing[0]!r}, found none")
+    found["nats"] = converted(content, FoundNats, where)
     return found
 
 

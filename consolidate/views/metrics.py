@@ -36,7 +36,9 @@ def finetune_metrics(result: FinetuneResult) -> dict[str, float]:
             "loss": result["loss"],
             "penalty_value": result["penalty_value"],
             "share_moved": result["share_moved"],
+            "predicted_nats": result["predicted_nats"],
         }
+    numbers |= {f"{task}.measured_nats": lost for task, lost in result["measured_nats"].items()}
     return (
         _finite(numbers)
         | evaluate_metrics(result["metrics"].get("after", {}))

@@ -16,7 +16,7 @@ from consolidate.views.summary import (
     factors_text,
     learned_text,
 )
-from consolidate.views.text import comparison_rows
+from consolidate.views.text import comparison_rows, nats_text
 from formats.wording import few
 
 
@@ -54,6 +54,7 @@ def report_page(
         summary=summary,
         figures=figures,
         compared=[] if comparison is None else comparison_rows(comparison),
+        nats=[] if comparison is None else nats_text(comparison["nats"]),
         pictures={
             figure.name: [picture(figure, dark) for dark in (False, True)]
             for figure in figures

@@ -116,11 +116,33 @@ def finetune_text(result: FinetuneResult) -> str:
         lines.append(_measured_text(fisher["folder"], fisher))
     else:
         lines.append("The Fisher of the new task was not measured")
+    lines += nats_text(result)
     if forgotten := result["forgotten"]:
         lines.append(f"old tasks: {_lost(forgotten, result['metrics']['after'])}")
     if result["status"] != "cached" and "comparison" in result:
         lines += comparison_text(result["comparison"])
     return "\n".join(lines)
+
+
+def nats_text(result: Mapping[str, Any]) -> list[str]:
+    """Write how much loss the old tasks gained, as predicted and as measured, on at most a line."""
+    found = []
+    if result.get("predicted_nats") is not None:
+        weights = result["task_weights"]
+        found.append(f"predicted {_nats(result['predicted_nats'])}")
+        if [*weights.values()] != [1.0]:
+            terms = [f"{weight:.3g} × {name}" for name, weight in weights.items()]
+            found[0] += f" in all, of {few(terms, 4)}"
+    if measured := result["measured_nats"]:
+        each = ", ".join(f"{_nats(lost)} of {name}" for name, lost in measured.items())
+        found.append(f"measured {each}")
+    elif found:
+        found.append("not measured")
+    return [f"old loss, mean nats: {'; '.join(found)}"] if found else []
+
+
+def _nats(lost: float) -> str:
+    return f"{lost:+.3g}".replace("-", "−")
 
 
 def comparison_text(comparison: Comparison) -> list[str]:

@@ -242,6 +242,10 @@ def test_the_report_shows_both(
     kept = result["comparison"]["with_penalty"]["a"]["score"]
     free = result["comparison"]["without_penalty"]["a"]["score"]
     assert f"<td>{100 * kept:.1f}</td><td>{100 * free:.1f}</td>" in html
+    nats = (
+        f"predicted {result['predicted_nats']:+.3g}; measured {result['measured_nats']['a']:+.3g}"
+    )
+    assert f"<p>With the penalty: old loss, mean nats: {nats} of a.</p>".replace("-", "−") in html
     report(out, output=page)
     assert '<section id="comparison"' not in page.read_text()
     for change, message in (
@@ -249,6 +253,7 @@ def test_the_report_shows_both(
         (lambda r: r["comparison"].update(new_task="c"), "is of the task 'c'"),
         (lambda r: r["metrics"]["after"]["a"].update(score=0.5), "with other scores"),
         (lambda r: r["comparison"]["before"].pop("a"), "expected a score on 'a'"),
+        (lambda r: r.update(predicted_nats="much"), "predicted_nats"),
     ):
         changed = json.loads(printed)
         change(changed)

@@ -422,12 +422,17 @@ def test_an_adapter_is_held_by_the_fisher_of_its_base_model(
     made = MergedPenalty(layers, {n: base[n] for n in layers}, ewc_lambda=10.0).value()
     assert made == pytest.approx(expected, rel=1e-5)
     assert result["penalty_value"] == pytest.approx(made, rel=0.5)  # before the last step
+    assert result["predicted_nats"] == pytest.approx(made / 10, rel=1e-5)
+    assert result["task_weights"] == dict.fromkeys(["old"], 1.0)
     # now that it has a Fisher of its own, that is what holds it, unless the other is asked for
     options = TRAINING | {"task": "third", "ewc_lambda": 10.0}
     assert finetune(out, new_task, output_dir=tmp_path / "a", **options)["penalty_on"] == "adapter"
     options |= {"penalty_on": "merged"}
     again = finetune(out, new_task, output_dir=tmp_path / "b", **options)
     assert again["history"][0]["penalty"] == pytest.approx(made, rel=1e-5)
+    layers = low_rank_layers(load(opened(tmp_path / "b")).module)
+    ended = MergedPenalty(layers, {n: base[n] for n in layers}, ewc_lambda=1.0).value()
+    assert again["predicted_nats"] == pytest.approx(ended - made / 10, rel=1e-4)
 
 
 def test_a_new_output_layer_trains_whole_beside_the_adapter(tmp_path: Path):

@@ -208,6 +208,7 @@ def test_shards_are_trained_measured_and_written_as_one_process_does(
     together = json.loads(printed)
     for name in ("loss", "penalty_value", "share_moved", "steps"):
         assert together[name] == pytest.approx(result[name], rel=1e-5)
+    assert together["predicted_nats"] == pytest.approx(result["predicted_nats"], rel=1e-2)
     assert together["metrics"]["after"]["a"] == pytest.approx(result["metrics"]["after"]["a"])
     for name in ("model", "fisher/fisher", "fisher/anchor"):
         one, three = (load_file(tmp_path / at / f"{name}.safetensors") for at in ("one", "three"))
