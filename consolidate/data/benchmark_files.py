@@ -1,6 +1,7 @@
 """What a benchmark is made from: the version of the harness, and the files of a local task."""
 
 import glob
+import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -129,10 +130,10 @@ def _located(value: Any, path: Path) -> Any:
         return [_located(inner, path) for inner in value]
     if not isinstance(value, str) or "://" in value:
         return value
-    if glob.has_magic(value) and (Path(value).is_absolute() or ".." in Path(value).parts):
+    if "**" in value and (Path(value).is_absolute() or ".." in Path(value).parts):
         raise InputError(
-            f"{path}: data_files: {value} is a pattern that leaves the folder: expected one below "
-            "it, without .. in it; name the files themselves, or move the task file above them"
+            f"{path}: data_files: {value} searches folders outside its own: expected a pattern "
+            "with ** below the folder, without .. in it; name the folders, or move the task file"
         )
     for folder in (Path.cwd(), path.absolute().parent):
         if glob.glob(str(folder / value), recursive=True):
@@ -156,7 +157,7 @@ def _data(config: Mapping[str, Any], path: Path) -> list[Path]:
     folders = [config.get("dataset_path")]
     folders += [options.get("data_dir")] if isinstance(options, Mapping) else []
     for name in folders:
-        if isinstance(name, str) and name not in _LOADERS and Path(name).exists():
+        if isinstance(name, str) and name not in _LOADERS and os.path.exists(name):
             place = Path(name)
             inside = [place] if place.is_file() else sorted(place.rglob("*"))
             found += [file for file in inside if file.is_file()]

@@ -380,9 +380,9 @@ def test_a_classifier_is_refused(folder: Path, tmp_path: Path) -> None:
         ({"dataset_kwargs": {"data_files": "x.jsonl"}}, "data_files: x.jsonl does not exist"),
         (
             {"dataset_kwargs": {"data_files": "/**/x.jsonl"}},
-            r"data_files: /\*\*.* is a pattern that",
+            r"data_files: /\*\*.* searches folders outside",
         ),
-        ({"dataset_kwargs": {"data_files": ["a/../../**"]}}, r"data_files: a/\.\./.* is a pattern"),
+        ({"dataset_kwargs": {"data_files": ["a/../../**"]}}, r"data_files: a/\.\./.* searches"),
         ({"output_type": "talk"}, "fails with .*talk"),
         ({"group": "g"}, "is a group, which lm-eval reads by name alone"),
     ],
