@@ -335,15 +335,13 @@ def _contents(
     if dtype != as_stored or diagonal:
         fisher = scratch / "fisher"
         left_out = ("factors", "blocks", "factor_anchor", "factor_offset") if diagonal else ()
-        ledger = replace(
-            stored.ledger,
-            **dict.fromkeys((*left_out, "made_from", "description")),
-            tasks=[replace(t, made_from=None, description=None) for t in stored.ledger.tasks],
-        )  # no command writes it as it is now, so that it is never up to date
+        # No command writes it as it is now, so that it is never up to date.
+        none: dict[str, Any] = dict.fromkeys((*left_out, "made_from", "description"))
+        tasks = [replace(t, made_from=None, description=None) for t in stored.ledger.tasks]
         write_fisher(
             fisher,
             stored.fisher,
-            ledger,
+            replace(stored.ledger, **none, tasks=tasks),
             anchor=stored.anchor,
             heads=stored.heads,
             factors=None if diagonal else stored.factors,
