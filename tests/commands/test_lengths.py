@@ -26,7 +26,7 @@ WORDS = ["the", "cat", "sat", "on", "mat", "and", "dog", "ran", "to"]
 
 
 def make(folder: Path, kind: str = "classification", count: int = 23) -> tuple[Path, Path]:
-    """Write a model in float64, and texts of 1 to 30 words, or 9 of which each has several tokens."""
+    """Write a model in float64, and texts of 1 to 30 words, or to 9 where a word is many tokens."""
     draw = random.Random(0)
     rows: list[dict[str, Any]] = []
     for i in range(count):
