@@ -26,11 +26,11 @@ WORDS = ["the", "cat", "sat", "on", "mat", "and", "dog", "ran", "to"]
 
 
 def make(folder: Path, kind: str = "classification", count: int = 23) -> tuple[Path, Path]:
-    """Write a model in float64, and texts of 1 to 30 words."""
+    """Write a model in float64, and texts of 1 to 30 words, or to 9 where a word is many tokens."""
     draw = random.Random(0)
     rows: list[dict[str, Any]] = []
     for i in range(count):
-        words = draw.choices(WORDS, k=draw.randint(1, 30))
+        words = draw.choices(WORDS, k=draw.randint(1, 9 if kind == "causal" else 30))
         if kind == "tagging":
             rows.append({"tokens": words, "tags": [len(word) % 2 for word in words]})
         else:
