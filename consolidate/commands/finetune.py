@@ -26,6 +26,7 @@ from consolidate.chain.up_to_date import cached, recorded_fisher
 from consolidate.commands.finetune_compare import completed, train_without_penalty
 from consolidate.commands.finetune_gate import failed_before
 from consolidate.commands.finetune_interpolation import Interpolator
+from consolidate.commands.finetune_nats import nats_lost
 from consolidate.commands.finetune_plan import Plan, check_options, plan_finetune
 from consolidate.commands.finetune_run import (
     Trained,
@@ -74,7 +75,7 @@ from consolidate.runtime.distributed import (
     shards_among,
 )
 from consolidate.runtime.progress import seconds_of, start_timing
-from consolidate.training.forgetting import beyond, forgetting, nats_lost, scores_of
+from consolidate.training.forgetting import beyond, forgetting, scores_of
 from consolidate.training.lambda_search import Trial
 from consolidate.training.loop import with_statistics
 from consolidate.views.charts import write_picture

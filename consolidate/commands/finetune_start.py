@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from consolidate.chain.factors import module_factors
 from consolidate.chain.heads import Fitted, fit_model, head_tensors, models_of_tasks
 from consolidate.chain.tasks import Chain, check_names_to_be
+from consolidate.commands.finetune_nats import Forecast
 from consolidate.data.benchmarks import Benchmark, open_benchmark
 from consolidate.data.columns import can_have_loss
 from consolidate.data.encoding import encode, log_images
@@ -29,7 +30,6 @@ from consolidate.models.model import Model
 from consolidate.options import Columns
 from consolidate.runtime.devices import best_device, dtype_of_name
 from consolidate.runtime.shards import shard
-from consolidate.training.forgetting import Forecast
 from formats.errors import UsageError
 from formats.fisher_json import covered
 from formats.rows import Rows

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import consolidate
 from consolidate.api import finetune
-from consolidate.training.forgetting import Forecast, nats_lost
+from consolidate.commands.finetune_nats import Forecast, nats_lost
 from consolidate.views.metrics import finetune_metrics
 from consolidate.views.text import finetune_text
 from formats.fisher_folder import read_fisher
