@@ -32,6 +32,7 @@ from consolidate.commands.generation import (
     check_generation,
     generate_sample,
     generated_of,
+    lacks_texts,
     measure_sample,
     open_source,
     sample_cost,
@@ -187,11 +188,13 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in the weights or in the Fisher.
     """
+    check_generation(options)
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
     folder = _find_checkpoint(options)
     output = folder if options.output_dir is None else Path(options.output_dir)
     part = "fisher" if options.output_dir is None else None
     with nullcontext() if options.dry_run else claiming(output, part=part):
+        again = again or lacks_texts(options.generation)
         plan = plan_fisher(options, folder, again=again)
         if (done := cached(plan.there, plan.made_from)) is not None:
             return _result(plan, "cached", done.ledger, _recorded(done.ledger))
@@ -291,7 +294,6 @@ def _is_written(plan: Plan) -> bool:
 
 def _find_checkpoint(options: FisherOptions) -> Path:
     """Find the checkpoint's folder, after refusing options that contradict each other."""
-    check_generation(options)
     in_place = options.output_dir is None
     if options.after is not None and options.add:
         raise UsageError(

@@ -79,6 +79,11 @@ def check_generation(options: FisherOptions) -> None:
         check_file(Path(generation.save_generated))
 
 
+def lacks_texts(options: Generation) -> bool:
+    """Return whether texts are to be written that are not there, so that no result is reused."""
+    return options.save_generated is not None and not Path(options.save_generated).exists()
+
+
 def open_source(options: FisherOptions) -> tuple[TaskFile, Rows]:
     """Open the task's data, or the prompts of the texts that take their place."""
     generation = options.generation

@@ -30,9 +30,10 @@ from consolidate.options import Generation
 from consolidate.runtime.distributed import from_all, place_in
 from consolidate.runtime.quiet import quiet
 from formats.checkpoint import read_beside
-from formats.errors import InputError, UsageError
+from formats.errors import ConsolidateError, InputError, UsageError
 from formats.rows import Rows
 from formats.text_rows import PromptRows
+from formats.wording import first_line
 
 MAX_LENGTH = 128
 """Tokens of a generated text, unless --max-length is given."""
@@ -236,10 +237,16 @@ class _Writer:
                 texts = self._agreeing(texts, indices)
                 self._checked = True
             return texts
+        except ConsolidateError:
+            raise
         except Exception as error:
-            if not out_of_memory(error):
+            if out_of_memory(error):
+                return None
+            if self._checked or not self._cached:
                 raise
-        return None
+            why = f"does not run ({type(error).__name__}: {first_line(error)})"
+        self._leave_cache(why)
+        return self._tried(indices)
 
     def _continued(self, indices: Sequence[int]) -> Continued:
         prompts = [self.plan.prompts[i] for i in indices]
@@ -252,15 +259,19 @@ class _Writer:
         few = Continued(texts.ids[:_CHECKED], texts.log_p[:_CHECKED])
         if disagreement(self.module, few) <= tolerance:
             return texts
-        name = type(self.module).__name__
         if not self._cached:
             raise UsageError(
-                f"--generate needs a causal language model: the outputs of {name} change with the "
-                "tokens after them; measure it on --data"
+                "--generate needs a causal language model: the outputs of "
+                f"{type(self.module).__name__} change with the tokens after them; measure it on "
+                "--data"
             )
-        self._note(f"the cache of {name} changes its outputs: generating without it, more slowly")
-        self._cached = False
+        self._leave_cache("changes its outputs")
         return self._agreeing(self._continued(indices), indices)
+
+    def _leave_cache(self, why: str) -> None:
+        name = type(self.module).__name__
+        self._note(f"the cache of {name} {why}: generating without it, more slowly")
+        self._cached = False
 
     def _halve(self, size: int) -> None:
         if size == 1:

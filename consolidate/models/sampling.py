@@ -17,6 +17,9 @@ from formats.errors import NonFiniteError
 STREAM = 4
 """Of the uniforms that tokens are drawn with; 0 samples labels, 1 to 3 mask tokens."""
 
+_CACHES = ("cache", "past_key_values", "cache_params", "state")
+"""The names that transformers gives what a model keeps of earlier tokens, by its version."""
+
 
 @dataclass(frozen=True)
 class Distribution:
@@ -55,7 +58,7 @@ def continued(
         prompts: Token ids, B of one length.
         indices: The number i of each text.
         distribution: What tokens are drawn from.
-        cached: Whether keys and values of earlier tokens are kept, not computed again.
+        cached: Whether what the model keeps of earlier tokens is used, and not computed again.
 
     Returns:
         The texts with their prompts, and log p of the tokens in the model's own distribution.
@@ -70,17 +73,18 @@ def continued(
     ).to(device, torch.float32 if device.type == "mps" else torch.float64)
     ends = torch.tensor(sorted(distribution.ends), dtype=torch.long, device=device)
     last = {"logits_to_keep": 1} if "logits_to_keep" in _accepted(module) else {}
+    name = _cache_of(module) or ""
     ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
     kept: Any = None
     found = []
     with eval_mode(module), quiet():
         for t in range(distribution.most):
-            memory = {"use_cache": True, "past_key_values": kept} if cached else {}
+            memory = {"use_cache": True, name: kept} if cached else {}
             read = ids if kept is None else ids[:, -1:]
             outputs: Any = module(
                 input_ids=read, attention_mask=torch.ones_like(ids), **memory, **last
             )
-            kept = getattr(outputs, "past_key_values", None) if cached else None
+            kept = getattr(outputs, name, None) if cached else None
             logits = outputs.logits[:, -1].to(numbers.dtype)
             p = logits.softmax(-1)
             _check_finite(p, indices, t)
@@ -105,14 +109,19 @@ def disagreement(module: nn.Module, texts: Continued) -> float:
 
 
 def has_cache(module: nn.Module) -> bool:
-    """Return whether a model can keep keys and values of earlier tokens."""
-    return "past_key_values" in _accepted(module)
+    """Return whether a model can keep what it needs of earlier tokens."""
+    return _cache_of(module) is not None
 
 
 def up_to_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
     """Return the tokens up to the first end token, which is the last."""
     at = next((n for n, token in enumerate(ids, 1) if token in ends), len(ids))
     return list(ids[:at])
+
+
+def _cache_of(module: nn.Module) -> str | None:
+    """Name the argument, and field of the outputs, with a model's cache."""
+    return next((name for name in _CACHES if name in _accepted(module)), None)
 
 
 def _accepted(module: nn.Module) -> Collection[str]:
