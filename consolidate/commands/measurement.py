@@ -154,6 +154,28 @@ def reading_order(
     return by_length, 1 if by_length is order else WINDOW
 
 
+def measure_texts(
+    model: Model,
+    examples: Examples,
+    estimation: Estimation,
+    *,
+    task: str,
+    seed: int,
+    structure: str,
+    kept: KeptPass,
+) -> FisherDiagonal:
+    """Measure the Fisher of texts that the model generated, by a `settled_on_texts`.
+
+    Their own labels are drawn from the model as `mc` draws labels, so that is the estimator.
+    """
+    diagonal = measure_fisher(
+        model, examples, estimation, task=task, seed=seed, structure=structure, kept=kept
+    )
+    if diagonal.estimator == "empirical":
+        diagonal.estimator, diagonal.mc_samples = "mc", 1
+    return diagonal
+
+
 def _how(estimation: Estimation, structure: str, seed: int) -> dict[str, Any]:
     """Give the arguments of `fisher_diagonal` that choose the estimator."""
     return {
@@ -169,14 +191,17 @@ def _how(estimation: Estimation, structure: str, seed: int) -> dict[str, Any]:
 
 
 def settled_estimation(
-    estimation: Estimation, model: Model, examples: Examples, *, prefix: str = ""
+    estimation: Estimation, model: Model, examples: Examples | None = None, *, prefix: str = ""
 ) -> Estimation:
-    """Choose the estimator if none is given, and fill in the defaults that depend on it.
+    """Choose the estimator by examples if none is given, and fill in what depends on it.
 
     Raises UsageError for a given option that the estimator does not use; `prefix` is that of the
     options' names.
     """
-    chosen = estimation.estimator or default_estimator(model, examples)
+    chosen = estimation.estimator
+    if chosen is None:
+        assert examples is not None
+        chosen = default_estimator(model, examples)
     for option, given, sensible in (
         ("mc-samples", estimation.mc_samples is not None, ("mc", "batched")),
         ("max-outcomes", estimation.max_outcomes is not None, ("exact",)),
@@ -196,6 +221,17 @@ def settled_estimation(
     )
 
 
+def settled_on_texts(estimation: Estimation, model: Model, *, unchanged: bool) -> Estimation:
+    """Settle the estimator on texts that the model generated: `empirical` takes their own labels.
+
+    They are a sample of the model's own distribution if the texts are (`unchanged`), and are used
+    unless other labels are asked for.
+    """
+    asked = estimation.estimator is not None or estimation.mc_samples is not None
+    own = "empirical" if unchanged and not asked else "mc"
+    return settled_estimation(replace(estimation, estimator=estimation.estimator or own), model)
+
+
 def default_estimator(model: Model, examples: Examples) -> str:
     """Return ``exact`` where an example has up to EXACT_UP_TO outcomes, and ``mc`` beyond."""
     training = model.module.training
@@ -210,16 +246,24 @@ def default_estimator(model: Model, examples: Examples) -> str:
 
 
 def pass_cost(
-    model: Model, examples: Examples, estimation: Estimation, structure: str, *, seed: int
+    model: Model,
+    examples: Examples,
+    estimation: Estimation,
+    structure: str,
+    *,
+    seed: int,
+    count: int | None = None,
 ) -> tuple[PassCost, int]:
     """Estimate the cost of measuring the Fisher of encoded examples from a few batches of them.
 
     Counts, seconds per example and in total, and the peak memory in bytes with the longest examples
     in a batch; and the elements of all factors. Each of several processes estimates for itself.
+    The examples may be the first few of `count`.
     """
     batch_size = estimation.batch_size
     assert batch_size is not None
     order, _ = reading_order(examples, estimation, batch_size, seed)
+    count = len(order) if count is None else count
     processes = place_in(all_processes())[1]
     # The first batch is checked, which takes longer; the others are spread over the order.
     starts = range(0, len(order), batch_size)
@@ -252,10 +296,10 @@ def pass_cost(
     cost: PassCost = {
         "estimator": str(estimation.estimator),
         "structure": structure,
-        "examples": len(order),
+        "examples": count,
         "parameters": sum(values.numel() for values in diagonal.values()),
         "seconds_per_example": each,
-        "seconds": checked + each * max(0, len(order) / processes - batch_size),
+        "seconds": checked + each * max(0, count / processes - batch_size),
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "peak_device_memory": torch.cuda.max_memory_allocated(device) if cuda else None,
     }
@@ -288,6 +332,9 @@ def encoding_record(encoding: Encoding, rows: Rows, columns: Columns) -> Encoded
 def encoded_as(ledger: Ledger, rows: Rows, columns: Columns) -> EncodedAs:
     """Report how the rows of a ledger's last task became examples, now or earlier."""
     task = ledger.tasks[-1]
+    if (generated := task.generated) is not None:
+        loss_on = "all" if generated.prompts is None else "completion"
+        return {"loss_on": loss_on, "max_length": generated.max_length}
     usual = default_loss(rows, columns) if task.objective == "causal-lm" else None
     return {"loss_on": task.loss_on or usual, "max_length": task.max_length}
 

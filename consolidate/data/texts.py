@@ -43,6 +43,7 @@ def encode_texts(
     pack: bool,
     loss_on: str | None,
     seed: int,
+    labels_needed: bool = True,
 ) -> Examples:
     """Encode rows of texts for the model's objective."""
     if model.processor is None:
@@ -62,7 +63,7 @@ def encode_texts(
             case "seq2seq-lm":
                 examples = _rewritten(texts, columns)
             case _:
-                examples = _classified(texts, columns)
+                examples = _classified(texts, columns, labels_needed)
     if len(examples) == 0:
         raise texts.nothing_to_predict()
     examples.notes[:0] = texts.notes()
@@ -117,7 +118,7 @@ class _Texts:
         self.rows = rows
         self.model = model
         self.tokenizer = model.processor
-        limit = _most_tokens(model)
+        limit = most_tokens(model)
         if max_length is not None and limit is not None and max_length > limit:
             raise UsageError(
                 f"--max-length: expected at most {limit}, the limit of the model, found "
@@ -262,7 +263,8 @@ class _Texts:
         )
 
 
-def _most_tokens(model: Model) -> int | None:
+def most_tokens(model: Model) -> int | None:
+    """Return how many tokens a model reads at most; None where its config has no limit."""
     config: Any = model.module.config
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
@@ -272,10 +274,10 @@ def _most_tokens(model: Model) -> int | None:
     return limit
 
 
-def _classified(texts: _Texts, columns: Columns) -> TextExamples:
+def _classified(texts: _Texts, columns: Columns, labels_needed: bool) -> TextExamples:
     rows, model = texts.rows, texts.model
     first, second = _text_columns(rows, columns)
-    labels, notes = read_labels(rows, columns, model, model.outputs)
+    labels, notes = read_labels(rows, columns, model, model.outputs, needed=labels_needed)
     for chunk in texts.chunks():
         pairs = None if second is None else texts.column(chunk, second)
         encoded, long = texts.encode(texts.column(chunk, first), pairs)
