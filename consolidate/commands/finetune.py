@@ -31,6 +31,7 @@ from consolidate.commands.finetune_run import (
     Trained,
     descend,
     kept_of,
+    log_replay,
     run_length,
     train,
 )
@@ -64,6 +65,7 @@ from consolidate.results import (
     TrainingStep,
 )
 from consolidate.results import Interpolation as InterpolationResult
+from consolidate.results import Replayed as ReplayedResult
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import (
     all_processes,
@@ -84,7 +86,7 @@ from formats.atomic import replace_folder, write_file
 from formats.checkpoint import write_checkpoint
 from formats.digest import set_digest
 from formats.errors import ForgettingError, NonFiniteError, UsageError
-from formats.fisher_json import Ledger
+from formats.fisher_json import Ledger, Replayed
 from formats.partial_work import StoredWork
 from formats.tensors import Overlaid
 
@@ -136,6 +138,7 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
     start = load_start(plan, cut)
     measure = _measuring(plan, start)
     statistics = _running_statistics(plan, start)
+    log_replay(start, plan.recipe, group)
     search = _searched(plan, start, work, found)
     comparison, found = train_without_penalty(plan, start, work, found, search)
     moving = _interpolator(plan, start, measure, found)
@@ -252,7 +255,7 @@ def _known(
 ) -> Finetuned:
     """Report a fine-tuning run from its ledger, now or later."""
     task = ledger.tasks[-1]
-    between = task.interpolation
+    between, replayed = task.interpolation, task.replayed
     return {
         "checkpoint": str(target),
         "commits": plan.opened.commits(),
@@ -262,6 +265,7 @@ def _known(
         "ewc_lambda": task.ewc_lambda,
         "norm_statistics": statistics,
         "interpolation": None if between is None else cast(InterpolationResult, asdict(between)),
+        "replayed": None if replayed is None else cast(ReplayedResult, asdict(replayed)),
         "metrics": task.metrics,
         "benchmarks": cast(dict[str, BenchmarkResult], asdict(task)["benchmarks"] or {}),
         "forgotten": scores_of(task.metrics, plan.old_tasks),
@@ -361,8 +365,7 @@ def _subject(plan: Plan, start: Start) -> Subject:
     recipe, group = plan.recipe, all_processes()
 
     def length(examples: Examples) -> int:
-        chosen = subset(len(examples), recipe.max_examples, recipe.seed)
-        return run_length(len(chosen), recipe, group)
+        return run_length(replace(start, examples=examples), recipe, group)
 
     def train_shortly(examples: Examples, steps: int) -> None:
         warmup = round(recipe.warmup_steps * steps / length(examples))
@@ -424,7 +427,12 @@ def _training(
     kind, on = plan.options.penalty.penalty, plan.opened.penalty_on
     between = None if moving is None else moving.record()
     found = {n: e.record for n, e in start.evaluations.items() if isinstance(e, Benchmark)}
-    return Training(ewc_lambda, kind, on, parent, trained.metrics, between, found or None)
+    replayed = None
+    if plan.replay is not None and start.replay is not None:
+        rows, digests = plan.replay[1], plan.options.saving.data_digest
+        digest = rows.digest() if digests else None
+        replayed = Replayed(rows.name, digest, float(start.replay.share))
+    return Training(ewc_lambda, kind, on, parent, trained.metrics, between, replayed, found or None)
 
 
 def _write(
