@@ -191,8 +191,9 @@ def test_a_run_that_was_killed_resumes_to_the_same_bytes(
     assert not list(tmp_path.glob(".killed*"))
 
 
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_with_batches_twice_as_large(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, sharded: bool
 ) -> None:
     old, new = write_task("old", count=9), write_task("new", seed=1, count=37)
     options = {**PLAIN, "epochs": 2, "replay": old, "replay_share": 0.4}
@@ -202,6 +203,7 @@ def test_two_processes_train_as_one_with_batches_twice_as_large(
     words = f"finetune {network_checkpoint} --data {new} --output-dir {tmp_path}/two --epochs 2"
     words += f" --batch-size 6 --model {NETWORK['model']} --penalty none --optimizer sgd"
     words += f" --learning-rate 0.1 --replay {old} --replay-share 0.4 --device cpu"
+    words += " --shard" * sharded
     log = tmp_path / "log"
     assert ended(started(2, words.split(), log)) == [0, 0], log.read_text()
     for name in ("model", "fisher/fisher"):
