@@ -39,9 +39,14 @@ from consolidate.training.loop import Step
 
 def fisher(
     checkpoint: str | Path,
-    data: str | Path,
+    data: str | Path | None = None,
     *,
     task: str | None = None,
+    generate: int | None = None,
+    prompts: str | Path | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    save_generated: str | Path | None = None,
     columns: Columns | None = None,
     split: str | None = None,
     max_length: int | None = None,
@@ -89,8 +94,17 @@ def fisher(
 
     Args:
         checkpoint: A folder, a weights file, or a repository on the Hub.
-        data: The task's data: file, folder, Hub dataset or task.toml.
-        task: Name of the task. (default: that of the data)
+        data: The task's data: file, folder, Hub dataset or task.toml. Required without `generate`.
+        task: Name of the task. (default: that of the data; self with `generate`)
+        generate: Measure on N texts that a causal language model generates itself, without `data`,
+            each of at most `max_length` tokens (default 128).
+        prompts: File with a prompt on each line, used in turn; tokens of prompts are not counted. A
+            model with a chat template reads each as a user's turn. (default: the beginning-of-text
+            token, else the end-of-text token)
+        temperature: Divide the logits by this before sampling. Labels are then sampled again.
+        top_p: Sample from the most likely tokens that together have this probability. Labels are
+            then sampled again.
+        save_generated: Write the texts to FILE as JSON Lines; they are not stored otherwise.
         columns: Names of the columns by role; None stands for the usual ones.
         split: Split of a dataset with several splits.
         max_length: Truncate texts to this many tokens. (default: the model's limit)

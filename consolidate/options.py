@@ -304,6 +304,46 @@ class Estimation:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """Texts that a causal language model generates, in place of data."""
+
+    TITLE = "Generated texts"
+
+    generate: int | None = option(
+        None,
+        "Measure on N texts that a causal language model generates itself, without --data, each of "
+        "at most --max-length tokens (default 128).",
+        metavar="N",
+        least=1,
+    )
+    prompts: str | Path | None = option(
+        None,
+        "File with a prompt on each line, used in turn; tokens of prompts are not counted. A "
+        "model with a chat template reads each as a user's turn.",
+        by_default="the beginning-of-text token, else the end-of-text token",
+        metavar="FILE",
+        changes_result=False,
+    )
+    temperature: float = option(
+        1.0, "Divide the logits by this before sampling. Labels are then sampled again.", above=0
+    )
+    top_p: float = option(
+        1.0,
+        "Sample from the most likely tokens that together have this probability. Labels are then "
+        "sampled again.",
+        above=0,
+        most=1,
+    )
+    save_generated: str | Path | None = option(
+        None,
+        "Write the texts to FILE as JSON Lines; they are not stored otherwise.",
+        metavar="FILE",
+        written=True,
+        changes_result=False,
+    )
+
+
+@dataclass(frozen=True)
 class Curvature:
     """What of the Fisher is measured, stored and used."""
 
@@ -692,13 +732,14 @@ class FisherOptions:
     )
 
     checkpoint: str | Path = _checkpoint()
-    data: str | Path = option(
-        REQUIRED,
-        "The task's data: file, folder, Hub dataset or task.toml.",
+    data: str | Path | None = option(
+        None,
+        "The task's data: file, folder, Hub dataset or task.toml. Required without --generate.",
         metavar="DATA",
         changes_result=False,
     )
-    task: str | None = _task("Name of the task.")
+    task: str | None = _task("Name of the task.", "that of the data; self with --generate")
+    generation: Generation = part(Generation())
     encoding: Encoding = part(Encoding())
     source: Source = part(Source())
     parameters: Parameters = part(Parameters())

@@ -116,6 +116,22 @@ class EncodedAs(TypedDict):
     max_length: Annotated[int | None, about("`--max-length`; null if it was not given.")]
 
 
+class Generated(TypedDict):
+    """Texts that the model generated, in place of data."""
+
+    sequences: Count
+    max_length: Annotated[int, about("Tokens that each has at most, without its prompt.")]
+    temperature: float
+    top_p: float
+    seed: int
+    prompts: Annotated[str | None, about("Digest of the file; null without prompts.")]
+    label_draws: Annotated[
+        int | None, about("Labels sampled for each text; null: its own, or all with exact.")
+    ]
+    batch_size: Annotated[int, about("As given; for texts as for the pass.")]
+    halvings: Annotated[int, about("How often memory was not enough for a batch of texts.")]
+
+
 class ImagePreprocessing(TypedDict):
     """How images became inputs of a user's own module."""
 
@@ -138,6 +154,7 @@ class FisherDone(MeasuredFisher, EncodedAs, _Of):
 
     status: DoneOrCached
     fisher: Path
+    generated: Annotated[Generated | None, about("null: measured on data.")]
     images: NotRequired[ImagePreprocessing]
     seconds: NotRequired[Annotated[float, about("Of the pass, in this call; absent if cached.")]]
 
@@ -155,7 +172,15 @@ class PassCost(TypedDict):
     peak_device_memory: Annotated[int | None, about("In bytes.")]
 
 
-class FisherDryRun(PassCost):
+class GenerationCost(TypedDict):
+    """What generating texts takes."""
+
+    generation_seconds: NotRequired[
+        Annotated[float, about("Of generating all texts; absent without --generate.")]
+    ]
+
+
+class FisherDryRun(PassCost, GenerationCost):
     """What measuring would take."""
 
     status: Literal["dry run"]
@@ -470,6 +495,7 @@ class Task(TypedDict):
     weight_by: Annotated[str | None, about("units or trace, for a task that is not measured yet.")]
     data: str
     data_digest: str | None
+    generated: Generated | None
     ewc_lambda: float | None
     penalty: str | None
     penalty_on: PenaltyOn
@@ -588,6 +614,9 @@ class VerifyResult(_Of):
     """An intact checkpoint."""
 
     tasks: list[str]
+    generated: Annotated[
+        list[str], about("Those of the tasks that were measured on texts of the model itself.")
+    ]
     base: BaseDigest
     base_model: Annotated[
         str | None,

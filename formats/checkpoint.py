@@ -79,10 +79,10 @@ def _open(path: Path) -> Checkpoint:
         files = _weight_files(path) if is_folder else (path,)
     except PermissionError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    config = _read_beside(path, "config.json") if is_folder else {}
+    config = read_beside(path, "config.json") if is_folder else {}
     last = files[-1]
     of_adapter = is_folder and _ADAPTER_WEIGHTS.fullmatch(last.name)
-    adapter = _read_beside(path, ADAPTER_CONFIG) if of_adapter else None
+    adapter = read_beside(path, ADAPTER_CONFIG) if of_adapter else None
     stem, is_safetensors, _ = last.name.partition(".safetensors")
     weights: Mapping[str, Tensor]
     weights = open_tensors(path, stem) if is_safetensors else open_pickle(last)
@@ -201,7 +201,8 @@ def _model_name(folder: Path) -> str:
     )
 
 
-def _read_beside(folder: Path, name: str) -> dict[str, Any]:
+def read_beside(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON file of a checkpoint's folder; empty where there is none."""
     path = folder / name
     return read_json(check_link(folder, path)) if os.path.lexists(path) else {}
 

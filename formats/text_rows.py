@@ -5,7 +5,6 @@ import csv
 import io
 import json
 import os
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,9 +47,13 @@ class _LineRows(Rows):
             file.seek(position)
             self._starts.append(self._scan(file, position))
 
-    @abstractmethod
     def _scan(self, file: IO[bytes], position: int) -> int:
         """Find the starts of the rows from a position on; return the end of the last one."""
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                self._add(position, number)
+            position += len(line)
+        return position
 
     def _add(self, start: int, line: int) -> None:
         self._starts.append(start)
@@ -93,13 +96,6 @@ class JsonLinesRows(_LineRows):
         if not self.columns:
             raise InputError(f"{path}: expected rows with columns, found only empty objects")
 
-    def _scan(self, file: IO[bytes], position: int) -> int:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                self._add(position, number)
-            position += len(line)
-        return position
-
     def _parse(self, i: int) -> dict[str, Any]:
         # lines that are blank to the scan may follow the row; JSON has less whitespace than ASCII
         value = _loads(self._text(i).rstrip(" \t\n\r\v\f"), self.path, self._lines[i])
@@ -113,6 +109,21 @@ class JsonLinesRows(_LineRows):
     def read_row(self, i: int) -> dict[str, Any]:
         """Return row `i`."""
         return dict.fromkeys(self.columns) | self._parse(i)
+
+
+class PromptRows(_LineRows):
+    """One prompt per line, in the column `prompt`; blank lines are skipped but counted."""
+
+    columns = ["prompt"]  # noqa: RUF012
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        if not len(self):
+            raise InputError(f"{path} is empty: expected one prompt per line")
+
+    def read_row(self, i: int) -> dict[str, Any]:
+        """Return row `i`."""
+        return {"prompt": self._text(i).partition("\n")[0].rstrip("\r")}
 
 
 class JsonArrayRows(Rows):

@@ -13,7 +13,8 @@ from consolidate.fields import REQUIRED, Flat, bounds_of, default_words, flat_op
 from consolidate.flags import grouped_with
 from consolidate.options import COMMANDS, TYPED
 
-CONTENT = ("data", "fisher", "base_model", "revision")  # what they name is described by digest
+# what they name is described by digest
+CONTENT = ("data", "prompts", "fisher", "base_model", "revision")
 
 API = '''"""The commands as functions, with all their keywords.
 

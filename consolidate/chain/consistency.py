@@ -12,7 +12,8 @@ _ROUNDING = {"F32": 2.0**-20, "BF16": 2.0**-8}  # of a merge, relative, with roo
 _TINY = 1e-30
 _OF_A_MEASUREMENT = (
     *("examples", "units", "estimator", "mc_samples", "seed", "weight", "weight_by"),
-    *("loss_on", "max_length", "data", "data_digest", "made_from", "description", "layers"),
+    *("loss_on", "max_length", "data", "data_digest", "generated", "made_from", "description"),
+    "layers",
 )
 
 

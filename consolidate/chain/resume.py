@@ -11,11 +11,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.fingerprint import changes, plain
 from consolidate.chain.rank_progress import gather_own, start_with_first, start_with_set, write_set
+from consolidate.data.generation import Written
 from consolidate.estimation.passes import PartialPass
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import place_in, summed
@@ -217,6 +219,33 @@ class KeptTraining:
             if self.work.stops:
                 self.keep(descent)
                 self.work.stop_if_asked(where)
+
+
+def kept_texts(found: StoredWork | None) -> Written | None:
+    """Give the generated texts in saved progress, if there are any."""
+    if found is None or "generated" not in found.state:
+        return None
+    lengths = found.tensors["generated/lengths"].tolist()
+    texts = found.tensors["generated/tokens"].split(lengths)
+    return Written([text.tolist() for text in texts], **found.state["generated"])
+
+
+def texts_to_keep(written: Written) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Give generated texts as tensors and state of saved progress."""
+    tokens = [token for text in written.texts for token in text]
+    tensors = {
+        "generated/tokens": torch.tensor(tokens),
+        "generated/lengths": torch.tensor([len(text) for text in written.texts]),
+    }
+    return tensors, {"generated": {"most": written.most, "halvings": written.halvings}}
+
+
+def keep_texts(work: KeptWork, written: Written) -> None:
+    """Save generated texts if that is due, and stop there if that was requested."""
+    work.settle()
+    if work.due:
+        work.keep(*texts_to_keep(written), "texts")
+    work.stop_if_asked(f"after {len(written.texts)} generated texts")
 
 
 class KeptPass:

@@ -31,6 +31,7 @@ from formats.errors import InputError, UsageError
 from formats.fisher_folder import StoredFisher, write_fisher
 from formats.fisher_json import (
     BenchmarkRecord,
+    Generated,
     Interpolation,
     LayerRecord,
     Ledger,
@@ -66,6 +67,7 @@ class Encoded:
 
     loss_on: str | None = None
     max_length: int | None = None
+    generated: Generated | None = None
 
 
 @dataclass(frozen=True)

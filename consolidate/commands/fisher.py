@@ -19,6 +19,7 @@ from consolidate.chain.output import bytes_of, check_output, output_bytes
 from consolidate.chain.resume import KeptPass
 from consolidate.chain.tasks import (
     Chain,
+    Encoded,
     add_task,
     check_names_to_be,
     pending_task,
@@ -27,6 +28,15 @@ from consolidate.chain.tasks import (
     with_structure,
 )
 from consolidate.chain.up_to_date import Output, cached, find_output, recorded_fisher
+from consolidate.commands.generation import (
+    check_generation,
+    generate_sample,
+    generated_of,
+    lacks_texts,
+    measure_sample,
+    open_source,
+    sample_cost,
+)
 from consolidate.commands.measurement import (
     encoded_as,
     encoding_record,
@@ -40,11 +50,18 @@ from consolidate.commands.measurement import (
 from consolidate.data.columns import columns_of
 from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples, subset
+from consolidate.data.generation import Texts, plan_texts
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
-from consolidate.options import Columns, Estimation, FisherOptions, Merging
-from consolidate.results import FisherDone, FisherDryRun, FisherResult, MeasuredFisher
+from consolidate.options import Columns, FisherOptions, Merging
+from consolidate.results import (
+    FisherDone,
+    FisherDryRun,
+    FisherResult,
+    GenerationCost,
+    MeasuredFisher,
+)
 from consolidate.runtime import shards
 from consolidate.runtime.devices import best_device, dtype_of_name
 from consolidate.runtime.distributed import (
@@ -66,10 +83,9 @@ from formats.fisher_folder import (
     check_intact,
     read_fisher,
 )
-from formats.fisher_json import Ledger, TaskRecord, read_ledger
+from formats.fisher_json import Generated, Ledger, TaskRecord, read_ledger
 from formats.hub import FISHER, commits_of, locate
 from formats.rows import file_digest
-from formats.task_file import open_task
 
 LOG = logging.getLogger("consolidate")
 
@@ -172,11 +188,13 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in the weights or in the Fisher.
     """
+    check_generation(options)
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
     folder = _find_checkpoint(options)
     output = folder if options.output_dir is None else Path(options.output_dir)
     part = "fisher" if options.output_dir is None else None
     with nullcontext() if options.dry_run else claiming(output, part=part):
+        again = again or lacks_texts(options.generation)
         plan = plan_fisher(options, folder, again=again)
         if (done := cached(plan.there, plan.made_from)) is not None:
             return _result(plan, "cached", done.ledger, _recorded(done.ledger))
@@ -191,10 +209,9 @@ def measure(plan: Plan, cut: ProcessGroup | None) -> FisherResult:
         if is_first(group):
             _ = plan.records  # digests of what is measured, even if the files change meanwhile
     _ = plan.task  # refuse a name that the chain already has before anything is loaded
-    model, examples, module = _load(plan, cut)
-    estimation = settled_estimation(options.estimation, model, examples)
+    model, encoded, module = _load(plan, cut)
     if options.dry_run:
-        return _dry_run(plan, model, examples, estimation)
+        return _dry_run(plan, model, encoded)
     chain: Chain | None = plan.before if plan.origin is None else plan.origin.chain(model)
     needed = output_bytes(plan.source, whole=not plan.in_place)
     # Neither its weights nor its factory's file determine what the module is made of.
@@ -202,18 +219,31 @@ def measure(plan: Plan, cut: ProcessGroup | None) -> FisherResult:
     work = kept_work(
         options, plan.target, lambda: plan.description(plan.earlier) | of_module, needed
     )
-    kept = KeptPass(work, work.start())
+    found = work.start()
     start_timing()
-    diagonal = measure_fisher(
-        model,
-        examples,
-        estimation,
-        task=plan.task,
-        seed=options.seed,
-        structure=plan.structure,
-        kept=kept,
-    )
-    result = _write(plan, model, examples, diagonal, chain) if is_first(group) else None
+    how: dict[str, Any] = {"task": plan.task, "seed": options.seed, "structure": plan.structure}
+    examples: Examples
+    generated = None
+    if isinstance(encoded, Texts):
+        sample = generate_sample(
+            model,
+            encoded,
+            plan.rows,
+            options.generation,
+            options.estimation,
+            work=work,
+            found=found,
+            digests=options.saving.data_digest,
+        )
+        examples, generated = sample.examples, sample.record
+        diagonal = measure_sample(model, sample, **how)
+    else:
+        examples, kept = encoded, KeptPass(work, found)
+        estimation = settled_estimation(options.estimation, model, encoded)
+        diagonal = measure_fisher(model, encoded, estimation, **how, kept=kept)
+    result = None
+    if is_first(group):
+        result = _write(plan, model, examples, diagonal, chain, generated)
     result = from_first(result, group)
     work.remove()
     return result
@@ -230,7 +260,7 @@ def measure_last(
 
     One that was written there before an interruption is taken, unless that is refused.
     """
-    task_file, rows = open_task(options.data)
+    task_file, rows = open_source(options)
     plan = Plan(
         source=source,
         before=before,
@@ -290,12 +320,17 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
     source = with_base(open_checkpoint(folder), options.source.base_model)
     output = folder if options.output_dir is None else Path(options.output_dir)
     there = None if again or options.dry_run else find_output(output)
-    task_file, rows = open_task(options.data, split=options.encoding.split)
+    task_file, rows = open_source(options)
     name = task_name(options.task or task_file.name, rows.name, None)
     last = None if options.after is not None else _last_task(folder)
     # In place, one that was measured since may be up to date.
     completes = last is not None and _completes(last, name, options, again=again)
     if last is not None and not last.measured:
+        if completes and options.generation.generate is not None:
+            raise UsageError(
+                f"{last.name} was trained on data and is measured on data, not by --generate: give "
+                "--data, or another --task"
+            )
         if completes:
             _refuse_merging(options, last)
         else:
@@ -393,13 +428,17 @@ def _result(
         "checkpoint": str(plan.output),
         "fisher": str(plan.output / "fisher"),
         "commits": commits_of(plan.folder),
+        "generated": generated_of(ledger),
         **encoded_as(ledger, plan.rows, plan.columns),
         **fisher,
     }
 
 
-def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples, str]:
-    """Load the model, sharded among the processes of `cut`, encode the data, digest the module."""
+def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples | Texts, str]:
+    """Load the model, sharded among the processes of `cut`, encode the data, digest the module.
+
+    Without data give the plan of the texts to be generated.
+    """
     options, source, device = plan.options, plan.source, best_device(plan.options.source.device)
     check_finite(source.weights, plan.folder)
     pending = pending_task(plan.before) if plan.completes else None
@@ -418,17 +457,7 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples, str]:
     check_names_to_be(plan.before, model)
     if pending is not None:
         _check_task(plan, pending, model, plan.columns)
-    examples = encode(
-        plan.rows,
-        model,
-        columns=plan.columns,
-        max_length=options.encoding.max_length,
-        pack=options.encoding.pack,
-        loss_on=options.encoding.loss_on,
-        images=options.encoding.images,
-        seed=options.seed,
-    )
-    log_images(examples)
+    examples = _encoded(plan, model)
     if cut is not None and source.adapter is not None:
         raise UsageError(
             f"{plan.folder} is an adapter, and --shard needs a whole model: leave --shard out"
@@ -437,6 +466,33 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples, str]:
     if cut is not None:
         shards.shard(model.module, cut, device)
     return model, examples, digest
+
+
+def _encoded(plan: Plan, model: Model) -> Examples | Texts:
+    """Encode the data, or plan the texts to be generated."""
+    options, encoding = plan.options, plan.options.encoding
+    if options.generation.generate is not None:
+        assert options.estimation.batch_size is not None
+        return plan_texts(
+            model,
+            plan.rows,
+            options.generation,
+            max_length=encoding.max_length,
+            batch_size=options.estimation.batch_size,
+            seed=options.seed,
+        )
+    examples = encode(
+        plan.rows,
+        model,
+        columns=plan.columns,
+        max_length=encoding.max_length,
+        pack=encoding.pack,
+        loss_on=encoding.loss_on,
+        images=encoding.images,
+        seed=options.seed,
+    )
+    log_images(examples)
+    return examples
 
 
 def _check_task(plan: Plan, task: TaskRecord, model: Model, columns: Columns) -> None:
@@ -457,9 +513,16 @@ def _check_task(plan: Plan, task: TaskRecord, model: Model, columns: Columns) ->
         )
 
 
-def _dry_run(plan: Plan, model: Model, examples: Examples, estimation: Estimation) -> FisherDryRun:
+def _dry_run(plan: Plan, model: Model, encoded: Examples | Texts) -> FisherDryRun:
     """Estimate the cost of a pass and the sizes of its files, without headers and the ledger."""
-    cost, factors = pass_cost(model, examples, estimation, plan.structure, seed=plan.options.seed)
+    estimation, seed = plan.options.estimation, plan.options.seed
+    generation: GenerationCost = {}
+    if isinstance(encoded, Texts):
+        cost, factors, seconds = sample_cost(model, encoded, estimation, plan.structure, seed=seed)
+        generation = {"generation_seconds": seconds}
+    else:
+        estimation = settled_estimation(estimation, model, encoded)
+        cost, factors = pass_cost(model, encoded, estimation, plan.structure, seed=seed)
     itemsize = {"float32": 4, "float64": 8}[estimation.accumulate_dtype]
     files = {"fisher.safetensors": 4 * cost["parameters"]}
     if factors:
@@ -470,17 +533,26 @@ def _dry_run(plan: Plan, model: Model, examples: Examples, estimation: Estimatio
         "status": "dry run",
         "task": plan.task,
         **cost,
+        **generation,
         "files": files,
         "kept": {partial_path(plan.target).name: 2 * itemsize * (cost["parameters"] + factors)},
     }
 
 
 def _write(
-    plan: Plan, model: Model, examples: Examples, diagonal: FisherDiagonal, chain: Chain | None
+    plan: Plan,
+    model: Model,
+    examples: Examples,
+    diagonal: FisherDiagonal,
+    chain: Chain | None,
+    generated: Generated | None,
 ) -> FisherDone:
     """Merge the task's Fisher, write it beside its weights, and return what was done."""
     options, source, target = plan.options, plan.source, plan.target
     overwrite, digests = options.saving.overwrite, options.saving.data_digest
+    encoded = Encoded(generated=generated)
+    if generated is None:
+        encoded = encoding_record(options.encoding, plan.rows, plan.columns)
     used = subset(len(examples), options.estimation.max_examples, options.seed)
     log_notes(model, examples, diagonal, used)
     added = add_task(
@@ -491,10 +563,10 @@ def _write(
         records=plan.records,
         name=plan.task,
         data=plan.rows.name,
-        data_digest=plan.rows.digest() if digests else None,
+        data_digest=plan.rows.digest() if digests and generated is None else None,
         made_from=json_digest(plan.description(plan.earlier)) if digests else None,
         training=None if plan.origin is None else plan.origin.training(),
-        encoded=encoding_record(options.encoding, plan.rows, plan.columns),
+        encoded=encoded,
         merging=plan.merging,
     )
     if overwrite and not plan.completes and (target / LEDGER_NAME).is_file():

@@ -185,16 +185,24 @@ def default_estimator(model: Model, examples: Examples) -> str:
 
 
 def pass_cost(
-    model: Model, examples: Examples, estimation: Estimation, structure: str, *, seed: int
+    model: Model,
+    examples: Examples,
+    estimation: Estimation,
+    structure: str,
+    *,
+    seed: int,
+    count: int | None = None,
 ) -> tuple[PassCost, int]:
     """Estimate the cost of measuring the Fisher of encoded examples from a few batches of them.
 
     Counts, seconds per example and in total, and the peak memory in bytes with the longest examples
     in a batch; and the elements of all factors. Each of several processes estimates for itself.
+    The examples may be the first few of `count`.
     """
     batch_size, max_examples = estimation.batch_size, estimation.max_examples
     assert batch_size is not None
     order = subset(len(examples), max_examples, seed)
+    count = len(order) if count is None else count
     processes = place_in(all_processes())[1]
     shuffled = subset(len(examples), max_examples, seed, shuffled=True)
     sample = shuffled[: batch_size * SAMPLED_BATCHES]
@@ -227,10 +235,10 @@ def pass_cost(
     cost: PassCost = {
         "estimator": str(estimation.estimator),
         "structure": structure,
-        "examples": len(order),
+        "examples": count,
         "parameters": sum(values.numel() for values in diagonal.values()),
         "seconds_per_example": each,
-        "seconds": checked + each * max(0, len(order) / processes - batch_size),
+        "seconds": checked + each * max(0, count / processes - batch_size),
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "peak_device_memory": torch.cuda.max_memory_allocated(device) if cuda else None,
     }
@@ -263,6 +271,9 @@ def encoding_record(encoding: Encoding, rows: Rows, columns: Columns) -> Encoded
 def encoded_as(ledger: Ledger, rows: Rows, columns: Columns) -> EncodedAs:
     """Report how the rows of a ledger's last task became examples, now or earlier."""
     task = ledger.tasks[-1]
+    if (generated := task.generated) is not None:
+        loss_on = "all" if generated.prompts is None else "completion"
+        return {"loss_on": loss_on, "max_length": generated.max_length}
     usual = default_loss(rows, columns) if task.objective == "causal-lm" else None
     return {"loss_on": task.loss_on or usual, "max_length": task.max_length}
 

@@ -125,7 +125,7 @@ def show(options: ShowOptions) -> ShowResult:
 
 def _task(record: TaskRecord) -> Task:
     task = asdict(record)
-    del task["layers"], task["generated"], task["description"]
+    del task["layers"], task["description"]
     return cast(Task, task)
 
 

@@ -129,6 +129,7 @@ def _verify_folder(
         "checkpoint": str(checkpoint),
         "commits": commits_of(folder, None if other is None else other.path),
         "tasks": [task.name for task in stored.ledger.tasks],
+        "generated": [t.name for t in stored.ledger.tasks if t.generated is not None],
         "base": stored.ledger.base,
         "base_model": None if other is None else str(other.path),
         "weights": of_weights,

@@ -50,6 +50,11 @@ class Chats:
                 raise unsuitable(chat.where, loss_on, f"a chat of {len(chat.messages)} messages")
             yield self._of_assistant(chat) if loss_on == "assistant" else self._whole(chat)
 
+    def asking(self, i: int, prompt: str) -> list[int]:
+        """Write the prompt of row `i` as a user's turn, with the header of the answer."""
+        turn = {"role": "user", "content": prompt}
+        return self._ids(_Chat([turn], None, self.rows.where(i)), asks=True)
+
     def completed(
         self, i: int, row: dict[str, Any], prompt: str, completion: str, loss_on: str
     ) -> Document:

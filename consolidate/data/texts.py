@@ -115,7 +115,7 @@ class _Texts:
         self.rows = rows
         self.model = model
         self.tokenizer = model.processor
-        limit = _most_tokens(model)
+        limit = most_tokens(model)
         if max_length is not None and limit is not None and max_length > limit:
             raise UsageError(
                 f"--max-length: expected at most {limit}, the limit of the model, found "
@@ -260,7 +260,8 @@ class _Texts:
         )
 
 
-def _most_tokens(model: Model) -> int | None:
+def most_tokens(model: Model) -> int | None:
+    """Return how many tokens a model reads at most; None where its config has no limit."""
     config: Any = model.module.config
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:

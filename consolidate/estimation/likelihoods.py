@@ -164,7 +164,7 @@ class Softmax:
         numbers = (predicted.cumsum(1) - 1).clamp_min(0)
         draws = uniforms.to(_precise(logits)).gather(1, numbers)
         sampled = torch.stack(
-            [_draw(row.softmax(-1), u) for row, u in zip(logits, draws, strict=True)]
+            [draw(row.softmax(-1), u) for row, u in zip(logits, draws, strict=True)]
         )
         return self._scores(logits, sampled, ~predicted).view(outputs.shape).to(outputs.dtype)
 
@@ -331,8 +331,16 @@ def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
     return LIKELIHOODS[likelihood]
 
 
-def _draw(p: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw from each row of p (T, C) by its inverse distribution function at uniforms (T,)."""
+def draw(p: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw a class from each row of p by its inverse distribution function.
+
+    Args:
+        p: Probabilities, (T, C), of a sum that need not be 1.
+        uniforms: Numbers in (0, 1), (T,), whose dtype is that of the sums.
+
+    Returns:
+        Classes, (T,) int64, each of a probability above zero.
+    """
     # float32 would lose the classes of a large vocabulary that are less likely than 1e-7.
     sums = p.to(uniforms.dtype).cumsum(-1)
     total = sums[:, -1]

@@ -389,6 +389,7 @@ def _measured(ledger: Ledger) -> str:
         on = "–"
         if task.examples is not None:
             on = f"{task.examples:,} examples{tokens}"
-            on += encoding_text(task.loss_on, task.max_length)
+            generated = None if task.generated is None else vars(task.generated)
+            on += encoding_text(task.loss_on, task.max_length, generated)
         rows.append([escaped(task.name), estimator, on, str(task.seed), f"{task.weight:g}"])
     return table(rows)

@@ -1,6 +1,7 @@
 """The text of what `show` reports, plain and in Markdown."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from consolidate.chain.consistency import side_by_side_text
 from consolidate.data.chats import loss_text
@@ -85,7 +86,7 @@ def _tasks(tasks: list[Task]) -> list[str]:
 def _units(task: Task) -> str:
     if task["units"] is None:
         return "–"
-    encoded = encoding_text(task["loss_on"], task["max_length"])
+    encoded = encoding_text(task["loss_on"], task["max_length"], task["generated"])
     return f"{task['units']:,} {task['unit']}s{encoded}"
 
 
@@ -171,10 +172,23 @@ def estimator_text(estimator: str | None, samples: int | None) -> str:
     return f"{estimator} × {samples}" if sampled else estimator or "not measured"
 
 
-def encoding_text(loss_on: str | None, max_length: int | None) -> str:
-    """Say how rows became examples, to follow a number of units; nothing where by default."""
+def encoding_text(
+    loss_on: str | None, max_length: int | None, generated: Mapping[str, Any] | None = None
+) -> str:
+    """Say how rows or texts became examples, to follow their number; nothing where by default."""
+    if generated is not None:
+        return f", {_generated_text(generated)}"
     loss = "" if loss_on is None else f", {loss_text(loss_on)}"
     return loss + ("" if max_length is None else f", max length {max_length:,}")
+
+
+def _generated_text(generated: Mapping[str, Any]) -> str:
+    """Say how a model generated texts; the sampling where it is not that of its distribution."""
+    how = [f"{generated['sequences']:,} generated texts, max length {generated['max_length']:,}"]
+    how += ["with prompts"] * (generated["prompts"] is not None)
+    how += [f"temperature {generated['temperature']:g}"] * (generated["temperature"] != 1)
+    how += [f"top-p {generated['top_p']:g}"] * (generated["top_p"] != 1)
+    return ", ".join(how)
 
 
 def penalty_text(penalty: str | None, penalty_on: str | None, ewc_lambda: float | None) -> str:

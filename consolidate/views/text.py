@@ -75,10 +75,14 @@ def _cost_text(cost: FisherDryRun) -> str:
         ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.items())
         for sizes in (cost["files"], cost["kept"])
     )
+    generation = []
+    if "generation_seconds" in cost:
+        generation = [f"generation   {cost['generation_seconds']:,.0f} s, before the pass"]
     return "\n".join(
         [
             f"parameters   {cost['parameters']:,}",
             f"examples     {cost['examples']:,}, {cost['estimator']}",
+            *generation,
             f"time         {cost['seconds']:,.0f} s, {1000 * each:.3g} ms per example",
             f"memory       at most {memory}",
             f"files        {files}",
@@ -262,6 +266,8 @@ def verify_text(summary: VerifyResult) -> str:
     elif other is not None:
         what = "the weights are" if summary["base"] is None else "its base model is"
         lines.append(f"{what} in {other}: {summary['base'] or summary['weights']['digest']}")
+    if generated := summary["generated"]:
+        lines.append(f"measured on texts that the model generated: {few(generated, 6)}")
     lines.append(f"{summary['checkpoint']} is intact")
     by = {"weights": "the digest of its weights", "tasks": "its tasks alone"}
     for found in summary.get("later", ()):

@@ -1,0 +1,216 @@
+"""The Fisher of texts that a language model generates itself: options, texts, and the pass."""
+
+import logging
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from consolidate.chain.resume import KeptPass, KeptWork, keep_texts, kept_texts, texts_to_keep
+from consolidate.commands.measurement import measure_fisher, pass_cost, settled_estimation
+from consolidate.data.generation import (
+    Texts,
+    Written,
+    examples_of,
+    generate,
+    json_lines,
+    open_prompts,
+)
+from consolidate.data.text_examples import TextExamples
+from consolidate.estimation.estimates import FisherDiagonal
+from consolidate.models.model import Model
+from consolidate.options import Encoding, Estimation, FisherOptions, Generation
+from consolidate.results import Generated as GeneratedResult
+from consolidate.results import PassCost
+from consolidate.runtime import signals
+from consolidate.runtime.distributed import all_processes, is_first
+from consolidate.runtime.progress import progress
+from formats.atomic import check_file, write_file
+from formats.errors import UsageError
+from formats.fisher_json import Generated, Ledger
+from formats.partial_work import StoredWork
+from formats.rows import Rows
+from formats.task_file import TaskFile, open_task
+
+LOG = logging.getLogger("consolidate")
+
+TASK = "self"
+"""Name of a task that is measured on the model's own texts, unless --task is given."""
+
+_DRY_BATCHES = 3
+
+
+class Sample(NamedTuple):
+    """Texts that a model generated, and how its Fisher is measured on them."""
+
+    examples: TextExamples
+    estimation: Estimation
+    record: Generated
+    kept: KeptPass
+
+
+def check_generation(options: FisherOptions) -> None:
+    """Refuse options that contradict --generate, or that need it."""
+    generation, usual = options.generation, Generation()
+    if generation.generate is None:
+        for name in ("prompts", "temperature", "top_p", "save_generated"):
+            if getattr(generation, name) != getattr(usual, name):
+                raise UsageError(f"--{name.replace('_', '-')} needs --generate: give both or none")
+        if options.data is None:
+            raise UsageError(
+                "fisher needs --data, or --generate N for a causal language model without data"
+            )
+        return
+    encoding = replace(options.encoding, max_length=None)
+    for option, given, why in (
+        ("data", options.data is not None, "the model's own texts take its place"),
+        ("max-examples", options.estimation.max_examples is not None, "N is their number"),
+        ("shard", options.parameters.shard, "no process has a whole model that generates"),
+        (
+            "estimator empirical",
+            options.estimation.estimator == "empirical",
+            "there are no labels of data, and those of the texts are used by default",
+        ),
+        ("split, --pack, --loss-on, columns or images", encoding != Encoding(), "there are none"),
+    ):
+        if given:
+            raise UsageError(f"--generate cannot be combined with --{option}: {why}; leave it out")
+    if generation.save_generated is not None:
+        check_file(Path(generation.save_generated))
+
+
+def lacks_texts(options: Generation) -> bool:
+    """Return whether texts are to be written that are not there, so that no result is reused."""
+    return options.save_generated is not None and not Path(options.save_generated).exists()
+
+
+def open_source(options: FisherOptions) -> tuple[TaskFile, Rows]:
+    """Open the task's data, or the prompts of the texts that take their place."""
+    generation = options.generation
+    if generation.generate is not None:
+        return TaskFile(str(generation.prompts or TASK), TASK), open_prompts(generation.prompts)
+    assert options.data is not None
+    return open_task(options.data, split=options.encoding.split)
+
+
+def estimation_of(plan: Texts, estimation: Estimation, model: Model) -> Estimation:
+    """Settle the estimator on generated texts: `empirical` takes their own labels.
+
+    They are a sample of the model's where the texts are, and no other labels were asked for.
+    """
+    asked = estimation.estimator is not None or estimation.mc_samples is not None
+    own = plan.unchanged and not asked
+    chosen = estimation.estimator or ("empirical" if own else "mc")
+    few = examples_of(model, plan.first(0), [])
+    return settled_estimation(replace(estimation, estimator=chosen), model, few)
+
+
+def generate_sample(
+    model: Model,
+    plan: Texts,
+    prompts: Rows,
+    options: Generation,
+    estimation: Estimation,
+    *,
+    work: KeptWork,
+    found: StoredWork | None,
+    digests: bool = True,
+) -> Sample:
+    """Generate the texts of a plan, resuming from saved progress, and write them if asked."""
+    settled = estimation_of(plan, estimation, model)
+    group, start = all_processes(), kept_texts(found)
+    before = 0 if start is None else len(start.texts)
+    if before:
+        LOG.info("resuming after %d of %d generated texts", before, len(plan.prompts))
+    began = time.perf_counter()
+    with (
+        signals.waiting(),
+        progress(
+            "generating", len(plan.prompts), "texts", before=before, phase="generation"
+        ) as advance,
+    ):
+        written = generate(
+            model,
+            plan,
+            group=group,
+            start=start,
+            keep=lambda written: keep_texts(work, written),
+            note=LOG.info,
+            progress=advance,
+        )
+    texts = plan.in_order(written)
+    _log(written, before, time.perf_counter() - began)
+    if options.save_generated is not None and is_first(group):
+        write_file(Path(options.save_generated), json_lines(model, prompts, texts))
+    sampled = settled.estimator in ("mc", "batched")
+    record = Generated(
+        sequences=len(texts),
+        max_length=plan.distribution.most,
+        temperature=plan.distribution.temperature,
+        top_p=plan.distribution.top_p,
+        seed=plan.distribution.seed,
+        prompts=prompts.digest() if digests and len(prompts) else None,
+        label_draws=settled.mc_samples if sampled else None,
+        batch_size=plan.batch_size,
+        halvings=written.halvings,
+    )
+    kept = KeptPass(work, found, *texts_to_keep(written))
+    return Sample(examples_of(model, plan, texts), settled, record, kept)
+
+
+def measure_sample(
+    model: Model, sample: Sample, *, task: str, seed: int, structure: str
+) -> FisherDiagonal:
+    """Measure the Fisher of generated texts.
+
+    Own labels are drawn from the model as `mc` draws them, so that is the estimator.
+    """
+    diagonal = measure_fisher(
+        model,
+        sample.examples,
+        sample.estimation,
+        task=task,
+        seed=seed,
+        structure=structure,
+        kept=sample.kept,
+    )
+    if diagonal.estimator == "empirical":
+        diagonal.estimator, diagonal.mc_samples = "mc", 1
+    return diagonal
+
+
+def sample_cost(
+    model: Model, plan: Texts, estimation: Estimation, structure: str, *, seed: int
+) -> tuple[PassCost, int, float]:
+    """Estimate the cost of a pass as `pass_cost`, and the seconds of generating, from a few texts.
+
+    Each of several processes estimates for itself.
+    """
+    settled = estimation_of(plan, estimation, model)
+    few = plan.first(plan.batch_size * _DRY_BATCHES)
+    began = time.perf_counter()
+    texts = few.in_order(generate(model, few))
+    each = (time.perf_counter() - began) / len(texts)
+    count = len(plan.prompts)
+    cost, factors = pass_cost(
+        model, examples_of(model, few, texts), settled, structure, seed=seed, count=count
+    )
+    if settled.estimator == "empirical":
+        cost["estimator"] = "mc"
+    return cost, factors, each * count
+
+
+def generated_of(ledger: Ledger) -> GeneratedResult | None:
+    """Report how the texts of a ledger's last task were generated; None where it has data."""
+    record = ledger.tasks[-1].generated
+    return None if record is None else cast(GeneratedResult, asdict(record))
+
+
+def _log(written: Written, before: int, seconds: float) -> None:
+    new = sum(map(len, written.texts[before:]))
+    LOG.info(
+        "generated %d texts, %d tokens (%.3g tokens/s)",
+        len(written.texts),
+        sum(map(len, written.texts)),
+        new / seconds,
+    )

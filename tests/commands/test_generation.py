@@ -1,0 +1,437 @@
+"""`fisher --generate`: a Fisher without data, against an enumeration of all texts."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import consolidate
+from consolidate.chain import resume
+from consolidate.commands import fisher as fisher_command
+from consolidate.commands import generation as generation_command
+from consolidate.commands import measurement
+from consolidate.estimation.estimates import FisherDiagonal
+from consolidate.models.loading import load_model
+from formats.checkpoint import open_checkpoint
+from formats.errors import InputError, NonFiniteError, UsageError
+from formats.fisher_folder import read_fisher
+from formats.fisher_json import Generated
+from formats.rows import file_digest
+from support import tiny_models
+from support.command_line import run
+from support.faults import Killed, kill_after
+from support.folders import contents
+from support.networks import NETWORK
+from support.together import ended, started
+
+LENGTH = 3
+END = 1
+FEW: dict[str, Any] = {"generate": 6, "max_length": 8, "batch_size": 2}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """Four tokens, of which 0 begins and 1 ends a text; in float64, without a tokenizer."""
+    config = transformers.GPT2Config(
+        vocab_size=4, n_embd=4, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=END
+    )
+    folder = tmp_path / "tiny"
+    tiny_models.save(folder, transformers.GPT2LMHeadModel, config, dtype=torch.float64)
+    module = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter *= 4
+    module.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    config = tiny_models.gpt2_config(bos_token_id=0, eos_token_id=0)
+    tokenizer = tiny_models.byte_tokenizer()
+    return tiny_models.save(tmp_path / "gpt2", transformers.GPT2LMHeadModel, config, tokenizer)
+
+
+def every_text(begun: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    """All texts of at most three tokens, which end with the end token."""
+    if len(begun) == LENGTH or begun[-1:] == (END,):
+        yield begun
+    else:
+        for token in range(4):
+            yield from every_text((*begun, token))
+
+
+def enumerated(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
+    """E[s²] and the variance of s² by parameter, s = ∇ log p of a text, and E of the tokens."""
+    module = load_model(open_checkpoint(folder)).module
+    parameters = dict(module.named_parameters())
+    first = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    second = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    tokens = total = 0.0
+    for text in every_text():
+        ids = torch.tensor([[0, *text]])
+        each = module(ids).logits[0, :-1].log_softmax(-1)
+        log_p = each.gather(1, ids[0, 1:, None]).sum()
+        p = float(log_p.detach().exp())
+        for name, g in zip(
+            parameters, torch.autograd.grad(log_p, [*parameters.values()]), strict=True
+        ):
+            first[name] += p * g**2
+            second[name] += p * g**4
+        tokens += p * len(text)
+        total += p
+    assert total == pytest.approx(1, abs=1e-12)
+    return first, {n: second[n] - first[n] ** 2 for n in first}, tokens
+
+
+def measured(folder: Path, **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """The Fisher in float64 before it is stored, and the ledger's record."""
+    found: dict[str, FisherDiagonal] = {}
+    real = generation_command.measure_sample
+
+    def noted(*arguments: Any, **more: Any) -> FisherDiagonal:
+        found["fisher"] = real(*arguments, **more)
+        return found["fisher"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fisher_command, "measure_sample", noted)
+        consolidate.fisher(folder, **options, accumulate_dtype="float64", overwrite=True)
+    return dict(found["fisher"]), read_fisher(folder / "fisher").ledger.tasks[-1]
+
+
+OTHER_LABELS: dict[str, dict[str, Any]] = {
+    "own labels": {},
+    "labels sampled again": {"estimator": "mc", "mc_samples": 2},
+    "all labels": {"estimator": "exact"},
+}
+
+
+@pytest.mark.parametrize("labels", OTHER_LABELS)
+def test_it_is_unbiased(tiny: Path, labels: str) -> None:
+    expected, variance, tokens = enumerated(tiny)
+    count, errors = 1500, []
+    options = {"generate": count, "max_length": LENGTH, "batch_size": 300}
+    fisher, task = measured(tiny, **options, **OTHER_LABELS[labels])
+    for name, values in fisher.items():
+        # E[s²] of each weight; no weight is without noise but where s is 0
+        means, error = values * task.units / count, (variance[name] / count).sqrt()
+        assert ((means - expected[name]).abs() <= 4.5 * error + 1e-12).all(), name
+        errors.append((means.sum() - expected[name].sum()) / expected[name].sum())
+    assert max(map(abs, errors)) < 0.2
+    assert abs(task.units / count / tokens - 1) < 0.05
+    assert task.estimator == ("exact" if labels == "all labels" else "mc")
+    assert task.mc_samples == {"own labels": 1, "labels sampled again": 2}.get(labels)
+    assert task.generated.label_draws == (2 if labels == "labels sampled again" else None)
+
+
+def test_more_texts_bring_it_nearer(tiny: Path) -> None:
+    expected, _, tokens = enumerated(tiny)
+
+    def distance(count: int) -> float:
+        fisher, _ = measured(tiny, generate=count, max_length=LENGTH, batch_size=500, seed=4)
+        parts = [(fisher[name] - expected[name] / tokens).flatten() for name in fisher]
+        return float(torch.cat(parts).norm())
+
+    assert distance(2000) < 0.5 * distance(60)
+
+
+def test_changed_sampling_draws_labels_again(tiny: Path) -> None:
+    options = {"generate": 50, "max_length": LENGTH}
+    for more in ({"temperature": 0.7}, {"top_p": 0.8}):
+        _, task = measured(tiny, **options, **more)
+        assert (task.estimator, task.mc_samples, task.generated.label_draws) == ("mc", 1, 1)
+    own, _ = measured(tiny, **options)
+    again, _ = measured(tiny, **options, estimator="mc")
+    assert any(not torch.equal(own[name], again[name]) for name in own)
+
+
+def test_the_ledger_says_how(gpt2: Path, tmp_path: Path, capsys: Any) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the cat\nrain\n")
+    code, out, err = run(
+        capsys, "fisher", gpt2, "--generate", 5, "--max-length", 7, "--prompts", prompts,
+        "--top-p", 0.9, "--seed", 3, "--batch-size", 2, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads(out)
+    (task,) = read_fisher(gpt2 / "fisher").ledger.tasks
+    assert (task.name, task.data, task.data_digest) == ("self", "prompts.txt", None)
+    assert (task.unit, task.examples, task.max_length) == ("token", 5, None)
+    expected = Generated(5, 7, 1.0, 0.9, 3, file_digest(prompts), 1, 2, 0)
+    assert task.generated == expected
+    assert result["generated"] == vars(expected)
+    assert (result["loss_on"], result["max_length"]) == ("completion", 7)
+    assert "generated 5 texts, " in err
+    text = "5 generated texts, max length 7, with prompts, top-p 0.9"
+    assert text in run(capsys, "show", gpt2)[1]
+    shown = json.loads(run(capsys, "show", gpt2, "--json")[1])
+    assert shown["tasks"][0]["generated"] == vars(expected)
+    assert "measured on texts that the model generated: self" in run(capsys, "verify", gpt2)[1]
+    assert json.loads(run(capsys, "verify", gpt2, "--json")[1])["generated"] == ["self"]
+    run(capsys, "report", gpt2, "--output", tmp_path / "page.html")
+    assert text in (tmp_path / "page.html").read_text()
+    consolidate.fisher(gpt2, generate=3, max_length=5, output_dir=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "3 generated texts, max length 5" in card
+
+
+def test_no_digest_of_prompts_without_digests(gpt2: Path, tmp_path: Path) -> None:
+    (tmp_path / "p").write_text("rain\n")
+    consolidate.fisher(gpt2, **FEW, prompts=tmp_path / "p", data_digest=False)
+    (task,) = read_fisher(gpt2 / "fisher").ledger.tasks
+    assert (task.generated.prompts, task.made_from) == (None, None)
+
+
+def test_it_is_up_to_date_or_not(gpt2: Path, tmp_path: Path) -> None:
+    prompts, texts = tmp_path / "p.txt", tmp_path / "texts.jsonl"
+    prompts.write_text("rain\n")
+    options = {**FEW, "prompts": prompts, "overwrite": True}
+
+    def status(**more: Any) -> str:
+        return str(consolidate.fisher(gpt2, **{**options, **more})["status"])
+
+    assert [status(), status(), status(generate=7), status(generate=7)] == [
+        "done", "cached", "done", "cached",
+    ]  # fmt: skip
+    assert status(generate=7, temperature=0.5) == "done"
+    prompts.write_text("again\n")
+    assert [status(), status()] == ["done", "cached"]
+    assert [status(save_generated=texts), status(save_generated=texts)] == ["done", "cached"]
+    assert len(texts.read_text().splitlines()) == 6
+
+
+def test_the_same_seed_gives_the_same_bytes(gpt2: Path, tmp_path: Path) -> None:
+    sizes = {"a": 2, "b": 2, "c": 6}
+    for name, size in sizes.items():
+        consolidate.fisher(
+            gpt2,
+            **{**FEW, "batch_size": size},
+            output_dir=tmp_path / name,
+            save_generated=tmp_path / f"{name}.jsonl",
+        )
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    texts = {(tmp_path / f"{name}.jsonl").read_bytes() for name in sizes}
+    assert len(texts) == 1  # as for other batch sizes, up to rounding
+    first, other = (read_fisher(tmp_path / name / "fisher").fisher for name in ("a", "c"))
+    for name in first:
+        torch.testing.assert_close(first[name], other[name], rtol=1e-4, atol=1e-8)
+    consolidate.fisher(gpt2, **FEW, seed=1, output_dir=tmp_path / "d")
+    assert contents(tmp_path / "a") != contents(tmp_path / "d")
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_killed_while_generating_it_resumes_to_the_same_bytes(
+    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    consolidate.fisher(gpt2, **FEW, output_dir=tmp_path / "whole")
+    real, batches, seen = generation_command.keep_texts, [0], list[int]()
+
+    def killed(work: Any, written: Any) -> None:
+        real(work, written)
+        batches[0] += 1
+        if batches[0] == after:
+            raise Killed
+
+    options = {**FEW, "output_dir": tmp_path / "out", "save_every_minutes": 0}
+    monkeypatch.setattr(generation_command, "keep_texts", killed)
+    with pytest.raises(Killed):
+        consolidate.fisher(gpt2, **options)
+    monkeypatch.setattr(
+        generation_command,
+        "keep_texts",
+        lambda work, written: (seen.append(len(written.texts)), real(work, written)),
+    )
+    consolidate.fisher(gpt2, **options)
+    assert seen == [4, 6][after - 1 :]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_killed_in_the_pass_no_text_is_generated_again(
+    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consolidate.fisher(gpt2, **FEW, output_dir=tmp_path / "whole")
+    options = {**FEW, "output_dir": tmp_path / "out", "save_every_minutes": 0}
+    monkeypatch.setattr("consolidate.estimation.compensated_sums.FOLD_EVERY", 2, raising=False)
+    kill_after(monkeypatch, 4)
+    with pytest.raises(Killed):
+        consolidate.fisher(gpt2, **options)
+
+    def refused(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("generated again")
+
+    monkeypatch.setattr(generation_command, "keep_texts", refused)
+    consolidate.fisher(gpt2, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_saved_progress_of_other_texts_is_refused(
+    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**FEW, "output_dir": tmp_path / "out", "save_every_minutes": 0}
+    kill_after(monkeypatch, 2)
+    with pytest.raises(Killed):
+        consolidate.fisher(gpt2, **options)
+    with pytest.raises(InputError, match=r"another run \(changed: generate 6 → 7\)"):
+        consolidate.fisher(gpt2, **{**options, "generate": 7})
+
+
+def test_two_processes_give_what_one_gives(gpt2: Path, tmp_path: Path) -> None:
+    words = ["fisher", str(gpt2), "--generate", "7", "--max-length", "8", "--batch-size", "2"]
+
+    def made(name: str, count: int) -> tuple[Any, bytes]:
+        texts = tmp_path / f"{name}.jsonl"
+        more = ["--output-dir", str(tmp_path / name), "--save-generated", str(texts)]
+        children = started(count, [*words, *more], tmp_path / "log")
+        assert ended(children) == [0] * count, (tmp_path / "log").read_text()
+        return read_fisher(tmp_path / name / "fisher"), texts.read_bytes()
+
+    (one, texts), (two, others) = made("one", 1), made("two", 2)
+    assert texts == others
+    for name in one.fisher:
+        torch.testing.assert_close(one.fisher[name], two.fisher[name], rtol=1e-5, atol=1e-9)
+    assert one.ledger.tasks[0].generated == two.ledger.tasks[0].generated
+
+
+def test_with_the_matrices_of_inputs(gpt2: Path) -> None:
+    result = consolidate.fisher(gpt2, **FEW, structure="inputs")
+    assert result["status"] == "done"
+    assert result["factors"] is not None
+    stored = read_fisher(gpt2 / "fisher")
+    assert stored.factors is not None
+    name = "transformer.h.0.mlp.c_fc.weight"
+    block = stored.factors[f"{name}.R"].diagonal().sum()
+    parts = [stored.fisher[name].sum(), stored.fisher[name.replace("weight", "bias")].sum()]
+    torch.testing.assert_close(block, sum(parts), rtol=1e-4, atol=0)
+
+
+def test_beside_a_task_with_data(gpt2: Path, tmp_path: Path) -> None:
+    data = tmp_path / "old.jsonl"
+    data.write_text('{"text": "the cat sat"}\n')
+    consolidate.fisher(gpt2, data)
+    consolidate.fisher(gpt2, **FEW, add=True)
+    names = [task.name for task in read_fisher(gpt2 / "fisher").ledger.tasks]
+    assert names == ["old", "self"]
+    with pytest.raises(InputError, match="already exists: --overwrite replaces it"):
+        consolidate.fisher(gpt2, **FEW)
+
+
+def test_a_dry_run_estimates_and_writes_nothing(gpt2: Path, capsys: Any) -> None:
+    before = contents(gpt2)
+    words = ("fisher", gpt2, "--generate", 1000, "--max-length", 8, "--dry-run")
+    code, out, err = run(capsys, *words)
+    assert code == 0, err
+    assert "examples     1,000, mc\n" in out
+    assert "generation " in out
+    cost = json.loads(run(capsys, *words, "--json")[1])
+    assert cost["generation_seconds"] > 0
+    assert cost["seconds"] > 50 * cost["seconds_per_example"]
+    assert contents(gpt2) == before
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no text": ({"generate": 0}, "--generate 0: expected at least 1"),
+    "data too": ({"data": "x.jsonl"}, "cannot be combined with --data: the model's own texts"),
+    "a subset": ({"max_examples": 3}, "cannot be combined with --max-examples: N is their number"),
+    "empirical": ({"estimator": "empirical"}, "cannot be combined with --estimator empirical"),
+    "packing": ({"pack": True}, "cannot be combined with --split, --pack"),
+    "loss": ({"loss_on": "all"}, "cannot be combined with --split, --pack, --loss-on"),
+    "shard": ({"shard": True}, "cannot be combined with --shard"),
+    "temperature": ({"temperature": 0.0}, "--temperature 0.0: expected a finite number above 0"),
+    "top-p": ({"top_p": 1.5}, "--top-p 1.5: expected a number above 0 to 1"),
+    "a folder": ({"save_generated": "."}, "is a folder; name a file"),
+    "too long": ({"max_length": 90}, "--max-length 90: the model reads 40 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_contradicts_it_is_refused(gpt2: Path, case: str) -> None:
+    options, message = REFUSED[case]
+    with pytest.raises((UsageError, InputError), match=message):
+        consolidate.fisher(gpt2, **{**FEW, **options})
+    assert not (gpt2 / "fisher").exists()
+
+
+@pytest.mark.parametrize("option", ["prompts", "temperature", "top_p", "save_generated"])
+def test_its_options_need_it(gpt2: Path, option: str) -> None:
+    value = 0.5 if option in ("temperature", "top_p") else "file"
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} needs --generate"):
+        consolidate.fisher(gpt2, "x.jsonl", **{option: value})
+
+
+def test_neither_data_nor_texts(gpt2: Path, capsys: Any) -> None:
+    code, _, err = run(capsys, "fisher", gpt2)
+    assert code == 2
+    assert "fisher needs --data, or --generate N for a causal language model" in err
+
+
+def test_a_module_of_ones_own_is_refused(network_checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="--model names a module of your own"):
+        consolidate.fisher(network_checkpoint, generate=3, **NETWORK)
+
+
+def test_outputs_that_are_not_finite_are_refused(
+    gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fisher_command.load
+
+    def broken(*arguments: Any, **options: Any) -> Any:  # finite weights can give such outputs
+        model = real(*arguments, **options)
+        with torch.no_grad():
+            model.module.transformer.wpe.weight[4] = float("nan")
+        return model
+
+    monkeypatch.setattr(fisher_command, "load", broken)
+    with pytest.raises(NonFiniteError, match="generated text 1, token 5"):
+        consolidate.fisher(gpt2, **FEW)
+    assert not (gpt2 / "fisher").exists()
+
+
+def test_a_full_disk_for_the_texts(
+    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, real = tmp_path / "texts.jsonl", os.fsync
+
+    def full(number: int) -> None:
+        if "texts.jsonl" in os.readlink(f"/proc/self/fd/{number}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"texts\.jsonl: the disk or the quota is full"):
+        consolidate.fisher(gpt2, **FEW, save_generated=texts)
+    assert not texts.exists()
+    assert not list(tmp_path.glob(".texts*"))
+    assert not (gpt2 / "fisher").exists()
+
+
+def test_a_task_that_was_trained_is_not_measured_on_generated_texts(
+    gpt2: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "self.jsonl"
+    data.write_text('{"text": "the cat sat"}\n')
+    consolidate.finetune(
+        gpt2, data, output_dir=tmp_path / "out", penalty="none", max_steps=1, no_fisher=True
+    )
+    # Without any Fisher there is no ledger either; beside one there is.
+    consolidate.fisher(gpt2, **{**FEW, "task": "first"})
+    consolidate.finetune(
+        gpt2, data, output_dir=tmp_path / "two", ewc_lambda=1, max_steps=1, no_fisher=True
+    )
+    with pytest.raises(UsageError, match="self was trained on data and is measured on data"):
+        consolidate.fisher(tmp_path / "two", **FEW)
+
+
+def test_texts_are_kept_as_they_are() -> None:
+    written = resume.Written([[3, 1], [2], [5, 5, 5]], most=2, halvings=1)
+    tensors, state = resume.texts_to_keep(written)
+    stored: Any = type("Stored", (), {"tensors": tensors, "state": state})
+    assert resume.kept_texts(stored) == written
+    assert resume.kept_texts(None) is None
+    assert measurement.MAX_OUTCOMES  # the pass's own limits hold for generated texts
