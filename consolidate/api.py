@@ -239,6 +239,7 @@ def finetune(
     search_plot: str | Path | None = None,
     penalty: str = "ewc",
     fisher: str | Path | None = None,
+    protect_self: int | None = None,
     penalty_dtype: torch.dtype | str | None = None,
     penalty_device: str | None = None,
     penalty_on: str | None = None,
@@ -352,6 +353,8 @@ def finetune(
         search_plot: Plot the search to a .png, .svg or .pdf file (needs matplotlib).
         penalty: ewc: Fisher-weighted penalty; l2: uniform penalty; none: no penalty.
         fisher: Where the Fisher is. (default: in the checkpoint)
+        protect_self: For a causal language model without a Fisher: first measure one on N texts
+            that it generates itself, as `fisher `generate` N` does.
         penalty_dtype: Dtype of Fisher Λ and anchor μ in memory. One of float32, bfloat16. (default:
             as stored)
         penalty_device: Device of Λ and μ. (default: that of the weights)

@@ -486,6 +486,14 @@ class PenaltyOptions:
         metavar="PATH|REPO",
         **_PER_CALL,
     )
+    protect_self: int | None = option(
+        None,
+        "For a causal language model without a Fisher: first measure one on N texts that it "
+        "generates itself, as `fisher --generate N` does.",
+        metavar="N",
+        least=1,
+        **_PER_CALL,
+    )
     penalty_dtype: str | None = option(
         None,
         "Dtype of Fisher Λ and anchor μ in memory.",

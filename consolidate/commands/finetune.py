@@ -36,6 +36,7 @@ from consolidate.commands.finetune_run import (
     train,
 )
 from consolidate.commands.finetune_search import Subject, search_lambda
+from consolidate.commands.finetune_self import with_own_fisher
 from consolidate.commands.finetune_start import Start, load_start
 from consolidate.commands.finetune_weights import UNMOVED, take_stored_values
 from consolidate.commands.fisher import measure_last
@@ -116,6 +117,7 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
     check_options(options)
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
     with claiming(Path(options.output_dir)):
+        options = with_own_fisher(options, cut)
         plan = plan_finetune(options, again=again)
         needed = output_bytes(plan.opened.source, whole=True)
         work = kept_work(options, plan.target, lambda: plan.description, needed)

@@ -161,6 +161,7 @@ def check_options(options: FinetuneOptions) -> None:
         ("head-parameters", bool(options.head.head_parameters), kept),
         ("lora-train-head", trains_head, not whole and trained),
         ("replay", options.replaying.replay is not None, fresh),
+        ("protect-self", penalty.protect_self is not None, _keeps_from_itself(options)),
     ):
         if given and other:
             raise UsageError(f"--{option} cannot be combined with {other}: leave one of them out")
@@ -209,6 +210,16 @@ def check_options(options: FinetuneOptions) -> None:
             "--interpolate cannot be combined with --shard, where no process has whole weights: "
             "leave one of them out"
         )
+
+
+def _keeps_from_itself(options: FinetuneOptions) -> str:
+    """Name what cannot be combined with --protect-self, if anything."""
+    penalty = options.penalty
+    if penalty.penalty != "ewc":
+        return f"--penalty {penalty.penalty}"
+    if penalty.fisher is not None:
+        return "--fisher"
+    return "--shard, in which no process has a whole model" if options.parameters.shard else ""
 
 
 def _check_measuring(options: FinetuneOptions) -> None:
