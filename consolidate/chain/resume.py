@@ -240,10 +240,10 @@ def texts_to_keep(written: Written) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"generated": {"most": written.most, "halvings": written.halvings}}
 
 
-def keep_texts(work: KeptWork, written: Written) -> None:
-    """Save generated texts if that is due, and stop there if that was requested."""
+def keep_texts(work: KeptWork, written: Written, count: int) -> None:
+    """Save generated texts if that is due or they are all, and stop there if that was requested."""
     work.settle()
-    if work.due:
+    if work.due or len(written.texts) == count:
         work.keep(*texts_to_keep(written), "texts")
     work.stop_if_asked(f"after {len(written.texts)} generated texts")
 

@@ -134,7 +134,7 @@ def generate_sample(
             plan,
             group=group,
             start=start,
-            keep=lambda written: keep_texts(work, written),
+            keep=lambda written: keep_texts(work, written, len(plan.prompts)),
             note=LOG.info,
             progress=advance,
         )

@@ -18,6 +18,7 @@ from consolidate.commands import generation as generation_command
 from consolidate.commands import measurement
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.loading import load_model
+from consolidate.views.card import Subject, model_card
 from formats.checkpoint import open_checkpoint
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
@@ -176,9 +177,8 @@ def test_the_ledger_says_how(gpt2: Path, tmp_path: Path, capsys: Any) -> None:
     assert json.loads(run(capsys, "verify", gpt2, "--json")[1])["generated"] == ["self"]
     run(capsys, "report", gpt2, "--output", tmp_path / "page.html")
     assert text in (tmp_path / "page.html").read_text()
-    consolidate.fisher(gpt2, generate=3, max_length=5, output_dir=tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "3 generated texts, max length 5" in card
+    ledger = read_fisher(gpt2 / "fisher").ledger
+    assert text in model_card(None, ledger, Subject("user/model", {"model_type": "gpt2"}))
 
 
 def test_no_digest_of_prompts_without_digests(gpt2: Path, tmp_path: Path) -> None:
@@ -232,8 +232,8 @@ def test_killed_while_generating_it_resumes_to_the_same_bytes(
     consolidate.fisher(gpt2, **FEW, output_dir=tmp_path / "whole")
     real, batches, seen = generation_command.keep_texts, [0], list[int]()
 
-    def killed(work: Any, written: Any) -> None:
-        real(work, written)
+    def killed(work: Any, written: Any, count: int) -> None:
+        real(work, written, count)
         batches[0] += 1
         if batches[0] == after:
             raise Killed
@@ -245,7 +245,7 @@ def test_killed_while_generating_it_resumes_to_the_same_bytes(
     monkeypatch.setattr(
         generation_command,
         "keep_texts",
-        lambda work, written: (seen.append(len(written.texts)), real(work, written)),
+        lambda work, written, count: (seen.append(len(written.texts)), real(work, written, count)),
     )
     consolidate.fisher(gpt2, **options)
     assert seen == [4, 6][after - 1 :]

@@ -248,7 +248,9 @@ def test_a_cache_that_fails_is_not_used(gpt2: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(generation, "continued", strange)
     assert generate(model, plan, note=notes.append) == whole
-    assert notes[0].endswith("does not run (TypeError: no cache): generating without it, more slowly")
+    assert notes[0].endswith(
+        "does not run (TypeError: no cache): generating without it, more slowly"
+    )
 
 
 def test_models_without_a_distribution_over_texts_are_refused(

@@ -37,7 +37,9 @@ def causal(kind: str = "gpt2", vocabulary: int = VOCABULARY) -> Any:
             vocab_size=vocabulary, n_embd=8, n_layer=2, n_head=2, n_positions=16, **TOKENS
         )  # fmt: skip
     elif kind == "llama":
-        config = transformers.LlamaConfig(vocab_size=vocabulary, num_key_value_heads=1, **SIZES, **TOKENS)
+        config = transformers.LlamaConfig(
+            vocab_size=vocabulary, num_key_value_heads=1, **SIZES, **TOKENS
+        )
     elif kind == "opt":  # positions from the attention mask
         config = transformers.OPTConfig(
             vocab_size=vocabulary, hidden_size=8, ffn_dim=8, num_hidden_layers=2,
