@@ -36,10 +36,10 @@ from consolidate.commands.finetune_run import (
     train,
 )
 from consolidate.commands.finetune_search import Subject, search_lambda
-from consolidate.commands.finetune_self import with_own_fisher
+from consolidate.commands.finetune_self import fisher_of_itself
 from consolidate.commands.finetune_start import Start, load_start
 from consolidate.commands.finetune_weights import UNMOVED, take_stored_values
-from consolidate.commands.fisher import measure_last
+from consolidate.commands.fisher import measure_last, measure_self
 from consolidate.commands.measurement import (
     encoded_as,
     encoding_record,
@@ -117,7 +117,7 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
     check_options(options)
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
     with claiming(Path(options.output_dir)):
-        options = with_own_fisher(options, cut)
+        options = _with_own_fisher(options, cut)
         plan = plan_finetune(options, again=again)
         needed = output_bytes(plan.opened.source, whole=True)
         work = kept_work(options, plan.target, lambda: plan.description, needed)
@@ -199,6 +199,20 @@ def _done_before(plan: Plan) -> FinetuneCached | None:
     if is_first(all_processes()):
         raise _too_much(failed.forgotten, plan.options, result)
     return result
+
+
+def _with_own_fisher(options: FinetuneOptions, cut: ProcessGroup | None) -> FinetuneOptions:
+    """Measure the Fisher that --protect-self asks for, and name it with --fisher instead.
+
+    It is kept beside the output until that is written, so that it is measured once however often
+    the run is interrupted; the rest is the second of two commands.
+    """
+    if options.penalty.protect_self is None:
+        return options
+    asked, source = fisher_of_itself(options)
+    folder = measured_folder(Path(options.output_dir))
+    measure_self(asked, source, folder, cut)
+    return replace(options, penalty=replace(options.penalty, protect_self=None, fisher=folder))
 
 
 def _with_last_task(plan: Plan, cut: ProcessGroup | None) -> Plan:
