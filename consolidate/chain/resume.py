@@ -17,8 +17,8 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.fingerprint import changes, plain
 from consolidate.chain.rank_progress import gather_own, start_with_first, start_with_set, write_set
-from consolidate.data.generation import Written
 from consolidate.estimation.passes import PartialPass
+from consolidate.models.sampling import Written
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import place_in, summed
 from consolidate.training.state import OWN, Descent, load_training, training_state

@@ -30,12 +30,11 @@ from consolidate.chain.tasks import (
 from consolidate.chain.up_to_date import Output, cached, find_output, recorded_fisher
 from consolidate.commands.generation import (
     check_generation,
+    first_texts,
     generate_sample,
     generated_of,
     lacks_texts,
-    measure_sample,
     open_source,
-    sample_cost,
 )
 from consolidate.commands.measurement import (
     encoded_as,
@@ -44,8 +43,10 @@ from consolidate.commands.measurement import (
     kept_work,
     log_notes,
     measure_fisher,
+    measure_texts,
     pass_cost,
     settled_estimation,
+    settled_on_texts,
 )
 from consolidate.data.columns import columns_of
 from consolidate.data.encoding import encode, log_images
@@ -225,18 +226,18 @@ def measure(plan: Plan, cut: ProcessGroup | None) -> FisherResult:
     examples: Examples
     generated = None
     if isinstance(encoded, Texts):
-        sample = generate_sample(
+        estimation = settled_on_texts(options.estimation, model, unchanged=encoded.unchanged)
+        examples, generated, kept = generate_sample(
             model,
             encoded,
             plan.rows,
             options.generation,
-            options.estimation,
+            estimation,
             work=work,
             found=found,
             digests=options.saving.data_digest,
         )
-        examples, generated = sample.examples, sample.record
-        diagonal = measure_sample(model, sample, **how)
+        diagonal = measure_texts(model, examples, estimation, **how, kept=kept)
     else:
         examples, kept = encoded, KeptPass(work, found)
         estimation = settled_estimation(options.estimation, model, encoded)
@@ -546,8 +547,15 @@ def _dry_run(plan: Plan, model: Model, encoded: Examples | Texts) -> FisherDryRu
     estimation, seed = plan.options.estimation, plan.options.seed
     generation: GenerationCost = {}
     if isinstance(encoded, Texts):
-        cost, factors, seconds = sample_cost(model, encoded, estimation, plan.structure, seed=seed)
+        estimation = settled_on_texts(estimation, model, unchanged=encoded.unchanged)
+        examples, seconds = first_texts(model, encoded)
         generation = {"generation_seconds": seconds}
+        count = len(encoded.prompts)
+        cost, factors = pass_cost(
+            model, examples, estimation, plan.structure, seed=seed, count=count
+        )
+        if estimation.estimator == "empirical":
+            cost["estimator"] = "mc"
     else:
         estimation = settled_estimation(estimation, model, encoded)
         cost, factors = pass_cost(model, encoded, estimation, plan.structure, seed=seed)

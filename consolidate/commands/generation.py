@@ -1,4 +1,4 @@
-"""The Fisher of texts that a language model generates itself: options, texts, and the pass."""
+"""Texts that a language model generates to measure its Fisher on: options, progress, records."""
 
 import logging
 import time
@@ -7,21 +7,18 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from consolidate.chain.resume import KeptPass, KeptWork, keep_texts, kept_texts, texts_to_keep
-from consolidate.commands.measurement import measure_fisher, pass_cost, settled_estimation
 from consolidate.data.generation import (
     Texts,
-    Written,
     examples_of,
     generate,
     json_lines,
     open_prompts,
 )
 from consolidate.data.text_examples import TextExamples
-from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.model import Model
+from consolidate.models.sampling import Written
 from consolidate.options import Encoding, Estimation, FisherOptions, Generation
 from consolidate.results import Generated as GeneratedResult
-from consolidate.results import PassCost
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import all_processes, is_first
 from consolidate.runtime.progress import progress
@@ -41,10 +38,9 @@ _DRY_BATCHES = 3
 
 
 class Sample(NamedTuple):
-    """Texts that a model generated, and how its Fisher is measured on them."""
+    """Texts that a model generated, how they were, and the pass over them to be saved."""
 
     examples: TextExamples
-    estimation: Estimation
     record: Generated
     kept: KeptPass
 
@@ -93,18 +89,6 @@ def open_source(options: FisherOptions) -> tuple[TaskFile, Rows]:
     return open_task(options.data, split=options.encoding.split)
 
 
-def estimation_of(plan: Texts, estimation: Estimation, model: Model) -> Estimation:
-    """Settle the estimator on generated texts: `empirical` takes their own labels.
-
-    They are a sample of the model's where the texts are, and no other labels were asked for.
-    """
-    asked = estimation.estimator is not None or estimation.mc_samples is not None
-    own = plan.unchanged and not asked
-    chosen = estimation.estimator or ("empirical" if own else "mc")
-    few = examples_of(model, plan.first(0), [])
-    return settled_estimation(replace(estimation, estimator=chosen), model, few)
-
-
 def generate_sample(
     model: Model,
     plan: Texts,
@@ -116,8 +100,10 @@ def generate_sample(
     found: StoredWork | None,
     digests: bool = True,
 ) -> Sample:
-    """Generate the texts of a plan, resuming from saved progress, and write them if asked."""
-    settled = estimation_of(plan, estimation, model)
+    """Generate the texts of a plan, resuming from saved progress, and write them if asked.
+
+    The estimation is that of `settled_on_texts`.
+    """
     group, start = all_processes(), kept_texts(found)
     before = 0 if start is None else len(start.texts)
     if before:
@@ -142,7 +128,7 @@ def generate_sample(
     _log(written, before, time.perf_counter() - began)
     if options.save_generated is not None and is_first(group):
         write_file(Path(options.save_generated), json_lines(model, prompts, texts))
-    sampled = settled.estimator in ("mc", "batched")
+    sampled = estimation.estimator in ("mc", "batched")
     record = Generated(
         sequences=len(texts),
         max_length=plan.distribution.most,
@@ -150,54 +136,21 @@ def generate_sample(
         top_p=plan.distribution.top_p,
         seed=plan.distribution.seed,
         prompts=prompts.digest() if digests and len(prompts) else None,
-        label_draws=settled.mc_samples if sampled else None,
+        label_draws=estimation.mc_samples if sampled else None,
         batch_size=plan.batch_size,
         halvings=written.halvings,
     )
     kept = KeptPass(work, found, *texts_to_keep(written))
-    return Sample(examples_of(model, plan, texts), settled, record, kept)
+    return Sample(examples_of(model, plan, texts), record, kept)
 
 
-def measure_sample(
-    model: Model, sample: Sample, *, task: str, seed: int, structure: str
-) -> FisherDiagonal:
-    """Measure the Fisher of generated texts.
-
-    Own labels are drawn from the model as `mc` draws them, so that is the estimator.
-    """
-    diagonal = measure_fisher(
-        model,
-        sample.examples,
-        sample.estimation,
-        task=task,
-        seed=seed,
-        structure=structure,
-        kept=sample.kept,
-    )
-    if diagonal.estimator == "empirical":
-        diagonal.estimator, diagonal.mc_samples = "mc", 1
-    return diagonal
-
-
-def sample_cost(
-    model: Model, plan: Texts, estimation: Estimation, structure: str, *, seed: int
-) -> tuple[PassCost, int, float]:
-    """Estimate the cost of a pass as `pass_cost`, and the seconds of generating, from a few texts.
-
-    Each of several processes estimates for itself.
-    """
-    settled = estimation_of(plan, estimation, model)
+def first_texts(model: Model, plan: Texts) -> tuple[TextExamples, float]:
+    """Generate the first few texts of a plan; give them, and the seconds that all would take."""
     few = plan.first(plan.batch_size * _DRY_BATCHES)
     began = time.perf_counter()
     texts = few.in_order(generate(model, few))
     each = (time.perf_counter() - began) / len(texts)
-    count = len(plan.prompts)
-    cost, factors = pass_cost(
-        model, examples_of(model, few, texts), settled, structure, seed=seed, count=count
-    )
-    if settled.estimator == "empirical":
-        cost["estimator"] = "mc"
-    return cost, factors, each * count
+    return examples_of(model, few, texts), each * len(plan.prompts)
 
 
 def generated_of(ledger: Ledger) -> GeneratedResult | None:

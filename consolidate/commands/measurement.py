@@ -129,6 +129,28 @@ def measure_fisher(
     return diagonal
 
 
+def measure_texts(
+    model: Model,
+    examples: Examples,
+    estimation: Estimation,
+    *,
+    task: str,
+    seed: int,
+    structure: str,
+    kept: KeptPass,
+) -> FisherDiagonal:
+    """Measure the Fisher of texts that the model generated, by a `settled_on_texts`.
+
+    Their own labels are drawn from the model as `mc` draws labels, so that is the estimator.
+    """
+    diagonal = measure_fisher(
+        model, examples, estimation, task=task, seed=seed, structure=structure, kept=kept
+    )
+    if diagonal.estimator == "empirical":
+        diagonal.estimator, diagonal.mc_samples = "mc", 1
+    return diagonal
+
+
 def _how(estimation: Estimation, structure: str, seed: int) -> dict[str, Any]:
     """Give the arguments of `fisher_diagonal` that choose the estimator."""
     return {
@@ -144,14 +166,17 @@ def _how(estimation: Estimation, structure: str, seed: int) -> dict[str, Any]:
 
 
 def settled_estimation(
-    estimation: Estimation, model: Model, examples: Examples, *, prefix: str = ""
+    estimation: Estimation, model: Model, examples: Examples | None = None, *, prefix: str = ""
 ) -> Estimation:
-    """Choose the estimator if none is given, and fill in the defaults that depend on it.
+    """Choose the estimator by examples if none is given, and fill in what depends on it.
 
     Raises UsageError for a given option that the estimator does not use; `prefix` is that of the
     options' names.
     """
-    chosen = estimation.estimator or default_estimator(model, examples)
+    chosen = estimation.estimator
+    if chosen is None:
+        assert examples is not None
+        chosen = default_estimator(model, examples)
     for option, given, sensible in (
         ("mc-samples", estimation.mc_samples is not None, ("mc", "batched")),
         ("max-outcomes", estimation.max_outcomes is not None, ("exact",)),
@@ -169,6 +194,17 @@ def settled_estimation(
         mc_samples=estimation.mc_samples or 1,
         max_outcomes=estimation.max_outcomes or MAX_OUTCOMES,
     )
+
+
+def settled_on_texts(estimation: Estimation, model: Model, *, unchanged: bool) -> Estimation:
+    """Settle the estimator on texts that the model generated: `empirical` takes their own labels.
+
+    They are a sample of the model's own distribution if the texts are (`unchanged`), and are used
+    unless other labels are asked for.
+    """
+    asked = estimation.estimator is not None or estimation.mc_samples is not None
+    own = "empirical" if unchanged and not asked else "mc"
+    return settled_estimation(replace(estimation, estimator=estimation.estimator or own), model)
 
 
 def default_estimator(model: Model, examples: Examples) -> str:

@@ -3,7 +3,7 @@
 import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from consolidate.models.model import Model
 from consolidate.models.sampling import (
     Continued,
     Distribution,
+    Written,
     continued,
     disagreement,
     has_cache,
@@ -59,15 +60,6 @@ class NoPrompts(Rows):
     def digest(self) -> str:
         """Return that there is no content."""
         return ""
-
-
-@dataclass
-class Written:
-    """Texts that were generated so far, without their prompts, in the order of their batches."""
-
-    texts: list[list[int]] = field(default_factory=list)
-    most: int | None = None  # texts at a time that fit into memory; None while a batch does
-    halvings: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,15 @@ class Distribution:
     most: int  # tokens of a text, those of its prompt not counted
     temperature: float = 1.0
     top_p: float = 1.0
+
+
+@dataclass
+class Written:
+    """Texts that were generated so far, without their prompts, in the order of their batches."""
+
+    texts: list[list[int]] = field(default_factory=list)
+    most: int | None = None  # texts at a time that fit into memory; None while a batch does
+    halvings: int = 0
 
 
 class Continued(NamedTuple):

@@ -94,14 +94,14 @@ def enumerated(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.T
 def measured(folder: Path, **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
     """The Fisher in float64 before it is stored, and the ledger's record."""
     found: dict[str, FisherDiagonal] = {}
-    real = generation_command.measure_sample
+    real = fisher_command.measure_texts
 
     def noted(*arguments: Any, **more: Any) -> FisherDiagonal:
         found["fisher"] = real(*arguments, **more)
         return found["fisher"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fisher_command, "measure_sample", noted)
+        patch.setattr(fisher_command, "measure_texts", noted)
         consolidate.fisher(folder, **options, accumulate_dtype="float64", overwrite=True)
     return dict(found["fisher"]), read_fisher(folder / "fisher").ledger.tasks[-1]
 

@@ -13,7 +13,6 @@ from consolidate.data import generation
 from consolidate.data.generation import (
     NoPrompts,
     Texts,
-    Written,
     examples_of,
     generate,
     json_lines,
@@ -23,6 +22,7 @@ from consolidate.data.generation import (
 from consolidate.estimation.likelihoods import IGNORED, get_likelihood
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
+from consolidate.models.sampling import Written
 from consolidate.options import Generation
 from formats.checkpoint import open_checkpoint
 from formats.errors import InputError, UsageError
@@ -81,7 +81,7 @@ def test_texts_begin_with_the_first_token_and_have_a_length(gpt2: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "tokenizer, config, expected, ends",
+    ("tokenizer", "config", "expected", "ends"),
     [
         ({"bos_token": None, "eos_token": "c"}, {"bos_token_id": 5, "eos_token_id": 6}, 5, {6}),
         ({}, {"bos_token_id": 5, "eos_token_id": 6}, 0, {0, 6}),
@@ -112,11 +112,11 @@ def test_without_a_first_token_prompts_are_needed(gpt2: Path, tmp_path: Path) ->
     model = opened(gpt2)
     model.processor.bos_token = model.processor.eos_token = None
     model.module.config.bos_token_id = model.module.config.eos_token_id = None
-    with pytest.raises(UsageError, match="neither tokenizer nor config has .*: give --prompts"):
+    with pytest.raises(UsageError, match=r"neither tokenizer nor config has .*: give --prompts"):
         planned(model)
     assert len(planned(model, prompts=lines(tmp_path / "p.txt", "the cat")).prompts) == 6
     model.module.config.bos_token_id = 50256
-    with pytest.raises(InputError, match="bos_token_id: expected a token id below .* found 50256"):
+    with pytest.raises(InputError, match=r"bos_token_id: expected a token id below .* found 50256"):
         planned(model)
 
 

@@ -43,12 +43,13 @@ def causal(kind: str = "gpt2", vocabulary: int = VOCABULARY) -> Any:
     elif kind == "opt":  # positions from the attention mask
         config = transformers.OPTConfig(
             vocab_size=vocabulary, hidden_size=8, ffn_dim=8, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=16, word_embed_proj_dim=8, pad_token_id=None, **TOKENS,
+            num_attention_heads=2, max_position_embeddings=16, word_embed_proj_dim=8,
+            pad_token_id=None, **TOKENS,
         )  # fmt: skip
     else:  # gemma: two kinds of layers in one cache
         config = transformers.Gemma2Config(
-            vocab_size=vocabulary, num_key_value_heads=1, head_dim=4, sliding_window=3, pad_token_id=None,
-            **SIZES, **TOKENS,
+            vocab_size=vocabulary, num_key_value_heads=1, head_dim=4, sliding_window=3,
+            pad_token_id=None, **SIZES, **TOKENS,
         )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -78,7 +79,7 @@ def test_texts_are_as_frequent_as_the_model_says() -> None:
     assert len(found) > 8
 
 
-@pytest.mark.parametrize("temperature, top_p", [(0.5, 1.0), (1.0, 0.6), (2.0, 0.8)])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.5, 1.0), (1.0, 0.6), (2.0, 0.8)])
 def test_temperature_and_top_p_change_the_distribution(temperature: float, top_p: float) -> None:
     module, count = causal(), 4000
     changed = Distribution(2, frozenset(), 1, temperature, top_p)

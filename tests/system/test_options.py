@@ -22,7 +22,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "image-std": ("0.5", [0.5]),
 }
 REQUIRED = {
-    "fisher": ["start", "--data", "x"],
+    "fisher": ["start"],
     "finetune": ["start", "--data", "x", "--output-dir", "y"],
     "evaluate": ["start", "--data", "x"],
     "merge": ["start", "--output-dir", "y"],
