@@ -164,6 +164,7 @@ def kill_what_is_saved(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 WAYS: dict[str, dict[str, Any]] = {
     "accumulated": {"gradient_accumulation_steps": 3, "norm_statistics": "update"},
     "adapter": {"lora_rank": 2, "lora_targets": ["last"], "max_examples": 50},
+    "interpolated": {"interpolate": "auto", "norm_statistics": "update", "batch_size": 10},
     "searched": {"ewc_lambda": [1, 10]},
     "compared": {"compare_none": True, "max_steps": 9},
 }
@@ -253,6 +254,31 @@ def test_it_is_recorded_shown_and_up_to_date(
     again = run(overwrite=True, restart=True, data_digest=False)
     assert again["status"] == "done"
     assert again["replayed"] == {"data": "old.npz", "data_digest": None, "share": 0.25}
+
+
+def test_a_step_of_a_run_is_done_again_where_what_it_replays_changes(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("a", "b")):
+        write_task(name, seed=seed)
+    tasks = [{"name": "a", "data": "a.npz"}, {"name": "b", "data": "b.npz", "replay": "a.npz"}]
+    lines = [f'start = "{network_checkpoint}"', 'output-dir = "out"', "[defaults]"]
+    lines += [f'model = "{NETWORK["model"]}"', "ewc-lambda = 1.0"]
+    for task in tasks:
+        lines += ["[[task]]", *(f'{key} = "{value}"' for key, value in task.items())]
+    (tmp_path / "tasks.toml").write_text("\n".join(lines))
+    options: dict[str, Any] = {"output_dir": tmp_path / "out"}
+    made = consolidate.run(tmp_path / "tasks.toml", **options)
+    assert [step["status"] for step in made["steps"]] == ["done", "done"]
+    ledger = read_fisher(tmp_path / "out" / "02-b" / "fisher").ledger
+    assert [None if t.replayed is None else t.replayed.data for t in ledger.tasks] == [
+        None,
+        "a.npz",
+    ]
+    assert ledger.tasks[1].ewc_lambda == 1.0
+    write_task("a", seed=5)
+    planned = consolidate.run(tmp_path / "tasks.toml", dry_run=True, **options)
+    assert planned["steps"][1]["reason"].endswith("replayed data")
 
 
 def test_texts_are_padded_and_masked_as_in_one_batch(tmp_path: Path) -> None:
