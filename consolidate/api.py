@@ -239,9 +239,12 @@ def finetune(
     search_plot: str | Path | None = None,
     penalty: str = "ewc",
     fisher: str | Path | None = None,
+    protect_self: int | None = None,
     penalty_dtype: torch.dtype | str | None = None,
     penalty_device: str | None = None,
     penalty_on: str | None = None,
+    replay: str | Path | None = None,
+    replay_share: float | None = None,
     interpolate: float | str | None = None,
     interpolation: str = "plain",
     structure: str | None = None,
@@ -350,12 +353,18 @@ def finetune(
         search_plot: Plot the search to a .png, .svg or .pdf file (needs matplotlib).
         penalty: ewc: Fisher-weighted penalty; l2: uniform penalty; none: no penalty.
         fisher: Where the Fisher is. (default: in the checkpoint)
+        protect_self: For a causal language model without a Fisher: first measure one on N texts
+            that it generates itself, as `fisher `generate` N` does.
         penalty_dtype: Dtype of Fisher Λ and anchor μ in memory. One of float32, bfloat16. (default:
             as stored)
         penalty_device: Device of Λ and μ. (default: that of the weights)
         penalty_on: What to penalize if an adapter is trained. adapter: its parameters, with their
             own Fisher; merged: W + s·B·A, with the Fisher of the whole weights. (default: adapter
             for an adapter with a Fisher, else merged)
+        replay: Rows of earlier tasks to mix into the batches, in the form of `data`: the columns
+            and the labels are the same, a language model takes any text.
+        replay_share: Share of the rows trained on that are replayed. An epoch takes 1/(1 − X) times
+            the steps. (default: 0.1)
         interpolate: α: save the weights μ + α (θ − μ) between the start μ and the trained θ, and
             measure them and their Fisher. auto: try 0.1, 0.2, …, 1 on held-out data, and take the α
             of the best mean score where `validation` has old tasks, else the smallest that keeps

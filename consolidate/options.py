@@ -17,6 +17,8 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 """Of images, as Pillow and timm name them."""
 EXACT_UP_TO = 16
 """Outcomes per example up to which the default estimator is exact; above it is mc."""
+REPLAY_SHARE = 0.1
+"""Of the rows trained on that are replayed, unless another share is given."""
 
 _PER_CALL: dict[str, Any] = {"changes_result": False, "in_run_file": False}
 """Of an option that names a place or says how one command runs: not for tasks of a run file."""
@@ -484,6 +486,14 @@ class PenaltyOptions:
         metavar="PATH|REPO",
         **_PER_CALL,
     )
+    protect_self: int | None = option(
+        None,
+        "For a causal language model without a Fisher: first measure one on N texts that it "
+        "generates itself, as `fisher --generate N` does.",
+        metavar="N",
+        least=1,
+        **_PER_CALL,
+    )
     penalty_dtype: str | None = option(
         None,
         "Dtype of Fisher Λ and anchor μ in memory.",
@@ -500,6 +510,29 @@ class PenaltyOptions:
         "Fisher; merged: W + s·B·A, with the Fisher of the whole weights.",
         by_default="adapter for an adapter with a Fisher, else merged",
         choices=("adapter", "merged"),
+    )
+
+
+@dataclass(frozen=True)
+class Replaying:
+    """Old rows that are trained on together with the new ones."""
+
+    TITLE = "Replay"
+
+    replay: str | Path | None = option(
+        None,
+        "Rows of earlier tasks to mix into the batches, in the form of --data: the columns and the "
+        "labels are the same, a language model takes any text.",
+        metavar="DATA",
+        changes_result=False,
+    )
+    replay_share: float | None = option(
+        None,
+        "Share of the rows trained on that are replayed. An epoch takes 1/(1 − X) times the steps.",
+        by_default=f"{REPLAY_SHARE:g}",
+        metavar="X",
+        above=0,
+        below=1,
     )
 
 
@@ -781,6 +814,7 @@ class FinetuneOptions:
     recipe: Recipe = part(Recipe())
     search: Search = part(Search())
     penalty: PenaltyOptions = part(PenaltyOptions())
+    replaying: Replaying = part(Replaying())
     interpolating: Interpolating = part(Interpolating())
     curvature: Curvature = part(Curvature())
     estimation: Estimation = part(Estimation(batch_size=None), prefix="fisher_")

@@ -270,6 +270,14 @@ class Interpolation(TypedDict):
     curve: Annotated[list[CurvePoint], about("What α was chosen from; empty where it was given.")]
 
 
+class Replayed(TypedDict):
+    """Rows of earlier tasks that were trained on too."""
+
+    data: str
+    data_digest: str | None
+    share: Annotated[float, about("Of the rows trained on, between 0 and 1.", gt=0, lt=1)]
+
+
 class Benchmark(TypedDict):
     """A task of EleutherAI's evaluation harness that a model was scored on."""
 
@@ -334,6 +342,7 @@ class Finetuned(EncodedAs, _Of):
         about("What happened to running statistics; null if the model has none."),
     ]
     interpolation: Interpolation | None
+    replayed: Replayed | None
     metrics: Times
     benchmarks: Annotated[dict[str, Benchmark], about("Those among the datasets, by name.")]
     forgotten: Annotated[
@@ -510,6 +519,7 @@ class Task(TypedDict):
     penalty_on: PenaltyOn
     parent: str | None
     interpolation: Interpolation | None
+    replayed: Replayed | None
     made_from: Annotated[str | None, about("Digest of everything that the result depends on.")]
     metrics: Times
     benchmarks: dict[str, Benchmark] | None

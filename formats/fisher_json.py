@@ -41,6 +41,7 @@ _SECOND = (
     "weight_by",
     "generated",
     "interpolation",
+    "replayed",
     "benchmarks",
     "description",
 )
@@ -113,6 +114,15 @@ class Interpolation:
 
 
 @dataclass
+class Replayed:
+    """Rows of earlier tasks that a task was trained on too."""
+
+    data: DataName
+    data_digest: Hex | None
+    share: Annotated[float, Meta(gt=0, lt=1)]  # of the rows trained on
+
+
+@dataclass
 class BenchmarkRecord:
     """A benchmark that a task's training was evaluated on, and which metric is its score."""
 
@@ -151,6 +161,7 @@ class TaskRecord:
     penalty_on: Annotated[str, _one_of("adapter", "merged")] | None = None
     parent: Hex | None = None
     interpolation: Interpolation | None = None
+    replayed: Replayed | None = None
     made_from: Hex | None = None
     description: dict[str, Any] | None = None
     metrics: dict[When, dict[Text, dict[Text, Number]]] = field(default_factory=dict)
@@ -336,6 +347,8 @@ def _to_ledger(content: Any, source: str) -> Ledger:
             _check_fields(way, Interpolation, version, source, where)
             for j, point in enumerate(way["curve"]):
                 _check_fields(point, CurvePoint, version, source, f"{where}.curve[{j}]")
+        if "replayed" in task:
+            _check_fields(task["replayed"], Replayed, version, source, f"{place}.replayed")
         for name, benchmark in task.get("benchmarks", {}).items():
             where = f"{place}.benchmarks[{shown(name)}]"
             _check_fields(benchmark, BenchmarkRecord, version, source, where)
@@ -423,6 +436,8 @@ def _faults(ledger: Ledger) -> Iterator[str]:
             yield f"$.tasks[{i}].weight_by: the task was measured, so its weight is a number"
         if task.interpolation is not None and task.penalty is None:
             yield f"$.tasks[{i}].interpolation: the task was only measured, there is no training"
+        if task.replayed is not None and task.penalty is None:
+            yield f"$.tasks[{i}].replayed: the task was only measured, there is no training"
         if task.loss_on is not None and task.unit != "token":
             yield f"$.tasks[{i}].loss_on: expected it with the unit token only"
         measured_on = {name for found in task.metrics.values() for name in found}

@@ -112,6 +112,7 @@ def asked(
 ) -> dict[str, Any]:
     """Describe what a command was asked to do, as far as known without the checkpoint."""
     flats = [flat for flat in flat_options(type(options)) if not flat.option.python_only]
+    replay = options.replaying.replay if isinstance(options, FinetuneOptions) else None
     named = {flat.name: value_of(options, flat) or {} for flat in flats if flat.names_data}
     return {
         "command": "fisher" if isinstance(options, FisherOptions) else "finetune",
@@ -124,6 +125,7 @@ def asked(
             }
             for role, specs in named.items()
         },
+        "replay": None if replay is None else content_of(replay),
         "module": module_content(options.source.model),
         "options": {
             flat.name: plain(value_of(options, flat))
@@ -194,6 +196,7 @@ _IN_WORDS = {
     "config": "config",
     "module": "source of the module",
     "data": "data",
+    "replay": "replayed data",
 }
 
 

@@ -35,6 +35,7 @@ from formats.fisher_json import (
     Interpolation,
     LayerRecord,
     Ledger,
+    Replayed,
     TaskRecord,
     check_names,
     check_task_name,
@@ -56,6 +57,7 @@ class Training:
     parent: str | None = None  # set digest of the weights that training began from
     metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     interpolation: Interpolation | None = None
+    replayed: Replayed | None = None
     benchmarks: dict[str, BenchmarkRecord] | None = None  # by name in metrics
 
 

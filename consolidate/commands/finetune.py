@@ -32,13 +32,15 @@ from consolidate.commands.finetune_run import (
     Trained,
     descend,
     kept_of,
+    log_replay,
     run_length,
     train,
 )
 from consolidate.commands.finetune_search import Subject, search_lambda
+from consolidate.commands.finetune_self import fisher_of_itself
 from consolidate.commands.finetune_start import Start, load_start
 from consolidate.commands.finetune_weights import UNMOVED, take_stored_values
-from consolidate.commands.fisher import measure_last
+from consolidate.commands.fisher import measure_last, measure_self
 from consolidate.commands.measurement import (
     encoded_as,
     encoding_record,
@@ -65,6 +67,7 @@ from consolidate.results import (
     TrainingStep,
 )
 from consolidate.results import Interpolation as InterpolationResult
+from consolidate.results import Replayed as ReplayedResult
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import (
     all_processes,
@@ -85,7 +88,7 @@ from formats.atomic import replace_folder, write_file
 from formats.checkpoint import write_checkpoint
 from formats.digest import set_digest
 from formats.errors import ForgettingError, NonFiniteError, UsageError
-from formats.fisher_json import Ledger
+from formats.fisher_json import Ledger, Replayed
 from formats.partial_work import StoredWork
 from formats.tensors import Overlaid
 
@@ -116,6 +119,7 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
     check_options(options)
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
     with claiming(Path(options.output_dir)):
+        options = _with_own_fisher(options, cut)
         plan = plan_finetune(options, again=again)
         needed = output_bytes(plan.opened.source, whole=True)
         work = kept_work(options, plan.target, lambda: plan.description, needed)
@@ -138,6 +142,7 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
     start = load_start(plan, cut)
     measure = _measuring(plan, start)
     statistics = _running_statistics(plan, start)
+    log_replay(start, plan.recipe, group)
     search = _searched(plan, start, work, found)
     comparison, found = train_without_penalty(plan, start, work, found, search)
     moving = _interpolator(plan, start, measure, found)
@@ -199,6 +204,20 @@ def _done_before(plan: Plan) -> FinetuneCached | None:
     return result
 
 
+def _with_own_fisher(options: FinetuneOptions, cut: ProcessGroup | None) -> FinetuneOptions:
+    """Measure the Fisher that --protect-self asks for, and name it with --fisher instead.
+
+    It is kept beside the output until that is written, so that it is measured once however often
+    the run is interrupted; the rest is the second of two commands.
+    """
+    if options.penalty.protect_self is None:
+        return options
+    asked, source = fisher_of_itself(options)
+    folder = measured_folder(Path(options.output_dir))
+    measure_self(asked, source, folder, cut)
+    return replace(options, penalty=replace(options.penalty, protect_self=None, fisher=folder))
+
+
 def _with_last_task(plan: Plan, cut: ProcessGroup | None) -> Plan:
     """Measure the last task if --measure names it, else report one that has no Fisher.
 
@@ -255,7 +274,7 @@ def _known(
 ) -> Finetuned:
     """Report a fine-tuning run from its ledger, now or later."""
     task, protecting = ledger.tasks[-1], plan.opened.protecting
-    between = task.interpolation
+    between, replayed = task.interpolation, task.replayed
     of_base = [] if protecting is None else [old.name for old in protecting.ledger.tasks]
     return {
         "checkpoint": str(target),
@@ -266,6 +285,7 @@ def _known(
         "ewc_lambda": task.ewc_lambda,
         "norm_statistics": statistics,
         "interpolation": None if between is None else cast(InterpolationResult, asdict(between)),
+        "replayed": None if replayed is None else cast(ReplayedResult, asdict(replayed)),
         "metrics": task.metrics,
         "benchmarks": cast(dict[str, BenchmarkResult], asdict(task)["benchmarks"] or {}),
         "forgotten": scores_of(task.metrics, plan.old_tasks),
@@ -366,8 +386,7 @@ def _subject(plan: Plan, start: Start) -> Subject:
     recipe, group = plan.recipe, all_processes()
 
     def length(examples: Examples) -> int:
-        chosen = subset(len(examples), recipe.max_examples, recipe.seed)
-        return run_length(len(chosen), recipe, group)
+        return run_length(replace(start, examples=examples), recipe, group)
 
     def train_shortly(examples: Examples, steps: int) -> None:
         warmup = round(recipe.warmup_steps * steps / length(examples))
@@ -429,7 +448,12 @@ def _training(
     kind, on = plan.options.penalty.penalty, plan.opened.penalty_on
     between = None if moving is None else moving.record()
     found = {n: e.record for n, e in start.evaluations.items() if isinstance(e, Benchmark)}
-    return Training(ewc_lambda, kind, on, parent, trained.metrics, between, found or None)
+    replayed = None
+    if plan.replay is not None and start.replay is not None:
+        rows, digests = plan.replay[1], plan.options.saving.data_digest
+        digest = rows.digest() if digests else None
+        replayed = Replayed(rows.name, digest, float(start.replay.share))
+    return Training(ewc_lambda, kind, on, parent, trained.metrics, between, replayed, found or None)
 
 
 def _write(

@@ -10,7 +10,6 @@ from consolidate.chain.resume import KeptTraining, KeptWork
 from consolidate.commands.finetune_run import descend, run_length
 from consolidate.commands.finetune_weights import stored_weights, take_stored_values
 from consolidate.commands.task_metrics import evaluate_all
-from consolidate.data.examples import subset
 from consolidate.results import Comparison, LambdaSearch
 from consolidate.runtime import signals
 from consolidate.training.evaluation import tensors_of
@@ -79,8 +78,7 @@ def _train(
     LOG.info("training without a penalty, for comparison")
     model, recipe, group = start.model, plan.recipe, work.group
     values = {name: t.detach().clone() for name, t in tensors_of(model.module).items()}
-    chosen = subset(len(start.examples), recipe.max_examples, recipe.seed)
-    last = f"step {run_length(len(chosen), recipe, group)}"
+    last = f"step {run_length(start, recipe, group)}"
     measured: Metrics = {}
 
     def measure(when: str, same_as: str = "") -> None:

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.resume import KeptPass, KeptWork
+from consolidate.commands.finetune_run import rows_of
 from consolidate.commands.finetune_weights import UNMOVED, stored_weights, take_stored_values
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.examples import hold_out, subset
@@ -276,11 +277,12 @@ class Interpolator:
 
     def _batches(self) -> Iterator[tuple[Any, Tensor]]:
         """Yield this process's share of what was trained on, in random order."""
-        recipe, examples = self._recipe, self.examples
-        order = subset(len(examples), recipe.max_examples, recipe.seed, shuffled=True)
-        for part in shares(order, recipe.batch_size, self._group):
+        recipe, count = self._recipe, len(self.examples)
+        _, mixture, both = rows_of(replace(self._start, examples=self.examples), recipe)
+        order = subset(count, recipe.max_examples, recipe.seed, shuffled=True)
+        for part in shares(mixture.mixed(order, 0), recipe.batch_size, self._group):
             if part:
-                yield examples.collate(part)
+                yield both.collate(part)
 
     def _measured(self) -> str:
         """Report what the choice is based on."""

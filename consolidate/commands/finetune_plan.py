@@ -1,5 +1,7 @@
 """What a fine-tuning run is about to do: options checked, checkpoint, Fisher and data opened."""
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +19,7 @@ from consolidate.chain.output import check_output, failed_folder
 from consolidate.chain.tasks import settled_merging, task_name
 from consolidate.chain.up_to_date import Output, find_output
 from consolidate.commands.finetune_search import Plan as SearchPlan
-from consolidate.commands.finetune_search import check_held_out, plan_search
+from consolidate.commands.finetune_search import check_held_out, plan_search, same_data
 from consolidate.data.columns import columns_of
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import Lora
@@ -31,7 +33,10 @@ from formats.digest import json_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher
 from formats.hub import FISHER, commits_of, locate
-from formats.task_file import open_task
+from formats.rows import Rows
+from formats.task_file import TaskFile, open_task
+
+LOG = logging.getLogger("consolidate")
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Plan:
     interpolation: InterpolationPlan | None
     lora: Lora | None
     there: Output | None  # the output at the target, with what it was made from
+    replay: tuple[TaskFile, Rows] | None = None
     measured: StoredFisher | None = None  # the chain with its last task measured by this run
 
     @property
@@ -141,6 +147,7 @@ def check_options(options: FinetuneOptions) -> None:
     plain = recipe.optimizer != "sgd" and f"--optimizer {recipe.optimizer}"
     trains_head = adapter.lora_train_head
     kept = options.head.head == "keep" and not trains_head and "--head keep"
+    fresh = options.head.head == "new" and "--head new, which has no output for the old labels"
     trained = options.head.head != "keep" and f"--head {options.head.head}, which trains its head"
     whole = adapter.lora_rank is None
     for option, given, other in (
@@ -153,6 +160,8 @@ def check_options(options: FinetuneOptions) -> None:
         ("adam-betas", recipe.adam_betas is not None, not plain and "--optimizer sgd"),
         ("head-parameters", bool(options.head.head_parameters), kept),
         ("lora-train-head", trains_head, not whole and trained),
+        ("replay", options.replaying.replay is not None, fresh),
+        ("protect-self", penalty.protect_self is not None, _keeps_from_itself(options)),
     ):
         if given and other:
             raise UsageError(f"--{option} cannot be combined with {other}: leave one of them out")
@@ -163,6 +172,8 @@ def check_options(options: FinetuneOptions) -> None:
     ):
         if given and whole:
             raise UsageError(f"--{option} needs --lora-rank: give both, or leave it out")
+    if options.replaying.replay_share is not None and options.replaying.replay is None:
+        raise UsageError("--replay-share needs --replay: name the old rows, or leave it out")
     if recipe.adam_betas is not None and len(recipe.adam_betas) != 2:
         found = ",".join(map(str, recipe.adam_betas))
         raise UsageError(f"--adam-betas {found}: expected two numbers, β₁ and β₂")
@@ -199,6 +210,16 @@ def check_options(options: FinetuneOptions) -> None:
             "--interpolate cannot be combined with --shard, where no process has whole weights: "
             "leave one of them out"
         )
+
+
+def _keeps_from_itself(options: FinetuneOptions) -> str:
+    """Name what cannot be combined with --protect-self, if anything."""
+    penalty = options.penalty
+    if penalty.penalty != "ewc":
+        return f"--penalty {penalty.penalty}"
+    if penalty.fisher is not None:
+        return "--fisher"
+    return "--shard, in which no process has a whole model" if options.parameters.shard else ""
 
 
 def _check_measuring(options: FinetuneOptions) -> None:
@@ -262,9 +283,13 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
     _check_measure(options, opened)
     if options.gate.compare_none:
         check_compared(old, evaluate)
-    others = [options.data, *evaluate.values()]
+    replay = _open_replay(options, evaluate)
+    replayed = options.replaying.replay
+    others = [options.data, *evaluate.values(), *([] if replayed is None else [replayed])]
     check_held_out(validation, other_data=others, new=opened.task, ledger=old)
-    plan = Plan(options, opened, recipe, evaluate, validation, search, interpolation, lora, there)
+    plan = Plan(
+        options, opened, recipe, evaluate, validation, search, interpolation, lora, there, replay
+    )
     if max_forgetting is not None:
         if not set(plan.old_tasks) & set(evaluate):
             evaluate |= {name: validation[name] for name in old if name in validation}
@@ -315,6 +340,23 @@ def _check_measure(options: FinetuneOptions, opened: Opened) -> None:
     else:
         raise UsageError(f"--measure {name}: expected {last.name}, the task that was not measured")
     raise UsageError(f"--measure {name}: {why}: leave --measure out")
+
+
+def _open_replay(
+    options: FinetuneOptions, evaluate: Mapping[str, str | Path]
+) -> tuple[TaskFile, Rows] | None:
+    """Open the rows that are replayed, if any; report test data that are trained on this way."""
+    data = options.replaying.replay
+    if data is None:
+        return None
+    if same_data(data, options.data):
+        raise UsageError(f"--replay {data}: expected rows of earlier tasks, found the new task's")
+    for name, tested in evaluate.items():
+        if same_data(data, tested):
+            LOG.info(
+                "--evaluate %s=%s: these rows are replayed, so the score is too good", name, tested
+            )
+    return open_task(data)
 
 
 def _plan_interpolation(options: FinetuneOptions, opened: Opened) -> InterpolationPlan | None:

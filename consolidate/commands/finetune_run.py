@@ -15,7 +15,8 @@ from torch.distributed import ProcessGroup
 from consolidate.chain.resume import KeptTraining, KeptWork
 from consolidate.commands.finetune_weights import UNMOVED, stored_weights, take_stored_values
 from consolidate.commands.task_metrics import evaluate_all
-from consolidate.data.examples import subset
+from consolidate.data.examples import Examples, subset
+from consolidate.data.replay import WithReplay
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.lora import end_adapting
 from consolidate.models.model import Model
@@ -33,6 +34,7 @@ from consolidate.training.loop import (
     seeded,
     training_steps,
 )
+from consolidate.training.replay import Mixture
 from consolidate.training.state import Descent, load_trained, trained_tensors
 from formats.checkpoint import check_finite
 from formats.errors import NonFiniteError, UsageError
@@ -176,8 +178,8 @@ def descend(
     `take_metrics` is given a moment, and at the end of an epoch the step that may be the same.
     """
     model = start.model
-    chosen = subset(len(start.examples), recipe.max_examples, recipe.seed)
-    total = run_length(len(chosen), recipe, group)
+    chosen, mixture, trained_on = rows_of(start, recipe)
+    total = run_length(start, recipe, group)
     descent = _start_descent(model, recipe, total)
     steps, kept = descent.steps, kept or KeptTraining()
     with seeded(recipe.seed, group), signals.waiting(kept.work is not None):
@@ -187,12 +189,12 @@ def descend(
             if _is_measured(len(steps), total, recipe):
                 with kept.keeping_if_stopped(descent):
                     take_metrics(f"step {len(steps)}")
-            for epoch, examples in _epochs_left(chosen, recipe, total, group, len(steps)):
+            for epoch, examples in _epochs_left(chosen, mixture, recipe, total, group, len(steps)):
                 stand_in = None
                 if is_sharded(model.module):  # the same wherever the epoch is resumed
                     stand_in = start.examples.collate(chosen[: recipe.batch_size], epoch)
                 own = shares(examples, recipe.batch_size, group)
-                micro_batches = (start.examples.collate(s, epoch) if s else None for s in own)
+                micro_batches = (trained_on.collate(s, epoch) if s else None for s in own)
                 for step in training_steps(
                     model.module,
                     micro_batches,
@@ -246,21 +248,28 @@ def _start_descent(model: Model, recipe: Recipe, total: int) -> Descent:
 
 
 def _epochs_left(
-    chosen: Sequence[int], recipe: Recipe, total: int, group: ProcessGroup | None, taken: int
+    chosen: Sequence[int],
+    mixture: Mixture,
+    recipe: Recipe,
+    total: int,
+    group: ProcessGroup | None,
+    taken: int,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield the epochs that are not over after `taken` steps, with the examples left in them.
 
     An epoch that has only the measurement at its end left comes with no examples.
     """
     step_size = recipe.step_examples(place_in(group)[1])
-    per_epoch = -(-len(chosen) // step_size)
+    before = 0
     for epoch, order in enumerate(data_order(len(chosen), recipe.seed)):
-        before = epoch * per_epoch
         if before >= total:
             return
-        if taken - before <= per_epoch:
+        steps = mixture.steps(epoch, step_size)
+        if taken - before <= steps:
             first, last = max(0, taken - before), total - before
-            yield epoch, [chosen[i] for i in order[first * step_size : last * step_size]]
+            rows = mixture.mixed([chosen[i] for i in order], epoch)
+            yield epoch, rows[first * step_size : last * step_size]
+        before += steps
 
 
 def _is_measured(step: int, total: int, recipe: Recipe) -> bool:
@@ -274,11 +283,33 @@ def _log(step: Step, total: int, every: int) -> None:
         LOG.info("step %d of %d: loss %.4f, penalty %.4g, learning rate %.3g", *values)
 
 
-def run_length(count: int, recipe: Recipe, group: ProcessGroup | None = None) -> int:
-    """Count the optimizer steps of a run on `count` examples."""
-    per_epoch = -(-count // recipe.step_examples(place_in(group)[1]))
-    epochs, most = recipe.epochs, recipe.max_steps
-    if epochs is None:
-        epochs = 1 if most is None else -(-most // per_epoch)
-    total = epochs * per_epoch
-    return total if most is None else min(total, most)
+def rows_of(start: "Start", recipe: Recipe) -> tuple[list[int], Mixture, Examples]:
+    """Give the new examples of an epoch, how old ones are spread among them, and both by index."""
+    chosen = subset(len(start.examples), recipe.max_examples, recipe.seed)
+    if (replay := start.replay) is None:
+        return chosen, Mixture(len(chosen)), start.examples
+    both = WithReplay(start.examples, replay.examples, recipe.seed)
+    return chosen, Mixture(len(chosen), replay.share), both
+
+
+def log_replay(start: "Start", recipe: Recipe, group: ProcessGroup | None) -> None:
+    """Report how much is replayed, and what it adds to an epoch."""
+    if start.replay is None:
+        return
+    size = recipe.step_examples(place_in(group)[1])
+    mixture = rows_of(start, recipe)[1]
+    LOG.info(
+        "%g%% of the rows trained on are replayed: %d in the first epoch, from %d; it takes %d "
+        "steps, %d without",
+        100 * start.replay.share,
+        mixture.replayed(mixture.begin(1)),
+        len(start.replay.examples),
+        mixture.steps(0, size),
+        Mixture(mixture.new).steps(0, size),
+    )
+
+
+def run_length(start: "Start", recipe: Recipe, group: ProcessGroup | None = None) -> int:
+    """Count the optimizer steps of a run."""
+    size = recipe.step_examples(place_in(group)[1])
+    return rows_of(start, recipe)[1].length(size, recipe.epochs, recipe.max_steps)

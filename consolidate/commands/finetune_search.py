@@ -278,6 +278,11 @@ def _tell(plan: Plan, chosen: Trial, whole: Sequence[Trial]) -> None:
         LOG.info("λ = %g is at an end of what was tried: look beyond it", chosen.ewc_lambda)
 
 
+def same_data(one: str | Path, other: str | Path) -> bool:
+    """Return whether two names are of the same file, folder or repository."""
+    return _place(one) == _place(other)
+
+
 def _place(data: str | Path) -> str:
     path = Path(data)
     return str(path.resolve()) if path.exists() else str(data)

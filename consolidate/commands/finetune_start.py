@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.factors import module_factors
-from consolidate.chain.heads import Fitted, fit_model, head_tensors, models_of_tasks
+from consolidate.chain.heads import (
+    Fitted,
+    check_labels,
+    fit_model,
+    head_tensors,
+    models_of_tasks,
+)
 from consolidate.chain.tasks import Chain, check_names_to_be
 from consolidate.commands.finetune_nats import Forecast
 from consolidate.data.benchmarks import Benchmark, open_benchmark
@@ -20,6 +27,7 @@ from consolidate.data.columns import can_have_loss
 from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
+from consolidate.data.replay import Replay, check_alike
 from consolidate.ewc.block_penalty import BlockPenalty
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty, WeightPenalty
@@ -27,7 +35,7 @@ from consolidate.models.adapters import load
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import adapt, low_rank_layers, other_parameters
 from consolidate.models.model import Model
-from consolidate.options import Columns
+from consolidate.options import REPLAY_SHARE, Columns
 from consolidate.runtime.devices import best_device, dtype_of_name
 from consolidate.runtime.shards import shard
 from formats.errors import UsageError
@@ -57,6 +65,7 @@ class Start:
     frozen: list[nn.Parameter] | None = None  # for a fresh adapter; None where there is none
     fresh: Mapping[str, int] = field(default_factory=dict)  # by file name, the first new row
     forecast: Forecast | None = None  # None: no Fisher of earlier tasks
+    replay: Replay | None = None
 
 
 def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
@@ -88,6 +97,7 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
         name: benchmarks[name] if name in benchmarks else encoded[name] for name in plan.evaluate
     }
     held_out = _encode_named(plan, plan.validation, loaded, with_heads)
+    replay = _encode_replay(plan, loaded, examples)
     log_images(examples, *encoded.values(), *held_out.values())
     forecast = _forecast(plan, fitted)  # before an adapter freezes the weights
     frozen = None
@@ -106,7 +116,17 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     if plan.options.head.head != "extend":  # which keeps the rows that are there
         fresh |= dict.fromkeys(loaded.layout.fresh, 0)
     return Start(
-        loaded, before, examples, evaluations, held_out, with_heads, term, frozen, fresh, forecast
+        loaded,
+        before,
+        examples,
+        evaluations,
+        held_out,
+        with_heads,
+        term,
+        frozen,
+        fresh,
+        forecast,
+        replay,
     )
 
 
@@ -190,12 +210,37 @@ def _encode_named(
         task_file, rows = open_task(spec)
         # A task file of its own knows better than the options, which are the new task's.
         columns = Columns(**{**asdict(plan.opened.columns), **task_file.columns()})
-        loss_on = plan.options.encoding.loss_on
-        if loss_on is not None and not can_have_loss(rows, columns, loss_on):
-            LOG.info("%s has no tokens for --loss-on %s: the default is used", name, loss_on)
-            loss_on = None
+        loss_on = _loss_on(plan, rows, columns, name)
         encoded[name] = _encode(plan, rows, with_heads.get(name, model), columns, loss_on)
     return encoded
+
+
+def _encode_replay(plan: "Plan", model: Model, new: Examples) -> Replay | None:
+    """Encode the rows that are replayed, for the model's own head; None where there are none."""
+    if plan.replay is None:
+        return None
+    task_file, rows = plan.replay
+    named = {role: name for role, name in asdict(plan.opened.columns).items() if name is not None}
+    if model.objective.language:  # any text will do
+        named = {role: name for role, name in named.items() if name in rows.columns}
+    columns = Columns(**{**named, **task_file.columns()})
+    check_labels(rows, model, columns, remedy="replay rows with the labels of this head")
+    loss_on = _loss_on(plan, rows, columns, rows.name)
+    examples = _encode(plan, rows, model, columns, loss_on)
+    check_alike(new, examples, rows.name, plan.opened.rows.name)
+    for note in examples.notes_on():
+        LOG.info("replay of %s: %s", rows.name, note)
+    share = plan.options.replaying.replay_share or REPLAY_SHARE
+    return Replay(examples, Fraction(str(share)))  # the decimal that was written
+
+
+def _loss_on(plan: "Plan", rows: Rows, columns: Columns, name: str) -> str | None:
+    """Choose the tokens that the loss is on: as asked, where the rows have such."""
+    loss_on = plan.options.encoding.loss_on
+    if loss_on is not None and not can_have_loss(rows, columns, loss_on):
+        LOG.info("%s has no tokens for --loss-on %s: the default is used", name, loss_on)
+        return None
+    return loss_on
 
 
 def _encode(

@@ -287,9 +287,37 @@ def measure_last(
         completes=True,
         alone=folder,
     )
-    if options.saving.restart or not _is_written(plan):
-        measure(plan, cut)
+    _measure_once(plan, cut)
     return read_fisher(folder)
+
+
+def measure_self(
+    options: FisherOptions, source: Checkpoint, folder: Path, cut: ProcessGroup | None
+) -> None:
+    """Measure a language model on texts that it generates, and write the Fisher to `folder`.
+
+    One that was written there before an interruption is taken, unless that is refused.
+    """
+    check_generation(options)
+    task_file, rows = open_source(options)
+    plan = Plan(
+        source=source,
+        before=None,
+        task_file=task_file,
+        rows=rows,
+        merging=settled_merging(None, options.merging),
+        structure=_settled_structure(options, None, completes=False),
+        options=options,
+        folder=source.path,
+        there=None,
+        alone=folder,
+    )
+    _measure_once(plan, cut)
+
+
+def _measure_once(plan: Plan, cut: ProcessGroup | None) -> None:
+    if plan.options.saving.restart or not _is_written(plan):
+        measure(plan, cut)
 
 
 def _is_written(plan: Plan) -> bool:

@@ -13,7 +13,7 @@ from formats.task_file import resolve
 OPTIONS = {flat.flag: flat for flat in flat_options(FinetuneOptions) if flat.option.in_run_file}
 """What a run file may set for a task, by key."""
 
-_OF_TRAINING = {"search", "penalty", "adapter", "head", "recipe", "gate", "measuring"}
+_OF_TRAINING = {"search", "penalty", "replaying", "adapter", "head", "recipe", "gate", "measuring"}
 _OF_BOTH = {"seed", "batch_size"}  # of the recipe, and meant for the Fisher too
 
 

@@ -24,7 +24,13 @@ from consolidate.views.matrix import (
     matrix_summary,
     matrix_table,
 )
-from consolidate.views.summary import encoding_text, estimator_text, penalty_text, size_text
+from consolidate.views.summary import (
+    encoding_text,
+    estimator_text,
+    penalty_text,
+    replay_text,
+    size_text,
+)
 from formats.digest import DTYPES, set_digest
 from formats.errors import InputError
 from formats.fisher_json import Ledger, copies, covered
@@ -264,7 +270,10 @@ def _body(ledger: Ledger, subject: Subject) -> str:
     matrix, merged = ledger_matrix(ledger), side_by_side_text(side_by_side(ledger))
     rule = ledger.merge_rule + (f", γ = {ledger.gamma:g}" if ledger.merge_rule == "online" else "")
     digests = "The ledger has no digest of any data."
-    if named := [escaped(task.name) for task in ledger.tasks if task.data_digest is not None]:
+    named = [escaped(task.name) for task in ledger.tasks if task.data_digest is not None]
+    replayed = [task for task in ledger.tasks if task.replayed and task.replayed.data_digest]
+    named += [f"what was replayed for {escaped(task.name)}" for task in replayed]
+    if named:
         digests = f"The ledger has a digest of the data of {', '.join(named)}, which can confirm "
         digests += "a guess of the exact data."
     copied = copies(ledger)
@@ -362,7 +371,10 @@ def _tasks(ledger: Ledger) -> str:
     rows = [["", "task", "objective", "labels", "data", "learned with"]]
     for number, task in enumerate(ledger.tasks, 1):
         labels = few([escaped(label) for label in task.labels or []], 8) or "–"
-        learned = escaped(penalty_text(task.penalty, task.penalty_on, task.ewc_lambda))
+        learned = penalty_text(task.penalty, task.penalty_on, task.ewc_lambda)
+        if task.replayed is not None:
+            learned += replay_text(task.replayed.data, task.replayed.share)
+        learned = escaped(learned)
         learned = "(measured only)" if task.penalty is None else learned
         objective, data = escaped(task.objective), escaped(task.data) or "–"
         rows.append([str(number), escaped(task.name), objective, labels, data, learned])

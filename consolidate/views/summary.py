@@ -204,8 +204,15 @@ def penalty_text(penalty: str | None, penalty_on: str | None, ewc_lambda: float 
 
 
 def learned_text(task: Task) -> str:
-    """Name the penalty that a task of `show` was trained with."""
-    return penalty_text(task["penalty"], task["penalty_on"], task["ewc_lambda"])
+    """Name the penalty that a task of `show` was trained with, and what was replayed."""
+    penalty = penalty_text(task["penalty"], task["penalty_on"], task["ewc_lambda"])
+    replayed = task["replayed"]
+    return penalty + ("" if replayed is None else replay_text(replayed["data"], replayed["share"]))
+
+
+def replay_text(data: str, share: float) -> str:
+    """Say what was replayed, to follow the penalty."""
+    return f", {100 * share:g}% replay of {data}"
 
 
 def _metrics(tasks: list[Task]) -> list[list[str]]:

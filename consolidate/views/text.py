@@ -116,6 +116,8 @@ def finetune_text(result: FinetuneResult) -> str:
         )
     if (between := result["interpolation"]) is not None:
         lines.append(f"Weights and Fisher are at α = {between['alpha']:g} from the start")
+    if (replayed := result["replayed"]) is not None:
+        lines.append(f"{100 * replayed['share']:g}% of the rows were replayed: {replayed['data']}")
     if (fisher := result["fisher"]) is not None:
         lines.append(_measured_text(fisher["folder"], fisher))
     else:

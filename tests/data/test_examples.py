@@ -17,12 +17,14 @@ import consolidate
 from consolidate.data.encoding import encode, unread_columns
 from consolidate.data.examples import Examples, Part, hold_out, subset
 from consolidate.data.labels import label_names, label_values
+from consolidate.data.replay import WithReplay
 from consolidate.estimation.batches import model_outputs
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
 from consolidate.models.objectives import get_objective
 from consolidate.options import Columns
+from consolidate.training.loop import APART
 from formats.checkpoint import open_checkpoint
 from formats.data import Rows, open_data
 from formats.errors import InputError, UsageError
@@ -63,6 +65,26 @@ def gpt2(folder: Path, cls: Any = transformers.GPT2LMHeadModel, **options: Any) 
 
 def first_batch(examples: Any, size: int = 100, **options: Any) -> tuple[Any, torch.Tensor]:
     return next(iter(examples.batches(size, **options)))
+
+
+def test_replayed_rows_make_the_batch_of_one_file(tmp_path: Path) -> None:
+    model = bert(tmp_path, **LABELS)
+    rows = [{"text": "cat " * n, "label": n % 3} for n in (3, 1, 7, 2, 5)]
+    new, old = (
+        jsonl(tmp_path, *rows[:2], name="new.jsonl"),
+        jsonl(tmp_path, *rows[2:], name="old.jsonl"),
+    )
+    both = encode(jsonl(tmp_path, *rows), model)
+    mixed = WithReplay(encode(new, model), encode(old, model), seed=3)
+    rounds = [subset(3, None, (3 + n * APART) % 2**63, shuffled=True) for n in (1, 2)]
+    # Two rows of the first round, new ones, and the rest: its last row and two of the next round.
+    for places in ([~0, 1, ~1, 0], [~2, ~3, ~4, 1], [~1, ~3], [1, 0]):
+        inputs, labels = mixed.collate(places)
+        old_rows = [2 + rounds[~p // 3][~p % 3] for p in places if p < 0]
+        expected, numbers = both.collate([*(p for p in places if p >= 0), *old_rows])
+        assert inputs.keys() == expected.keys()
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+        assert torch.equal(labels, numbers)
 
 
 # --- classification ----------------------------------------------------------------------------
@@ -538,6 +560,12 @@ def test_one_text_becomes_another(tmp_path: Path) -> None:
     examples = encode(rows, model)
     inputs, labels = first_batch(examples)
     assert labels[0].tolist() == [*tokenizer("a dog")["input_ids"], *[-100] * 3]
+    one, two = (
+        encode(jsonl(tmp_path, row, name=f"{i}.jsonl"), model) for i, row in enumerate(rows)
+    )
+    joined = WithReplay(one, two, seed=0).collate([0, ~0])
+    assert all(torch.equal(joined[0][name], inputs[name]) for name in inputs)
+    assert torch.equal(joined[1], labels)
     assert encode(rows, model, max_length=5).notes_on() == [
         "1 of 4 texts were truncated to 5 tokens"
     ]

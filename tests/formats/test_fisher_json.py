@@ -30,6 +30,7 @@ from formats.fisher_json import (
     Interpolation,
     LayerRecord,
     Ledger,
+    Replayed,
     TaskRecord,
     check_task_name,
     ledger_bytes,
@@ -82,7 +83,8 @@ def second(**changes: Any) -> Ledger:
     generated = Generated(3, 8, 1, 0.9, 0, None, None, 2, 0)
     done = {"made_from": json_digest(description), "description": description}
     curve = [CurvePoint(0, {"a": -1.5}), CurvePoint(0.5, {"a": 0.25})]
-    between = unmeasured("b", interpolation=Interpolation(0.5, "plain", curve))
+    old = Replayed("old.jsonl", "e" * 64, 0.25)
+    between = unmeasured("b", interpolation=Interpolation(0.5, "plain", curve), replayed=old)
     between.unit, between.loss_on, between.max_length = "token", "assistant", 64
     fields: dict[str, Any] = {
         "tasks": [task(generated=generated, **done), between],
@@ -353,6 +355,7 @@ def test_version_2_comes_back_and_is_written_where_it_is_needed() -> None:
         {"tasks": [task(generated=full.tasks[0].generated)]},
         {"tasks": full.tasks[:1]},
         {"tasks": [task(penalty="none", interpolation=Interpolation(0.5, "fisher", []))]},
+        {"tasks": [task(penalty="none", replayed=Replayed("old", None, 0.5))]},
         {"tasks": [task(unit="token", loss_on="completion")]},
         {"tasks": [task(max_length=1)]},
         {"description": full.description},
@@ -435,6 +438,16 @@ DAMAGE_2 = {
         changed("tasks/0/interpolation", {"alpha": 1.0, "method": "plain", "curve": []}),
         r"tasks\[0\]\.interpolation: the task was only measured",
     ),
+    "an unknown field of replay": (
+        changed("tasks/1/replayed/rows", 5),
+        r"replayed: .* has no field 'rows'",
+    ),
+    "all rows replayed": (changed("tasks/1/replayed/share", 1.0), "share: expected a number < 1"),
+    "replay of a path": (changed("tasks/1/replayed/data", "/a/b"), "base name of a file"),
+    "replay without training": (
+        changed("tasks/0/replayed", {"data": "a", "data_digest": None, "share": 0.5}),
+        r"tasks\[0\]\.replayed: the task was only measured",
+    ),
     "generated of nothing": (changed("tasks/0/generated", None), "no such field, found null"),
     "half measured": (changed("tasks/1/examples", 3), r"\$\.tasks\[1\]: expected null for all"),
     "samples of nothing": (changed("tasks/1/mc_samples", 3), r"no mc_samples"),
@@ -478,6 +491,9 @@ def test_version_1_has_no_field_of_version_2(field: str) -> None:
     ):
         parse(bad)
     del bad["tasks"][0]["interpolation"]
+    with pytest.raises(InputError, match=r"tasks\[0\]: format version 1 has no field 'replayed'"):
+        parse(bad)
+    del bad["tasks"][0]["replayed"]
     with pytest.raises(InputError, match=r"\$\.version: expected 2, found 1: a task was not"):
         parse(bad)
 
@@ -718,6 +734,7 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
     whole = second(base="d" * 64)
     whole.tasks[0].penalty, whole.tasks[0].penalty_on = "ewc", "adapter"
     whole.tasks[0].interpolation = whole.tasks[1].interpolation
+    whole.tasks[0].replayed = whole.tasks[1].replayed
     whole.tasks[0].unit, whole.tasks[0].loss_on, whole.tasks[0].max_length = "token", "all", 64
     whole.tasks[0].benchmarks = {"a": BenchmarkRecord("0.4.13", "arc", "1", "acc", 8, 8, None)}
     whole.tasks[1].weight_by = "trace"
@@ -736,6 +753,7 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
         first["benchmarks"]["a"],
         first["interpolation"],
         first["interpolation"]["curve"][0],
+        first["replayed"],
         written["blocks"]["w.R"],
     ]
     assert tables == [list(one) for one in expected]

@@ -31,6 +31,7 @@ TESTED_THROUGH = {
     " commands.finetune_start commands.finetune_weights",
     "commands/test_unmeasured": "chain.elsewhere",
     "commands/test_compare_none": "commands.finetune_compare",
+    "commands/test_replay": "data.replay",
     "commands/test_fisher": "commands.measurement runtime.devices",
     "chain/test_heads": "commands.evaluate commands.task_metrics",
     "chain/test_resume": "training.state",
@@ -217,7 +218,7 @@ def test_every_module_has_a_test_file_or_is_said_to_be_tested_through_another() 
     known = {(folder_of(path) or "system", path.stem) for path in MODULES}
     beside = {"commands/test_forgetting", "models/test_tied_weights"}
     beside |= {"commands/test_unmeasured", "commands/test_compare_none"}
-    beside |= {"commands/test_lengths", "commands/test_structure"}
+    beside |= {"commands/test_lengths", "commands/test_structure", "commands/test_replay"}
     for test in (ROOT / "tests").glob("*/test_*.py"):
         name = f"{test.parent.name}/{test.stem}"
         module = (test.parent.name, test.stem.removeprefix("test_"))

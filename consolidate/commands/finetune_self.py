@@ -1,0 +1,63 @@
+"""What `finetune --protect-self` measures before it trains, as options of `fisher`."""
+
+from dataclasses import replace
+
+from consolidate.commands.finetune_plan import plan_finetune
+from consolidate.commands.run_options import fisher_options
+from consolidate.options import (
+    Encoding,
+    Estimation,
+    FinetuneOptions,
+    FisherOptions,
+    Gate,
+    Generation,
+    Interpolating,
+    Merging,
+    Search,
+)
+from formats.checkpoint import Checkpoint
+from formats.errors import InputError, UsageError
+from formats.wording import few
+
+
+def fisher_of_itself(options: FinetuneOptions) -> tuple[FisherOptions, Checkpoint]:
+    """Give the options that measure a checkpoint on texts it generates, and the checkpoint."""
+    like_fisher = fisher_options(options)
+    asked = replace(
+        like_fisher,
+        data=None,
+        task=None,
+        output_dir=None,
+        generation=Generation(generate=options.penalty.protect_self),
+        encoding=Encoding(),
+        estimation=Estimation(batch_size=like_fisher.estimation.batch_size),
+        merging=Merging(),
+        saving=replace(options.saving, overwrite=True),
+    )
+    return asked, _checked(options)
+
+
+def _checked(options: FinetuneOptions) -> Checkpoint:
+    """Refuse what is known to be wrong before the measurement; the rest needs its ledger."""
+    plan = plan_finetune(
+        replace(
+            options,
+            penalty=replace(options.penalty, penalty="l2"),  # which needs no Fisher
+            search=Search(1.0),
+            interpolating=Interpolating(),
+            gate=Gate(),
+        )
+    )
+    source, before = plan.opened.source, plan.opened.before
+    if before is not None:
+        tasks = few([task.name for task in before.ledger.tasks], 5)
+        raise InputError(
+            f"{source.path} has a Fisher, of {tasks}, which the penalty uses: leave "
+            "--protect-self out"
+        )
+    if source.adapter is not None:
+        raise UsageError(
+            f"{source.path} is an adapter, and --protect-self is for whole models: measure it "
+            "first with `consolidate fisher --generate`"
+        )
+    return source

@@ -1,0 +1,142 @@
+"""`finetune --protect-self` leaves what `fisher --generate` and `finetune` leave."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import consolidate
+from consolidate.chain import resume
+from consolidate.commands import fisher as fisher_command
+from formats.errors import InputError, UsageError
+from formats.fisher_folder import read_fisher
+from support import tiny_models
+from support.checkpoints import Write
+from support.faults import Killed, break_off, kill_after
+from support.folders import contents
+from support.networks import FAST
+
+COMMON: dict[str, Any] = {"batch_size": 2, "seed": 3, "save_every_minutes": 0}
+TRAINED: dict[str, Any] = {"ewc_lambda": 10.0, "max_steps": 3, "task": "new", "learning_rate": 1e-3}
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    config = tiny_models.gpt2_config(bos_token_id=0, eos_token_id=0)
+    tokenizer = tiny_models.byte_tokenizer()
+    return tiny_models.save(tmp_path / "gpt2", transformers.GPT2LMHeadModel, config, tokenizer)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "new.jsonl"
+    path.write_text("".join(f"{json.dumps({'text': text})}\n" for text in tiny_models.CORPUS))
+    return path
+
+
+def in_two_commands(start: Path, data: Path, out: Path, **options: Any) -> dict[str, bytes]:
+    copy = start.with_name("copy")
+    shutil.copytree(start, copy)
+    measured = {name: options[name] for name in ("structure", "freeze") if name in options}
+    consolidate.fisher(copy, generate=4, **COMMON, **measured)
+    consolidate.finetune(copy, data, output_dir=out, **COMMON, **{**TRAINED, **options})
+    return contents(out)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"structure": "inputs", "merge_rule": "separate", "evaluate": {"new": "new.jsonl"}},
+        {"lora_rank": 2, "freeze": ["transformer.wpe*"], "interpolate": 0.5},
+    ],
+)
+def test_one_command_leaves_what_two_leave(
+    gpt2: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = in_two_commands(gpt2, data, tmp_path / "two", **options)
+    given = {**COMMON, **TRAINED, **options, "protect_self": 4}
+    result = consolidate.finetune(gpt2, data, output_dir=tmp_path / "one", **given)
+    assert contents(tmp_path / "one") == expected
+    assert result["penalty_value"] > 0
+    first, second = read_fisher(tmp_path / "one" / "fisher").ledger.tasks
+    assert (first.name, second.name) == ("self", "new")
+    assert first.generated is not None
+    assert (first.generated.sequences, first.generated.seed) == (4, 3)
+    assert consolidate.verify(tmp_path / "one")["tasks"] == ["self", "new"]
+    assert not (gpt2 / "fisher").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".one")]
+    again = consolidate.finetune(gpt2, data, output_dir=tmp_path / "one", **given)
+    assert again["status"] == "cached"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".one")]
+
+
+def test_killed_anywhere_it_resumes(
+    gpt2: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = in_two_commands(gpt2, data, tmp_path / "two")
+
+    def run() -> Any:
+        return consolidate.finetune(
+            gpt2, data, output_dir=tmp_path / "one", protect_self=4, **COMMON, **TRAINED
+        )
+
+    whole = resume.KeptWork.keep
+    with monkeypatch.context() as patch:  # while texts are generated
+
+        def keep(self: Any, *arguments: Any, **options: Any) -> None:
+            whole(self, *arguments, **options)
+            raise Killed
+
+        patch.setattr(resume.KeptWork, "keep", keep)
+        with pytest.raises(Killed):
+            run()
+    assert (tmp_path / "..one.measured.consolidate-partial").exists()
+    kill_after(monkeypatch, 2)  # in the pass
+    with pytest.raises(Killed):
+        run()
+    break_off(monkeypatch, 2)
+    with pytest.raises(Killed):
+        run()
+    assert (tmp_path / ".one.measured" / "fisher.json").is_file()
+    assert not (tmp_path / "one").exists()
+    monkeypatch.delattr(fisher_command, "generate_sample")  # it was measured before the last kill
+    run()
+    assert contents(tmp_path / "one") == expected
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"penalty": "none", "ewc_lambda": None}, "--protect-self cannot be combined with --penal"),
+        ({"penalty": "l2"}, "--protect-self cannot be combined with --penalty l2"),
+        ({"fisher": "elsewhere"}, "--protect-self cannot be combined with --fisher"),
+        ({"protect_self": 0}, "--protect-self 0: expected at least 1"),
+        ({"shard": True}, "--shard"),
+    ],
+)
+def test_what_contradicts_it(
+    gpt2: Path, data: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    given = {"protect_self": 4, **COMMON, **TRAINED, **options}
+    with pytest.raises(UsageError, match=message):
+        consolidate.finetune(gpt2, data, output_dir=tmp_path / "out", **given)
+
+
+def test_a_model_with_a_fisher_or_without_texts_is_refused(
+    gpt2: Path, data: Path, network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    given = {"ewc_lambda": 1.0, "protect_self": 4}
+    with pytest.raises(UsageError, match=r"--generate needs a causal language model of trans.*own"):
+        consolidate.finetune(
+            network_checkpoint, write_task("new"), output_dir=tmp_path / "out", **given, **FAST
+        )
+    consolidate.fisher(gpt2, data, task="old")
+    with pytest.raises(InputError, match=r"has a Fisher, of old, .* leave --protect-self out"):
+        consolidate.finetune(gpt2, data, output_dir=tmp_path / "out", **given)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))]
