@@ -519,6 +519,7 @@ def _encoded(plan: Plan, model: Model) -> Examples | Texts:
         loss_on=encoding.loss_on,
         images=encoding.images,
         seed=options.seed,
+        labels_needed=options.estimation.estimator == "empirical",
     )
     log_images(examples)
     return examples

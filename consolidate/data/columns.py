@@ -17,6 +17,7 @@ def columns_of(given: Columns, named: Mapping[str, str]) -> Columns:
 
 INPUT_COLUMNS = ("inputs", "input", "x")
 """The usual names of the input tensor."""
+_USUAL_LABELS = ("label", "labels")
 LABEL_COLUMNS = {
     "token-classification": ("labels", "ner_tags", "tags", "label"),
     "multi-label": ("labels", "label"),
@@ -26,7 +27,13 @@ LABEL_COLUMNS = {
 
 def label_column(rows: Rows, columns: Columns, objective: str) -> str:
     """Find the column of the labels."""
-    return find_column(rows, columns, "label", *LABEL_COLUMNS.get(objective, ("label", "labels")))
+    return find_column(rows, columns, "label", *LABEL_COLUMNS.get(objective, _USUAL_LABELS))
+
+
+def lacks_labels(rows: Rows, columns: Columns, objective: str) -> bool:
+    """Return whether there is no column of labels, and none was named."""
+    usual = LABEL_COLUMNS.get(objective, _USUAL_LABELS)
+    return columns.label is None and not set(usual) & set(rows.columns)
 
 
 def kind_of_rows(rows: Rows, columns: Columns) -> str:

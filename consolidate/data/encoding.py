@@ -29,8 +29,13 @@ def encode(
     loss_on: str | None = None,
     images: Images | None = None,
     seed: int = 0,
+    labels_needed: bool = True,
 ) -> Examples:
-    """Encode the rows of a task for a model and its objective, checking every label."""
+    """Encode the rows of a task for a model and its objective, checking every label.
+
+    Rows without a column of labels are accepted where labels are not needed; token classification
+    needs them to know which tokens count.
+    """
     columns = columns or Columns()
     objective = model.objective
     own_images = objective.modality == "tensor" and holds_images(rows, columns)
@@ -48,11 +53,13 @@ def encode(
     examples: Examples
     if own_images:
         objective = replace(objective, modality="image")
-        examples = encode_own_images(rows, model, columns, images or Images())
+        examples = encode_own_images(
+            rows, model, columns, images or Images(), labels_needed=labels_needed
+        )
     elif model.objective.modality == "tensor":
-        examples = encode_tensors(rows, model, columns)
+        examples = encode_tensors(rows, model, columns, labels_needed=labels_needed)
     elif model.objective.modality == "image":
-        examples = encode_images(rows, model, columns)
+        examples = encode_images(rows, model, columns, labels_needed=labels_needed)
     else:
         with progress(f"reading {rows.name}", len(rows), "rows") as advance:
             # Labels are a column too, read before the texts.
@@ -65,6 +72,7 @@ def encode(
                 pack=pack,
                 loss_on=loss_on,
                 seed=seed,
+                labels_needed=labels_needed,
             )
     examples.notes += unread_columns(columns, objective)
     return examples

@@ -73,7 +73,9 @@ def holds_images(rows: Rows, columns: Columns) -> bool:
     return not set(INPUT_COLUMNS) & set(rows.columns) and bool(set(_USUAL) & set(rows.columns))
 
 
-def encode_images(rows: Rows, model: Model, columns: Columns) -> Examples:
+def encode_images(
+    rows: Rows, model: Model, columns: Columns, *, labels_needed: bool = True
+) -> Examples:
     """Encode images for transformers; labels are checked now, the images when they are read."""
     if model.processor is None:
         raise InputError(
@@ -81,7 +83,7 @@ def encode_images(rows: Rows, model: Model, columns: Columns) -> Examples:
             "of images, found none; save the image processor beside the weights"
         )
     column = find_column(rows, columns, "image", *_USUAL)
-    labels, notes = read_labels(rows, columns, model, model.outputs)
+    labels, notes = read_labels(rows, columns, model, model.outputs, needed=labels_needed)
     mode = "L" if getattr(model.module.config, "num_channels", 3) == 1 else "RGB"
     dtype = module_dtype(model)
 
@@ -97,7 +99,9 @@ def encode_images(rows: Rows, model: Model, columns: Columns) -> Examples:
     return ImageExamples(rows, column, labels, prepare, mode, notes=notes)
 
 
-def encode_own_images(rows: Rows, model: Model, columns: Columns, given: Images) -> Examples:
+def encode_own_images(
+    rows: Rows, model: Model, columns: Columns, given: Images, *, labels_needed: bool = True
+) -> Examples:
     """Encode images for a user's own module; the first row shows the model's outputs."""
     path = model.checkpoint.path
     folder = path if path.is_dir() else path.parent
@@ -113,5 +117,7 @@ def encode_own_images(rows: Rows, model: Model, columns: Columns, given: Images)
     first = prepare([examples.image(0)], rows.where(0, column))
     hint = "; the size is --image-size, the channels are in_chans in config.json"
     outputs = outputs_of_first(model, first, rows.where(0, column), hint)
-    examples.labels, examples.notes = read_labels(rows, columns, model, outputs.shape[-1])
+    examples.labels, examples.notes = read_labels(
+        rows, columns, model, outputs.shape[-1], needed=labels_needed
+    )
     return examples

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consolidate.data.columns import label_column
+from consolidate.data.columns import label_column, lacks_labels
 from consolidate.models.model import Model
 from consolidate.options import Columns
 from formats.errors import InputError
@@ -269,9 +269,18 @@ def as_numbers(value: Any, where: str) -> list[float]:
 
 
 def read_labels(
-    rows: Rows, columns: Columns, model: Model, count: int | None
+    rows: Rows, columns: Columns, model: Model, count: int | None, *, needed: bool = True
 ) -> tuple[Tensor, list[str]]:
-    """Read class numbers, (N,), binary labels, (N, K), or regression targets, and the notes."""
+    """Read class numbers, (N,), binary labels, (N, K), or regression targets, and the notes.
+
+    Where they are not needed, rows without any have zeros in their place.
+    """
+    if not needed and lacks_labels(rows, columns, model.objective.name):
+        several = model.objective.name == "multi-label" or (count or 1) > 1
+        several &= model.objective.name in ("multi-label", "regression")
+        shape = (len(rows), count or 1) if several else (len(rows),)
+        whole = torch.float32 if several or model.objective.name == "regression" else torch.int64
+        return torch.zeros(shape, dtype=whole), [f"{rows.name} has no labels: none are needed"]
     column = label_column(rows, columns, model.objective.name)
     if model.objective.name == "regression":
         return _targets(rows, column, model), []

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consolidate.data.columns import INPUT_COLUMNS, find_column, label_column
+from consolidate.data.columns import INPUT_COLUMNS, find_column, label_column, lacks_labels
 from consolidate.data.examples import Examples
 from consolidate.data.labels import Labels, as_list, no_class, read_labels, within_int64
 from consolidate.models.model import Model, module_dtype, outputs_of_first
@@ -33,17 +33,21 @@ class TensorExamples(Examples):
         return _cast(self.inputs[chosen], self.dtype), self.labels[chosen]
 
 
-def encode_tensors(rows: Rows, model: Model, columns: Columns) -> Examples:
+def encode_tensors(
+    rows: Rows, model: Model, columns: Columns, *, labels_needed: bool = True
+) -> Examples:
     """Encode rows of tensors, or of lists of numbers; the first row shows the model's outputs."""
     name = find_column(rows, columns, "inputs", *INPUT_COLUMNS)
     inputs = _stacked(rows, name) if rows.tensors is None else within_int64(rows, name)
     dtype = module_dtype(model)
     outputs = outputs_of_first(model, _cast(inputs[:1], dtype), rows.where(0, name))
-    column = label_column(rows, columns, model.objective.name)
-    labels = None if rows.tensors is None else _signed(within_int64(rows, column))
-    if labels is None or model.objective.name == "multi-label":
-        encoded, notes = read_labels(rows, columns, model, outputs.shape[-1])
+    without = not labels_needed and lacks_labels(rows, columns, model.objective.name)
+    if without or rows.tensors is None or model.objective.name == "multi-label":
+        count = outputs.shape[-1]
+        encoded, notes = read_labels(rows, columns, model, count, needed=labels_needed)
         return TensorExamples(inputs, encoded, dtype, notes=notes)
+    column = label_column(rows, columns, model.objective.name)
+    labels = _signed(within_int64(rows, column))
     if model.objective.name == "regression":
         return TensorExamples(inputs, _finite(rows, column, labels), dtype)
     reader = Labels(rows, column, model, outputs.shape[-1])

@@ -42,6 +42,7 @@ def encode_texts(
     pack: bool,
     loss_on: str | None,
     seed: int,
+    labels_needed: bool = True,
 ) -> Examples:
     """Encode rows of texts for the model's objective."""
     if model.processor is None:
@@ -60,7 +61,7 @@ def encode_texts(
             case "seq2seq-lm":
                 examples = _rewritten(texts, columns)
             case _:
-                examples = _classified(texts, columns)
+                examples = _classified(texts, columns, labels_needed)
     if len(examples) == 0:
         raise texts.nothing_to_predict()
     examples.notes[:0] = texts.notes()
@@ -271,10 +272,10 @@ def most_tokens(model: Model) -> int | None:
     return limit
 
 
-def _classified(texts: _Texts, columns: Columns) -> TextExamples:
+def _classified(texts: _Texts, columns: Columns, labels_needed: bool) -> TextExamples:
     rows, model = texts.rows, texts.model
     first, second = _text_columns(rows, columns)
-    labels, notes = read_labels(rows, columns, model, model.outputs)
+    labels, notes = read_labels(rows, columns, model, model.outputs, needed=labels_needed)
     for chunk in texts.chunks():
         pairs = None if second is None else texts.column(chunk, second)
         encoded, long = texts.encode(texts.column(chunk, first), pairs)

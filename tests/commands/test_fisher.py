@@ -7,8 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import consolidate
@@ -16,12 +18,14 @@ import formats.checkpoint
 from consolidate.api import evaluate, finetune
 from consolidate.commands import measurement as measurement_command
 from consolidate.estimation.estimates import FisherDiagonal
+from consolidate.options import Columns
 from consolidate.runtime import devices
 from formats.atomic import claimed
 from formats.data import open_data
 from formats.digest import set_digest, tensor_record
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
+from support import tiny_models
 from support.checkpoints import Write, measured_by_hand
 from support.faults import Killed, kill_after
 from support.folders import contents, fisher_of
@@ -99,6 +103,52 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_batch(
     for name in first:
         torch.testing.assert_close(first[name], other[name], rtol=1e-5, atol=1e-10)
     assert (tmp_path / "a" / "LICENSE").read_text() == "free\n"
+
+
+@pytest.mark.parametrize("estimator", [None, "mc", "batched"])
+def test_rows_without_labels_are_enough_where_none_are_used(
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    estimator: str | None,
+) -> None:
+    caplog.set_level("INFO", logger="consolidate")
+    data, bare = write_task("old"), tmp_path / "bare.npz"
+    np.savez(bare, inputs=np.load(data)["inputs"])
+    rows = [{"inputs": row.tolist()} for row in np.load(data)["inputs"]]
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {**NETWORK, "estimator": estimator}
+    found = []
+    for name in (data, bare, tmp_path / "bare.jsonl"):
+        target = tmp_path / f"of-{name.name}"
+        consolidate.fisher(network_checkpoint, name, **options, output_dir=target)
+        found.append(fisher_of(target))
+    for other in found[1:]:
+        for name in found[0]:
+            torch.testing.assert_close(other[name], found[0][name], rtol=1e-6, atol=0)
+    assert "bare.npz has no labels: none are needed" in caplog.messages
+    with pytest.raises(InputError, match="expected a column 'label' or 'labels'"):
+        consolidate.fisher(network_checkpoint, bare, **NETWORK, estimator="empirical")
+    with pytest.raises(InputError, match="expected a column 'kind'"):
+        consolidate.fisher(network_checkpoint, bare, **NETWORK, columns=Columns(label="kind"))
+
+
+@pytest.mark.parametrize(("kind", "outputs"), [("", 3), ("regression", 2), ("multi_label", 3)])
+def test_texts_without_labels(tmp_path: Path, kind: str, outputs: int) -> None:
+    names = {"": None, "regression": "regression", "multi_label": "multi_label_classification"}
+    config = tiny_models.bert_config(num_labels=outputs, problem_type=names[kind])
+    model = transformers.BertForSequenceClassification
+    folder = tiny_models.save(tmp_path / "bert", model, config, tiny_models.word_tokenizer())
+    labels = {"": "1", "regression": "[0.5, 2]", "multi_label": "[0, 1, 1]"}
+    texts = ["the cat sat", "rain again"]
+    found = []
+    for name, more in (("with", f', "label": {labels[kind]}'), ("without", "")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(f'{{"text": "{text}"{more}}}\n' for text in texts))
+        consolidate.fisher(folder, path, output_dir=tmp_path / name)
+        found.append(fisher_of(tmp_path / name))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_a_subset_is_seeded(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> None:
