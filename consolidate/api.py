@@ -361,7 +361,7 @@ def finetune(
         penalty_on: What to penalize if an adapter is trained. adapter: its parameters, with their
             own Fisher; merged: W + s·B·A, with the Fisher of the whole weights. (default: adapter
             for an adapter with a Fisher, else merged)
-        replay: Rows of earlier tasks to mix into the batches, with the columns and the labels of
+        replay: Rows of earlier tasks to mix into the batches, with the columns and labels of
             `data`; a language model takes any text.
         replay_share: Share of the rows trained on that are replayed. An epoch takes 1/(1 − X) times
             the steps. (default: 0.1)

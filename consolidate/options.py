@@ -521,7 +521,7 @@ class Replaying:
 
     replay: str | Path | None = option(
         None,
-        "Rows of earlier tasks to mix into the batches, with the columns and the labels of --data; a "
+        "Rows of earlier tasks to mix into the batches, with the columns and labels of --data; a "
         "language model takes any text.",
         metavar="DATA",
         changes_result=False,
