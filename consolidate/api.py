@@ -361,8 +361,8 @@ def finetune(
         penalty_on: What to penalize if an adapter is trained. adapter: its parameters, with their
             own Fisher; merged: W + s·B·A, with the Fisher of the whole weights. (default: adapter
             for an adapter with a Fisher, else merged)
-        replay: Rows of earlier tasks to mix into the batches, in the form of `data`: the columns
-            and the labels are the same, a language model takes any text.
+        replay: Rows of earlier tasks to mix into the batches, with the columns and labels of
+            `data`; a language model takes any text.
         replay_share: Share of the rows trained on that are replayed. An epoch takes 1/(1 − X) times
             the steps. (default: 0.1)
         interpolate: α: save the weights μ + α (θ − μ) between the start μ and the trained θ, and

@@ -521,8 +521,8 @@ class Replaying:
 
     replay: str | Path | None = option(
         None,
-        "Rows of earlier tasks to mix into the batches, in the form of --data: the columns and the "
-        "labels are the same, a language model takes any text.",
+        "Rows of earlier tasks to mix into the batches, with the columns and labels of --data; a "
+        "language model takes any text.",
         metavar="DATA",
         changes_result=False,
     )

@@ -18,6 +18,7 @@ from support.checkpoints import Write
 from support.faults import Killed, break_off, kill_after
 from support.folders import contents
 from support.networks import FAST
+from support.together import ended, started
 
 COMMON: dict[str, Any] = {"batch_size": 2, "seed": 3, "save_every_minutes": 0}
 TRAINED: dict[str, Any] = {"ewc_lambda": 10.0, "max_steps": 3, "task": "new", "learning_rate": 1e-3}
@@ -73,6 +74,23 @@ def test_one_command_leaves_what_two_leave(
     again = consolidate.finetune(gpt2, data, output_dir=tmp_path / "one", **given)
     assert again["status"] == "cached"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".one")]
+
+
+@pytest.mark.slow
+def test_two_processes_leave_what_they_leave_in_two_commands(
+    gpt2: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(gpt2, tmp_path / "copy")
+    train = f"--data {data} --task new --ewc-lambda 10 --max-steps 3"
+    log = tmp_path / "log"
+    for words in (
+        f"fisher {tmp_path}/copy --generate 4",
+        f"finetune {tmp_path}/copy --output-dir {tmp_path}/two {train}",
+        f"finetune {gpt2} --output-dir {tmp_path}/one {train} --protect-self 4",
+    ):
+        words += " --batch-size 2 --seed 3 --device cpu"
+        assert ended(started(2, words.split(), log)) == [0, 0], log.read_text()
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_killed_anywhere_it_resumes(
