@@ -79,7 +79,7 @@ SEARCH = "search: "
 KEPT = ", Adam's moments kept"
 INPUTS = "EWC, online, inputs" + KEPT
 MATRICES = "the penalty by matrices over the inputs; the published one is by the diagonal"
-SHARES = {(TEN, INPUTS): 0.1}  # of the steps, where a search takes another than its setting's
+SHARES = {(TEN, INPUTS): 0.2}  # of the steps, where a search takes another than its setting's
 SETTINGS = (
     Setting(
         TEN,
@@ -131,7 +131,7 @@ SETTINGS = (
             "EWC, online": ALL,
         },
         dict.fromkeys(["EWC, online" + KEPT, "EWC, online"], (1e2, 1e3, 1e4, 1e5, 1e6))
-        | {INPUTS: (1e2, 1e3, 1e4, 1e5)},
+        | {INPUTS: (1e1, 1e2, 1e3, 1e4)},
         0.25,
         {
             "no penalty" + KEPT: "85.41",
@@ -197,7 +197,7 @@ over all tasks after the last, mean over seeds and its standard error:
   penalty.
 - *inputs*: the penalty uses [matrices over a layer's
   inputs](../../how-to/beyond-the-diagonal.md), with gradient steps; heads keep the diagonal. On
-  the permutations its λ is chosen at a tenth of the steps, that of the other rows at half of them.
+  the permutations its λ is chosen at a fifth of the steps, that of the other rows at half of them.
 - *{split}* ([van de Ven 2025](https://arxiv.org/abs/2502.11756), task-incremental): 2 × 400
   units, Adam at 1e-3, 2,000 steps of 128, images in [0, 1], which digits make a task drawn
   for each seed, the Fisher on all images of a task: what a task that is well learned has of it
