@@ -392,9 +392,7 @@ def _draw(found: dict[tuple[str, str], list[Record]], folder: Path) -> None:
         for axis in axes
         for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(
-        lines.values(), lines, fontsize="small", loc="outside lower center", ncols=len(lines)
-    )
+    figure.legend(lines.values(), lines, fontsize="small", loc="outside lower center", ncols=4)
     save_picture(figure, folder, NAME)
 
 
