@@ -658,6 +658,32 @@ def test_a_chain_from_its_first_task_on_is_the_whole_chain(merge_rule: str) -> N
         learn_chain(tasks, method, 1, first=first, optimizer_kept=True)
 
 
+@pytest.mark.parametrize("merge_rule", ["online", "separate"])
+def test_a_chain_of_the_structure_inputs_is_protected_by_its_matrices(merge_rule: str) -> None:
+    from scripts.experiments.lib.continual import Method, learn_chain, split_tasks
+    from scripts.experiments.lib.mnist_files import SMALL
+
+    tasks = split_tasks(SMALL, own_outputs=True)[:3]
+    method = Method(
+        sizes=(784, 200, 10), batch_size=16, steps=6, fisher_examples=20, ewc_lambda=100.0,
+        merge_rule=merge_rule,
+    )  # fmt: skip
+    diagonal, without = learn_chain(tasks, method, 1)
+    network, memory = learn_chain(tasks, method, 1, structure="inputs")
+    assert not without.factors
+    [(name, matrix)] = memory.factors.items()
+    assert memory.blocks[name].parameters == ("layers.0.weight", "layers.0.bias")  # no head
+    assert matrix.shape == (785, 785)
+    assert float(matrix.trace()) == pytest.approx(
+        sum(float(memory.total[at].sum()) for at in memory.blocks[name].parameters), rel=1e-5
+    )
+    assert bool(memory.factor_anchor) == (merge_rule == "separate")
+    assert not network.layers[0].weight.equal(diagonal.layers[0].weight)
+    proximal = replace(method, penalty_step="proximal")
+    with pytest.raises(ValueError, match="no proximal step"):
+        learn_chain(tasks, proximal, 1, structure="inputs")
+
+
 def test_the_penalty_as_a_hook_steps_as_training_does() -> None:
     from consolidate.estimation.likelihoods import get_likelihood
     from consolidate.ewc.penalty import Penalty

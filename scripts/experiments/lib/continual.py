@@ -7,7 +7,7 @@ The loop is `training_steps`, the Fisher `fisher_diagonal`, the merge `merge_onl
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,10 @@ from torch.nn.functional import cross_entropy, pad
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
+from consolidate.ewc import factor_merging
+from consolidate.ewc.block_penalty import BlockPenalty
 from consolidate.ewc.fisher_merging import merge_online, merge_separate
-from consolidate.ewc.penalty import Penalty
+from consolidate.ewc.penalty import Penalty, WeightPenalty
 from consolidate.options import Recipe
 from consolidate.training.evaluation import measure
 from consolidate.training.loop import (
@@ -28,6 +30,7 @@ from consolidate.training.loop import (
     seeded,
     training_steps,
 )
+from formats.fisher_json import Block
 from scripts.experiments.lib.mnist_files import DEVIATION, MEAN, load
 from scripts.experiments.lib.networks import mlp
 
@@ -121,11 +124,14 @@ class Network(nn.Module):
 
 @dataclass
 class Memory:
-    """What is kept of the tasks before: Λ, μ, and the trace of each task's Fisher."""
+    """What is kept of the tasks before: Λ, μ, R, and the trace of each task's Fisher."""
 
     total: dict[str, Tensor] = field(default_factory=dict)
     anchor: dict[str, Tensor] = field(default_factory=dict)
     traces: list[float] = field(default_factory=list)
+    factors: dict[str, Tensor] = field(default_factory=dict)  # R by block name, if measured
+    blocks: dict[str, Block] = field(default_factory=dict)
+    factor_anchor: dict[str, Tensor] = field(default_factory=dict)  # of the rule separate
 
 
 def permuted_tasks(
@@ -205,6 +211,7 @@ def learn_chain(
     *,
     first: Network | None = None,
     optimizer_kept: bool = False,
+    structure: str = "diagonal",
     look: Callable[[Network, int, int], None] = lambda network, task, step: None,
     learned: Callable[[Network, int], None] = lambda network, task: None,
 ) -> tuple[Network, Memory]:
@@ -216,6 +223,7 @@ def learn_chain(
         seed: Of the weights, of the order of the examples and of labels that are sampled.
         first: What has learned the first task already, by `learn_first`; left as it is.
         optimizer_kept: Whether its moments go from task to task, or each starts anew.
+        structure: Of the Fisher: diagonal or inputs.
         look: Called after every `method.every` steps with the network, the task's number and the
             steps taken on it.
         learned: Called after each task with the network and the task's number.
@@ -224,8 +232,11 @@ def learn_chain(
         The network, and what is remembered of all of them.
 
     Raises:
-        ValueError: The optimizer is to be kept, but the first task was learned with another.
+        ValueError: The optimizer is to be kept, but the first task was learned with another; or
+            matrices are combined with proximal steps.
     """
+    if structure != "diagonal" and method.penalty_step == "proximal":
+        raise ValueError("the penalty by matrices has no proximal step: use gradient steps")
     if first is not None and optimizer_kept:
         raise ValueError("the moments of the first task are not known: leave first out")
     network = new_network(method, seed) if first is None else deepcopy(first)
@@ -233,11 +244,11 @@ def learn_chain(
     optimizer = new_optimizer(method, network)
     for number, task in enumerate(tasks):
         network.outputs = task.outputs
-        penalty = None
+        penalty: WeightPenalty | None = None
         if number and method.penalty == "l2":
             penalty = Penalty.l2(network, ewc_lambda=method.ewc_lambda)
         elif number and method.penalty == "ewc":
-            penalty = Penalty(network, memory.total, memory.anchor, ewc_lambda=method.ewc_lambda)
+            penalty = _penalty(network, memory, method.ewc_lambda)
         if number or first is None:
             learn(
                 network,
@@ -251,8 +262,22 @@ def learn_chain(
             )
         learned(network, number)
         if method.penalty == "ewc":
-            remember(memory, network, task.train, method, seed)
+            remember(memory, network, task.train, method, seed, structure)
     return network, memory
+
+
+def _penalty(network: Network, memory: Memory, strength: float) -> WeightPenalty:
+    if not memory.factors:
+        return Penalty(network, memory.total, memory.anchor, ewc_lambda=strength)
+    return BlockPenalty(
+        network,
+        memory.total,
+        memory.anchor,
+        factors=memory.factors,
+        blocks=memory.blocks,
+        factor_anchor=memory.factor_anchor,
+        ewc_lambda=strength,
+    )
 
 
 def learn_first(task: Task, method: Method, seed: int) -> Network:
@@ -286,7 +311,7 @@ def learn(
     seed: int,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    penalty: Penalty | None = None,
+    penalty: WeightPenalty | None = None,
     seen: Sequence[Task] = (),
     look: Callable[[int], None] = lambda step: None,
 ) -> int:
@@ -307,7 +332,7 @@ def learn(
     """
     optimizer = optimizer or new_optimizer(method, network)
     hook = None
-    if penalty is not None and method.penalty_step == "proximal":
+    if isinstance(penalty, Penalty) and method.penalty_step == "proximal":
         # As `training_steps` takes it, without the penalty's value in every step.
         hook = optimizer.register_step_post_hook(penalty.proximal_step_)
         penalty = None
@@ -346,9 +371,16 @@ def learn(
     return step
 
 
-def remember(memory: Memory, network: Network, part: Part, method: Method, seed: int) -> None:
+def remember(
+    memory: Memory,
+    network: Network,
+    part: Part,
+    method: Method,
+    seed: int,
+    structure: str = "diagonal",
+) -> None:
     """Measure the Fisher of what was learned, and merge it into what is kept."""
-    fisher = fisher_of(network, part, method, seed)
+    fisher = fisher_of(network, part, method, seed, structure)
     memory.traces.append(sum(float(values.double().sum()) for values in fisher.values()))
     weight = memory.traces[0] / memory.traces[-1] if method.task_weight == "trace" else 1.0
     weights = {name: p.detach().clone() for name, p in network.named_parameters()}
@@ -359,16 +391,39 @@ def remember(memory: Memory, network: Network, part: Part, method: Method, seed:
     else:
         memory.total = merge_online(memory.total, fisher, gamma=method.gamma, weight=weight)
         memory.anchor = weights
+    if not isinstance(fisher, FisherDiagonal) or not fisher.factors:
+        return
+    memory.blocks = fisher.blocks
+    if method.merge_rule == "separate":
+        memory.factors, memory.factor_anchor, _ = factor_merging.separate(
+            memory.factors,
+            memory.factor_anchor,
+            fisher.factors,
+            weights,
+            fisher.blocks,
+            weight=weight,
+        )
+    else:
+        memory.factors = factor_merging.online(
+            memory.factors, fisher.factors, gamma=method.gamma, weight=weight
+        )
 
 
 def fisher_of(
-    network: Network, part: Part, method: Method, seed: int
+    network: Network, part: Part, method: Method, seed: int, structure: str = "diagonal"
 ) -> FisherDiagonal | dict[str, Tensor]:
     """Measure the Fisher of a task by the method's estimator, on its first examples."""
     batches = part.batches(method.fisher_batch, method.fisher_examples)
     if method.estimator == SQUARED_BATCH:
         return squared_batch_gradients(network, batches)
-    return fisher_diagonal(network, batches, "softmax", estimator=method.estimator, seed=seed)
+    return fisher_diagonal(
+        network,
+        batches,
+        "softmax",
+        estimator=method.estimator,
+        structure=structure,
+        seed=seed,
+    )
 
 
 def squared_batch_gradients(network: nn.Module, batches: Batches) -> dict[str, Tensor]:
@@ -407,13 +462,15 @@ def scores(network: Network, tasks: Sequence[Task], part: str) -> list[float]:
     return found
 
 
-def seconds(method: Method, tasks: int) -> float:
+def seconds(method: Method, tasks: int, structure: str = "diagonal") -> float:
     """Return about how long a chain takes on one core: its steps, and each task's Fisher."""
     weights = sum(a * b for a, b in zip(method.sizes, method.sizes[1:], strict=False))
     product, held = (4.2e-11, 1e-9) if method.mixed_precision == "no" else (0.9e-11, 1.7e-9)
     if method.penalty != "none":
         held += 3e-9
     step = 0.9e-3 + product * weights * method.batch_size + held * weights
+    if structure == "inputs":  # ΔW R of each layer but the head
+        step += 2.3e-11 * sum(a * a * b for a, b in pairwise(method.sizes[:-1]))
     fisher = 4.2e-11 * weights * 9 * method.fisher_examples if method.penalty == "ewc" else 0.0
     return tasks * (step * method.steps + fisher)
 

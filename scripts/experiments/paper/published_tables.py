@@ -77,6 +77,9 @@ NONE: dict[str, object] = {"penalty": "none"}
 ALL: dict[str, object] = {"fisher_examples": 20_000}  # more than there are of two digits
 SEARCH = "search: "
 KEPT = ", Adam's moments kept"
+INPUTS = "EWC, online, inputs" + KEPT
+MATRICES = "the penalty by matrices over the inputs; the published one is by the diagonal"
+SHARES = {(TEN, INPUTS): 0.2}  # of the steps, where a search takes another than its setting's
 SETTINGS = (
     Setting(
         TEN,
@@ -88,12 +91,14 @@ SETTINGS = (
             "no penalty" + KEPT: NONE,
             "EWC, online" + KEPT: {"task_weight": "trace", "penalty_step": "gradient"},
             "EWC, separate" + KEPT: {"merge_rule": "separate", "penalty_step": "gradient"},
+            INPUTS: {"task_weight": "trace", "penalty_step": "gradient"},
             "EWC, online": {"task_weight": "trace"},
             "EWC, separate": {"merge_rule": "separate"},
         },
         {
             "EWC, online" + KEPT: (100.0, 200.0, 500.0),
             "EWC, separate" + KEPT: (30.0, 100.0, 300.0),
+            INPUTS: (30.0, 100.0, 300.0),
             "EWC, online": (100.0, 300.0, 1000.0),
             "EWC, separate": (25.0, 50.0, 100.0),
         },
@@ -102,6 +107,7 @@ SETTINGS = (
             "no penalty" + KEPT: "78.51",
             "EWC, online" + KEPT: "94.42",
             "EWC, separate" + KEPT: "94.31",
+            INPUTS: "94.42",
             "EWC, online": "94.42",
             "EWC, separate": "94.31",
         },
@@ -109,6 +115,7 @@ SETTINGS = (
             "no penalty" + KEPT: FEW,
             "EWC, online" + KEPT: "equal-trace weights, exact Fisher, λ from a short search",
             "EWC, separate" + KEPT: "exact Fisher, λ from a short search",
+            INPUTS: MATRICES,
             "EWC, online": MOMENTS,
             "EWC, separate": MOMENTS,
         },
@@ -119,20 +126,24 @@ SETTINGS = (
         {
             "no penalty" + KEPT: NONE,
             "EWC, online" + KEPT: ALL,
+            INPUTS: ALL,
             "no penalty": NONE,
             "EWC, online": ALL,
         },
-        dict.fromkeys(["EWC, online" + KEPT, "EWC, online"], (1e2, 1e3, 1e4, 1e5, 1e6)),
+        dict.fromkeys(["EWC, online" + KEPT, "EWC, online"], (1e2, 1e3, 1e4, 1e5, 1e6))
+        | {INPUTS: (1e1, 1e2, 1e3, 1e4)},
         0.25,
         {
             "no penalty" + KEPT: "85.41",
             "EWC, online" + KEPT: "99.12",
+            INPUTS: "99.12",
             "no penalty": "85.41",
             "EWC, online": "99.12",
         },
         {
             "no penalty" + KEPT: FEW,
             "EWC, online" + KEPT: f"three seeds, published are 30; {SHORT}",
+            INPUTS: MATRICES,
             "no penalty": MOMENTS,
             "EWC, online": f"{MOMENTS}; {SHORT}",
         },
@@ -184,6 +195,9 @@ over all tasks after the last, mean over seeds and its standard error:
   weights. Its program keeps Adam's moments from task to task. In the rows that do not say so,
   Adam starts from scratch with each task, as in `consolidate finetune`, with proximal steps of the
   penalty.
+- *inputs*: the penalty uses [matrices over a layer's
+  inputs](../../how-to/beyond-the-diagonal.md), with gradient steps; heads keep the diagonal. On
+  the permutations its λ is chosen at a fifth of the steps, that of the other rows at half of them.
 - *{split}* ([van de Ven 2025](https://arxiv.org/abs/2502.11756), task-incremental): 2 × 400
   units, Adam at 1e-3, 2,000 steps of 128, images in [0, 1], which digits make a task drawn
   for each seed, the Fisher on all images of a task: what a task that is well learned has of it
@@ -225,8 +239,11 @@ def plan(records: Sequence[Record], quick: bool) -> list[Unit]:
         for title, options in setting.methods.items():
             method = replace(base, **options)  # type: ignore[arg-type]
             others = shared | ({"optimizer_kept": True} if title.endswith(KEPT) else {})
+            if title == INPUTS:
+                others |= {"structure": "inputs"}
             if title in setting.strengths:
-                short = replace(method, steps=int(base.steps * setting.share))
+                share = SHARES.get((setting.name, title), setting.share)
+                short = replace(method, steps=int(base.steps * share))
                 search = [
                     unit(SEARCH + title, 0, settings_of(replace(short, ewc_lambda=x), **others))
                     for x in setting.strengths[title][slice(1, 2) if quick else slice(None)]
@@ -246,7 +263,8 @@ def plan(records: Sequence[Record], quick: bool) -> list[Unit]:
 
 def cost(unit: Unit) -> float:
     """Return about how long a unit takes on one core."""
-    return seconds(method_of(unit.settings), unit.settings["tasks"])
+    structure = unit.settings.get("structure", "diagonal")
+    return seconds(method_of(unit.settings), unit.settings["tasks"], structure)
 
 
 def measure(unit: Unit) -> Figures:
@@ -260,8 +278,14 @@ def measure(unit: Unit) -> Figures:
         if not searching:
             matrix.append(scores(network, tasks[: number + 1], "test"))
 
-    kept = unit.settings.get("optimizer_kept", False)
-    network, memory = learn_chain(tasks, method, unit.seed, optimizer_kept=kept, learned=learned)
+    network, memory = learn_chain(
+        tasks,
+        method,
+        unit.seed,
+        optimizer_kept=unit.settings.get("optimizer_kept", False),
+        structure=unit.settings.get("structure", "diagonal"),
+        learned=learned,
+    )
     if searching:
         return {"validation": score(network, tasks, "validation")}
     return {"matrix": matrix, "traces": memory.traces}
@@ -368,9 +392,7 @@ def _draw(found: dict[tuple[str, str], list[Record]], folder: Path) -> None:
         for axis in axes
         for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(
-        lines.values(), lines, fontsize="small", loc="outside lower center", ncols=len(lines)
-    )
+    figure.legend(lines.values(), lines, fontsize="small", loc="outside lower center", ncols=4)
     save_picture(figure, folder, NAME)
 
 
