@@ -253,7 +253,7 @@ def test_around_w_no_matrix_of_its_shape_is_made() -> None:
         factors=factors,
         blocks={"weight.R": Block("R", (1,), ("weight",))},
     )
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         penalty.add_gradient_()
     assert max(event.cpu_memory_usage for event in profile.events()) < 512 * 512 * 4
     torch.testing.assert_close(a.grad, b.detach().T @ b.detach() @ a.detach() / 512)
