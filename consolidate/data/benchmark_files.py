@@ -14,6 +14,9 @@ from formats.errors import InputError, UsageError, install
 from formats.rows import file_digest, listing_digest
 from formats.wording import first_line, neighbours
 
+LONGEST_PATH = 4096
+"""Characters that a path or pattern may have: the time to read a pattern grows as their square."""
+
 _LOADERS = ("json", "csv", "parquet", "arrow", "text")
 """Dataset paths that stand for files of a kind, which `data_files` names."""
 
@@ -135,10 +138,11 @@ def _located(value: Any, path: Path) -> Any:
             f"{path}: data_files: {value} searches folders outside its own: expected a pattern "
             "with ** below the folder, without .. in it; name the folders, or move the task file"
         )
-    for folder in (Path.cwd(), path.absolute().parent):
+    folders = (Path.cwd(), path.absolute().parent) if len(value) <= LONGEST_PATH else ()
+    for folder in folders:
         if glob.glob(str(folder / value), recursive=True):
             return str(folder / value)
-    raise InputError(f"{path}: data_files: {value} does not exist")
+    raise InputError(f"{path}: data_files: {value[:200]} does not exist")
 
 
 def _data(config: Mapping[str, Any], path: Path) -> list[Path]:

@@ -82,7 +82,7 @@ from scripts.robustness.records import Record, add_record, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
-INPUTS = 100_000
+INPUTS = 120_000
 CHUNK = 500
 CPU_SECONDS, MEMORY = 20, 2 * 2**30
 FACTORY = "scripts.robustness.inputs:network"

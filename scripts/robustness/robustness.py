@@ -303,7 +303,7 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="only write the page")
     parser.add_argument("--minutes", type=float, default=180, help="in all, of this run")
     parser.add_argument("--kills", type=int, default=1_000)
-    parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--inputs", type=int, default=120_000)
     parser.add_argument("--search-minutes", type=float, default=30, help="for each target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "results" / "robustness")
