@@ -20,6 +20,7 @@ from formats.errors import InputError, UsageError
 
 # What is the run's own, or the command line's.
 OURS = {"data", "output-dir", "task", "evaluate", "overwrite", "revision", "fisher", "base-model"}
+OURS |= {"protect-self"}  # of a first task, which a run measures by its `fisher`
 OURS |= {
     "config",
     "json",
