@@ -1,6 +1,7 @@
 """Rows of an image folder with one subfolder per class, and the decoding of images."""
 
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +35,8 @@ def decode_image(source: Path | IO[bytes], where: str) -> Any:
     try:
         if isinstance(source, Path):
             check_regular(source)
+            # From memory a damaged length reads no more than there is; from a file it is allocated.
+            source = BytesIO(source.read_bytes())
         with Image.open(source, formats=IMAGE_FORMATS) as image:
             image.load()
             if image.getexif().get(Image.ExifTags.Base.Orientation, 1) != 1:

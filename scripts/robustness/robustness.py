@@ -134,6 +134,10 @@ MENDED = """- A process of two that waited for the other, killed while it joined
 - Damaged offsets in a dataset saved by `datasets` ended the process with a segmentation fault, in
   native code; the whole table is validated first.
 - Half a surrogate pair in a text of a `.jsonl` file ended in an internal error; it is refused.
+- In a benchmark's YAML a pattern with `**` from `/` walked the whole disk, one of 20,000 characters
+  took more than 20 s to read, and a path that is too long ended in an internal error.
+- A PNG whose chunk has a damaged length let Pillow allocate that length; images are decoded from
+  memory, where it reads no more than there is.
 - `output-dir = "~NAME/…"` in `tasks.toml`, of a user who does not exist, ended in an internal
   error; it is refused. So did a NUL in an `include` of a benchmark's YAML."""
 
@@ -214,7 +218,7 @@ def guided_part(records: Sequence[Record]) -> dict[str, object]:
     table = markdown(header, rows) if records else "It was not run: Atheris is not installed."
     return {
         "guided_table": table,
-        "minutes": f"{min(minutes):.0f} to {max(minutes):.0f}",
+        "minutes": " to ".join(sorted({f"{m:.0f}" for m in (min(minutes), max(minutes))})),
         "least_minutes": min(minutes),
         "found": sum(len(record["faults"]) for record in records),
     }

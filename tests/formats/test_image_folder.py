@@ -3,6 +3,8 @@ import io
 import json
 import os
 import sys
+import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -11,7 +13,7 @@ from PIL import Image
 
 from formats.data import open_data
 from formats.errors import InputError, UsageError
-from formats.image_folder import IMAGE_SUFFIXES
+from formats.image_folder import IMAGE_SUFFIXES, decode_image
 
 
 def picture(path, colour, size=(3, 2), mode="RGB", **options):
@@ -187,3 +189,19 @@ def test_a_pipe_is_refused_before_it_is_opened(tmp_path: Path) -> None:
     for read in (lambda: rows[0], rows.digest):
         with pytest.raises(InputError, match=r"x\.png: expected a regular file, found a pipe"):
             read()
+
+
+def test_a_damaged_length_allocates_no_more_than_the_file_has(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("L", (4, 4)).save(path)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"IDAT") - 4
+    data[at : at + 4] = (2**31 - 1).to_bytes(4, "big")
+    path.write_bytes(data)
+    tracemalloc.start()
+    try:
+        with suppress(InputError):
+            decode_image(path, "a.png")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
