@@ -79,7 +79,6 @@ SEARCH = "search: "
 KEPT = ", Adam's moments kept"
 INPUTS = "EWC, online, inputs" + KEPT
 MATRICES = "the penalty by matrices over the inputs; the published one is by the diagonal"
-SHARES = {(TEN, INPUTS): 0.2}  # of the steps, where a search takes another than its setting's
 SETTINGS = (
     Setting(
         TEN,
@@ -91,14 +90,12 @@ SETTINGS = (
             "no penalty" + KEPT: NONE,
             "EWC, online" + KEPT: {"task_weight": "trace", "penalty_step": "gradient"},
             "EWC, separate" + KEPT: {"merge_rule": "separate", "penalty_step": "gradient"},
-            INPUTS: {"task_weight": "trace", "penalty_step": "gradient"},
             "EWC, online": {"task_weight": "trace"},
             "EWC, separate": {"merge_rule": "separate"},
         },
         {
             "EWC, online" + KEPT: (100.0, 200.0, 500.0),
             "EWC, separate" + KEPT: (30.0, 100.0, 300.0),
-            INPUTS: (30.0, 100.0, 300.0),
             "EWC, online": (100.0, 300.0, 1000.0),
             "EWC, separate": (25.0, 50.0, 100.0),
         },
@@ -107,7 +104,6 @@ SETTINGS = (
             "no penalty" + KEPT: "78.51",
             "EWC, online" + KEPT: "94.42",
             "EWC, separate" + KEPT: "94.31",
-            INPUTS: "94.42",
             "EWC, online": "94.42",
             "EWC, separate": "94.31",
         },
@@ -115,7 +111,6 @@ SETTINGS = (
             "no penalty" + KEPT: FEW,
             "EWC, online" + KEPT: "equal-trace weights, exact Fisher, λ from a short search",
             "EWC, separate" + KEPT: "exact Fisher, λ from a short search",
-            INPUTS: MATRICES,
             "EWC, online": MOMENTS,
             "EWC, separate": MOMENTS,
         },
@@ -242,8 +237,7 @@ def plan(records: Sequence[Record], quick: bool) -> list[Unit]:
             if title == INPUTS:
                 others |= {"structure": "inputs"}
             if title in setting.strengths:
-                share = SHARES.get((setting.name, title), setting.share)
-                short = replace(method, steps=int(base.steps * share))
+                short = replace(method, steps=int(base.steps * setting.share))
                 search = [
                     unit(SEARCH + title, 0, settings_of(replace(short, ewc_lambda=x), **others))
                     for x in setting.strengths[title][slice(1, 2) if quick else slice(None)]
