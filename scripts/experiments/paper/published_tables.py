@@ -191,8 +191,7 @@ over all tasks after the last, mean over seeds and its standard error:
   Adam starts from scratch with each task, as in `consolidate finetune`, with proximal steps of the
   penalty.
 - *inputs*: the penalty uses [matrices over a layer's
-  inputs](../../how-to/beyond-the-diagonal.md), with gradient steps; heads keep the diagonal. On
-  the permutations its λ is chosen at a fifth of the steps, that of the other rows at half of them.
+  inputs](../../how-to/beyond-the-diagonal.md), with gradient steps; heads keep the diagonal.
 - *{split}* ([van de Ven 2025](https://arxiv.org/abs/2502.11756), task-incremental): 2 × 400
   units, Adam at 1e-3, 2,000 steps of 128, images in [0, 1], which digits make a task drawn
   for each seed, the Fisher on all images of a task: what a task that is well learned has of it
