@@ -532,7 +532,7 @@ class Replaying:
         by_default=f"{REPLAY_SHARE:g}",
         metavar="X",
         above=0,
-        below=1,
+        below=0.99,
     )
 
 

@@ -248,6 +248,7 @@ def measure(plan: Plan, cut: ProcessGroup | None) -> FisherResult:
             work=work,
             found=found,
             digests=options.saving.data_digest,
+            overwrite=options.saving.overwrite,
         )
         diagonal = measure_texts(model, examples, estimation, **how, kept=kept)
     else:

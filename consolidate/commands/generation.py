@@ -23,7 +23,7 @@ from consolidate.runtime import signals
 from consolidate.runtime.distributed import all_processes, is_first
 from consolidate.runtime.progress import progress
 from formats.atomic import check_file, write_file
-from formats.errors import UsageError
+from formats.errors import InputError, UsageError
 from formats.fisher_json import Generated, Ledger
 from formats.partial_work import StoredWork
 from formats.rows import Rows
@@ -72,7 +72,26 @@ def check_generation(options: FisherOptions) -> None:
         if given:
             raise UsageError(f"--generate cannot be combined with --{option}: {why}; leave it out")
     if generation.save_generated is not None:
-        check_file(Path(generation.save_generated))
+        _check_file(options, Path(generation.save_generated))
+
+
+def _check_file(options: FisherOptions, path: Path) -> None:
+    """Refuse a file for the texts that another file of the command would meet."""
+    check_file(path)
+    place = path.resolve()
+    for folder in (options.checkpoint, options.output_dir):
+        if folder is not None and place.is_relative_to(Path(folder).resolve()):
+            raise UsageError(f"--save-generated {path} is in {folder}: name a file outside of it")
+    prompts = options.generation.prompts
+    if prompts is not None and place == Path(prompts).resolve():
+        raise UsageError(f"--save-generated {path} is the file of the prompts: name another")
+
+
+def _refuse_existing(path: Path) -> None:
+    raise InputError(
+        f"{path} already exists: delete it, name another file with --save-generated, or replace it "
+        "with --overwrite"
+    )
 
 
 def lacks_texts(options: Generation) -> bool:
@@ -99,11 +118,16 @@ def generate_sample(
     work: KeptWork,
     found: StoredWork | None,
     digests: bool = True,
+    overwrite: bool = False,
 ) -> Sample:
     """Generate the texts of a plan, resuming from saved progress, and write them if asked.
 
-    The estimation is that of `settled_on_texts`.
+    The estimation is that of `settled_on_texts`. A file with other content is not replaced unless
+    `overwrite` says so.
     """
+    file = None if options.save_generated is None else Path(options.save_generated)
+    if file is not None and file.exists() and found is None and not overwrite:
+        _refuse_existing(file)
     group, start = all_processes(), kept_texts(found)
     before = 0 if start is None else len(start.texts)
     if before:
@@ -126,8 +150,11 @@ def generate_sample(
         )
     texts = plan.in_order(written)
     _log(written, before, time.perf_counter() - began)
-    if options.save_generated is not None and is_first(group):
-        write_file(Path(options.save_generated), json_lines(model, prompts, texts))
+    if file is not None and is_first(group):
+        lines = json_lines(model, prompts, texts)
+        if file.exists() and not overwrite and file.read_text(encoding="utf-8") != lines:
+            _refuse_existing(file)
+        write_file(file, lines)
     sampled = estimation.estimator in ("mc", "batched")
     record = Generated(
         sequences=len(texts),

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from consolidate.data.chats import Chats
 from consolidate.data.text_examples import Ragged, TextExamples
-from consolidate.data.texts import most_tokens
+from consolidate.data.texts import most_tokens, padding_token
 from consolidate.estimation.batches import out_of_memory, place_of
 from consolidate.estimation.likelihoods import IGNORED
 from consolidate.models.model import Model
@@ -145,6 +145,11 @@ def plan_texts(
     room = None if limit is None else limit - len(starts[longest])
     if room is not None and room < (max_length or 1):
         where = prompts.where(longest) if len(prompts) else str(model.checkpoint.path)
+        if room < 1:
+            raise InputError(
+                f"{where}: the prompt has {len(starts[longest])} tokens: expected fewer than the "
+                f"{limit} that the model reads; shorten it"
+            )
         raise UsageError(
             f"{where}: --max-length {max_length or 1}: the model reads {limit} tokens, of which "
             f"{len(starts[longest])} are the prompt's: expected at most {room}"
@@ -304,13 +309,10 @@ def examples_of(model: Model, plan: Texts, texts: Sequence[Sequence[int]]) -> Te
     for prompt, text in zip(plan.prompts, texts, strict=True):
         ids.append([*prompt, *text])
         labels.append([*[IGNORED] * len(prompt), *text])
-    config: Any = model.module.config
-    pad = getattr(model.processor, "pad_token_id", None)
-    pad = getattr(config, "pad_token_id", None) if pad is None else pad
     return TextExamples(
         {"input_ids": ids},
         labels,
-        {"input_ids": int(pad or 0)},
+        {"input_ids": padding_token(model)},
         cut=bytearray(len(ids)),
         max_length=plan.distribution.most,
     )
@@ -353,7 +355,8 @@ def _end_tokens(model: Model) -> frozenset[int]:
 def _tokens(stated: Any) -> list[int]:
     """Return token ids that a config gives as a number, a list or not at all."""
     several = stated if isinstance(stated, list) else [stated]
-    return [token for token in several if isinstance(token, int) and not isinstance(token, bool)]
+    whole = (token for token in several if isinstance(token, int) and not isinstance(token, bool))
+    return [token for token in whole if 0 <= token < 2**31]
 
 
 def _known(model: Model, token: int, name: str) -> int:

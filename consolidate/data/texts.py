@@ -137,10 +137,8 @@ class _Texts:
         config = model.module.config
         # Decoders such as GPT-2 would add an embedding of types that they were not trained with.
         self.has_types = "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1
-        if (pad := self.tokenizer.pad_token_id) is None:
-            pad = getattr(config, "pad_token_id", None)
         self.padding = {
-            "input_ids": int(pad or 0),
+            "input_ids": padding_token(model),
             "token_type_ids": int(getattr(self.tokenizer, "pad_token_type_id", 0)),
         }
         self.kept = {name: Ragged() for name in [*self.padding][: 1 + self.has_types]}
@@ -261,6 +259,20 @@ class _Texts:
             f"{self.model.checkpoint.path}, which is probably that of another model; save the "
             "model's own tokenizer beside the weights"
         )
+
+
+def padding_token(model: Model) -> int:
+    """Return the id to pad with: the tokenizer's, else the config's.
+
+    Outside of the embedding it is 0, as padding is masked; a masked language model must know it.
+    """
+    module: Any = model.module
+    pad = getattr(model.processor, "pad_token_id", None)
+    pad = getattr(module.config, "pad_token_id", None) if pad is None else pad
+    if model.objective.name == "masked-lm":
+        return int(pad or 0)
+    known = len(module.get_input_embeddings().weight)
+    return int(pad) if pad is not None and 0 <= pad < known else 0
 
 
 def most_tokens(model: Model) -> int | None:

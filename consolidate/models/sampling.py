@@ -140,7 +140,8 @@ def _accepted(module: nn.Module) -> Collection[str]:
 def _sampled(p: Tensor, logits: Tensor, numbers: Tensor, distribution: Distribution) -> Tensor:
     """Draw a token for each row, (B,)."""
     if distribution.temperature != 1:
-        p = (logits / distribution.temperature).softmax(-1)
+        most = logits.amax(-1, keepdim=True)  # first, so that no quotient overflows to infinity
+        p = ((logits - most) / distribution.temperature).softmax(-1)
     if distribution.top_p == 1:
         return draw(p, numbers)
     likely, tokens = p.sort(dim=-1, descending=True, stable=True)

@@ -365,6 +365,59 @@ def test_its_options_need_it(gpt2: Path, option: str) -> None:
         consolidate.fisher(gpt2, "x.jsonl", **{option: value})
 
 
+@pytest.mark.parametrize("name", ["gpt2/model.safetensors", "out/texts.jsonl", "p.txt"])
+def test_texts_are_not_written_over_other_files_of_the_command(
+    gpt2: Path, tmp_path: Path, name: str
+) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("rain\n")
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match="--save-generated"):
+        consolidate.fisher(
+            gpt2,
+            **FEW,
+            prompts=prompts,
+            save_generated=tmp_path / name,
+            output_dir=tmp_path / "out",
+            overwrite=True,
+        )
+    assert contents(tmp_path) == before
+
+
+def test_an_existing_file_is_not_replaced_unless_asked(gpt2: Path, tmp_path: Path) -> None:
+    texts, options = tmp_path / "texts.jsonl", {**FEW, "save_generated": tmp_path / "texts.jsonl"}
+    texts.write_text("mine\n")
+    with pytest.raises(InputError, match="already exists"):
+        consolidate.fisher(gpt2, **options)
+    assert texts.read_text() == "mine\n"
+    assert not (gpt2 / "fisher").exists()
+    consolidate.fisher(gpt2, **options, overwrite=True)
+    assert len(texts.read_text().splitlines()) == 6
+
+
+def test_token_ids_that_no_model_has(gpt2: Path) -> None:
+    path = gpt2 / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [2**70, -5, 0]}))
+    config = json.loads((gpt2 / "config.json").read_text())
+    (gpt2 / "config.json").write_text(json.dumps(config | {"pad_token_id": 99999}))
+    assert consolidate.fisher(gpt2, **FEW)["status"] == "done"
+
+
+def test_a_tiny_temperature_takes_the_likeliest_token(gpt2: Path, tmp_path: Path) -> None:
+    texts = []
+    for temperature in (1e-6, 1e-320):
+        path = tmp_path / f"{temperature}.jsonl"
+        consolidate.fisher(
+            gpt2,
+            **FEW,
+            temperature=temperature,
+            save_generated=path,
+            output_dir=tmp_path / path.stem,
+        )
+        texts.append(path.read_text())
+    assert texts[0] == texts[1]
+
+
 def test_neither_data_nor_texts(gpt2: Path, capsys: Any) -> None:
     code, _, err = run(capsys, "fisher", gpt2)
     assert code == 2

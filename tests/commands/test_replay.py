@@ -376,8 +376,8 @@ def test_rows_that_make_no_batch_with_the_new_ones() -> None:
     ("options", "message"),
     [
         ({"replay": None, "replay_share": 0.2}, "--replay-share needs --replay"),
-        ({"replay_share": 0.0}, "--replay-share 0.0: expected a number above 0 to below 1"),
-        ({"replay_share": 1.0}, "--replay-share 1.0: expected a number above 0 to below 1"),
+        ({"replay_share": 0.0}, "--replay-share 0.0: expected a number above 0 to below 0.99"),
+        ({"replay_share": 1.0}, "--replay-share 1.0: expected a number above 0 to below 0.99"),
         ({"replay_share": float("nan")}, "--replay-share nan: expected a number above 0"),
         ({"head": "new"}, "--replay cannot be combined with --head new, which has no output"),
         (

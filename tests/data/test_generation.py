@@ -297,7 +297,7 @@ def test_prompts_that_cannot_be_used_are_refused(gpt2: Path, tmp_path: Path) -> 
     path.write_bytes(b"good\nbad \xff\n")
     with pytest.raises(InputError, match=r"p\.txt, line 2: byte 0xff is not UTF-8"):
         planned(model, prompts=open_prompts(path))
-    with pytest.raises(UsageError, match=r"row 2 \(line 2\): --max-length 1: the model reads 40"):
+    with pytest.raises(InputError, match=r"row 2 \(line 2\): the prompt has 60 tokens"):
         planned(model, prompts=lines(path, "a", "x" * 60))
     rows = lines(path, "one\r", "", "two ")
     assert [row["prompt"] for row in rows] == ["one", "two "]
