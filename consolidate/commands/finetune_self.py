@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from consolidate.commands.finetune_plan import plan_finetune
+from consolidate.commands.generation import TASK
 from consolidate.commands.run_options import fisher_options
 from consolidate.options import (
     Encoding,
@@ -54,6 +55,10 @@ def _checked(options: FinetuneOptions) -> Checkpoint:
         raise InputError(
             f"{source.path} has a Fisher, of {tasks}, which the penalty uses: leave "
             "--protect-self out"
+        )
+    if plan.opened.task == TASK:
+        raise UsageError(
+            f"--protect-self names its own task {TASK!r}: choose another name with --task"
         )
     if source.adapter is not None:
         raise UsageError(

@@ -210,6 +210,8 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
         plan = plan_fisher(options, folder, again=again)
         if (done := cached(plan.there, plan.made_from)) is not None:
             kept_work(options, plan.target, plan.without_module, 0).remove_own()
+            if options.generation.save_generated is not None:
+                LOG.info("%s exists, and is left as it is", options.generation.save_generated)
             return _result(plan, "cached", done.ledger, _recorded(done.ledger))
         return measure(plan.afresh(), cut)
 

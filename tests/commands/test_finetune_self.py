@@ -136,6 +136,7 @@ def test_killed_anywhere_it_resumes(
         ({"fisher": "elsewhere"}, "--protect-self cannot be combined with --fisher"),
         ({"protect_self": 0}, "--protect-self 0: expected at least 1"),
         ({"shard": True}, "--shard"),
+        ({"task": "self"}, "--protect-self names its own task 'self'"),
     ],
 )
 def test_what_contradicts_it(
