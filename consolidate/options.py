@@ -627,7 +627,8 @@ class Gate:
     max_forgetting: float | None = option(
         None,
         "Exit with code 5 and save the output as DIR.failed-forgetting if an old task in "
-        "--evaluate, or a benchmark, loses more score than this (accuracy, else minus the loss).",
+        "--evaluate, or a benchmark, loses more score than this (accuracy, 0.01 is one point; else "
+        "minus the loss).",
         metavar="X",
         least=0,
     )
