@@ -43,7 +43,7 @@ from consolidate.commands.measurement import (
     kept_work,
     log_notes,
     measure_fisher,
-    measure_texts,
+    of_own_labels,
     pass_cost,
     settled_estimation,
     settled_on_texts,
@@ -252,7 +252,7 @@ def measure(plan: Plan, cut: ProcessGroup | None) -> FisherResult:
             digests=options.saving.data_digest,
             overwrite=options.saving.overwrite,
         )
-        diagonal = measure_texts(model, examples, estimation, **how, kept=kept)
+        diagonal = of_own_labels(measure_fisher(model, examples, estimation, **how, kept=kept))
     else:
         examples, kept = encoded, KeptPass(work, found)
         estimation = settled_estimation(options.estimation, model, encoded)

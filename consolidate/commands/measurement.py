@@ -154,23 +154,8 @@ def reading_order(
     return by_length, 1 if by_length is order else WINDOW
 
 
-def measure_texts(
-    model: Model,
-    examples: Examples,
-    estimation: Estimation,
-    *,
-    task: str,
-    seed: int,
-    structure: str,
-    kept: KeptPass,
-) -> FisherDiagonal:
-    """Measure the Fisher of texts that the model generated, by a `settled_on_texts`.
-
-    Their own labels are drawn from the model as `mc` draws labels, so that is the estimator.
-    """
-    diagonal = measure_fisher(
-        model, examples, estimation, task=task, seed=seed, structure=structure, kept=kept
-    )
+def of_own_labels(diagonal: FisherDiagonal) -> FisherDiagonal:
+    """Name the estimator of generated texts with their own labels: the model drew them, as `mc`."""
     if diagonal.estimator == "empirical":
         diagonal.estimator, diagonal.mc_samples = "mc", 1
     return diagonal

@@ -94,14 +94,14 @@ def enumerated(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.T
 def measured(folder: Path, **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
     """The Fisher in float64 before it is stored, and the ledger's record."""
     found: dict[str, FisherDiagonal] = {}
-    real = fisher_command.measure_texts
+    real = fisher_command.of_own_labels
 
     def noted(*arguments: Any, **more: Any) -> FisherDiagonal:
         found["fisher"] = real(*arguments, **more)
         return found["fisher"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fisher_command, "measure_texts", noted)
+        patch.setattr(fisher_command, "of_own_labels", noted)
         consolidate.fisher(folder, **options, accumulate_dtype="float64", overwrite=True)
     return dict(found["fisher"]), read_fisher(folder / "fisher").ledger.tasks[-1]
 
