@@ -8,9 +8,13 @@ from typing import NamedTuple
 FIRST = ("lora", "lora_convolutions", "interpolation")
 """What a user would choose instead of a penalty: done before the other methods in each round."""
 MAIN = (*FIRST, "free", "l2", "ewc", "inputs")
+WITHOUT_DATA = ("ewc_generated", "ewc_random", "replay_generated", "inputs_generated")
+WITHOUT_DATA += ("ewc_many", "ewc_prompted", "ewc_mails")
+"""What protects a language model with other text than that of the old task."""
 CANDIDATES = ("ewc_floor", "ewc_tempered")
 """Changes of EWC that have to earn a place: FIRST_SEEDS seeds, in few settings."""
 OTHERS = (
+    *WITHOUT_DATA,
     *("l2_growing", "fewer_steps", "freeze", "distill", "lora_ewc", "replay", "joint"),
     *CANDIDATES,
 )
@@ -50,14 +54,39 @@ NEWSGROUPS = {
     "ewc_floor": Grid(RATES, (3e4, 1e5, 3e5)),
     "ewc_tempered": Grid(RATES, (1e4, 3e4, 1e5)),  # whose trace is about 3.4 times EWC's
 }
+TEXT_RATES = (1e-4, 3e-4, 1e-3)
+EWC_OF_TEXT = Grid(TEXT_RATES, (1e2, 1e3, 1e4))
 LANGUAGE_MODEL = {
-    "free": Grid((1e-5, 3e-5, 1e-4, 3e-4)),
-    "l2": Grid(RATES, (0.01, 0.03, 0.1, 0.3)),
-    "interpolation": Grid(RATES, (1.0,), (0.5, 0.2, 0.35, 0.65, 0.8)),
-    "lora": Grid((1e-4, 3e-4, 1e-3, 3e-3)),
-    "replay": Grid(RATES, (0.1, 0.3, 1.0, 3.0)),
-    "ewc": Grid(RATES, (1e2, 3e2, 1e3, 3e3), (1.0, 0.75, 0.5)),
-    "inputs": Grid(RATES, (2e2, 1e3, 3e3, 1e4), (1.0, 0.75, 0.5)),
+    "lora": Grid((3e-4, 1e-3, 3e-3)),
+    "interpolation": Grid(TEXT_RATES, (1.0,), (0.5, 0.2, 0.35, 0.65, 0.8)),
+    "free": Grid((3e-5, 1e-4, 3e-4, 1e-3)),
+    "l2": Grid(TEXT_RATES, (0.03, 0.1, 0.3)),
+    "ewc": EWC_OF_TEXT,
+    "inputs": EWC_OF_TEXT,
+    "ewc_generated": EWC_OF_TEXT,
+    "ewc_random": EWC_OF_TEXT,
+    "replay_generated": Grid(TEXT_RATES, (0.1, 0.3, 1.0)),
+    "inputs_generated": EWC_OF_TEXT,
+    "ewc_prompted": EWC_OF_TEXT,
+    "ewc_mails": EWC_OF_TEXT,
+}
+SMALL_TEXT_RATES = (3e-4, 1e-3, 3e-3)
+EWC_OF_SMALL_TEXT = Grid(SMALL_TEXT_RATES, (1e1, 1e2, 1e3, 1e4))
+SMALL_LANGUAGE_MODEL = {
+    "lora": Grid((1e-3, 3e-3, 1e-2, 3e-2)),
+    "interpolation": Grid(SMALL_TEXT_RATES, (1.0,), (0.5, 0.2, 0.35, 0.65, 0.8)),
+    "free": Grid((1e-4, 3e-4, 1e-3, 3e-3)),
+    "l2": Grid(SMALL_TEXT_RATES, (0.01, 0.03, 0.1, 0.3)),
+    "replay": Grid(SMALL_TEXT_RATES, (0.1, 0.3, 1.0, 3.0)),
+    "joint": Grid(SMALL_TEXT_RATES),
+    "replay_generated": Grid(SMALL_TEXT_RATES, (0.1, 0.3, 1.0, 3.0)),
+    **{
+        name: EWC_OF_SMALL_TEXT
+        for name in (
+            *("ewc", "inputs", "ewc_generated", "ewc_random", "inputs_generated"),
+            *("ewc_many", "ewc_prompted", "ewc_mails"),
+        )
+    },
 }
 SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)
 """Of the way that is gone at each task of a chain: each is a chain of its own."""
@@ -109,12 +138,16 @@ PERMUTATIONS = {
 GRIDS = {
     "newsgroups": NEWSGROUPS,
     "language_model": LANGUAGE_MODEL,
+    "small_language_model": SMALL_LANGUAGE_MODEL,
     "text_chain": TEXT_CHAIN,
     "permutations": PERMUTATIONS,
     "tagging": TAGGING,
     "vision": VISION,
 }
 FISHER_METHODS = ("ewc", "lora_ewc", "ewc_floor")
+TEXT_METHODS = tuple(name for name in WITHOUT_DATA if name != "replay_generated")
+SAME_RATE = {name: name.partition("_")[0] for name in TEXT_METHODS}
+"""What has the rate of another method, from which it differs only by the texts of its Fisher."""
 BLOCK_METHODS = ("inputs",)
 """What uses the Fisher with the structure `inputs`; FISHER_METHODS use the diagonal alone."""
 
@@ -131,5 +164,7 @@ def left_out(setting: str) -> list[str]:
     return [
         name
         for name in MAIN + OTHERS
-        if name not in grids and not (name in other and other & grids.keys())
+        if name not in grids
+        and not (name in other and other & grids.keys())
+        and not (name in WITHOUT_DATA and not grids.keys() & set(WITHOUT_DATA))
     ]

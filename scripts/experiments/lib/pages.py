@@ -23,6 +23,7 @@ from scripts.experiments.lib.grids import (
     MAIN,
     OTHERS,
     REFERENCES,
+    WITHOUT_DATA,
     left_out,
     seeds,
 )
@@ -40,6 +41,7 @@ from scripts.experiments.lib.pictures import COLOURS, panels, save_picture, writ
 from scripts.experiments.lib.records import Record, mean, signed
 
 OURS = ("ewc", "inputs", "ewc_interpolated", "inputs_interpolated", "lora_ewc")
+OURS += ("ewc_generated", "inputs_generated")
 EVERYWHERE = {"ewc": COLOURS[6], "inputs": COLOURS[5]}
 """In every panel, in the same colours."""
 PANELS = (
@@ -47,6 +49,7 @@ PANELS = (
     ("l2_growing", "fewer_steps", "freeze", "distill"),
     ("ewc_interpolated", "inputs_interpolated", "lora_ewc", "replay", "joint"),
     CANDIDATES,
+    WITHOUT_DATA,
 )
 COLOUR = EVERYWHERE | {
     name: colour for names in PANELS for name, colour in zip(names, COLOURS, strict=False)

@@ -1,8 +1,6 @@
 """Reuters, then spam, then 20 Newsgroups: MiniLM with a head for each."""
 
-import json
 import random
-import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from scripts.experiments.lib.mails import mails
 from scripts.experiments.lib.tokenized import EVALUATED, data_digest, padded, read_table, tokenized
 from scripts.experiments.lib.tuning import Setting, Task
 
@@ -222,22 +221,9 @@ def _texts(raw: Path) -> list[tuple[list[tuple[str, str]], list[tuple[str, str]]
         (read_table(tables / f"{name}-train.tab"), read_table(tables / f"{name}-test.tab"))
         for name in FILES
     )
-    mails = _mails(raw / MAILS)
-    random.Random(0).shuffle(mails)
-    return [reuters, (mails[2000:], mails[:2000]), groups]
-
-
-def _mails(folder: Path) -> list[tuple[str, str]]:
-    """Read (label, subject and body), without tags and without mails that are there twice."""
-    rows = {}
-    for path in sorted(folder.glob("*-[12]/*.json")):
-        header, _, body = json.loads(path.read_text(encoding="utf-8"))["text"].partition("\n\n")
-        subject = re.search(r"^Subject:(.*)$", header, re.MULTILINE | re.IGNORECASE)
-        text = re.sub(r"<[^>]*>", " ", f"{subject.group(1) if subject else ''} {body}")
-        text = " ".join(text.split())
-        if text:
-            rows[text] = "spam" if path.parent.name.startswith("spam") else "other"
-    return [(label, text) for text, label in rows.items()]
+    found = mails(raw / MAILS)
+    random.Random(0).shuffle(found)
+    return [reuters, (found[2000:], found[:2000]), groups]
 
 
 @cache

@@ -49,6 +49,8 @@ from scripts.experiments.lib.grids import (
     GRIDS,
     MAIN,
     OTHERS,
+    SAME_RATE,
+    TEXT_METHODS,
     seeds,
 )
 from scripts.experiments.lib.records import (
@@ -65,13 +67,18 @@ from scripts.experiments.settings import (
     language_model,
     newsgroups,
     permutations,
+    small_language_model,
     tagging,
     text_chain,
     vision,
 )
 
 SETTINGS: dict[str, ModuleType] = {
-    one.NAME: one for one in (newsgroups, language_model, text_chain, permutations, tagging, vision)
+    one.NAME: one
+    for one in (
+        *(newsgroups, language_model, small_language_model),
+        *(text_chain, permutations, tagging, vision),
+    )
 }
 PAGE = """# {title}
 
@@ -94,11 +101,13 @@ the code that made them. The first command runs what {name}.jsonl lacks:
 """
 FISHER_FILE = "scripts/experiments/lib/ours.py"
 CHAIN_FISHER_FILE = "scripts/experiments/lib/chain_fisher.py"
+TEXT_FISHER_FILE = "scripts/experiments/lib/text_sources.py"
 BLOCK_FISHER_FILE = "scripts/experiments/lib/block_fisher.py"  # of two tasks, and of a chain
 
 SECONDS = {
     "newsgroups": (66.0, 26.0, 0.0),
-    "language_model": (245.0, 95.0, 0.0),
+    "language_model": (110.0, 50.0, 0.0),
+    "small_language_model": (10.0, 3.0, 0.0),
     "text_chain": (200.0, 50.0, 90.0),
     "permutations": (6.0, 1.0, 1.0),
     "tagging": (45.0, 18.0, 0.0),
@@ -106,6 +115,7 @@ SECONDS = {
 }
 """Of the processor: a training without a penalty, a scoring, and the Fishers of a chain."""
 SLOWER = {"distill": 1.35, "replay": 1.25, "joint": 2.0, "ewc": 1.05, "inputs": 1.3, "l2": 1.05}
+SLOWER |= {"replay_generated": 1.25, "inputs_generated": 1.3}
 SLOWER |= {"l2_growing": 1.05, "lora": 0.8}
 
 
@@ -131,6 +141,8 @@ def fisher_file(setting: str, method: str) -> str:
     """Return the path of the code that measures a method's Fisher."""
     if method in BLOCK_METHODS:
         return BLOCK_FISHER_FILE
+    if method in TEXT_METHODS or method == "replay_generated":
+        return TEXT_FISHER_FILE
     if method == "ewc_tempered":
         return "scripts/experiments/lib/tempered_fisher.py"
     return CHAIN_FISHER_FILE if is_chain(setting) else FISHER_FILE
@@ -166,6 +178,7 @@ def unit(setting: str, method: str, rate: float, strength: float, seed: int, qui
 
 def searched(setting: str, method: str, quick: bool) -> list[Unit]:
     """List the units that a method's rate is chosen by; none where the curve is over the rates."""
+    method = SAME_RATE.get(method, method)
     grid = GRIDS[setting][method]
     if not grid.strengths:
         return []
@@ -282,7 +295,7 @@ def report(name: str, records: Sequence[Record], folder: Path) -> Findings:
             if one.digest in by_digest
         ]
         for method in MAIN + OTHERS
-        if method in GRIDS[name]
+        if method in GRIDS[name] and method not in SAME_RATE
     }
     return Findings(pages.page_text(setting, searches), [])
 
