@@ -71,7 +71,7 @@ LANGUAGE_MODEL = {
     "ewc_mails": EWC_OF_TEXT,
 }
 SMALL_TEXT_RATES = (3e-4, 1e-3, 3e-3)
-EWC_OF_SMALL_TEXT = Grid(SMALL_TEXT_RATES, (1e1, 1e2, 1e3, 1e4))
+EWC_OF_SMALL_TEXT = Grid(SMALL_TEXT_RATES, (5.0, 30.0, 150.0, 800.0))
 SMALL_LANGUAGE_MODEL = {
     "lora": Grid((1e-3, 3e-3, 1e-2, 3e-2)),
     "interpolation": Grid(SMALL_TEXT_RATES, (1.0,), (0.5, 0.2, 0.35, 0.65, 0.8)),
