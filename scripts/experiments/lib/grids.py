@@ -80,13 +80,13 @@ SMALL_LANGUAGE_MODEL = {
     "replay": Grid(SMALL_TEXT_RATES, (0.1, 0.3, 1.0, 3.0)),
     "joint": Grid(SMALL_TEXT_RATES),
     "replay_generated": Grid(SMALL_TEXT_RATES, (0.1, 0.3, 1.0, 3.0)),
-    **{
-        name: EWC_OF_SMALL_TEXT
-        for name in (
+    **dict.fromkeys(
+        (
             *("ewc", "inputs", "ewc_generated", "ewc_random", "inputs_generated"),
             *("ewc_many", "ewc_prompted", "ewc_mails"),
-        )
-    },
+        ),
+        EWC_OF_SMALL_TEXT,
+    ),
 }
 SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)
 """Of the way that is gone at each task of a chain: each is a chain of its own."""

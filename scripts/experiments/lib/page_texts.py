@@ -62,9 +62,9 @@ All methods multiply matrices in bfloat16; weights, Fisher and penalty are in fl
 """
 SOURCES = """
 Every Fisher is measured on 64 texts, with one sampled text for each (`mc`): on training rows of the
-old task, on mails (another domain), or on random tokens. Generated texts are drawn by the model from
-its end-of-text token and count with their own labels. All of them have the rate that EWC's search
-chose with the Fisher of the data.
+old task, on mails (another domain), or on random tokens. Generated texts are drawn by the model
+from its end-of-text token and count with their own labels. All of them have the learning rate that
+EWC's search chose with the Fisher of the data.
 """
 PAGES = {
     "newsgroups": Page(

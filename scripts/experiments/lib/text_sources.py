@@ -54,7 +54,9 @@ def rows_of(job: Job, source: str, count: int) -> list[Row]:
             tokens = torch.randint(setting.vocabulary, size, generator=generator)
             return [Row(one) for one in tokens.tolist()]
         case "generated" | "prompted":
-            return generated(job, [[setting.first]] if source == GENERATED else setting.prompts, count)
+            return generated(
+                job, [[setting.first]] if source == GENERATED else setting.prompts, count
+            )
     raise ValueError(source)
 
 

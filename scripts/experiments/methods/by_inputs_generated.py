@@ -1,4 +1,4 @@
-"""EWC with the structure `inputs`, measured on texts that the model generates: the curve is over λ."""
+"""EWC with the structure `inputs`, of texts that the model generates: the curve is over λ."""
 
 from scripts.experiments.lib.text_sources import GENERATED, protected_by_inputs
 from scripts.experiments.lib.tuning import Done, Job
