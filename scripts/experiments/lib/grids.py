@@ -11,6 +11,8 @@ MAIN = (*FIRST, "free", "l2", "ewc", "inputs")
 WITHOUT_DATA = ("ewc_generated", "ewc_random", "replay_generated", "inputs_generated")
 WITHOUT_DATA += ("ewc_many", "ewc_prompted", "ewc_mails")
 """What protects a language model with other text than that of the old task."""
+ORDER = {"language_model": (("free", "l2", "ewc", "ewc_generated", "ewc_random"), FIRST)}
+"""Of a setting whose units take long: what is done first, all seeds of it."""
 CANDIDATES = ("ewc_floor", "ewc_tempered")
 """Changes of EWC that have to earn a place: FIRST_SEEDS seeds, in few settings."""
 OTHERS = (
@@ -54,12 +56,12 @@ NEWSGROUPS = {
     "ewc_floor": Grid(RATES, (3e4, 1e5, 3e5)),
     "ewc_tempered": Grid(RATES, (1e4, 3e4, 1e5)),  # whose trace is about 3.4 times EWC's
 }
-TEXT_RATES = (1e-4, 3e-4, 1e-3)
+TEXT_RATES = (3e-4, 1e-3)
 EWC_OF_TEXT = Grid(TEXT_RATES, (1e2, 1e3, 1e4))
 LANGUAGE_MODEL = {
     "lora": Grid((3e-4, 1e-3, 3e-3)),
     "interpolation": Grid(TEXT_RATES, (1.0,), (0.5, 0.2, 0.35, 0.65, 0.8)),
-    "free": Grid((3e-5, 1e-4, 3e-4, 1e-3)),
+    "free": Grid((1e-4, 3e-4, 1e-3)),
     "l2": Grid(TEXT_RATES, (0.03, 0.1, 0.3)),
     "ewc": EWC_OF_TEXT,
     "inputs": EWC_OF_TEXT,
@@ -67,8 +69,6 @@ LANGUAGE_MODEL = {
     "ewc_random": EWC_OF_TEXT,
     "replay_generated": Grid(TEXT_RATES, (0.1, 0.3, 1.0)),
     "inputs_generated": EWC_OF_TEXT,
-    "ewc_prompted": EWC_OF_TEXT,
-    "ewc_mails": EWC_OF_TEXT,
 }
 SMALL_TEXT_RATES = (3e-4, 1e-3, 3e-3)
 EWC_OF_SMALL_TEXT = Grid(SMALL_TEXT_RATES, (5.0, 30.0, 150.0, 800.0))

@@ -48,6 +48,7 @@ from scripts.experiments.lib.grids import (
     FISHER_METHODS,
     GRIDS,
     MAIN,
+    ORDER,
     OTHERS,
     SAME_RATE,
     TEXT_METHODS,
@@ -208,10 +209,11 @@ def curve(
 def plan(setting: str, records: Sequence[Record], quick: bool) -> list[Unit]:
     """List what is to be done: searches, then curves, a strength of every method in turn."""
     others = tuple(name for name in MAIN if name not in FIRST)
-    rounds = [(FIRST, range(2)), (others, range(2)), (OTHERS, range(2))]
+    groups = (*ORDER.get(setting, ()), FIRST, others, OTHERS)
+    rounds = [(group, range(2)) for group in groups]
     if not quick:
         parts = (range(FIRST_SEEDS), range(FIRST_SEEDS, seeds(setting)))
-        rounds = [(group, part) for part in parts for group in (FIRST, others, OTHERS)]
+        rounds = [(group, part) for part in parts for group in groups]
     units: dict[str, Unit] = {}
     for group, part in rounds:
         methods = [name for name in group if part and name in GRIDS[setting]]
