@@ -23,7 +23,6 @@ from scripts.experiments.lib.grids import (
     MAIN,
     OTHERS,
     REFERENCES,
-    WITHOUT_DATA,
     left_out,
     seeds,
 )
@@ -49,7 +48,8 @@ PANELS = (
     ("l2_growing", "fewer_steps", "freeze", "distill"),
     ("ewc_interpolated", "inputs_interpolated", "lora_ewc", "replay", "joint"),
     CANDIDATES,
-    WITHOUT_DATA,
+    ("ewc_generated", "ewc_many", "ewc_data_many", "replay_generated"),
+    ("inputs_generated", "inputs_many", "ewc_prompted", "ewc_mails", "ewc_random"),
 )
 COLOUR = EVERYWHERE | {
     name: colour for names in PANELS for name, colour in zip(names, COLOURS, strict=False)
@@ -163,6 +163,32 @@ def level_table(setting: Setting, level: float) -> str:
         ]
         rows.append([title + mark, written(estimate(curves, level), scale), *cells])
     return markdown(header, rows)
+
+
+def kinds_table(setting: Setting, level: float) -> str:
+    """Write the perplexity of each kind of old text at a new score."""
+    kinds = PAGES[setting.name].kinds
+    rows = []
+    for method, title in TITLES.items():
+        curves = setting.curves[method]
+        if not curves:
+            continue
+        cells = []
+        for at in range(len(kinds)):
+            some = {
+                seed: Curve(one.learned, np.split(one.kept, len(kinds), axis=1)[at])
+                for seed, one in curves.items()
+            }
+            found = estimate(some, level)
+            value = math.exp(-found.value)
+            bound = {"≥": "≤ "}.get(found.bound, "")  # a larger score is a smaller perplexity
+            cells.append(
+                "not reached"
+                if math.isnan(value)
+                else f"{bound}{value:.1f} ± {value * found.error:.1f}"
+            )
+        rows.append([title, *cells])
+    return markdown(["", *kinds], rows)
 
 
 def search_table(searches: Mapping[str, Sequence[Record]]) -> str:
@@ -326,6 +352,12 @@ def page_text(setting: Setting, searches: Mapping[str, Sequence[Record]]) -> str
         f"of any method less {below:g} {page.scale.unit}:\n\n{level_table(setting, level)}"
         for level, below in zip(at, page.scale.below, strict=False)
     ]
+    if page.kinds:
+        tables += [
+            f"Perplexity of each kind of old text at a new score of {level:.{page.scale.digits}f}:"
+            f"\n\n{kinds_table(setting, level)}"
+            for level in at
+        ]
     counts = [
         f"{TITLES[method]}: {len(curves)}"
         for method, curves in setting.curves.items()
