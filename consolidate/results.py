@@ -178,6 +178,12 @@ class GenerationCost(TypedDict):
     generation_seconds: NotRequired[
         Annotated[float, about("Of generating all texts; absent without --generate.")]
     ]
+    generation_changed: NotRequired[
+        Annotated[
+            float,
+            about("Share of texts that another batch size would change, from the first two."),
+        ]
+    ]
 
 
 class FisherDryRun(PassCost, GenerationCost):

@@ -8,17 +8,18 @@ from typing import NamedTuple, cast
 
 from consolidate.chain.resume import KeptPass, KeptWork, keep_texts, kept_texts, texts_to_keep
 from consolidate.data.generation import (
-    Texts,
     examples_of,
     generate,
     json_lines,
-    open_prompts,
 )
+from consolidate.data.prompts import open_prompts
 from consolidate.data.text_examples import TextExamples
+from consolidate.data.text_plan import TextPlan
 from consolidate.models.model import Model
 from consolidate.models.sampling import Written
 from consolidate.options import Encoding, Estimation, FisherOptions, Generation
 from consolidate.results import Generated as GeneratedResult
+from consolidate.results import GenerationCost
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import all_processes, is_first
 from consolidate.runtime.progress import progress
@@ -110,7 +111,7 @@ def open_source(options: FisherOptions) -> tuple[TaskFile, Rows]:
 
 def generate_sample(
     model: Model,
-    plan: Texts,
+    plan: TextPlan,
     prompts: Rows,
     options: Generation,
     estimation: Estimation,
@@ -131,20 +132,18 @@ def generate_sample(
     group, start = all_processes(), kept_texts(found)
     before = 0 if start is None else len(start.texts)
     if before:
-        LOG.info("resuming after %d of %d generated texts", before, len(plan.prompts))
+        LOG.info("resuming after %d of %d generated texts", before, plan.count)
     began = time.perf_counter()
     with (
         signals.waiting(),
-        progress(
-            "generating", len(plan.prompts), "texts", before=before, phase="generation"
-        ) as advance,
+        progress("generating", plan.count, "texts", before=before, phase="generation") as advance,
     ):
         written = generate(
             model,
             plan,
             group=group,
             start=start,
-            keep=lambda written: keep_texts(work, written, len(plan.prompts)),
+            keep=lambda written: keep_texts(work, written, plan.count),
             note=LOG.info,
             progress=advance,
         )
@@ -171,13 +170,18 @@ def generate_sample(
     return Sample(examples_of(model, plan, texts), record, kept)
 
 
-def first_texts(model: Model, plan: Texts) -> tuple[TextExamples, float]:
-    """Generate the first few texts of a plan; give them, and the seconds that all would take."""
+def first_texts(model: Model, plan: TextPlan) -> tuple[TextExamples, GenerationCost]:
+    """Generate the first few texts of a plan; give them, and what all would take."""
     few = plan.first(plan.batch_size * _DRY_BATCHES)
     began = time.perf_counter()
-    texts = few.in_order(generate(model, few))
-    each = (time.perf_counter() - began) / len(texts)
-    return examples_of(model, few, texts), each * len(plan.prompts)
+    written = generate(model, few)
+    each = (time.perf_counter() - began) / few.count
+    assert written.changed is not None  # the first batch was read again
+    cost: GenerationCost = {
+        "generation_seconds": each * plan.count,
+        "generation_changed": written.changed,
+    }
+    return examples_of(model, few, few.in_order(written)), cost
 
 
 def generated_of(ledger: Ledger) -> GeneratedResult | None:
@@ -194,3 +198,5 @@ def _log(written: Written, before: int, seconds: float) -> None:
         sum(map(len, written.texts)),
         new / seconds,
     )
+    if written.changed is not None:
+        LOG.info("another batch size would change about %.2g%% of them", 100 * written.changed)
