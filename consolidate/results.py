@@ -130,6 +130,9 @@ class Generated(TypedDict):
     ]
     batch_size: Annotated[int, about("As given; for texts as for the pass.")]
     halvings: Annotated[int, about("How often memory was not enough for a batch of texts.")]
+    texts: Annotated[
+        str | None, about("Digest of the file that --save-generated writes; null without digests.")
+    ]
 
 
 class ImagePreprocessing(TypedDict):
@@ -181,7 +184,7 @@ class GenerationCost(TypedDict):
     generation_changed: NotRequired[
         Annotated[
             float,
-            about("Share of texts that another batch size would change, from the first two."),
+            about("Largest share of texts that another batch size may change, estimated from two."),
         ]
     ]
 

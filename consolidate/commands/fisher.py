@@ -33,6 +33,7 @@ from consolidate.commands.generation import (
     first_texts,
     generate_sample,
     generated_of,
+    has_texts,
     lacks_texts,
     open_source,
 )
@@ -210,10 +211,9 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
     with nullcontext() if options.dry_run else claiming(output, part=part):
         again = again or lacks_texts(options.generation)
         plan = plan_fisher(options, folder, again=again)
-        if (done := cached(plan.there, plan.made_from)) is not None:
+        done = cached(plan.there, plan.made_from)
+        if done is not None and has_texts(options, done.ledger):
             kept_work(options, plan.target, plan.without_module, 0).remove_own()
-            if options.generation.save_generated is not None:
-                LOG.info("%s exists, and is left as it is", options.generation.save_generated)
             return _result(plan, "cached", done.ledger, _recorded(done.ledger))
         return measure(plan.afresh(), cut)
 

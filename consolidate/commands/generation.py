@@ -1,5 +1,6 @@
 """Texts that a language model generates to measure its Fisher on: options, progress, records."""
 
+import hashlib
 import logging
 import time
 from dataclasses import asdict, replace
@@ -27,7 +28,7 @@ from formats.atomic import check_file, write_file
 from formats.errors import InputError, UsageError
 from formats.fisher_json import Generated, Ledger
 from formats.partial_work import StoredWork
-from formats.rows import Rows
+from formats.rows import Rows, file_digest
 from formats.task_file import TaskFile, open_task
 
 LOG = logging.getLogger("consolidate")
@@ -90,14 +91,33 @@ def _check_file(options: FisherOptions, path: Path) -> None:
 
 def _refuse_existing(path: Path) -> None:
     raise InputError(
-        f"{path} already exists: delete it, name another file with --save-generated, or replace it "
-        "with --overwrite"
+        f"{path} already exists, with other content: delete it, name another file with "
+        "--save-generated, or replace it with --overwrite"
     )
 
 
 def lacks_texts(options: Generation) -> bool:
     """Return whether texts are to be written that are not there, so that no result is reused."""
     return options.save_generated is not None and not Path(options.save_generated).exists()
+
+
+def has_texts(options: FisherOptions, ledger: Ledger) -> bool:
+    """Return whether the file for the texts, if one is named, has those of a ledger's last task.
+
+    Other content is refused unless it may be replaced.
+    """
+    generated, named = ledger.tasks[-1].generated, options.generation.save_generated
+    if named is None:
+        return True
+    if generated is None or generated.texts is None:
+        LOG.info("%s exists, and is left as it is: no digest of the texts was stored", named)
+        return True
+    if file_digest(Path(named)) == generated.texts:
+        return True
+    if not options.saving.overwrite:
+        _refuse_existing(Path(named))
+    LOG.info("%s has other texts than the Fisher was measured on: measuring again", named)
+    return False
 
 
 def open_source(options: FisherOptions) -> tuple[TaskFile, Rows]:
@@ -127,6 +147,11 @@ def generate_sample(
     `overwrite` says so.
     """
     file = None if options.save_generated is None else Path(options.save_generated)
+    if file is not None and model.processor is None:
+        raise UsageError(
+            f"--save-generated {file}: {model.checkpoint.path} has no tokenizer that makes texts "
+            "of tokens: save it beside the weights, or leave the option out"
+        )
     if file is not None and file.exists() and found is None and not overwrite:
         _refuse_existing(file)
     group, start = all_processes(), kept_texts(found)
@@ -149,8 +174,8 @@ def generate_sample(
         )
     texts = plan.in_order(written)
     _log(written, before, time.perf_counter() - began)
+    lines = "" if model.processor is None else json_lines(model, prompts, texts)
     if file is not None and is_first(group):
-        lines = json_lines(model, prompts, texts)
         if file.exists() and not overwrite and file.read_text(encoding="utf-8") != lines:
             _refuse_existing(file)
         write_file(file, lines)
@@ -165,6 +190,7 @@ def generate_sample(
         label_draws=estimation.mc_samples if sampled else None,
         batch_size=plan.batch_size,
         halvings=written.halvings,
+        texts=hashlib.sha256(lines.encode()).hexdigest() if digests and lines else None,
     )
     kept = KeptPass(work, found, *texts_to_keep(written))
     return Sample(examples_of(model, plan, texts), record, kept)
@@ -192,11 +218,9 @@ def generated_of(ledger: Ledger) -> GeneratedResult | None:
 
 def _log(written: Written, before: int, seconds: float) -> None:
     new = sum(map(len, written.texts[before:]))
-    LOG.info(
-        "generated %d texts, %d tokens (%.3g tokens/s)",
-        len(written.texts),
-        sum(map(len, written.texts)),
-        new / seconds,
-    )
+    rate = f" ({new / seconds:.3g} tokens/s)" if new else ""
+    tokens = sum(map(len, written.texts))
+    LOG.info("generated %d texts, %d tokens%s", len(written.texts), tokens, rate)
     if written.changed is not None:
-        LOG.info("another batch size would change about %.2g%% of them", 100 * written.changed)
+        share = 100 * written.changed
+        LOG.info("another batch size would change at most about %.2g%% of them", share)

@@ -93,15 +93,29 @@ def _encoded(model: Model, rows: Rows) -> list[list[int]]:
             "weights"
         )
     chats, found = Chats(tokenizer, rows, model.checkpoint.path), []
+    as_chats = bool(getattr(tokenizer, "chat_template", None))
     with quiet():
         for i, row in enumerate(rows):
-            if getattr(tokenizer, "chat_template", None):
-                ids = chats.asking(i, row["prompt"])
-            else:
-                ids = list(tokenizer(row["prompt"])["input_ids"])
-                if ids and ids[-1] == tokenizer.eos_token_id and len(ids) > 1:
-                    ids.pop()
+            ids = chats.asking(i, row["prompt"]) if as_chats else _plain(tokenizer, row["prompt"])
             if not ids:
-                raise InputError(f"{rows.where(i)}: expected a prompt, found one without tokens")
+                raise InputError(
+                    f"{rows.where(i)}: expected a prompt, found one without tokens"
+                    + " once the chat template wrote it" * as_chats
+                    + "; leave the line out"
+                )
             found.append([_known(model, token, rows.where(i)) for token in ids])
+        first = rows[0]["prompt"]
+        if as_chats and found[0] == chats.asking(0, f"{first} {first}"):
+            raise InputError(
+                f"{rows.where(0)}: the chat template of {model.checkpoint.path} leaves the prompt "
+                "out: expected a template that writes the user's turn; correct it"
+            )
     return found
+
+
+def _plain(tokenizer: Any, text: str) -> list[int]:
+    """Encode a prompt without a template, and without the end token that some tokenizers add."""
+    ids = list(tokenizer(text)["input_ids"])
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,20 +156,22 @@ def test_changed_sampling_draws_labels_again(tiny: Path) -> None:
 def test_the_ledger_says_how(gpt2: Path, tmp_path: Path, capsys: Any) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the cat\nrain\n")
+    texts = tmp_path / "texts.jsonl"
     code, out, err = run(
         capsys, "fisher", gpt2, "--generate", 5, "--max-length", 7, "--prompts", prompts,
-        "--top-p", 0.9, "--seed", 3, "--batch-size", 2, "--json",
+        "--top-p", 0.9, "--seed", 3, "--batch-size", 2, "--save-generated", texts, "--json",
     )  # fmt: skip
     assert code == 0, err
     result = json.loads(out)
     (task,) = read_fisher(gpt2 / "fisher").ledger.tasks
     assert (task.name, task.data, task.data_digest) == ("self", "prompts.txt", None)
     assert (task.unit, task.examples, task.max_length) == ("token", 5, None)
-    expected = Generated(5, 7, 1.0, 0.9, 3, file_digest(prompts), 1, 2, 0)
+    expected = Generated(5, 7, 1.0, 0.9, 3, file_digest(prompts), 1, 2, 0, file_digest(texts))
     assert task.generated == expected
     assert result["generated"] == vars(expected)
     assert (result["loss_on"], result["max_length"]) == ("completion", 7)
     assert "generated 5 texts, " in err
+    assert "another batch size would change at most about " in err
     text = "5 generated texts, max length 7, with prompts, top-p 0.9"
     assert text in run(capsys, "show", gpt2)[1]
     shown = json.loads(run(capsys, "show", gpt2, "--json")[1])
@@ -185,7 +188,8 @@ def test_no_digest_of_prompts_without_digests(gpt2: Path, tmp_path: Path) -> Non
     (tmp_path / "p").write_text("rain\n")
     consolidate.fisher(gpt2, **FEW, prompts=tmp_path / "p", data_digest=False)
     (task,) = read_fisher(gpt2 / "fisher").ledger.tasks
-    assert (task.generated.prompts, task.made_from) == (None, None)
+    assert (task.generated.prompts, task.generated.texts, task.made_from) == (None, None, None)
+    assert "texts" not in json.loads((gpt2 / "fisher/fisher.json").read_text())["tasks"][0]
 
 
 def test_it_is_up_to_date_or_not(gpt2: Path, tmp_path: Path) -> None:
@@ -204,6 +208,28 @@ def test_it_is_up_to_date_or_not(gpt2: Path, tmp_path: Path) -> None:
     assert [status(), status()] == ["done", "cached"]
     assert [status(save_generated=texts), status(save_generated=texts)] == ["done", "cached"]
     assert len(texts.read_text().splitlines()) == 6
+
+
+def test_other_texts_in_the_file_are_noticed_where_all_is_up_to_date(
+    gpt2: Path, tmp_path: Path
+) -> None:
+    texts, options = tmp_path / "texts.jsonl", {**FEW, "save_generated": tmp_path / "texts.jsonl"}
+    consolidate.fisher(gpt2, **options)
+    written, fisher = texts.read_text(), contents(gpt2)
+    assert consolidate.fisher(gpt2, **options)["status"] == "cached"
+    texts.write_text("mine\n")
+    with pytest.raises(InputError, match=r"texts\.jsonl already exists, with other content"):
+        consolidate.fisher(gpt2, **options)
+    assert (texts.read_text(), contents(gpt2)) == ("mine\n", fisher)
+    assert consolidate.fisher(gpt2, **options, overwrite=True)["status"] == "done"
+    assert (texts.read_text(), contents(gpt2)) == (written, fisher)
+
+
+def test_texts_need_a_tokenizer_only_to_be_saved(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"t\.jsonl: .*tiny has no tokenizer"):
+        consolidate.fisher(tiny, **FEW | {"max_length": 3}, save_generated=tmp_path / "t.jsonl")
+    assert not (tiny / "fisher").exists()
+    assert consolidate.fisher(tiny, **FEW | {"max_length": 3})["generated"]["texts"] is None
 
 
 def test_the_same_seed_gives_the_same_bytes(gpt2: Path, tmp_path: Path) -> None:
@@ -282,6 +308,66 @@ def test_saved_progress_of_other_texts_is_refused(
         consolidate.fisher(gpt2, **{**options, "generate": 7})
 
 
+def killed_after_texts(rounds: int) -> Any:
+    """Let each process be killed once so many rounds of texts were generated, and maybe kept."""
+
+    def prepare() -> None:
+        real, seen = generation_command.keep_texts, [0]
+
+        def keep(*arguments: Any) -> None:
+            real(*arguments)
+            seen[0] += 1
+            if seen[0] == rounds:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        generation_command.keep_texts = keep
+
+    return prepare
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_several_processes_resume_to_the_same_bytes(
+    gpt2: Path, tmp_path: Path, rounds: int
+) -> None:
+    words = ["fisher", str(gpt2), "--generate", "7", "--max-length", "8", "--batch-size", "2"]
+    words += ["--save-every-minutes", "0", "--output-dir"]
+    log = tmp_path / "log"
+    assert ended(started(2, [*words, str(tmp_path / "whole")], log)) == [0, 0], log.read_text()
+    broken = started(2, [*words, str(tmp_path / "out")], log, killed_after_texts(rounds))
+    assert ended(broken) == [-signal.SIGKILL] * 2, log.read_text()
+    assert not (tmp_path / "out").exists()
+    assert ended(started(2, [*words, str(tmp_path / "out")], log)) == [0, 0], log.read_text()
+    assert f"resuming after {[4, 7][rounds - 1]} of 7 generated texts" in log.read_text()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_killed_while_the_texts_are_written_they_are_not_generated_again(
+    gpt2: Path, tmp_path: Path
+) -> None:
+    texts, log = tmp_path / "texts.jsonl", tmp_path / "log"
+    words = ["fisher", str(gpt2), "--generate", "5", "--max-length", "8", "--batch-size", "2"]
+    words += ["--save-generated", str(texts), "--output-dir", str(tmp_path / "out")]
+
+    def killed_before_renaming() -> None:
+        real = os.rename
+
+        def rename(source: Any, target: Any) -> None:
+            if Path(target) == texts:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(source, target)
+
+        os.rename = rename
+
+    assert ended(started(1, words, log, killed_before_renaming)) == [-signal.SIGKILL]
+    assert not texts.exists()
+    assert list(tmp_path.glob(".texts.jsonl.*"))
+    assert ended(started(1, words, log)) == [0], log.read_text()
+    assert "resuming after 5 of 5 generated texts" in log.read_text()
+    assert len(texts.read_text().splitlines()) == 5
+    assert not list(tmp_path.glob(".texts.jsonl.*"))
+
+
 def test_two_processes_give_what_one_gives(gpt2: Path, tmp_path: Path) -> None:
     words = ["fisher", str(gpt2), "--generate", "7", "--max-length", "8", "--batch-size", "2"]
 
@@ -329,10 +415,21 @@ def test_a_dry_run_estimates_and_writes_nothing(gpt2: Path, capsys: Any) -> None
     assert code == 0, err
     assert "examples     1,000, mc\n" in out
     assert "generation " in out
+    assert "another batch size changes at most about " in out
     cost = json.loads(run(capsys, *words, "--json")[1])
     assert cost["generation_seconds"] > 0
     assert cost["seconds"] > 50 * cost["seconds_per_example"]
+    assert 0 <= cost["generation_changed"] < 0.01
     assert contents(gpt2) == before
+
+
+def test_a_dry_run_of_a_huge_number_takes_little(gpt2: Path, capsys: Any) -> None:
+    words = ("fisher", gpt2, "--generate", 2 * 10**9, "--max-length", 8, "--dry-run", "--json")
+    few = json.loads(run(capsys, *words, "--mc-samples", 8)[1])
+    many = json.loads(run(capsys, *words, "--mc-samples", 8 * 10**11)[1])
+    assert few["examples"] == many["examples"] == 2 * 10**9
+    assert few["seconds"] > 10**6
+    assert 10**10 < many["seconds"] / few["seconds"] < 10**12
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

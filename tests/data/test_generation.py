@@ -142,6 +142,42 @@ def test_a_prompt_of_a_chat_model_is_a_users_turn(gpt2: Path, tmp_path: Path) ->
     assert model.processor.decode(plan.prompt(0)) == "user:rain?.assistant:"
 
 
+CHAT_TEMPLATES = {
+    "it raises": (
+        "{{ raise_exception('roles must alternate') }}",
+        r"row 1 \(line 1\): the chat template refuses these messages: roles must alternate",
+    ),
+    "no text": (
+        "{% for message in messages %}{% endfor %}",
+        r"row 1 \(line 1\): expected a prompt, found one without tokens once the chat ",
+    ),
+    "the prompt left out": (
+        "{% for message in messages %}{{ message['role'] }}:{% endfor %}",
+        r"row 1 \(line 1\): the chat template of .* leaves the prompt out: expected a template",
+    ),
+    "no template": ("{% if %}", "the chat template refuses these messages"),
+}
+
+
+@pytest.mark.parametrize("case", CHAT_TEMPLATES)
+def test_chat_templates_that_cannot_be_used_are_refused(
+    gpt2: Path, tmp_path: Path, case: str
+) -> None:
+    template, message = CHAT_TEMPLATES[case]
+    model = opened(gpt2)
+    model.processor.chat_template = template
+    with pytest.raises(InputError, match=message):
+        planned(model, 2, lines(tmp_path / "p.txt", "rain?", "the cat"))
+
+
+def test_a_plan_of_many_texts_takes_no_memory(gpt2: Path, tmp_path: Path) -> None:
+    plan = planned(opened(gpt2), 10**12, lines(tmp_path / "p.txt", "rain", "the cat", "rain"))
+    batches = plan.batches()
+    assert [next(batches) for _ in range(3)] == [[0, 2, 3, 5], [6, 8, 9, 11], [12, 14, 15, 17]]
+    assert plan.first(6).count == 6
+    assert plan.prompt(10**12 - 1) == plan.prompt(0)
+
+
 def test_the_end_is_scored_and_nothing_after_it(gpt2: Path) -> None:
     model = opened(gpt2)
     plan = planned(model, 40, max_length=12)
