@@ -128,9 +128,9 @@ def continued(
 def reread(module: nn.Module, texts: Continued, distribution: Distribution) -> Reread:
     """Compare texts that were generated step by step with the model's outputs for them whole.
 
-    Both differ by rounding, at least as much as outputs for another batch size do. Token t, drawn from the interval
-    I_t of u, would be another with the probability 1 − |I_t ∩ I'_t| / |I_t|, a text with
-    1 − Π_t |I_t ∩ I'_t| / |I_t|; the mean over texts estimates the share of all.
+    Both differ by rounding, at least as much as the outputs for another batch size do. Token t,
+    drawn from the interval I_t of u, would be another with the probability 1 − |I_t ∩ I'_t| / |I_t|
+    and its text with 1 − Π_t |I_t ∩ I'_t| / |I_t|; their mean estimates the share of all texts.
     """
     with eval_mode(module), quiet():
         outputs: Any = module(input_ids=texts.ids, attention_mask=torch.ones_like(texts.ids))
