@@ -35,9 +35,9 @@ TEXT = """
 {texts} texts of at most {length} tokens, from seed 0, written with each batch size. A text
 *differs* if a token of it is another than in the texts of batch size {most}. Token t of text i is
 drawn with the same number whatever the batch, so only rounding makes it another; what follows it
-then differs too. *Foreseen* is the share that `fisher` reports, here from all texts and not from
-the first two: it compares the probabilities of a text written step by step with those of the text
-read whole.
+then differs too. *Foreseen* is the largest share to expect, as `fisher` reports it from the first
+two texts, here from all: it compares the probabilities of a text written step by step with those of
+the text read whole.
 
 {batches}
 
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--measured", type=int, default=16, help="texts that a Fisher is of")
     options = parser.parse_args()
     sizes = (1, 2) if options.quick else (1, 4, 8, 16)
-    steps = 2 if options.quick else 32
+    steps = 2 if options.quick else 16
     with tempfile.TemporaryDirectory() as place:
         folder = options.model
         if folder is None:

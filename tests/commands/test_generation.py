@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +26,11 @@ from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
 from formats.fisher_json import Generated
 from formats.rows import file_digest
-from support import tiny_models
+from support import loopback_hub, tiny_models
 from support.command_line import run
 from support.faults import Killed, kill_after
 from support.folders import contents
+from support.loopback_hub import TOKEN, Hub
 from support.networks import NETWORK
 from support.together import ended, started
 
@@ -181,7 +183,9 @@ def test_the_ledger_says_how(gpt2: Path, tmp_path: Path, capsys: Any) -> None:
     run(capsys, "report", gpt2, "--output", tmp_path / "page.html")
     assert text in (tmp_path / "page.html").read_text()
     ledger = read_fisher(gpt2 / "fisher").ledger
-    assert text in model_card(None, ledger, Subject("user/model", {"model_type": "gpt2"}))
+    card = model_card(None, ledger, Subject("user/model", {"model_type": "gpt2"}))
+    assert text in card
+    assert "a digest of the data of the prompts of self, which can confirm a guess" in card
 
 
 def test_no_digest_of_prompts_without_digests(gpt2: Path, tmp_path: Path) -> None:
@@ -430,6 +434,59 @@ def test_a_dry_run_of_a_huge_number_takes_little(gpt2: Path, capsys: Any) -> Non
     assert few["examples"] == many["examples"] == 2 * 10**9
     assert few["seconds"] > 10**6
     assert 10**10 < many["seconds"] / few["seconds"] < 10**12
+
+
+def test_the_whole_way_for_a_model_of_others(gpt2: Path, tmp_path: Path, hub: Hub) -> None:
+    hub.put("them/model", gpt2)
+    (tmp_path / "new.jsonl").write_text('{"text": "the cat sat"}\n')
+
+    def done(*words: object) -> str:
+        variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+        code, out, err = loopback_hub.run(tmp_path, *words, **variables)
+        assert code == 0, err
+        return out
+
+    done(
+        "fisher",
+        "them/model",
+        *["--generate", "6", "--max-length", "8", "--output-dir", "measured"],
+    )
+    theirs = ("--base-model", "them/model")
+    done("push", "measured", "me/fisher", "--fisher-only", *theirs, "--fisher-dtype", "bfloat16")
+    assert "measured on texts that the model generated: self" in done(
+        "verify", "me/fisher", *theirs
+    )
+    files = hub.repositories["me/fisher"].files
+    card = files["README.md"].decode()
+    assert "| self | mc | 6 examples, 48 tokens, 6 generated texts, max length 8 | 0 | 1 |" in card
+    assert "BF16" in card
+    assert "The ledger has no digest of any data." in card
+    out = tmp_path / "mine"
+    done(
+        *("finetune", "them/model", "--fisher", "me/fisher", "--data", "new.jsonl"),
+        *("--ewc-lambda", 10, "--max-steps", 2, "--output-dir", out),
+    )
+    assert [task.name for task in read_fisher(out / "fisher").ledger.tasks] == ["self", "new"]
+
+    # Rounded to 8 bits each value is off by at most 1/2⁸, and so is its part of the gradient.
+    rounded = tmp_path / "rounded"
+    shutil.copytree(gpt2, rounded)
+    for name in (name for name in files if name.startswith("fisher/")):
+        (rounded / name).parent.mkdir(exist_ok=True)
+        (rounded / name).write_bytes(files[name])
+    moved, found = load_model(open_checkpoint(out)).module, []
+    for folder in (tmp_path / "measured", rounded):
+        moved.zero_grad()
+        for parameter in moved.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        consolidate.load_penalty(moved, folder, ewc_lambda=10.0).add_gradient_()
+        found.append(
+            torch.cat([p.grad.flatten() for p in moved.parameters() if p.grad is not None])
+        )
+    assert found[0].norm() > 0
+    assert not torch.equal(*found)
+    assert ((found[1] - found[0]).abs() <= 2.0**-8 * found[0].abs() + 1e-30).all()
+    assert (found[1] - found[0]).norm() < 2.0**-8 * found[0].norm() / 1.5
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
