@@ -88,9 +88,11 @@ def fisher(
     data_digest: bool = True,
     dry_run: bool = False,
 ) -> FisherResult:
-    """Measure the Fisher diagonal of a checkpoint on a task's data and store it beside the weights.
+    """Measure the Fisher of a checkpoint on a task's data and store it beside the weights.
 
-    F_i = (1/N) Σ_x E_{y ~ p(y|x, θ)} [(∂ log p(y|x, θ)/∂θ_i)²], summed over units of each example.
+    F_i = (1/N) Σ_x E_{y ~ p(y|x, θ)} [(∂ log p(y|x, θ)/∂θ_i)²], summed over units of each example;
+    with `generate` on texts that a language model writes itself, with `structure="inputs"` also
+    matrices of the layers' inputs.
 
     Args:
         checkpoint: A folder, a weights file, or a repository on the Hub.

@@ -178,8 +178,9 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 def cli(context: click.Context) -> None:
     """Fine-tune checkpoints, forgetting less of earlier tasks.
 
-    Measure the Fisher diagonal of a checkpoint on its task's data, store it beside the weights, and
-    fine-tune on the next task with the Elastic Weight Consolidation (EWC) penalty.
+    Measure the Fisher of a checkpoint on its task's data, or on texts that it generates, store it
+    beside the weights, and fine-tune on the next task with the Elastic Weight Consolidation (EWC)
+    penalty.
     """
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -242,7 +243,10 @@ def _command(section: cloup.Section, example: str = "") -> Callable[[Any], click
 
 @_command(MAIN, "fisher my-model --data old-task.jsonl --task old")
 def fisher(**typed: Any) -> None:
-    """Measure the Fisher diagonal of CHECKPOINT and store it beside the weights.
+    """Measure the Fisher of CHECKPOINT and store it beside the weights.
+
+    Its diagonal, and with --structure inputs also matrices of the layers' inputs: measured on DATA,
+    or with --generate on texts that a language model writes itself.
 
     CHECKPOINT is a folder, a .safetensors, .bin, .pt or .ckpt file, or a repository on the Hub.
     DATA is a .jsonl, .csv, .parquet, .safetensors or .npz file, a folder of images by class, a

@@ -130,6 +130,9 @@ class Generated(TypedDict):
     ]
     batch_size: Annotated[int, about("As given; for texts as for the pass.")]
     halvings: Annotated[int, about("How often memory was not enough for a batch of texts.")]
+    texts: Annotated[
+        str | None, about("Digest of the file that --save-generated writes; null without digests.")
+    ]
 
 
 class ImagePreprocessing(TypedDict):
@@ -177,6 +180,12 @@ class GenerationCost(TypedDict):
 
     generation_seconds: NotRequired[
         Annotated[float, about("Of generating all texts; absent without --generate.")]
+    ]
+    generation_changed: NotRequired[
+        Annotated[
+            float,
+            about("Largest share of texts that another batch size may change, estimated from two."),
+        ]
     ]
 
 

@@ -199,6 +199,8 @@ def check_file(path: Path) -> None:
     """Refuse, before the work, a file that could not be written after it."""
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder; name a file")
+    if os.path.exists(path) and not os.path.isfile(path):  # it would be replaced
+        raise InputError(f"{path} is a device or a pipe; name a file")
     place = Path(os.path.realpath(path))
     _check_name(place, _LONGEST_OF_FILE)
     _check_parent(path, place)

@@ -40,6 +40,7 @@ _SECOND = (
     "max_length",
     "weight_by",
     "generated",
+    "texts",
     "interpolation",
     "replayed",
     "benchmarks",
@@ -94,6 +95,7 @@ class Generated:
     label_draws: Count | None
     batch_size: Count
     halvings: Natural
+    texts: Hex | None = None
 
 
 @dataclass
@@ -296,7 +298,8 @@ def _to_json(ledger: Ledger) -> dict[str, Any]:
     for name in ("unprotected", "heads", "versions", "blocks"):
         if content.get(name) is not None:
             content[name] = dict(sorted(content[name].items()))
-    for record in (content, *content["tasks"]):
+    generated = [task["generated"] for task in content["tasks"] if task.get("generated")]
+    for record in (content, *content["tasks"], *generated):
         for name in _ABSENT:
             if record.get(name, ...) is None:
                 del record[name]

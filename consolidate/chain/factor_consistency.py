@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from consolidate.ewc.block_penalty import SAME_TRACE
 from formats.errors import InputError
 from formats.fisher_folder import StoredFisher, in_one_line
 
@@ -15,9 +16,6 @@ ROUNDING = 2.0**-8
 
 That is the rounding to bfloat16, in which an earlier task may have been stored, whatever the dtype.
 """
-
-SAME_TRACE = 2.0**-7
-"""Relative difference of tr R and the sum of Λ, likewise: both may have been rounded."""
 
 EXACT_SIZE = 2048  # rows up to which a matrix is factored, in about half a second
 STEPS = 32  # of Lanczos beyond that, each a product with the matrix

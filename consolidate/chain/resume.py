@@ -237,7 +237,8 @@ def texts_to_keep(written: Written) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "generated/tokens": torch.tensor(tokens),
         "generated/lengths": torch.tensor([len(text) for text in written.texts]),
     }
-    return tensors, {"generated": {"most": written.most, "halvings": written.halvings}}
+    how = {"most": written.most, "halvings": written.halvings, "changed": written.changed}
+    return tensors, {"generated": how}
 
 
 def keep_texts(work: KeptWork, written: Written, count: int) -> None:

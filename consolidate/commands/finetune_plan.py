@@ -283,7 +283,7 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
     _check_measure(options, opened)
     if options.gate.compare_none:
         check_compared(old, evaluate)
-    replay = _open_replay(options, evaluate)
+    replay = _open_replay(options, opened, evaluate)
     replayed = options.replaying.replay
     others = [options.data, *evaluate.values(), *([] if replayed is None else [replayed])]
     check_held_out(validation, other_data=others, new=opened.task, ledger=old)
@@ -343,20 +343,31 @@ def _check_measure(options: FinetuneOptions, opened: Opened) -> None:
 
 
 def _open_replay(
-    options: FinetuneOptions, evaluate: Mapping[str, str | Path]
+    options: FinetuneOptions, opened: Opened, evaluate: Mapping[str, str | Path]
 ) -> tuple[TaskFile, Rows] | None:
     """Open the rows that are replayed, if any; report test data that are trained on this way."""
     data = options.replaying.replay
     if data is None:
         return None
-    if same_data(data, options.data):
+    task_file, rows = open_task(data)
+    if same_data(data, options.data) or _same_rows(task_file, rows, opened):
         raise UsageError(f"--replay {data}: expected rows of earlier tasks, found the new task's")
     for name, tested in evaluate.items():
         if same_data(data, tested):
             LOG.info(
                 "--evaluate %s=%s: these rows are replayed, so the score is too good", name, tested
             )
-    return open_task(data)
+    return task_file, rows
+
+
+def _same_rows(task_file: TaskFile, rows: Rows, opened: Opened) -> bool:
+    """Return whether rows have the content of the new task's, and no other columns are named."""
+    named = task_file.columns().items()
+    return (
+        len(rows) == len(opened.rows)  # which is sooner known
+        and rows.digest() == opened.rows.digest()
+        and all(getattr(opened.columns, role) == name for role, name in named)
+    )
 
 
 def _plan_interpolation(options: FinetuneOptions, opened: Opened) -> InterpolationPlan | None:

@@ -33,6 +33,7 @@ from consolidate.commands.generation import (
     first_texts,
     generate_sample,
     generated_of,
+    has_texts,
     lacks_texts,
     open_source,
 )
@@ -51,7 +52,7 @@ from consolidate.commands.measurement import (
 from consolidate.data.columns import columns_of
 from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples, subset
-from consolidate.data.generation import Texts, plan_texts
+from consolidate.data.text_plan import TextPlan, plan_texts
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
@@ -186,9 +187,11 @@ class Plan(Inputs):
 
 @as_one
 def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
-    """Measure the Fisher diagonal of a checkpoint on a task's data and store it beside the weights.
+    """Measure the Fisher of a checkpoint on a task's data and store it beside the weights.
 
-    F_i = (1/N) Σ_x E_{y ~ p(y|x, θ)} [(∂ log p(y|x, θ)/∂θ_i)²], summed over units of each example.
+    F_i = (1/N) Σ_x E_{y ~ p(y|x, θ)} [(∂ log p(y|x, θ)/∂θ_i)²], summed over units of each example;
+    with `generate` on texts that a language model writes itself, with `structure="inputs"` also
+    matrices of the layers' inputs.
 
     Returns:
         Folder, task, counts, and the Fisher's trace with its relative standard error by parameter;
@@ -208,10 +211,9 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
     with nullcontext() if options.dry_run else claiming(output, part=part):
         again = again or lacks_texts(options.generation)
         plan = plan_fisher(options, folder, again=again)
-        if (done := cached(plan.there, plan.made_from)) is not None:
+        done = cached(plan.there, plan.made_from)
+        if done is not None and has_texts(options, done.ledger):
             kept_work(options, plan.target, plan.without_module, 0).remove_own()
-            if options.generation.save_generated is not None:
-                LOG.info("%s exists, and is left as it is", options.generation.save_generated)
             return _result(plan, "cached", done.ledger, _recorded(done.ledger))
         return measure(plan.afresh(), cut)
 
@@ -239,7 +241,7 @@ def measure(plan: Plan, cut: ProcessGroup | None) -> FisherResult:
     how: dict[str, Any] = {"task": plan.task, "seed": options.seed, "structure": plan.structure}
     examples: Examples
     generated = None
-    if isinstance(encoded, Texts):
+    if isinstance(encoded, TextPlan):
         estimation = settled_on_texts(options.estimation, model, unchanged=encoded.unchanged)
         examples, generated, kept = generate_sample(
             model,
@@ -478,7 +480,7 @@ def _result(
     }
 
 
-def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples | Texts, str]:
+def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples | TextPlan, str]:
     """Load the model, sharded among the processes of `cut`, encode the data, digest the module.
 
     Without data give the plan of the texts to be generated.
@@ -512,7 +514,7 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples | Texts
     return model, examples, digest
 
 
-def _encoded(plan: Plan, model: Model) -> Examples | Texts:
+def _encoded(plan: Plan, model: Model) -> Examples | TextPlan:
     """Encode the data, or plan the texts to be generated."""
     options, encoding = plan.options, plan.options.encoding
     if options.generation.generate is not None:
@@ -558,15 +560,14 @@ def _check_task(plan: Plan, task: TaskRecord, model: Model, columns: Columns) ->
         )
 
 
-def _dry_run(plan: Plan, model: Model, encoded: Examples | Texts) -> FisherDryRun:
+def _dry_run(plan: Plan, model: Model, encoded: Examples | TextPlan) -> FisherDryRun:
     """Estimate the cost of a pass and the sizes of its files, without headers and the ledger."""
     estimation, seed = plan.options.estimation, plan.options.seed
     generation: GenerationCost = {}
-    if isinstance(encoded, Texts):
+    if isinstance(encoded, TextPlan):
         estimation = settled_on_texts(estimation, model, unchanged=encoded.unchanged)
-        examples, seconds = first_texts(model, encoded)
-        generation = {"generation_seconds": seconds}
-        count = len(encoded.prompts)
+        examples, generation = first_texts(model, encoded)
+        count = encoded.count
         cost, factors = pass_cost(
             model, examples, estimation, plan.structure, seed=seed, count=count
         )

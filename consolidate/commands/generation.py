@@ -1,5 +1,6 @@
 """Texts that a language model generates to measure its Fisher on: options, progress, records."""
 
+import hashlib
 import logging
 import time
 from dataclasses import asdict, replace
@@ -8,17 +9,18 @@ from typing import NamedTuple, cast
 
 from consolidate.chain.resume import KeptPass, KeptWork, keep_texts, kept_texts, texts_to_keep
 from consolidate.data.generation import (
-    Texts,
     examples_of,
     generate,
     json_lines,
-    open_prompts,
 )
+from consolidate.data.prompts import open_prompts
 from consolidate.data.text_examples import TextExamples
+from consolidate.data.text_plan import TextPlan
 from consolidate.models.model import Model
 from consolidate.models.sampling import Written
 from consolidate.options import Encoding, Estimation, FisherOptions, Generation
 from consolidate.results import Generated as GeneratedResult
+from consolidate.results import GenerationCost
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import all_processes, is_first
 from consolidate.runtime.progress import progress
@@ -26,7 +28,7 @@ from formats.atomic import check_file, write_file
 from formats.errors import InputError, UsageError
 from formats.fisher_json import Generated, Ledger
 from formats.partial_work import StoredWork
-from formats.rows import Rows
+from formats.rows import Rows, file_digest
 from formats.task_file import TaskFile, open_task
 
 LOG = logging.getLogger("consolidate")
@@ -89,14 +91,33 @@ def _check_file(options: FisherOptions, path: Path) -> None:
 
 def _refuse_existing(path: Path) -> None:
     raise InputError(
-        f"{path} already exists: delete it, name another file with --save-generated, or replace it "
-        "with --overwrite"
+        f"{path} already exists, with other content: delete it, name another file with "
+        "--save-generated, or replace it with --overwrite"
     )
 
 
 def lacks_texts(options: Generation) -> bool:
     """Return whether texts are to be written that are not there, so that no result is reused."""
     return options.save_generated is not None and not Path(options.save_generated).exists()
+
+
+def has_texts(options: FisherOptions, ledger: Ledger) -> bool:
+    """Return whether the file for the texts, if one is named, has those of a ledger's last task.
+
+    Other content is refused unless it may be replaced.
+    """
+    generated, named = ledger.tasks[-1].generated, options.generation.save_generated
+    if named is None:
+        return True
+    if generated is None or generated.texts is None:
+        LOG.info("%s exists, and is left as it is: no digest of the texts was stored", named)
+        return True
+    if file_digest(Path(named)) == generated.texts:
+        return True
+    if not options.saving.overwrite:
+        _refuse_existing(Path(named))
+    LOG.info("%s has other texts than the Fisher was measured on: measuring again", named)
+    return False
 
 
 def open_source(options: FisherOptions) -> tuple[TaskFile, Rows]:
@@ -110,7 +131,7 @@ def open_source(options: FisherOptions) -> tuple[TaskFile, Rows]:
 
 def generate_sample(
     model: Model,
-    plan: Texts,
+    plan: TextPlan,
     prompts: Rows,
     options: Generation,
     estimation: Estimation,
@@ -126,32 +147,35 @@ def generate_sample(
     `overwrite` says so.
     """
     file = None if options.save_generated is None else Path(options.save_generated)
+    if file is not None and model.processor is None:
+        raise UsageError(
+            f"--save-generated {file}: {model.checkpoint.path} has no tokenizer that makes texts "
+            "of tokens: save it beside the weights, or leave the option out"
+        )
     if file is not None and file.exists() and found is None and not overwrite:
         _refuse_existing(file)
     group, start = all_processes(), kept_texts(found)
     before = 0 if start is None else len(start.texts)
     if before:
-        LOG.info("resuming after %d of %d generated texts", before, len(plan.prompts))
+        LOG.info("resuming after %d of %d generated texts", before, plan.count)
     began = time.perf_counter()
     with (
         signals.waiting(),
-        progress(
-            "generating", len(plan.prompts), "texts", before=before, phase="generation"
-        ) as advance,
+        progress("generating", plan.count, "texts", before=before, phase="generation") as advance,
     ):
         written = generate(
             model,
             plan,
             group=group,
             start=start,
-            keep=lambda written: keep_texts(work, written, len(plan.prompts)),
+            keep=lambda written: keep_texts(work, written, plan.count),
             note=LOG.info,
             progress=advance,
         )
     texts = plan.in_order(written)
     _log(written, before, time.perf_counter() - began)
+    lines = "" if model.processor is None else json_lines(model, prompts, texts)
     if file is not None and is_first(group):
-        lines = json_lines(model, prompts, texts)
         if file.exists() and not overwrite and file.read_text(encoding="utf-8") != lines:
             _refuse_existing(file)
         write_file(file, lines)
@@ -166,18 +190,24 @@ def generate_sample(
         label_draws=estimation.mc_samples if sampled else None,
         batch_size=plan.batch_size,
         halvings=written.halvings,
+        texts=hashlib.sha256(lines.encode()).hexdigest() if digests and lines else None,
     )
     kept = KeptPass(work, found, *texts_to_keep(written))
     return Sample(examples_of(model, plan, texts), record, kept)
 
 
-def first_texts(model: Model, plan: Texts) -> tuple[TextExamples, float]:
-    """Generate the first few texts of a plan; give them, and the seconds that all would take."""
+def first_texts(model: Model, plan: TextPlan) -> tuple[TextExamples, GenerationCost]:
+    """Generate the first few texts of a plan; give them, and what all would take."""
     few = plan.first(plan.batch_size * _DRY_BATCHES)
     began = time.perf_counter()
-    texts = few.in_order(generate(model, few))
-    each = (time.perf_counter() - began) / len(texts)
-    return examples_of(model, few, texts), each * len(plan.prompts)
+    written = generate(model, few)
+    each = (time.perf_counter() - began) / few.count
+    assert written.changed is not None  # the first batch was read again
+    cost: GenerationCost = {
+        "generation_seconds": each * plan.count,
+        "generation_changed": written.changed,
+    }
+    return examples_of(model, few, few.in_order(written)), cost
 
 
 def generated_of(ledger: Ledger) -> GeneratedResult | None:
@@ -188,9 +218,9 @@ def generated_of(ledger: Ledger) -> GeneratedResult | None:
 
 def _log(written: Written, before: int, seconds: float) -> None:
     new = sum(map(len, written.texts[before:]))
-    LOG.info(
-        "generated %d texts, %d tokens (%.3g tokens/s)",
-        len(written.texts),
-        sum(map(len, written.texts)),
-        new / seconds,
-    )
+    rate = f" ({new / seconds:.3g} tokens/s)" if new else ""
+    tokens = sum(map(len, written.texts))
+    LOG.info("generated %d texts, %d tokens%s", len(written.texts), tokens, rate)
+    if written.changed is not None:
+        share = 100 * written.changed
+        LOG.info("another batch size would change at most about %.2g%% of them", share)

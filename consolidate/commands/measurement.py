@@ -53,6 +53,9 @@ MAX_OUTCOMES = 4096
 SAMPLED_BATCHES = 3
 """Batches from which the time of a whole pass is estimated."""
 
+SAMPLED_LABELS = 8
+"""Labels of an example, at most, from which the time of more is estimated."""
+
 WINDOW = 4
 """With a tolerance, the batches of each process within which texts are sorted by length.
 
@@ -251,6 +254,9 @@ def pass_cost(
     count = len(order) if count is None else count
     processes = place_in(all_processes())[1]
     # The first batch is checked, which takes longer; the others are spread over the order.
+    labels = estimation.mc_samples or 1
+    fewer = min(labels, SAMPLED_LABELS)
+    few_labels = replace(estimation, mc_samples=fewer, tolerance=None)
     starts = range(0, len(order), batch_size)
     places = range(1, 2 * SAMPLED_BATCHES, 2)
     some = sorted({starts[len(starts) * place // (2 * SAMPLED_BATCHES)] for place in places})
@@ -271,11 +277,11 @@ def pass_cost(
         model.module,
         map(examples.collate, sample),
         get_likelihood(model.objective.likelihood),
-        **_how(replace(estimation, tolerance=None), structure, seed),
+        **_how(few_labels, structure, seed),
         indices=[i for batch in sample for i in batch],
         progress=clock,
     )
-    checked, *others = [after - before for before, after in pairwise(times)]
+    checked, *others = [(after - before) * labels / fewer for before, after in pairwise(times)]
     each = sum(others) / sum(map(len, sample[1:]))
     unit = 1 if sys.platform == "darwin" else 1024
     cost: PassCost = {

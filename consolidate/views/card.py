@@ -273,6 +273,8 @@ def _body(ledger: Ledger, subject: Subject) -> str:
     named = [escaped(task.name) for task in ledger.tasks if task.data_digest is not None]
     replayed = [task for task in ledger.tasks if task.replayed and task.replayed.data_digest]
     named += [f"what was replayed for {escaped(task.name)}" for task in replayed]
+    prompted = [task for task in ledger.tasks if task.generated and task.generated.prompts]
+    named += [f"the prompts of {escaped(task.name)}" for task in prompted]
     if named:
         digests = f"The ledger has a digest of the data of {', '.join(named)}, which can confirm "
         digests += "a guess of the exact data."

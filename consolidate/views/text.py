@@ -77,7 +77,11 @@ def _cost_text(cost: FisherDryRun) -> str:
     )
     generation = []
     if "generation_seconds" in cost:
-        generation = [f"generation   {cost['generation_seconds']:,.0f} s, before the pass"]
+        changed = (
+            f"another batch size changes at most about {100 * cost['generation_changed']:.2g}%"
+        )
+        seconds = f"{cost['generation_seconds']:,.0f} s, before the pass"
+        generation = [f"generation   {seconds}; {changed}"]
     return "\n".join(
         [
             f"parameters   {cost['parameters']:,}",

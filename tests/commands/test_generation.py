@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,11 @@ from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
 from formats.fisher_json import Generated
 from formats.rows import file_digest
-from support import tiny_models
+from support import loopback_hub, tiny_models
 from support.command_line import run
 from support.faults import Killed, kill_after
 from support.folders import contents
+from support.loopback_hub import TOKEN, Hub
 from support.networks import NETWORK
 from support.together import ended, started
 
@@ -155,20 +158,22 @@ def test_changed_sampling_draws_labels_again(tiny: Path) -> None:
 def test_the_ledger_says_how(gpt2: Path, tmp_path: Path, capsys: Any) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the cat\nrain\n")
+    texts = tmp_path / "texts.jsonl"
     code, out, err = run(
         capsys, "fisher", gpt2, "--generate", 5, "--max-length", 7, "--prompts", prompts,
-        "--top-p", 0.9, "--seed", 3, "--batch-size", 2, "--json",
+        "--top-p", 0.9, "--seed", 3, "--batch-size", 2, "--save-generated", texts, "--json",
     )  # fmt: skip
     assert code == 0, err
     result = json.loads(out)
     (task,) = read_fisher(gpt2 / "fisher").ledger.tasks
     assert (task.name, task.data, task.data_digest) == ("self", "prompts.txt", None)
     assert (task.unit, task.examples, task.max_length) == ("token", 5, None)
-    expected = Generated(5, 7, 1.0, 0.9, 3, file_digest(prompts), 1, 2, 0)
+    expected = Generated(5, 7, 1.0, 0.9, 3, file_digest(prompts), 1, 2, 0, file_digest(texts))
     assert task.generated == expected
     assert result["generated"] == vars(expected)
     assert (result["loss_on"], result["max_length"]) == ("completion", 7)
     assert "generated 5 texts, " in err
+    assert "another batch size would change at most about " in err
     text = "5 generated texts, max length 7, with prompts, top-p 0.9"
     assert text in run(capsys, "show", gpt2)[1]
     shown = json.loads(run(capsys, "show", gpt2, "--json")[1])
@@ -178,14 +183,17 @@ def test_the_ledger_says_how(gpt2: Path, tmp_path: Path, capsys: Any) -> None:
     run(capsys, "report", gpt2, "--output", tmp_path / "page.html")
     assert text in (tmp_path / "page.html").read_text()
     ledger = read_fisher(gpt2 / "fisher").ledger
-    assert text in model_card(None, ledger, Subject("user/model", {"model_type": "gpt2"}))
+    card = model_card(None, ledger, Subject("user/model", {"model_type": "gpt2"}))
+    assert text in card
+    assert "a digest of the data of the prompts of self, which can confirm a guess" in card
 
 
 def test_no_digest_of_prompts_without_digests(gpt2: Path, tmp_path: Path) -> None:
     (tmp_path / "p").write_text("rain\n")
     consolidate.fisher(gpt2, **FEW, prompts=tmp_path / "p", data_digest=False)
     (task,) = read_fisher(gpt2 / "fisher").ledger.tasks
-    assert (task.generated.prompts, task.made_from) == (None, None)
+    assert (task.generated.prompts, task.generated.texts, task.made_from) == (None, None, None)
+    assert "texts" not in json.loads((gpt2 / "fisher/fisher.json").read_text())["tasks"][0]
 
 
 def test_it_is_up_to_date_or_not(gpt2: Path, tmp_path: Path) -> None:
@@ -204,6 +212,28 @@ def test_it_is_up_to_date_or_not(gpt2: Path, tmp_path: Path) -> None:
     assert [status(), status()] == ["done", "cached"]
     assert [status(save_generated=texts), status(save_generated=texts)] == ["done", "cached"]
     assert len(texts.read_text().splitlines()) == 6
+
+
+def test_other_texts_in_the_file_are_noticed_where_all_is_up_to_date(
+    gpt2: Path, tmp_path: Path
+) -> None:
+    texts, options = tmp_path / "texts.jsonl", {**FEW, "save_generated": tmp_path / "texts.jsonl"}
+    consolidate.fisher(gpt2, **options)
+    written, fisher = texts.read_text(), contents(gpt2)
+    assert consolidate.fisher(gpt2, **options)["status"] == "cached"
+    texts.write_text("mine\n")
+    with pytest.raises(InputError, match=r"texts\.jsonl already exists, with other content"):
+        consolidate.fisher(gpt2, **options)
+    assert (texts.read_text(), contents(gpt2)) == ("mine\n", fisher)
+    assert consolidate.fisher(gpt2, **options, overwrite=True)["status"] == "done"
+    assert (texts.read_text(), contents(gpt2)) == (written, fisher)
+
+
+def test_texts_need_a_tokenizer_only_to_be_saved(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"t\.jsonl: .*tiny has no tokenizer"):
+        consolidate.fisher(tiny, **FEW | {"max_length": 3}, save_generated=tmp_path / "t.jsonl")
+    assert not (tiny / "fisher").exists()
+    assert consolidate.fisher(tiny, **FEW | {"max_length": 3})["generated"]["texts"] is None
 
 
 def test_the_same_seed_gives_the_same_bytes(gpt2: Path, tmp_path: Path) -> None:
@@ -282,6 +312,66 @@ def test_saved_progress_of_other_texts_is_refused(
         consolidate.fisher(gpt2, **{**options, "generate": 7})
 
 
+def killed_after_texts(rounds: int) -> Any:
+    """Let each process be killed once so many rounds of texts were generated, and maybe kept."""
+
+    def prepare() -> None:
+        real, seen = generation_command.keep_texts, [0]
+
+        def keep(*arguments: Any) -> None:
+            real(*arguments)
+            seen[0] += 1
+            if seen[0] == rounds:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        generation_command.keep_texts = keep
+
+    return prepare
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_several_processes_resume_to_the_same_bytes(
+    gpt2: Path, tmp_path: Path, rounds: int, capfd: Any
+) -> None:
+    words = ["fisher", str(gpt2), "--generate", "7", "--max-length", "8", "--batch-size", "2"]
+    words += ["--save-every-minutes", "0", "--output-dir"]
+    log = tmp_path / "log"
+    assert ended(started(2, [*words, str(tmp_path / "whole")], log)) == [0, 0], log.read_text()
+    broken = started(2, [*words, str(tmp_path / "out")], log, killed_after_texts(rounds))
+    assert ended(broken) == [-signal.SIGKILL] * 2, log.read_text()
+    assert not (tmp_path / "out").exists()
+    assert ended(started(2, [*words, str(tmp_path / "out")], log)) == [0, 0], log.read_text()
+    assert f"resuming after {[4, 7][rounds - 1]} of 7 generated texts" in capfd.readouterr().err
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_killed_while_the_texts_are_written_they_are_not_generated_again(
+    gpt2: Path, tmp_path: Path, capfd: Any
+) -> None:
+    texts, log = tmp_path / "texts.jsonl", tmp_path / "log"
+    words = ["fisher", str(gpt2), "--generate", "5", "--max-length", "8", "--batch-size", "2"]
+    words += ["--save-generated", str(texts), "--output-dir", str(tmp_path / "out")]
+
+    def killed_before_renaming() -> None:
+        real = os.rename
+
+        def rename(source: Any, target: Any) -> None:
+            if Path(target) == texts:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(source, target)
+
+        os.rename = rename
+
+    assert ended(started(1, words, log, killed_before_renaming)) == [-signal.SIGKILL]
+    assert not texts.exists()
+    assert list(tmp_path.glob(".texts.jsonl.*"))
+    assert ended(started(1, words, log)) == [0], log.read_text()
+    assert "resuming after 5 of 5 generated texts" in capfd.readouterr().err
+    assert len(texts.read_text().splitlines()) == 5
+    assert not list(tmp_path.glob(".texts.jsonl.*"))
+
+
 def test_two_processes_give_what_one_gives(gpt2: Path, tmp_path: Path) -> None:
     words = ["fisher", str(gpt2), "--generate", "7", "--max-length", "8", "--batch-size", "2"]
 
@@ -329,10 +419,74 @@ def test_a_dry_run_estimates_and_writes_nothing(gpt2: Path, capsys: Any) -> None
     assert code == 0, err
     assert "examples     1,000, mc\n" in out
     assert "generation " in out
+    assert "another batch size changes at most about " in out
     cost = json.loads(run(capsys, *words, "--json")[1])
     assert cost["generation_seconds"] > 0
     assert cost["seconds"] > 50 * cost["seconds_per_example"]
+    assert 0 <= cost["generation_changed"] < 0.01
     assert contents(gpt2) == before
+
+
+def test_a_dry_run_of_a_huge_number_takes_little(gpt2: Path, capsys: Any) -> None:
+    words = ("fisher", gpt2, "--generate", 2 * 10**9, "--max-length", 8, "--dry-run", "--json")
+    few = json.loads(run(capsys, *words, "--mc-samples", 8)[1])
+    many = json.loads(run(capsys, *words, "--mc-samples", 8 * 10**11)[1])
+    assert few["examples"] == many["examples"] == 2 * 10**9
+    assert few["seconds"] > 10**6
+    assert 10**10 < many["seconds"] / few["seconds"] < 10**12
+
+
+def test_the_whole_way_for_a_model_of_others(gpt2: Path, tmp_path: Path, hub: Hub) -> None:
+    hub.put("them/model", gpt2)
+    (tmp_path / "new.jsonl").write_text('{"text": "the cat sat"}\n')
+
+    def done(*words: object) -> str:
+        variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+        code, out, err = loopback_hub.run(tmp_path, *words, **variables)
+        assert code == 0, err
+        return out
+
+    done(
+        "fisher",
+        "them/model",
+        *["--generate", "6", "--max-length", "8", "--output-dir", "measured"],
+    )
+    theirs = ("--base-model", "them/model")
+    done("push", "measured", "me/fisher", "--fisher-only", *theirs, "--fisher-dtype", "bfloat16")
+    assert "measured on texts that the model generated: self" in done(
+        "verify", "me/fisher", *theirs
+    )
+    files = hub.repositories["me/fisher"].files
+    card = files["README.md"].decode()
+    assert "6 examples, 48 tokens, 6 generated texts, max length 8" in card
+    assert "BF16" in card
+    assert "The ledger has no digest of any data." in card
+    out = tmp_path / "mine"
+    done(
+        *("finetune", "them/model", "--fisher", "me/fisher", "--data", "new.jsonl"),
+        *("--ewc-lambda", 10, "--max-steps", 2, "--output-dir", out),
+    )
+    assert [task.name for task in read_fisher(out / "fisher").ledger.tasks] == ["self", "new"]
+
+    # Rounded to 8 bits each value is off by at most 1/2⁸, and so is its part of the gradient.
+    rounded = tmp_path / "rounded"
+    shutil.copytree(gpt2, rounded)
+    for name in (name for name in files if name.startswith("fisher/")):
+        (rounded / name).parent.mkdir(exist_ok=True)
+        (rounded / name).write_bytes(files[name])
+    moved, found = load_model(open_checkpoint(out)).module, []
+    for folder in (tmp_path / "measured", rounded):
+        moved.zero_grad()
+        for parameter in moved.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        consolidate.load_penalty(moved, folder, ewc_lambda=10.0).add_gradient_()
+        found.append(
+            torch.cat([p.grad.flatten() for p in moved.parameters() if p.grad is not None])
+        )
+    assert found[0].norm() > 0
+    assert not torch.equal(*found)
+    assert ((found[1] - found[0]).abs() <= 2.0**-8 * found[0].abs() + 1e-30).all()
+    assert (found[1] - found[0]).norm() < 2.0**-8 * found[0].norm() / 1.5
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

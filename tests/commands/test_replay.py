@@ -1,6 +1,7 @@
 """`finetune --replay`: the rows that a run trains on, against loops that are written out."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -385,6 +386,10 @@ def test_rows_that_make_no_batch_with_the_new_ones() -> None:
             "cannot be chosen on training or --evaluate data",
         ),
         ({"replay": "new.npz"}, "expected rows of earlier tasks, found the new task's"),
+        (
+            {"replay": "copy.npz"},
+            r"copy\.npz: expected rows of earlier tasks, found the new task's",
+        ),
         ({"replay": "lm-eval:piqa"}, "is a benchmark, which is only for evaluation"),
     ],
 )
@@ -397,7 +402,7 @@ def test_what_contradicts_replay(
     message: str,
 ) -> None:
     write_task("old")
-    write_task("new", seed=1)
+    shutil.copy(write_task("new", seed=1), tmp_path / "copy.npz")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=message):
         consolidate.finetune(

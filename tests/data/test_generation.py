@@ -10,15 +10,9 @@ import torch
 import transformers
 
 from consolidate.data import generation
-from consolidate.data.generation import (
-    NoPrompts,
-    Texts,
-    examples_of,
-    generate,
-    json_lines,
-    open_prompts,
-    plan_texts,
-)
+from consolidate.data.generation import examples_of, generate, json_lines
+from consolidate.data.prompts import NoPrompts, open_prompts
+from consolidate.data.text_plan import TextPlan, plan_texts
 from consolidate.estimation.likelihoods import IGNORED, get_likelihood
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
@@ -56,7 +50,7 @@ def opened(folder: Path) -> Model:
     return load_model(open_checkpoint(folder))
 
 
-def planned(model: Model, count: int = 6, prompts: Rows | None = None, **options: Any) -> Texts:
+def planned(model: Model, count: int = 6, prompts: Rows | None = None, **options: Any) -> TextPlan:
     settings = {"max_length": None, "batch_size": 4, "seed": 0} | options
     return plan_texts(model, prompts or NoPrompts(), Generation(count), **settings)
 
@@ -68,7 +62,7 @@ def lines(path: Path, *texts: str) -> Rows:
 
 def test_texts_begin_with_the_first_token_and_have_a_length(gpt2: Path) -> None:
     model = opened(gpt2)
-    assert planned(model).prompts == [[0]] * 6
+    assert planned(model).starts == [[0]]
     assert planned(model).distribution.most == 39  # of 40 positions
     assert planned(model, max_length=39).distribution.most == 39
     with pytest.raises(UsageError, match="--max-length 40: the model reads 40 tokens, of which 1"):
@@ -101,7 +95,7 @@ def test_where_the_first_token_and_the_ends_come_from(
     for name in ("bos_token_id", "eos_token_id"):
         setattr(model.module.config, name, config.get(name))
     plan = planned(model)
-    assert plan.prompts[0] == [expected]
+    assert plan.prompt(0) == [expected]
     assert plan.distribution.ends == ends
     # transformers reads the ends of chats from there
     (gpt2 / "generation_config.json").write_text(json.dumps({"eos_token_id": [30, 31]}))
@@ -114,7 +108,7 @@ def test_without_a_first_token_prompts_are_needed(gpt2: Path, tmp_path: Path) ->
     model.module.config.bos_token_id = model.module.config.eos_token_id = None
     with pytest.raises(UsageError, match=r"neither tokenizer nor config has .*: give --prompts"):
         planned(model)
-    assert len(planned(model, prompts=lines(tmp_path / "p.txt", "the cat")).prompts) == 6
+    assert len(planned(model, prompts=lines(tmp_path / "p.txt", "the cat")).starts) == 1
     model.module.config.bos_token_id = 50256
     with pytest.raises(InputError, match=r"bos_token_id: expected a token id below .* found 50256"):
         planned(model)
@@ -125,14 +119,14 @@ def test_prompts_are_used_in_turn_and_not_counted(gpt2: Path, tmp_path: Path) ->
     prompts = lines(tmp_path / "p.txt", "the cat sat", "rain")
     plan = planned(model, 5, prompts, max_length=7)
     encoded = [model.processor(text)["input_ids"] for text in ("the cat sat", "rain")]
-    assert plan.prompts == [encoded[0], encoded[1], encoded[0], encoded[1], encoded[0]]
-    assert plan.batches == [[1, 3], [0, 2, 4]]  # of one length each
+    assert [plan.prompt(i) for i in range(5)] == [encoded[i % 2] for i in range(5)]
+    assert list(plan.batches()) == [[1, 3], [0, 2, 4]]  # of one length each
     texts = plan.in_order(generate(model, plan))
     examples = examples_of(model, plan, texts)
     inputs, labels = examples.collate(range(5))
     units = get_likelihood("next-token-softmax").units(labels)
     assert units.tolist() == [len(text) for text in texts] == [7] * 5
-    for i, prompt in enumerate(plan.prompts):
+    for i, prompt in enumerate(map(plan.prompt, range(5))):
         assert inputs["input_ids"][i, : len(prompt)].tolist() == prompt
         assert labels[i, : len(prompt)].tolist() == [IGNORED] * len(prompt)
         assert labels[i, len(prompt) : len(prompt) + 7].tolist() == texts[i]
@@ -145,7 +139,43 @@ def test_a_prompt_of_a_chat_model_is_a_users_turn(gpt2: Path, tmp_path: Path) ->
     model = opened(gpt2)
     model.processor.chat_template = TEMPLATE
     plan = planned(model, 1, lines(tmp_path / "p.txt", "rain?"), max_length=5)
-    assert model.processor.decode(plan.prompts[0]) == "user:rain?.assistant:"
+    assert model.processor.decode(plan.prompt(0)) == "user:rain?.assistant:"
+
+
+CHAT_TEMPLATES = {
+    "it raises": (
+        "{{ raise_exception('roles must alternate') }}",
+        r"row 1 \(line 1\): the chat template refuses these messages: roles must alternate",
+    ),
+    "no text": (
+        "{% for message in messages %}{% endfor %}",
+        r"row 1 \(line 1\): expected a prompt, found one without tokens once the chat ",
+    ),
+    "the prompt left out": (
+        "{% for message in messages %}{{ message['role'] }}:{% endfor %}",
+        r"row 1 \(line 1\): the chat template of .* leaves the prompt out: expected a template",
+    ),
+    "no template": ("{% if %}", "the chat template refuses these messages"),
+}
+
+
+@pytest.mark.parametrize("case", CHAT_TEMPLATES)
+def test_chat_templates_that_cannot_be_used_are_refused(
+    gpt2: Path, tmp_path: Path, case: str
+) -> None:
+    template, message = CHAT_TEMPLATES[case]
+    model = opened(gpt2)
+    model.processor.chat_template = template
+    with pytest.raises(InputError, match=message):
+        planned(model, 2, lines(tmp_path / "p.txt", "rain?", "the cat"))
+
+
+def test_a_plan_of_many_texts_takes_no_memory(gpt2: Path, tmp_path: Path) -> None:
+    plan = planned(opened(gpt2), 10**12, lines(tmp_path / "p.txt", "rain", "the cat", "rain"))
+    batches = plan.batches()
+    assert [next(batches) for _ in range(3)] == [[0, 2, 3, 5], [6, 8, 9, 11], [12, 14, 15, 17]]
+    assert plan.first(6).count == 6
+    assert plan.prompt(10**12 - 1) == plan.prompt(0)
 
 
 def test_the_end_is_scored_and_nothing_after_it(gpt2: Path) -> None:
@@ -247,7 +277,7 @@ def test_a_cache_that_fails_is_not_used(gpt2: Path, monkeypatch: pytest.MonkeyPa
         return real(*arguments, cached=False)
 
     monkeypatch.setattr(generation, "continued", strange)
-    assert generate(model, plan, note=notes.append) == whole
+    assert generate(model, plan, note=notes.append).texts == whole.texts
     assert notes[0].endswith(
         "does not run (TypeError: no cache): generating without it, more slowly"
     )

@@ -511,6 +511,10 @@ def test_a_file_that_could_not_be_written_is_refused_before(tmp_path):
     with pytest.raises(InputError, match="file is not a writable folder"):
         check_file(tmp_path / "file" / "a" / "b")
     assert os.listdir(tmp_path) == ["file"]
+    os.mkfifo(tmp_path / "pipe")  # a rename would put a file in its place
+    for place in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(InputError, match="is a device or a pipe; name a file"):
+            check_file(place)
 
 
 def test_write_file_removes_what_killed_commands_left(tmp_path):
