@@ -26,6 +26,7 @@ TITLES = {
     "ewc_random": "EWC, Fisher of random tokens",
     "inputs_generated": "EWC, structure inputs, of generated texts",
     "inputs_many": "EWC, structure inputs, of 1,024 generated texts",
+    "inputs_data_many": "EWC, structure inputs, of 1,024 rows of data",
     "replay_generated": "replay of generated texts",
     "ewc_floor": "EWC with a floor",
     "ewc_tempered": "EWC, tempered Fisher",

@@ -40,7 +40,7 @@ from scripts.experiments.lib.pictures import COLOURS, panels, save_picture, writ
 from scripts.experiments.lib.records import Record, mean, signed
 
 OURS = ("ewc", "inputs", "ewc_interpolated", "inputs_interpolated", "lora_ewc")
-OURS += ("ewc_generated", "inputs_generated")
+OURS += ("ewc_generated", "inputs_generated", "ewc_many", "inputs_many")
 EVERYWHERE = {"ewc": COLOURS[6], "inputs": COLOURS[5]}
 """In every panel, in the same colours."""
 PANELS = (
@@ -48,7 +48,7 @@ PANELS = (
     ("l2_growing", "fewer_steps", "freeze", "distill"),
     ("ewc_interpolated", "inputs_interpolated", "lora_ewc", "replay", "joint"),
     CANDIDATES,
-    ("ewc_generated", "ewc_many", "ewc_data_many", "replay_generated"),
+    ("ewc_generated", "ewc_many", "ewc_data_many", "inputs_data_many", "replay_generated"),
     ("inputs_generated", "inputs_many", "ewc_prompted", "ewc_mails", "ewc_random"),
 )
 COLOUR = EVERYWHERE | {
@@ -180,13 +180,13 @@ def kinds_table(setting: Setting, level: float) -> str:
                 for seed, one in curves.items()
             }
             found = estimate(some, level)
+            if math.isnan(found.value):
+                cells.append("not reached")
+                continue
             value = math.exp(-found.value)
-            bound = {"≥": "≤ "}.get(found.bound, "")  # a larger score is a smaller perplexity
-            cells.append(
-                "not reached"
-                if math.isnan(value)
-                else f"{bound}{value:.1f} ± {value * found.error:.1f}"
-            )
+            bound = "≤ " * (found.bound == "≥")  # a larger score is a smaller perplexity
+            error = "" if math.isnan(found.error) else f" ± {value * found.error:.1f}"
+            cells.append(f"{bound}{value:.1f}{error} ({found.seeds}/{found.of})")
         rows.append([title, *cells])
     return markdown(["", *kinds], rows)
 
