@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
-from scripts.experiments.lib import tempered_fisher
+from scripts.experiments.lib import pages, tempered_fisher
 from scripts.experiments.lib.block_fisher import block_fisher, block_of
 from scripts.experiments.lib.curves import (
     Curve,
@@ -137,6 +137,18 @@ def test_a_level_that_is_not_learned_is_not_reached() -> None:
     assert difference(some, low, 0.3).bound == "≥"
     assert difference(low, some, 0.3).bound == "≤"
     assert difference(some, some, 0.3).bound == "~"
+
+
+def test_perplexities_of_each_kind_of_text_are_those_of_its_rows() -> None:
+    perplexity = np.repeat([10.0, 20.0, 40.0], 20)
+    some = Curve(np.full((1, 60), -2.0), -np.log(perplexity)[None])
+    curves = {method: {} for method in pages.TITLES} | {"free": {0: some, 1: some}}
+    text = pages.kinds_table(pages.Setting("language_model", curves, {}), -2.0)
+    [row] = [line for line in text.splitlines() if line.startswith("| no penalty")]
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    assert cells == ["10.0 ± 0.0 (2/2)", "20.0 ± 0.0 (2/2)", "40.0 ± 0.0 (2/2)"]
+    later = pages.kinds_table(pages.Setting("language_model", curves, {}), -1.0)
+    assert later.count("not reached") == 3
 
 
 @pytest.mark.parametrize("count", [1, 8, 13])
