@@ -57,7 +57,7 @@ NEWSGROUPS = {
     "ewc_floor": Grid(RATES, (3e4, 1e5, 3e5)),
     "ewc_tempered": Grid(RATES, (1e4, 3e4, 1e5)),  # whose trace is about 3.4 times EWC's
 }
-TEXT_RATES = (3e-4, 1e-3)
+TEXT_RATES = (1e-4, 3e-4, 1e-3)
 EWC_OF_TEXT = Grid(TEXT_RATES, (1e2, 1e3, 1e4))
 LANGUAGE_MODEL = {
     "lora": Grid((3e-4, 1e-3, 3e-3)),
