@@ -10,7 +10,7 @@ FIRST = ("lora", "lora_convolutions", "interpolation")
 MAIN = (*FIRST, "free", "l2", "ewc", "inputs")
 WITHOUT_DATA = ("ewc_generated", "ewc_random", "replay_generated", "inputs_generated")
 WITHOUT_DATA += ("ewc_many", "inputs_many", "ewc_data_many", "inputs_data_many")
-WITHOUT_DATA += ("ewc_prompted", "ewc_mails")
+WITHOUT_DATA += ("ewc_random_many", "inputs_random_many", "ewc_prompted", "ewc_mails")
 """What protects a language model with other text than 64 rows of the old task."""
 ORDER = {"language_model": (("free", "l2", "ewc", "ewc_generated", "ewc_random"), FIRST)}
 """Of a setting whose units take long: what is done first, all seeds of it."""
@@ -85,6 +85,7 @@ SMALL_LANGUAGE_MODEL = {
         (
             *("ewc", "inputs", "ewc_generated", "ewc_random", "inputs_generated"),
             *("ewc_many", "inputs_many", "ewc_data_many", "inputs_data_many"),
+            *("ewc_random_many", "inputs_random_many"),
             *("ewc_prompted", "ewc_mails", "ewc_floor"),
         ),
         EWC_OF_SMALL_TEXT,

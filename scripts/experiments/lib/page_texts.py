@@ -27,6 +27,8 @@ TITLES = {
     "inputs_generated": "EWC, structure inputs, of generated texts",
     "inputs_many": "EWC, structure inputs, of 1,024 generated texts",
     "inputs_data_many": "EWC, structure inputs, of 1,024 rows of data",
+    "ewc_random_many": "EWC, Fisher of 1,024 random texts",
+    "inputs_random_many": "EWC, structure inputs, of 1,024 random texts",
     "replay_generated": "replay of generated texts",
     "ewc_floor": "EWC with a floor",
     "ewc_tempered": "EWC, tempered Fisher",

@@ -49,7 +49,8 @@ PANELS = (
     ("ewc_interpolated", "inputs_interpolated", "lora_ewc", "replay", "joint"),
     CANDIDATES,
     ("ewc_generated", "ewc_many", "ewc_data_many", "inputs_data_many", "replay_generated"),
-    ("inputs_generated", "inputs_many", "ewc_prompted", "ewc_mails", "ewc_random"),
+    ("inputs_generated", "inputs_many", "inputs_random_many"),
+    ("ewc_prompted", "ewc_mails", "ewc_random", "ewc_random_many"),
 )
 COLOUR = EVERYWHERE | {
     name: colour for names in PANELS for name, colour in zip(names, COLOURS, strict=False)
