@@ -185,6 +185,7 @@ def test_the_ledger_says_how(gpt2: Path, tmp_path: Path, capsys: Any) -> None:
     ledger = read_fisher(gpt2 / "fisher").ledger
     card = model_card(None, ledger, Subject("user/model", {"model_type": "gpt2"}))
     assert text in card
+    assert "generated itself from prompts, and on no other data: it follows from the" in card
     assert "a digest of the data of the prompts of self, which can confirm a guess" in card
 
 
@@ -460,7 +461,10 @@ def test_the_whole_way_for_a_model_of_others(gpt2: Path, tmp_path: Path, hub: Hu
     card = files["README.md"].decode()
     assert "6 examples, 48 tokens, 6 generated texts, max length 8" in card
     assert "BF16" in card
-    assert "The ledger has no digest of any data." in card
+    assert (
+        "on texts that the model generated itself, and on no other data: it follows from the "
+        "weights alone. The ledger has no digest of any data." in card
+    )
     out = tmp_path / "mine"
     done(
         *("finetune", "them/model", "--fisher", "me/fisher", "--data", "new.jsonl"),
