@@ -605,7 +605,7 @@ def test_outputs_that_are_not_finite_are_refused(
 
 
 def test_a_full_disk_for_the_texts(
-    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts, real = tmp_path / "texts.jsonl", os.fsync
 
@@ -620,6 +620,11 @@ def test_a_full_disk_for_the_texts(
     assert not texts.exists()
     assert not list(tmp_path.glob(".texts*"))
     assert not (gpt2 / "fisher").exists()
+    monkeypatch.setattr(os, "fsync", real)  # there is room again
+    caplog.set_level("INFO", "consolidate")
+    consolidate.fisher(gpt2, **FEW, save_generated=texts)
+    assert "resuming after 6 of 6 generated texts" in caplog.text
+    assert len(texts.read_text().splitlines()) == 6
 
 
 def test_a_task_that_was_trained_is_not_measured_on_generated_texts(
