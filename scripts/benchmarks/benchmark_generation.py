@@ -67,7 +67,8 @@ class Batches(NamedTuple):
 
 def written(model: Model, plan: TextPlan) -> Batches:
     """Generate the texts of a plan, and read all of them again."""
-    texts, changed, seconds = {}, 0.0, 0.0
+    texts: dict[int, list[int]] = {}
+    changed = seconds = 0.0
     ends = plan.distribution.ends
     for numbers in plan.batches():
         prompts = [plan.prompt(i) for i in numbers]
@@ -199,7 +200,8 @@ def main() -> None:
             for row in batch_rows(folder, dtype, sizes, options.texts, options.max_length, steps)
         ]
         rounding = rounding_table(folder, options.measured, options.max_length)
-        parameters = load_model(open_checkpoint(folder)).module.num_parameters()
+        module = load_model(open_checkpoint(folder)).module
+        parameters = sum(parameter.numel() for parameter in module.parameters())
     header = ["", "differ", "median first token", "foreseen", "tokens/s", "transformers"]
     page = TEXT.format(
         name=options.name,
