@@ -53,7 +53,7 @@ the same batch, sampling without truncation, over {steps} steps.
 {rounding}
 
 The gradient of the penalty is that of weights that all moved by ±δ, the signs at random. Rounding
-changes neither which weights are protected nor the sum, and is small beside what chance does.
+is small beside what chance does with so few texts.
 """
 
 
