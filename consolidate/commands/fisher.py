@@ -52,10 +52,11 @@ from consolidate.commands.measurement import (
 from consolidate.data.columns import columns_of
 from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples, subset
-from consolidate.data.text_plan import TextPlan, plan_texts
+from consolidate.data.text_plan import plan_texts
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
+from consolidate.models.sampling import TextPlan
 from consolidate.options import Columns, FisherOptions, Merging
 from consolidate.results import (
     FisherDone,

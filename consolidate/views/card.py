@@ -298,7 +298,7 @@ def _body(ledger: Ledger, subject: Subject) -> str:
         "rule": rule,
         "unprotected": len(unprotected) or None,
         "reasons": "; ".join(map(escaped, sorted(set(unprotected))[:5])),
-        "place": "this repository" if subject.repository else "`fisher/`",
+        "reveals": _reveals(ledger, "this repository" if subject.repository else "`fisher/`"),
         "digests": digests,
     }
     parts = map(Template, Path(__file__).with_name("card.md").read_text("utf-8").split("\n\n\n"))
@@ -306,6 +306,24 @@ def _body(ledger: Ledger, subject: Subject) -> str:
         part.substitute(found).strip()
         for part in parts
         if all(found[name] is not None for name in part.get_identifiers())
+    )
+
+
+def _reveals(ledger: Ledger, place: str) -> str:
+    """Say what the Fisher tells of the data that it was measured on."""
+    measured = [task for task in ledger.tasks if task.examples is not None]
+    if measured and all(task.generated for task in measured):
+        prompted = any(task.generated and task.generated.prompts for task in measured)
+        return (
+            "The Fisher was measured on texts that the model generated itself"
+            + (" from prompts" if prompted else "")
+            + ", and on no other data: it follows from the weights"
+            + (" and the prompts." if prompted else " alone.")
+        )
+    return (
+        f"No row of the data is in {place}. But a Fisher is an average of squared gradients over "
+        "all of the data: together with labels, counts and scores it reveals something about them, "
+        "and may help to find out whether an example was among them."
     )
 
 

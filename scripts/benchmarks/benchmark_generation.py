@@ -16,10 +16,10 @@ from torch import Tensor
 
 import consolidate
 from consolidate.data.prompts import NoPrompts
-from consolidate.data.text_plan import TextPlan, plan_texts
+from consolidate.data.text_plan import plan_texts
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
-from consolidate.models.sampling import continued, reread, up_to_end
+from consolidate.models.sampling import TextPlan, continued, reread, up_to_end
 from consolidate.options import Generation
 from formats.checkpoint import open_checkpoint
 from formats.fisher_folder import read_fisher
@@ -53,7 +53,7 @@ the same batch, sampling without truncation, over {steps} steps.
 {rounding}
 
 The gradient of the penalty is that of weights that all moved by ±δ, the signs at random. Rounding
-changes neither which weights are protected nor the sum, and is small beside what chance does.
+is small beside what chance does with so few texts.
 """
 
 
@@ -67,7 +67,8 @@ class Batches(NamedTuple):
 
 def written(model: Model, plan: TextPlan) -> Batches:
     """Generate the texts of a plan, and read all of them again."""
-    texts, changed, seconds = {}, 0.0, 0.0
+    texts: dict[int, list[int]] = {}
+    changed = seconds = 0.0
     ends = plan.distribution.ends
     for numbers in plan.batches():
         prompts = [plan.prompt(i) for i in numbers]
@@ -199,7 +200,8 @@ def main() -> None:
             for row in batch_rows(folder, dtype, sizes, options.texts, options.max_length, steps)
         ]
         rounding = rounding_table(folder, options.measured, options.max_length)
-        parameters = load_model(open_checkpoint(folder)).module.num_parameters()
+        module = load_model(open_checkpoint(folder)).module
+        parameters = sum(parameter.numel() for parameter in module.parameters())
     header = ["", "differ", "median first token", "foreseen", "tokens/s", "transformers"]
     page = TEXT.format(
         name=options.name,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import consolidate
 from consolidate.chain import resume
@@ -32,6 +33,7 @@ from support.faults import Killed, kill_after
 from support.folders import contents
 from support.loopback_hub import TOKEN, Hub
 from support.networks import NETWORK
+from support.tiny_models import change_config
 from support.together import ended, started
 
 LENGTH = 3
@@ -185,6 +187,7 @@ def test_the_ledger_says_how(gpt2: Path, tmp_path: Path, capsys: Any) -> None:
     ledger = read_fisher(gpt2 / "fisher").ledger
     card = model_card(None, ledger, Subject("user/model", {"model_type": "gpt2"}))
     assert text in card
+    assert "generated itself from prompts, and on no other data: it follows from the" in card
     assert "a digest of the data of the prompts of self, which can confirm a guess" in card
 
 
@@ -460,7 +463,10 @@ def test_the_whole_way_for_a_model_of_others(gpt2: Path, tmp_path: Path, hub: Hu
     card = files["README.md"].decode()
     assert "6 examples, 48 tokens, 6 generated texts, max length 8" in card
     assert "BF16" in card
-    assert "The ledger has no digest of any data." in card
+    assert (
+        "on texts that the model generated itself, and on no other data: it follows from the "
+        "weights alone. The ledger has no digest of any data." in card
+    )
     out = tmp_path / "mine"
     done(
         *("finetune", "them/model", "--fisher", "me/fisher", "--data", "new.jsonl"),
@@ -583,25 +589,32 @@ def test_a_module_of_ones_own_is_refused(network_checkpoint: Path) -> None:
         consolidate.fisher(network_checkpoint, generate=3, **NETWORK)
 
 
-def test_outputs_that_are_not_finite_are_refused(
-    gpt2: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = fisher_command.load
+def test_outputs_that_are_not_finite_are_refused(gpt2: Path) -> None:
+    weights = load_file(gpt2 / "model.safetensors")
+    weights["transformer.ln_f.weight"].fill_(3e38)  # finite, while the logits are not
+    save_file(weights, gpt2 / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteError, match="generated text 1, token 1"):
+        consolidate.fisher(gpt2, **FEW)
+    assert not (gpt2 / "fisher").exists()
 
-    def broken(*arguments: Any, **options: Any) -> Any:  # finite weights can give such outputs
-        model = real(*arguments, **options)
-        with torch.no_grad():
-            model.module.transformer.wpe.weight[4] = float("nan")
-        return model
 
-    monkeypatch.setattr(fisher_command, "load", broken)
-    with pytest.raises(NonFiniteError, match="generated text 1, token 5"):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused(gpt2: Path, dtype: torch.dtype) -> None:
+    name, weights = "transformer.h.0.mlp.c_fc.weight", load_file(gpt2 / "model.safetensors")
+    weights[name] = weights[name].to(dtype)
+    save_file(weights, gpt2 / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InputError, match=rf"quantized weights \(tensor '{name}' is .* have no gradients"
+    ):
+        consolidate.fisher(gpt2, **FEW)
+    change_config(gpt2, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(InputError, match=r"quantized weights \(by the quantization_config"):
         consolidate.fisher(gpt2, **FEW)
     assert not (gpt2 / "fisher").exists()
 
 
 def test_a_full_disk_for_the_texts(
-    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts, real = tmp_path / "texts.jsonl", os.fsync
 
@@ -616,6 +629,11 @@ def test_a_full_disk_for_the_texts(
     assert not texts.exists()
     assert not list(tmp_path.glob(".texts*"))
     assert not (gpt2 / "fisher").exists()
+    monkeypatch.setattr(os, "fsync", real)  # there is room again
+    caplog.set_level("INFO", "consolidate")
+    consolidate.fisher(gpt2, **FEW, save_generated=texts)
+    assert "resuming after 6 of 6 generated texts" in caplog.text
+    assert len(texts.read_text().splitlines()) == 6
 
 
 def test_a_task_that_was_trained_is_not_measured_on_generated_texts(

@@ -738,6 +738,8 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
     whole.tasks[0].unit, whole.tasks[0].loss_on, whole.tasks[0].max_length = "token", "all", 64
     whole.tasks[0].benchmarks = {"a": BenchmarkRecord("0.4.13", "arc", "1", "acc", 8, 8, None)}
     whole.tasks[1].weight_by = "trace"
+    assert whole.tasks[0].generated is not None
+    whole.tasks[0].generated.texts = "d" * 64
     written = json.loads(ledger_bytes(whole))
     first, unmeasured = written["tasks"]
     fields = [*first]

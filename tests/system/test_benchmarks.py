@@ -43,6 +43,29 @@ def test_the_benchmark_of_memory_writes_its_page(
     assert "consolidate evaluate old --data old=old.jsonl" in page
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_generated_texts_writes_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts.benchmarks import benchmark_generation, harness
+
+    for key, value in harness.STABLE.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(harness, "results_folder", lambda quick: tmp_path)
+    words = ["--quick", "--texts", "4", "--max-length", "6", "--measured", "4"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "benchmark_generation.py"), *words])
+    benchmark_generation.main()
+    page = (tmp_path / "generation.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    found = {row[0].strip("| "): row[1:] for row in rows}
+    assert found["float32, batch size 1"][0] == found["bfloat16, batch size 1"][0] == "0 of 4"
+    assert float(found["float32, batch size 2"][2].strip("%")) < 0.01
+    largest = float(found["largest relative error of a value"][0].strip("%"))
+    assert 0.3 < largest <= 0.4  # in percent: 1/2⁸, less for few values
+    rounded, other, *_ = (float(x.strip("%| ")) for x in found["‖F̃ − F‖ / ‖F‖"])
+    assert rounded < 0.3 < 10 < other
+
+
 def test_what_was_measured_is_kept_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     from scripts.benchmarks import benchmark_memory as memory
 
