@@ -55,8 +55,8 @@ from consolidate.data.examples import Examples, subset
 from consolidate.data.text_plan import plan_texts
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
+from consolidate.models.generation_plan import TextPlan
 from consolidate.models.model import Model
-from consolidate.models.sampling import TextPlan
 from consolidate.options import Columns, FisherOptions, Merging
 from consolidate.results import (
     FisherDone,

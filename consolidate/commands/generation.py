@@ -15,8 +15,9 @@ from consolidate.data.generation import (
 )
 from consolidate.data.prompts import open_prompts
 from consolidate.data.text_examples import TextExamples
+from consolidate.models.generation_plan import TextPlan
 from consolidate.models.model import Model
-from consolidate.models.sampling import TextPlan, Written
+from consolidate.models.sampling import Written
 from consolidate.options import Encoding, Estimation, FisherOptions, Generation
 from consolidate.results import Generated as GeneratedResult
 from consolidate.results import GenerationCost

@@ -14,10 +14,10 @@ from consolidate.data.text_examples import Ragged, TextExamples
 from consolidate.data.texts import padding_token
 from consolidate.estimation.batches import out_of_memory, place_of
 from consolidate.estimation.likelihoods import IGNORED
+from consolidate.models.generation_plan import TextPlan
 from consolidate.models.model import Model
 from consolidate.models.sampling import (
     Continued,
-    TextPlan,
     Written,
     continued,
     has_cache,

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from consolidate.data.prompts import end_tokens, starts_of
 from consolidate.data.texts import most_tokens
+from consolidate.models.generation_plan import TextPlan
 from consolidate.models.model import Model
-from consolidate.models.sampling import Distribution, TextPlan
+from consolidate.models.sampling import Distribution
 from consolidate.options import Generation
 from formats.errors import InputError, UsageError
 from formats.rows import Rows

@@ -1,9 +1,8 @@
-"""Texts that a causal language model generates: which, and token by token."""
+"""Texts that a causal language model generates, token by token."""
 
 import inspect
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -42,46 +41,6 @@ class Written:
     most: int | None = None  # texts at a time that fit into memory; None while a batch does
     halvings: int = 0
     changed: float | None = None  # share of texts that other rounding changes, as far as is known
-
-
-@dataclass(frozen=True)
-class TextPlan:
-    """Texts to be generated, by their number: what each begins with, and the distribution."""
-
-    starts: list[list[int]]  # token ids; the texts begin with them in turn
-    count: int
-    distribution: Distribution
-    batch_size: int
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether texts are drawn from the model's own distribution."""
-        return self.distribution.temperature == 1 and self.distribution.top_p == 1
-
-    def first(self, count: int) -> "TextPlan":
-        """Give the plan of the first few texts."""
-        return replace(self, count=min(count, self.count))
-
-    def prompt(self, i: int) -> list[int]:
-        """Return what text i begins with."""
-        return self.starts[i % len(self.starts)]
-
-    def batches(self) -> Iterator[list[int]]:
-        """Yield the numbers of the texts of each batch, whose prompts have one length."""
-        places: dict[int, list[int]] = {}
-        for place, start in enumerate(self.starts):
-            places.setdefault(len(start), []).append(place)
-        for _, alike in sorted(places.items()):
-            turns = range(0, self.count, len(self.starts))
-            each = (turn + place for turn in turns for place in alike)
-            numbers = (i for i in each if i < self.count)
-            while batch := list(islice(numbers, self.batch_size)):
-                yield batch
-
-    def in_order(self, written: Written) -> list[list[int]]:
-        """Return all that was written in the order of the texts."""
-        found = zip((i for batch in self.batches() for i in batch), written.texts, strict=True)
-        return [text for _, text in sorted(found)]
 
 
 class Continued(NamedTuple):

@@ -14,9 +14,10 @@ from consolidate.data.generation import examples_of, generate, json_lines
 from consolidate.data.prompts import NoPrompts, open_prompts
 from consolidate.data.text_plan import plan_texts
 from consolidate.estimation.likelihoods import IGNORED, get_likelihood
+from consolidate.models.generation_plan import TextPlan
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
-from consolidate.models.sampling import TextPlan, Written
+from consolidate.models.sampling import Written
 from consolidate.options import Generation
 from formats.checkpoint import open_checkpoint
 from formats.errors import InputError, UsageError

@@ -41,7 +41,7 @@ TESTED_THROUGH = {
     "commands/test_forgetting": "commands.finetune_gate training.forgetting",
     "views/test_figures": "views.search_figures",
     "data/test_benchmarks": "data.benchmark_files benchmark",
-    "data/test_generation": "data.prompts data.text_plan",
+    "data/test_generation": "data.prompts data.text_plan models.generation_plan",
     "data/test_examples": "data.columns data.encoding data.labels data.tensors data.text_examples"
     " data.texts",
     "ewc/test_penalty": "ewc.matching",
