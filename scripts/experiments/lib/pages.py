@@ -315,7 +315,8 @@ def draw(setting: Setting, folder: Path) -> None:
     page = PAGES[setting.name]
     factor = page.scale.factor
     shown = [names for names in PANELS if any(setting.curves[one] for one in names)]
-    figure, axes = panels(max(1, len(shown)), width=4.6, height=4.2, sharex=True, sharey=True)
+    size = {"width": 4.6, "height": 4.2, "across": 4 if len(shown) < 5 else 3}
+    figure, axes = panels(max(1, len(shown)), **size, sharex=True, sharey=True)
     for axis, methods in zip(axes, shown, strict=False):
         for method in (*methods, *EVERYWHERE):
             curves = setting.curves[method]

@@ -17,14 +17,25 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 """Okabe and Ito's, which the colour-blind can tell apart."""
 
 
-def panels(count: int, *, width: float = 4.5, height: float = 3.4, **options: Any) -> Any:
-    """Make a figure with that many panels side by side; return both."""
+def panels(
+    count: int, *, width: float = 4.5, height: float = 3.4, across: int = 5, **options: Any
+) -> Any:
+    """Make a figure with that many panels, some side by side; return both."""
+    columns = min(count, across)
+    rows = -(-count // columns)
     figure, axes = pyplot.subplots(
-        1, count, figsize=(width * count, height), squeeze=False, constrained_layout=True, **options
+        rows,
+        columns,
+        figsize=(width * columns, height * rows),
+        squeeze=False,
+        constrained_layout=True,
+        **options,
     )
-    for axis in axes[0]:
+    for axis in axes.flat[count:]:
+        axis.remove()
+    for axis in axes.flat[:count]:
         axis.grid(alpha=0.3)
-    return figure, list(axes[0])
+    return figure, list(axes.flat[:count])
 
 
 def error_bars(values: Sequence[Any] | np.ndarray) -> np.ndarray:
