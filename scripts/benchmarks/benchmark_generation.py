@@ -94,6 +94,11 @@ def rate_of_transformers(model: Model, plan: TextPlan, steps: int) -> float:
     return plan.batch_size * steps / (time.process_time() - began)
 
 
+def percent(share: float) -> str:
+    """Write a share with two digits."""
+    return f"{float(f'{100 * share:.2g}'):g}%"
+
+
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
     """Return the first token, from 1, that differs; None if none does."""
     pairs = enumerate(zip_longest(one, other), 1)
@@ -118,7 +123,7 @@ def batch_rows(
             f"{str(dtype).removeprefix('torch.')}, batch size {size}",
             "" if last is found else f"{len(differ)} of {texts}",
             f"{median(differ):.0f}" if differ else "",
-            f"{100 * found.foreseen:.2g}%",
+            percent(found.foreseen),
             f"{found.rate:.3g}",
             f"{rate:.3g}",
         ]
@@ -162,16 +167,16 @@ def rounding_table(folder: Path, texts: int, length: int) -> str:
     squares = sum(float(f.double().square().sum()) for f in one.values())
     trace = sum(float(f.double().sum()) for f in one.values())
     rows = [
-        ["largest relative error of a value", f"{100 * largest:.2g}%", ""],
+        ["largest relative error of a value", percent(largest), ""],
         ["values above 0 that become 0", f"{lost:,.0f}", ""],
     ]
     for what, key, whole in (
         ("‖F̃ − F‖ / ‖F‖", "F", squares),
         ("‖√F̃ − √F‖ / ‖√F‖", "√F", trace),
     ):
-        rows.append([what, *(f"{100 * (of[key] / whole) ** 0.5:.2g}%" for of in sums.values())])
+        rows.append([what, *(percent((of[key] / whole) ** 0.5) for of in sums.values())])
     difference = "difference of the sum of all values"
-    rows.append([difference, *(f"{100 * abs(of['trace'] / trace):.2g}%" for of in sums.values())])
+    rows.append([difference, *(percent(abs(of["trace"] / trace)) for of in sums.values())])
     return markdown(["", "rounded", "another seed"], rows)
 
 
