@@ -223,4 +223,4 @@ def _log(written: Written, before: int, seconds: float) -> None:
     LOG.info("generated %d texts, %d tokens%s", len(written.texts), tokens, rate)
     if written.changed is not None:
         share = 100 * written.changed
-        LOG.info("another batch size would change at most about %.2g%% of them", share)
+        LOG.info("another batch size would change at most about %.3g%% of them", share)

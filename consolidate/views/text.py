@@ -78,7 +78,7 @@ def _cost_text(cost: FisherDryRun) -> str:
     generation = []
     if "generation_seconds" in cost:
         changed = (
-            f"another batch size changes at most about {100 * cost['generation_changed']:.2g}%"
+            f"another batch size changes at most about {100 * cost['generation_changed']:.3g}%"
         )
         seconds = f"{cost['generation_seconds']:,.0f} s, before the pass"
         generation = [f"generation   {seconds}; {changed}"]

@@ -52,8 +52,8 @@ the same batch, sampling without truncation, over {steps} steps.
 
 {rounding}
 
-The gradient of the penalty is that of weights that all moved by ±δ, the signs at random. Rounding
-is small beside what chance does with so few texts.
+The gradient of the penalty, λ F (θ − μ), has the same relative error in each weight. Rounding is
+small beside what chance does with so few texts.
 """
 
 
@@ -94,6 +94,11 @@ def rate_of_transformers(model: Model, plan: TextPlan, steps: int) -> float:
     return plan.batch_size * steps / (time.process_time() - began)
 
 
+def percent(share: float) -> str:
+    """Write a share with two digits."""
+    return f"{float(f'{100 * share:.2g}'):g}%"
+
+
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
     """Return the first token, from 1, that differs; None if none does."""
     pairs = enumerate(zip_longest(one, other), 1)
@@ -118,7 +123,7 @@ def batch_rows(
             f"{str(dtype).removeprefix('torch.')}, batch size {size}",
             "" if last is found else f"{len(differ)} of {texts}",
             f"{median(differ):.0f}" if differ else "",
-            f"{100 * found.foreseen:.2g}%",
+            percent(found.foreseen),
             f"{found.rate:.3g}",
             f"{rate:.3g}",
         ]
@@ -127,7 +132,7 @@ def batch_rows(
 
 
 def fisher_of(folder: Path, place: Path, texts: int, length: int, seed: int) -> dict[str, Tensor]:
-    """Measure a Fisher on generated texts, and return it in float64."""
+    """Measure a Fisher on generated texts, and return it."""
     output = place / f"seed-{seed}"
     consolidate.fisher(
         folder,
@@ -139,42 +144,39 @@ def fisher_of(folder: Path, place: Path, texts: int, length: int, seed: int) -> 
         dtype="float32",
     )
     stored = read_fisher(output / "fisher").fisher
-    return {name: stored[name].double() for name in stored}
+    return {name: stored[name].float() for name in stored}
 
 
 def rounding_table(folder: Path, texts: int, length: int) -> str:
     """Compare the rounding of a Fisher with how far two samples of it lie apart."""
     with tempfile.TemporaryDirectory() as place:
         one, other = (fisher_of(folder, Path(place), texts, length, seed) for seed in (0, 1))
-    rounded = {name: values.float().bfloat16().double() for name, values in one.items()}
-    largest = max(
-        float(((rounded[n] - f).abs() / f)[f > 0].max()) for n, f in one.items() if (f > 0).any()
-    )
-    lost = sum(int(((f > 0) & (rounded[n] == 0)).sum()) for n, f in one.items())
-    signs = torch.Generator().manual_seed(0)
-    moved = {n: torch.randint(0, 2, f.shape, generator=signs) * 2 - 1 for n, f in one.items()}
+    rounded = {name: values.bfloat16() for name, values in one.items()}
+    largest = lost = 0.0
+    sums = {which: dict.fromkeys(("F", "√F", "trace"), 0.0) for which in ("rounded", "other")}
+    for name, exact in one.items():
+        f, positive = exact.double(), exact > 0
+        off = (rounded[name].double() - f).abs()
+        largest = max(largest, float((off / f)[positive].max()) if positive.any() else 0.0)
+        lost += float((positive & (rounded[name] == 0)).sum())
+        for which, values in (("rounded", rounded[name]), ("other", other[name])):
+            g = values.double()
+            sums[which]["F"] += float((g - f).square().sum())
+            sums[which]["√F"] += float((g.sqrt() - f.sqrt()).square().sum())
+            sums[which]["trace"] += float((g - f).sum())
+    squares = sum(float(f.double().square().sum()) for f in one.values())
+    trace = sum(float(f.double().sum()) for f in one.values())
     rows = [
-        ["largest relative error of a value", f"{100 * largest:.2g}%", ""],
-        ["values above 0 that become 0", f"{lost:,}", ""],
+        ["largest relative error of a value", percent(largest), ""],
+        ["values above 0 that become 0", f"{lost:,.0f}", ""],
     ]
-    for name, of in (
-        ("‖F̃ − F‖ / ‖F‖", lambda f, m: f),
-        ("the same of √F", lambda f, m: f.sqrt()),
-        ("the same of the penalty's gradient F δ", lambda f, m: f * m),
+    for what, key, whole in (
+        ("‖F̃ − F‖ / ‖F‖", "F", squares),
+        ("‖√F̃ − √F‖ / ‖√F‖", "√F", trace),
     ):
-        errors = []
-        for two in (rounded, other):
-            pairs = [(of(two[n], moved[n]), of(f, moved[n])) for n, f in one.items()]
-            above = sum(float((a - b).square().sum()) for a, b in pairs)
-            below = sum(float(b.square().sum()) for _, b in pairs)
-            errors.append(f"{100 * (above / below) ** 0.5:.2g}%")
-        rows.append([name, *errors])
-    trace = sum(float(f.sum()) for f in one.values())
-    of_sum = [
-        f"{100 * abs(sum(float(f.sum()) for f in two.values()) / trace - 1):.2g}%"
-        for two in (rounded, other)
-    ]
-    rows.append(["difference of the sum of all values", *of_sum])
+        rows.append([what, *(percent((of[key] / whole) ** 0.5) for of in sums.values())])
+    difference = "difference of the sum of all values"
+    rows.append([difference, *(percent(abs(of["trace"] / trace)) for of in sums.values())])
     return markdown(["", "rounded", "another seed"], rows)
 
 
