@@ -108,6 +108,22 @@ def check_held_out(
         )
 
 
+def check_budget(validation: Collection[str], *, new: str, ledger: Sequence[str]) -> None:
+    """Refuse a budget for which no earlier task will be measured; `ledger` are their names."""
+    if not ledger:
+        raise UsageError("--budget needs earlier tasks, and the checkpoint has no ledger")
+    if not set(ledger) & set(validation):
+        raise UsageError(
+            "--budget needs held-out rows of an earlier task: give --validation NAME=DATA, where "
+            f"NAME is one of {', '.join(ledger)}"
+        )
+    if new in validation:
+        raise UsageError(
+            f"--validation {new}: --budget measures earlier tasks only, and {new} is the new one: "
+            "leave it out"
+        )
+
+
 def search_lambda(
     plan: Plan,
     subject: Subject,
