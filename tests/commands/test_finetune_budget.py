@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from consolidate.api import evaluate, finetune, fisher, show
@@ -16,10 +17,27 @@ from support.command_line import run
 from support.faults import Killed, break_off, kill_after
 from support.folders import contents
 from support.json_schema import check_json
-from support.networks import FAST, NETWORK
+from support.networks import FAST, NETWORK, SIZES
 
 Write = Callable[..., Path]
 COMMON: dict[str, Any] = {**FAST, "epochs": 12}
+
+
+@pytest.fixture
+def write_task(tmp_path: Path) -> Write:
+    """Write rows of a, or of b, in which the same three clusters have other labels."""
+    centres = np.random.default_rng(0).normal(size=(3, SIZES[0])) * 2
+
+    def write(name: str, seed: int = 0, count: int = 60) -> Path:
+        random = np.random.default_rng(seed)
+        labels = random.integers(0, 3, count)
+        inputs = centres[labels] + random.normal(size=(count, SIZES[0]))
+        path = tmp_path / f"{name}.npz"
+        turned = (labels + name.startswith("b")) % 3
+        np.savez(path, inputs=inputs.astype(np.float32), labels=turned)
+        return path
+
+    return write
 
 
 @pytest.fixture
@@ -33,12 +51,14 @@ def learned(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> Path
 
 @pytest.fixture
 def held(write_task: Write) -> Path:
-    return write_task("a-held", count=200)
+    return write_task("a-held", seed=3, count=200)
 
 
 def lost(before: Path, after: Path, data: Path) -> float:
     """What another command measures of the weights as they are stored."""
-    start, end = (evaluate(folder, {"a": data}, **NETWORK)["a"]["loss"] for folder in (before, after))
+    start, end = (
+        evaluate(folder, {"a": data}, **NETWORK)["a"]["loss"] for folder in (before, after)
+    )
     return float(end) - float(start)
 
 
@@ -114,8 +134,8 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_a_run_that_is_killed_anywhere_resumes_to_the_same_bytes(
     write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    old, new = write_task("old"), write_task("new", seed=1, count=120)
-    held = write_task("held", count=150)
+    old, new = write_task("old"), write_task("b", seed=1, count=120)
+    held = write_task("held", seed=3, count=150)
     start = normed(tmp_path / "normed", old)
     options = {**FAST, "model": "support.networks:Network", "epochs": 3, "save_every_minutes": 0}
     options |= {"budget": 0.004, "validation": {"old": held}, "evaluate": {"test": new}}
@@ -157,7 +177,9 @@ def test_a_run_that_is_killed_anywhere_resumes_to_the_same_bytes(
 def test_matrices_are_followed_too(
     learned: Path, held: Path, write_task: Write, tmp_path: Path
 ) -> None:
-    fisher(learned, write_task("a", count=120), task="a", structure="inputs", overwrite=True, **NETWORK)
+    fisher(
+        learned, write_task("a", count=120), task="a", structure="inputs", overwrite=True, **NETWORK
+    )
     b = write_task("b", seed=1, count=120)
     options = {**COMMON, "budget": 0.05, "validation": {"a": held}, "structure": "inputs"}
     found = finetune(learned, b, output_dir=tmp_path / "out", **options)
@@ -209,7 +231,12 @@ def test_wrong_use_is_refused(
     message: str,
 ) -> None:
     b, b_held = write_task("b", seed=1), write_task("b-held", seed=2)
-    named = {"new": {"b": b_held}, "both": {"a": held, "b": b_held}, "same": {"a": held}, None: None}
+    named = {
+        "new": {"b": b_held},
+        "both": {"a": held, "b": b_held},
+        "same": {"a": held},
+        None: None,
+    }
     given: dict[str, Any] = {"validation": {"a": held}} | options
     for key in ("validation", "evaluate"):
         if not isinstance(given.get(key), dict):
