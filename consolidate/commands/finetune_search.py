@@ -291,7 +291,16 @@ def _tell(plan: Plan, chosen: Trial, whole: Sequence[Trial]) -> None:
     if limit is not None and beyond({"": chosen.forgetting or 0.0}, limit):
         LOG.info("no λ that was tried keeps forgetting to %g: the largest is taken", limit)
     elif at_an_end(chosen.ewc_lambda, whole):
-        LOG.info("λ = %g is at an end of what was tried: look beyond it", chosen.ewc_lambda)
+        strengths = [trial.ewc_lambda for trial in whole]
+        at = "largest" if chosen.ewc_lambda == max(strengths) else "smallest"
+        further = "larger" if at == "largest" else "smaller"
+        LOG.info(
+            "λ = %g, which was chosen, is the %s of those trained for all steps: a %s one may be "
+            "better",
+            chosen.ewc_lambda,
+            at,
+            further,
+        )
 
 
 def same_data(one: str | Path, other: str | Path) -> bool:
