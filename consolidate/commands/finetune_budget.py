@@ -91,10 +91,8 @@ class Controller:
         self._take_strength()
 
     def _strength(self, steps: Sequence[Step], lost: float) -> float | None:
-        measured = self.state["measured"]
-        if measured:
-            first, last = measured[0]["ewc_lambda"], measured[-1]["ewc_lambda"]
-            return next_strength(last, first, lost, self._budget)
+        if measured := self.measured:
+            return next_strength(measured[-1], measured[0].ewc_lambda, lost, self._budget)
         if lost <= self._budget:
             return None
         squares = _squares(self._penalty) - self.state["squares"]

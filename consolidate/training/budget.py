@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 MEASUREMENTS = 50  # of a run, evenly
 ROWS = (64, 256)  # in a measurement, at least and at most
-GAIN = 0.2  # in log10 λ, per measurement and factor of 10 between loss and budget
+GAIN = 0.3  # in log10 λ, per measurement and factor of 10 between loss and budget
+DAMPING = 0.5  # in log10 λ, per factor of 10 that the loss has risen since the last measurement
 NOTABLE = 1.0  # such factors that count in one measurement
 GROWTH = 10.0  # of λ over its first value, at most
 PARTS = 128  # of the way from the start, to which the end is rounded down
@@ -76,27 +77,37 @@ def first_strength(losses: Sequence[float], squares: float) -> float | None:
     return max(fall, 0.1 * losses[0]) / squares
 
 
-def next_strength(ewc_lambda: float, first: float, lost: float, budget: float) -> float:
-    """Give the next λ, by an integral controller on its logarithm.
+def next_strength(now: Measured, first: float, lost: float, budget: float) -> float:
+    """Give the next λ, by a proportional and integral controller of its logarithm, to base 10.
 
-        log λ ← log λ + 0.2 · clip(log(lost / budget), −1, 1)      (log to base 10)
+        e = clip(log(lost / budget), −1, 1)
+        log λ ← log λ + 0.3 e + 0.5 (e − e of the last measurement)
+
+    The first term brings the loss to the budget, the second keeps it from swinging around it, as
+    weights follow λ only after some steps.
 
     λ is at most 10 times its first value: where not even that keeps the budget, more of it only
     costs the new task.
 
     Args:
-        ewc_lambda: The present λ.
-        first: Its first value.
-        lost: The rise of the old loss that was measured.
+        now: The last measurement, with the present λ.
+        first: The first λ.
+        lost: The rise of the old loss that was measured since.
         budget: The rise that is allowed, above 0.
 
     Source: the multiplicative update of GECO (Rezende and Viola 2018,
-    https://arxiv.org/abs/1810.00597) as an integral controller of the multiplier (Sohrabi et al.
-    2024, https://arxiv.org/abs/2406.04558).
+    https://arxiv.org/abs/1810.00597) with the controller of Sohrabi et al. 2024
+    (https://arxiv.org/abs/2406.04558), both in log λ.
     """
+    error, before = _error(lost, budget), _error(now.lost, budget)
+    change = GAIN * error + DAMPING * (error - before)
+    return float(min(now.ewc_lambda * 10**change, GROWTH * first))
+
+
+def _error(lost: float, budget: float) -> float:
+    """Return how many factors of 10 a loss is over the budget, within bounds."""
     ratio = lost / budget
-    error = -NOTABLE if ratio <= 0 else max(-NOTABLE, min(NOTABLE, math.log10(ratio)))
-    return float(min(ewc_lambda * 10 ** (GAIN * error), GROWTH * first))
+    return -NOTABLE if ratio <= 0 else max(-NOTABLE, min(NOTABLE, math.log10(ratio)))
 
 
 def next_alpha(tried: Sequence[tuple[float, bool]]) -> float | None:

@@ -147,7 +147,7 @@ def test_a_run_that_is_killed_anywhere_resumes_to_the_same_bytes(
         return finetune(start, new, output_dir=tmp_path / "killed", **options)
 
     measure = finetune_budget.Controller._lost
-    for stop in (1, 2, 3, 5, 9):  # in a measurement, or after a step that is kept
+    for stop in (1, 5):  # in a measurement, or after a step that is kept
         break_off(monkeypatch, stop)
         with pytest.raises(Killed):
             again()

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 
 from consolidate.training.budget import (
+    Measured,
     first_strength,
     interval,
     is_due,
@@ -44,27 +45,34 @@ def test_the_first_lambda_is_the_fall_of_the_new_loss_per_unit_of_the_penalty() 
     assert first_strength([2.0, 1.0], -0.1) is None
 
 
-def test_lambda_moves_by_the_logarithm_of_what_is_lost_within_bounds() -> None:
-    assert next_strength(100.0, 100.0, 0.1, 0.1) == pytest.approx(100.0)
-    assert next_strength(100.0, 100.0, 0.2, 0.1) == pytest.approx(100 * 2**0.2)
-    assert next_strength(100.0, 100.0, 0.05, 0.1) == pytest.approx(100 / 2**0.2)
-    assert next_strength(100.0, 100.0, 50.0, 0.1) == pytest.approx(100 * 10**0.2)
+def test_lambda_moves_by_the_logarithm_of_what_is_lost_and_of_its_rise() -> None:
+    def after(before: float, lost: float, ewc_lambda: float = 100.0) -> float:
+        return next_strength(Measured(3, before, ewc_lambda), 100.0, lost, 0.1)
+
+    assert after(0.1, 0.1) == pytest.approx(100.0)
+    assert after(0.2, 0.2) == pytest.approx(100 * 2**0.3)
+    assert after(0.05, 0.05) == pytest.approx(100 / 2**0.3)
+    assert after(0.1, 0.2) == pytest.approx(100 * 2**0.8)
+    assert after(0.4, 0.1) == pytest.approx(100 / 2)
+    assert after(7.0, 50.0) == pytest.approx(100 * 10**0.3)  # more than a factor of 10 is one
     for nothing in (1e-9, 0.0, -0.3):
-        assert next_strength(100.0, 100.0, nothing, 0.1) == pytest.approx(100 / 10**0.2)
-    assert next_strength(900.0, 100.0, 50.0, 0.1) == 1000.0  # ten times the first
+        assert after(0.001, nothing) == pytest.approx(100 / 10**0.3)
+    assert after(50.0, 50.0, 900.0) == 1000.0  # ten times the first
 
 
 @pytest.mark.parametrize("slope", [0.3, 0.7, 1.0])
-@pytest.mark.parametrize("off", [0.01, 30.0])
-def test_a_loss_that_follows_lambda_ends_at_the_budget(slope: float, off: float) -> None:
+@pytest.mark.parametrize("start", [100.0, 3000.0])
+@pytest.mark.parametrize("pace", [0.1, 0.5, 1.0])
+def test_a_loss_that_follows_lambda_slowly_ends_at_the_budget(
+    slope: float, start: float, pace: float
+) -> None:
     budget, right = 0.1, 300.0  # λ at which the loss rests at the budget
-    lost, ewc_lambda = budget, right / off
-    first = ewc_lambda * (off if off > 1 else 1)
-    for _ in range(50):
-        rest = budget * (right / ewc_lambda) ** slope
-        lost = lost * (rest / lost) ** 0.5  # it moves half of the way between two measurements
-        ewc_lambda = next_strength(ewc_lambda, first, lost, budget)
-    assert lost == pytest.approx(budget, rel=0.1)
+    now = Measured(1, budget, start)
+    for step in range(50):
+        rest = budget * (right / now.ewc_lambda) ** slope
+        lost = now.lost * (rest / now.lost) ** pace
+        now = Measured(step, lost, next_strength(now, start, lost, budget))
+    assert now.lost == pytest.approx(budget, rel=0.15)
 
 
 @pytest.mark.parametrize("edge", [0.0, 0.003, 0.31, 0.5, 0.99, 1.0])

@@ -142,7 +142,7 @@ def test_a_search_that_finds_no_end_is_bounded() -> None:
     assert len(trials) == 7 + MOST_EXTENSIONS + 2 + 2  # its larger neighbour is never tried
 
     def forgets(strength: float, steps: int) -> Trial:
-        return trial(strength, 0.1, 0.5, steps=steps, lost=0.5)
+        return trial(strength, math.log10(strength), 0.5, steps=steps, lost=0.5)
 
     rule = partial(smallest, max_forgetting=0.02)
     more = partial(more_by_limit, max_forgetting=0.02)
