@@ -320,7 +320,7 @@ class TrainingStep(TypedDict):
 class Budget(TypedDict):
     """How many nats of loss earlier tasks could gain, and what each gained on the rows given."""
 
-    nats: Annotated[float, about("Per example or token.", gt=0)]
+    nats: Annotated[float, about("Per example or token; above 0.", ge=0)]
     lost: Annotated[dict[str, float], about("By earlier task, of the weights that were stored.")]
 
 
