@@ -32,7 +32,7 @@ from scripts.experiments.lib.networks import mlp
 SIZES = [64, 128, 128, 10]
 TRAINED, HALF = 1000, 398  # rows to learn from; rows of A in the first half of the others
 BUDGETS = (0.1, 0.3)
-GRID = (1.0, 10.0, 31.6, 100.0, 316.0, 1000.0, 3160.0)
+GRID = (1.0, 10.0, 31.6, 100.0, 316.0, 1000.0, 3160.0, 1e4, 1e5)
 
 
 @dataclass(frozen=True)
