@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class Setting:
     def run(self, **options: Any) -> dict[str, Any]:
         """Fine-tune on B, measured on test rows of B and on rows of A, all but those of `start`."""
         old = options.pop("old", "a-test")
-        return consolidate.finetune(
+        found = consolidate.finetune(
             self.folder / "start",
             self.folder / "b-train.npz",
             output_dir=self.folder / "out",
@@ -63,6 +63,7 @@ class Setting:
             seed=self.seed,
             **options,
         )
+        return cast(dict[str, Any], found)
 
 
 def prepare(kind: str, seed: int, folder: Path) -> Setting:
@@ -173,7 +174,7 @@ def main() -> None:
     sys.path.insert(0, str(NETWORKS.parent))
     header = ["task B", "lost, rows given", "lost, other rows", "α", "accuracy on B", "fixed λ"]
     with tempfile.TemporaryDirectory() as folder:
-        rows = []
+        rows: list[list[str]] = []
         for kind in options.kinds:
             for seed in options.seeds:
                 setting = prepare(kind, seed, Path(folder) / f"{kind}-{seed}")
