@@ -147,7 +147,7 @@ class Interpolator:
             points += [(t["alpha"], t["metrics"]) for t in self.state["trials"]]
             curve = [
                 CurvePoint(alpha, {name: values["score"] for name, values in metrics.items()})
-                for alpha, metrics in points
+                for alpha, metrics in sorted(points, key=lambda point: point[0])
                 if metrics is not None
             ]
         return Interpolation(self.state["alpha"], self.plan.method, curve)

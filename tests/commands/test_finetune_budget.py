@@ -110,14 +110,16 @@ def test_what_never_costs_so_much_is_trained_without_a_penalty(
 def test_what_no_lambda_holds_ends_between_start_and_end(
     learned: Path, held: Path, write_task: Write, tmp_path: Path
 ) -> None:
-    """The penalty is on one bias only, so that the α at the end has to keep the budget."""
+    """The steps are too large for any λ, so that the α at the end has to keep the budget."""
     b = write_task("b", seed=1, count=120)
-    fisher(learned, held, task="other", **NETWORK, output_dir=tmp_path / "other")
     options = {**COMMON, "penalty": "l2", "freeze": ["2.*"], "validation": {"a": held}}
     options |= {"learning_rate": 0.3, "lr_scheduler": "constant"}
     found = finetune(learned, b, output_dir=tmp_path / "out", budget=0.001, **options)
     assert found["interpolation"]["alpha"] < 1
     assert found["interpolation"]["method"] == "plain"
+    tried = [point["alpha"] for point in found["interpolation"]["curve"]]
+    assert tried == sorted(tried)
+    assert {0.0, found["interpolation"]["alpha"], 1.0} <= {*tried}
     assert lost(learned, tmp_path / "out", held) <= 0.001
     assert "alpha_search" not in found
 
