@@ -236,6 +236,7 @@ def finetune(
     log_every: int = 50,
     seed: int = 0,
     ewc_lambda: float | Sequence[float] | str | None = None,
+    budget: float | None = None,
     validation: Mapping[str, str | Path] | None = None,
     select: str | None = None,
     search_plot: str | Path | None = None,
@@ -346,6 +347,9 @@ def finetune(
         log_every: Log every N optimizer steps.
         seed: Random seed.
         ewc_lambda: Strength λ of the penalty; several values, or auto, start a search for it.
+        budget: Nats of loss, per example or token, that each earlier task in `validation` may gain.
+            λ follows what they lose during the training, and weights that lost more are
+            interpolated with the start. In place of `ewc_lambda`.
         validation: Held-out data to choose λ on, of earlier tasks and of the new one. (default: a
             tenth of the new task's data)
         select: Which λ to take. best-mean: the one with the best mean score; smallest: the smallest

@@ -444,6 +444,14 @@ class Search:
         least=0,
         typed=read_lambda,
     )
+    budget: float | None = option(
+        None,
+        "Nats of loss, per example or token, that each earlier task in --validation may gain. λ "
+        "follows what they lose during the training, and weights that lost more are interpolated "
+        "with the start. In place of --ewc-lambda.",
+        metavar="X",
+        above=0,
+    )
     validation: dict[str, str | Path] | None = option(
         None,
         "Held-out data to choose λ on, of earlier tasks and of the new one.",

@@ -326,6 +326,21 @@ class TrainingStep(TypedDict):
     gradient_norm: float | None
 
 
+class Budget(TypedDict):
+    """How many nats of loss earlier tasks could gain, and what each gained on the rows given."""
+
+    nats: Annotated[float, about("Per example or token; above 0.", ge=0)]
+    lost: Annotated[dict[str, float], about("By earlier task, of the weights that were stored.")]
+
+
+class BudgetPoint(TypedDict):
+    """What an earlier task had lost after a step, and the λ from there on."""
+
+    step: Count
+    lost: Annotated[float, about("In nats, of the task that lost most, on the rows measured.")]
+    ewc_lambda: float
+
+
 class PhaseSeconds(TypedDict):
     """Wall time of each phase, in this call: not that of an interrupted one, nor of a search."""
 
@@ -352,6 +367,7 @@ class Finetuned(EncodedAs, _Of):
     ]
     interpolation: Interpolation | None
     replayed: Replayed | None
+    budget: Budget | None
     metrics: Times
     benchmarks: Annotated[dict[str, Benchmark], about("Those among the datasets, by name.")]
     forgotten: Annotated[
@@ -404,6 +420,9 @@ class FinetuneDone(Finetuned):
     history: list[TrainingStep]
     lambda_search: NotRequired[LambdaSearch]
     alpha_search: NotRequired[AlphaSearch]
+    budget_path: NotRequired[
+        Annotated[list[BudgetPoint], about("With --budget: from where λ is no longer 0.")]
+    ]
     comparison: NotRequired[Annotated[Comparison, about("With --compare-none.")]]
 
 
@@ -529,6 +548,7 @@ class Task(TypedDict):
     parent: str | None
     interpolation: Interpolation | None
     replayed: Replayed | None
+    budget: Budget | None
     made_from: Annotated[str | None, about("Digest of everything that the result depends on.")]
     metrics: Times
     benchmarks: dict[str, Benchmark] | None

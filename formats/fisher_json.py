@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +44,7 @@ _SECOND = (
     "texts",
     "interpolation",
     "replayed",
+    "budget",
     "benchmarks",
     "description",
 )
@@ -125,6 +127,14 @@ class Replayed:
 
 
 @dataclass
+class Budget:
+    """How many nats of loss the earlier tasks could gain, and what each gained on held-out rows."""
+
+    nats: Annotated[float, Meta(gt=0, le=sys.float_info.max)]
+    lost: Annotated[dict[Text, Number], Meta(min_length=1)]  # by task, of the weights as stored
+
+
+@dataclass
 class BenchmarkRecord:
     """A benchmark that a task's training was evaluated on, and which metric is its score."""
 
@@ -164,6 +174,7 @@ class TaskRecord:
     parent: Hex | None = None
     interpolation: Interpolation | None = None
     replayed: Replayed | None = None
+    budget: Budget | None = None
     made_from: Hex | None = None
     description: dict[str, Any] | None = None
     metrics: dict[When, dict[Text, dict[Text, Number]]] = field(default_factory=dict)
@@ -352,6 +363,8 @@ def _to_ledger(content: Any, source: str) -> Ledger:
                 _check_fields(point, CurvePoint, version, source, f"{where}.curve[{j}]")
         if "replayed" in task:
             _check_fields(task["replayed"], Replayed, version, source, f"{place}.replayed")
+        if "budget" in task:
+            _check_fields(task["budget"], Budget, version, source, f"{place}.budget")
         for name, benchmark in task.get("benchmarks", {}).items():
             where = f"{place}.benchmarks[{shown(name)}]"
             _check_fields(benchmark, BenchmarkRecord, version, source, where)
@@ -441,6 +454,8 @@ def _faults(ledger: Ledger) -> Iterator[str]:
             yield f"$.tasks[{i}].interpolation: the task was only measured, there is no training"
         if task.replayed is not None and task.penalty is None:
             yield f"$.tasks[{i}].replayed: the task was only measured, there is no training"
+        if task.budget is not None and task.penalty in (None, UNKNOWN, "none"):
+            yield f"$.tasks[{i}].budget: expected it with a penalty that it sets the λ of"
         if task.loss_on is not None and task.unit != "token":
             yield f"$.tasks[{i}].loss_on: expected it with the unit token only"
         measured_on = {name for found in task.metrics.values() for name in found}

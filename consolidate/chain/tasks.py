@@ -31,6 +31,7 @@ from formats.errors import InputError, UsageError
 from formats.fisher_folder import StoredFisher, write_fisher
 from formats.fisher_json import (
     BenchmarkRecord,
+    Budget,
     Generated,
     Interpolation,
     LayerRecord,
@@ -58,6 +59,7 @@ class Training:
     metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     interpolation: Interpolation | None = None
     replayed: Replayed | None = None
+    budget: Budget | None = None
     benchmarks: dict[str, BenchmarkRecord] | None = None  # by name in metrics
 
 

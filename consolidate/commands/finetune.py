@@ -23,6 +23,7 @@ from consolidate.chain.output import (
 from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.chain.tasks import Training, add_task, pending_task, with_structure
 from consolidate.chain.up_to_date import cached, recorded_fisher
+from consolidate.commands.finetune_budget import Controller
 from consolidate.commands.finetune_compare import completed, train_without_penalty
 from consolidate.commands.finetune_gate import failed_before
 from consolidate.commands.finetune_interpolation import Interpolator
@@ -57,7 +58,9 @@ from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.model import config_of, file_weights
 from consolidate.options import FinetuneOptions, Merging
 from consolidate.results import Benchmark as BenchmarkResult
+from consolidate.results import Budget as BudgetResult
 from consolidate.results import (
+    BudgetPoint,
     FinetuneCached,
     Finetuned,
     FinetuneDone,
@@ -145,6 +148,7 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
     log_replay(start, plan.recipe, group)
     search = _searched(plan, start, work, found)
     comparison, found = train_without_penalty(plan, start, work, found, search)
+    controller = _controller(plan, start, found)
     moving = _interpolator(plan, start, measure, found)
     start_timing()
     try:
@@ -156,6 +160,7 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
             found=found,
             search=search,
             comparison=comparison,
+            controller=controller,
             interpolator=moving,
             group=group,
             on_step=options.on_step,
@@ -185,6 +190,8 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
         result["lambda_search"] = search
     if moving is not None and (chosen := moving.search()) is not None:
         result["alpha_search"] = chosen
+    if controller is not None:
+        result["budget_path"] = [cast(BudgetPoint, asdict(one)) for one in controller.measured]
     if comparison is not None:
         result["comparison"] = completed(comparison, trained.metrics)
     if forgotten and is_first(group):
@@ -286,6 +293,7 @@ def _known(
         "norm_statistics": statistics,
         "interpolation": None if between is None else cast(InterpolationResult, asdict(between)),
         "replayed": None if replayed is None else cast(ReplayedResult, asdict(replayed)),
+        "budget": None if task.budget is None else cast(BudgetResult, asdict(task.budget)),
         "metrics": task.metrics,
         "benchmarks": cast(dict[str, BenchmarkResult], asdict(task)["benchmarks"] or {}),
         "forgotten": scores_of(task.metrics, plan.old_tasks),
@@ -319,6 +327,13 @@ def _interpolator(
     if plan.interpolation is None:
         return None
     return Interpolator(plan.interpolation, start, plan.recipe, measure, all_processes(), found)
+
+
+def _controller(plan: Plan, start: Start, found: StoredWork | None) -> Controller | None:
+    """Prepare to let λ follow a budget; None where λ is given."""
+    if (budget := plan.options.search.budget) is None:
+        return None
+    return Controller(budget, start, plan.recipe, all_processes(), found)
 
 
 def _running_statistics(plan: Plan, start: Start) -> str | None:
@@ -446,14 +461,16 @@ def _training(
     """Give what the ledger records of the training; `parent` is the digest of the start."""
     ewc_lambda = None if start.penalty is None else float(start.penalty.ewc_lambda)
     kind, on = plan.options.penalty.penalty, plan.opened.penalty_on
-    between = None if moving is None else moving.record()
+    between, kept = (None, None) if moving is None else (moving.record(), moving.kept())
     found = {n: e.record for n, e in start.evaluations.items() if isinstance(e, Benchmark)}
     replayed = None
     if plan.replay is not None and start.replay is not None:
         rows, digests = plan.replay[1], plan.options.saving.data_digest
         digest = rows.digest() if digests else None
         replayed = Replayed(rows.name, digest, float(start.replay.share))
-    return Training(ewc_lambda, kind, on, parent, trained.metrics, between, replayed, found or None)
+    return Training(
+        ewc_lambda, kind, on, parent, trained.metrics, between, replayed, kept, found or None
+    )
 
 
 def _write(

@@ -20,11 +20,12 @@ from consolidate.options import Recipe
 from consolidate.results import AlphaSearch
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import shares
-from consolidate.training.forgetting import forgetting
+from consolidate.training.budget import largest_kept, next_alpha
+from consolidate.training.forgetting import forgetting, rises
 from consolidate.training.lambda_search import best_mean, largest, mean_score
 from consolidate.training.loop import remeasure_statistics, with_statistics
 from formats.errors import NonFiniteError
-from formats.fisher_json import CurvePoint, Interpolation
+from formats.fisher_json import Budget, CurvePoint, Interpolation
 from formats.partial_work import StoredWork
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Trial:
 class Interpolator:
     """Puts θ_α = μ + α (θ − μ) in place of what was trained, and chooses α where none was given.
 
+    With a budget it is the largest α at which no old task has lost more nats of loss.
     Frozen parameters are where they began, so they stay. A fresh head and new rows are as trained.
     Running statistics that follow the data are measured again at each α < 1.
     """
@@ -89,7 +91,7 @@ class Interpolator:
         self._scale = 1.0  # of F
         self.examples, self._held_out = start.examples, dict(start.held_out)
         self._given = plan.new in self._held_out
-        if plan.alpha is None and not self._given:
+        if plan.alpha is None and plan.budget is None and not self._given:
             self.examples, self._held_out[plan.new] = hold_out(start.examples, recipe.seed)
 
     @property
@@ -120,7 +122,7 @@ class Interpolator:
             try:
                 # Several processes stop together, after an α or a measurement.
                 with signals.waiting(self._group is not None):
-                    for one in GRID[len(trials) :]:
+                    while (one := self._next()) is not None:
                         trials.append(asdict(self._trial(one)))
                         _put_back(self._start.model.module, trained)
                         work.settle()
@@ -135,22 +137,32 @@ class Interpolator:
         self._move(alpha)
         self.state["alpha"] = alpha
 
-    def record(self) -> Interpolation:
-        """Give what the ledger records."""
+    def record(self) -> Interpolation | None:
+        """Give what the ledger records; None where a budget left the weights as trained."""
         curve = []
+        if self.plan.budget is not None and self.state["alpha"] == 1:
+            return None
         if self.chooses:
             points = [(0.0, self.state["before"])]
             points += [(t["alpha"], t["metrics"]) for t in self.state["trials"]]
             curve = [
                 CurvePoint(alpha, {name: values["score"] for name, values in metrics.items()})
-                for alpha, metrics in points
+                for alpha, metrics in sorted(points, key=lambda point: point[0])
                 if metrics is not None
             ]
         return Interpolation(self.state["alpha"], self.plan.method, curve)
 
+    def kept(self) -> Budget | None:
+        """Give the budget and what old tasks lost of it, as the ledger records it."""
+        if self.plan.budget is None:
+            return None
+        chosen = [one for one in self.state["trials"] if one["alpha"] == self.state["alpha"]]
+        metrics = chosen[0]["metrics"] if chosen else self.state["before"]  # α = 0
+        return Budget(self.plan.budget, rises(self.state["before"], metrics, self.plan.old))
+
     def search(self) -> AlphaSearch | None:
-        """Give the search as a result; None where α was given."""
-        if not self.chooses:
+        """Give the search as a result; None where α was given, or follows from a budget."""
+        if not self.chooses or self.plan.budget is not None:
             return None
         trials = [Trial(**trial) for trial in self.state["trials"]]
         return {
@@ -176,12 +188,32 @@ class Interpolator:
     def _rule(self) -> str:
         return "best-mean" if self.plan.old else "kept-gain"
 
+    def _next(self) -> float | None:
+        """Give the next α to measure; None once there are enough."""
+        if self.plan.budget is not None:
+            return next_alpha(self._tried())
+        return next(iter(GRID[len(self.state["trials"]) :]), None)
+
+    def _tried(self) -> list[tuple[float, bool]]:
+        """Give each α that was measured, with whether no old task lost more than the budget."""
+        before, budget = self.state["before"], self.plan.budget
+        assert budget is not None
+        return [
+            (one["alpha"], lost is not None and max(lost.values()) <= budget)
+            for one in self.state["trials"]
+            for lost in [one["metrics"] and rises(before, one["metrics"], self.plan.old)]
+        ]
+
     def _choose(self, trials: Sequence[Trial]) -> float:
         if all(trial.metrics is None for trial in trials):
             raise NonFiniteError(
                 "training diverged: no α has a finite loss on held-out data; lower "
                 "--learning-rate or --ewc-lambda"
             )
+        if self.plan.budget is not None:
+            alpha = largest_kept(self._tried())
+            LOG.info("α = %g is the largest of %d that keeps the budget", alpha, len(trials))
+            return alpha
         if self.plan.old:
             chosen = best_mean(trials)
         else:

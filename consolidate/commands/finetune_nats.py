@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from consolidate.ewc.penalty import WeightPenalty
-from consolidate.training.forgetting import Scores
+from consolidate.training.forgetting import Scores, rises
 from formats.fisher_json import Ledger
 
 
@@ -35,9 +35,4 @@ class Forecast:
 
 def nats_lost(metrics: Mapping[str, Scores], tasks: Collection[str]) -> dict[str, float]:
     """Give the rise of the loss on each old task that was measured: after − before, per unit."""
-    before = metrics.get("before", {})
-    return {
-        name: values["loss"] - before[name]["loss"]
-        for name, values in metrics.get("after", {}).items()
-        if name in tasks and "loss" in values and "loss" in before.get(name, ())
-    }
+    return rises(metrics.get("before", {}), metrics.get("after", {}), tasks)

@@ -19,7 +19,12 @@ from consolidate.chain.output import check_output, failed_folder
 from consolidate.chain.tasks import settled_merging, task_name
 from consolidate.chain.up_to_date import Output, find_output
 from consolidate.commands.finetune_search import Plan as SearchPlan
-from consolidate.commands.finetune_search import check_held_out, plan_search, same_data
+from consolidate.commands.finetune_search import (
+    check_budget,
+    check_held_out,
+    plan_search,
+    same_data,
+)
 from consolidate.data.columns import columns_of
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import Lora
@@ -72,6 +77,7 @@ class InterpolationPlan:
     method: str  # plain, or fisher
     new: str
     old: list[str]  # tasks of the ledger with held-out data
+    budget: float | None = None  # in nats, that α keeps; None: α is given, or chosen by scores
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,7 @@ def check_options(options: FinetuneOptions) -> None:
         ("lora-train-head", trains_head, not whole and trained),
         ("replay", options.replaying.replay is not None, fresh),
         ("protect-self", penalty.protect_self is not None, _keeps_from_itself(options)),
+        ("budget", options.search.budget is not None, _keeps_from_budget(options)),
     ):
         if given and other:
             raise UsageError(f"--{option} cannot be combined with {other}: leave one of them out")
@@ -177,7 +184,7 @@ def check_options(options: FinetuneOptions) -> None:
     if recipe.adam_betas is not None and len(recipe.adam_betas) != 2:
         found = ",".join(map(str, recipe.adam_betas))
         raise UsageError(f"--adam-betas {found}: expected two numbers, β₁ and β₂")
-    if not free and ewc_lambda is None:
+    if not free and ewc_lambda is None and options.search.budget is None:
         raise UsageError(
             f"--penalty {penalty.penalty} needs --ewc-lambda: the strength has no default"
         )
@@ -192,10 +199,12 @@ def check_options(options: FinetuneOptions) -> None:
         raise UsageError(
             "--select and --search-plot need a search: give --ewc-lambda several numbers or auto"
         )
-    elif search.validation and options.interpolating.interpolate != "auto":
+    elif (
+        search.validation and search.budget is None and options.interpolating.interpolate != "auto"
+    ):
         raise UsageError(
             "--validation needs a search: give --ewc-lambda several numbers or auto, or "
-            "--interpolate auto"
+            "--interpolate auto, or --budget"
         )
     evaluated = (options.gate.evaluate or {}).values()
     if options.parameters.shard and any(benchmark_task(data) is not None for data in evaluated):
@@ -220,6 +229,19 @@ def _keeps_from_itself(options: FinetuneOptions) -> str:
     if penalty.fisher is not None:
         return "--fisher"
     return "--shard, in which no process has a whole model" if options.parameters.shard else ""
+
+
+def _keeps_from_budget(options: FinetuneOptions) -> str:
+    """Name what cannot be combined with --budget, if anything."""
+    if options.penalty.penalty == "none":
+        return "--penalty none, which has no λ to set"
+    if options.search.ewc_lambda is not None:
+        return "--ewc-lambda, as it sets λ itself"
+    if options.interpolating.interpolate is not None:
+        return "--interpolate, as it sets α itself"
+    if options.recipe.norm_statistics == "update":
+        return "--norm-statistics update, with which no α is sure to keep it"
+    return "--shard, where no process has whole weights" if options.parameters.shard else ""
 
 
 def _check_measuring(options: FinetuneOptions) -> None:
@@ -287,6 +309,8 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
     replayed = options.replaying.replay
     others = [options.data, *evaluate.values(), *([] if replayed is None else [replayed])]
     check_held_out(validation, other_data=others, new=opened.task, ledger=old)
+    if options.search.budget is not None:
+        check_budget(validation, new=opened.task, ledger=old)
     plan = Plan(
         options, opened, recipe, evaluate, validation, search, interpolation, lora, there, replay
     )
@@ -373,7 +397,8 @@ def _same_rows(task_file: TaskFile, rows: Rows, opened: Opened) -> bool:
 def _plan_interpolation(options: FinetuneOptions, opened: Opened) -> InterpolationPlan | None:
     """Plan which α is taken, or how it is chosen; None where nothing is interpolated."""
     alpha, method = options.interpolating.interpolate, options.interpolating.interpolation
-    if alpha is None:
+    budget = options.search.budget
+    if alpha is None and budget is None:
         return None
     if method == "fisher" and opened.before is None:
         raise InputError(
@@ -383,7 +408,7 @@ def _plan_interpolation(options: FinetuneOptions, opened: Opened) -> Interpolati
     held_out = options.search.validation or {}
     old = [name for name in opened.old_tasks if name in held_out]
     chosen = None if isinstance(alpha, str) else alpha
-    return InterpolationPlan(chosen, method, opened.task, old)
+    return InterpolationPlan(chosen, method, opened.task, old, budget)
 
 
 def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> Opened:

@@ -41,6 +41,7 @@ from formats.errors import NonFiniteError, UsageError
 from formats.partial_work import StoredWork
 
 if TYPE_CHECKING:
+    from consolidate.commands.finetune_budget import Controller
     from consolidate.commands.finetune_interpolation import Interpolator
     from consolidate.commands.finetune_start import Start
 
@@ -96,6 +97,7 @@ def train(
     found: StoredWork | None,
     search: LambdaSearch | None,
     comparison: Comparison | None = None,
+    controller: "Controller | None" = None,
     interpolator: "Interpolator | None" = None,
     group: ProcessGroup | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -110,9 +112,13 @@ def train(
     beside: dict[str, Any] = {"search": search, "metrics": metrics}
     if comparison is not None:
         beside["comparison"] = comparison
+    if controller is not None:
+        beside["budget"] = controller.state
     if interpolator is not None:
         beside["interpolation"] = interpolator.state
     take_metrics = partial(_take_metrics, start, recipe.batch_size, group, metrics)
+    if controller is not None:
+        controller.begin()
     if found is not None and "trained" in state:
         _merge_adapter(start)
         steps, mark = load_trained(model.module, found.tensors), str(state["trained"])
@@ -123,7 +129,7 @@ def train(
             interpolator.measure_start()
             start = replace(start, examples=interpolator.examples)
         kept = KeptTraining(work, found, beside)
-        steps = descend(start, recipe, take_metrics, group, kept, on_step)
+        steps = descend(start, recipe, take_metrics, group, kept, on_step, controller)
         _merge_adapter(start)
         mark = from_first(secrets.token_hex(8), group)
     if "trained" not in state or UNMOVED in state:
@@ -172,11 +178,14 @@ def descend(
     group: ProcessGroup | None = None,
     kept: KeptTraining | None = None,
     report: Callable[[Step], None] | None = None,
+    controller: "Controller | None" = None,
 ) -> list[Step]:
     """Take the optimizer's steps, measuring at times and after each epoch.
 
-    `take_metrics` is given a moment, and at the end of an epoch the step that may be the same.
+    `take_metrics` is given a moment, and at the end of an epoch the step that may be the same; a
+    controller of λ is given all steps so far, after each.
     """
+    follow = (lambda steps: None) if controller is None else controller.after_step
     model = start.model
     chosen, mixture, trained_on = rows_of(start, recipe)
     total = run_length(start, recipe, group)
@@ -186,6 +195,8 @@ def descend(
         if kept.load(descent):
             LOG.info("resuming from step %d of %d", len(steps), total)
         with progress("training", total, "steps", before=len(steps)) as advance:
+            with kept.keeping_if_stopped(descent):
+                follow(steps)
             if _is_measured(len(steps), total, recipe):
                 with kept.keeping_if_stopped(descent):
                     take_metrics(f"step {len(steps)}")
@@ -215,6 +226,8 @@ def descend(
                         report(step)
                     _log(step, total, recipe.log_every)
                     kept.after_step(descent, f"after step {step.step} of {total}")
+                    with kept.keeping_if_stopped(descent):
+                        follow(steps)
                     if _is_measured(step.step, total, recipe):
                         with kept.keeping_if_stopped(descent):
                             take_metrics(f"step {step.step}")

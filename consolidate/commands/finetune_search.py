@@ -108,6 +108,22 @@ def check_held_out(
         )
 
 
+def check_budget(validation: Collection[str], *, new: str, ledger: Sequence[str]) -> None:
+    """Refuse a budget for which no earlier task will be measured; `ledger` are their names."""
+    if not ledger:
+        raise UsageError("--budget needs earlier tasks, and the checkpoint has no ledger")
+    if not set(ledger) & set(validation):
+        raise UsageError(
+            "--budget needs held-out rows of an earlier task: give --validation NAME=DATA, where "
+            f"NAME is one of {', '.join(ledger)}"
+        )
+    if new in validation:
+        raise UsageError(
+            f"--validation {new}: --budget measures earlier tasks only, and {new} is the new one: "
+            "leave it out"
+        )
+
+
 def search_lambda(
     plan: Plan,
     subject: Subject,
@@ -275,7 +291,16 @@ def _tell(plan: Plan, chosen: Trial, whole: Sequence[Trial]) -> None:
     if limit is not None and beyond({"": chosen.forgetting or 0.0}, limit):
         LOG.info("no λ that was tried keeps forgetting to %g: the largest is taken", limit)
     elif at_an_end(chosen.ewc_lambda, whole):
-        LOG.info("λ = %g is at an end of what was tried: look beyond it", chosen.ewc_lambda)
+        strengths = [trial.ewc_lambda for trial in whole]
+        at = "largest" if chosen.ewc_lambda == max(strengths) else "smallest"
+        further = "larger" if at == "largest" else "smaller"
+        LOG.info(
+            "λ = %g, which was chosen, is the %s of those trained for all steps: a %s one may be "
+            "better",
+            chosen.ewc_lambda,
+            at,
+            further,
+        )
 
 
 def same_data(one: str | Path, other: str | Path) -> bool:

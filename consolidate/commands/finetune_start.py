@@ -267,8 +267,9 @@ def _penalty(plan: "Plan", fitted: Fitted) -> WeightPenalty | None:
     model, stored = fitted.model, fitted.before
     place = None if asked.penalty_device is None else best_device(asked.penalty_device)
     storage: dict[str, Any] = {"dtype": dtype_of_name(asked.penalty_dtype), "device": place}
-    # Where λ is searched for, 1 until one is chosen.
-    storage["ewc_lambda"] = 1.0 if plan.search is not None else plan.options.search.ewc_lambda
+    # Where λ is searched for, or follows a budget, 1 until one is chosen.
+    chosen = plan.search is not None or plan.options.search.budget is not None
+    storage["ewc_lambda"] = 1.0 if chosen else plan.options.search.ewc_lambda
     penalty: WeightPenalty
     if opened.penalty_on == "merged":
         of_base = model.base_layout is not None

@@ -18,6 +18,18 @@ def forgetting(before: Scores, after: Scores, tasks: Collection[str]) -> dict[st
     }
 
 
+def rises(before: Scores, after: Scores, tasks: Collection[str]) -> dict[str, float]:
+    """Give the rise of the loss on each of the tasks that was measured: after − before, per unit.
+
+    A benchmark may have no loss.
+    """
+    return {
+        name: values["loss"] - before[name]["loss"]
+        for name, values in after.items()
+        if name in tasks and "loss" in values and "loss" in before.get(name, ())
+    }
+
+
 def scores_of(metrics: Mapping[str, Scores], tasks: Collection[str]) -> dict[str, Any]:
     """Give the scores of old tasks before and after a training, as far as they were measured."""
     before, after = metrics.get("before", {}), metrics.get("after", {})

@@ -16,6 +16,7 @@ from formats.errors import NonFiniteError, UsageError
 SHORT = ((1 / 16, 4), (1 / 8, 2))
 FIRST = tuple(range(0, 25, 4))  # 1, 10, …, 10⁶, in quarters of a factor of 10
 MOST_EXTENSIONS = 3  # candidates in all beyond the range of the short runs
+ENDS = (-12, 36)  # 10⁻³ and 10⁹, in quarters of a factor of 10: no λ beyond them is tried
 MOST_WHOLE = 4  # whole runs beyond those begun with, until the rule asks for no more
 NOTABLE = 0.01  # in mean score
 LEAST_STEPS = 20  # of a shortened run
@@ -163,14 +164,15 @@ def more_by_gain(whole: Sequence[Trial], *, task: str, before: float) -> int:
 def coarse_to_fine(
     train: Train, choose: Rule, more: More, steps: int, *, begin: int = 1, reference: bool = False
 ) -> list[Trial]:
-    """Look for λ in short runs, then take whole ones: about 3 times the steps of one in all.
+    """Look for λ in short runs, then take whole ones.
 
     Seven powers of 10 from 1 to 10⁶ for a sixteenth of the steps; the one chosen and its neighbours
     by √10 for an eighth. Where the chosen one is the least or the largest, the range grows in that
     direction, by at most 3 candidates in all, and not while nothing changes there. The one chosen
     last is trained for all of the steps, with `begin` = 2 the better of its neighbours too; then
     the next beyond these by √10 while `more` asks for it (−1: smaller, +1: larger, 0: none), at
-    most 4. With `reference`, as `largest` needs it, λ = 0 is trained for each length too.
+    most 4. No λ below 10⁻³ or above 10⁹ is tried. With `reference`, as `largest` needs it, λ = 0 is
+    trained for each length too.
     """
     trials: dict[tuple[float, int], Trial] = {}
 
@@ -190,13 +192,14 @@ def coarse_to_fine(
     candidates, extensions, best, length, spacing = FIRST, MOST_EXTENSIONS, 0, 0, 0
     for share, spacing in SHORT:
         if trials:
-            candidates = (best - spacing, best, best + spacing)
+            candidates = _between_ends(best - spacing, best, best + spacing)
         length = min(steps, max(LEAST_STEPS, math.ceil(share * steps)))
         while True:
             best = best_of(candidates, length)
             outward = {min(candidates): -spacing, max(candidates): spacing}.get(best, 0)
             nearer = trained(best - outward, length)
-            if not outward or not extensions or nearer.metrics == trained(best, length).metrics:
+            changes = nearer.metrics != trained(best, length).metrics
+            if not (outward and extensions and changes and _between_ends(best + outward)):
                 break
             candidates, extensions = (*candidates, best + outward), extensions - 1
 
@@ -211,9 +214,16 @@ def coarse_to_fine(
         direction = more(whole)
         if direction == 0:
             break
-        places.append((max if direction > 0 else min)(places) + direction * spacing)
+        beyond = (max if direction > 0 else min)(places) + direction * spacing
+        if not _between_ends(beyond):
+            break
+        places.append(beyond)
         whole.append(trained(places[-1], steps))
     return list(trials.values())
+
+
+def _between_ends(*places: int) -> tuple[int, ...]:
+    return tuple(place for place in places if ENDS[0] <= place <= ENDS[1])
 
 
 def strength_at(quarters: int) -> float:

@@ -25,6 +25,7 @@ from consolidate.views.matrix import (
     matrix_table,
 )
 from consolidate.views.summary import (
+    budget_text,
     encoding_text,
     estimator_text,
     penalty_text,
@@ -370,7 +371,8 @@ def _use(ledger: Ledger, subject: Subject) -> dict[str, str]:
         option = {"base-model": next(iter(subject.base_model), "BASE-MODEL")}
     elif _library(subject) != "transformers":
         option = {"model": "PACKAGE.MODULE:FACTORY"}
-    last = next((t.ewc_lambda for t in reversed(ledger.tasks) if t.ewc_lambda), None)
+    of_all = (t.ewc_lambda for t in reversed(ledger.tasks) if t.budget is None)  # not of an end
+    last = next((strength for strength in of_all if strength), None)
     strength = "auto" if last is None else f"{last:g}"
     note = "λ is that of the last task here; others may need another (`auto` searches for it)."
     if last is None:
@@ -392,6 +394,8 @@ def _tasks(ledger: Ledger) -> str:
     for number, task in enumerate(ledger.tasks, 1):
         labels = few([escaped(label) for label in task.labels or []], 8) or "–"
         learned = penalty_text(task.penalty, task.penalty_on, task.ewc_lambda)
+        if task.budget is not None:
+            learned += budget_text(task.budget.nats)
         if task.replayed is not None:
             learned += replay_text(task.replayed.data, task.replayed.share)
         learned = escaped(learned)

@@ -204,10 +204,17 @@ def penalty_text(penalty: str | None, penalty_on: str | None, ewc_lambda: float 
 
 
 def learned_text(task: Task) -> str:
-    """Name the penalty that a task of `show` was trained with, and what was replayed."""
+    """Name the penalty that a task of `show` was trained with, its budget, what was replayed."""
     penalty = penalty_text(task["penalty"], task["penalty_on"], task["ewc_lambda"])
-    replayed = task["replayed"]
+    budget, replayed = task["budget"], task["replayed"]
+    if budget is not None:
+        penalty += budget_text(budget["nats"])
     return penalty + ("" if replayed is None else replay_text(replayed["data"], replayed["share"]))
+
+
+def budget_text(nats: float) -> str:
+    """Say that λ followed a budget, to follow the penalty."""
+    return f" at the end, for a budget of {nats:g} nats"
 
 
 def replay_text(data: str, share: float) -> str:

@@ -120,6 +120,12 @@ def finetune_text(result: FinetuneResult) -> str:
         )
     if (between := result["interpolation"]) is not None:
         lines.append(f"Weights and Fisher are at α = {between['alpha']:g} from the start")
+    if (budget := result["budget"]) is not None:
+        each = ", ".join(f"{_nats(lost)} of {name}" for name, lost in budget["lost"].items())
+        lines.append(
+            f"λ = {result['ewc_lambda']:.3g} at the end; old loss on held-out rows, mean nats: "
+            f"{each}, of a budget of {budget['nats']:g}"
+        )
     if (replayed := result["replayed"]) is not None:
         lines.append(f"{100 * replayed['share']:g}% of the rows were replayed: {replayed['data']}")
     if (fisher := result["fisher"]) is not None:

@@ -128,6 +128,16 @@ def test_processes_that_choose_alpha_go_on_to_the_same_bytes(found: Found) -> No
     assert found["same weighted"]
 
 
+def test_processes_whose_lambda_follows_a_budget_go_on_to_the_same_bytes(found: Found) -> None:
+    found = found["budgeted"]
+    assert found["undisturbed"]["codes"] == found["resumed"]["codes"] == [0, 0]
+    assert "nats of old loss, λ = " in found["undisturbed"]["said"]
+    assert found["terminated"]["codes"] == [143, 143]
+    assert sorted(found["killed"]["codes"]) == [-signal.SIGKILL, 1], found["killed"]["said"]
+    assert "resuming from step" in found["killed"]["said"] + found["resumed"]["said"]
+    assert found["same"]
+
+
 def test_shards_go_on_to_the_same_bytes(found: Found) -> None:
     found = found["shards"]
     # Of the third moment one part was published and the other prepared only.

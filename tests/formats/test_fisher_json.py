@@ -25,6 +25,7 @@ from formats.fisher_json import (
     MAX_LEDGER_BYTES,
     BenchmarkRecord,
     Block,
+    Budget,
     CurvePoint,
     Generated,
     Interpolation,
@@ -85,6 +86,7 @@ def second(**changes: Any) -> Ledger:
     curve = [CurvePoint(0, {"a": -1.5}), CurvePoint(0.5, {"a": 0.25})]
     old = Replayed("old.jsonl", "e" * 64, 0.25)
     between = unmeasured("b", interpolation=Interpolation(0.5, "plain", curve), replayed=old)
+    between.penalty, between.ewc_lambda, between.budget = "ewc", 3.0, Budget(0.25, {"a": -0.5})
     between.unit, between.loss_on, between.max_length = "token", "assistant", 64
     fields: dict[str, Any] = {
         "tasks": [task(generated=generated, **done), between],
@@ -356,6 +358,7 @@ def test_version_2_comes_back_and_is_written_where_it_is_needed() -> None:
         {"tasks": full.tasks[:1]},
         {"tasks": [task(penalty="none", interpolation=Interpolation(0.5, "fisher", []))]},
         {"tasks": [task(penalty="none", replayed=Replayed("old", None, 0.5))]},
+        {"tasks": [task(penalty="l2", ewc_lambda=1.0, budget=Budget(0.5, {"b": 0.5}))]},
         {"tasks": [task(unit="token", loss_on="completion")]},
         {"tasks": [task(max_length=1)]},
         {"description": full.description},
@@ -448,6 +451,16 @@ DAMAGE_2 = {
         changed("tasks/0/replayed", {"data": "a", "data_digest": None, "share": 0.5}),
         r"tasks\[0\]\.replayed: the task was only measured",
     ),
+    "an unknown field of a budget": (
+        changed("tasks/1/budget/rows", 5),
+        r"budget: .* has no field 'rows'",
+    ),
+    "a budget of nothing": (changed("tasks/1/budget/nats", 0.0), "nats: expected a number > 0"),
+    "a budget that nothing was lost of": (changed("tasks/1/budget/lost", {}), "lost: expected"),
+    "a budget without a penalty": (
+        changed("tasks/1/penalty", "none"),
+        r"tasks\[1\]\.budget: expected it with a penalty",
+    ),
     "generated of nothing": (changed("tasks/0/generated", None), "no such field, found null"),
     "half measured": (changed("tasks/1/examples", 3), r"\$\.tasks\[1\]: expected null for all"),
     "samples of nothing": (changed("tasks/1/mc_samples", 3), r"no mc_samples"),
@@ -494,6 +507,9 @@ def test_version_1_has_no_field_of_version_2(field: str) -> None:
     with pytest.raises(InputError, match=r"tasks\[0\]: format version 1 has no field 'replayed'"):
         parse(bad)
     del bad["tasks"][0]["replayed"]
+    with pytest.raises(InputError, match=r"tasks\[0\]: format version 1 has no field 'budget'"):
+        parse(bad)
+    del bad["tasks"][0]["budget"]
     with pytest.raises(InputError, match=r"\$\.version: expected 2, found 1: a task was not"):
         parse(bad)
 
@@ -735,6 +751,7 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
     whole.tasks[0].penalty, whole.tasks[0].penalty_on = "ewc", "adapter"
     whole.tasks[0].interpolation = whole.tasks[1].interpolation
     whole.tasks[0].replayed = whole.tasks[1].replayed
+    whole.tasks[0].budget, whole.tasks[0].ewc_lambda = whole.tasks[1].budget, 3.0
     whole.tasks[0].unit, whole.tasks[0].loss_on, whole.tasks[0].max_length = "token", "all", 64
     whole.tasks[0].benchmarks = {"a": BenchmarkRecord("0.4.13", "arc", "1", "acc", 8, 8, None)}
     whole.tasks[1].weight_by = "trace"
@@ -756,6 +773,7 @@ def test_the_specification_lists_the_fields_in_the_order_written() -> None:
         first["interpolation"],
         first["interpolation"]["curve"][0],
         first["replayed"],
+        first["budget"],
         written["blocks"]["w.R"],
     ]
     assert tables == [list(one) for one in expected]

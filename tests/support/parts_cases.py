@@ -169,6 +169,17 @@ def interpolated() -> dict[str, Any]:
     return found
 
 
+def budgeted() -> dict[str, Any]:
+    """Stop and kill processes while λ follows a budget, and while α is chosen."""
+    line = FINETUNE.replace("--ewc-lambda 10", "--budget 0.01 --validation old=turned.npz")
+    found: dict[str, Any] = {"undisturbed": run(line, out="whole-b")}
+    found["terminated"] = run(line, every=60, stop="SIGTERM-1-evaluating-9")
+    found["killed"] = run(line, stop="SIGKILL-1-training-5")
+    found["resumed"] = run(line)
+    found["same"] = same("out", "whole-b")
+    return found
+
+
 def shards() -> dict[str, Any]:
     """Kill and stop processes that each have a shard."""
     line = FINETUNE + " --shard --fisher-max-examples 30"
@@ -220,9 +231,11 @@ def main(folder: Path) -> None:
         labels = random.integers(0, 3, count)
         inputs = random.normal(size=(count, 6)) + 2 * labels[:, None]
         np.savez(f"{name}.npz", inputs=inputs.astype(np.float32), labels=labels)
+    new = np.load("new.npz")  # whose labels are others in the rows that a budget is kept on
+    np.savez("turned.npz", inputs=new["inputs"], labels=(new["labels"] + 1) % 3)
     normed(folder / "start", folder / "old.npz")
     found = {}
-    for case in (whole_models, interpolated, shards, fisher):
+    for case in (whole_models, interpolated, budgeted, shards, fisher):
         found[case.__name__] = case()
         for left in folder.glob("out*"):
             left.rename(folder / f"of-{case.__name__}-{left.name}")

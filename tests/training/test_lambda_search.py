@@ -138,15 +138,24 @@ def test_a_search_that_finds_no_end_is_bounded() -> None:
         return trial(strength, math.log10(strength), 0.5, steps=steps)
 
     trials = coarse_to_fine(rising, best_mean, more_by_mean, STEPS, begin=2)
-    assert len(trials) == 7 + 3 + MOST_EXTENSIONS + 2 + MOST_WHOLE
+    assert max(t.ewc_lambda for t in trials) == 1e9
+    assert len(trials) == 7 + MOST_EXTENSIONS + 2 + 2  # its larger neighbour is never tried
 
     def forgets(strength: float, steps: int) -> Trial:
-        return trial(strength, 0.1, 0.5, steps=steps, lost=0.5)
+        return trial(strength, math.log10(strength), 0.5, steps=steps, lost=0.5)
 
     rule = partial(smallest, max_forgetting=0.02)
     more = partial(more_by_limit, max_forgetting=0.02)
     trials = coarse_to_fine(forgets, rule, more, STEPS)
-    assert len([t for t in trials if t.steps == STEPS]) == 1 + MOST_WHOLE
+    assert max(t.ewc_lambda for t in trials) == 1e9
+    assert len([t for t in trials if t.steps == STEPS]) == 1
+
+    def keeps(strength: float, steps: int) -> Trial:
+        return trial(strength, math.log10(strength), 0.5, steps=steps, lost=0.0)
+
+    trials = coarse_to_fine(keeps, rule, more, STEPS)
+    assert min(t.ewc_lambda for t in trials) == 1e-3
+    assert len([t for t in trials if t.steps == STEPS]) == 1
 
 
 def test_large_lambdas_that_diverge_are_passed_over() -> None:

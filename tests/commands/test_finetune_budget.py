@@ -1,0 +1,275 @@
+"""`finetune --budget`: λ follows what held-out rows of earlier tasks lose."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from consolidate.api import evaluate, finetune, fisher, show
+from consolidate.commands import finetune_budget
+from consolidate.runtime import signals
+from formats.errors import UsageError
+from support.checkpoints import normed
+from support.command_line import run
+from support.faults import Killed, break_off, kill_after
+from support.folders import contents
+from support.json_schema import check_json
+from support.networks import FAST, NETWORK, SIZES
+
+Write = Callable[..., Path]
+COMMON: dict[str, Any] = {**FAST, "epochs": 12}
+
+
+@pytest.fixture
+def write_task(tmp_path: Path) -> Write:
+    """Write rows of a, or of b, in which the same three clusters have other labels."""
+    centres = np.random.default_rng(0).normal(size=(3, SIZES[0])) * 2
+
+    def write(name: str, seed: int = 0, count: int = 60) -> Path:
+        random = np.random.default_rng(seed)
+        labels = random.integers(0, 3, count)
+        inputs = centres[labels] + random.normal(size=(count, SIZES[0]))
+        path = tmp_path / f"{name}.npz"
+        turned = (labels + name.startswith("b")) % 3
+        np.savez(path, inputs=inputs.astype(np.float32), labels=turned)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def learned(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> Path:
+    """A checkpoint that knows task a."""
+    out = tmp_path / "first"
+    options = {**FAST, "epochs": 20, "penalty": "none"}
+    finetune(network_checkpoint, write_task("a", count=120), output_dir=out, **options)
+    return out
+
+
+@pytest.fixture
+def held(write_task: Write) -> Path:
+    return write_task("a-held", seed=3, count=200)
+
+
+def lost(before: Path, after: Path, data: Path) -> float:
+    """What another command measures of the weights as they are stored."""
+    start, end = (
+        evaluate(folder, {"a": data}, **NETWORK)["a"]["loss"] for folder in (before, after)
+    )
+    return float(end) - float(start)
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.2])
+def test_the_stored_weights_keep_the_budget(
+    learned: Path, held: Path, write_task: Write, tmp_path: Path, budget: float
+) -> None:
+    b, out = write_task("b", seed=1, count=120), tmp_path / "out"
+    free = finetune(learned, b, output_dir=tmp_path / "free", penalty="none", **COMMON)
+    assert lost(learned, tmp_path / "free", held) > 2 * budget  # there is something to keep
+    options = {**COMMON, "budget": budget, "validation": {"a": held}}
+    found = finetune(learned, b, output_dir=out, **options)
+    check_json("finetune", found)
+    measured = lost(learned, out, held)
+    assert 0.4 * budget < measured <= budget
+    assert found["budget"] == {"nats": budget, "lost": {"a": pytest.approx(measured, rel=1e-4)}}
+    path = found["budget_path"]
+    assert path[0]["lost"] > budget
+    assert path[0]["ewc_lambda"] > 0
+    assert path[-1]["ewc_lambda"] == found["ewc_lambda"]
+    assert [point["step"] for point in path] == sorted({point["step"] for point in path})
+    penalties = [step["penalty"] for step in found["history"]]
+    assert not any(penalties[: path[0]["step"]])
+    assert all(penalties[path[0]["step"] :])
+    record = show(out)["tasks"][-1]
+    assert record["budget"] == found["budget"]
+    assert record["ewc_lambda"] == found["ewc_lambda"]
+    assert json.loads((out / "fisher" / "fisher.json").read_text())["version"] == 2
+    again = finetune(learned, b, output_dir=out, **options)
+    check_json("finetune", again)
+    assert (again["status"], again["budget"]) == ("cached", found["budget"])
+    assert finetune(learned, b, output_dir=tmp_path / "once", **options)["steps"] == free["steps"]
+    assert contents(tmp_path / "once") == contents(out)
+
+
+def test_what_never_costs_so_much_is_trained_without_a_penalty(
+    learned: Path, held: Path, write_task: Write, tmp_path: Path
+) -> None:
+    b = write_task("b", seed=1)
+    finetune(learned, b, output_dir=tmp_path / "free", ewc_lambda=0.0, **COMMON)
+    options = {**COMMON, "budget": 100.0, "validation": {"a": held}}
+    found = finetune(learned, b, output_dir=tmp_path / "out", **options)
+    assert (found["ewc_lambda"], found["budget_path"]) == (0.0, [])
+    assert found["interpolation"] is None
+    weights = [tmp_path / name / "model.safetensors" for name in ("free", "out")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_what_no_lambda_holds_ends_between_start_and_end(
+    learned: Path, held: Path, write_task: Write, tmp_path: Path
+) -> None:
+    """The steps are too large for any λ, so that the α at the end has to keep the budget."""
+    b = write_task("b", seed=1, count=120)
+    options = {**COMMON, "penalty": "l2", "freeze": ["2.*"], "validation": {"a": held}}
+    options |= {"learning_rate": 0.3, "lr_scheduler": "constant"}
+    found = finetune(learned, b, output_dir=tmp_path / "out", budget=0.001, **options)
+    assert found["interpolation"]["alpha"] < 1
+    assert found["interpolation"]["method"] == "plain"
+    tried = [point["alpha"] for point in found["interpolation"]["curve"]]
+    assert tried == sorted(tried)
+    assert {0.0, found["interpolation"]["alpha"], 1.0} <= {*tried}
+    assert lost(learned, tmp_path / "out", held) <= 0.001
+    assert "alpha_search" not in found
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "l2": {"penalty": "l2"},
+    "proximal": {"penalty_step": "proximal", "optimizer": "sgd", "learning_rate": 0.3},
+    "an adapter": {"lora_rank": 2, "lora_targets": ["last"]},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_that_is_killed_anywhere_resumes_to_the_same_bytes(
+    write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    old, new = write_task("old"), write_task("b", seed=1, count=120)
+    held = write_task("held", seed=3, count=150)
+    start = normed(tmp_path / "normed", old)
+    options = {**FAST, "model": "support.networks:Network", "epochs": 3, "save_every_minutes": 0}
+    options |= {"budget": 0.004, "validation": {"old": held}, "evaluate": {"test": new}}
+    options |= WAYS[way]
+    whole = finetune(start, new, output_dir=tmp_path / "whole", **options)
+    assert whole["budget_path"]
+
+    def again() -> Any:
+        return finetune(start, new, output_dir=tmp_path / "killed", **options)
+
+    measure = finetune_budget.Controller._lost
+    for stop in (1, 5):  # in a measurement, or after a step that is kept
+        break_off(monkeypatch, stop)
+        with pytest.raises(Killed):
+            again()
+        calls: list[int] = []
+
+        def broken(self: Any, calls: list[int] = calls) -> Any:
+            calls.append(1)
+            if len(calls) == 2:
+                raise signals.Terminated
+            return measure(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune_budget.Controller, "_lost", broken)
+            with pytest.raises(signals.Terminated):
+                again()
+        monkeypatch.undo()
+    kill_after(monkeypatch, 32)
+    with pytest.raises(Killed):
+        again()
+    resumed = again()
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    for key in ("budget", "budget_path", "ewc_lambda", "interpolation"):
+        assert resumed[key] == whole[key]
+    assert not list(tmp_path.glob(".killed*"))
+
+
+def test_matrices_are_followed_too(
+    learned: Path, held: Path, write_task: Write, tmp_path: Path
+) -> None:
+    fisher(
+        learned, write_task("a", count=120), task="a", structure="inputs", overwrite=True, **NETWORK
+    )
+    b = write_task("b", seed=1, count=120)
+    options = {**COMMON, "budget": 0.05, "validation": {"a": held}, "structure": "inputs"}
+    found = finetune(learned, b, output_dir=tmp_path / "out", **options)
+    assert found["budget_path"]
+    assert lost(learned, tmp_path / "out", held) <= 0.05
+
+
+def test_another_budget_or_other_rows_are_another_result(
+    learned: Path, held: Path, write_task: Write, tmp_path: Path
+) -> None:
+    b, out = write_task("b", seed=1), tmp_path / "out"
+    options = {**COMMON, "output_dir": out, "overwrite": True}
+    finetune(learned, b, budget=0.1, validation={"a": held}, **options)
+    assert finetune(learned, b, budget=0.2, validation={"a": held}, **options)["status"] == "done"
+    other = write_task("a-other", seed=5)
+    assert finetune(learned, b, budget=0.2, validation={"a": other}, **options)["status"] == "done"
+
+
+@pytest.mark.parametrize("budget", [0, -0.1, float("nan"), float("inf")])
+def test_a_budget_is_above_0(learned: Path, tmp_path: Path, budget: float) -> None:
+    with pytest.raises(UsageError, match=r"--budget .*: expected a finite number above 0"):
+        finetune(learned, "b", output_dir=tmp_path / "out", budget=budget, **COMMON)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ewc_lambda": 10.0}, "--budget cannot be combined with --ewc-lambda"),
+        ({"ewc_lambda": "auto"}, "--budget cannot be combined with --ewc-lambda"),
+        ({"penalty": "none"}, "--budget cannot be combined with --penalty none"),
+        ({"interpolate": 0.5}, "--budget cannot be combined with --interpolate"),
+        ({"interpolate": "auto"}, "--budget cannot be combined with --interpolate"),
+        ({"norm_statistics": "update"}, "--budget cannot be combined with --norm-statistics"),
+        ({"shard": True}, "--budget cannot be combined with --shard"),
+        ({"select": "largest"}, "--select and --search-plot need a search"),
+        ({"interpolation": "fisher"}, "--interpolation fisher needs --interpolate"),
+        ({"validation": None}, r"needs held-out rows of an earlier task: .* one of a$"),
+        ({"validation": "new"}, r"needs held-out rows of an earlier task: .* one of a$"),
+        ({"validation": "both"}, "--validation b: --budget measures earlier tasks only"),
+        ({"evaluate": "same"}, "cannot be chosen on training or --evaluate data"),
+    ],
+)
+def test_wrong_use_is_refused(
+    learned: Path,
+    held: Path,
+    write_task: Write,
+    tmp_path: Path,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    b, b_held = write_task("b", seed=1), write_task("b-held", seed=2)
+    named = {
+        "new": {"b": b_held},
+        "both": {"a": held, "b": b_held},
+        "same": {"a": held},
+        None: None,
+    }
+    given: dict[str, Any] = {"validation": {"a": held}} | options
+    for key in ("validation", "evaluate"):
+        if not isinstance(given.get(key), dict):
+            given[key] = named[given.get(key)]
+    with pytest.raises(UsageError, match=message):
+        finetune(learned, b, output_dir=tmp_path / "out", budget=0.1, **COMMON, **given)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_checkpoint_without_earlier_tasks_is_refused(
+    network_checkpoint: Path, held: Path, write_task: Write, tmp_path: Path
+) -> None:
+    options = {**COMMON, "penalty": "l2", "budget": 0.1}
+    with pytest.raises(UsageError, match="--budget needs earlier tasks, and the checkpoint has no"):
+        finetune(network_checkpoint, write_task("b"), output_dir=tmp_path / "out", **options)
+
+
+def test_the_command_line_prints_what_was_lost_of_the_budget(
+    learned: Path,
+    held: Path,
+    write_task: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["finetune", learned, "--data", write_task("b", seed=1, count=120)]
+    words += ["--output-dir", tmp_path / "out", "--model", NETWORK["model"], "--budget", "0.05"]
+    words += ["--validation", f"a={held}", "--learning-rate", "0.01", "--epochs", "12"]
+    code, out, err = run(capsys, *words)
+    assert code == 0, err
+    assert "old loss on held-out rows, mean nats: +0.0" in out
+    assert "of a budget of 0.05" in out
+    code, out, _ = run(capsys, "show", tmp_path / "out")
+    assert "at the end, for a budget of 0.05 nats" in out
