@@ -263,6 +263,15 @@ def test_merging(monkeypatch: pytest.MonkeyPatch) -> None:
     check_same(work, monkeypatch)
 
 
+def test_online_merging_of_what_is_not_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(device: torch.device) -> Found:
+        model = network().to(WIDE).to(device)
+        total, new = fisher_of(model, device), fisher_of(model, device, seed=20)
+        return merge_online(total, new, gamma=0.5, weight=2.0)
+
+    check_same(work, monkeypatch)
+
+
 def test_interpolation(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(device: torch.device) -> Found:
         start, trained = (numbers(4, 3, seed=i).to(device) for i in range(2))
