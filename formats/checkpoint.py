@@ -1,5 +1,6 @@
 """Checkpoints on disk: a folder or a bare file, its weights by name, and everything beside them."""
 
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from formats.checkpoint_files import check_link, read_index, read_json, real_pat
 from formats.digest import TensorRecord, tensor_record
 from formats.errors import InputError, NonFiniteError
 from formats.pickles import PICKLE_SUFFIXES, open_pickle
-from formats.tensors import MAX_SHARD_SIZE, dtype_of, open_tensors, write_tensors
+from formats.tensors import MAX_SHARD_SIZE, dtype_of, extremes, open_tensors, write_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 CARD = "README.md"
@@ -110,7 +111,10 @@ def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
     """Refuse weights with a NaN or an infinity, naming the first such tensor."""
     for name in weights:
         tensor = weights[name]
-        if bad := tensor.numel() - int(torch.isfinite(tensor).count_nonzero()):
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        if not all(map(math.isfinite, extremes(tensor))):
+            bad = tensor.numel() - int(torch.isfinite(tensor).count_nonzero())
             raise NonFiniteError(
                 f"{path}: tensor {name!r} has {bad} of {tensor.numel()} values NaN or infinite; "
                 "use a checkpoint from before the training diverged"

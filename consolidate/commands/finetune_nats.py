@@ -18,12 +18,12 @@ class Forecast:
     """
 
     ledger: Ledger  # of Λ
-    quadratic: Callable[[], WeightPenalty]  # Q at the model's values when it is called; λ = 1
+    penalty: Callable[[], WeightPenalty]  # on the model's values when it is called; λQ
     at_start: float  # Q(θ₀)
 
     def nats(self) -> float:
         """Return the prediction at the model's present values."""
-        return self.quadratic().value() - self.at_start
+        return quadratic(self.penalty()) - self.at_start
 
     def weights(self) -> dict[str, float]:
         """Return w_t by task: that of the ledger, times γ for each task that was merged later."""
@@ -31,6 +31,15 @@ class Forecast:
         later = range(len(measured) - 1, -1, -1)
         gamma = self.ledger.gamma
         return {t.name: t.weight * gamma**k for t, k in zip(measured, later, strict=True)}
+
+
+def quadratic(penalty: WeightPenalty) -> float:
+    """Return Q at the model's present values: the penalty at λ = 1."""
+    ewc_lambda, penalty.ewc_lambda = penalty.ewc_lambda, 1.0
+    try:
+        return penalty.value()
+    finally:
+        penalty.ewc_lambda = ewc_lambda
 
 
 def nats_lost(metrics: Mapping[str, Scores], tasks: Collection[str]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from consolidate.chain.heads import (
     models_of_tasks,
 )
 from consolidate.chain.tasks import Chain, check_names_to_be
-from consolidate.commands.finetune_nats import Forecast
+from consolidate.commands.finetune_nats import Forecast, quadratic
 from consolidate.data.benchmarks import Benchmark, open_benchmark
 from consolidate.data.columns import can_have_loss
 from consolidate.data.encoding import encode, log_images
@@ -99,12 +99,14 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     held_out = _encode_named(plan, plan.validation, loaded, with_heads)
     replay = _encode_replay(plan, loaded, examples)
     log_images(examples, *encoded.values(), *held_out.values())
-    forecast = _forecast(plan, fitted)  # before an adapter freezes the weights
-    frozen = None
+    frozen, forecast = None, None
     if plan.lora is not None:
+        forecast = _forecast(plan, fitted, None)  # before the adapter freezes the weights
         whole = {*fitted.free, *loaded.layout.fresh, *_head(plan, loaded)}
         frozen = adapt(loaded, plan.lora, whole, with_heads.values(), seed=plan.recipe.seed)
     term = _penalty(plan, fitted)
+    if plan.lora is None:
+        forecast = _forecast(plan, fitted, term)
     if before is not None and plan.options.penalty.penalty != "ewc":
         online = opened.merging.merge_rule == "online"
         LOG.info(
@@ -293,21 +295,31 @@ def _penalty(plan: "Plan", fitted: Fitted) -> WeightPenalty | None:
     return penalty
 
 
-def _forecast(plan: "Plan", fitted: Fitted) -> Forecast | None:
-    """Prepare to predict what the earlier tasks lose, whatever the penalty of the run is."""
-    opened, chain = plan.opened, fitted.before
+def _forecast(plan: "Plan", fitted: Fitted, term: WeightPenalty | None) -> Forecast | None:
+    """Prepare to predict what the earlier tasks lose, whatever the penalty of the run is.
+
+    `term` is the run's penalty on the weights themselves; it also predicts where it is that of the
+    Fisher as stored.
+    """
+    opened, chain, asked = plan.opened, fitted.before, plan.options.penalty
+    of_base = opened.protecting is not opened.before and asked.penalty == "ewc"
+    ledger = opened.protecting.ledger if of_base and opened.protecting is not None else None
+    if ledger is None:
+        if chain is None or not chain.fisher:
+            return None
+        ledger = chain.ledger
+    if term is not None and asked.penalty == "ewc" and asked.penalty_dtype is None:
+        return Forecast(ledger, lambda: term, quadratic(term))
     how: dict[str, Any] = {"ewc_lambda": 1.0, "device": "cpu", "quiet": True}
     how["with_factors"] = opened.uses_factors
-    if opened.protecting is not opened.before and plan.options.penalty.penalty == "ewc":
-        assert opened.protecting is not None  # of the base model, under an adapter that stays one
+    if of_base:  # under an adapter that stays one
         # Made now: what trains beside the adapter is where it begins.
         merged = _merged_penalty("ewc", fitted, opened.protecting, **how)
-        return Forecast(opened.protecting.ledger, lambda: merged, merged.value())
-    if chain is None or not chain.fisher:
-        return None
+        return Forecast(ledger, lambda: merged, merged.value())
+    assert chain is not None
     # Made when it is used: what the file stores in another form is copied for it.
     make = partial(_fisher_penalty, fitted.model, chain, **how)
-    return Forecast(chain.ledger, make, make().value())
+    return Forecast(ledger, make, make().value())
 
 
 def _fisher_penalty(

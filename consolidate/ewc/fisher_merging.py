@@ -37,7 +37,7 @@ def merge_online(
     for name in dict.fromkeys([*total, *fisher]):
         terms = []
         if name in total:
-            terms.append(gamma * total[name].to(torch.float32))
+            terms.append(gamma * total[name].to(torch.float32).cpu())
         if name in fisher:
             terms.append(weight * fisher[name].to(torch.float32).cpu())
         merged[name] = reduce(torch.add, terms)

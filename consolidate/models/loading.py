@@ -22,6 +22,7 @@ from formats.errors import ConsolidateError, InputError
 from formats.tensors import apart, dtype_of
 from formats.wording import few, first_line
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -306,8 +307,9 @@ def _check_values(
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    # Compared as bytes, since NaN differs from itself.
-    return torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (a, b)))
+    # Compared as integers, since NaN differs from itself.
+    same_width = _INTEGERS[a.element_size()]
+    return torch.equal(*(each.contiguous().view(-1).view(same_width) for each in (a, b)))
 
 
 def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:

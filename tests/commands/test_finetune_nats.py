@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 import consolidate
 from consolidate.api import finetune
+from consolidate.commands import finetune_start
 from consolidate.commands.finetune_nats import Forecast, nats_lost
+from consolidate.ewc.block_penalty import BlockPenalty
+from consolidate.ewc.penalty import Penalty
 from consolidate.views.metrics import finetune_metrics
 from consolidate.views.text import finetune_text
 from formats.fisher_folder import read_fisher
@@ -100,6 +103,33 @@ def test_of_a_chain_the_prediction_is_the_rise_since_the_start_of_the_run(
     assert result["predicted_nats"] == pytest.approx(end - start, rel=1e-3)
     assert result["task_weights"] == {"a": 0.5 if rule == "online" else 1.0, "b": 3.0}
     assert result["measured_nats"] == {}
+
+
+@pytest.mark.parametrize(("way", "times"), [("ewc", 1), ("rounded", 3), ("l2", 3), ("none", 2)])
+def test_the_penalty_predicts_too_where_it_is_that_of_the_fisher_as_stored(
+    learned: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    times: int,
+) -> None:
+    made: list[type] = []
+
+    def counted(kind: type) -> Callable[..., Any]:
+        def make(*arguments: Any, **options: Any) -> Any:
+            made.append(kind)
+            return kind(*arguments, **options)
+
+        return make
+
+    for kind in (BlockPenalty, Penalty):
+        maker = counted(kind)
+        maker.l2 = lambda *a, **o: counted(Penalty.l2)(*a, **o)  # type: ignore[attr-defined]
+        monkeypatch.setattr(finetune_start, kind.__name__, maker)
+    options = {**COMMON, "epochs": 1, "no_fisher": True, **WAYS[way]}
+    finetune(learned, write_task("b", seed=1), output_dir=tmp_path / "out", **options)
+    assert len(made) == times
 
 
 def test_a_first_task_has_no_prediction(

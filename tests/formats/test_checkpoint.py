@@ -241,6 +241,18 @@ def test_check_finite(tmp_path):
                 check_finite(weights() | {"b": tensor}, tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(tmp_path, dtype):
+    shape = (3, 1021)  # odd, so that the last values are beside the processor's vectors
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for place in (0, 1, 7, 63, 64, 1500, 3 * 1021 - 1):
+            tensor = torch.full(shape, torch.finfo(dtype).max, dtype=dtype)  # the sum overflows
+            check_finite({"a": tensor, "none": torch.empty(0, 3, dtype=dtype)}, tmp_path)
+            tensor.view(-1)[place] = bad
+            with pytest.raises(NonFiniteError, match="1 of 3063 values"):
+                check_finite({"a": tensor}, tmp_path)
+
+
 def test_write_keeps_all_other_files(checkpoint, tmp_path):
     keep = ["tokenizer.model", "2_Dense/model.safetensors", "onnx/model.onnx", "deep/a/b.txt"]
     drop = [

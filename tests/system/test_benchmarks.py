@@ -66,6 +66,44 @@ def test_the_benchmark_of_generated_texts_writes_its_page(
     assert rounded < 0.3 < 10 < other
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_the_commands_writes_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts.benchmarks import commands, harness
+
+    for key, value in harness.STABLE.items():
+        monkeypatch.setenv(key, value)  # else the process would start anew
+    monkeypatch.setattr(harness, "results_folder", lambda quick: tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "commands.py"), "--quick"])
+    commands.main()
+    page = (tmp_path / "commands.md").read_text(encoding="utf-8")
+    losses = []
+    for form in commands.FORMS:
+        steps, _ = [line.split(" | ") for line in page.splitlines() if f": {form} | " in line]
+        losses.append(float(steps[5]))
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)  # the same batches
+    for name in ("`consolidate --help`", "writing a checkpoint"):
+        assert f"\n| {name} | " in page
+
+
+def test_a_step_is_set_beside_the_one_of_the_trainer() -> None:
+    from scripts.benchmarks.commands import FORMS, Moment, Steps, steps_table
+
+    spans = ([(1.0, 2.0), (9.0, 9.0), (1.0, 2.0)], [(0.5, 1.0)] * 3, [(1.1, 3.0)] * 3)
+    found = {
+        form: Steps([Moment(*moment) for moment in each], 0.25)
+        for form, each in zip(FORMS, spans, strict=True)
+    }
+    rows = [line.split(" | ") for line in steps_table({"small": found}).splitlines()[2:]]
+    assert [row[3:5] for row in rows] == [
+        ["1.000", "1.000"],
+        ["0.500", "0.500"],
+        ["1.100", "1.500"],
+    ]
+    assert rows[2][:3] == ["| small: finetune, penalty", "1100", "3000"]
+
+
 def test_what_was_measured_is_kept_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     from scripts.benchmarks import benchmark_memory as memory
 

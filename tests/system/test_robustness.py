@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from scripts.robustness import guided, inputs, kills, mutations, robustness
+from scripts.benchmarks import harness
+from scripts.robustness import device_suite, guided, inputs, kills, mutations, robustness
 from scripts.robustness.records import add_record, read_records
 
 SAMPLE = ("`fisher`, perceptron", "the same `finetune` twice at once", "`push` to a Hub")
@@ -171,3 +172,30 @@ def test_the_page_is_that_of_the_records(monkeypatch: pytest.MonkeyPatch, tmp_pa
     answered = {"command": "show", "exit": 3, "right": True, "changed": []}
     add_record(folder / "hub.jsonl", answered)
     assert robustness.main() == 0
+
+
+def on_device(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    for key, value in harness.STABLE.items():
+        monkeypatch.setenv(key, value)  # else the process would start anew
+    monkeypatch.setattr(sys, "argv", [str(Path(device_suite.__file__)), *arguments])
+    return device_suite.main()
+
+
+def test_without_an_accelerator_its_suite_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(device_suite, "accelerator", lambda: None)
+    assert on_device(monkeypatch) == 1
+    assert capsys.readouterr().err == f"{device_suite.NONE}\n"
+
+
+@pytest.mark.slow
+def test_the_suite_of_a_device_writes_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "results_folder", lambda quick: tmp_path)
+    assert on_device(monkeypatch, "--device", "cpu", "--quick") == 0
+    page = (tmp_path / "device-cpu.md").read_text(encoding="utf-8")
+    assert " passed" in page
+    assert "\n| MLP 784-400-400-10, batch 256 | " in page
+    assert "has the same bytes as the first" in page
