@@ -2,33 +2,26 @@
 
 A block's parameters are gathered while it runs and released afterwards. A tensor that belongs to a
 parameter, such as its gradient, its Λ or its μ, is sharded like the parameter.
-
-torch's modules for it are imported where something is sharded: they take as long as a third of
-torch.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 
 def shard(
     module: nn.Module, group: ProcessGroup, device: torch.device, dtype: torch.dtype | None = None
 ) -> None:
     """Shard a module's parameters along their first dimension, and move it to the device."""
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = DeviceMesh.from_group(group, device.type)
     for block in _blocks(module):
         fully_shard(block.to(dtype=dtype), mesh=mesh)
@@ -40,29 +33,25 @@ def shard(
 
 def is_sharded(module: nn.Module) -> bool:
     """Return whether a module's parameters are sharded."""
-    loaded = sys.modules.get("torch.distributed.fsdp")  # without it, nothing is sharded
-    return loaded is not None and isinstance(module, loaded.FSDPModule)
+    return isinstance(module, FSDPModule)
 
 
-def is_cut(tensor: Tensor) -> "TypeGuard[DTensor]":
+def is_cut(tensor: Tensor) -> bool:
     """Return whether this process has only a part of a tensor."""
-    loaded = sys.modules.get("torch.distributed.tensor")
-    return loaded is not None and isinstance(tensor, loaded.DTensor)
+    return isinstance(tensor, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor, in shared memory; all of an unsharded one."""
-    return tensor.to_local() if is_cut(tensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Return the part of a tensor that matches this process's part of a parameter."""
-    if not is_cut(parameter) or is_cut(tensor):
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
         return local(tensor)
     if tensor.dim() and not any(tensor.stride()):  # one number for all
         return tensor.as_strided((), ()).expand(local(parameter).shape)
-    from torch.distributed.tensor import distribute_tensor
-
     mesh, placements = parameter.device_mesh, parameter.placements
     tensor = tensor.to(parameter.device)
     return local(distribute_tensor(tensor, mesh, placements, src_data_rank=None))
@@ -70,10 +59,8 @@ def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 def cut_as(part: Tensor, parameter: Tensor) -> Tensor:
     """Return the tensor, sharded like a parameter, of which `part` is this process's part."""
-    if not is_cut(parameter) or not part.dim():
+    if not isinstance(parameter, DTensor) or not part.dim():
         return part
-    from torch.distributed.tensor import DTensor
-
     return DTensor.from_local(
         part.to(parameter.device),
         parameter.device_mesh,
@@ -88,22 +75,18 @@ def whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     """Gather a tensor, or the parts of one sharded `like` another; all processes must call it."""
     if like is not None:
         tensor = cut_as(tensor, like)
-    return tensor.full_tensor() if is_cut(tensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sum_of_parts(value: Tensor, parameter: Tensor) -> Tensor:
     """Sum over the processes a number that each computed from its part of a parameter."""
-    if not is_cut(parameter):
+    if not isinstance(parameter, DTensor):
         return value
-    from torch.distributed.tensor import DTensor, Partial
-
     return whole(DTensor.from_local(value, parameter.device_mesh, [Partial()], run_check=False))
 
 
 def add_shard_(total: Tensor, values: Tensor, parameter: Tensor) -> None:
     """Add the sum of values over the processes to a total that is sharded like a parameter."""
-    from torch.distributed.tensor import DTensor, Partial
-
     assert isinstance(parameter, DTensor)
     partial = DTensor.from_local(values, parameter.device_mesh, [Partial()], run_check=False)
     total += local(partial.redistribute(placements=parameter.placements)).to(total.dtype)
@@ -119,7 +102,7 @@ def gradients_of(
 
     def prepare(prefix: str, block: nn.Module, args: object) -> None:
         for inside, parameter in block.named_parameters():
-            if is_cut(parameter):
+            if isinstance(parameter, DTensor):
                 continue  # of a block inside this one
             name = prefix + inside
             if name in parameters and id(parameter) not in seen:
