@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -92,11 +92,10 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         name: encode(
             rows,
             with_heads.get(name, model),
-            columns=columns_of(options.encoding.columns, task_file.columns()),
-            max_length=options.encoding.max_length,
-            pack=options.encoding.pack,
-            loss_on=options.encoding.loss_on,
-            images=options.encoding.images,
+            replace(
+                options.encoding,
+                columns=columns_of(options.encoding.columns, task_file.columns()),
+            ),
             seed=options.seed,
         )
         for name, (task_file, rows) in opened.items()

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -246,17 +246,8 @@ def _loss_on(plan: "Plan", rows: Rows, columns: Columns, name: str) -> str | Non
 def _encode(
     plan: "Plan", rows: Rows, model: Model, columns: Columns, loss_on: str | None
 ) -> Examples:
-    encoding = plan.options.encoding
-    return encode(
-        rows,
-        model,
-        columns=columns,
-        max_length=encoding.max_length,
-        pack=encoding.pack,
-        loss_on=loss_on,
-        images=encoding.images,
-        seed=plan.recipe.seed,
-    )
+    encoding = replace(plan.options.encoding, columns=columns, loss_on=loss_on)
+    return encode(rows, model, encoding, seed=plan.recipe.seed)
 
 
 def _penalty(plan: "Plan", fitted: Fitted) -> WeightPenalty | None:

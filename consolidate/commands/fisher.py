@@ -528,11 +528,7 @@ def _encoded(plan: Plan, model: Model) -> Examples | Texts:
     examples = encode(
         plan.rows,
         model,
-        columns=plan.columns,
-        max_length=encoding.max_length,
-        pack=encoding.pack,
-        loss_on=encoding.loss_on,
-        images=encoding.images,
+        replace(encoding, columns=plan.columns),
         seed=options.seed,
         labels_needed=options.estimation.estimator == "empirical",
     )

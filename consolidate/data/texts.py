@@ -18,7 +18,7 @@ from consolidate.data.text_bounds import T, shortened, stated_length
 from consolidate.data.text_examples import Masking, Ragged, TextExamples
 from consolidate.estimation.likelihoods import IGNORED
 from consolidate.models.model import Model
-from consolidate.options import Columns
+from consolidate.options import Columns, Encoding
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.errors import InputError, UsageError
@@ -37,11 +37,8 @@ _OFFSET_POSITIONS = ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "m
 def encode_texts(
     rows: Rows,
     model: Model,
-    columns: Columns,
+    encoding: Encoding,
     *,
-    max_length: int | None,
-    pack: bool,
-    loss_on: str | None,
     seed: int,
     labels_needed: bool = True,
 ) -> Examples:
@@ -50,14 +47,15 @@ def encode_texts(
         raise InputError(
             f"{model.checkpoint.path}: expected a tokenizer, found none; save it beside the weights"
         )
-    texts = _Texts(rows, model, max_length, pack)
+    columns, pack = encoding.columns, encoding.pack
+    texts = _Texts(rows, model, encoding.max_length, pack)
     # A chat template may draw.
     with quiet(), untouched_randomness(seed), _tokenizing(rows, model):
         match model.objective.name:
             case "token-classification":
                 examples = _words(texts, columns)
             case "causal-lm":
-                examples = _continued(texts, columns, pack, loss_on)
+                examples = _continued(texts, columns, pack, encoding.loss_on)
             case "masked-lm":
                 examples = _filled_in(texts, columns, pack, seed)
             case "seq2seq-lm":
