@@ -37,6 +37,7 @@ TESTED_THROUGH = {
     "chain/test_resume": "training.state",
     "commands/test_show": "commands.verify views.summary",
     "commands/test_report": "views.page",
+    "commands/test_push": "commands.push_files commands.push_repository",
     "commands/test_merge": "commands.merge_blocks",
     "commands/test_forgetting": "commands.finetune_gate training.forgetting",
     "views/test_figures": "views.search_figures",
