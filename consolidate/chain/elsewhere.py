@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from consolidate.chain.fitted_chain import FittedChain, pending_task
 from consolidate.chain.heads import head_tensors, with_saved_head
 from consolidate.chain.opening import check_base, find_fisher, stored_fisher, with_base
-from consolidate.chain.tasks import FittedChain, Training, pending_task
+from consolidate.chain.tasks import Training
 from consolidate.models.model import Model
 from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.digest import set_digest

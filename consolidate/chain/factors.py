@@ -18,7 +18,7 @@ from formats.tensors import Overlaid, shape_of
 from formats.wording import few
 
 if TYPE_CHECKING:
-    from consolidate.chain.tasks import Chain
+    from consolidate.chain.fitted_chain import Chain
 
 LOG = logging.getLogger("consolidate")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.chain.factors import offset_with_factors, penalty_of_blocks, without_blocks
-from consolidate.chain.tasks import Chain, FittedChain
+from consolidate.chain.fitted_chain import Chain, FittedChain
 from consolidate.data.columns import label_column
 from consolidate.data.labels import (
     label_names,

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from consolidate.chain.claims import refuse_changed
 from consolidate.chain.elsewhere import open_origin
 from consolidate.chain.factors import module_factors
+from consolidate.chain.fitted_chain import Chain
 from consolidate.chain.opening import stored_fisher, with_base, with_fisher
 from consolidate.chain.output import refuse_existing
-from consolidate.chain.tasks import Chain, add_task, check_held_once, task_name
+from consolidate.chain.tasks import add_task, check_held_once, task_name
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.ewc.block_penalty import BlockPenalty
 from consolidate.ewc.low_rank_penalty import MergedPenalty

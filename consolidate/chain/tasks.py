@@ -19,6 +19,7 @@ from consolidate.chain.factors import (
     merged_factors,
     offset_with_factors,
 )
+from consolidate.chain.fitted_chain import Chain, FittedChain, pending_task
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.ewc.fisher_merging import merge_online, merge_separate
 from consolidate.ewc.overlap import fisher_overlap
@@ -28,7 +29,7 @@ from consolidate.options import Merging
 from formats.checkpoint import weight_records
 from formats.digest import TensorRecord, dtype_name, set_digest
 from formats.errors import InputError, UsageError
-from formats.fisher_folder import StoredFisher, write_fisher
+from formats.fisher_folder import write_fisher
 from formats.fisher_json import (
     BenchmarkRecord,
     Generated,
@@ -71,18 +72,6 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class FittedChain:
-    """The tasks so far in the shapes of the model to be trained; used like `StoredFisher`."""
-
-    ledger: Ledger
-    fisher: Mapping[str, Tensor]
-    anchor: Mapping[str, Tensor] | None
-    heads: Mapping[str, Mapping[str, Tensor]]
-    factors: Mapping[str, Tensor] | None = None
-    factor_anchor: Mapping[str, Tensor] | None = None
-
-
-@dataclass(frozen=True)
 class Merged:
     """The Fisher of all tasks; an anchor is None where it is the weights."""
 
@@ -115,9 +104,6 @@ class Added:
         )
 
 
-Chain = StoredFisher | FittedChain
-
-
 def task_name(name: str | None, data: str, before: Chain | None) -> str:
     """Choose the name of a new task: the one given, else one made from the name of the data."""
     if name is None:
@@ -141,14 +127,6 @@ def settled_merging(before: Chain | None, asked: Merging) -> Merging:
             )
         return replace(asked, merge_rule=rule, gamma=1.0)
     return replace(asked, merge_rule=rule, gamma=so_far.gamma if gamma is None else gamma)
-
-
-def pending_task(chain: Chain | None, name: str | None = None) -> TaskRecord | None:
-    """Give the last task of a chain if it was trained and not measured, and has this name."""
-    if chain is None:
-        return None
-    last = chain.ledger.tasks[-1]
-    return None if last.measured or name not in (None, last.name) else last
 
 
 def add_task(

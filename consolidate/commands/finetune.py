@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming
+from consolidate.chain.fitted_chain import pending_task
 from consolidate.chain.output import (
     discard_measured,
     failed_folder,
@@ -21,7 +22,7 @@ from consolidate.chain.output import (
     output_bytes,
 )
 from consolidate.chain.resume import KeptPass, KeptWork
-from consolidate.chain.tasks import Training, add_task, pending_task, with_structure
+from consolidate.chain.tasks import Training, add_task, with_structure
 from consolidate.chain.up_to_date import cached, recorded_fisher
 from consolidate.commands.finetune_compare import completed, train_without_penalty
 from consolidate.commands.finetune_gate import failed_before
@@ -40,7 +41,7 @@ from consolidate.commands.finetune_search import Subject, search_lambda
 from consolidate.commands.finetune_self import fisher_of_itself
 from consolidate.commands.finetune_start import Start, load_start
 from consolidate.commands.finetune_weights import UNMOVED, take_stored_values
-from consolidate.commands.fisher import measure_last, measure_self
+from consolidate.commands.fisher import measure_alone
 from consolidate.commands.measurement import (
     encoded_as,
     encoding_record,
@@ -88,6 +89,7 @@ from formats.atomic import replace_folder, write_file
 from formats.checkpoint import write_checkpoint
 from formats.digest import set_digest
 from formats.errors import ForgettingError, NonFiniteError, UsageError
+from formats.fisher_folder import read_fisher
 from formats.fisher_json import Ledger, Replayed
 from formats.partial_work import StoredWork
 from formats.tensors import Overlaid
@@ -214,7 +216,7 @@ def _with_own_fisher(options: FinetuneOptions, cut: ProcessGroup | None) -> Fine
         return options
     asked, source = fisher_of_itself(options)
     folder = measured_folder(Path(options.output_dir))
-    measure_self(asked, source, folder, cut)
+    measure_alone(asked, source, None, folder, cut)
     return replace(options, penalty=replace(options.penalty, protect_self=None, fisher=folder))
 
 
@@ -246,11 +248,10 @@ def _with_last_task(plan: Plan, cut: ProcessGroup | None) -> Plan:
         merging=Merging(),
         saving=replace(options.saving, overwrite=True),
     )
-    assert opened.before is not None  # it has the task
     folder = measured_folder(plan.target)
-    measured = measure_last(asked, opened.source, opened.before, folder, cut)
+    measure_alone(asked, opened.source, opened.before, folder, cut)
     LOG.info("the Fisher of %s was measured on %s, and protects it", name, data)
-    return replace(plan, measured=measured)
+    return replace(plan, measured=read_fisher(folder))
 
 
 def _cached(plan: Plan, ledger: Ledger) -> FinetuneCached:

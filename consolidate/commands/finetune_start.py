@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.factors import module_factors
+from consolidate.chain.fitted_chain import Chain
 from consolidate.chain.heads import (
     Fitted,
     check_labels,
@@ -20,7 +21,7 @@ from consolidate.chain.heads import (
     head_tensors,
     models_of_tasks,
 )
-from consolidate.chain.tasks import Chain, check_names_to_be
+from consolidate.chain.tasks import check_names_to_be
 from consolidate.commands.finetune_nats import Forecast
 from consolidate.data.benchmarks import Benchmark, open_benchmark
 from consolidate.data.columns import can_have_loss

@@ -17,7 +17,7 @@ from consolidate.chain.factors import Factors, factors_of, offset_with_factors
 from consolidate.chain.fingerprint import checkpoint_content, plain, versions
 from consolidate.chain.opening import stored_fisher
 from consolidate.chain.output import refuse_existing
-from consolidate.chain.tasks import pending_task
+from consolidate.chain.fitted_chain import pending_task
 from consolidate.chain.up_to_date import cached, factor_totals, find_output
 from consolidate.commands.merge_blocks import BlockSource, Computed, MergedBlocks, shared_blocks
 from consolidate.commands.verify import check_fisher_values

@@ -22,17 +22,18 @@ RANKS = {folder: rank for rank, one in enumerate(ORDER.split(" < ")) for folder 
 NUMERICAL = {"estimation", "ewc", "training"}  # they take and return tensors
 FACE = {"__init__", "__main__", "api", "cli", "flags"}  # beside the folders, above all of them
 KNOW_CLICK = {"cli", "flags"}
-LONGEST_PATH = 13  # modules below the program's first line, each of which imports the next
+LONGEST_PATH = 14  # modules below the program's first line, each of which imports the next
 
 # Modules without a test file of their name, by what tests them.
 TESTED_THROUGH = {
-    "chain/test_tasks": "chain.opening chain.output",
+    "chain/test_tasks": "chain.fitted_chain chain.opening chain.output",
     "commands/test_finetune": "commands.finetune_plan commands.finetune_run"
     " commands.finetune_start commands.finetune_weights",
     "commands/test_unmeasured": "chain.elsewhere",
     "commands/test_compare_none": "commands.finetune_compare",
     "commands/test_replay": "data.replay",
-    "commands/test_fisher": "commands.measurement runtime.devices",
+    "commands/test_generation": "commands.generation_options",
+    "commands/test_fisher": "commands.fisher_plan commands.measurement runtime.devices",
     "chain/test_heads": "commands.evaluate commands.task_metrics",
     "chain/test_resume": "training.state",
     "commands/test_show": "commands.verify views.summary",
