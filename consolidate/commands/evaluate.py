@@ -103,7 +103,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     log_images(*encoded.values())
     tests: dict[str, Examples | Benchmark] = {**encoded, **benchmarks}
     tests = {name: tests[name] for name in data}
-    metrics = evaluate_all(model, tests, batch_size=options.batch_size, with_heads=with_heads)
+    metrics = evaluate_all(model, tests, with_heads, options.batch_size)
     of_data = (note for examples in encoded.values() for note in examples.notes_on())
     for note in [*model.notes, *of_data]:
         LOG.info("%s", note)

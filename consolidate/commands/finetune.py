@@ -31,16 +31,14 @@ from consolidate.commands.finetune_nats import nats_lost
 from consolidate.commands.finetune_plan import Plan, check_options, plan_finetune
 from consolidate.commands.finetune_run import (
     Trained,
-    descend,
     kept_of,
     log_replay,
-    run_length,
     train,
 )
-from consolidate.commands.finetune_search import Subject, search_lambda
+from consolidate.commands.finetune_search import search_lambda
 from consolidate.commands.finetune_self import fisher_of_itself
 from consolidate.commands.finetune_start import Start, load_start
-from consolidate.commands.finetune_weights import UNMOVED, take_stored_values
+from consolidate.commands.finetune_weights import UNMOVED
 from consolidate.commands.fisher import measure_alone
 from consolidate.commands.measurement import (
     encoded_as,
@@ -53,9 +51,9 @@ from consolidate.commands.measurement import (
 )
 from consolidate.commands.run_options import fisher_options
 from consolidate.data.benchmarks import Benchmark
-from consolidate.data.examples import Examples, subset
+from consolidate.data.examples import subset
 from consolidate.estimation.estimates import FisherDiagonal
-from consolidate.models.model import config_of, file_weights
+from consolidate.models.model import config_of
 from consolidate.options import FinetuneOptions, Merging
 from consolidate.results import Benchmark as BenchmarkResult
 from consolidate.results import (
@@ -144,7 +142,7 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
     start = load_start(plan, cut)
     measure = _measuring(plan, start)
     statistics = _running_statistics(plan, start)
-    log_replay(start, plan.recipe, group)
+    log_replay(start, plan.recipe)
     search = _searched(plan, start, work, found)
     comparison, found = train_without_penalty(plan, start, work, found, search)
     moving = _interpolator(plan, start, measure, found)
@@ -159,7 +157,6 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
             search=search,
             comparison=comparison,
             interpolator=moving,
-            group=group,
             on_step=options.on_step,
         )
     except NonFiniteError:
@@ -319,7 +316,7 @@ def _interpolator(
     """Prepare to interpolate; None where it was not asked for."""
     if plan.interpolation is None:
         return None
-    return Interpolator(plan.interpolation, start, plan.recipe, measure, all_processes(), found)
+    return Interpolator(plan.interpolation, start, plan.recipe, measure, found)
 
 
 def _running_statistics(plan: Plan, start: Start) -> str | None:
@@ -367,44 +364,16 @@ def _searched(
         with torch.random.fork_rng():  # the run that follows must not see that there was a search
             search = search_lambda(
                 plan.search,
-                _subject(plan, start),
-                batch_size=plan.recipe.batch_size,
-                seed=plan.recipe.seed,
+                start,
+                plan.recipe,
                 done=[Trial(**trial) for trial in trials],
                 keep=keep,
-                group=work.group,
             )
     start.penalty.ewc_lambda = float(search["ewc_lambda"])
     plot = plan.options.search.search_plot
     if plot is not None and is_first(work.group):
         write_picture(Path(plot), search_charts(search))
     return search
-
-
-def _subject(plan: Plan, start: Start) -> Subject:
-    """Give a search what it trains: runs like those of `train`, each with its own schedule."""
-    assert start.penalty is not None  # a search is refused without one
-    recipe, group = plan.recipe, all_processes()
-
-    def length(examples: Examples) -> int:
-        return run_length(replace(start, examples=examples), recipe, group)
-
-    def train_shortly(examples: Examples, steps: int) -> None:
-        warmup = round(recipe.warmup_steps * steps / length(examples))
-        shortened = replace(recipe, max_steps=steps, warmup_steps=warmup, log_every=steps)
-        descend(replace(start, examples=examples), shortened, lambda *when: None, group)
-        if start.frozen is None:  # else the weights are what they were, and the adapter is float32
-            take_stored_values(start.model, file_weights(start.model))
-
-    return Subject(
-        start.model,
-        start.penalty,
-        start.examples,
-        start.held_out,
-        start.with_heads,
-        train_shortly,
-        length,
-    )
 
 
 def _forgotten(plan: Plan, trained: Trained) -> dict[str, float]:

@@ -14,7 +14,7 @@ import pytest
 import consolidate
 from consolidate.chain import resume
 from consolidate.commands import finetune as finetune_command
-from consolidate.commands import finetune_run, measurement
+from consolidate.commands import finetune_run, finetune_search, measurement
 from consolidate.estimation.passes import PartialPass
 from consolidate.runtime import signals
 from formats.errors import InputError, NonFiniteError
@@ -202,7 +202,7 @@ def test_a_search_keeps_its_candidates(
     new = write_task("new", seed=1)
     options = {**COMMON, "max_steps": 4, "ewc_lambda": strengths}
     whole = consolidate.finetune(learned, new, output_dir=tmp_path / "whole", **options)
-    descend, runs = finetune_command.descend, []
+    descend, runs = finetune_search.descend, []
 
     def broken(*arguments: Any) -> Any:
         runs.append(1)
@@ -210,7 +210,7 @@ def test_a_search_keeps_its_candidates(
             raise Killed
         return descend(*arguments)
 
-    monkeypatch.setattr(finetune_command, "descend", broken)
+    monkeypatch.setattr(finetune_search, "descend", broken)
     with pytest.raises(Killed):
         consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     break_off(monkeypatch, 3)

@@ -40,6 +40,7 @@ TESTED_THROUGH = {
     "commands/test_report": "views.page",
     "commands/test_push": "commands.push_files commands.push_repository",
     "commands/test_merge": "commands.merge_blocks commands.merge_plan",
+    "commands/test_finetune_search": "commands.finetune_choice",
     "commands/test_forgetting": "commands.finetune_gate training.forgetting",
     "views/test_figures": "views.search_figures",
     "data/test_benchmarks": "data.benchmark_files benchmark",
