@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ import consolidate
 from consolidate.api import verify
 from formats.atomic import claimed, claimed_in_place
 from formats.errors import InputError
+from support.command_line import finished, launched
 from support.command_line import run as run_cli
 from support.networks import SIZES, make_network
 from support.together import ended, started
@@ -56,13 +55,7 @@ class Held:
     """A command that is held in its middle until it is released."""
 
     def __init__(self, *words: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "consolidate", *words, "--model", "waiting:held"],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        )
+        self.process = launched(*words, "--model", "waiting:held")
         while not Path("begun").exists():
             assert self.process.poll() is None, self.process.communicate()
             time.sleep(0.02)
@@ -70,8 +63,8 @@ class Held:
     def release(self) -> tuple[int, str]:
         Path("begun").unlink()
         Path("pipe").write_bytes(b"go on")
-        _, err = self.process.communicate(timeout=120)
-        return self.process.returncode, err
+        code, _, err = finished(self.process)
+        return code, err
 
 
 @pytest.fixture

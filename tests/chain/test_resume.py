@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,12 +18,12 @@ from consolidate.runtime import signals
 from formats.errors import InputError, NonFiniteError
 from support import in_process
 from support.checkpoints import normed
+from support.command_line import finished, launched
 from support.faults import Killed, break_off, kill_after
 from support.folders import contents
 from support.networks import FAST, NETWORK
 
 Write = Callable[..., Path]
-ROOT = Path(__file__).resolve().parents[2]
 COMMON: dict[str, Any] = {**FAST, "save_every_minutes": 0, "log_every": 1, "ewc_lambda": 10.0}
 
 
@@ -384,19 +382,13 @@ def test_a_process_that_is_stopped_goes_on(
 
     assert run_here("whole")[0] == 0
     (tmp_path / "stop").touch()
-    stopped = subprocess.run(
-        [sys.executable, "-m", "consolidate", *words, "--output-dir", "out"],
-        cwd=tmp_path,
-        env=os.environ
-        | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert stopped.returncode == code
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    process = launched(*words, "--output-dir", "out", cwd=tmp_path, variables=one_thread)
+    stopped, _, err = finished(process)
+    assert stopped == code
     assert not (tmp_path / "out").exists()
     if code > 0:
-        assert [line for line in stopped.stderr.splitlines() if line][-2:] == [
+        assert [line for line in err.splitlines() if line][-2:] == [
             "stopped after step 6 of 12: the same command resumes from there",
             {"SIGINT": "interrupted", "SIGTERM": "terminated"}[sent],
         ]
