@@ -8,7 +8,7 @@ from typing import Any
 from consolidate.data.examples import Examples
 from consolidate.data.images import encode_images, encode_own_images, holds_images
 from consolidate.data.tensors import encode_tensors
-from consolidate.data.texts import encode_texts
+from consolidate.data.text_encoding import encode_texts
 from consolidate.models.model import Model
 from consolidate.models.objectives import Objective
 from consolidate.options import Columns, Encoding, Images

@@ -44,8 +44,8 @@ TESTED_THROUGH = {
     "commands/test_forgetting": "commands.finetune_gate training.forgetting",
     "views/test_figures": "views.search_figures",
     "data/test_benchmarks": "data.benchmark_files benchmark",
-    "data/test_examples": "data.columns data.encoding data.labels data.tensors data.text_examples"
-    " data.texts",
+    "data/test_examples": "data.columns data.encoding data.labels data.tensors data.text_encoding"
+    " data.text_examples data.texts",
     "ewc/test_penalty": "ewc.matching",
     "estimation/test_fisher_diagonal": "estimation.batches estimation.estimates",
     "estimation/test_input_blocks": "estimation.covered_layers",
