@@ -30,3 +30,8 @@ def pending_task(chain: Chain | None, name: str | None = None) -> TaskRecord | N
         return None
     last = chain.ledger.tasks[-1]
     return None if last.measured or name not in (None, last.name) else last
+
+
+def with_present_head(chain: Chain) -> list[TaskRecord]:
+    """Give the tasks whose head is the one in the weights: none of their own is saved."""
+    return [task for task in chain.ledger.tasks if task.name not in chain.heads]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.chain.factors import offset_with_factors, penalty_of_blocks, without_blocks
-from consolidate.chain.fitted_chain import Chain, FittedChain
+from consolidate.chain.fitted_chain import Chain, FittedChain, with_present_head
 from consolidate.data.columns import label_column
 from consolidate.data.labels import (
     label_names,
@@ -233,12 +233,11 @@ def _with_new_head(load: Load, fitted: Fitted, head: list[str], names: list[str]
         LOG.info("the old head is not saved, since no task of a ledger uses it")
         return replace(fitted, model=fresh)
     saved = {name: source.weights[name] for name in head}
-    users = [task.name for task in before.ledger.tasks if task.name not in before.heads]
     LOG.info(
         "new head (%s) for %s; the head of %s is saved in fisher/heads",
         ", ".join(head),
         ", ".join(names) or "one number",
-        ", ".join(users),
+        ", ".join(task.name for task in with_present_head(before)),
     )
     free = {**fitted.free, **dict.fromkeys(head, 0)}
     return Fitted(fresh, with_saved_head(before, saved), free)
@@ -257,7 +256,7 @@ def with_saved_head(before: Chain, head: Mapping[str, Tensor]) -> FittedChain:
         # The saved head no longer moves, so its part of the penalty is constant.
         offset += _penalty_of(before, head, head)
         anchor = Overlaid(anchor, without=head)
-    users = [task.name for task in before.ledger.tasks if task.name not in before.heads]
+    users = [task.name for task in with_present_head(before)]
     offsets = {"penalty_offset": offset, "factor_offset": factor_offset}
     return FittedChain(
         fisher=Overlaid(before.fisher, without=head),

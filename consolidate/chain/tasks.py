@@ -287,7 +287,11 @@ def _moved(
     anchor: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor] | None:
     """Give an anchor; None where it is the weights."""
-    return None if _same(anchor, weights) else anchor
+    same = all(
+        at in weights and torch.equal(mu, weights[at].cpu().to(mu.dtype))
+        for at, mu in anchor.items()
+    )
+    return None if same else anchor
 
 
 def _how_measured(diagonal: FisherDiagonal | None) -> dict[str, Any]:
@@ -306,13 +310,6 @@ def _layers(fisher: Mapping[str, Tensor], total: Mapping[str, Tensor]) -> dict[s
         )
         for at, values in fisher.items()
     }
-
-
-def _same(anchor: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
-    return all(
-        at in weights and torch.equal(mu, weights[at].cpu().to(mu.dtype))
-        for at, mu in anchor.items()
-    )
 
 
 def check_names_to_be(before: Chain | None, model: Model) -> None:
