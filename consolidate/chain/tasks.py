@@ -23,8 +23,8 @@ from consolidate.chain.fitted_chain import Chain, FittedChain, pending_task
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.ewc.fisher_merging import merge_online, merge_separate
 from consolidate.ewc.overlap import fisher_overlap
+from consolidate.models.layout import Layout
 from consolidate.models.model import Model, file_weights, unprotected
-from consolidate.models.tensor_names import Layout
 from consolidate.options import Merging
 from formats.checkpoint import weight_records
 from formats.digest import TensorRecord, dtype_name, set_digest

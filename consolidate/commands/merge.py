@@ -24,7 +24,7 @@ from consolidate.commands.merge_plan import (
     plan_merge,
 )
 from consolidate.ewc.fisher_merging import MergedTensor, ModelTensor, merge_models
-from consolidate.models.tensor_names import renamed_factors
+from consolidate.models.layout import renamed_factors
 from consolidate.options import MergeOptions
 from consolidate.results import MergeResult
 from consolidate.runtime.progress import progress

@@ -17,7 +17,7 @@ from consolidate.chain.fitted_chain import pending_task
 from consolidate.chain.opening import stored_fisher
 from consolidate.commands.merge_blocks import BlockSource, shared_blocks
 from consolidate.commands.verify import check_fisher_values
-from consolidate.models.tensor_names import renamed_factors
+from consolidate.models.layout import renamed_factors
 from formats.atomic import unreplaced
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from formats.digest import json_digest

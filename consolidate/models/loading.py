@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from consolidate.estimation.gradient_checkpointing import enable
 from consolidate.models.architectures import architectures, declared_class, new_head
 from consolidate.models.factories import make_module
+from consolidate.models.layout import Layout
 from consolidate.models.model import Model, freeze_parameters, layout_of
 from consolidate.models.objectives import Objective, default_objective, get_objective
-from consolidate.models.tensor_names import Layout, computed_names, outer_prefix
+from consolidate.models.tensor_names import computed_names, outer_prefix
 from consolidate.runtime.quiet import quiet, silent_stdout
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint

@@ -52,7 +52,7 @@ TESTED_THROUGH = {
     "estimation/test_layer_rules": "estimation.example_gradients estimation.gradient_methods",
     "estimation/test_passes": "estimation.layer_hooks",
     "runtime/test_distributed": "estimation.sharded_passes runtime.torchrun",
-    "models/test_loading": "models.architectures models.model runtime.quiet",
+    "models/test_loading": "models.architectures models.model models.tensor_names runtime.quiet",
     "formats/test_tensors": "checkpoint_files",
     "formats/test_data": "rows",
     "formats/test_fisher_json": "conversion fields versions wording",
