@@ -20,7 +20,7 @@ from consolidate.results import AlphaSearch
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import all_processes, shares
 from consolidate.training.forgetting import forgetting
-from consolidate.training.lambda_search import best_mean, largest, mean_score
+from consolidate.training.lambda_search import Candidate, best_mean, largest
 from consolidate.training.loop import remeasure_statistics, with_statistics
 from formats.errors import NonFiniteError
 from formats.fisher_json import CurvePoint, Interpolation
@@ -41,22 +41,17 @@ Metrics = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(Candidate):
     """One α, with what was measured of the weights there."""
 
     alpha: float
-    metrics: Metrics | None  # of held-out data by task; None: the loss is not finite
-    forgetting: float | None  # the most that an old task lost in score; None: not measured
+    metrics: Metrics | None
+    forgetting: float | None
 
     @property
     def protection(self) -> float:
         """The smaller α, the closer to the start."""
         return 1 / self.alpha
-
-    @property
-    def mean(self) -> float:
-        """The mean score over the tasks; −∞ where the loss is not finite."""
-        return mean_score(self.metrics)
 
 
 class Interpolator:
