@@ -14,13 +14,8 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.factors import module_factors
 from consolidate.chain.fitted_chain import Chain
-from consolidate.chain.heads import (
-    Fitted,
-    check_labels,
-    fit_model,
-    head_tensors,
-    models_of_tasks,
-)
+from consolidate.chain.fitted_model import Fitted, fit_model
+from consolidate.chain.heads import check_labels, head_tensors, models_of_tasks
 from consolidate.chain.modules import adapter_penalty
 from consolidate.chain.tasks import check_names_to_be
 from consolidate.commands.finetune_nats import Forecast

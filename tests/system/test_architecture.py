@@ -34,7 +34,7 @@ TESTED_THROUGH = {
     "commands/test_replay": "data.replay",
     "commands/test_generation": "commands.generation_options",
     "commands/test_fisher": "commands.fisher_plan commands.measurement runtime.devices",
-    "chain/test_heads": "commands.evaluate commands.task_metrics",
+    "chain/test_heads": "chain.fitted_model commands.evaluate commands.task_metrics",
     "chain/test_resume": "training.state",
     "commands/test_show": "commands.verify views.summary",
     "commands/test_report": "views.page",
