@@ -15,11 +15,7 @@ from torch import Tensor, nn
 from consolidate.chain.factors import offset_with_factors, penalty_of_blocks, without_blocks
 from consolidate.chain.fitted_chain import Chain, FittedChain, with_present_head
 from consolidate.data.columns import label_column
-from consolidate.data.labels import (
-    label_values,
-    lacking_labels,
-    place_of_label,
-)
+from consolidate.data.labels import label_values, lacking_labels, place_of_label
 from consolidate.models.architectures import relabelled
 from consolidate.models.model import Model
 from consolidate.options import Columns

@@ -19,12 +19,7 @@ from consolidate.ewc.block_penalty import BlockPenalty
 from consolidate.ewc.low_rank_penalty import LowRank, MergedPenalty
 from consolidate.ewc.matching import unwrapped
 from consolidate.ewc.penalty import Penalty
-from consolidate.models.lora import (
-    adapted_module,
-    has_adapter,
-    low_rank_layers,
-    without_adapter,
-)
+from consolidate.models.lora import adapted_module, has_adapter, low_rank_layers, without_adapter
 from consolidate.models.model import Model, file_weights, layout_of
 from consolidate.models.objectives import get_objective
 from consolidate.models.tensor_names import NAME

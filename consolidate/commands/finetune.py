@@ -15,12 +15,7 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming
 from consolidate.chain.fitted_chain import pending_task
-from consolidate.chain.output import (
-    discard_measured,
-    failed_folder,
-    measured_folder,
-    output_bytes,
-)
+from consolidate.chain.output import discard_measured, failed_folder, measured_folder, output_bytes
 from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.chain.tasks import Training, add_task, with_structure
 from consolidate.chain.up_to_date import cached, recorded_fisher
@@ -29,12 +24,7 @@ from consolidate.commands.finetune_gate import failed_before
 from consolidate.commands.finetune_interpolation import Interpolator
 from consolidate.commands.finetune_nats import nats_lost
 from consolidate.commands.finetune_plan import Plan, check_options, plan_finetune
-from consolidate.commands.finetune_run import (
-    Trained,
-    kept_of,
-    log_replay,
-    train,
-)
+from consolidate.commands.finetune_run import Trained, kept_of, log_replay, train
 from consolidate.commands.finetune_search import search_lambda
 from consolidate.commands.finetune_self import fisher_of_itself
 from consolidate.commands.finetune_start import Start, load_start

@@ -13,12 +13,7 @@ from consolidate.chain.fitted_chain import Chain, pending_task
 from consolidate.chain.heads import check_labels
 from consolidate.chain.output import bytes_of, output_bytes
 from consolidate.chain.resume import KeptPass
-from consolidate.chain.tasks import (
-    Encoded,
-    add_task,
-    check_names_to_be,
-    with_structure,
-)
+from consolidate.chain.tasks import Encoded, add_task, check_names_to_be, with_structure
 from consolidate.chain.up_to_date import cached, recorded_fisher
 from consolidate.commands.fisher_plan import Plan, find_checkpoint, plan_alone, plan_fisher
 from consolidate.commands.generation import first_texts, generate_sample, generated_of
@@ -64,12 +59,7 @@ from formats.atomic import partial_path, replace_folder
 from formats.checkpoint import Checkpoint, check_finite, write_checkpoint
 from formats.digest import json_digest
 from formats.errors import ConsolidateError, UsageError
-from formats.fisher_folder import (
-    LEDGER_NAME,
-    StoredFisher,
-    check_intact,
-    read_fisher,
-)
+from formats.fisher_folder import LEDGER_NAME, StoredFisher, check_intact, read_fisher
 from formats.fisher_json import Generated, Ledger, TaskRecord, read_ledger
 from formats.hub import commits_of
 

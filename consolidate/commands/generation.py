@@ -7,12 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from consolidate.chain.resume import KeptPass, KeptWork, keep_texts, kept_texts, texts_to_keep
-from consolidate.data.generation import (
-    Texts,
-    examples_of,
-    generate,
-    json_lines,
-)
+from consolidate.data.generation import Texts, examples_of, generate, json_lines
 from consolidate.data.text_examples import TextExamples
 from consolidate.models.model import Model
 from consolidate.models.sampling import Written

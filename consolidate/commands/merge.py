@@ -30,11 +30,7 @@ from consolidate.results import MergeResult
 from consolidate.runtime.progress import progress
 from consolidate.views.output_card import write_card
 from formats.atomic import replace_folder
-from formats.checkpoint import (
-    open_checkpoint,
-    weight_records,
-    write_checkpoint,
-)
+from formats.checkpoint import open_checkpoint, weight_records, write_checkpoint
 from formats.errors import InputError
 from formats.fisher_folder import write_fisher
 from formats.fisher_json import SAME_AS, Ledger

@@ -27,20 +27,8 @@ from consolidate.views.matrix import ledger_matrix, matrix_summary, means_text, 
 from formats.atomic import check_file
 from formats.digest import DTYPES, TensorRecord, differences, set_digest
 from formats.errors import InputError, NetworkError
-from formats.fisher_folder import (
-    LEDGER_NAME,
-    StoredFisher,
-    in_one_line,
-    read_fisher,
-)
-from formats.fisher_json import (
-    FORMAT,
-    Ledger,
-    TaskRecord,
-    covered,
-    needed_version,
-    read_ledger,
-)
+from formats.fisher_folder import LEDGER_NAME, StoredFisher, in_one_line, read_fisher
+from formats.fisher_json import FORMAT, Ledger, TaskRecord, covered, needed_version, read_ledger
 from formats.hub import FISHER, commits_of, locate, remote_headers
 
 LOG = logging.getLogger("consolidate")

@@ -24,16 +24,9 @@ from consolidate.data.harness import BACKENDS, Share, harness_model, harnessed
 from consolidate.estimation.batches import eval_mode
 from consolidate.models.model import Model
 from consolidate.runtime import signals
-from consolidate.runtime.distributed import (
-    from_first,
-    summed,
-)
+from consolidate.runtime.distributed import from_first, summed
 from formats.benchmark import benchmark_task, is_task_file
-from formats.errors import (
-    InputError,
-    NonFiniteError,
-    UsageError,
-)
+from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_json import BenchmarkRecord
 from formats.wording import did_you_mean, few
 

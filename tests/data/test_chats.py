@@ -21,13 +21,7 @@ from formats.data import Rows, open_data
 from formats.errors import InputError, UsageError
 from formats.fisher_json import read_ledger
 from support import reference
-from support.tiny_models import (
-    bert_config,
-    byte_tokenizer,
-    gpt2_config,
-    save,
-    word_tokenizer,
-)
+from support.tiny_models import bert_config, byte_tokenizer, gpt2_config, save, word_tokenizer
 
 BODY = (
     "{% if tools %}<T>{{ tools | tojson }}\n{% endif %}"
