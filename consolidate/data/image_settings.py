@@ -56,11 +56,7 @@ def read_preprocessing(
         found = _of_config(config, where)
     size = found.size if given.image_size is None else (given.image_size, given.image_size)
     _check_stated(
-        {
-            "size": size,
-            "mean": given.image_mean or found.mean,
-            "std": given.image_std or found.std,
-        },
+        {"size": size, "mean": given.image_mean or found.mean, "std": given.image_std or found.std},
         folder,
     )
     assert size is not None

@@ -113,10 +113,7 @@ class TokenizedTexts:
         self.cut.append(cut)
 
     def examples(
-        self,
-        labels: Ragged | Tensor | None,
-        fields: dict[str, Ragged] | None = None,
-        **more: Any,
+        self, labels: Ragged | Tensor | None, fields: dict[str, Ragged] | None = None, **more: Any
     ) -> TextExamples:
         """Return what was stored, in `kept` or in `fields`, as examples."""
         more |= {"cut": self.cut, "max_length": self.max_length}

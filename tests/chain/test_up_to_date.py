@@ -91,10 +91,7 @@ def test_another_fisher_is_refused_as_before(network_checkpoint: Path, write_tas
 
 
 def test_a_fine_tuning_is_done_once(
-    network_checkpoint: Path,
-    write_task: Write,
-    tmp_path: Path,
-    nothing_written: Callable[[], None],
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, nothing_written: Callable[[], None]
 ) -> None:
     old, new, out = write_task("old"), write_task("new", seed=1), tmp_path / "out"
     consolidate.fisher(network_checkpoint, old, **NETWORK)

@@ -215,10 +215,7 @@ def test_l2_is_searched_too(network_checkpoint: Path, write_task: Write, tmp_pat
 
 
 def test_the_command_prints_the_curve_and_draws_it(
-    capsys: pytest.CaptureFixture[str],
-    learned: Path,
-    write_task: Write,
-    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], learned: Path, write_task: Write, tmp_path: Path
 ) -> None:
     b, held = write_task("b", seed=1), write_task("held", count=120)
     words = (

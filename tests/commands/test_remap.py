@@ -163,11 +163,7 @@ def test_a_fisher_copied_beside_the_new_weights_is_enough(
 
 
 def test_whatever_refuses_the_new_names_names_the_command(
-    old: Path,
-    new: Path,
-    write_task: Write,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    old: Path, new: Path, write_task: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = f"`consolidate remap {new} --fisher-of {old} --output-dir DIR`"
     with pytest.raises(InputError) as caught:

@@ -163,11 +163,7 @@ def test_twice_in_a_row(unmeasured: Path, write_task: Write, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("measure", "error", "message"),
     [
-        (
-            {"x": "b"},
-            UsageError,
-            "--measure x: expected b, the task that was not measured",
-        ),
+        ({"x": "b"}, UsageError, "--measure x: expected b, the task that was not measured"),
         ({"a": "a"}, UsageError, "--measure a: expected b, the task that was not measured"),
         ({"b": "b", "a": "a"}, UsageError, "--measure a: expected one task"),
         (

@@ -27,17 +27,7 @@ from support.tiny_models import (
     word_tokenizer,
 )
 
-PIECES = [
-    *" ".join(CORPUS).split(),
-    " " * 50,
-    "\n",
-    "ab",
-    "é",
-    "e\u0301",
-    "ΑΣ",
-    "、猫",
-    "x1-",
-]
+PIECES = [*" ".join(CORPUS).split(), " " * 50, "\n", "ab", "é", "e\u0301", "ΑΣ", "、猫", "x1-"]
 
 
 RUNS = [*PIECES, "a" * 300]

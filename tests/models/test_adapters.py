@@ -652,10 +652,7 @@ def test_the_head_trains_whole_beside_the_adapter_where_it_is_asked_to(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"lora_rank": None, "lora_targets": ()},
-            "--lora-train-head needs --lora-rank",
-        ),
+        ({"lora_rank": None, "lora_targets": ()}, "--lora-train-head needs --lora-rank"),
         ({"head": "new"}, "--lora-train-head cannot be combined with --head new, which trains"),
         ({"lora_targets": ["0", "2"]}, r"2\.weight is trained in full.*leave it out"),
         ({"freeze": ["2.*"]}, "--freeze freezes the head, which --lora-train-head is to train"),

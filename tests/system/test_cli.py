@@ -606,9 +606,7 @@ def test_the_options_that_everybody_uses_are_on_the_first_screen(
     assert max(map(len, out.splitlines())) < int(columns)
 
 
-def test_help_lists_every_option_once_under_its_heading(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_help_lists_every_option_once_under_its_heading(capsys: pytest.CaptureFixture[str]) -> None:
     for name, command in cli.commands.items():
         _, out, _ = run(capsys, name, "--help")
         sections = [part.splitlines() for part in re.split(r"\n\n(?=\S)", out)[1:]]
@@ -772,9 +770,7 @@ def test_a_terminal_gets_our_bars_and_none_of_a_library(tmp_path: Path) -> None:
     ids=["of Python", "of torch"],
 )
 def test_too_little_memory_is_no_internal_error(
-    allocate: Callable[[], Any],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    allocate: Callable[[], Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("consolidate.commands.show.show", lambda *_: allocate())
     code, _, err = run(capsys, "show", "x")
