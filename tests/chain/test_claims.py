@@ -17,6 +17,7 @@ from formats.atomic import claimed, claimed_in_place
 from formats.errors import InputError
 from support.command_line import finished, launched
 from support.command_line import run as run_cli
+from support.folders import flip
 from support.networks import SIZES, make_network
 from support.together import ended, started
 
@@ -112,9 +113,7 @@ def test_the_second_of_two_is_refused(
 
 def replace(weights: Path) -> None:
     save_file(load_file("other/model.safetensors"), "new", {"format": "pt"})
-    data = bytearray(Path("new").read_bytes())
-    data[-1] ^= 1
-    Path("new").write_bytes(data)
+    flip(Path("new"))
     os.replace("new", weights)
 
 

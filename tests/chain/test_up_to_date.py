@@ -16,7 +16,7 @@ from consolidate.commands import merge as merge_command
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
 from support.command_line import run
-from support.folders import contents
+from support.folders import contents, flip
 from support.json_schema import check_json
 from support.networks import FAST, NETWORK
 
@@ -130,9 +130,7 @@ def test_a_damaged_output_is_not_taken_for_whole(
     new = write_task("new")
     consolidate.finetune(network_checkpoint, new, **options)
     whole = contents(tmp_path / "out")
-    data = bytearray(whole[what])
-    data[-1] ^= 1
-    (tmp_path / "out" / what).write_bytes(data)
+    flip(tmp_path / "out" / what)
     caplog.set_level("INFO", "consolidate")
     with pytest.raises(InputError, match="is not empty"):
         consolidate.finetune(network_checkpoint, new, **options)

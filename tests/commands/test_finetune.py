@@ -22,7 +22,7 @@ from formats.fisher_folder import read_fisher
 from support import tiny_models
 from support.checkpoints import Write, measured_by_hand
 from support.faults import Killed, break_off
-from support.folders import contents, fisher_of
+from support.folders import contents, fisher_of, flip
 from support.json_schema import check_json
 from support.networks import FAST, NETWORK, make_network, normed_network
 
@@ -506,10 +506,7 @@ def test_a_damaged_fisher_is_refused(
     train: Train, network_checkpoint: Path, write_task: Write
 ) -> None:
     fisher(network_checkpoint, write_task("old"), **NETWORK)
-    file = network_checkpoint / "fisher" / "fisher.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
+    flip(network_checkpoint / "fisher" / "fisher.safetensors", -3)
     with pytest.raises(InputError, match=r"is damaged: .*other values"):
         train(ewc_lambda=1.0)
 

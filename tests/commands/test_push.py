@@ -19,6 +19,7 @@ from consolidate.views.text import push_text
 from formats.errors import ConsolidateError, UsageError
 from formats.fisher_folder import read_fisher
 from support import factor_checkpoints, in_process, loopback_hub
+from support.folders import flip
 from support.loopback_hub import COMMIT, TOKEN, Hub, environment, run, run_python
 from support.networks import SIZES, make_network
 
@@ -162,9 +163,7 @@ def test_what_is_refused_before_anything_is_sent(
         tmp_path, "push", checkpoint, "user/public", "--public", "--tag", "v1", **variables
     )
     assert (code, "already has a tag 'v1'" in err) == (2, True)
-    data = bytearray((checkpoint / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (checkpoint / "model.safetensors").write_bytes(data)
+    flip(checkpoint / "model.safetensors")
     code, _, err = run(tmp_path, "push", checkpoint, "user/model", **variables)
     assert (code, "has the expected dtype and shape, but other values" in err) == (3, True)
     assert not hub.asked("^(PUT|POST)")

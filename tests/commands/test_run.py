@@ -24,7 +24,7 @@ from support import tiny_models
 from support.command_line import finished, launched
 from support.command_line import run as run_cli
 from support.faults import Killed, break_off
-from support.folders import contents
+from support.folders import contents, flip
 
 Write = Callable[..., Path]
 
@@ -233,10 +233,7 @@ def test_what_a_change_concerns(tasks: Path, tmp_path: Path, write_task: Write, 
 def test_a_flipped_bit_is_found_and_made_good(tasks: Path, tmp_path: Path) -> None:
     consolidate.run(tasks)
     before = contents(tmp_path / "out")
-    file = tmp_path / "out" / "02-b" / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    flip(tmp_path / "out" / "02-b" / "model.safetensors")
     result = consolidate.run(tasks)
     assert list(reasons(result)) == ["02-b"]  # what follows starts from the same content again
     assert "its checkpoint is damaged" in reasons(result)["02-b"]
