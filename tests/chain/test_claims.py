@@ -15,13 +15,13 @@ import consolidate
 from consolidate.api import verify
 from formats.atomic import claimed, claimed_in_place
 from formats.errors import InputError
+from support.checkpoints import Write
 from support.command_line import finished, launched
 from support.command_line import run as run_cli
 from support.folders import flip
 from support.networks import SIZES, make_network
 from support.together import ended, started
 
-Write = Callable[..., Path]
 MODEL = "support.networks:make_network"
 # A factory that waits, in the middle of its command, until somebody writes into a pipe.
 HELD = """

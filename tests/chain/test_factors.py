@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from formats.errors import InputError, UsageError
 from formats.fisher_folder import StoredFisher, read_fisher, write_fisher
 from formats.fisher_json import Block, needed_version
 from support.chains import Tasks
+from support.checkpoints import Write
 from support.folders import contents
 from support.networks import FAST, NETWORK, SIZES, make_network
 
-Write = Callable[..., Path]
 BLOCKS = {f"{i}.weight.R": Block("R", (1,), (f"{i}.weight", f"{i}.bias")) for i in (0, 2)}
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ from consolidate.estimation.passes import PartialPass
 from consolidate.runtime import signals
 from formats.errors import InputError, NonFiniteError
 from support import in_process
-from support.checkpoints import normed
+from support.checkpoints import Write, normed
 from support.command_line import finished, launched
 from support.faults import Killed, break_off, kill_after
 from support.folders import contents
 from support.networks import FAST, NETWORK
 
-Write = Callable[..., Path]
 COMMON: dict[str, Any] = {**FAST, "save_every_minutes": 0, "log_every": 1, "ewc_lambda": 10.0}
 
 

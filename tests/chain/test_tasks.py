@@ -1,4 +1,4 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,8 @@ from formats.errors import UsageError
 from formats.fisher_folder import read_fisher
 from formats.fisher_json import Ledger
 from support.chains import Tasks
+from support.checkpoints import Write
 from support.networks import NETWORK, make_network
-
-Write = Callable[..., Path]
 
 
 def stored(folder: Path, which: str) -> dict[str, torch.Tensor]:

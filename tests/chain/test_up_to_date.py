@@ -15,12 +15,11 @@ from consolidate.commands import fisher as fisher_command
 from consolidate.commands import merge as merge_command
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
+from support.checkpoints import Write
 from support.command_line import run
 from support.folders import contents, flip
 from support.json_schema import check_json
 from support.networks import FAST, NETWORK
-
-Write = Callable[..., Path]
 
 
 @pytest.fixture

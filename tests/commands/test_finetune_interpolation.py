@@ -1,7 +1,6 @@
 """`finetune --interpolate`: the weights between the start and what was trained."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ from consolidate.commands import finetune_choice, finetune_interpolation
 from consolidate.runtime import signals
 from formats.errors import ForgettingError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
-from support.checkpoints import measured_by_hand, normed
+from support.checkpoints import Write, measured_by_hand, normed
 from support.command_line import run
 from support.faults import Killed, break_off, kill_after
 from support.folders import contents, fisher_of
 from support.json_schema import check_json
 from support.networks import FAST, NETWORK
 
-Write = Callable[..., Path]
 COMMON: dict[str, Any] = {**FAST, "epochs": 6, "ewc_lambda": 1.0}
 
 

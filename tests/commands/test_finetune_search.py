@@ -1,6 +1,5 @@
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from torch import nn
 from consolidate.api import evaluate, finetune
 from formats.errors import ForgettingError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
+from support.checkpoints import Write
 from support.command_line import run
 
-Write = Callable[..., Path]
 NETWORK = {"model": "support.networks:make_network"}
 FAST: dict[str, Any] = {
     **NETWORK,

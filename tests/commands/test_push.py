@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from consolidate.views.text import push_text
 from formats.errors import ConsolidateError, UsageError
 from formats.fisher_folder import read_fisher
 from support import factor_checkpoints, in_process, loopback_hub
+from support.checkpoints import Write
 from support.folders import flip
 from support.loopback_hub import COMMIT, TOKEN, Hub, environment, run, run_python
 from support.networks import SIZES, make_network
 
-Write = Callable[..., Path]
 MODEL = ("--model", "support.networks:make_network")
 
 

@@ -18,11 +18,11 @@ from formats.fisher_folder import read_fisher, write_fisher
 from formats.fisher_json import SAME_AS, Block
 from formats.tensors import write_tensors
 from support import factor_checkpoints, tiny_models
+from support.checkpoints import Write
 from support.command_line import run
 from support.folders import contents, flip
 from support.networks import make_network
 
-Write = Callable[..., Path]
 OLD = {"model": "support.networks:make_network"}
 NEW = {"model": f"{__name__}:network_inside"}
 FAST = {"optimizer": "adam", "learning_rate": 0.01, "batch_size": 16, "epochs": 1}

@@ -21,12 +21,11 @@ from formats.atomic import claimed, claimed_in_place
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
 from support import tiny_models
+from support.checkpoints import Write
 from support.command_line import finished, launched
 from support.command_line import run as run_cli
 from support.faults import Killed, break_off
 from support.folders import contents, flip
-
-Write = Callable[..., Path]
 
 TASKS = """
 output-dir = "out"

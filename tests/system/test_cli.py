@@ -27,10 +27,9 @@ from consolidate.commands import show as show_command
 from consolidate.options import FinetuneOptions
 from formats.errors import InputError
 from support import loopback_hub, tiny_models
+from support.checkpoints import Write
 from support.command_line import MODEL, finished, launched, run
 from support.json_schema import SCHEMA
-
-Write = Callable[..., Path]
 
 
 def test_fisher_finetune_evaluate_show_verify(
