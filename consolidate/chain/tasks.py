@@ -156,21 +156,8 @@ def add_task(
         tasks, merging = tasks[:-1], settled_merging(before, asked)
     merging = settled_merging(before, merging or Merging())
     fisher = {} if diagonal is None else model.layout.to_file(diagonal)
-    record = TaskRecord(
-        name=name,
-        objective=model.objective.name,
-        likelihood=model.objective.likelihood,
-        labels=model.labels,
-        unit=model.objective.unit,
-        examples=None,
-        units=None,
-        estimator=None,
-        mc_samples=None,
-        seed=0,
-        **vars(training or Training()),
-    )
     record = replace(
-        record if pending is None else pending,
+        pending or _new_record(name, model, training or Training()),
         **vars(encoded or Encoded()),
         data=data,
         data_digest=data_digest,
@@ -187,24 +174,53 @@ def add_task(
         new = measured_factors(diagonal, model.layout)
         check_continued(before, bool(new.blocks))
         merged = _merged(past, model, weights, fisher, new, merging, record.weight)
-    base = past.ledger.base  # of an adapter: already compared with its base model
-    if before is None and model.checkpoint.base is not None:
+    ledger = _ledger(past.ledger, model, tasks, merging, merged, records or weight_records(weights))
+    return Added(ledger, merged, past.heads)
+
+
+def _new_record(name: str, model: Model, training: Training) -> TaskRecord:
+    """Give what the ledger records of a task before it is measured."""
+    return TaskRecord(
+        name=name,
+        objective=model.objective.name,
+        likelihood=model.objective.likelihood,
+        labels=model.labels,
+        unit=model.objective.unit,
+        examples=None,
+        units=None,
+        estimator=None,
+        mc_samples=None,
+        seed=0,
+        **vars(training),
+    )
+
+
+def _ledger(
+    past: Ledger,
+    model: Model,
+    tasks: list[TaskRecord],
+    merging: Merging,
+    merged: Merged,
+    weights: dict[str, TensorRecord],
+) -> Ledger:
+    """Give the ledger of these tasks, which continues that of the chain so far."""
+    base = past.base  # of an adapter: already compared with its base model
+    if not past.tasks and model.checkpoint.base is not None:
         base = set_digest(weight_records(model.checkpoint.base.weights))
     factors, own = merged.factors, merged.factor_offset != merged.offset
-    ledger = Ledger(
+    return Ledger(
         tasks=tasks,
         merge_rule=str(merging.merge_rule),
         gamma=float(merging.gamma or 0),
         penalty_offset=merged.offset,
         unprotected=unprotected(model, merged.fisher),
-        weights=records or weight_records(weights),
+        weights=weights,
         blocks=None if factors is None else factors.blocks,
         factor_offset=merged.factor_offset if factors is not None and own else None,
         versions=program_versions(),
-        heads=past.ledger.heads,
+        heads=past.heads,
         base=base,
     )
-    return Added(ledger, merged, past.heads)
 
 
 def with_structure(chain: Chain | None, structure: str) -> Chain | None:
@@ -244,19 +260,13 @@ def _merged(
     """Merge a task's Fisher and its factors with those of the chain."""
     # Either rule can follow the other: weights merged `online` are where the anchor was, and
     # `online` moves the anchor of a `separate` chain to the new weights, so that the offset is 0.
-    where, there = past.anchor or model.checkpoint.weights, past.factor_anchor
+    where = past.anchor or model.checkpoint.weights
+    there = past.factor_anchor or model.checkpoint.weights
+    rule, gamma = str(merging.merge_rule), float(merging.gamma or 0)
     factors = merged_factors(
-        past,
-        new,
-        weights,
-        there or model.checkpoint.weights,
-        fisher,
-        rule=str(merging.merge_rule),
-        gamma=float(merging.gamma or 0),
-        weight=weight,
+        past, new, weights, there, fisher, rule=rule, gamma=gamma, weight=weight
     )
-    if merging.merge_rule == "online":
-        gamma = float(merging.gamma or 0)
+    if rule == "online":
         merged = merge_online(past.fisher, fisher, gamma=gamma, weight=weight)
         return Merged(merged, None, 0.0, factors)
     covered = set() if factors is None else Factors(*factors[:2]).covered
