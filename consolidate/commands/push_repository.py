@@ -84,7 +84,7 @@ def _call(name: str) -> AbstractContextManager[None]:
 
 
 def open_repository(options: PushOptions) -> Target:
-    """Ask the Hub for the repository; a dry run goes on where the Hub cannot be reached."""
+    """Ask the Hub for the repository; a dry run continues where the Hub cannot be reached."""
     api = HfApi(token=options.token, library_name="consolidate")
     try:
         name = _full_name(api, options.repository)

@@ -20,7 +20,7 @@ from consolidate.data.benchmark_files import (
     task_config,
     task_path,
 )
-from consolidate.data.harness import BACKENDS, Share, harness_model, harnessed
+from consolidate.data.benchmark_harness import BACKENDS, Share, harness_model, harnessed
 from consolidate.estimation.batches import eval_mode
 from consolidate.models.model import Model
 from consolidate.runtime import signals

@@ -228,8 +228,9 @@ def test_each_missing_or_truncated_file_is_named(golden: Any, name: str) -> None
     for file in files:
         data = file.read_bytes()
         for length in (None, 0, 7, len(data) // 2, len(data) - 2):
-            file.unlink()
-            if length is not None:
+            if length is None:
+                file.unlink()
+            else:
                 file.write_bytes(data[:length])
             with pytest.raises(InputError) as caught:
                 read_fisher(folder)

@@ -43,7 +43,7 @@ TESTED_THROUGH = {
     "commands/test_finetune_search": "commands.finetune_choice",
     "commands/test_forgetting": "commands.finetune_gate training.forgetting",
     "views/test_figures": "views.search_figures",
-    "data/test_benchmarks": "data.benchmark_files data.harness benchmark",
+    "data/test_benchmarks": "data.benchmark_files data.benchmark_harness benchmark",
     "data/test_preprocessing": "data.image_settings",
     "data/test_examples": "data.columns data.encoding data.labels data.tensors data.text_encoding"
     " data.text_examples data.texts",
