@@ -130,10 +130,7 @@ def test_flat_keywords_become_records() -> None:
         ({"ewc_lambda": [1.0, -2.0]}, "--ewc-lambda -2.0: expected a finite number from 0"),
         ({"ewc_lambda": "much"}, "--ewc-lambda much: expected a number, or one of auto"),
         ({"ewc_lambda": []}, "--ewc-lambda []: expected a number or a list of"),
-        (
-            {"ewc_lambda": {1.0}},
-            "--ewc-lambda {1.0}: expected a number or a list of",
-        ),
+        ({"ewc_lambda": {1.0}}, "--ewc-lambda {1.0}: expected a number or a list of"),
         ({"ewc_lambda": 1e308}, r"--ewc-lambda 1e+308: expected a number below 2^128"),
         (
             {"gradient_accumulation_steps": 10**24},

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from consolidate.chain.fitted_chain import FittedChain, pending_task, with_present_head
 from consolidate.chain.heads import head_tensors, with_saved_head
 from consolidate.chain.opening import check_base, find_fisher, stored_fisher, with_base
-from consolidate.chain.tasks import FittedChain, Training, pending_task
+from consolidate.chain.tasks import Training
 from consolidate.models.model import Model
 from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.digest import set_digest
@@ -70,17 +71,15 @@ class Origin:
         if (task := pending_task(stored)) is not None:
             LOG.info("%s was not measured, and stays so: its Fisher is not part of Λ", task.name)
         if saved := {name: old[name] for name in head if name in old}:
-            users = [t.name for t in stored.ledger.tasks if t.name not in stored.heads]
+            users = ", ".join(task.name for task in with_present_head(stored))
             LOG.info(
-                "new head (%s); the head of %s is saved in fisher/heads",
-                ", ".join(head),
-                ", ".join(users),
+                "new head (%s); the head of %s is saved in fisher/heads", ", ".join(head), users
             )
             return with_saved_head(chain, saved)
         return chain
 
     def _has_other_labels(self, model: Model) -> bool:
-        users = [t for t in self.stored.ledger.tasks if t.name not in self.stored.heads]
+        users = with_present_head(self.stored)
         known = users[-1].labels if users else None
         if known is None or model.labels is None or known == model.labels:
             return False

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.ewc import factor_merging
-from consolidate.models.tensor_names import Layout, renamed_factors
+from consolidate.models.layout import Layout, renamed_factors
 from consolidate.options import Estimation, Parameters
 from formats.errors import UsageError
 from formats.fisher_json import Block, Ledger, covered
@@ -18,7 +18,7 @@ from formats.tensors import Overlaid, shape_of
 from formats.wording import few
 
 if TYPE_CHECKING:
-    from consolidate.chain.tasks import Chain
+    from consolidate.chain.fitted_chain import Chain
 
 LOG = logging.getLogger("consolidate")
 

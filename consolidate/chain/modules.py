@@ -10,20 +10,16 @@ from torch import Tensor, nn
 from consolidate.chain.claims import refuse_changed
 from consolidate.chain.elsewhere import open_origin
 from consolidate.chain.factors import module_factors
+from consolidate.chain.fitted_chain import Chain
 from consolidate.chain.opening import stored_fisher, with_base, with_fisher
 from consolidate.chain.output import refuse_existing
-from consolidate.chain.tasks import Chain, add_task, check_held_once, task_name
+from consolidate.chain.tasks import add_task, check_held_once, task_name
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.ewc.block_penalty import BlockPenalty
-from consolidate.ewc.low_rank_penalty import MergedPenalty
+from consolidate.ewc.low_rank_penalty import LowRank, MergedPenalty
 from consolidate.ewc.matching import unwrapped
 from consolidate.ewc.penalty import Penalty
-from consolidate.models.lora import (
-    adapted_module,
-    has_adapter,
-    low_rank_layers,
-    without_adapter,
-)
+from consolidate.models.lora import adapted_module, has_adapter, low_rank_layers, without_adapter
 from consolidate.models.model import Model, file_weights, layout_of
 from consolidate.models.objectives import get_objective
 from consolidate.models.tensor_names import NAME
@@ -110,33 +106,40 @@ def load_penalty(
 
 
 def _merged_penalty(
-    base: nn.Module,
+    base: nn.Module, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor], **storage: Any
+) -> MergedPenalty:
+    """Protect the weights that an adapter changes, and what trains beside it."""
+    layers, blocks = low_rank_layers(base), storage.get("blocks") or {}
+    of_layers = [block for block in blocks.values() if block.parameters[0] in layers]
+    taken = {*layers, *(at for block in of_layers for at in block.parameters)}
+    parameters = {
+        name.replace(f".modules_to_save.{NAME}.", "."): p for name, p in base.named_parameters()
+    }
+    known = {at: p for at, p in parameters.items() if at in fisher and at not in taken}
+    return adapter_penalty(layers, known, fisher, anchor, **storage)
+
+
+def adapter_penalty(
+    layers: Mapping[str, LowRank],
+    others: Mapping[str, nn.Parameter],
     fisher: Mapping[str, Tensor],
-    anchor: Mapping[str, Tensor],
+    anchor: Mapping[str, Tensor] | None,
     *,
     offset: float,
     factors: Mapping[str, Tensor] | None = None,
     blocks: Mapping[str, Block] | None = None,
-    factor_anchor: Mapping[str, Tensor] | None = None,
     **storage: Any,
 ) -> MergedPenalty:
-    """Protect the weights that an adapter changes, and what trains beside it."""
-    plain = {
-        name.replace(f".modules_to_save.{NAME}.", "."): p for name, p in base.named_parameters()
-    }
-    layers, given = low_rank_layers(base), factors or {}
-    blocks = blocks or {}
+    """Make the penalty on the layers that an adapter changes, and on the parameters beside them."""
+    given, blocks = factors or {}, blocks or {}
     of_layers = {name: b for name, b in blocks.items() if b.parameters[0] in layers}
-    taken = {*layers, *(at for block in of_layers.values() for at in block.parameters)}
-    known = {at: p for at, p in plain.items() if at in fisher and at not in taken}
-    of_others = {name: b for name, b in blocks.items() if set(b.parameters) <= known.keys()}
+    of_others = {name: b for name, b in blocks.items() if set(b.parameters) <= others.keys()}
     beside = BlockPenalty(
-        known.items(),
-        {name: fisher[name] for name in known},
+        others.items(),
+        {name: values for name, values in fisher.items() if name in others},
         anchor,
         factors={name: given[name] for name in of_others},
         blocks=of_others,
-        factor_anchor=factor_anchor,
         **storage,
     )
     return MergedPenalty(
@@ -147,7 +150,6 @@ def _merged_penalty(
         beside=beside,
         factors={name: given[name] for name in of_layers},
         blocks=of_layers,
-        factor_anchor=factor_anchor,
         **storage,
     )
 

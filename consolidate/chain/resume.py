@@ -24,12 +24,7 @@ from consolidate.runtime.distributed import place_in, summed
 from consolidate.training.state import OWN, Descent, load_training, training_state
 from formats.atomic import partial_path
 from formats.errors import InputError
-from formats.partial_work import (
-    StoredWork,
-    read_partial,
-    remove_partial,
-    write_partial,
-)
+from formats.partial_work import StoredWork, read_partial, remove_partial, write_partial
 
 LOG = logging.getLogger("consolidate")
 

@@ -19,16 +19,17 @@ from consolidate.chain.factors import (
     merged_factors,
     offset_with_factors,
 )
+from consolidate.chain.fitted_chain import Chain, FittedChain, pending_task
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.ewc.fisher_merging import merge_online, merge_separate
 from consolidate.ewc.overlap import fisher_overlap
+from consolidate.models.layout import Layout
 from consolidate.models.model import Model, file_weights, unprotected
-from consolidate.models.tensor_names import Layout
 from consolidate.options import Merging
 from formats.checkpoint import weight_records
 from formats.digest import TensorRecord, dtype_name, set_digest
 from formats.errors import InputError, UsageError
-from formats.fisher_folder import StoredFisher, write_fisher
+from formats.fisher_folder import write_fisher
 from formats.fisher_json import (
     BenchmarkRecord,
     Budget,
@@ -73,18 +74,6 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class FittedChain:
-    """The tasks so far in the shapes of the model to be trained; used like `StoredFisher`."""
-
-    ledger: Ledger
-    fisher: Mapping[str, Tensor]
-    anchor: Mapping[str, Tensor] | None
-    heads: Mapping[str, Mapping[str, Tensor]]
-    factors: Mapping[str, Tensor] | None = None
-    factor_anchor: Mapping[str, Tensor] | None = None
-
-
-@dataclass(frozen=True)
 class Merged:
     """The Fisher of all tasks; an anchor is None where it is the weights."""
 
@@ -117,9 +106,6 @@ class Added:
         )
 
 
-Chain = StoredFisher | FittedChain
-
-
 def task_name(name: str | None, data: str, before: Chain | None) -> str:
     """Choose the name of a new task: the one given, else one made from the name of the data."""
     if name is None:
@@ -143,14 +129,6 @@ def settled_merging(before: Chain | None, asked: Merging) -> Merging:
             )
         return replace(asked, merge_rule=rule, gamma=1.0)
     return replace(asked, merge_rule=rule, gamma=so_far.gamma if gamma is None else gamma)
-
-
-def pending_task(chain: Chain | None, name: str | None = None) -> TaskRecord | None:
-    """Give the last task of a chain if it was trained and not measured, and has this name."""
-    if chain is None:
-        return None
-    last = chain.ledger.tasks[-1]
-    return None if last.measured or name not in (None, last.name) else last
 
 
 def add_task(
@@ -180,21 +158,8 @@ def add_task(
         tasks, merging = tasks[:-1], settled_merging(before, asked)
     merging = settled_merging(before, merging or Merging())
     fisher = {} if diagonal is None else model.layout.to_file(diagonal)
-    record = TaskRecord(
-        name=name,
-        objective=model.objective.name,
-        likelihood=model.objective.likelihood,
-        labels=model.labels,
-        unit=model.objective.unit,
-        examples=None,
-        units=None,
-        estimator=None,
-        mc_samples=None,
-        seed=0,
-        **vars(training or Training()),
-    )
     record = replace(
-        record if pending is None else pending,
+        pending or _new_record(name, model, training or Training()),
         **vars(encoded or Encoded()),
         data=data,
         data_digest=data_digest,
@@ -211,24 +176,53 @@ def add_task(
         new = measured_factors(diagonal, model.layout)
         check_continued(before, bool(new.blocks))
         merged = _merged(past, model, weights, fisher, new, merging, record.weight)
-    base = past.ledger.base  # of an adapter: already compared with its base model
-    if before is None and model.checkpoint.base is not None:
+    ledger = _ledger(past.ledger, model, tasks, merging, merged, records or weight_records(weights))
+    return Added(ledger, merged, past.heads)
+
+
+def _new_record(name: str, model: Model, training: Training) -> TaskRecord:
+    """Give what the ledger records of a task before it is measured."""
+    return TaskRecord(
+        name=name,
+        objective=model.objective.name,
+        likelihood=model.objective.likelihood,
+        labels=model.labels,
+        unit=model.objective.unit,
+        examples=None,
+        units=None,
+        estimator=None,
+        mc_samples=None,
+        seed=0,
+        **vars(training),
+    )
+
+
+def _ledger(
+    past: Ledger,
+    model: Model,
+    tasks: list[TaskRecord],
+    merging: Merging,
+    merged: Merged,
+    weights: dict[str, TensorRecord],
+) -> Ledger:
+    """Give the ledger of these tasks, which continues that of the chain so far."""
+    base = past.base  # of an adapter: already compared with its base model
+    if not past.tasks and model.checkpoint.base is not None:
         base = set_digest(weight_records(model.checkpoint.base.weights))
     factors, own = merged.factors, merged.factor_offset != merged.offset
-    ledger = Ledger(
+    return Ledger(
         tasks=tasks,
         merge_rule=str(merging.merge_rule),
         gamma=float(merging.gamma or 0),
         penalty_offset=merged.offset,
         unprotected=unprotected(model, merged.fisher),
-        weights=records or weight_records(weights),
+        weights=weights,
         blocks=None if factors is None else factors.blocks,
         factor_offset=merged.factor_offset if factors is not None and own else None,
         versions=program_versions(),
-        heads=past.ledger.heads,
+        heads=past.heads,
         base=base,
     )
-    return Added(ledger, merged, past.heads)
 
 
 def with_structure(chain: Chain | None, structure: str) -> Chain | None:
@@ -268,19 +262,13 @@ def _merged(
     """Merge a task's Fisher and its factors with those of the chain."""
     # Either rule can follow the other: weights merged `online` are where the anchor was, and
     # `online` moves the anchor of a `separate` chain to the new weights, so that the offset is 0.
-    where, there = past.anchor or model.checkpoint.weights, past.factor_anchor
+    where = past.anchor or model.checkpoint.weights
+    there = past.factor_anchor or model.checkpoint.weights
+    rule, gamma = str(merging.merge_rule), float(merging.gamma or 0)
     factors = merged_factors(
-        past,
-        new,
-        weights,
-        there or model.checkpoint.weights,
-        fisher,
-        rule=str(merging.merge_rule),
-        gamma=float(merging.gamma or 0),
-        weight=weight,
+        past, new, weights, there, fisher, rule=rule, gamma=gamma, weight=weight
     )
-    if merging.merge_rule == "online":
-        gamma = float(merging.gamma or 0)
+    if rule == "online":
         merged = merge_online(past.fisher, fisher, gamma=gamma, weight=weight)
         return Merged(merged, None, 0.0, factors)
     covered = set() if factors is None else Factors(*factors[:2]).covered
@@ -311,7 +299,11 @@ def _moved(
     anchor: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor] | None:
     """Give an anchor; None where it is the weights."""
-    return None if _same(anchor, weights) else anchor
+    same = all(
+        at in weights and torch.equal(mu, weights[at].cpu().to(mu.dtype))
+        for at, mu in anchor.items()
+    )
+    return None if same else anchor
 
 
 def _how_measured(diagonal: FisherDiagonal | None) -> dict[str, Any]:
@@ -330,13 +322,6 @@ def _layers(fisher: Mapping[str, Tensor], total: Mapping[str, Tensor]) -> dict[s
         )
         for at, values in fisher.items()
     }
-
-
-def _same(anchor: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
-    return all(
-        at in weights and torch.equal(mu, weights[at].cpu().to(mu.dtype))
-        for at, mu in anchor.items()
-    )
 
 
 def check_names_to_be(before: Chain | None, model: Model) -> None:

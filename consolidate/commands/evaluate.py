@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -33,7 +33,8 @@ from formats.fisher_folder import (
 )
 from formats.fisher_json import Ledger, read_ledger
 from formats.hub import VALUES, locate
-from formats.task_file import open_task
+from formats.rows import Rows
+from formats.task_file import TaskFile, open_task
 
 LOG = logging.getLogger("consolidate")
 
@@ -49,22 +50,11 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         UsageError: No dataset is given.
         NonFiniteError: NaN or infinity in the weights.
     """
-    checkpoint, revision, data = options.checkpoint, options.source.revision, options.data
-    if isinstance(data, Mapping) and not data:
+    given = options.data
+    data = dict(given) if isinstance(given, Mapping) else {data_name(given): given}
+    if not data:
         raise UsageError("data: expected at least one dataset, such as {NAME: DATA}, found none")
-    folder = locate(checkpoint, revision, without=VALUES)
-    at = folder / "fisher" / LEDGER_NAME
-    check_link(at.parent, at)
-    ledger = read_ledger(at) if at.is_file() else None
-    if ledger is not None and ledger.heads:
-        folder = locate(checkpoint, revision)  # saved heads need the whole folder
-    source = with_base(open_checkpoint(folder), options.source.base_model)
-    if ledger is not None:
-        check_base(ledger, folder / "fisher", source)
-    check_finite(source.weights, folder)
-    if not isinstance(data, Mapping):
-        data = {data_name(data): data}
-    stored = _stored_heads(folder / "fisher", ledger, source, options.task)
+    source, stored = _opened(options)
     benchmarks = {
         name: open_benchmark(spec, limit=options.benchmark_limit, seed=options.seed)
         for name, spec in data.items()
@@ -89,22 +79,13 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     for name, benchmark in benchmarks.items():
         benchmark.check(with_heads.get(name, model))
     encoded = {
-        name: encode(
-            rows,
-            with_heads.get(name, model),
-            columns=columns_of(options.encoding.columns, task_file.columns()),
-            max_length=options.encoding.max_length,
-            pack=options.encoding.pack,
-            loss_on=options.encoding.loss_on,
-            images=options.encoding.images,
-            seed=options.seed,
-        )
+        name: _encode(rows, with_heads.get(name, model), task_file, options)
         for name, (task_file, rows) in opened.items()
     }
     log_images(*encoded.values())
     tests: dict[str, Examples | Benchmark] = {**encoded, **benchmarks}
     tests = {name: tests[name] for name in data}
-    metrics = evaluate_all(model, tests, batch_size=options.batch_size, with_heads=with_heads)
+    metrics = evaluate_all(model, tests, with_heads, options.batch_size)
     of_data = (note for examples in encoded.values() for note in examples.notes_on())
     for note in [*model.notes, *of_data]:
         LOG.info("%s", note)
@@ -112,6 +93,27 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     for name, benchmark in benchmarks.items():
         result[name]["benchmark"] = cast(BenchmarkResult, asdict(benchmark.record))
     return result
+
+
+def _opened(options: EvaluateOptions) -> tuple[Checkpoint, StoredFisher | None]:
+    """Open the checkpoint, and its Fisher folder if that has saved heads."""
+    checkpoint, revision = options.checkpoint, options.source.revision
+    folder = locate(checkpoint, revision, without=VALUES)
+    at = folder / "fisher" / LEDGER_NAME
+    check_link(at.parent, at)
+    ledger = read_ledger(at) if at.is_file() else None
+    if ledger is not None and ledger.heads:
+        folder = locate(checkpoint, revision)  # saved heads need the whole folder
+    source = with_base(open_checkpoint(folder), options.source.base_model)
+    if ledger is not None:
+        check_base(ledger, folder / "fisher", source)
+    check_finite(source.weights, folder)
+    return source, _stored_heads(folder / "fisher", ledger, source, options.task)
+
+
+def _encode(rows: Rows, model: Model, task_file: TaskFile, options: EvaluateOptions) -> Examples:
+    columns = columns_of(options.encoding.columns, task_file.columns())
+    return encode(rows, model, replace(options.encoding, columns=columns), seed=options.seed)
 
 
 def _note_strangers(tasks: Mapping[str, str], stored: StoredFisher, task: str | None) -> None:

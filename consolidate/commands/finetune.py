@@ -14,14 +14,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming
-from consolidate.chain.output import (
-    discard_measured,
-    failed_folder,
-    measured_folder,
-    output_bytes,
-)
+from consolidate.chain.fitted_chain import pending_task
+from consolidate.chain.output import discard_measured, failed_folder, measured_folder, output_bytes
 from consolidate.chain.resume import KeptPass, KeptWork
-from consolidate.chain.tasks import Training, add_task, pending_task, with_structure
+from consolidate.chain.tasks import Training, add_task, with_structure
 from consolidate.chain.up_to_date import cached, recorded_fisher
 from consolidate.commands.finetune_budget import Controller
 from consolidate.commands.finetune_compare import completed, train_without_penalty
@@ -29,19 +25,12 @@ from consolidate.commands.finetune_gate import failed_before
 from consolidate.commands.finetune_interpolation import Interpolator
 from consolidate.commands.finetune_nats import nats_lost
 from consolidate.commands.finetune_plan import Plan, check_options, plan_finetune
-from consolidate.commands.finetune_run import (
-    Trained,
-    descend,
-    kept_of,
-    log_replay,
-    run_length,
-    train,
-)
-from consolidate.commands.finetune_search import Subject, search_lambda
+from consolidate.commands.finetune_run import Trained, kept_of, log_replay, train
+from consolidate.commands.finetune_search import search_lambda
 from consolidate.commands.finetune_self import fisher_of_itself
 from consolidate.commands.finetune_start import Start, load_start
-from consolidate.commands.finetune_weights import UNMOVED, take_stored_values
-from consolidate.commands.fisher import measure_last, measure_self
+from consolidate.commands.finetune_weights import UNMOVED
+from consolidate.commands.fisher import measure_alone
 from consolidate.commands.measurement import (
     encoded_as,
     encoding_record,
@@ -53,9 +42,9 @@ from consolidate.commands.measurement import (
 )
 from consolidate.commands.run_options import fisher_options
 from consolidate.data.benchmarks import Benchmark
-from consolidate.data.examples import Examples, subset
+from consolidate.data.examples import subset
 from consolidate.estimation.estimates import FisherDiagonal
-from consolidate.models.model import config_of, file_weights
+from consolidate.models.model import config_of
 from consolidate.options import FinetuneOptions, Merging
 from consolidate.results import Benchmark as BenchmarkResult
 from consolidate.results import Budget as BudgetResult
@@ -91,6 +80,7 @@ from formats.atomic import replace_folder, write_file
 from formats.checkpoint import write_checkpoint
 from formats.digest import set_digest
 from formats.errors import ForgettingError, NonFiniteError, UsageError
+from formats.fisher_folder import read_fisher
 from formats.fisher_json import Ledger, Replayed
 from formats.partial_work import StoredWork
 from formats.tensors import Overlaid
@@ -145,7 +135,7 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
     start = load_start(plan, cut)
     measure = _measuring(plan, start)
     statistics = _running_statistics(plan, start)
-    log_replay(start, plan.recipe, group)
+    log_replay(start, plan.recipe)
     search = _searched(plan, start, work, found)
     comparison, found = train_without_penalty(plan, start, work, found, search)
     controller = _controller(plan, start, found)
@@ -162,7 +152,6 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
             comparison=comparison,
             controller=controller,
             interpolator=moving,
-            group=group,
             on_step=options.on_step,
         )
     except NonFiniteError:
@@ -221,7 +210,7 @@ def _with_own_fisher(options: FinetuneOptions, cut: ProcessGroup | None) -> Fine
         return options
     asked, source = fisher_of_itself(options)
     folder = measured_folder(Path(options.output_dir))
-    measure_self(asked, source, folder, cut)
+    measure_alone(asked, source, None, folder, cut)
     return replace(options, penalty=replace(options.penalty, protect_self=None, fisher=folder))
 
 
@@ -253,11 +242,10 @@ def _with_last_task(plan: Plan, cut: ProcessGroup | None) -> Plan:
         merging=Merging(),
         saving=replace(options.saving, overwrite=True),
     )
-    assert opened.before is not None  # it has the task
     folder = measured_folder(plan.target)
-    measured = measure_last(asked, opened.source, opened.before, folder, cut)
+    measure_alone(asked, opened.source, opened.before, folder, cut)
     LOG.info("the Fisher of %s was measured on %s, and protects it", name, data)
-    return replace(plan, measured=measured)
+    return replace(plan, measured=read_fisher(folder))
 
 
 def _cached(plan: Plan, ledger: Ledger) -> FinetuneCached:
@@ -326,14 +314,14 @@ def _interpolator(
     """Prepare to interpolate; None where it was not asked for."""
     if plan.interpolation is None:
         return None
-    return Interpolator(plan.interpolation, start, plan.recipe, measure, all_processes(), found)
+    return Interpolator(plan.interpolation, start, plan.recipe, measure, found)
 
 
 def _controller(plan: Plan, start: Start, found: StoredWork | None) -> Controller | None:
     """Prepare to let λ follow a budget; None where λ is given."""
     if (budget := plan.options.search.budget) is None:
         return None
-    return Controller(budget, start, plan.recipe, all_processes(), found)
+    return Controller(budget, start, plan.recipe, found)
 
 
 def _running_statistics(plan: Plan, start: Start) -> str | None:
@@ -381,44 +369,16 @@ def _searched(
         with torch.random.fork_rng():  # the run that follows must not see that there was a search
             search = search_lambda(
                 plan.search,
-                _subject(plan, start),
-                batch_size=plan.recipe.batch_size,
-                seed=plan.recipe.seed,
+                start,
+                plan.recipe,
                 done=[Trial(**trial) for trial in trials],
                 keep=keep,
-                group=work.group,
             )
     start.penalty.ewc_lambda = float(search["ewc_lambda"])
     plot = plan.options.search.search_plot
     if plot is not None and is_first(work.group):
         write_picture(Path(plot), search_charts(search))
     return search
-
-
-def _subject(plan: Plan, start: Start) -> Subject:
-    """Give a search what it trains: runs like those of `train`, each with its own schedule."""
-    assert start.penalty is not None  # a search is refused without one
-    recipe, group = plan.recipe, all_processes()
-
-    def length(examples: Examples) -> int:
-        return run_length(replace(start, examples=examples), recipe, group)
-
-    def train_shortly(examples: Examples, steps: int) -> None:
-        warmup = round(recipe.warmup_steps * steps / length(examples))
-        shortened = replace(recipe, max_steps=steps, warmup_steps=warmup, log_every=steps)
-        descend(replace(start, examples=examples), shortened, lambda *when: None, group)
-        if start.frozen is None:  # else the weights are what they were, and the adapter is float32
-            take_stored_values(start.model, file_weights(start.model))
-
-    return Subject(
-        start.model,
-        start.penalty,
-        start.examples,
-        start.held_out,
-        start.with_heads,
-        train_shortly,
-        length,
-    )
 
 
 def _forgotten(plan: Plan, trained: Trained) -> dict[str, float]:

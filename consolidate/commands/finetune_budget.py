@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed import ProcessGroup
 
 from consolidate.commands.finetune_run import run_length
 from consolidate.commands.task_metrics import evaluate_all
@@ -14,7 +13,7 @@ from consolidate.data.examples import Part
 from consolidate.ewc.penalty import WeightPenalty
 from consolidate.options import Recipe
 from consolidate.runtime import signals
-from consolidate.runtime.distributed import place_in
+from consolidate.runtime.distributed import all_processes, place_in
 from consolidate.training.budget import (
     Measured,
     first_strength,
@@ -42,15 +41,14 @@ class Controller:
         budget: float,
         start: "Start",
         recipe: Recipe,
-        group: ProcessGroup | None,
         found: StoredWork | None,
     ) -> None:
         """Divide the held-out rows, each part for a measurement; `found` is of the same work."""
         assert start.penalty is not None  # the plan has refused by now
         self._budget, self._penalty = budget, start.penalty
-        self._start, self._group, self._batch_size = start, group, recipe.batch_size
-        self._steps = run_length(start, recipe, group)
-        rows = recipe.step_examples(place_in(group)[1])
+        self._start, self._batch_size = start, recipe.batch_size
+        self._steps = run_length(start, recipe)
+        rows = recipe.step_examples(place_in(all_processes())[1])
         self._parts = {
             name: [Part(data, part) for part in rows_measured(len(data), self._steps, rows)]
             for name, data in start.held_out.items()
@@ -67,7 +65,7 @@ class Controller:
         """Measure all parts and the penalty before the first step; give the penalty its λ."""
         if not self.state:
             # One measurement; several processes stop together after it.
-            with signals.waiting(self._group is not None), torch.random.fork_rng():
+            with signals.waiting(all_processes() is not None), torch.random.fork_rng():
                 before = {
                     name: [self._loss(name, part) for part in range(len(parts))]
                     for name, parts in self._parts.items()
@@ -81,7 +79,7 @@ class Controller:
         if step <= self.state["last"] or step == self._steps:
             return
         if is_due(step, self._steps, begun=bool(measured)):
-            with signals.waiting(self._group is not None), torch.random.fork_rng():
+            with signals.waiting(all_processes() is not None), torch.random.fork_rng():
                 lost = max(self._lost().values())
             if (strength := self._strength(steps, lost)) is not None:
                 measured.append(asdict(Measured(step, lost, strength)))
@@ -111,13 +109,8 @@ class Controller:
         return lost
 
     def _loss(self, name: str, part: int) -> float:
-        found = evaluate_all(
-            self._start.model,
-            {name: self._parts[name][part]},
-            batch_size=self._batch_size,
-            with_heads=self._start.with_heads,
-            group=self._group,
-        )
+        examples = {name: self._parts[name][part]}
+        found = evaluate_all(self._start.model, examples, self._start.with_heads, self._batch_size)
         return found[name]["loss"]
 
 

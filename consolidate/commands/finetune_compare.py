@@ -76,33 +76,27 @@ def _train(
 ) -> Metrics | None:
     """Train without a penalty and measure; None where it diverges."""
     LOG.info("training without a penalty, for comparison")
-    model, recipe, group = start.model, plan.recipe, work.group
+    model, recipe = start.model, plan.recipe
     values = {name: t.detach().clone() for name, t in tensors_of(model.module).items()}
-    last = f"step {run_length(start, recipe, group)}"
+    last = f"step {run_length(start, recipe)}"
     measured: Metrics = {}
 
     def measure(when: str, same_as: str = "") -> None:
         if same_as != last:
             return
         if start.frozen is None:  # else the weights are what they were, and the adapter is float32
-            take_stored_values(model, stored_weights(model, group))
+            take_stored_values(model, stored_weights(model))
         # As in the run that follows: a module may draw, and several processes stop together.
-        with signals.waiting(group is not None), torch.random.fork_rng():
+        with signals.waiting(work.group is not None), torch.random.fork_rng():
             measured.update(
-                evaluate_all(
-                    model,
-                    start.evaluations,
-                    batch_size=recipe.batch_size,
-                    with_heads=start.with_heads,
-                    group=group,
-                )
+                evaluate_all(model, start.evaluations, start.with_heads, recipe.batch_size)
             )
 
     beside: dict[str, Any] = {"search": search, _COMPARING: True}
     kept = KeptTraining(work, found, beside)
     diverged = None
     try:
-        descend(replace(start, penalty=None), recipe, measure, group, kept)
+        descend(replace(start, penalty=None), recipe, measure, kept)
     except NonFiniteError as error:
         diverged = error
         LOG.info("without a penalty training diverged: %s", error)

@@ -8,28 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from consolidate.chain.resume import KeptPass, KeptWork
+from consolidate.commands.finetune_choice import HeldOut
 from consolidate.commands.finetune_run import rows_of
 from consolidate.commands.finetune_weights import UNMOVED, stored_weights, take_stored_values
-from consolidate.commands.task_metrics import evaluate_all
-from consolidate.data.examples import hold_out, subset
+from consolidate.data.examples import subset
 from consolidate.ewc.interpolation import fisher_share, interpolated
 from consolidate.options import Recipe
 from consolidate.results import AlphaSearch
 from consolidate.runtime import signals
-from consolidate.runtime.distributed import shares
+from consolidate.runtime.distributed import all_processes, shares
 from consolidate.training.budget import largest_kept, next_alpha
 from consolidate.training.forgetting import forgetting, rises
-from consolidate.training.lambda_search import best_mean, largest, mean_score
+from consolidate.training.lambda_search import Candidate, best_mean, largest
 from consolidate.training.loop import remeasure_statistics, with_statistics
 from formats.errors import NonFiniteError
 from formats.fisher_json import Budget, CurvePoint, Interpolation
 from formats.partial_work import StoredWork
 
 if TYPE_CHECKING:
-    from consolidate.commands.finetune_plan import InterpolationPlan
+    from consolidate.commands.finetune_choice import InterpolationPlan
     from consolidate.commands.finetune_start import Start
 
 LOG = logging.getLogger("consolidate")
@@ -43,22 +42,17 @@ Metrics = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(Candidate):
     """One α, with what was measured of the weights there."""
 
     alpha: float
-    metrics: Metrics | None  # of held-out data by task; None: the loss is not finite
-    forgetting: float | None  # the most that an old task lost in score; None: not measured
+    metrics: Metrics | None
+    forgetting: float | None
 
     @property
     def protection(self) -> float:
         """The smaller α, the closer to the start."""
         return 1 / self.alpha
-
-    @property
-    def mean(self) -> float:
-        """The mean score over the tasks; −∞ where the loss is not finite."""
-        return mean_score(self.metrics)
 
 
 class Interpolator:
@@ -75,24 +69,21 @@ class Interpolator:
         start: "Start",
         recipe: Recipe,
         measure: Callable[..., Mapping[str, Tensor]],
-        group: ProcessGroup | None,
-        found: StoredWork | None = None,
+        found: StoredWork | None,
     ) -> None:
         """Hold data of the new task out where α is chosen and none are given.
 
         `measure` is `measure_fisher` on the new task's examples, with task and kept left to give;
         `found` is saved progress of the same work.
         """
-        self.plan, self._start, self._recipe, self._group = plan, start, recipe, group
+        self.plan, self._start, self._recipe = plan, start, recipe
         self._pass, self._found = measure, found
         state = None if found is None else found.state.get("interpolation")
         self.state = {"trials": [], **(state or {})}  # JSON-ready
         self._fisher: dict[str, Tensor] = {}  # F at θ, by the module's names
         self._scale = 1.0  # of F
-        self.examples, self._held_out = start.examples, dict(start.held_out)
-        self._given = plan.new in self._held_out
-        if plan.alpha is None and plan.budget is None and not self._given:
-            self.examples, self._held_out[plan.new] = hold_out(start.examples, recipe.seed)
+        self._held = HeldOut(plan, start, recipe.seed) if self.chooses else None
+        self.examples = start.examples if self._held is None else self._held.examples
 
     @property
     def chooses(self) -> bool:
@@ -121,7 +112,7 @@ class Interpolator:
             trials = self.state["trials"]
             try:
                 # Several processes stop together, after an α or a measurement.
-                with signals.waiting(self._group is not None):
+                with signals.waiting(all_processes() is not None):
                     while (one := self._next()) is not None:
                         trials.append(asdict(self._trial(one)))
                         _put_back(self._start.model.module, trained)
@@ -162,13 +153,13 @@ class Interpolator:
 
     def search(self) -> AlphaSearch | None:
         """Give the search as a result; None where α was given, or follows from a budget."""
-        if not self.chooses or self.plan.budget is not None:
+        if self._held is None or self.plan.budget is not None:
             return None
         trials = [Trial(**trial) for trial in self.state["trials"]]
         return {
             "alpha": self.state["alpha"],
             "rule": self._rule,
-            "measured": self._measured(),
+            "measured": self._held.told("no old data"),
             "new_task": self.plan.new,
             "old_tasks": self.plan.old,
             "before": self.state["before"],
@@ -238,14 +229,9 @@ class Interpolator:
         return Trial(alpha, metrics, lost)
 
     def _measure(self) -> Metrics:
+        assert self._held is not None  # α is chosen
         with torch.random.fork_rng():  # a module may draw in eval mode too; training must not see
-            return evaluate_all(
-                self._start.model,
-                self._held_out,
-                batch_size=self._recipe.batch_size,
-                with_heads=self._start.with_heads,
-                group=self._group,
-            )
+            return self._held.measure(self._recipe.batch_size)
 
     @torch.no_grad()
     def _move(self, alpha: float) -> None:
@@ -267,7 +253,7 @@ class Interpolator:
                 parameter.copy_(moved)
         self._round()
         if self._recipe.norm_statistics == "update" and with_statistics(model.module):
-            remeasure_statistics(model.module, self._batches(), self._group)
+            remeasure_statistics(model.module, self._batches(), all_processes())
             self._round()
 
     def _measure_fisher(
@@ -305,23 +291,16 @@ class Interpolator:
 
     def _round(self) -> None:
         model = self._start.model
-        take_stored_values(model, stored_weights(model, self._group))
+        take_stored_values(model, stored_weights(model))
 
     def _batches(self) -> Iterator[tuple[Any, Tensor]]:
         """Yield this process's share of what was trained on, in random order."""
         recipe, count = self._recipe, len(self.examples)
         _, mixture, both = rows_of(replace(self._start, examples=self.examples), recipe)
         order = subset(count, recipe.max_examples, recipe.seed, shuffled=True)
-        for part in shares(mixture.mixed(order, 0), recipe.batch_size, self._group):
+        for part in shares(mixture.mixed(order, 0), recipe.batch_size, all_processes()):
             if part:
                 yield both.collate(part)
-
-    def _measured(self) -> str:
-        """Report what the choice is based on."""
-        name, old, count = self.plan.new, self.plan.old, len(self._held_out[self.plan.new])
-        where = "of --validation" if self._given else "held out of the training data"
-        new = f"{name} on {count:,} examples {where}"
-        return f"{', '.join(old)} on --validation, {new}" if old else f"{new}; no old data"
 
 
 def _clones(module: nn.Module) -> dict[str, Tensor]:

@@ -18,8 +18,9 @@ from consolidate.chain.opening import find_fisher, stored_fisher, with_base
 from consolidate.chain.output import check_output, failed_folder
 from consolidate.chain.tasks import settled_merging, task_name
 from consolidate.chain.up_to_date import Output, find_output
-from consolidate.commands.finetune_search import Plan as SearchPlan
-from consolidate.commands.finetune_search import (
+from consolidate.commands.finetune_choice import (
+    InterpolationPlan,
+    SearchPlan,
     check_budget,
     check_held_out,
     plan_search,
@@ -67,17 +68,6 @@ class Opened(Inputs):
     def commits(self) -> dict[str, str]:
         """Give the commits of what came from the Hub."""
         return commits_of(self.source.path, None if self.before is None else self.before.folder)
-
-
-@dataclass(frozen=True)
-class InterpolationPlan:
-    """How far the weights go from the start to what was trained."""
-
-    alpha: float | None  # None: chosen on held-out data
-    method: str  # plain, or fisher
-    new: str
-    old: list[str]  # tasks of the ledger with held-out data
-    budget: float | None = None  # in nats, that α keeps; None: α is given, or chosen by scores
 
 
 @dataclass(frozen=True)

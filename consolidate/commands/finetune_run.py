@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from consolidate.chain.resume import KeptTraining, KeptWork
 from consolidate.commands.finetune_weights import UNMOVED, stored_weights, take_stored_values
@@ -23,7 +22,7 @@ from consolidate.models.model import Model
 from consolidate.options import Recipe
 from consolidate.results import Comparison, LambdaSearch
 from consolidate.runtime import signals
-from consolidate.runtime.distributed import from_first, place_in, shares
+from consolidate.runtime.distributed import all_processes, from_first, place_in, shares
 from consolidate.runtime.progress import progress
 from consolidate.runtime.shards import is_sharded
 from consolidate.training.loop import (
@@ -62,7 +61,6 @@ class Trained:
 def _take_metrics(
     start: "Start",
     batch_size: int,
-    group: ProcessGroup | None,
     metrics: dict[str, dict[str, dict[str, float]]],
     when: str,
     same_as: str = "",
@@ -75,14 +73,9 @@ def _take_metrics(
         return
     # A module may draw in eval mode too; training must not see.
     # Several processes stop together, after a measurement; before the first step at once.
-    with signals.waiting(group is not None and when != "before"), torch.random.fork_rng():
-        metrics[when] = evaluate_all(
-            start.model,
-            start.evaluations,
-            batch_size=batch_size,
-            with_heads=start.with_heads,
-            group=group,
-        )
+    several = all_processes() is not None
+    with signals.waiting(several and when != "before"), torch.random.fork_rng():
+        metrics[when] = evaluate_all(start.model, start.evaluations, start.with_heads, batch_size)
     for task, values in metrics[when].items():
         words = [f"{key} {value:.4f}" for key, value in values.items() if key != "score"]
         LOG.info("%s: %s %s", when, task, ", ".join(words))
@@ -99,7 +92,6 @@ def train(
     comparison: Comparison | None = None,
     controller: "Controller | None" = None,
     interpolator: "Interpolator | None" = None,
-    group: ProcessGroup | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Trained:
     """Train from the model's present weights, and round them as they will be stored.
@@ -116,7 +108,7 @@ def train(
         beside["budget"] = controller.state
     if interpolator is not None:
         beside["interpolation"] = interpolator.state
-    take_metrics = partial(_take_metrics, start, recipe.batch_size, group, metrics)
+    take_metrics = partial(_take_metrics, start, recipe.batch_size, metrics)
     if controller is not None:
         controller.begin()
     if found is not None and "trained" in state:
@@ -129,16 +121,16 @@ def train(
             interpolator.measure_start()
             start = replace(start, examples=interpolator.examples)
         kept = KeptTraining(work, found, beside)
-        steps = descend(start, recipe, take_metrics, group, kept, on_step, controller)
+        steps = descend(start, recipe, take_metrics, kept, on_step, controller)
         _merge_adapter(start)
-        mark = from_first(secrets.token_hex(8), group)
+        mark = from_first(secrets.token_hex(8), all_processes())
     if "trained" not in state or UNMOVED in state:
         if interpolator is not None:
             ended = Trained(mark, {}, steps, metrics, {**beside, UNMOVED: True})
             interpolator.apply(work, *kept_of(model, ended))
-            mark = from_first(secrets.token_hex(8), group)
-        _take_finite_values(model, target, group)
-    weights = stored_weights(model, group)
+            mark = from_first(secrets.token_hex(8), all_processes())
+        _take_finite_values(model, target)
+    weights = stored_weights(model)
     trained = Trained(mark, weights, steps, metrics, beside)
     try:
         take_metrics("after")
@@ -149,9 +141,9 @@ def train(
     return trained
 
 
-def _take_finite_values(model: Model, target: Path, group: ProcessGroup | None) -> None:
+def _take_finite_values(model: Model, target: Path) -> None:
     """Give the model its values as they will be stored, and refuse those that are not finite."""
-    weights = stored_weights(model, group)
+    weights = stored_weights(model)
     try:
         check_finite(weights, target)
     except NonFiniteError as error:
@@ -175,7 +167,6 @@ def descend(
     start: "Start",
     recipe: Recipe,
     take_metrics: Callable[..., None],
-    group: ProcessGroup | None = None,
     kept: KeptTraining | None = None,
     report: Callable[[Step], None] | None = None,
     controller: "Controller | None" = None,
@@ -186,9 +177,9 @@ def descend(
     controller of λ is given all steps so far, after each.
     """
     follow = (lambda steps: None) if controller is None else controller.after_step
-    model = start.model
+    model, group = start.model, all_processes()
     chosen, mixture, trained_on = rows_of(start, recipe)
-    total = run_length(start, recipe, group)
+    total = run_length(start, recipe)
     descent = _start_descent(model, recipe, total)
     steps, kept = descent.steps, kept or KeptTraining()
     with seeded(recipe.seed, group), signals.waiting(kept.work is not None):
@@ -200,7 +191,7 @@ def descend(
             if _is_measured(len(steps), total, recipe):
                 with kept.keeping_if_stopped(descent):
                     take_metrics(f"step {len(steps)}")
-            for epoch, examples in _epochs_left(chosen, mixture, recipe, total, group, len(steps)):
+            for epoch, examples in _epochs_left(chosen, mixture, recipe, total, len(steps)):
                 stand_in = None
                 if is_sharded(model.module):  # the same wherever the epoch is resumed
                     stand_in = start.examples.collate(chosen[: recipe.batch_size], epoch)
@@ -265,15 +256,13 @@ def _epochs_left(
     mixture: Mixture,
     recipe: Recipe,
     total: int,
-    group: ProcessGroup | None,
     taken: int,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield the epochs that are not over after `taken` steps, with the examples left in them.
 
     An epoch that has only the measurement at its end left comes with no examples.
     """
-    step_size = recipe.step_examples(place_in(group)[1])
-    before = 0
+    step_size, before = _step_size(recipe), 0
     for epoch, order in enumerate(data_order(len(chosen), recipe.seed)):
         if before >= total:
             return
@@ -305,11 +294,11 @@ def rows_of(start: "Start", recipe: Recipe) -> tuple[list[int], Mixture, Example
     return chosen, Mixture(len(chosen), replay.share), both
 
 
-def log_replay(start: "Start", recipe: Recipe, group: ProcessGroup | None) -> None:
+def log_replay(start: "Start", recipe: Recipe) -> None:
     """Report how much is replayed, and what it adds to an epoch."""
     if start.replay is None:
         return
-    size = recipe.step_examples(place_in(group)[1])
+    size = _step_size(recipe)
     mixture = rows_of(start, recipe)[1]
     LOG.info(
         "%g%% of the rows trained on are replayed: %d in the first epoch, from %d; it takes %d "
@@ -322,7 +311,12 @@ def log_replay(start: "Start", recipe: Recipe, group: ProcessGroup | None) -> No
     )
 
 
-def run_length(start: "Start", recipe: Recipe, group: ProcessGroup | None = None) -> int:
+def run_length(start: "Start", recipe: Recipe) -> int:
     """Count the optimizer steps of a run."""
-    size = recipe.step_examples(place_in(group)[1])
-    return rows_of(start, recipe)[1].length(size, recipe.epochs, recipe.max_steps)
+    mixture = rows_of(start, recipe)[1]
+    return mixture.length(_step_size(recipe), recipe.epochs, recipe.max_steps)
+
+
+def _step_size(recipe: Recipe) -> int:
+    """Give the examples of one optimizer step, in all processes together."""
+    return recipe.step_examples(place_in(all_processes())[1])

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from consolidate.commands.finetune_plan import plan_finetune
-from consolidate.commands.generation import TASK
+from consolidate.commands.generation_options import TASK
 from consolidate.commands.run_options import fisher_options
 from consolidate.options import (
     Encoding,

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.factors import module_factors
-from consolidate.chain.heads import (
-    Fitted,
-    check_labels,
-    fit_model,
-    head_tensors,
-    models_of_tasks,
-)
-from consolidate.chain.tasks import Chain, check_names_to_be
+from consolidate.chain.fitted_chain import Chain
+from consolidate.chain.fitted_model import Fitted, fit_model
+from consolidate.chain.heads import check_labels, head_tensors, models_of_tasks
+from consolidate.chain.modules import adapter_penalty
+from consolidate.chain.tasks import check_names_to_be
 from consolidate.commands.finetune_nats import Forecast, quadratic
 from consolidate.data.benchmarks import Benchmark, open_benchmark
 from consolidate.data.columns import can_have_loss
@@ -39,7 +36,7 @@ from consolidate.options import REPLAY_SHARE, Columns
 from consolidate.runtime.devices import best_device, dtype_of_name
 from consolidate.runtime.shards import shard
 from formats.errors import UsageError
-from formats.fisher_json import covered
+from formats.fisher_json import Block, covered
 from formats.rows import Rows
 from formats.task_file import open_task
 
@@ -248,17 +245,8 @@ def _loss_on(plan: "Plan", rows: Rows, columns: Columns, name: str) -> str | Non
 def _encode(
     plan: "Plan", rows: Rows, model: Model, columns: Columns, loss_on: str | None
 ) -> Examples:
-    encoding = plan.options.encoding
-    return encode(
-        rows,
-        model,
-        columns=columns,
-        max_length=encoding.max_length,
-        pack=encoding.pack,
-        loss_on=loss_on,
-        images=encoding.images,
-        seed=plan.recipe.seed,
-    )
+    encoding = replace(plan.options.encoding, columns=columns, loss_on=loss_on)
+    return encode(rows, model, encoding, seed=plan.recipe.seed)
 
 
 def _penalty(plan: "Plan", fitted: Fitted) -> WeightPenalty | None:
@@ -364,8 +352,8 @@ def _merged_penalty(
         weights = source.weights if source.base is None else source.base.weights
         found = module_factors(stored, layout, weights)
     factors = found or {"offset": stored.ledger.penalty_offset, "factors": {}, "blocks": {}}
-    of_layers = {n: b for n, b in factors["blocks"].items() if b.parameters[0] in layers}
-    of_others = {n: b for n, b in factors["blocks"].items() if {*b.parameters} <= {*others}}
+    blocks: Mapping[str, Block] = factors["blocks"]
+    of_layers = {name: b for name, b in blocks.items() if b.parameters[0] in layers}
     names = [*held, *covered(of_layers)]
     files = {file for name in names for file in layout.file_names(name)}
 
@@ -377,21 +365,11 @@ def _merged_penalty(
         anchor = of_held(stored.anchor)
     if found is not None and (anchor is not None or stored.factor_anchor is not None):
         storage["factor_anchor"] = found["factor_anchor"]
-    matrices, own = factors["factors"], {n: f for n, f in fisher.items() if n in others}
-    chosen = {name: matrices[name] for name in of_others}
-    beside = BlockPenalty(others.items(), own, anchor, factors=chosen, blocks=of_others, **storage)
     if found is not None and not quiet:
-        LOG.info(USES, len(of_layers | of_others))
-    return MergedPenalty(
-        layers,
-        fisher,
-        anchor,
-        offset=factors["offset"],
-        beside=beside,
-        factors={name: matrices[name] for name in of_layers},
-        blocks=of_layers,
-        **storage,
-    )
+        of_others = [name for name, b in blocks.items() if {*b.parameters} <= {*others}]
+        LOG.info(USES, len({*of_layers, *of_others}))
+    how = {name: factors[name] for name in ("offset", "factors", "blocks")}
+    return adapter_penalty(layers, others, fisher, anchor, **how, **storage)
 
 
 def _alike(fitted: Fitted, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

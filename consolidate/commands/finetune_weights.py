@@ -4,10 +4,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from consolidate.models.model import Model, file_weights
-from consolidate.runtime.distributed import is_first
+from consolidate.runtime.distributed import all_processes, is_first
 from consolidate.runtime.shards import is_sharded, local
 from formats.errors import InputError
 from formats.tensors import dtype_of
@@ -16,7 +15,7 @@ UNMOVED = "before interpolation"
 """Marks progress that was saved after the last step and before the weights are interpolated."""
 
 
-def stored_weights(model: Model, group: ProcessGroup | None) -> Mapping[str, Tensor]:
+def stored_weights(model: Model) -> Mapping[str, Tensor]:
     """Give the module's present values as the weights file's tensors, by file name.
 
     The first process has all of a sharded model on the CPU, the others have none.
@@ -27,7 +26,7 @@ def stored_weights(model: Model, group: ProcessGroup | None) -> Mapping[str, Ten
     gathered = {}
     for name in weights:
         values = weights[name]
-        if is_first(group):
+        if is_first(all_processes()):
             gathered[name] = values.cpu()
     return gathered
 

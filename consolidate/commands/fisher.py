@@ -1,42 +1,23 @@
 """What `consolidate fisher` does, without the command line: read, measure, write."""
 
 import logging
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming, refuse_changed
-from consolidate.chain.elsewhere import Origin, open_origin, refuse_untrained
-from consolidate.chain.factors import check_continued, check_structure, settled_structure
-from consolidate.chain.fingerprint import Inputs
+from consolidate.chain.fitted_chain import Chain, pending_task
 from consolidate.chain.heads import check_labels
-from consolidate.chain.opening import stored_fisher, with_base
-from consolidate.chain.output import bytes_of, check_output, output_bytes
+from consolidate.chain.output import bytes_of, output_bytes
 from consolidate.chain.resume import KeptPass
-from consolidate.chain.tasks import (
-    Chain,
-    Encoded,
-    add_task,
-    check_names_to_be,
-    pending_task,
-    settled_merging,
-    task_name,
-    with_structure,
-)
-from consolidate.chain.up_to_date import Output, cached, find_output, recorded_fisher
-from consolidate.commands.generation import (
-    check_generation,
-    first_texts,
-    generate_sample,
-    generated_of,
-    has_texts,
-    lacks_texts,
-    open_source,
-)
+from consolidate.chain.tasks import Encoded, add_task, check_names_to_be, with_structure
+from consolidate.chain.up_to_date import cached, recorded_fisher
+from consolidate.commands.fisher_plan import Plan, find_checkpoint, plan_alone, plan_fisher
+from consolidate.commands.generation import first_texts, generate_sample, generated_of, has_texts
+from consolidate.commands.generation_options import check_generation, lacks_texts
 from consolidate.commands.measurement import (
     encoded_as,
     encoding_record,
@@ -49,7 +30,6 @@ from consolidate.commands.measurement import (
     settled_estimation,
     settled_on_texts,
 )
-from consolidate.data.columns import columns_of
 from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples, subset
 from consolidate.data.text_plan import plan_texts
@@ -57,7 +37,7 @@ from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
 from consolidate.models.generation_plan import TextPlan
 from consolidate.models.model import Model
-from consolidate.options import Columns, FisherOptions, Merging
+from consolidate.options import Columns, FisherOptions
 from consolidate.results import (
     FisherDone,
     FisherDryRun,
@@ -77,113 +57,14 @@ from consolidate.runtime.distributed import (
 from consolidate.runtime.progress import seconds_of, start_timing
 from consolidate.views.output_card import renew_card
 from formats.atomic import partial_path, replace_folder
-from formats.checkpoint import Checkpoint, check_finite, open_checkpoint, write_checkpoint
-from formats.checkpoint_files import check_link
+from formats.checkpoint import Checkpoint, check_finite, write_checkpoint
 from formats.digest import json_digest
-from formats.errors import ConsolidateError, InputError, UsageError
-from formats.fisher_folder import (
-    LEDGER_NAME,
-    StoredFisher,
-    check_intact,
-    read_fisher,
-)
+from formats.errors import ConsolidateError, UsageError
+from formats.fisher_folder import LEDGER_NAME, StoredFisher, check_intact, read_fisher
 from formats.fisher_json import Generated, Ledger, TaskRecord, read_ledger
-from formats.hub import FISHER, commits_of, locate
-from formats.rows import file_digest
+from formats.hub import commits_of
 
 LOG = logging.getLogger("consolidate")
-
-
-@dataclass(frozen=True)
-class Plan(Inputs):
-    """What a pass will do, after every refusal that needs no model."""
-
-    options: FisherOptions
-    folder: Path  # of the checkpoint
-    there: Output | None  # output at the target with a record of what it was made from
-    origin: Origin | None = None  # what another program trained the checkpoint from
-    completes: bool = False  # the last task of the chain is the one to measure
-    alone: Path | None = None  # where the Fisher goes, if neither beside its weights nor with them
-
-    @property
-    def in_place(self) -> bool:
-        """Whether the Fisher is written into its own checkpoint."""
-        return self.options.output_dir is None
-
-    @property
-    def output(self) -> Path:
-        """The checkpoint that the Fisher is written to."""
-        return self.folder if self.in_place else Path(str(self.options.output_dir))
-
-    @property
-    def target(self) -> Path:
-        """The folder that is made or replaced."""
-        beside = self.output / "fisher" if self.in_place else self.output
-        return self.alone or beside
-
-    @property
-    def replaces(self) -> bool:
-        """Whether an existing Fisher is replaced by one that has its tasks too."""
-        return self.options.saving.overwrite or (
-            self.in_place and (self.options.add or self.completes)
-        )
-
-    @property
-    def columns(self) -> Columns:
-        """The columns of the data by role."""
-        return columns_of(self.options.encoding.columns, self.task_file.columns())
-
-    @property
-    def task(self) -> str:
-        """The task's name."""
-        others = None if self.completes else self.before
-        if self.origin is not None:
-            others = self.origin.stored
-        return task_name(self.options.task or self.task_file.name, self.rows.name, others)
-
-    @property
-    def earlier(self) -> list[TaskRecord]:
-        """The tasks before this one."""
-        if self.origin is not None:
-            return self.origin.stored.ledger.tasks
-        return self.tasks[:-1] if self.completes else self.tasks
-
-    def description(self, tasks: Sequence[TaskRecord]) -> dict[str, Any]:
-        """Describe all that the result is made from, given the tasks before it."""
-        name = task_name(self.options.task or self.task_file.name, self.rows.name, None)
-        content = self.content(None) | {"fisher": [asdict(task) for task in tasks]}
-        if self.origin is not None:
-            content["after"] = file_digest(self.origin.stored.folder / LEDGER_NAME)
-        return self.describe(self.options, content, task=name)
-
-    def made_of(self) -> dict[str, Any]:
-        """Describe what an existing output would be made from."""
-        added = self.in_place and self.options.add and not self.completes
-        earlier = self.earlier[:-1] if added else self.earlier  # its own task is the last
-        return self.description(earlier)
-
-    def made_from(self) -> str:
-        """Give the digest of what an existing output would be made from."""
-        return json_digest(self.made_of())
-
-    def without_module(self) -> dict[str, Any]:
-        """Describe the same without the module, which saved progress describes as it is loaded."""
-        return {key: value for key, value in self.made_of().items() if key != "module"}
-
-    def check_target(self) -> None:
-        """Refuse an existing target that must not be replaced."""
-        whole = not self.in_place
-        if not whole:
-            check_link(self.folder, self.folder / "fisher")  # which readers refuse
-        check_output(self.target, self.source, overwrite=self.replaces, whole=whole)
-
-    def afresh(self) -> "Plan":
-        """Give the plan without a task that turned out to be measured already."""
-        if not self.completes or pending_task(self.before) is not None:
-            return self
-        merging = settled_merging(None, self.options.merging)
-        structure = settled_structure(self.options.curvature.structure, None)
-        return replace(self, before=None, merging=merging, structure=structure, completes=False)
 
 
 @as_one
@@ -206,7 +87,7 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
     """
     check_generation(options)
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
-    folder = _find_checkpoint(options)
+    folder = find_checkpoint(options)
     output = folder if options.output_dir is None else Path(options.output_dir)
     part = "fisher" if options.output_dir is None else None
     with nullcontext() if options.dry_run else claiming(output, part=part):
@@ -215,7 +96,9 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
         done = cached(plan.there, plan.made_from)
         if done is not None and has_texts(options, done.ledger):
             kept_work(options, plan.target, plan.without_module, 0).remove_own()
-            return _result(plan, "cached", done.ledger, _recorded(done.ledger))
+            recorded = recorded_fisher(done.ledger)
+            assert recorded is not None  # `fisher` has written it
+            return _result(plan, "cached", done.ledger, recorded)
         return measure(plan.afresh(), cut)
 
 
@@ -268,61 +151,19 @@ def measure(plan: Plan, cut: ProcessGroup | None) -> FisherResult:
     return result
 
 
-def measure_last(
+def measure_alone(
     options: FisherOptions,
     source: Checkpoint,
-    before: StoredFisher,
+    before: StoredFisher | None,
     folder: Path,
     cut: ProcessGroup | None,
-) -> StoredFisher:
-    """Measure the last task of a chain, which has no Fisher, and write the Fisher to `folder`.
-
-    One that was written there before an interruption is taken, unless that is refused.
-    """
-    task_file, rows = open_source(options)
-    plan = Plan(
-        source=source,
-        before=before,
-        task_file=task_file,
-        rows=rows,
-        merging=settled_merging(before, Merging()),
-        structure=settled_structure(options.curvature.structure, before),
-        options=options,
-        folder=source.path,
-        there=None,
-        completes=True,
-        alone=folder,
-    )
-    _measure_once(plan, cut)
-    return read_fisher(folder)
-
-
-def measure_self(
-    options: FisherOptions, source: Checkpoint, folder: Path, cut: ProcessGroup | None
 ) -> None:
-    """Measure a language model on texts that it generates, and write the Fisher to `folder`.
+    """Measure what a training needs first, as `plan_alone` plans it.
 
-    One that was written there before an interruption is taken, unless that is refused.
+    What was written there before an interruption is taken, unless that is refused.
     """
-    check_generation(options)
-    task_file, rows = open_source(options)
-    plan = Plan(
-        source=source,
-        before=None,
-        task_file=task_file,
-        rows=rows,
-        merging=settled_merging(None, options.merging),
-        structure=_settled_structure(options, None, completes=False),
-        options=options,
-        folder=source.path,
-        there=None,
-        alone=folder,
-    )
-    _measure_once(plan, cut)
-
-
-def _measure_once(plan: Plan, cut: ProcessGroup | None) -> None:
-    if plan.options.saving.restart or not _is_written(plan):
+    plan = plan_alone(options, source, before, folder)
+    if options.saving.restart or not _is_written(plan):
         measure(plan, cut)
 
 
@@ -337,134 +178,6 @@ def _is_written(plan: Plan) -> bool:
         return False
     LOG.info("%s was measured before the interruption", plan.task)
     return True
-
-
-def _find_checkpoint(options: FisherOptions) -> Path:
-    """Find the checkpoint's folder, after refusing options that contradict each other."""
-    in_place = options.output_dir is None
-    if options.after is not None and options.add:
-        raise UsageError(
-            "--after cannot be combined with --add: merge with the tasks of one checkpoint"
-        )
-    if in_place and options.add and options.saving.overwrite:
-        raise UsageError(
-            "--add cannot be combined with --overwrite: add to the Fisher or replace it"
-        )
-    checkpoint = options.checkpoint
-    folder = locate(checkpoint, options.source.revision, without=() if options.add else FISHER)
-    if in_place and (not folder.is_dir() or not Path(checkpoint).exists()):
-        raise UsageError(
-            f"{checkpoint} is not a local folder: name the folder to write to with --output-dir"
-        )
-    return folder
-
-
-def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) -> Plan:
-    """Open a checkpoint, its Fisher and the data, and refuse what would fail later.
-
-    With `again` it is not checked whether the output is up to date.
-    """
-    source = with_base(open_checkpoint(folder), options.source.base_model)
-    output = folder if options.output_dir is None else Path(options.output_dir)
-    there = None if again or options.dry_run else find_output(output)
-    task_file, rows = open_source(options)
-    name = task_name(options.task or task_file.name, rows.name, None)
-    last = None if options.after is not None else _last_task(folder)
-    # In place, one that was measured since may be up to date.
-    completes = last is not None and _completes(last, name, options, again=again)
-    if last is not None and not last.measured:
-        if completes and options.generation.generate is not None:
-            raise UsageError(
-                f"{last.name} was trained on data and is measured on data, not by --generate: give "
-                "--data, or another --task"
-            )
-        if completes:
-            _refuse_merging(options, last)
-        else:
-            _hint_at_unmeasured(options, last, name)
-    before = stored_fisher(folder / "fisher", source) if options.add or completes else None
-    origin = None
-    if options.after is not None:
-        origin = open_origin(options.after, source, options.source.base_model)
-    asked = Merging() if completes else options.merging
-    chain = before if origin is None else origin.stored
-    structure = _settled_structure(options, chain, completes=completes)
-    plan = Plan(
-        source=source,
-        before=before,
-        task_file=task_file,
-        rows=rows,
-        merging=settled_merging(chain, asked),
-        structure=structure,
-        options=options,
-        folder=folder,
-        there=there,
-        origin=origin,
-        completes=completes,
-    )
-    if origin is not None:
-        refuse_untrained(origin, plan.records, source.path)
-    if there is None:
-        try:
-            plan.check_target()
-        except InputError as error:
-            if not options.dry_run:
-                raise
-            LOG.info("without --dry-run this would be refused: %s", error)
-    return plan
-
-
-def _settled_structure(
-    options: FisherOptions, chain: StoredFisher | None, *, completes: bool
-) -> str:
-    """Choose the structure, and refuse one that the chain or another option excludes."""
-    structure = settled_structure(options.curvature.structure, chain)
-    check_structure(structure, options.estimation, options.parameters)
-    if structure == "inputs" and not completes:
-        check_continued(chain, True)
-    return structure
-
-
-def _last_task(folder: Path) -> TaskRecord | None:
-    """Give the last task of a checkpoint's ledger; None where there is no readable one."""
-    try:
-        return read_ledger(folder / "fisher" / LEDGER_NAME).tasks[-1]
-    except ConsolidateError:
-        return None
-
-
-def _completes(last: TaskRecord, name: str, options: FisherOptions, *, again: bool) -> bool:
-    """Return whether the task to measure is the last of the ledger, which has no Fisher yet.
-
-    Or had none: in place, one that was measured since may be up to date.
-    """
-    if last.name != name or last.penalty is None:
-        return False
-    return not last.measured or (options.output_dir is None and not again)
-
-
-def _hint_at_unmeasured(options: FisherOptions, last: TaskRecord, name: str) -> None:
-    """Refuse to write another task beside a task that is not measured, unless that was asked."""
-    if options.output_dir is None and not (options.add or options.saving.overwrite):
-        raise InputError(
-            f"{options.checkpoint}: expected data of {last.name!r}, whose Fisher was not measured, "
-            f"found a task {name!r}: --task {last.name} measures it, --add adds another task"
-        )
-
-
-def _refuse_merging(options: FisherOptions, task: TaskRecord) -> None:
-    """Refuse to merge a task that was trained otherwise than its training asked."""
-    if options.merging != Merging():
-        raise UsageError(
-            f"--merge-rule, --gamma and --task-weight of {task.name} are those of its training: "
-            "leave them out"
-        )
-
-
-def _recorded(ledger: Ledger) -> MeasuredFisher:
-    recorded = recorded_fisher(ledger)
-    assert recorded is not None  # `fisher` has written it
-    return recorded
 
 
 def _result(
@@ -531,11 +244,7 @@ def _encoded(plan: Plan, model: Model) -> Examples | TextPlan:
     examples = encode(
         plan.rows,
         model,
-        columns=plan.columns,
-        max_length=encoding.max_length,
-        pack=encoding.pack,
-        loss_on=encoding.loss_on,
-        images=encoding.images,
+        replace(encoding, columns=plan.columns),
         seed=options.seed,
         labels_needed=options.estimation.estimator == "empirical",
     )

@@ -14,7 +14,7 @@ from consolidate.chain.opening import find_fisher
 from consolidate.chain.output import check_output
 from consolidate.chain.up_to_date import cached, find_output
 from consolidate.commands.verify import check_fisher_values
-from consolidate.models.tensor_names import renamed_factors
+from consolidate.models.layout import renamed_factors
 from consolidate.options import RemapOptions
 from consolidate.results import RemapResult
 from consolidate.views.output_card import renew_card

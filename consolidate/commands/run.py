@@ -23,7 +23,8 @@ from consolidate.chain.opening import find_fisher
 from consolidate.chain.tasks import settled_merging
 from consolidate.commands.finetune import finetune
 from consolidate.commands.finetune_plan import check_options, plan_finetune
-from consolidate.commands.fisher import fisher, plan_fisher
+from consolidate.commands.fisher import fisher
+from consolidate.commands.fisher_plan import plan_fisher
 from consolidate.commands.run_options import (
     OPTIONS,
     fisher_options,

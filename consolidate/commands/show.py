@@ -14,6 +14,7 @@ from consolidate.results import (
     Factor,
     FisherDtype,
     Format,
+    MatrixSummary,
     Overlap,
     Parameter,
     ShownFactors,
@@ -26,20 +27,8 @@ from consolidate.views.matrix import ledger_matrix, matrix_summary, means_text, 
 from formats.atomic import check_file
 from formats.digest import DTYPES, TensorRecord, differences, set_digest
 from formats.errors import InputError, NetworkError
-from formats.fisher_folder import (
-    LEDGER_NAME,
-    StoredFisher,
-    in_one_line,
-    read_fisher,
-)
-from formats.fisher_json import (
-    FORMAT,
-    Ledger,
-    TaskRecord,
-    covered,
-    needed_version,
-    read_ledger,
-)
+from formats.fisher_folder import LEDGER_NAME, StoredFisher, in_one_line, read_fisher
+from formats.fisher_json import FORMAT, Ledger, TaskRecord, covered, needed_version, read_ledger
 from formats.hub import FISHER, commits_of, locate, remote_headers
 
 LOG = logging.getLogger("consolidate")
@@ -64,33 +53,13 @@ def show(options: ShowOptions) -> ShowResult:
             one with different shapes.
         UsageError: `plot` has an unknown suffix, or matplotlib is missing.
     """
-    checkpoint, csv, plot, top = options.checkpoint, options.csv, options.plot, options.top
-    revision, overlap = options.revision, options.overlap
-    if csv is not None:
-        check_file(Path(csv))
-    if plot is not None:
-        check_picture("--plot", Path(plot), (".png", ".svg"))
-    if Path(checkpoint).expanduser().exists():
-        folder = locate(checkpoint, revision)
-        stored = read_fisher(folder / "fisher")
-        ledger, measured = stored.ledger, _measured(stored)
-    else:
-        folder, ledger = _remote_ledger(checkpoint, revision)
-        measured = _recorded(ledger)
-    matrix = ledger_matrix(ledger)
-    summary = None if matrix is None else matrix_summary(matrix)
-    if summary is None and (csv is not None or plot is not None):
-        raise InputError(
-            f"{checkpoint}: the ledger has no scores on its tasks: name the test data after the "
-            "tasks when these are trained (`consolidate finetune --evaluate TASK=DATA`)"
-        )
-    if matrix is not None and csv is not None:
-        write_matrix_csv(csv, matrix)
-    if summary is not None and plot is not None:
-        if len(summary["tasks"]) > TASKS:
-            LOG.info("the plot shows the last %d of %d tasks", TASKS, len(summary["tasks"]))
-        charts = [figure.chart for figure in score_figures(ledger, summary)]
-        write_picture(Path(plot), charts, means_text(summary))
+    checkpoint, revision, top = options.checkpoint, options.revision, options.top
+    if options.csv is not None:
+        check_file(Path(options.csv))
+    if options.plot is not None:
+        check_picture("--plot", Path(options.plot), (".png", ".svg"))
+    folder, ledger, measured = _opened(checkpoint, revision)
+    summary = _scores(options, ledger)
     total = sum(trace for trace, _ in measured.values())
     return {
         "checkpoint": str(checkpoint),
@@ -119,8 +88,39 @@ def show(options: ShowOptions) -> ShowResult:
         "versions": dict(ledger.versions),
         "accuracy_matrix": summary,
         "side_by_side": side_by_side(ledger),
-        "overlap": None if overlap is None else _overlap(checkpoint, revision, overlap),
+        "overlap": None if options.overlap is None else _overlap(options, options.overlap),
     }
+
+
+def _opened(checkpoint: str | Path, revision: str | None) -> tuple[Path, Ledger, Measured]:
+    """Read the ledger, and measure the Fisher where all of it is there."""
+    if not Path(checkpoint).expanduser().exists():
+        folder, ledger = _remote_ledger(checkpoint, revision)
+        return folder, ledger, _recorded(ledger)
+    folder = locate(checkpoint, revision)
+    stored = read_fisher(folder / "fisher")
+    return folder, stored.ledger, _measured(stored)
+
+
+def _scores(options: ShowOptions, ledger: Ledger) -> MatrixSummary | None:
+    """Give the accuracy matrix, written and plotted as asked; None if nothing was measured."""
+    if (matrix := ledger_matrix(ledger)) is None:
+        if options.csv is not None or options.plot is not None:
+            raise InputError(
+                f"{options.checkpoint}: the ledger has no scores on its tasks: name the test data "
+                "after the tasks when these are trained (`consolidate finetune --evaluate "
+                "TASK=DATA`)"
+            )
+        return None
+    summary = matrix_summary(matrix)
+    if options.csv is not None:
+        write_matrix_csv(options.csv, matrix)
+    if options.plot is not None:
+        if len(summary["tasks"]) > TASKS:
+            LOG.info("the plot shows the last %d of %d tasks", TASKS, len(summary["tasks"]))
+        charts = [figure.chart for figure in score_figures(ledger, summary)]
+        write_picture(Path(options.plot), charts, means_text(summary))
+    return summary
 
 
 def _task(record: TaskRecord) -> Task:
@@ -129,8 +129,9 @@ def _task(record: TaskRecord) -> Task:
     return cast(Task, task)
 
 
-def _overlap(checkpoint: str | Path, revision: str | None, other: str | Path) -> Overlap:
-    one = read_fisher(locate(checkpoint, revision, only=FISHER) / "fisher").fisher
+def _overlap(options: ShowOptions, other: str | Path) -> Overlap:
+    checkpoint = options.checkpoint
+    one = read_fisher(locate(checkpoint, options.revision, only=FISHER) / "fisher").fisher
     two = read_fisher(locate(other, only=FISHER) / "fisher").fisher
     shared = [name for name in one if name in two]
     if not shared:

@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from torch.distributed import ProcessGroup
-
 from consolidate.data.benchmarks import Benchmark
 from consolidate.data.examples import Examples
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.model import Model
-from consolidate.runtime.distributed import shares
+from consolidate.runtime.distributed import all_processes, shares
 from consolidate.runtime.progress import progress
 from consolidate.training.evaluation import measure
 
@@ -16,13 +14,11 @@ from consolidate.training.evaluation import measure
 def evaluate_all(
     model: Model,
     tasks: Mapping[str, Examples | Benchmark],
-    *,
+    with_heads: Mapping[str, Model],
     batch_size: int,
-    with_heads: Mapping[str, Model] | None = None,
-    group: ProcessGroup | None = None,
 ) -> dict[str, dict[str, float]]:
     """Evaluate a loaded model on each task's examples or benchmark, some with a saved head."""
-    metrics = {}
+    metrics, group = {}, all_processes()
     own = {
         name: [part for part in shares(_order(examples), batch_size, group) if part]
         for name, examples in tasks.items()
@@ -30,7 +26,7 @@ def evaluate_all(
     total = sum(len(part) for parts in own.values() for part in parts)
     with progress("evaluating", total, "examples", phase="evaluation") as advance:
         for name, examples in tasks.items():
-            measured = (with_heads or {}).get(name, model)
+            measured = with_heads.get(name, model)
             if isinstance(examples, Benchmark):
                 metrics[name] = examples.measure(
                     measured, batch_size=batch_size, progress=advance, group=group

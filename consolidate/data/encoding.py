@@ -8,26 +8,24 @@ from typing import Any
 from consolidate.data.examples import Examples
 from consolidate.data.images import encode_images, encode_own_images, holds_images
 from consolidate.data.tensors import encode_tensors
-from consolidate.data.texts import encode_texts
+from consolidate.data.text_encoding import encode_texts
 from consolidate.models.model import Model
 from consolidate.models.objectives import Objective
-from consolidate.options import Columns, Images
+from consolidate.options import Columns, Encoding, Images
 from consolidate.runtime.progress import progress
 from formats.errors import UsageError
 from formats.rows import Rows
 
 LOG = logging.getLogger("consolidate")
 
+_BY_DEFAULT = Encoding()
+
 
 def encode(
     rows: Rows,
     model: Model,
+    encoding: Encoding = _BY_DEFAULT,
     *,
-    columns: Columns | None = None,
-    max_length: int | None = None,
-    pack: bool = False,
-    loss_on: str | None = None,
-    images: Images | None = None,
     seed: int = 0,
     labels_needed: bool = True,
 ) -> Examples:
@@ -36,51 +34,40 @@ def encode(
     Rows without a column of labels are accepted where labels are not needed; token classification
     needs them to know which tokens count.
     """
-    columns = columns or Columns()
-    objective = model.objective
+    columns, objective = encoding.columns, model.objective
     own_images = objective.modality == "tensor" and holds_images(rows, columns)
-    _check_images(images, objective, own_images)
-    if pack and model.objective.name not in ("causal-lm", "masked-lm"):
-        raise UsageError(
-            f"--pack is for language models, not for {model.objective.name}; leave it out"
-        )
-    if loss_on is not None and model.objective.name != "causal-lm":
-        raise UsageError(
-            f"--loss-on is for causal language models, not for {model.objective.name}; leave it out"
-        )
-    if max_length is not None and model.objective.modality != "text":
-        raise UsageError(f"--max-length is for texts, not for {model.objective.name}; leave it out")
+    _check_images(encoding.images, objective, own_images)
+    for option, given, fits, meant in (
+        ("pack", encoding.pack, objective.name in ("causal-lm", "masked-lm"), "language models"),
+        ("loss-on", encoding.loss_on, objective.name == "causal-lm", "causal language models"),
+        ("max-length", encoding.max_length, objective.modality == "text", "texts"),
+    ):
+        if given and not fits:
+            raise UsageError(f"--{option} is for {meant}, not for {objective.name}; leave it out")
     examples: Examples
     if own_images:
         objective = replace(objective, modality="image")
         examples = encode_own_images(
-            rows, model, columns, images or Images(), labels_needed=labels_needed
+            rows, model, columns, encoding.images, labels_needed=labels_needed
         )
-    elif model.objective.modality == "tensor":
+    elif objective.modality == "tensor":
         examples = encode_tensors(rows, model, columns, labels_needed=labels_needed)
-    elif model.objective.modality == "image":
+    elif objective.modality == "image":
         examples = encode_images(rows, model, columns, labels_needed=labels_needed)
     else:
         with progress(f"reading {rows.name}", len(rows), "rows") as advance:
             # Labels are a column too, read before the texts.
-            counted = _Counted(rows, advance, by_column=model.objective.language)
+            counted = _Counted(rows, advance, by_column=objective.language)
             examples = encode_texts(
-                counted,
-                model,
-                columns,
-                max_length=max_length,
-                pack=pack,
-                loss_on=loss_on,
-                seed=seed,
-                labels_needed=labels_needed,
+                counted, model, encoding, seed=seed, labels_needed=labels_needed
             )
     examples.notes += unread_columns(columns, objective)
     return examples
 
 
-def _check_images(images: Images | None, objective: Objective, own_images: bool) -> None:
+def _check_images(images: Images, objective: Objective, own_images: bool) -> None:
     """Refuse options on images where there are none, or where a processor's file decides."""
-    given = [name for name, value in asdict(images or Images()).items() if value is not None]
+    given = [name for name, value in asdict(images).items() if value is not None]
     if own_images or not given:
         return
     flag = f"--{given[0].replace('_', '-')}"

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from consolidate.data.columns import INPUT_COLUMNS, find_column
 from consolidate.data.examples import Examples
+from consolidate.data.image_settings import read_preprocessing
 from consolidate.data.labels import describe, read_labels
-from consolidate.data.preprocessing import read_preprocessing
 from consolidate.models.model import Model, module_dtype, outputs_of_first
 from consolidate.options import Columns, Images
 from formats.errors import InputError

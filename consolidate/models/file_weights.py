@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from consolidate.models.tensor_names import Layout
+from consolidate.models.layout import Layout
 from consolidate.runtime.shards import whole
 from formats.tensors import LazyTensors, header_of
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from consolidate.estimation.gradient_checkpointing import enable
 from consolidate.models.architectures import architectures, declared_class, new_head
 from consolidate.models.factories import make_module
+from consolidate.models.layout import Layout
 from consolidate.models.model import Model, freeze_parameters, layout_of
 from consolidate.models.objectives import Objective, default_objective, get_objective
-from consolidate.models.tensor_names import Layout, computed_names, outer_prefix
+from consolidate.models.tensor_names import computed_names, outer_prefix
 from consolidate.runtime.quiet import quiet, silent_stdout
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint
@@ -139,9 +140,7 @@ def _from_transformers(
     seed: int,
 ) -> Model:
     weights = checkpoint.weights
-    own = apart(weights)  # training writes into it, and the checkpoint stays unchanged
     where = checkpoint.path
-    notes: list[str] = []
     with untouched_randomness(seed), quiet():
         config, classes = architectures(checkpoint, objective)
         names = [cls.__name__ for cls in classes]
@@ -152,44 +151,20 @@ def _from_transformers(
             changes = new_head(config, cls, objective, list(new_labels), declared in names, where)
         elif objective.name == "multi-label":
             changes["problem_type"] = config.problem_type = "multi_label_classification"
-        dtypes = dict.fromkeys(dtype_of(weights, name) for name in weights)
-        stored = [one for one in dtypes if one.is_floating_point]
-        # The narrowest that represents all exactly; a user's own module keeps each as it is.
-        wanted = dtype or reduce(torch.promote_types, stored or [torch.float32])
-        if dtype is None and len(stored) > 1:
-            *mixed, one = [str(each).removeprefix("torch.") for each in (*stored, wanted)]
-            notes.append(
-                f"the file mixes {', '.join(mixed)}; the model runs in {one}, which represents all"
-            )
-        outer = outer_prefix(weights, cls.base_model_prefix)
-        if outer:
+        wanted, notes = _dtype_to_run(weights, dtype)
+        if outer := outer_prefix(weights, cls.base_model_prefix):
             notes.append(
                 f"all names of the file begin with {outer}, and transformers itself reads them "
                 "only without it"
             )
-        try:
-            module, info = cls.from_pretrained(
-                None,
-                config=config,
-                state_dict={name.removeprefix(outer): _Lazy(own, name) for name in weights},
-                dtype=wanted,
-                ignore_mismatched_sizes=True,  # reported below, by the file's names
-                output_loading_info=True,
-            )
-        except ConsolidateError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"{where}: transformers cannot load it as {cls.__name__}: {first_line(error)}"
-            ) from error
+        module, info = _pretrained(cls, config, checkpoint, outer, wanted)
         _check_shapes(info, config, checkpoint)
         layout = layout_of(module, checkpoint)
         for name, parameter in module.named_parameters():
             if not layout.file_names(name) and name in computed_names(module):
                 parameter.requires_grad_(False)  # no file has it, so training must not change it
         _check_missing(module, info, objective, declared, new_labels is not None, where)
-        dropped = _check_unexpected(module, info, layout, where)
-        if dropped:
+        if dropped := _check_unexpected(module, info, layout, where):
             notes.append(
                 f"{_some(dropped)} in the file but not used by {cls.__name__}; kept unchanged"
             )
@@ -198,14 +173,58 @@ def _from_transformers(
         if new_labels is not None and layout.fresh:
             notes.append(f"new head, seed {seed}: {', '.join(layout.fresh)}")
         processor = _processor(checkpoint, objective)
-    if hasattr(module.config, "use_cache"):
-        module.config.use_cache = False  # the cache for generation would only cost memory
-    if objective.modality == "text" and getattr(module.config, "pad_token_id", None) is None:
-        # Classifiers on decoders need it to find the last token of each row of a batch.
-        tokens = (getattr(processor, name, None) for name in ("pad_token_id", "eos_token_id"))
-        module.config.pad_token_id = next((token for token in tokens if token is not None), None)
+    _settle_config(module.config, objective, processor)
     labels = _label_names(checkpoint.config | changes) if objective.has_labels else None
     return Model(module, checkpoint, objective, labels, processor, layout, notes, changes)
+
+
+def _dtype_to_run(
+    weights: Mapping[str, Tensor], asked: torch.dtype | None
+) -> tuple[torch.dtype, list[str]]:
+    """Give the dtype asked for, else the narrowest that represents all, and what to note."""
+    if asked is not None:
+        return asked, []
+    dtypes = dict.fromkeys(dtype_of(weights, name) for name in weights)
+    stored = [one for one in dtypes if one.is_floating_point]
+    wanted = reduce(torch.promote_types, stored or [torch.float32])
+    if len(stored) < 2:
+        return wanted, []
+    *mixed, one = [str(each).removeprefix("torch.") for each in (*stored, wanted)]
+    return wanted, [
+        f"the file mixes {', '.join(mixed)}; the model runs in {one}, which represents all"
+    ]
+
+
+def _pretrained(
+    cls: Any, config: Any, checkpoint: Checkpoint, outer: str, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """Let transformers make the module and read the weights; give what it says about them too."""
+    own = apart(checkpoint.weights)  # training writes into it, and the checkpoint stays unchanged
+    try:
+        return cls.from_pretrained(
+            None,
+            config=config,
+            state_dict={name.removeprefix(outer): _Lazy(own, name) for name in checkpoint.weights},
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # `_check_shapes` reports them, by the file's names
+            output_loading_info=True,
+        )
+    except ConsolidateError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{checkpoint.path}: transformers cannot load it as {cls.__name__}: {first_line(error)}"
+        ) from error
+
+
+def _settle_config(config: Any, objective: Objective, processor: Any) -> None:
+    """Set what training needs in the module's configuration."""
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # the cache for generation would only cost memory
+    if objective.modality == "text" and getattr(config, "pad_token_id", None) is None:
+        # Classifiers on decoders need it to find the last token of each row of a batch.
+        tokens = (getattr(processor, name, None) for name in ("pad_token_id", "eos_token_id"))
+        config.pad_token_id = next((token for token in tokens if token is not None), None)
 
 
 def _check_shapes(info: Mapping[str, Any], config: Any, checkpoint: Checkpoint) -> None:

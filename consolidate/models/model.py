@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from consolidate.estimation.batches import eval_mode
 from consolidate.models.file_weights import FileWeights
+from consolidate.models.layout import Layout
 from consolidate.models.objectives import Objective
 from consolidate.models.tensor_names import (
-    Layout,
     adapter_layout,
     full_names,
     same_names_layout,

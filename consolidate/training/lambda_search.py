@@ -5,9 +5,10 @@ of the steps. The shorter runs of `coarse_to_fine` show where to look.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from consolidate.training.forgetting import ROUNDING
 from formats.errors import NonFiniteError, UsageError
@@ -23,14 +24,33 @@ LEAST_STEPS = 20  # of a shortened run
 KEPT_GAIN = 0.95
 
 
+class Candidate(ABC):
+    """What the rules choose among: a λ or an α, with what was measured."""
+
+    metrics: Mapping[str, Mapping[str, float]] | None  # of held-out data by task; None: it diverged
+    forgetting: float | None  # the most that an old task lost in score; None: not measured
+
+    @property
+    @abstractmethod
+    def protection(self) -> float:
+        """At least 0, the larger the closer to the start; 0 only shows the gain without."""
+
+    @property
+    def mean(self) -> float:
+        """The mean score over the tasks; −∞ where it diverged."""
+        if self.metrics is None:
+            return -math.inf
+        return sum(values["score"] for values in self.metrics.values()) / len(self.metrics)
+
+
 @dataclass(frozen=True)
-class Trial:
-    """One candidate, trained from the same start as all others."""
+class Trial(Candidate):
+    """One λ, trained from the same start as all others."""
 
     ewc_lambda: float
     steps: int
-    metrics: dict[str, dict[str, float]] | None  # of held-out data by task; None: it diverged
-    forgetting: float | None  # the most that an old task lost in score; None: not measured
+    metrics: dict[str, dict[str, float]] | None
+    forgetting: float | None
     penalty_per_lambda: float | None  # ½ Σ Λ (θ − μ)²
     divergence: float | None  # KL(old ‖ new) of the outputs on new inputs, per unit
     seconds: float
@@ -39,31 +59,6 @@ class Trial:
     def protection(self) -> float:
         """λ; 0 only shows what the new task gains without a penalty."""
         return self.ewc_lambda
-
-    @property
-    def mean(self) -> float:
-        """The mean score over the tasks; −∞ where training diverged."""
-        return mean_score(self.metrics)
-
-
-class Candidate(Protocol):
-    """What the rules choose among: a λ or an α, with what was measured."""
-
-    @property
-    def metrics(self) -> Mapping[str, Mapping[str, float]] | None:
-        """Of held-out data by task; None where it diverged."""
-
-    @property
-    def forgetting(self) -> float | None:
-        """The most that an old task lost in score; None where it was not measured."""
-
-    @property
-    def protection(self) -> float:
-        """At least 0, the larger the closer to the start; 0 only shows the gain without."""
-
-    @property
-    def mean(self) -> float:
-        """The mean score over the tasks; −∞ where it diverged."""
 
 
 C = TypeVar("C", bound=Candidate)
@@ -235,13 +230,6 @@ def at_an_end(chosen: float, trials: Sequence[Trial]) -> bool:
     """Say whether a better λ may lie beyond those that were tried."""
     strengths = [trial.ewc_lambda for trial in trials if trial.ewc_lambda > 0]
     return chosen > 0 and chosen in (min(strengths), max(strengths))
-
-
-def mean_score(metrics: Mapping[str, Mapping[str, float]] | None) -> float:
-    """Return the mean score over the tasks; −∞ of a candidate that diverged."""
-    if metrics is None:
-        return -math.inf
-    return sum(values["score"] for values in metrics.values()) / len(metrics)
 
 
 def _protection(candidate: Candidate) -> float:

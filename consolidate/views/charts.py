@@ -260,9 +260,9 @@ def write_picture(path: Path, charts: Sequence[Chart], heading: str = "") -> Non
     write_file(path, image(charts, path.suffix.lower()[1:], heading=heading))
 
 
-def natural_height(chart: Chart, *, wide: bool = False) -> float:
+def natural_height(chart: Chart) -> float:
     """Return the height of a chart by itself, in CSS pixels."""
-    return chart._height(FULL if wide or chart.crowded else HALF)
+    return chart._height(FULL if chart.crowded else HALF)
 
 
 def image(

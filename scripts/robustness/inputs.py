@@ -46,7 +46,7 @@ from consolidate.commands.report_search import read_search
 from consolidate.commands.run_options import OPTIONS, read_options
 from consolidate.data.benchmark_files import task_config, task_file_digest
 from consolidate.data.encoding import encode
-from consolidate.data.preprocessing import read_preprocessing
+from consolidate.data.image_settings import read_preprocessing
 from consolidate.models import adapters
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,11 +15,13 @@ import consolidate
 from consolidate.api import verify
 from formats.atomic import claimed, claimed_in_place
 from formats.errors import InputError
+from support.checkpoints import Write
+from support.command_line import finished, launched
 from support.command_line import run as run_cli
+from support.folders import flip
 from support.networks import SIZES, make_network
 from support.together import ended, started
 
-Write = Callable[..., Path]
 MODEL = "support.networks:make_network"
 # A factory that waits, in the middle of its command, until somebody writes into a pipe.
 HELD = """
@@ -56,13 +56,7 @@ class Held:
     """A command that is held in its middle until it is released."""
 
     def __init__(self, *words: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "consolidate", *words, "--model", "waiting:held"],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        )
+        self.process = launched(*words, "--model", "waiting:held")
         while not Path("begun").exists():
             assert self.process.poll() is None, self.process.communicate()
             time.sleep(0.02)
@@ -70,8 +64,8 @@ class Held:
     def release(self) -> tuple[int, str]:
         Path("begun").unlink()
         Path("pipe").write_bytes(b"go on")
-        _, err = self.process.communicate(timeout=120)
-        return self.process.returncode, err
+        code, _, err = finished(self.process)
+        return code, err
 
 
 @pytest.fixture
@@ -119,9 +113,7 @@ def test_the_second_of_two_is_refused(
 
 def replace(weights: Path) -> None:
     save_file(load_file("other/model.safetensors"), "new", {"format": "pt"})
-    data = bytearray(Path("new").read_bytes())
-    data[-1] ^= 1
-    Path("new").write_bytes(data)
+    flip(Path("new"))
     os.replace("new", weights)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +17,17 @@ from consolidate.ewc.block_penalty import BlockPenalty
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import StoredFisher, read_fisher, write_fisher
 from formats.fisher_json import Block, needed_version
+from support.chains import Tasks
+from support.checkpoints import Write
 from support.folders import contents
 from support.networks import FAST, NETWORK, SIZES, make_network
 
-Write = Callable[..., Path]
 BLOCKS = {f"{i}.weight.R": Block("R", (1,), (f"{i}.weight", f"{i}.bias")) for i in (0, 2)}
-
-
-class Tasks:
-    """Learn one task after another, each into a folder of its name; measure each alone."""
-
-    def __init__(self, start: Path, write: Write, folder: Path) -> None:
-        self.last, self.write, self.folder = start, write, folder
-        self.learned: list[Path] = []
-
-    def learn(self, name: str, **options: Any) -> dict[str, Any]:
-        data = self.write(name, seed=len(self.learned))
-        how = {"ewc_lambda": 10.0} if self.learned else {"penalty": "none", "structure": "inputs"}
-        out = self.folder / name
-        result = finetune(self.last, data, output_dir=out, epochs=2, **FAST, **(how | options))
-        self.last = out
-        self.learned.append(out)
-        return result
-
-    def alone(self, name: str) -> StoredFisher:
-        """The Fisher of this task only, at the weights after it."""
-        out = self.folder / f"{name}-alone"
-        shutil.copytree(self.folder / name, out, ignore=shutil.ignore_patterns("fisher"))
-        fisher(out, self.folder / f"{name}.npz", **NETWORK, structure="inputs")
-        return read_fisher(out / "fisher")
-
-    @property
-    def stored(self) -> StoredFisher:
-        return read_fisher(self.last / "fisher")
 
 
 @pytest.fixture
 def tasks(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> Tasks:
-    return Tasks(network_checkpoint, write_task, tmp_path)
+    return Tasks(network_checkpoint, write_task, tmp_path, structure="inputs")
 
 
 def factors(stored: StoredFisher) -> dict[str, Tensor]:

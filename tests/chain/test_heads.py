@@ -471,9 +471,9 @@ def test_a_classifier_of_transformers_gets_new_and_wider_heads(
 
 @pytest.mark.parametrize("objective", ["multi-label", "regression", "token-classification"])
 def test_other_objectives_get_heads(tmp_path: Path, objective: str) -> None:
-    cls = {
-        "token-classification": transformers.BertForTokenClassification,
-    }.get(objective, transformers.BertForSequenceClassification)
+    cls = {"token-classification": transformers.BertForTokenClassification}.get(
+        objective, transformers.BertForSequenceClassification
+    )
     config = tiny_models.bert_config(num_labels=2)
     folder = tiny_models.save(tmp_path / "start", cls, config, tiny_models.word_tokenizer())
     rows: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {

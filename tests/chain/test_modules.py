@@ -2,7 +2,6 @@
 
 import shutil
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ from consolidate.ewc.penalty import Penalty
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher, write_fisher
 from formats.fisher_json import Block
+from support.checkpoints import Write
 from support.networks import NETWORK, make_network
 from support.tiny_models import byte_tokenizer, gpt2_config, save
-
-Write = Callable[..., Path]
 
 
 def give_factors(checkpoint: Path, dims: dict[str, tuple[int, ...]], matrix: str = "R") -> None:

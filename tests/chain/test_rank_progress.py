@@ -94,10 +94,7 @@ def test_a_restart_throws_away_what_others_have_kept(found: Found) -> None:
 
 def test_torchrun_is_stopped_and_goes_on(found: Found) -> None:
     # Stopped by SIGTERM, torchrun exits with 1, but now and then aborts as it exits.
-    for name, codes in (
-        ("SIGTERM", (1, -signal.SIGABRT)),
-        ("SIGKILL", (-signal.SIGKILL,)),
-    ):
+    for name, codes in (("SIGTERM", (1, -signal.SIGABRT)), ("SIGKILL", (-signal.SIGKILL,))):
         stopped = found["whole_models"][f"torchrun {name}"]
         assert stopped["codes"][0] in codes
         lines = stopped["said"].splitlines()

@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,18 +11,17 @@ import pytest
 import consolidate
 from consolidate.chain import resume
 from consolidate.commands import finetune as finetune_command
-from consolidate.commands import finetune_run, measurement
+from consolidate.commands import finetune_run, finetune_search, measurement
 from consolidate.estimation.passes import PartialPass
 from consolidate.runtime import signals
 from formats.errors import InputError, NonFiniteError
 from support import in_process
-from support.checkpoints import normed
+from support.checkpoints import Write, normed
+from support.command_line import finished, launched
 from support.faults import Killed, break_off, kill_after
 from support.folders import contents
 from support.networks import FAST, NETWORK
 
-Write = Callable[..., Path]
-ROOT = Path(__file__).resolve().parents[2]
 COMMON: dict[str, Any] = {**FAST, "save_every_minutes": 0, "log_every": 1, "ewc_lambda": 10.0}
 
 
@@ -202,7 +198,7 @@ def test_a_search_keeps_its_candidates(
     new = write_task("new", seed=1)
     options = {**COMMON, "max_steps": 4, "ewc_lambda": strengths}
     whole = consolidate.finetune(learned, new, output_dir=tmp_path / "whole", **options)
-    descend, runs = finetune_command.descend, []
+    descend, runs = finetune_search.descend, []
 
     def broken(*arguments: Any) -> Any:
         runs.append(1)
@@ -210,7 +206,7 @@ def test_a_search_keeps_its_candidates(
             raise Killed
         return descend(*arguments)
 
-    monkeypatch.setattr(finetune_command, "descend", broken)
+    monkeypatch.setattr(finetune_search, "descend", broken)
     with pytest.raises(Killed):
         consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     break_off(monkeypatch, 3)
@@ -384,19 +380,13 @@ def test_a_process_that_is_stopped_goes_on(
 
     assert run_here("whole")[0] == 0
     (tmp_path / "stop").touch()
-    stopped = subprocess.run(
-        [sys.executable, "-m", "consolidate", *words, "--output-dir", "out"],
-        cwd=tmp_path,
-        env=os.environ
-        | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert stopped.returncode == code
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    process = launched(*words, "--output-dir", "out", cwd=tmp_path, variables=one_thread)
+    stopped, _, err = finished(process)
+    assert stopped == code
     assert not (tmp_path / "out").exists()
     if code > 0:
-        assert [line for line in stopped.stderr.splitlines() if line][-2:] == [
+        assert [line for line in err.splitlines() if line][-2:] == [
             "stopped after step 6 of 12: the same command resumes from there",
             {"SIGINT": "interrupted", "SIGTERM": "terminated"}[sent],
         ]

@@ -1,5 +1,4 @@
-import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 import consolidate
-from consolidate.api import finetune
 from formats.errors import UsageError
 from formats.fisher_folder import read_fisher
 from formats.fisher_json import Ledger
-from support.networks import make_network
-
-Write = Callable[..., Path]
-NETWORK = {"model": "support.networks:make_network"}
-FAST = {**NETWORK, "optimizer": "adam", "learning_rate": 0.01, "batch_size": 16, "epochs": 2}
+from support.chains import Tasks
+from support.checkpoints import Write
+from support.networks import NETWORK, make_network
 
 
 def stored(folder: Path, which: str) -> dict[str, torch.Tensor]:
@@ -34,30 +30,6 @@ def network_of(folder: Path) -> torch.nn.Module:
     return network
 
 
-class Tasks:
-    """Learn one task after another, each into a folder of its name; measure each alone."""
-
-    def __init__(self, start: Path, write: Write, folder: Path) -> None:
-        self.last, self.write, self.folder = start, write, folder
-        self.learned: list[Path] = []
-
-    def learn(self, name: str, **options: Any) -> dict[str, Any]:
-        data = self.write(name, seed=len(self.learned), count=options.pop("count", 60))
-        how = {"ewc_lambda": 10.0} if self.learned else {"penalty": "none"}
-        out = self.folder / name
-        result = finetune(self.last, data, output_dir=out, **FAST, **how, **options)
-        self.last = out
-        self.learned.append(out)
-        return result
-
-    def alone(self, name: str) -> Path:
-        """The checkpoint after a task with the Fisher of that task only."""
-        out = self.folder / f"{name}-alone"
-        shutil.copytree(self.folder / name, out, ignore=shutil.ignore_patterns("fisher"))
-        consolidate.fisher(out, self.folder / f"{name}.npz", **NETWORK)
-        return out
-
-
 @pytest.fixture
 def tasks(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> Tasks:
     return Tasks(network_checkpoint, write_task, tmp_path)
@@ -71,7 +43,7 @@ def test_a_separate_chain_is_the_sum_of_its_tasks_penalties(tasks: Tasks) -> Non
     assert [task.weight for task in ledger.tasks] == [2.0] * 3
     assert ledger.penalty_offset > 0
     assert consolidate.verify(tasks.last)["anchor"] is not None
-    explicit = [tasks.alone(name) for name in "abc"]
+    explicit = [tasks.alone(name).folder.parent for name in "abc"]
     network = network_of(tasks.last)
     for strength in (0.0, 0.1, 1.0):  # at the weights, near, far
         generator = torch.Generator().manual_seed(0)
@@ -123,7 +95,7 @@ def test_a_chain_keeps_its_rule_and_its_gamma(tasks: Tasks) -> None:
     tasks.learn("a", gamma=0.5)
     tasks.learn("b")
     assert (ledger_of(tasks.last).merge_rule, ledger_of(tasks.last).gamma) == ("online", 0.5)
-    new = stored(tasks.alone("b"), "fisher")
+    new = tasks.alone("b").fisher
     old = stored(tasks.folder / "a", "fisher")
     for name, values in stored(tasks.last, "fisher").items():
         torch.testing.assert_close(values, 0.5 * old[name] + new[name])
@@ -137,7 +109,7 @@ def test_separate_goes_on_from_the_weights_of_an_online_chain(tasks: Tasks) -> N
     tasks.learn("b")
     online = tasks.last
     tasks.learn("c", merge_rule="separate")
-    old, new = stored(online, "fisher"), stored(tasks.alone("c"), "fisher")
+    old, new = stored(online, "fisher"), tasks.alone("c").fisher
     before, after = stored(online, "weights"), stored(tasks.last, "weights")
     for name, anchor in stored(tasks.last, "anchor").items():
         total = old[name].double() + new[name].double()
@@ -162,7 +134,7 @@ def test_gamma_zero_leaves_the_new_task_alone(tasks: Tasks) -> None:
     tasks.learn("a")
     tasks.learn("b", gamma=0.0)
     fisher = stored(tasks.last, "fisher")
-    alone = stored(tasks.alone("b"), "fisher")
+    alone = tasks.alone("b").fisher
     assert all(torch.equal(fisher[name], alone[name]) for name in alone)
     assert [task.name for task in ledger_of(tasks.last).tasks] == ["a", "b"]
 
@@ -176,10 +148,10 @@ def test_weights_relative_to_the_first_task(tasks: Tasks, rule: str) -> None:
     assert first.weight == 1
     assert second.weight == 100 / 40
 
-    def trace(fisher: dict[str, torch.Tensor]) -> float:
+    def trace(fisher: Mapping[str, torch.Tensor]) -> float:
         return sum(float(f.double().sum()) for name, f in fisher.items() if name != "0.bias")
 
-    ratio = trace(stored(tasks.alone("a"), "fisher")) / trace(stored(tasks.alone("c"), "fisher"))
+    ratio = trace(tasks.alone("a").fisher) / trace(tasks.alone("c").fisher)
     assert third.weight == pytest.approx(ratio, rel=1e-6)
     traces = [sum(layer.trace for n, layer in t.layers.items() if n != "0.bias")
               for t in (first, second, third)]  # fmt: skip

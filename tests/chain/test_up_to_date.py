@@ -15,12 +15,11 @@ from consolidate.commands import fisher as fisher_command
 from consolidate.commands import merge as merge_command
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
+from support.checkpoints import Write
 from support.command_line import run
-from support.folders import contents
+from support.folders import contents, flip
 from support.json_schema import check_json
 from support.networks import FAST, NETWORK
-
-Write = Callable[..., Path]
 
 
 @pytest.fixture
@@ -91,10 +90,7 @@ def test_another_fisher_is_refused_as_before(network_checkpoint: Path, write_tas
 
 
 def test_a_fine_tuning_is_done_once(
-    network_checkpoint: Path,
-    write_task: Write,
-    tmp_path: Path,
-    nothing_written: Callable[[], None],
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, nothing_written: Callable[[], None]
 ) -> None:
     old, new, out = write_task("old"), write_task("new", seed=1), tmp_path / "out"
     consolidate.fisher(network_checkpoint, old, **NETWORK)
@@ -133,9 +129,7 @@ def test_a_damaged_output_is_not_taken_for_whole(
     new = write_task("new")
     consolidate.finetune(network_checkpoint, new, **options)
     whole = contents(tmp_path / "out")
-    data = bytearray(whole[what])
-    data[-1] ^= 1
-    (tmp_path / "out" / what).write_bytes(data)
+    flip(tmp_path / "out" / what)
     caplog.set_level("INFO", "consolidate")
     with pytest.raises(InputError, match="is not empty"):
         consolidate.finetune(network_checkpoint, new, **options)

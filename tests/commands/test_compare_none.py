@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ from consolidate.api import finetune, report
 from consolidate.commands import finetune_run
 from consolidate.views.text import comparison_text, finetune_text, points, score_text
 from formats.errors import InputError, NonFiniteError, UsageError
+from support.checkpoints import Write
 from support.command_line import MODEL, run
 from support.faults import Killed, break_off, kill_after
 from support.folders import contents
 from support.networks import FAST
 from support.together import ended, started
 
-Write = Callable[..., Path]
 COMMON = {"ewc_lambda": 100.0, "epochs": 3, **FAST}
 
 

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,32 @@ from formats.fisher_folder import read_fisher
 from support import tiny_models
 from support.checkpoints import Write, measured_by_hand
 from support.faults import Killed, break_off
-from support.folders import contents, fisher_of
+from support.folders import contents, fisher_of, flip
 from support.json_schema import check_json
 from support.networks import FAST, NETWORK, make_network, normed_network
 
+Train = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def train(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> Train:
+    """Fine-tune the network on a new task into the folder `out`, unless told otherwise."""
+
+    def run(data: Path | None = None, **options: Any) -> dict[str, Any]:
+        usual = {"output_dir": tmp_path / "out", **FAST}
+        return consolidate.finetune(
+            network_checkpoint, data or write_task("new"), **(usual | options)
+        )
+
+    return run
+
 
 def test_finetune_keeps_the_old_task_and_can_go_on(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
+    train: Train, network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
     a, b, c = (write_task(name, seed=seed) for seed, name in enumerate("abc"))
     first = tmp_path / "first"
-    consolidate.finetune(network_checkpoint, a, output_dir=first, penalty="none", epochs=20, **FAST)
+    train(a, output_dir=first, penalty="none", epochs=20)
     evaluate = {"a": a, "b": b}
     common = {"epochs": 20, "evaluate": evaluate, **FAST}
     free = consolidate.finetune(first, b, output_dir=tmp_path / "free", penalty="none", **common)
@@ -64,21 +80,14 @@ def test_finetune_keeps_the_old_task_and_can_go_on(
 
 
 def test_the_new_fisher_is_measured_at_the_stored_weights_and_added(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
+    train: Train, network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
     weights = load_file(network_checkpoint / "model.safetensors")
     narrow = {name: values.bfloat16() for name, values in weights.items()}
     save_file(narrow, network_checkpoint / "model.safetensors", {"format": "pt"})
     fisher(network_checkpoint, write_task("old"), **NETWORK)
     new = write_task("new", seed=7)
-    result = consolidate.finetune(
-        network_checkpoint,
-        new,
-        output_dir=tmp_path / "out",
-        ewc_lambda=1.0,
-        penalty_dtype=torch.bfloat16,
-        **FAST,
-    )
+    result = train(new, ewc_lambda=1.0, penalty_dtype=torch.bfloat16)
     assert result["history"][0]["penalty"] == 0  # a bfloat16 anchor of such weights is exact
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {values.dtype for values in stored.values()} == {torch.bfloat16}
@@ -92,15 +101,13 @@ def test_the_new_fisher_is_measured_at_the_stored_weights_and_added(
 
 
 def test_l2_holds_all_weights_alike(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
+    train: Train, network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
     data = write_task("new")
 
     def moved(strength: float) -> float:
         out = tmp_path / str(strength)
-        consolidate.finetune(
-            network_checkpoint, data, output_dir=out, penalty="l2", ewc_lambda=strength, **FAST
-        )
+        train(data, output_dir=out, penalty="l2", ewc_lambda=strength)
         start = load_file(network_checkpoint / "model.safetensors")
         end = load_file(out / "model.safetensors")
         return sum((end[name] - start[name]).abs().sum().item() for name in start)
@@ -162,18 +169,14 @@ def test_options_that_contradict(
         )
 
 
-def test_without_a_fisher_ewc_says_how_to_get_one(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
-) -> None:
+def test_without_a_fisher_ewc_says_how_to_get_one(train: Train, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no Fisher: run `consolidate fisher"):
-        consolidate.finetune(
-            network_checkpoint, write_task("new"), output_dir=tmp_path / "out", ewc_lambda=1.0
-        )
+        train(ewc_lambda=1.0)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_fisher_from_elsewhere(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
+    train: Train, network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
     fisher(network_checkpoint, write_task("old"), **NETWORK)
     shutil.move(network_checkpoint / "fisher", tmp_path / "published")
@@ -181,41 +184,26 @@ def test_a_fisher_from_elsewhere(
     for name in ("published", "start"):
         if name == "start":
             shutil.move(tmp_path / "published", network_checkpoint / "fisher")
-        consolidate.finetune(
-            network_checkpoint,
+        train(
             new,
             output_dir=tmp_path / f"by-{name}",
             ewc_lambda=5.0,
             fisher=tmp_path / "published" if name == "published" else None,
-            **FAST,
         )
     assert contents(tmp_path / "by-published") == contents(tmp_path / "by-start")
     with pytest.raises(InputError, match="no Fisher found: expected"):
-        consolidate.finetune(
-            network_checkpoint,
-            new,
-            output_dir=tmp_path / "out",
-            ewc_lambda=5.0,
-            fisher=tmp_path,
-            **FAST,
-        )
+        train(new, ewc_lambda=5.0, fisher=tmp_path)
 
 
 def test_the_fisher_of_another_model_is_refused(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
+    train: Train, network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
     fisher(network_checkpoint, write_task("old"), **NETWORK)
     weights = load_file(network_checkpoint / "model.safetensors")
     weights["2.bias"] = weights["2.bias"] + 1
     save_file(weights, network_checkpoint / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"does not belong to the weights.*2\.bias"):
-        consolidate.finetune(
-            network_checkpoint,
-            write_task("new"),
-            output_dir=tmp_path / "out",
-            ewc_lambda=1.0,
-            **FAST,
-        )
+        train(ewc_lambda=1.0)
     assert not (tmp_path / "out").exists()
 
 
@@ -278,20 +266,15 @@ def test_a_frozen_parameter_is_neither_trained_nor_measured(
 
 
 def test_where_nothing_can_be_written_is_known_before_the_work(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
+    train: Train, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="not a writable folder"):
-        consolidate.finetune(
-            network_checkpoint, write_task("new"), output_dir=tmp_path / "file" / "out",
-            penalty="none", epochs=10**9, **FAST,
-        )  # fmt: skip
+        train(output_dir=tmp_path / "file" / "out", penalty="none", epochs=10**9)
 
 
 @pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="needs a tmpfs")
-def test_a_disk_that_is_too_small_is_known_before_the_work(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
-) -> None:
+def test_a_disk_that_is_too_small_is_known_before_the_work(train: Train, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk]).returncode:
@@ -299,10 +282,7 @@ def test_a_disk_that_is_too_small_is_known_before_the_work(
     try:
         (disk / "full").write_bytes(bytes(4096))
         with pytest.raises(InputError, match="expected 5,784 bytes, found 0"):
-            consolidate.finetune(
-                network_checkpoint, write_task("new"), output_dir=disk / "out", penalty="none",
-                epochs=10**9, **FAST,
-            )  # fmt: skip
+            train(output_dir=disk / "out", penalty="none", epochs=10**9)
         assert [file.name for file in disk.iterdir()] == ["full"]
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -501,14 +481,11 @@ def test_a_bare_model_takes_its_fisher_to_the_names_beside_a_head(
 
 
 def test_a_checkpoint_can_replace_itself(
-    network_checkpoint: Path, write_task: Write, caplog: pytest.LogCaptureFixture
+    train: Train, network_checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="consolidate")
     start = load_file(network_checkpoint / "model.safetensors")
-    result = consolidate.finetune(
-        network_checkpoint, write_task("new"), output_dir=network_checkpoint, overwrite=True,
-        penalty="none", **FAST,
-    )  # fmt: skip
+    result = train(output_dir=network_checkpoint, overwrite=True, penalty="none")
     assert (
         f"{network_checkpoint} is the checkpoint that training starts from: it will be replaced"
         in caplog.text
@@ -519,28 +496,19 @@ def test_a_checkpoint_can_replace_itself(
     assert consolidate.verify(network_checkpoint)["tasks"] == ["new"]
 
 
-def test_a_repository_is_not_replaced(network_checkpoint: Path, write_task: Write) -> None:
+def test_a_repository_is_not_replaced(train: Train, network_checkpoint: Path) -> None:
     (network_checkpoint / ".git").mkdir()
     with pytest.raises(InputError, match="git repository"):
-        consolidate.finetune(
-            network_checkpoint, write_task("new"), output_dir=network_checkpoint, overwrite=True,
-            penalty="none", **FAST,
-        )  # fmt: skip
+        train(output_dir=network_checkpoint, overwrite=True, penalty="none")
 
 
 def test_a_damaged_fisher_is_refused(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
+    train: Train, network_checkpoint: Path, write_task: Write
 ) -> None:
     fisher(network_checkpoint, write_task("old"), **NETWORK)
-    file = network_checkpoint / "fisher" / "fisher.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
+    flip(network_checkpoint / "fisher" / "fisher.safetensors", -3)
     with pytest.raises(InputError, match=r"is damaged: .*other values"):
-        consolidate.finetune(
-            network_checkpoint, write_task("new"), output_dir=tmp_path / "out", ewc_lambda=1.0,
-            **FAST,
-        )  # fmt: skip
+        train(ewc_lambda=1.0)
 
 
 class Noise(torch.nn.Module):
@@ -616,31 +584,19 @@ def test_the_last_step_is_measured_too(
         ({"freeze": ["*"]}, "--freeze leaves no parameter to train"),
     ],
 )
-def test_options_out_of_range(
-    network_checkpoint: Path,
-    write_task: Write,
-    tmp_path: Path,
-    options: dict[str, Any],
-    message: str,
-) -> None:
+def test_options_out_of_range(train: Train, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        consolidate.finetune(
-            network_checkpoint, write_task("new"), output_dir=tmp_path / "out", penalty="none",
-            **NETWORK, **options,
-        )  # fmt: skip
+        train(penalty="none", **options)
 
 
 def test_adam_without_memory_steps_by_the_sign_of_the_gradient(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
+    train: Train, network_checkpoint: Path, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {**NETWORK, "penalty": "none", "max_steps": 3, "batch_size": 8}
+    options: dict[str, Any] = {"penalty": "none", "max_steps": 3, "batch_size": 8}
     lengths = []
     for betas in ([0.0, 0.0], None):
         out = tmp_path / str(betas)
-        consolidate.finetune(
-            network_checkpoint, write_task("new"), output_dir=out, learning_rate=2.0**-10,
-            optimizer="adam", adam_betas=betas, **options,
-        )  # fmt: skip
+        train(output_dir=out, learning_rate=2.0**-10, adam_betas=betas, **options)
         start, end = (load_file(f / "model.safetensors") for f in (network_checkpoint, out))
         lengths.append(torch.cat([(end[n] - start[n]).flatten() for n in end]) * 2.0**10)
     steps = lengths[0].round()
@@ -650,18 +606,15 @@ def test_adam_without_memory_steps_by_the_sign_of_the_gradient(
 
 
 def test_statistics_that_are_not_there_are_told(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    train: Train, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "consolidate")
-    consolidate.finetune(
-        network_checkpoint, write_task("new"), output_dir=tmp_path / "out", penalty="none",
-        norm_statistics="frozen", **FAST,
-    )  # fmt: skip
+    train(penalty="none", norm_statistics="frozen")
     assert "--norm-statistics has no effect: the model has no running statistics" in caplog.text
 
 
 def test_gradients_and_optimizer_are_gone_before_the_fisher_is_measured(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, write_task: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
     init = torch.optim.Adam.__init__
@@ -680,9 +633,7 @@ def test_gradients_and_optimizer_are_gone_before_the_fisher_is_measured(
 
     monkeypatch.setattr(torch.optim.Adam, "__init__", remember)
     monkeypatch.setattr(finetune_command, "measure_fisher", look)
-    result = consolidate.finetune(
-        network_checkpoint, write_task("a"), output_dir=tmp_path / "out", penalty="none", **FAST
-    )
+    result = train(write_task("a"), penalty="none")
     assert result["share_moved"] > 0.9
     assert len(made) == 1
     assert seen == [None] * 4

@@ -1,7 +1,6 @@
 """`finetune --interpolate`: the weights between the start and what was trained."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,17 @@ from torch import nn
 
 from consolidate.api import evaluate, finetune, fisher, report, show
 from consolidate.commands import finetune as finetune_command
-from consolidate.commands import finetune_interpolation
+from consolidate.commands import finetune_choice, finetune_interpolation
 from consolidate.runtime import signals
 from formats.errors import ForgettingError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
-from support.checkpoints import measured_by_hand, normed
+from support.checkpoints import Write, measured_by_hand, normed
 from support.command_line import run
 from support.faults import Killed, break_off, kill_after
 from support.folders import contents, fisher_of
 from support.json_schema import check_json
 from support.networks import FAST, NETWORK
 
-Write = Callable[..., Path]
 COMMON: dict[str, Any] = {**FAST, "epochs": 6, "ewc_lambda": 1.0}
 
 
@@ -455,7 +453,7 @@ def test_a_signal_while_alpha_is_chosen_keeps_the_training(
     b = write_task("b", seed=1, count=120)
     options = {**COMMON, "save_every_minutes": 10**6, "interpolate": "auto"}
     finetune(learned, b, output_dir=tmp_path / "whole", **options)
-    whole = finetune_interpolation.evaluate_all
+    whole = finetune_choice.evaluate_all
     calls: list[int] = []
 
     def interrupted(*arguments: Any, **settings: Any) -> Any:
@@ -465,7 +463,7 @@ def test_a_signal_while_alpha_is_chosen_keeps_the_training(
         return whole(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_interpolation, "evaluate_all", interrupted)
+        patch.setattr(finetune_choice, "evaluate_all", interrupted)
         with pytest.raises(signals.Terminated):
             finetune(learned, b, output_dir=tmp_path / "out", **options)
     with monkeypatch.context() as patch:
@@ -525,7 +523,7 @@ def test_what_diverged_is_refused(
 
     def then_broken(self: Any) -> None:
         measure_start(self)
-        monkeypatch.setattr(finetune_interpolation, "evaluate_all", broken)
+        monkeypatch.setattr(finetune_choice, "evaluate_all", broken)
 
     monkeypatch.setattr(finetune_interpolation.Interpolator, "measure_start", then_broken)
     with pytest.raises(NonFiniteError, match="no α has a finite loss"):

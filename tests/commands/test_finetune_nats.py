@@ -19,9 +19,9 @@ from consolidate.views.metrics import finetune_metrics
 from consolidate.views.text import finetune_text
 from formats.fisher_folder import read_fisher
 from formats.fisher_json import Ledger, TaskRecord
+from support.checkpoints import Write
 from support.networks import FAST
 
-Write = Callable[..., Path]
 COMMON: dict[str, Any] = {**FAST, "epochs": 3}
 WAYS: dict[str, dict[str, Any]] = {
     "ewc": {"ewc_lambda": 10.0},

@@ -1,6 +1,5 @@
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from torch import nn
 from consolidate.api import evaluate, finetune
 from formats.errors import ForgettingError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
+from support.checkpoints import Write
 from support.command_line import run
 
-Write = Callable[..., Path]
 NETWORK = {"model": "support.networks:make_network"}
 FAST: dict[str, Any] = {
     **NETWORK,
@@ -215,10 +214,7 @@ def test_l2_is_searched_too(network_checkpoint: Path, write_task: Write, tmp_pat
 
 
 def test_the_command_prints_the_curve_and_draws_it(
-    capsys: pytest.CaptureFixture[str],
-    learned: Path,
-    write_task: Write,
-    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], learned: Path, write_task: Write, tmp_path: Path
 ) -> None:
     b, held = write_task("b", seed=1), write_task("held", count=120)
     words = (

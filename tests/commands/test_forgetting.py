@@ -1,5 +1,4 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,9 +8,9 @@ from consolidate.api import finetune, verify
 from consolidate.chain.output import failed_folder
 from consolidate.training.forgetting import beyond, forgetting
 from formats.errors import ForgettingError, InputError, UsageError
+from support.checkpoints import Write
 from support.command_line import run
 
-Write = Callable[..., Path]
 FAST = {
     "model": "support.networks:make_network",
     "optimizer": "adam",

@@ -19,19 +19,12 @@ from formats.fisher_folder import read_fisher, write_fisher
 from formats.fisher_json import Block, read_ledger
 from formats.tensors import TensorFiles
 from support import factor_checkpoints
+from support.checkpoints import Write
+from support.folders import contents
 from support.networks import make_network
 
-Write = Callable[..., Path]
 NETWORK = {"model": "support.networks:make_network"}
 FAST = {**NETWORK, "optimizer": "adam", "learning_rate": 0.01, "batch_size": 16, "epochs": 2}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
 
 
 def tensors(folder: Path, which: str) -> dict[str, torch.Tensor]:

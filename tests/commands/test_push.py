@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,17 @@ from consolidate.views.text import push_text
 from formats.errors import ConsolidateError, UsageError
 from formats.fisher_folder import read_fisher
 from support import factor_checkpoints, in_process, loopback_hub
+from support.checkpoints import Write
+from support.command_line import MODEL
+from support.folders import flip
 from support.loopback_hub import COMMIT, TOKEN, Hub, environment, run, run_python
 from support.networks import SIZES, make_network
-
-Write = Callable[..., Path]
-MODEL = ("--model", "support.networks:make_network")
 
 
 @pytest.fixture
 def checkpoint(network_checkpoint: Path, write_task: Write) -> Path:
     """A folder with weights, a Fisher, and what is nobody else's business."""
-    fisher(network_checkpoint, write_task("old"), model="support.networks:make_network")
+    fisher(network_checkpoint, write_task("old"), model=MODEL[1])
     (network_checkpoint / "train.jsonl").write_text('{"text": "a secret row"}\n')
     (network_checkpoint / ".env").write_text("PASSWORD=secret\n")
     return network_checkpoint
@@ -130,7 +129,7 @@ def test_one_commit_holds_all_of_it(checkpoint: Path, tmp_path: Path, hub: Hub) 
 def test_a_fisher_that_was_rounded_for_the_hub_is_not_up_to_date(
     network_checkpoint: Path, write_task: Write, tmp_path: Path, hub: Hub
 ) -> None:
-    options: dict[str, Any] = {"model": "support.networks:make_network", "overwrite": True}
+    options: dict[str, Any] = {"model": MODEL[1], "overwrite": True}
     for dtype, status in (("float32", "cached"), ("bfloat16", "done")):
         fisher(network_checkpoint, write_task("old"), **options)
         pushed(tmp_path, hub, network_checkpoint, "user/model", "--fisher-dtype", dtype)
@@ -162,9 +161,7 @@ def test_what_is_refused_before_anything_is_sent(
         tmp_path, "push", checkpoint, "user/public", "--public", "--tag", "v1", **variables
     )
     assert (code, "already has a tag 'v1'" in err) == (2, True)
-    data = bytearray((checkpoint / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (checkpoint / "model.safetensors").write_bytes(data)
+    flip(checkpoint / "model.safetensors")
     code, _, err = run(tmp_path, "push", checkpoint, "user/model", **variables)
     assert (code, "has the expected dtype and shape, but other values" in err) == (3, True)
     assert not hub.asked("^(PUT|POST)")
@@ -450,23 +447,6 @@ def test_what_was_pushed_loads_as_before(tmp_path: Path, hub: Hub) -> None:
     assert out.splitlines()[-1] == done["weights"]
 
 
-def test_a_checkpoint_that_is_replaced_during_the_upload_is_not_committed(
-    checkpoint: Path, write_task: Write, hub: Hub
-) -> None:
-    data = write_task("new", seed=1)
-
-    def replace() -> None:
-        fisher(checkpoint, data, model="support.networks:make_network", overwrite=True)
-
-    hub.meanwhile["POST .*/info/lfs/objects/batch"] = replace
-    words = ("push", checkpoint, "user/model")
-    code, _, err = run(checkpoint, *words, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)
-    assert code == 3
-    assert "changed while it was being read; nothing was committed" in err
-    assert set(hub.repositories["user/model"].files) == {".gitattributes"}
-    assert run(checkpoint, *words, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)[0] == 0
-
-
 def test_a_token_refused_in_other_words_is_not_a_missing_repository(
     checkpoint: Path, hub: Hub
 ) -> None:
@@ -478,23 +458,22 @@ def test_a_token_refused_in_other_words_is_not_a_missing_repository(
     assert (code, "rejects the token of HF_TOKEN" in err) == (3, True), err
 
 
-def test_a_checkpoint_that_is_replaced_meanwhile_is_not_sent(
-    checkpoint: Path, write_task: Write, hub: Hub
+@pytest.mark.parametrize(
+    ("moment", "nothing"),
+    [
+        ("GET /user/model/resolve/.*README.md", "sent"),
+        ("POST .*/info/lfs/objects/batch", "committed"),
+    ],
+)
+def test_a_checkpoint_that_is_replaced_meanwhile_is_not_pushed(
+    checkpoint: Path, write_task: Write, hub: Hub, moment: str, nothing: str
 ) -> None:
     hub.repositories["user/model"] = loopback_hub.Repository({COMMIT: {"README.md": b"# Mine\n"}})
-
-    def replace() -> None:
-        fisher(
-            checkpoint,
-            write_task("new", seed=1),
-            model="support.networks:make_network",
-            overwrite=True,
-        )
-
-    hub.meanwhile["GET /user/model/resolve/.*README.md"] = replace
+    new = write_task("new", seed=1)
+    hub.meanwhile[moment] = lambda: fisher(checkpoint, new, model=MODEL[1], overwrite=True)
     words = ("push", checkpoint, "user/model", "--public")
     code, _, err = run(checkpoint, *words, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)
     assert code == 3
-    assert "changed while it was being read; nothing was sent" in err
+    assert f"changed while it was being read; nothing was {nothing}" in err
     assert hub.repositories["user/model"].files == {"README.md": b"# Mine\n"}
     assert run(checkpoint, *words, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)[0] == 0

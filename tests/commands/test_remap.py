@@ -18,10 +18,11 @@ from formats.fisher_folder import read_fisher, write_fisher
 from formats.fisher_json import SAME_AS, Block
 from formats.tensors import write_tensors
 from support import factor_checkpoints, tiny_models
+from support.checkpoints import Write
 from support.command_line import run
+from support.folders import contents, flip
 from support.networks import make_network
 
-Write = Callable[..., Path]
 OLD = {"model": "support.networks:make_network"}
 NEW = {"model": f"{__name__}:network_inside"}
 FAST = {"optimizer": "adam", "learning_rate": 0.01, "batch_size": 16, "epochs": 1}
@@ -51,11 +52,6 @@ def rewritten(folder: Path, to: Path, rename: Callable[[str], str], **changed: A
 
 def tensors(folder: Path, which: str = "model") -> dict[str, torch.Tensor]:
     return load_file(folder / f"{which}.safetensors")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @pytest.fixture
@@ -163,11 +159,7 @@ def test_a_fisher_copied_beside_the_new_weights_is_enough(
 
 
 def test_whatever_refuses_the_new_names_names_the_command(
-    old: Path,
-    new: Path,
-    write_task: Write,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    old: Path, new: Path, write_task: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = f"`consolidate remap {new} --fisher-of {old} --output-dir DIR`"
     with pytest.raises(InputError) as caught:
@@ -201,8 +193,7 @@ def test_an_output_that_is_up_to_date_is_kept(old: Path, new: Path, tmp_path: Pa
     assert contents(out) == before
     assert remap(new, fisher_of=other, output_dir=out, overwrite=True)["status"] == "done"
     assert not (out / "fisher" / "anchor.safetensors").exists()
-    damaged = (out / "model.safetensors").read_bytes()
-    (out / "model.safetensors").write_bytes(damaged[:-1] + bytes([damaged[-1] ^ 1]))
+    flip(out / "model.safetensors")
     with pytest.raises(InputError, match="--overwrite"):
         remap(new, fisher_of=other, output_dir=out)
 
@@ -306,9 +297,7 @@ def test_what_it_needs_is_asked_for(old: Path, new: Path, tmp_path: Path) -> Non
         remap(old, fisher_of=tmp_path / "missing", output_dir=out)
     damaged = tmp_path / "damaged"
     shutil.copytree(old, damaged)
-    file = damaged / "fisher" / "fisher.safetensors"
-    content = file.read_bytes()
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    flip(damaged / "fisher" / "fisher.safetensors")
     with pytest.raises(InputError, match="is damaged"):
         remap(new, fisher_of=damaged, output_dir=out)
     assert not out.exists()

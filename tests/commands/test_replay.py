@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 import consolidate
-from consolidate.commands import finetune_run
 from consolidate.data.replay import check_alike
 from consolidate.data.tensors import TensorExamples
-from consolidate.training.loop import APART, Step, data_order
+from consolidate.training.loop import APART, data_order
 from consolidate.views.summary import show_text
 from formats.data import open_data
 from formats.errors import InputError, UsageError
@@ -148,20 +146,6 @@ def test_max_steps_counts_all_rows_and_every_batch_keeps_its_size(
         torch.testing.assert_close(values.double(), expected[name], rtol=1e-4, atol=1e-5)
 
 
-def kill_what_is_saved(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Break off the next training whose progress is saved, unlike that of a search's candidate."""
-    whole = finetune_run.training_steps
-
-    def broken(*arguments: Any, **options: Any) -> Iterator[Step]:
-        for done in whole(*arguments, **options):
-            yield done
-            if done.step == step and options["sum_loss"] is not None:
-                monkeypatch.setattr(finetune_run, "training_steps", whole)
-                raise Killed
-
-    monkeypatch.setattr(finetune_run, "training_steps", broken)
-
-
 WAYS: dict[str, dict[str, Any]] = {
     "accumulated": {"gradient_accumulation_steps": 3, "norm_statistics": "update"},
     "adapter": {"lora_rank": 2, "lora_targets": ["last"], "max_examples": 50},
@@ -183,7 +167,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_bytes(
     options |= {"validation": {"old": write_task("v")}} if way == "searched" else {}
     whole = consolidate.finetune(start, new, output_dir=tmp_path / "whole", **options)
     for step in (1, 3, 4):
-        kill_what_is_saved(monkeypatch, step)
+        break_off(monkeypatch, step, saved=True)
         with pytest.raises(Killed):
             consolidate.finetune(start, new, output_dir=tmp_path / "killed", **options)
     monkeypatch.undo()

@@ -1,7 +1,6 @@
 """A report shows the search for λ that a fine-tuning reported, and no other."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ from consolidate.api import finetune, report
 from consolidate.views.search_figures import search_charts, search_figures
 from formats.errors import InputError, NonFiniteError
 from support import report_checkpoints as checkpoints
+from support.checkpoints import Write
 from support.command_line import MODEL, run
-
-Write = Callable[..., Path]
 
 
 def test_the_search_of_a_real_finetune(

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +21,11 @@ from formats.atomic import claimed, claimed_in_place
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
 from support import tiny_models
+from support.checkpoints import Write
+from support.command_line import finished, launched
 from support.command_line import run as run_cli
 from support.faults import Killed, break_off
-
-Write = Callable[..., Path]
-ROOT = Path(__file__).resolve().parents[2]
+from support.folders import contents, flip
 
 TASKS = """
 output-dir = "out"
@@ -77,14 +75,6 @@ def reasons(result: dict[str, Any]) -> dict[str, str]:
     return {step["step"]: step["reason"] for step in result["steps"] if step["reason"]}
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
-
-
 def test_three_tasks_from_nothing(tasks: Path, tmp_path: Path) -> None:
     result = consolidate.run(tasks)
     assert statuses(result) == dict.fromkeys(["00-start", "01-a", "02-b", "03-c"], "done")
@@ -115,23 +105,23 @@ def test_three_tasks_from_nothing(tasks: Path, tmp_path: Path) -> None:
 
 def test_the_second_run_does_nothing_and_times_mean_nothing(tasks: Path, tmp_path: Path) -> None:
     consolidate.run(tasks)
-    before = tree(tmp_path / "out")
+    before = contents(tmp_path / "out")
     written = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*.safetensors")}
     for file in [tasks, *tmp_path.glob("*.npz")]:
         os.utime(file, (1, 1))
     result = consolidate.run(tasks)
     assert set(statuses(result).values()) == {"skipped"}
     assert result["accuracy_matrix"]["tasks"] == ["a", "b", "c"]
-    assert tree(tmp_path / "out") == before
+    assert contents(tmp_path / "out") == before
     assert {f: f.stat().st_mtime_ns for f in written} == written
 
 
 def test_a_changed_lambda_does_again_what_comes_after_it(tasks: Path, tmp_path: Path) -> None:
     consolidate.run(tasks)
     edit(tasks, '"b-test.npz"\n', '"b-test.npz"\newc-lambda = 30\n')
-    before = tree(tmp_path / "out")
+    before = contents(tmp_path / "out")
     dry = consolidate.run(tasks, dry_run=True)
-    assert tree(tmp_path / "out") == before
+    assert contents(tmp_path / "out") == before
     assert (dry["status"], dry["accuracy_matrix"]) == ("dry run", None)
     assert reasons(dry) == {
         "02-b": "changed: ewc-lambda 10 → 30",
@@ -146,8 +136,8 @@ def test_a_changed_lambda_does_again_what_comes_after_it(tasks: Path, tmp_path: 
         "03-c": "done",
     }
     consolidate.run(tasks, output_dir=tmp_path / "fresh")
-    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
-    assert tree(tmp_path / "out") != before
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert contents(tmp_path / "out") != before
 
 
 def test_running_statistics_follow_the_first_task_alone(tasks: Path, tmp_path: Path) -> None:
@@ -241,15 +231,12 @@ def test_what_a_change_concerns(tasks: Path, tmp_path: Path, write_task: Write, 
 
 def test_a_flipped_bit_is_found_and_made_good(tasks: Path, tmp_path: Path) -> None:
     consolidate.run(tasks)
-    before = tree(tmp_path / "out")
-    file = tmp_path / "out" / "02-b" / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    before = contents(tmp_path / "out")
+    flip(tmp_path / "out" / "02-b" / "model.safetensors")
     result = consolidate.run(tasks)
     assert list(reasons(result)) == ["02-b"]  # what follows starts from the same content again
     assert "its checkpoint is damaged" in reasons(result)["02-b"]
-    assert tree(tmp_path / "out") == before
+    assert contents(tmp_path / "out") == before
 
 
 KILLED = """
@@ -290,26 +277,19 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(
     edit(tasks, '"b-test.npz"\n', '"b-test.npz"\nepochs = 4\n')
     consolidate.run(tasks, output_dir=tmp_path / "whole")
     (tmp_path / "kill").touch()
-    stopped = subprocess.run(
-        [sys.executable, "-m", "consolidate", "run", "tasks.toml"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert stopped.returncode == code
+    stopped, _, err = finished(launched("run", "tasks.toml", cwd=tmp_path))
+    assert stopped == code
     assert not (tmp_path / "kill").exists()
     if code > 0:
-        assert "stopped in 02-b: the steps before it are complete" in stopped.stderr
-        assert "Traceback" not in stopped.stderr
+        assert "stopped in 02-b: the steps before it are complete" in err
+        assert "Traceback" not in err
     assert statuses(consolidate.run(tasks)) == {
         "00-start": "skipped",
         "01-a": "skipped",
         "02-b": "done",
         "03-c": "done",
     }
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -331,7 +311,7 @@ def test_a_step_that_was_broken_off_goes_on_unless_it_is_another(
     assert ("resuming from step 5 of 12" in caplog.text) != changed
     assert reasons(result)["01-a"] == "not finished"
     consolidate.run(tasks, output_dir=tmp_path / "whole")
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_tiny_bert_from_a_measured_start(tmp_path: Path) -> None:
@@ -492,7 +472,7 @@ def test_a_folder_that_no_run_has_made_is_kept(tasks: Path, tmp_path: Path) -> N
     for dry_run in (True, False):
         with pytest.raises(InputError, match="02-b already exists and was not made by"):
             consolidate.run(tasks, dry_run=dry_run)
-    assert tree(tmp_path / "out") == {"02-b/mine.txt": b"mine"}
+    assert contents(tmp_path / "out") == {"02-b/mine.txt": b"mine"}
 
 
 def test_a_dry_run_lists_a_finished_step_once(
@@ -545,8 +525,8 @@ def test_a_step_that_was_made_and_not_recorded_is_not_made_again(
 ) -> None:
     """As where the process was killed between putting a checkpoint in place and its record."""
     consolidate.run(tasks)
-    before = tree(tmp_path / "out")
+    before = contents(tmp_path / "out")
     unfinish(tmp_path / RECORD)
     monkeypatch.delattr(finetune_run, "training_steps")
     assert reasons(consolidate.run(tasks)) == {"03-c": "not finished"}
-    assert tree(tmp_path / "out") == before
+    assert contents(tmp_path / "out") == before

@@ -297,9 +297,7 @@ def test_checkpoints_that_descend_from_each_other(tmp_path: Path) -> None:
         save_file(values, tmp_path / name / "model.safetensors", {"format": "pt"})
         write(tmp_path / name, values)
     found = verify(tmp_path / "one", tmp_path / "two")
-    assert found["later"] == [
-        verify(tmp_path / "two") | {"descends_by": "weights"},
-    ]
+    assert found["later"] == [verify(tmp_path / "two") | {"descends_by": "weights"}]
     with pytest.raises(InputError, match=r"three/fisher/fisher\.json does not descend from .*two"):
         verify(tmp_path / "one", tmp_path / "two", tmp_path / "three")
     save_file(theta, tmp_path / "three" / "model.safetensors", {"format": "pt"})
@@ -420,9 +418,7 @@ def test_an_overlap_needs_two_of_one_architecture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("read", [show, verify])
 def test_a_checkpoint_that_is_replaced_while_it_is_read(
-    golden: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-    read: Callable[[Path], Any],
+    golden: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], Any]
 ) -> None:
     folder, other = golden("anchor"), golden("unsharded")
     expected = read(other) | {"checkpoint": str(folder)}

@@ -1,7 +1,6 @@
 """`--structure` in fisher and finetune: measured, used, resumed, refused."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from consolidate.api import finetune, fisher
 from consolidate.api import run as run_chain
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
+from support.checkpoints import Write
 from support.command_line import MODEL, run
 from support.factor_checkpoints import rewrite
 from support.faults import Killed, break_off, kill_after
@@ -21,7 +21,6 @@ from support.folders import contents
 from support.networks import FAST, NETWORK
 from support.together import ended, started
 
-Write = Callable[..., Path]
 INPUTS: dict[str, Any] = {**NETWORK, "structure": "inputs"}
 COMMON: dict[str, Any] = {**FAST, "epochs": 2, "ewc_lambda": 10.0}
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
 from formats.fisher_json import read_ledger
 from formats.task_file import open_task
+from support.checkpoints import Write
 from support.command_line import MODEL, run
 from support.faults import Killed, break_off, kill_after
 from support.folders import contents, fisher_of
 from support.networks import FAST, NETWORK, make_network
 from support.together import ended, started
 
-Write = Callable[..., Path]
 COMMON = {"ewc_lambda": 10.0, "epochs": 2, **FAST}
 WAYS: dict[str, dict[str, Any]] = {
     "online": {"merge_rule": "online", "gamma": 0.5, "task_weight": 0.5},
@@ -163,11 +162,7 @@ def test_twice_in_a_row(unmeasured: Path, write_task: Write, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("measure", "error", "message"),
     [
-        (
-            {"x": "b"},
-            UsageError,
-            "--measure x: expected b, the task that was not measured",
-        ),
+        ({"x": "b"}, UsageError, "--measure x: expected b, the task that was not measured"),
         ({"a": "a"}, UsageError, "--measure a: expected b, the task that was not measured"),
         ({"b": "b", "a": "a"}, UsageError, "--measure a: expected one task"),
         (

@@ -14,19 +14,14 @@ from consolidate.data import chats
 from consolidate.data.encoding import encode
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
+from consolidate.options import Encoding
 from consolidate.views.summary import show_text
 from formats.checkpoint import open_checkpoint
 from formats.data import Rows, open_data
 from formats.errors import InputError, UsageError
 from formats.fisher_json import read_ledger
 from support import reference
-from support.tiny_models import (
-    bert_config,
-    byte_tokenizer,
-    gpt2_config,
-    save,
-    word_tokenizer,
-)
+from support.tiny_models import bert_config, byte_tokenizer, gpt2_config, save, word_tokenizer
 
 BODY = (
     "{% if tools %}<T>{{ tools | tojson }}\n{% endif %}"
@@ -64,7 +59,7 @@ def gpt2(folder: Path, template: str = PLAIN, tokenizer: Any = None) -> Model:
 
 
 def documents(rows: Rows, model: Model, **options: Any) -> list[tuple[list[int], list[int]]]:
-    batches = encode(rows, model, **options).batches(1)
+    batches = encode(rows, model, Encoding(**options)).batches(1)
     return [(inputs["input_ids"][0].tolist(), labels[0].tolist()) for inputs, labels in batches]
 
 
@@ -99,9 +94,9 @@ def test_the_turns_of_the_assistant_alone_are_predicted(template: str, tmp_path:
     how = "as the chat template marks them"
     if template == PLAIN:
         how = "found by prefixes, as the chat template has no {% generation %} mask"
-    notes = encode(rows, model, loss_on="assistant").notes
+    notes = encode(rows, model, Encoding(loss_on="assistant")).notes
     assert notes == [f"chats.jsonl: loss on the assistant's turns, {how}"]
-    assert encode(rows, model, loss_on="all").notes == ["chats.jsonl: loss on all tokens"]
+    assert encode(rows, model, Encoding(loss_on="all")).notes == ["chats.jsonl: loss on all tokens"]
     (note,) = encode(rows, model).notes
     assert note.startswith("chats.jsonl: loss on all tokens; --loss-on assistant takes")
 
@@ -116,11 +111,11 @@ def test_tools_are_given_to_the_template(tmp_path: Path) -> None:
     assert texts[2] == texts[3] == texts[4] == texts[0].partition("\n")[2]
     assert "without the tools" not in encode(rows, model).notes[0]
     model.processor.chat_template = PLAIN.partition("{% endif %}")[2]
-    assert encode(rows, model, loss_on="all").notes == [
+    assert encode(rows, model, Encoding(loss_on="all")).notes == [
         "a.jsonl: loss on all tokens, without the tools, which the chat template does not use"
     ]
     assert (
-        encode(rows, model, loss_on="assistant")
+        encode(rows, model, Encoding(loss_on="assistant"))
         .notes[0]
         .endswith("generation %} mask, without the tools, which the chat template does not use")
     )
@@ -177,7 +172,7 @@ def test_a_prompt_and_its_completion_may_be_messages(template: str, tmp_path: Pa
     mixed = jsonl(tmp_path / "c.jsonl", row, {"prompt": "a", "completion": "b"})
     assert len(documents(mixed, model)) == 2
     with pytest.raises(InputError, match=r"row 2.*needs a chat .*, found a text; leave --loss-on"):
-        encode(mixed, model, loss_on="assistant")
+        encode(mixed, model, Encoding(loss_on="assistant"))
     with pytest.raises(InputError, match=r"'completion': expected a list of messages .*'b'"):
         encode(jsonl(tmp_path / "d.jsonl", row | {"completion": "b"}), model)
 
@@ -199,23 +194,23 @@ def test_what_the_rows_lack_is_refused(tmp_path: Path) -> None:
     for loss_on, needed in (("assistant", "a chat"), ("completion", "a prompt and its completion")):
         message = rf"texts\.jsonl, row 1.*'text': --loss-on {loss_on} needs {needed}.*found a text"
         with pytest.raises(InputError, match=message):
-            encode(texts, model, loss_on=loss_on)
+            encode(texts, model, Encoding(loss_on=loss_on))
     talks = jsonl(tmp_path / "chats.jsonl", {"messages": SEVERAL})
     with pytest.raises(InputError, match=r"row 1.*needs a prompt.*found a chat of 5 messages"):
-        encode(talks, model, loss_on="completion")
+        encode(talks, model, Encoding(loss_on="completion"))
     prompts = jsonl(tmp_path / "prompts.jsonl", {"prompt": "the", "completion": "cat"})
     with pytest.raises(InputError, match=r"prompts\.jsonl, row 1.*needs a chat .*found a text"):
-        encode(prompts, model, loss_on="assistant")
+        encode(prompts, model, Encoding(loss_on="assistant"))
     silent = jsonl(tmp_path / "silent.jsonl", {"messages": ONE[:1]}, {"messages": ONE[:1]})
     with pytest.raises(InputError, match=r"silent\.jsonl.*turns with the role 'assistant'.*none"):
-        encode(silent, model, loss_on="assistant")
+        encode(silent, model, Encoding(loss_on="assistant"))
     some = jsonl(tmp_path / "some.jsonl", {"messages": ONE[:1]}, {"messages": ONE})
     left_out = "1 of 2 rows have nothing to predict and were left out"
-    assert left_out in encode(some, model, loss_on="assistant").notes
+    assert left_out in encode(some, model, Encoding(loss_on="assistant")).notes
     save(tmp_path / "bert" / "model", transformers.BertForMaskedLM, bert_config(), word_tokenizer())
     bert = load_model(open_checkpoint(tmp_path / "bert" / "model"))
     with pytest.raises(UsageError, match="--loss-on is for causal language models, not for masked"):
-        encode(texts, bert, loss_on="all")
+        encode(texts, bert, Encoding(loss_on="all"))
 
 
 def test_prefixes_have_to_begin_the_chat(tmp_path: Path) -> None:
@@ -224,7 +219,7 @@ def test_prefixes_have_to_begin_the_chat(tmp_path: Path) -> None:
     model = gpt2(tmp_path, shortening)
     rows = jsonl(tmp_path / "a.jsonl", {"messages": ONE}, {"messages": SEVERAL})
     with pytest.raises(InputError) as caught:
-        encode(rows, model, loss_on="assistant")
+        encode(rows, model, Encoding(loss_on="assistant"))
     message = str(caught.value)
     assert "a.jsonl, row 1 (line 1), column 'messages', turn 2: cannot tell which tokens" in message
     assert "expected the chat to begin with what is before it, found another token 7" in message
@@ -235,10 +230,10 @@ def test_prefixes_have_to_begin_the_chat(tmp_path: Path) -> None:
         "{{ m['content'] }}{% if loop.last %}{{ eos_token }}{% endif %}",
     )
     with pytest.raises(InputError, match=r"row 2.*turn 3: .* what is up to it, found another"):
-        encode(rows, model, loss_on="assistant")
+        encode(rows, model, Encoding(loss_on="assistant"))
     first = jsonl(tmp_path / "b.jsonl", {"messages": SEVERAL[2:]})
     with pytest.raises(InputError, match=r"turn 1: cannot tell .* nothing stands before it"):
-        encode(first, model, loss_on="assistant")
+        encode(first, model, Encoding(loss_on="assistant"))
     model.processor.chat_template = MARKED  # which needs no prefixes
     ((_, labels),) = documents(first, model, loss_on="assistant")
     assert said(model, labels) == ["ate it<|endoftext|>", "lovely<|endoftext|>"]
@@ -247,7 +242,7 @@ def test_prefixes_have_to_begin_the_chat(tmp_path: Path) -> None:
 def test_a_template_without_a_generation_prompt(tmp_path: Path) -> None:
     model = gpt2(tmp_path, PLAIN.partition("{% if add_generation_prompt")[0])
     rows = jsonl(tmp_path / "a.jsonl", {"messages": ONE})
-    examples = encode(rows, model, loss_on="assistant")
+    examples = encode(rows, model, Encoding(loss_on="assistant"))
     assert said(model, examples.collate([0])[1][0].tolist()) == [
         "<assistant>sat on the mat<|endoftext|>"
     ]
@@ -259,7 +254,7 @@ def test_turns_that_were_cut_off_are_counted(tmp_path: Path) -> None:
     rows = jsonl(tmp_path / "a.jsonl", {"messages": SEVERAL}, {"messages": ONE}, {"messages": ONE})
     ids, labels = documents(rows, model, loss_on="assistant")[1]
     before = next(n for n, label in enumerate(labels) if label != -100)
-    examples = encode(rows, model, loss_on="assistant", max_length=before + 2)
+    examples = encode(rows, model, Encoding(loss_on="assistant", max_length=before + 2))
     assert len(examples) == 2
     inputs, labels = examples.collate([0])
     assert inputs["input_ids"][0].tolist() == ids[: before + 2]
@@ -271,7 +266,7 @@ def test_turns_that_were_cut_off_are_counted(tmp_path: Path) -> None:
         f"{before + 2} tokens do not reach it"
     )
     with pytest.raises(InputError, match=r"truncation to 3 tokens cut off all .* in 3 of 3 rows"):
-        encode(rows, model, loss_on="assistant", max_length=3)
+        encode(rows, model, Encoding(loss_on="assistant", max_length=3))
 
 
 def test_packed_chats_keep_their_labels(tmp_path: Path) -> None:
@@ -295,7 +290,7 @@ def test_a_template_cannot_write_without_end(
     rows = jsonl(tmp_path / "a.jsonl", {"messages": ONE})
     for loss_on in ("all", "assistant"):
         with pytest.raises(InputError, match=r"row 1.*writes 1,001 characters: expected at most"):
-            encode(rows, model, loss_on=loss_on)
+            encode(rows, model, Encoding(loss_on=loss_on))
 
 
 @pytest.mark.parametrize(
@@ -315,11 +310,11 @@ def test_a_template_cannot_compute_without_end(
     monkeypatch.setattr(chats, "MAX_LINES", 1000)
     model = gpt2(tmp_path, MARKED)
     rows = jsonl(tmp_path / "a.jsonl", {"messages": ONE})
-    encode(rows, model, loss_on=loss_on)
+    encode(rows, model, Encoding(loss_on=loss_on))
     model.processor.chat_template = MARKED + template
     before = sys.gettrace()
     with pytest.raises(InputError, match=r"row 1.*template of .*model runs more than 1,000 lines"):
-        encode(rows, model, loss_on=loss_on)
+        encode(rows, model, Encoding(loss_on=loss_on))
     assert sys.gettrace() is before
 
 
@@ -448,7 +443,7 @@ def test_the_fisher_is_that_of_the_assistants_tokens(
         max_outcomes=10**5 if estimator == "exact" else None,
         batch_size=2,
     )
-    singles = list(encode(rows, model, loss_on="assistant").batches(1))
+    singles = list(encode(rows, model, Encoding(loss_on="assistant")).batches(1))
     module = model.module.double().eval()
     units = sum(int((labels != -100).sum()) for _, labels in singles)
     if estimator == "empirical":
@@ -520,7 +515,7 @@ def test_training_follows_the_turns_of_the_assistant(
     card = (tmp_path / "out" / "README.md").read_text()
     assert "tokens, loss on the assistant's turns |" in card
     losses = []
-    for inputs, labels in encode(rows, model, loss_on="assistant").batches(1):
+    for inputs, labels in encode(rows, model, Encoding(loss_on="assistant")).batches(1):
         log_p = model.module.eval()(**inputs).logits[0].detach().double().log_softmax(-1)
         losses += [-log_p[t - 1, y] for t, y in enumerate(labels[0].tolist()) if y != -100]
     expected = float(torch.stack(losses).mean())

@@ -23,7 +23,7 @@ from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
 from consolidate.models.objectives import get_objective
-from consolidate.options import Columns
+from consolidate.options import Columns, Encoding
 from consolidate.training.loop import APART
 from formats.checkpoint import open_checkpoint
 from formats.data import Rows, open_data
@@ -193,8 +193,8 @@ def test_columns_by_name(tmp_path: Path) -> None:
     ):
         encode(rows, model)
     with pytest.raises(InputError, match=r"'topik'.*; did you mean topic\? name .* --label-column"):
-        encode(rows, model, columns=Columns(text="body", label="topik"))
-    examples = encode(rows, model, columns=Columns(text="body", label="topic"))
+        encode(rows, model, Encoding(columns=Columns(text="body", label="topik")))
+    examples = encode(rows, model, Encoding(columns=Columns(text="body", label="topic")))
     assert first_batch(examples)[1].tolist() == [2]
 
 
@@ -209,7 +209,7 @@ def test_pairs_of_texts(tmp_path: Path) -> None:
     rows = jsonl(tmp_path, {"premise": "the cat", "hypothesis": "a dog", "label": 1})
     inputs, _ = first_batch(encode(rows, model))
     assert inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1]]
-    named = encode(rows, model, columns=Columns(text="hypothesis", text_pair="premise"))
+    named = encode(rows, model, Encoding(columns=Columns(text="hypothesis", text_pair="premise")))
     expected = model.processor("a dog", "the cat")["input_ids"]
     assert first_batch(named)[0]["input_ids"].tolist() == [expected]
 
@@ -218,7 +218,7 @@ def test_long_texts_are_truncated_and_counted(tmp_path: Path) -> None:
     model = bert(tmp_path, **LABELS)
     texts = ["the cat sat on the mat", "rain", "a dog ate my homework"]
     rows = jsonl(tmp_path, *({"text": text, "label": 0} for text in texts))
-    examples = encode(rows, model, max_length=5)
+    examples = encode(rows, model, Encoding(max_length=5))
     assert examples.notes_on() == ["2 of 3 texts were truncated to 5 tokens"]
     inputs, _ = first_batch(examples)
     assert inputs["input_ids"].shape == (3, 5)
@@ -228,9 +228,9 @@ def test_long_texts_are_truncated_and_counted(tmp_path: Path) -> None:
     assert first_batch(examples)[0]["input_ids"].shape == (1, 40)
     assert examples.notes_on() == ["1 of 1 texts were truncated to 40 tokens"]
     with pytest.raises(UsageError, match="expected at most 40, the limit of the model, found 41"):
-        encode(rows, model, max_length=41)
+        encode(rows, model, Encoding(max_length=41))
     with pytest.raises(UsageError, match="expected more than the 2 special tokens, found 2"):
-        encode(rows, model, max_length=2)
+        encode(rows, model, Encoding(max_length=2))
 
 
 def test_truncated_texts_are_counted_among_those_used(
@@ -240,7 +240,7 @@ def test_truncated_texts_are_counted_among_those_used(
     model = bert(tmp_path, **LABELS)
     lengths = (1, 1, 9, 1, 1, 9, 1, 9)
     rows = jsonl(tmp_path, *({"text": "cat " * n, "label": 0} for n in lengths))
-    examples = encode(rows, model, max_length=5)
+    examples = encode(rows, model, Encoding(max_length=5))
     assert examples.notes_on([1, 2, 5]) == ["2 of 3 texts were truncated to 5 tokens"]
     assert examples.notes_on([0, 1]) == []
     assert Part(examples, [7, 0]).notes_on() == ["1 of 2 texts were truncated to 5 tokens"]
@@ -274,7 +274,7 @@ def test_texts_that_the_tokenizer_does_not_know(tmp_path: Path) -> None:
     model = bert(tmp_path / "masked", "MaskedLM")
     for pack in (False, True):
         with pytest.raises(InputError, match=message):
-            encode(jsonl(tmp_path, *foreign), model, pack=pack)
+            encode(jsonl(tmp_path, *foreign), model, Encoding(pack=pack))
     some = encode(jsonl(tmp_path, *foreign, {"text": "the cat"}), model)
     assert some.notes == ["2 of 3 rows have nothing to predict and were left out"]
     # a causal model would learn to write unknown tokens
@@ -411,7 +411,7 @@ def test_packing_fills_sequences(tmp_path: Path) -> None:
     model = gpt2(tmp_path)
     rows = jsonl(tmp_path, *({"text": "the cat sat on the mat"} for _ in range(5)))
     ids = [*model.processor("the cat sat on the mat")["input_ids"], model.processor.eos_token_id]
-    examples = encode(rows, model, max_length=9, pack=True)
+    examples = encode(rows, model, Encoding(max_length=9, pack=True))
     blocks = [block for inputs, _ in examples.batches(1) for block in inputs["input_ids"].tolist()]
     # A single token left over at the end would predict nothing.
     assert [token for block in blocks for token in block] == (ids * 5)[:-1]
@@ -419,7 +419,7 @@ def test_packing_fills_sequences(tmp_path: Path) -> None:
     assert {len(block) for block in blocks} == {9}
     assert examples.notes == [f"5 texts fill {len(blocks)} sequences of 9 tokens"]
     with pytest.raises(UsageError, match="--pack is for language models"):
-        encode(rows, bert(tmp_path / "bert"), pack=True)
+        encode(rows, bert(tmp_path / "bert"), Encoding(pack=True))
 
 
 @pytest.mark.parametrize("kind", [bert, gpt2])
@@ -447,7 +447,7 @@ def test_the_completion_alone_is_predicted(tmp_path: Path) -> None:
     after = [*model.processor(" sat on the mat")["input_ids"], model.processor.eos_token_id]
     assert inputs["input_ids"].tolist() == [before + after]
     assert labels.tolist() == [[-100] * len(before) + after]
-    short = encode(rows, model, max_length=len(after) + 1)
+    short = encode(rows, model, Encoding(max_length=len(after) + 1))
     inputs, labels = first_batch(short)
     assert inputs["input_ids"].tolist() == [before[-1:] + after]
     assert labels.tolist() == [[-100, *after]]
@@ -532,7 +532,9 @@ def test_columns_that_are_not_read_are_told(tmp_path: Path) -> None:
         ]
         assert unread_columns(given, get_objective(objective, factory=False)) == notes
     examples = encode(
-        rows, bert(tmp_path / "bert", "MaskedLM"), columns=Columns(text="text", label="label")
+        rows,
+        bert(tmp_path / "bert", "MaskedLM"),
+        Encoding(columns=Columns(text="text", label="label")),
     )
     assert "the label column 'label' is not used for masked-lm" in examples.notes
 
@@ -566,7 +568,7 @@ def test_one_text_becomes_another(tmp_path: Path) -> None:
     joined = WithReplay(one, two, seed=0).collate([0, ~0])
     assert all(torch.equal(joined[0][name], inputs[name]) for name in inputs)
     assert torch.equal(joined[1], labels)
-    assert encode(rows, model, max_length=5).notes_on() == [
+    assert encode(rows, model, Encoding(max_length=5)).notes_on() == [
         "1 of 4 texts were truncated to 5 tokens"
     ]
     assert model_outputs(model.module, inputs, labels).shape == (2, 7, len(tokenizer))

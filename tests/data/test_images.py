@@ -16,7 +16,7 @@ from consolidate.data.encoding import encode
 from consolidate.data.examples import Examples
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
-from consolidate.options import Columns, Images
+from consolidate.options import Columns, Encoding, Images
 from formats.checkpoint import open_checkpoint
 from formats.data import Rows, open_data
 from formats.errors import InputError, UsageError
@@ -150,7 +150,7 @@ def test_without_a_size_the_flags_and_keys_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the size, mean, std .* --image-size, .*add input_size"):
         encode(rows, model)
     given = Images(image_size=8, image_mean=(0.0,), image_std=(1.0,))
-    assert first(encode(rows, model, images=given))[0].shape == (1, 3, 8, 8)
+    assert first(encode(rows, model, Encoding(images=given)))[0].shape == (1, 3, 8, 8)
 
 
 def test_channels_that_the_module_refuses_name_the_key(tmp_path: Path) -> None:
@@ -179,13 +179,13 @@ def write_parquet(path: Path, name: str, labels: list[Any]) -> Path:
 def test_a_column_of_another_name(tmp_path: Path) -> None:
     model = own(tmp_path / "model", STATED)
     rows = open_data(write_parquet(tmp_path / "data.parquet", "picture", [0, 1]))
-    examples = encode(rows, model, columns=Columns(image="picture"))
+    examples = encode(rows, model, Encoding(columns=Columns(image="picture")))
     assert first(examples)[1].tolist() == [0, 1]
     assert examples.notes == []
     with pytest.raises(InputError, match=r"'inputs' .*--inputs-column.*--image-column"):
         encode(rows, model)
     with pytest.raises(InputError, match=r"expected numbers, found an image.*--image-column"):
-        encode(rows, model, columns=Columns(inputs="picture"))
+        encode(rows, model, Encoding(columns=Columns(inputs="picture")))
 
 
 def test_a_path_is_no_image(tmp_path: Path) -> None:
@@ -200,4 +200,4 @@ def test_options_on_images_are_refused_where_there_are_none(tmp_path: Path) -> N
     path = tmp_path / "data.jsonl"
     path.write_text('{"inputs": [1, 2], "label": 0}\n')
     with pytest.raises(UsageError, match=r"--crop-pct is for images, found data without"):
-        encode(open_data(path), model, images=Images(crop_pct=0.9))
+        encode(open_data(path), model, Encoding(images=Images(crop_pct=0.9)))

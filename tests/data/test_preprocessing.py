@@ -14,7 +14,8 @@ from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
-from consolidate.data.preprocessing import Preprocessing, read_preprocessing
+from consolidate.data.image_settings import read_preprocessing
+from consolidate.data.preprocessing import Preprocessing
 from consolidate.options import INTERPOLATIONS, Images
 from formats.errors import InputError
 

@@ -14,6 +14,7 @@ from consolidate.data.encoding import encode
 from consolidate.data.text_bounds import begin, shortened
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
+from consolidate.options import Encoding
 from formats.checkpoint import open_checkpoint
 from formats.data import Rows, open_data
 from formats.errors import InputError
@@ -26,17 +27,7 @@ from support.tiny_models import (
     word_tokenizer,
 )
 
-PIECES = [
-    *" ".join(CORPUS).split(),
-    " " * 50,
-    "\n",
-    "ab",
-    "é",
-    "e\u0301",
-    "ΑΣ",
-    "、猫",
-    "x1-",
-]
+PIECES = [*" ".join(CORPUS).split(), " " * 50, "\n", "ab", "é", "e\u0301", "ΑΣ", "、猫", "x1-"]
 
 
 RUNS = [*PIECES, "a" * 300]
@@ -175,7 +166,7 @@ def test_a_long_text_is_cut_before_it_is_tokenized(
 
 def test_a_packed_text_is_whole(tmp_path: Path) -> None:
     model = gpt2(tmp_path)
-    assert len(encode(jsonl(tmp_path, {"text": LONG}), model, pack=True)) > 5_000
+    assert len(encode(jsonl(tmp_path, {"text": LONG}), model, Encoding(pack=True))) > 5_000
 
 
 @pytest.mark.parametrize("stated", ["x", [1], True, 0, -3, float("nan")])

@@ -18,7 +18,7 @@ from consolidate.estimation.passes import PartialPass
 from formats.errors import NonFiniteError, UsageError
 from formats.fisher_json import Block
 from support.input_matrices import input_matrices
-from support.modules import Experts, Tagger, tiny
+from support.modules import Experts, OneAtATime, Tagger, TimeFirst, tiny
 from support.reference import _float64
 
 Batches = list[tuple[Any, Tensor]]
@@ -364,19 +364,6 @@ def test_parameters_where_functions_use_them(how: str) -> None:
     agrees(Uses(how), unequal(numbers(11, 3, 4)))
 
 
-class TimeFirst(nn.Module):
-    """Its inner layer sees positions where examples are expected."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.inner = nn.Linear(2, 4)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.inner(x.transpose(0, 1)).tanh().sum(0))
-
-
 def test_a_layer_whose_rule_fails_on_the_first_batch_goes_the_slower_way() -> None:
     found = agrees(TimeFirst(), unequal(numbers(11, 6, 2), (6, 1, 4)))
     assert found.methods["inner.weight"] == found.methods["inner.bias"] != "rule"
@@ -436,16 +423,6 @@ def test_a_later_batch_of_another_form_and_a_layer_that_only_it_uses() -> None:
 
 def test_rows_that_are_routed() -> None:
     agrees(Experts().double(), unequal(numbers(13, 5), (4, 5, 4)))
-
-
-class OneAtATime(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x.view(1, 5))
 
 
 def test_a_model_that_takes_one_example_only() -> None:

@@ -16,6 +16,7 @@ from consolidate.estimation.example_gradients import Whole
 from consolidate.estimation.fisher_diagonal import ESTIMATORS, fisher_diagonal
 from consolidate.estimation.passes import PartialPass
 from formats.errors import InputError
+from support.modules import OneAtATime, TimeFirst
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -177,18 +178,6 @@ def test_a_module_that_fails_later_goes_the_slower_way(monkeypatch):
     )
 
 
-class TimeFirst(nn.Module):
-    """Its inner layer sees positions where examples are expected."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(2, 4)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.inner(x.transpose(0, 1)).tanh().sum(0))
-
-
 def test_a_module_that_disagrees_is_named():
     torch.manual_seed(1)
     notes: list[str] = []
@@ -225,15 +214,6 @@ def test_a_module_that_raises_when_it_is_run_again_is_named_with_the_exception()
         "by module, the gradients of 0 cannot be computed (TypeError: the weight must be a "
         "Parameter): continuing by loop"
     )
-
-
-class OneAtATime(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x.view(1, 5))
 
 
 @pytest.mark.parametrize("check", [False, True])

@@ -10,13 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from consolidate.ewc.factor_merging import (
-    MergedBlock,
-    ModelBlock,
-    of_models,
-    online,
-    separate,
-)
+from consolidate.ewc.factor_merging import MergedBlock, ModelBlock, of_models, online, separate
 from formats.errors import InputError
 from formats.fisher_json import Block
 

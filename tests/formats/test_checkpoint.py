@@ -9,12 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from formats.atomic import replace_folder
-from formats.checkpoint import (
-    check_finite,
-    open_checkpoint,
-    weight_records,
-    write_checkpoint,
-)
+from formats.checkpoint import check_finite, open_checkpoint, weight_records, write_checkpoint
 from formats.digest import tensor_record
 from formats.errors import InputError, NonFiniteError
 from formats.tensors import TensorFiles, write_tensors

@@ -4,14 +4,7 @@ import struct
 import pytest
 import torch
 
-from formats.digest import (
-    DTYPES,
-    TensorRecord,
-    differences,
-    dtype_name,
-    set_digest,
-    tensor_record,
-)
+from formats.digest import DTYPES, TensorRecord, differences, dtype_name, set_digest, tensor_record
 from formats.errors import InputError
 
 

@@ -314,10 +314,7 @@ BUILT = {
         {"fisher": {"w": record(dtype="F16"), "v": record((4,))}},
         "'w': expected F32 or BF16, found F16",
     ),
-    "two dtypes": (
-        {"fisher": {"w": record(dtype="BF16"), "v": record((4,))}},
-        "one dtype",
-    ),
+    "two dtypes": ({"fisher": {"w": record(dtype="BF16"), "v": record((4,))}}, "one dtype"),
     "a Fisher of a stranger": (
         {"fisher": {"w": record(), "v": record((4,)), "x": record()}},
         "'x' is not among the weights",

@@ -1,6 +1,5 @@
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,10 @@ from consolidate.api import evaluate, finetune, fisher, show
 from formats.errors import InputError, UsageError
 from formats.hub import commits_of, locate
 from support import loopback_hub
+from support.checkpoints import Write
 from support.loopback_hub import Hub, run
 from support.networks import make_network
 
-Write = Callable[..., Path]
 MAKE = "support.networks:make_network"
 
 

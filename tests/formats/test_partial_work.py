@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from formats.errors import InputError
 from formats.partial_work import read_partial, remove_partial, write_partial
+from support.folders import flip
 
 TENSORS = {"total/w": torch.arange(6.0).reshape(2, 3), "counts": torch.tensor([3, 2**40])}
 STATE = {"levels": {"w": "rule"}, "most": None}
@@ -40,9 +41,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, damage: str) -> None:
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-5])
     elif damage == "flipped":
-        content = bytearray(path.read_bytes())
-        content[-10] ^= 0x40
-        path.write_bytes(content)
+        flip(path, -10)
     elif damage == "no metadata":
         save_file(TENSORS, path)
     else:

@@ -126,11 +126,7 @@ def test_a_saved_head_needs_its_place_in_the_weights() -> None:
 
 
 def test_a_ledger_gets_the_new_names_everywhere() -> None:
-    old = ledger(
-        {"a": record(1), "b": record(2), "c": record(1)},
-        b="frozen",
-        c=SAME_AS + "a",
-    )
+    old = ledger({"a": record(1), "b": record(2), "c": record(1)}, b="frozen", c=SAME_AS + "a")
     old = replace(old, heads={"t": {"b": record(3)}}, anchor={"a": record(4)})
     new = renamed(old, {"a": "x.a", "b": "x.b", "c": "x.c"})
     assert new.weights == {"x.a": record(1), "x.b": record(2), "x.c": record(1)}

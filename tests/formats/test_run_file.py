@@ -73,10 +73,7 @@ REFUSED = {
     "a task that is no table": ('task = "a"', "expected at least one table [[task]]"),
     "no name": ('[[task]]\ndata = "a"', "task 1: the field 'name' is missing"),
     "no data": (TASK + '[[task]]\nname = "b"', "task 2: the field 'data' is missing"),
-    "a bad name": (
-        TASK.replace('"a"', '"a/b"'),
-        "task 1, $.name: expected a task name of 1 to 64",
-    ),
+    "a bad name": (TASK.replace('"a"', '"a/b"'), "task 1, $.name: expected a task name of 1 to 64"),
     "two of a name": (TASK + TASK, "task 2 and task 1 are both named 'a'; rename one"),
     "a name among evaluate": (
         '[evaluate]\na = "x"\n' + TASK,

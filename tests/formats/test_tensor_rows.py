@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from formats.data import open_data
 from formats.errors import InputError
+from support.folders import flip
 
 
 def same(row, expected):
@@ -119,9 +120,7 @@ def test_truncated_files_are_refused(tmp_path, suffix, cut):
 def test_a_damaged_array_is_named_when_it_is_read(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, inputs=np.zeros(1000))
-    content = bytearray(path.read_bytes())
-    content[2000] ^= 1
-    path.write_bytes(content)
+    flip(path, 2000)
     rows = open_data(path)
     with pytest.raises(InputError, match="'inputs' is damaged"):
         rows[0]

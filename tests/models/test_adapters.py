@@ -22,7 +22,6 @@ from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.models.adapters import load
 from consolidate.models.lora import Lora, add_lora, low_rank_layers, merge_lora
 from consolidate.models.model import file_weights
-from consolidate.options import Columns
 from consolidate.views.summary import show_text
 from consolidate.views.text import verify_text
 from formats.checkpoint import open_checkpoint, weight_records
@@ -331,7 +330,7 @@ def test_the_merged_penalty_trains_as_the_explicit_one(
     model = load(open_checkpoint(protected), dtype=torch.float32)
     stored = read_fisher(protected / "fisher").fisher
     add_lora(model.module, Lora(rank=2, targets=LORA["lora_targets"], alpha=4))
-    examples = encode(open_task(new_task)[1], model, columns=Columns())
+    examples = encode(open_task(new_task)[1], model)
     (batch,) = examples.batches(5)
     likelihood = get_likelihood("next-token-softmax")
     trained = [p for p in model.module.parameters() if p.requires_grad]
@@ -653,10 +652,7 @@ def test_the_head_trains_whole_beside_the_adapter_where_it_is_asked_to(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"lora_rank": None, "lora_targets": ()},
-            "--lora-train-head needs --lora-rank",
-        ),
+        ({"lora_rank": None, "lora_targets": ()}, "--lora-train-head needs --lora-rank"),
         ({"head": "new"}, "--lora-train-head cannot be combined with --head new, which trains"),
         ({"lora_targets": ["0", "2"]}, r"2\.weight is trained in full.*leave it out"),
         ({"freeze": ["2.*"]}, "--freeze freezes the head, which --lora-train-head is to train"),

@@ -619,11 +619,7 @@ def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def own_state(width: int = 4) -> dict[str, torch.Tensor]:
     net = nn.ModuleDict(
-        {
-            "stem": nn.Conv2d(1, width, 3),
-            "norm": nn.BatchNorm2d(width),
-            "head": nn.Linear(width, 3),
-        }
+        {"stem": nn.Conv2d(1, width, 3), "norm": nn.BatchNorm2d(width), "head": nn.Linear(width, 3)}
     )
     net["norm"].running_mean.uniform_(-1, 1)
     net["norm"].num_batches_tracked += 7

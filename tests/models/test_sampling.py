@@ -9,13 +9,7 @@ import pytest
 import torch
 import transformers
 
-from consolidate.models.sampling import (
-    Distribution,
-    continued,
-    has_cache,
-    reread,
-    up_to_end,
-)
+from consolidate.models.sampling import Distribution, continued, has_cache, reread, up_to_end
 from formats.errors import NonFiniteError
 
 VOCABULARY = 4

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from formats.errors import InputError
 from formats.fisher_folder import read_fisher
 from formats.task_file import open_task
 from support import reference
+from support.checkpoints import Write
 from support.faults import Killed, break_off
 from support.loopback_hub import TOKEN, Hub, run
 from support.tiny_models import (
@@ -34,7 +35,6 @@ from support.tiny_models import (
     word_tokenizer,
 )
 
-Write = Callable[..., Path]
 FORMS = ("both", "second", "copies")
 NAMES = {  # the names of each tied tensor, the one that `save_pretrained` writes first
     "bert": [

@@ -1,7 +1,12 @@
-"""Run the command line in this process."""
+"""Run the command line, in this process or in a new one."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -29,3 +34,22 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     if "--json" in arguments and out:
         check_json(str(arguments[0]), json.loads(out))
     return int(left.value.code or 0), out, err
+
+
+def launched(
+    *words: object, variables: Mapping[str, str] | None = None, **how: Any
+) -> subprocess.Popen[Any]:
+    """Start the command line in a new interpreter, which can import what the tests can.
+
+    Its environment has `variables` too; `how` are options of Popen in place of text from pipes.
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    own = {"PYTHONPATH": os.pathsep.join(sys.path), **(variables or {})}
+    command = [sys.executable, "-m", "consolidate", *map(str, words)]
+    return subprocess.Popen(command, env={**os.environ, **own}, **{**pipes, **how})
+
+
+def finished(process: subprocess.Popen[Any]) -> tuple[int, str, str]:
+    """Wait for its end; give exit code, stdout and stderr."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err

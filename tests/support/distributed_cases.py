@@ -125,14 +125,7 @@ def measured(
 SHARDED: Cases = {
     "sharded exact": lambda group: measured(group, network, vectors(30), "softmax", cut=True),
     "sharded tokens": lambda group: measured(
-        group,
-        tied,
-        sentences(21),
-        "token-softmax",
-        cut=True,
-        estimator="mc",
-        mc_samples=2,
-        seed=6,
+        group, tied, sentences(21), "token-softmax", cut=True, estimator="mc", mc_samples=2, seed=6
     ),
     "sharded batched": lambda group: measured(
         group, tied, sentences(22), "token-softmax", cut=True, estimator="batched", seed=7

@@ -33,14 +33,17 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
     monkeypatch.setattr(consolidate.commands.measurement, "fisher_diagonal", broken)
 
 
-def break_off(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Break the next training off after this step, when it has been kept if it was to be."""
+def break_off(monkeypatch: pytest.MonkeyPatch, step: int, *, saved: bool = False) -> None:
+    """Break the next training off after this step, when it has been kept if it was to be.
+
+    With `saved` it is the next one that is kept, unlike that of a search's candidate.
+    """
     whole = finetune_run.training_steps
 
     def broken(*arguments: Any, **options: Any) -> Iterator[Step]:
         for done in whole(*arguments, **options):
             yield done
-            if done.step == step:
+            if done.step == step and (options["sum_loss"] is not None or not saved):
                 monkeypatch.setattr(finetune_run, "training_steps", whole)
                 raise Killed
 

@@ -1,4 +1,4 @@
-"""What is in an output folder."""
+"""What is in an output folder, and what damages it."""
 
 from pathlib import Path
 
@@ -16,3 +16,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def fisher_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "fisher" / "fisher.safetensors")
+
+
+def flip(file: Path, at: int = -1) -> None:
+    """Flip the lowest bit of a byte of a file."""
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)

@@ -24,6 +24,31 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: fl
         assert error <= rtol * value.double().abs().max() + 1e-24, (name, error.item())
 
 
+class TimeFirst(nn.Module):
+    """Its inner layer sees positions where examples are expected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(2, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x.transpose(0, 1)).tanh().sum(0))
+
+
+class OneAtATime(nn.Module):
+    """Takes no more than one example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.view(1, 5))
+
+
 class Tagger(nn.Module):
     """An embedding tied to the head, learned positions shared by the batch, and a mask."""
 

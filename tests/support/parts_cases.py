@@ -202,10 +202,7 @@ def shards() -> dict[str, Any]:
 def fisher() -> dict[str, Any]:
     """Kill measurements, of shards and of whole models."""
     found: dict[str, Any] = {}
-    for kind, line in (
-        ("shards", FISHER + " --shard --max-examples 41"),
-        ("whole models", FISHER),
-    ):
+    for kind, line in (("shards", FISHER + " --shard --max-examples 41"), ("whole models", FISHER)):
         undisturbed, out = f"fisher-{kind[0]}", f"out-{kind[0]}"
         killed = "SIGKILL-0-measuring-16" if kind == "shards" else "SIGKILL-1-measuring-12"
         found[kind] = {

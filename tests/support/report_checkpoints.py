@@ -109,11 +109,7 @@ def hostile(folder: Path) -> Path:
         },
     )
     return write(
-        folder,
-        [own],
-        [HOSTILE],
-        versions={HOSTILE: HOSTILE},
-        unprotected={HOSTILE + "2": HOSTILE},
+        folder, [own], [HOSTILE], versions={HOSTILE: HOSTILE}, unprotected={HOSTILE + "2": HOSTILE}
     )
 
 

@@ -22,35 +22,39 @@ RANKS = {folder: rank for rank, one in enumerate(ORDER.split(" < ")) for folder 
 NUMERICAL = {"estimation", "ewc", "training"}  # they take and return tensors
 FACE = {"__init__", "__main__", "api", "cli", "flags"}  # beside the folders, above all of them
 KNOW_CLICK = {"cli", "flags"}
-LONGEST_PATH = 13  # modules below the program's first line, each of which imports the next
+LONGEST_PATH = 14  # modules below the program's first line, each of which imports the next
 
 # Modules without a test file of their name, by what tests them.
 TESTED_THROUGH = {
-    "chain/test_tasks": "chain.opening chain.output",
+    "chain/test_tasks": "chain.fitted_chain chain.opening chain.output",
     "commands/test_finetune": "commands.finetune_plan commands.finetune_run"
     " commands.finetune_start commands.finetune_weights",
     "commands/test_unmeasured": "chain.elsewhere",
     "commands/test_compare_none": "commands.finetune_compare",
     "commands/test_replay": "data.replay",
-    "commands/test_fisher": "commands.measurement runtime.devices",
-    "chain/test_heads": "commands.evaluate commands.task_metrics",
+    "commands/test_generation": "commands.generation_options",
+    "commands/test_fisher": "commands.fisher_plan commands.measurement runtime.devices",
+    "chain/test_heads": "chain.fitted_model commands.evaluate commands.task_metrics",
     "chain/test_resume": "training.state",
     "commands/test_show": "commands.verify views.summary",
     "commands/test_report": "views.page",
-    "commands/test_merge": "commands.merge_blocks",
+    "commands/test_push": "commands.push_files commands.push_repository",
+    "commands/test_merge": "commands.merge_blocks commands.merge_plan",
+    "commands/test_finetune_search": "commands.finetune_choice",
     "commands/test_forgetting": "commands.finetune_gate training.forgetting",
     "views/test_figures": "views.search_figures",
-    "data/test_benchmarks": "data.benchmark_files benchmark",
+    "data/test_benchmarks": "data.benchmark_files data.benchmark_harness benchmark",
     "data/test_generation": "data.prompts data.text_plan models.generation_plan",
-    "data/test_examples": "data.columns data.encoding data.labels data.tensors data.text_examples"
-    " data.texts",
+    "data/test_preprocessing": "data.image_settings",
+    "data/test_examples": "data.columns data.encoding data.labels data.tensors data.text_encoding"
+    " data.text_examples data.texts",
     "ewc/test_penalty": "ewc.matching",
     "estimation/test_fisher_diagonal": "estimation.batches estimation.estimates",
     "estimation/test_input_blocks": "estimation.covered_layers",
     "estimation/test_layer_rules": "estimation.example_gradients estimation.gradient_methods",
     "estimation/test_passes": "estimation.layer_hooks",
     "runtime/test_distributed": "estimation.sharded_passes runtime.torchrun",
-    "models/test_loading": "models.architectures models.model runtime.quiet",
+    "models/test_loading": "models.architectures models.model models.tensor_names runtime.quiet",
     "formats/test_tensors": "checkpoint_files",
     "formats/test_data": "rows",
     "formats/test_fisher_json": "conversion fields versions wording",

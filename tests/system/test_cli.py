@@ -27,10 +27,9 @@ from consolidate.commands import show as show_command
 from consolidate.options import FinetuneOptions
 from formats.errors import InputError
 from support import loopback_hub, tiny_models
-from support.command_line import MODEL, run
+from support.checkpoints import Write
+from support.command_line import MODEL, finished, launched, run
 from support.json_schema import SCHEMA
-
-Write = Callable[..., Path]
 
 
 def test_fisher_finetune_evaluate_show_verify(
@@ -246,13 +245,12 @@ def test_a_process_of_a_pipeline_sees_plain_lines_and_is_asked_nothing(
 ) -> None:
     words = ["finetune", "start", "--data", write_task("a"), *MODEL, "--penalty", "none"]
     words += ["--log-every", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "consolidate", *words, "--output-dir", "deep/out"],
+    process = launched(
+        *(*words, "--output-dir", "deep/out"),
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "FORCE_COLOR": "1"},
+        variables={"FORCE_COLOR": "1"},
         stdin=subprocess.PIPE,  # open, and nothing comes
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        text=False,
     )
     assert process.stdout is not None
     assert process.stderr is not None
@@ -453,22 +451,18 @@ def test_a_signal_ends_the_run_and_leaves_what_it_goes_on_from(
 ) -> None:
     data = write_task("big", count=20_000)
     before = sorted(tmp_path.rglob("*"))
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "consolidate", "finetune", "start", "--data", data, *MODEL),
-            *("--output-dir", "out", "--penalty", "none", "--log-every", "1", "--epochs", "100"),
-        ],
+    process = launched(
+        *("finetune", "start", "--data", data, *MODEL, "--output-dir", "out"),
+        *("--penalty", "none", "--log-every", "1", "--epochs", "100"),
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
+        variables={"OMP_NUM_THREADS": "1"},
     )
     assert process.stderr is not None
     assert "step 1 of" in process.stderr.readline()
     time.sleep(0.2)
     process.send_signal(sent)
-    err = process.communicate(timeout=60)[1]
-    assert process.returncode == code
+    found, _, err = finished(process)
+    assert found == code
     assert "Traceback" not in err
     assert "the same command resumes from there" in err
     assert sorted({*tmp_path.rglob("*")} - {*before}) == [tmp_path / ".out.consolidate-partial"]
@@ -490,22 +484,13 @@ def test_a_signal_before_anything_was_done_leaves_nothing(
     )
     write_task("new")
     before = sorted(tmp_path.rglob("*"))
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "consolidate", "finetune", "start", "--data", "new.npz"),
-            *("--model", "slow:network", "--output-dir", "out", "--penalty", "none"),
-        ],
+    process = launched(
+        *("finetune", "start", "--data", "new.npz", "--model", "slow:network"),
+        *("--output-dir", "out", "--penalty", "none"),
         cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).parent.parent),
-            "PYTHONDONTWRITEBYTECODE": "1",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
+        variables={"PYTHONDONTWRITEBYTECODE": "1"},
     )
-    assert done.returncode == code
+    assert finished(process)[0] == code
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -527,21 +512,14 @@ def test_a_second_ctrl_c_leaves_at_once(
         "    return module\n"
     )
     write_task("new")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "consolidate", "finetune", "start", "--data", "new.npz"),
-            *("--model", "slow:network", "--output-dir", "out", "--penalty", "none"),
-            *("--fisher-estimator", "mc"),
-        ],
+    process = launched(
+        *("finetune", "start", "--data", "new.npz", "--model", "slow:network"),
+        *("--output-dir", "out", "--penalty", "none", "--fisher-estimator", "mc"),
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
     )
-    assert (done.returncode, done.stdout) == (130, "waits\n")
-    assert done.stderr.endswith("interrupted\n")
+    code, out, err = finished(process)
+    assert (code, out) == (130, "waits\n")
+    assert err.endswith("interrupted\n")
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -574,15 +552,11 @@ def test_a_signal_is_not_lost_while_torch_is_imported(
 
 def test_what_cannot_be_printed_is_said(network_checkpoint: Path, write_task: Write) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "consolidate", "fisher", network_checkpoint, "--data",
-             write_task("old"), *MODEL],
-            stdout=full, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        )  # fmt: skip
-    assert done.returncode in (3, 141)
-    assert "Traceback" not in done.stderr
-    assert "nothing was changed" not in done.stderr
+        words = ("fisher", network_checkpoint, "--data", write_task("old"), *MODEL)
+        code, _, err = finished(launched(*words, stdout=full))
+    assert code in (3, 141)
+    assert "Traceback" not in err
+    assert "nothing was changed" not in err
 
 
 def test_a_signal_is_not_lost_in_a_finalizer(network_checkpoint: Path) -> None:
@@ -605,19 +579,14 @@ def test_a_signal_is_not_lost_in_a_finalizer(network_checkpoint: Path) -> None:
 def test_a_file_beyond_the_limit_of_the_system_is_told_as_a_full_disk_is(
     network_checkpoint: Path, write_task: Write
 ) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "consolidate", "fisher", str(network_checkpoint)),
-            *("--data", str(write_task("a")), *MODEL),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    process = launched(
+        *("fisher", network_checkpoint, "--data", write_task("a"), *MODEL),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400)),
     )
-    assert done.returncode == InputError.exit_code, done.stderr
+    code, _, err = finished(process)
+    assert code == InputError.exit_code, err
     file = network_checkpoint / "fisher" / "fisher.safetensors"
-    assert f"{file}: the file exceeds the size limit (ulimit -f)" in done.stderr
+    assert f"{file}: the file exceeds the size limit (ulimit -f)" in err
     assert not (network_checkpoint / "fisher").exists()
 
 
@@ -636,9 +605,7 @@ def test_the_options_that_everybody_uses_are_on_the_first_screen(
     assert max(map(len, out.splitlines())) < int(columns)
 
 
-def test_help_lists_every_option_once_under_its_heading(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_help_lists_every_option_once_under_its_heading(capsys: pytest.CaptureFixture[str]) -> None:
     for name, command in cli.commands.items():
         _, out, _ = run(capsys, name, "--help")
         sections = [part.splitlines() for part in re.split(r"\n\n(?=\S)", out)[1:]]
@@ -727,18 +694,9 @@ def test_zsh_and_fish_complete_the_file_of_a_named_one(
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_each_shell_has_a_script(shell: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "consolidate"],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "_CONSOLIDATE_COMPLETE": f"{shell}_source",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"_CONSOLIDATE_COMPLETE={shell}_complete" in done.stdout
+    code, out, err = finished(launched(variables={"_CONSOLIDATE_COMPLETE": f"{shell}_source"}))
+    assert (code, err) == (0, "")
+    assert f"_CONSOLIDATE_COMPLETE={shell}_complete" in out
 
 
 def test_quiet_prints_warnings_and_errors_only(
@@ -769,10 +727,10 @@ def on_a_terminal(folder: Path, *words: object) -> tuple[int, str]:
     """Run a command whose stderr is a terminal of 80 columns; give exit code and stderr."""
     above, below = pty.openpty()
     fcntl.ioctl(below, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "consolidate", *map(str, words)],
+    process = launched(
+        *words,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        variables={"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=below,
     )
@@ -811,9 +769,7 @@ def test_a_terminal_gets_our_bars_and_none_of_a_library(tmp_path: Path) -> None:
     ids=["of Python", "of torch"],
 )
 def test_too_little_memory_is_no_internal_error(
-    allocate: Callable[[], Any],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    allocate: Callable[[], Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("consolidate.commands.show.show", lambda *_: allocate())
     code, _, err = run(capsys, "show", "x")

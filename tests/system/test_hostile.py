@@ -306,10 +306,7 @@ CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_plain_refusal(
-    checkpoint: Path,
-    write_task: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
-    case: str,
+    checkpoint: Path, write_task: Callable[..., Path], capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     harm, refused_by, message = CASES[case]
     data = write_task("next", seed=1)
@@ -376,10 +373,7 @@ def test_code_that_a_config_names_is_not_imported(
 
 @pytest.mark.parametrize("shape", [(2**60,), (2**31, 2**31), (-2, -3), (2**64,)])
 def test_an_array_that_claims_more_than_it_holds(
-    checkpoint: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    shape: tuple[int, ...],
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], shape: tuple[int, ...]
 ) -> None:
     data = tmp_path / "claims.npz"
     header = repr({"descr": "<f4", "fortran_order": False, "shape": shape}).encode() + b"\n"

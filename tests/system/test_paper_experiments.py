@@ -229,9 +229,7 @@ def test_a_run_that_is_interrupted_keeps_what_is_done_and_goes_on(
 
 
 @pytest.mark.slow
-def test_a_run_whose_worker_is_killed_says_so(
-    stuck: tuple["subprocess.Popen[str]", int],
-) -> None:
+def test_a_run_whose_worker_is_killed_says_so(stuck: tuple["subprocess.Popen[str]", int]) -> None:
     process, worker = stuck
     os.kill(worker, signal.SIGKILL)
     said = process.communicate()[1]
@@ -240,9 +238,7 @@ def test_a_run_whose_worker_is_killed_says_so(
     assert process.returncode == 1
 
 
-def test_nothing_goes_on_once_the_run_is_killed(
-    stuck: tuple["subprocess.Popen[str]", int],
-) -> None:
+def test_nothing_goes_on_once_the_run_is_killed(stuck: tuple["subprocess.Popen[str]", int]) -> None:
     process, _ = stuck
     process.kill()
     process.communicate(timeout=30)  # until the workers, who have its pipes too, have ended

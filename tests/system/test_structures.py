@@ -10,12 +10,7 @@ from torch import Tensor, nn
 from formats.fisher_json import Block
 from scripts.experiments.lib import sittings
 from scripts.experiments.lib.records import read_records
-from scripts.experiments.lib.structured import (
-    STRUCTURES,
-    Factors,
-    StructuredPenalty,
-    factors_of,
-)
+from scripts.experiments.lib.structured import STRUCTURES, Factors, StructuredPenalty, factors_of
 from scripts.experiments.tasks import structures
 
 

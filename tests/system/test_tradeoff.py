@@ -547,9 +547,7 @@ def test_the_growing_penalty_is_that_of_lambda_times_the_tasks_before(number: in
         assert not torch.equal(first[name], start[name])
 
 
-def test_the_floor_is_a_tenth_of_the_mean_for_every_weight(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_floor_is_a_tenth_of_the_mean_for_every_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     job = quick_job("tagging")
     generator = torch.Generator().manual_seed(0)
     found = {

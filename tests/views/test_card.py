@@ -99,11 +99,7 @@ def test_a_new_card_says_what_the_ledger_says(ledger: Ledger) -> None:
         (result["dataset"]["name"], metric["value"], metric.get("args"))
         for result in results
         for metric in result["metrics"]
-    ] == [
-        ("old", 0.8, None),
-        ("old", 0.9, {"after_training": "old"}),
-        ("new", 0.7, None),
-    ]
+    ] == [("old", 0.8, None), ("old", 0.9, {"after_training": "old"}), ("new", 0.7, None)]
     for line in (
         "| 2 | new | sequence-classification | good, bad | new.jsonl | ewc, λ = 30 |",
         "| old | 0.9000 | – |",

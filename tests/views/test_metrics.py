@@ -1,6 +1,5 @@
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from consolidate.views.metrics import (
     write_metrics,
 )
 from formats.errors import InputError
+from support.checkpoints import Write
 from support.command_line import MODEL, run
 
-Write = Callable[..., Path]
 FAST = ("--optimizer", "adam", "--learning-rate", 0.01, "--epochs", 20)
 
 

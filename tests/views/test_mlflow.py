@@ -3,7 +3,6 @@
 import json
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from consolidate.views.mlflow import open_run
 from consolidate.views.tracking import tracked
 from formats.digest import set_digest
 from formats.fisher_json import read_ledger
+from support.checkpoints import Write
 from support.command_line import MODEL, run
 
 mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed")
@@ -24,8 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
     pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"),
 ]
-
-Write = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import yaml
 
 import consolidate
 from consolidate.api import verify
+from support.checkpoints import Write
 from support.loopback_hub import TOKEN, Hub, run
 
-Write = Callable[..., Path]
 MODEL = {"model": "support.networks:make_network"}
 TRAIN = MODEL | {"max_steps": 2, "overwrite": True}
 THEIRS = "---\nlicense: mit\ntags: [theirs]\n---\n# The base\n\nTheir own words.\n"

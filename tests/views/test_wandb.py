@@ -6,7 +6,7 @@ import os
 import signal
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import pytest
 
 from formats.digest import set_digest
 from formats.fisher_json import read_ledger
+from support.checkpoints import Write
 from support.command_line import MODEL, run
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed")
 
-Write = Callable[..., Path]
 BLOCK = 32768  # bytes of the log format, which is that of LevelDB
 
 

@@ -8,9 +8,11 @@ from typing import NamedTuple
 FIRST = ("lora", "lora_convolutions", "interpolation")
 """What a user would choose instead of a penalty: done before the other methods in each round."""
 MAIN = (*FIRST, "free", "l2", "ewc", "inputs")
-WITHOUT_DATA = ("ewc_generated", "ewc_random", "replay_generated", "inputs_generated")
-WITHOUT_DATA += ("ewc_many", "inputs_many", "ewc_data_many", "inputs_data_many")
-WITHOUT_DATA += ("ewc_random_many", "inputs_random_many", "ewc_prompted", "ewc_mails")
+WITHOUT_DATA = (
+    *("ewc_generated", "ewc_random", "replay_generated", "inputs_generated"),
+    *("ewc_many", "inputs_many", "ewc_data_many", "inputs_data_many"),
+    *("ewc_random_many", "inputs_random_many", "ewc_prompted", "ewc_mails"),
+)
 """What protects a language model with other text than 64 rows of the old task."""
 ORDER = {"language_model": (("free", "l2", "ewc", "ewc_generated", "ewc_random"), FIRST)}
 """Of a setting whose units take long: what is done first, all seeds of it."""

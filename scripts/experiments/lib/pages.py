@@ -39,8 +39,10 @@ from scripts.experiments.lib.page_texts import (
 from scripts.experiments.lib.pictures import COLOURS, panels, save_picture, write_csv
 from scripts.experiments.lib.records import Record, mean, signed
 
-OURS = ("ewc", "inputs", "ewc_interpolated", "inputs_interpolated", "lora_ewc")
-OURS += ("ewc_generated", "inputs_generated", "ewc_many", "inputs_many")
+OURS = (
+    *("ewc", "inputs", "ewc_interpolated", "inputs_interpolated", "lora_ewc"),
+    *("ewc_generated", "inputs_generated", "ewc_many", "inputs_many"),
+)
 EVERYWHERE = {"ewc": COLOURS[6], "inputs": COLOURS[5]}
 """In every panel, in the same colours."""
 PANELS = (
@@ -315,8 +317,10 @@ def draw(setting: Setting, folder: Path) -> None:
     page = PAGES[setting.name]
     factor = page.scale.factor
     shown = [names for names in PANELS if any(setting.curves[one] for one in names)]
-    size = {"width": 4.6, "height": 4.2, "across": 4 if len(shown) < 5 else 3}
-    figure, axes = panels(max(1, len(shown)), **size, sharex=True, sharey=True)
+    across = 4 if len(shown) < 5 else 3
+    figure, axes = panels(
+        max(1, len(shown)), width=4.6, height=4.2, across=across, sharex=True, sharey=True
+    )
     for axis, methods in zip(axes, shown, strict=False):
         for method in (*methods, *EVERYWHERE):
             curves = setting.curves[method]

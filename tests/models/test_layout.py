@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from consolidate.models.tensor_names import Group, Layout, same_names_layout
+from consolidate.models.layout import Group, Layout
+from consolidate.models.tensor_names import same_names_layout
 from formats.errors import InputError
 from formats.fisher_json import Block
 
