@@ -22,6 +22,7 @@ from consolidate.training.budget import (
     rows_measured,
 )
 from consolidate.training.loop import Step
+from formats.errors import NonFiniteError
 from formats.partial_work import StoredWork
 
 if TYPE_CHECKING:
@@ -79,8 +80,14 @@ class Controller:
         if step <= self.state["last"] or step == self._steps:
             return
         if is_due(step, self._steps, begun=bool(measured)):
-            with signals.waiting(all_processes() is not None), torch.random.fork_rng():
-                lost = max(self._lost().values())
+            try:
+                with signals.waiting(all_processes() is not None), torch.random.fork_rng():
+                    lost = max(self._lost().values())
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"step {step}, old tasks of --validation: {error}; lower --learning-rate, or "
+                    "use --max-grad-norm"
+                ) from error
             if (strength := self._strength(steps, lost)) is not None:
                 measured.append(asdict(Measured(step, lost, strength)))
                 LOG.info("step %d: %+.4g nats of old loss, λ = %.3g", step, lost, strength)

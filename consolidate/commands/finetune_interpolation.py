@@ -204,6 +204,8 @@ class Interpolator:
         if self.plan.budget is not None:
             alpha = largest_kept(self._tried())
             LOG.info("α = %g is the largest of %d that keeps the budget", alpha, len(trials))
+            if alpha == 0:
+                LOG.warning("no α above 0 keeps the budget: %s is not learned", self.plan.new)
             return alpha
         if self.plan.old:
             chosen = best_mean(trials)
@@ -224,9 +226,15 @@ class Interpolator:
         if metrics is not None:
             if self.plan.old:
                 lost = max(forgetting(self.state["before"], metrics, self.plan.old).values())
-            scores = ", ".join(f"{name} {found['score']:.4f}" for name, found in metrics.items())
-            LOG.info("α = %g: %s", alpha, scores)
+            LOG.info("α = %g: %s", alpha, self._told(metrics))
         return Trial(alpha, metrics, lost)
+
+    def _told(self, metrics: Metrics) -> str:
+        """Write what α is chosen by: scores, or what old tasks lost of a budget."""
+        if self.plan.budget is None:
+            return ", ".join(f"{name} {found['score']:.4f}" for name, found in metrics.items())
+        lost = rises(self.state["before"], metrics, self.plan.old)
+        return ", ".join(f"{name} {nats:+.4g} nats" for name, nats in lost.items())
 
     def _measure(self) -> Metrics:
         assert self._held is not None  # α is chosen

@@ -229,6 +229,10 @@ def _keeps_from_budget(options: FinetuneOptions) -> str:
         return "--ewc-lambda, as it sets λ itself"
     if options.interpolating.interpolate is not None:
         return "--interpolate, as it sets α itself"
+    if options.gate.compare_none:
+        return "--compare-none, as the run without a penalty would not go back to any α"
+    if options.search.select or options.search.search_plot:
+        return "--select or --search-plot, as it does not search"
     if options.recipe.norm_statistics == "update":
         return "--norm-statistics update, with which no α is sure to keep it"
     return "--shard, where no process has whole weights" if options.parameters.shard else ""

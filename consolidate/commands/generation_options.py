@@ -47,7 +47,10 @@ def check_generation(options: FisherOptions) -> None:
 def _check_file(options: FisherOptions, path: Path) -> None:
     """Refuse a file for the texts that another file of the command would meet."""
     check_file(path)
-    place = path.resolve()
+    try:
+        place = path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise UsageError(f"--save-generated {path}: {error}: name another file") from error
     for folder in (options.checkpoint, options.output_dir):
         if folder is not None and place.is_relative_to(Path(folder).resolve()):
             raise UsageError(f"--save-generated {path} is in {folder}: name a file outside of it")

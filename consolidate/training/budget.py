@@ -6,6 +6,7 @@ the budget certain on the rows it is measured on.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,7 +107,7 @@ def next_strength(now: Measured, first: float, lost: float, budget: float) -> fl
 
 def _error(lost: float, budget: float) -> float:
     """Return how many factors of 10 a loss is over the budget, within bounds."""
-    ratio = lost / budget
+    ratio = lost / max(budget, sys.float_info.min)  # smaller numbers may be flushed to zero
     return -NOTABLE if ratio <= 0 else max(-NOTABLE, min(NOTABLE, math.log10(ratio)))
 
 

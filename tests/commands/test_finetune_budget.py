@@ -1,6 +1,7 @@
 """`finetune --budget`: λ follows what held-out rows of earlier tasks lose."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from consolidate.api import evaluate, finetune, fisher, show
 from consolidate.commands import finetune_budget
 from consolidate.runtime import signals
-from formats.errors import UsageError
+from formats.errors import NonFiniteError, UsageError
 from support.checkpoints import normed
 from support.command_line import run
 from support.faults import Killed, break_off, kill_after
@@ -200,6 +201,32 @@ def test_another_budget_or_other_rows_are_another_result(
     assert finetune(learned, b, budget=0.2, validation={"a": other}, **options)["status"] == "done"
 
 
+def test_the_smallest_budget_is_kept_and_what_is_lost_is_told_in_nats(
+    learned: Path,
+    held: Path,
+    write_task: Write,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "consolidate")
+    options = {**COMMON, "budget": 1e-320, "validation": {"a": held}}
+    found = finetune(learned, write_task("b", seed=1), output_dir=tmp_path / "out", **options)
+    assert found["budget"]["lost"]["a"] <= 0
+    [told] = re.findall(r"α = 1: a ([-+].*) nats", caplog.text)
+    assert (float(told) <= 0) == (found["interpolation"] is None)
+
+
+def test_training_that_diverges_within_a_budget_says_so(
+    learned: Path, held: Path, write_task: Write, tmp_path: Path
+) -> None:
+    options = {**COMMON, "budget": 0.02, "validation": {"a": held}, "learning_rate": 1e38}
+    options |= {"optimizer": "sgd"}
+    message = r"step \d+.*lower --learning-rate"
+    with pytest.raises(NonFiniteError, match=message):
+        finetune(learned, write_task("b", seed=1), output_dir=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("budget", [0, -0.1, float("nan"), float("inf")])
 def test_a_budget_is_above_0(learned: Path, tmp_path: Path, budget: float) -> None:
     with pytest.raises(UsageError, match=r"--budget .*: expected a finite number above 0"):
@@ -216,7 +243,8 @@ def test_a_budget_is_above_0(learned: Path, tmp_path: Path, budget: float) -> No
         ({"interpolate": "auto"}, "--budget cannot be combined with --interpolate"),
         ({"norm_statistics": "update"}, "--budget cannot be combined with --norm-statistics"),
         ({"shard": True}, "--budget cannot be combined with --shard"),
-        ({"select": "largest"}, "--select and --search-plot need a search"),
+        ({"select": "largest"}, "--budget cannot be combined with --select or --search-plot"),
+        ({"compare_none": True}, "--budget cannot be combined with --compare-none"),
         ({"interpolation": "fisher"}, "--interpolation fisher needs --interpolate"),
         ({"validation": None}, r"needs held-out rows of an earlier task: .* one of a$"),
         ({"validation": "new"}, r"needs held-out rows of an earlier task: .* one of a$"),

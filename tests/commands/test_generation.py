@@ -525,6 +525,14 @@ def test_its_options_need_it(gpt2: Path, option: str) -> None:
         consolidate.fisher(gpt2, "x.jsonl", **{option: value})
 
 
+def test_a_link_to_itself_takes_no_texts(gpt2: Path, tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises((UsageError, InputError), match="loop"):
+        consolidate.fisher(gpt2, **FEW, save_generated=loop)
+    assert loop.is_symlink()
+
+
 @pytest.mark.parametrize("name", ["gpt2/model.safetensors", "out/texts.jsonl", "p.txt"])
 def test_texts_are_not_written_over_other_files_of_the_command(
     gpt2: Path, tmp_path: Path, name: str

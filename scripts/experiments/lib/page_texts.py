@@ -125,9 +125,26 @@ the old task alone, so that its training text is known: news and science from th
 State of the Union addresses in equal parts, 4,224 rows of 64 tokens, 3,000 steps of 8 rows, AdamW,
 learning rate 3e-3 with linear decay. New task: messages of rec.sport.hockey, in lower case and
 without punctuation; 60 steps of 8 rows. The score is the mean log-likelihood per token in nats.
-Test rows of the old task are from documents that the model has not seen. Old: 120 validation rows
-and 240 test rows; new: 96 and 240; every seed draws other documents. {SOURCES} Rows have 64 tokens.
-{PRECISION}
+Test rows of the old task are from documents that the model has not seen (the byte pairs are of all
+prose). Old: 120 validation rows and 240 test rows; new: 96 and 240; every seed draws documents
+anew, from the same few. {SOURCES} Rows have 64 tokens. {PRECISION}
+""",
+        limits="""
+## What the comparison leaves open
+
+The model is small and weak: its perplexity on prose is 107 before the new task, and about 140 after
+it with the best of the usual methods. The 240 test rows of the old task come from about five
+documents in each seed, and the errors take rows as independent: they are too small.
+
+`Joint training` draws 480 of the 4,224 old rows, with one weight and three rates of which the
+largest is best: it is no upper bound. `Replay of 1 %` has 42 rows of one news document, and its
+rate is a third of most others'. The chosen rate, 0.003, is the edge of the grid for all others that
+were searched; EWC's variants take it without a search of their own. Replay of generated texts has
+64 of them.
+
+Where less is learned the order changes: at a new score of -5.4 interpolation keeps more than EWC's
+diagonal (0.08 nats), and 0.03 less than the structure `inputs` of 1,024 generated texts. Figures of
+a level that not all seeds reach are means over different seeds: compare the paired differences.
 """,
     ),
     "text_chain": Page(
@@ -214,10 +231,12 @@ adapts all convolutions and linear layers.
 """,
     ),
 }
-CANDIDATE_TEXT = """ `EWC with a floor` adds 0.1 of the mean Fisher to that of every weight.
-`EWC, tempered Fisher` measures the Fisher of softmax(z/T), times T², with T = 4. Both have three
-seeds.
-"""
+CANDIDATE_TEXT = {
+    "ewc_floor": " `EWC with a floor` adds 0.1 of the mean Fisher to that of every weight.",
+    "ewc_tempered": (
+        " `EWC, tempered Fisher` measures the Fisher of softmax(z/T), times T², with T = 4."
+    ),
+}
 TRIAL = """
 It is not complete yet. In a trial, which has no curve and whose strengths were seen on test rows,
 it kept 86.6, 88.4 and 89.3 at the first level with seeds 0, 1 and 2 (read by eye), and EWC 90.6,
@@ -274,9 +293,9 @@ Means over seeds, in {unit}; seconds are processor time of training on one core.
 {untried}
 """
 UNTRIED = """
-other ranks and targets of LoRA; OSFT and other projections; replay of text that the model
-generates; optimizers other than AdamW; EWC by proximal steps; other numbers of steps on the new
-task, except by the method with fewer steps; larger models.
+other ranks and targets of LoRA; OSFT and other projections; optimizers other than AdamW; EWC by
+proximal steps; other numbers of steps on the new task, except by the method with fewer steps;
+larger models.
 """
 OVERVIEW = """# What is kept against what is learned
 

@@ -382,7 +382,7 @@ def page_text(setting: Setting, searches: Mapping[str, Sequence[Record]]) -> str
         + "; ".join(counts)
         + "."
         + shares,
-        candidates=CANDIDATE_TEXT * any(setting.curves[name] for name in CANDIDATES),
+        candidates="".join(CANDIDATE_TEXT[name] for name in CANDIDATES if setting.curves[name]),
         unit=page.scale.unit,
         forgotten=forgotten(setting),
         levels="\n\n".join(tables) or "No curve is complete yet.",

@@ -69,7 +69,11 @@ The reference is the Fisher of {reference}. *Other rows of the same text* share 
 they miss is chance. Overlap: Σ √(â b̂), â and b̂ scaled to unit trace (Kirkpatrick et al. 2017).
 Correlation: Pearson's, over all weights. Trace: divided by the reference's. Layers: the median
 overlap, and the least, over the embeddings and the layers. One sampled text of labels a row;
-generated texts count with their own. Means over seeds with standard errors.
+generated texts count with their own. Prompts of the small model are the first 8 tokens of mails.
+Means over seeds with standard errors.
+
+**A Fisher that is more alike need not protect more**: with 64 texts the small model kept most with
+random tokens, whose overlap is the least.
 
 {tables}
 """
