@@ -17,9 +17,10 @@ from torch import Tensor
 import consolidate
 from consolidate.data.prompts import NoPrompts
 from consolidate.data.text_plan import plan_texts
+from consolidate.models.generation_plan import TextPlan
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
-from consolidate.models.sampling import TextPlan, continued, reread, up_to_end
+from consolidate.models.sampling import continued, reread, up_to_end
 from consolidate.options import Generation
 from formats.checkpoint import open_checkpoint
 from formats.fisher_folder import read_fisher

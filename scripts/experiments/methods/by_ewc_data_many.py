@@ -6,4 +6,6 @@ from scripts.experiments.lib.tuning import Done, Job
 
 def tune(job: Job) -> Done:
     """Measure, train."""
-    return protected(job, DATA, 16 * job.setting.fisher_rows)
+    setting = job.setting
+    count = min(16 * setting.fisher_rows, len(setting.old.train))
+    return protected(job, DATA, count)

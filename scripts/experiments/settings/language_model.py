@@ -55,7 +55,7 @@ class Setting(RunningText):
 
         self.seed = seed
         self.model = raw / MODEL
-        tokenizer = Tokenizer.from_file(str(self.model / "tokenizer.json"))
+        tokenizer: Any = Tokenizer.from_file(str(self.model / "tokenizer.json"))
         end, turn_ends = map(tokenizer.token_to_id, (END_OF_TEXT, TURN_ENDS))
 
         def encode(documents: Any) -> list[list[int]]:

@@ -39,7 +39,7 @@ SETTINGS: dict[str, ModuleType] = {one.NAME: one for one in (small_language_mode
 MODELS = {language_model.NAME: "SmolLM2-135M", small_language_model.NAME: "The small model"}
 REFERENCE = {language_model.NAME: 132, small_language_model.NAME: 2112}
 """Rows of the old task's text whose Fisher the others are compared with."""
-COUNTS = {
+COUNTS: dict[str, dict[str, tuple[int, ...]]] = {
     language_model.NAME: dict.fromkeys((OTHER_DATA, GENERATED, PROMPTED, MAILS, RANDOM), (64,)),
     small_language_model.NAME: dict.fromkeys(
         (OTHER_DATA, GENERATED, PROMPTED, MAILS, RANDOM), (64, 256, 1024)
