@@ -148,9 +148,9 @@ def _stop(signum: int, frame: FrameType | None) -> None:
         signal.signal(signum, signal.SIG_IGN)
     first = not asked()  # Linux can send one for each thread of a torchrun that is killed
     if ask(reason):
-        how = b"" if several else b"; press Ctrl-C again to exit at once"
+        again = b"" if several or reason is Terminated else b"; press Ctrl-C again to exit at once"
         if rank() == 0 and first:
-            os.write(2, b"stopping at the next point to resume from%s\n" % how)
+            os.write(2, b"stopping at the next point to resume from%s\n" % again)
         return
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):

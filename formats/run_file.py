@@ -43,8 +43,16 @@ _TASK = ("name", "data", "evaluate", "train")
 _RUN = [name for name in RunFile.__struct_encode_fields__ if name != "path"]
 
 
-def read_run_file(path: Path, options: Collection[str]) -> RunFile:
-    """Read a run file strictly; `options` are the names that an option of a task may have."""
+def read_run_file(
+    path: Path, options: Collection[str], of_command: Collection[str] = ()
+) -> RunFile:
+    """Read a run file strictly.
+
+    Args:
+        path: The file.
+        options: The names that an option of a task may have.
+        of_command: Names of options that only the command line has.
+    """
     content = read_toml(path)
     folder = path.parent
     refuse_unknown(str(path), content, _RUN)
@@ -54,13 +62,13 @@ def read_run_file(path: Path, options: Collection[str]) -> RunFile:
             f"{path}: expected at least one table [[task]] with name and data, found none"
         )
     content["task"] = [
-        _task(task, f"{path}, task {number}", folder, options)
+        _task(task, f"{path}, task {number}", folder, options, of_command)
         for number, task in enumerate(tasks, 1)
     ]
     if (output := content.get("output-dir")) and isinstance(output, str):
         content["output-dir"] = folder / expanded(output, f"{path}: output-dir: ")
     run = converted({"path": path, **content}, RunFile, str(path))
-    refuse_unknown(f"{path}, [defaults]", run.defaults, options)
+    _refuse_others(f"{path}, [defaults]", run.defaults, options, of_command)
     if run.start is not None and run.config is not None:
         raise InputError(f"{path}: config cannot be combined with start; leave one of them out")
     try:
@@ -83,12 +91,31 @@ def read_run_file(path: Path, options: Collection[str]) -> RunFile:
     )
 
 
-def _task(content: dict[str, Any], where: str, folder: Path, options: Collection[str]) -> RunTask:
-    refuse_unknown(where, content, [*_TASK, *options])
+def _task(
+    content: dict[str, Any],
+    where: str,
+    folder: Path,
+    options: Collection[str],
+    of_command: Collection[str],
+) -> RunTask:
+    _refuse_others(where, content, [*_TASK, *options], of_command)
     own = {key: content[key] for key in _TASK if key in content}
     others = {key: value for key, value in content.items() if key not in _TASK}
     task = converted({**own, "options": others}, RunTask, where)
     return replace(task, data=resolve(task.data, folder), evaluate=_resolved(task.evaluate, folder))
+
+
+def _refuse_others(
+    where: str, found: Collection[str], known: Collection[str], of_command: Collection[str]
+) -> None:
+    """Refuse keys that a run file cannot have."""
+    here = {*known, *_TASK, *_RUN}
+    if elsewhere := [key for key in found if key in of_command and key not in here]:
+        raise InputError(
+            f"{where}: {elsewhere[0]!r} is an option of `consolidate finetune` alone: leave it "
+            "out, or train the task with that command"
+        )
+    refuse_unknown(where, found, known)
 
 
 def _resolved(data: str | None, folder: Path) -> str | None:

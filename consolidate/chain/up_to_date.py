@@ -21,6 +21,7 @@ class Output(NamedTuple):
 
     checkpoint: Path
     made_from: str  # digest of everything that the result depends on
+    tasks: list[str]  # of its ledger
 
 
 def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
@@ -39,7 +40,8 @@ def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
         digest = ledger.made_from
     else:
         digest = None if ledger.made_from is not None else ledger.tasks[-1].made_from
-    return None if digest is None else Output(checkpoint, digest)
+    names = [task.name for task in ledger.tasks]
+    return None if digest is None else Output(checkpoint, digest, names)
 
 
 def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher | None:

@@ -26,6 +26,7 @@ from consolidate.commands.finetune_choice import (
     plan_search,
     same_data,
 )
+from consolidate.commands.generation_options import TASK
 from consolidate.data.columns import columns_of
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import Lora
@@ -54,16 +55,23 @@ class Opened(Inputs):
     task: str
     objective: str | None
     columns: Columns
+    to_measure: tuple[str, ...] = ()  # what --protect-self measures before the rest is planned
+
+    @property
+    def has_fisher(self) -> bool:
+        """Whether the penalty has a Fisher, or will have."""
+        return self.protecting is not None or bool(self.to_measure)
 
     @property
     def uses_factors(self) -> bool:
         """Whether the penalty, if it is of the Fisher, is made of its factors."""
-        return self.structure == "inputs" and factors_of(self.protecting) is not None
+        stored = factors_of(self.protecting) is not None
+        return self.structure == "inputs" and (stored or bool(self.to_measure))
 
     @property
     def old_tasks(self) -> list[str]:
         """The names of the tasks of the chain so far."""
-        return [task.name for task in self.tasks]
+        return [*(task.name for task in self.tasks), *self.to_measure]
 
     def commits(self) -> dict[str, str]:
         """Give the commits of what came from the Hub."""
@@ -317,13 +325,13 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
 
 def _check_structure(options: FinetuneOptions, opened: Opened) -> None:
     """Refuse a structure that the Fisher lacks, and what cannot be combined with it."""
-    structure, protecting = opened.structure, opened.protecting
+    structure = opened.structure
     check_structure(structure, options.estimation, options.parameters, prefix="fisher-")
-    of_fisher = options.penalty.penalty == "ewc" and protecting is not None
+    of_fisher = options.penalty.penalty == "ewc" and opened.has_fisher
     if options.curvature.structure == "inputs" and of_fisher and not opened.uses_factors:
-        assert protecting is not None
+        assert opened.protecting is not None
         raise InputError(
-            f"{protecting.folder} has no factors, which --structure inputs needs: measure it again "
+            f"{opened.protecting.folder} has no factors, which --structure inputs needs: measure it again "
             "with `consolidate fisher --structure inputs`, or leave --structure out"
         )
     if structure == "inputs":
@@ -394,7 +402,7 @@ def _plan_interpolation(options: FinetuneOptions, opened: Opened) -> Interpolati
     budget = options.search.budget
     if alpha is None and budget is None:
         return None
-    if method == "fisher" and opened.before is None:
+    if method == "fisher" and not opened.old_tasks:
         raise InputError(
             f"--interpolation fisher needs the Fisher of earlier tasks, and {opened.source.path} "
             "has none: run `consolidate fisher` first, or leave it out"
@@ -426,7 +434,8 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
         protecting = None if place is None else stored_fisher(place, source.base)
         where = (source.base.path, source.base.path)
     objective = asked_source.objective
-    if protecting is None and kind == "ewc":
+    to_measure = () if penalty.protect_self is None else (TASK,)
+    if protecting is None and kind == "ewc" and not to_measure:
         if asked_source.model is None and objective and lacks_head(source, objective):
             raise InputError(
                 f"{where[0]} has no head for {objective} yet: train a first task with "
@@ -452,6 +461,7 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
         columns=columns_of(options.encoding.columns, task_file.columns()),
         merging=merging,
         structure=settled_structure(options.curvature.structure, before or protecting),
+        to_measure=to_measure,
     )
 
 

@@ -10,11 +10,8 @@ from consolidate.options import (
     Estimation,
     FinetuneOptions,
     FisherOptions,
-    Gate,
     Generation,
-    Interpolating,
     Merging,
-    Search,
 )
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
@@ -39,16 +36,8 @@ def fisher_of_itself(options: FinetuneOptions) -> tuple[FisherOptions, Checkpoin
 
 
 def _checked(options: FinetuneOptions) -> Checkpoint:
-    """Refuse what is known to be wrong before the measurement; the rest needs its ledger."""
-    plan = plan_finetune(
-        replace(
-            options,
-            penalty=replace(options.penalty, penalty="l2"),  # which needs no Fisher
-            search=Search(1.0),
-            interpolating=Interpolating(),
-            gate=Gate(),
-        )
-    )
+    """Refuse before the measurement what would be refused after it."""
+    plan = plan_finetune(options)
     source, before = plan.opened.source, plan.opened.before
     if before is not None:
         tasks = few([task.name for task in before.ledger.tasks], 5)
@@ -65,4 +54,6 @@ def _checked(options: FinetuneOptions) -> Checkpoint:
             f"{source.path} is an adapter, and --protect-self is for whole models: measure it "
             "first with `consolidate fisher --generate`"
         )
+    if plan.there is None or plan.there.tasks[0] != TASK:  # else it may be up to date
+        plan.check_target()
     return source

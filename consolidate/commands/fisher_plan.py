@@ -14,9 +14,10 @@ from consolidate.chain.opening import stored_fisher, with_base
 from consolidate.chain.output import check_output
 from consolidate.chain.tasks import settled_merging, task_name
 from consolidate.chain.up_to_date import Output, find_output
-from consolidate.commands.generation_options import check_generation, open_source
+from consolidate.commands.generation_options import check_generation, open_source, refuse_texts
 from consolidate.data.columns import columns_of
 from consolidate.options import Columns, FisherOptions, Merging
+from formats.atomic import partial_path
 from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.checkpoint_files import check_link
 from formats.digest import json_digest
@@ -111,6 +112,11 @@ class Plan(Inputs):
         if not whole:
             check_link(self.folder, self.folder / "fisher")  # which readers refuse
         check_output(self.target, self.source, overwrite=self.replaces, whole=whole)
+        texts = self.options.generation.save_generated
+        if texts is None or self.options.saving.overwrite or not Path(texts).exists():
+            return
+        if not partial_path(self.target).exists():  # which resumes with the same texts
+            refuse_texts(Path(texts))
 
     def afresh(self) -> "Plan":
         """Give the plan without a task that turned out to be measured already."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from consolidate.chain.resume import KeptPass, KeptWork, keep_texts, kept_texts, texts_to_keep
+from consolidate.commands.generation_options import refuse_texts
 from consolidate.data.generation import examples_of, generate, json_lines
 from consolidate.data.text_examples import TextExamples
 from consolidate.models.generation_plan import TextPlan
@@ -38,13 +39,6 @@ class Sample(NamedTuple):
     kept: KeptPass
 
 
-def _refuse_existing(path: Path) -> None:
-    raise InputError(
-        f"{path} already exists, with other content: delete it, name another file with "
-        "--save-generated, or replace it with --overwrite"
-    )
-
-
 def has_texts(options: FisherOptions, ledger: Ledger) -> bool:
     """Return whether the file for the texts, if one is named, has those of a ledger's last task.
 
@@ -59,7 +53,7 @@ def has_texts(options: FisherOptions, ledger: Ledger) -> bool:
     if file_digest(Path(named)) == generated.texts:
         return True
     if not options.saving.overwrite:
-        _refuse_existing(Path(named))
+        refuse_texts(Path(named))
     LOG.info("%s has other texts than the Fisher was measured on: measuring again", named)
     return False
 
@@ -88,7 +82,7 @@ def generate_sample(
             "of tokens: save it beside the weights, or leave the option out"
         )
     if file is not None and file.exists() and found is None and not overwrite:
-        _refuse_existing(file)
+        refuse_texts(file)
     group, start = all_processes(), kept_texts(found)
     before = 0 if start is None else len(start.texts)
     if before:
@@ -112,7 +106,7 @@ def generate_sample(
     lines = "" if model.processor is None else json_lines(model, prompts, texts)
     if file is not None and is_first(group):
         if file.exists() and not overwrite and file.read_text(encoding="utf-8") != lines:
-            _refuse_existing(file)
+            refuse_texts(file)
         write_file(file, lines)
     sampled = estimation.estimator in ("mc", "batched")
     record = Generated(

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from consolidate.data.prompts import open_prompts
 from consolidate.options import Encoding, FisherOptions, Generation
 from formats.atomic import check_file
-from formats.errors import UsageError
+from formats.errors import InputError, UsageError
 from formats.rows import Rows
 from formats.task_file import TaskFile, open_task
 
@@ -57,6 +58,14 @@ def _check_file(options: FisherOptions, path: Path) -> None:
     prompts = options.generation.prompts
     if prompts is not None and place == Path(prompts).resolve():
         raise UsageError(f"--save-generated {path} is the file of the prompts: name another")
+
+
+def refuse_texts(path: Path) -> NoReturn:
+    """Refuse to replace a file by generated texts."""
+    raise InputError(
+        f"{path} already exists, with other content: delete it, name another file with "
+        "--save-generated, or replace it with --overwrite"
+    )
 
 
 def lacks_texts(options: Generation) -> bool:

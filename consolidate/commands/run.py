@@ -26,6 +26,7 @@ from consolidate.commands.finetune_plan import check_options, plan_finetune
 from consolidate.commands.fisher import fisher
 from consolidate.commands.fisher_plan import plan_fisher
 from consolidate.commands.run_options import (
+    OF_COMMAND,
     OPTIONS,
     fisher_options,
     of_training,
@@ -101,7 +102,7 @@ def run(options: RunOptions) -> RunResult:
         UsageError: Options contradict each other.
         NonFiniteError, ForgettingError: As for `finetune`.
     """
-    run_file = read_run_file(Path(options.path), tuple(OPTIONS))
+    run_file = read_run_file(Path(options.path), tuple(OPTIONS), OF_COMMAND)
     given = options.output_dir or run_file.output_dir
     if given is None:
         raise UsageError(

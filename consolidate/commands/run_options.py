@@ -10,8 +10,11 @@ from consolidate.options import FinetuneOptions, FisherOptions
 from formats.errors import InputError
 from formats.task_file import resolve
 
-OPTIONS = {flat.flag: flat for flat in flat_options(FinetuneOptions) if flat.option.in_run_file}
+_ALL = {flat.flag: flat for flat in flat_options(FinetuneOptions)}
+OPTIONS = {key: flat for key, flat in _ALL.items() if flat.option.in_run_file}
 """What a run file may set for a task, by key."""
+OF_COMMAND = tuple(key for key in _ALL if key not in OPTIONS)
+"""What only the command line of `finetune` has."""
 
 _OF_TRAINING = {"search", "penalty", "replaying", "adapter", "head", "recipe", "gate", "measuring"}
 _OF_BOTH = {"seed", "batch_size"}  # of the recipe, and meant for the Fisher too

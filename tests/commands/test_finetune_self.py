@@ -159,3 +159,41 @@ def test_a_model_with_a_fisher_or_without_texts_is_refused(
     with pytest.raises(InputError, match=r"has a Fisher, of old, .* leave --protect-self out"):
         consolidate.finetune(gpt2, data, output_dir=tmp_path / "out", **given)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))]
+
+
+def test_what_would_be_refused_after_the_measurement_is_refused_before_it(
+    gpt2: Path, data: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text() + '{"text": "more"}\n')
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "mine").write_text("mine")
+    consolidate.finetune(
+        gpt2, data, output_dir=tmp_path / "trained", penalty="none", **COMMON, max_steps=1
+    )
+    before = contents(tmp_path)
+    for options, message in (
+        ({"validation": {"old": other}, "ewc_lambda": "auto"}, "--validation old: expected the ne"),
+        ({"validation": {"self": data}, "ewc_lambda": "auto"}, "cannot be chosen on training or"),
+        ({"max_forgetting": 0.1}, "--max-forgetting"),
+        ({"structure": "inputs", "penalty_step": "proximal"}, "--penalty-step proximal cannot"),
+        ({"output_dir": tmp_path / "occupied"}, "occupied is not empty"),
+        ({"output_dir": tmp_path / "trained"}, "trained is not empty"),
+    ):
+        given = {"output_dir": tmp_path / "out", **COMMON, **TRAINED, "protect_self": 4, **options}
+        with pytest.raises((InputError, UsageError), match=message):
+            consolidate.finetune(gpt2, data, **given)
+        assert contents(tmp_path) == before
+
+
+def test_it_chooses_by_held_out_rows_of_what_it_measures(
+    gpt2: Path, data: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "rain falls on the hills"}\n{"text": "more rain"}\n')
+    given = {**COMMON, **TRAINED, "ewc_lambda": [1.0, 10.0], "validation": {"self": other}}
+    result = consolidate.finetune(
+        gpt2, data, output_dir=tmp_path / "out", protect_self=4, max_forgetting=0.5, **given
+    )
+    assert list(result["metrics"]["after"]) == ["self"]
+    assert len(result["lambda_search"]["trials"]) == 2

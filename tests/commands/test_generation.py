@@ -552,11 +552,15 @@ def test_texts_are_not_written_over_other_files_of_the_command(
     assert contents(tmp_path) == before
 
 
-def test_an_existing_file_is_not_replaced_unless_asked(gpt2: Path, tmp_path: Path) -> None:
+def test_an_existing_file_is_not_replaced_unless_asked(
+    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts, options = tmp_path / "texts.jsonl", {**FEW, "save_generated": tmp_path / "texts.jsonl"}
     texts.write_text("mine\n")
+    monkeypatch.delattr(fisher_command, "load")  # it is refused before that
     with pytest.raises(InputError, match="already exists"):
         consolidate.fisher(gpt2, **options)
+    monkeypatch.undo()
     assert texts.read_text() == "mine\n"
     assert not (gpt2 / "fisher").exists()
     consolidate.fisher(gpt2, **options, overwrite=True)

@@ -114,3 +114,15 @@ def test_refused(tmp_path: Path, case: str) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tasks\.toml cannot be read: No such file"):
         read_run_file(tmp_path / "tasks.toml", OPTIONS)
+
+
+@pytest.mark.parametrize("start", [TASK, "[defaults]\n"])
+def test_an_option_of_the_command_alone_is_refused_with_what_to_do(
+    tmp_path: Path, start: str
+) -> None:
+    text = start + "protect-self = 4\n" + (TASK if start != TASK else "")
+    with pytest.raises(InputError, match="'protect-self' is an option of `consolidate finetune`"):
+        read_run_file(write(tmp_path, text), OPTIONS, ["protect-self", "evaluate"])
+    text = text.replace("protect-self = 4", 'evalute = "x"')
+    with pytest.raises(InputError, match="unknown key 'evalute'"):
+        read_run_file(write(tmp_path, text), OPTIONS, ["protect-self", "evaluate"])
