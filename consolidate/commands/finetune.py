@@ -1,65 +1,47 @@
 """What `consolidate finetune` does, without the command line: read, train, measure, write."""
 
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
 
-import torch
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming
 from consolidate.chain.fitted_chain import pending_task
 from consolidate.chain.output import discard_measured, failed_folder, measured_folder, output_bytes
 from consolidate.chain.resume import KeptPass, KeptWork
-from consolidate.chain.tasks import Training, add_task, with_structure
-from consolidate.chain.up_to_date import cached, recorded_fisher
+from consolidate.chain.up_to_date import cached
 from consolidate.commands.finetune_budget import Controller
 from consolidate.commands.finetune_compare import completed, train_without_penalty
 from consolidate.commands.finetune_gate import failed_before
 from consolidate.commands.finetune_interpolation import Interpolator
-from consolidate.commands.finetune_nats import nats_lost
+from consolidate.commands.finetune_output import (
+    report_cached,
+    too_much,
+    trained_record,
+    write_output,
+)
 from consolidate.commands.finetune_plan import Plan, check_options, plan_finetune
 from consolidate.commands.finetune_run import Trained, kept_of, log_replay, train
-from consolidate.commands.finetune_search import search_lambda
+from consolidate.commands.finetune_search import searched
 from consolidate.commands.finetune_self import fisher_of_itself
 from consolidate.commands.finetune_start import Start, load_start
 from consolidate.commands.finetune_weights import UNMOVED
 from consolidate.commands.fisher import measure_alone
-from consolidate.commands.measurement import (
-    encoded_as,
-    encoding_record,
-    fisher_summary,
-    kept_work,
-    log_notes,
-    measure_fisher,
-    settled_estimation,
-)
+from consolidate.commands.measurement import kept_work, measure_fisher, settled_estimation
 from consolidate.commands.run_options import fisher_options
-from consolidate.data.benchmarks import Benchmark
-from consolidate.data.examples import subset
 from consolidate.estimation.estimates import FisherDiagonal
-from consolidate.models.model import config_of
 from consolidate.options import FinetuneOptions, Merging
-from consolidate.results import Benchmark as BenchmarkResult
-from consolidate.results import Budget as BudgetResult
 from consolidate.results import (
     BudgetPoint,
     FinetuneCached,
-    Finetuned,
     FinetuneDone,
     FinetuneResult,
-    LambdaSearch,
-    MeasuredFisher,
-    TrainingStep,
 )
-from consolidate.results import Interpolation as InterpolationResult
-from consolidate.results import Replayed as ReplayedResult
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import (
     all_processes,
@@ -69,21 +51,13 @@ from consolidate.runtime.distributed import (
     is_lost,
     shards_among,
 )
-from consolidate.runtime.progress import seconds_of, start_timing
-from consolidate.training.forgetting import beyond, forgetting, scores_of
-from consolidate.training.lambda_search import Trial
+from consolidate.runtime.progress import start_timing
+from consolidate.training.forgetting import beyond, forgetting
 from consolidate.training.loop import with_statistics
-from consolidate.views.charts import write_picture
-from consolidate.views.output_card import write_card
-from consolidate.views.search_figures import search_charts
-from formats.atomic import replace_folder, write_file
-from formats.checkpoint import write_checkpoint
 from formats.digest import set_digest
-from formats.errors import ForgettingError, NonFiniteError, UsageError
+from formats.errors import NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
-from formats.fisher_json import Ledger, Replayed
 from formats.partial_work import StoredWork
-from formats.tensors import Overlaid
 
 LOG = logging.getLogger("consolidate")
 
@@ -136,7 +110,7 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
     measure = _measuring(plan, start)
     statistics = _running_statistics(plan, start)
     log_replay(start, plan.recipe)
-    search = _searched(plan, start, work, found)
+    search = searched(plan, start, work, found)
     comparison, found = train_without_penalty(plan, start, work, found, search)
     controller = _controller(plan, start, found)
     moving = _interpolator(plan, start, measure, found)
@@ -170,8 +144,10 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
             diagonal = measure(task=plan.opened.task, kept=kept)
         result = None
         if is_first(group):
-            training = _training(plan, start, trained, started_from, moving)
-            result = _write(plan, start, trained, diagonal, target, training, statistics, predicted)
+            training = trained_record(plan, start, trained, started_from, moving)
+            result = write_output(
+                plan, start, trained, diagonal, target, training, statistics, predicted
+            )
         result = from_first(result, group)
     work.remove()
     discard_measured(plan.target)
@@ -184,19 +160,19 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
     if comparison is not None:
         result["comparison"] = completed(comparison, trained.metrics)
     if forgotten and is_first(group):
-        raise _too_much(forgotten, options, result)
+        raise too_much(forgotten, options, result)
     return result
 
 
 def _done_before(plan: Plan) -> FinetuneCached | None:
     """Report an output that is up to date; one that forgot too much is refused again."""
     if (done := cached(plan.there, plan.made_from)) is not None:
-        return _cached(plan, done.ledger)
+        return report_cached(plan, done.ledger)
     if (failed := failed_before(plan)) is None:
         return None
-    result = _cached(failed.plan, failed.ledger)
+    result = report_cached(failed.plan, failed.ledger)
     if is_first(all_processes()):
-        raise _too_much(failed.forgotten, plan.options, result)
+        raise too_much(failed.forgotten, plan.options, result)
     return result
 
 
@@ -246,48 +222,6 @@ def _with_last_task(plan: Plan, cut: ProcessGroup | None) -> Plan:
     measure_alone(asked, opened.source, opened.before, folder, cut)
     LOG.info("the Fisher of %s was measured on %s, and protects it", name, data)
     return replace(plan, measured=read_fisher(folder))
-
-
-def _cached(plan: Plan, ledger: Ledger) -> FinetuneCached:
-    """Report an output that is up to date, from its ledger."""
-    source = plan.opened.source
-    weights = source.weights if source.base is None else source.base.weights
-    kept = any(name.rpartition(".")[2] == "running_mean" for name in weights)
-    statistics = plan.recipe.norm_statistics if kept else None
-    if plan.options.gate.compare_none:
-        LOG.info("--compare-none: nothing is trained, as %s is up to date", plan.target)
-    known = _known(plan, plan.target, ledger, recorded_fisher(ledger), statistics)
-    return {"status": "cached", **known}
-
-
-def _known(
-    plan: Plan,
-    target: Path,
-    ledger: Ledger,
-    fisher: MeasuredFisher | None,
-    statistics: str | None,
-) -> Finetuned:
-    """Report a fine-tuning run from its ledger, now or later."""
-    task, protecting = ledger.tasks[-1], plan.opened.protecting
-    between, replayed = task.interpolation, task.replayed
-    of_base = [] if protecting is None else [old.name for old in protecting.ledger.tasks]
-    return {
-        "checkpoint": str(target),
-        "commits": plan.opened.commits(),
-        **encoded_as(ledger, plan.opened.rows, plan.opened.columns),
-        "penalty": str(task.penalty),
-        "penalty_on": task.penalty_on,
-        "ewc_lambda": task.ewc_lambda,
-        "norm_statistics": statistics,
-        "interpolation": None if between is None else cast(InterpolationResult, asdict(between)),
-        "replayed": None if replayed is None else cast(ReplayedResult, asdict(replayed)),
-        "budget": None if task.budget is None else cast(BudgetResult, asdict(task.budget)),
-        "metrics": task.metrics,
-        "benchmarks": cast(dict[str, BenchmarkResult], asdict(task)["benchmarks"] or {}),
-        "forgotten": scores_of(task.metrics, plan.old_tasks),
-        "measured_nats": nats_lost(task.metrics, [*plan.old_tasks, *of_base]),
-        "fisher": None if fisher is None else {"folder": str(target / "fisher"), **fisher},
-    }
 
 
 def _measuring(plan: Plan, start: Start) -> Callable[..., FisherDiagonal]:
@@ -349,38 +283,6 @@ def _running_statistics(plan: Plan, start: Start) -> str | None:
     return value
 
 
-def _searched(
-    plan: Plan, start: Start, work: KeptWork, found: StoredWork | None
-) -> LambdaSearch | None:
-    """Search for λ, plot the search, and give the penalty its λ; None where λ was given.
-
-    Candidates that were trained before an interruption are not trained again.
-    """
-    if plan.search is None or start.penalty is None:
-        return None
-    search: LambdaSearch | None = None if found is None else found.state.get("search")
-    if search is None:
-        trials = [] if found is None else list(found.state.get("trials", []))
-
-        def keep(trial: Trial) -> None:
-            trials.append(asdict(trial))
-            work.keep({}, {"trials": trials}, "search")
-
-        with torch.random.fork_rng():  # the run that follows must not see that there was a search
-            search = search_lambda(
-                plan.search,
-                start,
-                plan.recipe,
-                done=[Trial(**trial) for trial in trials],
-                keep=keep,
-            )
-    start.penalty.ewc_lambda = float(search["ewc_lambda"])
-    plot = plan.options.search.search_plot
-    if plot is not None and is_first(work.group):
-        write_picture(Path(plot), search_charts(search))
-    return search
-
-
 def _forgotten(plan: Plan, trained: Trained) -> dict[str, float]:
     """Give the old tasks that lost more than allowed, and how much."""
     limit = plan.options.gate.max_forgetting
@@ -388,20 +290,6 @@ def _forgotten(plan: Plan, trained: Trained) -> dict[str, float]:
         return {}
     lost = forgetting(trained.metrics["before"], trained.metrics["after"], plan.old_tasks)
     return beyond(lost, limit)
-
-
-def _too_much(
-    forgotten: Mapping[str, float], options: FinetuneOptions, result: FinetuneResult
-) -> ForgettingError:
-    status = "cached" if result["status"] == "cached" else "forgot too much"
-    losses = ", ".join(f"{name} lost {by:.4f}" for name, by in forgotten.items())
-    return ForgettingError(
-        f"forgot too much: {losses} in score, and --max-forgetting is "
-        f"{options.gate.max_forgetting:g}\n"
-        f"The output was saved in {result['checkpoint']}; nothing was written to "
-        f"{options.output_dir}",
-        {**result, "status": status},
-    )
 
 
 @contextmanager
@@ -413,92 +301,3 @@ def _saving_what_was_learned(work: KeptWork, kept: KeptPass) -> Iterator[None]:
         if (isinstance(error, signals.STOPS) or is_lost(error)) and work.can_keep(error):
             kept.keep_what_was_before()
         raise
-
-
-def _training(
-    plan: Plan, start: Start, trained: Trained, parent: str, moving: Interpolator | None
-) -> Training:
-    """Give what the ledger records of the training; `parent` is the digest of the start."""
-    ewc_lambda = None if start.penalty is None else float(start.penalty.ewc_lambda)
-    kind, on = plan.options.penalty.penalty, plan.opened.penalty_on
-    between, kept = (None, None) if moving is None else (moving.record(), moving.kept())
-    found = {n: e.record for n, e in start.evaluations.items() if isinstance(e, Benchmark)}
-    replayed = None
-    if plan.replay is not None and start.replay is not None:
-        rows, digests = plan.replay[1], plan.options.saving.data_digest
-        digest = rows.digest() if digests else None
-        replayed = Replayed(rows.name, digest, float(start.replay.share))
-    return Training(
-        ewc_lambda, kind, on, parent, trained.metrics, between, replayed, kept, found or None
-    )
-
-
-def _write(
-    plan: Plan,
-    start: Start,
-    trained: Trained,
-    diagonal: FisherDiagonal | None,
-    target: Path,
-    training: Training,
-    statistics: str | None,
-    predicted: float | None,
-) -> FinetuneDone:
-    """Merge the new task's Fisher, write the checkpoint, and report what was done."""
-    opened, options, loaded = plan.opened, plan.options, start.model
-    if diagonal is not None:
-        used = subset(len(start.examples), plan.recipe.max_examples, plan.recipe.seed)
-        log_notes(loaded, start.examples, diagonal, used)
-    digests = options.saving.data_digest
-    added = add_task(
-        with_structure(start.before, opened.structure),
-        loaded,
-        trained.weights,
-        diagonal,
-        name=opened.task,
-        data=opened.rows.name,
-        data_digest=opened.rows.digest() if digests else None,
-        made_from=plan.made_from() if digests else None,
-        training=training,
-        encoded=encoding_record(options.encoding, opened.rows, opened.columns),
-        merging=opened.merging,
-    )
-    ledger, merged = added.ledger, added.merged.fisher
-    once = Overlaid(trained.weights, without=loaded.layout.duplicates)
-    share_moved = _share_moved(loaded.checkpoint.weights, once)
-    with replace_folder(target, overwrite=options.saving.overwrite) as staging:
-        write_checkpoint(staging, opened.source, trained.weights, card=not merged)
-        if opened.source.adapter is None and config_of(loaded) != opened.source.config:
-            write_file(staging / "config.json", json.dumps(config_of(loaded), indent=2) + "\n")
-        if merged:
-            ledger = added.write(staging / "fisher")
-            write_card(staging, target, ledger, [opened.source], "finetune")
-        else:
-            LOG.info("%s has no Fisher and no ledger, as no task was measured", target)
-    steps, fisher = trained.steps, None
-    if diagonal is not None:
-        fisher = fisher_summary(ledger, diagonal)
-    done: FinetuneDone = {
-        "status": "done",
-        **_known(plan, target, ledger, fisher, statistics),
-        "steps": steps[-1].step if steps else 0,
-        "loss": steps[-1].loss if steps else None,
-        "penalty_value": steps[-1].penalty if steps else None,
-        "share_moved": share_moved,
-        "predicted_nats": predicted,
-        "task_weights": {} if start.forecast is None else start.forecast.weights(),
-        "seconds": {
-            "training": seconds_of("training"),
-            "evaluation": seconds_of("evaluation"),
-            "fisher": seconds_of("fisher"),
-        },
-        "history": [cast(TrainingStep, asdict(step)) for step in steps],
-    }
-    if start.examples.preprocessing is not None:
-        done["images"] = start.examples.preprocessing.describe()
-    return done
-
-
-def _share_moved(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> float:
-    there = [name for name in end if name in start]  # a fresh output layer was nowhere
-    moved = sum(int((start[name] != end[name].cpu()).count_nonzero()) for name in there)
-    return moved / max(1, sum(start[name].numel() for name in there))

@@ -331,8 +331,8 @@ def _check_structure(options: FinetuneOptions, opened: Opened) -> None:
     if options.curvature.structure == "inputs" and of_fisher and not opened.uses_factors:
         assert opened.protecting is not None
         raise InputError(
-            f"{opened.protecting.folder} has no factors, which --structure inputs needs: measure it again "
-            "with `consolidate fisher --structure inputs`, or leave --structure out"
+            f"{opened.protecting.folder} has no factors, which --structure inputs needs: measure "
+            "it again with `consolidate fisher --structure inputs`, or leave --structure out"
         )
     if structure == "inputs":
         check_continued(opened.before, True)

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from consolidate.chain.resume import KeptWork
 from consolidate.commands.finetune_choice import HeldOut, SearchPlan
 from consolidate.commands.finetune_run import descend, run_length
 from consolidate.commands.finetune_weights import take_stored_values
@@ -18,7 +20,7 @@ from consolidate.models.model import file_weights
 from consolidate.options import Recipe
 from consolidate.results import LambdaSearch
 from consolidate.results import Trial as TrialResult
-from consolidate.runtime.distributed import all_processes, dealt
+from consolidate.runtime.distributed import all_processes, dealt, is_first
 from consolidate.training.evaluation import divergence, tensors_of
 from consolidate.training.forgetting import beyond, forgetting
 from consolidate.training.lambda_search import (
@@ -35,12 +37,48 @@ from consolidate.training.lambda_search import (
     more_by_mean,
     smallest,
 )
+from consolidate.views.charts import write_picture
+from consolidate.views.search_figures import search_charts
 from formats.errors import NonFiniteError
+from formats.partial_work import StoredWork
 
 if TYPE_CHECKING:
+    from consolidate.commands.finetune_plan import Plan
     from consolidate.commands.finetune_start import Start
 
 LOG = logging.getLogger("consolidate")
+
+
+def searched(
+    plan: "Plan", start: "Start", work: KeptWork, found: StoredWork | None
+) -> LambdaSearch | None:
+    """Search for λ, plot the search, and give the penalty its λ; None where λ was given.
+
+    Candidates that were trained before an interruption are not trained again.
+    """
+    if plan.search is None or start.penalty is None:
+        return None
+    search: LambdaSearch | None = None if found is None else found.state.get("search")
+    if search is None:
+        trials = [] if found is None else list(found.state.get("trials", []))
+
+        def keep(trial: Trial) -> None:
+            trials.append(asdict(trial))
+            work.keep({}, {"trials": trials}, "search")
+
+        with torch.random.fork_rng():  # the run that follows must not see that there was a search
+            search = search_lambda(
+                plan.search,
+                start,
+                plan.recipe,
+                done=[Trial(**trial) for trial in trials],
+                keep=keep,
+            )
+    start.penalty.ewc_lambda = float(search["ewc_lambda"])
+    plot = plan.options.search.search_plot
+    if plot is not None and is_first(work.group):
+        write_picture(Path(plot), search_charts(search))
+    return search
 
 
 def search_lambda(

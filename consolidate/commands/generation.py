@@ -21,7 +21,7 @@ from consolidate.runtime import signals
 from consolidate.runtime.distributed import all_processes, is_first
 from consolidate.runtime.progress import progress
 from formats.atomic import write_file
-from formats.errors import InputError, UsageError
+from formats.errors import UsageError
 from formats.fisher_json import Generated, Ledger
 from formats.partial_work import StoredWork
 from formats.rows import Rows, file_digest

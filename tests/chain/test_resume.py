@@ -11,7 +11,12 @@ import pytest
 import consolidate
 from consolidate.chain import resume
 from consolidate.commands import finetune as finetune_command
-from consolidate.commands import finetune_run, finetune_search, measurement
+from consolidate.commands import (
+    finetune_output,
+    finetune_run,
+    finetune_search,
+    measurement,
+)
 from consolidate.estimation.passes import PartialPass
 from consolidate.runtime import signals
 from formats.errors import InputError, NonFiniteError
@@ -150,7 +155,8 @@ def test_what_was_learned_is_kept_when_the_rest_is_interrupted(
     options = {**COMMON, "save_every_minutes": 10**6}
     consolidate.finetune(learned, new, output_dir=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_command, during, interrupted)
+        module = finetune_output if during == "write_checkpoint" else finetune_command
+        patch.setattr(module, during, interrupted)
         with pytest.raises(signals.Terminated):
             consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     monkeypatch.delattr(finetune_run, "training_steps")
@@ -240,7 +246,7 @@ def test_the_choice_of_a_search_is_kept_with_the_training(
     with pytest.raises(Killed):
         consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     monkeypatch.setattr(finetune_command, "train", train)
-    monkeypatch.delattr(finetune_command, "search_lambda")
+    monkeypatch.delattr(finetune_search, "search_lambda")
     consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -27,8 +27,8 @@ LONGEST_PATH = 14  # modules below the program's first line, each of which impor
 # Modules without a test file of their name, by what tests them.
 TESTED_THROUGH = {
     "chain/test_tasks": "chain.fitted_chain chain.opening chain.output",
-    "commands/test_finetune": "commands.finetune_plan commands.finetune_run"
-    " commands.finetune_start commands.finetune_weights",
+    "commands/test_finetune": "commands.finetune_output commands.finetune_plan"
+    " commands.finetune_run commands.finetune_start commands.finetune_weights",
     "commands/test_unmeasured": "chain.elsewhere",
     "commands/test_compare_none": "commands.finetune_compare",
     "commands/test_replay": "data.replay",
