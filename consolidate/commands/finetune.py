@@ -19,13 +19,14 @@ from consolidate.commands.finetune_budget import Controller
 from consolidate.commands.finetune_compare import completed, train_without_penalty
 from consolidate.commands.finetune_gate import failed_before
 from consolidate.commands.finetune_interpolation import Interpolator
+from consolidate.commands.finetune_options import check_options
 from consolidate.commands.finetune_output import (
     report_cached,
     too_much,
     trained_record,
     write_output,
 )
-from consolidate.commands.finetune_plan import Plan, check_options, plan_finetune
+from consolidate.commands.finetune_plan import Plan, plan_finetune
 from consolidate.commands.finetune_run import Trained, kept_of, log_replay, train
 from consolidate.commands.finetune_search import searched
 from consolidate.commands.finetune_self import fisher_of_itself

@@ -19,17 +19,19 @@ from consolidate.commands.fisher_plan import Plan, find_checkpoint, plan_alone, 
 from consolidate.commands.generation import first_texts, generate_sample, generated_of, has_texts
 from consolidate.commands.generation_options import check_generation, lacks_texts
 from consolidate.commands.measurement import (
-    encoded_as,
-    encoding_record,
-    fisher_summary,
     kept_work,
-    log_notes,
     measure_fisher,
     of_own_labels,
-    pass_cost,
     settled_estimation,
     settled_on_texts,
 )
+from consolidate.commands.measurement_report import (
+    encoded_as,
+    encoding_record,
+    fisher_summary,
+    log_notes,
+)
+from consolidate.commands.pass_cost import pass_cost
 from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples, subset
 from consolidate.data.text_plan import plan_texts

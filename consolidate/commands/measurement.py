@@ -1,60 +1,37 @@
-"""Measure the Fisher of a task's encoded examples: subset, estimator, cost."""
+"""Measure the Fisher of a task's encoded examples: the order they are read in, the estimator."""
 
 import logging
-import math
-import resource
-import sys
-import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from consolidate.chain.resume import KeptPass, KeptWork
-from consolidate.chain.tasks import Encoded
-from consolidate.chain.up_to_date import recorded_fisher
-from consolidate.data.columns import default_loss
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.batches import model_outputs, place_of, placed
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
-from consolidate.models.adapters import without_fisher
 from consolidate.models.model import Model
 from consolidate.options import (
     EXACT_UP_TO,
-    Columns,
-    Encoding,
     Estimation,
     FinetuneOptions,
     FisherOptions,
 )
-from consolidate.results import EncodedAs, MeasuredFisher, PassCost
 from consolidate.runtime import signals
 from consolidate.runtime.devices import dtype_of_name
 from consolidate.runtime.distributed import all_processes, dealt, place_in
 from consolidate.runtime.progress import progress
 from consolidate.runtime.shards import is_sharded
 from formats.errors import UsageError
-from formats.fisher_json import Ledger, covered
-from formats.rows import Rows
-from formats.wording import few
 
 LOG = logging.getLogger("consolidate")
 
 MAX_OUTCOMES = 4096
 """Most backward passes per example of ``exact``, unless ``max_outcomes`` is given."""
-
-SAMPLED_BATCHES = 3
-"""Batches from which the time of a whole pass is estimated."""
-
-SAMPLED_LABELS = 8
-"""Labels of an example, at most, from which the time of more is estimated."""
 
 WINDOW = 4
 """With a tolerance, the batches of each process within which texts are sorted by length.
@@ -117,7 +94,7 @@ def measure_fisher(
             model.module,
             examples.batches(batch_size, order=order),
             get_likelihood(model.objective.likelihood),
-            **_how(estimation, structure, seed),
+            **estimator_arguments(estimation, structure, seed),
             tolerance_every=every,
             indices=order,
             start=start,
@@ -164,7 +141,7 @@ def of_own_labels(diagonal: FisherDiagonal) -> FisherDiagonal:
     return diagonal
 
 
-def _how(estimation: Estimation, structure: str, seed: int) -> dict[str, Any]:
+def estimator_arguments(estimation: Estimation, structure: str, seed: int) -> dict[str, Any]:
     """Give the arguments of `fisher_diagonal` that choose the estimator."""
     return {
         "estimator": estimation.estimator,
@@ -231,150 +208,3 @@ def default_estimator(model: Model, examples: Examples) -> str:
     model.module.train(training)
     outcomes = get_likelihood(model.objective.likelihood).outcomes(outputs, labels)
     return "exact" if outcomes <= EXACT_UP_TO else "mc"
-
-
-def pass_cost(
-    model: Model,
-    examples: Examples,
-    estimation: Estimation,
-    structure: str,
-    *,
-    seed: int,
-    count: int | None = None,
-) -> tuple[PassCost, int]:
-    """Estimate the cost of measuring the Fisher of encoded examples from a few batches of them.
-
-    Counts, seconds per example and in total, and the peak memory in bytes with the longest examples
-    in a batch; and the elements of all factors. Each of several processes estimates for itself.
-    The examples may be the first few of `count`.
-    """
-    batch_size = estimation.batch_size
-    assert batch_size is not None
-    order, _ = reading_order(examples, estimation, batch_size, seed)
-    count = len(order) if count is None else count
-    processes = place_in(all_processes())[1]
-    # The first batch is checked, which takes longer; the others are spread over the order.
-    labels = estimation.mc_samples or 1
-    fewer = min(labels, SAMPLED_LABELS)
-    few_labels = replace(estimation, mc_samples=fewer, tolerance=None)
-    starts = range(0, len(order), batch_size)
-    places = range(1, 2 * SAMPLED_BATCHES, 2)
-    some = sorted({starts[len(starts) * place // (2 * SAMPLED_BATCHES)] for place in places})
-    sample = [examples.longest_first(order)[:batch_size]]
-    sample += [order[start : start + batch_size] for start in some]
-    device = next(model.module.parameters()).device
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    times = [time.perf_counter()]
-
-    def clock(count: int) -> None:
-        if cuda:
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter())
-
-    diagonal = fisher_diagonal(
-        model.module,
-        map(examples.collate, sample),
-        get_likelihood(model.objective.likelihood),
-        **_how(few_labels, structure, seed),
-        indices=[i for batch in sample for i in batch],
-        progress=clock,
-    )
-    checked, *others = [(after - before) * labels / fewer for before, after in pairwise(times)]
-    each = sum(others) / sum(map(len, sample[1:]))
-    unit = 1 if sys.platform == "darwin" else 1024
-    cost: PassCost = {
-        "estimator": str(estimation.estimator),
-        "structure": structure,
-        "examples": count,
-        "parameters": sum(values.numel() for values in diagonal.values()),
-        "seconds_per_example": each,
-        "seconds": checked + each * max(0, count / processes - batch_size),
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "peak_device_memory": torch.cuda.max_memory_allocated(device) if cuda else None,
-    }
-    return cost, sum(matrix.numel() for matrix in diagonal.factors.values())
-
-
-def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> MeasuredFisher:
-    """Summarize the Fisher that was measured for a ledger's last task."""
-    errors = {name: e for name, e in diagonal.relative_errors.items() if math.isfinite(e)}
-    recorded = recorded_fisher(ledger)
-    assert recorded is not None  # it was measured by now
-    return {
-        **recorded,
-        "parameters": sum(values.numel() for values in diagonal.values()),
-        "trace": sum(diagonal.trace().values()),
-        "layers": {
-            layer: {"trace": trace, "relative_error": errors.get(layer)}
-            for layer, trace in diagonal.trace().items()
-        },
-        "methods": dict(Counter(diagonal.methods.values())),
-    }
-
-
-def encoding_record(encoding: Encoding, rows: Rows, columns: Columns) -> Encoded:
-    """Give what the ledger records of how rows became examples."""
-    usual = encoding.loss_on == default_loss(rows, columns)
-    return Encoded(None if usual else encoding.loss_on, encoding.max_length)
-
-
-def encoded_as(ledger: Ledger, rows: Rows, columns: Columns) -> EncodedAs:
-    """Report how the rows of a ledger's last task became examples, now or earlier."""
-    task = ledger.tasks[-1]
-    if (generated := task.generated) is not None:
-        loss_on = "all" if generated.prompts is None else "completion"
-        return {"loss_on": loss_on, "max_length": generated.max_length}
-    usual = default_loss(rows, columns) if task.objective == "causal-lm" else None
-    return {"loss_on": task.loss_on or usual, "max_length": task.max_length}
-
-
-def log_notes(
-    model: Model, examples: Examples, diagonal: FisherDiagonal, used: Sequence[int]
-) -> None:
-    """Log notes on a model, the examples used and the Fisher measured on them."""
-    factors = [] if model.checkpoint.base is None else without_fisher(model, diagonal)
-    for note in [*model.notes, *examples.notes_on(used), *factors]:
-        LOG.info("%s", note)
-    if diagonal.blocks:
-        LOG.info("%s", _coverage(model.module, diagonal))
-    slow = [name for name, method in diagonal.methods.items() if method == "loop"]
-    if slow and diagonal.examples > 1:
-        LOG.info(
-            "%d parameters were measured one example at a time, which is slow: %s",
-            len(slow),
-            few(slow, 3),
-        )
-    if unreached := diagonal.unreached:
-        LOG.info(
-            "the Fisher of %d parameters is zero, since the loss does not depend on them: %s",
-            len(unreached),
-            few(unreached, 3),
-        )
-
-
-def _coverage(module: nn.Module, diagonal: FisherDiagonal) -> str:
-    """Report how many layers have a matrix, and which large weights have the diagonal alone."""
-    size = sum(matrix.numel() for matrix in diagonal.factors.values())
-    text = f"{len(diagonal.blocks)} layers are protected by matrices ({size:,} values)"
-    have = covered(diagonal.blocks)
-    others = [n for n, values in diagonal.items() if values.ndim > 1 and n not in have]
-    others.sort(key=lambda name: -diagonal[name].numel())
-    if not others:
-        return text
-    reasons = [f"{name} ({_why_diagonal(module, name)})" for name in others]
-    return f"{text}, by the diagonal alone {few(reasons, 3)}"
-
-
-def _why_diagonal(module: nn.Module, name: str) -> str:
-    """Say in few words why a weight has no matrix of its layer's inputs."""
-    weight = module.get_parameter(name)
-    users = [m for m in module.modules() if any(p is weight for p in m._parameters.values())]
-    kind = type(users[0]).__name__
-    if sum(p is weight for m in users for p in m._parameters.values()) > 1:
-        return "tied"
-    if getattr(users[0], "groups", 1) != 1:
-        return "a grouped convolution"
-    many = kind in ("Linear", "Conv1D") or kind.startswith("Conv")
-    return "more than 4 times as many inputs as outputs" if many else f"in {kind}"

@@ -22,7 +22,8 @@ from consolidate.chain.fingerprint import (
 from consolidate.chain.opening import find_fisher
 from consolidate.chain.tasks import settled_merging
 from consolidate.commands.finetune import finetune
-from consolidate.commands.finetune_plan import check_options, plan_finetune
+from consolidate.commands.finetune_options import check_options
+from consolidate.commands.finetune_plan import plan_finetune
 from consolidate.commands.fisher import fisher
 from consolidate.commands.fisher_plan import plan_fisher
 from consolidate.commands.run_options import (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import consolidate
 from consolidate.api import finetune
-from consolidate.commands import finetune_start
+from consolidate.commands import finetune_penalty
 from consolidate.commands.finetune_nats import Forecast, nats_lost
 from consolidate.ewc.block_penalty import BlockPenalty
 from consolidate.ewc.penalty import Penalty
@@ -126,7 +126,7 @@ def test_the_penalty_predicts_too_where_it_is_that_of_the_fisher_as_stored(
     for kind in (BlockPenalty, Penalty):
         maker = counted(kind)
         maker.l2 = lambda *a, **o: counted(Penalty.l2)(*a, **o)  # type: ignore[attr-defined]
-        monkeypatch.setattr(finetune_start, kind.__name__, maker)
+        monkeypatch.setattr(finetune_penalty, kind.__name__, maker)
     options = {**COMMON, "epochs": 1, "no_fisher": True, **WAYS[way]}
     finetune(learned, write_task("b", seed=1), output_dir=tmp_path / "out", **options)
     assert len(made) == times

@@ -17,7 +17,7 @@ import consolidate
 import formats.checkpoint
 from consolidate.api import evaluate, finetune
 from consolidate.chain.resume import KeptWork
-from consolidate.commands import measurement as measurement_command
+from consolidate.commands import measurement_report
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.options import Columns
 from consolidate.runtime import devices
@@ -51,7 +51,7 @@ def test_a_note_names_three_parameters_and_counts_the_others(
     )
     model: Any = SimpleNamespace(notes=[], checkpoint=SimpleNamespace(base=None))
     examples: Any = SimpleNamespace(notes_on=lambda used: [])
-    measurement_command.log_notes(model, examples, diagonal, [])
+    measurement_report.log_notes(model, examples, diagonal, [])
     slow, zero = caplog.messages
     assert slow.endswith("which is slow: layer.0, layer.1, layer.2 and 54 more")
     assert zero.endswith("on them: layer.57, layer.58, layer.59")

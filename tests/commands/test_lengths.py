@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import consolidate
-from consolidate.commands import measurement
+from consolidate.commands import measurement, pass_cost
 from consolidate.data.examples import Examples, subset
 from consolidate.data.text_examples import TextExamples
 from consolidate.estimation import compensated_sums
@@ -85,7 +85,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         return seen.diagonals[-1]
 
     monkeypatch.setattr(TextExamples, "collate", collated)
-    monkeypatch.setattr(measurement, "fisher_diagonal", measured)
+    for module in (measurement, pass_cost):
+        monkeypatch.setattr(module, "fisher_diagonal", measured)
     return seen
 
 
@@ -214,7 +215,7 @@ def test_a_dry_run_reads_the_longest_texts_first(tmp_path: Path, seen: Seen) -> 
     lengths = [length for _, length in seen.shapes]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] == 32  # tokens: 30 words, and two that mark the ends
-    assert len(lengths) == 1 + measurement.SAMPLED_BATCHES
+    assert len(lengths) == 1 + pass_cost.SAMPLED_BATCHES
     assert cost["seconds"] > 0
 
 

@@ -27,13 +27,15 @@ LONGEST_PATH = 14  # modules below the program's first line, each of which impor
 # Modules without a test file of their name, by what tests them.
 TESTED_THROUGH = {
     "chain/test_tasks": "chain.fitted_chain chain.opening chain.output",
-    "commands/test_finetune": "commands.finetune_output commands.finetune_plan"
-    " commands.finetune_run commands.finetune_start commands.finetune_weights",
+    "commands/test_finetune": "commands.finetune_options commands.finetune_output"
+    " commands.finetune_penalty commands.finetune_plan commands.finetune_run"
+    " commands.finetune_start commands.finetune_weights",
     "commands/test_unmeasured": "chain.elsewhere",
     "commands/test_compare_none": "commands.finetune_compare",
     "commands/test_replay": "data.replay",
     "commands/test_generation": "commands.generation_options",
-    "commands/test_fisher": "commands.fisher_plan commands.measurement runtime.devices",
+    "commands/test_fisher": "commands.fisher_plan commands.measurement"
+    " commands.measurement_report commands.pass_cost runtime.devices",
     "chain/test_heads": "chain.fitted_model commands.evaluate commands.task_metrics",
     "chain/test_resume": "training.state",
     "commands/test_show": "commands.verify views.summary",

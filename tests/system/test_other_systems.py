@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import consolidate
-from consolidate.commands import measurement
+from consolidate.commands import pass_cost
 from consolidate.runtime import torchrun
 from formats import atomic
 from formats.atomic import replace_folder
@@ -98,8 +98,8 @@ def test_the_peak_of_memory_is_in_bytes_whatever_unit_the_system_has(
 ) -> None:
     usage = SimpleNamespace(ru_maxrss=12_345)
     fake = SimpleNamespace(getrusage=lambda _: usage, RUSAGE_SELF=resource.RUSAGE_SELF)
-    monkeypatch.setattr(measurement, "resource", fake)
-    monkeypatch.setattr(measurement, "sys", SimpleNamespace(platform=platform))
+    monkeypatch.setattr(pass_cost, "resource", fake)
+    monkeypatch.setattr(pass_cost, "sys", SimpleNamespace(platform=platform))
     cost = consolidate.fisher(network_checkpoint, write_task("old"), **NETWORK, dry_run=True)
     assert cost["peak_memory"] == 12_345 * unit
 

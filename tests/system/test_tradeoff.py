@@ -36,7 +36,7 @@ from scripts.experiments.lib.records import (
 )
 from scripts.experiments.lib.tuning import Done, Job, fit, packed
 from scripts.experiments.methods import by_ewc_floor, by_inputs, by_l2, by_l2_growing
-from scripts.experiments.tasks import confirm_tradeoff, tradeoff
+from scripts.experiments.tasks import confirm_records, tradeoff
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = tradeoff.sittings.installed(tradeoff.KIND.packages)
@@ -360,7 +360,7 @@ def test_records_of_earlier_code_are_confirmed_by_a_repeated_unit(
 
     monkeypatch.setattr(tradeoff, "measure", measure)
     for _ in range(2):  # the second time nothing is left to repeat
-        confirm_tradeoff.confirm("newsgroups", path, tmp_path)
+        confirm_records.confirm(confirm_records.of_tradeoff("newsgroups", path), tmp_path)
     assert measured == [units[1]]  # the quickest
     records = {record.unit.digest: record for record in read_records(path)}
     assert (units[0].digest in records) == same
@@ -390,7 +390,7 @@ def test_a_confirmed_record_does_not_confirm_those_of_another_code(
         return {"validation": 0.25 if unit == third else 0.5}
 
     monkeypatch.setattr(tradeoff, "measure", measure)
-    confirm_tradeoff.confirm("newsgroups", path, tmp_path)
+    confirm_records.confirm(confirm_records.of_tradeoff("newsgroups", path), tmp_path)
     # Of code 1 the second is repeated, the first confirmed; code 0 needs a unit of its own.
     assert measured == [second, third]
     records = {record.unit.digest: record for record in read_records(path)}
@@ -409,7 +409,7 @@ def test_records_of_other_versions_are_not_confirmed(
         append_record(path, Record(earlier, {"validation": 0.5}, 1.0, versions))
     before = path.read_bytes()
     monkeypatch.setattr(tradeoff, "measure", lambda *_, **__: pytest.fail("it was measured"))
-    confirm_tradeoff.confirm("newsgroups", path, tmp_path)
+    confirm_records.confirm(confirm_records.of_tradeoff("newsgroups", path), tmp_path)
     assert "code 0000000000000000 ran with other versions" in capsys.readouterr().out
     assert path.read_bytes() == before
 

@@ -1,5 +1,6 @@
 """Fishers of language models without data: the texts, the comparison, and a quick run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from scripts.experiments.lib import kept, sittings
-from scripts.experiments.lib.records import read_records
+from scripts.experiments.lib.records import Record, append_record, read_records
 from scripts.experiments.lib.running_text import packed_rows
 from scripts.experiments.lib.text_sources import (
     DATA,
@@ -22,7 +23,7 @@ from scripts.experiments.lib.text_sources import (
 )
 from scripts.experiments.lib.tuning import Job
 from scripts.experiments.settings import language_model, small_language_model
-from scripts.experiments.tasks import without_data
+from scripts.experiments.tasks import confirm_records, without_data
 
 
 @pytest.fixture
@@ -132,3 +133,31 @@ def test_a_quick_run_makes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for title in without_data.TITLES.values():
         assert page.count(f"\n| {title} |") == len(without_data.SETTINGS)
     assert sittings.undone(experiment, folder, True) == []
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_repeated_unit_confirms_those_of_as_many_texts_of_a_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool
+) -> None:
+    small = [
+        unit
+        for unit in without_data.plan([], quick=False)
+        if unit.settings["setting"] == small_language_model.NAME and unit.settings["texts"] <= 256
+    ]
+    path = tmp_path / "without-data.jsonl"
+    installed = sittings.installed(without_data.KIND.packages)
+    for number, unit in enumerate(small):
+        earlier = replace(unit, settings={**unit.settings, "code": "0" * 16})
+        append_record(path, Record(earlier, {"overlap": 0.5}, 100.0 - number, installed))
+    done = []
+
+    def measure(unit: Any, *, raw: Path) -> dict[str, float]:
+        done.append(unit)
+        return {"overlap": 0.5 if same else 0.25}
+
+    monkeypatch.setattr(without_data, "measure", measure)
+    confirm_records.confirm(confirm_records.of_fishers(path), tmp_path)
+    assert sorted(unit.settings["texts"] for unit in done) == [64, 256]
+    records = {record.unit.digest: record for record in read_records(path)}
+    assert {unit.digest for unit in (small if same else done)} <= records.keys()
+    assert len(records.keys() & {unit.digest for unit in small}) == (len(small) if same else 2)

@@ -45,7 +45,7 @@ COUNTS: dict[str, dict[str, tuple[int, ...]]] = {
         (OTHER_DATA, GENERATED, PROMPTED, MAILS, RANDOM), (64, 256, 1024)
     ),
 }
-MANY = {language_model.NAME: (256, 1024), small_language_model.NAME: ()}
+MANY = {language_model.NAME: (256,), small_language_model.NAME: ()}
 """Numbers of generated texts for seed 0 alone."""
 SEEDS = 3
 SECONDS = {language_model.NAME: 2.5, small_language_model.NAME: 0.03}
@@ -101,6 +101,11 @@ def setting_file(name: str) -> str:
     return f"scripts/experiments/settings/{name}.py"
 
 
+def code(setting: str) -> str:
+    """Return the digest of all code that makes a record."""
+    return code_digest(setting_file(setting), FISHER_FILE)
+
+
 def plan(records: Sequence[Record], quick: bool) -> list[Unit]:
     """List every seed, source and number of texts."""
     units = []
@@ -116,7 +121,7 @@ def plan(records: Sequence[Record], quick: bool) -> list[Unit]:
                         {
                             "setting": name,
                             "texts": count,
-                            "code": code_digest(setting_file(name), FISHER_FILE),
+                            "code": code(name),
                             "data": "quick" if quick else module.DATA,
                         },
                     )
