@@ -154,13 +154,14 @@ def fisher(
             all)
         accumulate_dtype: Dtype for squaring and accumulating gradients. One of float32, float64.
         check: Verify per-example gradients on every batch, not only the first.
-        structure: diagonal: a value for each weight. inputs: for each linear or convolutional layer
-            also the matrix of its inputs, which the penalty then uses instead; takes up to 4 times
-            the memory of the weights. (default: that of the earlier tasks, else diagonal)
+        structure: diagonal: a value for each weight. inputs: also a matrix over the inputs of each
+            linear or convolutional layer, which the penalty then uses instead; it takes up to 4
+            times the memory of the layer's weights. (default: that of the earlier tasks, else
+            diagonal)
         seed: Random seed.
         add: Add the task to the Fisher that the checkpoint already has.
-        after: Merge the task with those of this checkpoint, from which another program trained the
-            checkpoint.
+        after: Where another program trained the checkpoint from the checkpoint OLD: merge the task
+            with those of OLD.
         merge_rule: online: protect all tasks around the new weights; separate: protect each task
             around the weights it was learned at. (default: that of the earlier tasks, else online)
         gamma: Share of the earlier Fisher that online keeps. (default: that of the earlier tasks,
@@ -322,8 +323,9 @@ def finetune(
             same result (models of transformers).
         shard: Shard weights, Fisher and optimizer state over the processes of torchrun (FSDP2), for
             models too large for one device.
-        epochs: Passes over the data. (default: 1)
-        max_steps: Stop after this many optimizer steps, before `epochs` end.
+        epochs: Passes over the data. (default: 1, or as many as `max_steps` takes)
+        max_steps: Train for this many optimizer steps, with as many passes over the data as they
+            take. With `epochs` too, the shorter of both counts.
         max_examples: Train on a seeded random subset of this size. (default: all)
         batch_size: Examples per batch on each process.
         gradient_accumulation_steps: Batches per optimizer step.
@@ -339,47 +341,50 @@ def finetune(
             clipping)
         mixed_precision: Autocast of the forward pass; the master weights stay float32. One of no,
             bf16, fp16.
-        norm_statistics: Running statistics of batch norms. One of frozen, update. (default: frozen
-            with a penalty, a Fisher or an old task to evaluate, else update)
+        norm_statistics: Running statistics of batch norms: keep those of the checkpoint, or follow
+            the new data. One of frozen, update. (default: frozen with a penalty, a Fisher or an old
+            task to evaluate, else update)
         penalty_step: gradient: add λΛ(θ − μ) to the gradient; proximal: apply the penalty
             implicitly after the optimizer's step, stable for every λ.
         evaluate_every: Evaluate every STEPS optimizer steps too, and at the last step.
         log_every: Log every N optimizer steps.
         seed: Random seed.
-        ewc_lambda: Strength λ of the penalty; several values, or auto, start a search for it.
-        budget: Nats of loss, per example or token, that each earlier task in `validation` may gain.
-            λ follows what they lose during the training, and weights that lost more are
-            interpolated with the start. In place of `ewc_lambda`.
-        validation: Held-out data to choose λ on, of earlier tasks and of the new one. (default: a
-            tenth of the new task's data)
+        ewc_lambda: Strength λ of the penalty: a number, several to choose among, or auto to search.
+            Required unless `penalty` none or `budget` is given.
+        budget: In place of `ewc_lambda`: by how many nats the loss per example or token may rise on
+            each earlier task in `validation`. λ is adjusted during the training; if the loss still
+            rises more, the weights are interpolated with the start.
+        validation: Held-out data of earlier tasks and of the new one, to choose λ or α on.
+            (default: a tenth of the new task's data)
         select: Which λ to take. best-mean: the one with the best mean score; smallest: the smallest
             that stays within `max_forgetting`; largest: the largest that keeps 95% of what the new
             task gains. (default: smallest with `max_forgetting`, largest without old data, else
             best-mean)
         search_plot: Plot the search to a .png, .svg or .pdf file (needs matplotlib).
         penalty: ewc: Fisher-weighted penalty; l2: uniform penalty; none: no penalty.
-        fisher: Where the Fisher is. (default: in the checkpoint)
+        fisher: Folder or repository with the Fisher. (default: in the checkpoint)
         protect_self: For a causal language model without a Fisher: first measure one on N texts
             that it generates itself, as `fisher `generate` N` does.
         penalty_dtype: Dtype of Fisher Λ and anchor μ in memory. One of float32, bfloat16. (default:
             as stored)
         penalty_device: Device of Λ and μ. (default: that of the weights)
-        penalty_on: What to penalize if an adapter is trained. adapter: its parameters, with their
-            own Fisher; merged: W + s·B·A, with the Fisher of the whole weights. (default: adapter
+        penalty_on: What to penalize if an adapter is trained. adapter: its own parameters, by their
+            Fisher; merged: the weights W + s·B·A, by the Fisher of all weights. (default: adapter
             for an adapter with a Fisher, else merged)
         replay: Rows of earlier tasks to mix into the batches, with the columns and labels of
             `data`; a language model takes any text.
-        replay_share: Share of the rows trained on that are replayed. An epoch takes 1/(1 − X) times
-            the steps. (default: 0.1)
+        replay_share: Share of replayed rows among all that are trained on. An epoch takes 1/(1 − X)
+            times the steps. (default: 0.1)
         interpolate: α: save the weights μ + α (θ − μ) between the start μ and the trained θ, and
             measure them and their Fisher. auto: try 0.1, 0.2, …, 1 on held-out data, and take the α
             of the best mean score where `validation` has old tasks, else the smallest that keeps
             95% of what the new task gains.
         interpolation: plain: α for all weights; fisher: each weight's start and end weighted by the
             Fishers of the earlier tasks and of the new one, measured in one more pass.
-        structure: diagonal: a value for each weight. inputs: for each linear or convolutional layer
-            also the matrix of its inputs, which the penalty then uses instead; takes up to 4 times
-            the memory of the weights. (default: that of the earlier tasks, else diagonal)
+        structure: diagonal: a value for each weight. inputs: also a matrix over the inputs of each
+            linear or convolutional layer, which the penalty then uses instead; it takes up to 4
+            times the memory of the layer's weights. (default: that of the earlier tasks, else
+            diagonal)
         fisher_estimator: Labels to take the expectation over: all (exact), sampled from the model
             (mc), the data's own (empirical), or sampled, with gradients squared per batch
             (batched). (default: exact up to 16 outcomes, else mc)
@@ -397,8 +402,8 @@ def finetune(
         fisher_check: Verify per-example gradients on every batch, not only the first.
         no_fisher: Do not measure the new task's Fisher: the ledger lists the task as not measured.
             The next finetune can measure it with `measure`.
-        measure: First measure the last task of the checkpoint, which `no_fisher` left unmeasured,
-            on its data, with the options of this command.
+        measure: First measure the Fisher of the checkpoint's last task, which `no_fisher` left out,
+            on that task's data, with the options of this command.
         merge_rule: online: protect all tasks around the new weights; separate: protect each task
             around the weights it was learned at. (default: that of the earlier tasks, else online)
         gamma: Share of the earlier Fisher that online keeps. (default: that of the earlier tasks,
@@ -421,8 +426,8 @@ def finetune(
         max_forgetting: Exit with code 5 and save the output as DIR.failed-forgetting if an old task
             in `evaluate`, or a benchmark, loses more score than this (accuracy, 0.01 is one point;
             else minus the loss).
-        benchmark_limit: Score a benchmark on its first N examples, those of a group on N of each
-            task. (default: all)
+        benchmark_limit: Score a benchmark on its first N examples only, a group on N of each of its
+            tasks. (default: all)
         compare_none: Also train without a penalty, and report what the penalty saved of the old
             tasks in `evaluate`.
         save_every_minutes: Save progress beside the output this often; rerunning the command
@@ -513,8 +518,8 @@ def evaluate(
             config names, if it exists)
         device: Device: cpu, cuda, mps, … (default: the best available)
         batch_size: Examples per batch.
-        benchmark_limit: Score a benchmark on its first N examples, those of a group on N of each
-            task. (default: all)
+        benchmark_limit: Score a benchmark on its first N examples only, a group on N of each of its
+            tasks. (default: all)
         seed: Random seed.
         dtype: Dtype of the weights; a Fisher is measured in float32. One of float32, float64,
             bfloat16, float16. (default: as stored)
@@ -664,7 +669,7 @@ def show(
         top: Number of parameters to list.
         csv: Write the accuracy matrix and the curves over training steps to FILE.
         plot: Plot the accuracy matrix and the curves (needs matplotlib).
-        overlap: Compare with the Fisher of another checkpoint: their overlap, from 0 to 1, for each
+        overlap: Print the overlap with the Fisher of another checkpoint, from 0 to 1, for each
             layer.
 
     Returns:

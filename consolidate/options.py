@@ -103,7 +103,7 @@ def _dtype() -> Any:
 def _benchmark_limit() -> Any:
     return option(
         None,
-        "Score a benchmark on its first N examples, those of a group on N of each task.",
+        "Score a benchmark on its first N examples only, a group on N of each of its tasks.",
         by_default="all",
         metavar="N",
         least=1,
@@ -351,9 +351,9 @@ class Curvature:
 
     structure: str | None = option(
         None,
-        "diagonal: a value for each weight. inputs: for each linear or convolutional layer also "
-        "the matrix of its inputs, which the penalty then uses instead; takes up to 4 times the "
-        "memory of the weights.",
+        "diagonal: a value for each weight. inputs: also a matrix over the inputs of each linear "
+        "or convolutional layer, which the penalty then uses instead; it takes up to 4 times the "
+        "memory of the layer's weights.",
         by_default="that of the earlier tasks, else diagonal",
         choices=("diagonal", "inputs"),
     )
@@ -372,8 +372,8 @@ class Measuring:
     )
     measure: dict[str, str | Path] | None = option(
         None,
-        "First measure the last task of CHECKPOINT, which --no-fisher left unmeasured, on its "
-        "data, with the options of this command.",
+        "First measure the Fisher of CHECKPOINT's last task, which --no-fisher left out, on that "
+        "task's data, with the options of this command.",
         metavar="NAME=DATA",
         changes_result=False,
     )
@@ -438,7 +438,8 @@ class Search:
 
     ewc_lambda: float | tuple[float, ...] | str | None = option(
         None,
-        "Strength λ of the penalty; several values, or auto, start a search for it.",
+        "Strength λ of the penalty: a number, several to choose among, or auto to search. Required "
+        "unless --penalty none or --budget is given.",
         metavar="X|X,Y,…|auto",
         choices=("auto",),
         least=0,
@@ -446,15 +447,15 @@ class Search:
     )
     budget: float | None = option(
         None,
-        "Nats of loss, per example or token, that each earlier task in --validation may gain. λ "
-        "follows what they lose during the training, and weights that lost more are interpolated "
-        "with the start. In place of --ewc-lambda.",
+        "In place of --ewc-lambda: by how many nats the loss per example or token may rise on each "
+        "earlier task in --validation. λ is adjusted during the training; if the loss still rises "
+        "more, the weights are interpolated with the start.",
         metavar="X",
         above=0,
     )
     validation: dict[str, str | Path] | None = option(
         None,
-        "Held-out data to choose λ on, of earlier tasks and of the new one.",
+        "Held-out data of earlier tasks and of the new one, to choose λ or α on.",
         by_default="a tenth of the new task's data",
         metavar="NAME=DATA",
         changes_result=False,
@@ -489,7 +490,7 @@ class PenaltyOptions:
     )
     fisher: str | Path | None = option(
         None,
-        "Where the Fisher is.",
+        "Folder or repository with the Fisher.",
         by_default="in CHECKPOINT",
         metavar="PATH|REPO",
         **_PER_CALL,
@@ -514,8 +515,8 @@ class PenaltyOptions:
     )
     penalty_on: str | None = option(
         None,
-        "What to penalize if an adapter is trained. adapter: its parameters, with their own "
-        "Fisher; merged: W + s·B·A, with the Fisher of the whole weights.",
+        "What to penalize if an adapter is trained. adapter: its own parameters, by their Fisher; "
+        "merged: the weights W + s·B·A, by the Fisher of all weights.",
         by_default="adapter for an adapter with a Fisher, else merged",
         choices=("adapter", "merged"),
     )
@@ -536,7 +537,8 @@ class Replaying:
     )
     replay_share: float | None = option(
         None,
-        "Share of the rows trained on that are replayed. An epoch takes 1/(1 − X) times the steps.",
+        "Share of replayed rows among all that are trained on. An epoch takes 1/(1 − X) times the "
+        "steps.",
         by_default=f"{REPLAY_SHARE:g}",
         metavar="X",
         above=0,
@@ -655,9 +657,14 @@ class Recipe:
 
     TITLE = "Training"
 
-    epochs: int | None = option(None, "Passes over the data.", by_default="1", least=1)
+    epochs: int | None = option(
+        None, "Passes over the data.", by_default="1, or as many as --max-steps takes", least=1
+    )
     max_steps: int | None = option(
-        None, "Stop after this many optimizer steps, before --epochs end.", least=1
+        None,
+        "Train for this many optimizer steps, with as many passes over the data as they take. With "
+        "--epochs too, the shorter of both counts.",
+        least=1,
     )
     max_examples: int | None = option(
         None, "Train on a seeded random subset of this size.", by_default="all", least=1
@@ -698,7 +705,7 @@ class Recipe:
     )
     norm_statistics: str | None = option(
         None,
-        "Running statistics of batch norms.",
+        "Running statistics of batch norms: keep those of the checkpoint, or follow the new data.",
         by_default="frozen with a penalty, a Fisher or an old task to evaluate, else update",
         choices=("frozen", "update"),
     )
@@ -767,8 +774,8 @@ class FisherOptions:
     add: bool = option(False, "Add the task to the Fisher that CHECKPOINT already has.")
     after: str | Path | None = option(
         None,
-        "Merge the task with those of this checkpoint, from which another program trained "
-        "CHECKPOINT.",
+        "Where another program trained CHECKPOINT from the checkpoint OLD: merge the task with "
+        "those of OLD.",
         group=Merging.TITLE,
         metavar="OLD",
         changes_result=False,
@@ -945,8 +952,7 @@ class ShowOptions:
     )
     overlap: str | Path | None = option(
         None,
-        "Compare with the Fisher of another checkpoint: their overlap, from 0 to 1, for each "
-        "layer.",
+        "Print the overlap with the Fisher of another checkpoint, from 0 to 1, for each layer.",
         metavar="OTHER",
     )
 
