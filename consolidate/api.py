@@ -168,7 +168,8 @@ def fisher(
             else 1)
         task_weight: Factor of the task's Fisher. units: weight by the number of examples or tokens;
             trace: give the task the same trace as the first one.
-        output_dir: Write a whole checkpoint here. (default: only a folder fisher in the checkpoint)
+        output_dir: Write a whole checkpoint here. Required if the checkpoint is not a local folder.
+            (default: only a folder fisher in the checkpoint)
         save_every_minutes: Save progress beside the output this often; rerunning the command
             resumes and gives bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as
             possible; inf: never.

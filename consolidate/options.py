@@ -783,7 +783,7 @@ class FisherOptions:
     merging: Merging = part(Merging())
     output_dir: str | Path | None = option(
         None,
-        "Write a whole checkpoint here.",
+        "Write a whole checkpoint here. Required if CHECKPOINT is not a local folder.",
         by_default="only a folder fisher in CHECKPOINT",
         metavar="DIR",
         changes_result=False,
