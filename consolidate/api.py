@@ -103,9 +103,10 @@ def fisher(
         prompts: File with a prompt on each line, used in turn; tokens of prompts are not counted. A
             model with a chat template reads each as a user's turn. (default: the beginning-of-text
             token, else the end-of-text token)
-        temperature: Divide the logits by this before sampling. Labels are then sampled again.
-        top_p: Sample from the most likely tokens that together have this probability. Labels are
-            then sampled again.
+        temperature: Divide the logits by this before sampling texts. Labels are then sampled apart
+            from them.
+        top_p: Sample texts from the most likely tokens that together have this probability. Labels
+            are then sampled apart from them.
         save_generated: Write the texts to FILE as JSON Lines; they are not stored otherwise.
         columns: Names of the columns by role; None stands for the usual ones.
         split: Split of a dataset with several splits.

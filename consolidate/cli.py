@@ -245,12 +245,13 @@ def _command(section: cloup.Section, example: str = "") -> Callable[[Any], click
 def fisher(**typed: Any) -> None:
     """Measure the Fisher of CHECKPOINT and store it beside the weights.
 
-    Its diagonal, and with --structure inputs also matrices of the layers' inputs: measured on DATA,
-    or with --generate on texts that a language model writes itself.
+    The Fisher says how much each weight matters for a task: the diagonal of the Fisher information,
+    and with --structure inputs also a matrix over each layer's inputs. It is measured on DATA, or
+    with --generate on texts that a language model writes itself.
 
-    CHECKPOINT is a folder, a .safetensors, .bin, .pt or .ckpt file, or a repository on the Hub.
-    DATA is a .jsonl, .csv, .parquet, .safetensors or .npz file, a folder of images by class, a
-    dataset on the Hub, or a task.toml that names one of these.
+    CHECKPOINT is a folder, a .safetensors, .bin, .pt, .pth or .ckpt file, or a repository on the
+    Hub. DATA is a .jsonl, .json, .csv, .tsv, .parquet, .safetensors or .npz file, a folder of these
+    or of images by class, a dataset on the Hub, or a task.toml that names one of these.
     """
     _do(typed, text_view.fisher_text)
 

@@ -325,12 +325,14 @@ class Generation:
         changes_result=False,
     )
     temperature: float = option(
-        1.0, "Divide the logits by this before sampling. Labels are then sampled again.", above=0
+        1.0,
+        "Divide the logits by this before sampling texts. Labels are then sampled apart from them.",
+        above=0,
     )
     top_p: float = option(
         1.0,
-        "Sample from the most likely tokens that together have this probability. Labels are then "
-        "sampled again.",
+        "Sample texts from the most likely tokens that together have this probability. Labels are "
+        "then sampled apart from them.",
         above=0,
         most=1,
     )
