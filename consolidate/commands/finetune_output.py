@@ -5,17 +5,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
 from consolidate.chain.tasks import Training, add_task, with_structure
 from consolidate.chain.up_to_date import recorded_fisher
-from consolidate.commands.finetune_interpolation import Interpolator
 from consolidate.commands.finetune_nats import nats_lost
-from consolidate.commands.finetune_plan import Plan
-from consolidate.commands.finetune_run import Trained
-from consolidate.commands.finetune_start import Start
 from consolidate.commands.measurement_report import (
     encoded_as,
     encoding_record,
@@ -48,13 +44,19 @@ from formats.errors import ForgettingError
 from formats.fisher_json import Ledger, Replayed
 from formats.tensors import Overlaid
 
+if TYPE_CHECKING:
+    from consolidate.commands.finetune_interpolation import Interpolator
+    from consolidate.commands.finetune_plan import Plan
+    from consolidate.commands.finetune_run import Trained
+    from consolidate.commands.finetune_start import Start
+
 LOG = logging.getLogger("consolidate")
 
 
 def write_output(
-    plan: Plan,
-    start: Start,
-    trained: Trained,
+    plan: "Plan",
+    start: "Start",
+    trained: "Trained",
     diagonal: FisherDiagonal | None,
     target: Path,
     training: Training,
@@ -116,7 +118,7 @@ def write_output(
     return done
 
 
-def report_cached(plan: Plan, ledger: Ledger) -> FinetuneCached:
+def report_cached(plan: "Plan", ledger: Ledger) -> FinetuneCached:
     """Report an output that is up to date, from its ledger."""
     source = plan.opened.source
     weights = source.weights if source.base is None else source.base.weights
@@ -144,7 +146,7 @@ def too_much(
 
 
 def trained_record(
-    plan: Plan, start: Start, trained: Trained, parent: str, moving: Interpolator | None
+    plan: "Plan", start: "Start", trained: "Trained", parent: str, moving: "Interpolator | None"
 ) -> Training:
     """Give what the ledger records of the training; `parent` is the digest of the start."""
     ewc_lambda = None if start.penalty is None else float(start.penalty.ewc_lambda)
@@ -162,7 +164,7 @@ def trained_record(
 
 
 def _known(
-    plan: Plan,
+    plan: "Plan",
     target: Path,
     ledger: Ledger,
     fisher: MeasuredFisher | None,
