@@ -14,7 +14,13 @@ WITHOUT_DATA = (
     *("ewc_random_many", "inputs_random_many", "ewc_prompted", "ewc_mails"),
 )
 """What protects a language model with other text than 64 rows of the old task."""
-ORDER = {"language_model": (("free", "l2", "ewc", "ewc_generated", "ewc_random"), FIRST)}
+ORDER = {
+    "language_model": (
+        ("free", "l2", "ewc", "ewc_generated", "ewc_random"),
+        FIRST,
+        ("inputs", "inputs_generated"),
+    )
+}
 """Of a setting whose units take long: what is done first, all seeds of it."""
 CANDIDATES = ("ewc_floor", "ewc_tempered")
 """Changes of EWC that have to earn a place: FIRST_SEEDS seeds, in few settings."""
@@ -34,7 +40,7 @@ FIRST_SEEDS = 3
 class Grid(NamedTuple):
     """What is tried of a method; without strengths the curve is over the rates, and none is sought.
 
-    The search is at the third of four strengths, the second of three, or the first of `alphas`.
+    The search is at the third of four strengths, the second of fewer, or the first of `alphas`.
     """
 
     rates: tuple[float, ...]
@@ -70,7 +76,7 @@ LANGUAGE_MODEL = {
     "inputs": EWC_OF_TEXT,
     "ewc_generated": EWC_OF_TEXT,
     "ewc_random": EWC_OF_TEXT,
-    "replay_generated": Grid(TEXT_RATES, (0.1, 0.3, 1.0)),
+    "replay_generated": Grid((1e-4, 3e-4), (0.1, 0.3)),
     "inputs_generated": EWC_OF_TEXT,
 }
 SMALL_TEXT_RATES = (3e-4, 1e-3, 3e-3)

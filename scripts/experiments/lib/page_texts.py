@@ -247,7 +247,7 @@ TEXT = """{setting}
 ## Choosing the learning rate
 
 Every method has its own search: three learning rates with seed 0, at the third of four strengths
-or the second of three (interpolation: half of the way), compared by the mean of the two validation
+or the second of fewer (interpolation: half of the way), compared by the mean of the two validation
 scores; the smallest rate wins a tie. All strengths then run with that rate and every seed. Where
 the curve is one of learning rates there is no search. Test scores choose no
 rate; the levels below and each curve's envelope are made of them.
