@@ -8,6 +8,7 @@ import sys
 from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 from xml.etree import ElementTree
 
@@ -95,13 +96,25 @@ CHECKPOINTS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(params=CHECKPOINTS)
-def page(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    folder = CHECKPOINTS[request.param](tmp_path / "model")
-    search = None
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the chain `model` and `search.json`, its report `r.html` and pictures `p`."""
+    folder = tmp_path_factory.mktemp("chain")
+    model = checkpoints.chain(folder / "model")
+    search = checkpoints.write_search(folder / "search.json")
+    report(model, output=folder / "r.html", plots=folder / "p", search=search)
+    return folder
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def page(
+    request: pytest.FixtureRequest, chain: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     if request.param == "chain":
-        search = checkpoints.write_search(tmp_path / "search.json")
-    return Path(report(folder, output=tmp_path / "r.html", search=search)["report"])
+        return chain / "r.html"
+    folder = tmp_path_factory.mktemp("report")
+    model = CHECKPOINTS[request.param](folder / "model")
+    return Path(report(model, output=folder / "r.html")["report"])
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else(page: Path) -> None:
@@ -159,9 +172,8 @@ def test_what_a_ledger_says_is_only_shown(tmp_path: Path) -> None:
         assert not [element for element in root.iter() if element.tag.endswith("}script")]
 
 
-def test_the_page_tells_the_chain(tmp_path: Path) -> None:
-    folder = checkpoints.chain(tmp_path / "model")
-    text = Page(Path(report(folder, output=tmp_path / "r.html")["report"]).read_text()).text
+def test_the_page_tells_the_chain(chain: Path) -> None:
+    text = Page((chain / "r.html").read_text()).text
     for words in ("model", "3 tasks", "18 weights", "ewc, λ = 10", "no penalty", "0.950"):
         assert words in text
     assert r"\n" not in text
@@ -175,54 +187,49 @@ def test_without_scores_it_says_how_to_take_them(tmp_path: Path) -> None:
     assert "--evaluate TASK=DATA" in Path(page).read_text()
 
 
-def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
-    folder = checkpoints.chain(tmp_path / "model")
-    search = checkpoints.write_search(tmp_path / "search.json")
-    first, second = (
-        command(folder, output=at / "r.html", plots=at, search=search)
-        for command, at in ((report, tmp_path / "1"), (consolidate.report, tmp_path / "2"))
+def test_the_same_checkpoint_gives_the_same_bytes(chain: Path, tmp_path: Path) -> None:
+    again = consolidate.report(
+        chain / "model",
+        output=tmp_path / "r.html",
+        plots=tmp_path / "p",
+        search=chain / "search.json",
     )
-    assert first["tasks"] == ["a", "b", "c"]
-    assert len(first["plots"]) == 2 * len(PICTURES)
-    for one, other in zip(
-        [first["report"], *first["plots"]], [second["report"], *second["plots"]], strict=True
-    ):
-        assert Path(one).read_bytes() == Path(other).read_bytes()
+    assert again["tasks"] == ["a", "b", "c"]
+    assert len(again["plots"]) == 2 * len(PICTURES)
+    assert again["report"] == str(tmp_path / "r.html")
+    for path in map(Path, [again["report"], *again["plots"]]):
+        assert path.read_bytes() == (chain / path.relative_to(tmp_path)).read_bytes()
 
 
-def test_another_process_gives_the_same_bytes(tmp_path: Path) -> None:
-    folder = checkpoints.chain(tmp_path / "model")
-    search = checkpoints.write_search(tmp_path / "search.json")
-    for seed in ("1", "2"):
-        script = (
-            "from consolidate import report\n"
-            f"report({str(folder)!r}, output='{tmp_path}/{seed}/r.html', plots='{tmp_path}/{seed}',"
-            f" search={str(search)!r})"
-        )
-        settings = {"PYTHONHASHSEED": seed, "MPLCONFIGDIR": str(tmp_path / f"config-{seed}")}
-        (tmp_path / f"config-{seed}").mkdir()
-        (tmp_path / f"config-{seed}" / "matplotlibrc").write_text(f"font.size: 1{seed}")
-        subprocess.run(
-            [sys.executable, "-c", script],
-            check=True,
-            env={**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-    first, second = ({p.name: p.read_bytes() for p in (tmp_path / s).iterdir()} for s in "12")
-    assert len(first) == 1 + 2 * len(PICTURES)
+def test_another_process_gives_the_same_bytes(chain: Path, tmp_path: Path) -> None:
+    model, search = str(chain / "model"), str(chain / "search.json")
+    script = (
+        "from consolidate import report\n"
+        f"report({model!r}, output='{tmp_path}/r.html', plots='{tmp_path}/p', search={search!r})"
+    )
+    (tmp_path / "matplotlibrc").write_text("font.size: 12")
+    settings = {"PYTHONHASHSEED": "1", "MPLCONFIGDIR": str(tmp_path)}
+    subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        env={**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert (tmp_path / "r.html").read_bytes() == (chain / "r.html").read_bytes()
+    first, second = (
+        {p.name: p.read_bytes() for p in (at / "p").iterdir()} for at in (chain, tmp_path)
+    )
+    assert len(first) == 2 * len(PICTURES)
     assert first == second
 
 
-def test_pictures_are_those_of_the_page(tmp_path: Path) -> None:
-    folder = checkpoints.chain(tmp_path / "model")
-    search = checkpoints.write_search(tmp_path / "search.json")
-    report(folder, output=tmp_path / "r.html", plots=tmp_path / "p", search=search)
-    found = Page((tmp_path / "r.html").read_text())
+def test_pictures_are_those_of_the_page(chain: Path) -> None:
+    found = Page((chain / "r.html").read_text())
     assert len(found.pictures("light")) == len(PICTURES)
     for name, light, dark in zip(
         PICTURES, found.pictures("light"), found.pictures("dark"), strict=True
     ):
-        assert (tmp_path / "p" / f"{name}.svg").read_bytes() == light != dark
-        with Image.open(tmp_path / "p" / f"{name}.png") as image:
+        assert (chain / "p" / f"{name}.svg").read_bytes() == light != dark
+        with Image.open(chain / "p" / f"{name}.png") as image:
             width = float(ElementTree.fromstring(light).attrib["width"].removesuffix("pt"))
             assert image.width == pytest.approx(2 * width * 96 / 72, abs=1)
 
@@ -238,9 +245,8 @@ def test_no_half_of_a_row_is_empty(page: Path) -> None:
     assert columns % 2 == 0
 
 
-def test_pictures_beside_each_other_are_equally_high(tmp_path: Path) -> None:
-    folder = checkpoints.chain(tmp_path / "model")
-    found = Page(Path(report(folder, output=tmp_path / "r.html")["report"]).read_text())
+def test_pictures_beside_each_other_are_equally_high(chain: Path) -> None:
+    found = Page((chain / "r.html").read_text())
     heights = [
         float(ElementTree.fromstring(picture).attrib["height"].removesuffix("pt"))
         for picture in found.pictures("light")
@@ -265,15 +271,17 @@ def test_a_picture_is_not_drawn_out(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_the_page_has_its_tables_and_says_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    chain: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    folder = checkpoints.chain(tmp_path / "model")
-    report(folder, output=tmp_path / "with.html")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("consolidate.views.charts.find_spec", lambda name: None)
-    report(folder, output=tmp_path / "without.html")
+    without = tmp_path / "r.html"
+    report(chain / "model", output=without, search=chain / "search.json")
     assert "pip install 'consolidate-ewc[plot]'" in caplog.text
-    whole, found = (Page((tmp_path / f"{n}.html").read_text()) for n in ("with", "without"))
+    whole, found = (Page(page.read_text()) for page in (chain / "r.html", without))
     assert not found.all("img")
     assert "pip install 'consolidate-ewc[plot]'" in found.text
     assert found.all("details")
@@ -282,10 +290,10 @@ def test_without_matplotlib_the_page_has_its_tables_and_says_what_is_missing(
     assert "pip install" not in whole.text
 
 
-def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path: Path) -> None:
-    chain, one = checkpoints.chain(tmp_path / "chain"), one_task(tmp_path / "one")
-    output, plots = tmp_path / "new" / "r.html", tmp_path / "plots"
-    report(chain, output=output, plots=plots)
+def test_an_earlier_report_is_replaced_and_nothing_else(chain: Path, tmp_path: Path) -> None:
+    one, new = one_task(tmp_path / "one"), tmp_path / "new"
+    output, plots = new / "r.html", new / "p"
+    copytree(chain, new)
     report(one, output=output, plots=plots)
     assert "only" in output.read_text()
     left = {path.name for path in plots.iterdir()}
@@ -294,13 +302,13 @@ def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"matrix\.png already exists and is not a report .* --overwrite"
     ):
-        report(chain, output=tmp_path / "no.html", plots=plots)
+        report(chain / "model", output=tmp_path / "no.html", plots=plots)
     assert not (tmp_path / "no.html").exists()
     output.write_text("notes")
     with pytest.raises(InputError, match=r"r\.html already exists"):
-        report(chain, output=output)
+        report(one, output=output)
     assert output.read_text() == "notes"
-    report(chain, output=output, overwrite=True)
+    report(one, output=output, overwrite=True)
     assert MARK in output.read_text()
 
 
@@ -331,7 +339,7 @@ def test_what_cannot_be_done_is_refused_before(
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoints.chain(tmp_path / "model")
+    one_task(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as left:
         main(["report", "model/"])
@@ -342,7 +350,7 @@ def test_the_command(
     result = json.loads(capsys.readouterr().out)
     assert result["checkpoint"] == "model"
     assert result["report"] == "r.html"
-    assert result["plots"][:2] == ["p/matrix.svg", "p/matrix.png"]
+    assert result["plots"][:2] == ["p/protection.svg", "p/protection.png"]
 
 
 @needs_chromium
@@ -369,9 +377,9 @@ def test_a_browser_loads_and_runs_nothing_that_a_page_might_hold(tmp_path: Path)
 def test_the_page_does_not_scroll_sideways_on_a_phone(page: Path, tmp_path: Path) -> None:
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
     probe = "<script>console.log('width', document.documentElement.scrollWidth)</script>"
-    page.write_text(text.replace("</body>", f"{probe}</body>"))
+    (tmp_path / "r.html").write_text(text.replace("</body>", f"{probe}</body>"))
     # Windows have a least width; frames have not.
     framed = tmp_path / "framed.html"
-    framed.write_text(f'<iframe src="{page.name}" style="width:360px;height:700px"></iframe>')
+    framed.write_text('<iframe src="r.html" style="width:360px;height:700px"></iframe>')
     (line,) = screenshot(framed, tmp_path / "p.png", width=800, height=800)
     assert '"width 360"' in line
