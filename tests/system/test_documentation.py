@@ -2,7 +2,7 @@
 
 A page's blocks marked `sh` and `python` run in order, in one folder and one namespace; those marked
 `toml` whose first line is `# NAME.toml` are written to that file on the way. The folder
-holds what the examples speak of (see `workspace`), and nothing is reset between blocks: a command
+holds what the examples speak of (see `examples`), and nothing is reset between blocks: a command
 may use what an earlier one wrote. `<!-- not run: REASON -->` in the line before leaves a block out.
 A block marked `text` after `<!-- output -->` is what the commands before it print, but for numbers.
 """
@@ -10,6 +10,7 @@ A block marked `text` after `<!-- output -->` is what the commands before it pri
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -63,23 +64,35 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
             yield language, "\n" * above + code
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files of the examples.
 
     Those that the how-to guides start from, made by the block on that page: my-model (a text
     classifier), {old,new,third}-{task,test}.jsonl, topics.jsonl; and the quickstart's: start (a
     network, by `--model network:mlp`) and {a,b}-{train,test}.npz.
     """
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
     from scripts import quickstart
 
-    quickstart.write_data(tmp_path)
-    quickstart.train_start(tmp_path, epochs=1)
-    for language, code in blocks(TOY):
-        if language == "python":
-            exec(compile(code, TOY, "exec"), {})
+    folder = tmp_path_factory.mktemp("examples")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        monkeypatch.syspath_prepend(str(folder))  # restores what train_start adds too
+        quickstart.write_data(folder)
+        quickstart.train_start(folder, epochs=1)
+        for language, code in blocks(TOY):
+            if language == "python":
+                exec(compile(code, TOY, "exec"), {})
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+    return folder
+
+
+@pytest.fixture
+def workspace(examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder, which is the current one and which modules are imported from."""
+    shutil.copytree(examples, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 
