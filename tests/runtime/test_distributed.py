@@ -1,10 +1,12 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import consolidate
+from consolidate import cli
 from consolidate.api import finetune, fisher
 from consolidate.estimation.batches import model_outputs
 from consolidate.models.model import Model, outputs_of_first
@@ -24,9 +27,11 @@ from consolidate.runtime.distributed import (
     process_group,
     sum_,
 )
+from consolidate.runtime.torchrun import rank
 from formats.errors import UsageError
+from support import together
 from support.checkpoints import Write
-from support.distributed_cases import FISHERS, SHARDED, TRAININGS, told
+from support.distributed_cases import FISHERS, SHARDED, TRAININGS, told, write_found
 from support.networks import NETWORK
 
 TESTS = Path(__file__).parent.parent
@@ -34,54 +39,33 @@ Found = dict[str, Any]
 THREE = pytest.param(3, id="three", marks=pytest.mark.slow)
 
 
-def started(count: int, *words: str | Path, cwd: Path = TESTS) -> list[subprocess.Popen[str]]:
-    """Start Python in so many processes, as `torchrun` does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), str(cwd)])
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            env={
-                **os.environ,
-                **known,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "PYTHONPATH": path,
-                "OMP_NUM_THREADS": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=cwd,
-        )
-        for rank in range(count)
-    ]
+def run(count: int, *words: str | Path) -> tuple[list[int], str, str]:
+    """Run a command in so many processes; their exit codes, and what they wrote to both streams."""
+    return run_call(count, lambda: cli.main([str(word) for word in words]))
 
 
-def ended(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str, str]:
-    """Wait for processes; their exit codes, and all that they wrote to stdout and stderr."""
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return (
-        [process.returncode for process in processes],
-        "".join(out for out, _ in outputs),
-        "".join(err for _, err in outputs),
-    )
+def run_call(count: int, call: Callable[[], object]) -> tuple[list[int], str, str]:
+    with TemporaryDirectory() as folder:
+        out, err = (Path(folder) / name for name in ("out", "err"))
+        codes = together.ended(together.forked(count, call, out, err))
+        return codes, out.read_text(), err.read_text()
 
 
 @pytest.fixture(scope="module", params=[pytest.param(2, id="two"), THREE])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What so many processes found in the cases."""
     folder = tmp_path_factory.mktemp("found")
-    codes, _, errors = ended(started(request.param, "support/distributed_cases.py", folder))
+    codes, _, errors = run_call(request.param, lambda: write_found(folder))
     assert codes == [0] * request.param, errors
     return torch.load(folder / "found.pt", weights_only=True)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the test, as the current one and one to import from."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
 
 
 @pytest.mark.parametrize("name", FISHERS)
@@ -147,7 +131,7 @@ def test_one_process_alone_has_no_group(monkeypatch: pytest.MonkeyPatch) -> None
             assert tensor.tolist() == [1, 1]
 
 
-FISHER = ("-m", "consolidate", "fisher", "start", "--model", "support.networks:make_network")
+FISHER = ("fisher", "start", "--data", "a.npz", "--model")
 
 
 @pytest.mark.slow
@@ -157,8 +141,9 @@ def test_torchrun_measures_and_only_the_first_speaks(
     write_task("a", count=59)
     fisher(network_checkpoint, tmp_path / "a.npz", output_dir=tmp_path / "one", **NETWORK)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    words = ("-m", "consolidate", *FISHER, NETWORK["model"], "--output-dir", "two")
     done = subprocess.run(
-        [sys.executable, *torchrun, *FISHER, "--data", "a.npz", "--output-dir", "two"],
+        [sys.executable, *torchrun, *words],
         cwd=tmp_path,
         env={
             **os.environ,
@@ -181,7 +166,7 @@ def test_torchrun_measures_and_only_the_first_speaks(
 
 @pytest.mark.slow
 def test_shards_are_trained_measured_and_written_as_one_process_does(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, here: Path
 ) -> None:
     weights = load_file(network_checkpoint / "model.safetensors")
     narrow = {name: values.bfloat16() for name, values in weights.items()}
@@ -200,10 +185,10 @@ def test_shards_are_trained_measured_and_written_as_one_process_does(
         evaluate={"a": tmp_path / "a.npz"},
         **NETWORK,
     )
-    words = "-m consolidate finetune start --data b.npz --output-dir three --ewc-lambda 10 --shard"
+    words = "finetune start --data b.npz --output-dir three --ewc-lambda 10 --shard"
     more = "--optimizer sgd --learning-rate 0.1 --batch-size 2 --merge-rule separate --json"
     model = ("--model", NETWORK["model"], "--device", "cpu", "--evaluate", "a=a.npz")
-    codes, printed, errors = ended(started(3, *words.split(), *more.split(), *model, cwd=tmp_path))
+    codes, printed, errors = run(3, *words.split(), *more.split(), *model)
     assert codes == [0, 0, 0], errors
     together = json.loads(printed)
     for name in ("loss", "penalty_value", "share_moved", "steps"):
@@ -230,10 +215,10 @@ def test_shards_need_several_processes_and_whole_models(
 
 @pytest.mark.slow
 def test_what_fails_in_one_process_ends_all_with_one_message(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
+    network_checkpoint: Path, write_task: Write, here: Path
 ) -> None:
     write_task("a")
-    (tmp_path / "failing.py").write_text(
+    (here / "failing.py").write_text(
         "import os\n"
         "from support.networks import make_network\n"
         "def make(config):\n"
@@ -246,41 +231,39 @@ def test_what_fails_in_one_process_ends_all_with_one_message(
         "    model.register_forward_pre_hook(fail)\n"
         "    return model\n"
     )
-    words = (*FISHER[:5], "failing:make", "--data", "a.npz", "--output-dir", "out")
-    codes, printed, errors = ended(started(2, *words, cwd=tmp_path))
+    codes, printed, errors = run(2, *FISHER, "failing:make", "--output-dir", "out")
     assert codes == [3, 3], errors
     assert printed == ""
     assert errors.count("error:") == 1
     assert "no rows today" in errors
-    assert not (tmp_path / "out").exists()
+    assert not (here / "out").exists()
 
 
 @pytest.mark.slow
 def test_an_option_that_is_refused_is_told_once(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
+    network_checkpoint: Path, write_task: Write, here: Path
 ) -> None:
     write_task("a")
-    words = (*FISHER[:6], "--data", "a.npz")
     for more, message in (
         (("--modl", "x"), "No such option"),
         (("--objective", "regression", "--device", "cuda:0"), "each process needs its own"),
     ):
-        codes, _, errors = ended(started(2, *words, *more, cwd=tmp_path))
+        codes, _, errors = run(2, *FISHER, NETWORK["model"], *more)
         assert codes == [2, 2], errors
         assert errors.count("error:") == 1
         assert message in errors
     for command in (("show", "start"), ("run", "chain.toml")):
-        codes, _, errors = ended(started(2, "-m", "consolidate", *command, cwd=tmp_path))
+        codes, _, errors = run(2, *command)
         assert codes == [2, 2]
         message = f"{command[0]} runs in one process: start it without torchrun"
         assert errors.count(message) == 1
 
 
 def test_a_process_that_is_killed_ends_the_others(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
+    network_checkpoint: Path, write_task: Write, here: Path
 ) -> None:
     write_task("a")
-    (tmp_path / "dying.py").write_text(
+    (here / "dying.py").write_text(
         "import os, signal\n"
         "from support.networks import make_network\n"
         "def make(config):\n"
@@ -291,25 +274,23 @@ def test_a_process_that_is_killed_ends_the_others(
         "    model.register_forward_pre_hook(die)\n"
         "    return model\n"
     )
-    words = (*FISHER[:5], "dying:make", "--data", "a.npz", "--output-dir", "out")
-    codes, _, errors = ended(started(2, *words, cwd=tmp_path))
+    codes, _, errors = run(2, *FISHER, "dying:make", "--output-dir", "out")
     assert codes == [1, -signal.SIGKILL]
     assert "another process of this run ended" in errors
     assert errors.count("error:") == 1
 
 
-def test_sigterm_ends_a_process_that_waits_for_one_that_never_joins(tmp_path: Path) -> None:
-    (tmp_path / "waiting.py").write_text(
-        "import signal, threading\n"
-        "from consolidate.runtime.distributed import process_group\n"
-        "signal.signal(signal.SIGTERM, lambda *_: print('never called'))\n"
-        "threading.Timer(1, signal.raise_signal, [signal.SIGTERM]).start()\n"
-        "with process_group():\n"
-        "    pass\n"
-    )
-    waiting = started(2, "waiting.py", cwd=tmp_path)
-    waiting[1].kill()
-    assert ended(waiting)[0] == [-signal.SIGTERM, -signal.SIGKILL]
+def test_sigterm_ends_a_process_that_waits_for_one_that_never_joins() -> None:
+    def wait_for_the_other() -> None:
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal.signal(signal.SIGTERM, lambda *_: print("never called"))
+        threading.Timer(1, signal.raise_signal, [signal.SIGTERM]).start()
+        with process_group():
+            pass
+
+    codes, printed, _ = run_call(2, wait_for_the_other)
+    assert (codes, printed) == ([-signal.SIGTERM, -signal.SIGKILL], "")
 
 
 def test_a_killed_process_of_a_sharded_model_is_not_reported_as_wrong_inputs() -> None:

@@ -1,9 +1,5 @@
-"""What the tests of several processes run, in each of them and in one alone.
+"""What the tests of several processes run, in each of them and in one alone."""
 
-RANK=… WORLD_SIZE=… MASTER_ADDR=… MASTER_PORT=… python distributed_cases.py FOLDER
-"""
-
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -276,7 +272,7 @@ TRAININGS: Cases = {
 }
 
 
-def main(folder: Path) -> None:
+def write_found(folder: Path) -> None:
     """Run all cases; the first process writes what they gave."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
@@ -289,7 +285,3 @@ def main(folder: Path) -> None:
         found["going on"] = going_on(group, 0.05)
         if is_first(group):
             torch.save(found, folder / "found.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
