@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,6 @@ from consolidate.api import verify
 from formats.atomic import claimed, claimed_in_place
 from formats.errors import InputError
 from support.checkpoints import Write
-from support.command_line import finished, launched
 from support.command_line import run as run_cli
 from support.folders import flip
 from support.networks import SIZES, make_network
@@ -56,32 +57,34 @@ class Held:
     """A command that is held in its middle until it is released."""
 
     def __init__(self, *words: str) -> None:
-        self.process = launched(*words, "--model", "waiting:held")
+        self.log = Path(f"log-{time.monotonic_ns()}")
+        (self.pid,) = started(1, [*words, "--model", "waiting:held"], self.log)
         while not Path("begun").exists():
-            assert self.process.poll() is None, self.process.communicate()
+            assert os.waitpid(self.pid, os.WNOHANG) == (0, 0), self.log.read_text()
             time.sleep(0.02)
 
     def release(self) -> tuple[int, str]:
         Path("begun").unlink()
         Path("pipe").write_bytes(b"go on")
-        code, _, err = finished(self.process)
-        return code, err
+        (code,) = ended([self.pid])
+        return code, self.log.read_text()
 
 
 @pytest.fixture
 def hold(place: Path) -> Iterator["Hold"]:
     """Start commands that wait; those that a test leaves waiting are killed."""
-    started: list[Held] = []
+    holding: list[Held] = []
 
     def start(*words: str) -> Held:
-        started.append(Held(*words))
-        return started[-1]
+        holding.append(Held(*words))
+        return holding[-1]
 
     yield start
-    for held in started:
-        if held.process.poll() is None:
-            held.process.kill()
-            held.process.communicate()
+    for held in holding:
+        with suppress(ChildProcessError):  # it was released, and has ended
+            if os.waitpid(held.pid, os.WNOHANG) == (0, 0):
+                os.kill(held.pid, signal.SIGKILL)
+                ended([held.pid])
 
 
 Hold = Callable[..., Held]
@@ -103,7 +106,7 @@ def test_the_second_of_two_is_refused(
     for second in ((*FISHER, *model), (*ADD, *model), (*FINETUNE, *model), MERGE):
         code, _, err = run_cli(capsys, *second)
         assert code == 3
-        assert f"is in use by process {held.process.pid}" in err
+        assert f"is in use by process {held.pid}" in err
     code, err = held.release()
     assert code == 0, err
     assert verify("it")["tasks"] == tasks

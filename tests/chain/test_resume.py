@@ -22,10 +22,10 @@ from consolidate.runtime import signals
 from formats.errors import InputError, NonFiniteError
 from support import in_process
 from support.checkpoints import Write, normed
-from support.command_line import finished, launched
 from support.faults import Killed, break_off, kill_after
 from support.folders import contents
 from support.networks import FAST, NETWORK
+from support.together import ended, started
 
 COMMON: dict[str, Any] = {**FAST, "save_every_minutes": 0, "log_every": 1, "ewc_lambda": 10.0}
 
@@ -386,13 +386,12 @@ def test_a_process_that_is_stopped_goes_on(
 
     assert run_here("whole")[0] == 0
     (tmp_path / "stop").touch()
-    one_thread = {"OMP_NUM_THREADS": "1"}
-    process = launched(*words, "--output-dir", "out", cwd=tmp_path, variables=one_thread)
-    stopped, _, err = finished(process)
-    assert stopped == code
+    log = tmp_path / "log"
+    process = started(1, [*words, "--output-dir", "out"], log, lambda: os.chdir(tmp_path))
+    assert ended(process) == [code]
     assert not (tmp_path / "out").exists()
     if code > 0:
-        assert [line for line in err.splitlines() if line][-2:] == [
+        assert [line for line in log.read_text().splitlines() if line][-2:] == [
             "stopped after step 6 of 12: the same command resumes from there",
             {"SIGINT": "interrupted", "SIGTERM": "terminated"}[sent],
         ]
