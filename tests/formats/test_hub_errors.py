@@ -42,7 +42,7 @@ def test_a_hub_that_fails_lies_or_hangs(number: int, found: list[Record]) -> Non
 def test_a_wrong_token_is_told_as_such(checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
     hub.put("user/model", checkpoint)
     wrong = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_expired"}
-    code, _, err = run_python(tmp_path, "-m", "consolidate", "verify", "user/model", **wrong)
+    code, _, err = run(tmp_path, "verify", "user/model", **wrong)
     told = "the Hub rejects the token of {} (Invalid credentials in Authorization header)"
     assert (code, told.format("HF_TOKEN") in err) == (3, True), err
     assert "`hf auth login`" in err
@@ -59,7 +59,7 @@ def test_a_wrong_token_is_told_as_such(checkpoint: Path, tmp_path: Path, hub: Hu
     code, _, err = run_python(tmp_path, "-m", "consolidate", *words, HF_ENDPOINT=hub.address)
     assert (code, f"user/rows: {told.format('`hf auth login`')}" in err) == (3, True), err
     words = ("push", checkpoint, "user/model", "--public", "--token", "hf_other")
-    code, _, err = run_python(tmp_path, "-m", "consolidate", *words, HF_ENDPOINT=hub.address)
+    code, _, err = run(tmp_path, *words, HF_ENDPOINT=hub.address)
     assert (code, f"user/model: {told.format('--token')}" in err) == (3, True), err
 
 
