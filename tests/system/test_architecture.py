@@ -57,6 +57,7 @@ TESTED_THROUGH = {
     "estimation/test_passes": "estimation.layer_hooks",
     "runtime/test_distributed": "estimation.sharded_passes runtime.torchrun",
     "models/test_loading": "models.architectures models.model models.tensor_names runtime.quiet",
+    "formats/test_atomic": "disk_errors locks",
     "formats/test_tensors": "checkpoint_files",
     "formats/test_data": "rows",
     "formats/test_fisher_json": "conversion fields versions wording",
