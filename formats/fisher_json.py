@@ -246,6 +246,11 @@ def covered(blocks: Mapping[str, Block]) -> set[str]:
     return {name for block in blocks.values() for name in block.parameters}
 
 
+def benchmarks_of(ledger: Ledger) -> dict[str, BenchmarkRecord]:
+    """Give the benchmarks of all tasks by name, as they were last."""
+    return {name: found for task in ledger.tasks for name, found in (task.benchmarks or {}).items()}
+
+
 def needed_version(ledger: Ledger) -> int:
     """Return the format version that a ledger is written in: 1 unless it needs a field of 2."""
     records = (ledger, *ledger.tasks)

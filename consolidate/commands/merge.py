@@ -86,7 +86,7 @@ def _merge(options: MergeOptions) -> MergeResult:
             "base": None if options.base is None else str(options.base),
             "commits": commits_of(*(model.path for model in plan.everything)),
             "tasks": [task.name for task in plan.tasks],
-            "parameters": sum(math.prod(record.shape) for record in ledger.fisher.values()),
+            "parameters": sum(record.count for record in ledger.fisher.values()),
             "trace": trace,
             "penalty_offset": ledger.penalty_offset,
             "anchor": "fisher/anchor" if anchored else "the weights",

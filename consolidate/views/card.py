@@ -1,6 +1,5 @@
 """The model card of a checkpoint: facts from the ledger beside what a person wrote."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -32,9 +31,9 @@ from consolidate.views.summary import (
     replay_text,
     size_text,
 )
-from formats.digest import DTYPES, set_digest
+from formats.digest import set_digest
 from formats.errors import InputError
-from formats.fisher_json import Ledger, copies, covered
+from formats.fisher_json import Ledger, benchmarks_of, copies, covered
 from formats.wording import few
 
 MAX_CARD_BYTES = 2**20
@@ -233,7 +232,7 @@ def evaluation_results(ledger: Ledger, subject: Subject) -> list[EvalResult]:
     """Give the accuracy matrix as evaluation results of the Hub, the present model first."""
     names, (_, *rows) = columns_and_rows(matrix_summary(chain_matrix(ledger)))
     tasks = {task.name: task for task in ledger.tasks}
-    benchmarks = {n: b for task in ledger.tasks for n, b in (task.benchmarks or {}).items()}
+    benchmarks = benchmarks_of(ledger)
     measured = [on.items() for task in ledger.tasks for on in task.metrics.values()]
     accurate = {name for on in measured for name, scores in on if "accuracy" in scores}
     results = []
@@ -293,7 +292,7 @@ def _body(ledger: Ledger, subject: Subject) -> str:
         "matrix": matrix and matrix_table(matrix_summary(matrix)),
         "side_by_side": f" {merged}".rstrip(),
         "measured": _measured(ledger),
-        "values": f"{sum(math.prod(record.shape) for record in ledger.fisher.values()):,}",
+        "values": f"{sum(record.count for record in ledger.fisher.values()):,}",
         "dtype": next(iter(ledger.fisher.values())).dtype,
         "fisher": set_digest(ledger.fisher),
         "rule": rule,
@@ -333,8 +332,8 @@ def _factors(ledger: Ledger) -> dict[str, str | None]:
     named = dict.fromkeys(("factors", "matrices", "factors_dtype", "factors_size", "covered"))
     if not ledger.factors or not ledger.blocks:
         return {**named, "structure": "a diagonal Fisher: it ignores how weights act together"}
-    sizes = [math.prod(r.shape) * DTYPES[r.dtype].itemsize for r in ledger.factors.values()]
-    values = sum(math.prod(ledger.fisher[name].shape) for name in covered(ledger.blocks))
+    sizes = [record.nbytes for record in ledger.factors.values()]
+    values = sum(ledger.fisher[name].count for name in covered(ledger.blocks))
     return {
         "factors": set_digest(ledger.factors),
         "matrices": f"{len(sizes)} {'matrix' if len(sizes) == 1 else 'matrices'}",

@@ -22,7 +22,7 @@ from consolidate.views.charts import (
 )
 from consolidate.views.markdown import benchmarks_text, shown
 from consolidate.views.matrix import columns_and_rows
-from formats.fisher_json import Ledger, TaskRecord
+from formats.fisher_json import Ledger, TaskRecord, benchmarks_of
 
 TASKS = 40  # at most, the latest, are drawn and listed
 ROWS = 48  # of a chart over layers: more parameters are grouped by module
@@ -100,8 +100,8 @@ def _side_by_side(one: Figure, other: Figure) -> tuple[Figure, Figure]:
 def score_figures(ledger: Ledger, matrix: MatrixSummary | None) -> list[Figure]:
     """Return the figures of the known scores on the tasks: matrix, curves, trade-off."""
     merged = side_by_side_text(side_by_side(ledger))
-    benchmarks = {n: b for task in ledger.tasks for n, b in (task.benchmarks or {}).items()}
-    lines = benchmarks_text({name: cast(Benchmark, asdict(b)) for name, b in benchmarks.items()})
+    benchmarks = {n: cast(Benchmark, asdict(b)) for n, b in benchmarks_of(ledger).items()}
+    lines = benchmarks_text(benchmarks)
     merged = " ".join(filter(None, [merged, *(f"{line}." for line in lines)]))
     matrix_figure = None if matrix is None else _matrix(matrix, merged)
     found = [matrix_figure, _curves(ledger), _trade_off(ledger), _between(ledger)]
