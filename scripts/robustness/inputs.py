@@ -51,7 +51,8 @@ from consolidate.models import adapters
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
 from consolidate.options import Images
-from consolidate.views.card import Subject, model_card
+from consolidate.views.card import model_card
+from consolidate.views.card_text import Subject
 from consolidate.views.summary import show_text
 from formats.checkpoint import check_finite, open_checkpoint, weight_records
 from formats.data import open_data

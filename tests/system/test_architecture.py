@@ -44,6 +44,7 @@ TESTED_THROUGH = {
     "commands/test_merge": "commands.merge_blocks commands.merge_plan",
     "commands/test_finetune_search": "commands.finetune_choice",
     "commands/test_forgetting": "commands.finetune_gate training.forgetting",
+    "views/test_card": "views.card_text",
     "views/test_figures": "views.search_figures",
     "data/test_benchmarks": "data.benchmark_files data.benchmark_harness benchmark",
     "data/test_generation": "data.prompts data.text_plan models.generation_plan",
