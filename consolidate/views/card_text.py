@@ -45,15 +45,6 @@ def card_text(ledger: Ledger, subject: Subject) -> str:
     """Fill in card.md; parts, separated by two blank lines, are left out if a field is None."""
     matrix, merged = ledger_matrix(ledger), side_by_side_text(side_by_side(ledger))
     rule = ledger.merge_rule + (f", γ = {ledger.gamma:g}" if ledger.merge_rule == "online" else "")
-    digests = "The ledger has no digest of any data."
-    named = [escaped(task.name) for task in ledger.tasks if task.data_digest is not None]
-    replayed = [task for task in ledger.tasks if task.replayed and task.replayed.data_digest]
-    named += [f"what was replayed for {escaped(task.name)}" for task in replayed]
-    prompted = [task for task in ledger.tasks if task.generated and task.generated.prompts]
-    named += [f"the prompts of {escaped(task.name)}" for task in prompted]
-    if named:
-        digests = f"The ledger has a digest of the data of {', '.join(named)}, which can confirm "
-        digests += "a guess of the exact data."
     copied = copies(ledger)
     unprotected = [why for name, why in ledger.unprotected.items() if name not in copied]
     several = len(subject.base_model) > 1 or subject.relation == "merge" or side_by_side(ledger)
@@ -75,7 +66,7 @@ def card_text(ledger: Ledger, subject: Subject) -> str:
         "unprotected": len(unprotected) or None,
         "reasons": "; ".join(map(escaped, sorted(set(unprotected))[:5])),
         "reveals": _reveals(ledger, "this repository" if subject.repository else "`fisher/`"),
-        "digests": digests,
+        "digests": _digests(ledger),
     }
     parts = map(Template, Path(__file__).with_name("card.md").read_text("utf-8").split("\n\n\n"))
     return "\n\n".join(
@@ -83,6 +74,19 @@ def card_text(ledger: Ledger, subject: Subject) -> str:
         for part in parts
         if all(found[name] is not None for name in part.get_identifiers())
     )
+
+
+def _digests(ledger: Ledger) -> str:
+    """Say which data can be recognized by a digest."""
+    named = [escaped(task.name) for task in ledger.tasks if task.data_digest is not None]
+    replayed = [task for task in ledger.tasks if task.replayed and task.replayed.data_digest]
+    named += [f"what was replayed for {escaped(task.name)}" for task in replayed]
+    prompted = [task for task in ledger.tasks if task.generated and task.generated.prompts]
+    named += [f"the prompts of {escaped(task.name)}" for task in prompted]
+    if not named:
+        return "The ledger has no digest of any data."
+    of = f"The ledger has a digest of the data of {', '.join(named)}"
+    return f"{of}, which can confirm a guess of the exact data."
 
 
 def _reveals(ledger: Ledger, place: str) -> str:
