@@ -717,11 +717,7 @@ class Recipe:
         least=1,
     )
     log_every: int = option(
-        50,
-        "Log every N optimizer steps.",
-        group="Output",
-        least=1,
-        changes_result=False,
+        50, "Log every N optimizer steps.", group="Output", least=1, changes_result=False
     )
     seed: int = _seed()
 
@@ -782,9 +778,7 @@ class FisherOptions:
     )
     saving: Saving = part(Saving())
     dry_run: bool = option(
-        False,
-        "Only report what it would take: time, memory, file sizes.",
-        changes_result=False,
+        False, "Only report what it would take: time, memory, file sizes.", changes_result=False
     )
 
 
@@ -938,9 +932,7 @@ class ShowOptions:
         metavar="FILE",
     )
     plot: str | Path | None = option(
-        None,
-        "Plot the accuracy matrix and the curves (needs matplotlib).",
-        metavar="FILE.png|svg",
+        None, "Plot the accuracy matrix and the curves (needs matplotlib).", metavar="FILE.png|svg"
     )
     overlap: str | Path | None = option(
         None,
@@ -964,9 +956,7 @@ class ReportOptions:
         None, "Write the figures here too, as SVG and PNG (needs matplotlib).", metavar="DIR"
     )
     search: str | Path | None = option(
-        None,
-        "Show the search for λ in this JSON output of `finetune`.",
-        metavar="RESULT.json",
+        None, "Show the search for λ in this JSON output of `finetune`.", metavar="RESULT.json"
     )
     comparison: str | Path | None = option(
         None,
@@ -1027,9 +1017,7 @@ class PushOptions:
         metavar="TOKEN",
     )
     base_model: tuple[str, ...] = option(
-        (),
-        "Model that this one was made from, for the card; several for a merge.",
-        metavar="REPO",
+        (), "Model that this one was made from, for the card; several for a merge.", metavar="REPO"
     )
     fisher_dtype: str | None = option(
         None,
