@@ -7,8 +7,7 @@ import shutil
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -67,12 +66,7 @@ FACTORY = "scripts.robustness.file_kinds:network"
 CONVOLUTION = "scripts.robustness.file_kinds:convolution"
 IMAGES = {
     "png": mutated_png,
-    "jpg": mutated_middle,
-    "gif": mutated_middle,
-    "bmp": mutated_middle,
-    "tiff": mutated_middle,
-    "webp": mutated_middle,
-    "ppm": mutated_middle,
+    **dict.fromkeys(("jpg", "gif", "bmp", "tiff", "webp", "ppm"), mutated_middle),
 }
 ROWS = [
     {"text": "the cat sat on the mat", "label": 0, "more": [1, 2.5, None]},
@@ -281,17 +275,9 @@ def write_saved(folder: Path) -> list[str]:
     """Write a dataset as `datasets` saves it to disk."""
     import datasets
 
-    with _quiet_datasets():
-        datasets.Dataset.from_list(ROWS).save_to_disk(folder / "rows")
-    return [f"rows/{path.name}" for path in (folder / "rows").iterdir()]
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    import datasets
-
     datasets.disable_progress_bars()
-    yield
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder / "rows")
+    return [f"rows/{path.name}" for path in (folder / "rows").iterdir()]
 
 
 def write_benchmark(folder: Path) -> list[str]:
