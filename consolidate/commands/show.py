@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -18,16 +17,16 @@ from consolidate.results import (
     Parameter,
     ShownFactors,
     ShowResult,
-    Task,
 )
 from consolidate.views.charts import check_picture, write_picture
 from consolidate.views.figures import TASKS, score_figures
 from consolidate.views.matrix import ledger_matrix, matrix_summary, means_text, write_matrix_csv
+from consolidate.views.summary import shown_task
 from formats.atomic import check_file
 from formats.digest import TensorRecord, differences, set_digest
 from formats.errors import InputError, NetworkError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher, in_one_line, read_fisher
-from formats.fisher_json import FORMAT, Ledger, TaskRecord, covered, needed_version, read_ledger
+from formats.fisher_json import FORMAT, Ledger, covered, needed_version, read_ledger
 from formats.hub import FISHER, commits_of, locate, remote_headers
 
 LOG = logging.getLogger("consolidate")
@@ -68,7 +67,7 @@ def show(options: ShowOptions) -> ShowResult:
         "merge_rule": ledger.merge_rule,
         "gamma": ledger.gamma,
         "penalty_offset": ledger.penalty_offset,
-        "tasks": [_task(task) for task in ledger.tasks],
+        "tasks": [shown_task(task) for task in ledger.tasks],
         "fisher": {
             "tensors": len(ledger.fisher),
             "values": sum(record.count for record in ledger.fisher.values()),
@@ -120,12 +119,6 @@ def _scores(options: ShowOptions, ledger: Ledger) -> MatrixSummary | None:
         charts = [figure.chart for figure in score_figures(ledger, summary)]
         write_picture(Path(options.plot), charts, means_text(summary))
     return summary
-
-
-def _task(record: TaskRecord) -> Task:
-    task = asdict(record)
-    del task["layers"], task["description"]
-    return cast(Task, task)
 
 
 def _overlap(options: ShowOptions, other: str | Path) -> Overlap:

@@ -10,11 +10,10 @@ from consolidate.chain.consistency import side_by_side, side_by_side_text
 from consolidate.views.markdown import escaped, table
 from consolidate.views.matrix import ledger_matrix, matrix_summary, matrix_table
 from consolidate.views.summary import (
-    budget_text,
     encoding_text,
     estimator_text,
-    penalty_text,
-    replay_text,
+    learned_text,
+    shown_task,
     size_text,
 )
 from formats.digest import set_digest
@@ -170,31 +169,23 @@ def _use(ledger: Ledger, subject: Subject) -> dict[str, str]:
 
 def _tasks(ledger: Ledger) -> str:
     rows = [["", "task", "objective", "labels", "data", "learned with"]]
-    for number, task in enumerate(ledger.tasks, 1):
-        labels = few([escaped(label) for label in task.labels or []], 8) or "–"
-        learned = penalty_text(task.penalty, task.penalty_on, task.ewc_lambda)
-        if task.budget is not None:
-            learned += budget_text(task.budget.nats)
-        if task.replayed is not None:
-            learned += replay_text(task.replayed.data, task.replayed.share)
-        learned = escaped(learned)
-        learned = "(measured only)" if task.penalty is None else learned
-        objective, data = escaped(task.objective), escaped(task.data) or "–"
-        rows.append([str(number), escaped(task.name), objective, labels, data, learned])
+    for number, task in enumerate(map(shown_task, ledger.tasks), 1):
+        labels = few([escaped(label) for label in task["labels"] or []], 8) or "–"
+        learned = "(measured only)" if task["penalty"] is None else escaped(learned_text(task))
+        name, objective, data = map(escaped, (task["name"], task["objective"], task["data"]))
+        rows.append([str(number), name, objective, labels, data or "–", learned])
     return table(rows)
 
 
 def _measured(ledger: Ledger) -> str:
     rows = [["task", "expectation over the labels", "measured on", "seed", "weight"]]
-    for task in ledger.tasks:
-        tokens = f", {task.units:,} tokens" if task.unit == "token" and task.units else ""
-        estimator = estimator_text(task.estimator, task.mc_samples)
+    for task in map(shown_task, ledger.tasks):
+        tokens = f", {task['units']:,} tokens" if task["unit"] == "token" and task["units"] else ""
         on = "–"
-        if task.examples is not None:
-            on = f"{task.examples:,} examples{tokens}"
-            generated = None if task.generated is None else vars(task.generated)
-            on += encoding_text(task.loss_on, task.max_length, generated)
-        rows.append([escaped(task.name), estimator, on, str(task.seed), f"{task.weight:g}"])
+        if task["examples"] is not None:
+            on = f"{task['examples']:,} examples{tokens}{encoding_text(task)}"
+        weight, seed = f"{task['weight']:g}", str(task["seed"])
+        rows.append([escaped(task["name"]), estimator_text(task), on, seed, weight])
     return table(rows)
 
 
