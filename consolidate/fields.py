@@ -23,7 +23,7 @@ class Option:
     help: str  # for --help, docstrings and the page of options; other options are named as flags
     by_default: str | None = None  # what a default of None or () stands for, in words
     group: str | None = None  # its heading in --help, if not the title of its record
-    metavar: str | None = None  # the value in --help
+    metavar: str | None = None  # the value in --help, if not N or X for a number
     choices: tuple[str, ...] = ()
     least: float | None = None  # a number is at least this
     above: float | None = None  # and larger than this

@@ -73,8 +73,8 @@ def _output_dir(help: str) -> Any:
     return option(REQUIRED, help, metavar="DIR", **_PER_CALL)
 
 
-def _restart(**settings: Any) -> Any:
-    return option(False, "Discard saved progress and start over.", **_PER_CALL, **settings)
+def _restart() -> Any:
+    return option(False, "Discard saved progress and start over.", **_PER_CALL)
 
 
 def _overwrite(help: str = "Replace an existing output unless it is up to date.") -> Any:
@@ -105,7 +105,6 @@ def _benchmark_limit() -> Any:
         None,
         "Score a benchmark on its first N examples only, a group on N of each of its tasks.",
         by_default="all",
-        metavar="N",
         least=1,
     )
 
@@ -313,7 +312,6 @@ class Generation:
         None,
         "Measure on N texts that a causal language model generates itself, without --data, each of "
         "at most --max-length tokens (default 128).",
-        metavar="N",
         least=1,
     )
     prompts: str | Path | None = option(
@@ -422,7 +420,6 @@ class Saving:
         5.0,
         "Save progress beside the output this often; rerunning the command resumes and gives "
         "bit-identical results. SIGTERM and Ctrl-C save too. 0: as often as possible; inf: never.",
-        metavar="X",
         least=0,
         infinite=True,
         changes_result=False,
@@ -452,7 +449,6 @@ class Search:
         "In place of --ewc-lambda: by how many nats the loss per example or token may rise on each "
         "earlier task in --validation. λ is adjusted during the training; if the loss still rises "
         "more, the weights are interpolated with the start.",
-        metavar="X",
         above=0,
     )
     validation: dict[str, str | Path] | None = option(
@@ -501,7 +497,6 @@ class PenaltyOptions:
         None,
         "For a causal language model without a Fisher: first measure one on N texts that it "
         "generates itself, as `fisher --generate N` does.",
-        metavar="N",
         least=1,
         **_PER_CALL,
     )
@@ -542,7 +537,6 @@ class Replaying:
         "Share of replayed rows among all that are trained on. An epoch takes 1/(1 − X) times the "
         "steps.",
         by_default=f"{REPLAY_SHARE:g}",
-        metavar="X",
         above=0,
         below=0.99,
     )
@@ -567,9 +561,7 @@ class Adapter:
         by_default="those that peft knows for the architecture",
         metavar="PATTERN",
     )
-    lora_alpha: float | None = option(
-        None, "α of s = α/R.", by_default="R, so that s = 1", metavar="X", above=0
-    )
+    lora_alpha: float | None = option(None, "α of s = α/R.", by_default="R, so that s = 1", above=0)
     lora_train_head: bool = option(
         False,
         "Train the head of --head keep in full beside the adapter, penalized with its Fisher "
@@ -641,7 +633,6 @@ class Gate:
         "Exit with code 5 and save the output as DIR.failed-forgetting if an old task in "
         "--evaluate, or a benchmark, loses more score than this (accuracy, 0.01 is one point; else "
         "minus the loss).",
-        metavar="X",
         least=0,
     )
     benchmark_limit: int | None = _benchmark_limit()
@@ -726,12 +717,7 @@ class Recipe:
         least=1,
     )
     log_every: int = option(
-        50,
-        "Log every N optimizer steps.",
-        group="Output",
-        metavar="N",
-        least=1,
-        changes_result=False,
+        50, "Log every N optimizer steps.", group="Output", least=1, changes_result=False
     )
     seed: int = _seed()
 
@@ -792,9 +778,7 @@ class FisherOptions:
     )
     saving: Saving = part(Saving())
     dry_run: bool = option(
-        False,
-        "Only report what it would take: time, memory, file sizes.",
-        changes_result=False,
+        False, "Only report what it would take: time, memory, file sizes.", changes_result=False
     )
 
 
@@ -948,9 +932,7 @@ class ShowOptions:
         metavar="FILE",
     )
     plot: str | Path | None = option(
-        None,
-        "Plot the accuracy matrix and the curves (needs matplotlib).",
-        metavar="FILE.png|svg",
+        None, "Plot the accuracy matrix and the curves (needs matplotlib).", metavar="FILE.png|svg"
     )
     overlap: str | Path | None = option(
         None,
@@ -974,9 +956,7 @@ class ReportOptions:
         None, "Write the figures here too, as SVG and PNG (needs matplotlib).", metavar="DIR"
     )
     search: str | Path | None = option(
-        None,
-        "Show the search for λ in this JSON output of `finetune`.",
-        metavar="RESULT.json",
+        None, "Show the search for λ in this JSON output of `finetune`.", metavar="RESULT.json"
     )
     comparison: str | Path | None = option(
         None,
@@ -1037,9 +1017,7 @@ class PushOptions:
         metavar="TOKEN",
     )
     base_model: tuple[str, ...] = option(
-        (),
-        "Model that this one was made from, for the card; several for a merge.",
-        metavar="REPO",
+        (), "Model that this one was made from, for the card; several for a merge.", metavar="REPO"
     )
     fisher_dtype: str | None = option(
         None,

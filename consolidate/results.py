@@ -50,6 +50,7 @@ PenaltyOn = Annotated[
     about("What the penalty applied to, if an adapter was trained with one."),
 ]
 DoneOrCached = Annotated[Literal["done", "cached"], about("cached: the output was up to date.")]
+FORGOT = about("With `--json`, if it forgot too much.")
 Change = Annotated[
     Literal["new", "changed", "unchanged", "not compared"],
     about("not compared: a dry run that could not reach the Hub."),
@@ -387,8 +388,8 @@ class FinetuneCached(Finetuned):
     """The output was up to date: what its ledger records."""
 
     status: Literal["cached"]
-    exit_code: NotRequired[Annotated[Literal[5], about("With `--json`, if it forgot too much.")]]
-    error: NotRequired[Annotated[str, about("With `--json`, if it forgot too much.")]]
+    exit_code: NotRequired[Annotated[Literal[5], FORGOT]]
+    error: NotRequired[Annotated[str, FORGOT]]
 
 
 class FinetuneDone(Finetuned):
@@ -398,8 +399,8 @@ class FinetuneDone(Finetuned):
         Literal["done", "forgot too much"],
         about("forgot too much: exit code 5, and the output is saved separately."),
     ]
-    exit_code: NotRequired[Annotated[Literal[5], about("With `--json`, if it forgot too much.")]]
-    error: NotRequired[Annotated[str, about("With `--json`, if it forgot too much.")]]
+    exit_code: NotRequired[Annotated[Literal[5], FORGOT]]
+    error: NotRequired[Annotated[str, FORGOT]]
     steps: Count
     loss: Annotated[float | None, about("Of the last step, per unit.")]
     penalty_value: Annotated[float | None, about("Before the last step.")]

@@ -11,25 +11,22 @@ when the process ends.
 
 import ctypes
 import errno
-import fcntl
 import glob
 import os
 import re
 import secrets
 import shutil
-import stat
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
+from formats.disk_errors import FORBIDDEN, FULL, NEW, explain_full_disk, explained
 from formats.errors import InputError
+from formats.locks import Lock, lock_soon, remove_stale, try_lock
 
 # Inside a mount point: NEW is being built; COMMIT is complete, while the old content moves to OLD;
 # PUBLISH is complete, while the new content moves in.
-_NEW = ".consolidate-new"
 _OLD = ".consolidate-old"
 _COMMIT = ".consolidate-commit"
 _PUBLISH = ".consolidate-publish"
@@ -39,7 +36,7 @@ _CLAIM = ".consolidate-claim"
 _TEMPORARY = ".consolidate-tmp"
 _LONGEST_OF_FOLDER = len(f"..failed-forgetting{_PARTIAL}-9999-new")
 _LONGEST_OF_FILE = len(f"..01234567{_TEMPORARY}")
-_NOT_CONTENT = {_NEW, _OLD, _COMMIT, _PUBLISH, _LOCK, _CLAIM, "lost+found"}
+_NOT_CONTENT = {NEW, _OLD, _COMMIT, _PUBLISH, _LOCK, _CLAIM, "lost+found"}
 
 _READS = 5  # of a folder that is replaced again and again
 
@@ -47,17 +44,6 @@ T = TypeVar("T")
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_FORBIDDEN = {
-    errno.EACCES,
-    errno.EBUSY,
-    errno.ENAMETOOLONG,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EXDEV,
-}
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
 
 @contextmanager
@@ -70,21 +56,21 @@ def replace_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     place = _Place(target)
     with ExitStack() as cleanup:
-        with _explained(place.target, _FULL | _FORBIDDEN):
+        with explained(place.target, FULL | FORBIDDEN):
             recover(target)
             _make_parents(place.target, cleanup)
             _lock_or_refuse(place, cleanup)
             _refuse_content(place.target, overwrite)
             _make_staging(place)
         try:
-            with _explained(place.target, _FULL):
+            with explained(place.target, FULL):
                 yield place.new
-            with _explained(place.target, _FULL | _FORBIDDEN):
+            with explained(place.target, FULL | FORBIDDEN):
                 _sync_tree(place.new)
                 _refuse_content(place.target, overwrite)
                 _put_in_place(place)
         finally:
-            with _explained(place.target, _FULL | _FORBIDDEN):
+            with explained(place.target, FULL | FORBIDDEN):
                 _settle(place)
 
 
@@ -131,7 +117,7 @@ def recover(target: Path) -> None:
         return
     try:
         with ExitStack() as cleanup:
-            if _lock(place.lock, cleanup) is _Lock.TAKEN:
+            if try_lock(place.lock, cleanup) is Lock.TAKEN:
                 _settle(place)
     except OSError as error:
         halfway = [place.target / _COMMIT, place.target / _PUBLISH]
@@ -181,17 +167,17 @@ def write_file(path: Path, data: bytes | str) -> None:
     path = Path(os.path.realpath(path))
     content = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
-    with _explained(path, _FORBIDDEN), explain_full_disk(path, len(content)), ExitStack() as moment:
+    with explained(path, FORBIDDEN), explain_full_disk(path, len(content)), ExitStack() as moment:
         path.parent.mkdir(parents=True, exist_ok=True)
         moment.callback(temporary.unlink, missing_ok=True)
-        lock = _lock_soon(temporary, moment)  # a sibling that is not locked was left
+        lock = lock_soon(temporary, moment)  # a sibling that is not locked was left
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, path)
-        if lock is _Lock.TAKEN:
-            _remove_stale(path.parent, f".{glob.escape(path.name)}.*{_TEMPORARY}")
+        if lock is Lock.TAKEN:
+            remove_stale(path.parent, f".{glob.escape(path.name)}.*{_TEMPORARY}")
         _sync(path.parent)
 
 
@@ -220,32 +206,6 @@ def partial_path(target: Path, process: int = 0) -> Path:
     return place.target.with_name(f".{place.target.name}{ending}")
 
 
-def final_path(path: Path) -> Path:
-    """Return where a path inside a staging folder will be once it is moved into place."""
-    inside = re.compile(rf"(?s)\A\.(.+){re.escape(_NEW)}\Z")
-    return Path(*(inside.sub(r"\1", part) for part in path.parts if part != _NEW))
-
-
-@contextmanager
-def explain_full_disk(place: Path, needed: int) -> Iterator[None]:
-    """Turn a full disk inside the block into an `InputError` with the bytes needed and free."""
-    existing = next((path for path in (place, *place.parents) if os.path.exists(path)), place)
-    try:
-        free = shutil.disk_usage(existing).free
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            sizes = f" ({needed:,} bytes needed, {free:,} were free)"
-            raise _full(place, sizes) from error
-        if error.errno == errno.EFBIG:
-            path = final_path(Path(error.filename or place))
-            raise InputError(
-                f"{path}: the file exceeds the size limit (ulimit -f); nothing was changed; raise "
-                "the limit"
-            ) from error
-        raise
-
-
 class _Place:
     """The paths that replacing one target needs."""
 
@@ -265,17 +225,11 @@ class _Place:
             self.target / name
             if self.mounted
             else self.target.with_name(f".{self.target.name}{name}")
-            for name in (_NEW, _OLD, _LOCK, _CLAIM)
+            for name in (NEW, _OLD, _LOCK, _CLAIM)
         )
         self.leavings = [self.new, self.old, self.lock]
         if self.mounted:
             self.leavings += [self.target / _COMMIT, self.target / _PUBLISH]
-
-
-class _Lock(Enum):
-    TAKEN = "ours"
-    BUSY = "locked by another process"
-    UNKNOWN = "not supported by this file system"
 
 
 def _make_parents(target: Path, cleanup: ExitStack) -> None:
@@ -338,26 +292,17 @@ def _check_parent(given: Path, place: Path) -> None:
 
 
 def _lock_or_refuse(place: _Place, cleanup: ExitStack) -> None:
-    if _lock_soon(place.lock, cleanup) is _Lock.BUSY:
+    if lock_soon(place.lock, cleanup) is Lock.BUSY:
         raise InputError(
             f"{place.target}: another process is writing this folder; wait until it ends"
         )
 
 
-def _lock_soon(path: Path, cleanup: ExitStack) -> _Lock:
-    # A reader in `recover`, or who removes stale claims, holds the lock for a moment.
-    for _ in range(20):
-        if (found := _lock(path, cleanup)) is not _Lock.BUSY:
-            break
-        time.sleep(0.05)
-    return found
-
-
 def _claim(place: _Place, cleanup: ExitStack) -> None:
     """Hold the claim on a place until `cleanup` closes, or refuse."""
-    with _explained(place.target, _FULL | _FORBIDDEN | {errno.ENOENT}):  # as in /proc
+    with explained(place.target, FULL | FORBIDDEN | {errno.ENOENT}):  # as in /proc
         _make_parents(place.claim, cleanup)
-        if _lock_soon(place.claim, cleanup) is _Lock.BUSY:
+        if lock_soon(place.claim, cleanup) is Lock.BUSY:
             number = place.claim.read_text()
             holder = f"process {number}" if number else "another process"
             raise InputError(
@@ -369,50 +314,7 @@ def _claim(place: _Place, cleanup: ExitStack) -> None:
                 write = os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
                 with open(os.open(place.claim, write), "w") as claim:
                     claim.write(str(os.getpid()))
-        _remove_stale(place.claim.parent, f".*{_CLAIM}")
-
-
-def _remove_stale(folder: Path, pattern: str) -> None:
-    """Remove the files in a folder that killed commands left: nobody locks them."""
-    for path in folder.glob(pattern):
-        with suppress(OSError, InputError), ExitStack() as moment:
-            _lock(path, moment)
-
-
-def _is_own_file(path: Path) -> bool:
-    """Say whether a file has no other name; one that was just removed counts as such."""
-    with suppress(FileNotFoundError):
-        found = path.lstat()
-        return not stat.S_ISREG(found.st_mode) or found.st_nlink < 2
-    return True
-
-
-def _lock(path: Path, cleanup: ExitStack) -> _Lock:
-    """Take the lock file until `cleanup` closes, if nobody holds it."""
-    while True:
-        # A stranger's checkpoint may bring a link of this name, to a file of the user's.
-        if path.is_symlink() or (path.exists() and not _is_own_file(path)):
-            raise InputError(
-                f"{path} is a link: expected a file that only this folder holds; remove it"
-            )
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno == errno.EWOULDBLOCK:
-                return _Lock.BUSY
-            if error.errno in _NO_LOCKS:
-                path.unlink(missing_ok=True)
-                return _Lock.UNKNOWN
-            raise
-        # The holder deletes the file before it releases it: then this locks a deleted file.
-        if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            cleanup.callback(os.close, descriptor)
-            cleanup.callback(path.unlink, missing_ok=True)
-            return _Lock.TAKEN
-        os.close(descriptor)
+        remove_stale(place.claim.parent, f".*{_CLAIM}")
 
 
 def _make_staging(place: _Place) -> None:
@@ -524,26 +426,3 @@ def _is_mount(target: Path) -> bool:
     places = {line.split()[4] for line in table.splitlines()}
     escaped = re.sub(rb"[\s\\]", lambda match: b"\\%03o" % ord(match[0]), os.fsencode(target))
     return escaped in places
-
-
-@contextmanager
-def _explained(place: Path, numbers: set[int]) -> Iterator[None]:
-    """Turn system errors of these numbers inside the block into an `InputError`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in numbers:
-            raise
-        if error.errno in _FULL:
-            raise _full(place, "") from error
-        what = "cannot be written"
-        if error.errno in {errno.EBUSY, errno.EXDEV}:
-            what = "cannot be replaced as a whole on this file system"
-        raise InputError(f"{place} {what}: {error.strerror}; choose another folder") from error
-
-
-def _full(place: Path, sizes: str) -> InputError:
-    return InputError(
-        f"{final_path(place)}: the disk or the quota is full{sizes}; "
-        "nothing was changed; free space or choose another folder"
-    )

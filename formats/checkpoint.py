@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from formats.atomic import explain_full_disk, recover, unreplaced
+from formats.atomic import recover, unreplaced
 from formats.checkpoint_files import check_link, read_index, read_json, real_path
 from formats.digest import TensorRecord, tensor_record
+from formats.disk_errors import explain_full_disk
 from formats.errors import InputError, NonFiniteError
 from formats.pickles import PICKLE_SUFFIXES, open_pickle
 from formats.tensors import MAX_SHARD_SIZE, dtype_of, extremes, open_tensors, write_tensors

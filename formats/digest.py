@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -45,6 +46,16 @@ class TensorRecord(Struct, frozen=True, forbid_unknown_fields=True):
     dtype: Annotated[str, whole("[A-Z][A-Z0-9_]{0,15}", "a safetensors dtype such as F32")]
     shape: tuple[Natural, ...]
     sha256: Hex
+
+    @property
+    def count(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes they are."""
+        return self.count * DTYPES[self.dtype].itemsize
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from formats.atomic import final_path, recover, unreplaced, write_file
+from formats.atomic import recover, unreplaced, write_file
 from formats.checkpoint import weight_records
 from formats.checkpoint_files import check_link
 from formats.digest import TensorRecord, differences, dtype_name, set_digest, tensor_record
+from formats.disk_errors import final_path
 from formats.errors import InputError, NonFiniteError
 from formats.fisher_json import (
     FISHER_DTYPES,

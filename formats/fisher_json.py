@@ -246,6 +246,11 @@ def covered(blocks: Mapping[str, Block]) -> set[str]:
     return {name for block in blocks.values() for name in block.parameters}
 
 
+def benchmarks_of(ledger: Ledger) -> dict[str, BenchmarkRecord]:
+    """Give the benchmarks of all tasks by name, as they were last."""
+    return {name: found for task in ledger.tasks for name, found in (task.benchmarks or {}).items()}
+
+
 def needed_version(ledger: Ledger) -> int:
     """Return the format version that a ledger is written in: 1 unless it needs a field of 2."""
     records = (ledger, *ledger.tasks)
@@ -352,24 +357,8 @@ def _to_ledger(content: Any, source: str) -> Ledger:
     heads = converted(content.pop("heads"), dict[Text, Any], source, "$.heads")
     ledger = converted(content, Ledger, source)
     for i, task in enumerate(content["tasks"]):
-        place = f"$.tasks[{i}]"
-        _check_fields(task, TaskRecord, version, source, place)
-        if "generated" in task:
-            _check_fields(task["generated"], Generated, version, source, f"{place}.generated")
-        if "interpolation" in task:
-            where, way = f"{place}.interpolation", task["interpolation"]
-            _check_fields(way, Interpolation, version, source, where)
-            for j, point in enumerate(way["curve"]):
-                _check_fields(point, CurvePoint, version, source, f"{where}.curve[{j}]")
-        if "replayed" in task:
-            _check_fields(task["replayed"], Replayed, version, source, f"{place}.replayed")
-        if "budget" in task:
-            _check_fields(task["budget"], Budget, version, source, f"{place}.budget")
-        for name, benchmark in task.get("benchmarks", {}).items():
-            where = f"{place}.benchmarks[{shown(name)}]"
-            _check_fields(benchmark, BenchmarkRecord, version, source, where)
-        for name, layer in task["layers"].items():
-            _check_fields(layer, LayerRecord, version, source, f"{place}.layers[{shown(name)}]")
+        for place, record, kind in _records_of(task, f"$.tasks[{i}]"):
+            _check_fields(record, kind, version, source, place)
     found: dict[str, Any] = {
         name: _to_set(value, source, f"$.{name}")
         for name, value in sets.items()
@@ -389,6 +378,20 @@ def _to_ledger(content: Any, source: str) -> Ledger:
             + ("no field of the ledger needs it" if needed == 1 else "a task was not measured")
         )
     return ledger
+
+
+def _records_of(task: dict[str, Any], place: str) -> Iterator[tuple[str, Any, type[Any]]]:
+    """Yield a task's record and then those in it: the place of each, its content, its type."""
+    yield place, task, TaskRecord
+    for kind in (Generated, Interpolation, Replayed, Budget):
+        if (name := kind.__name__.lower()) in task:
+            yield f"{place}.{name}", task[name], kind
+    for j, point in enumerate(task.get("interpolation", {}).get("curve", ())):
+        yield f"{place}.interpolation.curve[{j}]", point, CurvePoint
+    for name, benchmark in task.get("benchmarks", {}).items():
+        yield f"{place}.benchmarks[{shown(name)}]", benchmark, BenchmarkRecord
+    for name, layer in task["layers"].items():
+        yield f"{place}.layers[{shown(name)}]", layer, LayerRecord
 
 
 def _check_fields(
@@ -441,28 +444,7 @@ def _faults(ledger: Ledger) -> Iterator[str]:
         if task.name in seen:
             yield f"$.tasks[{i}].name: the task {task.name!r} is listed twice"
         seen.add(task.name)
-        counted = (task.estimator, task.examples, task.units)
-        measured = not any(field is None for field in counted)
-        if not measured and any((*counted, task.mc_samples, task.layers, task.penalty is None)):
-            yield (
-                f"$.tasks[{i}]: expected null for all of estimator, examples and units or for none;"
-                " a task without them has a penalty, no mc_samples and no layers"
-            )
-        if measured and task.weight_by is not None:
-            yield f"$.tasks[{i}].weight_by: the task was measured, so its weight is a number"
-        if task.interpolation is not None and task.penalty is None:
-            yield f"$.tasks[{i}].interpolation: the task was only measured, there is no training"
-        if task.replayed is not None and task.penalty is None:
-            yield f"$.tasks[{i}].replayed: the task was only measured, there is no training"
-        if task.budget is not None and task.penalty in (None, UNKNOWN, "none"):
-            yield f"$.tasks[{i}].budget: expected it with a penalty that it sets the λ of"
-        if task.loss_on is not None and task.unit != "token":
-            yield f"$.tasks[{i}].loss_on: expected it with the unit token only"
-        measured_on = {name for found in task.metrics.values() for name in found}
-        for name in task.benchmarks or ():
-            if name not in measured_on:
-                yield f"$.tasks[{i}].benchmarks: {shown(name)} is not in metrics"
-        yield from _faults_of_description(task, f"$.tasks[{i}].description")
+        yield from _faults_of_task(task, f"$.tasks[{i}]")
     yield from _faults_of_description(ledger, "$.description")
     for name, head in ledger.heads.items():
         if name not in seen:
@@ -487,13 +469,33 @@ def _faults(ledger: Ledger) -> Iterator[str]:
         yield "$.fisher: expected one dtype for all tensors, found F32 and BF16"
     if ledger.anchor is not None:
         yield from _faults_of_set(ledger, ledger.anchor, "anchor", ("F32",))
-        for name in ledger.fisher.keys() ^ ledger.anchor.keys():
-            yield (
-                f"the tensor {shown(name)} is in only one of fisher and anchor: expected the same "
-                "names in both"
-            )
+        yield from _faults_of_pair(ledger.fisher, ledger.anchor, "fisher and anchor")
     yield from _faults_of_blocks(ledger)
     yield from _faults_of_factor_penalty(ledger)
+
+
+def _faults_of_task(task: TaskRecord, place: str) -> Iterator[str]:
+    counted = (task.estimator, task.examples, task.units)
+    measured = not any(field is None for field in counted)
+    if not measured and any((*counted, task.mc_samples, task.layers, task.penalty is None)):
+        yield (
+            f"{place}: expected null for all of estimator, examples and units or for none;"
+            " a task without them has a penalty, no mc_samples and no layers"
+        )
+    if measured and task.weight_by is not None:
+        yield f"{place}.weight_by: the task was measured, so its weight is a number"
+    for name in ("interpolation", "replayed"):
+        if getattr(task, name) is not None and task.penalty is None:
+            yield f"{place}.{name}: the task was only measured, there is no training"
+    if task.budget is not None and task.penalty in (None, UNKNOWN, "none"):
+        yield f"{place}.budget: expected it with a penalty that it sets the λ of"
+    if task.loss_on is not None and task.unit != "token":
+        yield f"{place}.loss_on: expected it with the unit token only"
+    measured_on = {name for found in task.metrics.values() for name in found}
+    for name in task.benchmarks or ():
+        if name not in measured_on:
+            yield f"{place}.benchmarks: {shown(name)} is not in metrics"
+    yield from _faults_of_description(task, f"{place}.description")
 
 
 def _faults_of_names(ledger: Ledger) -> Iterator[str]:
@@ -523,6 +525,13 @@ def _faults_of_set(
         elif record.shape != weight.shape:
             shape = list(weight.shape)
             yield f"{where}: expected the weight's shape {shape}, found {list(record.shape)}"
+
+
+def _faults_of_pair(one: Iterable[str], other: Iterable[str], both: str) -> Iterator[str]:
+    for name in sorted({*one} ^ {*other}):
+        yield (
+            f"the tensor {shown(name)} is in only one of {both}: expected the same names in both"
+        )
 
 
 def _faults_of_description(record: Ledger | TaskRecord, place: str) -> Iterator[str]:
@@ -567,12 +576,9 @@ def _faults_of_factor_penalty(ledger: Ledger) -> Iterator[str]:
             if getattr(ledger, name) is not None:
                 yield f"$.{name}: expected it only where there are factors"
     elif ledger.factor_anchor is not None:
+        both = "factor_anchor and the parameters of blocks"
         yield from _faults_of_set(ledger, ledger.factor_anchor, "factor_anchor", ("F32",))
-        for name in sorted(covered(ledger.blocks) ^ ledger.factor_anchor.keys()):
-            yield (
-                f"the tensor {shown(name)} is in only one of factor_anchor and the parameters of "
-                "blocks: expected the same names in both"
-            )
+        yield from _faults_of_pair(covered(ledger.blocks), ledger.factor_anchor, both)
 
 
 def _block_sizes(block: Block, shapes: list[tuple[int, ...]]) -> set[int]:

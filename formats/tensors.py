@@ -15,9 +15,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from formats.atomic import explain_full_disk, final_path
 from formats.checkpoint_files import broken, check_index, inside, read_index
 from formats.digest import DTYPES, dtype_name, little_endian_chunks
+from formats.disk_errors import explain_full_disk, final_path
 from formats.errors import InputError
 
 Header = tuple[torch.dtype, tuple[int, ...]]

@@ -66,10 +66,10 @@ def factor_totals(ledger: Ledger) -> FactorTotals | None:
     """Count the matrices that a ledger records."""
     if ledger.factors is None:
         return None
-    size = {"F32": 4, "BF16": 2}
-    found = ledger.factors.values()
-    total = sum(size[record.dtype] * math.prod(record.shape) for record in found)
-    return {"layers": len(found), "bytes": total}
+    return {
+        "layers": len(ledger.factors),
+        "bytes": sum(record.nbytes for record in ledger.factors.values()),
+    }
 
 
 def recorded_fisher(ledger: Ledger) -> MeasuredFisher | None:
@@ -88,7 +88,7 @@ def recorded_fisher(ledger: Ledger) -> MeasuredFisher | None:
         "estimator": str(task.estimator),
         "examples": task.examples or 0,
         "units": task.units or 0,
-        "parameters": sum(math.prod(ledger.fisher[name].shape) for name in task.layers),
+        "parameters": sum(ledger.fisher[name].count for name in task.layers),
         "trace": math.fsum(layer.trace for layer in task.layers.values()),
         "structure": "diagonal" if ledger.factors is None else "inputs",
         "factors": factor_totals(ledger),

@@ -86,7 +86,7 @@ def _merge(options: MergeOptions) -> MergeResult:
             "base": None if options.base is None else str(options.base),
             "commits": commits_of(*(model.path for model in plan.everything)),
             "tasks": [task.name for task in plan.tasks],
-            "parameters": sum(math.prod(record.shape) for record in ledger.fisher.values()),
+            "parameters": sum(record.count for record in ledger.fisher.values()),
             "trace": trace,
             "penalty_offset": ledger.penalty_offset,
             "anchor": "fisher/anchor" if anchored else "the weights",
@@ -161,18 +161,16 @@ class _Tensors(LazyTensors):
         }
 
     def __getitem__(self, name: str) -> Tensor:
+        merged, at = self._merged, self._merged.common(name)
         if not self.dtype(name).is_floating_point:
-            models = self._merged.models
             if name.endswith(COUNTER):
-                at = models[0].same.get(name, name)
-                return reduce(torch.maximum, (model.weights[at] for model in models))
-            return models[0].source.weights[name]
-        layers, at = self._merged.layers, self._merged.common(name)
-        if self._field == "weights" and at in layers.covered:
-            return layers.weight(at)
+                return reduce(torch.maximum, (model.weights[at] for model in merged.models))
+            return merged.models[0].source.weights[name]
+        if self._field == "weights" and at in merged.layers.covered:
+            return merged.layers.weight(at)
         made = torch.empty(self.shape(name), dtype=self.dtype(name))
         flat = made.view(-1)
-        for start, part in self._merged.parts(name):
+        for start, part in merged.parts(name):
             values: Tensor = getattr(part, self._field)
             flat[start : start + values.numel()] = values
         return made
@@ -186,14 +184,15 @@ class _Merged:
         self.models = models
         self.base = base
         first = models[0]
-        weights, same = first.source.weights, first.same
+        weights = first.source.weights
+        self.common = first.common
         # Each name in the first model's file, with the name there that represents it.
-        self.file_names = {name: first.names[same.get(name, name)] for name in weights}
+        self.file_names = {name: first.names[first.common(name)] for name in weights}
         protected = [
             name
             for name, representative in self.file_names.items()
             if name == representative
-            and any(same.get(name, name) in model.fisher for model in models)
+            and any(first.common(name) in model.fisher for model in models)
         ]
         dtypes = {name: dtype_of(weights, name) for name in weights}
         self.weights = _Tensors(self, "weights", list(weights), dtypes)
@@ -212,10 +211,6 @@ class _Merged:
             {n: (torch.float32, shape_of(weights, n)) for n in weights if n in of_anchor},
             lambda name: self.layers.anchor(of_anchor[name]),
         )
-
-    def common(self, name: str) -> str:
-        """Give the name that all models share for a tensor of the first."""
-        return self.models[0].same.get(name, name)
 
     def parts(self, name: str) -> Iterator[tuple[int, MergedTensor]]:
         """Merge a tensor chunk by chunk; yield the start of each chunk with it."""

@@ -50,6 +50,10 @@ class OpenModel:
     names: Mapping[str, str]  # in the file, by common name
     same: Mapping[str, str]  # the common name of each tensor with several names
 
+    def common(self, name: str) -> str:
+        """Give the name that all models use for a tensor of this one's file."""
+        return self.same.get(name, name)
+
     @cached_property
     def weights(self) -> Mapping[str, Tensor]:
         """The weights by common names."""
@@ -73,12 +77,12 @@ class OpenModel:
     def factors(self) -> Factors:
         """The matrices R by common names; none where they are of another kind."""
         found = factors_of(self.stored) or Factors({}, {})
-        return Factors(*renamed_factors(*found, {n: self.same.get(n, n) for n in found.covered}))
+        return Factors(*renamed_factors(*found, {at: self.common(at) for at in found.covered}))
 
     def block_source(self) -> BlockSource:
         """Give what its layers are merged from."""
         mu = self.stored.factor_anchor
-        anchor = None if mu is None else Renamed(mu, {self.same.get(n, n): n for n in mu})
+        anchor = None if mu is None else Renamed(mu, {self.common(at): at for at in mu})
         return BlockSource(
             self.path, self.coefficient, self.factors, self.fisher, self.weights, anchor
         )
@@ -136,6 +140,7 @@ def plan_merge(
     models, shared = everything[: len(checkpoints)], None if base is None else everything[-1]
     for model in models[1:]:
         _check_alike(models[0], model)
+        _check_configs(models[0], model)
     if shared is not None:
         _check_base(models, shared)
     blocks = shared_blocks([model.block_source() for model in everything])
@@ -228,7 +233,7 @@ def _once(model: OpenModel, same: Mapping[str, str]) -> OpenModel:
 
 
 def _check_alike(first: OpenModel, other: OpenModel) -> None:
-    """Refuse another architecture: other names, shapes, dtypes or buffers."""
+    """Refuse other tensors: other names, shapes, dtypes or buffers."""
     ours, theirs = first.weights, other.weights
     for here, there in ((other, first), (first, other)):
         for name in there.weights:
@@ -251,6 +256,10 @@ def _check_alike(first: OpenModel, other: OpenModel) -> None:
                 f"the integer tensor {name!r} differs in {first.path} and {other.path} and cannot "
                 "be averaged: make it the same in both"
             )
+
+
+def _check_configs(first: OpenModel, other: OpenModel) -> None:
+    """Refuse another architecture or other labels; log what else differs."""
     one, two = first.source.config, other.source.config
     changed = [key for key in {**one, **two} if one.get(key) != two.get(key)]
     for key in ("model_type", "architectures"):

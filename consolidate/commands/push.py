@@ -22,7 +22,8 @@ from consolidate.commands.push_repository import (
 from consolidate.commands.verify import check_fisher_values, verify
 from consolidate.options import PushOptions, VerifyOptions
 from consolidate.results import PushResult
-from consolidate.views.card import Subject, model_card
+from consolidate.views.card import model_card
+from consolidate.views.card_text import Subject
 from formats.checkpoint import CARD, open_checkpoint
 from formats.digest import set_digest
 from formats.errors import UsageError

@@ -1,9 +1,7 @@
 """Summarize a checkpoint's Fisher folder."""
 
 import logging
-import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -19,16 +17,16 @@ from consolidate.results import (
     Parameter,
     ShownFactors,
     ShowResult,
-    Task,
 )
 from consolidate.views.charts import check_picture, write_picture
 from consolidate.views.figures import TASKS, score_figures
 from consolidate.views.matrix import ledger_matrix, matrix_summary, means_text, write_matrix_csv
+from consolidate.views.summary import shown_task
 from formats.atomic import check_file
-from formats.digest import DTYPES, TensorRecord, differences, set_digest
+from formats.digest import TensorRecord, differences, set_digest
 from formats.errors import InputError, NetworkError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher, in_one_line, read_fisher
-from formats.fisher_json import FORMAT, Ledger, TaskRecord, covered, needed_version, read_ledger
+from formats.fisher_json import FORMAT, Ledger, covered, needed_version, read_ledger
 from formats.hub import FISHER, commits_of, locate, remote_headers
 
 LOG = logging.getLogger("consolidate")
@@ -69,10 +67,10 @@ def show(options: ShowOptions) -> ShowResult:
         "merge_rule": ledger.merge_rule,
         "gamma": ledger.gamma,
         "penalty_offset": ledger.penalty_offset,
-        "tasks": [_task(task) for task in ledger.tasks],
+        "tasks": [shown_task(task) for task in ledger.tasks],
         "fisher": {
             "tensors": len(ledger.fisher),
-            "values": sum(math.prod(record.shape) for record in ledger.fisher.values()),
+            "values": sum(record.count for record in ledger.fisher.values()),
             "dtype": cast(FisherDtype, next(iter(ledger.fisher.values())).dtype),
             "trace": total,
             "digest": set_digest(ledger.fisher),
@@ -121,12 +119,6 @@ def _scores(options: ShowOptions, ledger: Ledger) -> MatrixSummary | None:
         charts = [figure.chart for figure in score_figures(ledger, summary)]
         write_picture(Path(options.plot), charts, means_text(summary))
     return summary
-
-
-def _task(record: TaskRecord) -> Task:
-    task = asdict(record)
-    del task["layers"], task["description"]
-    return cast(Task, task)
 
 
 def _overlap(options: ShowOptions, other: str | Path) -> Overlap:
@@ -178,14 +170,13 @@ def _recorded(ledger: Ledger) -> Measured:
 
 def _parameters(ledger: Ledger, measured: Measured, total: float) -> list[Parameter]:
     """Describe the parameters, in order of decreasing trace."""
-    shapes = {name: ledger.fisher[name].shape for name in measured}
     factors = {at: name for name, b in (ledger.blocks or {}).items() for at in b.parameters}
     found: list[Parameter] = [
         {
             "name": name,
-            "shape": list(shapes[name]),
+            "shape": list(ledger.fisher[name].shape),
             "trace": trace,
-            "mean": trace / math.prod(shapes[name]) if math.prod(shapes[name]) else 0.0,
+            "mean": trace / ledger.fisher[name].count if ledger.fisher[name].count else 0.0,
             "max": largest,
             "share": trace / total if total > 0 else 0.0,
             "factor": factors.get(name),
@@ -209,7 +200,7 @@ def _factors(ledger: Ledger, traces: Mapping[str, float]) -> ShownFactors | None
                 "name": name,
                 "matrix": block.matrix,
                 "size": record.shape[0],
-                "bytes": math.prod(record.shape) * DTYPES[record.dtype].itemsize,
+                "bytes": record.nbytes,
                 "parameters": list(block.parameters),
                 "share": own / total if total > 0 else 0.0,
             }
@@ -222,7 +213,7 @@ def _factors(ledger: Ledger, traces: Mapping[str, float]) -> ShownFactors | None
         "digest": set_digest(ledger.factors),
         "bytes": sum(matrix["bytes"] for matrix in matrices),
         "dtype": cast(FisherDtype, next(iter(ledger.factors.values())).dtype),
-        "values": sum(math.prod(ledger.fisher[name].shape) for name in protected),
+        "values": sum(ledger.fisher[name].count for name in protected),
         "share": min(own / total, 1.0) if total > 0 else 0.0,
         "anchor": "the weights" if ledger.factor_anchor is None else "fisher/factor_anchor",
         "offset": ledger.penalty_offset if offset is None else offset,

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from typing import cast
+from typing import TypeVar, cast
 
 from consolidate.chain.consistency import side_by_side, side_by_side_text
 from consolidate.results import Benchmark, MatrixSummary, Parameter
@@ -22,7 +22,7 @@ from consolidate.views.charts import (
 )
 from consolidate.views.markdown import benchmarks_text, shown
 from consolidate.views.matrix import columns_and_rows
-from formats.fisher_json import Ledger, TaskRecord
+from formats.fisher_json import Ledger, TaskRecord, benchmarks_of
 
 TASKS = 40  # at most, the latest, are drawn and listed
 ROWS = 48  # of a chart over layers: more parameters are grouped by module
@@ -30,6 +30,7 @@ LISTED = 1000  # rows of a table
 LINES = 16  # curves
 
 Cells = list[str]
+T = TypeVar("T")
 Groups = Mapping[str, Sequence[str]]  # names of parameters by that of their layer
 
 
@@ -67,7 +68,13 @@ def figures(
         _by_task(*added, log=True),
         _overlap(tasks, groups),
     ]
-    found = [*score_figures(ledger, matrix), *search, *(one for one in others if one is not None)]
+    return _placed(
+        [*score_figures(ledger, matrix), *search, *(one for one in others if one is not None)]
+    )
+
+
+def _placed(found: Sequence[Figure]) -> list[Figure]:
+    """Lay figures out on a page: crowded ones across it, others in pairs side by side."""
     placed: list[Figure] = []
     for crowded, run in groupby(found, key=lambda figure: figure.chart.crowded):
         own = list(run)
@@ -93,8 +100,8 @@ def _side_by_side(one: Figure, other: Figure) -> tuple[Figure, Figure]:
 def score_figures(ledger: Ledger, matrix: MatrixSummary | None) -> list[Figure]:
     """Return the figures of the known scores on the tasks: matrix, curves, trade-off."""
     merged = side_by_side_text(side_by_side(ledger))
-    benchmarks = {n: b for task in ledger.tasks for n, b in (task.benchmarks or {}).items()}
-    lines = benchmarks_text({name: cast(Benchmark, asdict(b)) for name, b in benchmarks.items()})
+    benchmarks = {n: cast(Benchmark, asdict(b)) for n, b in benchmarks_of(ledger).items()}
+    lines = benchmarks_text(benchmarks)
     merged = " ".join(filter(None, [merged, *(f"{line}." for line in lines)]))
     matrix_figure = None if matrix is None else _matrix(matrix, merged)
     found = [matrix_figure, _curves(ledger), _trade_off(ledger), _between(ledger)]
@@ -182,7 +189,7 @@ def _curves(ledger: Ledger) -> Figure | None:
     labels, walls = ("task being learned", "score"), range(len(measured) + 1)
     chart = Lines("Scores during training", said, lines, ticks, number, labels, walls)
     header = ["learning", "when", *(f"on {name}" for name in names)]
-    return Figure("curves", chart, header, table[:LISTED], max(len(table) - LISTED, 0))
+    return Figure("curves", chart, header, *listed(table))
 
 
 def _trade_off(ledger: Ledger) -> Figure | None:
@@ -211,7 +218,7 @@ def _trade_off(ledger: Ledger) -> Figure | None:
     labels = ("score on the new task", "mean score on earlier tasks")
     chart = trade_off("Stability against plasticity", said, curves, labels)
     header = ["learning", "when", "score on it", "mean score on earlier tasks"]
-    return Figure("tradeoff", chart, header, rows[:LISTED], max(len(rows) - LISTED, 0))
+    return Figure("tradeoff", chart, header, *listed(rows))
 
 
 def _between(ledger: Ledger) -> Figure | None:
@@ -250,7 +257,7 @@ def _between(ledger: Ledger) -> Figure | None:
         for at in one.curve
     ]
     header = ["learning", "α", *(f"on {name}" for name in columns)]
-    return Figure("between", chart, header, rows[:LISTED], max(len(rows) - LISTED, 0))
+    return Figure("between", chart, header, *listed(rows))
 
 
 def _protection(
@@ -273,7 +280,7 @@ def _protection(
     chart = Bars("Trace of the Fisher per layer", said, [*groups], values, number, label)
     header = ["parameter", "trace of Λ", "share", "mean per weight", "largest"]
     header += ["protected by"] if factors else []
-    return Figure("protection", chart, header, *_listed(groups, cells))
+    return Figure("protection", chart, header, *_by_parameter(groups, cells))
 
 
 def _overlap(tasks: Sequence[TaskRecord], groups: Groups) -> Figure | None:
@@ -305,14 +312,19 @@ def _by_task(
     shades = "trace, log" if log else "overlap"
     labels = ("", "task")
     chart = HeatMap(title, said, [*groups], names, values, write, log, labels, shades)
-    rows = _listed(groups, lambda name: [number(measure(task, [name])) for task in tasks])
+    rows = _by_parameter(groups, lambda name: [number(measure(task, [name])) for task in tasks])
     return Figure(name, chart, ["parameter", *names], *rows)
 
 
-def _listed(groups: Groups, cells: Callable[[str], Cells]) -> tuple[list[Cells], int]:
-    """Return a row for each parameter, and the number of parameters left out."""
-    held = [name for own in groups.values() for name in own]
-    return [[name, *cells(name)] for name in held[:LISTED]], max(len(held) - LISTED, 0)
+def _by_parameter(groups: Groups, cells: Callable[[str], Cells]) -> tuple[list[Cells], int]:
+    """Return a row for each parameter, as `listed` does."""
+    held, left_out = listed([name for own in groups.values() for name in own])
+    return [[name, *cells(name)] for name in held], left_out
+
+
+def listed(rows: list[T]) -> tuple[list[T], int]:
+    """Return the rows that a table has room for, and how many more there are."""
+    return rows[:LISTED], max(len(rows) - LISTED, 0)
 
 
 def _scores(measured: Scores) -> dict[str, float]:

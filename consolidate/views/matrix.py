@@ -10,7 +10,7 @@ from consolidate.results import MatrixSummary, Mean
 from consolidate.training.accuracy_matrix import AccuracyMatrix, accuracy_matrix
 from consolidate.views.markdown import escaped, shown, table
 from formats.atomic import write_file
-from formats.fisher_json import Ledger
+from formats.fisher_json import Ledger, benchmarks_of
 
 
 def matrix_summary(matrix: AccuracyMatrix) -> MatrixSummary:
@@ -60,8 +60,8 @@ def columns_and_rows(summary: MatrixSummary) -> tuple[list[str], list[list[float
 
 def chain_matrix(ledger: Ledger) -> AccuracyMatrix:
     """Give the accuracy matrix of a ledger's tasks and benchmarks."""
-    benchmarks = [name for task in ledger.tasks for name in task.benchmarks or ()]
-    return accuracy_matrix({task.name: task.metrics for task in ledger.tasks}, benchmarks)
+    metrics = {task.name: task.metrics for task in ledger.tasks}
+    return accuracy_matrix(metrics, benchmarks_of(ledger))
 
 
 def ledger_matrix(ledger: Ledger) -> AccuracyMatrix | None:

@@ -10,13 +10,13 @@ from typing import Any
 
 from consolidate.views.card import (
     MAX_CARD_BYTES,
-    Subject,
     is_repository,
     licence,
     model_card,
     named_models,
     of_a_folder,
 )
+from consolidate.views.card_text import Subject
 from formats.atomic import write_file
 from formats.checkpoint import CARD, Checkpoint, open_checkpoint
 from formats.errors import InputError

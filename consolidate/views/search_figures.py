@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from consolidate.views.charts import Curve, Lines, decades, limits
-from consolidate.views.figures import LISTED, Figure, number, trade_off
+from consolidate.views.figures import Figure, listed, number, trade_off
 from consolidate.views.text import search_rows
 
 
@@ -18,10 +18,9 @@ def search_figures(search: Mapping[str, Any]) -> list[Figure]:
         [note, number(new), number(kept)]
         for note, (new, kept) in zip(path.notes, path.points, strict=True)
     ]
-    tables = [("search", scores, header, rows), ("search-tradeoff", stability, ["λ", x, y], points)]
     return [
-        Figure(name, chart, titles, cells[:LISTED], max(len(cells) - LISTED, 0))
-        for name, chart, titles, cells in tables
+        Figure("search", scores, header, *listed(rows)),
+        Figure("search-tradeoff", stability, ["λ", x, y], *listed(points)),
     ]
 
 

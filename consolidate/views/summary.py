@@ -1,14 +1,15 @@
 """The text of what `show` reports, plain and in Markdown."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict, replace
+from typing import cast
 
 from consolidate.chain.consistency import side_by_side_text
 from consolidate.data.chats import loss_text
-from consolidate.results import MatrixSummary, Overlap, ShownFactors, ShowResult, Task
+from consolidate.results import Generated, MatrixSummary, Overlap, ShownFactors, ShowResult, Task
 from consolidate.views.markdown import aligned, benchmarks_of, benchmarks_text, escaped, shown
 from consolidate.views.matrix import matrix_rows, matrix_table, means_text
-from formats.fisher_json import UNKNOWN
+from formats.fisher_json import UNKNOWN, TaskRecord
 from formats.wording import few, printable
 
 _WIDTH = 72
@@ -71,7 +72,7 @@ def _tasks(tasks: list[Task]) -> list[str]:
             task["name"],
             task["objective"],
             _units(task),
-            estimator_text(task["estimator"], task["mc_samples"]),
+            estimator_text(task),
             str(task["seed"]),
             f"{task['weight']:g}",
             learned_text(task),
@@ -86,8 +87,7 @@ def _tasks(tasks: list[Task]) -> list[str]:
 def _units(task: Task) -> str:
     if task["units"] is None:
         return "–"
-    encoded = encoding_text(task["loss_on"], task["max_length"], task["generated"])
-    return f"{task['units']:,} {task['unit']}s{encoded}"
+    return f"{task['units']:,} {task['unit']}s{encoding_text(task)}"
 
 
 def factors_text(factors: ShownFactors | None) -> list[str]:
@@ -166,23 +166,29 @@ def _heads(summary: ShowResult) -> list[str]:
     return [f"saved heads: {own}; head in the weights: {', '.join(rest) or 'of no task'}"]
 
 
-def estimator_text(estimator: str | None, samples: int | None) -> str:
-    """Name the estimator of a Fisher, with its number of samples if it draws any."""
+def shown_task(record: TaskRecord) -> Task:
+    """Give a task of the ledger as `show` reports it, without its layers."""
+    task = asdict(replace(record, layers={}, description=None))
+    del task["layers"], task["description"]
+    return cast(Task, task)
+
+
+def estimator_text(task: Task) -> str:
+    """Name the estimator of a task's Fisher, with its number of samples if it draws any."""
+    estimator, samples = task["estimator"], task["mc_samples"]
     sampled = estimator in ("mc", "batched") and samples is not None
     return f"{estimator} × {samples}" if sampled else estimator or "not measured"
 
 
-def encoding_text(
-    loss_on: str | None, max_length: int | None, generated: Mapping[str, Any] | None = None
-) -> str:
+def encoding_text(task: Task) -> str:
     """Say how rows or texts became examples, to follow their number; nothing where by default."""
-    if generated is not None:
-        return f", {_generated_text(generated)}"
-    loss = "" if loss_on is None else f", {loss_text(loss_on)}"
-    return loss + ("" if max_length is None else f", max length {max_length:,}")
+    if task["generated"] is not None:
+        return f", {_generated_text(task['generated'])}"
+    loss = "" if task["loss_on"] is None else f", {loss_text(task['loss_on'])}"
+    return loss + ("" if task["max_length"] is None else f", max length {task['max_length']:,}")
 
 
-def _generated_text(generated: Mapping[str, Any]) -> str:
+def _generated_text(generated: Generated) -> str:
     """Say how a model generated texts; the sampling where it is not that of its distribution."""
     how = [f"{generated['sequences']:,} generated texts, max length {generated['max_length']:,}"]
     how += ["with prompts"] * (generated["prompts"] is not None)
@@ -191,35 +197,23 @@ def _generated_text(generated: Mapping[str, Any]) -> str:
     return ", ".join(how)
 
 
-def penalty_text(penalty: str | None, penalty_on: str | None, ewc_lambda: float | None) -> str:
-    """Name the penalty that a task was trained with; a dash if it was only measured."""
+def learned_text(task: Task) -> str:
+    """Name the penalty that a task was trained with, its budget, and what was replayed."""
+    penalty, budget, replayed = task["penalty"], task["budget"], task["replayed"]
     if penalty is None:
         return "–"
     if penalty == UNKNOWN:
-        return "trained elsewhere"
-    if ewc_lambda is None:
-        return "no penalty"
-    place = {None: "", "adapter": " on the adapter", "merged": " on merged weights"}
-    return f"{penalty}{place[penalty_on]}, λ = {ewc_lambda:g}"
-
-
-def learned_text(task: Task) -> str:
-    """Name the penalty that a task of `show` was trained with, its budget, what was replayed."""
-    penalty = penalty_text(task["penalty"], task["penalty_on"], task["ewc_lambda"])
-    budget, replayed = task["budget"], task["replayed"]
+        text = "trained elsewhere"
+    elif task["ewc_lambda"] is None:
+        text = "no penalty"
+    else:
+        place = {None: "", "adapter": " on the adapter", "merged": " on merged weights"}
+        text = f"{penalty}{place[task['penalty_on']]}, λ = {task['ewc_lambda']:g}"
     if budget is not None:
-        penalty += budget_text(budget["nats"])
-    return penalty + ("" if replayed is None else replay_text(replayed["data"], replayed["share"]))
-
-
-def budget_text(nats: float) -> str:
-    """Say that λ followed a budget, to follow the penalty."""
-    return f" at the end, for a budget of {nats:g} nats"
-
-
-def replay_text(data: str, share: float) -> str:
-    """Say what was replayed, to follow the penalty."""
-    return f", {100 * share:g}% replay of {data}"
+        text += f" at the end, for a budget of {budget['nats']:g} nats"
+    if replayed is not None:
+        text += f", {100 * replayed['share']:g}% replay of {replayed['data']}"
+    return text
 
 
 def _metrics(tasks: list[Task]) -> list[list[str]]:

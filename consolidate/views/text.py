@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 from consolidate.results import (
@@ -278,13 +278,9 @@ def run_text(result: RunResult) -> str:
 
 def verify_text(summary: VerifyResult) -> str:
     """List what was compared, and state that it is intact."""
-    sets = {"weights": summary["weights"], "fisher": summary["fisher"]}
-    if "anchor" in summary:
-        sets["anchor"] = summary["anchor"]
-    if "factors" in summary:
-        sets["factors"] = summary["factors"]
-    if "factor_anchor" in summary:
-        sets["factor anchor"] = summary["factor_anchor"]
+    parts = cast(Mapping[str, Any], summary)
+    kinds = ("weights", "fisher", "anchor", "factors", "factor_anchor")
+    sets = {kind.replace("_", " "): parts[kind] for kind in kinds if kind in parts}
     sets |= {f"head of {task}": head for task, head in summary["heads"].items()}
     lines = [
         f"{kind}: {found['tensors']:,} tensors, {found['bytes']:,} bytes, {found['digest']}"
@@ -330,11 +326,7 @@ def metrics_text(metrics: Mapping[str, Mapping[str, Any]]) -> str:
 
 def search_text(search: LambdaSearch) -> str:
     """Format a search for λ as a table, with the λ selected, the rule and the cost."""
-    rows = search_rows(search)
-    notes = ["", *(f"  {row[-1]}".rstrip() for row in rows[1:])]
-    least = [12, 6, *(9 for _ in rows[0][3:])]
-    lines = aligned([row[:-1] for row in rows], right_from=0, least=least)
-    lines = [line + note for line, note in zip(lines, notes, strict=True)]
+    lines = _with_outcomes(search_rows(search), 12, 6)
     rule = {
         "best-mean": "the largest mean score",
         "smallest": f"the smallest whose forgetting stays under {search['max_forgetting']}",
@@ -359,12 +351,9 @@ def search_rows(search: Mapping[str, Any]) -> list[list[str]]:
     titles["penalty_per_lambda"] = "penalty / λ"
     rows = [["λ", "steps", *tasks, *titles.values(), "outcome"]]
     for trial in sorted(search["trials"], key=lambda t: (t["steps"], t["ewc_lambda"])):
-        measured = trial["metrics"]
-        cells = [""] * (len(tasks) + len(titles))
-        if measured is not None:
-            cells = [f"{measured[task]['score']:.4f}" for task in tasks]
-            cells += [shown(trial[name], ".4g") for name in titles]
-        outcome = "diverged" if measured is None else "selected" if trial["chosen"] else ""
+        cells = _scores(trial, tasks, titles, ".4g")
+        chosen = "selected" if trial["chosen"] else ""
+        outcome = "diverged" if trial["metrics"] is None else chosen
         rows.append([f"{trial['ewc_lambda']:g}", str(trial["steps"]), *cells, outcome])
     return rows
 
@@ -373,24 +362,36 @@ def alpha_text(search: AlphaSearch) -> str:
     """Write the scores over α as a table, with what was chosen and by what."""
     tasks = [*search["old_tasks"], search["new_task"]]
     titles = ("mean", "forgetting") if search["old_tasks"] else ()
-    start = [f"{search['before'][task]['score']:.4f}" for task in tasks]
-    rows = [["α", *tasks, *titles], ["start", *start, *("" for _ in titles)]]
-    notes = ["", ""]
+    start = _scores({"metrics": search["before"]}, tasks, (), "")
+    rows = [["α", *tasks, *titles, ""], ["start", *start, *("" for _ in titles), ""]]
     for trial in search["trials"]:
-        cells = [""] * (len(tasks) + len(titles))
-        if trial["metrics"] is not None:
-            cells = [f"{trial['metrics'][task]['score']:.4f}" for task in tasks]
-            cells += [f"{trial[name]:.4f}" for name in titles]  # type: ignore[literal-required]
-        rows.append([f"{trial['alpha']:g}", *cells])
-        notes.append("  chosen" if trial["chosen"] else "")
-        notes[-1] = notes[-1] if trial["metrics"] is not None else "  loss not finite"
-    lines = aligned(rows, right_from=0, least=[12, *(9 for _ in rows[0][1:])])
-    lines = [line + note for line, note in zip(lines, notes, strict=True)]
+        chosen = "chosen" if trial["chosen"] else ""
+        outcome = "loss not finite" if trial["metrics"] is None else chosen
+        rows.append([f"{trial['alpha']:g}", *_scores(trial, tasks, titles, ".4f"), outcome])
+    lines = _with_outcomes(rows, 12)
     kept = f"the smallest that keeps 95% of what {search['new_task']} gains"
     rule = "the best mean score" if search["rule"] == "best-mean" else kept
     lines.append(f"α = {search['alpha']:g}: {rule}")
     lines.append(f"Measured: {search['measured']}")
     return "\n".join(lines)
+
+
+def _scores(
+    trial: Mapping[str, Any], tasks: Sequence[str], titles: Collection[str], form: str
+) -> list[str]:
+    """Write a trial's scores, and what it has under titles; blanks if its loss was not finite."""
+    if (metrics := trial["metrics"]) is None:
+        return [""] * (len(tasks) + len(titles))
+    scores = [f"{metrics[task]['score']:.4f}" for task in tasks]
+    return scores + [shown(trial[name], form) for name in titles]
+
+
+def _with_outcomes(rows: Sequence[Sequence[str]], *least: int) -> list[str]:
+    """Align a table, and write the last cell of each row below the header behind it."""
+    widths = [*least, *(9 for _ in rows[0][len(least) + 1 :])]
+    lines = aligned([row[:-1] for row in rows], right_from=0, least=widths)
+    notes = ["", *(f"  {row[-1]}".rstrip() for row in rows[1:])]
+    return [line + note for line, note in zip(lines, notes, strict=True)]
 
 
 def push_text(result: PushResult) -> str:

@@ -35,17 +35,17 @@ def reader_of(target: str, folder: Path) -> tuple[Callable[[bytes], None], Any, 
     from formats.data import open_data
     from formats.run_file import read_run_file
     from formats.task_file import read_task_file
-    from scripts.robustness import inputs, mutations
+    from scripts.robustness import file_kinds, mutations
 
     def headers(data: bytes) -> None:
         (folder / "model.safetensors").write_bytes(data)
-        inputs.read_weights(folder)
+        file_kinds.read_weights(folder)
 
     def rows(data: bytes) -> None:
         suffix = ("jsonl", "json", "csv", "tsv")[data[0] % 4] if data else "csv"
         path = folder / f"data.{suffix}"
         path.write_bytes(data[1:])
-        inputs.read_rows(lambda _: open_data(path), folder)
+        file_kinds.read_rows(lambda _: open_data(path), folder)
 
     def toml(data: bytes) -> None:
         path = folder / "tasks.toml"
@@ -62,15 +62,15 @@ def reader_of(target: str, folder: Path) -> tuple[Callable[[bytes], None], Any, 
 
     good, read = [], {TARGETS[0]: headers, TARGETS[1]: rows, TARGETS[2]: toml}[target]
     if target == TARGETS[0]:
-        for path in sorted(inputs.GOLDEN.rglob("*.safetensors")):
+        for path in sorted(file_kinds.GOLDEN.rglob("*.safetensors")):
             good.append(path.read_bytes())
         return read, mutations.mutated_safetensors, good
     for first, name in enumerate(
         ("jsonl", "json", "csv", "tsv") if target == "rows" else ("t", "r")
     ):
         work = Path(tempfile.mkdtemp(dir=folder))
-        write = {"t": inputs.write_task, "r": inputs.write_run}.get(name)
-        files = write(work) if write else inputs.write_rows(name, work)
+        write = {"t": file_kinds.write_task, "r": file_kinds.write_run}.get(name)
+        files = write(work) if write else file_kinds.write_rows(name, work)
         start = bytes([first]) if target == "rows" else name.encode()
         good.append(start + (work / files[0]).read_bytes())
     mutate = mutations.mutated_text if target == "rows" else mutations.mutated_toml

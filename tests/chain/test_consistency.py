@@ -8,7 +8,8 @@ import pytest
 
 from consolidate.api import show
 from consolidate.chain.consistency import contradictions, descent, side_by_side, side_by_side_text
-from consolidate.views.card import Subject, model_card
+from consolidate.views.card import model_card
+from consolidate.views.card_text import Subject
 from consolidate.views.figures import score_figures
 from consolidate.views.matrix import ledger_matrix, matrix_summary
 from consolidate.views.summary import show_text

@@ -21,7 +21,8 @@ from consolidate.commands import generation as generation_command
 from consolidate.commands import measurement
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.loading import load_model
-from consolidate.views.card import Subject, model_card
+from consolidate.views.card import model_card
+from consolidate.views.card_text import Subject
 from formats.checkpoint import open_checkpoint
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher

@@ -16,14 +16,13 @@ from formats.atomic import (
     check_target,
     claimed,
     claimed_in_place,
-    explain_full_disk,
-    final_path,
     partial_path,
     recover,
     replace_folder,
     unreplaced,
     write_file,
 )
+from formats.disk_errors import explain_full_disk, final_path
 from formats.errors import InputError
 
 

@@ -37,6 +37,7 @@ TESTED_THROUGH = {
     "commands/test_fisher": "commands.fisher_plan commands.measurement"
     " commands.measurement_report commands.pass_cost runtime.devices",
     "chain/test_heads": "chain.fitted_model commands.evaluate commands.task_metrics",
+    "chain/test_modules": "chain.module_fisher",
     "chain/test_resume": "training.state",
     "commands/test_show": "commands.verify views.summary",
     "commands/test_report": "views.page",
@@ -44,6 +45,7 @@ TESTED_THROUGH = {
     "commands/test_merge": "commands.merge_blocks commands.merge_plan",
     "commands/test_finetune_search": "commands.finetune_choice",
     "commands/test_forgetting": "commands.finetune_gate training.forgetting",
+    "views/test_card": "views.card_text",
     "views/test_figures": "views.search_figures",
     "data/test_benchmarks": "data.benchmark_files data.benchmark_harness benchmark",
     "data/test_generation": "data.prompts data.text_plan models.generation_plan",
@@ -57,6 +59,7 @@ TESTED_THROUGH = {
     "estimation/test_passes": "estimation.layer_hooks",
     "runtime/test_distributed": "estimation.sharded_passes runtime.torchrun",
     "models/test_loading": "models.architectures models.model models.tensor_names runtime.quiet",
+    "formats/test_atomic": "disk_errors locks",
     "formats/test_tensors": "checkpoint_files",
     "formats/test_data": "rows",
     "formats/test_fisher_json": "conversion fields versions wording",

@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 
 from scripts.benchmarks import harness
-from scripts.robustness import device_suite, guided, inputs, kills, mutations, robustness
+from scripts.robustness import (
+    device_suite,
+    file_kinds,
+    guided,
+    inputs,
+    kills,
+    mutations,
+    robustness,
+)
 from scripts.robustness.records import add_record, read_records
 from support import in_process
 
@@ -67,7 +75,7 @@ def test_what_is_different_after_a_kill_is_told(tmp_path: Path) -> None:
 
 def test_damaged_files_of_every_kind_are_read_or_refused(tmp_path: Path) -> None:
     path, end = tmp_path / "inputs.jsonl", time.monotonic() + 900
-    count = 4 * len(inputs.kinds())
+    count = 4 * len(file_kinds.kinds())
     found = inputs.attack(path, count, 20, end)
     assert [record for record in found if record["faults"]] == []
     assert sum(record["cases"] for record in found) == count
@@ -109,7 +117,7 @@ def test_a_fault_is_told(what: str, tmp_path: Path) -> None:
         if folder.name == "case":
             harmful(folder)
 
-    kind = inputs.Kind(write, cut, (read,), json.loads)
+    kind = file_kinds.Kind(write, cut, (read,), json.loads)
     found = inputs.attack(tmp_path / "r.jsonl", 3, 0, time.monotonic() + 900, {what: kind})
     assert [case for case, _ in found[0]["faults"]] == [0, 1, 2]
     assert found[0]["faults"][0][1].startswith(expected), found[0]["faults"]
@@ -128,7 +136,7 @@ def test_damage_is_a_function_of_the_seed() -> None:
         (mutations.mutated_yaml, b"a: 1\nb: [1.5, x]\n"),
         (mutations.mutated_table, b"text,label\na b,1\nc,2\n"),
         (mutations.mutated_lines, b'{"a": 1}\n{"a": [2]}\n'),
-        (mutations.mutated_template, inputs.TEMPLATE.encode()),
+        (mutations.mutated_template, file_kinds.TEMPLATE.encode()),
     ):
         made = [mutate(good, Random(seed)) for seed in range(300)]
         assert made == [mutate(good, Random(seed)) for seed in range(300)]

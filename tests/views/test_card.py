@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from consolidate.views.card import SOURCE, Subject, model_card
+from consolidate.views.card import SOURCE, model_card
+from consolidate.views.card_text import Subject
 from formats.digest import TensorRecord
 from formats.errors import InputError
 from formats.fisher_json import Block, Ledger, TaskRecord
