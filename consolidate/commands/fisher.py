@@ -34,10 +34,9 @@ from consolidate.commands.measurement_report import (
 from consolidate.commands.pass_cost import pass_cost
 from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples, subset
-from consolidate.data.text_plan import plan_texts
+from consolidate.data.text_plan import TextPlan, plan_texts
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
-from consolidate.models.generation_plan import TextPlan
 from consolidate.models.model import Model
 from consolidate.options import Columns, FisherOptions
 from consolidate.results import (

@@ -11,7 +11,7 @@ from consolidate.chain.resume import KeptPass, KeptWork, keep_texts, kept_texts,
 from consolidate.commands.generation_options import refuse_texts
 from consolidate.data.generation import examples_of, generate, json_lines
 from consolidate.data.text_examples import TextExamples
-from consolidate.models.generation_plan import TextPlan
+from consolidate.data.text_plan import TextPlan
 from consolidate.models.model import Model
 from consolidate.models.sampling import Written
 from consolidate.options import Estimation, FisherOptions, Generation

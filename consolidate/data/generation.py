@@ -11,10 +11,10 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from consolidate.data.text_examples import Ragged, TextExamples
+from consolidate.data.text_plan import TextPlan
 from consolidate.data.texts import padding_token
 from consolidate.estimation.batches import out_of_memory, place_of
 from consolidate.estimation.likelihoods import IGNORED
-from consolidate.models.generation_plan import TextPlan
 from consolidate.models.model import Model
 from consolidate.models.sampling import (
     Continued,

@@ -16,8 +16,7 @@ from torch import Tensor
 
 import consolidate
 from consolidate.data.prompts import NoPrompts
-from consolidate.data.text_plan import plan_texts
-from consolidate.models.generation_plan import TextPlan
+from consolidate.data.text_plan import TextPlan, plan_texts
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
 from consolidate.models.sampling import continued, reread, up_to_end

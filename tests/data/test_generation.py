@@ -12,9 +12,8 @@ import transformers
 from consolidate.data import generation
 from consolidate.data.generation import examples_of, generate, json_lines
 from consolidate.data.prompts import NoPrompts, open_prompts
-from consolidate.data.text_plan import plan_texts
+from consolidate.data.text_plan import TextPlan, plan_texts
 from consolidate.estimation.likelihoods import IGNORED, get_likelihood
-from consolidate.models.generation_plan import TextPlan
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
 from consolidate.models.sampling import Written

@@ -48,7 +48,7 @@ TESTED_THROUGH = {
     "views/test_card": "views.card_text",
     "views/test_figures": "views.search_figures",
     "data/test_benchmarks": "data.benchmark_files data.benchmark_harness benchmark",
-    "data/test_generation": "data.prompts data.text_plan models.generation_plan",
+    "data/test_generation": "data.prompts data.text_plan",
     "data/test_preprocessing": "data.image_settings",
     "data/test_examples": "data.columns data.encoding data.labels data.tensors data.text_encoding"
     " data.text_examples data.texts",
