@@ -11,6 +11,7 @@ import pytest
 
 import consolidate
 from consolidate.commands import finetune as finetune_command
+from consolidate.commands import finetune_output
 from consolidate.commands import fisher as fisher_command
 from consolidate.commands import merge as merge_command
 from formats.errors import InputError, UsageError
@@ -32,8 +33,8 @@ def nothing_written(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
         for module in (fisher_command, finetune_command):
             monkeypatch.setattr(module, "measure_fisher", forbidden)
+        for module in (fisher_command, finetune_output, merge_command):
             monkeypatch.setattr(module, "replace_folder", forbidden)
-        monkeypatch.setattr(merge_command, "replace_folder", forbidden)
         monkeypatch.setattr(finetune_command, "train", forbidden)
 
     return forbid
