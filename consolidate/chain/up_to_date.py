@@ -11,7 +11,7 @@ from consolidate.results import FactorTotals, MeasuredFisher
 from formats.atomic import recover
 from formats.errors import ConsolidateError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher
-from formats.fisher_json import Ledger, read_ledger
+from formats.fisher_json import Ledger, TaskRecord, read_ledger
 
 LOG = logging.getLogger("consolidate")
 
@@ -21,7 +21,7 @@ class Output(NamedTuple):
 
     checkpoint: Path
     made_from: str  # digest of everything that the result depends on
-    tasks: list[str]  # of its ledger
+    tasks: list[TaskRecord]  # of its ledger
 
 
 def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
@@ -40,8 +40,7 @@ def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
         digest = ledger.made_from
     else:
         digest = None if ledger.made_from is not None else ledger.tasks[-1].made_from
-    names = [task.name for task in ledger.tasks]
-    return None if digest is None else Output(checkpoint, digest, names)
+    return None if digest is None else Output(checkpoint, digest, ledger.tasks)
 
 
 def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher | None:

@@ -55,6 +55,7 @@ from consolidate.runtime.distributed import (
 from consolidate.runtime.progress import start_timing
 from consolidate.training.forgetting import beyond, forgetting
 from consolidate.training.loop import with_statistics
+from formats.atomic import partial_path
 from formats.digest import set_digest
 from formats.errors import NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
@@ -185,9 +186,11 @@ def _with_own_fisher(options: FinetuneOptions, cut: ProcessGroup | None) -> Fine
     """
     if options.penalty.protect_self is None:
         return options
-    asked, source = fisher_of_itself(options)
+    asked, plan = fisher_of_itself(options)
     folder = measured_folder(Path(options.output_dir))
-    measure_alone(asked, source, None, folder, cut)
+    if not folder.exists() and not partial_path(folder).exists():
+        load_start(plan, cut)  # refuses data, heads and tokenizers that do not fit
+    measure_alone(asked, plan.opened.source, None, folder, cut)
     return replace(options, penalty=replace(options.penalty, protect_self=None, fisher=folder))
 
 

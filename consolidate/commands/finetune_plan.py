@@ -312,9 +312,12 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
                 f"{where[0]} has no head for {objective} yet: train a first task with "
                 "--penalty none"
             )
+        itself = ""
+        if _generates(source):
+            itself = ", or measure it on texts it generates with --protect-self N"
         raise InputError(
             f"{where[0]} holds no Fisher: run `consolidate fisher {where[1]} --data OLD_DATA` "
-            "first, or name one with --fisher"
+            f"first, or name one with --fisher{itself}"
         )
     merging = settled_merging(before, options.merging)
     task_file, rows = open_task(options.data, split=options.encoding.split)
@@ -334,6 +337,12 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
         structure=settled_structure(options.curvature.structure, before or protecting),
         to_measure=to_measure,
     )
+
+
+def _generates(source: Checkpoint) -> bool:
+    """Return whether a checkpoint's config names a causal language model."""
+    classes = source.config.get("architectures") or ()
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes)
 
 
 def _penalty_on(options: FinetuneOptions, source: Checkpoint, lora: Lora | None) -> str | None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from consolidate.commands.finetune_plan import plan_finetune
+from consolidate.commands.finetune_plan import Plan, plan_finetune
 from consolidate.commands.generation_options import TASK
 from consolidate.commands.run_options import fisher_options
 from consolidate.options import (
@@ -13,13 +13,15 @@ from consolidate.options import (
     Generation,
     Merging,
 )
-from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
 from formats.wording import few
 
 
-def fisher_of_itself(options: FinetuneOptions) -> tuple[FisherOptions, Checkpoint]:
-    """Give the options that measure a checkpoint on texts it generates, and the checkpoint."""
+def fisher_of_itself(options: FinetuneOptions) -> tuple[FisherOptions, Plan]:
+    """Give the options that measure a checkpoint on texts it generates, and the plan of the rest.
+
+    The plan's penalty is one that needs no Fisher, so that all else can be tried beforehand.
+    """
     like_fisher = fisher_options(options)
     asked = replace(
         like_fisher,
@@ -35,7 +37,7 @@ def fisher_of_itself(options: FinetuneOptions) -> tuple[FisherOptions, Checkpoin
     return asked, _checked(options)
 
 
-def _checked(options: FinetuneOptions) -> Checkpoint:
+def _checked(options: FinetuneOptions) -> Plan:
     """Refuse before the measurement what would be refused after it."""
     plan = plan_finetune(options)
     source, before = plan.opened.source, plan.opened.before
@@ -54,6 +56,14 @@ def _checked(options: FinetuneOptions) -> Checkpoint:
             f"{source.path} is an adapter, and --protect-self is for whole models: measure it "
             "first with `consolidate fisher --generate`"
         )
-    if plan.there is None or plan.there.tasks[0] != TASK:  # else it may be up to date
+    if not _may_be_up_to_date(plan):
         plan.check_target()
-    return source
+    return replace(plan, options=replace(options, penalty=replace(options.penalty, penalty="l2")))
+
+
+def _may_be_up_to_date(plan: Plan) -> bool:
+    """Return whether an output's first task was measured on as many texts with the same seed."""
+    first = None if plan.there is None else plan.there.tasks[0].generated
+    if first is None:
+        return False
+    return (first.sequences, first.seed) == (plan.options.penalty.protect_self, plan.recipe.seed)

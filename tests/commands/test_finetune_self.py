@@ -151,6 +151,8 @@ def test_a_model_with_a_fisher_or_without_texts_is_refused(
     gpt2: Path, data: Path, network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
     given = {"ewc_lambda": 1.0, "protect_self": 4}
+    with pytest.raises(InputError, match=r"holds no Fisher: .* or measure it on texts it gen"):
+        consolidate.finetune(gpt2, data, output_dir=tmp_path / "out", ewc_lambda=1.0)
     with pytest.raises(UsageError, match=r"--generate needs a causal language model of trans.*own"):
         consolidate.finetune(
             network_checkpoint, write_task("new"), output_dir=tmp_path / "out", **given, **FAST
@@ -171,8 +173,19 @@ def test_what_would_be_refused_after_the_measurement_is_refused_before_it(
     consolidate.finetune(
         gpt2, data, output_dir=tmp_path / "trained", penalty="none", **COMMON, max_steps=1
     )
+    bare = shutil.copytree(gpt2, tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    consolidate.finetune(
+        gpt2, data, output_dir=tmp_path / "itself", protect_self=2, **COMMON, **TRAINED
+    )
     before = contents(tmp_path)
     for options, message in (
+        ({"evaluate": {"self": tmp_path / "nowhere.jsonl"}}, "nowhere.jsonl does not exist"),
+        ({"head": "new"}, "--head new cannot be combined with the objective causal-lm"),
+        ({"max_length": 10**6}, "--max-length: expected at most"),
+        ({"checkpoint": bare}, "expected a tokenizer, found none"),
+        ({"output_dir": tmp_path / "itself"}, "itself is not empty"),
         ({"validation": {"old": other}, "ewc_lambda": "auto"}, "--validation old: expected the ne"),
         ({"validation": {"self": data}, "ewc_lambda": "auto"}, "cannot be chosen on training or"),
         ({"max_forgetting": 0.1}, "--max-forgetting"),
@@ -180,9 +193,9 @@ def test_what_would_be_refused_after_the_measurement_is_refused_before_it(
         ({"output_dir": tmp_path / "occupied"}, "occupied is not empty"),
         ({"output_dir": tmp_path / "trained"}, "trained is not empty"),
     ):
-        given = {"output_dir": tmp_path / "out", **COMMON, **TRAINED, "protect_self": 4, **options}
+        given = {"checkpoint": gpt2, "output_dir": tmp_path / "out", "protect_self": 4}
         with pytest.raises((InputError, UsageError), match=message):
-            consolidate.finetune(gpt2, data, **given)
+            consolidate.finetune(data=data, **{**COMMON, **TRAINED, **given, **options})
         assert contents(tmp_path) == before
 
 
