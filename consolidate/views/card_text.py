@@ -1,4 +1,4 @@
-"""The text of a model card, which the ledger gives: the tasks, the Fisher, how to go on."""
+"""The text of a model card, which the ledger gives: the tasks, the Fisher, how to fine-tune further."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
