@@ -1,4 +1,4 @@
-"""The text of a model card, which the ledger gives: the tasks, the Fisher, how to fine-tune further."""
+"""The text of a model card, which the ledger gives: tasks, Fisher, how to fine-tune further."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
