@@ -325,7 +325,7 @@ def finetune(
             same result (models of transformers).
         shard: Shard weights, Fisher and optimizer state over the processes of torchrun (FSDP2), for
             models too large for one device.
-        epochs: Passes over the data. (default: 1, or as many as `max_steps` takes)
+        epochs: Passes over the data. (default: 1 or `max_steps`)
         max_steps: Train for this many optimizer steps, with as many passes over the data as they
             take. With `epochs` too, the shorter of both counts.
         max_examples: Train on a seeded random subset of this size. (default: all)
@@ -351,8 +351,8 @@ def finetune(
         evaluate_every: Evaluate every STEPS optimizer steps too, and at the last step.
         log_every: Log every N optimizer steps.
         seed: Random seed.
-        ewc_lambda: Strength λ of the penalty: a number, several to choose among, or auto to search.
-            Required unless `penalty` none or `budget` is given.
+        ewc_lambda: Strength λ: a number, several, or auto to search. Required with a penalty, or
+            `budget`.
         budget: In place of `ewc_lambda`: by how many nats the loss per example or token may rise on
             each earlier task in `validation`. λ is adjusted during the training; if the loss still
             rises more, the weights are interpolated with the start.

@@ -437,8 +437,7 @@ class Search:
 
     ewc_lambda: float | tuple[float, ...] | str | None = option(
         None,
-        "Strength λ of the penalty: a number, several to choose among, or auto to search. Required "
-        "unless --penalty none or --budget is given.",
+        "Strength λ: a number, several, or auto to search. Required with a penalty, or --budget.",
         metavar="X|X,Y,…|auto",
         choices=("auto",),
         least=0,
@@ -651,7 +650,7 @@ class Recipe:
     TITLE = "Training"
 
     epochs: int | None = option(
-        None, "Passes over the data.", by_default="1, or as many as --max-steps takes", least=1
+        None, "Passes over the data.", by_default="1 or --max-steps", least=1
     )
     max_steps: int | None = option(
         None,
