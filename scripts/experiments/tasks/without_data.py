@@ -75,6 +75,9 @@ Means over seeds with standard errors.
 **A Fisher that is more alike need not protect more**: with 64 texts the small model kept most with
 random tokens, whose overlap is the least.
 
+SmolLM2 is tuned for chats. Some of the texts that it writes from its end-of-text token have far
+larger gradients, in few layers, and dominate the trace; answers to prompts do not.
+
 {tables}
 """
 PAGE = """# {title}
