@@ -20,7 +20,7 @@ from formats.wording import few
 def fisher_of_itself(options: FinetuneOptions) -> tuple[FisherOptions, Plan]:
     """Give the options that measure a checkpoint on texts it generates, and the plan of the rest.
 
-    The plan's penalty is one that needs no Fisher, so that all else can be tried beforehand.
+    The plan has no penalty, which would need the Fisher, so that all else can be tried beforehand.
     """
     like_fisher = fisher_options(options)
     asked = replace(
@@ -58,7 +58,7 @@ def _checked(options: FinetuneOptions) -> Plan:
         )
     if not _may_be_up_to_date(plan):
         plan.check_target()
-    return replace(plan, options=replace(options, penalty=replace(options.penalty, penalty="l2")))
+    return replace(plan, options=replace(options, penalty=replace(options.penalty, penalty="none")))
 
 
 def _may_be_up_to_date(plan: Plan) -> bool:
