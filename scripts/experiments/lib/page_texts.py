@@ -125,7 +125,7 @@ alone counts, so that its error has no share of the seeds. Three seeds are few f
 errors are rather too small.
 
 **The curves are coarse.** λ steps are tenfold, interpolation has five shares of the way, and lines
-between points are straight: with three shares interpolation would read up to 0.02 nats lower. The
+between points are straight: with fewer shares interpolation would read lower. The
 least λ of the structure `inputs`, 100, is the edge of its grid and better than its others in both
 scores: its curve where much is learned is this one point. LoRA's largest rate, 0.003, is an edge
 too, and still rising. Replay of the 64 generated texts has two rates and two strengths.
