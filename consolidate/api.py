@@ -101,8 +101,9 @@ def fisher(
         generate: Measure on N texts that a causal language model generates itself, without `data`,
             each of at most `max_length` tokens (default 128).
         prompts: File with a prompt on each line, used in turn; tokens of prompts are not counted. A
-            model with a chat template reads each as a user's turn. (default: the beginning-of-text
-            token, else the end-of-text token)
+            model with a chat template reads each as a user's turn. (default: what the chat template
+            writes before a user's words; without one the beginning-of-text token, else the end-of-
+            text token)
         temperature: Divide the logits by this before sampling texts. Labels are then sampled apart
             from them.
         top_p: Sample texts from the most likely tokens that together have this probability. Labels

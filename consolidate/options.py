@@ -318,7 +318,8 @@ class Generation:
         None,
         "File with a prompt on each line, used in turn; tokens of prompts are not counted. A "
         "model with a chat template reads each as a user's turn.",
-        by_default="the beginning-of-text token, else the end-of-text token",
+        by_default="what the chat template writes before a user's words; without one the "
+        "beginning-of-text token, else the end-of-text token",
         metavar="FILE",
         changes_result=False,
     )

@@ -51,6 +51,7 @@ _NO_CLOCK = (
     + "".join(f" | replace({code!r}, {value!r})" for code, value in _DAY.items())
     + " }}{% endmacro %}\n"
 )
+_WORDS = "words of a user"  # stand for a message where only what is around it is wanted
 _MASK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -89,6 +90,23 @@ class Chats:
         """Write the prompt of row `i` as a user's turn, with the header of the answer."""
         turn = {"role": "user", "content": prompt}
         return self._ids(_Chat([turn], None, self.rows.where(i)), asks=True)
+
+    def before_user(self) -> list[int]:
+        """Write what stands before the words of a user who opens a chat.
+
+        Raises:
+            InputError: The template writes nothing there, or leaves the words out.
+        """
+        turn = {"role": "user", "content": _WORDS}
+        before, words, _ = self._text(_Chat([turn], None, str(self.source))).partition(_WORDS)
+        ids = self.tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
+        if not words or not ids:
+            raise InputError(
+                f"{self.source}: expected a chat template that writes something before a user's "
+                f"words, found one that {'writes nothing there' if words else 'leaves them out'}: "
+                "give --prompts FILE, or correct the template"
+            )
+        return list(ids)
 
     def completed(
         self, i: int, row: dict[str, Any], prompt: str, completion: str, loss_on: str

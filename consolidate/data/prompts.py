@@ -1,4 +1,4 @@
-"""What generated texts begin with, prompts or the first token, and the tokens that end them."""
+"""What generated texts begin with, and the tokens that end them."""
 
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,19 @@ def open_prompts(path: str | Path | None) -> Rows:
 
 
 def starts_of(model: Model, prompts: Rows) -> list[list[int]]:
-    """Return the token ids that texts begin with: each prompt, or else the first token alone."""
-    return _encoded(model, prompts) if len(prompts) else [[_first_token(model)]]
+    """Return the token ids that texts begin with.
+
+    Each prompt; without prompts what a chat template writes before a user's words, since a model
+    that was tuned for chats seldom saw a text begin otherwise (as in Xu et al. 2024,
+    https://arxiv.org/abs/2406.08464); without a template the first token alone.
+    """
+    if len(prompts):
+        return _encoded(model, prompts)
+    if getattr(model.processor, "chat_template", None):
+        ids = Chats(model.processor, prompts, model.checkpoint.path).before_user()
+        where = f"{model.checkpoint.path}: the chat template"
+        return [[_known(model, token, where) for token in ids]]
+    return [[_first_token(model)]]
 
 
 def _first_token(model: Model) -> int:

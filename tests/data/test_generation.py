@@ -142,6 +142,25 @@ def test_a_prompt_of_a_chat_model_is_a_users_turn(gpt2: Path, tmp_path: Path) ->
     assert model.processor.decode(plan.prompt(0)) == "user:rain?.assistant:"
 
 
+def test_without_prompts_a_chat_model_begins_as_its_template_does(gpt2: Path) -> None:
+    model = opened(gpt2)
+    model.processor.chat_template = "{{ 'system:be kind.' }}" + TEMPLATE
+    plan = planned(model, 3, max_length=5)
+    assert model.processor.decode(plan.prompt(2)) == "system:be kind.user:"
+    texts = plan.in_order(generate(model, plan))
+    _, labels = examples_of(model, plan, texts).collate(range(3))
+    opening = len(plan.prompt(0))
+    assert all(row[:opening] == [IGNORED] * opening for row in labels.tolist())
+    assert [row[opening : opening + 5] for row in labels.tolist()] == texts
+    for template, why in (
+        ("{% for message in messages %}{{ message['content'] }}{% endfor %}", "nothing there"),
+        ("{% for message in messages %}{{ message['role'] }}:{% endfor %}", "leaves them out"),
+    ):
+        model.processor.chat_template = template
+        with pytest.raises(InputError, match=f"before a user's words, .*{why}: give --prompts"):
+            planned(model)
+
+
 CHAT_TEMPLATES = {
     "it raises": (
         "{{ raise_exception('roles must alternate') }}",
