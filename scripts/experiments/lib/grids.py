@@ -11,7 +11,14 @@ MAIN = (*FIRST, "free", "l2", "ewc", "inputs")
 WITHOUT_DATA = (
     *("ewc_generated", "ewc_random", "replay_generated", "inputs_generated"),
     *("ewc_many", "inputs_many", "ewc_data_many", "inputs_data_many"),
-    *("ewc_random_many", "inputs_random_many", "ewc_prompted", "ewc_mails"),
+    *(
+        "ewc_random_many",
+        "inputs_random_many",
+        "ewc_prompted",
+        "inputs_prompted",
+        "inputs_opened",
+        "ewc_mails",
+    ),
 )
 """What protects a language model with other text than 64 rows of the old task."""
 ORDER = {
@@ -78,6 +85,10 @@ LANGUAGE_MODEL = {
     "ewc_random": EWC_OF_TEXT,
     "replay_generated": Grid((1e-4, 3e-4), (0.1, 0.3)),
     "inputs_generated": EWC_OF_TEXT,
+    "ewc_prompted": EWC_OF_TEXT,
+    "inputs_prompted": EWC_OF_TEXT,
+    "inputs_opened": EWC_OF_TEXT,
+    "ewc_mails": EWC_OF_TEXT,
 }
 SMALL_TEXT_RATES = (3e-4, 1e-3, 3e-3)
 EWC_OF_SMALL_TEXT = Grid(SMALL_TEXT_RATES, (5.0, 30.0, 150.0, 800.0))

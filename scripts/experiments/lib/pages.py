@@ -27,6 +27,7 @@ from scripts.experiments.lib.grids import (
     seeds,
 )
 from scripts.experiments.lib.page_texts import (
+    ALIKE,
     CANDIDATE_TEXT,
     OVERVIEW,
     PAGES,
@@ -52,7 +53,8 @@ PANELS = (
     CANDIDATES,
     ("ewc_generated", "ewc_many", "ewc_data_many", "inputs_data_many", "replay_generated"),
     ("inputs_generated", "inputs_many", "inputs_random_many"),
-    ("ewc_prompted", "ewc_mails", "ewc_random", "ewc_random_many"),
+    ("ewc_prompted", "inputs_prompted", "inputs_opened"),
+    ("ewc_mails", "ewc_random", "ewc_random_many"),
 )
 COLOUR = EVERYWHERE | {
     name: colour for names in PANELS for name, colour in zip(names, COLOURS, strict=False)
@@ -97,7 +99,24 @@ def sorted_out(name: str, records: Sequence[Record], units: Units) -> Setting:
             if share is not None:
                 points = [(one, share) for one in some]
                 curves[f"{method}_interpolated"][seed] = _curve(points, rows)
-    return Setting(name, curves, found)
+    return Setting(name, _levelled(curves) if PAGES[name].own_best else curves, found)
+
+
+def _levelled(curves: Mapping[str, Mapping[int, Curve]]) -> dict[str, dict[int, Curve]]:
+    """Move each seed's new scores by a constant, so that the best of all is the same for each."""
+    most = max(map(len, curves.values()))
+    whole = [by_seed for by_seed in curves.values() if len(by_seed) == most]
+    best = {
+        seed: max(float(by_seed[seed].means()[0].max()) for by_seed in whole) for seed in whole[0]
+    }
+    common = float(np.mean(list(best.values()))) if best else 0.0
+    return {
+        method: {
+            seed: one._replace(learned=one.learned + (common - best.get(seed, common)))
+            for seed, one in by_seed.items()
+        }
+        for method, by_seed in curves.items()
+    }
 
 
 def chosen_share(records: Mapping[int, Sequence[Record]]) -> float | None:
@@ -385,6 +404,7 @@ def page_text(setting: Setting, searches: Mapping[str, Sequence[Record]]) -> str
         candidates="".join(CANDIDATE_TEXT[name] for name in CANDIDATES if setting.curves[name]),
         unit=page.scale.unit,
         forgotten=forgotten(setting),
+        alike=ALIKE.strip() if page.own_best else "",
         levels="\n\n".join(tables) or "No curve is complete yet.",
         limits=page.limits.strip().replace("{growing}", _growing(setting))
         + "\n\n" * bool(page.limits),

@@ -59,6 +59,7 @@ class RunningText:
     first: int  # the token that a generated text begins with
     ends: frozenset[int]  # the tokens that end one
     prompts: list[list[int]]  # that others begin with
+    opening: list[int]  # what a chat template writes before a user's words
     vocabulary: int
 
     def cut(self, raw: Path, encode: Encode, size: Size) -> None:
@@ -164,7 +165,7 @@ class QuickText(RunningText):
         )  # fmt: skip
         self.other = torch.randint(200, 256, (12, 16), generator=generator).tolist()
         self.first, self.ends, self.vocabulary = 0, frozenset({1}), 256
-        self.prompts = [[0, 5, 7], [0, 9]]
+        self.prompts, self.opening = [[0, 5, 7], [0, 9]], [0, 3]
 
     def fresh(self) -> nn.Module:
         """Return a tiny model."""

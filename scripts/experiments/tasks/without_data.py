@@ -26,6 +26,7 @@ from scripts.experiments.lib.text_sources import (
     DATA,
     GENERATED,
     MAILS,
+    OPENED,
     OTHER_DATA,
     PROMPTED,
     RANDOM,
@@ -40,7 +41,9 @@ MODELS = {language_model.NAME: "SmolLM2-135M", small_language_model.NAME: "The s
 REFERENCE = {language_model.NAME: 132, small_language_model.NAME: 2112}
 """Rows of the old task's text whose Fisher the others are compared with."""
 COUNTS: dict[str, dict[str, tuple[int, ...]]] = {
-    language_model.NAME: dict.fromkeys((OTHER_DATA, GENERATED, PROMPTED, MAILS, RANDOM), (64,)),
+    language_model.NAME: dict.fromkeys(
+        (OTHER_DATA, GENERATED, PROMPTED, OPENED, MAILS, RANDOM), (64,)
+    ),
     small_language_model.NAME: dict.fromkeys(
         (OTHER_DATA, GENERATED, PROMPTED, MAILS, RANDOM), (64, 256, 1024)
     ),
@@ -55,6 +58,7 @@ TITLES = {
     OTHER_DATA: "other rows of the same text",
     GENERATED: "generated texts",
     PROMPTED: "generated answers to prompts",
+    OPENED: "generated turns of a user",
     MAILS: "mails",
     RANDOM: "random tokens",
 }
@@ -76,7 +80,9 @@ Means over seeds with standard errors.
 random tokens, whose overlap is the least.
 
 SmolLM2 is tuned for chats. Some of the texts that it writes from its end-of-text token have far
-larger gradients, in few layers, and dominate the trace; answers to prompts do not.
+larger gradients, in few layers, and dominate the trace. Answers to prompts do not; nor do turns of
+a user, which begin with what the chat template writes before them, as those of `fisher --generate`
+do without prompts.
 
 {tables}
 """
