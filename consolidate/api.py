@@ -356,7 +356,8 @@ def finetune(
             `budget`.
         budget: In place of `ewc_lambda`: by how many nats the loss per example or token may rise on
             each earlier task in `validation`. λ is adjusted during the training; if the loss still
-            rises more, the weights are interpolated with the start.
+            rises more, the weights are interpolated with the start. Exit with code 5 if only the
+            start keeps it.
         validation: Held-out data of earlier tasks and of the new one, to choose λ or α on.
             (default: a tenth of the new task's data)
         select: Which λ to take. best-mean: the one with the best mean score; smallest: the smallest
@@ -453,7 +454,8 @@ def finetune(
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in weights, loss or Fisher; nothing is written.
         ForgettingError: An old task lost more than `max_forgetting`; the output is saved as
-            `output_dir` with ``.failed-forgetting`` behind its name.
+            `output_dir` with ``.failed-forgetting`` behind its name. Or only the start keeps
+            `budget`; nothing is written.
     """
     given = locals()
     from consolidate.commands import finetune as command

@@ -367,7 +367,7 @@ def _do(typed: dict[str, Any], text: Callable[[Any], str]) -> None:
         else:
             result = command(options)
     except ForgettingError as error:
-        if name == "finetune":
+        if name == "finetune" and error.result is not None:
             failed = {"exit_code": error.exit_code, "error": str(error)}
             _write(error.result | failed, json, text)
         raise
@@ -397,7 +397,8 @@ def _measured(
         try:
             result = command(options)
         except ForgettingError as error:
-            _report("finetune", error.result, metrics, trackers)
+            if error.result is not None:
+                _report("finetune", error.result, metrics, trackers)
             raise
         _report(name, result, metrics, trackers)
         return result

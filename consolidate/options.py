@@ -448,7 +448,8 @@ class Search:
         None,
         "In place of --ewc-lambda: by how many nats the loss per example or token may rise on each "
         "earlier task in --validation. λ is adjusted during the training; if the loss still rises "
-        "more, the weights are interpolated with the start.",
+        "more, the weights are interpolated with the start. Exit with code 5 if only the start "
+        "keeps it.",
         above=0,
     )
     validation: dict[str, str | Path] | None = option(

@@ -28,15 +28,16 @@ class NonFiniteError(ConsolidateError):
 
 
 class ForgettingError(ConsolidateError):
-    """An earlier task lost more than `--max-forgetting` allows.
+    """An earlier task lost more than `--max-forgetting` or `--budget` allows.
 
     Attributes:
-        result: The run's result, with the status ``forgot too much``.
+        result: The run's result, with the status ``forgot too much``; None where nothing was
+            written, as only the weights it started from keep the budget.
     """
 
     exit_code = 5
 
-    def __init__(self, message: str, result: dict[str, Any]):
+    def __init__(self, message: str, result: dict[str, Any] | None = None):
         super().__init__(message)
         self.result = result
 

@@ -57,7 +57,7 @@ from consolidate.training.forgetting import beyond, forgetting
 from consolidate.training.loop import with_statistics
 from formats.atomic import partial_path
 from formats.digest import set_digest
-from formats.errors import NonFiniteError, UsageError
+from formats.errors import ForgettingError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
 from formats.partial_work import StoredWork
 
@@ -83,7 +83,8 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in weights, loss or Fisher; nothing is written.
         ForgettingError: An old task lost more than `max_forgetting`; the output is saved as
-            `output_dir` with ``.failed-forgetting`` behind its name.
+            `output_dir` with ``.failed-forgetting`` behind its name. Or only the start keeps
+            `budget`; nothing is written.
     """
     check_options(options)
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
@@ -130,8 +131,8 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
             interpolator=moving,
             on_step=options.on_step,
         )
-    except NonFiniteError:
-        work.remove()  # it would only diverge again
+    except (NonFiniteError, ForgettingError):
+        work.remove()  # it would only end so again
         raise
     predicted = None if start.forecast is None else start.forecast.nats()
     forgotten = _forgotten(plan, trained)

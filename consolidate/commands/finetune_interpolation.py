@@ -23,7 +23,7 @@ from consolidate.training.budget import largest_kept, next_alpha
 from consolidate.training.forgetting import forgetting, rises
 from consolidate.training.lambda_search import Candidate, best_mean, largest
 from consolidate.training.loop import remeasure_statistics, with_statistics
-from formats.errors import NonFiniteError
+from formats.errors import ForgettingError, NonFiniteError
 from formats.fisher_json import Budget, CurvePoint, Interpolation
 from formats.partial_work import StoredWork
 
@@ -204,8 +204,8 @@ class Interpolator:
         if self.plan.budget is not None:
             alpha = largest_kept(self._tried())
             LOG.info("α = %g is the largest of %d that keeps the budget", alpha, len(trials))
-            if alpha == 0:
-                LOG.warning("no α above 0 keeps the budget: %s is not learned", self.plan.new)
+            if alpha == 0 and not self._start.fresh:
+                raise self._over_budget(trials)
             return alpha
         if self.plan.old:
             chosen = best_mean(trials)
@@ -214,6 +214,16 @@ class Interpolator:
             chosen = largest(trials, task=self.plan.new, before=before)
         LOG.info("α = %g chosen of %d", chosen.alpha, len(trials))
         return chosen.alpha
+
+    def _over_budget(self, trials: Sequence[Trial]) -> ForgettingError:
+        """Make the error of a run in which only the start keeps the budget."""
+        closest = min((t for t in trials if t.metrics is not None), key=lambda t: t.alpha)
+        assert closest.metrics is not None
+        return ForgettingError(
+            f"{self.plan.new} cannot be learned within --budget {self.plan.budget:g}: even with "
+            f"α = {closest.alpha:g} of the way from the start, {self._told(closest.metrics)}\n"
+            "Nothing was written: raise --budget, or lower --learning-rate"
+        )
 
     def _trial(self, alpha: float) -> Trial:
         """Measure the weights at α as they would be stored."""

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from consolidate.api import evaluate, finetune, fisher, show
-from consolidate.commands import finetune_budget
+from consolidate.commands import finetune_budget, finetune_interpolation
 from consolidate.runtime import signals
-from formats.errors import NonFiniteError, UsageError
+from formats.errors import ForgettingError, NonFiniteError, UsageError
 from support.checkpoints import normed
 from support.command_line import run
 from support.faults import Killed, break_off, kill_after
@@ -128,7 +128,7 @@ def test_what_no_lambda_holds_ends_between_start_and_end(
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "l2": {"penalty": "l2"},
-    "proximal": {"penalty_step": "proximal", "optimizer": "sgd", "learning_rate": 0.3},
+    "proximal": {"penalty_step": "proximal", "optimizer": "sgd", "learning_rate": 0.1},
     "an adapter": {"lora_rank": 2, "lora_targets": ["last"]},
 }
 
@@ -188,6 +188,52 @@ def test_matrices_are_followed_too(
     found = finetune(learned, b, output_dir=tmp_path / "out", **options)
     assert found["budget_path"]
     assert lost(learned, tmp_path / "out", held) <= 0.05
+
+
+def over_budget(held: Path, **options: Any) -> dict[str, Any]:
+    """Options with steps so large that nothing on the way keeps the budget."""
+    given = {**COMMON, "penalty": "l2", "validation": {"a": held}, "learning_rate": 0.3}
+    return {**given, "budget": 1e-6, **options}
+
+
+def test_where_only_the_start_keeps_the_budget_nothing_is_written(
+    learned: Path,
+    held: Path,
+    write_task: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    b = write_task("b", seed=1, count=120)
+    before = contents(tmp_path)
+    message = r"b cannot be learned within --budget 1e-06: even with α = 0\.0078125 .* a \+.* nats"
+    with pytest.raises(ForgettingError, match=message) as caught:
+        finetune(learned, b, output_dir=tmp_path / "out", **over_budget(held))
+    assert caught.value.result is None
+    assert contents(tmp_path) == before
+    words = ["finetune", learned, "--data", b, "--output-dir", tmp_path / "out", "--json"]
+    words += ["--model", NETWORK["model"], "--budget", "1e-6", "--penalty", "l2"]
+    words += ["--validation", f"a={held}", "--learning-rate", "0.3", "--optimizer", "adam"]
+    words += ["--epochs", "12", "--metrics", tmp_path / "metrics.json"]
+    code, out, err = run(capsys, *words)
+    assert code == 5
+    assert "error: b cannot be learned within --budget 1e-06" in err
+    assert json.loads(out)["exit_code"] == 5
+    assert contents(tmp_path) == before
+
+
+def test_a_new_head_is_learned_even_where_only_the_start_keeps_the_budget(
+    learned: Path,
+    held: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    b, out = write_task("b", seed=1, count=120), tmp_path / "out"
+    monkeypatch.setattr(finetune_interpolation, "largest_kept", lambda tried: 0.0)
+    found = finetune(learned, b, output_dir=out, **over_budget(held, head="new"))
+    assert found["interpolation"]["alpha"] == 0
+    assert found["budget"]["lost"] == {"a": 0.0}
+    assert evaluate(out, {"b": b}, **NETWORK)["b"]["accuracy"] > 0.4
 
 
 def test_another_budget_or_other_rows_are_another_result(
