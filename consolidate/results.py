@@ -74,7 +74,10 @@ class MeasuredLayer(TypedDict):
     """The Fisher of one parameter."""
 
     trace: float
-    relative_error: Annotated[float | None, about("Standard error of the trace over the trace.")]
+    relative_error: Annotated[
+        float | None,
+        about("Standard error of the trace over the trace; null where not known."),
+    ]
 
 
 class FactorTotals(TypedDict):

@@ -22,11 +22,15 @@ from formats.wording import few
 
 LOG = logging.getLogger("consolidate")
 
+_ALIKE = 1e-6
+"""Relative standard error of a trace below which examples differ by rounding alone."""
+
 
 def fisher_summary(ledger: Ledger, diagonal: FisherDiagonal) -> MeasuredFisher:
     """Summarize the Fisher that was measured for a ledger's last task."""
     traces = diagonal.trace()
-    errors = {name: e for name, e in diagonal.relative_errors.items() if math.isfinite(e)}
+    # Examples that are all alike, such as texts of a single token, show no spread to judge by.
+    errors = {n: e for n, e in diagonal.relative_errors.items() if _ALIKE < e < math.inf}
     recorded = recorded_fisher(ledger)
     assert recorded is not None  # it was measured by now
     return {

@@ -240,6 +240,18 @@ def test_texts_need_a_tokenizer_only_to_be_saved(tiny: Path, tmp_path: Path) -> 
     assert consolidate.fisher(tiny, **FEW | {"max_length": 3})["generated"]["texts"] is None
 
 
+def test_texts_that_are_all_alike_tell_no_standard_error(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Texts of one token begin with the same token, and its labels are summed over, not drawn."""
+    words = ["fisher", tiny, "--generate", 5, "--max-length", 1, "--estimator", "exact"]
+    _, out, _ = run(capsys, *words)
+    assert "trace" in out
+    assert "±" not in out
+    _, out, _ = run(capsys, *words, "--max-length", 3, "--overwrite", "--json")
+    assert max(layer["relative_error"] or 0 for layer in json.loads(out)["layers"].values()) > 0.01
+
+
 def test_the_same_seed_gives_the_same_bytes(gpt2: Path, tmp_path: Path) -> None:
     sizes = {"a": 2, "b": 2, "c": 6}
     for name, size in sizes.items():
