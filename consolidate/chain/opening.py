@@ -1,5 +1,6 @@
 """Open a checkpoint with what belongs to it: its base, its Fisher, its tasks."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,13 @@ from typing import Any
 
 from consolidate.chain.factor_consistency import check_factors
 from formats.atomic import unreplaced
-from formats.checkpoint import ADAPTER_CONFIG, Checkpoint, open_checkpoint, weight_records
+from formats.checkpoint import (
+    ADAPTER_CONFIG,
+    Checkpoint,
+    open_checkpoint,
+    read_beside,
+    weight_records,
+)
 from formats.digest import set_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import (
@@ -19,6 +26,9 @@ from formats.fisher_folder import (
 )
 from formats.fisher_json import Ledger
 from formats.hub import FISHER, locate
+from formats.wording import few, shown
+
+LOG = logging.getLogger("consolidate")
 
 # What makes an adapter more than W + s B A with the base model's own W, by option.
 _OTHER = {
@@ -36,6 +46,21 @@ _OTHER = {
     "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
     "megatron_config": "Megatron's layers are parallel",
 }
+_NO_PART = (
+    "_attn_implementation",
+    "_commit_hash",
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+"""Keys of config.json that do not change what the weights compute; those of dropout neither."""
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change W at the start
 
 
@@ -45,11 +70,48 @@ def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
         raise InputError(f"{folder} does not exist: run `consolidate fisher` first")
     stored = read_fisher(folder)
     check_belongs(stored, source.weights, str(source.path))
+    _compare_configs(folder, source)
     check_kind(stored, source)
     check_base(stored.ledger, folder, source)
     check_intact(stored)
     check_factors(stored)  # a negative eigenvalue would push the weights away
     return stored
+
+
+def _compare_configs(folder: Path, source: Checkpoint) -> None:
+    """Warn where the config.json beside a Fisher from elsewhere has the weights compute otherwise.
+
+    No error, as a key that a model does not use may differ, or be absent for its default.
+    """
+    if folder.name != "fisher" or folder.parent.resolve() == source.path.resolve():
+        return
+    beside = read_beside(folder.parent, "config.json")
+    there, here = _computing(beside), _computing(source.config)
+    if not there or not here:
+        return
+    other = [
+        f"{key} {' there, '.join(shown(c[key]) if key in c else 'absent' for c in (there, here))}"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key)
+    ]
+    if other:
+        LOG.warning(
+            "the config.json beside the Fisher, in %s, differs from that in %s: %s here: if the "
+            "weights compute otherwise now, measure again with `consolidate fisher`",
+            folder.parent,
+            source.path,
+            few(other, 4),
+        )
+
+
+def _computing(config: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """Give what may change what the weights compute, by its keys at every depth."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _NO_PART or "drop" in key or value is None:
+            continue
+        found |= _computing(value, f"{at}{key}.") if isinstance(value, dict) else {at + key: value}
+    return found
 
 
 def with_fisher(path: Path) -> tuple[Checkpoint, StoredFisher]:

@@ -26,7 +26,7 @@ LONGEST_PATH = 14  # modules below the program's first line, each of which impor
 
 # Modules without a test file of their name, by what tests them.
 TESTED_THROUGH = {
-    "chain/test_tasks": "chain.fitted_chain chain.opening chain.output",
+    "chain/test_tasks": "chain.fitted_chain chain.output",
     "commands/test_finetune": "commands.finetune_options commands.finetune_output"
     " commands.finetune_penalty commands.finetune_plan commands.finetune_run"
     " commands.finetune_start commands.finetune_weights",

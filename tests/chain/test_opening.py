@@ -1,0 +1,75 @@
+"""A Fisher from elsewhere is compared with the checkpoint that it is used for."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import consolidate
+from consolidate.chain.opening import stored_fisher
+from formats.checkpoint import open_checkpoint
+from support import tiny_models
+from support.tiny_models import change_config
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    config = tiny_models.gpt2_config(bos_token_id=0, eos_token_id=0)
+    tiny_models.save(tmp_path / "measured", transformers.GPT2LMHeadModel, config)
+    consolidate.fisher(tmp_path / "measured", generate=1, max_length=2)
+    return tmp_path / "measured"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"activation_function": "relu"}, "activation_function 'gelu_new' there, 'relu' here"),
+        ({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon 1e-05 there, 0.001 here"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor absent there, 2.0 here"),
+    ],
+)
+def test_a_config_that_computes_otherwise_is_told(
+    measured: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], told: str
+) -> None:
+    other = shutil.copytree(measured, measured.with_name("other"))
+    change_config(other, **changes)
+    stored_fisher(measured / "fisher", open_checkpoint(other))
+    (record,) = caplog.records
+    assert f"{told}: if the weights compute otherwise now" in record.getMessage()
+    assert str(other) in record.getMessage()
+
+
+def test_keys_that_compute_nothing_are_not_told(
+    measured: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = shutil.copytree(measured, measured.with_name("other"))
+    change_config(
+        other,
+        _name_or_path="elsewhere",
+        architectures=["GPT2Model"],
+        attn_pdrop=0.5,
+        dtype=str(torch.bfloat16),
+        id2label={"0": "a"},
+        transformers_version="0",
+        use_cache=False,
+        rope_scaling=None,
+    )
+    stored_fisher(measured / "fisher", open_checkpoint(other))
+    (other / "config.json").unlink()
+    stored_fisher(measured / "fisher", open_checkpoint(other))
+    assert not caplog.records
+
+
+def test_a_fisher_is_not_compared_with_a_config_that_is_not_its_own(
+    measured: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside its own weights there is one config, and in a folder of another name none of it."""
+    change_config(measured, activation_function="relu")
+    stored_fisher(measured / "fisher", open_checkpoint(measured))
+    (measured.parent / "config.json").write_text('{"activation_function": "tanh"}')
+    apart = shutil.copytree(measured / "fisher", measured.parent / "apart")
+    stored_fisher(apart, open_checkpoint(measured))
+    assert not caplog.records
