@@ -247,6 +247,7 @@ def finetune(
     penalty: str = "ewc",
     fisher: str | Path | None = None,
     protect_self: int | None = None,
+    save_generated: str | Path | None = None,
     penalty_dtype: torch.dtype | str | None = None,
     penalty_device: str | None = None,
     penalty_on: str | None = None,
@@ -369,6 +370,8 @@ def finetune(
         fisher: Folder or repository with the Fisher. (default: in the checkpoint)
         protect_self: For a causal language model without a Fisher: first measure one on N texts
             that it generates itself, as `fisher `generate` N` does.
+        save_generated: Write the texts of `protect_self` to FILE as JSON Lines; they are not stored
+            otherwise.
         penalty_dtype: Dtype of Fisher Λ and anchor μ in memory. One of float32, bfloat16. (default:
             as stored)
         penalty_device: Device of Λ and μ. (default: that of the weights)

@@ -501,6 +501,13 @@ class PenaltyOptions:
         least=1,
         **_PER_CALL,
     )
+    save_generated: str | Path | None = option(
+        None,
+        "Write the texts of --protect-self to FILE as JSON Lines; they are not stored otherwise.",
+        metavar="FILE",
+        written=True,
+        **_PER_CALL,
+    )
     penalty_dtype: str | None = option(
         None,
         "Dtype of Fisher Λ and anchor μ in memory.",

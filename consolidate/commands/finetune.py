@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming
 from consolidate.chain.fitted_chain import pending_task
+from consolidate.chain.opening import stored_fisher
 from consolidate.chain.output import discard_measured, failed_folder, measured_folder, output_bytes
 from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.chain.up_to_date import cached
@@ -29,14 +30,14 @@ from consolidate.commands.finetune_output import (
 from consolidate.commands.finetune_plan import Plan, plan_finetune
 from consolidate.commands.finetune_run import Trained, kept_of, log_replay, train
 from consolidate.commands.finetune_search import searched
-from consolidate.commands.finetune_self import fisher_of_itself
+from consolidate.commands.finetune_self import as_fisher, fisher_of_itself, without_penalty
 from consolidate.commands.finetune_start import Start, load_start
 from consolidate.commands.finetune_weights import UNMOVED
 from consolidate.commands.fisher import measure_alone
 from consolidate.commands.measurement import kept_work, measure_fisher, settled_estimation
 from consolidate.commands.run_options import fisher_options
 from consolidate.estimation.estimates import FisherDiagonal
-from consolidate.options import FinetuneOptions, Merging
+from consolidate.options import FinetuneOptions, FisherOptions, Merging
 from consolidate.results import (
     BudgetPoint,
     FinetuneCached,
@@ -89,8 +90,8 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
     check_options(options)
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
     with claiming(Path(options.output_dir)):
-        options = _with_own_fisher(options, cut)
         plan = plan_finetune(options, again=again)
+        own = None if options.penalty.protect_self is None else fisher_of_itself(plan)
         needed = output_bytes(plan.opened.source, whole=True)
         work = kept_work(options, plan.target, lambda: plan.description, needed)
         if (done := _done_before(plan)) is not None:
@@ -102,7 +103,8 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
             LOG.info(
                 "%s is the checkpoint that training starts from: it will be replaced", plan.target
             )
-        return _finetune(_with_last_task(plan, cut), work, cut)
+        plan = _with_last_task(plan, cut) if own is None else _with_own_fisher(plan, own, cut)
+        return _finetune(plan, work, cut)
 
 
 def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneDone:
@@ -179,20 +181,19 @@ def _done_before(plan: Plan) -> FinetuneCached | None:
     return result
 
 
-def _with_own_fisher(options: FinetuneOptions, cut: ProcessGroup | None) -> FinetuneOptions:
-    """Measure the Fisher that --protect-self asks for, and name it with --fisher instead.
+def _with_own_fisher(plan: Plan, asked: FisherOptions, cut: ProcessGroup | None) -> Plan:
+    """Measure the Fisher that --protect-self asks for, and make it the chain so far.
 
     It is kept beside the output until that is written, so that it is measured once however often
-    the run is interrupted; the rest is the second of two commands.
+    the run is interrupted.
     """
-    if options.penalty.protect_self is None:
-        return options
-    asked, plan = fisher_of_itself(options)
-    folder = measured_folder(Path(options.output_dir))
+    opened, folder = plan.opened, measured_folder(plan.target)
     if not folder.exists() and not partial_path(folder).exists():
-        load_start(plan, cut)  # refuses data, heads and tokenizers that do not fit
-    measure_alone(asked, plan.opened.source, None, folder, cut)
-    return replace(options, penalty=replace(options.penalty, protect_self=None, fisher=folder))
+        load_start(without_penalty(plan), cut)  # refuses data, heads and tokenizers that do not fit
+    with as_fisher(asked):
+        measure_alone(asked, opened.source, None, folder, cut)
+    stored = stored_fisher(folder, opened.source)
+    return replace(plan, opened=replace(opened, before=stored, protecting=stored, to_measure=()))
 
 
 def _with_last_task(plan: Plan, cut: ProcessGroup | None) -> Plan:
@@ -221,7 +222,6 @@ def _with_last_task(plan: Plan, cut: ProcessGroup | None) -> Plan:
         add=False,
         dtype="float32",  # like the master weights of a training
         merging=Merging(),
-        saving=replace(options.saving, overwrite=True),
     )
     folder = measured_folder(plan.target)
     measure_alone(asked, opened.source, opened.before, folder, cut)

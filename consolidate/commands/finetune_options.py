@@ -41,6 +41,8 @@ def check_options(options: FinetuneOptions) -> None:
             raise UsageError(f"--{option} needs --lora-rank: give both, or leave it out")
     if options.replaying.replay_share is not None and options.replaying.replay is None:
         raise UsageError("--replay-share needs --replay: name the old rows, or leave it out")
+    if penalty.save_generated is not None and penalty.protect_self is None:
+        raise UsageError("--save-generated needs --protect-self: give both, or leave it out")
     if recipe.adam_betas is not None and len(recipe.adam_betas) != 2:
         found = ",".join(map(str, recipe.adam_betas))
         raise UsageError(f"--adam-betas {found}: expected two numbers, β₁ and β₂")

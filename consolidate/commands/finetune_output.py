@@ -124,6 +124,9 @@ def report_cached(plan: "Plan", ledger: Ledger) -> FinetuneCached:
     weights = source.weights if source.base is None else source.base.weights
     kept = any(name.rpartition(".")[2] == "running_mean" for name in weights)
     statistics = plan.recipe.norm_statistics if kept else None
+    texts = plan.options.penalty.save_generated
+    if texts is not None and not Path(texts).exists():
+        LOG.info("--save-generated: no text is generated, as %s is up to date", plan.target)
     if plan.options.gate.compare_none:
         LOG.info("--compare-none: nothing is trained, as %s is up to date", plan.target)
     known = _known(plan, plan.target, ledger, recorded_fisher(ledger), statistics)

@@ -120,11 +120,13 @@ class Plan:
     @cached_property
     def description(self) -> dict[str, Any]:
         """All that the result depends on, JSON-ready."""
-        options, opened = self.options, self.opened
+        options, opened, own = self.options, self.opened, self.options.penalty.protect_self
         content = opened.content(
-            None if opened.before is None else opened.before.folder / LEDGER_NAME,
+            None if opened.before is None or own else opened.before.folder / LEDGER_NAME,
             None if opened.protecting is opened.before else opened.protecting,
         )
+        if own:  # the Fisher follows from the rest, before it is measured too
+            content["fisher"] = {"protect_self": own}
         statistics = self.recipe.norm_statistics
         return opened.describe(options, content, task=opened.task, norm_statistics=statistics)
 

@@ -161,10 +161,11 @@ def measure_alone(
 ) -> None:
     """Measure what a training needs first, as `plan_alone` plans it.
 
-    What was written there before an interruption is taken, unless that is refused.
+    What was written there before an interruption is taken, unless that is refused, or its texts
+    are gone.
     """
     plan = plan_alone(options, source, before, folder)
-    if options.saving.restart or not _is_written(plan):
+    if options.saving.restart or lacks_texts(options.generation) or not _is_written(plan):
         measure(plan, cut)
 
 

@@ -60,8 +60,10 @@ class Plan(Inputs):
     @property
     def replaces(self) -> bool:
         """Whether an existing Fisher is replaced by one that has its tasks too."""
-        return self.options.saving.overwrite or (
-            self.in_place and (self.options.add or self.completes)
+        return (
+            self.options.saving.overwrite
+            or self.alone is not None
+            or (self.in_place and (self.options.add or self.completes))
         )
 
     @property

@@ -38,13 +38,24 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
+def written(folder: Path) -> dict[str, bytes]:
+    """What a folder holds, but for the digest of what the task was made from.
+
+    That of one command knows no Fisher, as it is known before one is measured.
+    """
+    found = contents(folder)
+    ledger = json.loads(found["fisher/fisher.json"])
+    assert ledger["tasks"][-1].pop("made_from")
+    return {**found, "fisher/fisher.json": json.dumps(ledger).encode()}
+
+
 def in_two_commands(start: Path, data: Path, out: Path, **options: Any) -> dict[str, bytes]:
     copy = start.with_name("copy")
     shutil.copytree(start, copy)
     measured = {name: options[name] for name in ("structure", "freeze") if name in options}
     consolidate.fisher(copy, generate=4, **COMMON, **measured)
     consolidate.finetune(copy, data, output_dir=out, **COMMON, **{**TRAINED, **options})
-    return contents(out)
+    return written(out)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +73,7 @@ def test_one_command_leaves_what_two_leave(
     expected = in_two_commands(gpt2, data, tmp_path / "two", **options)
     given = {**COMMON, **TRAINED, **options, "protect_self": 4}
     result = consolidate.finetune(gpt2, data, output_dir=tmp_path / "one", **given)
-    assert contents(tmp_path / "one") == expected
+    assert written(tmp_path / "one") == expected
     assert result["penalty_value"] > 0
     first, second = read_fisher(tmp_path / "one" / "fisher").ledger.tasks
     assert (first.name, second.name) == ("self", "new")
@@ -71,9 +82,52 @@ def test_one_command_leaves_what_two_leave(
     assert consolidate.verify(tmp_path / "one")["tasks"] == ["self", "new"]
     assert not (gpt2 / "fisher").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".one")]
+    monkeypatch.delattr(fisher_command, "generate_sample")  # it is told without measuring
     again = consolidate.finetune(gpt2, data, output_dir=tmp_path / "one", **given)
-    assert again["status"] == "cached"
+    assert (again["status"], again["metrics"]) == ("cached", result["metrics"])
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".one")]
+
+
+def test_another_number_of_texts_is_another_result(gpt2: Path, data: Path, tmp_path: Path) -> None:
+    given = {**COMMON, **TRAINED, "output_dir": tmp_path / "out", "overwrite": True}
+    found = [consolidate.finetune(gpt2, data, protect_self=n, **given) for n in (2, 3, 3)]
+    assert [one["status"] for one in found] == ["done", "done", "cached"]
+
+
+def test_the_texts_are_saved(
+    gpt2: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "consolidate")
+    texts, expected = tmp_path / "texts.jsonl", tmp_path / "expected.jsonl"
+    copy = shutil.copytree(gpt2, tmp_path / "copy")
+    consolidate.fisher(copy, generate=4, save_generated=expected, **COMMON)
+    given = {**COMMON, **TRAINED, "protect_self": 4, "output_dir": tmp_path / "out"}
+    texts.write_text("mine\n")
+    with pytest.raises(InputError, match=r"texts\.jsonl already exists, with other content"):
+        consolidate.finetune(gpt2, data, save_generated=texts, **given)
+    assert texts.read_text() == "mine\n"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))]
+    texts.unlink()
+    consolidate.finetune(gpt2, data, save_generated=texts, **given)
+    assert texts.read_bytes() == expected.read_bytes()
+    texts.unlink()
+    again = consolidate.finetune(gpt2, data, save_generated=texts, **given)
+    assert (again["status"], texts.exists()) == ("cached", False)
+    assert "--save-generated: no text is generated, as " in caplog.text
+
+
+def test_texts_that_are_gone_are_generated_again_where_the_training_was_killed(
+    gpt2: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    given = {**COMMON, **TRAINED, "protect_self": 4, "save_generated": texts}
+    break_off(monkeypatch, 2)
+    with pytest.raises(Killed):
+        consolidate.finetune(gpt2, data, output_dir=tmp_path / "out", **given)
+    found = texts.read_bytes()
+    texts.unlink()
+    consolidate.finetune(gpt2, data, output_dir=tmp_path / "out", **given)
+    assert texts.read_bytes() == found
 
 
 @pytest.mark.slow
@@ -90,7 +144,7 @@ def test_two_processes_leave_what_they_leave_in_two_commands(
     ):
         words += " --batch-size 2 --seed 3 --device cpu"
         assert ended(started(2, words.split(), log)) == [0, 0], log.read_text()
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert written(tmp_path / "one") == written(tmp_path / "two")
 
 
 def test_killed_anywhere_it_resumes(
@@ -124,7 +178,7 @@ def test_killed_anywhere_it_resumes(
     assert not (tmp_path / "one").exists()
     monkeypatch.delattr(fisher_command, "generate_sample")  # it was measured before the last kill
     run()
-    assert contents(tmp_path / "one") == expected
+    assert written(tmp_path / "one") == expected
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -137,6 +191,7 @@ def test_killed_anywhere_it_resumes(
         ({"protect_self": 0}, "--protect-self 0: expected at least 1"),
         ({"shard": True}, "--shard"),
         ({"task": "self"}, "--protect-self names its own task 'self'"),
+        ({"protect_self": None, "save_generated": "t"}, "--save-generated needs --protect-self"),
     ],
 )
 def test_what_contradicts_it(
@@ -151,9 +206,13 @@ def test_a_model_with_a_fisher_or_without_texts_is_refused(
     gpt2: Path, data: Path, network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:
     given = {"ewc_lambda": 1.0, "protect_self": 4}
+    message = (
+        r"--generate needs a causal language model of trans.*own.*\n--protect-self 4 measures "
+    )
+    message += "as `consolidate fisher .*start --generate 4` does, which has these options"
     with pytest.raises(InputError, match=r"holds no Fisher: .* or measure it on texts it gen"):
         consolidate.finetune(gpt2, data, output_dir=tmp_path / "out", ewc_lambda=1.0)
-    with pytest.raises(UsageError, match=r"--generate needs a causal language model of trans.*own"):
+    with pytest.raises(UsageError, match=message):
         consolidate.finetune(
             network_checkpoint, write_task("new"), output_dir=tmp_path / "out", **given, **FAST
         )
@@ -192,6 +251,7 @@ def test_what_would_be_refused_after_the_measurement_is_refused_before_it(
         ({"structure": "inputs", "penalty_step": "proximal"}, "--penalty-step proximal cannot"),
         ({"output_dir": tmp_path / "occupied"}, "occupied is not empty"),
         ({"output_dir": tmp_path / "trained"}, "trained is not empty"),
+        ({"save_generated": tmp_path / "out" / "t"}, "name a file outside of it"),
     ):
         given = {"checkpoint": gpt2, "output_dir": tmp_path / "out", "protect_self": 4}
         with pytest.raises((InputError, UsageError), match=message):
