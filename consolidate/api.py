@@ -283,6 +283,7 @@ def finetune(
     restart: bool = False,
     overwrite: bool = False,
     data_digest: bool = True,
+    dry_run: bool = False,
     on_step: Callable[[Step], None] | None = None,
 ) -> FinetuneResult:
     """Fine-tune a checkpoint on a new task with a penalty that protects the earlier ones.
@@ -443,6 +444,7 @@ def finetune(
         restart: Discard saved progress and start over.
         overwrite: Replace an existing output unless it is up to date.
         data_digest: Store a digest of the data in the ledger.
+        dry_run: Check everything, take a few steps, and only report what the training would take.
         on_step: Called after each optimizer step with its loss, its penalty and its learning rate;
             not for the candidates of a search.
 
@@ -450,7 +452,8 @@ def finetune(
         What was done: steps, loss, penalty, the share of weights that moved, the nats of old loss
         that the Fisher predicts and those that were measured, metrics, history;
         the searches, if any, under ``lambda_search`` and ``alpha_search``. An output that is up to
-        date is not written again: the ``status`` is ``cached``, with what the ledger records.
+        date is not written again: the ``status`` is ``cached``, with what the ledger records. With
+        `dry_run`, the estimated cost.
 
     Raises:
         InputError: Something in the checkpoint, its Fisher or the data does not fit.

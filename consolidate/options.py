@@ -834,6 +834,12 @@ class FinetuneOptions:
     adapter: Adapter = part(Adapter())
     gate: Gate = part(Gate())
     saving: Saving = part(Saving())
+    dry_run: bool = option(
+        False,
+        "Check everything, take a few steps, and only report what the training would take.",
+        group="Output",
+        **_PER_CALL,
+    )
     on_step: Callable[..., None] | None = option(
         None,
         "Called after each optimizer step with its loss, its penalty and its learning rate; not "

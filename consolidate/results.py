@@ -166,7 +166,14 @@ class FisherDone(MeasuredFisher, EncodedAs, _Of):
     seconds: NotRequired[Annotated[float, about("Of the pass, in this call; absent if cached.")]]
 
 
-class PassCost(TypedDict):
+class PeakMemory(TypedDict):
+    """The most memory that was taken."""
+
+    peak_memory: Bytes
+    peak_device_memory: Annotated[int | None, about("In bytes.")]
+
+
+class PassCost(PeakMemory):
     """What a pass over data takes."""
 
     estimator: Estimator
@@ -175,8 +182,6 @@ class PassCost(TypedDict):
     parameters: Count
     seconds_per_example: float
     seconds: Annotated[float, about("Of the whole pass.")]
-    peak_memory: Bytes
-    peak_device_memory: Annotated[int | None, about("In bytes.")]
 
 
 class GenerationCost(TypedDict):
@@ -430,7 +435,23 @@ class FinetuneDone(Finetuned):
     comparison: NotRequired[Annotated[Comparison, about("With --compare-none.")]]
 
 
-FinetuneResult = FinetuneDone | FinetuneCached
+class FinetuneDryRun(PeakMemory):
+    """What a training would take, without evaluation, search, and measuring Fishers."""
+
+    status: Literal["dry run"]
+    task: str
+    old_tasks: Annotated[list[str], about("That the penalty protects, or would.")]
+    penalty: Annotated[str, one_of("ewc", "l2", "none")]
+    ewc_lambda: Annotated[float | None, about("null: none, or it is chosen on the way.")]
+    examples: Annotated[Count, about("Of the new task, in an epoch.")]
+    parameters: Annotated[Count, about("That are trained.")]
+    steps: Count
+    seconds_per_step: float
+    seconds: Annotated[float, about("Of all steps.")]
+    output_bytes: Annotated[Bytes, about("At most.")]
+
+
+FinetuneResult = FinetuneDone | FinetuneCached | FinetuneDryRun
 
 EvaluateResult = Annotated[
     dict[str, dict[str, Score | Benchmark]],

@@ -18,6 +18,7 @@ from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.chain.up_to_date import cached
 from consolidate.commands.finetune_budget import Controller
 from consolidate.commands.finetune_compare import completed, train_without_penalty
+from consolidate.commands.finetune_cost import report_refused, training_cost
 from consolidate.commands.finetune_gate import failed_before
 from consolidate.commands.finetune_interpolation import Interpolator
 from consolidate.commands.finetune_options import check_options
@@ -42,6 +43,7 @@ from consolidate.results import (
     BudgetPoint,
     FinetuneCached,
     FinetuneDone,
+    FinetuneDryRun,
     FinetuneResult,
 )
 from consolidate.runtime import signals
@@ -77,7 +79,8 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         What was done: steps, loss, penalty, the share of weights that moved, the nats of old loss
         that the Fisher predicts and those that were measured, metrics, history;
         the searches, if any, under ``lambda_search`` and ``alpha_search``. An output that is up to
-        date is not written again: the ``status`` is ``cached``, with what the ledger records.
+        date is not written again: the ``status`` is ``cached``, with what the ledger records. With
+        `dry_run`, the estimated cost.
 
     Raises:
         InputError: Something in the checkpoint, its Fisher or the data does not fit.
@@ -89,6 +92,8 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
     """
     check_options(options)
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
+    if options.dry_run:
+        return _dry_run(options, cut)
     with claiming(Path(options.output_dir)):
         plan = plan_finetune(options, again=again)
         own = None if options.penalty.protect_self is None else fisher_of_itself(plan)
@@ -105,6 +110,22 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
             )
         plan = _with_last_task(plan, cut) if own is None else _with_own_fisher(plan, own, cut)
         return _finetune(plan, work, cut)
+
+
+def _dry_run(options: FinetuneOptions, cut: ProcessGroup | None) -> FinetuneDryRun:
+    """Check all that can be, and estimate the training; Fishers yet to be measured are left out."""
+    plan = plan_finetune(options)
+    report_refused(plan)
+    penalty = options.penalty.penalty
+    if options.penalty.protect_self is not None:
+        fisher_of_itself(plan)  # refuses what does not fit
+        plan = without_penalty(plan)
+        LOG.info("the penalty is left out, as the model's own texts are not measured in a dry run")
+    start = load_start(plan, cut)
+    _measuring(plan, start)
+    _running_statistics(plan, start)
+    log_replay(start, plan.recipe)
+    return {**training_cost(plan, start), "penalty": penalty}
 
 
 def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneDone:

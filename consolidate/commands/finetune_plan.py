@@ -149,14 +149,14 @@ class Plan:
 def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
     """Open checkpoint, Fisher and data, and refuse what would fail later.
 
-    With `again` an output that is up to date does not count.
+    With `again` an output that is up to date does not count; with a dry run none does.
     """
     adapter, recipe, target = options.adapter, options.recipe, Path(options.output_dir)
     lora = None
     if adapter.lora_rank is not None:
         lora = Lora(adapter.lora_rank, adapter.lora_targets, adapter.lora_alpha)
-    there = None if again else find_output(target)
-    place = target if there is None else None
+    there = None if again or options.dry_run else find_output(target)
+    place = target if there is None and not options.dry_run else None
     opened = unreplaced(Path(options.checkpoint), lambda: _open(options, lora, place))
     _check_structure(options, opened)
     if opened.penalty_on == "merged" and recipe.penalty_step == "proximal":

@@ -14,7 +14,7 @@ from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.model import Model
 from consolidate.options import Estimation
-from consolidate.results import PassCost
+from consolidate.results import PassCost, PeakMemory
 from consolidate.runtime.distributed import all_processes, place_in
 
 SAMPLED_BATCHES = 3
@@ -74,7 +74,6 @@ def pass_cost(
     )
     checked, *others = [(after - before) * labels / fewer for before, after in pairwise(times)]
     each = sum(others) / sum(map(len, sample[1:]))
-    unit = 1 if sys.platform == "darwin" else 1024
     cost: PassCost = {
         "estimator": str(estimation.estimator),
         "structure": structure,
@@ -82,7 +81,17 @@ def pass_cost(
         "parameters": sum(values.numel() for values in diagonal.values()),
         "seconds_per_example": each,
         "seconds": checked + each * max(0, count / processes - batch_size),
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "peak_device_memory": torch.cuda.max_memory_allocated(device) if cuda else None,
+        **peak_memory(device),
     }
     return cost, sum(matrix.numel() for matrix in diagonal.factors.values())
+
+
+def peak_memory(device: torch.device) -> PeakMemory:
+    """Give the most memory in bytes that this process has taken so far, and of a CUDA device."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_device_memory": (
+            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        ),
+    }

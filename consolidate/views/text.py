@@ -10,12 +10,14 @@ from consolidate.results import (
     Benchmark,
     Comparison,
     EvaluateResult,
+    FinetuneDryRun,
     FinetuneResult,
     FisherDryRun,
     FisherResult,
     LambdaSearch,
     MeasuredFisher,
     MergeResult,
+    PeakMemory,
     PushResult,
     RemapResult,
     RunResult,
@@ -66,10 +68,14 @@ def _measured_text(folder: str, fisher: MeasuredFisher) -> str:
     )
 
 
-def _cost_text(cost: FisherDryRun) -> str:
+def _memory(cost: PeakMemory) -> str:
     memory = f"{cost['peak_memory'] / 1e9:.2f} GB"
     if cost["peak_device_memory"] is not None:
         memory += f", and {cost['peak_device_memory'] / 1e9:.2f} GB on the device"
+    return memory
+
+
+def _cost_text(cost: FisherDryRun) -> str:
     each = cost["seconds_per_example"]
     files, saved = (
         ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.items())
@@ -88,7 +94,7 @@ def _cost_text(cost: FisherDryRun) -> str:
             f"examples     {cost['examples']:,}, {cost['estimator']}",
             *generation,
             f"time         {cost['seconds']:,.0f} s, {1000 * each:.3g} ms per example",
-            f"memory       at most {memory}",
+            f"memory       at most {_memory(cost)}",
             f"files        {files}",
             f"progress     {saved}, if there is room for it as well",
             "Dry run on a few batches: nothing was written.",
@@ -97,7 +103,12 @@ def _cost_text(cost: FisherDryRun) -> str:
 
 
 def finetune_text(result: FinetuneResult) -> str:
-    """Summarize a fine-tuning run: the search for λ, the metrics, loss and penalty, the Fisher."""
+    """Summarize a fine-tuning run: the search for λ, the metrics, loss and penalty, the Fisher.
+
+    Or what a dry run estimated.
+    """
+    if result["status"] == "dry run":
+        return _training_text(result)
     lines = []
     if result["status"] != "cached" and "lambda_search" in result:
         lines += [search_text(result["lambda_search"]), ""]
@@ -138,6 +149,28 @@ def finetune_text(result: FinetuneResult) -> str:
     if result["status"] != "cached" and "comparison" in result:
         lines += comparison_text(result["comparison"])
     return "\n".join(lines)
+
+
+def _training_text(cost: FinetuneDryRun) -> str:
+    penalty = cost["penalty"]
+    if penalty != "none":
+        given = cost["ewc_lambda"]
+        penalty += ", λ to be chosen" if given is None else f", λ = {given:g}"
+    if penalty.startswith("ewc"):
+        penalty += f", for {few(cost['old_tasks'], 4) or 'the base model'}"
+    each = cost["seconds_per_step"]
+    return "\n".join(
+        [
+            f"parameters   {cost['parameters']:,} trained",
+            f"examples     {cost['examples']:,} of {cost['task']!r}",
+            f"penalty      {penalty}",
+            f"steps        {cost['steps']:,}",
+            f"time         {cost['seconds']:,.0f} s, {1000 * each:.3g} ms per step",
+            f"memory       {_memory(cost)} in the first steps",
+            f"output       at most {cost['output_bytes'] / 1e6:,.1f} MB",
+            "Dry run of a few steps, without evaluation, search and Fishers: nothing was written.",
+        ]
+    )
 
 
 def nats_text(result: Mapping[str, Any]) -> list[str]:

@@ -130,6 +130,17 @@ def test_texts_that_are_gone_are_generated_again_where_the_training_was_killed(
     assert texts.read_bytes() == found
 
 
+def test_a_dry_run_generates_nothing(
+    gpt2: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(fisher_command, "generate_sample")
+    before = contents(tmp_path)
+    given = {**COMMON, **TRAINED, "protect_self": 4, "dry_run": True}
+    found = consolidate.finetune(gpt2, data, output_dir=tmp_path / "out", **given)
+    assert (found["old_tasks"], found["penalty"], found["steps"]) == (["self"], "ewc", 3)
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.slow
 def test_two_processes_leave_what_they_leave_in_two_commands(
     gpt2: Path, data: Path, tmp_path: Path

@@ -464,7 +464,12 @@ def test_a_signal_ends_the_run_and_leaves_what_it_goes_on_from(
     found, _, err = finished(process)
     assert found == code
     assert "Traceback" not in err
-    assert "the same command resumes from there" in err
+    assert "\nstopping at the next point to resume from" in err
+    stopped, ended = [line for line in err.splitlines() if line][-2:]
+    assert re.fullmatch(
+        r"stopped after step \d+ of \d+: the same command resumes from there", stopped
+    )
+    assert ended == {130: "interrupted", 143: "terminated"}[code]
     assert sorted({*tmp_path.rglob("*")} - {*before}) == [tmp_path / ".out.consolidate-partial"]
 
 
