@@ -29,7 +29,6 @@ from consolidate.results import (
     FinetuneCached,
     Finetuned,
     FinetuneDone,
-    FinetuneResult,
     MeasuredFisher,
     TrainingStep,
 )
@@ -134,7 +133,9 @@ def report_cached(plan: "Plan", ledger: Ledger) -> FinetuneCached:
 
 
 def too_much(
-    forgotten: Mapping[str, float], options: FinetuneOptions, result: FinetuneResult
+    forgotten: Mapping[str, float],
+    options: FinetuneOptions,
+    result: FinetuneDone | FinetuneCached,
 ) -> ForgettingError:
     """Make the error of a run that exceeds --max-forgetting; `result` says where its output is."""
     status = "cached" if result["status"] == "cached" else "forgot too much"

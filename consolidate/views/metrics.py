@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from consolidate.results import FinetuneResult, MeasuredFisher, RunResult
+from consolidate.results import FinetuneCached, FinetuneDone, MeasuredFisher, RunResult
 from consolidate.views.matrix import ledger_matrix
 from formats.atomic import write_file
 from formats.fisher_folder import LEDGER_NAME
@@ -27,7 +27,7 @@ def fisher_metrics(result: MeasuredFisher) -> dict[str, float]:
     )
 
 
-def finetune_metrics(result: FinetuneResult) -> dict[str, float]:
+def finetune_metrics(result: FinetuneDone | FinetuneCached) -> dict[str, float]:
     """Give the numbers of a fine-tuning run, and of its chain."""
     numbers: dict[str, float | None] = {"ewc_lambda": result["ewc_lambda"]}
     if result["status"] != "cached":
@@ -46,7 +46,7 @@ def finetune_metrics(result: FinetuneResult) -> dict[str, float]:
     )
 
 
-def run_metrics(result: FinetuneResult | RunResult) -> dict[str, float]:
+def run_metrics(result: FinetuneDone | FinetuneCached | RunResult) -> dict[str, float]:
     """Give the metrics after the last task of a chain, with ACC, BWT and forgetting.
 
     A name has a dot only if it begins with the name of a task or dataset.
