@@ -20,7 +20,8 @@ from formats.errors import InputError, UsageError
 
 # What is the run's own, or the command line's.
 OURS = {"data", "output-dir", "task", "evaluate", "overwrite", "revision", "fisher", "base-model"}
-OURS |= {"protect-self"}  # of a first task, which a run measures by its `fisher`
+OURS |= {"protect-self", "save-generated"}  # of a first task, which a run measures by its `fisher`
+OURS |= {"dry-run"}  # a run has its own
 OURS |= {
     "config",
     "json",
