@@ -354,8 +354,8 @@ def finetune(
         evaluate_every: Evaluate every STEPS optimizer steps too, and at the last step.
         log_every: Log every N optimizer steps.
         seed: Random seed.
-        ewc_lambda: Strength λ: a number, several, or auto to search. Required with a penalty, or
-            `budget`.
+        ewc_lambda: Strength λ: a number, several, or auto to search. Required with a penalty, but
+            not with `budget`.
         budget: In place of `ewc_lambda`: by how many nats the loss per example or token may rise on
             each earlier task in `validation`. λ is adjusted during the training; if the loss still
             rises more, the weights are interpolated with the start. Exit with code 5 if only the

@@ -438,7 +438,8 @@ class Search:
 
     ewc_lambda: float | tuple[float, ...] | str | None = option(
         None,
-        "Strength λ: a number, several, or auto to search. Required with a penalty, or --budget.",
+        "Strength λ: a number, several, or auto to search. Required with a penalty, but not with "
+        "--budget.",
         metavar="X|X,Y,…|auto",
         choices=("auto",),
         least=0,
