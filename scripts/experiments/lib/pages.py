@@ -43,6 +43,7 @@ from scripts.experiments.lib.records import Record, mean, signed
 OURS = (
     *("ewc", "inputs", "ewc_interpolated", "inputs_interpolated", "lora_ewc"),
     *("ewc_generated", "inputs_generated", "ewc_many", "inputs_many"),
+    *("ewc_prompted", "inputs_prompted", "inputs_opened"),
 )
 EVERYWHERE = {"ewc": COLOURS[6], "inputs": COLOURS[5]}
 """In every panel, in the same colours."""
