@@ -4,16 +4,19 @@ Functions that add squares to a total also return their sum for each example, it
 trace; a negative number marks an example that was not measured.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations_with_replacement, product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 FEW_POSITIONS = 4  # up to here Σ_b (Σ_t g_t a_tᵀ)² is one product over pairs of positions
-THIN = 64  # rows or columns below which addmm_ may add term by term, with larger rounding errors
+OFFSET_POSITIONS = 255  # up to here a kernel's gradient is computed one offset after the other
 GROUPED_POSITIONS = 512  # up to here several examples are the groups of one convolution
-SMALL = 1 << 18  # elements of a gradient up to which several are computed in one call
+THIN = 64  # rows or columns below which addmm_ may add term by term, with larger rounding errors
+SMALL = 1 << 15  # elements of a gradient up to which several are computed in one call
 CHUNK = 16  # the number of these; a multiple of MEASURED
 BLOCK = 1 << 20  # elements of a larger one that are computed, squared and added while in the cache
 MEASURED = 4  # of many positions every fourth example's gradient is summed for the spread,
@@ -41,21 +44,23 @@ class Outer(NamedTuple):
         left, right = self._factors()
         traces, measured = _to_measure(right, total, first)
         if total.numel() <= SMALL:
+            scratch = right.new_empty(min(CHUNK, len(right)), *total.shape)
             for start in range(0, len(right), CHUNK):
                 some = slice(start, start + CHUNK)
-                squares = (left[some].mT @ right[some]).square_()
+                squares = scratch[: len(right[some])]
+                torch.bmm(left[some].mT, right[some], out=squares).square_()
                 total += squares.sum(0)
                 traces[some][measured] = squares[measured].flatten(1).sum(1)
             return traces
         height = max(1, BLOCK // right.shape[-1])
         scratch = right.new_empty(min(height, len(total)), right.shape[-1])
         for block, rows in zip(left.split(height, -1), total.split(height), strict=True):
-            product = scratch[: len(rows)]
+            gradient = scratch[: len(rows)]
             for example, (one, other) in enumerate(zip(block, right, strict=True)):
-                torch.mm(one.T, other, out=product)
-                rows.addcmul_(product, product)
+                torch.mm(one.T, other, out=gradient)
+                rows.addcmul_(gradient, gradient)
                 if traces[example] >= 0:
-                    traces[example] += square(product)
+                    traces[example] += square(gradient)
         return traces
 
     @property
@@ -145,21 +150,41 @@ class Rows(NamedTuple):
 class Convolved(NamedTuple):
     """Gradients of a convolution's kernel, (m, n / groups, *kernel)."""
 
-    g: Tensor  # (B, m, *out)
-    a: Tensor  # (B, n, *in), padded
+    g: Tensor  # (B, T, m)
+    a: Tensor  # (B, n, *in)
+    grid: torch.Size  # of the T positions
+    zeros: list[int]  # around a, as functional.pad takes them
     kernel: torch.Size
-    stride: list[int]
-    dilation: list[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
     groups: int
+
+    @property
+    def few(self) -> bool:
+        """Whether there are few enough positions to put their pairs into one product."""
+        return self.groups == 1 and self.g.shape[1] <= FEW_POSITIONS
+
+    @property
+    def by_offsets(self) -> bool:
+        """Whether each offset of the kernel is computed on its own, like a linear layer.
+
+        This needs no copies of what overlapping kernels see, and no terms where they see zeros.
+        With many positions a convolution takes as long, and then less.
+        """
+        return self.groups == 1 and self.g.shape[1] <= OFFSET_POSITIONS
+
+    def padded(self) -> "Convolved":
+        """Return the same with the zeros in its inputs."""
+        return self._replace(a=functional.pad(self.a, self.zeros), zeros=[0] * len(self.zeros))
 
     def of(self, examples: slice) -> Tensor:
         """Return the gradients of some examples, (B, *kernel), as the groups of a convolution."""
-        g, a = self.g[examples], self.a[examples]
-        size, rank = len(g), len(self.stride)
+        one = self._replace(g=self.g[examples], a=self.a[examples]).padded()
+        size, rank = len(one.g), len(self.stride)
         gradients = torch.ops.aten.convolution_backward(
-            g.reshape(1, -1, *g.shape[2:]),
-            a.reshape(1, -1, *a.shape[2:]),
-            g.new_empty(1).expand(size * self.kernel[0], *self.kernel[1:]),
+            one.g.mT.reshape(1, -1, *self.grid),
+            one.a.reshape(1, -1, *one.a.shape[2:]),
+            one.g.new_empty(1).expand(size * self.kernel[0], *self.kernel[1:]),
             None,
             self.stride,
             [0] * rank,
@@ -173,7 +198,8 @@ class Convolved(NamedTuple):
 
     def patches(self, examples: slice) -> Tensor:
         """Return what the kernel sees at each position, (B, T, n × kernel), without groups."""
-        return patches_of(self.a[examples], self.kernel[2:], self.stride, self.dilation)
+        padded = functional.pad(self.a[examples], self.zeros)
+        return patches_of(padded, self.kernel[2:], self.stride, self.dilation)
 
     def add_to(self, gradient: Tensor, example: int) -> None:
         """Add one example's gradient to a tensor."""
@@ -181,16 +207,73 @@ class Convolved(NamedTuple):
 
     def add_squares(self, total: Tensor, first: int = 0) -> Tensor:
         """Add Σ_b gradient² to total, (m, n / groups, *kernel); return each example's sum, (B,)."""
+        if self.few:
+            pairs = pairs_of(self.g, 2)
+            return self.add_product(total, pairs, pairs.sum(1))
+        traces, measured = _to_measure(self.g, total, first)
+        if self.by_offsets:
+            for offset, _, g, a in self._at_offsets():
+                part = total[(..., *offset)]
+                squares = part if part.is_contiguous() else torch.zeros_like(part)
+                traces[measured] += Outer(g, a).add_squares(squares, first)[measured]
+                if squares is not part:
+                    part += squares
+            return traces
         # Small ones together; with many positions each is large enough for a call.
-        few = self.g[0, 0].numel() <= GROUPED_POSITIONS
+        few = self.g.shape[1] <= GROUPED_POSITIONS
         chunk = max(1, BLOCK // (2 * total.numel())) if few else 1
-        traces, _ = _to_measure(self.g, total, first)
         for start in range(0, len(self.g), chunk):
             for example, gradient in enumerate(self.of(slice(start, start + chunk)), start):
                 total.addcmul_(gradient, gradient)
                 if traces[example] >= 0:
                     traces[example] = square(gradient)
         return traces
+
+    def add_product(self, total: Tensor, pairs: Tensor, sums: Tensor) -> Tensor:
+        """Add such squares from pairs of few positions, as Outer.add_product does."""
+        size, count = self.g.shape[:2]
+        numbers = {pair: i for i, pair in enumerate(combinations_with_replacement(range(count), 2))}
+        pairs, sums = pairs.view(size, len(numbers), -1), sums.view(size, -1)
+        traces = sums.new_zeros(size)
+        for offset, positions, _, a in self._at_offsets():
+            which = [numbers[pair] for pair in combinations_with_replacement(positions, 2)]
+            every = len(which) == len(numbers)
+            left, right = pairs if every else pairs[:, which], pairs_of(a)
+            total[(..., *offset)] += left.flatten(0, 1).T @ right
+            terms = (sums if every else sums[:, which]) * right.sum(1).view(size, -1)
+            traces += terms.sum(1)
+        return traces
+
+    def _at_offsets(self) -> Iterator[tuple[tuple[int, ...], list[int], Tensor, Tensor]]:
+        """Yield offsets in the kernel, which positions see inputs there, and their g and a."""
+        rank = len(self.grid)
+        g, a = self.g.unflatten(1, self.grid), self.a.movedim(1, -1)
+        if self.kernel[2:].numel() > 1:
+            g, a = g.contiguous(), a.contiguous()  # Most of their parts are copied.
+        axes = [self._along(axis) for axis in range(rank)]
+        for terms in product(*axes):
+            offset, seeing, seen = zip(*terms, strict=True)
+            positions = [0]
+            for length, along in zip(self.grid, seeing, strict=True):
+                positions = [at * length + i for at in positions for i in range(length)[along]]
+            yield (
+                offset,
+                positions,
+                g[(slice(None), *seeing)].flatten(1, rank),
+                a[(slice(None), *seen)].flatten(1, rank),
+            )
+
+    def _along(self, axis: int) -> Iterator[tuple[int, slice, slice]]:
+        """Yield offsets along an axis, the positions that see inputs there, and these inputs."""
+        stride, size, positions = self.stride[axis], self.a.shape[2 + axis], self.grid[axis]
+        before = self.zeros[-2 * (axis + 1)]
+        for offset in range(self.kernel[2 + axis]):
+            start = offset * self.dilation[axis] - before  # the input that position 0 sees
+            low = max(0, -(start // stride))
+            high = min(positions, (size - 1 - start) // stride + 1)
+            if low < high:
+                inputs = slice(start + low * stride, start + (high - 1) * stride + 1, stride)
+                yield offset, slice(low, high), inputs
 
 
 class Whole(NamedTuple):

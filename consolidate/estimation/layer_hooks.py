@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from consolidate.estimation.batches import out_of_memory, own_errors
 from consolidate.estimation.example_gradients import (
+    Convolved,
     Gradients,
     Outer,
     Pulled,
@@ -298,7 +299,7 @@ class Squares:
         self.additions = 1  # to an element, one after the other
         self._recording = recording
         self._first = first
-        self._products: dict[str, tuple[Outer | Summed, Tensor]] = {}
+        self._products: dict[str, tuple[Outer | Summed | Convolved, Tensor]] = {}
         self._waiting: dict[str, list[Gradients]] = {}
         self._one_by_one = False
 
@@ -321,7 +322,7 @@ class Squares:
                     waiting[-1].gradients.add_(found.gradients)
                 else:
                     waiting.append(found)
-            elif isinstance(found, Summed) or (isinstance(found, Outer) and found.few):
+            elif isinstance(found, Summed) or (isinstance(found, Outer | Convolved) and found.few):
                 if name not in self._products:
                     if id(found.g) not in pairs:
                         pairs[id(found.g)] = pairs_of(found.g, 2)

@@ -23,8 +23,9 @@ from consolidate.estimation.example_gradients import (
     Rule,
     Summed,
     Whole,
-    patches_of,
 )
+
+FEW_CHANNELS = 8  # below which what a kernel sees is copied, for one product
 
 
 def linear(module: Any, a: Tensor, g: Tensor, *, transposed: bool = False) -> dict[str, Gradients]:
@@ -36,15 +37,17 @@ def linear(module: Any, a: Tensor, g: Tensor, *, transposed: bool = False) -> di
 
 def convolution(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     """The outputs are w ∗ x + b, channels first, with any padding of x."""
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    a = functional.pad(a, module._reversed_padding_repeated_twice, mode)
-    if module.groups == 1 and g[0, 0].numel() <= FEW_POSITIONS:
-        patches = patches_of(a, module.kernel_size, module.stride, module.dilation)
-        weight: Gradients = Outer(g.flatten(2).mT, patches)
-    else:
-        kernel = module.weight.shape
-        weight = Convolved(g, a, kernel, module.stride, module.dilation, module.groups)
-    return {"weight": weight, "bias": Whole(g.flatten(2).sum(2))}
+    zeros = module._reversed_padding_repeated_twice
+    if module.padding_mode != "zeros":
+        a, zeros = functional.pad(a, zeros, module.padding_mode), [0] * len(zeros)
+    grid, kernel, g = g.shape[2:], module.weight.shape, g.flatten(2).mT  # (B, T, out)
+    few = g.shape[1] <= FEW_POSITIONS
+    weight: Gradients = Convolved(
+        g, a, grid, zeros, kernel, module.stride, module.dilation, module.groups
+    )
+    if weight.by_offsets and kernel[1] < FEW_CHANNELS:
+        weight = Outer(g, weight.patches(slice(None)))
+    return {"weight": weight, "bias": Summed(g) if few else Whole(g.sum(1))}
 
 
 def embedding(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
