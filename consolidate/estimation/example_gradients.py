@@ -5,6 +5,7 @@ trace; a negative number marks an example that was not measured.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations_with_replacement, product
 from typing import Any, NamedTuple
 
@@ -13,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 FEW_POSITIONS = 4  # up to here Σ_b (Σ_t g_t a_tᵀ)² is one product over pairs of positions
-OFFSET_POSITIONS = 255  # up to here a kernel's gradient is computed one offset after the other
+PATCHED_POSITIONS = 255  # up to here what a convolution's kernel sees is copied, for products
 GROUPED_POSITIONS = 512  # up to here several examples are the groups of one convolution
 THIN = 64  # rows or columns below which addmm_ may add term by term, with larger rounding errors
-SMALL = 1 << 15  # elements of a gradient up to which several are computed in one call
+SMALL = 1 << 16  # elements of a gradient below which several are computed in one call
 CHUNK = 16  # the number of these; a multiple of MEASURED
 BLOCK = 1 << 20  # elements of a larger one that are computed, squared and added while in the cache
 MEASURED = 4  # of many positions every fourth example's gradient is summed for the spread,
@@ -43,7 +44,8 @@ class Outer(NamedTuple):
         total = total.flatten(1)
         left, right = self._factors()
         traces, measured = _to_measure(right, total, first)
-        if total.numel() <= SMALL:
+        numbers = range(len(right))[measured]
+        if total.numel() < SMALL:
             scratch = right.new_empty(min(CHUNK, len(right)), *total.shape)
             for start in range(0, len(right), CHUNK):
                 some = slice(start, start + CHUNK)
@@ -59,7 +61,7 @@ class Outer(NamedTuple):
             for example, (one, other) in enumerate(zip(block, right, strict=True)):
                 torch.mm(one.T, other, out=gradient)
                 rows.addcmul_(gradient, gradient)
-                if traces[example] >= 0:
+                if example in numbers:
                     traces[example] += square(gradient)
         return traces
 
@@ -165,26 +167,22 @@ class Convolved(NamedTuple):
         return self.groups == 1 and self.g.shape[1] <= FEW_POSITIONS
 
     @property
-    def by_offsets(self) -> bool:
-        """Whether each offset of the kernel is computed on its own, like a linear layer.
+    def patched(self) -> bool:
+        """Whether gradients are products of g and copies of what the kernel sees.
 
-        This needs no copies of what overlapping kernels see, and no terms where they see zeros.
-        With many positions a convolution takes as long, and then less.
+        Products of few positions each are faster than convolutions. With many positions they are
+        not, and the copies are large.
         """
-        return self.groups == 1 and self.g.shape[1] <= OFFSET_POSITIONS
-
-    def padded(self) -> "Convolved":
-        """Return the same with the zeros in its inputs."""
-        return self._replace(a=functional.pad(self.a, self.zeros), zeros=[0] * len(self.zeros))
+        return self.groups == 1 and self.g.shape[1] <= PATCHED_POSITIONS
 
     def of(self, examples: slice) -> Tensor:
         """Return the gradients of some examples, (B, *kernel), as the groups of a convolution."""
-        one = self._replace(g=self.g[examples], a=self.a[examples]).padded()
-        size, rank = len(one.g), len(self.stride)
+        g, a = self.g[examples], functional.pad(self.a[examples], self.zeros)
+        size, rank = len(g), len(self.grid)
         gradients = torch.ops.aten.convolution_backward(
-            one.g.mT.reshape(1, -1, *self.grid),
-            one.a.reshape(1, -1, *one.a.shape[2:]),
-            one.g.new_empty(1).expand(size * self.kernel[0], *self.kernel[1:]),
+            g.mT.reshape(1, -1, *self.grid),
+            a.reshape(1, -1, *a.shape[2:]),
+            g.new_empty(1).expand(size * self.kernel[0], *self.kernel[1:]),
             None,
             self.stride,
             [0] * rank,
@@ -199,7 +197,16 @@ class Convolved(NamedTuple):
     def patches(self, examples: slice) -> Tensor:
         """Return what the kernel sees at each position, (B, T, n × kernel), without groups."""
         padded = functional.pad(self.a[examples], self.zeros)
-        return patches_of(padded, self.kernel[2:], self.stride, self.dilation)
+        windows = self._windows(padded).movedim(1, len(self.grid) + 1)  # (B, *grid, n, *kernel)
+        return windows.reshape(len(padded), self.g.shape[1], -1)
+
+    def _windows(self, padded: Tensor) -> Tensor:
+        """Return what the kernel sees at each position as a view, (B, n, *grid, *kernel)."""
+        for axis, (size, step, gap) in enumerate(
+            zip(self.kernel[2:], self.stride, self.dilation, strict=True), 2
+        ):
+            padded = padded.unfold(axis, (size - 1) * gap + 1, step)[..., ::gap]
+        return padded
 
     def add_to(self, gradient: Tensor, example: int) -> None:
         """Add one example's gradient to a tensor."""
@@ -210,58 +217,59 @@ class Convolved(NamedTuple):
         if self.few:
             pairs = pairs_of(self.g, 2)
             return self.add_product(total, pairs, pairs.sum(1))
+        if self.patched:
+            with _channels_last(total) as sums:
+                return Outer(self.g, self._channels_last_patches()).add_squares(sums, first)
         traces, measured = _to_measure(self.g, total, first)
-        if self.by_offsets:
-            for offset, _, g, a in self._at_offsets():
-                part = total[(..., *offset)]
-                squares = part if part.is_contiguous() else torch.zeros_like(part)
-                traces[measured] += Outer(g, a).add_squares(squares, first)[measured]
-                if squares is not part:
-                    part += squares
-            return traces
+        numbers = range(len(self.g))[measured]
         # Small ones together; with many positions each is large enough for a call.
         few = self.g.shape[1] <= GROUPED_POSITIONS
         chunk = max(1, BLOCK // (2 * total.numel())) if few else 1
         for start in range(0, len(self.g), chunk):
             for example, gradient in enumerate(self.of(slice(start, start + chunk)), start):
                 total.addcmul_(gradient, gradient)
-                if traces[example] >= 0:
+                if example in numbers:
                     traces[example] = square(gradient)
         return traces
 
     def add_product(self, total: Tensor, pairs: Tensor, sums: Tensor) -> Tensor:
         """Add such squares from pairs of few positions, as Outer.add_product does."""
+        if not any(self.zeros):
+            with _channels_last(total) as squares:
+                outer = Outer(self.g, self._channels_last_patches())
+                return outer.add_product(squares, pairs, sums)
         size, count = self.g.shape[:2]
         numbers = {pair: i for i, pair in enumerate(combinations_with_replacement(range(count), 2))}
         pairs, sums = pairs.view(size, len(numbers), -1), sums.view(size, -1)
         traces = sums.new_zeros(size)
-        for offset, positions, _, a in self._at_offsets():
+        for offset, positions, a in self._at_offsets():
             which = [numbers[pair] for pair in combinations_with_replacement(positions, 2)]
-            every = len(which) == len(numbers)
-            left, right = pairs if every else pairs[:, which], pairs_of(a)
+            left, scales, right = pairs, sums, pairs_of(a)
+            if len(which) < len(numbers):
+                chosen = torch.tensor(which, device=pairs.device)
+                left, scales = pairs.index_select(1, chosen), sums.index_select(1, chosen)
             total[(..., *offset)] += left.flatten(0, 1).T @ right
-            terms = (sums if every else sums[:, which]) * right.sum(1).view(size, -1)
-            traces += terms.sum(1)
+            traces += (scales * right.sum(1).view(size, -1)).sum(1)
         return traces
 
-    def _at_offsets(self) -> Iterator[tuple[tuple[int, ...], list[int], Tensor, Tensor]]:
-        """Yield offsets in the kernel, which positions see inputs there, and their g and a."""
+    def _channels_last_patches(self) -> Tensor:
+        """Return what the kernel sees at each position, (B, T, kernel × n), which copies faster."""
         rank = len(self.grid)
-        g, a = self.g.unflatten(1, self.grid), self.a.movedim(1, -1)
+        last = functional.pad(self.a.movedim(1, -1), [0, 0, *self.zeros])
         if self.kernel[2:].numel() > 1:
-            g, a = g.contiguous(), a.contiguous()  # Most of their parts are copied.
-        axes = [self._along(axis) for axis in range(rank)]
-        for terms in product(*axes):
+            last = last.contiguous()
+        windows = self._windows(last.movedim(-1, 1)).movedim(1, -1)
+        return windows.flatten(rank + 1).flatten(1, rank)
+
+    def _at_offsets(self) -> Iterator[tuple[tuple[int, ...], list[int], Tensor]]:
+        """Yield the kernel's offsets, which positions see inputs there, and these, (B, some, n)."""
+        last = self.a.movedim(1, -1).contiguous()
+        for terms in product(*(self._along(axis) for axis in range(len(self.grid)))):
             offset, seeing, seen = zip(*terms, strict=True)
             positions = [0]
             for length, along in zip(self.grid, seeing, strict=True):
                 positions = [at * length + i for at in positions for i in range(length)[along]]
-            yield (
-                offset,
-                positions,
-                g[(slice(None), *seeing)].flatten(1, rank),
-                a[(slice(None), *seen)].flatten(1, rank),
-            )
+            yield offset, positions, last[(slice(None), *seen)].flatten(1, len(self.grid))
 
     def _along(self, axis: int) -> Iterator[tuple[int, slice, slice]]:
         """Yield offsets along an axis, the positions that see inputs there, and these inputs."""
@@ -310,16 +318,16 @@ def _to_measure(batch: Tensor, total: Tensor, first: int) -> tuple[Tensor, slice
     return traces, measured
 
 
-def patches_of(
-    a: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    """Return what a kernel sees of a, (B, n, *in), at each of T positions: (B, T, n × kernel)."""
-    rank = len(kernel)
-    for axis in range(rank):
-        reach = (kernel[axis] - 1) * dilation[axis] + 1
-        a = a.unfold(2 + axis, reach, stride[axis])[..., :: dilation[axis]]
-    a = a.movedim(1, rank + 1)  # (B, *out, n, *kernel)
-    return a.reshape(len(a), a.shape[1 : rank + 1].numel(), -1)
+@contextmanager
+def _channels_last(total: Tensor) -> Iterator[Tensor]:
+    """Yield a sum (m, kernel × n) to add to, for a total (m, n, *kernel)."""
+    last = total.movedim(1, -1)
+    if last.is_contiguous():
+        yield last.flatten(1)
+    else:
+        sums = torch.zeros(last.shape, dtype=total.dtype, device=total.device)
+        yield sums.flatten(1)
+        total += sums.movedim(-1, 1)
 
 
 def square(gradient: Tensor) -> Tensor:
@@ -371,7 +379,10 @@ def pairs_of(x: Tensor, weight: int = 1) -> Tensor:
     if x.shape[1] == 1:
         return x.squeeze(1).square()
     s, t = torch.triu_indices(x.shape[1], x.shape[1], device=x.device)
-    return (x[:, s] * x[:, t] * torch.where(s == t, 1, weight)[:, None]).flatten(0, 1)
+    pairs = x.index_select(1, s).mul_(x.index_select(1, t))
+    if weight != 1:
+        pairs *= torch.where(s == t, 1, weight)[:, None]
+    return pairs.flatten(0, 1)
 
 
 def _over_pairs(values: Tensor, examples: int) -> Tensor:

@@ -25,8 +25,6 @@ from consolidate.estimation.example_gradients import (
     Whole,
 )
 
-FEW_CHANNELS = 8  # below which what a kernel sees is copied, for one product
-
 
 def linear(module: Any, a: Tensor, g: Tensor, *, transposed: bool = False) -> dict[str, Gradients]:
     """The outputs are x Wᵀ + b; x W + b where transposed, as in transformers' Conv1D."""
@@ -42,11 +40,8 @@ def convolution(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
         a, zeros = functional.pad(a, zeros, module.padding_mode), [0] * len(zeros)
     grid, kernel, g = g.shape[2:], module.weight.shape, g.flatten(2).mT  # (B, T, out)
     few = g.shape[1] <= FEW_POSITIONS
-    weight: Gradients = Convolved(
-        g, a, grid, zeros, kernel, module.stride, module.dilation, module.groups
-    )
-    if weight.by_offsets and kernel[1] < FEW_CHANNELS:
-        weight = Outer(g, weight.patches(slice(None)))
+    stride, dilation, groups = module.stride, module.dilation, module.groups
+    weight = Convolved(g, a, grid, zeros, kernel, stride, dilation, groups)
     return {"weight": weight, "bias": Summed(g) if few else Whole(g.sum(1))}
 
 
@@ -146,8 +141,11 @@ def _positions(tensor: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor, g: Tensor, shape: Sequence[int], axis: int) -> dict[str, Gradients]:
-    """Return the gradients of w and b in x w + b, whose positions lie on that axis of shape."""
+    """Return the gradients of w and b in x w + b, whose positions lie on that axis of shape.
+
+    It overwrites x.
+    """
     return {
-        "weight": Whole((g * x).reshape(shape).sum(axis)),
+        "weight": Whole(x.mul_(g).reshape(shape).sum(axis)),
         "bias": Whole(g.reshape(shape).sum(axis)),
     }
