@@ -177,7 +177,7 @@ class Convolved(NamedTuple):
 
     def of(self, examples: slice) -> Tensor:
         """Return the gradients of some examples, (B, *kernel), as the groups of a convolution."""
-        g, a = self.g[examples], functional.pad(self.a[examples], self.zeros)
+        g, a = self.g[examples], self._padded(self.a[examples])
         size, rank = len(g), len(self.grid)
         gradients = torch.ops.aten.convolution_backward(
             g.mT.reshape(1, -1, *self.grid),
@@ -196,9 +196,12 @@ class Convolved(NamedTuple):
 
     def patches(self, examples: slice) -> Tensor:
         """Return what the kernel sees at each position, (B, T, n × kernel), without groups."""
-        padded = functional.pad(self.a[examples], self.zeros)
+        padded = self._padded(self.a[examples])
         windows = self._windows(padded).movedim(1, len(self.grid) + 1)  # (B, *grid, n, *kernel)
         return windows.reshape(len(padded), self.g.shape[1], -1)
+
+    def _padded(self, a: Tensor) -> Tensor:
+        return functional.pad(a, self.zeros) if any(self.zeros) else a
 
     def _windows(self, padded: Tensor) -> Tensor:
         """Return what the kernel sees at each position as a view, (B, n, *grid, *kernel)."""
@@ -255,11 +258,10 @@ class Convolved(NamedTuple):
     def _channels_last_patches(self) -> Tensor:
         """Return what the kernel sees at each position, (B, T, kernel × n), which copies faster."""
         rank = len(self.grid)
-        last = functional.pad(self.a.movedim(1, -1), [0, 0, *self.zeros])
+        a = self._padded(self.a)
         if self.kernel[2:].numel() > 1:
-            last = last.contiguous()
-        windows = self._windows(last.movedim(-1, 1)).movedim(1, -1)
-        return windows.flatten(rank + 1).flatten(1, rank)
+            a = a.movedim(1, -1).contiguous().movedim(-1, 1)
+        return self._windows(a).movedim(1, -1).flatten(rank + 1).flatten(1, rank)
 
     def _at_offsets(self) -> Iterator[tuple[tuple[int, ...], list[int], Tensor]]:
         """Yield the kernel's offsets, which positions see inputs there, and these, (B, some, n)."""
