@@ -17,7 +17,7 @@ from consolidate.estimation.example_gradients import (
     Rows,
 )
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
-from consolidate.estimation.layer_rules import RULES, linear
+from consolidate.estimation.layer_rules import RULES, convolution, linear
 from support.modules import Checkpointed, Experts, Images, Tagger, assert_close, cut, network, tiny
 from support.one_at_a_time import (
     F64,
@@ -165,6 +165,36 @@ def test_convolutions_of_few_positions(kernel, options, places):
     with torch.no_grad():
         assert body(torch.ones(1, 4, *places))[0, 0].numel() <= FEW_POSITIONS
     goes_by_rule(Pooled(body, 6), images(4, *places, size=3))
+
+
+@pytest.mark.parametrize("channels", [3, 60])
+@pytest.mark.parametrize(
+    ("options", "places"),
+    [
+        ({"padding": 1}, (2, 2)),  # Pairs at each offset.
+        ({"stride": 2}, (5, 4)),  # Pairs over patches.
+        ({"padding": 1}, (3, 4)),  # Patches.
+        ({"padding": 1, "groups": 3}, (3, 4)),
+    ],
+)
+def test_each_examples_share_of_a_convolution(options, places, channels):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, channels + 3, 3, **options, dtype=torch.float64)
+    a = torch.randn(7, channels, *places, dtype=torch.float64)
+    outputs = conv(a)
+    g = torch.randn_like(outputs)
+    squares = torch.stack(
+        [
+            torch.autograd.grad(outputs[b], conv.weight, g[b], retain_graph=True)[0].square()
+            for b in range(len(a))
+        ]
+    )
+    total = torch.zeros_like(squares[0])
+    shares = convolution(conv, a, g)["weight"].add_squares(total, first=1)
+    torch.testing.assert_close(total, squares.sum(0))
+    measured = shares >= 0
+    assert measured.nonzero().flatten().tolist() in ([1, 5], [*range(7)])
+    torch.testing.assert_close(shares[measured], squares.flatten(1).sum(1)[measured])
 
 
 @pytest.mark.parametrize("places", [PATCHED_POSITIONS, PATCHED_POSITIONS + 1])
