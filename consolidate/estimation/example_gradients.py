@@ -264,14 +264,15 @@ class Convolved(NamedTuple):
         return self._windows(a).movedim(1, -1).flatten(rank + 1).flatten(1, rank)
 
     def _at_offsets(self) -> Iterator[tuple[tuple[int, ...], list[int], Tensor]]:
-        """Yield the kernel's offsets, which positions see inputs there, and these, (B, some, n)."""
+        """Yield the kernel's offsets, which positions see inputs there, and these, (B, …, n)."""
         last = self.a.movedim(1, -1).contiguous()
         for terms in product(*(self._along(axis) for axis in range(len(self.grid)))):
-            offset, seeing, seen = zip(*terms, strict=True)
             positions = [0]
-            for length, along in zip(self.grid, seeing, strict=True):
-                positions = [at * length + i for at in positions for i in range(length)[along]]
-            yield offset, positions, last[(slice(None), *seen)].flatten(1, len(self.grid))
+            for length, (_, seeing, _) in zip(self.grid, terms, strict=True):
+                positions = [at * length + i for at in positions for i in range(length)[seeing]]
+            seen = (slice(None), *(inputs for _, _, inputs in terms))
+            offset = tuple(number for number, _, _ in terms)
+            yield offset, positions, last[seen].flatten(1, len(self.grid))
 
     def _along(self, axis: int) -> Iterator[tuple[int, slice, slice]]:
         """Yield offsets along an axis, the positions that see inputs there, and these inputs."""
