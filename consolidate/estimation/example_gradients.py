@@ -251,7 +251,7 @@ class Convolved(NamedTuple):
             if len(which) < len(numbers):
                 chosen = torch.tensor(which, device=pairs.device)
                 left, scales = pairs.index_select(1, chosen), sums.index_select(1, chosen)
-            total[(..., *offset)] += left.flatten(0, 1).T @ right
+            total[:, :, *offset] += left.flatten(0, 1).T @ right
             traces += (scales * right.sum(1).view(size, -1)).sum(1)
         return traces
 
@@ -263,7 +263,7 @@ class Convolved(NamedTuple):
             a = a.movedim(1, -1).contiguous().movedim(-1, 1)
         return self._windows(a).movedim(1, -1).flatten(rank + 1).flatten(1, rank)
 
-    def _at_offsets(self) -> Iterator[tuple[tuple[int, ...], list[int], Tensor]]:
+    def _at_offsets(self) -> Iterator[tuple[tuple[Any, ...], list[int], Tensor]]:
         """Yield the kernel's offsets, which positions see inputs there, and these, (B, …, n)."""
         last = self.a.movedim(1, -1).contiguous()
         for terms in product(*(self._along(axis) for axis in range(len(self.grid)))):
